@@ -12,7 +12,7 @@ from megatron_tiedlora.base.extras import __version__ as __version__
 if TYPE_CHECKING:
     from megatron_tiedlora.api.adapters import attach, detach, generate, load_adapter, load_base, merge
     from megatron_tiedlora.api.training import TrainedRun, train
-    from megatron_tiedlora.base.errors import UserError
+    from megatron_tiedlora.base.messages import UserError
     from megatron_tiedlora.config.settings import Settings
 
 __all__ = [
@@ -31,7 +31,7 @@ _MODULES = {
     **dict.fromkeys(("attach", "detach", "generate", "load_adapter", "load_base", "merge"), "api.adapters"),
     **dict.fromkeys(("TrainedRun", "train"), "api.training"),
     "Settings": "config.settings",
-    "UserError": "base.errors",
+    "UserError": "base.messages",
 }
 
 

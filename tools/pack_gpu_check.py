@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from megatron_tiedlora.base.atomic import new_folder
-from megatron_tiedlora.base.errors import UserError, bytes_in_words, show
+from megatron_tiedlora.base.messages import UserError, bytes_in_words, show
 from megatron_tiedlora.base.output_folder import reject_existing
 from megatron_tiedlora.config.cli import parse_settings, run_command
 from megatron_tiedlora.config.fields import CommandSettings, FilePath, setting_field

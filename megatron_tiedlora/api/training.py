@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.extras import require_extra
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.config.hosts import RANK_VARIABLES
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.runtime.launch_env import prepare_environment

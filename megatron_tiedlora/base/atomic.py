@@ -17,7 +17,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 
 TEMPORARY_PREFIX = ".writing-"
 _ASIDE_PREFIX = f"{TEMPORARY_PREFIX}old-"

@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-from megatron_tiedlora.base.errors import UserError, enumerate_names
+from megatron_tiedlora.base.messages import UserError, enumerate_names
 
 __version__ = "0.2.0.dev0"  # pyproject.toml reads it from here
 PACKAGE_FOLDER = Path(__file__).parents[1]  # of megatron_tiedlora

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_tiedlora.base.errors import UserError, nearest_name
+from megatron_tiedlora.base.messages import UserError, nearest_name
 
 Start = Literal["normal", "zero", "one"]
 Sharing = Literal["all", "one"] | int | tuple[tuple[int, ...], ...]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tiedlora.base.atomic import new_folder, remove_leftovers
-from megatron_tiedlora.base.errors import UserError, bytes_in_words, user_path
+from megatron_tiedlora.base.messages import UserError, bytes_in_words, user_path
 from megatron_tiedlora.base.ownership import FolderLock, FolderTaken, take_folder
 
 _LONGEST_PART = 80  # bytes of a name that becomes a part of a longer one

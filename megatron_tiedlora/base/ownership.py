@@ -26,7 +26,7 @@ import psutil
 from pydantic import Field
 
 from megatron_tiedlora.base.atomic import TEMPORARY_PREFIX
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.text_files import Count, Text, read_fields, read_json_object
 
 OWNER_FILE = ".owner"

@@ -20,7 +20,7 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
 from megatron_tiedlora.base.atomic import Guard, unguarded, write_text
-from megatron_tiedlora.base.errors import UserError, first_line, shown
+from megatron_tiedlora.base.messages import UserError, first_line, shown
 
 Value = TypeVar("Value")
 LARGEST_TEXT = 2**24  # bytes; the weight index of the largest models has a tenth of that

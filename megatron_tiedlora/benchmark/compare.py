@@ -17,7 +17,7 @@ import torch
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank, Share
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter, initial_values
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.benchmark.layout import (
     LEARNING_RATE,

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import distributed
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY
-from megatron_tiedlora.base.errors import UserError, user_path
+from megatron_tiedlora.base.messages import UserError, user_path
 from megatron_tiedlora.benchmark.report import compare_traffic
 from megatron_tiedlora.benchmark.timing import (
     CLASSES,

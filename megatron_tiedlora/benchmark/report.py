@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from megatron_tiedlora.base.errors import aligned_lines, bytes_in_words, count_text
+from megatron_tiedlora.base.messages import aligned_lines, bytes_in_words, count_text
 from megatron_tiedlora.parallel.groups import DATA, GROUPS, WORLD, Traffic
 from megatron_tiedlora.planning.report import shares_text
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from megatron_tiedlora.base.errors import UserError, shown
+from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.base.shapes import BASE_FORMATS, ModelShape
 from megatron_tiedlora.base.text_files import Size, Text, read_small_text
 from megatron_tiedlora.checkpoint.base_weights import RUN_LENGTH, SAMPLED_RUNS, BaseWeights

@@ -22,7 +22,7 @@ from torch.nn.functional import linear
 
 from megatron_tiedlora.adapters.adapter_bank import AdapterBank
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter
-from megatron_tiedlora.base.errors import UserError, count_text
+from megatron_tiedlora.base.messages import UserError, count_text
 from megatron_tiedlora.base.shapes import BASE_FORMATS, ModelShape
 from megatron_tiedlora.checkpoint.base_identity import is_plain
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_weights

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
 from megatron_tiedlora.adapters.tying import MOMENTS
 from megatron_tiedlora.base.atomic import Guard, discard, new_folder, unguarded, write_json, write_text
-from megatron_tiedlora.base.errors import UserError, shown
+from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.base.text_files import (
     Count,
     Real,

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_tiedlora.base.errors import UserError, first_line, user_path
+from megatron_tiedlora.base.messages import UserError, first_line, user_path
 from megatron_tiedlora.base.output_folder import user_cache
 from megatron_tiedlora.base.shapes import (
     LinearScaling,

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from megatron_tiedlora.base.atomic import sync_path, write_json
-from megatron_tiedlora.base.errors import UserError, as_given, shown
+from megatron_tiedlora.base.messages import UserError, as_given, shown
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.shapes import BASE_FORMATS
 from megatron_tiedlora.base.text_files import check_file

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.ownership import START_ID
 from megatron_tiedlora.base.text_files import read_small_text
 from megatron_tiedlora.config.hosts import RANK_VARIABLES, Host, num_ranks

@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from megatron_tiedlora.base.errors import UserError, count_text, one_line, show
 from megatron_tiedlora.base.extras import require_extra
+from megatron_tiedlora.base.messages import UserError, count_text, one_line, show
 from megatron_tiedlora.base.ownership import OWNER_FILE, Token, owner_in_words, read_token
 from megatron_tiedlora.base.text_files import read_json_or_none, seen_late
 from megatron_tiedlora.checkpoint.resume import LATEST_FILE

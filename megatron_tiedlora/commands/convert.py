@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from megatron_tiedlora.base.errors import UserError, count_text, show, user_path
+from megatron_tiedlora.base.messages import UserError, count_text, show, user_path
 from megatron_tiedlora.base.output_folder import new_output, reject_existing
 from megatron_tiedlora.checkpoint.base_weights import write_random_model
 from megatron_tiedlora.checkpoint.sources import ModelSource

@@ -12,8 +12,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_tiedlora.base.errors import show
 from megatron_tiedlora.base.extras import require_extra
+from megatron_tiedlora.base.messages import show
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.runtime.launch_env import prepare_environment, rank_and_world_size
 

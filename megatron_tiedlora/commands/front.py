@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
 
-from megatron_tiedlora.base.errors import nearest_name, show
 from megatron_tiedlora.base.extras import __version__
+from megatron_tiedlora.base.messages import nearest_name, show
 
 _LOCAL_RANK = ("--local_rank", "--local-rank")
 PROGRAM = "tiedlora"

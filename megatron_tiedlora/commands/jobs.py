@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from megatron_tiedlora.base.atomic import write_json, write_text
-from megatron_tiedlora.base.errors import UserError, aligned_lines, show, user_path
 from megatron_tiedlora.base.extras import require_extra
+from megatron_tiedlora.base.messages import UserError, aligned_lines, show, user_path
 from megatron_tiedlora.base.output_folder import output_file, output_files
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.doctor_settings import DoctorSettings

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tiedlora.base.atomic import TEMPORARY_PREFIX, new_file
-from megatron_tiedlora.base.errors import UserError, show, user_path
 from megatron_tiedlora.base.extras import require_extra
+from megatron_tiedlora.base.messages import UserError, show, user_path
 from megatron_tiedlora.base.output_folder import NewOutput, make_own_folder, require_room, take_output, user_cache
 from megatron_tiedlora.base.ownership import FolderTaken
 from megatron_tiedlora.base.text_files import file_sha256

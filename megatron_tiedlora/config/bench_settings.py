@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
-from megatron_tiedlora.base.errors import UserError, as_given
+from megatron_tiedlora.base.messages import UserError, as_given
 from megatron_tiedlora.config.fields import (
     CommandSettings,
     Targets,

@@ -28,7 +28,7 @@ from pydantic import (
     model_validator,
 )
 
-from megatron_tiedlora.base.errors import UserError, as_given, nearest_name, shown, user_path
+from megatron_tiedlora.base.messages import UserError, as_given, nearest_name, shown, user_path
 from megatron_tiedlora.base.shapes import GATE_UP, QKV, TARGET_NAMES
 from megatron_tiedlora.config.other_names import unknown_names, value_hint, value_meant
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_tiedlora.base.errors import UserError, shown, user_path
+from megatron_tiedlora.base.messages import UserError, shown, user_path
 from megatron_tiedlora.base.text_files import read_small_text
 
 _LINE = re.compile(r"(\S+)\s+slots=([0-9]{1,6})")

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import model_validator
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.config.cli import parse_settings, split_words
 from megatron_tiedlora.config.fields import (
     LONGEST_WAIT_MINUTES,

@@ -8,7 +8,7 @@ names. For a name that has no answer the nearest spelling is guessed.
 import string
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from megatron_tiedlora.base.errors import nearest_name, shown
+from megatron_tiedlora.base.messages import nearest_name, shown
 
 _MOST_NAMES = 8  # of those that are unknown, in one message
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megatron_tiedlora.base.errors import UserError, user_path
+from megatron_tiedlora.base.messages import UserError, user_path
 
 _LLAMA2: dict[str, Any] = {
     "model_type": "llama",

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationInfo, field_validator, model_validator
 from pydantic.functional_validators import ModelWrapValidatorHandler  # pydantic itself names it from 2.11 on
 
-from megatron_tiedlora.base.errors import as_given, nearest_name, shown, user_path
+from megatron_tiedlora.base.messages import as_given, nearest_name, shown, user_path
 from megatron_tiedlora.config.fields import flag_value, marked, validate_settings
 from megatron_tiedlora.config.presets import is_preset
 from megatron_tiedlora.config.train_fields import (

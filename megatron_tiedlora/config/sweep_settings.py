@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import model_validator
 
-from megatron_tiedlora.base.errors import UserError, as_given, naming, user_path
+from megatron_tiedlora.base.messages import UserError, as_given, naming, user_path
 from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.config.cli import naming_file, parse_words, read_yaml, split_words
 from megatron_tiedlora.config.fields import (

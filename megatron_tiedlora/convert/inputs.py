@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from megatron_tiedlora.base.errors import UserError, count_text, user_path
+from megatron_tiedlora.base.messages import UserError, count_text, user_path
 from megatron_tiedlora.base.text_files import UNSEALED_NOTE, read_json_object
 from megatron_tiedlora.checkpoint.base_identity import (
     HASH_FIELDS,

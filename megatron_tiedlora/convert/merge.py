@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError
 
 from megatron_tiedlora.base.atomic import write_json
-from megatron_tiedlora.base.errors import UserError, shown, user_path
+from megatron_tiedlora.base.messages import UserError, shown, user_path
 from megatron_tiedlora.base.output_folder import new_output, reject_existing, require_room
 from megatron_tiedlora.base.shapes import BASE_NAMES
 from megatron_tiedlora.base.text_files import read_json_object, read_json_or_none

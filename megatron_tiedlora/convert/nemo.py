@@ -24,7 +24,7 @@ import torch
 from pydantic import BaseModel, Field, ValidationError
 
 from megatron_tiedlora.base.atomic import write_json
-from megatron_tiedlora.base.errors import UserError, shown
+from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.base.output_folder import new_output, reject_existing
 from megatron_tiedlora.base.text_files import LARGEST_YAML, parse_yaml_mapping
 from megatron_tiedlora.checkpoint.tensor_files import (

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from megatron_tiedlora.base.errors import UserError, first_line, shown
+from megatron_tiedlora.base.messages import UserError, first_line, shown
 
 # Bytes of a pickle, and of the list of an archive's files. A model of 96 layers needs a fifth of that.
 _LARGEST_PICKLE, _LARGEST_LIST = 2**20, 2**22

@@ -37,7 +37,7 @@ from pydantic import ConfigDict, Field, TypeAdapter
 from torch.nn.functional import pad
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_config, targets_of
-from megatron_tiedlora.base.errors import UserError, as_given, shown
+from megatron_tiedlora.base.messages import UserError, as_given, shown
 from megatron_tiedlora.base.shapes import BlockShape, LinearShape
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, WEIGHTS_FILE
 from megatron_tiedlora.checkpoint.sources import ModelSource

@@ -18,7 +18,8 @@ from typing import Any, Literal
 
 import torch
 
-from megatron_tiedlora.base.errors import (
+from megatron_tiedlora.base.extras import install_hint
+from megatron_tiedlora.base.messages import (
     UserError,
     aligned_lines,
     bytes_in_words,
@@ -28,7 +29,6 @@ from megatron_tiedlora.base.errors import (
     printable,
     shown,
 )
-from megatron_tiedlora.base.extras import install_hint
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.checkpoint.base_identity import SHAPE_FIELDS, identify_shape
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, WeightFiles

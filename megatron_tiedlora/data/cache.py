@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tiedlora.base.atomic import TEMPORARY_PREFIX, write_json
-from megatron_tiedlora.base.errors import UserError, bytes_in_words
+from megatron_tiedlora.base.messages import UserError, bytes_in_words
 from megatron_tiedlora.base.output_folder import (
     CACHE_VARIABLE,
     make_own_folder,

@@ -26,7 +26,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 
 from megatron_tiedlora.base.child_process import end_with_parent, limited
-from megatron_tiedlora.base.errors import UserError, one_line, shown
+from megatron_tiedlora.base.messages import UserError, one_line, shown
 
 # Templates take milliseconds; the first call, which loads Jinja, takes some tenths of a second. They need a few times
 # the memory of the text, and add some kB to it. A conversation is rendered up to six times for each of its answers.

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from megatron_tiedlora.base.child_process import limited
-from megatron_tiedlora.base.errors import UserError, first_line, shown, user_path
+from megatron_tiedlora.base.messages import UserError, first_line, shown, user_path
 from megatron_tiedlora.data.tables import (
     HubData,
     Row,

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_tiedlora.base.errors import UserError, nearest_name, shown, user_path
+from megatron_tiedlora.base.messages import UserError, nearest_name, shown, user_path
 from megatron_tiedlora.data.readers import (
     about_num_rows,
     describe_fields,

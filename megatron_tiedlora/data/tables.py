@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tiedlora.base.child_process import limited
-from megatron_tiedlora.base.errors import UserError, first_line
+from megatron_tiedlora.base.messages import UserError, first_line
 from megatron_tiedlora.base.text_files import file_sha256
 
 _PARQUET_BRANCH = "refs%2Fconvert%2Fparquet"

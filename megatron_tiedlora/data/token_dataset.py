@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_tiedlora.base.errors import UserError, count_text
+from megatron_tiedlora.base.messages import UserError, count_text
 
 FACTS = np.dtype(
     [("supervised", np.int32), ("cut", np.bool_), ("lost_turns", np.int32)]

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_tiedlora.base.errors import UserError, shown
+from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.data.readers import checked_text, describe_fields
 
 ASSISTANT, USER, TOOL = "assistant", "user", "tool"

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
-from megatron_tiedlora.base.errors import UserError, as_given, nearest_name, shown, user_path
+from megatron_tiedlora.base.messages import UserError, as_given, nearest_name, shown, user_path
 from megatron_tiedlora.base.text_files import first_problem, read_json_object
 from megatron_tiedlora.config.batch import BatchPlan
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.data.task import Example
 
 _FINAL_NUMBER = re.compile(r"#### (\-?[0-9\.\,]+)")

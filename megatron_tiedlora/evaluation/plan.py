@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megatron_tiedlora.base.errors import UserError, as_given, count_text, naming, shown, user_path
+from megatron_tiedlora.base.messages import UserError, as_given, count_text, naming, shown, user_path
 from megatron_tiedlora.base.output_folder import LONGEST_NAME, last_name
 from megatron_tiedlora.base.shapes import UNQUANTISED
 from megatron_tiedlora.base.text_files import read_yaml_mapping

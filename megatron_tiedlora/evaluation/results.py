@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from megatron_tiedlora.base.atomic import write_json, write_text
-from megatron_tiedlora.base.errors import UserError, aligned_lines, count_text, csv_text
 from megatron_tiedlora.base.extras import installed_versions
+from megatron_tiedlora.base.messages import UserError, aligned_lines, count_text, csv_text
 from megatron_tiedlora.base.output_folder import NewOutput
 from megatron_tiedlora.base.text_files import Real, Size, Text
 from megatron_tiedlora.checkpoint.load_model import describe_dtype

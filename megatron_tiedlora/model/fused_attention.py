@@ -25,7 +25,7 @@ from itertools import pairwise
 import torch
 from torch.nn import functional
 
-from megatron_tiedlora.base.errors import first_line
+from megatron_tiedlora.base.messages import first_line
 from megatron_tiedlora.model.batch import Documents
 from megatron_tiedlora.parallel.frozen_weight import padded
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import cache
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.parallel.groups import Grid
 from megatron_tiedlora.parallel.shard_spec import weight_spec

@@ -17,7 +17,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from megatron_tiedlora.base.errors import UserError, one_line
+from megatron_tiedlora.base.messages import UserError, one_line
 from megatron_tiedlora.base.shapes import BASE_FORMATS, FP8_CAPABILITY, LinearShape
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, WeightMaker, frozen_parameter
 from megatron_tiedlora.parallel.quantise import CODE_TYPE, fp8_numbers, quantise_rows, row_maxima

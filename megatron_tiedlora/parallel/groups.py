@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_tiedlora.base.errors import UserError, count_text
+from megatron_tiedlora.base.messages import UserError, count_text
 
 Key = TypeVar("Key")
 

@@ -22,8 +22,8 @@ from megatron_tiedlora.adapters.tied_adapter import (
     targets_of,
 )
 from megatron_tiedlora.base.atomic import write_json
-from megatron_tiedlora.base.errors import UserError, shown
 from megatron_tiedlora.base.extras import __version__
+from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.base.methods import FACTORS, METHOD_NAMES, find_method
 from megatron_tiedlora.base.shapes import QKV, TARGET_NAMES, ModelShape
 from megatron_tiedlora.base.text_files import check_file

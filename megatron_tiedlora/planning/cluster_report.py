@@ -7,7 +7,7 @@ from typing import Any
 
 import psutil
 
-from megatron_tiedlora.base.errors import UserError, aligned_lines, count_text, range_text, user_path
+from megatron_tiedlora.base.messages import UserError, aligned_lines, count_text, range_text, user_path
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.fields import flag_value, marked
 from megatron_tiedlora.config.plan_settings import PLAN_DEFAULTS, PlanCommand, PlanSettings

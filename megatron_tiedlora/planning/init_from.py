@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
-from megatron_tiedlora.base.errors import UserError, user_path
+from megatron_tiedlora.base.messages import UserError, user_path
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity, check_same_base, identify_shape
 from megatron_tiedlora.checkpoint.resume import recorded_settings
 from megatron_tiedlora.checkpoint.sources import ModelSource

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_tiedlora.base.errors import UserError, aligned_lines, nearest_name, shown
+from megatron_tiedlora.base.messages import UserError, aligned_lines, nearest_name, shown
 from megatron_tiedlora.base.shapes import FP8_CAPABILITY
 from megatron_tiedlora.base.text_files import read_json_object, read_yaml_mapping
 from megatron_tiedlora.config.train_fields import GPU_NAMES

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_tiedlora.base.errors import (
+from megatron_tiedlora.base.messages import (
     aligned_lines,
     amount_text,
     bytes_in_words,

@@ -11,7 +11,7 @@ import torch
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, make_adapter_config, targets_of
 from megatron_tiedlora.adapters.tying import AdapterLayout
-from megatron_tiedlora.base.errors import UserError, count_text
+from megatron_tiedlora.base.messages import UserError, count_text
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.load_model import resolve_dtype
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_tiedlora.base.errors import count_text
+from megatron_tiedlora.base.messages import count_text
 from megatron_tiedlora.base.shapes import BASE_FORMATS
 from megatron_tiedlora.parallel.groups import DATA, MODEL, PIPELINE, STAGE, TENSOR, TIED, WORLD, Traffic
 from megatron_tiedlora.planning.layout import Layout, MicroBatchShape, StagePlan

@@ -20,8 +20,8 @@ from pathlib import Path
 from torch.distributed import DistError, DistNetworkError
 
 from megatron_tiedlora.base.atomic import unguarded
-from megatron_tiedlora.base.errors import UserError
 from megatron_tiedlora.base.extras import missing_module
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.ownership import Owner
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0
 from megatron_tiedlora.runtime.heartbeat import (

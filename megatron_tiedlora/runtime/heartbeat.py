@@ -22,7 +22,7 @@ from datetime import timedelta
 
 from torch.distributed import DistError, DistNetworkError, PrefixStore, Store, TCPStore
 
-from megatron_tiedlora.base.errors import one_line
+from megatron_tiedlora.base.messages import one_line
 
 SILENCE_SECONDS = 30.0
 BEAT_SECONDS = 1.0

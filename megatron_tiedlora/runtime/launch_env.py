@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from megatron_tiedlora.base.errors import UserError, shown
+from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.config import hosts
 
 EXPECTED_RANKS = "MEGATRON_TIEDLORA_EXPECTED_RANKS"  # how many ranks the job was meant to start

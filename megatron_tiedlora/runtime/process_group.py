@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import distributed
 
-from megatron_tiedlora.base.errors import UserError, first_line, shown
+from megatron_tiedlora.base.messages import UserError, first_line, shown
 from megatron_tiedlora.parallel.agreement import first_message, gather_numbers, gather_on_rank_0
 from megatron_tiedlora.runtime.heartbeat import is_lost_exchange
 from megatron_tiedlora.runtime.launch_env import rank_number, uses_gpu

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_tiedlora.base.atomic import Guard, make_way_for_log, new_file, unguarded
-from megatron_tiedlora.base.errors import UserError, show
+from megatron_tiedlora.base.messages import UserError, show
 
 LOGS_FOLDER = "logs"
 

@@ -23,7 +23,7 @@ from megatron_tiedlora.base.atomic import (
     write_json,
     write_text,
 )
-from megatron_tiedlora.base.errors import UserError, csv_text, first_line, show, user_path
+from megatron_tiedlora.base.messages import UserError, csv_text, first_line, show, user_path
 from megatron_tiedlora.base.output_folder import PathIn, check_writable, last_name, numbered, reject_links
 from megatron_tiedlora.base.ownership import FolderLock, Owner, is_of_owner, owner_in_words, take_folder
 from megatron_tiedlora.base.shapes import QKV, TARGET_NAMES

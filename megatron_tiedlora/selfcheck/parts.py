@@ -18,7 +18,7 @@ from xml.etree.ElementTree import Element, SubElement
 
 import torch
 
-from megatron_tiedlora.base.errors import first_line
+from megatron_tiedlora.base.messages import first_line
 from megatron_tiedlora.runtime.launch_env import EXPECTED_RANKS
 from megatron_tiedlora.runtime.machine import Finding
 

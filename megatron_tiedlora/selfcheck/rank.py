@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.base.child_process import end_with_parent
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.benchmark.layout import Started, plan_benchmark, start
 from megatron_tiedlora.runtime.ending import reported_end
 from megatron_tiedlora.runtime.launch_env import prepare_environment, rank_and_world_size

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_config, targets_of
-from megatron_tiedlora.base.errors import UserError, bytes_in_words
+from megatron_tiedlora.base.messages import UserError, bytes_in_words
 from megatron_tiedlora.base.shapes import TARGET_NAMES, ModelShape
 from megatron_tiedlora.benchmark.compare import random_stage
 from megatron_tiedlora.benchmark.layout import Started, made_up, plan_benchmark, start

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.model.fused_attention import choose_attention, one_by_one
 from megatron_tiedlora.planning.machines import listed_peak
 from megatron_tiedlora.runtime.machine import in_words, judge_machine, machine_record

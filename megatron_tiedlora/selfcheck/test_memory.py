@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_tiedlora.base.errors import bytes_in_words
+from megatron_tiedlora.base.messages import bytes_in_words
 from megatron_tiedlora.selfcheck.parts import Tell, warn_unless
 from megatron_tiedlora.selfcheck.running import (
     MOST_LAYERS,

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_tiedlora.base.errors import UserError, shown
+from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.text_files import file_sha256, first_problem, read_json_or_none, read_yaml_mapping
 from megatron_tiedlora.checkpoint.native_adapter import (

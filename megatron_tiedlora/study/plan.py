@@ -14,7 +14,7 @@ from functools import cached_property
 import psutil
 import torch
 
-from megatron_tiedlora.base.errors import UserError, aligned_lines, bytes_in_words, naming, user_path
+from megatron_tiedlora.base.messages import UserError, aligned_lines, bytes_in_words, naming, user_path
 from megatron_tiedlora.base.shapes import QKV
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.cluster.launchers import Job

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tiedlora.base.atomic import TEMPORARY_PREFIX, Guard, discard, remove_leftovers, unguarded, write_json
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.output_folder import PathIn, reject_links
 from megatron_tiedlora.base.ownership import Owner, is_of_owner
 from megatron_tiedlora.base.text_files import Size, Text, file_sha256, read_fields, read_json_object, write_yaml

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_tiedlora.base.errors import UserError, as_given
+from megatron_tiedlora.base.messages import UserError, as_given
 from megatron_tiedlora.base.text_files import read_fields, read_json_object, read_json_or_none
 from megatron_tiedlora.checkpoint.resume import PROGRESS_FILE, named_checkpoint
 from megatron_tiedlora.config.fields import marked

@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from megatron_tiedlora.base.atomic import Guard, discard, make_way_for_log, unguarded, write_json, write_text
-from megatron_tiedlora.base.errors import UserError, csv_text, printable, show, user_path
+from megatron_tiedlora.base.messages import UserError, csv_text, printable, show, user_path
 from megatron_tiedlora.base.ownership import FolderLock, take_folder
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.text_files import write_yaml

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from megatron_tiedlora.base.errors import markdown_lines, printable
+from megatron_tiedlora.base.messages import markdown_lines, printable
 from megatron_tiedlora.base.methods import METHOD_NAMES, find_method
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.config.presets import PRESETS

@@ -15,7 +15,7 @@ import torch
 
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
 from megatron_tiedlora.adapters.tying import AdapterLayout, gather_full
-from megatron_tiedlora.base.errors import UserError, named, printable
+from megatron_tiedlora.base.messages import UserError, named, printable
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
 from megatron_tiedlora.checkpoint.native_adapter import save_adapter
 from megatron_tiedlora.checkpoint.resume import Progress, moment_name, save_checkpoint

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank, Dropout
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter, initial_values
 from megatron_tiedlora.adapters.tying import MOMENTS, sum_of_u
-from megatron_tiedlora.base.errors import UserError, count_text
+from megatron_tiedlora.base.messages import UserError, count_text
 from megatron_tiedlora.checkpoint.base_identity import (
     BaseIdentity,
     check_same_base,

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config, targets_of
-from megatron_tiedlora.base.errors import UserError, first_line
+from megatron_tiedlora.base.messages import UserError, first_line
 from megatron_tiedlora.base.output_folder import make_private_folder
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.batch import find_supervised

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_tiedlora.base.atomic import Guard, write_json
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.text_files import Count, Real, Text, read_fields, read_json_object
 
 REASON = "halving: "  # begins the reason for the end of what was stopped

@@ -14,7 +14,7 @@ from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
-from megatron_tiedlora.base.errors import UserError, named, printable
+from megatron_tiedlora.base.messages import UserError, named, printable
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.checkpoint.resume import Progress
 from megatron_tiedlora.data.loader import Owned, TrainingStep, fill_rounds, shared_micro_batch

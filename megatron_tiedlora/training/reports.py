@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from megatron_tiedlora.base.errors import aligned_lines, bytes_in_words, count_text, range_text
+from megatron_tiedlora.base.messages import aligned_lines, bytes_in_words, count_text, range_text
 from megatron_tiedlora.base.output_folder import first_free
 from megatron_tiedlora.base.shapes import QKV
 from megatron_tiedlora.base.text_files import read_json_object

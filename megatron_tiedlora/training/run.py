@@ -1,6 +1,6 @@
 """A run on one rank, from its settings to its end. Read top to bottom: it is the table of contents of a run."""
 
-from megatron_tiedlora.base.errors import show
+from megatron_tiedlora.base.messages import show
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.runtime.ending import End, reported_end
 from megatron_tiedlora.runtime.launch_env import rank_and_world_size

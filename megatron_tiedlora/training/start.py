@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from megatron_tiedlora.base.atomic import write_json
-from megatron_tiedlora.base.errors import UserError, count_text, naming, user_path
 from megatron_tiedlora.base.extras import installed_versions
+from megatron_tiedlora.base.messages import UserError, count_text, naming, user_path
 from megatron_tiedlora.base.ownership import Owner
 from megatron_tiedlora.base.text_files import read_json_object, read_json_or_none
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter, save_adapter

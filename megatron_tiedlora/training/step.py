@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 
 from megatron_tiedlora.adapters.tying import GradientGuard, find_mismatches
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.data.loader import TrainingStep, shared_micro_batch, shared_rounds
 from megatron_tiedlora.engine.runner import Divisors, Missing, Runner
 from megatron_tiedlora.parallel.agreement import first_messages, max_over_ranks, raise_on_every_rank, sum_over_ranks

@@ -28,7 +28,7 @@ import torch
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
 from megatron_tiedlora.base.atomic import new_file
-from megatron_tiedlora.base.errors import UserError, first_line, show
+from megatron_tiedlora.base.messages import UserError, first_line, show
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.config.settings import profiled_steps
 from megatron_tiedlora.data.loader import TrainingStep

@@ -6,7 +6,7 @@ import pytest
 from task_files import refusal
 from tiny_models import write_tiny_model
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.benchmark.compare import measure_sides
 from megatron_tiedlora.benchmark.layout import plan_benchmark
 from megatron_tiedlora.config.bench_settings import BenchSettings

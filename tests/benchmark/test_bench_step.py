@@ -19,7 +19,7 @@ from ranks import ENVIRONMENT
 from run_helpers import Ended, start_command
 from tiny_models import write_tiny_model
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.shapes import precision_in_words
 from megatron_tiedlora.benchmark.compare import (
     IN_TURN,

@@ -13,7 +13,7 @@ from forked_ranks import run_on_ranks
 from run_helpers import run_ranks
 from tiny_models import write_tiny_model
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.benchmark import machine as measuring
 from megatron_tiedlora.benchmark.machine import measure_machine
 from megatron_tiedlora.checkpoint.sources import find_model

@@ -13,7 +13,7 @@ import pytest
 from folders import ROOT
 from ranks import ENVIRONMENT
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.cluster.doctor.compare import is_loopback
 from megatron_tiedlora.cluster.doctor.trial import find_job
 from megatron_tiedlora.commands.front import call

@@ -8,7 +8,7 @@ import pytest
 from deepspeed.launcher.runner import EXPORT_ENVS
 from launcher_jobs import make_job
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.cluster.launchers import EXPORTS, plan_start
 from megatron_tiedlora.config.hosts import Host
 

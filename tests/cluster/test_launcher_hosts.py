@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.cluster.doctor.trial import find_job
 from megatron_tiedlora.cluster.launchers import plan_start
 from megatron_tiedlora.cluster.start import check_num_ranks, choose_hosts, make_job

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from launcher_jobs import given, hosts_here, make_job, start
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.cluster.launchers import Job, plan_start
 from megatron_tiedlora.config.hosts import Host
 

@@ -21,7 +21,7 @@ import psutil
 import pytest
 from launcher_jobs import make_job, write_program
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.cluster.launchers import Job
 from megatron_tiedlora.cluster.start import _say_what_may_be_left, launch
 from megatron_tiedlora.config.cli import parse_settings

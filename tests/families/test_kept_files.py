@@ -16,7 +16,7 @@ from run_helpers import run_ranks
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
 from megatron_tiedlora.checkpoint.resume import load_checkpoint
 from megatron_tiedlora.checkpoint.sources import find_model

@@ -14,7 +14,7 @@ from oracle import OracleConfig
 from safetensors.torch import load_file, save_file
 from tiny_models import EOS_ID, random_adapter, write_tiny_model
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.convert.export_peft import export_peft

@@ -18,7 +18,7 @@ from folders import ROOT
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_config, write_tiny_model
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.shapes import HeadShape, LinearScaling, ModelShape, RopeShape, StoredRows
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model

@@ -32,7 +32,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 
 # Cases in the suite, by target and by part of it.
 SHARES: Mapping[str, Mapping[str, int]] = {

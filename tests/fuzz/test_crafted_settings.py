@@ -12,7 +12,7 @@ from fuzzing import outcome
 from study_files import write_run, write_study
 from valid import METRICS
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.batch import BatchPlan
 from megatron_tiedlora.config.cli import parse_settings

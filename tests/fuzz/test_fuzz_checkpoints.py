@@ -12,7 +12,7 @@ from fuzzing import MAPPED, Draw, cases, explore, outcome, printable, tree
 from run_files import edit_tensors
 from valid import check_adapter, check_checkpoint, write_run
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_native_adapter, save_adapter
 from megatron_tiedlora.checkpoint.resume import (
     CHECKPOINT_FILES,

@@ -17,7 +17,7 @@ from task_files import HUB_ROWS, write_rows
 from tiny_models import NUM_TOKENIZER_TOKENS, write_tiny_tokenizer
 from zoo_oracle import TOOLS
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.data.cache import tokenised_once
 from megatron_tiedlora.data.encode import Encoding, encode_examples, encode_prompts
 from megatron_tiedlora.data.splits import load_split

@@ -11,7 +11,7 @@ from fuzzing import Draw, cases, explore, outcome, printable
 from study_files import write_scored, write_study
 from valid import METRICS
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.cluster.start import StatusFile, judge
 from megatron_tiedlora.config.hosts import Host, read_hostfile, slurm_hosts
 from megatron_tiedlora.runtime.run_folder import RunFolder, read_metrics

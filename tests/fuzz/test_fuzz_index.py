@@ -18,7 +18,7 @@ import pytest
 from damage import NASTY, clear, damaged, odd_place
 from fuzzing import MAPPED, Draw, bounded, cases, explore, outcome, printable
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, save_adapter
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.sharing.index import FORMAT, INDEX_FILE

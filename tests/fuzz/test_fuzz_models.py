@@ -15,7 +15,7 @@ from quantised_folders import KINDS, SHAPE, quantised_folder
 from safetensors.torch import load_file, save_file
 from tiny_models import LLAMA3_ROPE, write_tiny_model, write_tiny_tokenizer
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model

@@ -16,7 +16,7 @@ import pytest
 from run_files import edit_json, losses
 from run_helpers import Base, run, run_ranks, write_base
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.planning.report import dry_run_report
 from megatron_tiedlora.planning.run_plan import plan_run

@@ -67,7 +67,7 @@ def _lose_the_log(name: str, step: int) -> None:
     import importlib
 
     module: Any = importlib.import_module("megatron_tiedlora.runtime.run_folder")
-    errors: Any = importlib.import_module("megatron_tiedlora.base.errors")
+    errors: Any = importlib.import_module("megatron_tiedlora.base.messages")
     write = module.MetricsLog.write
 
     def failing(log: Any, row: dict[str, Any]) -> None:
@@ -79,7 +79,7 @@ def _lose_the_log(name: str, step: int) -> None:
 
 
 def _cannot_write_the_settings_of_b() -> None:
-    from megatron_tiedlora.base.errors import UserError
+    from megatron_tiedlora.base.messages import UserError
 
     def look(plan: Any, folder: Any) -> None:
         if folder.path.name == "b":

@@ -14,7 +14,7 @@ from run_files import files_of
 from run_helpers import Base, begin, run_ranks, write_adapters
 from task_files import refusal
 
-from megatron_tiedlora.base.errors import bytes_in_words
+from megatron_tiedlora.base.messages import bytes_in_words
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.planning.adapter_plans import counted, plan_adapters, prepare_all_data
 from megatron_tiedlora.planning.layout import MicroBatchShape

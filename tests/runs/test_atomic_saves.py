@@ -16,7 +16,7 @@ from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base import atomic
 from megatron_tiedlora.base.atomic import new_folder, remove_leftovers, write_text
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint import resume
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_native_adapter, save_adapter
 from megatron_tiedlora.checkpoint.resume import (

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from task_files import refusal
 from tiny_models import write_tiny_model
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.base_identity import identify_base, sample_hash
 from megatron_tiedlora.checkpoint.base_weights import RUN_LENGTH, SAMPLED_RUNS, BaseWeights
 from megatron_tiedlora.checkpoint.sources import find_model

@@ -12,7 +12,7 @@ import pytest
 from folders import ROOT
 from study_files import no_start
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.output_folder import last_name
 from megatron_tiedlora.cluster.start import launch
 from megatron_tiedlora.commands.front import call

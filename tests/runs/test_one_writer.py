@@ -134,7 +134,7 @@ def test_a_start_that_fails_before_it_writes_leaves_nothing(base: Base, tmp_path
 
 
 def _fail(*_: Any) -> None:
-    from megatron_tiedlora.base.errors import UserError
+    from megatron_tiedlora.base.messages import UserError
 
     raise UserError("no such luck")
 

@@ -17,7 +17,7 @@ from run_files import losses, run_settings, status
 from run_helpers import start_command, write_rows
 from tiny_models import write_tiny_model
 
-from megatron_tiedlora.base.errors import bytes_in_words, time_text
+from megatron_tiedlora.base.messages import bytes_in_words, time_text
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.settings import Settings

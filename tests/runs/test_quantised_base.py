@@ -17,7 +17,7 @@ from run_helpers import Base, Ended, begin, run, write_base
 from safetensors.torch import load_file, save_file
 from task_files import refusal
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings

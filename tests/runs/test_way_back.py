@@ -21,7 +21,7 @@ from run_preludes import kill_at_step, scripted_validation
 from task_files import refusal
 from tiny_models import write_tiny_model
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.resume import (
     CHECKPOINT_FILES,

@@ -22,7 +22,7 @@ from run_helpers import Base
 from study_files import no_start
 from sweep_runs import LAUNCH, a_job, study_arguments, write_study_base
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.ownership import OWNER_FILE, take_folder
 from megatron_tiedlora.cluster.launchers import plan_start
 from megatron_tiedlora.cluster.start import StopSignals

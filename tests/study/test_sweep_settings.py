@@ -15,7 +15,7 @@ from run_helpers import Base, write_base
 from study_files import no_start, write_run, write_study
 from sweep_runs import LAUNCH, study_arguments
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.cluster.start import StopSignals
 from megatron_tiedlora.config.adapters_file import PER_ADAPTER
 from megatron_tiedlora.config.sweep_settings import parse_sweep

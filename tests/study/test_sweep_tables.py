@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from study_files import SCORED, no_start, write_run, write_score, write_scored, write_study
 
-from megatron_tiedlora.base.errors import UserError, csv_text
+from megatron_tiedlora.base.messages import UserError, csv_text
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.config.sweep_settings import parse_sweep

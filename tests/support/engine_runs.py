@@ -28,7 +28,7 @@ from shared_tensors import tl6_shares
 from tiny_models import pack_samples
 from torch import distributed
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.config.settings import make_settings
 
 

@@ -14,7 +14,7 @@ from hf_models import our_logits
 from peft_models import logits_of, share
 from safetensors.torch import load_file, save_file
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_native_adapter, save_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.convert.merge import merge_adapter

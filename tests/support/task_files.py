@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 
 # One row of each task with fields of its own, as the hub has it.
 HUB_ROWS: dict[str, dict[str, Any]] = {

@@ -7,7 +7,7 @@ not all the others.
 import ipaddress
 from collections.abc import Callable, Iterator, Sequence
 
-from megatron_tiedlora.base.errors import (
+from megatron_tiedlora.base.messages import (
     aligned_lines,
     bytes_in_words,
     count_text,

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from megatron_tiedlora.base.errors import first_line
+from megatron_tiedlora.base.messages import first_line
 from megatron_tiedlora.base.output_folder import nearest_existing
 from megatron_tiedlora.base.text_files import seen_late
 from megatron_tiedlora.parallel.groups import Grid

@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, get_args
 
-from megatron_tiedlora.base.errors import count_text, enumerate_names, user_path
+from megatron_tiedlora.base.messages import count_text, enumerate_names, user_path
 from megatron_tiedlora.cluster.doctor.compare import compare_hosts
 from megatron_tiedlora.cluster.doctor.rank import (
     NOT_SEEN,

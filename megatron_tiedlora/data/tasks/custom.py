@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_tiedlora.base.errors import UserError, shown
+from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.data.readers import (
     checked_text,
     describe_fields,

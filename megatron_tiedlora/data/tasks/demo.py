@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.data.readers import Row
 from megatron_tiedlora.data.task import Split, Task
 from megatron_tiedlora.data.tasks import gsm8k

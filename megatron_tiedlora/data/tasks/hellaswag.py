@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_tiedlora.base.errors import UserError, shown
+from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.data.readers import checked_text, required_text, required_texts, without
 from megatron_tiedlora.data.task import HubSource, Parts, Reading, Task
 

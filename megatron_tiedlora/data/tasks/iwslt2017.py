@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_tiedlora.base.errors import UserError, user_path
+from megatron_tiedlora.base.messages import UserError, user_path
 from megatron_tiedlora.data.readers import (
     SUFFIXES,
     Row,

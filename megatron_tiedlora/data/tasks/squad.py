@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from megatron_tiedlora.base.errors import UserError, shown
+from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.data.readers import Row, required_text, required_texts, without
 from megatron_tiedlora.data.task import HubSource, Parts, Reading, Task
 

@@ -1,6 +1,6 @@
 """OLMo 3: OLMo 2's layers, most of them with a sliding window and a rotation of their own."""
 
-from megatron_tiedlora.base.errors import UserError, shown
+from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.gated_decoder import BEHIND, gated_decoder
 from megatron_tiedlora.model.hf_config import FULL, SLIDING, HfConfig, read_ropes_by_kind

@@ -1,6 +1,6 @@
 """SmolLM3: LLaMA's layers, in some of which queries and keys are not rotated."""
 
-from megatron_tiedlora.base.errors import UserError, shown
+from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.gated_decoder import gated_decoder
 from megatron_tiedlora.model.hf_config import HfConfig, read_rope

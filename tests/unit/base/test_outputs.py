@@ -9,7 +9,7 @@ from ownership_files import leave_dead, names, take
 from task_files import refusal
 
 from megatron_tiedlora.base.atomic import discard, new_folder, remove_leftovers, write_text
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.output_folder import new_output, take_output, take_output_folder
 from megatron_tiedlora.base.ownership import OWNER_FILE, FolderLock, FolderTaken, OwnerLost
 

@@ -20,7 +20,7 @@ from task_files import refusal
 
 from megatron_tiedlora.base import ownership
 from megatron_tiedlora.base.atomic import remove_leftovers
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.ownership import OWNER_FILE, STALE_SECONDS, FolderLock, FolderTaken, OwnerLost
 
 # Who gets it --------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from folders import ROOT
 from run_helpers import write_base
 from study_files import write_score, write_study
 
-from megatron_tiedlora.base.errors import printable, show
+from megatron_tiedlora.base.messages import printable, show
 from megatron_tiedlora.cluster.doctor.compare import report_text
 from megatron_tiedlora.cluster.doctor.rank import DoctorReport, HostReport, ParallelConfig
 from megatron_tiedlora.cluster.start import StopSignals, say
@@ -53,7 +53,7 @@ def test_lines_that_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
 
 # Functions whose prints hold no text of others, or hold one that is escaped already.
 PRINT = {
-    ("megatron_tiedlora/base/errors.py", "show"),
+    ("megatron_tiedlora/base/messages.py", "show"),
     ("megatron_tiedlora/config/cli.py", "run_command"),  # a UserError
     ("megatron_tiedlora/commands/jobs.py", "doctor"),  # report_text, JSON
     ("megatron_tiedlora/commands/train.py", "main"),  # dry_run_report

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import megatron_tiedlora
 from megatron_tiedlora.base import progress
-from megatron_tiedlora.base.errors import aligned_lines
+from megatron_tiedlora.base.messages import aligned_lines
 from megatron_tiedlora.base.progress import SECONDS_BETWEEN_LINES, progress_bar
 
 Clock = Callable[[float], None]

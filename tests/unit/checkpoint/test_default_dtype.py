@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from tiny_models import write_tiny_model
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint import load_model
 from megatron_tiedlora.checkpoint.load_model import check_same_dtype, describe_dtype, resolve_dtype
 from megatron_tiedlora.checkpoint.tensor_files import DTYPES

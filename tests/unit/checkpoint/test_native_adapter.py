@@ -21,7 +21,7 @@ from tiny_models import random_adapter, write_tiny_model
 import megatron_tiedlora
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, sized_targets, targets_of
 from megatron_tiedlora.adapters.tying import AdapterLayout, gather_state
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
 from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.checkpoint.base_identity import check_same_base

@@ -15,8 +15,8 @@ import pytest
 from folders import ROOT, python
 
 import megatron_tiedlora
-from megatron_tiedlora.base.errors import UserError, show_messages
 from megatron_tiedlora.base.extras import EXTRAS, missing_module, require_extra
+from megatron_tiedlora.base.messages import UserError, show_messages
 from megatron_tiedlora.commands import front
 from megatron_tiedlora.commands.front import (
     _OTHER_NAMES,
@@ -279,7 +279,7 @@ CASES = {
 }
 PROGRAM = """
 import json, sys
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.commands.front import call
 found = []
 for arguments in json.loads(sys.argv[2]):

@@ -14,7 +14,7 @@ from native_files import with_adapter, write_native
 from safetensors.torch import load_file
 from tiny_models import write_tiny_model
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.convert.merge import merge_adapter

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from task_files import refusal
 from tiny_models import write_tiny_model
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter, save_adapter
 from megatron_tiedlora.checkpoint.sources import find_model

@@ -15,7 +15,7 @@ from peft_folders import CONFIG, WEIGHTS, rejection, with_fields, with_tensors
 from peft_models import lora_model, vera_model
 from tiny_models import random_adapter
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.resume import Progress, save_checkpoint
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.convert.inputs import adapter_kind

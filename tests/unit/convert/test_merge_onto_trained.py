@@ -14,7 +14,7 @@ from quantised_models import CROSSING, FORMATS, quantised
 from safetensors.torch import load_file, save_file
 from tiny_models import write_tiny_model
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_native_adapter, save_adapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import write_tiny_model
 from wide_models import watched, write_wide_adapter, write_wide_model
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.checkpoint import load_model as blocks
 from megatron_tiedlora.checkpoint import tensor_files

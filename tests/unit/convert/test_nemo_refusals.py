@@ -18,7 +18,7 @@ import torch
 from nemo_files import TOKENIZER, Sizes, ckpt, draw_tensors, nemo_members, pieces, rank_member, state_dict, write_nemo
 from task_files import refusal
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.convert.nemo import convert_nemo, nemo_model
 
 SMALL = Sizes(layers=2, hidden=16, ffn=24, heads=2)

@@ -14,7 +14,7 @@ from task_files import write_rows
 from token_rows import WORDS, TokenStore, chats, check_same, rows
 from zoo_oracle import CHATML, write_zoo_tokenizer
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.data import cache, encode
 from megatron_tiedlora.data.cache import cache_key
 from megatron_tiedlora.data.splits import load_split

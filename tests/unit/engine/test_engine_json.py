@@ -17,7 +17,7 @@ from deepspeed.runtime.zero.offload_config import (
     DeepSpeedZeroOffloadParamConfig,
 )
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.config.batch import plan_batches
 from megatron_tiedlora.engine.engine import import_muon_uncompiled
 from megatron_tiedlora.engine.engine_json import ZeroSection, load_engine_config

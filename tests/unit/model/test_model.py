@@ -20,7 +20,7 @@ from megatron_tiedlora.adapters.tied_adapter import (
     make_adapter_config,
     targets_of,
 )
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.methods import METHODS
 from megatron_tiedlora.base.shapes import Llama3Scaling, RopeShape
 from megatron_tiedlora.checkpoint.load_model import load_model

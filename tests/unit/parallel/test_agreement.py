@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import distributed
 
 from megatron_tiedlora.adapters.tied_adapter import Target, make_adapter_config
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.base_identity import SHAPE_FIELDS, BaseIdentity
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.resume import Checkpoint, Progress

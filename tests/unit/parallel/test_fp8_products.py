@@ -16,7 +16,7 @@ from megatron_tiedlora.adapters.tied_adapter import (
     make_adapter_config,
     targets_of,
 )
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.shapes import FP8_CAPABILITY
 from megatron_tiedlora.checkpoint.base_weights import draw_
 from megatron_tiedlora.config.settings import make_settings

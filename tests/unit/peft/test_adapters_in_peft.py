@@ -26,7 +26,7 @@ from tiny_models import write_tiny_model
 
 from megatron_tiedlora import peft as tied_peft
 from megatron_tiedlora.adapters.tied_adapter import initial_values, make_adapter_config, targets_of
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.methods import METHOD_NAMES, METHODS
 from megatron_tiedlora.checkpoint.native_adapter import PEFT_TYPE, load_native_adapter
 from megatron_tiedlora.checkpoint.sources import find_model

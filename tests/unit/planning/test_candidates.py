@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from planned import H100, THREE, group_of, searched, short, words_of_a_plan, words_of_a_run
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.plan_settings import parse_plan
 from megatron_tiedlora.model.hf_config import BITSANDBYTES, FBGEMM, StoredFormat

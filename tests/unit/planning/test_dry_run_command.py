@@ -13,7 +13,7 @@ from folders import ROOT
 from run_helpers import write_rows
 from tiny_models import write_tiny_model, write_tiny_tokenizer
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.presets import PRESETS
 

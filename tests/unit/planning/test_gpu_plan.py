@@ -10,7 +10,7 @@ from planned import stage_memory
 from run_files import assert_same_run
 from run_helpers import Base, run, write_base
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.batch import default_rows, plan_batches
 from megatron_tiedlora.config.cli import parse_settings

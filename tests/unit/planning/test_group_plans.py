@@ -11,7 +11,7 @@ import pytest
 from planned import H100, THREE, searched, short
 from run_helpers import run_ranks, write_base
 
-from megatron_tiedlora.base.errors import bytes_in_words
+from megatron_tiedlora.base.messages import bytes_in_words
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.settings import Settings

@@ -18,7 +18,7 @@ from folders import ROOT
 from planned import H100
 from report_tables import stage_table
 
-from megatron_tiedlora.base.errors import UserError, bytes_in_words
+from megatron_tiedlora.base.messages import UserError, bytes_in_words
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.plan_settings import FORMAT_NAMES, parse_plan

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from run_helpers import write_rows
 from tiny_models import write_tiny_model
 
-from megatron_tiedlora.base.errors import UserError, count_text
+from megatron_tiedlora.base.messages import UserError, count_text
 from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.checkpoint.native_adapter import save_adapter
 from megatron_tiedlora.config.settings import Settings, make_settings

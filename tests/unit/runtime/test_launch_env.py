@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.runtime.launch_env import (
     first_to_fail,
     prepare_environment,

@@ -18,7 +18,7 @@ import torch
 from forked_ranks import run_on_ranks
 from torch import distributed
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.runtime import process_group
 from megatron_tiedlora.runtime.ending import End
 from megatron_tiedlora.runtime.heartbeat import gpu_failure_line

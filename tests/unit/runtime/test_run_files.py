@@ -14,7 +14,7 @@ pytest.importorskip("accelerate")
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.ownership import Owner, take_folder
 from megatron_tiedlora.config.train_fields import TENSORBOARD, TRACKER_NAMES
 from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder, check_trackers, take_run_folder

@@ -14,7 +14,7 @@ import pytest
 from folders import ROOT
 from task_files import HUB_ROWS, refusal, write_rows
 
-from megatron_tiedlora.base.errors import UserError, shown
+from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.base.output_folder import make_own_folder, make_private_folder
 from megatron_tiedlora.config.cli import keep_from_others
 from megatron_tiedlora.data.splits import load_split

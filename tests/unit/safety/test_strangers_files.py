@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from sweep_runs import study_arguments, write_study_base
 from tiny_models import write_tiny_model
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.base_identity import sample_hash
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.sources import find_model

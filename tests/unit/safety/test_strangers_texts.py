@@ -18,7 +18,7 @@ from fuzzing import bounded, outcome
 from task_files import refusal, write
 from tiny_models import write_tiny_tokenizer
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.config.hosts import slurm_hosts
 from megatron_tiedlora.convert.peft_files import name_matcher, pattern_finder
 from megatron_tiedlora.data import readers

@@ -15,7 +15,7 @@ import pytest
 from folders import ROOT, python
 
 from megatron_tiedlora.base import extras
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.output_folder import CACHE_VARIABLE, user_cache
 from megatron_tiedlora.checkpoint.sources import demo_model_path
 from megatron_tiedlora.commands import prepare_demo

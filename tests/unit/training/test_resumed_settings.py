@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from checkpoints import checkpoint_of
 
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
 from megatron_tiedlora.training.start import check_resumed_settings, with_kept_warmup

@@ -13,7 +13,7 @@ import torch
 from transformers import get_scheduler
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY
-from megatron_tiedlora.base.errors import UserError
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.config.train_fields import Schedule
 from megatron_tiedlora.training import step as module
