@@ -23,9 +23,33 @@ from megatron_tiedlora.config.train_fields import PAPER_DEFAULTS, TASK_DEFAULTS,
 from megatron_tiedlora.data.tasks import get_task
 
 
+# Scripts of users rely on these names.
+INTERFACE = {
+    "run": "config ds_config output_dir seed resume dry_run world_size plan_for deterministic timeout_minutes"
+    " keep_checkpoints take_over base_differs report_to profile adapters share_micro_batches halving gpu",
+    "model": "model tokenizer dtype base products keep_transposed max_length",
+    "adapter": "init_from method rank alpha layers targets init_std_a init_std_b dropout",
+    "parallel": "tensor_parallel pipeline_parallel sequence_parallel replica_check_steps",
+    "data": "task train_file validation_file test_file prompt_template max_new_tokens eval_batch_size columns train_on"
+    " chat_template add_bos special_tokens_in_text",
+    "speed": "packing compile recompute",
+    "optimisation": "global_batch_size micro_batch_size max_steps epochs learning_rate weight_decay warmup_steps"
+    " schedule beta1 beta2 gradient_clipping eval_interval eval_metric eval_samples patience save_interval"
+    " save_interval_minutes",
+}
+
+
 def rejected(*argv: str, kind: type[CommandSettings] = Settings) -> str:
     """The one line with which `argv` is rejected."""
     return refusal(lambda: parse_settings(argv, kind))
+
+
+def test_flags_are_those_of_the_interface() -> None:
+    groups = {group.title: group for group in build_parser(Settings)._action_groups}
+    for name, flags in INTERFACE.items():
+        found = {option for action in groups[name]._group_actions for option in action.option_strings}
+        assert found == {f"--{flag}" for flag in flags.split()}, name
+    assert set(Settings.groups) == set(INTERFACE)
 
 
 def test_help_is_grouped() -> None:
