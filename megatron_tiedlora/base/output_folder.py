@@ -48,6 +48,8 @@ def numbered(path: Path) -> Iterator[Path]:
 def first_free(path: Path) -> Path:
     """The first of `numbered` that does not exist."""
     return next(one for one in numbered(path) if not os.path.lexists(one))
+
+
 CACHE_VARIABLE = "MEGATRON_TIEDLORA_CACHE"
 
 
@@ -190,19 +192,20 @@ def take_output(
     take_over: bool = False,
     resumes: bool = False,
     reject: Callable[[Path], None] | None = None,
+    hint: str = "wait until it ends, give another folder, or take this one over with --take_over",
 ) -> NewOutput:
     """Become the one process that writes the output `path`.
 
     Args:
         resumes: see `take_folder`.
         reject: see `NewOutput`; default: nothing is replaced.
+        hint: what a user can do if another process is writing it.
 
     Raises:
         FolderTaken: another process is writing it, and `take_over` is False.
         UserError: it is not writable.
     """
     folder = partial_folder(path)
-    hint = "wait until it ends, give another folder, or take this one over with --take_over"
     lock = take_folder(folder, resumes=resumes, take_over=take_over, hint=hint, removed_after=True)
     remove_leftovers(folder, guard=lock.owner.check)
     return NewOutput(path, lock, reject or partial(reject_existing, flag=str(path)))

@@ -45,7 +45,7 @@ class LinearScaling:
 
 @dataclass(frozen=True)
 class Llama3Scaling:
-    """Low frequencies divided by `factor`, high ones unchanged, and those between blended; see `model.rope`."""
+    """Low frequencies divided by `factor`, high ones unchanged, and those between blended; see `model.attention`."""
 
     factor: float
     low_freq_factor: float

@@ -51,7 +51,7 @@ def read_tensors(
     """The tensors of a file in fp32; it must hold exactly those of `shapes`.
 
     Args:
-        sums: checksums by file name; see `checksums.check_file`.
+        sums: checksums by file name; see `text_files.check_file`.
 
     Raises:
         UserError: the file is not a whole safetensors file or has another checksum; or a tensor is missing, unknown, of

@@ -23,16 +23,11 @@ from megatron_tiedlora.runtime.launch_env import EXPECTED_RANKS
 Route = Literal["ssh", "srun", "local"]  # how a launcher reaches the hosts
 
 # Ask nothing, give up a silent host, and share no connection, which would hide that a host is lost.
-_SSH_OPTIONS = (
+SSH_OPTIONS = (
     "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=2"
     " -o ControlMaster=no -o ControlPath=none"
 )
-# For pdsh, and for mpirun 5 and 4. The user's own value replaces it.
-SSH_ENVIRONMENT = {
-    "PDSH_SSH_ARGS_APPEND": _SSH_OPTIONS,
-    "PRTE_MCA_plm_ssh_agent": f"ssh {_SSH_OPTIONS}",
-    "OMPI_MCA_plm_rsh_agent": f"ssh {_SSH_OPTIONS}",
-}
+_AGENTS = ("PRTE_MCA_plm_ssh_agent", "OMPI_MCA_plm_rsh_agent")  # what mpirun 5 and 4 call
 EXPORTS = ("NCCL", "PYTHON", "UCX", "MV2")  # names that begin so go to the other hosts, as DeepSpeed does it
 
 
@@ -114,7 +109,9 @@ def plan_start(job: Job, environment: Mapping[str, str]) -> StartPlan:
     by_launcher = {"deepspeed": _deepspeed, "mpirun": _mpirun, "srun": _srun, "torchrun": _torchrun}
     kept = {name: value for name, value in environment.items() if name not in RANK_VARIABLES[:3]}
     if job.route == "ssh":  # DeepSpeed would export MLFLOW_*, and all users of a host could read its passwords there
-        kept = {**SSH_ENVIRONMENT, **{name: value for name, value in kept.items() if not name.startswith("MLFLOW")}}
+        agents = {} if any(name in kept for name in _AGENTS) else dict.fromkeys(_AGENTS, f"ssh {SSH_OPTIONS}")
+        own = {name: value for name, value in kept.items() if not name.startswith("MLFLOW")}
+        kept = {"PDSH_SSH_ARGS_APPEND": SSH_OPTIONS, **agents, **own}
     return by_launcher[job.launcher](job, {**kept, **job.variables})
 
 
@@ -149,10 +146,15 @@ def _deepspeed(job: Job, environment: Mapping[str, str]) -> StartPlan:
 
 def _users_lines(job: Job, environment: Mapping[str, str]) -> list[str]:
     """The lines of the user's `.deepspeed_env` at home and in the current folder, which it does not read beside ours.
-    DeepSpeed would crash on blank lines and comments."""
-    files = [folder / environment.get("DS_ENV_FILE", ".deepspeed_env") for folder in (Path.home(), job.folder)]
-    lines = [line.strip() for file in files if file.is_file() for line in read_small_text(file).splitlines()]
-    return [line for line in lines if line and not line.startswith("#")]
+    DeepSpeed would crash on blank lines, comments and lines without a value."""
+    found = []
+    for file in (folder / environment.get("DS_ENV_FILE", ".deepspeed_env") for folder in (Path.home(), job.folder)):
+        for number, line in enumerate(read_small_text(file).splitlines() if file.is_file() else (), start=1):
+            if (content := line.strip()) and not content.startswith("#"):
+                if not re.match(r"[A-Za-z_]\w*=", content):
+                    raise UserError(f"{file}:{number}: not of the form NAME=VALUE; correct or remove the line")
+                found.append(content)
+    return found
 
 
 def _mpirun(job: Job, environment: Mapping[str, str]) -> StartPlan:

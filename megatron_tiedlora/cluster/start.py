@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import psutil
@@ -32,7 +31,7 @@ from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.parallel.groups import Grid
 from megatron_tiedlora.runtime.launch_env import visible_gpus
 from megatron_tiedlora.runtime.run_folder import RunFolder, choose_run_folder, run_name
-from megatron_tiedlora.runtime.stopping import STOP_SIGNALS, alive
+from megatron_tiedlora.runtime.stopping import StopSignals, alive
 
 _FIRST_PORT, _NUM_PORTS = 20000, 10000  # below the ephemeral ports of most systems
 POLL_SECONDS, _LOOK_SECONDS = 0.2, 5.0
@@ -40,6 +39,7 @@ _NOTICE_SECONDS = 0.5  # for what a launcher has started here to end by itself a
 LINGER_SECONDS = 30.0  # for a launcher, and for what it started on this machine, to end after the run has
 LATE_SECONDS = 3.0  # until a status that was written on another host is visible here
 _SILENT_SECONDS = 25.0  # an owner that has not renewed its token for so long is dead; it does so every 10 seconds
+_END_SECONDS = 10.0  # for what is left on this machine, from SIGTERM to SIGKILL
 _FORWARDS = ("srun", "mpirun", "prterun")  # SIGUSR1 to their ranks; on SIGTERM they give them no time to save
 
 
@@ -71,7 +71,7 @@ def launch(command: LaunchCommand, *, scripts: Path) -> int:
             return _run(job, command, folder, signals)
 
 
-def _run(job: Job, command: LaunchCommand, folder: RunFolder, signals: "StopSignals") -> int:
+def _run(job: Job, command: LaunchCommand, folder: RunFolder, signals: StopSignals) -> int:
     settings, resume, arguments = command.settings, command.train.resume, job.arguments
     latest = folder.checkpoints / LATEST_FILE
     where, before = ", ".join(f"{host.name} x {host.slots}" for host in job.hosts), stamp(latest)
@@ -88,12 +88,7 @@ def _run(job: Job, command: LaunchCommand, folder: RunFolder, signals: "StopSign
         say(f"{count_text(job.size, 'rank')} on {where} by {job.launcher}, into {folder.path}")
         running = RunningJob(job, plan)
         wait_for_end(running, status, signals, grace=settings.grace_seconds)
-        if left := running.here():
-            names = ", ".join(f"{process.pid} ({_read(process, 'name')})" for process in left)
-            say(f"what is left of the job on this machine is ended: {names}")
-            running.kill(signal.SIGTERM)
-            psutil.wait_procs(left, timeout=LINGER_SECONDS)
-            running.kill()
+        running.end(say)
         ended, passed_on = running.process.returncode, next(iter(signals.received), 0)
         verdict = judge(status, launcher=job.launcher, launcher_status=ended, passed_on=passed_on)
         say(verdict.line)
@@ -180,10 +175,13 @@ def new_port(settings: LaunchSettings) -> int:
 
 
 def check_programs(job: Job) -> None:
-    """Raise UserError if the launcher is not installed here."""
+    """Raise UserError if the launcher, or what it reaches other hosts by, is not installed here."""
     require_extra("train", only=["deepspeed"])
-    if shutil.which(job.launcher_program) is None:
-        raise UserError(f"{job.launcher_program}: no such launcher; install it, or choose another --launcher")
+    own = [word.partition("=")[0] for word in job.launcher_args]
+    by_pdsh = (job.launcher, job.route) == ("deepspeed", "ssh") and "--launcher" not in own
+    for program in (job.launcher_program, *["pdsh"] * by_pdsh, *["ssh"] * (job.route == "ssh")):
+        if shutil.which(program) is None:
+            raise UserError(f"{program}: no such launcher; install it, or choose another --launcher")
 
 
 def command_lines(plan: StartPlan, job: Job, folder: RunFolder, environment: Mapping[str, str]) -> list[str]:
@@ -240,11 +238,12 @@ class RunningJob:
 
         pdsh gives its ssh a group of its own: that is found as its child, and after its end if it was found before.
         """
-        with suppress(psutil.Error):
-            self._seen |= {self.process, *self.process.children(recursive=True)}
         for process in psutil.process_iter():
             with suppress(OSError):
                 self._seen |= {process} if os.getpgid(process.pid) == self.process.pid else set()
+        for process in (self.process, *self._seen):
+            with suppress(psutil.Error):
+                self._seen |= {process, *process.children(recursive=True)}
         self._seen = {process for process in self._seen if alive(process)}
         return list(self._seen)
 
@@ -253,6 +252,15 @@ class RunningJob:
         for process in self.here():
             with suppress(psutil.Error):
                 process.send_signal(number)
+
+    def end(self, say: Callable[[str], None]) -> None:
+        """End what is left on this machine, and say so: by SIGTERM, and after some seconds by SIGKILL."""
+        if left := self.here():
+            names = ", ".join(f"{process.pid} ({_read(process, 'name')})" for process in left)
+            say(f"what is left of the job on this machine is ended: {names}")
+            self.kill(signal.SIGTERM)
+            psutil.wait_procs(left, timeout=_END_SECONDS)
+            self.kill()
 
     def stop(self, number: int) -> None:
         """Tell the ranks to save and to stop. Call it until they have: some may just be starting.
@@ -264,12 +272,16 @@ class RunningJob:
         ranks = {one.pid for one in here if started_program(_read(one, "cmdline") or ()) == self._job.program[-1]}
         ranks -= {one.pid for one in here if _read(one, "ppid") in ranks}
         forwarders = {one.pid for one in here if _read(one, "name") in _FORWARDS}
-        if not ranks | forwarders | self._told:
+        if forwarders or self._job.launcher in _FORWARDS:
+            receivers, number = forwarders, signal.SIGUSR1
+        elif ranks or self._told:
+            receivers = ranks
+        else:  # no rank has begun
             self.kill()
-        direct = set[int]() if self._job.launcher in _FORWARDS else ranks
-        for pid in (forwarders or direct) - self._told:
+            return
+        for pid in receivers - self._told:
             with suppress(OSError):
-                os.kill(pid, signal.SIGUSR1 if forwarders else number)
+                os.kill(pid, number)
             self._told.add(pid)
 
 
@@ -282,11 +294,11 @@ def _read(process: psutil.Process, name: str) -> Any:
 def wait_for_end(
     running: RunningJob,
     status: "StatusFile",
-    signals: "StopSignals",
+    signals: StopSignals,
     *,
     grace: float,
-    show: Callable[[], None] = lambda: None,
-    say: Callable[[str], None] = say,
+    on_poll: Callable[[], None] = lambda: None,
+    tell: Callable[[str], None] = say,
 ) -> None:
     """Wait until the launcher has ended, then for what it leaves on this machine, and for the owner of the run folder.
 
@@ -295,16 +307,17 @@ def wait_for_end(
     Args:
         status: of the run; a job that writes none ends with its launcher.
         grace: seconds for ranks to save after their launcher has ended.
-        show, say: called again and again, to show how far the job is; and with a line of this command's own.
+        on_poll: called again and again, to show how far the job is.
+        tell: called with a line of this command's own.
     """
     said: set[str] = set()
     run_ended = launcher_ended = float("inf")  # when, by the monotonic clock
-    looked = time.monotonic()
+    looked = 0.0
 
     def say_once(line: str) -> None:
         if line not in said:
             said.add(line)
-            say(line)
+            tell(line)
 
     while True:
         now, received, is_new = time.monotonic(), signals.received, status.is_new()
@@ -331,46 +344,8 @@ def wait_for_end(
         if signal.SIGINT in received[1:]:
             say_once("killing all")
             running.kill()
-        show()
+        on_poll()
         time.sleep(POLL_SECONDS)
-
-
-# Signals --------------------------------------------------------------------------------------------------------------
-
-
-class StopSignals:
-    """Inside `with`, record SIGINT, SIGTERM and SIGUSR1 in the order of their arrival, and do nothing else with them.
-
-    SIGHUP (the terminal has closed) counts as SIGTERM, unless it is ignored, as under nohup.
-    """
-
-    def __init__(self) -> None:
-        self.received: list[int] = []
-        self._before: dict[int, Any] = {}
-        self._terminals: list[int] = []
-
-    def __enter__(self) -> "StopSignals":
-        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
-        for number in (*STOP_SIGNALS, *(() if ignored else (signal.SIGHUP,))):
-            self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGHUP:
-            self._leave_terminals()
-        self.received.append(int(signal.SIGTERM) if number == signal.SIGHUP else number)
-
-    def _leave_terminals(self) -> None:
-        """Discard what is printed from now on: printing to a closed terminal would be an error."""
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for descriptor in self._terminals:
-            os.dup2(nowhere, descriptor)
-        os.close(nowhere)
 
 
 # How it ended ---------------------------------------------------------------------------------------------------------

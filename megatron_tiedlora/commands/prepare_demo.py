@@ -78,7 +78,7 @@ def take_demo(output: Path) -> NewOutput:
     deadline = time.monotonic() + LOCK_SECONDS
     while True:
         try:
-            return take_output(output, reject=reject_others)
+            return take_output(output, reject=reject_others, hint="wait until it ends, or give another --output")
         except FolderTaken:
             if time.monotonic() > deadline:
                 raise

@@ -6,7 +6,7 @@ a time. For a loss, rows are processed in groups whose activations fit into the 
 for each group.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,6 @@ from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.load_model import ReadRows, adapter_part, row_blocks
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
-from megatron_tiedlora.config.batch import filled
 from megatron_tiedlora.model.batch import MicroBatch
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
@@ -81,7 +80,7 @@ def layerwise_loss(
         progress: show a bar.
     """
     layers, total = _Layers(shape, dtype, device, between), 0.0
-    for group in _groups(list(batches), shape.hidden_size * dtype.itemsize):
+    for group in _groups(batches, shape.hidden_size * dtype.itemsize):
         with progress_bar("loss", "layer", total=shape.num_layers + 2, shows=progress) as bar:
             inputs = [(batch.tokens, batch.positions) for batch in group]
             hidden = layers.hidden([(read, {"": adapter})], inputs, bar)[""]
@@ -93,10 +92,19 @@ def layerwise_loss(
     return total
 
 
-def _groups(batches: Sequence[MicroBatch], bytes_per_token: int) -> list[list[MicroBatch]]:
-    """Batches whose activations fit into memory together; at least one."""
-    most = int(_SHARE * psutil.virtual_memory().available)
-    return filled(batches, [batch.tokens.numel() * bytes_per_token for batch in batches], [most] * len(batches))
+def _groups(batches: Iterable[MicroBatch], bytes_per_token: int) -> Iterator[list[MicroBatch]]:
+    """Batches whose activations fit into memory together; at least one. They are made as they are needed."""
+    group: list[MicroBatch] = []
+    used, most = 0, _SHARE * psutil.virtual_memory().available
+    for batch in batches:
+        size = batch.tokens.numel() * bytes_per_token
+        if group and used + size > most:
+            yield group
+            group, used = [], 0
+        group.append(batch)
+        used += size
+    if group:
+        yield group
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ class ScoredSet:
         endings: ids of each choice as it follows the prompt, by sample; empty if a sample has no choices.
         num_truncated: how many prompts lost their middle.
         end_ids: tokens that end an answer.
+        max_new_tokens: the longest answer, for which prompts leave room.
         batch_size: samples that a data-parallel rank decodes together.
         chat_note: what wrote the text of chats; '' if the rows are no chats.
     """

@@ -6,7 +6,7 @@ The forward pass computes x W^T + c, the backward pass dy W, which does not need
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -102,8 +102,10 @@ class FrozenWeight:
         self.tensor.data.narrow(dim, start, values.shape[dim]).copy_(values)
 
 
-WeightMaker = Callable[..., FrozenWeight]
-"""Makes an empty weight; see `FrozenWeight.empty`."""
+class WeightMaker(Protocol):
+    """Makes an empty weight; see `FrozenWeight.empty`."""
+
+    def __call__(self, *local_shape: int, dtype: torch.dtype, shards_rows: bool = False) -> FrozenWeight: ...
 
 
 def register(module: nn.Module, weight: FrozenWeight) -> FrozenWeight:

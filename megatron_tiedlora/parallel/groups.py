@@ -348,16 +348,6 @@ class StepSum:
 
 
 # Messages and bytes by group ------------------------------------------------------------------------------------------
-#
-# They are counted as they enter torch.distributed: our own, DeepSpeed's, and point to point.
-#
-#     with TrafficCounter(named_handles(groups)) as counter:
-#         ...
-#     counter.traffic
-#
-# Collectives are dispatcher operations of the `c10d` namespace, so a dispatch mode sees all of them, also in the
-# backward pass. Counting takes time, so it is for tests and benchmarks. Calls in a group of one rank do not count as
-# messages.
 
 
 GROUPS = ("tensor", "pipeline", "data", "tied", "stage", "model", "world")
@@ -422,7 +412,16 @@ def named_handles(groups: ParallelGroups) -> dict[str, ProcessGroup | None]:
 
 
 class TrafficCounter(TorchDispatchMode):
-    """Counts what this rank sends inside the `with` block."""
+    """Counts what this rank sends inside the `with` block: our messages, DeepSpeed's, and point to point.
+
+        with TrafficCounter(named_handles(groups)) as counter:
+            ...
+        counter.traffic
+
+    Collectives are dispatcher operations of the `c10d` namespace, so a dispatch mode sees all of them, also in the
+    backward pass. Counting takes time, so it is for tests and benchmarks. Calls in a group of one rank do not count as
+    messages.
+    """
 
     def __init__(self, groups: Mapping[str, ProcessGroup | None]) -> None:
         """`groups`: names of groups, by their handles; messages of any other group are counted as `world`."""

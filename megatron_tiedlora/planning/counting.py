@@ -166,7 +166,7 @@ def _traced_kernel(
 
 @dataclass(frozen=True)
 class CountingGroup(RankGroup):
-    """A group that sends nothing. Bytes are of whole tensors, as in `parallel.traffic`."""
+    """A group that sends nothing. Bytes are of whole tensors, as in `parallel.groups`."""
 
     counts: Counts = field(default_factory=Counts)
 

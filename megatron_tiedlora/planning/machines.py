@@ -1,7 +1,7 @@
 """What a cluster's cards, links and libraries do, as a few named constants, each with its source.
 
 A `Machine` is one kind of card with its node; `machines.yaml` has all that are known. Planners multiply the counts of a
-layout (`passes`, `memory`, `traffic`) by these constants and by nothing else. `tiedlora plan --measure` writes a file
+layout (`passes`, `memory`) by these constants and by nothing else. `tiedlora plan --measure` writes a file
 of them.
 """
 

@@ -373,6 +373,7 @@ _PROJECT_VARIABLES = {
     "clearml": "CLEARML_PROJECT",
 }
 # The argument that names a run within its project, of trackers that have one.
+_LAUNCH_VARIABLES = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _RUN_NAMES = {"wandb": "name", "trackio": "name", "mlflow": "run_name", "swanlab": "experiment_name"}
 
 
@@ -438,11 +439,11 @@ class Trackers:
 def _started(name: str, folder: Path, settings: Mapping[str, Any]) -> Any:
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-    from accelerate.utils import clear_environment
 
     # accelerate's log messages ask for its state. Only rank 0 reports, so it must not see that several were launched.
-    with clear_environment():
-        PartialState(cpu=True)
+    hidden = {name: os.environ.pop(name) for name in _LAUNCH_VARIABLES if name in os.environ}
+    PartialState(cpu=True)
+    os.environ.update(hidden)
     kind = LOGGER_TYPE_TO_CLASS[name]
     folders = (str(folder),) if kind.requires_logging_directory else ()
     keywords = {_RUN_NAMES[name]: folder.name} if name in _RUN_NAMES else {}

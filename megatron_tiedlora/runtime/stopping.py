@@ -4,12 +4,13 @@ A rank that should stop must not leave while its peers wait for it in a collecti
 here, and the ranks act on it after they have agreed in a reduction.
 """
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -192,3 +193,38 @@ def alive(process: psutil.Process) -> bool:
 def exit_status(signal_number: int) -> int:
     """The shell's exit status of a process stopped by a signal: 130 for SIGINT, 143 for SIGTERM, 138 for SIGUSR1."""
     return 128 + signal_number
+
+
+class StopSignals:
+    """Inside `with`, record SIGINT, SIGTERM and SIGUSR1 in the order of their arrival, and do nothing else with them.
+
+    SIGHUP (the terminal has closed) counts as SIGTERM, unless it is ignored, as under nohup.
+    """
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self._before: dict[int, Any] = {}
+        self._terminals: list[int] = []
+
+    def __enter__(self) -> "StopSignals":
+        ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+        for number in (*STOP_SIGNALS, *(() if ignored else (signal.SIGHUP,))):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            self._leave_terminals()
+        self.received.append(int(signal.SIGTERM) if number == signal.SIGHUP else number)
+
+    def _leave_terminals(self) -> None:
+        """Discard what is printed from now on: printing to a closed terminal would be an error."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in self._terminals:
+            os.dup2(nowhere, descriptor)
+        os.close(nowhere)

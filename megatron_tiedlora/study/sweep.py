@@ -26,7 +26,6 @@ from megatron_tiedlora.cluster.launchers import Job, plan_start
 from megatron_tiedlora.cluster.start import (
     RunningJob,
     StatusFile,
-    StopSignals,
     check_programs,
     new_port,
     wait_for_end,
@@ -37,6 +36,7 @@ from megatron_tiedlora.config.sweep_settings import SweepCommand
 from megatron_tiedlora.evaluation.results import RESULTS_FILE
 from megatron_tiedlora.planning.run_plan import with_models_length
 from megatron_tiedlora.runtime.run_folder import RunFolder, metrics_row
+from megatron_tiedlora.runtime.stopping import StopSignals
 from megatron_tiedlora.study.figures import draw_figure2, draw_figure3
 from megatron_tiedlora.study.grid import Run
 from megatron_tiedlora.study.plan import Group, SweepPlan, plan_sweep
@@ -91,7 +91,7 @@ def begin_job(job: Job, log: Path, lock: int) -> RunningJob:
 
 
 def sweep(command: SweepCommand, *, scripts: Path, begin: Begin = begin_job) -> int:
-    """Run or resume a study. Returns the exit status: 0 all finished, 1 something failed, 130 or 143 stopped.
+    """Run or resume a study. Returns the exit status: 0 all finished, 1 something failed, 130, 143 or 138 stopped.
 
     Args:
         scripts: the folder of the scripts of tiedlora train and tiedlora evaluate.
@@ -290,7 +290,8 @@ class Sweep:
         running = self.begin(job, self._log, self.lock)
         try:
             grace = self.command.launcher.grace_seconds
-            wait_for_end(running, status, self.stop, grace=grace, show=self._show, say=self._say)
+            wait_for_end(running, status, self.stop, grace=grace, on_poll=self._show, tell=self._say)
+            running.end(self._say)
         finally:
             running.kill()  # nothing is left, unless this sweep cannot go on
         return not self.stop.received

@@ -37,8 +37,7 @@ from megatron_tiedlora.cluster.doctor.trial import (
     start_ranks,
 )
 from megatron_tiedlora.config.doctor_settings import DoctorSettings
-from megatron_tiedlora.config.hosts import Host, rank_variables
-from megatron_tiedlora.runtime.launch_env import free_port
+from megatron_tiedlora.config.hosts import Host
 from megatron_tiedlora.runtime.machine import Finding, machine_record
 
 LARGE = 64_000_000
@@ -248,12 +247,14 @@ def test_why_nothing_was_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_ranks_have_an_alarm() -> None:
-    """Of their own, where a host is cut off from the doctor."""
+    """Of their own, where a host is cut off from the doctor and no time limit of an exchange ends the rank."""
     order = make_order(LAYOUT).model_copy(update={"timeout": 0.5})
-    module = [sys.executable, "-m", "megatron_tiedlora.cluster.doctor.rank", packed(order)]
-    environment = {**os.environ, **rank_variables(1, 4, 1, "127.0.0.1", free_port("127.0.0.1"))}
-    done = subprocess.run(module, env=environment, capture_output=True, timeout=60)
-    assert done.returncode == -signal.SIGALRM
+    hanging = (
+        "import sys, time; from megatron_tiedlora.cluster.doctor import rank;"
+        " rank.TrialRank.run = lambda self: time.sleep(60); sys.exit(rank.main())"
+    )
+    done = subprocess.run([sys.executable, "-c", hanging, packed(order)], capture_output=True, timeout=60)
+    assert done.returncode == -signal.SIGALRM, done.stderr
 
 
 def examined(monkeypatch: pytest.MonkeyPatch, seen: Trial) -> DoctorReport:

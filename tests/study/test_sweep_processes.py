@@ -25,10 +25,10 @@ from sweep_runs import LAUNCH, a_job, study_arguments, write_study_base
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.ownership import OWNER_FILE, take_folder
 from megatron_tiedlora.cluster.launchers import plan_start
-from megatron_tiedlora.cluster.start import StopSignals
 from megatron_tiedlora.config.sweep_settings import parse_sweep
 from megatron_tiedlora.runtime.launch_env import visible_gpus
 from megatron_tiedlora.runtime.run_folder import take_run_folder
+from megatron_tiedlora.runtime.stopping import StopSignals
 from megatron_tiedlora.study.plan import SweepPlan, plan_sweep
 from megatron_tiedlora.study.record import write_record
 from megatron_tiedlora.study.sweep import Sweep, begin_job, last_lines, lock_study, sweep
@@ -78,6 +78,9 @@ class _Child:
         if not self.told:
             self.world.events.append(f"{self.name} told {number}")
         self.told = True
+
+    def end(self, tell: Any) -> None:
+        assert not self.here()
 
     def kill(self, *_: Any) -> None:
         if self.left:
@@ -308,7 +311,7 @@ def test_a_start_is_found_in_a_log_that_a_kill_cut_off(tmp_path: Path) -> None:
 LISTENER = """
 import sys, time
 from pathlib import Path
-from megatron_tiedlora.cluster.start import StopSignals
+from megatron_tiedlora.runtime.stopping import StopSignals
 with StopSignals() as stop:
     Path(sys.argv[1]).write_text("listens")
     deadline = time.monotonic() + 30

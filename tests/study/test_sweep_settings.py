@@ -16,10 +16,10 @@ from study_files import no_start, write_run, write_study
 from sweep_runs import LAUNCH, study_arguments
 
 from megatron_tiedlora.base.messages import UserError
-from megatron_tiedlora.cluster.start import StopSignals
 from megatron_tiedlora.config.adapters_file import PER_ADAPTER
 from megatron_tiedlora.config.sweep_settings import parse_sweep
 from megatron_tiedlora.data.tasks import TASKS
+from megatron_tiedlora.runtime.stopping import StopSignals
 from megatron_tiedlora.study.grid import Point, make_grid
 from megatron_tiedlora.study.plan import SweepPlan, plan_sweep
 from megatron_tiedlora.study.record import StudyFolder, check_resumable, write_record

@@ -5,6 +5,7 @@ not all the others.
 """
 
 import ipaddress
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 from megatron_tiedlora.base.messages import (
@@ -96,6 +97,12 @@ def compare_machines(hosts: Sequence[HostReport]) -> Iterator[Finding]:
         yield error("same_machine", twice, f"{enumerate_names(twice)} are one machine", fix)
 
 
+def count_gpus(machine: MachineRecord) -> str:
+    """How many it has of each kind."""
+    counts = Counter(gpu.name for gpu in machine.gpus)
+    return ", ".join(f"{number} x {name}" for name, number in sorted(counts.items())) or NO_GPU
+
+
 def kind_of_gpus(machine: MachineRecord) -> str:
     """The names of its kinds of GPUs."""
     return " and ".join(sorted({gpu.name for gpu in machine.gpus})) or NO_GPU
@@ -181,7 +188,7 @@ _SAME: tuple[tuple[str, Callable[[MachineRecord], str]], ...] = (  # values that
     ("deepspeed", lambda machine: machine.versions.get("deepspeed", "-")),
     ("transformers", lambda machine: machine.versions.get("transformers", "-")),
     ("tiedlora", lambda machine: f"{machine.versions.get('megatron_tiedlora', '-')} {machine.source_hash[:6]}"),
-    ("GPUs", lambda machine: f"{len(machine.gpus)} x {kind_of_gpus(machine)}" if machine.gpus else NO_GPU),
+    ("GPUs", count_gpus),
     ("cores", lambda machine: str(machine.num_cores)),
 )
 

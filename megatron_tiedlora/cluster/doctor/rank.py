@@ -37,14 +37,14 @@ if TYPE_CHECKING:
     import torch
 
 RANK_MARK, RANK_END = "doctor-rank ", "."  # of a report's lines, and behind the last of them
-NOT_SEEN = "not seen"
+NOT_SEEN, _CLOSED = "not seen", "no right to write"
 STAGES = ("reported", "started", "joined", "done")
 GroupKind = Literal["tensor", "pipeline", "data"]
 _PIECE = 2000  # letters of a line: launchers pass on lines that are not longer in one piece
 _SHARED_SECONDS = 5.0  # network file systems may cache a folder's content for some seconds
 _ITEM = 4  # bytes of a float32
 _PERIOD = 251  # of the pattern that is summed: a prime, so that it is not aligned with the chunks of a message
-_TURNS = 5  # that are measured
+_TURNS, _LONG_SECONDS = 5, 0.5  # that are measured; fewer if one takes so long
 
 
 class Clock(Record):
@@ -211,7 +211,9 @@ class TrialRank:
         if self._rank in order.first_ranks:
             folder = None if order.output_dir is None else nearest_existing(Path(order.output_dir))
             free = None if folder is None else shutil.disk_usage(folder).free
-            self.say(answer=HostAnswer(machine=machine_record(), output_free_bytes=free))
+            is_open = folder is None or os.access(folder, os.W_OK | os.X_OK)
+            answer = HostAnswer(machine=machine_record(), output_free_bytes=free)
+            self.say(answer=answer, output=None if is_open else _CLOSED)
 
         from torch import distributed
 
@@ -259,9 +261,8 @@ class TrialRank:
         path, wrong = decided_by_rank_0(lambda: (path, _write(path)), kind=tuple[str, str])
         try:
             if self._rank in self._order.first_ranks:
-                is_open = os.access(folder, os.W_OK | os.X_OK)
-                other = "" if wrong else "no right to write" if not is_open else "" if _is_seen(path) else NOT_SEEN
-                self.say(output=wrong if self._rank == 0 else other)
+                other = "" if wrong or _is_seen(path) else NOT_SEEN
+                self.say(output=wrong if self._rank == 0 else self._report.output or other)
             max_over_ranks([0.0])
         finally:
             if self._rank == 0:
@@ -276,17 +277,24 @@ class TrialRank:
         from megatron_tiedlora.training.throughput import timed
 
         part, whole = self._pattern(ranks, device)
-        sums, seconds = torch.empty_like(part), []
-        for _ in range(1 + _TURNS):  # the first one connects the ranks
+        sums, seconds, slowest = torch.empty_like(part), list[float](), 0.0
+        while len(seconds) <= _TURNS and slowest < _LONG_SECONDS:  # the first one connects the ranks
             timed(lambda: sums.copy_(part), device)
             seconds.append(timed(lambda: distributed.all_reduce(sums, group=handle), device))
-        worst = torch.tensor([sum(seconds[1:]) / _TURNS, float(not torch.equal(sums, whole))], device=device)
-        distributed.all_reduce(worst, op=distributed.ReduceOp.MAX, group=handle)
-        slowest, any_wrong = worst.tolist()
+            mean = sum(seconds[1:]) / max(len(seconds) - 1, 1)
+            worst = torch.tensor([mean, float(not torch.equal(sums, whole))], device=device)
+            distributed.all_reduce(worst, op=distributed.ReduceOp.MAX, group=handle)  # all go on, or none
+            slowest, any_wrong = worst.tolist()
         if self._rank == ranks[0]:
             num_bytes = self._order.large_bytes
-            figures = {"seconds": slowest, "bus_bytes_per_second": 2 * (1 - 1 / len(ranks)) * num_bytes / slowest}
-            group = GroupResult(kind=kind, ranks=ranks, num_bytes=num_bytes, correct=not any_wrong, **figures)
+            group = GroupResult(
+                kind=kind,
+                ranks=ranks,
+                num_bytes=num_bytes,
+                seconds=slowest,
+                bus_bytes_per_second=2 * (1 - 1 / len(ranks)) * num_bytes / slowest,
+                correct=not any_wrong,
+            )
             self.say(groups=[*self._report.groups, group])
 
     def _pattern(self, ranks: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -34,18 +34,20 @@ from megatron_tiedlora.cluster.doctor.rank import (
     unpacked,
 )
 from megatron_tiedlora.cluster.launchers import Job, StartPlan, plan_start
-from megatron_tiedlora.cluster.start import POLL_SECONDS, RunningJob, StopSignals, check_programs, make_job
+from megatron_tiedlora.cluster.start import POLL_SECONDS, RunningJob, check_programs, make_job
 from megatron_tiedlora.config.doctor_settings import DoctorSettings
 from megatron_tiedlora.config.launch_settings import LaunchSettings
 from megatron_tiedlora.parallel.groups import Grid
 from megatron_tiedlora.runtime.launch_env import visible_gpus
 from megatron_tiedlora.runtime.machine import Finding, error, warning
+from megatron_tiedlora.runtime.stopping import StopSignals
 
 _PROGRAM = ("-m", "megatron_tiedlora.cluster.doctor.rank")
 _START_SECONDS = 60.0  # for launchers, beside the time that the ranks have
 TEXT: Any = {"encoding": "utf-8", "errors": "replace", "newline": "\n"}  # of what a launcher prints
 _SLOW = 0.5  # of the median bandwidth of its kind
 _NOT_IN_THE_WAY = "output_not_writable"  # explains no failure of the ranks, and so is no reason to leave that out
+
 
 def examine(settings: DoctorSettings, environment: Mapping[str, str], say: Callable[[str], None]) -> DoctorReport:
     """Examine the hosts that the settings or the allocation name.
@@ -124,10 +126,11 @@ def find_job(settings: DoctorSettings, environment: Mapping[str, str]) -> Job:
     launch = LaunchSettings(**{name: getattr(settings, name) for name in of_job})
     # An interactive step of Slurm has one node: use the whole allocation.
     outside = {name: value for name, value in environment.items() if "_STEP_" not in name or name.endswith("NUM_TASKS")}
-    if settings.hostfile is None and "SLURM_JOB_ID" not in environment:
+    job = make_job(launch, outside)
+    if job.route == "local":
         ranks = len(visible_gpus()) or settings.tensor_parallel * settings.pipeline_parallel
-        launch = launch.model_copy(update={"num_gpus": ranks})
-    return make_job(launch, outside)
+        job = make_job(launch.model_copy(update={"num_gpus": ranks}), outside)
+    return job
 
 
 @dataclass

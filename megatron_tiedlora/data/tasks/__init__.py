@@ -9,6 +9,7 @@ from megatron_tiedlora.config.train_fields import TASK_NAMES
 from megatron_tiedlora.data.task import Task
 
 TASKS: Mapping[str, Task] = MappingProxyType({name: import_module(f"{__name__}.{name}").TASK for name in TASK_NAMES})
+assert all(task.name == name for name, task in TASKS.items()), "a task has the name of its file"
 
 
 def get_task(name: str) -> Task:

@@ -51,9 +51,12 @@ def demo_examples(split: Split) -> list[dict[str, str]]:
     or across parts: validation excludes the whole test block, and train excludes both. All parts share their templates,
     so the held-out rows pose known problems with new numbers and names.
 
-    Raises UserError if reasoning-gym is missing.
+    Raises UserError if reasoning-gym is missing, or is a release that makes other rows.
     """
-    return list(islice(_fresh_rows(split), SIZES[split]))
+    rows = list(islice(_fresh_rows(split), SIZES[split]))
+    if len(rows) < SIZES[split]:
+        raise UserError(f"the installed reasoning-gym makes only {len(rows)} of {SIZES[split]} usable rows for {split}")
+    return rows
 
 
 def _fresh_rows(split: Split) -> Iterator[dict[str, str]]:

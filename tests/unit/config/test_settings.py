@@ -22,7 +22,6 @@ from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.config.train_fields import PAPER_DEFAULTS, TASK_DEFAULTS, TASK_NAMES
 from megatron_tiedlora.data.tasks import get_task
 
-
 # Scripts of users rely on these names.
 INTERFACE = {
     "run": "config ds_config output_dir seed resume dry_run world_size plan_for deterministic timeout_minutes"
