@@ -11,11 +11,12 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 
 import psutil
 
-from megatron_tiedlora.base.messages import UserError, shown
+from megatron_tiedlora.base.messages import UserError, shown, user_path
 from megatron_tiedlora.config import hosts
 
 EXPECTED_RANKS = "MEGATRON_TIEDLORA_EXPECTED_RANKS"  # how many ranks the job was meant to start
@@ -24,6 +25,7 @@ _OPENMPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOC
 _SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
 _PMI = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID")
 _AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
+_CHOOSING = ("-i", "-e", "--include", "--exclude", "--num_nodes", "--num_gpus", "--num_accelerators")  # of deepspeed
 _DEFAULT_PORT = 29500  # of DeepSpeed and torch
 
 
@@ -102,8 +104,9 @@ def rank_and_world_size() -> tuple[int, int]:
 
     Raises:
         UserError: the variables are not set, or do not fit the job. The number of ranks differs from
-            MEGATRON_TIEDLORA_EXPECTED_RANKS, or that is not a number. The `torchrun`s of one Slurm step are not
-            connected, so that each would train alone. Or a `torchrun` could not restart its ranks.
+            MEGATRON_TIEDLORA_EXPECTED_RANKS, or that is not a number. The file of a `deepspeed --hostfile` is missing
+            or has other slots. The `torchrun`s of one Slurm step are not connected, so that each would train alone. Or
+            a `torchrun` could not restart its ranks.
     """
     rank, world_size = _rank_and_world_size()
     _check_expected_ranks(world_size)
@@ -141,6 +144,9 @@ def _check_expected_ranks(world_size: int) -> None:
             f"srun started {tasks} tasks, but each torchrun is alone; give torchrun --nnodes, --rdzv_backend c10d,"
             " --rdzv_id and --rdzv_endpoint (launch/README.md), or let srun start the ranks themselves"
         )
+    runner = deepspeed_runner()
+    if runner is not None:
+        _check_hostfile(runner, world_size)
 
 
 def deepspeed_runner() -> psutil.Process | None:
@@ -154,6 +160,26 @@ def deepspeed_runner() -> psutil.Process | None:
         return runner if is_runner else None
     except psutil.Error:  # it died in between
         return None
+
+
+def _check_hostfile(runner: psutil.Process, world_size: int) -> None:
+    """Raise UserError if the hostfile given to `deepspeed` is missing, or its slots differ from the number of ranks.
+
+    If it is missing, DeepSpeed only warns and trains on this host alone (seen in 0.19.8).
+    """
+    try:
+        words, folder = runner.cmdline(), Path(runner.cwd())
+    except psutil.Error:
+        return
+    started = ("megatron_tiedlora", "tiedlora")  # what follows the script, this package or its command belongs to it
+    words = list(takewhile(lambda word: not (word.endswith(".py") or Path(word).name in started), words))
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, _, value = word.partition("=")
+        if name in ("-H", "--hostfile"):
+            given = value or following
+            slots = hosts.num_ranks(hosts.read_hostfile(folder / user_path(given, flag="--hostfile")))
+            if slots != world_size and not any(word.startswith(_CHOOSING) for word in words):
+                raise UserError(f"--hostfile {given} has {slots} slots, but {world_size} ranks started; correct it")
 
 
 def first_to_fail() -> bool:

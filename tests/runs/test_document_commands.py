@@ -133,7 +133,7 @@ class Newcomer:
             if "--tensor_parallel 8" in command:
                 command, ranks = command.replace("--tensor_parallel 8", "--tensor_parallel 2"), 2
         _, *words = words_of(command, {"/shared": str(self.shared)})
-        if "--gpu" not in words:
+        if "--gpu" not in words and "--measure" not in words:
             words += MORE.get(words[0], ())
             if words[0] in ("train", "run") and "--config" not in words:
                 words += [flag for flag in OF_A_RUN if flag.partition("=")[0] not in words]

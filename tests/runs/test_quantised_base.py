@@ -88,7 +88,7 @@ def test_a_plain_run_records_nothing(plain: tuple[Path, Ended]) -> None:
     assert "stored as" not in ended.outputs[0] and "linears of its blocks" not in ended.outputs[0]
 
 
-def refused(base: Base, folder: Path, **changes: Any) -> str:
+def refused(base: Base, folder: Path, /, **changes: Any) -> str:
     """The line with which another start of a run is refused."""
     return refusal(lambda: begin(base.arguments(output_dir=folder, max_steps=2, resume="auto", **changes)))
 

@@ -41,14 +41,14 @@ LINES: Table = {
     "parallel": (2421, "kernels of norms of all heads"),
     "peft": (464, ""),
     "planning": (4582, "the planner, and the plan of a run with its data from training/"),
-    "runtime": (2154, "the record of a machine and its judge, from commands/, cluster/ and selfcheck/"),
+    "runtime": (2180, "the record of a machine and its judge, from commands/, cluster/ and selfcheck/"),
     "selfcheck": (2096, "a report of findings"),
     "sharing": (621, ""),
     "study": (1690, "the bar of a sweep moves with the steps of its runs"),
     "training": (2975, "peers give up all folders; a failed start says so in each; one report"),
 }
 WHOLE: Table = {
-    "lines": (44541, "the call that decides on the number of calls; a value as it was given"),
+    "lines": (44567, "the call that decides on the number of calls; a value as it was given"),
     "modules": (213, ""),
     "import lines in %": (7.53, ""),
 }

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from megatron_tiedlora.base.messages import UserError
+from megatron_tiedlora.runtime import launch_env
 from megatron_tiedlora.runtime.launch_env import (
     first_to_fail,
     prepare_environment,
@@ -101,6 +103,48 @@ def test_blanks_around_the_expected_world_are_passed_over(bare: pytest.MonkeyPat
         assert start(bare, RANK="0", WORLD_SIZE="2", MEGATRON_TIEDLORA_EXPECTED_RANKS=said) == (0, 2)
     with pytest.raises(UserError, match="a world of 2, but 4 ranks"):
         start(bare, MEGATRON_TIEDLORA_EXPECTED_RANKS="4 ")
+
+
+@dataclass(frozen=True)
+class Runner:
+    """The `deepspeed` command above a rank, as psutil tells of it."""
+
+    words: str
+    folder: Path
+
+    def cmdline(self) -> list[str]:
+        return self.words.split()
+
+    def cwd(self) -> str:
+        return str(self.folder)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("deepspeed --hostfile hosts train.py", "--hostfile hosts has 6 slots, but 2 ranks started"),
+        ("deepspeed -H hosts train.py", "--hostfile hosts has 6 slots, but 2 ranks started"),
+        ("deepspeed --hostfile=hosts train.py", "--hostfile hosts has 6 slots, but 2 ranks started"),
+        ("deepspeed --hostfile two train.py", ""),
+        ("deepspeed --hostfile hosts --num_gpus 1 train.py", ""),
+        ("deepspeed --hostfile hosts --include=node1 train.py", ""),
+        ("deepspeed train.py --hostfile hosts", ""),
+        ("deepspeed --hostfile none train.py", "none: cannot be read"),
+        ("deepspeed --hostfile ~nosuchuser/hosts train.py", "is not a path"),
+    ],
+)
+def test_slots_of_deepspeeds_hostfile_are_the_world(
+    bare: pytest.MonkeyPatch, tmp_path: Path, words: str, said: str
+) -> None:
+    (tmp_path / "hosts").write_text("node1 slots=2\nnode2 slots=4\n")
+    (tmp_path / "two").write_text("node1 slots=1\nnode2 slots=1\n")
+    bare.setattr(launch_env, "deepspeed_runner", lambda: Runner(f"python {words}", tmp_path))
+    ranks = {"RANK": "0", "WORLD_SIZE": "2"}
+    if not said:
+        assert start(bare, **ranks) == (0, 2)
+        return
+    with pytest.raises(UserError, match=said):
+        start(bare, **ranks)
 
 
 def test_torchruns_of_one_step_that_do_not_know_of_each_other_are_refused(bare: pytest.MonkeyPatch) -> None:
