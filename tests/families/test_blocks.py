@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from family_models import FAMILY_MODELS
 from kernel_runs import HOST, assert_same_numbers, loss_and_gradients
 from saved_bytes import saved_bytes_per_token
-from tiny_models import write_tiny_model
+from tiny_models import tiny_config, write_tiny_model
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config, targets_of
 from megatron_tiedlora.base.shapes import ModelShape
@@ -90,6 +91,17 @@ def test_gradient_through_norms_of_heads_is_as_exact_as_autograd_s(dtype: torch.
     """They are not kept, but computed again from the rotated result."""
     found, plain = _found_and_true(dtype)
     assert found <= bound and found <= max(1.5 * plain, 1e-14)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective"])
+@pytest.mark.parametrize("name", ["qwen3", "stablelm", "phi3"])
+def test_bytes_kept_of_a_family_in_bf16_are_the_formula_s(name: str, recompute: str) -> None:
+    shape = shape_from_hf(tiny_config(**{**FAMILY_MODELS[name], "num_layers": 2}).to_dict())
+    adapter = make_adapter_config("tl6", rank=3, layers=(1, 2), targets=targets_of(shape), seed=1)
+    specs = layer_specs(shape, dtype=torch.bfloat16, recomputes_gate=recompute == "selective")
+    layout = Layout((adapter,), length=256, dtype=torch.bfloat16, recompute=recompute)
+    counted = saved_bytes_per_token(Stage(specs, TiedAdapter(AdapterPart.whole(adapter))), torch.bfloat16)
+    assert counted == saved_per_token(shape, layout)
 
 
 @pytest.mark.parametrize(("targets", "more"), [(("qkv",), 0), (("qkv", "gate_up"), 32 + 3)])

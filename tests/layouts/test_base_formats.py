@@ -127,10 +127,15 @@ def joined(folder: Path, layout: Layout, by_rank: list[dict[str, torch.Tensor]])
 
 
 def kinds_and_stages(layout: Layout, kinds: Sequence[str], whole: bool) -> list[tuple[str, int]]:
-    """(kind of base, ZeRO stage) at a layout: all that go with it; in part each kind with one of them, in turn."""
+    """(kind of base, ZeRO stage) at a layout: all that go with it; in part each kind with one of them, in turn.
+
+    That is ZeRO-3 for every kind where data-parallel ranks have parts of the base.
+    """
     stages = (0, 1) if layout.pp > 1 else range(4)
     if whole:
         return list(product(kinds, stages))
+    if stages[-1] == 3 and layout.dp > 1:
+        return [(kind, 3) for kind in kinds]
     turn = [other for other in LAYOUTS if (other.pp > 1) == (layout.pp > 1)].index(layout)
     return [(kind, stages[-1 - (turn + number) % 2]) for number, kind in enumerate(kinds)]
 

@@ -32,7 +32,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cases_of(model: Path, ranks: int, whole: bool) -> list[Case]:
     """Every way of sharding with both kinds of rows and of recompute, frozen factors, and one target alone.
 
-    In part, each layout meets every kind of rows and recompute, and each method whole and sharded sequences.
+    In part, each way meets both kinds of rows, each layout every kind of rows and recompute, and each method whole and
+    sharded sequences.
     """
     cases = []
     for layout in {1: [(1, 1, 1)], 2: [(2, 1, 1), (1, 2, 1)], 4: [(2, 2, 1), (4, 1, 1), (2, 1, 2)]}[ranks]:
@@ -51,10 +52,16 @@ def cases_of(model: Path, ranks: int, whole: bool) -> list[Case]:
         return cases
     return part_of(
         cases,
-        lambda case: case.way,
+        lambda case: (case.way, case.packed),
         lambda case: (case.layout, case.recompute, case.packed),
         lambda case: (case.method, case.sequence_parallel),
     )
+
+
+def test_a_part_of_the_cases_keeps_both_kinds_of_rows_in_each_way_of_sharding(model: Path) -> None:
+    for ranks in (1, 2, 4):
+        kept, found = ({(c.way, c.packed) for c in cases_of(model, ranks, whole)} for whole in (False, True))
+        assert kept == found, ranks
 
 
 @pytest.fixture(scope="module")

@@ -78,8 +78,10 @@ Choice = tuple[Layout, str, bool, str, tuple[str, ...]]
 
 
 def choices(whole: bool) -> list[Choice]:
-    """All; in part each layout has both methods, both optimizers and both kinds of targets, and all combinations of the
-    rest occur with tensor parallelism and without, each choice with all targets too."""
+    """All; in part each layout has both methods, whole and cut sequences, both optimizers and both kinds of targets.
+
+    All combinations of the rest occur with tensor parallelism and without, each choice with all targets too.
+    """
     found = [
         choice
         for choice in product(LAYOUTS, ("tl6", "tl5"), (True, False), OPTIMIZERS, KINDS)
@@ -89,10 +91,16 @@ def choices(whole: bool) -> list[Choice]:
         return found
     return part_of(
         found,
-        *(lambda choice, n=n: (choice[0], choice[n]) for n in (1, 3, 4)),
+        *(lambda choice, n=n: (choice[0], choice[n]) for n in (1, 2, 3, 4)),
         lambda choice: (choice[0].tp > 1, choice[1:4]),
         *(lambda choice, n=n: (choice[0].tp > 1, choice[n], choice[4]) for n in (1, 2, 3)),
     )
+
+
+def test_a_part_of_the_choices_keeps_what_each_layout_meets() -> None:
+    for n in range(1, 5):
+        kept, found = ({(choice[0], choice[n]) for choice in choices(whole)} for whole in (False, True))
+        assert kept == found, n
 
 
 @pytest.mark.cpu_seconds(20, reason="every case beside the oracle, in one start for each number of ranks")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "short": {"num_layers": 3, "head_dim": 6, "vocab_size": 321},
     "bias": {"num_layers": 3, "head_dim": 6, "attention_bias": True},
     "tied": {"num_layers": 3, "vocab_size": 321, "tied": True, "llama3_rope": True},
+    "mha_tied": {"num_layers": 3, "num_kv_heads": 4, "tied": True},  # as many key-value heads as heads
     "wide": {"num_layers": 3, "num_heads": 8, "num_kv_heads": 4, "head_dim": 6, "vocab_size": 321},
     "thirds": {"num_layers": 3, "hidden_size": 36, "num_heads": 6, "num_kv_heads": 3, "head_dim": 4},
 }
@@ -61,7 +62,8 @@ def _variants(layout: tuple[int, int, int]) -> list[dict[str, Any]]:
 def _cases(folders: dict[str, Path], ranks: int, *, whole: bool = True) -> list[Case]:
     """Each method, some layers, packed rows, and each model of its own, in each way of sharding.
 
-    In part, each way meets every model, both kinds of rows and every kind of recompute, and each layout every method.
+    In part, each way meets every model, every method, and both kinds of rows with every kind of recompute that they
+    have, and each layout every choice of layers.
     """
     cases, main, short = list[Case](), folders["main"], folders["short"]
     for layout in {1: [(1, 1, 1)], 2: [(2, 1, 1), (1, 2, 1)], 3: [], 4: [(2, 2, 1)]}[ranks]:
@@ -73,6 +75,7 @@ def _cases(folders: dict[str, Path], ranks: int, *, whole: bool = True) -> list[
             cases += [Case(main, method=name, layers=layers, **variant) for name, layers in SOME_LAYERS[1:]]
             cases += [Case(main, method=method, packed=True, **variant) for method in ("lora", "tl6")]
             cases += [Case(folders[shape], **variant) for shape in ("bias", "tied", *FAMILIES)]
+            cases += [Case(folders["mha_tied"], method=method, **variant) for method in ("lora", "tl3", "tl6")]
         cases += [Case(main, packed=True, **_variants(layout)[1])]
         selective = {**_variants(layout)[0], "recompute": "selective"}
         cases += [Case(main, method=method, **selective) for method in ("lora", "tl6")]
@@ -94,8 +97,9 @@ def _cases(folders: dict[str, Path], ranks: int, *, whole: bool = True) -> list[
     return part_of(
         cases,
         lambda case: (case.way, case.folder),
-        lambda case: (case.way, case.packed),
-        lambda case: (case.way, case.recompute),
+        lambda case: (case.way, case.method),
+        lambda case: (case.way, case.packed, case.recompute),
+        lambda case: (case.folder == folders["mha_tied"], case.method),
         lambda case: (case.layout, case.method, case.layers),
         lambda case: (case.method, case.recompute),
         lambda case: (case.way, case.rank),
@@ -108,8 +112,8 @@ NEW_TARGETS = [(target,) for target in ALL_TARGETS if target != "qkv"] + [ALL_TA
 def _target_cases(folders: dict[str, Path], ranks: int, *, whole: bool = True) -> list[Case]:
     """Each target but qkv alone, and all of them, in each way of sharding.
 
-    In part, each of these meets every target and kind of recompute, and each layout every method, model and choice of
-    layers.
+    In part, each of these meets every target, method, model and kind of rows, and every kind of recompute with all
+    targets and without, and each layout every choice of layers, and every model with every kind of recompute.
     """
     cases = list[Case]()
     for layout in {2: [(2, 1, 1), (1, 2, 1)], 4: [(2, 2, 1), (4, 1, 1)]}[ranks]:
@@ -141,10 +145,11 @@ def _target_cases(folders: dict[str, Path], ranks: int, *, whole: bool = True) -
     return part_of(
         cases,
         lambda case: (case.way, case.targets),
-        lambda case: (case.way, case.recompute),
-        lambda case: (case.layout, case.method),
-        lambda case: (case.layout, case.folder),
-        lambda case: (case.layout, case.packed),
+        lambda case: (case.way, case.targets == ALL_TARGETS, case.recompute),
+        lambda case: (case.way, case.method),
+        lambda case: (case.way, case.folder),
+        lambda case: (case.way, case.packed),
+        lambda case: (case.layout, case.folder, case.recompute),
         lambda case: (case.layout, case.layers, case.targets == ALL_TARGETS),
     )
 
@@ -358,7 +363,8 @@ def test_cases_are_what_they_are_meant_to_be(folders: dict[str, Path]) -> None:
     }
     for case in cases:
         shape, tp_size = case.shape, case.layout[0]
-        assert shape.heads.num_kv < shape.heads.num and case.adapter.alpha != case.rank
+        as_many = case.folder == folders["mha_tied"]
+        assert (shape.heads.num_kv == shape.heads.num) == as_many and case.adapter.alpha != case.rank
         assert shape.num_layers % case.layout[1] or case.layout[1] in (1, 3)
         lengths = {batch.input_ids.shape[1] for batch in case.micro_batches}
         assert len(lengths) == 3 or case.packed, lengths
@@ -367,3 +373,14 @@ def test_cases_are_what_they_are_meant_to_be(folders: dict[str, Path]) -> None:
     assert any(case.shape.vocab_size % case.layout[0] for case in cases)
     alone = [case for ranks in (2, 4) for case in _target_cases(folders, ranks, whole=False) if case.layers]
     assert any(not case.part(grid).layers for case in alone for grid in grids(case))
+
+
+def test_a_part_of_the_cases_keeps_every_pair(folders: dict[str, Path]) -> None:
+    """Each way of sharding meets the methods, models and kinds of rows that it meets in all cases."""
+    for make, ranks in chain(product((_cases,), (1, 2, 3, 4)), product((_target_cases,), (2, 4))):
+        part, whole = make(folders, ranks, whole=False), make(folders, ranks)
+        if make is _target_cases:
+            whole = [case for case in whole if case.layout[2] == 1]  # over data-parallel ranks only in all
+        for view in ("method", "folder", "packed"):
+            pairs = [{(case.way, getattr(case, view)) for case in cases} for cases in (part, whole)]
+            assert pairs[0] == pairs[1], (make, ranks, view)

@@ -89,15 +89,16 @@ def test_gradients_equal_the_oracle(model: Path, tmp_path: Path, ranks: int) -> 
 
 
 @pytest.mark.cpu_seconds(40, reason="every case beside the oracle, in one start for each number of ranks")
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", LAYOUTS)
 def test_engines_equal_the_oracle(model: Path, tmp_path: Path, ranks: int) -> None:
     """Steps in fp32 with each way to step adapters: our own, and DeepSpeed's ZeRO-1 to 3.
 
-    Both ways of sharing at (2, 2, 1) and over four stages under ZeRO-1, and one of them at each other layout.
+    Both ways of sharing at (2, 2, 1) and over three and four stages under ZeRO-1, and one of them at each other layout.
     """
     base, oracles = {**settings_of(model, tmp_path), **SHORT}, dict[Any, OracleRun]()
     layouts: dict[int, list[tuple[tuple[int, int, int], int]]] = {
         2: [((1, 1, 2), 0), ((2, 1, 1), 2), ((1, 1, 2), 3)],
+        3: [((1, 3, 1), 1)],
         4: [((2, 2, 1), 1), ((2, 2, 1), 0), ((1, 4, 1), 1), ((1, 2, 2), 0), ((1, 2, 2), 1), ((2, 1, 2), 2)],
     }
     prepared = []

@@ -131,8 +131,18 @@ class Case:
 
     @cached_property
     def samples(self) -> list[OracleBatch]:
-        """A global batch of samples whose lengths and numbers of supervised tokens differ."""
-        return random_batches(1, samples_per_step=6, vocab_size=self.shape.vocab_size, seed=18)[0]
+        """A global batch of samples whose lengths and numbers of supervised tokens differ, with `tokens_at_cuts`.
+
+        Each of these is an input before a supervised token, and a label.
+        """
+        samples = random_batches(1, samples_per_step=6, vocab_size=self.shape.vocab_size, seed=18)[0]
+        whole = [sample for sample in samples if sample.num_supervised == sample.labels.shape[1] - 1]
+        places = [(sample, place) for sample in whole for place in range(1, sample.num_supervised)]
+        tokens = tokens_at_cuts(self.shape.vocab_size)
+        assert len(places) >= len(tokens)
+        for token, (sample, place) in zip(tokens, places, strict=False):
+            sample.input_ids[0, place] = sample.labels[0, place - 1] = token
+        return samples
 
     @cached_property
     def micro_batches(self) -> list[OracleBatch]:
@@ -182,6 +192,12 @@ class Case:
         config, stage = self.adapter_config, self.stages[grid.pp_rank]
         layers = tuple(layer for layer in config.layers if layer in stage)
         return AdapterPart(config, layers, grid.tp_rank, grid.tp_size)
+
+
+def tokens_at_cuts(vocab_size: int) -> list[int]:
+    """The last token before and the first after each cut of a vocabulary over 2, 3 and 4 ranks, and its last one."""
+    cuts = {rank * -(-vocab_size // ranks) for ranks in (2, 3, 4) for rank in range(1, ranks)}
+    return sorted({token for cut in cuts for token in (cut - 1, cut)} | {vocab_size - 1})
 
 
 def _packed(rows: list[OracleBatch], multiple: int) -> OracleBatch:
