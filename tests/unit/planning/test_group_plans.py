@@ -75,6 +75,7 @@ def test_the_dry_run_of_a_plan_s_yaml_has_its_numbers(
     assert "3 adapters of " in text and "500 to 2,000 steps of 16 to 48 samples = 140,000 samples" in text
 
 
+@pytest.mark.cpu_seconds(25, reason="the plan, its reasons and the dry run trace shared micro-batches of real samples")
 def test_plans_with_data_have_the_numbers_of_the_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On CPU ranks: each part of the fullest rank's memory, and the messages of the first step, whose micro-batches
     adapters share."""
