@@ -9,6 +9,7 @@ Read top to bottom: it is the table of contents of an evaluation.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,9 @@ from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.runtime.launch_env import prepare_environment, rank_and_world_size
 
 if TYPE_CHECKING:
+    from megatron_tiedlora.base.output_folder import NewOutput
+    from megatron_tiedlora.evaluation.answering import ScoredSet
+    from megatron_tiedlora.evaluation.plan import EvaluationPlan
     from megatron_tiedlora.runtime.ending import End
     from megatron_tiedlora.runtime.stopping import StopRequests
 
@@ -44,15 +48,12 @@ def main(settings: EvaluateSettings) -> int:
 
 def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: StopRequests, end: End) -> None:
     # These import transformers, which takes seconds; signals are handled already.
-    from megatron_tiedlora.base.output_folder import NewOutput, take_output_folder
-    from megatron_tiedlora.base.ownership import Owner
-    from megatron_tiedlora.checkpoint.load_model import check_same_dtype, load_model
+    from megatron_tiedlora.checkpoint.load_model import load_model
     from megatron_tiedlora.engine.engine import make_groups, make_process_grid
-    from megatron_tiedlora.evaluation.answering import answer_all, check_same_rows, read_scored
+    from megatron_tiedlora.evaluation.answering import answer_all, read_scored
     from megatron_tiedlora.evaluation.generate import Decoder
-    from megatron_tiedlora.evaluation.plan import output_name, plan_evaluations
-    from megatron_tiedlora.evaluation.results import DEFAULT_PARENT, headline, score_answers, score_table, write_results
-    from megatron_tiedlora.parallel.agreement import decided_by_rank_0
+    from megatron_tiedlora.evaluation.plan import plan_evaluations
+    from megatron_tiedlora.evaluation.results import headline, score_answers, score_table, write_results
     from megatron_tiedlora.runtime.process_group import join_process_group
 
     is_main = rank == 0
@@ -60,20 +61,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
     plan, scored = next(iter(plans.values())), read_scored(plans)
     device = join_process_group(settings.timeout_minutes, expected_ranks=world_size)
     end.watch_peers(settings.timeout_minutes)
-    check_same_rows(list(scored.values()))
-    check_same_dtype(plan.dtype_name)
-    output: NewOutput | None = None  # of rank 0
-
-    def take() -> tuple[Path, str]:
-        nonlocal output
-        output = take_output_folder(
-            settings.output_dir, parent=DEFAULT_PARENT, name=output_name(plans), take_over=settings.take_over
-        )
-        end.held.callback(output.release)
-        return output.partial, output.lock.owner.start
-
-    # A folder that is not free is rejected before any work is done.
-    end.owners.append(Owner(*decided_by_rank_0(take, kind=tuple[Path, str]), is_main=is_main))
+    output = take_output(settings, plans, scored, end)
     groups = make_groups(plan.grid, make_process_grid(plan.grid))
     stage = load_model(
         plan.source,
@@ -107,6 +95,38 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
     with stop.deferred():  # this takes a moment, and is then done
         write_results(found, output)
     show(*score_table(found, output.path))
+
+
+def take_output(
+    settings: EvaluateSettings, plans: Mapping[str, EvaluationPlan], scored: Mapping[str, ScoredSet], end: End
+) -> NewOutput | None:
+    """Take the folder of the results on rank 0, which alone gets it, and tell every rank; `end` gives it back.
+
+    Raises:
+        UserError: before any work is done: the folder is not free, or ranks differ in rows or precision.
+    """
+    from megatron_tiedlora.base.output_folder import take_output_folder
+    from megatron_tiedlora.base.ownership import Owner
+    from megatron_tiedlora.checkpoint.load_model import check_same_dtype
+    from megatron_tiedlora.evaluation.answering import check_same_rows
+    from megatron_tiedlora.evaluation.plan import output_name
+    from megatron_tiedlora.evaluation.results import DEFAULT_PARENT
+    from megatron_tiedlora.parallel.agreement import decided_by_rank_0
+
+    check_same_rows(list(scored.values()))
+    check_same_dtype(next(iter(plans.values())).dtype_name)
+    output: NewOutput | None = None
+
+    def take() -> tuple[Path, str]:
+        nonlocal output
+        output = take_output_folder(
+            settings.output_dir, parent=DEFAULT_PARENT, name=output_name(plans), take_over=settings.take_over
+        )
+        end.held.callback(output.release)
+        return output.partial, output.lock.owner.start
+
+    end.owners.append(Owner(*decided_by_rank_0(take, kind=tuple[Path, str]), is_main=end.rank == 0))
+    return output
 
 
 if __name__ == "__main__":

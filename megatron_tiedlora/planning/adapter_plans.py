@@ -222,6 +222,17 @@ def counted(plans: Plans, data: Data) -> dict[str, RunPlan]:
     return found
 
 
+def plan_and_read(settings: Settings, *, rank: int, world_size: int) -> tuple[dict[str, RunPlan], dict[str, RunData]]:
+    """The plans of a run with their data, by the adapter's name: all that a rank can check before it meets the others.
+
+    Raises:
+        UserError: as `plan_adapters`, `prepare_all_data` and `counted`.
+    """
+    plans = plan_adapters(settings, rank=rank, world_size=world_size)
+    data = prepare_all_data(plans)
+    return counted(plans, data), data
+
+
 def prepare_data(plan: RunPlan) -> RunData:
     """Read, check and tokenise every split of the run.
 

@@ -1,7 +1,8 @@
 """From the plans to a running engine: process groups, this rank's stage, its base weights, adapters and optimizers."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, get_args
@@ -97,20 +98,34 @@ def build_model(
         UserError: weights are missing or do not fit, or a checkpoint or --init_from's adapter is of another base.
     """
     shared, resumed = shared_plan(plans), checkpoints or {}
-    states: dict[str, Mapping[str, torch.Tensor] | None] = {}
-    notes: dict[str, tuple[str, ...]] = {}
-    with BaseWeights(shared.source.weights_folder(), shared.source.shape, shared.source.stored) as weights:
-        base = checked_base(shared, weights)
-        for name, plan in plans.items():
-            if (checkpoint := resumed.get(name)) is None:
-                states[name], notes[name] = load_start(plan.settings, plan.source, plan.adapter, base)
-            else:
-                states[name], notes[name] = checkpoint.adapter.state, _check_resumed(plan, base, checkpoint)
+    with checked_starts(plans, resumed) as (weights, base, states, notes):
         model = _build_stage(plans, device, kernels, states)
         load_stage_weights(shared, weights, model.stage, model.groups)
         read, kept = gather_numbers(weights.bytes_read), gather_numbers(stored_bytes(model.stage.layers))
     runner = _start_engine(plans, model, device, resumed)
     return BuiltModel(runner, base, tuple(read), tuple(kept), notes)
+
+
+class _Starts(NamedTuple):
+    weights: BaseWeights
+    base: BaseIdentity
+    states: dict[str, Mapping[str, torch.Tensor] | None]
+    notes: dict[str, tuple[str, ...]]
+
+
+@contextmanager
+def checked_starts(plans: Plans, checkpoints: Mapping[str, Checkpoint | None]) -> Iterator[_Starts]:
+    """The open files of the base, what it is, and what each adapter starts from, by name. Raises as `build_model`."""
+    shared = shared_plan(plans)
+    with BaseWeights(shared.source.weights_folder(), shared.source.shape, shared.source.stored) as weights:
+        starts = _Starts(weights, checked_base(shared, weights), {}, {})
+        for name, plan in plans.items():
+            if (checkpoint := checkpoints.get(name)) is None:
+                state, notes = load_start(plan.settings, plan.source, plan.adapter, starts.base)
+            else:
+                state, notes = checkpoint.adapter.state, _check_resumed(plan, starts.base, checkpoint)
+            starts.states[name], starts.notes[name] = state, notes
+        yield starts
 
 
 def build_random_model(plans: Plans, device: torch.device, *, kernels: Kernels = EAGER) -> BuiltModel:

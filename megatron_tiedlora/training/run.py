@@ -20,7 +20,7 @@ def train_rank(settings: Settings) -> End:
     stop.install()
     with reported_end(rank, world_size, stop) as end:
         # These import DeepSpeed and transformers, which takes seconds; signals are handled already.
-        from megatron_tiedlora.planning.adapter_plans import counted, plan_adapters, prepare_all_data
+        from megatron_tiedlora.planning.adapter_plans import plan_and_read
         from megatron_tiedlora.planning.step_plan import longest_run
         from megatron_tiedlora.training import finish
         from megatron_tiedlora.training.build import build_model
@@ -28,9 +28,7 @@ def train_rank(settings: Settings) -> End:
         from megatron_tiedlora.training.reports import FullReport, RunReport, table_lines
         from megatron_tiedlora.training.start import make_trainer, open_run
 
-        plans = plan_adapters(settings, rank=rank, world_size=world_size)
-        data = prepare_all_data(plans)
-        plans = counted(plans, data)
+        plans, data = plan_and_read(settings, rank=rank, world_size=world_size)
         device = join_process_group(settings.timeout_minutes, expected_ranks=world_size)
         end.watch_peers(settings.timeout_minutes)
         start = open_run(settings, plans, data, end)

@@ -341,6 +341,29 @@ def test_plain_command(copy: Base, tmp_path: Path) -> None:
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize(("changes", "words"), [({"layers": "9"}, "--layers 9: "), ({}, f"{NORM} is missing")])
+def test_a_rank_that_is_refused_leaves_no_folder(copy: Base, changes: dict[str, Any], words: str) -> None:
+    """By a setting, and by a tensor that is not there, for which the folder was taken already."""
+    if not changes:
+        _edit_norm(copy.model, lambda t: t.pop(NORM))
+    folder = copy.folder / "runs" / "new"
+    assert words in run(copy, folder, expect=2, **changes).error_line()
+    assert not folder.exists() and not list(copy.folder.rglob(".writing*"))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("stage", ["resumed setting", "checkpoint"])
+def test_a_rank_that_cannot_resume_changes_nothing(base: Base, stopped: Path, tmp_path: Path, stage: str) -> None:
+    folder, changes, words = Path(shutil.copytree(stopped, tmp_path / "run")), {"rank": 4}, "--rank 3"
+    if stage == "checkpoint":
+        truncate(folder / "checkpoints" / "step_3" / "adapter_model.safetensors")
+        changes, words = {"resume": folder / "checkpoints" / "step_3"}, "not a whole"
+    before = files_of(folder)
+    assert words in run(base, folder, expect=2, **{"resume": "auto", **changes}).error_line()
+    assert files_of(folder) == before
+
+
+@pytest.mark.distributed
 def test_the_reason_is_the_last_line_though_deepspeed_then_stops_rank_0(base: Base, tmp_path: Path) -> None:
     """One line for both ranks, and no run folder."""
     command = deepspeed_command(base.arguments(layers="9"), ranks=2, prelude="late_rank_0")

@@ -358,6 +358,18 @@ BAD: dict[str, tuple[int, Callable[[Models, Path], dict[str, Any]], list[str]]] 
 }
 
 
+@pytest.mark.parametrize("name", ["no_adapter", "field", "occupied"])
+def test_a_rank_that_is_refused_leaves_nothing(name: str, models: Models, tmp_path: Path) -> None:
+    """By a setting, a row and a folder: what is refused in this process below, by the real script."""
+    _, prepare, parts = BAD[name]
+    settings = {"test_file": models.rows, "output_dir": "out", **prepare(models, tmp_path)}
+    work = tmp_path / "work"
+    ended = run_ranks([f"--{key}={value}" for key, value in settings.items()], folder=work, script=EVALUATE).expect(2)
+    line = ended.error_line()
+    assert all(part in line for part in parts), line
+    assert not (work / "out").exists() and not list(tmp_path.rglob(".writing*"))
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_refused_in_one_line(
     name: str, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -72,6 +72,21 @@ def test_the_metric_chooses_the_best_checkpoint(judged: Path) -> None:
     assert any((best[name] != last[name]).any() for name in best)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "layout"), [(4, {"tensor_parallel": 2}), (2, {"pipeline_parallel": 2})], ids=["tp2_dp2", "pp2"]
+)
+def test_scores_do_not_depend_on_the_layout(
+    base: Base, judged: Path, tmp_path: Path, ranks: int, layout: dict[str, int]
+) -> None:
+    here = start(base, tmp_path, ranks, ds_config="zero1.json", **JUDGED, **layout)
+    found, alone = (
+        [(row["step"], row["exact_match"]) for row in metrics(run, "validation")] for run in (here, judged)
+    )
+    assert found == alone
+    assert json.loads((here / "scores.json").read_text()) == json.loads((judged / "scores.json").read_text())
+
+
 def test_validation_samples_are_as_many_as_asked_for_and_test_samples_all(judged: Path) -> None:
     scores = json.loads((judged / "scores.json").read_text())
     assert scores["before"]["exact_match"]["n"] == scores["after"]["exact_match"]["n"] == len(LETTERS)

@@ -8,7 +8,9 @@ import re
 import string
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,13 +29,16 @@ def evaluate(folder: Path, *, work: Path, ranks: int | None = None, prelude: Any
 
 
 def begin(settings: Mapping[str, Any], *, ranks: int = 1) -> None:
-    """Rank 0's start of an evaluation in this process, until it would load the model; then it gives its folder back."""
-    from megatron_tiedlora.base.output_folder import take_output_folder
+    """Rank 0's start of an evaluation in this process, until it would load the model; then it gives its folder back.
+
+    It takes the steps of commands/evaluate.py, without a process group.
+    """
+    from megatron_tiedlora.commands.evaluate import take_output
     from megatron_tiedlora.config.cli import parse_settings
     from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
     from megatron_tiedlora.data.splits import check_files_exist
     from megatron_tiedlora.evaluation.answering import read_scored
-    from megatron_tiedlora.evaluation.plan import output_name, plan_evaluations
+    from megatron_tiedlora.evaluation.plan import plan_evaluations
 
     words = [f"--{name}={value}" for name, value in settings.items() if value is not None and name != "adapters"]
     if adapters := settings.get("adapters"):
@@ -41,8 +46,9 @@ def begin(settings: Mapping[str, Any], *, ranks: int = 1) -> None:
     made = parse_settings(words, EvaluateSettings)
     check_files_exist(made)
     plans = plan_evaluations(made, rank=0, world_size=ranks)
-    read_scored(plans)
-    take_output_folder(made.output_dir, parent="evaluations", name=output_name(plans)).release()
+    with ExitStack() as held:
+        end: Any = SimpleNamespace(rank=0, held=held, owners=[])
+        take_output(made, plans, read_scored(plans), end)
 
 
 def predictions(folder: Path) -> list[dict[str, Any]]:

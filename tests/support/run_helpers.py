@@ -269,30 +269,25 @@ def run(
 
 
 def begin(given: Settings | Sequence[str]) -> None:
-    """The start of a run of one rank in this process, as far as it writes nothing: from the flags or the settings, over
-    model, data, folders and checkpoints, to the files of the base. Then it gives all back.
+    """The start of a run of one rank in this process, as far as it writes nothing: the calls of training/run.py,
+    without a process group, until weights would be loaded. Then it gives all back.
 
     A start that is refused ends here with its UserError, a second before a rank would.
     """
-    from megatron_tiedlora.checkpoint.base_weights import BaseWeights
     from megatron_tiedlora.config.cli import parse_settings
     from megatron_tiedlora.config.settings import Settings
-    from megatron_tiedlora.planning.adapter_plans import counted, plan_adapters, prepare_all_data, shared_plan
-    from megatron_tiedlora.training.build import check_resumed_base, checked_base
+    from megatron_tiedlora.planning.adapter_plans import plan_and_read
+    from megatron_tiedlora.training.build import checked_starts
     from megatron_tiedlora.training.start import open_run
 
     settings = given if isinstance(given, Settings) else parse_settings(list(given), Settings)
-    plans = plan_adapters(settings, rank=0, world_size=1)
-    data = prepare_all_data(plans)
+    plans, data = plan_and_read(settings, rank=0, world_size=1)
     with changed_environment({"RANK": "0", "WORLD_SIZE": "1"}), ExitStack() as held:
         end: Any = SimpleNamespace(held=held, owners=[])
-        start = open_run(settings, counted(plans, data), data, end)
-        for name, checkpoint in start.checkpoints.items():
-            if checkpoint is not None:
-                check_resumed_base(start.plans[name], checkpoint)
-        shared = shared_plan(start.left or plans)
-        with BaseWeights(shared.source.weights_folder(), shared.source.shape, shared.source.stored) as weights:
-            checked_base(shared, weights)
+        start = open_run(settings, plans, data, end)
+        if start.left:
+            with checked_starts(start.left, start.checkpoints):
+                pass
 
 
 def _be_rank(

@@ -105,6 +105,31 @@ def test_config_reads_both_styles_of_rope():
 # ----------------------------------------------------------------------------------------------------- the adapter
 
 
+@pytest.mark.parametrize("shape", ["gqa", "head_dim", "bias"])
+@pytest.mark.parametrize("method", TRAINED_TENSORS)
+@torch.no_grad()
+def test_update_equals_transformers_with_merged_weights(method, shape):
+    model, _, config = base(**SHAPES[shape])
+    adapter = random_adapter(method, config, alpha=6.0)
+    for name in sorted({"u", "v"} - set(TRAINED_TENSORS[method])):  # what the method keeps at 1 is applied, too
+        adapter.tensors[name].uniform_(0.5, 1.5, generator=torch.Generator().manual_seed(ord(name)))
+    before = model(tokens()).logits
+    for i in range(config.num_layers):  # written out here, beside the oracle's own merged_weights
+        a, b = (adapter.A[i], adapter.B[i]) if method == "lora" else (adapter.A, adapter.B)
+        delta = 6.0 / 4 * torch.diag(adapter.v[i]) @ b @ torch.diag(adapter.u[i]) @ a
+        attention = model.model.layers[i].self_attn
+        q, k = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        attention.q_proj.weight += delta[:q]
+        attention.k_proj.weight += delta[q : q + k]
+        attention.v_proj.weight += delta[q + k :]
+    theirs = model(tokens()).logits
+    base_weights = dict(tiny_model(**SHAPES[shape]).state_dict())
+    assert largest_error(theirs, before) > 0.05
+    assert largest_error(oracle_logits(base_weights, config, adapter, tokens()), theirs) < 1e-5
+    merged = merged_weights(base_weights, config, adapter)
+    assert largest_error(oracle_logits(merged, config, None, tokens()), theirs) < 1e-5
+
+
 @pytest.mark.parametrize("method", ["lora", "tl6"])
 @torch.no_grad()
 def test_layers_are_one_based_and_in_the_order_given(method):

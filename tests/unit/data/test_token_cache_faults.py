@@ -103,6 +103,24 @@ def test_damaged_files_are_written_again(store: TokenStore, tmp_path: Path) -> N
         check_same(store.start(file).validation, first.validation)
 
 
+def test_a_whole_folder_is_never_replaced(
+    store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a host that did not see another's lock, nor at first its folder."""
+    file = write_rows(tmp_path / "a.jsonl", rows(9))
+    first = store.start(file)
+    inodes = {path: path.stat().st_ino for path in store.tokens.rglob("*")}
+    read, calls = cache.mapped_arrays, list[Path]()
+
+    def late(path: Path, dtypes: Any) -> Any:
+        calls.append(path)
+        return None if calls.count(path) <= 2 else read(path, dtypes)  # the first look, and before writing
+
+    monkeypatch.setattr(cache, "mapped_arrays", late)
+    check_same(store.start(file).train, first.train)
+    assert {path: path.stat().st_ino for path in store.tokens.rglob("*")} == inodes
+
+
 FACTS = {"sha256": "0" * 64, "mix": ["x"], "first_row": 7, "chats": True, "unended": True}  # none of them is so
 
 

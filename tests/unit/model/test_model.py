@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapted_stages import adapted_stage
+from adapted_stages import adapted_stage, step_numbers
 from tiny_models import LLAMA3_ROPE, tiny_config, write_tiny_model
 
 from megatron_tiedlora.adapters.tied_adapter import (
@@ -26,7 +26,9 @@ from megatron_tiedlora.base.shapes import Llama3Scaling, RopeShape
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.presets import PRESETS
+from megatron_tiedlora.model.attention import Attention
 from megatron_tiedlora.model.families import shape_from_hf
+from megatron_tiedlora.model.layer_specs import Block
 from megatron_tiedlora.parallel import loss as loss_module
 
 # What tests/families does not have of llama.
@@ -104,6 +106,22 @@ def test_only_supervised_positions_meet_the_vocabulary(folder: Path, monkeypatch
     monkeypatch.setattr(model.tail.head, "rows_at_once", 8)  # few rows at a time give the same sum
     assert model(ids, positions(ids), labels).item() == pytest.approx(whole, rel=1e-6)
     assert (labels != -100).sum() == 23 and rows == [8, 8, 8]
+
+
+def test_full_recompute_gives_the_same_gradients(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And computes again what it should: all of a block, but the last MLP has its backward pass at once."""
+    plain, calls = step_numbers(adapted_stage(folder)), list[str]()
+
+    def counting(name: str, real: Any) -> Any:
+        return lambda *arguments, **keywords: [calls.append(name), real(*arguments, **keywords)][1]
+
+    monkeypatch.setattr(Attention, "attend", counting("attend", Attention.attend))
+    monkeypatch.setattr(Block, "add_mlp", counting("feed", Block.add_mlp))
+    recomputed = step_numbers(adapted_stage(folder, recompute="full"))
+    assert calls.count("attend") == 2 * 3 and calls.count("feed") == 2 * 3 - 1
+    assert plain.keys() == recomputed.keys()
+    for name, number in plain.items():
+        assert torch.equal(recomputed[name], number), name
 
 
 def test_a_second_derivative_is_refused(folder: Path) -> None:

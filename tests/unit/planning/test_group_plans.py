@@ -9,12 +9,17 @@ from typing import Any
 
 import pytest
 from planned import H100, THREE, searched, short
+from report_tables import stage_table
 from run_helpers import run_ranks, write_base
 
 from megatron_tiedlora.base.messages import bytes_in_words
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.cli import parse_settings
+from megatron_tiedlora.config.plan_settings import parse_plan
 from megatron_tiedlora.config.settings import Settings
+from megatron_tiedlora.planning.cluster_report import plan_cluster
+from megatron_tiedlora.planning.layout import plan_stages
+from megatron_tiedlora.planning.passes import step_traffic
 from megatron_tiedlora.planning.report import dry_run_report
 
 SOURCE = short("llama2-7b", 6)
@@ -68,6 +73,41 @@ def test_the_dry_run_of_a_plan_s_yaml_has_its_numbers(
     text = capsys.readouterr().out
     assert f"start {row['layout']}" in text and f"adapters: {three}" in (tmp_path / "plan.yaml").read_text()
     assert "3 adapters of " in text and "500 to 2,000 steps of 16 to 48 samples = 140,000 samples" in text
+
+
+@pytest.mark.cpu_seconds(25, reason="the plan, its reasons and the dry run trace shared micro-batches of real samples")
+def test_plans_with_data_have_the_numbers_of_the_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CPU ranks: each part of the fullest rank's memory, and the messages of the first step, whose micro-batches
+    adapters share."""
+    model, layout = write_base(tmp_path / "base", vocab_size=320), "t2p2d1-b2-zero0"
+    monkeypatch.setenv("MEGATRON_TIEDLORA_CACHE", str(model.cache))
+    four = THREE.replace("24", "8").replace("48", "12").replace("3,5", "2,3") + "- name: more\n  epochs: 2\n"
+    (tmp_path / "four.yaml").write_text(four)
+    own = {"adapters": tmp_path / "four.yaml", "output_dir": tmp_path / "runs", "ranks_on_cpu": 4}
+    own |= {"tensor_parallel": 2, "pipeline_parallel": 2, "ds_config": "zero0.json", "recompute": "none"}
+    left = dict.fromkeys(("rank", "micro_batch_size", "max_steps", "warmup_steps"))
+    flags = [*model.arguments(**left, **own), "--formats=none"]
+    record = planned(tmp_path, *flags, f"--layout={layout}")
+    row = next(row for row in record["layouts"] if row["layout"] == layout)
+    report = dry_run(tmp_path, "--plan_for=cpu", "--world_size=4")
+    memory = stage_table(report, "bytes per rank")[row["bytes"]["stage"]]
+    names = {"base": "base weights", "adapter": "adapters", "libraries": "process", "slack": "allocator"}
+    parts = {names.get(part, part): size for part, size in row["bytes"].items()}
+    compared = parts.keys() & memory.keys()
+    assert len(compared) > 5 and {name: memory[name] for name in compared} == {
+        name: bytes_in_words(parts[name]) for name in compared
+    }
+    assert memory["sum"] == bytes_in_words(row["bytes"]["needed"])
+    candidate = plan_cluster(parse_plan(flags)).row(layout, flag="why")
+    assert max(len(batch.adapters) for batch in candidate.step.batches) > 1
+    sent = stage_table(report, "messages and bytes")
+    for stage, cells in zip(plan_stages(candidate.step.shape, candidate.layout), sent, strict=True):
+        traffic = step_traffic(stage, candidate.step.batches)
+        for name, cell in cells.items():
+            if name != "DeepSpeed":
+                count, size = traffic.of_group(name.replace("all ranks", "world"))
+                assert cell == f"{count:,} / {bytes_in_words(size)}", name
+    assert record["adapters"]["more"] == {"steps": 12, "global_batch_size": 4}, "two epochs of 24 samples"
 
 
 def test_the_yaml_of_a_plan_starts_the_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from planned import (
     largest_memory,
     searched,
     short,
+    stage_memory,
     step_parts,
     the_only,
 )
@@ -29,7 +30,8 @@ from megatron_tiedlora.parallel.groups import TENSOR
 from megatron_tiedlora.planning.adapter_plans import counted, plan_adapters, prepare_all_data
 from megatron_tiedlora.planning.cluster_report import hint_lines, plan_cluster
 from megatron_tiedlora.planning.layout import plan_stages
-from megatron_tiedlora.planning.passes import step_traffic
+from megatron_tiedlora.planning.machines import CPU, Machine
+from megatron_tiedlora.planning.passes import saved_per_token, step_flops, step_traffic
 from megatron_tiedlora.planning.planned import Planned
 from megatron_tiedlora.planning.search import Candidate, Storage
 from megatron_tiedlora.planning.step_plan import StepPlan
@@ -106,6 +108,18 @@ def test_the_pruned_table_is_the_full_one() -> None:
 # Terms by hand ------------------------------------------------------------------------------------------------------
 
 
+def test_products_and_attention_are_those_of_the_samples() -> None:
+    """Without recompute they are the FLOPs of MFU, divided by the rates."""
+    one = priced(*ONE, "--global_batch_size=4")
+    adapter, tokens = one.layout.adapters[0], 4 * 4096
+    flops = step_flops(SOURCE.shape, adapter, tokens, 4 * 4096**2, 4 * 4095, num_after=tokens)
+    products = (flops["linears"] + flops["low_rank"] + flops["head"]) / (989.4e12 * 0.72)
+    assert one.seconds.matmuls == pytest.approx(products, rel=1e-3)
+    assert one.seconds.attention == pytest.approx(flops["attention"] / (989.4e12 * 0.26), rel=1e-9)
+    assert one.seconds.launches == 0, "4,096 tokens of 7B take a card longer than launching them"
+    assert one.mfu == pytest.approx(one.work.flops / 989.4e12 / one.seconds.total)
+
+
 def test_reading_beside_computing_is_charged_where_it_is_measured() -> None:
     """Weights of a block forward and, but the first QKV's, back; the head's twice in 4 parts; queries three times."""
     slow = changed(H100, weights__bf16=1e9, queries__bf16=1e6)
@@ -115,6 +129,20 @@ def test_reading_beside_computing_is_charged_where_it_is_measured() -> None:
     head = 2 * 4 * shape.vocab_size * shape.hidden_size
     assert read.matmuls - plain.matmuls == pytest.approx(4 * (blocks + head) / 1e9)
     assert read.attention - plain.attention == pytest.approx(4 * 4096 * 6 * 3 * shape.hidden_size / 1e6)
+
+
+@pytest.mark.parametrize("machine", [H100, CPU], ids=["gpu", "cpu"])
+@pytest.mark.parametrize("keeps", [False, True])
+def test_fp8_products_transpose_on_a_gpu_only(machine: Machine, keeps: bool) -> None:
+    """Half of the matmuls read transposed codes: one byte read and one written. What all of them multiply is rounded:
+    35 bytes a number forward and 49 backward, where the first QKV needs none. On a CPU both are in the emulation."""
+    flags = ("--base=fp8", "--products=fp8", f"--keep_transposed={keeps}", "--global_batch_size=1")
+    one = priced(*flags, *ONE[:3], "--max_length=512", machine=machine)
+    blocks = 6 * SOURCE.shape.block.num_weights - SOURCE.shape.block.qkv.num_weights
+    forward, backward = 6 * (3 * 4096 + 11008), 6 * (12288 + 4096 + 2 * 11008 + 4096) - 12288
+    rounded = 512 * (35 * forward + 49 * backward)
+    moved = (0 if keeps else 2 * blocks) + rounded
+    assert one.seconds.dequantised == pytest.approx(moved / (3350e9 * 0.8) if machine.on_gpu else 0)
 
 
 def test_recompute_is_charged() -> None:
@@ -177,6 +205,20 @@ def test_the_bubble_of_a_pipeline() -> None:
     assert one.seconds.bubble > 0 and shape.num_layers == 6
     alone = priced(*ONE, "--pipeline_parallel=1", "--global_batch_size=6")
     assert alone.seconds.bubble == 0
+
+
+def test_activations_are_of_all_micro_batches_in_flight() -> None:
+    """The first of three stages has three of them in flight, the second two."""
+    flags = (*ONE, "--pipeline_parallel=3", "--global_batch_size=12")
+    one = priced(*flags, ranks=3)
+    stages = one.stages
+    assert [len(stage.blocks) for stage in stages] == [2, 2, 2]
+    first, second = (stage_memory(stage, tokens=4096).activations for stage in stages[:2])
+    saved = saved_per_token(SOURCE.shape, one.layout) * 4096 * 2
+    assert first - second == pytest.approx(saved, rel=0.2), "a micro-batch of two blocks"
+    index, memory = one.fullest
+    assert index == 0 and memory.activations == first
+    assert first > 3 * saved * 0.8
 
 
 @pytest.mark.parametrize("adapters", ["", "- name: a\n- name: b\n  method: lora\n  global_batch_size: 6\n"])

@@ -1,9 +1,10 @@
-"""Traces: counts of small micro-batches give those of all sizes, and a kernel counts as one operation."""
+"""Traces: counts of small micro-batches give those of all sizes, and recompute adds what it computes again."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -15,6 +16,8 @@ from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_
 from megatron_tiedlora.base.shapes import OUTPUT, QKV, TARGET_NAMES
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.model.families import shape_from_hf
+from megatron_tiedlora.planning.layout import Layout, MicroBatchShape, plan_stages
+from megatron_tiedlora.planning.passes import stage_work
 from megatron_tiedlora.planning.trace import Kind, Sizes, Trace, Tracer
 
 SHAPE = shape_from_hf({**PRESETS["llama2-70b"], "num_hidden_layers": 4})
@@ -63,6 +66,33 @@ def test_a_few_traces_give_all_sizes(tp_size: int, sequence_parallel: bool, reco
         for some in sizes:
             wanted = numbers(tracer.trace(kind, some, recompute=recompute))
             assert numbers(tracer.at(kind, some, recompute=recompute)) == pytest.approx(wanted, rel=1e-9), (kind, some)
+
+
+@pytest.mark.parametrize(("tp_size", "sequence_parallel"), PARALLEL)
+@pytest.mark.parametrize("name", [name for name, config in ADAPTERS.items() if config is not None])
+def test_recompute_adds_what_it_computes_again(name: str, tp_size: int, sequence_parallel: bool) -> None:
+    """Nothing else: both passes without it are the same, and it never takes anything away."""
+    batch = MicroBatchShape((0,), (512,), (224,), 200, 512**2)
+    config = ADAPTERS[name]
+    assert config is not None
+    layout = Layout((config,), length=512, tp_size=tp_size, shards_sequences=sequence_parallel)
+    works = {}
+    for recompute in RECOMPUTES:
+        (stage,) = plan_stages(SHAPE, replace(layout, recompute=recompute))
+        works[recompute] = stage_work(stage, batch)
+    assert not any(works["none"].again.values())
+    for recompute in RECOMPUTES:
+        assert works[recompute].forward == works["none"].forward
+        assert works[recompute].backward == works["none"].backward
+        again = works[recompute].again
+        amounts = [count for key, count in again.items() if isinstance(key, str)]
+        assert min([*amounts, *again.sent.messages.values(), *again.sent.bytes.values()]) >= 0
+    gate_up = 2 * 512 * SHAPE.block.gate_up.num_weights / tp_size
+    assert works["selective"].again["linears"] == pytest.approx(3 * gate_up)  # nothing behind the last attention
+    in_blocks = 2 * 512 * SHAPE.block.num_weights / tp_size
+    of_last = 2 * 512 * SHAPE.block.qkv.num_weights / tp_size
+    # of the last block only its QKV, as nothing behind the last attention is recomputed
+    assert works["full"].again["linears"] == pytest.approx(3 * in_blocks + of_last)
 
 
 def test_a_kernel_counts_as_one_operation() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from megatron_tiedlora.base.atomic import unguarded
 from megatron_tiedlora.config.adapters_file import rivals_of
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.training.halving import BatchLosses, find_behind, read_record
-from megatron_tiedlora.training.loop import of_start
+from megatron_tiedlora.training.loop import Trainer, of_start
 
 
 def evaluations(*, gap: float, count: int = 200, seed: int = 1) -> tuple[BatchLosses, BatchLosses]:
@@ -70,6 +71,31 @@ def test_only_rivals_at_the_same_step_are_compared() -> None:
     pairs = ((*numbers[:-2], sum(numbers[-2:])) for numbers in (better.losses, better.tokens))
     apart = BatchLosses(8, *pairs)
     assert apart.loss == pytest.approx(better.loss) and not find_behind({"a": worse, "b": apart}, rivals)
+
+
+def test_evaluations_during_the_warm_up_do_not_count() -> None:
+    """What is clearly behind stops at an evaluation after the warm-up, and not before."""
+    found = dict(zip("ab", evaluations(gap=1.0), strict=True))
+    step = found["a"].step
+
+    def stopped(warmup_steps: int) -> list[str]:
+        names: list[str] = []
+        plan = SimpleNamespace(settings=SimpleNamespace(warmup_steps=warmup_steps))
+        runs = {
+            name: SimpleNamespace(
+                failure=None,
+                evaluated=losses,
+                plan=plan,
+                failing_alone=nullcontext,
+                end_behind=lambda _, name=name: names.append(name),
+            )
+            for name, losses in found.items()
+        }
+        trainer: Any = SimpleNamespace(rivals={"a": ("b",), "b": ("a",)}, adapters=runs, _running=lambda: runs)
+        Trainer._stop_behind(trainer, SimpleNamespace(write=lambda _: None))
+        return names
+
+    assert len(stopped(step)) == 1 and not stopped(step + 1)
 
 
 def test_a_record_is_of_one_step(tmp_path: Path) -> None:
