@@ -31,7 +31,7 @@ LINES: Table = {
     "benchmark": (1615, "its steps go by one interface of a run"),
     "checkpoint": (2197, "models in memory from hf/, merged weights from convert/"),
     "cluster": (1486, ""),
-    "commands": (1086, "the table of commands, from base/"),
+    "commands": (1106, "the table of commands, from base/"),
     "config": (3219, "which adapters differ only in the learning rate, from training/"),
     "convert": (2995, "a merge names a base that becomes shorter before it reads on"),
     "data": (4927, ""),
@@ -40,17 +40,17 @@ LINES: Table = {
     "model": (3582, "how a model is cut, from planning/; the setting of recompute, from engine/; norms by layer"),
     "parallel": (2421, "kernels of norms of all heads"),
     "peft": (464, ""),
-    "planning": (4582, "the planner, and the plan of a run with its data from training/"),
+    "planning": (4593, "the planner, and the plan of a run with its data from training/"),
     "runtime": (2180, "the record of a machine and its judge, from commands/, cluster/ and selfcheck/"),
     "selfcheck": (2096, "a report of findings"),
     "sharing": (621, ""),
     "study": (1690, "the bar of a sweep moves with the steps of its runs"),
-    "training": (2975, "peers give up all folders; a failed start says so in each; one report"),
+    "training": (2988, "peers give up all folders; a failed start says so in each; one report"),
 }
 WHOLE: Table = {
-    "lines": (44567, "the call that decides on the number of calls; a value as it was given"),
+    "lines": (44611, "the call that decides on the number of calls; a value as it was given"),
     "modules": (213, ""),
-    "import lines in %": (7.53, ""),
+    "import lines in %": (7.54, ""),
 }
 # fmt: on
 # Comments and docstrings in percent of all lines, on the day this test was written. The share stays within a tenth of
