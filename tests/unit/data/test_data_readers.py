@@ -179,7 +179,7 @@ def test_how_many_rows_a_bar_expects(tmp_path: Path) -> None:
         ("a.txt", "a text", ["unknown suffix '.txt'", '; write each text as a row {"text": ...} of a .jsonl file']),
         ("a.parquet", "[{},\n{]", ["parquet"]),
         ("a.parquet.gz", "", ["unknown suffix '.parquet.gz'"]),
-        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n{"a": 2,}\n'), [":2: broken JSON"]),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n{"a": 2,}\n', mtime=0), [":2: broken JSON"]),
         ("a.csv", "prompt,completion\na\n", [":2", "has 1 fields", "names 2"]),
         ("a.csv", "prompt,completion\na,b,c\n", [":2", "has 3 fields"]),
         ("a.csv", 'prompt,completion\na,"b\n', ["broken CSV"]),
