@@ -14,13 +14,16 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_tiedlora.base.messages import UserError, aligned_lines, nearest_name, shown
-from megatron_tiedlora.base.shapes import FP8_CAPABILITY
+from megatron_tiedlora.base.shapes import BASE_NAMES, FP8_CAPABILITY
 from megatron_tiedlora.base.text_files import read_json_object, read_yaml_mapping
 from megatron_tiedlora.config.train_fields import GPU_NAMES
 from megatron_tiedlora.model.fused_attention import CANDIDATES
 
 _KNOWN = read_yaml_mapping(Path(__file__).with_suffix(".yaml"))
-CONSTANTS: Mapping[str, tuple[str, str]] = _KNOWN["constants"]  # by name the unit of each, and what it is
+_BY_FORMAT = {"dequantise": [f"dequantise.{name}" for name in BASE_NAMES]}
+CONSTANTS: Mapping[str, tuple[str, str]] = {  # by name the unit of each, and what it is
+    name: entry for key, entry in _KNOWN["constants"].items() for name in _BY_FORMAT.get(key, [key])
+}
 _MOST = 1e30
 _MOST_SHARE = 2.0  # measured ones can be a little more than 1
 
@@ -30,6 +33,9 @@ class Constant(NamedTuple):
 
     value: float
     source: str
+
+
+_BY_BYTES = dict.fromkeys(_BY_FORMAT["dequantise"], Constant(0.0, "by its bytes"))  # unless it was measured
 
 
 @dataclass(frozen=True)
@@ -153,7 +159,7 @@ def _card(name: str, facts: Mapping[str, Any]) -> Machine:
     peak = listed_peak(facts["title"])
     assert peak is not None, "a card of the table has a data sheet"
     of_sheet = {"peak.bf16": peak, **facts["sheet"]}
-    constants = {key: Constant(float(value), source) for key, (value, source) in _KNOWN["card"].items()}
+    constants = _BY_BYTES | {key: Constant(float(value), source) for key, (value, source) in _KNOWN["card"].items()}
     constants |= {key: Constant(float(value), "data sheet") for key, value in of_sheet.items()}
     constants["memory"] = Constant(facts["gib"] * 2**30, "total capacity in PyTorch's messages on this card")
     constants["attention.bf16"] = ATTENTION[major, minor][default_attention((major, minor))]
@@ -167,6 +173,7 @@ CPU = Machine(
     "cpu",
     "CPU",
     False,
-    {key: Constant(float(value), of["source"]) for of in _KNOWN["cpu"] for key, value in of["constants"].items()},
+    _BY_BYTES
+    | {key: Constant(float(value), of["source"]) for of in _KNOWN["cpu"] for key, value in of["constants"].items()},
 )
 assert set(CPU.constants) == set(CONSTANTS), "a machine has every constant"

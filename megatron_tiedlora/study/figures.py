@@ -122,14 +122,14 @@ def _draw(
 ) -> None:
     ranks = {point.rank for points in data.values() for point in points}
     for index, (method, points) in enumerate(data.items()):
-        colour, mark = STYLES[method]
+        colour, mark = STYLES.get(method, (f"C{index}", "x"))
         # Marks at the same rank are shifted a little, so that their error bars do not overlap.
         shift = 2 ** (0.04 * (index - (len(data) - 1) / 2))
         axes.errorbar(
             [point.rank * shift for point in points],
             [point.value for point in points],
             yerr=[[point.below for point in points], [point.above for point in points]],
-            label=NAMES[method],
+            label=NAMES.get(method, method),
             color=colour,
             marker=mark,
             markersize=5,

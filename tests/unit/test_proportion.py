@@ -40,7 +40,7 @@ LINES: Table = {
     "model": (3582, "how a model is cut, from planning/; the setting of recompute, from engine/; norms by layer"),
     "parallel": (2421, "kernels of norms of all heads"),
     "peft": (464, ""),
-    "planning": (4593, "the planner, and the plan of a run with its data from training/"),
+    "planning": (4600, "the planner, and the plan of a run with its data from training/"),
     "runtime": (2180, "the record of a machine and its judge, from commands/, cluster/ and selfcheck/"),
     "selfcheck": (2096, "a report of findings"),
     "sharing": (621, ""),
@@ -48,7 +48,7 @@ LINES: Table = {
     "training": (2988, "peers give up all folders; a failed start says so in each; one report"),
 }
 WHOLE: Table = {
-    "lines": (44611, "the call that decides on the number of calls; a value as it was given"),
+    "lines": (44618, "the call that decides on the number of calls; a value as it was given"),
     "modules": (213, ""),
     "import lines in %": (7.54, ""),
 }
