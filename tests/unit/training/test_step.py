@@ -16,6 +16,7 @@ from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.config.train_fields import Schedule
+from megatron_tiedlora.engine.runner import EngineOptimizer, Optimizers
 from megatron_tiedlora.training import step as module
 from megatron_tiedlora.training.build import (
     SCHEDULES,
@@ -143,6 +144,12 @@ def made(rank: Any, monkeypatch: pytest.MonkeyPatch, names: Sequence[str] = (ONL
         ],
     )
     return TrainStep(dict.fromkeys(names, PLAN), rank, rank, **options)
+
+
+def test_an_engine_s_optimizer_does_all_that_changes_values_in_its_own_way() -> None:
+    """One that it forgot would be done as without an engine, and ZeRO would sum or clip twice."""
+    inherited = {name for name in vars(Optimizers) if name not in vars(EngineOptimizer) and not name.startswith("_")}
+    assert inherited == {"learning_rate", "moments"}
 
 
 @pytest.mark.parametrize("engine_steps", [False, True])
