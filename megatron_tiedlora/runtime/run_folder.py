@@ -442,8 +442,10 @@ def _started(name: str, folder: Path, settings: Mapping[str, Any]) -> Any:
 
     # accelerate's log messages ask for its state. Only rank 0 reports, so it must not see that several were launched.
     hidden = {name: os.environ.pop(name) for name in _LAUNCH_VARIABLES if name in os.environ}
-    PartialState(cpu=True)
-    os.environ.update(hidden)
+    try:
+        PartialState(cpu=True)
+    finally:
+        os.environ.update(hidden)
     kind = LOGGER_TYPE_TO_CLASS[name]
     folders = (str(folder),) if kind.requires_logging_directory else ()
     keywords = {_RUN_NAMES[name]: folder.name} if name in _RUN_NAMES else {}
