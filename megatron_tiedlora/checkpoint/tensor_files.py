@@ -258,7 +258,7 @@ def sharded(tensors: Sequence[StreamedTensor], shard_bytes: int = SHARD_BYTES) -
 
     A tensor is not divided, so a larger one is a shard of its own.
     """
-    shards = filled(tensors, [tensor.num_bytes for tensor in tensors], [shard_bytes] * len(tensors))
+    shards = list(filled((tensor, tensor.num_bytes, shard_bytes) for tensor in tensors))
     files = []
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else SINGLE_FILE

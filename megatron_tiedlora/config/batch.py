@@ -3,7 +3,7 @@
 Nothing else sets batch sizes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -94,18 +94,20 @@ def longest_prompt(max_length: int | None, longest: int, max_new_tokens: int) ->
     return min(max_length or longest, longest - max_new_tokens)
 
 
-def filled(parts: Sequence[Part], sizes: Sequence[int], rooms: Sequence[int]) -> list[list[Part]]:
+def filled(parts: Iterable[tuple[Part, float, float]]) -> Iterator[list[Part]]:
     """Which parts go together, in their order: each joins the last ones if it fits.
 
     Args:
-        rooms: the most that a part may have together with those that join it; a larger one is alone.
+        parts: each with its size, and with the most that it may have together with those that join it; a larger one is
+            alone. They are read as groups are asked for.
     """
-    found: list[list[Part]] = []
-    left = 0
-    for part, size, room in zip(parts, sizes, rooms, strict=True):
-        if not found or size > left:
-            found.append([])
-            left = room
-        found[-1].append(part)
-        left -= size
-    return found
+    group: list[Part] = []
+    left = 0.0
+    for part, size, room in parts:
+        if group and size > left:
+            yield group
+            group = []
+        left = left - size if group else room - size
+        group.append(part)
+    if group:
+        yield group

@@ -19,6 +19,7 @@ from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.load_model import ReadRows, adapter_part, row_blocks
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
+from megatron_tiedlora.config.batch import filled
 from megatron_tiedlora.model.batch import MicroBatch
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
@@ -94,17 +95,8 @@ def layerwise_loss(
 
 def _groups(batches: Iterable[MicroBatch], bytes_per_token: int) -> Iterator[list[MicroBatch]]:
     """Batches whose activations fit into memory together; at least one. They are made as they are needed."""
-    group: list[MicroBatch] = []
-    used, most = 0, _SHARE * psutil.virtual_memory().available
-    for batch in batches:
-        size = batch.tokens.numel() * bytes_per_token
-        if group and used + size > most:
-            yield group
-            group, used = [], 0
-        group.append(batch)
-        used += size
-    if group:
-        yield group
+    most = _SHARE * psutil.virtual_memory().available
+    return filled((batch, batch.tokens.numel() * bytes_per_token, most) for batch in batches)
 
 
 @dataclass(frozen=True)

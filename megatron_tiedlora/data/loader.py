@@ -379,7 +379,7 @@ def fill_rounds(largest: Mapping[str, Sequence[int]], *, capacity: int) -> list[
     found: list[list[tuple[str, int]]] = []
     for number in range(max(map(len, largest.values()), default=0)):
         present = [(name, number) for name, positions in largest.items() if number < len(positions)]
-        found += filled(present, [largest[name][number] for name, _ in present], [capacity] * len(present))
+        found += filled((one, largest[one[0]][number], capacity) for one in present)
     return found
 
 

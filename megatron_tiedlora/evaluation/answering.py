@@ -199,7 +199,7 @@ def answer_all(
             present = [some for some in sets if number < len(some.batches)]
             num_rows = [min(some.batch_size, len(some.batches[number])) for some in present]  # the first rank has most
             rooms = [BATCHES_AT_ONCE * some.scored.batch_size for some in present]
-            for together in filled(present, num_rows, rooms):
+            for together in filled(zip(present, num_rows, rooms, strict=True)):
                 asked = [some.mine_of(number) for some in together]
                 prompts = [some.prompts(indices) for some, indices in zip(together, asked, strict=True)]
                 found = generate(decoder, prompts, agree=agree)

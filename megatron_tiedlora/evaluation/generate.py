@@ -384,7 +384,8 @@ class _Part:
         for turn in zip_longest(*(batch.runs(whole=whole) for batch in self.computed)):
             present = [(batch, run) for batch, run in zip(self.computed, turn, strict=True) if run is not None]
             sizes = [len(batch.prompts[run.start]) * (run.stop - run.start) for batch, run in present]
-            for call in [present] if whole else filled(present, sizes, [PROMPT_TOKENS_AT_ONCE] * len(present)):
+            sized = ((one, size, PROMPT_TOKENS_AT_ONCE) for one, size in zip(present, sizes, strict=True))
+            for call in [present] if whole else filled(sized):
                 rows = [batch.prompt_rows(run, self.decoder.device) for batch, run in call]
                 wanted = [batch.lengths[run] - 1 for batch, run in call]
                 chosen = _most_likely(self.decoder.forward(rows, wanted=wanted))

@@ -14,7 +14,7 @@ from task_files import refusal
 
 from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.config.adapters_file import read_adapters
-from megatron_tiedlora.config.batch import plan_batches, resolve_max_new_tokens
+from megatron_tiedlora.config.batch import filled, plan_batches, resolve_max_new_tokens
 from megatron_tiedlora.config.cli import build_parser, parse_settings
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import CommandSettings
@@ -373,3 +373,11 @@ def test_adapters_that_are_rejected(tmp_path: Path, text: str, message: str) -> 
     assert said.startswith(f"{file}: ") and message in said
     missing = str(tmp_path / "none.yaml")
     assert refusal(lambda: read_adapters(missing, make_settings(GIVEN))).startswith(f"--adapters {missing}: no such")
+
+
+def test_parts_that_go_together_are_read_as_they_are_asked_for() -> None:
+    """Of a run's validation samples, say, no more than one group is held."""
+    read: list[int] = []
+    groups = filled((read.append(size) or size, size, 10) for size in (4, 6, 3, 20, 1))  # type: ignore[func-returns-value]
+    assert next(groups) == [4, 6] and read == [4, 6, 3]
+    assert list(groups) == [[3], [20], [1]]
