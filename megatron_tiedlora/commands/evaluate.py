@@ -61,7 +61,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
     plan, scored = next(iter(plans.values())), read_scored(plans)
     device = join_process_group(settings.timeout_minutes, expected_ranks=world_size)
     end.watch_peers(settings.timeout_minutes)
-    output = take_output(settings, plans, scored, end)
+    output = take_results_folder(settings, plans, scored, end)
     groups = make_groups(plan.grid, make_process_grid(plan.grid))
     stage = load_model(
         plan.source,
@@ -97,7 +97,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
     show(*score_table(found, output.path))
 
 
-def take_output(
+def take_results_folder(
     settings: EvaluateSettings, plans: Mapping[str, EvaluationPlan], scored: Mapping[str, ScoredSet], end: End
 ) -> NewOutput | None:
     """Take the folder of the results on rank 0, which alone gets it, and tell every rank; `end` gives it back.

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,19 +20,13 @@ from megatron_tiedlora.study.scores import Study
 from megatron_tiedlora.study.tables import mean_base, metric_title, model_title, table2_points, title
 
 BEST_METHODS = ("lora", "vera", "tl5", "tl6")
-# Colours that red-green colour-blind readers can distinguish, with different marks.
-STYLES: Mapping[str, tuple[str, str]] = {
-    "lora": ("#000000", "o"),
-    "vera": ("#999999", "s"),
-    "tl1": ("#56B4E9", "v"),
-    "tl2": ("#0072B2", "^"),
-    "tl3": ("#F0C419", "<"),
-    "tl4": ("#CC79A7", ">"),
-    "tl5": ("#009E73", "D"),
-    "tl6": ("#D55E00", "P"),
+# Colours that red-green colour-blind readers can distinguish, with different marks; by the order of the methods.
+_COLOURS = ("#000000", "#999999", "#56B4E9", "#0072B2", "#F0C419", "#CC79A7", "#009E73", "#D55E00")
+STYLES: Mapping[str, Sequence[str]] = {
+    method: style for method, *style in zip(METHOD_NAMES, cycle(_COLOURS), cycle("osv^<>DP"), strict=False)
 }
 BASE_LABEL, PAPER_LABEL = "base model", "the paper"
-NAMES = {"lora": "LoRA", "vera": "VeRA", **{f"tl{i}": f"TL{i}" for i in range(1, 7)}}
+NAMES = {name: {"lora": "LoRA", "vera": "VeRA"}.get(name, name.upper()) for name in METHOD_NAMES}
 
 
 @dataclass(frozen=True)
@@ -122,14 +117,14 @@ def _draw(
 ) -> None:
     ranks = {point.rank for points in data.values() for point in points}
     for index, (method, points) in enumerate(data.items()):
-        colour, mark = STYLES.get(method, (f"C{index}", "x"))
+        colour, mark = STYLES[method]
         # Marks at the same rank are shifted a little, so that their error bars do not overlap.
         shift = 2 ** (0.04 * (index - (len(data) - 1) / 2))
         axes.errorbar(
             [point.rank * shift for point in points],
             [point.value for point in points],
             yerr=[[point.below for point in points], [point.above for point in points]],
-            label=NAMES.get(method, method),
+            label=NAMES[method],
             color=colour,
             marker=mark,
             markersize=5,

@@ -33,7 +33,7 @@ def begin(settings: Mapping[str, Any], *, ranks: int = 1) -> None:
 
     It takes the steps of commands/evaluate.py, without a process group.
     """
-    from megatron_tiedlora.commands.evaluate import take_output
+    from megatron_tiedlora.commands.evaluate import take_results_folder
     from megatron_tiedlora.config.cli import parse_settings
     from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
     from megatron_tiedlora.data.splits import check_files_exist
@@ -48,7 +48,7 @@ def begin(settings: Mapping[str, Any], *, ranks: int = 1) -> None:
     plans = plan_evaluations(made, rank=0, world_size=ranks)
     with ExitStack() as held:
         end: Any = SimpleNamespace(rank=0, held=held, owners=[])
-        take_output(made, plans, read_scored(plans), end)
+        take_results_folder(made, plans, read_scored(plans), end)
 
 
 def predictions(folder: Path) -> list[dict[str, Any]]:

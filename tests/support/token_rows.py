@@ -74,6 +74,7 @@ def sha256_of_arrays(parts: Mapping[str, TokenDataset]) -> str:
             digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
+
 @dataclass(frozen=True)
 class TokenStore:
     """Training data that is tokenised once, into the cache of a folder."""

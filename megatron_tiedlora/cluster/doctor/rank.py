@@ -261,8 +261,10 @@ class TrialRank:
         path, wrong = decided_by_rank_0(lambda: (path, _write(path)), kind=tuple[str, str])
         try:
             if self._rank in self._order.first_ranks:
-                other = "" if wrong or _is_seen(path) else NOT_SEEN
-                self.say(output=wrong if self._rank == 0 else self._report.output or other)
+                if self._rank == 0:
+                    self.say(output=wrong)
+                elif self._report.output is None:  # it may write there
+                    self.say(output="" if wrong or _is_seen(path) else NOT_SEEN)
             max_over_ranks([0.0])
         finally:
             if self._rank == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import adapted_stages
 import pytest
 import quantised_oracle as oracle
 import torch
@@ -31,7 +32,7 @@ from megatron_tiedlora.planning.run_plan import plan_run
 
 
 def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    values = adapted_stages.drawn(*shape, seed=seed)
     values[1] = 0
     values[2] *= 1e3
     return values.to(dtype)
