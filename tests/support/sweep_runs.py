@@ -98,6 +98,9 @@ class ForkedChild:
         """What it has left on this machine: nothing."""
         return []
 
+    def end(self, say: Callable[[str], None]) -> None:
+        """There is nothing to end."""
+
     def stop(self, number: int) -> None:
         """A signal to the rank, once."""
         if not self.told:
