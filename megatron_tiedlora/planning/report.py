@@ -358,7 +358,7 @@ def time_lines(planned: Planned) -> list[str]:
         (time_text(spent.outside), "loader, agreements, optimizer"),
     ]
     first = f"stage {index} works longest; its forward pass of a micro-batch of {batch.num_tokens:,} tokens"
-    tables = {first: _terms(forward), "its backward pass": _terms(backward), "in a step": of_step}
+    tables = {first: [*_terms(forward)], "its backward pass": [*_terms(backward)], "in a step": of_step}
     times = iter(aligned_lines(list(itertools.chain(*tables.values())), align="><", indent="    "))
     return [
         f"speed on {planned.machine.name}, planned and not measured, {planned.cluster.per_node} ranks in a node",
@@ -369,14 +369,12 @@ def time_lines(planned: Planned) -> list[str]:
     ]
 
 
-def _terms(terms: Iterable[Term]) -> list[tuple[str, str]]:
+def _terms(terms: Iterable[Term]) -> Iterator[tuple[str, str]]:
     """The time of each term, and what it follows from."""
-    rows = []
     for term in (term for term in terms if term.seconds):
         rate = f": {amount_text(term.amount, term.unit)} / {amount_text(term.rate, term.unit)}/s" if term.rate else ""
         fixed = f" + {time_text(term.fixed)}" if term.rate and term.fixed else ""
-        rows.append((time_text(term.seconds), f"{term.label}{rate}{fixed}"))
-    return rows
+        yield time_text(term.seconds), f"{term.label}{rate}{fixed}"
 
 
 def message_lines(planned: Planned) -> list[str]:
@@ -394,7 +392,7 @@ def message_lines(planned: Planned) -> list[str]:
         sent.append({group: messages_text(*found.of_group(group)) for group in GROUPS if found.of_group(group)[0]})
         if of_engine:
             _, most = engine_traffic(stage, num_micro_batches=number).of_group(DATA)
-            sent[-1][DATA if layout.engine_steps else "DeepSpeed"] = messages_text(None, most)
+            sent[-1][DATA if layout.engine_steps else "DeepSpeed"] = f"at most {bytes_in_words(most)}"
     lines += traffic_table(sent)
     lines.append("  (bytes are of whole tensors; the checks of the first steps send a little more)")
     if of_engine and not layout.engine_steps:
@@ -409,9 +407,9 @@ def message_lines(planned: Planned) -> list[str]:
     return lines
 
 
-def messages_text(number: int | None, size: float) -> str:
-    """Messages and their bytes; None for a number that is not known, where the bytes are an upper bound."""
-    return f"at most {bytes_in_words(size)}" if number is None else f"{number:,} / {bytes_in_words(size)}"
+def messages_text(number: int, size: float) -> str:
+    """A number of messages, and their bytes together."""
+    return f"{number:,} / {bytes_in_words(size)}"
 
 
 def traffic_table(sent: Sequence[Mapping[str, str]]) -> list[str]:

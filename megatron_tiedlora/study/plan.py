@@ -142,7 +142,7 @@ class SweepPlan:
             lines += ["", f"  groups to train together, and the memory of a rank{free}"]
             needed = [self.needed_bytes(runs) for runs in groups]
             cells = [
-                (f"{number:>3}", bytes_in_words(size), ", ".join(run.name for run in runs))
+                (str(number), bytes_in_words(size), ", ".join(run.name for run in runs))
                 for number, (size, runs) in enumerate(zip(needed, groups, strict=True), start=1)
             ]
             lines += aligned_lines(cells, align=">><", indent="  ")
