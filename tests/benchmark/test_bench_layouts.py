@@ -20,13 +20,17 @@ from ranks import ENVIRONMENT, free_port
 from run_helpers import Ended, run_ranks, start_command
 from tiny_models import write_tiny_model
 
+from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.benchmark.layout import compare_traffic, plan_benchmark
+from megatron_tiedlora.benchmark.report import report_lines
 from megatron_tiedlora.benchmark.timing import CLASSES, describe_allocator, kernel_class, kernel_seconds
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.fields import validate_settings
-from megatron_tiedlora.parallel.groups import DATA, TENSOR, Traffic
+from megatron_tiedlora.parallel.groups import DATA, TENSOR, WORLD, Traffic
 from megatron_tiedlora.planning.layout import shared_shape
 from megatron_tiedlora.planning.machines import CPU, Constant
+from megatron_tiedlora.planning.planned import Planned
+from megatron_tiedlora.planning.step_plan import StepPlan
 from megatron_tiedlora.planning.step_time import Links, step_seconds
 
 TOOL = ROOT / "tools" / "bench_step.py"
@@ -169,6 +173,37 @@ def test_a_difference_of_kinds_is_seen() -> None:
     assert compared[DATA]["verdict"] == "as predicted" and compared[DATA]["predicted_messages"] is None
     assert compare_traffic(counted, predicted, 3)[DATA]["verdict"] == "differs: +1 B"
     assert compare_traffic(counted, counted, 4)[TENSOR]["verdict"] == "as predicted"
+
+
+def test_a_rank_that_sends_something_else_is_named() -> None:
+    """Below what was planned: each group of the first rank of a stage, and the ranks of all. What a stage does not have
+    is left empty."""
+    words = {"model": "llama2-7b", "num_layers": 2, "pipeline_parallel": 2, "rows": 1, "length": 16, "dtype": "bf16"}
+    plan = plan_benchmark(validate_settings(words, BenchSettings), world_size=2)
+    planned = Planned.alone(StepPlan({ONLY: plan}), CPU)
+    ranks: list[dict[str, Any]] = []
+    for stage in (0, 1):
+        predicted, counted = (planned.traffic(stage, of_engine=False) for _ in range(2))
+        counted.add(WORLD, "all-reduce", 8, count=stage)
+        traffic = compare_traffic(counted, predicted, 0)
+        figures = {"saved": 2e6 if stage else None, "saved_formula": 1e6, "held": 3e6, "peak": None}
+        as_predicted = all(found["as_predicted"] for found in traffic.values())
+        numbers = {"number": stage, "stage": stage, "planned_peak": None, "as_predicted": as_predicted}
+        ranks.append({**figures, **numbers, "traffic": traffic})
+    about = {"model": "m", "method": "tl6", "targets": ("qkv",), "dtype": "bf16", "device": "CPU", "threads": 1}
+    about |= {"allocator": "default malloc", "torch": "2", "versions": {}, "kernels": "not compiled", "planned": None}
+    step = {"tokens": 64, "positions": 64, "supervised": 32, "micro_batches": 4, "seconds": [2.0], "model_flops": 4e9}
+    step |= {"matmul_flops_per_second": 8e9, "weights": "random", "layout": {"recompute": "none"}, "ranks": ranks}
+    text = "\n".join(report_lines({**about, **step}, planned))
+    memory, messages = text.split("\n\n")[2:]
+    assert [line.split() for line in memory.splitlines()[-2:]] == [
+        ["0", "1.00", "MB", "3.00", "MB"],
+        ["1", "2.00", "MB", "1.00", "MB", "2.000", "3.00", "MB"],
+    ]
+    *_, first, second, verdict = messages.splitlines()
+    assert first.startswith("  0 ") and first.endswith("1 / 56 B")
+    assert second.startswith("  1 ") and second.endswith("2 / 64 B, differs: +1 messages, +8 B")
+    assert verdict == "  NOT as predicted: rank 1; --json has each rank's figures"
 
 
 def test_the_allocator_is_named() -> None:
