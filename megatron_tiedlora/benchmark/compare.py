@@ -23,9 +23,9 @@ from megatron_tiedlora.benchmark.layout import (
     LEARNING_RATE,
     base_matmul_rate,
     plan_benchmark,
+    planned_saved_bytes,
     random_config,
     read_samples,
-    saved_formula,
 )
 from megatron_tiedlora.benchmark.timing import (
     about,
@@ -311,8 +311,8 @@ def _measure_step(settings: BenchSettings) -> dict[str, Any]:
             "of_one_adapter": middle[ONE] / middle[TOGETHER],
             "sides": figures,
         }
-    formula = saved_formula(plan, first.batches)
-    figures[OURS] |= {"saved_formula": formula, "saved_ratio": figures[OURS]["saved"] / formula}
+    planned = planned_saved_bytes(plan, first.batches)
+    figures[OURS] |= {"saved_formula": planned, "saved_ratio": figures[OURS]["saved"] / planned}
     assert isinstance(first.model, Stage)
     rate = base_matmul_rate(plan, first.model, first.batches, first.device)
     peak = find_peak(first.device, plan.dtype).flops_per_second if first.device.type == "cuda" else None

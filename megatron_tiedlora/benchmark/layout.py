@@ -20,7 +20,6 @@ from torch import distributed
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.base.messages import UserError, user_path
-from megatron_tiedlora.benchmark.report import compare_traffic
 from megatron_tiedlora.benchmark.timing import (
     CLASSES,
     about,
@@ -50,10 +49,10 @@ from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import stage_weight_rules
 from megatron_tiedlora.parallel.agreement import gather_on_rank_0, max_over_ranks
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
-from megatron_tiedlora.parallel.groups import DATA, Grid, TrafficCounter, named_handles
+from megatron_tiedlora.parallel.groups import DATA, GROUPS, Grid, Traffic, TrafficCounter, named_handles
 from megatron_tiedlora.planning.layout import MicroBatchShape
 from megatron_tiedlora.planning.machines import Machine, read_machine
-from megatron_tiedlora.planning.passes import engine_traffic, saved_bytes, step_flops, step_traffic
+from megatron_tiedlora.planning.passes import engine_traffic, saved_bytes, step_flops
 from megatron_tiedlora.planning.planned import Planned
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
 from megatron_tiedlora.planning.step_plan import StepPlan
@@ -170,8 +169,8 @@ def made_up(vocab_size: int, lengths: NDArray[np.int64], *, num_labels: int | No
     )
 
 
-def saved_formula(plan: RunPlan, batches: Sequence[MicroBatch]) -> float:
-    """The bytes that a rank saves for the backward pass of all its micro-batches, computed from shapes alone."""
+def planned_saved_bytes(plan: RunPlan, batches: Sequence[MicroBatch]) -> float:
+    """The bytes that a rank saves for the backward pass of all its micro-batches, by the traces of its plan."""
     parts = plan.layout.sequence_parts
     sizes = ((batch.labels.numel(), len(batch.supervised(parts).rows)) for batch in batches)
     return sum(saved_bytes(plan.stage, MicroBatchShape((0,), (tokens,), (after,), after)) for tokens, after in sizes)
@@ -219,18 +218,17 @@ class Started:
         (longest,) = max_over_ranks([timed(lambda: self.take(step), self.runner.device)])
         return longest
 
-    def step_plan(self, step: TrainingStep) -> StepPlan:
-        """The plan of a step, from its samples."""
-        batch = self.plan.global_batch(self.dataset, consumed_samples=step.consumed_samples)
-        return StepPlan({ONLY: self.plan}, samples={ONLY: (self.dataset, batch)})
-
     def planned(self, step: TrainingStep, machine: Machine) -> Planned:
-        """What the planner says of a step on a machine of this one's hosts. All ranks call it together."""
-        return Planned.alone(self.step_plan(step), machine, per_node=ranks_here())
+        """The plan of the step that follows, on a machine of this one's hosts. All ranks call it together."""
+        batch = self.plan.global_batch(self.dataset, consumed_samples=step.consumed_samples)
+        plan = StepPlan({ONLY: self.plan}, samples={ONLY: (self.dataset, batch)})
+        return Planned.alone(plan, machine, per_node=ranks_here())
 
 
-def measure_layout(settings: BenchSettings, *, rank: int = 0, world_size: int = 1) -> dict[str, Any] | None:
-    """Measure the layout on all ranks, which call this together; returns the report on rank 0.
+def measure_layout(
+    settings: BenchSettings, *, rank: int = 0, world_size: int = 1
+) -> tuple[dict[str, Any] | None, Planned]:
+    """Measure the layout on all ranks, which call this together; returns the report on rank 0, and the planned step.
 
     Raises:
         UserError: names the first thing that does not fit, before anything starts; on every rank.
@@ -247,16 +245,17 @@ def measure_layout(settings: BenchSettings, *, rank: int = 0, world_size: int = 
     timers = {"step": lambda: run.seconds_of(next(given))}
     seconds = take_turns(timers, repeats=settings.repeats, uncounted=GUARDED_STEPS, shows=rank == 0)["step"]
     peak = None if held is None else peak_bytes(device)
-    mine = {"held": held, "peak": peak, **_rank_figures(run, steps[-1]), "planned_peak": None}
-    planned = None
+    planned = run.planned(steps[-1], machine or run.plan.machine)
+    mine = {"held": held, "peak": peak, **_rank_figures(run, steps[-1], planned), "planned_peak": None}
+    record = None
     if machine is not None:
-        layout = run.planned(steps[-1], machine)
-        memory = layout.memory(run.plan.grid.pp_rank)
+        memory = planned.memory(run.plan.grid.pp_rank)
         # On a CPU with the reserve for an idle process, but none for what an allocator keeps.
         mine["planned_peak"] = memory.allocated + (0.0 if run.plan.on_gpu else memory.libraries)
-        planned = {"machine": machine.title, "seconds": layout.seconds._asdict()}
+        record = {"machine": machine.title, "seconds": planned.seconds._asdict()}
     ranks = gather_on_rank_0(mine, kind=dict[str, Any])
-    return None if ranks is None else {**_report(run, settings, steps[-1], seconds, ranks), "planned": planned}
+    report = None if ranks is None else {**_report(run, settings, steps[-1], seconds, ranks), "planned": record}
+    return report, planned
 
 
 def start(plan: RunPlan, settings: BenchSettings) -> Started:
@@ -277,21 +276,23 @@ def start(plan: RunPlan, settings: BenchSettings) -> Started:
     return Started(plan, dataset, built.runner, train_step, loader, chosen.description)
 
 
-def _rank_figures(run: Started, step: TrainingStep) -> dict[str, Any]:
-    """The figures of this rank alone, from more steps after the timed ones. `step` is the last timed one."""
+def _rank_figures(run: Started, step: TrainingStep, planned: Planned) -> dict[str, Any]:
+    """The figures of this rank alone, from more steps after the timed ones. `step` is the last timed one.
+
+    Messages are counted in the step after it, which is `planned`.
+    """
     plan, runner, device = run.plan, run.runner, run.runner.device
     run.train_step.stop.agree(True)  # start together, so that ranks that share a processor measure their share of it
     rate = base_matmul_rate(plan, runner.stage, step.micro_batches, device)
-    shapes = run.step_plan(step).batches
     run.train_step.long_seconds = math.inf  # the prediction leaves out what ranks send only in long steps
     with TrafficCounter(named_handles(runner.groups)) as counter:
         run.take(next(run.loader))
-    _, data_bytes = engine_traffic(plan.stage, num_micro_batches=len(shapes)).of_group(DATA)
-    traffic = compare_traffic(counter.traffic, step_traffic(plan.stage, shapes), data_bytes)
+    _, data_bytes = engine_traffic(plan.stage, num_micro_batches=len(planned.step.batches)).of_group(DATA)
+    traffic = compare_traffic(counter.traffic, planned.traffic(plan.grid.pp_rank, of_engine=False), data_bytes)
     watched = next(run.loader)
     # Parameters are left out, and under ZeRO-3 they are other tensors in each pass.
     saved = None if plan.engine.zero_stage == 3 else _saved_bytes(run, watched)
-    formula = saved_formula(plan, watched.micro_batches)
+    planned_saved = planned_saved_bytes(plan, watched.micro_batches)
     on_gpu = device.type == "cuda"
     return {
         "number": plan.grid.rank,
@@ -300,13 +301,46 @@ def _rank_figures(run: Started, step: TrainingStep) -> dict[str, Any]:
         "data_rank": plan.grid.dp_rank,
         "matmul_flops_per_second": rate,
         "saved": saved,
-        "saved_formula": formula,
-        "saved_ratio": None if saved is None else saved / formula,
+        "saved_formula": planned_saved,
+        "saved_ratio": None if saved is None else saved / planned_saved,
         "traffic": traffic,
         "as_predicted": all(found["as_predicted"] for found in traffic.values()),
         "peak_flops_per_second": find_peak(device, plan.dtype).flops_per_second if on_gpu else None,
         "kernel_seconds": kernel_seconds(lambda: run.take(next(run.loader))) if on_gpu else None,
     }
+
+
+def compare_traffic(counted: Traffic, predicted: Traffic, data_bytes: int) -> dict[str, dict[str, Any]]:
+    """Both figures of each group that has a message, and a verdict. They are equal only if all kinds of messages are.
+
+    Args:
+        counted, predicted: the messages of one rank in one step.
+        data_bytes: the most bytes that DeepSpeed may send in the data-parallel group, in any number of messages; 0: it
+            sends nothing.
+    """
+    compared = {}
+    for group in GROUPS:
+        (messages, size), (expected, expected_size) = counted.of_group(group), predicted.of_group(group)
+        if not messages and not expected:
+            continue
+        kinds = {key for part in (counted, predicted) for key in part.messages if key[0] == group}
+        equal = all(
+            counted.messages[key] == predicted.messages[key] and counted.bytes[key] == predicted.bytes[key]
+            for key in kinds
+        )
+        difference = f"{messages - expected:+,} messages, {size - expected_size:+,} B"
+        by_engine = group == DATA and data_bytes > 0
+        if by_engine:
+            expected_size, equal, difference = data_bytes, size <= data_bytes, f"{size - data_bytes:+,} B"
+        compared[group] = {
+            "messages": messages,
+            "bytes": size,
+            "predicted_messages": None if by_engine else expected,
+            "predicted_bytes": expected_size,
+            "as_predicted": equal,
+            "verdict": "as predicted" if equal else f"differs: {difference}",
+        }
+    return compared
 
 
 def _saved_bytes(run: Started, step: TrainingStep) -> int:

@@ -5,16 +5,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from megatron_tiedlora.base.messages import aligned_lines, bytes_in_words, count_text
-from megatron_tiedlora.parallel.groups import DATA, GROUPS, WORLD, Traffic
-from megatron_tiedlora.planning.report import shares_text
+from megatron_tiedlora.base.messages import aligned_lines, bytes_in_words, count_text, time_text
+from megatron_tiedlora.planning.planned import Planned
+from megatron_tiedlora.planning.report import layout_sections, messages_text, stage_table, traffic_table
 
 Figures = Mapping[str, Any]
 
 
-def report_lines(report: Figures) -> list[str]:
-    """The report of any --what as text."""
-    lines_of = {"layout": _layout, "axes": _scaling, "new_tokens": _decoding, "adapters": _adapters}
+def report_lines(report: Figures, planned: Planned | None = None) -> list[str]:
+    """The report of any --what as text.
+
+    Args:
+        planned: the step of --what layout.
+    """
+    if planned is not None:
+        return _layout(report, planned)
+    lines_of = {"axes": _scaling, "new_tokens": _decoding, "adapters": _adapters}
     return next((lines_of[key] for key in lines_of if key in report), _step)(report)
 
 
@@ -50,8 +56,8 @@ def _cells(figures: Figures) -> dict[str, str]:
     cells = {"tokens": str(figures["tokens"])} if "value" in figures else {}
     cells |= {
         "seconds": f"{middle:.3f}",
-        " least": f"{min(figures['seconds']):.3f}",
-        "  most": f"{max(figures['seconds']):.3f}",
+        "least": f"{min(figures['seconds']):.3f}",
+        "most": f"{max(figures['seconds']):.3f}",
         "tokens/s": f"{figures['tokens'] / middle:.1f}",
     }
     if "positions" in figures:
@@ -59,7 +65,7 @@ def _cells(figures: Figures) -> dict[str, str]:
         cells["padding"] = f"{1 - figures['tokens'] / figures['positions']:.1%}"
         cells["of matmul"] = "" if flops is None else f"{flops / middle / rate:.1%}"
     if "saved" in figures:
-        cells |= {"saved MB": _megabytes(figures["saved"]), "formula": _megabytes(figures.get("saved_formula"))}
+        cells |= {"saved MB": _megabytes(figures["saved"]), "planned": _megabytes(figures.get("saved_formula"))}
     if "peak" in figures:
         cells["peak MB"] = _megabytes(figures["peak"])
     return cells | ({"more, for 1 more": figures["more"]} if "value" in figures else {})
@@ -72,8 +78,8 @@ def _step(report: Figures) -> list[str]:
     lines = [
         *_head(report, _matmul(report)),
         f"{ours}: recompute {report['recompute']}; kernels {report['kernels']}",
-        *_sides(f"{'':<20}", report, sides.items()),
-        f"saved bytes are {sides[ours]['saved_ratio']:.3f} of the formula's",
+        *_sides("", report, sides.items()),
+        f"saved bytes are {sides[ours]['saved_ratio']:.3f} of the planned ones",
     ]
     for name, side in sides.items():
         lines += _gpu_lines(side, f"{name}: ")
@@ -93,7 +99,7 @@ def _adapters(report: Figures) -> list[str]:
         f"{setup}, load {before:.1f} to {after:.1f}",
         f"{report['rows']} x {report['length']} tokens an adapter and step; together in {report['micro_batches']}"
         f" micro-batch{'es' if report['micro_batches'] > 1 else ''}",
-        *_sides(f"{'':<26}", report, report["sides"].items()),
+        *_sides("", report, report["sides"].items()),
         f"together against in turn {report['ratio']:.2f}, against one adapter with all tokens"
         f" {report['of_one_adapter']:.2f}",
     ]
@@ -108,7 +114,7 @@ def _scaling(report: Figures) -> list[str]:
             more = median(own["seconds"]) - median(before["seconds"])
             slopes.append(f"{more / (own['value'] - before['value']):.4f}")
         sides = [(str(own["value"]), {**own, "more": slope}) for own, slope in zip(measured, slopes, strict=True)]
-        lines += _sides(f"{name:<12}", {}, sides)
+        lines += _sides(name, {}, sides)
     return lines
 
 
@@ -121,28 +127,30 @@ def _decoding(report: Figures) -> list[str]:
         f" {report['prompt_tokens']} tokens together, {report['new_tokens']} new tokens each,"
         f" {report['equal_tokens']:.1%} of them equal",
         _setup(report),
-        *_sides(f"{'':<20}", {"tokens": tokens}, [(name, {"seconds": own}) for name, own in report["seconds"].items()]),
+        *_sides("", {"tokens": tokens}, [(name, {"seconds": own}) for name, own in report["seconds"].items()]),
         f"ratio of the medians {theirs / ours:.2f}",
     ]
 
 
-def _layout(report: Figures) -> list[str]:
-    """Of a layout. The step comes first, then each stage's memory and messages."""
-    layout = report["layout"]
-    ranks, rows = count_text(layout["ranks"], "rank"), count_text(layout["rows"], "row")
-    sequences = "sharded" if layout["sequence_parallel"] else "full"
+def _layout(report: Figures, planned: Planned) -> list[str]:
+    """Of a layout. The step comes first, then the sections of its plan, each with what was measured."""
+    on_card = report["planned"] is not None  # else no machine was named
+    partition, memory, messages, *time = layout_sections(planned, on_card=on_card)
+    stages = [[member for member in report["ranks"] if member["stage"] == stage.index] for stage in planned.stages]
+    memory += _measured_memory(stages)
+    if len(report["ranks"]) > 1:
+        messages += _counted_messages(stages)
+    for section in time:
+        total, middle = planned.seconds.total, median(report["seconds"])
+        section.append(f"  measured: {time_text(middle)}; the planned time is {total / middle:.3f} of it")
     return [
         *_head(report, _matmul(report)),
-        f"{ranks} = tensor {layout['tensor_parallel']} x pipeline {layout['pipeline_parallel']} x"
-        f" data {layout['data_parallel']}, {sequences} sequences, ZeRO-{layout['zero_stage']},"
-        f" recompute {layout['recompute']}; {report['kernels']}",
+        f"recompute {report['layout']['recompute']}; kernels {report['kernels']}",
         f"{report['tokens']:,} tokens per step, {report['supervised']:,} with a label; micro-batches per rank:"
-        f" {report['micro_batches']}, up to {rows} each; weights {report['weights']}",
+        f" {report['micro_batches']}; weights {report['weights']}",
         *_sides("", report, [("", {})]),
         *_gpu_lines(report, ""),
-        *_planned(report),
-        *_memory(report["ranks"]),
-        *_messages(report),
+        *(line for section in (partition, memory, messages, *time) for line in ("", *section)),
     ]
 
 
@@ -158,87 +166,33 @@ def _gpu_lines(figures: Figures, name: str) -> list[str]:
     return lines
 
 
-def _planned(report: Figures) -> list[str]:
-    """The step as it was planned, if it was."""
-    planned = report["planned"]
-    if planned is None:
-        return []
-    total = sum(planned["seconds"].values())
-    ratio, shares = total / median(report["seconds"]), shares_text(planned["seconds"])
-    return [f"planned for {planned['machine']}: {total:,.3f} s, {ratio:.3f} of the median; {shares}"]
-
-
-def _memory(ranks: Sequence[Figures]) -> list[str]:
-    note = " of the rank with most; held: before the first step"
-    rows = [("stage  ", "saved MB", "formula", "ratio", " held MB", " peak MB", " planned", note)]
-    for stage, members in _by_stage(ranks).items():
-        saved, formula, held, peak, planned = (
+def _measured_memory(stages: Sequence[Sequence[Figures]]) -> list[str]:
+    rows = []
+    for members in stages:
+        saved, of_plan, *sizes = (
             max((member[key] for member in members if member[key] is not None), default=None)
             for key in ("saved", "saved_formula", "held", "peak", "planned_peak")
         )
-        sizes = (_megabytes(held), _megabytes(peak), _megabytes(planned), "")
-        rows.append((str(stage), _megabytes(saved), _megabytes(formula), _ratio(saved, formula), *sizes))
-    return aligned_lines(rows)
+        texts = ["" if size is None else bytes_in_words(size) for size in (saved, of_plan, *sizes)]
+        rows.append([*texts[:2], _ratio(saved, of_plan), *texts[2:]])
+    return [
+        "  measured, of the rank with most; saved: by autograd in a step; held: before the first step",
+        *stage_table(("saved", "planned", "ratio", "held", "peak", "planned peak"), rows),
+    ]
 
 
-def _messages(report: Figures) -> list[str]:
-    """The messages of one rank of each stage, and the ranks that send something else than was predicted."""
-    if len(report["ranks"]) == 1:
-        return ["messages: none, one rank sends nothing"]
-    rows = [("stage", "messages to  ", f"{'counted in a step':>22}", f"{'as --dry_run predicts':>24}", "")]
-    for stage, (member, *_) in _by_stage(report["ranks"]).items():
-        for group, found in member["traffic"].items():
-            counted = f"{found['messages']:,} / {bytes_in_words(found['bytes'])}"
-            predicted = bytes_in_words(found["predicted_bytes"])
-            messages = found["predicted_messages"]
-            predicted = f"at most {predicted}" if messages is None else f"{messages:,} / {predicted}"
-            name = "all ranks" if group == WORLD else group
-            rows.append((str(stage), name, counted, predicted, f" {found['verdict']}"))
-    others = [str(member["number"]) for member in report["ranks"] if not member["as_predicted"]]
+def _counted_messages(stages: Sequence[Sequence[Figures]]) -> list[str]:
+    """The messages of the first rank of each stage, and the ranks that send something else than was predicted."""
+    counted = []
+    for first, *_ in stages:
+        texts = {group: messages_text(of["messages"], of["bytes"]) for group, of in first["traffic"].items()}
+        differs = {group: f", {of['verdict']}" for group, of in first["traffic"].items() if not of["as_predicted"]}
+        counted.append({group: text + differs.get(group, "") for group, text in texts.items()})
+    others = [str(member["number"]) for members in stages for member in members if not member["as_predicted"]]
     verdict = "every message and byte of all ranks as predicted"
     if others:
         verdict = f"NOT as predicted: rank {', '.join(others)}; --json has each rank's figures"
-    return [*aligned_lines(rows, align="<<>><"), verdict]
-
-
-def compare_traffic(counted: Traffic, predicted: Traffic, data_bytes: int) -> dict[str, dict[str, Any]]:
-    """Both figures of each group that has a message, and a verdict. They are equal only if all kinds of messages are.
-
-    Args:
-        counted, predicted: the messages of one rank in one step.
-        data_bytes: the most bytes that DeepSpeed may send in the data-parallel group, in any number of messages; 0: it
-            sends nothing.
-    """
-    compared = {}
-    for group in GROUPS:
-        (messages, size), (expected, expected_size) = counted.of_group(group), predicted.of_group(group)
-        if not messages and not expected:
-            continue
-        kinds = {key for part in (counted, predicted) for key in part.messages if key[0] == group}
-        equal = all(
-            counted.messages[key] == predicted.messages[key] and counted.bytes[key] == predicted.bytes[key]
-            for key in kinds
-        )
-        difference = f"{messages - expected:+,} messages, {size - expected_size:+,} B"
-        by_engine = group == DATA and data_bytes > 0
-        if by_engine:
-            expected_size, equal, difference = data_bytes, size <= data_bytes, f"{size - data_bytes:+,} B"
-        compared[group] = {
-            "messages": messages,
-            "bytes": size,
-            "predicted_messages": None if by_engine else expected,
-            "predicted_bytes": expected_size,
-            "as_predicted": equal,
-            "verdict": "as predicted" if equal else f"differs: {difference}",
-        }
-    return compared
-
-
-def _by_stage(ranks: Sequence[Figures]) -> dict[int, list[Figures]]:
-    stages: dict[int, list[Figures]] = {}
-    for member in ranks:
-        stages.setdefault(member["stage"], []).append(member)
-    return stages
+    return ["  counted in a step", *traffic_table(counted), f"  {verdict}"]
 
 
 def _megabytes(size: float | None) -> str:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import psutil
 
 from megatron_tiedlora.base.extras import require_extra
-from megatron_tiedlora.base.messages import UserError, count_text, one_line, show
+from megatron_tiedlora.base.messages import UserError, aligned_lines, count_text, one_line, show
 from megatron_tiedlora.base.ownership import OWNER_FILE, Token, owner_in_words, read_token
 from megatron_tiedlora.base.text_files import read_json_or_none, seen_late
 from megatron_tiedlora.checkpoint.resume import LATEST_FILE
@@ -186,13 +186,13 @@ def check_programs(job: Job) -> None:
 
 def command_lines(plan: StartPlan, job: Job, folder: RunFolder, environment: Mapping[str, str]) -> list[str]:
     """The lines of --show_command: what would be started."""
-    lines = [f"run folder  {folder.path}", f"ranks       {job.size}"]
-    lines += [f"host        {host.name} slots={host.slots}" for host in job.hosts]
+    rows = [("run folder", str(folder.path)), ("ranks", str(job.size))]
+    rows += [("host", f"{host.name} slots={host.slots}") for host in job.hosts]
     for path, text in plan.files.items():
-        lines += [f"file        {path.name}", *(f"            {line}" for line in text.splitlines())]
+        rows += [("file", path.name), *(("", line) for line in text.splitlines())]
     changed = {name: value for name, value in plan.environment.items() if environment.get(name) != value}
-    lines += [f"environment {name}={shlex.quote(value)}" for name, value in sorted(changed.items())]
-    return [*lines, f"command     {shlex.join(plan.words)}"]
+    rows += [("environment", f"{name}={shlex.quote(value)}") for name, value in sorted(changed.items())]
+    return aligned_lines([*rows, ("command", shlex.join(plan.words))], align="<")
 
 
 # A launcher that has been started ------------------------------------------------------------------------------------

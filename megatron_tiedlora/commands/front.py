@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 from megatron_tiedlora.base.extras import __version__
-from megatron_tiedlora.base.messages import nearest_name, show
+from megatron_tiedlora.base.messages import aligned_lines, nearest_name, show
 
 _LOCAL_RANK = ("--local_rank", "--local-rank")
 PROGRAM = "tiedlora"
@@ -99,14 +99,13 @@ def other_command(name: str) -> str:
 
 def help_text() -> str:
     """The text of `tiedlora --help`."""
-    width = max(len(command.name) for command in COMMANDS) + 2
     return "\n".join(
         [
             f"usage: {PROGRAM} COMMAND [...]      {PROGRAM} COMMAND --help      {PROGRAM} --version",
             "",
             "Tied-LoRA fine-tuning of language models on DeepSpeed.",
             "",
-            *(f"  {command.name:{width}}{command.about}" for command in COMMANDS),
+            *aligned_lines([(command.name, command.about) for command in COMMANDS], align="<", indent="  "),
             "",
             f"  {PROGRAM} prepare-demo; {PROGRAM} train    trains the demo model in this one process (extra demo)",
             f"  {PROGRAM} run --num_gpus 4 ...           trains on four GPUs of this machine (extra train)",

@@ -149,9 +149,10 @@ def bench(settings: BenchSettings) -> int:
     from megatron_tiedlora.runtime.process_group import leave_process_group
     from megatron_tiedlora.runtime.stopping import RunStopped, exit_status
 
+    planned = None
     try:
         if what == "layout":
-            found = layout.measure_layout(settings, rank=rank, world_size=world_size)
+            found, planned = layout.measure_layout(settings, rank=rank, world_size=world_size)
         else:
             found = compare.measure_sides(settings)
     except RunStopped as stop:
@@ -159,7 +160,7 @@ def bench(settings: BenchSettings) -> int:
 
     def publish() -> None:
         assert found is not None, "rank 0 has the report"
-        show(*report_lines(found))
+        show(*report_lines(found, planned))
         if file is not None:
             write_json(file, found)
 

@@ -66,7 +66,7 @@ side stops early. Times are of a whole batch, prompts included.
 
 Seconds are medians over the repeats, after turns that are not counted. `of matmul` is the share of a bare matmul's
 speed in the same run, on all ranks at once. Saved bytes are what autograd saves of all micro-batches of a step, beside
-the formula of docs/performance.md. On a GPU the report also has MFU by the data sheet and the time by kernel class."""
+those that are planned. On a GPU the report also has MFU by the data sheet and the time by kernel class."""
     groups: ClassVar[Mapping[str, str]] = {
         "run": "what is measured",
         "model": "what takes the step, or generates",

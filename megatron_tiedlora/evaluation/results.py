@@ -128,21 +128,19 @@ def headline(plans: Plans, scored_sets: Mapping[str, ScoredSet], attention: Atte
     cut = f", {scored.num_truncated} of them without their middle or early turns to fit" if scored.num_truncated else ""
     shared = [note for note in plan.notes if all(note in other.notes for other in plans.values())]
     prompts = count_text(settings.batch_size, "prompt")
-    lines = [
-        f"model      {plan.source.name} in {dtype}{quantised}{adapter}{merged}",
-        f"data       task {plan.task.name}, {count_text(len(scored.examples), f'{settings.split} row')}{cut}",
-        f"layout     tensor {grid.tp_size} x pipeline {grid.pp_size} x data {grid.dp_size}",
-        f"decoding   greedy, at most {plan.max_new_tokens} tokens, {prompts} at once per rank",
-        f"attention  {attention}",
-        *([f"chats      by {scored.chat_note}"] if scored.chat_note else []),
-        *(f"note       {note}" for note in shared),
+    rows = [
+        ("model", f"{plan.source.name} in {dtype}{quantised}{adapter}{merged}"),
+        ("data", f"task {plan.task.name}, {count_text(len(scored.examples), f'{settings.split} row')}{cut}"),
+        ("layout", f"tensor {grid.tp_size} x pipeline {grid.pp_size} x data {grid.dp_size}"),
+        ("decoding", f"greedy, at most {plan.max_new_tokens} tokens, {prompts} at once per rank"),
+        ("attention", str(attention)),
+        *([("chats", f"by {scored.chat_note}")] if scored.chat_note else []),
+        *(("note", note) for note in shared),
     ]
-    if adapters == 1:
-        return lines
-    for name, own in plans.items():
-        lines.append(f"adapter    {name}: {own.adapter_name}, from {own.settings.adapter}")
-        lines += [f"note       {name}: {note}" for note in own.notes if note not in shared]
-    return lines
+    for name, own in plans.items() if adapters > 1 else ():
+        rows.append(("adapter", f"{name}: {own.adapter_name}, from {own.settings.adapter}"))
+        rows += [("note", f"{name}: {note}") for note in own.notes if note not in shared]
+    return aligned_lines(rows, align="<")
 
 
 def prediction_row(answer: Answer, metrics: Sequence[str]) -> dict[str, Any]:

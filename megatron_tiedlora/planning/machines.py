@@ -74,11 +74,8 @@ class Machine:
 
     def lines(self) -> list[str]:
         """Its constants as text."""
-        rows = [
-            (name, f"{constant.value:>12,.4g} {CONSTANTS[name][0]:<9}", constant.source)
-            for name, constant in self.constants.items()
-        ]
-        return aligned_lines(rows, align="<", indent="  ")
+        rows = [(name, f"{value:,.4g}", CONSTANTS[name][0], source) for name, (value, source) in self.constants.items()]
+        return aligned_lines(rows, align="<><", indent="  ")
 
     def changed(self, constants: Mapping[str, Constant], **changes: Any) -> "Machine":
         """The machine with other values of some constants, and with `changes` of its other fields."""

@@ -351,58 +351,49 @@ def time_lines(planned: Planned) -> list[str]:
     batch = max(batches, key=lambda one: one.num_tokens)
     forward, backward = planned.pass_terms(index, batch)
     number, stages = count_text(len(batches), "micro-batch"), count_text(len(parts.stages), "stage")
+    of_step = [
+        (time_text(passes.total), f"both passes of {number}"),
+        (time_text(spent.bubble), f"waiting: the schedule of {stages} and {number}, simulated"),
+        *_terms(planned.sum_terms(index)),
+        (time_text(spent.outside), "loader, agreements, optimizer"),
+    ]
+    first = f"stage {index} works longest; its forward pass of a micro-batch of {batch.num_tokens:,} tokens"
+    tables = {first: [*_terms(forward)], "its backward pass": [*_terms(backward)], "in a step": of_step}
+    times = iter(aligned_lines(list(itertools.chain(*tables.values())), align="><", indent="    "))
     return [
         f"speed on {planned.machine.name}, planned and not measured, {planned.cluster.per_node} ranks in a node",
         f"  a step of {work.tokens:,} tokens takes {time_text(spent.total)}: {planned.tokens_per_second:,.0f} tokens/s"
         f" of each rank, MFU {planned.mfu:.1%}",
-        f"  {shares_text(spent._asdict())}",
-        f"  stage {index} works longest; its forward pass of a micro-batch of {batch.num_tokens:,} tokens",
-        *_terms(forward),
-        "  its backward pass",
-        *_terms(backward),
-        f"  {time_text(passes.total):>10}  both passes of {number}",
-        f"  {time_text(spent.bubble):>10}  waiting: the schedule of {stages} and {number}, simulated",
-        "  once a step",
-        *_terms(planned.sum_terms(index)),
-        f"  {time_text(spent.outside):>10}  loader, agreements, optimizer",
+        f"  {', '.join(f'{name} {part / spent.total:.1%}' for name, part in spent._asdict().items() if part)}",
+        *(line for title, rows in tables.items() for line in (f"  {title}", *itertools.islice(times, len(rows)))),
     ]
 
 
-def _terms(terms: Iterable[Term]) -> list[str]:
-    lines = []
+def _terms(terms: Iterable[Term]) -> Iterator[tuple[str, str]]:
+    """The time of each term, and what it follows from."""
     for term in (term for term in terms if term.seconds):
         rate = f": {amount_text(term.amount, term.unit)} / {amount_text(term.rate, term.unit)}/s" if term.rate else ""
         fixed = f" + {time_text(term.fixed)}" if term.rate and term.fixed else ""
-        lines.append(f"    {time_text(term.seconds):>10}  {term.label}{rate}{fixed}")
-    return lines
-
-
-def shares_text(spent: Mapping[str, float]) -> str:
-    """What a planned step is spent on, as shares of it."""
-    total = sum(spent.values())
-    return ", ".join(f"{name} {seconds / total:.1%}" for name, seconds in spent.items() if seconds)
+        yield time_text(term.seconds), f"{term.label}{rate}{fixed}"
 
 
 def message_lines(planned: Planned) -> list[str]:
     """The messages of a rank of each stage by group. Bytes are those of whole tensors, as parallel.groups counts."""
     step, stages, layout, number = planned.step, planned.stages, planned.layout, len(planned.step.batches)
-    of = "step 1's samples on data-parallel rank 0"
+    of = "the step's samples on data-parallel rank 0"
     of = of if step.samples is not None else f"samples of {layout.length:,} tokens, all supervised"
     lines = [f"messages and bytes per step and rank: {of}"]
     if layout.world_size == 1:
         return [*lines, "  none: one rank sends nothing"]
-    traffic = [planned.traffic(stage.index, of_engine=False) for stage in stages]
-    groups = [group for group in GROUPS if any(found.of_group(group)[0] for found in traffic)]
     of_engine = layout.dp_size > 1 and (layout.engine_steps or layout.zero_stage == 3)
-    header = ["all ranks" if group == WORLD else group for group in groups]
-    rows = []
-    for stage, found in zip(stages, traffic, strict=True):
-        sent = [found.of_group(group) for group in groups]
-        rows.append([f"{count:,} / {bytes_in_words(size)}" for count, size in sent])
+    sent = []
+    for stage in stages:
+        found = planned.traffic(stage.index, of_engine=False)
+        sent.append({group: messages_text(*found.of_group(group)) for group in GROUPS if found.of_group(group)[0]})
         if of_engine:
             _, most = engine_traffic(stage, num_micro_batches=number).of_group(DATA)
-            rows[-1].append(f"at most {bytes_in_words(most)}")
-    lines += stage_table([*header, *([DATA if layout.engine_steps else "DeepSpeed"] * of_engine)], rows)
+            sent[-1][DATA if layout.engine_steps else "DeepSpeed"] = f"at most {bytes_in_words(most)}"
+    lines += traffic_table(sent)
     lines.append("  (bytes are of whole tensors; the checks of the first steps send a little more)")
     if of_engine and not layout.engine_steps:
         lines.append("  (DeepSpeed: the base weights that ZeRO-3 gathers over data-parallel ranks)")
@@ -414,6 +405,18 @@ def message_lines(planned: Planned) -> list[str]:
             f" {STOP_VOTES_BYTES} B, to stop in time)"
         )
     return lines
+
+
+def messages_text(number: int, size: float) -> str:
+    """A number of messages, and their bytes together."""
+    return f"{number:,} / {bytes_in_words(size)}"
+
+
+def traffic_table(sent: Sequence[Mapping[str, str]]) -> list[str]:
+    """What a rank of each stage sends, planned or counted, as texts by group."""
+    groups = [group for group in (*GROUPS, "DeepSpeed") if any(group in found for found in sent)]
+    header = ["all ranks" if group == WORLD else group for group in groups]
+    return stage_table(header, [[found.get(group, messages_text(0, 0)) for group in groups] for found in sent])
 
 
 def stage_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -130,10 +130,10 @@ class SweepPlan:
             state = end.state + (f", step {end.step}{best}" if end.state == "finished" else "")
             state += f" ({end.halved})" if end.halved else ""
             rows.append((run.name, f"{base.trained[run.point.name]:,}", state))
+        runs, scores = len(rows) - 1, len(self.grid.points) + 1
+        of_all = f"{runs} runs and {scores} scores of {base.model} on {base.task} ({base.metric})"
         lines = [
-            f"sweep      {len(rows) - 1} runs and {len(self.grid.points) + 1} scores of {base.model} on {base.task}"
-            f" ({base.metric})",
-            f"folder     {self.folder.path}",
+            *aligned_lines([("sweep", of_all), ("folder", str(self.folder.path))], align="<"),
             "",
             *aligned_lines(rows, align="<><", indent="  "),
         ]
@@ -142,7 +142,7 @@ class SweepPlan:
             lines += ["", f"  groups to train together, and the memory of a rank{free}"]
             needed = [self.needed_bytes(runs) for runs in groups]
             cells = [
-                (f"{number:>3}", bytes_in_words(size), ", ".join(run.name for run in runs))
+                (str(number), bytes_in_words(size), ", ".join(run.name for run in runs))
                 for number, (size, runs) in enumerate(zip(needed, groups, strict=True), start=1)
             ]
             lines += aligned_lines(cells, align=">><", indent="  ")

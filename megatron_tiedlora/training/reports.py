@@ -33,6 +33,8 @@ from megatron_tiedlora.training.loop import Finished, Trainer
 from megatron_tiedlora.training.start import Start
 from megatron_tiedlora.training.throughput import peak_memory_bytes, steps_over
 
+Row = tuple[str, str]  # of the headline: what a line tells of, and what
+
 
 @dataclass(frozen=True)
 class RunReport:
@@ -47,43 +49,42 @@ class RunReport:
     def headline(self, chosen: ChosenKernels, device: torch.device) -> list[str]:
         """A summary of the run before its progress bar: what all adapters share, and each."""
         plan, attention = shared_plan(self.start.plans), self.built.runner.stage.attention
-        return [
-            *_model(plan),
+        rows = [
+            _model(plan),
             *self._adapters(),
             *_layout(plan),
-            *_read(plan, self.built),
-            f"kernels    {chosen.description}",
-            f"attention  {attention.route(device, plan.dtype)}",
+            _read(plan, self.built),
+            ("kernels", chosen.description),
+            ("attention", str(attention.route(device, plan.dtype))),
             *self._starts(),
         ]
+        return aligned_lines(rows, align="<")
 
-    def _adapters(self) -> list[str]:
+    def _adapters(self) -> list[Row]:
         """What is trained."""
         plans = self.start.plans
         plan, trained = shared_plan(plans), sum(sum(own.adapter.num_trained().values()) for own in plans.values())
         ranks = count_text(plan.grid.dp_size, "data-parallel rank")
-        return [f"adapters   {len(plans)}, {trained:,} trained parameters, ZeRO-{plan.engine.zero_stage}, {ranks}"]
+        return [("adapters", f"{len(plans)}, {trained:,} trained parameters, ZeRO-{plan.engine.zero_stage}, {ranks}")]
 
-    def _starts(self) -> list[str]:
+    def _starts(self) -> list[Row]:
         """The run's folder, and from where each adapter starts."""
         start, trainer = self.start, self.trainer
-        lines = [f"run folder {start.folder.path}"]
+        rows = [("run folder", str(start.folder.path))]
         if over := steps_over(trainer.profile, trainer.last_step):
-            lines.append(f"note       {over}")
-        lines += [f"{name:<10} finished before" for name in start.finished]
+            rows.append(("note", over))
+        rows += [(name, "finished before") for name in start.finished]
         for name, run in trainer.adapters.items():
             own, checkpoint = run.plan.settings, start.checkpoints[name]
             samples, steps = count_text(len(run.data.train), "sample"), count_text(own.max_steps, "step")
-            lines.append(
-                f"{name:<10} {own.method}, rank {own.rank}, {samples}, {own.global_batch_size} per step,"
-                f" {steps}{_resumed(run.plan, checkpoint)}"
-            )
+            step = f"{own.method}, rank {own.rank}, {samples}, {own.global_batch_size} per step"
+            rows.append((name, f"{step}, {steps}{_resumed(run.plan, checkpoint)}"))
             notes = (*run.data.notes, *(() if checkpoint is None else checkpoint.notes), *self.built.notes[name])
-            lines += [f"note       {name}: {note}" for note in notes]
-            lines += [f"warning    {name}: {warning}" for warning in run.data.warnings(run.plan)]
+            rows += [("note", f"{name}: {note}") for note in notes]
+            rows += [("warning", f"{name}: {warning}") for warning in run.data.warnings(run.plan)]
             if trainer.rivals.get(name) and len(run.evaluation_sizes) < 2:
-                lines.append(f"warning    {name}: --halving cannot tell noise, as the validation set is one batch")
-        return lines
+                rows.append(("warning", f"{name}: --halving cannot tell noise, as the validation set is one batch"))
+        return rows
 
     @staticmethod
     def progress(trainer: Trainer) -> str:
@@ -118,36 +119,37 @@ class FullReport(RunReport):
 
     saved = ""
 
-    def _adapters(self) -> list[str]:
+    def _adapters(self) -> list[Row]:
         (plan,), (data,) = self.start.plans.values(), self.start.data.values()
         settings, trained = plan.settings, sum(plan.adapter.num_trained().values())
         layers = f"{len(plan.adapter.layers)} of {plan.source.shape.num_layers} layers"
         if (targets := [target.name for target in plan.adapter.targets]) != [QKV]:
             layers += f" ({', '.join(targets)})"
+        trains = f"{settings.method}, rank {settings.rank}, {layers}: {trained:,} trained parameters"
+        samples = f"{settings.task}: {len(data.train):,} train, {len(data.validation):,} validation samples"
+        cut = f"{count_text(data.train.truncated_prompts, 'prompt')} truncated to {settings.max_length} tokens"
+        batch = f"{count_text(plan.batches.global_batch_size, 'sample')} per step, {plan.batches_in_words}"
         return [
-            f"adapter    {settings.method}, rank {settings.rank}, {layers}: {trained:,} trained parameters"
-            + (f", dropout {settings.dropout:g}" if settings.dropout else ""),
-            f"data       {settings.task}: {len(data.train):,} train, {len(data.validation):,} validation samples;"
-            f" {count_text(data.train.truncated_prompts, 'prompt')} truncated to {settings.max_length} tokens",
-            *(f"           {note}" for note in data.notes),
-            f"batches    {count_text(plan.batches.global_batch_size, 'sample')} per step, {plan.batches_in_words},"
-            f" ZeRO-{plan.engine.zero_stage}",
-            f"length     {steps_in_words(settings, len(data.train))}, schedule {settings.schedule}",
+            ("adapter", trains + (f", dropout {settings.dropout:g}" if settings.dropout else "")),
+            ("data", f"{samples}; {cut}"),
+            *(("", note) for note in data.notes),
+            ("batches", f"{batch}, ZeRO-{plan.engine.zero_stage}"),
+            ("length", f"{steps_in_words(settings, len(data.train))}, schedule {settings.schedule}"),
         ]
 
-    def _starts(self) -> list[str]:
+    def _starts(self) -> list[Row]:
         start = self.start
         (plan,), (data,), (checkpoint,) = start.plans.values(), start.data.values(), start.checkpoints.values()
-        lines, settings = [], plan.settings
+        rows, settings = list[Row](), plan.settings
         if settings.init_from is not None and checkpoint is None:
-            lines.append(f"start      values of {settings.init_from}")
+            rows.append(("start", f"values of {settings.init_from}"))
         (of_build,) = self.built.notes.values()
         notes = [*(() if checkpoint is None else checkpoint.notes), *of_build]
         if checkpoint is not None and (over := steps_over(settings.profile, checkpoint.progress.step)):
             notes.append(over)
-        lines.append(f"run folder {start.folder.path}{_resumed(plan, checkpoint)}")
-        lines += [f"note       {note}" for note in notes]
-        return [*lines, *(f"warning    {warning}" for warning in data.warnings(plan))]
+        rows.append(("run folder", f"{start.folder.path}{_resumed(plan, checkpoint)}"))
+        rows += [("note", note) for note in notes]
+        return [*rows, *(("warning", warning) for warning in data.warnings(plan))]
 
     @staticmethod
     def progress(trainer: Trainer) -> str:
@@ -165,30 +167,28 @@ class FullReport(RunReport):
         return [*speed_lines(run), *next_steps(run)]
 
 
-def _model(plan: RunPlan) -> list[str]:
+def _model(plan: RunPlan) -> Row:
     settings = plan.settings
-    line = f"model      {settings.model}, {num_base_parameters(plan.source.shape) / 1e6:,.1f} M parameters in"
+    line = f"{settings.model}, {num_base_parameters(plan.source.shape) / 1e6:,.1f} M parameters in"
     line += f" {describe_dtype(settings.dtype, plan.dtype_name)}, frozen"
     line += "" if settings.base is None else f"; the linears of its blocks in {settings.base}"
-    return [line + ("" if settings.products is None else f", products in {settings.products}")]
+    return "model", line + ("" if settings.products is None else f", products in {settings.products}")
 
 
-def _layout(plan: RunPlan) -> list[str]:
+def _layout(plan: RunPlan) -> list[Row]:
     grid = plan.grid
     if grid.tp_size * grid.pp_size == 1:
         return []
     sharded = " with sequence parallelism" if plan.layout.sequence_parallel else ""
     stages = ", ".join(f"{len(stage.layers)}" for stage in plan.stages)
-    return [
-        f"layout     tensor {grid.tp_size}{sharded} x pipeline {grid.pp_size} ({stages} layers with embedding and"
-        f" head) x data {grid.dp_size}"
-    ]
+    pipeline = f"pipeline {grid.pp_size} ({stages} layers with embedding and head)"
+    return [("layout", f"tensor {grid.tp_size}{sharded} x {pipeline} x data {grid.dp_size}")]
 
 
-def _read(plan: RunPlan, built: BuiltModel) -> list[str]:
+def _read(plan: RunPlan, built: BuiltModel) -> Row:
     read, kept = (range_text(sizes, bytes_in_words) for sizes in (built.bytes_read, built.bytes_kept))
     stored = "" if plan.settings.base is None else f", stored as {kept}"
-    return [f"read       {read} of base weights per rank{stored}"]
+    return "read", f"{read} of base weights per rank{stored}"
 
 
 def _resumed(plan: RunPlan, checkpoint: Checkpoint | None) -> str:
@@ -205,7 +205,7 @@ def _resumed(plan: RunPlan, checkpoint: Checkpoint | None) -> str:
 
 def table_lines(adapters: Mapping[str, AdapterRun | Finished], folder: RunFolder) -> list[str]:
     """How each adapter ended, where its files are, and the commands that serve them. On rank 0."""
-    rows = [("adapter", "state   ", "  step", "best step", "    best", "reason")]
+    rows = [("adapter", "state", "step", "best step", "best", "reason")]
     for name, run in adapters.items():
         progress = run.progress
         state = "finished" if run.failure is None else "failed"
@@ -226,22 +226,23 @@ def table_lines(adapters: Mapping[str, AdapterRun | Finished], folder: RunFolder
 
 def summary_lines(run: AdapterRun) -> list[str]:
     """The table at the end of a run: validation loss and scores before and after, read from the run folder."""
-    rows = ["", f"{'':<34}{'before':>10}{'after':>10}"]
+    rows, notes = [["", "before", "after"]], list[str]()
     metric, best = run.plan.settings.eval_metric, run.progress
     validation = [row for row in read_metrics(run.folder.metrics) if row["split"] == "validation"]
     by_step = {row["step"]: row for row in validation}
     for name in dict.fromkeys(("loss", metric)):
         start, end = (by_step.get(step, {}).get(name) for step in (0, best.best_step))
-        chosen = f"   (best, step {best.best_step})" if name == metric else ""
-        rows.append(f"{f'validation {name}':<34}{_number(start, name):>10}{_number(end, name):>10}{chosen}")
+        chosen = f"(best, step {best.best_step})" if name == metric else ""
+        rows.append([f"validation {name}", _number(start, name), _number(end, name), chosen])
         worse = start is not None and end is not None and (start <= end if name == "loss" else end <= start)
         if name == metric and worse:
-            rows.append(f"training did not improve the validation {name}: try another --learning_rate or more data")
+            notes.append(f"training did not improve the validation {name}: try another --learning_rate or more data")
     file = run.folder.scores
-    return [*rows, *score_rows(read_json_object(file, kind="scores") if file.is_file() else {})]
+    rows += score_rows(read_json_object(file, kind="scores") if file.is_file() else {})
+    return ["", *aligned_lines(rows, align="<>><"), *notes]
 
 
-def score_rows(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[str]:
+def score_rows(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[list[str]]:
     """The rows for scores.json. Scores of a metric before and after share a row if they are of the same samples."""
     before, after = (scores.get(moment, {}) for moment in ("before", "after"))
     rows = []
@@ -254,10 +255,9 @@ def score_rows(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[st
     return rows
 
 
-def _score_row(name: str, start: Mapping[str, Any] | None, end: Mapping[str, Any] | None) -> str:
+def _score_row(name: str, start: Mapping[str, Any] | None, end: Mapping[str, Any] | None) -> list[str]:
     label = f"{name}, {(start or end or {})['n']} test samples"
-    before, after = (_number(entry["score"] if entry else None) for entry in (start, end))
-    return f"{label:<34}{before:>10}{after:>10}"
+    return [label, *(_number(entry["score"] if entry else None) for entry in (start, end))]
 
 
 def _number(value: float | None, name: str = "") -> str:
@@ -277,13 +277,13 @@ def speed_lines(run: AdapterRun) -> list[str]:
         return []
     peak = meter.peak.flops_per_second
     shown = f"{peak / 1e12:,.1f} TFLOP/s" if peak >= 1e12 else f"{peak / 1e9:,.0f} GFLOP/s"
-    return [
-        "",
-        f"speed       {mean['tokens_per_second']:,.0f} tokens/s, {mean['supervised_tokens_per_second']:,.0f} of them"
-        f" supervised; MFU {mean['mfu']:.1%} of {shown}"
-        f" ({meter.peak.source}); padding {mean['padding']:.1%}; steps {steps[0]} to {steps[1]}",
-        f"memory      {bytes_in_words(peak_memory_bytes(run.runner.device))} at the peak, rank 0",
+    speed = f"{mean['tokens_per_second']:,.0f} tokens/s, {mean['supervised_tokens_per_second']:,.0f} of them supervised"
+    mfu = f"MFU {mean['mfu']:.1%} of {shown} ({meter.peak.source})"
+    rows = [
+        ("speed", f"{speed}; {mfu}; padding {mean['padding']:.1%}; steps {steps[0]} to {steps[1]}"),
+        ("memory", f"{bytes_in_words(peak_memory_bytes(run.runner.device))} at the peak, rank 0"),
     ]
+    return ["", *aligned_lines(rows, align="<")]
 
 
 def next_steps(run: AdapterRun) -> list[str]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -18,19 +20,23 @@ from ranks import ENVIRONMENT, free_port
 from run_helpers import Ended, run_ranks, start_command
 from tiny_models import write_tiny_model
 
-from megatron_tiedlora.benchmark.layout import plan_benchmark
-from megatron_tiedlora.benchmark.report import compare_traffic
+from megatron_tiedlora.adapters.adapter_bank import ONLY
+from megatron_tiedlora.benchmark.layout import compare_traffic, plan_benchmark
+from megatron_tiedlora.benchmark.report import report_lines
 from megatron_tiedlora.benchmark.timing import CLASSES, describe_allocator, kernel_class, kernel_seconds
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.fields import validate_settings
-from megatron_tiedlora.parallel.groups import DATA, TENSOR, Traffic
+from megatron_tiedlora.parallel.groups import DATA, TENSOR, WORLD, Traffic
 from megatron_tiedlora.planning.layout import shared_shape
 from megatron_tiedlora.planning.machines import CPU, Constant
+from megatron_tiedlora.planning.planned import Planned
+from megatron_tiedlora.planning.step_plan import StepPlan
 from megatron_tiedlora.planning.step_time import Links, step_seconds
 
 TOOL = ROOT / "tools" / "bench_step.py"
 SHARED = ("--dtype=fp32", "--rank=3", "--rows=2", "--length=64", "--repeats=2", "--compile=false")
-TABLE_HEADS = ("stage  ", "of matmul", "every message and byte of all ranks as predicted")
+TABLE_HEADS = ("of matmul", "layout: 2 ranks", "bytes per rank", "  measured, of", "  counted in a step")
+VERDICT = "every message and byte of all ranks as predicted"
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +70,20 @@ def report_of(tmp_path: Path) -> dict[str, Any]:
     for member in report["ranks"]:
         assert 0 < member["held"] <= member["peak"]
         if member["saved"] is not None:
-            # Beside the formula: fp32 rotations of heads of 4, and for labels no more than eight numbers each.
+            # Beside the plan: fp32 rotations of heads of 4, and for labels no more than eight numbers each.
             beside = member["saved"] - member["saved_formula"] - 16 * report["positions"]
             assert 0 <= beside <= 64 * report["supervised"]
             assert member["saved_ratio"] == member["saved"] / member["saved_formula"]
         assert all(found["messages"] > 0 and found["bytes"] > 0 for found in member["traffic"].values())
         assert all(found["as_predicted"] for found in member["traffic"].values())
     return report
+
+
+def message_tables(text: str) -> list[list[str]]:
+    """The planned and the counted messages of a report, with the headings."""
+    section = text[text.index("messages and bytes per step and rank") :].partition("\n\n")[0]
+    both = section.partition("  counted in a step\n")[::2]
+    return [[line for line in part.splitlines() if re.match(r"  (stage|\d)", line)] for part in both]
 
 
 @pytest.mark.slow
@@ -81,7 +94,7 @@ def test_tensor_parallel_under_the_launcher(folder: Path, tmp_path: Path) -> Non
     command = [*launcher, str(TOOL), f"--model={folder / 'model'}", *SHARED, *flags]
     ended = start_command(command, folder=tmp_path).wait().expect(0)
     report = report_of(tmp_path)
-    assert all(head in ended.outputs[0] for head in TABLE_HEADS)
+    assert all(head in ended.outputs[0] for head in (*TABLE_HEADS, VERDICT))
     assert report["layout"]["tensor_parallel"] == 2 and report["layout"]["sequence_parallel"]
     assert report["weights"] == "read" and report["micro_batches"] == 1
     assert report["tokens"] == report["positions"] == 2 * 64 and report["supervised"] == 64
@@ -108,7 +121,10 @@ def test_pipeline_of_random_weights(folder: Path, tmp_path: Path) -> None:
     for member, stage in zip(report["ranks"], plan.stages, strict=True):
         memory = stage_memory(stage, tokens=2 * 64, documents=2, longest=64, machine=constants)
         assert member["planned_peak"] == memory.allocated + constants["context"]
-    assert "planned for slow CPU: 1,000." in ended.outputs[0]
+    assert "speed on slow, planned and not measured" in ended.outputs[0]
+    assert f"; the planned time is {seconds.total / median(report['seconds']):.3f} of it" in ended.outputs[0]
+    planned, counted = message_tables(ended.outputs[0])
+    assert planned == counted and counted[0].split()[:2] == ["stage", "pipeline"], "below the same headings"
     assert report["weights"] == "random" and report["micro_batches"] == 4
     assert report["tokens"] == 4 * 2 * 64
     assert [member["stage"] for member in report["ranks"]] == [0, 1]
@@ -136,7 +152,7 @@ def test_one_rank_with_an_engine(folder: Path, tmp_path: Path) -> None:
     ended = run_ranks(arguments, folder=tmp_path, script=TOOL).expect(0)
     report = report_of(tmp_path)
     assert report["micro_batches"] == 3 and report["ranks"][0]["traffic"] == {}
-    assert "messages: none" in ended.outputs[0]
+    assert "  none: one rank sends nothing" in ended.outputs[0]
 
 
 @pytest.mark.distributed
@@ -157,6 +173,37 @@ def test_a_difference_of_kinds_is_seen() -> None:
     assert compared[DATA]["verdict"] == "as predicted" and compared[DATA]["predicted_messages"] is None
     assert compare_traffic(counted, predicted, 3)[DATA]["verdict"] == "differs: +1 B"
     assert compare_traffic(counted, counted, 4)[TENSOR]["verdict"] == "as predicted"
+
+
+def test_a_rank_that_sends_something_else_is_named() -> None:
+    """Below what was planned: each group of the first rank of a stage, and the ranks of all. What a stage does not have
+    is left empty."""
+    words = {"model": "llama2-7b", "num_layers": 2, "pipeline_parallel": 2, "rows": 1, "length": 16, "dtype": "bf16"}
+    plan = plan_benchmark(validate_settings(words, BenchSettings), world_size=2)
+    planned = Planned.alone(StepPlan({ONLY: plan}), CPU)
+    ranks: list[dict[str, Any]] = []
+    for stage in (0, 1):
+        predicted, counted = (planned.traffic(stage, of_engine=False) for _ in range(2))
+        counted.add(WORLD, "all-reduce", 8, count=stage)
+        traffic = compare_traffic(counted, predicted, 0)
+        figures = {"saved": 2e6 if stage else None, "saved_formula": 1e6, "held": 3e6, "peak": None}
+        as_predicted = all(found["as_predicted"] for found in traffic.values())
+        numbers = {"number": stage, "stage": stage, "planned_peak": None, "as_predicted": as_predicted}
+        ranks.append({**figures, **numbers, "traffic": traffic})
+    about = {"model": "m", "method": "tl6", "targets": ("qkv",), "dtype": "bf16", "device": "CPU", "threads": 1}
+    about |= {"allocator": "default malloc", "torch": "2", "versions": {}, "kernels": "not compiled", "planned": None}
+    step = {"tokens": 64, "positions": 64, "supervised": 32, "micro_batches": 4, "seconds": [2.0], "model_flops": 4e9}
+    step |= {"matmul_flops_per_second": 8e9, "weights": "random", "layout": {"recompute": "none"}, "ranks": ranks}
+    text = "\n".join(report_lines({**about, **step}, planned))
+    memory, messages = text.split("\n\n")[2:]
+    assert [line.split() for line in memory.splitlines()[-2:]] == [
+        ["0", "1.00", "MB", "3.00", "MB"],
+        ["1", "2.00", "MB", "1.00", "MB", "2.000", "3.00", "MB"],
+    ]
+    *_, first, second, verdict = messages.splitlines()
+    assert first.startswith("  0 ") and first.endswith("1 / 56 B")
+    assert second.startswith("  1 ") and second.endswith("2 / 64 B, differs: +1 messages, +8 B")
+    assert verdict == "  NOT as predicted: rank 1; --json has each rank's figures"
 
 
 def test_the_allocator_is_named() -> None:

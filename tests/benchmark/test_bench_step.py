@@ -32,7 +32,7 @@ from megatron_tiedlora.benchmark.compare import (
     measure_sides,
     share_of_equal_tokens,
 )
-from megatron_tiedlora.benchmark.layout import plan_benchmark, saved_formula
+from megatron_tiedlora.benchmark.layout import plan_benchmark, planned_saved_bytes
 from megatron_tiedlora.benchmark.report import report_lines
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.bench_settings import BenchSettings
@@ -71,7 +71,7 @@ def run_script(folder: Path, code: str) -> Ended:
     return start_command(command, folder=folder).wait()
 
 
-def beside_the_formula(supervised: int, positions: int, *, itemsize: int) -> int:
+def beside_the_plan(supervised: int, positions: int, *, itemsize: int) -> int:
     """Kept once: 8 numbers a position, the rotations of heads of 8, and 16 bytes a label for its places."""
     return 16 * supervised + 8 * itemsize * positions
 
@@ -96,13 +96,13 @@ def test_both_sides_train_on_the_same_tokens(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_what_a_step_keeps_is_the_formula_of_its_recompute(folder: Path, recompute: str) -> None:
+def test_what_a_step_keeps_is_planned_for_its_recompute(folder: Path, recompute: str) -> None:
     """But for what is there once; the table of rotations too is made again where layers are."""
     settings = settings_of(folder, f"--recompute={recompute}", "--length=256", "--compile=false")
     side = sides_of(settings)[OURS]
-    beside = side.saved_bytes() - saved_formula(plan_benchmark(settings), side.batches)
+    beside = side.saved_bytes() - planned_saved_bytes(plan_benchmark(settings), side.batches)
     positions = 0 if recompute == "full" else side.num_positions
-    assert beside == beside_the_formula(side.num_supervised, positions, itemsize=4)
+    assert beside == beside_the_plan(side.num_supervised, positions, itemsize=4)
 
 
 def test_our_side_has_the_base_that_is_given(folder: Path) -> None:
@@ -137,10 +137,10 @@ def test_the_command_writes_its_figures(folder: Path, tmp_path: Path, wish: str,
     assert 0 < ours["saved"] < theirs["saved"] and len(ours["seconds"]) == 1
     assert ours["model_flops"] > 0 and report["matmul_flops_per_second"] > 0
     assert ours["saved_ratio"] == ours["saved"] / ours["saved_formula"]
-    assert ours["saved"] - ours["saved_formula"] == beside_the_formula(64, 128, itemsize=2)
+    assert ours["saved"] - ours["saved_formula"] == beside_the_plan(64, 128, itemsize=2)
     assert f"{OURS}: recompute none; kernels {report['kernels']}\n" in done.stdout
     assert report["kernels"].startswith(said)
-    assert "saved_formula" not in theirs and "of the formula's" in done.stdout
+    assert "saved_formula" not in theirs and "of the planned ones" in done.stdout
     assert {"torch", "deepspeed", "peft"} <= set(report["versions"]) and report["allocator"] in done.stdout
 
 
@@ -353,10 +353,10 @@ def test_tables_of_sides_by_hand() -> None:
         "m, tl6 r 8 of qkv, o_proj, bf16 on CPU; a bare matmul does 8 GFLOP/s",
         "threads a process: 2, default malloc, torch 2, deepspeed not installed",
         "ours: recompute none; kernels not compiled",
-        "                      seconds   least    most  tokens/s  padding  of matmul  saved MB  formula  peak MB",
-        "ours                    2.000   1.000   4.000      45.0    10.0%      25.0%       5.0      4.0      7.0",
-        "theirs                  4.000   4.000   4.000      22.5    10.0%                 20.0",
-        "saved bytes are 1.250 of the formula's",
+        "        seconds  least   most  tokens/s  padding  of matmul  saved MB  planned  peak MB",
+        "ours      2.000  1.000  4.000      45.0    10.0%      25.0%       5.0      4.0      7.0",
+        "theirs    4.000  4.000  4.000      22.5    10.0%                 20.0",
+        "saved bytes are 1.250 of the planned ones",
         "against theirs: speed 2.00, saved bytes 0.250, peak ",
     ]
     about |= {"adapters": 2, "rows": 2, "length": 16, "micro_batches": 1, "tokens": 64, "load": [1.0, 2.0]}
@@ -365,9 +365,9 @@ def test_tables_of_sides_by_hand() -> None:
         "m, 2 adapters, tl6 r 8 of qkv, o_proj, bf16 on CPU; recompute none; kernels not compiled",
         "threads a process: 2, default malloc, torch 2, deepspeed not installed, load 1.0 to 2.0",
         "2 x 16 tokens an adapter and step; together in 1 micro-batch",
-        "                            seconds   least    most  tokens/s  peak MB",
-        "in turn                       2.000   2.000   2.000      32.0      7.0",
-        "together                      1.000   1.000   1.000      64.0",
+        "          seconds  least   most  tokens/s  peak MB",
+        "in turn     2.000  2.000  2.000      32.0      7.0",
+        "together    1.000  1.000  1.000      64.0",
         "together against in turn 2.00, against one adapter with all tokens 0.50",
     ]
 

@@ -442,8 +442,8 @@ def test_show_command_starts_nothing(start: Launch, capfd: pytest.CaptureFixture
     flags = ["--launcher=mpirun", "--num_gpus=2", f"--output_dir={folder}", "--show_command"]
     assert launch(parse_launch(flags), scripts=tmp_path / "scripts") == 0
     printed = capfd.readouterr().out
-    assert "command     mpirun -np 2 --hostfile" in printed and "localhost slots=2" in printed
-    assert f"run folder  {folder}" in printed and "MEGATRON_TIEDLORA_EXPECTED_RANKS=2" in printed
+    assert "command      mpirun -np 2 --hostfile" in printed and "localhost slots=2" in printed
+    assert f"run folder   {folder}" in printed and "MEGATRON_TIEDLORA_EXPECTED_RANKS=2" in printed
     assert not folder.exists()
 
 

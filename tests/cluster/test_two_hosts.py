@@ -167,7 +167,7 @@ def test_a_start_without_a_step_is_an_end(site: Site, tmp_path: Path, script: st
     assert slurm is not None
     long_step = {"micro_batch_size": 1, "global_batch_size": 20_000, "compile": "false"}
     job = start_slurm(site.task(folder, "tp2", work=tmp_path, **long_step), script)
-    wait_until(lambda: f"run folder {folder}" in job.output() or job.is_over(), job.output, limit=100)
+    wait_until(lambda: f"run folder  {folder}" in job.output() or job.is_over(), job.output, limit=100)
     site.cluster.first.run(["scancel", "--signal=USR1", job.number])  # to the ranks, as before a time limit
     assert job.wait(60) != 0, job.output()
     assert slurm.restarts(job.number) == 0

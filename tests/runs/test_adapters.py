@@ -209,7 +209,7 @@ def test_finished_ones_are_left_out(base: Base, tmp_path: Path, alone: Path, fou
     found = table(folder)
     assert list(found) == ["a", "b", "d"] and found["a"] == rows_before["a"] and found["b"]["step"] == "5"
     assert {row["state"] for row in found.values()} == {"finished"}
-    assert "a          finished before" in ended.outputs[0]
+    assert "a           finished before" in ended.outputs[0]
 
     shutil.rmtree(folder / "a" / "peft")
     run(base, folder, adapters=file, resume="auto", prelude=partial(builds_only, "a"))
@@ -297,7 +297,7 @@ def test_a_profile_records_turns_of_all(base: Base, tmp_path: Path) -> None:
     assert not (folder / "a" / "profile").exists()
     write_adapters(file, {"a": {"max_steps": 2}, "b": {"max_steps": 6}})
     ended = run(base, folder, adapters=file, profile="2:5", resume="auto", **constant)
-    note = "note       --profile 2:5: the run continues after step 4, so steps 2 to 4 are not recorded"
+    note = "note        --profile 2:5: the run continues after step 4, so steps 2 to 4 are not recorded"
     assert note in ended.outputs[0].splitlines()
 
 

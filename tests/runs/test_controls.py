@@ -70,7 +70,7 @@ def test_profile_writes_a_trace_of_each_rank(base: Base, tmp_path: Path) -> None
     run(base, tmp_path / "ends", max_steps=3, profile="3:9")
     assert (tmp_path / "ends" / "profile" / "rank_0.json.gz").is_file()
     ended = run(base, tmp_path / "ends", max_steps=3, profile="2:9", resume="auto")
-    note = "note       --profile 2:9: the run continues after step 3, so steps 2 to 3 are not recorded"
+    note = "note        --profile 2:9: the run continues after step 3, so steps 2 to 3 are not recorded"
     assert note in ended.outputs[0].splitlines()
 
 
@@ -153,7 +153,7 @@ def test_another_base_needs_a_flag(base: Base, started: Path, tmp_path: Path) ->
     assert not (tmp_path / "run" / "checkpoints").exists()
     options = {"init_from": base.folder / "start", "base_differs": True, "output_dir": tmp_path / "again"}
     ended = run(other, tmp_path / "again", rank=None, max_steps=2, **options)
-    assert "note       --init_from" in ended.outputs[0]
+    assert "note        --init_from" in ended.outputs[0]
     stored = load_native_adapter(tmp_path / "again" / "adapter")
     start = load_native_adapter(base.folder / "start")
     assert stored.base.base_weights_hash != start.base.base_weights_hash

@@ -178,7 +178,7 @@ def test_default_folders(base: Base, tmp_path: Path) -> None:
     names = ["model-custom-tl6-r3", "model-custom-tl6-r3-2"]
     assert sorted(item.name for item in (tmp_path / "runs").iterdir()) == names
     ended = start(resume="auto")
-    assert f"run folder runs/{names[1]}, resumed from step 2" in ended.outputs[0]
+    assert f"run folder  runs/{names[1]}, resumed from step 2" in ended.outputs[0]
     assert sorted(item.name for item in (tmp_path / "runs").iterdir()) == names
 
 

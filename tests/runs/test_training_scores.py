@@ -145,7 +145,7 @@ def test_which_scores_share_a_row() -> None:
     def rows(before: dict[str, Any] | None, after: dict[str, Any] | None) -> list[str]:
         entries = {"before": before, "after": after}
         found = {moment: {"n": 3, "score": 50.0, **entry} for moment, entry in entries.items() if entry is not None}
-        return [" ".join(row.split()) for row in score_rows({moment: {"bleu": found[moment]} for moment in found})]
+        return [" ".join(row) for row in score_rows({moment: {"bleu": found[moment]} for moment in found})]
 
     one, other = {"samples_sha256": "1"}, {"samples_sha256": "2"}
     together = ["bleu, 3 test samples 50.0 % 50.0 %"]

@@ -341,7 +341,7 @@ def test_a_shape_can_be_listed_and_not_trained(tmp_path: Path, capsys: pytest.Ca
     argv += ["--ranks=8", "--learning_rates=1e-4"]
     assert sweep(parse_sweep([*argv, "--dry_run", "--single_layers=paper"]), no_start) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "sweep      18 runs and 19 scores of llama2-7b on squad (squad)"
+    assert lines[0] == "sweep   18 runs and 19 scores of llama2-7b on squad (squad)"
     counts = {line.split()[0]: line.split()[1] for line in lines if "to do" in line and "-lr" in line}
     assert counts["lora-r8-lr1e-4"] == "4,194,304" and counts["tl6-r8-lr1e-4"] == "524,544"
     assert counts["lora-r16-lr1e-4-layer32"] == counts["tl5-r16-lr1e-4"] == "262,144" and len(counts) == 18

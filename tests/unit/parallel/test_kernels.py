@@ -151,9 +151,9 @@ def test_a_compiled_run_is_the_run(base: Base, tmp_path: Path) -> None:
     for name, wish, prelude in (("plain", "auto", run_preludes.without_compiler), ("compiled", "true", None)):
         ended = run(base, tmp_path / name, **changes, compile=wish, prelude=prelude)
         said.append("".join(ended.outputs))
-    assert "kernels    not compiled, as the run is short" in said[0]
-    assert "kernels    compiled in" in said[1]
-    assert all("attention  tiles of queries (a CPU)" in text for text in said)
+    assert "kernels     not compiled, as the run is short" in said[0]
+    assert "kernels     compiled in" in said[1]
+    assert all("attention   tiles of queries (a CPU)" in text for text in said)
     for split in ("train", "validation"):
         pairs = zip(losses(tmp_path / "compiled", split), losses(tmp_path / "plain", split), strict=True)
         for (step, loss), (same, wanted) in pairs:
@@ -174,7 +174,7 @@ def test_a_rank_that_cannot_compile_makes_all_go_on_without(base: Base, tmp_path
     """`auto` where it would pay: copies of one tensor are computed alike on all ranks, or they would drift apart."""
     cannot = functools.partial(run_preludes.no_compiler, rank=1, pays=True)
     ended = run(base, tmp_path / "run", ranks=2, prelude=cannot, max_steps=2)
-    assert "kernels    not compiled: RuntimeError: no compiler" in "".join(ended.outputs)
+    assert "kernels     not compiled: RuntimeError: no compiler" in "".join(ended.outputs)
     assert len(losses(tmp_path / "run")) == 2
 
 
