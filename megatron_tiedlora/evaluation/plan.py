@@ -205,7 +205,7 @@ def _base_format(settings: EvaluateSettings, source: ModelSource, adapter: Nativ
     Raises:
         UserError: the adapter is to be merged into quantised weights.
     """
-    given = settings.base or source.stored_base or (adapter and adapter.base.base_format) or UNQUANTISED
+    given = settings.base or source.stored_base or (adapter and adapter.base_identity.base_format) or UNQUANTISED
     if given == UNQUANTISED:
         return None
     if settings.merge_adapter:
@@ -274,7 +274,7 @@ def _find_model(
         longest=longest,
         differs=settings.base_differs,
     )
-    used, trained = _base_format(settings, opened.source, opened.adapter), opened.adapter.base.base_format
+    used, trained = _base_format(settings, opened.source, opened.adapter), opened.adapter.base_identity.base_format
     base = check_base(
         opened.source,
         opened.adapter,

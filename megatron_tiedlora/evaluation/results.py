@@ -177,7 +177,7 @@ def results_content(plan: EvaluationPlan, scores: Mapping[str, Score], folder: P
         adapter = {
             **plan.adapter.config.facts,
             "merged": settings.merge_adapter,
-            **({"base_format": trained} if (trained := plan.adapter.base.base_format) else {}),
+            **({"base_format": trained} if (trained := plan.adapter.base_identity.base_format) else {}),
             **({"base_differs": True} if settings.base_differs else {}),
         }
     layout = {"tensor_parallel": grid.tp_size, "pipeline_parallel": grid.pp_size, "data_parallel": grid.dp_size}

@@ -113,7 +113,7 @@ def read_start(given: str, source: ModelSource, *, differs: bool) -> StartAdapte
     opened = open_adapter(given, source, flag="--init_from", differs=differs)
     kind = "a PEFT adapter"
     if opened.kind == "native":
-        kind, base = "a native adapter", opened.adapter.base
+        kind, base = "a native adapter", opened.adapter.base_identity
         same_weights = identify_shape(source, base.dtype, weights_hash=base.base_weights_hash)
         check_same_base(base, same_weights, source=f"--init_from {given}", differs=True)  # of its shape alone
     elif opened.native is not None:

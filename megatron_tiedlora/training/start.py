@@ -399,7 +399,7 @@ def adopt_checkpoint(folder: RunFolder, checkpoint: Checkpoint) -> None:
     move_latest(folder.checkpoints, progress.step, guard=folder.guard)
     if progress.best_step is not None:
         best = load_native_adapter(folder.checkpoints / f"step_{progress.best_step}")
-        save_adapter(folder.adapter, best.config, best.base, best.state, guard=folder.guard)
+        save_adapter(folder.adapter, best.config, best.base_identity, best.state, guard=folder.guard)
 
 
 def reject_another_run(plan: RunPlan, data: RunData, folder: RunFolder) -> None:
