@@ -417,4 +417,4 @@ def _checked_columns(text: str | None) -> str | None:
     return text
 
 
-Columns = Annotated[str | None, AfterValidator(_checked_columns)]  # as it was given
+ColumnNames = Annotated[str | None, AfterValidator(_checked_columns)]  # as it was given

@@ -17,7 +17,7 @@ from megatron_tiedlora.config.fields import (
     LONGEST_WAIT_MINUTES,
     TARGETS_HELP,
     AddBos,
-    Columns,
+    ColumnNames,
     CommandSettings,
     SpecialTokensInText,
     Targets,
@@ -291,7 +291,7 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
     prompt_template: str | None = _data(
         "override the task's prompt, with {field} names of its rows", None, by_content=True,
     )
-    columns: Columns = _data(
+    columns: ColumnNames = _data(
         "which fields of your rows to read, as OURS=YOURS[,...], e.g. prompt=query,completion=response", None,
         by_content=True, other_names="column_mapping columns_mapping text_column dataset_text_field prompt_column",
     )

@@ -52,7 +52,7 @@ from megatron_tiedlora.convert.inputs import (
 from megatron_tiedlora.convert.peft_files import Lora, Native, native_lora, read_alpha, read_lora, read_vera
 from megatron_tiedlora.parallel.agreement import SentTensor
 
-Kind = Literal["native", "peft"]
+AdapterKind = Literal["native", "peft"]
 _BASE_NAME = "base_model_name_or_path"  # in PEFT's config
 
 
@@ -74,7 +74,7 @@ class OpenedAdapter:
     """
 
     source: ModelSource
-    kind: Kind
+    kind: AdapterKind
     config: AdapterConfig
     state: Mapping[str, SentTensor]
     native: NativeAdapter | None
@@ -103,7 +103,7 @@ def open_adapter(
     model: ModelSource | str | None,
     *,
     flag: str = "--adapter",
-    kind: Kind | None = None,
+    kind: AdapterKind | None = None,
     tokenizer: str | None = None,
     longest: int = 0,
     differs: bool = False,

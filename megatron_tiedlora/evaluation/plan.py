@@ -94,7 +94,7 @@ class EvaluationPlan:
         }
 
 
-Plans = Mapping[str, EvaluationPlan]  # by the adapter's name; they differ in the adapter and in what follows from it
+EvaluationPlans = Mapping[str, EvaluationPlan]  # by the adapter's name; they differ in it and in what follows from it
 
 
 def plan_evaluations(settings: EvaluateSettings, *, rank: int, world_size: int) -> dict[str, EvaluationPlan]:
@@ -120,7 +120,7 @@ def plan_evaluations(settings: EvaluateSettings, *, rank: int, world_size: int) 
     return plans
 
 
-def output_name(plans: Plans) -> str:
+def output_name(plans: EvaluationPlans) -> str:
     """MODEL-TASK-ADAPTER, or MODEL-TASK-N-adapters, for the output folder's name."""
     plan = next(iter(plans.values()))
     model = last_name(plan.source.name)

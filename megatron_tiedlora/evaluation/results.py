@@ -22,7 +22,7 @@ from megatron_tiedlora.base.text_files import Real, Size, Text
 from megatron_tiedlora.checkpoint.load_model import describe_dtype
 from megatron_tiedlora.evaluation.answering import ScoredSet
 from megatron_tiedlora.evaluation.metrics import Answer, Metric, find_metric
-from megatron_tiedlora.evaluation.plan import TABLE_FILE, EvaluationPlan, Plans
+from megatron_tiedlora.evaluation.plan import TABLE_FILE, EvaluationPlan, EvaluationPlans
 from megatron_tiedlora.model.fused_attention import AttentionRoute
 
 _PERCENTILES = (2.5, 97.5)
@@ -108,7 +108,7 @@ def _resampled_sums(table: Any, *, seed: int, resamples: int) -> Iterator[Any]:
         yield times.astype(np.float64) @ table
 
 
-def headline(plans: Plans, scored_sets: Mapping[str, ScoredSet], attention: AttentionRoute) -> list[str]:
+def headline(plans: EvaluationPlans, scored_sets: Mapping[str, ScoredSet], attention: AttentionRoute) -> list[str]:
     """A few lines about the evaluation, to print before its progress bar; of several adapters a line for each.
 
     Args:
@@ -197,10 +197,10 @@ def results_content(plan: EvaluationPlan, scores: Mapping[str, Score], folder: P
     }
 
 
-Evaluation = tuple[EvaluationPlan, Sequence[Answer], Mapping[str, Score]]
+EvaluationResult = tuple[EvaluationPlan, Sequence[Answer], Mapping[str, Score]]
 
 
-def write_results(evaluations: Mapping[str, Evaluation], output: NewOutput) -> None:
+def write_results(evaluations: Mapping[str, EvaluationResult], output: NewOutput) -> None:
     """Write the files atomically: the folder appears complete or not at all.
 
     Args:
@@ -221,7 +221,7 @@ def write_results(evaluations: Mapping[str, Evaluation], output: NewOutput) -> N
             write_text(temporary / TABLE_FILE, _table(evaluations))
 
 
-def _table(evaluations: Mapping[str, Evaluation]) -> str:
+def _table(evaluations: Mapping[str, EvaluationResult]) -> str:
     """The scores of all adapters as CSV, a row for each."""
     rows: list[dict[str, Any]] = []
     for name, (plan, answers, scores) in evaluations.items():
@@ -231,7 +231,7 @@ def _table(evaluations: Mapping[str, Evaluation]) -> str:
     return csv_text(list(rows[0]), rows)
 
 
-def score_table(evaluations: Mapping[str, Evaluation], folder: Path) -> list[str]:
+def score_table(evaluations: Mapping[str, EvaluationResult], folder: Path) -> list[str]:
     """The lines that a user sees at the end: scores with intervals, and the files.
 
     Of one alone there is a row for each metric, with its signature; of several a row for each adapter.
