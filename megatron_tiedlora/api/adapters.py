@@ -62,10 +62,9 @@ def load_base(
     trained = adapter.base_identity
     folder = find_model(model or trained.base_model).weights_folder()
     keywords.setdefault("attn_implementation", "sdpa")  # the config's own may name code on the hub
-    loaded = AutoModelForCausalLM.from_pretrained(
+    return AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype or DTYPES[trained.dtype], use_safetensors=True, trust_remote_code=False, **keywords
-    )
-    return loaded.eval()
+    ).eval()
 
 
 def attach(model: Any, adapter: NativeAdapter, *, base_differs: bool = False) -> Any:

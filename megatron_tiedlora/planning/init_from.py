@@ -19,7 +19,7 @@ from megatron_tiedlora.config.fields import flag_value, marked
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.convert.open_adapter import open_adapter
 from megatron_tiedlora.parallel.agreement import SentTensor, decided_by_rank_0, raise_on_every_rank
-from megatron_tiedlora.runtime.run_folder import RunFolder, last_run_folder, run_name
+from megatron_tiedlora.runtime.run_folder import RunFolder, last_run_folder
 
 _TAKEN_OVER = marked(Settings, decides="adapter")
 _NAMING = set(marked(Settings, decides="adapter", derived=False))  # those of them that are in a run's name
@@ -145,7 +145,7 @@ def recorded_run(settings: Settings) -> Mapping[str, Any] | None:
     if settings.output_dir is not None:
         folder = RunFolder(user_path(settings.output_dir))
     elif settings.init_from is None or settings.model_fields_set >= _NAMING:
-        folder = last_run_folder(run_name(settings))
+        folder = last_run_folder(settings)
     else:  # the adapter decides how the folder is called, so it is read first
         return None
     return recorded_settings(folder.checkpoints.glob("step_*"))

@@ -25,6 +25,7 @@ from megatron_tiedlora.checkpoint.resume import (
     save_checkpoint,
 )
 from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.open_adapter import read_peft
 from megatron_tiedlora.runtime.rank_log import RankLog
@@ -119,7 +120,7 @@ def test_links_of_a_run_folder_are_replaced_or_removed_and_never_followed(native
     for rank in (0, 1):
         _link(run.logs / f"rank_{rank}.log", away / ("notes" if rank else "nothing"))
     before = tree(away)
-    assert choose_run_folder(str(run.path), name="x", resume="auto") == run
+    assert choose_run_folder(make_settings({"output_dir": str(run.path), "resume": "auto"})) == run
     remove_leftovers(run.path)  # as a run does first when the folder is its own
     adopt_checkpoint(run, load_checkpoint(run.checkpoints / "step_4"))
     moments = load_file(run.checkpoints / "step_4" / "trainer_state.safetensors")
@@ -150,7 +151,7 @@ def test_a_run_with_links_for_folders_is_refused(native: NativeAdapter, area: Pa
     _link(run.path / name, area / "away")
     for output_dir, resume in ((str(run.path), "auto"), (None, str(run.checkpoints / "step_4"))):
         found = outcome(
-            lambda: choose_run_folder(output_dir, name="x", resume=resume),  # noqa: B023
+            lambda: choose_run_folder(make_settings({"output_dir": output_dir, "resume": resume})),  # noqa: B023
             unchanged=area,
             names=(f"{run.path / name} is a link",),
         )
@@ -162,7 +163,7 @@ def test_a_run_folder_may_itself_be_a_link(native: NativeAdapter, area: Path) ->
     (area / "run").symlink_to(area / "scratch" / "run")
     (area / "here").symlink_to(area / "scratch")
     for given in (area / "run", area / "here" / "run"):
-        assert choose_run_folder(str(given), name="x", resume="auto") == RunFolder(given)
+        assert choose_run_folder(make_settings({"output_dir": str(given), "resume": "auto"})) == RunFolder(given)
 
 
 def test_an_adapter_that_is_a_link_to_nothing_is_replaced(native: NativeAdapter, area: Path) -> None:
