@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.base.atomic import write_json, write_text
 from megatron_tiedlora.base.extras import installed_versions
 from megatron_tiedlora.base.messages import UserError, aligned_lines, count_text, csv_text
@@ -109,17 +110,17 @@ def _resampled_sums(table: Any, *, seed: int, resamples: int) -> Iterator[Any]:
 
 
 def headline(plans: EvaluationPlans, scored_sets: Mapping[str, ScoredSet], attention: AttentionRoute) -> list[str]:
-    """A few lines about the evaluation, to print before its progress bar; of several adapters a line for each.
+    """A few lines about the evaluation, to print before its progress bar; of --adapters a line for each.
 
     Args:
         attention: which kernels compute the attention of prompts.
     """
     name, plan = next(iter(plans.items()))
-    settings, grid, scored, adapters = plan.settings, plan.grid, scored_sets[name], len(plans)
+    settings, grid, scored = plan.settings, plan.grid, scored_sets[name]
     dtype = describe_dtype(settings.dtype, plan.dtype_name)
     adapter = ""
-    if adapters > 1:
-        adapter = f" with {adapters} adapters"
+    if ONLY not in plans:
+        adapter = f" with {count_text(len(plans), 'adapter')}"
     elif plan.adapter is not None:
         targets = ", ".join(target.name for target in plan.adapter.config.targets)
         adapter = f" with {plan.adapter_name} on {targets}, from {settings.adapter}"
@@ -137,7 +138,7 @@ def headline(plans: EvaluationPlans, scored_sets: Mapping[str, ScoredSet], atten
         *([f"chats      by {scored.chat_note}"] if scored.chat_note else []),
         *(f"note       {note}" for note in shared),
     ]
-    if adapters == 1:
+    if ONLY in plans:
         return lines
     for name, own in plans.items():
         lines.append(f"adapter    {name}: {own.adapter_name}, from {own.settings.adapter}")
@@ -205,7 +206,7 @@ def write_results(evaluations: Mapping[str, EvaluationResult], output: NewOutput
 
     Args:
         evaluations: by the adapter's name, which is then the name of a folder with its files, beside the table of all;
-            or one alone, whose name is "".
+            or one alone, whose name is ONLY.
 
     Raises:
         UserError: another process has taken over the folder meanwhile, or it cannot be written.
@@ -217,7 +218,7 @@ def write_results(evaluations: Mapping[str, EvaluationResult], output: NewOutput
             rows = [prediction_row(answer, plan.task.metrics) for answer in answers]
             write_text(folder / PREDICTIONS_FILE, "".join(_json_line(row) for row in rows))
             write_json(folder / RESULTS_FILE, results_content(plan, scores, output.path / name))
-        if "" not in evaluations:
+        if ONLY not in evaluations:
             write_text(temporary / TABLE_FILE, _table(evaluations))
 
 
@@ -238,7 +239,7 @@ def score_table(evaluations: Mapping[str, EvaluationResult], folder: Path) -> li
     """
     plan, answers, first = next(iter(evaluations.values()))
     rows = f"{plan.task.name}, {count_text(len(answers), f'{plan.settings.split} row')}, scores in per cent"
-    if "" in evaluations:
+    if ONLY in evaluations:
         header = ("metric", "score", "95 % interval", "signature")
         cells = [(n, f"{s.value:.2f}", f"{s.low:.2f} to {s.high:.2f}", s.signature) for n, s in first.items()]
         lines = aligned_lines([header, *cells], align="<><", indent="  ")
