@@ -30,7 +30,7 @@ from megatron_tiedlora.checkpoint.resume import (
 )
 from megatron_tiedlora.config.adapters_file import OF_ALL, PER_ADAPTER, rivals_of
 from megatron_tiedlora.config.cli import HUB_NAMES, TEMPLATE_HASH
-from megatron_tiedlora.config.fields import declared, flag_value
+from megatron_tiedlora.config.fields import declared, flag_value, marked
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.chat import chat_template_sha256
 from megatron_tiedlora.data.sources import hub_ids
@@ -293,7 +293,7 @@ def write_run_settings(plan: RunPlan, folder: RunFolder) -> None:
     versions = installed_versions("torch", "deepspeed", "transformers")
     settings = plan.resolved_settings()
     settings["output_dir"] = str(folder.path)
-    settings[HUB_NAMES] = hub_ids(*(settings[name] for name in ("train_file", "validation_file", "tokenizer")))
+    settings[HUB_NAMES] = hub_ids(settings["tokenizer"], *(settings[name] for name in marked(Settings, holds="rows")))
     if plan.settings.chat_template is not None:
         settings[TEMPLATE_HASH] = chat_template_sha256(plan.settings.chat_template)
     folder.write_settings({**settings, "ranks": plan.grid.world_size, "versions": versions})

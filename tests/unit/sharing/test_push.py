@@ -153,9 +153,10 @@ def test_a_run_records_what_comes_from_the_hub(base: Path, tmp_path: Path, monke
     (tmp_path / "rows.jsonl").touch()
     names = "org/set:main:train:0.25,clients/acme:0.25,rows.jsonl:0.25,other/set:0.25"
     words = [f"--train_file={names}", "--validation_file=third/set", "--tokenizer=org/tokens", f"--model={base}"]
+    words += ["--test_file=test/set"]
     write_run_settings(planned(words, base), RunFolder(tmp_path / "run"))
     written = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())
-    assert written["hub_names"] == ["org/set", "org/tokens", "other/set", "third/set"]
+    assert written["hub_names"] == ["org/set", "org/tokens", "other/set", "test/set", "third/set"]
     assert parse_settings(["--config", "run/run.yaml"], Settings).train_file == names
 
 
