@@ -76,7 +76,7 @@ class RunReport:
             samples, steps = count_text(len(run.data.train), "sample"), count_text(own.max_steps, "step")
             lines.append(
                 f"{name:<10} {own.method}, rank {own.rank}, {samples}, {own.global_batch_size} per step,"
-                f" {steps}{_resumed(run.plan, checkpoint)}"
+                f" {steps}{resumed_text(run.plan, checkpoint)}"
             )
             notes = (*run.data.notes, *(() if checkpoint is None else checkpoint.notes), *self.built.notes[name])
             lines += [f"note       {name}: {note}" for note in notes]
@@ -145,7 +145,7 @@ class FullReport(RunReport):
         notes = [*(() if checkpoint is None else checkpoint.notes), *of_build]
         if checkpoint is not None and (over := steps_over(settings.profile, checkpoint.progress.step)):
             notes.append(over)
-        lines.append(f"run folder {start.folder.path}{_resumed(plan, checkpoint)}")
+        lines.append(f"run folder {start.folder.path}{resumed_text(plan, checkpoint)}")
         lines += [f"note       {note}" for note in notes]
         return [*lines, *(f"warning    {warning}" for warning in data.warnings(plan))]
 
@@ -191,11 +191,11 @@ def _read(plan: RunPlan, built: BuiltModel) -> list[str]:
     return [f"read       {read} of base weights per rank{stored}"]
 
 
-def _resumed(plan: RunPlan, checkpoint: Checkpoint | None) -> str:
+def resumed_text(plan: RunPlan, checkpoint: Checkpoint | None) -> str:
     """The step from which the run continues, and whether --packing was different before it."""
     if checkpoint is None:
         return ""
-    packing, before = plan.settings.packing, checkpoint.settings["packing"]
+    packing, before = plan.settings.packing, checkpoint.settings.get("packing", plan.settings.packing)
     changed = f" (until there --packing {str(before).lower()}, from here {str(packing).lower()})"
     return f", resumed from step {checkpoint.progress.step}{changed if before != packing else ''}"
 
