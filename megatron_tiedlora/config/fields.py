@@ -2,7 +2,7 @@
 
 Owns how fields are declared and how values become frozen settings. Each command declares its own settings, and
 `cli.py` turns the fields of any command into flags and YAML names. Which settings have something in common is asked of
-their marks (`marked`), so that no list of their names is written by hand.
+their marks (`marked`), so that no list of that is written by hand.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ def function_names(node: ast.stmt) -> set[str]:
 def defined_names(names: Callable[[ast.stmt], set[str]]) -> Counter[str]:
     """In how many files a statement outside of classes and functions defines each name."""
     trees = [ast.parse(file.read_text(encoding="utf-8")) for file in SOURCES]
-    return Counter(name for tree in trees for name in set().union(*map(names, tree.body)))
+    return Counter(name for tree in trees for name in set[str]().union(*map(names, tree.body)))
 
 
 def test_no_two_types_share_a_name() -> None:
