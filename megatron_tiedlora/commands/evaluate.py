@@ -66,7 +66,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
     groups = make_groups(plan.grid, make_process_grid(plan.grid))
     stage = load_model(
         plan.source,
-        plan.adapter if ONLY in plans else {name: own.adapter for name, own in plans.items() if own.adapter is not None},
+        plan.adapter if ONLY in plans else {n: own.adapter for n, own in plans.items() if own.adapter is not None},
         dtype=plan.dtype,
         base_format=plan.base_format,
         device=device,
