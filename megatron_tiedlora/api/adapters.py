@@ -59,12 +59,12 @@ def load_base(
     """
     from transformers import AutoModelForCausalLM
 
-    folder = find_model(model or adapter.base.base_model).weights_folder()
+    trained = adapter.base_identity
+    folder = find_model(model or trained.base_model).weights_folder()
     keywords.setdefault("attn_implementation", "sdpa")  # the config's own may name code on the hub
-    loaded = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype or DTYPES[adapter.base.dtype], use_safetensors=True, trust_remote_code=False, **keywords
-    )
-    return loaded.eval()
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype or DTYPES[trained.dtype], use_safetensors=True, trust_remote_code=False, **keywords
+    ).eval()
 
 
 def attach(model: Any, adapter: NativeAdapter, *, base_differs: bool = False) -> Any:
@@ -135,7 +135,7 @@ def generate(model: Any, prompts: str | Sequence[str], *, tokenizer: Any = None,
         from megatron_tiedlora.data.tokenizer import load_tokenizer
 
         state = getattr(model, _STATE, None)
-        own = None if state is None else state.adapter.base.tokenizer
+        own = None if state is None else state.adapter.base_identity.tokenizer
         tokenizer = load_tokenizer(own or model.config.name_or_path)
     options = {"max_new_tokens": 256, "do_sample": False, "pad_token_id": tokenizer.eos_token_id, **keywords}
     answers = []
@@ -156,8 +156,8 @@ def _check(model: Any, adapter: NativeAdapter, *, base_differs: bool) -> None:
             if state.merged
             else "the model has an adapter already; detach(model) first"
         )
-    found = identify_in_memory(model, model_source(model))
-    for note in check_same_base(adapter.base, found, source="the adapter", differs=base_differs, in_memory=True):
+    trained, found = adapter.base_identity, identify_in_memory(model, model_source(model))
+    for note in check_same_base(trained, found, source="the adapter", differs=base_differs, in_memory=True):
         warnings.warn(note, stacklevel=3)  # of the caller of attach or merge
 
 

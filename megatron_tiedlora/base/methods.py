@@ -11,7 +11,7 @@ from typing import Literal
 
 from megatron_tiedlora.base.messages import UserError, nearest_name
 
-Start = Literal["normal", "zero", "one"]
+InitialValue = Literal["normal", "zero", "one"]
 Sharing = Literal["all", "one"] | int | tuple[tuple[int, ...], ...]
 FACTORS = ("A", "B", "u", "v")
 
@@ -27,7 +27,7 @@ class Factor:
 
     shared_by: Sharing
     trained: bool
-    start: Start
+    start: InitialValue
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Method:
         return "zero" in (self.B.start, self.v.start)
 
 
-def _row(name: str, a: str, b: str, scale: str, b_start: Start, *, shared_by: Sharing = "all") -> Method:
+def _row(name: str, a: str, b: str, scale: str, b_start: InitialValue, *, shared_by: Sharing = "all") -> Method:
     """A Method from one table row. a and b: "trained" or "frozen"; scale: which of u, v are trained."""
     return Method(
         name,

@@ -66,7 +66,7 @@ from megatron_tiedlora.training.throughput import find_peak, timed
 OURS, PADDED, PACKED = "megatron_tiedlora", "PEFT LoRA", "PEFT LoRA, packed"
 IN_TURN, TOGETHER, ONE = "in turn", "together", "one adapter, all tokens"
 # The micro-batches of a step, and the optimizers that take it.
-StepParts = tuple[Sequence[MicroBatch], Sequence[torch.optim.Optimizer]]
+TimedStep = tuple[Sequence[MicroBatch], Sequence[torch.optim.Optimizer]]
 TokenRows = list[list[int]]
 # The setting of a step that each flag of --what scaling gives values for.
 AXES = {"layers": "num_layers", "lengths": "length", "ranks": "rank", "shares": "supervised"}
@@ -85,7 +85,7 @@ class Side:
     """
 
     model: torch.nn.Module
-    steps: Sequence[StepParts]
+    steps: Sequence[TimedStep]
     forward: Callable[[MicroBatch], torch.Tensor]
     device: torch.device
     flops: int | None = None
@@ -165,7 +165,7 @@ def _our_sides(plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | N
         return Losses(divisors).weighted(losses, batch.shares)
 
     optimizers = {name: _optimizer(adapter) for name, adapter in adapters.items()}
-    in_turn: list[StepParts] = [
+    in_turn: list[TimedStep] = [
         ([shared_micro_batch([(name, batch)]) for batch in step.micro_batches], [optimizers[name]])
         for name, step in taken.items()
     ]
@@ -175,7 +175,7 @@ def _our_sides(plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | N
         return {OURS: Side(stage, in_turn, forward, device, flops, chosen.description)}
     rounds = shared_rounds(taken, capacity=settings.shared_tokens or settings.adapters * settings.adapter_tokens)
     only, *_ = adapters
-    by_side: dict[str, list[StepParts]] = {
+    by_side: dict[str, list[TimedStep]] = {
         IN_TURN: in_turn,
         TOGETHER: [([shared_micro_batch(parts) for parts in rounds], list(optimizers.values()))],
         ONE: [([_stacked(only, [batch for _, batch in parts]) for parts in rounds], [optimizers[only]])],

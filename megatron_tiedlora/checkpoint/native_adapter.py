@@ -45,7 +45,7 @@ class NativeAdapter:
     """
 
     config: AdapterConfig
-    base: BaseIdentity
+    base_identity: BaseIdentity
     state: Mapping[str, SentTensor]
     sealed: bool = True
 
@@ -56,7 +56,7 @@ class NativeAdapter:
 
     def equals(self, other: "NativeAdapter") -> bool:
         """Whether both have the same config, base and values."""
-        same = (self.config, self.base) == (other.config, other.base)
+        same = (self.config, self.base_identity) == (other.config, other.base_identity)
         return same and all(torch.equal(self.state[name], other.state[name]) for name in self.config.tensors)
 
     @property
@@ -69,7 +69,7 @@ class NativeAdapter:
 
     def record(self) -> dict[str, Any]:
         """The record of this adapter in adapters and models that are converted from it."""
-        return {**self.config.facts, "base_model": self.base.base_model, "adapter_sha256": self.sha256}
+        return {**self.config.facts, "base_model": self.base_identity.base_model, "adapter_sha256": self.sha256}
 
 
 def changed_weights(config: AdapterConfig, shape: ModelShape) -> Iterator[tuple[WeightRule, Target]]:

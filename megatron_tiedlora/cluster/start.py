@@ -30,7 +30,7 @@ from megatron_tiedlora.config.launch_settings import LaunchCommand, LaunchSettin
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.parallel.groups import Grid
 from megatron_tiedlora.runtime.launch_env import visible_gpus
-from megatron_tiedlora.runtime.run_folder import RunFolder, choose_run_folder, run_name
+from megatron_tiedlora.runtime.run_folder import RunFolder, choose_run_folder
 from megatron_tiedlora.runtime.stopping import StopSignals, alive
 
 _FIRST_PORT, _NUM_PORTS = 20000, 10000  # below the ephemeral ports of most systems
@@ -55,9 +55,7 @@ def launch(command: LaunchCommand, *, scripts: Path) -> int:
     settings = command.settings
     job = make_job(settings, os.environ)
     check_num_ranks(command.train, job.size)
-    train, several = command.train, command.train.adapters is not None
-    chosen = choose_run_folder(train.output_dir, name=run_name(train), resume=train.resume, of_several=several)
-    folder = RunFolder(chosen.path.absolute())
+    folder = RunFolder(choose_run_folder(command.train).path.absolute())
     arguments = (*command.arguments, f"--output_dir={folder.path}")  # of a flag that is given twice the last one counts
     # Only this user can read it.
     with tempfile.TemporaryDirectory(prefix="megatron_tiedlora-", ignore_cleanup_errors=True) as private:

@@ -21,7 +21,7 @@ from megatron_tiedlora.runtime.launch_env import prepare_environment, rank_and_w
 if TYPE_CHECKING:
     from megatron_tiedlora.base.output_folder import NewOutput
     from megatron_tiedlora.evaluation.answering import ScoredSet
-    from megatron_tiedlora.evaluation.plan import EvaluationPlan
+    from megatron_tiedlora.evaluation.plan import EvaluationPlans
     from megatron_tiedlora.runtime.ending import End
     from megatron_tiedlora.runtime.stopping import StopRequests
 
@@ -48,6 +48,7 @@ def main(settings: EvaluateSettings) -> int:
 
 def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: StopRequests, end: End) -> None:
     # These import transformers, which takes seconds; signals are handled already.
+    from megatron_tiedlora.adapters.adapter_bank import ONLY
     from megatron_tiedlora.checkpoint.load_model import load_model
     from megatron_tiedlora.engine.engine import make_groups, make_process_grid
     from megatron_tiedlora.evaluation.answering import answer_all, read_scored
@@ -65,7 +66,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
     groups = make_groups(plan.grid, make_process_grid(plan.grid))
     stage = load_model(
         plan.source,
-        plan.adapter if "" in plans else {name: own.adapter for name, own in plans.items() if own.adapter is not None},
+        plan.adapter if ONLY in plans else {n: own.adapter for n, own in plans.items() if own.adapter is not None},
         dtype=plan.dtype,
         base_format=plan.base_format,
         device=device,
@@ -76,8 +77,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
         progress=is_main,
     )
     if is_main:
-        attention = stage.attention.route(device, plan.dtype)
-        show(*headline(plans, scored, attention))
+        show(*headline(plans, scored, stage.attention.route(device, plan.dtype)))
     with stop.deferred():
         answers = answer_all(
             Decoder(stage, groups, plan.source.shape),
@@ -98,7 +98,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
 
 
 def take_results_folder(
-    settings: EvaluateSettings, plans: Mapping[str, EvaluationPlan], scored: Mapping[str, ScoredSet], end: End
+    settings: EvaluateSettings, plans: EvaluationPlans, scored: Mapping[str, ScoredSet], end: End
 ) -> NewOutput | None:
     """Take the folder of the results on rank 0, which alone gets it, and tell every rank; `end` gives it back.
 

@@ -53,7 +53,8 @@ def read_adapters(path: str, given: Settings) -> dict[str, Settings]:
         if name.lower() in taken:
             raise UserError(f"{path}: entry {number}: the name {shown(name)} is taken by another; names are folders")
         taken.add(name.lower())
-        found[name] = _settings_of(own, shared, f"{path}: {name}")
+        with naming(f"{path}: {name}"):
+            found[name] = make_settings(Settings.combined(shared, own))
     check_folders(path, {name: own.output_dir for name, own in found.items() if own.output_dir is not None})
     if not found:
         raise UserError(f"{path}: holds no adapter; write one entry for each, which begins with '- name: '")
@@ -97,16 +98,6 @@ def _checked_entry(entry: Any, where: str) -> tuple[str, dict[str, Any]]:
                 f"{where} ({name}): {key} cannot differ between the adapters of a run; give it on the command line"
             )
     return name, own
-
-
-def _settings_of(own: Mapping[str, Any], shared: Mapping[str, Any], where: str) -> Settings:
-    """The settings of one adapter. Of --epochs and --max_steps its own one holds."""
-    values = dict(shared)
-    for one, other in (("epochs", "max_steps"), ("max_steps", "epochs")):
-        if one in own and other not in own:
-            values.pop(other, None)
-    with naming(where):
-        return make_settings({**values, **own})
 
 
 def check_folders(path: str, output_dirs: Mapping[str, str]) -> None:

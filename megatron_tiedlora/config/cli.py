@@ -180,11 +180,8 @@ def parse_settings(argv: Sequence[str], kind: type[AnySettings]) -> AnySettings:
     given = parse_words(argv, kind)
     config = given.pop("config", None)
     read = read_yaml(config, kind) if config else {}
-    for one, other in (*kind.instead, *((other, one) for one, other in kind.instead)):
-        if one in given:
-            read.pop(other, None)
     with naming_file(config, read.keys() - given.keys()):
-        return validate_settings({**read, **given}, kind)
+        return validate_settings(kind.combined(read, given), kind)
 
 
 @contextmanager

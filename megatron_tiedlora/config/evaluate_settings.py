@@ -10,7 +10,7 @@ from megatron_tiedlora.base.shapes import BASE_NAMES, UNQUANTISED
 from megatron_tiedlora.config.fields import (
     FILES_HELP,
     AddBos,
-    Columns,
+    ColumnNames,
     CommandSettings,
     SpecialTokensInText,
     marked,
@@ -108,7 +108,7 @@ class EvaluateSettings(CommandSettings):
     )
     train_file: str | None = _same("train_file", "training rows, to carve the validation split from")
     prompt_template: str | None = _train("prompt_template")
-    columns: Columns = _train("columns")
+    columns: ColumnNames = _train("columns")
     chat_template: str | None = _as_trained("chat_template")
     add_bos: AddBos | None = _as_trained("add_bos")
     special_tokens_in_text: SpecialTokensInText | None = _as_trained("special_tokens_in_text")

@@ -2,7 +2,7 @@
 
 Owns how fields are declared and how values become frozen settings. Each command declares its own settings, and
 `cli.py` turns the fields of any command into flags and YAML names. Which settings have something in common is asked of
-their marks (`marked`), so that no list of their names is written by hand.
+their marks (`marked`), so that no list of that is written by hand.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ class CommandSettings(BaseModel):
         groups: name and description of each group of flags, in the order of the help. A command without groups has few
             flags, and reads no file of settings.
         missing: by field, a hint to add to "is required" if the value is missing.
-        instead: pairs of fields that exclude each other. The one on the command line replaces the other in a file.
+        instead: pairs of fields that exclude each other; see `combined`.
     """
 
     model_config = ConfigDict(
@@ -222,6 +222,12 @@ class CommandSettings(BaseModel):
         """The default of a field as its help shows it; '' if the help text contains it, or there is none."""
         field = cls.model_fields[name]
         return "" if field.is_required() or field.default is None else flag_value(field.default)
+
+    @classmethod
+    def combined(cls, shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+        """Values of which `own` ones win. One of a pair that excludes each other replaces the other too."""
+        replaced = {name for pair in cls.instead if not own.keys().isdisjoint(pair) for name in pair}
+        return {**{name: value for name, value in shared.items() if name not in replaced}, **own}
 
     @field_validator("*", mode="before")
     @classmethod
@@ -417,4 +423,4 @@ def _checked_columns(text: str | None) -> str | None:
     return text
 
 
-Columns = Annotated[str | None, AfterValidator(_checked_columns)]  # as it was given
+ColumnNames = Annotated[str | None, AfterValidator(_checked_columns)]  # as it was given

@@ -26,6 +26,7 @@ from megatron_tiedlora.config.settings import Settings, make_settings
 
 PAPER_RANKS = (2, 4, 8, 16, 32, 64, 128)
 PAPER_LEARNING_RATES = (1e-4, 1e-5)
+GRID = ("methods", "ranks", "learning_rates")  # settings; each of their combinations is a run
 MOST_TOGETHER = 32  # of --together auto; with more the gain grows little
 SWEEP_FILE = "sweep.yaml"  # in the sweep's folder: the settings that it was started with
 # Flags of tiedlora run that a file may give, with a NUL after each word. Any other could start a program of the file's
@@ -100,12 +101,11 @@ class SweepSettings(CommandSettings):
     @classmethod
     def default_text(cls, name: str) -> str:
         """As for every command, but the help texts of the grid contain their defaults."""
-        return "" if name in ("methods", "ranks", "learning_rates") else super().default_text(name)
+        return "" if name in GRID else super().default_text(name)
 
     @model_validator(mode="after")
     def _check(self) -> "SweepSettings":
-        for name in ("methods", "ranks", "learning_rates", "single_layers", "tables_from"):
-            values = getattr(self, name)
+        for name, values in self:
             if values == ():
                 raise ValueError(f"--{name} is empty; give one value or more, with commas between them")
             for index, value in enumerate(values if isinstance(values, tuple) else ()):

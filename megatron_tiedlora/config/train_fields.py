@@ -17,7 +17,7 @@ from megatron_tiedlora.config.fields import (
     LONGEST_WAIT_MINUTES,
     TARGETS_HELP,
     AddBos,
-    Columns,
+    ColumnNames,
     CommandSettings,
     SpecialTokensInText,
     Targets,
@@ -67,6 +67,7 @@ TENSORBOARD = "tensorboard"
 TRACKER_NAMES = (TENSORBOARD, "wandb", "mlflow", "trackio", "comet_ml", "swanlab", "clearml", "aim", "dvclive")
 Schedule = Literal["cosine", "linear", "constant"]  # training/build.py has what they are
 GPU_NAMES = ("a100-80", "h100", "h200", "b200")  # planning/machines.py has what they are
+HOW_LONG = ("epochs", "max_steps")  # settings that both say how long to train
 SMALLEST_ALPHA, LARGEST_ALPHA = 1e-6, 1e6  # wider than any range that trains
 
 _run = partial(setting_field, "run", decides="nothing")
@@ -105,7 +106,7 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
         "optimisation": "batches, steps and learning rate",
     }
     missing: ClassVar[Mapping[str, str]] = {"task": "with --model other than demo, give --task or --train_file"}
-    instead: ClassVar[Sequence[tuple[str, str]]] = (("epochs", "max_steps"),)
+    instead: ClassVar[Sequence[tuple[str, str]]] = (HOW_LONG,)
 
     ds_config: str = _run(
         "DeepSpeed JSON with engine options; a bare name is looked up here, then in ds_configs/", "zero2.json",
@@ -291,7 +292,7 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
     prompt_template: str | None = _data(
         "override the task's prompt, with {field} names of its rows", None, by_content=True,
     )
-    columns: Columns = _data(
+    columns: ColumnNames = _data(
         "which fields of your rows to read, as OURS=YOURS[,...], e.g. prompt=query,completion=response", None,
         by_content=True, other_names="column_mapping columns_mapping text_column dataset_text_field prompt_column",
     )

@@ -164,7 +164,7 @@ def export_peft(
             peft_config(source, adapter, rank=rank, base=named or base_name(source)),
         )
         on_this_host = {} if source.from_hub else {BASE_PATH: base_location(source)}
-        formats = {name: getattr(adapter.base, name) for name in FORMAT_FIELDS}
+        formats = {name: getattr(adapter.base_identity, name) for name in FORMAT_FIELDS}
         trained = {name: value for name, value in formats.items() if value is not None}
         write_json(temporary / EXPORT_RECORD, {**adapter.record(), **base.record, **trained, **on_this_host})
         if native is not None:
@@ -256,7 +256,7 @@ def export_all(
             if adapter_kind(adapter) != "native":
                 raise UserError(f"{adapter}: this is a PEFT adapter already")
             native = load_native_adapter(adapter)
-            source = base_of(native.base)
+            source = base_of(native.base_identity)
             notes: list[str] = []
             exported = export_peft(
                 source, native, output / name, native=adapter, say=notes.append, identify=identify, **options

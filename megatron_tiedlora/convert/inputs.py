@@ -165,19 +165,18 @@ def check_base(
     Raises:
         UserError: config, weights or tokenizer differ without `differs`, are missing, or are incomplete.
     """
-    used = base_format or source.stored_base
-    stored = stored_precision(source) if used is not None and adapter.base.base_stored is not None else None
-    found = replace(identify(source, adapter.base.dtype, tokenizer), base_format=used, base_stored=stored)
-    if not uses_tokenizer and adapter.base.tokenizer is not None:
-        trained = adapter.base
+    trained, used = adapter.base_identity, base_format or source.stored_base
+    stored = stored_precision(source) if used is not None and trained.base_stored is not None else None
+    found = replace(identify(source, trained.dtype, tokenizer), base_format=used, base_stored=stored)
+    if not uses_tokenizer and trained.tokenizer is not None:
         found = replace(found, tokenizer=trained.tokenizer, tokenizer_hash=trained.tokenizer_hash)
-    if is_merged(source) and found.base_weights_hash != adapter.base.base_weights_hash and not differs:
+    if is_merged(source) and found.base_weights_hash != trained.base_weights_hash and not differs:
         raise UserError(f"{source.name}: an adapter is merged into it already; give the plain base with --model")
-    notes = check_same_base(adapter.base, found, source=flag, differs=differs)
+    notes = check_same_base(trained, found, source=flag, differs=differs)
     if not adapter.sealed:
         notes += (f"{flag}: {UNSEALED_NOTE}",)
     record = {name: getattr(found, name) for name in HASH_FIELDS}
-    if differences := base_differences(adapter.base, found):
+    if differences := base_differences(trained, found):
         record["base_differs"] = list(differences)
     return CheckedBase(record, notes)
 
@@ -195,7 +194,7 @@ def trained_otherwise(source: ModelSource, adapter: NativeAdapter) -> str:
 
     `source` has passed `check_base`.
     """
-    trained = adapter.base
+    trained = adapter.base_identity
     if trained.base_stored is None:
         return ""
     found = replace(trained, base_model=source.name, base_stored=stored_precision(source))

@@ -103,11 +103,11 @@ def merge_adapter(
         if (named := user_path(tokenizer or folder)).is_dir():
             side_files(named, _TOKENIZER_SOURCES)  # rejects links out of the folder here too
         saved = load_tokenizer(tokenizer or folder)
-    onto = adapter.base.base_format if onto_trained else None
+    onto = adapter.base_identity.base_format if onto_trained else None
     if onto_trained and onto is None:
         raise UserError(
-            f"--onto trained: the adapter was trained on its base in {adapter.base.dtype}, not on a quantised one;"
-            " leave --onto out"
+            f"--onto trained: the adapter was trained on its base in {adapter.base_identity.dtype}, not on a quantised"
+            " one; leave --onto out"
         )
     base = check_base(source, adapter, tokenizer=tokenizer, differs=base_differs, base_format=onto)
     if onto is not None and "weights" in base.record.get("base_differs", ()):
@@ -117,7 +117,7 @@ def merge_adapter(
         )
     if onto is not None and (otherwise := trained_otherwise(source, adapter)):
         raise UserError(f"--onto trained: {otherwise}")
-    if onto is not None and source.stored is None and adapter.base.base_stored is None:
+    if onto is not None and source.stored is None and adapter.base_identity.base_stored is None:
         say(
             "--onto trained: the adapter does not record from which precision its base was quantised; weights in"
             " another one have other values than training saw"

@@ -271,9 +271,9 @@ _SISTER = re.compile(r"\$\{\.(\w+)\}")
 _SMALL = re.compile(r"\d+e-\d+")  # such as 1e-5, which YAML takes for text
 _CONVERTERS = "NeMo's own scripts/checkpoint_converters convert those"
 _Size = Annotated[int, Field(strict=True, ge=1, le=2**28)]
-_Layers = Annotated[int, Field(strict=True, ge=1, le=4096)]
+_LayerCount = Annotated[int, Field(strict=True, ge=1, le=4096)]
 _Ranks = Annotated[int, Field(strict=True, ge=1, le=256)]
-_Share = Annotated[float, Field(strict=True, gt=0, le=1)]
+_PositiveShare = Annotated[float, Field(strict=True, gt=0, le=1)]
 _Off = Literal[False] | None
 
 
@@ -301,12 +301,12 @@ class NemoModel(BaseModel):
         megatron_legacy: another order of QKV's rows.
     """
 
-    num_layers: _Layers
+    num_layers: _LayerCount
     hidden_size: _Size
     ffn_size: _Size = Field(alias="ffn_hidden_size")
     num_heads: _Size = Field(alias="num_attention_heads")
-    norm_eps: _Share = Field(1e-5, alias="layernorm_epsilon")
-    rotary_share: _Share = Field(1.0, alias="rotary_percentage")
+    norm_eps: _PositiveShare = Field(1e-5, alias="layernorm_epsilon")
+    rotary_share: _PositiveShare = Field(1.0, alias="rotary_percentage")
     max_positions: _Size = Field(alias="max_position_embeddings")
     tp_size: _Ranks = Field(1, alias="tensor_model_parallel_size")
     pp_size: _Ranks = Field(1, alias="pipeline_model_parallel_size")

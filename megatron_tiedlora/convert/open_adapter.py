@@ -52,7 +52,7 @@ from megatron_tiedlora.convert.inputs import (
 from megatron_tiedlora.convert.peft_files import Lora, Native, native_lora, read_alpha, read_lora, read_vera
 from megatron_tiedlora.parallel.agreement import SentTensor
 
-Kind = Literal["native", "peft"]
+AdapterKind = Literal["native", "peft"]
 _BASE_NAME = "base_model_name_or_path"  # in PEFT's config
 
 
@@ -74,7 +74,7 @@ class OpenedAdapter:
     """
 
     source: ModelSource
-    kind: Kind
+    kind: AdapterKind
     config: AdapterConfig
     state: Mapping[str, SentTensor]
     native: NativeAdapter | None
@@ -86,7 +86,7 @@ class OpenedAdapter:
     @property
     def trained_on(self) -> BaseIdentity | None:
         """The base that the adapter's files record; None if they do not."""
-        return self.exported_for if self.native is None else self.native.base
+        return self.exported_for if self.native is None else self.native.base_identity
 
     @cached_property
     def adapter(self) -> NativeAdapter:
@@ -95,7 +95,7 @@ class OpenedAdapter:
         if self.native is None:
             base = self.exported_for or identify_model(self.source, "fp32", self.tokenizer)
             return NativeAdapter(self.config, base, self.state)
-        return self.native if self.exported_for is None else replace(self.native, base=self.exported_for)
+        return self.native if self.exported_for is None else replace(self.native, base_identity=self.exported_for)
 
 
 def open_adapter(
@@ -103,7 +103,7 @@ def open_adapter(
     model: ModelSource | str | None,
     *,
     flag: str = "--adapter",
-    kind: Kind | None = None,
+    kind: AdapterKind | None = None,
     tokenizer: str | None = None,
     longest: int = 0,
     differs: bool = False,
@@ -125,13 +125,13 @@ def open_adapter(
     found = kind if kind == "peft" else adapter_kind(given, flag=f"{flag} {given}")
     if "native" in (kind, found):
         native = load_native_adapter(folder)
-        source = find_base(folder, model, native.base.base_model, asdict(native.base))
+        source = find_base(folder, model, native.base_identity.base_model, asdict(native.base_identity))
         source.check_length("--max_length", longest)
         return OpenedAdapter(source, "native", native.config, native.state, native)
     source, notes = _peft_base(folder, model, differs=differs)
     source.check_length("--max_length", longest)
     opened = read_peft(folder, source)
-    like = identify_shape(source, "fp32", weights_hash="") if opened.native is None else opened.native.base
+    like = identify_shape(source, "fp32", weights_hash="") if opened.native is None else opened.native.base_identity
     recorded = exported_base(folder, like)
     return replace(opened, exported_for=recorded, tokenizer=tokenizer, notes=(*notes, *opened.notes))
 
@@ -160,10 +160,10 @@ def import_peft(
     """
     reject_existing(output, flag=f"--output {output}")
     opened = open_adapter(folder, model, kind="peft", differs=base_differs)
-    source, native, trained = opened.source, opened.native, opened.trained_on or opened.adapter.base
+    source, native, trained = opened.source, opened.native, opened.trained_on or opened.adapter.base_identity
     base = check_base(
         source,
-        replace(opened.adapter, base=replace(trained, base_stored=None)),  # an import quantises nothing
+        replace(opened.adapter, base_identity=replace(trained, base_stored=None)),  # an import quantises nothing
         uses_tokenizer=False,
         differs=base_differs,
         base_format=trained.base_format,  # an import uses the base in no format

@@ -195,7 +195,7 @@ def verify_export(
     """
     if peft is not None and dtype != torch.float32:
         raise UserError("--dtype bf16: a PEFT adapter is compared in fp32 only; leave --peft or --dtype out")
-    onto, trained = None if merged is None else merged_onto(merged), adapter.base.base_format
+    onto, trained = None if merged is None else merged_onto(merged), adapter.base_identity.base_format
     if merged is not None and (onto is None or (source.stored is not None and source.stored.base_format != onto)):
         reject_quantised(source)
     # Of a folder that is quantised the values are there as training saw them.

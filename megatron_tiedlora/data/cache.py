@@ -51,7 +51,7 @@ _BLOCK = 2**14  # rows
 _SAY_SECONDS, _LONGEST_SILENCE = 10.0, 300.0  # of a process that waits: how long before its first line, between two
 
 _LOGGER = logging.getLogger(__name__)
-_Found = tuple[dict[str, NDArray[Any]], dict[str, Any]]
+_Stored = tuple[dict[str, NDArray[Any]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,9 @@ def tokenised_once(
         ) from error
 
 
-def _training_data(once: Callable[..., _Found], encoding: Encoding, *, files: Files, seed: int) -> TrainingData:
+def _training_data(once: Callable[..., _Stored], encoding: Encoding, *, files: Files, seed: int) -> TrainingData:
     carves = source_kind(encoding.task, "validation", files) == "carve"
-    stored: dict[Split, _Found] = {}
+    stored: dict[Split, _Stored] = {}
     keys: dict[Split, str] = {}
     parts: tuple[Split, ...] = ("train",) if carves else ("train", "validation")
     streams = {split: row_stream(encoding.task, split, files=files, reading=encoding.reading) for split in parts}
@@ -130,7 +130,7 @@ def _training_data(once: Callable[..., _Found], encoding: Encoding, *, files: Fi
 
 def _once(
     folder: Path, timeout_minutes: float, key: str, dtypes: Mapping[str, Any], write: Callable[[Path], None], names: str
-) -> _Found:
+) -> _Stored:
     """What the folder `key` holds. `write` is called for it if no process has written it, or is writing it."""
     path = folder / key
     waits = _waits(path, names, timeout_minutes)
@@ -223,7 +223,7 @@ def _write_rows(
 
 
 def _write_splits(
-    path: Path, *, stored: Mapping[Split, _Found], streams: Mapping[Split, RowStream], seed: int, encoding: Encoding
+    path: Path, *, stored: Mapping[Split, _Stored], streams: Mapping[Split, RowStream], seed: int, encoding: Encoding
 ) -> None:
     """Write which samples are trained on and which are held out, with what `TrainingData` says of them."""
     train, stream = stored["train"][0], streams["train"]
@@ -342,7 +342,7 @@ def written_arrays(
     write_json(folder / _META_FILE, sealed(content, files=[folder / name for name in dtypes]))
 
 
-def mapped_arrays(folder: Path, dtypes: Mapping[str, Any]) -> _Found | None:
+def mapped_arrays(folder: Path, dtypes: Mapping[str, Any]) -> _Stored | None:
     """(the arrays of a folder, what was written beside them); None if the folder is missing, damaged or another's.
 
     A mapped array takes no memory of its own: all processes of a host share the system's copy of the file.

@@ -279,11 +279,11 @@ class ControlTokens:
         return [(piece.replace(_END, ""), plain) for piece, plain in pieces if piece] or [("", False)]
 
 
-def marked(segments: Iterable[Segment]) -> str:
+def with_marks(segments: Iterable[Segment]) -> str:
     """The text of segments, with marks at those that are plain."""
     return "".join(f"{_START}{segment.text}{_END}" if segment.plain else segment.text for segment in segments)
 
 
-def unmarked(text: str) -> str:
+def without_marks(text: str) -> str:
     """The text without marks."""
     return text.replace(_START, "").replace(_END, "")

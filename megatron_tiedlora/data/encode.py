@@ -325,7 +325,7 @@ class Encoding:
 
 
 Arrays = dict[str, NDArray[Any]]
-Shapes = list[tuple[str, str]]
+RowShapes = list[tuple[str, str]]
 """(shape, source) of each of some rows."""
 
 
@@ -338,7 +338,7 @@ class RowEncoder:
         self._task = encoding.task
         self._encoder = Encoder(encoding.tokenizer, self._chat, encoding.max_length)
 
-    def encode(self, rows: Sequence[NumberedRow]) -> tuple[Arrays, Shapes]:
+    def encode(self, rows: Sequence[NumberedRow]) -> tuple[Arrays, RowShapes]:
         """The samples of rows, as `encoded_rows` yields them, and the rows' shapes.
 
         Raises UserError as `make_example` and `Encoder.samples` do.
@@ -391,7 +391,7 @@ def _chunks(rows: Iterable[NumberedRow]) -> Iterator[list[NumberedRow]]:
         yield chunk
 
 
-def _in_this_process(chunks: Iterable[list[NumberedRow]], encoding: Encoding) -> Iterator[tuple[Arrays, Shapes]]:
+def _in_this_process(chunks: Iterable[list[NumberedRow]], encoding: Encoding) -> Iterator[tuple[Arrays, RowShapes]]:
     with closing(RowEncoder(encoding)) as encoder:
         yield from map(encoder.encode, chunks)
 
@@ -401,12 +401,12 @@ def _in_this_process(chunks: Iterable[list[NumberedRow]], encoding: Encoding) ->
 _ENCODER: ContextVar[RowEncoder] = ContextVar("the encoder of a process that tokenises rows")
 
 
-def _in_processes(chunks: Iterable[list[NumberedRow]], encoding: Encoding) -> Iterator[tuple[Arrays, Shapes]]:
+def _in_processes(chunks: Iterable[list[NumberedRow]], encoding: Encoding) -> Iterator[tuple[Arrays, RowShapes]]:
     """Chunks are given out and come back in order, and one for each process is in memory."""
     count = min(len(os.sched_getaffinity(0)), _MOST_PROCESSES)
     begin = partial(_begin, encoding, os.getpid())
     pool = ProcessPoolExecutor(count, get_context("fork"), initializer=begin)
-    others, waiting = set(active_children()), deque[tuple[list[NumberedRow], Future[tuple[Arrays, Shapes]]]]()
+    others, waiting = set(active_children()), deque[tuple[list[NumberedRow], Future[tuple[Arrays, RowShapes]]]]()
     try:
         for chunk in chunks:
             if len(waiting) == count:
@@ -425,7 +425,7 @@ def _in_processes(chunks: Iterable[list[NumberedRow]], encoding: Encoding) -> It
         pool.shutdown(cancel_futures=True)
 
 
-def _result(chunk: list[NumberedRow], future: Future[tuple[Arrays, Shapes]]) -> tuple[Arrays, Shapes]:
+def _result(chunk: list[NumberedRow], future: Future[tuple[Arrays, RowShapes]]) -> tuple[Arrays, RowShapes]:
     try:
         return future.result()
     except RecursionError:  # of pickle, which passes the chunk
@@ -441,5 +441,5 @@ def _begin(encoding: Encoding, parent: int) -> None:
     _ENCODER.set(RowEncoder(encoding))
 
 
-def _encode(rows: list[NumberedRow]) -> tuple[Arrays, Shapes]:
+def _encode(rows: list[NumberedRow]) -> tuple[Arrays, RowShapes]:
     return _ENCODER.get().encode(rows)

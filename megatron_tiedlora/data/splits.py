@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from megatron_tiedlora.base.messages import UserError, shown, user_path
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.data.chat import Chat, marked, read_chat_template, unmarked
+from megatron_tiedlora.data.chat import Chat, read_chat_template, with_marks, without_marks
 from megatron_tiedlora.data.readers import checked_files, checked_text, describe_fields, looks_like_path
 from megatron_tiedlora.data.sources import Files, NumberedRow, RowStream, mixed, parse_sources, row_stream, source_kind
 from megatron_tiedlora.data.tables import Row
@@ -197,12 +197,12 @@ def make_example(task: Task, chat: Chat, sample: Sequence[Row]) -> Example:
     completion = follows[right] if follows else join_answer(prompt, answer)
     before, after = chat.cut(prompt, False), chat.cut(completion, True, ends=True)
     return Example(
-        prompt=unmarked(prompt),
-        completion=unmarked(completion),
+        prompt=without_marks(prompt),
+        completion=without_marks(completion),
         source=source,
         references=references,
         choices=first.choices,
-        endings=tuple(map(unmarked, follows)),
+        endings=tuple(map(without_marks, follows)),
         segments=(*before, *after),
         num_prompt=len(before),
         shape=first.shape,
@@ -235,7 +235,7 @@ def _prompt(task: Task, chat: Chat, parts: Parts, source: str) -> str:
                 said = f"{source}: --prompt_template makes one answer of a chat"
                 raise UserError(f"{said}; give --train_on last_turn too")
             segments, num_prompt = chat.segments(conversation, source)
-            written["prompt"] = marked(segments[:num_prompt])
+            written["prompt"] = with_marks(segments[:num_prompt])
         texts = {name: value for name, value in parts.fields.items() if name in names and isinstance(value, str)}
         guarded = {name: guard(value, f"field {name!r}", source) for name, value in texts.items()}
         fields = {**parts.fields, **guarded, **written}

@@ -31,14 +31,14 @@ from megatron_tiedlora.parallel.groups import Grid
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from megatron_tiedlora.evaluation.plan import EvaluationPlan, Plans
+    from megatron_tiedlora.evaluation.plan import EvaluationPlan, EvaluationPlans
 
 # Settings that do not decide which rows are answered, and how.
 _OWN = marked(EvaluateSettings, per_adapter=True)
 _decoded = partial(decode_ids, skip_special=True)
 # Rows of several adapters that are decoded together are at most those of so many batches, which bounds the memory.
 BATCHES_AT_ONCE = 4
-_Found = dict[int, tuple[str, tuple[float, ...]]]  # an answer's text and the scores of its choices, by sample
+_Answers = dict[int, tuple[str, tuple[float, ...]]]  # an answer's text and the scores of its choices, by sample
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def encode_scored(
     return ScoredSet(task, tokenizer, *samples, ends, max_new_tokens, batch_size, note)
 
 
-def read_scored(plans: Plans) -> dict[str, ScoredSet]:
+def read_scored(plans: EvaluationPlans) -> dict[str, ScoredSet]:
     """What each adapter is to answer. Rows that several answer in the same way are read once.
 
     Raises:
@@ -183,7 +183,7 @@ def answer_all(
     together.
 
     Args:
-        scored: by the adapter's name in the stage's bank; "" if the stage has one adapter at most.
+        scored: by the adapter's name in the stage's bank; ONLY if the stage has one adapter at most.
         agree: maps "this rank's sequences are done" to "those of all ranks are"; may raise.
         progress: show a progress bar.
 
@@ -206,7 +206,7 @@ def answer_all(
                 for some, indices, rows in zip(together, asked, found, strict=True):
                     some.take(decoder, indices, rows)
                     bar.update(len(some.batches[number]))
-    gathered = [gather_on_rank_0(some.mine if sends else {}, kind=_Found) for some in sets]
+    gathered = [gather_on_rank_0(some.mine if sends else {}, kind=_Answers) for some in sets]
     pairs = zip(sets, gathered, strict=True)
     return {some.adapter: [] if parts is None else some.answers(parts) for some, parts in pairs}
 
@@ -225,7 +225,7 @@ class _AskedSet:
         whole = self.batch_size * grid.dp_size
         self.batches = [self.order[start : start + whole] for start in range(0, len(self.order), whole)]
         self.is_end = _stop_test(scored.tokenizer, scored.task.stop)
-        self.mine: _Found = {}
+        self.mine: _Answers = {}
 
     def mine_of(self, number: int) -> list[int]:
         """This rank's samples in a batch; there may be none."""
@@ -249,7 +249,7 @@ class _AskedSet:
         for index, row, scores in zip(indices, rows, choice_scores, strict=False):
             self.mine[index] = (_text(scored.tokenizer, row, scored.task.stop), tuple(scores))
 
-    def answers(self, gathered: Sequence[_Found]) -> list[Answer]:
+    def answers(self, gathered: Sequence[_Answers]) -> list[Answer]:
         """All answers in the samples' order, from those of all ranks."""
         found = {index: answer for part in gathered for index, answer in part.items()}
         return [Answer(found[i][0], example, found[i][1]) for i, example in enumerate(self.scored.examples)]

@@ -21,7 +21,7 @@ import torch
 from torch import distributed
 from torch.nn.utils.rnn import pad_sequence
 
-from megatron_tiedlora.adapters.adapter_bank import Share, Shares, pieces_of
+from megatron_tiedlora.adapters.adapter_bank import ONLY, Share, Shares, pieces_of
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.config.batch import filled
@@ -35,13 +35,13 @@ class AdapterRows(NamedTuple):
     """What one adapter's sequences bring to a call: tokens and their positions, (b, s) int64, and one cache per block.
 
     Attributes:
-        adapter: its name in the stage's bank; "" if the stage has one adapter at most.
+        adapter: its name in the stage's bank; ONLY if the stage has one adapter at most.
     """
 
     tokens: torch.Tensor
     positions: torch.Tensor
     caches: Sequence[KeyValueCache]
-    adapter: str = ""
+    adapter: str = ONLY
 
 
 class Decoder:
@@ -215,14 +215,14 @@ class Prompts:
         prompts: non-empty token ids of any lengths, the same on all ranks of a pipeline and tensor group.
         end_ids: tokens that end a sequence.
         is_end: called with all new tokens of a sequence after each of them.
-        adapter: its name in the stage's bank; "" if the stage has one adapter at most.
+        adapter: its name in the stage's bank; ONLY if the stage has one adapter at most.
     """
 
     prompts: Sequence[Sequence[int]]
     end_ids: Collection[int]
     max_new_tokens: int
     is_end: Callable[[Sequence[int]], bool] = lambda _: False
-    adapter: str = ""
+    adapter: str = ONLY
 
 
 @torch.no_grad()
@@ -413,7 +413,7 @@ def _most_likely(logits: torch.Tensor | None) -> torch.Tensor | None:
 
 
 @torch.no_grad()
-def ending_log_likelihoods(decoder: Decoder, samples: Sequence[Sample], *, adapter: str = "") -> list[list[float]]:
+def ending_log_likelihoods(decoder: Decoder, samples: Sequence[Sample], *, adapter: str = ONLY) -> list[list[float]]:
     """Summed log-likelihood of each ending after its prompt, in nats.
 
     The last token of a prompt predicts the first token of an ending, so it is computed with the endings. The tokens

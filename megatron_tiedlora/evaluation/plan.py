@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.base.messages import UserError, as_given, count_text, naming, shown, user_path
 from megatron_tiedlora.base.output_folder import LONGEST_NAME, last_name
 from megatron_tiedlora.base.shapes import UNQUANTISED
@@ -94,23 +95,20 @@ class EvaluationPlan:
         }
 
 
-Plans = Mapping[str, EvaluationPlan]  # by the adapter's name; they differ in the adapter and in what follows from it
+EvaluationPlans = Mapping[str, EvaluationPlan]  # by the adapter's name; they differ in it and in what follows from it
 
 
 def plan_evaluations(settings: EvaluateSettings, *, rank: int, world_size: int) -> dict[str, EvaluationPlan]:
-    """The plan of each of --adapters; without them one plan, whose name is "".
+    """The plan of each of --adapters; without them one plan, whose name is ONLY.
 
     Raises:
         UserError: names the first thing of settings, model and number of ranks that does not fit, with the fix; or the
             adapter that does not fit, or is of another base than the others.
     """
-    own = {"": settings}
+    own = {ONLY: settings}
     if settings.adapters is not None:
-        folders = named_adapters(settings.adapters)
-        own = {
-            name: settings.model_copy(update={"adapters": None, "adapter": str(folder)})
-            for name, folder in folders.items()
-        }
+        found = named_adapters(settings.adapters).items()
+        own = {name: settings.model_copy(update={"adapters": None, "adapter": str(path)}) for name, path in found}
     plans: dict[str, EvaluationPlan] = {}
     identify = cache(identify_model)
     for name, given in own.items():
@@ -120,11 +118,11 @@ def plan_evaluations(settings: EvaluateSettings, *, rank: int, world_size: int) 
     return plans
 
 
-def output_name(plans: Plans) -> str:
-    """MODEL-TASK-ADAPTER, or MODEL-TASK-N-adapters, for the output folder's name."""
+def output_name(plans: EvaluationPlans) -> str:
+    """MODEL-TASK-ADAPTER, or MODEL-TASK-N-adapters of --adapters, for the output folder's name."""
     plan = next(iter(plans.values()))
     model = last_name(plan.source.name)
-    adapter = plan.adapter_name if len(plans) == 1 else count_text(len(plans), "adapter").replace(" ", "-")
+    adapter = plan.adapter_name if ONLY in plans else count_text(len(plans), "adapter").replace(" ", "-")
     return "-".join([model, plan.task.name, *([] if model == adapter else [adapter])])
 
 
@@ -205,7 +203,7 @@ def _base_format(settings: EvaluateSettings, source: ModelSource, adapter: Nativ
     Raises:
         UserError: the adapter is to be merged into quantised weights.
     """
-    given = settings.base or source.stored_base or (adapter and adapter.base.base_format) or UNQUANTISED
+    given = settings.base or source.stored_base or (adapter and adapter.base_identity.base_format) or UNQUANTISED
     if given == UNQUANTISED:
         return None
     if settings.merge_adapter:
@@ -274,7 +272,7 @@ def _find_model(
         longest=longest,
         differs=settings.base_differs,
     )
-    used, trained = _base_format(settings, opened.source, opened.adapter), opened.adapter.base.base_format
+    used, trained = _base_format(settings, opened.source, opened.adapter), opened.adapter.base_identity.base_format
     base = check_base(
         opened.source,
         opened.adapter,

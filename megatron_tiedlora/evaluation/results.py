@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.base.atomic import write_json, write_text
 from megatron_tiedlora.base.extras import installed_versions
 from megatron_tiedlora.base.messages import UserError, aligned_lines, count_text, csv_text
@@ -22,7 +23,7 @@ from megatron_tiedlora.base.text_files import Real, Size, Text
 from megatron_tiedlora.checkpoint.load_model import describe_dtype
 from megatron_tiedlora.evaluation.answering import ScoredSet
 from megatron_tiedlora.evaluation.metrics import Answer, Metric, find_metric
-from megatron_tiedlora.evaluation.plan import TABLE_FILE, EvaluationPlan, Plans
+from megatron_tiedlora.evaluation.plan import TABLE_FILE, EvaluationPlan, EvaluationPlans
 from megatron_tiedlora.model.fused_attention import AttentionRoute
 
 _PERCENTILES = (2.5, 97.5)
@@ -108,18 +109,18 @@ def _resampled_sums(table: Any, *, seed: int, resamples: int) -> Iterator[Any]:
         yield times.astype(np.float64) @ table
 
 
-def headline(plans: Plans, scored_sets: Mapping[str, ScoredSet], attention: AttentionRoute) -> list[str]:
-    """A few lines about the evaluation, to print before its progress bar; of several adapters a line for each.
+def headline(plans: EvaluationPlans, scored_sets: Mapping[str, ScoredSet], attention: AttentionRoute) -> list[str]:
+    """A few lines about the evaluation, to print before its progress bar; of --adapters a line for each.
 
     Args:
         attention: which kernels compute the attention of prompts.
     """
     name, plan = next(iter(plans.items()))
-    settings, grid, scored, adapters = plan.settings, plan.grid, scored_sets[name], len(plans)
+    settings, grid, scored = plan.settings, plan.grid, scored_sets[name]
     dtype = describe_dtype(settings.dtype, plan.dtype_name)
     adapter = ""
-    if adapters > 1:
-        adapter = f" with {adapters} adapters"
+    if ONLY not in plans:
+        adapter = f" with {count_text(len(plans), 'adapter')}"
     elif plan.adapter is not None:
         targets = ", ".join(target.name for target in plan.adapter.config.targets)
         adapter = f" with {plan.adapter_name} on {targets}, from {settings.adapter}"
@@ -137,7 +138,7 @@ def headline(plans: Plans, scored_sets: Mapping[str, ScoredSet], attention: Atte
         *([("chats", f"by {scored.chat_note}")] if scored.chat_note else []),
         *(("note", note) for note in shared),
     ]
-    for name, own in plans.items() if adapters > 1 else ():
+    for name, own in () if ONLY in plans else plans.items():
         rows.append(("adapter", f"{name}: {own.adapter_name}, from {own.settings.adapter}"))
         rows += [("note", f"{name}: {note}") for note in own.notes if note not in shared]
     return aligned_lines(rows, align="<")
@@ -175,7 +176,7 @@ def results_content(plan: EvaluationPlan, scores: Mapping[str, Score], folder: P
         adapter = {
             **plan.adapter.config.facts,
             "merged": settings.merge_adapter,
-            **({"base_format": trained} if (trained := plan.adapter.base.base_format) else {}),
+            **({"base_format": trained} if (trained := plan.adapter.base_identity.base_format) else {}),
             **({"base_differs": True} if settings.base_differs else {}),
         }
     layout = {"tensor_parallel": grid.tp_size, "pipeline_parallel": grid.pp_size, "data_parallel": grid.dp_size}
@@ -195,15 +196,15 @@ def results_content(plan: EvaluationPlan, scores: Mapping[str, Score], folder: P
     }
 
 
-Evaluation = tuple[EvaluationPlan, Sequence[Answer], Mapping[str, Score]]
+EvaluationResult = tuple[EvaluationPlan, Sequence[Answer], Mapping[str, Score]]
 
 
-def write_results(evaluations: Mapping[str, Evaluation], output: NewOutput) -> None:
+def write_results(evaluations: Mapping[str, EvaluationResult], output: NewOutput) -> None:
     """Write the files atomically: the folder appears complete or not at all.
 
     Args:
         evaluations: by the adapter's name, which is then the name of a folder with its files, beside the table of all;
-            or one alone, whose name is "".
+            or one alone, whose name is ONLY.
 
     Raises:
         UserError: another process has taken over the folder meanwhile, or it cannot be written.
@@ -215,11 +216,11 @@ def write_results(evaluations: Mapping[str, Evaluation], output: NewOutput) -> N
             rows = [prediction_row(answer, plan.task.metrics) for answer in answers]
             write_text(folder / PREDICTIONS_FILE, "".join(_json_line(row) for row in rows))
             write_json(folder / RESULTS_FILE, results_content(plan, scores, output.path / name))
-        if "" not in evaluations:
+        if ONLY not in evaluations:
             write_text(temporary / TABLE_FILE, _table(evaluations))
 
 
-def _table(evaluations: Mapping[str, Evaluation]) -> str:
+def _table(evaluations: Mapping[str, EvaluationResult]) -> str:
     """The scores of all adapters as CSV, a row for each."""
     rows: list[dict[str, Any]] = []
     for name, (plan, answers, scores) in evaluations.items():
@@ -229,14 +230,14 @@ def _table(evaluations: Mapping[str, Evaluation]) -> str:
     return csv_text(list(rows[0]), rows)
 
 
-def score_table(evaluations: Mapping[str, Evaluation], folder: Path) -> list[str]:
+def score_table(evaluations: Mapping[str, EvaluationResult], folder: Path) -> list[str]:
     """The lines that a user sees at the end: scores with intervals, and the files.
 
     Of one alone there is a row for each metric, with its signature; of several a row for each adapter.
     """
     plan, answers, first = next(iter(evaluations.values()))
     rows = f"{plan.task.name}, {count_text(len(answers), f'{plan.settings.split} row')}, scores in per cent"
-    if "" in evaluations:
+    if ONLY in evaluations:
         header = ("metric", "score", "95 % interval", "signature")
         cells = [(n, f"{s.value:.2f}", f"{s.low:.2f} to {s.high:.2f}", s.signature) for n, s in first.items()]
         lines = aligned_lines([header, *cells], align="<><", indent="  ")

@@ -133,12 +133,12 @@ def fp8_numbers(codes: torch.Tensor) -> torch.Tensor:
 # a kernel is compared once with plain torch before it is used.
 
 # (packed codes (rows, width / 2), scales (rows, blocks) fp32, codes for each scale, result (rows, width)) -> None
-Kernel = Callable[[torch.Tensor, torch.Tensor, int, torch.Tensor], None]
+Nf4Kernel = Callable[[torch.Tensor, torch.Tensor, int, torch.Tensor], None]
 PACKAGE = "bitsandbytes"
 _LEAST_GPU_BLOCK = 32
 
 
-def nf4_kernel(out: torch.Tensor, block: int) -> Kernel | None:
+def nf4_kernel(out: torch.Tensor, block: int) -> Nf4Kernel | None:
     """The kernel that can fill `out` (rows, width) from codes with a scale for each `block`; None if there is none."""
     if out.shape[1] % block or out.shape[1] % 2 or (out.is_cuda and block < _LEAST_GPU_BLOCK):
         return None
@@ -156,12 +156,12 @@ def slow_nf4(device: torch.device, dtype: torch.dtype) -> str:
 
 
 @cache
-def _checked_kernel(device_type: str, dtype: torch.dtype) -> Kernel | None:
+def _checked_kernel(device_type: str, dtype: torch.dtype) -> Nf4Kernel | None:
     found = {"cpu": _cpu_kernel, "cuda": _gpu_kernel}[device_type](dtype) if device_type in ("cpu", "cuda") else None
     return found if found is not None and _is_right(found, device_type, dtype) else None
 
 
-def _cpu_kernel(dtype: torch.dtype) -> Kernel | None:
+def _cpu_kernel(dtype: torch.dtype) -> Nf4Kernel | None:
     # Not by an import of the package: that takes a second, writes to the log, and may ask the hub for more kernels.
     # And its Python functions make a new tensor for each result.
     spec = find_spec(PACKAGE)
@@ -174,7 +174,7 @@ def _cpu_kernel(dtype: torch.dtype) -> Kernel | None:
     return None
 
 
-def _called(function: Any) -> Kernel:
+def _called(function: Any) -> Nf4Kernel:
     function.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_longlong] * 3]
     function.restype = None
 
@@ -184,7 +184,7 @@ def _called(function: Any) -> Kernel:
     return run
 
 
-def _gpu_kernel(dtype: torch.dtype) -> Kernel | None:
+def _gpu_kernel(dtype: torch.dtype) -> Nf4Kernel | None:
     if find_spec(PACKAGE) is None or dtype not in (torch.bfloat16, torch.float32):
         return None
     try:
@@ -199,7 +199,7 @@ def _gpu_kernel(dtype: torch.dtype) -> Kernel | None:
     return run
 
 
-def _is_right(kernel: Kernel, device_type: str, dtype: torch.dtype) -> bool:
+def _is_right(kernel: Nf4Kernel, device_type: str, dtype: torch.dtype) -> bool:
     """Whether a kernel gives the bits of plain torch, for every code and blocks of two sizes."""
     for block in (64, 32):
         width = 5 * block

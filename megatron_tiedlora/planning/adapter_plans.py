@@ -30,7 +30,7 @@ from megatron_tiedlora.data.token_dataset import permutation
 from megatron_tiedlora.data.tokenizer import check_vocabulary, end_ids, load_tokenizer
 from megatron_tiedlora.evaluation.answering import ScoredSet, encode_scored
 from megatron_tiedlora.planning.run_plan import RunPlan, length_warnings, plan_run
-from megatron_tiedlora.runtime.run_folder import RunFolder, choose_run_folder, last_run_folder, run_name
+from megatron_tiedlora.runtime.run_folder import RunFolder, choose_run_folder, last_run_folder
 
 DS_CONFIG = "zero0.json"  # of --adapters by default, as others would clip all together, or shard the base
 
@@ -46,7 +46,7 @@ def adapter_settings(settings: Settings) -> dict[str, Settings]:
     if settings.adapters is None:
         return {ONLY: settings}
     found, output_dir = {}, settings.output_dir
-    folder = last_run_folder(run_name(settings)).path if output_dir is None else user_path(output_dir)
+    folder = last_run_folder(settings).path if output_dir is None else user_path(output_dir)
     for name, given in read_adapters(settings.adapters, settings).items():
         own = {"ds_config": DS_CONFIG, **given.model_dump(exclude_unset=True)}
         if settings.resume != "none":  # a run that is resumed reads in its folder what its --init_from was
@@ -123,8 +123,7 @@ def choose_folder(settings: Settings, plans: Plans) -> RunFolder:
     Raises:
         UserError: it cannot be used, or that of an adapter.
     """
-    name, of_several = run_name(settings), settings.adapters is not None
-    folder = choose_run_folder(settings.output_dir, name=name, resume=settings.resume, of_several=of_several)
+    folder = choose_run_folder(settings)
     check_run_folders(settings, plans, folder)
     return folder
 
@@ -135,7 +134,7 @@ def check_run_folders(settings: Settings, plans: Plans, folder: RunFolder) -> No
     check_folders(str(settings.adapters), {RUN_OF_ALL: str(folder.path), **own})
     for name, output_dir in own.items():
         with naming(name):
-            choose_run_folder(output_dir, name=run_name(plans[name].settings), resume=settings.resume)
+            choose_run_folder(plans[name].settings.completed(output_dir=output_dir))
 
 
 if TYPE_CHECKING:

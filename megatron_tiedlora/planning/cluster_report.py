@@ -12,6 +12,7 @@ from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.fields import flag_value, marked
 from megatron_tiedlora.config.plan_settings import PLAN_DEFAULTS, PlanCommand, PlanSettings
 from megatron_tiedlora.config.settings import Settings
+from megatron_tiedlora.config.train_fields import HOW_LONG
 from megatron_tiedlora.parallel.groups import GROUPS
 from megatron_tiedlora.planning.machines import (
     ATTENTION,
@@ -137,8 +138,7 @@ def _head(plan: ClusterPlan, shown: PlanSettings) -> list[str]:
     assumed = [f"--{name} {getattr(train, name)}" for name in PLAN_DEFAULTS if run.assumes(name)]
     if shown.gpu is None and shown.constants is None and shown.ranks_on_cpu is None:
         assumed.insert(0, f"--gpu {DEFAULT_GPU}")
-    given = {"max_steps", "epochs"}
-    if left := [own.max_steps for own in run.adapters.values() if given.isdisjoint(own.model_fields_set)]:
+    if left := [s.max_steps for s in run.adapters.values() if s.model_fields_set.isdisjoint(HOW_LONG)]:
         assumed.append(f"--max_steps {range_text(left)}".replace(",", ""))
     lines += [f"left out, so assumed: {', '.join(assumed)}"] if assumed else []
     if not run.data and any(own.epochs is not None for own in run.adapters.values()):

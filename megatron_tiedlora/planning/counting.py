@@ -228,7 +228,7 @@ class CountedWeight(FrozenWeight):
         return product
 
 
-class Attend(torch.autograd.Function):
+class CountedAttention(torch.autograd.Function):
     """Attention's results and gradients; it saves what the kernels save."""
 
     @staticmethod

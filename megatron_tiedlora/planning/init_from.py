@@ -19,7 +19,7 @@ from megatron_tiedlora.config.fields import flag_value, marked
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.convert.open_adapter import open_adapter
 from megatron_tiedlora.parallel.agreement import SentTensor, decided_by_rank_0, raise_on_every_rank
-from megatron_tiedlora.runtime.run_folder import RunFolder, last_run_folder, run_name
+from megatron_tiedlora.runtime.run_folder import RunFolder, last_run_folder
 
 _TAKEN_OVER = marked(Settings, decides="adapter")
 _NAMING = set(marked(Settings, decides="adapter", derived=False))  # those of them that are in a run's name
@@ -113,7 +113,7 @@ def read_start(given: str, source: ModelSource, *, differs: bool) -> StartAdapte
     opened = open_adapter(given, source, flag="--init_from", differs=differs)
     kind = "a PEFT adapter"
     if opened.kind == "native":
-        kind, base = "a native adapter", opened.adapter.base
+        kind, base = "a native adapter", opened.adapter.base_identity
         same_weights = identify_shape(source, base.dtype, weights_hash=base.base_weights_hash)
         check_same_base(base, same_weights, source=f"--init_from {given}", differs=True)  # of its shape alone
     elif opened.native is not None:
@@ -145,7 +145,7 @@ def recorded_run(settings: Settings) -> Mapping[str, Any] | None:
     if settings.output_dir is not None:
         folder = RunFolder(user_path(settings.output_dir))
     elif settings.init_from is None or settings.model_fields_set >= _NAMING:
-        folder = last_run_folder(run_name(settings))
+        folder = last_run_folder(settings)
     else:  # the adapter decides how the folder is called, so it is read first
         return None
     return recorded_settings(folder.checkpoints.glob("step_*"))

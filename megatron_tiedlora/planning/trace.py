@@ -32,7 +32,7 @@ from megatron_tiedlora.parallel.groups import RankGroup, TensorParallel, with_ad
 from megatron_tiedlora.parallel.pieces import Piece
 from megatron_tiedlora.planning.counting import (
     META,
-    Attend,
+    CountedAttention,
     CountedWeight,
     CountingGroup,
     Counts,
@@ -339,12 +339,12 @@ class Tracer:
             if self.dtype == torch.float32:  # the memory-efficient kernel gets keys and values for every query head
                 group = query.shape[1] // key.shape[1]
                 key, value = (heads.repeat_interleave(group, dim=1) if group > 1 else heads for heads in (key, value))
-            output: torch.Tensor = Attend.apply(query, key, value, self._counts)
+            output: torch.Tensor = CountedAttention.apply(query, key, value, self._counts)
             return output
 
         def by_tiles(*heads: torch.Tensor) -> torch.Tensor:
             rows = (tensor.transpose(1, 2).flatten(0, 1) for tensor in heads)
-            output: torch.Tensor = Attend.apply(*rows, self._counts)
+            output: torch.Tensor = CountedAttention.apply(*rows, self._counts)
             return output.flatten(1)[None]
 
         documents = Documents([0, tokens], positions[0, :2], tokens)

@@ -64,6 +64,11 @@ class RunFolder:
     metrics = PathIn("metrics.jsonl")  # one JSON object per line
     scores = PathIn("scores.json")  # of greedy decoding before and after training
 
+    @staticmethod
+    def of(settings: Settings, path: Path, owner: Owner | None = None) -> "RunFolder":
+        """The folder `path` of a run with these settings."""
+        return RunFolder(path, owner, of_several=settings.adapters is not None)
+
     @property
     def settings(self) -> Path:
         """Every setting as resolved, versions and seed; of several adapters those of all and of each."""
@@ -118,34 +123,28 @@ def run_name(settings: Settings) -> str:
 
 
 def take_run_folder(
-    output_dir: str | None,
-    *,
-    name: str,
-    resume: str,
-    take_over: bool = False,
-    before: Callable[[RunFolder], None] = lambda folder: None,
-    of_several: bool = False,
+    settings: Settings, *, before: Callable[[RunFolder], None] = lambda folder: None
 ) -> tuple[RunFolder, FolderLock]:
-    """Choose the folder of a run and become its owner; make it if it is new. Arguments as in `choose_run_folder`.
+    """Choose the folder of a run and become its owner; make it if it is new.
 
     Half-written files of earlier starts are removed at once, since from now on none of their writes can finish.
 
     Args:
         before: called before an existing folder is taken from another start; if it raises, the folder is unchanged.
-        of_several: whether the run has several adapters.
 
     Raises:
-        UserError: as there; or another start owns the folder and `take_over` was not given.
+        UserError: as of `choose_run_folder`; or another start owns the folder and --take_over was not given.
     """
+    resumes = settings.resume != "none"
     while True:
-        folder = choose_run_folder(output_dir, name=name, resume=resume, of_several=of_several)
-        force = "--take_over" if resume != "none" else "--resume auto --take_over"
+        folder = choose_run_folder(settings)
+        force = "--take_over" if resumes else "--resume auto --take_over"
         try:
             lock = take_folder(
                 folder.path,
                 new=not folder.path.exists(),
-                resumes=resume != "none",
-                take_over=take_over,
+                resumes=resumes,
+                take_over=settings.take_over,
                 before=partial(before, folder),
                 hint=f"wait until it ends, give another --output_dir, or take it over with {force}",
             )
@@ -159,22 +158,18 @@ def take_run_folder(
         return taken, lock
 
 
-def choose_run_folder(
-    output_dir: str | None, *, name: str, resume: str, of_several: bool = False
-) -> RunFolder:
+def choose_run_folder(settings: Settings) -> RunFolder:
     """Choose the folder of a run. The folder may be a link, but the folders in it that the run writes to may not.
 
-    Args:
-        output_dir: as given, or None for runs/NAME: the first free one of NAME, NAME-2, NAME-3, ...; to resume, the
-            last of these, or the run of the checkpoint given to --resume.
-        resume: value of --resume.
-        of_several: whether the run has several adapters.
+    Without --output_dir it is runs/NAME, of `run_name`: the first free one of NAME, NAME-2, NAME-3, ...; to resume, the
+    last of these, or the run of the checkpoint given to --resume.
 
     Raises:
         UserError: the folder holds a run and --resume was not given, or holds other files or links, or is not writable.
     """
+    output_dir, resume = settings.output_dir, settings.resume
     if output_dir is not None:
-        folder = RunFolder(user_path(output_dir), of_several=of_several)
+        folder = RunFolder.of(settings, user_path(output_dir))
         check_writable(folder.path, given=output_dir)
         files = folder.path.iterdir() if folder.path.is_dir() else ()
         foreign = not folder.is_run and not all(is_of_owner(item.name) for item in files)
@@ -184,8 +179,8 @@ def choose_run_folder(
             advice = "" if resume != "none" else ", or --resume auto to continue a run"
             raise UserError(f"--output_dir {output_dir} holds {what}; give a new folder{advice}")
     else:
-        last, following = _last_and_next(name)
-        folder = RunFolder(last if resume != "none" or not last.exists() else following, of_several=of_several)
+        last, following = _last_and_next(settings)
+        folder = RunFolder.of(settings, last if resume != "none" or not last.exists() else following)
         if resume not in ("none", "auto"):
             named = replace(folder, path=user_path(resume).parent.parent)
             folder = named if named.is_run else folder
@@ -193,14 +188,15 @@ def choose_run_folder(
     return folder
 
 
-def last_run_folder(name: str) -> RunFolder:
+def last_run_folder(settings: Settings) -> RunFolder:
     """The folder that --resume auto continues without --output_dir: the last of runs/NAME, NAME-2, NAME-3, ..."""
-    return RunFolder(_last_and_next(name)[0])
+    return RunFolder.of(settings, _last_and_next(settings)[0])
 
 
-def _last_and_next(name: str) -> tuple[Path, Path]:
+def _last_and_next(settings: Settings) -> tuple[Path, Path]:
     """The last of these folders, or runs/NAME if there is none; and the one that follows it."""
-    return next(pair for pair in pairwise(numbered(Path("runs") / name)) if not pair[1].exists())
+    folders = numbered(Path("runs") / run_name(settings))
+    return next(pair for pair in pairwise(folders) if not pair[1].exists())
 
 
 class MetricsLog:

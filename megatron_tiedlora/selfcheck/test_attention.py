@@ -30,7 +30,7 @@ from megatron_tiedlora.training.throughput import timed
 
 pytestmark = pytest.mark.gpu
 
-Route = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+AttentionCall = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 """From queries (b, heads, s, head_dim), keys and values (b, kv heads, s, head_dim), and document ids (b, s) int64 on
 the host or None, to (b, s, heads * head_dim)."""
 
@@ -100,7 +100,7 @@ def test_kernels(dtype: torch.dtype, gpu: torch.device, tell: Tell) -> None:
 def compare(
     tell: Tell,
     name: str,
-    route: Route,
+    route: AttentionCall,
     case: Heads,
     lengths: Sequence[int],
     *,
@@ -151,7 +151,7 @@ def random_heads(case: Heads, length: int, *, device: torch.device, dtype: torch
 
 
 def results(
-    route: Route, heads: Sequence[torch.Tensor], ids: torch.Tensor | None, weight: torch.Tensor
+    route: AttentionCall, heads: Sequence[torch.Tensor], ids: torch.Tensor | None, weight: torch.Tensor
 ) -> list[torch.Tensor]:
     """The output and the gradients of query, key and value for the loss sum(output * weight)."""
     query, key, value = heads
@@ -184,7 +184,7 @@ def test_first_call_on_a_new_length(gpu: torch.device, tell: Tell) -> None:
             warn_unless(name != CHOSEN or median(costs) <= NEW_SHAPE_SECONDS, tell, SLOW_FIX)
 
 
-def _seconds(route: Route, length: int, ids: torch.Tensor | None, device: torch.device) -> float:
+def _seconds(route: AttentionCall, length: int, ids: torch.Tensor | None, device: torch.device) -> float:
     """Seconds of one forward and backward pass in bf16."""
     size, heads, _, head_dim = TIMED
     draw = [
@@ -196,7 +196,7 @@ def _seconds(route: Route, length: int, ids: torch.Tensor | None, device: torch.
     return timed(lambda: results(route, draw, ids, weight), device)
 
 
-def attention_routes(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, Route]:
+def attention_routes(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, AttentionCall]:
     """Every attention route that works on the device, by name; the first is the package's choice."""
     chosen = choose_attention(device, dtype, head_dim)
     if chosen.attend is None:
@@ -222,7 +222,7 @@ def _by_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ids:
     return attend_by_tiles(query, key, value, [TiledRows(len(query), query.shape[2], blocks)], EAGER)
 
 
-def _within(attend: Attend) -> Route:
+def _within(attend: Attend) -> AttentionCall:
     def route(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
         size, _, length, _ = query.shape
         documents = whole_rows(size, length, query.device) if ids is None else find_documents([ids], query.device)
@@ -231,7 +231,7 @@ def _within(attend: Attend) -> Route:
     return route
 
 
-def _of_candidate(candidate: FusedKernel) -> Route:
+def _of_candidate(candidate: FusedKernel) -> AttentionCall:
     """A kernel that the package does not choose here, or whose library fails when it is called."""
     return lambda *heads: _within(candidate.make(False))(*heads)
 

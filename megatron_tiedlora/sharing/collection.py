@@ -140,4 +140,4 @@ def compare_adapters(one: Path, other: Path) -> list[str]:
 
 def _facts(adapter: NativeAdapter) -> dict[str, Any]:
     config = adapter.config
-    return {**config.facts, "seed": config.seed, **asdict(adapter.base)}
+    return {**config.facts, "seed": config.seed, **asdict(adapter.base_identity)}

@@ -106,10 +106,10 @@ def write_published(
 
 def _hide_paths(folder: Path, facts: "CardFacts") -> None:
     """Add the native adapter to an export, and name the base and the tokenizer in both without their paths."""
-    adapter, given = facts.adapter, facts.adapter.base.tokenizer
+    adapter, given = facts.adapter, facts.adapter.base_identity.tokenizer
     tokenizer = None if given is None else without_folders(given, facts.settings)
     (folder / NATIVE_FOLDER).mkdir()
-    base = replace(adapter.base, base_model=facts.base, tokenizer=tokenizer)
+    base = replace(adapter.base_identity, base_model=facts.base, tokenizer=tokenizer)
     write_adapter_files(folder / NATIVE_FOLDER, adapter.config, base, adapter.state)
     record = read_json_object(folder / EXPORT_RECORD, kind="the record of an export")
     record.pop(BASE_PATH, None)

@@ -18,6 +18,7 @@ from megatron_tiedlora.config.cli import naming_file, read_yaml
 from megatron_tiedlora.config.fields import declared, flag_value, marked
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.config.sweep_settings import (
+    GRID,
     SWEEP_FILE,
     SweepCommand,
     SweepSettings,
@@ -141,9 +142,7 @@ def check_resumable(folder: StudyFolder, now: SweepCommand, base: BaseRecord) ->
 
 
 def _check_extended(before: SweepSettings, now: SweepSettings, num_layers: int, where: str) -> None:
-    pairs: dict[str, tuple[Sequence[Any], Sequence[Any]]] = {
-        name: (getattr(before, name), getattr(now, name)) for name in ("methods", "ranks", "learning_rates")
-    }
+    pairs: dict[str, tuple[Sequence[Any], Sequence[Any]]] = {n: (getattr(before, n), getattr(now, n)) for n in GRID}
     layers = (single_layers(settings.single_layers, num_layers) for settings in (before, now))
     pairs["single_layers"] = (next(layers), next(layers))
     for name, (old, new) in pairs.items():

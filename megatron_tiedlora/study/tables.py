@@ -112,7 +112,7 @@ TABLE3_COLUMNS = (
     *("learning_rate", "trained_parameters", "all_rates_finished", "paper_score", "stopped_rates"),
 )
 
-Record = Mapping[str, Any]  # a line of a CSV file by its columns; what it does not have is unknown
+TableRow = Mapping[str, Any]  # a line of a CSV file by its columns; what it does not have is unknown
 
 
 def metric_title(study: Study) -> str:
@@ -130,14 +130,14 @@ def model_title(study: Study) -> str:
     return study.base.model.rstrip("/").rsplit("/", 1)[-1]
 
 
-def _record(study: Study, score: Score | None, **more: Any) -> Record:
+def _record(study: Study, score: Score | None, **more: Any) -> TableRow:
     found = {"model": study.base.model, "task": study.base.task, "metric": study.base.metric, **more}
     if score is not None:
         found |= {"score": score.value, "low": score.low, "high": score.high, "samples": score.num_samples}
     return found
 
 
-def _of_result(result: Result) -> Record:
+def _of_result(result: Result) -> TableRow:
     return {
         "learning_rate": None if result.run is None else rate_text(result.run.learning_rate),
         "trained_parameters": result.num_trained,
@@ -149,7 +149,7 @@ def _of_result(result: Result) -> Record:
 # Table 2 ----------------------------------------------------------------------------------------------------------
 
 
-def table2(studies: Sequence[Study]) -> list[Record]:
+def table2(studies: Sequence[Study]) -> list[TableRow]:
     """The records of Table 2: all methods at LoRA's best rank, then each method but LoRA at its own best rank.
 
     The best rank has the best score on the test set, as in the paper. Of equal scores it is the smaller rank. A method
@@ -165,7 +165,7 @@ def table2(studies: Sequence[Study]) -> list[Record]:
     return found
 
 
-def _table2_row(studies: Sequence[Study], section: str, method: str) -> Iterator[Record]:
+def _table2_row(studies: Sequence[Study], section: str, method: str) -> Iterator[TableRow]:
     """The records of a method, if a study has a score of it."""
     best_lora, where = [best_result(study, LORA) for study in studies], {"section": section, "method": method}
     results = [best_result(study, method) for study in studies]
@@ -257,7 +257,7 @@ def table2_markdown(studies: Sequence[Study]) -> str:
     return _text([*lines, *([] if sections else ["No method has a score yet.", ""]), *_notes2(studies, records)])
 
 
-def _cells(record: Record, *, with_paper: bool) -> list[str]:
+def _cells(record: TableRow, *, with_paper: bool) -> list[str]:
     """The cells of a task in a row: score, interval, rank, P% and decline; the paper's score, rank and P%."""
     ranks = [str(record.get(name, NONE)) for name in ("rank", "paper_rank")]
     shares = [_number(record.get(name), 1) for name in ("params_percent_of_best_lora", "paper_params_percent")]
@@ -265,7 +265,7 @@ def _cells(record: Record, *, with_paper: bool) -> list[str]:
     return cells + ([_number(record.get("paper_score")), ranks[1], shares[1]] if with_paper else [])
 
 
-def _score_texts(record: Record) -> tuple[str, str]:
+def _score_texts(record: TableRow) -> tuple[str, str]:
     """A score, with a mark if not all learning rates are finished, and its interval."""
     if "score" not in record:
         return NONE, NONE
@@ -273,7 +273,7 @@ def _score_texts(record: Record) -> tuple[str, str]:
     return _number(record["score"]) + mark, f"{record['low']:.2f} to {record['high']:.2f}"
 
 
-def _notes2(studies: Sequence[Study], records: Sequence[Record]) -> list[str]:
+def _notes2(studies: Sequence[Study], records: Sequence[TableRow]) -> list[str]:
     sizes = ", ".join(f"{s.base_score.num_samples:,} of {s.base.task}" for s in studies if s.base_score is not None)
     notes = [
         f"- Scores are on the test set ({sizes} rows), in per cent." if sizes else "- Scores are in per cent.",
@@ -304,7 +304,7 @@ def _notes2(studies: Sequence[Study], records: Sequence[Record]) -> list[str]:
 # Table 3 ----------------------------------------------------------------------------------------------------------
 
 
-def table3(studies: Sequence[Study]) -> list[Record]:
+def table3(studies: Sequence[Study]) -> list[TableRow]:
     """The records of Table 3: LoRA on single layers and the tied method at the same rank, of studies that have them."""
     found = []
     for study in studies:
@@ -345,7 +345,7 @@ def table3_markdown(studies: Sequence[Study]) -> str:
 # Both -------------------------------------------------------------------------------------------------------------
 
 
-def _incomplete_notes(records: Iterable[Record]) -> list[str]:
+def _incomplete_notes(records: Iterable[TableRow]) -> list[str]:
     missing = any(record.get("all_rates_finished") == "false" for record in records)
     return [f"- {INCOMPLETE}: not all learning rates are finished."] if missing else []
 

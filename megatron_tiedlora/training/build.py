@@ -108,7 +108,7 @@ def build_model(
 
 class _Starts(NamedTuple):
     weights: BaseWeights
-    base: BaseIdentity
+    base_identity: BaseIdentity
     states: dict[str, Mapping[str, torch.Tensor] | None]
     notes: dict[str, tuple[str, ...]]
 
@@ -121,9 +121,9 @@ def checked_starts(plans: Plans, checkpoints: Mapping[str, Checkpoint | None]) -
         starts = _Starts(weights, checked_base(shared, weights), {}, {})
         for name, plan in plans.items():
             if (checkpoint := checkpoints.get(name)) is None:
-                state, notes = load_start(plan.settings, plan.source, plan.adapter, starts.base)
+                state, notes = load_start(plan.settings, plan.source, plan.adapter, starts.base_identity)
             else:
-                state, notes = checkpoint.adapter.state, _check_resumed(plan, starts.base, checkpoint)
+                state, notes = checkpoint.adapter.state, _check_resumed(plan, starts.base_identity, checkpoint)
             starts.states[name], starts.notes[name] = state, notes
         yield starts
 
@@ -322,7 +322,7 @@ def _check_resumed(plan: RunPlan, base: BaseIdentity, checkpoint: Checkpoint) ->
                 f"{checkpoint.folder / CONFIG_FILE}: {name} is {stored[name]}, but the checkpoint's settings say"
                 f" {expected}. Resume from another checkpoint"
             )
-    differs, trained = plan.settings.base_differs, checkpoint.adapter.base
+    differs, trained = plan.settings.base_differs, checkpoint.adapter.base_identity
     notes = check_same_base(trained, base, source=str(checkpoint.folder), differs=differs)
     if (otherwise := quantised_otherwise(trained, base)) and not differs:
         raise UserError(

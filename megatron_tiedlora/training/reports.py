@@ -78,7 +78,7 @@ class RunReport:
             own, checkpoint = run.plan.settings, start.checkpoints[name]
             samples, steps = count_text(len(run.data.train), "sample"), count_text(own.max_steps, "step")
             step = f"{own.method}, rank {own.rank}, {samples}, {own.global_batch_size} per step"
-            rows.append((name, f"{step}, {steps}{_resumed(run.plan, checkpoint)}"))
+            rows.append((name, f"{step}, {steps}{resumed_text(run.plan, checkpoint)}"))
             notes = (*run.data.notes, *(() if checkpoint is None else checkpoint.notes), *self.built.notes[name])
             rows += [("note", f"{name}: {note}") for note in notes]
             rows += [("warning", f"{name}: {warning}") for warning in run.data.warnings(run.plan)]
@@ -147,7 +147,7 @@ class FullReport(RunReport):
         notes = [*(() if checkpoint is None else checkpoint.notes), *of_build]
         if checkpoint is not None and (over := steps_over(settings.profile, checkpoint.progress.step)):
             notes.append(over)
-        rows.append(("run folder", f"{start.folder.path}{_resumed(plan, checkpoint)}"))
+        rows.append(("run folder", f"{start.folder.path}{resumed_text(plan, checkpoint)}"))
         rows += [("note", note) for note in notes]
         return [*rows, *(("warning", warning) for warning in data.warnings(plan))]
 
@@ -191,11 +191,11 @@ def _read(plan: RunPlan, built: BuiltModel) -> Row:
     return "read", f"{read} of base weights per rank{stored}"
 
 
-def _resumed(plan: RunPlan, checkpoint: Checkpoint | None) -> str:
+def resumed_text(plan: RunPlan, checkpoint: Checkpoint | None) -> str:
     """The step from which the run continues, and whether --packing was different before it."""
     if checkpoint is None:
         return ""
-    packing, before = plan.settings.packing, checkpoint.settings["packing"]
+    packing, before = plan.settings.packing, checkpoint.settings.get("packing", plan.settings.packing)
     changed = f" (until there --packing {str(before).lower()}, from here {str(packing).lower()})"
     return f", resumed from step {checkpoint.progress.step}{changed if before != packing else ''}"
 

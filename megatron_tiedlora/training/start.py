@@ -30,7 +30,7 @@ from megatron_tiedlora.checkpoint.resume import (
 )
 from megatron_tiedlora.config.adapters_file import OF_ALL, PER_ADAPTER, rivals_of
 from megatron_tiedlora.config.cli import HUB_NAMES, TEMPLATE_HASH
-from megatron_tiedlora.config.fields import declared, flag_value
+from megatron_tiedlora.config.fields import declared, flag_value, marked
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.chat import chat_template_sha256
 from megatron_tiedlora.data.sources import hub_ids
@@ -48,14 +48,7 @@ from megatron_tiedlora.planning.run_plan import RunPlan
 from megatron_tiedlora.planning.step_plan import micro_batch_capacity
 from megatron_tiedlora.runtime.ending import End
 from megatron_tiedlora.runtime.launch_env import rank_and_world_size
-from megatron_tiedlora.runtime.run_folder import (
-    MetricsLog,
-    RunFolder,
-    read_metrics,
-    run_name,
-    take_run_folder,
-    write_metrics,
-)
+from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder, read_metrics, take_run_folder, write_metrics
 from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.training.adapter_run import AdapterRun, is_trained
 from megatron_tiedlora.training.build import BuiltModel, check_resumed_base
@@ -123,14 +116,8 @@ def open_run(settings: Settings, plans: Plans, data: Data, end: End) -> Start:
             with naming(name):
                 reject_another_run(plans[name], data[name], own)
 
-    folder = _take_folder(
-        settings,
-        name=run_name(settings),
-        of_several=settings.adapters is not None,
-        end=end,
-        before=reject_other_runs,
-        after=partial(check_run_folders, settings, plans),
-    )
+    after = partial(check_run_folders, settings, plans)
+    folder = _take_folder(settings, end=end, before=reject_other_runs, after=after)
     plans = in_folder(plans, folder)
     opened = Start(settings, plans, data, folder, end)
     # The run folders of adapters that exist are taken before their checkpoints are looked for. New ones are made with
@@ -152,8 +139,6 @@ def open_run(settings: Settings, plans: Plans, data: Data, end: End) -> Start:
 def _take_folder(
     settings: Settings,
     *,
-    name: str,
-    of_several: bool = False,
     end: End,
     before: Callable[[RunFolder], None],
     after: Callable[[RunFolder], None] = lambda folder: None,
@@ -161,14 +146,7 @@ def _take_folder(
     """Take a run folder on rank 0, and tell every rank. Arguments as of `take_run_folder`."""
 
     def take() -> tuple[str, str]:
-        folder, lock = take_run_folder(
-            settings.output_dir,
-            name=name,
-            resume=settings.resume,
-            take_over=settings.take_over,
-            before=before,
-            of_several=of_several,
-        )
+        folder, lock = take_run_folder(settings, before=before)
         end.held.callback(lock.release)
         after(folder)
         return str(folder.path), lock.owner.start
@@ -176,14 +154,14 @@ def _take_folder(
     path, start = decided_by_rank_0(take, kind=tuple[str, str])
     owner = Owner(Path(path), start, is_main=rank_and_world_size()[0] == 0)
     end.owners.append(owner)
-    return RunFolder(Path(path), owner, of_several)
+    return RunFolder.of(settings, Path(path), owner)
 
 
 def _open_run_folder(name: str, start: Start) -> RunFolder:
     """Take the run folder of one of several adapters on rank 0, as `open_run` takes the run's, and tell every rank."""
     plan, before = start.plans[name], partial(reject_another_run, start.plans[name], start.data[name])
     with naming(name):
-        return _take_folder(plan.settings, name=run_name(plan.settings), end=start.end, before=before)
+        return _take_folder(plan.settings, end=start.end, before=before)
 
 
 def _finished_before(start: Start) -> dict[str, Finished]:
@@ -315,7 +293,7 @@ def write_run_settings(plan: RunPlan, folder: RunFolder) -> None:
     versions = installed_versions("torch", "deepspeed", "transformers")
     settings = plan.resolved_settings()
     settings["output_dir"] = str(folder.path)
-    settings[HUB_NAMES] = hub_ids(*(settings[name] for name in ("train_file", "validation_file", "tokenizer")))
+    settings[HUB_NAMES] = hub_ids(settings["tokenizer"], *(settings[name] for name in marked(Settings, holds="rows")))
     if plan.settings.chat_template is not None:
         settings[TEMPLATE_HASH] = chat_template_sha256(plan.settings.chat_template)
     folder.write_settings({**settings, "ranks": plan.grid.world_size, "versions": versions})
@@ -399,7 +377,7 @@ def adopt_checkpoint(folder: RunFolder, checkpoint: Checkpoint) -> None:
     move_latest(folder.checkpoints, progress.step, guard=folder.guard)
     if progress.best_step is not None:
         best = load_native_adapter(folder.checkpoints / f"step_{progress.best_step}")
-        save_adapter(folder.adapter, best.config, best.base, best.state, guard=folder.guard)
+        save_adapter(folder.adapter, best.config, best.base_identity, best.state, guard=folder.guard)
 
 
 def reject_another_run(plan: RunPlan, data: RunData, folder: RunFolder) -> None:

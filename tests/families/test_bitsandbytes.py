@@ -132,7 +132,7 @@ def test_a_tied_adapter_in_peft_is_of_nf4(folder: Path, theirs: Any, tmp_path: P
     from megatron_tiedlora.peft.tuner import TiedLoraConfig
 
     peft.get_peft_model(theirs, TiedLoraConfig(r=2)).save_pretrained(tmp_path / "adapter")
-    base = load_native_adapter(tmp_path / "adapter").base
+    base = load_native_adapter(tmp_path / "adapter").base_identity
     assert base.base_format == "nf4" and base.base_sample is None
     (note,) = check_same_base(base, replace(base, base_sample="known"), source="adapter")
     assert note.startswith("adapter: saved where its base's weights were quantised or offloaded, so the base is ")
@@ -144,7 +144,7 @@ def test_a_model_in_another_format_than_in_training_is_said(folder: Path, theirs
 
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     _, native, _ = with_adapter(folder, "tl6")
-    on_nf4 = replace(native, base=replace(native.base, base_format="nf4"))
+    on_nf4 = replace(native, base_identity=replace(native.base_identity, base_format="nf4"))
     said = "in fp32, but this uses it in nf4; its losses differ between them"
     for model, adapter, expected in (
         (plain, on_nf4, "in nf4, but this uses it in bf16; its losses differ between them"),

@@ -30,7 +30,7 @@ KEPT = ROOT / "tests" / "data" / "run_before_families"
 
 def test_the_adapter_is_of_this_base_and_verifies() -> None:
     source, adapter = find_model(str(KEPT / "base")), load_native_adapter(KEPT / "adapter")
-    assert source.base_hash == adapter.base.base_hash
+    assert source.base_hash == adapter.base_identity.base_hash
     assert not check_base(source, adapter, uses_tokenizer=True, differs=False).notes
     found = verify_export(source, adapter, merged=KEPT / "merged", peft=KEPT / "peft")
     # Of the bits only those of untouched tensors: processors may sum the update in another order.
@@ -60,7 +60,7 @@ def test_the_checkpoint_goes_on_to_the_adapter_of_then(tmp_path: Path) -> None:
     own = ["--model=base", "--train_file=train.jsonl", "--resume=checkpoints/step_2", "--output_dir=run"]
     run_ranks([*own, *flags.split()], folder=tmp_path).expect(0)
     found, kept = (load_checkpoint(folder / "checkpoints/step_4") for folder in (tmp_path / "run", KEPT))
-    assert (found.adapter.config, found.adapter.base) == (kept.adapter.config, kept.adapter.base)
+    assert (found.adapter.config, found.adapter.base_identity) == (kept.adapter.config, kept.adapter.base_identity)
     assert found.settings["data_sha256"] == kept.settings["data_sha256"]
     assert found.progress.best_metric == pytest.approx(kept.progress.best_metric, rel=1e-5)
     assert_close(found.adapter.state, kept.adapter.state, rtol=1e-4, atol=1e-6)

@@ -25,6 +25,7 @@ from megatron_tiedlora.checkpoint.resume import (
     save_checkpoint,
 )
 from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.open_adapter import read_peft
 from megatron_tiedlora.runtime.rank_log import RankLog
@@ -119,13 +120,13 @@ def test_links_of_a_run_folder_are_replaced_or_removed_and_never_followed(native
     for rank in (0, 1):
         _link(run.logs / f"rank_{rank}.log", away / ("notes" if rank else "nothing"))
     before = tree(away)
-    assert choose_run_folder(str(run.path), name="x", resume="auto") == run
+    assert choose_run_folder(make_settings({"output_dir": str(run.path), "resume": "auto"})) == run
     remove_leftovers(run.path)  # as a run does first when the folder is its own
     adopt_checkpoint(run, load_checkpoint(run.checkpoints / "step_4"))
     moments = load_file(run.checkpoints / "step_4" / "trainer_state.safetensors")
     save_checkpoint(
         run.checkpoints, progress=Progress(6, 9, 0.1, 6, 0, 6), config=native.config,
-        base_identity=native.base, state=native.state, moments=moments, settings={},
+        base_identity=native.base_identity, state=native.state, moments=moments, settings={},
     )  # fmt: skip
     for rank in (0, 1):
         log = RankLog()
@@ -150,7 +151,7 @@ def test_a_run_with_links_for_folders_is_refused(native: NativeAdapter, area: Pa
     _link(run.path / name, area / "away")
     for output_dir, resume in ((str(run.path), "auto"), (None, str(run.checkpoints / "step_4"))):
         found = outcome(
-            lambda: choose_run_folder(output_dir, name="x", resume=resume),  # noqa: B023
+            lambda: choose_run_folder(make_settings({"output_dir": output_dir, "resume": resume})),  # noqa: B023
             unchanged=area,
             names=(f"{run.path / name} is a link",),
         )
@@ -162,12 +163,12 @@ def test_a_run_folder_may_itself_be_a_link(native: NativeAdapter, area: Path) ->
     (area / "run").symlink_to(area / "scratch" / "run")
     (area / "here").symlink_to(area / "scratch")
     for given in (area / "run", area / "here" / "run"):
-        assert choose_run_folder(str(given), name="x", resume="auto") == RunFolder(given)
+        assert choose_run_folder(make_settings({"output_dir": str(given), "resume": "auto"})) == RunFolder(given)
 
 
 def test_an_adapter_that_is_a_link_to_nothing_is_replaced(native: NativeAdapter, area: Path) -> None:
     _link(area / "adapter", area / "nothing")
-    save_adapter(area / "adapter", native.config, native.base, native.state)
+    save_adapter(area / "adapter", native.config, native.base_identity, native.state)
     assert not (area / "adapter").is_symlink() and not (area / "nothing").exists()
     check_adapter(load_native_adapter(area / "adapter"))
 
@@ -175,7 +176,7 @@ def test_an_adapter_that_is_a_link_to_nothing_is_replaced(native: NativeAdapter,
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
 @pytest.mark.timeout(30, method="thread")  # a wait inside of a library is ended by no signal
 def test_a_pipe_in_place_of_a_file_is_not_waited_for(native: NativeAdapter, area: Path, name: str) -> None:
-    save_adapter(area / "adapter", native.config, native.base, native.state)
+    save_adapter(area / "adapter", native.config, native.base_identity, native.state)
     (area / "adapter" / name).unlink()
     os.mkfifo(area / "adapter" / name)
     found = outcome(lambda: load_native_adapter(area / "adapter"), unchanged=area, names=(name,))

@@ -16,7 +16,7 @@ from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.batch import BatchPlan
 from megatron_tiedlora.config.cli import parse_settings
-from megatron_tiedlora.config.settings import Settings
+from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.config.sweep_settings import parse_sweep
 from megatron_tiedlora.data.readers import read_rows
 from megatron_tiedlora.data.tokenizer import load_tokenizer
@@ -118,9 +118,9 @@ def test_paths_that_can_be_none(area: Path, setting: str, name: str) -> None:
     """Told by whatever reads the setting first, before anything is written."""
     readers: dict[str, Callable[[], Any]] = {
         "model": lambda: find_model(name),
-        "output_dir": lambda: choose_run_folder(name, name="x", resume="none"),
+        "output_dir": lambda: choose_run_folder(make_settings({}).completed(output_dir=name)),
         "tokenizer": lambda: load_tokenizer(name),
-        "resume": lambda: choose_run_folder(None, name="x", resume=name),
+        "resume": lambda: choose_run_folder(make_settings({}).completed(resume=name)),
         "train_file": lambda: read_rows(name),
         "ds_config": lambda: load_engine_config(name, batches=BATCHES, gradient_clipping=0.5),
     }

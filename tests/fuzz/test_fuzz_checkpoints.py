@@ -31,7 +31,7 @@ def test_a_broken_adapter(
 ) -> None:
     whole, folder = tmp_path_factory.mktemp("whole"), area / "adapter"
     for method, native in natives.items():
-        save_adapter(whole / method, native.config, native.base, native.state)
+        save_adapter(whole / method, native.config, native.base_identity, native.state)
 
     def body(draw: Draw) -> object:
         method = draw.say(draw.pick(sorted(natives)))

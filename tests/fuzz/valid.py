@@ -35,7 +35,7 @@ BATCH = 24  # samples a step of the runs that `write_run` writes
 
 def check_adapter(adapter: NativeAdapter) -> None:
     """It can be used and saved again, its numbers are those of an adapter, and what it says can be printed."""
-    config, base = adapter.config, adapter.base
+    config, base = adapter.config, adapter.base_identity
     tied_adapter = TiedAdapter(AdapterPart.whole(config))
     tied_adapter.load_full(adapter.state)
     assert set(adapter.state) == set(config.tensors)
@@ -84,7 +84,7 @@ def write_run(path: Path, native: NativeAdapter) -> RunFolder:
             run.checkpoints,
             progress=Progress(step, BATCH * step, 0.5, 2, 1 if step == 4 else 0, step),
             config=native.config,
-            base_identity=native.base,
+            base_identity=native.base_identity,
             state={name: tensor * (1 if name in "uv" else step / 4) for name, tensor in native.state.items()},
             moments={name: tensor / step for name, tensor in moments_of(native).items()},
             keep=2,

@@ -189,9 +189,9 @@ def test_files_compute_what_the_adapter_computes(model: Path, tmp_path: Path, na
         source, adapter, oracle = with_adapter(
             model, "tl6", layers, targets=ALL_TARGETS, groups=groups or GROUPS[way]
         )
-        save_adapter(tmp_path / "native", adapter.config, adapter.base, adapter.state)
+        save_adapter(tmp_path / "native", adapter.config, adapter.base_identity, adapter.state)
         native = load_native_adapter(tmp_path / "native")
-        assert native.equals(replace(adapter, base=native.base))
+        assert native.equals(replace(adapter, base_identity=native.base_identity))
         merge_adapter(source, native, tmp_path / "merged")
         export_peft(source, native, tmp_path / "peft", native=tmp_path / "native")
         back = read_peft(tmp_path / "peft", source)

@@ -92,7 +92,7 @@ def test_a_place_that_cannot_be_written_is_one_line(base: Path, tmp_path: Path) 
     (tmp_path / "file").write_text("")
     adapter = with_adapter(base, "tl6", (1, 3))[1]
     with pytest.raises(UserError, match=r"adapter: cannot be written \(Not a directory\); nothing was changed"):
-        save_adapter(tmp_path / "file" / "adapter", adapter.config, adapter.base, adapter.state)
+        save_adapter(tmp_path / "file" / "adapter", adapter.config, adapter.base_identity, adapter.state)
 
 
 def test_leftovers_of_killed_writers_are_removed_or_given_back(tmp_path: Path) -> None:
@@ -131,13 +131,13 @@ root, swap = Path(sys.argv[2]), atomic._exchange
 old = native_adapter.load_native_adapter(Path(sys.argv[1]))
 
 def write_adapter(value):
-    native_adapter.save_adapter(root / "adapter", old.config, old.base, full(value))
+    native_adapter.save_adapter(root / "adapter", old.config, old.base_identity, full(value))
 
 def write_checkpoint(step, value):
     atomic.remove_leftovers(root)  # as a start does; only there, since a later owner's would look the same
     resume.save_checkpoint(
         root, progress=resume.Progress(step=step, consumed_samples=step, best_metric=1.0, best_step=2),
-        config=old.config, base_identity=old.base,
+        config=old.config, base_identity=old.base_identity,
         state=full(value), moments=moments_of(old, value), settings={"value": value})
 
 def full(value):
@@ -258,13 +258,13 @@ def main(arguments):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(arguments[0]), resource.RLIM_INFINITY))
     if arguments[1] == "adapter":
-        save_adapter(root / "adapter", adapter.config, adapter.base, adapter.state)
+        save_adapter(root / "adapter", adapter.config, adapter.base_identity, adapter.state)
     elif arguments[1] == "text":
         write_text(root / "latest", "new" * 1000)
     else:
         save_checkpoint(
             root, progress=Progress(step=2), config=adapter.config,
-            base_identity=adapter.base, state=adapter.state, settings={},
+            base_identity=adapter.base_identity, state=adapter.state, settings={},
             moments={"exp_avg.B": torch.ones(100_000)})
     return 0
 
@@ -299,7 +299,7 @@ def save(root: Path, adapter: NativeAdapter, step: int, best: int | None, **keyw
         root,
         progress=Progress(step=step, consumed_samples=24 * step, best_metric=0.5, best_step=best, evaluated_step=step),
         config=adapter.config,
-        base_identity=adapter.base,
+        base_identity=adapter.base_identity,
         state=adapter.state,
         moments=moments_of(adapter, float(step)),
         settings={"method": "tl6", "layers": [1, 3]},

@@ -106,7 +106,7 @@ def test_dropout_is_for_training_steps_and_resumes_anywhere(base: Base, tmp_path
 def started(base: Base) -> Path:
     """Four steps from a `vera` in base.folder/start; the run's settings name none of its facts."""
     _, native, _ = with_adapter(base.model, "vera", (2, 3), targets=("qkv", "down_proj"))
-    save_adapter(base.folder / "start", native.config, native.base, native.state)
+    save_adapter(base.folder / "start", native.config, native.base_identity, native.state)
     run(base, base.folder / "started", rank=None, max_steps=4, init_from=base.folder / "start")
     return base.folder / "started"
 
@@ -137,7 +137,7 @@ def test_it_resumes_without_the_folder_that_it_started_from(base: Base, started:
     again(init_from=start, prelude=partial(kill_at_step, 2), expect=143)
     shutil.rmtree(start)
     _, other, _ = with_adapter(base.model, "lora", seed=9)
-    save_adapter(start, other.config, other.base, other.state)
+    save_adapter(start, other.config, other.base_identity, other.state)
     again(init_from=start, resume="auto")
     assert_same_run(tmp_path / "run", started)
     shutil.rmtree(start)
@@ -156,5 +156,5 @@ def test_another_base_needs_a_flag(base: Base, started: Path, tmp_path: Path) ->
     assert "note        --init_from" in ended.outputs[0]
     stored = load_native_adapter(tmp_path / "again" / "adapter")
     start = load_native_adapter(base.folder / "start")
-    assert stored.base.base_weights_hash != start.base.base_weights_hash
+    assert stored.base_identity.base_weights_hash != start.base_identity.base_weights_hash
     assert load_file(tmp_path / "again/peft/native/adapter_model.safetensors").keys() == stored.state.keys()

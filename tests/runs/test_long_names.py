@@ -71,7 +71,7 @@ def test_a_long_model_name_leaves_room_in_the_run_folders(tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     assert last_name("meta-llama/Llama-2-7b-hf/") == "Llama-2-7b-hf" and last_name("é" * 99) == "é" * 40
     settings = make_settings({"model": f"./{'n' * 255}", "task": "gsm8k"})
-    folder = choose_run_folder(None, name=run_name(settings), resume="none")
+    folder = choose_run_folder(settings)
     folder.path.mkdir(parents=True)
     assert folder.path.name == f"{'n' * 80}-gsm8k-tl6-r8"
     for targets, ending in (("all", "tl6-r8-all"), ("qkv,o_proj", "tl6-r8-qkv+o_proj")):

@@ -49,11 +49,11 @@ def trained(base: Base) -> Path:
 def test_the_record(trained: Path) -> None:
     assert run_settings(trained)["base"] == "nf4"
     native = load_native_adapter(trained / "adapter")
-    assert native.base.base_format == "nf4" and native.base.dtype == "fp32"
+    assert native.base_identity.base_format == "nf4" and native.base_identity.dtype == "fp32"
     (step,) = (trained / "checkpoints").glob("step_2")
     for copy in (step, trained / "peft/native"):
-        assert load_native_adapter(copy).base == native.base
-    assert native.base.base_stored == "fp32"
+        assert load_native_adapter(copy).base_identity == native.base_identity
+    assert native.base_identity.base_stored == "fp32"
     assert json.loads((trained / "peft/tiedlora_export.json").read_text())["base_stored"] == "fp32"
 
 
@@ -153,7 +153,7 @@ def test_a_copy_in_another_precision(
     for model, said in ((narrow, True), (base.model, False)):
         ended = run(base, tmp_path / f"from {said}", model=model, **start)
         assert (OTHER_VALUES in ended.outputs[0]) == said
-    assert load_native_adapter(tmp_path / "from True/adapter").base.base_stored == "bf16"
+    assert load_native_adapter(tmp_path / "from True/adapter").base_identity.base_stored == "bf16"
     shutil.copytree(plain[0], tmp_path / "plain")
     ended = run(base, tmp_path / "plain", max_steps=2, model=narrow, resume="auto")
     assert "resumed from step 2" in ended.outputs[0], "weights that are not quantised are the same base"
@@ -194,7 +194,7 @@ def test_a_folder_that_is_quantised_already(
     assert "parameters in fp32, frozen; the linears of its blocks in nf4" in started.outputs[0]
     assert run_settings(tmp_path / "run")["base"] == "nf4"
     native = load_native_adapter(tmp_path / "run/adapter")
-    assert native.base.base_format == "nf4" and native.base.base_stored is None
+    assert native.base_identity.base_format == "nf4" and native.base_identity.base_stored is None
     plain = run(original, tmp_path / "plain", ranks=2, tensor_parallel=2, max_steps=2, model=values)
     for name, value in load_native_adapter(tmp_path / "plain/adapter").state.items():
         assert torch.equal(value, native.state[name]), "the run on the folder's values has the same adapter"
@@ -237,7 +237,7 @@ def test_products_in_fp8(base: Base, tmp_path: Path) -> None:
         ended = run(base, folder, ranks=2, tensor_parallel=2, max_steps=2, base="fp8", products=products)
         assert ("the linears of its blocks in fp8, products in fp8" in ended.outputs[0]) == (products == "fp8")
         assert run_settings(folder)["products"] == products
-        assert load_native_adapter(folder / "adapter").base.base_format == "fp8"
+        assert load_native_adapter(folder / "adapter").base_identity.base_format == "fp8"
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         losses[products] = [row["loss"] for row in rows if "loss" in row]
     assert len(losses["fp8"]) == len(losses[None]) and losses["fp8"] != losses[None]

@@ -13,7 +13,7 @@ from run_helpers import Base, Ended, run, run_ranks, write_rows
 from run_preludes import scripted_validation
 
 from megatron_tiedlora.config.cli import parse_settings
-from megatron_tiedlora.config.settings import Settings
+from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.data.tokenizer import load_tokenizer
 from megatron_tiedlora.runtime.run_folder import choose_run_folder, read_metrics
 from megatron_tiedlora.training.build import learning_rate_factor
@@ -186,21 +186,22 @@ def test_choose_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path)
 
     def chosen(resume: str = "none") -> str:
-        return str(choose_run_folder(None, name="x", resume=resume).path)
+        return str(choose_run_folder(make_settings({"model": "x", "task": "gsm8k", "resume": resume})).path)
 
-    assert (chosen(), chosen("auto")) == ("runs/x", "runs/x")
-    for number, following in ((None, "runs/x-2"), (2, "runs/x-3"), (3, "runs/x-4")):
-        made = tmp_path / "runs" / ("x" if number is None else f"x-{number}")
+    first = "runs/x-gsm8k-tl6-r8"
+    assert (chosen(), chosen("auto")) == (first, first)
+    for number, following in (("", "-2"), ("-2", "-3"), ("-3", "-4")):
+        made = tmp_path / f"{first}{number}"
         made.mkdir(parents=True)
-        assert chosen() == following and chosen("auto") == str(made.relative_to(tmp_path))
+        assert chosen() == first + following and chosen("auto") == str(made.relative_to(tmp_path))
     # A checkpoint's own run, wherever it lies.
     (tmp_path / "far" / "checkpoints" / "step_4").mkdir(parents=True)
     (tmp_path / "far" / "run.yaml").write_text("rank: 1\n")
     assert chosen("far/checkpoints/step_4") == "far"
     # Choosing makes nothing, and an empty folder may be given.
     (tmp_path / "empty").mkdir()
-    assert choose_run_folder("empty", name="x", resume="none").path == Path("empty")
-    assert not (tmp_path / "runs" / "x-4").exists()
+    assert choose_run_folder(make_settings({"output_dir": "empty"})).path == Path("empty")
+    assert not (tmp_path / f"{first}-4").exists()
 
 
 def test_read_metrics_leaves_out_a_line_cut_short(tmp_path: Path) -> None:

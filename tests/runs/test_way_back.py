@@ -202,7 +202,7 @@ def save(root: Path, native: NativeAdapter, step: int) -> Path:
         root,
         progress=Progress(step=step, consumed_samples=4 * step, best_metric=0.5, best_step=step, evaluated_step=step),
         config=native.config,
-        base_identity=native.base,
+        base_identity=native.base_identity,
         state=native.state,
         moments=moments_of(native),
         settings={"global_batch_size": 4},

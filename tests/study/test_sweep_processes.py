@@ -25,6 +25,7 @@ from sweep_runs import LAUNCH, a_job, study_arguments, write_study_base
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.ownership import OWNER_FILE, take_folder
 from megatron_tiedlora.cluster.launchers import plan_start
+from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.config.sweep_settings import parse_sweep
 from megatron_tiedlora.runtime.launch_env import visible_gpus
 from megatron_tiedlora.runtime.run_folder import take_run_folder
@@ -252,11 +253,11 @@ def test_a_study_and_a_run_in_one_folder(study: tuple[Base, Path], tmp_path: Pat
         sweep(parse_sweep(study_arguments(*study, folder)), scripts=LAUNCH, begin=no_start)
     assert not folder.exists() and run_s.owner.folder == folder
     with lock_study(folder), pytest.raises(UserError, match=r"out: a start on .* is at work here .* --take_over"):
-        take_run_folder(str(folder), name="x", resume="auto")
+        take_run_folder(make_settings({"output_dir": str(folder), "resume": "auto"}))
     folder.mkdir()
     (folder / "sweep.yaml").write_text("methods: [tl6]\n")
     with pytest.raises(UserError, match="holds other files; give a new folder"):
-        take_run_folder(str(folder), name="x", resume="auto")
+        take_run_folder(make_settings({"output_dir": str(folder), "resume": "auto"}))
 
 
 def test_what_cannot_be_started_is_one_line(tmp_path: Path) -> None:

@@ -63,7 +63,7 @@ def reseal(folder: Path) -> None:
 def write_native(folder: Path, model: Path, adapter: OracleAdapter) -> NativeAdapter:
     """Write `adapter` as a native adapter of the model folder `model` to `folder`."""
     native = native_adapter(find_model(str(model)), adapter)
-    save_adapter(folder, native.config, native.base, native.state)
+    save_adapter(folder, native.config, native.base_identity, native.state)
     return native
 
 

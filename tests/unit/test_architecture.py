@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -97,20 +98,39 @@ def test_no_files_import_each_other() -> None:
     assert not left
 
 
-def defined_names(kind: type[ast.ClassDef] | type[ast.FunctionDef]) -> Counter[str]:
-    """How many files define each class, or each function outside of a class."""
+def type_names(node: ast.stmt) -> set[str]:
+    """The name of the class that a statement defines, or the capitalised ones that it assigns: other names of types,
+    and types that a call makes. Neither constants, which are all capitals, nor type variables, which say nothing."""
+    if isinstance(node, ast.ClassDef):
+        return {node.name}
+    if not isinstance(node, ast.Assign | ast.AnnAssign):
+        return set()
+    if isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "TypeVar":
+        return set()
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+    names = {target.id for target in targets if isinstance(target, ast.Name)}
+    return {name for name in names if name.lstrip("_")[:1].isupper() and not name.isupper()}
+
+
+def function_names(node: ast.stmt) -> set[str]:
+    """The name of the function that a statement defines, if it does."""
+    return {node.name} if isinstance(node, ast.FunctionDef) else set()
+
+
+def defined_names(names: Callable[[ast.stmt], set[str]]) -> Counter[str]:
+    """In how many files a statement outside of classes and functions defines each name."""
     trees = [ast.parse(file.read_text(encoding="utf-8")) for file in SOURCES]
-    return Counter(name for tree in trees for name in {node.name for node in tree.body if isinstance(node, kind)})
+    return Counter(name for tree in trees for name in set[str]().union(*map(names, tree.body)))
 
 
-def test_no_two_classes_share_a_name() -> None:
-    assert not [name for name, count in defined_names(ast.ClassDef).items() if count > 1]
+def test_no_two_types_share_a_name() -> None:
+    assert not [name for name, count in defined_names(type_names).items() if count > 1]
 
 
-@pytest.mark.parametrize("name", ["build_stage", "load_base", "load_adapter", "plan_cluster", "measure"])
+@pytest.mark.parametrize("name", ["build_stage", "load_base", "load_adapter", "marked", "plan_cluster", "measure"])
 def test_these_functions_have_a_name_of_their_own(name: str) -> None:
     """Of load_base and load_adapter there are those of the Python interface."""
-    assert defined_names(ast.FunctionDef)[name] <= 1
+    assert defined_names(function_names)[name] <= 1
 
 
 def test_deepspeed_only_where_an_engine_is() -> None:

@@ -63,7 +63,7 @@ def test_all_tensors_are_written_whole_and_come_back(
         assert {name: tuple(tensor.shape) for name, tensor in stored.items()} == shapes
     assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
     loaded = load_native_adapter(tmp_path / "adapter")
-    assert loaded.config == written.config and loaded.base == written.base
+    assert loaded.config == written.config and loaded.base_identity == written.base_identity
     assert loaded.config.targets == targets_of(find_model(str(base)).shape, targets)
     read_by_oracle = OracleAdapter.from_folder(tmp_path / "adapter")
     assert (read_by_oracle.method, read_by_oracle.rank, read_by_oracle.alpha) == (method, 4, 6.0)
@@ -77,12 +77,12 @@ def test_all_tensors_are_written_whole_and_come_back(
     full = gather_state(local, AdapterLayout(loaded.config, whole, (loaded.config.layers,)))
     for name, tensor in full.items():  # what a run would save again
         assert torch.equal(tensor, oracle.tensors[name]), name
-    save_adapter(tmp_path / "again", loaded.config, loaded.base, loaded.state)
+    save_adapter(tmp_path / "again", loaded.config, loaded.base_identity, loaded.state)
     assert files_of(tmp_path / "again") == files_of(tmp_path / "adapter")
 
 
 def test_only_a_model_in_memory_may_have_another_tokenizer(base: Path) -> None:
-    trained = native_adapter(find_model(str(base)), values(base, "tl6")).base
+    trained = native_adapter(find_model(str(base)), values(base, "tl6")).base_identity
     found = replace(trained, tokenizer_hash="another")
     assert check_same_base(replace(trained, tokenizer_hash="its"), found, source="x", in_memory=True) == ()
     with pytest.raises(UserError, match="x: trained with another tokenizer"):
@@ -128,8 +128,8 @@ def test_the_config_has_the_documented_fields(base: Path, tmp_path: Path) -> Non
         "layers": [1, 3],
         "base_model": str(base),
         "base_hash": find_model(str(base)).base_hash,
-        "base_weights_hash": adapter.base.base_weights_hash,
-        "base_sample": adapter.base.base_sample,
+        "base_weights_hash": adapter.base_identity.base_weights_hash,
+        "base_sample": adapter.base_identity.base_sample,
         "seed": 5,
         "init_std_a": pytest.approx(32**-0.5),
         "init_std_b": pytest.approx(4**-0.5),

@@ -207,7 +207,7 @@ def test_a_peft_adapter_of_others_has_no_hashes(models: Path, adapters: Path, tm
     (tmp_path / "peft" / RECORD).unlink()
     with pytest.raises(UserError, match="does not record its base's hashes; give the base's own folder"):
         open_adapter(tmp_path / "peft", str(models))
-    assert load_native_adapter(tmp_path / "peft/native").base.base_model == str(models / "mine")
+    assert load_native_adapter(tmp_path / "peft/native").base_identity.base_model == str(models / "mine")
 
 
 def test_a_peft_adapter_of_others_on_a_merged_model(models: Path, adapters: Path, tmp_path: Path) -> None:

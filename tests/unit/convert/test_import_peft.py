@@ -286,15 +286,16 @@ def test_on_parts_it_is_a_native_lora(separate: Path, tmp_path: Path, name: str)
 
 def test_the_record_of_an_export_decides_neither_shape_nor_precision(separate: Path, tmp_path: Path) -> None:
     source, native, _ = with_adapter(separate, "tl6")
-    assert exported_base(tmp_path, native.base) is None
+    assert exported_base(tmp_path, native.base_identity) is None
     export_peft(source, native, tmp_path / "peft")
     file = tmp_path / "peft" / EXPORT_RECORD
     content = json.loads(file.read_text())
     file.write_text(json.dumps({**content, "num_layers": 99, "dtype": "fp16"}))
-    assert exported_base(tmp_path / "peft", native.base) == native.base
+    assert exported_base(tmp_path / "peft", native.base_identity) == native.base_identity
     for name in ("base_model", "base_hash", "base_weights_hash"):
         file.write_text(json.dumps({key: value for key, value in content.items() if key != name}))
-        assert f"{EXPORT_RECORD}: {name} is missing" in refusal(lambda: exported_base(tmp_path / "peft", native.base))
+        line = refusal(lambda: exported_base(tmp_path / "peft", native.base_identity))
+        assert f"{EXPORT_RECORD}: {name} is missing" in line
 
 
 def test_an_adapter_of_a_quantised_folder_can_be_merged_onto_it(tmp_path: Path) -> None:
@@ -305,7 +306,7 @@ def test_an_adapter_of_a_quantised_folder_can_be_merged_onto_it(tmp_path: Path) 
     export_peft(source, native, tmp_path / "peft")
     (tmp_path / "peft" / EXPORT_RECORD).unlink()
     opened = open_adapter(str(tmp_path / "peft"), str(quantised))
-    assert opened.adapter.base.base_format == "nf4"
+    assert opened.adapter.base_identity.base_format == "nf4"
     assert not check_base(opened.source, opened.adapter, base_format="nf4").notes
     merge_adapter(opened.source, opened.adapter, tmp_path / "merged", onto_trained=True)
     name = "model.layers.0.mlp.up_proj.weight"
@@ -316,11 +317,11 @@ def test_an_adapter_of_a_quantised_folder_can_be_merged_onto_it(tmp_path: Path) 
 def test_an_export_keeps_the_storage_format_of_the_base(separate: Path, tmp_path: Path) -> None:
     """So its adapter is used with the base that training saw, also if it comes back as a plain LoRA."""
     source, native, _ = with_adapter(separate, "tl6")
-    folder, quantised = tmp_path / "run", replace(native.base, base_format="nf4", base_stored="bf16")
+    folder, quantised = tmp_path / "run", replace(native.base_identity, base_format="nf4", base_stored="bf16")
     save_adapter(folder, native.config, quantised, native.state)
     export_peft(source, load_native_adapter(folder), tmp_path / "peft", native=folder)
     opened = open_adapter(str(tmp_path / "peft"), str(separate))
-    assert opened.adapter.base == quantised
+    assert opened.adapter.base_identity == quantised
     said: list[str] = []
     for name, inside in (("whole", True), ("alone", False)):
         copy = tmp_path / name
@@ -328,7 +329,7 @@ def test_an_export_keeps_the_storage_format_of_the_base(separate: Path, tmp_path
         if not inside:
             shutil.rmtree(copy / NATIVE_FOLDER)
         import_peft(source, copy, tmp_path / f"{name} again", say=said.append)
-        again = load_native_adapter(tmp_path / f"{name} again").base
+        again = load_native_adapter(tmp_path / f"{name} again").base_identity
         assert (again.base_format, again.base_stored) == ("nf4", "bf16")
     assert not any("trained on" in note for note in said), "an import uses no base"
     file = tmp_path / "peft" / EXPORT_RECORD

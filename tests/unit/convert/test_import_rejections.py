@@ -174,7 +174,7 @@ def test_kinds_of_folders(separate: Path, plain: Path, tmp_path: Path) -> None:
     oracle = random_adapter("tl5", OracleConfig.from_folder(separate), targets=["o_proj"])
     native = write_native(tmp_path / "version2", separate, oracle)  # it has a peft_type
     moments = moments_of(native)
-    content = {"config": native.config, "base_identity": native.base, "state": native.state}
+    content = {"config": native.config, "base_identity": native.base_identity, "state": native.state}
     step = save_checkpoint(tmp_path / "checkpoints", progress=Progress(), moments=moments, settings={}, **content)
     assert adapter_kind(str(tmp_path / "run" / "adapter")) == "native"
     assert adapter_kind(tmp_path / "version2") == adapter_kind(step) == "native"

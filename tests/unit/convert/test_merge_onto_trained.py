@@ -39,8 +39,8 @@ class Trained:
     def on(self, name: str | None) -> NativeAdapter:
         """The adapter as of a run with --base NAME."""
         stored = None if name is None else "bf16"
-        identity = replace(self.adapter.base, base_format=name, base_stored=stored)
-        return replace(self.adapter, base=identity)
+        identity = replace(self.adapter.base_identity, base_format=name, base_stored=stored)
+        return replace(self.adapter, base_identity=identity)
 
 
 @pytest.fixture(scope="module")
@@ -122,8 +122,8 @@ def test_an_adapter_of_a_plain_base_has_no_other(
     merge_adapter(trained.source, adapter, tmp_path / "plain")
     assert "merged_onto" not in json.loads((tmp_path / "plain" / MERGE_RECORD).read_text())
     native = trained.on("fp8")
-    save_adapter(tmp_path / "native", native.config, native.base, native.state)
-    assert load_native_adapter(tmp_path / "native").base.base_format == "fp8"
+    save_adapter(tmp_path / "native", native.config, native.base_identity, native.state)
+    assert load_native_adapter(tmp_path / "native").base_identity.base_format == "fp8"
     words = ["--adapter", str(tmp_path / "native"), "--output", str(tmp_path / "fp8"), "--onto", "trained"]
     assert call("merge", words) == 0 and "note" not in capsys.readouterr().out
     assert json.loads((tmp_path / "fp8" / MERGE_RECORD).read_text())["merged_onto"] == "fp8"
@@ -189,7 +189,7 @@ def test_a_copy_that_is_quantised_to_other_values_is_rejected(
 def of_run(source: ModelSource, stored: str | None) -> NativeAdapter:
     """An adapter as of a run with --base nf4."""
     _, adapter, _ = with_adapter(source.weights_folder(), "tl6", (1, 2), targets=TARGETS)
-    return replace(adapter, base=replace(adapter.base, base_format="nf4", base_stored=stored))
+    return replace(adapter, base_identity=replace(adapter.base_identity, base_format="nf4", base_stored=stored))
 
 
 def test_a_copy_in_a_wider_precision_has_the_same_values(copies: dict[str, ModelSource], tmp_path: Path) -> None:
@@ -214,8 +214,8 @@ def test_a_precision_that_was_not_recorded_is_said(copies: dict[str, ModelSource
 
 def test_a_wrong_precision_is_named(trained: Trained, tmp_path: Path) -> None:
     native = trained.on("nf4")
-    save_adapter(tmp_path / "native", native.config, native.base, native.state)
-    assert load_native_adapter(tmp_path / "native").base == native.base
-    save_adapter(tmp_path / "wrong", native.config, replace(native.base, base_stored="int4"), native.state)
+    save_adapter(tmp_path / "native", native.config, native.base_identity, native.state)
+    assert load_native_adapter(tmp_path / "native").base_identity == native.base_identity
+    save_adapter(tmp_path / "wrong", native.config, replace(native.base_identity, base_stored="int4"), native.state)
     with pytest.raises(UserError, match=r"adapter_config.json: base_stored 'int4' is not one of bf16, fp16, fp32"):
         load_native_adapter(tmp_path / "wrong")

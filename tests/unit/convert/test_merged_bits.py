@@ -236,7 +236,7 @@ def test_a_merge_onto_a_folder_that_is_quantised(tmp_path: Path, kind: str) -> N
     plain = write_tiny_model(tmp_path / "plain", dtype=torch.bfloat16, tokenizer=False, **SHAPE)
     quantised, _ = quantised_folder(plain, tmp_path / "folders", kind)
     source, adapter = find_model(str(quantised)), with_adapter(plain, "tl6", layers=(1, 3), targets=TARGET_NAMES)[1]
-    inputs = source, replace(adapter, base=identify_model(source, "bf16"))
+    inputs = source, replace(adapter, base_identity=identify_model(source, "bf16"))
     merged = tmp_path / "merged"
     merge_adapter(*inputs, merged, onto_trained=True)
     assert find_model(str(merged)).stored is None

@@ -54,7 +54,7 @@ def exported(
 def written(base: Path, folder: Path, method: str = "tl6", **options: Any) -> ModelSource:
     """Write a native adapter to folder/adapter."""
     source, native, _ = with_adapter(base, method, **options)
-    save_adapter(folder / "adapter", native.config, native.base, native.state)
+    save_adapter(folder / "adapter", native.config, native.base_identity, native.state)
     return source
 
 
@@ -112,7 +112,7 @@ def test_an_adapter_that_is_replaced_during_the_export_is_found(separate: Path, 
     source = written(separate, tmp_path)
     native = load_native_adapter(tmp_path / "adapter")
     other = {name: -tensor for name, tensor in native.state.items()}
-    save_adapter(tmp_path / "adapter", native.config, native.base, other)
+    save_adapter(tmp_path / "adapter", native.config, native.base_identity, other)
     with pytest.raises(UserError, match="adapter: was replaced while it was read; give the command again"):
         export_peft(source, native, tmp_path / "peft", native=tmp_path / "adapter")
     assert not (tmp_path / "peft").exists()
@@ -163,7 +163,7 @@ def test_changed_peft_files_count(separate: Path, tmp_path: Path, change: str) -
     note, *_ = imported(source, tmp_path)  # where A was changed, the second one is on further training
     assert note.startswith(f"{tmp_path}/peft: only its PEFT files are used, since they are not what the adapter in")
     back = load_native_adapter(tmp_path / "back")
-    assert back.config.method == "lora" and back.base == native.base
+    assert back.config.method == "lora" and back.base_identity == native.base_identity
     assert share(our_logits(source, back), peft_logits(separate, tmp_path / "peft")) <= 1e-4
 
 
@@ -229,7 +229,7 @@ def test_another_base_than_the_export_s_is_rejected(separate: Path, tmp_path: Pa
         imported(other, tmp_path)
     (note,) = imported(other, tmp_path, base_differs=True)
     assert "weights differ" in note
-    assert load_native_adapter(tmp_path / "back").base == native.base  # a copy keeps its own
+    assert load_native_adapter(tmp_path / "back").base_identity == native.base_identity  # a copy keeps its own
     opened = open_adapter(str(tmp_path / "peft"), str(separate))
     assert opened.adapter.equals(native) and (opened.kind, opened.source) == ("peft", source)
     assert "no such folder" in refusal(lambda: open_adapter(str(tmp_path / "none"), str(separate)))
@@ -244,7 +244,7 @@ def test_an_export_for_another_base_is_used_there_and_imported_where_it_was_trai
     export_peft(other, native, tmp_path / "peft", native=tmp_path / "adapter", base_differs=True)
     opened = open_adapter(str(tmp_path / "peft"), None)
     assert opened.source.name == str(tmp_path / "other")
-    assert opened.adapter.base.base_weights_hash != native.base.base_weights_hash
+    assert opened.adapter.base_identity.base_weights_hash != native.base_identity.base_weights_hash
     assert imported(source, tmp_path) == []
     assert files_of(tmp_path / "back") == files_of(tmp_path / "adapter")
 

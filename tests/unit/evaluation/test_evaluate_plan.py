@@ -127,6 +127,16 @@ def test_an_adapter_s_run_and_base_are_compared(models: Models, tmp_path: Path) 
     assert "someone/other" in notes["peft"][0] and len(notes["peft"]) == 1
 
 
+def test_adapters_of_one_folder_are_named_and_shown_as_they_are_laid_out(models: Models) -> None:
+    """--adapters of one folder writes NAME/ beside a table, as of several; --adapter writes that adapter's files."""
+    given = {"test_file": str(models.rows), "task": "custom"}
+    one, alone = planned(adapters=[f"legal={models.native}"], **given), planned(adapter=str(models.native), **given)
+    assert (output_name(one), output_name(alone)) == ("model-custom-1-adapter", "model-custom-tl6-r4")
+    lines, of_alone = (headline(plans, read_scored(plans), ROUTE) for plans in (one, alone))
+    assert "with 1 adapter" in lines[0] and lines[-1] == f"adapter    legal: tl6-r4, from {models.native}"
+    assert f"with tl6-r4 on qkv, from {models.native}" in of_alone[0] and lines[1:-1] == of_alone[1:]
+
+
 def test_an_export_is_evaluated_as_the_adapter_in_it_or_as_what_its_files_are(models: Models, tmp_path: Path) -> None:
     source, native = find_model(str(models.base)), load_native_adapter(models.native)
     export_peft(source, native, tmp_path / "peft", native=models.native)

@@ -112,7 +112,7 @@ def _agree() -> dict[str, Any]:
     ]
     found = [same(decided(value, kind), value) for value, kind in values]
     large = {"A": torch.arange(LARGE // 4, dtype=torch.float32).view(-1, 64)}
-    sent = decided(NativeAdapter(kept.adapter.config, kept.adapter.base, large), NativeAdapter)
+    sent = decided(NativeAdapter(kept.adapter.config, kept.adapter.base_identity, large), NativeAdapter)
     answers = {rank: (TEXT * rank, tuple(floats(rank)))}
     texts = gather_on_rank_0(answers, kind=dict[int, tuple[str, tuple[float, ...]]])
     return {

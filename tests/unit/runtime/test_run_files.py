@@ -16,6 +16,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.ownership import Owner, take_folder
+from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.config.train_fields import TENSORBOARD, TRACKER_NAMES
 from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder, check_trackers, take_run_folder
 
@@ -178,7 +179,8 @@ def test_a_start_removes_what_killed_ones_have_left(tmp_path: Path, of_several: 
         (path / ".writing-step_3-1a2b3c4d").mkdir()
         (path / "whole").touch()
     folder.settings.touch()
-    _, lock = take_run_folder(str(folder.path), name="", resume="auto", of_several=of_several)
+    given = {"output_dir": str(folder.path), "resume": "auto", **({"adapters": "some.yaml"} if of_several else {})}
+    _, lock = take_run_folder(make_settings(given))
     lock.release()
     left = {str(path.relative_to(folder.path)) for path in folder.path.rglob("*") if path.is_file()}
     assert left == {folder.settings.name, *(f"{name}whole" for name in ("", "logs/", "checkpoints/", "profile/"))}

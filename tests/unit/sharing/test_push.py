@@ -71,7 +71,7 @@ def test_the_folder_names_no_path_of_this_host(base: Path, run_folder: Path, tmp
     source, adapter, _ = with_adapter(base, "tl6")
     assert verify_export(source, adapter, peft=tmp_path / "out", inside="none").passed
     back = load_native_adapter(tmp_path / "out" / "native")
-    assert back.base.base_model == "tiny-base"
+    assert back.base_identity.base_model == "tiny-base"
     assert back.sha256 == load_native_adapter(run_folder / "adapter").sha256
 
 
@@ -133,7 +133,7 @@ def test_no_folder_is_published(
                 Path(name).parent.mkdir(parents=True, exist_ok=True)
                 Path(name).touch()
     adapter, run = load_native_adapter(run_folder / "adapter"), tmp_path / "run"
-    base_of = replace(adapter.base, tokenizer=given.get("tokenizer"))
+    base_of = replace(adapter.base_identity, tokenizer=given.get("tokenizer"))
     save_adapter(run / "adapter", adapter.config, base_of, adapter.state)
     record = {} if recorded is None else {"hub_names": recorded}
     (run / "run.yaml").write_text(yaml.safe_dump({**SETTINGS, **given, **record, "seed": 7}))
@@ -141,7 +141,7 @@ def test_no_folder_is_published(
     assert expected in (tmp_path / "out" / "README.md").read_text()
     for file in (tmp_path / "out").rglob("*.*"):
         assert b"clients" not in file.read_bytes() and b"acme" not in file.read_bytes(), file
-    named = load_native_adapter(tmp_path / "out" / "native").base.tokenizer
+    named = load_native_adapter(tmp_path / "out" / "native").base_identity.tokenizer
     assert (named is None) is ("tokenizer" not in given) and (named is None or f"--tokenizer {named}" in expected)
 
 
@@ -153,9 +153,10 @@ def test_a_run_records_what_comes_from_the_hub(base: Path, tmp_path: Path, monke
     (tmp_path / "rows.jsonl").touch()
     names = "org/set:main:train:0.25,clients/acme:0.25,rows.jsonl:0.25,other/set:0.25"
     words = [f"--train_file={names}", "--validation_file=third/set", "--tokenizer=org/tokens", f"--model={base}"]
+    words += ["--test_file=test/set"]
     write_run_settings(planned(words, base), RunFolder(tmp_path / "run"))
     written = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())
-    assert written["hub_names"] == ["org/set", "org/tokens", "other/set", "third/set"]
+    assert written["hub_names"] == ["org/set", "org/tokens", "other/set", "test/set", "third/set"]
     assert parse_settings(["--config", "run/run.yaml"], Settings).train_file == names
 
 

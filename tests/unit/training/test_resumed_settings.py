@@ -10,6 +10,7 @@ from checkpoints import checkpoint_of
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
+from megatron_tiedlora.training.reports import resumed_text
 from megatron_tiedlora.training.start import check_resumed_settings, with_kept_warmup
 from megatron_tiedlora.training.throughput import steps_over
 
@@ -52,6 +53,15 @@ def test_a_setting_that_the_checkpoint_does_not_name_had_its_default() -> None:
         before, plan_of(max_steps=100, beta1=0.8), without=("beta1",)
     )
     assert "--schedule None reaches 0" in refusal(before, plan_of(max_steps=200), without=("schedule",))
+
+
+def test_the_first_lines_say_where_packing_changes() -> None:
+    """Not for a checkpoint that does not name it."""
+    now = plan_of(packing=False)
+    said = {saved: resumed_text(now, checkpoint_of({"packing": saved}, 4)) for saved in (True, False)}
+    changed = " (until there --packing true, from here false)"
+    assert said == {True: f", resumed from step 4{changed}", False: ", resumed from step 4"}
+    assert resumed_text(now, checkpoint_of({}, 4)) == ", resumed from step 4" and resumed_text(now, None) == ""
 
 
 def test_a_constant_schedule_lets_a_run_continue() -> None:
