@@ -33,7 +33,7 @@ from megatron_tiedlora.training.loop import Finished, Trainer
 from megatron_tiedlora.training.start import Start
 from megatron_tiedlora.training.throughput import peak_memory_bytes, steps_over
 
-Row = tuple[str, str]  # of the headline: what a line tells of, and what
+HeadlineRow = tuple[str, str]  # of the headline: what a line tells of, and what
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,14 @@ class RunReport:
         ]
         return aligned_lines(rows, align="<")
 
-    def _adapters(self) -> list[Row]:
+    def _adapters(self) -> list[HeadlineRow]:
         """What is trained."""
         plans = self.start.plans
         plan, trained = shared_plan(plans), sum(sum(own.adapter.num_trained().values()) for own in plans.values())
         ranks = count_text(plan.grid.dp_size, "data-parallel rank")
         return [("adapters", f"{len(plans)}, {trained:,} trained parameters, ZeRO-{plan.engine.zero_stage}, {ranks}")]
 
-    def _starts(self) -> list[Row]:
+    def _starts(self) -> list[HeadlineRow]:
         """The run's folder, and from where each adapter starts."""
         start, trainer = self.start, self.trainer
         rows = [("run folder", str(start.folder.path))]
@@ -119,7 +119,7 @@ class FullReport(RunReport):
 
     saved = ""
 
-    def _adapters(self) -> list[Row]:
+    def _adapters(self) -> list[HeadlineRow]:
         (plan,), (data,) = self.start.plans.values(), self.start.data.values()
         settings, trained = plan.settings, sum(plan.adapter.num_trained().values())
         layers = f"{len(plan.adapter.layers)} of {plan.source.shape.num_layers} layers"
@@ -137,10 +137,10 @@ class FullReport(RunReport):
             ("length", f"{steps_in_words(settings, len(data.train))}, schedule {settings.schedule}"),
         ]
 
-    def _starts(self) -> list[Row]:
+    def _starts(self) -> list[HeadlineRow]:
         start = self.start
         (plan,), (data,), (checkpoint,) = start.plans.values(), start.data.values(), start.checkpoints.values()
-        rows, settings = list[Row](), plan.settings
+        rows, settings = list[HeadlineRow](), plan.settings
         if settings.init_from is not None and checkpoint is None:
             rows.append(("start", f"values of {settings.init_from}"))
         (of_build,) = self.built.notes.values()
@@ -167,7 +167,7 @@ class FullReport(RunReport):
         return [*speed_lines(run), *next_steps(run)]
 
 
-def _model(plan: RunPlan) -> Row:
+def _model(plan: RunPlan) -> HeadlineRow:
     settings = plan.settings
     line = f"{settings.model}, {num_base_parameters(plan.source.shape) / 1e6:,.1f} M parameters in"
     line += f" {describe_dtype(settings.dtype, plan.dtype_name)}, frozen"
@@ -175,7 +175,7 @@ def _model(plan: RunPlan) -> Row:
     return "model", line + ("" if settings.products is None else f", products in {settings.products}")
 
 
-def _layout(plan: RunPlan) -> list[Row]:
+def _layout(plan: RunPlan) -> list[HeadlineRow]:
     grid = plan.grid
     if grid.tp_size * grid.pp_size == 1:
         return []
@@ -185,7 +185,7 @@ def _layout(plan: RunPlan) -> list[Row]:
     return [("layout", f"tensor {grid.tp_size}{sharded} x {pipeline} x data {grid.dp_size}")]
 
 
-def _read(plan: RunPlan, built: BuiltModel) -> Row:
+def _read(plan: RunPlan, built: BuiltModel) -> HeadlineRow:
     read, kept = (range_text(sizes, bytes_in_words) for sizes in (built.bytes_read, built.bytes_kept))
     stored = "" if plan.settings.base is None else f", stored as {kept}"
     return "read", f"{read} of base weights per rank{stored}"
