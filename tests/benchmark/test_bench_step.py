@@ -105,6 +105,7 @@ def test_what_a_step_keeps_is_planned_for_its_recompute(folder: Path, recompute:
     assert beside == beside_the_plan(side.num_supervised, positions, itemsize=4)
 
 
+@pytest.mark.cpu_seconds(20, reason="it quantises every linear of a model")
 def test_our_side_has_the_base_that_is_given(folder: Path) -> None:
     settings = settings_of(folder, "--base=nf4")
     (side,) = sides_of(settings).values()
@@ -120,6 +121,7 @@ def test_the_format_of_a_quantised_folder_is_reported(tmp_path: Path) -> None:
     assert measure_sides(parse_settings(words, BenchSettings))["dtype"] == "fp32 with the linears in nf4"
 
 
+@pytest.mark.cpu_seconds(20, reason="a process for each side's memory")
 @pytest.mark.parametrize(
     ("wish", "said"), [("false", "not compiled"), pytest.param("true", "compiled in ", marks=pytest.mark.slow)]
 )
@@ -297,6 +299,7 @@ def test_the_third_side_has_as_many_tokens_of_one_adapter(folder: Path) -> None:
     assert {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])} == {"adapter 0"}
 
 
+@pytest.mark.cpu_seconds(20, reason="a process for each side's memory")
 def test_the_command_writes_the_figures_of_adapters(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -64,6 +64,7 @@ PARAMETERS = [
 ]
 
 
+@pytest.mark.cpu_seconds(25, reason="ranks of two hosts, which import everything")
 @pytest.mark.parametrize(("route", "layout", "prelude"), PARAMETERS)
 def test_two_hosts_compute_what_one_does(site: Site, tmp_path: Path, route: str, layout: str, prelude: str) -> None:
     assert_as_on_one_host(site, tmp_path, layout, ROUTES[route], prelude)

@@ -95,6 +95,7 @@ def test_steps_have_the_bits_of_single_runs(
     check_bits(base, [dict(zip(KEYS, variant, strict=True)) for variant in variants], dtype, tmp_path)
 
 
+@pytest.mark.cpu_seconds(25, reason="it compiles the kernels for one and for several adapters")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize(
     ("dtype", "variants"),

@@ -103,6 +103,7 @@ def assert_same_checkpoint(found: Path, expected: Path) -> None:
         assert list(contents[0]) == list(contents[1]), file.name
 
 
+@pytest.mark.cpu_seconds(15, reason="its fixtures make the runs that all share")
 def test_the_same_layout_goes_on_bit_for_bit(base: Base, runs: tuple[Path, Path], tmp_path: Path) -> None:
     whole, stopped = runs
     assert_same_run(resumed(base, stopped, tmp_path / "run", WRITER), whole)

@@ -103,7 +103,7 @@ def test_a_part_of_the_choices_keeps_what_each_layout_meets() -> None:
         assert kept == found, n
 
 
-@pytest.mark.cpu_seconds(20, reason="every case beside the oracle, in one start for each number of ranks")
+@pytest.mark.cpu_seconds(30, reason="every case beside the oracle, in one start for each number of ranks")
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_layouts(sized: dict[str, Any], tmp_path: Path, ranks: int, whole: bool) -> None:
     oracles: dict[Any, OracleRun] = {}
@@ -118,7 +118,7 @@ def test_layouts(sized: dict[str, Any], tmp_path: Path, ranks: int, whole: bool)
     run_and_check(prepared, tmp_path)
 
 
-@pytest.mark.cpu_seconds(20, reason="every case beside the oracle, in one start for each number of ranks")
+@pytest.mark.cpu_seconds(30, reason="every case beside the oracle, in one start for each number of ranks")
 def test_every_method_over_tensor_and_pipeline(sized: dict[str, Any], tmp_path: Path, whole: bool) -> None:
     """All eight methods and layers alone, on the first and on the last stage, at (2, 2, 1), with QKV and all targets.
 

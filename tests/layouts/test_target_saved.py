@@ -138,6 +138,7 @@ def differences(cases: list[Case]) -> list[float]:
     return [run_case(case, groups) for case in cases]
 
 
+@pytest.mark.cpu_seconds(20, reason="every case in one start, with the traces of each")
 def test_saved_bytes_are_the_planned_ones_on_every_rank(tmp_path: Path) -> None:
     for by_case in run_on_ranks(differences, CASES, ranks=TP, folder=tmp_path):
         assert {case: found for case, found in zip(CASES, by_case, strict=True) if found} == {}

@@ -60,6 +60,7 @@ def dry_run(folder: Path, *flags: str) -> str:
     return dry_run_report(parse_settings([f"--config={folder / 'plan.yaml'}", "--dry_run", *flags], Settings)).text
 
 
+@pytest.mark.cpu_seconds(25, reason="a plan and a dry run, which trace shared micro-batches")
 def test_the_dry_run_of_a_plan_s_yaml_has_its_numbers(
     tmp_path: Path, three: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
