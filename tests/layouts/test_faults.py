@@ -34,7 +34,7 @@ from megatron_tiedlora.planning.run_plan import plan_run
 
 pytestmark = [
     pytest.mark.distributed,
-    pytest.mark.cpu_seconds(20, reason="the first test makes the starts that all share"),
+    pytest.mark.cpu_seconds(40, reason="the first test makes the starts that all share"),
 ]
 
 ALL = "losses norms A B u v"
