@@ -2,7 +2,7 @@
 
 Owns how fields are declared and how values become frozen settings. Each command declares its own settings, and
 `cli.py` turns the fields of any command into flags and YAML names. Which settings have something in common is asked of
-their marks (`marked`), so that no list of that is written by hand.
+their marks (`marked`); docs/extending.md says which lists of names are written by hand all the same.
 """
 
 from __future__ import annotations

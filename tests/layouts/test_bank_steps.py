@@ -20,10 +20,10 @@ from megatron_tiedlora.parallel.groups import Grid
 
 pytestmark = pytest.mark.distributed
 
-LOSS_TOLERANCE, NORM_TOLERANCE = 1e-6, 1e-5
-# Two runs are compared, of which each may be 5e-5 from exact numbers (layout_runs.py), as AdamW makes much of the last
-# bits of small gradients. Up to 5.5e-5 was seen, for one tensor, on one of three kinds of processors.
-ADAPTER_TOLERANCE = 1e-4
+LOSS_TOLERANCE, NORM_TOLERANCE, ADAPTER_TOLERANCE = 1e-6, 1e-5, 5e-5
+# Over layouts two runs are compared, of which each may be that far from exact numbers (layout_runs.py), as AdamW makes
+# much of the last bits of small gradients. Up to 5.5e-5 was seen, for one tensor, on one of three processors.
+LAYOUTS_TOLERANCE = 2 * ADAPTER_TOLERANCE
 OWN: dict[str, dict[str, Any]] = {
     "a": {"method": "tl6", "rank": 8, "global_batch_size": 8},
     "b": {
@@ -189,7 +189,7 @@ def check_near(found: Trained, expected: Trained, which: Any) -> None:
     assert max(relative_errors(found.norms, expected.norms)) <= NORM_TOLERANCE, which
     assert found.state.keys() == expected.state.keys()
     for tensor, value in expected.state.items():
-        assert relative_distance(found.state[tensor], value) <= ADAPTER_TOLERANCE, (tensor, which)
+        assert relative_distance(found.state[tensor], value) <= LAYOUTS_TOLERANCE, (tensor, which)
 
 
 def check_layouts(
