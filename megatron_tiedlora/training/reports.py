@@ -73,12 +73,12 @@ class RunReport:
         rows = [("run folder", str(start.folder.path))]
         if over := steps_over(trainer.profile, trainer.last_step):
             rows.append(("note", over))
-        rows += [(name, "finished before") for name in start.finished]
+        rows += [("adapter", f"{name}: finished before") for name in start.finished]
         for name, run in trainer.adapters.items():
             own, checkpoint = run.plan.settings, start.checkpoints[name]
             samples, steps = count_text(len(run.data.train), "sample"), count_text(own.max_steps, "step")
             step = f"{own.method}, rank {own.rank}, {samples}, {own.global_batch_size} per step"
-            rows.append((name, f"{step}, {steps}{resumed_text(run.plan, checkpoint)}"))
+            rows.append(("adapter", f"{name}: {step}, {steps}{resumed_text(run.plan, checkpoint)}"))
             notes = (*run.data.notes, *(() if checkpoint is None else checkpoint.notes), *self.built.notes[name])
             rows += [("note", f"{name}: {note}") for note in notes]
             rows += [("warning", f"{name}: {warning}") for warning in run.data.warnings(run.plan)]

@@ -209,7 +209,7 @@ def test_finished_ones_are_left_out(base: Base, tmp_path: Path, alone: Path, fou
     found = table(folder)
     assert list(found) == ["a", "b", "d"] and found["a"] == rows_before["a"] and found["b"]["step"] == "5"
     assert {row["state"] for row in found.values()} == {"finished"}
-    assert "a           finished before" in ended.outputs[0]
+    assert "adapter     a: finished before" in ended.outputs[0]
 
     shutil.rmtree(folder / "a" / "peft")
     run(base, folder, adapters=file, resume="auto", prelude=partial(builds_only, "a"))

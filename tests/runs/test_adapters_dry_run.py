@@ -214,5 +214,7 @@ def test_the_plan_of_thousands_of_adapters(
         return time.process_time() - started
 
     seconds(100)  # what is traced and imported once
-    assert seconds(4000) < 8 * seconds(1000)
+    of_many = seconds(4000)
+    assert of_many < 8 * seconds(1000)
+    assert of_many < 60  # 9 on an idle machine; a busy one has taken five times as many
     assert "planning: 100%| 4000/4000" in capsys.readouterr().err
