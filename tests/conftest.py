@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain, zip_longest
 from pathlib import Path
 
@@ -69,7 +70,19 @@ def whole(request: pytest.FixtureRequest) -> bool:
 @pytest.fixture(scope="module")
 def two_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeCluster]:
     """nodea and nodeb with sshd, which see every temporary folder of the tests; its users are marked `needs("ssh")`."""
-    folders = [tmp_path_factory.getbasetemp()]
-    with FakeCluster(tmp_path_factory.mktemp("hosts"), shared=folders) as cluster:
+    with _hosts(tmp_path_factory, "nodea", "nodeb") as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def three_hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FakeCluster]:
+    """The same with nodec."""
+    with _hosts(tmp_path_factory, "nodea", "nodeb", "nodec") as cluster:
+        yield cluster
+
+
+@contextmanager
+def _hosts(folders: pytest.TempPathFactory, *names: str) -> Iterator[FakeCluster]:
+    with FakeCluster(folders.mktemp("hosts"), names, shared=[folders.getbasetemp()]) as cluster:
         cluster.start_sshd()
         yield cluster

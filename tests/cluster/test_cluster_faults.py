@@ -1,4 +1,4 @@
-"""A fault in the middle of training on two hosts ends the job everywhere, and loses nothing that was saved.
+"""A fault in the middle of training on two or three hosts ends the job everywhere, and loses nothing that was saved.
 
 With -s, and with `-m slow` for all of them, the figures are printed as a table.
 """
@@ -28,12 +28,19 @@ STEPS, SAVED = 12, 2  # the fault comes after step 3, with a checkpoint of step 
 STOPS = ("SIGTERM", "scancel")
 # Ranks that find their launcher dead save and stop, unless it took some of them along.
 ENDS = {fault: ("failed", "stopped") for fault in ("launcher", "launcher on a host", "pdsh", "run.py")}
-LAYOUT = "tp2"
+LAYOUTS = {2: "tp2", 3: "pp3"}  # by the number of hosts, with a rank on each
+SETTINGS = {"max_steps": STEPS, "eval_interval": 4, "save_interval": SAVED}
 
 
 @pytest.fixture(scope="module")
 def site(two_hosts: FakeCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    with opened_site(two_hosts, tmp_path_factory, max_steps=STEPS, eval_interval=4, save_interval=SAVED) as site:
+    with opened_site(two_hosts, tmp_path_factory, **SETTINGS) as site:
+        yield site
+
+
+@pytest.fixture(scope="module")
+def larger_site(three_hosts: FakeCluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    with opened_site(three_hosts, tmp_path_factory, **SETTINGS) as site:
         yield site
 
 
@@ -60,6 +67,7 @@ ALL = [
     *((route, "run.py") for route in ROUTES if route.startswith("run.py")),
     ("run.py srun", "SIGTERM"),
 ]
+THREE = ["torchrun", *(route for route in ROUTES if route.startswith("run.py"))]
 # Nothing tells the ranks of these that nobody looks after them: they train to their end.
 RUNS_ON = {("pdsh", "launcher"), ("pdsh", "pdsh"), ("openmpi", "launcher"), ("openmpi", "SIGTERM")}
 RUNS_ON |= {(f"run.py {launcher}", "run.py") for launcher in ("pdsh", "openmpi", "mpirun")}
@@ -86,6 +94,13 @@ def test_a_fault_ends_the_job_everywhere_and_it_can_go_on(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fault", ["none", "rank", "launcher", "host", "link", "SIGTERM"])
+@pytest.mark.parametrize("route", [pytest.param(route, marks=needs(needed(route))) for route in THREE])
+def test_three_hosts(larger_site: Site, tmp_path: Path, route: str, fault: str) -> None:
+    check_fault(larger_site, tmp_path, route, fault, "long_steps", [])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["launcher", "launcher on a host", "SIGTERM"])
 def test_a_run_that_was_stopped_is_not_restarted(site: Site, tmp_path: Path, fault: str) -> None:
     """With restarts left."""
@@ -96,44 +111,46 @@ def check_fault(
     site: Site, tmp_path: Path, route: str, fault: str, prelude: str, options: list[str], **changes: Any
 ) -> None:
     """Start a job, let the fault happen, look at its end, and go on from its last checkpoint."""
-    whole, folder = site.whole_run(LAYOUT), tmp_path / "disk" / "run"
+    size = len(site.cluster.hosts)
+    layout, folder = LAYOUTS[size], tmp_path / "disk" / "run"
+    whole = site.whole_run(layout)
     folder.parent.mkdir()
     if fault == "disk full":
         site.cluster.first.mount_private(folder.parent, size="2m")
-    job = ROUTES[route](replace(site.task(folder, LAYOUT, work=tmp_path, prelude=prelude, **changes), options=options))
+    job = ROUTES[route](replace(site.task(folder, layout, work=tmp_path, prelude=prelude, **changes), options=options))
     wait_for_step(job, 3)
     outcome = suffer(job, fault)
     print(outcome.row(route, fault))
     said = f"{outcome}\n{job.output()[-6000:]}"
     assert outcome.over is not None and outcome.told is not None and not outcome.left, said
     seen = seen_by_first(job, folder)
-    if (route, fault) in RUNS_ON:
+    if fault == "none" or (route, fault) in RUNS_ON:
         assert outcome.state == "finished", said
         check_same(seen, whole)
         return
     assert outcome.state in (("stopped",) if fault in STOPS else ENDS.get(fault, ("failed",))), said
-    if route.startswith("run.py") or needed(route) == "slurm":  # other launchers' statuses may say anything
+    # Other launchers' statuses may say anything, and so may Slurm's of a job that it cancels.
+    if fault != "scancel" and (route.startswith("run.py") or needed(route) == "slurm"):
         assert (outcome.exit_status == 0) == (fault == "SIGTERM"), said
-
-    assert outcome.state == "stopped" or re.match(blamed(route, fault), outcome.reason), said
+    assert outcome.state == "stopped" or re.match(blamed(route, fault, size), outcome.reason), said
     saved = max(int(name.removeprefix("step_")) for name in checkpoint_names(seen))
     assert saved >= max(SAVED, losses(seen)[-1][0] - SAVED), said
     if (seen / OWNER_FILE).exists():  # of a killed rank 0 in another namespace of processes, which nobody can ask about
         grow_old(seen, 25)
-    run(site.base, seen, ranks=2, resume="auto", **site.settings(LAYOUT))
+    run(site.base, seen, ranks=size, resume="auto", **site.settings(layout))
     assert read_status(job)["state"] == "finished"
     check_same(seen, whole)
 
 
-def blamed(route: str, fault: str) -> str:
+def blamed(route: str, fault: str, size: int) -> str:
     """What a failed run's reason begins with, as a regular expression: which rank it was, on which host, after what."""
-    hosts = enumerate(("nodea", "nodeb"))
-    first, last = (rf"rank {rank} on {host} stopped responding after step \d" for rank, host in hosts)
+    names = [f"rank {rank} on node{host}" for rank, host in zip(range(size), "abc", strict=False)]
+    *others, last = (f"{name} stopped responding after step \\d" for name in names)
     if fault == "rank" and needed(route) == "openmpi":  # mpirun ends the others before they have looked who it was
-        return rf"{last}|rank 0 on nodea, after step \d+: an exchange with a peer failed \(.*\[rank 1 on nodeb\]"
-    if fault == "link":  # each side has lost the other, and here both write the same file
-        return rf"{last}|{first}.*, as seen by rank 1 on nodeb"
-    return {"rank": last, "host": last, "rank 0": first}.get(fault, r"rank \d on node[ab].* after step \d")
+        return rf"{last}|rank \d on node., after step \d+: an exchange with a peer failed \(.*\[{names[-1]}\]"
+    if fault == "link":  # each side has lost the other, and here all write the same file
+        return rf"{last}|({'|'.join(others)}).*, as seen by {names[-1]}"
+    return {"rank": last, "host": last, "rank 0": others[0]}.get(fault, r"rank \d on node[abc].* after step \d")
 
 
 def check_same(seen: Path, whole: Path) -> None:

@@ -100,6 +100,7 @@ def cancel(job: Job) -> None:
 
 
 FAULTS: dict[str, Callable[[Job], None]] = {
+    "none": lambda job: None,
     "rank": kill_rank,
     "rank 0": kill_first_rank,
     "launcher": kill_launcher,

@@ -1,4 +1,4 @@
-"""Two hosts with a tiny model on them, and the runs on one host that runs on two must equal."""
+"""Hosts with a tiny model on them, and the runs on one host that runs on all of them must equal."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from host_needs import why_not
 from run_helpers import Base, run, write_base
 from slurm_cluster import SlurmCluster
 
-LAYOUTS = {"tp2": {"tensor_parallel": 2}, "pp2": {"pipeline_parallel": 2}, "dp2": {}}
+LAYOUTS = {"tp2": {"tensor_parallel": 2}, "pp2": {"pipeline_parallel": 2}, "dp2": {}, "pp3": {"pipeline_parallel": 3}}
 
 
 @dataclass(frozen=True)
 class Site:
-    """Two hosts with what jobs on them need.
+    """Hosts with what jobs on them need.
 
     Attributes:
         slurm: where it is installed.
@@ -42,7 +42,7 @@ class Site:
         """The run folder of an undisturbed run on one host."""
         folder = self.whole / layout
         if not folder.exists():
-            run(self.base, folder, ranks=2, **self.settings(layout))
+            run(self.base, folder, ranks=len(self.cluster.hosts), **self.settings(layout))
         return folder
 
     def task(self, folder: Path, layout: str, *, work: Path, prelude: str = "", **changes: Any) -> Task:
