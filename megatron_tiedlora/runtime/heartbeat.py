@@ -178,7 +178,7 @@ class Heartbeat:
         """
         self._ends = True
         deadline = time.monotonic() + self.beat_seconds * _MISSED_BEATS
-        here = rank_line(self.rank, self._host(self.rank), self.step(), symptom)
+        here, before = rank_line(self.rank, self._host(self.rank), self.step(), symptom), None
         try:
             before = self._beats()
             silent = {rank for rank, beat in before.items() if rank != self.rank and not _ended(beat)}
@@ -187,7 +187,9 @@ class Heartbeat:
                 now = self._beats()
                 silent = {rank for rank in silent if now[rank] == before[rank]}
         except RuntimeError:
-            return self._store_gone()
+            # A rank that is lost while rank 0 is there was the first: a launcher may end all as soon as one has ended.
+            is_other = before is not None and re.search(r"\[(rank|one of ranks) [1-9]", symptom)
+            return self._store_gone(here if is_other else "")
         self._main_gone = 0 in silent
         return self._share(self._gone_line(silent) if silent else here)
 
@@ -239,13 +241,13 @@ class Heartbeat:
         why = "killed, out of memory, or the host or its link is down"
         return f"{named}{more} stopped responding after step {self.step()} ({why})"
 
-    def _store_gone(self) -> PeerFailure:
-        """The store and rank 0 are gone: for the reason that was shared before, or for an unknown one."""
+    def _store_gone(self, line: str = "") -> PeerFailure:
+        """The store and rank 0 are gone: for the reason that was shared before, or `line`, or for an unknown one."""
         self._main_gone = True
         if self._reason:
             return PeerFailure(self._reason, False)
-        line = f"{self._gone_line([0])}, as seen by rank {self.rank} on {self._host(self.rank)}"
-        return PeerFailure(line, self.reports_for_host())
+        line = line or f"{self._gone_line([0])}, as seen by rank {self.rank} on {self._host(self.rank)}"
+        return PeerFailure(one_line(line), self.reports_for_host())
 
     # In threads -------------------------------------------------------------------------------------------------
 

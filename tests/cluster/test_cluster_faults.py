@@ -70,6 +70,7 @@ ALL = [
 THREE = ["torchrun", *(route for route in ROUTES if route.startswith("run.py"))]
 # Nothing tells the ranks of these that nobody looks after them: they train to their end.
 RUNS_ON = {("pdsh", "launcher"), ("pdsh", "pdsh"), ("openmpi", "launcher"), ("openmpi", "SIGTERM")}
+RUNS_ON |= {("run.py srun", "launcher")}  # or until Slurm ends the step with the job, after --grace_seconds
 RUNS_ON |= {(f"run.py {launcher}", "run.py") for launcher in ("pdsh", "openmpi", "mpirun")}
 CASES = [
     *(
@@ -146,6 +147,8 @@ def blamed(route: str, fault: str, size: int) -> str:
     """What a failed run's reason begins with, as a regular expression: which rank it was, on which host, after what."""
     names = [f"rank {rank} on node{host}" for rank, host in zip(range(size), "abc", strict=False)]
     *others, last = (f"{name} stopped responding after step \\d" for name in names)
+    if fault in ("host", "link") and needed(route) == "openmpi":  # mpirun ends those between before rank 0 has looked
+        last = rf"(rank \d on nodeb, )?{last}"
     if fault == "rank" and needed(route) == "openmpi":  # mpirun ends the others before they have looked who it was
         return rf"{last}|rank \d on node., after step \d+: an exchange with a peer failed \(.*\[{names[-1]}\]"
     if fault == "link":  # each side has lost the other, and here all write the same file

@@ -115,6 +115,27 @@ def test_the_store_gone(three: Ranks) -> None:
     assert failure.reason.startswith(f"rank 0 on {HOST} stopped responding") and failure.reports
 
 
+@pytest.mark.parametrize(
+    ("peer", "begins"),
+    [
+        ("one of ranks 2, 3 on b", f"rank 1 on {HOST}, after step 7: an exchange with a peer failed"),
+        ("rank 0 on a", f"rank 0 on {HOST} stopped responding"),
+    ],
+)
+def test_a_launcher_that_ends_all_ranks_after_one(three: Ranks, peer: str, begins: str) -> None:
+    """The store goes with rank 0 while another rank looks why its exchange failed: the peer at whose end was first."""
+    three.kill(0)
+    symptom = f"an exchange with a peer failed (closed by [{peer}])"
+    looking = threading.Thread(target=lambda: found.append(three.lines[1].explain(symptom)))
+    found: list[PeerFailure] = []
+    looking.start()
+    time.sleep(BEAT)
+    three.lines[1].store = Gone()  # type: ignore[assignment]
+    looking.join(20)
+    (failure,) = found
+    assert failure.reports and failure.reason.startswith(begins)
+
+
 class Gone:
     """A store whose server does not answer."""
 
