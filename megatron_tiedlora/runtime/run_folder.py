@@ -23,6 +23,7 @@ from megatron_tiedlora.base.atomic import (
     write_json,
     write_text,
 )
+from megatron_tiedlora.base.extras import installed_versions
 from megatron_tiedlora.base.messages import UserError, csv_text, first_line, show, user_path
 from megatron_tiedlora.base.output_folder import PathIn, check_writable, last_name, numbered, reject_links
 from megatron_tiedlora.base.ownership import FolderLock, Owner, is_of_owner, owner_in_words, take_folder
@@ -80,25 +81,24 @@ class RunFolder:
         return unguarded if self.owner is None else self.owner.check
 
     @property
-    def is_of_main(self) -> bool:
-        """Whether this is rank 0 of the start that owns the folder."""
-        return self.owner is not None and self.owner.is_main
-
-    @property
     def is_run(self) -> bool:
         """Whether a run has used this folder."""
         return self.settings.is_file()
 
-    def write_settings(self, content: Mapping[str, Any]) -> None:
-        """Write run.yaml and remove an earlier run_status.json. Raises UserError if the folder cannot be written."""
-        write_yaml(self.settings, content, guard=self.guard)
+    def write_settings(self, content: Mapping[str, Any], *, ranks: int) -> None:
+        """Write run.yaml, with the folder, the number of ranks and versions of libraries beside `content`, and remove
+        an earlier run_status.json. Raises UserError if the folder cannot be written."""
+        versions = installed_versions("torch", "deepspeed", "transformers")
+        more = {"output_dir": str(self.path), "ranks": ranks, "versions": versions}
+        write_yaml(self.settings, {**content, **more}, guard=self.guard)
         discard(self.status, guard=self.guard)
 
     def write_status(self, state: State, *, step: int, reason: str) -> None:
         """Write run_status.json, and that of each of several adapters that has not ended."""
         write_json(self.status, {"state": state, "step": step, "reason": reason}, guard=self.guard)
         for folder, own_step in self.running() if self.of_several else ():
-            if not folder.is_of_main and folder.status.exists():
+            is_main = folder.owner is not None and folder.owner.is_main
+            if not is_main and folder.status.exists():
                 continue  # only rank 0 knows which ones it has finished by now
             with suppress(UserError):  # another start may have one of them by now
                 folder.write_status(state, step=own_step, reason=reason)

@@ -235,7 +235,7 @@ def checks(largest: list[float], *, of_values: float) -> StepChecks:
         remove=lambda: None,
     )
     own._adapter = SimpleNamespace(part=SimpleNamespace(layers=(1,)))
-    own._check_steps, own._steps, own._guarded_steps, own._guard = 0, 1, 2, guard
+    own._check_steps, own._steps, own._guard = 0, 1, guard
     return own
 
 
