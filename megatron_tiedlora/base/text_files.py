@@ -20,7 +20,7 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
 from megatron_tiedlora.base.atomic import Guard, unguarded, write_text
-from megatron_tiedlora.base.messages import UserError, first_line, shown
+from megatron_tiedlora.base.messages import UserError, first_line, os_errors, shown
 
 Value = TypeVar("Value")
 LARGEST_TEXT = 2**24  # bytes; the weight index of the largest models has a tenth of that
@@ -29,11 +29,8 @@ LARGEST_TEXT = 2**24  # bytes; the weight index of the largest models has a tent
 def read_small_text(file: Path, *, kind: str = "text", largest: int = LARGEST_TEXT) -> str:
     """The text of an existing file that should be `kind`. Raises UserError naming the file if it is unreadable, not
     UTF-8, or too large."""
-    try:
-        with file.open("rb") as stream:
-            raw = stream.read(largest + 1)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror or error})") from None
+    with os_errors(f"{file}: cannot be read"), file.open("rb") as stream:
+        raw = stream.read(largest + 1)
     if len(raw) > largest:
         raise UserError(f"{file}: is larger than {largest:,} bytes, which is too large for {kind}")
     try:
@@ -210,11 +207,8 @@ SEAL_FIELD = "config_sha256"  # SHA-256 of the JSON's content without this field
 
 def file_sha256(file: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal. Raises UserError if it cannot be read."""
-    try:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror or error})") from None
+    with os_errors(f"{file}: cannot be read"), file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def sealed(content: Mapping[str, Any], *, files: Iterable[Path] = ()) -> dict[str, Any]:

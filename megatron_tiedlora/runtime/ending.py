@@ -77,7 +77,6 @@ class End:
     owners: list[Owner] = field(default_factory=list)
     held: ExitStack = field(default_factory=ExitStack)
     gpu: str = ""
-    silence_seconds: float = SILENCE_SECONDS
     log: RankLog = field(default_factory=RankLog)
     _open: ExitStack = field(default_factory=ExitStack)
     _reserve: ExitStack = field(default_factory=ExitStack)
@@ -99,7 +98,7 @@ class End:
                 step=lambda: self.step,
                 on_failure=self._lost,
                 reports_for_host=first_to_fail,
-                silence_seconds=min(self.silence_seconds, limit.total_seconds()),
+                silence_seconds=min(SILENCE_SECONDS, limit.total_seconds()),
             ).start()
 
     def enter(self, folder: RunFolder) -> None:

@@ -40,14 +40,7 @@ from megatron_tiedlora.engine.engine import (
     stored_bytes,
     trained_parameters,
 )
-from megatron_tiedlora.engine.runner import (
-    EngineOptimizer,
-    Optimizers,
-    OwnOptimizer,
-    PipelineRunner,
-    Runner,
-    trained_or_stand_in,
-)
+from megatron_tiedlora.engine.runner import EngineOptimizer, Optimizers, OwnOptimizer, PipelineRunner, Runner
 from megatron_tiedlora.model.layer_specs import LayerSpec, layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import stage_weight_rules, weight_rules
@@ -251,7 +244,8 @@ def _start_engine(
         engine = start(config, optimizer=of_nothing, scheduler=None)
         own = {}
         for name, its in plans.items():
-            made = make_training(its.settings, trained_or_stand_in(bank.adapters[name]))
+            trained = list(trained_parameters(bank.adapters[name]).values())
+            made = make_training(its.settings, trained or [nn.Parameter(torch.zeros(1))])  # it wants a tensor
             own[name] = OwnOptimizer(*made, its.settings.gradient_clipping)
         schedules = {name: one.scheduler for name, one in own.items()}
         optimizers = Optimizers(bank, model.groups, own, device)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megatron_tiedlora.base.messages import aligned_lines, bytes_in_words, count_text, range_text
-from megatron_tiedlora.base.output_folder import first_free
+from megatron_tiedlora.base.output_folder import numbered
 from megatron_tiedlora.base.shapes import QKV
 from megatron_tiedlora.base.text_files import read_json_object
 from megatron_tiedlora.checkpoint.load_model import describe_dtype
@@ -300,7 +300,8 @@ def next_steps(run: AdapterRun) -> list[str]:
         if os.path.lexists(merged):  # an earlier start may have had another best adapter
             lines.append("  merged/   not of this adapter; the first command below merges it anew")
         adapter = ["--adapter", str(path / "adapter")]
-        merge = [*adapter, "--output", str(first_free(merged))]
+        free = next(path for path in numbered(merged) if not os.path.lexists(path))
+        merge = [*adapter, "--output", str(free)]
         merge += [] if settings.base is None else ["--onto", "trained"]
         merge += [] if settings.tokenizer is None else ["--tokenizer", settings.tokenizer]
         lines += ["", "next", f"  tiedlora merge {shlex.join(merge)}"]

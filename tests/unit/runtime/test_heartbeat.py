@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
 
@@ -51,18 +52,8 @@ class Ranks:
 
 def together(calls: list[Callable[[], object]]) -> list[object]:
     """What some calls return that wait for each other."""
-    found: list[object] = [None] * len(calls)
-
-    def call(index: int) -> None:
-        found[index] = calls[index]()
-
-    threads = [threading.Thread(target=call, args=(index,)) for index in range(len(calls))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-        assert not thread.is_alive(), "a hang"
-    return found
+    pool = ThreadPoolExecutor(len(calls))  # not left by a `with`, which would wait for one that hangs
+    return [found.result(timeout=20) for found in [pool.submit(call) for call in calls]]
 
 
 @pytest.fixture
