@@ -99,21 +99,25 @@ def test_the_store_gone(three: Ranks) -> None:
     three.kill(0)
     del three.master
     for line in three.lines[1:]:
-        line.store = Gone()  # type: ignore[assignment]
+        line.store = Instead(refuse)  # type: ignore[assignment]
     wait_until(lambda: bool(three.failures[1] and three.failures[2]))
     assert all(f"as seen by rank {rank} on" in three.failures[rank][0].reason for rank in (1, 2))
     failure = three.lines[1].explain("closed by peer")
     assert failure.reason.startswith(f"rank 0 on {HOST} stopped responding") and failure.reports
 
 
-class Gone:
-    """A store whose server does not answer."""
+class Instead:
+    """A store each of whose calls is `answer`, which gets the name of the method first."""
+
+    def __init__(self, answer: Callable[..., object]) -> None:
+        self._answer = answer
 
     def __getattr__(self, name: str) -> Callable[..., object]:
-        def fail(*_: object) -> object:
-            raise RuntimeError("Connection refused")
+        return partial(self._answer, name)
 
-        return fail
+
+def refuse(*_: object) -> object:
+    raise RuntimeError("Connection refused")
 
 
 def test_the_first_failure_is_everybodys_reason(three: Ranks) -> None:
@@ -197,26 +201,17 @@ def test_who_waits_for_rank_0_is_told_of_its_failure(three: Ranks) -> None:
 
 def test_threads_end_before_their_rank_has_left(three: Ranks) -> None:
     """One in a call of the store, when the interpreter ends, would abort the process."""
-    line = three.lines[1]
-    line.store, store = Slow(line.store), line.store
+    line, store = three.lines[1], three.lines[1].store
+
+    def slowly(name: str, *words: object) -> object:
+        time.sleep(1.0)
+        return getattr(store, name)(*words)
+
+    line.store = Instead(slowly)  # type: ignore[assignment]
     time.sleep(2 * BEAT)
     line.leave()
     assert not any(thread.is_alive() for thread in line._threads)
     assert store.get("beat/1") == b"left"
-
-
-class Slow:
-    """A store that takes its time."""
-
-    def __init__(self, store: PrefixStore) -> None:
-        self._store = store
-
-    def __getattr__(self, name: str) -> Callable[..., object]:
-        def call(*words: object) -> object:
-            time.sleep(1.0)
-            return getattr(self._store, name)(*words)
-
-        return call
 
 
 def test_a_peers_address_gets_its_ranks_and_its_hosts_name(three: Ranks) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 pytest.importorskip("accelerate")
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+from run_files import metrics, status
 from task_files import refusal
 
 from megatron_tiedlora.base.ownership import Owner, take_folder
@@ -103,8 +103,7 @@ def test_a_tracker_that_fails_is_left_out_and_the_rows_are_written(
     for step in (1, 2):
         log.write({**ROW, "step": step})
     log.close()
-    rows = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert rows == [1, 2]
+    assert [row["step"] for row in metrics(tmp_path)] == [1, 2]
     assert [call for call in CALLS if call == (2, {"train/loss": 0.5})] == [(2, {"train/loss": 0.5})]  # trackio's alone
     assert CALLS.count("finished") == 1
     (line,) = capsys.readouterr().err.splitlines()
@@ -117,13 +116,6 @@ def test_a_tracker_that_cannot_start_ends_the_run_and_the_others(
     said = refusal(log_of, tmp_path, monkeypatch, trackio=Recording, wandb=Refusing)
     assert "--report_to wandb: cannot start (api key not given)" in said
     assert CALLS.count("finished") == 1
-
-
-def test_no_tensorboard_if_it_is_not_asked_for(tmp_path: Path) -> None:
-    log = MetricsLog(RunFolder(tmp_path), resumed_step=0, report_to=())
-    log.write(ROW)
-    log.close()
-    assert [item.name for item in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_what_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,8 +150,7 @@ def test_another_rank_leaves_what_rank_0_has_finished(tmp_path: Path, is_main: b
     unrecorded = own[1:] if is_main else own
     group = RunFolder(paths[0], owners[0], of_several=True, running=lambda: [(folder, 3) for folder in unrecorded])
     group.write_status("failed", step=3, reason="rank 0 was lost")
-    states = [json.loads((path / "run_status.json").read_text())["state"] for path in paths]
-    assert states == ["failed", "finished", "failed"]
+    assert [status(path)["state"] for path in paths] == ["failed", "finished", "failed"]
     for lock in locks:
         lock.release()
 

@@ -11,6 +11,7 @@ import pytest
 from checkpoints import checkpoint_of
 from native_files import moments_of, with_adapter
 from peft_models import lora_model
+from run_files import edit_json
 from run_helpers import write_rows
 from task_files import refusal
 from tiny_models import write_tiny_model
@@ -145,10 +146,8 @@ def test_notes_say_where_training_is_not_peft_s(folder: Path) -> None:
     assert notes("native") == notes("peft") == notes("o") == ()
     (note,) = notes("lora")
     assert note.endswith("an A each in it, or no adapter, so training continues differently from PEFT's")
-    named = {"base_model_name_or_path": "someone/other"}
     shutil.copytree(folder / "o", folder / "named")
-    file = folder / "named" / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **named}))
+    edit_json(folder / "named" / "adapter_config.json", base_model_name_or_path="someone/other")
     (note,) = notes("named")
     assert "names the base someone/other; PEFT files do not record whether" in note
 
