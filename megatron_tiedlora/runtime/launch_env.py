@@ -66,9 +66,7 @@ def prepare_environment() -> None:
     elif hosts.in_slurm_step(environment):
         master = environment.get("MASTER_ADDR") or hosts.slurm_hosts(environment)[0].name
         _set_ranks(_SLURM, master, slurm_port(environment))
-    elif all(name in environment for name in _PMI[:2]):
-        pass
-    else:
+    elif not all(name in environment for name in _PMI[:2]):
         environment.update(hosts.rank_variables(0, 1, 0, "127.0.0.1", free_port("127.0.0.1")))
 
 
