@@ -158,30 +158,18 @@ def read_yaml_mapping(file: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is not valid; the message names it, and the line if known.
     """
-    return parse_yaml_mapping(read_small_text(file, kind="YAML", largest=LARGEST_YAML), source=str(file))
+    return parse_yaml(read_small_text(file, kind="YAML", largest=LARGEST_YAML), dict, source=str(file))
 
 
 def read_yaml_list(file: Path) -> list[Any]:
     """The entries of an existing file that holds a list; none if it is empty. Raises UserError naming the file."""
-    content = _parse_yaml(read_small_text(file, kind="YAML", largest=LARGEST_YAML), source=str(file))
-    if content is not None and not isinstance(content, list):
-        raise UserError(f"{file}: expected a list, whose entries begin with '- ', found a {type(content).__name__}")
-    return content or []
+    return parse_yaml(read_small_text(file, kind="YAML", largest=LARGEST_YAML), list, source=str(file))
 
 
-def parse_yaml_mapping(text: str, *, source: str) -> dict[str, Any]:
-    """The names and values of a text, as `read_yaml_mapping`. Raises UserError naming the `source`."""
-    content = _parse_yaml(text, source=source)
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UserError(f"{source}: expected 'name: value' lines, found a {type(content).__name__}")
-    return content
-
-
-def _parse_yaml(text: str, *, source: str) -> Any:
+def parse_yaml(text: str, kind: type[Value], *, source: str) -> Value:
+    """The content of a text, a `dict` or a `list`, which is empty if the text is. Raises UserError naming `source`."""
     try:
-        return _PlainLoader(text).get_single_data()
+        content = _PlainLoader(text).get_single_data()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}" if mark is not None else ""
@@ -192,6 +180,12 @@ def _parse_yaml(text: str, *, source: str) -> Any:
     # PyYAML converts text that looks like a date or carries a tag, whether or not it is valid.
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{source}: holds a value that cannot be read ({error}); put text in quotes") from None
+    if content is None:
+        return kind()
+    if not isinstance(content, kind):
+        wanted = "'name: value' lines" if kind is dict else "a list, whose entries begin with '- '"
+        raise UserError(f"{source}: expected {wanted}, found a {type(content).__name__}")
+    return content
 
 
 # Checksums ------------------------------------------------------------------------------------------------------------
