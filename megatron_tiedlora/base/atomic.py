@@ -17,7 +17,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from megatron_tiedlora.base.messages import UserError
+from megatron_tiedlora.base.messages import UserError, os_errors
 
 TEMPORARY_PREFIX = ".writing-"
 _ASIDE_PREFIX = f"{TEMPORARY_PREFIX}old-"
@@ -120,13 +120,12 @@ def new_file(path: Path, *, guard: Guard = unguarded) -> Iterator[Path]:
     """
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}")
     try:
-        yield temporary
-        sync_path(temporary)
-        guard()
-        os.replace(temporary, path)
-        sync_path(path.parent)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); nothing was changed") from error
+        with os_errors(f"{path}: cannot be written", fix="; nothing was changed"):
+            yield temporary
+            sync_path(temporary)
+            guard()
+            os.replace(temporary, path)
+            sync_path(path.parent)
     finally:
         with suppress(OSError):  # it does not exist, or its name is too long
             temporary.unlink()

@@ -56,6 +56,15 @@ def naming(name: str) -> Iterator[None]:
         raise told from None
 
 
+@contextmanager
+def os_errors(said: str, *, fix: str = "") -> Iterator[None]:
+    """Inside, an `OSError` becomes a `UserError`: what is `said`, the system's reason in brackets, and `fix`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{said} ({error.strerror or error}){fix}") from error
+
+
 def one_line(text: str) -> str:
     """A text as one `printable` line. The middle of a very long one is left out."""
     return _cut(printable(_cut(text)))  # shortened first, so that `printable` never goes through gigabytes

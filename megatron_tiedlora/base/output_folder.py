@@ -45,11 +45,6 @@ def numbered(path: Path) -> Iterator[Path]:
     yield from (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
 
 
-def first_free(path: Path) -> Path:
-    """The first of `numbered` that does not exist."""
-    return next(one for one in numbered(path) if not os.path.lexists(one))
-
-
 CACHE_VARIABLE = "MEGATRON_TIEDLORA_CACHE"
 
 

@@ -20,7 +20,7 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
 from megatron_tiedlora.base.atomic import Guard, unguarded, write_text
-from megatron_tiedlora.base.messages import UserError, first_line, shown
+from megatron_tiedlora.base.messages import UserError, first_line, os_errors, shown
 
 Value = TypeVar("Value")
 LARGEST_TEXT = 2**24  # bytes; the weight index of the largest models has a tenth of that
@@ -29,11 +29,8 @@ LARGEST_TEXT = 2**24  # bytes; the weight index of the largest models has a tent
 def read_small_text(file: Path, *, kind: str = "text", largest: int = LARGEST_TEXT) -> str:
     """The text of an existing file that should be `kind`. Raises UserError naming the file if it is unreadable, not
     UTF-8, or too large."""
-    try:
-        with file.open("rb") as stream:
-            raw = stream.read(largest + 1)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror or error})") from None
+    with os_errors(f"{file}: cannot be read"), file.open("rb") as stream:
+        raw = stream.read(largest + 1)
     if len(raw) > largest:
         raise UserError(f"{file}: is larger than {largest:,} bytes, which is too large for {kind}")
     try:
@@ -161,30 +158,18 @@ def read_yaml_mapping(file: Path) -> dict[str, Any]:
     Raises:
         UserError: the file is not valid; the message names it, and the line if known.
     """
-    return parse_yaml_mapping(read_small_text(file, kind="YAML", largest=LARGEST_YAML), source=str(file))
+    return parse_yaml(read_small_text(file, kind="YAML", largest=LARGEST_YAML), dict, source=str(file))
 
 
 def read_yaml_list(file: Path) -> list[Any]:
     """The entries of an existing file that holds a list; none if it is empty. Raises UserError naming the file."""
-    content = _parse_yaml(read_small_text(file, kind="YAML", largest=LARGEST_YAML), source=str(file))
-    if content is not None and not isinstance(content, list):
-        raise UserError(f"{file}: expected a list, whose entries begin with '- ', found a {type(content).__name__}")
-    return content or []
+    return parse_yaml(read_small_text(file, kind="YAML", largest=LARGEST_YAML), list, source=str(file))
 
 
-def parse_yaml_mapping(text: str, *, source: str) -> dict[str, Any]:
-    """The names and values of a text, as `read_yaml_mapping`. Raises UserError naming the `source`."""
-    content = _parse_yaml(text, source=source)
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UserError(f"{source}: expected 'name: value' lines, found a {type(content).__name__}")
-    return content
-
-
-def _parse_yaml(text: str, *, source: str) -> Any:
+def parse_yaml(text: str, kind: type[Value], *, source: str) -> Value:
+    """The content of a text, a `dict` or a `list`, which is empty if the text is. Raises UserError naming `source`."""
     try:
-        return _PlainLoader(text).get_single_data()
+        content = _PlainLoader(text).get_single_data()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}" if mark is not None else ""
@@ -195,6 +180,12 @@ def _parse_yaml(text: str, *, source: str) -> Any:
     # PyYAML converts text that looks like a date or carries a tag, whether or not it is valid.
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{source}: holds a value that cannot be read ({error}); put text in quotes") from None
+    if content is None:
+        return kind()
+    if not isinstance(content, kind):
+        wanted = "'name: value' lines" if kind is dict else "a list, whose entries begin with '- '"
+        raise UserError(f"{source}: expected {wanted}, found a {type(content).__name__}")
+    return content
 
 
 # Checksums ------------------------------------------------------------------------------------------------------------
@@ -210,11 +201,8 @@ SEAL_FIELD = "config_sha256"  # SHA-256 of the JSON's content without this field
 
 def file_sha256(file: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal. Raises UserError if it cannot be read."""
-    try:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror or error})") from None
+    with os_errors(f"{file}: cannot be read"), file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def sealed(content: Mapping[str, Any], *, files: Iterable[Path] = ()) -> dict[str, Any]:

@@ -57,7 +57,7 @@ from megatron_tiedlora.planning.planned import Planned
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
 from megatron_tiedlora.planning.step_plan import StepPlan
 from megatron_tiedlora.planning.step_time import Seconds
-from megatron_tiedlora.runtime.process_group import join_process_group, ranks_here
+from megatron_tiedlora.runtime.process_group import join_process_group, ranks_by_host
 from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.training.build import build_model, build_random_model
 from megatron_tiedlora.training.compiling import choose_kernels
@@ -222,7 +222,8 @@ class Started:
         """The plan of the step that follows, on a machine of this one's hosts. All ranks call it together."""
         batch = self.plan.global_batch(self.dataset, consumed_samples=step.consumed_samples)
         plan = StepPlan({ONLY: self.plan}, samples={ONLY: (self.dataset, batch)})
-        return Planned.alone(plan, machine, per_node=ranks_here())
+        here = next(ranks for ranks in ranks_by_host() if self.plan.grid.rank in ranks)
+        return Planned.alone(plan, machine, per_node=len(here))
 
 
 def measure_layout(

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import psutil
 
 from megatron_tiedlora.base.extras import require_extra
-from megatron_tiedlora.base.messages import UserError, aligned_lines, count_text, one_line, show
+from megatron_tiedlora.base.messages import UserError, aligned_lines, count_text, one_line, os_errors, show
 from megatron_tiedlora.base.ownership import OWNER_FILE, Token, owner_in_words, read_token
 from megatron_tiedlora.base.text_files import read_json_or_none, seen_late
 from megatron_tiedlora.checkpoint.resume import LATEST_FILE
@@ -216,7 +216,7 @@ class RunningJob:
         for path, text in plan.files.items():
             path.touch(mode=0o600)
             path.write_text(text, encoding="utf-8")
-        try:
+        with os_errors(f"{plan.words[0]}: cannot be started"):
             self.process = psutil.Popen(
                 plan.words,
                 cwd=job.folder,
@@ -225,8 +225,6 @@ class RunningJob:
                 start_new_session=True,  # a Ctrl-C in the terminal reaches the ranks only through us, once
                 **options,
             )
-        except OSError as error:
-            raise UserError(f"{plan.words[0]}: cannot be started ({error.strerror or error})") from None
         self._job = job
         self._told: set[int] = set()
         self._seen: set[psutil.Process] = set()

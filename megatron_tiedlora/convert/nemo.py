@@ -26,7 +26,7 @@ from pydantic import BaseModel, Field, ValidationError
 from megatron_tiedlora.base.atomic import write_json
 from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.base.output_folder import new_output, reject_existing
-from megatron_tiedlora.base.text_files import LARGEST_YAML, parse_yaml_mapping
+from megatron_tiedlora.base.text_files import LARGEST_YAML, parse_yaml
 from megatron_tiedlora.checkpoint.tensor_files import (
     StreamedTensor,
     all_finite,
@@ -65,7 +65,7 @@ def convert_nemo(
     archive, source = NemoArchive(nemo), f"{nemo}: {CONFIG_MEMBER}"
     with readable(nemo, f"{CONFIG_MEMBER}: not valid YAML"):
         text = archive.read(CONFIG_MEMBER, largest=LARGEST_YAML).decode()
-    model = nemo_model(parse_yaml_mapping(text, source=source), source=source)
+    model = nemo_model(parse_yaml(text, dict, source=source), source=source)
     tokenizer_file = model.tokenizer.model.removeprefix("nemo:")
     sentencepiece = archive.read(tokenizer_file, largest=LARGEST_TOKENIZER)
     check_conversion(nemo)

@@ -169,14 +169,6 @@ def reported_norm(norm: float) -> float:
     return norm if norm * norm <= _LARGEST_SQUARE else math.inf
 
 
-def scale_gradients_(adapter: TiedAdapter, norm: float, max_norm: float) -> None:
-    """Scale gradients whose norm over the whole model is `norm` so that it is at most `max_norm` (0: do not scale)."""
-    if max_norm and norm > max_norm:
-        for parameter in trained_parameters(adapter).values():
-            if parameter.grad is not None:
-                parameter.grad.mul_(max_norm / (norm + 1e-6))
-
-
 # Process groups -------------------------------------------------------------------------------------------------------
 
 

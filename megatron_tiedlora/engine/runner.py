@@ -27,13 +27,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank, Shares
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
 from megatron_tiedlora.adapters.tying import MOMENTS, AdapterLayout, gather_state, sum_gradients_
-from megatron_tiedlora.engine.engine import (
-    gradient_norms,
-    parameter_access,
-    reported_norm,
-    scale_gradients_,
-    trained_parameters,
-)
+from megatron_tiedlora.engine.engine import gradient_norms, parameter_access, reported_norm, trained_parameters
 from megatron_tiedlora.engine.engine_json import EngineConfig
 from megatron_tiedlora.model.batch import MicroBatch, Supervised
 from megatron_tiedlora.model.stage import Stage
@@ -48,7 +42,7 @@ class OwnOptimizer:
     """What one adapter takes its steps with.
 
     Attributes:
-        optimizer: of `trained_or_stand_in` of its part on this rank.
+        optimizer: of the trained tensors of its part on this rank; if it has none, of one number.
         max_norm: of its gradients; 0: they are not clipped.
     """
 
@@ -107,7 +101,10 @@ class Optimizers:
         """Clip the gradients of one adapter and take its step. Returns the norm before clipping (`reported_norm`)."""
         assert norm is not None, "the norms are found before the steps"
         own = self.own[name]
-        scale_gradients_(self.bank.adapters[name], norm, own.max_norm)
+        if own.max_norm and norm > own.max_norm:
+            for parameter in trained_parameters(self.bank.adapters[name]).values():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(own.max_norm / (norm + 1e-6))
         own.optimizer.step()
         own.scheduler.step()
         return norm
@@ -233,11 +230,6 @@ class EngineOptimizer(Optimizers):
                 piece = value.flatten()[start : start + partition.numel()]
                 partition.zero_()
                 partition[: piece.numel()].copy_(piece)
-
-
-def trained_or_stand_in(adapter: TiedAdapter) -> list[nn.Parameter]:
-    """The trained tensors of an adapter's part; if it has none, one number, since an optimizer wants a tensor."""
-    return list(trained_parameters(adapter).values()) or [nn.Parameter(torch.zeros(1))]
 
 
 def _fresh_state(parameter: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
@@ -390,8 +382,9 @@ class PipelineRunner(Runner):
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
         super().__init__(*arguments, **keywords)
-        from deepspeed.runtime.pipe import schedule
+        from deepspeed.runtime.pipe import p2p, schedule
 
+        self._messages, self._schedule = p2p, schedule
         self._losses: Iterator[Losses] = iter(())  # where those of the next micro-batch that is loaded go
         self.engine._INSTRUCTION_MAP = {
             **type(self.engine)._INSTRUCTION_MAP,
@@ -407,14 +400,10 @@ class PipelineRunner(Runner):
 
     def _train(self, batches: Sequence[MicroBatch], losses: Losses, between: Callable[[], None]) -> None:
         """See Runner; stages run different micro-batches at a time, so `between` is never called."""
-        from deepspeed.runtime.pipe.schedule import TrainSchedule
-
-        self._run(TrainSchedule, batches, repeat(losses))
+        self._run(self._schedule.TrainSchedule, batches, repeat(losses))
 
     def _score(self, batches: Sequence[MicroBatch], losses: Sequence[Losses]) -> None:
-        from deepspeed.runtime.pipe.schedule import InferenceSchedule
-
-        self._run(InferenceSchedule, batches, iter(losses))
+        self._run(self._schedule.InferenceSchedule, batches, iter(losses))
 
     def _run(self, schedule: Any, batches: Sequence[MicroBatch], losses: Iterator[Losses]) -> None:
         self.engine.total_loss = None
@@ -453,15 +442,11 @@ class PipelineRunner(Runner):
 
     def _receive(self, buffer_id: int) -> None:
         """Receive the next micro-batch's hidden states, whose shape follows from that of its tokens."""
-        from deepspeed.runtime.pipe import p2p
-
         batch = next(self._to_receive)
         self._shares[buffer_id] = batch.shares
         hidden = self.stage.empty_hidden(*batch.tokens.shape)
-        p2p.recv(hidden, self.engine.prev_stage)
+        self._messages.recv(hidden, self.engine.prev_stage)
         self.engine.pipe_buffers["inputs"][buffer_id] = (hidden.requires_grad_(), *self._positions(batch))
 
     def _send(self, buffer_id: int) -> None:
-        from deepspeed.runtime.pipe import p2p
-
-        p2p.send(self.engine.pipe_buffers["outputs"][buffer_id], self.engine.next_stage)
+        self._messages.send(self.engine.pipe_buffers["outputs"][buffer_id], self.engine.next_stage)

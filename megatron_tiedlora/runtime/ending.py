@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from pathlib import Path
+from functools import partial
 
 from torch.distributed import DistError, DistNetworkError
 
-from megatron_tiedlora.base.atomic import unguarded
+from megatron_tiedlora.base.atomic import Guard, unguarded
 from megatron_tiedlora.base.extras import missing_module
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.ownership import Owner
@@ -77,7 +77,6 @@ class End:
     owners: list[Owner] = field(default_factory=list)
     held: ExitStack = field(default_factory=ExitStack)
     gpu: str = ""
-    silence_seconds: float = SILENCE_SECONDS
     log: RankLog = field(default_factory=RankLog)
     _open: ExitStack = field(default_factory=ExitStack)
     _reserve: ExitStack = field(default_factory=ExitStack)
@@ -99,7 +98,7 @@ class End:
                 step=lambda: self.step,
                 on_failure=self._lost,
                 reports_for_host=first_to_fail,
-                silence_seconds=min(self.silence_seconds, limit.total_seconds()),
+                silence_seconds=min(SILENCE_SECONDS, limit.total_seconds()),
             ).start()
 
     def enter(self, folder: RunFolder) -> None:
@@ -108,17 +107,16 @@ class End:
         On another host it may be a different folder of the same name; the content of run.yaml tells them apart.
         """
 
-        def digest() -> str:
+        def digest(guard: Guard = unguarded) -> str:
+            guard()
             return hashlib.sha256(folder.settings.read_bytes()).hexdigest() if folder.is_run else ""
 
-        def digest_of_owner() -> str:
-            folder.guard()
-            return digest()
-
-        if decided_by_rank_0(digest_of_owner, kind=str) == digest():
+        if decided_by_rank_0(partial(digest, folder.guard), kind=str) == digest():
             self.folder = folder
             with suppress(OSError):  # freed before the status is written, because a full disk may be what ends the run
-                self._reserve.enter_context(_space(folder.path))
+                space = tempfile.TemporaryFile(dir=folder.path, buffering=0)  # noqa: SIM115  # closed by _reserve
+                self._reserve.enter_context(space)
+                space.write(bytes(_RESERVED_BYTES))
         guard = folder.guard if self.rank == 0 else unguarded  # others may have another folder of this name
         self._open.enter_context(self.log.opened(folder.path, self.rank, guard=guard))
 
@@ -211,10 +209,7 @@ class End:
 
     def _show(self, failure: PeerFailure, text: str) -> None:
         """Show `text` on the screen if this rank reports for all; otherwise write it to its log only."""
-        if failure.reports:
-            self.log.say(text)
-        else:
-            self.log.note(text)
+        (self.log.say if failure.reports else self.log.note)(text)
 
     def _record_failure(self, reason: str, *, again: bool = False) -> bool:
         """Write the status unless a peer has (or `again`, with a better reason); returns whether this rank did."""
@@ -223,14 +218,6 @@ class End:
         with suppress(UserError):  # the disk may be what failed; the first error is the one to report
             self.record("failed", reason)
         return True
-
-
-@contextmanager
-def _space(folder: Path) -> Iterator[None]:
-    """Reserve some disk space with an unnamed file."""
-    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
-        file.write(bytes(_RESERVED_BYTES))
-        yield
 
 
 @contextmanager

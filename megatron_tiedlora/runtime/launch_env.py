@@ -27,6 +27,18 @@ _PMI = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID")
 _AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
 _CHOOSING = ("-i", "-e", "--include", "--exclude", "--num_nodes", "--num_gpus", "--num_accelerators")  # of deepspeed
 _DEFAULT_PORT = 29500  # of DeepSpeed and torch
+# Defaults for CUDA's libraries that suit this training, unless the user has set them.
+_CUDA_DEFAULTS = {
+    # Without it, rows of varying lengths fragment the memory and double what torch reserves.
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    # cuDNN's attention makes a plan for every new shape, which takes tens of milliseconds; lengths often change here.
+    "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",
+    # NCCL's watchdog would abort the process before it can report a reason. Let it abort only the exchange, so that the
+    # next one over the same group raises; the agreements over gloo show whether peers are there.
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "2",
+    # Nor may the watchdog abort on a GPU error, which it sees when it checks an exchange: Python gets the error.
+    "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",
+}
 
 
 def prepare_environment() -> None:
@@ -42,11 +54,10 @@ def prepare_environment() -> None:
     """
     import torch
 
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    else:
-        prepare_cuda()
     environment = os.environ
+    for name, value in _CUDA_DEFAULTS.items() if torch.cuda.is_available() else (("DS_ACCELERATOR", "cpu"),):
+        if name != "PYTORCH_CUDA_ALLOC_CONF" or "PYTORCH_ALLOC_CONF" not in environment:  # newer torch prefers this one
+            environment.setdefault(name, value)
     if all(name in environment for name in hosts.RANK_VARIABLES[:2]):
         return
     if all(name in environment for name in _OPENMPI):  # before Slurm's, because mpirun may run inside a Slurm step
@@ -55,25 +66,8 @@ def prepare_environment() -> None:
     elif hosts.in_slurm_step(environment):
         master = environment.get("MASTER_ADDR") or hosts.slurm_hosts(environment)[0].name
         _set_ranks(_SLURM, master, slurm_port(environment))
-    elif all(name in environment for name in _PMI[:2]):
-        pass
-    else:
+    elif not all(name in environment for name in _PMI[:2]):
         environment.update(hosts.rank_variables(0, 1, 0, "127.0.0.1", free_port("127.0.0.1")))
-
-
-def prepare_cuda() -> None:
-    """Set defaults for CUDA's libraries that suit this training, unless the user has set them."""
-    environment = os.environ
-    if "PYTORCH_ALLOC_CONF" not in environment:  # newer torch versions prefer this one
-        # Without it, rows of varying lengths fragment the memory and double what torch reserves.
-        environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    # cuDNN's attention makes a plan for every new shape, which takes tens of milliseconds; lengths often change here.
-    environment.setdefault("TORCH_CUDNN_SDPA_DEPRIORITIZED", "1")
-    # NCCL's watchdog would abort the process before it can report a reason. Let it abort only the exchange, so that the
-    # next one over the same group raises; the agreements over gloo show whether peers are there.
-    environment.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
-    # Nor may the watchdog abort on a GPU error, which it sees when it checks an exchange: Python gets the error.
-    environment.setdefault("TORCH_NCCL_RETHROW_CUDA_ERRORS", "0")
 
 
 def _set_ranks(names: tuple[str, str, str], master: str, port: int) -> None:
@@ -108,22 +102,7 @@ def rank_and_world_size() -> tuple[int, int]:
             or has other slots. The `torchrun`s of one Slurm step are not connected, so that each would train alone. Or
             a `torchrun` could not restart its ranks.
     """
-    rank, world_size = _rank_and_world_size()
-    _check_expected_ranks(world_size)
-    return rank, world_size
-
-
-def _rank_and_world_size() -> tuple[int, int]:
-    for rank, size, *_ in (hosts.RANK_VARIABLES, _OPENMPI, _PMI):
-        if rank in os.environ and size in os.environ:
-            return int(os.environ[rank]), int(os.environ[size])
-    raise UserError(
-        "no rank in the environment; start with `deepspeed`, `torchrun`, `srun` or `mpirun`, or plain python for one"
-    )
-
-
-def _check_expected_ranks(world_size: int) -> None:
-    environment = os.environ
+    (rank, world_size), environment = _rank_and_world_size(), os.environ
     expected = environment.get(EXPECTED_RANKS, "").strip()
     if expected and re.fullmatch("[0-9]{1,9}", expected) is None:
         raise UserError(f"{EXPECTED_RANKS}={shown(expected)} is not a number of ranks; correct it, or unset it")
@@ -147,6 +126,16 @@ def _check_expected_ranks(world_size: int) -> None:
     runner = deepspeed_runner()
     if runner is not None:
         _check_hostfile(runner, world_size)
+    return rank, world_size
+
+
+def _rank_and_world_size() -> tuple[int, int]:
+    for rank, size, *_ in (hosts.RANK_VARIABLES, _OPENMPI, _PMI):
+        if rank in os.environ and size in os.environ:
+            return int(os.environ[rank]), int(os.environ[size])
+    raise UserError(
+        "no rank in the environment; start with `deepspeed`, `torchrun`, `srun` or `mpirun`, or plain python for one"
+    )
 
 
 def deepspeed_runner() -> psutil.Process | None:

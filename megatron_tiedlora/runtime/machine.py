@@ -131,7 +131,11 @@ def machine_record() -> MachineRecord:
     return MachineRecord(
         versions={**installed_versions(*LIBRARIES), "system": platform.platform()},
         paths={"package": str(PACKAGE_FOLDER), "python": sys.executable, "cache": str(user_cache())},
-        extras={name: _extra(name) for name in EXTRAS},
+        extras={
+            name: f"lacks {', '.join(missing)}" if missing else "installed"
+            for name in EXTRAS
+            for missing in [missing_modules(*(("train", "eval") if name == "demo" else ()), name)]
+        },
         variables={
             name: value[:_LONGEST]
             for name, value in sorted(os.environ.items())
@@ -151,11 +155,6 @@ def machine_record() -> MachineRecord:
         name_addresses=resolve(host),
         interfaces=_addresses_by_interface(),
     )
-
-
-def _extra(name: str) -> str:
-    missing = missing_modules(*(("train", "eval") if name == "demo" else ()), name)
-    return f"lacks {', '.join(missing)}" if missing else "installed"
 
 
 def source_hash(folder: Path) -> str:

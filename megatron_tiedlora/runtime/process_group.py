@@ -186,11 +186,6 @@ def ranks_by_host() -> list[list[int]]:
     return [[rank for rank, found in enumerate(numbers) if found == number] for number in dict.fromkeys(numbers)]
 
 
-def ranks_here() -> int:
-    """The number of ranks on this rank's host. All ranks call it together."""
-    return next(len(ranks) for ranks in ranks_by_host() if distributed.get_rank() in ranks)
-
-
 def leave_process_group() -> None:
     """Destroy the process group if there is one."""
     if distributed.is_initialized():

@@ -6,9 +6,9 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from megatron_tiedlora.base.atomic import Guard, make_way_for_log, new_file, unguarded
 from megatron_tiedlora.base.messages import UserError, show
@@ -103,12 +103,9 @@ class RankLog:
 
     @contextmanager
     def _teed(self, log: TextIO) -> Iterator[None]:
-        before = sys.stdout, sys.stderr
-        sys.stdout, sys.stderr = _Tee(sys.stdout, log), _Tee(sys.stderr, log)
-        try:
+        out, err = (cast("TextIO", _Tee(screen, log)) for screen in (sys.stdout, sys.stderr))
+        with redirect_stdout(out), redirect_stderr(err):
             yield
-        finally:
-            sys.stdout, sys.stderr = before
 
     @contextmanager
     def _moved(self, log: TextIO) -> Iterator[None]:

@@ -23,7 +23,8 @@ from megatron_tiedlora.base.atomic import (
     write_json,
     write_text,
 )
-from megatron_tiedlora.base.messages import UserError, csv_text, first_line, show, user_path
+from megatron_tiedlora.base.extras import installed_versions
+from megatron_tiedlora.base.messages import UserError, csv_text, first_line, os_errors, show, user_path
 from megatron_tiedlora.base.output_folder import PathIn, check_writable, last_name, numbered, reject_links
 from megatron_tiedlora.base.ownership import FolderLock, Owner, is_of_owner, owner_in_words, take_folder
 from megatron_tiedlora.base.shapes import QKV, TARGET_NAMES
@@ -80,25 +81,24 @@ class RunFolder:
         return unguarded if self.owner is None else self.owner.check
 
     @property
-    def is_of_main(self) -> bool:
-        """Whether this is rank 0 of the start that owns the folder."""
-        return self.owner is not None and self.owner.is_main
-
-    @property
     def is_run(self) -> bool:
         """Whether a run has used this folder."""
         return self.settings.is_file()
 
-    def write_settings(self, content: Mapping[str, Any]) -> None:
-        """Write run.yaml and remove an earlier run_status.json. Raises UserError if the folder cannot be written."""
-        write_yaml(self.settings, content, guard=self.guard)
+    def write_settings(self, content: Mapping[str, Any], *, ranks: int) -> None:
+        """Write run.yaml, with the folder, the number of ranks and versions of libraries beside `content`, and remove
+        an earlier run_status.json. Raises UserError if the folder cannot be written."""
+        versions = installed_versions("torch", "deepspeed", "transformers")
+        more = {"output_dir": str(self.path), "ranks": ranks, "versions": versions}
+        write_yaml(self.settings, {**content, **more}, guard=self.guard)
         discard(self.status, guard=self.guard)
 
     def write_status(self, state: State, *, step: int, reason: str) -> None:
         """Write run_status.json, and that of each of several adapters that has not ended."""
         write_json(self.status, {"state": state, "step": step, "reason": reason}, guard=self.guard)
         for folder, own_step in self.running() if self.of_several else ():
-            if not folder.is_of_main and folder.status.exists():
+            is_main = folder.owner is not None and folder.owner.is_main
+            if not is_main and folder.status.exists():
                 continue  # only rank 0 knows which ones it has finished by now
             with suppress(UserError):  # another start may have one of them by now
                 folder.write_status(state, step=own_step, reason=reason)
@@ -200,8 +200,11 @@ def _last_and_next(settings: Settings) -> tuple[Path, Path]:
 
 
 class MetricsLog:
-    """metrics.jsonl, TensorBoard and `Trackers`. After a resume, rows beyond the resumed step are removed from the
-    first two: they are written again.
+    """metrics.jsonl, and what --report_to names: TensorBoard, and on rank 0 trackers through `accelerate.tracking`.
+
+    After a resume, rows beyond the resumed step are removed from the first two: they are written again. Trackers get
+    every row as it comes; a resumed run is a new run of theirs. One that fails during the run is left out from there
+    on: the numbers are in metrics.jsonl.
 
     metrics.jsonl is replaced and opened once, so that a start which has lost the folder cannot add rows to it.
     """
@@ -220,18 +223,35 @@ class MetricsLog:
         Args:
             report_to: of --report_to.
             settings: what trackers show as the run's configuration.
+
+        Raises:
+            UserError: a file cannot be written, or a tracker cannot start.
         """
         self._folder = folder
         last = {"train": resumed_step, "validation": evaluated_step or 0}
         rows = read_metrics(folder.metrics) if resumed_step else []
         write_metrics(folder.metrics, [r for r in rows if r["step"] <= last[r["split"]]], guard=folder.guard)
-        try:
+        with os_errors(f"{folder.metrics}: cannot be written"):
             self._stream = folder.metrics.open("ab", buffering=0)
-        except OSError as error:
-            raise UserError(f"{folder.metrics}: cannot be written ({error.strerror or error})") from error
         folder.guard()  # checked first: TensorBoard's file has a unique name, which no later check can undo
-        self._board = _open_board(folder, resumed_step) if TENSORBOARD in report_to else None
-        self._trackers = Trackers(report_to, folder=folder.path, settings=settings or {})
+        self._board: Any = None
+        if TENSORBOARD in report_to:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
+
+            with os_errors(
+                f"{folder.tensorboard}: cannot be written", fix="; make it a folder that you own, or remove it"
+            ):
+                self._board = SummaryWriter(folder.tensorboard, purge_step=resumed_step + 1 if resumed_step else None)
+        self._trackers: dict[str, Any] = {}
+        for name in report_to:
+            if name == TENSORBOARD:
+                continue
+            try:
+                self._trackers[name] = _started(name, folder.path, settings or {})
+            except Exception as error:  # a tracker's client raises what it likes
+                self.close()
+                why = f"cannot start ({first_line(error)}); set it up, or leave it out"
+                raise UserError(f"--report_to {name}: {why}") from error
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row: `step`, `split`, and unrounded numbers.
@@ -240,39 +260,39 @@ class MetricsLog:
             UserError: the disk is full, or another start has taken over the folder.
         """
         self._folder.guard()
-        try:
+        values = {f"{row['split']}/{name}": value for name, value in row.items() if name not in ("step", "split")}
+        with os_errors(f"{self._folder.path}: its logs cannot be written"):
             if not os.path.samestat(os.fstat(self._stream.fileno()), self._folder.metrics.stat()):
                 raise OSError(f"{self._folder.metrics.name} was replaced")
             line = (json.dumps(dict(row)) + "\n").encode()
             while line:  # on a full disk only a part may be written; the next write raises the reason
                 line = line[self._stream.write(line) :]
             if self._board is not None:
-                for name, value in row.items():
-                    if name not in ("step", "split"):
-                        self._board.add_scalar(f"{row['split']}/{name}", value, row["step"], walltime=time.time())
+                for name, value in values.items():
+                    self._board.add_scalar(name, value, row["step"], walltime=time.time())
                 self._board.flush()
-        except OSError as error:
-            raise UserError(f"{self._folder.path}: its logs cannot be written ({error.strerror or error})") from error
-        self._trackers.log(row)
+        for name, tracker in list(self._trackers.items()):
+            try:
+                tracker.log(values, step=row["step"])
+            except Exception as error:
+                del self._trackers[name]
+                show(
+                    f"note: --report_to {name} failed at step {row['step']} ({first_line(error)}); the run continues"
+                    " without it, and metrics.jsonl has every row",
+                    file=sys.stderr,
+                )
 
     def close(self) -> None:
         """Close the files, and end the run of each tracker."""
         self._stream.close()
         if self._board is not None:
             self._board.close()
-        self._trackers.close()
-
-
-def _open_board(folder: RunFolder, resumed_step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter  # slow to import, and only rank 0 needs it
-
-    try:
-        return SummaryWriter(folder.tensorboard, purge_step=resumed_step + 1 if resumed_step else None)
-    except OSError as error:
-        raise UserError(
-            f"{folder.tensorboard}: cannot be written ({error.strerror or error}); make it a folder that you own,"
-            " or remove it"
-        ) from error
+        for name, tracker in self._trackers.items():
+            try:
+                tracker.finish()
+            except Exception as error:
+                show(f"note: --report_to {name} failed at the end ({first_line(error)})", file=sys.stderr)
+        self._trackers = {}
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
@@ -283,12 +303,9 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     """
     if not file.is_file():
         return []
-    try:
-        with file.open("rb") as stream:
-            lines = iter(lambda: stream.readline(_LONGEST_ROW), b"")  # pieces of a longer line are malformed
-            return [row for row in map(metrics_row, islice(lines, _MOST_ROWS)) if row is not None]
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror or error})") from None
+    with os_errors(f"{file}: cannot be read"), file.open("rb") as stream:
+        lines = iter(lambda: stream.readline(_LONGEST_ROW), b"")  # pieces of a longer line are malformed
+        return [row for row in map(metrics_row, islice(lines, _MOST_ROWS)) if row is not None]
 
 
 def metrics_row(line: bytes) -> dict[str, Any] | None:
@@ -382,54 +399,6 @@ def check_trackers(names: Sequence[str]) -> None:
                 f"--report_to {','.join(names)}: the package {package} is not installed; pip install {package}, or"
                 " give others or none"
             )
-
-
-class Trackers:
-    """The trackers of --report_to other than TensorBoard, on rank 0, through `accelerate.tracking`.
-
-    They get every row as it comes; a resumed run is a new run of theirs. One that fails during the run is left out from
-    there on: the numbers are in metrics.jsonl.
-    """
-
-    def __init__(self, names: Sequence[str], *, folder: Path, settings: Mapping[str, Any]) -> None:
-        """Start a run called like `folder` in each of them, with `settings` as its configuration.
-
-        Raises:
-            UserError: one of them cannot start.
-        """
-        self._running: dict[str, Any] = {}
-        for name in names:
-            if name == TENSORBOARD:
-                continue
-            try:
-                self._running[name] = _started(name, folder, settings)
-            except Exception as error:  # a tracker's client raises what it likes
-                self.close()
-                why = f"cannot start ({first_line(error)}); set it up, or leave it out"
-                raise UserError(f"--report_to {name}: {why}") from error
-
-    def log(self, row: Mapping[str, Any]) -> None:
-        """Send one row of metrics.jsonl."""
-        values = {f"{row['split']}/{name}": value for name, value in row.items() if name not in ("step", "split")}
-        for name, tracker in list(self._running.items()):
-            try:
-                tracker.log(values, step=row["step"])
-            except Exception as error:
-                del self._running[name]
-                show(
-                    f"note: --report_to {name} failed at step {row['step']} ({first_line(error)}); the run continues"
-                    " without it, and metrics.jsonl has every row",
-                    file=sys.stderr,
-                )
-
-    def close(self) -> None:
-        """Tell every tracker that the run has ended."""
-        for name, tracker in self._running.items():
-            try:
-                tracker.finish()
-            except Exception as error:
-                show(f"note: --report_to {name} failed at the end ({first_line(error)})", file=sys.stderr)
-        self._running = {}
 
 
 def _started(name: str, folder: Path, settings: Mapping[str, Any]) -> Any:

@@ -7,10 +7,10 @@ here, and the ranks act on it after they have agreed in a reduction.
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import psutil
 
@@ -195,36 +195,28 @@ def exit_status(signal_number: int) -> int:
     return 128 + signal_number
 
 
-class StopSignals:
+class StopSignals(ExitStack):
     """Inside `with`, record SIGINT, SIGTERM and SIGUSR1 in the order of their arrival, and do nothing else with them.
 
     SIGHUP (the terminal has closed) counts as SIGTERM, unless it is ignored, as under nohup.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.received: list[int] = []
-        self._before: dict[int, Any] = {}
-        self._terminals: list[int] = []
 
     def __enter__(self) -> "StopSignals":
         ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+        terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+
+        def note(number: int, _frame: FrameType | None) -> None:
+            if number == signal.SIGHUP:  # printing to a closed terminal would be an error
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                for descriptor in terminals:
+                    os.dup2(nowhere, descriptor)
+                os.close(nowhere)
+            self.received.append(int(signal.SIGTERM) if number == signal.SIGHUP else number)
+
         for number in (*STOP_SIGNALS, *(() if ignored else (signal.SIGHUP,))):
-            self._before[number] = signal.signal(number, self._note)
+            self.callback(signal.signal, number, signal.signal(number, note))
         return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGHUP:
-            self._leave_terminals()
-        self.received.append(int(signal.SIGTERM) if number == signal.SIGHUP else number)
-
-    def _leave_terminals(self) -> None:
-        """Discard what is printed from now on: printing to a closed terminal would be an error."""
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for descriptor in self._terminals:
-            os.dup2(nowhere, descriptor)
-        os.close(nowhere)

@@ -11,8 +11,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-import torch
-
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
 from megatron_tiedlora.adapters.tying import AdapterLayout, gather_full
 from megatron_tiedlora.base.messages import UserError, named, printable
@@ -102,23 +100,22 @@ class AdapterRun:
 
     @contextmanager
     def failing_alone(self) -> Iterator[None]:
-        """Inside, an error of this adapter, raised on every rank, ends it and not the run, if it ends apart."""
+        """Inside, an error of this adapter, raised on every rank, ends it and not the run, if it ends apart.
+
+        The reason is in its run_status.json; its last checkpoint is valid.
+        """
         try:
             yield
         except UserError as error:
             if not self.ends_apart:
                 raise
-            self._fail(str(error))
-
-    def _fail(self, why: str) -> None:
-        """End it, with the reason in its run_status.json; its last checkpoint is valid."""
-        self.failure = why
-        self.close_log()
-        if self.plan.grid.rank == 0:
-            with suppress(UserError):  # its folder may be what failed
-                reason = rank_line(0, socket.gethostname(), self.progress.step, why)
-                self.folder.write_status("failed", step=self.progress.step, reason=reason)
-        self.recorded = True
+            self.failure = str(error)
+            self.close_log()
+            if self.plan.grid.rank == 0:
+                with suppress(UserError):  # its folder may be what failed
+                    reason = rank_line(0, socket.gethostname(), self.progress.step, self.failure)
+                    self.folder.write_status("failed", step=self.progress.step, reason=reason)
+            self.recorded = True
 
     def finish(self) -> None:
         """Record a good end, once all of its files are written; on rank 0. The run records one that is its own end."""
@@ -315,42 +312,36 @@ class AdapterRun:
         if self.progress.step == 0 or not (new or best):
             return
         self.checks.before_save(self.progress.step)
-        state = self.runner.full_state(self.name, self.layout)
-        moments = self._full_moments() if new else {}
-        decided_by_rank_0(lambda: self._write(state, moments, new=new, best=best))
-        self.saved_step = self.progress.step
-        self._last_save = time.monotonic()
-
-    def _write(
-        self, state: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], *, new: bool, best: bool
-    ) -> None:
-        if self.log_failure is not None:  # no checkpoint without its log rows, since a resumed run appends to them
-            raise self.log_failure
-        if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
-            require_finite("adapter", math.nan, step=self.progress.step, saved_step=self.saved_step)
-        if new:
-            save_checkpoint(
-                self.folder.checkpoints,
-                progress=self.progress,
-                config=self.plan.adapter,
-                base_identity=self.base_identity,
-                state=state,
-                moments=moments,
-                settings={**self.plan.resolved_settings(), "data_sha256": self.data.sha256},
-                keep=self.plan.settings.keep_checkpoints,
-                guard=self.folder.guard,
-            )
-        if best:
-            save_adapter(self.folder.adapter, self.plan.adapter, self.base_identity, state, guard=self.folder.guard)
-
-    def _full_moments(self) -> dict[str, torch.Tensor]:
-        moments = self.runner.optimizers.moments(self.name)
-        names = list(self.plan.adapter.num_trained())
-        return {
+        state, names = self.runner.full_state(self.name, self.layout), list(self.plan.adapter.num_trained())
+        moments = {
             moment_name(moment, name): tensor
-            for moment, local in moments.items()
+            for moment, local in (self.runner.optimizers.moments(self.name).items() if new else ())
             for name, tensor in gather_full(names, local, self.layout).items()
         }
+
+        def write() -> None:
+            if self.log_failure is not None:  # no checkpoint without its log rows, since a resumed run appends to them
+                raise self.log_failure
+            if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
+                require_finite("adapter", math.nan, step=self.progress.step, saved_step=self.saved_step)
+            if new:
+                save_checkpoint(
+                    self.folder.checkpoints,
+                    progress=self.progress,
+                    config=self.plan.adapter,
+                    base_identity=self.base_identity,
+                    state=state,
+                    moments=moments,
+                    settings={**self.plan.resolved_settings(), "data_sha256": self.data.sha256},
+                    keep=self.plan.settings.keep_checkpoints,
+                    guard=self.folder.guard,
+                )
+            if best:
+                save_adapter(self.folder.adapter, self.plan.adapter, self.base_identity, state, guard=self.folder.guard)
+
+        decided_by_rank_0(write)
+        self.saved_step = self.progress.step
+        self._last_save = time.monotonic()
 
 
 def is_trained(settings: Settings, progress: Progress) -> bool:

@@ -40,14 +40,7 @@ from megatron_tiedlora.engine.engine import (
     stored_bytes,
     trained_parameters,
 )
-from megatron_tiedlora.engine.runner import (
-    EngineOptimizer,
-    Optimizers,
-    OwnOptimizer,
-    PipelineRunner,
-    Runner,
-    trained_or_stand_in,
-)
+from megatron_tiedlora.engine.runner import EngineOptimizer, Optimizers, OwnOptimizer, PipelineRunner, Runner
 from megatron_tiedlora.model.layer_specs import LayerSpec, layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import stage_weight_rules, weight_rules
@@ -106,26 +99,33 @@ def build_model(
     return BuiltModel(runner, base, tuple(read), tuple(kept), notes)
 
 
-class _Starts(NamedTuple):
-    weights: BaseWeights
-    base_identity: BaseIdentity
-    states: dict[str, Mapping[str, torch.Tensor] | None]
-    notes: dict[str, tuple[str, ...]]
+States = dict[str, Mapping[str, torch.Tensor] | None]  # what each adapter starts from, by name; None: initial values
 
 
 @contextmanager
-def checked_starts(plans: Plans, checkpoints: Mapping[str, Checkpoint | None]) -> Iterator[_Starts]:
-    """The open files of the base, what it is, and what each adapter starts from, by name. Raises as `build_model`."""
-    shared = shared_plan(plans)
+def checked_starts(
+    plans: Plans, checkpoints: Mapping[str, Checkpoint | None]
+) -> Iterator[tuple[BaseWeights, BaseIdentity, States, dict[str, tuple[str, ...]]]]:
+    """The open files of the base, what it is, and what each adapter starts from, with notes. All ranks call it.
+
+    Raises as `build_model`, and UserError on every rank if ranks have other bases.
+    """
+    shared, states, notes = shared_plan(plans), States(), dict[str, tuple[str, ...]]()
     with BaseWeights(shared.source.weights_folder(), shared.source.shape, shared.source.stored) as weights:
-        starts = _Starts(weights, checked_base(shared, weights), {}, {})
+        base = _identify(shared, weights)
+        own = (base.base_hash, base.base_weights_hash, base.base_sample, base.base_stored, base.tokenizer_hash)
+        if differing := num_differing(" ".join(map(str, own))):
+            raise UserError(
+                f"{count_text(differing, 'rank')} read another base model or tokenizer than rank 0."
+                " Give every host the same files"
+            )
+        check_same_dtype(shared.dtype_name)
         for name, plan in plans.items():
             if (checkpoint := checkpoints.get(name)) is None:
-                state, notes = load_start(plan.settings, plan.source, plan.adapter, starts.base_identity)
+                states[name], notes[name] = load_start(plan.settings, plan.source, plan.adapter, base)
             else:
-                state, notes = checkpoint.adapter.state, _check_resumed(plan, starts.base_identity, checkpoint)
-            starts.states[name], starts.notes[name] = state, notes
-        yield starts
+                states[name], notes[name] = checkpoint.adapter.state, _check_resumed(plan, base, checkpoint)
+        yield weights, base, states, notes
 
 
 def build_random_model(plans: Plans, device: torch.device, *, kernels: Kernels = EAGER) -> BuiltModel:
@@ -138,19 +138,6 @@ def build_random_model(plans: Plans, device: torch.device, *, kernels: Kernels =
     none = (0,) * shared.grid.world_size
     runner = _start_engine(plans, model, device, {})
     return BuiltModel(runner, base, none, none, dict.fromkeys(plans, ()))
-
-
-def checked_base(plan: RunPlan, weights: BaseWeights) -> BaseIdentity:
-    """What the base is. All ranks call it; raises UserError on every rank if theirs differ."""
-    base = _identify(plan, weights)
-    hashes = f"{base.base_hash} {base.base_weights_hash} {base.base_sample} {base.base_stored} {base.tokenizer_hash}"
-    if differing := num_differing(hashes):
-        raise UserError(
-            f"{count_text(differing, 'rank')} read another base model or tokenizer than rank 0."
-            " Give every host the same files"
-        )
-    check_same_dtype(plan.dtype_name)
-    return base
 
 
 def load_stage_weights(
@@ -185,12 +172,7 @@ class _Model(NamedTuple):
     process_grid: Any
 
 
-def _build_stage(
-    plans: Plans,
-    device: torch.device,
-    kernels: Kernels,
-    states: Mapping[str, Mapping[str, torch.Tensor] | None],
-) -> _Model:
+def _build_stage(plans: Plans, device: torch.device, kernels: Kernels, states: States) -> _Model:
     """The stage with the adapters, in their initial values where they have no `states`, and without the base's."""
     plan = shared_plan(plans)
     grid, engine_steps = plan.grid, steps_by_engine(plans)
@@ -250,7 +232,7 @@ def _start_engine(
         optimizers = EngineOptimizer(engine, bank, model.groups, plan.engine)
     else:
         assert model.stage.anchor is not None
-        of_nothing = make_optimizer([model.stage.anchor], learning_rate=0.0, weight_decay=0.0)  # an engine wants one
+        of_nothing = AdamW([model.stage.anchor], lr=0.0, weight_decay=0.0)  # an engine wants one
         # It neither divides a loss nor clips a gradient, as each adapter has numbers of its own.
         ours = {
             "train_batch_size": plan.grid.dp_size,
@@ -262,7 +244,8 @@ def _start_engine(
         engine = start(config, optimizer=of_nothing, scheduler=None)
         own = {}
         for name, its in plans.items():
-            made = make_training(its.settings, trained_or_stand_in(bank.adapters[name]))
+            trained = list(trained_parameters(bank.adapters[name]).values())
+            made = make_training(its.settings, trained or [nn.Parameter(torch.zeros(1))])  # it wants a tensor
             own[name] = OwnOptimizer(*made, its.settings.gradient_clipping)
         schedules = {name: one.scheduler for name, one in own.items()}
         optimizers = Optimizers(bank, model.groups, own, device)
@@ -283,13 +266,12 @@ def _start_engine(
 
 
 def make_training(settings: Settings, trained: Iterable[nn.Parameter]) -> tuple[AdamW, LambdaLR]:
-    """The optimizer of these parameters, and its schedule at step 0; `resume_scheduler` sets it to a later step."""
-    optimizer = make_optimizer(
-        trained,
-        learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        betas=(settings.beta1, settings.beta2),
-    )
+    """AdamW of these parameters, and its schedule at step 0; `resume_scheduler` sets it to a later step.
+
+    It has one group: all trained tensors have weight decay, as in the paper.
+    """
+    betas = settings.beta1, settings.beta2
+    optimizer = AdamW(trained, lr=settings.learning_rate, betas=betas, weight_decay=settings.weight_decay)
     factor = partial(
         learning_rate_factor,
         warmup_steps=settings.warmup_steps,
@@ -353,17 +335,6 @@ def learning_rate_factor(step: int, *, warmup_steps: int, max_steps: int, schedu
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     return SCHEDULES[schedule](step - warmup_steps, max(max_steps - warmup_steps, 1))
-
-
-def make_optimizer(
-    parameters: Iterable[nn.Parameter],
-    *,
-    learning_rate: float,
-    weight_decay: float,
-    betas: tuple[float, float] = (0.9, 0.999),
-) -> torch.optim.AdamW:
-    """torch's AdamW with one group: all trained tensors have weight decay, as in the paper."""
-    return torch.optim.AdamW(list(parameters), lr=learning_rate, betas=betas, weight_decay=weight_decay)
 
 
 def resume_scheduler(scheduler: LambdaLR, step: int) -> None:

@@ -85,13 +85,17 @@ def compiled_kernels(shape: ModelShape, *, dtype: torch.dtype, device: torch.dev
     """The kernels, compiled for a model's layers in `dtype` on `device`, sharded over `tp_size` ranks.
 
     Raises:
-        UserError: compiling failed; the reason in one line.
+        UserError: compiling failed, or another user owns the folder of the cache; the reason in one line.
     """
     for name in _SWITCHES:
         if os.environ.get(name) == "1":
             raise UserError(f"{name} is 1")
     try:
-        _keep_cache_private()
+        if _CACHE_VARIABLE not in os.environ:
+            # torch.compile runs the code in its cache, and any user could create its default folder.
+            folder = Path(tempfile.gettempdir()) / f"megatron_tiedlora-kernels-{os.getuid()}"
+            make_private_folder(folder)
+            os.environ[_CACHE_VARIABLE] = str(folder)
         kernels = Kernels().compiled(static_widths=device.type != "cpu")
         if device.type != "cpu":
             warm_up_widths(kernels, shape, dtype=dtype, device=device, tp_size=tp_size)
@@ -112,18 +116,6 @@ def compiled_kernels(shape: ModelShape, *, dtype: torch.dtype, device: torch.dev
     except Exception as error:  # compilers, or a missing one, can raise anything
         raise UserError(f"{type(error).__name__}: {first_line(error)}") from error
     return kernels
-
-
-def _keep_cache_private() -> None:
-    """Give torch.compile a private cache folder. It runs the code there, and any user could create its default one.
-
-    Raises:
-        UserError: another user owns a folder of that name.
-    """
-    if _CACHE_VARIABLE not in os.environ:
-        folder = Path(tempfile.gettempdir()) / f"megatron_tiedlora-kernels-{os.getuid()}"
-        make_private_folder(folder)
-        os.environ[_CACHE_VARIABLE] = str(folder)
 
 
 def warm_up_widths(

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -38,10 +39,19 @@ def score_before(trainer: Trainer, checkpoints: Mapping[str, Checkpoint | None])
 
 
 def score_after(trainer: Trainer) -> None:
-    """Score the best adapter of each that has ended; the stage then holds it. All ranks call it."""
+    """Score the best adapter of each that has ended; the stage then holds it. All ranks call it.
+
+    Optimizers stay as they are, since training is over.
+    """
     for run in trainer.trained:
+        folder = run.folder.checkpoints / f"step_{run.progress.best_step}"
         with run.failing_alone():
-            use_best_adapter(run, trainer.stop)
+            # Other hosts may not see the run folder.
+            best = decided_by_rank_0(partial(load_native_adapter, folder), kind=NativeAdapter)
+            with trainer.stop.deferred():
+                with run.runner.optimizers.opened(run.name):
+                    run.adapter.load_full(best.state)
+                trainer.stop.agree(True)
     _score(trainer, trainer.trained, "after")
 
 
@@ -57,17 +67,6 @@ def _score(trainer: Trainer, runs: Sequence[AdapterRun], moment: str) -> None:
         if run.name in found:
             with run.failing_alone():
                 record_score(run, moment, found[run.name])
-
-
-def use_best_adapter(run: AdapterRun, stop: StopRequests) -> None:
-    """Load the best adapter into the model; the optimizer stays as it is, since training is over."""
-    folder = run.folder.checkpoints / f"step_{run.progress.best_step}"
-    # Other hosts may not see the run folder.
-    best = decided_by_rank_0(lambda: load_native_adapter(folder), kind=NativeAdapter)
-    with stop.deferred():
-        with run.runner.optimizers.opened(run.name):
-            run.adapter.load_full(best.state)
-        stop.agree(True)
 
 
 def record_score(run: AdapterRun, moment: str, scores: Mapping[str, Score]) -> None:

@@ -7,7 +7,7 @@ batches that it has alone, and its tokens meet its own factors alone. Only the b
 several. So the numbers are those of an evaluation of its own, and one that fails fails alone.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from megatron_tiedlora.base.messages import UserError, named, printable
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.checkpoint.resume import Progress
-from megatron_tiedlora.data.loader import Owned, TrainingStep, fill_rounds, shared_micro_batch
+from megatron_tiedlora.data.loader import TrainingStep, fill_rounds, shared_micro_batch
 from megatron_tiedlora.engine.runner import Runner, inputs_to_fill
 from megatron_tiedlora.evaluation.answering import ScoredSet, answer_all
 from megatron_tiedlora.evaluation.generate import Decoder
@@ -76,7 +76,10 @@ class Evaluation:
         totals = dict.fromkeys((run.name for run in runs), 0.0)
         of_batches: dict[str, list[tuple[float, int]]] = {run.name: [] for run in runs}
         sizes = {run.name: run.evaluation_sizes for run in runs}
-        batches, total = self._shared_batches(runs, sizes), sum(map(len, sizes.values()))
+        own, total = {run.name: run.evaluation_batches() for run in runs}, sum(map(len, sizes.values()))
+        # Shared batches have the first one of every adapter, then the second.
+        rounds = fill_rounds(sizes, capacity=STEPS_AT_ONCE * self.capacity)
+        batches = ([(name, next(own[name])) for name, _ in some] for some in rounds)
         with progress_bar("validation", "batch", total=total, shows=runs[0].plan.grid.rank == 0) as bar:
             while some := list(islice(batches, inputs_to_fill(self.runner.groups.pipeline.size))):
                 self.stop.agree(True)
@@ -92,12 +95,6 @@ class Evaluation:
                 run.keep_losses(of_batches[run.name])
         pairs = zip(runs, summed, strict=True)
         return {run.name: loss / run.data.validation.num_supervised for run, loss in pairs}
-
-    def _shared_batches(self, runs: Runs, sizes: Mapping[str, list[int]]) -> Iterator[list[Owned]]:
-        """The batches of all, in shared ones: the first of every adapter, then the second."""
-        batches = {run.name: run.evaluation_batches() for run in runs}
-        for some in fill_rounds(sizes, capacity=STEPS_AT_ONCE * self.capacity):
-            yield [(name, next(batches[name])) for name, _ in some]
 
     def scores(self, runs: Runs, samples_of: Callable[[AdapterRun], ScoredSet | None]) -> dict[str, dict[str, Score]]:
         """The scores of each on its own samples, by metric; one whose answers cannot be scored fails.
@@ -225,7 +222,7 @@ class Trainer:
                 self._begin(bar)
                 self._show(bar)
                 while running := self._running():
-                    self._train_step(self._in_step(running), bar)
+                    self._train_step(running, bar)
             except RunStopped:
                 for run in self._running().values():
                     with run.failing_alone():
@@ -266,9 +263,13 @@ class Trainer:
         self._after_step({name: run for name, run in self.adapters.items() if name not in new}, bar)
 
     def _train_step(self, running: Mapping[str, AdapterRun], bar: Any) -> None:
-        """One step of each; afterwards raise RunStopped if any rank should stop."""
+        """One step of each but those that wait for a rival, as after a resume one may be ahead; afterwards raise
+        RunStopped if any rank should stop."""
         samples: dict[str, TrainingStep] = {}
         for name, run in running.items():
+            others = [running[other] for other in self.rivals.get(name, ()) if other in running]
+            if any(other.progress.step < run.progress.step for other in others):
+                continue
             with run.failing_alone():
                 samples[name] = next(run.loader)
         if not samples:
@@ -289,7 +290,7 @@ class Trainer:
                 said.append(run.took(samples[name], report))
         self.last_step += 1
         self.rates = said
-        self._set_postfix(bar)  # before the count, with which the bar is drawn
+        bar.set_postfix_str(printable(self.progress(self)), refresh=False)  # before the count, which draws the bar
         bar.update(len(said) - 1)
         self.stop.stop_if_any(report.votes.stopping, report.votes.signals)
         self._after_step(self._running(), bar)
@@ -303,15 +304,6 @@ class Trainer:
                 with run.failing_alone():
                     run.after_step(bar, found.get(name))
         self._stop_behind(bar)
-
-    def _in_step(self, running: Mapping[str, AdapterRun]) -> dict[str, AdapterRun]:
-        """Those that take a step: after a resume one may be ahead of its rivals, and waits for them."""
-
-        def waits(name: str) -> bool:
-            others = [running[other] for other in self.rivals.get(name, ()) if other in running]
-            return any(other.progress.step < running[name].progress.step for other in others)
-
-        return {name: run for name, run in running.items() if not waits(name)}
 
     def _stop_behind(self, bar: Any) -> None:
         """Stop the adapters that are behind a rival by more than noise, once their warm-up is over."""
@@ -331,16 +323,13 @@ class Trainer:
                     running[name].end_behind(reason)
                     bar.write(printable(named(name, f"stopped, {reason}")))
 
-    def _set_postfix(self, bar: Any) -> None:
-        bar.set_postfix_str(printable(self.progress(self)), refresh=False)
-
     def _show(self, bar: Any) -> None:
         """Show the progress, and who has failed; write the table, if more than steps have changed."""
         for name in self.failed:
             if name not in self._told:
                 bar.write(printable(named(name, f"failed: {self.adapters[name].failure}")))
                 self._told.add(name)
-        self._set_postfix(bar)
+        bar.set_postfix_str(printable(self.progress(self)), refresh=False)
         try:
             self.write_table()
         except UserError as error:  # raised when all ranks agree, at the next step

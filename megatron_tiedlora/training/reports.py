@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megatron_tiedlora.base.messages import aligned_lines, bytes_in_words, count_text, range_text
-from megatron_tiedlora.base.output_folder import first_free
+from megatron_tiedlora.base.output_folder import numbered
 from megatron_tiedlora.base.shapes import QKV
 from megatron_tiedlora.base.text_files import read_json_object
 from megatron_tiedlora.checkpoint.load_model import describe_dtype
@@ -49,11 +49,18 @@ class RunReport:
     def headline(self, chosen: ChosenKernels, device: torch.device) -> list[str]:
         """A summary of the run before its progress bar: what all adapters share, and each."""
         plan, attention = shared_plan(self.start.plans), self.built.runner.stage.attention
+        settings = plan.settings
+        model = f"{settings.model}, {num_base_parameters(plan.source.shape) / 1e6:,.1f} M parameters in"
+        model += f" {describe_dtype(settings.dtype, plan.dtype_name)}, frozen"
+        model += "" if settings.base is None else f"; the linears of its blocks in {settings.base}"
+        model += "" if settings.products is None else f", products in {settings.products}"
+        read, kept = (range_text(sizes, bytes_in_words) for sizes in (self.built.bytes_read, self.built.bytes_kept))
+        stored = "" if settings.base is None else f", stored as {kept}"
         rows = [
-            _model(plan),
+            ("model", model),
             *self._adapters(),
             *_layout(plan),
-            _read(plan, self.built),
+            ("read", f"{read} of base weights per rank{stored}"),
             ("kernels", chosen.description),
             ("attention", str(attention.route(device, plan.dtype))),
             *self._starts(),
@@ -167,14 +174,6 @@ class FullReport(RunReport):
         return [*speed_lines(run), *next_steps(run)]
 
 
-def _model(plan: RunPlan) -> HeadlineRow:
-    settings = plan.settings
-    line = f"{settings.model}, {num_base_parameters(plan.source.shape) / 1e6:,.1f} M parameters in"
-    line += f" {describe_dtype(settings.dtype, plan.dtype_name)}, frozen"
-    line += "" if settings.base is None else f"; the linears of its blocks in {settings.base}"
-    return "model", line + ("" if settings.products is None else f", products in {settings.products}")
-
-
 def _layout(plan: RunPlan) -> list[HeadlineRow]:
     grid = plan.grid
     if grid.tp_size * grid.pp_size == 1:
@@ -183,12 +182,6 @@ def _layout(plan: RunPlan) -> list[HeadlineRow]:
     stages = ", ".join(f"{len(stage.layers)}" for stage in plan.stages)
     pipeline = f"pipeline {grid.pp_size} ({stages} layers with embedding and head)"
     return [("layout", f"tensor {grid.tp_size}{sharded} x {pipeline} x data {grid.dp_size}")]
-
-
-def _read(plan: RunPlan, built: BuiltModel) -> HeadlineRow:
-    read, kept = (range_text(sizes, bytes_in_words) for sizes in (built.bytes_read, built.bytes_kept))
-    stored = "" if plan.settings.base is None else f", stored as {kept}"
-    return "read", f"{read} of base weights per rank{stored}"
 
 
 def resumed_text(plan: RunPlan, checkpoint: Checkpoint | None) -> str:
@@ -307,7 +300,8 @@ def next_steps(run: AdapterRun) -> list[str]:
         if os.path.lexists(merged):  # an earlier start may have had another best adapter
             lines.append("  merged/   not of this adapter; the first command below merges it anew")
         adapter = ["--adapter", str(path / "adapter")]
-        merge = [*adapter, "--output", str(first_free(merged))]
+        free = next(path for path in numbered(merged) if not os.path.lexists(path))
+        merge = [*adapter, "--output", str(free)]
         merge += [] if settings.base is None else ["--onto", "trained"]
         merge += [] if settings.tokenizer is None else ["--tokenizer", settings.tokenizer]
         lines += ["", "next", f"  tiedlora merge {shlex.join(merge)}"]

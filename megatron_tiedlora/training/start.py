@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from megatron_tiedlora.base.atomic import write_json
-from megatron_tiedlora.base.extras import installed_versions
 from megatron_tiedlora.base.messages import UserError, count_text, naming, user_path
 from megatron_tiedlora.base.ownership import Owner
 from megatron_tiedlora.base.text_files import read_json_object, read_json_or_none
@@ -248,10 +247,7 @@ def _write_settings(start: Start) -> None:
     shared = {key: value for key, value in of_all.items() if key not in PER_ADAPTER and key != "adapters"}
     shared["adapters"] = own
     shared |= {key: getattr(start.settings, key) for key in OF_ALL if key != "adapters"}
-    shared["output_dir"] = str(start.folder.path)
-    ranks = start.plans[first].grid.world_size
-    versions = installed_versions("torch", "deepspeed", "transformers")
-    decided_by_rank_0(lambda: start.folder.write_settings({**shared, "ranks": ranks, "versions": versions}))
+    decided_by_rank_0(lambda: start.folder.write_settings(shared, ranks=start.plans[first].grid.world_size))
 
 
 def occupy_run_folder(plan: RunPlan, folder: RunFolder, checkpoint: Checkpoint | None) -> MetricsLog | None:
@@ -290,13 +286,11 @@ def occupy_run_folder(plan: RunPlan, folder: RunFolder, checkpoint: Checkpoint |
 def write_run_settings(plan: RunPlan, folder: RunFolder) -> None:
     """Write run.yaml: every resolved setting, what comes from the hub, the content of --chat_template as a hash, and
     versions of libraries."""
-    versions = installed_versions("torch", "deepspeed", "transformers")
     settings = plan.resolved_settings()
-    settings["output_dir"] = str(folder.path)
     settings[HUB_NAMES] = hub_ids(settings["tokenizer"], *(settings[name] for name in marked(Settings, holds="rows")))
     if plan.settings.chat_template is not None:
         settings[TEMPLATE_HASH] = chat_template_sha256(plan.settings.chat_template)
-    folder.write_settings({**settings, "ranks": plan.grid.world_size, "versions": versions})
+    folder.write_settings(settings, ranks=plan.grid.world_size)
 
 
 # The checkpoint from which an adapter continues -----------------------------------------------------------------------

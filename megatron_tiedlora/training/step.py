@@ -47,18 +47,13 @@ def require_finite(what: str, value: float, *, step: int, saved_step: int | None
 class StepChecks:
     """The checks of one adapter in one start of a run."""
 
-    def __init__(self, runner: Runner, name: str, *, check_steps: int, guarded_steps: int = GUARDED_STEPS) -> None:
-        """Start watching. Replicas are compared after the first `check_steps` steps and at saves (0: never).
-
-        Args:
-            name: the adapter's.
-            guarded_steps: the gradients of so many steps are watched (0: of none).
-        """
+    def __init__(self, runner: Runner, name: str, *, check_steps: int) -> None:
+        """Start watching the adapter `name`. Replicas are compared after the first `check_steps` steps and at saves
+        (0: never)."""
         self._runner, self._name, self._adapter = runner, name, runner.adapters[name]
         self._check_steps = check_steps
         self._steps = 0
-        self._guarded_steps = guarded_steps
-        self._guard = GradientGuard(self._adapter) if guarded_steps else None
+        self._guard: GradientGuard | None = GradientGuard(self._adapter)
 
     def before_save(self, step: int) -> None:
         """Compare replicas before a checkpoint of `step`. Raises RunFailed on every rank if they differ."""
@@ -102,7 +97,7 @@ def before_steps(checks: Checks, *, missing: Missing, ranks_missing: Mapping[str
     ending = {
         name: own._guard
         for name, (own, _) in checks.items()
-        if name not in failed and own._guard is not None and own._steps >= own._guarded_steps
+        if name not in failed and own._guard is not None and own._steps >= GUARDED_STEPS
     }
     for name, (own, _) in checks.items():
         if own._guard is not None and name not in ending:

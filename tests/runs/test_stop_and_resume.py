@@ -182,7 +182,7 @@ def test_a_signal_during_an_evaluation_and_one_during_the_export(base: Base, who
     """The evaluation is done again after the resume, the export finished after the next; each row is there once."""
     folder = tmp_path / "run"
     # The first evaluation is of the start, so the third one follows step 4.
-    evaluating = partial(kill_at_call, EVALUATION, "Evaluation._shared_batches", call=3, number=signal.SIGTERM)
+    evaluating = partial(kill_at_call, EVALUATION, "fill_rounds", call=3, number=signal.SIGTERM)
     run(base, folder, prelude=evaluating, expect=143)
     assert status(folder)["step"] == 4 and [step for step, _ in losses(folder, "validation")] == [0, 2]
     exporting = partial(kill_at_call, "megatron_tiedlora.training.finish", "export_peft", number=signal.SIGINT)

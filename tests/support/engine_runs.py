@@ -185,15 +185,17 @@ def relative_distance(found: torch.Tensor, expected: torch.Tensor) -> float:
 # One rank -------------------------------------------------------------------------------------------------------------
 
 
-def sgd(parameters: Any, *, learning_rate: float, weight_decay: float, betas: Any = None) -> Any:
-    """In place of training.build.make_optimizer: p -= lr (g + decay p), without momentum."""
+def sgd(parameters: Any, *, lr: float, weight_decay: float, betas: Any = None) -> Any:
+    """In place of AdamW in training.build: p -= lr (g + decay p), without momentum."""
     from torch.optim import SGD
 
-    return SGD(list(parameters), lr=learning_rate, weight_decay=weight_decay)
+    return SGD(list(parameters), lr=lr, weight_decay=weight_decay)
 
 
 def run_case(case: dict[str, Any], rank: int, world_size: int, device: Any) -> None:
     """Train as a run does, and leave what it was in the case's output folder."""
+    from torch.optim import AdamW
+
     from megatron_tiedlora.adapters.adapter_bank import ONLY
     from megatron_tiedlora.adapters.tied_adapter import initial_values
     from megatron_tiedlora.planning.adapter_plans import prepare_data
@@ -210,8 +212,7 @@ def run_case(case: dict[str, Any], rank: int, world_size: int, device: Any) -> N
     data = prepare_data(plan)
     folder = RunFolder(Path(case["output"]))
     use_sgd = case.get("optimizer") == "sgd"
-    own = vars(build).setdefault("own_make_optimizer", build.make_optimizer)  # a rank runs many cases
-    build.make_optimizer = sgd if use_sgd else own
+    build.AdamW = sgd if use_sgd else AdamW  # a rank runs many cases
     values = load_file(case["start"]) if case.get("start") else None
     build.initial_values = initial_values if values is None else lambda _: values
     built = build.build_model({ONLY: plan}, device)

@@ -94,10 +94,9 @@ def unhurried_steps() -> None:
 def short_silence(seconds: float) -> None:
     """A rank that is silent for so long counts as lost."""
 
-    def shorten(ending: Any, *_: Any) -> None:
-        ending.silence_seconds = seconds
+    import megatron_tiedlora.runtime.ending
 
-    before_call("megatron_tiedlora.runtime.ending", "End.watch_peers", shorten)
+    megatron_tiedlora.runtime.ending.SILENCE_SECONDS = seconds
 
 
 def kill_at_step(step: int, number: int = signal.SIGTERM, *, rank: int | None = None) -> None:

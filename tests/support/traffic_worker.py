@@ -125,8 +125,10 @@ def _count(case: Case, device: torch.device) -> Counted:
         for name, plan in plans.items():
             assert case.checked or plan.settings.replica_check_steps == 0
             if not case.checked:
-                guarded = case.steps_before if case.steps_before == GUARDED_STEPS else 0
-                step.checks[name] = StepChecks(runner, name, check_steps=0, guarded_steps=guarded)
+                made = step.checks[name] = StepChecks(runner, name, check_steps=0)
+                if case.steps_before != GUARDED_STEPS and made._guard is not None:
+                    made._guard.remove()
+                    made._guard = None
         loaders = {
             name: plan.training_loader(data[name].train, pad_id=padding_id(data[name].tokenizer))
             for name, plan in plans.items()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from folders import ROOT
+from run_files import edit_json
 from run_helpers import write_base
 from study_files import write_score, write_study
 
@@ -106,8 +107,7 @@ def test_the_sample_of_a_dry_run(tmp_path: Path) -> None:
 
 def test_tables_of_a_study(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "study")
-    record = json.loads((folder / "base.json").read_text())
-    (folder / "base.json").write_text(json.dumps({**record, "model": f"models/{FOREIGN}", "paper_model": None}))
+    edit_json(folder / "base.json", model=f"models/{FOREIGN}", paper_model=None)
     write_score(folder, "base", 12.0)
     text = table2_markdown([read_study(folder)])
     assert f"# Table 2: {printable(FOREIGN)} on squad" in text and not unsafe(text)

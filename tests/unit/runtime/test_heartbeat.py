@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
 
@@ -51,18 +52,8 @@ class Ranks:
 
 def together(calls: list[Callable[[], object]]) -> list[object]:
     """What some calls return that wait for each other."""
-    found: list[object] = [None] * len(calls)
-
-    def call(index: int) -> None:
-        found[index] = calls[index]()
-
-    threads = [threading.Thread(target=call, args=(index,)) for index in range(len(calls))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(20)
-        assert not thread.is_alive(), "a hang"
-    return found
+    pool = ThreadPoolExecutor(len(calls))  # not left by a `with`, which would wait for one that hangs
+    return [found.result(timeout=20) for found in [pool.submit(call) for call in calls]]
 
 
 @pytest.fixture
@@ -108,7 +99,7 @@ def test_the_store_gone(three: Ranks) -> None:
     three.kill(0)
     del three.master
     for line in three.lines[1:]:
-        line.store = Gone()  # type: ignore[assignment]
+        line.store = Instead(refuse)  # type: ignore[assignment]
     wait_until(lambda: bool(three.failures[1] and three.failures[2]))
     assert all(f"as seen by rank {rank} on" in three.failures[rank][0].reason for rank in (1, 2))
     failure = three.lines[1].explain("closed by peer")
@@ -130,20 +121,24 @@ def test_a_launcher_that_ends_all_ranks_after_one(three: Ranks, peer: str, begin
     found: list[PeerFailure] = []
     looking.start()
     time.sleep(BEAT)
-    three.lines[1].store = Gone()  # type: ignore[assignment]
+    three.lines[1].store = Instead(refuse)  # type: ignore[assignment]
     looking.join(20)
     (failure,) = found
     assert failure.reports and failure.reason.startswith(begins)
 
 
-class Gone:
-    """A store whose server does not answer."""
+class Instead:
+    """A store each of whose calls is `answer`, which gets the name of the method first."""
+
+    def __init__(self, answer: Callable[..., object]) -> None:
+        self._answer = answer
 
     def __getattr__(self, name: str) -> Callable[..., object]:
-        def fail(*_: object) -> object:
-            raise RuntimeError("Connection refused")
+        return partial(self._answer, name)
 
-        return fail
+
+def refuse(*_: object) -> object:
+    raise RuntimeError("Connection refused")
 
 
 def test_the_first_failure_is_everybodys_reason(three: Ranks) -> None:
@@ -227,26 +222,17 @@ def test_who_waits_for_rank_0_is_told_of_its_failure(three: Ranks) -> None:
 
 def test_threads_end_before_their_rank_has_left(three: Ranks) -> None:
     """One in a call of the store, when the interpreter ends, would abort the process."""
-    line = three.lines[1]
-    line.store, store = Slow(line.store), line.store
+    line, store = three.lines[1], three.lines[1].store
+
+    def slowly(name: str, *words: object) -> object:
+        time.sleep(1.0)
+        return getattr(store, name)(*words)
+
+    line.store = Instead(slowly)  # type: ignore[assignment]
     time.sleep(2 * BEAT)
     line.leave()
     assert not any(thread.is_alive() for thread in line._threads)
     assert store.get("beat/1") == b"left"
-
-
-class Slow:
-    """A store that takes its time."""
-
-    def __init__(self, store: PrefixStore) -> None:
-        self._store = store
-
-    def __getattr__(self, name: str) -> Callable[..., object]:
-        def call(*words: object) -> object:
-            time.sleep(1.0)
-            return getattr(self._store, name)(*words)
-
-        return call
 
 
 def test_a_peers_address_gets_its_ranks_and_its_hosts_name(three: Ranks) -> None:
