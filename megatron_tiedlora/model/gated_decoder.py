@@ -1,6 +1,6 @@
 """The decoder that many families share: grouped queries, rotary embedding, SwiGLU; transformers' names.
 
-A family says what its layers have besides, and rejects features that are not implemented (`model/families/`).
+A family says what its layers have besides, and rejects features that are not implemented (`model/families.py`).
 """
 
 from collections.abc import Sequence
