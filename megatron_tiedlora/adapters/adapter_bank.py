@@ -102,9 +102,7 @@ class AdapterBank:
             for tensor, parameter in adapter.named_parameters():
                 yield f"{name}.{tensor}", parameter
 
-    def updates(
-        self, shares: Shares, tensor_parallel: TensorParallel, *, dtype: torch.dtype
-    ) -> dict[int, LayerUpdate]:
+    def updates(self, shares: Shares, tensor_parallel: TensorParallel, *, dtype: torch.dtype) -> dict[int, LayerUpdate]:
         """The updates of the stage's layers that an adapter of the micro-batch adapts, by layer.
 
         Factors that ranks need in full are gathered in one message for all adapters of the micro-batch, and their
@@ -152,11 +150,7 @@ class AdapterBank:
         return found
 
     def with_dropout(
-        self,
-        updates: Mapping[int, LayerUpdate],
-        numbers: torch.Tensor,
-        shares: Shares,
-        tensor_parallel: TensorParallel,
+        self, updates: Mapping[int, LayerUpdate], numbers: torch.Tensor, shares: Shares, tensor_parallel: TensorParallel
     ) -> dict[int, LayerUpdate]:
         """The updates with each adapter's dropout of its own tokens, whose numbers are (b, s)."""
         names = (share.adapter for share in shares or self._only_share())

@@ -103,12 +103,7 @@ class Attention(nn.Module):
     """z = W_o attention(Q, K, V); `qkv` computes Q, K and V. Call `attend` first, then `output`."""
 
     def __init__(
-        self,
-        qkv: QkvLinear,
-        output: RowParallelLinear,
-        *,
-        kernels: Kernels,
-        deterministic: bool = False,
+        self, qkv: QkvLinear, output: RowParallelLinear, *, kernels: Kernels, deterministic: bool = False
     ) -> None:
         super().__init__()
         self.kernels = kernels

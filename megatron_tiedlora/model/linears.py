@@ -59,12 +59,7 @@ class Norm(nn.Module):
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        eps: float,
-        kernels: Kernels,
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, kernels: Kernels
     ) -> torch.Tensor:
         normed, root = kernels.normalise(as_rows(hidden), weight.detach(), detached(bias), eps)
         ctx.save_for_backward(hidden, weight, bias, root)
@@ -252,9 +247,7 @@ class Projection:
         grad_hidden = self.kernels.norm_gradient(*inputs, norm.detach(), detached(norm_bias), root).view(hidden.shape)
         return grad_hidden, grad_a, grad_f
 
-    def _enter(
-        self, normed: torch.Tensor, ax: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _enter(self, normed: torch.Tensor, ax: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x and A x of whole sequences, (b, s, n), on every rank; gathered in one message if sequences are sharded."""
         if not self._in_parts:
             return normed, ax
@@ -364,9 +357,7 @@ class RowParallelLinear(nn.Module):
 
     bias: nn.Parameter | None
 
-    def __init__(
-        self, weight: FrozenWeight, *, bias: nn.Parameter | None = None, norm: Norm | None = None
-    ) -> None:
+    def __init__(self, weight: FrozenWeight, *, bias: nn.Parameter | None = None, norm: Norm | None = None) -> None:
         """`weight` is W_i, (out, local in)."""
         super().__init__()
         self.frozen = register(self, weight)

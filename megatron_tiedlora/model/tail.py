@@ -143,12 +143,7 @@ class SupervisedTail:
         some = _Some.of_rank(supervised, tensor_parallel.group.rank if num_parts > 1 else 0, num_parts)
         return supervised, some, self._join(attended, tensor_parallel, some)
 
-    def _join(
-        self,
-        attended: Attended,
-        tensor_parallel: TensorParallel,
-        some: "_Some | None" = None,
-    ) -> torch.Tensor:
+    def _join(self, attended: Attended, tensor_parallel: TensorParallel, some: "_Some | None" = None) -> torch.Tensor:
         """The last block's result up to its MLP, at all positions, or at some: then (1, m, d) or (1, m / p, d)."""
         hidden, attention_output, update = attended
         if some is not None:

@@ -35,10 +35,7 @@ def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
 class _EarlyBackward(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        function: Callable[..., torch.Tensor],
-        pieces: Sequence[Pieces | None],
-        *inputs: torch.Tensor | None,
+        ctx: Any, function: Callable[..., torch.Tensor], pieces: Sequence[Pieces | None], *inputs: torch.Tensor | None
     ) -> torch.Tensor:
         ctx.needs, ctx.pieces = ctx.needs_input_grad[2:], pieces
         inner = [
@@ -58,9 +55,7 @@ class _EarlyBackward(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
-        found = [
-            (next(saved), pieces) if needs else None for needs, pieces in zip(ctx.needs, ctx.pieces, strict=True)
-        ]
+        found = [(next(saved), pieces) if needs else None for needs, pieces in zip(ctx.needs, ctx.pieces, strict=True)]
         return None, None, *(None if one is None else _scaled(*one, gradient) for one in found)
 
 
@@ -73,9 +68,7 @@ def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def run_with_early_backward(
-    function: Callable[..., torch.Tensor],
-    *inputs: torch.Tensor | None,
-    pieces: Sequence[Pieces | None] | None = None,
+    function: Callable[..., torch.Tensor], *inputs: torch.Tensor | None, pieces: Sequence[Pieces | None] | None = None
 ) -> torch.Tensor:
     """`function(*inputs)`, a scalar, or the losses of several owners, (owners,).
 

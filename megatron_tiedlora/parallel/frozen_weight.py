@@ -91,9 +91,7 @@ class FrozenWeight:
         """The columns of the full tensor that `load` needs for a shard with these columns."""
         return slice(columns.start, columns.stop)
 
-    def load(
-        self, values: torch.Tensor, *, dim: int = 0, start: int = 0, columns: Columns | None = None
-    ) -> None:
+    def load(self, values: torch.Tensor, *, dim: int = 0, start: int = 0, columns: Columns | None = None) -> None:
         """Store `values`, of any float dtype and device, in dimension `dim` from index `start` on.
 
         Args:

@@ -133,9 +133,7 @@ class QuantisedWeight(FrozenWeight):
         """Uninitialised memory for the values of this rank's shard, to be passed to `load`."""
         return torch.empty(self._local_shape, dtype=self.dtype, device=self.tensor.device)
 
-    def load(
-        self, values: torch.Tensor, *, dim: int = 0, start: int = 0, columns: Columns | None = None
-    ) -> None:
+    def load(self, values: torch.Tensor, *, dim: int = 0, start: int = 0, columns: Columns | None = None) -> None:
         """Quantise and store `values`, of any float dtype and device: rows from `start` on, or all rows if `dim` is 1.
 
         Args:

@@ -108,11 +108,7 @@ def waits() -> Iterator[Counter[str]]:
         seen[_line(caller.f_code.co_filename, caller.f_lineno)] += 1
         real(*arguments)
 
-    with (
-        warnings.catch_warnings(),
-        patch("warnings.showwarning", show),
-        patch("torch.cuda.synchronize", synchronize),
-    ):
+    with warnings.catch_warnings(), patch("warnings.showwarning", show), patch("torch.cuda.synchronize", synchronize):
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:

@@ -67,13 +67,7 @@ def _counted() -> int:
 
 def _stage(num_layers: int) -> Stage:
     config = find_model("llama2-7b").shape
-    adapter = make_adapter_config(
-        "tl6",
-        rank=8,
-        layers=range(1, num_layers + 1),
-        targets=targets_of(config),
-        seed=0,
-    )
+    adapter = make_adapter_config("tl6", rank=8, layers=range(1, num_layers + 1), targets=targets_of(config), seed=0)
     with GPU:
         specs = layer_specs(config, dtype=torch.bfloat16)
         return Stage((*specs[: num_layers + 1], specs[-1]), TiedAdapter(AdapterPart.whole(adapter))).to(GPU)

@@ -128,9 +128,7 @@ def together(
     stage, losses = stage_of(folder, bank, dtype, **settings), {member.name: [] for member in members}
     weights = {member.name: weight_of(member) for member in members}
     for batch in batches:
-        found = stage(
-            batch.tokens, batch.positions, batch.supervised(), documents=batch.documents, shares=batch.shares
-        )
+        found = stage(batch.tokens, batch.positions, batch.supervised(), documents=batch.documents, shares=batch.shares)
         (found / torch.tensor([weights[share.adapter] for share in batch.shares], dtype=wide)).sum().backward()
         for share, loss in zip(batch.shares, found.view(-1).tolist(), strict=True):
             losses[share.adapter].append(loss)

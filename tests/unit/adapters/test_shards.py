@@ -95,11 +95,7 @@ TARGETS = (QKV, Target("gate_up", WIDTH, (40, 40), "column"), Target("down_proj"
 
 
 def adapter_config(
-    method: str,
-    layers: tuple[int, ...] = (1, 2, 3, 4, 5),
-    *,
-    seed: int = 7,
-    targets: tuple[Target, ...] = TARGETS,
+    method: str, layers: tuple[int, ...] = (1, 2, 3, 4, 5), *, seed: int = 7, targets: tuple[Target, ...] = TARGETS
 ) -> AdapterConfig:
     return make_adapter_config(method, rank=RANK, layers=layers, targets=targets, seed=seed)
 

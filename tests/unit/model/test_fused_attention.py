@@ -71,10 +71,7 @@ ARGUMENTS_3 = (
 
 
 def install(
-    monkeypatch: pytest.MonkeyPatch,
-    *names: str,
-    arguments: tuple[str, ...] | None = None,
-    as_tuple: bool = False,
+    monkeypatch: pytest.MonkeyPatch, *names: str, arguments: tuple[str, ...] | None = None, as_tuple: bool = False
 ) -> dict[str, Calls]:
     """Have these libraries installed, and no other; the calls that each gets."""
     calls = {}

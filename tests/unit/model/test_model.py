@@ -131,9 +131,7 @@ def test_a_second_derivative_is_refused(folder: Path) -> None:
         torch.autograd.grad(model(ids, positions(ids), some_labels(ids, 0.5)), parameters, create_graph=True)
 
 
-def test_gradients_of_all_layers_are_summed_by_one_node_in_fp32(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gradients_of_all_layers_are_summed_by_one_node_in_fp32(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The layers' gradients of A and F leave them in fp32, over a base in bf16, and become A's, B's, u's and v's in one
     node for each of the two; hooks see one gradient a micro-batch."""
     model, ids, config = adapted_stage(folder, dtype=torch.bfloat16), tokens(), find_model(str(folder)).shape
@@ -225,11 +223,7 @@ COUNTS_70B = {
 def preset_config(preset: str, method: str, layers: tuple[int, ...] | None = None) -> AdapterConfig:
     shape = shape_from_hf(PRESETS[preset])
     return make_adapter_config(
-        method,
-        rank=8,
-        layers=layers or tuple(range(1, shape.num_layers + 1)),
-        targets=targets_of(shape),
-        seed=0,
+        method, rank=8, layers=layers or tuple(range(1, shape.num_layers + 1)), targets=targets_of(shape), seed=0
     )
 
 
@@ -286,9 +280,7 @@ def test_initial_values_are_the_table(method: str) -> None:
 
 
 def test_start_widths_can_be_set() -> None:
-    config = make_adapter_config(
-        "vera", rank=8, layers=(1,), targets=(TARGET,), seed=0, init_std_a=0.5, init_std_b=2.0
-    )
+    config = make_adapter_config("vera", rank=8, layers=(1,), targets=(TARGET,), seed=0, init_std_a=0.5, init_std_b=2.0)
     values = initial_values(config)
     assert values["A"].std().item() == pytest.approx(0.5, rel=0.1)
     assert values["B"].std().item() == pytest.approx(2.0, rel=0.1)

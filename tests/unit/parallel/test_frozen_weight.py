@@ -16,12 +16,7 @@ from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import weight_rules
-from megatron_tiedlora.parallel.frozen_weight import (
-    Columns,
-    FrozenWeight,
-    frozen_parameter,
-    frozen_weights,
-)
+from megatron_tiedlora.parallel.frozen_weight import Columns, FrozenWeight, frozen_parameter, frozen_weights
 
 
 class HalvedWeight(FrozenWeight):

@@ -340,9 +340,7 @@ class _Operators(TorchDispatchMode):
         (torch.float32, torch.float64),
     ],
 )
-def test_sums_leave_a_matmul_wide_on_gpus(
-    device: str, of_matrices: torch.dtype, of_product: torch.dtype
-) -> None:
+def test_sums_leave_a_matmul_wide_on_gpus(device: str, of_matrices: torch.dtype, of_product: torch.dtype) -> None:
     """torch.mm takes an out_dtype on CUDA alone, and there no other pair than 16 bits and fp32."""
     with FakeTensorMode():  # tensors on a GPU that need none
         left, right = (torch.empty(shape, dtype=of_matrices, device=device) for shape in ((8, 16), (16, 24)))

@@ -97,11 +97,7 @@ def try_all() -> dict[int, dict[str, Any]]:
     found: dict[int, dict[str, Any]] = {}
     for size, group in {1: ALONE, **mine}.items():
         with TrafficCounter({}) as counter:
-            found[size] = {
-                "rank": group.rank,
-                "copies": count_copies(group),
-                "loss": try_loss(group),
-            }
+            found[size] = {"rank": group.rank, "copies": count_copies(group), "loss": try_loss(group)}
         found[size]["messages"] = sum(counter.traffic.messages.values())
     return found
 

@@ -81,9 +81,7 @@ class TestBitsandbytes:
 
     @pytest.mark.parametrize("width", [64, 128, 1408])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_has_the_same_codes_where_the_width_divides(
-        self, functional: Any, width: int, dtype: torch.dtype
-    ) -> None:
+    def test_has_the_same_codes_where_the_width_divides(self, functional: Any, width: int, dtype: torch.dtype) -> None:
         values = drawn(6, width, dtype)
         packed, state = functional.quantize_4bit(values, blocksize=BLOCK, quant_type="nf4")
         codes, scales = quantise.quantise_blocks(values, BLOCK, "nf4")
