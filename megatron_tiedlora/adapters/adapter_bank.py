@@ -191,8 +191,7 @@ def _joined(
     """One update of a linear for the tokens of all owners: their factors and stand-ins, flat and end to end."""
     of_adapted = {number: ranks[number] for number in updates}
     rows = SharedRows(ranks=of_adapted, pieces=pieces[0], local_pieces=pieces[1])
-    a, f = ([getattr(update, name) for update in updates.values()] for name in ("a", "f"))
-    grad_a, grad_f = ([getattr(update, name) for update in updates.values()] for name in ("grad_a", "grad_f"))
+    a, f, grad_a, grad_f, _ = ([getattr(update, name) for update in updates.values()] for name in LinearUpdate._fields)
     return LinearUpdate(flat(a), flat(f), _join_stand_ins(a, grad_a), _join_stand_ins(f, grad_f), rows)
 
 

@@ -163,9 +163,7 @@ class AllRows:
 
     def _dropped(self, rows: torch.Tensor, *, local: bool) -> torch.Tensor:
         """D of rows (tokens, in)."""
-        if self.dropout is None:
-            return rows
-        return self.dropout.dropped(rows, local=local)
+        return rows if self.dropout is None else self.dropout.dropped(rows, local=local)
 
     def reduce_input(self, x: torch.Tensor, a: torch.Tensor, *, local: bool) -> torch.Tensor:
         """ax = A D(x) of x (..., in)."""

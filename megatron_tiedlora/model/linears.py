@@ -108,18 +108,12 @@ class NormedLinear(nn.Module):
         self.frozen = register(self, weight)
         self.register_parameter("bias", bias)
 
-    def projection(self, tensor_parallel: TensorParallel, *, num_rows: int, rows: AllRows) -> "Projection":
-        """The linear for one call. What goes to autograd beside is `operands`.
-
-        Args:
-            num_rows: b of the call's (b, s) tokens.
-            rows: of the update.
-        """
-        return Projection(self.frozen, rows, self.eps, num_rows, tensor_parallel, self.kernels)
-
-    def operands(self, update: LinearUpdate) -> "Operands":
-        """What `Projection` needs beside W."""
-        return Operands(update.a, update.f, self.norm, self.norm_bias, self.bias)
+    def projection(
+        self, tensor_parallel: TensorParallel, update: LinearUpdate, *, num_rows: int
+    ) -> "tuple[Projection, Operands]":
+        """The linear for one call of (num_rows, s) tokens, and what goes to autograd beside it."""
+        projection = Projection(self.frozen, update.rows, self.eps, num_rows, tensor_parallel, self.kernels)
+        return projection, Operands(update.a, update.f, self.norm, self.norm_bias, self.bias)
 
 
 class Operands(NamedTuple):

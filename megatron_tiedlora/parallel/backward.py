@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from megatron_tiedlora.parallel.kernels import scaled
 from megatron_tiedlora.parallel.pieces import Pieces, scaled_by_owner
 
 
@@ -55,12 +54,9 @@ class _EarlyBackward(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
-        found = [(next(saved), pieces) if needs else None for needs, pieces in zip(ctx.needs, ctx.pieces, strict=True)]
-        return None, None, *(None if one is None else _scaled(*one, gradient) for one in found)
-
-
-def _scaled(saved: torch.Tensor, pieces: Pieces | None, gradient: torch.Tensor) -> torch.Tensor:
-    return scaled(saved, gradient) if pieces is None else scaled_by_owner(saved, gradient, pieces)
+        needs_and_pieces = zip(ctx.needs, ctx.pieces, strict=True)
+        found = (scaled_by_owner(next(saved), gradient, own) if needs else None for needs, own in needs_and_pieces)
+        return None, None, *found
 
 
 def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from torch.nn import functional
 from megatron_tiedlora.parallel.backward import first_derivative_only
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, padded
 from megatron_tiedlora.parallel.groups import RankGroup, all_gather
-from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_rows, scaled, upcast
+from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_rows, upcast
 from megatron_tiedlora.parallel.pieces import Pieces, scaled_by_owner, sums_by_owner
 
 IGNORED_LABEL = -100
@@ -82,8 +82,6 @@ class _SumTokenLosses(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (grad_rows,) = ctx.saved_tensors
-        if ctx.pieces is None:
-            return scaled(grad_rows, gradient), None, None, None
         return scaled_by_owner(grad_rows, gradient, ctx.pieces), None, None, None
 
 
