@@ -139,11 +139,6 @@ class Needs(NamedTuple):
     a: bool
     f: bool
 
-    @property
-    def any(self) -> bool:
-        """Whether it returns one."""
-        return self.x or self.a or self.f
-
 
 def gradient_dtype(*stand_ins: torch.Tensor | None) -> torch.dtype | None:
     """The dtype of the factors' gradients, which is that of their stand-ins; None if no factor is trained."""

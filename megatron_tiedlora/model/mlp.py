@@ -125,4 +125,4 @@ def _needs(ctx: Any) -> tuple[Needs, Needs]:
     """Which gradients are needed of gate-up and of down, whose input has one if anything before it needs one."""
     hidden, a, f, down_a, down_f = ctx.needs_input_grad[:5]
     needs = Needs(hidden, a, f)
-    return needs, Needs(needs.any, down_a, down_f)
+    return needs, Needs(any(needs), down_a, down_f)

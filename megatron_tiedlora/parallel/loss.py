@@ -72,7 +72,11 @@ class _SumTokenLosses(torch.autograd.Function):
                 by_row.append(losses)
             if gradient is not None:
                 kernels.exp_logits_(local_logits, found.total)
-                _subtract_labels_(local_logits, found)
+                # Subtract 1 from the probability of each label that this rank has; expm1 avoids the rounding of bf16.
+                index = (torch.arange(len(local_logits), device=local_logits.device), found.columns)
+                missing = torch.expm1(found.picked - found.total).to(local_logits.dtype)
+                # Not scatter_, which would visit every element.
+                local_logits.index_put_(index, torch.where(found.own, missing, local_logits[index]))
                 weight.times(local_logits, out=gradient[part])
         ctx.pieces = pieces
         ctx.save_for_backward(None if gradient is None else gradient[:num_rows])
@@ -91,14 +95,6 @@ def _padded_rows(rows: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor
     if not missing:
         return rows, labels
     return functional.pad(rows, (0, 0, 0, missing)), functional.pad(labels, (0, missing), value=IGNORED_LABEL)
-
-
-def _subtract_labels_(probabilities: torch.Tensor, found: _Found) -> None:
-    """Subtract 1 from the probability of each label that this rank has; expm1 avoids the rounding of bf16."""
-    index = (torch.arange(len(probabilities), device=probabilities.device), found.columns)
-    missing = torch.expm1(found.picked - found.total).to(probabilities.dtype)
-    # Not scatter_, which would visit every element.
-    probabilities.index_put_(index, torch.where(found.own, missing, probabilities[index]))
 
 
 def sum_token_losses(
