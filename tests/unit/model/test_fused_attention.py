@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 import torch
 from attention_layers import attention_layer
-from attention_oracle import IDS, attended, heads
 from torch.nn import functional
 
 from megatron_tiedlora.model import fused_attention
@@ -27,11 +26,38 @@ from megatron_tiedlora.model.cpu_attention import TiledRows, attend_by_tiles, fi
 from megatron_tiedlora.model.fused_attention import CANDIDATES, Attend, attend_within, choose_attention, one_by_one
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER
+from megatron_tiedlora.selfcheck.reference import plain_attention
 
 HOST, GPU = torch.device("cpu"), torch.device("cuda:0")
 FA3, FA2, FLASH, EFFICIENT = (candidate.name for candidate in CANDIDATES)
 LOOP = "PyTorch's attention, one document after another"
 choose = choose_attention.__wrapped__  # what a test has patched must not be remembered
+# Documents of 5, 3, 8, 1 and 15 tokens in two rows of 16.
+IDS = torch.tensor([[0] * 5 + [1] * 3 + [2] * 8, [0] * 1 + [1] * 15])
+
+
+def attended(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ids: torch.Tensor, scale: float | None = None
+) -> torch.Tensor:
+    """Attention within documents by its definition, in fp64, (b, s, heads * head_dim); `ids` (b, s) on the host."""
+    query, key, value = (heads.double() for heads in (query, key, value))
+    scaled = query if scale is None else query * (scale * query.shape[-1] ** 0.5)
+    return plain_attention(scaled, key, value, ids)
+
+
+def heads(
+    dtype: torch.dtype,
+    *,
+    device: str = "cpu",
+    shape: tuple[int, int] = (2, 16),
+    counts: tuple[int, int] = (6, 2),
+    head_dim: int = 32,
+) -> list[torch.Tensor]:
+    """Queries of `counts[0]` heads, keys and values of `counts[1]`, as views of one storage by tokens; each a leaf."""
+    generator = torch.Generator().manual_seed(1)
+    fused = torch.randn(*shape, counts[0] + 2 * counts[1], head_dim, generator=generator).to(device, dtype)
+    parts = fused.transpose(1, 2).split((counts[0], counts[1], counts[1]), dim=1)
+    return [part.detach().requires_grad_() for part in parts]
 
 
 def by_definition(query: Any, key: Any, value: Any, offsets: torch.Tensor, scale: float) -> torch.Tensor:
@@ -311,18 +337,14 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def document_ids(size: int, length: int) -> torch.Tensor:
-    """Of each row other documents, some of one token, some longer than a block."""
-    draw = torch.randint(0, 6, (size, length), generator=torch.Generator().manual_seed(2))
-    return draw.sort(dim=1).values
-
-
 @pytest.mark.parametrize("size", [64, 24])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values_and_gradients_are_those_of_the_definition(shape: str, packed: bool, size: int) -> None:
     parts, (rows, length) = heads(torch.float64, **SHAPES[shape]), SHAPES[shape]["shape"]
-    ids = document_ids(rows, length) if packed else None
+    ids = None
+    if packed:  # of each row other documents, some of one token, some longer than a block
+        ids = torch.randint(0, 6, (rows, length), generator=torch.Generator().manual_seed(2)).sort(dim=1).values
     wanted = attended(*parts, torch.zeros(rows, length) if ids is None else ids)
     found = attend_by_tiles(*parts, [TiledRows(rows, length, find_query_tiles(ids, length, size=size))], EAGER)
     assert_same(found, wanted, parts, 1e-11)
@@ -394,7 +416,7 @@ def test_every_route_on_a_gpu(dtype: torch.dtype, packed: bool, counts: tuple[in
     """Forwards and backwards against the definition in fp64."""
     parts = heads(dtype, device="cuda", shape=(2, 300), counts=counts, head_dim=head_dim)
     documents = find_documents([LONG_IDS], GPU) if packed else whole_rows(2, 300, GPU)
-    wanted = attended(*parts, (LONG_IDS if packed else torch.zeros_like(LONG_IDS)).cuda())
+    wanted = attended(*parts, LONG_IDS if packed else torch.zeros_like(LONG_IDS))
     gradient = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(2)).cuda().to(dtype)
     expected = (wanted, *torch.autograd.grad(wanted, parts, gradient.double()))
     for name, attend in routes(dtype, head_dim):
