@@ -67,11 +67,6 @@ class HfConfig:
         self._defaults = defaults
         self._read = {"model_type"}
 
-    @property
-    def known(self) -> frozenset[str]:
-        """The fields that were read, those that are harmless, and those that are rejected unless they are off."""
-        return _HARMLESS.union(self._read, _OFF)
-
     def get(self, name: str) -> Any:
         """The value of a field; if it is absent the family's default, or None if there is none."""
         self._read.add(name)
