@@ -15,10 +15,9 @@ from torch import nn
 from megatron_tiedlora.adapters.low_rank import AllRows, InputDropout, SharedRows, dropout_salt, token_keys
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, LayerUpdate, LinearUpdate, TiedAdapter, whole_factors
 from megatron_tiedlora.parallel.backward import first_derivative_only
-from megatron_tiedlora.parallel.groups import RankGroup, TensorParallel
+from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.pieces import Piece, Pieces, part_of
 
-Flat = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 ONLY = ""  # the name of an adapter that is the only one
 
 
@@ -73,7 +72,7 @@ class Dropout(NamedTuple):
         keys = token_keys(numbers.flatten(), seed=self.seed)
         local_keys = keys.chunk(parts)[tensor_parallel.group.rank] if parts > 1 else keys
         first = {
-            target.name: part.tp_rank * target.local_sizes(part.tp_size)[0] if target.cut == "row" else 0
+            target.name: part.tp_rank * (target.in_size // part.tp_size) if target.cut == "row" else 0
             for target in part.config.targets
         }
 
@@ -102,9 +101,7 @@ class AdapterBank:
             for tensor, parameter in adapter.named_parameters():
                 yield f"{name}.{tensor}", parameter
 
-    def updates(
-        self, shares: Shares, tensor_parallel: TensorParallel, *, dtype: torch.dtype
-    ) -> dict[int, LayerUpdate]:
+    def updates(self, shares: Shares, tensor_parallel: TensorParallel, *, dtype: torch.dtype) -> dict[int, LayerUpdate]:
         """The updates of the stage's layers that an adapter of the micro-batch adapts, by layer.
 
         Factors that ranks need in full are gathered in one message for all adapters of the micro-batch, and their
@@ -119,8 +116,11 @@ class AdapterBank:
         if len(owners) == 1:  # every token meets the same factors; ZeRO-3 gathers those that it shards in this call
             updates = owners[0](tensor_parallel.group, dtype=dtype)
             return dict(zip(owners[0].part.layers, updates, strict=True))
-        by_owner = _read(owners, tensor_parallel.group, dtype=dtype)
         pieces, group = pieces_of(shares), tensor_parallel.group
+        by_owner = []
+        for adapter, whole in zip(owners, whole_factors(owners, group), strict=True):
+            layers = adapter.part.layers
+            by_owner.append(dict(zip(layers, adapter.updates(whole, dtype=dtype), strict=True)) if layers else {})
         local_pieces = pieces
         if tensor_parallel.sequence_parts > 1:
             size = sum(piece.size for piece in pieces) // group.size
@@ -137,26 +137,23 @@ class AdapterBank:
                 memory[key] = parts[0] if len(parts) == 1 else torch.cat(parts)
             return memory[key]
 
+        def joined(linears: Mapping[int, LinearUpdate]) -> LinearUpdate:
+            """One update of a linear for the tokens of all owners: their factors and stand-ins, flat and end to end."""
+            ranks = {number: owners[number].config.rank for number in linears}
+            a, f, grad_a, grad_f, _ = zip(*linears.values(), strict=True)
+            rows = SharedRows(ranks=ranks, pieces=pieces, local_pieces=local_pieces)
+            return LinearUpdate(flat(a), flat(f), _join_stand_ins(a, grad_a), _join_stand_ins(f, grad_f), rows)
+
         for layer in sorted({layer for updates in by_owner for layer in updates}):
             of_layer = {number: updates[layer] for number, updates in enumerate(by_owner) if layer in updates}
-            targets = dict.fromkeys(name for update in of_layer.values() for name in update)
             found[layer] = {
-                name: _joined(
-                    {number: update[name] for number, update in of_layer.items() if name in update},
-                    {number: owners[number].config.rank for number in of_layer},
-                    (pieces, local_pieces),
-                    flat,
-                )
-                for name in targets
+                name: joined({number: update[name] for number, update in of_layer.items() if name in update})
+                for name in dict.fromkeys(name for update in of_layer.values() for name in update)
             }
         return found
 
     def with_dropout(
-        self,
-        updates: Mapping[int, LayerUpdate],
-        numbers: torch.Tensor,
-        shares: Shares,
-        tensor_parallel: TensorParallel,
+        self, updates: Mapping[int, LayerUpdate], numbers: torch.Tensor, shares: Shares, tensor_parallel: TensorParallel
     ) -> dict[int, LayerUpdate]:
         """The updates with each adapter's dropout of its own tokens, whose numbers are (b, s)."""
         names = (share.adapter for share in shares or self._only_share())
@@ -180,26 +177,6 @@ class AdapterBank:
     def _only_share(self) -> Shares:
         (name,) = self.adapters
         return (Share(name, 0, 0),)
-
-
-def _read(adapters: Sequence[TiedAdapter], group: RankGroup, *, dtype: torch.dtype) -> list[dict[int, LayerUpdate]]:
-    """The updates of each adapter, by layer, from one gather."""
-    found = []
-    for adapter, whole in zip(adapters, whole_factors(adapters, group), strict=True):
-        layers = adapter.part.layers
-        found.append(dict(zip(layers, adapter.updates(whole, dtype=dtype), strict=True)) if layers else {})
-    return found
-
-
-def _joined(
-    updates: Mapping[int, LinearUpdate], ranks: Mapping[int, int], pieces: tuple[Pieces, Pieces], flat: Flat
-) -> LinearUpdate:
-    """One update of a linear for the tokens of all owners: their factors and stand-ins, flat and end to end."""
-    of_adapted = {number: ranks[number] for number in updates}
-    rows = SharedRows(ranks=of_adapted, pieces=pieces[0], local_pieces=pieces[1])
-    a, f = ([getattr(update, name) for update in updates.values()] for name in ("a", "f"))
-    grad_a, grad_f = ([getattr(update, name) for update in updates.values()] for name in ("grad_a", "grad_f"))
-    return LinearUpdate(flat(a), flat(f), _join_stand_ins(a, grad_a), _join_stand_ins(f, grad_f), rows)
 
 
 def _join_stand_ins(factors: Sequence[torch.Tensor], stand_ins: Sequence[torch.Tensor | None]) -> torch.Tensor | None:

@@ -163,9 +163,7 @@ class AllRows:
 
     def _dropped(self, rows: torch.Tensor, *, local: bool) -> torch.Tensor:
         """D of rows (tokens, in)."""
-        if self.dropout is None:
-            return rows
-        return self.dropout.dropped(rows, local=local)
+        return rows if self.dropout is None else self.dropout.dropped(rows, local=local)
 
     def reduce_input(self, x: torch.Tensor, a: torch.Tensor, *, local: bool) -> torch.Tensor:
         """ax = A D(x) of x (..., in)."""
@@ -184,9 +182,7 @@ class AllRows:
         """dF = dz^T ax in `dtype`, from dz (tokens, out)."""
         return wide_matmul(grad_z.t(), flat(ax), dtype)
 
-    def gradient_of_a(
-        self, grad_ax: torch.Tensor, x: torch.Tensor, dtype: torch.dtype, *, local: bool
-    ) -> torch.Tensor:
+    def gradient_of_a(self, grad_ax: torch.Tensor, x: torch.Tensor, dtype: torch.dtype, *, local: bool) -> torch.Tensor:
         """dA = grad_ax^T D(x) in `dtype`, from x (tokens, in)."""
         return wide_matmul(flat(grad_ax).t(), self._dropped(x, local=local), dtype)
 
@@ -268,9 +264,7 @@ class SharedRows(AllRows):
         found = ((owner, of.gradient_of_f(rows, own, dtype)) for (owner, rows, of), own in pairs)
         return self._by_owner(found, grad_z.new_zeros(grad_z.shape[-1], dtype=dtype))
 
-    def gradient_of_a(
-        self, grad_ax: torch.Tensor, x: torch.Tensor, dtype: torch.dtype, *, local: bool
-    ) -> torch.Tensor:
+    def gradient_of_a(self, grad_ax: torch.Tensor, x: torch.Tensor, dtype: torch.dtype, *, local: bool) -> torch.Tensor:
         """As in AllRows."""
         pairs = zip(self._rows(x, local, drops=True), self._narrow(grad_ax, local=local), strict=True)
         found = ((owner, of.gradient_of_a(own, rows, dtype, local=local)) for (owner, rows, of), own in pairs)

@@ -6,7 +6,7 @@ z = W x + F A x and the gradients of A and F to `low_rank`, files to checkpoint/
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -42,12 +42,6 @@ class Target:
     def out_size(self) -> int:
         """The number of rows of W."""
         return sum(self.blocks)
-
-    def local_sizes(self, tp_size: int) -> tuple[int, int]:
-        """(in, out) of one rank's shard of W."""
-        if self.cut == "row":
-            return self.in_size // tp_size, self.out_size
-        return self.in_size, self.out_size // tp_size
 
     @property
     def prefix(self) -> str:
@@ -365,20 +359,18 @@ class TiedAdapter(nn.Module):
 
     def updates(self, whole: Mapping[str, Any], *, dtype: torch.dtype) -> tuple[LayerUpdate, ...]:
         """The updates of each adapted layer of the stage, from every factor as this rank's matmuls need it."""
-        updates = {target.name: self._updates(target.prefix, whole, dtype) for target in self.config.targets}
+        of_layers = partial(LinearFactors, num_layers=len(self.part.layers))
+        updates: dict[str, Iterable[LinearUpdate]] = {}
+        for target in self.config.targets:
+            a, b, u, v = (whole[target.prefix + factor] for factor in FACTORS)
+            of_a, *of_buv = (self._slots[target.prefix + factor] for factor in FACTORS)
+            both = of_layers((a, None, None), (of_a, None, None), 1.0), of_layers((b, u, v), of_buv, self.config.scale)
+            updates[target.name] = map(LinearUpdate, *(f.values(dtype) for f in both), *(f.stand_ins() for f in both))
         return tuple(dict(zip(updates, layer, strict=True)) for layer in zip(*updates.values(), strict=True))
 
     def factors(self) -> dict[str, Any]:
         """Every factor as this rank holds it, by name; None if it is frozen at one."""
         return {name: getattr(self._module(target), factor) for name, (target, factor) in self.config.tensors.items()}
-
-    def _updates(self, prefix: str, whole: Mapping[str, Any], dtype: torch.dtype) -> tuple[LinearUpdate, ...]:
-        """The update of one target in each adapted layer."""
-        a, b, u, v = (whole[prefix + factor] for factor in FACTORS)
-        of_a, *of_buv = (self._slots[prefix + factor] for factor in FACTORS)
-        of_layers = partial(LinearFactors, num_layers=len(self.part.layers))
-        both = of_layers((a, None, None), (of_a, None, None), 1.0), of_layers((b, u, v), of_buv, self.config.scale)
-        return tuple(map(LinearUpdate, *(f.values(dtype) for f in both), *(f.stand_ins() for f in both)))
 
     def _module(self, target: Target) -> nn.Module:
         return self.get_submodule(target.prefix.rstrip("."))

@@ -2,7 +2,7 @@
 the Hugging Face tensors that store it.
 
 Everything that depends on a model's shape derives from it: weight names and slices, the check of a parallel
-configuration, stage costs, FLOPs, memory and messages, merging and export. A family (`model/families/`) builds one
+configuration, stage costs, FLOPs, memory and messages, merging and export. A family (`model/families.py`) builds one
 from a `config.json`.
 """
 

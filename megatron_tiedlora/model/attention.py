@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial, singledispatch
+from functools import partial
 from itertools import groupby
 
 import torch
@@ -103,12 +103,7 @@ class Attention(nn.Module):
     """z = W_o attention(Q, K, V); `qkv` computes Q, K and V. Call `attend` first, then `output`."""
 
     def __init__(
-        self,
-        qkv: QkvLinear,
-        output: RowParallelLinear,
-        *,
-        kernels: Kernels,
-        deterministic: bool = False,
+        self, qkv: QkvLinear, output: RowParallelLinear, *, kernels: Kernels, deterministic: bool = False
     ) -> None:
         super().__init__()
         self.kernels = kernels
@@ -212,11 +207,11 @@ class Attention(nn.Module):
         cache: KeyValueCache | None,
     ) -> torch.Tensor:
         """(b, heads, s, head_dim) -> (b, s, heads * head_dim)."""
-        if cache is not None and cache.filled:
-            cache.update(key, value, context.positions)
-            return _attend_to_cache(query, cache, context.mask).transpose(1, 2).flatten(2).to(query.dtype)
         if cache is not None:
+            has_earlier = cache.filled > 0
             cache.update(key, value, context.positions)
+            if has_earlier:
+                return _attend_to_cache(query, cache, context.mask).transpose(1, 2).flatten(2).to(query.dtype)
         assert context.attend is not None, "keys that come from no cache are those of the call"
         return context.attend(query, key, value)
 
@@ -278,8 +273,17 @@ def _attend_to_cache(query: torch.Tensor, cache: KeyValueCache, mask: torch.Tens
 def inverse_frequencies(heads: HeadShape, device: torch.device | None = None) -> torch.Tensor:
     """f_i, (rotary_dim / 2,) fp32."""
     exponents = torch.arange(0, heads.rotary_dim, 2, dtype=torch.int64, device=device).float() / heads.rotary_dim
-    powers = heads.rope.theta**exponents
-    return _scaled(heads.rope.scaling, powers, heads)
+    powers, scaling = heads.rope.theta**exponents, heads.rope.scaling
+    match scaling:
+        case LinearScaling():
+            return 1.0 / powers / scaling.factor
+        case Llama3Scaling():
+            return _llama3(scaling, 1.0 / powers)
+        case YarnScaling():
+            return _yarn(scaling, powers, heads)
+        case LongRopeScaling():
+            return 1.0 / (torch.tensor(scaling.factors, dtype=torch.float32, device=device) * powers)
+    return 1.0 / powers
 
 
 def amplitude(scaling: RopeScaling | None) -> float:
@@ -294,22 +298,9 @@ def rotation_table(positions: torch.Tensor, heads: HeadShape, dtype: torch.dtype
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
 
-@singledispatch
-def _scaled(scaling: RopeScaling | None, powers: torch.Tensor, heads: HeadShape) -> torch.Tensor:
-    """The frequencies from theta^(2 i / n)."""
-    return 1.0 / powers
-
-
-@_scaled.register
-def _linear(scaling: LinearScaling, powers: torch.Tensor, heads: HeadShape) -> torch.Tensor:
-    return 1.0 / powers / scaling.factor
-
-
-@_scaled.register
-def _llama3(scaling: Llama3Scaling, powers: torch.Tensor, heads: HeadShape) -> torch.Tensor:
+def _llama3(scaling: Llama3Scaling, frequencies: torch.Tensor) -> torch.Tensor:
     """Wavelengths above original / low_freq_factor are stretched by `factor`, those below original / high_freq_factor
     stay unchanged, and between them the two are blended linearly."""
-    frequencies = 1.0 / powers
     wavelengths = 2 * math.pi / frequencies
     blend = (scaling.original_max_positions / wavelengths - scaling.low_freq_factor) / (
         scaling.high_freq_factor - scaling.low_freq_factor
@@ -321,7 +312,6 @@ def _llama3(scaling: Llama3Scaling, powers: torch.Tensor, heads: HeadShape) -> t
     return torch.where(~low & ~high, blended, scaled)
 
 
-@_scaled.register
 def _yarn(scaling: YarnScaling, powers: torch.Tensor, heads: HeadShape) -> torch.Tensor:
     """Frequencies that turn more than `beta_fast` times over the original positions stay, those that turn less than
     `beta_slow` times are divided by `factor`, and between them a ramp over the indices blends the two."""
@@ -339,8 +329,3 @@ def _yarn(scaling: YarnScaling, powers: torch.Tensor, heads: HeadShape) -> torch
     ramp = ((torch.arange(size // 2, dtype=torch.float32) - first) / (last - first)).clamp(0, 1).to(powers.device)
     kept = 1 - ramp
     return 1.0 / (scaling.factor * powers) * (1 - kept) + 1.0 / powers * kept
-
-
-@_scaled.register
-def _longrope(scaling: LongRopeScaling, powers: torch.Tensor, heads: HeadShape) -> torch.Tensor:
-    return 1.0 / (torch.tensor(scaling.factors, dtype=torch.float32, device=powers.device) * powers)

@@ -87,12 +87,7 @@ class Supervised(NamedTuple):
 
     def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "Supervised":
         """The same with `move` applied to every tensor."""
-        return self._replace(
-            rows=move(self.rows),
-            local_rows=move(self.local_rows),
-            supervised=move(self.supervised),
-            labels=move(self.labels),
-        )
+        return Supervised._make((*map(move, self[:4]), *self[4:]))
 
 
 def padded_positions(num_supervised: int) -> int:

@@ -49,14 +49,14 @@ def find_query_tiles(ids: torch.Tensor | None, length: int, *, size: int) -> tup
         ids: (b, length) int64, document ids; a document begins where the id changes. None: one document per row.
         size: queries per tile, see `tile_size`.
     """
-    bounds = [(start, min(start + size, length)) for start in reversed(range(0, length, size))]
     if ids is None:
         ids = torch.zeros(1, length, dtype=torch.int64)
     positions = torch.arange(length)
     # The first token of each token's document.
     first_keys = torch.where(document_begins(ids), positions, 0).cummax(dim=1).values
     tiles = []
-    for start, stop in bounds:
+    for start in reversed(range(0, length, size)):
+        stop = min(start + size, length)
         first = int(first_keys[:, start:stop].min())
         keys, queries = positions[first:stop], positions[start:stop, None]
         seen = (keys >= first_keys[:, start:stop, None]) & (keys <= queries)

@@ -24,25 +24,20 @@ from megatron_tiedlora.base.shapes import (
 from megatron_tiedlora.base.text_files import read_json_object
 
 # Fields that do not change the computation: transformers writes them, or they concern tokens, generation or training.
-_HARMLESS = frozenset(
-    {
-        "_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "add_cross_attention",
-        "architectures", "attn_implementation", "auto_map", "bad_words_ids", "begin_suppress_tokens", "bos_token_id",
-        "chunk_size_feed_forward", "cross_attention_hidden_size", "decoder_start_token_id", "diversity_penalty",
-        "do_sample", "dtype", "early_stopping", "encoder_no_repeat_ngram_size", "eos_token_id",
-        "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id",
-        "id2label", "ignore_keys_at_rope_validation", "initializer_range", "is_decoder", "is_encoder_decoder",
-        "is_llama_config", "label2id", "length_penalty", "max_length", "max_sequence_length", "max_window_layers",
-        "min_length", "model_type", "name_or_path", "neftune_noise_alpha", "no_repeat_ngram_size", "num_beam_groups",
-        "num_beams", "num_labels", "num_return_sequences", "output_attentions", "output_hidden_states",
-        "output_scores", "pad_token_id", "prefix", "pretraining_tp", "problem_type", "pruned_heads",
-        "remove_invalid_values", "repetition_penalty", "return_dict", "return_dict_in_generate", "sep_token_id",
-        "suppress_tokens", "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder",
-        "tokenizer_class", "top_k", "top_p", "torch_dtype", "torchscript", "transformers.js_config",
-        "transformers_version", "typical_p", "unk_token_id", "unsloth_fixed", "unsloth_version", "use_bfloat16",
-        "use_cache", "use_safetensors",
-    }
-)
+_HARMLESS_FIELDS = """
+_attn_implementation _attn_implementation_autoset _name_or_path add_cross_attention architectures attn_implementation
+auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward cross_attention_hidden_size
+decoder_start_token_id diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id
+exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id id2label
+ignore_keys_at_rope_validation initializer_range is_decoder is_encoder_decoder is_llama_config label2id length_penalty
+max_length max_sequence_length max_window_layers min_length model_type name_or_path neftune_noise_alpha
+no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences output_attentions output_hidden_states
+output_scores pad_token_id prefix pretraining_tp problem_type pruned_heads remove_invalid_values repetition_penalty
+return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
+tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers.js_config transformers_version
+typical_p unk_token_id unsloth_fixed unsloth_version use_bfloat16 use_cache use_safetensors
+"""
+_HARMLESS = frozenset(_HARMLESS_FIELDS.split())
 # Features that are not implemented, by the values that switch them off; null does too.
 _OFF: dict[str, Any] = {
     **dict.fromkeys(("attention_bias", "lm_head_bias", "mlp_bias", "rope_interleaved"), False),
@@ -71,11 +66,6 @@ class HfConfig:
         self._values = values
         self._defaults = defaults
         self._read = {"model_type"}
-
-    @property
-    def known(self) -> frozenset[str]:
-        """The fields that were read, those that are harmless, and those that are rejected unless they are off."""
-        return _HARMLESS.union(self._read, _OFF)
 
     def get(self, name: str) -> Any:
         """The value of a field; if it is absent the family's default, or None if there is none."""
@@ -392,10 +382,6 @@ def read_rope(
     return RopeShape(theta, share, scaling), limit
 
 
-def _linear(numbers: HfConfig, max_positions: int, original: int) -> RopeScaling:
-    return LinearScaling(numbers.number("factor"))
-
-
 def _llama3(numbers: HfConfig, max_positions: int, original: int) -> RopeScaling:
     low, high = numbers.number("low_freq_factor"), numbers.number("high_freq_factor")
     if low >= high:
@@ -429,7 +415,7 @@ def _longrope(numbers: HfConfig, max_positions: int, original: int) -> RopeScali
 
 
 _READERS: dict[str, Callable[[HfConfig, int, int], RopeScaling]] = {
-    "linear": _linear,
+    "linear": lambda numbers, *_: LinearScaling(numbers.number("factor")),
     "llama3": _llama3,
     "longrope": _longrope,
     "yarn": _yarn,

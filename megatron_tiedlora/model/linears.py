@@ -59,12 +59,7 @@ class Norm(nn.Module):
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        eps: float,
-        kernels: Kernels,
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, kernels: Kernels
     ) -> torch.Tensor:
         normed, root = kernels.normalise(as_rows(hidden), weight.detach(), detached(bias), eps)
         ctx.save_for_backward(hidden, weight, bias, root)
@@ -113,18 +108,12 @@ class NormedLinear(nn.Module):
         self.frozen = register(self, weight)
         self.register_parameter("bias", bias)
 
-    def projection(self, tensor_parallel: TensorParallel, *, num_rows: int, rows: AllRows) -> "Projection":
-        """The linear for one call. What goes to autograd beside is `operands`.
-
-        Args:
-            num_rows: b of the call's (b, s) tokens.
-            rows: of the update.
-        """
-        return Projection(self.frozen, rows, self.eps, num_rows, tensor_parallel, self.kernels)
-
-    def operands(self, update: LinearUpdate) -> "Operands":
-        """What `Projection` needs beside W."""
-        return Operands(update.a, update.f, self.norm, self.norm_bias, self.bias)
+    def projection(
+        self, tensor_parallel: TensorParallel, update: LinearUpdate, *, num_rows: int
+    ) -> "tuple[Projection, Operands]":
+        """The linear for one call of (num_rows, s) tokens, and what goes to autograd beside it."""
+        projection = Projection(self.frozen, update.rows, self.eps, num_rows, tensor_parallel, self.kernels)
+        return projection, Operands(update.a, update.f, self.norm, self.norm_bias, self.bias)
 
 
 class Operands(NamedTuple):
@@ -149,11 +138,6 @@ class Needs(NamedTuple):
     x: bool
     a: bool
     f: bool
-
-    @property
-    def any(self) -> bool:
-        """Whether it returns one."""
-        return self.x or self.a or self.f
 
 
 def gradient_dtype(*stand_ins: torch.Tensor | None) -> torch.dtype | None:
@@ -252,9 +236,7 @@ class Projection:
         grad_hidden = self.kernels.norm_gradient(*inputs, norm.detach(), detached(norm_bias), root).view(hidden.shape)
         return grad_hidden, grad_a, grad_f
 
-    def _enter(
-        self, normed: torch.Tensor, ax: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _enter(self, normed: torch.Tensor, ax: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """x and A x of whole sequences, (b, s, n), on every rank; gathered in one message if sequences are sharded."""
         if not self._in_parts:
             return normed, ax
@@ -364,9 +346,7 @@ class RowParallelLinear(nn.Module):
 
     bias: nn.Parameter | None
 
-    def __init__(
-        self, weight: FrozenWeight, *, bias: nn.Parameter | None = None, norm: Norm | None = None
-    ) -> None:
+    def __init__(self, weight: FrozenWeight, *, bias: nn.Parameter | None = None, norm: Norm | None = None) -> None:
         """`weight` is W_i, (out, local in)."""
         super().__init__()
         self.frozen = register(self, weight)

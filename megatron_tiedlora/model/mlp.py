@@ -43,11 +43,11 @@ class SwiGlu(nn.Module):
             recomputes: do not save gate and up, but compute them again in the backward pass.
         """
         gate_up, down = ((update or {}).get(name, LinearUpdate()) for name in (GATE_UP, DOWN))
-        projection = self.gate_up.projection(tensor_parallel, num_rows=len(hidden), rows=gate_up.rows)
+        projection, operands = self.gate_up.projection(tensor_parallel, gate_up, num_rows=len(hidden))
         step = _Step(projection, Projection(self.down.frozen, down.rows), self.kernels, recomputes)
         result: torch.Tensor = _SwiGlu.apply(
             *(hidden, gate_up.grad_a, gate_up.grad_f, down.grad_a, down.grad_f),
-            *(self.gate_up.operands(gate_up), Operands(down.a, down.f), step),
+            *(operands, Operands(down.a, down.f), step),
         )
         return self.down.total(result, tensor_parallel)
 
@@ -125,4 +125,4 @@ def _needs(ctx: Any) -> tuple[Needs, Needs]:
     """Which gradients are needed of gate-up and of down, whose input has one if anything before it needs one."""
     hidden, a, f, down_a, down_f = ctx.needs_input_grad[:5]
     needs = Needs(hidden, a, f)
-    return needs, Needs(needs.any, down_a, down_f)
+    return needs, Needs(any(needs), down_a, down_f)

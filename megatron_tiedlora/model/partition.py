@@ -87,7 +87,13 @@ def check_layout(shape: ModelShape, grid: Grid, *, zero_stage: int = 0, ds_confi
         UserError: the first thing that does not fit, with the numbers that do.
     """
     tp, pp = grid.tp_size, grid.pp_size
-    sizes = _sizes_to_divide(shape)
+    # What tensor parallelism must divide: whole heads, and what linears are sharded along. A linear that can be adapted
+    # also has its A, which is sharded along the linear's input.
+    names = {shape.hidden_size: "hidden size", shape.intermediate_size: "feed-forward width"}
+    sizes = [("attention heads", shape.heads.num), ("key-value heads", shape.heads.num_kv)]
+    for linear in shape.block.linears:
+        inputs = (linear.in_size,) if linear in shape.block.adaptable.values() else ()
+        sizes += [(names.get(size, linear.name), size) for size in (*inputs, *weight_spec(linear).blocks)]
     for name, size in sizes:
         if size % tp:
             possible = [n for n in range(1, shape.heads.num_kv + 1) if all(s % n == 0 for _, s in sizes)]
@@ -110,16 +116,3 @@ def check_layout(shape: ModelShape, grid: Grid, *, zero_stage: int = 0, ds_confi
             " sum their gradients once a step, not per micro-batch); use zero1.json, which costs a rank no more than"
             " whole gradients of its part of the adapter"
         )
-
-
-def _sizes_to_divide(shape: ModelShape) -> list[tuple[str, int]]:
-    """What tensor parallelism must divide, with names for messages: whole heads, and what linears are sharded along.
-
-    A linear that can be adapted also has its A, which is sharded along the linear's input.
-    """
-    names = {shape.hidden_size: "hidden size", shape.intermediate_size: "feed-forward width"}
-    sizes = [("attention heads", shape.heads.num), ("key-value heads", shape.heads.num_kv)]
-    for linear in shape.block.linears:
-        inputs = (linear.in_size,) if linear in shape.block.adaptable.values() else ()
-        sizes += [(names.get(size, linear.name), size) for size in (*inputs, *weight_spec(linear).blocks)]
-    return sizes

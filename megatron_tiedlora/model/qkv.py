@@ -54,8 +54,8 @@ class QkvLinear(NormedLinear):
             table: cos and sin of the tokens' positions, if it rotates; see `rotation_table`.
         """
         update = update or LinearUpdate()
-        projection = self.projection(tensor_parallel, num_rows=num_rows, rows=update.rows)
-        return project(hidden, update, projection, self.operands(update), self.epilogue(table, tensor_parallel.group))
+        projection, operands = self.projection(tensor_parallel, update, num_rows=num_rows)
+        return project(hidden, update, projection, operands, self.epilogue(table, tensor_parallel.group))
 
     def epilogue(self, table: tuple[torch.Tensor, ...], group: RankGroup) -> "PlainHeads":
         """The heads as they are, rotated, or if they have norms normalised and rotated."""

@@ -140,15 +140,13 @@ class SupervisedTail:
         num_parts, supervised = tensor_parallel.sequence_parts, labels
         if not isinstance(supervised, Supervised):
             supervised = find_supervised(supervised, num_parts, shares)
-        some = _Some.of_rank(supervised, tensor_parallel.group.rank if num_parts > 1 else 0, num_parts)
+        size, part = len(supervised.rows) // num_parts, tensor_parallel.group.rank if num_parts > 1 else 0
+        start, stop = part * size, (part + 1) * size
+        local_pieces = part_of(supervised.pieces, start, stop)
+        some = _Some(supervised.rows, supervised.local_rows[start:stop], supervised.pieces, local_pieces)
         return supervised, some, self._join(attended, tensor_parallel, some)
 
-    def _join(
-        self,
-        attended: Attended,
-        tensor_parallel: TensorParallel,
-        some: "_Some | None" = None,
-    ) -> torch.Tensor:
+    def _join(self, attended: Attended, tensor_parallel: TensorParallel, some: "_Some | None" = None) -> torch.Tensor:
         """The last block's result up to its MLP, at all positions, or at some: then (1, m, d) or (1, m / p, d)."""
         hidden, attention_output, update = attended
         if some is not None:
@@ -172,14 +170,6 @@ class _Some:
     local_rows: torch.Tensor
     pieces: Pieces = ()
     local_pieces: Pieces = ()
-
-    @staticmethod
-    def of_rank(supervised: Supervised, part: int, num_parts: int) -> "_Some":
-        """The supervised positions, on the rank with one part of the sequence."""
-        size = len(supervised.rows) // num_parts
-        local_rows = supervised.local_rows[part * size : (part + 1) * size]
-        local_pieces = part_of(supervised.pieces, part * size, (part + 1) * size)
-        return _Some(supervised.rows, local_rows, supervised.pieces, local_pieces)
 
     def of(self, update: LayerUpdate) -> LayerUpdate:
         """The update for these tokens only."""

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from megatron_tiedlora.parallel.kernels import scaled
 from megatron_tiedlora.parallel.pieces import Pieces, scaled_by_owner
 
 
@@ -35,10 +34,7 @@ def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
 class _EarlyBackward(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        function: Callable[..., torch.Tensor],
-        pieces: Sequence[Pieces | None],
-        *inputs: torch.Tensor | None,
+        ctx: Any, function: Callable[..., torch.Tensor], pieces: Sequence[Pieces | None], *inputs: torch.Tensor | None
     ) -> torch.Tensor:
         ctx.needs, ctx.pieces = ctx.needs_input_grad[2:], pieces
         inner = [
@@ -58,14 +54,9 @@ class _EarlyBackward(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
-        found = [
-            (next(saved), pieces) if needs else None for needs, pieces in zip(ctx.needs, ctx.pieces, strict=True)
-        ]
-        return None, None, *(None if one is None else _scaled(*one, gradient) for one in found)
-
-
-def _scaled(saved: torch.Tensor, pieces: Pieces | None, gradient: torch.Tensor) -> torch.Tensor:
-    return scaled(saved, gradient) if pieces is None else scaled_by_owner(saved, gradient, pieces)
+        needs_and_pieces = zip(ctx.needs, ctx.pieces, strict=True)
+        found = (scaled_by_owner(next(saved), gradient, own) if needs else None for needs, own in needs_and_pieces)
+        return None, None, *found
 
 
 def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
@@ -73,9 +64,7 @@ def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def run_with_early_backward(
-    function: Callable[..., torch.Tensor],
-    *inputs: torch.Tensor | None,
-    pieces: Sequence[Pieces | None] | None = None,
+    function: Callable[..., torch.Tensor], *inputs: torch.Tensor | None, pieces: Sequence[Pieces | None] | None = None
 ) -> torch.Tensor:
     """`function(*inputs)`, a scalar, or the losses of several owners, (owners,).
 

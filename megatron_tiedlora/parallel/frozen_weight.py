@@ -5,15 +5,16 @@ The forward pass computes x W^T + c, the backward pass dy W, which does not need
 """
 
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Protocol, Self
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from megatron_tiedlora.parallel.backward import first_derivative_only
-from megatron_tiedlora.parallel.groups import TensorParallel, leave_tensor_parallel_region
+from megatron_tiedlora.parallel.groups import TensorParallel, leave_tensor_parallel_region, with_adjoint
 
 
 def frozen_parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
@@ -79,9 +80,11 @@ class FrozenWeight:
         """dy W, (tokens, in), from dy (tokens, out); written to `out` if given. Autograd does not record it."""
         return torch.mm(grad_y, self.tensor.detach(), out=out)
 
-    def first_rows(self, num_rows: int) -> "FrozenWeight":
+    def first_rows(self, num_rows: int) -> Self:
         """The first rows of W, in the same memory."""
-        return FrozenWeight(self.tensor.detach()[:num_rows])
+        found = copy(self)
+        found.tensor = self.tensor.detach()[:num_rows]
+        return found
 
     def empty_values(self) -> torch.Tensor:
         """Uninitialised memory for the values of this rank's shard, to be passed to `load`."""
@@ -91,9 +94,7 @@ class FrozenWeight:
         """The columns of the full tensor that `load` needs for a shard with these columns."""
         return slice(columns.start, columns.stop)
 
-    def load(
-        self, values: torch.Tensor, *, dim: int = 0, start: int = 0, columns: Columns | None = None
-    ) -> None:
+    def load(self, values: torch.Tensor, *, dim: int = 0, start: int = 0, columns: Columns | None = None) -> None:
         """Store `values`, of any float dtype and device, in dimension `dim` from index `start` on.
 
         Args:
@@ -146,18 +147,6 @@ def padded(size: int, multiple: int = SIZE_MULTIPLE) -> int:
     return -(-size // multiple) * multiple
 
 
-class _FrozenLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: FrozenWeight) -> torch.Tensor:
-        ctx.weight = weight
-        return weight.times_transposed(x.flatten(0, -2)).view(*x.shape[:-1], -1)
-
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return ctx.weight.times(grad_y.flatten(0, -2)).view(*grad_y.shape[:-1], -1), None
-
-
 def wide_matmul(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """left @ right in `dtype`, from matrices of one dtype, which is not wider than `dtype`.
 
@@ -171,8 +160,11 @@ def wide_matmul(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> 
 
 def frozen_linear(x: torch.Tensor, weight: FrozenWeight) -> torch.Tensor:
     """x W^T, (..., out), from x (..., in) and W (out, in). It saves nothing for the backward pass, dX = dY W."""
-    product: torch.Tensor = _FrozenLinear.apply(x, weight)
-    return product
+
+    def of_rows(product: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
+        return product(tensor.flatten(0, -2)).view(*tensor.shape[:-1], -1)
+
+    return with_adjoint(x, partial(of_rows, weight.times_transposed), partial(of_rows, weight.times))
 
 
 class VocabularyParallelEmbedding(nn.Module):

@@ -98,9 +98,7 @@ class RankGroup:
     rank: int = 0
     size: int = 1
 
-    def all_reduce_(
-        self, tensor: torch.Tensor, op: distributed.ReduceOp.RedOpType = distributed.ReduceOp.SUM
-    ) -> None:
+    def all_reduce_(self, tensor: torch.Tensor, op: distributed.ReduceOp.RedOpType = distributed.ReduceOp.SUM) -> None:
         """Replace a contiguous tensor by the sum over the group, or what `op` says."""
         distributed.all_reduce(tensor, op=op, group=self.handle)
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 from megatron_tiedlora.parallel.backward import first_derivative_only
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, padded
 from megatron_tiedlora.parallel.groups import RankGroup, all_gather
-from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_rows, scaled, upcast
+from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_rows, upcast
 from megatron_tiedlora.parallel.pieces import Pieces, scaled_by_owner, sums_by_owner
 
 IGNORED_LABEL = -100
@@ -72,7 +72,11 @@ class _SumTokenLosses(torch.autograd.Function):
                 by_row.append(losses)
             if gradient is not None:
                 kernels.exp_logits_(local_logits, found.total)
-                _subtract_labels_(local_logits, found)
+                # Subtract 1 from the probability of each label that this rank has; expm1 avoids the rounding of bf16.
+                index = (torch.arange(len(local_logits), device=local_logits.device), found.columns)
+                missing = torch.expm1(found.picked - found.total).to(local_logits.dtype)
+                # Not scatter_, which would visit every element.
+                local_logits.index_put_(index, torch.where(found.own, missing, local_logits[index]))
                 weight.times(local_logits, out=gradient[part])
         ctx.pieces = pieces
         ctx.save_for_backward(None if gradient is None else gradient[:num_rows])
@@ -82,8 +86,6 @@ class _SumTokenLosses(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (grad_rows,) = ctx.saved_tensors
-        if ctx.pieces is None:
-            return scaled(grad_rows, gradient), None, None, None
         return scaled_by_owner(grad_rows, gradient, ctx.pieces), None, None, None
 
 
@@ -93,14 +95,6 @@ def _padded_rows(rows: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor
     if not missing:
         return rows, labels
     return functional.pad(rows, (0, 0, 0, missing)), functional.pad(labels, (0, missing), value=IGNORED_LABEL)
-
-
-def _subtract_labels_(probabilities: torch.Tensor, found: _Found) -> None:
-    """Subtract 1 from the probability of each label that this rank has; expm1 avoids the rounding of bf16."""
-    index = (torch.arange(len(probabilities), device=probabilities.device), found.columns)
-    missing = torch.expm1(found.picked - found.total).to(probabilities.dtype)
-    # Not scatter_, which would visit every element.
-    probabilities.index_put_(index, torch.where(found.own, missing, probabilities[index]))
 
 
 def sum_token_losses(

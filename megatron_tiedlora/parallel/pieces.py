@@ -42,13 +42,15 @@ def part_of(pieces: Sequence[Piece], start: int, stop: int) -> Pieces:
     return tuple(found)
 
 
-def scaled_by_owner(tensor: torch.Tensor, factors: torch.Tensor, pieces: Sequence[Piece]) -> torch.Tensor:
-    """`scaled`, with each owner's own factor.
+def scaled_by_owner(tensor: torch.Tensor, factors: torch.Tensor, pieces: Sequence[Piece] | None) -> torch.Tensor:
+    """`scaled`, with each owner's own factor; without pieces there is one owner, and one factor ().
 
     Args:
         tensor: (..., n), whose rows the pieces are; or (n,), whose numbers they are.
         factors: (owners,).
     """
+    if pieces is None:
+        return scaled(tensor, factors)
     rows = tensor.flatten(0, -2) if tensor.ndim > 1 else tensor
     parts = zip(rows.split([piece.size for piece in pieces]), pieces, strict=True)
     return torch.cat([scaled(part, factors[piece.owner]) for part, piece in parts]).view(tensor.shape)

@@ -75,9 +75,7 @@ def unpack_codes(packed: torch.Tensor, width: int) -> torch.Tensor:
     return torch.stack((packed >> 4, packed & 15), dim=-1).flatten(1)[:, :width]
 
 
-def dequantise_blocks(
-    packed: torch.Tensor, scales: torch.Tensor, width: int, block: int, name: str
-) -> torch.Tensor:
+def dequantise_blocks(packed: torch.Tensor, scales: torch.Tensor, width: int, block: int, name: str) -> torch.Tensor:
     """Values (rows, width) fp32 of packed codes whose scales (rows, number of blocks) are each for `block` codes."""
     values = levels_of(name, packed.device)[unpack_codes(packed, width).int()]
     whole = width - width % block

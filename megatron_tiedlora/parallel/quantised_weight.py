@@ -120,22 +120,16 @@ class QuantisedWeight(FrozenWeight):
 
     def first_rows(self, num_rows: int) -> Self:
         """The first rows of W, in the same memory."""
-        return type(self)(
-            *(self.tensor.detach()[:num_rows], self.scale_bits.detach()[:num_rows]),
-            width=self._local_shape[1],
-            storage=self.storage,
-            block=self.block,
-            dtype=self.dtype,
-            workspace=self.workspace,
-        )
+        found = super().first_rows(num_rows)
+        found.scale_bits = self.scale_bits.detach()[:num_rows]
+        found._local_shape = (len(found.tensor), self._local_shape[1])
+        return found
 
     def empty_values(self) -> torch.Tensor:
         """Uninitialised memory for the values of this rank's shard, to be passed to `load`."""
         return torch.empty(self._local_shape, dtype=self.dtype, device=self.tensor.device)
 
-    def load(
-        self, values: torch.Tensor, *, dim: int = 0, start: int = 0, columns: Columns | None = None
-    ) -> None:
+    def load(self, values: torch.Tensor, *, dim: int = 0, start: int = 0, columns: Columns | None = None) -> None:
         """Quantise and store `values`, of any float dtype and device: rows from `start` on, or all rows if `dim` is 1.
 
         Args:

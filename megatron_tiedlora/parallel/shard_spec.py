@@ -47,10 +47,6 @@ class ShardSpec:
             slices.append(slice(min(tp_rank * share, size), min((tp_rank + 1) * share, size)))
         return tuple(slices)
 
-    def block_offsets(self) -> tuple[int, ...]:
-        """The start of each block along the full dimension."""
-        return tuple(sum(self.blocks[:index]) for index in range(len(self.blocks)))
-
     def local_shape(self, full_shape: Sequence[int], tp_size: int) -> tuple[int, ...]:
         """The shape of one rank's shard, padding included."""
         if self.dim is None:
@@ -64,8 +60,8 @@ class ShardSpec:
         if self.dim is None or tp_size == 1:
             return full
         pieces = [
-            full.narrow(self.dim, offset + part.start, part.stop - part.start)
-            for offset, part in zip(self.block_offsets(), self.block_slices(tp_rank, tp_size), strict=True)
+            block.narrow(self.dim, part.start, part.stop - part.start)
+            for block, part in zip(full.split(self.blocks, self.dim), self.block_slices(tp_rank, tp_size), strict=True)
         ]
         missing = self.local_shape(full.shape, tp_size)[self.dim] - sum(piece.shape[self.dim] for piece in pieces)
         if missing:

@@ -207,10 +207,6 @@ class CountedWeight(FrozenWeight):
         """As in FrozenWeight."""
         return self._counted("weights_back", grad_y, partial(super().times, grad_y, out=out), out)
 
-    def first_rows(self, num_rows: int) -> FrozenWeight:
-        """As in FrozenWeight."""
-        return CountedWeight(self.tensor.detach()[:num_rows], self._counts, is_head=self._is_head)
-
     def _counted(
         self, name: str, x: torch.Tensor, multiply: Callable[[], torch.Tensor], out: torch.Tensor | None
     ) -> torch.Tensor:

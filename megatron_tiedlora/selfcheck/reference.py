@@ -57,9 +57,11 @@ def document_logits(
 ) -> torch.Tensor:
     """The logits of each token, (s, V), in max(fp32, dtype)."""
     hidden = weights["layers.0.weight"][tokens]
+    dims = {"A": 2, "B": 2, "u": 1, "v": 1}  # of a factor of one layer; another one is stacked over layers
     for layer in range(1, shape.num_layers + 1):
         own = {name.split(".", 2)[2]: tensor for name, tensor in weights.items() if name.startswith(f"layers.{layer}.")}
-        linear = partial(_linear, scale, own, _of_layer(factors, layer))
+        of_layer = {name: f if f.ndim == dims[name[-1]] else f[layer - 1] for name, f in factors.items()}
+        linear = partial(_linear, scale, own, of_layer)
         hidden = hidden + _attention(shape, linear, _norm(hidden, own["attention.qkv.norm"], shape.final_norm.eps))
         normed = _norm(hidden, own["mlp.gate_up.norm"], shape.final_norm.eps)
         gate, up = linear("mlp.gate_up", "gate_up.", normed).chunk(2, dim=-1)
@@ -67,12 +69,6 @@ def document_logits(
     head = f"layers.{shape.num_layers + 1}"
     normed = _norm(hidden, weights[f"{head}.norm.weight"], shape.final_norm.eps)
     return _wide(normed @ weights[f"{head}.weight"].t())
-
-
-def _of_layer(factors: Tensors, layer: int) -> dict[str, torch.Tensor]:
-    """A (r, d), B (o, r), u (r), v (o) of one layer, by target and name; u and v only where they exist."""
-    dims = {"A": 2, "B": 2, "u": 1, "v": 1}
-    return {name: tensor if tensor.ndim == dims[name[-1]] else tensor[layer - 1] for name, tensor in factors.items()}
 
 
 def _linear(

@@ -96,6 +96,14 @@ def started(settings: BenchSettings, **changes: Any) -> Iterator[Started]:
         run.runner.engine.destroy()
 
 
+@contextmanager
+def started_to_fit(model: str, flags: Sequence[str], *others: str) -> Iterator[tuple[Started, int]]:
+    """A run with as many layers as fit by its `flags`, but at most `MOST_LAYERS`, and their number."""
+    layers = min(MOST_LAYERS, layers_that_fit(model, *flags))
+    with started(step_settings(model, *flags, f"--num_layers={layers}", *others)) as run:
+        yield run, layers
+
+
 def loader_of(run: Started, lengths: NDArray[np.int64]) -> Iterator[TrainingStep]:
     """A loader of the run's steps over random samples of these lengths."""
     return run.plan.training_loader(made_up(run.plan.source.shape.vocab_size, lengths), pad_id=0)
@@ -151,7 +159,9 @@ class Judge:
         """The package's result, with packed rows or one document per row."""
         stage, adapter = self.stage, self.stage.adapter
         assert adapter is not None
-        give_kernels(stage, kernels)
+        for module in stage.modules():
+            if hasattr(module, "kernels"):
+                module.kernels = kernels  # type: ignore[assignment]
         stage.set_recompute(how)
         tokens, positions, labels, ids = rows_of(self.documents, packed=packed)
         stage.zero_grad()
@@ -236,10 +246,3 @@ def rows_of(
             positions[number, part], ids[number, part] = torch.arange(len(document.tokens)), document_id
             start = part.stop
     return tokens, positions.to(device), labels, ids if packed else None
-
-
-def give_kernels(stage: Stage, kernels: Kernels) -> None:
-    """Let every layer use these kernels."""
-    for module in stage.modules():
-        if hasattr(module, "kernels"):
-            module.kernels = kernels  # type: ignore[assignment]

@@ -14,14 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from megatron_tiedlora.base.messages import first_line
 from megatron_tiedlora.model.batch import find_documents, whole_rows
 from megatron_tiedlora.model.cpu_attention import TiledRows, attend_by_tiles, find_query_tiles, tile_size
-from megatron_tiedlora.model.fused_attention import (
-    CANDIDATES,
-    Attend,
-    FusedKernel,
-    attend_within,
-    choose_attention,
-    one_by_one,
-)
+from megatron_tiedlora.model.fused_attention import CANDIDATES, Attend, attend_within, choose_attention, one_by_one
 from megatron_tiedlora.parallel.kernels import EAGER
 from megatron_tiedlora.selfcheck.parts import Tell, warn_unless
 from megatron_tiedlora.selfcheck.reference import plain_attention, relative, worst_of
@@ -204,7 +197,8 @@ def attention_routes(device: torch.device, dtype: torch.dtype, head_dim: int) ->
     routes = {CHOSEN: _within(chosen.attend), ONE_BY_ONE: _within(one_by_one)}
     for candidate in CANDIDATES:
         if candidate.name != chosen.name and candidate.name not in attention_obstacles(device, dtype, head_dim):
-            routes[candidate.name] = _of_candidate(candidate)
+            # made when it is called, as its library may fail
+            routes[candidate.name] = lambda *heads, make=candidate.make: _within(make(False))(*heads)
     return {**routes, CUDNN: _by_cudnn}
 
 
@@ -229,11 +223,6 @@ def _within(attend: Attend) -> AttentionCall:
         return attend_within(query, key, value, documents, attend)
 
     return route
-
-
-def _of_candidate(candidate: FusedKernel) -> AttentionCall:
-    """A kernel that the package does not choose here, or whose library fails when it is called."""
-    return lambda *heads: _within(candidate.make(False))(*heads)
 
 
 def _by_cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:

@@ -13,7 +13,7 @@ from megatron_tiedlora.model.fused_attention import choose_attention, one_by_one
 from megatron_tiedlora.planning.machines import listed_peak
 from megatron_tiedlora.runtime.machine import in_words, judge_machine, machine_record
 from megatron_tiedlora.runtime.process_group import gpu_name
-from megatron_tiedlora.selfcheck.parts import Tell, option, report, warn_unless, why_no_gpu
+from megatron_tiedlora.selfcheck.parts import WARNING, Tell, option, report, warn_unless, why_no_gpu
 from megatron_tiedlora.selfcheck.running import compute_dtype, small_shape
 from megatron_tiedlora.training.compiling import compiled_kernels
 from megatron_tiedlora.training.throughput import matmul_rate, timed
@@ -91,16 +91,12 @@ def test_compiled_kernels(gpu: torch.device, tell: Tell) -> None:
         compiled_kernels(small_shape(), dtype=compute_dtype(gpu), device=gpu)
     except UserError as error:
         tell("not compiled", str(error))
-        warn_unless(False, tell, _compiler_fix())
-
-
-def _compiler_fix() -> str:
-    """The fix for a missing C compiler or missing Python headers, which Triton needs to build its launcher."""
-    lacking = [] if shutil.which("gcc") or shutil.which("cc") else ["a C compiler (gcc)"]
-    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
-        lacking.append("Python's headers (python3-dev)")
-    what = " and ".join(lacking) or "what the reason names"
-    return f"install {what}; without it kernels are not compiled, and a step takes about a third longer"
+        # Triton needs a C compiler and Python's headers to build its launcher.
+        lacking = [] if shutil.which("gcc") or shutil.which("cc") else ["a C compiler (gcc)"]
+        if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+            lacking.append("Python's headers (python3-dev)")
+        what = " and ".join(lacking) or "what the reason names"
+        tell(WARNING, f"install {what}; without it kernels are not compiled, and a step takes about a third longer")
 
 
 def test_matmul_ceiling(gpu: torch.device, tell: Tell) -> None:

@@ -18,7 +18,7 @@ from megatron_tiedlora.benchmark.layout import Started
 from megatron_tiedlora.benchmark.timing import profiled
 from megatron_tiedlora.data.loader import TrainingStep, shared_micro_batch
 from megatron_tiedlora.selfcheck.parts import Tell, warn_unless
-from megatron_tiedlora.selfcheck.running import MOST_LAYERS, layers_that_fit, loader_of, started, step_settings
+from megatron_tiedlora.selfcheck.running import loader_of, started_to_fit
 from megatron_tiedlora.training.throughput import timed
 
 pytestmark = pytest.mark.gpu
@@ -34,14 +34,18 @@ SYNC_FIX = "a wait in a micro-batch leaves the GPU idle: report these lines"
 def test_host(compiles: str, gpu: torch.device, model: str, tell: Tell) -> None:
     """Launches and waits per micro-batch, and the seconds of micro-batches of several lengths."""
     flags = ("--rows=1", f"--length={LENGTHS[-1]}", "--supervised=1", f"--micro_batches={MICRO_BATCHES}")
-    layers = min(MOST_LAYERS, layers_that_fit(model, *flags))
-    with started(step_settings(model, *flags, f"--num_layers={layers}", f"--compile={compiles}")) as run:
+    with started_to_fit(model, flags, f"--compile={compiles}") as (run, layers):
         loaders = {length: loader_of(run, np.full(MICRO_BATCHES, length)) for length in LENGTHS}
         for loader in (*loaders.values(), *loaders.values()):
             run.take(next(loader))
         _counts(tell, run, loaders[LENGTHS[-1]], layers)
         taken = {length: median(_seconds(run, loader) for _ in range(REPEATS)) for length, loader in loaders.items()}
-    _knee(tell, taken, layers)
+    floor = min(taken.values())
+    for length, seconds in taken.items():
+        tell(f"ms of a micro-batch of {length:,} tokens in {layers} layers", 1e3 * seconds)
+    tell("the host's ms per layer and micro-batch, at least", 1e3 * floor / layers)
+    bound = max(length for length, seconds in taken.items() if seconds <= BOUND * floor)
+    tell("tokens of a micro-batch up to which the GPU waits for the host (give more: --packing, --max_length)", bound)
 
 
 def micro_batches(run: Started, step: TrainingStep) -> Callable[[], Any]:
@@ -64,16 +68,6 @@ def _seconds(run: Started, loader: Iterator[TrainingStep]) -> float:
     taken = timed(work, run.runner.device) / len(step.micro_batches)
     use_up(run)
     return taken
-
-
-def _knee(tell: Tell, taken: dict[int, float], layers: int) -> None:
-    """The host's own time, and from how many tokens the GPU is slower than the host."""
-    floor = min(taken.values())
-    for length, seconds in taken.items():
-        tell(f"ms of a micro-batch of {length:,} tokens in {layers} layers", 1e3 * seconds)
-    tell("the host's ms per layer and micro-batch, at least", 1e3 * floor / layers)
-    bound = max(length for length, seconds in taken.items() if seconds <= BOUND * floor)
-    tell("tokens of a micro-batch up to which the GPU waits for the host (give more: --packing, --max_length)", bound)
 
 
 def _counts(tell: Tell, run: Started, loader: Iterator[TrainingStep], layers: int) -> None:
@@ -108,11 +102,7 @@ def waits() -> Iterator[Counter[str]]:
         seen[_line(caller.f_code.co_filename, caller.f_lineno)] += 1
         real(*arguments)
 
-    with (
-        warnings.catch_warnings(),
-        patch("warnings.showwarning", show),
-        patch("torch.cuda.synchronize", synchronize),
-    ):
+    with warnings.catch_warnings(), patch("warnings.showwarning", show), patch("torch.cuda.synchronize", synchronize):
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:

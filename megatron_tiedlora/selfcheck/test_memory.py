@@ -8,14 +8,7 @@ import torch
 
 from megatron_tiedlora.base.messages import bytes_in_words
 from megatron_tiedlora.selfcheck.parts import Tell, warn_unless
-from megatron_tiedlora.selfcheck.running import (
-    MOST_LAYERS,
-    layers_that_fit,
-    loader_of,
-    planned_bytes,
-    started,
-    step_settings,
-)
+from megatron_tiedlora.selfcheck.running import loader_of, planned_bytes, started_to_fit
 
 pytestmark = pytest.mark.gpu
 
@@ -38,8 +31,7 @@ def test_plan(compiles: str, how: str, gpu: torch.device, model: str, tell: Tell
     """What steps allocate, beside the plan."""
     rows = RECOMPUTES[how]
     flags = (f"--rows={rows}", f"--length={LENGTH}", "--supervised=1", f"--recompute={how}", f"--compile={compiles}")
-    layers = min(MOST_LAYERS, layers_that_fit(model, *flags))
-    with started(step_settings(model, *flags, f"--num_layers={layers}", "--micro_batches=1")) as run:
+    with started_to_fit(model, flags, "--micro_batches=1") as (run, layers):
         torch.cuda.reset_peak_memory_stats()
         for _ in range(3):
             run.take(next(run.loader))
@@ -60,8 +52,7 @@ def judge_plan(tell: Tell, layers: int, sizes: Mapping[str, float]) -> None:
 def test_rows_of_many_lengths(gpu: torch.device, model: str, tell: Tell) -> None:
     """What 100 micro-batches of 4 x 128 to 2,048 tokens reserve."""
     flags = (f"--rows={ROWS}", "--length=2048", "--supervised=1", "--micro_batches=1")
-    layers = min(MOST_LAYERS, layers_that_fit(model, *flags))
-    with started(step_settings(model, *flags, f"--num_layers={layers}", "--compile=false")) as run:
+    with started_to_fit(model, flags, "--compile=false") as (run, layers):
         torch.cuda.reset_peak_memory_stats()
         draw = np.random.default_rng(0)
         loader = loader_of(run, draw.integers(SHORTEST, run.plan.settings.max_length + 1, NUM_STEPS * ROWS))

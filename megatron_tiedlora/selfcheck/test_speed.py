@@ -1,7 +1,6 @@
 """Part speed: training steps measured as in tiedlora bench, in the forms that determine a run's speed."""
 
 from statistics import median
-from typing import Any
 
 import pytest
 import torch
@@ -50,30 +49,25 @@ def test_step(name: str, layers: int, token_seconds: dict[str, float], model: st
     settings = step_settings(model, f"--num_layers={layers}", *base, *FORMS[name])
     found, _ = layout.measure_layout(settings)
     assert found is not None, "this is rank 0"
-    token_seconds[name] = median(found["seconds"]) / found["tokens"]
+    seconds = median(found["seconds"])
+    token_seconds[name] = seconds / found["tokens"]
     tell(f"layers of {model}", layers)
-    tell_figures(tell, found)
+    tell("tokens/s", found["tokens"] / seconds)
+    tell("ms per step", f"{1e3 * min(found['seconds']):.0f} to {1e3 * max(found['seconds']):.0f}")
+    tell("kernels", found["kernels"])
+    tell("MFU", found["mfu"])
+    tell("share of a bare matmul's speed in the same run", found["share_of_matmul"])
+    spent = found["kernel_seconds"]
+    total = sum(spent.values())
+    if total:
+        tell("the GPU's ms per micro-batch", 1e3 * total / found["micro_batches"])
+        tell("of them", ", ".join(f"{kind} {taken / total:.0%}" for kind, taken in spent.items() if taken))
+        tell("its kernels' time as a share of the step's time", total / seconds)
+    else:
+        tell("the GPU's time", "unknown: torch's profiler saw no kernel; CUPTI may not be allowed here")
     first = next(iter(FORMS))
     warn_unless(name != first or found["mfu"] >= LEAST_MFU, tell, SLOW_FIX)
     if name != first and first in token_seconds:
         ratio = token_seconds[name] / token_seconds[first]
         tell(f"time per token, relative to {first}", ratio)
         warn_unless(name != "20 documents a row" or ratio <= MOST_PACKED, tell, PACKED_FIX)
-
-
-def tell_figures(tell: Tell, figures: dict[str, Any]) -> None:
-    """Tell the figures of one form."""
-    seconds = median(figures["seconds"])
-    tell("tokens/s", figures["tokens"] / seconds)
-    tell("ms per step", f"{1e3 * min(figures['seconds']):.0f} to {1e3 * max(figures['seconds']):.0f}")
-    tell("kernels", figures["kernels"])
-    tell("MFU", figures["mfu"])
-    tell("share of a bare matmul's speed in the same run", figures["share_of_matmul"])
-    spent = figures["kernel_seconds"]
-    total = sum(spent.values())
-    if total:
-        tell("the GPU's ms per micro-batch", 1e3 * total / figures["micro_batches"])
-        tell("of them", ", ".join(f"{kind} {taken / total:.0%}" for kind, taken in spent.items() if taken))
-        tell("its kernels' time as a share of the step's time", total / seconds)
-    else:
-        tell("the GPU's time", "unknown: torch's profiler saw no kernel; CUPTI may not be allowed here")

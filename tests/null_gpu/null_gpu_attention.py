@@ -8,11 +8,13 @@ where no fused kernel runs; "unfused" is PyTorch's attention of whole rows with 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from functools import partial
+from unittest.mock import patch
 
 import nullgpu  # the stand-in's own module
 import torch
+from null_gpu_figures import launches
 from torch.nn import functional
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config, targets_of
@@ -33,13 +35,16 @@ def main() -> None:
     """Print all figures."""
     print("launches of one micro-batch of 4,096 tokens, two layers of 7B, forward and backward")
     for lengths in ([TOKENS], [96, 32] * 32, [*MIXED, TOKENS - sum(MIXED)]):
-        with _no_candidates():
+        with patch.object(fused_attention, "CANDIDATES", ()):
+            choose_attention.cache_clear()
             apart = _launches(lengths)
+        choose_attention.cache_clear()
         what = f"{len(lengths)} documents of {min(lengths)} to {max(lengths)}"
         print(f"  {what}: one by one {apart}, in one call {_launches(lengths)}")
     heads = (64, 8, 2048, 128)
     print("peak of attention of 70B's width in fp32, forward and backward, GB")
-    print(f"  unfused {_peak(_unfused, *heads):.2f}, chosen {_peak(_chosen, *heads):.2f}")
+    unfused = partial(functional.scaled_dot_product_attention, is_causal=True, enable_gqa=True)
+    print(f"  unfused {_peak(unfused, *heads):.2f}, chosen {_peak(_chosen, *heads):.2f}")
     print("launches of a token of an answer, four layers of 7B")
     print(f"  mask as it is {_decoding()}, its rows without a gap {_decoding(contiguous=True)}")
     print("bytes beside q, k, v and the result: kept, and at most in the backward pass beside the gradients of q, k, v")
@@ -51,29 +56,9 @@ def main() -> None:
             print(f"  {label}, {what}: {kept:,}, {more:,}")
 
 
-@contextmanager
-def _no_candidates() -> Iterator[None]:
-    before = fused_attention.CANDIDATES
-    fused_attention.CANDIDATES = ()
-    choose_attention.cache_clear()
-    yield
-    fused_attention.CANDIDATES = before
-    choose_attention.cache_clear()
-
-
-def _counted() -> int:
-    return sum(number for name, number in nullgpu.report().items() if name.startswith(("kernel:", "gemm:")))
-
-
 def _stage(num_layers: int) -> Stage:
     config = find_model("llama2-7b").shape
-    adapter = make_adapter_config(
-        "tl6",
-        rank=8,
-        layers=range(1, num_layers + 1),
-        targets=targets_of(config),
-        seed=0,
-    )
+    adapter = make_adapter_config("tl6", rank=8, layers=range(1, num_layers + 1), targets=targets_of(config), seed=0)
     with GPU:
         specs = layer_specs(config, dtype=torch.bfloat16)
         return Stage((*specs[: num_layers + 1], specs[-1]), TiedAdapter(AdapterPart.whole(adapter))).to(GPU)
@@ -88,12 +73,8 @@ def _launches(lengths: Sequence[int]) -> int:
     for _ in range(2):  # what is chosen is tried in the first
         nullgpu.reset()
         stage(tokens, positions, tokens, documents=ids).backward()
-        counts.append(_counted())
+        counts.append(launches(nullgpu.report()))
     return counts[-1]
-
-
-def _unfused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    return functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
 
 
 def _chosen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -119,16 +100,14 @@ def _decoding(*, contiguous: bool = False) -> int:
     tokens = torch.zeros(4, 11, dtype=torch.int64, device=GPU)
     positions = torch.arange(11, device=GPU).expand(4, 11)
     make = Attention._cache_mask
-    if contiguous:
-        Attention._cache_mask = lambda *arguments: make(*arguments).contiguous()  # type: ignore[method-assign]
-    with torch.no_grad():
+    changed = (lambda *arguments: make(*arguments).contiguous()) if contiguous else make
+    with torch.no_grad(), patch.object(Attention, "_cache_mask", changed):
         updates = stage.read_adapter()
         stage.predict(tokens, positions, caches=caches, updates=updates)
         for step in range(11, 13):  # 13 keys do not divide by 8
             nullgpu.reset()
             stage.predict(tokens[:, :1], positions[:, :1] + step, caches=caches, updates=updates)
-    Attention._cache_mask = make  # type: ignore[method-assign]
-    return _counted()
+    return launches(nullgpu.report())
 
 
 def _beside(

@@ -97,25 +97,15 @@ def _run_rank(order: str, environment: tuple[tuple[str, str], ...]) -> str:
     return lines[-1]
 
 
-def launches(counts: Mapping[str, int]) -> int:
-    """Kernels and matrix products."""
-    return sum(number for name, number in counts.items() if name.startswith(("kernel:", "gemm:")))
+def counted(pattern: str) -> Callable[[Mapping[str, int]], int]:
+    """The sum of those counts whose names begin so."""
+    return lambda counts: sum(number for name, number in counts.items() if re.match(pattern, name))
 
 
-def waits(counts: Mapping[str, int]) -> int:
-    """How often the host waited for the device, or would have in a copy."""
-    blocking = re.compile(r"sync:|memcpy:.*(pageable| sync)")
-    return sum(number for name, number in counts.items() if blocking.match(name))
-
-
-def messages(counts: Mapping[str, int]) -> int:
-    """NCCL's collectives, sends and receives."""
-    return sum(number for name, number in counts.items() if re.match("nccl(?!:|Group)", name))
-
-
-def communicators(*counts: Mapping[str, int]) -> int:
-    """NCCL communicators that were made."""
-    return sum(number for each in counts for name, number in each.items() if re.match("nccl:(init|split)", name))
+launches = counted("kernel:|gemm:")  # kernels and matrix products
+waits = counted(r"sync:|memcpy:.*(pageable| sync)")  # of the host for the device, also those that a copy would have
+messages = counted("nccl(?!:|Group)")  # NCCL's collectives, sends and receives
+communicators = counted("nccl:(init|split)")  # of NCCL that were made
 
 
 def _per_micro_batch(count: Callable[[Mapping[str, int]], int], **order: Any) -> float:
@@ -141,7 +131,7 @@ def _starts_with_one_visible() -> float:
 
 def _communicators_at_512(**order: Any) -> float:
     found = run_rank(world_size=512, steps=1, **order)
-    return communicators(found["start"], *found["steps"])
+    return sum(map(communicators, (found["start"], *found["steps"])))
 
 
 def _messages_of_a_step() -> float:
@@ -212,17 +202,13 @@ def divides(ptx: str) -> bool:
     return re.search(r"\b(div|rem)\.[su](32|64)", ptx) is not None
 
 
-def _share(what: str, name: str, measure: Callable[..., float], most: float, least: float, **order: Any) -> Figure:
+SHARES = {"planned": (_planned_to_allocated, 1.07, 0.93), "reserved": (_reserved_to_allocated, 1.15, 1.0)}
+
+
+def _share(what: str, name: str, **order: Any) -> Figure:
     """A figure of bytes to bytes that are allocated."""
+    measure, most, least = SHARES[what]
     return Figure(f"{what} to allocated bytes, {name}", lambda: measure(**order), most, least, digits=2)
-
-
-def _planned(name: str, **order: Any) -> Figure:
-    return _share("planned", name, _planned_to_allocated, 1.07, 0.93, **order)
-
-
-def _reserved(name: str, **order: Any) -> Figure:
-    return _share("reserved", name, _reserved_to_allocated, 1.15, 1.0, **order)
 
 
 def _waits(name: str, **order: Any) -> Figure:
@@ -252,17 +238,20 @@ FIGURES = [
     Figure("launches a layer, forward and backward, not compiled", lambda: _per_layer(compile="false"), 160),
     Figure("launches a layer more for 4 rows than for 1, tensor 8", _launches_of_rows, 0, digits=1),
     Figure("launches packed (documents of 64) to unpacked, 4,096 tokens", _packed_against_unpacked, 1.1, 0.9, 2),
-    *(_reserved(f"150 micro-batches of 4 x 128 to 2,048, {w}", **kind, **LENGTHS) for w, kind in COMPILED.items()),
     *(
-        _planned(f"7B, recompute {recompute}, {word}", **kind, **order)
+        _share("reserved", f"150 micro-batches of 4 x 128 to 2,048, {w}", **kind, **LENGTHS)
+        for w, kind in COMPILED.items()
+    ),
+    *(
+        _share("planned", f"7B, recompute {recompute}, {word}", **kind, **order)
         for recompute, order in SHAPES.items()
         for word, kind in COMPILED.items()
     ),
-    *(_planned(name, compile="true", **order) for name, order in LAYOUTS.items()),
-    *(_reserved(name, compile="true", prompts=0, steps=2, **order) for name, order in LAYOUTS.items()),
+    *(_share("planned", name, compile="true", **order) for name, order in LAYOUTS.items()),
+    *(_share("reserved", name, compile="true", prompts=0, steps=2, **order) for name, order in LAYOUTS.items()),
     *(_waits(f"base in {name}", num_layers=2, **order) for name, order in BASES.items()),
     *(
-        _planned(f"7B, recompute {recompute}, base in {name}, compiled", compile="true", **order, **base)
+        _share("planned", f"7B, recompute {recompute}, base in {name}, compiled", compile="true", **order, **base)
         for name, base in BASES.items()
         for recompute, order in SHAPES.items()
     ),

@@ -11,11 +11,12 @@ from __future__ import annotations
 import ctypes
 import inspect
 import json
+import math
 import os
-import socket
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from types import SimpleNamespace
 from typing import Any
 
 import nullgpu  # the stand-in's own module
@@ -29,7 +30,7 @@ from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.model.batch import find_documents, whole_rows
-from megatron_tiedlora.runtime.launch_env import prepare_environment
+from megatron_tiedlora.runtime.launch_env import free_port, prepare_environment
 from megatron_tiedlora.runtime.process_group import join_process_group, make_deterministic
 from megatron_tiedlora.runtime.stopping import StopRequests
 
@@ -69,7 +70,7 @@ class Order:
 
 def main(order: Order) -> dict[str, Any]:
     """Join, build, take steps; returns the figures."""
-    place = {"RANK": 0, "WORLD_SIZE": order.world_size, "LOCAL_RANK": order.local_rank, "MASTER_PORT": _free_port()}
+    place = {"RANK": 0, "WORLD_SIZE": order.world_size, "LOCAL_RANK": order.local_rank, "MASTER_PORT": free_port()}
     os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
     os.environ["TORCH_NCCL_RANKS_PER_ROOT"] = "1000000"  # rank 0 asks nobody for an id
     segments = hasattr(ctypes.CDLL("libcuda.so.1"), "cuMemCreate")
@@ -82,7 +83,8 @@ def main(order: Order) -> dict[str, Any]:
     nullgpu.reset()
     device = join_process_group(1, expected_ranks=order.world_size)
     if order.measure == "join":
-        return {"device": str(device), "bound": str(_bound_device()), **_counts()}
+        bound = distributed.distributed_c10d._get_default_group().bound_device_id
+        return {"device": str(device), "bound": str(bound), **_counts()}
     _believe_all_numbers()
     plan, take, steps = _built(order, device)
     for _ in range(WARM_UP):
@@ -114,12 +116,6 @@ def main(order: Order) -> dict[str, Any]:
         "segments": segments,
         "planned": _planned(plan, tokens=largest, documents=documents, longest=longest),
     }
-
-
-def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 def _built(order: Order, device: torch.device) -> Any:
@@ -158,8 +154,6 @@ def _global_batch(order: Order) -> int:
 
 
 def _source(order: Order) -> Any:
-    from dataclasses import replace
-
     from megatron_tiedlora.checkpoint.sources import find_model
 
     assert order.model in PRESETS, f"{order.model} is no preset, and weights are drawn at random"
@@ -203,10 +197,6 @@ def _compiling(order: Order, take: Any, steps: Iterator[TrainingStep]) -> dict[s
 
 def _counts() -> dict[str, int]:
     return {name: number for name, number in nullgpu.report().items() if not name.startswith("ltlayout")}
-
-
-def _bound_device() -> Any:
-    return distributed.distributed_c10d._get_default_group().bound_device_id
 
 
 def _meet_nobody(world_size: int) -> None:
@@ -253,7 +243,7 @@ def _believe_all_numbers() -> None:
     torch.Tensor.__repr__ = lambda self, **_: str(tuple(self.shape))  # type: ignore[assignment, method-assign]
     for kind in (EngineOptimizer, Optimizers):
         kind.take = _finite(kind.take)  # type: ignore[method-assign]
-    step.math = _FiniteMath()  # type: ignore[attr-defined]
+    step.math = SimpleNamespace(**{**vars(math), "isfinite": lambda _: True})  # type: ignore[attr-defined]
 
 
 def _finite(take: Any) -> Any:
@@ -262,18 +252,6 @@ def _finite(take: Any) -> Any:
         return 1.0
 
     return taken
-
-
-class _FiniteMath:
-    """`math`, to which every number is finite."""
-
-    def __getattr__(self, name: str) -> Any:
-        import math
-
-        return getattr(math, name)
-
-    def isfinite(self, _: float) -> bool:
-        return True
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from megatron_tiedlora.adapters.adapter_bank import AdapterBank
 from megatron_tiedlora.adapters.tied_adapter import (
     AdapterPart,
     TiedAdapter,
@@ -47,6 +48,14 @@ def adapted_stage(
     adapter = TiedAdapter(AdapterPart.whole(config), dtype=torch.promote_types(dtype, torch.float32))
     numbers = {name: drawn(*value.shape, seed=7) * scale for name, value in initial_values(config).items()}
     adapter.load_full(numbers)
+    return loaded_stage(folder, adapter, dtype, recompute, **specs)
+
+
+def loaded_stage(
+    folder: Path, adapter: TiedAdapter | AdapterBank, dtype: torch.dtype, recompute: str = "none", **specs: Any
+) -> Stage:
+    """The whole model with these adapters; `specs`: more for `layer_specs`."""
+    shape = find_model(str(folder)).shape
     made = layer_specs(shape, dtype=dtype, recomputes_gate=recompute == "selective", **specs)
     stage = Stage(made, adapter, recompute=recompute)
     with BaseWeights(folder, shape) as weights:

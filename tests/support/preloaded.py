@@ -31,7 +31,6 @@ MODULES = (
     "transformers.tokenization_utils_sentencepiece",
     "megatron_tiedlora.evaluation.answering",
     "megatron_tiedlora.evaluation.results",
-    "megatron_tiedlora.model.families.llama",
     "megatron_tiedlora.runtime.ending",
     "megatron_tiedlora.planning.report",
     "megatron_tiedlora.training.finish",

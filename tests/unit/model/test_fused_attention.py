@@ -1,4 +1,5 @@
-"""Which kernel computes attention on a GPU, what it is called with, and that its result is attention's definition.
+"""Attention by tiles on a CPU and by fused kernels on a GPU: which kernel is chosen, what it is called with, and that
+every result is attention's definition.
 
 Without a GPU a stand-in takes each kernel's place: it has the library's arguments, checks them, and computes in fp64.
 `-m gpu` runs the kernels themselves.
@@ -7,7 +8,7 @@ Without a GPU a stand-in takes each kernel's place: it has the library's argumen
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from importlib.machinery import ModuleSpec
@@ -17,17 +18,46 @@ from typing import Any
 import pytest
 import torch
 from attention_layers import attention_layer
-from attention_oracle import IDS, attended, heads
+from torch.nn import functional
 
 from megatron_tiedlora.model import fused_attention
 from megatron_tiedlora.model.batch import Documents, find_documents, whole_rows
+from megatron_tiedlora.model.cpu_attention import TiledRows, attend_by_tiles, find_query_tiles
 from megatron_tiedlora.model.fused_attention import CANDIDATES, Attend, attend_within, choose_attention, one_by_one
 from megatron_tiedlora.parallel.groups import TensorParallel
+from megatron_tiedlora.parallel.kernels import EAGER
+from megatron_tiedlora.selfcheck.reference import plain_attention
 
 HOST, GPU = torch.device("cpu"), torch.device("cuda:0")
 FA3, FA2, FLASH, EFFICIENT = (candidate.name for candidate in CANDIDATES)
 LOOP = "PyTorch's attention, one document after another"
 choose = choose_attention.__wrapped__  # what a test has patched must not be remembered
+# Documents of 5, 3, 8, 1 and 15 tokens in two rows of 16.
+IDS = torch.tensor([[0] * 5 + [1] * 3 + [2] * 8, [0] * 1 + [1] * 15])
+
+
+def attended(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ids: torch.Tensor, scale: float | None = None
+) -> torch.Tensor:
+    """Attention within documents by its definition, in fp64, (b, s, heads * head_dim); `ids` (b, s) on the host."""
+    query, key, value = (heads.double() for heads in (query, key, value))
+    scaled = query if scale is None else query * (scale * query.shape[-1] ** 0.5)
+    return plain_attention(scaled, key, value, ids)
+
+
+def heads(
+    dtype: torch.dtype,
+    *,
+    device: str = "cpu",
+    shape: tuple[int, int] = (2, 16),
+    counts: tuple[int, int] = (6, 2),
+    head_dim: int = 32,
+) -> list[torch.Tensor]:
+    """Queries of `counts[0]` heads, keys and values of `counts[1]`, as views of one storage by tokens; each a leaf."""
+    generator = torch.Generator().manual_seed(1)
+    fused = torch.randn(*shape, counts[0] + 2 * counts[1], head_dim, generator=generator).to(device, dtype)
+    parts = fused.transpose(1, 2).split((counts[0], counts[1], counts[1]), dim=1)
+    return [part.detach().requires_grad_() for part in parts]
 
 
 def by_definition(query: Any, key: Any, value: Any, offsets: torch.Tensor, scale: float) -> torch.Tensor:
@@ -41,22 +71,25 @@ def by_definition(query: Any, key: Any, value: Any, offsets: torch.Tensor, scale
 Calls = list[dict[str, Any]]
 
 
-def library(name: str, arguments: tuple[str, ...], *, as_tuple: bool) -> tuple[ModuleType, Calls]:
-    """A module whose flash_attn_varlen_func has these arguments, and the calls that it got."""
-    calls: Calls = []
+def stand_in(
+    arguments: Sequence[str], compute: Callable[[dict[str, Any]], Any], calls: Calls, num_positional: int | None = None
+) -> Callable[..., Any]:
+    """A function with these arguments, so many of them by position, too; `calls` gets what it is called with."""
 
-    def flash_attn_varlen_func(*positional: Any, **keywords: Any) -> Any:
+    def function(*positional: Any, **keywords: Any) -> Any:
+        assert len(positional) <= len(arguments[:num_positional])
         given = dict(zip(arguments, positional, strict=False)) | keywords
         assert given.keys() <= set(arguments), f"no such arguments: {given.keys() - set(arguments)}"
         calls.append(given)
-        assert given["causal"] is True and given["cu_seqlens_q"] is given["cu_seqlens_k"]
-        assert given["max_seqlen_q"] == given["max_seqlen_k"]
-        mixed = by_definition(given["q"], given["k"], given["v"], given["cu_seqlens_q"], given["softmax_scale"])
-        return (mixed, None) if as_tuple else mixed
+        return compute(given)
 
-    module = ModuleType(name)
-    module.flash_attn_varlen_func = flash_attn_varlen_func  # type: ignore[attr-defined]
-    return module, calls
+    return function
+
+
+def flash_attn_varlen_func(given: dict[str, Any]) -> torch.Tensor:
+    assert given["causal"] is True and given["cu_seqlens_q"] is given["cu_seqlens_k"]
+    assert given["max_seqlen_q"] == given["max_seqlen_k"]
+    return by_definition(given["q"], given["k"], given["v"], given["cu_seqlens_q"], given["softmax_scale"])
 
 
 COMMON = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
@@ -71,15 +104,14 @@ ARGUMENTS_3 = (
 
 
 def install(
-    monkeypatch: pytest.MonkeyPatch,
-    *names: str,
-    arguments: tuple[str, ...] | None = None,
-    as_tuple: bool = False,
+    monkeypatch: pytest.MonkeyPatch, *names: str, arguments: tuple[str, ...] | None = None, as_tuple: bool = False
 ) -> dict[str, Calls]:
     """Have these libraries installed, and no other; the calls that each gets."""
-    calls = {}
+    calls: dict[str, Calls] = {}
     for name, own in (("flash_attn_interface", ARGUMENTS_3), ("flash_attn", ARGUMENTS_2)):
-        module, calls[name] = library(name, arguments or own, as_tuple=as_tuple)
+        calls[name], module = [], ModuleType(name)
+        compute = (lambda given: (flash_attn_varlen_func(given), None)) if as_tuple else flash_attn_varlen_func
+        module.flash_attn_varlen_func = stand_in(arguments or own, compute, calls[name])  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, name, module if name in names else None)
     monkeypatch.setattr(fused_attention, "find_spec", lambda name: ModuleSpec(name, None) if name in names else None)
     return calls
@@ -92,27 +124,13 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> No
     stand_in_for_operators(monkeypatch)
 
 
-def stand_in_for_operators(monkeypatch: pytest.MonkeyPatch) -> dict[str, Calls]:
-    """PyTorch's operators, with the arguments that this torch says they have; the calls that each gets."""
-    calls: dict[str, Calls] = {}
-
-    def stand_in(name: str) -> None:
-        schema = getattr(torch.ops.aten, name).default._schema
-        arguments = [argument.name for argument in schema.arguments]
-        positional_only = [argument.name for argument in schema.arguments if not argument.kwarg_only]
-        calls[name] = []
-
-        def operator(*positional: Any, **keywords: Any) -> tuple[torch.Tensor, ...]:
-            assert len(positional) <= len(positional_only) and keywords.keys() <= set(arguments)
-            given = dict(zip(positional_only, positional, strict=False)) | keywords
-            calls[name].append(given)
-            return OPERATORS[name](given)
-
-        monkeypatch.setattr(torch.ops.aten, name, operator)
-
-    for name in OPERATORS:
-        stand_in(name)
-    return calls
+def stand_in_for_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's operators, with the arguments that this torch says they have."""
+    for name, compute in OPERATORS.items():
+        arguments = getattr(torch.ops.aten, name).default._schema.arguments
+        num_positional = sum(not argument.kwarg_only for argument in arguments)
+        function = stand_in([one.name for one in arguments], compute, [], num_positional)
+        monkeypatch.setattr(torch.ops.aten, name, function)
 
 
 def flash(given: dict[str, Any]) -> tuple[torch.Tensor, ...]:
@@ -224,6 +242,14 @@ def test_a_library_that_cannot_be_deterministic_is_passed_over(monkeypatch: pyte
     assert route.name == FLASH and "deterministic" in route.reason
 
 
+def assert_same(found: torch.Tensor, wanted: torch.Tensor, parts: Sequence[torch.Tensor], tolerance: float) -> None:
+    """Values within 1e-12, gradients within the tolerance."""
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    gradient = torch.randn(found.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    for ours, theirs in zip(*(torch.autograd.grad(x, parts, gradient) for x in (found, wanted)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("head_dim", [32, 12])
 @pytest.mark.parametrize("counts", [(6, 2), (4, 4)])
 @pytest.mark.parametrize("packed", [False, True])
@@ -239,13 +265,7 @@ def test_every_route_is_attention(
     parts = heads(torch.float64, counts=counts, head_dim=head_dim)
     ids = IDS if packed else torch.zeros_like(IDS)
     documents = find_documents([IDS], HOST) if packed else whole_rows(*IDS.shape, HOST)
-    found, wanted = attend_within(*parts, documents, attend), attended(*parts, ids)
-    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
-    gradient = torch.randn(found.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    for ours, theirs in zip(
-        torch.autograd.grad(found, parts, gradient), torch.autograd.grad(wanted, parts, gradient), strict=True
-    ):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert_same(attend_within(*parts, documents, attend), attended(*parts, ids), parts, 1e-12)
 
 
 def test_documents_of_one_length_are_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,25 +306,83 @@ def test_a_layer_gives_what_it_gives_on_a_cpu(
 # Where documents begin and end ----------------------------------------------------------------------------------------
 
 
-def test_a_new_id_and_a_new_row_begin_a_document() -> None:
-    found = find_documents([IDS], HOST)
-    assert found.bounds == [0, 5, 8, 16, 17, 32] and found.longest == 15
-    assert found.offsets.tolist() == found.bounds and found.offsets.dtype == torch.int32
+@pytest.mark.parametrize(
+    ("blocks", "bounds", "longest"),
+    [
+        ([IDS], [0, 5, 8, 16, 17, 32], 15),
+        ([torch.zeros(3, 7, dtype=torch.int64)], [0, 7, 14, 21], 7),
+        ([torch.tensor([[0, 0, 1], [1, 1, 1]]), torch.tensor([[1, 2]])], [0, 2, 3, 6, 7, 8], 3),
+    ],
+    ids=["rows", "one a row", "blocks end to end"],
+)
+def test_a_new_id_a_new_row_and_a_new_block_begin_a_document(
+    blocks: list[torch.Tensor], bounds: list[int], longest: int
+) -> None:
+    """A document never goes on in the next row or block, although the id is the same."""
+    found = [find_documents(blocks, HOST)]
+    if not blocks[0].any():
+        found.append(whole_rows(*blocks[0].shape, HOST))
+    for documents in found:
+        assert documents.bounds == documents.offsets.tolist() == bounds and documents.longest == longest
+        assert documents.offsets.dtype == torch.int32
 
 
-def test_rows_of_one_document_each() -> None:
-    rows = whole_rows(3, 7, HOST)
-    assert rows.bounds == rows.offsets.tolist() == [0, 7, 14, 21] and rows.longest == 7
-    assert rows.offsets.dtype == torch.int32
-    found = find_documents([torch.zeros(3, 7, dtype=torch.int64)], HOST)
-    assert found.bounds == rows.bounds and found.longest == rows.longest
+# By tiles on a CPU ----------------------------------------------------------------------------------------------------
+
+# shared keys or not, lengths that blocks of 64 divide or not
+SHAPES: dict[str, dict[str, Any]] = {
+    "gqa": {"counts": (6, 2), "head_dim": 16, "shape": (2, 200)},
+    "mha": {"counts": (4, 4), "head_dim": 8, "shape": (1, 40)},
+    "mqa": {"counts": (3, 1), "head_dim": 8, "shape": (3, 128)},
+}
 
 
-def test_documents_of_blocks_end_to_end() -> None:
-    """Rows of different lengths; a document never goes on in the next row or block, although the id is the same."""
-    blocks = [torch.tensor([[0, 0, 1], [1, 1, 1]]), torch.tensor([[1, 2]])]
-    found = find_documents(blocks, HOST)
-    assert found.bounds == [0, 2, 3, 6, 7, 8] and found.offsets.tolist() == found.bounds and found.longest == 3
+@pytest.mark.parametrize("size", [64, 24])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_and_gradients_are_those_of_the_definition(shape: str, packed: bool, size: int) -> None:
+    parts, (rows, length) = heads(torch.float64, **SHAPES[shape]), SHAPES[shape]["shape"]
+    ids = None
+    if packed:  # of each row other documents, some of one token, some longer than a block
+        ids = torch.randint(0, 6, (rows, length), generator=torch.Generator().manual_seed(2)).sort(dim=1).values
+    wanted = attended(*parts, torch.zeros(rows, length) if ids is None else ids)
+    found = attend_by_tiles(*parts, [TiledRows(rows, length, find_query_tiles(ids, length, size=size))], EAGER)
+    assert_same(found, wanted, parts, 1e-11)
+
+
+def test_blocks_leave_out_what_no_row_sees() -> None:
+    """Every query once; keys from the first that a row sees in it, so documents cost what they are long."""
+    ids = torch.tensor([[0] * 30 + [1] * 40 + [2] * 30, [0] * 50 + [1] * 50])
+    blocks = find_query_tiles(ids, 100, size=32)
+    assert [block[:3] for block in blocks] == [(96, 100, 50), (64, 96, 30), (32, 64, 0), (0, 32, 0)]
+    assert all(mask.shape == (2, 1, stop - start, stop - first) for start, stop, first, mask in blocks)
+    assert all((block.mask == 0).any(-1).all() for block in blocks)  # every query sees itself
+    whole = find_query_tiles(None, 100, size=32)
+    assert [block.first for block in whole] == [0] * 4
+    assert whole[0].mask.shape == (1, 1, 4, 100) and whole[0].mask.element_size() == 2
+
+
+def test_bf16_rounds_no_worse_than_pytorchs_kernel() -> None:
+    """Errors against fp64 by norm: the result within 1.5 times, all gradients together within 1.1 times of SDPA's.
+
+    Scores and sums over blocks are fp32 here, while the exponentials are rounded before they are divided, and dO V^T is
+    rounded once.
+    """
+    parts = heads(torch.bfloat16, **SHAPES["gqa"])
+    wide = [part.detach().double().requires_grad_() for part in parts]
+    wanted = attended(*wide, torch.zeros(2, 200))
+    gradient = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(4)).bfloat16()
+    truth = (wanted.detach(), *torch.autograd.grad(wanted, wide, gradient.double()))
+    blocks = find_query_tiles(None, 200, size=64)
+    mine = attend_by_tiles(*parts, [TiledRows(len(parts[0]), 200, blocks)], EAGER)
+    theirs = functional.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(2)
+    errors = []
+    for found in (mine, theirs):
+        values = (found.detach(), *torch.autograd.grad(found, parts, gradient))
+        pairs = zip(values, truth, strict=True)
+        errors.append([float((value.double() - true).norm() / true.norm()) for value, true in pairs])
+    assert errors[0][0] <= 1.5 * errors[1][0]
+    assert sum(errors[0][1:]) <= 1.1 * sum(errors[1][1:])
 
 
 # On a GPU -------------------------------------------------------------------------------------------------------------
@@ -338,7 +416,7 @@ def test_every_route_on_a_gpu(dtype: torch.dtype, packed: bool, counts: tuple[in
     """Forwards and backwards against the definition in fp64."""
     parts = heads(dtype, device="cuda", shape=(2, 300), counts=counts, head_dim=head_dim)
     documents = find_documents([LONG_IDS], GPU) if packed else whole_rows(2, 300, GPU)
-    wanted = attended(*parts, (LONG_IDS if packed else torch.zeros_like(LONG_IDS)).cuda())
+    wanted = attended(*parts, LONG_IDS if packed else torch.zeros_like(LONG_IDS))
     gradient = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(2)).cuda().to(dtype)
     expected = (wanted, *torch.autograd.grad(wanted, parts, gradient.double()))
     for name, attend in routes(dtype, head_dim):

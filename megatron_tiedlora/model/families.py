@@ -1,0 +1,357 @@
+"""Families of models, by the `model_type` of their `config.json`, and the decoder that all of them share.
+
+A family is a function that makes a `ModelShape` of an `HfConfig`, and raises UserError for features that are not
+implemented. `family` takes what an absent field means where that is not what it means to LLaMA. A function says what
+its layers have beside the shared decoder's: grouped queries, rotary embedding, SwiGLU, and transformers' names.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
+
+from megatron_tiedlora.base.messages import UserError, shown
+from megatron_tiedlora.base.shapes import (
+    DOWN,
+    GATE_UP,
+    OUTPUT,
+    QKV,
+    BlockShape,
+    HeadShape,
+    LengthLimit,
+    LinearShape,
+    LongRopeScaling,
+    ModelShape,
+    NormShape,
+    RopeShape,
+    StoredRows,
+    linear_sizes,
+)
+from megatron_tiedlora.model.hf_config import (
+    FULL,
+    SLIDING,
+    HfConfig,
+    read_rope,
+    read_ropes_by_kind,
+    window_of_last_layers,
+)
+
+Reader = Callable[[HfConfig], ModelShape]
+
+
+class Family(NamedTuple):
+    """The function that reads a config, and what fields mean that it does not have."""
+
+    read: Reader
+    defaults: Mapping[str, Any]
+
+
+FAMILIES: dict[str, Family] = {}
+_QWEN_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+# Why a model of another type is out of reach, by a field that only such models have.
+_REASONS = {
+    **dict.fromkeys(("text_config", "vision_config"), "its text model is part of a multimodal one"),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), "it is a mixture of experts"),
+    **dict.fromkeys(("linear_num_key_heads", "mamba_d_state", "state_size"), "it has layers without attention"),
+    **dict.fromkeys(("parallel_attn", "use_parallel_residual"), "its attention and MLP have the same input"),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), "it caps its scores"),
+    **dict.fromkeys(("kv_lora_rank", "q_lora_rank"), "its keys and values are compressed"),
+}
+_FACTORS = "it multiplies what flows between its layers by factors"
+_OTHER_TYPES = {
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "granite", "minicpm"), _FACTORS),
+    **dict.fromkeys(("glm", "glm4"), "it rotates neighbouring elements of a head"),
+    **dict.fromkeys(("gpt2", "gpt_bigcode", "nemotron", "opt", "starcoder2"), "its MLP has no gate"),
+}
+
+
+def shape_from_hf(values: Mapping[str, Any], *, source: str = "config.json") -> ModelShape:
+    """The shape that the fields of a Hugging Face config describe.
+
+    Raises:
+        UserError: the name of a model type, feature or field that is not implemented.
+    """
+    kind = values.get("model_type")
+    family_of_kind = FAMILIES.get(str(kind))
+    if family_of_kind is None:
+        reason = _OTHER_TYPES.get(str(kind))
+        reason = reason or next((why for field, why in _REASONS.items() if values.get(field)), None)
+        because = "" if reason is None else f", as {reason}"
+        known = ", ".join(FAMILIES)
+        raise UserError(f"{source}: model_type {shown(kind)} is not implemented{because}. This version trains {known}")
+    config = HfConfig(values, source, {**FAMILIES["llama"].defaults, **family_of_kind.defaults})
+    shape = family_of_kind.read(config)
+    config.reject_unread()
+    return shape
+
+
+def family(**defaults: Any) -> Callable[[Reader], Reader]:
+    """Register a family by its function's name, in alphabetical order; `defaults` are its values of absent fields."""
+
+    def register(read: Reader) -> Reader:
+        FAMILIES[read.__name__] = Family(read, defaults)
+        return read
+
+    return register
+
+
+# The shared decoder ---------------------------------------------------------------------------------------------------
+
+
+class Norms(NamedTuple):
+    """The modules of a block's norms: of the inputs of attention and MLP, and of their results; None: there is none."""
+
+    attention: str | None = "input_layernorm"
+    output: str | None = None
+    mlp: str | None = "post_attention_layernorm"
+    down: str | None = None
+
+
+BEFORE = Norms()
+BEHIND = Norms(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
+
+
+def gated_decoder(
+    config: HfConfig,
+    *,
+    rope: tuple[RopeShape, LengthLimit | None] | None = None,
+    window: LengthLimit | None = None,
+    norm_eps: float | None = None,
+    qkv_bias: bool = False,
+    output_bias: bool = False,
+    head_norms: Literal["each", "together"] | None = None,
+    norms: Norms = BEFORE,
+    fused: bool = False,
+    ropes: Sequence[RopeShape | None] = (),
+) -> ModelShape:
+    """The shape that the fields common to these families describe.
+
+    Args:
+        rope: what `read_rope` returns; by default for the config alone.
+        window: the limit that a sliding window sets, see `HfConfig.window`.
+        norm_eps: that of LayerNorms, which have biases; None for RMS norms, whose field is read here.
+        head_norms: "each": each head of queries and keys has an RMS norm before the rotation; "together": all heads of
+            queries have one, and all heads of keys.
+        norms: the norms of the hidden size.
+        ropes: of each block, if they differ; see `ModelShape`.
+        fused: whether q, k and v are one stored tensor, and gate and up another.
+
+    Raises:
+        UserError: the name of a field that is missing or wrong.
+    """
+    rope = read_rope(config) if rope is None else rope
+    config.reject_other_layers("full_attention", *(() if window is None else ("sliding_attention",)))
+    activation = config.get("hidden_act")
+    if activation not in ("silu", "swish"):
+        raise UserError(f"{config.source}: hidden_act = {shown(activation)} is not implemented. Only 'silu' is")
+    vocab, d, f = (config.size(name) for name in ("vocab_size", "hidden_size", "intermediate_size"))
+    num_layers = config.size("num_hidden_layers")
+    eps = config.small_number("rms_norm_eps") if norm_eps is None else norm_eps
+
+    def norm(source: str | None, weight: str, bias: str) -> NormShape | None:
+        return None if source is None else NormShape(weight, d, eps, source, None if norm_eps is None else bias)
+
+    num, num_kv, dim = _head_sizes(config, d)
+
+    def head_norm(part: str, count: int) -> NormShape | None:
+        if head_norms is None:
+            return None
+        size, source = dim if head_norms == "each" else count * dim, f"self_attn.{part[0]}_norm"
+        return NormShape(f"attention.qkv.{part}_norm", size, eps, source, sharded=head_norms == "together")
+
+    heads = HeadShape(num, num_kv, dim, rope[0], head_norm("query", num), head_norm("key", num_kv))
+    for own in filter(None, (heads.rope, *ropes)):
+        _check_rotation(config, replace(heads, rope=own))
+    qkv = tuple(StoredRows(f"self_attn.{part}_proj") for part in "qkv")
+    gate_up = tuple(StoredRows(f"mlp.{part}_proj") for part in ("gate", "up"))
+    if fused:
+        qkv = _rows_of("self_attn.qkv_proj", heads.rows)
+        gate_up = _rows_of("mlp.gate_up_proj", (f, f))
+    output = (StoredRows("self_attn.o_proj"),)
+    sizes = linear_sizes(d, heads.rows, f)
+    block = BlockShape(
+        source="model.layers.{index}",
+        heads=heads,
+        attention_norm=norm(norms.attention, "attention.qkv.norm", "attention.qkv.norm_bias"),
+        qkv=LinearShape("attention.qkv", *sizes[QKV], qkv, qkv_bias),
+        output=LinearShape("attention.output", *sizes[OUTPUT], output, output_bias),
+        output_norm=norm(norms.output, "attention.output.norm.weight", "attention.output.norm.bias"),
+        mlp_norm=norm(norms.mlp, "mlp.gate_up.norm", "mlp.gate_up.norm_bias"),
+        gate_up=LinearShape("mlp.gate_up", *sizes[GATE_UP], gate_up),
+        down=LinearShape("mlp.down", *sizes[DOWN], (StoredRows("mlp.down_proj"),)),
+        down_norm=norm(norms.down, "mlp.down.norm.weight", "mlp.down.norm.bias"),
+    )
+    final_norm = norm("model.norm", "norm.weight", "norm.bias")
+    assert final_norm is not None
+    max_positions = config.size("max_position_embeddings")
+    trained = LengthLimit(max_positions, f"was trained for {max_positions} positions")
+    return ModelShape(
+        num_layers=num_layers,
+        max_positions=max_positions,
+        limit=min((trained, *filter(None, (rope[1], window))), key=lambda limit: limit.tokens),
+        embedding=LinearShape("", d, (vocab,), "vocabulary", (StoredRows("model.embed_tokens"),)),
+        block=block,
+        final_norm=final_norm,
+        head=LinearShape("", d, (vocab,), "vocabulary", (StoredRows("lm_head"),)),
+        tied_embeddings=config.flag("tie_word_embeddings"),
+        ropes=tuple(ropes),
+    )
+
+
+def _rows_of(module: str, sizes: tuple[int, ...]) -> tuple[StoredRows, ...]:
+    """Blocks of these sizes that follow each other in one stored tensor."""
+    return tuple(StoredRows(module, sum(sizes[:index]), sum(sizes)) for index in range(len(sizes)))
+
+
+def _head_sizes(config: HfConfig, hidden_size: int) -> tuple[int, int, int]:
+    num = config.size("num_attention_heads")
+    num_kv = config.size("num_key_value_heads", num)
+    if hidden_size < num and not config.get("head_dim"):
+        raise UserError(f"{config.source}: hidden_size {hidden_size} is less than num_attention_heads {num}")
+    dim = config.size("head_dim", hidden_size // num)
+    if num % num_kv:
+        raise UserError(f"{config.source}: {num} heads are not a multiple of num_key_value_heads {num_kv}")
+    return num, num_kv, dim
+
+
+def _check_rotation(config: HfConfig, heads: HeadShape) -> None:
+    rotated, scaling = heads.rotary_dim, heads.rope.scaling
+    if rotated % 2 or not rotated:
+        of = "" if rotated == heads.dim else f", of which {rotated} are rotated"
+        raise UserError(
+            f"{config.source}: head_dim is {heads.dim}{of}, but rotary embedding needs an even number of elements"
+        )
+    if isinstance(scaling, LongRopeScaling) and len(scaling.factors) != rotated // 2:
+        found = f"short_factor has {len(scaling.factors)} numbers, but there are {rotated // 2} frequencies"
+        raise UserError(f"{config.source}: {found}")
+
+
+# The families ---------------------------------------------------------------------------------------------------------
+
+
+@family(
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    hidden_act="silu",
+    max_position_embeddings=2048,
+    rms_norm_eps=1e-6,
+)
+def llama(config: HfConfig) -> ModelShape:
+    """LLaMA 1 to 3, and models of the same shape."""
+    bias = config.flag("attention_bias")
+    return gated_decoder(config, qkv_bias=bias, output_bias=bias)
+
+
+@family(intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=4096 * 32, sliding_window=4096)
+def mistral(config: HfConfig) -> ModelShape:
+    """Mistral 7B, Nemo and Small: LLaMA's layers, with a sliding window in the oldest models."""
+    return gated_decoder(config, window=config.window())
+
+
+@family(vocab_size=50304, rms_norm_eps=1e-5)
+def olmo2(config: HfConfig) -> ModelShape:
+    """OLMo 2: norms after attention and MLP in place of those before, and norms of all heads of queries and of keys."""
+    bias = config.flag("attention_bias")
+    return gated_decoder(config, qkv_bias=bias, output_bias=bias, norms=BEHIND, head_norms="together")
+
+
+@family(vocab_size=50304, rms_norm_eps=1e-5, sliding_window=4096)
+def olmo3(config: HfConfig) -> ModelShape:
+    """OLMo 3: OLMo 2's layers, most of them with a sliding window and a rotation of their own."""
+    bias, num_layers = config.flag("attention_bias"), config.size("num_hidden_layers")
+    kinds = config.get("layer_types")
+    if kinds is None:
+        kinds = [SLIDING if layer % 4 else FULL for layer in range(1, num_layers + 1)]
+    if not isinstance(kinds, list) or len(kinds) != num_layers or any(kind not in (FULL, SLIDING) for kind in kinds):
+        raise UserError(f"{config.source}: layer_types = {shown(kinds)} is not a list of {num_layers} kinds of layers")
+    ropes = read_ropes_by_kind(config, theta=500000.0)
+    limits = [limit for _, limit in ropes.values() if limit is not None]
+    return gated_decoder(
+        config,
+        rope=(ropes[FULL][0], min(limits, key=lambda limit: limit.tokens, default=None)),
+        ropes=[ropes[kind][0] for kind in kinds],
+        window=config.window(used=SLIDING in kinds),
+        qkv_bias=bias,
+        output_bias=bias,
+        norms=BEHIND,
+        head_norms="together",
+    )
+
+
+@family(
+    vocab_size=32064,
+    hidden_size=3072,
+    intermediate_size=8192,
+    max_position_embeddings=4096,
+    original_max_position_embeddings=4096,
+    rms_norm_eps=1e-5,
+)
+def phi3(config: HfConfig) -> ModelShape:
+    """Phi-3, Phi-3.5 and Phi-4: q, k and v in one stored tensor, gate and up in another, and part of a head rotated."""
+    original, names = config.size("original_max_position_embeddings"), {"su": "longrope", "yarn": "longrope"}
+    rope = read_rope(config, partial=True, original_positions=original, other_names=names)
+    return gated_decoder(config, rope=rope, window=config.window(), fused=True)
+
+
+@family(**_QWEN_DEFAULTS)
+def qwen2(config: HfConfig) -> ModelShape:
+    """Qwen1.5, Qwen2 and Qwen2.5: a bias on query, key and value and none on the output."""
+    return gated_decoder(config, window=window_of_last_layers(config), qkv_bias=True)
+
+
+@family(**_QWEN_DEFAULTS, head_dim=128)
+def qwen3(config: HfConfig) -> ModelShape:
+    """Qwen3, the dense models: an RMS norm of each head of queries and keys before the rotation."""
+    bias, window = config.flag("attention_bias"), window_of_last_layers(config)
+    return gated_decoder(config, window=window, qkv_bias=bias, output_bias=bias, head_norms="each")
+
+
+@family(
+    vocab_size=128256,
+    hidden_size=2048,
+    num_hidden_layers=36,
+    num_attention_heads=16,
+    num_key_value_heads=4,
+    max_position_embeddings=32768,
+    rope_theta=2000000.0,
+    no_rope_layer_interval=4,
+    tie_word_embeddings=True,
+)
+def smollm3(config: HfConfig) -> ModelShape:
+    """SmolLM3: LLaMA's layers, in some of which queries and keys are not rotated."""
+    bias = config.flag("attention_bias")
+    num_layers, interval = config.size("num_hidden_layers"), config.size("no_rope_layer_interval")
+    rotates = config.get("no_rope_layers")  # 1 for a layer with rotation, whatever the field's name says
+    if rotates is None:
+        rotates = [int(layer % interval != 0) for layer in range(1, num_layers + 1)]
+    if not isinstance(rotates, list) or len(rotates) != num_layers or not {*map(repr, rotates)} <= {"0", "1"}:
+        wanted = f"a list of {num_layers} zeros and ones"
+        raise UserError(f"{config.source}: no_rope_layers = {shown(rotates)} is not {wanted}")
+    rope = read_rope(config)
+    window = config.window(used=config.flag("use_sliding_window"))
+    ropes = [rope[0] if rotated else None for rotated in rotates]
+    return gated_decoder(config, rope=rope, window=window, qkv_bias=bias, output_bias=bias, ropes=ropes)
+
+
+@family(
+    vocab_size=50304,
+    hidden_size=2560,
+    intermediate_size=6912,
+    num_key_value_heads=32,
+    max_position_embeddings=4096,
+    layer_norm_eps=1e-5,
+    partial_rotary_factor=0.25,
+)
+def stablelm(config: HfConfig) -> ModelShape:
+    """StableLM 2, and NVIDIA's GPT-2B-001: LayerNorms with biases, and part of a head rotated."""
+    rope, eps = read_rope(config, partial=True), config.small_number("layer_norm_eps")
+    return gated_decoder(config, rope=rope, norm_eps=eps, qkv_bias=config.flag("use_qkv_bias"))
