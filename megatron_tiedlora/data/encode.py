@@ -19,7 +19,7 @@ from contextlib import closing
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, islice, pairwise
+from itertools import chain, islice, pairwise, product
 from multiprocessing import active_children, current_process, get_context
 from typing import Any
 
@@ -60,36 +60,21 @@ def encode_prompts(
 
     If a prompt fits, these are exactly the ids that training puts before the last answer.
     """
-    with closing(Chat(tokenizer, reading or Reading())) as chat:
-        encoded = list(Encoder(tokenizer, chat, max_length).prompts(examples))
+    with closing(Encoder(tokenizer, reading or Reading(), max_length)) as encoder:
+        encoded = list(encoder.prompts(examples))
     return [np.asarray(ids, dtype=np.int32) for ids, _ in encoded], sum(cut for _, cut in encoded)
 
 
-def encode_examples(
-    tokenizer: Tokenizer, examples: Sequence[Example], *, max_length: int, reading: Reading | None = None
-) -> list[EncodedExample]:
-    """Return samples as ids, each of at most `max_length` tokens. A text without a prompt may become several.
-
-    Raises UserError if the tokenizer has no EOS where one is needed, or if answers with the start and one token of
-    their prompt do not fit in `max_length` (the message names the sample).
-    """
-    with closing(Chat(tokenizer, reading or Reading())) as chat:
-        return [sample for samples in Encoder(tokenizer, chat, max_length).samples(examples) for sample in samples]
-
-
 def encode_dataset(
-    examples: Sequence[Example],
-    tokenizer: Tokenizer,
-    *,
-    max_length: int,
-    reading: Reading | None = None,
+    examples: Sequence[Example], tokenizer: Tokenizer, *, max_length: int, reading: Reading | None = None
 ) -> TokenDataset:
-    """Tokenise samples that are in memory.
+    """Tokenise samples that are in memory, to at most `max_length` tokens. A text without a prompt may become several.
 
-    Raises UserError as `encode_examples` does, and if no token is supervised.
+    Raises UserError if the tokenizer has no EOS where one is needed, if answers with the start and one token of their
+    prompt do not fit in `max_length` (the message names the sample), and if no token is supervised.
     """
-    samples = encode_examples(tokenizer, examples, max_length=max_length, reading=reading)
-    dataset = TokenDataset(**joined(samples))
+    with closing(Encoder(tokenizer, reading or Reading(), max_length)) as encoder:
+        dataset = TokenDataset(**joined([sample for samples in encoder.samples(examples) for sample in samples]))
     check_supervised(dataset, examples[0].source if examples else "data")
     return dataset
 
@@ -110,12 +95,17 @@ def joined(samples: Sequence[EncodedExample]) -> dict[str, NDArray[Any]]:
 
 
 class Encoder:
-    """Ids of samples with one tokenizer, of at most `max_length` tokens. `chat` writes shorter chats."""
+    """Ids of samples with one tokenizer, of at most `max_length` tokens.
 
-    def __init__(self, tokenizer: Tokenizer, chat: Chat, max_length: int) -> None:
-        self._tokenizer, self._chat, self._max_length = tokenizer, chat, max_length
-        self._add_bos = chat.reading.add_bos
+    It may run the tokenizer's chat template, which writes shorter chats, so it has to be closed.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, reading: Reading, max_length: int) -> None:
+        self._tokenizer, self._max_length = tokenizer, max_length
+        self._add_bos = reading.add_bos
         self._start = start_ids(tokenizer, self._add_bos)
+        self.chat = Chat(tokenizer, reading)
+        self.close = self.chat.close
 
     def samples(self, examples: Sequence[Example]) -> Iterator[list[EncodedExample]]:
         """Yield the samples of each example: one, or several of a long text."""
@@ -127,7 +117,7 @@ class Encoder:
 
     def prompts(self, examples: Sequence[Example]) -> Iterator[tuple[list[int], bool]]:
         """Yield the ids of each prompt, and whether it lost something."""
-        for _, tokens, _, lost in self._shortened(examples, lambda example: example.prompt_segments):
+        for _, tokens, _, lost in self._shortened(examples, lambda example: example.segments[: example.num_prompt]):
             cut = len(tokens) > self._max_length
             yield self._without_middle(tokens, room=self._max_length) if cut else tokens, cut or lost > 0
 
@@ -138,11 +128,13 @@ class Encoder:
         ids = segment_ids(self._tokenizer, [segments_of(example) for example in examples])
         for example, parts in zip(examples, ids, strict=True):
             tokens, supervised = self._put_together(example, segments_of(example), parts)
-            shorter = example
-            while len(tokens) > self._max_length and (next_one := self._without_exchange(shorter)) is not None:
-                shorter = next_one
-                (parts,) = segment_ids(self._tokenizer, [segments_of(shorter)])
-                tokens, supervised = self._put_together(example, segments_of(shorter), parts)
+            shorter, chat = example, example.conversation
+            while chat is not None and len(tokens) > self._max_length:
+                if (chat := chat.without_first_exchange()) is not None:
+                    segments, num_prompt = self.chat.segments(chat, example.source)
+                    shorter = replace(example, conversation=chat, segments=segments, num_prompt=num_prompt)
+                    (parts,) = segment_ids(self._tokenizer, [segments_of(shorter)])
+                    tokens, supervised = self._put_together(example, segments_of(shorter), parts)
             yield example, tokens, supervised, _num_turns(example) - _num_turns(shorter)
 
     def _put_together(
@@ -152,8 +144,11 @@ class Encoder:
         tokens: list[int] = []
         supervised: list[bool] = []
         for segment, ids in zip(segments, parts, strict=True):
-            if segment.ends and ids[-1:] != [eos := self._eos()]:
-                ids = [*ids, eos]
+            if segment.ends:
+                if (eos := self._tokenizer.eos_token_id) is None:
+                    name = self._tokenizer.name_or_path
+                    raise UserError(f"{name}: the tokenizer has no end-of-sequence token; give another --tokenizer")
+                ids = ids if ids[-1:] == [eos] else [*ids, int(eos)]
             tokens += ids
             supervised += [segment.supervised] * len(ids)
         start = self._start_of(example, tokens)
@@ -165,22 +160,6 @@ class Encoder:
         """What is put in front: a chat template writes its own start, and nothing is written twice."""
         written = (example.templated and self._add_bos == "auto") or tokens[: len(self._start)] == self._start
         return [] if written else self._start
-
-    def _eos(self) -> int:
-        if self._tokenizer.eos_token_id is None:
-            name = self._tokenizer.name_or_path
-            raise UserError(f"{name}: the tokenizer has no end-of-sequence token; give another --tokenizer")
-        return int(self._tokenizer.eos_token_id)
-
-    def _without_exchange(self, example: Example) -> Example | None:
-        """A chat without its first exchange; None if no more can be left out."""
-        if example.conversation is None:
-            return None
-        shorter = example.conversation.without_first_exchange()
-        if shorter is None:
-            return None
-        segments, num_prompt = self._chat.segments(shorter, example.source)
-        return replace(example, conversation=shorter, segments=segments, num_prompt=num_prompt)
 
     def _continued(self, tokens: list[int], supervised: list[bool]) -> Iterator[EncodedExample]:
         """A text in pieces of the maximum length. The last has two tokens at least, since one predicts nothing."""
@@ -237,29 +216,23 @@ def adds_prefix_space(tokenizer: Tokenizer) -> bool:
     return bool(tokens) and tokens[0].startswith(("▁", "Ġ"))
 
 
-def segment_ids(
-    tokenizer: Tokenizer, samples: Sequence[Sequence[Segment]]
-) -> list[list[list[int]]]:
+def segment_ids(tokenizer: Tokenizer, samples: Sequence[Sequence[Segment]]) -> list[list[list[int]]]:
     """The ids of each segment of each sample, without any token that ends a sample."""
     found: list[list[list[int]]] = [[[] for _ in segments] for segments in samples]
-    for follows in (False, True):
-        for plain in (False, True):
-            positions = [
-                (number, index)
-                for number, segments in enumerate(samples)
-                for index, segment in enumerate(segments)
-                if segment.plain == plain and (index > 0 and any(s.text for s in segments[:index])) == follows
-            ]
-            texts = [samples[number][index].text for number, index in positions]
-            encode = continuation_ids if follows else _ids
-            for (number, index), ids in zip(positions, encode(tokenizer, texts, plain=plain), strict=True):
-                found[number][index] = ids
+    for encode, plain in product((_ids, continuation_ids), (False, True)):
+        positions = [
+            (number, index)
+            for number, segments in enumerate(samples)
+            for index, segment in enumerate(segments)
+            if segment.plain == plain and any(s.text for s in segments[:index]) == (encode is continuation_ids)
+        ]
+        texts = [samples[number][index].text for number, index in positions]
+        for (number, index), ids in zip(positions, encode(tokenizer, texts, plain=plain), strict=True):
+            found[number][index] = ids
     return found
 
 
-def continuation_ids(
-    tokenizer: Tokenizer, texts: Sequence[str], *, plain: bool = False
-) -> list[list[int]]:
+def continuation_ids(tokenizer: Tokenizer, texts: Sequence[str], *, plain: bool = False) -> list[list[int]]:
     """Tokenise texts that follow a prompt, so that decoding prompt and continuation gives the joined text.
 
     A tokenizer that prefixes a space would add one to " 42" and to "42". So a leading space is removed, and the
@@ -329,22 +302,21 @@ RowShapes = list[tuple[str, str]]
 """(shape, source) of each of some rows."""
 
 
-class RowEncoder:
-    """Encodes chunks of rows. It may run the tokenizer's chat template, so it has to be closed."""
+class RowEncoder(Encoder):
+    """Encodes chunks of rows."""
 
     def __init__(self, encoding: Encoding) -> None:
+        super().__init__(encoding.tokenizer, encoding.reading, encoding.max_length)
         self._ends = np.array(sorted(encoding.end_ids), dtype=np.int32)
-        self._chat = Chat(encoding.tokenizer, encoding.reading)
         self._task = encoding.task
-        self._encoder = Encoder(encoding.tokenizer, self._chat, encoding.max_length)
 
     def encode(self, rows: Sequence[NumberedRow]) -> tuple[Arrays, RowShapes]:
         """The samples of rows, as `encoded_rows` yields them, and the rows' shapes.
 
         Raises UserError as `make_example` and `Encoder.samples` do.
         """
-        made = [make_example(self._task, self._chat, [row]) for _, _, row in rows]
-        of_rows = list(self._encoder.samples(made))
+        made = [make_example(self._task, self.chat, [row]) for _, _, row in rows]
+        of_rows = list(self.samples(made))
         samples = [sample for parts in of_rows for sample in parts]
         arrays = joined(samples)
         facts, counts = arrays["facts"], [len(parts) for parts in of_rows]
@@ -355,10 +327,6 @@ class RowEncoder:
             learned = samples[index].tokens[samples[index].supervised]
             facts["ended"][index] = np.isin(learned, self._ends).any()
         return arrays, [(example.shape, example.source) for example in made]
-
-    def close(self) -> None:
-        """End the template's process."""
-        self._chat.close()
 
 
 def encoded_rows(rows: Iterable[NumberedRow], encoding: Encoding) -> Iterator[Arrays]:

@@ -14,7 +14,7 @@ from zoo_oracle import CHATML, LLAMA2, THINKING, TOOLS, answer, user, write_zoo_
 from megatron_tiedlora.config.fields import parse_columns
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.data.chat import chat_note, set_chat_template
-from megatron_tiedlora.data.encode import encode_examples
+from megatron_tiedlora.data.encode import encode_dataset
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.task import Example, Reading
 from megatron_tiedlora.data.tokenizer import load_tokenizer
@@ -211,9 +211,9 @@ def test_a_template_that_forgets_thoughts_can_train_the_last_turn(tmp_path: Path
 def ids(tokenizer: Any, path: str, meaning: Any) -> list[int]:
     reading = Reading(special_tokens=meaning)
     (example,) = custom(path, tokenizer=tokenizer, reading=reading)
-    (sample,) = encode_examples(tokenizer, [example], max_length=300, reading=reading)
-    assert tokenizer.decode(sample.tokens.tolist()).count("<|im_end|>") >= example.prompt.count("<|im_end|>")
-    return list(sample.tokens.tolist())
+    tokens: list[int] = encode_dataset([example], tokenizer, max_length=300, reading=reading).tokens.tolist()
+    assert tokenizer.decode(tokens).count("<|im_end|>") >= example.prompt.count("<|im_end|>")
+    return tokens
 
 
 @pytest.mark.parametrize(
@@ -262,8 +262,7 @@ def test_a_template_that_writes_calls_may_write_every_role_alike(tmp_path: Path,
 def test_a_prompt_template_may_write_control_tokens(tmp_path: Path, folder: Path) -> None:
     tokenizer, path = load_tokenizer(folder), write_rows(tmp_path / "data.jsonl", [PLAIN])
     (example,) = custom(path, tokenizer=tokenizer, reading=Reading(template="<|im_start|>{prompt}<|im_end|>"))
-    (sample,) = encode_examples(tokenizer, [example], max_length=99)
-    assert sample.tokens.tolist().count(tokenizer.eos_token_id) == 2
+    assert encode_dataset([example], tokenizer, max_length=99).tokens.tolist().count(tokenizer.eos_token_id) == 2
 
 
 # Templates of the user --------------------------------------------------------------------------------------

@@ -103,9 +103,7 @@ def test_damaged_files_are_written_again(store: TokenStore, tmp_path: Path) -> N
         check_same(store.start(file).validation, first.validation)
 
 
-def test_a_whole_folder_is_never_replaced(
-    store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_whole_folder_is_never_replaced(store: TokenStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a host that did not see another's lock, nor at first its folder."""
     file = write_rows(tmp_path / "a.jsonl", rows(9))
     first = store.start(file)

@@ -23,7 +23,7 @@ from zoo_oracle import (
     write_zoo_tokenizer,
 )
 
-from megatron_tiedlora.data.encode import encode_dataset, encode_examples
+from megatron_tiedlora.data.encode import encode_dataset
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.task import Reading
 from megatron_tiedlora.data.tokenizer import load_tokenizer
@@ -195,11 +195,9 @@ class Cage:
 
     def samples(self, given: str, *, reading: Reading | None = None, max_length: int = 400) -> list[Sample]:
         files = {"train": given, "validation": given}
-        examples = load_split(
-            "custom", "train", files=files, seed=0, tokenizer=self.tokenizer, reading=reading
-        )
-        encoded = encode_examples(self.tokenizer, examples, max_length=max_length, reading=reading)
-        return [Sample(sample.tokens.tolist(), sample.supervised.tolist()) for sample in encoded]
+        examples = load_split("custom", "train", files=files, seed=0, tokenizer=self.tokenizer, reading=reading)
+        found = encode_dataset(examples, self.tokenizer, max_length=max_length, reading=reading)
+        return [Sample(found.sample(i).tolist(), found.supervised_of(i).tolist()) for i in range(len(found))]
 
 
 @pytest.mark.parametrize("name", ZOO)
