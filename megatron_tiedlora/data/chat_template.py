@@ -73,7 +73,7 @@ class ChatTemplate:
         turns = {"messages": list(messages), "tools": list(tools) if tools else None, "names": list(names)}
         longest = _OWN_CHARACTERS + _RATIO * _num_characters([turns["messages"], turns["tools"]])
         answer = self._answered({**turns, "answers": list(answers), "longest": longest}, source)
-        return Rendered(answer["text"], tuple((int(start), int(end)) for start, end in answer["answers"]))
+        return answer["text"], tuple((int(start), int(end)) for start, end in answer["answers"])
 
     def names(self, text: str, source: str) -> "TemplateNames":
         """Return the names that a template's `text` reads. Raises UserError if it is broken, or takes too long."""
@@ -154,8 +154,9 @@ def _answer(tokenizer: Any, request: Mapping[str, Any]) -> dict[str, Any]:
     if "template" in request:
         return _names(request["template"])
     try:
-        found = render_with_spans(
-            tokenizer, request["messages"], request["tools"], request["answers"], names=request["names"]
+        names = request["names"]
+        text, spans = render_with_spans(
+            tokenizer, request["messages"], request["tools"], request["answers"], names=names
         )
     except MemoryError:
         return {"reason": f"needs more than {_MEMORY:,} bytes for these messages"}
@@ -164,11 +165,9 @@ def _answer(tokenizer: Any, request: Mapping[str, Any]) -> dict[str, Any]:
         return {"reason": str(error), "fix": fix}
     except Exception as error:  # a template is a program: it may reject roles, or fail in any other way
         return {"reason": one_line(f"rejects these messages ({error})")}
-    if len(found.text) > request["longest"]:
-        return {
-            "reason": f"makes {len(found.text):,} characters from these messages (the limit is {request['longest']:,})"
-        }
-    return {"text": found.text, "answers": found.answers}
+    if len(text) > (longest := request["longest"]):
+        return {"reason": f"makes {len(text):,} characters from these messages (the limit is {longest:,})"}
+    return {"text": text, "answers": spans}
 
 
 def _names(text: str) -> dict[str, Any]:
@@ -252,16 +251,8 @@ def template_names(text: str) -> TemplateNames:
     )
 
 
-@dataclass(frozen=True)
-class Rendered:
-    """A conversation as the template writes it.
-
-    text: all of it.
-    answers: (start, end) in the text of each answer that was asked for.
-    """
-
-    text: str
-    answers: tuple[tuple[int, int], ...] = ()
+Rendered = tuple[str, tuple[tuple[int, int], ...]]
+"""A conversation as the template writes it, and (start, end) in that text of each answer that was asked for."""
 
 
 class TurnsChange(ValueError):
@@ -290,18 +281,17 @@ def render_with_spans(
         TurnsChange: a span cannot be found. Whatever the template raises.
     """
     if found := _by_marks(tokenizer, messages, tools):
-        return Rendered(found[0], tuple(found[1][index] for index in answers))
+        return found[0], tuple(found[1][index] for index in answers)
     names = names or [f"message {number}" for number in range(1, len(messages) + 1)]
     render, eos = partial(_render, tokenizer, tools=tools), getattr(tokenizer, "eos_token", None) or ""
     whole = render(messages)
-    return Rendered(whole, tuple(_span(render, messages, whole, index, names[index], eos) for index in answers))
+    return whole, tuple(_span(render, messages, whole, index, names[index], eos) for index in answers)
 
 
 def _by_marks(
     tokenizer: Any, messages: Sequence[Any], tools: Sequence[Any] | None
 ) -> tuple[str, dict[int, tuple[int, int]]] | None:
-    """The text, and the span of each answer by the template's generation marks; None unless each is one piece of them.
-    """
+    """The text, and the span of each answer by the template's generation marks; None unless each is one piece."""
     if not has_marks(tokenizer.get_chat_template(tools=tools)):
         return None
     text, marks = _marked(tokenizer, messages, tools)

@@ -13,6 +13,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from glob import has_magic, iglob
 from itertools import islice
 from pathlib import Path
@@ -66,13 +67,6 @@ def may_be_hub_id(name: str) -> bool:
     return True
 
 
-def split_hub_name(name: str) -> tuple[str, str | None, str | None]:
-    """(id, config, split) of `id[:config[:split]]`; None for what is left out."""
-    hub_id, *more = name.split(":", 2)
-    config, split = [*(part or None for part in more), None, None][:2]
-    return hub_id, config, split
-
-
 @dataclass(frozen=True)
 class LocalData:
     """What a name means on this host: a file, all files of a folder or pattern, or a folder that `save_to_disk` wrote.
@@ -118,7 +112,8 @@ def row_data(name: str, *, split: str) -> LocalData | HubData:
     """
     if user_path(name).exists() or looks_like_path(name):
         return LocalData(name, split)
-    hub_id, config_name, own_split = split_hub_name(name)
+    hub_id, *more = name.split(":", 2)
+    config_name, own_split = [*(part or None for part in more), None, None][:2]
     return HubData(hub_id, own_split or split, config_name)
 
 
@@ -197,17 +192,23 @@ def read_lines(name: str | Path) -> list[str]:
 def _lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
     r"""Yield number and bytes of each line. Only \n ends a line; `splitlines` would also split inside sentences.
 
-    Raises UserError if a line is too long, or if there are more bytes than `_most`.
+    Raises UserError if a line is too long, and as `_pieces`.
     """
-    number, total, most = 0, 0, _most(path)
-    while line := file.readline(_LONGEST_LINE + 1):
-        number += 1
-        total += len(line)
+    for number, line in enumerate(_pieces(partial(file.readline, _LONGEST_LINE + 1), path), start=1):
         if len(line) > _LONGEST_LINE:
             raise UserError(f"{path}:{number}: is longer than {_LONGEST_LINE:,} bytes; remove or shorten the line")
-        if most is not None and total > most:
-            raise UserError(f"{path}: has more than {most:,} bytes when unpacked; give a smaller part of it")
         yield number, line
+
+
+def _pieces(read: Callable[[], bytes], path: Path) -> Iterator[bytes]:
+    """Yield what `read` returns until the file ends. Raises UserError if a packed one is far larger when unpacked."""
+    total, packed = 0, path.suffix.lower() == _COMPRESSED
+    most = _GZIP_MEMORY + _GZIP_RATIO * path.stat().st_size
+    for piece in iter(read, b""):
+        total += len(piece)
+        if packed and total > most:
+            raise UserError(f"{path}: has more than {most:,} bytes when unpacked; give a smaller part of it")
+        yield piece
 
 
 def _check_file(path: Path, expected: str) -> None:
@@ -247,11 +248,6 @@ def _file_rows(path: Path) -> Iterator[Row]:
 def _open(path: Path) -> BinaryIO:
     packed = path.suffix.lower() == _COMPRESSED
     return cast(BinaryIO, gzip.GzipFile(path, "rb")) if packed else path.open("rb")
-
-
-def _most(path: Path) -> int | None:
-    """The most bytes of a packed file when unpacked."""
-    return _GZIP_MEMORY + _GZIP_RATIO * path.stat().st_size if path.suffix.lower() == _COMPRESSED else None
 
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:
@@ -312,13 +308,10 @@ def _json_rows(path: Path) -> Iterator[Row]:
 
 def _json_bytes(path: Path) -> bytes:
     """The file's bytes up to the first chunk with a NUL, which JSON never has; a sparse file has gigabytes."""
-    pieces, most, total = [], _most(path), 0
+    pieces = []
     with _open(path) as file:
-        while piece := file.read(2**20):
+        for piece in _pieces(partial(file.read, 2**20), path):
             pieces.append(piece)
-            total += len(piece)
-            if most is not None and total > most:
-                raise UserError(f"{path}: has more than {most:,} bytes when unpacked; give a smaller part of it")
             if b"\0" in piece:
                 break
     return b"".join(pieces)

@@ -121,19 +121,9 @@ def local_files(given: str) -> dict[str, Path]:
 # How often rows are used ----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Mix:
-    """Which rows become training samples.
-
-    rows: (n,) int64, the rows of the samples in order, as indices into the rows of all sources.
-    lines: how often the rows of each source are used, in words; empty without weights.
-    """
-
-    rows: NDArray[np.int64]
-    lines: tuple[str, ...] = ()
-
-
-def mixed(sources: Sequence[Source], sizes: Sequence[int], held_out: NDArray[np.bool_], *, seed: int) -> Mix:
+def mixed(
+    sources: Sequence[Source], sizes: Sequence[int], held_out: NDArray[np.bool_], *, seed: int
+) -> tuple[NDArray[np.int64], list[str]]:
     """All rows that are not held out, in order. With weights, rows are repeated until the shares of the sources are
     the weights.
 
@@ -142,6 +132,10 @@ def mixed(sources: Sequence[Source], sizes: Sequence[int], held_out: NDArray[np.
     Args:
         sizes: number of rows of each source.
         held_out: (sum of the sizes,) bool, which rows are used for validation.
+
+    Returns:
+        (n,) int64, the rows of the training samples in order, as indices into the rows of all sources; and how often
+        the rows of each source are used, in words, empty without weights.
 
     Raises:
         UserError: a source has no row left, or its rows would be repeated very often.
@@ -153,7 +147,7 @@ def mixed(sources: Sequence[Source], sizes: Sequence[int], held_out: NDArray[np.
             raise UserError(f"{source.name}: all of its rows became validation rows; give --validation_file")
     weights = [source.weight for source in sources if source.weight is not None]
     if not weights:
-        return Mix(kept[0] if len(kept) == 1 else np.concatenate(kept))
+        return kept[0] if len(kept) == 1 else np.concatenate(kept), []
     total = max(len(rows) / weight for rows, weight in zip(kept, weights, strict=True))
     lines = []
     for number, (source, weight, rows) in enumerate(zip(sources, weights, kept, strict=True)):
@@ -167,7 +161,7 @@ def mixed(sources: Sequence[Source], sizes: Sequence[int], held_out: NDArray[np.
         once_more = np.sort(permutation(len(rows), seed=seed, stream=_MIX_STREAM + number)[:rest])
         kept[number] = np.concatenate([np.tile(rows, whole), rows[once_more]])
         lines.append(f"{source.name}: {len(rows):,} rows make {wanted:,} samples, {wanted / len(rows):.2f} of each")
-    return Mix(np.concatenate(kept), tuple(lines))
+    return np.concatenate(kept), lines
 
 
 # Rows -----------------------------------------------------------------------------------------------------------------

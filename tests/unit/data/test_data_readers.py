@@ -13,8 +13,9 @@ import pytest
 from task_files import refusal, write, write_rows
 
 from megatron_tiedlora.data import readers
-from megatron_tiedlora.data.readers import about_num_rows, read_rows, split_hub_name
+from megatron_tiedlora.data.readers import about_num_rows, read_rows, row_data
 from megatron_tiedlora.data.sources import local_files, parse_sources
+from megatron_tiedlora.data.tables import HubData
 
 Row = dict[str, Any]
 
@@ -126,7 +127,7 @@ def test_names_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         ("some/data", "main", "part"),
         ("some/data", None, "part"),
     ]
-    assert split_hub_name("a/b:c:d:e") == ("a/b", "c", "d:e")
+    assert row_data("a/b:c:d:e", split="") == HubData("a/b", "d:e", "c")
     assert read_rows("some/data", limit=3)[2][1] == "some/data[train]: row 3"
 
 

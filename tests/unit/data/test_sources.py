@@ -46,10 +46,10 @@ def test_weights_are_shares_of_the_samples(tmp_path: Path) -> None:
     quarter = Counter(name[0] for name in prompts(f"{a}:0.75,{b}:.25"))
     assert quarter == {"a": 90, "b": 30}
     sources = parse_sources(f"{a}:0.5,{b}:0.5", "--train_file")
-    assert mixed(sources, [90, 20], np.zeros(110, bool), seed=0).lines == (
+    assert mixed(sources, [90, 20], np.zeros(110, bool), seed=0)[1] == [
         f"{a}: 90 rows make 90 samples, 1.00 of each", f"{b}: 20 rows make 90 samples, 4.50 of each"
-    )  # fmt: skip
-    assert mixed([Source("a"), Source("b")], [1, 1], np.zeros(2, bool), seed=0).lines == ()
+    ]  # fmt: skip
+    assert mixed([Source("a"), Source("b")], [1, 1], np.zeros(2, bool), seed=0)[1] == []
     assert [name[0] for name in prompts(f"{a}:0.9,{b}:0.1")] == ["a"] * 180 + ["b"] * 20
 
 
@@ -85,14 +85,14 @@ def test_a_weight_of_one_source_and_names_with_colons(tmp_path: Path) -> None:
     assert parse_sources("a/b:main:train", "--train_file") == (Source("a/b:main:train"),)
     both = (Source("a/b:main:train", 0.25), Source("c.csv", 0.75))
     assert parse_sources("a/b:main:train:0.25,c.csv:0.75", "--train_file") == both
-    assert mixed([Source("a", 1.0)], [2], np.zeros(2, bool), seed=0).rows.tolist() == [0, 1]
+    assert mixed([Source("a", 1.0)], [2], np.zeros(2, bool), seed=0)[0].tolist() == [0, 1]
 
 
 def test_a_weight_that_repeats_rows_very_often_is_rejected() -> None:
     sources = (Source("a", 0.999), Source("b", 0.001))
-    assert len(mixed(sources, [999, 1], np.zeros(1000, bool), seed=0).rows) == 1000
+    assert len(mixed(sources, [999, 1], np.zeros(1000, bool), seed=0)[0]) == 1000
     message = refusal(lambda: mixed(sources, [1, 2], np.zeros(3, bool), seed=0))
-    assert len(mixed((Source("a", 0.999), Source("b", 0.001)), [1, 1], np.zeros(2, bool), seed=0).rows) == 1000
+    assert len(mixed(sources, [1, 1], np.zeros(2, bool), seed=0)[0]) == 1000
     assert message.startswith("--train_file: a is 0.999 of the samples if each of its 1 rows is used 1,998 times")
 
 
