@@ -270,19 +270,18 @@ def render_with_spans(
     tools: Sequence[Any] | None,
     answers: Sequence[int],
     *,
-    names: Sequence[str] = (),
+    names: Sequence[str],
 ) -> Rendered:
     """The messages with the spans of those with the indices `answers`.
 
     Args:
-        names: what each message is called in errors; by default "message 1" and so on.
+        names: what each message is called in errors.
 
     Raises:
         TurnsChange: a span cannot be found. Whatever the template raises.
     """
     if found := _by_marks(tokenizer, messages, tools):
         return found[0], tuple(found[1][index] for index in answers)
-    names = names or [f"message {number}" for number in range(1, len(messages) + 1)]
     render, eos = partial(_render, tokenizer, tools=tools), getattr(tokenizer, "eos_token", None) or ""
     whole = render(messages)
     return whole, tuple(_span(render, messages, whole, index, names[index], eos) for index in answers)

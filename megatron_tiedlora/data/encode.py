@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from megatron_tiedlora.base.child_process import end_with_parent, leave_signals_to_parent
 from megatron_tiedlora.base.messages import UserError
+from megatron_tiedlora.config.batch import filled
 from megatron_tiedlora.data.chat import Chat
 from megatron_tiedlora.data.sources import NumberedRow
 from megatron_tiedlora.data.splits import check_shape, make_example
@@ -335,7 +336,8 @@ def encoded_rows(rows: Iterable[NumberedRow], encoding: Encoding) -> Iterator[Ar
     Raises:
         UserError: as `RowEncoder.encode`, or if rows of a file have several shapes.
     """
-    chunks = _chunks(rows)
+    sized = ((row, max(num_bytes(row[-1][0]), CHUNK_BYTES // CHUNK), CHUNK_BYTES) for row in rows)
+    chunks = filled(sized)
     first = list(islice(chunks, _FEW_CHUNKS + 1))
     # A process of multiprocessing's pool, or another daemonic one, may not start processes.
     several = len(first) > _FEW_CHUNKS and not current_process().daemon
@@ -344,19 +346,6 @@ def encoded_rows(rows: Iterable[NumberedRow], encoding: Encoding) -> Iterator[Ar
         for shape, source in shapes:
             check_shape(shape, source, first_rows)
         yield arrays
-
-
-def _chunks(rows: Iterable[NumberedRow]) -> Iterator[list[NumberedRow]]:
-    chunk: list[NumberedRow] = []
-    size = 0
-    for row in rows:
-        chunk.append(row)
-        size += num_bytes(row[-1][0])
-        if len(chunk) == CHUNK or size >= CHUNK_BYTES:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
 
 
 def _in_this_process(chunks: Iterable[list[NumberedRow]], encoding: Encoding) -> Iterator[tuple[Arrays, RowShapes]]:

@@ -107,14 +107,13 @@ def encode_scored(
         if not example.prompt:
             raise UserError(f"{example.source}: is text without a prompt, which cannot be answered; give other rows")
     prompts, num_truncated = encode_prompts(tokenizer, examples, max_length=longest_prompt, reading=reading)
-    reads_choices = any(metric.needs_choice_scores for metric in metrics)
-    choices: list[tuple[str, ...]] = [()] * len(examples)
-    if reads_choices:  # as they follow the prompt
-        choices = [
-            example.endings or tuple(join_answer(example.prompt, choice) for choice in example.choices)
-            for example in examples
-        ]
-    plain = reading.special_tokens == "plain"
+    reads_choices, plain = any(metric.needs_choice_scores for metric in metrics), reading.special_tokens == "plain"
+    choices = [  # as they follow the prompt
+        (example.endings or tuple(join_answer(example.prompt, choice) for choice in example.choices))
+        if reads_choices
+        else ()
+        for example in examples
+    ]
     ids = iter(continuation_ids(tokenizer, [text for texts in choices for text in texts], plain=plain))
     endings = [tuple(tuple(next(ids)) for _ in texts) for texts in choices]
     for example, of_example in zip(examples, endings, strict=True):

@@ -79,7 +79,8 @@ def score_answers(
     for metric in map(find_metric, metric_names):
         value, resampled = _bootstrap(metric, answers, seed=seed, resamples=resamples)
         low, high = np.percentile(resampled, _PERCENTILES).tolist()
-        scores[metric.name] = Score(metric.name, value, low, high, len(answers), metric.signature(answers))
+        rule = metric.signature if isinstance(metric.signature, str) else metric.signature(answers)
+        scores[metric.name] = Score(metric.name, value, low, high, len(answers), rule)
     return scores
 
 

@@ -135,7 +135,7 @@ def test_an_answer_that_begins_like_the_open_thought(text: str) -> None:
     """What both have in common is a part of the answer."""
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": text},
                 {"role": "user", "content": "<html>"}, {"role": "assistant", "content": text}]  # fmt: skip
-    whole, spans = render_with_spans(OpensThoughts(), messages, None, [1, 3])
+    whole, spans = render_with_spans(OpensThoughts(), messages, None, [1, 3], names="abcd")
     expected = f"{text}<eos>" if not text.startswith("<think>\n") else "no<eos>"
     assert [whole[slice(*span)] for span in spans] == [expected, expected]
 
@@ -180,9 +180,9 @@ def test_the_end_of_the_whole_is_no_part_of_an_earlier_answer(
     template: str, expected: list[str], tmp_path: Path
 ) -> None:
     tokenizer = load_tokenizer(write_zoo_tokenizer(tmp_path, template=template))
-    whole, spans = render_with_spans(tokenizer, CHAT, None, [1, 3])
+    whole, spans = render_with_spans(tokenizer, CHAT, None, [1, 3], names="abcd")
     assert [whole[slice(*span)] for span in spans] == expected
-    assert render_with_spans(tokenizer, CHAT, None, [3]) == (whole, spans[1:])
+    assert render_with_spans(tokenizer, CHAT, None, [3], names="abcd") == (whole, spans[1:])
 
 
 def test_a_thought_that_is_left_out_of_earlier_turns_is_not_taken_for_an_empty_one(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_a_thought_that_is_left_out_of_earlier_turns_is_not_taken_for_an_empty_o
     thinks = [CHAT[0], {**CHAT[1], "reasoning_content": "hm"}, *CHAT[2:]]
     with pytest.raises(TurnsChange, match=r"writes the second turn \('one'\) in another way"):
         render_with_spans(tokenizer, thinks, None, [1], names=["the first turn", "the second turn", "", ""])
-    assert len(render_with_spans(tokenizer, thinks, None, [3])[1]) == 1
+    assert len(render_with_spans(tokenizer, thinks, None, [3], names="abcd")[1]) == 1
 
 
 # Names --------------------------------------------------------------------------------------------------------------
