@@ -45,8 +45,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, name: str | None = None) -> None:
         self._tokenizer = tokenizer
         self._name = name or getattr(tokenizer, "name_or_path", "the tokenizer")
-        self._process: psutil.Process | None = None
-        self._connection: Connection | None = None
+        self._running: tuple[psutil.Process, Connection] | None = None
 
     def render(
         self,
@@ -82,29 +81,27 @@ class ChatTemplate:
 
     def close(self) -> None:
         """End the process."""
-        if self._connection is not None:
-            self._connection.close()
-        if self._process is not None:
+        if self._running is not None:
+            process, connection = self._running
+            connection.close()
             with suppress(psutil.Error):
-                self._process.kill()
+                process.kill()
             with suppress(OSError):
-                os.waitpid(self._process.pid, 0)
-        self._connection = self._process = None
+                os.waitpid(process.pid, 0)
+        self._running = None
 
     def _answered(self, request: Mapping[str, Any], source: str) -> dict[str, Any]:
         """The answer of the process. Raises UserError with its reason if there is none, or if it ends before."""
-        if self._process is None or self._connection is None:
-            self._start()
-        assert self._process is not None and self._connection is not None
-        before, deadline = _seconds(self._process), time.monotonic() + _SILENCE
+        process, connection = self._running or self._start()
+        before, deadline = _seconds(process), time.monotonic() + _SILENCE
         most, late = _SECONDS + _SECONDS_PER_ANSWER * len(request["answers"]), ""
-        _send(self._connection, request)
-        while not late and not self._connection.poll(0.05):
-            if _seconds(self._process) - before > most:
+        _send(connection, request)
+        while not late and not connection.poll(0.05):
+            if _seconds(process) - before > most:
                 late = f"takes more than {_SECONDS:g} s for these messages"
             elif time.monotonic() > deadline:
                 late = f"gave no answer within {_SILENCE:g} s"
-        answer = None if late else _receive(self._connection)
+        answer = None if late else _receive(connection)
         if answer is None:
             self.close()
             answer = {"reason": late or "ended its process"}
@@ -113,14 +110,14 @@ class ChatTemplate:
         reason, fix = one_line(str(answer["reason"])), answer.get("fix", "give other rows, or another --chat_template")
         raise UserError(f"{source}: the chat template of {self._name} {reason}; {fix}")
 
-    def _start(self) -> None:
-        self._connection, theirs = Pipe()
-        parent = os.getpid()
+    def _start(self) -> tuple[psutil.Process, Connection]:
+        (ours, theirs), parent = Pipe(), os.getpid()
         if (pid := os.fork()) == 0:
-            self._connection.close()
+            ours.close()
             _serve(self._tokenizer, theirs, parent)
         theirs.close()
-        self._process = psutil.Process(pid)
+        self._running = psutil.Process(pid), ours
+        return self._running
 
 
 def _seconds(process: psutil.Process) -> float:
@@ -153,11 +150,9 @@ def _serve(tokenizer: Any, connection: Connection, parent: int) -> NoReturn:
 def _answer(tokenizer: Any, request: Mapping[str, Any]) -> dict[str, Any]:
     if "template" in request:
         return _names(request["template"])
+    longest, *turns = (request[name] for name in ("longest", "messages", "tools", "answers"))
     try:
-        names = request["names"]
-        text, spans = render_with_spans(
-            tokenizer, request["messages"], request["tools"], request["answers"], names=names
-        )
+        text, spans = render_with_spans(tokenizer, *turns, names=request["names"])
     except MemoryError:
         return {"reason": f"needs more than {_MEMORY:,} bytes for these messages"}
     except TurnsChange as error:
@@ -165,7 +160,7 @@ def _answer(tokenizer: Any, request: Mapping[str, Any]) -> dict[str, Any]:
         return {"reason": str(error), "fix": fix}
     except Exception as error:  # a template is a program: it may reject roles, or fail in any other way
         return {"reason": one_line(f"rejects these messages ({error})")}
-    if len(text) > (longest := request["longest"]):
+    if len(text) > longest:
         return {"reason": f"makes {len(text):,} characters from these messages (the limit is {longest:,})"}
     return {"text": text, "answers": spans}
 

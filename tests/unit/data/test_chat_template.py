@@ -96,9 +96,7 @@ def test_a_template_s_process_ends_with_ours(chat: Any) -> None:
 
     def work() -> None:
         with closing(ChatTemplate(chat)) as template:
-            template._start()
-            assert template._process is not None
-            writer.send(template._process.pid)
+            writer.send(template._start()[0].pid)
             template.render(TURNS, "a.jsonl:1", answers=())
 
     ours = context.Process(target=work)
