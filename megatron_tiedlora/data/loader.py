@@ -299,11 +299,10 @@ def _first_fit(lengths: Lengths, order: Sequence[int], capacity: int) -> Rows:
     room: list[int] = []
     for index in order:
         size = int(lengths[index])
-        row = next((row for row, left in enumerate(room) if left >= size), None)
-        if row is None:
+        row = next((row for row, left in enumerate(room) if left >= size), len(rows))
+        if row == len(rows):
             rows.append([])
             room.append(capacity)
-            row = len(rows) - 1
         rows[row].append(index)
         room[row] -= size
     return rows
