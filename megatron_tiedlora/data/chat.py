@@ -190,16 +190,6 @@ def _template_text(tokenizer: Any, reading: Reading, *, tools: Any = None) -> st
         raise UserError(f"{chat_writer(tokenizer, reading)}: {error}; give one with --chat_template") from None
 
 
-def set_chat_template(tokenizer: Any, file: str | Path | None) -> None:
-    """Give the tokenizer the chat template of --chat_template; its own stays without one.
-
-    Raises:
-        UserError: the file is missing, not text, or empty.
-    """
-    if file is not None:
-        tokenizer.chat_template = read_chat_template(file)
-
-
 def read_chat_template(file: str | Path) -> str:
     """The text of the file given to --chat_template. Raises UserError if it is missing, not text, or empty."""
     path = user_path(file)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from megatron_tiedlora.data.tables import Row
 from megatron_tiedlora.data.task import Example, Parts, Reading, Split, Task, join_answer, template_fields
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.token_dataset import permutation
+from megatron_tiedlora.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_tiedlora.data.turns import ASSISTANT
 
 _CARVE_STREAM = 2**32  # epochs use the streams from 0 on, so held-out rows are drawn from a stream far above
@@ -75,6 +77,18 @@ def read_split(
         limit=limit,
         reading=Reading.of(settings),
     )
+
+
+def open_tokenizer(settings: Settings | EvaluateSettings, model_folder: Path, *, vocab_size: int) -> Tokenizer:
+    """The tokenizer of a command's settings, by default the model's, with the chat template that they name.
+
+    Raises UserError if it cannot be read, or has an id that an embedding of `vocab_size` rows lacks.
+    """
+    tokenizer = load_tokenizer(settings.tokenizer or model_folder)
+    if settings.chat_template is not None:
+        tokenizer.chat_template = read_chat_template(settings.chat_template)
+    check_vocabulary(tokenizer, vocab_size)
+    return tokenizer
 
 
 def files_of(settings: Settings | EvaluateSettings) -> Files:

@@ -18,11 +18,11 @@ from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.config.batch import filled
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import marked
-from megatron_tiedlora.data.chat import chat_writer, set_chat_template
+from megatron_tiedlora.data.chat import chat_writer
 from megatron_tiedlora.data.encode import continuation_ids, decode_ids, encode_prompts
-from megatron_tiedlora.data.splits import read_split
+from megatron_tiedlora.data.splits import open_tokenizer, read_split
 from megatron_tiedlora.data.task import Example, Reading, Task, join_answer
-from megatron_tiedlora.data.tokenizer import check_vocabulary, end_ids, load_tokenizer
+from megatron_tiedlora.data.tokenizer import end_ids
 from megatron_tiedlora.evaluation.generate import Agree, Decoder, Prompts, ending_log_likelihoods, generate
 from megatron_tiedlora.evaluation.metrics import Answer, find_metric
 from megatron_tiedlora.parallel.agreement import gather_on_rank_0, num_differing
@@ -143,10 +143,8 @@ def read_scored(plans: EvaluationPlans) -> dict[str, ScoredSet]:
 
 def _read(plan: EvaluationPlan) -> ScoredSet:
     """Read, check and tokenise the rows of the plan's split."""
-    settings = plan.settings
-    tokenizer = load_tokenizer(settings.tokenizer or plan.source.weights_folder())
-    set_chat_template(tokenizer, settings.chat_template)
-    check_vocabulary(tokenizer, plan.source.shape.vocab_size)
+    settings, folder, vocab_size = plan.settings, plan.source.weights_folder(), plan.source.shape.vocab_size
+    tokenizer = open_tokenizer(settings, folder, vocab_size=vocab_size)
     return encode_scored(
         read_split(settings, settings.split, tokenizer=tokenizer, limit=plan.limit),
         plan.task,
@@ -155,8 +153,8 @@ def _read(plan: EvaluationPlan) -> ScoredSet:
         longest_prompt=plan.longest_prompt,
         max_new_tokens=plan.max_new_tokens,
         batch_size=settings.batch_size,
-        model_folder=plan.source.weights_folder(),
-        vocab_size=plan.source.shape.vocab_size,
+        model_folder=folder,
+        vocab_size=vocab_size,
     )
 
 

@@ -61,8 +61,7 @@ class Answer:
 class Metric:
     """One metric. Every score is in per cent, 0 to 100, and higher is better.
 
-    The value of many answers is the mean of `sample`. A corpus metric has `statistics` instead: `combine` turns their
-    sums over the answers into the value.
+    The value of many answers is the mean of `sample`, or that of `corpus`.
 
     Attributes:
         name: its key in `METRICS`.
@@ -71,8 +70,7 @@ class Metric:
             all of them. Two values are comparable only if their signatures are equal.
         needs_choice_scores: whether it reads `Answer.choice_scores`, which cost a model pass per choice.
         check: raises UserError, before decoding, for an example that the metric can never score as correct.
-        statistics: a fixed number of counts of one answer.
-        combine: computes the corpus value from the counts, summed over the answers.
+        corpus: functions that give a fixed number of counts of one answer, and the value of their sums over answers.
     """
 
     name: str
@@ -80,11 +78,7 @@ class Metric:
     signature: str | Callable[[Sequence[Answer]], str]
     needs_choice_scores: bool = False
     check: Callable[[Example], None] = lambda _: None
-    statistics: Callable[[Answer], tuple[int, ...]] | None = None
-    combine: Callable[[Sequence[int]], float] | None = None
-
-    def __post_init__(self) -> None:
-        assert (self.statistics is None) == (self.combine is None), self.name
+    corpus: tuple[Callable[[Answer], tuple[int, ...]], Callable[[Sequence[int]], float]] | None = None
 
 
 # Exact match and F1 -------------------------------------------------------------------------------------------------
@@ -313,7 +307,7 @@ METRICS: Mapping[str, Metric] = {
         Metric("squad", squad_exact_match, f"SQuAD v1.1 exact match: {_SQUAD_RULE}"),
         Metric("squad_f1", squad_f1, f"SQuAD v1.1 F1 over bags of tokens: {_SQUAD_RULE}"),
         Metric("rougeL", rouge_l, rouge_signature),
-        Metric("bleu", sentence_bleu, bleu_signature, statistics=bleu_statistics, combine=corpus_bleu),
+        Metric("bleu", sentence_bleu, bleu_signature, corpus=(bleu_statistics, corpus_bleu)),
         Metric(
             "accuracy",
             accuracy,

@@ -14,7 +14,7 @@ from zoo_oracle import CHATML, LLAMA2, THINKING, TOOLS, answer, user
 
 from megatron_tiedlora.config.fields import parse_columns
 from megatron_tiedlora.config.settings import make_settings
-from megatron_tiedlora.data.chat import chat_note, set_chat_template
+from megatron_tiedlora.data.chat import chat_note, read_chat_template
 from megatron_tiedlora.data.encode import encode_dataset
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.task import Example, Reading
@@ -270,8 +270,8 @@ def test_a_prompt_template_and_a_chat(tmp_path: Path, tokenizer: Any) -> None:
 
 
 def test_a_chat_template_of_the_user(tmp_path: Path, tokenizer: Any) -> None:
-    set_chat_template(tokenizer, write(tmp_path / "mine.jinja", "{% for m in messages %}[{{ m.content }}]{% endfor %}"))
-    reading = Reading(chat_template=str(tmp_path / "mine.jinja"))
+    mine = write(tmp_path / "mine.jinja", "{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    tokenizer.chat_template, reading = read_chat_template(mine), Reading(chat_template=mine)
     example = read_one(tmp_path, ONE, tokenizer=tokenizer, reading=reading)
     assert [segment.text for segment in example.segments] == ["[Hi]", "[Yo]"] and example.templated
     assert f"{tmp_path}/mine.jinja; every answer is supervised, found by comparing" in chat_note(tokenizer, reading)
@@ -282,7 +282,7 @@ def test_a_chat_template_of_the_user(tmp_path: Path, tokenizer: Any) -> None:
         file = tmp_path / "other.jinja"
         if content is not None:
             write(file, content)
-        assert words in refusal(lambda file=file: set_chat_template(tokenizer, file))
+        assert words in refusal(lambda file=file: read_chat_template(file))
 
 
 # Columns under our names ------------------------------------------------------------------------------------
