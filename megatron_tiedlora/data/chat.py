@@ -30,7 +30,7 @@ class Chat:
     Attributes:
         reading: what the user decided.
         control: the tokenizer's control tokens in a row's texts.
-        templated: whether there is a chat template.
+        templated: whether there is a chat template, which writes the beginning and the end of a text too.
     """
 
     def __init__(self, tokenizer: Any, reading: Reading) -> None:

@@ -19,7 +19,7 @@ from contextlib import closing
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, islice, pairwise, product
+from itertools import chain, compress, islice, pairwise, product
 from multiprocessing import active_children, current_process, get_context
 from typing import Any
 
@@ -37,21 +37,9 @@ from megatron_tiedlora.data.task import Example, Reading, Segment, Task
 from megatron_tiedlora.data.token_dataset import FACTS, TokenDataset, check_supervised
 from megatron_tiedlora.data.tokenizer import Tokenizer, library_errors, start_ids
 
-
-@dataclass(frozen=True)
-class EncodedExample:
-    """One sample as ids.
-
-    tokens: (length,) int32, including BOS and EOS.
-    supervised: (length,) bool, which tokens are learned; never the first, which no position predicts.
-    truncated: whether the prompt lost its middle.
-    lost_turns: number of turns that a chat lost.
-    """
-
-    tokens: NDArray[np.int32]
-    supervised: NDArray[np.bool_]
-    truncated: bool = False
-    lost_turns: int = 0
+Encoded = tuple[list[int], list[bool], bool, int]
+"""The tokens of a sample, with BOS and EOS; which of them are learned, never the first, which no position predicts;
+whether its prompt lost its middle; and how many turns a chat lost."""
 
 
 def encode_prompts(
@@ -80,17 +68,15 @@ def encode_dataset(
     return dataset
 
 
-def joined(samples: Sequence[EncodedExample]) -> dict[str, NDArray[Any]]:
+def joined(samples: Sequence[Encoded]) -> dict[str, NDArray[Any]]:
     """The arrays of samples, as `TokenDataset` has them."""
-    lengths = np.asarray([len(sample.tokens) for sample in samples], dtype=np.int64)
     facts = np.zeros(len(samples), FACTS)
-    facts["supervised"] = [sample.supervised.sum() for sample in samples]
-    facts["cut"] = [sample.truncated for sample in samples]
-    facts["lost_turns"] = [sample.lost_turns for sample in samples]
+    facts["supervised"] = [sum(supervised) for _, supervised, _, _ in samples]
+    facts["cut"], facts["lost_turns"] = ([sample[place] for sample in samples] for place in (2, 3))
     return {
-        "tokens": np.concatenate([np.empty(0, np.int32), *(sample.tokens for sample in samples)]),
-        "offsets": np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
-        "supervised": np.concatenate([np.empty(0, np.bool_), *(sample.supervised for sample in samples)]),
+        "tokens": np.fromiter(chain.from_iterable(sample[0] for sample in samples), np.int32),
+        "offsets": np.cumsum([0, *(len(sample[0]) for sample in samples)]),
+        "supervised": np.fromiter(chain.from_iterable(sample[1] for sample in samples), np.bool_),
         "facts": facts,
     }
 
@@ -108,7 +94,7 @@ class Encoder:
         self.chat = Chat(tokenizer, reading)
         self.close = self.chat.close
 
-    def samples(self, examples: Sequence[Example]) -> Iterator[list[EncodedExample]]:
+    def samples(self, examples: Sequence[Example]) -> Iterator[list[Encoded]]:
         """Yield the samples of each example: one, or several of a long text."""
         for example, tokens, supervised, lost in self._shortened(examples, lambda example: example.segments):
             if len(tokens) > self._max_length and not example.prompt:
@@ -159,21 +145,19 @@ class Encoder:
 
     def _start_of(self, example: Example, tokens: list[int]) -> list[int]:
         """What is put in front: a chat template writes its own start, and nothing is written twice."""
-        written = (example.templated and self._add_bos == "auto") or tokens[: len(self._start)] == self._start
+        templated = self.chat.templated and example.conversation is not None
+        written = (templated and self._add_bos == "auto") or tokens[: len(self._start)] == self._start
         return [] if written else self._start
 
-    def _continued(self, tokens: list[int], supervised: list[bool]) -> Iterator[EncodedExample]:
+    def _continued(self, tokens: list[int], supervised: list[bool]) -> Iterator[Encoded]:
         """A text in pieces of the maximum length. The last has two tokens at least, since one predicts nothing."""
         edges = [*range(0, len(tokens), self._max_length), len(tokens)]
         if edges[-1] - edges[-2] == 1:
             edges[-2] -= 1
         for start, stop in pairwise(edges):
-            learned = np.asarray([False, *supervised[start + 1 : stop]], dtype=np.bool_)
-            yield EncodedExample(np.asarray(tokens[start:stop], dtype=np.int32), learned)
+            yield tokens[start:stop], [False, *supervised[start + 1 : stop]], False, 0
 
-    def _cut_prompt(
-        self, example: Example, tokens: list[int], supervised: list[bool], lost_turns: int
-    ) -> EncodedExample:
+    def _cut_prompt(self, example: Example, tokens: list[int], supervised: list[bool], lost_turns: int) -> Encoded:
         """The sample, whose prompt loses its middle if it does not fit."""
         cut = len(tokens) > self._max_length
         if cut:
@@ -186,9 +170,7 @@ class Encoder:
                 )
             prompt = self._without_middle(tokens[:first], room=room)
             tokens, supervised = [*prompt, *answer], [*(False for _ in prompt), *supervised[first:]]
-        return EncodedExample(
-            np.asarray(tokens, dtype=np.int32), np.asarray(supervised, dtype=np.bool_), cut, lost_turns
-        )
+        return tokens, supervised, cut, lost_turns
 
     def _without_middle(self, prompt: list[int], *, room: int) -> list[int]:
         """The start of a prompt and both its ends, `room` tokens in all."""
@@ -308,8 +290,7 @@ class RowEncoder(Encoder):
 
     def __init__(self, encoding: Encoding) -> None:
         super().__init__(encoding.tokenizer, encoding.reading, encoding.max_length)
-        self._ends = np.array(sorted(encoding.end_ids), dtype=np.int32)
-        self._task = encoding.task
+        self._task, self._ends = encoding.task, encoding.end_ids
 
     def encode(self, rows: Sequence[NumberedRow]) -> tuple[Arrays, RowShapes]:
         """The samples of rows, as `encoded_rows` yields them, and the rows' shapes.
@@ -325,8 +306,8 @@ class RowEncoder(Encoder):
         facts["first"][np.cumsum([0, *counts[:-1]])] = True
         facts["source"], facts["number"] = (np.repeat([row[index] for row in rows], counts) for index in (0, 1))
         for index in np.flatnonzero(facts["chat"]):
-            learned = samples[index].tokens[samples[index].supervised]
-            facts["ended"][index] = np.isin(learned, self._ends).any()
+            tokens, supervised, *_ = samples[index]
+            facts["ended"][index] = not self._ends.isdisjoint(compress(tokens, supervised))
         return arrays, [(example.shape, example.source) for example in made]
 
 

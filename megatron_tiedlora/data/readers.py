@@ -24,11 +24,10 @@ from megatron_tiedlora.base.messages import UserError, first_line, shown, user_p
 from megatron_tiedlora.data.tables import (
     HubData,
     Row,
-    arrow_rows,
     is_saved_folder,
     names_and_contents,
-    parquet_rows,
     saved_folder_rows,
+    table_rows,
 )
 
 _TEXT_SUFFIXES = (".jsonl", ".json", ".csv")
@@ -227,8 +226,8 @@ def _file_rows(path: Path) -> Iterator[Row]:
         ".jsonl": _jsonl_rows,
         ".json": _json_rows,
         ".csv": _csv_rows,
-        ".parquet": parquet_rows,
-        ".arrow": arrow_rows,
+        ".parquet": table_rows,
+        ".arrow": table_rows,
     }
     if suffix not in readers or (packed and suffix not in _TEXT_SUFFIXES):
         names = f"{', '.join(SUFFIXES)}, and {', '.join(_TEXT_SUFFIXES)} with {_COMPRESSED}"

@@ -203,7 +203,6 @@ def make_example(task: Task, chat: Chat, sample: Sequence[Row]) -> Example:
             segments=segments,
             num_prompt=num_prompt,
             conversation=first.conversation,
-            templated=chat.templated,
         )
     prompt = _prompt(task, chat, first, source)
     follows = [chat.control.guard(ending, "the answer", source) for ending in first.endings]

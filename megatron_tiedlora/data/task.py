@@ -196,7 +196,6 @@ class Example:
     segments: the whole text; by default prompt and completion.
     num_prompt: number of segments before the last answer, which a model sees.
     conversation: the turns that the segments were made of; None if it is no chat.
-    templated: whether a chat template wrote the text, which then has its own beginning and end.
     shape: the name of its row's shape, as in `Parts`.
     """
 
@@ -209,7 +208,6 @@ class Example:
     segments: tuple[Segment, ...] = ()
     num_prompt: int = 1
     conversation: Conversation | None = None
-    templated: bool = False
     shape: str = ""
 
     def __post_init__(self) -> None:

@@ -273,7 +273,7 @@ def test_a_chat_template_of_the_user(tmp_path: Path, tokenizer: Any) -> None:
     mine = write(tmp_path / "mine.jinja", "{% for m in messages %}[{{ m.content }}]{% endfor %}")
     tokenizer.chat_template, reading = read_chat_template(mine), Reading(chat_template=mine)
     example = read_one(tmp_path, ONE, tokenizer=tokenizer, reading=reading)
-    assert [segment.text for segment in example.segments] == ["[Hi]", "[Yo]"] and example.templated
+    assert [segment.text for segment in example.segments] == ["[Hi]", "[Yo]"] and example.conversation is not None
     assert f"{tmp_path}/mine.jinja; every answer is supervised, found by comparing" in chat_note(tokenizer, reading)
     tokenizer.chat_template = None
     note = chat_note(tokenizer, Reading(train_on="last_turn"))
