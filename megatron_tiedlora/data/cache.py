@@ -36,7 +36,7 @@ from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.text_files import check_seal, file_sha256, read_json_object, sealed
 from megatron_tiedlora.data.encode import Encoding, encoded_rows
 from megatron_tiedlora.data.sources import Files, NumberedRow, RowStream, mixed, row_stream, source_kind
-from megatron_tiedlora.data.splits import check_held_out, held_out_rows
+from megatron_tiedlora.data.splits import held_out_rows
 from megatron_tiedlora.data.task import Split, template_fields
 from megatron_tiedlora.data.token_dataset import FACTS, TokenDataset, check_supervised
 from megatron_tiedlora.data.tokenizer import Tokenizer, start_ids
@@ -99,33 +99,29 @@ def tokenised_once(
         make_own_folder(folder.parent)
         make_own_folder(folder, mode=0o700)  # private, since it contains the texts of data sets
         remove_abandoned_outputs(folder)
-        return _training_data(partial(_once, folder, timeout_minutes), encoding, files=files, seed=seed)
+        once = partial(_once, folder, timeout_minutes)
+        carves = source_kind(encoding.task, "validation", files) == "carve"
+        parts: tuple[Split, ...] = ("train",) if carves else ("train", "validation")
+        streams = {split: row_stream(encoding.task, split, files=files, reading=encoding.reading) for split in parts}
+        stored: dict[Split, _Stored] = {}
+        keys: dict[Split, str] = {}
+        for split, stream in streams.items():
+            content = stream.sha256()
+            first_only = split != "train" and encoding.task.merge_by is not None
+            keys[split] = cache_key(encoding, content, first_only=first_only)
+            rows = partial(_write_rows, stream=stream, content=content, encoding=encoding, first_only=first_only)
+            stored[split] = once(keys[split], _STORE, partial(rows, name=split), stream.names)
+        shares = [[source.name, source.weight] for source in streams["train"].sources if source.weight is not None]
+        choice = hashlib.sha256(json.dumps([keys, seed, shares, source_hash(_CODE)]).encode()).hexdigest()
+        write_splits = partial(_write_splits, stored=stored, streams=streams, seed=seed, encoding=encoding)
+        order, facts = once(choice, _SPLITS, write_splits, streams["train"].names)
     except OSError as error:
         raise UserError(
             f"{folder}: the cache of tokenised data cannot be written ({error}); free space there"
         ) from error
-
-
-def _training_data(once: Callable[..., _Stored], encoding: Encoding, *, files: Files, seed: int) -> TrainingData:
-    carves = source_kind(encoding.task, "validation", files) == "carve"
-    stored: dict[Split, _Stored] = {}
-    keys: dict[Split, str] = {}
-    parts: tuple[Split, ...] = ("train",) if carves else ("train", "validation")
-    streams = {split: row_stream(encoding.task, split, files=files, reading=encoding.reading) for split in parts}
-    for split, stream in streams.items():
-        content = stream.sha256()
-        first_only = split != "train" and encoding.task.merge_by is not None
-        keys[split] = cache_key(encoding, content, first_only=first_only)
-        rows = partial(_write_rows, stream=stream, content=content, encoding=encoding, first_only=first_only)
-        stored[split] = once(keys[split], _STORE, partial(rows, name=split), stream.names)
-    shares = [[source.name, source.weight] for source in streams["train"].sources if source.weight is not None]
-    choice = hashlib.sha256(json.dumps([keys, seed, shares, source_hash(_CODE)]).encode()).hexdigest()
-    write_splits = partial(_write_splits, stored=stored, streams=streams, seed=seed, encoding=encoding)
-    order, facts = once(choice, _SPLITS, write_splits, streams["train"].names)
-    facts["mix"] = tuple(facts["mix"])
     train = TokenDataset(**stored["train"][0], order=order["train"])
     validation = TokenDataset(**stored[parts[-1]][0], order=order["validation"])
-    return TrainingData(train, validation, **facts)
+    return TrainingData(train, validation, **{**facts, "mix": tuple(facts["mix"])})
 
 
 def _once(
@@ -235,23 +231,23 @@ def _write_splits(
         validation = np.arange(len(other["facts"]))  # all: only the first row of a sample was stored
     else:
         other, other_stream = train, stream
-        held_out = check_held_out(held_out_rows(stream.task, numbers, seed=seed), stream)
+        held_out = held_out_rows(stream, numbers, seed=seed)
         taken = np.flatnonzero(held_out)
         _, first = np.unique(numbers[taken], return_index=True)
         validation = _samples_of(taken[np.sort(first)], first_samples, num_samples)
     sizes = np.bincount(sources, minlength=len(stream.sources)).tolist()
-    mix = mixed(stream.sources, sizes, held_out, seed=seed)
-    order = {"train": _samples_of(mix.rows, first_samples, num_samples), "validation": validation}
+    rows, mix = mixed(stream.sources, sizes, held_out, seed=seed)
+    order = {"train": _samples_of(rows, first_samples, num_samples), "validation": validation}
     digest = hashlib.sha256()
-    for name, arrays, rows in (("train", train, stream), ("validation", other, other_stream)):
+    for name, arrays, read in (("train", train, stream), ("validation", other, other_stream)):
         dataset = TokenDataset(**arrays, order=order[name])
-        check_supervised(dataset, f"{rows.sources[0].name}, {name} part")
+        check_supervised(dataset, f"{read.sources[0].name}, {name} part")
         dataset.update_digest(digest)
     chats = bool(train["facts"]["chat"].any())
     facts = {
         "sha256": digest.hexdigest(),
-        "mix": mix.lines,
-        "first_row": int(mix.rows[0]),
+        "mix": mix,
+        "first_row": int(rows[0]),
         "chats": chats,
         "unended": chats and bool(encoding.tokenizer.chat_template) and not train["facts"]["ended"].any(),
     }

@@ -18,8 +18,6 @@ from megatron_tiedlora.data.task import Reading, Segment, join_answer
 from megatron_tiedlora.data.turns import ASSISTANT, REASONING, TOOL, Conversation
 
 _PLAIN_ROLES = ("system", "user", ASSISTANT)  # every template writes these, in one way or another
-
-
 _WORD = re.compile(r"\w+")
 
 
@@ -32,7 +30,7 @@ class Chat:
     Attributes:
         reading: what the user decided.
         control: the tokenizer's control tokens in a row's texts.
-        templated: whether there is a chat template.
+        templated: whether there is a chat template, which writes the beginning and the end of a text too.
     """
 
     def __init__(self, tokenizer: Any, reading: Reading) -> None:
@@ -67,19 +65,17 @@ class Chat:
 
     def _rendered(self, conversation: Conversation, source: str) -> list[tuple[str, bool | None]]:
         assert self._template is not None
-        turns, last = conversation.turns, conversation.answers[-1]
-        wanted = [index for index in conversation.answers if turns[index].trained or index == last]
-        names = [turn.name for turn in turns]
-        found = self._template.render(
-            conversation.messages, source, answers=wanted, tools=conversation.tools, names=names
-        )
-        self._check_written(conversation, found.text, source)
+        turns = conversation.turns
+        wanted = [index for index, turn in enumerate(turns) if turn.trained or turn is turns[-1]]
+        messages, names = [turn.message for turn in turns], [turn.name for turn in turns]
+        text, spans = self._template.render(messages, source, answers=wanted, tools=conversation.tools, names=names)
+        self._check_written(conversation, text, source)
         parts: list[tuple[str, bool | None]] = []
         position = 0
-        for index, (start, end) in zip(wanted, found.answers, strict=True):
-            parts += [(found.text[position:start], None), (found.text[start:end], turns[index].trained)]
+        for index, (start, end) in zip(wanted, spans, strict=True):
+            parts += [(text[position:start], None), (text[start:end], turns[index].trained)]
             position = end
-        return [*parts, (found.text[position:], None)]
+        return [*parts, (text[position:], None)]
 
     def _lines(self, conversation: Conversation) -> list[tuple[str, bool | None]]:
         parts: list[tuple[str, bool | None]] = []
@@ -192,17 +188,6 @@ def _template_text(tokenizer: Any, reading: Reading, *, tools: Any = None) -> st
         return str(tokenizer.get_chat_template(tools=tools))
     except ValueError as error:  # several templates, none of which is the default
         raise UserError(f"{chat_writer(tokenizer, reading)}: {error}; give one with --chat_template") from None
-
-
-def set_chat_template(tokenizer: Any, file: str | Path | None) -> None:
-    """Give the tokenizer the chat template of --chat_template; its own stays without one.
-
-    Raises:
-        UserError: the file is missing, not text, or empty.
-    """
-    if file is None:
-        return
-    tokenizer.chat_template = read_chat_template(file)
 
 
 def read_chat_template(file: str | Path) -> str:

@@ -45,8 +45,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, name: str | None = None) -> None:
         self._tokenizer = tokenizer
         self._name = name or getattr(tokenizer, "name_or_path", "the tokenizer")
-        self._process: psutil.Process | None = None
-        self._connection: Connection | None = None
+        self._running: tuple[psutil.Process, Connection] | None = None
 
     def render(
         self,
@@ -73,7 +72,7 @@ class ChatTemplate:
         turns = {"messages": list(messages), "tools": list(tools) if tools else None, "names": list(names)}
         longest = _OWN_CHARACTERS + _RATIO * _num_characters([turns["messages"], turns["tools"]])
         answer = self._answered({**turns, "answers": list(answers), "longest": longest}, source)
-        return Rendered(answer["text"], tuple((int(start), int(end)) for start, end in answer["answers"]))
+        return answer["text"], tuple((int(start), int(end)) for start, end in answer["answers"])
 
     def names(self, text: str, source: str) -> "TemplateNames":
         """Return the names that a template's `text` reads. Raises UserError if it is broken, or takes too long."""
@@ -82,29 +81,27 @@ class ChatTemplate:
 
     def close(self) -> None:
         """End the process."""
-        if self._connection is not None:
-            self._connection.close()
-        if self._process is not None:
+        if self._running is not None:
+            process, connection = self._running
+            connection.close()
             with suppress(psutil.Error):
-                self._process.kill()
+                process.kill()
             with suppress(OSError):
-                os.waitpid(self._process.pid, 0)
-        self._connection = self._process = None
+                os.waitpid(process.pid, 0)
+        self._running = None
 
     def _answered(self, request: Mapping[str, Any], source: str) -> dict[str, Any]:
         """The answer of the process. Raises UserError with its reason if there is none, or if it ends before."""
-        if self._process is None or self._connection is None:
-            self._start()
-        assert self._process is not None and self._connection is not None
-        before, deadline = _seconds(self._process), time.monotonic() + _SILENCE
+        process, connection = self._running or self._start()
+        before, deadline = _seconds(process), time.monotonic() + _SILENCE
         most, late = _SECONDS + _SECONDS_PER_ANSWER * len(request["answers"]), ""
-        _send(self._connection, request)
-        while not late and not self._connection.poll(0.05):
-            if _seconds(self._process) - before > most:
+        _send(connection, request)
+        while not late and not connection.poll(0.05):
+            if _seconds(process) - before > most:
                 late = f"takes more than {_SECONDS:g} s for these messages"
             elif time.monotonic() > deadline:
                 late = f"gave no answer within {_SILENCE:g} s"
-        answer = None if late else _receive(self._connection)
+        answer = None if late else _receive(connection)
         if answer is None:
             self.close()
             answer = {"reason": late or "ended its process"}
@@ -113,14 +110,14 @@ class ChatTemplate:
         reason, fix = one_line(str(answer["reason"])), answer.get("fix", "give other rows, or another --chat_template")
         raise UserError(f"{source}: the chat template of {self._name} {reason}; {fix}")
 
-    def _start(self) -> None:
-        self._connection, theirs = Pipe()
-        parent = os.getpid()
+    def _start(self) -> tuple[psutil.Process, Connection]:
+        (ours, theirs), parent = Pipe(), os.getpid()
         if (pid := os.fork()) == 0:
-            self._connection.close()
+            ours.close()
             _serve(self._tokenizer, theirs, parent)
         theirs.close()
-        self._process = psutil.Process(pid)
+        self._running = psutil.Process(pid), ours
+        return self._running
 
 
 def _seconds(process: psutil.Process) -> float:
@@ -153,10 +150,9 @@ def _serve(tokenizer: Any, connection: Connection, parent: int) -> NoReturn:
 def _answer(tokenizer: Any, request: Mapping[str, Any]) -> dict[str, Any]:
     if "template" in request:
         return _names(request["template"])
+    longest, *turns = (request[name] for name in ("longest", "messages", "tools", "answers"))
     try:
-        found = render_with_spans(
-            tokenizer, request["messages"], request["tools"], request["answers"], names=request["names"]
-        )
+        text, spans = render_with_spans(tokenizer, *turns, names=request["names"])
     except MemoryError:
         return {"reason": f"needs more than {_MEMORY:,} bytes for these messages"}
     except TurnsChange as error:
@@ -164,11 +160,9 @@ def _answer(tokenizer: Any, request: Mapping[str, Any]) -> dict[str, Any]:
         return {"reason": str(error), "fix": fix}
     except Exception as error:  # a template is a program: it may reject roles, or fail in any other way
         return {"reason": one_line(f"rejects these messages ({error})")}
-    if len(found.text) > request["longest"]:
-        return {
-            "reason": f"makes {len(found.text):,} characters from these messages (the limit is {request['longest']:,})"
-        }
-    return {"text": found.text, "answers": found.answers}
+    if len(text) > longest:
+        return {"reason": f"makes {len(text):,} characters from these messages (the limit is {longest:,})"}
+    return {"text": text, "answers": spans}
 
 
 def _names(text: str) -> dict[str, Any]:
@@ -252,16 +246,8 @@ def template_names(text: str) -> TemplateNames:
     )
 
 
-@dataclass(frozen=True)
-class Rendered:
-    """A conversation as the template writes it.
-
-    text: all of it.
-    answers: (start, end) in the text of each answer that was asked for.
-    """
-
-    text: str
-    answers: tuple[tuple[int, int], ...] = ()
+Rendered = tuple[str, tuple[tuple[int, int], ...]]
+"""A conversation as the template writes it, and (start, end) in that text of each answer that was asked for."""
 
 
 class TurnsChange(ValueError):
@@ -279,29 +265,27 @@ def render_with_spans(
     tools: Sequence[Any] | None,
     answers: Sequence[int],
     *,
-    names: Sequence[str] = (),
+    names: Sequence[str],
 ) -> Rendered:
     """The messages with the spans of those with the indices `answers`.
 
     Args:
-        names: what each message is called in errors; by default "message 1" and so on.
+        names: what each message is called in errors.
 
     Raises:
         TurnsChange: a span cannot be found. Whatever the template raises.
     """
     if found := _by_marks(tokenizer, messages, tools):
-        return Rendered(found[0], tuple(found[1][index] for index in answers))
-    names = names or [f"message {number}" for number in range(1, len(messages) + 1)]
+        return found[0], tuple(found[1][index] for index in answers)
     render, eos = partial(_render, tokenizer, tools=tools), getattr(tokenizer, "eos_token", None) or ""
     whole = render(messages)
-    return Rendered(whole, tuple(_span(render, messages, whole, index, names[index], eos) for index in answers))
+    return whole, tuple(_span(render, messages, whole, index, names[index], eos) for index in answers)
 
 
 def _by_marks(
     tokenizer: Any, messages: Sequence[Any], tools: Sequence[Any] | None
 ) -> tuple[str, dict[int, tuple[int, int]]] | None:
-    """The text, and the span of each answer by the template's generation marks; None unless each is one piece of them.
-    """
+    """The text, and the span of each answer by the template's generation marks; None unless each is one piece."""
     if not has_marks(tokenizer.get_chat_template(tools=tools)):
         return None
     text, marks = _marked(tokenizer, messages, tools)

@@ -19,7 +19,7 @@ from contextlib import closing
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, islice, pairwise
+from itertools import chain, compress, islice, pairwise, product
 from multiprocessing import active_children, current_process, get_context
 from typing import Any
 
@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from megatron_tiedlora.base.child_process import end_with_parent, leave_signals_to_parent
 from megatron_tiedlora.base.messages import UserError
+from megatron_tiedlora.config.batch import filled
 from megatron_tiedlora.data.chat import Chat
 from megatron_tiedlora.data.sources import NumberedRow
 from megatron_tiedlora.data.splits import check_shape, make_example
@@ -36,21 +37,9 @@ from megatron_tiedlora.data.task import Example, Reading, Segment, Task
 from megatron_tiedlora.data.token_dataset import FACTS, TokenDataset, check_supervised
 from megatron_tiedlora.data.tokenizer import Tokenizer, library_errors, start_ids
 
-
-@dataclass(frozen=True)
-class EncodedExample:
-    """One sample as ids.
-
-    tokens: (length,) int32, including BOS and EOS.
-    supervised: (length,) bool, which tokens are learned; never the first, which no position predicts.
-    truncated: whether the prompt lost its middle.
-    lost_turns: number of turns that a chat lost.
-    """
-
-    tokens: NDArray[np.int32]
-    supervised: NDArray[np.bool_]
-    truncated: bool = False
-    lost_turns: int = 0
+Encoded = tuple[list[int], list[bool], bool, int]
+"""The tokens of a sample, with BOS and EOS; which of them are learned, never the first, which no position predicts;
+whether its prompt lost its middle; and how many turns a chat lost."""
 
 
 def encode_prompts(
@@ -60,64 +49,52 @@ def encode_prompts(
 
     If a prompt fits, these are exactly the ids that training puts before the last answer.
     """
-    with closing(Chat(tokenizer, reading or Reading())) as chat:
-        encoded = list(Encoder(tokenizer, chat, max_length).prompts(examples))
+    with closing(Encoder(tokenizer, reading or Reading(), max_length)) as encoder:
+        encoded = list(encoder.prompts(examples))
     return [np.asarray(ids, dtype=np.int32) for ids, _ in encoded], sum(cut for _, cut in encoded)
 
 
-def encode_examples(
-    tokenizer: Tokenizer, examples: Sequence[Example], *, max_length: int, reading: Reading | None = None
-) -> list[EncodedExample]:
-    """Return samples as ids, each of at most `max_length` tokens. A text without a prompt may become several.
-
-    Raises UserError if the tokenizer has no EOS where one is needed, or if answers with the start and one token of
-    their prompt do not fit in `max_length` (the message names the sample).
-    """
-    with closing(Chat(tokenizer, reading or Reading())) as chat:
-        return [sample for samples in Encoder(tokenizer, chat, max_length).samples(examples) for sample in samples]
-
-
 def encode_dataset(
-    examples: Sequence[Example],
-    tokenizer: Tokenizer,
-    *,
-    max_length: int,
-    reading: Reading | None = None,
+    examples: Sequence[Example], tokenizer: Tokenizer, *, max_length: int, reading: Reading | None = None
 ) -> TokenDataset:
-    """Tokenise samples that are in memory.
+    """Tokenise samples that are in memory, to at most `max_length` tokens. A text without a prompt may become several.
 
-    Raises UserError as `encode_examples` does, and if no token is supervised.
+    Raises UserError if the tokenizer has no EOS where one is needed, if answers with the start and one token of their
+    prompt do not fit in `max_length` (the message names the sample), and if no token is supervised.
     """
-    samples = encode_examples(tokenizer, examples, max_length=max_length, reading=reading)
-    dataset = TokenDataset(**joined(samples))
+    with closing(Encoder(tokenizer, reading or Reading(), max_length)) as encoder:
+        dataset = TokenDataset(**joined([sample for samples in encoder.samples(examples) for sample in samples]))
     check_supervised(dataset, examples[0].source if examples else "data")
     return dataset
 
 
-def joined(samples: Sequence[EncodedExample]) -> dict[str, NDArray[Any]]:
+def joined(samples: Sequence[Encoded]) -> dict[str, NDArray[Any]]:
     """The arrays of samples, as `TokenDataset` has them."""
-    lengths = np.asarray([len(sample.tokens) for sample in samples], dtype=np.int64)
     facts = np.zeros(len(samples), FACTS)
-    facts["supervised"] = [sample.supervised.sum() for sample in samples]
-    facts["cut"] = [sample.truncated for sample in samples]
-    facts["lost_turns"] = [sample.lost_turns for sample in samples]
+    facts["supervised"] = [sum(supervised) for _, supervised, _, _ in samples]
+    facts["cut"], facts["lost_turns"] = ([sample[place] for sample in samples] for place in (2, 3))
     return {
-        "tokens": np.concatenate([np.empty(0, np.int32), *(sample.tokens for sample in samples)]),
-        "offsets": np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
-        "supervised": np.concatenate([np.empty(0, np.bool_), *(sample.supervised for sample in samples)]),
+        "tokens": np.fromiter(chain.from_iterable(sample[0] for sample in samples), np.int32),
+        "offsets": np.cumsum([0, *(len(sample[0]) for sample in samples)]),
+        "supervised": np.fromiter(chain.from_iterable(sample[1] for sample in samples), np.bool_),
         "facts": facts,
     }
 
 
 class Encoder:
-    """Ids of samples with one tokenizer, of at most `max_length` tokens. `chat` writes shorter chats."""
+    """Ids of samples with one tokenizer, of at most `max_length` tokens.
 
-    def __init__(self, tokenizer: Tokenizer, chat: Chat, max_length: int) -> None:
-        self._tokenizer, self._chat, self._max_length = tokenizer, chat, max_length
-        self._add_bos = chat.reading.add_bos
+    It may run the tokenizer's chat template, which writes shorter chats, so it has to be closed.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, reading: Reading, max_length: int) -> None:
+        self._tokenizer, self._max_length = tokenizer, max_length
+        self._add_bos = reading.add_bos
         self._start = start_ids(tokenizer, self._add_bos)
+        self.chat = Chat(tokenizer, reading)
+        self.close = self.chat.close
 
-    def samples(self, examples: Sequence[Example]) -> Iterator[list[EncodedExample]]:
+    def samples(self, examples: Sequence[Example]) -> Iterator[list[Encoded]]:
         """Yield the samples of each example: one, or several of a long text."""
         for example, tokens, supervised, lost in self._shortened(examples, lambda example: example.segments):
             if len(tokens) > self._max_length and not example.prompt:
@@ -127,7 +104,7 @@ class Encoder:
 
     def prompts(self, examples: Sequence[Example]) -> Iterator[tuple[list[int], bool]]:
         """Yield the ids of each prompt, and whether it lost something."""
-        for _, tokens, _, lost in self._shortened(examples, lambda example: example.prompt_segments):
+        for _, tokens, _, lost in self._shortened(examples, lambda example: example.segments[: example.num_prompt]):
             cut = len(tokens) > self._max_length
             yield self._without_middle(tokens, room=self._max_length) if cut else tokens, cut or lost > 0
 
@@ -138,11 +115,13 @@ class Encoder:
         ids = segment_ids(self._tokenizer, [segments_of(example) for example in examples])
         for example, parts in zip(examples, ids, strict=True):
             tokens, supervised = self._put_together(example, segments_of(example), parts)
-            shorter = example
-            while len(tokens) > self._max_length and (next_one := self._without_exchange(shorter)) is not None:
-                shorter = next_one
-                (parts,) = segment_ids(self._tokenizer, [segments_of(shorter)])
-                tokens, supervised = self._put_together(example, segments_of(shorter), parts)
+            shorter, chat = example, example.conversation
+            while chat is not None and len(tokens) > self._max_length:
+                if (chat := chat.without_first_exchange()) is not None:
+                    segments, num_prompt = self.chat.segments(chat, example.source)
+                    shorter = replace(example, conversation=chat, segments=segments, num_prompt=num_prompt)
+                    (parts,) = segment_ids(self._tokenizer, [segments_of(shorter)])
+                    tokens, supervised = self._put_together(example, segments_of(shorter), parts)
             yield example, tokens, supervised, _num_turns(example) - _num_turns(shorter)
 
     def _put_together(
@@ -152,8 +131,11 @@ class Encoder:
         tokens: list[int] = []
         supervised: list[bool] = []
         for segment, ids in zip(segments, parts, strict=True):
-            if segment.ends and ids[-1:] != [eos := self._eos()]:
-                ids = [*ids, eos]
+            if segment.ends:
+                if (eos := self._tokenizer.eos_token_id) is None:
+                    name = self._tokenizer.name_or_path
+                    raise UserError(f"{name}: the tokenizer has no end-of-sequence token; give another --tokenizer")
+                ids = ids if ids[-1:] == [eos] else [*ids, int(eos)]
             tokens += ids
             supervised += [segment.supervised] * len(ids)
         start = self._start_of(example, tokens)
@@ -163,37 +145,19 @@ class Encoder:
 
     def _start_of(self, example: Example, tokens: list[int]) -> list[int]:
         """What is put in front: a chat template writes its own start, and nothing is written twice."""
-        written = (example.templated and self._add_bos == "auto") or tokens[: len(self._start)] == self._start
+        templated = self.chat.templated and example.conversation is not None
+        written = (templated and self._add_bos == "auto") or tokens[: len(self._start)] == self._start
         return [] if written else self._start
 
-    def _eos(self) -> int:
-        if self._tokenizer.eos_token_id is None:
-            name = self._tokenizer.name_or_path
-            raise UserError(f"{name}: the tokenizer has no end-of-sequence token; give another --tokenizer")
-        return int(self._tokenizer.eos_token_id)
-
-    def _without_exchange(self, example: Example) -> Example | None:
-        """A chat without its first exchange; None if no more can be left out."""
-        if example.conversation is None:
-            return None
-        shorter = example.conversation.without_first_exchange()
-        if shorter is None:
-            return None
-        segments, num_prompt = self._chat.segments(shorter, example.source)
-        return replace(example, conversation=shorter, segments=segments, num_prompt=num_prompt)
-
-    def _continued(self, tokens: list[int], supervised: list[bool]) -> Iterator[EncodedExample]:
+    def _continued(self, tokens: list[int], supervised: list[bool]) -> Iterator[Encoded]:
         """A text in pieces of the maximum length. The last has two tokens at least, since one predicts nothing."""
         edges = [*range(0, len(tokens), self._max_length), len(tokens)]
         if edges[-1] - edges[-2] == 1:
             edges[-2] -= 1
         for start, stop in pairwise(edges):
-            learned = np.asarray([False, *supervised[start + 1 : stop]], dtype=np.bool_)
-            yield EncodedExample(np.asarray(tokens[start:stop], dtype=np.int32), learned)
+            yield tokens[start:stop], [False, *supervised[start + 1 : stop]], False, 0
 
-    def _cut_prompt(
-        self, example: Example, tokens: list[int], supervised: list[bool], lost_turns: int
-    ) -> EncodedExample:
+    def _cut_prompt(self, example: Example, tokens: list[int], supervised: list[bool], lost_turns: int) -> Encoded:
         """The sample, whose prompt loses its middle if it does not fit."""
         cut = len(tokens) > self._max_length
         if cut:
@@ -206,9 +170,7 @@ class Encoder:
                 )
             prompt = self._without_middle(tokens[:first], room=room)
             tokens, supervised = [*prompt, *answer], [*(False for _ in prompt), *supervised[first:]]
-        return EncodedExample(
-            np.asarray(tokens, dtype=np.int32), np.asarray(supervised, dtype=np.bool_), cut, lost_turns
-        )
+        return tokens, supervised, cut, lost_turns
 
     def _without_middle(self, prompt: list[int], *, room: int) -> list[int]:
         """The start of a prompt and both its ends, `room` tokens in all."""
@@ -237,29 +199,23 @@ def adds_prefix_space(tokenizer: Tokenizer) -> bool:
     return bool(tokens) and tokens[0].startswith(("▁", "Ġ"))
 
 
-def segment_ids(
-    tokenizer: Tokenizer, samples: Sequence[Sequence[Segment]]
-) -> list[list[list[int]]]:
+def segment_ids(tokenizer: Tokenizer, samples: Sequence[Sequence[Segment]]) -> list[list[list[int]]]:
     """The ids of each segment of each sample, without any token that ends a sample."""
     found: list[list[list[int]]] = [[[] for _ in segments] for segments in samples]
-    for follows in (False, True):
-        for plain in (False, True):
-            positions = [
-                (number, index)
-                for number, segments in enumerate(samples)
-                for index, segment in enumerate(segments)
-                if segment.plain == plain and (index > 0 and any(s.text for s in segments[:index])) == follows
-            ]
-            texts = [samples[number][index].text for number, index in positions]
-            encode = continuation_ids if follows else _ids
-            for (number, index), ids in zip(positions, encode(tokenizer, texts, plain=plain), strict=True):
-                found[number][index] = ids
+    for encode, plain in product((_ids, continuation_ids), (False, True)):
+        positions = [
+            (number, index)
+            for number, segments in enumerate(samples)
+            for index, segment in enumerate(segments)
+            if segment.plain == plain and any(s.text for s in segments[:index]) == (encode is continuation_ids)
+        ]
+        texts = [samples[number][index].text for number, index in positions]
+        for (number, index), ids in zip(positions, encode(tokenizer, texts, plain=plain), strict=True):
+            found[number][index] = ids
     return found
 
 
-def continuation_ids(
-    tokenizer: Tokenizer, texts: Sequence[str], *, plain: bool = False
-) -> list[list[int]]:
+def continuation_ids(tokenizer: Tokenizer, texts: Sequence[str], *, plain: bool = False) -> list[list[int]]:
     """Tokenise texts that follow a prompt, so that decoding prompt and continuation gives the joined text.
 
     A tokenizer that prefixes a space would add one to " 42" and to "42". So a leading space is removed, and the
@@ -329,22 +285,20 @@ RowShapes = list[tuple[str, str]]
 """(shape, source) of each of some rows."""
 
 
-class RowEncoder:
-    """Encodes chunks of rows. It may run the tokenizer's chat template, so it has to be closed."""
+class RowEncoder(Encoder):
+    """Encodes chunks of rows."""
 
     def __init__(self, encoding: Encoding) -> None:
-        self._ends = np.array(sorted(encoding.end_ids), dtype=np.int32)
-        self._chat = Chat(encoding.tokenizer, encoding.reading)
-        self._task = encoding.task
-        self._encoder = Encoder(encoding.tokenizer, self._chat, encoding.max_length)
+        super().__init__(encoding.tokenizer, encoding.reading, encoding.max_length)
+        self._task, self._ends = encoding.task, encoding.end_ids
 
     def encode(self, rows: Sequence[NumberedRow]) -> tuple[Arrays, RowShapes]:
         """The samples of rows, as `encoded_rows` yields them, and the rows' shapes.
 
         Raises UserError as `make_example` and `Encoder.samples` do.
         """
-        made = [make_example(self._task, self._chat, [row]) for _, _, row in rows]
-        of_rows = list(self._encoder.samples(made))
+        made = [make_example(self._task, self.chat, [row]) for _, _, row in rows]
+        of_rows = list(self.samples(made))
         samples = [sample for parts in of_rows for sample in parts]
         arrays = joined(samples)
         facts, counts = arrays["facts"], [len(parts) for parts in of_rows]
@@ -352,13 +306,9 @@ class RowEncoder:
         facts["first"][np.cumsum([0, *counts[:-1]])] = True
         facts["source"], facts["number"] = (np.repeat([row[index] for row in rows], counts) for index in (0, 1))
         for index in np.flatnonzero(facts["chat"]):
-            learned = samples[index].tokens[samples[index].supervised]
-            facts["ended"][index] = np.isin(learned, self._ends).any()
+            tokens, supervised, *_ = samples[index]
+            facts["ended"][index] = not self._ends.isdisjoint(compress(tokens, supervised))
         return arrays, [(example.shape, example.source) for example in made]
-
-    def close(self) -> None:
-        """End the template's process."""
-        self._chat.close()
 
 
 def encoded_rows(rows: Iterable[NumberedRow], encoding: Encoding) -> Iterator[Arrays]:
@@ -367,7 +317,8 @@ def encoded_rows(rows: Iterable[NumberedRow], encoding: Encoding) -> Iterator[Ar
     Raises:
         UserError: as `RowEncoder.encode`, or if rows of a file have several shapes.
     """
-    chunks = _chunks(rows)
+    sized = ((row, max(num_bytes(row[-1][0]), CHUNK_BYTES // CHUNK), CHUNK_BYTES) for row in rows)
+    chunks = filled(sized)
     first = list(islice(chunks, _FEW_CHUNKS + 1))
     # A process of multiprocessing's pool, or another daemonic one, may not start processes.
     several = len(first) > _FEW_CHUNKS and not current_process().daemon
@@ -376,19 +327,6 @@ def encoded_rows(rows: Iterable[NumberedRow], encoding: Encoding) -> Iterator[Ar
         for shape, source in shapes:
             check_shape(shape, source, first_rows)
         yield arrays
-
-
-def _chunks(rows: Iterable[NumberedRow]) -> Iterator[list[NumberedRow]]:
-    chunk: list[NumberedRow] = []
-    size = 0
-    for row in rows:
-        chunk.append(row)
-        size += num_bytes(row[-1][0])
-        if len(chunk) == CHUNK or size >= CHUNK_BYTES:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
 
 
 def _in_this_process(chunks: Iterable[list[NumberedRow]], encoding: Encoding) -> Iterator[tuple[Arrays, RowShapes]]:

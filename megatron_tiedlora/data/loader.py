@@ -1,9 +1,9 @@
 """Batches for every layout from one plan: the samples of a step do not depend on the number of ranks.
 
-A step takes the next global batch of `order.sample_indices` and divides it into micro-batches of rows. A row holds
-several packed samples, or one sample; unpacked samples are sorted by length. Micro-batch j goes to accumulation step
-j // dp on data-parallel rank j % dp. The number of supervised tokens of the whole step follows from lengths alone, so
-every rank knows the loss's denominator without a message. Micro-batches of several adapters go into shared ones.
+A step takes the next global batch of `token_dataset.sample_indices` and divides it into micro-batches of rows. A row
+holds several packed samples, or one sample; unpacked samples are sorted by length. Micro-batch j goes to accumulation
+step j // dp on data-parallel rank j % dp. The number of supervised tokens of the whole step follows from lengths alone,
+so every rank knows the loss's denominator without a message. Micro-batches of several adapters go into shared ones.
 
 Owns labels, padding, packing, and resuming by a count of consumed samples. Leaves devices to the engine.
 """
@@ -11,6 +11,7 @@ Owns labels, padding, packing, and resuming by a count of consumed samples. Leav
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -137,7 +138,8 @@ def training_steps(
     Raises:
         UserError: a global batch has no supervised token; on every rank, for the same step.
     """
-    packed, dp_size = shape.packed_length is not None, shape.data_parallel
+    dp_size, packed = shape.data_parallel, shape.packed_length is not None
+    make = partial(collate, dataset, pad_id=pad_id, pad_multiple=pad_multiple, packed=packed)
     while True:
         plan = plan_global_batch(dataset, shape, seed=seed, consumed_samples=consumed_samples)
         if not plan.num_supervised:
@@ -147,20 +149,9 @@ def training_steps(
             )
         consumed_samples = plan.consumed_samples
         positions = num_positions(dataset, plan.micro_batches, pad_multiple=pad_multiple)
+        own = zip(plan.on_rank(dp_rank, dp_size=dp_size), plan.places[dp_rank::dp_size], strict=True)
         yield TrainingStep(
-            micro_batches=tuple(
-                collate(
-                    dataset,
-                    rows,
-                    pad_id=pad_id,
-                    pad_multiple=pad_multiple,
-                    packed=packed,
-                    places=places if numbered else None,
-                )
-                for rows, places in zip(
-                    plan.on_rank(dp_rank, dp_size=dp_size), plan.places[dp_rank::dp_size], strict=True
-                )
-            ),
+            micro_batches=tuple(make(rows, places=places if numbered else None) for rows, places in own),
             num_supervised=plan.num_supervised,
             num_tokens=plan.num_tokens,
             squared_lengths=plan.squared_lengths,
@@ -229,11 +220,8 @@ def collate(
     """
     lengths = _row_lengths(dataset, rows)
     shape = _padded_shape(lengths, pad_multiple)
-    tokens = np.full(shape, pad_id, dtype=np.int64)
-    labels = np.full(shape, IGNORED_LABEL, dtype=np.int64)
-    positions = np.zeros(shape, dtype=np.int64)
-    documents = np.zeros(shape, dtype=np.int64)
-    numbers = np.zeros(shape, dtype=np.int64)
+    tokens, labels = (np.full(shape, value, dtype=np.int64) for value in (pad_id, IGNORED_LABEL))
+    positions, documents, numbers = np.zeros((3, *shape), dtype=np.int64)
     for number, row in enumerate(rows or [[]]):
         start = 0
         for document, index in enumerate(row):
@@ -311,11 +299,10 @@ def _first_fit(lengths: Lengths, order: Sequence[int], capacity: int) -> Rows:
     room: list[int] = []
     for index in order:
         size = int(lengths[index])
-        row = next((row for row, left in enumerate(room) if left >= size), None)
-        if row is None:
+        row = next((row for row, left in enumerate(room) if left >= size), len(rows))
+        if row == len(rows):
             rows.append([])
             room.append(capacity)
-            row = len(rows) - 1
         rows[row].append(index)
         room[row] -= size
     return rows

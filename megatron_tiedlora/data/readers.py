@@ -13,6 +13,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from glob import has_magic, iglob
 from itertools import islice
 from pathlib import Path
@@ -23,11 +24,10 @@ from megatron_tiedlora.base.messages import UserError, first_line, shown, user_p
 from megatron_tiedlora.data.tables import (
     HubData,
     Row,
-    arrow_rows,
     is_saved_folder,
     names_and_contents,
-    parquet_rows,
     saved_folder_rows,
+    table_rows,
 )
 
 _TEXT_SUFFIXES = (".jsonl", ".json", ".csv")
@@ -64,13 +64,6 @@ def may_be_hub_id(name: str) -> bool:
     except HFValidationError:
         return False
     return True
-
-
-def split_hub_name(name: str) -> tuple[str, str | None, str | None]:
-    """(id, config, split) of `id[:config[:split]]`; None for what is left out."""
-    hub_id, *more = name.split(":", 2)
-    config, split = [*(part or None for part in more), None, None][:2]
-    return hub_id, config, split
 
 
 @dataclass(frozen=True)
@@ -118,7 +111,8 @@ def row_data(name: str, *, split: str) -> LocalData | HubData:
     """
     if user_path(name).exists() or looks_like_path(name):
         return LocalData(name, split)
-    hub_id, config_name, own_split = split_hub_name(name)
+    hub_id, *more = name.split(":", 2)
+    config_name, own_split = [*(part or None for part in more), None, None][:2]
     return HubData(hub_id, own_split or split, config_name)
 
 
@@ -137,14 +131,13 @@ def about_num_rows(path_or_hub: str | Path) -> int | None:
         files = named_files(path, str(path_or_hub))
         if not all(file.is_file() and file.suffix.lower() in (".jsonl", ".csv") for file in files):
             return None
-        return sum(map(_num_lines, files))
+        lines = 0
+        for one in files:
+            with one.open("rb", buffering=0) as file:
+                lines += sum(piece.count(b"\n") for piece in iter(partial(file.read, 2**20), b""))
+        return lines
     except (OSError, UserError):  # reading the rows says what is wrong
         return None
-
-
-def _num_lines(path: Path) -> int:
-    with path.open("rb", buffering=0) as file:
-        return sum(piece.count(b"\n") for piece in iter(lambda: file.read(2**20), b""))
 
 
 def named_files(path: Path, name: str) -> list[Path]:
@@ -197,17 +190,23 @@ def read_lines(name: str | Path) -> list[str]:
 def _lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
     r"""Yield number and bytes of each line. Only \n ends a line; `splitlines` would also split inside sentences.
 
-    Raises UserError if a line is too long, or if there are more bytes than `_most`.
+    Raises UserError if a line is too long, and as `_pieces`.
     """
-    number, total, most = 0, 0, _most(path)
-    while line := file.readline(_LONGEST_LINE + 1):
-        number += 1
-        total += len(line)
+    for number, line in enumerate(_pieces(partial(file.readline, _LONGEST_LINE + 1), path), start=1):
         if len(line) > _LONGEST_LINE:
             raise UserError(f"{path}:{number}: is longer than {_LONGEST_LINE:,} bytes; remove or shorten the line")
-        if most is not None and total > most:
-            raise UserError(f"{path}: has more than {most:,} bytes when unpacked; give a smaller part of it")
         yield number, line
+
+
+def _pieces(read: Callable[[], bytes], path: Path) -> Iterator[bytes]:
+    """Yield what `read` returns until the file ends. Raises UserError if a packed one is far larger when unpacked."""
+    total, packed = 0, path.suffix.lower() == _COMPRESSED
+    most = _GZIP_MEMORY + _GZIP_RATIO * path.stat().st_size
+    for piece in iter(read, b""):
+        total += len(piece)
+        if packed and total > most:
+            raise UserError(f"{path}: has more than {most:,} bytes when unpacked; give a smaller part of it")
+        yield piece
 
 
 def _check_file(path: Path, expected: str) -> None:
@@ -227,8 +226,8 @@ def _file_rows(path: Path) -> Iterator[Row]:
         ".jsonl": _jsonl_rows,
         ".json": _json_rows,
         ".csv": _csv_rows,
-        ".parquet": parquet_rows,
-        ".arrow": arrow_rows,
+        ".parquet": table_rows,
+        ".arrow": table_rows,
     }
     if suffix not in readers or (packed and suffix not in _TEXT_SUFFIXES):
         names = f"{', '.join(SUFFIXES)}, and {', '.join(_TEXT_SUFFIXES)} with {_COMPRESSED}"
@@ -247,11 +246,6 @@ def _file_rows(path: Path) -> Iterator[Row]:
 def _open(path: Path) -> BinaryIO:
     packed = path.suffix.lower() == _COMPRESSED
     return cast(BinaryIO, gzip.GzipFile(path, "rb")) if packed else path.open("rb")
-
-
-def _most(path: Path) -> int | None:
-    """The most bytes of a packed file when unpacked."""
-    return _GZIP_MEMORY + _GZIP_RATIO * path.stat().st_size if path.suffix.lower() == _COMPRESSED else None
 
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:
@@ -312,13 +306,10 @@ def _json_rows(path: Path) -> Iterator[Row]:
 
 def _json_bytes(path: Path) -> bytes:
     """The file's bytes up to the first chunk with a NUL, which JSON never has; a sparse file has gigabytes."""
-    pieces, most, total = [], _most(path), 0
+    pieces = []
     with _open(path) as file:
-        while piece := file.read(2**20):
+        for piece in _pieces(partial(file.read, 2**20), path):
             pieces.append(piece)
-            total += len(piece)
-            if most is not None and total > most:
-                raise UserError(f"{path}: has more than {most:,} bytes when unpacked; give a smaller part of it")
             if b"\0" in piece:
                 break
     return b"".join(pieces)

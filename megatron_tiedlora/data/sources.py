@@ -121,19 +121,9 @@ def local_files(given: str) -> dict[str, Path]:
 # How often rows are used ----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Mix:
-    """Which rows become training samples.
-
-    rows: (n,) int64, the rows of the samples in order, as indices into the rows of all sources.
-    lines: how often the rows of each source are used, in words; empty without weights.
-    """
-
-    rows: NDArray[np.int64]
-    lines: tuple[str, ...] = ()
-
-
-def mixed(sources: Sequence[Source], sizes: Sequence[int], held_out: NDArray[np.bool_], *, seed: int) -> Mix:
+def mixed(
+    sources: Sequence[Source], sizes: Sequence[int], held_out: NDArray[np.bool_], *, seed: int
+) -> tuple[NDArray[np.int64], list[str]]:
     """All rows that are not held out, in order. With weights, rows are repeated until the shares of the sources are
     the weights.
 
@@ -142,6 +132,10 @@ def mixed(sources: Sequence[Source], sizes: Sequence[int], held_out: NDArray[np.
     Args:
         sizes: number of rows of each source.
         held_out: (sum of the sizes,) bool, which rows are used for validation.
+
+    Returns:
+        (n,) int64, the rows of the training samples in order, as indices into the rows of all sources; and how often
+        the rows of each source are used, in words, empty without weights.
 
     Raises:
         UserError: a source has no row left, or its rows would be repeated very often.
@@ -153,7 +147,7 @@ def mixed(sources: Sequence[Source], sizes: Sequence[int], held_out: NDArray[np.
             raise UserError(f"{source.name}: all of its rows became validation rows; give --validation_file")
     weights = [source.weight for source in sources if source.weight is not None]
     if not weights:
-        return Mix(kept[0] if len(kept) == 1 else np.concatenate(kept))
+        return kept[0] if len(kept) == 1 else np.concatenate(kept), []
     total = max(len(rows) / weight for rows, weight in zip(kept, weights, strict=True))
     lines = []
     for number, (source, weight, rows) in enumerate(zip(sources, weights, kept, strict=True)):
@@ -167,7 +161,7 @@ def mixed(sources: Sequence[Source], sizes: Sequence[int], held_out: NDArray[np.
         once_more = np.sort(permutation(len(rows), seed=seed, stream=_MIX_STREAM + number)[:rest])
         kept[number] = np.concatenate([np.tile(rows, whole), rows[once_more]])
         lines.append(f"{source.name}: {len(rows):,} rows make {wanted:,} samples, {wanted / len(rows):.2f} of each")
-    return Mix(np.concatenate(kept), tuple(lines))
+    return np.concatenate(kept), lines
 
 
 # Rows -----------------------------------------------------------------------------------------------------------------
@@ -177,13 +171,8 @@ NumberedRow = tuple[int, int, Row]
 """The number of a row's source, that of its sample, and the row."""
 
 
-@dataclass(frozen=True)
-class _SourceRows:
-    """The rows of one source, and the hash of what they are read from."""
-
-    source: Source
-    rows: Callable[[], Iterable[Row]]
-    sha256: Callable[[], str]
+_SourceRows = tuple[Source, Callable[[], Iterable[Row]], Callable[[], str]]
+"""A source, what reads its rows, and what hashes the files from which they are read."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +190,7 @@ class RowStream:
     @property
     def sources(self) -> tuple[Source, ...]:
         """What the rows are read from, one after another."""
-        return tuple(part.source for part in self._parts)
+        return tuple(source for source, _, _ in self._parts)
 
     @property
     def names(self) -> str:
@@ -211,10 +200,10 @@ class RowStream:
     def __iter__(self) -> Iterator[NumberedRow]:
         """Yield the rows with the 0-based numbers of their sources and samples."""
         field, total, seen = self.task.merge_by, 0, dict[Hashable, int]()
-        for number, part in enumerate(self._parts):
+        for number, (source, rows, _) in enumerate(self._parts):
             before = total
-            with _readable(part.source.name):
-                for row in self._flat(part.rows()):
+            with _readable(source.name):
+                for row in self._flat(rows()):
                     sample = total
                     if field is not None:
                         key = row[0].get(field)
@@ -222,7 +211,7 @@ class RowStream:
                     total += 1
                     yield number, sample, row
                 if total == before:
-                    raise UserError(f"{part.source.name}: holds no samples of task {self.task.name}; give another file")
+                    raise UserError(f"{source.name}: holds no samples of task {self.task.name}; give another file")
 
     def about_num_rows(self) -> int | None:
         """About how many rows there are, for a progress bar; None: not known."""
@@ -238,9 +227,9 @@ class RowStream:
             UserError: a file is missing or unreadable.
         """
         found = []
-        for part in self._parts:
-            with _readable(part.source.name):
-                found.append(part.sha256())
+        for source, _, content in self._parts:
+            with _readable(source.name):
+                found.append(content())
         return hashlib.sha256(" ".join(found).encode()).hexdigest()
 
     def _flat(self, rows: Iterable[Row]) -> Iterator[Row]:
@@ -309,18 +298,18 @@ def row_stream(task: Task, split: Split, *, files: Files, reading: Reading) -> R
         pair = task.read_files(given, flag) if given and task.read_files else None
     parts: tuple[_SourceRows, ...]
     if pair is not None:
-        parts = (_SourceRows(Source(given), pair, lambda: names_and_contents(local_files(given).values())),)
+        parts = ((Source(given), pair, lambda: names_and_contents(local_files(given).values())),)
     elif given and not own_id:
         with _readable(given):
             named = [(source, row_data(source.name, split=split)) for source in parse_sources(given, flag)]
-        parts = tuple(_SourceRows(source, data.rows, data.sha256) for source, data in named)
+        parts = tuple((source, data.rows, data.sha256) for source, data in named)
     elif task.generate is not None:
         generated = partial(task.generate, split)
-        parts = (_SourceRows(Source(task.name), generated, cache(lambda: rows_sha256(generated()))),)
+        parts = ((Source(task.name), generated, cache(lambda: rows_sha256(generated()))),)
     else:
         assert task.hub is not None
         hub = HubData(task.hub.id, task.hub.splits[split], task.hub.config, task.hub.parquet_branch)
-        parts = (_SourceRows(Source(given or task.name), hub.rows, hub.sha256),)
+        parts = ((Source(given or task.name), hub.rows, hub.sha256),)
     return RowStream(task, reading, parts)
 
 

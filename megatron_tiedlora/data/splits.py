@@ -7,7 +7,9 @@ and the answer's leading space to `task.join_answer`.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +25,8 @@ from megatron_tiedlora.data.tables import Row
 from megatron_tiedlora.data.task import Example, Parts, Reading, Split, Task, join_answer, template_fields
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.token_dataset import permutation
+from megatron_tiedlora.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from megatron_tiedlora.data.turns import ASSISTANT
 
 _CARVE_STREAM = 2**32  # epochs use the streams from 0 on, so held-out rows are drawn from a stream far above
 
@@ -75,6 +79,18 @@ def read_split(
     )
 
 
+def open_tokenizer(settings: Settings | EvaluateSettings, model_folder: Path, *, vocab_size: int) -> Tokenizer:
+    """The tokenizer of a command's settings, by default the model's, with the chat template that they name.
+
+    Raises UserError if it cannot be read, or has an id that an embedding of `vocab_size` rows lacks.
+    """
+    tokenizer = load_tokenizer(settings.tokenizer or model_folder)
+    if settings.chat_template is not None:
+        tokenizer.chat_template = read_chat_template(settings.chat_template)
+    check_vocabulary(tokenizer, vocab_size)
+    return tokenizer
+
+
 def files_of(settings: Settings | EvaluateSettings) -> Files:
     """The files of a command's settings."""
     return {"train": settings.train_file, "validation": settings.validation_file, "test": settings.test_file}
@@ -108,8 +124,10 @@ def _train_rows(task: Task, *, files: Files, seed: int, reading: Reading) -> lis
     sizes = np.bincount([source for source, _, _ in numbered], minlength=len(stream.sources)).tolist()
     held_out = np.zeros(len(numbered), dtype=bool)
     if source_kind(task, "validation", files) == "carve":
-        held_out = held_out_rows(task, np.array([number for _, number, _ in numbered]), seed=seed)
-    return [numbered[row][-1] for row in mixed(stream.sources, sizes, held_out, seed=seed).rows.tolist()]
+        numbers = np.array([number for _, number, _ in numbered])
+        held_out = held_out_rows(stream, numbers, seed=seed, required=False)
+    rows, _ = mixed(stream.sources, sizes, held_out, seed=seed)
+    return [numbered[row][-1] for row in rows.tolist()]
 
 
 def _held_out_samples(task: Task, split: Split, *, files: Files, seed: int, reading: Reading) -> list[list[Row]]:
@@ -119,35 +137,34 @@ def _held_out_samples(task: Task, split: Split, *, files: Files, seed: int, read
     rows: Iterable[NumberedRow] = stream
     if carves:
         numbers = np.array([number for _, number, _ in stream])
-        taken = check_held_out(held_out_rows(task, numbers, seed=seed), stream)
+        taken = held_out_rows(stream, numbers, seed=seed)
         rows = (row for is_taken, row in zip(taken, stream, strict=True) if is_taken)
     for _, number, row in rows:
         samples.setdefault(number, []).append(row)
     return list(samples.values())
 
 
-def held_out_rows(task: Task, numbers: NDArray[np.int64], *, seed: int) -> NDArray[np.bool_]:
+def held_out_rows(
+    stream: RowStream, numbers: NDArray[np.int64], *, seed: int, required: bool = True
+) -> NDArray[np.bool_]:
     """Which train rows are used for validation, (num_rows,) bool; none if there is only one sample.
 
     Rows of one sample stay together: a model must not be evaluated on what it was trained on.
 
     Args:
-        numbers: (num_rows,) the number of each row's sample, as `RowStream` gives it.
+        numbers: (num_rows,) the number of each row's sample, as `stream` gives it.
+
+    Raises:
+        UserError: there is none, and one is required.
     """
-    num_samples = int(numbers.max()) + 1
-    large = num_samples >= 10 * task.validation_rows
-    count = task.validation_rows if large else min(max(1, num_samples // 20), num_samples - 1)
+    num_samples, most = int(numbers.max()) + 1, stream.task.validation_rows
+    count = most if num_samples >= 10 * most else min(max(1, num_samples // 20), num_samples - 1)
+    if required and not count:
+        name = stream.sources[0].name
+        raise UserError(f"{name}: one sample cannot be split into train and validation; give --validation_file")
     taken = np.zeros(num_samples, dtype=bool)
     taken[permutation(num_samples, seed=seed, stream=_CARVE_STREAM)[:count]] = True
     return taken[numbers]
-
-
-def check_held_out(held_out: NDArray[np.bool_], stream: RowStream) -> NDArray[np.bool_]:
-    """`held_out`. Raises UserError if it has no row."""
-    if not held_out.any():
-        name = stream.sources[0].name
-        raise UserError(f"{name}: one sample cannot be split into train and validation; give --validation_file")
-    return held_out
 
 
 # From rows to examples ------------------------------------------------------------------------------------------------
@@ -177,18 +194,15 @@ def make_example(task: Task, chat: Chat, sample: Sequence[Row]) -> Example:
     parts, source = [_parts(task, chat.reading, *row) for row in sample], sample[0][1]
     first = parts[0]
     references = tuple(dict.fromkeys(answer.strip() for row_parts in parts for answer in row_parts.answers))
+    make = partial(Example, source=source, references=references, shape=first.shape)
     if first.conversation is not None and chat.reading.template is None:
         segments, num_prompt = chat.segments(first.conversation, source)
-        return Example(
+        return make(
             prompt="".join(segment.text for segment in segments[:num_prompt]),
             completion=first.answers[0],
-            source=source,
-            references=references,
             segments=segments,
             num_prompt=num_prompt,
             conversation=first.conversation,
-            templated=chat.templated,
-            shape=first.shape,
         )
     prompt = _prompt(task, chat, first, source)
     follows = [chat.control.guard(ending, "the answer", source) for ending in first.endings]
@@ -196,16 +210,13 @@ def make_example(task: Task, chat: Chat, sample: Sequence[Row]) -> Example:
     right = first.choices.index(first.answers[0]) if follows else -1
     completion = follows[right] if follows else join_answer(prompt, answer)
     before, after = chat.cut(prompt, False), chat.cut(completion, True, ends=True)
-    return Example(
+    return make(
         prompt=without_marks(prompt),
         completion=without_marks(completion),
-        source=source,
-        references=references,
         choices=first.choices,
         endings=tuple(map(without_marks, follows)),
         segments=(*before, *after),
         num_prompt=len(before),
-        shape=first.shape,
     )
 
 
@@ -231,7 +242,8 @@ def _prompt(task: Task, chat: Chat, parts: Parts, source: str) -> str:
     else:
         names, written, conversation = template_fields(template), dict[str, str](), parts.conversation
         if conversation is not None:
-            if len(conversation.answers) > 1 and reading.train_on != "last_turn":
+            several = sum(turn.message["role"] == ASSISTANT for turn in conversation.turns) > 1
+            if several and reading.train_on != "last_turn":
                 said = f"{source}: --prompt_template makes one answer of a chat"
                 raise UserError(f"{said}; give --train_on last_turn too")
             segments, num_prompt = chat.segments(conversation, source)

@@ -26,36 +26,14 @@ Row = tuple[dict[str, Any], str]
 """A row's fields and its source ("train.jsonl:12"), for messages."""
 
 
-def parquet_rows(path: Path) -> Iterator[Row]:
-    """Yield the rows of a parquet file. Raises UserError if it is broken, or much larger as rows than as a file."""
-    import pyarrow.parquet
+def table_rows(path: Path) -> Iterator[Row]:
+    """Yield the rows of a parquet or an Arrow file, of Arrow's stream or file format.
 
-    def batches() -> Iterator[Any]:
-        with pyarrow.parquet.ParquetFile(path, buffer_size=2**20) as file:
-            yield from file.iter_batches(batch_size=_ROWS, use_threads=False)
-
-    return _bounded(batches(), path, "parquet")
-
-
-def arrow_rows(path: Path) -> Iterator[Row]:
-    """Yield the rows of an Arrow file, of its stream or its file format. Raises UserError as `parquet_rows` does."""
-    import pyarrow
-
-    def batches() -> Iterator[Any]:
-        with pyarrow.OSFile(str(path)) as file:
-            is_file_format = file.read(len(_ARROW_FILE)) == _ARROW_FILE
-            file.seek(0)
-            if is_file_format:
-                whole = pyarrow.ipc.open_file(file)
-                yield from map(whole.get_batch, range(whole.num_record_batches))
-            else:
-                yield from pyarrow.ipc.open_stream(file)
-
-    return _bounded(batches(), path, "arrow")
-
-
-def _bounded(batches: Iterator[Any], path: Path, kind: str) -> Iterator[Row]:
-    starts = ((batch, start) for batch in batches for start in range(0, batch.num_rows, _ROWS))
+    Raises UserError if it is broken, or much larger as rows than as a file.
+    """
+    kind = path.suffix.lower().removeprefix(".")
+    batches = _parquet_batches if kind == "parquet" else _arrow_batches
+    starts = ((batch, start) for batch in batches(path) for start in range(0, batch.num_rows, _ROWS))
     parts = (batch.slice(start, _ROWS).to_pylist() for batch, start in starts)
     memory = _MEMORY + _RATIO * path.stat().st_size
     too_large = f"{path}: its rows need more than {memory:,} bytes; write it as .jsonl, or give a smaller part of it"
@@ -80,6 +58,26 @@ def _bounded(batches: Iterator[Any], path: Path, kind: str) -> Iterator[Row]:
             if size > memory:
                 raise UserError(too_large)
             yield row, f"{path}: row {number}"
+
+
+def _parquet_batches(path: Path) -> Iterator[Any]:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path, buffer_size=2**20) as file:
+        yield from file.iter_batches(batch_size=_ROWS, use_threads=False)
+
+
+def _arrow_batches(path: Path) -> Iterator[Any]:
+    import pyarrow
+
+    with pyarrow.OSFile(str(path)) as file:
+        is_file_format = file.read(len(_ARROW_FILE)) == _ARROW_FILE
+        file.seek(0)
+        if is_file_format:
+            whole = pyarrow.ipc.open_file(file)
+            yield from map(whole.get_batch, range(whole.num_record_batches))
+        else:
+            yield from pyarrow.ipc.open_stream(file)
 
 
 def num_bytes(value: Any) -> int:

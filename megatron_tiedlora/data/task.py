@@ -194,9 +194,8 @@ class Example:
     choices: texts of a multiple-choice question, including the answer, references[0]; else empty.
     endings: the choices as they follow the prompt; by default each after one space.
     segments: the whole text; by default prompt and completion.
-    num_prompt: number of segments before the last answer.
+    num_prompt: number of segments before the last answer, which a model sees.
     conversation: the turns that the segments were made of; None if it is no chat.
-    templated: whether a chat template wrote the text, which then has its own beginning and end.
     shape: the name of its row's shape, as in `Parts`.
     """
 
@@ -209,7 +208,6 @@ class Example:
     segments: tuple[Segment, ...] = ()
     num_prompt: int = 1
     conversation: Conversation | None = None
-    templated: bool = False
     shape: str = ""
 
     def __post_init__(self) -> None:
@@ -218,11 +216,6 @@ class Example:
         if not self.segments:
             both = (Segment(self.prompt), Segment(self.completion, supervised=True, ends=True))
             object.__setattr__(self, "segments", both)
-
-    @property
-    def prompt_segments(self) -> tuple[Segment, ...]:
-        """What a model sees before the last answer."""
-        return self.segments[: self.num_prompt]
 
 
 def join_answer(prompt: str, answer: str) -> str:

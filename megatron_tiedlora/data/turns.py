@@ -53,21 +53,6 @@ class Conversation:
     turns: tuple[Turn, ...]
     tools: tuple[Mapping[str, Any], ...] | None = None
 
-    @property
-    def messages(self) -> list[Mapping[str, Any]]:
-        """The messages of the turns, as templates read them."""
-        return [turn.message for turn in self.turns]
-
-    @property
-    def answer(self) -> str:
-        """Content of the last turn; '' if that only calls tools."""
-        return self.turns[-1].message.get("content") or ""
-
-    @property
-    def answers(self) -> tuple[int, ...]:
-        """The indices of the assistant's turns."""
-        return tuple(index for index, turn in enumerate(self.turns) if turn.message["role"] == ASSISTANT)
-
     def with_last_turn_alone(self, *, scored: bool = False) -> "Conversation":
         """The same turns, of which at most the last is supervised.
 

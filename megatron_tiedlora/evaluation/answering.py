@@ -18,11 +18,11 @@ from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.config.batch import filled
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import marked
-from megatron_tiedlora.data.chat import chat_writer, set_chat_template
+from megatron_tiedlora.data.chat import chat_writer
 from megatron_tiedlora.data.encode import continuation_ids, decode_ids, encode_prompts
-from megatron_tiedlora.data.splits import read_split
+from megatron_tiedlora.data.splits import open_tokenizer, read_split
 from megatron_tiedlora.data.task import Example, Reading, Task, join_answer
-from megatron_tiedlora.data.tokenizer import check_vocabulary, end_ids, load_tokenizer
+from megatron_tiedlora.data.tokenizer import end_ids
 from megatron_tiedlora.evaluation.generate import Agree, Decoder, Prompts, ending_log_likelihoods, generate
 from megatron_tiedlora.evaluation.metrics import Answer, find_metric
 from megatron_tiedlora.parallel.agreement import gather_on_rank_0, num_differing
@@ -107,14 +107,13 @@ def encode_scored(
         if not example.prompt:
             raise UserError(f"{example.source}: is text without a prompt, which cannot be answered; give other rows")
     prompts, num_truncated = encode_prompts(tokenizer, examples, max_length=longest_prompt, reading=reading)
-    reads_choices = any(metric.needs_choice_scores for metric in metrics)
-    choices: list[tuple[str, ...]] = [()] * len(examples)
-    if reads_choices:  # as they follow the prompt
-        choices = [
-            example.endings or tuple(join_answer(example.prompt, choice) for choice in example.choices)
-            for example in examples
-        ]
-    plain = reading.special_tokens == "plain"
+    reads_choices, plain = any(metric.needs_choice_scores for metric in metrics), reading.special_tokens == "plain"
+    choices = [  # as they follow the prompt
+        (example.endings or tuple(join_answer(example.prompt, choice) for choice in example.choices))
+        if reads_choices
+        else ()
+        for example in examples
+    ]
     ids = iter(continuation_ids(tokenizer, [text for texts in choices for text in texts], plain=plain))
     endings = [tuple(tuple(next(ids)) for _ in texts) for texts in choices]
     for example, of_example in zip(examples, endings, strict=True):
@@ -144,10 +143,8 @@ def read_scored(plans: EvaluationPlans) -> dict[str, ScoredSet]:
 
 def _read(plan: EvaluationPlan) -> ScoredSet:
     """Read, check and tokenise the rows of the plan's split."""
-    settings = plan.settings
-    tokenizer = load_tokenizer(settings.tokenizer or plan.source.weights_folder())
-    set_chat_template(tokenizer, settings.chat_template)
-    check_vocabulary(tokenizer, plan.source.shape.vocab_size)
+    settings, folder, vocab_size = plan.settings, plan.source.weights_folder(), plan.source.shape.vocab_size
+    tokenizer = open_tokenizer(settings, folder, vocab_size=vocab_size)
     return encode_scored(
         read_split(settings, settings.split, tokenizer=tokenizer, limit=plan.limit),
         plan.task,
@@ -156,8 +153,8 @@ def _read(plan: EvaluationPlan) -> ScoredSet:
         longest_prompt=plan.longest_prompt,
         max_new_tokens=plan.max_new_tokens,
         batch_size=settings.batch_size,
-        model_folder=plan.source.weights_folder(),
-        vocab_size=plan.source.shape.vocab_size,
+        model_folder=folder,
+        vocab_size=vocab_size,
     )
 
 

@@ -71,11 +71,6 @@ class Decoder:
         self._in_flight: deque[tuple[Any, torch.Tensor]] = deque()
 
     @property
-    def num_parts(self) -> int:
-        """How many parts of a batch are in flight at the same time."""
-        return self.pipeline.size
-
-    @property
     def is_last(self) -> bool:
         """Whether this rank's stage has the head."""
         return self.pipeline.rank == self.pipeline.size - 1
@@ -169,7 +164,7 @@ class Decoder:
     def _keep(self, work: Any, tensor: torch.Tensor) -> None:
         """Hold a tensor while it is sent. An entry two rounds old was received, or nothing could have followed it."""
         self._in_flight.append((work, tensor))
-        while len(self._in_flight) > 2 * self.num_parts:
+        while len(self._in_flight) > 2 * self.pipeline.size:
             self._in_flight.popleft()[0].wait()
 
     def finish(self) -> None:
@@ -243,7 +238,7 @@ def generate(decoder: Decoder, given: Sequence[Prompts], *, agree: Agree = bool)
     """
     num_steps = max(some.max_new_tokens for some in given)
     batches = [
-        [_Batch(decoder, some, prompts, num_steps) for prompts in split_evenly(some.prompts, decoder.num_parts)]
+        [_Batch(decoder, some, prompts, num_steps) for prompts in split_evenly(some.prompts, decoder.pipeline.size)]
         for some in given
     ]
     parts = [_Part(decoder, [batch for batch in some if batch is not None]) for some in zip_longest(*batches)]
@@ -374,7 +369,7 @@ class _Part:
         for batch in self.computed:
             batch.num_chosen += 1
         self.waiting = self.decoder.share(chosen, sum(len(batch.rows) for batch in self.computed))
-        if self.decoder.num_parts == 1:
+        if self.decoder.pipeline.size == 1:
             self.collect()
 
     def _read_prompts(self) -> torch.Tensor | None:
@@ -426,7 +421,7 @@ def ending_log_likelihoods(decoder: Decoder, samples: Sequence[Sample], *, adapt
         values by sample and ending on ranks of the last stage; elsewhere one empty list per sample.
     """
     scores: list[list[float]] = []
-    for part in split_evenly(samples, decoder.num_parts):
+    for part in split_evenly(samples, decoder.pipeline.size):
         for some in _groups(part, whole=decoder.calls_together):
             scores += _score(decoder, some, adapter)
     decoder.finish()

@@ -61,35 +61,24 @@ class Answer:
 class Metric:
     """One metric. Every score is in per cent, 0 to 100, and higher is better.
 
-    The value of many answers is the mean of `sample`. A corpus metric has `statistics` instead: `combine` turns their
-    sums over the answers into the value.
+    The value of many answers is the mean of `sample`, or that of `corpus`.
 
     Attributes:
         name: its key in `METRICS`.
         sample: the score of one answer.
-        signature: the rule, library and version by which these answers are scored. Two values are comparable only if
-            their signatures are equal.
+        signature: the rule, library and version by which answers are scored; if it depends on them, a function of
+            all of them. Two values are comparable only if their signatures are equal.
         needs_choice_scores: whether it reads `Answer.choice_scores`, which cost a model pass per choice.
         check: raises UserError, before decoding, for an example that the metric can never score as correct.
-        statistics: a fixed number of counts of one answer.
-        combine: computes the corpus value from the counts, summed over the answers.
+        corpus: functions that give a fixed number of counts of one answer, and the value of their sums over answers.
     """
 
     name: str
     sample: Callable[[Answer], float]
-    signature: Callable[[Sequence[Answer]], str]
+    signature: str | Callable[[Sequence[Answer]], str]
     needs_choice_scores: bool = False
     check: Callable[[Example], None] = lambda _: None
-    statistics: Callable[[Answer], tuple[int, ...]] | None = None
-    combine: Callable[[Sequence[int]], float] | None = None
-
-    def __post_init__(self) -> None:
-        assert (self.statistics is None) == (self.combine is None), self.name
-
-
-def fixed(signature: str) -> Callable[[Sequence[Answer]], str]:
-    """A signature that does not depend on the answers."""
-    return lambda _: signature
+    corpus: tuple[Callable[[Answer], tuple[int, ...]], Callable[[Sequence[int]], float]] | None = None
 
 
 # Exact match and F1 -------------------------------------------------------------------------------------------------
@@ -307,30 +296,28 @@ METRICS: Mapping[str, Metric] = {
         Metric(
             "exact_match",
             exact_match,
-            fixed("exact match, white space at the ends apart; any of the references of each sample"),
+            "exact match, white space at the ends apart; any of the references of each sample",
         ),
         Metric(
             "gsm8k",
             gsm8k_exact_match,
-            fixed("GSM8K exact match: first number behind ####, commas dropped, compared as text; no number is wrong"),
+            "GSM8K exact match: first number behind ####, commas dropped, compared as text; no number is wrong",
             check=has_final_number,
         ),
-        Metric("squad", squad_exact_match, fixed(f"SQuAD v1.1 exact match: {_SQUAD_RULE}")),
-        Metric("squad_f1", squad_f1, fixed(f"SQuAD v1.1 F1 over bags of tokens: {_SQUAD_RULE}")),
+        Metric("squad", squad_exact_match, f"SQuAD v1.1 exact match: {_SQUAD_RULE}"),
+        Metric("squad_f1", squad_f1, f"SQuAD v1.1 F1 over bags of tokens: {_SQUAD_RULE}"),
         Metric("rougeL", rouge_l, rouge_signature),
-        Metric("bleu", sentence_bleu, bleu_signature, statistics=bleu_statistics, combine=corpus_bleu),
+        Metric("bleu", sentence_bleu, bleu_signature, corpus=(bleu_statistics, corpus_bleu)),
         Metric(
             "accuracy",
             accuracy,
-            fixed(
-                "accuracy of the generated ending: the one that equals the text but for case and white space, else the"
-                " one of highest SQuAD F1 to it; a tie is wrong"
-            ),
+            "accuracy of the generated ending: the one that equals the text but for case and white space, else the one"
+            " of highest SQuAD F1 to it; a tie is wrong",
         ),
         Metric(
             "accuracy_loglikelihood",
             accuracy_loglikelihood,
-            fixed("accuracy by log-likelihood per character of the ending (acc_norm of lm-evaluation-harness)"),
+            "accuracy by log-likelihood per character of the ending (acc_norm of lm-evaluation-harness)",
             needs_choice_scores=True,
         ),
     )

@@ -79,19 +79,20 @@ def score_answers(
     for metric in map(find_metric, metric_names):
         value, resampled = _bootstrap(metric, answers, seed=seed, resamples=resamples)
         low, high = np.percentile(resampled, _PERCENTILES).tolist()
-        scores[metric.name] = Score(metric.name, value, low, high, len(answers), metric.signature(answers))
+        rule = metric.signature if isinstance(metric.signature, str) else metric.signature(answers)
+        scores[metric.name] = Score(metric.name, value, low, high, len(answers), rule)
     return scores
 
 
 def _bootstrap(metric: Metric, answers: Sequence[Answer], *, seed: int, resamples: int) -> tuple[float, Any]:
     """The metric's value, and its values on the resamples, (resamples,)."""
     num = len(answers)
-    if metric.statistics is None or metric.combine is None:
+    if metric.corpus is None:
         samples = [metric.sample(answer) for answer in answers]
         drawn = _resampled_sums(np.array(samples)[:, None], seed=seed, resamples=resamples)
         return math.fsum(samples) / num, np.concatenate([sums[:, 0] for sums in drawn]) / num
-    counts = np.array([metric.statistics(answer) for answer in answers], dtype=np.float64)  # exact up to 2 ** 53
-    combine = metric.combine
+    statistics, combine = metric.corpus
+    counts = np.array([statistics(answer) for answer in answers], dtype=np.float64)  # exact up to 2 ** 53
     drawn = _resampled_sums(counts, seed=seed, resamples=resamples)
     values = [combine(row) for sums in drawn for row in sums.astype(np.int64).tolist()]
     return combine(counts.sum(0).astype(np.int64).tolist()), np.array(values)

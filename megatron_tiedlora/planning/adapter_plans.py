@@ -20,14 +20,14 @@ from megatron_tiedlora.config.batch import longest_prompt
 from megatron_tiedlora.config.fields import marked
 from megatron_tiedlora.config.settings import NO_TRAIN_FILE, Settings, make_settings
 from megatron_tiedlora.data.cache import TrainingData, tokenised_once
-from megatron_tiedlora.data.chat import chat_note, chat_writer, set_chat_template
+from megatron_tiedlora.data.chat import chat_note, chat_writer
 from megatron_tiedlora.data.encode import Encoding
 from megatron_tiedlora.data.sources import row_stream
-from megatron_tiedlora.data.splits import files_of, read_split
+from megatron_tiedlora.data.splits import files_of, open_tokenizer, read_split
 from megatron_tiedlora.data.task import Example, Reading
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.token_dataset import permutation
-from megatron_tiedlora.data.tokenizer import check_vocabulary, end_ids, load_tokenizer
+from megatron_tiedlora.data.tokenizer import end_ids
 from megatron_tiedlora.evaluation.answering import ScoredSet, encode_scored
 from megatron_tiedlora.planning.run_plan import RunPlan, length_warnings, plan_run
 from megatron_tiedlora.runtime.run_folder import RunFolder, choose_run_folder, last_run_folder
@@ -242,9 +242,7 @@ def prepare_data(plan: RunPlan) -> RunData:
         raise UserError(NO_TRAIN_FILE)
     settings, vocab_size = plan.settings, plan.source.shape.vocab_size
     model_folder = plan.source.weights_folder()  # raises for a preset, which has no files
-    tokenizer, reading = load_tokenizer(settings.tokenizer or model_folder), Reading.of(settings)
-    set_chat_template(tokenizer, settings.chat_template)
-    check_vocabulary(tokenizer, vocab_size)
+    tokenizer, reading = open_tokenizer(settings, model_folder, vocab_size=vocab_size), Reading.of(settings)
     encoding = Encoding(
         task=get_task(settings.task),
         tokenizer=tokenizer,

@@ -75,17 +75,17 @@ def test_a_long_conversation_is_rendered(chat: Any) -> None:
     with closing(ChatTemplate(chat)) as template:
         for _ in range(3):
             expected = f"<user>{turns[0]['content']}" * 5 + "<assistant>"
-            assert template.render(turns, "a.jsonl:1", answers=()).text == expected
+            assert template.render(turns, "a.jsonl:1", answers=())[0] == expected
 
 
 def test_a_process_that_is_killed_is_told_and_replaced(chat: Any) -> None:
     chat.chat_template, before = "{{ messages[0].content }}", psutil.Process().children()
     with closing(ChatTemplate(chat)) as template:
-        assert template.render(TURNS, "a.jsonl:1", answers=()).text == "How many?!"
+        assert template.render(TURNS, "a.jsonl:1", answers=())[0] == "How many?!"
         (process,) = (child for child in psutil.Process().children() if child not in before)
         process.kill()
         assert "ended its process" in refusal(lambda: template.render(TURNS, "a.jsonl:2", answers=()))
-        assert template.render(TURNS, "a.jsonl:3", answers=()).text == "How many?!"
+        assert template.render(TURNS, "a.jsonl:3", answers=())[0] == "How many?!"
 
 
 def test_a_template_s_process_ends_with_ours(chat: Any) -> None:
@@ -96,9 +96,7 @@ def test_a_template_s_process_ends_with_ours(chat: Any) -> None:
 
     def work() -> None:
         with closing(ChatTemplate(chat)) as template:
-            template._start()
-            assert template._process is not None
-            writer.send(template._process.pid)
+            writer.send(template._start()[0].pid)
             template.render(TURNS, "a.jsonl:1", answers=())
 
     ours = context.Process(target=work)
@@ -135,9 +133,9 @@ def test_an_answer_that_begins_like_the_open_thought(text: str) -> None:
     """What both have in common is a part of the answer."""
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": text},
                 {"role": "user", "content": "<html>"}, {"role": "assistant", "content": text}]  # fmt: skip
-    found = render_with_spans(OpensThoughts(), messages, None, [1, 3])
+    whole, spans = render_with_spans(OpensThoughts(), messages, None, [1, 3], names="abcd")
     expected = f"{text}<eos>" if not text.startswith("<think>\n") else "no<eos>"
-    assert [found.text[start:end] for start, end in found.answers] == [expected, expected]
+    assert [whole[slice(*span)] for span in spans] == [expected, expected]
 
 
 # As Phi-3's template: an end-of-sequence token after the whole, whoever spoke last.
@@ -180,10 +178,9 @@ def test_the_end_of_the_whole_is_no_part_of_an_earlier_answer(
     template: str, expected: list[str], tmp_path: Path
 ) -> None:
     tokenizer = load_tokenizer(write_zoo_tokenizer(tmp_path, template=template))
-    found = render_with_spans(tokenizer, CHAT, None, [1, 3])
-    assert [found.text[start:end] for start, end in found.answers] == expected
-    (last,) = render_with_spans(tokenizer, CHAT, None, [3]).answers
-    assert last == found.answers[-1]
+    whole, spans = render_with_spans(tokenizer, CHAT, None, [1, 3], names="abcd")
+    assert [whole[slice(*span)] for span in spans] == expected
+    assert render_with_spans(tokenizer, CHAT, None, [3], names="abcd") == (whole, spans[1:])
 
 
 def test_a_thought_that_is_left_out_of_earlier_turns_is_not_taken_for_an_empty_one(tmp_path: Path) -> None:
@@ -191,7 +188,7 @@ def test_a_thought_that_is_left_out_of_earlier_turns_is_not_taken_for_an_empty_o
     thinks = [CHAT[0], {**CHAT[1], "reasoning_content": "hm"}, *CHAT[2:]]
     with pytest.raises(TurnsChange, match=r"writes the second turn \('one'\) in another way"):
         render_with_spans(tokenizer, thinks, None, [1], names=["the first turn", "the second turn", "", ""])
-    assert len(render_with_spans(tokenizer, thinks, None, [3]).answers) == 1
+    assert len(render_with_spans(tokenizer, thinks, None, [3], names="abcd")[1]) == 1
 
 
 # Names --------------------------------------------------------------------------------------------------------------

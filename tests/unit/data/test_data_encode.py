@@ -11,7 +11,7 @@ from task_files import refusal
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from megatron_tiedlora.data.encode import adds_prefix_space, encode_dataset, encode_examples, encode_prompts
+from megatron_tiedlora.data.encode import adds_prefix_space, encode_dataset, encode_prompts
 from megatron_tiedlora.data.loader import collate
 from megatron_tiedlora.data.task import Example, Reading
 from megatron_tiedlora.data.token_dataset import TokenDataset, check_supervised
@@ -86,14 +86,14 @@ def tokenizer(request):
 WITH_BOS = Reading(add_bos="true")
 
 
-def prompt_length(sample) -> int:
+def prompt_length(sample: TokenDataset) -> int:
     """Number of tokens before the first supervised one."""
     return int(sample.supervised.argmax())
 
 
-def encode_example(tokenizer, sample: Example, **keywords):
+def encode_example(tokenizer, sample: Example, **keywords) -> TokenDataset:
     """One sample alone, with BOS."""
-    return encode_examples(tokenizer, [sample], reading=WITH_BOS, **keywords)[0]
+    return encode_dataset([sample], tokenizer, reading=WITH_BOS, **keywords)
 
 
 def example(prompt: str = "Question: Tom?\nAnswer:", completion: str = " 357 apples") -> Example:
@@ -189,7 +189,7 @@ def test_padding_id_and_prefix_space(byte_level, spm):
 def test_one_bos_and_a_supervised_eos(tokenizer):
     sample = encode_example(tokenizer, example(), max_length=100)
     tokens = sample.tokens.tolist()
-    assert sample.tokens.dtype == np.int32 and not sample.truncated
+    assert sample.tokens.dtype == np.int32 and not sample.truncated_prompts
     assert tokens[0] == tokenizer.bos_token_id and tokens.count(tokenizer.bos_token_id) == 1
     assert tokens[-1] == tokenizer.eos_token_id and tokens.count(tokenizer.eos_token_id) == 1
     assert tokenizer.decode(tokens[1:-1]) == "Question: Tom?\nAnswer: 357 apples"
@@ -229,7 +229,7 @@ def test_the_prompts_middle_is_cut_and_never_the_answer(tokenizer):
     whole = encode_example(tokenizer, long, max_length=1000)
     cut = encode_example(tokenizer, long, max_length=40)
     answer = whole.tokens[prompt_length(whole) :].tolist()
-    assert cut.truncated and len(cut.tokens) == 40
+    assert cut.truncated_prompts == 1 and len(cut.tokens) == 40
     assert cut.tokens[prompt_length(cut) :].tolist() == answer
     prompt, kept = whole.tokens[: prompt_length(whole)].tolist(), cut.tokens[: prompt_length(cut)].tolist()
     head = 1 + len(kept) // 2  # BOS is not part of the halves

@@ -3,39 +3,41 @@ field and fix."""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from task_files import refusal, write, write_rows
-from zoo_oracle import CHATML, LLAMA2, THINKING, TOOLS, answer, user, write_zoo_tokenizer
+from zoo_oracle import CHATML, LLAMA2, THINKING, TOOLS, answer, user
 
 from megatron_tiedlora.config.fields import parse_columns
 from megatron_tiedlora.config.settings import make_settings
-from megatron_tiedlora.data.chat import chat_note, set_chat_template
-from megatron_tiedlora.data.encode import encode_examples
+from megatron_tiedlora.data.chat import chat_note, read_chat_template
+from megatron_tiedlora.data.encode import encode_dataset
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.task import Example, Reading
-from megatron_tiedlora.data.tokenizer import load_tokenizer
 
 Row = dict[str, Any]
 PLAIN = {"prompt": "a", "completion": "b"}
-
-
 ONE = {"messages": [user(), answer()]}
+PREFERENCE = {"prompt": "x", "chosen": "y", "rejected": "z"}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_zoo_tokenizer(tmp_path_factory.mktemp("tokenizer"), template=CHATML)
+@pytest.fixture
+def tokenizer(tokenizer: Any) -> Any:
+    """One whose chat template the test may change."""
+    return copy.deepcopy(tokenizer)
 
 
 def custom(path: str, **options: Any) -> list[Example]:
     return load_split("custom", "test", files={"test": path}, seed=0, **options)
 
 
-PREFERENCE = {"prompt": "x", "chosen": "y", "rejected": "z"}
+def read_one(folder: Path, row: Row, **options: Any) -> Example:
+    (example,) = custom(write_rows(folder / "data.jsonl", [row]), **options)
+    return example
 
 
 def test_the_chosen_answers_of_preference_data_can_be_trained(tmp_path: Path) -> None:
@@ -46,8 +48,7 @@ def test_the_chosen_answers_of_preference_data_can_be_trained(tmp_path: Path) ->
         (PREFERENCE, texts, {"prompt": "x", "completion": "y"}),
         (chats, {"messages": "chosen"}, ONE),
     ):
-        found = custom(write_rows(tmp_path / "rows.jsonl", [row]), reading=Reading(columns=columns))
-        assert found == custom(write_rows(tmp_path / "rows.jsonl", [same]))
+        assert read_one(tmp_path, row, reading=Reading(columns=columns)) == read_one(tmp_path, same)
 
 
 def said(tmp_path: Path, rows: list[Row], **options: Any) -> str:
@@ -188,20 +189,17 @@ def test_a_file_has_rows_of_one_shape(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_a_template_that_does_not_fit_is_one_line(
-    tmp_path: Path, folder: Path, template: str, row: Row, words: list[str]
+    tmp_path: Path, tokenizer: Any, template: str, row: Row, words: list[str]
 ) -> None:
-    tokenizer = load_tokenizer(folder)
     tokenizer.chat_template = template
     message = said(tmp_path, [row], tokenizer=tokenizer)
     assert all(word in message for word in words), message
 
 
-def test_a_template_that_forgets_thoughts_can_train_the_last_turn(tmp_path: Path, folder: Path) -> None:
-    tokenizer = load_tokenizer(folder)
+def test_a_template_that_forgets_thoughts_can_train_the_last_turn(tmp_path: Path, tokenizer: Any) -> None:
     tokenizer.chat_template = THINKING.replace("m.content +", "m.content.split('</think>')[-1] +")
     row = {"messages": [user(), answer("<think>a</think>b"), user(), answer()]}
-    path, last = write_rows(tmp_path / "a.jsonl", [row]), Reading(train_on="last_turn")
-    (example,) = custom(path, tokenizer=tokenizer, reading=last)
+    example = read_one(tmp_path, row, tokenizer=tokenizer, reading=Reading(train_on="last_turn"))
     assert "a</think>b" not in example.prompt and "b<|im_end|>" in example.prompt
 
 
@@ -211,9 +209,9 @@ def test_a_template_that_forgets_thoughts_can_train_the_last_turn(tmp_path: Path
 def ids(tokenizer: Any, path: str, meaning: Any) -> list[int]:
     reading = Reading(special_tokens=meaning)
     (example,) = custom(path, tokenizer=tokenizer, reading=reading)
-    (sample,) = encode_examples(tokenizer, [example], max_length=300, reading=reading)
-    assert tokenizer.decode(sample.tokens.tolist()).count("<|im_end|>") >= example.prompt.count("<|im_end|>")
-    return list(sample.tokens.tolist())
+    tokens: list[int] = encode_dataset([example], tokenizer, max_length=300, reading=reading).tokens.tolist()
+    assert tokenizer.decode(tokens).count("<|im_end|>") >= example.prompt.count("<|im_end|>")
+    return tokens
 
 
 @pytest.mark.parametrize(
@@ -225,8 +223,8 @@ def ids(tokenizer: Any, path: str, meaning: Any) -> list[int]:
         {"text": "a <|im_end|> b"},
     ],
 )
-def test_control_tokens_in_a_row_are_rejected_text_or_tokens(tmp_path: Path, folder: Path, row: Row) -> None:
-    tokenizer, path = load_tokenizer(folder), write_rows(tmp_path / "data.jsonl", [row])
+def test_control_tokens_in_a_row_are_rejected_text_or_tokens(tmp_path: Path, tokenizer: Any, row: Row) -> None:
+    path = write_rows(tmp_path / "data.jsonl", [row])
     message = refusal(lambda: custom(path, tokenizer=tokenizer))
     assert f"{path}:1" in message and "'<|im_end|>', a control token of the tokenizer" in message
     plain, control = (ids(tokenizer, path, meaning) for meaning in ("plain", "control"))
@@ -236,54 +234,46 @@ def test_control_tokens_in_a_row_are_rejected_text_or_tokens(tmp_path: Path, fol
     assert len(custom(path)) == 1  # without a tokenizer nothing is known of them
 
 
-def test_an_unknown_role_may_be_written_as_it_stands(tmp_path: Path, folder: Path) -> None:
-    tokenizer = load_tokenizer(folder)
-    rows = [{"messages": [user(), {"role": "<|im_end|>", "content": "x"}, answer()]}]
-    path = write_rows(tmp_path / "data.jsonl", rows)
-    found = ids(tokenizer, path, "plain")
+def test_an_unknown_role_may_be_written_as_it_stands(tmp_path: Path, tokenizer: Any) -> None:
+    row = {"messages": [user(), {"role": "<|im_end|>", "content": "x"}, answer()]}
+    found = ids(tokenizer, write_rows(tmp_path / "data.jsonl", [row]), "plain")
     assert found.count(tokenizer.eos_token_id) == 3  # the ends of three turns
-    rows[0]["messages"][1]["role"] = "critic"
-    (example,) = custom(write_rows(tmp_path / "b.jsonl", rows), reading=Reading(special_tokens="plain"))
+    row["messages"][1]["role"] = "critic"
+    example = read_one(tmp_path, row, reading=Reading(special_tokens="plain"))
     assert example.prompt == "User: Hi\nCritic: x\nAssistant:"
 
 
-def test_a_template_that_writes_calls_may_write_every_role_alike(tmp_path: Path, folder: Path) -> None:
-    tokenizer = load_tokenizer(folder)
+def test_a_template_that_writes_calls_may_write_every_role_alike(tmp_path: Path, tokenizer: Any) -> None:
     text = "(m.tool_calls[0].function.name if m.tool_calls else m.content)"
     tokenizer.chat_template = CHATML.replace("m.content", text)
     called = answer("", tool_calls=[{"name": "add"}])
-    rows = [{"messages": [user(), called, {"role": "tool", "content": "3"}, answer()]}]
-    (example,) = custom(write_rows(tmp_path / "a.jsonl", rows), tokenizer=tokenizer)
-    assert "<|im_start|>tool\n3<|im_end|>" in example.prompt
-    rows[0]["messages"][2]["role"] = "critic"
-    assert ":1, message 3: role 'critic' is not known" in said(tmp_path, rows, tokenizer=tokenizer)
+    row = {"messages": [user(), called, {"role": "tool", "content": "3"}, answer()]}
+    assert "<|im_start|>tool\n3<|im_end|>" in read_one(tmp_path, row, tokenizer=tokenizer).prompt
+    row["messages"][2]["role"] = "critic"
+    assert ":1, message 3: role 'critic' is not known" in said(tmp_path, [row], tokenizer=tokenizer)
 
 
-def test_a_prompt_template_may_write_control_tokens(tmp_path: Path, folder: Path) -> None:
-    tokenizer, path = load_tokenizer(folder), write_rows(tmp_path / "data.jsonl", [PLAIN])
-    (example,) = custom(path, tokenizer=tokenizer, reading=Reading(template="<|im_start|>{prompt}<|im_end|>"))
-    (sample,) = encode_examples(tokenizer, [example], max_length=99)
-    assert sample.tokens.tolist().count(tokenizer.eos_token_id) == 2
+def test_a_prompt_template_may_write_control_tokens(tmp_path: Path, tokenizer: Any) -> None:
+    template = "<|im_start|>{prompt}<|im_end|>"
+    example = read_one(tmp_path, PLAIN, tokenizer=tokenizer, reading=Reading(template=template))
+    assert encode_dataset([example], tokenizer, max_length=99).tokens.tolist().count(tokenizer.eos_token_id) == 2
 
 
 # Templates of the user --------------------------------------------------------------------------------------
 
 
-def test_a_prompt_template_and_a_chat(tmp_path: Path, folder: Path) -> None:
-    tokenizer, rows = load_tokenizer(folder), [{"messages": [user(), answer("one"), user(), answer("two")]}]
-    path = write_rows(tmp_path / "data.jsonl", rows)
-    reading = Reading(template="Chat: {prompt}")
-    assert "--train_on last_turn" in refusal(lambda: custom(path, tokenizer=tokenizer, reading=reading))
-    (example,) = custom(path, tokenizer=tokenizer, reading=replace(reading, train_on="last_turn"))
+def test_a_prompt_template_and_a_chat(tmp_path: Path, tokenizer: Any) -> None:
+    row, reading = {"messages": [user(), answer("one"), user(), answer("two")]}, Reading(template="Chat: {prompt}")
+    assert "--train_on last_turn" in said(tmp_path, [row], tokenizer=tokenizer, reading=reading)
+    example = read_one(tmp_path, row, tokenizer=tokenizer, reading=replace(reading, train_on="last_turn"))
     assert example.prompt.startswith("Chat: <|im_start|>user\nHi") and example.completion == "two"
 
 
-def test_a_chat_template_of_the_user(tmp_path: Path, folder: Path) -> None:
-    tokenizer = load_tokenizer(folder)
-    set_chat_template(tokenizer, write(tmp_path / "mine.jinja", "{% for m in messages %}[{{ m.content }}]{% endfor %}"))
-    reading = Reading(chat_template=str(tmp_path / "mine.jinja"))
-    (example,) = custom(write_rows(tmp_path / "a.jsonl", [ONE]), tokenizer=tokenizer, reading=reading)
-    assert [segment.text for segment in example.segments] == ["[Hi]", "[Yo]"] and example.templated
+def test_a_chat_template_of_the_user(tmp_path: Path, tokenizer: Any) -> None:
+    mine = write(tmp_path / "mine.jinja", "{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    tokenizer.chat_template, reading = read_chat_template(mine), Reading(chat_template=mine)
+    example = read_one(tmp_path, ONE, tokenizer=tokenizer, reading=reading)
+    assert [segment.text for segment in example.segments] == ["[Hi]", "[Yo]"] and example.conversation is not None
     assert f"{tmp_path}/mine.jinja; every answer is supervised, found by comparing" in chat_note(tokenizer, reading)
     tokenizer.chat_template = None
     note = chat_note(tokenizer, Reading(train_on="last_turn"))
@@ -292,7 +282,7 @@ def test_a_chat_template_of_the_user(tmp_path: Path, folder: Path) -> None:
         file = tmp_path / "other.jinja"
         if content is not None:
             write(file, content)
-        assert words in refusal(lambda file=file: set_chat_template(tokenizer, file))
+        assert words in refusal(lambda file=file: read_chat_template(file))
 
 
 # Columns under our names ------------------------------------------------------------------------------------
@@ -300,9 +290,7 @@ def test_a_chat_template_of_the_user(tmp_path: Path, folder: Path) -> None:
 
 def renamed(tmp_path: Path, row: Row, columns: str, *, template: str | None = None, **options: Any) -> Example:
     """The example of one row with --columns."""
-    reading = Reading(columns=parse_columns(columns), template=template)
-    (example,) = custom(write_rows(tmp_path / "data.jsonl", [row]), reading=reading, **options)
-    return example
+    return read_one(tmp_path, row, reading=Reading(columns=parse_columns(columns), template=template), **options)
 
 
 @pytest.mark.parametrize(
@@ -345,8 +333,8 @@ def test_the_input_and_references_of_a_row_are_read_under_either_name(tmp_path: 
         assert renamed(tmp_path, given, columns).references == found.references
 
 
-def test_the_tools_of_a_chat_are_read_under_either_name(tmp_path: Path) -> None:
-    tokenizer, turns = load_tokenizer(write_zoo_tokenizer(tmp_path / "tokenizer", template=TOOLS)), ONE["messages"]
+def test_the_tools_of_a_chat_are_read_under_either_name(tmp_path: Path, tokenizer: Any) -> None:
+    tokenizer.chat_template, turns = TOOLS, ONE["messages"]
     for row, columns in (
         ({"dialog": turns, "tools": [{"name": "add"}]}, "messages=dialog"),
         ({"messages": turns, "apis": [{"name": "add"}]}, "tools=apis"),

@@ -4,6 +4,7 @@ split is made of."""
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from task_files import HUB_ROWS, refusal, write_rows
 
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.data.sources import Source, mixed, parse_sources
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.task import Example, Reading, join_answer
@@ -46,10 +48,10 @@ def test_weights_are_shares_of_the_samples(tmp_path: Path) -> None:
     quarter = Counter(name[0] for name in prompts(f"{a}:0.75,{b}:.25"))
     assert quarter == {"a": 90, "b": 30}
     sources = parse_sources(f"{a}:0.5,{b}:0.5", "--train_file")
-    assert mixed(sources, [90, 20], np.zeros(110, bool), seed=0).lines == (
+    assert mixed(sources, [90, 20], np.zeros(110, bool), seed=0)[1] == [
         f"{a}: 90 rows make 90 samples, 1.00 of each", f"{b}: 20 rows make 90 samples, 4.50 of each"
-    )  # fmt: skip
-    assert mixed([Source("a"), Source("b")], [1, 1], np.zeros(2, bool), seed=0).lines == ()
+    ]  # fmt: skip
+    assert mixed([Source("a"), Source("b")], [1, 1], np.zeros(2, bool), seed=0)[1] == []
     assert [name[0] for name in prompts(f"{a}:0.9,{b}:0.1")] == ["a"] * 180 + ["b"] * 20
 
 
@@ -85,26 +87,23 @@ def test_a_weight_of_one_source_and_names_with_colons(tmp_path: Path) -> None:
     assert parse_sources("a/b:main:train", "--train_file") == (Source("a/b:main:train"),)
     both = (Source("a/b:main:train", 0.25), Source("c.csv", 0.75))
     assert parse_sources("a/b:main:train:0.25,c.csv:0.75", "--train_file") == both
-    assert mixed([Source("a", 1.0)], [2], np.zeros(2, bool), seed=0).rows.tolist() == [0, 1]
+    assert mixed([Source("a", 1.0)], [2], np.zeros(2, bool), seed=0)[0].tolist() == [0, 1]
 
 
 def test_a_weight_that_repeats_rows_very_often_is_rejected() -> None:
     sources = (Source("a", 0.999), Source("b", 0.001))
-    assert len(mixed(sources, [999, 1], np.zeros(1000, bool), seed=0).rows) == 1000
+    assert len(mixed(sources, [999, 1], np.zeros(1000, bool), seed=0)[0]) == 1000
     message = refusal(lambda: mixed(sources, [1, 2], np.zeros(3, bool), seed=0))
-    assert len(mixed((Source("a", 0.999), Source("b", 0.001)), [1, 1], np.zeros(2, bool), seed=0).rows) == 1000
+    assert len(mixed(sources, [1, 1], np.zeros(2, bool), seed=0)[0]) == 1000
     assert message.startswith("--train_file: a is 0.999 of the samples if each of its 1 rows is used 1,998 times")
 
 
 def test_a_group_whose_rows_are_all_held_out(tmp_path: Path) -> None:
     a, b = write_rows(tmp_path / "a.jsonl", rows("a", 19)), write_rows(tmp_path / "b.jsonl", rows("b", 1))
-    message = ""
-    for seed in range(60):
-        try:
+    with pytest.raises(UserError) as caught:
+        for seed in range(60):
             load_split("custom", "train", files={"train": f"{a},{b}"}, seed=seed)
-        except ValueError as error:
-            message = str(error)
-    assert message == f"{b}: all of its rows became validation rows; give --validation_file"
+    assert str(caught.value) == f"{b}: all of its rows became validation rows; give --validation_file"
 
 
 # Splits -----------------------------------------------------------------------------------------------------
@@ -165,25 +164,21 @@ def parquet(split: str) -> tuple[Any, ...]:
     return ("parquet",), {"data_files": {split: f"{IWSLT}/{split}/*.parquet"}, "split": split}
 
 
+# Id, configuration, and the hub's names of our splits.
+IDS: dict[str, tuple[str, str | None, tuple[str, str, str]]] = {
+    "squad": ("rajpurkar/squad", None, ("train", "train", "validation")),
+    "dialogsum": ("knkarthick/dialogsum", None, ("train", "validation", "test")),
+    "hellaswag": ("Rowan/hellaswag", None, ("train", "train", "validation")),
+    "gsm8k": ("openai/gsm8k", "main", ("train", "train", "test")),
+}
+SPLITS = ("train", "validation", "test")
 # What `datasets.load_dataset` is called with, for our splits.
 CALLS: dict[str, dict[str, tuple[Any, ...]]] = {
-    "squad": {
-        "train": by_name("rajpurkar/squad", None, "train"),
-        "validation": by_name("rajpurkar/squad", None, "train"),
-        "test": by_name("rajpurkar/squad", None, "validation"),
+    **{
+        task: {split: by_name(name, config, theirs) for split, theirs in zip(SPLITS, splits, strict=True)}
+        for task, (name, config, splits) in IDS.items()
     },
-    "dialogsum": {name: by_name("knkarthick/dialogsum", None, name) for name in ("train", "validation", "test")},
-    "hellaswag": {
-        "train": by_name("Rowan/hellaswag", None, "train"),
-        "validation": by_name("Rowan/hellaswag", None, "train"),
-        "test": by_name("Rowan/hellaswag", None, "validation"),
-    },
-    "iwslt2017": {name: parquet(name) for name in ("train", "validation", "test")},
-    "gsm8k": {
-        "train": by_name("openai/gsm8k", "main", "train"),
-        "validation": by_name("openai/gsm8k", "main", "train"),
-        "test": by_name("openai/gsm8k", "main", "test"),
-    },
+    "iwslt2017": {name: parquet(name) for name in SPLITS},
 }
 
 # Rows of the hub's training part, and what is left of them and held out. Where nothing is taken out, a few will do.
@@ -196,12 +191,13 @@ SIZES = {
 }
 
 
+@dataclass
 class Hub:
     """In place of `datasets.load_dataset`: the same row `num_rows` times, with its number where the task shows it."""
 
-    def __init__(self, task: str, num_rows: int) -> None:
-        self.task, self.num_rows = task, num_rows
-        self.calls: list[tuple[Any, ...]] = []
+    task: str
+    num_rows: int
+    calls: list[tuple[Any, ...]] = field(default_factory=list)
 
     def __call__(self, *args: Any, **keywords: Any) -> list[dict[str, Any]]:
         self.calls.append((args, keywords))
@@ -209,11 +205,10 @@ class Hub:
 
 
 def numbered(task: str, number: int) -> dict[str, Any]:
-    row = HUB_ROWS[task]
     if task == "iwslt2017":
         return {"translation": {"de": f"Satz {number}", "en": "x"}}
-    shown = {"squad": "question", "dialogsum": "dialogue", "hellaswag": "ctx_a", "gsm8k": "question"}[task]
-    return {**row, shown: f"row {number}"}
+    shown = {"dialogsum": "dialogue", "hellaswag": "ctx_a"}.get(task, "question")
+    return {**HUB_ROWS[task], shown: f"row {number}"}
 
 
 def hub(monkeypatch: pytest.MonkeyPatch, task: str, num_rows: int) -> Hub:
@@ -229,7 +224,7 @@ def test_rows_of_the_hub(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     num_rows, num_train, num_validation = SIZES[task]
     stand_in = hub(monkeypatch, task, num_rows)
     parts: dict[str, list[Example]] = {}
-    for split in ("train", "validation", "test"):
+    for split in SPLITS:
         stand_in.num_rows = 15 if split == "test" else num_rows
         parts[split] = load_split(task, split, files={}, seed=1)
         assert stand_in.calls.pop() == CALLS[task][split] and not stand_in.calls
@@ -288,4 +283,4 @@ def test_the_user_s_own_files_are_never_mixed_with_the_hub_s(tmp_path: Path, mon
 
 
 def _hub_id(task: str) -> str:
-    return "IWSLT/iwslt2017" if task == "iwslt2017" else str(CALLS[task]["test"][0][0])
+    return IDS[task][0] if task in IDS else "IWSLT/iwslt2017"

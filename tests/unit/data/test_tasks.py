@@ -21,37 +21,23 @@ from megatron_tiedlora.data.task import Example, Parts, Reading
 from megatron_tiedlora.data.tasks import TASKS, demo, get_task
 from megatron_tiedlora.evaluation.metrics import METRICS, Answer
 
+# Prompt and completion of each task's row of the hub, and what it has besides: further references, or choices.
 EXPECTED = {
     "squad": (
         "Context: The Grotto is a replica of the grotto at Lourdes. Question: What is the Grotto a replica of? Answer:",
         " the grotto at Lourdes",
-        ("the grotto at Lourdes", "Lourdes"),
-        (),
     ),
     "dialogsum": (
         "#Person1#: Hello, Ann!\n#Person2#: Hello. Coffee?\nSummary:",
         " Ann offers #Person1# a coffee.",
-        ("Ann offers #Person1# a coffee.",),
-        (),
     ),
-    "hellaswag": (
-        "Roof shingle removal: A man is sitting on a roof. He",
-        " starts pulling up roofing.",
-        ("starts pulling up roofing.",),
-        ("is ripping level tiles off.", "is holding a cube.", "sleeps.", "starts pulling up roofing."),
-    ),
-    "iwslt2017": (
-        "Vielen Dank, Chris.\nEnglish:",
-        " Thank you so much, Chris.",
-        ("Thank you so much, Chris.",),
-        (),
-    ),
-    "gsm8k": (
-        "Question: Ann has 2 apples and buys 3. How many?\nAnswer:",
-        " 2 + 3 = <<2+3=5>>5\n#### 5",
-        ("2 + 3 = <<2+3=5>>5\n#### 5",),
-        (),
-    ),
+    "hellaswag": ("Roof shingle removal: A man is sitting on a roof. He", " starts pulling up roofing."),
+    "iwslt2017": ("Vielen Dank, Chris.\nEnglish:", " Thank you so much, Chris."),
+    "gsm8k": ("Question: Ann has 2 apples and buys 3. How many?\nAnswer:", " 2 + 3 = <<2+3=5>>5\n#### 5"),
+}
+MORE_REFERENCES = {"squad": ("Lourdes",)}
+CHOICES = {
+    "hellaswag": ("is ripping level tiles off.", "is holding a cube.", "sleeps.", "starts pulling up roofing."),
 }
 
 
@@ -118,7 +104,10 @@ def test_a_row_of_the_hub(task: str, suffix: str, tmp_path: Path) -> None:
     path = write_rows(tmp_path / f"rows{suffix}", [HUB_ROWS[task]])
     for split in ("train", "test"):
         (sample,) = read(task, path, split)
-        assert (sample.prompt, sample.completion, sample.references, sample.choices) == EXPECTED[task]
+        prompt, completion = EXPECTED[task]
+        assert (sample.prompt, sample.completion) == (prompt, completion)
+        assert sample.references == (completion[1:], *MORE_REFERENCES.get(task, ()))
+        assert sample.choices == CHOICES.get(task, ())
         assert sample.source == {".jsonl": f"{path}:1", ".json": f"{path}: item 1"}.get(suffix, f"{path}: row 1")
     if task == "iwslt2017":  # without the field around them
         (flat,) = read(task, write_rows(tmp_path / f"flat{suffix}", [HUB_ROWS[task]["translation"]]))

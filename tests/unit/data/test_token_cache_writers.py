@@ -60,6 +60,7 @@ class _Writer:
 
 
 Start = Callable[[str], _Writer]
+Pair = tuple[str, str]
 
 
 @pytest.fixture
@@ -78,13 +79,11 @@ def writing(store: TokenStore) -> Iterator[Start]:
 
 
 @pytest.fixture
-def files(tmp_path: Path) -> tuple[str, str]:
+def files(tmp_path: Path) -> Pair:
     return write_rows(tmp_path / "a.jsonl", rows(9)), write_rows(tmp_path / "b.jsonl", rows(7))
 
 
-def test_a_start_removes_what_killed_ones_have_left_of_any_data(
-    store: TokenStore, files: tuple[str, str], writing: Start
-) -> None:
+def test_a_start_removes_what_killed_ones_have_left_of_any_data(store: TokenStore, files: Pair, writing: Start) -> None:
     writer = writing(files[0])
     assert list(writer.partial.glob(".writing-*/tokens"))
     store.start(files[1])
@@ -97,7 +96,7 @@ def test_a_start_removes_what_killed_ones_have_left_of_any_data(
 
 
 def test_where_locks_are_not_seen_age_decides(
-    store: TokenStore, files: tuple[str, str], monkeypatch: pytest.MonkeyPatch, writing: Start
+    store: TokenStore, files: Pair, monkeypatch: pytest.MonkeyPatch, writing: Start
 ) -> None:
     writer = writing(files[0])
     writer.end(signal.SIGKILL)
@@ -111,7 +110,7 @@ def test_where_locks_are_not_seen_age_decides(
 # Waiting ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_writer_that_is_suspended_is_replaced(store: TokenStore, files: tuple[str, str], writing: Start) -> None:
+def test_a_writer_that_is_suspended_is_replaced(store: TokenStore, files: Pair, writing: Start) -> None:
     """It changes nothing when it wakes up, and takes what the other has written."""
     writer = writing(files[0])
     grow_old(writer.partial, 65)
@@ -137,7 +136,7 @@ def _clock(monkeypatch: pytest.MonkeyPatch, each_second: Callable[[float], None]
 
 def test_a_start_that_waits_says_for_what_and_gives_up(
     store: TokenStore,
-    files: tuple[str, str],
+    files: Pair,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     writing: Start,
@@ -171,9 +170,7 @@ def test_a_start_that_waits_says_for_what_and_gives_up(
     writer.end(signal.SIGKILL)
 
 
-def test_a_start_that_waits_goes_on_when_the_writer_has_ended(
-    store: TokenStore, files: tuple[str, str], writing: Start
-) -> None:
+def test_a_start_that_waits_goes_on_when_the_writer_has_ended(store: TokenStore, files: Pair, writing: Start) -> None:
     """It takes what the writer has written, or writes it itself if the writer was killed."""
     for number, file in ((signal.SIGCONT, files[0]), (signal.SIGKILL, files[1])):
         writer = writing(file)
@@ -183,7 +180,7 @@ def test_a_start_that_waits_goes_on_when_the_writer_has_ended(
         assert not list(store.tokens.glob(".*"))
 
 
-def test_one_of_several_processes_tokenises(store: TokenStore, tmp_path: Path, files: tuple[str, str]) -> None:
+def test_one_of_several_processes_tokenises(store: TokenStore, tmp_path: Path, files: Pair) -> None:
     context = multiprocessing.get_context("fork")
     results, original = context.Queue(), cache.encoded_rows
 

@@ -10,20 +10,9 @@ from typing import Any
 
 import pytest
 from task_files import refusal, write_rows
-from zoo_oracle import (
-    CHATML,
-    LLAMA2,
-    MARKED,
-    THINKING,
-    TOOLS,
-    Sample,
-    ZooOracle,
-    answer,
-    user,
-    write_zoo_tokenizer,
-)
+from zoo_oracle import CHATML, LLAMA2, MARKED, THINKING, TOOLS, Sample, ZooOracle, answer, user, write_zoo_tokenizer
 
-from megatron_tiedlora.data.encode import encode_dataset, encode_examples
+from megatron_tiedlora.data.encode import encode_dataset
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.task import Reading
 from megatron_tiedlora.data.tokenizer import load_tokenizer
@@ -66,8 +55,12 @@ def plain(prompt: str, completion: str) -> Callable[[ZooOracle], Sample]:
     return lambda oracle: oracle.plain(prompt, completion)
 
 
-def columns(**named: str) -> Reading:
-    return Reading(columns=named)
+def flagged(*flags: Row, learned: list[int], template: str = CHATML) -> Animal:
+    """A chat of one exchange for each answer's flags, which decide on `learned` and leave no trace in the text."""
+    pairs = list(zip(THREE[1::2], THREE[2::2], flags, strict=False))
+    messages = [turn for question, said, more in pairs for turn in (question, {**said, **more})]
+    bare = [turn for question, said, _ in pairs for turn in (question, said)]
+    return Animal({"messages": messages}, chat(bare, learned=learned), template)
 
 
 SHAREGPT = [
@@ -89,31 +82,16 @@ ZOO = {
         {"messages": THREE}, chat(THREE, learned=[6]), reading=Reading(train_on="last_turn")
     ),
     "messages, generation marks": Animal({"messages": THREE}, chat(THREE), template=MARKED),
-    "messages, marks and train": Animal(
-        {"messages": [*ONE, user("thanks"), answer("fine.", train=False), user("Hello."), answer("4")]},
-        chat([*ONE, user("thanks"), answer("fine."), user("Hello."), answer("4")], learned=[1, 5]),
-        template=MARKED,
-    ),
-    "messages, train": Animal(
-        {"messages": [user("Hello."), answer("4", train=False), user("thanks"), answer("fine.", train=True)]},
-        chat([user("Hello."), answer("4"), user("thanks"), answer("fine.")], learned=[3]),
-    ),
-    "messages, weight": Animal(
-        {"messages": [user("Hello."), answer("4", weight=1), user("thanks"), answer("fine.", weight=0)]},
-        chat([user("Hello."), answer("4"), user("thanks"), answer("fine.")], learned=[1]),
-    ),
-    "messages, loss": Animal(
-        {"messages": [user("Hello."), answer("4", loss=False), user("thanks"), answer("fine.", loss=None)]},
-        chat([user("Hello."), answer("4"), user("thanks"), answer("fine.")], learned=[3]),
-    ),
+    "messages, marks and train": flagged({}, {"train": False}, {}, learned=[1, 5], template=MARKED),
+    "messages, train": flagged({"train": False}, {"train": True}, learned=[3]),
+    "messages, weight": flagged({"weight": 1}, {"weight": 0}, learned=[1]),
+    "messages, loss": flagged({"loss": False}, {"loss": None}, learned=[3]),
     "messages, content parts": Animal({"messages": PARTS}, chat([user("What is\n2 + 2?"), answer("It is 4.")])),
     "messages, a template with BOS": Animal(
         {"messages": SAME_AS_SHAREGPT}, chat(SAME_AS_SHAREGPT), template=LLAMA2, bos=True
     ),
     "messages, a last answer with a thought": Animal({"messages": ONE}, chat(ONE), template=THINKING),
-    "tools and calls": Animal(
-        {"messages": CALLED, "tools": [SCHEMA]}, chat(CALLED, tools=[SCHEMA]), template=TOOLS
-    ),
+    "tools and calls": Animal({"messages": CALLED, "tools": [SCHEMA]}, chat(CALLED, tools=[SCHEMA]), template=TOOLS),
     "tools as a text": Animal(
         {"messages": CALLED, "tools": json.dumps([SCHEMA])}, chat(CALLED, tools=[SCHEMA]), template=TOOLS
     ),
@@ -126,9 +104,7 @@ ZOO = {
         template=TOOLS,
     ),
     "ShareGPT": Animal({"conversations": SHAREGPT}, chat(SAME_AS_SHAREGPT)),
-    "ShareGPT, system": Animal(
-        {"conversations": SHAREGPT, "system": "Be brief."}, chat([SYSTEM, *SAME_AS_SHAREGPT])
-    ),
+    "ShareGPT, system": Animal({"conversations": SHAREGPT, "system": "Be brief."}, chat([SYSTEM, *SAME_AS_SHAREGPT])),
     "ShareGPT, a call": Animal(
         {
             "conversations": [
@@ -142,9 +118,7 @@ ZOO = {
         chat(CALLED, tools=[SCHEMA]),
         template=TOOLS,
     ),
-    "prompt and completion of turns": Animal(
-        {"prompt": THREE[:6], "completion": THREE[6:]}, chat(THREE, learned=[6])
-    ),
+    "prompt and completion of turns": Animal({"prompt": THREE[:6], "completion": THREE[6:]}, chat(THREE, learned=[6])),
     "prompt and completion of turns, marks": Animal(
         {"prompt": [user("Hello.")], "completion": [answer("fine.")]},
         chat([user("Hello."), answer("fine.")]),
@@ -163,7 +137,7 @@ ZOO = {
     "query and response, named": Animal(
         {"query": "Question:", "response": "4", "text": "unread"},
         plain("Question:", " 4"),
-        reading=columns(prompt="query", completion="response"),
+        reading=Reading(columns={"prompt": "query", "completion": "response"}),
     ),
     "text": Animal({"text": "Once upon a time."}, lambda oracle: oracle.text("Once upon a time.")),
     "text, BOS": Animal({"text": "Once upon a time."}, lambda oracle: oracle.text("Once upon a time."), bos=True),
@@ -171,7 +145,10 @@ ZOO = {
     "alpaca, input": Animal({"instruction": "Add.", "input": "1 2", "output": "3"}, plain(ALPACA_INPUT, " 3")),
     "alpaca, system and history": Animal(
         {
-            "instruction": "thanks", "input": "", "output": "fine.", "system": "Be brief.",
+            "instruction": "thanks",
+            "input": "",
+            "output": "fine.",
+            "system": "Be brief.",
             "history": [["Hello.", "How are you?"]],
         },
         chat([SYSTEM, *SAME_AS_SHAREGPT]),
@@ -182,7 +159,7 @@ ZOO = {
     ),
     "no template": Animal({"messages": THREE}, lambda oracle: oracle.lines(THREE), template=None),
     "no template, BOS": Animal({"messages": THREE}, lambda oracle: oracle.lines(THREE), template=None, bos=True),
-}  # fmt: skip
+}
 
 
 class Cage:
@@ -195,11 +172,9 @@ class Cage:
 
     def samples(self, given: str, *, reading: Reading | None = None, max_length: int = 400) -> list[Sample]:
         files = {"train": given, "validation": given}
-        examples = load_split(
-            "custom", "train", files=files, seed=0, tokenizer=self.tokenizer, reading=reading
-        )
-        encoded = encode_examples(self.tokenizer, examples, max_length=max_length, reading=reading)
-        return [Sample(sample.tokens.tolist(), sample.supervised.tolist()) for sample in encoded]
+        examples = load_split("custom", "train", files=files, seed=0, tokenizer=self.tokenizer, reading=reading)
+        found = encode_dataset(examples, self.tokenizer, max_length=max_length, reading=reading)
+        return [Sample(found.sample(i).tolist(), found.supervised_of(i).tolist()) for i in range(len(found))]
 
 
 @pytest.mark.parametrize("name", ZOO)

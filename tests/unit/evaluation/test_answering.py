@@ -17,13 +17,14 @@ from tiny_models import write_tiny_model
 from megatron_tiedlora.data.task import Example, Reading, Task
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.tokenizer import load_tokenizer
-from megatron_tiedlora.evaluation.answering import _stop_test, _text, answer_all, encode_scored
+from megatron_tiedlora.evaluation.answering import ScoredSet, _stop_test, _text, answer_all, encode_scored
 from megatron_tiedlora.evaluation.generate import Prompts, generate
 from megatron_tiedlora.evaluation.metrics import Answer
 from megatron_tiedlora.parallel.groups import Grid
 
 NEW_TOKENS = 20
-SIZE: dict[str, Any] = {"vocab_size": 320, "reading": Reading(), "max_new_tokens": NEW_TOKENS, "batch_size": 4}
+SIZE: dict[str, Any] = {"reading": Reading(), "longest_prompt": 60, "max_new_tokens": NEW_TOKENS, "batch_size": 4,
+                        "vocab_size": 320}  # fmt: skip
 STOP = "s"  # a letter that some of the answers below do hold
 LAYOUTS = ((2, 1, 1), (4, 2, 1), (4, 1, 2))  # ranks, tensor, pipeline: what is left is data parallel
 
@@ -43,14 +44,15 @@ def task(stop: str | None = STOP) -> Task:
     return replace(get_task("hellaswag"), stop=stop)
 
 
+def scored_of(folder: Path, rows: list[Example], *, stop: str | None = STOP, **changes: Any) -> ScoredSet:
+    return encode_scored(rows, task(stop), load_tokenizer(folder), **{**SIZE, "model_folder": folder, **changes})
+
+
 def answers(
     folder: Path, grid: Grid, batch_size: int, *, stop: str | None = STOP, choices: bool = True, **options: Any
 ) -> list[Answer]:
-    decoder, tokenizer = build(folder, grid=grid), load_tokenizer(folder)
-    rows = examples(choices=choices)
-    size = {**SIZE, "batch_size": batch_size}
-    scored = encode_scored(rows, task(stop), tokenizer, longest_prompt=60, model_folder=folder, **size)
-    return answer_all(decoder, {"": scored}, grid=grid, **options)[""]
+    scored = scored_of(folder, examples(choices=choices), stop=stop, batch_size=batch_size)
+    return answer_all(build(folder, grid=grid), {"": scored}, grid=grid, **options)[""]
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +79,10 @@ def same(ours: list[Answer], wanted: list[Answer]) -> bool:
 
 def test_answers_stand_in_the_samples_order_and_end_before_the_stop(folder: Path, alone: list[Answer]) -> None:
     assert [answer.example for answer in alone] == examples()
-    tokenizer, decoder = load_tokenizer(folder), build(folder, grid=Grid(0, 1))
-    scored = encode_scored(examples(), task(None), tokenizer, longest_prompt=60, model_folder=folder, **SIZE)
-    prompts = [prompt.tolist() for prompt in scored.prompts]
-    (rows,) = generate(decoder, [Prompts(prompts, scored.end_ids, NEW_TOKENS)])
-    texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+    scored = scored_of(folder, examples(), stop=None)
+    prompts = Prompts([prompt.tolist() for prompt in scored.prompts], scored.end_ids, NEW_TOKENS)
+    (rows,) = generate(build(folder, grid=Grid(0, 1)), [prompts])
+    texts = [scored.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
     assert [answer.prediction for answer in alone] == [text.split(STOP)[0].strip() for text in texts]
     assert any(STOP in text for text in texts) and not all(STOP in text for text in texts)
     for answer in alone:  # each choice has a score of its own
@@ -105,11 +106,9 @@ def test_the_stop_ends_decoding_and_not_only_the_text(folder: Path) -> None:
     free = answers(folder, Grid(0, 1), 4, stop=None)
     text = max((answer.prediction for answer in free), key=len)
     stop = text[4:7]
-    decoder, tokenizer = build(folder, grid=Grid(0, 1)), load_tokenizer(folder)
-    index = next(i for i, answer in enumerate(free) if answer.prediction == text)
-    scored = encode_scored([examples()[index]], task(stop), tokenizer, longest_prompt=60, model_folder=folder, **SIZE)
+    decoder, index = build(folder, grid=Grid(0, 1)), [answer.prediction for answer in free].index(text)
     with calls_of(decoder) as calls:
-        found = answer_all(decoder, {"": scored}, grid=Grid(0, 1))[""]
+        found = answer_all(decoder, {"": scored_of(folder, [examples()[index]], stop=stop)}, grid=Grid(0, 1))[""]
     assert found[0].prediction == text.split(stop)[0].strip()
     assert len(calls) - 2 < NEW_TOKENS  # two calls are the choices'
 
@@ -144,21 +143,21 @@ def test_every_rank_agrees_as_often(folder: Path) -> None:
 
 def test_an_answer_ends_at_any_end_token_of_the_model(folder: Path, alone: list[Answer], tmp_path: Path) -> None:
     """Chat models list several in generation_config.json, of which the tokenizer knows one."""
-    tokenizer, decoder = load_tokenizer(folder), build(folder, grid=Grid(0, 1))
+    tokenizer = load_tokenizer(folder)
     text = alone[0].prediction
     letter = next(letter for letter in text[1:] if letter.isascii() and letter.isalnum())
     (token,) = tokenizer.encode(letter, add_special_tokens=False)
     (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": [{tokenizer.eos_token_id}, {token}]}}')
-    scored = encode_scored(examples(), task(), tokenizer, longest_prompt=60, model_folder=tmp_path, **SIZE)
+    scored = scored_of(folder, examples(), model_folder=tmp_path)
     assert scored.end_ids == {tokenizer.eos_token_id, token}
-    found = answer_all(decoder, {"": scored}, grid=Grid(0, 1))[""]
+    found = answer_all(build(folder, grid=Grid(0, 1)), {"": scored}, grid=Grid(0, 1))[""]
     assert found[0].prediction == text.split(letter)[0].strip()
 
 
 def test_what_no_prediction_could_get_right_is_refused_before_decoding(folder: Path) -> None:
     """A reference without its number, and answers that nothing ends."""
     sample, tokenizer = Example("How many?", " 18", "test.jsonl:3"), load_tokenizer(folder)
-    options: dict[str, Any] = {"longest_prompt": 60, "model_folder": folder, **SIZE}
+    options: dict[str, Any] = {"model_folder": folder, **SIZE}
     message = refusal(lambda: encode_scored([sample], get_task("gsm8k"), tokenizer, **options))
     assert message.startswith("test.jsonl:3") and "#### NUMBER" in message
     tokenizer.eos_token = None

@@ -30,6 +30,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 NUM_PROMPTS = {"a": 9, "b": 4, "c": 1, "d": 12}  # one has fewer prompts than a pipeline has parts
 MOST = {"a": 20, "b": 11, "c": 20, "d": 5}
+ALONE = Grid(0, 1)
 # What other orders of a matmul's sums may change, relative to the largest logit. They changed 8e-7 in fp32 (4 rows of
 # this model), and 5e-3 in bf16 (of one as wide as SmolLM2-135M); another adapter changes 0.8.
 ROUNDING = {torch.float32: 4e-6, torch.bfloat16: 2e-2}
@@ -60,21 +61,16 @@ def asked(name: str, *, end: int = EOS_ID) -> Prompts:
 
 
 def decoder_of(
-    folder: Path, which: str | None, grid: Grid, dtype: torch.dtype, *, calls_together: bool = False
+    folder: Path, which: str | None = None, *, grid: Grid = ALONE, dtype: Any = torch.float32, **options: Any
 ) -> Decoder:
     """Of all adapters, or of one alone."""
     source = find_model(str(folder))
     adapters = adapters_of(source)
     groups = groups_of(grid) if grid.world_size > 1 else ParallelGroups()
-    stage = load_model(
-        source,
-        adapters if which is None else adapters[which],
-        dtype=dtype,
-        grid=grid,
-        groups=groups,
-        stages=partition(layer_costs(source.shape, length=32, first_adapted=1), grid.pp_size),
-    )
-    return Decoder(stage, groups, source.shape, calls_together=calls_together)
+    stages = partition(layer_costs(source.shape, length=32, first_adapted=1), grid.pp_size)
+    adapter = adapters if which is None else adapters[which]
+    stage = load_model(source, adapter, dtype=dtype, grid=grid, groups=groups, stages=stages)
+    return Decoder(stage, groups, source.shape, **options)
 
 
 def alone(decoder: Decoder, name: str, *, end: int = EOS_ID) -> list[list[int]]:
@@ -119,14 +115,14 @@ def test_logits_have_the_bits_of_a_decoder_of_its_own(
         (name, [[draw.randint(3, 319) for _ in range(length)] for _ in range(count)])
         for name, length, count in zip(names, lengths, counts, strict=True)
     ]
-    together = decoder_of(folder, None, Grid(0, 1), dtype)
+    together = decoder_of(folder, dtype=dtype)
     found = chosen_logits(together, shares)
     tokens = [length * count for length, count in zip(lengths, counts, strict=True)]
     exact = all(rows_keep_bits(together.stage, rows) for rows in (counts, tokens))
     rounding = 0.0 if exact else ROUNDING[dtype]
     start = 0
     for name, prompts in shares:
-        own = chosen_logits(decoder_of(folder, name, Grid(0, 1), dtype), [(name, prompts)])
+        own = chosen_logits(decoder_of(folder, name, dtype=dtype), [(name, prompts)])
         for step, (mine, all_of) in enumerate(zip(own, found, strict=True)):
             distance = (all_of[start : start + len(prompts)].double() - mine).abs().max()
             assert distance <= rounding * mine.abs().max(), (name, step, exact)
@@ -136,8 +132,8 @@ def test_logits_have_the_bits_of_a_decoder_of_its_own(
 @pytest.mark.parametrize("calls_together", [False, True])
 def test_each_gives_the_tokens_that_it_gives_alone(folder: Path, calls_together: bool) -> None:
     """Also if some end early, as they do with an end token that one of them soon gives."""
-    together = decoder_of(folder, None, Grid(0, 1), torch.float32, calls_together=calls_together)
-    own = {name: decoder_of(folder, name, Grid(0, 1), torch.float32) for name in ADAPTERS}
+    together = decoder_of(folder, calls_together=calls_together)
+    own = {name: decoder_of(folder, name) for name in ADAPTERS}
     expected = {name: alone(decoder, name) for name, decoder in own.items()}
     assert len({str(rows) for rows in expected.values()}) == len(expected)
     found = generate(together, [asked(name) for name in ADAPTERS])
@@ -150,7 +146,7 @@ def test_each_gives_the_tokens_that_it_gives_alone(folder: Path, calls_together:
 
 def test_an_adapter_that_has_ended_leaves(folder: Path) -> None:
     """The stage sees the rows of the others alone; a finished one costs nothing."""
-    decoder = decoder_of(folder, None, Grid(0, 1), torch.float32)
+    decoder = decoder_of(folder)
     soon = Prompts([[5] * 4] * 6, (), 6, lambda row: len(row) == 3, adapter="a")
     with calls_of(decoder) as shapes:
         generate(decoder, [soon, Prompts([[5] * 4] * 5, (), 6, adapter="b")])
@@ -167,29 +163,26 @@ def samples(name: str) -> list[tuple[list[int], list[list[int]]]]:
 
 @pytest.mark.parametrize("name", ["a", "c"])
 def test_likelihoods_of_one_of_several(folder: Path, name: str) -> None:
-    together = decoder_of(folder, None, Grid(0, 1), torch.float32)
-    expected = ending_log_likelihoods(decoder_of(folder, name, Grid(0, 1), torch.float32), samples(name))
+    together = decoder_of(folder)
+    expected = ending_log_likelihoods(decoder_of(folder, name), samples(name))
     assert ending_log_likelihoods(together, samples(name), adapter=name) == expected
 
 
 def _decode_rank(folder: str, world_size: int, tp: int, pp: int) -> dict[str, Any]:
     grid = Grid(torch.distributed.get_rank(), world_size, tp_size=tp, pp_size=pp)
-    found = {}
-    for calls_together in (False, True):
-        decoder = decoder_of(Path(folder), None, grid, torch.float32, calls_together=calls_together)
-        found[str(calls_together)] = generate(decoder, [asked(name) for name in ADAPTERS])
-    found["likelihoods"] = ending_log_likelihoods(decoder, samples("a"), adapter="a")
-    return found
+    decoders = [decoder_of(Path(folder), grid=grid, calls_together=together) for together in (False, True)]
+    tokens = [generate(decoder, [asked(name) for name in ADAPTERS]) for decoder in decoders]
+    return {"tokens": tokens, "likelihoods": ending_log_likelihoods(decoders[1], samples("a"), adapter="a")}
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (2, 2), (1, 3)])
 def test_every_layout(folder: Path, tmp_path: Path, tp: int, pp: int) -> None:
     """All ranks have all tokens; three stages have parts with some of the adapters under way."""
-    expected = [alone(decoder_of(folder, name, Grid(0, 1), torch.float32), name) for name in ADAPTERS]
-    likelihoods = ending_log_likelihoods(decoder_of(folder, "a", Grid(0, 1), torch.float32), samples("a"))
+    expected = [alone(decoder_of(folder, name), name) for name in ADAPTERS]
+    likelihoods = ending_log_likelihoods(decoder_of(folder, "a"), samples("a"))
     world = tp * pp
     for rank, found in enumerate(run_on_ranks(_decode_rank, str(folder), world, tp, pp, ranks=world, folder=tmp_path)):
-        assert found["False"] == expected and found["True"] == expected
+        assert found["tokens"] == [expected, expected]
         if Grid(rank, world, tp_size=tp, pp_size=pp).pp_rank == pp - 1:
             assert torch.allclose(torch.tensor(found["likelihoods"]), torch.tensor(likelihoods), rtol=1e-5, atol=1e-4)
