@@ -75,8 +75,8 @@ def draw_figure3(studies: Sequence[Study], target: Path, *, guard: Guard = ungua
     """Draw one panel per task. Raises UserError if it cannot be written."""
     panels = []
     for study in studies:
-        base, data = study.base, lines([study])
-        published = {name: table2_points(base.paper_model, name, base.task, base.metric) for name in data}
+        data = lines([study])
+        published = {name: table2_points(study.base, name) for name in data}
         heading = f"{model_title(study)}: {title(study)}"
         label, of_base = metric_title(study), mean_base([study])
         panels.append(partial(_draw, data=data, title=heading, label=label, base=of_base, published=published))

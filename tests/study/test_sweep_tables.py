@@ -6,6 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -199,10 +200,11 @@ def test_papers_numbers_stand_beside_the_same_model_and_task_only(tmp_path: Path
     assert tables.paper_model("/models/GPT-2B-001", other) == "gpt-2b-001"
     assert tables.paper_model("nvidia/gpt-2b-001/", other) == "gpt-2b-001"
     assert tables.paper_model("gpt-2b-001-chat", other) is None and tables.paper_model("gpt-2b-001/x", other) is None
-    cell = tables.table2_cell("llama2-7b", "best_rank", "tl6", "squad", "squad")
-    assert cell == tables.PaperCell("em", 88.49, 4, 43.8)
-    assert tables.table2_cell("llama2-7b", "best_rank", "tl6", "squad", "squad_f1") is None
-    assert tables.table2_cell(None, "best_rank", "tl6", "squad", "squad") is None
+    base = read_study(write_study(tmp_path / "known")).base
+    cell = tables.table2_cell(base, "best_rank", "tl6")
+    assert cell == {"paper_score": 88.49, "paper_rank": 4, "paper_params_percent": 43.8}
+    for changes in ({"metric": "squad_f1"}, {"paper_model": None}):
+        assert tables.table2_cell(replace(base, **changes), "best_rank", "tl6") == {}
     study = write_study(tmp_path / "study", known=False)
     write_scored(study, "lora-r8-lr1e-4", 80.0)
     assert "paper" not in table2_markdown([read_study(study)]).replace("as in the paper", "")
