@@ -47,7 +47,7 @@ COMMANDS = (
             "answer a task's held-out rows and score them", "launch/evaluate.py", is_rank=True),
     Command("sweep", "jobs:sweep", "sweep_settings:parse_sweep",
             "train methods x ranks x learning rates, and write tables", "launch/sweep.py"),
-    Command("doctor", "jobs:doctor", "doctor_settings:DoctorSettings",
+    Command("doctor", "jobs:doctor", "launch_settings:DoctorSettings",
             "examine the hosts of a job before it starts", "launch/doctor.py"),
     Command("plan", "jobs:plan", "plan_settings:parse_plan",
             "find the fastest layout of a cluster before it is booked", "tools/plan.py"),

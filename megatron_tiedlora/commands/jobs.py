@@ -14,8 +14,7 @@ from megatron_tiedlora.base.extras import require_extra
 from megatron_tiedlora.base.messages import UserError, aligned_lines, show, user_path
 from megatron_tiedlora.base.output_folder import output_file, output_files
 from megatron_tiedlora.config.bench_settings import BenchSettings
-from megatron_tiedlora.config.doctor_settings import DoctorSettings
-from megatron_tiedlora.config.launch_settings import LaunchCommand
+from megatron_tiedlora.config.launch_settings import DoctorSettings, LaunchCommand
 from megatron_tiedlora.config.plan_settings import PlanCommand
 from megatron_tiedlora.config.sweep_settings import SweepCommand
 from megatron_tiedlora.config.tool_settings import EnvSettings

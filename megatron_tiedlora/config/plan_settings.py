@@ -128,13 +128,12 @@ def parse_plan(argv: Sequence[str]) -> PlanCommand:
         UserError: something is unknown, out of range or contradictory, in the words of tiedlora train.
     """
     own, known, words = split_words(argv, PlanSettings)
-    config = own.pop("config", None)
-    others = [name for name in known if name != "model"]
+    others = [name for name in known if name not in ("model", "config")]
     others += sorted(name.removesuffix("_file") for name in own.keys() - {"measure", "measure_seconds"})
     if "measure" in own and others:  # of a run only the model is read
         raise UserError(f"--measure measures this machine and plans nothing; remove --{others[0]}")
     # As a dry run, which needs no data. That a file of --config says so, too, does no harm.
-    train = parse_settings([*(("--config", config) if config is not None else ()), *words, "--dry_run"], Settings)
+    train = parse_settings([*words, "--dry_run"], Settings)
     for name, instead in decided_by("plan", Settings).items():
         if name in known or name in train.model_fields_set - {"dry_run"}:
             raise UserError(f"--{name} is not for a plan: {instead}")

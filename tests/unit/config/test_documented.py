@@ -14,10 +14,9 @@ from folders import ROOT
 
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.cli import build_parser, parse_settings
-from megatron_tiedlora.config.doctor_settings import DoctorSettings
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import CommandSettings, flag_word
-from megatron_tiedlora.config.launch_settings import LaunchSettings
+from megatron_tiedlora.config.launch_settings import DoctorSettings, LaunchSettings
 from megatron_tiedlora.config.plan_settings import PlanSettings
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.config.sweep_settings import SweepSettings
