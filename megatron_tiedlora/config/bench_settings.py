@@ -159,8 +159,8 @@ those that are planned. On a GPU the report also has MFU by the data sheet and t
                 raise ValueError(f"--{name} {value} is for made-up tokens, so not with --task")
         return {**(SCALING_DEFAULTS if what == "scaling" else {}), **given}
 
-    @model_validator(mode="after")
-    def _check(self) -> "BenchSettings":
+    def check(self) -> None:
+        """Raise ValueError for settings that do not fit each other."""
         if self.labels < 1:
             raise ValueError(
                 f"--supervised {self.supervised} with --length {self.length}: no token has a label; give more of one"
@@ -170,7 +170,6 @@ those that are planned. On a GPU the report also has MFU by the data sheet and t
         self._check_adapters()
         if self.against is not None and self.task is not None and self.samples % self.padded_rows:
             raise ValueError(f"--samples {self.samples} is not a multiple of --padded_rows {self.padded_rows}")
-        return self
 
     def _check_adapters(self) -> None:
         if self.adapters is None:

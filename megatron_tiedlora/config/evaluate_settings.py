@@ -134,8 +134,8 @@ class EvaluateSettings(CommandSettings):
             filled |= {"task": DEFAULT_TASK} if filled.keys().isdisjoint(cls.instead[0]) else {}
         return filled
 
-    @model_validator(mode="after")
-    def _check(self) -> "EvaluateSettings":
+    def check(self) -> None:
+        """Raise ValueError for settings that do not fit each other."""
         if self.adapter is not None and self.adapters is not None:
             raise ValueError("give either --adapter or --adapters")
         if self.adapters == ():
@@ -151,4 +151,3 @@ class EvaluateSettings(CommandSettings):
             if getattr(self, name) is not None:
                 other = "validation" if self.split == "test" else "test"
                 raise ValueError(f"--{name} needs --split {other}; this command answers the {self.split} rows")
-        return self

@@ -251,14 +251,18 @@ class CommandSettings(BaseModel):
                 raise ValueError(f"{flag} {shown(value)}: contains characters that are not text")
         return value
 
+    def check(self) -> None:
+        """Raise ValueError for values that do not fit each other. It is called when the settings are made."""
+
     @model_validator(mode="after")
-    def _check_choices(self) -> CommandSettings:
+    def _check_values(self) -> CommandSettings:
         for name, own in declared(type(self)).items():
             choices, value = own.choices, getattr(self, name)
             for part in value if isinstance(value, tuple) else (value,):
                 if choices is not None and part is not None and part not in choices:
                     known, hint = ", ".join(map(repr, choices)), value_hint(part, choices, own.other_values)
                     raise ValueError(f"--{name} {as_given(part)}: input should be one of {known}{hint}")
+        self.check()
         return self
 
 

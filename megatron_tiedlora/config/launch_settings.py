@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
 
-from pydantic import model_validator
-
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.config.cli import parse_settings, split_words
 from megatron_tiedlora.config.fields import (
@@ -27,7 +25,7 @@ _start = partial(setting_field, "start")
 _train = partial(shared_field, TrainFields, group="job")
 
 
-def _check_launcher(settings: Any) -> Any:
+def _check_launcher(settings: Any) -> None:
     """Raise ValueError if a launcher, the hosts and its arguments do not fit each other."""
     shell_words("launcher_args", settings.launcher_args)
     if settings.launcher == "srun" and settings.hostfile is not None:
@@ -36,7 +34,6 @@ def _check_launcher(settings: Any) -> Any:
         raise ValueError(
             "--launcher torchrun starts ranks on this machine only; choose another, or start torchrun on each host"
         )
-    return settings
 
 
 class LaunchSettings(CommandSettings):
@@ -84,7 +81,7 @@ class LaunchSettings(CommandSettings):
         120.0, ge=0, le=_LONGEST_WAIT,
     )
 
-    _check = model_validator(mode="after")(_check_launcher)
+    check = _check_launcher
 
 
 _launch = partial(shared_field, LaunchSettings)
@@ -136,7 +133,7 @@ Exit status: 0 ready, 1 not ready, 2 for a wrong flag or hostfile."""
     )
     max_clock_skew: float = setting_field("limits", "seconds that a host's clock may differ from this one's", 1.0, ge=0)
 
-    _check = model_validator(mode="after")(_check_launcher)
+    check = _check_launcher
 
 
 @dataclass(frozen=True)

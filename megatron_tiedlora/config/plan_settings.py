@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pydantic import model_validator
-
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.shapes import BASE_NAMES, UNQUANTISED
 from megatron_tiedlora.config.cli import parse_settings, split_words
@@ -85,8 +83,8 @@ class PlanSettings(CommandSettings):
         "shown", "write all layouts to this file; - prints them instead of the table", None, flag="json",
     )
 
-    @model_validator(mode="after")
-    def _check(self) -> "PlanSettings":
+    def check(self) -> None:
+        """Raise ValueError for settings that do not fit each other."""
         given = self.model_fields_set
         if self.formats == ():
             raise ValueError(f"--formats is empty; give some of {', '.join(FORMAT_NAMES)}")
@@ -100,7 +98,6 @@ class PlanSettings(CommandSettings):
             raise ValueError(f"--constants {self.constants} and --gpu {self.gpu} both say what a card does; give one")
         if self.measure is None and "measure_seconds" in given:
             raise ValueError("--measure_seconds needs --measure")
-        return self
 
     @property
     def world_size(self) -> int:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import field_validator
 
 from megatron_tiedlora.config.fields import (
     TARGETS_HELP,
@@ -172,11 +172,10 @@ the most likely token is the same, over random tokens.
     )
     base_differs: bool = _base_differs(help_text="compare even if the base differs from the one in training")
 
-    @model_validator(mode="after")
-    def _check(self) -> "VerifySettings":
+    def check(self) -> None:
+        """Raise ValueError for settings that do not fit each other."""
         if self.merged is None and self.peft is None:
             raise ValueError("there is nothing to check; give --merged DIR, --peft DIR or both")
-        return self
 
 
 class IndexSettings(CommandSettings):
@@ -223,8 +222,8 @@ indexed. `diff` exits with 1 if the two differ. Any program can read the SQLite 
         """The values that `find` compares, by column."""
         return {name: value for name in FILTERS if (value := getattr(self, name)) is not None}
 
-    @model_validator(mode="after")
-    def _check(self) -> "IndexSettings":
+    def check(self) -> None:
+        """Raise ValueError for settings that do not fit each other."""
         action = self.action
         if self.wanted and action not in ("find", "verify"):
             raise ValueError(f"--{next(iter(self.wanted))} is for find and verify, not for {action}")
@@ -234,7 +233,6 @@ indexed. `diff` exits with 1 if the two differ. Any program can read the SQLite 
             raise ValueError("diff: give the names or paths of two adapters")
         if action != "diff" and self.adapters:
             raise ValueError(f"{action} takes no name of an adapter; give {self.adapters[0]} with --name")
-        return self
 
 
 FILTERS = marked(IndexSettings, group="find")
@@ -264,11 +262,10 @@ scores, the training command and versions, and the plot of the losses. No folder
     output: FilePath | None = _output("keep what is uploaded in this folder; it must not exist", None)
     base_differs: bool = _base_differs(help_text="continue although the base differs")
 
-    @model_validator(mode="after")
-    def _check(self) -> "PushSettings":
+    def check(self) -> None:
+        """Raise ValueError for settings that do not fit each other."""
         if self.dry_run and self.output is None:
             raise ValueError("--dry_run writes the folder; give it with --output DIR")
-        return self
 
 
 CHECK_PARTS = ("env", "attention", "correct", "speed", "memory", "host", "decode", "ranks")  # in their order

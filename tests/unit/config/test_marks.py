@@ -1,24 +1,40 @@
-"""What settings are declared with: each says what it decides, and what is asked of the marks is what the code needs."""
+"""What settings are declared with, and what is asked of these marks; help texts and documents explain every flag."""
 
 from __future__ import annotations
 
+import ast
+import builtins
 import importlib
+import re
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import pytest
+from folders import ROOT
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.commands.front import COMMANDS
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.cli import build_parser, parse_settings
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
-from megatron_tiedlora.config.fields import CommandSettings, Declared, declared, marked, setting_field, shared_field
+from megatron_tiedlora.config.fields import (
+    CommandSettings,
+    Declared,
+    declared,
+    flag_word,
+    marked,
+    setting_field,
+    shared_field,
+)
+from megatron_tiedlora.config.launch_settings import DoctorSettings
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.config.sweep_settings import SweepSettings
 from megatron_tiedlora.runtime.run_folder import run_name
 
 MARKS = declared(Settings)
+DOCUMENTS = [ROOT / "README.md", ROOT / "launch" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NAMED = frozenset(re.findall(r"--[a-z][a-z0-9_]*", "\n".join(file.read_text() for file in DOCUMENTS)))
 
 
 def kinds() -> list[type[CommandSettings]]:
@@ -143,3 +159,72 @@ def test_what_the_user_decides_anew_is_not_read_from_files(kind: type[CommandSet
     file.write_text("versions: {}\ntake_over: true\noutput_dir: other\n")  # as a run has recorded them
     assert parse_settings([f"--config={file}", "--output_dir=mine"], kind).output_dir == "mine"
     assert not parse_settings([f"--config={file}", "--output_dir=mine"], kind).take_over
+
+
+# Help texts and documents ---------------------------------------------------------------------------------------------
+
+KINDS = [kind for kind in kinds() if kind.groups]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_a_help_begins_with_what_the_command_does(kind: type[CommandSettings]) -> None:
+    usage, empty, about, *_ = build_parser(kind).format_help().splitlines()
+    assert usage.startswith("usage: tiedlora ") and usage.endswith("[--FLAG VALUE ...]") and not empty
+    assert kind.about.startswith(about) and (kind.prog == "tiedlora plan") == ("--model" in usage)
+    assert not [name for name in kind.model_fields if flag_word(name, kind) not in NAMED], "every flag is in a document"
+
+
+def test_a_help_shows_the_types_that_a_flag_takes() -> None:
+    def shown(kind: type[CommandSettings]) -> set[str]:
+        flags = (line for line in build_parser(kind).format_help().splitlines() if line.startswith("  --"))
+        return {line[2:].split("  ")[0] for line in flags}
+
+    assert {
+        "--learning_rates X[,X...]",
+        "--together N|auto",
+        "--single_layers N[,N...]|paper",
+        "--ranks N[,N...]",
+        "--methods {lora,vera,tl1,tl2,tl3,tl4,tl5,tl6}[,...]",
+    } < shown(SweepSettings)
+    assert {
+        "--dry_run [{true,false}]",
+        "--compile {auto,true,false}",
+        "--alpha X",
+        "--targets TEXT[,TEXT...]",
+        "--base {int8,fp8,nf4}",
+    } < shown(Settings)
+    assert {"--json TEXT", "--shares X[,X...]"} < shown(BenchSettings)
+
+
+def test_the_name_of_a_flag_is_its_name_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "bench.yaml"
+    file.write_text("json: figures.json\n")
+    assert parse_settings([f"--config={file}"], BenchSettings).json_file == "figures.json"
+    assert parse_settings(["--json=-"], DoctorSettings).json_file == "-"
+
+
+def examples(document: Path) -> list[str]:
+    """The indented blocks of a document that begin with an import."""
+    blocks = re.findall(r"(?:(?:    .*)?\n)+", document.read_text())
+    return [found for block in blocks if (found := dedent(block).strip()).startswith(("import ", "from "))]
+
+
+def missing_names(tree: ast.Module) -> set[str]:
+    """Names that a program reads and never binds."""
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    bound = {node.id for node in names if not isinstance(node.ctx, ast.Load)} | set(dir(builtins))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            bound |= {alias.asname or alias.name.partition(".")[0] for alias in node.names}
+    return {node.id for node in names} - bound
+
+
+def test_examples_in_python_are_complete() -> None:
+    """Each runs by itself: it imports what it uses, and what it imports of this package is there."""
+    found = {f"{file.name}: {text}": ast.parse(text) for file in DOCUMENTS for text in examples(file)}
+    assert len(found) >= 6
+    assert not {where: missing for where, tree in found.items() if (missing := missing_names(tree))}
+    for node in (node for tree in found.values() for node in ast.walk(tree)):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("megatron_tiedlora"):
+            module = importlib.import_module(str(node.module))
+            assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)

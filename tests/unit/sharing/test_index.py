@@ -202,27 +202,6 @@ def test_a_row_that_would_not_be_read_is_not_written(root: Path) -> None:
     assert len(find_entries(root, {})) == 2
 
 
-WRONG = {
-    "no folder": (["none"], "none: no such folder"),
-    "no index": ([".", "find"], "no such file; write it with `tiedlora index"),
-    "flag": ([".", "--method", "tl6"], "--method is for find and verify, not for build"),
-    "json": ([".", "verify", "--json"], "--json is for find, not for verify"),
-    "one": ([".", "diff", "a"], "diff: give the names or paths of two adapters"),
-    "name": ([".", "find", "a"], "find takes no name of an adapter; give a with --name"),
-    "action": ([".", "remove"], "ACTION remove: input should be 'build', 'find', 'verify' or 'diff'"),
-    "target": ([".", "find", "--targets", "q"], "--targets"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_arguments_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
-    monkeypatch.chdir(tmp_path)
-    words, message = WRONG[case]
-    with pytest.raises(UserError) as error:
-        call("index", words)
-    assert message in str(error.value) and "\n" not in str(error.value)
-
-
 @pytest.mark.parametrize("content", [b"", b"no database at all, but as long as a header of one would be at least"])
 def test_a_broken_index_is_one_line(tmp_path: Path, content: bytes) -> None:
     (tmp_path / INDEX_FILE).write_bytes(content)
