@@ -46,10 +46,9 @@ def index(settings: IndexSettings) -> int:
 
 def _table(entries: Sequence[Entry]) -> list[str]:
     rows = [_HEADING]
-    for entry in entries:
-        numbers = (str(entry.rank), entry.targets, f"{entry.parameters:,}")
-        names = (entry.name, last_name(entry.base_model), entry.method)
-        rows.append((*names, *numbers, entry.task or "-", entry.date, entry.path))
+    for one in entries:
+        names = (one.name, last_name(one.base_model), one.method, str(one.rank), one.targets)
+        rows.append((*names, f"{one.parameters:,}", one.task or "-", one.date, one.path))
     return [*aligned_lines(rows, align="<"), "", count_text(len(entries), "adapter")]
 
 

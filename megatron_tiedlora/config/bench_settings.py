@@ -32,10 +32,9 @@ _WITH_TASK = ("samples", "train_file", "padded_rows", "packing")
 _train = partial(shared_field, TrainFields)  # of the run whose step is measured
 
 
-class BenchSettings(CommandSettings):
+class BenchSettings(CommandSettings, command="bench"):
     """The settings of one benchmark, validated and frozen."""
 
-    prog: ClassVar[str] = "tiedlora bench"
     about: ClassVar[str] = """\
 Measure a training step: alone, beside Hugging Face + PEFT LoRA on the same samples, or at a layout of several ranks.
 

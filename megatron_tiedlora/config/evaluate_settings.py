@@ -29,14 +29,13 @@ def _as_trained(name: str) -> Any:
     return _train(name, help_text, default=None, as_trained=True)
 
 
-class EvaluateSettings(CommandSettings):
+class EvaluateSettings(CommandSettings, command="evaluate"):
     """The settings of one evaluation, validated and frozen.
 
     Values that depend on the model or the task stay None here and are resolved later: `model` (the adapter's base, or
     the demo), `output_dir`, `dtype`, `max_length`, `max_new_tokens`, `limit`.
     """
 
-    prog: ClassVar[str] = "tiedlora evaluate"
     about: ClassVar[str] = "Answer a task's rows by greedy decoding and score them, with or without an adapter."
     groups: ClassVar[Mapping[str, str]] = {
         "run": "where answers and scores go",

@@ -36,10 +36,9 @@ def _check_launcher(settings: Any) -> None:
         )
 
 
-class LaunchSettings(CommandSettings):
+class LaunchSettings(CommandSettings, command="run"):
     """How a job is started and watched, validated and frozen."""
 
-    prog: ClassVar[str] = "tiedlora run"
     about: ClassVar[str] = (
         "Start tiedlora train on the hosts of a job, watch it, and report how it ended.\n\n"
         "    tiedlora run --num_gpus 4 ...                          this machine\n"
@@ -87,10 +86,9 @@ class LaunchSettings(CommandSettings):
 _launch = partial(shared_field, LaunchSettings)
 
 
-class DoctorSettings(CommandSettings):
+class DoctorSettings(CommandSettings, command="doctor"):
     """The settings of one check, validated and frozen."""
 
-    prog: ClassVar[str] = "tiedlora doctor"
     about: ClassVar[str] = """\
 Check the hosts of a job before it starts. It finds hosts that are down, differing versions, clocks that differ,
 folders that are not shared, and networks that do not connect the ranks.

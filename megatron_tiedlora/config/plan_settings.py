@@ -39,10 +39,9 @@ PLAN_DEFAULTS = {"max_length": 4096, "global_batch_size": 128}
 FORMAT_NAMES = (UNQUANTISED, *BASE_NAMES, "fp8-products", "fp8-transposed")
 
 
-class PlanSettings(CommandSettings):
+class PlanSettings(CommandSettings, command="plan"):
     """The cluster of a plan and what is shown of it, validated and frozen."""
 
-    prog: ClassVar[str] = "tiedlora plan"
     about: ClassVar[str] = ABOUT
     usage: ClassVar[str] = "--model M [--FLAG VALUE ...]"
     examples: ClassVar[str] = "Settings of tiedlora train follow. The YAML file of --config holds only those."
@@ -98,16 +97,6 @@ class PlanSettings(CommandSettings):
             raise ValueError(f"--constants {self.constants} and --gpu {self.gpu} both say what a card does; give one")
         if self.measure is None and "measure_seconds" in given:
             raise ValueError("--measure_seconds needs --measure")
-
-    @property
-    def world_size(self) -> int:
-        """The number of ranks."""
-        return self.ranks_on_cpu or self.nodes * self.gpus_per_node
-
-    @property
-    def ranks_per_node(self) -> int:
-        """The ranks of a node."""
-        return self.ranks_on_cpu or self.gpus_per_node
 
 
 @dataclass(frozen=True)

@@ -33,10 +33,9 @@ _FROM_FILE = re.compile(r"(--(num_gpus|master_port)[=\0]\d{1,6}\0)*", re.ASCII)
 _NOT_OF_SWEEP = frozenset(("max_restarts", "show_command"))  # what failed is tried again by the sweep's next start
 
 
-class SweepSettings(CommandSettings):
+class SweepSettings(CommandSettings, command="sweep"):
     """Which adapters a sweep trains, and how; validated and frozen."""
 
-    prog: ClassVar[str] = "tiedlora sweep"
     about: ClassVar[str] = (
         "Train methods x ranks x learning rates on a task, score the best learning rate of each on the test set, and"
         "\nwrite the paper's tables and figures. It also takes every setting of tiedlora train (see its --help)."

@@ -235,16 +235,7 @@ def plan_sweep(command: SweepCommand) -> SweepPlan:
         raise UserError(f"--task {task.name} has no test set of its own; give one with --test_file")
     for name in local_names(train):
         read_rows(name, limit=1)
-    return SweepPlan(command, folder, base, grid, runs, job, _test_limit(command))
-
-
-def _test_limit(command: SweepCommand) -> int | None:
-    """--test_limit. By default tiedlora evaluate scores only some rows of some tasks; a sweep scores all of them.
-
-    Raises:
-        UserError: the rows of such a task cannot be read.
-    """
-    train, limit = command.train, command.settings.test_limit
-    if limit is None and get_task(train.task).scored_rows is not None:
-        return len(load_split(train.task, "test", files={"test": train.test_file}, seed=train.seed))
-    return limit
+    limit = settings.test_limit
+    if limit is None and task.scored_rows is not None:  # tiedlora evaluate scores some rows of it, and a sweep all
+        limit = len(load_split(train.task, "test", files={"test": train.test_file}, seed=train.seed))
+    return SweepPlan(command, folder, base, grid, runs, job, limit)

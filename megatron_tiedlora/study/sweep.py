@@ -121,11 +121,8 @@ def lock_study(folder: Path, *, take_over: bool = False) -> FolderLock:
     Raises:
         UserError: another sweep, or a launcher of a killed one, is writing here.
     """
-    hint = (
-        "it is another sweep, or a run of a killed sweep; wait until it ends, or end it (--take_over takes the folder"
-        " anyway)"
-    )
-    return take_folder(folder, take_over=take_over, hint=hint)
+    hint = "it is another sweep, or a run of a killed sweep; wait until it ends, or end it"
+    return take_folder(folder, take_over=take_over, hint=f"{hint} (--take_over takes the folder anyway)")
 
 
 @dataclass

@@ -105,7 +105,6 @@ TABLE3_COLUMNS = (
 )
 
 
-
 def metric_title(study: Study) -> str:
     """The metric as tables name it."""
     return METRIC_TITLES.get(study.base.metric, study.base.metric)

@@ -58,22 +58,26 @@ def test_rows(root: Path) -> None:
     assert (lora.targets, lora.task, lora.run, lora.scores) == ("qkv,o_proj", None, None, None)
     with sqlite3.connect(root / INDEX_FILE) as database:  # as another program reads it
         assert database.execute("SELECT name FROM adapters WHERE method = 'tl5'").fetchall() == [("layers",)]
+        columns = database.execute("PRAGMA table_info(adapters)")
+        types = {name: (kind, bool(needed)) for _, name, kind, needed, *_ in columns}
+        expected = {"rank": ("INTEGER", True), "alpha": ("REAL", True), "task": ("TEXT", False)}
+        assert {name: types[name] for name in expected} == expected
+        for column in FILTERS:
+            (plan,) = database.execute(f"EXPLAIN QUERY PLAN SELECT path FROM adapters WHERE {column} = 1")
+            assert f"USING INDEX adapters_{column}" in plan[3]
 
 
-@pytest.mark.parametrize(
-    ("wanted", "names"),
-    [
+def test_find(root: Path) -> None:
+    build_index(root)
+    for wanted, names in (
         ({"method": "tl*"}, ["layers", "first"]),
         ({"task": "squad"}, ["first"]),
         ({"targets": "qkv,o_proj"}, ["lora"]),
         ({"rank": 4, "name": "l*"}, ["layers", "lora"]),
         ({"base_model": "*/tiny", "method": "lora"}, ["lora"]),
         ({"name": "none"}, []),
-    ],
-)
-def test_find(root: Path, wanted: dict[str, object], names: list[str]) -> None:
-    build_index(root)
-    assert [entry.name for entry in find_entries(root, wanted)] == names
+    ):
+        assert [entry.name for entry in find_entries(root, wanted)] == names, wanted
 
 
 def test_an_index_is_written_anew(root: Path) -> None:
@@ -116,9 +120,8 @@ def test_a_changed_config_is_found(root: Path) -> None:
     file.write_text(json.dumps(content))
     build_index(root)
     file.write_text(json.dumps({**content, "alpha": 80.0}))
-    assert verify_entries(root, find_entries(root, {"name": "lora"})) == [
-        f"{root / 'others/lora'}: has changed since it was indexed"
-    ]
+    said = f"{root / 'others/lora'}: has changed since it was indexed"
+    assert verify_entries(root, find_entries(root, {"name": "lora"})) == [said]
 
 
 def test_verify_names_what_is_damaged_or_changed(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,20 +172,6 @@ def test_finding_does_not_wait_for_torch(root: Path) -> None:
     for words in (["find", "--method", "tl6"], ["find", "--json"]):
         done = python("-c", code, root, *words)
         assert done.returncode == 0 and "first" in done.stdout, done.stderr
-
-
-def test_other_programs_find_types_and_indexes(root: Path) -> None:
-    build_index(root)
-    with sqlite3.connect(root / INDEX_FILE) as database:
-        types = {
-            name: (kind, bool(needed)) for _, name, kind, needed, *_ in database.execute("PRAGMA table_info(adapters)")
-        }
-        assert (
-            types["rank"] == ("INTEGER", True) and types["alpha"] == ("REAL", True) and types["task"] == ("TEXT", False)
-        )
-        for column in FILTERS:
-            (plan,) = database.execute(f"EXPLAIN QUERY PLAN SELECT path FROM adapters WHERE {column} = 1")
-            assert f"USING INDEX adapters_{column}" in plan[3]
 
 
 @pytest.mark.parametrize("error", [OverflowError("timestamp out of range"), ValueError("year 318857 is out of range")])
