@@ -166,18 +166,13 @@ those that are planned. On a GPU the report also has MFU by the data sheet and t
             )
         if self.against is None and "padded_rows" in self.model_fields_set:
             raise ValueError(f"--padded_rows {self.padded_rows} goes with --against peft")
-        self._check_adapters()
+        if self.adapters is None and self.shared_tokens is not None:
+            raise ValueError(f"--shared_tokens {self.shared_tokens} goes with --adapters")
+        for name in ("against", "task"):
+            if self.adapters is not None and getattr(self, name) is not None:
+                raise ValueError(f"--adapters {self.adapters} is not implemented with --{name}; leave one out")
         if self.against is not None and self.task is not None and self.samples % self.padded_rows:
             raise ValueError(f"--samples {self.samples} is not a multiple of --padded_rows {self.padded_rows}")
-
-    def _check_adapters(self) -> None:
-        if self.adapters is None:
-            if self.shared_tokens is not None:
-                raise ValueError(f"--shared_tokens {self.shared_tokens} goes with --adapters")
-            return
-        for name in ("against", "task"):
-            if getattr(self, name) is not None:
-                raise ValueError(f"--adapters {self.adapters} is not implemented with --{name}; leave one out")
         if self.shared_tokens is not None and self.shared_tokens < self.adapter_tokens:
             raise ValueError(
                 f"--shared_tokens {self.shared_tokens} is less than the micro-batch of one adapter, --rows {self.rows}"

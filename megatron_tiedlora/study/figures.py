@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from megatron_tiedlora.base.atomic import Guard, unguarded
@@ -67,8 +66,8 @@ def draw_figure2(studies: Sequence[Study], target: Path, *, guard: Guard = ungua
     best = {name: points for name, points in data.items() if name in BEST_METHODS}
     label = f"mean score of {len(studies)} tasks" if len(studies) > 1 else metric_title(studies[0])
     panels = (("all methods", data), ("LoRA, VeRA, TL5, TL6", best))
-    drawn = [partial(_draw, data=own, title=f"{model}: {name}", label=label, base=base) for name, own in panels]
-    _draw_panels(drawn, target, guard)
+    draw = partial(_draw, label=label, base=base, published={})
+    _draw_panels([partial(draw, data=own, title=f"{model}: {name}") for name, own in panels], target, guard)
 
 
 def draw_figure3(studies: Sequence[Study], target: Path, *, guard: Guard = unguarded) -> None:
@@ -113,7 +112,7 @@ def _draw(
     title: str,
     label: str,
     base: float | None,
-    published: Mapping[str, Mapping[int, float]] = MappingProxyType({}),
+    published: Mapping[str, Mapping[int, float]],
 ) -> None:
     ranks = {point.rank for points in data.values() for point in points}
     for index, (method, points) in enumerate(data.items()):

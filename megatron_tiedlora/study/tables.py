@@ -33,13 +33,7 @@ TableRow = Mapping[str, Any]  # a line of a CSV file by its columns; what it doe
 LORA_RANK, BEST_RANK = "rank_of_best_lora", "best_rank"
 TABLE3_MODEL, TABLE3_RANK = "llama2-7b", 16
 MODEL_TITLES = {"llama2-7b": "LLaMA-2 7B", "gpt-2b-001": "GPT-2B-001"}
-# The paper's name of a metric -> our metrics that measure the same.
-METRICS = {
-    "em": frozenset({"squad", "gsm8k", "exact_match"}),
-    "rougeL": frozenset({"rougeL"}),
-    "accuracy": frozenset({"accuracy"}),
-    "bleu": frozenset({"bleu"}),
-}
+EXACT_MATCH = ("squad", "gsm8k", "exact_match")  # our metrics that are the paper's em; its others are called as ours
 
 
 def paper_model(name: str, shape: ModelShape) -> str | None:
@@ -53,9 +47,9 @@ def paper_model(name: str, shape: ModelShape) -> str | None:
 def table2_cell(base: BaseRecord, section: str, method: str) -> TableRow:
     """The columns of a record that show the paper's cell for a method; {} if it has none. LoRA is in the first section
     only."""
-    key = {"model": base.paper_model, "section": section, "method": method, "task": base.task}
+    key = {"model": base.paper_model, "section": section, "method": method, **_task_and_metric(base)}
     for row in _rows("table2.csv"):
-        if key.items() <= row.items() and base.metric in METRICS[row["metric"]]:
+        if key.items() <= row.items():
             numbers = {"paper_score": float(row["score"]), "paper_rank": int(row["rank"])}
             return {**numbers, "paper_params_percent": float(row["params_percent_of_best_lora"])}
     return {}
@@ -70,9 +64,13 @@ def table2_points(base: BaseRecord, method: str) -> dict[int, float]:
 def table3_scores(base: BaseRecord) -> dict[str, float]:
     """The paper's row of Table 3, by column (`layer_8`, `tl5`); {} if it has none."""
     for row in _rows("table3.csv") if base.paper_model == TABLE3_MODEL else ():
-        if row["task"] == base.task and base.metric in METRICS[row["metric"]]:
+        if _task_and_metric(base).items() <= row.items():
             return {column: float(score) for column, score in row.items() if column not in ("task", "metric")}
     return {}
+
+
+def _task_and_metric(base: BaseRecord) -> dict[str, str]:
+    return {"task": base.task, "metric": "em" if base.metric in EXACT_MATCH else base.metric}
 
 
 @functools.cache
@@ -84,14 +82,8 @@ def _rows(name: str) -> list[dict[str, str]]:
 LORA, AVERAGE = "lora", "average"
 SECTION_TITLES = {LORA_RANK: "All methods at LoRA's best rank", BEST_RANK: "Each method at its own best rank"}
 METRIC_TITLES = {
-    "exact_match": "EM",
-    "gsm8k": "EM",
-    "squad": "EM",
-    "squad_f1": "F1",
-    "rougeL": "RougeL",
-    "bleu": "BLEU",
-    "accuracy": "accuracy",
-    "accuracy_loglikelihood": "accuracy",
+    **dict.fromkeys(EXACT_MATCH, "EM"),
+    **{"squad_f1": "F1", "rougeL": "RougeL", "bleu": "BLEU", "accuracy_loglikelihood": "accuracy"},
 }
 NONE, INCOMPLETE = "-", "*"
 TABLE2_COLUMNS = (

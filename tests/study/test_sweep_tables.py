@@ -135,14 +135,10 @@ def test_what_a_method_ties_and_freezes() -> None:
 def test_the_learning_rate_is_chosen_on_validation_and_the_rank_on_test(tmp_path: Path) -> None:
     study = write_study(tmp_path / "study", learning_rates=[1e-4, 1e-5], known=False)
     # Scores of the rates that validation did not choose are better, and must not be taken.
-    for name, loss, score in (
-        ("2-lr1e-4", 0.5, 99.0),
-        ("2-lr1e-5", 0.4, 70.0),
-        ("8-lr1e-4", 0.3, 60.0),
-        ("8-lr1e-5", 0.6, 99.0),
-    ):
-        write_run(study, f"lora-r{name}", best=loss)
-        write_score(study, f"lora-r{name}", score)
+    names = [f"lora-r{rank}-lr{rate}" for rank in (2, 8) for rate in ("1e-4", "1e-5")]
+    for name, loss, score in zip(names, (0.5, 0.4, 0.3, 0.6), (99.0, 70.0, 60.0, 99.0), strict=True):
+        write_run(study, name, best=loss)
+        write_score(study, name, score)
     record = table2([read_study(study)])[0]
     assert (record["rank"], record["learning_rate"], record["score"]) == (2, "1e-5", 70.0)
 

@@ -68,24 +68,26 @@ def test_defaults_by_task_are_of_known_tasks_and_settings() -> None:
         assert set(defaults) <= set(PAPER_DEFAULTS)
 
 
-def test_demo_defaults() -> None:
-    settings = parse_settings([], Settings)
-    assert (settings.model, settings.task, settings.method, settings.rank) == ("demo", "demo", "tl6", 8)
-    assert settings.global_batch_size == 24
-    for ranks in (1, 2, 3, 8):
-        assert plan_batches(24, settings.micro_batch_size, ranks, max_rows=4).accumulation_steps >= 1
-    assert settings.alpha == 8 and settings.packing and settings.layers is None
-    assert (settings.targets, settings.report_to) == (("qkv",), ("tensorboard",))
-
-
-def test_paper_defaults_outside_the_demo() -> None:
-    settings = parse_settings(["--model=x", "--train_file=d.jsonl"], Settings)
-    assert settings.task == "custom"
-    found = (settings.rank, settings.learning_rate, settings.warmup_steps, settings.weight_decay, settings.max_steps)
-    assert found == (8, 1e-4, 50, 0.01, 2000)
-    intervals = (settings.eval_interval, settings.patience, settings.save_interval)
-    assert (settings.global_batch_size, *intervals) == (256, 30, 10, 30)
-    assert (settings.packing, settings.micro_batch_size, settings.max_length) == (True, None, 4096)
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (
+            [],
+            {"model": "demo", "task": "demo", "method": "tl6", "rank": 8, "global_batch_size": 24, "alpha": 8,
+             "packing": True, "layers": None, "targets": ("qkv",), "report_to": ("tensorboard",)},
+        ),
+        (
+            ["--model=x", "--train_file=d.jsonl"],
+            {"task": "custom", "rank": 8, "learning_rate": 1e-4, "warmup_steps": 50, "weight_decay": 0.01,
+             "max_steps": 2000, "global_batch_size": 256, "eval_interval": 30, "patience": 10, "save_interval": 30,
+             "packing": True, "micro_batch_size": None, "max_length": 4096},
+        ),
+    ],
+    ids=["demo", "paper"],
+)  # fmt: skip
+def test_defaults(argv: list[str], expected: dict[str, object]) -> None:
+    settings = parse_settings(argv, Settings)
+    assert {name: getattr(settings, name) for name in expected} == expected
 
 
 def test_command_line_wins_over_yaml(tmp_path: Path) -> None:
@@ -307,7 +309,7 @@ def test_rejected_yaml(tmp_path: Path, text: str, parts: list[str]) -> None:
 
 @pytest.mark.parametrize(("world", "micro", "steps"), [(1, 4, 6), (2, 4, 3), (3, 4, 2), (8, 3, 1), (24, 1, 1)])
 def test_micro_batch_is_the_largest_divisor_up_to_four(world: int, micro: int, steps: int) -> None:
-    plan = plan_batches(24, None, world, max_rows=4)
+    plan = plan_batches(parse_settings([], Settings).global_batch_size, None, world, max_rows=4)
     assert (plan.micro_batch_size, plan.accumulation_steps) == (micro, steps)
 
 
