@@ -166,12 +166,16 @@ def test_an_error_of_the_sweeps_own_leaves_nothing_running(study: tuple[Base, Pa
 
 
 def test_stop_signals_are_noted_and_given_back() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with StopSignals() as stop:
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.received == [15, 2]
-    assert signal.getsignal(signal.SIGTERM) is before
+    """But a hang-up under nohup, which is ignored."""
+    before = signal.getsignal(signal.SIGTERM), signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as stop:
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+                os.kill(os.getpid(), number)
+            assert stop.received == [15, 2]
+        assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGHUP)) == (before[0], signal.SIG_IGN)
+    finally:
+        signal.signal(signal.SIGHUP, before[1])
 
 
 # Places -------------------------------------------------------------------------------------------------------------
@@ -335,14 +339,3 @@ def test_a_terminal_that_hangs_up_stops_and_what_is_printed_then_is_no_error(tmp
     wait_for(lambda: note.is_file() and note.read_text() == "listens", "the listener", limit=30)
     os.close(master)  # the kernel sends SIGHUP
     assert process.wait(30) == 0 and note.read_text() == "[15]"
-
-
-def test_under_nohup_a_hang_up_is_ignored() -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with StopSignals() as stop:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert stop.received == []
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)

@@ -6,6 +6,7 @@ import json
 import shlex
 import shutil
 import subprocess
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -61,9 +62,11 @@ def card(run: Path, output: Path, **keywords: Any) -> str:
     return (output / "README.md").read_text()
 
 
-def push(hub: Hub, *words: object) -> subprocess.CompletedProcess[str]:
+def push(
+    hub: Hub, *words: object, program: Sequence[str] = ("-m", "megatron_tiedlora")
+) -> subprocess.CompletedProcess[str]:
     of_hub = {"HF_ENDPOINT": hub.address, "HF_TOKEN": "hf_none", "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
-    return python("-m", "megatron_tiedlora", "push", *words, **of_hub, OMP_NUM_THREADS="1")
+    return python(*program, "push", *words, **of_hub, OMP_NUM_THREADS="1")
 
 
 def test_the_folder_names_no_path_of_this_host(base: Path, run_folder: Path, tmp_path: Path) -> None:
@@ -197,16 +200,6 @@ def test_the_card_says_which_kind_of_adapter_it_is(base: Path, tmp_path: Path, m
     assert kind in text and ("tied" in text.lower().replace("tiedlora", "")) is (method == "tl5")
 
 
-def test_a_card_needs_no_extra(run_folder: Path, tmp_path: Path) -> None:
-    code = "import sys; sys.modules.update(dict.fromkeys(sys.argv[1].split(',')));"
-    code += "from megatron_tiedlora.commands.front import run; run('push', sys.argv[2:])"
-    words = [str(run_folder), "--repo=me/demo", "--base_name=org/base", "--dry_run", f"--output={tmp_path / 'out'}"]
-    modules = ",".join({*EXTRAS["train"], *EXTRAS["eval"]})
-    done = python("-c", code, modules, *words)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "tiedlora train" in (tmp_path / "out/README.md").read_text()
-
-
 SAMPLES = 100  # so 1.5 epochs of 16 samples a step are 10 steps, fewer than the default warm-up of 50
 COMMANDS: dict[str, tuple[list[str], set[str]]] = {
     "epochs": (["--epochs=1.5"], {"epochs", "method"}),
@@ -292,10 +285,14 @@ def test_what_the_hub_refuses_is_one_line(run_folder: Path, call: str) -> None:
     assert "Traceback" not in done.stderr and not hub.files
 
 
-def test_a_dry_run_asks_the_hub_nothing(run_folder: Path, tmp_path: Path) -> None:
+def test_a_dry_run_asks_the_hub_nothing_and_needs_no_extra(run_folder: Path, tmp_path: Path) -> None:
+    code = f"import sys; sys.modules.update(dict.fromkeys({[*EXTRAS['train'], *EXTRAS['eval']]}));"
+    code += "from megatron_tiedlora.commands.front import main; main()"
+    words = ("--repo=me/demo", "--base_name=org/base", "--dry_run", f"--output={tmp_path / 'out'}")
     with hub_stand_in() as hub:
-        done = push(hub, run_folder, "--repo", "me/demo", "--dry_run", "--output", tmp_path / "out")
-    assert done.returncode == 0 and not hub.calls and (tmp_path / "out" / "README.md").is_file()
+        done = push(hub, run_folder, *words, program=("-c", code))
+    assert (done.returncode, done.stderr) == (0, "") and not hub.calls
+    assert "tiedlora train" in (tmp_path / "out/README.md").read_text()
 
 
 def test_what_is_no_adapter_leaves_nothing(tmp_path: Path) -> None:
