@@ -39,7 +39,7 @@ BLANK_LINE = "ĊĊ"  # the token of the two line feeds in NUMBERS
 
 
 def main(settings: PrepareDemoSettings) -> int:
-    """Make the demo model unless it is ready; returns the exit status. If it raises UserError, nothing has changed."""
+    """Make the demo model unless it is ready; returns the exit status. After a UserError the folder is as before."""
     output = (settings.output or user_path(demo_model_path(), flag="--output")).absolute()
     force = settings.force
     if not is_ready(output) or force:

@@ -219,7 +219,7 @@ def plan_sweep(command: SweepCommand) -> SweepPlan:
         check_clipping(runs[run])
         counts[run.point.name] = sum(runs[run].adapter.num_trained().values())
     files = {name: getattr(train, name) for name in marked(Settings, holds="rows")}
-    local = (item for given in filter(None, files.values()) for item in local_files(given).items())  # hub ids are none
+    local = (item for given in filter(None, files.values()) for item in local_files(given).items())  # not hub ids
     base = BaseRecord(
         model=source.name,
         base_hash=source.base_hash,
