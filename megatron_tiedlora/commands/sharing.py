@@ -63,15 +63,7 @@ def push(settings: PushSettings) -> int:
         reject_existing(settings.output, flag=f"--output {settings.output}")
     with tempfile.TemporaryDirectory() as temporary:
         folder = settings.output or Path(temporary) / "published"
-        write_published(
-            settings.run,
-            settings.repo,
-            folder,
-            model=settings.model,
-            named=settings.base_name,
-            base_differs=settings.base_differs,
-            say=lambda note: show(f"note: {note}"),
-        )
+        write_published(settings, folder, say=lambda note: show(f"note: {note}"))
         if settings.dry_run:
             show(f"wrote what {settings.repo} would hold: {folder}")
             return 0

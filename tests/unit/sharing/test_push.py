@@ -6,10 +6,9 @@ import json
 import shlex
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -25,6 +24,7 @@ from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter, sav
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.settings import Settings
+from megatron_tiedlora.config.tool_settings import PushSettings
 from megatron_tiedlora.convert.verify import verify_export
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
 from megatron_tiedlora.runtime.run_folder import RunFolder
@@ -56,9 +56,9 @@ def run_folder(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def card(run: Path, output: Path, **keywords: Any) -> str:
+def card(run: Path, output: Path, base: str | None = None, say: Callable[[str], object] = str) -> str:
     """The card of what is published of a run."""
-    write_published(str(run), "me/demo", output, **keywords)
+    write_published(PushSettings(run=str(run), repo="me/demo", base_name=base), output, say=say)
     return (output / "README.md").read_text()
 
 
@@ -70,7 +70,7 @@ def push(
 
 
 def test_the_folder_names_no_path_of_this_host(base: Path, run_folder: Path, tmp_path: Path) -> None:
-    write_published(str(run_folder), "me/demo", tmp_path / "out")
+    card(run_folder, tmp_path / "out")
     files = {str(file.relative_to(tmp_path / "out")) for file in (tmp_path / "out").rglob("*") if file.is_file()}
     native = {"native/adapter_config.json", "native/adapter_model.safetensors"}
     exported = {"adapter_config.json", "adapter_model.safetensors", "tiedlora_export.json"}
@@ -86,7 +86,7 @@ def test_the_folder_names_no_path_of_this_host(base: Path, run_folder: Path, tmp
 
 
 def test_the_card(run_folder: Path, tmp_path: Path) -> None:
-    _, front, body = card(run_folder, tmp_path / "out", named="org/base").split("---\n", 2)
+    _, front, body = card(run_folder, tmp_path / "out", base="org/base").split("---\n", 2)
     metadata = yaml.safe_load(front)
     assert (metadata["base_model"], metadata["base_model_relation"]) == ("org/base", "adapter")
     assert metadata["library_name"] == "peft" and "tied-lora" in metadata["tags"]
@@ -252,7 +252,7 @@ def test_the_command_of_the_card_gives_the_settings_of_the_run(
 
 def test_a_note_says_that_a_folder_names_no_base_on_the_hub(run_folder: Path, tmp_path: Path) -> None:
     notes: list[str] = []
-    card(run_folder, tmp_path / "named", named="org/base", say=notes.append)
+    card(run_folder, tmp_path / "named", base="org/base", say=notes.append)
     assert not notes
     card(run_folder, tmp_path / "out", say=notes.append)
     (note,) = notes
@@ -298,6 +298,6 @@ def test_a_dry_run_asks_the_hub_nothing_and_needs_no_extra(run_folder: Path, tmp
 def test_what_is_no_adapter_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty: has no adapter_config\.json"):
-        write_published(str(tmp_path / "empty"), "me/demo", tmp_path / "out")
+        card(tmp_path / "empty", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     check_hub_id("me/demo", flag="--repo", owned=True)
