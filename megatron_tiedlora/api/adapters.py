@@ -163,11 +163,13 @@ def _check(model: Any, adapter: NativeAdapter, *, base_differs: bool) -> None:
 
 def _attach(model: Any, adapter: NativeAdapter) -> None:
     update, places = _on(model, adapter)
-    state = _Attachment(adapter)
-    for name, place in places.items():
-        hook = partial(_add_update, update, place)
-        state.hooks.append(model.get_submodule(name).register_forward_hook(hook))
-    setattr(model, _STATE, state)
+
+    def add(place: AdaptedTensor, _: nn.Module, inputs: tuple[torch.Tensor, ...], z: torch.Tensor) -> torch.Tensor:
+        return with_update(z, inputs[0], update, place)
+
+    modules = {name: model.get_submodule(name) for name in places}
+    hooks = [modules[name].register_forward_hook(partial(add, place)) for name, place in places.items()]
+    setattr(model, _STATE, _Attachment(adapter, hooks=hooks))
 
 
 def _merge(model: Any, adapter: NativeAdapter) -> None:
@@ -194,9 +196,3 @@ def _attached(model: Any) -> _Attachment:
         raise UserError("the model has no attached adapter; attach(model, adapter) first")
     assert isinstance(state, _Attachment)
     return state
-
-
-def _add_update(
-    update: TiedAdapter, place: AdaptedTensor, module: nn.Module, inputs: tuple[torch.Tensor, ...], z: torch.Tensor
-) -> torch.Tensor:
-    return with_update(z, inputs[0], update, place)

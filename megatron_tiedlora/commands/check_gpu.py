@@ -48,10 +48,15 @@ def main(settings: CheckGpuSettings) -> int:
     head = ["# check-gpu", "", about, ""]
     suites: list[Element] = []
     _write(settings.output, [*head, "No part has ended yet."], suites)
-    deadline = time.monotonic()
+    folder, deadline = settings.output.absolute(), time.monotonic()
     for part, seconds in limits.items():
         deadline += seconds
-        suites.append(_run(part, settings, deadline - time.monotonic()))
+        left = deadline - time.monotonic()
+        given = {"device": settings.device, "model": settings.model, "folder": folder, "seconds": left}
+        options = [f"--check-{name}={value}" for name, value in given.items()]
+        command = part_command(part, *options, f"--junitxml={folder / f'{part}.xml'}")
+        environment = part_environment(part, settings.device)
+        suites.append(run_part(part, command, environment=environment, folder=folder, seconds=left))
         show(*part_lines(suites[-1]))
         lines = (line for suite in suites for line in part_lines(suite))
         _write(settings.output, [*head, *summary_lines(suites), *lines], suites)
@@ -68,16 +73,6 @@ def part_limits(parts: Sequence[str], minutes: float | None, *, num_gpus: int) -
     seconds = sum(shares.values()) if minutes is None else 60 * minutes
     given = sum(shares[part] for part in parts)
     return {part: seconds * shares[part] / given for part in parts}
-
-
-def _run(part: str, settings: CheckGpuSettings, seconds: float) -> Element:
-    """Run one part; returns its tests."""
-    folder = settings.output.absolute()
-    given = {"device": settings.device, "model": settings.model, "folder": folder, "seconds": seconds}
-    options = [f"--check-{name}={value}" for name, value in given.items()]
-    command = part_command(part, *options, f"--junitxml={folder / f'{part}.xml'}")
-    environment = part_environment(part, settings.device)
-    return run_part(part, command, environment=environment, folder=folder, seconds=seconds)
 
 
 def _write(folder: Path, page: Sequence[str], suites: Sequence[Element]) -> None:

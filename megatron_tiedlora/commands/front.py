@@ -47,7 +47,7 @@ COMMANDS = (
             "answer a task's held-out rows and score them", "launch/evaluate.py", is_rank=True),
     Command("sweep", "jobs:sweep", "sweep_settings:parse_sweep",
             "train methods x ranks x learning rates, and write tables", "launch/sweep.py"),
-    Command("doctor", "jobs:doctor", "doctor_settings:DoctorSettings",
+    Command("doctor", "jobs:doctor", "launch_settings:DoctorSettings",
             "examine the hosts of a job before it starts", "launch/doctor.py"),
     Command("plan", "jobs:plan", "plan_settings:parse_plan",
             "find the fastest layout of a cluster before it is booked", "tools/plan.py"),
@@ -92,11 +92,6 @@ def find_command(name: str) -> Command | None:
     return next((command for command in COMMANDS if command.name == name.replace("_", "-")), None)
 
 
-def other_command(name: str) -> str:
-    """The command of ours that other tools call `name`; '' if there is none."""
-    return _OTHER_NAMES.get(name.replace("_", "-").lower(), "")
-
-
 def help_text() -> str:
     """The text of `tiedlora --help`."""
     return "\n".join(
@@ -127,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         _leave(f"{PROGRAM} {__version__}")
     command = find_command(name)
     if command is None:
-        ours = other_command(name)
+        ours = _OTHER_NAMES.get(name.replace("_", "-").lower())
         near = f" (here it is {PROGRAM} {ours})" if ours else nearest_name(name, [one.name for one in COMMANDS])
         _leave(f"error: {PROGRAM} {name}: no such command{near}; `{PROGRAM} --help` lists them", status=2)
     run(command.name, rest)

@@ -14,8 +14,7 @@ from megatron_tiedlora.base.extras import require_extra
 from megatron_tiedlora.base.messages import UserError, aligned_lines, show, user_path
 from megatron_tiedlora.base.output_folder import output_file, output_files
 from megatron_tiedlora.config.bench_settings import BenchSettings
-from megatron_tiedlora.config.doctor_settings import DoctorSettings
-from megatron_tiedlora.config.launch_settings import LaunchCommand
+from megatron_tiedlora.config.launch_settings import DoctorSettings, LaunchCommand
 from megatron_tiedlora.config.plan_settings import PlanCommand
 from megatron_tiedlora.config.sweep_settings import SweepCommand
 from megatron_tiedlora.config.tool_settings import EnvSettings
@@ -101,30 +100,29 @@ def doctor(settings: DoctorSettings) -> int:
     from megatron_tiedlora.cluster.doctor.trial import examine
 
     require_extra("train", only=["deepspeed"])
-    to_file = settings.json_file not in (None, "-")
-    file = user_path(str(settings.json_file), flag="--json")
-    if to_file and not file.absolute().parent.is_dir():
+    file = _json_path(settings.json_file)
+    if file is not None and not file.absolute().parent.is_dir():
         raise UserError(f"--json {settings.json_file}: its folder does not exist; make it or give another file")
     report = examine(settings, os.environ, lambda line: show(line, file=sys.stderr))
     text = json.dumps(report.model_dump(mode="json"), indent=2)
-    if settings.json_file == "-":
-        print(text)
-    else:
-        print(report_text(report))
-    if to_file:
+    print(text if settings.json_file == "-" else report_text(report))
+    if file is not None:
         write_text(file, f"{text}\n")
     return 0 if report.verdict == "ready" else 1
 
 
+def _json_path(given: str | None) -> Path | None:
+    return None if given in (None, "-") else user_path(str(given), flag="--json")
+
+
 def env(settings: EnvSettings) -> int:
     """Print what a bug report needs, the record of this machine, as a table or JSON; returns the exit status."""
-    given = settings.json_file
-    file = None if given in (None, "-") else user_path(str(given), flag="--json")
+    file = _json_path(settings.json_file)
     machine = machine_record()
     text = machine.model_dump_json(indent=2)
     if file is not None:
         write_text(file, f"{text}\n")
-    if given == "-":
+    if settings.json_file == "-":
         show(*text.split("\n"))
         return 0
     sections = in_words(machine)

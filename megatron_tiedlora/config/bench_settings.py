@@ -32,10 +32,9 @@ _WITH_TASK = ("samples", "train_file", "padded_rows", "packing")
 _train = partial(shared_field, TrainFields)  # of the run whose step is measured
 
 
-class BenchSettings(CommandSettings):
+class BenchSettings(CommandSettings, command="bench"):
     """The settings of one benchmark, validated and frozen."""
 
-    prog: ClassVar[str] = "tiedlora bench"
     about: ClassVar[str] = """\
 Measure a training step: alone, beside Hugging Face + PEFT LoRA on the same samples, or at a layout of several ranks.
 
@@ -159,27 +158,21 @@ those that are planned. On a GPU the report also has MFU by the data sheet and t
                 raise ValueError(f"--{name} {value} is for made-up tokens, so not with --task")
         return {**(SCALING_DEFAULTS if what == "scaling" else {}), **given}
 
-    @model_validator(mode="after")
-    def _check(self) -> "BenchSettings":
+    def check(self) -> None:
+        """Raise ValueError for settings that do not fit each other."""
         if self.labels < 1:
             raise ValueError(
                 f"--supervised {self.supervised} with --length {self.length}: no token has a label; give more of one"
             )
         if self.against is None and "padded_rows" in self.model_fields_set:
             raise ValueError(f"--padded_rows {self.padded_rows} goes with --against peft")
-        self._check_adapters()
+        if self.adapters is None and self.shared_tokens is not None:
+            raise ValueError(f"--shared_tokens {self.shared_tokens} goes with --adapters")
+        for name in ("against", "task"):
+            if self.adapters is not None and getattr(self, name) is not None:
+                raise ValueError(f"--adapters {self.adapters} is not implemented with --{name}; leave one out")
         if self.against is not None and self.task is not None and self.samples % self.padded_rows:
             raise ValueError(f"--samples {self.samples} is not a multiple of --padded_rows {self.padded_rows}")
-        return self
-
-    def _check_adapters(self) -> None:
-        if self.adapters is None:
-            if self.shared_tokens is not None:
-                raise ValueError(f"--shared_tokens {self.shared_tokens} goes with --adapters")
-            return
-        for name in ("against", "task"):
-            if getattr(self, name) is not None:
-                raise ValueError(f"--adapters {self.adapters} is not implemented with --{name}; leave one out")
         if self.shared_tokens is not None and self.shared_tokens < self.adapter_tokens:
             raise ValueError(
                 f"--shared_tokens {self.shared_tokens} is less than the micro-batch of one adapter, --rows {self.rows}"

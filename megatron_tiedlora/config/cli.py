@@ -129,8 +129,8 @@ def parse_words(argv: Sequence[str], kind: type[CommandSettings]) -> dict[str, A
 def split_words(
     argv: Sequence[str], kind: type[CommandSettings], *, more: Sequence[str] = (), without: Collection[str] = ()
 ) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-    """Divide the words of a command that also takes the flags of tiedlora train: its own settings by name, and
-    `config`; those of tiedlora train by name; and the words of the latter.
+    """Divide the words of a command that also takes the flags of tiedlora train: its own settings by name; those of
+    tiedlora train by name, and `config`; and the words of the latter.
 
     Args:
         more: further words, all of them of tiedlora train.
@@ -140,7 +140,8 @@ def split_words(
         UserError: words belong to neither.
     """
     own, rest = build_parser(kind).parse_known_args(list(argv))
-    words = [*rest, *more]
+    config = vars(own).pop("config")
+    words = [*(() if config is None else ("--config", config)), *rest, *more]
     theirs, unknown = build_parser(TrainFields).parse_known_args(words)
     names = (*kind.model_fields, *(name for name in TrainFields.model_fields if name not in without))
     reject_unknown(unknown, kind, known=[f"--{name}" for name in names])

@@ -29,14 +29,13 @@ def _as_trained(name: str) -> Any:
     return _train(name, help_text, default=None, as_trained=True)
 
 
-class EvaluateSettings(CommandSettings):
+class EvaluateSettings(CommandSettings, command="evaluate"):
     """The settings of one evaluation, validated and frozen.
 
     Values that depend on the model or the task stay None here and are resolved later: `model` (the adapter's base, or
     the demo), `output_dir`, `dtype`, `max_length`, `max_new_tokens`, `limit`.
     """
 
-    prog: ClassVar[str] = "tiedlora evaluate"
     about: ClassVar[str] = "Answer a task's rows by greedy decoding and score them, with or without an adapter."
     groups: ClassVar[Mapping[str, str]] = {
         "run": "where answers and scores go",
@@ -134,8 +133,8 @@ class EvaluateSettings(CommandSettings):
             filled |= {"task": DEFAULT_TASK} if filled.keys().isdisjoint(cls.instead[0]) else {}
         return filled
 
-    @model_validator(mode="after")
-    def _check(self) -> "EvaluateSettings":
+    def check(self) -> None:
+        """Raise ValueError for settings that do not fit each other."""
         if self.adapter is not None and self.adapters is not None:
             raise ValueError("give either --adapter or --adapters")
         if self.adapters == ():
@@ -151,4 +150,3 @@ class EvaluateSettings(CommandSettings):
             if getattr(self, name) is not None:
                 other = "validation" if self.split == "test" else "test"
                 raise ValueError(f"--{name} needs --split {other}; this command answers the {self.split} rows")
-        return self

@@ -179,7 +179,7 @@ class CommandSettings(BaseModel):
     """The settings of one start of a command, validated and frozen. Subclasses declare fields with `setting_field`.
 
     Attributes:
-        prog: `tiedlora NAME`, for its help.
+        prog: `tiedlora NAME`, for its help; a class is declared with `command`, its NAME.
         about: what the command does, for its help.
         usage: what follows the command's name in the first line of its help.
         examples: the end of its help.
@@ -205,6 +205,11 @@ class CommandSettings(BaseModel):
     groups: ClassVar[Mapping[str, str]] = {}
     missing: ClassVar[Mapping[str, str]] = {}
     instead: ClassVar[Sequence[tuple[str, str]]] = ()
+
+    def __init_subclass__(cls, *, command: str = "", **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if command:
+            cls.prog = f"tiedlora {command}"
 
     def __init__(self, **values: Any) -> None:
         """Raises UserError in one line: all names that are unknown, or the first value that is wrong."""
@@ -251,14 +256,18 @@ class CommandSettings(BaseModel):
                 raise ValueError(f"{flag} {shown(value)}: contains characters that are not text")
         return value
 
+    def check(self) -> None:
+        """Raise ValueError for values that do not fit each other. It is called when the settings are made."""
+
     @model_validator(mode="after")
-    def _check_choices(self) -> CommandSettings:
+    def _check_values(self) -> CommandSettings:
         for name, own in declared(type(self)).items():
             choices, value = own.choices, getattr(self, name)
             for part in value if isinstance(value, tuple) else (value,):
                 if choices is not None and part is not None and part not in choices:
                     known, hint = ", ".join(map(repr, choices)), value_hint(part, choices, own.other_values)
                     raise ValueError(f"--{name} {as_given(part)}: input should be one of {known}{hint}")
+        self.check()
         return self
 
 

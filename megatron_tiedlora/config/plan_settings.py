@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from pydantic import model_validator
-
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.shapes import BASE_NAMES, UNQUANTISED
 from megatron_tiedlora.config.cli import parse_settings, split_words
@@ -41,10 +39,9 @@ PLAN_DEFAULTS = {"max_length": 4096, "global_batch_size": 128}
 FORMAT_NAMES = (UNQUANTISED, *BASE_NAMES, "fp8-products", "fp8-transposed")
 
 
-class PlanSettings(CommandSettings):
+class PlanSettings(CommandSettings, command="plan"):
     """The cluster of a plan and what is shown of it, validated and frozen."""
 
-    prog: ClassVar[str] = "tiedlora plan"
     about: ClassVar[str] = ABOUT
     usage: ClassVar[str] = "--model M [--FLAG VALUE ...]"
     examples: ClassVar[str] = "Settings of tiedlora train follow. The YAML file of --config holds only those."
@@ -85,8 +82,8 @@ class PlanSettings(CommandSettings):
         "shown", "write all layouts to this file; - prints them instead of the table", None, flag="json",
     )
 
-    @model_validator(mode="after")
-    def _check(self) -> "PlanSettings":
+    def check(self) -> None:
+        """Raise ValueError for settings that do not fit each other."""
         given = self.model_fields_set
         if self.formats == ():
             raise ValueError(f"--formats is empty; give some of {', '.join(FORMAT_NAMES)}")
@@ -100,17 +97,6 @@ class PlanSettings(CommandSettings):
             raise ValueError(f"--constants {self.constants} and --gpu {self.gpu} both say what a card does; give one")
         if self.measure is None and "measure_seconds" in given:
             raise ValueError("--measure_seconds needs --measure")
-        return self
-
-    @property
-    def world_size(self) -> int:
-        """The number of ranks."""
-        return self.ranks_on_cpu or self.nodes * self.gpus_per_node
-
-    @property
-    def ranks_per_node(self) -> int:
-        """The ranks of a node."""
-        return self.ranks_on_cpu or self.gpus_per_node
 
 
 @dataclass(frozen=True)
@@ -128,13 +114,12 @@ def parse_plan(argv: Sequence[str]) -> PlanCommand:
         UserError: something is unknown, out of range or contradictory, in the words of tiedlora train.
     """
     own, known, words = split_words(argv, PlanSettings)
-    config = own.pop("config", None)
-    others = [name for name in known if name != "model"]
+    others = [name for name in known if name not in ("model", "config")]
     others += sorted(name.removesuffix("_file") for name in own.keys() - {"measure", "measure_seconds"})
     if "measure" in own and others:  # of a run only the model is read
         raise UserError(f"--measure measures this machine and plans nothing; remove --{others[0]}")
     # As a dry run, which needs no data. That a file of --config says so, too, does no harm.
-    train = parse_settings([*(("--config", config) if config is not None else ()), *words, "--dry_run"], Settings)
+    train = parse_settings([*words, "--dry_run"], Settings)
     for name, instead in decided_by("plan", Settings).items():
         if name in known or name in train.model_fields_set - {"dry_run"}:
             raise UserError(f"--{name} is not for a plan: {instead}")

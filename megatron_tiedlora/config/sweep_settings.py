@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from pydantic import model_validator
-
 from megatron_tiedlora.base.messages import UserError, as_given, naming, user_path
 from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.config.cli import naming_file, parse_words, read_yaml, split_words
@@ -35,10 +33,9 @@ _FROM_FILE = re.compile(r"(--(num_gpus|master_port)[=\0]\d{1,6}\0)*", re.ASCII)
 _NOT_OF_SWEEP = frozenset(("max_restarts", "show_command"))  # what failed is tried again by the sweep's next start
 
 
-class SweepSettings(CommandSettings):
+class SweepSettings(CommandSettings, command="sweep"):
     """Which adapters a sweep trains, and how; validated and frozen."""
 
-    prog: ClassVar[str] = "tiedlora sweep"
     about: ClassVar[str] = (
         "Train methods x ranks x learning rates on a task, score the best learning rate of each on the test set, and"
         "\nwrite the paper's tables and figures. It also takes every setting of tiedlora train (see its --help)."
@@ -103,8 +100,8 @@ class SweepSettings(CommandSettings):
         """As for every command, but the help texts of the grid contain their defaults."""
         return "" if name in GRID else super().default_text(name)
 
-    @model_validator(mode="after")
-    def _check(self) -> "SweepSettings":
+    def check(self) -> None:
+        """Raise ValueError for settings that do not fit each other."""
         for name, values in self:
             if values == ():
                 raise ValueError(f"--{name} is empty; give one value or more, with commas between them")
@@ -128,7 +125,6 @@ class SweepSettings(CommandSettings):
                 f" {len(self.learning_rates)} or more"
             )
         shell_words("launcher_args", self.launcher_args)
-        return self
 
 
 def parse_launcher(words: Sequence[str]) -> LaunchSettings:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import field_validator
 
 from megatron_tiedlora.config.fields import (
     TARGETS_HELP,
@@ -53,10 +53,9 @@ def adapter_flags(adapter: str, settings: "MergeSettings | ExportSettings") -> s
     return shlex.join([*words, *(["--base_differs"] if settings.base_differs else [])])
 
 
-class MergeSettings(CommandSettings):
+class MergeSettings(CommandSettings, command="merge"):
     """The settings of one merge, validated and frozen."""
 
-    prog: ClassVar[str] = "tiedlora merge"
     about: ClassVar[str] = (
         "Merge a Tied-LoRA adapter into its base model: a plain Hugging Face checkpoint for transformers, vLLM and"
         " others."
@@ -88,10 +87,9 @@ After a kill -9 or a crash, the same command removes what is left and starts fro
     )
 
 
-class ExportSettings(CommandSettings):
+class ExportSettings(CommandSettings, command="export"):
     """The settings of one export, validated and frozen."""
 
-    prog: ClassVar[str] = "tiedlora export"
     about: ClassVar[str] = (
         "Export a Tied-LoRA adapter as a LoRA adapter for PEFT, vLLM, SGLang and llama.cpp; only the tying is lost."
     )
@@ -117,10 +115,9 @@ filesystem resolver takes an export only if that name is the --model of the serv
     pad_rank_to: int | None = _flag("write rank N, padded with zeros", None)
 
 
-class ImportSettings(CommandSettings):
+class ImportSettings(CommandSettings, command="import"):
     """The settings of one import, validated and frozen."""
 
-    prog: ClassVar[str] = "tiedlora import"
     about: ClassVar[str] = (
         "Write a PEFT LoRA or VeRA as a native adapter, which computes the same and can be merged, scored or trained"
         " on."
@@ -141,10 +138,9 @@ fp32: an alpha / r of some modules alone (rank_pattern, alpha_pattern), or VeRA'
     base_differs: bool = _base_differs(help_text="continue although M is not the base of the export in DIR")
 
 
-class VerifySettings(CommandSettings):
+class VerifySettings(CommandSettings, command="verify"):
     """The settings of one check of exports, validated and frozen."""
 
-    prog: ClassVar[str] = "tiedlora verify"
     about: ClassVar[str] = (
         "Check exports of an adapter: the bits of a merged or PEFT folder, and logits; exit status 1 if any differ."
     )
@@ -172,17 +168,15 @@ the most likely token is the same, over random tokens.
     )
     base_differs: bool = _base_differs(help_text="compare even if the base differs from the one in training")
 
-    @model_validator(mode="after")
-    def _check(self) -> "VerifySettings":
+    def check(self) -> None:
+        """Raise ValueError for settings that do not fit each other."""
         if self.merged is None and self.peft is None:
             raise ValueError("there is nothing to check; give --merged DIR, --peft DIR or both")
-        return self
 
 
-class IndexSettings(CommandSettings):
+class IndexSettings(CommandSettings, command="index"):
     """What is done with the index of a folder, validated and frozen."""
 
-    prog: ClassVar[str] = "tiedlora index"
     about: ClassVar[str] = "Index a folder of native adapters, and find, verify or compare them."
     examples: ClassVar[str] = """\
 examples:
@@ -223,8 +217,8 @@ indexed. `diff` exits with 1 if the two differ. Any program can read the SQLite 
         """The values that `find` compares, by column."""
         return {name: value for name in FILTERS if (value := getattr(self, name)) is not None}
 
-    @model_validator(mode="after")
-    def _check(self) -> "IndexSettings":
+    def check(self) -> None:
+        """Raise ValueError for settings that do not fit each other."""
         action = self.action
         if self.wanted and action not in ("find", "verify"):
             raise ValueError(f"--{next(iter(self.wanted))} is for find and verify, not for {action}")
@@ -234,16 +228,14 @@ indexed. `diff` exits with 1 if the two differ. Any program can read the SQLite 
             raise ValueError("diff: give the names or paths of two adapters")
         if action != "diff" and self.adapters:
             raise ValueError(f"{action} takes no name of an adapter; give {self.adapters[0]} with --name")
-        return self
 
 
 FILTERS = marked(IndexSettings, group="find")
 
 
-class PushSettings(CommandSettings):
+class PushSettings(CommandSettings, command="push"):
     """What is published, and where, validated and frozen."""
 
-    prog: ClassVar[str] = "tiedlora push"
     about: ClassVar[str] = "Publish a run's adapter on the Hugging Face hub, with a model card."
     examples: ClassVar[str] = """\
 examples:
@@ -264,20 +256,18 @@ scores, the training command and versions, and the plot of the losses. No folder
     output: FilePath | None = _output("keep what is uploaded in this folder; it must not exist", None)
     base_differs: bool = _base_differs(help_text="continue although the base differs")
 
-    @model_validator(mode="after")
-    def _check(self) -> "PushSettings":
+    def check(self) -> None:
+        """Raise ValueError for settings that do not fit each other."""
         if self.dry_run and self.output is None:
             raise ValueError("--dry_run writes the folder; give it with --output DIR")
-        return self
 
 
 CHECK_PARTS = ("env", "attention", "correct", "speed", "memory", "host", "decode", "ranks")  # in their order
 
 
-class CheckGpuSettings(CommandSettings):
+class CheckGpuSettings(CommandSettings, command="check-gpu"):
     """Which checks of a machine's GPUs are run, validated and frozen."""
 
-    prog: ClassVar[str] = "tiedlora check-gpu"
     about: ClassVar[str] = """\
 Check what this machine's GPUs can do with this package: correct numbers, speed, memory, several ranks.
 
@@ -313,10 +303,9 @@ Exit status: 0 nothing failed, 1 something failed (the table says what to do), 2
     device: Literal["cuda", "cpu"] = _flag("cpu: test the checks' own logic without a GPU", "cuda")
 
 
-class ConvertNemoSettings(CommandSettings):
+class ConvertNemoSettings(CommandSettings, command="convert-nemo"):
     """The settings of one conversion, validated and frozen."""
 
-    prog: ClassVar[str] = "tiedlora convert-nemo"
     about: ClassVar[str] = (
         "Convert NVIDIA's GPT-2B-001 from its .nemo file to a Hugging Face folder that --model and transformers read."
     )
@@ -336,10 +325,9 @@ Exit status: 1 if FILE cannot be converted, 2 if a flag is wrong.
     take_over: bool = _take_over()
 
 
-class RandomModelSettings(CommandSettings):
+class RandomModelSettings(CommandSettings, command="random-model"):
     """Which random model is written, validated and frozen."""
 
-    prog: ClassVar[str] = "tiedlora random-model"
     about: ClassVar[str] = """\
 Write a checkpoint of random bf16 weights in the shape of a preset, to test an installation, memory and speed.
 
@@ -355,10 +343,9 @@ in seconds on a CPU: tiedlora train --model tiny --train_file rows.jsonl"""
     seed: int = _flag("seed of the weights", 0)
 
 
-class PrepareDemoSettings(CommandSettings):
+class PrepareDemoSettings(CommandSettings, command="prepare-demo"):
     """How the demo model is made, validated and frozen."""
 
-    prog: ClassVar[str] = "tiedlora prepare-demo"
     about: ClassVar[str] = (
         "Make the demo model (SmolLM2-135M-Instruct, 540 MB in fp32) as a Hugging Face folder. Downloads 93 MB once."
         " Needs the extra demo."
@@ -373,10 +360,9 @@ class PrepareDemoSettings(CommandSettings):
     force: bool = _flag("make the folder again although it is ready", False)
 
 
-class EnvSettings(CommandSettings):
+class EnvSettings(CommandSettings, command="env"):
     """Where the report for bugs goes, validated and frozen."""
 
-    prog: ClassVar[str] = "tiedlora env"
     about: ClassVar[str] = """\
 Print what a bug report needs: versions, extras, devices, the launcher's and the libraries' variables.
 

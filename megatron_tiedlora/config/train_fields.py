@@ -84,10 +84,9 @@ _OF_GRID = "the sweep trains those of --{}".format
 _ONLY_LISTED = {"sweep": "the dry run of a sweep only lists runs"}
 
 
-class TrainFields(CommandSettings):
+class TrainFields(CommandSettings, command="train"):
     """The declarations of `Settings`."""
 
-    prog: ClassVar[str] = "tiedlora train"
     about: ClassVar[str] = """\
 Fine-tune a language model with Tied-LoRA: as one process, or as one rank of a launcher.
 

@@ -60,7 +60,8 @@ def plan_cluster(command: PlanCommand) -> ClusterPlan:
         UserError: no layout is accepted, or the model or data cannot be read; in the words of a run.
     """
     settings, train = command.settings, command.train
-    cluster = Cluster(settings.world_size, settings.ranks_per_node, find_machine(settings))
+    ranks, per_node = settings.ranks_on_cpu, settings.gpus_per_node
+    cluster = Cluster(ranks or settings.nodes * per_node, ranks or per_node, find_machine(settings))
     source = find_model(train.model, weights=False)
     return search(with_models_length(train, source), cluster, source=source, formats=settings.formats)
 

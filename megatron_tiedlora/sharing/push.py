@@ -23,6 +23,7 @@ from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.cli import HUB_NAMES
 from megatron_tiedlora.config.fields import declared, flag_value, marked
 from megatron_tiedlora.config.settings import Settings, make_settings
+from megatron_tiedlora.config.tool_settings import PushSettings
 from megatron_tiedlora.config.train_fields import TASK_NAMES
 from megatron_tiedlora.convert.export_peft import base_name, export_peft
 from megatron_tiedlora.convert.inputs import BASE_PATH, EXPORT_RECORD, NATIVE_FOLDER
@@ -50,39 +51,26 @@ def check_hub_id(name: str, *, flag: str, owned: bool = False) -> None:
         raise UserError(f"{flag} {name}: give OWNER/NAME")
 
 
-def write_published(
-    given: str,
-    repo: str,
-    output: Path,
-    *,
-    model: str | None = None,
-    named: str | None = None,
-    base_differs: bool = False,
-    say: Callable[[str], object] = str,
-) -> None:
-    """Write what `repo` is to hold: the PEFT export, the native adapter, the model card and the plot of the losses.
+def write_published(settings: PushSettings, output: Path, *, say: Callable[[str], object]) -> None:
+    """Write what a repository is to hold: the PEFT export, the native adapter, the model card, the plot of the losses.
 
     Args:
-        given: a run folder, or the folder of a native adapter.
-        model: value of --model.
-        named: name of the base [its hub id, or its folder's name].
-        base_differs: export for a base that differs from the one in training.
         say: called with each note.
 
     Raises:
         UserError: there is no adapter, or it cannot be exported.
     """
-    run = RunFolder(user_path(given))
+    run, named = RunFolder(user_path(settings.run)), settings.base_name
     folder = run.adapter if run.is_run else run.path
     if not run.is_run:
         run = RunFolder(folder.parent)
-    opened = open_adapter(folder, model, kind="native")
+    opened = open_adapter(folder, settings.model, kind="native")
     source, adapter = opened.source, opened.adapter
     name = named or base_name(source)
     if named is None and not source.from_hub:
         say(f"the card names the base by its folder's name, {name}; give --base_name ORG/NAME for its name on the hub")
     facts = CardFacts(
-        repo,
+        settings.repo,
         adapter,
         source,
         name,
@@ -92,8 +80,8 @@ def write_published(
     )
     plot = run.path / "loss.png"
     with new_output(output) as temporary:
-        inside = nullcontext(temporary)
-        export_peft(source, adapter, output, named=name, base_differs=base_differs, say=say, new=lambda _: inside)
+        differs, inside = settings.base_differs, nullcontext(temporary)
+        export_peft(source, adapter, output, named=name, base_differs=differs, say=say, new=lambda _: inside)
         _hide_paths(temporary, facts)
         try:
             card = model_card(facts)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from megatron_tiedlora.base.atomic import Guard, unguarded
@@ -67,16 +66,16 @@ def draw_figure2(studies: Sequence[Study], target: Path, *, guard: Guard = ungua
     best = {name: points for name, points in data.items() if name in BEST_METHODS}
     label = f"mean score of {len(studies)} tasks" if len(studies) > 1 else metric_title(studies[0])
     panels = (("all methods", data), ("LoRA, VeRA, TL5, TL6", best))
-    drawn = [partial(_draw, data=own, title=f"{model}: {name}", label=label, base=base) for name, own in panels]
-    _draw_panels(drawn, target, guard)
+    draw = partial(_draw, label=label, base=base, published={})
+    _draw_panels([partial(draw, data=own, title=f"{model}: {name}") for name, own in panels], target, guard)
 
 
 def draw_figure3(studies: Sequence[Study], target: Path, *, guard: Guard = unguarded) -> None:
     """Draw one panel per task. Raises UserError if it cannot be written."""
     panels = []
     for study in studies:
-        base, data = study.base, lines([study])
-        published = {name: table2_points(base.paper_model, name, base.task, base.metric) for name in data}
+        data = lines([study])
+        published = {name: table2_points(study.base, name) for name in data}
         heading = f"{model_title(study)}: {title(study)}"
         label, of_base = metric_title(study), mean_base([study])
         panels.append(partial(_draw, data=data, title=heading, label=label, base=of_base, published=published))
@@ -113,7 +112,7 @@ def _draw(
     title: str,
     label: str,
     base: float | None,
-    published: Mapping[str, Mapping[int, float]] = MappingProxyType({}),
+    published: Mapping[str, Mapping[int, float]],
 ) -> None:
     ranks = {point.rank for points in data.values() for point in points}
     for index, (method, points) in enumerate(data.items()):

@@ -50,12 +50,8 @@ class Run:
     @property
     def settings(self) -> dict[str, Any]:
         """The training settings that the grid decides."""
-        settings: dict[str, Any] = {
-            "method": self.point.method,
-            "rank": self.point.rank,
-            "learning_rate": self.learning_rate,
-        }
-        return settings if self.point.layer is None else {**settings, "layers": self.point.layer}
+        point, layers = self.point, {} if self.point.layer is None else {"layers": self.point.layer}
+        return {"method": point.method, "rank": point.rank, "learning_rate": self.learning_rate, **layers}
 
 
 @dataclass(frozen=True)

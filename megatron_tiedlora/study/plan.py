@@ -16,6 +16,7 @@ import torch
 
 from megatron_tiedlora.base.messages import UserError, aligned_lines, bytes_in_words, naming, user_path
 from megatron_tiedlora.base.shapes import QKV
+from megatron_tiedlora.base.text_files import file_sha256
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.cluster.launchers import Job
 from megatron_tiedlora.cluster.start import check_num_ranks, make_job
@@ -24,6 +25,7 @@ from megatron_tiedlora.config.fields import marked
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.config.sweep_settings import MOST_TOGETHER, SweepCommand, SweepSettings
 from megatron_tiedlora.data.readers import read_rows
+from megatron_tiedlora.data.sources import local_files
 from megatron_tiedlora.data.splits import load_split, local_names
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.planning.adapter_plans import DS_CONFIG, check_clipping
@@ -31,7 +33,7 @@ from megatron_tiedlora.planning.memory import StageMemory, held_memory, step_mem
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
 from megatron_tiedlora.planning.step_plan import StepPlan
 from megatron_tiedlora.study.grid import Run, SweepGrid, make_grid
-from megatron_tiedlora.study.record import BaseRecord, StudyFolder, check_folder, check_resumable, hash_files
+from megatron_tiedlora.study.record import BaseRecord, StudyFolder, check_folder, check_resumable
 from megatron_tiedlora.study.scores import read_run
 from megatron_tiedlora.study.tables import paper_model
 
@@ -217,6 +219,7 @@ def plan_sweep(command: SweepCommand) -> SweepPlan:
         check_clipping(runs[run])
         counts[run.point.name] = sum(runs[run].adapter.num_trained().values())
     files = {name: getattr(train, name) for name in marked(Settings, holds="rows")}
+    local = (item for given in filter(None, files.values()) for item in local_files(given).items())  # not hub ids
     base = BaseRecord(
         model=source.name,
         base_hash=source.base_hash,
@@ -226,7 +229,7 @@ def plan_sweep(command: SweepCommand) -> SweepPlan:
         paper_model=paper_model(source.name, source.shape) if train.targets == (QKV,) else None,
         task=task.name,
         metric=task.metrics[0],
-        file_sha256=hash_files(files.values()),
+        file_sha256={name: file_sha256(path) for name, path in local},
     )
     check_resumable(folder, command, base)
     if settings.halving:
@@ -235,16 +238,7 @@ def plan_sweep(command: SweepCommand) -> SweepPlan:
         raise UserError(f"--task {task.name} has no test set of its own; give one with --test_file")
     for name in local_names(train):
         read_rows(name, limit=1)
-    return SweepPlan(command, folder, base, grid, runs, job, _test_limit(command))
-
-
-def _test_limit(command: SweepCommand) -> int | None:
-    """--test_limit. By default tiedlora evaluate scores only some rows of some tasks; a sweep scores all of them.
-
-    Raises:
-        UserError: the rows of such a task cannot be read.
-    """
-    train, limit = command.train, command.settings.test_limit
-    if limit is None and get_task(train.task).scored_rows is not None:
-        return len(load_split(train.task, "test", files={"test": train.test_file}, seed=train.seed))
-    return limit
+    limit = settings.test_limit
+    if limit is None and task.scored_rows is not None:  # tiedlora evaluate scores some rows of it, and a sweep all
+        limit = len(load_split(train.task, "test", files={"test": train.test_file}, seed=train.seed))
+    return SweepPlan(command, folder, base, grid, runs, job, limit)

@@ -4,7 +4,7 @@
 that tables need neither, and has the hashes of the row files. `sweep_status.json` says how the last start ended.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from megatron_tiedlora.base.atomic import TEMPORARY_PREFIX, Guard, discard, remo
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.output_folder import PathIn, reject_links
 from megatron_tiedlora.base.ownership import Owner, is_of_owner
-from megatron_tiedlora.base.text_files import Size, Text, file_sha256, read_fields, read_json_object, write_yaml
+from megatron_tiedlora.base.text_files import Size, Text, read_fields, read_json_object, write_yaml
 from megatron_tiedlora.config.cli import naming_file, read_yaml
 from megatron_tiedlora.config.fields import declared, flag_value, marked
 from megatron_tiedlora.config.settings import Settings
@@ -25,7 +25,6 @@ from megatron_tiedlora.config.sweep_settings import (
     make_command,
     resolve_train,
 )
-from megatron_tiedlora.data.sources import local_files
 from megatron_tiedlora.study.grid import single_layers
 
 RUNS, GROUPS, SCORES, LOGS = "runs", "groups", "scores", "logs"
@@ -85,14 +84,6 @@ class BaseRecord:
     task: Text
     metric: Text
     file_sha256: dict[Text, Text]
-
-
-def hash_files(files: Iterable[str | None]) -> dict[str, str]:
-    """SHA-256 of each local file that data flags name; hub ids have none. Raises UserError if one cannot be read."""
-    sums: dict[str, str] = {}
-    for given in filter(None, files):
-        sums |= {name: file_sha256(path) for name, path in local_files(given).items()}
-    return sums
 
 
 def check_folder(folder: StudyFolder) -> None:

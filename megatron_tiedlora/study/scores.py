@@ -170,9 +170,8 @@ def read_study(path: Path) -> Study:
 
 
 def _read_result(folder: StudyFolder, grid: SweepGrid, point: Point, base: BaseRecord, metric: str) -> Result:
-    runs = grid.runs(point)
-    chosen = best_run(folder, runs, metric=metric)
-    ends = {run: read_run(folder.run(run.name)) for run in runs}
+    chosen = best_run(folder, grid.runs(point), metric=metric)
+    ends = {run: read_run(folder.run(run.name)) for run in grid.runs(point)}
     return Result(
         point,
         base.trained[point.name],

@@ -56,14 +56,6 @@ _TERMINAL_CODE, _BAR_MARK = re.compile(r"\x1b\[[0-9;]*[A-Za-z]"), "%|"
 _SHOWN_FAILURES, _SHOWN_CHARACTERS = 3, 120
 
 
-@dataclass(frozen=True)
-class Failure:
-    """Why a run or score has failed, and the log of its start."""
-
-    reason: str
-    log: Path
-
-
 Begin = Callable[[Job, Path, int], RunningJob]
 
 
@@ -129,11 +121,8 @@ def lock_study(folder: Path, *, take_over: bool = False) -> FolderLock:
     Raises:
         UserError: another sweep, or a launcher of a killed one, is writing here.
     """
-    hint = (
-        "it is another sweep, or a run of a killed sweep; wait until it ends, or end it (--take_over takes the folder"
-        " anyway)"
-    )
-    return take_folder(folder, take_over=take_over, hint=hint)
+    hint = "it is another sweep, or a run of a killed sweep; wait until it ends, or end it"
+    return take_folder(folder, take_over=take_over, hint=f"{hint} (--take_over takes the folder anyway)")
 
 
 @dataclass
@@ -144,7 +133,7 @@ class Sweep:
         private: a folder for files of the launchers; no other user can read it.
         scripts: the folder of the scripts that are started.
         lock: the descriptor that holds the study's folder.
-        failures: the failed runs and scores by name.
+        failures: by the name of a run or score that failed, why, and the log of its start.
     """
 
     plan: SweepPlan
@@ -153,7 +142,7 @@ class Sweep:
     begin: Begin
     lock: int
     stop: StopSignals
-    failures: dict[str, Failure] = field(default_factory=dict)
+    failures: dict[str, tuple[str, Path]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.folder, self.command = self.plan.folder, self.plan.command
@@ -307,7 +296,7 @@ class Sweep:
             lines = last_lines(self.folder.log(log), 40)
             errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
             reason = recorded or (errors or ["it ended without a result"])[-1]
-            self.failures[item] = Failure(reason, self.folder.log(log))
+            self.failures[item] = reason, self.folder.log(log)
             words = f"FAILED: {reason}"
         seconds = time.monotonic() - self._began
         minutes = round(seconds) // 60
@@ -334,11 +323,11 @@ class Sweep:
             reason: why the sweep itself failed.
         """
         failed = [
-            {"name": name, "reason": found.reason, "log": str(found.log), "last_lines": last_lines(found.log)}
-            for name, found in self.failures.items()
+            {"name": name, "reason": why, "log": str(log), "last_lines": last_lines(log)}
+            for name, (why, log) in self.failures.items()
         ]
-        why = {} if reason is None else {"reason": reason}
-        write_json(self.folder.status, {"state": state, **why, "failed": failed}, guard=self.folder.guard)
+        own = {} if reason is None else {"reason": reason}
+        write_json(self.folder.status, {"state": state, **own, "failed": failed}, guard=self.folder.guard)
 
     def end(self) -> int:
         """Write status, tables and figures, and show what failed. Returns the exit status."""
@@ -352,9 +341,9 @@ class Sweep:
             written = write_tables([read_study(folder.path)], folder.path, guard=folder.guard)
             show("", *(folder.path / "table2.md").read_text(encoding="utf-8").split("\n"))
             show(*(f"written    {path}" for path in written))
-        for name, found in list(failures.items())[:_SHOWN_FAILURES]:
-            show("", f"{name}: {found.reason}; the end of {found.log}:")
-            show(*(f"    {line}" for line in last_lines(found.log)))
+        for name, (reason, log) in list(failures.items())[:_SHOWN_FAILURES]:
+            show("", f"{name}: {reason}; the end of {log}:")
+            show(*(f"    {line}" for line in last_lines(log)))
         if failures:
             gave_up = "; nothing else was started" if self.given_up else ""
             line = f"error: {len(failures)} failed: {', '.join(failures)}{gave_up} (logs in {folder.path / LOGS})"

@@ -13,7 +13,6 @@ that the paper published, which a study of the same model, task and metric is sh
 import csv
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
@@ -24,31 +23,17 @@ from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.evaluation.results import Score
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.study.grid import Point, rate_text
+from megatron_tiedlora.study.record import BaseRecord
 from megatron_tiedlora.study.scores import BASE_NAME, Result, Study
+
+TableRow = Mapping[str, Any]  # a line of a CSV file by its columns; what it does not have is unknown
 
 # The paper's numbers --------------------------------------------------------------------------------------------------
 
 LORA_RANK, BEST_RANK = "rank_of_best_lora", "best_rank"
 TABLE3_MODEL, TABLE3_RANK = "llama2-7b", 16
 MODEL_TITLES = {"llama2-7b": "LLaMA-2 7B", "gpt-2b-001": "GPT-2B-001"}
-# The paper's name of a metric -> our metrics that measure the same.
-METRICS = {
-    "em": frozenset({"squad", "gsm8k", "exact_match"}),
-    "rougeL": frozenset({"rougeL"}),
-    "accuracy": frozenset({"accuracy"}),
-    "bleu": frozenset({"bleu"}),
-}
-
-
-@dataclass(frozen=True)
-class PaperCell:
-    """A cell of Table 2: the paper's name of the metric, score in per cent, rank, and parameters in per cent of LoRA's
-    at LoRA's best rank."""
-
-    metric: str
-    score: float
-    rank: int
-    params_percent: float
+EXACT_MATCH = ("squad", "gsm8k", "exact_match")  # our metrics that are the paper's em; its others are called as ours
 
 
 def paper_model(name: str, shape: ModelShape) -> str | None:
@@ -59,28 +44,33 @@ def paper_model(name: str, shape: ModelShape) -> str | None:
     return "gpt-2b-001" if name.rstrip("/").rpartition("/")[2].lower() == "gpt-2b-001" else None
 
 
-def table2_cell(model: str | None, section: str, method: str, task: str, metric: str) -> PaperCell | None:
-    """The paper's cell for a method, or None if it has none. LoRA is in the first section only."""
-    key = {"model": model, "section": section, "method": method, "task": task}
+def table2_cell(base: BaseRecord, section: str, method: str) -> TableRow:
+    """The columns of a record that show the paper's cell for a method; {} if it has none. LoRA is in the first section
+    only."""
+    key = {"model": base.paper_model, "section": section, "method": method, **_task_and_metric(base)}
     for row in _rows("table2.csv"):
-        if key.items() <= row.items() and metric in METRICS[row["metric"]]:
-            numbers = float(row["score"]), int(row["rank"]), float(row["params_percent_of_best_lora"])
-            return PaperCell(row["metric"], *numbers)
-    return None
+        if key.items() <= row.items():
+            numbers = {"paper_score": float(row["score"]), "paper_rank": int(row["rank"])}
+            return {**numbers, "paper_params_percent": float(row["params_percent_of_best_lora"])}
+    return {}
 
 
-def table2_points(model: str | None, method: str, task: str, metric: str) -> dict[int, float]:
-    """All scores of a method on a task in the paper's Table 2, by rank."""
-    cells = (table2_cell(model, section, method, task, metric) for section in (LORA_RANK, BEST_RANK))
-    return dict(sorted((cell.rank, cell.score) for cell in cells if cell is not None))
+def table2_points(base: BaseRecord, method: str) -> dict[int, float]:
+    """All scores of a method on a study's task in the paper's Table 2, by rank."""
+    cells = (table2_cell(base, section, method) for section in (LORA_RANK, BEST_RANK))
+    return dict(sorted((cell["paper_rank"], cell["paper_score"]) for cell in cells if cell))
 
 
-def table3_scores(model: str | None, task: str, metric: str) -> dict[str, float]:
+def table3_scores(base: BaseRecord) -> dict[str, float]:
     """The paper's row of Table 3, by column (`layer_8`, `tl5`); {} if it has none."""
-    for row in _rows("table3.csv") if model == TABLE3_MODEL else ():
-        if row["task"] == task and metric in METRICS[row["metric"]]:
+    for row in _rows("table3.csv") if base.paper_model == TABLE3_MODEL else ():
+        if _task_and_metric(base).items() <= row.items():
             return {column: float(score) for column, score in row.items() if column not in ("task", "metric")}
     return {}
+
+
+def _task_and_metric(base: BaseRecord) -> dict[str, str]:
+    return {"task": base.task, "metric": "em" if base.metric in EXACT_MATCH else base.metric}
 
 
 @functools.cache
@@ -92,14 +82,8 @@ def _rows(name: str) -> list[dict[str, str]]:
 LORA, AVERAGE = "lora", "average"
 SECTION_TITLES = {LORA_RANK: "All methods at LoRA's best rank", BEST_RANK: "Each method at its own best rank"}
 METRIC_TITLES = {
-    "exact_match": "EM",
-    "gsm8k": "EM",
-    "squad": "EM",
-    "squad_f1": "F1",
-    "rougeL": "RougeL",
-    "bleu": "BLEU",
-    "accuracy": "accuracy",
-    "accuracy_loglikelihood": "accuracy",
+    **dict.fromkeys(EXACT_MATCH, "EM"),
+    **{"squad_f1": "F1", "rougeL": "RougeL", "bleu": "BLEU", "accuracy_loglikelihood": "accuracy"},
 }
 NONE, INCOMPLETE = "-", "*"
 TABLE2_COLUMNS = (
@@ -111,8 +95,6 @@ TABLE3_COLUMNS = (
     *("model", "task", "metric", "rank", "adapter", "score", "low", "high", "samples"),
     *("learning_rate", "trained_parameters", "all_rates_finished", "paper_score", "stopped_rates"),
 )
-
-TableRow = Mapping[str, Any]  # a line of a CSV file by its columns; what it does not have is unknown
 
 
 def metric_title(study: Study) -> str:
@@ -175,17 +157,14 @@ def _table2_row(studies: Sequence[Study], section: str, method: str) -> Iterator
     if not any(results):
         return
     for study, result, lora in zip(studies, results, best_lora, strict=True):
-        base, more = study.base, dict[str, Any](where)
+        paper, more = table2_cell(study.base, section, method), dict[str, Any](where)
         if result is not None:
             more |= {**_of_result(result), "rank": result.point.rank}
             if lora is not None:
                 more["params_percent_of_best_lora"] = 100 * result.num_trained / lora.num_trained
                 more["decline_percent"] = decline([_value(lora)], [_value(result)])
-        paper = table2_cell(base.paper_model, section, method, base.task, base.metric)
-        if paper is not None:
-            more |= {"paper_score": paper.score, "paper_rank": paper.rank, "paper_params_percent": paper.params_percent}
-        if result is not None or paper is not None:
-            yield _record(study, None if result is None else result.score, **more)
+        if result is not None or paper:
+            yield _record(study, None if result is None else result.score, **more, **paper)
     if len(studies) > 1 and all(results):
         scores, of_lora = ([_value(one) for one in some if one is not None] for some in (results, best_lora))
         fall = decline(of_lora, scores) if len(of_lora) == len(scores) else None
@@ -308,7 +287,7 @@ def table3(studies: Sequence[Study]) -> list[TableRow]:
     """The records of Table 3: LoRA on single layers and the tied method at the same rank, of studies that have them."""
     found = []
     for study in studies:
-        published = table3_scores(study.base.paper_model, study.base.task, study.base.metric)
+        published = table3_scores(study.base)
         for point in study.grid.table3:
             column = point.method if point.layer is None else f"layer_{point.layer}"
             paper = published.get(column) if point.rank == TABLE3_RANK else None

@@ -17,8 +17,8 @@ from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.cluster.doctor.compare import is_loopback
 from megatron_tiedlora.cluster.doctor.trial import find_job
 from megatron_tiedlora.commands.front import call
-from megatron_tiedlora.config.doctor_settings import DoctorSettings
 from megatron_tiedlora.config.hosts import Host
+from megatron_tiedlora.config.launch_settings import DoctorSettings
 from megatron_tiedlora.runtime.launch_env import free_port
 from megatron_tiedlora.runtime.machine import resolve, source_hash
 

@@ -36,8 +36,8 @@ from megatron_tiedlora.cluster.doctor.trial import (
     judge_groups,
     start_ranks,
 )
-from megatron_tiedlora.config.doctor_settings import DoctorSettings
 from megatron_tiedlora.config.hosts import Host
+from megatron_tiedlora.config.launch_settings import DoctorSettings
 from megatron_tiedlora.runtime.machine import Finding, machine_record
 
 LARGE = 64_000_000

@@ -13,9 +13,8 @@ from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.cluster.doctor.trial import find_job
 from megatron_tiedlora.cluster.launchers import plan_start
 from megatron_tiedlora.cluster.start import check_num_ranks, choose_hosts, make_job
-from megatron_tiedlora.config.doctor_settings import DoctorSettings
 from megatron_tiedlora.config.hosts import Host, expand_nodelist, is_torchrun, num_ranks, read_hostfile, slurm_hosts
-from megatron_tiedlora.config.launch_settings import LaunchSettings, parse_launch
+from megatron_tiedlora.config.launch_settings import DoctorSettings, LaunchSettings, parse_launch
 from megatron_tiedlora.config.settings import make_settings
 
 ALLOCATION = {

@@ -21,10 +21,9 @@ from valid import check_settings
 from megatron_tiedlora.cluster.start import launch
 from megatron_tiedlora.config.batch import BatchPlan
 from megatron_tiedlora.config.cli import parse_settings
-from megatron_tiedlora.config.doctor_settings import DoctorSettings
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import CommandSettings
-from megatron_tiedlora.config.launch_settings import LaunchSettings, parse_launch
+from megatron_tiedlora.config.launch_settings import DoctorSettings, LaunchSettings, parse_launch
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.config.sweep_settings import SweepCommand, SweepSettings, parse_sweep
 from megatron_tiedlora.engine.engine_json import EngineConfig, load_engine_config

@@ -89,6 +89,15 @@ class _Child:
         self.left = min(self.left, 1)
 
 
+def write_launcher(folder: Path, text: str) -> tuple[Path, Path]:
+    """A deepspeed that is this program, and the Python beside which it would be found."""
+    folder.mkdir(exist_ok=True)
+    launcher = folder / "deepspeed"
+    launcher.write_text(text)
+    launcher.chmod(0o755)
+    return launcher, folder / "python"
+
+
 def planned(study: tuple[Base, Path], folder: Path, **changes: Any) -> SweepPlan:
     return plan_sweep(parse_sweep(study_arguments(*study, folder, **changes)))
 
@@ -103,11 +112,21 @@ def test_one_after_another_and_a_failure_is_kept(study: tuple[Base, Path], tmp_p
     world.work.run()
     assert world.events == [f"group {m}-r2-lr2e-1 {what}" for m in ("lora", "tl6") for what in ("begins", "ends")]
     assert list(world.work.failures) == [run.name for run in plan.grid.all_runs] and not world.work.given_up
-    assert {failure.reason for failure in world.work.failures.values()} == {"it ended without a result"}
+    assert {reason for reason, _ in world.work.failures.values()} == {"it ended without a result"}
 
 
-def test_without_the_base_s_score_nothing_follows(study: tuple[Base, Path], tmp_path: Path) -> None:
+def full_disk(*_: Any, **__: Any) -> Any:
+    raise OSError(28, "no space left on device")
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_without_the_base_s_score_nothing_follows(
+    study: tuple[Base, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shown: bool
+) -> None:
+    """And progress that cannot be shown stops nothing."""
     world = World(planned(study, tmp_path / "out"), ticks=2)
+    if not shown:
+        monkeypatch.setattr(world.work._bar, "set_postfix_str", full_disk)
     world.work.run()
     assert list(world.work.failures) == ["score base"] and world.work.given_up
     assert world.events == ["score base begins", "score base ends"]
@@ -146,25 +165,17 @@ def test_an_error_of_the_sweeps_own_leaves_nothing_running(study: tuple[Base, Pa
     assert world.events == ["score base begins", "score base killed"]
 
 
-def test_progress_that_cannot_be_shown_stops_nothing(
-    study: tuple[Base, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full_disk(*_: Any, **__: Any) -> Any:
-        raise OSError(28, "no space left on device")
-
-    world = World(planned(study, tmp_path / "out"), ticks=2)
-    monkeypatch.setattr(world.work._bar, "set_postfix_str", full_disk)
-    world.work.run()
-    assert world.events == ["score base begins", "score base ends"]
-
-
 def test_stop_signals_are_noted_and_given_back() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with StopSignals() as stop:
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.received == [15, 2]
-    assert signal.getsignal(signal.SIGTERM) is before
+    """But a hang-up under nohup, which is ignored."""
+    before = signal.getsignal(signal.SIGTERM), signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as stop:
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+                os.kill(os.getpid(), number)
+            assert stop.received == [15, 2]
+        assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGHUP)) == (before[0], signal.SIG_IGN)
+    finally:
+        signal.signal(signal.SIGHUP, before[1])
 
 
 # Places -------------------------------------------------------------------------------------------------------------
@@ -210,11 +221,8 @@ def test_the_lock_is_held_by_what_was_started(tmp_path: Path) -> None:
 
 
 def test_what_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    python = tmp_path / "bin" / "python"
-    python.parent.mkdir()
-    launcher = python.with_name("deepspeed")
-    launcher.write_text('#!/bin/sh\necho "$@"\n[ -e /proc/$$/fd/$LOCK ] && echo holds the lock\n')
-    launcher.chmod(0o755)
+    text = '#!/bin/sh\necho "$@"\n[ -e /proc/$$/fd/$LOCK ] && echo holds the lock\n'
+    launcher, python = write_launcher(tmp_path / "bin", text)
     log = tmp_path / "logs" / "a b.log"
     log.parent.mkdir()
     log.symlink_to(tmp_path / "elsewhere")  # is not followed
@@ -261,11 +269,7 @@ def test_a_study_and_a_run_in_one_folder(study: tuple[Base, Path], tmp_path: Pat
 
 
 def test_what_cannot_be_started_is_one_line(tmp_path: Path) -> None:
-    python = tmp_path / "bin" / "python"
-    launcher = python.with_name("deepspeed")
-    launcher.parent.mkdir()
-    launcher.write_text("#!/nowhere/sh\n")
-    launcher.chmod(0o755)
+    _, python = write_launcher(tmp_path / "bin", "#!/nowhere/sh\n")
     job = a_job(tmp_path, python=python)
     with lock_study(tmp_path / "out") as lock:
         with pytest.raises(UserError, match=r"deepspeed: cannot be started \(No such file or directory\)"):
@@ -297,13 +301,10 @@ def test_a_sweep_that_cannot_go_on_says_so_in_its_status(study: tuple[Base, Path
 
 
 def test_a_start_is_found_in_a_log_that_a_kill_cut_off(tmp_path: Path) -> None:
-    launcher, log = tmp_path / "deepspeed", tmp_path / "a.log"
-    launcher.write_text("#!/bin/sh\necho new\n")
-    launcher.chmod(0o755)
+    (_, python), log = write_launcher(tmp_path, "#!/bin/sh\necho new\n"), tmp_path / "a.log"
     log.write_text("$ first\nerror: old\ntraining: 50%|# | 3/6")
     with lock_study(tmp_path / "out") as lock:
-        child = begin_job(a_job(tmp_path, python=launcher.with_name("python")), log, lock.descriptor)
-        child.process.wait(30)
+        begin_job(a_job(tmp_path, python=python), log, lock.descriptor).process.wait(30)
     assert last_lines(log) == ["new"]
 
 
@@ -338,14 +339,3 @@ def test_a_terminal_that_hangs_up_stops_and_what_is_printed_then_is_no_error(tmp
     wait_for(lambda: note.is_file() and note.read_text() == "listens", "the listener", limit=30)
     os.close(master)  # the kernel sends SIGHUP
     assert process.wait(30) == 0 and note.read_text() == "[15]"
-
-
-def test_under_nohup_a_hang_up_is_ignored() -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with StopSignals() as stop:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert stop.received == []
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,7 @@ from megatron_tiedlora.study import sweep, tables
 from megatron_tiedlora.study.figures import lines
 from megatron_tiedlora.study.grid import Point, rate_text, single_layers
 from megatron_tiedlora.study.plan import plan_sweep
-from megatron_tiedlora.study.record import StudyFolder
-from megatron_tiedlora.study.scores import Study, best_run, read_run, read_study
+from megatron_tiedlora.study.scores import Study, read_run, read_study
 from megatron_tiedlora.study.tables import (
     TABLE2_COLUMNS,
     TABLE3_COLUMNS,
@@ -106,12 +106,10 @@ def test_markdown_of_the_papers_numbers(tmp_path: Path) -> None:
     single = read_study(studies[0].folder)
     text = table2_markdown([single])
     assert "| base | no adapter | 12.50 | 11.50 to 13.50 | - | - | - | - | - | - |" in text
-    assert (
-        "| tl6 | A, B tied; u, v | 87.97 | 86.97 to 88.97 | 2 | 40.6 | 0.62 | 87.97 | 2 | 40.6 |\n"
-        in text.partition("Each method")[0]
-    )
+    at_lora, _, own = text.partition("Each method")
+    assert "| tl6 | A, B tied; u, v | 87.97 | 86.97 to 88.97 | 2 | 40.6 | 0.62 | 87.97 | 2 | 40.6 |\n" in at_lora
     assert "| tl6 | A, B tied; u, v | 88.49 | 87.49 to 89.49 | 4 | 43.8 | 0.03 | 88.49 | 4 | 43.8 |" in text
-    assert "| lora |" not in text.partition("Each method")[2]
+    assert "| lora |" not in own
     assert "LLaMA-2 7B" in text and "10,570 of squad" in text
     joined = table2_markdown(studies)
     assert "| 58.29 | 1.30 |\n" in joined  # tl6's mean of 87.97, 31.77, 91.15, 39.24, 41.33, and its average decline
@@ -136,24 +134,31 @@ def test_what_a_method_ties_and_freezes() -> None:
 
 def test_the_learning_rate_is_chosen_on_validation_and_the_rank_on_test(tmp_path: Path) -> None:
     study = write_study(tmp_path / "study", learning_rates=[1e-4, 1e-5], known=False)
-    losses = {"lora-r2-lr1e-4": 0.5, "lora-r2-lr1e-5": 0.4, "lora-r8-lr1e-4": 0.3, "lora-r8-lr1e-5": 0.6}
-    for name, best in losses.items():
-        write_run(study, name, best=best)
     # Scores of the rates that validation did not choose are better, and must not be taken.
-    scores = {"lora-r2-lr1e-5": 70.0, "lora-r8-lr1e-4": 60.0, "lora-r2-lr1e-4": 99.0, "lora-r8-lr1e-5": 99.0}
-    for name, score in scores.items():
+    names = [f"lora-r{rank}-lr{rate}" for rank in (2, 8) for rate in ("1e-4", "1e-5")]
+    for name, loss, score in zip(names, (0.5, 0.4, 0.3, 0.6), (99.0, 70.0, 60.0, 99.0), strict=True):
+        write_run(study, name, best=loss)
         write_score(study, name, score)
     record = table2([read_study(study)])[0]
     assert (record["rank"], record["learning_rate"], record["score"]) == (2, "1e-5", 70.0)
 
 
-@pytest.mark.parametrize(("metric", "best"), [("loss", "lora-r2-lr1e-5"), ("squad", "lora-r2-lr1e-4")])
-def test_less_loss_is_better_and_more_score(tmp_path: Path, metric: str, best: str) -> None:
-    study = write_study(tmp_path / "study", learning_rates=[1e-4, 1e-5], eval_metric=metric)
-    write_run(study, "lora-r2-lr1e-4", best=0.5)
-    write_run(study, "lora-r2-lr1e-5", best=0.4)
+@pytest.mark.parametrize(
+    ("metric", "rates", "second", "best"),
+    [
+        ("loss", [1e-4, 1e-5], 0.4, 1e-5),
+        ("squad", [1e-4, 1e-5], 0.4, 1e-4),
+        ("loss", [1e-5, 1e-4], 0.5, 1e-5),  # ties go to the first
+    ],
+)
+def test_less_loss_is_better_and_more_score(
+    tmp_path: Path, metric: str, rates: list[float], second: float, best: float
+) -> None:
+    study = write_study(tmp_path / "study", learning_rates=rates, eval_metric=metric)
+    for rate, value in zip(rates, (0.5, second), strict=True):
+        write_run(study, f"lora-r2-lr{rate_text(rate)}", best=value)
     run = read_study(study).result(Point("lora", 2)).run
-    assert run is not None and run.name == best
+    assert run is not None and run.learning_rate == best
 
 
 def test_only_finished_runs_with_a_number_are_chosen(tmp_path: Path) -> None:
@@ -171,9 +176,8 @@ def test_only_finished_runs_with_a_number_are_chosen(tmp_path: Path) -> None:
     assert read_study(study).result(Point("tl6", 2)).run is None
     end = read_run(study / "runs" / "tl6-r2-lr1e-4")
     assert (end.state, end.reason) == ("failed", "it ended without a finite value on validation")
-    assert "40.00* |" in table2_markdown([read_study(study)]) and "not all learning rates" in table2_markdown(
-        [read_study(study)]
-    )
+    text = table2_markdown([read_study(study)])
+    assert "40.00* |" in text and "not all learning rates" in text
 
 
 def test_gaps(tmp_path: Path) -> None:
@@ -189,6 +193,8 @@ def test_gaps(tmp_path: Path) -> None:
     at_lora, _, own = text.partition("Each method")
     assert "| lora | A, B per layer | 80.00" in at_lora and "tl6 |" not in at_lora
     assert "| 50.00 | 49.00 to 51.00 | 2 | 10.2 | 37.50 |" in own  # (4 d 2 + L (2 + 3 d)) / (4 L d 8), d 4096, L 32
+    write_scored(study, "lora-r2-lr1e-4", 80.0)  # of equal scores the smaller rank is the best
+    assert table2([read_study(study)])[0]["rank"] == 2
 
 
 def test_papers_numbers_stand_beside_the_same_model_and_task_only(tmp_path: Path) -> None:
@@ -199,10 +205,11 @@ def test_papers_numbers_stand_beside_the_same_model_and_task_only(tmp_path: Path
     assert tables.paper_model("/models/GPT-2B-001", other) == "gpt-2b-001"
     assert tables.paper_model("nvidia/gpt-2b-001/", other) == "gpt-2b-001"
     assert tables.paper_model("gpt-2b-001-chat", other) is None and tables.paper_model("gpt-2b-001/x", other) is None
-    cell = tables.table2_cell("llama2-7b", "best_rank", "tl6", "squad", "squad")
-    assert cell == tables.PaperCell("em", 88.49, 4, 43.8)
-    assert tables.table2_cell("llama2-7b", "best_rank", "tl6", "squad", "squad_f1") is None
-    assert tables.table2_cell(None, "best_rank", "tl6", "squad", "squad") is None
+    base = read_study(write_study(tmp_path / "known")).base
+    cell = tables.table2_cell(base, "best_rank", "tl6")
+    assert cell == {"paper_score": 88.49, "paper_rank": 4, "paper_params_percent": 43.8}
+    for changes in ({"metric": "squad_f1"}, {"paper_model": None}):
+        assert tables.table2_cell(replace(base, **changes), "best_rank", "tl6") == {}
     study = write_study(tmp_path / "study", known=False)
     write_scored(study, "lora-r8-lr1e-4", 80.0)
     assert "paper" not in table2_markdown([read_study(study)]).replace("as in the paper", "")
@@ -356,22 +363,6 @@ def test_studies_that_do_not_go_together(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no sweep"):
         sweep.join_studies([str(tmp_path)], tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_of_equal_scores_the_smaller_rank_is_the_best(tmp_path: Path) -> None:
-    study = write_study(tmp_path / "study")
-    write_scored(study, "lora-r8-lr1e-4", 50.0)
-    write_scored(study, "lora-r2-lr1e-4", 50.0)
-    assert table2([read_study(study)])[0]["rank"] == 2
-
-
-def test_ties_on_validation_go_to_the_first(tmp_path: Path) -> None:
-    path = write_study(tmp_path / "study", learning_rates=[1e-5, 1e-4])
-    study = read_study(path)
-    for run in study.grid.runs(Point("lora", 2)):
-        write_run(path, run.name, best=0.5)
-    chosen = best_run(StudyFolder(path), study.grid.runs(Point("lora", 2)), metric="loss")
-    assert chosen is not None and chosen.learning_rate == 1e-5
 
 
 def test_a_record_without_a_point_of_the_grid_is_named(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 import shlex
@@ -13,6 +12,7 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from email.parser import HeaderParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -54,6 +54,13 @@ def test_what_is_in_the_wheel(installed: Installed) -> None:
     assert any(line.startswith("torch") for line in core)
 
 
+def output_of(installed: Installed, *words: object, **keywords: Any) -> str:
+    """What a command that succeeds prints."""
+    done = installed.run(*words, **keywords)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 def test_help_from_an_empty_folder(installed: Installed, tmp_path: Path) -> None:
     done = installed.run("tiedlora", "--help", folder=tmp_path)
     assert done.returncode == 0 and "\n  merge " in done.stdout and done.stderr == ""
@@ -64,9 +71,8 @@ def test_help_from_an_empty_folder(installed: Installed, tmp_path: Path) -> None
 
 def test_the_engine_files_are_found_by_name_from_any_folder(installed: Installed, base: Base, tmp_path: Path) -> None:
     flags = base.arguments(dry_run=True, max_steps=2, ds_config="zero3.json")
-    done = installed.run("tiedlora", "train", *flags, folder=tmp_path, DS_ACCELERATOR="cpu")
-    assert done.returncode == 0, done.stderr
-    assert "first sample" in done.stdout and "ZeRO-3" in done.stdout
+    text = output_of(installed, "tiedlora", "train", *flags, folder=tmp_path, DS_ACCELERATOR="cpu")
+    assert "first sample" in text and "ZeRO-3" in text
     wrong = base.arguments(dry_run=True, ds_config="zero4.json")
     done = installed.run("tiedlora", "train", *wrong, folder=tmp_path, DS_ACCELERATOR="cpu")
     assert done.returncode == 2 and "zero4.json: no such file here or in ds_configs/ (did you mean zero" in done.stderr
@@ -83,25 +89,21 @@ main()
 
 def test_merge_export_and_import_need_no_extra(installed: Installed, base: Base, tmp_path: Path) -> None:
     write_native(tmp_path / "adapter", base.model, with_adapter(base.model, "tl6")[2])
-    start = functools.partial(installed.run, sys.executable, "-c", NO_EXTRAS, folder=tmp_path)
-    done = start("merge", "--adapter=adapter", "--output=a merged one")
-    assert done.returncode == 0, done.stderr
-    assert "check it with: tiedlora verify --adapter adapter --merged 'a merged one'" in done.stdout
-    done = start("export", "--adapter=adapter", "--output=for peft")
-    assert done.returncode == 0, done.stderr
-    assert "check it with: tiedlora verify --adapter adapter --peft 'for peft'" in done.stdout
-    done = start("import", "--peft=for peft", "--output=and back")
-    assert done.returncode == 0, done.stderr
-    assert "train it further with: --init_from 'and back'" in done.stdout
+    check = "check it with: tiedlora verify --adapter adapter"
+    for *words, said in (
+        ("merge", "--adapter=adapter", "--output=a merged one", f"{check} --merged 'a merged one'"),
+        ("export", "--adapter=adapter", "--output=for peft", f"{check} --peft 'for peft'"),
+        ("import", "--peft=for peft", "--output=and back", "train it further with: --init_from 'and back'"),
+        ("verify", "--adapter=adapter", "--merged=a merged one", "--in=none", ""),
+    ):
+        assert said in output_of(installed, sys.executable, "-c", NO_EXTRAS, *words, folder=tmp_path)
     assert (tmp_path / "and back" / "adapter_config.json").is_file()
-    done = start("verify", "--adapter=adapter", "--merged=a merged one", "--in=none")
-    assert done.returncode == 0, done.stderr
 
 
 def test_run_starts_the_ranks_from_the_wheel(installed: Installed, base: Base, tmp_path: Path) -> None:
-    shown = installed.run("tiedlora", "run", "--num_gpus=2", "--show_command", *base.arguments(), folder=tmp_path)
-    assert shown.returncode == 0, shown.stderr
-    (command,) = [line for line in shown.stdout.splitlines() if line.startswith("command ")]
+    words = ["tiedlora", "run", "--num_gpus=2", "--show_command", *base.arguments()]
+    lines = output_of(installed, *words, folder=tmp_path).splitlines()
+    (command,) = [line for line in lines if line.startswith("command ")]
     assert str(installed.site / "megatron_tiedlora" / "commands" / "train.py") in shlex.split(command)
 
 
@@ -126,13 +128,12 @@ def test_a_run_from_the_wheel(name: str, installed: Installed, base: Base, tmp_p
     flags = base.arguments(max_steps=2, eval_interval=2, warmup_steps=1, output_dir="run", ds_config="zero1.json")
     start = [word.replace("=PORT", f"={free_port()}") for word in STARTS[name]]
     around = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": installed.path}
-    done = installed.run(*start, *flags, folder=tmp_path, **around)
-    assert done.returncode == 0, done.stderr[-3000:]
+    text = output_of(installed, *start, *flags, folder=tmp_path, **around)
     record = yaml.safe_load((tmp_path / "run" / "run.yaml").read_text())
     assert record["ranks"] == (1 if name == "alone" else 2)
     assert json.loads((tmp_path / "run" / "run_status.json").read_text())["state"] == "finished"
     folder = tmp_path / "run" if name == "run" else "run"  # which tells every host the whole path
-    assert f"  tiedlora merge --adapter {folder}/adapter" in done.stdout
+    assert f"  tiedlora merge --adapter {folder}/adapter" in text
 
 
 # The image and the other files of a package ------------------------------------------------------------------------
@@ -148,8 +149,7 @@ def test_the_commands_of_the_image(installed: Installed, tmp_path: Path) -> None
     known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert {"train", "eval", "check"} == set(extras.split(",")) <= set(known)
     (entry,), (arguments,) = (map(json.loads, instructions(name)) for name in ("ENTRYPOINT", "CMD"))
-    done = installed.run(*entry, *arguments, folder=tmp_path)
-    assert done.returncode == 0 and done.stdout.startswith("usage: tiedlora")
+    assert output_of(installed, *entry, *arguments, folder=tmp_path).startswith("usage: tiedlora")
     sent = (ROOT / ".dockerignore").read_text().split()
     copied = {name for instruction in instructions("COPY") for name in instruction.split()[:-1]}
     assert {f"!{name}" for name in copied} <= set(sent)

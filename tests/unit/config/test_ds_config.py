@@ -13,6 +13,7 @@ from task_files import refusal
 from megatron_tiedlora.config.batch import BatchPlan
 from megatron_tiedlora.engine.engine_json import REJECTED_SECTIONS, SHIPPED_CONFIGS, load_engine_config
 
+SECTIONS = ("bf16", "fp16", "amp", "torch_autocast", "optimizer", "scheduler")  # that a flag decides
 BATCHES = BatchPlan(global_batch_size=8, micro_batch_size=2, data_parallel=2)
 
 
@@ -42,13 +43,9 @@ def test_auto_and_equal_batch_sizes_are_accepted(tmp_path: Path) -> None:
     assert config.values["zero_optimization"] == {} and "steps_per_print" not in config.values
     content = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2}
     assert load_json(tmp_path, {**content, "gradient_clipping": 0.5}).zero_stage == 0
-
-
-def test_the_engines_timer_is_off_unless_asked_for(tmp_path: Path) -> None:
-    assert load_json(tmp_path, {}).values["timers"] == {"throughput": {"enabled": False}}
-    assert load_json(tmp_path, {"timers": {"other": 1}}).values["timers"]["throughput"] == {"enabled": False}
-    asked = {"throughput": {"enabled": True, "synchronized": False}}
-    assert load_json(tmp_path, {"timers": asked}).values["timers"] == asked
+    off, asked = {"throughput": {"enabled": False}}, {"throughput": {"enabled": True, "synchronized": False}}
+    for timers, found in (({}, off), ({"other": 1}, {"other": 1, **off}), (asked, asked)):
+        assert load_json(tmp_path, {"timers": timers} if timers else {}).values["timers"] == found
 
 
 @pytest.mark.parametrize(
@@ -72,18 +69,12 @@ def test_the_engines_timer_is_off_unless_asked_for(tmp_path: Path) -> None:
         ({"gradient_clipping": 1.0}, ["is 1.0", "make it 0.5", "--gradient_clipping"]),
         ("{", ["not valid JSON"]),
         ("[]", ["expected a JSON object"]),
+        *(({name: {"enabled": True}}, [f"section {name!r}", REJECTED_SECTIONS[name], "--"]) for name in SECTIONS),
     ],
 )
 def test_refused_json(tmp_path: Path, content: Any, parts: list[str]) -> None:
     message = refusal(lambda: load_json(tmp_path, content))
     assert all(part in message for part in ["engine.json", *parts]), message
-
-
-@pytest.mark.parametrize("section", ["bf16", "fp16", "amp", "torch_autocast", "optimizer", "scheduler"])
-def test_refused_sections_name_the_flag(tmp_path: Path, section: str) -> None:
-    message = refusal(lambda: load_json(tmp_path, {section: {"enabled": True}}))
-    assert f"section {section!r}" in message and REJECTED_SECTIONS[section] in message
-    assert "--" in REJECTED_SECTIONS[section]
 
 
 def test_json_in_the_current_folder_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

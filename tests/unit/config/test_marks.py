@@ -1,24 +1,48 @@
-"""What settings are declared with: each says what it decides, and what is asked of the marks is what the code needs."""
+"""What settings are declared with: marks, and names from other tools; help texts and documents explain every flag."""
 
 from __future__ import annotations
 
+import ast
+import builtins
 import importlib
+import math
+import re
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import pytest
+import torch
+from folders import ROOT
+from peft import LoraConfig, get_peft_model
+from task_files import refusal, write
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.commands.front import COMMANDS
+from megatron_tiedlora.config import other_names
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.cli import build_parser, parse_settings
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
-from megatron_tiedlora.config.fields import CommandSettings, Declared, declared, marked, setting_field, shared_field
+from megatron_tiedlora.config.fields import (
+    CommandSettings,
+    Declared,
+    declared,
+    flag_word,
+    marked,
+    names_elsewhere,
+    setting_field,
+    shared_field,
+)
+from megatron_tiedlora.config.launch_settings import DoctorSettings
+from megatron_tiedlora.config.plan_settings import parse_plan
 from megatron_tiedlora.config.settings import Settings, make_settings
-from megatron_tiedlora.config.sweep_settings import SweepSettings
+from megatron_tiedlora.config.sweep_settings import SweepSettings, parse_sweep
+from megatron_tiedlora.config.tool_settings import MergeSettings
 from megatron_tiedlora.runtime.run_folder import run_name
 
 MARKS = declared(Settings)
+DOCUMENTS = [ROOT / "README.md", ROOT / "launch" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NAMED = frozenset(re.findall(r"--[a-z][a-z0-9_]*", "\n".join(file.read_text() for file in DOCUMENTS)))
 
 
 def kinds() -> list[type[CommandSettings]]:
@@ -143,3 +167,178 @@ def test_what_the_user_decides_anew_is_not_read_from_files(kind: type[CommandSet
     file.write_text("versions: {}\ntake_over: true\noutput_dir: other\n")  # as a run has recorded them
     assert parse_settings([f"--config={file}", "--output_dir=mine"], kind).output_dir == "mine"
     assert not parse_settings([f"--config={file}", "--output_dir=mine"], kind).take_over
+
+
+# Help texts and documents ---------------------------------------------------------------------------------------------
+
+KINDS = [kind for kind in kinds() if kind.groups]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_a_help_begins_with_what_the_command_does(kind: type[CommandSettings]) -> None:
+    usage, empty, about, *_ = build_parser(kind).format_help().splitlines()
+    assert usage.startswith("usage: tiedlora ") and usage.endswith("[--FLAG VALUE ...]") and not empty
+    assert kind.about.startswith(about) and (kind.prog == "tiedlora plan") == ("--model" in usage)
+    assert not [name for name in kind.model_fields if flag_word(name, kind) not in NAMED], "every flag is in a document"
+
+
+def test_a_help_shows_the_types_that_a_flag_takes() -> None:
+    def shown(kind: type[CommandSettings]) -> set[str]:
+        flags = (line for line in build_parser(kind).format_help().splitlines() if line.startswith("  --"))
+        return {line[2:].split("  ")[0] for line in flags}
+
+    assert {
+        "--learning_rates X[,X...]",
+        "--together N|auto",
+        "--single_layers N[,N...]|paper",
+        "--ranks N[,N...]",
+        "--methods {lora,vera,tl1,tl2,tl3,tl4,tl5,tl6}[,...]",
+    } < shown(SweepSettings)
+    assert {
+        "--dry_run [{true,false}]",
+        "--compile {auto,true,false}",
+        "--alpha X",
+        "--targets TEXT[,TEXT...]",
+        "--base {int8,fp8,nf4}",
+    } < shown(Settings)
+    assert {"--json TEXT", "--shares X[,X...]"} < shown(BenchSettings)
+
+
+def test_the_name_of_a_flag_is_its_name_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "bench.yaml"
+    file.write_text("json: figures.json\n")
+    assert parse_settings([f"--config={file}"], BenchSettings).json_file == "figures.json"
+    assert parse_settings(["--json=-"], DoctorSettings).json_file == "-"
+
+
+def examples(document: Path) -> list[str]:
+    """The indented blocks of a document that begin with an import."""
+    blocks = re.findall(r"(?:(?:    .*)?\n)+", document.read_text())
+    return [found for block in blocks if (found := dedent(block).strip()).startswith(("import ", "from "))]
+
+
+def missing_names(tree: ast.Module) -> set[str]:
+    """Names that a program reads and never binds."""
+    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    bound = {node.id for node in names if not isinstance(node.ctx, ast.Load)} | set(dir(builtins))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            bound |= {alias.asname or alias.name.partition(".")[0] for alias in node.names}
+    return {node.id for node in names} - bound
+
+
+def test_examples_in_python_are_complete() -> None:
+    """Each runs by itself: it imports what it uses, and what it imports of this package is there."""
+    found = {f"{file.name}: {text}": ast.parse(text) for file in DOCUMENTS for text in examples(file)}
+    assert len(found) >= 6
+    assert not {where: missing for where, tree in found.items() if (missing := missing_names(tree))}
+    for node in (node for tree in found.values() for node in ast.walk(tree)):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("megatron_tiedlora"):
+            module = importlib.import_module(str(node.module))
+            assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+
+
+# Names from other tools: the tables hold, and every command answers with its own names, or not at all ----------------
+
+
+def test_the_names_are_of_settings_that_exist_and_none_is_ours() -> None:
+    assert set().union(*map(other_names._settings_in, other_names.SENTENCES.values())) <= set(Settings.model_fields)
+    ours = names_elsewhere(Settings)
+    tables = [ours.keys(), other_names.SENTENCES.keys(), other_names.NOT_OFFERED.keys()]
+    assert len(ours) > 150 and sum(map(len, tables)) == len(set().union(*tables))
+    assert not set().union(*tables) & set(Settings.model_fields)
+    for name in (*names_elsewhere(*kinds()), *other_names.SENTENCES, *other_names.NOT_OFFERED):
+        assert name == name.replace("-", "_").lower()
+
+
+@pytest.mark.parametrize(
+    ("flag", "answer"),
+    [
+        ("--lr", "--learning_rate"),
+        ("--num_train_epochs", "--epochs"),
+        ("--num-train-epochs", "--epochs"),
+        ("--lora_r", "--rank"),
+        ("--bf16", "--dtype bf16"),
+        ("--load_in_4bit", "here it is --base nf4"),
+        ("--fp8", "here it is --base fp8"),
+        ("--target_modules", "--targets: qkv (q_proj"),
+        ("--per_device_train_batch_size", "--micro_batch_size"),
+        ("--gradient_accumulation_steps", "--global_batch_size"),
+        ("--lr_scheduler_type", "--schedule"),
+        ("--max_seq_length", "--max_length"),
+        ("--wandb_project", "--report_to"),
+        ("--fp16", "fp16 is not offered"),
+        ("--deepspeed", "--ds_config"),
+        ("--LR", "--learning_rate"),
+        ("--num_gpus", "--num_gpus N"),
+    ],
+)
+def test_flags(flag: str, answer: str) -> None:
+    message = refusal(lambda: parse_settings([flag, "1"], Settings))
+    assert message.startswith(f"unknown argument {flag} (") and answer in message and message.endswith("; see --help")
+    assert "did you mean" not in message
+
+
+@pytest.mark.parametrize(("rank", "lora_alpha"), [(8, 1.0), (16, 32.0), (5, 0.5)])
+def test_the_alpha_of_rank_stabilised_lora(rank: int, lora_alpha: float) -> None:
+    """The formula of the answer gives the scale of PEFT's own layer, for every lora_alpha."""
+    message = refusal(lambda: parse_settings(["--use_rslora", "true"], Settings))
+    formula = message.partition("give alpha = ")[2].partition(")")[0] + ")"
+    assert formula == "lora_alpha x sqrt(rank)"
+    alpha = eval(formula.replace(" x ", " * "), {"lora_alpha": lora_alpha, "sqrt": math.sqrt, "rank": rank})
+    config = LoraConfig(r=rank, lora_alpha=lora_alpha, use_rslora=True, target_modules=["0"])
+    layer = get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), config).base_model.model[0]
+    assert alpha / rank == pytest.approx(layer.scaling["default"])
+    assert "the scale is alpha / rank" in message
+
+
+def test_a_slip_is_still_guessed_and_what_is_like_nothing_is_not() -> None:
+    assert other_names.name_hint("--learning-rate", ["--learning_rate"], {}) == " (did you mean --learning_rate?)"
+    assert other_names.name_hint("--rnak", ["--rank", "--alpha"], {}) == " (did you mean --rank?)"
+    assert other_names.name_hint("--gibberish", ["--help", "--rank"], {}) == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("lr: 1e-4\n", "unknown setting 'lr' (here it is learning_rate)"),
+        ("load_in_4bit: true\n", "unknown setting 'load_in_4bit' (here it is base nf4)"),
+        ("zzz: 1\nrank: 4\nlr: 1e-4\n3: 4\n", "unknown settings 'zzz', 'lr' (here it is learning_rate), 3"),
+        (
+            "".join(f"z{number}: 1\n" for number in range(10_000)),
+            f"unknown settings {', '.join(map(repr, ['z0', 'z1', 'z2', 'z3', 'z4', 'z5', 'z6', 'z7']))} and 9992 more",
+        ),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_keys_of_a_file_have_no_dashes_and_all_that_are_unknown_are_told(tmp_path: Path, text: str, said: str) -> None:
+    file = write(tmp_path / "mine.yaml", text)
+    assert refusal(lambda: parse_settings([f"--config={file}"], Settings)) == f"{file}: {said}"
+
+
+def test_names_in_a_program_have_no_dashes() -> None:
+    said = "unknown settings 'rnk' (did you mean rank?), 'zzz'; see --help"
+    assert refusal(lambda: Settings(rnk=1, zzz=2)) == said
+
+
+# Values ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_warm_up_follows_a_number_of_steps_that_is_written_as_a_power() -> None:
+    assert parse_settings(["--max_steps=1e1", "--task=gsm8k"], Settings).warmup_steps == 10
+
+
+def test_lists_of_other_commands_fold_too() -> None:
+    sweep = parse_sweep(["--output_dir=x", "--methods=TL5,lora", "--single_layers=Paper", "--together=AUTO"]).settings
+    assert (sweep.methods, sweep.single_layers, sweep.together) == (("tl5", "lora"), "paper", "auto")
+    assert parse_settings(["--adapter=a", "--output=b", "--dtype=BFloat16"], MergeSettings).dtype == "bf16"
+    plan = parse_plan(["--model=llama2-7b", "--gpu=H100-80GB", "--formats=4bit,NONE"]).settings
+    assert (plan.gpu, plan.formats) == ("h100", ("nf4", "none"))
+
+
+def test_the_table_of_values_names_what_exists() -> None:
+    tables = [table for name, table in vars(other_names).items() if name.startswith("OTHER_")]
+    assert len(tables) == 5
+    for names in tables:
+        assert set().union(*map(other_names._settings_in, names.values())) <= set(Settings.model_fields)
+        assert all(name == name.replace("_", "-").lower() for name in names)

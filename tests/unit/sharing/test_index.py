@@ -58,22 +58,26 @@ def test_rows(root: Path) -> None:
     assert (lora.targets, lora.task, lora.run, lora.scores) == ("qkv,o_proj", None, None, None)
     with sqlite3.connect(root / INDEX_FILE) as database:  # as another program reads it
         assert database.execute("SELECT name FROM adapters WHERE method = 'tl5'").fetchall() == [("layers",)]
+        columns = database.execute("PRAGMA table_info(adapters)")
+        types = {name: (kind, bool(needed)) for _, name, kind, needed, *_ in columns}
+        expected = {"rank": ("INTEGER", True), "alpha": ("REAL", True), "task": ("TEXT", False)}
+        assert {name: types[name] for name in expected} == expected
+        for column in FILTERS:
+            (plan,) = database.execute(f"EXPLAIN QUERY PLAN SELECT path FROM adapters WHERE {column} = 1")
+            assert f"USING INDEX adapters_{column}" in plan[3]
 
 
-@pytest.mark.parametrize(
-    ("wanted", "names"),
-    [
+def test_find(root: Path) -> None:
+    build_index(root)
+    for wanted, names in (
         ({"method": "tl*"}, ["layers", "first"]),
         ({"task": "squad"}, ["first"]),
         ({"targets": "qkv,o_proj"}, ["lora"]),
         ({"rank": 4, "name": "l*"}, ["layers", "lora"]),
         ({"base_model": "*/tiny", "method": "lora"}, ["lora"]),
         ({"name": "none"}, []),
-    ],
-)
-def test_find(root: Path, wanted: dict[str, object], names: list[str]) -> None:
-    build_index(root)
-    assert [entry.name for entry in find_entries(root, wanted)] == names
+    ):
+        assert [entry.name for entry in find_entries(root, wanted)] == names, wanted
 
 
 def test_an_index_is_written_anew(root: Path) -> None:
@@ -116,9 +120,8 @@ def test_a_changed_config_is_found(root: Path) -> None:
     file.write_text(json.dumps(content))
     build_index(root)
     file.write_text(json.dumps({**content, "alpha": 80.0}))
-    assert verify_entries(root, find_entries(root, {"name": "lora"})) == [
-        f"{root / 'others/lora'}: has changed since it was indexed"
-    ]
+    said = f"{root / 'others/lora'}: has changed since it was indexed"
+    assert verify_entries(root, find_entries(root, {"name": "lora"})) == [said]
 
 
 def test_verify_names_what_is_damaged_or_changed(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -171,20 +174,6 @@ def test_finding_does_not_wait_for_torch(root: Path) -> None:
         assert done.returncode == 0 and "first" in done.stdout, done.stderr
 
 
-def test_other_programs_find_types_and_indexes(root: Path) -> None:
-    build_index(root)
-    with sqlite3.connect(root / INDEX_FILE) as database:
-        types = {
-            name: (kind, bool(needed)) for _, name, kind, needed, *_ in database.execute("PRAGMA table_info(adapters)")
-        }
-        assert (
-            types["rank"] == ("INTEGER", True) and types["alpha"] == ("REAL", True) and types["task"] == ("TEXT", False)
-        )
-        for column in FILTERS:
-            (plan,) = database.execute(f"EXPLAIN QUERY PLAN SELECT path FROM adapters WHERE {column} = 1")
-            assert f"USING INDEX adapters_{column}" in plan[3]
-
-
 @pytest.mark.parametrize("error", [OverflowError("timestamp out of range"), ValueError("year 318857 is out of range")])
 def test_a_time_of_no_calendar_is_one_line(root: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     """Some file systems take it."""
@@ -200,27 +189,6 @@ def test_a_row_that_would_not_be_read_is_not_written(root: Path) -> None:
     count, (problem,) = build_index(root)
     assert count == 2 and "scores = " in problem and "at most 100000 characters" in problem
     assert len(find_entries(root, {})) == 2
-
-
-WRONG = {
-    "no folder": (["none"], "none: no such folder"),
-    "no index": ([".", "find"], "no such file; write it with `tiedlora index"),
-    "flag": ([".", "--method", "tl6"], "--method is for find and verify, not for build"),
-    "json": ([".", "verify", "--json"], "--json is for find, not for verify"),
-    "one": ([".", "diff", "a"], "diff: give the names or paths of two adapters"),
-    "name": ([".", "find", "a"], "find takes no name of an adapter; give a with --name"),
-    "action": ([".", "remove"], "ACTION remove: input should be 'build', 'find', 'verify' or 'diff'"),
-    "target": ([".", "find", "--targets", "q"], "--targets"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_arguments_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
-    monkeypatch.chdir(tmp_path)
-    words, message = WRONG[case]
-    with pytest.raises(UserError) as error:
-        call("index", words)
-    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("content", [b"", b"no database at all, but as long as a header of one would be at least"])

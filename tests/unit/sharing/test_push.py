@@ -6,6 +6,7 @@ import json
 import shlex
 import shutil
 import subprocess
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter, sav
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.settings import Settings
+from megatron_tiedlora.config.tool_settings import PushSettings
 from megatron_tiedlora.convert.verify import verify_export
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
 from megatron_tiedlora.runtime.run_folder import RunFolder
@@ -54,13 +56,21 @@ def run_folder(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def push(hub: Hub, *words: object) -> subprocess.CompletedProcess[str]:
+def card(run: Path, output: Path, base: str | None = None, say: Callable[[str], object] = str) -> str:
+    """The card of what is published of a run."""
+    write_published(PushSettings(run=str(run), repo="me/demo", base_name=base), output, say=say)
+    return (output / "README.md").read_text()
+
+
+def push(
+    hub: Hub, *words: object, program: Sequence[str] = ("-m", "megatron_tiedlora")
+) -> subprocess.CompletedProcess[str]:
     of_hub = {"HF_ENDPOINT": hub.address, "HF_TOKEN": "hf_none", "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
-    return python("-m", "megatron_tiedlora", "push", *words, **of_hub, OMP_NUM_THREADS="1")
+    return python(*program, "push", *words, **of_hub, OMP_NUM_THREADS="1")
 
 
 def test_the_folder_names_no_path_of_this_host(base: Path, run_folder: Path, tmp_path: Path) -> None:
-    write_published(str(run_folder), "me/demo", tmp_path / "out")
+    card(run_folder, tmp_path / "out")
     files = {str(file.relative_to(tmp_path / "out")) for file in (tmp_path / "out").rglob("*") if file.is_file()}
     native = {"native/adapter_config.json", "native/adapter_model.safetensors"}
     exported = {"adapter_config.json", "adapter_model.safetensors", "tiedlora_export.json"}
@@ -76,9 +86,7 @@ def test_the_folder_names_no_path_of_this_host(base: Path, run_folder: Path, tmp
 
 
 def test_the_card(run_folder: Path, tmp_path: Path) -> None:
-    write_published(str(run_folder), "me/demo", tmp_path / "out", named="org/base")
-    text = (tmp_path / "out" / "README.md").read_text()
-    _, front, body = text.split("---\n", 2)
+    _, front, body = card(run_folder, tmp_path / "out", base="org/base").split("---\n", 2)
     metadata = yaml.safe_load(front)
     assert (metadata["base_model"], metadata["base_model_relation"]) == ("org/base", "adapter")
     assert metadata["library_name"] == "peft" and "tied-lora" in metadata["tags"]
@@ -137,8 +145,7 @@ def test_no_folder_is_published(
     save_adapter(run / "adapter", adapter.config, base_of, adapter.state)
     record = {} if recorded is None else {"hub_names": recorded}
     (run / "run.yaml").write_text(yaml.safe_dump({**SETTINGS, **given, **record, "seed": 7}))
-    write_published(str(run), "me/demo", tmp_path / "out")
-    assert expected in (tmp_path / "out" / "README.md").read_text()
+    assert expected in card(run, tmp_path / "out")
     for file in (tmp_path / "out").rglob("*.*"):
         assert b"clients" not in file.read_bytes() and b"acme" not in file.read_bytes(), file
     named = load_native_adapter(tmp_path / "out" / "native").base_identity.tokenizer
@@ -171,9 +178,7 @@ def test_names_of_a_strangers_run_are_no_markup(run_folder: Path, tmp_path: Path
     (tmp_path / "run/scores.json").write_text(json.dumps(scores))
     versions = {name: name for name in HOSTILE}
     (tmp_path / "run/run.yaml").write_text(yaml.safe_dump({**SETTINGS, "task": HOSTILE[0], "versions": versions}))
-    write_published(str(tmp_path / "run"), "me/demo", tmp_path / "out")
-    text = (tmp_path / "out" / "README.md").read_text()
-    _, front, body = text.split("---\n", 2)
+    _, front, body = card(tmp_path / "run", tmp_path / "out").split("---\n", 2)
     (result,) = yaml.safe_load(front)["model-index"][0]["results"]
     assert result["dataset"]["name"] == "custom" and "<" not in front
     parsed = MarkdownIt("commonmark").enable("table").parse(body)
@@ -191,20 +196,8 @@ def test_names_of_a_strangers_run_are_no_markup(run_folder: Path, tmp_path: Path
 @pytest.mark.parametrize(("method", "kind"), [("lora", "A [LoRA]("), ("vera", "A [VeRA]("), ("tl5", "A [Tied-LoRA](")])
 def test_the_card_says_which_kind_of_adapter_it_is(base: Path, tmp_path: Path, method: str, kind: str) -> None:
     write_native(tmp_path / "one", base, with_adapter(base, method)[2])
-    write_published(str(tmp_path / "one"), "me/demo", tmp_path / "out")
-    text = (tmp_path / "out" / "README.md").read_text()
+    text = card(tmp_path / "one", tmp_path / "out")
     assert kind in text and ("tied" in text.lower().replace("tiedlora", "")) is (method == "tl5")
-
-
-def test_a_card_needs_no_extra(run_folder: Path, tmp_path: Path) -> None:
-    code = "import sys; sys.modules.update(dict.fromkeys(sys.argv[1].split(',')));" + (
-        "from megatron_tiedlora.commands.front import run; run('push', sys.argv[2:])"
-    )
-    words = [str(run_folder), "--repo=me/demo", "--base_name=org/base", "--dry_run", f"--output={tmp_path / 'out'}"]
-    modules = ",".join({*EXTRAS["train"], *EXTRAS["eval"]})
-    done = python("-c", code, modules, *words)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "tiedlora train" in (tmp_path / "out/README.md").read_text()
 
 
 SAMPLES = 100  # so 1.5 epochs of 16 samples a step are 10 steps, fewer than the default warm-up of 50
@@ -244,9 +237,7 @@ def test_the_command_of_the_card_gives_the_settings_of_the_run(
     settings = planned([*words, *given], base).resolved_settings()
     shutil.copytree(run_folder / "adapter", tmp_path / "run/adapter")
     (tmp_path / "run/run.yaml").write_text(yaml.safe_dump({**settings, "ranks": 1, "versions": {"torch": "2.10"}}))
-    write_published(str(tmp_path / "run"), "me/demo", tmp_path / "out")
-
-    text = (tmp_path / "out" / "README.md").read_text()
+    text = card(tmp_path / "run", tmp_path / "out")
     _, shown, after = text.split("## Training")[1].split("`" * 5 if case == "template" else "`" * 4)
     program, command, *flags = shlex.split(shown)
     assert (program, command) == ("tiedlora", "train") and "Versions:" in after
@@ -261,9 +252,9 @@ def test_the_command_of_the_card_gives_the_settings_of_the_run(
 
 def test_a_note_says_that_a_folder_names_no_base_on_the_hub(run_folder: Path, tmp_path: Path) -> None:
     notes: list[str] = []
-    write_published(str(run_folder), "me/demo", tmp_path / "named", named="org/base", say=notes.append)
+    card(run_folder, tmp_path / "named", base="org/base", say=notes.append)
     assert not notes
-    write_published(str(run_folder), "me/demo", tmp_path / "out", say=notes.append)
+    card(run_folder, tmp_path / "out", say=notes.append)
     (note,) = notes
     assert note.startswith("the card names the base by its folder's name, tiny-base; give --base_name ORG/NAME")
 
@@ -271,8 +262,7 @@ def test_a_note_says_that_a_folder_names_no_base_on_the_hub(run_folder: Path, tm
 def test_a_base_that_is_not_on_the_hub_is_not_in_the_metadata(run_folder: Path, tmp_path: Path) -> None:
     """The hub takes `base_model` for one of its ids. An adapter outside of a run has neither scores nor settings."""
     shutil.copytree(run_folder / "adapter", tmp_path / "alone")
-    write_published(str(tmp_path / "alone"), "me/demo", tmp_path / "out")
-    text = (tmp_path / "out" / "README.md").read_text()
+    text = card(tmp_path / "alone", tmp_path / "out")
     assert "base_model" not in text and "## Scores" not in text and "## Training" not in text
 
 
@@ -295,37 +285,19 @@ def test_what_the_hub_refuses_is_one_line(run_folder: Path, call: str) -> None:
     assert "Traceback" not in done.stderr and not hub.files
 
 
-def test_a_dry_run_asks_the_hub_nothing(run_folder: Path, tmp_path: Path) -> None:
+def test_a_dry_run_asks_the_hub_nothing_and_needs_no_extra(run_folder: Path, tmp_path: Path) -> None:
+    code = f"import sys; sys.modules.update(dict.fromkeys({[*EXTRAS['train'], *EXTRAS['eval']]}));"
+    code += "from megatron_tiedlora.commands.front import main; main()"
+    words = ("--repo=me/demo", "--base_name=org/base", "--dry_run", f"--output={tmp_path / 'out'}")
     with hub_stand_in() as hub:
-        done = push(hub, run_folder, "--repo", "me/demo", "--dry_run", "--output", tmp_path / "out")
-    assert done.returncode == 0 and not hub.calls and (tmp_path / "out" / "README.md").is_file()
-
-
-WRONG = {
-    "repo": (["--repo", "demo"], "--repo demo: give OWNER/NAME"),
-    "name": (["--repo", "me/de mo"], "--repo me/de mo: Repo id must"),
-    "no output": (["--repo", "me/demo", "--dry_run"], "--dry_run writes the folder; give it with --output DIR"),
-    "exists": (["--repo", "me/demo", "--output", "."], "--output ."),
-    "base": (
-        ["--repo", "me/demo", "--base_name", "/clients/acme/base"],
-        "--base_name /clients/acme/base: Repo id must",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_wrong_arguments_are_one_line(run_folder: Path, case: str) -> None:
-    from megatron_tiedlora.commands.front import call
-
-    words, message = WRONG[case]
-    with pytest.raises(UserError) as error:
-        call("push", [str(run_folder), *words])
-    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+        done = push(hub, run_folder, *words, program=("-c", code))
+    assert (done.returncode, done.stderr) == (0, "") and not hub.calls
+    assert "tiedlora train" in (tmp_path / "out/README.md").read_text()
 
 
 def test_what_is_no_adapter_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty: has no adapter_config\.json"):
-        write_published(str(tmp_path / "empty"), "me/demo", tmp_path / "out")
+        card(tmp_path / "empty", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     check_hub_id("me/demo", flag="--repo", owned=True)
