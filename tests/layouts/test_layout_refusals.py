@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from run_files import edit_json, losses
-from run_helpers import Base, run, run_ranks, write_base
+from run_helpers import Base, run, run_ranks
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.config.settings import Settings, make_settings
@@ -70,11 +70,6 @@ REFUSALS = [
     Refusal("a_grid", 3, ["3 ranks", "--tensor_parallel 2 x --pipeline_parallel 2", "Start 4 ranks"], TP2_PP2),
     Refusal("a_batch", 3, ["--global_batch_size 4", "data parallel 3", "3 or 6"], {"micro_batch_size": 1}),
 ]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    return write_base(tmp_path_factory.mktemp("base"))
 
 
 def without_weights(base: Base, folder: Path, **config: Any) -> Path:

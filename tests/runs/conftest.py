@@ -1,16 +1,11 @@
-"""The tiny base of the tests of runs, and undisturbed runs on it. None of the tests changes them."""
+"""Undisturbed runs on the tiny base, which none of the tests changes; and where a run and its tokens are kept."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from run_helpers import Base, run, write_base
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    return write_base(tmp_path_factory.mktemp("base"))
+from run_helpers import Base, run
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +22,12 @@ def whole_of_two(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole_of_two") / "run"
     run(base, folder, ranks=2)
     return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run folder, which is not there yet."""
+    return tmp_path / "run"
 
 
 @pytest.fixture

@@ -80,9 +80,7 @@ def test_scores_do_not_depend_on_the_layout(
     base: Base, judged: Path, tmp_path: Path, ranks: int, layout: dict[str, int]
 ) -> None:
     here = start(base, tmp_path, ranks, ds_config="zero1.json", **JUDGED, **layout)
-    found, alone = (
-        [(row["step"], row["exact_match"]) for row in metrics(run, "validation")] for run in (here, judged)
-    )
+    found, alone = ([(row["step"], row["exact_match"]) for row in metrics(run, "validation")] for run in (here, judged))
     assert found == alone
     assert json.loads((here / "scores.json").read_text()) == json.loads((judged / "scores.json").read_text())
 

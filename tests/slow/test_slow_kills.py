@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from kill_series import Figures, Layout, kill_series
 from run_files import files_of
-from run_helpers import Base, World, start_ranks, write_base, write_rows
+from run_helpers import Base, World, start_ranks, write_rows
 from run_preludes import quick_start
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -56,11 +56,6 @@ KINDS = ["step"] * 7 + ["save"] * 3  # in any order, and then
 ENDS = ["end"] * 2
 
 TOKENISING_KILLS = 20
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    return write_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.mark.parametrize("name", SERIES)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from run_helpers import Base, write_base
+from run_helpers import Base
 from study_files import no_start, write_run, write_study
 from sweep_runs import LAUNCH, study_arguments
 
@@ -25,11 +25,6 @@ from megatron_tiedlora.study.plan import SweepPlan, plan_sweep
 from megatron_tiedlora.study.record import StudyFolder, check_resumable, write_record
 from megatron_tiedlora.study.sweep import Sweep
 from megatron_tiedlora.study.sweep import sweep as sweep_of
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    return write_base(tmp_path_factory.mktemp("base"))
 
 
 class Started(Exception):

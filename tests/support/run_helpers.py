@@ -246,6 +246,7 @@ def start_ranks(
         if ranks is not None:
             environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         out, err = (folder / f"{start}.rank{rank}.{kind}" for kind in ("out", "err"))
+        out.touch()  # its number is taken
         rank_arguments = ([str(script), *arguments], environment.copy(), str(folder), str(out), str(err), prelude)
         process = fork_server().Process(target=_be_rank, args=rank_arguments, daemon=True)
         process.start()
@@ -259,13 +260,21 @@ def run_ranks(arguments: Sequence[str], **keywords: Any) -> Ended:
     return start_ranks(arguments, **keywords).wait()
 
 
-def run(
-    base: Base, folder: Path, /, *, expect: int = 0, ranks: int | None = None, prelude: Any = None, **changes: Any
-) -> Ended:
-    """One start with run folder `folder`, which must end with status `expect` on every rank."""
+def start_run(
+    base: Base, folder: Path, /, *, ranks: int | None = None, prelude: Prelude | None = None, **changes: Any
+) -> World:
+    """A start with run folder `folder`; where `adapters` are given as settings by name, their file lies beside it."""
+    if isinstance(own := changes.get("adapters"), Mapping):
+        changes["adapters"] = write_adapters(folder.parent / "adapters.yaml", own)
     arguments = base.arguments(**{"output_dir": folder, **changes})
     work = folder.parent / f"{folder.name}-work"
-    return run_ranks(arguments, folder=work, cache=base.cache, ranks=ranks, prelude=prelude).expect(expect)
+    return start_ranks(arguments, folder=work, cache=base.cache, ranks=ranks, prelude=prelude)
+
+
+def run(base: Base, folder: Path, /, *, expect: int | None = 0, **changes: Any) -> Ended:
+    """`start_run` to its end, with status `expect` on every rank, unless that is None."""
+    ended = start_run(base, folder, **changes).wait()
+    return ended if expect is None else ended.expect(expect)
 
 
 def begin(given: Settings | Sequence[str]) -> None:

@@ -15,7 +15,7 @@ import run_preludes
 import torch
 from kernel_runs import HOST, assert_same_numbers, loss_and_gradients, model_config
 from run_files import losses
-from run_helpers import Base, run, write_base
+from run_helpers import Base, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -131,11 +131,6 @@ def test_no_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Kernels, "compiled", refuse)
     with pytest.raises(UserError, match=r"^RuntimeError: no compiler$"):
         compiled_kernels(model_config(), dtype=torch.float32, device=HOST)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    return write_base(tmp_path_factory.mktemp("compiled"))
 
 
 @needs_compiler
@@ -340,9 +335,7 @@ class _Operators(TorchDispatchMode):
         (torch.float32, torch.float64),
     ],
 )
-def test_sums_leave_a_matmul_wide_on_gpus(
-    device: str, of_matrices: torch.dtype, of_product: torch.dtype
-) -> None:
+def test_sums_leave_a_matmul_wide_on_gpus(device: str, of_matrices: torch.dtype, of_product: torch.dtype) -> None:
     """torch.mm takes an out_dtype on CUDA alone, and there no other pair than 16 bits and fp32."""
     with FakeTensorMode():  # tensors on a GPU that need none
         left, right = (torch.empty(shape, dtype=of_matrices, device=device) for shape in ((8, 16), (16, 24)))
