@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
+from native_files import with_adapter
 from run_helpers import Base, run
+from run_preludes import kill_at_step
+
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 
 
 @pytest.fixture(scope="session")
@@ -22,6 +27,20 @@ def whole_of_two(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole_of_two") / "run"
     run(base, folder, ranks=2)
     return folder
+
+
+@pytest.fixture(scope="session")
+def stopped(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was stopped at step 3; its best checkpoint is step 2."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    run(base, folder, prelude=partial(kill_at_step, 3), expect=143)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def native(base: Base) -> NativeAdapter:
+    """An adapter of two of the base's layers."""
+    return with_adapter(base.model, "tl6", (1, 3))[1]
 
 
 @pytest.fixture

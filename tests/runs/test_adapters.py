@@ -21,6 +21,7 @@ from run_helpers import FOUR, Base, run, start_run
 from run_preludes import before_call, kill_at_call, kill_at_step, slow_steps
 from safetensors.torch import load_file
 
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.ownership import take_folder
 
 Four = dict[str, dict[str, Any]]
@@ -65,23 +66,15 @@ def _files(folder: Path) -> list[str]:
 
 def _lose_the_log(name: str, step: int) -> None:
     """The log of one adapter cannot be written from a step on."""
-    import importlib
 
-    module: Any = importlib.import_module("megatron_tiedlora.runtime.run_folder")
-    errors: Any = importlib.import_module("megatron_tiedlora.base.messages")
-    write = module.MetricsLog.write
-
-    def failing(log: Any, row: dict[str, Any]) -> None:
+    def look(log: Any, row: dict[str, Any]) -> None:
         if log._folder.path.name == name and row["step"] >= step:
-            raise errors.UserError("metrics.jsonl cannot be written (No space left on device)")
-        write(log, row)
+            raise UserError("metrics.jsonl cannot be written (No space left on device)")
 
-    module.MetricsLog.write = failing
+    before_call("megatron_tiedlora.runtime.run_folder", "MetricsLog.write", look)
 
 
 def _cannot_write_the_settings_of_b() -> None:
-    from megatron_tiedlora.base.messages import UserError
-
     def look(plan: Any, folder: Any) -> None:
         if folder.path.name == "b":
             raise UserError(f"{folder.settings}: cannot be written (No space left on device)")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,16 +28,6 @@ QUICK_END = 5.0  # seconds in which the end is looked for often
 # Faults ----------------------------------------------------------------------------------------------------------
 
 
-def kill_rank(job: Job) -> None:
-    """SIGKILL to the rank on the last host."""
-    os.kill(job.ranks()[_last(job).name].pid, signal.SIGKILL)
-
-
-def kill_first_rank(job: Job) -> None:
-    """SIGKILL to rank 0, which serves the others' store."""
-    os.kill(job.ranks()[job.task.cluster.first.name].pid, signal.SIGKILL)
-
-
 def kill_launcher(job: Job) -> None:
     """SIGKILL to the launcher: deepspeed, mpirun, srun or the torchrun that serves the rendezvous."""
     if job.number:
@@ -52,31 +41,11 @@ def kill_launcher(job: Job) -> None:
         job.launchers[-1].signal(signal.SIGKILL)
 
 
-def kill_watcher(job: Job) -> None:
-    """SIGKILL to launch/run.py."""
-    _signal_watcher(job, signal.SIGKILL)
-
-
-def kill_pdsh(job: Job) -> None:
-    """SIGKILL to pdsh, which deepspeed has started."""
-    _kill_programs(job, "pdsh")
-
-
 def kill_node_launcher(job: Job) -> None:
     """SIGKILL to whatever started the rank on the last host."""
     parent = job.ranks()[_last(job).name].parent()
     assert parent is not None
     parent.kill()
-
-
-def kill_host(job: Job) -> None:
-    """The last host dies."""
-    _last(job).kill()
-
-
-def cut_link(job: Job) -> None:
-    """The last host's cable is pulled."""
-    _last(job).cut_link()
 
 
 def fill_disk(job: Job) -> None:
@@ -94,23 +63,19 @@ def terminate(job: Job) -> None:
         launcher.signal(signal.SIGTERM)
 
 
-def cancel(job: Job) -> None:
-    """scancel."""
-    job.task.cluster.first.run(["scancel", job.number])
-
-
-FAULTS: dict[str, Callable[[Job], None]] = {
-    "rank": kill_rank,
-    "rank 0": kill_first_rank,
+# What is killed gets SIGKILL; ranks, hosts and links that are not named otherwise are those of the last host.
+FAULTS: dict[str, Callable[[Job], object]] = {
+    "rank": lambda job: job.ranks()[_last(job).name].kill(),
+    "rank 0": lambda job: job.ranks()[job.task.cluster.first.name].kill(),  # which serves the others' store
     "launcher": kill_launcher,
-    "run.py": kill_watcher,
-    "pdsh": kill_pdsh,
+    "run.py": lambda job: _signal_watcher(job, signal.SIGKILL),
+    "pdsh": lambda job: _kill_programs(job, "pdsh"),  # which deepspeed has started
     "launcher on a host": kill_node_launcher,
-    "host": kill_host,
-    "link": cut_link,
+    "host": lambda job: _last(job).kill(),
+    "link": lambda job: _last(job).cut_link(),
     "disk full": fill_disk,
     "SIGTERM": terminate,
-    "scancel": cancel,
+    "scancel": lambda job: job.task.cluster.first.run(["scancel", job.number]),
 }
 
 

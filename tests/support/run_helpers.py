@@ -324,12 +324,12 @@ class Command:
     process: subprocess.Popen[bytes]
     out: Path
     err: Path
-    _deadline: float = field(default_factory=lambda: time.monotonic() + TIME_LIMIT)
+    deadline: float  # of the monotonic clock
 
     def wait(self) -> Ended:
         """Wait for the command itself; a hang fails."""
         try:
-            self.process.wait(max(0.0, self._deadline - time.monotonic()))
+            self.process.wait(max(0.0, self.deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             self.kill()
             raise AssertionError(f"a hang\n{self.ended().tail()}") from None
@@ -346,7 +346,7 @@ class Command:
 
     def wait_gone(self, processes: list[psutil.Process]) -> None:
         """Wait for processes that the command has left behind; one that stays is a failure."""
-        _, alive = psutil.wait_procs(processes, timeout=max(0.0, self._deadline - time.monotonic()))
+        _, alive = psutil.wait_procs(processes, timeout=max(0.0, self.deadline - time.monotonic()))
         left = [process.cmdline() for process in alive]
         self.kill()
         assert not left, f"still running: {left}\n{self.ended().tail()}"
@@ -358,8 +358,10 @@ class Command:
         self.process.wait(10)
 
 
-def start_command(command: Sequence[str], *, folder: Path, cache: Path | None = None) -> Command:
-    """Start a command in `folder`, with the environment of a test."""
+def start_command(
+    command: Sequence[str], *, folder: Path, cache: Path | None = None, limit: float = TIME_LIMIT
+) -> Command:
+    """Start a command in `folder`, with the environment of a test and `limit` seconds of time."""
     folder.mkdir(parents=True, exist_ok=True)
     environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
     environment |= {**ENVIRONMENT, "MEGATRON_TIEDLORA_CACHE": str(cache or folder / "cache")}
@@ -368,7 +370,7 @@ def start_command(command: Sequence[str], *, folder: Path, cache: Path | None = 
         process = subprocess.Popen(
             list(command), cwd=folder, env=environment, stdout=stdout, stderr=stderr, start_new_session=True
         )
-    return Command(process, out, err)
+    return Command(process, out, err, time.monotonic() + limit)
 
 
 def plain_command(arguments: Sequence[str]) -> list[str]:

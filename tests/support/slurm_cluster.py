@@ -78,16 +78,8 @@ class SlurmCluster:
     def start_node(self, name: str) -> None:
         """Start munged and slurmd on a host; also after it has been booted again."""
         host, log = self.cluster.hosts[name], self.folder / f"munged-{name}.log"
-        host.run(
-            [
-                _program("munged"),
-                "--force",
-                f"--key-file={self.folder / 'munge.key'}",
-                "--pid-file=/run/munge/munged.pid",
-                "--seed-file=/run/munge/seed",
-                f"--log-file={log}",
-            ]
-        )
+        files = ["--pid-file=/run/munge/munged.pid", "--seed-file=/run/munge/seed", f"--log-file={log}"]
+        host.run([_program("munged"), "--force", f"--key-file={self.folder / 'munge.key'}", *files])
         host.run([_program("slurmd"), "-N", name])
         wait_until(host.outside(Path("/run/slurmd.pid")).exists, self.logs)
         host.keep_running()
