@@ -57,26 +57,14 @@ GROUPS = (("tensor", (0, 1)), ("tensor", (2, 3)), ("data", (0, 2)), ("data", (1,
 
 def report_of(rank: int, *, until: str = "done", **more: Any) -> RankReport:
     """What a rank has said when it has come to the stage `until`."""
-    groups = [result(kind, ranks) for kind, ranks in GROUPS if rank == ranks[0] and until == "done"]
+    groups = [result(kind=kind, ranks=list(ranks)) for kind, ranks in GROUPS if rank == ranks[0] and until == "done"]
     return RankReport(rank=rank, stage=until, groups=groups, **more)
 
 
-def result(
-    kind: str = "data",
-    ranks: Sequence[int] = (0, 1),
-    hosts: Sequence[str] = (),
-    speed: float = 1e9,
-    correct: bool = True,
-) -> GroupResult:
-    return GroupResult(
-        kind=kind,
-        ranks=list(ranks),
-        hosts=list(hosts),
-        num_bytes=LARGE,
-        seconds=0.1,
-        bus_bytes_per_second=speed,
-        correct=correct,
-    )
+def result(**changes: Any) -> GroupResult:
+    """A healthy group's figures but for `changes`."""
+    healthy = {"kind": "data", "ranks": [0, 1], "hosts": [], "num_bytes": LARGE, "seconds": 0.1, "correct": True}
+    return GroupResult(**{**healthy, "bus_bytes_per_second": 1e9, **changes})
 
 
 def trial(until: dict[int, str] | None = None, *, failed: dict[int, str] | None = None, **kwargs: Any) -> Trial:
@@ -88,10 +76,6 @@ def trial(until: dict[int, str] | None = None, *, failed: dict[int, str] | None 
     return Trial(reports, **kwargs)
 
 
-def explained(seen: Trial) -> list[tuple[str, list[str]]]:
-    return [(finding.code, finding.hosts) for finding in explain_trial(HOSTS, LAYOUT, seen, limit=60)]
-
-
 def test_figures_of_each_group_are_in_the_order_of_its_kind_with_its_hosts() -> None:
     seen = trial()
     results = group_results(HOSTS, seen)
@@ -101,7 +85,7 @@ def test_figures_of_each_group_are_in_the_order_of_its_kind_with_its_hosts() -> 
         ("data", [0, 2], ["nodea", "nodeb"]),
         ("data", [1, 3], ["nodea", "nodeb"]),
     ]
-    assert explained(seen) == [] and judge_groups(results) == []
+    assert explain_trial(HOSTS, LAYOUT, seen, limit=60) == [] and judge_groups(results) == []
     assert len(group_results(HOSTS, trial({2: "joined", 0: "joined"}))) == 1  # the others were not measured
 
 
@@ -131,7 +115,8 @@ def test_figures_are_of_the_slowest_rank_and_one_with_a_wrong_sum_spoils_them(
 
 
 def test_a_slow_group_and_a_wrong_sum_are_named_by_their_hosts() -> None:
-    slow = [result(), result(), result(hosts=["nodeb", "nodec"], speed=3e8), result(kind="tensor", speed=1e8)]
+    slow = [result(), result(), result(hosts=["nodeb", "nodec"], bus_bytes_per_second=3e8)]
+    slow.append(result(kind="tensor", bus_bytes_per_second=1e8))
     assert [(finding.code, finding.status, finding.hosts) for finding in judge_groups(slow)] == [
         ("slow_group", "warning", ["nodeb", "nodec"])
     ]
@@ -179,19 +164,18 @@ def test_a_rank_on_a_gpu_prepares_cuda_and_takes_the_one_that_it_sees(monkeypatc
 
 
 def test_ranks_that_do_not_start_meet_or_finish() -> None:
-    printed = ["nodea: bars", "nodeb: ImportError: libfoo", "the end"]
+    printed, both = ["nodea: bars", "nodeb: ImportError: libfoo", "the end"], ["nodea", "nodeb"]
     silent = trial({0: "started", 1: "started", 2: "", 3: ""}, printed=printed, status=1)
-    assert explained(silent) == [("not_started", ["nodeb"])]
-    assert "ImportError: libfoo" in explain_trial(HOSTS, LAYOUT, silent, limit=60)[0].message
     apart = trial(dict.fromkeys(range(4), "started"), failed={2: "timed out after 60000ms", 3: "timed out"}, status=1)
-    assert explained(apart) == [("not_joined", ["nodea", "nodeb"])]
-    assert "timed out after 60000ms" in explain_trial(HOSTS, LAYOUT, apart, limit=60)[0].message
-    stuck = trial(dict.fromkeys(range(4), "joined"))
-    assert explained(stuck) == [("allreduce_failed", ["nodea", "nodeb"])]
-    assert "not finished in 60 s" in explain_trial(HOSTS, LAYOUT, stuck, limit=60)[0].message
     lost = trial({2: "joined", 3: "joined"}, printed=["nodeb: Timeout, server nodeb not responding."], status=255)
-    assert explained(lost) == [("allreduce_failed", ["nodeb"])]
-    assert "server nodeb not responding" in explain_trial(HOSTS, LAYOUT, lost, limit=60)[0].message
+    for seen, code, hosts, words in (
+        (silent, "not_started", ["nodeb"], "ImportError: libfoo"),
+        (apart, "not_joined", both, "timed out after 60000ms"),
+        (trial(dict.fromkeys(range(4), "joined")), "allreduce_failed", both, "not finished in 60 s"),
+        (lost, "allreduce_failed", ["nodeb"], "server nodeb not responding"),
+    ):
+        (finding,) = explain_trial(HOSTS, LAYOUT, seen, limit=60)
+        assert (finding.code, finding.hosts) == (code, hosts) and words in finding.message
 
 
 def answer() -> HostAnswer:
