@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -221,10 +222,9 @@ def test_why_nothing_was_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     write_program(tmp_path / "bin", "mpirun", f"#!/bin/sh\n{text}\n")
     monkeypatch.setattr("megatron_tiedlora.cluster.doctor.trial._START_SECONDS", 1.0)
     job = make_job(tmp_path / "job", launcher="mpirun", route="local", hosts=(Host("nodea", 2),))
-    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
-    monkeypatch.setenv("PATH", environment["PATH"])
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     begin = time.monotonic()
-    seen = start_ranks(job, make_order(LAYOUT), environment, lambda line: None)
+    seen = start_ranks(job, make_order(LAYOUT), dict(os.environ), lambda line: None)
     assert time.monotonic() - begin < 15
     (finding,) = explain_trial(HOSTS[:1], LAYOUT, seen, limit=2)
     assert finding.code == "not_started" and f"({reason})" in finding.message
@@ -241,19 +241,20 @@ def test_ranks_have_an_alarm() -> None:
     assert done.returncode == -signal.SIGALRM, done.stderr
 
 
-def examined(monkeypatch: pytest.MonkeyPatch, seen: Trial) -> DoctorReport:
-    """What the doctor says of a single rank on this machine."""
-    monkeypatch.setattr("megatron_tiedlora.cluster.doctor.trial.start_ranks", lambda *_: seen)
-    monkeypatch.setattr("megatron_tiedlora.cluster.doctor.trial.compare_hosts", lambda *_, **__: [])
-    return examine(DoctorSettings(), {}, lambda line: None)
+def examined(monkeypatch: pytest.MonkeyPatch, seen: Trial, settings: DoctorSettings, **answers: Any) -> DoctorReport:
+    """What the doctor says when its ranks are `seen`, hosts are alike, and functions of its module give `answers`."""
+    for name, value in {"start_ranks": seen, "compare_hosts": [], **answers}.items():
+        monkeypatch.setattr(f"megatron_tiedlora.cluster.doctor.trial.{name}", lambda *_, value=value, **__: value)
+    return examine(settings, {}, lambda line: None)
 
 
 def test_a_single_rank_that_fails_after_its_probe_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     told = answer()
     failed = report_of(0, until="started", answer=told, failed="CUDA error: out of memory")
-    bad = examined(monkeypatch, Trial({0: failed}, status=1))
+    bad = examined(monkeypatch, Trial({0: failed}, status=1), DoctorSettings())
     assert bad.verdict == "not ready" and "CUDA error: out of memory" in bad.findings[0].message
-    good = examined(monkeypatch, Trial({0: RankReport(rank=0, stage="done", answer=told)}, status=0))
+    healthy = Trial({0: RankReport(rank=0, stage="done", answer=told)}, status=0)
+    good = examined(monkeypatch, healthy, DoctorSettings())
     assert good.verdict == "ready" and good.skipped == "no all-reduce: a single rank has no communication to test"
 
 
@@ -266,17 +267,9 @@ def test_an_order_for_many_hosts_is_one_argument() -> None:
 @pytest.fixture
 def report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Report:
     """What the doctor makes of two healthy hosts with these findings."""
-
-    def examined(findings: Sequence[Finding]) -> DoctorReport:
-        job = make_job(tmp_path, hosts=(Host("nodea", 2), Host("nodeb", 2)))
-        for name, value in (
-            ("find_job", job), ("check_programs", None), ("start_ranks", trial()), ("explain_silence", []),
-            ("compare_hosts", list(findings)),
-        ):  # fmt: skip
-            monkeypatch.setattr(f"megatron_tiedlora.cluster.doctor.trial.{name}", lambda *_, value=value, **__: value)
-        return examine(DoctorSettings(tensor_parallel=2), {}, lambda line: None)
-
-    return examined
+    job = make_job(tmp_path, hosts=(Host("nodea", 2), Host("nodeb", 2)))
+    quiet = partial(examined, monkeypatch, trial(), find_job=job, check_programs=None, explain_silence=[])
+    return lambda findings: quiet(DoctorSettings(tensor_parallel=2), compare_hosts=list(findings))
 
 
 def test_the_verdict_counts_errors_and_puts_them_first(report: Report) -> None:

@@ -48,8 +48,7 @@ def report(arguments: list[str]) -> str:
 
 def plan_of(settings: dict[str, object]) -> RunPlan:
     """The plan of the same settings on one rank."""
-    texts = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
-    return plan_run(make_settings(texts), rank=0, world_size=1)
+    return plan_run(make_settings(settings), rank=0, world_size=1)
 
 
 def number(text: str, label: str) -> int:

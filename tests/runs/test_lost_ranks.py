@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,10 +98,10 @@ def test_a_run_folder_that_only_rank_0_sees(base: Base, whole_of_two: Path, tmp_
     assert files_of(disks / "disk1").keys() == {"run/logs/rank_1.log"}
 
 
-def test_a_status_is_not_written_into_another_run_of_the_same_name(base: Base, tmp_path: Path) -> None:
+def test_a_status_is_not_written_into_another_run_of_the_same_name(base: Base, whole: Path, tmp_path: Path) -> None:
     disks = tmp_path / "run-work"
     other = disks / "disk1" / "run"
-    run(base, other, max_steps=2)
+    shutil.copytree(whole, other)
     (other / "run_status.json").unlink()
     prelude = partial(all_of, in_own_folder, partial(kill_at_step, 3, signal.SIGKILL, rank=0))
     run(base, tmp_path / "run", ranks=2, output_dir="run", prelude=prelude, expect=None)

@@ -17,7 +17,6 @@ from typing import Any
 import psutil
 import pytest
 from folders import ROOT
-from native_files import with_adapter, write_native
 from ownership_files import grow_old
 from ranks import wait_for
 from run_files import assert_same_run, edit_tensors, files_of, has_step, run_settings, status
@@ -26,8 +25,9 @@ from run_preludes import all_of, before_call, kill_at_call, kill_at_step, slow_s
 from task_files import refusal
 
 from megatron_tiedlora.base.ownership import STALE_SECONDS
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, save_adapter
 
-RESUME, TOOLS = "megatron_tiedlora.checkpoint.resume", ROOT / "tools"
+RESUME = "megatron_tiedlora.checkpoint.resume"
 HELD = "is at work here (last seen"
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("own_cache")]
@@ -319,35 +319,26 @@ def test_twenty_random_moments(base: Base, whole: Path, tmp_path: Path) -> None:
 # Evaluations, merges, exports -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def adapter(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("adapter") / "adapter"
-    write_native(folder, base.model, with_adapter(base.model, "tl6")[2])
-    return folder
+OUTPUTS = {  # of each command that makes a folder: script, flag, and where it writes JSON in the middle of its work
+    "evaluate": (EVALUATE, "output_dir", "megatron_tiedlora.evaluation.results"),
+    "merge": (ROOT / "tools" / "merge_adapter.py", "output", "megatron_tiedlora.convert.merge"),
+    "export": (ROOT / "tools" / "export_peft.py", "output", "megatron_tiedlora.convert.export_peft"),
+}
 
 
-def output_commands(base: Base, adapter: Path, output: Path) -> dict[str, tuple[Path, list[str], tuple[str, str]]]:
-    """(script, arguments, where it is in the middle of writing) of each command that makes a folder."""
-    rows = base.folder / "rows.jsonl"
-    if not rows.is_file():
-        write_rows(rows, 2)
-    words = [f"--adapter={adapter}", f"--model={base.model}"]
-    convert = [*words, f"--output={output}"]
-    evaluate = [*words, f"--test_file={rows}", "--max_new_tokens=2", f"--output_dir={output}"]
-    return {
-        "evaluate": (EVALUATE, evaluate, ("megatron_tiedlora.evaluation.results", "write_json")),
-        "merge": (TOOLS / "merge_adapter.py", convert, ("megatron_tiedlora.convert.merge", "write_json")),
-        "export": (TOOLS / "export_peft.py", convert, ("megatron_tiedlora.convert.export_peft", "write_json")),
-    }
-
-
-@pytest.mark.parametrize("command", ["evaluate", "merge", "export"])
-def test_an_output_has_one_maker(base: Base, adapter: Path, tmp_path: Path, command: str) -> None:
-    output = tmp_path / "out"
-    script, words, (module, name) = output_commands(base, adapter, output)[command]
+@pytest.mark.parametrize("command", OUTPUTS)
+def test_an_output_has_one_maker(base: Base, native: NativeAdapter, tmp_path: Path, command: str) -> None:
+    adapter, output = tmp_path / "adapter", tmp_path / "out"
+    save_adapter(adapter, native.config, native.base_identity, native.state)
+    script, flag, module = OUTPUTS[command]
+    words = [f"--adapter={adapter}", f"--model={base.model}", f"--{flag}={output}"]
+    if command == "evaluate":
+        words += [f"--test_file={write_rows(tmp_path / 'rows.jsonl', 2)}", "--max_new_tokens=2"]
     run_ranks(words, folder=tmp_path / "work", script=script).expect(0)
     output.rename(tmp_path / "alone")
-    old = start_ranks(words, folder=tmp_path / "old", script=script, prelude=partial(stop_at_call, module, name))
+    old = start_ranks(
+        words, folder=tmp_path / "old", script=script, prelude=partial(stop_at_call, module, "write_json")
+    )
     wait_for(lambda: is_stopped(old), "the stop")
     assert not output.exists()
     line = run_ranks(words, folder=tmp_path / "new", script=script).expect(2).error_line()

@@ -32,9 +32,9 @@ def kill_launcher(job: Job) -> None:
     """SIGKILL to the launcher: deepspeed, mpirun, srun or the torchrun that serves the rendezvous."""
     if job.number:
         _kill_programs(job, "srun")
-    elif job.by_torchrun:
+    elif any(Path(word).name == "torchrun" for launcher in job.launchers for word in launcher.command):
         _kill_programs(job, AGENT)
-    elif job.is_watched:
+    elif any(is_watcher(launcher.command) for launcher in job.launchers):
         (launcher,) = psutil.Process(job.launchers[0].pid).children()
         launcher.kill()
     else:

@@ -72,7 +72,7 @@ class Base:
         return self.folder / "cache"
 
     def settings(self, **changes: Any) -> dict[str, Any]:
-        """Settings of a short fp32 run with sizes that 2 does not divide; None takes a setting out."""
+        """Settings of a short fp32 run with sizes that 2 does not divide, paths as texts; None takes a setting out."""
         settings = {
             "model": self.model,
             "train_file": self.train,
@@ -89,7 +89,8 @@ class Base:
             "eval_interval": 2,
             **changes,
         }
-        return {name: value for name, value in settings.items() if value is not None}
+        found = {name: value for name, value in settings.items() if value is not None}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in found.items()}
 
     def arguments(self, **changes: Any) -> list[str]:
         """`settings` as flags."""

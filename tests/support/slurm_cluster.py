@@ -89,19 +89,11 @@ class SlurmCluster:
         states = self.cluster.first.run(["sinfo", "-h", "-N", "-o", "%t"], check=False).split()
         return states == ["idle"] * len(self.cluster.hosts)
 
-    def state(self, job: str) -> str:
-        """The state of a job, as `scontrol` names it (PENDING, RUNNING, COMPLETED, FAILED, CANCELLED, TIMEOUT ...)."""
-        return self._field(job, "JobState")
+    def field(self, job: str, name: str) -> str:
+        """What `scontrol` says of a job: its JobState (PENDING, RUNNING, COMPLETED, FAILED, CANCELLED, TIMEOUT ...).
 
-    def exit_code(self, job: str) -> str:
-        """The exit status of a job's script and, after a colon, the signal that ended it."""
-        return self._field(job, "ExitCode")
-
-    def restarts(self, job: str) -> int:
-        """How often a job was put back into the queue."""
-        return int(self._field(job, "Restarts"))
-
-    def _field(self, job: str, name: str) -> str:
+        Or its ExitCode, that of its script and, after a colon, the signal that ended it; or its Restarts.
+        """
         shown = self.cluster.first.run(["scontrol", "show", "job", "-o", job])
         return dict(word.split("=", 1) for word in shown.split() if "=" in word)[name]
 
