@@ -16,9 +16,8 @@ import pytest
 from cluster_faults import heal, wait_for_step
 from cluster_routes import MPI_ENVIRONMENT, ROUTES, Job, Task, needed, start_slurm, start_torchrun
 from cluster_site import LAYOUTS, Site, opened_site
-from fake_hosts import FakeCluster
+from fake_hosts import FakeCluster, Started, wait_until
 from folders import ROOT
-from host_commands import Started, wait_until
 from host_needs import needs
 from run_files import files_of, has_step, losses, status
 

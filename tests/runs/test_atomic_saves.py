@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import save_step
-from native_files import moments_of
+from native_files import moments_of, save_step
 from ownership_files import names
 from run_helpers import Ended, run_ranks
 
@@ -118,7 +117,7 @@ from pathlib import Path
 import torch
 from megatron_tiedlora.base import atomic
 from megatron_tiedlora.checkpoint import native_adapter, resume
-from native_files import moments_of
+from native_files import moments_of, save_step
 
 torch.set_num_threads(1)
 os.fsync = lambda descriptor: None  # a kill is not a power cut: what was written is there

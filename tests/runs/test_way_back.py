@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import save_step
-from native_files import reseal, with_adapter
+from native_files import reseal, save_step, with_adapter
 from run_files import assert_same_run, checkpoint_names, edit_json, edit_tensors, files_of, status, truncate
 from run_helpers import Base, begin, run
 from run_preludes import kill_at_step, scripted_validation

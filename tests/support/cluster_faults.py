@@ -13,8 +13,7 @@ from typing import Any
 
 import psutil
 from cluster_routes import Job, is_watcher
-from fake_hosts import FakeHost
-from host_commands import wait_until
+from fake_hosts import FakeHost, wait_until
 from run_files import has_step
 
 # What serves a rank on its host (the last is torchrun's agent). When it has ended they tell their peers, and try to

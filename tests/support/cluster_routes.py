@@ -14,9 +14,8 @@ from functools import partial
 from pathlib import Path
 
 import psutil
-from fake_hosts import FakeCluster
+from fake_hosts import FakeCluster, Started, wait_until
 from folders import ROOT
-from host_commands import Started, wait_until
 from host_needs import host_environment
 from ranks import ENVIRONMENT
 from run_helpers import PRELUDES, TRAIN

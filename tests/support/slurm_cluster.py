@@ -6,8 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fake_hosts import FakeCluster
-from host_commands import wait_until
+from fake_hosts import FakeCluster, wait_until
 from host_needs import program_path
 
 SLURM_CONF = """
