@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -268,8 +267,12 @@ def test_an_order_for_many_hosts_is_one_argument() -> None:
 def report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Report:
     """What the doctor makes of two healthy hosts with these findings."""
     job = make_job(tmp_path, hosts=(Host("nodea", 2), Host("nodeb", 2)))
-    quiet = partial(examined, monkeypatch, trial(), find_job=job, check_programs=None, explain_silence=[])
-    return lambda findings: quiet(DoctorSettings(tensor_parallel=2), compare_hosts=list(findings))
+
+    def of_two(findings: Sequence[Finding]) -> DoctorReport:
+        answers = {"find_job": job, "check_programs": None, "explain_silence": [], "compare_hosts": list(findings)}
+        return examined(monkeypatch, trial(), DoctorSettings(tensor_parallel=2), **answers)
+
+    return of_two
 
 
 def test_the_verdict_counts_errors_and_puts_them_first(report: Report) -> None:
