@@ -1,4 +1,4 @@
-"""Settings of the whole suite, and the hosts that tests of several of them share."""
+"""Settings of the whole suite, and the base and the hosts that tests of several folders share."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 from fake_hosts import FakeCluster
 from ranks import LAUNCHER_VARIABLES
+from run_helpers import Base, write_base
 
 gc.disable()  # until all tests are imported, which makes many objects and no garbage: a third of that time
 
@@ -65,6 +66,12 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 def whole(request: pytest.FixtureRequest) -> bool:
     """Whether all cases of a test are run, which is slow, or a part in which every choice of theirs occurs."""
     return bool(request.param)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    """A tiny model with data, which no test changes."""
+    return write_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,8 @@ from typing import Any
 import psutil
 import pytest
 from cluster_routes import MPI_ENVIRONMENT
-from fake_hosts import FakeCluster, FakeHost
+from fake_hosts import FakeCluster, FakeHost, Started, wait_until
 from folders import ROOT
-from host_commands import Started, wait_until
 from host_needs import needs
 from slurm_cluster import SlurmCluster
 

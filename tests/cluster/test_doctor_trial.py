@@ -57,26 +57,14 @@ GROUPS = (("tensor", (0, 1)), ("tensor", (2, 3)), ("data", (0, 2)), ("data", (1,
 
 def report_of(rank: int, *, until: str = "done", **more: Any) -> RankReport:
     """What a rank has said when it has come to the stage `until`."""
-    groups = [result(kind, ranks) for kind, ranks in GROUPS if rank == ranks[0] and until == "done"]
+    groups = [result(kind=kind, ranks=list(ranks)) for kind, ranks in GROUPS if rank == ranks[0] and until == "done"]
     return RankReport(rank=rank, stage=until, groups=groups, **more)
 
 
-def result(
-    kind: str = "data",
-    ranks: Sequence[int] = (0, 1),
-    hosts: Sequence[str] = (),
-    speed: float = 1e9,
-    correct: bool = True,
-) -> GroupResult:
-    return GroupResult(
-        kind=kind,
-        ranks=list(ranks),
-        hosts=list(hosts),
-        num_bytes=LARGE,
-        seconds=0.1,
-        bus_bytes_per_second=speed,
-        correct=correct,
-    )
+def result(**changes: Any) -> GroupResult:
+    """A healthy group's figures but for `changes`."""
+    healthy = {"kind": "data", "ranks": [0, 1], "hosts": [], "num_bytes": LARGE, "seconds": 0.1, "correct": True}
+    return GroupResult(**{**healthy, "bus_bytes_per_second": 1e9, **changes})
 
 
 def trial(until: dict[int, str] | None = None, *, failed: dict[int, str] | None = None, **kwargs: Any) -> Trial:
@@ -88,10 +76,6 @@ def trial(until: dict[int, str] | None = None, *, failed: dict[int, str] | None 
     return Trial(reports, **kwargs)
 
 
-def explained(seen: Trial) -> list[tuple[str, list[str]]]:
-    return [(finding.code, finding.hosts) for finding in explain_trial(HOSTS, LAYOUT, seen, limit=60)]
-
-
 def test_figures_of_each_group_are_in_the_order_of_its_kind_with_its_hosts() -> None:
     seen = trial()
     results = group_results(HOSTS, seen)
@@ -101,7 +85,7 @@ def test_figures_of_each_group_are_in_the_order_of_its_kind_with_its_hosts() -> 
         ("data", [0, 2], ["nodea", "nodeb"]),
         ("data", [1, 3], ["nodea", "nodeb"]),
     ]
-    assert explained(seen) == [] and judge_groups(results) == []
+    assert explain_trial(HOSTS, LAYOUT, seen, limit=60) == [] and judge_groups(results) == []
     assert len(group_results(HOSTS, trial({2: "joined", 0: "joined"}))) == 1  # the others were not measured
 
 
@@ -131,7 +115,8 @@ def test_figures_are_of_the_slowest_rank_and_one_with_a_wrong_sum_spoils_them(
 
 
 def test_a_slow_group_and_a_wrong_sum_are_named_by_their_hosts() -> None:
-    slow = [result(), result(), result(hosts=["nodeb", "nodec"], speed=3e8), result(kind="tensor", speed=1e8)]
+    slow = [result(), result(), result(hosts=["nodeb", "nodec"], bus_bytes_per_second=3e8)]
+    slow.append(result(kind="tensor", bus_bytes_per_second=1e8))
     assert [(finding.code, finding.status, finding.hosts) for finding in judge_groups(slow)] == [
         ("slow_group", "warning", ["nodeb", "nodec"])
     ]
@@ -179,19 +164,18 @@ def test_a_rank_on_a_gpu_prepares_cuda_and_takes_the_one_that_it_sees(monkeypatc
 
 
 def test_ranks_that_do_not_start_meet_or_finish() -> None:
-    printed = ["nodea: bars", "nodeb: ImportError: libfoo", "the end"]
+    printed, both = ["nodea: bars", "nodeb: ImportError: libfoo", "the end"], ["nodea", "nodeb"]
     silent = trial({0: "started", 1: "started", 2: "", 3: ""}, printed=printed, status=1)
-    assert explained(silent) == [("not_started", ["nodeb"])]
-    assert "ImportError: libfoo" in explain_trial(HOSTS, LAYOUT, silent, limit=60)[0].message
     apart = trial(dict.fromkeys(range(4), "started"), failed={2: "timed out after 60000ms", 3: "timed out"}, status=1)
-    assert explained(apart) == [("not_joined", ["nodea", "nodeb"])]
-    assert "timed out after 60000ms" in explain_trial(HOSTS, LAYOUT, apart, limit=60)[0].message
-    stuck = trial(dict.fromkeys(range(4), "joined"))
-    assert explained(stuck) == [("allreduce_failed", ["nodea", "nodeb"])]
-    assert "not finished in 60 s" in explain_trial(HOSTS, LAYOUT, stuck, limit=60)[0].message
     lost = trial({2: "joined", 3: "joined"}, printed=["nodeb: Timeout, server nodeb not responding."], status=255)
-    assert explained(lost) == [("allreduce_failed", ["nodeb"])]
-    assert "server nodeb not responding" in explain_trial(HOSTS, LAYOUT, lost, limit=60)[0].message
+    for seen, code, hosts, words in (
+        (silent, "not_started", ["nodeb"], "ImportError: libfoo"),
+        (apart, "not_joined", both, "timed out after 60000ms"),
+        (trial(dict.fromkeys(range(4), "joined")), "allreduce_failed", both, "not finished in 60 s"),
+        (lost, "allreduce_failed", ["nodeb"], "server nodeb not responding"),
+    ):
+        (finding,) = explain_trial(HOSTS, LAYOUT, seen, limit=60)
+        assert (finding.code, finding.hosts) == (code, hosts) and words in finding.message
 
 
 def answer() -> HostAnswer:
@@ -237,10 +221,9 @@ def test_why_nothing_was_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     write_program(tmp_path / "bin", "mpirun", f"#!/bin/sh\n{text}\n")
     monkeypatch.setattr("megatron_tiedlora.cluster.doctor.trial._START_SECONDS", 1.0)
     job = make_job(tmp_path / "job", launcher="mpirun", route="local", hosts=(Host("nodea", 2),))
-    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
-    monkeypatch.setenv("PATH", environment["PATH"])
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     begin = time.monotonic()
-    seen = start_ranks(job, make_order(LAYOUT), environment, lambda line: None)
+    seen = start_ranks(job, make_order(LAYOUT), dict(os.environ), lambda line: None)
     assert time.monotonic() - begin < 15
     (finding,) = explain_trial(HOSTS[:1], LAYOUT, seen, limit=2)
     assert finding.code == "not_started" and f"({reason})" in finding.message
@@ -257,19 +240,20 @@ def test_ranks_have_an_alarm() -> None:
     assert done.returncode == -signal.SIGALRM, done.stderr
 
 
-def examined(monkeypatch: pytest.MonkeyPatch, seen: Trial) -> DoctorReport:
-    """What the doctor says of a single rank on this machine."""
-    monkeypatch.setattr("megatron_tiedlora.cluster.doctor.trial.start_ranks", lambda *_: seen)
-    monkeypatch.setattr("megatron_tiedlora.cluster.doctor.trial.compare_hosts", lambda *_, **__: [])
-    return examine(DoctorSettings(), {}, lambda line: None)
+def examined(monkeypatch: pytest.MonkeyPatch, seen: Trial, settings: DoctorSettings, **answers: Any) -> DoctorReport:
+    """What the doctor says when its ranks are `seen`, hosts are alike, and functions of its module give `answers`."""
+    for name, value in {"start_ranks": seen, "compare_hosts": [], **answers}.items():
+        monkeypatch.setattr(f"megatron_tiedlora.cluster.doctor.trial.{name}", lambda *_, value=value, **__: value)
+    return examine(settings, {}, lambda line: None)
 
 
 def test_a_single_rank_that_fails_after_its_probe_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     told = answer()
     failed = report_of(0, until="started", answer=told, failed="CUDA error: out of memory")
-    bad = examined(monkeypatch, Trial({0: failed}, status=1))
+    bad = examined(monkeypatch, Trial({0: failed}, status=1), DoctorSettings())
     assert bad.verdict == "not ready" and "CUDA error: out of memory" in bad.findings[0].message
-    good = examined(monkeypatch, Trial({0: RankReport(rank=0, stage="done", answer=told)}, status=0))
+    healthy = Trial({0: RankReport(rank=0, stage="done", answer=told)}, status=0)
+    good = examined(monkeypatch, healthy, DoctorSettings())
     assert good.verdict == "ready" and good.skipped == "no all-reduce: a single rank has no communication to test"
 
 
@@ -282,17 +266,13 @@ def test_an_order_for_many_hosts_is_one_argument() -> None:
 @pytest.fixture
 def report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Report:
     """What the doctor makes of two healthy hosts with these findings."""
+    job = make_job(tmp_path, hosts=(Host("nodea", 2), Host("nodeb", 2)))
 
-    def examined(findings: Sequence[Finding]) -> DoctorReport:
-        job = make_job(tmp_path, hosts=(Host("nodea", 2), Host("nodeb", 2)))
-        for name, value in (
-            ("find_job", job), ("check_programs", None), ("start_ranks", trial()), ("explain_silence", []),
-            ("compare_hosts", list(findings)),
-        ):  # fmt: skip
-            monkeypatch.setattr(f"megatron_tiedlora.cluster.doctor.trial.{name}", lambda *_, value=value, **__: value)
-        return examine(DoctorSettings(tensor_parallel=2), {}, lambda line: None)
+    def of_two(findings: Sequence[Finding]) -> DoctorReport:
+        answers = {"find_job": job, "check_programs": None, "explain_silence": [], "compare_hosts": list(findings)}
+        return examined(monkeypatch, trial(), DoctorSettings(tensor_parallel=2), **answers)
 
-    return examined
+    return of_two
 
 
 def test_the_verdict_counts_errors_and_puts_them_first(report: Report) -> None:

@@ -19,8 +19,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from fake_hosts import FakeCluster
-from host_commands import wait_until
+from fake_hosts import FakeCluster, wait_until
 from host_needs import needs, why_not
 
 pytestmark = [pytest.mark.distributed, needs("hosts"), pytest.mark.timeout(60)]

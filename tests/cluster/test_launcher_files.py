@@ -85,51 +85,45 @@ STOPPED = {"state": "stopped", "step": 4, "reason": "SIGUSR1"}
 
 
 @pytest.mark.parametrize(
-    ("end", "requeued"),
+    ("end", "requeued", "words"),
     [
-        (STOPPED, True),
-        ({**STOPPED, "reason": "SIGUSR1 before a step of this start"}, False),
-        ({**STOPPED, "reason": "signals"}, False),
-        ({**STOPPED, "reason": "SIGTERM or the launcher's end"}, False),
-        ({**STOPPED, "state": "failed", "reason": 'ValueError: "SIGUSR1"'}, False),
-        ({**STOPPED, "state": "finished", "reason": ""}, False),
-        (None, False),
+        (STOPPED, True, ["--task", "my task"]),
+        ({**STOPPED, "reason": "SIGUSR1 before a step of this start"}, False, []),
+        ({**STOPPED, "reason": "signals"}, False, []),
+        ({**STOPPED, "reason": "SIGTERM or the launcher's end"}, False, []),
+        ({**STOPPED, "state": "failed", "reason": 'ValueError: "SIGUSR1"'}, False, []),
+        ({**STOPPED, "state": "finished", "reason": ""}, False, []),
+        (None, False, []),
+        (STOPPED, True, ["--output_dir", "my runs/a"]),
+        (STOPPED, True, ["--output_dir=my runs/a"]),
+        (STOPPED, True, ["--output_dir=~/my runs/a"]),
     ],
 )
 def test_the_batch_script_of_torchrun_asks_the_run_folder(
-    tmp_path: Path, end: dict[str, Any] | None, requeued: bool
+    tmp_path: Path, end: dict[str, Any] | None, requeued: bool, words: list[str]
 ) -> None:
-    """Of this start: what an earlier one has left there does not count."""
-    folder = RunFolder(tmp_path / "runs" / "tiedlora-42")
+    """Of this start, and the one that it was given: what an earlier one has left there does not count."""
+    is_given = "my runs" in str(words)
+    place = "my runs/a" if is_given else "runs/tiedlora-42"
+    folder = RunFolder(tmp_path / place)
     folder.path.mkdir(parents=True)
-    folder.write_status(**STOPPED)
+    if not is_given:
+        folder.write_status(**STOPPED)
     ended = 'echo "ranks $MEGATRON_TIEDLORA_EXPECTED_RANKS"\n'
     if end is not None:
         RunFolder(tmp_path / "end").path.mkdir()
         RunFolder(tmp_path / "end").write_status(**end)
         ended += f"cp '{tmp_path}/end/run_status.json' '{folder.path}'\n"
-    variables = {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "8"}
+    variables = {"SLURM_NNODES": "2", **({"RANKS_PER_NODE": "1"} if is_given else {"SLURM_GPUS_ON_NODE": "8"})}
     found, calls = run_batch_script(
-        tmp_path, "slurm_torchrun.sbatch", ["--task", "my task"], srun=f"{ended}exit 1\n", variables=variables
+        tmp_path, "slurm_torchrun.sbatch", words, srun=f"{ended}exit 1\n", variables=variables
     )
-    given = "<--output_dir> <runs/tiedlora-42> <--task> <my task> <--resume> <auto>"
+    shown = str(folder.path) if "~" in str(words) else place
+    given = " ".join(f"<{word}>" for word in ("--output_dir", shown, *words, "--resume", "auto"))
     requeue = ["scontrol <requeue> <42>"] if requeued else []
     assert found == 1
-    assert calls == ["scontrol <show> <hostnames>", f"{TORCHRUN} {given}", "ranks 16", *requeue]
-
-
-@pytest.mark.parametrize(
-    "words", [["--output_dir", "my runs/a"], ["--output_dir=my runs/a"], ["--output_dir=~/my runs/a"]]
-)
-def test_the_batch_script_of_torchrun_asks_the_folder_that_it_was_given(tmp_path: Path, words: list[str]) -> None:
-    folder = RunFolder(tmp_path / "my runs" / "a")
-    folder.path.mkdir(parents=True)
-    folder.write_status(**STOPPED)
-    folder.status.rename(tmp_path / "end")
-    variables = {"SLURM_NNODES": "2", "RANKS_PER_NODE": "1"}
-    ended = f"mv '{tmp_path}/end' '{folder.status}'\nexit 1\n"
-    _, calls = run_batch_script(tmp_path, "slurm_torchrun.sbatch", words, srun=ended, variables=variables)
-    assert calls[-1] == "scontrol <requeue> <42>"
+    torchrun, ranks = (TORCHRUN.replace("<8>", "<1>"), 2) if is_given else (TORCHRUN, 16)
+    assert calls == ["scontrol <show> <hostnames>", f"{torchrun} {given}", f"ranks {ranks}", *requeue]
 
 
 @pytest.mark.parametrize("script", ["slurm.sbatch", "slurm_torchrun.sbatch"])

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from task_files import refusal
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.cluster.doctor.trial import find_job
@@ -17,18 +18,11 @@ from megatron_tiedlora.config.hosts import Host, expand_nodelist, is_torchrun, n
 from megatron_tiedlora.config.launch_settings import DoctorSettings, LaunchSettings, parse_launch
 from megatron_tiedlora.config.settings import make_settings
 
-ALLOCATION = {
-    "SLURM_JOB_ID": "7",
-    "SLURM_JOB_NODELIST": "a1,b-2",
-    "SLURM_TASKS_PER_NODE": "4(x2)",
-}
+ALLOCATION = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "a1,b-2", "SLURM_TASKS_PER_NODE": "4(x2)"}
 
 
-def refusal(*argv: str) -> str:
-    with pytest.raises(UserError) as caught:
-        parse_launch(argv)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+def refused(*argv: str) -> str:
+    return refusal(lambda: parse_launch(argv))
 
 
 # Hostfiles ---------------------------------------------------------------------------------------------------------
@@ -183,9 +177,9 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         choose_hosts(LaunchSettings(launcher="srun"), {})
     with pytest.raises(UserError, match="start it once, without srun"):
         choose_hosts(LaunchSettings(), {**ALLOCATION, "SLURM_STEP_NUM_TASKS": "2"})
-    assert "remove --hostfile" in refusal("--launcher", "srun", "--hostfile", "f")
-    assert "starts ranks on this machine only" in refusal("--launcher", "torchrun", "--hostfile", "f")
-    assert "--launcher pdsh: input should be 'auto', 'deepspeed'" in refusal("--launcher", "pdsh")
+    assert "remove --hostfile" in refused("--launcher", "srun", "--hostfile", "f")
+    assert "starts ranks on this machine only" in refused("--launcher", "torchrun", "--hostfile", "f")
+    assert "--launcher pdsh: input should be 'auto', 'deepspeed'" in refused("--launcher", "pdsh")
 
 
 @pytest.mark.parametrize(
@@ -239,18 +233,18 @@ def test_own_flags_and_those_of_train_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_a_wrong_setting_of_either_costs_nothing() -> None:
-    assert "unknown argument --hostfil (did you mean --hostfile?)" in refusal("--hostfil", "x")
-    assert "unknown argument --max_step (did you mean --max_steps?)" in refusal("--max_step", "3")
-    assert "--max_steps 0" in refusal("--max_steps", "0")
-    assert "--launcher" in refusal("--launcher", "slurm")
-    assert "--show_command" in refusal("--dry_run")
-    assert "no such file" in refusal("--config", os.devnull + ".yaml")
-    assert '--launcher_args "a: no closing quotation' in refusal("--launcher_args", '"a')
+    assert "unknown argument --hostfil (did you mean --hostfile?)" in refused("--hostfil", "x")
+    assert "unknown argument --max_step (did you mean --max_steps?)" in refused("--max_step", "3")
+    assert "--max_steps 0" in refused("--max_steps", "0")
+    assert "--launcher" in refused("--launcher", "slurm")
+    assert "--show_command" in refused("--dry_run")
+    assert "no such file" in refused("--config", os.devnull + ".yaml")
+    assert '--launcher_args "a: no closing quotation' in refused("--launcher_args", '"a')
 
 
 @pytest.mark.parametrize("name", ["grace_seconds", "timeout_minutes"])
 def test_a_wait_longer_than_the_clocks_hold_is_refused(name: str) -> None:
-    assert f"--{name} 1e14: input should be less than or equal to" in refusal(f"--{name}", "1e14")
+    assert f"--{name} 1e14: input should be less than or equal to" in refused(f"--{name}", "1e14")
     parse_launch([f"--{name}", "1440"])
 
 

@@ -133,6 +133,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capture
         grace: float = 20.0,
         arguments: tuple[str, ...] = (),
         before: Callable[[Path], None] | None = None,
+        kills: str = "",
     ) -> Start:
         folder = tmp_path / "runs" / "one"
         monkeypatch.setenv("RANK_PLAN", json.dumps(rank))
@@ -140,7 +141,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capture
         if before is not None:
             before(folder)
         flags = [f"--launcher={by}", "--num_gpus=1", f"--grace_seconds={grace}"]
-        sender = threading.Thread(target=_send, args=(folder, signals), daemon=True)
+        sender = threading.Thread(target=_send, args=(folder, signals, kills), daemon=True)
         sender.start()
         status = launch(parse_launch([*flags, f"--output_dir={folder}", *arguments]), scripts=scripts)
         sender.join(10)
@@ -157,13 +158,17 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capture
     assert not left
 
 
-def _send(folder: Path, signals: tuple[int, ...]) -> None:
+def _send(folder: Path, signals: tuple[int, ...], kills: str) -> None:
+    """Once the rank runs, send this process signals one after another; or SIGKILL to its child of the name `kills`."""
+    deadline = time.monotonic() + 60
+    while not (folder / "runs").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
     for number in signals:
-        deadline = time.monotonic() + 60
-        while not (folder / "runs").exists() and time.monotonic() < deadline:
-            time.sleep(0.05)
         time.sleep(0.6)
         os.kill(os.getpid(), number)
+    for process in psutil.Process().children() if kills else ():
+        if kills in " ".join(process.cmdline()[:2]):
+            process.kill()
 
 
 def _is_of(process: psutil.Process, folder: Path) -> bool:
@@ -227,11 +232,23 @@ def test_a_run_folder_that_is_not_seen_from_here_is_no_success(start: Launch, tm
 # Signals --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
-def test_a_signal_reaches_the_rank_once_and_a_run_that_saved_is_a_success(start: Launch, sent: int) -> None:
+@pytest.mark.parametrize(
+    ("rank", "sent", "status", "said"),
+    [
+        *(
+            ({"works": 30, "saves": 1.5}, [number], 0, "stopped at step 3")
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+        ),
+        ({"works": 30, "saves": 2.0}, [signal.SIGTERM, signal.SIGTERM], 0, "stopped at step 3"),
+        ({"works": 2.5, "obeys": False, "state": "failed", "status": 1}, [signal.SIGTERM], 1, "failed at step 3"),
+    ],
+)
+def test_a_signal_reaches_the_rank_once_and_a_run_that_saved_is_a_success(
+    start: Launch, rank: dict[str, Any], sent: list[int], status: int, said: str
+) -> None:
     """As SIGUSR1, on which mpirun does not end its ranks."""
-    ended = start({"works": 30, "saves": 1.5}, signals=(sent,))
-    assert ended.status == 0 and "stopped at step 3" in ended.said
+    ended = start(rank, signals=tuple(sent))
+    assert ended.status == status and said in ended.said
     assert ended.signals == [signal.SIGUSR1]
     assert "is passed on" in ended.said
 
@@ -245,21 +262,11 @@ def test_a_signal_reaches_the_ranks_of_this_machine_itself(start: Launch, sent: 
     assert ended.signals == [arrives]
 
 
-def test_a_signal_that_saved_nothing_is_no_success(start: Launch) -> None:
-    ended = start({"works": 2.5, "obeys": False, "state": "failed", "status": 1}, signals=(signal.SIGTERM,))
-    assert ended.status == 1 and ended.signals == [10]
-
-
 def test_a_second_ctrl_c_kills(start: Launch) -> None:
     begun = time.monotonic()
     ended = start({"works": 50, "obeys": False}, signals=(signal.SIGINT, signal.SIGINT))
     assert ended.status == 137 and ended.signals == [10]
     assert time.monotonic() - begun < 15 and "killing all" in ended.said
-
-
-def test_a_second_sigterm_does_not(start: Launch) -> None:
-    ended = start({"works": 30, "saves": 2.0}, signals=(signal.SIGTERM, signal.SIGTERM))
-    assert ended.status == 0 and ended.signals == [10]
 
 
 # Launchers that die, lie or stay --------------------------------------------------------------------------------------
@@ -283,34 +290,13 @@ def test_a_rank_that_its_launcher_abandoned_has_time_to_save(start: Launch) -> N
 
 @pytest.mark.distributed
 def test_a_rank_whose_deepspeed_was_killed_here_is_told_to_save(start: Launch) -> None:
-    def kill() -> None:
-        deadline = time.monotonic() + 50
-        while not list((folder / "runs").glob("*/runs")) and time.monotonic() < deadline:
-            time.sleep(0.2)
-        for process in psutil.Process().children():
-            if "deepspeed" in " ".join(process.cmdline()[:2]):
-                process.kill()
-
-    folder = Path(os.environ["HOME"])
-    killer = threading.Thread(target=kill)
-    killer.start()
-    ended = start({"works": 50, "saves": 1.0}, by="deepspeed")
-    killer.join()
+    ended = start({"works": 50, "saves": 1.0}, by="deepspeed", kills="deepspeed")
     assert ended.status == 137 and ended.signals == [15]
     assert "it is told to save and to stop" in ended.said and "stopped at step 3" in ended.said
 
 
 def test_a_killed_launcher_is_noticed(start: Launch) -> None:
-    def kill() -> None:
-        time.sleep(2.0)
-        for process in psutil.Process().children():
-            if "mpirun" in " ".join(process.cmdline()):
-                process.kill()
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    ended = start({"works": 4}, grace=60)
-    killer.join()
+    ended = start({"works": 4}, grace=60, kills="mpirun")
     assert ended.status == 137 and not ended.signals
     assert "mpirun ended with SIGKILL" in ended.said
 

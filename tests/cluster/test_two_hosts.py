@@ -8,16 +8,16 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cluster_faults import heal, wait_for_step
-from cluster_routes import MPI_ENVIRONMENT, ROUTES, TORCHRUN_BY_SLURM, Job, Task, needed, start_slurm, start_torchrun
+from cluster_routes import MPI_ENVIRONMENT, ROUTES, Job, Task, needed, start_slurm, start_torchrun
 from cluster_site import LAYOUTS, Site, opened_site
-from fake_hosts import FakeCluster
+from fake_hosts import FakeCluster, Started, wait_until
 from folders import ROOT
-from host_commands import Started, wait_until
 from host_needs import needs
 from run_files import files_of, has_step, losses, status
 
@@ -71,9 +71,9 @@ def test_two_hosts_compute_what_one_does(site: Site, tmp_path: Path, route: str,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("route", [pytest.param(route, marks=needs("slurm")) for route in TORCHRUN_BY_SLURM])
-def test_torchrun_on_the_nodes_of_an_allocation(site: Site, tmp_path: Path, route: str) -> None:
-    assert_as_on_one_host(site, tmp_path, "tp2", TORCHRUN_BY_SLURM[route])
+@needs("slurm")
+def test_torchrun_on_the_nodes_of_an_allocation(site: Site, tmp_path: Path) -> None:
+    assert_as_on_one_host(site, tmp_path, "tp2", partial(start_slurm, name="slurm_torchrun.sbatch"))
 
 
 def assert_as_on_one_host(site: Site, work: Path, layout: str, start: Callable[[Task], Job], prelude: str = "") -> None:
@@ -151,9 +151,9 @@ def test_the_time_limit(site: Site, tmp_path: Path, script: str) -> None:
     wait_until(
         lambda: job.is_over() or (file.exists() and status(folder)["reason"] == "SIGUSR1"), job.output, limit=300
     )
-    seconds = wait_until(lambda: slurm.restarts(job.number) > 0 or job.is_over(), job.output, limit=100)
+    seconds = wait_until(lambda: slurm.field(job.number, "Restarts") != "0" or job.is_over(), job.output, limit=100)
     print(f"\n{script}: in the queue again {seconds:.1f} s after it was saved")
-    assert slurm.restarts(job.number) > 0, job.output()
+    assert slurm.field(job.number, "Restarts") != "0", job.output()
     assert job.wait(1000) == 0, job.output()
     assert_finished(site, folder, "tp2")
 
@@ -171,7 +171,7 @@ def test_a_start_without_a_step_is_an_end(site: Site, tmp_path: Path, script: st
     wait_until(lambda: f"run folder  {folder}" in job.output() or job.is_over(), job.output, limit=100)
     site.cluster.first.run(["scancel", "--signal=USR1", job.number])  # to the ranks, as before a time limit
     assert job.wait(60) != 0, job.output()
-    assert slurm.restarts(job.number) == 0
+    assert slurm.field(job.number, "Restarts") == "0"
     assert status(folder) == {"state": "stopped", "step": 0, "reason": "SIGUSR1 before a step of this start"}
     wait_until(lambda: not site.cluster.jobs(), site.cluster.jobs, limit=10)
 

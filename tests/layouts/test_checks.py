@@ -18,7 +18,7 @@ from engine_runs import EngineRun, SharedStarts
 from fault_patches import put_in
 from layout_runs import five_layers, settings_of
 from run_files import assert_same_run, checkpoint_names, losses, status
-from run_helpers import Base, run, run_ranks, write_base
+from run_helpers import Base, run
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.adapters.adapter_bank import AdapterBank
@@ -257,8 +257,8 @@ Answer = Callable[[Case], EngineRun]
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return five_layers(tmp_path_factory.mktemp("base"))
+def larger(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return five_layers(tmp_path_factory.mktemp("larger"))
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +269,7 @@ def three_layers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def answer(base: dict[str, Any], three_layers: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Answer:
+def answer(larger: dict[str, Any], three_layers: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Answer:
     """From a case to what it gave; all cases of a list and of as many ranks run in one start, when the first of them is
     asked for."""
     # One start of all would take minutes where cores are shared, and a start has a time limit.
@@ -288,7 +288,7 @@ def answer(base: dict[str, Any], three_layers: dict[str, Any], tmp_path_factory:
         cases = [case for case in of_list if case.ranks == wanted.ranks]
         work = folder / f"{name}{wanted.ranks}"
         work.mkdir(exist_ok=True)
-        models = [base if case.needs_five_layers else three_layers for case in cases]
+        models = [larger if case.needs_five_layers else three_layers for case in cases]
         runs = starts[name].runs(
             wanted.ranks,
             lambda: [case_for_workers(model, work, case) for model, case in zip(models, cases, strict=True)],
@@ -347,20 +347,13 @@ def test_the_largest_norm_is_the_same_at_every_stage(monkeypatch: pytest.MonkeyP
 # Real commands ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    return write_base(tmp_path_factory.mktemp("small"))
-
-
 @pytest.mark.parametrize("step", [1, 6])
-def test_a_run_stops_where_copies_differ(small: Base, tmp_path: Path, step: int) -> None:
+def test_a_run_stops_where_copies_differ(base: Base, tmp_path: Path, step: int) -> None:
     """In the first steps, and at a save long after them: one line, status 2 everywhere, and what was saved stands."""
     folder = tmp_path / "run"
-    settings = {"ds_config": "zero1.json", "pipeline_parallel": 2, "max_steps": 8, "output_dir": folder}
+    settings = {"ds_config": "zero1.json", "pipeline_parallel": 2, "max_steps": 8}
     prelude = partial(put_in, [{"name": "change_copy", "tensor": "B", "rank": 1, "step": step}])
-    arguments = small.arguments(**settings)
-    ended = run_ranks(arguments, folder=tmp_path, cache=small.cache, ranks=2, prelude=prelude).expect(2)
-    line = ended.error_line()
+    line = run(base, folder, ranks=2, prelude=prelude, expect=2, **settings).error_line()
     assert re.match(rf"error: after step {step} B differs between {TIED}: .*\b1\b.* by up to [1-9]\S*;", line), line
     assert status(folder)["state"] == "failed"
     if step == 1:
@@ -368,19 +361,19 @@ def test_a_run_stops_where_copies_differ(small: Base, tmp_path: Path, step: int)
         return
     assert (folder / "checkpoints" / "latest").read_text() == "step_4\n"
     assert "step_6" not in checkpoint_names(folder)
-    run(small, folder, ranks=2, **{**settings, "resume": "auto"})  # without the fault it goes on from there
+    run(base, folder, ranks=2, resume="auto", **settings)  # without the fault it goes on from there
     assert [number for number, _ in losses(folder)] == list(range(1, 9))
 
 
 @pytest.mark.parametrize("ds_config", ["zero3.json", "zero0.json"])
-def test_a_run_stops_before_an_infinite_second_moment_is_saved(small: Base, tmp_path: Path, ds_config: str) -> None:
+def test_a_run_stops_before_an_infinite_second_moment_is_saved(base: Base, tmp_path: Path, ds_config: str) -> None:
     """One gradient of 1e25 at step 5: status 2, the checkpoint of step 4 stands, and a resume ends as another run."""
     folder, whole = tmp_path / "run", tmp_path / "whole"
     settings = {"ds_config": ds_config, "gradient_clipping": 0, "max_steps": 6, "save_interval": 1}
     fault = {"name": "one_gradient", "tensor": "B", "layers": [2], "step": 5, "value": 1e25}
-    line = run(small, folder, prelude=partial(put_in, [fault]), expect=2, **settings).error_line()
+    line = run(base, folder, prelude=partial(put_in, [fault]), expect=2, **settings).error_line()
     assert line.startswith("error: the gradient norm is inf at step 5; the last checkpoint is of step 4")
     assert status(folder)["state"] == "failed" and checkpoint_names(folder) == {"step_2", "step_3", "step_4"}
-    run(small, folder, resume="auto", **settings)
-    run(small, whole, **settings)
+    run(base, folder, resume="auto", **settings)
+    run(base, whole, **settings)
     assert_same_run(folder, whole)

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 from run_files import edit_json, losses
-from run_helpers import Base, run, run_ranks, write_base
+from run_helpers import Base, run, run_ranks
 
 from megatron_tiedlora.base.messages import UserError
-from megatron_tiedlora.config.settings import Settings, make_settings
+from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.planning.report import dry_run_report
 from megatron_tiedlora.planning.run_plan import plan_run
 
@@ -72,11 +72,6 @@ REFUSALS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    return write_base(tmp_path_factory.mktemp("base"))
-
-
 def without_weights(base: Base, folder: Path, **config: Any) -> Path:
     """A copy of the model's folder without its weights, and with some fields of its config changed."""
     model = Path(shutil.copytree(base.model, folder, ignore=shutil.ignore_patterns("*.safetensors")))
@@ -84,16 +79,12 @@ def without_weights(base: Base, folder: Path, **config: Any) -> Path:
     return model
 
 
-def planned(settings: dict[str, Any]) -> Settings:
-    """Settings as a command would read them."""
-    return make_settings({name: str(value) if isinstance(value, Path) else value for name, value in settings.items()})
-
-
 @pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.name)
 def test_refused(base: Base, tmp_path: Path, refusal: Refusal) -> None:
     settings = base.settings(model=without_weights(base, tmp_path / "model", **refusal.config), **refusal.settings)
-    plans = [partial(plan_run, planned(settings), rank=n, world_size=refusal.ranks) for n in range(refusal.ranks)]
-    for plan in (*plans, partial(dry_run_report, planned({**settings, "dry_run": True, "world_size": refusal.ranks}))):
+    plans = [partial(plan_run, make_settings(settings), rank=n, world_size=refusal.ranks) for n in range(refusal.ranks)]
+    dry = make_settings({**settings, "dry_run": True, "world_size": refusal.ranks})
+    for plan in (*plans, partial(dry_run_report, dry)):
         with pytest.raises(UserError) as caught:
             plan()
         for part in refusal.parts:
@@ -137,4 +128,4 @@ def test_whole_sequences_are_accepted(
     assert [step for step, _ in losses(tmp_path / "run")] == [1]
     assert ("with sequence parallelism" in ended.outputs[0]) == sequence_parallel
     monkeypatch.setenv("MEGATRON_TIEDLORA_CACHE", str(base.cache))
-    assert dry_run_report(planned(base.settings(**settings, dry_run=True, world_size=2))).text
+    assert dry_run_report(make_settings(base.settings(**settings, dry_run=True, world_size=2))).text

@@ -1,16 +1,16 @@
-"""The tiny base of the tests of runs, and undisturbed runs on it. None of the tests changes them."""
+"""Undisturbed runs on the tiny base, which none of the tests changes; and where a run and its tokens are kept."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
-from run_helpers import Base, run, write_base
+from native_files import with_adapter
+from run_helpers import Base, run
+from run_preludes import kill_at_step
 
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    return write_base(tmp_path_factory.mktemp("base"))
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 
 
 @pytest.fixture(scope="session")
@@ -27,6 +27,26 @@ def whole_of_two(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole_of_two") / "run"
     run(base, folder, ranks=2)
     return folder
+
+
+@pytest.fixture(scope="session")
+def stopped(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was stopped at step 3; its best checkpoint is step 2."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    run(base, folder, prelude=partial(kill_at_step, 3), expect=143)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def native(base: Base) -> NativeAdapter:
+    """An adapter of two of the base's layers."""
+    return with_adapter(base.model, "tl6", (1, 3))[1]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run folder, which is not there yet."""
+    return tmp_path / "run"
 
 
 @pytest.fixture

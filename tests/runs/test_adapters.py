@@ -7,6 +7,7 @@ import gzip
 import json
 import shutil
 import signal
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,15 @@ import torch
 import yaml
 from ranks import wait_for
 from run_files import assert_close_run
-from run_helpers import FOUR, Base, run, start_ranks, write_adapters
+from run_helpers import FOUR, Base, run, start_run
 from run_preludes import before_call, kill_at_call, kill_at_step, slow_steps
 from safetensors.torch import load_file
 
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.ownership import take_folder
 
 Four = dict[str, dict[str, Any]]
-LOOP = "megatron_tiedlora.training.loop"
+KILL_IN_TURN_4 = partial(kill_at_call, "megatron_tiedlora.training.loop", "Trainer._train_step", call=4)
 _TIMES = {"tokens_per_second", "supervised_tokens_per_second", "mfu", "peak_memory_bytes"}
 
 
@@ -64,23 +66,15 @@ def _files(folder: Path) -> list[str]:
 
 def _lose_the_log(name: str, step: int) -> None:
     """The log of one adapter cannot be written from a step on."""
-    import importlib
 
-    module: Any = importlib.import_module("megatron_tiedlora.runtime.run_folder")
-    errors: Any = importlib.import_module("megatron_tiedlora.base.messages")
-    write = module.MetricsLog.write
-
-    def failing(log: Any, row: dict[str, Any]) -> None:
+    def look(log: Any, row: dict[str, Any]) -> None:
         if log._folder.path.name == name and row["step"] >= step:
-            raise errors.UserError("metrics.jsonl cannot be written (No space left on device)")
-        write(log, row)
+            raise UserError("metrics.jsonl cannot be written (No space left on device)")
 
-    module.MetricsLog.write = failing
+    before_call("megatron_tiedlora.runtime.run_folder", "MetricsLog.write", look)
 
 
 def _cannot_write_the_settings_of_b() -> None:
-    from megatron_tiedlora.base.messages import UserError
-
     def look(plan: Any, folder: Any) -> None:
         if folder.path.name == "b":
             raise UserError(f"{folder.settings}: cannot be written (No space left on device)")
@@ -88,12 +82,18 @@ def _cannot_write_the_settings_of_b() -> None:
     before_call("megatron_tiedlora.training.start", "write_run_settings", look)
 
 
-def same_folders(found: Path, expected: Path, *, stopped: bool = False) -> None:
+def same_folders(found: Path, expected: Path, adapters: Iterable[str] = ("",), *, stopped: bool = False) -> None:
     """Fail unless two run folders hold the same files and, but for times and paths, the same content.
 
     Args:
+        adapters: the folders of these adapters in both of them are compared.
         stopped: one was stopped on its way, and so has other checkpoints than the best and the last one.
     """
+    for adapter in adapters:
+        _same_folder(found / adapter, expected / adapter, stopped=stopped)
+
+
+def _same_folder(found: Path, expected: Path, *, stopped: bool) -> None:
     assert rows(found) == rows(expected)
     names, others = (_files(folder) for folder in (found, expected))
     if stopped:
@@ -138,7 +138,7 @@ def _best_is_scored() -> None:
     before_call("megatron_tiedlora.training.loop", "Evaluation.scores", look)
 
 
-def test_one_fails_and_one_ends_early(base: Base, tmp_path: Path, alone: Path, four: Four) -> None:
+def test_one_fails_and_one_ends_early(base: Base, tmp_path: Path, folder: Path, alone: Path, four: Four) -> None:
     """Both have the folders of single runs that end so, and the others do not change."""
     others: dict[str, dict[str, Any]] = {
         "sick": {"learning_rate": 1e9, "gradient_clipping": 0.0, "warmup_steps": 0, "max_steps": 6, "method": "tl5"},
@@ -147,34 +147,27 @@ def test_one_fails_and_one_ends_early(base: Base, tmp_path: Path, alone: Path, f
     for name, own in others.items():
         run(base, tmp_path / name, ds_config="zero0.json", expect=2 if name == "sick" else 0, **own)
     (first, own), *rest = four.items()
-    file = write_adapters(tmp_path / "adapters.yaml", {first: own, **others, **dict(rest)})
-    ended = run(base, tmp_path / "run", adapters=file, expect=1, prelude=_best_is_scored)
+    adapters = {first: own, **others, **dict(rest)}
+    ended = run(base, folder, adapters=adapters, expect=1, prelude=_best_is_scored)
     assert "Traceback" not in ended.tail()
-    for name in others:
-        same_folders(tmp_path / "run" / name, tmp_path / name)
-    for name in four:
-        same_folders(tmp_path / "run" / name, alone / name)
-    assert state(tmp_path / "run" / "early")[2] == "early_stopping" and state(tmp_path / "run" / "early")[1] < 6
-    assert state(tmp_path / "run")[::2] == ("failed", "1 of 6 adapters failed: sick")
-    found = table(tmp_path / "run")
+    same_folders(folder, tmp_path, others)
+    same_folders(folder, alone, four)
+    assert state(folder / "early")[2] == "early_stopping" and state(folder / "early")[1] < 6
+    assert state(folder)[::2] == ("failed", "1 of 6 adapters failed: sick")
+    found = table(folder)
     assert {name for name, row in found.items() if row["state"] == "failed"} == {"sick"}
     assert "Lower --learning_rate" in found["sick"]["reason"] and found["early"]["reason"] == "early_stopping"
 
 
-def test_a_killed_run_is_resumed(base: Base, tmp_path: Path, alone: Path, four: Four) -> None:
+def test_a_killed_run_is_resumed(base: Base, folder: Path, alone: Path, four: Four) -> None:
     """Killed twice: in a turn, and while the first of its exports is written. One more adapter joins at a resume."""
-    folder, joins = tmp_path / "run", dict(list(four.items())[:3])
-    file = write_adapters(tmp_path / "adapters.yaml", joins)
-    kill = partial(kill_at_call, LOOP, "Trainer._train_step", call=4)
-    run(base, folder, adapters=file, prelude=kill, expect=-signal.SIGKILL)
+    run(base, folder, adapters=dict(list(four.items())[:3]), prelude=KILL_IN_TURN_4, expect=-signal.SIGKILL)
     assert {row["state"] for row in table(folder).values()} == {"running"}
-    write_adapters(file, four)
     kill = partial(kill_at_call, "megatron_tiedlora.training.finish", "export")
-    run(base, folder, adapters=file, prelude=kill, expect=-signal.SIGKILL, resume="auto")
+    run(base, folder, adapters=four, prelude=kill, expect=-signal.SIGKILL, resume="auto")
     assert {row["state"] for row in table(folder).values()} == {"ended"}
-    run(base, folder, adapters=file, resume="auto")
-    for name in four:
-        same_folders(folder / name, alone / name)
+    run(base, folder, adapters=four, resume="auto")
+    same_folders(folder, alone, four)
     assert {row["state"] for row in table(folder).values()} == {"finished"}
 
 
@@ -191,45 +184,42 @@ def times(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
-def test_finished_ones_are_left_out(base: Base, tmp_path: Path, alone: Path, four: Four) -> None:
+def test_finished_ones_are_left_out(base: Base, folder: Path, alone: Path, four: Four) -> None:
     """Nothing of them is built, scored or exported again; one with more steps by now, and a new one, are."""
     longer = {**four["b"], "schedule": "constant"}
-    folder, file = tmp_path / "run", write_adapters(tmp_path / "adapters.yaml", {"a": four["a"], "b": longer})
-    run(base, folder, adapters=file)
+    two = {"a": four["a"], "b": longer}
+    run(base, folder, adapters=two)
     before, rows_before = {name: times(folder / name) for name in ("a", "b")}, table(folder)
-    ended = run(base, folder, adapters=file, resume="auto", prelude=builds_only)
+    ended = run(base, folder, adapters=two, resume="auto", prelude=builds_only)
     assert {name: times(folder / name) for name in ("a", "b")} == before and table(folder) == rows_before
     assert " --enable-lora " in ended.outputs[0] and " --lora-modules a=" in ended.outputs[0]
     assert state(folder) == ("finished", 6, "2 adapters trained")
 
-    write_adapters(file, {"a": four["a"], "b": {**longer, "max_steps": 5}, "d": four["d"]})
-    ended = run(base, folder, adapters=file, resume="auto", prelude=partial(builds_only, "b", "d"))
+    three = {"a": four["a"], "b": {**longer, "max_steps": 5}, "d": four["d"]}
+    ended = run(base, folder, adapters=three, resume="auto", prelude=partial(builds_only, "b", "d"))
     assert times(folder / "a") == before["a"] and state(folder / "b")[1] == 5
-    same_folders(folder / "d", alone / "d")
+    same_folders(folder, alone, "d")
     found = table(folder)
     assert list(found) == ["a", "b", "d"] and found["a"] == rows_before["a"] and found["b"]["step"] == "5"
     assert {row["state"] for row in found.values()} == {"finished"}
     assert "adapter     a: finished before" in ended.outputs[0]
 
     shutil.rmtree(folder / "a" / "peft")
-    run(base, folder, adapters=file, resume="auto", prelude=partial(builds_only, "a"))
-    same_folders(folder / "a", alone / "a")
+    run(base, folder, adapters=three, resume="auto", prelude=partial(builds_only, "a"))
+    same_folders(folder, alone, "a")
 
 
-def test_one_goes_on_alone_and_comes_back(base: Base, tmp_path: Path, alone: Path, four: Four) -> None:
-    folder, file = tmp_path / "run", write_adapters(tmp_path / "adapters.yaml", four)
-    stop = partial(kill_at_call, LOOP, "Trainer._train_step", call=3, number=signal.SIGTERM)
-    ended = run(base, folder, adapters=file, prelude=stop, expect=143)
+def test_one_goes_on_alone_and_comes_back(base: Base, folder: Path, alone: Path, four: Four) -> None:
+    ended = run(base, folder, adapters=four, prelude=partial(kill_at_step, 3), expect=143)
     assert "stopped by SIGTERM" in ended.tail() and "--resume auto" in ended.tail()
     for part in (folder, *(folder / name for name in four)):
         assert state(part)[:2] == ("stopped", 3), part
     for name in four:
         assert (folder / name / "checkpoints" / "latest").read_text() == "step_3\n"
     run(base, folder / "b", ds_config="zero0.json", resume="auto", **four["b"])
-    same_folders(folder / "b", alone / "b", stopped=True)
-    ended = run(base, folder, adapters=file, resume="auto")
-    for name in four:
-        same_folders(folder / name, alone / name, stopped=True)
+    same_folders(folder, alone, "b", stopped=True)
+    ended = run(base, folder, adapters=four, resume="auto")
+    same_folders(folder, alone, four, stopped=True)
     served = " ".join(f"{name}={folder}/{name}/peft" for name in four)
     (command,) = (line for line in ended.outputs[0].split("\n") if "vllm serve" in line)
     modules = "qkv_proj o_proj gate_up_proj down_proj"
@@ -240,91 +230,82 @@ def test_one_goes_on_alone_and_comes_back(base: Base, tmp_path: Path, alone: Pat
     assert state(folder)[0] == "finished"
 
 
-def test_a_start_from_another_adapter(base: Base, tmp_path: Path, alone: Path, four: Four) -> None:
+def test_a_start_from_another_adapter(base: Base, tmp_path: Path, folder: Path, alone: Path) -> None:
     """Its rank and method hold; a resume reads them in the adapter's own folder, not in the one of all."""
     shutil.copytree(alone / "c" / "adapter", start := tmp_path / "start")
     own = {"init_from": str(start), "max_steps": 4}
     run(base, tmp_path / "alone", ds_config="zero0.json", rank=None, **own)
-    file, folder = write_adapters(tmp_path / "adapters.yaml", {"from_c": own}), tmp_path / "run"
-    kill = partial(kill_at_call, LOOP, "Trainer._train_step", call=4)
-    run(base, folder, adapters=file, rank=None, prelude=kill, expect=-signal.SIGKILL)
+    run(base, folder, adapters={"from_c": own}, rank=None, prelude=KILL_IN_TURN_4, expect=-signal.SIGKILL)
     shutil.rmtree(start)
-    run(base, folder, adapters=file, rank=None, resume="auto")
+    run(base, folder, adapters={"from_c": own}, rank=None, resume="auto")
     same_folders(folder / "from_c", tmp_path / "alone")
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("layout", [{"pipeline_parallel": 2}, {"tensor_parallel": 2}, {"ds_config": "zero3.json"}])
-def test_two_ranks(base: Base, tmp_path: Path, alone: Path, four: Four, layout: dict[str, Any]) -> None:
+def test_two_ranks(base: Base, folder: Path, alone: Path, four: Four, layout: dict[str, Any]) -> None:
     """Every rank leaves the one that fails out, and they end with the same status; others train as alone."""
-    sick = {"sick": {"learning_rate": 1e9, "gradient_clipping": 0.0, "warmup_steps": 0, "max_steps": 6}}
-    file = write_adapters(tmp_path / "adapters.yaml", {**sick, **four})
-    run(base, tmp_path / "run", adapters=file, expect=1, ranks=2, **layout)
-    assert state(tmp_path / "run" / "sick")[0] == "failed"
+    sick = {"learning_rate": 1e9, "gradient_clipping": 0.0, "warmup_steps": 0, "max_steps": 6}
+    run(base, folder, adapters={"sick": sick, **four}, expect=1, ranks=2, **layout)
+    assert state(folder / "sick")[0] == "failed"
     for name in four:
-        assert_close_run(tmp_path / "run" / name, alone / name, rel=1e-4)
-        assert state(tmp_path / "run" / name) == state(alone / name)
+        assert_close_run(folder / name, alone / name, rel=1e-4)
+        assert state(folder / name) == state(alone / name)
 
 
-def test_an_entry_names_a_run_folder(base: Base, tmp_path: Path, alone: Path, four: Four) -> None:
+def test_an_entry_names_a_run_folder(base: Base, tmp_path: Path, folder: Path, alone: Path, four: Four) -> None:
     """A run that began alone goes on in its own folder, beside one that begins in another."""
     begun, new = tmp_path / "begun", tmp_path / "elsewhere" / "new"
-    kill = partial(kill_at_call, LOOP, "Trainer._train_step", call=4)
-    run(base, begun, prelude=kill, expect=-signal.SIGKILL, ds_config="zero0.json", **four["a"])
+    run(base, begun, prelude=KILL_IN_TURN_4, expect=-signal.SIGKILL, ds_config="zero0.json", **four["a"])
     own = {"a": {**four["a"], "output_dir": str(begun)}, "b": {**four["b"], "output_dir": str(new)}, "d": four["d"]}
-    file = write_adapters(tmp_path / "adapters.yaml", own)
-    run(base, tmp_path / "run", adapters=file, resume="auto")
-    for name, folder in {"a": begun, "b": new, "d": tmp_path / "run" / "d"}.items():
-        same_folders(folder, alone / name)
-    assert not (tmp_path / "run" / "a").exists() and not (tmp_path / "run" / "b").exists()
-    line = run(base, tmp_path / "again", adapters=file, expect=2).error_line()
+    run(base, folder, adapters=own, resume="auto")
+    for name, place in {"a": begun, "b": new, "d": folder / "d"}.items():
+        same_folders(place, alone / name)
+    assert not (folder / "a").exists() and not (folder / "b").exists()
+    line = run(base, tmp_path / "again", adapters=own, expect=2).error_line()
     assert f"--output_dir {begun} holds the run" in line
     # It is taken before its checkpoint is read and the base is loaded: another start may be writing the next one.
     lock = take_folder(begun, hint="wait")
-    line = run(base, tmp_path / "again", adapters=file, resume="auto", expect=2).error_line()
+    line = run(base, tmp_path / "again", adapters=own, resume="auto", expect=2).error_line()
     lock.release()
     assert "a: " in line and "is at work here" in line and not (tmp_path / "again").exists()
 
 
-def test_a_profile_records_turns_of_all(base: Base, tmp_path: Path) -> None:
+def test_a_profile_records_turns_of_all(base: Base, folder: Path) -> None:
     """In the folder of the run, also when one adapter has ended; a resume says which turns it is too late for."""
-    folder, constant = tmp_path / "run", {"schedule": "constant"}
-    file = write_adapters(tmp_path / "adapters.yaml", {"a": {"max_steps": 2}, "b": {"max_steps": 4}})
-    run(base, folder, adapters=file, profile="2:3", **constant)
+    own: Four = {"a": {"max_steps": 2}, "b": {"max_steps": 4}}
+    run(base, folder, adapters=own, profile="2:3", schedule="constant")
     events = json.loads(gzip.decompress((folder / "profile" / "rank_0.json.gz").read_bytes()))["traceEvents"]
     names = {event.get("name") for event in events}
     assert {"step 2", "step 3", "aten::mm"} <= names and not {"step 1", "step 4"} & names
     assert not (folder / "a" / "profile").exists()
-    write_adapters(file, {"a": {"max_steps": 2}, "b": {"max_steps": 6}})
-    ended = run(base, folder, adapters=file, profile="2:5", resume="auto", **constant)
+    own["b"]["max_steps"] = 6
+    ended = run(base, folder, adapters=own, profile="2:5", resume="auto", schedule="constant")
     note = "note        --profile 2:5: the run continues after step 4, so steps 2 to 4 are not recorded"
     assert note in ended.outputs[0].splitlines()
 
 
-def test_a_folder_of_another_kind(base: Base, tmp_path: Path, alone: Path, four: Four) -> None:
+def test_a_folder_of_another_kind(base: Base, folder: Path, alone: Path, four: Four) -> None:
     """A single run's folder is no folder of several, and the other way round; a finished run is not begun again."""
-    file = write_adapters(tmp_path / "adapters.yaml", {"a": four["a"]})
-    line = run(base, alone / "a", adapters=file, resume="auto", expect=2).error_line()
+    own = {"a": four["a"]}
+    line = run(base, alone / "a", adapters=own, resume="auto", expect=2).error_line()
     assert "holds other files" in line
-    run(base, tmp_path / "run", adapters=file)
-    before = sorted(tmp_path.joinpath("run").rglob("*"))
-    assert "holds other files" in run(base, tmp_path / "run", resume="auto", expect=2, **four["a"]).error_line()
-    assert "--resume auto to continue a run" in run(base, tmp_path / "run", adapters=file, expect=2).error_line()
-    write_adapters(file, {"a": {**four["a"], "rank": 2}})
-    line = run(base, tmp_path / "run", adapters=file, resume="auto", expect=2).error_line()
+    run(base, folder, adapters=own)
+    before = sorted(folder.rglob("*"))
+    assert "holds other files" in run(base, folder, resume="auto", expect=2, **four["a"]).error_line()
+    assert "--resume auto to continue a run" in run(base, folder, adapters=own, expect=2).error_line()
+    line = run(base, folder, adapters={"a": {**four["a"], "rank": 2}}, resume="auto", expect=2).error_line()
     assert "a: " in line and "trained with --rank 8, but now it is 2" in line
-    assert sorted(tmp_path.joinpath("run").rglob("*")) == before
+    assert sorted(folder.rglob("*")) == before
 
 
-def test_the_folder_of_each_has_one_writer(base: Base, tmp_path: Path) -> None:
+def test_the_folder_of_each_has_one_writer(base: Base, folder: Path) -> None:
     """While all train, one of them cannot be continued alone; one whose folder is taken over fails alone."""
-    folder, own = tmp_path / "run", {"max_steps": 16}
-    file = write_adapters(tmp_path / "adapters.yaml", {"a": own, "b": own})
-    other = write_adapters(tmp_path / "other.yaml", {"a": own, "b": {**own, "rank": 4}})
-    arguments, slow = base.arguments(output_dir=folder, adapters=file), partial(slow_steps, 0.5)
-    together = start_ranks(arguments, folder=tmp_path / "w", cache=base.cache, prelude=slow)
+    own = {"max_steps": 16}
+    together = start_run(base, folder, adapters={"a": own, "b": own}, prelude=partial(slow_steps, 0.5))
     latest, rank = folder / "b" / "checkpoints" / "latest", together.processes[0]
     wait_for(lambda: latest.is_file() or rank.exitcode is not None, "a checkpoint")
+    other = {"a": own, "b": {**own, "rank": 4}}
     line = run(base, folder, adapters=other, resume="auto", take_over=True, expect=2).error_line()
     assert line.startswith("error: b: ") and "but now it is 4" in line, "the run is not taken over"
     line = run(base, folder / "b", resume="auto", expect=2, **own).error_line()
@@ -337,30 +318,29 @@ def test_the_folder_of_each_has_one_writer(base: Base, tmp_path: Path) -> None:
     assert "changed nothing more there" in found["b"]["reason"]
 
 
-def test_an_adapter_without_a_log_takes_no_further_step(base: Base, tmp_path: Path) -> None:
+def test_an_adapter_without_a_log_takes_no_further_step(base: Base, tmp_path: Path, folder: Path) -> None:
     """Long before its next save, on the rank that has the log and on the other one. The other adapter trains on."""
     own = {"a": {**FOUR["a"], "save_interval": 6}, "b": {**FOUR["b"], "max_steps": 6, "save_interval": 6}}
-    file = write_adapters(tmp_path / "adapters.yaml", own)
-    run(base, tmp_path / "whole", adapters=file, ranks=2, eval_interval=6)
+    run(base, tmp_path / "whole", adapters=own, ranks=2, eval_interval=6)
     lost = partial(_lose_the_log, "b", 3)
-    run(base, tmp_path / "run", adapters=file, ranks=2, eval_interval=6, expect=1, prelude=lost)
-    found = state(tmp_path / "run" / "b")
+    run(base, folder, adapters=own, ranks=2, eval_interval=6, expect=1, prelude=lost)
+    found = state(folder / "b")
     assert found[:2] == ("failed", 3) and "No space left on device" in found[2]
-    assert [row["step"] for row in rows(tmp_path / "run" / "b") if row["split"] == "train"] == [1, 2]
-    same_folders(tmp_path / "run" / "a", tmp_path / "whole" / "a")
+    assert [row["step"] for row in rows(folder / "b") if row["split"] == "train"] == [1, 2]
+    same_folders(folder, tmp_path / "whole", "a")
 
 
-def test_a_start_that_fails_at_its_second_folder_says_so(base: Base, tmp_path: Path) -> None:
+def test_a_start_that_fails_at_its_second_folder_says_so(base: Base, folder: Path) -> None:
     """What it has taken does not look as if it ran."""
-    folder, file = tmp_path / "run", write_adapters(tmp_path / "adapters.yaml", {name: FOUR[name] for name in "ab"})
-    run(base, folder, adapters=file, prelude=partial(kill_at_step, 3), expect=143)
+    own = {name: FOUR[name] for name in "ab"}
+    run(base, folder, adapters=own, prelude=partial(kill_at_step, 3), expect=143)
     assert state(folder)[0] == state(folder / "a")[0] == "stopped"
-    ended = run(base, folder, adapters=file, prelude=_cannot_write_the_settings_of_b, expect=2, resume="auto")
+    ended = run(base, folder, adapters=own, prelude=_cannot_write_the_settings_of_b, expect=2, resume="auto")
     assert "run.yaml: cannot be written" in ended.error_line()
-    for own in (folder, folder / "a"):
-        assert state(own)[:2] == ("failed", 3) and "run.yaml: cannot be written" in state(own)[2], own
-    run(base, folder, adapters=file, resume="auto")
-    assert {state(own)[0] for own in (folder, folder / "a", folder / "b")} == {"finished"}
+    for part in (folder, folder / "a"):
+        assert state(part)[:2] == ("failed", 3) and "run.yaml: cannot be written" in state(part)[2], part
+    run(base, folder, adapters=own, resume="auto")
+    assert {state(part)[0] for part in (folder, folder / "a", folder / "b")} == {"finished"}
 
 
 def _sees_no_folder() -> None:
@@ -373,8 +353,7 @@ def _sees_no_folder() -> None:
         RunFolder.is_run = property(lambda folder: False)  # type: ignore[method-assign,assignment]
 
 
-def test_a_rank_that_does_not_see_the_folders(base: Base, tmp_path: Path) -> None:
+def test_a_rank_that_does_not_see_the_folders(base: Base, folder: Path) -> None:
     """It enters the run's folder as often as the others do, so none waits for it."""
-    file = write_adapters(tmp_path / "adapters.yaml", {name: FOUR[name] for name in "ab"})
-    run(base, tmp_path / "run", adapters=file, ranks=2, prelude=_sees_no_folder)
-    assert {state(own)[0] for own in (tmp_path / "run", tmp_path / "run" / "a")} == {"finished"}
+    run(base, folder, adapters={name: FOUR[name] for name in "ab"}, ranks=2, prelude=_sees_no_folder)
+    assert {state(own)[0] for own in (folder, folder / "a")} == {"finished"}

@@ -40,10 +40,7 @@ def _cache(own_cache: None) -> None:
 def settings_of(base: Base, folder: Path, own: dict[str, dict[str, Any]], **changes: Any) -> dict[str, Any]:
     """The settings of a run of these adapters, whose file is written to `folder`."""
     file = write_adapters(folder / "adapters.yaml", own)
-    shared = {name: str(value) if isinstance(value, Path) else value for name, value in base.settings().items()}
-    for name in ("rank", "ds_config"):
-        shared.pop(name, None)
-    return {**shared, "adapters": str(file), "dry_run": True, **changes}
+    return {**base.settings(rank=None), "adapters": str(file), "dry_run": True, **changes}
 
 
 def table(text: str, title: str) -> list[dict[str, str]]:

@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from run_files import assert_close_run
-from run_helpers import Base, run, write_adapters, write_rows
+from run_files import assert_close_run, metrics
+from run_helpers import Base, run, write_rows
 from run_preludes import before_call, kill_at_call
-from test_adapters import builds_only, rows, same_folders, state, table, times
+from test_adapters import builds_only, same_folders, state, table, times
 
 Own = dict[str, dict[str, Any]]
 _SHARES = "shares of an evaluation:"
@@ -63,28 +63,22 @@ def _tell_shares() -> None:
 
 
 @pytest.mark.parametrize("shares", [True, False])
-def test_different_sets_share_batches(base: Base, own: Own, alone: Path, tmp_path: Path, shares: bool) -> None:
-    file = write_adapters(tmp_path / "adapters.yaml", own)
-    ended = run(base, tmp_path / "run", adapters=file, share_micro_batches=shares, prelude=_tell_shares)
-    for name in own:
-        same_folders(tmp_path / "run" / name, alone / name)
+def test_different_sets_share_batches(base: Base, own: Own, alone: Path, folder: Path, shares: bool) -> None:
+    """How far their starts move the base they say as single runs do: its losses, to the digit."""
+    ended = run(base, folder, adapters=own, share_micro_batches=shares, prelude=_tell_shares)
+    same_folders(folder, alone, own)
     told = [int(line.split()[-1]) for line in ended.outputs[0].splitlines() if line.startswith(_SHARES)]
     assert max(told) == (3 if shares else 1)
-    scores = [json.loads((tmp_path / "run" / name / "scores.json").read_text()) for name in ("a", "c")]
+    scores = [json.loads((folder / name / "scores.json").read_text()) for name in ("a", "c")]
     assert all(set(found) == {"before", "after"} for found in scores)
+    expected = [line for name in own for line in _start_lines((alone / f"{name}.txt").read_text())]
+    assert len(expected) == 2 and len(set(expected)) == 2
+    assert _start_lines("".join([*ended.outputs, *ended.errors])) == expected
 
 
 def _start_lines(text: str) -> list[str]:
     found = (line.partition(" starts with a non-zero update: ")[2] for line in text.splitlines())
     return [line for line in found if line]
-
-
-def test_how_far_a_start_moves_the_base(base: Base, own: Own, alone: Path, tmp_path: Path) -> None:
-    """The losses of the base are those that single runs say, to the digit."""
-    ended = run(base, tmp_path / "run", adapters=write_adapters(tmp_path / "adapters.yaml", own))
-    expected = [line for name in own for line in _start_lines((alone / f"{name}.txt").read_text())]
-    assert len(expected) == 2 and len(set(expected)) == 2
-    assert _start_lines("".join([*ended.outputs, *ended.errors])) == expected
 
 
 def _spoil(name: str) -> None:
@@ -99,28 +93,26 @@ def _spoil(name: str) -> None:
     before_call("megatron_tiedlora.training.loop", "Evaluation.losses", look)
 
 
-def test_one_that_fails_in_an_evaluation_fails_alone(base: Base, own: Own, alone: Path, tmp_path: Path) -> None:
-    file = write_adapters(tmp_path / "adapters.yaml", {"sick": {"max_steps": 3, "eval_interval": 1}, **own})
-    run(base, tmp_path / "run", adapters=file, prelude=partial(_spoil, "sick"), expect=1)
-    assert "validation loss" in state(tmp_path / "run" / "sick")[2]
-    assert table(tmp_path / "run")["sick"]["state"] == "failed"
-    for name in own:
-        same_folders(tmp_path / "run" / name, alone / name)
+def test_one_that_fails_in_an_evaluation_fails_alone(base: Base, own: Own, alone: Path, folder: Path) -> None:
+    adapters = {"sick": {"max_steps": 3, "eval_interval": 1}, **own}
+    run(base, folder, adapters=adapters, prelude=partial(_spoil, "sick"), expect=1)
+    assert "validation loss" in state(folder / "sick")[2]
+    assert table(folder)["sick"]["state"] == "failed"
+    same_folders(folder, alone, own)
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("layout", [{"pipeline_parallel": 2}, {"tensor_parallel": 2}, {}, {"ds_config": "zero3.json"}])
-def test_two_ranks(base: Base, own: Own, alone: Path, tmp_path: Path, layout: dict[str, Any]) -> None:
-    file = write_adapters(tmp_path / "adapters.yaml", own)
-    run(base, tmp_path / "run", adapters=file, ranks=2, **layout)
+def test_two_ranks(base: Base, own: Own, alone: Path, folder: Path, layout: dict[str, Any]) -> None:
+    run(base, folder, adapters=own, ranks=2, **layout)
     for name in own:
+        assert_close_run(folder / name, alone / name, rel=1e-4)
         found, expected = (
-            [row for row in rows(folder / name) if row["split"] == "validation"] for folder in (tmp_path / "run", alone)
+            [row.get("exact_match") for row in metrics(some / name, "validation")] for some in (folder, alone)
         )
-        assert_close_run(tmp_path / "run" / name, alone / name, rel=1e-4)
-        assert [row.get("exact_match") for row in found] == [row.get("exact_match") for row in expected]
+        assert found == expected
         if name != "b":  # which has no test set
-            scores = [json.loads((some / name / "scores.json").read_text()) for some in (tmp_path / "run", alone)]
+            scores = [json.loads((some / name / "scores.json").read_text()) for some in (folder, alone)]
             assert scores[0] == scores[1]
 
 
@@ -134,26 +126,23 @@ _SLOW = {"learning_rate": 1e-7}
     ("layout", "shares"),
     [({"pipeline_parallel": 2}, True), ({"tensor_parallel": 2}, True), ({}, True), ({}, False)],
 )
-def test_two_ranks_stop_what_is_behind(base: Base, tmp_path: Path, layout: dict[str, Any], shares: bool) -> None:
+def test_two_ranks_stop_what_is_behind(base: Base, folder: Path, layout: dict[str, Any], shares: bool) -> None:
     """The noise is that of one rank's batches or of pairs of them; of three adapters two are compared."""
     own = {"a": {}, "beside": {"rank": 3, "max_steps": 4}, "b": _SLOW}
-    file = write_adapters(tmp_path / "adapters.yaml", own)
     layout = {"micro_batch_size": 1, "validation_file": base.train, "max_steps": 6, **layout}  # 24 batches
-    run(base, tmp_path / "run", adapters=file, ranks=2, halving=True, share_micro_batches=shares, **layout)
-    assert state(tmp_path / "run" / "a") == ("finished", 6, "max_steps")
-    assert state(tmp_path / "run" / "b")[0] == "finished" and state(tmp_path / "run" / "b")[1] < 6
-    record = json.loads((tmp_path / "run" / "b" / "halving.json").read_text())
+    run(base, folder, adapters=own, ranks=2, halving=True, share_micro_batches=shares, **layout)
+    assert state(folder / "a") == ("finished", 6, "max_steps")
+    assert state(folder / "b")[0] == "finished" and state(folder / "b")[1] < 6
+    record = json.loads((folder / "b" / "halving.json").read_text())
     assert len(record["losses"]) == (24 if layout.keys() & {"pipeline_parallel", "tensor_parallel"} else 12)
-    assert sum(record["losses"]) / sum(record["tokens"]) == pytest.approx(
-        next(row["loss"] for row in rows(tmp_path / "run" / "b")[::-1] if row["split"] == "validation"), rel=1e-6
-    )
-    assert table(tmp_path / "run")["b"]["reason"] == record["stopped"] == state(tmp_path / "run" / "b")[2]
+    mean = sum(record["losses"]) / sum(record["tokens"])
+    assert mean == pytest.approx(metrics(folder / "b", "validation")[-1]["loss"], rel=1e-6)
+    assert table(folder)["b"]["reason"] == record["stopped"] == state(folder / "b")[2]
 
 
-def test_what_was_stopped_stays_so(base: Base, tmp_path: Path) -> None:
+def test_what_was_stopped_stays_so(base: Base, folder: Path) -> None:
     """Also if its rival has finished, and it has not: a kill between their exports. Without --halving it continues."""
-    folder, file = tmp_path / "run", write_adapters(tmp_path / "adapters.yaml", {"a": {}, "b": _SLOW})
-    settings = {"adapters": file, "micro_batch_size": 1, "validation_file": base.train, "max_steps": 6}
+    settings = {"adapters": {"a": {}, "b": _SLOW}, "micro_batch_size": 1, "validation_file": base.train, "max_steps": 6}
     kill = partial(kill_at_call, "megatron_tiedlora.training.finish", "export", call=2)
     run(base, folder, halving=True, prelude=kill, expect=-signal.SIGKILL, **settings)
     assert state(folder / "a") == ("finished", 6, "max_steps") and not (folder / "b" / "run_status.json").exists()

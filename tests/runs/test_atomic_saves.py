@@ -9,30 +9,30 @@ from typing import Any
 
 import pytest
 import torch
-from native_files import moments_of, with_adapter, write_native
+from native_files import moments_of, save_step
 from ownership_files import names
 from run_helpers import Ended, run_ranks
-from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base import atomic
 from megatron_tiedlora.base.atomic import new_folder, remove_leftovers, write_text
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint import resume
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_native_adapter, save_adapter
-from megatron_tiedlora.checkpoint.resume import (
-    Progress,
-    find_newest_checkpoint,
-    load_checkpoint,
-    named_checkpoint,
-    save_checkpoint,
-)
+from megatron_tiedlora.checkpoint.resume import Progress, find_newest_checkpoint, load_checkpoint, named_checkpoint
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("base"), tokenizer=False)
+@pytest.fixture
+def kept(tmp_path: Path) -> Path:
+    """A folder with a file, old."""
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "old").write_text("old")
+    return tmp_path / "kept"
+
+
+def write(folder: Path, native: NativeAdapter) -> None:
+    save_adapter(folder, native.config, native.base_identity, native.state)
 
 
 # --------------------------------------------------------------------------------------------- whole or not at all
@@ -52,21 +52,17 @@ def test_a_folder_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("failure", [RuntimeError("mine"), KeyboardInterrupt(), UserError("mine")])
-def test_an_error_inside_leaves_what_was_there(tmp_path: Path, failure: BaseException) -> None:
-    (tmp_path / "kept").mkdir()
-    (tmp_path / "kept" / "old").write_text("old")
-    with pytest.raises(type(failure)), new_folder(tmp_path / "kept") as folder:
+def test_an_error_inside_leaves_what_was_there(kept: Path, failure: BaseException) -> None:
+    with pytest.raises(type(failure)), new_folder(kept) as folder:
         (folder / "new").write_text("new")
         raise failure
-    assert names(tmp_path) == {"kept"} and names(tmp_path / "kept") == {"old"}
+    assert names(kept.parent) == {"kept"} and names(kept) == {"old"}
 
 
 @pytest.mark.parametrize("step", ["sync_path", "rename"])
 def test_a_failing_disk_is_one_line_and_leaves_what_was_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+    kept: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    (tmp_path / "kept").mkdir()
-    (tmp_path / "kept" / "old").write_text("old")
     real_rename = os.rename
 
     def rename(source: Path, target: Path) -> None:
@@ -82,17 +78,16 @@ def test_a_failing_disk_is_one_line_and_leaves_what_was_there(
         monkeypatch.setattr(os, "rename", rename)
     else:
         monkeypatch.setattr(atomic, "sync_path", sync)
-    with pytest.raises(UserError) as error, new_folder(tmp_path / "kept") as folder:
+    with pytest.raises(UserError) as error, new_folder(kept) as folder:
         (folder / "new").write_text("new")
-    assert str(error.value) == f"{tmp_path / 'kept'}: cannot be written (Input/output error); nothing was changed"
-    assert names(tmp_path) == {"kept"} and names(tmp_path / "kept") == {"old"}
+    assert str(error.value) == f"{kept}: cannot be written (Input/output error); nothing was changed"
+    assert names(kept.parent) == {"kept"} and names(kept) == {"old"}
 
 
-def test_a_place_that_cannot_be_written_is_one_line(base: Path, tmp_path: Path) -> None:
+def test_a_place_that_cannot_be_written_is_one_line(native: NativeAdapter, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    adapter = with_adapter(base, "tl6", (1, 3))[1]
     with pytest.raises(UserError, match=r"adapter: cannot be written \(Not a directory\); nothing was changed"):
-        save_adapter(tmp_path / "file" / "adapter", adapter.config, adapter.base_identity, adapter.state)
+        write(tmp_path / "file" / "adapter", native)
 
 
 def test_leftovers_of_killed_writers_are_removed_or_given_back(tmp_path: Path) -> None:
@@ -122,7 +117,7 @@ from pathlib import Path
 import torch
 from megatron_tiedlora.base import atomic
 from megatron_tiedlora.checkpoint import native_adapter, resume
-from native_files import moments_of
+from native_files import moments_of, save_step
 
 torch.set_num_threads(1)
 os.fsync = lambda descriptor: None  # a kill is not a power cut: what was written is there
@@ -233,8 +228,8 @@ kill_everywhere(lambda value: write_checkpoint(4, value), read_checkpoint)  # th
 """
 
 
-def test_a_save_that_is_killed_at_any_line_leaves_a_whole_one(base: Path, tmp_path: Path) -> None:
-    write_native(tmp_path / "adapter", base, with_adapter(base, "tl6", (1, 3))[2])
+def test_a_save_that_is_killed_at_any_line_leaves_a_whole_one(native: NativeAdapter, tmp_path: Path) -> None:
+    write(tmp_path / "adapter", native)
     printed = in_own_process(KILLER, tmp_path, tmp_path / "adapter", tmp_path / "root").expect(0).outputs[0]
     rows = [[int(word) for word in line.split()] for line in printed.splitlines()]
     assert len(rows) == 4
@@ -273,8 +268,10 @@ run_command(main, sys.argv[3:])
 
 
 @pytest.mark.parametrize(("kind", "limit"), [("adapter", 1000), ("checkpoint", 100_000), ("text", 1000)])
-def test_a_full_disk_is_one_line_and_leaves_what_was_there(base: Path, tmp_path: Path, kind: str, limit: int) -> None:
-    write_native(tmp_path / "adapter", base, with_adapter(base, "tl6", (1, 3))[2])
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(
+    native: NativeAdapter, tmp_path: Path, kind: str, limit: int
+) -> None:
+    write(tmp_path / "adapter", native)
     root = tmp_path / "root"
     root.mkdir()
     (root / "latest").write_text("step_1\n")
@@ -294,31 +291,17 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(base: Path, tmp_path:
 # --------------------------------------------------------------------------------------------- checkpoints
 
 
-def save(root: Path, adapter: NativeAdapter, step: int, best: int | None, **keywords: Any) -> Path:
-    return save_checkpoint(
-        root,
-        progress=Progress(step=step, consumed_samples=24 * step, best_metric=0.5, best_step=best, evaluated_step=step),
-        config=adapter.config,
-        base_identity=adapter.base_identity,
-        state=adapter.state,
-        moments=moments_of(adapter, float(step)),
-        settings={"method": "tl6", "layers": [1, 3]},
-        **keywords,
-    )
-
-
-def test_a_checkpoint_comes_back_and_is_an_adapter(base: Path, tmp_path: Path) -> None:
-    adapter = with_adapter(base, "tl6", (1, 3))[1]
-    folder = save(tmp_path, adapter, 4, 4)
+def test_a_checkpoint_comes_back_and_is_an_adapter(native: NativeAdapter, tmp_path: Path) -> None:
+    folder = save_step(tmp_path, native, 4, 4)
     assert folder == tmp_path / "step_4" == named_checkpoint(tmp_path)
     assert names(folder) == {CONFIG, WEIGHTS, "trainer_state.safetensors", "trainer_state.json"}
     found = load_checkpoint(folder)
-    assert found.progress == Progress(4, 96, 0.5, 4, 0, 4)
-    assert found.settings == {"method": "tl6", "layers": [1, 3]}
-    assert all(torch.equal(found.moments[name], tensor) for name, tensor in moments_of(adapter, 4.0).items())
+    assert found.progress == Progress(4, 16, 0.5, 4, 0, 4)
+    assert found.settings == {"global_batch_size": 4}
+    assert all(torch.equal(found.moments[name], tensor) for name, tensor in moments_of(native, 4.0).items())
     for loaded in (found.adapter, load_native_adapter(folder)):
-        assert loaded.config == adapter.config
-        assert all(torch.equal(loaded.state[name], adapter.state[name]) for name in "ABuv")
+        assert loaded.config == native.config
+        assert all(torch.equal(loaded.state[name], native.state[name]) for name in "ABuv")
 
 
 @pytest.mark.parametrize(
@@ -332,19 +315,19 @@ def test_a_checkpoint_comes_back_and_is_an_adapter(base: Path, tmp_path: Path) -
         ),
     ],
 )
-def test_the_best_and_the_newest_checkpoints_are_kept(base: Path, tmp_path: Path, keep: Any, expected: Any) -> None:
-    adapter = with_adapter(base, "tl6", (1, 3))[1]
+def test_the_best_and_the_newest_checkpoints_are_kept(
+    native: NativeAdapter, tmp_path: Path, keep: Any, expected: Any
+) -> None:
     for step, best, kept in expected:
-        save(tmp_path, adapter, step, best, **keep)
+        save_step(tmp_path, native, step, best, **keep)
         assert names(tmp_path) == {f"step_{number}" for number in kept} | {"latest"}
         assert (tmp_path / "latest").read_text() == f"step_{step}\n"
 
 
 def test_latest_moves_after_the_new_one_is_whole_and_before_the_old_one_goes(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    native: NativeAdapter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    adapter = with_adapter(base, "tl6", (1, 3))[1]
-    save(tmp_path, adapter, 2, 2)
+    save_step(tmp_path, native, 2, 2)
     seen = []
 
     def watched(path: Path, text: str, **keywords: Any) -> None:
@@ -352,12 +335,12 @@ def test_latest_moves_after_the_new_one_is_whole_and_before_the_old_one_goes(
         write_text(path, text, **keywords)
 
     monkeypatch.setattr(resume, "write_text", watched)
-    save(tmp_path, adapter, 4, 4)
+    save_step(tmp_path, native, 4, 4)
     assert seen == [("latest", 4, True)]
     assert names(tmp_path) == {"step_4", "latest"}
 
 
-def test_a_latest_that_names_nothing_is_one_line(base: Path, tmp_path: Path) -> None:
+def test_a_latest_that_names_nothing_is_one_line(tmp_path: Path) -> None:
     assert find_newest_checkpoint(tmp_path) is None
     for text in ("step_9\n", "../elsewhere", ""):
         (tmp_path / "latest").write_text(text)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import pytest
 import torch
 from run_files import edit_json, edit_tensors, files_of, truncate
 from run_helpers import Base, begin, deepspeed_command, plain_command, run, start_command
-from run_preludes import kill_at_step
 from safetensors.torch import load_file, save_file
 from task_files import refusal
 from tiny_models import write_tiny_model
@@ -217,18 +215,13 @@ def test_long_prompts_are_cut_counted_and_told(copy: Base) -> None:
 # The output folder and resuming ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def stopped(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of a run that was stopped at step 3; its best checkpoint is step 2."""
-    folder = tmp_path_factory.mktemp("stopped") / "run"
-    run(base, folder, prelude=partial(kill_at_step, 3), expect=143)
-    return folder
-
-
-def refused_in(base: Base, folder: Path, *parts: str, **changes: Any) -> None:
-    """A start in an existing run folder that is refused and leaves every file as it was."""
+def refused_in(base: Base, folder: Path, *parts: str, ranks: int = 0, **changes: Any) -> None:
+    """A start in an existing folder that is refused, in this process or by ranks, and leaves every file as it was."""
     before = files_of(folder)
-    line = refusal(lambda: begin(base.arguments(**{"output_dir": folder, **changes})))
+    if ranks:
+        line = run(base, folder, ranks=ranks, expect=2, **changes).error_line()
+    else:
+        line = refusal(lambda: begin(base.arguments(**{"output_dir": folder, **changes})))
     assert all(part in line for part in parts), line
     assert files_of(folder) == before
 
@@ -236,9 +229,7 @@ def refused_in(base: Base, folder: Path, *parts: str, **changes: Any) -> None:
 @pytest.mark.distributed
 def test_output_folder_of_another_run(base: Base, stopped: Path, tmp_path: Path) -> None:
     refused_in(base, stopped, f"--output_dir {stopped}", "earlier start", "--resume auto")
-    before = files_of(stopped)
-    assert "the run of an earlier start" in run(base, stopped, ranks=2, expect=2).error_line()
-    assert files_of(stopped) == before
+    refused_in(base, stopped, "the run of an earlier start", ranks=2)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("...")
     for resume in ("none", "auto"):
@@ -249,12 +240,11 @@ def test_output_folder_of_another_run(base: Base, stopped: Path, tmp_path: Path)
 
 
 @pytest.mark.distributed
-def test_a_failed_start_leaves_an_empty_folder_empty(copy: Base) -> None:
+def test_a_failed_start_leaves_an_empty_folder_empty(copy: Base, folder: Path) -> None:
     """Weights are read after the folder was chosen; the same folder can be given again."""
     truncate(copy.model / "model.safetensors")
-    folder = copy.folder / "mine"
     folder.mkdir()
-    assert "not a whole safetensors file" in run(copy, folder, ranks=2, expect=2).error_line()
+    refused_in(copy, folder, "not a whole safetensors file", ranks=2)
     assert not any(folder.iterdir())
 
 
@@ -282,10 +272,7 @@ def test_resume_with_contradicting_settings(
 def test_resume_on_another_base(copy: Base, stopped: Path) -> None:
     """The same shape and settings, but other weights: found as the model is built."""
     _edit_norm(copy.model, lambda t: t[NORM].mul_(1.5))
-    before = files_of(stopped)
-    line = run(copy, stopped, resume="auto", expect=2).error_line()
-    assert all(part in line for part in ("step_3", "weights differ", "--model")), line
-    assert files_of(stopped) == before
+    refused_in(copy, stopped, "step_3", "weights differ", "--model", ranks=1, resume="auto")
 
 
 def test_resume_on_other_data(copy: Base, stopped: Path) -> None:
@@ -309,9 +296,10 @@ CHECKPOINTS: dict[str, tuple[Break, list[str]]] = {
 
 
 @pytest.mark.parametrize("kind", CHECKPOINTS)
-def test_broken_checkpoint(base: Base, stopped: Path, tmp_path: Path, kind: str) -> None:
+def test_broken_checkpoint(base: Base, stopped: Path, folder: Path, kind: str) -> None:
     """Refused where it was asked for; where all are broken; test_way_back.py has what `--resume auto` makes of one."""
-    folder, (damage, parts) = Path(shutil.copytree(stopped, tmp_path / "run")), CHECKPOINTS[kind]
+    shutil.copytree(stopped, folder)
+    damage, parts = CHECKPOINTS[kind]
     damage(folder / "checkpoints" / "step_3")
     refused_in(base, folder, *parts, resume=folder / "checkpoints" / "step_3")
     (folder / "checkpoints" / "step_2" / "adapter_config.json").unlink()
@@ -353,14 +341,13 @@ def test_a_rank_that_is_refused_leaves_no_folder(copy: Base, changes: dict[str, 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("stage", ["resumed setting", "checkpoint"])
-def test_a_rank_that_cannot_resume_changes_nothing(base: Base, stopped: Path, tmp_path: Path, stage: str) -> None:
-    folder, changes, words = Path(shutil.copytree(stopped, tmp_path / "run")), {"rank": 4}, "--rank 3"
+def test_a_rank_that_cannot_resume_changes_nothing(base: Base, stopped: Path, folder: Path, stage: str) -> None:
+    shutil.copytree(stopped, folder)
+    last, changes, words = folder / "checkpoints" / "step_3", {"resume": "auto", "rank": 4}, "--rank 3"
     if stage == "checkpoint":
-        truncate(folder / "checkpoints" / "step_3" / "adapter_model.safetensors")
-        changes, words = {"resume": folder / "checkpoints" / "step_3"}, "not a whole"
-    before = files_of(folder)
-    assert words in run(base, folder, expect=2, **{"resume": "auto", **changes}).error_line()
-    assert files_of(folder) == before
+        truncate(last / "adapter_model.safetensors")
+        changes, words = {"resume": last}, "not a whole"
+    refused_in(base, folder, words, ranks=1, **changes)
 
 
 @pytest.mark.distributed

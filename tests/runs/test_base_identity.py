@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from evaluation_runs import evaluate as run_evaluation
+from evaluation_runs import results
 from native_files import with_adapter, write_native
 from run_files import edit_json, edit_tensors, files_of
-from run_helpers import EVALUATE, Base, begin, run, run_ranks, write_rows
-from run_preludes import kill_at_step
+from run_helpers import Base, begin, run, write_rows
 from safetensors.torch import load_file, save_file
 from task_files import refusal
 from tiny_models import write_tiny_model
@@ -45,52 +46,40 @@ def made(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
 # What counts as another base ----------------------------------------------------------------------------------------
 
 
+Change = Callable[[dict[str, torch.Tensor]], Any] | None
+
+
 def flip(tensor: torch.Tensor, bit: int, place: int = 0) -> None:
     """Flip a bit of one fp32 number, in place."""
     tensor.view(-1).view(torch.int32)[place] ^= bit
 
 
-def all_but_the_norm(tensors: dict[str, torch.Tensor]) -> None:
-    for name, tensor in tensors.items():
-        if name != NORM:
-            tensor.normal_()
-
-
-def one_tensor(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["model.layers.1.mlp.up_proj.weight"].normal_()
-
-
-def one_bit(tensors: dict[str, torch.Tensor]) -> None:
-    flip(tensors["model.layers.2.self_attn.v_proj.weight"], HELD_BIT)
-
-
-def a_bit_that_bf16_drops(tensors: dict[str, torch.Tensor]) -> None:
-    flip(tensors["model.layers.2.self_attn.v_proj.weight"], DROPPED_BIT)
-
-
-def another_tokenizer(folder: Path) -> None:
-    """Two letters change their ids."""
+def swap_letters(folder: Path, one: str = "a", other: str = "b") -> None:
+    """Two letters of the tokenizer change their ids."""
     file = folder / "tokenizer.json"
     content = json.loads(file.read_text())
     ids = content["model"]["vocab"]
-    ids["a"], ids["b"] = ids["b"], ids["a"]
+    ids[one], ids[other] = ids[other], ids[one]
     file.write_text(json.dumps(content))
 
 
-def changed(base: Path, target: Path, change: Callable[..., None]) -> Path:
+def changed(base: Path, target: Path, change: Change) -> Path:
+    """A copy with its tensors changed, or with another tokenizer in the place of that change."""
     shutil.copytree(base, target, dirs_exist_ok=True)
-    if change is another_tokenizer:
-        another_tokenizer(target)
+    if change is None:
+        swap_letters(target)
     else:
         edit_tensors(target / "model.safetensors", change)
     return target
 
 
-CHANGES = {
-    all_but_the_norm: "whose weights differ",
-    one_tensor: "whose weights differ",
-    one_bit: "whose weights differ",
-    another_tokenizer: "another tokenizer",
+UP, VALUE = "model.layers.1.mlp.up_proj.weight", "model.layers.2.self_attn.v_proj.weight"
+DIFFER = "whose weights differ"
+CHANGES: dict[str, tuple[Change, str]] = {  # and what is said of it
+    "all but the norm": (lambda t: [t[name].normal_() for name in t if name != NORM], DIFFER),
+    "one tensor": (lambda t: t[UP].normal_(), DIFFER),
+    "one bit": (lambda t: flip(t[VALUE], HELD_BIT), DIFFER),
+    "another tokenizer": (None, "another tokenizer"),
 }
 
 
@@ -141,7 +130,7 @@ def test_copies_are_the_same_base(base: Base, tmp_path: Path) -> None:
     original = identity(base.model)
     for name, keywords in (("bf16", {"dtype": torch.bfloat16}), ("shards", {"max_shard_size": "20KB"})):
         assert identity(write_tiny_model(tmp_path / name, **keywords)) == _renamed(original, tmp_path / name)
-    other = changed(base.model, tmp_path / "bit", a_bit_that_bf16_drops)
+    other = changed(base.model, tmp_path / "bit", lambda t: flip(t[VALUE], DROPPED_BIT))
     assert identity(other) == _renamed(original, other)
     # A model of bf16 values, of which fp16 rounds the smallest.
     values = {name: tensor.bfloat16() * 1e-3 for name, tensor in load_file(base.model / "model.safetensors").items()}
@@ -187,21 +176,13 @@ def test_what_counts_of_a_tokenizer(base: Base, tmp_path: Path) -> None:
 # Commands x changes -------------------------------------------------------------------------------------------------
 
 
-def tool(name: str, *words: object) -> None:
+def tool(name: str, made: Path, model: Path, output: Path, *words: str) -> None:
     """A command, in this process."""
-    call(name, [str(word) for word in words])
+    given = f"--peft={made / 'peft'}" if name == "verify" else f"--output={output}"
+    call(name, [f"--adapter={made / 'adapter'}", f"--model={model}", given, *words])
 
 
-def merge(made: Path, model: Path, output: Path, *words: str) -> None:
-    tool("merge", "--adapter", made / "adapter", "--model", model, "--output", output, *words)
-
-
-def export(made: Path, model: Path, output: Path, *words: str) -> None:
-    tool("export", "--adapter", made / "adapter", "--model", model, "--output", output, *words)
-
-
-def verify(made: Path, model: Path, output: Path, *words: str) -> None:
-    tool("verify", "--adapter", made / "adapter", "--model", model, "--peft", made / "peft", *words)
+merge, export, verify = (partial(tool, name) for name in ("merge", "export", "verify"))
 
 
 def evaluate(made: Path, model: Path, output: Path, *words: str, kind: str = "adapter") -> None:
@@ -223,19 +204,20 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("kind", CHANGES)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_another_base_is_refused_by_every_command(
-    base: Base, made: Path, tmp_path: Path, command: str, change: Callable[..., None]
+    base: Base, made: Path, tmp_path: Path, command: str, kind: str
 ) -> None:
+    change, said = CHANGES[kind]
     model = changed(base.model, tmp_path / "model", change)
     with pytest.raises(UserError) as error:
         COMMANDS[command](made, model, tmp_path / "output")
     line = str(error.value)
-    assert CHANGES[change] in line and str(model) in line and "--base_differs" in line and line.isprintable()
+    assert said in line and str(model) in line and "--base_differs" in line and line.isprintable()
     assert not (tmp_path / "output").exists()
     COMMANDS[command](made, model, tmp_path / "output", "--base_differs")
-    what = ["tokenizer"] if change is another_tokenizer else ["weights"]
+    what = ["tokenizer"] if change is None else ["weights"]
     for record in tmp_path.glob("output/tiedlora_*.json"):
         assert json.loads(record.read_text())["base_differs"] == what
     assert (tmp_path / "output").exists() == (command in ("merge", "export"))
@@ -243,59 +225,48 @@ def test_another_base_is_refused_by_every_command(
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_same_base_is_taken_by_every_command(base: Base, made: Path, tmp_path: Path, command: str) -> None:
-    model = changed(base.model, tmp_path / "model", a_bit_that_bf16_drops)
+    model = changed(base.model, tmp_path / "model", lambda t: flip(t[VALUE], DROPPED_BIT))
     COMMANDS[command](made, model, tmp_path / "output")
     for record in tmp_path.glob("output/tiedlora_*.json"):
         assert "base_differs" not in json.loads(record.read_text())
 
 
 def test_the_result_of_an_evaluation_says_so(base: Base, made: Path, tmp_path: Path) -> None:
-    model = changed(base.model, tmp_path / "model", one_tensor)
+    model = changed(base.model, tmp_path / "model", CHANGES["one tensor"][0])
     rows = write_rows(tmp_path / "rows.jsonl", 2)
-    words = [f"--adapter={made / 'adapter'}", f"--model={model}", f"--test_file={rows}", "--max_new_tokens=2",
-             f"--output_dir={tmp_path / 'out'}"]  # fmt: skip
-    ended = run_ranks(words, folder=tmp_path / "work", script=EVALUATE).expect(2)
-    assert "whose weights differ" in ended.error_line() and not (tmp_path / "out").exists()
-    ended = run_ranks([*words, "--base_differs"], folder=tmp_path / "work", script=EVALUATE).expect(0)
-    assert "whose weights differ" in ended.outputs[0]
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["adapter"]["base_differs"] is True
-
-
-@pytest.fixture(scope="module")
-def stopped(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was stopped at step 4."""
-    folder = tmp_path_factory.mktemp("stopped") / "run"
-    run(base, folder, prelude=partial(kill_at_step, 4), expect=143)
-    return folder
+    chosen = {"adapter": made / "adapter", "model": model, "test_file": rows, "max_new_tokens": 2}
+    start = partial(run_evaluation, tmp_path / "out", work=tmp_path / "work", **chosen)
+    assert DIFFER in start(expect=2).error_line()
+    assert DIFFER in start(base_differs=True).outputs[0]
+    assert results(tmp_path / "out")["adapter"]["base_differs"] is True
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("kind", CHANGES)
 def test_another_base_is_refused_at_a_resume(
-    base: Base, stopped: Path, tmp_path: Path, own_cache: None, change: Callable[..., None]
+    base: Base, stopped: Path, tmp_path: Path, folder: Path, own_cache: None, kind: str
 ) -> None:
+    change, said = CHANGES[kind]
     model = changed(base.model, tmp_path / "model", change)
-    if change is another_tokenizer:  # letters that the data does not have: its tokens are the same
-        content = json.loads((base.model / "tokenizer.json").read_text())
-        ids = content["model"]["vocab"]
-        ids["Q"], ids["R"] = ids["R"], ids["Q"]
-        (model / "tokenizer.json").write_text(json.dumps(content))
+    if change is None:  # letters that the data does not have: its tokens are the same
+        shutil.copy(base.model / "tokenizer.json", model)
+        swap_letters(model, "Q", "R")
     before = files_of(stopped)
     line = refusal(lambda: begin(base.arguments(output_dir=stopped, resume="auto", model=model)))
-    assert CHANGES[change] in line and files_of(stopped) == before
-    if change in (one_bit, another_tokenizer):
-        folder = Path(shutil.copytree(stopped, tmp_path / "run"))
+    assert said in line and files_of(stopped) == before
+    if kind in ("one bit", "another tokenizer"):
+        shutil.copytree(stopped, folder)
         ended = run(base, folder, resume="auto", model=model, base_differs=True)
         assert "note       " in ended.outputs[0] and "(--base_differs)" in ended.outputs[0]
         assert "base_differs: true" in (folder / "run.yaml").read_text()
 
 
 @pytest.mark.distributed
-def test_hosts_with_different_copies_are_refused(base: Base, tmp_path: Path) -> None:
-    other = changed(base.model, tmp_path / "model", one_tensor)
-    ended = run(base, tmp_path / "run", ranks=2, prelude=partial(_own_copy, str(other)), expect=2)
+def test_hosts_with_different_copies_are_refused(base: Base, tmp_path: Path, folder: Path) -> None:
+    other = changed(base.model, tmp_path / "model", CHANGES["one tensor"][0])
+    ended = run(base, folder, ranks=2, prelude=partial(_own_copy, str(other)), expect=2)
     assert "1 rank read another base model or tokenizer than rank 0" in ended.error_line()
-    assert not (tmp_path / "run").exists()
+    assert not folder.exists()
 
 
 def _own_copy(folder: str) -> None:
@@ -322,7 +293,7 @@ def test_a_config_names_no_other_tokenizer_file(base: Base, tmp_path: Path, file
 def test_a_run_with_a_tokenizer_of_its_own(base: Base, made: Path, tmp_path: Path) -> None:
     """Its adapter goes with that tokenizer wherever text is read or a tokenizer is written."""
     own = Path(shutil.copytree(base.model, tmp_path / "own"))
-    another_tokenizer(own)
+    swap_letters(own)
     shutil.copytree(made / "adapter", tmp_path / "adapter")
     file = tmp_path / "adapter" / "adapter_config.json"
     edit_json(file, tokenizer=str(own), tokenizer_hash=tokenizer_hash(own))

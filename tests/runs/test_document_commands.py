@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -112,17 +112,28 @@ class Newcomer:
 
     Attributes:
         start: runs a command of this package on so many ranks, None for no launcher, and returns what rank 0 printed.
+        printed: by what commands.
     """
 
     folder: Path
     start: Start
+    printed: dict[str, str] = field(default_factory=dict)
 
     @property
     def shared(self) -> Path:
         return self.folder / "shared"
 
-    def run(self, command: str) -> str:
-        """Run a command to its end, which must be a success."""
+    def output(self, words: str) -> str:
+        """What the one command with these words printed."""
+        (found,) = (text for command, text in self.printed.items() if words in command)
+        return found
+
+    def run(self, command: str) -> None:
+        """Run a command to its end, which must be a success, if the walks run it."""
+        if row_of(command).runs:
+            self.printed[command] = self._run(command)
+
+    def _run(self, command: str) -> str:
         ranks = None
         if not re.search(r"--model llama2-\w+", command):
             for theirs, here in HERE.items():
@@ -192,18 +203,11 @@ def make_newcomer(folder: Path, document: Document, start: Start) -> Newcomer:
 @pytest.mark.timeout(1200)
 def test_the_guide_from_weights_to_a_served_model(tmp_path: Path) -> None:
     newcomer = make_newcomer(tmp_path, GUIDE, from_the_source(tmp_path))
-    outputs: dict[str, str] = {}
+    folder, shared, output = newcomer.folder, newcomer.shared, newcomer.output
     for command in GUIDE.commands:
-        whole = lose_the_last_step(newcomer.shared / "runs" / "four") if "--resume auto" in command else None
-        if row_of(command).runs:
-            outputs[command] = newcomer.run(command)
-        assert whole is None or files_of(newcomer.shared / "runs" / "four" / "adapter") == whole
-
-    def output(words: str) -> str:
-        (found,) = (text for command, text in outputs.items() if words in command)
-        return found
-
-    folder, shared = newcomer.folder, newcomer.shared
+        whole = lose_the_last_step(shared / "runs" / "four") if "--resume auto" in command else None
+        newcomer.run(command)
+        assert whole is None or files_of(shared / "runs" / "four" / "adapter") == whole
     assert "it fits" in output("--dry_run") and "first sample" in output("--dry_run")
     for run in (folder / "runs" / "seven", folder / "runs" / "seven-nf4", *(shared / "runs").iterdir()):
         assert status(run)["state"] == "finished" and [step for step, _ in losses(run)] == [1, 2], run
@@ -245,12 +249,9 @@ def lose_the_last_step(run: Path) -> dict[str, bytes]:
 def test_the_readme_from_the_wheel(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     installed = install_wheel(tmp_path_factory.mktemp("wheel"))
     newcomer = make_newcomer(tmp_path, README, from_the_wheel(tmp_path, installed))
-    outputs = {command: newcomer.run(command) for command in README.commands if row_of(command).runs}
-
-    def output(words: str) -> str:
-        (found,) = (text for command, text in outputs.items() if words in command)
-        return found
-
+    for command in README.commands:
+        newcomer.run(command)
+    output = newcomer.output
     run = tmp_path / "runs" / "llama2-7b-custom-tl6-r8"
     finished = [run, tmp_path / "shared" / "runs" / "one"]
     finished += [tmp_path / "runs" / "four" / entry["name"] for entry in yaml.safe_load(README.adapters)]

@@ -48,8 +48,7 @@ def report(arguments: list[str]) -> str:
 
 def plan_of(settings: dict[str, object]) -> RunPlan:
     """The plan of the same settings on one rank."""
-    texts = {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()}
-    return plan_run(make_settings(texts), rank=0, world_size=1)
+    return plan_run(make_settings(settings), rank=0, world_size=1)
 
 
 def number(text: str, label: str) -> int:
@@ -62,8 +61,11 @@ UNITS = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9}
 
 
 def size(cell: str) -> float:
-    """Bytes of a cell; it has two decimals, so the half of a percent is what rounding may take."""
-    value, unit = cell.split()
+    """Bytes of a cell; it has two decimals, so the half of a percent is what rounding may take.
+
+    For the data-parallel group it says "at most", as DeepSpeed sends in messages of its own choice.
+    """
+    value, unit = cell.removeprefix("at most ").split()
     return float(value.replace(",", "")) * UNITS[unit]
 
 
@@ -71,11 +73,6 @@ def sent(cell: str) -> tuple[int, float]:
     """(messages, bytes) of a cell of the table of messages."""
     messages, found = cell.split(" / ")
     return int(messages.replace(",", "")), size(found)
-
-
-def at_most(cell: str) -> float:
-    """Bytes of a cell of the data-parallel group, which DeepSpeed sends in messages of its own choice."""
-    return size(cell.removeprefix("at most "))
 
 
 ROUNDED = 5e-3
@@ -124,7 +121,7 @@ def test_presets_need_no_files(preset: str, world: int, ds_config: str) -> None:
     most = ((steps if ds_config == "zero2.json" else 1) + 1) * 4 * tl6
     if ds_config == "zero3.json":  # every parameter is gathered twice for each micro-batch, and gradients are summed
         most = steps * (2 * (2 * parameters + 4 * tl6) + 4 * tl6)
-    assert at_most(messages["data"]) == pytest.approx(most, rel=ROUNDED)
+    assert size(messages["data"]) == pytest.approx(most, rel=ROUNDED)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +187,7 @@ def test_layouts_of_presets(preset: str, world: int, tp: int, pp: int, sequence_
         assert found == pytest.approx(steps * (large * hidden + small) + of_u * (dp == 1), rel=ROUNDED)
         assert sent(row["model"]) == (1, 4.0) and sent(row["all ranks"]) == (1, 56.0)
         # Gradients are summed, and what was stepped is gathered; the norm is 4 bytes.
-        assert "data" not in row if dp == 1 else at_most(row["data"]) == pytest.approx(2 * trained, rel=ROUNDED)
+        assert "data" not in row if dp == 1 else size(row["data"]) == pytest.approx(2 * trained, rel=ROUNDED)
 
 
 def numbers(cell: str) -> list[int]:

@@ -238,10 +238,8 @@ def see_fewer_rows() -> None:
 
 
 def test_ranks_that_read_other_rows_are_refused(models: Models, tmp_path: Path) -> None:
-    arguments = [f"--model={models.base}", f"--test_file={models.rows}", "--output_dir=out"]
-    ended = run_ranks(arguments, folder=tmp_path, ranks=2, prelude=see_fewer_rows, script=EVALUATE).expect(2)
+    ended = run_of(models, tmp_path / "out", model=models.base, ranks=2, prelude=see_fewer_rows, expect=2)
     assert "1 rank read other rows than rank 0" in ended.error_line()
-    assert not (tmp_path / "out").exists()
 
 
 # How it ends --------------------------------------------------------------------------------------------------------
@@ -257,29 +255,23 @@ def stop_at_call(number: int, rank: str) -> None:
 def test_a_signal_to_one_rank_stops_all_and_nothing_is_written(
     number: int, status: int, models: Models, tmp_path: Path
 ) -> None:
-    arguments = [f"--adapter={models.native}", f"--test_file={models.rows}", "--output_dir=out", "--batch_size=1"]
-    prelude = functools.partial(stop_at_call, number, "1")
-    ended = run_ranks(arguments, folder=tmp_path, ranks=2, prelude=prelude, script=EVALUATE).expect(status)
+    chosen = {"adapter": models.native, "batch_size": 1, "prelude": functools.partial(stop_at_call, number, "1")}
+    ended = run_of(models, tmp_path / "out", ranks=2, expect=status, **chosen)
     assert "nothing was written" in ended.errors[0] and "Traceback" not in "".join(ended.errors)
-    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".writing*"))
 
 
 def test_a_signal_before_decoding_stops_at_once(models: Models, tmp_path: Path) -> None:
     prelude = functools.partial(
         kill_at_call, "megatron_tiedlora.checkpoint.load_model", "load_base_weights", number=signal.SIGTERM
     )
-    arguments = [f"--model={models.base}", f"--test_file={models.rows}", "--output_dir=out"]
-    run_ranks(arguments, folder=tmp_path, prelude=prelude, script=EVALUATE).expect(143)
-    assert not (tmp_path / "out").exists()
+    run_of(models, tmp_path / "out", model=models.base, prelude=prelude, expect=143)
 
 
 def test_a_full_disk_leaves_nothing(models: Models, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "many.jsonl", 200)
     prelude = functools.partial(limit_files, "megatron_tiedlora.evaluation.results", "write_results", 8192)
-    arguments = [f"--model={models.base}", f"--test_file={rows}", "--output_dir=out", "--max_new_tokens=1"]
-    ended = run_ranks(arguments, folder=tmp_path, prelude=prelude, script=EVALUATE).expect(2)
-    assert "cannot be written" in ended.error_line()
-    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".writing*"))
+    chosen = {"model": models.base, "test_file": rows, "max_new_tokens": 1}
+    assert "cannot be written" in run_of(models, tmp_path / "out", prelude=prelude, expect=2, **chosen).error_line()
 
 
 # Bad input ----------------------------------------------------------------------------------------------------------

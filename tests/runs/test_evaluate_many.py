@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluation_runs import begin, results, texts
+from evaluation_runs import FILES, begin, evaluate, results, texts
 from native_files import with_adapter, write_native
-from run_helpers import EVALUATE, Ended, run_ranks, write_rows
+from run_helpers import Ended, write_rows
 from task_files import refusal
 from tiny_models import write_tiny_model
 
@@ -23,7 +23,6 @@ from megatron_tiedlora.evaluation.plan import plan_evaluations
 
 pytestmark = pytest.mark.distributed
 
-_FILES = {"predictions.jsonl", "results.json"}
 _ROWS = 7  # two ranks share them unevenly
 
 
@@ -44,13 +43,6 @@ class Many:
     alone: dict[str, Path]
 
 
-def _start(folder: Path, *, work: Path, ranks: int | None = None, prelude: Any = None, **settings: Any) -> Ended:
-    words = settings.pop("adapters", None)
-    arguments = [f"--{name}={value}" for name, value in {"output_dir": folder, "dtype": "fp32", **settings}.items()]
-    arguments += ["--adapters", *map(str, words)] if words else []
-    return run_ranks(arguments, folder=work, ranks=ranks, prelude=prelude, script=EVALUATE)
-
-
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Many:
     folder = tmp_path_factory.mktemp("many")
@@ -68,15 +60,14 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Many:
     (runs / "logs").mkdir()
     many = Many(folder, base, runs, folder / "peft", runs / "c" / "adapter", rows, {})
     for name in kinds:
-        _settings = {"test_file": rows, "max_new_tokens": 12, "batch_size": 3}
-        _start(folder / name, work=folder / "work", adapter=runs / name / "adapter", **_settings).expect(0)
+        evaluate_many(many, folder / name, adapter=runs / name / "adapter")
         many.alone[name] = folder / name
     assert len({str(texts(own)) for own in many.alone.values()}) == 3
     return many
 
 
 def _same(found: Path, expected: Path, *, but: tuple[str, ...] = ()) -> None:
-    assert {item.name for item in found.iterdir()} == _FILES
+    assert {item.name for item in found.iterdir()} == FILES
     assert (found / "predictions.jsonl").read_bytes() == (expected / "predictions.jsonl").read_bytes()
     contents = []
     for folder in (found, expected):
@@ -88,11 +79,11 @@ def _same(found: Path, expected: Path, *, but: tuple[str, ...] = ()) -> None:
 
 def evaluate_many(many: Many, folder: Path, *adapters: Any, **settings: Any) -> Ended:
     settings = {"test_file": many.rows, "max_new_tokens": 12, "batch_size": 3, **settings}
-    return _start(folder, work=folder.parent / "work", adapters=adapters, **settings)
+    return evaluate(folder, work=folder.parent / "work", adapters=adapters, **settings)
 
 
 def test_a_folder_of_runs(many: Many, tmp_path: Path) -> None:
-    ended = evaluate_many(many, tmp_path / "out", many.runs).expect(0)
+    ended = evaluate_many(many, tmp_path / "out", many.runs)
     assert {item.name for item in (tmp_path / "out").iterdir()} == {"a", "b", "c", "table.csv"}
     for name, expected in many.alone.items():
         _same(tmp_path / "out" / name, expected)
@@ -114,7 +105,7 @@ def test_a_folder_of_runs(many: Many, tmp_path: Path) -> None:
 def test_names_patterns_and_forms(many: Many, tmp_path: Path) -> None:
     """NAME=FOLDER as vLLM takes it; a run, a pattern, a PEFT folder; the same adapter under two names."""
     given = [f"mine={many.peft}", str(many.runs / "a"), f"{many.runs}/[c]/adapter", f"again={many.runs / 'a'}"]
-    evaluate_many(many, tmp_path / "out", *given).expect(0)
+    evaluate_many(many, tmp_path / "out", *given)
     out = tmp_path / "out"
     assert {item.name for item in out.iterdir()} == {"mine", "a", "c", "again", "table.csv"}
     for name in ("a", "c"):
@@ -125,7 +116,7 @@ def test_names_patterns_and_forms(many: Many, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", [{"pipeline_parallel": 2}, {"tensor_parallel": 2}, {}])
 def test_two_ranks(many: Many, tmp_path: Path, layout: dict[str, int]) -> None:
-    evaluate_many(many, tmp_path / "out", many.runs, ranks=2, **layout).expect(0)
+    evaluate_many(many, tmp_path / "out", many.runs, ranks=2, **layout)
     for name, expected in many.alone.items():
         _same(tmp_path / "out" / name, expected, but=("settings", "ranks", "layout"))
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from kill_series import Layout, kill_series
 from run_files import assert_same_run, checkpoint_names, edit_tensors, files_of, losses, metrics, status
-from run_helpers import Base, run, run_ranks, write_base
+from run_helpers import Base, run, write_base
 from run_preludes import all_of, kill_at_call, kill_at_step, limit_files, poison, scripted_validation
 
 pytestmark = pytest.mark.distributed
@@ -35,9 +35,8 @@ pytestmark = pytest.mark.distributed
         ("zero2_offload.json", "gradient", None),
     ],
 )
-def test_nan(base: Base, tmp_path: Path, ds_config: str, what: str, ranks: int | None) -> None:
+def test_nan(base: Base, folder: Path, ds_config: str, what: str, ranks: int | None) -> None:
     """At step 5: the run fails, the checkpoint of step 4 stands, no row of step 5 is logged."""
-    folder = tmp_path / "run"
     changes = {"ds_config": ds_config, "save_interval": 1}
     line = run(base, folder, ranks=ranks, prelude=partial(poison, 5, what), expect=2, **changes).error_line()
     message, end = "the loss is nan" if what == "loss" else "the gradient norm is", status(folder)
@@ -48,8 +47,8 @@ def test_nan(base: Base, tmp_path: Path, ds_config: str, what: str, ranks: int |
     assert (folder / "checkpoints" / "latest").read_text() == "step_4\n"
 
 
-def test_nan_in_the_base(tmp_path: Path) -> None:
-    broken, folder = write_base(tmp_path / "base"), tmp_path / "run"
+def test_nan_in_the_base(tmp_path: Path, folder: Path) -> None:
+    broken = write_base(tmp_path / "base")
     edit_tensors(broken.model / "model.safetensors", lambda t: t["model.norm.weight"].fill_(float("nan")))
     line = run(broken, folder, expect=2).error_line()
     assert "the validation loss is nan at step 0; no checkpoint was written yet" in line
@@ -57,8 +56,7 @@ def test_nan_in_the_base(tmp_path: Path) -> None:
     assert not (folder / "checkpoints").exists() and not (folder / "adapter").exists()
 
 
-def test_a_learning_rate_that_blows_up(base: Base, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
+def test_a_learning_rate_that_blows_up(base: Base, folder: Path) -> None:
     line = run(base, folder, learning_rate=1e15, gradient_clipping=0, save_interval=100, expect=2).error_line()
     assert "not finite" in line or "is nan" in line or "is inf" in line
     assert status(folder)["state"] == "failed" and not (folder / "adapter").exists()
@@ -95,17 +93,12 @@ def test_a_first_file_that_cannot_be_written_leaves_nothing(base: Base, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_a_signal_while_a_rank_says_why_it_fails(base: Base, tmp_path: Path) -> None:
+def test_a_signal_while_a_rank_says_why_it_fails(base: Base, folder: Path) -> None:
     """A launcher tells the others to stop as soon as one rank has ended: they still say all, and end as failed."""
-    folder = tmp_path / "run"
-    ended = run(base, folder, prelude=_fail_and_be_stopped, expect=2)
+    stop = partial(kill_at_call, "megatron_tiedlora.runtime.ending", "End._record_failure", number=signal.SIGTERM)
+    ended = run(base, folder, prelude=partial(all_of, partial(poison, 3, "loss"), stop), expect=2)
     assert "the loss is nan" in ended.error_line() and "the loss is nan" in status(folder)["reason"]
     assert status(folder)["state"] == "failed"
-
-
-def _fail_and_be_stopped() -> None:
-    poison(3, "loss")
-    kill_at_call("megatron_tiedlora.runtime.ending", "End._record_failure", number=signal.SIGTERM)
 
 
 def other_data_on_rank_1(part: str) -> None:
@@ -127,12 +120,11 @@ def other_data_on_rank_1(part: str) -> None:
 
 
 @pytest.mark.parametrize("part", ["train", "test"])
-def test_ranks_that_read_other_data_are_refused(base: Base, tmp_path: Path, part: str) -> None:
-    arguments = base.arguments(output_dir=tmp_path / "run", test_file=base.validation)
+def test_ranks_that_read_other_data_are_refused(base: Base, folder: Path, part: str) -> None:
     prelude = partial(other_data_on_rank_1, part)
-    ended = run_ranks(arguments, folder=tmp_path, cache=base.cache, ranks=2, prelude=prelude).expect(2)
+    ended = run(base, folder, ranks=2, test_file=base.validation, prelude=prelude, expect=2)
     assert "1 rank read other training, validation or test data than rank 0" in ended.error_line()
-    assert not (tmp_path / "run").exists()
+    assert not folder.exists()
 
 
 def full_disk_at(file: Path, split: str, step: int) -> None:
@@ -157,10 +149,9 @@ def full_disk_at(file: Path, split: str, step: int) -> None:
     [("train", 4, "step_2"), ("validation", 4, "step_2"), ("train", 10, "step_8")],
 )
 def test_no_checkpoint_is_saved_without_its_rows(
-    base: Base, whole_of_two: Path, tmp_path: Path, split: str, step: int, saved: str
+    base: Base, whole_of_two: Path, folder: Path, split: str, step: int, saved: str
 ) -> None:
     """Also where a checkpoint is due at that step: the reason names rank 0, and the resumed run writes the row."""
-    folder = tmp_path / "run"
     prelude = partial(full_disk_at, folder / "metrics.jsonl", split, step)
     line = run(base, folder, ranks=2, prelude=prelude, expect=2).error_line()
     assert "logs cannot be written (File too large)" in line
@@ -190,6 +181,10 @@ def test_a_crash_that_lost_steps_leaves_each_row_once(base: Base, tmp_path: Path
     assert_same_run(folder, whole)
 
 
+WORSE_AFTER_TWO = {2: 3.0, 4: 4.0, 6: 5.0, 8: 6.0, 10: 7.0}
+KILLED_AT_SIX = partial(all_of, partial(scripted_validation, WORSE_AFTER_TWO), partial(kill_at_step, 6, signal.SIGKILL))
+
+
 def test_an_evaluation_done_again_is_logged_once(base: Base, tmp_path: Path) -> None:
     """Stopped while step 4 is evaluated; evaluated after the resume, no improvement; then killed before a save."""
     whole, folder = tmp_path / "whole", tmp_path / "run"
@@ -198,13 +193,10 @@ def test_an_evaluation_done_again_is_logged_once(base: Base, tmp_path: Path) -> 
     run(base, whole, **few, prelude=script)
     run(base, folder, **few, prelude=_stop_in_second_evaluation, expect=143)
     assert losses(folder, "validation") == [(0, 10.0), (2, 3.0)] and checkpoint_names(folder) == {"step_2", "step_4"}
-    run(base, folder, **few, resume="auto", prelude=_killed_at_six, expect=-signal.SIGKILL)
+    run(base, folder, **few, resume="auto", prelude=KILLED_AT_SIX, expect=-signal.SIGKILL)
     assert [step for step, _ in losses(folder, "validation")] == [0, 2, 4]
     run(base, folder, **few, resume="auto", prelude=script)
     assert_same_run(folder, whole)
-
-
-WORSE_AFTER_TWO = {2: 3.0, 4: 4.0, 6: 5.0, 8: 6.0, 10: 7.0}
 
 
 def _stop_in_second_evaluation() -> None:
@@ -219,35 +211,35 @@ def _stop_in_second_evaluation() -> None:
     loop.Evaluation.losses = losses  # type: ignore[method-assign]
 
 
-def _killed_at_six() -> None:
-    scripted_validation(WORSE_AFTER_TWO)
-    kill_at_step(6, signal.SIGKILL)
-
-
 SAVE_POINTS = {
     "before `latest`": ("megatron_tiedlora.checkpoint.resume", "write_text"),
     "before the adapter": ("megatron_tiedlora.training.adapter_run", "save_adapter"),
 }
-BEST_AT_FOUR = {2: 5.0, 4: 3.0, 6: 4.0}
+BEST_AT_FOUR = partial(scripted_validation, {2: 5.0, 4: 3.0, 6: 4.0})
+
+
+@pytest.fixture(scope="module")
+def best_at_four(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six undisturbed steps, of which the fourth is the best."""
+    folder = tmp_path_factory.mktemp("best_at_four") / "run"
+    run(base, folder, max_steps=6, prelude=BEST_AT_FOUR)
+    return folder
 
 
 @pytest.mark.parametrize("point", SAVE_POINTS)
-def test_killed_in_a_save(base: Base, tmp_path: Path, point: str) -> None:
+def test_killed_in_a_save(base: Base, best_at_four: Path, folder: Path, point: str) -> None:
     """SIGKILL within the save of step 4, the best: that of step 2 or 4 stands, and the rest equals the whole run.
 
     test_atomic_saves.py kills at every line of a save.
     """
-    whole, folder = tmp_path / "whole", tmp_path / "run"
-    script = partial(scripted_validation, BEST_AT_FOUR)
-    run(base, whole, max_steps=6, prelude=script)
     module, name = SAVE_POINTS[point]
-    killed = partial(all_of, script, partial(kill_at_call, module, name, call=2))
+    killed = partial(all_of, BEST_AT_FOUR, partial(kill_at_call, module, name, call=2))
     run(base, folder, max_steps=6, prelude=killed, expect=-signal.SIGKILL)
     latest = (folder / "checkpoints" / "latest").read_text().strip()
     assert latest == ("step_4" if point == "before the adapter" else "step_2")
-    run(base, folder, max_steps=6, resume="auto", prelude=script)
-    assert_same_run(folder, whole)
-    assert files_of(folder / "adapter") == files_of(whole / "adapter")
+    run(base, folder, max_steps=6, resume="auto", prelude=BEST_AT_FOUR)
+    assert_same_run(folder, best_at_four)
+    assert files_of(folder / "adapter") == files_of(best_at_four / "adapter")
     assert not list(folder.rglob(".writing*"))
 
 

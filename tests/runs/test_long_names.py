@@ -23,11 +23,6 @@ from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder, choose_r
 from megatron_tiedlora.study.sweep import sweep
 
 
-def command(name: str) -> Callable[[Sequence[str]], Any]:
-    """The command, of its words."""
-    return partial(call, name)
-
-
 def no_sweep(argv: Sequence[str]) -> int:
     """A sweep that starts nothing."""
     return sweep(parse_sweep(argv), scripts=ROOT / "launch", begin=no_start)
@@ -36,18 +31,18 @@ def no_sweep(argv: Sequence[str]) -> int:
 # By command: how it is started, what else it needs, and its flags of files and folders.
 MODEL = "--model=llama2-7b"
 COMMANDS: Mapping[str, tuple[Callable[[Sequence[str]], Any], list[str], str]] = {
-    "train": (command("train"), ["--dry_run", MODEL], "config model tokenizer ds_config output_dir resume"),
+    "train": (partial(call, "train"), ["--dry_run", MODEL], "config model tokenizer ds_config output_dir resume"),
     "run": (lambda argv: launch(parse_launch(argv), scripts=ROOT / "launch"), ["--show_command", MODEL, "--task=gsm8k"],
             "config model tokenizer ds_config output_dir resume hostfile"),
     "sweep": (no_sweep, ["--output_dir=study", MODEL, "--task=gsm8k", "--dry_run"],
               "config model tokenizer ds_config output_dir train_file test_file"),
     "tables": (no_sweep, ["--output_dir=study"], "tables_from"),
-    "doctor": (command("doctor"), [], "config hostfile json output_dir"),
-    "merge": (command("merge"), ["--adapter=a", "--output=o"], "adapter output"),
-    "export": (command("export"), ["--adapter=a", "--output=o"], "adapter output"),
-    "verify": (command("verify"), ["--adapter=a", "--merged=m"], "adapter merged peft"),
-    "prepare": (command("prepare_demo"), [], "output"),
-    "random": (command("random_model"), [MODEL, "--output=o"], "model output"),
+    "doctor": (partial(call, "doctor"), [], "config hostfile json output_dir"),
+    "merge": (partial(call, "merge"), ["--adapter=a", "--output=o"], "adapter output"),
+    "export": (partial(call, "export"), ["--adapter=a", "--output=o"], "adapter output"),
+    "verify": (partial(call, "verify"), ["--adapter=a", "--merged=m"], "adapter merged peft"),
+    "prepare": (partial(call, "prepare_demo"), [], "output"),
+    "random": (partial(call, "random_model"), [MODEL, "--output=o"], "model output"),
 }  # fmt: skip
 NAMES = {"long": "n" * 300, "very long": "n" * 5000, "deep": f"{'n' * 200}/" * 25, "NUL": "a\0b"}
 

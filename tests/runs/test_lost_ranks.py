@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,11 @@ import pytest
 from folders import ROOT
 from ranks import wait_for
 from run_files import assert_same_run, checkpoint_names, files_of, has_step, metrics, status
-from run_helpers import Base, deepspeed_command, run, run_ranks, start_command, start_ranks
+from run_helpers import Base, deepspeed_command, run, run_ranks, start_command, start_run
 from run_preludes import all_of, before_call, kill_at_call, kill_at_step, kill_rank_at_call, short_silence, slow_steps
 
 pytestmark = pytest.mark.distributed
 LOOP = "megatron_tiedlora.training.loop"
-
-
 TP2, PP2 = {"tensor_parallel": 2}, {"pipeline_parallel": 2, "ds_config": "zero1.json"}
 POINTS: dict[str, tuple[int, dict[str, Any], str, str, int]] = {
     # of a step: (rank that is killed, layout, function, at which call: all of them after the first step)
@@ -37,13 +35,12 @@ POINTS: dict[str, tuple[int, dict[str, Any], str, str, int]] = {
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_a_rank_that_is_killed_in_a_step_is_named_in_time(base: Base, tmp_path: Path, point: str) -> None:
+def test_a_rank_that_is_killed_in_a_step_is_named_in_time(base: Base, tmp_path: Path, folder: Path, point: str) -> None:
     """docs/clusters.md promises half a second where it was rank 0, else about 5 s; here on a loaded machine."""
     rank, layout, module, name, call = POINTS[point]
-    folder, mark = tmp_path / "run", tmp_path / "killed"
+    mark = tmp_path / "killed"
     prelude = partial(kill_rank_at_call, rank, module, name, mark, call=call)
-    arguments = base.arguments(output_dir=folder, **layout)
-    ended = run_ranks(arguments, folder=tmp_path, cache=base.cache, ranks=2, prelude=prelude)
+    ended = run(base, folder, ranks=2, prelude=prelude, expect=None, **layout)
     assert ended.statuses[rank] == -9 and ended.statuses[1 - rank] == 1
     reason, shown = status(folder)["reason"], ended.errors[1 - rank]
     assert f"rank {rank} on {os.uname().nodename} stopped responding after step" in reason
@@ -58,11 +55,10 @@ def test_a_rank_that_is_killed_in_a_step_is_named_in_time(base: Base, tmp_path: 
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_stands_still_is_noticed_within_seconds(base: Base, tmp_path: Path, rank: int) -> None:
+def test_a_rank_that_stands_still_is_noticed_within_seconds(base: Base, folder: Path, rank: int) -> None:
     """As when its host or link is down: nothing comes, and no connection is closed."""
-    folder = tmp_path / "run"
     prelude = partial(all_of, partial(short_silence, 3.0), partial(kill_at_step, 3, signal.SIGSTOP, rank=rank))
-    world = start_ranks(base.arguments(output_dir=folder), folder=tmp_path, cache=base.cache, ranks=2, prelude=prelude)
+    world = start_run(base, folder, ranks=2, prelude=prelude)
     try:
         world.processes[1 - rank].join(90)
         assert world.processes[1 - rank].exitcode == 1
@@ -72,11 +68,9 @@ def test_a_rank_that_stands_still_is_noticed_within_seconds(base: Base, tmp_path
         world.kill()
 
 
-def test_a_job_that_is_suspended_and_goes_on_is_no_loss(base: Base, tmp_path: Path) -> None:
+def test_a_job_that_is_suspended_and_goes_on_is_no_loss(base: Base, folder: Path) -> None:
     """All ranks stand still for longer than the silence that counts, as under `scontrol suspend` or Ctrl-Z and fg."""
-    folder = tmp_path / "run"
-    prelude = partial(all_of, partial(short_silence, 3.0), slow_steps)
-    world = start_ranks(base.arguments(output_dir=folder), folder=tmp_path, cache=base.cache, ranks=2, prelude=prelude)
+    world = start_run(base, folder, ranks=2, prelude=partial(all_of, partial(short_silence, 3.0), slow_steps))
     try:
         wait_for(lambda: has_step(folder, 2), "two steps")
         world.signal(signal.SIGSTOP)
@@ -96,54 +90,45 @@ def in_own_folder() -> None:
 
 def test_a_run_folder_that_only_rank_0_sees(base: Base, whole_of_two: Path, tmp_path: Path) -> None:
     """Stopped and resumed, it ends as an undisturbed run; the other disk holds that rank's log alone."""
-    arguments = partial(base.arguments, output_dir="run")
-    start = partial(run_ranks, folder=tmp_path, cache=base.cache, ranks=2)
-    start(arguments(), prelude=partial(all_of, in_own_folder, partial(kill_at_step, 5))).expect(143)
-    assert files_of(tmp_path / "disk1").keys() == {"run/logs/rank_1.log"}
-    start(arguments(resume="auto"), prelude=in_own_folder).expect(0)
-    assert_same_run(tmp_path / "disk0" / "run", whole_of_two)
-    assert files_of(tmp_path / "disk1").keys() == {"run/logs/rank_1.log"}
+    start, disks = partial(run, base, tmp_path / "run", ranks=2, output_dir="run"), tmp_path / "run-work"
+    start(prelude=partial(all_of, in_own_folder, partial(kill_at_step, 5)), expect=143)
+    assert files_of(disks / "disk1").keys() == {"run/logs/rank_1.log"}
+    start(prelude=in_own_folder, resume="auto")
+    assert_same_run(disks / "disk0" / "run", whole_of_two)
+    assert files_of(disks / "disk1").keys() == {"run/logs/rank_1.log"}
 
 
-def test_a_status_is_not_written_into_another_run_of_the_same_name(base: Base, tmp_path: Path) -> None:
-    other = tmp_path / "disk1" / "run"
-    run(base, other, max_steps=2)
-    before = (other / "run_status.json").read_bytes()
+def test_a_status_is_not_written_into_another_run_of_the_same_name(base: Base, whole: Path, tmp_path: Path) -> None:
+    disks = tmp_path / "run-work"
+    other = disks / "disk1" / "run"
+    shutil.copytree(whole, other)
     (other / "run_status.json").unlink()
     prelude = partial(all_of, in_own_folder, partial(kill_at_step, 3, signal.SIGKILL, rank=0))
-    run_ranks(base.arguments(output_dir="run"), folder=tmp_path, cache=base.cache, ranks=2, prelude=prelude)
-    assert not (other / "run_status.json").exists() and before
-    assert not (tmp_path / "disk0" / "run" / "run_status.json").exists(), "nobody is left who sees it"
+    run(base, tmp_path / "run", ranks=2, output_dir="run", prelude=prelude, expect=None)
+    assert not (other / "run_status.json").exists()
+    assert not (disks / "disk0" / "run" / "run_status.json").exists(), "nobody is left who sees it"
 
 
-def every_group(look: Callable[[Any], None]) -> None:
-    """Call `look` with each process group that this process has, at training step 2."""
+def look_at_groups() -> None:
+    """At training step 2 each process group that this process has must have a limit of 7 minutes."""
 
-    def look_at_all(trainer: Any, *_: Any) -> None:
+    def look(trainer: Any, *_: Any) -> None:
+        import torch
         from torch.distributed import distributed_c10d
 
         if trainer.last_step == 1:
             groups = list(distributed_c10d._world.pg_map)
             assert len(groups) > 3
             for group in groups:
-                look(group)
+                found = group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+                assert found == 420.0, f"{group.group_name}: {found}"
 
-    before_call(LOOP, "Trainer._train_step", look_at_all)
-
-
-def has_limit(group: Any) -> None:
-    import torch
-
-    found = group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
-    assert found == 420.0, f"{group.group_name}: {found}"
+    before_call(LOOP, "Trainer._train_step", look)
 
 
-@pytest.mark.parametrize(("layout", "ds_config"), [({"pipeline_parallel": 2}, "zero1.json"), ({}, "zero3.json")])
-def test_every_process_group_has_the_runs_time_limit(
-    base: Base, tmp_path: Path, layout: dict[str, int], ds_config: str
-) -> None:
-    limits = {"timeout_minutes": 7, "max_steps": 2, "ds_config": ds_config}
-    run(base, tmp_path / "run", ranks=2, prelude=partial(every_group, has_limit), **layout, **limits)
+@pytest.mark.parametrize("layout", [PP2, {"ds_config": "zero3.json"}])
+def test_every_process_group_has_the_runs_time_limit(base: Base, folder: Path, layout: dict[str, Any]) -> None:
+    run(base, folder, ranks=2, prelude=look_at_groups, timeout_minutes=7, max_steps=2, **layout)
 
 
 def test_ranks_that_do_not_come_are_told_of_in_one_line(base: Base, tmp_path: Path) -> None:
@@ -182,24 +167,21 @@ def slow_export(file: Path) -> None:
     before_call("megatron_tiedlora.runtime.ending", "leave_process_group", leave)
 
 
-def test_nobody_leaves_before_rank_0_has_exported(base: Base, tmp_path: Path) -> None:
+def test_nobody_leaves_before_rank_0_has_exported(base: Base, tmp_path: Path, folder: Path) -> None:
     """srun gives the other ranks a minute, torchrun five, once the first one has ended, be it well."""
-    folder = tmp_path / "run"
     run(base, folder, ranks=2, prelude=partial(slow_export, tmp_path / "exported"))
     assert status(folder)["state"] == "finished"
 
 
-def test_where_rank_0_fails_to_export_the_others_say_so(base: Base, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
+def test_where_rank_0_fails_to_export_the_others_say_so(base: Base, folder: Path) -> None:
     prelude = partial(kill_at_call, "megatron_tiedlora.training.finish", "export", number=signal.SIGTERM)
-    ended = run_ranks(base.arguments(output_dir=folder), folder=tmp_path, cache=base.cache, ranks=2, prelude=prelude)
+    ended = run(base, folder, ranks=2, prelude=prelude, expect=None)
     assert ended.statuses == [143, 1] and status(folder)["state"] == "stopped"
     assert "Traceback" not in ended.errors[0] + ended.errors[1]
 
 
-def test_sigusr1_stops_for_a_requeue_only_after_a_step(base: Base, tmp_path: Path) -> None:
+def test_sigusr1_stops_for_a_requeue_only_after_a_step(base: Base, folder: Path) -> None:
     """Slurm's signal before the time limit: 138 asks to go on later; without a step done it would for ever."""
-    folder = tmp_path / "run"
     run(base, folder, ranks=2, prelude=partial(kill_at_step, 4, signal.SIGUSR1), expect=138)
     assert status(folder) == {"state": "stopped", "step": 4, "reason": "SIGUSR1"}
     at_once = partial(kill_at_call, LOOP, "Trainer._after_step", number=signal.SIGUSR1)

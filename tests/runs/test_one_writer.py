@@ -5,11 +5,11 @@ Whoever writes leaves the folder of a run that was alone, byte for byte.
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import socket
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,25 +17,20 @@ from typing import Any
 import psutil
 import pytest
 from folders import ROOT
-from native_files import with_adapter, write_native
 from ownership_files import grow_old
 from ranks import wait_for
 from run_files import assert_same_run, edit_tensors, files_of, has_step, run_settings, status
-from run_helpers import EVALUATE, Base, World, begin, run, run_ranks, start_ranks, write_rows
+from run_helpers import EVALUATE, Base, World, begin, run, run_ranks, start_ranks, start_run, write_rows
 from run_preludes import all_of, before_call, kill_at_call, kill_at_step, slow_steps, watched_steps
 from task_files import refusal
 
 from megatron_tiedlora.base.ownership import STALE_SECONDS
+from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, save_adapter
 
-RESUME, TOOLS = "megatron_tiedlora.checkpoint.resume", ROOT / "tools"
+RESUME = "megatron_tiedlora.checkpoint.resume"
 HELD = "is at work here (last seen"
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("own_cache")]
-
-
-def start(base: Base, work: Path, *, ranks: int | None = None, prelude: Any = None, **changes: Any) -> World:
-    """A start in the folder `work`."""
-    return start_ranks(base.arguments(**changes), folder=work, cache=base.cache, ranks=ranks, prelude=prelude)
 
 
 def refused(base: Base, folder: Path, **changes: Any) -> str:
@@ -45,7 +40,7 @@ def refused(base: Base, folder: Path, **changes: Any) -> str:
 
 def is_free(folder: Path) -> bool:
     """Whether nothing tells of an owner, and nothing unfinished is left."""
-    return not [path for path in folder.rglob(".*")]
+    return not list(folder.rglob(".*"))
 
 
 # Two starts ---------------------------------------------------------------------------------------------------------
@@ -53,12 +48,13 @@ def is_free(folder: Path) -> bool:
 
 @pytest.mark.parametrize("gap", [0.0, 1.0, pytest.param(5.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("resume", ["none", "auto"])
-def test_two_starts_with_one_folder(base: Base, whole: Path, tmp_path: Path, gap: float, resume: str) -> None:
-    folder, worlds = tmp_path / "run", []
+def test_two_starts_with_one_folder(
+    base: Base, whole: Path, tmp_path: Path, folder: Path, gap: float, resume: str
+) -> None:
+    worlds: list[World] = []
     for rate in (2e-2, 1e-3):  # whoever comes first: the settings beside a result are its own
         prelude = partial(all_of, *[slow_steps] * (1 + round(gap))) if not worlds else None
-        work = tmp_path / f"work{len(worlds)}"
-        worlds.append(start(base, work, output_dir=folder, learning_rate=rate, resume=resume, prelude=prelude))
+        worlds.append(start_run(base, folder, learning_rate=rate, resume=resume, prelude=prelude))
         time.sleep(gap if len(worlds) == 1 else 0)
     ends = [world.wait() for world in worlds]
     statuses = [ended.status for ended in ends]
@@ -79,7 +75,9 @@ def test_two_starts_with_one_folder(base: Base, whole: Path, tmp_path: Path, gap
 @pytest.mark.parametrize("resume", ["none", "auto"])
 def test_two_starts_without_a_folder(base: Base, whole: Path, tmp_path: Path, resume: str) -> None:
     """Two new runs get a folder each; of two that resume the same one, one gets it."""
-    worlds = [start(base, tmp_path, resume=resume, prelude=prelude) for prelude in (slow_steps, None)]
+    arguments = base.arguments(resume=resume)
+    start = partial(start_ranks, arguments, folder=tmp_path, cache=base.cache)
+    worlds = [start(prelude=prelude) for prelude in (slow_steps, None)]
     statuses = sorted(world.wait().status for world in worlds)
     folders = sorted((tmp_path / "runs").iterdir())
     assert (statuses, len(folders)) == (([0, 0], 2) if resume == "none" else ([0, 2], 1))
@@ -88,10 +86,9 @@ def test_two_starts_without_a_folder(base: Base, whole: Path, tmp_path: Path, re
         assert is_free(folder)
 
 
-def test_a_resume_beside_a_live_run(base: Base, whole: Path, tmp_path: Path) -> None:
+def test_a_resume_beside_a_live_run(base: Base, whole: Path, folder: Path) -> None:
     """On its host, and on another one that sees the same folder."""
-    folder = tmp_path / "run"
-    world = start(base, tmp_path / "work", output_dir=folder, prelude=slow_steps)
+    world = start_run(base, folder, prelude=slow_steps)
     wait_for(lambda: has_step(folder, 3), "step 3")
     owner = f"(process {world.processes[0].pid})"
     elsewhere = [
@@ -114,8 +111,7 @@ def another_machine() -> None:
     fcntl.flock = lambda *_: None  # type: ignore[assignment]
 
 
-def test_a_run_that_was_killed_elsewhere_is_taken_after_a_while(base: Base, whole: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
+def test_a_run_that_was_killed_elsewhere_is_taken_after_a_while(base: Base, whole: Path, folder: Path) -> None:
     run(base, folder, prelude=partial(kill_at_step, 6, signal.SIGKILL), expect=-signal.SIGKILL)
     line = run(base, folder, resume="auto", prelude=another_machine, expect=2).error_line()
     assert HELD in line
@@ -129,8 +125,8 @@ def test_a_start_that_fails_before_it_writes_leaves_nothing(base: Base, tmp_path
     """The folder was taken when it was chosen; a run that cannot be built gives it back, with those above it."""
     folder = tmp_path / "a" / "b" / "run"
     prelude = partial(before_call, "megatron_tiedlora.training.build", "build_model", _fail)
-    line = run_ranks(base.arguments(output_dir=folder), folder=tmp_path / "work", cache=base.cache, prelude=prelude)
-    assert "no such luck" in line.expect(2).error_line() and not (tmp_path / "a").exists()
+    ended = run_ranks(base.arguments(output_dir=folder), folder=tmp_path, cache=base.cache, prelude=prelude)
+    assert "no such luck" in ended.expect(2).error_line() and not (tmp_path / "a").exists()
 
 
 def _fail(*_: Any) -> None:
@@ -142,16 +138,28 @@ def _fail(*_: Any) -> None:
 # One that stood still and wakes up -----------------------------------------------------------------------------------
 
 
-def stop_at_call(module: str, name: str, *, call: int = 1, rank: int = 0) -> None:
-    """The rank stands still, until it is woken, as `module.name` is called."""
-    import os
-
-    if int(os.environ.get("RANK", "0")) == rank:
+def stop_at_call(module: str, name: str, *, call: int = 1) -> None:
+    """Rank 0 stands still, until it is woken, as `module.name` is called."""
+    if os.environ.get("RANK", "0") == "0":
         kill_at_call(module, name, call=call, number=signal.SIGSTOP)
 
 
-def is_stopped(world: World, rank: int = 0) -> Callable[[], bool]:
-    return lambda: psutil.Process(world.processes[rank].pid).status() == psutil.STATUS_STOPPED
+def is_stopped(world: World) -> bool:
+    """Whether rank 0 stands still."""
+    return psutil.Process(world.processes[0].pid).status() == psutil.STATUS_STOPPED
+
+
+def stopped_at(base: Base, folder: Path, place: tuple[str, str, int], **changes: Any) -> World:
+    """A start whose rank 0 stands still at a call (module, name, number); of two, rank 1 has ended for that reason."""
+    module, name, call = place
+    stop = partial(stop_at_call, module, name, call=call)
+    is_watched = changes.get("ranks") == 2
+    world = start_run(base, folder, prelude=partial(all_of, watched_steps, stop) if is_watched else stop, **changes)
+    wait_for(lambda: is_stopped(world), "the stop")
+    if is_watched:
+        world.processes[1].join(60)
+        assert world.processes[1].exitcode == 1
+    return world
 
 
 def wake(world: World, folder: Path) -> str:
@@ -166,10 +174,11 @@ def wake(world: World, folder: Path) -> str:
     return lines[0]
 
 
-def test_a_start_that_cannot_continue_a_run_takes_it_from_nobody(base: Base, whole: Path, tmp_path: Path) -> None:
+def test_a_start_that_cannot_continue_a_run_takes_it_from_nobody(
+    base: Base, whole: Path, tmp_path: Path, folder: Path
+) -> None:
     """Other settings, another base: refused before the folder is taken over, so the live run ends as if alone."""
-    folder = tmp_path / "run"
-    world = start(base, tmp_path / "work", output_dir=folder, prelude=slow_steps)
+    world = start_run(base, folder, prelude=slow_steps)
     wait_for(lambda: has_step(folder, 3), "step 3")
     other = Path(shutil.copytree(base.model, tmp_path / "other"))
     edit_tensors(other / "model.safetensors", lambda tensors: tensors["lm_head.weight"].mul_(2))
@@ -179,19 +188,15 @@ def test_a_start_that_cannot_continue_a_run_takes_it_from_nobody(base: Base, who
     assert_same_run(folder, whole)
 
 
-def test_a_rank_0_that_dies_before_the_first_step_is_given_up(base: Base, tmp_path: Path) -> None:
+def test_a_rank_0_that_dies_before_the_first_step_is_given_up(base: Base, folder: Path) -> None:
     """So that a start on another host need not wait until its time is over."""
-    folder = tmp_path / "run"
-    work = {"folder": tmp_path / "work", "cache": base.cache, "ranks": 2}
-    ended = run_ranks(base.arguments(output_dir=folder), prelude=die_as_rank_0_in_build, **work)
+    ended = run(base, folder, ranks=2, prelude=die_as_rank_0_in_build, expect=None)
     assert ended.statuses[0] == -signal.SIGKILL and ended.statuses[1] == 1, ended.tail()
     run(base, folder, ranks=2, resume="auto", prelude=another_machine)
     assert status(folder)["state"] == "finished"
 
 
 def die_as_rank_0_in_build() -> None:
-    import os
-
     if os.environ["RANK"] == "0":
         kill_at_call("megatron_tiedlora.training.build", "build_model")
 
@@ -212,11 +217,8 @@ MOMENTS = {
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_run_that_was_replaced_changes_nothing(base: Base, whole: Path, tmp_path: Path, moment: str) -> None:
-    folder = tmp_path / "run"
-    module, name, call = MOMENTS[moment]
-    world = start(base, tmp_path / "old", output_dir=folder, prelude=partial(stop_at_call, module, name, call=call))
-    wait_for(is_stopped(world), "the stop")
+def test_a_run_that_was_replaced_changes_nothing(base: Base, whole: Path, folder: Path, moment: str) -> None:
+    world = stopped_at(base, folder, MOMENTS[moment])
     assert HELD in refused(base, folder, resume="auto")
     run(base, folder, resume="auto", take_over=True)
     assert_same_run(folder, whole)
@@ -225,13 +227,10 @@ def test_a_run_that_was_replaced_changes_nothing(base: Base, whole: Path, tmp_pa
     assert str(folder) in line, line
 
 
-def test_one_that_wakes_up_beside_the_next_start(base: Base, whole: Path, tmp_path: Path) -> None:
+def test_one_that_wakes_up_beside_the_next_start(base: Base, whole: Path, folder: Path) -> None:
     """Neither `latest` nor the status of the run that goes on is touched."""
-    folder = tmp_path / "run"
-    module, name, call = MOMENTS["before latest"]
-    old = start(base, tmp_path / "old", output_dir=folder, prelude=partial(stop_at_call, module, name, call=call))
-    wait_for(is_stopped(old), "the stop")
-    new = start(base, tmp_path / "new", output_dir=folder, resume="auto", take_over=True, prelude=slow_steps)
+    old = stopped_at(base, folder, MOMENTS["before latest"])
+    new = start_run(base, folder, resume="auto", take_over=True, prelude=slow_steps)
     wait_for(lambda: has_step(folder, 7), "step 7")
     old.signal(signal.SIGCONT)
     assert old.wait().status == 2 and not (folder / "run_status.json").exists()
@@ -239,22 +238,26 @@ def test_one_that_wakes_up_beside_the_next_start(base: Base, whole: Path, tmp_pa
     assert_same_run(folder, whole)
 
 
-@pytest.mark.parametrize("several", [False, True], ids=["one", "several"])
+@pytest.fixture(scope="module")
+def undisturbed(base: Base, whole_of_two: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Runs of two ranks that were alone: of one adapter, and of several."""
+    several = tmp_path_factory.mktemp("several") / "run"
+    run(base, several, ranks=2, adapters=SEVERAL)
+    return {"one": whole_of_two, "several": several}
+
+
+SEVERAL: dict[str, dict[str, Any]] = {"a": {}, "b": {"method": "lora"}}
+
+
+@pytest.mark.parametrize("kind", ["one", "several"])
 @pytest.mark.parametrize("moment", ["before latest", "between steps"])
-def test_a_rank_0_that_its_peers_gave_up(base: Base, tmp_path: Path, moment: str, several: bool) -> None:
+def test_a_rank_0_that_its_peers_gave_up(
+    base: Base, undisturbed: dict[str, Path], folder: Path, moment: str, kind: str
+) -> None:
     """They mark it so; the next start takes the folders by itself, although the old rank 0 may wake up, and does."""
-    folder, alone, given = tmp_path / "run", tmp_path / "alone", dict[str, Any]()
-    if several:
-        given["adapters"] = tmp_path / "adapters.yaml"
-        given["adapters"].write_text("[{name: a}, {name: b, method: lora}]")
-    folders = [folder / name for name in "ab"] if several else [folder]
-    run(base, alone, ranks=2, **given)
-    module, name, call = MOMENTS[moment]
-    prelude = partial(all_of, watched_steps, partial(stop_at_call, module, name, call=call))
-    old = start(base, tmp_path / "old", ranks=2, output_dir=folder, prelude=prelude, **given)
-    wait_for(is_stopped(old), "the stop")
-    old.processes[1].join(60)
-    assert old.processes[1].exitcode == 1
+    alone, given = undisturbed[kind], {"adapters": SEVERAL if kind == "several" else None}
+    folders = [folder / name for name in SEVERAL] if kind == "several" else [folder]
+    old = stopped_at(base, folder, MOMENTS[moment], ranks=2, **given)
     assert "rank 0 on " in status(folder)["reason"] and "stopped responding" in status(folder)["reason"]
     assert all(len(list(own.glob(".owner-given-up-*"))) == 1 for own in {folder, *folders})
     run(base, folder, ranks=2, resume="auto", **given)
@@ -266,31 +269,21 @@ def test_a_rank_0_that_its_peers_gave_up(base: Base, tmp_path: Path, moment: str
         assert_same_run(own, alone / own.relative_to(folder))
 
 
-def test_a_rank_0_that_is_lost_while_it_reads_checkpoints(base: Base, tmp_path: Path) -> None:
+def test_a_rank_0_that_is_lost_while_it_reads_checkpoints(base: Base, folder: Path) -> None:
     """Its peers give the folder up, whose owner they know by then: the next start need not wait for an old token."""
-    folder = tmp_path / "run"
     run(base, folder, ranks=2, prelude=partial(kill_at_step, 4, signal.SIGTERM), expect=143)
-    reads = partial(stop_at_call, "megatron_tiedlora.training.start", "_read_checkpoint")
-    old = start(
-        base, tmp_path / "old", ranks=2, output_dir=folder, resume="auto", prelude=partial(all_of, watched_steps, reads)
-    )
-    wait_for(is_stopped(old), "the stop")
-    old.processes[1].join(60)
-    assert old.processes[1].exitcode == 1 and len(list(folder.glob(".owner-given-up-*"))) == 1
+    reads = ("megatron_tiedlora.training.start", "_read_checkpoint", 1)
+    old = stopped_at(base, folder, reads, ranks=2, resume="auto")
+    assert len(list(folder.glob(".owner-given-up-*"))) == 1
     run(base, folder, ranks=2, resume="auto")
     assert status(folder)["state"] == "finished"
     wake(old, folder)
     assert status(folder)["state"] == "finished"
 
 
-def test_a_rank_0_that_was_given_up_and_not_replaced(base: Base, tmp_path: Path) -> None:
+def test_a_rank_0_that_was_given_up_and_not_replaced(base: Base, folder: Path) -> None:
     """It changes nothing, not even what its peers said of it."""
-    folder = tmp_path / "run"
-    module, name, call = MOMENTS["before latest"]
-    prelude = partial(all_of, watched_steps, partial(stop_at_call, module, name, call=call))
-    old = start(base, tmp_path / "old", ranks=2, output_dir=folder, prelude=prelude)
-    wait_for(is_stopped(old), "the stop")
-    old.processes[1].join(60)
+    old = stopped_at(base, folder, MOMENTS["before latest"], ranks=2)
     before = files_of(folder / "checkpoints"), status(folder)
     old.signal(signal.SIGCONT, rank=0)
     ended = old.wait()
@@ -308,12 +301,12 @@ def test_twenty_random_moments(base: Base, whole: Path, tmp_path: Path) -> None:
     draw = random.Random(14)
     for number in range(20):
         folder = tmp_path / f"run{number}"
-        old = start(base, tmp_path / f"old{number}", output_dir=folder, prelude=slow_steps)
+        old = start_run(base, folder, prelude=slow_steps)
         wait_for(lambda: (folder / "run.yaml").is_file(), "the run's settings")  # noqa: B023
         time.sleep(draw.uniform(0, 4.5))
         if old.processes[0].exitcode is None:
             old.signal(signal.SIGSTOP)
-            wait_for(lambda: is_stopped(old)() or old.processes[0].exitcode is not None, "the stop")  # noqa: B023
+            wait_for(lambda: is_stopped(old) or old.processes[0].exitcode is not None, "the stop")  # noqa: B023
         if old.processes[0].exitcode is None:
             run(base, folder, resume="auto", take_over=True)
             assert_same_run(folder, whole)
@@ -326,36 +319,27 @@ def test_twenty_random_moments(base: Base, whole: Path, tmp_path: Path) -> None:
 # Evaluations, merges, exports -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def adapter(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("adapter") / "adapter"
-    write_native(folder, base.model, with_adapter(base.model, "tl6")[2])
-    return folder
+OUTPUTS = {  # of each command that makes a folder: script, flag, and where it writes JSON in the middle of its work
+    "evaluate": (EVALUATE, "output_dir", "megatron_tiedlora.evaluation.results"),
+    "merge": (ROOT / "tools" / "merge_adapter.py", "output", "megatron_tiedlora.convert.merge"),
+    "export": (ROOT / "tools" / "export_peft.py", "output", "megatron_tiedlora.convert.export_peft"),
+}
 
 
-def output_commands(base: Base, adapter: Path, output: Path) -> dict[str, tuple[Path, list[str], tuple[str, str]]]:
-    """(script, arguments, where it is in the middle of writing) of each command that makes a folder."""
-    rows = base.folder / "rows.jsonl"
-    if not rows.is_file():
-        write_rows(rows, 2)
-    words = [f"--adapter={adapter}", f"--model={base.model}"]
-    convert = [*words, f"--output={output}"]
-    evaluate = [*words, f"--test_file={rows}", "--max_new_tokens=2", f"--output_dir={output}"]
-    return {
-        "evaluate": (EVALUATE, evaluate, ("megatron_tiedlora.evaluation.results", "write_json")),
-        "merge": (TOOLS / "merge_adapter.py", convert, ("megatron_tiedlora.convert.merge", "write_json")),
-        "export": (TOOLS / "export_peft.py", convert, ("megatron_tiedlora.convert.export_peft", "write_json")),
-    }
-
-
-@pytest.mark.parametrize("command", ["evaluate", "merge", "export"])
-def test_an_output_has_one_maker(base: Base, adapter: Path, tmp_path: Path, command: str) -> None:
-    output = tmp_path / "out"
-    script, words, (module, name) = output_commands(base, adapter, output)[command]
+@pytest.mark.parametrize("command", OUTPUTS)
+def test_an_output_has_one_maker(base: Base, native: NativeAdapter, tmp_path: Path, command: str) -> None:
+    adapter, output = tmp_path / "adapter", tmp_path / "out"
+    save_adapter(adapter, native.config, native.base_identity, native.state)
+    script, flag, module = OUTPUTS[command]
+    words = [f"--adapter={adapter}", f"--model={base.model}", f"--{flag}={output}"]
+    if command == "evaluate":
+        words += [f"--test_file={write_rows(tmp_path / 'rows.jsonl', 2)}", "--max_new_tokens=2"]
     run_ranks(words, folder=tmp_path / "work", script=script).expect(0)
     output.rename(tmp_path / "alone")
-    old = start_ranks(words, folder=tmp_path / "old", script=script, prelude=partial(stop_at_call, module, name))
-    wait_for(is_stopped(old), "the stop")
+    old = start_ranks(
+        words, folder=tmp_path / "old", script=script, prelude=partial(stop_at_call, module, "write_json")
+    )
+    wait_for(lambda: is_stopped(old), "the stop")
     assert not output.exists()
     line = run_ranks(words, folder=tmp_path / "new", script=script).expect(2).error_line()
     assert f"(process {old.processes[0].pid}) since" in line and HELD in line and "--take_over" in line

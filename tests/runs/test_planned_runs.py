@@ -7,7 +7,6 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,24 +41,14 @@ COLUMNS = {
 ON_GPU = {"libraries": "CUDA, NCCL"}
 
 
-@dataclass(frozen=True)
-class Job:
-    """A tiny model with rows, and the flags of its plans."""
-
-    folder: Path
-
-    @property
-    def flags(self) -> list[str]:
-        files = [f"--model={self.folder / 'model'}", f"--train_file={self.folder / 'rows.jsonl'}"]
-        return [*files, "--global_batch_size=16", "--max_length=64", "--max_steps=2", "--method=lora", "--targets=all"]
-
-
 @pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+def job(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The flags of plans of a tiny model with rows."""
     folder = tmp_path_factory.mktemp("job")
-    write_tiny_model(folder / "model", hidden_size=128, intermediate_size=256, num_layers=5, num_kv_heads=4)
-    write_rows(folder / "rows.jsonl", 24)
-    return Job(folder)
+    shape = {"hidden_size": 128, "intermediate_size": 256, "num_layers": 5, "num_kv_heads": 4}
+    model, rows = write_tiny_model(folder / "model", **shape), write_rows(folder / "rows.jsonl", 24)
+    sizes = ["--global_batch_size=16", "--max_length=64", "--max_steps=2", "--method=lora", "--targets=all"]
+    return [f"--model={model}", f"--train_file={rows}", *sizes]
 
 
 def planned(folder: Path, *flags: str) -> Mapping[str, Any]:
@@ -116,10 +105,12 @@ def assert_same_numbers(record: Mapping[str, Any], report: str, *, on_gpu: bool)
         ("t2p1d2-b2-zero3-int8", False),
     ],
 )
-def test_the_dry_run_of_a_plan_with_data_has_its_numbers(job: Job, tmp_path: Path, layout: str, on_gpu: bool) -> None:
+def test_the_dry_run_of_a_plan_with_data_has_its_numbers(
+    job: list[str], tmp_path: Path, layout: str, on_gpu: bool
+) -> None:
     cluster = ["--gpus_per_node=4", "--gpu=h100"] if on_gpu else ["--ranks_on_cpu=4"]
     formats = next((name for name in ("nf4", "int8") if layout.endswith(name)), "none")
-    record = planned(tmp_path, *job.flags, *cluster, f"--formats={formats}", f"--layout={layout}")
+    record = planned(tmp_path, *job, *cluster, f"--formats={formats}", f"--layout={layout}")
     words = [f"--config={tmp_path / 'plan.yaml'}", "--dry_run", "--world_size=4"]
     report = dry_run_report(parse_settings([*words, *(["--gpu=h100"] if on_gpu else [])], Settings)).text
     assert_same_numbers(record, report, on_gpu=on_gpu)
@@ -139,10 +130,12 @@ def test_the_dry_run_of_a_preset_s_plan_has_its_numbers(tmp_path: Path, layout: 
 @pytest.mark.parametrize(
     "layout", ["t1p2d1-b4-zero1-full", pytest.param("t2p1d1-b2-zero1-selective-nf4", marks=pytest.mark.slow)]
 )
-def test_a_plan_s_command_runs_here(job: Job, tmp_path: Path, capsys: pytest.CaptureFixture[str], layout: str) -> None:
+def test_a_plan_s_command_runs_here(
+    job: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], layout: str
+) -> None:
     """As it is printed, with flags or the YAML file (so too in test_document_commands.py): two steps in that layout."""
     formats, with_file = ("nf4", True) if layout.endswith("nf4") else ("none", False)
-    flags = [*job.flags, "--ranks_on_cpu=2", f"--formats={formats}", f"--layout={layout}"]
+    flags = [*job, "--ranks_on_cpu=2", f"--formats={formats}", f"--layout={layout}"]
     assert call("plan", [*flags, *([f"--yaml={tmp_path / 'plan.yaml'}"] if with_file else [])]) == 0
     start = capsys.readouterr().out.splitlines()[-1]
     assert start.startswith("tiedlora run --num_gpus 2 ") and ("--config" in start) == with_file

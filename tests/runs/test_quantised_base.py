@@ -12,7 +12,7 @@ import torch
 from evaluation_runs import evaluate, results
 from quantised_folders import SHAPE, quantised_folder
 from quantised_models import CROSSING
-from run_files import run_settings
+from run_files import losses, run_settings
 from run_helpers import Base, Ended, begin, run, write_base
 from safetensors.torch import load_file, save_file
 from task_files import refusal
@@ -36,10 +36,15 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
 
 
 @pytest.fixture(scope="module")
-def trained(base: Base) -> Path:
+def begun(base: Base) -> Ended:
     """Two steps on nf4 over two tensor-parallel ranks."""
-    ended = run(base, base.folder / "run", ranks=2, tensor_parallel=2, max_steps=2, base="nf4")
-    text = ended.outputs[0]
+    return run(base, base.folder / "run", ranks=2, tensor_parallel=2, max_steps=2, base="nf4")
+
+
+@pytest.fixture(scope="module")
+def trained(base: Base, begun: Ended) -> Path:
+    """Its folder."""
+    text = begun.outputs[0]
     assert "parameters in fp32, frozen; the linears of its blocks in nf4" in text
     (line,) = [line for line in text.splitlines() if line.startswith("read  ")]
     assert "of base weights per rank, stored as " in line
@@ -57,19 +62,15 @@ def test_the_record(trained: Path) -> None:
     assert json.loads((trained / "peft/tiedlora_export.json").read_text())["base_stored"] == "fp32"
 
 
-def test_the_end_says_the_loss_on_the_stored_base(base: Base, trained: Path, tmp_path: Path) -> None:
+def test_the_end_says_the_loss_on_the_stored_base(base: Base, begun: Ended, trained: Path, folder: Path) -> None:
     """It is the loss with which a run on that base starts from the adapter."""
-    ended = run(base, tmp_path / "again", max_steps=2, base="nf4", tensor_parallel=2, ranks=2)
-    *_, line = ended.outputs[0].splitlines()
+    *_, line = begun.outputs[0].splitlines()
     assert line.startswith("on the base as it is stored, in fp32: validation loss ")
-    assert "--onto trained" in ended.outputs[0]
-    adapter = tmp_path / "again/adapter"
-    run(base, tmp_path / "plain", max_steps=1, warmup_steps=0, init_from=adapter, rank=None)
-    rows = [json.loads(row) for row in (tmp_path / "plain/metrics.jsonl").read_text().splitlines()]
-    (start,) = [row["loss"] for row in rows if row["split"] == "validation" and row["step"] == 0]
+    assert "--onto trained" in begun.outputs[0]
+    run(base, folder, max_steps=1, warmup_steps=0, init_from=trained / "adapter", rank=None)
+    start = dict(losses(folder, "validation"))[0]
     assert float(line.split()[-1]) == pytest.approx(start, abs=1e-4)
-    quantised = [json.loads(row) for row in (tmp_path / "again/metrics.jsonl").read_text().splitlines()]
-    last = [row["loss"] for row in quantised if row["split"] == "validation"][-1]
+    _, last = losses(trained, "validation")[-1]
     assert abs(last - start) > 1e-3, "nf4 and the stored weights differ"
 
 
@@ -112,8 +113,7 @@ def test_a_start_on_another_format_is_said(base: Base, trained: Path, tmp_path: 
 def test_it_is_evaluated_as_trained_or_as_given(base: Base, trained: Path, tmp_path: Path) -> None:
     rows = str(base.folder / "validation.jsonl")
     shared = {"adapter": str(trained / "adapter"), "test_file": rows, "limit": 2, "max_new_tokens": 4}
-    for given, used, said in ((None, "nf4", None), ("none", "none", "fp32"), ("int8", "int8", "int8")):
-        more = {} if given is None else {"base": given}
+    for used, more, said in (("nf4", {}, None), ("none", {"base": "none"}, "fp32"), ("int8", {"base": "int8"}, "int8")):
         ended = evaluate(tmp_path / used, work=tmp_path, **shared, **more)
         quantised = f"(the linears of its blocks in {used})"
         assert (quantised in ended.outputs[0]) == (used != "none")
@@ -121,9 +121,8 @@ def test_it_is_evaluated_as_trained_or_as_given(base: Base, trained: Path, tmp_p
         assert said is None or f"{TRAINED_ON} {said};" in ended.outputs[0]
         found = results(tmp_path / used)
         assert found["settings"]["base"] == used and found["adapter"]["base_format"] == "nf4"
-    merged = validate_settings({**shared, "merge_adapter": True}, EvaluateSettings)
     with pytest.raises(UserError, match=r"--merge_adapter adds the adapter to weights .* in nf4; give --base none"):
-        plan_evaluations(merged, rank=0, world_size=1)[""]
+        notes_of_evaluation(**shared, merge_adapter=True)
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +162,7 @@ def test_a_copy_in_another_precision(
 
 
 def notes_of_evaluation(**settings: Any) -> tuple[str, ...]:
+    """What is said of an evaluation before it starts."""
     return plan_evaluations(validate_settings(settings, EvaluateSettings), rank=0, world_size=1)[""].notes
 
 
@@ -231,17 +231,16 @@ def test_a_folder_that_is_quantised_already(
 
 def test_products_in_fp8(base: Base, tmp_path: Path) -> None:
     """Over two tensor-parallel ranks; a run without them is another run."""
-    losses = {}
+    found = {}
     for products in (None, "fp8"):
         folder = tmp_path / str(products)
         ended = run(base, folder, ranks=2, tensor_parallel=2, max_steps=2, base="fp8", products=products)
         assert ("the linears of its blocks in fp8, products in fp8" in ended.outputs[0]) == (products == "fp8")
         assert run_settings(folder)["products"] == products
         assert load_native_adapter(folder / "adapter").base_identity.base_format == "fp8"
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        losses[products] = [row["loss"] for row in rows if "loss" in row]
-    assert len(losses["fp8"]) == len(losses[None]) and losses["fp8"] != losses[None]
-    assert losses["fp8"] == pytest.approx(losses[None], rel=0.02)
+        found[products] = [loss for split in ("train", "validation") for _, loss in losses(folder, split)]
+    assert len(found["fp8"]) == len(found[None]) and found["fp8"] != found[None]
+    assert found["fp8"] == pytest.approx(found[None], rel=0.02)
     assert "trained with --products fp8, but now it is left out" in refused(base, tmp_path / "fp8", base="fp8")
     ended = run(base, tmp_path / "fp8", max_steps=2, resume="auto", base="fp8", products="fp8", keep_transposed=True)
     assert "resumed from step 2" in ended.outputs[0]

@@ -1,4 +1,4 @@
-"""Each rank's log in the run folder, and what shows on the screen."""
+"""Each rank's log in the run folder, and what shows on the screen. test_stop_and_resume.py has those of two starts."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from folders import ROOT
 from run_files import status
-from run_helpers import Base, run, run_ranks
-from run_preludes import before_call, kill_at_step
+from run_helpers import Base, run
+from run_preludes import before_call
 
 from megatron_tiedlora.runtime.rank_log import _Tee
 
@@ -102,12 +102,9 @@ def fail_on(rank: int) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("rank", [0, 1])
-def test_the_first_failing_ranks_traceback_is_shown_once(base: Base, tmp_path: Path, rank: int) -> None:
+def test_the_first_failing_ranks_traceback_is_shown_once(base: Base, folder: Path, rank: int) -> None:
     """Its peer's, which tells of a lost connection only, is in its log; all give the same reason."""
-    folder = tmp_path / "run"
-    arguments = base.arguments(output_dir=folder)
-    ended = run_ranks(arguments, folder=tmp_path, cache=base.cache, ranks=2, prelude=partial(fail_on, rank))
-    assert ended.statuses == [1, 1]
+    ended = run(base, folder, ranks=2, prelude=partial(fail_on, rank), expect=1)
     screen = ended.errors[0] + ended.errors[1]
     assert screen.count("Traceback") == 1 and "Traceback" in ended.errors[rank]
     end = status(folder)
@@ -118,13 +115,3 @@ def test_the_first_failing_ranks_traceback_is_shown_once(base: Base, tmp_path: P
         assert log_of(folder, each).count(f"error: {end['reason']}\n") == 1
     assert "ZeroDivisionError" in log_of(folder, rank) and "gloo" in log_of(folder, 1 - rank)
     assert "validation loss" in log_of(folder, 0) and "samples per step" not in log_of(folder, 1)
-
-
-@pytest.mark.distributed
-def test_later_starts_are_added(base: Base, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    run(base, folder, ranks=2, prelude=partial(kill_at_step, 3), expect=143)
-    run(base, folder, ranks=2, resume="auto")
-    for rank in (0, 1):
-        assert log_of(folder, rank).count(f"rank {rank} on ") == 2
-    assert "stopped by SIGTERM" in log_of(folder, 0) and "run folder" in log_of(folder, 0)

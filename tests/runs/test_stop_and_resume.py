@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 from ranks import free_port, wait_for
@@ -26,11 +25,9 @@ from run_files import (
     status,
 )
 from run_helpers import Base, deepspeed_command, run, start_command, torchrun_command
-from run_preludes import kill_at_call, kill_at_step, scripted_validation
+from run_preludes import all_of, kill_at_call, kill_at_step, scripted_validation
 
 LOOP = "megatron_tiedlora.training.loop"
-EVALUATION = "megatron_tiedlora.training.loop"
-BUILD = "megatron_tiedlora.training.build"
 
 pytestmark = pytest.mark.distributed
 
@@ -70,17 +67,17 @@ def stopped(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def copy_run(folder: Path, target: Path) -> Path:
-    return Path(shutil.copytree(folder, target))
-
-
 def test_a_signal_at_one_rank_stops_all_and_resume_is_exact(
-    base: Base, tmp_path: Path, stopped: Path, whole_of_two: Path
+    base: Base, folder: Path, stopped: Path, whole_of_two: Path
 ) -> None:
+    """The later start's lines are added to each rank's log."""
     assert (status(stopped)["state"], status(stopped)["step"]) == ("stopped", 5)
-    folder = copy_run(stopped, tmp_path / "run")
+    shutil.copytree(stopped, folder)
     run(base, folder, ranks=2, resume="auto")
     assert_same_run(folder, whole_of_two)
+    logs = [(folder / "logs" / f"rank_{rank}.log").read_text() for rank in (0, 1)]
+    assert [log.count(f"rank {rank} on ") for rank, log in enumerate(logs)] == [2, 2]
+    assert "stopped by SIGTERM" in logs[0] and "run folder" in logs[0]
 
 
 @pytest.mark.parametrize(
@@ -94,16 +91,15 @@ def test_a_signal_at_one_rank_stops_all_and_resume_is_exact(
     ],
 )
 def test_resume_under_another_layout(
-    base: Base, tmp_path: Path, stopped: Path, whole_of_two: Path, ds_config: str, ranks: int | None
+    base: Base, folder: Path, stopped: Path, whole_of_two: Path, ds_config: str, ranks: int | None
 ) -> None:
-    folder = copy_run(stopped, tmp_path / "run")
+    shutil.copytree(stopped, folder)
     run(base, folder, ranks=ranks, ds_config=ds_config, resume="auto", micro_batch_size=1)
     assert_close_run(folder, whole_of_two)
 
 
-def test_resume_of_a_run_with_one_sample_a_row(base: Base, tmp_path: Path, whole_of_two: Path) -> None:
+def test_resume_of_a_run_with_one_sample_a_row(base: Base, folder: Path, whole_of_two: Path) -> None:
     """Rows are packed from there on, which is said, and the curve is that of a run that packed all along."""
-    folder = tmp_path / "run"
     run(base, folder, ranks=2, packing=False, prelude=partial(kill_at_step, 5), expect=143)
     ended = run(base, folder, ranks=2, resume="auto")
     assert f"{folder}, resumed from step 5 (until there --packing false, from here true)\n" in ended.outputs[0]
@@ -119,10 +115,11 @@ LIKE_A_LATER_SETTING = {"init_std_a"}  # one that a resumed run must not change
 
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_resume_of_an_earlier_version_s_checkpoint(
-    base: Base, tmp_path: Path, stopped: Path, whole_of_two: Path, deterministic: bool
+    base: Base, tmp_path: Path, folder: Path, stopped: Path, whole_of_two: Path, deterministic: bool
 ) -> None:
     """Neither the checkpoint nor run.yaml names a setting that came later: this start's value holds, and is saved."""
-    folder, later = copy_run(stopped, tmp_path / "run"), LATER_SETTINGS | LIKE_A_LATER_SETTING
+    shutil.copytree(stopped, folder)
+    later = LATER_SETTINGS | LIKE_A_LATER_SETTING
     for file in folder.glob("checkpoints/step_*/trainer_state.json"):
         settings = json.loads(file.read_text())["settings"]
         assert later <= set(settings)
@@ -142,26 +139,24 @@ def test_resume_of_an_earlier_version_s_checkpoint(
 # Signals ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_first_signal_counts(base: Base, tmp_path: Path) -> None:
+def test_the_first_signal_counts(base: Base, folder: Path) -> None:
     """A launcher that was interrupted sends its ranks SIGTERM while they end: still 130, and all is written."""
-    folder = tmp_path / "run"
-    ended = run(base, folder, prelude=_interrupt_then_terminate, expect=130)
+    terminate = partial(kill_at_call, number=signal.SIGTERM)
+    interrupt_then_terminate = partial(
+        all_of,
+        partial(kill_at_step, 3, signal.SIGINT),
+        partial(terminate, "megatron_tiedlora.training.adapter_run", "save_checkpoint", call=2),
+        *(partial(terminate, "megatron_tiedlora.runtime.ending", name) for name in ("exit_status", "End.record")),
+    )
+    ended = run(base, folder, prelude=interrupt_then_terminate, expect=130)
     assert status(folder) == {"state": "stopped", "step": 3, "reason": "SIGINT"}
     assert checkpoint_names(folder) == {"step_2", "step_3"}
     assert "saved at step 3; continue with --resume auto" in ended.errors[0]
     assert "Traceback" not in ended.errors[0]
 
 
-def _interrupt_then_terminate() -> None:
-    kill_at_step(3, signal.SIGINT)
-    kill_at_call("megatron_tiedlora.training.adapter_run", "save_checkpoint", call=2, number=signal.SIGTERM)
-    kill_at_call("megatron_tiedlora.runtime.ending", "exit_status", number=signal.SIGTERM)
-    kill_at_call("megatron_tiedlora.runtime.ending", "End.record", number=signal.SIGTERM)
-
-
-def test_a_signal_before_the_first_step(base: Base, tmp_path: Path) -> None:
+def test_a_signal_before_the_first_step(base: Base, folder: Path) -> None:
     """While the base is validated: stopped, without a checkpoint; resuming starts from the beginning."""
-    folder = tmp_path / "run"
     start = partial(kill_at_call, LOOP, "Trainer._begin", number=signal.SIGTERM)
     ended = run(base, folder, ranks=2, prelude=start, expect=143)
     assert status(folder)["state"] == "stopped" and status(folder)["step"] == 0
@@ -171,18 +166,19 @@ def test_a_signal_before_the_first_step(base: Base, tmp_path: Path) -> None:
     assert [step for step, _ in losses(folder)] == [1, 2]
 
 
-def test_a_signal_while_weights_are_read_leaves_nothing(base: Base, tmp_path: Path) -> None:
-    prelude = partial(kill_at_call, BUILD, "load_base_weights", number=signal.SIGTERM)
-    ended = run(base, tmp_path / "run", prelude=prelude, expect=143)
-    assert not (tmp_path / "run").exists()
+def test_a_signal_while_weights_are_read_leaves_nothing(base: Base, folder: Path) -> None:
+    read = partial(kill_at_call, "megatron_tiedlora.training.build", "load_base_weights", number=signal.SIGTERM)
+    ended = run(base, folder, prelude=read, expect=143)
+    assert not folder.exists()
     assert "stopped by SIGTERM, before the first step" in ended.errors[0] and "Traceback" not in ended.errors[0]
 
 
-def test_a_signal_during_an_evaluation_and_one_during_the_export(base: Base, whole: Path, tmp_path: Path) -> None:
+def test_a_signal_during_an_evaluation_and_one_during_the_export(
+    base: Base, whole: Path, tmp_path: Path, folder: Path
+) -> None:
     """The evaluation is done again after the resume, the export finished after the next; each row is there once."""
-    folder = tmp_path / "run"
     # The first evaluation is of the start, so the third one follows step 4.
-    evaluating = partial(kill_at_call, EVALUATION, "fill_rounds", call=3, number=signal.SIGTERM)
+    evaluating = partial(kill_at_call, LOOP, "fill_rounds", call=3, number=signal.SIGTERM)
     run(base, folder, prelude=evaluating, expect=143)
     assert status(folder)["step"] == 4 and [step for step, _ in losses(folder, "validation")] == [0, 2]
     exporting = partial(kill_at_call, "megatron_tiedlora.training.finish", "export_peft", number=signal.SIGINT)
@@ -195,54 +191,44 @@ def test_a_signal_during_an_evaluation_and_one_during_the_export(base: Base, who
     assert files_of(folder / "peft") == files_of(whole / "peft") and not (folder / "peft").is_symlink()
 
 
-@pytest.mark.slow
-def test_a_killed_launcher_stops_the_ranks(base: Base, tmp_path: Path) -> None:
-    """A local deepspeed dies at once from SIGKILL and leaves its launcher and rank; they end by themselves."""
-    _kill_launcher(base, tmp_path, signal.SIGKILL, ranks=1)
+def end_by_signal(words: list[str], number: int, base: Base, folder: Path, *, limit: float) -> tuple[int, int]:
+    """Send the launcher of a run a signal after two steps, which its processes do not outlive.
 
-
-def test_a_launcher_told_to_stop_stops_the_ranks(base: Base, tmp_path: Path) -> None:
-    """Likewise from SIGTERM, with two ranks."""
-    _kill_launcher(base, tmp_path, signal.SIGTERM, ranks=2)
-
-
-def _kill_launcher(base: Base, tmp_path: Path, number: int, *, ranks: int) -> None:
-    folder = tmp_path / "run"
-    arguments = base.arguments(output_dir=folder, max_steps=200, eval_interval=100)
-    command = start_command(
-        deepspeed_command(arguments, ranks=ranks, prelude="long_steps"), folder=tmp_path / "work", cache=base.cache
-    )
+    Returns its exit status, after at most `limit` seconds, and how many processes it had started.
+    """
+    command = start_command(words, folder=folder.parent / "work", cache=base.cache)
     try:
         wait_for(lambda: has_step(folder, 2) or command.process.poll() is not None, "two steps")
         assert command.process.poll() is None, command.ended().tail()
         started = command.descendants()
-        assert len(started) == ranks + 1, [process.cmdline() for process in started]
         command.process.send_signal(number)
-        assert command.process.wait(20) in (-number, 128 + number)
+        ended = command.process.wait(limit)
         command.wait_gone(started)
     finally:
         command.kill()
     assert status(folder)["state"] == "stopped"
+    return ended, len(started)
+
+
+@pytest.mark.parametrize(
+    ("number", "ranks"), [pytest.param(signal.SIGKILL, 1, marks=pytest.mark.slow), (signal.SIGTERM, 2)]
+)
+def test_a_launcher_that_ends_stops_the_ranks(base: Base, folder: Path, number: int, ranks: int) -> None:
+    """A local deepspeed dies at once from SIGKILL and leaves its launcher and rank, which end by themselves."""
+    arguments = base.arguments(output_dir=folder, max_steps=200, eval_interval=100)
+    words = deepspeed_command(arguments, ranks=ranks, prelude="long_steps")
+    ended, started = end_by_signal(words, number, base, folder, limit=20)
+    assert ended in (-number, 128 + number) and started == ranks + 1
     step = status(folder)["step"]
     assert 2 <= step < 200 and checkpoint_names(folder) == {f"step_{step}"}
     assert len(metrics(folder)) == step
 
 
 @pytest.mark.slow
-def test_torchrun_told_to_stop(base: Base, tmp_path: Path) -> None:
+def test_torchrun_told_to_stop(base: Base, folder: Path) -> None:
     """The agent passes SIGTERM on to its ranks."""
-    folder = tmp_path / "run"
     arguments = base.arguments(output_dir=folder, max_steps=100_000, eval_interval=100_000)
-    command = start_command(torchrun_command(arguments, ranks=2), folder=tmp_path / "work", cache=base.cache)
-    try:
-        wait_for(lambda: has_step(folder, 2) or command.process.poll() is not None, "two steps")
-        started = command.descendants()
-        psutil.Process(command.process.pid).terminate()
-        assert command.process.wait(60) != 0
-        command.wait_gone(started)
-    finally:
-        command.kill()
-    assert status(folder)["state"] == "stopped"
+    assert end_by_signal(torchrun_command(arguments, ranks=2), signal.SIGTERM, base, folder, limit=60)[0] != 0
 
 
 @pytest.mark.cpu_seconds(20, reason="torchrun starts two ranks twice, each of which imports everything by itself")
@@ -277,58 +263,53 @@ WORSE = {2: 5.0, 4: 4.0, 6: 4.5, 8: 4.25, 10: 3.0}  # best at step 4; patience 2
 
 def test_early_stopping_and_patience_across_a_resume(base: Base, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    script = partial(scripted_validation, WORSE)
-    run(base, whole, patience=2, save_interval=100, keep_checkpoints=1, prelude=script)
+    script, start = partial(scripted_validation, WORSE), partial(run, patience=2, save_interval=100, keep_checkpoints=1)
+    start(base, whole, prelude=script)
     assert status(whole) == {"state": "finished", "step": 8, "reason": "early_stopping"}
     assert checkpoint_names(whole) == {"step_4", "step_8"}, "best and last"
-    run(base, parts, patience=2, save_interval=100, keep_checkpoints=1, prelude=partial(_scripted_stop, 7), expect=143)
+    start(base, parts, prelude=partial(all_of, script, partial(kill_at_step, 7)), expect=143)
     assert len(metrics(parts)) == 7
-    run(base, parts, patience=2, save_interval=100, keep_checkpoints=1, resume="auto", prelude=script)
+    start(base, parts, resume="auto", prelude=script)
     assert_same_run(parts, whole)
     assert files_of(parts / "adapter") == {
         name: content for name, content in files_of(parts / "checkpoints" / "step_4").items() if "adapter" in name
     }
     # A run that is over stays as it is, also in another layout.
-    before, again = files_of(parts), {"resume": "auto", "ds_config": "zero3.json"}
-    ended = run(base, parts, patience=2, save_interval=100, keep_checkpoints=1, prelude=script, **again)
+    before = files_of(parts)
+    ended = start(base, parts, prelude=script, resume="auto", ds_config="zero3.json")
     assert status(parts) == {"state": "finished", "step": 8, "reason": "early_stopping"}
     after = files_of(parts)
     assert {name for name in before if before[name] != after.get(name)} <= {"run.yaml", "loss.png", "logs/rank_0.log"}
     assert "step 4" in ended.outputs[0]
 
 
-def _scripted_stop(step: int) -> None:
-    scripted_validation(WORSE)
-    kill_at_step(step)
-
-
 # Checkpoints of another folder ------------------------------------------------------------------------------------
 
 
-def test_branching_into_a_new_folder(base: Base, tmp_path: Path) -> None:
+BEST_AT_TWO = partial(scripted_validation, {2: 3.0})
+
+
+@pytest.fixture(scope="module")
+def first(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose best step is the second, stopped at the fifth."""
+    folder = tmp_path_factory.mktemp("first") / "run"
+    run(base, folder, prelude=partial(all_of, BEST_AT_TWO, partial(kill_at_step, 5)), expect=143)
+    return folder
+
+
+def test_branching_into_a_new_folder(base: Base, first: Path, tmp_path: Path) -> None:
     """--resume PATH with a new --output_dir takes the best checkpoint and the logs along, and leaves the first run."""
-    script = partial(scripted_validation, {2: 3.0})  # the best stays step 2
-    first, branch, whole = tmp_path / "first", tmp_path / "branch", tmp_path / "whole"
-    run(base, whole, prelude=script)
-    run(base, first, prelude=partial(_better_at_two_then_stop, 5), expect=143)
-    before = files_of(first)
-    run(base, branch, resume=first / "checkpoints" / "step_5", prelude=script)
+    branch, whole, before = tmp_path / "branch", tmp_path / "whole", files_of(first)
+    run(base, whole, prelude=BEST_AT_TWO)
+    run(base, branch, resume=first / "checkpoints" / "step_5", prelude=BEST_AT_TWO)
     assert_same_run(branch, whole)
     assert files_of(first) == before
     assert run_settings(branch)["output_dir"] == str(branch)
 
 
-def _better_at_two_then_stop(step: int) -> None:
-    scripted_validation({2: 3.0})
-    kill_at_step(step)
-
-
-def test_a_checkpoint_taken_out_of_its_run(base: Base, tmp_path: Path) -> None:
+def test_a_checkpoint_taken_out_of_its_run(base: Base, first: Path, tmp_path: Path, folder: Path) -> None:
     """Without the best one beside it, the best is found anew."""
-    run(base, tmp_path / "first", prelude=partial(_better_at_two_then_stop, 5), expect=143)
-    alone = Path(shutil.copytree(tmp_path / "first" / "checkpoints" / "step_5", tmp_path / "alone"))
-    shutil.rmtree(tmp_path / "first")
-    folder = tmp_path / "run"
+    alone = shutil.copytree(first / "checkpoints" / "step_5", tmp_path / "alone")
     run(base, folder, resume=alone)
     assert [step for step, _ in losses(folder)] == [6, 7, 8, 9, 10]
     assert status(folder)["state"] == "finished" and "step_10" in checkpoint_names(folder)
@@ -339,7 +320,7 @@ def test_going_back_within_a_run(base: Base, tmp_path: Path) -> None:
     whole, folder = tmp_path / "whole", tmp_path / "run"
     script = partial(scripted_validation, {4: 3.0})
     run(base, whole, prelude=script)
-    run(base, folder, prelude=script)
+    shutil.copytree(whole, folder)
     assert checkpoint_names(folder) == {"step_4", "step_6", "step_8", "step_10"}
     back = folder / "checkpoints" / "step_4"
     run(base, folder, output_dir=None, resume=back, prelude=partial(kill_at_step, 5, signal.SIGKILL), expect=-9)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from folders import ROOT
 from run_files import losses, metrics, status
-from run_helpers import Base, run_ranks, write_base
+from run_helpers import Base, run, write_base
 
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
@@ -40,24 +40,16 @@ LETTERS = "abcdefghijklmnopqrstuvwx"
 
 
 def start(base: Base, folder: Path, ranks: int = 1, **changes: Any) -> Path:
-    settings = {
-        "validation_file": base.train,
-        "test_file": base.train,
-        "max_new_tokens": 8,
-        "learning_rate": 5e-2,
-        "max_steps": 16,
-        "rank": 8,
-        "output_dir": folder / "run",
-        **changes,
-    }
-    run_ranks(base.arguments(**settings), folder=folder, ranks=ranks).expect(0)
-    return folder / "run"
+    """A run that scores the training rows."""
+    rows = {"validation_file": base.train, "test_file": base.train, "max_new_tokens": 8}
+    run(base, folder, ranks=ranks, **{**rows, "learning_rate": 5e-2, "max_steps": 16, "rank": 8, **changes})
+    return folder
 
 
 @pytest.fixture(scope="module")
 def judged(base: Base, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that is judged by its metric on some of the validation rows; test_adapters_evaluated.py has layouts."""
-    return start(base, tmp_path_factory.mktemp("judged"), ds_config="zero1.json", **JUDGED)
+    return start(base, tmp_path_factory.mktemp("judged") / "run", ds_config="zero1.json", **JUDGED)
 
 
 def test_the_metric_chooses_the_best_checkpoint(judged: Path) -> None:
@@ -77,12 +69,10 @@ def test_the_metric_chooses_the_best_checkpoint(judged: Path) -> None:
     ("ranks", "layout"), [(4, {"tensor_parallel": 2}), (2, {"pipeline_parallel": 2})], ids=["tp2_dp2", "pp2"]
 )
 def test_scores_do_not_depend_on_the_layout(
-    base: Base, judged: Path, tmp_path: Path, ranks: int, layout: dict[str, int]
+    base: Base, judged: Path, folder: Path, ranks: int, layout: dict[str, int]
 ) -> None:
-    here = start(base, tmp_path, ranks, ds_config="zero1.json", **JUDGED, **layout)
-    found, alone = (
-        [(row["step"], row["exact_match"]) for row in metrics(run, "validation")] for run in (here, judged)
-    )
+    here = start(base, folder, ranks, ds_config="zero1.json", **JUDGED, **layout)
+    found, alone = ([(row["step"], row["exact_match"]) for row in metrics(run, "validation")] for run in (here, judged))
     assert found == alone
     assert json.loads((here / "scores.json").read_text()) == json.loads((judged / "scores.json").read_text())
 
@@ -95,7 +85,9 @@ def test_validation_samples_are_as_many_as_asked_for_and_test_samples_all(judged
     assert all(share * 17 % 100 == pytest.approx(0, abs=1e-9) for share in shares) and len(shares) > 1
 
 
-def test_ranks_of_zero_3_call_the_model_until_all_are_done(base: Base, judged: Path, tmp_path: Path) -> None:
+def test_ranks_of_zero_3_call_the_model_until_all_are_done(
+    base: Base, judged: Path, tmp_path: Path, folder: Path
+) -> None:
     """One of the first two rows is ended at once by the trained model, and the others' prompts differ much in length:
     each rank calls as often as the other all the same, or one would wait. Every weight is gathered in each call."""
     adapter, source = load_native_adapter(judged / "adapter"), find_model(str(base.model))
@@ -115,20 +107,19 @@ def test_ranks_of_zero_3_call_the_model_until_all_are_done(base: Base, judged: P
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
     # The trained run at its end: nothing is left to do but to score.
     resumed = {**JUDGED, "resume": judged / "checkpoints" / "step_16"}
-    run = start(base, tmp_path, 2, ds_config=tmp_path / "zero3.json", test_file=tmp_path / "test.jsonl", **resumed)
-    assert json.loads((run / "scores.json").read_text())["after"]["exact_match"]["n"] == 4
+    start(base, folder, 2, ds_config=tmp_path / "zero3.json", test_file=tmp_path / "test.jsonl", **resumed)
+    assert json.loads((folder / "scores.json").read_text())["after"]["exact_match"]["n"] == 4
 
 
-def test_scores_of_another_test_set_stand_in_a_row_of_their_own(base: Base, tmp_path: Path) -> None:
+def test_scores_of_another_test_set_stand_in_a_row_of_their_own(base: Base, tmp_path: Path, folder: Path) -> None:
     """A run is resumed with other test samples: what it scored before was of the first ones."""
     other = tmp_path / "other.jsonl"
     other.write_text("".join(base.train.read_text().splitlines(keepends=True)[:5]))
-    settings = {"max_steps": 2, "output_dir": tmp_path / "run", "max_new_tokens": 8}
-    run_ranks(base.arguments(**settings, test_file=base.validation), folder=tmp_path, cache=base.cache).expect(0)
+    settings = {"max_steps": 2, "max_new_tokens": 8}
+    run(base, folder, test_file=base.validation, **settings)
     # The run is at its end: nothing is left to do but to score.
-    arguments = base.arguments(**settings, test_file=other, resume="auto")
-    printed = run_ranks(arguments, folder=tmp_path, cache=base.cache).expect(0).outputs[0].splitlines()
-    scores = json.loads((tmp_path / "run" / "scores.json").read_text())
+    printed = run(base, folder, test_file=other, resume="auto", **settings).outputs[0].splitlines()
+    scores = json.loads((folder / "scores.json").read_text())
     first, second = (scores[moment]["exact_match"] for moment in ("before", "after"))
     assert (first["n"], second["n"]) == (6, 5) and len(first["samples_sha256"]) == 64
     assert first["samples_sha256"] != second["samples_sha256"]
@@ -155,10 +146,9 @@ def test_which_scores_share_a_row() -> None:
     assert rows(one, None) == apart[:1] and rows(None, one) == apart[1:] and rows(None, None) == []
 
 
-def test_patience_counts_evaluations_of_the_metric(base: Base, tmp_path: Path) -> None:
+def test_patience_counts_evaluations_of_the_metric(base: Base, folder: Path) -> None:
     """The score stays at 0 while the loss falls: two evaluations after the first one the run ends."""
-    run = start(base, tmp_path, eval_metric="exact_match", patience=2, test_file=None)
-    assert status(run) == {"state": "finished", "step": 6, "reason": "early_stopping"}
-    assert [loss for _, loss in losses(run, "validation")] == sorted(
-        (loss for _, loss in losses(run, "validation")), reverse=True
-    )
+    start(base, folder, eval_metric="exact_match", patience=2, test_file=None)
+    assert status(folder) == {"state": "finished", "step": 6, "reason": "early_stopping"}
+    found = [loss for _, loss in losses(folder, "validation")]
+    assert found == sorted(found, reverse=True)

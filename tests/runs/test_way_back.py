@@ -6,6 +6,7 @@ It ends with the bytes that a run ends with that was resumed at that one.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -14,23 +15,15 @@ from typing import Any
 
 import pytest
 import torch
-from native_files import moments_of, reseal, with_adapter
+from native_files import reseal, save_step, with_adapter
 from run_files import assert_same_run, checkpoint_names, edit_json, edit_tensors, files_of, status, truncate
 from run_helpers import Base, begin, run
 from run_preludes import kill_at_step, scripted_validation
 from task_files import refusal
-from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
-from megatron_tiedlora.checkpoint.resume import (
-    CHECKPOINT_FILES,
-    Checkpoint,
-    Progress,
-    find_newest_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
+from megatron_tiedlora.checkpoint.resume import CHECKPOINT_FILES, Checkpoint, find_newest_checkpoint, load_checkpoint
 
 ADAPTER, CONFIG, STATE, PROGRESS = (
     *("adapter_model.safetensors", "adapter_config.json"),
@@ -103,9 +96,9 @@ def test_a_resume_continues_from_the_one_before(base: Base, stopped: Path, tmp_p
 
 
 @pytest.mark.distributed
-def test_nothing_whole_is_left(base: Base, stopped: Path, tmp_path: Path, own_cache: None) -> None:
+def test_nothing_whole_is_left(base: Base, stopped: Path, folder: Path, own_cache: None) -> None:
     """One line that names each, and nothing is changed."""
-    folder = Path(shutil.copytree(stopped, tmp_path / "run"))
+    shutil.copytree(stopped, folder)
     for step in (2, 4, 6):
         flip(folder / "checkpoints" / f"step_{step}" / ADAPTER, -5)
     before = files_of(folder / "checkpoints")
@@ -122,8 +115,6 @@ def test_nothing_whole_is_left(base: Base, stopped: Path, tmp_path: Path, own_ca
 @pytest.mark.parametrize("what", ["gone", "folder", "pipe", "link", "nothing", "zeros"])
 def test_a_latest_that_is_gone_is_rebuilt(base: Base, stopped: Path, tmp_path: Path, what: str) -> None:
     """And never a start at step 0 beside the checkpoints that are there."""
-    import os
-
     folder = Path(shutil.copytree(stopped, tmp_path / "run"))
     latest = folder / "checkpoints" / "latest"
     latest.unlink()
@@ -138,7 +129,7 @@ def test_a_latest_that_is_gone_is_rebuilt(base: Base, stopped: Path, tmp_path: P
     if what != "gone":
         found = find_newest_checkpoint(folder / "checkpoints")
         assert found is not None and found.folder.name == "step_6" and str(latest) in found.notes[0]
-        save(folder / "checkpoints", with_adapter(base.model, "tl6", rank=3)[1], 12)
+        save_step(folder / "checkpoints", with_adapter(base.model, "tl6", rank=3)[1], 12, best=12, keep=3)
         assert latest.read_text() == "step_12\n" and "step_12" not in (folder / "run.yaml").read_text()
         return
     ended = run(base, folder, resume="auto")
@@ -150,7 +141,7 @@ def test_a_latest_that_is_gone_is_rebuilt(base: Base, stopped: Path, tmp_path: P
 
 def test_a_checkpoint_that_is_a_link_is_passed_over(native: NativeAdapter, tmp_path: Path) -> None:
     for step in (2, 4):
-        save(tmp_path, native, step)
+        save_step(tmp_path, native, step, best=step, keep=3)
     (tmp_path / "step_4").rename(tmp_path / "elsewhere")
     (tmp_path / "step_4").symlink_to(tmp_path / "elsewhere")
     found = find_newest_checkpoint(tmp_path)
@@ -162,7 +153,7 @@ def test_what_cannot_be_read_now_is_not_passed_over(
 ) -> None:
     """A disk in trouble: the newest may be whole, and would be removed at a later save."""
     for step in (2, 4):
-        save(tmp_path, native, step)
+        save_step(tmp_path, native, step, best=step, keep=3)
     real = Path.open
 
     def trouble(path: Path, *arguments: Any, **keywords: Any) -> Any:
@@ -176,14 +167,12 @@ def test_what_cannot_be_read_now_is_not_passed_over(
 
 
 @pytest.mark.distributed
-def test_a_broken_best_one_is_said_and_made_anew(base: Base, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
+def test_a_broken_best_one_is_said_and_made_anew(base: Base, folder: Path) -> None:
     script = partial(scripted_validation, {2: 1.0, 4: 2.0, 6: 3.0, 8: 0.5})
     run(base, folder, max_steps=6, prelude=script)
     flip(folder / "checkpoints" / "step_2" / ADAPTER, -5)
-    edit_json(folder / "checkpoints" / "step_6" / PROGRESS, settings={
-        **json.loads((folder / "checkpoints" / "step_6" / PROGRESS).read_text())["settings"], "max_steps": 10,
-    })  # fmt: skip
+    progress = folder / "checkpoints" / "step_6" / PROGRESS
+    edit_json(progress, settings={**json.loads(progress.read_text())["settings"], "max_steps": 10})
     ended = run(base, folder, max_steps=10, resume="auto", prelude=script)
     assert "the best checkpoint is broken, so the next evaluation writes a new one" in ended.outputs[0]
     assert status(folder)["state"] == "finished"
@@ -192,32 +181,14 @@ def test_a_broken_best_one_is_said_and_made_anew(base: Base, tmp_path: Path) -> 
 # Values ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def native(tmp_path_factory: pytest.TempPathFactory) -> NativeAdapter:
-    return with_adapter(write_tiny_model(tmp_path_factory.mktemp("model"), tokenizer=False), "tl6")[1]
-
-
-def save(root: Path, native: NativeAdapter, step: int) -> Path:
-    return save_checkpoint(
-        root,
-        progress=Progress(step=step, consumed_samples=4 * step, best_metric=0.5, best_step=step, evaluated_step=step),
-        config=native.config,
-        base_identity=native.base_identity,
-        state=native.state,
-        moments=moments_of(native),
-        settings={"global_batch_size": 4},
-        keep=3,
-    )
-
-
-def a_negative_mean_of_squares(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["exp_avg_sq.adapter.v"].view(-1)[7] = -1e-12
-
-
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        (STATE, a_negative_mean_of_squares, r"exp_avg_sq\.adapter\.v holds negative numbers"),
+        (
+            STATE,
+            lambda t: t["exp_avg_sq.adapter.v"].view(-1)[7].fill_(-1e-12),
+            r"exp_avg_sq\.adapter\.v holds negative numbers",
+        ),
         (STATE, lambda t: t["exp_avg.adapter.A"].view(-1)[0].fill_(torch.inf), "exp_avg.adapter.A holds numbers that"),
         (STATE, lambda t: t.pop("exp_avg.adapter.A"), r"tensor exp_avg\.adapter\.A is missing"),
         (STATE, lambda t: t.update(more=torch.ones(1)), "holds a tensor 'more' that does not belong there"),
@@ -232,7 +203,7 @@ def a_negative_mean_of_squares(tensors: dict[str, torch.Tensor]) -> None:
 def test_values_that_cannot_be_are_refused_whatever_the_checksums_say(
     native: NativeAdapter, tmp_path: Path, file: str, change: object, message: str
 ) -> None:
-    folder = save(tmp_path, native, 4)
+    folder = save_step(tmp_path, native, 4, best=4)
     if callable(change):
         edit_tensors(folder / file, change)
     else:
@@ -244,7 +215,7 @@ def test_values_that_cannot_be_are_refused_whatever_the_checksums_say(
 
 def test_every_file_counts(native: NativeAdapter, tmp_path: Path) -> None:
     """One bit of any of them, at the start, in the middle and at the end."""
-    folder = save(tmp_path, native, 4)
+    folder = save_step(tmp_path, native, 4, best=4)
     for name in CHECKPOINT_FILES:
         whole = (folder / name).read_bytes()
         for place in (0, len(whole) // 2, len(whole) - 3):
@@ -256,7 +227,7 @@ def test_every_file_counts(native: NativeAdapter, tmp_path: Path) -> None:
 
 
 def test_checkpoints_of_versions_without_checksums_are_read(native: NativeAdapter, tmp_path: Path) -> None:
-    folder = save(tmp_path, native, 4)
+    folder = save_step(tmp_path, native, 4, best=4)
     for name in (PROGRESS, CONFIG):
         content = json.loads((folder / name).read_text())
         (folder / name).write_text(json.dumps({k: v for k, v in content.items() if not k.endswith("sha256")}))

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kill_series import Figures, Layout, kill_series
+from kill_series import Layout, kill_series
 from run_files import files_of
-from run_helpers import Base, World, start_ranks, write_base, write_rows
+from run_helpers import Base, World, start_ranks, write_rows
 from run_preludes import quick_start
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -58,34 +58,18 @@ ENDS = ["end"] * 2
 TOKENISING_KILLS = 20
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    return write_base(tmp_path_factory.mktemp("base"))
+@pytest.mark.parametrize("name", [*SERIES, *GROUPS])
+def test_kills_lose_no_more_than_a_step(base: Base, tmp_path: Path, name: str) -> None:
+    """Of all ranks or of one; in steps, within saves, and after the last step.
 
-
-@pytest.mark.parametrize("name", SERIES)
-def test_twelve_kills_lose_no_more_than_a_step(base: Base, tmp_path: Path, name: str) -> None:
-    """Of all ranks or of one; in steps, within saves, and after the last step."""
-    layout, seed = SERIES[name]
-    kinds = random.Random(seed).sample(KINDS, len(KINDS)) + ENDS
+    Of a run of three adapters between the saves of two of them, and between two exports, too.
+    """
+    layout, seed = (SERIES | GROUPS)[name]
+    number = len(KINDS) if name in SERIES else 6
+    kinds = random.Random(seed).sample(KINDS, number) + ENDS
     figures = kill_series(base, tmp_path, layout, kinds=kinds, seed=seed)
-    assert figures.kills.total() == 12
-    assert figures.kills["in a save"] > 0, "no kill came within a save"
-    show(name, figures)
-
-
-@pytest.mark.parametrize("name", GROUPS)
-def test_eight_kills_of_a_run_of_three_adapters(base: Base, tmp_path: Path, name: str) -> None:
-    """Between the saves of two adapters, and between two exports, too."""
-    layout, seed = GROUPS[name]
-    kinds = random.Random(seed).sample(KINDS, 6) + ENDS
-    figures = kill_series(base, tmp_path, layout, kinds=kinds, seed=seed)
-    assert figures.kills.total() == 8
-    show(name, figures)
-
-
-def show(name: str, figures: Figures) -> None:
-    """Print what a series came to."""
+    assert figures.kills.total() == number + len(ENDS)
+    assert name in GROUPS or figures.kills["in a save"] > 0, "no kill came within a save"
     counts = ", ".join(f"{count} {where}" for where, count in figures.kills.most_common())
     print(f"\n{name}: {counts}; slowest end {figures.slowest_end:.1f} s, {figures.seconds:.0f} s in all")
 

@@ -31,9 +31,7 @@ def train(arguments: list[str], folder: Path, *, ranks: int = 1) -> Command:
     """launch/train.py under its launcher, with as many threads as the cores give each rank."""
     command = plain_command(arguments) if ranks == 1 else deepspeed_command(arguments, ranks=ranks)
     threads = max(1, (os.cpu_count() or 1) // ranks)
-    started = start_command(["env", f"OMP_NUM_THREADS={threads}", *command], folder=folder, cache=CACHE)
-    started._deadline = time.monotonic() + 3000
-    return started
+    return start_command(["env", f"OMP_NUM_THREADS={threads}", *command], folder=folder, cache=CACHE, limit=3000)
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(3, 1), (1, 2)])
@@ -64,9 +62,7 @@ def model_7b(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "7b"
     script = ROOT / "tools" / "write_random_model.py"
     command = [plain_command([])[0], str(script), "--model", "llama2-7b", "--output", str(folder)]
-    started = start_command(command, folder=folder.parent / "work")
-    started._deadline = time.monotonic() + 1200
-    started.wait().expect(0)
+    start_command(command, folder=folder.parent / "work", limit=1200).wait().expect(0)
     return folder
 
 
@@ -104,7 +100,7 @@ def peak_of_two_steps(tmp_path: Path, model: Path, *, ranks: int, **more: object
     started = time.monotonic()
     command = train([f"--{name}={value}" for name, value in settings.items()], tmp_path / "work", ranks=ranks)
     peak = 0
-    while command.process.poll() is None and time.monotonic() < command._deadline:
+    while command.process.poll() is None and time.monotonic() < command.deadline:
         peak = max(peak, sum(map(anonymous_bytes, [psutil.Process(command.process.pid), *command.descendants()])))
         time.sleep(0.2)
     command.wait().expect(0)

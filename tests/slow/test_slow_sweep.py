@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from ranks import wait_for
+from ranks import TIME_LIMIT, wait_for
 from run_files import has_step, status
 from run_helpers import Base, Command, start_command
 from sweep_runs import LAUNCH, study_arguments, write_study_base
@@ -19,9 +19,8 @@ RUNS = ("tl6-r2-lr2e-1", "tl6-r2-lr5e-2")
 
 
 def start(base: Base, arguments: list[str], work: Path) -> Command:
-    command = start_command([sys.executable, str(LAUNCH / "sweep.py"), *arguments], folder=work, cache=base.cache)
-    command._deadline += LIMIT
-    return command
+    command = [sys.executable, str(LAUNCH / "sweep.py"), *arguments]
+    return start_command(command, folder=work, cache=base.cache, limit=TIME_LIMIT + LIMIT)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from run_helpers import Base, write_base
+from run_helpers import Base
 from study_files import no_start, write_run, write_study
 from sweep_runs import LAUNCH, study_arguments
 
@@ -27,11 +27,6 @@ from megatron_tiedlora.study.sweep import Sweep
 from megatron_tiedlora.study.sweep import sweep as sweep_of
 
 RUNS = [f"{m}-r{r}-lr{rate}" for m in ("lora", "tl6") for r in (2, 3) for rate in ("2e-1", "5e-2")]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    return write_base(tmp_path_factory.mktemp("base"))
 
 
 class Started(Exception):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,8 +13,7 @@ from typing import Any
 
 import psutil
 from cluster_routes import Job, is_watcher
-from fake_hosts import FakeHost
-from host_commands import wait_until
+from fake_hosts import FakeHost, wait_until
 from run_files import has_step
 
 # What serves a rank on its host (the last is torchrun's agent). When it has ended they tell their peers, and try to
@@ -29,37 +27,17 @@ QUICK_END = 5.0  # seconds in which the end is looked for often
 # Faults ----------------------------------------------------------------------------------------------------------
 
 
-def kill_rank(job: Job) -> None:
-    """SIGKILL to the rank on the last host."""
-    os.kill(job.ranks()[_last(job).name].pid, signal.SIGKILL)
-
-
-def kill_first_rank(job: Job) -> None:
-    """SIGKILL to rank 0, which serves the others' store."""
-    os.kill(job.ranks()[job.task.cluster.first.name].pid, signal.SIGKILL)
-
-
 def kill_launcher(job: Job) -> None:
     """SIGKILL to the launcher: deepspeed, mpirun, srun or the torchrun that serves the rendezvous."""
     if job.number:
         _kill_programs(job, "srun")
-    elif job.by_torchrun:
+    elif any(Path(word).name == "torchrun" for launcher in job.launchers for word in launcher.command):
         _kill_programs(job, AGENT)
-    elif job.is_watched:
+    elif any(is_watcher(launcher.command) for launcher in job.launchers):
         (launcher,) = psutil.Process(job.launchers[0].pid).children()
         launcher.kill()
     else:
         job.launchers[-1].signal(signal.SIGKILL)
-
-
-def kill_watcher(job: Job) -> None:
-    """SIGKILL to launch/run.py."""
-    _signal_watcher(job, signal.SIGKILL)
-
-
-def kill_pdsh(job: Job) -> None:
-    """SIGKILL to pdsh, which deepspeed has started."""
-    _kill_programs(job, "pdsh")
 
 
 def kill_node_launcher(job: Job) -> None:
@@ -67,16 +45,6 @@ def kill_node_launcher(job: Job) -> None:
     parent = job.ranks()[_last(job).name].parent()
     assert parent is not None
     parent.kill()
-
-
-def kill_host(job: Job) -> None:
-    """The last host dies."""
-    _last(job).kill()
-
-
-def cut_link(job: Job) -> None:
-    """The last host's cable is pulled."""
-    _last(job).cut_link()
 
 
 def fill_disk(job: Job) -> None:
@@ -94,24 +62,20 @@ def terminate(job: Job) -> None:
         launcher.signal(signal.SIGTERM)
 
 
-def cancel(job: Job) -> None:
-    """scancel."""
-    job.task.cluster.first.run(["scancel", job.number])
-
-
-FAULTS: dict[str, Callable[[Job], None]] = {
+# What is killed gets SIGKILL; ranks, hosts and links that are not named otherwise are those of the last host.
+FAULTS: dict[str, Callable[[Job], object]] = {
     "none": lambda job: None,
-    "rank": kill_rank,
-    "rank 0": kill_first_rank,
+    "rank": lambda job: job.ranks()[_last(job).name].kill(),
+    "rank 0": lambda job: job.ranks()[job.task.cluster.first.name].kill(),  # which serves the others' store
     "launcher": kill_launcher,
-    "run.py": kill_watcher,
-    "pdsh": kill_pdsh,
+    "run.py": lambda job: _signal_watcher(job, signal.SIGKILL),
+    "pdsh": lambda job: _kill_programs(job, "pdsh"),  # which deepspeed has started
     "launcher on a host": kill_node_launcher,
-    "host": kill_host,
-    "link": cut_link,
+    "host": lambda job: _last(job).kill(),
+    "link": lambda job: _last(job).cut_link(),
     "disk full": fill_disk,
     "SIGTERM": terminate,
-    "scancel": cancel,
+    "scancel": lambda job: job.task.cluster.first.run(["scancel", job.number]),
 }
 
 

@@ -14,9 +14,8 @@ from functools import partial
 from pathlib import Path
 
 import psutil
-from fake_hosts import FakeCluster
+from fake_hosts import FakeCluster, Started, wait_until
 from folders import ROOT
-from host_commands import Started, wait_until
 from host_needs import host_environment
 from ranks import ENVIRONMENT
 from run_helpers import PRELUDES, TRAIN
@@ -78,28 +77,17 @@ class Job:
     def __init__(self, task: Task, launchers: Sequence[Started], number: str = "") -> None:
         self.task, self.launchers, self.number = task, list(launchers), number
 
-    @property
-    def is_watched(self) -> bool:
-        """Whether launch/run.py is the launcher that its user sees."""
-        return any(is_watcher(launcher.command) for launcher in self.launchers)
-
-    @property
-    def by_torchrun(self) -> bool:
-        """Whether torchrun's agents start the ranks."""
-        words = [word for launcher in self.launchers for word in launcher.command]
-        return "torchrun" in words or _beside_python("torchrun") in words
-
     def is_over(self) -> bool:
         """Whether its user sees the end of it."""
         if self.number:
-            return self._slurm.state(self.number) not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING")
+            return self._slurm.field(self.number, "JobState") not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING")
         return all(launcher.poll() is not None for launcher in self.launchers)
 
     def wait(self, limit: float = 200.0) -> int:
         """The exit status: the launcher's, the first that is not 0 of several, or that of the batch job."""
         wait_until(self.is_over, lambda: f"the job's end\n{self.output()[-6000:]}", limit=limit, pause=0.5)
         if self.number:
-            code, _, signal_number = self._slurm.exit_code(self.number).partition(":")
+            code, _, signal_number = self._slurm.field(self.number, "ExitCode").partition(":")
             return int(code) or -int(signal_number)
         return next((status for launcher in self.launchers if (status := launcher.wait())), 0)
 
@@ -142,17 +130,8 @@ def _command_line(process: psutil.Process) -> list[str]:
 # Routes --------------------------------------------------------------------------------------------------------------
 
 
-def start_pdsh(task: Task) -> Job:
-    """deepspeed --hostfile."""
-    return _start_deepspeed(task, "--master_addr", task.cluster.first.name, "--master_port", str(PORT))
-
-
-def start_openmpi(task: Task) -> Job:
-    """deepspeed --launcher openmpi."""
-    return _start_deepspeed(task, "--launcher", "openmpi")
-
-
-def _start_deepspeed(task: Task, *options: str) -> Job:
+def start_deepspeed(task: Task, *options: str) -> Job:
+    """deepspeed --hostfile OPTIONS."""
     write_variables(task)
     command = [_beside_python("deepspeed"), "--hostfile", task.cluster.hostfile(), *options, *task.options]
     return Job(task, [task.cluster.first.start([*command, *task.script], cwd=task.folder, env=SSH_ENVIRONMENT)])
@@ -234,15 +213,11 @@ def _beside_python(program: str) -> str:
 
 
 ROUTES: dict[str, Callable[[Task], Job]] = {
-    "pdsh": start_pdsh,
-    "openmpi": start_openmpi,
+    "pdsh": lambda task: start_deepspeed(task, "--master_addr", task.cluster.first.name, "--master_port", str(PORT)),
+    "openmpi": lambda task: start_deepspeed(task, "--launcher", "openmpi"),
     "mpirun": start_mpirun,
     "slurm": start_slurm,
     "torchrun": start_torchrun,
     **{f"run.py {name}": partial(start_watched, launcher=name) for name in ("pdsh", "openmpi", "mpirun")},
     "run.py srun": partial(start_watched, launcher="srun", in_batch=True),
-}
-# torchrun in an allocation of Slurm.
-TORCHRUN_BY_SLURM: dict[str, Callable[[Task], Job]] = {
-    "slurm_torchrun.sbatch": partial(start_slurm, name="slurm_torchrun.sbatch"),
 }

@@ -16,15 +16,25 @@ from typing import Any
 import torch
 from run_helpers import EVALUATE, Ended, run_ranks
 
-TEXTS = ("prompt", "prediction", "references")
+FILES = {"predictions.jsonl", "results.json"}
 
 
-def evaluate(folder: Path, *, work: Path, ranks: int | None = None, prelude: Any = None, **settings: Any) -> Ended:
-    """One evaluation into `folder`, started in `work`, which must end well on every rank."""
+def evaluate(
+    folder: Path, *, work: Path, expect: int = 0, ranks: int | None = None, prelude: Any = None, **settings: Any
+) -> Ended:
+    """One evaluation into `folder`, started in `work`, which must end with status `expect` on every rank.
+
+    An adapter's folder has its two files then, and where the evaluation has failed there is nothing.
+    """
+    words = settings.pop("adapters", ())
     settings = {"output_dir": folder, "dtype": "fp32", **settings}
     arguments = [f"--{name}={str(value).lower() if value is True else value}" for name, value in settings.items()]
-    ended = run_ranks(arguments, folder=work, ranks=ranks, prelude=prelude, script=EVALUATE).expect(0)
-    assert {item.name for item in folder.iterdir()} == {"predictions.jsonl", "results.json"}
+    arguments += ["--adapters", *map(str, words)] if words else []
+    ended = run_ranks(arguments, folder=work, ranks=ranks, prelude=prelude, script=EVALUATE).expect(expect)
+    if expect:
+        assert not folder.exists() and not list(folder.parent.glob(".writing*"))
+    elif not words:
+        assert {item.name for item in folder.iterdir()} == FILES
     return ended
 
 

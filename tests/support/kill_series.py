@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from run_files import assert_same_run, files_of, status
-from run_helpers import Base, World, run, start_ranks, write_adapters
+from run_helpers import Base, World, run, start_run
 from run_preludes import quick_start
 
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
@@ -67,18 +67,14 @@ def kill_series(base: Base, folder: Path, layout: Layout, *, kinds: list[str], s
         "save_interval": 1,
         "test_file": base.validation,
         "max_new_tokens": 12,
+        "adapters": layout.adapters or None,
     }
-    if layout.adapters:
-        settings["adapters"] = write_adapters(folder / "adapters.yaml", layout.adapters)
     whole, killed = folder / "whole", folder / "killed"
     runs = layout.run_folders(killed)
     run(base, whole, ranks=layout.ranks, prelude=quick_start, **settings)
-    arguments = base.arguments(output_dir=killed, resume="auto", **settings)
     for kind in kinds:
         while True:  # what was over before its kill is started again
-            world = start_ranks(
-                arguments, folder=folder / "work", cache=base.cache, ranks=layout.ranks, prelude=quick_start
-            )
+            world = start_run(base, killed, ranks=layout.ranks, prelude=quick_start, resume="auto", **settings)
             _wait_for(kind, world, runs, draw, last=int(settings["max_steps"]))
             one = draw.choice([None, *range(layout.ranks)])
             with suppress(ProcessLookupError):  # it may be over

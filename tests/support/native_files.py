@@ -1,11 +1,13 @@
-"""Native adapters with given values on a model folder, for tests of files and conversions. Uses the package."""
+"""Native adapters with given values on a model folder, and checkpoints of them. Uses the package."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 from oracle import OracleAdapter, OracleConfig
@@ -16,6 +18,7 @@ from megatron_tiedlora.base.text_files import FILES_FIELD, SEAL_FIELD, sealed
 from megatron_tiedlora.checkpoint.base_identity import identify_base
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_native_adapter, save_adapter
+from megatron_tiedlora.checkpoint.resume import Checkpoint, Progress, save_checkpoint
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.merge import merge_adapter
@@ -85,3 +88,26 @@ def write_exports(root: Path, base: Path) -> Path:
     merge_adapter(source, adapter, root / "merged16", dtype=torch.bfloat16)
     export_peft(source, load_native_adapter(native), root / "peft", native=native)
     return root
+
+
+def save_step(root: Path, native: NativeAdapter, step: int, best: int | None, **keywords: Any) -> Path:
+    """Save `native` as it is after `step` steps of four samples, of which `best` was the best; every moment is `step`.
+
+    Args:
+        keywords: of save_checkpoint.
+    """
+    return save_checkpoint(
+        root,
+        progress=Progress(step=step, consumed_samples=4 * step, best_metric=0.5, best_step=best, evaluated_step=step),
+        config=native.config,
+        base_identity=native.base_identity,
+        state=native.state,
+        moments=moments_of(native, float(step)),
+        settings={"global_batch_size": 4},
+        **keywords,
+    )
+
+
+def checkpoint_of(settings: Mapping[str, Any], step: int) -> Checkpoint:
+    """A checkpoint without files, for what is decided before any is read: of these settings after `step`, in step_4."""
+    return cast(Checkpoint, SimpleNamespace(settings=settings, progress=Progress(step=step), folder=Path("step_4")))

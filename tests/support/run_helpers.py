@@ -72,7 +72,7 @@ class Base:
         return self.folder / "cache"
 
     def settings(self, **changes: Any) -> dict[str, Any]:
-        """Settings of a short fp32 run with sizes that 2 does not divide; None takes a setting out."""
+        """Settings of a short fp32 run with sizes that 2 does not divide, paths as texts; None takes a setting out."""
         settings = {
             "model": self.model,
             "train_file": self.train,
@@ -89,7 +89,8 @@ class Base:
             "eval_interval": 2,
             **changes,
         }
-        return {name: value for name, value in settings.items() if value is not None}
+        found = {name: value for name, value in settings.items() if value is not None}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in found.items()}
 
     def arguments(self, **changes: Any) -> list[str]:
         """`settings` as flags."""
@@ -246,6 +247,7 @@ def start_ranks(
         if ranks is not None:
             environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
         out, err = (folder / f"{start}.rank{rank}.{kind}" for kind in ("out", "err"))
+        out.touch()  # its number is taken
         rank_arguments = ([str(script), *arguments], environment.copy(), str(folder), str(out), str(err), prelude)
         process = fork_server().Process(target=_be_rank, args=rank_arguments, daemon=True)
         process.start()
@@ -259,13 +261,21 @@ def run_ranks(arguments: Sequence[str], **keywords: Any) -> Ended:
     return start_ranks(arguments, **keywords).wait()
 
 
-def run(
-    base: Base, folder: Path, /, *, expect: int = 0, ranks: int | None = None, prelude: Any = None, **changes: Any
-) -> Ended:
-    """One start with run folder `folder`, which must end with status `expect` on every rank."""
+def start_run(
+    base: Base, folder: Path, /, *, ranks: int | None = None, prelude: Prelude | None = None, **changes: Any
+) -> World:
+    """A start with run folder `folder`; where `adapters` are given as settings by name, their file lies beside it."""
+    if isinstance(own := changes.get("adapters"), Mapping):
+        changes["adapters"] = write_adapters(folder.parent / "adapters.yaml", own)
     arguments = base.arguments(**{"output_dir": folder, **changes})
     work = folder.parent / f"{folder.name}-work"
-    return run_ranks(arguments, folder=work, cache=base.cache, ranks=ranks, prelude=prelude).expect(expect)
+    return start_ranks(arguments, folder=work, cache=base.cache, ranks=ranks, prelude=prelude)
+
+
+def run(base: Base, folder: Path, /, *, expect: int | None = 0, **changes: Any) -> Ended:
+    """`start_run` to its end, with status `expect` on every rank, unless that is None."""
+    ended = start_run(base, folder, **changes).wait()
+    return ended if expect is None else ended.expect(expect)
 
 
 def begin(given: Settings | Sequence[str]) -> None:
@@ -315,12 +325,12 @@ class Command:
     process: subprocess.Popen[bytes]
     out: Path
     err: Path
-    _deadline: float = field(default_factory=lambda: time.monotonic() + TIME_LIMIT)
+    deadline: float  # of the monotonic clock
 
     def wait(self) -> Ended:
         """Wait for the command itself; a hang fails."""
         try:
-            self.process.wait(max(0.0, self._deadline - time.monotonic()))
+            self.process.wait(max(0.0, self.deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             self.kill()
             raise AssertionError(f"a hang\n{self.ended().tail()}") from None
@@ -337,7 +347,7 @@ class Command:
 
     def wait_gone(self, processes: list[psutil.Process]) -> None:
         """Wait for processes that the command has left behind; one that stays is a failure."""
-        _, alive = psutil.wait_procs(processes, timeout=max(0.0, self._deadline - time.monotonic()))
+        _, alive = psutil.wait_procs(processes, timeout=max(0.0, self.deadline - time.monotonic()))
         left = [process.cmdline() for process in alive]
         self.kill()
         assert not left, f"still running: {left}\n{self.ended().tail()}"
@@ -349,8 +359,10 @@ class Command:
         self.process.wait(10)
 
 
-def start_command(command: Sequence[str], *, folder: Path, cache: Path | None = None) -> Command:
-    """Start a command in `folder`, with the environment of a test."""
+def start_command(
+    command: Sequence[str], *, folder: Path, cache: Path | None = None, limit: float = TIME_LIMIT
+) -> Command:
+    """Start a command in `folder`, with the environment of a test and `limit` seconds of time."""
     folder.mkdir(parents=True, exist_ok=True)
     environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
     environment |= {**ENVIRONMENT, "MEGATRON_TIEDLORA_CACHE": str(cache or folder / "cache")}
@@ -359,7 +371,7 @@ def start_command(command: Sequence[str], *, folder: Path, cache: Path | None = 
         process = subprocess.Popen(
             list(command), cwd=folder, env=environment, stdout=stdout, stderr=stderr, start_new_session=True
         )
-    return Command(process, out, err)
+    return Command(process, out, err, time.monotonic() + limit)
 
 
 def plain_command(arguments: Sequence[str]) -> list[str]:

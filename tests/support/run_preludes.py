@@ -156,10 +156,6 @@ def kill_rank_at_call(rank: int, module: str, name: str, mark: Path, *, call: in
         at_call(module, name, mark.touch, call=call)  # what is put in last comes first
 
 
-def _names(arguments: tuple[Any, ...], folder: Path) -> bool:
-    return any(str(folder) in str(argument) for argument in arguments if isinstance(argument, str | bytes | Path))
-
-
 def poison(step: int, what: str) -> None:
     """At training step `step` the loss is nan ("loss"), or finite with gradients that are nan ("gradient")."""
     module: Any = importlib.import_module("megatron_tiedlora.engine.runner")

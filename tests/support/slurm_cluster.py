@@ -6,8 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fake_hosts import FakeCluster
-from host_commands import wait_until
+from fake_hosts import FakeCluster, wait_until
 from host_needs import program_path
 
 SLURM_CONF = """
@@ -78,16 +77,8 @@ class SlurmCluster:
     def start_node(self, name: str) -> None:
         """Start munged and slurmd on a host; also after it has been booted again."""
         host, log = self.cluster.hosts[name], self.folder / f"munged-{name}.log"
-        host.run(
-            [
-                _program("munged"),
-                "--force",
-                f"--key-file={self.folder / 'munge.key'}",
-                "--pid-file=/run/munge/munged.pid",
-                "--seed-file=/run/munge/seed",
-                f"--log-file={log}",
-            ]
-        )
+        files = ["--pid-file=/run/munge/munged.pid", "--seed-file=/run/munge/seed", f"--log-file={log}"]
+        host.run([_program("munged"), "--force", f"--key-file={self.folder / 'munge.key'}", *files])
         host.run([_program("slurmd"), "-N", name])
         wait_until(host.outside(Path("/run/slurmd.pid")).exists, self.logs)
         host.keep_running()
@@ -97,19 +88,11 @@ class SlurmCluster:
         states = self.cluster.first.run(["sinfo", "-h", "-N", "-o", "%t"], check=False).split()
         return states == ["idle"] * len(self.cluster.hosts)
 
-    def state(self, job: str) -> str:
-        """The state of a job, as `scontrol` names it (PENDING, RUNNING, COMPLETED, FAILED, CANCELLED, TIMEOUT ...)."""
-        return self._field(job, "JobState")
+    def field(self, job: str, name: str) -> str:
+        """What `scontrol` says of a job: its JobState (PENDING, RUNNING, COMPLETED, FAILED, CANCELLED, TIMEOUT ...).
 
-    def exit_code(self, job: str) -> str:
-        """The exit status of a job's script and, after a colon, the signal that ended it."""
-        return self._field(job, "ExitCode")
-
-    def restarts(self, job: str) -> int:
-        """How often a job was put back into the queue."""
-        return int(self._field(job, "Restarts"))
-
-    def _field(self, job: str, name: str) -> str:
+        Or its ExitCode, that of its script and, after a colon, the signal that ended it; or its Restarts.
+        """
         shown = self.cluster.first.run(["scontrol", "show", "job", "-o", job])
         return dict(word.split("=", 1) for word in shown.split() if "=" in word)[name]
 

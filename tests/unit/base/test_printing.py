@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from folders import ROOT
 from run_files import edit_json
-from run_helpers import write_base
+from run_helpers import Base
 from study_files import write_score, write_study
 
 from megatron_tiedlora.base.messages import printable, show
@@ -94,8 +94,7 @@ def test_nothing_is_printed_but_by_show() -> None:
 # What commands print -----------------------------------------------------------------------------------------------
 
 
-def test_the_sample_of_a_dry_run(tmp_path: Path) -> None:
-    base = write_base(tmp_path / "base")
+def test_the_sample_of_a_dry_run(base: Base, tmp_path: Path) -> None:
     train = tmp_path / "train.jsonl"
     train.write_text(json.dumps({"prompt": f"one\n\ntwo {TITLE}\x1b[2Jé:", "completion": "x\x1by"}) + "\n")
     text = dry_run_report(parse_settings(base.arguments(train_file=train, dry_run=True), Settings)).text

@@ -19,7 +19,7 @@ import yaml
 from folders import ROOT
 from native_files import with_adapter, write_native
 from ranks import free_port
-from run_helpers import Base, write_base
+from run_helpers import Base
 from wheel import Installed, install_wheel, instructions
 
 import megatron_tiedlora
@@ -28,11 +28,6 @@ import megatron_tiedlora
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     return install_wheel(tmp_path_factory.mktemp("wheel"))
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    return write_base(tmp_path_factory.mktemp("base"))
 
 
 def test_what_is_in_the_wheel(installed: Installed) -> None:

@@ -16,7 +16,7 @@ import run_preludes
 import torch
 from kernel_runs import HOST, assert_same_numbers, loss_and_gradients, model_config
 from run_files import losses
-from run_helpers import Base, run, write_base
+from run_helpers import Base, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -142,11 +142,6 @@ def test_no_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Kernels, "compiled", refuse)
     with pytest.raises(UserError, match=r"^RuntimeError: no compiler$"):
         compiled_kernels(model_config(), dtype=torch.float32, device=HOST)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    return write_base(tmp_path_factory.mktemp("compiled"))
 
 
 @needs_compiler

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from planned import stage_memory
 from run_files import assert_same_run
-from run_helpers import Base, run, write_base
+from run_helpers import Base, run
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.sources import find_model
@@ -170,8 +170,7 @@ def test_planned_memory_of_many_documents(
 def test_attention_in_fp32_keeps_rows_as_long_as_the_longest_document() -> None:
     found = blocks_of_7b(2, "--dtype=fp32")
     even, uneven = (
-        memory.attention_memory(found.stage, memory.LargestMicroBatch(4096, 64, longest))
-        for longest in (64, 2048)
+        memory.attention_memory(found.stage, memory.LargestMicroBatch(4096, 64, longest)) for longest in (64, 2048)
     )
     assert even.saved == 0 and uneven.saved == 4 * 32 * (64 * 2048 - 4096)
     assert uneven.workspace - even.workspace == 4 * 4096 * (64 * 2048 - 4096)
@@ -181,8 +180,7 @@ def test_sums_in_one_order_take_more_workspace() -> None:
     """A copy of the fp32 gradient of the queries for each part of the keys: 132 multiprocessors over 32 heads."""
     plans = [blocks_of_7b(2, *flags) for flags in ((), ("--deterministic",))]
     plain, ordered = (
-        memory.attention_memory(found.stage, memory.LargestMicroBatch(4096, 1, 4096)).workspace
-        for found in plans
+        memory.attention_memory(found.stage, memory.LargestMicroBatch(4096, 1, 4096)).workspace for found in plans
     )
     assert ordered - plain == 4 * 4 * 32 * (4096 + 128) * 128
 
@@ -215,8 +213,7 @@ def test_communicators(tp: int, pp: int, dp: int, counts: list[int]) -> None:
 
 
 @pytest.mark.distributed
-def test_a_deterministic_run_on_a_cpu_is_the_run(tmp_path: Path) -> None:
-    base: Base = write_base(tmp_path / "base")
+def test_a_deterministic_run_on_a_cpu_is_the_run(base: Base, tmp_path: Path) -> None:
     for folder in ("with", "without"):
         run(base, tmp_path / folder, ranks=2, max_steps=4, deterministic=folder == "with")
     assert_same_run(tmp_path / "without", tmp_path / "with")

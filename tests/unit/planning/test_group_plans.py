@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from planned import H100, THREE, searched, short
 from report_tables import stage_table
-from run_helpers import run_ranks, write_base
+from run_helpers import Base, run_ranks
 
 from megatron_tiedlora.base.messages import bytes_in_words
 from megatron_tiedlora.commands.front import call
@@ -77,17 +77,19 @@ def test_the_dry_run_of_a_plan_s_yaml_has_its_numbers(
 
 
 @pytest.mark.cpu_seconds(25, reason="the plan, its reasons and the dry run trace shared micro-batches of real samples")
-def test_plans_with_data_have_the_numbers_of_the_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plans_with_data_have_the_numbers_of_the_dry_run(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On CPU ranks: each part of the fullest rank's memory, and the messages of the first step, whose micro-batches
     adapters share."""
-    model, layout = write_base(tmp_path / "base", vocab_size=320), "t2p2d1-b2-zero0"
-    monkeypatch.setenv("MEGATRON_TIEDLORA_CACHE", str(model.cache))
+    layout = "t2p2d1-b2-zero0"
+    monkeypatch.setenv("MEGATRON_TIEDLORA_CACHE", str(base.cache))
     four = THREE.replace("24", "8").replace("48", "12").replace("3,5", "2,3") + "- name: more\n  epochs: 2\n"
     (tmp_path / "four.yaml").write_text(four)
     own = {"adapters": tmp_path / "four.yaml", "output_dir": tmp_path / "runs", "ranks_on_cpu": 4}
     own |= {"tensor_parallel": 2, "pipeline_parallel": 2, "ds_config": "zero0.json", "recompute": "none"}
     left = dict.fromkeys(("rank", "micro_batch_size", "max_steps", "warmup_steps"))
-    flags = [*model.arguments(**left, **own), "--formats=none"]
+    flags = [*base.arguments(**left, **own), "--formats=none"]
     record = planned(tmp_path, *flags, f"--layout={layout}")
     row = next(row for row in record["layouts"] if row["layout"] == layout)
     report = dry_run(tmp_path, "--plan_for=cpu", "--world_size=4")
@@ -111,17 +113,16 @@ def test_plans_with_data_have_the_numbers_of_the_dry_run(tmp_path: Path, monkeyp
     assert record["adapters"]["more"] == {"steps": 12, "global_batch_size": 4}, "two epochs of 24 samples"
 
 
-def test_the_yaml_of_a_plan_starts_the_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_yaml_of_a_plan_starts_the_group(base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On two ranks of this machine, as it stands."""
-    model = write_base(tmp_path / "base", vocab_size=320)
     (tmp_path / "two.yaml").write_text("- name: a\n- name: b\n  method: lora\n  global_batch_size: 6\n")
     flags = {"adapters": tmp_path / "two.yaml", "ranks_on_cpu": 2, "pipeline_parallel": 2, "micro_batch_size": None}
     with monkeypatch.context() as patch:  # ranks of later tests would inherit it from the process that forks them
-        patch.setenv("MEGATRON_TIEDLORA_CACHE", str(model.cache))
+        patch.setenv("MEGATRON_TIEDLORA_CACHE", str(base.cache))
         own = {"max_steps": 2, "output_dir": tmp_path / "run"}
-        record = planned(tmp_path, *model.arguments(**flags, **own), "--formats=none")
+        record = planned(tmp_path, *base.arguments(**flags, **own), "--formats=none")
     assert record["adapters"]["b"] == {"steps": 2, "global_batch_size": 6}
-    ended = run_ranks([f"--config={tmp_path / 'plan.yaml'}"], folder=tmp_path / "work", cache=model.cache, ranks=2)
+    ended = run_ranks([f"--config={tmp_path / 'plan.yaml'}"], folder=tmp_path / "work", cache=base.cache, ranks=2)
     ended.expect(0)
     rows = (tmp_path / "run" / "table.csv").read_text().splitlines()
     assert len(rows) == 3 and all("finished" in row for row in rows[1:])

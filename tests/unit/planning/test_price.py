@@ -20,7 +20,7 @@ from planned import (
     step_parts,
     the_only,
 )
-from run_helpers import write_base
+from run_helpers import Base
 
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.plan_settings import parse_plan
@@ -97,9 +97,7 @@ def test_the_pruned_table_is_the_full_one() -> None:
     )
     for rows, is_ranked in ((found.rows, True), (found.elsewhere, False)):
         assert [(one.name, one.needed, one.seconds) for one in rows] == [
-            (one.name, one.fullest[1].total, one.seconds)
-            for one in fitting
-            if (one.storage == Storage()) == is_ranked
+            (one.name, one.fullest[1].total, one.seconds) for one in fitting if (one.storage == Storage()) == is_ranked
         ]
         assert len(rows) > 10
     assert len(found.all_rows) == len(found.candidates)
@@ -223,10 +221,9 @@ def test_activations_are_of_all_micro_batches_in_flight() -> None:
 
 @pytest.mark.parametrize("adapters", ["", "- name: a\n- name: b\n  method: lora\n  global_batch_size: 6\n"])
 def test_real_samples_are_planned_for_every_layout(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapters: str
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapters: str
 ) -> None:
     """With data, the steps of --epochs and layouts that do not shard sequences have the dry run's micro-batches too."""
-    base = write_base(tmp_path / "base", vocab_size=320)
     monkeypatch.setenv("MEGATRON_TIEDLORA_CACHE", str(base.cache))
     own = {"micro_batch_size": None, "max_steps": None, "warmup_steps": None}
     if adapters:

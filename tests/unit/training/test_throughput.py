@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 from run_files import metrics
-from run_helpers import Base, Ended, run, write_base
+from run_helpers import Base, Ended, run
 
 from megatron_tiedlora.adapters.tied_adapter import make_adapter_config, targets_of
 from megatron_tiedlora.base.shapes import ModelShape
@@ -254,11 +254,6 @@ class Ran:
 
     def flops(self, row: Mapping[str, Any]) -> float:
         return float(row["mfu"] * self.seconds(row) * PEAK * self.num_ranks)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
-    return write_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")
