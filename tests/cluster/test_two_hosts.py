@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from cluster_faults import heal, wait_for_step
 from cluster_routes import MPI_ENVIRONMENT, ROUTES, Job, Task, needed, start_slurm, start_torchrun
-from cluster_site import LAYOUTS, Site, opened_site
+from cluster_site import Site, opened_site
 from fake_hosts import FakeCluster, Started, wait_until
 from folders import ROOT
 from host_needs import needs
@@ -55,7 +55,7 @@ def assert_finished(site: Site, folder: Path, layout: str) -> None:
 DEFAULT = {("pdsh", "tp2"): "", ("openmpi", "pp2"): "bare_start", ("slurm", "pp2"): "bare_start"}
 CASES = [
     *((route, layout, prelude, [needs(needed(route))]) for (route, layout), prelude in DEFAULT.items()),
-    *((route, layout, "", [needs(needed(route)), pytest.mark.slow]) for route in ROUTES for layout in LAYOUTS),
+    *((route, layout, "", [needs(needed(route)), pytest.mark.slow]) for route in ROUTES for layout in ("tp2", "pp2", "dp2")),
 ]
 PARAMETERS = [
     pytest.param(route, layout, prelude, marks=marks, id=f"{route}-{layout}-{prelude or 'train.py'}".replace(" ", "_"))
