@@ -23,6 +23,7 @@ from run_files import files_of, has_step, losses, status
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(280), needs("ssh")]
 STEPS = 5
+OF_TWO = ("tp2", "pp2", "dp2")
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def assert_finished(site: Site, folder: Path, layout: str) -> None:
 DEFAULT = {("pdsh", "tp2"): "", ("openmpi", "pp2"): "bare_start", ("slurm", "pp2"): "bare_start"}
 CASES = [
     *((route, layout, prelude, [needs(needed(route))]) for (route, layout), prelude in DEFAULT.items()),
-    *((route, layout, "", [needs(needed(route)), pytest.mark.slow]) for route in ROUTES for layout in ("tp2", "pp2", "dp2")),
+    *((route, layout, "", [needs(needed(route)), pytest.mark.slow]) for route in ROUTES for layout in OF_TWO),
 ]
 PARAMETERS = [
     pytest.param(route, layout, prelude, marks=marks, id=f"{route}-{layout}-{prelude or 'train.py'}".replace(" ", "_"))
