@@ -117,17 +117,6 @@ def in_folder(plans: Plans, folder: RunFolder) -> dict[str, RunPlan]:
     return found
 
 
-def choose_folder(settings: Settings, plans: Plans) -> RunFolder:
-    """The folder that a run would have. Nothing is made.
-
-    Raises:
-        UserError: it cannot be used, or that of an adapter.
-    """
-    folder = choose_run_folder(settings)
-    check_run_folders(settings, plans, folder)
-    return folder
-
-
 def check_run_folders(settings: Settings, plans: Plans, folder: RunFolder) -> None:
     """Raise UserError if the folder of an adapter cannot be used beside the others and the run's."""
     own = {name: str(of.path) for name, of in adapter_folders(plans, folder).items() if of is not folder}

@@ -26,7 +26,7 @@ from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.parallel.groups import DATA, GROUPS, WORLD
 from megatron_tiedlora.planning.adapter_plans import (
     Data,
-    choose_folder,
+    check_run_folders,
     counted,
     first_source,
     plan_adapters,
@@ -47,6 +47,7 @@ from megatron_tiedlora.planning.planned import Planned
 from megatron_tiedlora.planning.run_plan import epochs_of
 from megatron_tiedlora.planning.step_plan import StepPlan
 from megatron_tiedlora.planning.step_time import Term
+from megatron_tiedlora.runtime.run_folder import choose_run_folder
 from megatron_tiedlora.runtime.stopping import LONG_STEP_SECONDS
 
 
@@ -64,7 +65,7 @@ def dry_run_report(settings: Settings, *, launched_ranks: int = 1) -> DryRunRepo
         UserError: as the run itself would.
     """
     plans = plan_adapters(settings, rank=0, world_size=settings.world_size or launched_ranks, weights=False)
-    choose_folder(settings, plans)
+    check_run_folders(settings, plans, choose_run_folder(settings))
     data: Data = {}
     if any(plan.reads_data for plan in plans.values()):
         data = prepare_all_data(plans)
@@ -428,10 +429,6 @@ def stage_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[st
 
 def ranges(numbers: Sequence[int]) -> str:
     """1,2,3,5 -> 1-3,5."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1] = [runs[-1][0], number]
-        else:
-            runs.append([number])
-    return ",".join("-".join(map(str, run)) for run in runs)
+    runs = itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])  # equal along a run
+    found = ([number for _, number in run] for _, run in runs)
+    return ",".join("-".join(dict.fromkeys(map(str, (run[0], run[-1])))) for run in found)

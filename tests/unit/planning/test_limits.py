@@ -215,9 +215,7 @@ def test_operations_are_those_of_the_plan(method: str, names: tuple[str, ...], l
     rows = find_supervised(labels)
     with FlopCounterMode(display=False) as counter:
         stage(tokens, positions, labels).backward()
-    flops = step_flops(
-        SHAPE, own, tokens.numel(), ROWS * LENGTH**2, padded(len(rows.labels)), num_after=len(rows.rows)
-    )
+    flops = step_flops(SHAPE, own, tokens.numel(), ROWS * LENGTH**2, padded(len(rows.labels)), num_after=len(rows.rows))
     counted = counter.get_flop_counts()["Global"]
     attention = sum(counted.pop(operation, 0) for operation in (torch.ops.aten.bmm, torch.ops.aten.baddbmm))
     assert sum(counted.values()) == pytest.approx(flops.total() - flops["attention"], rel=1e-3)

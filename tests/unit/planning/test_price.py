@@ -97,9 +97,7 @@ def test_the_pruned_table_is_the_full_one() -> None:
     )
     for rows, is_ranked in ((found.rows, True), (found.elsewhere, False)):
         assert [(one.name, one.needed, one.seconds) for one in rows] == [
-            (one.name, one.fullest[1].total, one.seconds)
-            for one in fitting
-            if (one.storage == Storage()) == is_ranked
+            (one.name, one.fullest[1].total, one.seconds) for one in fitting if (one.storage == Storage()) == is_ranked
         ]
         assert len(rows) > 10
     assert len(found.all_rows) == len(found.candidates)
