@@ -237,9 +237,7 @@ def _why_lines(row: Candidate, plan: ClusterPlan) -> list[str]:
 
 def chosen_settings(plan: ClusterPlan, candidate: Candidate) -> dict[str, Any]:
     """The settings of a run with this layout: those that were given to the plan, its defaults, and the layout's."""
-    settings = plan.run.settings
-    common = {"max_length": settings.max_length, "global_batch_size": settings.global_batch_size}
-    values = {**settings.model_dump(mode="json", exclude_unset=True), **common, **candidate.flags}
+    values = {**plan.run.values, **candidate.flags}
     return {name: value for name, value in values.items() if name not in marked(Settings, of_dry_run=True)}
 
 

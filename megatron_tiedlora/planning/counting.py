@@ -232,9 +232,7 @@ class CountedAttention(torch.autograd.Function):
     """Attention's results and gradients; it saves what the kernels save."""
 
     @staticmethod
-    def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, counts: Counts
-    ) -> torch.Tensor:
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, counts: Counts) -> torch.Tensor:
         with counts.as_one():
             output, sums = query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=torch.float32)
         counts.found["attention"] += 1

@@ -258,7 +258,7 @@ class PlannedRun:
     def values(self) -> dict[str, Any]:
         """The settings that were given, and those that a plan gives."""
         return {
-            **{name: getattr(self.settings, name) for name in self.settings.model_fields_set},
+            **self.settings.model_dump(mode="json", exclude_unset=True),
             "max_length": self.settings.max_length,
             "global_batch_size": self.settings.global_batch_size,
             "dry_run": True,

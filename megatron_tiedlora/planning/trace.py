@@ -359,9 +359,7 @@ def _end(output: torch.Tensor) -> torch.Tensor:
 
 
 def _supervised(sizes: Sizes) -> Supervised:
-    rows, chosen = (
-        torch.empty(size, dtype=torch.int64, device=META) for size in (sum(sizes.after), sizes.supervised)
-    )
+    rows, chosen = (torch.empty(size, dtype=torch.int64, device=META) for size in (sum(sizes.after), sizes.supervised))
     if len(sizes.tokens) == 1:
         return Supervised(rows, rows, chosen, chosen)
     pieces = tuple(Piece(number, size) for number, size in enumerate(sizes.after))
