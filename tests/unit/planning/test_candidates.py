@@ -202,10 +202,7 @@ ENTRIES = {
 
 @pytest.mark.parametrize(
     ("pinned", "choices", "least"),
-    [
-        (PINNED, VALUES, 400),
-        ({**PINNED, "ds_config": "zero0.json", "adapters": "two"}, TOGETHER, 200),
-    ],
+    [(PINNED, VALUES, 400), ({**PINNED, "ds_config": "zero0.json", "adapters": "two"}, TOGETHER, 200)],
     ids=["one adapter", "adapters"],
 )
 def test_a_plan_refuses_what_a_run_refuses(
