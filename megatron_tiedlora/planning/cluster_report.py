@@ -42,11 +42,8 @@ def find_machine(settings: PlanSettings) -> Machine:
     if settings.constants is not None:
         machine = read_machine(user_path(settings.constants, flag="--constants"))
         if machine.on_gpu == (settings.ranks_on_cpu is not None):
-            kind = "GPUs" if machine.on_gpu else "CPUs"
-            raise UserError(
-                f"--constants {settings.constants} are those of {kind}; {'remove' if machine.on_gpu else 'give'}"
-                " --ranks_on_cpu"
-            )
+            kind, fix = ("GPUs", "remove") if machine.on_gpu else ("CPUs", "give")
+            raise UserError(f"--constants {settings.constants} are those of {kind}; {fix} --ranks_on_cpu")
         return machine
     if settings.ranks_on_cpu is None:
         return GPUS[settings.gpu or DEFAULT_GPU]

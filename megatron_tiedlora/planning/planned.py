@@ -5,7 +5,7 @@ A dry run has one such layout, a search has thousands. Those of a search share w
 Stages that do the same share all of it: the first of them has most micro-batches in flight.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
@@ -256,18 +256,12 @@ class Planned:
     def _held(self, index: int) -> StageMemory:
         return self._once("held_memory", lambda: held_memory(self.stage(index)), index)
 
-    def _seconds(self, index: int, batch: MicroBatchShape) -> tuple[Seconds, Seconds]:
-        gathers = self._values(_ENGINE) if self.layout.zero_stage == 3 else ()
-
-        def find() -> tuple[Seconds, Seconds]:
-            forward, backward = self.pass_terms(index, batch)
-            return Seconds.of(forward), Seconds.of(backward)
-
-        return self._once("stage_seconds", find, index, batch, gathers)
+    def _seconds(self, index: int, batch: MicroBatchShape) -> tuple[Seconds, ...]:
+        beside = index, batch, self._values(_ENGINE) if self.layout.zero_stage == 3 else ()
+        return self._once("stage_seconds", lambda: tuple(map(Seconds.of, self.pass_terms(index, batch))), *beside)
 
 
-def time_together(layouts: Iterable[Planned]) -> None:
+def time_together(rows: Sequence[Planned]) -> None:
     """Set the seconds of many layouts: one simulation for all with as many stages and micro-batches."""
-    rows: Sequence[Planned] = list(layouts)
     for row, seconds in zip(rows, step_seconds([row.parts for row in rows]), strict=True):
         row.seconds = seconds

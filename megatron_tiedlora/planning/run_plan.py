@@ -208,18 +208,16 @@ class RunPlan:
 
     def resolved_settings(self) -> dict[str, Any]:
         """Every setting as a plain value; defaults that depend on the model or the number of ranks are filled in."""
-        values = self.settings.model_dump()
-        values.update(
-            dtype=self.dtype_name,
-            layers=list(self.adapter.layers),
-            targets=list(self.settings.targets),
-            report_to=list(self.settings.report_to),
-            init_std_a=self.adapter.init_std_a,
-            init_std_b=self.adapter.init_std_b,
-            micro_batch_size=self.batches.micro_batch_size,
-            max_new_tokens=self.max_new_tokens,
-        )
-        return values
+        return self.settings.model_dump() | {
+            "dtype": self.dtype_name,
+            "layers": list(self.adapter.layers),
+            "targets": list(self.settings.targets),
+            "report_to": list(self.settings.report_to),
+            "init_std_a": self.adapter.init_std_a,
+            "init_std_b": self.adapter.init_std_b,
+            "micro_batch_size": self.batches.micro_batch_size,
+            "max_new_tokens": self.max_new_tokens,
+        }
 
 
 def plan_run(

@@ -306,29 +306,26 @@ class Tracer:
         def stand_in(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
             return with_adjoint(anchor, lambda one: one.new_empty(1, dtype=dtype).expand(shape), kept.append)
 
+        like = next(filter(None, kind.owners), None)  # of those that do not adapt the block
+        if like is None:
+            return {}, {}
+        bank, group = dict[str, TiedAdapter](), self.tensor_parallel.group
+        with torch.device(META):
+            for number, config in enumerate(kind.owners):
+                layers = () if config is None else (index,)
+                part = AdapterPart(replace(config or like, layers=(index,)), layers, group.rank, group.size)
+                bank[str(number)] = TiedAdapter(part)
+            shares = [Share(name, 1, some) for name, some in zip(bank, sizes.tokens, strict=True)]
+            updates = AdapterBank(bank).updates(shares, self.tensor_parallel, dtype=self.dtype)
         found, factors = dict[str, LinearUpdate](), {}
-        for name, linear in self._read(kind.owners, index, sizes.tokens).items():
+        for name, linear in updates[index].items():
             assert linear.a is not None and linear.f is not None, "an adapted linear has factors"
             a, f = linear.a.detach().clone(), linear.f.detach().clone()
             for letter, factor in (("A", a), ("F", f)):
                 factors[name, letter] = weakref.ref(factor.untyped_storage())
             grad_a, grad_f = (t if t is None else stand_in(t.shape, t.dtype) for t in (linear.grad_a, linear.grad_f))
             found[name] = linear._replace(a=a, f=f, grad_a=grad_a, grad_f=grad_f)
-        return {index: found} if found else {}, factors
-
-    def _read(self, owners: tuple[AdapterConfig | None, ...], index: int, tokens: tuple[int, ...]) -> LayerUpdate:
-        """The updates of a block's linears."""
-        like = next(filter(None, owners), None)  # of those that do not adapt the block
-        if like is None:
-            return {}
-        bank, group = {}, self.tensor_parallel.group
-        with torch.device(META):
-            for number, config in enumerate(owners):
-                layers = () if config is None else (index,)
-                part = AdapterPart(replace(config or like, layers=(index,)), layers, group.rank, group.size)
-                bank[str(number)] = TiedAdapter(part)
-            shares = [Share(name, 1, some) for name, some in zip(bank, tokens, strict=True)]
-            return AdapterBank(bank).updates(shares, self.tensor_parallel, dtype=self.dtype)[index]
+        return {index: found}, factors
 
     def _context(self, stage: Stage, tokens: int) -> AttentionContext:
         positions = torch.empty(1, tokens, dtype=torch.int64, device=META)

@@ -123,9 +123,8 @@ def step_parts(
 ) -> StepParts:
     """The time of a layout's stages on these micro-batches, each stage by itself."""
 
-    def seconds_of(stage: StagePlan, batch: MicroBatchShape) -> tuple[Seconds, Seconds]:
-        forward, backward = stage_terms(stage_work(stage, batch), stage, links, machine)
-        return Seconds.of(forward), Seconds.of(backward)
+    def seconds_of(stage: StagePlan, batch: MicroBatchShape) -> tuple[Seconds, ...]:
+        return tuple(map(Seconds.of, stage_terms(stage_work(stage, batch), stage, links, machine)))
 
     by_stage = [{batch: seconds_of(stage, batch) for batch in set(batches)} for stage in stages]
     sums = max(sum(term.seconds for term in sum_terms(stage, batches, links, machine)) for stage in stages)
