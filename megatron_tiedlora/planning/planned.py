@@ -237,17 +237,14 @@ class Planned:
     @cached_property
     def _first_of(self) -> list[int]:
         """By stage, the first stage that does the same."""
+        firsts: dict[Hashable, int] = {}
 
-        def find() -> list[int]:
-            firsts: dict[Hashable, int] = {}
-            found = []
-            for stage in self.stages:
-                crosses = [self.links.to_next(near).num_nodes for near in (stage.index - 1, stage.index)]
-                kinds = tuple((kind, len(blocks)) for kind, blocks in stage.kinds.items())
-                found.append(firsts.setdefault((stage.is_first, stage.is_last, kinds, *crosses), stage.index))
-            return found
+        def first(stage: StagePlan) -> int:
+            crosses = [self.links.to_next(near).num_nodes for near in (stage.index - 1, stage.index)]
+            kinds = tuple((kind, len(blocks)) for kind, blocks in stage.kinds.items())
+            return firsts.setdefault((stage.is_first, stage.is_last, kinds, *crosses), stage.index)
 
-        return self._once("first_of", find)
+        return self._once("first_of", lambda: list(map(first, self.stages)))
 
     @property
     def _first_stages(self) -> list[int]:
