@@ -22,13 +22,15 @@ from megatron_tiedlora.base.messages import (
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.encode import decode_ids
 from megatron_tiedlora.data.loader import num_positions
+from megatron_tiedlora.data.sources import row_stream
+from megatron_tiedlora.data.splits import files_of
+from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.parallel.groups import DATA, GROUPS, WORLD
 from megatron_tiedlora.planning.adapter_plans import (
     Data,
     check_run_folders,
     counted,
-    first_source,
     plan_adapters,
     prepare_all_data,
 )
@@ -97,9 +99,11 @@ def _samples(step: StepPlan, data: Data) -> list[list[str]]:
     """The first sample of each adapter as text, with what is supervised; once if it is the same for several."""
     found: dict[tuple[str, ...], list[str]] = {}
     for name, own in data.items():
-        ids, supervised = own.train.sample(0), own.train.supervised_of(0)
+        ids, supervised, settings = own.train.sample(0), own.train.supervised_of(0), step.plans[name].settings
+        rows = row_stream(get_task(settings.task), "train", files=files_of(settings), reading=own.reading)
+        *_, (_, source) = next(itertools.islice(rows, own.first_row, None))
         edges = [0, *(np.flatnonzero(supervised[1:] != supervised[:-1]) + 1).tolist(), len(ids)]
-        lines = [f"first sample ({first_source(step.plans[name].settings, own)}), {len(ids)} tokens"]
+        lines = [f"first sample ({source}), {len(ids)} tokens"]
         for start, stop in itertools.pairwise(edges):
             lines.append(f"  [{'supervised' if supervised[start] else 'not supervised'}, {stop - start} tokens]")
             lines += (f"    {line}" for line in decode_ids(own.tokenizer, ids[start:stop].tolist()).splitlines())
