@@ -250,6 +250,7 @@ class Tracer:
         anchor = torch.empty(1, dtype=self.dtype, requires_grad=True, device=META)
         updates, factors = self._updates(kind, index, sizes, anchor, gradients)
         context = self._context(stage, sum(sizes.tokens))
+        size = (1, sum(sizes.tokens) // self.tensor_parallel.sequence_parts, self.shape.hidden_size)
         counts = self._counts
         counts.restart()
 
@@ -260,7 +261,15 @@ class Tracer:
 
         with counts:
             with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-                output = self._forward(stage, kind, updates, context, sizes, anchor)
+                # What the block gets from the one before: its gradient is not kept.
+                begin = anchor if kind.earlier else anchor.detach()
+                hidden = with_adjoint(begin, lambda one: one.new_empty(size), lambda _gradient: None)
+                output: Any = stage.run_blocks(hidden, context, self.tensor_parallel, updates)
+                del hidden
+                if isinstance(output, Attended):
+                    head: Any = stage.layers[str(stage.head)]
+                    head.rows_at_once = sizes.at_once
+                    output = stage.tail.loss(output, _supervised(sizes), self.tensor_parallel)
             del updates
             kept = counts.alive - output.untyped_storage().nbytes()
             kept_factors = {name: storage for name, factor in factors.items() if (storage := factor()) is not None}
@@ -276,27 +285,6 @@ class Tracer:
         moments, of_factors = (counts.moments[:middle], counts.moments[middle:]), sum(one.nbytes for one in gradients)
         both = saved_factors, frozenset(kept_factors)
         return Trace(forward, dict(counts.found), moments, saved_bytes, kept, of_factors, attends, *both)
-
-    def _forward(
-        self,
-        stage: Stage,
-        kind: Kind,
-        updates: Mapping[int, LayerUpdate],
-        context: AttentionContext,
-        sizes: Sizes,
-        anchor: torch.Tensor,
-    ) -> torch.Tensor:
-        shape = (1, sum(sizes.tokens) // self.tensor_parallel.sequence_parts, self.shape.hidden_size)
-        # What the block gets from the one before: its gradient is not kept.
-        begin = anchor if kind.earlier else anchor.detach()
-        hidden = with_adjoint(begin, lambda one: one.new_empty(shape), lambda _gradient: None)
-        output = stage.run_blocks(hidden, context, self.tensor_parallel, updates)
-        del hidden
-        if not isinstance(output, Attended):
-            return output
-        head: Any = stage.layers[str(stage.head)]
-        head.rows_at_once = sizes.at_once
-        return stage.tail.loss(output, _supervised(sizes), self.tensor_parallel)
 
     def _updates(
         self, kind: Kind, index: int, sizes: Sizes, anchor: torch.Tensor, kept: list[torch.Tensor]
