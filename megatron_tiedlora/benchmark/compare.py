@@ -185,15 +185,10 @@ def _our_sides(plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | N
 
 def _stacked(name: str, batches: Sequence[MicroBatch]) -> MicroBatch:
     """The rows of several micro-batches, all of one length and not packed, as those of one adapter."""
-    tokens = torch.cat([batch.tokens for batch in batches])
-    return MicroBatch(
-        tokens=tokens,
-        positions=torch.cat([batch.positions for batch in batches]),
-        labels=torch.cat([batch.labels for batch in batches]),
-        shares=(Share(name, *tokens.shape),),
-        lengths=torch.cat([batch.lengths for batch in batches]),
-        num_samples=sum(batch.num_samples for batch in batches),
-    )
+    arrays = ("tokens", "positions", "labels", "lengths")
+    joined = {array: torch.cat([getattr(batch, array) for batch in batches]) for array in arrays}
+    shares = (Share(name, *joined["tokens"].shape),)
+    return MicroBatch(**joined, shares=shares, num_samples=sum(batch.num_samples for batch in batches))
 
 
 def random_stage(

@@ -268,10 +268,8 @@ def start(plan: RunPlan, settings: BenchSettings) -> Started:
     dataset, pad_id = read_samples(plan, settings)
     device = join_process_group(plan.settings.timeout_minutes, expected_ranks=plan.grid.world_size)
     chosen = choose_kernels(plan, device)
-    if plan.source.folder is None:
-        built = build_random_model({ONLY: plan}, device, kernels=chosen.kernels)
-    else:
-        built = build_model({ONLY: plan}, device, kernels=chosen.kernels)
+    build = build_random_model if plan.source.folder is None else build_model
+    built = build({ONLY: plan}, device, kernels=chosen.kernels)
     train_step = TrainStep({ONLY: plan}, built.runner, StopRequests())
     loader = plan.training_loader(dataset, pad_id=pad_id)
     return Started(plan, dataset, built.runner, train_step, loader, chosen.description)

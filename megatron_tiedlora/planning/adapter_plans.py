@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import islice
 from typing import TYPE_CHECKING
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY
@@ -22,7 +21,6 @@ from megatron_tiedlora.config.settings import NO_TRAIN_FILE, Settings, make_sett
 from megatron_tiedlora.data.cache import TrainingData, tokenised_once
 from megatron_tiedlora.data.chat import chat_note, chat_writer
 from megatron_tiedlora.data.encode import Encoding
-from megatron_tiedlora.data.sources import row_stream
 from megatron_tiedlora.data.splits import files_of, open_tokenizer, read_split
 from megatron_tiedlora.data.task import Example, Reading
 from megatron_tiedlora.data.tasks import get_task
@@ -115,17 +113,6 @@ def in_folder(plans: Plans, folder: RunFolder) -> dict[str, RunPlan]:
         if own is not folder:
             found[name] = replace(plans[name], settings=plans[name].settings.completed(output_dir=str(own.path)))
     return found
-
-
-def choose_folder(settings: Settings, plans: Plans) -> RunFolder:
-    """The folder that a run would have. Nothing is made.
-
-    Raises:
-        UserError: it cannot be used, or that of an adapter.
-    """
-    folder = choose_run_folder(settings)
-    check_run_folders(settings, plans, folder)
-    return folder
 
 
 def check_run_folders(settings: Settings, plans: Plans, folder: RunFolder) -> None:
@@ -260,13 +247,6 @@ def prepare_data(plan: RunPlan) -> RunData:
         scored_validation=_encode(plan, tokenizer, drawn),
         reading=reading,
     )
-
-
-def first_source(settings: Settings, data: RunData) -> str:
-    """Where the first training sample was read, for messages."""
-    rows = row_stream(get_task(settings.task), "train", files=files_of(settings), reading=data.reading)
-    *_, (_, source) = next(islice(rows, data.first_row, None))
-    return source
 
 
 def _drawn(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> list[Example]:

@@ -42,11 +42,8 @@ def find_machine(settings: PlanSettings) -> Machine:
     if settings.constants is not None:
         machine = read_machine(user_path(settings.constants, flag="--constants"))
         if machine.on_gpu == (settings.ranks_on_cpu is not None):
-            kind = "GPUs" if machine.on_gpu else "CPUs"
-            raise UserError(
-                f"--constants {settings.constants} are those of {kind}; {'remove' if machine.on_gpu else 'give'}"
-                " --ranks_on_cpu"
-            )
+            kind, fix = ("GPUs", "remove") if machine.on_gpu else ("CPUs", "give")
+            raise UserError(f"--constants {settings.constants} are those of {kind}; {fix} --ranks_on_cpu")
         return machine
     if settings.ranks_on_cpu is None:
         return GPUS[settings.gpu or DEFAULT_GPU]
@@ -238,9 +235,7 @@ def _why_lines(row: Candidate, plan: ClusterPlan) -> list[str]:
 
 def chosen_settings(plan: ClusterPlan, candidate: Candidate) -> dict[str, Any]:
     """The settings of a run with this layout: those that were given to the plan, its defaults, and the layout's."""
-    settings = plan.run.settings
-    common = {"max_length": settings.max_length, "global_batch_size": settings.global_batch_size}
-    values = {**settings.model_dump(mode="json", exclude_unset=True), **common, **candidate.flags}
+    values = {**plan.run.values, **candidate.flags}
     return {name: value for name, value in values.items() if name not in marked(Settings, of_dry_run=True)}
 
 

@@ -70,7 +70,8 @@ class Counts(TorchDispatchMode):
         self.found: Counter[Hashable] = Counter()
         self.moments: list[Moment] = []
         self.attended: list[weakref.ref[torch.UntypedStorage]] = []  # what attention saves for its backward pass
-        self.storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}  # that were allocated, by number
+        # that were allocated and are alive, by number
+        self.storages = weakref.WeakValueDictionary[int, torch.UntypedStorage]()
         self._whole = False  # inside a part that counts as one operation
         self._logits = 0  # matmuls that have made logits
         self._repeats = False  # while the logits of more rows are in memory, as much as those of the first rows
@@ -99,8 +100,7 @@ class Counts(TorchDispatchMode):
         """Note the tensors of a result, and the moment."""
         for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                self.storages[storage._cdata] = weakref.ref(storage)
+                self.storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         if not self._repeats:
             self.moments.append(Moment(self.alive, kernel, numbers))
 
@@ -112,11 +112,7 @@ class Counts(TorchDispatchMode):
     @property
     def alive(self) -> int:
         """The bytes of the tensors that were allocated in the block and are alive."""
-        found = [(key, storage()) for key, storage in self.storages.items()]
-        for key, storage in found:
-            if storage is None:
-                del self.storages[key]
-        return sum(storage.nbytes() for _, storage in found if storage is not None)
+        return sum(storage.nbytes() for storage in self.storages.values())
 
 
 def touched(func: Any, args: Any, kwargs: Any, result: Any) -> int:
@@ -228,9 +224,7 @@ class CountedAttention(torch.autograd.Function):
     """Attention's results and gradients; it saves what the kernels save."""
 
     @staticmethod
-    def forward(
-        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, counts: Counts
-    ) -> torch.Tensor:
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, counts: Counts) -> torch.Tensor:
         with counts.as_one():
             output, sums = query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=torch.float32)
         counts.found["attention"] += 1

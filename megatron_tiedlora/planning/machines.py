@@ -105,8 +105,7 @@ def read_machine(path: Path) -> Machine:
             raise UserError(f"{path}: {name} is 0; a machine without it computes nothing")
         source = entry.get("source", path.name) if isinstance(entry, dict) else path.name
         found[name] = Constant(float(value), str(source))
-    missing = [name for name in CONSTANTS if name not in found]
-    if missing:
+    if missing := [name for name in CONSTANTS if name not in found]:
         raise UserError(f"{path}: {missing[0]} is missing; write one with `tiedlora plan --measure FILE`")
     name, capability = str(content.get("name", path.stem)), content.get("capability")
     if isinstance(capability, list) and [type(part) for part in capability] == [int, int]:

@@ -78,6 +78,11 @@ def held_memory(stage: StagePlan) -> StageMemory:
     of_weights = layout.dp_size if layout.zero_stage == 3 else 1
     stage_of_adapter = layout.zero_stage if layout.engine_steps else 0  # else no engine shards or copies it
     of_gradients, of_moments, of_adapter = (layout.dp_size if stage_of_adapter >= least else 1 for least in (2, 1, 3))
+    # Without an engine that steps the adapter there is no bucket: a copy of the gradients is summed when the
+    # activations are freed.
+    bucket = min(trained, BUCKET_NUMBERS) if layout.dp_size > 1 and layout.engine_steps else 0
+    shards = (part.local_size(name) for part in stage.parts for name in part.config.tensors if part.is_gathered(name))
+    gathered = 2 * layout.tp_size * sum(shards) if layout.tp_size > 1 else 0  # factors, and their gradients
     return StageMemory(
         base=stage.base_bytes / of_weights,
         dequantised=float(stage.dequantised_bytes),
@@ -86,7 +91,7 @@ def held_memory(stage: StagePlan) -> StageMemory:
         # Two moments; an engine also has a copy of the values, which its optimizer updates.
         optimizer=(3 if layout.engine_steps else 2) * FP32 * trained / of_moments,
         engine=_gathered_bytes(stage),
-        buffers=_buffer_bytes(stage),
+        buffers=float(FP32 * (bucket + gathered)),
     )
 
 
@@ -166,19 +171,6 @@ def _temporary_bytes(layout: Layout, attention: "AttentionMemory", moment: Momen
     if not layout.compiled:
         return kernel.temporary * moment.numbers
     return 0.0 if layout.on_gpu else COPIES_ON_CPU.get(kernel.name, 0) * moment.numbers * layout.dtype.itemsize
-
-
-def _buffer_bytes(stage: StagePlan) -> float:
-    """Buffers of messages: a bucket of gradients, gathered factors and their gradients.
-
-    Without an engine that steps the adapter there is no bucket: a copy of the gradients is summed when the activations
-    are freed.
-    """
-    layout, trained = stage.layout, sum(stage.trained)
-    bucket = min(trained, BUCKET_NUMBERS) if layout.dp_size > 1 and layout.engine_steps else 0
-    shards = (part.local_size(name) for part in stage.parts for name in part.config.tensors if part.is_gathered(name))
-    gathered = 2 * layout.tp_size * sum(shards) if layout.tp_size > 1 else 0
-    return float(FP32 * (bucket + gathered))
 
 
 def bank_bytes(part: AdapterPart) -> int:

@@ -5,7 +5,7 @@ A dry run has one such layout, a search has thousands. Those of a search share w
 Stages that do the same share all of it: the first of them has most micro-batches in flight.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
@@ -237,17 +237,14 @@ class Planned:
     @cached_property
     def _first_of(self) -> list[int]:
         """By stage, the first stage that does the same."""
+        firsts: dict[Hashable, int] = {}
 
-        def find() -> list[int]:
-            firsts: dict[Hashable, int] = {}
-            found = []
-            for stage in self.stages:
-                crosses = [self.links.to_next(near).num_nodes for near in (stage.index - 1, stage.index)]
-                kinds = tuple((kind, len(blocks)) for kind, blocks in stage.kinds.items())
-                found.append(firsts.setdefault((stage.is_first, stage.is_last, kinds, *crosses), stage.index))
-            return found
+        def first(stage: StagePlan) -> int:
+            crosses = [self.links.to_next(near).num_nodes for near in (stage.index - 1, stage.index)]
+            kinds = tuple((kind, len(blocks)) for kind, blocks in stage.kinds.items())
+            return firsts.setdefault((stage.is_first, stage.is_last, kinds, *crosses), stage.index)
 
-        return self._once("first_of", find)
+        return self._once("first_of", lambda: list(map(first, self.stages)))
 
     @property
     def _first_stages(self) -> list[int]:
@@ -256,18 +253,12 @@ class Planned:
     def _held(self, index: int) -> StageMemory:
         return self._once("held_memory", lambda: held_memory(self.stage(index)), index)
 
-    def _seconds(self, index: int, batch: MicroBatchShape) -> tuple[Seconds, Seconds]:
-        gathers = self._values(_ENGINE) if self.layout.zero_stage == 3 else ()
-
-        def find() -> tuple[Seconds, Seconds]:
-            forward, backward = self.pass_terms(index, batch)
-            return Seconds.of(forward), Seconds.of(backward)
-
-        return self._once("stage_seconds", find, index, batch, gathers)
+    def _seconds(self, index: int, batch: MicroBatchShape) -> tuple[Seconds, ...]:
+        beside = index, batch, self._values(_ENGINE) if self.layout.zero_stage == 3 else ()
+        return self._once("stage_seconds", lambda: tuple(map(Seconds.of, self.pass_terms(index, batch))), *beside)
 
 
-def time_together(layouts: Iterable[Planned]) -> None:
+def time_together(rows: Sequence[Planned]) -> None:
     """Set the seconds of many layouts: one simulation for all with as many stages and micro-batches."""
-    rows: Sequence[Planned] = list(layouts)
     for row, seconds in zip(rows, step_seconds([row.parts for row in rows]), strict=True):
         row.seconds = seconds

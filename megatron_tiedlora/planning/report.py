@@ -22,13 +22,15 @@ from megatron_tiedlora.base.messages import (
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.encode import decode_ids
 from megatron_tiedlora.data.loader import num_positions
+from megatron_tiedlora.data.sources import row_stream
+from megatron_tiedlora.data.splits import files_of
+from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.parallel.groups import DATA, GROUPS, WORLD
 from megatron_tiedlora.planning.adapter_plans import (
     Data,
-    choose_folder,
+    check_run_folders,
     counted,
-    first_source,
     plan_adapters,
     prepare_all_data,
 )
@@ -47,6 +49,7 @@ from megatron_tiedlora.planning.planned import Planned
 from megatron_tiedlora.planning.run_plan import epochs_of
 from megatron_tiedlora.planning.step_plan import StepPlan
 from megatron_tiedlora.planning.step_time import Term
+from megatron_tiedlora.runtime.run_folder import choose_run_folder
 from megatron_tiedlora.runtime.stopping import LONG_STEP_SECONDS
 
 
@@ -64,7 +67,7 @@ def dry_run_report(settings: Settings, *, launched_ranks: int = 1) -> DryRunRepo
         UserError: as the run itself would.
     """
     plans = plan_adapters(settings, rank=0, world_size=settings.world_size or launched_ranks, weights=False)
-    choose_folder(settings, plans)
+    check_run_folders(settings, plans, choose_run_folder(settings))
     data: Data = {}
     if any(plan.reads_data for plan in plans.values()):
         data = prepare_all_data(plans)
@@ -96,9 +99,11 @@ def _samples(step: StepPlan, data: Data) -> list[list[str]]:
     """The first sample of each adapter as text, with what is supervised; once if it is the same for several."""
     found: dict[tuple[str, ...], list[str]] = {}
     for name, own in data.items():
-        ids, supervised = own.train.sample(0), own.train.supervised_of(0)
+        ids, supervised, settings = own.train.sample(0), own.train.supervised_of(0), step.plans[name].settings
+        rows = row_stream(get_task(settings.task), "train", files=files_of(settings), reading=own.reading)
+        *_, (_, source) = next(itertools.islice(rows, own.first_row, None))
         edges = [0, *(np.flatnonzero(supervised[1:] != supervised[:-1]) + 1).tolist(), len(ids)]
-        lines = [f"first sample ({first_source(step.plans[name].settings, own)}), {len(ids)} tokens"]
+        lines = [f"first sample ({source}), {len(ids)} tokens"]
         for start, stop in itertools.pairwise(edges):
             lines.append(f"  [{'supervised' if supervised[start] else 'not supervised'}, {stop - start} tokens]")
             lines += (f"    {line}" for line in decode_ids(own.tokenizer, ids[start:stop].tolist()).splitlines())
@@ -428,10 +433,6 @@ def stage_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[st
 
 def ranges(numbers: Sequence[int]) -> str:
     """1,2,3,5 -> 1-3,5."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1] = [runs[-1][0], number]
-        else:
-            runs.append([number])
-    return ",".join("-".join(map(str, run)) for run in runs)
+    runs = itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])  # equal along a run
+    found = ([number for _, number in run] for _, run in runs)
+    return ",".join("-".join(dict.fromkeys(map(str, (run[0], run[-1])))) for run in found)

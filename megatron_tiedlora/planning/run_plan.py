@@ -167,11 +167,13 @@ class RunPlan:
 
     def layout_of(self, adapter: AdapterConfig) -> AdapterLayout:
         """Which rank holds which part of an adapter that is trained over this plan's stages."""
-        return AdapterLayout(adapter, self.grid, tuple(_layers_in(adapter, stage) for stage in self.stages))
+        own = (tuple(layer for layer in adapter.layers if layer in stage.layers) for stage in self.stages)
+        return AdapterLayout(adapter, self.grid, tuple(own))
 
     def part_of(self, adapter: AdapterConfig) -> AdapterPart:
         """This rank's part of an adapter that is trained over this plan's stages."""
-        return AdapterPart(adapter, _layers_in(adapter, self.stage), self.grid.tp_rank, self.grid.tp_size)
+        layers = self.layout_of(adapter).stage_layers[self.grid.pp_rank]
+        return AdapterPart(adapter, layers, self.grid.tp_rank, self.grid.tp_size)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -206,23 +208,16 @@ class RunPlan:
 
     def resolved_settings(self) -> dict[str, Any]:
         """Every setting as a plain value; defaults that depend on the model or the number of ranks are filled in."""
-        values = self.settings.model_dump()
-        values.update(
-            dtype=self.dtype_name,
-            layers=list(self.adapter.layers),
-            targets=list(self.settings.targets),
-            report_to=list(self.settings.report_to),
-            init_std_a=self.adapter.init_std_a,
-            init_std_b=self.adapter.init_std_b,
-            micro_batch_size=self.batches.micro_batch_size,
-            max_new_tokens=self.max_new_tokens,
-        )
-        return values
-
-
-def _layers_in(adapter: AdapterConfig, stage: StagePlan) -> tuple[int, ...]:
-    """The layers of a stage that an adapter adapts."""
-    return tuple(layer for layer in adapter.layers if layer in stage.layers)
+        return self.settings.model_dump() | {
+            "dtype": self.dtype_name,
+            "layers": list(self.adapter.layers),
+            "targets": list(self.settings.targets),
+            "report_to": list(self.settings.report_to),
+            "init_std_a": self.adapter.init_std_a,
+            "init_std_b": self.adapter.init_std_b,
+            "micro_batch_size": self.batches.micro_batch_size,
+            "max_new_tokens": self.max_new_tokens,
+        }
 
 
 def plan_run(
@@ -263,10 +258,7 @@ def plan_run(
         settings.micro_batch_size,
         grid.dp_size,
         max_rows=default_rows(
-            max_length=settings.max_length,
-            packing=settings.packing,
-            on_gpu=on_gpu,
-            otherwise=task.micro_batch_rows,
+            max_length=settings.max_length, packing=settings.packing, on_gpu=on_gpu, otherwise=task.micro_batch_rows
         ),
         min_steps=inputs_to_fill(grid.pp_size) if on_gpu else 1,
     )
@@ -360,10 +352,7 @@ def steps_in_words(settings: Settings, num_samples: int) -> str:
     steps, samples = count_text(settings.max_steps, "step"), count_text(num_samples, "training sample")
     if settings.epochs is None:
         return f"{steps}, {epochs_of(settings, num_samples):,.2f} passes over the {samples}"
-    return (
-        f"{steps}, for --epochs {settings.epochs:g} of {samples} at {settings.global_batch_size}"
-        " per step"
-    )
+    return f"{steps}, for --epochs {settings.epochs:g} of {samples} at {settings.global_batch_size} per step"
 
 
 def length_warnings(settings: Settings, train: TokenDataset) -> list[str]:

@@ -187,11 +187,9 @@ def search(
         sequences = run.choices("sequence_parallel", [settings.sequence_parallel] if tp_size == 1 else [True, False])
         variants = run.rows(cluster.world_size // (tp_size * pp_size)), sequences, recomputes
         try:
-            plans = run.plans(tp_size, pp_size, engine_file, storage)
+            accepted.append((run.plans(tp_size, pp_size, engine_file, storage), variants, engine_file, storage))
         except UserError as error:
             refused[str(error)] += math.prod(map(len, variants))
-        else:
-            accepted.append((plans, variants, engine_file, storage))
     if not accepted:
         raise UserError(refused.most_common(1)[0][0])
     first, *_ = accepted[0]
@@ -258,7 +256,7 @@ class PlannedRun:
     def values(self) -> dict[str, Any]:
         """The settings that were given, and those that a plan gives."""
         return {
-            **{name: getattr(self.settings, name) for name in self.settings.model_fields_set},
+            **self.settings.model_dump(mode="json", exclude_unset=True),
             "max_length": self.settings.max_length,
             "global_batch_size": self.settings.global_batch_size,
             "dry_run": True,

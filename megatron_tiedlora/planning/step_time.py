@@ -184,7 +184,7 @@ class StepParts:
     """
 
     batches: Sequence[MicroBatchShape]
-    stages: Sequence[Mapping[MicroBatchShape, tuple[Seconds, Seconds]]]
+    stages: Sequence[Mapping[MicroBatchShape, tuple[Seconds, ...]]]
     sums: float
     outside: float
 
@@ -203,9 +203,7 @@ class StepParts:
 def stage_terms(work: StageWork, stage: StagePlan, links: Links, machine: Machine) -> tuple[list[Term], list[Term]]:
     """What the forward and the backward pass of a micro-batch spend their time on."""
     layout = stage.layout
-    forward = pass_terms(work.forward, layout, links, machine)
-    backward = pass_terms(work.backward, layout, links, machine)
-    again = pass_terms(work.again, layout, links, machine) if layout.recompute != "none" else []
+    forward, backward, again = (pass_terms(each, layout, links, machine) for each in work)
     backward += [term._replace(label=f"{term.label}, recomputed") for term in again]
     gathers = []
     if layout.zero_stage == 3 and layout.dp_size > 1:  # a message for each parameter that not all ranks keep

@@ -250,6 +250,7 @@ class Tracer:
         anchor = torch.empty(1, dtype=self.dtype, requires_grad=True, device=META)
         updates, factors = self._updates(kind, index, sizes, anchor, gradients)
         context = self._context(stage, sum(sizes.tokens))
+        size = (1, sum(sizes.tokens) // self.tensor_parallel.sequence_parts, self.shape.hidden_size)
         counts = self._counts
         counts.restart()
 
@@ -260,7 +261,15 @@ class Tracer:
 
         with counts:
             with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-                output = self._forward(stage, kind, updates, context, sizes, anchor)
+                # What the block gets from the one before: its gradient is not kept.
+                begin = anchor if kind.earlier else anchor.detach()
+                hidden = with_adjoint(begin, lambda one: one.new_empty(size), lambda _gradient: None)
+                output: Any = stage.run_blocks(hidden, context, self.tensor_parallel, updates)
+                del hidden
+                if isinstance(output, Attended):
+                    head: Any = stage.layers[str(stage.head)]
+                    head.rows_at_once = sizes.at_once
+                    output = stage.tail.loss(output, _supervised(sizes), self.tensor_parallel)
             del updates
             kept = counts.alive - output.untyped_storage().nbytes()
             kept_factors = {name: storage for name, factor in factors.items() if (storage := factor()) is not None}
@@ -277,27 +286,6 @@ class Tracer:
         both = saved_factors, frozenset(kept_factors)
         return Trace(forward, dict(counts.found), moments, saved_bytes, kept, of_factors, attends, *both)
 
-    def _forward(
-        self,
-        stage: Stage,
-        kind: Kind,
-        updates: Mapping[int, LayerUpdate],
-        context: AttentionContext,
-        sizes: Sizes,
-        anchor: torch.Tensor,
-    ) -> torch.Tensor:
-        shape = (1, sum(sizes.tokens) // self.tensor_parallel.sequence_parts, self.shape.hidden_size)
-        # What the block gets from the one before: its gradient is not kept.
-        begin = anchor if kind.earlier else anchor.detach()
-        hidden = with_adjoint(begin, lambda one: one.new_empty(shape), lambda _gradient: None)
-        output = stage.run_blocks(hidden, context, self.tensor_parallel, updates)
-        del hidden
-        if not isinstance(output, Attended):
-            return output
-        head: Any = stage.layers[str(stage.head)]
-        head.rows_at_once = sizes.at_once
-        return stage.tail.loss(output, _supervised(sizes), self.tensor_parallel)
-
     def _updates(
         self, kind: Kind, index: int, sizes: Sizes, anchor: torch.Tensor, kept: list[torch.Tensor]
     ) -> tuple[dict[int, LayerUpdate], dict[tuple[str, str], weakref.ref[torch.UntypedStorage]]]:
@@ -306,29 +294,26 @@ class Tracer:
         def stand_in(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
             return with_adjoint(anchor, lambda one: one.new_empty(1, dtype=dtype).expand(shape), kept.append)
 
+        like = next(filter(None, kind.owners), None)  # of those that do not adapt the block
+        if like is None:
+            return {}, {}
+        bank, group = dict[str, TiedAdapter](), self.tensor_parallel.group
+        with torch.device(META):
+            for number, config in enumerate(kind.owners):
+                layers = () if config is None else (index,)
+                part = AdapterPart(replace(config or like, layers=(index,)), layers, group.rank, group.size)
+                bank[str(number)] = TiedAdapter(part)
+            shares = [Share(name, 1, some) for name, some in zip(bank, sizes.tokens, strict=True)]
+            updates = AdapterBank(bank).updates(shares, self.tensor_parallel, dtype=self.dtype)
         found, factors = dict[str, LinearUpdate](), {}
-        for name, linear in self._read(kind.owners, index, sizes.tokens).items():
+        for name, linear in updates[index].items():
             assert linear.a is not None and linear.f is not None, "an adapted linear has factors"
             a, f = linear.a.detach().clone(), linear.f.detach().clone()
             for letter, factor in (("A", a), ("F", f)):
                 factors[name, letter] = weakref.ref(factor.untyped_storage())
             grad_a, grad_f = (t if t is None else stand_in(t.shape, t.dtype) for t in (linear.grad_a, linear.grad_f))
             found[name] = linear._replace(a=a, f=f, grad_a=grad_a, grad_f=grad_f)
-        return {index: found} if found else {}, factors
-
-    def _read(self, owners: tuple[AdapterConfig | None, ...], index: int, tokens: tuple[int, ...]) -> LayerUpdate:
-        """The updates of a block's linears."""
-        like = next(filter(None, owners), None)  # of those that do not adapt the block
-        if like is None:
-            return {}
-        bank, group = {}, self.tensor_parallel.group
-        with torch.device(META):
-            for number, config in enumerate(owners):
-                layers = () if config is None else (index,)
-                part = AdapterPart(replace(config or like, layers=(index,)), layers, group.rank, group.size)
-                bank[str(number)] = TiedAdapter(part)
-            shares = [Share(name, 1, some) for name, some in zip(bank, tokens, strict=True)]
-            return AdapterBank(bank).updates(shares, self.tensor_parallel, dtype=self.dtype)[index]
+        return {index: found}, factors
 
     def _context(self, stage: Stage, tokens: int) -> AttentionContext:
         positions = torch.empty(1, tokens, dtype=torch.int64, device=META)
@@ -359,9 +344,7 @@ def _end(output: torch.Tensor) -> torch.Tensor:
 
 
 def _supervised(sizes: Sizes) -> Supervised:
-    rows, chosen = (
-        torch.empty(size, dtype=torch.int64, device=META) for size in (sum(sizes.after), sizes.supervised)
-    )
+    rows, chosen = (torch.empty(size, dtype=torch.int64, device=META) for size in (sum(sizes.after), sizes.supervised))
     if len(sizes.tokens) == 1:
         return Supervised(rows, rows, chosen, chosen)
     pieces = tuple(Piece(number, size) for number, size in enumerate(sizes.after))

@@ -146,18 +146,11 @@ def test_the_command_writes_its_figures(folder: Path, tmp_path: Path, wish: str,
     assert {"torch", "deepspeed", "peft"} <= set(report["versions"]) and report["allocator"] in done.stdout
 
 
-@pytest.mark.parametrize(
-    ("wish", "said"), [("false", "not compiled"), ("auto", "not compiled: TORCHDYNAMO_DISABLE is 1")]
-)
-def test_why_kernels_are_not_compiled_is_kept(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, wish: str, said: str
-) -> None:
+def test_why_kernels_are_not_compiled_is_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless they must be."""
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
-    assert sides_of(settings_of(folder, f"--compile={wish}"))[OURS].kernels == said
-
-
-def test_kernels_that_must_be_compiled(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    for wish, said in (("false", "not compiled"), ("auto", "not compiled: TORCHDYNAMO_DISABLE is 1")):
+        assert sides_of(settings_of(folder, f"--compile={wish}"))[OURS].kernels == said
     with pytest.raises(UserError, match=r"^--compile true: TORCHDYNAMO_DISABLE is 1\. "):
         sides_of(settings_of(folder, "--compile=true"))
 

@@ -65,10 +65,9 @@ def searched(*flags: str, source: ModelSource, ranks: int, per_node: int = 8, ma
     return search(command.train, cluster, source=source, formats=command.settings.formats)
 
 
-def the_only(*flags: str, source: ModelSource, ranks: int, per_node: int = 8, machine: Machine = H100) -> Candidate:
-    """The one layout that the flags leave."""
-    plan = searched(*flags, source=source, ranks=ranks, per_node=per_node, machine=machine)
-    (candidate,) = plan.candidates
+def the_only(*flags: str, **keywords: Any) -> Candidate:
+    """The one layout that the flags leave; keywords as of `searched`."""
+    (candidate,) = searched(*flags, **keywords).candidates
     return candidate
 
 
@@ -123,9 +122,8 @@ def step_parts(
 ) -> StepParts:
     """The time of a layout's stages on these micro-batches, each stage by itself."""
 
-    def seconds_of(stage: StagePlan, batch: MicroBatchShape) -> tuple[Seconds, Seconds]:
-        forward, backward = stage_terms(stage_work(stage, batch), stage, links, machine)
-        return Seconds.of(forward), Seconds.of(backward)
+    def seconds_of(stage: StagePlan, batch: MicroBatchShape) -> tuple[Seconds, ...]:
+        return tuple(map(Seconds.of, stage_terms(stage_work(stage, batch), stage, links, machine)))
 
     by_stage = [{batch: seconds_of(stage, batch) for batch in set(batches)} for stage in stages]
     sums = max(sum(term.seconds for term in sum_terms(stage, batches, links, machine)) for stage in stages)

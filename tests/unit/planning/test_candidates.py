@@ -52,15 +52,13 @@ def test_what_is_enumerated_is_what_a_run_accepts(
             for shards in [True, False] if tp > 1 else [True]:
                 choices = {"tensor_parallel": tp, "pipeline_parallel": pp, "ds_config": file, "micro_batch_size": rows}
                 choices |= {"recompute": recompute, "sequence_parallel": shards, **storage._asdict()}
+                key = file, storage, tp, pp, rows, recompute, shards
                 try:
-                    layout = group_of(source, ranks, **given, **choices).layout
+                    if per_node % tp:
+                        raise UserError("over nodes")
+                    accepted[key] = group_of(source, ranks, **given, **choices).layout
                 except UserError as error:
-                    refused["over nodes" if per_node % tp else str(error)] += 1
-                    continue
-                if per_node % tp:
-                    refused["over nodes"] += 1
-                else:
-                    accepted[file, storage, tp, pp, rows, recompute, shards] = layout
+                    refused[str(error)] += 1
     mine = {
         (c.engine_file, c.storage, *sizes_of(c.layout), c.layout.recompute, c.layout.shards_sequences): c.layout
         for c in found.candidates
@@ -202,10 +200,7 @@ ENTRIES = {
 
 @pytest.mark.parametrize(
     ("pinned", "choices", "least"),
-    [
-        (PINNED, VALUES, 400),
-        ({**PINNED, "ds_config": "zero0.json", "adapters": "two"}, TOGETHER, 200),
-    ],
+    [(PINNED, VALUES, 400), ({**PINNED, "ds_config": "zero0.json", "adapters": "two"}, TOGETHER, 200)],
     ids=["one adapter", "adapters"],
 )
 def test_a_plan_refuses_what_a_run_refuses(

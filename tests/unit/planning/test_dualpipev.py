@@ -7,6 +7,8 @@ left out, so its engine is slower than this.
 
 from __future__ import annotations
 
+from itertools import accumulate, chain
+
 import pytest
 from deepspeed.runtime.pipe.schedule import BackwardPass, DualPipeVSchedule, ForwardPass
 from folders import ROOT
@@ -20,28 +22,20 @@ TEXT = (ROOT / "docs" / "planning.md").read_text()
 
 def dualpipev(num_stages: int, num_micro_batches: int) -> list[list[Pass]]:
     """The passes of DeepSpeed's schedule, by rank."""
-    orders = []
-    for rank in range(num_stages):
-        order = []
-        for commands in DualPipeVSchedule(num_micro_batches, num_stages, rank).steps():
-            for one in commands:
-                if isinstance(one, ForwardPass | BackwardPass):
-                    part = rank if one.phase == 0 else 2 * num_stages - 1 - rank
-                    kind = FORWARD if isinstance(one, ForwardPass) else BACKWARD
-                    order.append(Pass(kind, one.buffer_id % num_micro_batches, part))
-        orders.append(order)
+    orders: list[list[Pass]] = [[] for _ in range(num_stages)]
+    for rank, order in enumerate(orders):
+        for one in chain.from_iterable(DualPipeVSchedule(num_micro_batches, num_stages, rank).steps()):
+            if isinstance(one, ForwardPass | BackwardPass):
+                part = rank if one.phase == 0 else 2 * num_stages - 1 - rank
+                kind = FORWARD if isinstance(one, ForwardPass) else BACKWARD
+                order.append(Pass(kind, one.buffer_id % num_micro_batches, part))
     return orders
 
 
 def most_in_flight(order: Order, *, chunks: int) -> float:
     """The most micro-batches that a rank has started and not finished, in those of a whole stage."""
-    most = 0
-    for passes in order:
-        now = 0
-        for one in passes:
-            now += 1 if one.kind == FORWARD else -1
-            most = max(most, now)
-    return most / chunks
+    changes = ([1 if one.kind == FORWARD else -1 for one in passes] for passes in order)
+    return max(max(accumulate(some)) for some in changes) / chunks
 
 
 @pytest.mark.parametrize(

@@ -6,28 +6,26 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from planned import stage_memory
+from planned import H100, short, stage_memory
 from run_files import assert_same_run
 from run_helpers import Base, run
 
 from megatron_tiedlora.base.messages import UserError
-from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.batch import default_rows, plan_batches
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.planning import memory, report
 from megatron_tiedlora.planning import run_plan as plan
-from megatron_tiedlora.planning.machines import CPU, GPUS
+from megatron_tiedlora.planning.machines import CPU
 from megatron_tiedlora.planning.passes import saved_per_token
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
 
-H100 = GPUS["h100"]
 
-
-def planned(*flags: str, ranks: int = 1, model: str = "llama2-7b") -> RunPlan:
-    """The plan of a dry run of a preset."""
+def planned(*flags: str, ranks: int = 1, model: str = "llama2-7b", num_blocks: int | None = None) -> RunPlan:
+    """The plan of a dry run of a preset, or of a shorter one."""
     settings = parse_settings([f"--model={model}", "--dry_run", *flags], Settings)
-    return plan_run(settings, rank=0, world_size=ranks, weights=False)
+    source = None if num_blocks is None else short(model, num_blocks)
+    return plan_run(settings, rank=0, world_size=ranks, weights=False, source=source)
 
 
 # For GPUs or for CPUs -----------------------------------------------------------------------------------------------
@@ -141,10 +139,7 @@ def test_planned_memory_is_what_a_step_allocates(
 
 def blocks_of_7b(num_blocks: int, *flags: str, ranks: int = 1) -> RunPlan:
     """The plan of a shorter llama2-7b, compiled, on GPUs."""
-    settings = parse_settings(["--model=llama2-7b", "--dry_run", "--plan_for=gpu", "--compile=true", *flags], Settings)
-    found = find_model("llama2-7b")
-    source = replace(found, shape=replace(found.shape, num_layers=num_blocks))
-    return plan_run(settings, rank=0, world_size=ranks, source=source)
+    return planned("--plan_for=gpu", "--compile=true", *flags, ranks=ranks, num_blocks=num_blocks)
 
 
 @pytest.mark.parametrize(

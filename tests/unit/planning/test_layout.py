@@ -90,16 +90,12 @@ def test_bytes_by_format(base: str, bits: float) -> None:
 
 def test_a_shard_within_a_block_needs_more_scales() -> None:
     """7B's down projection at TP 8 has 1,376 columns on a rank: scales in blocks of 32, 5 bits."""
-    settings = {"model": "llama2-7b", "dry_run": True, "world_size": 8, "tensor_parallel": 8, "base": "nf4"}
-    stage = plan_run(make_settings(settings), rank=0, world_size=8).stages[0]
+    stage = plan_of(8, model="llama2-7b", tensor_parallel=8, base="nf4").stages[0]
     down, others = 4096 * 11008, 4096 * (3 * 4096 + 4096 + 2 * 11008)
     assert stage.quantised_bytes * 8 == 32 * (down * 5 + others * 4.5) / 8
 
 
 def test_zero_3_gathers_fewer_bytes() -> None:
-    sizes = {}
-    for base in (None, "nf4"):
-        stage = plan_of(2, base=base, ds_config="zero3.json").stages[0]
-        sizes[base] = stage_memory(stage, tokens=4096)
-    assert sizes["nf4"].base / sizes[None].base == pytest.approx(0.287, abs=0.01)
-    assert sizes["nf4"].engine < 0.6 * sizes[None].engine
+    stages = (plan_of(2, base=base, ds_config="zero3.json").stages[0] for base in (None, "nf4"))
+    plain, nf4 = (stage_memory(stage, tokens=4096) for stage in stages)
+    assert nf4.base / plain.base == pytest.approx(0.287, abs=0.01) and nf4.engine < 0.6 * plain.engine

@@ -14,11 +14,16 @@ from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.partition import Stages, layer_costs, partition
 
 
-def check_is_a_cut(stages: Stages, num_layers: int, num_stages: int) -> None:
+def best_cut(costs: tuple[float, ...], num_stages: int) -> Stages:
+    """The cut, in which every stage has a block; none that there is would be better."""
+    stages, num_layers = partition(costs, num_stages), len(costs)
     assert len(stages) == num_stages
     assert [index for stage in stages for index in stage] == list(range(num_layers))
     for stage in stages:
         assert any(0 < index < num_layers - 1 for index in stage), stages
+    least = min(cost_key(costs, cut) for cut in all_cuts(num_layers, num_stages))
+    assert cost_key(costs, stages) == least, (costs, stages)
+    return stages
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -27,11 +32,7 @@ def test_no_cut_is_better(seed: int) -> None:
     for num_layers in range(3, 11):
         for num_stages in range(1, num_layers - 1):
             # Whole numbers, so that sums are exact and ties are ties.
-            costs = tuple(float(draw.choice((0, 1, 2, 3, 5, 9))) for _ in range(num_layers))
-            stages = partition(costs, num_stages)
-            check_is_a_cut(stages, num_layers, num_stages)
-            best = min(cost_key(costs, cut) for cut in all_cuts(num_layers, num_stages))
-            assert cost_key(costs, stages) == best, (costs, stages)
+            best_cut(tuple(float(draw.choice((0, 1, 2, 3, 5, 9))) for _ in range(num_layers)), num_stages)
 
 
 def test_the_most_even_whole_is_not_made_of_the_best_beginnings() -> None:
@@ -86,11 +87,7 @@ def test_a_dear_head_takes_layers_off_the_last_stage(vocab_size: int, num_stages
 def test_one_adapted_layer_shifts_the_cut(layer: int) -> None:
     """Nothing below the adapted layer has a backward pass, so the stages of that part take about twice as many."""
     config = model("llama2-7b")
-    costs = layer_costs(config, length=2048, first_adapted=layer)
-    stages = partition(costs, 4)
-    check_is_a_cut(stages, 34, 4)
-    assert cost_key(costs, stages) == min(cost_key(costs, cut) for cut in all_cuts(34, 4))
-    counts = num_blocks(stages, config)
+    counts = num_blocks(best_cut(layer_costs(config, length=2048, first_adapted=layer), 4), config)
     if layer == 1:
         assert counts == [8, 8, 8, 8]
     elif layer == 16:
@@ -109,7 +106,5 @@ def test_more_stages_than_blocks_are_refused(num_stages: int) -> None:
 def test_neither_embedding_nor_head_stands_alone() -> None:
     """However dear they are."""
     for costs in ((100.0, 1.0, 1.0, 100.0), (0.0, 9.0, 9.0, 100.0), (100.0, 1.0, 1.0, 1.0, 1.0, 0.0)):
-        stages = partition(costs, 2)
-        check_is_a_cut(stages, len(costs), 2)
-        assert cost_key(costs, stages) == min(cost_key(costs, cut) for cut in all_cuts(len(costs), 2))
+        best_cut(costs, 2)
     assert partition((100.0, 1.0, 1.0, 1.0, 1.0, 0.0), 2) == (range(2), range(2, 6))

@@ -191,7 +191,6 @@ def test_gathers_are_hidden_only_where_the_engine_hides_them(tmp_path: Path, ove
 
 def test_the_bubble_of_a_pipeline() -> None:
     """Equal stages wait for (p - 1) / (m + p - 1) of the passes; unequal ones for more."""
-    shape = SOURCE.shape
     one = priced(*ONE, "--pipeline_parallel=2", "--global_batch_size=6", ranks=2)
     parts = one.parts
     passes = [sum(sum(each) for each in stage[parts.batches[0]]) for stage in parts.stages]
@@ -200,7 +199,7 @@ def test_the_bubble_of_a_pipeline() -> None:
     equal = replace(parts, stages=[parts.stages[0]] * 2)
     (found,) = step_seconds([equal])
     assert found.bubble / (found.total - found.sums - found.outside) == pytest.approx(1 / 7)
-    assert one.seconds.bubble > 0 and shape.num_layers == 6
+    assert one.seconds.bubble > 0 and SOURCE.shape.num_layers == 6
     alone = priced(*ONE, "--pipeline_parallel=1", "--global_batch_size=6")
     assert alone.seconds.bubble == 0
 

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from native_files import with_adapter
-from numpy.typing import NDArray
 from run_helpers import write_rows
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.messages import UserError, count_text
 from megatron_tiedlora.base.methods import METHOD_NAMES
+from megatron_tiedlora.benchmark.layout import made_up
 from megatron_tiedlora.checkpoint.native_adapter import save_adapter
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.data.loader import GlobalBatch
@@ -51,18 +50,9 @@ def test_one_adapter_is_a_list_of_one() -> None:
     assert (one.work, one.largest.tokens) == (named.work, named.largest.tokens)
 
 
-@dataclass
-class Lengths:
-    """As much of a data set as the largest micro-batch needs."""
-
-    lengths: list[int]
-
-    @property
-    def longest(self) -> int:
-        return max(self.lengths)
-
-    def lengths_of(self, indices: Sequence[int]) -> NDArray[np.int64]:
-        return np.array([self.lengths[index] for index in indices])
+def samples_of(*lengths: int) -> TokenDataset:
+    """Samples of these lengths, of whose tokens the last three are supervised."""
+    return made_up(320, np.array(lengths), num_labels=3)
 
 
 def test_the_largest_packed_micro_batch_is_that_of_any_rank() -> None:
@@ -70,30 +60,25 @@ def test_the_largest_packed_micro_batch_is_that_of_any_rank() -> None:
     plan = plan_of(2, packing=True, micro_batch_size=1, max_length=64)
     rows = [[[0]], [[1, 2, 3]]]
     batch = GlobalBatch(rows, rows, num_supervised=40, num_tokens=100, squared_lengths=0, consumed_samples=4)
-    dataset = cast(TokenDataset, Lengths([40, 20, 20, 20]))
-    largest = StepPlan({"": plan}, samples={"": (dataset, batch)}).largest
+    largest = StepPlan({"": plan}, samples={"": (samples_of(40, 20, 20, 20), batch)}).largest
     assert largest.tokens == 64 and largest.documents == 4 and largest.longest == 40
 
 
 def test_the_longest_document_is_that_of_any_adapter() -> None:
     plan = plan_of(packing=True, micro_batch_size=1, max_length=64)
     batch = GlobalBatch([[[0]]], [[[0]]], num_supervised=8, num_tokens=9, squared_lengths=0, consumed_samples=1)
-    samples = {name: (cast(TokenDataset, Lengths([size])), batch) for name, size in (("a", 24), ("b", 40), ("c", 8))}
+    samples = {name: (samples_of(size), batch) for name, size in (("a", 24), ("b", 40), ("c", 8))}
     assert StepPlan(dict.fromkeys(samples, plan), samples=samples).largest.longest == 40
 
 
 def test_the_micro_batches_of_all_ranks_have_the_samples_of_the_step() -> None:
     """Packed rows of several samples: attention is within each of them."""
-    plan, lengths = plan_of(2, packing=True, micro_batch_size=2, max_length=64), np.array([40, 9, 20, 17, 31, 5, 12, 8])
-    prompts = np.full(8, 3, np.int32)
-    dataset = TokenDataset.after_prompts(
-        tokens=np.ones(lengths.sum(), np.int32), offsets=np.cumsum([0, *lengths]), prompt_lengths=prompts
-    )
+    plan, dataset = plan_of(2, packing=True, micro_batch_size=2, max_length=64), samples_of(40, 9, 20, 17, 31, 5, 12, 8)
     batch, shapes = plan.global_batch(dataset), []
     for rank in range(2):
         own = replace(plan, grid=Grid(rank, 2))
         shapes += StepPlan({"": own}, samples={"": (dataset, batch)}).batches
-    assert sum(shape.squared_lengths for shape in shapes) == batch.squared_lengths == (lengths**2).sum()
+    assert sum(shape.squared_lengths for shape in shapes) == batch.squared_lengths == (dataset.lengths**2).sum()
     assert sum(shape.num_supervised for shape in shapes) == batch.num_supervised
 
 
@@ -176,19 +161,10 @@ def test_the_default_warm_up_is_shortened_and_a_given_one_is_not() -> None:
     assert with_counted_steps(plain, 1000) is plain
 
 
-class Train:
-    """The part of a data set that the warnings read."""
-
-    def __init__(self, samples: int, truncated_prompts: int) -> None:
-        self.samples, self.truncated_prompts = samples, truncated_prompts
-
-    def __len__(self) -> int:
-        return self.samples
-
-
 def test_warnings_name_the_number_and_the_flag() -> None:
     def found(cut: int, max_steps: int) -> list[str]:
-        train: Any = Train(12800, cut)
+        train = samples_of(*[4] * 12800)
+        train.facts["cut"][:cut] = True
         return length_warnings(settings_of(max_steps=max_steps), train)
 
     assert found(128, 1000) == []  # 1 % and 20 epochs are not too much
@@ -204,12 +180,16 @@ def test_the_first_lines_say_how_steps_and_epochs_follow() -> None:
     assert steps_in_words(counted, 512) == "3 steps, for --epochs 1.5 of 512 training samples at 256 per step"
 
 
-def test_a_dry_run_counts_and_warns(tmp_path: Path) -> None:
-    from megatron_tiedlora.planning.report import dry_run_report
+@pytest.fixture
+def with_data(tmp_path: Path) -> dict[str, Any]:
+    """The settings of a dry run of a tiny model on 20 rows."""
+    model, rows = write_tiny_model(tmp_path / "model"), str(write_rows(tmp_path / "rows.jsonl", 20))
+    data = {"train_file": rows, "validation_file": rows, "global_batch_size": 8}
+    return {"model": str(model), **data, "dry_run": True}
 
-    model, rows = write_tiny_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", 20)
-    given = {"model": str(model), "train_file": str(rows), "validation_file": str(rows), "global_batch_size": 8}
-    report = dry_run_report(make_settings({**given, "dry_run": True, "epochs": 30, "dtype": "fp32"})).text
+
+def test_a_dry_run_counts_and_warns(with_data: dict[str, Any]) -> None:
+    report = dry_run_report(make_settings({**with_data, "epochs": 30, "dtype": "fp32"})).text
     assert "  75 steps, 600 samples" in report and re.search(r"\n  custom +train +20 .* 30\.00\n", report)
     assert "  warning: the run sees each of the 20 training samples 30.0 times; a lower value of --epochs" in report
     preset = dry_run_report(settings_of(epochs=2)).text
@@ -231,13 +211,9 @@ def test_a_rank_above_that_of_any_update_is_rejected(method: str) -> None:
         assert planned(4096, targets).adapter.rank == 4096
 
 
-def test_a_rank_above_that_of_any_update_is_said_with_vera(tmp_path: Path) -> None:
+def test_a_rank_above_that_of_any_update_is_said_with_vera(with_data: dict[str, Any]) -> None:
     """PEFT's users choose such ranks: its A and B are frozen, and u chooses among their r terms."""
-    from megatron_tiedlora.planning.report import dry_run_report
-
-    model, rows = write_tiny_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl", 20)
-    given = {"model": str(model), "train_file": str(rows), "validation_file": str(rows), "method": "vera"}
-    given |= {"dry_run": True, "global_batch_size": 8, "targets": "o_proj"}
+    given = {**with_data, "method": "vera", "targets": "o_proj"}
     said = "  warning: --rank {}: o_proj has 32 inputs and 32 outputs, so no update of it has a rank above 32"
     no_data = {name: value for name, value in given.items() if not name.endswith("_file")}
     for settings in (given, no_data):
