@@ -33,9 +33,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     root = tmp_path_factory.mktemp("quantised")
     shape = {**SHAPE, "num_layers": 2}
     plain = write_tiny_model(root / "plain", dtype=torch.bfloat16, tokenizer=False, **shape)
-    odd = write_tiny_model(
-        root / "odd", dtype=torch.bfloat16, tokenizer=False, **{**shape, "intermediate_size": 256}
-    )
+    odd = write_tiny_model(root / "odd", dtype=torch.bfloat16, tokenizer=False, **{**shape, "intermediate_size": 256})
     return {kind: quantised_folder(odd if "128" in kind else plain, root / kind, kind) for kind in KINDS}
 
 

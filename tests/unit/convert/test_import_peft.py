@@ -57,9 +57,7 @@ OPTIONS: dict[str, Case] = {
     "q_k_v": case(6, r=2, lora_alpha=7, target_modules=["v_proj", "k_proj", "q_proj"]),
     "rslora": case(8, r=4, lora_alpha=3, use_rslora=True, target_modules=Q_AND_V),
     "layers": case(6, layers=(1, 3), r=3, target_modules=Q_AND_V, layers_to_transform=[2, 0], lora_dropout=0.1),
-    "layer": case(
-        3, layers=(2,), r=3, target_modules=["k_proj"], layers_to_transform=1, layers_pattern="layers"
-    ),
+    "layer": case(3, layers=(2,), r=3, target_modules=["k_proj"], layers_to_transform=1, layers_pattern="layers"),
     "pattern": case(4, layers=(1, 3), r=2, target_modules=r".*layers\.(0\..*q_proj|2\..*(k|v)_proj)"),
     "full_name": case(4, r=2, target_modules=["model.layers.1.self_attn.v_proj", "k_proj"]),
     "full_name_beside_layers": case(  # no layer has two projections
@@ -71,9 +69,7 @@ OPTIONS: dict[str, Case] = {
     "up": case(3, targets=("gate_up",), r=3, lora_alpha=5, target_modules=["up_proj"]),
     "gate": case(3, layers=(3,), targets=("gate_up",), r=3, target_modules=["gate_proj"], layers_to_transform=2),
     "mlp": case(4, targets=("gate_up", "down_proj"), r=2, lora_alpha=7, target_modules=MLP, use_rslora=True),
-    "o_and_down": case(
-        3, targets=("o_proj", "down_proj"), r=3, lora_alpha=5, target_modules=["down_proj", "o_proj"]
-    ),
+    "o_and_down": case(3, targets=("o_proj", "down_proj"), r=3, lora_alpha=5, target_modules=["down_proj", "o_proj"]),
     "o_and_separate": case(  # o_proj is padded
         4, targets=("o_proj", "gate_up"), r=2, target_modules=["o_proj", "gate_proj", "up_proj"]
     ),
@@ -173,9 +169,7 @@ def test_what_is_exported_comes_back(
     assert {name: (t.shape, t.dtype) for name, t in back.state.items()} == {
         name: (back.config.shape(name), torch.float32) for name in "ABuv"
     }
-    for (rule, *found), (own_rule, *own) in zip(
-        back.updates(source.shape), native.updates(source.shape), strict=True
-    ):
+    for (rule, *found), (own_rule, *own) in zip(back.updates(source.shape), native.updates(source.shape), strict=True):
         assert rule == own_rule
         torch.testing.assert_close(found[1] @ found[0], own[1] @ own[0], rtol=1e-6, atol=1e-6)
         assert family == "separate" or all(map(torch.equal, found, own))

@@ -100,7 +100,5 @@ def test_docs_of_one_and_of_several_exports() -> None:
     assert block("docs/adapters.md") == serve_hints(exports, "/models/llama2-7b", PLAIN, named="llama2-7b")
     targets = {"support": ["qkv"], "legal": ["qkv"], "notes": TARGET_NAMES, "titles": ["qkv"]}
     ranks = {"legal": 16}
-    exports = {
-        name: Export(Path(f"runs/four/{name}/peft"), ranks.get(name, 8), of) for name, of in targets.items()
-    }
+    exports = {name: Export(Path(f"runs/four/{name}/peft"), ranks.get(name, 8), of) for name, of in targets.items()}
     assert block("docs/many_adapters.md") == serve_hints(exports, "/shared/llama2-7b", PLAIN)
