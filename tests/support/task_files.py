@@ -62,9 +62,9 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-def refusal(call: Callable[[], Any]) -> str:
-    """The message of the UserError that `call` raises; it has to be one line."""
+def refusal(call: Callable[..., Any], *arguments: Any, **keywords: Any) -> str:
+    """The message of the UserError that a call with these arguments raises; it has to be one line."""
     with pytest.raises(UserError) as caught:
-        call()
+        call(*arguments, **keywords)
     assert "\n" not in str(caught.value)
     return str(caught.value)
