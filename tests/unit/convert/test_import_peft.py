@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +13,11 @@ from native_files import with_adapter
 from peft_folders import WEIGHTS, imported
 from peft_models import lora_model, vera_model
 from quantised_folders import SHAPE, quantised_folder
+from run_files import edit_json
 from safetensors.torch import load_file, save_file
 from task_files import refusal
 from tiny_models import write_tiny_model
 
-from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter, save_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
@@ -126,11 +125,10 @@ def test_which_adapters_train_on_as_peft_s(separate: Path, tmp_path: Path) -> No
     def trains_as_peft(name: str, tied: dict[str, str], **options: Any) -> bool:
         peft = lora_model(separate, r=2, **options)
         parameters = dict(peft.named_parameters())
-        with torch.no_grad():
-            for key, parameter in parameters.items():
-                for module, first in tied.items():
-                    if module in key and "lora_A" in key:
-                        parameter.copy_(parameters[key.replace(module, first)])
+        for key, parameter in parameters.items():
+            for module, first in tied.items():
+                if module in key and "lora_A" in key:
+                    parameter.data.copy_(parameters[key.replace(module, first)].data)
         peft.save_pretrained(tmp_path / name)
         return read_peft(tmp_path / name, source).apart is None
 
@@ -283,12 +281,13 @@ def test_the_record_of_an_export_decides_neither_shape_nor_precision(separate: P
     assert exported_base(tmp_path, native.base_identity) is None
     export_peft(source, native, tmp_path / "peft")
     file = tmp_path / "peft" / EXPORT_RECORD
-    content = json.loads(file.read_text())
-    file.write_text(json.dumps({**content, "num_layers": 99, "dtype": "fp16"}))
+    content = file.read_text()
+    edit_json(file, num_layers=99, dtype="fp16")
     assert exported_base(tmp_path / "peft", native.base_identity) == native.base_identity
     for name in ("base_model", "base_hash", "base_weights_hash"):
-        file.write_text(json.dumps({key: value for key, value in content.items() if key != name}))
-        line = refusal(lambda: exported_base(tmp_path / "peft", native.base_identity))
+        file.write_text(content)
+        edit_json(file, **{name: None})
+        line = refusal(exported_base, tmp_path / "peft", native.base_identity)
         assert f"{EXPORT_RECORD}: {name} is missing" in line
 
 
@@ -317,20 +316,13 @@ def test_an_export_keeps_the_storage_format_of_the_base(separate: Path, tmp_path
     opened = open_adapter(str(tmp_path / "peft"), str(separate))
     assert opened.adapter.base_identity == quantised
     said: list[str] = []
-    for name, inside in (("whole", True), ("alone", False)):
-        copy = tmp_path / name
-        shutil.copytree(tmp_path / "peft", copy)
-        if not inside:
-            shutil.rmtree(copy / NATIVE_FOLDER)
-        import_peft(source, copy, tmp_path / f"{name} again", say=said.append)
-        again = load_native_adapter(tmp_path / f"{name} again").base_identity
+    for name in ("whole", "alone"):
+        import_peft(source, tmp_path / "peft", tmp_path / name, say=said.append)
+        again = load_native_adapter(tmp_path / name).base_identity
         assert (again.base_format, again.base_stored) == ("nf4", "bf16")
+        shutil.rmtree(tmp_path / "peft" / NATIVE_FOLDER, ignore_errors=True)  # for the second one
     assert not any("trained on" in note for note in said), "an import uses no base"
-    file = tmp_path / "peft" / EXPORT_RECORD
-    content = json.loads(file.read_text())
-    file.write_text(json.dumps({**content, "base_stored": "int4"}))
-    with pytest.raises(UserError, match=f"{EXPORT_RECORD}: base_stored 'int4' is not one of bf16, fp16, fp32"):
-        open_adapter(str(tmp_path / "peft"), str(separate))
-    file.write_text(json.dumps({**content, "base_format": "nf3"}))
-    with pytest.raises(UserError, match=f"{EXPORT_RECORD}: base_format 'nf3' is not one of int8, fp8, nf4"):
-        open_adapter(str(tmp_path / "peft"), str(separate))
+    for name, value, known in (("base_stored", "int4", "bf16, fp16, fp32"), ("base_format", "nf3", "int8, fp8, nf4")):
+        edit_json(tmp_path / "peft" / EXPORT_RECORD, **{name: value})
+        said = refusal(open_adapter, tmp_path / "peft", str(separate))
+        assert f"{EXPORT_RECORD}: {name} '{value}' is not one of {known}" in said
