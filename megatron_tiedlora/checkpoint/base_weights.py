@@ -95,7 +95,6 @@ class WeightFiles(ExitStack):
     Attributes:
         file_of: the file that holds each tensor, by the tensor's name.
         header: the header of a file; see `read_header`.
-        reader: the opened file; see `open_weights`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -103,7 +102,13 @@ class WeightFiles(ExitStack):
         self.folder = folder
         self.file_of = weight_map(folder)
         self.header = cache(read_header)
-        self.reader: Callable[[Path], Any] = cache(lambda file: self.enter_context(open_weights(file)))
+        self._readers: dict[Path, Any] = {}
+
+    def reader(self, file: Path) -> Any:
+        """The opened file; see `open_weights`."""
+        if file not in self._readers:
+            self._readers[file] = self.enter_context(open_weights(file))
+        return self._readers[file]
 
     def stored(self, name: str) -> Any:
         """The stored tensor of this name, from which slices are read; None if there is none."""

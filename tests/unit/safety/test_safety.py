@@ -102,8 +102,8 @@ def test_no_code_out_of_files_no_listener_and_no_objects_between_ranks(file: Pat
 ])  # fmt: skip
 def test_a_template_reaches_nothing_but_fields(tmp_path: Path, template: str) -> None:
     file = write_rows(tmp_path / "rows.jsonl", [HUB_ROWS["gsm8k"]])
-    reading = Reading(template=template)
-    message = refusal(load_split, "gsm8k", "test", files={"test": file}, seed=0, reading=reading)
+    files = {"test": file}
+    message = refusal(lambda: load_split("gsm8k", "test", files=files, seed=0, reading=Reading(template=template)))
     assert message.startswith("--prompt_template")
     reasons = ("is not a plain {field} name", "write {field}", "surrogate", "no field '__class__'")
     assert any(reason in message for reason in reasons), message
