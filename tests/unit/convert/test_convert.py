@@ -17,7 +17,7 @@ from hf_models import hf_model, our_logits, peft_logits
 from native_files import Inputs, with_adapter
 from oracle import OracleConfig, load_weights, merged_weights
 from peft_models import logits_of, share
-from run_files import edit_json, edit_tensors, files_of
+from run_files import edit_json, edit_tensors, files_of, truncate
 from safetensors.torch import load_file
 from task_files import refusal
 from tiny_models import write_tiny_model
@@ -32,6 +32,7 @@ from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.cli import run_command
 from megatron_tiedlora.config.tool_settings import ExportSettings, MergeSettings, adapter_flags
 from megatron_tiedlora.convert.export_peft import export_peft
+from megatron_tiedlora.convert.inputs import EXPORT_RECORD
 from megatron_tiedlora.convert.merge import merge_adapter
 from megatron_tiedlora.data.tokenizer import load_tokenizer
 
@@ -345,39 +346,70 @@ def test_checkpoints_and_peft_folders_are_merged_alike(base: Path, exported: Pat
         shutil.rmtree(output)
 
 
-WRONG: dict[str, tuple[list[str], str]] = {
-    "no adapter": (["--adapter", "none", "--output", "out"], "none"),
-    "run folder": (["--adapter", "run", "--output", "out"], "--adapter run: this is a run folder; give run/adapter"),
-    "peft folder": (["--adapter", "peft", "--output", "out"], "this is a PEFT adapter; give the native one"),
-    "no base": (["--adapter", "lost", "--output", "out"], "lost: its base cannot be found; give it with --model"),
-    "wrong model": (["--adapter", "adapter", "--model", "merged", "--output", "out"], "already; give the plain base"),
-    "output": (["--adapter", "adapter", "--output", "peft"], "--output peft exists; give a new folder"),
-    "file": (["--adapter", "adapter", "--output", "file"], "--output file exists; give a new folder"),
-    "link": (["--adapter", "adapter", "--output", "link"], "--output link exists; give a new folder"),
-    "no output": (["--adapter", "adapter"], "--output"),
-    "flag": (["--adapter", "adapter", "--ouput", "out"], "--output"),
-}
+ADAPTER, OUT = "--adapter adapter", "--output out"
+WRONG: list[tuple[str, str, str]] = [  # commands, their arguments, what is said
+    ("merge export", f"--adapter none {OUT}", "none"),
+    ("merge export", f"--adapter run {OUT}", "--adapter run: this is a run folder; give run/adapter"),
+    ("export", f"--adapter peft {OUT}", "this is a PEFT adapter; give the native one"),  # a merge takes it
+    ("merge export", f"--adapter lost {OUT}", "lost: its base cannot be found; give it with --model"),
+    ("merge export", f"{ADAPTER} --model merged {OUT}", "already; give the plain base"),
+    *(("merge export", f"{ADAPTER} --output {name}", f"--output {name} exists; give a new folder")
+      for name in ("peft", "file", "link")),
+    ("merge export", ADAPTER, "--output"),
+    ("merge export", f"{ADAPTER} --ouput out", "--output"),
+    ("import", "--peft peft --output adapter", "adapter exists; give a new folder"),
+    ("import", f"--peft adapter {OUT}", "not a PEFT adapter (it is a native one); give another folder"),
+    ("import", f"--peft none {OUT}", "none/adapter_config.json: no such file; expected a PEFT adapter folder"),
+    ("import", f"--peft nameless {OUT}", "names no base model; give it with --model"),
+    ("verify", f"{ADAPTER} --merged none", "none/config.json: no such file"),
+    ("verify", f"{ADAPTER} --merged peft", "peft/config.json: no such file"),
+    ("verify", f"{ADAPTER} --peft none", "none/adapter_config.json: no such file"),
+    ("verify", f"{ADAPTER} --peft adapter", "not a PEFT adapter (it is a native one)"),
+    ("verify", f"{ADAPTER} --merged other", "num_key_value_heads is 4, not 2 as in"),
+    ("verify", f"{ADAPTER} --merged cut/merged", "not a whole safetensors file"),
+    ("verify", f"{ADAPTER} --peft cut/peft", "not a whole safetensors file"),
+    ("verify", f"{ADAPTER} --in none", "nothing to check; give --merged DIR, --peft DIR or both"),
+    ("verify", f"{ADAPTER} --merged merged --in vllm", "--in vllm: 'vllm' is not one of transformers, peft, none"),
+    ("verify", f"{ADAPTER} --merged merged --in transformers,", "--in transformers,: '' is not one of"),
+    ("verify", f"{ADAPTER} --merged merged --in peft", "--in peft: peft has nothing to load; give --peft DIR"),
+    ("verify", f"{ADAPTER} --peft peft --in transformers", "transformers has nothing to load; give --merged DIR"),
+    ("verify", f"{ADAPTER} --merged merged --in transformers --dtype bf16", "fp32, so --dtype bf16 cannot"),
+    ("verify", f"{ADAPTER} --peft peft --dtype bf16", "--dtype bf16: a PEFT adapter is compared in fp32 only"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", WRONG)
+@pytest.fixture(scope="module")
+def wrong(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The exports, a run, an adapter whose base is gone, another model, cut/ with weights that are too short, a PEFT
+    folder that names no base, a file, and a link to nowhere."""
+    folder = shutil.copytree(exported, tmp_path_factory.mktemp("wrong") / "all")
+    for name in ("run/adapter", "lost"):
+        shutil.copytree(exported / "adapter", folder / name)
+    edit_json(folder / "lost" / "adapter_config.json", base_model="/gone")
+    write_tiny_model(folder / "other", num_kv_heads=4, tokenizer=False)
+    for name in ("merged", "peft"):
+        (weights,) = Path(shutil.copytree(exported / name, folder / "cut" / name)).glob("*.safetensors")
+        truncate(weights)
+    edit_json(
+        shutil.copytree(exported / "peft", folder / "nameless") / "adapter_config.json", base_model_name_or_path=None
+    )
+    (folder / "nameless" / EXPORT_RECORD).unlink()
+    (folder / "file").write_text("precious")
+    (folder / "link").symlink_to(folder / "nowhere")
+    return folder
+
+
+@pytest.mark.parametrize("case", WRONG, ids=lambda case: " ".join(case[:2]))
 def test_wrong_arguments_are_one_line(
-    exported: Path, tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    wrong: Path, case: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(exported, tmp_path, dirs_exist_ok=True)
-    shutil.copytree(exported / "adapter", tmp_path / "run" / "adapter")
-    shutil.copytree(exported / "adapter", tmp_path / "lost")
-    edit_json(tmp_path / "lost" / "adapter_config.json", base_model="/gone")
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").write_text("precious")
-    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    before = files_of(tmp_path)
-    arguments, message = WRONG[case]
-    for tool in ("merge", "export"):
-        if case == "peft folder" and tool == "merge":  # it takes one
-            continue
+    tools, words, message = case
+    monkeypatch.chdir(wrong)
+    before = files_of(wrong)
+    for tool in tools.split():
         with pytest.raises(SystemExit) as end:
-            run_command(partial(call, tool), arguments)
+            run_command(partial(call, tool), words.split())
         captured = capsys.readouterr()
         assert end.value.code == 2 and not captured.out
         assert captured.err.count("\n") == 1 and message in captured.err, captured.err
-    assert files_of(tmp_path) == before and (tmp_path / "link").is_symlink() and not (tmp_path / "nowhere").exists()
+    assert files_of(wrong) == before and (wrong / "link").is_symlink() and not (wrong / "nowhere").exists()

@@ -240,21 +240,3 @@ def test_the_commands_go_there_and_back(separate: Path, tmp_path: Path, capsys: 
     assert note.startswith(f"note: {tmp_path}/lora: modules that share one A here (q, k and v; gate and up) have an A")
     assert note.endswith("so training continues differently from PEFT's")
     assert f"as lora of rank 4 on qkv of 3 layers of {separate}" in said
-
-
-def test_wrong_arguments_of_the_import_are_one_line(separate: Path, tmp_path: Path) -> None:
-    exported(separate, tmp_path)
-    shutil.copytree(tmp_path / "peft", tmp_path / "nameless")
-    edit_json(tmp_path / "nameless" / CONFIG, base_model_name_or_path=None)
-    (tmp_path / "nameless" / EXPORT_RECORD).unlink()
-    before = sorted(item.name for item in tmp_path.iterdir())
-    wrong = {
-        "peft": ("adapter", "adapter exists; give a new folder"),
-        "adapter": ("out", "not a PEFT adapter (it is a native one); give another folder"),
-        "none": ("out", "none/adapter_config.json: no such file; expected a PEFT adapter folder"),
-        "nameless": ("out", "names no base model; give it with --model"),
-    }
-    for folder, (output, said) in wrong.items():
-        words = ["--peft", str(tmp_path / folder), "--output", str(tmp_path / output)]
-        assert said in refusal(call, "import", words)
-    assert sorted(item.name for item in tmp_path.iterdir()) == before

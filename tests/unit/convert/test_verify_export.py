@@ -13,8 +13,6 @@ from flipped_bits import flip_bit
 from native_files import Inputs, native_adapter, with_adapter
 from oracle import load_weights
 from safetensors.torch import save_file
-from task_files import refusal
-from tiny_models import write_tiny_model
 from wide_models import Peak, peak_of, write_wide_adapter, write_wide_model
 
 from megatron_tiedlora.base.output_folder import new_output
@@ -187,44 +185,6 @@ def test_a_large_model_is_not_loaded_whole(
     assert verify_export(*inputs).notes == ()
     asked = verify_export(*inputs, merged=exports["merged"], inside="transformers")
     assert tuple(by_name(asked)) == ("base without adapter", *MERGED)
-
-
-WRONG: list[tuple[str, str]] = [
-    ("--merged none", "none/config.json: no such file"),
-    ("--merged peft", "peft/config.json: no such file"),
-    ("--peft none", "none/adapter_config.json: no such file"),
-    ("--peft adapter", "not a PEFT adapter (it is a native one)"),
-    ("--merged other", "num_key_value_heads is 4, not 2 as in"),
-    ("--merged cut/merged", "not a whole safetensors file"),
-    ("--peft cut/peft", "not a whole safetensors file"),
-    ("--in none", "nothing to check; give --merged DIR, --peft DIR or both"),
-    ("--merged merged --in vllm", "--in vllm: 'vllm' is not one of transformers, peft, none"),
-    ("--merged merged --in transformers,", "--in transformers,: '' is not one of"),
-    ("--merged merged --in peft", "--in peft: peft has nothing to load; give --peft DIR"),
-    ("--peft peft --in transformers", "--in transformers: transformers has nothing to load; give --merged DIR"),
-    ("--merged merged --in transformers --dtype bf16", "transformers computes in fp32, so --dtype bf16 cannot"),
-    ("--peft peft --dtype bf16", "--dtype bf16: a PEFT adapter is compared in fp32 only"),
-]
-
-
-@pytest.fixture(scope="module")
-def wrong(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The exports, another model, and cut/ with weights that are too short."""
-    folder = tmp_path_factory.mktemp("wrong")
-    shutil.copytree(exported, folder, dirs_exist_ok=True)
-    write_tiny_model(folder / "other", num_kv_heads=4, tokenizer=False)
-    for name in ("merged", "peft"):
-        (weights,) = Path(shutil.copytree(exported / name, folder / "cut" / name)).glob("*.safetensors")
-        weights.write_bytes(weights.read_bytes()[:-10])
-    return folder
-
-
-@pytest.mark.parametrize(("words", "message"), WRONG)
-def test_what_cannot_be_checked_is_one_line(
-    wrong: Path, monkeypatch: pytest.MonkeyPatch, words: str, message: str
-) -> None:
-    monkeypatch.chdir(wrong)
-    assert message in refusal(lambda: call("verify", ["--adapter", "adapter", *words.split()]))
 
 
 def test_the_table_of_nan_fails() -> None:

@@ -251,7 +251,8 @@ def test_a_header_of_many_tensors_is_read_once(model: Path, tmp_path: Path) -> N
         sample_hash(weights)
     more = {f"y{index}": torch.zeros(0) for index in range(10_001)}
     save_file({**load_file(file), **more}, file)
-    assert "a header of 100," in refusal(read_header, file)
+    with pytest.raises(UserError, match=r"a header of 100,\d+ tensors"):  # and no cycle that keeps it in memory
+        read_header(file)
 
 
 def test_a_header_of_endless_numbers_is_one_line(tmp_path: Path) -> None:
