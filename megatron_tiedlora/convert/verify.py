@@ -144,20 +144,18 @@ def choose_runtimes(
     exports = {"transformers": merged, "peft": peft}
     there = tuple(name for name in RUNTIMES if exports[name] is not None)
     if given is None:
-        size, why = 4 * num_base_parameters(source.shape), ""
-        if dtype != torch.float32:
+        size, kind = 4 * num_base_parameters(source.shape), source.stored_base
+        if dtype != torch.float32 or not there:
             return (), ""
-        if there and size > LARGEST_WHOLE:
+        if size > LARGEST_WHOLE:
             words = f"takes {bytes_in_words(size)} in fp32; --in {','.join(there)} loads all of it there too"
             return (), f"{source.name} {words}"
+        if peft is None or (has_peft() and kind is None):
+            return there, ""
+        why = f"PEFT computes a base in {kind} in other ways, so it has not loaded the export; see --in"
         if not has_peft():
             why = "peft is not installed, so it has not loaded the export"
-        elif source.stored is not None:
-            kind = source.stored.base_format
-            why = f"PEFT computes a base in {kind} in other ways, so it has not loaded the export; see --in"
-        if why and "peft" in there:
-            return tuple(name for name in there if name != "peft"), why
-        return there, ""
+        return tuple(name for name in there if name != "peft"), why
     names = [] if given == "none" else given.split(",")
     for name in names:
         if name not in RUNTIMES:

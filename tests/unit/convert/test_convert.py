@@ -7,6 +7,7 @@ import json
 import shutil
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -93,27 +94,18 @@ def test_exports_compute_what_the_adapter_computes(
 
 def test_a_merged_folder_holds_a_whole_model_and_nothing_else(bases: dict[str, Path], tmp_path: Path) -> None:
     base = shutil.copytree(bases["mha_sharded"], tmp_path / "base")
-    (base / "demo_manifest.json").write_text("{}")
-    (base / "optimizer.json").write_text("{}")
-    (base / "README.md").write_text("of the base")
-    (base / "LICENSE.txt").write_text("terms")
-    (base / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
-    source, adapter, _ = with_adapter(base, "tl6")
-    merge_adapter(source, adapter, tmp_path / "merged")
-    found = {file.name for file in (tmp_path / "merged").iterdir()}
     shards = {file.name for file in base.glob("*.safetensors")}
     assert len(shards) > 3
-    assert found == shards | {
-        INDEX,
-        "config.json",
-        "generation_config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-        "LICENSE.txt",
-        MERGE_RECORD,
-    }
-    for file in (tmp_path / "merged").iterdir():
+    files = {*shards, INDEX, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    others = {"demo_manifest.json": "{}", "optimizer.json": "{}", "README.md": "of the base"}
+    kept = {"LICENSE.txt": "terms", "chat_template.jinja": "{% for m in messages %}{{ m['content'] }}{% endfor %}"}
+    for name, text in (others | kept).items():
+        (base / name).write_text(text)
+    source, adapter, _ = with_adapter(base, "tl6")
+    merge_adapter(source, adapter, tmp_path / "merged")
+    found = list((tmp_path / "merged").iterdir())
+    assert {file.name for file in found} == {*files, *kept, MERGE_RECORD}
+    for file in found:
         assert file.stat().st_mode & 0o044 == (tmp_path / "merged").stat().st_mode & 0o044, file  # others may read it
 
 
@@ -223,20 +215,13 @@ def test_peft_files_are_as_documented(base: Path, tmp_path: Path, layers: tuple[
     assert content == expected
     tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
     rows = {"q": slice(0, 32), "k": slice(32, 48), "v": slice(48, 64)}
-    names = {
-        f"base_model.model.model.layers.{layer - 1}.self_attn.{part}_proj.lora_{side}.weight"
-        for layer in layers or (1, 2, 3)
-        for part in "qkv"
-        for side in "AB"
-    }
-    assert tensors.keys() == names
-    for index, layer in enumerate(layers or (1, 2, 3)):
-        for part, cut in rows.items():
-            prefix = f"base_model.model.model.layers.{layer - 1}.self_attn.{part}_proj."
-            a, b = tensors[f"{prefix}lora_A.weight"], tensors[f"{prefix}lora_B.weight"]
-            assert a.dtype == b.dtype == torch.float32
-            torch.testing.assert_close(a, torch.diag(oracle.u[index]) @ oracle.A)
-            torch.testing.assert_close(b, 6 / 4 * (torch.diag(oracle.v[index]) @ oracle.B)[cut])
+    for (index, layer), (part, cut) in product(enumerate(layers or (1, 2, 3)), rows.items()):
+        module = f"base_model.model.model.layers.{layer - 1}.self_attn.{part}_proj"
+        a, b = (tensors.pop(f"{module}.lora_{side}.weight") for side in "AB")
+        assert a.dtype == b.dtype == torch.float32
+        torch.testing.assert_close(a, torch.diag(oracle.u[index]) @ oracle.A)
+        torch.testing.assert_close(b, 6 / 4 * (torch.diag(oracle.v[index]) @ oracle.B)[cut])
+    assert not tensors
 
 
 def test_padding_the_rank_changes_nothing(base: Path, inputs: Inputs, tmp_path: Path) -> None:
