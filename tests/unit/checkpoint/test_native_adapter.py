@@ -229,6 +229,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "more": (retensor(lambda t: t.update(more=torch.ones(1))), WEIGHTS, "holds a tensor 'more' that does not belong"),
     "no table": (edit(sha256=[1]), CONFIG, "is not a table of files and checksums"),
     "unsealed": (edit(alpha=7.0, seals=False), CONFIG, "does not match its own checksum"),
+    "precision": (edit(base_stored="int4"), CONFIG, "base_stored 'int4' is not one of bf16, fp16, fp32"),
     "unknown": (edit(targets=["qkv", "o_projj"]), CONFIG, "targets ['qkv', 'o_projj'] are not some of qkv, o_proj"),
     "order": (edit(targets=["gate_up", "qkv"]), CONFIG, "in this order"),
     "twice": (edit(targets=["qkv", "qkv"]), CONFIG, "in this order"),
