@@ -21,7 +21,7 @@ import torch
 from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.base.shapes import BASE_FORMATS, ModelShape
 from megatron_tiedlora.base.text_files import Size, Text, read_small_text
-from megatron_tiedlora.checkpoint.base_weights import RUN_LENGTH, SAMPLED_RUNS, BaseWeights
+from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import run_starts
 from megatron_tiedlora.data.tokenizer import tokenizer_hash
@@ -101,7 +101,7 @@ def identify_base(
     Raises:
         UserError: the tokenizer's files cannot be read.
     """
-    tokens = tokenizer or weights.folder
+    tokens = tokenizer or source.folder
     return replace(
         identify_shape(source, dtype, weights_hash=weights_hash(source, weights)),
         base_sample=sample_hash(weights),
@@ -114,7 +114,7 @@ def weights_hash(source: ModelSource, weights: "BaseWeights | WeightsInMemory") 
     """Hash of the final norm's weight in bf16 and of a merge's record."""
     # The same model is stored in fp32, fp16 and bf16; rounding to bf16 makes those copies equal.
     digest = hashlib.sha256(_bits(weights.read(f"{source.shape.final_norm.source}.weight")))
-    record = weights.folder and weights.folder / MERGE_RECORD
+    record = source.folder and source.folder / MERGE_RECORD
     if record and record.is_file():
         digest.update(read_small_text(record, kind="JSON").encode())
     return digest.hexdigest()
@@ -286,11 +286,6 @@ class WeightsInMemory:
     model: Any
     source: ModelSource
 
-    @property
-    def folder(self) -> Path | None:
-        """The folder that the model was loaded from, if it is one."""
-        return self.source.folder
-
     @cached_property
     def rules(self) -> tuple[WeightRule, ...]:
         """The model's name table."""
@@ -316,7 +311,7 @@ class WeightsInMemory:
     def sample(self, name: str) -> torch.Tensor:
         """The values that `BaseWeights.sample` takes."""
         flat = self.read(name).flatten()
-        starts, length = run_starts(flat.numel(), count=SAMPLED_RUNS, length=RUN_LENGTH)
+        starts, length = run_starts(flat.numel())
         return torch.cat([flat[start : start + length] for start in starts]).cpu()
 
 

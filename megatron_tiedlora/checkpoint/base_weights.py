@@ -7,8 +7,9 @@ and checkpoints of such weights are written, to test memory and speed without a 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,7 +26,6 @@ from megatron_tiedlora.checkpoint.tensor_files import (
     INDEX_FILE,
     LARGEST_HEADER,
     SINGLE_FILE,
-    Header,
     StoredWeights,
     StreamedTensor,
     read_header,
@@ -50,7 +50,6 @@ from megatron_tiedlora.parallel.shard_spec import stream_seed
 _LONGEST_NAME = 60  # of a file name; model-00001-of-00030.safetensors has half as many characters
 _COMPARED_ROWS = 4096  # of two tensors, at a time
 Access = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
-SAMPLED_RUNS, RUN_LENGTH = 8, 512  # of the values that identify a tensor
 
 
 def weight_map(folder: Path) -> dict[str, Path]:
@@ -90,37 +89,26 @@ def open_weights(file: Path) -> Any:
         raise UserError(f"{file}: not a whole safetensors file ({error}); download or copy it again") from None
 
 
-class WeightFiles:
+class WeightFiles(ExitStack):
     """The safetensors files of a folder. They are memory-mapped, each when a tensor of it is asked for.
 
     Attributes:
         file_of: the file that holds each tensor, by the tensor's name.
+        header: the header of a file; see `read_header`.
     """
 
     def __init__(self, folder: Path) -> None:
+        super().__init__()
         self.folder = folder
         self.file_of = weight_map(folder)
-        self._open = ExitStack()
+        self.header = cache(read_header)
         self._readers: dict[Path, Any] = {}
-        self._headers: dict[Path, Header] = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._open.close()
 
     def reader(self, file: Path) -> Any:
         """The opened file; see `open_weights`."""
         if file not in self._readers:
-            self._readers[file] = self._open.enter_context(open_weights(file))
+            self._readers[file] = self.enter_context(open_weights(file))
         return self._readers[file]
-
-    def header(self, file: Path) -> Header:
-        """The header of a file; see `read_header`."""
-        if file not in self._headers:
-            self._headers[file] = read_header(file)
-        return self._headers[file]
 
     def stored(self, name: str) -> Any:
         """The stored tensor of this name, from which slices are read; None if there is none."""
@@ -204,7 +192,7 @@ class BaseWeights(WeightFiles):
 
     def _sample(self, name: str) -> torch.Tensor:
         file = self.file_of[name]
-        return read_runs(file, self.header(file), name, count=SAMPLED_RUNS, length=RUN_LENGTH)
+        return read_runs(file, self.header(file), name)
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of a tensor of the name table that is not quantised."""
@@ -365,28 +353,21 @@ def write_random_model(values: Mapping[str, Any], output: Path, *, name: str, se
         UserError: `output` exists, or the disk has too little space.
     """
     reject_existing(output, flag=f"--output {output}")
-    shapes = stored_shapes(weight_rules(shape_from_hf(values, source=name)))
-    files = sharded([_random_tensor(hf_name, shape, seed=seed) for hf_name, shape in shapes.items()])
+
+    def drawn(tensor: str, shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
+        empty = torch.empty(shape, dtype=torch.bfloat16)
+        yield draw_(empty, name=tensor, full_shape=shape, seed=stream_seed(seed, tensor))
+
+    shapes = stored_shapes(weight_rules(shape_from_hf(values, source=name))).items()
+    files = sharded([StreamedTensor(one, torch.bfloat16, shape, partial(drawn, one, shape)) for one, shape in shapes])
     needed = sum(file.value_bytes for file in files)
     require_room(nearest_existing(output.parent), needed, output=output)
     with new_folder(output) as folder:
         write_files(folder, files, bar=name, progress=True)
-        kinds = values.get("architectures") or [_class_name(values)]
+        if not (kinds := values.get("architectures")):  # the names of model classes; a machine may lack transformers
+            from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+            kinds = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[values["model_type"]]]
         write_json(folder / "config.json", {**values, "architectures": kinds, "dtype": "bfloat16"})
         if name == TINY:
             save_tokenizer(byte_tokenizer(values["max_position_embeddings"]), folder)
-
-
-def _random_tensor(name: str, shape: tuple[int, ...], *, seed: int) -> StreamedTensor:
-    def drawn() -> Iterator[torch.Tensor]:
-        empty = torch.empty(shape, dtype=torch.bfloat16)
-        yield draw_(empty, name=name, full_shape=shape, seed=stream_seed(seed, name))
-
-    return StreamedTensor(name, torch.bfloat16, shape, drawn)
-
-
-def _class_name(values: Mapping[str, Any]) -> str:
-    """The name of the model's class in transformers, which a machine without it may lack."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[values["model_type"]])

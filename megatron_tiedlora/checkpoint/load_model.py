@@ -87,9 +87,8 @@ class MergedWeights(BaseWeights):
         super().__init__(source.weights_folder(), source.shape, source.stored)
         self._adapter, self._base_format = adapter, None if base_format is None else BASE_FORMATS[base_format]
         self._places = {} if adapter is None else changed_tensors(adapter.config, source.shape)
-        requantised = () if base_format is None else stored_shapes(quantised_rules(source.shape)).keys()
-        self.changed = frozenset((*self._places, *requantised))
-        self._requantised = frozenset(requantised)
+        self._requantised = frozenset(() if base_format is None else stored_shapes(quantised_rules(source.shape)))
+        self.changed = self._requantised | self._places.keys()
         self._last: tuple[str, torch.Tensor, torch.Tensor] | None = None
 
     def read(self, name: str, part: slice | None = None, dim: int = 0) -> torch.Tensor:

@@ -162,9 +162,8 @@ class StoredAdapter(BaseIdentity):
     @staticmethod
     def of(config: AdapterConfig, base_identity: BaseIdentity) -> "StoredAdapter":
         """The record of an adapter."""
-        shared: dict[str, Any] = {name: getattr(config, name) for name in _SHARED - {"targets"}}
-        lists = {"layers": list(config.layers), "targets": [target.name for target in config.targets]}
-        return StoredAdapter(**{**asdict(base_identity), **shared, **lists}, qkv_layout=_LAYOUT)
+        own = {name: getattr(config, name) for name in ("seed", "init_std_a", "init_std_b")}
+        return StoredAdapter(**asdict(base_identity), **config.facts, **own, qkv_layout=_LAYOUT)
 
     def fields(self) -> dict[str, Any]:
         """The fields as they are written, without unknown (None) ones."""
@@ -176,14 +175,10 @@ class StoredAdapter(BaseIdentity):
     def config(self) -> AdapterConfig:
         """The adapter's config."""
         query, kv = (number * self.head_dim for number in (self.num_attention_heads, self.num_key_value_heads))
-        shared: dict[str, Any] = {name: getattr(self, name) for name in _SHARED - {"targets"}}
-        targets = sized_targets(
-            self.targets,
-            hidden_size=self.hidden_size,
-            qkv_rows=(query, kv, kv),
-            intermediate_size=self.intermediate_size,
-        )
-        return AdapterConfig(**{**shared, "layers": tuple(self.layers), "targets": targets})
+        sizes = {"hidden_size": self.hidden_size, "intermediate_size": self.intermediate_size}
+        targets = sized_targets(self.targets, qkv_rows=(query, kv, kv), **sizes)
+        start = self.seed, self.init_std_a, self.init_std_b
+        return AdapterConfig(self.method, self.rank, self.alpha, tuple(self.layers), targets, *start)
 
     @property
     def base_identity(self) -> BaseIdentity:
@@ -223,7 +218,6 @@ def check_ranges(values: Any, *, source: str = "") -> None:
             raise UserError(f"{source}{name} = {value:g} is not between {smallest:g} and {largest:g}")
 
 
-_SHARED = {field.name for field in fields(StoredAdapter)} & {field.name for field in fields(AdapterConfig)}
 _LAYOUT = "q|k|v"
 _ORDER = (  # of the fields in the file
     *("method", "rank", "alpha", *SHAPE_FIELDS, "qkv_layout", "targets", "layers", "base_model", *HASH_FIELDS),

@@ -172,7 +172,7 @@ def find_newest_checkpoint(checkpoints: Path) -> Checkpoint | None:
         notes.append(str(error))
     if named is not None:  # a run that resumed from an earlier one may not have removed the later ones yet
         limit = _step(named)
-        found = [*(f for f in found if _step(f) <= limit), *(f for f in found if _step(f) > limit)]
+        found.sort(key=lambda folder: _step(folder) > limit)
     for folder in found:
         try:
             checkpoint = load_checkpoint(folder)
@@ -181,19 +181,15 @@ def find_newest_checkpoint(checkpoints: Path) -> Checkpoint | None:
                 raise  # a temporary fault of a disk or network: the checkpoint may be intact
             notes.append(f"skipped {folder.name}: {error}")
         else:
-            notes += _later(checkpoints, checkpoint.progress.step, notes)
+            said = " ".join(notes)
+            for item in sorted(checkpoints.glob("step_*"), key=_step):
+                if _step(item) > checkpoint.progress.step and f"skipped {item.name}:" not in said:
+                    why = "is a link" if item.is_symlink() else f"is later than what {LATEST_FILE} names"
+                    notes.append(f"skipped {item.name}: {why}")
             return replace(checkpoint, notes=tuple(notes))
     if notes:
         raise UserError(f"{checkpoints}: no checkpoint is intact ({'; '.join(notes)}); restore one or start a new run")
     return None
-
-
-def _later(checkpoints: Path, step: int, notes: list[str]) -> list[str]:
-    """Notes on the checkpoints after `step` that are not in `notes` yet."""
-    known = " ".join(notes)
-    later = [item for item in sorted(checkpoints.glob("step_*"), key=_step) if _step(item) > step]
-    why = {item.name: "is a link" if item.is_symlink() else f"is later than what {LATEST_FILE} names" for item in later}
-    return [f"skipped {name}: {reason}" for name, reason in why.items() if f"skipped {name}:" not in known]
 
 
 def named_checkpoint(checkpoints: Path) -> Path | None:
@@ -212,9 +208,8 @@ def recorded_settings(folders: Iterable[Path]) -> Mapping[str, Any] | None:
     none of them can be read."""
     for folder in folders:
         content = None if folder.is_symlink() else read_json_or_none(folder / PROGRESS_FILE)
-        if content is not None and isinstance(content.get("settings"), dict):
-            found: Mapping[str, Any] = content["settings"]
-            return found
+        if isinstance(settings := (content or {}).get("settings"), dict):
+            return settings
     return None
 
 

@@ -51,18 +51,14 @@ class ModelSource:
         field that was added later is hashed only if its value differs from that of all earlier models.
         """
         shape, block = self.shape, self.shape.block
+        same_names = "vocab_size", "hidden_size", "intermediate_size", "num_layers", "max_positions", "tied_embeddings"
         fields: dict[str, Any] = {
-            "vocab_size": shape.vocab_size,
-            "hidden_size": shape.hidden_size,
-            "intermediate_size": shape.intermediate_size,
-            "num_layers": shape.num_layers,
+            **{name: getattr(shape, name) for name in same_names},
             "num_heads": shape.heads.num,
             "num_kv_heads": shape.heads.num_kv,
             "head_dim": shape.heads.dim,
             "norm_eps": shape.final_norm.eps,
             "rope": _hashed_rope(shape.heads.rope),
-            "max_positions": shape.max_positions,
-            "tied_embeddings": shape.tied_embeddings,
             "attention_bias": block.qkv.bias,
         }
         if block.output.bias != block.qkv.bias:
@@ -133,16 +129,11 @@ def find_model(name: str, *, weights: bool = True) -> ModelSource:
     """
     if is_preset(name):
         return ModelSource(name, None, shape_from_hf(PRESETS[name], source=name))
-    folder = local_folder(name)
-    from_hub = folder is None
-    folder = folder or _downloaded(name, weights=weights)
+    local = local_folder(name)
+    folder = local or _downloaded(name, weights=weights)
     values, file = read_hf_config(folder), str(folder / "config.json")
-    return ModelSource(name, folder, shape_from_hf(values, source=file), from_hub, stored_format(values, source=file))
-
-
-def is_model_on_hub(name: str) -> bool:
-    """Whether --model NAME means OWNER/MODEL on the hub if there is no such folder."""
-    return "/" in name and may_be_hub_id(name)
+    stored = stored_format(values, source=file)
+    return ModelSource(name, folder, shape_from_hf(values, source=file), from_hub=local is None, stored=stored)
 
 
 def demo_model_path() -> Path:
@@ -150,22 +141,16 @@ def demo_model_path() -> Path:
     return user_cache() / "demo_model"
 
 
-def prepared_model(name: str) -> Path | None:
-    """`demo_model_path` if `name`, the value of --model, means that model; else None."""
-    return demo_model_path() if name == "demo" else None
-
-
 def local_folder(name: str) -> Path | None:
     """The folder that --model names; None if it is a hub id. Raises UserError if it is neither."""
-    prepared = prepared_model(name)
-    folder = prepared or user_path(name)
+    folder = demo_model_path() if name == "demo" else user_path(name)
     if folder.is_dir():
         return folder
-    if prepared is not None:
+    if name == "demo":
         raise UserError(f"{folder}: the demo model is not prepared; run `tiedlora prepare-demo` (make train does)")
     if folder.exists():
         raise UserError(f"--model {name} is a file; give the folder that holds config.json and the safetensors files")
-    if not is_model_on_hub(name):
+    if "/" not in name or not may_be_hub_id(name):
         raise UserError(f"--model {name}: no such folder")
     return None
 

@@ -43,6 +43,7 @@ BYTE_TYPES = {"U8": torch.uint8, "F8_E4M3": torch.uint8}  # codes of quantised w
 TYPE_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # as flags name them
 SHARD_BYTES = 2 * 10**9
+SAMPLED_RUNS, RUN_LENGTH = 8, 512  # of the values that identify a tensor
 
 
 def read_tensors(
@@ -143,9 +144,9 @@ def read_header(file: Path) -> Header:
     return header
 
 
-def read_runs(file: Path, header: Header, name: str, *, count: int, length: int) -> torch.Tensor:
-    """Values of one tensor of a file: `count` runs of `length` consecutive values, spread evenly from its first value
-    to its last; all values if it has no more than that.
+def read_runs(file: Path, header: Header, name: str) -> torch.Tensor:
+    """Values of one tensor of a file: `SAMPLED_RUNS` runs of `RUN_LENGTH` consecutive values, spread evenly from its
+    first value to its last; all values if it has no more than that.
 
     Only these values are read. Codes of quantised weights are bytes. A memory map would read ahead, by megabytes for
     each run on some systems.
@@ -160,7 +161,7 @@ def read_runs(file: Path, header: Header, name: str, *, count: int, length: int)
             raise UserError(f"{file}: {name} is missing, or not floating point")
         size = math.prod(entry["shape"])
         begin += entry["data_offsets"][0]
-        starts, length = run_starts(size, count=count, length=length)
+        starts, length = run_starts(size)
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
         runs = [os.pread(stream.fileno(), length * dtype.itemsize, begin + start * dtype.itemsize) for start in starts]
     raw = bytearray().join(runs)
@@ -169,11 +170,11 @@ def read_runs(file: Path, header: Header, name: str, *, count: int, length: int)
     return torch.frombuffer(raw, dtype=dtype) if raw else torch.zeros(0, dtype=dtype)
 
 
-def run_starts(size: int, *, count: int, length: int) -> tuple[list[int], int]:
-    """The first positions, and the length, of `count` runs of `length` among `size` values; one run if they are few."""
-    if size <= count * length:
+def run_starts(size: int) -> tuple[list[int], int]:
+    """The first positions, and the length, of the runs of `read_runs` among `size` values; one run if they are few."""
+    if size <= SAMPLED_RUNS * RUN_LENGTH:
         return [0], size
-    return [index * (size - length) // (count - 1) for index in range(count)], length
+    return [index * (size - RUN_LENGTH) // (SAMPLED_RUNS - 1) for index in range(SAMPLED_RUNS)], RUN_LENGTH
 
 
 @contextmanager

@@ -6,7 +6,7 @@ a time. For a loss, rows are processed in groups whose activations fit into the 
 for each group.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ import psutil
 import torch
 from torch import nn
 
+from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
 from megatron_tiedlora.base.grouping import filled
 from megatron_tiedlora.base.progress import progress_bar
@@ -81,22 +82,18 @@ def layerwise_loss(
         progress: show a bar.
     """
     layers, total = _Layers(shape, dtype, device, between), 0.0
-    for group in _groups(batches, shape.hidden_size * dtype.itemsize):
+    # Groups of batches whose activations fit into memory together, at least one, made as they are needed.
+    most, of_token = _SHARE * psutil.virtual_memory().available, shape.hidden_size * dtype.itemsize
+    for group in filled((batch, batch.tokens.numel() * of_token, most) for batch in batches):
         with progress_bar("loss", "layer", total=shape.num_layers + 2, shows=progress) as bar:
             inputs = [(batch.tokens, batch.positions) for batch in group]
-            hidden = layers.hidden([(read, {"": adapter})], inputs, bar)[""]
+            hidden = layers.hidden([(read, {ONLY: adapter})], inputs, bar)[ONLY]
             head = layers.head(read, 0, shape.vocab_size)
             for batch, states in zip(group, hidden, strict=True):
                 supervised = batch.supervised()
                 rows = states.flatten(0, 1)[supervised.rows][None].to(device)
                 total += head(rows, TensorParallel(), supervised.moved(lambda tensor: tensor.to(device))).item()
     return total
-
-
-def _groups(batches: Iterable[MicroBatch], bytes_per_token: int) -> Iterator[list[MicroBatch]]:
-    """Batches whose activations fit into memory together; at least one. They are made as they are needed."""
-    most = _SHARE * psutil.virtual_memory().available
-    return filled((batch, batch.tokens.numel() * bytes_per_token, most) for batch in batches)
 
 
 @dataclass(frozen=True)
@@ -127,7 +124,10 @@ class _Layers:
             for read, adapters in models:
                 _fill(stage, (rule for rule in rules if rule.layer == spec.index), read)
                 for name, adapter in adapters.items():
-                    updates = self._updates(adapter, spec.index)
+                    updates: dict[int, LayerUpdate] = {}
+                    if adapter is not None and spec.index in adapter.config.layers:
+                        part = adapter_part(adapter, range(spec.index, spec.index + 1), Grid(0, 1), self.device)
+                        updates = dict(zip([spec.index], part(ALONE, dtype=self.dtype), strict=True))
                     for index, (_, positions) in enumerate(inputs):
                         states = hidden[name][index].to(self.device)
                         found = stage.predict(states, positions.to(self.device), updates=updates)
@@ -173,14 +173,6 @@ class _Layers:
         """The stored tensor of the embedding (layer 0), or of the head."""
         linear = self.shape.embedding if layer == 0 or self.shape.tied_embeddings else self.shape.head
         return f"{linear.sources[0].module}.weight"
-
-    def _updates(self, adapter: NativeAdapter | None, layer: int) -> dict[int, LayerUpdate]:
-        """The adapter's update of one layer, by the layer; empty if it has none there."""
-        if adapter is None or layer not in adapter.config.layers:
-            return {}
-        part = adapter_part(adapter, range(layer, layer + 1), Grid(0, 1), self.device)
-        (update,) = part(ALONE, dtype=self.dtype)
-        return {layer: update}
 
 
 def _fill(module: nn.Module, rules: Iterable[WeightRule], read: ReadRows) -> None:

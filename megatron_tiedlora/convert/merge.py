@@ -144,8 +144,11 @@ def merge_adapter(
                 shutil.copyfile(file, temporary / file.name)
             if quantised or dtype is not None:
                 _restate_config(temporary / "config.json", dtype, dequantised=quantised)
-            if not quantised and dtype is not None:
-                _restate_size(temporary / INDEX_FILE, sum(file.value_bytes for file in files))
+            if not quantised and dtype is not None and (index := temporary / INDEX_FILE).is_file():
+                values = read_json_object(index, kind="a safetensors index")
+                metadata = values["metadata"] if isinstance(values.get("metadata"), dict) else {}
+                size = sum(file.value_bytes for file in files)
+                write_json(index, {**values, "metadata": {**metadata, "total_size": size}})
             if saved is not None:
                 save_tokenizer(saved, temporary)
             write_json(temporary / MERGE_RECORD, record)
@@ -302,11 +305,3 @@ def _restate_config(config_file: Path, dtype: torch.dtype | None, *, dequantised
         for name in {"torch_dtype", "dtype"} & values.keys() or {"torch_dtype"}:
             values[name] = str(dtype).removeprefix("torch.")
     write_json(config_file, values)
-
-
-def _restate_size(index_file: Path, size: int) -> None:
-    if index_file.is_file():
-        values = read_json_object(index_file, kind="a safetensors index")
-        metadata = values.get("metadata")
-        values["metadata"] = {**(metadata if isinstance(metadata, dict) else {}), "total_size": size}
-        write_json(index_file, values)

@@ -40,9 +40,7 @@ class NemoArchive:
         with readable(path, "cannot be read as a .nemo archive"):
             with path.open("rb") as stream:
                 if stream.read(2) == b"\x1f\x8b":
-                    raise UserError(
-                        f"{path}: is compressed with gzip. Decompress it first: gzip -dc {path} > NEW.nemo"
-                    )
+                    raise UserError(f"{path}: is compressed with gzip. Decompress it first: gzip -dc {path} > NEW.nemo")
             self.members = {str(PurePosixPath(member.name)): member for member in _tar_members(path)}
 
     def read(self, member: str, *, largest: int) -> bytes:

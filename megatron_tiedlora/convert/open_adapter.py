@@ -239,15 +239,16 @@ def read_peft(folder: Path, source: ModelSource, *, tied: bool = True) -> Opened
             native, notes = _travelled(folder, lora, source)
             notes += unused
             native = native if tied else None
-            found = native_lora(lora, source) if native is None else Native(native.config, dict(native.state))
+            found: Native = native_lora(lora, source) if native is None else (native.config, native.state, None)
         case "VERA":
             found = read_vera(folder, content, source)
         case other:
             raise UserError(f"{file}: peft_type {as_given(other)} is not supported; only LORA and VERA are")
-    read_alpha(found.config.alpha, f"{file}: its native alpha")
-    check_update(found.config, found.state, source=folder / WEIGHTS_FILE)
-    apart = found.apart and f"{folder}: {found.apart}, so training continues differently from PEFT's"
-    return OpenedAdapter(source, "peft", found.config, found.state, native, apart=apart, notes=notes)
+    config, state, why = found
+    read_alpha(config.alpha, f"{file}: its native alpha")
+    check_update(config, state, source=folder / WEIGHTS_FILE)
+    apart = why and f"{folder}: {why}, so training continues differently from PEFT's"
+    return OpenedAdapter(source, "peft", config, state, native, apart=apart, notes=notes)
 
 
 def _travelled(folder: Path, lora: Lora, source: ModelSource) -> tuple[NativeAdapter | None, tuple[str, ...]]:

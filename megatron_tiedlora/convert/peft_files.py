@@ -44,6 +44,7 @@ from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import read_header, read_tensors
 from megatron_tiedlora.config.train_fields import LARGEST_ALPHA, SMALLEST_ALPHA
 from megatron_tiedlora.convert.export_peft import target_modules
+from megatron_tiedlora.parallel.agreement import SentTensor
 
 T = TypeVar("T")
 _LARGEST_RANK = 2**20
@@ -195,7 +196,7 @@ def read_factors(
     source: ModelSource,
     *,
     kind: str,
-    shared: Mapping[str, tuple[int, ...]] | None = None,
+    shared: Mapping[str, tuple[int, ...]],
 ) -> tuple[dict[Module, tuple[torch.Tensor, ...]], list[torch.Tensor]]:
     """The fp32 tensors of each chosen module and the shared ones, in the order of `of_module` and `shared`.
 
@@ -206,7 +207,7 @@ def read_factors(
     Raises:
         UserError: a tensor is missing, does not belong to a chosen module, or has another shape than `source` needs.
     """
-    file, shared = folder / WEIGHTS_FILE, shared or {}
+    file = folder / WEIGHTS_FILE
     if not file.is_file() and (folder / "adapter_model.bin").is_file():
         raise UserError(f"{folder / 'adapter_model.bin'}: pickled weights are not read; save them as {WEIGHTS_FILE}")
     keys = {module: [f"base_model.model.{name}.{factor}" for factor in of_module] for name, module in chosen.items()}
@@ -349,22 +350,15 @@ def read_lora(folder: Path, content: Mapping[str, Any], source: ModelSource) -> 
         "lora_A.weight": lambda module: (ranks[module], sizes[module.name][0]),
         "lora_B.weight": lambda module: (sizes[module.name][1], ranks[module]),
     }
-    factors, _ = read_factors(folder, chosen, stored, source, kind="LoRA")
+    factors, _ = read_factors(folder, chosen, stored, source, kind="LoRA", shared={})
     divisor = math.sqrt if content.get("use_rslora") else float
     lora = {key: Pair(a, b, alphas[key] / divisor(ranks[key])) for key, (a, b) in factors.items()}
     return lora, (*rank_notes, *alpha_notes)
 
 
-class Native(NamedTuple):
-    """Config and full fp32 tensors of a native adapter that is equal to one of PEFT.
-
-    Attributes:
-        apart: why training continues differently from PEFT's; None if it does not.
-    """
-
-    config: AdapterConfig
-    state: dict[str, torch.Tensor]
-    apart: str | None = None
+# Config and full fp32 tensors of a native adapter that is equal to one of PEFT, and why training continues differently
+# from PEFT's; None if it does not.
+Native = tuple[AdapterConfig, Mapping[str, SentTensor], str | None]
 
 
 def native_lora(lora: Lora, source: ModelSource) -> Native:
@@ -384,10 +378,13 @@ def native_lora(lora: Lora, source: ModelSource) -> Native:
         state[f"{target.prefix}A"] = pad(a, (0, 0, 0, full_rank - a.shape[1]))
         state[f"{target.prefix}B"] = pad(b, (0, full_rank - a.shape[1]))
     if not all(together for _, _, together in joined.values()):
-        apart = "modules that share one A here (q, k and v; gate and up) have an A each in it, or no adapter"
-        return Native(config, state, apart)
+        return (
+            config,
+            state,
+            "modules that share one A here (q, k and v; gate and up) have an A each in it, or no adapter",
+        )
     one_scale = len({pair.scale for pair in lora.values()}) == 1
-    return Native(config, state, None if one_scale else "its modules have several scales alpha / r, and one here")
+    return config, state, None if one_scale else "its modules have several scales alpha / r, and one here"
 
 
 def read_alpha(alpha: Any, what: str) -> float:
@@ -453,13 +450,14 @@ def read_vera(folder: Path, content: Mapping[str, Any], source: ModelSource) -> 
     }
     vectors, (a, b) = read_factors(folder, chosen, stored, source, kind="VeRA", shared=shared)
     layers, adapted = tuple(sorted({layer for layer, _ in vectors})), adapted_linears(vectors, source)
-    if all(_is_one_module(linear, layers, vectors) for linear in adapted.values()):
+    modules = {target: {rows.module for rows in linear.sources} for target, linear in adapted.items()}
+    if all(len(names) == 1 and all((layer, *names) in vectors for layer in layers) for names in modules.values()):
         targets = targets_of(source.shape, tuple(adapted))
         config = make_adapter_config("vera", rank=rank, alpha=rank, layers=layers, targets=targets, seed=0)
         state: dict[str, torch.Tensor] = {}
         for target in targets:
             linear = adapted[target.name]
-            (name,) = {part.module for part in linear.sources}
+            (name,) = modules[target.name]
             parts = zip(linear.sources, linear.blocks, strict=True)
             rows = torch.cat([torch.arange(part.start, part.start + size) for part, size in parts])
             of_layers = [vectors[Module(layer, name)] for layer in layers]
@@ -469,15 +467,10 @@ def read_vera(folder: Path, content: Mapping[str, Any], source: ModelSource) -> 
                 f"{target.prefix}u": torch.stack([u for _, u in of_layers]),
                 f"{target.prefix}v": torch.stack([v[rows] for v, _ in of_layers]),
             }
-        return Native(config, state)
+        return config, state, None
     pairs = {}
     for module, (v, u) in vectors.items():
         in_size, out_size = sizes[module.name]
         pairs[module] = Pair(a[:, :in_size], (v.double()[:, None] * b[:out_size] * u.double()).float())
-    return native_lora(pairs, source)._replace(apart="its vectors are a part of the A and B of a lora here")
-
-
-def _is_one_module(linear: LinearShape, layers: tuple[int, ...], adapted: Collection[Module]) -> bool:
-    """Whether a linear is stored as one module, which is adapted in all `layers`."""
-    names = {rows.module for rows in linear.sources}
-    return len(names) == 1 and all(Module(layer, *names) in adapted for layer in layers)
+    config, loras, _ = native_lora(pairs, source)
+    return config, loras, "its vectors are a part of the A and B of a lora here"

@@ -9,8 +9,8 @@ model fits, they are also computed in the software that users load the exports w
 
 import importlib.util
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -88,22 +88,20 @@ class LogitComparison:
     wanted: Wanted
 
     @property
-    def passed(self) -> bool:
-        """Whether the difference is as wanted; NaN never is."""
-        if self.wanted == "different":
-            return self.largest > 0
-        return self.largest <= (TOLERANCE if self.wanted == "equal" else float("inf"))
-
-    @property
     def verdict(self) -> str:
         """The last column of the table."""
         if self.wanted == "different":
-            if not self.passed:
+            if not self.largest > 0:
                 return "FAILED: the adapter changes nothing"
             return "differs, as it should" if self.largest > TOLERANCE else "differs by less than the tolerance"
-        if not self.passed:
+        if not self.largest <= (TOLERANCE if self.wanted == "equal" else float("inf")):
             return f"FAILED: above {TOLERANCE:.0e}"
         return "ok" if self.wanted == "equal" else "for information"
+
+    @property
+    def passed(self) -> bool:
+        """Whether the difference is as wanted; NaN never is."""
+        return not self.verdict.startswith("FAILED")
 
 
 @dataclass(frozen=True)
@@ -146,20 +144,18 @@ def choose_runtimes(
     exports = {"transformers": merged, "peft": peft}
     there = tuple(name for name in RUNTIMES if exports[name] is not None)
     if given is None:
-        size, why = 4 * num_base_parameters(source.shape), ""
-        if dtype != torch.float32:
+        size, kind = 4 * num_base_parameters(source.shape), source.stored_base
+        if dtype != torch.float32 or not there:
             return (), ""
-        if there and size > LARGEST_WHOLE:
+        if size > LARGEST_WHOLE:
             words = f"takes {bytes_in_words(size)} in fp32; --in {','.join(there)} loads all of it there too"
             return (), f"{source.name} {words}"
+        if peft is None or (has_peft() and kind is None):
+            return there, ""
+        why = f"PEFT computes a base in {kind} in other ways, so it has not loaded the export; see --in"
         if not has_peft():
             why = "peft is not installed, so it has not loaded the export"
-        elif source.stored is not None:
-            kind = source.stored.base_format
-            why = f"PEFT computes a base in {kind} in other ways, so it has not loaded the export; see --in"
-        if why and "peft" in there:
-            return tuple(name for name in there if name != "peft"), why
-        return there, ""
+        return tuple(name for name in there if name != "peft"), why
     names = [] if given == "none" else given.split(",")
     for name in names:
         if name not in RUNTIMES:
@@ -314,8 +310,14 @@ def transformers_logits(
 ) -> torch.Tensor:
     """Logits (b, s, V) of the model in `folder`, put into `wrap`. Raises UserError if it does not load."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
-    with _quiet_transformers():
+    # Without transformers' progress bar for each model (ours counts models), and its warning about PEFT's calls.
+    with ExitStack() as quiet:
+        if logging.is_progress_bar_enabled():
+            logging.disable_progress_bar()
+            quiet.callback(logging.enable_progress_bar)
+        quiet.enter_context(warnings.catch_warnings(action="ignore", category=FutureWarning))
         try:
             loaded = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -330,22 +332,6 @@ def transformers_logits(
     with torch.no_grad():
         logits: torch.Tensor = model(tokens).logits
     return logits
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Disable transformers' progress bar for each model (ours counts models), and its warning about PEFT's calls."""
-    from transformers.utils import logging as transformers_logging
-
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 # The bits of a merged folder ----------------------------------------------------------------------------------------
@@ -464,17 +450,11 @@ def _compare_values(
         if not count:
             first_row = rows.start + int(different.any(1).nonzero()[0])
         count += int(different.sum())
-        furthest = max(furthest, _steps(found, wanted))
+        # The bits of positive numbers grow with them, and those of negative ones have a sign bit.
+        lowest = torch.iinfo(found.dtype).min
+        first, second = (torch.where(bits < 0, lowest - bits, bits).double() for bits in (found, wanted))
+        furthest = max(furthest, int((first - second).abs().max()))
     if not count:
         return None
     where = f"in {count_text(count, 'value')}, first in row {first_row}"
     return f"differs from {like} {where}, by up to {count_text(furthest, 'unit')} in the last place"
-
-
-def _steps(found: torch.Tensor, wanted: torch.Tensor) -> int:
-    """The largest difference of two float tensors, given by their bits, in units in the last place."""
-    # The bits of positive numbers grow with them, and those of negative ones have a sign bit.
-    lowest = torch.iinfo(found.dtype).min
-    ordered = (torch.where(bits < 0, lowest - bits, bits).double() for bits in (found, wanted))
-    first, second = ordered
-    return int((first - second).abs().max())

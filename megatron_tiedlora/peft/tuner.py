@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftType
@@ -92,16 +92,9 @@ class TiedLoraConfig(PeftConfig):
         """Fill in what was left out, for a model of this shape and identity. Raises UserError if they do not fit."""
         layers = list(range(1, shape.num_layers + 1) if self.layers is None else self.layers)
         check_layers(layers, shape.num_layers)
-        config = make_adapter_config(
-            self.method,
-            rank=self.r,
-            layers=tuple(layers),
-            targets=targets_of(shape, self.targets),
-            seed=self.seed,
-            alpha=self.alpha,
-            init_std_a=self.init_std_a,
-            init_std_b=self.init_std_b,
-        )
+        own: dict[str, Any] = {name: getattr(self, name) for name in ("seed", "alpha", "init_std_a", "init_std_b")}
+        targets = targets_of(shape, self.targets)
+        config = make_adapter_config(self.method, rank=self.r, layers=tuple(layers), targets=targets, **own)
         self.alpha, self.layers = config.alpha, layers
         self.init_std_a, self.init_std_b = config.init_std_a, config.init_std_b
         self.base = self.base or asdict(base)
@@ -138,10 +131,9 @@ def weights_match(folder: Path) -> bool:
         UserError: they differ, or the config is not valid.
     """
     weights, (*_, sums) = folder / WEIGHTS_FILE, read_config(folder)
-    if not weights.is_file():
-        return False
-    check_file(weights, sums)
-    return True
+    if there := weights.is_file():
+        check_file(weights, sums)
+    return there
 
 
 class TiedLoraLinear(nn.Module, BaseTunerLayer):
@@ -201,9 +193,7 @@ class TiedLoraLinear(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
 
     def _adapter(self, name: str) -> TiedAdapter:
-        adapter = self.tied_lora_adapters[name]
-        assert isinstance(adapter, TiedAdapter)
-        return adapter
+        return cast(TiedAdapter, self.tied_lora_adapters[name])
 
     def _add(self, name: str, *, sign: int = 1, safe: bool = False) -> None:
         base: Any = self.get_base_layer()
@@ -308,9 +298,7 @@ class TiedLoraModel(BaseTuner):
     @classmethod
     def _adapter_of(cls, model: Any, adapter_name: str) -> TiedAdapter:
         tuner = model if isinstance(model, cls) else model.base_model
-        adapter = tuner.tied_lora_adapters[adapter_name]
-        assert isinstance(adapter, TiedAdapter)
-        return adapter
+        return cast(TiedAdapter, tuner.tied_lora_adapters[adapter_name])
 
     @classmethod
     def _get_adapter_state_dict(
@@ -325,15 +313,12 @@ class TiedLoraModel(BaseTuner):
         described = cls._adapter_of(model, adapter_name).config
         prefix = f"tied_lora_adapters.{adapter_name}."
         held = {key.rpartition(prefix)[2]: value for key, value in state_dict.items() if prefix in key}
-        found = {}
         for name in described.tensors:
-            if name in held:
-                found[name] = held[name].float()
-            elif AdapterPart.whole(described).exists(name):
-                raise UserError(f"adapter {adapter_name}: the state dict lacks its tensor {name}")
-            else:
-                found[name] = torch.ones(described.shape(name))
-        return found
+            if name not in held:
+                if AdapterPart.whole(described).exists(name):
+                    raise UserError(f"adapter {adapter_name}: the state dict lacks its tensor {name}")
+                held[name] = torch.ones(described.shape(name))
+        return {name: held[name].float() for name in described.tensors}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

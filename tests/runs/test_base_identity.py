@@ -22,8 +22,9 @@ from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.base_identity import identify_base, sample_hash
-from megatron_tiedlora.checkpoint.base_weights import RUN_LENGTH, SAMPLED_RUNS, BaseWeights
+from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.checkpoint.tensor_files import RUN_LENGTH, SAMPLED_RUNS
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.data.tokenizer import load_tokenizer, tokenizer_hash

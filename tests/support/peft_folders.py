@@ -8,13 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from hf_models import our_logits
 from peft_models import logits_of, share
 from safetensors.torch import load_file, save_file
+from task_files import refusal
 
-from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_native_adapter, save_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.convert.merge import merge_adapter
@@ -41,26 +40,19 @@ def imported(peft: Any, base: Path, folder: Path, *, tolerance: float = 1e-5) ->
     return adapter
 
 
-def with_fields(plain: Path, folder: Path, changes: Mapping[str, Any]) -> Path:
-    """A copy of `plain` in `folder` with other fields in its config."""
+def changed(plain: Path, folder: Path, file: str, changes: Mapping[str, Any]) -> Path:
+    """A copy of `plain` in `folder` with other fields in its config, or other tensors; None takes a tensor out."""
     shutil.copytree(plain, folder)
-    content = json.loads((plain / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps({**content, **changes}))
-    return folder
-
-
-def with_tensors(plain: Path, folder: Path, changes: Mapping[str, torch.Tensor | None]) -> Path:
-    """A copy of `plain` in `folder` with other tensors; None takes one out."""
-    shutil.copytree(plain, folder)
-    tensors = {**load_file(plain / WEIGHTS), **changes}
-    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, folder / WEIGHTS)
+    if file == CONFIG:
+        (folder / file).write_text(json.dumps({**json.loads((plain / file).read_text()), **changes}))
+    else:
+        tensors = {**load_file(plain / file), **changes}
+        save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, folder / file)
     return folder
 
 
 def rejection(base: Path, folder: Path) -> str:
     """The one line with which an adapter of `base` is rejected, without the folder at its start."""
-    with pytest.raises(UserError) as caught:
-        assert read_peft(folder, find_model(str(base))).adapter
-    message = str(caught.value)
-    assert message.startswith(str(folder)) and "\n" not in message
+    message = refusal(lambda: read_peft(folder, find_model(str(base))).adapter)
+    assert message.startswith(str(folder))
     return message.removeprefix(f"{folder}/")

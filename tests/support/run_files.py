@@ -82,15 +82,24 @@ def assert_close_run(folder: Path, whole: Path, *, rel: float = 1e-5) -> None:
         assert [loss for _, loss in found] == pytest.approx([loss for _, loss in expected], rel=rel)
 
 
+def flip_last_value(file: Path) -> None:
+    """Flip a bit of the last value in a file, and no checksum."""
+    raw = bytearray(file.read_bytes())
+    raw[-5] ^= 1
+    file.write_bytes(raw)
+
+
 def truncate(file: Path) -> None:
     """Cut the last bytes off."""
     file.write_bytes(file.read_bytes()[:-100])
 
 
-def edit_json(file: Path, **changes: Any) -> None:
-    """Change fields of a JSON object, and the checksums with them."""
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-    reseal(file.parent)
+def edit_json(file: Path, *, seals: bool = True, **changes: Any) -> None:
+    """Change fields of a JSON object, and if `seals` the checksums with them; None takes a field out."""
+    content = {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps({name: value for name, value in content.items() if changes.get(name, "") is not None}))
+    if seals:
+        reseal(file.parent)
 
 
 def edit_tensors(file: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:

@@ -63,7 +63,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def refusal(call: Callable[..., Any], *arguments: Any, **keywords: Any) -> str:
-    """The message of the UserError that a call raises; it has to be one line."""
+    """The message of the UserError that a call with these arguments raises; it has to be one line."""
     with pytest.raises(UserError) as caught:
         call(*arguments, **keywords)
     assert "\n" not in str(caught.value)

@@ -4,6 +4,7 @@ damage, and the memory that reading takes."""
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import pytest
 import torch
 from native_files import with_adapter
 from oracle import OracleConfig, load_weights, merged_weights, oracle_logits
-from safetensors.torch import load_file, save_file
+from run_files import edit_json, edit_tensors, truncate
+from safetensors.torch import save_file
 from task_files import refusal
 from tiny_models import write_tiny_model
 from torch.testing import assert_close
@@ -30,15 +32,8 @@ NORM = "model.layers.1.input_layernorm.weight"
 
 
 def tiny(folder: Path, *, sharded: bool = False, **keywords: object) -> Path:
-    return write_tiny_model(
-        folder, tokenizer=False, max_shard_size="30KB" if sharded else None, attention_bias=True, **keywords
-    )
-
-
-def rewrite(file: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file, metadata={"format": "pt"})
+    size = "30KB" if sharded else None
+    return write_tiny_model(folder, tokenizer=False, max_shard_size=size, attention_bias=True, **keywords)
 
 
 # --------------------------------------------------------------------------------------------- what is drawn
@@ -89,21 +84,11 @@ def test_every_parameter_is_the_stored_tensor_cast_once(
         assert torch.equal(parameters[rule.name], expected), rule.name
 
 
-def test_bytes_read_are_the_stored_bytes(tmp_path: Path) -> None:
-    folder = tiny(tmp_path, dtype=torch.bfloat16)
-    source = find_model(str(folder))
-    with BaseWeights(folder, source.shape) as weights:
-        for rule in weights.rules:
-            weights.fill(rule, FrozenWeight(torch.empty(rule.shape)))
-        assert weights.bytes_read == sum(
-            t.numel() * t.element_size() for t in load_file(next(folder.glob("*.saf*"))).values()
-        )
-
-
-@pytest.mark.parametrize("tp_size", [1, 2])
-def test_a_rank_reads_its_part_and_no_more(tmp_path: Path, tp_size: int) -> None:
-    """What ranks read joins to the whole; cut tensors are read once over all ranks, the others once by each."""
-    folder = tiny(tmp_path)
+@pytest.mark.parametrize(("tp_size", "stored"), [(1, torch.float32), (2, torch.float32), (1, torch.bfloat16)])
+def test_a_rank_reads_its_part_and_no_more(tmp_path: Path, tp_size: int, stored: torch.dtype) -> None:
+    """What ranks read joins to the whole; cut tensors are read once over all ranks, the others once by each. Bytes are
+    those that are stored."""
+    folder = tiny(tmp_path, dtype=stored)
     source = find_model(str(folder))
     rules, whole = weight_rules(source.shape), load_weights(folder)
     for rule in rules:
@@ -113,8 +98,9 @@ def test_a_rank_reads_its_part_and_no_more(tmp_path: Path, tp_size: int) -> None
                 parts.append(torch.empty(rule.spec.local_shape(rule.shape, tp_size)))
                 weights.fill(rule, FrozenWeight(parts[-1]), tp_rank=rank, tp_size=tp_size)
             times = tp_size if rule.spec.dim is None else 1
-            assert weights.bytes_read == times * 4 * torch.Size(rule.shape).numel()
-        assert torch.equal(rule.spec.join(parts), torch.cat([whole[name] for name in rule.hf_names])), rule.name
+            assert weights.bytes_read == times * stored.itemsize * torch.Size(rule.shape).numel()
+        expected = torch.cat([whole[name] for name in rule.hf_names]).float()
+        assert torch.equal(rule.spec.join(parts), expected), rule.name
 
 
 @torch.no_grad()
@@ -123,7 +109,7 @@ def test_a_head_beside_a_tied_embedding_is_not_read(tmp_path: Path) -> None:
     folder = write_tiny_model(tmp_path, tokenizer=False, tied=True)
     weights = load_weights(folder)
     embedding = "model.embed_tokens.weight"
-    rewrite(folder / "model.safetensors", lambda t: t.update({"lm_head.weight": t[embedding].clone()}))
+    edit_tensors(folder / "model.safetensors", lambda t: t.update({"lm_head.weight": t[embedding].clone()}))
     ids = torch.arange(3, 33)[None]
     ours = load_model(find_model(str(folder)), None, dtype=torch.float32).predict(ids, torch.arange(30)[None])
     theirs = oracle_logits(weights, OracleConfig.from_folder(folder), None, ids)
@@ -176,10 +162,10 @@ def last_shard(folder: Path) -> Path:
 
 
 def map_norm_to(file: object, folder: Path) -> None:
-    """Let the index name another file for NORM."""
-    content = json.loads((folder / INDEX).read_text())
-    content["weight_map"][NORM] = file
-    (folder / INDEX).write_text(json.dumps(content))
+    """Let the index name another file for NORM; None: another one of the folder."""
+    names = json.loads((folder / INDEX).read_text())["weight_map"]
+    other = next(one for one in names.values() if one != names[NORM])
+    edit_json(folder / INDEX, weight_map={**names, NORM: other if file is None else file})
 
 
 def move_outside(folder: Path) -> None:
@@ -187,19 +173,13 @@ def move_outside(folder: Path) -> None:
     map_norm_to("../outside.safetensors", folder)
 
 
-def map_norm_to_another_file(folder: Path) -> None:
-    names = json.loads((folder / INDEX).read_text())["weight_map"]
-    map_norm_to(next(file for file in names.values() if file != names[NORM]), folder)
-
-
 def spoil_header(folder: Path) -> None:
-    content = bytearray(last_shard(folder).read_bytes())
-    content[8:40] = b"\x00" * 32
-    last_shard(folder).write_bytes(content)
+    content = last_shard(folder).read_bytes()
+    last_shard(folder).write_bytes(content[:8] + b"\x00" * 32 + content[40:])
 
 
 def retensor(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
-    return lambda folder: rewrite(folder / "model.safetensors", change)
+    return lambda folder: edit_tensors(folder / "model.safetensors", change)
 
 
 def write_index(text: str) -> Callable[[Path], object]:
@@ -210,7 +190,7 @@ KEYS = "model.layers.0.self_attn.k_proj.weight"
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 123\n"
 # What is done to a folder of one file or of several, and what is said of it; {file}: the last file of weights.
 SINGLE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "truncated": (lambda f: last_shard(f).write_bytes(last_shard(f).read_bytes()[:-100]), "{file}"),
+    "truncated": (lambda f: truncate(last_shard(f)), "{file}"),
     "empty": (lambda f: last_shard(f).write_bytes(b""), "{file}"),
     "header": (spoil_header, "{file}"),
     "pointer": (lambda f: last_shard(f).write_text(LFS), "{file}"),
@@ -229,7 +209,7 @@ SHARDED: dict[str, tuple[Callable[[Path], object], str]] = {
     "file missing": (lambda f: last_shard(f).unlink(), f"{{file}}: no such file, but {INDEX} names it"),
     "outside": (move_outside, "names a file outside its folder"),
     "absolute": (lambda f: map_norm_to(str(f.parent / "outside.safetensors"), f), "names a file outside its folder"),
-    "another file": (map_norm_to_another_file, NORM),
+    "another file": (lambda f: map_norm_to(None, f), NORM),
     "index no JSON": (write_index("{"), "not valid JSON"),
     "no map": (write_index('{"metadata": {}}'), "not a safetensors index"),
     "map of numbers": (lambda f: map_norm_to(3, f), "not a safetensors index"),
@@ -244,32 +224,20 @@ def test_a_damaged_model_is_one_line_that_names_it(tmp_path: Path, sharded: bool
     damage, message = (SHARDED if sharded else SINGLE)[case]
     wanted = message.format(file=last_shard(folder).name)
     damage(folder)
-    said = refusal(lambda: load_model(find_model(str(folder)), None, dtype=torch.float32))
+    said = refusal(load_model, find_model(str(folder)), None, dtype=torch.float32)
     assert wanted in said and str(folder) in said
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "no such file"),
-        (b"{", "not valid JSON"),
-        (b"\xff\xfe", "not valid JSON"),
-        (b"[]", "expected a JSON object"),
-    ],
-)
-def test_a_damaged_config_is_one_line_that_names_it(tmp_path: Path, content: bytes | None, message: str) -> None:
+def test_a_damaged_config_or_no_model_is_one_line_that_names_it(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
-    if content is not None:
+    assert refusal(find_model, str(tmp_path)).startswith(f"{file}: no such file")
+    wrong = {b"{": "not valid JSON", b"\xff\xfe": "not valid JSON", b"[]": "expected a JSON object"}
+    for content, message in wrong.items():
         file.write_bytes(content)
-    assert refusal(lambda: find_model(str(tmp_path))).startswith(f"{file}: {message}")
-
-
-def test_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:
-    assert "no such folder" in refusal(lambda: find_model(str(tmp_path / "none")))
-    (tmp_path / "file.safetensors").write_bytes(b"")
-    assert "is a file; give the folder" in refusal(lambda: find_model(str(tmp_path / "file.safetensors")))
-    shape = find_model("llama2-7b")
-    assert "shape without weights" in refusal(lambda: load_model(shape, None, dtype=torch.bfloat16))
+        assert refusal(find_model, str(tmp_path)).startswith(f"{file}: {message}")
+    assert "no such folder" in refusal(find_model, str(tmp_path / "none"))
+    assert "is a file; give the folder" in refusal(find_model, str(file))
+    assert "shape without weights" in refusal(load_model, find_model("llama2-7b"), None, dtype=torch.bfloat16)
 
 
 # --------------------------------------------------------------------------------------------- memory
@@ -297,12 +265,10 @@ def test_reading_takes_the_memory_of_the_model_and_one_tensor(tmp_path: Path, st
     for the allocator and the index. Building the Hugging Face model first would take 190 or 380 MB on top.
     """
     small = write_tiny_model(tmp_path / "small", tokenizer=False, num_layers=1)
-    large = tmp_path / "large"
-    large.mkdir()
-    config = json.loads((small / "config.json").read_text())
-    config |= {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 8, "vocab_size": 16000}
-    config |= {"num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 64}
-    (large / "config.json").write_text(json.dumps(config))
+    large = shutil.copytree(small, tmp_path / "large")
+    sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 8, "vocab_size": 16000}
+    heads = {"num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 64}
+    edit_json(large / "config.json", **sizes, **heads)
     source = find_model(str(large))
     shapes = stored_shapes(weight_rules(source.shape))
     save_file({name: torch.ones(shape, dtype=stored) for name, shape in shapes.items()}, large / "model.safetensors")

@@ -11,17 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from native_files import native_adapter, reseal, write_native
+from native_files import native_adapter, write_native
 from oracle import OracleAdapter, OracleConfig, delta_weights
 from oracle_adapter import TARGET_PARTS
-from run_files import files_of
-from safetensors.torch import load_file, save_file
+from run_files import edit_json, edit_tensors, files_of, flip_last_value, truncate
+from safetensors.torch import load_file
+from task_files import refusal
 from tiny_models import random_adapter, write_tiny_model
 
 import megatron_tiedlora
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, sized_targets, targets_of
 from megatron_tiedlora.adapters.tying import AdapterLayout, gather_state
-from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
 from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.checkpoint.base_identity import check_same_base
@@ -84,9 +84,9 @@ def test_all_tensors_are_written_whole_and_come_back(
 def test_only_a_model_in_memory_may_have_another_tokenizer(base: Path) -> None:
     trained = native_adapter(find_model(str(base)), values(base, "tl6")).base_identity
     found = replace(trained, tokenizer_hash="another")
-    assert check_same_base(replace(trained, tokenizer_hash="its"), found, source="x", in_memory=True) == ()
-    with pytest.raises(UserError, match="x: trained with another tokenizer"):
-        check_same_base(replace(trained, tokenizer_hash="its"), found, source="x")
+    trained = replace(trained, tokenizer_hash="its")
+    assert check_same_base(trained, found, source="x", in_memory=True) == ()
+    assert refusal(check_same_base, trained, found, source="x").startswith("x: trained with another tokenizer")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -169,6 +169,7 @@ def test_sizes_from_a_file_are_those_of_the_model(preset: str) -> None:
         ({"num_layers": 5}, "num_layers 3, but"),
         ({"num_kv_heads": 4}, "num_key_value_heads 2, but"),
         ({"head_dim": 12}, "head_dim 8, but"),
+        ({"intermediate_size": 80}, "with intermediate_size 48, but"),
         ({"rope_theta": 500.0}, "config differ"),
         ({"seed": 1}, "weights differ"),
     ],
@@ -176,53 +177,19 @@ def test_sizes_from_a_file_are_those_of_the_model(preset: str) -> None:
 def test_another_base_is_refused(base: Path, tmp_path: Path, shape: dict[str, Any], message: str) -> None:
     adapter = native_adapter(find_model(str(base)), values(base))
     other = write_tiny_model(tmp_path / "other", tokenizer=False, **shape)
-    with pytest.raises(UserError) as error:
-        check_base(find_model(str(other)), adapter, uses_tokenizer=False)
-    assert message in str(error.value) and str(base) in str(error.value) and str(other) in str(error.value)
-    assert "--model" in str(error.value) and "\n" not in str(error.value)
-
-
-def test_another_mlp_width_is_another_base(base: Path, tmp_path: Path) -> None:
-    wider = write_tiny_model(tmp_path / "wider", tokenizer=False, intermediate_size=80)
-    adapter = native_adapter(find_model(str(base)), values(base, targets=("o_proj",)))
-    with pytest.raises(UserError, match=r"with intermediate_size 48, but .* has 80"):
-        check_base(find_model(str(wider)), adapter, differs=True)
+    said = refusal(check_base, find_model(str(other)), adapter, uses_tokenizer=False)
+    assert all(words in said for words in (message, str(base), str(other), "--model"))
+    if "_" in message:  # another shape is never taken
+        assert message in refusal(check_base, find_model(str(other)), adapter, uses_tokenizer=False, differs=True)
 
 
 def edit(**changes: Any) -> Callable[[Path], None]:
     """Change fields of the config; None takes a field out."""
-
-    def change(folder: Path) -> None:
-        edit_plainly(folder, **changes)
-        reseal(folder)
-
-    return change
+    return lambda folder: edit_json(folder / CONFIG, **changes)
 
 
 def retensor(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
-    def apply(folder: Path) -> None:
-        tensors = load_file(folder / WEIGHTS)
-        change(tensors)
-        save_file(tensors, folder / WEIGHTS)
-        reseal(folder)
-
-    return apply
-
-
-def edit_plainly(folder: Path, **changes: Any) -> None:
-    """Change fields, and no checksum."""
-    content = json.loads((folder / CONFIG).read_text()) | changes
-    (folder / CONFIG).write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
-
-
-def flip_a_bit(folder: Path) -> None:
-    raw = bytearray((folder / WEIGHTS).read_bytes())
-    raw[-5] ^= 1
-    (folder / WEIGHTS).write_bytes(raw)
-
-
-def cut(folder: Path) -> None:
-    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-8])
+    return lambda folder: edit_tensors(folder / WEIGHTS, change)
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
@@ -230,7 +197,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), WEIGHTS, "not a whole safetensors file"),
     "not json": (lambda folder: (folder / CONFIG).write_text("{"), CONFIG, "not valid JSON"),
     "no object": (lambda folder: (folder / CONFIG).write_text("[]"), CONFIG, "expected a JSON object"),
-    "truncated": (cut, WEIGHTS, "not a whole safetensors file"),
+    "truncated": (lambda folder: truncate(folder / WEIGHTS), WEIGHTS, "not a whole safetensors file"),
     "version": (edit(format_version=3), CONFIG, "is not 2, which is read; train"),
     "method": (edit(method="tl7"), CONFIG, "method 'tl7'"),
     "layout": (edit(qkv_layout="interleaved"), CONFIG, "'interleaved'"),
@@ -261,7 +228,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "huge": (retensor(lambda t: t["A"].mul_(1e35)), WEIGHTS, "its update may reach"),
     "more": (retensor(lambda t: t.update(more=torch.ones(1))), WEIGHTS, "holds a tensor 'more' that does not belong"),
     "no table": (edit(sha256=[1]), CONFIG, "is not a table of files and checksums"),
-    "unsealed": (lambda folder: edit_plainly(folder, alpha=7.0), CONFIG, "does not match its own checksum"),
+    "unsealed": (edit(alpha=7.0, seals=False), CONFIG, "does not match its own checksum"),
+    "precision": (edit(base_stored="int4"), CONFIG, "base_stored 'int4' is not one of bf16, fp16, fp32"),
     "unknown": (edit(targets=["qkv", "o_projj"]), CONFIG, "targets ['qkv', 'o_projj'] are not some of qkv, o_proj"),
     "order": (edit(targets=["gate_up", "qkv"]), CONFIG, "in this order"),
     "twice": (edit(targets=["qkv", "qkv"]), CONFIG, "in this order"),
@@ -271,8 +239,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "fewer targets": (edit(targets=["qkv"]), WEIGHTS, "holds a tensor 'gate_up."),
     "more targets": (edit(targets=["qkv", "gate_up", "down_proj"]), WEIGHTS, "tensor down_proj.A is missing"),
     "type": (edit(peft_type="LORA"), "", "this is a PEFT adapter"),
-    "seal alone": (lambda folder: edit_plainly(folder, sha256=None), CONFIG, "is not a table of files and checksums"),
-    "flipped": (flip_a_bit, WEIGHTS, "does not match its checksum"),
+    "seal alone": (edit(sha256=None, seals=False), CONFIG, "is not a table of files and checksums"),
+    "flipped": (lambda folder: flip_last_value(folder / WEIGHTS), WEIGHTS, "does not match its checksum"),
     "nan": (retensor(lambda t: t["v"].view(-1)[3].fill_(torch.nan)), WEIGHTS, "v holds numbers that are not finite"),
 }
 
@@ -282,19 +250,15 @@ def test_a_damaged_adapter_is_one_line_that_names_the_file(base: Path, tmp_path:
     write_native(tmp_path / "adapter", base, values(base, targets=("qkv", "gate_up")))
     damage, file, message = DAMAGE[case]
     damage(tmp_path / "adapter")
-    with pytest.raises(UserError) as error:
-        load_native_adapter(tmp_path / "adapter")
-    assert message in str(error.value) and str(tmp_path / "adapter" / file) in str(error.value)
-    assert "\n" not in str(error.value)
+    said = refusal(load_native_adapter, tmp_path / "adapter")
+    assert message in said and str(tmp_path / "adapter" / file) in said
 
 
 def test_a_folder_of_another_format_names_the_version_that_wrote_it(base: Path, tmp_path: Path) -> None:
     """That of version 0.1, which was not published, had no peft_type, targets and intermediate_size."""
     write_native(tmp_path / "adapter", base, values(base))
     edit(format_version=1, version="0.1.0", peft_type=None, targets=None, intermediate_size=None)(tmp_path / "adapter")
-    with pytest.raises(UserError) as error:
-        load_native_adapter(tmp_path / "adapter")
-    assert str(error.value) == (
+    assert refusal(load_native_adapter, tmp_path / "adapter") == (
         f"{tmp_path / 'adapter' / CONFIG}: format_version 1, of version '0.1.0' of this package, is not 2, which is"
         " read; train the adapter again"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from quantised_folders import KINDS, SHAPE, quantised_folder
-from safetensors.torch import load_file, save_file
+from run_files import edit_tensors
 from task_files import refusal
 from tiny_models import tiny_config, write_tiny_model
 
@@ -33,9 +34,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     root = tmp_path_factory.mktemp("quantised")
     shape = {**SHAPE, "num_layers": 2}
     plain = write_tiny_model(root / "plain", dtype=torch.bfloat16, tokenizer=False, **shape)
-    odd = write_tiny_model(
-        root / "odd", dtype=torch.bfloat16, tokenizer=False, **{**shape, "intermediate_size": 256}
-    )
+    odd = write_tiny_model(root / "odd", dtype=torch.bfloat16, tokenizer=False, **{**shape, "intermediate_size": 256})
     return {kind: quantised_folder(odd if "128" in kind else plain, root / kind, kind) for kind in KINDS}
 
 
@@ -91,14 +90,12 @@ def test_its_identity_is_that_of_codes_and_scales(folders: Folders, tmp_path: Pa
 
 def changed(folder: Path, into: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor | None]) -> Path:
     """A copy in which one tensor differs, or is missing."""
-    into.mkdir(parents=True)
-    for file in folder.iterdir():
-        (into / file.name).write_bytes(file.read_bytes())
-    tensors = load_file(folder / "model.safetensors")
-    value = change(tensors.pop(name))
-    if value is not None:
-        tensors[name] = value.contiguous()
-    save_file(tensors, into / "model.safetensors")
+
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        if (value := change(tensors.pop(name))) is not None:
+            tensors[name] = value.contiguous()
+
+    edit_tensors(shutil.copytree(folder, into) / "model.safetensors", edit)
     return into
 
 
@@ -157,7 +154,7 @@ def test_broken_tensors_are_rejected_by_name(folders: Folders, case: int, tmp_pa
     kind, name, change, message = BROKEN[case]
     source = find_model(str(changed(folders[kind][0], tmp_path / "copy", name, change)))
     for base in (source.base_format(None), None):
-        said = refusal(lambda base=base: load_model(source, None, dtype=torch.bfloat16, base_format=base))
+        said = refusal(load_model, source, None, dtype=torch.bfloat16, base_format=base)
         assert "model.safetensors: " in said and message in said
 
 
@@ -174,7 +171,7 @@ def test_an_offset_may_be_an_integer(folders: Folders, tmp_path: Path) -> None:
 def test_another_format_is_rejected(folders: Folders) -> None:
     source = find_model(str(folders["nf4"][0]))
     assert source.base_format("nf4") == "nf4"
-    said = refusal(lambda: source.base_format("int8"))
+    said = refusal(source.base_format, "int8")
     assert said.startswith("--base int8: ") and "has its weights in nf4 (by bitsandbytes) already" in said
 
 
@@ -208,5 +205,5 @@ def scheme(**fields: Any) -> dict[str, Any]:
 )
 def test_other_configs_are_rejected_by_name(config: Any, message: str) -> None:
     values = tiny_config().to_dict() | {"quantization_config": config}
-    said = refusal(lambda: shape_from_hf(values, source="the/config.json"))
+    said = refusal(shape_from_hf, values, source="the/config.json")
     assert "the/config.json: quantization_config: " in said and message in said and "--base" in said

@@ -4,24 +4,22 @@ the commands that write them: what they print, what they refuse and how they end
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from folders import ROOT
+from folders import ROOT, python
 from hf_models import hf_model, our_logits, peft_logits
 from native_files import Inputs, with_adapter
 from oracle import OracleConfig, load_weights, merged_weights
 from peft_models import logits_of, share
-from run_files import edit_json, files_of
-from safetensors.torch import load_file, save_file
+from run_files import edit_json, edit_tensors, files_of, truncate
+from safetensors.torch import load_file
 from task_files import refusal
 from tiny_models import write_tiny_model
 
@@ -35,6 +33,7 @@ from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.cli import run_command
 from megatron_tiedlora.config.tool_settings import ExportSettings, MergeSettings, adapter_flags
 from megatron_tiedlora.convert.export_peft import export_peft
+from megatron_tiedlora.convert.inputs import EXPORT_RECORD
 from megatron_tiedlora.convert.merge import merge_adapter
 from megatron_tiedlora.data.tokenizer import load_tokenizer
 
@@ -95,63 +94,50 @@ def test_exports_compute_what_the_adapter_computes(
 
 def test_a_merged_folder_holds_a_whole_model_and_nothing_else(bases: dict[str, Path], tmp_path: Path) -> None:
     base = shutil.copytree(bases["mha_sharded"], tmp_path / "base")
-    (base / "demo_manifest.json").write_text("{}")
-    (base / "optimizer.json").write_text("{}")
-    (base / "README.md").write_text("of the base")
-    (base / "LICENSE.txt").write_text("terms")
-    (base / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
-    source, adapter, _ = with_adapter(base, "tl6")
-    merge_adapter(source, adapter, tmp_path / "merged")
-    found = {file.name for file in (tmp_path / "merged").iterdir()}
     shards = {file.name for file in base.glob("*.safetensors")}
     assert len(shards) > 3
-    assert found == shards | {
-        INDEX,
-        "config.json",
-        "generation_config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-        "LICENSE.txt",
-        MERGE_RECORD,
-    }
-    for file in (tmp_path / "merged").iterdir():
+    files = {*shards, INDEX, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    others = {"demo_manifest.json": "{}", "optimizer.json": "{}", "README.md": "of the base"}
+    kept = {"LICENSE.txt": "terms", "chat_template.jinja": "{% for m in messages %}{{ m['content'] }}{% endfor %}"}
+    for name, text in (others | kept).items():
+        (base / name).write_text(text)
+    source, adapter, _ = with_adapter(base, "tl6")
+    merge_adapter(source, adapter, tmp_path / "merged")
+    found = list((tmp_path / "merged").iterdir())
+    assert {file.name for file in found} == {*files, *kept, MERGE_RECORD}
+    for file in found:
         assert file.stat().st_mode & 0o044 == (tmp_path / "merged").stat().st_mode & 0o044, file  # others may read it
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("field", "dtype"),
+    [
+        *(("dtype", kind) for kind in (None, torch.bfloat16, torch.float16, torch.float32)),
+        ("torch_dtype", torch.bfloat16),
+    ],
+)
 def test_config_states_the_dtype_that_is_stored(
-    base: Path, inputs: Inputs, tmp_path: Path, dtype: torch.dtype | None
+    base: Path, tmp_path: Path, field: str, dtype: torch.dtype | None
 ) -> None:
+    """In the field that it has: transformers 4 wrote torch_dtype."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    merged = tmp_path / "merged"
-    merge_adapter(*inputs, merged, dtype=dtype)
-    expected = dtype or torch.float32
+    old, merged, expected = Path(shutil.copytree(base, tmp_path / "base")), tmp_path / "merged", dtype or torch.float32
+    edit_json(old / "config.json", **{"dtype": None, field: "float32"})
+    source, adapter, _ = with_adapter(old, "tl6")
+    merge_adapter(source, adapter, merged, dtype=dtype)
     assert {tensor.dtype for tensor in load_weights(merged).values()} == {expected}
     assert AutoConfig.from_pretrained(merged).dtype == expected
     assert AutoModelForCausalLM.from_pretrained(merged, dtype="auto").dtype == expected
-    values, original = (json.loads((folder / "config.json").read_text()) for folder in (merged, base))
-    assert {**values, "dtype": None} == {**original, "dtype": None}  # nothing else changes
-
-
-def test_config_of_transformers_4_states_the_dtype_in_its_own_field(base: Path, tmp_path: Path) -> None:
-    old = Path(shutil.copytree(base, tmp_path / "base"))
-    values = json.loads((old / "config.json").read_text())
-    values["torch_dtype"] = values.pop("dtype")
-    (old / "config.json").write_text(json.dumps(values))
-    source, adapter, _ = with_adapter(old, "tl6")
-    merge_adapter(source, adapter, tmp_path / "merged", dtype=torch.bfloat16)
-    after = json.loads((tmp_path / "merged" / "config.json").read_text())
-    assert after["torch_dtype"] == "bfloat16" and "dtype" not in after
+    values, original = (json.loads((folder / "config.json").read_text()) for folder in (merged, old))
+    assert values == {**original, field: str(expected).removeprefix("torch.")}  # nothing else changes
 
 
 def test_the_merged_tokenizer_is_the_one_of_training(base: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     base = shutil.copytree(base, tmp_path / "base")
-    config = json.loads((base / "tokenizer_config.json").read_text())
-    (base / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "GPT2Tokenizer"}))
+    edit_json(base / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
     backend = json.loads((base / "tokenizer.json").read_text())
     backend["model"]["vocab"]["12"] = 259
     backend["model"]["merges"] = [["1", "2"]]
@@ -181,8 +167,7 @@ def test_another_tokenizer_replaces_the_base_s(base: Path, tmp_path: Path) -> No
     other.save_pretrained(tmp_path / "other")
     source, adapter, _ = with_adapter(base, "tl6")
     own = str(tmp_path / "other")
-    with pytest.raises(UserError, match="trained with another tokenizer"):
-        merge_adapter(source, adapter, tmp_path / "merged", tokenizer=own)
+    assert "trained with another tokenizer" in refusal(merge_adapter, source, adapter, tmp_path / "m", tokenizer=own)
     notes: list[str] = []
     merge_adapter(source, adapter, tmp_path / "merged", tokenizer=own, base_differs=True, say=notes.append)
     assert len(notes) == 1 and "whose tokenizer differ" in notes[0]
@@ -196,7 +181,7 @@ def test_an_adapter_that_was_trained_on_a_merged_model_is_merged_into_it(inputs:
     merge_adapter(merged, second, tmp_path / "both")
     assert share(logits_of(hf_model(tmp_path / "both")), our_logits(merged, second)) <= 1e-4
     for convert in (merge_adapter, export_peft):
-        assert "weights differ" in refusal(lambda convert=convert: convert(inputs[0], second, tmp_path / "wrong"))
+        assert "weights differ" in refusal(convert, inputs[0], second, tmp_path / "wrong")
     assert not (tmp_path / "wrong").exists()
 
 
@@ -230,26 +215,19 @@ def test_peft_files_are_as_documented(base: Path, tmp_path: Path, layers: tuple[
     assert content == expected
     tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
     rows = {"q": slice(0, 32), "k": slice(32, 48), "v": slice(48, 64)}
-    names = {
-        f"base_model.model.model.layers.{layer - 1}.self_attn.{part}_proj.lora_{side}.weight"
-        for layer in layers or (1, 2, 3)
-        for part in "qkv"
-        for side in "AB"
-    }
-    assert tensors.keys() == names
-    for index, layer in enumerate(layers or (1, 2, 3)):
-        for part, cut in rows.items():
-            prefix = f"base_model.model.model.layers.{layer - 1}.self_attn.{part}_proj."
-            a, b = tensors[f"{prefix}lora_A.weight"], tensors[f"{prefix}lora_B.weight"]
-            assert a.dtype == b.dtype == torch.float32
-            torch.testing.assert_close(a, torch.diag(oracle.u[index]) @ oracle.A)
-            torch.testing.assert_close(b, 6 / 4 * (torch.diag(oracle.v[index]) @ oracle.B)[cut])
+    for (index, layer), (part, cut) in product(enumerate(layers or (1, 2, 3)), rows.items()):
+        module = f"base_model.model.model.layers.{layer - 1}.self_attn.{part}_proj"
+        a, b = (tensors.pop(f"{module}.lora_{side}.weight") for side in "AB")
+        assert a.dtype == b.dtype == torch.float32
+        torch.testing.assert_close(a, torch.diag(oracle.u[index]) @ oracle.A)
+        torch.testing.assert_close(b, 6 / 4 * (torch.diag(oracle.v[index]) @ oracle.B)[cut])
+    assert not tensors
 
 
 def test_padding_the_rank_changes_nothing(base: Path, inputs: Inputs, tmp_path: Path) -> None:
     for rank in (3, 0, -8):
-        with pytest.raises(UserError, match=f"--pad_rank_to {rank} is less than the adapter's rank 4"):
-            export_peft(*inputs, tmp_path / "peft", pad_rank_to=rank)
+        said = refusal(export_peft, *inputs, tmp_path / "peft", pad_rank_to=rank)
+        assert said.startswith(f"--pad_rank_to {rank} is less than the adapter's rank 4")
     assert not list(tmp_path.iterdir())
     export_peft(*inputs, tmp_path / "plain")
     assert export_peft(*inputs, tmp_path / "padded", pad_rank_to=16).rank == 16
@@ -264,24 +242,20 @@ def test_padding_the_rank_changes_nothing(base: Path, inputs: Inputs, tmp_path: 
 
 def test_what_is_not_finite_is_refused_by_tensor(base: Path, inputs: Inputs, tmp_path: Path) -> None:
     """A NaN of the base in computed weights, an update that fp16 does not hold, factors that overflow."""
-    broken = Path(shutil.copytree(base, tmp_path / "base"))
+    broken, output = Path(shutil.copytree(base, tmp_path / "base")), tmp_path / "output"
     name = "model.layers.1.mlp.up_proj.weight"
-    tensors = load_file(broken / "model.safetensors")
-    tensors[name][2, 3] = torch.nan
-    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    says = rf"{name} holds numbers that are not finite \(the base is broken\)"
+    edit_tensors(broken / "model.safetensors", lambda tensors: tensors[name][2, 3].fill_(torch.nan))
     for targets, dtype in ((("gate_up",), None), (("qkv",), torch.float32)):
         source, adapter, _ = with_adapter(broken, "tl6", targets=targets)
-        with pytest.raises(UserError, match=says):
-            merge_adapter(source, adapter, tmp_path / "merged", dtype=dtype)
+        said = refusal(merge_adapter, source, adapter, output, dtype=dtype)
+        assert f"{name} holds numbers that are not finite (the base is broken)" in said
     source, adapter = inputs
     large = replace(adapter, state={**adapter.state, "A": adapter.state["A"] * 1e5})
     with pytest.raises(UserError, match=r"[qkv]_proj\.weight holds .* does not fit float16; give --dtype bf16"):
-        merge_adapter(source, large, tmp_path / "merged", dtype=torch.float16)
+        merge_adapter(source, large, output, dtype=torch.float16)
     wide = {**adapter.state, "B": adapter.state["B"] * 1e37}
     huge = replace(adapter, config=replace(adapter.config, alpha=1e6), state=wide)
-    with pytest.raises(UserError, match=r"lora_B.weight of its export holds numbers that are not finite"):
-        export_peft(source, huge, tmp_path / "peft")
+    assert "lora_B.weight of its export holds numbers that are not finite" in refusal(export_peft, source, huge, output)
     assert {path.name for path in tmp_path.iterdir()} == {"base"}
 
 
@@ -297,8 +271,7 @@ def test_a_corrupt_tokenizer_stops_the_merge_before_it_writes(base: Path, tmp_pa
     broken = shutil.copytree(base, tmp_path / "base")
     (broken / "tokenizer.json").write_text("{")
     source, adapter, _ = with_adapter(broken, "tl6")
-    said = refusal(lambda: merge_adapter(source, adapter, tmp_path / "merged"))
-    assert "cannot be read as a tokenizer" in said
+    assert "cannot be read as a tokenizer" in refusal(merge_adapter, source, adapter, tmp_path / "merged")
     assert {item.name for item in tmp_path.iterdir()} == {"base"}
 
 
@@ -317,34 +290,21 @@ print("deepspeed" in sys.modules, file=sys.stderr)
 """
 
 
-def run_tools(*commands: tuple[object, ...]) -> tuple[list[str], str]:
-    """(what each of these prints, all of stderr) of names in tools/ with their arguments; each must end with 0."""
-    words = [[str(ROOT / "tools" / str(name)), *map(str, arguments)] for name, *arguments in commands]
-    done = subprocess.run(
-        [sys.executable, "-c", RUNNER, json.dumps(words)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    *printed, rest = done.stdout.split("END\n")
-    assert len(printed) == len(commands) and not rest, done.stdout
-    return printed, done.stderr
-
-
 def test_the_commands_work_one_after_another_without_deepspeed(exported: Path, tmp_path: Path) -> None:
-    adapter = exported / "adapter"
-    (merged, peft, checked), errors = run_tools(
-        ("merge_adapter.py", "--adapter", adapter, "--output", tmp_path / "merged", "--dtype", "bf16"),
-        ("export_peft.py", "--adapter", adapter, "--output", tmp_path / "peft", "--pad_rank_to", 8),
-        ("verify_export.py", "--adapter", adapter, "--merged", tmp_path / "merged", "--peft", tmp_path / "peft"),
-    )
-    assert f"tiedlora verify --adapter {adapter} --merged {tmp_path / 'merged'}" in merged
+    given, tools = ["--adapter", str(exported / "adapter")], ROOT / "tools"
+    outputs = [str(tmp_path / name) for name in ("merged", "peft")]
+    commands = [
+        [str(tools / "merge_adapter.py"), *given, "--output", outputs[0], "--dtype", "bf16"],
+        [str(tools / "export_peft.py"), *given, "--output", outputs[1], "--pad_rank_to", "8"],
+        [str(tools / "verify_export.py"), *given, "--merged", outputs[0], "--peft", outputs[1]],
+    ]
+    done = python("-c", RUNNER, json.dumps(commands), OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr
+    merged, peft, checked, rest = done.stdout.split("END\n")
+    assert f"tiedlora verify --adapter {exported / 'adapter'} --merged {outputs[0]}" in merged and not rest
     assert "vllm serve" in peft and "--max-lora-rank 8" in peft
     assert checked.count("ok") == 6, checked  # bits of both, by layers, and in transformers and PEFT
-    assert errors.endswith("False\n")  # transformers and peft are imported, deepspeed is not
+    assert done.stderr.endswith("False\n")  # transformers and peft are imported, deepspeed is not
 
 
 def test_the_next_command_has_the_flags_of_this_one() -> None:
@@ -371,39 +331,70 @@ def test_checkpoints_and_peft_folders_are_merged_alike(base: Path, exported: Pat
         shutil.rmtree(output)
 
 
-WRONG: dict[str, tuple[list[str], str]] = {
-    "no adapter": (["--adapter", "none", "--output", "out"], "none"),
-    "run folder": (["--adapter", "run", "--output", "out"], "--adapter run: this is a run folder; give run/adapter"),
-    "peft folder": (["--adapter", "peft", "--output", "out"], "this is a PEFT adapter; give the native one"),
-    "no base": (["--adapter", "lost", "--output", "out"], "lost: its base cannot be found; give it with --model"),
-    "wrong model": (["--adapter", "adapter", "--model", "merged", "--output", "out"], "already; give the plain base"),
-    "output": (["--adapter", "adapter", "--output", "peft"], "--output peft exists; give a new folder"),
-    "file": (["--adapter", "adapter", "--output", "file"], "--output file exists; give a new folder"),
-    "link": (["--adapter", "adapter", "--output", "link"], "--output link exists; give a new folder"),
-    "no output": (["--adapter", "adapter"], "--output"),
-    "flag": (["--adapter", "adapter", "--ouput", "out"], "--output"),
-}
+ADAPTER, OUT = "--adapter adapter", "--output out"
+WRONG: list[tuple[str, str, str]] = [  # commands, their arguments, what is said
+    ("merge export", f"--adapter none {OUT}", "none"),
+    ("merge export", f"--adapter run {OUT}", "--adapter run: this is a run folder; give run/adapter"),
+    ("export", f"--adapter peft {OUT}", "this is a PEFT adapter; give the native one"),  # a merge takes it
+    ("merge export", f"--adapter lost {OUT}", "lost: its base cannot be found; give it with --model"),
+    ("merge export", f"{ADAPTER} --model merged {OUT}", "already; give the plain base"),
+    *(("merge export", f"{ADAPTER} --output {name}", f"--output {name} exists; give a new folder")
+      for name in ("peft", "file", "link")),
+    ("merge export", ADAPTER, "--output"),
+    ("merge export", f"{ADAPTER} --ouput out", "--output"),
+    ("import", "--peft peft --output adapter", "adapter exists; give a new folder"),
+    ("import", f"--peft adapter {OUT}", "not a PEFT adapter (it is a native one); give another folder"),
+    ("import", f"--peft none {OUT}", "none/adapter_config.json: no such file; expected a PEFT adapter folder"),
+    ("import", f"--peft nameless {OUT}", "names no base model; give it with --model"),
+    ("verify", f"{ADAPTER} --merged none", "none/config.json: no such file"),
+    ("verify", f"{ADAPTER} --merged peft", "peft/config.json: no such file"),
+    ("verify", f"{ADAPTER} --peft none", "none/adapter_config.json: no such file"),
+    ("verify", f"{ADAPTER} --peft adapter", "not a PEFT adapter (it is a native one)"),
+    ("verify", f"{ADAPTER} --merged other", "num_key_value_heads is 4, not 2 as in"),
+    ("verify", f"{ADAPTER} --merged cut/merged", "not a whole safetensors file"),
+    ("verify", f"{ADAPTER} --peft cut/peft", "not a whole safetensors file"),
+    ("verify", f"{ADAPTER} --in none", "nothing to check; give --merged DIR, --peft DIR or both"),
+    ("verify", f"{ADAPTER} --merged merged --in vllm", "--in vllm: 'vllm' is not one of transformers, peft, none"),
+    ("verify", f"{ADAPTER} --merged merged --in transformers,", "--in transformers,: '' is not one of"),
+    ("verify", f"{ADAPTER} --merged merged --in peft", "--in peft: peft has nothing to load; give --peft DIR"),
+    ("verify", f"{ADAPTER} --peft peft --in transformers", "transformers has nothing to load; give --merged DIR"),
+    ("verify", f"{ADAPTER} --merged merged --in transformers --dtype bf16", "fp32, so --dtype bf16 cannot"),
+    ("verify", f"{ADAPTER} --peft peft --dtype bf16", "--dtype bf16: a PEFT adapter is compared in fp32 only"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("case", WRONG)
+@pytest.fixture(scope="module")
+def wrong(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The exports, a run, an adapter whose base is gone, another model, cut/ with weights that are too short, a PEFT
+    folder that names no base, a file, and a link to nowhere."""
+    folder = shutil.copytree(exported, tmp_path_factory.mktemp("wrong") / "all")
+    for name in ("run/adapter", "lost"):
+        shutil.copytree(exported / "adapter", folder / name)
+    edit_json(folder / "lost" / "adapter_config.json", base_model="/gone")
+    write_tiny_model(folder / "other", num_kv_heads=4, tokenizer=False)
+    for name in ("merged", "peft"):
+        (weights,) = Path(shutil.copytree(exported / name, folder / "cut" / name)).glob("*.safetensors")
+        truncate(weights)
+    edit_json(
+        shutil.copytree(exported / "peft", folder / "nameless") / "adapter_config.json", base_model_name_or_path=None
+    )
+    (folder / "nameless" / EXPORT_RECORD).unlink()
+    (folder / "file").write_text("precious")
+    (folder / "link").symlink_to(folder / "nowhere")
+    return folder
+
+
+@pytest.mark.parametrize("case", WRONG, ids=lambda case: " ".join(case[:2]))
 def test_wrong_arguments_are_one_line(
-    exported: Path, tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    wrong: Path, case: tuple[str, str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(exported, tmp_path, dirs_exist_ok=True)
-    shutil.copytree(exported / "adapter", tmp_path / "run" / "adapter")
-    shutil.copytree(exported / "adapter", tmp_path / "lost")
-    edit_json(tmp_path / "lost" / "adapter_config.json", base_model="/gone")
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").write_text("precious")
-    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    before = files_of(tmp_path)
-    arguments, message = WRONG[case]
-    for tool in ("merge", "export"):
-        if case == "peft folder" and tool == "merge":  # it takes one
-            continue
+    tools, words, message = case
+    monkeypatch.chdir(wrong)
+    before = files_of(wrong)
+    for tool in tools.split():
         with pytest.raises(SystemExit) as end:
-            run_command(partial(call, tool), arguments)
+            run_command(partial(call, tool), words.split())
         captured = capsys.readouterr()
         assert end.value.code == 2 and not captured.out
         assert captured.err.count("\n") == 1 and message in captured.err, captured.err
-    assert files_of(tmp_path) == before and (tmp_path / "link").is_symlink() and not (tmp_path / "nowhere").exists()
+    assert files_of(wrong) == before and (wrong / "link").is_symlink() and not (wrong / "nowhere").exists()

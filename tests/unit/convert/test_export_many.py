@@ -1,8 +1,10 @@
-"""Exports that travel: the base's name, dtypes, many adapters in one call, and bases that are found by their hashes."""
+"""Exports that travel: the base's name, dtypes, many adapters in one call, bases that are found by their hashes; and
+the commands that serve exports, as train, export and the docs show them."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,17 +12,26 @@ from typing import Any
 import pytest
 import torch
 from flipped_bits import flip_bit
+from folders import ROOT
 from native_files import with_adapter, write_native
+from run_files import edit_json
 from safetensors.torch import load_file
+from task_files import refusal
 from tiny_models import write_tiny_model
 
-from megatron_tiedlora.base.messages import UserError
+from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
 from megatron_tiedlora.commands.front import call
+from megatron_tiedlora.config.presets import PRESETS
+from megatron_tiedlora.convert.export_peft import Export, serve_hints
 from megatron_tiedlora.convert.merge import merge_adapter
 from megatron_tiedlora.convert.open_adapter import import_peft, open_adapter
 from megatron_tiedlora.convert.verify import verify_export
+from megatron_tiedlora.model.families import shape_from_hf
 
+PLAIN = shape_from_hf(PRESETS["llama2-7b"])
+STABLELM = shape_from_hf({"model_type": "stablelm"})
+VLLM = "# serve with vLLM 0.26 or later"
 WEIGHTS, CONFIG, RECORD = "adapter_model.safetensors", "adapter_config.json", "tiedlora_export.json"
 
 
@@ -39,9 +50,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def adapters(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """runs/tl6/adapter, runs/lora/adapter and plain/, which has another layer."""
     root, base = tmp_path_factory.mktemp("adapters"), models / "mine"
-    for path, method, layers in (("runs/tl6/adapter", "tl6", None), ("runs/lora/adapter", "lora", None),
-                                 ("plain", "tl5", (2,))):  # fmt: skip
-        write_native(root / path, base, with_adapter(base, method, layers)[2])
+    layers = {"runs/tl6/adapter": ("tl6", None), "runs/lora/adapter": ("lora", None), "plain": ("tl5", (2,))}
+    for path, kind in layers.items():
+        write_native(root / path, base, with_adapter(base, *kind)[2])
     return root
 
 
@@ -113,8 +124,8 @@ def test_what_16_bits_do_not_hold_is_refused(models: Path, tmp_path: Path) -> No
     oracle.B[:] = 1e5
     write_native(tmp_path / "large", models / "mine", oracle)
     words = ["--adapter", str(tmp_path / "large"), "--output", str(tmp_path / "peft")]
-    with pytest.raises(UserError, match=r"lora_B\.weight of its export holds numbers .*; give --dtype fp32"):
-        call("export", [*words, "--dtype", "fp16"])
+    said = refusal(call, "export", [*words, "--dtype", "fp16"])
+    assert "lora_B.weight of its export holds numbers that are not finite; give --dtype fp32" in said
     assert not (tmp_path / "peft").exists() and call("export", words) == 0
 
 
@@ -170,9 +181,7 @@ def test_wrong_inputs_of_many(adapters: Path, tmp_path: Path, monkeypatch: pytes
     if case == "there":
         (tmp_path / "out/tl6").mkdir(parents=True)
     words, message = WRONG_MANY[case]
-    with pytest.raises(UserError) as error:
-        call("export", ["--adapter", *words, "--output", "out"])
-    assert message in str(error.value) and "\n" not in str(error.value)
+    assert message in refusal(call, "export", ["--adapter", *words, "--output", "out"])
     written = [item.name for item in tmp_path.glob("out/*") if any(item.iterdir())]
     assert written == (["plain"] if case in ("no adapter", "peft") else [])  # those before the error stay whole
 
@@ -188,25 +197,25 @@ def test_a_base_is_found_among_models(models: Path, adapters: Path, tmp_path: Pa
     write_native(folder, base, with_adapter(base, "tl6")[2])
     call("export", ["--adapter", str(folder), "--output", str(tmp_path / "peft")])
     shutil.rmtree(base)
-    with pytest.raises(UserError, match="its base cannot be found; give it with --model, or a folder of models, where"):
-        open_adapter(str(folder), None)
+    said = refusal(open_adapter, folder, None)
+    assert "its base cannot be found; give it with --model, or a folder of models, where" in said
+    moved, empty = str(tmp_path / "moved"), str(tmp_path / "empty")
     for given in (folder, tmp_path / "peft"):
-        assert open_adapter(str(given), str(tmp_path / "moved")).source.folder == tmp_path / "moved/mine"
+        assert open_adapter(given, moved).source.folder == tmp_path / "moved/mine"
     shutil.rmtree(tmp_path / "moved/mine")
-    with pytest.raises(UserError, match=r"moved: none of its 2 models is the base of .*/adapter; give the base, or"):
-        open_adapter(str(folder), str(tmp_path / "moved"))
+    said = refusal(open_adapter, folder, moved)
+    assert f"moved: none of its 2 models is the base of {folder}; give the base, or" in said
     (tmp_path / "empty/below").mkdir(parents=True)
-    said = r"--model .*/empty: holds no config\.json, and no models .* a folder of models that holds it: .* its hashes"
     for kind in ("native", None):
-        with pytest.raises(UserError, match=said):
-            open_adapter(str(folder), str(tmp_path / "empty"), kind=kind)
+        said = refusal(open_adapter, folder, empty, kind=kind)
+        assert said.startswith(f"--model {empty}: holds no config.json, and no models ") and "its hashes" in said
 
 
 def test_a_peft_adapter_of_others_has_no_hashes(models: Path, adapters: Path, tmp_path: Path) -> None:
     call("export", ["--adapter", str(adapters / "plain"), "--output", str(tmp_path / "peft")])
     (tmp_path / "peft" / RECORD).unlink()
-    with pytest.raises(UserError, match="does not record its base's hashes; give the base's own folder"):
-        open_adapter(tmp_path / "peft", str(models))
+    said = refusal(open_adapter, tmp_path / "peft", str(models))
+    assert "does not record its base's hashes; give the base's own folder" in said
     assert load_native_adapter(tmp_path / "peft/native").base_identity.base_model == str(models / "mine")
 
 
@@ -217,9 +226,98 @@ def test_a_peft_adapter_of_others_on_a_merged_model(models: Path, adapters: Path
     (peft / RECORD).unlink()
     opened = open_adapter(adapters / "plain", None)
     merge_adapter(opened.source, opened.adapter, merged)
-    with pytest.raises(UserError, match="merged: an adapter is merged into it already; give the plain base with"):
-        open_adapter(peft, str(merged))
+    said = refusal(open_adapter, peft, str(merged))
+    assert "merged: an adapter is merged into it already; give the plain base with" in said
     assert any("names the base mine" in note for note in open_adapter(peft, str(merged), differs=True).notes)
-    (peft / CONFIG).write_text(json.dumps({**content(peft), "base_model_name_or_path": str(merged)}))
+    edit_json(peft / CONFIG, base_model_name_or_path=str(merged))
     found = open_adapter(peft, None)
     assert found.source.folder == merged and not any("names the base" in note for note in found.notes)
+
+
+# The commands that serve them --------------------------------------------------------------------------------------
+
+
+def one(rank: int, *targets: str, folder: str = "peft") -> dict[str, Export]:
+    return {"tied": Export(Path(folder), rank, targets or ("qkv",))}
+
+
+@pytest.mark.parametrize(("rank", "served"), [(1, 1), (2, 8), (8, 8), (9, 16), (100, 128), (512, 512)])
+def test_the_serve_command_allows_the_rank(rank: int, served: int) -> None:
+    """A shell takes the lines as they stand: programs are named in comments."""
+    lines = serve_hints(one(rank, "down_proj", "qkv", folder="out dir/peft"), "org/base", PLAIN)
+    comments, commands = [line for line in lines if line[0] == "#"], [line for line in lines if line[0] != "#"]
+    assert commands == [
+        f"vllm serve org/base --enable-lora --max-lora-rank {served} --lora-target-modules qkv_proj down_proj"
+        " --lora-modules 'tied=out dir/peft'",
+        "python -m sglang.launch_server --model-path org/base --lora-paths 'tied=out dir/peft'",
+        "python convert_lora_to_gguf.py 'out dir/peft' --base org/base --outfile peft.gguf",
+        "llama-server -m BASE.gguf --lora peft.gguf",
+    ]
+    assert comments == [VLLM, "# serve with SGLang", "# serve with llama.cpp, in its folder"]
+
+
+def test_what_vllm_does_not_serve_is_said() -> None:
+    """A rank beyond its own, and StableLM, for which it has no LoRA: alone and among several."""
+    for exports, shape in ((one(513), PLAIN), (one(8), STABLELM)):
+        vllm, *rest = serve_hints(exports, "org/base", shape)
+        assert vllm.startswith("# vLLM ") and "serve the merged model" in vllm
+        others = "\n".join(rest)
+        assert "sglang.launch_server --model-path org/base" in others and "convert_lora_to_gguf.py peft" in others
+        assert "vllm serve" not in others
+    several = {"a": Export(Path("a"), 8, ["qkv"]), "b": Export(Path("b"), 8, ["qkv"])}
+    assert serve_hints(several, "org/base", STABLELM) == [
+        "# vLLM has no LoRA for StableLM; serve the merged model instead"
+    ]
+    huge = {name: export._replace(rank=513) for name, export in several.items()}
+    (said,) = serve_hints(huge, "org/base", PLAIN)
+    assert said == "# vLLM accepts ranks up to 512; serve the merged model of a, b instead"
+
+
+def test_one_command_serves_all_by_name() -> None:
+    """With room for the largest rank that vLLM serves and for all targets; others are left out, which is said."""
+    outputs = {
+        "a": Export(Path("run/a/peft"), 3, ["qkv"]),
+        "b": Export(Path("my run/b/peft"), 9, ["down_proj", "qkv"]),
+        "huge": Export(Path("run/huge/peft"), 513, ["gate_up"]),
+    }
+    left_out, comment, command = serve_hints(outputs, "org/base", PLAIN)
+    assert left_out == "# vLLM accepts ranks up to 512; serve the merged model of huge instead"
+    assert comment == f"{VLLM}; --max-loras: adapters in one batch, --max-cpu-loras: in host memory"
+    assert command == (
+        "vllm serve org/base --enable-lora --max-lora-rank 16 --lora-target-modules qkv_proj down_proj --max-loras 2"
+        " --max-cpu-loras 2 --lora-modules a=run/a/peft 'b=my run/b/peft'"
+    )
+    of_one = serve_hints({name: outputs[name] for name in ("a", "huge")}, "org/base", PLAIN)
+    assert "--max-loras" not in of_one[-1], "one is served, and that is vLLM's default"
+    many = {f"a{number}": Export(Path(f"a{number}"), 8, ["o_proj"]) for number in range(100)}
+    assert " --max-loras 8 --max-cpu-loras 100 " in serve_hints(many, "org/base", PLAIN)[-1], "no slot for each"
+
+
+def test_the_name_that_vllm_s_resolver_asks_for_is_said_where_it_differs() -> None:
+    lines = serve_hints(one(8), "/shared/llama2-7b", PLAIN, named="llama2-7b")
+    assert lines[1] == (
+        "# its filesystem resolver asks for the base that the export names, llama2-7b; export with --base_name"
+        " /shared/llama2-7b"
+    )
+    assert lines[2].startswith("vllm serve /shared/llama2-7b ")
+    for named in ("/shared/llama2-7b", None):
+        assert not any("resolver" in line for line in serve_hints(one(8), "/shared/llama2-7b", PLAIN, named=named))
+
+
+# Pages of the docs: what they show is what is printed. test_plan_command.py compares guide.md.
+
+
+def block(page: str) -> list[str]:
+    """The lines of the page's block that has the command of vLLM with LoRA."""
+    text = (ROOT / page).read_text()
+    (found,) = (part for part in re.split(r"\n\n", text) if part.startswith("    ") and "--enable-lora" in part)
+    return [line.removeprefix("    ") for line in found.split("\n")]
+
+
+def test_docs_of_one_and_of_several_exports() -> None:
+    exports = one(16, *TARGET_NAMES, folder="RUN/peft-16")
+    assert block("docs/adapters.md") == serve_hints(exports, "/models/llama2-7b", PLAIN, named="llama2-7b")
+    targets = {"support": ["qkv"], "legal": ["qkv"], "notes": TARGET_NAMES, "titles": ["qkv"]}
+    ranks = {"legal": 16}
+    exports = {name: Export(Path(f"runs/four/{name}/peft"), ranks.get(name, 8), of) for name, of in targets.items()}
+    assert block("docs/many_adapters.md") == serve_hints(exports, "/shared/llama2-7b", PLAIN)

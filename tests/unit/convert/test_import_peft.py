@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +13,11 @@ from native_files import with_adapter
 from peft_folders import WEIGHTS, imported
 from peft_models import lora_model, vera_model
 from quantised_folders import SHAPE, quantised_folder
+from run_files import edit_json
 from safetensors.torch import load_file, save_file
 from task_files import refusal
 from tiny_models import write_tiny_model
 
-from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter, save_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
@@ -57,9 +56,7 @@ OPTIONS: dict[str, Case] = {
     "q_k_v": case(6, r=2, lora_alpha=7, target_modules=["v_proj", "k_proj", "q_proj"]),
     "rslora": case(8, r=4, lora_alpha=3, use_rslora=True, target_modules=Q_AND_V),
     "layers": case(6, layers=(1, 3), r=3, target_modules=Q_AND_V, layers_to_transform=[2, 0], lora_dropout=0.1),
-    "layer": case(
-        3, layers=(2,), r=3, target_modules=["k_proj"], layers_to_transform=1, layers_pattern="layers"
-    ),
+    "layer": case(3, layers=(2,), r=3, target_modules=["k_proj"], layers_to_transform=1, layers_pattern="layers"),
     "pattern": case(4, layers=(1, 3), r=2, target_modules=r".*layers\.(0\..*q_proj|2\..*(k|v)_proj)"),
     "full_name": case(4, r=2, target_modules=["model.layers.1.self_attn.v_proj", "k_proj"]),
     "full_name_beside_layers": case(  # no layer has two projections
@@ -71,9 +68,7 @@ OPTIONS: dict[str, Case] = {
     "up": case(3, targets=("gate_up",), r=3, lora_alpha=5, target_modules=["up_proj"]),
     "gate": case(3, layers=(3,), targets=("gate_up",), r=3, target_modules=["gate_proj"], layers_to_transform=2),
     "mlp": case(4, targets=("gate_up", "down_proj"), r=2, lora_alpha=7, target_modules=MLP, use_rslora=True),
-    "o_and_down": case(
-        3, targets=("o_proj", "down_proj"), r=3, lora_alpha=5, target_modules=["down_proj", "o_proj"]
-    ),
+    "o_and_down": case(3, targets=("o_proj", "down_proj"), r=3, lora_alpha=5, target_modules=["down_proj", "o_proj"]),
     "o_and_separate": case(  # o_proj is padded
         4, targets=("o_proj", "gate_up"), r=2, target_modules=["o_proj", "gate_proj", "up_proj"]
     ),
@@ -130,11 +125,10 @@ def test_which_adapters_train_on_as_peft_s(separate: Path, tmp_path: Path) -> No
     def trains_as_peft(name: str, tied: dict[str, str], **options: Any) -> bool:
         peft = lora_model(separate, r=2, **options)
         parameters = dict(peft.named_parameters())
-        with torch.no_grad():
-            for key, parameter in parameters.items():
-                for module, first in tied.items():
-                    if module in key and "lora_A" in key:
-                        parameter.copy_(parameters[key.replace(module, first)])
+        for key, parameter in parameters.items():
+            for module, first in tied.items():
+                if module in key and "lora_A" in key:
+                    parameter.data.copy_(parameters[key.replace(module, first)].data)
         peft.save_pretrained(tmp_path / name)
         return read_peft(tmp_path / name, source).apart is None
 
@@ -173,9 +167,7 @@ def test_what_is_exported_comes_back(
     assert {name: (t.shape, t.dtype) for name, t in back.state.items()} == {
         name: (back.config.shape(name), torch.float32) for name in "ABuv"
     }
-    for (rule, *found), (own_rule, *own) in zip(
-        back.updates(source.shape), native.updates(source.shape), strict=True
-    ):
+    for (rule, *found), (own_rule, *own) in zip(back.updates(source.shape), native.updates(source.shape), strict=True):
         assert rule == own_rule
         torch.testing.assert_close(found[1] @ found[0], own[1] @ own[0], rtol=1e-6, atol=1e-6)
         assert family == "separate" or all(map(torch.equal, found, own))
@@ -289,12 +281,13 @@ def test_the_record_of_an_export_decides_neither_shape_nor_precision(separate: P
     assert exported_base(tmp_path, native.base_identity) is None
     export_peft(source, native, tmp_path / "peft")
     file = tmp_path / "peft" / EXPORT_RECORD
-    content = json.loads(file.read_text())
-    file.write_text(json.dumps({**content, "num_layers": 99, "dtype": "fp16"}))
+    content = file.read_text()
+    edit_json(file, num_layers=99, dtype="fp16")
     assert exported_base(tmp_path / "peft", native.base_identity) == native.base_identity
     for name in ("base_model", "base_hash", "base_weights_hash"):
-        file.write_text(json.dumps({key: value for key, value in content.items() if key != name}))
-        line = refusal(lambda: exported_base(tmp_path / "peft", native.base_identity))
+        file.write_text(content)
+        edit_json(file, **{name: None})
+        line = refusal(exported_base, tmp_path / "peft", native.base_identity)
         assert f"{EXPORT_RECORD}: {name} is missing" in line
 
 
@@ -323,20 +316,13 @@ def test_an_export_keeps_the_storage_format_of_the_base(separate: Path, tmp_path
     opened = open_adapter(str(tmp_path / "peft"), str(separate))
     assert opened.adapter.base_identity == quantised
     said: list[str] = []
-    for name, inside in (("whole", True), ("alone", False)):
-        copy = tmp_path / name
-        shutil.copytree(tmp_path / "peft", copy)
-        if not inside:
-            shutil.rmtree(copy / NATIVE_FOLDER)
-        import_peft(source, copy, tmp_path / f"{name} again", say=said.append)
-        again = load_native_adapter(tmp_path / f"{name} again").base_identity
+    for name in ("whole", "alone"):
+        import_peft(source, tmp_path / "peft", tmp_path / name, say=said.append)
+        again = load_native_adapter(tmp_path / name).base_identity
         assert (again.base_format, again.base_stored) == ("nf4", "bf16")
+        shutil.rmtree(tmp_path / "peft" / NATIVE_FOLDER, ignore_errors=True)  # for the second one
     assert not any("trained on" in note for note in said), "an import uses no base"
-    file = tmp_path / "peft" / EXPORT_RECORD
-    content = json.loads(file.read_text())
-    file.write_text(json.dumps({**content, "base_stored": "int4"}))
-    with pytest.raises(UserError, match=f"{EXPORT_RECORD}: base_stored 'int4' is not one of bf16, fp16, fp32"):
-        open_adapter(str(tmp_path / "peft"), str(separate))
-    file.write_text(json.dumps({**content, "base_format": "nf3"}))
-    with pytest.raises(UserError, match=f"{EXPORT_RECORD}: base_format 'nf3' is not one of int8, fp8, nf4"):
-        open_adapter(str(tmp_path / "peft"), str(separate))
+    for name, value, known in (("base_stored", "int4", "bf16, fp16, fp32"), ("base_format", "nf3", "int8, fp8, nf4")):
+        edit_json(tmp_path / "peft" / EXPORT_RECORD, **{name: value})
+        said = refusal(open_adapter, tmp_path / "peft", str(separate))
+        assert f"{EXPORT_RECORD}: {name} '{value}' is not one of {known}" in said

@@ -11,7 +11,9 @@ import pytest
 import torch
 from native_files import with_adapter
 from quantised_models import CROSSING, FORMATS, quantised
+from run_files import edit_json
 from safetensors.torch import load_file, save_file
+from task_files import refusal
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.messages import UserError
@@ -51,20 +53,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return Trained(model, source, adapter)
 
 
-def expected(trained: Trained, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """base + update in fp32, cast once."""
-    found = {name: value.float() for name, value in base.items()}
+def check(trained: Trained, found: dict[str, torch.Tensor], base: dict[str, torch.Tensor]) -> None:
+    """It is base + update in fp32, cast once, but for the last bit of bf16: the update is summed here in one matmul."""
+    wanted = {name: value.float() for name, value in base.items()}
     for rule, a, b in trained.adapter.updates(trained.source.shape):
         for name, rows in rule.by_stored_tensor(b @ a).items():
-            found[name] = found[name] + rows
-    return {name: value.bfloat16() for name, value in found.items()}
-
-
-def close(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> bool:
-    """Equal but for the last bit of bf16, as the update is summed here in one matmul."""
+            wanted[name] = wanted[name] + rows
     assert found.keys() == wanted.keys()
-    pairs = ((found[name].float(), wanted[name].float()) for name in wanted)
-    return all(bool(((one - other).abs() <= 2**-7 * other.abs() + 1e-6).all()) for one, other in pairs)
+    for name, value in found.items():
+        torch.testing.assert_close(value.float(), wanted[name].bfloat16().float(), rtol=2**-7, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -76,7 +73,8 @@ def test_onto_the_stored_base_and_onto_what_training_saw(trained: Trained, name:
     merge_adapter(trained.source, adapter, tmp_path / "trained", onto_trained=True, say=notes.append)
     assert len(notes) == 1, "this one uses what training saw"
     original, onto = (load_file(tmp_path / kind / "model.safetensors") for kind in ("original", "trained"))
-    assert close(original, expected(trained, stored)) and close(onto, expected(trained, quantised(stored, name)))
+    check(trained, original, stored)
+    check(trained, onto, quantised(stored, name))
     for key, value in quantised(stored, name).items():
         adapted = any(f".{layer - 1}." in key for layer in LAYERS) and ("_proj" in key) and "o_proj" not in key
         if not adapted or "gate" in key or "up_proj" in key:
@@ -102,28 +100,27 @@ def test_the_check_knows_onto_what_it_was_merged(trained: Trained, tmp_path: Pat
     adapter = trained.on("int8")
     merge_adapter(trained.source, adapter, tmp_path / "trained", onto_trained=True)
     file = tmp_path / "trained" / MERGE_RECORD
-    record = json.loads(file.read_text())
-    assert record["merged_onto"] == "int8"
+    assert json.loads(file.read_text())["merged_onto"] == "int8"
     for wrong in (None, "nf4"):
-        file.write_text(json.dumps({**record, "merged_onto": wrong}))
+        edit_json(file, merged_onto=wrong)
         found = verify_export(trained.source, adapter, merged=tmp_path / "trained", inside="none")
         assert not found.passed and len(found.bits[0].differences) >= 7 * 3
-    file.write_text(json.dumps({**record, "merged_onto": "int4"}))
-    with pytest.raises(UserError, match=rf"{MERGE_RECORD}: merged_onto = 'int4' is not one of int8, fp8, nf4"):
-        verify_export(trained.source, adapter, merged=tmp_path / "trained", inside="none")
+    edit_json(file, merged_onto="int4")
+    said = refusal(verify_export, trained.source, adapter, merged=tmp_path / "trained", inside="none")
+    assert f"{MERGE_RECORD}: merged_onto = 'int4' is not one of int8, fp8, nf4" in said
 
 
 def test_an_adapter_of_a_plain_base_has_no_other(
     trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapter = trained.on(None)
-    with pytest.raises(UserError, match="--onto trained: the adapter was trained on its base in fp32, not on"):
-        merge_adapter(trained.source, adapter, tmp_path / "trained", onto_trained=True)
+    said = refusal(merge_adapter, trained.source, adapter, tmp_path / "trained", onto_trained=True)
+    assert said.startswith("--onto trained: the adapter was trained on its base in fp32, not on")
     merge_adapter(trained.source, adapter, tmp_path / "plain")
     assert "merged_onto" not in json.loads((tmp_path / "plain" / MERGE_RECORD).read_text())
     native = trained.on("fp8")
     save_adapter(tmp_path / "native", native.config, native.base_identity, native.state)
-    assert load_native_adapter(tmp_path / "native").base_identity.base_format == "fp8"
+    assert load_native_adapter(tmp_path / "native").base_identity == native.base_identity
     words = ["--adapter", str(tmp_path / "native"), "--output", str(tmp_path / "fp8"), "--onto", "trained"]
     assert call("merge", words) == 0 and "note" not in capsys.readouterr().out
     assert json.loads((tmp_path / "fp8" / MERGE_RECORD).read_text())["merged_onto"] == "fp8"
@@ -210,12 +207,3 @@ def test_a_precision_that_was_not_recorded_is_said(copies: dict[str, ModelSource
     ]
     assert verify_export(copies["bf16"], adapter, merged=tmp_path / "onto", inside="none").passed
     assert check_base(copies["bf16"], adapter, base_format="nf4").notes == ()
-
-
-def test_a_wrong_precision_is_named(trained: Trained, tmp_path: Path) -> None:
-    native = trained.on("nf4")
-    save_adapter(tmp_path / "native", native.config, native.base_identity, native.state)
-    assert load_native_adapter(tmp_path / "native").base_identity == native.base_identity
-    save_adapter(tmp_path / "wrong", native.config, replace(native.base_identity, base_stored="int4"), native.state)
-    with pytest.raises(UserError, match=r"adapter_config.json: base_stored 'int4' is not one of bf16, fp16, fp32"):
-        load_native_adapter(tmp_path / "wrong")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import torch
 from flipped_bits import file_of, flip_bit
 from native_files import Inputs, with_adapter
 from quantised_folders import SHAPE, quantised_folder
+from run_files import edit_tensors
 from safetensors.torch import load_file, save_file
 from tiny_models import write_tiny_model
 
@@ -69,9 +70,7 @@ def differences(inputs: Inputs, merged: Path) -> tuple[str, ...]:
 
 def rewrite(file: Path, name: str, tensor: torch.Tensor | None) -> None:
     """Put another tensor, or none, in the place of one in a file."""
-    tensors = load_file(file)
-    tensors.pop(name, None)
-    save_file(tensors if tensor is None else {**tensors, name: tensor}, file, metadata={"format": "pt"})
+    edit_tensors(file, lambda held: held.pop(name, None) if tensor is None else held.update({name: tensor}))
 
 
 @pytest.mark.parametrize("kind", DTYPES)
@@ -135,30 +134,24 @@ def test_the_highest_bit_counts_too(inputs: Inputs, exported: Path, tmp_path: Pa
     assert f"{WITH_ZERO} differs from the base in 1 value, first in row 1, " in found
 
 
-@pytest.mark.parametrize("damage", ["no update", "swapped", "dtype", "not cast", "another tensor", "stale file"])
+V = "model.layers.0.self_attn.v_proj.weight"
+WRONG = f"{V} differs from base + adapter in "
+DAMAGE: dict[str, tuple[str, Callable[[Path, Path], object], str]] = {  # of a merge, with files of it and of the base
+    "no update": ("stored", lambda f, base: rewrite(f, V, load_file(base)[V]), WRONG),
+    "heads swapped": ("stored", lambda f, _: rewrite(f, V, load_file(f)[V].roll(8, 0)), WRONG),
+    "dtype": ("stored", lambda f, _: rewrite(f, V, load_file(f)[V].float()), f"{V} is F32, not BF16"),
+    "not cast": ("fp32", lambda f, base: rewrite(f, V, load_file(base)[V]), f"{V} is BF16, not F32"),
+    "another": ("stored", lambda f, _: rewrite(f, "extra\n\x1b", torch.ones(3)), r"extra\n\x1b is not in the base"),
+    "stale file": ("stored", lambda f, base: shutil.copyfile(base, f), "differs from base + adapter"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_what_else_is_found(inputs: Inputs, base: Path, exported: Path, tmp_path: Path, damage: str) -> None:
-    folder = shutil.copytree(exported / ("fp32" if damage == "not cast" else "stored"), tmp_path / "merged")
-    name = "model.layers.0.self_attn.v_proj.weight"
-    file = file_of(folder, name)
-    if damage == "no update":
-        rewrite(file, name, load_file(file_of(base, name))[name])
-        wanted = f"{name} differs from base + adapter in "
-    elif damage == "swapped":  # rows of the update, in the order of another head
-        rewrite(file, name, load_file(file)[name].roll(8, 0))
-        wanted = f"{name} differs from base + adapter in "
-    elif damage == "dtype":
-        rewrite(file, name, load_file(file)[name].float())
-        wanted = f"{name} is F32, not BF16"
-    elif damage == "not cast":
-        rewrite(file, name, load_file(file_of(base, name))[name])
-        wanted = f"{name} is BF16, not F32"
-    elif damage == "another tensor":
-        rewrite(file, "extra\n\x1b", torch.ones(3))
-        wanted = r"extra\n\x1b is not in the base"
-    else:  # the base's file, under the same name
-        shutil.copyfile(file_of(base, name), file)
-        wanted = "differs from base + adapter"
-    found = differences(inputs, folder)
+    kind, change, wanted = DAMAGE[damage]
+    file = file_of(shutil.copytree(exported / kind, tmp_path / "merged"), V)
+    change(file, file_of(base, V))
+    found = differences(inputs, tmp_path / "merged")
     assert found and all(line.startswith(f"{file}: ") and wanted in line for line in found), found
 
 

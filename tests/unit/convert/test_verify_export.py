@@ -1,4 +1,5 @@
-"""The check of exports: what passes, what fails and how, what loads the exports, and the memory that it takes."""
+"""The check of exports: what passes, what fails and how, what loads the exports, and the memory that it takes; and that
+its logits, and a run's losses, of one layer at a time are those of the whole model with its adapter."""
 
 from __future__ import annotations
 
@@ -6,26 +7,33 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from family_models import FAMILY_MODELS
 from flipped_bits import flip_bit
 from native_files import Inputs, native_adapter, with_adapter
 from oracle import load_weights
 from safetensors.torch import save_file
-from task_files import refusal
 from tiny_models import write_tiny_model
 from wide_models import Peak, peak_of, write_wide_adapter, write_wide_model
 
 from megatron_tiedlora.base.output_folder import new_output
 from megatron_tiedlora.base.shapes import TARGET_NAMES
+from megatron_tiedlora.checkpoint import load_model as blocks
+from megatron_tiedlora.checkpoint.base_weights import BaseWeights
+from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.commands.front import call
-from megatron_tiedlora.convert import verify
+from megatron_tiedlora.convert import layerwise, verify
 from megatron_tiedlora.convert.inputs import EXPORT_RECORD
+from megatron_tiedlora.convert.layerwise import Weights, layerwise_logits, layerwise_loss
 from megatron_tiedlora.convert.merge import merge_adapter
 from megatron_tiedlora.convert.open_adapter import open_adapter
 from megatron_tiedlora.convert.verify import LogitComparison, Verification, format_comparisons, verify_export
+from megatron_tiedlora.model import layer_specs
+from megatron_tiedlora.model.batch import MicroBatch
 
 
 def by_name(found: Verification) -> dict[str, LogitComparison]:
@@ -189,44 +197,6 @@ def test_a_large_model_is_not_loaded_whole(
     assert tuple(by_name(asked)) == ("base without adapter", *MERGED)
 
 
-WRONG: list[tuple[str, str]] = [
-    ("--merged none", "none/config.json: no such file"),
-    ("--merged peft", "peft/config.json: no such file"),
-    ("--peft none", "none/adapter_config.json: no such file"),
-    ("--peft adapter", "not a PEFT adapter (it is a native one)"),
-    ("--merged other", "num_key_value_heads is 4, not 2 as in"),
-    ("--merged cut/merged", "not a whole safetensors file"),
-    ("--peft cut/peft", "not a whole safetensors file"),
-    ("--in none", "nothing to check; give --merged DIR, --peft DIR or both"),
-    ("--merged merged --in vllm", "--in vllm: 'vllm' is not one of transformers, peft, none"),
-    ("--merged merged --in transformers,", "--in transformers,: '' is not one of"),
-    ("--merged merged --in peft", "--in peft: peft has nothing to load; give --peft DIR"),
-    ("--peft peft --in transformers", "--in transformers: transformers has nothing to load; give --merged DIR"),
-    ("--merged merged --in transformers --dtype bf16", "transformers computes in fp32, so --dtype bf16 cannot"),
-    ("--peft peft --dtype bf16", "--dtype bf16: a PEFT adapter is compared in fp32 only"),
-]
-
-
-@pytest.fixture(scope="module")
-def wrong(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The exports, another model, and cut/ with weights that are too short."""
-    folder = tmp_path_factory.mktemp("wrong")
-    shutil.copytree(exported, folder, dirs_exist_ok=True)
-    write_tiny_model(folder / "other", num_kv_heads=4, tokenizer=False)
-    for name in ("merged", "peft"):
-        (weights,) = Path(shutil.copytree(exported / name, folder / "cut" / name)).glob("*.safetensors")
-        weights.write_bytes(weights.read_bytes()[:-10])
-    return folder
-
-
-@pytest.mark.parametrize(("words", "message"), WRONG)
-def test_what_cannot_be_checked_is_one_line(
-    wrong: Path, monkeypatch: pytest.MonkeyPatch, words: str, message: str
-) -> None:
-    monkeypatch.chdir(wrong)
-    assert message in refusal(lambda: call("verify", ["--adapter", "adapter", *words.split()]))
-
-
 def test_the_table_of_nan_fails() -> None:
     row = LogitComparison("merged", float("nan"), 0.0, 0.0, 1.0, "equal")
     assert not row.passed and "FAILED" in format_comparisons([row]) and not Verification((), (row,)).passed
@@ -301,3 +271,93 @@ def test_llama2_70b_shapes_take_the_memory_of_one_layer(large_folder: Path, targ
         assert peak < 1.2 * layer
         (judged,) = (line for line in report.splitlines() if line.startswith("  against rounded weights"))
         assert judged.endswith("ok")
+
+
+# --------------------------------------------------------------------------------------------- one layer at a time
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head of 100 rows at a time, which do not divide the vocabulary, and weights read by 64 rows."""
+    monkeypatch.setattr(layerwise, "_HEAD_ELEMENTS", 100 * 32)
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 64 * 32)
+
+
+def logits(base: Path, dtype: torch.dtype, **adapter_fields: object) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Of base + adapter and of the base: one layer at a time, and by whole models."""
+    source, adapter, _ = with_adapter(base, "tl6", **adapter_fields)
+    tokens = torch.randint(0, source.shape.vocab_size, (2, 17), generator=torch.Generator().manual_seed(1))
+    with BaseWeights(base, source.shape) as weights:
+        models: list[Weights] = [(weights.read, {"native": adapter}), (weights.read, {"plain": None})]
+        found = layerwise_logits(source.shape, models, tokens, dtype=dtype)
+    positions = torch.arange(17).expand_as(tokens)
+    whole = {"native": load_model(source, adapter, dtype=dtype), "plain": load_model(source, None, dtype=dtype)}
+    with torch.no_grad():
+        return {name: (found[name], model.predict(tokens, positions)) for name, model in whole.items()}
+
+
+# Options of the model, and of its adapter.
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    **{name: (FAMILY_MODELS.get(name, {}), {"layers": (1, 3)}) for name in ("llama", *FAMILY_MODELS)},
+    **{
+        f"{'-'.join(targets)} {layers}": ({}, {"targets": targets, "layers": layers})
+        for targets in (("o_proj",), ("gate_up",), ("down_proj",), TARGET_NAMES)
+        for layers in ((3,), (1, 2))
+    },
+    "stored in fp16": ({"dtype": torch.float16}, {}),
+    "stored in fp64": ({"dtype": torch.float64}, {}),
+}
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("case", CASES)
+def test_logits_are_those_of_the_whole_model(tmp_path: Path, case: str) -> None:
+    model, adapter = CASES[case]
+    found = logits(write_tiny_model(tmp_path, tokenizer=False, **model), torch.float32, **adapter)
+    for by_layer, whole in found.values():
+        torch.testing.assert_close(by_layer, whole, rtol=1e-5, atol=1e-5)
+    native, plain = found["native"][0], found["plain"][0]
+    assert (native - plain).abs().max() > 0.02 * native.abs().max()
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_logits_in_bf16(tmp_path: Path) -> None:
+    base = write_tiny_model(tmp_path, dtype=torch.bfloat16, tokenizer=False)
+    for found, whole in logits(base, torch.bfloat16).values():
+        assert found.dtype == torch.float32
+        assert (found - whole.float()).abs().max() < 0.02 * whole.abs().max()
+
+
+def batch(rows: int, length: int, seed: int) -> MicroBatch:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(3, 320, (rows, length), generator=generator)
+    labels = tokens.roll(-1, 1).masked_fill(torch.rand(rows, length, generator=generator) < 0.3, -100)
+    labels[:, -1] = -100
+    lengths = torch.full((rows,), length)
+    positions = torch.arange(length).expand(rows, length)
+    return MicroBatch(tokens=tokens, positions=positions, labels=labels, lengths=lengths, num_samples=rows)
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("share", [0.25, 0.0])
+def test_the_loss_is_that_of_the_whole_model(
+    tied: bool, share: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layerwise, "_SHARE", share)
+    monkeypatch.setattr(layer_specs, "HEAD_ROWS", 7)
+    folder = write_tiny_model(tmp_path / "model", tokenizer=False, tied=tied)
+    source, adapter, _ = with_adapter(folder, "tl6", (1, 3), targets=("qkv", "down_proj"))
+    batches = [batch(2, 11, 0), batch(3, 20, 1), batch(1, 8, 2)]
+    model = load_model(source, adapter, dtype=torch.float32)
+    plain = load_model(source, None, dtype=torch.float32)
+    calls: list[None] = []
+    with BaseWeights(folder, source.shape) as weights:
+        options: Any = {"dtype": torch.float32, "device": torch.device("cpu"), "between": lambda: calls.append(None)}
+        found = layerwise_loss(source.shape, weights.read, adapter, batches, **options)
+    wanted, without = (
+        sum(float(whole.predict(some.tokens, some.positions, some.labels).sum()) for some in batches)
+        for whole in (model, plain)
+    )
+    assert found == pytest.approx(wanted, rel=1e-5) and abs(without - wanted) > 1e-2 * wanted
+    assert len(calls) == 3 * (1 if share else 3)

@@ -12,7 +12,10 @@ import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from fuzzing import bounded, outcome
 from task_files import refusal, write
@@ -101,9 +104,6 @@ def test_a_million_names_take_no_longer_than_one() -> None:
 
 def parquet(path: Path, *, rows: int, size: int) -> Path:
     """A small file of many equal rows, which its dictionary holds once."""
-    import pyarrow
-    import pyarrow.parquet
-
     text = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * rows, pyarrow.int32()), pyarrow.array(["x" * size]))
     table = pyarrow.table({"prompt": text, "completion": text})
     pyarrow.parquet.write_table(table, path, compression="zstd", row_group_size=rows, store_schema=False)
@@ -131,9 +131,6 @@ def test_a_small_parquet_file_is_not_made_gigabytes(tmp_path: Path, rows: int, s
 
 
 def test_many_ordinary_rows_are_read(tmp_path: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
     file = tmp_path / "rows.parquet"
     numbers = [str(number) for number in range(100_000)]
     pyarrow.parquet.write_table(pyarrow.table({"prompt": numbers, "completion": numbers}), file)
@@ -153,7 +150,7 @@ def test_sparse_files_of_gigabytes(tmp_path: Path, name: str) -> None:
     start = {"a.jsonl": b'{"a": 1}\n', "b.json": b'[{"a": 1}', "c.json": b"", "a.parquet": b"PAR1"}.get(name, b"a\n")
     file = sparse(tmp_path / name, 2**30 if name == "b.json" else 2**36, start)
     with bounded():
-        message = refusal(lambda: (read_lines if name == "a.de" else read_rows)(file))
+        message = refusal(read_lines if name == "a.de" else read_rows, file)
     assert message.startswith(str(file))
 
 
@@ -162,19 +159,15 @@ def test_a_line_of_absurd_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     rows = [{"a": "x" * count} for count in (20, 21)]
     file = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
     assert [row for row, _ in read_rows(file)] == rows[:1] + rows[1:]
-    message = refusal(lambda: read_rows(write(tmp_path / "a.jsonl", '{"a": 1}\n' + json.dumps({"a": "x" * 30}))))
+    message = refusal(read_rows, write(tmp_path / "a.jsonl", '{"a": 1}\n' + json.dumps({"a": "x" * 30})))
     assert message.startswith(f"{file}:2: is longer than 30 bytes")
 
 
 def test_memory_that_is_not_there_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise MemoryError
-
-    monkeypatch.setattr(readers, "_parse_json", full)
-    lines = write(tmp_path / "a.jsonl", "{}\n")
-    assert refusal(lambda: read_rows(lines)) == f"{lines}: does not fit into memory; give a smaller part of it"
-    whole = write(tmp_path / "a.json", "[]")
-    assert refusal(lambda: read_rows(whole)).startswith(f"{whole}: needs more than 268,435,")
+    monkeypatch.setattr(readers, "_parse_json", Mock(side_effect=MemoryError))
+    lines, whole = write(tmp_path / "a.jsonl", "{}\n"), write(tmp_path / "a.json", "[]")
+    assert refusal(read_rows, lines) == f"{lines}: does not fit into memory; give a smaller part of it"
+    assert refusal(read_rows, whole).startswith(f"{whole}: needs more than 268,435,")
 
 
 # Rules for texts ---------------------------------------------------------------------------------------------------
@@ -232,13 +225,12 @@ def test_a_megabyte_takes_seconds_at_most(text: str) -> None:
 
 def test_rows_of_a_megabyte(tmp_path: Path) -> None:
     summary = write(tmp_path / "a.jsonl", json.dumps({"dialogue": "a", "summary": "a" + " " * MEGABYTE + "b"}))
-    with bounded():
-        (sample,) = load_split("dialogsum", "test", files={"test": summary}, seed=0)
-    assert len(sample.completion) == MEGABYTE + 3
     row = {"activity_label": "a", "ctx_a": "[" * MEGABYTE, "ctx_b": "", "endings": ["a", "b"], "label": 1}
-    with bounded():
-        file = write(tmp_path / "b.jsonl", json.dumps(row))
-        (sample,) = load_split("hellaswag", "test", files={"test": file}, seed=0)
+    endings = write(tmp_path / "b.jsonl", json.dumps(row))
+    for task, file, wanted in (("dialogsum", summary, MEGABYTE + 3), ("hellaswag", endings, 2)):
+        with bounded():
+            (sample,) = load_split(task, "test", files={"test": file}, seed=0)
+        assert len(sample.completion) == wanted
     assert sample.prompt == "a: " + "[" * MEGABYTE
 
 
@@ -314,7 +306,7 @@ def test_a_tokenizer_s_file_of_gigabytes_is_not_read(tmp_path: Path, name: str) 
     places = [folder, folder / name] if name.endswith(".model") else [folder]
     for place in places:
         with bounded():
-            message = refusal(lambda place=place: load_tokenizer(place))
+            message = refusal(load_tokenizer, place)
         assert message.startswith(f"{folder / name}: is larger than 134,217,728 bytes")
 
 
@@ -322,7 +314,7 @@ def test_a_model_that_sentencepiece_cannot_use(tmp_path: Path) -> None:
     for content in (b"", b"\0" * 1000, b"\x0a\xff\xff\xff\xff\x0f" + b"x" * 100):
         file = tmp_path / "tokenizer.model"
         file.write_bytes(content)
-        assert f"{file}: is not a SentencePiece model" in refusal(lambda file=file: load_tokenizer(file))
+        assert f"{file}: is not a SentencePiece model" in refusal(load_tokenizer, file)
 
 
 @pytest.mark.parametrize(
@@ -348,5 +340,5 @@ def test_end_ids_are_ids_of_the_model(tmp_path: Path, chat: Any, given: Any, exp
 def test_tasks_of_a_slurm_job_beyond_any_cluster(tasks: str) -> None:
     environment = {"SLURM_JOB_NODELIST": "a,b", "SLURM_TASKS_PER_NODE": tasks}
     with bounded():
-        message = refusal(lambda: slurm_hosts(environment))
+        message = refusal(slurm_hosts, environment)
     assert "SLURM_TASKS_PER_NODE" in message or not tasks
