@@ -112,11 +112,10 @@ def test_runs_are_the_oracle_s(tmp_path: Path, ranks: int, whole: bool) -> None:
         shape = {"num_layers": 5, "num_heads": 8, "num_kv_heads": 4, **FAMILY_MODELS[name]}
         folder = tmp_path / name
         base = {**settings_of(write_tiny_model(folder / "model", **shape), folder), **SHORT, "max_length": 64}
-        oracles: dict[Any, Any] = {}
         for turn, (layout, changes) in enumerate(RUNS[ranks]):
             if not whole and turn % 2 != number % 2 and "zero" not in changes:
                 continue
             own = dict(changes)
             own |= {"ds_config": str(engine_json(folder, own.pop("zero")))} if "zero" in own else {}
-            prepared.append(prepare(base, folder, layout, oracles=oracles, **own))
+            prepared.append(prepare(base, folder, layout, **own))
     run_and_check(prepared, tmp_path)

@@ -110,9 +110,7 @@ def run_bank_case(case: BankCase, grid: Grid, groups: ParallelGroups) -> BankOut
     return BankOutcome(losses, gradients, counter.traffic)
 
 
-def _train(
-    case: BankCase, stage: Stage, grid: Grid, batch: SharedBatch, weights: dict[str, int]
-) -> dict[str, float]:
+def _train(case: BankCase, stage: Stage, grid: Grid, batch: SharedBatch, weights: dict[str, int]) -> dict[str, float]:
     """A micro-batch through the stages, one at a time; the losses by adapter, on the last stage."""
     before, after = (
         grid.rank_of(pp_rank=grid.pp_rank + step, dp_rank=grid.dp_rank, tp_rank=grid.tp_rank) for step in (-1, 1)

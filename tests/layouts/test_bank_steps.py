@@ -170,9 +170,7 @@ def test_steps_at_layouts(base: dict[str, Any], tmp_path: Path, ranks: int, one_
     [(4, {"tensor_parallel": 4}), (4, {"pipeline_parallel": 4}), (8, {"tensor_parallel": 2, "pipeline_parallel": 2})],
     ids=["4x1x1", "1x4x1", "2x2x2"],
 )
-def test_steps_at_larger_layouts(
-    base: dict[str, Any], tmp_path: Path, ranks: int, changes: dict[str, Any]
-) -> None:
+def test_steps_at_larger_layouts(base: dict[str, Any], tmp_path: Path, ranks: int, changes: dict[str, Any]) -> None:
     """Of a model with 5 layers, and 8 heads on 4 key-value heads, against single runs at the same layout."""
     model = write_tiny_model(tmp_path / "model", num_layers=5, num_heads=8, num_kv_heads=4, head_dim=6)
     case = {"settings": settings({**base, "model": str(model)}, **changes), "shares": True, "alone": True}

@@ -14,7 +14,6 @@ from forked_ranks import join_as_launched, run_on_ranks
 from gradient_worker import Case
 from layout_runs import SHORT, Layout, engine_json, prepare, run_and_check, settings_of
 from oracle import OracleConfig, load_weights
-from oracle_training import OracleRun
 from quantised_folders import SHAPE, quantised_folder
 from quantised_models import CROSSING, FORMATS, quantised, with_values
 from test_layouts import LAYOUTS
@@ -46,9 +45,7 @@ def base_values(cases: Sequence[dict[str, Any]], folder: str) -> list[tuple[Valu
     device = join_as_launched(folder)
     found = []
     for settings in cases:
-        plan = plan_run(
-            make_settings(settings), rank=distributed.get_rank(), world_size=distributed.get_world_size()
-        )
+        plan = plan_run(make_settings(settings), rank=distributed.get_rank(), world_size=distributed.get_world_size())
         built = build_model({ONLY: plan}, device)
         runner = built.runner
         values = {}
@@ -166,9 +163,7 @@ def linears(folder: Path, weights: Mapping[str, torch.Tensor]) -> dict[str, torc
 
 @pytest.mark.cpu_seconds(20, reason="every format at every layout, in one start for each number of ranks")
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
-def test_values_are_the_same_at_every_layout(
-    folders: dict[str, Path], tmp_path: Path, ranks: int, whole: bool
-) -> None:
+def test_values_are_the_same_at_every_layout(folders: dict[str, Path], tmp_path: Path, ranks: int, whole: bool) -> None:
     files = {**settings_of(folders[""], tmp_path), "dtype": "bf16"}  # which zero.Init would round fp32 parameters to
     engines = [str(engine_json(tmp_path, stage)) for stage in range(4)]
     cases = {
@@ -208,7 +203,6 @@ def test_a_quantised_folder_has_its_values_at_every_layout(
 def test_runs_are_the_oracles(folders: dict[str, Path], tmp_path: Path, ranks: int, whole: bool) -> None:
     """At every layout; in part each format alone, over tensor and pipeline ranks, and under ZeRO-3 over data ranks."""
     base = {**settings_of(folders[""], tmp_path), **({} if whole else SHORT)}
-    oracles: dict[Any, OracleRun] = {}
     prepared = []
     for number, layout in enumerate(LAYOUTS):
         if layout.ranks == ranks and (whole or layout in (Layout(1, 1, 1), Layout(1, 1, 2), Layout(2, 2, 1))):
@@ -217,7 +211,7 @@ def test_runs_are_the_oracles(folders: dict[str, Path], tmp_path: Path, ranks: i
                 if layout.pp == 1:
                     changes["ds_config"] = str(engine_json(tmp_path, number % 4))
                 more: dict[str, Any] = {"optimizer": optimizer, "oracle_model": folders[name]}
-                prepared.append(prepare(base, tmp_path, layout, oracles=oracles, **more, **changes))
+                prepared.append(prepare(base, tmp_path, layout, **more, **changes))
     run_and_check(prepared, tmp_path)
 
 

@@ -280,21 +280,16 @@ def answer(base: dict[str, Any], three_layers: dict[str, Any], tmp_path_factory:
         "norms": NORMS,
         "other norms": OTHER_NORMS,
     }
-    starts = {name: SharedStarts() for name in lists}
-    folder = tmp_path_factory.mktemp("checks")
+    starts = SharedStarts(tmp_path_factory.mktemp("checks"))
 
     def find(wanted: Case) -> EngineRun:
         name, of_list = next((name, of_list) for name, of_list in lists.items() if wanted in of_list)
         cases = [case for case in of_list if case.ranks == wanted.ranks]
-        work = folder / f"{name}{wanted.ranks}"
-        work.mkdir(exist_ok=True)
-        models = [base if case.needs_five_layers else three_layers for case in cases]
-        runs = starts[name].runs(
-            wanted.ranks,
-            lambda: [case_for_workers(model, work, case) for model, case in zip(models, cases, strict=True)],
-            work,
-        )
-        return runs[cases.index(wanted)]
+
+        def make(folder: Path) -> list[dict[str, Any]]:
+            return [case_for_workers(base if case.needs_five_layers else three_layers, folder, case) for case in cases]
+
+        return starts.runs(name, wanted.ranks, make)[cases.index(wanted)]
 
     return find
 

@@ -94,7 +94,4 @@ def test_the_oracle_s_gradients_depend_on_dropout(model: Path, answers: Answers)
 def test_runs_equal_the_oracle_s(tmp_path: Path, layout: Layout) -> None:
     """Steps through loader, engine and optimizer, packed and not; the oracle draws for the samples of each step."""
     base = {**five_layers(tmp_path), **SHORT, "dropout": P, "targets": list(ALL_TARGETS)}
-    oracles: dict[Any, Any] = {}
-    run_and_check(
-        [prepare(base, tmp_path, layout, oracles=oracles, packing=packing) for packing in (True, False)], tmp_path
-    )
+    run_and_check([prepare(base, tmp_path, layout, packing=packing) for packing in (True, False)], tmp_path)

@@ -228,4 +228,3 @@ def test_bytes_of_row_parallel_targets_are_those_of_their_factors(ran: Mapping[s
             for kind in ("all-gather", "reduce-scatter"):
                 most[TENSOR, kind] -= 2 * columns + after  # layers 1 and 2, and supervised positions of the last
         assert more == one.traffic.bytes and most == one.traffic.bytes
-

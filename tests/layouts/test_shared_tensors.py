@@ -19,7 +19,6 @@ from layout_runs import SHORT, Layout, engine_json, prepare, run_and_check, sett
 from native_files import with_adapter
 from oracle import OracleConfig, load_weights, merged_weights, oracle_logits
 from oracle_adapter import ALL_TARGETS, Groups, OracleAdapter
-from oracle_training import OracleRun
 from run_files import assert_same_run, metrics
 from run_helpers import Base, run, write_base
 from shared_tensors import DECLARED, GROUPS, share_tensors, tl6_shares
@@ -95,7 +94,7 @@ def test_engines_equal_the_oracle(model: Path, tmp_path: Path, ranks: int) -> No
 
     Both ways of sharing at (2, 2, 1) and over three and four stages under ZeRO-1, and one of them at each other layout.
     """
-    base, oracles = {**settings_of(model, tmp_path), **SHORT}, dict[Any, OracleRun]()
+    base = {**settings_of(model, tmp_path), **SHORT}
     layouts: dict[int, list[tuple[tuple[int, int, int], int]]] = {
         2: [((1, 1, 2), 0), ((2, 1, 1), 2), ((1, 1, 2), 3)],
         3: [((1, 3, 1), 1)],
@@ -106,9 +105,7 @@ def test_engines_equal_the_oracle(model: Path, tmp_path: Path, ranks: int) -> No
         engine = {"ds_config": str(engine_json(tmp_path, zero))}
         for way in WAYS if zero == 1 and sizes[2] == 1 else WAYS[turn % 2 :][:1]:
             optimizer = ("sgd", "adamw")[(turn + (way == "mixed")) % 2]
-            prepared.append(
-                prepare(base, tmp_path, Layout(*sizes), optimizer=optimizer, oracles=oracles, shares=way, **engine)
-            )
+            prepared.append(prepare(base, tmp_path, Layout(*sizes), optimizer=optimizer, shares=way, **engine))
     run_and_check(prepared, tmp_path)
 
 
@@ -186,9 +183,7 @@ def test_files_compute_what_the_adapter_computes(model: Path, tmp_path: Path, na
 
     way, layers, groups = FILES[name]
     with tl6_shares(way):
-        source, adapter, oracle = with_adapter(
-            model, "tl6", layers, targets=ALL_TARGETS, groups=groups or GROUPS[way]
-        )
+        source, adapter, oracle = with_adapter(model, "tl6", layers, targets=ALL_TARGETS, groups=groups or GROUPS[way])
         save_adapter(tmp_path / "native", adapter.config, adapter.base_identity, adapter.state)
         native = load_native_adapter(tmp_path / "native")
         assert native.equals(replace(adapter, base_identity=native.base_identity))

@@ -79,17 +79,20 @@ def run_engine(cases: list[dict[str, Any]], folder: Path, *, ranks: int) -> list
 class SharedStarts:
     """Starts that many tests share: made when the first of them asks. One that fails is not made again for the next."""
 
-    def __init__(self) -> None:
-        self._starts: dict[int, list[EngineRun] | AssertionError] = {}
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._starts: dict[Path, list[EngineRun] | AssertionError] = {}
 
-    def runs(self, ranks: int, cases: Callable[[], list[dict[str, Any]]], folder: Path) -> list[EngineRun]:
-        """What `run_engine` gives for `cases()`, which stand for `ranks` ranks."""
-        if ranks not in self._starts:
+    def runs(self, name: str, ranks: int, cases: Callable[[Path], list[dict[str, Any]]]) -> list[EngineRun]:
+        """What `run_engine` gives for `cases(folder)`, which stand under this name for `ranks` ranks."""
+        folder = self._folder / f"{name}{ranks}"
+        if folder not in self._starts:
+            folder.mkdir()
             try:
-                self._starts[ranks] = run_engine(cases(), folder, ranks=ranks)
+                self._starts[folder] = run_engine(cases(folder), folder, ranks=ranks)
             except AssertionError as error:
-                self._starts[ranks] = error
-        start = self._starts[ranks]
+                self._starts[folder] = error
+        start = self._starts[folder]
         if isinstance(start, AssertionError):
             raise start
         return start
