@@ -97,6 +97,17 @@ def changed(tensor: str, rank: int, sizes: Sizes, across: str, named: int, *, me
     return Case(name, sizes, (fault,), message, steps=0, saved="", settings={"method": method}, **more)
 
 
+CHANGE = {"name": "change_copy", "tensor": "A", "rank": 1, "step": 1}
+
+
+def differs(name: str, *changes: dict[str, Any], said: str, sizes: Sizes = (1, 2, 1), **more: Any) -> Case:
+    """Copies of A are changed as in CHANGE, but for these `changes`, in the first step or at the save after step 4."""
+    faults = tuple({**CHANGE, **change} for change in changes)
+    step = faults[0]["step"]
+    end: dict[str, Any] = {"steps": 0, "saved": ""} if step == 1 else {"saved": "step_2"}
+    return Case(name, sizes, faults, f"after step {step} A differs between {TIED}: {said}", **end, **more)
+
+
 def gradient(name: str, tensor: str, sizes: Sizes, message: str, *, steps: int, **more: Any) -> Case:
     """A gradient that is broken by the fault `name`: the run stops in the step after `steps`."""
     layers, step = more.pop("layers", None), more.pop("step", {})
@@ -158,55 +169,19 @@ CHANGED = [
     changed("B", 2, (1, 4, 1), TIED, 2),
     changed("u", 1, (2, 1, 2), TENSOR, 1, zero=IN_PIECES),
 ]
-CHANGE = {"name": "change_copy", "tensor": "A", "rank": 1, "step": 1}
+RANK_1 = r".*\b1\b.* by up to"
 MORE_CHANGED = [
-    Case(
-        "the_largest_difference",
-        (1, 2, 1),
-        ({**CHANGE, "value": 1000.0},),
-        rf"after step 1 A differs between {TIED}: .* by up to 1e\+03;",
-        steps=0,
-        saved="",
-    ),
-    Case(
-        "signs_of_zero",
-        (1, 2, 1),
-        ({**CHANGE, "value": -0.0}, {**CHANGE, "rank": 0, "value": 0.0}),
-        rf"after step 1 A differs between {TIED}: .*\b1\b.* by up to 0;",
-        steps=0,
-        saved="",
-    ),
-    Case(
+    differs("the_largest_difference", {"value": 1000.0}, said=r".* by up to 1e\+03;"),
+    differs("signs_of_zero", {"value": -0.0}, {"rank": 0, "value": 0.0}, said=f"{RANK_1} 0;"),
+    differs(
         "nan_on_the_first_of_four",
-        (1, 4, 1),
-        tuple({**CHANGE, "rank": rank, "value": math.nan} for rank in (0, 1)),
-        rf"after step 1 A differs between {TIED}: (?!.*\b1\b.* by).*\b2, 3\b.* by up to nan;",
-        steps=0,
-        saved="",
+        *({"rank": rank, "value": math.nan} for rank in (0, 1)),
+        said=r"(?!.*\b1\b.* by).*\b2, 3\b.* by up to nan;",
+        sizes=(1, 4, 1),
     ),
-    Case(
-        "at_a_later_save",
-        (1, 2, 1),
-        ({**CHANGE, "step": 4},),
-        rf"after step 4 A differs between {TIED}: .*\b1\b.* by up to",
-        saved="step_2",
-    ),
-    Case(
-        "just_before_a_later_save",
-        (1, 2, 1),
-        ({**CHANGE, "step": 4, "before_save": True},),
-        rf"after step 4 A differs between {TIED}: .*\b1\b.* by up to",
-        saved="step_2",
-    ),
-    Case(
-        "last_of_several_shared_by_some_layers",
-        (1, 2, 1),
-        ({**CHANGE, "index": -1},),
-        rf"after step 1 A differs between {TIED}: .*\b1\b.* by up to",
-        steps=0,
-        saved="",
-        shares="pairs",
-    ),
+    differs("at_a_later_save", {"step": 4}, said=RANK_1),
+    differs("just_before_a_later_save", {"step": 4, "before_save": True}, said=RANK_1),
+    differs("last_of_several_shared_by_some_layers", {"index": -1}, said=RANK_1, shares="pairs"),
     Case("switched_off", (1, 2, 1), (CHANGE,), settings={"replica_check_steps": 0}),
 ]
 GRADIENTS = [

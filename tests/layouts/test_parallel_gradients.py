@@ -16,7 +16,7 @@ import torch
 from engine_runs import relative_distance
 from family_models import FAMILY_MODELS
 from forked_ranks import run_on_ranks
-from gradient_worker import DTYPE, SEED, Case, Outcome, joined_gradients, run_gradients
+from gradient_worker import DTYPE, SEED, Case, Outcome, joined, run_gradients
 from layout_runs import part_of
 from oracle import OracleConfig, cast_weights, load_weights, oracle_logits
 from oracle_adapter import ALL_TARGETS, TRAINED_TENSORS
@@ -240,7 +240,7 @@ def check_numbers(case: Case, outcomes: list[Outcome], answers: Answers) -> None
         for outcome in last[:tp_size]:
             assert outcome.logits is not None and outcome.logits.shape == logits.shape, case
             assert (outcome.logits - logits).abs().max() <= TOLERANCE * logits.abs().max(), case
-    gradients = joined_gradients(case, outcomes)
+    gradients = joined(case, [outcome.gradients for outcome in outcomes])
     assert gradients.keys() == expected.keys()
     for name, reference in expected.items():
         found = gradients[name]

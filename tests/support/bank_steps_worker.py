@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,11 +12,8 @@ from shared_tensors import share_tensors
 from torch import distributed
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY
-from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
-from megatron_tiedlora.adapters.tying import AdapterLayout
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.data.tokenizer import padding_id
-from megatron_tiedlora.engine.runner import Runner
 from megatron_tiedlora.model.batch import MicroBatch
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.planning.adapter_plans import RunData, prepare_data, shared_plan
@@ -26,8 +23,6 @@ from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.training.build import build_model
 from megatron_tiedlora.training.compiling import compiled_kernels
 from megatron_tiedlora.training.step import AdapterStep, TrainStep
-
-Settings = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -71,51 +66,25 @@ def run_bank_steps(cases: list[dict[str, Any]], folder: str, way: str | None = N
         share_tensors(way)
     found: list[BankRun] = []
     by_dtype: dict[torch.dtype, Kernels] = {}
+    place = {"rank": distributed.get_rank(), "world_size": distributed.get_world_size()}
     for before, case in zip([None, *cases], cases, strict=False):
-        plans = {name: _plan(settings) for name, settings in case["settings"].items()}
+        plans = {name: plan_run(make_settings(settings), **place) for name, settings in case["settings"].items()}
         data = {name: prepare_data(plan) for name, plan in plans.items()}
         kernels, plan = EAGER, next(iter(plans.values()))
         if case.get("compiled"):
             if plan.dtype not in by_dtype:
                 by_dtype[plan.dtype] = compiled_kernels(plan.source.shape, dtype=plan.dtype, device=device)
             kernels = by_dtype[plan.dtype]
+        alone: dict[str, Trained] = {}
         if before is not None and {**before, "shares": None} == {**case, "shares": None}:
             alone = found[-1].alone
-        else:
-            alone = {n: _alone(plans[n], data[n], device, kernels) for n in plans} if case["alone"] else {}
-        found.append(_together(plans, data, device, alone, kernels, shares=case["shares"]))
+        elif case["alone"]:
+            for name, plan in plans.items():
+                run = _train({ONLY: plan}, {ONLY: data[name]}, device, kernels, shares=False)
+                assert not run.failures
+                alone[name] = run.together[ONLY]
+        found.append(replace(_train(plans, data, device, kernels, shares=case["shares"]), alone=alone))
     return found
-
-
-def _plan(settings: Settings) -> RunPlan:
-    return plan_run(make_settings(settings), rank=distributed.get_rank(), world_size=distributed.get_world_size())
-
-
-def _alone(plan: RunPlan, data: RunData, device: torch.device, kernels: Kernels) -> Trained:
-    """Its steps in a run of its own."""
-    found, failures, _ = _train({ONLY: plan}, {ONLY: data}, device, kernels, shares=False)
-    assert not failures
-    return found[ONLY]
-
-
-def _gradients(adapter: TiedAdapter) -> dict[str, torch.Tensor]:
-    return {name: p.grad.clone() for name, p in adapter.named_parameters() if p.grad is not None}
-
-
-def _loader(plan: RunPlan, data: RunData) -> Any:
-    return plan.training_loader(data.train, pad_id=padding_id(data.tokenizer))
-
-
-def _together(
-    plans: Mapping[str, RunPlan],
-    data: Mapping[str, RunData],
-    device: torch.device,
-    alone: dict[str, Trained],
-    kernels: Kernels,
-    *,
-    shares: bool,
-) -> BankRun:
-    return BankRun(alone, *_train(plans, data, device, kernels, shares=shares))
 
 
 def _train(
@@ -125,11 +94,14 @@ def _train(
     kernels: Kernels,
     *,
     shares: bool,
-) -> tuple[dict[str, Trained], dict[str, str], int]:
-    """The steps of all adapters in one run, the failures, and the most adapters in one micro-batch."""
+) -> BankRun:
+    """The steps of all adapters in one run."""
     runner = build_model(plans, device, kernels=kernels).runner
     step = TrainStep(plans, runner, StopRequests(), capacity=micro_batch_capacity(plans, shares=shares))
-    loaders = {name: _loader(plan, data[name]) for name, plan in plans.items()}
+    loaders = {
+        name: plan.training_loader(data[name].train, pad_id=padding_id(data[name].tokenizer))
+        for name, plan in plans.items()
+    }
     reports: dict[str, list[AdapterStep]] = {name: [] for name in plans}
     failures: dict[str, str] = {}
     micro_batches: list[int] = []
@@ -139,7 +111,8 @@ def _train(
     def counted(batches: Sequence[MicroBatch], *arguments: Any) -> dict[str, float]:
         micro_batches.append(max(len(batch.shares) for batch in batches))
         sums = accumulate(batches, *arguments)
-        gradients.update(gradients or {name: _gradients(adapter) for name, adapter in runner.adapters.items()})
+        for name, adapter in runner.adapters.items() if not gradients else ():
+            gradients[name] = {tensor: p.grad.clone() for tensor, p in adapter.named_parameters() if p.grad is not None}
         return sums
 
     runner.accumulate = counted  # type: ignore[method-assign]
@@ -150,19 +123,10 @@ def _train(
             reports[name].append(report)
             if report.failure is not None:
                 failures[name] = str(report.failure)
-    shared = shared_plan(plans)
-    layouts = {name: shared.layout_of(plan.adapter) for name, plan in plans.items()}
-    trained = {name: _trained(runner, layouts[name], reports[name], name, gradients[name]) for name in plans}
+    shared, trained = shared_plan(plans), {}
+    for name, plan in plans.items():
+        losses, norms = ([getattr(report, of) for report in reports[name]] for of in ("loss", "grad_norm"))
+        state = runner.full_state(name, shared.layout_of(plan.adapter))
+        trained[name] = Trained(losses, norms, state, gradients[name])
     runner.engine.destroy()
-    return trained, failures, max(micro_batches)
-
-
-def _trained(
-    runner: Runner,
-    layout: AdapterLayout,
-    reports: Sequence[AdapterStep],
-    name: str,
-    gradients: dict[str, torch.Tensor],
-) -> Trained:
-    losses, norms = [report.loss for report in reports], [report.grad_norm for report in reports]
-    return Trained(losses, norms, runner.full_state(name, layout), gradients)
+    return BankRun({}, trained, failures, max(micro_batches))
