@@ -145,7 +145,7 @@ def explore(part: str, examples: int, body: Body, *, addresses: int = ADDRESSES)
 
     What `body` returns counts as refused where it is a UserError, and as accepted otherwise.
     """
-    tally, failures = TALLIES[_target_of(part)], _Failures(part)
+    tally, failures = TALLIES[_target_of(part)], dict[str, list[str]]()
     only, alone = os.environ.get("FUZZ_CASE", "").rpartition("/")[::2]
     numbers = range(examples) if not only else [int(alone)] if only == part else []
     started = time.process_time()
@@ -162,37 +162,27 @@ def explore(part: str, examples: int, body: Body, *, addresses: int = ADDRESSES)
                     print(draw.said)
                     raise
                 tally.failed += 1
-                failures.add(number, error, draw)
+                message = (str(error).splitlines() or [""])[0]
+                case = f"{part}/{number}: {message[:300]}; {'; '.join(draw.said)[:400]}"
+                failures.setdefault(_kind(error), []).append(case)
             else:
                 tally.refused += isinstance(value, UserError)
                 tally.accepted += not isinstance(value, UserError)
             tally.notes.update(draw.notes)
     tally.seconds += time.process_time() - started
-    failures.raise_any()
+    if failures:
+        lines = [""]
+        for kind, found in sorted(failures.items(), key=lambda item: -len(item[1])):
+            lines += [f"{len(found)} x {kind}", *(f"    {case}" for case in found[:3])]  # the first cases of each kind
+        pytest.fail("\n".join(lines), pytrace=False)
 
 
-class _Failures:
-    """Failed cases, by the place in the code and the kind of error."""
-
-    def __init__(self, part: str) -> None:
-        self._part = part
-        self._found: dict[str, list[str]] = {}
-
-    def add(self, number: int, error: BaseException, draw: Draw) -> None:
-        frames = traceback.extract_tb(error.__traceback__)
-        ours = [frame for frame in frames if "site-packages" not in frame.filename] or frames
-        places = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(ours[-3:]))
-        message = (str(error).splitlines() or [""])[0]
-        case = f"{self._part}/{number}: {message[:300]}; {'; '.join(draw.said)[:400]}"
-        self._found.setdefault(f"{type(error).__name__} at {places}", []).append(case)
-
-    def raise_any(self) -> None:
-        """Fail with the first cases of each kind, where there are any."""
-        lines = []
-        for kind, found in sorted(self._found.items(), key=lambda item: -len(item[1])):
-            lines += [f"{len(found)} x {kind}", *(f"    {case}" for case in found[:3])]
-        if lines:
-            pytest.fail("\n".join(["", *lines]), pytrace=False)
+def _kind(error: BaseException) -> str:
+    """The kind of the error and the place in the code."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if "site-packages" not in frame.filename] or frames
+    places = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(ours[-3:]))
+    return f"{type(error).__name__} at {places}"
 
 
 # The limits of a case ---------------------------------------------------------------------------------------------
@@ -284,6 +274,12 @@ def outcome(load: Callable[[], Any], *, unchanged: Path, names: tuple[str, ...])
         assert any(name in line for name in names), line
     assert tree(unchanged) == before, "loading changed a file"
     return value
+
+
+def refused(area: Path, load: Callable[[], Any], *names: str, said: str = "") -> None:
+    """Fail unless `load` is refused in one line with one of `names` and with `said`, and changes nothing in `area`."""
+    found = outcome(load, unchanged=area, names=names)
+    assert isinstance(found, UserError) and said in str(found), found
 
 
 def printable(*texts: str) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,10 +156,6 @@ def _run(argv: Sequence[str]) -> int:
     return int(no_output(lambda: launch(parse_launch([*argv, "--show_command=true"]), scripts=ROOT / "launch")))
 
 
-def _doctor(argv: Sequence[str]) -> CommandSettings:
-    return parse_settings(argv, DoctorSettings)
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
     made = write_base(tmp_path_factory.mktemp("base"))
@@ -186,7 +183,8 @@ def test_values_on_the_command_line(base: Base, area: Path, examples: int, monke
             _sweep,
         ),
         "run": (LaunchSettings, ["--num_gpus=2", *train], _run),
-        "doctor": (DoctorSettings, [f"--hostfile={base.folder / 'hosts'}"], _doctor),
+        "doctor": (DoctorSettings, [f"--hostfile={base.folder / 'hosts'}"],
+                   partial(parse_settings, kind=DoctorSettings)),
     }  # fmt: skip
     strange = [str(value) for value in STRANGE if isinstance(value, int | float | str) and "\0" not in str(value)]
 

@@ -66,11 +66,6 @@ class BankOutcome:
     sum_traffic: Traffic
 
 
-def run_bank_cases(cases: list[BankCase]) -> list[BankOutcome]:
-    """Every case on this rank."""
-    return run_cases(cases, run_bank_case)
-
-
 def run_bank_case(case: BankCase, grid: Grid, groups: ParallelGroups) -> BankOutcome:
     """Forward and backward passes over this rank's micro-batches, then the sums over ranks."""
     bank = AdapterBank({member.name: build_adapter(case.of(member), grid) for member in case.members})
@@ -155,7 +150,7 @@ def test_each_adapter_has_the_oracles_gradients(
     cases = _cases(folder, ranks, family)
     weights, config = cast_weights(load_weights(folder), DTYPE), OracleConfig.from_folder(folder)
     answers: dict[tuple[str, bool], tuple[float, dict[str, torch.Tensor]]] = {}
-    by_rank = run_on_ranks(run_bank_cases, cases, ranks=ranks, folder=tmp_path)
+    by_rank = run_on_ranks(run_cases, cases, run_bank_case, ranks=ranks, folder=tmp_path)
     for case, outcomes in zip(cases, zip(*by_rank, strict=True), strict=True):
         for member in case.members:
             key = member.name, member.packed

@@ -72,7 +72,7 @@ def settings(
     return {name: {**base, **own, **changes} for name, own in adapters.items()}
 
 
-KEYS = ("adapters", "packing", "shares")
+# (adapters, packing, whether micro-batches are shared)
 FOUR_PACKED, FOUR_PADDED = [(OWN, True, True), (OWN, True, False)], [(OWN, False, True), (OWN, False, False)]
 COMPILED = [(TWO, False, True), *FOUR_PACKED]
 
@@ -92,7 +92,7 @@ COMPILED = [(TWO, False, True), *FOUR_PACKED]
 def test_steps_have_the_bits_of_single_runs(
     base: dict[str, Any], variants: list[Any], dtype: str, tmp_path: Path
 ) -> None:
-    check_bits(base, [dict(zip(KEYS, variant, strict=True)) for variant in variants], dtype, tmp_path)
+    check_bits(base, variants, dtype, tmp_path)
 
 
 @pytest.mark.cpu_seconds(25, reason="it compiles the kernels for one and for several adapters")
@@ -107,11 +107,10 @@ def test_steps_have_the_bits_of_single_runs(
 def test_so_have_they_with_compiled_kernels(
     base: dict[str, Any], dtype: str, variants: list[Any], tmp_path: Path
 ) -> None:
-    cases = [dict(zip(KEYS, variant, strict=True)) | {"compiled": True} for variant in variants]
-    check_bits(base, cases, dtype, tmp_path)
+    check_bits(base, variants, dtype, tmp_path, compiled=True)
 
 
-def check_bits(base: dict[str, Any], variants: list[dict[str, Any]], dtype: str, folder: Path) -> None:
+def check_bits(base: dict[str, Any], variants: list[Any], dtype: str, folder: Path, *, compiled: bool = False) -> None:
     """Losses, gradients of the first step, norms before clipping and adapters after all steps equal single runs'.
 
     In fp32, where this machine's matmul gives rows other bits beside others (as MKL's does with AVX2 alone), they are
@@ -121,12 +120,12 @@ def check_bits(base: dict[str, Any], variants: list[dict[str, Any]], dtype: str,
     exact = dtype != "fp32" or rows_keep_bits(stage, (37, 64, 250, 18, 131, 100), backward=True)
     cases = [
         {
-            "settings": settings(base, variant["adapters"], dtype=dtype, packing=variant["packing"]),
-            "shares": variant["shares"],
+            "settings": settings(base, adapters, dtype=dtype, packing=packing),
+            "shares": shares,
             "alone": True,
-            "compiled": variant.get("compiled", False),
+            "compiled": compiled,
         }
-        for variant in variants
+        for adapters, packing, shares in variants
     ]
     (runs,) = run_on_ranks(run_bank_steps, cases, str(folder), ranks=1, folder=folder)
     for case, run in zip(cases, runs, strict=True):
@@ -158,7 +157,17 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_steps_at_layouts(base: dict[str, Any], tmp_path: Path, ranks: int, one_process: BankRun) -> None:
-    check_layouts(base, ranks, [changes for size, changes in LAYOUTS if size == ranks], one_process, tmp_path)
+    """All adapters are within the bounds of one process, and the same on every rank."""
+    variants = [changes for size, changes in LAYOUTS if size == ranks]
+    cases = [{"settings": settings(base, **changes), "shares": True, "alone": False} for changes in variants]
+    by_rank = run_on_ranks(run_bank_steps, cases, str(tmp_path), ranks=ranks, folder=tmp_path)
+    for changes, runs in zip(variants, zip(*by_rank, strict=True), strict=True):
+        assert runs[0].most > 1 and not runs[0].failures, changes
+        for name in OWN:
+            found, expected = runs[0].together[name], one_process.together[name]
+            check_near(found, expected, (name, changes))
+            for run in runs[1:]:
+                assert run.together[name].norms == found.norms and run.together[name].losses == found.losses
 
 
 # AdamW makes of roundings near a gradient of 0 what it likes: a single run's gate_up.v of "c" differs by 1.4e-4 between
@@ -188,21 +197,6 @@ def check_near(found: Trained, expected: Trained, which: Any) -> None:
     assert found.state.keys() == expected.state.keys()
     for tensor, value in expected.state.items():
         assert relative_distance(found.state[tensor], value) <= LAYOUTS_TOLERANCE, (tensor, which)
-
-
-def check_layouts(
-    base: dict[str, Any], ranks: int, variants: list[dict[str, Any]], one_process: BankRun, folder: Path
-) -> None:
-    """All adapters are within the bounds of one process, and the same on every rank."""
-    cases = [{"settings": settings(base, **changes), "shares": True, "alone": False} for changes in variants]
-    by_rank = run_on_ranks(run_bank_steps, cases, str(folder), ranks=ranks, folder=folder)
-    for changes, runs in zip(variants, zip(*by_rank, strict=True), strict=True):
-        assert runs[0].most > 1 and not runs[0].failures, changes
-        for name in OWN:
-            found, expected = runs[0].together[name], one_process.together[name]
-            check_near(found, expected, (name, changes))
-            for run in runs[1:]:
-                assert run.together[name].norms == found.norms and run.together[name].losses == found.losses
 
 
 @pytest.fixture(scope="module")

@@ -194,7 +194,8 @@ def test_files_compute_what_the_adapter_computes(model: Path, tmp_path: Path, na
         untied = read_peft(tmp_path / "peft", source, tied=False)
     check_merged(model, tmp_path / "merged", oracle)
     assert untied.config.method == "lora"
-    of_lora = OracleAdapter("lora", *_facts(untied), untied.state, ALL_TARGETS)
+    config = untied.config
+    of_lora = OracleAdapter("lora", config.rank, config.alpha, config.layers, untied.state, ALL_TARGETS)
     merged = merged_weights(load_weights(model), OracleConfig.from_folder(model), of_lora)
     for weight, tensor in load_weights(tmp_path / "merged").items():
         torch.testing.assert_close(tensor, merged[weight], rtol=1e-5, atol=1e-5, msg=weight)
@@ -202,10 +203,6 @@ def test_files_compute_what_the_adapter_computes(model: Path, tmp_path: Path, na
     expected = oracle_logits(load_weights(model), OracleConfig.from_folder(model), oracle, tokens)
     peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), str(tmp_path / "peft"))
     assert (peft(tokens).logits - expected).abs().max() <= 1e-4 * expected.abs().max()
-
-
-def _facts(adapter: Any) -> tuple[int, float, tuple[int, ...]]:
-    return adapter.config.rank, adapter.config.alpha, adapter.config.layers
 
 
 # Plans ----------------------------------------------------------------------------------------------------------------

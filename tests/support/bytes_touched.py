@@ -100,7 +100,11 @@ def _bytes_of_layers(shape: QkvShape, method: str | None, rank: int, num_layers:
         norm = NormShape("norm", shape.hidden_size, 1e-5, "norm")
         layer = QkvLinear(weight, heads, rope=heads.rope, norm=norm, dtype=torch.bfloat16, kernels=kernels)
         table = tuple(torch.empty(shape.num_tokens, 1, shape.head_dim // 2, dtype=torch.bfloat16) for _ in range(2))
-        adapter = None if method is None else TiedAdapter(AdapterPart.whole(_config(shape, method, rank, num_layers)))
+        adapter = None
+        if method is not None:
+            layers, target = tuple(range(1, num_layers + 1)), Target("qkv", shape.hidden_size, shape.rows, "column")
+            config = make_adapter_config(method, rank=rank, layers=layers, targets=(target,), seed=0)
+            adapter = TiedAdapter(AdapterPart.whole(config))
         inputs = [
             torch.empty(1, shape.num_tokens, shape.hidden_size, dtype=torch.bfloat16, requires_grad=True)
             for _ in range(num_layers)
@@ -118,10 +122,3 @@ def _bytes_of_layers(shape: QkvShape, method: str | None, rank: int, num_layers:
         gradients = [torch.empty_like(head.transpose(1, 2)).contiguous().transpose(1, 2) for head in outputs]
         torch.autograd.grad(outputs, [*inputs, *trained], gradients)
     return counter.found
-
-
-def _config(shape: QkvShape, method: str, rank: int, num_layers: int) -> Any:
-    layers = tuple(range(1, num_layers + 1))
-    return make_adapter_config(
-        method, rank=rank, layers=layers, targets=(Target("qkv", shape.hidden_size, shape.rows, "column"),), seed=0
-    )

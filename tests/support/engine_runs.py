@@ -148,18 +148,6 @@ def oracle_run(settings: dict[str, Any], start: OracleAdapter, *, optimizer: str
             draws = [dropout(ids, seed=settings["seed"], probability=p) for ids in joined]
             rows = [replace(row, drops=[drawn]) for row, drawn in zip(rows, draws, strict=True)]
         steps.append(rows)
-    # One thread: on busy cores, threads that share such small products mostly wait for each other (50 s in place of 1).
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return _oracle_train(settings, model, start, steps, optimizer)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _oracle_train(
-    settings: dict[str, Any], model: Path, start: OracleAdapter, steps: list[list[OracleBatch]], optimizer: str
-) -> OracleRun:
     return oracle_train(
         cast_weights(load_weights(model), torch.float32),
         OracleConfig.from_folder(model),

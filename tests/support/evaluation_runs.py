@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from run_helpers import EVALUATE, Ended, run_ranks
 
-TEXTS = ("prompt", "prediction", "references")
-
 
 def evaluate(folder: Path, *, work: Path, ranks: int | None = None, prelude: Any = None, **settings: Any) -> Ended:
     """One evaluation into `folder`, started in `work`, which must end well on every rank."""

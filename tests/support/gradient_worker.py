@@ -17,7 +17,7 @@ from forked_ranks import groups_of
 from oracle import OracleAdapter, OracleConfig
 from oracle_training import OracleBatch
 from shared_tensors import GROUPS, tl6_shares
-from tiny_models import pack_samples, pad_packs, pad_samples, random_adapter, random_batches
+from tiny_models import pack_samples, pad_samples, random_adapter, random_batches
 from torch import distributed
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank, Dropout
@@ -174,11 +174,11 @@ class Case:
     def arranged(self, samples: list[OracleBatch]) -> list[OracleBatch]:
         """Six samples in micro-batches."""
         multiple = self.layout[0] if self.sequence_parallel else 1
-        if not self.packed:
-            parts = [samples[2:3], samples[:2], samples[3:]]
-            return [pad_samples(part, multiple=multiple) for part in parts]
-        rows = [[samples[2:3]], [samples[:2], samples[3:4]], [samples[4:]]]
-        return [pad_packs([pack_samples(row) for row in part], multiple=multiple) for part in rows]
+        parts = [samples[2:3], samples[:2], samples[3:]]
+        if self.packed:
+            rows = [[samples[2:3]], [samples[:2], samples[3:4]], [samples[4:]]]
+            parts = [[pack_samples(row) for row in part] for part in rows]
+        return [pad_samples(part, multiple=multiple) for part in parts]
 
     @cached_property
     def stages(self) -> Stages:

@@ -76,7 +76,7 @@ class Layout:
         return self.tp * self.pp * self.dp
 
     @property
-    def settings(self) -> dict[str, int]:
+    def settings(self) -> dict[str, Any]:
         """The two sizes that a run is told."""
         return {"tensor_parallel": self.tp, "pipeline_parallel": self.pp}
 

@@ -154,13 +154,10 @@ def first_axis(factor: str, method: str, num_layers: int, groups: Mapping[str, G
     return () if factor in "AB" and method != "lora" else (num_layers,)
 
 
-def adapter_update(
-    x: Tensor, adapter: OracleAdapter, layer: int, update_dtype: torch.dtype | None = None, *, target: str = "qkv"
-) -> Tensor:
-    """(alpha / r) * v * (B (u * (A x))): x (S, d) -> (S, o), computed in `update_dtype`, or in x's where None."""
+def adapter_update(x: Tensor, adapter: OracleAdapter, layer: int, target: str) -> Tensor:
+    """(alpha / r) * v * (B (u * (A x))): x (S, d) -> (S, o), computed in the dtype of x."""
     parts = adapter.of_layer(layer, target)
     assert parts is not None
-    a, b, u, v = (tensor.to(update_dtype or x.dtype) for tensor in parts)
-    columns = x.to(a.dtype).T  # (d, S), so that this reads as the equation does
-    update = v[:, None] * (b @ (u[:, None] * (a @ columns)))
-    return (update.T * (adapter.alpha / adapter.rank)).to(x.dtype)
+    a, b, u, v = (tensor.to(x.dtype) for tensor in parts)
+    update = v[:, None] * (b @ (u[:, None] * (a @ x.T)))  # x.T is (d, S), so that this reads as the equation does
+    return update.T * (adapter.alpha / adapter.rank)

@@ -224,16 +224,23 @@ def random_batches(
 
 
 def pad_samples(samples: list[OracleBatch], *, multiple: int = 1) -> OracleBatch:
-    """One batch of the samples (each (1, S) without extras), padded to a multiple, with its attention mask."""
+    """One batch of the samples (each (1, S)), padded on the right to a multiple, with its attention mask.
+
+    Rows of `pack_samples` get one more document instead of a mask.
+    """
     length = max(part.input_ids.shape[1] for part in samples)
-    length = -(-length // multiple) * multiple
-    shape = (len(samples), length)
+    shape = (len(samples), -(-length // multiple) * multiple)
     input_ids, labels = torch.full(shape, EOS_ID), torch.full(shape, IGNORED_LABEL)
-    mask = torch.zeros(shape, dtype=torch.long)
+    mask, positions, documents = torch.zeros(3, *shape, dtype=torch.long)
+    documents += 99
     for row, part in enumerate(samples):
         width = part.input_ids.shape[1]
         input_ids[row, :width], labels[row, :width], mask[row, :width] = part.input_ids[0], part.labels[0], 1
-    return OracleBatch(input_ids, labels, attention_mask=mask)
+        if part.positions is not None and part.documents is not None:
+            positions[row, :width], documents[row, :width] = part.positions[0], part.documents[0]
+    if samples[0].documents is None:
+        return OracleBatch(input_ids, labels, attention_mask=mask)
+    return OracleBatch(input_ids, labels, positions=positions, documents=documents)
 
 
 def pack_samples(samples: list[OracleBatch]) -> OracleBatch:
@@ -245,14 +252,3 @@ def pack_samples(samples: list[OracleBatch]) -> OracleBatch:
         positions=torch.cat([torch.arange(n) for n in lengths])[None],
         documents=torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])[None],
     )
-
-
-def pad_packs(packs: list[OracleBatch], *, multiple: int = 1) -> OracleBatch:
-    """One batch of rows of `pack_samples`, padded on the right with one more document."""
-    batch = pad_samples(packs, multiple=multiple)
-    positions, documents = torch.zeros_like(batch.input_ids), torch.full_like(batch.input_ids, 99)
-    for row, pack in enumerate(packs):
-        width = pack.input_ids.shape[1]
-        assert pack.positions is not None and pack.documents is not None
-        positions[row, :width], documents[row, :width] = pack.positions[0], pack.documents[0]
-    return OracleBatch(batch.input_ids, batch.labels, positions=positions, documents=documents)
