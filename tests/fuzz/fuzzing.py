@@ -24,7 +24,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,7 +68,7 @@ class Hang(BaseException):
     """A case does not end. No Exception, so that what is tested cannot catch it."""
 
 
-class Draw:
+class Draw(random.Random):
     """The choices of one case: the same ones each time for the same seed.
 
     Attributes:
@@ -77,34 +77,22 @@ class Draw:
     """
 
     def __init__(self, seed: str) -> None:
-        self._random = random.Random(seed)
+        super().__init__(seed)
         self.said: list[str] = []
         self.notes: list[str] = []
 
     def chance(self, share: float = 0.5) -> bool:
         """True in this share of the cases."""
-        return self._random.random() < share
-
-    def number(self, low: int, high: int) -> int:
-        """A whole number from `low` to `high`."""
-        return self._random.randint(low, high)
-
-    def pick(self, options: Sequence[T]) -> T:
-        """One of `options`."""
-        return self._random.choice(options)
-
-    def some(self, options: Sequence[T], count: int) -> list[T]:
-        """`count` different ones of `options`."""
-        return self._random.sample(options, count)
+        return self.random() < share
 
     def raw(self, longest: int = 8) -> bytes:
         """Any bytes."""
-        return self._random.randbytes(self.number(0, longest))
+        return self.randbytes(self.randint(0, longest))
 
     def text(self, longest: int = 5) -> str:
         """Any text, of letters and of what is none."""
         pools = ("abcXYZ_.-/", " \t\n\r\0\x1b\x7f\x85", "äß²٣日😀\u2028\ufeff\u202e", "{}[]()<>:;,'\"\\%$`#&*|~^=?!@+")
-        return "".join(self.pick(self.pick(pools)) for _ in range(self.number(0, longest)))
+        return "".join(self.choice(self.choice(pools)) for _ in range(self.randint(0, longest)))
 
     def say(self, what: str) -> str:
         """Keep a word on what was chosen, and return it."""

@@ -2,9 +2,8 @@
 
 A case: {"settings": {...}, "start": file of A, B, u, v or null, "optimizer": "adamw" or "sgd", "output": folder}, and
 "faults": what to break before the model is built (see fault_patches.py); "may_fail": whether a run that ends with a
-UserError is an answer (each rank then leaves its message in failureN.txt) or an error of the test; "shares": how layers
-share the tensors of tl6 (see shared_tensors.py). A rank trains its cases as the package does, one after another. Rank 0
-leaves metrics.jsonl and adapter.safetensors in the output folder, every rank its own part in rankN.safetensors.
+UserError is an answer (each rank then gives its message) or an error of the test; "shares": how layers share the
+tensors of tl6 (see shared_tensors.py). A rank trains its cases as the package does, one after another.
 """
 
 from __future__ import annotations
@@ -17,8 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from fault_patches import apply_faults
+from fault_patches import put_in
 from forked_ranks import join_as_launched, run_on_ranks
 from oracle import OracleAdapter, OracleConfig, cast_weights, load_weights
 from oracle_dropout import dropout
@@ -72,8 +72,9 @@ def run_engine(cases: list[dict[str, Any]], folder: Path, *, ranks: int) -> list
     """Run all cases in one start of `ranks` processes; a hang or a failing rank fails the test with its output."""
     for index, case in enumerate(cases):
         case["output"] = str(folder / f"case{index}")
-    run_on_ranks(run_cases, cases, str(folder), ranks=ranks, folder=folder / "ranks")
-    return [_read(Path(case["output"]), ranks) for case in cases]
+    by_rank = run_on_ranks(run_cases, cases, str(folder), ranks=ranks, folder=folder / "ranks")
+    ends = zip(*by_rank, strict=True)
+    return [_read(Path(case["output"]), found) for case, found in zip(cases, ends, strict=True)]
 
 
 class SharedStarts:
@@ -98,17 +99,17 @@ class SharedStarts:
         return start
 
 
-def _read(folder: Path, ranks: int) -> EngineRun:
+def _read(folder: Path, found: Sequence[dict[str, Any]]) -> EngineRun:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if row["split"] == "train"]
-    failures = [file.read_text() for rank in range(ranks) if (file := folder / f"failure{rank}.txt").exists()]
-    assert len(failures) in (0, ranks), f"some ranks went on: {failures}"
+    failures = [end["failure"] for end in found if "failure" in end]
+    assert len(failures) in (0, len(found)), f"some ranks went on: {failures}"
     return EngineRun(
         losses=[row["loss"] for row in steps],
         grad_norms=[row["grad_norm"] for row in steps],
         learning_rates=[row["learning_rate"] for row in steps],
-        adapter={} if failures else load_file(folder / "adapter.safetensors"),
-        local=[] if failures else [load_file(folder / f"rank{rank}.safetensors") for rank in range(ranks)],
+        adapter={} if failures else found[0]["adapter"],
+        local=[] if failures else [end["local"] for end in found],
         failures=failures,
         saved=sorted(item.name for item in (folder / "checkpoints").glob("step_*")),
     )
@@ -183,10 +184,9 @@ def sgd(parameters: Any, *, learning_rate: float, weight_decay: float, betas: An
     return SGD(list(parameters), lr=learning_rate, weight_decay=weight_decay)
 
 
-def run_case(case: dict[str, Any], rank: int, world_size: int, device: Any) -> None:
-    """Train as a run does, and leave what it was in the case's output folder."""
+def run_case(case: dict[str, Any], patch: pytest.MonkeyPatch, device: Any) -> dict[str, Any]:
+    """Train as a run does, into the output folder; this rank's part of the adapter, and on rank 0 the full one."""
     from megatron_tiedlora.adapters.adapter_bank import ONLY
-    from megatron_tiedlora.adapters.tied_adapter import initial_values
     from megatron_tiedlora.planning.adapter_plans import prepare_data
     from megatron_tiedlora.planning.run_plan import plan_run
     from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder
@@ -197,14 +197,16 @@ def run_case(case: dict[str, Any], rank: int, world_size: int, device: Any) -> N
     from megatron_tiedlora.training.step import TrainStep
     from megatron_tiedlora.training.throughput import Meter, Peak
 
-    plan = plan_run(make_settings(case["settings"]), rank=rank, world_size=world_size)
+    rank = distributed.get_rank()
+    plan = plan_run(make_settings(case["settings"]), rank=rank, world_size=distributed.get_world_size())
     data = prepare_data(plan)
     folder = RunFolder(Path(case["output"]))
     use_sgd = case.get("optimizer") == "sgd"
-    own = vars(build).setdefault("own_make_optimizer", build.make_optimizer)  # a rank runs many cases
-    build.make_optimizer = sgd if use_sgd else own
-    values = load_file(case["start"]) if case.get("start") else None
-    build.initial_values = initial_values if values is None else lambda _: values
+    if use_sgd:
+        patch.setattr(build, "make_optimizer", sgd)
+    if case.get("start"):
+        values = load_file(case["start"])
+        patch.setattr(build, "initial_values", lambda _: values)
     built = build.build_model({ONLY: plan}, device)
     runner, layout = built.runner, plan.layout_of(plan.adapter)
     if rank == 0:
@@ -227,25 +229,22 @@ def run_case(case: dict[str, Any], rank: int, world_size: int, device: Any) -> N
     if use_sgd:
         run.save = lambda **_: None  # it has no moments to save
     Trainer({ONLY: run}, step, folder, stop, {ONLY: run}).run()
-    save_file(
-        {name: parameter.detach().clone() for name, parameter in runner.adapters[ONLY].named_parameters()},
-        folder.path / f"rank{rank}.safetensors",
-    )
+    local = {name: parameter.detach().clone() for name, parameter in runner.adapters[ONLY].named_parameters()}
     state = runner.full_state(ONLY, layout)
-    if rank == 0:
-        save_file(state, folder.path / "adapter.safetensors")
     runner.engine.destroy()
+    return {"local": local, "adapter": state if rank == 0 else None}
 
 
-def run_cases(cases: Sequence[dict[str, Any]], folder: str) -> None:
+def run_cases(cases: Sequence[dict[str, Any]], folder: str) -> list[dict[str, Any]]:
     """All cases on this rank, which finds tokenised samples in `folder`."""
-    device = join_as_launched(folder)
-    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    device, ends = join_as_launched(folder), []
     for case in cases:
-        with apply_faults(case.get("faults", [])), tl6_shares(case.get("shares")):
+        with pytest.MonkeyPatch.context() as patch, tl6_shares(case.get("shares")):
+            put_in(case.get("faults", []), patch)
             try:
-                run_case(case, rank, world_size, device)
+                ends.append(run_case(case, patch, device))
             except UserError as error:
                 if not case.get("may_fail"):
                     raise
-                Path(case["output"], f"failure{rank}.txt").write_text(str(error))
+                ends.append({"failure": str(error)})
+    return ends

@@ -7,8 +7,7 @@ it builds a model: it gets a MonkeyPatch, which takes the fault out again, and a
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -26,16 +25,8 @@ NORMED_LINEAR = "megatron_tiedlora.model.linears"
 STEP = "megatron_tiedlora.training.step"
 
 
-@contextmanager
-def apply_faults(faults: Sequence[dict[str, Any]]) -> Iterator[None]:
-    """The package with the faults in it, inside the block."""
-    with pytest.MonkeyPatch.context() as patch:
-        put_in(faults, patch)
-        yield
-
-
 def put_in(faults: Sequence[dict[str, Any]], patch: pytest.MonkeyPatch | None = None) -> None:
-    """`apply_faults` for good: a prelude of launch/train.py."""
+    """Put the faults into the package; without `patch` for good, as a prelude of launch/train.py."""
     patch = patch or pytest.MonkeyPatch()
     for fault in faults:
         arguments = {name: value for name, value in fault.items() if name != "name"}

@@ -125,7 +125,6 @@ class Prepared:
     case: dict[str, Any]
     oracle: OracleRun
     layout: Layout
-    optimizer: str
 
 
 _oracles: dict[Any, OracleRun] = {}
@@ -182,7 +181,7 @@ def prepare(
         of_oracle = settings if oracle_model is None else {**settings, "model": str(oracle_model)}
         _oracles[file, own_start] = oracle_run(of_oracle, start, optimizer=optimizer)
     case = {"settings": settings, "start": None if own_start else str(file), "optimizer": optimizer, "shares": shares}
-    return Prepared(case, _oracles[file, own_start], layout, optimizer)
+    return Prepared(case, _oracles[file, own_start], layout)
 
 
 def red_measures(run: EngineRun, prepared: Prepared, *, loss: float = LOSS_TOLERANCE) -> dict[str, Any]:
@@ -196,7 +195,7 @@ def red_measures(run: EngineRun, prepared: Prepared, *, loss: float = LOSS_TOLER
     }
     for factor in oracle.adapter.trained:
         distance = relative_distance(run.adapter[factor], oracle.adapter.tensors[factor])
-        found[factor] = distance, ADAPTER_TOLERANCE[prepared.optimizer]
+        found[factor] = distance, ADAPTER_TOLERANCE[prepared.case["optimizer"]]
     red: dict[str, Any] = {name: error for name, (error, limit) in found.items() if not error <= limit}
     if run.learning_rates != pytest.approx(oracle.learning_rates, rel=1e-12):
         red["rates"] = run.learning_rates

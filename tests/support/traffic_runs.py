@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import write_uneven_data
 from forked_ranks import join_as_launched, run_on_ranks
+from layout_runs import settings_of
 from saved_bytes import saved_bytes_per_token
 from shared_tensors import tl6_shares
 from tiny_models import write_tiny_model
@@ -244,20 +244,10 @@ def write_inputs(folder: Path) -> dict[str, Any]:
         (folder / name).write_text(json.dumps({"zero_optimization": section}))
     write_even_data(folder / "even.jsonl")
     return {
-        "model": "five",
-        "train_file": str(write_uneven_data(folder / "train.jsonl")),
-        "validation_file": str(write_uneven_data(folder / "validation.jsonl", rows=4, seed=1)),
+        **settings_of(Path("five"), folder),
         "ds_config": "zero1.json",
-        "dtype": "fp32",
-        "rank": 3,
-        "seed": 11,
-        "max_length": 128,
         "packing": False,
-        "global_batch_size": 8,
-        "micro_batch_size": 2,
-        "warmup_steps": 2,
         "max_steps": 10,
-        "gradient_clipping": 0.05,
         "replica_check_steps": 0,
     }
 
