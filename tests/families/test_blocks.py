@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from family_models import FAMILY_MODELS
 from kernel_runs import HOST, assert_same_numbers, loss_and_gradients
 from saved_bytes import saved_bytes_per_token
-from tiny_models import tiny_config, write_tiny_model
+from tiny_models import FAMILY_MODELS, tiny_config, write_tiny_model
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config, targets_of
 from megatron_tiedlora.base.shapes import ModelShape

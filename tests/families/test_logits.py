@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from family_models import FAMILY_MODELS
 from hf_models import greedy_tokens, hf_model
 from native_files import write_native
 from oracle import OracleConfig
 from safetensors.torch import load_file, save_file
-from tiny_models import EOS_ID, random_adapter, write_tiny_model
+from tiny_models import EOS_ID, FAMILY_MODELS, random_adapter, write_tiny_model
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.load_model import load_model

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from engine_runs import relative_distance
-from family_models import FAMILY_MODELS
 from forked_ranks import run_on_ranks
 from gradient_worker import DTYPE, SEED, Case, Outcome, joined, run_gradients
 from layout_runs import part_of
@@ -23,7 +22,7 @@ from oracle_adapter import ALL_TARGETS, TRAINED_TENSORS
 from oracle_dropout import dropout
 from oracle_training import oracle_gradients
 from quantised_models import quantised
-from tiny_models import write_tiny_model
+from tiny_models import FAMILY_MODELS, write_tiny_model
 
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
 from megatron_tiedlora.parallel.groups import Grid

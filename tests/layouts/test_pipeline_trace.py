@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from all_cuts import all_cuts, cost_key
 from forked_ranks import join_as_launched, run_on_ranks
-from planned import Pass, one_f_one_b, simulate, stage_memory
+from planned import Pass, all_cuts, cost_key, one_f_one_b, simulate, stage_memory
 from run_helpers import write_rows
 from tiny_models import write_tiny_model
 from torch import distributed

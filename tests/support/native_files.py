@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import torch
 from oracle import OracleAdapter, OracleConfig
@@ -16,6 +18,7 @@ from megatron_tiedlora.base.text_files import FILES_FIELD, SEAL_FIELD, sealed
 from megatron_tiedlora.checkpoint.base_identity import identify_base
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_native_adapter, save_adapter
+from megatron_tiedlora.checkpoint.resume import Checkpoint, Progress
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.merge import merge_adapter
@@ -85,3 +88,8 @@ def write_exports(root: Path, base: Path) -> Path:
     merge_adapter(source, adapter, root / "merged16", dtype=torch.bfloat16)
     export_peft(source, load_native_adapter(native), root / "peft", native=native)
     return root
+
+
+def checkpoint_of(settings: Mapping[str, Any], step: int) -> Checkpoint:
+    """A checkpoint of a run with these settings after `step`, in step_4, without files."""
+    return cast(Checkpoint, SimpleNamespace(settings=settings, progress=Progress(step=step), folder=Path("step_4")))

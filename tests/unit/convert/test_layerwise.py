@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from family_models import FAMILY_MODELS
 from native_files import with_adapter
-from tiny_models import write_tiny_model
+from tiny_models import FAMILY_MODELS, write_tiny_model
 
 from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.checkpoint import load_model as blocks

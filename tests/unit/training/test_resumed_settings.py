@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from checkpoints import checkpoint_of
+from native_files import checkpoint_of
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.config.settings import make_settings

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import checkpoint_of
-from native_files import moments_of, with_adapter
+from native_files import checkpoint_of, moments_of, with_adapter
 from peft_models import lora_model
 from run_helpers import write_rows
 from tiny_models import write_tiny_model
