@@ -29,7 +29,6 @@ from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.engine.engine import parameter_access
 from megatron_tiedlora.model.weights import weight_rules
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
-from megatron_tiedlora.parallel.groups import Grid
 from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
 from megatron_tiedlora.planning.run_plan import plan_run
 from megatron_tiedlora.training.build import build_model
@@ -108,18 +107,13 @@ def test_gradients_are_the_oracles_on_the_dequantised_weights(
 
 def joined(folder: Path, layout: Layout, by_rank: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Full tensors from the shards of all ranks; data-parallel copies are equal."""
-    world = Grid(0, layout.ranks, tp_size=layout.tp, pp_size=layout.pp)
     full = {}
     for rule in weight_rules(find_model(str(folder)).shape):
-        owners = [rank for rank in range(layout.ranks) if rule.name in by_rank[rank]]
-        if not owners:
-            continue
-        copies: dict[int, list[torch.Tensor]] = {}
-        for rank in owners:
-            copies.setdefault(world.at(rank).tp_rank, []).append(by_rank[rank][rule.name])
-        assert sorted(copies) == list(range(layout.tp)) and all(len(found) == layout.dp for found in copies.values())
-        assert all(torch.equal(found[0], other) for found in copies.values() for other in found)
-        full[rule.name] = rule.spec.join([copies[tp_rank][0] for tp_rank in range(layout.tp)])
+        groups = [by_rank[first : first + layout.tp] for first in range(0, layout.ranks, layout.tp)]
+        copies = [rule.spec.join([shards[rule.name] for shards in some]) for some in groups if rule.name in some[0]]
+        if copies:
+            assert len(copies) == layout.dp and all(torch.equal(copies[0], other) for other in copies)
+            full[rule.name] = copies[0]
     return full
 
 

@@ -64,15 +64,11 @@ def groups_of(grid: Grid) -> ParallelGroups:
     """All groups of this rank, by their definitions: ranks that agree in every coordinate but those named."""
 
     def group(*free: str) -> RankGroup:
-        def fixed(rank: int) -> tuple[int, ...]:
-            there = grid.at(rank)
+        def fixed(there: Grid) -> tuple[int, ...]:
             coordinates = {"pipeline": there.pp_rank, "data": there.dp_rank, "tensor": there.tp_rank}
             return tuple(value for name, value in coordinates.items() if name not in free)
 
-        members: dict[tuple[int, ...], list[int]] = {}
-        for rank in range(grid.world_size):
-            members.setdefault(fixed(rank), []).append(rank)
-        return {key: group_of(ranks) for key, ranks in members.items()}[fixed(grid.rank)]
+        return {key: group_of(ranks) for key, ranks in grid.groups(fixed).items()}[fixed(grid)]
 
     return ParallelGroups(
         tensor=group("tensor"),

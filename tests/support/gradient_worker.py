@@ -411,28 +411,21 @@ def _position_ids(batch: OracleBatch) -> torch.Tensor:
 
 def joined(case: Case, parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Full trained tensors out of all ranks' parts; every copy that should be equal must be so, bit for bit."""
-    config = case.adapter_config
-    world = Grid(0, len(parts), tp_size=case.layout[0], pp_size=case.layout[1])
+    config, tp_size = case.adapter_config, case.layout[0]
+    world = Grid(0, len(parts), tp_size=tp_size, pp_size=case.layout[1])
     full: dict[str, torch.Tensor] = {}
     for name in case.adapter.trained:
         spec, tied = config.spec(name), config.is_tied(name)
-        by_stage = []
-        for pp_rank in range(world.pp_size):
-            if not tied and not case.part(world.at(world.rank_of(pp_rank=pp_rank))).layers:
+        by_stage: dict[int, torch.Tensor] = {}
+        for first in range(0, len(parts), tp_size):  # of each tensor-parallel group
+            grid = world.at(first)
+            if not tied and not case.part(grid).layers:
                 continue
-            copies = [
-                [
-                    parts[world.rank_of(pp_rank=pp_rank, dp_rank=dp_rank, tp_rank=tp_rank)][name]
-                    for tp_rank in range(world.tp_size)
-                ]
-                for dp_rank in range(world.dp_size)
-            ]
-            for other in copies[1:]:
-                assert all(map(torch.equal, other, copies[0])), f"{name} differs between data-parallel ranks: {case}"
+            shards = [part[name] for part in parts[first : first + tp_size]]
             if spec.dim is None:
-                assert all(torch.equal(part, copies[0][0]) for part in copies[0]), f"{name} differs over TP: {case}"
-            by_stage.append(spec.join(copies[0]))
-        if tied:
-            assert all(torch.equal(other, by_stage[0]) for other in by_stage), f"{name} differs over stages: {case}"
-        full[name] = by_stage[0] if tied else torch.cat(by_stage)
+                assert all(torch.equal(shard, shards[0]) for shard in shards), f"{name} differs over TP: {case}"
+            whole = spec.join(shards)
+            known = by_stage.setdefault(0 if tied else grid.pp_rank, whole)
+            assert torch.equal(known, whole), f"{name} differs between data-parallel ranks or stages: {case}"
+        full[name] = by_stage[0] if tied else torch.cat(list(by_stage.values()))
     return full
