@@ -18,8 +18,7 @@ from forked_ranks import run_on_ranks
 from gradient_worker import DTYPE, SEED, Case, Outcome, joined, run_gradients
 from layout_runs import part_of
 from oracle import OracleConfig, cast_weights, load_weights, oracle_logits
-from oracle_adapter import ALL_TARGETS, TRAINED_TENSORS
-from oracle_dropout import dropout
+from oracle_adapter import ALL_TARGETS, TRAINED_TENSORS, dropout
 from oracle_training import oracle_gradients
 from quantised_models import quantised
 from tiny_models import FAMILY_MODELS, write_tiny_model

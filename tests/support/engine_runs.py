@@ -21,7 +21,7 @@ import torch
 from fault_patches import put_in
 from forked_ranks import join_as_launched, run_on_ranks
 from oracle import OracleAdapter, OracleConfig, cast_weights, load_weights
-from oracle_dropout import dropout
+from oracle_adapter import dropout
 from oracle_training import OracleBatch, OracleRun, oracle_train
 from safetensors.torch import load_file, save_file
 from shared_tensors import tl6_shares

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 from oracle import OracleConfig
-from oracle_adapter import ALL_TARGETS
-from oracle_dropout import dropout, kept
+from oracle_adapter import ALL_TARGETS, dropout, kept
 from shared_batches import Member, SharedBatch, rounds
 from tiny_models import random_adapter, write_tiny_model
 
