@@ -66,10 +66,9 @@ def searched(*flags: str, source: ModelSource, ranks: int, per_node: int = 8, ma
     return search(command.train, cluster, source=source, formats=command.settings.formats)
 
 
-def the_only(*flags: str, source: ModelSource, ranks: int, per_node: int = 8, machine: Machine = H100) -> Candidate:
-    """The one layout that the flags leave."""
-    plan = searched(*flags, source=source, ranks=ranks, per_node=per_node, machine=machine)
-    (candidate,) = plan.candidates
+def the_only(*flags: str, **cluster: Any) -> Candidate:
+    """The one layout that the flags leave, in a cluster as of `searched`."""
+    (candidate,) = searched(*flags, **cluster).candidates
     return candidate
 
 

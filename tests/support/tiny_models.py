@@ -226,13 +226,7 @@ def random_adapter(
 
 
 def random_batches(
-    num_steps: int,
-    *,
-    samples_per_step: int = 4,
-    vocab_size: int = 320,
-    min_length: int = 5,
-    max_length: int = 24,
-    seed: int = 0,
+    num_steps: int, *, samples_per_step: int = 4, vocab_size: int = 320, seed: int = 0
 ) -> list[list[OracleBatch]]:
     """Per step, `samples_per_step` samples (each an OracleBatch of one sequence, each its own length).
 
@@ -243,7 +237,7 @@ def random_batches(
     generator = torch.Generator().manual_seed(seed)
 
     def sample(kind: int) -> OracleBatch:
-        length = int(torch.randint(min_length, max_length + 1, (1,), generator=generator))
+        length = int(torch.randint(5, 25, (1,), generator=generator))
         tokens = torch.randint(EOS_ID + 1, vocab_size, (length,), generator=generator)
         tokens[0] = BOS_ID
         labels = torch.full((length,), IGNORED_LABEL)
