@@ -1,4 +1,4 @@
-"""Tiny LLaMA checkpoints with a tokeniser, random adapters and random batches, for tests.
+"""Tiny checkpoints of LLaMA and the other families with a tokeniser, random adapters and random batches, for tests.
 
 Checkpoints are written by transformers itself, so a reader is tested against the real format. Weights are drawn wide
 enough that logits are far from uniform, attention is far from even, and norms and biases differ from 1 and 0: a dropped
