@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,19 +13,12 @@ from study_files import write_run, write_study
 from valid import METRICS
 
 from megatron_tiedlora.base.messages import UserError
-from megatron_tiedlora.checkpoint.sources import find_model
-from megatron_tiedlora.config.batch import BatchPlan
 from megatron_tiedlora.config.cli import parse_settings
-from megatron_tiedlora.config.settings import Settings, make_settings
+from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.config.sweep_settings import parse_sweep
-from megatron_tiedlora.data.readers import read_rows
-from megatron_tiedlora.data.tokenizer import load_tokenizer
-from megatron_tiedlora.engine.engine_json import load_engine_config
-from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder, choose_run_folder
+from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder
 from megatron_tiedlora.study.record import StudyFolder, check_folder
 from megatron_tiedlora.study.scores import RunEnd, read_run
-
-BATCHES = BatchPlan(global_batch_size=8, micro_batch_size=2, data_parallel=2)
 
 _BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}, *a{i - 1}]\n" for i in range(1, 60))
 _MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}, *a{i - 1}]}}\n" for i in range(1, 40))
@@ -109,21 +101,6 @@ def test_a_resumed_log_is_strict_json_whatever_was_there(area: Path) -> None:
     run.metrics.write_bytes(b"\xff\n[]\n" + METRICS + b'{"step": 2, "split": "test", "loss": 1}\n{"st')
     MetricsLog(run, resumed_step=2, evaluated_step=2).close()
     assert run.metrics.read_bytes().splitlines() == METRICS.splitlines()[:2]
-
-
-@pytest.mark.parametrize("name", ["~nobody-of-that-name/x", "x" * 300, "x/" * 3000])
-@pytest.mark.parametrize("setting", ["model", "output_dir", "tokenizer", "resume", "train_file", "ds_config"])
-def test_paths_that_can_be_none(area: Path, setting: str, name: str) -> None:
-    """Told by whatever reads the setting first, before anything is written."""
-    readers: dict[str, Callable[[], Any]] = {
-        "model": lambda: find_model(name),
-        "output_dir": lambda: choose_run_folder(make_settings({}).completed(output_dir=name)),
-        "tokenizer": lambda: load_tokenizer(name),
-        "resume": lambda: choose_run_folder(make_settings({}).completed(resume=name)),
-        "train_file": lambda: read_rows(name),
-        "ds_config": lambda: load_engine_config(name, batches=BATCHES, gradient_clipping=0.5),
-    }
-    refused(area, readers[setting], "is not a path")
 
 
 def test_a_choice_of_bytes_that_are_not_utf8_is_one_line(area: Path) -> None:

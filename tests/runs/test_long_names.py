@@ -36,7 +36,7 @@ def no_sweep(argv: Sequence[str]) -> int:
 # By command: how it is started, what else it needs, and its flags of files and folders.
 MODEL = "--model=llama2-7b"
 COMMANDS: Mapping[str, tuple[Callable[[Sequence[str]], Any], list[str], str]] = {
-    "train": (command("train"), ["--dry_run", MODEL], "config model tokenizer ds_config output_dir resume"),
+    "train": (command("train"), ["--dry_run", MODEL], "config model tokenizer ds_config output_dir resume train_file"),
     "run": (lambda argv: launch(parse_launch(argv), scripts=ROOT / "launch"), ["--show_command", MODEL, "--task=gsm8k"],
             "config model tokenizer ds_config output_dir resume hostfile"),
     "sweep": (no_sweep, ["--output_dir=study", MODEL, "--task=gsm8k", "--dry_run"],
@@ -49,7 +49,13 @@ COMMANDS: Mapping[str, tuple[Callable[[Sequence[str]], Any], list[str], str]] = 
     "prepare": (command("prepare_demo"), [], "output"),
     "random": (command("random_model"), [MODEL, "--output=o"], "model output"),
 }  # fmt: skip
-NAMES = {"long": "n" * 300, "very long": "n" * 5000, "deep": f"{'n' * 200}/" * 25, "NUL": "a\0b"}
+NAMES = {
+    "a user": "~nobody-of-that-name/x",
+    "long": "n" * 300,
+    "very long": "n" * 5000,
+    "deep": f"{'n' * 200}/" * 25,
+    "NUL": "a\0b",
+}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
