@@ -18,7 +18,7 @@ from engine_runs import EngineRun, SharedStarts
 from fault_patches import put_in
 from layout_runs import five_layers, settings_of
 from run_files import assert_same_run, checkpoint_names, losses, status
-from run_helpers import Base, run, run_ranks, write_base
+from run_helpers import Base, run, write_base
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.adapters.adapter_bank import AdapterBank
@@ -326,11 +326,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Base:
 def test_a_run_stops_where_copies_differ(small: Base, tmp_path: Path, step: int) -> None:
     """In the first steps, and at a save long after them: one line, status 2 everywhere, and what was saved stands."""
     folder = tmp_path / "run"
-    settings = {"ds_config": "zero1.json", "pipeline_parallel": 2, "max_steps": 8, "output_dir": folder}
+    settings = {"ds_config": "zero1.json", "pipeline_parallel": 2, "max_steps": 8, "ranks": 2}
     prelude = partial(put_in, [{"name": "change_copy", "tensor": "B", "rank": 1, "step": step}])
-    arguments = small.arguments(**settings)
-    ended = run_ranks(arguments, folder=tmp_path, cache=small.cache, ranks=2, prelude=prelude).expect(2)
-    line = ended.error_line()
+    line = run(small, folder, prelude=prelude, expect=2, **settings).error_line()
     assert re.match(rf"error: after step {step} B differs between {TIED}: .*\b1\b.* by up to [1-9]\S*;", line), line
     assert status(folder)["state"] == "failed"
     if step == 1:
@@ -338,7 +336,7 @@ def test_a_run_stops_where_copies_differ(small: Base, tmp_path: Path, step: int)
         return
     assert (folder / "checkpoints" / "latest").read_text() == "step_4\n"
     assert "step_6" not in checkpoint_names(folder)
-    run(small, folder, ranks=2, **{**settings, "resume": "auto"})  # without the fault it goes on from there
+    run(small, folder, resume="auto", **settings)  # without the fault it goes on from there
     assert [number for number, _ in losses(folder)] == list(range(1, 9))
 
 

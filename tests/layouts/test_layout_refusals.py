@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from run_files import edit_json, losses
-from run_helpers import Base, run, run_ranks, write_base
+from run_helpers import Base, run, write_base
 from task_files import refusal
 
 from megatron_tiedlora.base.messages import UserError
@@ -104,12 +104,10 @@ def test_a_preset_is_refused_too() -> None:
 def test_a_start_ends_with_one_line(
     base: Base, tmp_path: Path, ranks: int | None, settings: dict[str, Any], said: str
 ) -> None:
-    settings = {**settings, "model": without_weights(base, tmp_path / "model"), "output_dir": tmp_path / "run"}
-    work = tmp_path / "work"
-    ended = run_ranks(base.arguments(**settings), folder=work, cache=base.cache, ranks=ranks).expect(2)
-    assert said in ended.error_line()
+    model = without_weights(base, tmp_path / "model")
+    assert said in run(base, tmp_path / "run", ranks=ranks, expect=2, model=model, **settings).error_line()
     if said != "model.safetensors":
-        assert not (tmp_path / "run").exists() and not (work / "runs").exists()
+        assert not (tmp_path / "run").exists() and not (tmp_path / "run-work" / "runs").exists()
 
 
 @pytest.mark.parametrize("sequence_parallel", [True, False])
