@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from bytes_touched import saved_bytes_per_token
 from kernel_runs import HOST, assert_same_numbers, loss_and_gradients
-from saved_bytes import saved_bytes_per_token
 from tiny_models import FAMILY_MODELS, tiny_config, write_tiny_model
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config, targets_of

@@ -1,4 +1,6 @@
-"""Bytes that operations read and write, counted as they are dispatched; no kernel is run, so it needs no memory.
+"""Bytes that operations read and write, and those that a block keeps for its backward pass.
+
+The first are counted as operations are dispatched; no kernel is run, so it needs no memory.
 
     with BytesTouched() as counter:
         ...
@@ -13,6 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, Target, TiedAdapter, make_adapter_config
 from megatron_tiedlora.base.shapes import HeadShape, NormShape, RopeShape
+from megatron_tiedlora.benchmark.timing import saved_by_autograd
 from megatron_tiedlora.model.qkv import QkvLinear
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.groups import TensorParallel
@@ -122,3 +126,22 @@ def _bytes_of_layers(shape: QkvShape, method: str | None, rank: int, num_layers:
         gradients = [torch.empty_like(head.transpose(1, 2)).contiguous().transpose(1, 2) for head in outputs]
         torch.autograd.grad(outputs, [*inputs, *trained], gradients)
     return counter.found
+
+
+# What is kept for the backward pass ---------------------------------------------------------------------------------
+
+
+def saved_bytes_per_token(stage: Any, dtype: torch.dtype) -> float:
+    """Bytes that the stage's last block keeps of a sequence of 256 tokens, for each token, parameters left out."""
+    length, index = 256, stage.blocks[-1]
+    block = stage.layers[str(index)]
+    updates = stage.read_adapter()
+    hidden = stage.empty_hidden(1, length).normal_().requires_grad_()
+    context = block.attention.context(torch.arange(length)[None], dtype)  # saved once for all layers
+    found = (factor for update in updates.get(index, {}).values() for factor in update)
+    factors = (factor for factor in found if isinstance(factor, torch.Tensor))
+    held = {tensor.untyped_storage().data_ptr() for tensor in (*chain(*context.tables.values()), *factors)}
+    with saved_by_autograd(stage) as saved:
+        output = block(hidden, context, stage.tensor_parallel, update=updates.get(index))
+    assert output.shape == hidden.shape
+    return sum(tensor.untyped_storage().nbytes() for key, tensor in saved.items() if key not in held) / length
