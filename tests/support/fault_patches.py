@@ -153,7 +153,6 @@ def shard_mark_forgotten(patch: pytest.MonkeyPatch) -> None:
 
 
 def _remark(patch: pytest.MonkeyPatch, mark: str) -> None:
-
     def forget(mark_parameters: Any, adapter: Any, groups: Any) -> None:
         mark_parameters(adapter, groups)
         for parameter in adapter.parameters():
@@ -208,7 +207,7 @@ def loss_per_micro_batch(patch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module(RUNNING)
     of_step: list[float] = []  # what a mean of a micro-batch is divided by
     supervised: dict[int, int] = {}  # tokens of the micro-batch with these shares
-    find, weighted = module.Runner._supervised, module.Losses.weighted
+    find, accumulate, weighted = module.Runner._supervised, module.Runner.accumulate, module.Losses.weighted
 
     def noted(runner: Any, batch: Any) -> Any:
         supervised[id(batch.shares)] = max(int((batch.labels != -100).sum()), 1)
@@ -222,22 +221,19 @@ def loss_per_micro_batch(patch: pytest.MonkeyPatch) -> None:
         own = module.Losses({name: (supervised[id(shares)] * of_step[0],)}, losses.found)
         return weighted(own, found, shares)
 
-    def during_steps(accumulate: Callable[..., Any]) -> Callable[..., Any]:
-        def accumulated(runner: Any, batches: Any, *others: Any) -> Any:
-            # An engine divides by its accumulation steps, of which packed samples need fewer, and takes the mean.
-            by_engine = runner.engine.gradient_accumulation_steps() * runner.groups.data.size
-            share = 1 / by_engine if runner.optimizers.engine_steps else 1
-            of_step.append(len(batches) * runner.groups.data.size * share)
-            try:
-                return accumulate(runner, batches, *others)
-            finally:
-                of_step.clear()
-
-        return accumulated
+    def accumulated(runner: Any, batches: Any, *others: Any) -> Any:
+        # An engine divides by its accumulation steps, of which packed samples need fewer, and takes the mean.
+        by_engine = runner.engine.gradient_accumulation_steps() * runner.groups.data.size
+        share = 1 / by_engine if runner.optimizers.engine_steps else 1
+        of_step.append(len(batches) * runner.groups.data.size * share)
+        try:
+            return accumulate(runner, batches, *others)
+        finally:
+            of_step.clear()
 
     patch.setattr(module.Runner, "_supervised", noted)
     patch.setattr(module.Losses, "weighted", divided)
-    patch.setattr(module.Runner, "accumulate", during_steps(module.Runner.accumulate))
+    patch.setattr(module.Runner, "accumulate", accumulated)
 
 
 # Copies and gradients, for the run's own checks -------------------------------------------------------------------
