@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from engine_runs import SHORT, Layout, engine_json, prepare, run_and_check, settings_of
 from forked_ranks import run_on_ranks
 from hf_models import greedy_tokens, hf_model
-from layout_runs import SHORT, Layout, engine_json, prepare, run_and_check, settings_of
 from tiny_decoders import build
 from tiny_models import EOS_ID, FAMILY_MODELS, write_tiny_model
 

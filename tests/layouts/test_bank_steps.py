@@ -21,7 +21,7 @@ from megatron_tiedlora.parallel.groups import Grid
 pytestmark = pytest.mark.distributed
 
 LOSS_TOLERANCE, NORM_TOLERANCE, ADAPTER_TOLERANCE = 1e-6, 1e-5, 5e-5
-# Over layouts two runs are compared, of which each may be that far from exact numbers (layout_runs.py), as AdamW makes
+# Over layouts two runs are compared, of which each may be that far from exact numbers (engine_runs.py), as AdamW makes
 # much of the last bits of small gradients. Up to 5.5e-5 was seen, for one tensor, on one of three processors.
 LAYOUTS_TOLERANCE = 2 * ADAPTER_TOLERANCE
 OWN: dict[str, dict[str, Any]] = {

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import run_engine, save_start
+from engine_runs import SHORT, Layout, engine_json, prepare, run_and_check, run_engine, save_start, settings_of
 from forked_ranks import join_as_launched, run_on_ranks
 from gradient_worker import Case
-from layout_runs import SHORT, Layout, engine_json, prepare, run_and_check, settings_of
 from oracle import OracleConfig, load_weights
 from quantised_folders import SHAPE, quantised_folder
 from quantised_models import CROSSING, FORMATS, quantised, with_values

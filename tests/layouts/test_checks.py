@@ -14,9 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import EngineRun, SharedStarts
+from engine_runs import EngineRun, SharedStarts, five_layers, settings_of
 from fault_patches import put_in
-from layout_runs import five_layers, settings_of
 from run_files import assert_same_run, checkpoint_names, losses, status
 from run_helpers import Base, run, write_base
 from tiny_models import write_tiny_model

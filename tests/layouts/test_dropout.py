@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_runs import relative_distance
+from engine_runs import SHORT, Layout, five_layers, part_of, prepare, relative_distance, run_and_check
 from forked_ranks import run_on_ranks
 from gradient_worker import Case, run_gradients
-from layout_runs import SHORT, Layout, five_layers, part_of, prepare, run_and_check
 from oracle_adapter import ALL_TARGETS
 from test_parallel_gradients import Answers, check_numbers
 from tiny_models import write_tiny_model

@@ -12,8 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_runs import EngineRun, SharedStarts
-from layout_runs import Layout, Prepared, check, engine_json, five_layers, prepare, red_measures
+from engine_runs import (
+    EngineRun,
+    Layout,
+    Prepared,
+    SharedStarts,
+    check,
+    engine_json,
+    five_layers,
+    prepare,
+    red_measures,
+)
 
 pytestmark = [
     pytest.mark.distributed,

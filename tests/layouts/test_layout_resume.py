@@ -12,8 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import relative_distance
-from layout_runs import Layout
+from engine_runs import Layout, relative_distance
 from run_files import assert_same_run, files_of, metrics, status
 from run_helpers import Base, run, write_base
 from run_preludes import kill_at_step

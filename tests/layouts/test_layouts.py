@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from layout_runs import (
+from engine_runs import (
     OPTIMIZERS,
     SHORT,
     Layout,

@@ -13,10 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import relative_distance
+from engine_runs import part_of, relative_distance
 from forked_ranks import run_on_ranks
 from gradient_worker import DTYPE, SEED, Case, Outcome, joined, run_gradients
-from layout_runs import part_of
 from oracle import OracleConfig, cast_weights, load_weights, oracle_logits
 from oracle_adapter import ALL_TARGETS, TRAINED_TENSORS, dropout
 from oracle_training import oracle_gradients

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 from bank_steps_worker import run_bank_steps
+from engine_runs import SHORT, Layout, engine_json, prepare, run_and_check, settings_of
 from forked_ranks import run_on_ranks
 from gradient_worker import Case, run_gradients
-from layout_runs import SHORT, Layout, engine_json, prepare, run_and_check, settings_of
 from native_files import with_adapter
 from oracle import OracleConfig, load_weights, merged_weights, oracle_logits
 from oracle_adapter import ALL_TARGETS, Groups, OracleAdapter

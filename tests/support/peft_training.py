@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine_runs import write_uneven_data
-from layout_runs import settings_of
+from engine_runs import settings_of, write_uneven_data
 from oracle import OracleAdapter, OracleConfig
 from oracle_adapter import TARGET_PARTS, tensor_name
 from tiny_models import BOS_ID, EOS_ID

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import torch
 from bytes_touched import saved_bytes_per_token
+from engine_runs import settings_of
 from forked_ranks import join_as_launched, run_on_ranks
-from layout_runs import settings_of
 from shared_tensors import tl6_shares
 from tiny_models import write_tiny_model
 from torch import distributed
