@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from bank_steps_worker import run_bank_steps
 from engine_runs import SHORT, Layout, engine_json, prepare, run_and_check, settings_of
 from forked_ranks import run_on_ranks
 from gradient_worker import Case, run_gradients
@@ -22,7 +21,7 @@ from oracle_adapter import ALL_TARGETS, Groups, OracleAdapter
 from run_files import assert_same_run, metrics
 from run_helpers import Base, run, write_base
 from shared_tensors import DECLARED, GROUPS, share_tensors, tl6_shares
-from test_bank_steps import check_near
+from test_bank_steps import check_near, run_bank_steps
 from test_layout_resume import SAVED, Grid, assert_went_on, resumed
 from test_parallel_gradients import Answers, check_messages, check_numbers, check_ties
 from tiny_models import write_tiny_model
