@@ -44,8 +44,6 @@ CASES_A_START = 24  # so that a start ends within the limit of `ranks`
 LOSS_TOLERANCE = 1e-5
 NORM_TOLERANCE = 1e-5
 ADAPTER_TOLERANCE = {"adamw": 5e-5, "sgd": 1e-5}
-
-
 OPTIMIZERS = ("sgd", "adamw")
 
 
