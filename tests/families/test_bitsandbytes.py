@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from engine_runs import relative_distance, relative_errors, run_engine, save_start
+from hf_models import hf_model
 from native_files import with_adapter
 from oracle import OracleAdapter, OracleConfig
 from oracle_adapter import ALL_TARGETS
-from peft_training import peft_losses, settings_for_peft
+from peft_training import peft_losses, settings_for_peft, through_lora_on_all_linears
 from quantised_models import with_values
-from test_peft_training import through_lora_on_all_linears
 from tiny_models import random_adapter, write_tiny_model
 
 import megatron_tiedlora as tiedlora
@@ -43,21 +43,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("bnb") / "model", dtype=torch.bfloat16, tokenizer=False, **SHAPE)
 
 
-@pytest.fixture(scope="module")
-def theirs(folder: Path) -> Any:
-    """The folder in nf4 without double quantisation, which computes in bf16."""
+def nf4_model(folder: Path, *, double: bool = False) -> Any:
+    """The folder in nf4 as transformers loads it, which computes in bf16; `double`: with quantised statistics."""
     pytest.importorskip("bitsandbytes", reason="pip install 'megatron_tiedlora[quantised]'")
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     how = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=False,
+        bnb_4bit_use_double_quant=double,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
     return AutoModelForCausalLM.from_pretrained(
         folder, quantization_config=how, dtype=torch.bfloat16, device_map="cpu"
     ).eval()
+
+
+@pytest.fixture(scope="module")
+def theirs(folder: Path) -> Any:
+    return nf4_model(folder)
 
 
 def test_codes_and_scales_are_theirs(folder: Path, theirs: Any) -> None:
@@ -82,13 +86,9 @@ def test_codes_and_scales_are_theirs(folder: Path, theirs: Any) -> None:
 @pytest.mark.parametrize("double", [False, True])
 def test_a_folder_that_they_saved_has_their_values(folder: Path, tmp_path: Path, double: bool) -> None:
     """To the last bit, with nested statistics too."""
-    functional = pytest.importorskip("bitsandbytes.functional", reason="pip install 'megatron_tiedlora[quantised]'")
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    model = nf4_model(folder, double=double)
+    from bitsandbytes import functional
 
-    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=double)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=how, dtype=torch.bfloat16, device_map="cpu"
-    )
     model.save_pretrained(tmp_path / "saved")
     source = find_model(str(tmp_path / "saved"))
     assert source.stored is not None
@@ -109,8 +109,6 @@ def test_logits_are_theirs(folder: Path, theirs: Any) -> None:
 
     Autograd is on, because bitsandbytes' kernel without it (0.50.2, on CPUs with bf16) rounds scales to bf16.
     """
-    from transformers import AutoModelForCausalLM
-
     tokens = torch.randint(3, 320, (2, 48), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(48).expand_as(tokens)
     source = find_model(str(folder))
@@ -121,7 +119,7 @@ def test_logits_are_theirs(folder: Path, theirs: Any) -> None:
         logits = other(tokens).logits.detach().float()
         return float((ours - logits).norm() / logits.norm())
 
-    plain = distance(None, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval())
+    plain = distance(None, hf_model(folder, torch.bfloat16))
     assert distance("nf4", theirs) <= 1.5 * plain < 0.03
     assert distance(None, theirs) > 0.05
 
@@ -140,9 +138,7 @@ def test_a_tied_adapter_in_peft_is_of_nf4(folder: Path, theirs: Any, tmp_path: P
 
 def test_a_model_in_another_format_than_in_training_is_said(folder: Path, theirs: Any) -> None:
     """In both directions, once an adapter is put on it; not if both are the same."""
-    from transformers import AutoModelForCausalLM
-
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    plain = hf_model(folder, torch.bfloat16)
     _, native, _ = with_adapter(folder, "tl6")
     on_nf4 = replace(native, base_identity=replace(native.base_identity, base_format="nf4"))
     said = "in fp32, but this uses it in nf4; its losses differ between them"
@@ -164,15 +160,11 @@ def test_a_model_in_another_format_than_in_training_is_said(folder: Path, theirs
 
 
 def peft_run(
-    settings: dict[str, Any], start: OracleAdapter, base: str | None
+    settings: dict[str, Any], start: OracleAdapter, *, nf4: bool = False
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Losses of PEFT's run on a bf16 base that transformers loads, in nf4 or as it is; its factors at the end."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
-    how = {"quantization_config": nf4} if base else {}
-    model = AutoModelForCausalLM.from_pretrained(settings["model"], dtype=torch.bfloat16, device_map="cpu", **how)
-    model, tensors = through_lora_on_all_linears(model, start)
+    folder = Path(settings["model"])
+    model, tensors = through_lora_on_all_linears(nf4_model(folder) if nf4 else hf_model(folder, torch.bfloat16), start)
     losses = peft_losses(model, [value for value in model.parameters() if value.requires_grad], settings)
     return losses, tensors()
 
@@ -193,9 +185,9 @@ def test_training_follows_qlora_as_closely_as_bf16_follows_lora(tmp_path: Path) 
         for changes in ({}, {"base": "nf4"})
     ]
     ours, ours_nf4 = ((run.losses, run.adapter) for run in run_engine(cases, tmp_path, ranks=1))
-    lora, qlora = (peft_run(settings, start, base) for base in (None, "nf4"))
+    lora, qlora = (peft_run(settings, start, nf4=nf4) for nf4 in (False, True))
     dequantised = with_values(model, tmp_path / "dequantised", "nf4")
-    lora_nf4 = peft_run({**settings, "model": str(dequantised)}, start, None)
+    lora_nf4 = peft_run({**settings, "model": str(dequantised)}, start)
 
     def distances(found: tuple[Any, Any], expected: tuple[Any, Any]) -> tuple[float, float]:
         """The largest relative one of the losses, and that of the changes of all factors."""

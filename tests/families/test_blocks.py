@@ -6,13 +6,13 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from family_models import FAMILY_MODELS
+from bytes_touched import saved_bytes_per_token
 from kernel_runs import HOST, assert_same_numbers, loss_and_gradients
-from saved_bytes import saved_bytes_per_token
-from tiny_models import tiny_config, write_tiny_model
+from tiny_models import FAMILY_MODELS, tiny_config, write_tiny_model
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config, targets_of
 from megatron_tiedlora.base.shapes import ModelShape
@@ -26,22 +26,23 @@ from megatron_tiedlora.planning.passes import saved_per_token
 from megatron_tiedlora.training.compiling import compiled_kernels
 
 
-def everything() -> ModelShape:
-    """A model of no family: LayerNorms, norms of heads, and a scaled rotation of part of each head."""
+def sized(model_type: str, **fields: Any) -> ModelShape:
     sizes = {"vocab_size": 500, "num_hidden_layers": 2, "hidden_size": 96, "intermediate_size": 250}
     heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32}
+    return shape_from_hf({"model_type": model_type, **sizes, **heads, **fields})
+
+
+def everything() -> ModelShape:
+    """A model of no family: LayerNorms, norms of heads, and a scaled rotation of part of each head."""
     rope = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 256}
-    normed = shape_from_hf({"model_type": "qwen3", **sizes, **heads}).heads
-    shape = shape_from_hf({"model_type": "stablelm", **sizes, **heads, "rope_parameters": rope})
+    normed, shape = sized("qwen3").heads, sized("stablelm", rope_parameters=rope)
     norms = {"query_norm": normed.query_norm, "key_norm": normed.key_norm}
     return replace(shape, block=replace(shape.block, heads=replace(shape.heads, **norms)))
 
 
 def behind() -> ModelShape:
     """Norms after attention and MLP, and of all heads."""
-    sizes = {"vocab_size": 500, "num_hidden_layers": 2, "hidden_size": 96, "intermediate_size": 250}
-    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32}
-    return shape_from_hf({"model_type": "olmo2", **sizes, **heads})
+    return sized("olmo2")
 
 
 @pytest.mark.cpu_seconds(20, reason="it compiles the kernels of every norm and rotation once")
@@ -66,8 +67,9 @@ def test_compiled_once_for_all_sizes_with_the_same_numbers(make: Callable[[], Mo
     assert saved_bytes_per_token(stage, torch.float32) == planned, "compiled kernels keep what the formula says"
 
 
-def _found_and_true(dtype: torch.dtype) -> tuple[float, float]:
-    """Errors, of the norm of the true gradient: of the kernel and of autograd through the same function, in `dtype`."""
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+def test_gradient_through_norms_of_heads_is_as_exact_as_autograd_s(dtype: torch.dtype, bound: float) -> None:
+    """They are not kept, but computed again from the rotated result. Autograd goes through the same function."""
     draw = torch.Generator().manual_seed(4)
     heads, gradient = (torch.randn(300, 5, 32, generator=draw).to(dtype) for _ in range(2))
     angles = 40 * torch.rand(300, 1, 12, generator=draw)
@@ -83,14 +85,8 @@ def _found_and_true(dtype: torch.dtype) -> tuple[float, float]:
     parts = gradient.split((2, 1, 2), dim=1)
     found = rotate_normed_gradient(*parts, rotated, root, None, cos, sin, weight).double()
     true = by_autograd(torch.float64)
-    return float((found - true).norm() / true.norm()), float((by_autograd(dtype) - true).norm() / true.norm())
-
-
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
-def test_gradient_through_norms_of_heads_is_as_exact_as_autograd_s(dtype: torch.dtype, bound: float) -> None:
-    """They are not kept, but computed again from the rotated result."""
-    found, plain = _found_and_true(dtype)
-    assert found <= bound and found <= max(1.5 * plain, 1e-14)
+    error, plain = (float((gradient - true).norm() / true.norm()) for gradient in (found, by_autograd(dtype)))
+    assert error <= bound and error <= max(1.5 * plain, 1e-14)
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective"])

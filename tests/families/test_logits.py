@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from family_models import FAMILY_MODELS
+from hf_models import greedy_tokens, hf_model
 from native_files import write_native
 from oracle import OracleConfig
 from safetensors.torch import load_file, save_file
-from tiny_models import EOS_ID, random_adapter, write_tiny_model
+from tiny_models import EOS_ID, FAMILY_MODELS, random_adapter, write_tiny_model
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.load_model import load_model
@@ -30,11 +30,9 @@ PROMPTS = [[5, 17, 300, 44, 8, 201, 9], [77], list(range(3, 27))]
 @pytest.fixture(scope="module", params=FAMILY_MODELS)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelSource, Any, Any]:
     """A base, this package's model of it in fp32, and transformers' in fp64."""
-    from transformers import AutoModelForCausalLM
-
     folder = tmp_path_factory.mktemp("family") / "model"
     write_tiny_model(folder, num_layers=4, **FAMILY_MODELS[request.param])
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    theirs = hf_model(folder, torch.float64)
     source = find_model(str(folder))
     return source, load_model(source, None, dtype=torch.float32), theirs
 
@@ -68,12 +66,7 @@ def test_greedy_decoding_token_for_token(model: tuple[ModelSource, Any, Any]) ->
     source, ours, theirs = model
     decoder = Decoder(ours, ParallelGroups(), source.shape)
     (found,) = generate(decoder, [Prompts(PROMPTS, (EOS_ID,), 24)])
-    for prompt, row in zip(PROMPTS, found, strict=True):
-        ids = torch.tensor([prompt])
-        wanted = theirs.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=24, pad_token_id=EOS_ID
-        )[0, len(prompt) :].tolist()
-        assert row == (wanted[: wanted.index(EOS_ID)] if EOS_ID in wanted else wanted)
+    assert found == [greedy_tokens(theirs, prompt, 24, eos=EOS_ID) for prompt in PROMPTS]
 
 
 def test_exports_compute_what_the_adapter_computes(model: tuple[ModelSource, Any, Any], tmp_path: Path) -> None:

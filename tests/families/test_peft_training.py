@@ -17,13 +17,8 @@ import torch
 from engine_runs import EngineRun, relative_distance, relative_errors, run_engine, save_start
 from hf_models import BASES, TARGETS, hf_model, write_bases
 from oracle import OracleAdapter, OracleConfig
-from oracle_adapter import TARGET_PARTS, tensor_name
-from peft_training import ALPHA, RANK, all_linear_lora, peft_losses, settings_for_peft
+from peft_training import ALPHA, RANK, Trained, peft_losses, settings_for_peft, through_lora_on_all_linears
 from tiny_models import random_adapter
-
-Tensors = dict[str, torch.Tensor]
-Trained = tuple[Any, Callable[[], Tensors]]
-"""PEFT's model, and its tensors by this package's names as they are when asked for."""
 
 
 def through_our_method(base: Any, start: OracleAdapter) -> Trained:
@@ -35,21 +30,6 @@ def through_our_method(base: Any, start: OracleAdapter) -> Trained:
     model = get_peft_model(base, config)
     set_peft_model_state_dict(model, dict(start.tensors))
     return model, lambda: {name: tensor.clone() for name, tensor in get_peft_model_state_dict(model).items()}
-
-
-def through_lora_on_all_linears(base: Any, start: OracleAdapter) -> Trained:
-    model, factors = all_linear_lora(base, start, OracleConfig.from_folder(Path(base.name_or_path)))
-
-    def found() -> Tensors:
-        tensors = {}
-        for target, parts in TARGET_PARTS.items():
-            of_layers = [[factors[target, layer, part] for part in parts] for layer in start.layers]
-            tensors[tensor_name(target, "A")] = torch.stack([pairs[0][0].detach() for pairs in of_layers])
-            stacked = [torch.cat([b.detach() for _, b in pairs]) for pairs in of_layers]
-            tensors[tensor_name(target, "B")] = torch.stack(stacked)
-        return tensors
-
-    return model, found
 
 
 # The trained tensors by PEFT's names for them.

@@ -12,10 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from family_models import FAMILY_MODELS
 from folders import ROOT
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_config, write_tiny_model
+from tiny_models import FAMILY_MODELS, tiny_config, write_tiny_model
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.shapes import HeadShape, LinearScaling, ModelShape, RopeShape, StoredRows

@@ -1,18 +1,166 @@
-"""A merged model of every family is decoded by other programs as by transformers: llama.cpp, and CTranslate2."""
+"""A merged model of every family is decoded by other programs as by transformers: llama.cpp, and CTranslate2.
+
+They are installed where pyproject.toml says so: on platforms for which they have a wheel.
+"""
 
 from __future__ import annotations
 
+import json
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gguf
 import pytest
-from family_models import LONGROPE
+import torch
+from folders import ROOT
+from hf_models import greedy_tokens, hf_model
 from native_files import with_adapter
-from other_runtimes import ctranslate2_tokens, llama_cpp_tokens, needs_wheel, transformers_tokens
-from tiny_models import BOS_ID, write_tiny_model
+from oracle import rope_amplitude, rope_frequencies
+from packaging.requirements import Requirement
+from safetensors.torch import load_file
+from tiny_models import BOS_ID, LONGROPE, write_tiny_model
 
 from megatron_tiedlora.convert.merge import merge_adapter
+
+# Greedy decoding, which uses nothing of the package -------------------------------------------------------------------
+
+CONTEXT = 64  # tokens, of prompt and continuation
+_ERROR = 4  # of llama.cpp's log levels
+
+
+def needs_wheel(name: str) -> pytest.MarkDecorator:
+    """A mark that skips a test where pyproject.toml does not install `name`. Where it does, `name` has to be there."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    marker = next(found.marker for found in map(Requirement, extras["test-base"]) if found.name == name)
+    is_here = marker is None or marker.evaluate()
+    return pytest.mark.skipif(not is_here, reason=f"{name} is installed where {marker}: it has no wheel for others")
+
+
+def llama_cpp_tokens(folder: Path, prompt: list[int], count: int, *, scratch: Path) -> list[int]:
+    """What llama.cpp decodes in fp32, with an fp32 cache, from a GGUF file in `scratch`."""
+    from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
+
+    ffi, lib = get_ffi(), get_lib()
+
+    def show_errors(level: int, text: Any, _: Any) -> None:
+        if level == _ERROR:
+            print(ffi.string(text).decode())
+
+    log = ffi.callback("ggml_log_callback", show_errors)
+    lib.llama_log_set(log, ffi.NULL)
+    model = lib.llama_model_load_from_file(
+        str(write_gguf(folder, scratch / "model.gguf")).encode(), lib.llama_model_default_params()
+    )
+    assert model != ffi.NULL, "llama.cpp does not load the file"
+    settings = lib.llama_context_default_params()
+    settings.n_ctx, settings.n_threads, settings.n_threads_batch = CONTEXT, 1, 1
+    settings.type_k = settings.type_v = lib.GGML_TYPE_F32
+    settings.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED  # it would round to 16 bits
+    context = lib.llama_init_from_model(model, settings)
+    assert context != ffi.NULL, "llama.cpp does not run the file"
+    size, found, unread = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model)), [], list(prompt)
+    for _ in range(count):
+        tokens = ffi.new("llama_token[]", unread)
+        assert lib.llama_decode(context, lib.llama_batch_get_one(tokens, len(unread))) == 0
+        logits = torch.frombuffer(ffi.buffer(lib.llama_get_logits_ith(context, -1), 4 * size), dtype=torch.float32)
+        unread = [int(logits.argmax())]
+        found += unread
+    lib.llama_free(context)
+    lib.llama_model_free(model)
+    lib.llama_log_set(ffi.NULL, ffi.NULL)
+    return found
+
+
+def ctranslate2_tokens(folder: Path, prompt: list[int], count: int, *, scratch: Path) -> list[int]:
+    """What CTranslate2 decodes in fp32 from its own reading of the folder, which needs a tokenizer.
+
+    With transformers 5 it computes other kinds of rope and windows wrongly, without a word.
+    """
+    import ctranslate2
+    from transformers import AutoTokenizer
+
+    ctranslate2.converters.TransformersConverter(str(folder)).convert(str(scratch / "converted"))
+    generator: Any = ctranslate2.Generator(str(scratch / "converted"), compute_type="float32", intra_threads=1)
+    words = AutoTokenizer.from_pretrained(folder).convert_ids_to_tokens(prompt)
+    (result,) = generator.generate_batch([words], max_length=count, include_prompt_in_result=False, end_token=[])
+    return [int(token) for token in result.sequences_ids[0]]
+
+
+# GGUF files -----------------------------------------------------------------------------------------------------------
+
+# Model types that llama.cpp rotates so.
+NEIGHBOURS = ("llama", "mistral", "smollm3")
+# GGUF's names of sizes, and those in a config.
+SIZES = {
+    "vocab_size": "vocab_size",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "head_count": "num_attention_heads",
+    "head_count_kv": "num_key_value_heads",
+}
+
+
+def write_gguf(folder: Path, file: Path) -> Path:
+    """Write the model in `folder`, whose weights are in one file, to `file` in fp32, and return that."""
+    config = json.loads((folder / "config.json").read_text())
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    architecture = "llama" if config["model_type"] == "mistral" else config["model_type"]
+    writer = gguf.GGUFWriter(file, architecture)
+    for name, of_config in SIZES.items():
+        getattr(writer, f"add_{name}")(config[of_config])
+    writer.add_tokenizer_model("none")
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    if config["model_type"] == "stablelm":
+        writer.add_layer_norm_eps(config["layer_norm_eps"])
+        writer.add_parallel_residual(config["use_parallel_residual"])
+    else:
+        writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    _add_rope(writer, config, head_dim)
+    numbers = {name: number for number, name in gguf.MODEL_ARCH_NAMES.items()}
+    names = gguf.get_tensor_name_map(numbers[architecture], config["num_hidden_layers"])
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        if config["model_type"] in NEIGHBOURS and ("q_proj" in name or "k_proj" in name):
+            # The rows of each head so that elements which are rotated together, i and i + head_dim / 2, are neighbours.
+            halves = tensor.unflatten(0, (-1, 2, head_dim // 2))
+            tensor = halves.transpose(1, 2).flatten(0, 2).contiguous()
+        stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert stored is not None, f"GGUF has no name for {name}"
+        writer.add_tensor(stored, tensor.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
+
+
+def _add_rope(writer: gguf.GGUFWriter, config: dict[str, Any], head_dim: int) -> None:
+    rope = config["rope_parameters"]
+    kind, theta = rope["rope_type"], rope["rope_theta"]
+    size = int(head_dim * rope.get("partial_rotary_factor", 1.0))
+    writer.add_rope_dimension_count(size)
+    writer.add_rope_freq_base(theta)
+    if kind == "longrope":
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        writer.add_rope_scaling_attn_factors(rope_amplitude(rope, config["max_position_embeddings"]))
+        for which in ("long", "short"):
+            factors = torch.tensor(rope[f"{which}_factor"], dtype=torch.float32)
+            writer.add_tensor(f"rope_factors_{which}.weight", factors.numpy())
+    elif kind == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    elif kind == "llama3":
+        divisors = rope_frequencies(theta, size, None) / rope_frequencies(theta, size, rope)
+        writer.add_tensor("rope_freqs.weight", divisors.numpy())
+    else:
+        assert kind == "default", rope
+
+
+# Merged models --------------------------------------------------------------------------------------------------------
 
 # llama.cpp makes room for this many tokens at least, and chooses longrope's factors by that.
 LONG = 256
@@ -61,9 +209,9 @@ def merged_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Merge
         base = write_tiny_model(folder / "base", **LLAMA_CPP[name])
         source, native, _ = with_adapter(base, "tl6")
         merge_adapter(source, native, folder / "merged")
-        tokens = transformers_tokens(folder / "merged", PROMPT, NEW_TOKENS)
+        tokens = greedy_tokens(hf_model(folder / "merged"), PROMPT, NEW_TOKENS)
         assert len(tokens) == NEW_TOKENS and len(set(tokens)) > 6, "the text must not repeat itself"
-        assert tokens[:4] != transformers_tokens(base, PROMPT, 4), "the adapter must change it"
+        assert tokens[:4] != greedy_tokens(hf_model(base), PROMPT, 4), "the adapter must change it"
         return Merged(folder / "merged", tokens)
 
     return lambda name: made.get(name) or made.setdefault(name, make(name))

@@ -7,17 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from family_models import FAMILY_MODELS
-from forked_ranks import groups_of, run_on_ranks
-from hf_models import hf_model
-from layout_runs import SHORT, Layout, engine_json, prepare, run_and_check, settings_of
-from tiny_models import EOS_ID, write_tiny_model
+from engine_runs import SHORT, Layout, engine_json, prepare, run_and_check, settings_of
+from forked_ranks import run_on_ranks
+from hf_models import greedy_tokens, hf_model
+from tiny_decoders import build
+from tiny_models import EOS_ID, FAMILY_MODELS, write_tiny_model
 
-from megatron_tiedlora.checkpoint.load_model import load_model
-from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.evaluation.generate import AdapterRows, Decoder, Prompts, generate
-from megatron_tiedlora.model.partition import layer_costs, partition
-from megatron_tiedlora.parallel.groups import Grid, ParallelGroups
+from megatron_tiedlora.parallel.groups import Grid
 
 pytestmark = pytest.mark.distributed
 
@@ -29,11 +26,7 @@ NAMES = ("qwen2", "qwen3", "stablelm", "phi3", "smollm3", "olmo2", "olmo3")
 
 
 def _decoder(folder: str, tp: int, pp: int) -> Decoder:
-    grid = Grid(torch.distributed.get_rank(), tp * pp, tp_size=tp, pp_size=pp)
-    source, groups = find_model(folder), groups_of(grid) if tp * pp > 1 else ParallelGroups()
-    stages = partition(layer_costs(source.shape, length=32, first_adapted=1), pp)
-    stage = load_model(source, None, dtype=torch.float32, grid=grid, groups=groups, stages=stages)
-    return Decoder(stage, groups, source.shape)
+    return build(Path(folder), grid=Grid(torch.distributed.get_rank(), tp * pp, tp_size=tp, pp_size=pp), adapted=False)
 
 
 def _decoded(folders: list[str], tp: int, pp: int) -> list[list[list[int]]]:
@@ -72,15 +65,8 @@ def test_ranks_decode_the_tokens_of_transformers(tmp_path: Path) -> None:
     """With the cache, at (2, 2, 1), where the norms of all heads are summed over ranks token by token."""
     names = ("olmo2", "olmo3")
     folders = [write_tiny_model(tmp_path / name, **{**FAMILY_MODELS[name], "num_layers": 5}) for name in names]
-    wanted: list[list[list[int]]] = []
-    for folder in folders:
-        theirs = hf_model(folder, torch.float64)
-        wanted.append([])
-        for prompt in PROMPTS:
-            ids = torch.tensor([prompt])
-            more = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": EOS_ID}
-            row = theirs.generate(ids, max_new_tokens=16, **more)[0, len(prompt) :].tolist()
-            wanted[-1].append(row[: row.index(EOS_ID)] if EOS_ID in row else row)
+    models = [hf_model(folder, torch.float64) for folder in folders]
+    wanted = [[greedy_tokens(model, prompt, 16, eos=EOS_ID) for prompt in PROMPTS] for model in models]
     given = [str(folder) for folder in folders]
     assert run_on_ranks(_decoded, given, 2, 2, ranks=4, folder=tmp_path / "ranks") == [wanted] * 4
 
@@ -112,11 +98,10 @@ def test_runs_are_the_oracle_s(tmp_path: Path, ranks: int, whole: bool) -> None:
         shape = {"num_layers": 5, "num_heads": 8, "num_kv_heads": 4, **FAMILY_MODELS[name]}
         folder = tmp_path / name
         base = {**settings_of(write_tiny_model(folder / "model", **shape), folder), **SHORT, "max_length": 64}
-        oracles: dict[Any, Any] = {}
         for turn, (layout, changes) in enumerate(RUNS[ranks]):
             if not whole and turn % 2 != number % 2 and "zero" not in changes:
                 continue
             own = dict(changes)
             own |= {"ds_config": str(engine_json(folder, own.pop("zero")))} if "zero" in own else {}
-            prepared.append(prepare(base, folder, layout, oracles=oracles, **own))
+            prepared.append(prepare(base, folder, layout, **own))
     run_and_check(prepared, tmp_path)

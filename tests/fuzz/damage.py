@@ -34,16 +34,16 @@ NASTY = [
 
 def damaged(draw: Draw, raw: bytes) -> bytes:
     """`raw` with one to three pieces cut off, flipped, put in, put twice, zeroed or written in another encoding."""
-    for _ in range(draw.number(1, 3)):
-        at = draw.number(0, max(len(raw) - 1, 0))
-        length = draw.number(0, 40)
-        kind = draw.pick(["cut", "flip", "flip", "replace", "insert", "drop", "twice", "zeroes", "encode"])
+    for _ in range(draw.randint(1, 3)):
+        at = draw.randint(0, max(len(raw) - 1, 0))
+        length = draw.randint(0, 40)
+        kind = draw.choice(["cut", "flip", "flip", "replace", "insert", "drop", "twice", "zeroes", "encode"])
         draw.say(f"{kind} at {at} of {len(raw)}")
         match kind:
             case "cut":
                 raw = raw[:at]
             case "flip":
-                raw = raw[:at] + bytes([raw[at] ^ (1 << draw.number(0, 7))]) + raw[at + 1 :] if raw else raw
+                raw = raw[:at] + bytes([raw[at] ^ (1 << draw.randint(0, 7))]) + raw[at + 1 :] if raw else raw
             case "replace":
                 raw = raw[:at] + _piece(draw) + raw[at + length :]
             case "insert":
@@ -55,12 +55,12 @@ def damaged(draw: Draw, raw: bytes) -> bytes:
             case "zeroes":
                 raw = raw[:at] + bytes(len(raw[at : at + 512])) + raw[at + 512 :]
             case "encode":
-                raw = raw.decode("utf-8", "replace").encode(draw.pick(["utf-16", "utf-32", "utf-8-sig"]))
+                raw = raw.decode("utf-8", "replace").encode(draw.choice(["utf-16", "utf-32", "utf-8-sig"]))
     return raw
 
 
 def _piece(draw: Draw) -> bytes:
-    return draw.pick(NASTY) if draw.chance() else draw.raw()
+    return draw.choice(NASTY) if draw.chance() else draw.raw()
 
 
 # JSON -------------------------------------------------------------------------------------------------------------
@@ -82,15 +82,15 @@ STRANGE: list[Any] = [
 
 def strange_value(draw: Draw) -> Any:
     """A value of another kind, size or sign than anyone writes."""
-    match draw.number(0, 5):
+    match draw.randint(0, 5):
         case 0:
-            return draw.number(-(2 ** draw.number(1, 70)), 2 ** draw.number(1, 70))
+            return draw.randint(-(2 ** draw.randint(1, 70)), 2 ** draw.randint(1, 70))
         case 1:
-            return draw.number(-1000, 1000) * 10.0 ** draw.number(-50, 50)
+            return draw.randint(-1000, 1000) * 10.0 ** draw.randint(-50, 50)
         case 2:
             return draw.text()
         case _:
-            return copy.deepcopy(draw.pick(STRANGE))  # which the next change may go into
+            return copy.deepcopy(draw.choice(STRANGE))  # which the next change may go into
 
 
 def places(value: Any, here: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -102,15 +102,15 @@ def places(value: Any, here: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 def changed_fields(draw: Draw, content: Any) -> Any:
     """A copy with one to three of its values of another kind, taken out or under another name, or with new ones."""
     content = json.loads(json.dumps(content))
-    for _ in range(draw.number(1, 3)):
+    for _ in range(draw.randint(1, 3)):
         paths = places(content)
         if not paths:
             break
-        *way, key = draw.pick(paths)
+        *way, key = draw.choice(paths)
         holder = content
         for step in way:
             holder = holder[step]
-        kind = draw.pick(["value", "value", "value", "drop", "rename", "new"])
+        kind = draw.choice(["value", "value", "value", "drop", "rename", "new"])
         draw.say(f"{kind} {'.'.join(map(str, (*way, key)))[:60]}")
         match kind:
             case "value":
@@ -122,7 +122,7 @@ def changed_fields(draw: Draw, content: Any) -> Any:
                 holder[draw.text()] = holder.pop(key)
             case _:
                 if isinstance(holder, dict):
-                    holder[draw.pick(["__class__", "auto_map", "a" * 3000, draw.text()])] = 1
+                    holder[draw.choice(["__class__", "auto_map", "a" * 3000, draw.text()])] = 1
                 else:
                     holder.insert(0, strange_value(draw))
     return content
@@ -150,26 +150,26 @@ _LENGTHS = [0, 1, 7, 8, 2**31, 2**32, 100_000_001, 2**63, 2**64 - 1, 2**62]
 
 def _changed_tensors(draw: Draw, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     result = dict(tensors)
-    for _ in range(draw.number(1, 2)):
-        name = draw.pick(sorted(tensors))
+    for _ in range(draw.randint(1, 2)):
+        name = draw.choice(sorted(tensors))
         tensor = tensors[name]
-        kind = draw.pick(["dtype", "shape", "drop", "value", "value", "new"])
+        kind = draw.choice(["dtype", "shape", "drop", "value", "value", "new"])
         draw.say(f"{kind} of {name}")
         match kind:
             case "dtype":
-                result[name] = tensor.to(draw.pick(_DTYPES))
+                result[name] = tensor.to(draw.choice(_DTYPES))
             case "shape":
                 shapes = [tensor.flatten(), tensor[None], tensor[:0], tensor[..., :1], tensor.reshape(-1, 1)]
-                result[name] = draw.pick(shapes).contiguous().clone()
+                result[name] = draw.choice(shapes).contiguous().clone()
             case "drop":
                 result.pop(name, None)
             case "value" if tensor.is_floating_point() and tensor.numel():
-                number = draw.pick([float("nan"), float("inf"), -1.0, 0.0, 3e38, 1e-45, 1e300])
+                number = draw.choice([float("nan"), float("inf"), -1.0, 0.0, 3e38, 1e-45, 1e300])
                 draw.say(f"{number}")
                 result[name] = tensor.double().clone() if number == 1e300 else tensor.clone()
-                result[name].view(-1)[draw.number(0, tensor.numel() - 1)] = number
+                result[name].view(-1)[draw.randint(0, tensor.numel() - 1)] = number
             case _:
-                result[draw.pick(["../x", "/etc/x", "a/b", "", "\ud7ff", "\x1b[2J", "x" * 3000])] = torch.ones(2)
+                result[draw.choice(["../x", "/etc/x", "a/b", "", "\ud7ff", "\x1b[2J", "x" * 3000])] = torch.ones(2)
     return result
 
 
@@ -181,22 +181,22 @@ def broken_file(draw: Draw, name: str, raw: bytes) -> bytes:
 def broken_safetensors(draw: Draw, raw: bytes) -> bytes:
     """A file of other tensors, with a header that lies, or with damaged bytes."""
     length = int.from_bytes(raw[:8], "little")
-    kind = draw.say(draw.pick(["tensors", "tensors", "header", "length", "bytes", "head bytes"]))
+    kind = draw.say(draw.choice(["tensors", "tensors", "header", "length", "bytes", "head bytes"]))
     match kind:
         case "tensors":
             return tensors_to_bytes(_changed_tensors(draw, tensors_from_bytes(raw)))
         case "header":
             header = changed_fields(draw, json.loads(raw[8 : 8 + length]))
             if header and draw.chance():
-                header[draw.pick(sorted(header))] = {
-                    "dtype": draw.pick(["F32", "F4", "F8_E8M0", "C64", "U64", "f32", "X", ""]),
-                    "shape": [draw.pick([0, 1, 2, 2**31, 2**62, 2**63, 2**64 - 1, -1]) for _ in range(3)],
-                    "data_offsets": [draw.pick([0, 1, 8, 2**40, 2**64 - 1, -1]) for _ in range(draw.number(0, 3))],
+                header[draw.choice(sorted(header))] = {
+                    "dtype": draw.choice(["F32", "F4", "F8_E8M0", "C64", "U64", "f32", "X", ""]),
+                    "shape": [draw.choice([0, 1, 2, 2**31, 2**62, 2**63, 2**64 - 1, -1]) for _ in range(3)],
+                    "data_offsets": [draw.choice([0, 1, 8, 2**40, 2**64 - 1, -1]) for _ in range(draw.randint(0, 3))],
                 }
             text = json_text(header)
             return len(text).to_bytes(8, "little") + text + raw[8 + length :]
         case "length":
-            return draw.pick(_LENGTHS).to_bytes(8, "little") + raw[8:]
+            return draw.choice(_LENGTHS).to_bytes(8, "little") + raw[8:]
         case "head bytes":
             return raw[:8] + damaged(draw, raw[8 : 8 + length]) + raw[8 + length :]
         case _:
@@ -209,12 +209,13 @@ ODD = ("gone", "folder", "link", "link to nothing", "link to itself", "/dev/zero
        "empty", "sparse", "sparse of 64 GB", "sparse tensor")  # fmt: skip
 
 
-def odd_place(draw: Draw, path: Path, *, elsewhere: Path) -> str:
-    """Put something else in the place of the file `path`; returns what. `elsewhere` is a free path outside its folder.
+def odd_place(draw: Draw, path: Path) -> str:
+    """Put something else in the place of the file `path`; returns what.
 
-    A "link" leads to a copy of the file; the sparse ones take no room on the disk.
+    A "link" leads to a copy of the file in the folder `area`; the sparse ones take no room on the disk.
     """
-    kind = draw.say(draw.pick(ODD))
+    elsewhere = Path.cwd().parent / "elsewhere"
+    kind = draw.say(draw.choice(ODD))
     whole = path.read_bytes()
     if kind == "sparse tensor" and path.suffix == ".safetensors":
         _add_sparse_tensor(path, whole)
@@ -278,12 +279,11 @@ def fresh(whole: Path, folder: Path) -> Path:
     return Path(shutil.copytree(whole, folder))
 
 
-def break_one(draw: Draw, folder: Path, names: list[str], *, elsewhere: Path) -> None:
+def break_one(draw: Draw, folder: Path, names: list[str]) -> None:
     """Break one of the files `names` of `folder`: mostly what is in it, else what stands in its place."""
-    clear(elsewhere)
-    path = folder / draw.say(draw.pick(names))
+    path = folder / draw.say(draw.choice(names))
     if draw.chance(0.2):
-        odd_place(draw, path, elsewhere=elsewhere)
+        odd_place(draw, path)
     else:
         path.write_bytes(broken_file(draw, path.name, path.read_bytes()))
 
@@ -297,7 +297,7 @@ _SUMMED = ("adapter_config.json", "adapter_model.safetensors", "trainer_state.sa
 def reseal(draw: Draw, folder: Path) -> None:
     """In most cases write the checksums of an adapter or a checkpoint anew, as one who changed it on purpose would, or
     take them out, as versions before had none."""
-    way = draw.say(draw.pick(["damaged", "resealed", "resealed", "unsealed"]))
+    way = draw.say(draw.choice(["damaged", "resealed", "resealed", "unsealed"]))
     sealing = [folder / name for name in _SEALED if way != "damaged"]
     for config in (config for config in sealing if config.is_file() and config.stat().st_size < 2**20):
         with suppress(ValueError, RecursionError):  # no JSON any more

@@ -24,7 +24,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,7 +68,7 @@ class Hang(BaseException):
     """A case does not end. No Exception, so that what is tested cannot catch it."""
 
 
-class Draw:
+class Draw(random.Random):
     """The choices of one case: the same ones each time for the same seed.
 
     Attributes:
@@ -77,34 +77,22 @@ class Draw:
     """
 
     def __init__(self, seed: str) -> None:
-        self._random = random.Random(seed)
+        super().__init__(seed)
         self.said: list[str] = []
         self.notes: list[str] = []
 
     def chance(self, share: float = 0.5) -> bool:
         """True in this share of the cases."""
-        return self._random.random() < share
-
-    def number(self, low: int, high: int) -> int:
-        """A whole number from `low` to `high`."""
-        return self._random.randint(low, high)
-
-    def pick(self, options: Sequence[T]) -> T:
-        """One of `options`."""
-        return self._random.choice(options)
-
-    def some(self, options: Sequence[T], count: int) -> list[T]:
-        """`count` different ones of `options`."""
-        return self._random.sample(options, count)
+        return self.random() < share
 
     def raw(self, longest: int = 8) -> bytes:
         """Any bytes."""
-        return self._random.randbytes(self.number(0, longest))
+        return self.randbytes(self.randint(0, longest))
 
     def text(self, longest: int = 5) -> str:
         """Any text, of letters and of what is none."""
         pools = ("abcXYZ_.-/", " \t\n\r\0\x1b\x7f\x85", "äß²٣日😀\u2028\ufeff\u202e", "{}[]()<>:;,'\"\\%$`#&*|~^=?!@+")
-        return "".join(self.pick(self.pick(pools)) for _ in range(self.number(0, longest)))
+        return "".join(self.choice(self.choice(pools)) for _ in range(self.randint(0, longest)))
 
     def say(self, what: str) -> str:
         """Keep a word on what was chosen, and return it."""
@@ -145,7 +133,7 @@ def explore(part: str, examples: int, body: Body, *, addresses: int = ADDRESSES)
 
     What `body` returns counts as refused where it is a UserError, and as accepted otherwise.
     """
-    tally, failures = TALLIES[_target_of(part)], _Failures(part)
+    tally, failures = TALLIES[_target_of(part)], dict[str, list[str]]()
     only, alone = os.environ.get("FUZZ_CASE", "").rpartition("/")[::2]
     numbers = range(examples) if not only else [int(alone)] if only == part else []
     started = time.process_time()
@@ -162,37 +150,27 @@ def explore(part: str, examples: int, body: Body, *, addresses: int = ADDRESSES)
                     print(draw.said)
                     raise
                 tally.failed += 1
-                failures.add(number, error, draw)
+                message = (str(error).splitlines() or [""])[0]
+                case = f"{part}/{number}: {message[:300]}; {'; '.join(draw.said)[:400]}"
+                failures.setdefault(_kind(error), []).append(case)
             else:
                 tally.refused += isinstance(value, UserError)
                 tally.accepted += not isinstance(value, UserError)
             tally.notes.update(draw.notes)
     tally.seconds += time.process_time() - started
-    failures.raise_any()
+    if failures:
+        lines = [""]
+        for kind, found in sorted(failures.items(), key=lambda item: -len(item[1])):
+            lines += [f"{len(found)} x {kind}", *(f"    {case}" for case in found[:3])]  # the first cases of each kind
+        pytest.fail("\n".join(lines), pytrace=False)
 
 
-class _Failures:
-    """Failed cases, by the place in the code and the kind of error."""
-
-    def __init__(self, part: str) -> None:
-        self._part = part
-        self._found: dict[str, list[str]] = {}
-
-    def add(self, number: int, error: BaseException, draw: Draw) -> None:
-        frames = traceback.extract_tb(error.__traceback__)
-        ours = [frame for frame in frames if "site-packages" not in frame.filename] or frames
-        places = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(ours[-3:]))
-        message = (str(error).splitlines() or [""])[0]
-        case = f"{self._part}/{number}: {message[:300]}; {'; '.join(draw.said)[:400]}"
-        self._found.setdefault(f"{type(error).__name__} at {places}", []).append(case)
-
-    def raise_any(self) -> None:
-        """Fail with the first cases of each kind, where there are any."""
-        lines = []
-        for kind, found in sorted(self._found.items(), key=lambda item: -len(item[1])):
-            lines += [f"{len(found)} x {kind}", *(f"    {case}" for case in found[:3])]
-        if lines:
-            pytest.fail("\n".join(["", *lines]), pytrace=False)
+def _kind(error: BaseException) -> str:
+    """The kind of the error and the place in the code."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if "site-packages" not in frame.filename] or frames
+    places = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(ours[-3:]))
+    return f"{type(error).__name__} at {places}"
 
 
 # The limits of a case ---------------------------------------------------------------------------------------------
@@ -284,6 +262,12 @@ def outcome(load: Callable[[], Any], *, unchanged: Path, names: tuple[str, ...])
         assert any(name in line for name in names), line
     assert tree(unchanged) == before, "loading changed a file"
     return value
+
+
+def refused(area: Path, load: Callable[[], Any], *names: str, said: str = "") -> None:
+    """Fail unless `load` is refused in one line with one of `names` and with `said`, and changes nothing in `area`."""
+    found = outcome(load, unchanged=area, names=names)
+    assert isinstance(found, UserError) and said in str(found), found
 
 
 def printable(*texts: str) -> None:

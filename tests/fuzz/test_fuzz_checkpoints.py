@@ -34,9 +34,9 @@ def test_a_broken_adapter(
         save_adapter(whole / method, native.config, native.base_identity, native.state)
 
     def body(draw: Draw) -> object:
-        method = draw.say(draw.pick(sorted(natives)))
+        method = draw.say(draw.choice(sorted(natives)))
         fresh(whole / method, folder)
-        break_one(draw, folder, sorted(item.name for item in folder.iterdir()), elsewhere=area / "elsewhere")
+        break_one(draw, folder, sorted(item.name for item in folder.iterdir()))
         reseal(draw, folder)
         loaded = outcome(lambda: load_native_adapter(folder), unchanged=area, names=(str(folder),))
         if isinstance(loaded, NativeAdapter):
@@ -51,20 +51,22 @@ def test_a_broken_checkpoint_and_what_is_taken_over_from_it(
     native: NativeAdapter, tmp_path_factory: pytest.TempPathFactory, area: Path, examples: int
 ) -> None:
     written = write_run(tmp_path_factory.mktemp("whole") / "run", native)
-    theirs, mine, elsewhere = area / "theirs", area / "mine", area / "elsewhere"
+    theirs, mine = area / "theirs", area / "mine"
 
     def body(draw: Draw) -> object:
         shutil.rmtree(mine, ignore_errors=True)
         fresh(written.path, theirs)
         folder = theirs / "checkpoints" / "step_4"
-        match draw.say(draw.pick(["broken"] * 8 + ["swapped", "sign"])):
+        match draw.say(draw.choice(["broken"] * 8 + ["swapped", "sign"])):
             case "swapped":
-                name = draw.say(draw.pick(CHECKPOINT_FILES))
+                name = draw.say(draw.choice(CHECKPOINT_FILES))
                 shutil.copyfile(theirs / "checkpoints" / "step_2" / name, folder / name)
             case "sign":
-                edit_tensors(folder / STATE_FILE, lambda moments: moments[draw.say(draw.pick(sorted(moments)))].neg_())
+                edit_tensors(
+                    folder / STATE_FILE, lambda moments: moments[draw.say(draw.choice(sorted(moments)))].neg_()
+                )
             case _:
-                break_one(draw, folder, [*CHECKPOINT_FILES, "trainer_state.json"], elsewhere=elsewhere)
+                break_one(draw, folder, [*CHECKPOINT_FILES, "trainer_state.json"])
         reseal(draw, folder)
         loaded = outcome(lambda: load_checkpoint(folder), unchanged=area, names=(str(folder),))
         if not isinstance(loaded, Checkpoint):
@@ -95,21 +97,20 @@ def test_a_broken_latest_and_the_folders_beside_it(
 ) -> None:
     """What is gone on with is one of the checkpoints that are there, whole; never a start at 0 beside them."""
     written = write_run(tmp_path_factory.mktemp("whole") / "run", native)
-    run, elsewhere = area / "run", area / "elsewhere"
+    run = area / "run"
 
     def body(draw: Draw) -> object:
         fresh(written.path, run)
-        elsewhere.unlink(missing_ok=True)
         checkpoints = run / "checkpoints"
         latest = checkpoints / "latest"
-        match draw.say(draw.pick(["name", "name", "odd", "odd", "no folder", "moved aside"])):
+        match draw.say(draw.choice(["name", "name", "odd", "odd", "no folder", "moved aside"])):
             case "name":
-                latest.write_text(draw.pick(NAMES))
+                latest.write_text(draw.choice(NAMES))
                 draw.say(ascii(latest.read_text())[:40])
             case "odd":
-                odd_place(draw, latest, elsewhere=elsewhere)
+                odd_place(draw, latest)
             case "no folder":
-                step = draw.pick(["step_2", "step_4"])
+                step = draw.choice(["step_2", "step_4"])
                 shutil.rmtree(checkpoints / step)
                 if draw.chance():
                     (checkpoints / step).write_text("no folder")

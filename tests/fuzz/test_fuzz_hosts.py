@@ -33,8 +33,8 @@ STRANGE = (
 def strange_line(draw: Draw) -> str:
     """A line with one or two of its parts strange."""
     parts = list(PARTS)
-    for place in draw.some(range(4), draw.number(1, 2)):
-        parts[place] = draw.pick(STRANGE[place])
+    for place in draw.sample(range(4), draw.randint(1, 2)):
+        parts[place] = draw.choice(STRANGE[place])
     return "".join(parts)
 
 
@@ -54,7 +54,7 @@ def test_a_broken_hostfile(tmp_path: Path, examples: int) -> None:
         if draw.chance():
             raw = damaged(draw, WHOLE)
         else:
-            raw = "".join(strange_line(draw) for _ in range(draw.number(1, 3))).encode()
+            raw = "".join(strange_line(draw) for _ in range(draw.randint(1, 3))).encode()
         draw.say(ascii(raw)[:200])
         file.write_bytes(raw)
         found = outcome(lambda: read_hostfile(file), unchanged=tmp_path, names=(str(file),))
@@ -73,13 +73,17 @@ TASKS = ["1", "2(x2)", "2(x3),1", "8,8", "0", "-1", "2(x0)", "", ",", "x", "²",
 @cases("slurm")
 def test_broken_variables_of_slurm(tmp_path: Path, examples: int) -> None:
     def body(draw: Draw) -> object:
-        step = draw.pick(["STEP", "JOB"])
+        step = draw.choice(["STEP", "JOB"])
         names = {"STEP": "SLURM_STEP_TASKS_PER_NODE", "JOB": "SLURM_TASKS_PER_NODE"}
-        environment = {f"SLURM_{step}_NODELIST": draw.pick(NODES), names[step]: draw.pick(TASKS), "SLURM_JOB_ID": "1"}
+        environment = {
+            f"SLURM_{step}_NODELIST": draw.choice(NODES),
+            names[step]: draw.choice(TASKS),
+            "SLURM_JOB_ID": "1",
+        }
         if step == "STEP":
             environment |= {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}
         if draw.chance(0.2):
-            del environment[draw.pick(sorted(environment))]
+            del environment[draw.choice(sorted(environment))]
         draw.say(ascii(environment))
         found = outcome(lambda: slurm_hosts(environment), unchanged=tmp_path, names=("Slurm", "SLURM", "scontrol"))
         if not isinstance(found, UserError):
@@ -150,7 +154,7 @@ def test_a_broken_study(area: Path, examples: int) -> None:
     def body(draw: Draw) -> object:
         shutil.rmtree(study, ignore_errors=True)
         shutil.copytree(whole, study)
-        name = draw.say(draw.pick(files))
+        name = draw.say(draw.choice(files))
         raw = (whole / name).read_bytes()
         (study / name).write_bytes(broken_file(draw, name, raw) if name.endswith(".json") else damaged(draw, raw))
         found = outcome(lambda: read_study(study), unchanged=area, names=(str(study), "--"))

@@ -91,16 +91,16 @@ class Opened:
 
 def changed(draw: Draw, file: Path) -> None:
     """Change the database as its owner could."""
-    for _ in range(draw.number(1, 3)):
+    for _ in range(draw.randint(1, 3)):
         with suppress(sqlite3.Error), closing(sqlite3.connect(file)) as database:
             if draw.chance(0.6):
                 columns = [name for _, name, *_ in database.execute("PRAGMA table_info(adapters)")]
                 unlock = "UPDATE sqlite_master SET sql = replace(sql, ' NOT NULL', '         ')"
                 database.executescript(UNLOCKED + unlock)
-                script = f"UPDATE adapters SET {draw.pick(columns or ['path'])} = {draw.pick(VALUES)}"
-                script += draw.pick(["", " WHERE rowid = 2"])
+                script = f"UPDATE adapters SET {draw.choice(columns or ['path'])} = {draw.choice(VALUES)}"
+                script += draw.choice(["", " WHERE rowid = 2"])
             else:
-                script = draw.pick([*SCHEMAS, *(UNLOCKED + words for words in SECRET_SCHEMAS)])
+                script = draw.choice([*SCHEMAS, *(UNLOCKED + words for words in SECRET_SCHEMAS)])
             draw.say(script[:80])
         with suppress(sqlite3.Error), closing(sqlite3.connect(file)) as database:
             database.executescript(script)
@@ -113,18 +113,18 @@ def other_pages(draw: Draw, raw: bytes) -> bytes:
     """The pages of the file in another order, or some of them twice, and cells or the header with other numbers."""
     size = int.from_bytes(raw[16:18], "big")
     pages = [bytearray(raw[start : start + size]) for start in range(0, len(raw), size)]
-    for _ in range(draw.number(1, 4)):
-        one, other = draw.number(0, len(pages) - 1), draw.number(0, len(pages) - 1)
-        match draw.say(draw.pick(["swap", "copy", "number", "number", "header"])):
+    for _ in range(draw.randint(1, 4)):
+        one, other = draw.randint(0, len(pages) - 1), draw.randint(0, len(pages) - 1)
+        match draw.say(draw.choice(["swap", "copy", "number", "number", "header"])):
             case "swap":
                 pages[one], pages[other] = pages[other], pages[one]
             case "copy":
                 pages[one] = bytearray(pages[other])
             case "number":
-                at = draw.number(0, 40) if draw.chance() else draw.number(0, size - 4)
-                pages[one][at : at + 4] = draw.number(0, len(pages) + 2).to_bytes(4, "big")
+                at = draw.randint(0, 40) if draw.chance() else draw.randint(0, size - 4)
+                pages[one][at : at + 4] = draw.randint(0, len(pages) + 2).to_bytes(4, "big")
             case "header":
-                pages[0][draw.number(16, 99)] = draw.pick([0, 1, 2, 3, 4, 5, 10, 13, 255])
+                pages[0][draw.randint(16, 99)] = draw.choice([0, 1, 2, 3, 4, 5, 10, 13, 255])
     return b"".join(pages)
 
 
@@ -140,9 +140,9 @@ def test_a_broken_index(natives: dict[str, NativeAdapter], area: Path, examples:
     whole, opened = file.read_bytes(), Opened()
 
     def body(draw: Draw) -> object:
-        clear(file, *beside, area / "elsewhere")
+        clear(file, *beside)
         file.write_bytes(whole)
-        match draw.say(draw.pick(["bytes", "pages", "pages", "changed", "changed", "changed", "odd"])):
+        match draw.say(draw.choice(["bytes", "pages", "pages", "changed", "changed", "changed", "odd"])):
             case "bytes":
                 file.write_bytes(damaged(draw, whole))
             case "pages":
@@ -152,13 +152,13 @@ def test_a_broken_index(natives: dict[str, NativeAdapter], area: Path, examples:
                 if draw.chance(0.2):
                     file.write_bytes(damaged(draw, file.read_bytes()))
             case "odd":
-                odd_place(draw, file, elsewhere=area / "elsewhere")
-        for path in draw.some(beside, 1) if draw.chance(0.2) else []:
+                odd_place(draw, file)
+        for path in draw.sample(beside, 1) if draw.chance(0.2) else []:
             path.unlink(missing_ok=True)
-            path.write_bytes(draw.pick([*NASTY, whole]))
+            path.write_bytes(draw.choice([*NASTY, whole]))
             if draw.chance():
-                odd_place(draw, path, elsewhere=area / "elsewhere")
-        words = draw.pick(ACTIONS)
+                odd_place(draw, path)
+        words = draw.choice(ACTIONS)
         draw.say(" ".join(words))
 
         def action() -> int:

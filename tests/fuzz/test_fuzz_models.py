@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 from damage import break_one, broken_json, changed_fields, fresh, json_text
-from family_models import FAMILY_MODELS
 from fuzzing import MAPPED, Draw, cases, explore, outcome
 from quantised_folders import KINDS, SHAPE, quantised_folder
 from safetensors.torch import load_file, save_file
-from tiny_models import LLAMA3_ROPE, write_tiny_model, write_tiny_tokenizer
+from tiny_models import FAMILY_MODELS, LLAMA3_ROPE, write_tiny_model, write_tiny_tokenizer
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
@@ -44,7 +43,7 @@ def test_a_broken_model_folder(base: Path, area: Path, examples: int) -> None:
 
     def body(draw: Draw) -> object:
         fresh(base, folder)
-        break_one(draw, folder, ["config.json", INDEX, shard], elsewhere=area / "elsewhere")
+        break_one(draw, folder, ["config.json", INDEX, shard])
         return outcome(load, unchanged=area, names=(str(folder),))
 
     explore("model", examples, body, addresses=MAPPED)
@@ -62,20 +61,20 @@ def test_a_broken_quantised_folder(tmp_path_factory: pytest.TempPathFactory, are
     tokens, positions = torch.arange(3, 60)[None], torch.arange(57)[None]
 
     def body(draw: Draw) -> object:
-        fresh(draw.pick(wholes), folder)
+        fresh(draw.choice(wholes), folder)
         file = folder / "model.safetensors"
         states = [name for name in load_file(file) if ".quant_state." in name]
         if states and draw.chance():
             tensors = load_file(file)
-            name = draw.say(draw.pick(states))
+            name = draw.say(draw.choice(states))
             tensors[name] = torch.tensor(list(broken_json(draw, bytes(tensors[name].tolist()))), dtype=torch.uint8)
             save_file(tensors, file)
         else:
-            break_one(draw, folder, ["config.json", file.name], elsewhere=area / "elsewhere")
+            break_one(draw, folder, ["config.json", file.name])
 
         def load() -> torch.Tensor:
             source = find_model(str(folder))
-            base = draw.pick([source.base_format(None), None])
+            base = draw.choice([source.base_format(None), None])
             model = load_model(source, None, dtype=torch.bfloat16, base_format=base)
             logits: torch.Tensor = model.predict(tokens, positions)
             return logits
@@ -100,7 +99,7 @@ def test_a_broken_tokenizer(tmp_path_factory: pytest.TempPathFactory, area: Path
 
     def body(draw: Draw) -> object:
         fresh(whole, folder)
-        break_one(draw, folder, files, elsewhere=area / "elsewhere")
+        break_one(draw, folder, files)
         found = outcome(load, unchanged=area, names=(str(folder), "--tokenizer"))
         if not isinstance(found, UserError):
             for number in (*found[0], *found[1]):
@@ -171,8 +170,8 @@ def changed_head(draw: Draw, folder: Path, content: dict[str, Any]) -> None:
     file = folder / "model.safetensors"
     tensors = load_file(file)
     embedding = tensors["model.embed_tokens.weight"]
-    content["tie_word_embeddings"] = draw.pick([True, True, False])
-    match draw.say(draw.pick(["no head", "copied head", "own head", "head of one other bit"])):
+    content["tie_word_embeddings"] = draw.choice([True, True, False])
+    match draw.say(draw.choice(["no head", "copied head", "own head", "head of one other bit"])):
         case "no head":
             tensors.pop("lm_head.weight", None)
         case "copied head":
@@ -221,15 +220,15 @@ def test_an_odd_config_means_what_transformers_means(
         return logits
 
     def body(draw: Draw) -> object:
-        fresh(draw.pick(bases), folder)
+        fresh(draw.choice(bases), folder)
         content = json.loads((folder / "config.json").read_text())
         if draw.chance(0.15):
             changed_head(draw, folder, content)
         if draw.chance(0.2):
             content = changed_fields(draw, content)
         else:
-            for name in draw.some(sorted(VALUES), draw.number(1, 2)):
-                content[name] = draw.pick(VALUES[name])
+            for name in draw.sample(sorted(VALUES), draw.randint(1, 2)):
+                content[name] = draw.choice(VALUES[name])
                 draw.say(f"{name} = {content[name]!a}"[:80])
         (folder / "config.json").write_bytes(json_text(content))
         ours = outcome(load, unchanged=area, names=(str(folder),))

@@ -50,7 +50,7 @@ def test_a_broken_peft_adapter(base: Path, exported: Path, area: Path, examples:
 
     def body(draw: Draw) -> object:
         fresh(exported, folder)
-        break_one(draw, folder, [CONFIG, CONFIG, WEIGHTS, *NATIVE], elsewhere=area / "elsewhere")
+        break_one(draw, folder, [CONFIG, CONFIG, WEIGHTS, *NATIVE])
         loaded = outcome(load, unchanged=area, names=(str(folder),))
         if isinstance(loaded, NativeAdapter):
             check_adapter(loaded)
@@ -98,22 +98,22 @@ def write_variant(draw: Draw, exported: Path, folder: Path, source: ModelSource)
     """A PEFT folder of some projections of some layers, then with up to two fields and perhaps a tensor changed."""
     fresh(exported, folder)
     content = json.loads((folder / CONFIG).read_text())
-    rank, parts = draw.pick([1, 2, 4]), draw.some(PARTS, draw.number(1, 4))
-    layers = sorted(draw.some(range(source.shape.num_layers), draw.number(1, 3)))
+    rank, parts = draw.choice([1, 2, 4]), draw.sample(PARTS, draw.randint(1, 4))
+    layers = sorted(draw.sample(range(source.shape.num_layers), draw.randint(1, 3)))
     content |= {
         "r": rank,
-        "lora_alpha": draw.pick([1, 6, 6.5]),
+        "lora_alpha": draw.choice([1, 6, 6.5]),
         "use_rslora": draw.chance(0.3),
         "target_modules": parts,
         "layers_to_transform": layers,
     }
     ranks = {}
     if draw.chance(0.4):  # PEFT's rule, for the few kinds of patterns here
-        ranks = {draw.pick([part, rf"layers\.{layers[0]}\..*", f".*{part}"]): draw.number(1, 5) for part in parts}
+        ranks = {draw.choice([part, rf"layers\.{layers[0]}\..*", f".*{part}"]): draw.randint(1, 5) for part in parts}
         content["rank_pattern"] = ranks
     if draw.chance(0.4):
-        content["alpha_pattern"] = {draw.pick(parts): draw.pick([1, 3, 0.7]) for _ in range(2)}
-    generator, modules = torch.Generator().manual_seed(draw.number(0, 2**31)), modules_of(source.shape.block)
+        content["alpha_pattern"] = {draw.choice(parts): draw.choice([1, 3, 0.7]) for _ in range(2)}
+    generator, modules = torch.Generator().manual_seed(draw.randint(0, 2**31)), modules_of(source.shape.block)
     tensors = {}
     for layer in layers:
         for module, (columns, rows) in modules.items():
@@ -122,12 +122,12 @@ def write_variant(draw: Draw, exported: Path, folder: Path, source: ModelSource)
                 own = next((r for key, r in ranks.items() if re.fullmatch(rf"(.*\.)?({key})", name)), rank)
                 tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(own, columns, generator=generator)
                 tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(rows, own, generator=generator) * 0.3
-    for name in draw.some(sorted(VALUES), draw.number(0, 2)):
-        content[name] = strange_value(draw) if draw.chance(0.1) else draw.pick(VALUES[name])
+    for name in draw.sample(sorted(VALUES), draw.randint(0, 2)):
+        content[name] = strange_value(draw) if draw.chance(0.1) else draw.choice(VALUES[name])
         draw.say(f"{name} = {content[name]!a}"[:80])
     if draw.chance(0.25):
-        name = draw.pick(sorted(tensors))
-        match draw.say(draw.pick(["half", "drop", "more", "shape"])):
+        name = draw.choice(sorted(tensors))
+        match draw.say(draw.choice(["half", "drop", "more", "shape"])):
             case "half":
                 tensors[name] = tensors[name].half()
             case "drop":

@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,16 +65,16 @@ def check_found(found: object) -> None:
 
 @cases("yaml")
 def test_broken_yaml(area: Path, examples: int) -> None:
-    file, elsewhere = area / "settings.yaml", area / "elsewhere"
+    file = area / "settings.yaml"
 
     def body(draw: Draw) -> object:
-        content, parse = COMMANDS[draw.say(draw.pick(sorted(COMMANDS)))]
-        clear(file, elsewhere)
+        content, parse = COMMANDS[draw.say(draw.choice(sorted(COMMANDS)))]
+        clear(file)
         changed = changed_fields(draw, content) if draw.chance() else content
         raw = yaml.safe_dump(changed, sort_keys=False).encode()
         file.write_bytes(raw if changed is not content else damaged(draw, raw))
         if draw.chance(0.05):
-            odd_place(draw, file, elsewhere=elsewhere)
+            odd_place(draw, file)
         found = outcome(lambda: parse(["--config", str(file)]), unchanged=area, names=(str(file), "--"))
         check_found(found)
         return found
@@ -154,10 +155,6 @@ def _run(argv: Sequence[str]) -> int:
     return int(no_output(lambda: launch(parse_launch([*argv, "--show_command=true"]), scripts=ROOT / "launch")))
 
 
-def _doctor(argv: Sequence[str]) -> CommandSettings:
-    return parse_settings(argv, DoctorSettings)
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
     made = write_base(tmp_path_factory.mktemp("base"))
@@ -185,19 +182,20 @@ def test_values_on_the_command_line(base: Base, area: Path, examples: int, monke
             _sweep,
         ),
         "run": (LaunchSettings, ["--num_gpus=2", *train], _run),
-        "doctor": (DoctorSettings, [f"--hostfile={base.folder / 'hosts'}"], _doctor),
+        "doctor": (DoctorSettings, [f"--hostfile={base.folder / 'hosts'}"],
+                   partial(parse_settings, kind=DoctorSettings)),
     }  # fmt: skip
     strange = [str(value) for value in STRANGE if isinstance(value, int | float | str) and "\0" not in str(value)]
 
     def body(draw: Draw) -> object:
-        kind, given, run = commands[draw.say(draw.pick(["train", "train", *commands]))]
+        kind, given, run = commands[draw.say(draw.choice(["train", "train", *commands]))]
         names = sorted(kind.model_fields) + (sorted(Settings.model_fields) if kind is LaunchSettings else [])
         argv = list(given)
-        for name in draw.some([name for name in names if name != "show_command"], draw.number(1, 2)):
-            value = draw.pick(VALUES) if draw.chance(0.8) else draw.pick(strange)
+        for name in draw.sample([name for name in names if name != "show_command"], draw.randint(1, 2)):
+            value = draw.choice(VALUES) if draw.chance(0.8) else draw.choice(strange)
             argv.append(draw.say(f"--{name}={value}")[:20_000])
         if draw.chance(0.05):
-            argv.append(draw.pick(WORDS))
+            argv.append(draw.choice(WORDS))
         found = outcome(lambda: run(argv), unchanged=area, names=("",))
         check_found(found)
         return found

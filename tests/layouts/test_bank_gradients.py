@@ -13,7 +13,7 @@ import pytest
 import torch
 from engine_runs import relative_distance
 from forked_ranks import groups_of, run_on_ranks
-from gradient_worker import DTYPE, Case, build_adapter, build_stage, joined, run_cases
+from gradient_worker import DTYPE, Case, Walk, build_adapter, build_stage, joined, run_cases
 from oracle import OracleConfig, cast_weights, load_weights
 from oracle_adapter import ALL_TARGETS
 from oracle_training import oracle_gradients
@@ -23,10 +23,6 @@ from torch import distributed
 
 from megatron_tiedlora.adapters.adapter_bank import AdapterBank
 from megatron_tiedlora.adapters.tying import sum_gradients_, sum_of_u
-from megatron_tiedlora.base.shapes import ModelShape
-from megatron_tiedlora.checkpoint.sources import find_model
-from megatron_tiedlora.model.partition import Stages
-from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.groups import Grid, ParallelGroups, StepSum, Traffic, TrafficCounter, named_handles
 
 # On a rank ------------------------------------------------------------------------------------------------------------
@@ -44,24 +40,15 @@ class BankCase:
     shared: bool = True
 
     @cached_property
-    def shape(self) -> ModelShape:
-        """Shape of the model."""
-        return find_model(str(self.folder)).shape
-
-    @cached_property
     def batches(self) -> list[SharedBatch]:
         """The micro-batches of all data-parallel ranks."""
         return rounds(self.members, shared=self.shared)
 
-    @cached_property
-    def stages(self) -> Stages:
-        """Which layers of the flat list stand in which stage."""
-        return self.of(self.members[0]).stages
-
     def of(self, member: Member) -> Case:
         """The case of one adapter, beside the others."""
         first = min(min(one.adapter.get("layers", (1,))) for one in self.members)
-        return Case(self.folder, self.layout, seed=member.seed, first_adapted=first, **member.adapter)
+        more: dict[str, Any] = {"sequence_parallel": self.sequence_parallel, "recompute": self.recompute}
+        return Case(self.folder, self.layout, seed=member.seed, first_adapted=first, **more, **member.adapter)
 
 
 @dataclass(frozen=True)
@@ -79,20 +66,24 @@ class BankOutcome:
     sum_traffic: Traffic
 
 
-def run_bank_cases(cases: list[BankCase]) -> list[BankOutcome]:
-    """Every case on this rank."""
-    return run_cases(cases, run_bank_case)
-
-
 def run_bank_case(case: BankCase, grid: Grid, groups: ParallelGroups) -> BankOutcome:
     """Forward and backward passes over this rank's micro-batches, then the sums over ranks."""
     bank = AdapterBank({member.name: build_adapter(case.of(member), grid) for member in case.members})
-    stage = build_stage(case, bank, grid, groups, is_engines=False)
+    stage = build_stage(case.of(case.members[0]), bank, grid, groups, is_engines=False)
     weights = {member.name: sum(s.num_supervised for s in member.samples) for member in case.members}
     losses = dict.fromkeys(weights, 0.0)
     batches = case.batches[grid.dp_rank :: grid.dp_size]
     for batch in batches:
-        for name, loss in _train(case, stage, grid, batch, weights).items():
+        names = [share.adapter for share in batch.shares]
+        found, _ = Walk(stage, grid).train(
+            batch.tokens,
+            batch.positions,
+            batch.supervised(stage.tensor_parallel.sequence_parts),
+            torch.tensor([weights[name] for name in names], dtype=DTYPE),
+            documents=batch.documents,
+            shares=batch.shares,
+        )
+        for name, loss in zip(names, found.expand(len(names)).tolist(), strict=True):
             losses[name] += loss
     assert stage.anchor is not None and stage.anchor.grad is not None and not stage.anchor.grad.any()
     present = {share.adapter for batch in batches for share in batch.shares}
@@ -108,37 +99,6 @@ def run_bank_case(case: BankCase, grid: Grid, groups: ParallelGroups) -> BankOut
         for name, adapter in bank.adapters.items()
     }
     return BankOutcome(losses, gradients, counter.traffic)
-
-
-def _train(
-    case: BankCase, stage: Stage, grid: Grid, batch: SharedBatch, weights: dict[str, int]
-) -> dict[str, float]:
-    """A micro-batch through the stages, one at a time; the losses by adapter, on the last stage."""
-    before, after = (
-        grid.rank_of(pp_rank=grid.pp_rank + step, dp_rank=grid.dp_rank, tp_rank=grid.tp_rank) for step in (-1, 1)
-    )
-    inputs = batch.tokens
-    if grid.pp_rank:
-        inputs = stage.empty_hidden(*batch.tokens.shape)
-        distributed.recv(inputs, src=before)
-        inputs.requires_grad_()
-    output = stage(inputs, batch.positions, documents=batch.documents, shares=batch.shares)
-    found: dict[str, float] = {}
-    if grid.pp_rank == grid.pp_size - 1:
-        losses = stage.tail.loss(output, batch.supervised(stage.tensor_parallel.sequence_parts), stage.tensor_parallel)
-        names = [share.adapter for share in batch.shares]
-        losses = losses / torch.tensor([weights[name] for name in names], dtype=DTYPE)
-        losses.sum().backward()
-        found = dict(zip(names, losses.tolist(), strict=True))
-    else:
-        distributed.send(output.detach().contiguous(), dst=after)
-        gradient = torch.empty_like(output)
-        distributed.recv(gradient, src=after)
-        output.backward(gradient)
-    if grid.pp_rank:
-        assert inputs.grad is not None
-        distributed.send(inputs.grad.contiguous(), dst=before)
-    return found
 
 
 pytestmark = pytest.mark.distributed
@@ -190,7 +150,7 @@ def test_each_adapter_has_the_oracles_gradients(
     cases = _cases(folder, ranks, family)
     weights, config = cast_weights(load_weights(folder), DTYPE), OracleConfig.from_folder(folder)
     answers: dict[tuple[str, bool], tuple[float, dict[str, torch.Tensor]]] = {}
-    by_rank = run_on_ranks(run_bank_cases, cases, ranks=ranks, folder=tmp_path)
+    by_rank = run_on_ranks(run_cases, cases, run_bank_case, ranks=ranks, folder=tmp_path)
     for case, outcomes in zip(cases, zip(*by_rank, strict=True), strict=True):
         for member in case.members:
             key = member.name, member.packed

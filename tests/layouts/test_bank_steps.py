@@ -5,23 +5,148 @@ bounds of two exact runs at layouts.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from bank_steps_worker import BankRun, Trained, run_bank_steps
 from engine_runs import relative_distance, relative_errors, write_uneven_data
-from forked_ranks import run_on_ranks
+from forked_ranks import join_as_launched, run_on_ranks
+from shared_tensors import share_tensors
 from tiny_decoders import build, rows_keep_bits
 from tiny_models import write_tiny_model
+from torch import distributed
 
+from megatron_tiedlora.adapters.adapter_bank import ONLY
+from megatron_tiedlora.config.settings import make_settings
+from megatron_tiedlora.data.tokenizer import padding_id
+from megatron_tiedlora.model.batch import MicroBatch
 from megatron_tiedlora.parallel.groups import Grid
+from megatron_tiedlora.parallel.kernels import EAGER, Kernels
+from megatron_tiedlora.planning.adapter_plans import RunData, prepare_data, shared_plan
+from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
+from megatron_tiedlora.planning.step_plan import micro_batch_capacity
+from megatron_tiedlora.runtime.stopping import StopRequests
+from megatron_tiedlora.training.build import build_model
+from megatron_tiedlora.training.compiling import compiled_kernels
+from megatron_tiedlora.training.step import AdapterStep, TrainStep
+
+# On a rank ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What one adapter's steps were: losses and norms before clipping, by step, and the full tensors on rank 0.
+
+    `gradients` are this rank's of the first step, before they are summed over ranks.
+    """
+
+    losses: list[float]
+    norms: list[float]
+    state: dict[str, torch.Tensor]
+    gradients: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class BankRun:
+    """What a rank found.
+
+    Attributes:
+        alone, together: by adapter.
+        failures: why adapters took no more steps together, by name.
+        most: the most adapters in one of its micro-batches.
+    """
+
+    alone: dict[str, Trained]
+    together: dict[str, Trained]
+    failures: dict[str, str]
+    most: int
+
+
+def run_bank_steps(cases: list[dict[str, Any]], folder: str, way: str | None = None) -> list[BankRun]:
+    """Each case on this rank, one after another; layers share the tensors of tl6 in this `way` of `shared_tensors`.
+
+    A case: {"settings": {name: settings}, "shares": whether micro-batches are shared, "alone": whether each adapter is
+    also trained in a run of its own, "compiled": whether kernels are}. A case with the settings of the one before it
+    has its single runs.
+    """
+    device = join_as_launched(folder)
+    if way is not None:
+        share_tensors(way)
+    found: list[BankRun] = []
+    by_dtype: dict[torch.dtype, Kernels] = {}
+    place = {"rank": distributed.get_rank(), "world_size": distributed.get_world_size()}
+    for before, case in zip([None, *cases], cases, strict=False):
+        plans = {name: plan_run(make_settings(settings), **place) for name, settings in case["settings"].items()}
+        data = {name: prepare_data(plan) for name, plan in plans.items()}
+        kernels, plan = EAGER, next(iter(plans.values()))
+        if case.get("compiled"):
+            if plan.dtype not in by_dtype:
+                by_dtype[plan.dtype] = compiled_kernels(plan.source.shape, dtype=plan.dtype, device=device)
+            kernels = by_dtype[plan.dtype]
+        alone: dict[str, Trained] = {}
+        if before is not None and {**before, "shares": None} == {**case, "shares": None}:
+            alone = found[-1].alone
+        elif case["alone"]:
+            for name, plan in plans.items():
+                run = _train({ONLY: plan}, {ONLY: data[name]}, device, kernels, shares=False)
+                assert not run.failures
+                alone[name] = run.together[ONLY]
+        found.append(replace(_train(plans, data, device, kernels, shares=case["shares"]), alone=alone))
+    return found
+
+
+def _train(
+    plans: Mapping[str, RunPlan],
+    data: Mapping[str, RunData],
+    device: torch.device,
+    kernels: Kernels,
+    *,
+    shares: bool,
+) -> BankRun:
+    """The steps of all adapters in one run."""
+    runner = build_model(plans, device, kernels=kernels).runner
+    step = TrainStep(plans, runner, StopRequests(), capacity=micro_batch_capacity(plans, shares=shares))
+    loaders = {
+        name: plan.training_loader(data[name].train, pad_id=padding_id(data[name].tokenizer))
+        for name, plan in plans.items()
+    }
+    reports: dict[str, list[AdapterStep]] = {name: [] for name in plans}
+    failures: dict[str, str] = {}
+    micro_batches: list[int] = []
+    gradients: dict[str, dict[str, torch.Tensor]] = {}
+    accumulate = runner.accumulate
+
+    def counted(batches: Sequence[MicroBatch], *arguments: Any) -> dict[str, float]:
+        micro_batches.append(max(len(batch.shares) for batch in batches))
+        sums = accumulate(batches, *arguments)
+        for name, adapter in runner.adapters.items() if not gradients else ():
+            gradients[name] = {tensor: p.grad.clone() for tensor, p in adapter.named_parameters() if p.grad is not None}
+        return sums
+
+    runner.accumulate = counted  # type: ignore[method-assign]
+    for number in range(1, 1 + max(plan.settings.max_steps for plan in plans.values())):
+        running = [name for name, plan in plans.items() if number <= plan.settings.max_steps and name not in failures]
+        found = step.run({name: next(loaders[name]) for name in running})
+        for name, report in found.adapters.items():
+            reports[name].append(report)
+            if report.failure is not None:
+                failures[name] = str(report.failure)
+    shared, trained = shared_plan(plans), {}
+    for name, plan in plans.items():
+        losses, norms = ([getattr(report, of) for report in reports[name]] for of in ("loss", "grad_norm"))
+        state = runner.full_state(name, shared.layout_of(plan.adapter))
+        trained[name] = Trained(losses, norms, state, gradients[name])
+    runner.engine.destroy()
+    return BankRun({}, trained, failures, max(micro_batches))
+
 
 pytestmark = pytest.mark.distributed
 
 LOSS_TOLERANCE, NORM_TOLERANCE, ADAPTER_TOLERANCE = 1e-6, 1e-5, 5e-5
-# Over layouts two runs are compared, of which each may be that far from exact numbers (layout_runs.py), as AdamW makes
+# Over layouts two runs are compared, of which each may be that far from exact numbers (engine_runs.py), as AdamW makes
 # much of the last bits of small gradients. Up to 5.5e-5 was seen, for one tensor, on one of three processors.
 LAYOUTS_TOLERANCE = 2 * ADAPTER_TOLERANCE
 OWN: dict[str, dict[str, Any]] = {
@@ -72,7 +197,7 @@ def settings(
     return {name: {**base, **own, **changes} for name, own in adapters.items()}
 
 
-KEYS = ("adapters", "packing", "shares")
+# (adapters, packing, whether micro-batches are shared)
 FOUR_PACKED, FOUR_PADDED = [(OWN, True, True), (OWN, True, False)], [(OWN, False, True), (OWN, False, False)]
 COMPILED = [(TWO, False, True), *FOUR_PACKED]
 
@@ -92,7 +217,7 @@ COMPILED = [(TWO, False, True), *FOUR_PACKED]
 def test_steps_have_the_bits_of_single_runs(
     base: dict[str, Any], variants: list[Any], dtype: str, tmp_path: Path
 ) -> None:
-    check_bits(base, [dict(zip(KEYS, variant, strict=True)) for variant in variants], dtype, tmp_path)
+    check_bits(base, variants, dtype, tmp_path)
 
 
 @pytest.mark.cpu_seconds(25, reason="it compiles the kernels for one and for several adapters")
@@ -107,11 +232,10 @@ def test_steps_have_the_bits_of_single_runs(
 def test_so_have_they_with_compiled_kernels(
     base: dict[str, Any], dtype: str, variants: list[Any], tmp_path: Path
 ) -> None:
-    cases = [dict(zip(KEYS, variant, strict=True)) | {"compiled": True} for variant in variants]
-    check_bits(base, cases, dtype, tmp_path)
+    check_bits(base, variants, dtype, tmp_path, compiled=True)
 
 
-def check_bits(base: dict[str, Any], variants: list[dict[str, Any]], dtype: str, folder: Path) -> None:
+def check_bits(base: dict[str, Any], variants: list[Any], dtype: str, folder: Path, *, compiled: bool = False) -> None:
     """Losses, gradients of the first step, norms before clipping and adapters after all steps equal single runs'.
 
     In fp32, where this machine's matmul gives rows other bits beside others (as MKL's does with AVX2 alone), they are
@@ -121,12 +245,12 @@ def check_bits(base: dict[str, Any], variants: list[dict[str, Any]], dtype: str,
     exact = dtype != "fp32" or rows_keep_bits(stage, (37, 64, 250, 18, 131, 100), backward=True)
     cases = [
         {
-            "settings": settings(base, variant["adapters"], dtype=dtype, packing=variant["packing"]),
-            "shares": variant["shares"],
+            "settings": settings(base, adapters, dtype=dtype, packing=packing),
+            "shares": shares,
             "alone": True,
-            "compiled": variant.get("compiled", False),
+            "compiled": compiled,
         }
-        for variant in variants
+        for adapters, packing, shares in variants
     ]
     (runs,) = run_on_ranks(run_bank_steps, cases, str(folder), ranks=1, folder=folder)
     for case, run in zip(cases, runs, strict=True):
@@ -158,7 +282,17 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_steps_at_layouts(base: dict[str, Any], tmp_path: Path, ranks: int, one_process: BankRun) -> None:
-    check_layouts(base, ranks, [changes for size, changes in LAYOUTS if size == ranks], one_process, tmp_path)
+    """All adapters are within the bounds of one process, and the same on every rank."""
+    variants = [changes for size, changes in LAYOUTS if size == ranks]
+    cases = [{"settings": settings(base, **changes), "shares": True, "alone": False} for changes in variants]
+    by_rank = run_on_ranks(run_bank_steps, cases, str(tmp_path), ranks=ranks, folder=tmp_path)
+    for changes, runs in zip(variants, zip(*by_rank, strict=True), strict=True):
+        assert runs[0].most > 1 and not runs[0].failures, changes
+        for name in OWN:
+            found, expected = runs[0].together[name], one_process.together[name]
+            check_near(found, expected, (name, changes))
+            for run in runs[1:]:
+                assert run.together[name].norms == found.norms and run.together[name].losses == found.losses
 
 
 # AdamW makes of roundings near a gradient of 0 what it likes: a single run's gate_up.v of "c" differs by 1.4e-4 between
@@ -170,9 +304,7 @@ def test_steps_at_layouts(base: dict[str, Any], tmp_path: Path, ranks: int, one_
     [(4, {"tensor_parallel": 4}), (4, {"pipeline_parallel": 4}), (8, {"tensor_parallel": 2, "pipeline_parallel": 2})],
     ids=["4x1x1", "1x4x1", "2x2x2"],
 )
-def test_steps_at_larger_layouts(
-    base: dict[str, Any], tmp_path: Path, ranks: int, changes: dict[str, Any]
-) -> None:
+def test_steps_at_larger_layouts(base: dict[str, Any], tmp_path: Path, ranks: int, changes: dict[str, Any]) -> None:
     """Of a model with 5 layers, and 8 heads on 4 key-value heads, against single runs at the same layout."""
     model = write_tiny_model(tmp_path / "model", num_layers=5, num_heads=8, num_kv_heads=4, head_dim=6)
     case = {"settings": settings({**base, "model": str(model)}, **changes), "shares": True, "alone": True}
@@ -190,21 +322,6 @@ def check_near(found: Trained, expected: Trained, which: Any) -> None:
     assert found.state.keys() == expected.state.keys()
     for tensor, value in expected.state.items():
         assert relative_distance(found.state[tensor], value) <= LAYOUTS_TOLERANCE, (tensor, which)
-
-
-def check_layouts(
-    base: dict[str, Any], ranks: int, variants: list[dict[str, Any]], one_process: BankRun, folder: Path
-) -> None:
-    """All adapters are within the bounds of one process, and the same on every rank."""
-    cases = [{"settings": settings(base, **changes), "shares": True, "alone": False} for changes in variants]
-    by_rank = run_on_ranks(run_bank_steps, cases, str(folder), ranks=ranks, folder=folder)
-    for changes, runs in zip(variants, zip(*by_rank, strict=True), strict=True):
-        assert runs[0].most > 1 and not runs[0].failures, changes
-        for name in OWN:
-            found, expected = runs[0].together[name], one_process.together[name]
-            check_near(found, expected, (name, changes))
-            for run in runs[1:]:
-                assert run.together[name].norms == found.norms and run.together[name].losses == found.losses
 
 
 @pytest.fixture(scope="module")

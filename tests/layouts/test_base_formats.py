@@ -9,12 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import run_engine, save_start
+from engine_runs import SHORT, Layout, engine_json, prepare, run_and_check, run_engine, save_start, settings_of
 from forked_ranks import join_as_launched, run_on_ranks
 from gradient_worker import Case
-from layout_runs import SHORT, Layout, engine_json, prepare, run_and_check, settings_of
 from oracle import OracleConfig, load_weights
-from oracle_training import OracleRun
 from quantised_folders import SHAPE, quantised_folder
 from quantised_models import CROSSING, FORMATS, quantised, with_values
 from test_layouts import LAYOUTS
@@ -30,7 +28,6 @@ from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.engine.engine import parameter_access
 from megatron_tiedlora.model.weights import weight_rules
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
-from megatron_tiedlora.parallel.groups import Grid
 from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
 from megatron_tiedlora.planning.run_plan import plan_run
 from megatron_tiedlora.training.build import build_model
@@ -46,9 +43,7 @@ def base_values(cases: Sequence[dict[str, Any]], folder: str) -> list[tuple[Valu
     device = join_as_launched(folder)
     found = []
     for settings in cases:
-        plan = plan_run(
-            make_settings(settings), rank=distributed.get_rank(), world_size=distributed.get_world_size()
-        )
+        plan = plan_run(make_settings(settings), rank=distributed.get_rank(), world_size=distributed.get_world_size())
         built = build_model({ONLY: plan}, device)
         runner = built.runner
         values = {}
@@ -111,18 +106,13 @@ def test_gradients_are_the_oracles_on_the_dequantised_weights(
 
 def joined(folder: Path, layout: Layout, by_rank: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Full tensors from the shards of all ranks; data-parallel copies are equal."""
-    world = Grid(0, layout.ranks, tp_size=layout.tp, pp_size=layout.pp)
     full = {}
     for rule in weight_rules(find_model(str(folder)).shape):
-        owners = [rank for rank in range(layout.ranks) if rule.name in by_rank[rank]]
-        if not owners:
-            continue
-        copies: dict[int, list[torch.Tensor]] = {}
-        for rank in owners:
-            copies.setdefault(world.at(rank).tp_rank, []).append(by_rank[rank][rule.name])
-        assert sorted(copies) == list(range(layout.tp)) and all(len(found) == layout.dp for found in copies.values())
-        assert all(torch.equal(found[0], other) for found in copies.values() for other in found)
-        full[rule.name] = rule.spec.join([copies[tp_rank][0] for tp_rank in range(layout.tp)])
+        groups = [by_rank[first : first + layout.tp] for first in range(0, layout.ranks, layout.tp)]
+        copies = [rule.spec.join([shards[rule.name] for shards in some]) for some in groups if rule.name in some[0]]
+        if copies:
+            assert len(copies) == layout.dp and all(torch.equal(copies[0], other) for other in copies)
+            full[rule.name] = copies[0]
     return full
 
 
@@ -166,9 +156,7 @@ def linears(folder: Path, weights: Mapping[str, torch.Tensor]) -> dict[str, torc
 
 @pytest.mark.cpu_seconds(20, reason="every format at every layout, in one start for each number of ranks")
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
-def test_values_are_the_same_at_every_layout(
-    folders: dict[str, Path], tmp_path: Path, ranks: int, whole: bool
-) -> None:
+def test_values_are_the_same_at_every_layout(folders: dict[str, Path], tmp_path: Path, ranks: int, whole: bool) -> None:
     files = {**settings_of(folders[""], tmp_path), "dtype": "bf16"}  # which zero.Init would round fp32 parameters to
     engines = [str(engine_json(tmp_path, stage)) for stage in range(4)]
     cases = {
@@ -208,7 +196,6 @@ def test_a_quantised_folder_has_its_values_at_every_layout(
 def test_runs_are_the_oracles(folders: dict[str, Path], tmp_path: Path, ranks: int, whole: bool) -> None:
     """At every layout; in part each format alone, over tensor and pipeline ranks, and under ZeRO-3 over data ranks."""
     base = {**settings_of(folders[""], tmp_path), **({} if whole else SHORT)}
-    oracles: dict[Any, OracleRun] = {}
     prepared = []
     for number, layout in enumerate(LAYOUTS):
         if layout.ranks == ranks and (whole or layout in (Layout(1, 1, 1), Layout(1, 1, 2), Layout(2, 2, 1))):
@@ -217,7 +204,7 @@ def test_runs_are_the_oracles(folders: dict[str, Path], tmp_path: Path, ranks: i
                 if layout.pp == 1:
                     changes["ds_config"] = str(engine_json(tmp_path, number % 4))
                 more: dict[str, Any] = {"optimizer": optimizer, "oracle_model": folders[name]}
-                prepared.append(prepare(base, tmp_path, layout, oracles=oracles, **more, **changes))
+                prepared.append(prepare(base, tmp_path, layout, **more, **changes))
     run_and_check(prepared, tmp_path)
 
 

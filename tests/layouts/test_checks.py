@@ -14,9 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import EngineRun, SharedStarts
+from engine_runs import EngineRun, SharedStarts, five_layers, settings_of
 from fault_patches import put_in
-from layout_runs import five_layers, settings_of
 from run_files import assert_same_run, checkpoint_names, losses, status
 from run_helpers import Base, run
 from tiny_models import write_tiny_model
@@ -97,6 +96,17 @@ def changed(tensor: str, rank: int, sizes: Sizes, across: str, named: int, *, me
     return Case(name, sizes, (fault,), message, steps=0, saved="", settings={"method": method}, **more)
 
 
+CHANGE = {"name": "change_copy", "tensor": "A", "rank": 1, "step": 1}
+
+
+def differs(name: str, *changes: dict[str, Any], said: str, sizes: Sizes = (1, 2, 1), **more: Any) -> Case:
+    """Copies of A are changed as in CHANGE, but for these `changes`, in the first step or at the save after step 4."""
+    faults = tuple({**CHANGE, **change} for change in changes)
+    step = faults[0]["step"]
+    end: dict[str, Any] = {"steps": 0, "saved": ""} if step == 1 else {"saved": "step_2"}
+    return Case(name, sizes, faults, f"after step {step} A differs between {TIED}: {said}", **end, **more)
+
+
 def gradient(name: str, tensor: str, sizes: Sizes, message: str, *, steps: int, **more: Any) -> Case:
     """A gradient that is broken by the fault `name`: the run stops in the step after `steps`."""
     layers, step = more.pop("layers", None), more.pop("step", {})
@@ -158,55 +168,19 @@ CHANGED = [
     changed("B", 2, (1, 4, 1), TIED, 2),
     changed("u", 1, (2, 1, 2), TENSOR, 1, zero=IN_PIECES),
 ]
-CHANGE = {"name": "change_copy", "tensor": "A", "rank": 1, "step": 1}
+RANK_1 = r".*\b1\b.* by up to"
 MORE_CHANGED = [
-    Case(
-        "the_largest_difference",
-        (1, 2, 1),
-        ({**CHANGE, "value": 1000.0},),
-        rf"after step 1 A differs between {TIED}: .* by up to 1e\+03;",
-        steps=0,
-        saved="",
-    ),
-    Case(
-        "signs_of_zero",
-        (1, 2, 1),
-        ({**CHANGE, "value": -0.0}, {**CHANGE, "rank": 0, "value": 0.0}),
-        rf"after step 1 A differs between {TIED}: .*\b1\b.* by up to 0;",
-        steps=0,
-        saved="",
-    ),
-    Case(
+    differs("the_largest_difference", {"value": 1000.0}, said=r".* by up to 1e\+03;"),
+    differs("signs_of_zero", {"value": -0.0}, {"rank": 0, "value": 0.0}, said=f"{RANK_1} 0;"),
+    differs(
         "nan_on_the_first_of_four",
-        (1, 4, 1),
-        tuple({**CHANGE, "rank": rank, "value": math.nan} for rank in (0, 1)),
-        rf"after step 1 A differs between {TIED}: (?!.*\b1\b.* by).*\b2, 3\b.* by up to nan;",
-        steps=0,
-        saved="",
+        *({"rank": rank, "value": math.nan} for rank in (0, 1)),
+        said=r"(?!.*\b1\b.* by).*\b2, 3\b.* by up to nan;",
+        sizes=(1, 4, 1),
     ),
-    Case(
-        "at_a_later_save",
-        (1, 2, 1),
-        ({**CHANGE, "step": 4},),
-        rf"after step 4 A differs between {TIED}: .*\b1\b.* by up to",
-        saved="step_2",
-    ),
-    Case(
-        "just_before_a_later_save",
-        (1, 2, 1),
-        ({**CHANGE, "step": 4, "before_save": True},),
-        rf"after step 4 A differs between {TIED}: .*\b1\b.* by up to",
-        saved="step_2",
-    ),
-    Case(
-        "last_of_several_shared_by_some_layers",
-        (1, 2, 1),
-        ({**CHANGE, "index": -1},),
-        rf"after step 1 A differs between {TIED}: .*\b1\b.* by up to",
-        steps=0,
-        saved="",
-        shares="pairs",
-    ),
+    differs("at_a_later_save", {"step": 4}, said=RANK_1),
+    differs("just_before_a_later_save", {"step": 4, "before_save": True}, said=RANK_1),
+    differs("last_of_several_shared_by_some_layers", {"index": -1}, said=RANK_1, shares="pairs"),
     Case("switched_off", (1, 2, 1), (CHANGE,), settings={"replica_check_steps": 0}),
 ]
 GRADIENTS = [
@@ -280,21 +254,17 @@ def answer(larger: dict[str, Any], three_layers: dict[str, Any], tmp_path_factor
         "norms": NORMS,
         "other norms": OTHER_NORMS,
     }
-    starts = {name: SharedStarts() for name in lists}
-    folder = tmp_path_factory.mktemp("checks")
+    starts = SharedStarts(tmp_path_factory.mktemp("checks"))
 
     def find(wanted: Case) -> EngineRun:
         name, of_list = next((name, of_list) for name, of_list in lists.items() if wanted in of_list)
         cases = [case for case in of_list if case.ranks == wanted.ranks]
-        work = folder / f"{name}{wanted.ranks}"
-        work.mkdir(exist_ok=True)
-        models = [larger if case.needs_five_layers else three_layers for case in cases]
-        runs = starts[name].runs(
-            wanted.ranks,
-            lambda: [case_for_workers(model, work, case) for model, case in zip(models, cases, strict=True)],
-            work,
-        )
-        return runs[cases.index(wanted)]
+
+        def make(folder: Path) -> list[dict[str, Any]]:
+            models = [larger if case.needs_five_layers else three_layers for case in cases]
+            return [case_for_workers(model, folder, case) for model, case in zip(models, cases, strict=True)]
+
+        return starts.runs(name, wanted.ranks, make)[cases.index(wanted)]
 
     return find
 
@@ -351,9 +321,9 @@ def test_the_largest_norm_is_the_same_at_every_stage(monkeypatch: pytest.MonkeyP
 def test_a_run_stops_where_copies_differ(base: Base, tmp_path: Path, step: int) -> None:
     """In the first steps, and at a save long after them: one line, status 2 everywhere, and what was saved stands."""
     folder = tmp_path / "run"
-    settings = {"ds_config": "zero1.json", "pipeline_parallel": 2, "max_steps": 8}
+    settings = {"ds_config": "zero1.json", "pipeline_parallel": 2, "max_steps": 8, "ranks": 2}
     prelude = partial(put_in, [{"name": "change_copy", "tensor": "B", "rank": 1, "step": step}])
-    line = run(base, folder, ranks=2, prelude=prelude, expect=2, **settings).error_line()
+    line = run(base, folder, prelude=prelude, expect=2, **settings).error_line()
     assert re.match(rf"error: after step {step} B differs between {TIED}: .*\b1\b.* by up to [1-9]\S*;", line), line
     assert status(folder)["state"] == "failed"
     if step == 1:
@@ -361,7 +331,7 @@ def test_a_run_stops_where_copies_differ(base: Base, tmp_path: Path, step: int) 
         return
     assert (folder / "checkpoints" / "latest").read_text() == "step_4\n"
     assert "step_6" not in checkpoint_names(folder)
-    run(base, folder, ranks=2, resume="auto", **settings)  # without the fault it goes on from there
+    run(base, folder, resume="auto", **settings)  # without the fault it goes on from there
     assert [number for number, _ in losses(folder)] == list(range(1, 9))
 
 

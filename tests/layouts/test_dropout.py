@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_runs import relative_distance
+from engine_runs import SHORT, Layout, five_layers, part_of, prepare, relative_distance, run_and_check
 from forked_ranks import run_on_ranks
 from gradient_worker import Case, run_gradients
-from layout_runs import SHORT, Layout, five_layers, part_of, prepare, run_and_check
 from oracle_adapter import ALL_TARGETS
 from test_parallel_gradients import Answers, check_numbers
 from tiny_models import write_tiny_model
@@ -94,7 +93,4 @@ def test_the_oracle_s_gradients_depend_on_dropout(model: Path, answers: Answers)
 def test_runs_equal_the_oracle_s(tmp_path: Path, layout: Layout) -> None:
     """Steps through loader, engine and optimizer, packed and not; the oracle draws for the samples of each step."""
     base = {**five_layers(tmp_path), **SHORT, "dropout": P, "targets": list(ALL_TARGETS)}
-    oracles: dict[Any, Any] = {}
-    run_and_check(
-        [prepare(base, tmp_path, layout, oracles=oracles, packing=packing) for packing in (True, False)], tmp_path
-    )
+    run_and_check([prepare(base, tmp_path, layout, packing=packing) for packing in (True, False)], tmp_path)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import relative_distance
+from engine_runs import Layout, relative_distance
 from run_files import assert_same_run, files_of, metrics, status
 from run_helpers import Base, run, write_base
 from run_preludes import kill_at_step
@@ -27,24 +27,17 @@ TENSOR_TOLERANCE = 5e-5
 
 
 @dataclass(frozen=True)
-class Grid:
+class Grid(Layout):
     """A layout with a ZeRO stage."""
 
-    tp: int
-    pp: int
-    dp: int
     zero: int
 
     @property
-    def ranks(self) -> int:
-        return self.tp * self.pp * self.dp
-
-    @property
     def settings(self) -> dict[str, Any]:
+        """Of a run on it."""
         return {
+            **super().settings,
             "ranks": self.ranks,
-            "tensor_parallel": self.tp,
-            "pipeline_parallel": self.pp,
             "ds_config": f"zero{self.zero}.json",
             "global_batch_size": 8,
             "max_steps": STEPS,

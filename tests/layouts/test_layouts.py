@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from layout_runs import (
+from engine_runs import (
     OPTIMIZERS,
     SHORT,
     Layout,
@@ -22,7 +22,6 @@ from layout_runs import (
     with_optimizers,
 )
 from oracle_adapter import ALL_TARGETS
-from oracle_training import OracleRun
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
@@ -106,7 +105,6 @@ def test_a_part_of_the_choices_keeps_what_each_layout_meets() -> None:
 @pytest.mark.cpu_seconds(30, reason="every case beside the oracle, in one start for each number of ranks")
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_layouts(sized: dict[str, Any], tmp_path: Path, ranks: int, whole: bool) -> None:
-    oracles: dict[Any, OracleRun] = {}
     prepared = []
     for layout, method, sequence_parallel, optimizer, targets in choices(whole):
         if layout.ranks == ranks:
@@ -114,7 +112,7 @@ def test_layouts(sized: dict[str, Any], tmp_path: Path, ranks: int, whole: bool)
             packing = (method == "tl6") == (optimizer == "sgd" or not whole)
             changes = {"method": method, "sequence_parallel": sequence_parallel, "packing": packing}
             changes["targets"] = list(targets)
-            prepared.append(prepare(sized, tmp_path, layout, optimizer=optimizer, oracles=oracles, **changes))
+            prepared.append(prepare(sized, tmp_path, layout, optimizer=optimizer, **changes))
     run_and_check(prepared, tmp_path)
 
 
@@ -124,7 +122,6 @@ def test_every_method_over_tensor_and_pipeline(sized: dict[str, Any], tmp_path: 
 
     In part, two steps of two micro-batches: nothing of what these leave out depends on the method.
     """
-    oracles: dict[Any, OracleRun] = {}
     changes = {} if whole else SHORT
     cases: list[dict[str, Any]] = [
         {"method": method, "targets": list(targets)}
@@ -139,16 +136,16 @@ def test_every_method_over_tensor_and_pipeline(sized: dict[str, Any], tmp_path: 
         for method, layer, targets in (alone if whole else alone[:3])
     ]
     prepared = [
-        prepare(sized, tmp_path, Layout(2, 2, 1), optimizer=optimizer, oracles=oracles, **case, **changes)
+        prepare(sized, tmp_path, Layout(2, 2, 1), optimizer=optimizer, **case, **changes)
         for case, optimizer in with_optimizers(cases, whole=whole)
     ]
     run_and_check(prepared, tmp_path)
 
 
 @pytest.fixture(scope="module")
-def large_steps(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[Any, OracleRun]]:
-    """A folder of starts, and the oracle's runs of them with 24 samples a step, as far as they were asked for."""
-    return tmp_path_factory.mktemp("large_steps"), {}
+def large_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of starts of runs with 24 samples a step."""
+    return tmp_path_factory.mktemp("large_steps")
 
 
 PACKED = [Layout(2, 1, 1), Layout(1, 2, 1), Layout(2, 2, 1), Layout(1, 2, 2)]
@@ -166,15 +163,8 @@ def packed_cases(layout: Layout, whole: bool) -> list[tuple[dict[str, str], str]
 
 @pytest.mark.cpu_seconds(20, reason="both methods beside the oracle's 24 samples a step")
 @pytest.mark.parametrize("layout", PACKED, ids=str)
-def test_packed_rows(
-    base: dict[str, Any],
-    tmp_path: Path,
-    large_steps: tuple[Path, dict[Any, OracleRun]],
-    layout: Layout,
-    whole: bool,
-) -> None:
+def test_packed_rows(base: dict[str, Any], tmp_path: Path, large_steps: Path, layout: Layout, whole: bool) -> None:
     """Several samples a row, whose number differs from step to step, give the run of one sample at a time."""
-    folder, oracles = large_steps
     changes = {"packing": True, "micro_batch_size": 1, "global_batch_size": 24}
     changes["max_steps"] = base["max_steps"] if whole else 2
     found = micro_batches({**base, **changes}, layout, tmp_path)
@@ -182,7 +172,7 @@ def test_packed_rows(
     # Two pipelines of two stages are given 16 micro-batches, more than rows would do.
     assert found == [8] * changes["max_steps"] if layout.dp == 2 else len(set(found)) > 1, found
     prepared = [
-        prepare(base, folder, layout, optimizer=optimizer, oracles=oracles, **case, **changes)
+        prepare(base, large_steps, layout, optimizer=optimizer, **case, **changes)
         for case, optimizer in packed_cases(layout, whole)
     ]
     run_and_check(prepared, tmp_path)
@@ -206,13 +196,12 @@ def test_every_method_on_one_process(three: dict[str, Any], tmp_path: Path, whol
     What adds up over many steps does so in the optimizer, which knows no method. Two exact runs drift by 2e-7 in the
     loss over 20 such steps.
     """
-    oracles: dict[Any, OracleRun] = {}
     cases: list[dict[str, Any]] = [
         {"method": method, "max_steps": 20 if whole or method in ("lora", "tl6") else FEWER} for method in METHODS
     ]
     cases.append({"method": "lora", "layers": [2]})
     prepared = [
-        prepare(three, tmp_path, Layout(1, 1, 1), optimizer="adamw", oracles=oracles, **{**case, "micro_batch_size": 2})
+        prepare(three, tmp_path, Layout(1, 1, 1), optimizer="adamw", **{**case, "micro_batch_size": 2})
         for case in cases
     ]
     run_and_check(prepared, tmp_path, loss=1e-6)
@@ -223,7 +212,6 @@ def test_two_ranks_at_every_zero_stage(three: dict[str, Any], tmp_path: Path) ->
 
     Tensors as small as these are partitioned under ZeRO-3 only if its threshold for keeping them is 0.
     """
-    oracles: dict[Any, OracleRun] = {}
     partitioned = str(engine_json(tmp_path, 3, stage3_param_persistence_threshold=0))
     files = ("zero0.json", "zero1.json", "zero2.json", "zero3.json", partitioned, "zero2_offload.json")
     cases = [
@@ -231,25 +219,19 @@ def test_two_ranks_at_every_zero_stage(three: dict[str, Any], tmp_path: Path) ->
         for file, micro in zip(files, (1, 4, 1, 4, 1, 2), strict=True)
     ]
     cases += [{"ds_config": file, "micro_batch_size": 1, "packing": True} for file in files if file != partitioned]
-    prepared = [
-        prepare(three, tmp_path, Layout(1, 1, 2), optimizer="adamw", oracles=oracles, **case) for case in cases
-    ]
+    prepared = [prepare(three, tmp_path, Layout(1, 1, 2), optimizer="adamw", **case) for case in cases]
     run_and_check(prepared, tmp_path)
 
 
 def test_splits_of_the_global_batch(three: dict[str, Any], tmp_path: Path) -> None:
     """One rank: the whole batch at once, sample by sample, and with recompute give the same run."""
-    oracles: dict[Any, OracleRun] = {}
     cases = [
         {"micro_batch_size": 8, "ds_config": "zero0.json"},
         {"micro_batch_size": 1, "ds_config": "zero1.json"},
         {"micro_batch_size": 4, "ds_config": "zero3.json", "recompute": "full"},
         {"micro_batch_size": 2, "ds_config": "zero3.json", "recompute": "selective"},
     ]
-    prepared = [
-        prepare(three, tmp_path, Layout(1, 1, 1), optimizer="adamw", oracles=oracles, packing=False, **case)
-        for case in cases
-    ]
+    prepared = [prepare(three, tmp_path, Layout(1, 1, 1), optimizer="adamw", packing=False, **case) for case in cases]
     run_and_check(prepared, tmp_path)
 
 
@@ -258,24 +240,22 @@ def test_splits_of_the_global_batch(three: dict[str, Any], tmp_path: Path) -> No
 
 def test_zero_stages_beside_tensor_parallelism(sized: dict[str, Any], tmp_path: Path, whole: bool) -> None:
     """ZeRO 0, 2 and 3 at (2, 1, 2); under ZeRO-3 with nothing kept whole; rank 1, which TP does not divide."""
-    oracles: dict[Any, OracleRun] = {}
     prepared = []
     cases = [*product((0, 2, 3), KINDS if whole else KINDS[1:])]
     for (stage, targets), optimizer in with_optimizers(cases, whole=whole):
         file = engine_json(tmp_path, stage, **({"stage3_param_persistence_threshold": 0} if stage == 3 else {}))
         changes = {"ds_config": str(file), "rank": 1, "alpha": 2.0}  # the same alpha / rank as elsewhere
         changes["targets"] = list(targets)
-        prepared.append(prepare(sized, tmp_path, Layout(2, 1, 2), optimizer=optimizer, oracles=oracles, **changes))
+        prepared.append(prepare(sized, tmp_path, Layout(2, 1, 2), optimizer=optimizer, **changes))
     run_and_check(prepared, tmp_path)
 
 
 @pytest.mark.parametrize("layout", [Layout(2, 2, 1), Layout(1, 2, 2)], ids=str)
 def test_the_norm_at_zero_0_over_stages(sized: dict[str, Any], tmp_path: Path, layout: Layout, whole: bool) -> None:
     """DeepSpeed leaves later stages' tensors out of it there, so it is ours: every tensor once, every shard once."""
-    oracles: dict[Any, OracleRun] = {}
     changes = {"ds_config": str(engine_json(tmp_path, 0)), "targets": list(ALL_TARGETS)}
     prepared = [
-        prepare(sized, tmp_path, layout, oracles=oracles, optimizer=optimizer, method=method, **changes)
+        prepare(sized, tmp_path, layout, optimizer=optimizer, method=method, **changes)
         for method, optimizer in with_optimizers(("tl6", "lora"), whole=whole)
     ]
     run_and_check(prepared, tmp_path)

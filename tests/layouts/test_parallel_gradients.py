@@ -13,17 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import relative_distance
-from family_models import FAMILY_MODELS
+from engine_runs import part_of, relative_distance
 from forked_ranks import run_on_ranks
-from gradient_worker import DTYPE, SEED, Case, Outcome, joined_gradients, run_gradients
-from layout_runs import part_of
+from gradient_worker import DTYPE, SEED, Case, Outcome, joined, run_gradients
 from oracle import OracleConfig, cast_weights, load_weights, oracle_logits
-from oracle_adapter import ALL_TARGETS, TRAINED_TENSORS
-from oracle_dropout import dropout
+from oracle_adapter import ALL_TARGETS, TRAINED_TENSORS, dropout
 from oracle_training import oracle_gradients
 from quantised_models import quantised
-from tiny_models import write_tiny_model
+from tiny_models import FAMILY_MODELS, write_tiny_model
 
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
 from megatron_tiedlora.parallel.groups import Grid
@@ -240,7 +237,7 @@ def check_numbers(case: Case, outcomes: list[Outcome], answers: Answers) -> None
         for outcome in last[:tp_size]:
             assert outcome.logits is not None and outcome.logits.shape == logits.shape, case
             assert (outcome.logits - logits).abs().max() <= TOLERANCE * logits.abs().max(), case
-    gradients = joined_gradients(case, outcomes)
+    gradients = joined(case, [outcome.gradients for outcome in outcomes])
     assert gradients.keys() == expected.keys()
     for name, reference in expected.items():
         found = gradients[name]

@@ -2,27 +2,232 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from all_cuts import all_cuts, cost_key
-from forked_ranks import run_on_ranks
-from pipeline_worker import Case, Event, Traced, trace_steps
-from planned import Order, Pass, one_f_one_b, simulate, stage_memory
+import torch
+from forked_ranks import join_as_launched, run_on_ranks
+from planned import Pass, all_cuts, cost_key, one_f_one_b, simulate, stage_memory
 from run_helpers import write_rows
 from tiny_models import write_tiny_model
+from torch import distributed
 
+from megatron_tiedlora.adapters.adapter_bank import ONLY, Share
 from megatron_tiedlora.config.settings import make_settings
+from megatron_tiedlora.model.batch import MicroBatch
 from megatron_tiedlora.model.partition import layer_costs
 from megatron_tiedlora.planning.layout import MicroBatchShape
 from megatron_tiedlora.planning.memory import engine_bytes_in_flight, micro_batches_in_flight
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
 from megatron_tiedlora.planning.step_time import Seconds, StepParts, pipeline_spans
+from megatron_tiedlora.training.build import build_model
+
+# On a rank ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """Two equal steps: `num_micro_batches` of (rows, length), the last `supervised` labels of each row.
+
+    Attributes:
+        adapters: the settings that each of several adapters has of its own, which own the micro-batches in turn.
+    """
+
+    settings: dict[str, Any]
+    num_micro_batches: int
+    rows: int
+    length: int
+    supervised: int
+    adapters: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Event:
+    """A forward ("F") or backward ("B") pass of a micro-batch.
+
+    Attributes:
+        begin, end: seconds of a clock that all ranks share.
+    """
+
+    kind: str
+    micro_batch: int
+    begin: float
+    end: float
+
+
+@dataclass
+class Held:
+    """Bytes that the engine holds, of storages that autograd does not keep.
+
+    Attributes:
+        in_flight: micro-batches whose backward pass has not ended.
+        floats: of hidden states and the like, of these micro-batches.
+        integers: of tokens, positions and labels, of these.
+        once: of hidden states and the like, of ended micro-batches and in the buffers that messages arrive in.
+    """
+
+    in_flight: tuple[int, ...]
+    floats: int
+    integers: int
+    once: int
+
+
+@dataclass
+class Traced:
+    """What a rank saw.
+
+    Attributes:
+        passes: of the second step, in order.
+        parts: where the engine cut the flat list.
+        held: after each forward pass of the first step, and before each backward pass.
+    """
+
+    passes: list[Event] = field(default_factory=list)
+    parts: list[int] = field(default_factory=list)
+    held: list[Held] = field(default_factory=list)
+
+
+def trace_steps(cases: list[Case], folder: str) -> list[Traced]:
+    """Every case on this rank. Steps go through the package's own road as far as the runner; micro-batches are made up,
+    and told apart by their positions, which start at the micro-batch's number."""
+    device = join_as_launched(folder)
+    return [_trace(case, device) for case in cases]
+
+
+def _trace(case: Case, device: torch.device) -> Traced:
+    from deepspeed.runtime.pipe import schedule
+
+    place = {"rank": distributed.get_rank(), "world_size": distributed.get_world_size()}
+    all_settings = {str(number): {**case.settings, **own} for number, own in enumerate(case.adapters)}
+    all_settings = all_settings or {ONLY: case.settings}
+    plans = {name: plan_run(make_settings(settings), **place) for name, settings in all_settings.items()}
+    (shared, *_), names = plans.values(), list(plans)
+    runner = build_model(plans, device).runner
+    engine, optimizers = runner.engine, runner.optimizers
+    batches = list(_batches(case, names, shared.source.shape.vocab_size))
+    of_each = case.num_micro_batches // len(plans)
+    divisors = optimizers.divisors(
+        case.rows * case.supervised * of_each, accumulation_steps=of_each, dp_size=shared.grid.dp_size
+    )
+    held = [*runner.stage.parameters(), *(p for adapter in runner.adapters.values() for p in adapter.parameters())]
+    traced = Traced(parts=list(engine.module.parts))
+    passes = dict(engine._INSTRUCTION_MAP)  # without what is wrapped below
+    for watch in (_Holding(held, engine, traced.held).run, partial(_time, traced.passes)):
+        kinds = {schedule.ForwardPass: "F", schedule.BackwardPass: "B"}
+        engine._INSTRUCTION_MAP = passes | {key: _watched(kind, passes[key], watch) for key, kind in kinds.items()}
+        distributed.barrier()
+        runner.accumulate(batches, dict.fromkeys(plans, divisors), lambda: None)
+        assert not optimizers.sum_gradients(plans)
+        norms = optimizers.norms(names)
+        for name in names:
+            optimizers.take(name, norms.get(name))
+        optimizers.clear()
+    engine.destroy()
+    return traced
+
+
+def _watched(kind: str, run: Any, watch: Any) -> Callable[[Any, int], None]:
+    """A pass of the engine, which `watch` runs."""
+
+    def watched(engine: Any, buffer_id: int) -> None:
+        watch(kind, _number(engine.pipe_buffers["inputs"][buffer_id]), lambda: run(engine, buffer_id))
+
+    return watched
+
+
+def _time(events: list[Event], kind: str, micro_batch: int, work: Callable[[], None]) -> None:
+    """Note when a pass begins and ends."""
+    begin = time.monotonic()
+    work()
+    events.append(Event(kind, micro_batch, begin, time.monotonic()))
+
+
+def _batches(case: Case, names: Sequence[str], vocab_size: int) -> Iterator[MicroBatch]:
+    generator = torch.Generator().manual_seed(7)
+    for index in range(case.num_micro_batches):
+        tokens = torch.randint(3, vocab_size, (case.rows, case.length), generator=generator)
+        labels = tokens.roll(-1, dims=1)
+        labels[:, : case.length - case.supervised] = -100
+        yield MicroBatch(
+            tokens=tokens,
+            positions=torch.arange(index, index + case.length).expand_as(tokens).contiguous(),
+            labels=labels,
+            lengths=torch.full((case.rows,), case.length),
+            num_samples=case.rows,
+            shares=(Share(names[index % len(names)], case.rows, case.length),),
+        )
+
+
+class _Holding:
+    """Notes what the engine holds after each forward pass and before each backward pass."""
+
+    def __init__(self, parameters: list[torch.Tensor], engine: Any, held: list[Held]) -> None:
+        self._own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+        self._engine = engine
+        self._held = held
+        self._saved: dict[int, list[torch.Tensor]] = {}  # by micro-batch in flight
+
+    def run(self, kind: str, micro_batch: int, work: Callable[[], None]) -> None:
+        if kind == "B":
+            self._held.append(self._count())
+            work()
+            del self._saved[micro_batch]
+            return
+        saved = self._saved[micro_batch] = []
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            saved.append(tensor)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            work()
+        self._held.append(self._count())
+
+    def _count(self) -> Held:
+        counted = self._own | {t.untyped_storage().data_ptr() for kept in self._saved.values() for t in kept}
+        buffers = self._engine.pipe_buffers
+        found = Held(tuple(sorted(self._saved)), 0, 0, 0)
+        for index in range(self._engine.num_pipe_buffers):
+            tensors = [t for name in ("inputs", "outputs", "labels") for t in _tensors(buffers[name][index])]
+            # The last stage gives up what came in before what went out.
+            inputs = buffers["inputs"][index]
+            if inputs is not None and _number(inputs) in self._saved:
+                found.floats += _bytes(tensors, counted, floating=True)
+                found.integers += _bytes(tensors, counted, floating=False)
+            else:
+                found.once += _bytes(tensors, counted, floating=True)
+        found.once += _bytes(_tensors(self._engine.grad_layer), counted, floating=True)
+        return found
+
+
+def _number(inputs: tuple[torch.Tensor, torch.Tensor]) -> int:
+    """Of a micro-batch, by its first position, from (tokens or hidden states, positions)."""
+    return int(inputs[1].flatten()[0])
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [t for item in value for t in _tensors(item)] if isinstance(value, list | tuple) else []
+
+
+def _bytes(tensors: Iterable[torch.Tensor], counted: set[int], *, floating: bool) -> int:
+    """Of storages that are not in `counted`, which they enter."""
+    size = 0
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if tensor.is_floating_point() == floating and storage.data_ptr() not in counted:
+            counted.add(storage.data_ptr())
+            size += storage.nbytes()
+    return size
+
 
 pytestmark = [
     pytest.mark.distributed,
@@ -110,10 +315,6 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Mapping[tuple[str, int, int
     return found
 
 
-def order_of(stages: Sequence[Sequence[Event]]) -> Order:
-    return [[Pass(e.kind, e.micro_batch, stage) for e in events] for stage, events in enumerate(stages)]
-
-
 @pytest.mark.parametrize("key", CASES, ids=str)
 def test_each_stage_runs_1f1b(ran: Mapping[tuple[str, int, int], Ran], key: tuple[str, int, int]) -> None:
     """Every stage runs its passes in this order, with as many micro-batches in flight as the dry run says."""
@@ -151,7 +352,9 @@ def test_the_bubble_of_equal_stages(
     Of several adapters, m are the micro-batches of all of them.
     """
     _, p, m = key
-    assert simulate(order_of(ran[key].stages), lambda _, one: costs[one.kind]) == (m + p - 1) * sum(costs.values())
+    stages = enumerate(ran[key].stages)
+    order = [[Pass(event.kind, event.micro_batch, stage) for event in events] for stage, events in stages]
+    assert simulate(order, lambda _, one: costs[one.kind]) == (m + p - 1) * sum(costs.values())
 
 
 def test_the_simulation_tells_schedules_apart() -> None:

@@ -12,18 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from bank_steps_worker import run_bank_steps
+from engine_runs import SHORT, Layout, engine_json, prepare, run_and_check, settings_of
 from forked_ranks import run_on_ranks
 from gradient_worker import Case, run_gradients
-from layout_runs import SHORT, Layout, engine_json, prepare, run_and_check, settings_of
 from native_files import with_adapter
 from oracle import OracleConfig, load_weights, merged_weights, oracle_logits
 from oracle_adapter import ALL_TARGETS, Groups, OracleAdapter
-from oracle_training import OracleRun
 from run_files import assert_same_run, metrics
 from run_helpers import Base, run, write_base
 from shared_tensors import DECLARED, GROUPS, share_tensors, tl6_shares
-from test_bank_steps import check_near
+from test_bank_steps import check_near, run_bank_steps
 from test_layout_resume import SAVED, Grid, assert_went_on, resumed
 from test_parallel_gradients import Answers, check_messages, check_numbers, check_ties
 from tiny_models import write_tiny_model
@@ -95,7 +93,7 @@ def test_engines_equal_the_oracle(model: Path, tmp_path: Path, ranks: int) -> No
 
     Both ways of sharing at (2, 2, 1) and over three and four stages under ZeRO-1, and one of them at each other layout.
     """
-    base, oracles = {**settings_of(model, tmp_path), **SHORT}, dict[Any, OracleRun]()
+    base = {**settings_of(model, tmp_path), **SHORT}
     layouts: dict[int, list[tuple[tuple[int, int, int], int]]] = {
         2: [((1, 1, 2), 0), ((2, 1, 1), 2), ((1, 1, 2), 3)],
         3: [((1, 3, 1), 1)],
@@ -106,9 +104,7 @@ def test_engines_equal_the_oracle(model: Path, tmp_path: Path, ranks: int) -> No
         engine = {"ds_config": str(engine_json(tmp_path, zero))}
         for way in WAYS if zero == 1 and sizes[2] == 1 else WAYS[turn % 2 :][:1]:
             optimizer = ("sgd", "adamw")[(turn + (way == "mixed")) % 2]
-            prepared.append(
-                prepare(base, tmp_path, Layout(*sizes), optimizer=optimizer, oracles=oracles, shares=way, **engine)
-            )
+            prepared.append(prepare(base, tmp_path, Layout(*sizes), optimizer=optimizer, shares=way, **engine))
     run_and_check(prepared, tmp_path)
 
 
@@ -186,9 +182,7 @@ def test_files_compute_what_the_adapter_computes(model: Path, tmp_path: Path, na
 
     way, layers, groups = FILES[name]
     with tl6_shares(way):
-        source, adapter, oracle = with_adapter(
-            model, "tl6", layers, targets=ALL_TARGETS, groups=groups or GROUPS[way]
-        )
+        source, adapter, oracle = with_adapter(model, "tl6", layers, targets=ALL_TARGETS, groups=groups or GROUPS[way])
         save_adapter(tmp_path / "native", adapter.config, adapter.base_identity, adapter.state)
         native = load_native_adapter(tmp_path / "native")
         assert native.equals(replace(adapter, base_identity=native.base_identity))
@@ -199,7 +193,8 @@ def test_files_compute_what_the_adapter_computes(model: Path, tmp_path: Path, na
         untied = read_peft(tmp_path / "peft", source, tied=False)
     check_merged(model, tmp_path / "merged", oracle)
     assert untied.config.method == "lora"
-    of_lora = OracleAdapter("lora", *_facts(untied), untied.state, ALL_TARGETS)
+    config = untied.config
+    of_lora = OracleAdapter("lora", config.rank, config.alpha, config.layers, untied.state, ALL_TARGETS)
     merged = merged_weights(load_weights(model), OracleConfig.from_folder(model), of_lora)
     for weight, tensor in load_weights(tmp_path / "merged").items():
         torch.testing.assert_close(tensor, merged[weight], rtol=1e-5, atol=1e-5, msg=weight)
@@ -207,10 +202,6 @@ def test_files_compute_what_the_adapter_computes(model: Path, tmp_path: Path, na
     expected = oracle_logits(load_weights(model), OracleConfig.from_folder(model), oracle, tokens)
     peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), str(tmp_path / "peft"))
     assert (peft(tokens).logits - expected).abs().max() <= 1e-4 * expected.abs().max()
-
-
-def _facts(adapter: Any) -> tuple[int, float, tuple[int, ...]]:
-    return adapter.config.rank, adapter.config.alpha, adapter.config.layers
 
 
 # Plans ----------------------------------------------------------------------------------------------------------------

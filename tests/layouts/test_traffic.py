@@ -16,8 +16,7 @@ import torch
 from forked_ranks import run_on_ranks
 from report_tables import stage_table
 from torch import distributed
-from traffic_runs import Ran, ours, run_cases, write_inputs
-from traffic_worker import Case, Counted
+from traffic_runs import Case, Counted, Ran, ours, run_cases, write_inputs
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.adapters.tied_adapter import Target, make_adapter_config

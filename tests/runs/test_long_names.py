@@ -31,7 +31,8 @@ def no_sweep(argv: Sequence[str]) -> int:
 # By command: how it is started, what else it needs, and its flags of files and folders.
 MODEL = "--model=llama2-7b"
 COMMANDS: Mapping[str, tuple[Callable[[Sequence[str]], Any], list[str], str]] = {
-    "train": (partial(call, "train"), ["--dry_run", MODEL], "config model tokenizer ds_config output_dir resume"),
+    "train": (partial(call, "train"), ["--dry_run", MODEL],
+              "config model tokenizer ds_config output_dir resume train_file"),
     "run": (lambda argv: launch(parse_launch(argv), scripts=ROOT / "launch"), ["--show_command", MODEL, "--task=gsm8k"],
             "config model tokenizer ds_config output_dir resume hostfile"),
     "sweep": (no_sweep, ["--output_dir=study", MODEL, "--task=gsm8k", "--dry_run"],
@@ -44,7 +45,13 @@ COMMANDS: Mapping[str, tuple[Callable[[Sequence[str]], Any], list[str], str]] = 
     "prepare": (partial(call, "prepare_demo"), [], "output"),
     "random": (partial(call, "random_model"), [MODEL, "--output=o"], "model output"),
 }  # fmt: skip
-NAMES = {"long": "n" * 300, "very long": "n" * 5000, "deep": f"{'n' * 200}/" * 25, "NUL": "a\0b"}
+NAMES = {
+    "a user": "~nobody-of-that-name/x",
+    "long": "n" * 300,
+    "very long": "n" * 5000,
+    "deep": f"{'n' * 200}/" * 25,
+    "NUL": "a\0b",
+}
 
 
 @pytest.mark.parametrize("name", COMMANDS)

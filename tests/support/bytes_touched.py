@@ -1,4 +1,6 @@
-"""Bytes that operations read and write, counted as they are dispatched; no kernel is run, so it needs no memory.
+"""Bytes that operations read and write, and those that a block keeps for its backward pass.
+
+The first are counted as operations are dispatched; no kernel is run, so it needs no memory.
 
     with BytesTouched() as counter:
         ...
@@ -13,6 +15,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, Target, TiedAdapter, make_adapter_config
 from megatron_tiedlora.base.shapes import HeadShape, NormShape, RopeShape
+from megatron_tiedlora.benchmark.timing import saved_by_autograd
 from megatron_tiedlora.model.qkv import QkvLinear
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.groups import TensorParallel
@@ -100,7 +104,11 @@ def _bytes_of_layers(shape: QkvShape, method: str | None, rank: int, num_layers:
         norm = NormShape("norm", shape.hidden_size, 1e-5, "norm")
         layer = QkvLinear(weight, heads, rope=heads.rope, norm=norm, dtype=torch.bfloat16, kernels=kernels)
         table = tuple(torch.empty(shape.num_tokens, 1, shape.head_dim // 2, dtype=torch.bfloat16) for _ in range(2))
-        adapter = None if method is None else TiedAdapter(AdapterPart.whole(_config(shape, method, rank, num_layers)))
+        adapter = None
+        if method is not None:
+            layers, target = tuple(range(1, num_layers + 1)), Target("qkv", shape.hidden_size, shape.rows, "column")
+            config = make_adapter_config(method, rank=rank, layers=layers, targets=(target,), seed=0)
+            adapter = TiedAdapter(AdapterPart.whole(config))
         inputs = [
             torch.empty(1, shape.num_tokens, shape.hidden_size, dtype=torch.bfloat16, requires_grad=True)
             for _ in range(num_layers)
@@ -120,8 +128,20 @@ def _bytes_of_layers(shape: QkvShape, method: str | None, rank: int, num_layers:
     return counter.found
 
 
-def _config(shape: QkvShape, method: str, rank: int, num_layers: int) -> Any:
-    layers = tuple(range(1, num_layers + 1))
-    return make_adapter_config(
-        method, rank=rank, layers=layers, targets=(Target("qkv", shape.hidden_size, shape.rows, "column"),), seed=0
-    )
+# What is kept for the backward pass ---------------------------------------------------------------------------------
+
+
+def saved_bytes_per_token(stage: Any, dtype: torch.dtype) -> float:
+    """Bytes that the stage's last block keeps of a sequence of 256 tokens, for each token, parameters left out."""
+    length, index = 256, stage.blocks[-1]
+    block = stage.layers[str(index)]
+    updates = stage.read_adapter()
+    hidden = stage.empty_hidden(1, length).normal_().requires_grad_()
+    context = block.attention.context(torch.arange(length)[None], dtype)  # saved once for all layers
+    found = (factor for update in updates.get(index, {}).values() for factor in update)
+    factors = (factor for factor in found if isinstance(factor, torch.Tensor))
+    held = {tensor.untyped_storage().data_ptr() for tensor in (*chain(*context.tables.values()), *factors)}
+    with saved_by_autograd(stage) as saved:
+        output = block(hidden, context, stage.tensor_parallel, update=updates.get(index))
+    assert output.shape == hidden.shape
+    return sum(tensor.untyped_storage().nbytes() for key, tensor in saved.items() if key not in held) / length

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 import psutil
@@ -143,11 +143,7 @@ class CpuSeconds:
         """The dearest files, and the sum of all."""
         dearest = sorted(self.files.items(), key=lambda entry: -entry[1].cpu)
         rows = [(cost, file) for file, cost in dearest[:FILES]]
-        total = FileCost(
-            sum(cost.cpu for cost in self.files.values()),
-            sum(cost.wall for cost in self.files.values()),
-            sum(cost.tests for cost in self.files.values()),
-        )
+        total = FileCost(*map(sum, zip(*map(astuple, self.files.values()), strict=True)))
         rows.append((total, f"all {len(self.files)} files"))
         head = f"{'CPU s':>8} {'wall s':>8} {'tests':>6}  file"
         return [head, *(f"{cost.cpu:8.1f} {cost.wall:8.1f} {cost.tests:6}  {name}" for cost, name in rows)]

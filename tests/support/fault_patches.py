@@ -7,9 +7,9 @@ it builds a model: it gets a MonkeyPatch, which takes the fault out again, and a
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,28 +17,26 @@ import torch
 from torch.autograd.function import once_differentiable
 
 RUNNING = "megatron_tiedlora.engine.runner"
-OPTIMIZERS = "megatron_tiedlora.engine.runner"
-BUILD = "megatron_tiedlora.training.build"
-ENGINE = "megatron_tiedlora.engine.engine"
+SUM = f"{RUNNING}.sum_gradients_"
+MARK = "megatron_tiedlora.training.build.mark_parameters"
+COUNTS = "megatron_tiedlora.engine.engine.gradient_norm_counts"
 ADAPTER = "megatron_tiedlora.adapters.tied_adapter"
 NORMED_LINEAR = "megatron_tiedlora.model.linears"
 STEP = "megatron_tiedlora.training.step"
 
 
-@contextmanager
-def apply_faults(faults: Sequence[dict[str, Any]]) -> Iterator[None]:
-    """The package with the faults in it, inside the block."""
-    with pytest.MonkeyPatch.context() as patch:
-        put_in(faults, patch)
-        yield
-
-
 def put_in(faults: Sequence[dict[str, Any]], patch: pytest.MonkeyPatch | None = None) -> None:
-    """`apply_faults` for good: a prelude of launch/train.py."""
+    """Put the faults into the package; without `patch` for good, as a prelude of launch/train.py."""
     patch = patch or pytest.MonkeyPatch()
     for fault in faults:
         arguments = {name: value for name, value in fault.items() if name != "name"}
         globals()[fault["name"]](patch, **arguments)
+
+
+def _wrap(patch: pytest.MonkeyPatch, path: str, function: Callable[..., Any]) -> None:
+    """Put `function`, whose first argument is the original, in the place of a module's function."""
+    module, _, name = path.rpartition(".")
+    patch.setattr(path, partial(function, getattr(importlib.import_module(module), name)))
 
 
 def no_gradient_guard(patch: pytest.MonkeyPatch) -> None:
@@ -56,38 +54,32 @@ def tied_sum_left_out(patch: pytest.MonkeyPatch) -> None:
 
 def _sum_over(patch: pytest.MonkeyPatch, others: Callable[[Any], Any]) -> None:
     """Gradients are summed over other groups."""
-    sum_gradients = importlib.import_module(OPTIMIZERS).sum_gradients_
-    patch.setattr(
-        f"{OPTIMIZERS}.sum_gradients_",
-        lambda adapters, groups, **keywords: sum_gradients(adapters, others(groups), **keywords),
-    )
+    _wrap(patch, SUM, lambda sums, adapters, groups, **keywords: sums(adapters, others(groups), **keywords))
 
 
 def tied_sum_counted_twice(patch: pytest.MonkeyPatch) -> None:
     """What was summed over the stages is summed over them again."""
-    sum_gradients = importlib.import_module(OPTIMIZERS).sum_gradients_
 
-    def twice(adapters: Any, groups: Any, **keywords: Any) -> Any:
+    def twice(sum_gradients: Any, adapters: Any, groups: Any, **keywords: Any) -> Any:
         assert groups.data.size == 1, "only tied gradients are summed again"
         missing = sum_gradients(adapters, groups, **keywords)
         sum_gradients(adapters, groups, engine_averages=True)
         return missing
 
-    patch.setattr(f"{OPTIMIZERS}.sum_gradients_", twice)
+    _wrap(patch, SUM, twice)
 
 
 def tied_sum_divided_twice(patch: pytest.MonkeyPatch) -> None:
     """The tied sum is divided by the data-parallel ranks, and then the engine takes their mean."""
-    sum_gradients = importlib.import_module(OPTIMIZERS).sum_gradients_
 
-    def divided(adapters: Any, groups: Any, **keywords: Any) -> Any:
+    def divided(sum_gradients: Any, adapters: Any, groups: Any, **keywords: Any) -> Any:
         missing = sum_gradients(adapters, groups, **keywords)
         for adapter in adapters.values():
             for name in ("A", "B"):
                 getattr(adapter, name).grad.div_(groups.data.size)
         return missing
 
-    patch.setattr(f"{OPTIMIZERS}.sum_gradients_", divided)
+    _wrap(patch, SUM, divided)
 
 
 # Sums over tensor-parallel ranks ----------------------------------------------------------------------------------
@@ -155,42 +147,32 @@ def shard_mark_forgotten(patch: pytest.MonkeyPatch) -> None:
 
 
 def _remark(patch: pytest.MonkeyPatch, mark: str) -> None:
-    mark_parameters = importlib.import_module(BUILD).mark_parameters
-
-    def forget(adapter: Any, groups: Any) -> None:
+    def forget(mark_parameters: Any, adapter: Any, groups: Any) -> None:
         mark_parameters(adapter, groups)
         for parameter in adapter.parameters():
             setattr(parameter, mark, False)
 
-    patch.setattr(f"{BUILD}.mark_parameters", forget)
+    _wrap(patch, MARK, forget)
 
 
 def tied_counted_per_stage(patch: pytest.MonkeyPatch) -> None:
     """ZeRO-0: the same as `replica_mark_forgotten`."""
-    counts = importlib.import_module(ENGINE).gradient_norm_counts
-    patch.setattr(
-        f"{ENGINE}.gradient_norm_counts",
-        lambda part, groups: list(dict.fromkeys([*counts(part, groups), *_of_rank_0(part, groups, ("A", "B"))])),
-    )
 
+    def per_stage(counts: Any, adapter: Any, groups: Any) -> list[str]:
+        tied = [n for n in "AB" if adapter.part.config.spec(n).dim is not None or groups.tensor.rank == 0]
+        return list(dict.fromkeys([*counts(adapter, groups), *tied]))
 
-def _of_rank_0(adapter: Any, groups: Any, names: Sequence[str]) -> list[str]:
-    return [name for name in names if adapter.part.config.spec(name).dim is not None or groups.tensor.rank == 0]
+    _wrap(patch, COUNTS, per_stage)
 
 
 def shards_counted_on_rank_0(patch: pytest.MonkeyPatch) -> None:
     """ZeRO-0: the same as `shard_mark_forgotten`."""
-    counts = importlib.import_module(ENGINE).gradient_norm_counts
-    patch.setattr(
-        f"{ENGINE}.gradient_norm_counts",
-        lambda adapter, groups: counts(adapter, groups) if groups.tensor.rank == 0 else [],
-    )
+    _wrap(patch, COUNTS, lambda counts, adapter, groups: [] if groups.tensor.rank else counts(adapter, groups))
 
 
 def replicas_counted_per_rank(patch: pytest.MonkeyPatch) -> None:
     """ZeRO-0: u counts on every tensor-parallel rank."""
-    counts = importlib.import_module(ENGINE).gradient_norm_counts
-    patch.setattr(f"{ENGINE}.gradient_norm_counts", lambda adapter, groups: sorted({*counts(adapter, groups), "u"}))
+    _wrap(patch, COUNTS, lambda counts, adapter, groups: sorted({*counts(adapter, groups), "u"}))
 
 
 # Start values and the loss ----------------------------------------------------------------------------------------
@@ -219,7 +201,7 @@ def loss_per_micro_batch(patch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module(RUNNING)
     of_step: list[float] = []  # what a mean of a micro-batch is divided by
     supervised: dict[int, int] = {}  # tokens of the micro-batch with these shares
-    find, weighted = module.Runner._supervised, module.Losses.weighted
+    find, accumulate, weighted = module.Runner._supervised, module.Runner.accumulate, module.Losses.weighted
 
     def noted(runner: Any, batch: Any) -> Any:
         supervised[id(batch.shares)] = max(int((batch.labels != -100).sum()), 1)
@@ -233,22 +215,19 @@ def loss_per_micro_batch(patch: pytest.MonkeyPatch) -> None:
         own = module.Losses({name: (supervised[id(shares)] * of_step[0],)}, losses.found)
         return weighted(own, found, shares)
 
-    def during_steps(accumulate: Callable[..., Any]) -> Callable[..., Any]:
-        def accumulated(runner: Any, batches: Any, *others: Any) -> Any:
-            # An engine divides by its accumulation steps, of which packed samples need fewer, and takes the mean.
-            by_engine = runner.engine.gradient_accumulation_steps() * runner.groups.data.size
-            share = 1 / by_engine if runner.optimizers.engine_steps else 1
-            of_step.append(len(batches) * runner.groups.data.size * share)
-            try:
-                return accumulate(runner, batches, *others)
-            finally:
-                of_step.clear()
-
-        return accumulated
+    def accumulated(runner: Any, batches: Any, *others: Any) -> Any:
+        # An engine divides by its accumulation steps, of which packed samples need fewer, and takes the mean.
+        by_engine = runner.engine.gradient_accumulation_steps() * runner.groups.data.size
+        share = 1 / by_engine if runner.optimizers.engine_steps else 1
+        of_step.append(len(batches) * runner.groups.data.size * share)
+        try:
+            return accumulate(runner, batches, *others)
+        finally:
+            of_step.clear()
 
     patch.setattr(module.Runner, "_supervised", noted)
     patch.setattr(module.Losses, "weighted", divided)
-    patch.setattr(module.Runner, "accumulate", during_steps(module.Runner.accumulate))
+    patch.setattr(module.Runner, "accumulate", accumulated)
 
 
 # Copies and gradients, for the run's own checks -------------------------------------------------------------------

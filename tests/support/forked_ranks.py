@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ranks import fork_server, redirect_output, start_and_join
+from ranks import fork_server, redirect_output
+from run_helpers import World
 from torch import distributed
 
 from megatron_tiedlora.parallel.groups import Grid, ParallelGroups, RankGroup
@@ -24,20 +25,22 @@ from megatron_tiedlora.parallel.groups import Grid, ParallelGroups, RankGroup
 def run_on_ranks(work: Callable[..., Any], *arguments: Any, ranks: int, folder: Path) -> list[Any]:
     """What `work(*arguments)`, a function that can be pickled, returns on each of `ranks` ranks, in rank order."""
     folder.mkdir(parents=True, exist_ok=True)
+    files = [(folder / f"rank{rank}.out", folder / f"rank{rank}.err") for rank in range(ranks)]
+    given = str(folder), ranks, work, arguments
     processes = [
-        fork_server().Process(target=_be_rank, args=(rank, ranks, str(folder), work, arguments), daemon=True)
-        for rank in range(ranks)
+        fork_server().Process(target=_be_rank, args=(rank, files[rank], *given), daemon=True) for rank in range(ranks)
     ]
-    codes = start_and_join(processes)
-    if any(codes):
-        logs = (f"--- rank {rank}\n{_log(folder, rank).read_text(errors='replace')[-3000:]}" for rank in range(ranks))
-        raise AssertionError(f"ranks ended with {codes}\n" + "\n".join(logs))
+    for process in processes:
+        process.start()
+    World(processes, files).wait().expect(0)
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(ranks)]
 
 
-def _be_rank(rank: int, ranks: int, folder: str, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+def _be_rank(
+    rank: int, files: tuple[Path, Path], folder: str, ranks: int, work: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(1)
-    redirect_output(_log(Path(folder), rank))
+    redirect_output(*files)
     try:
         distributed.init_process_group(
             "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks, timeout=timedelta(seconds=120)
@@ -48,10 +51,6 @@ def _be_rank(rank: int, ranks: int, folder: str, work: Callable[..., Any], argum
         sys.stderr.flush()
         os._exit(1)  # at once: another rank may wait for this one, and then so would the end of the group
     distributed.destroy_process_group()
-
-
-def _log(folder: Path, rank: int) -> Path:
-    return folder / f"rank{rank}.log"
 
 
 def group_of(ranks: list[int]) -> RankGroup:
@@ -65,15 +64,11 @@ def groups_of(grid: Grid) -> ParallelGroups:
     """All groups of this rank, by their definitions: ranks that agree in every coordinate but those named."""
 
     def group(*free: str) -> RankGroup:
-        def fixed(rank: int) -> tuple[int, ...]:
-            there = grid.at(rank)
+        def fixed(there: Grid) -> tuple[int, ...]:
             coordinates = {"pipeline": there.pp_rank, "data": there.dp_rank, "tensor": there.tp_rank}
             return tuple(value for name, value in coordinates.items() if name not in free)
 
-        members: dict[tuple[int, ...], list[int]] = {}
-        for rank in range(grid.world_size):
-            members.setdefault(fixed(rank), []).append(rank)
-        return {key: group_of(ranks) for key, ranks in members.items()}[fixed(grid.rank)]
+        return {key: group_of(ranks) for key, ranks in grid.groups(fixed).items()}[fixed(grid)]
 
     return ParallelGroups(
         tensor=group("tensor"),

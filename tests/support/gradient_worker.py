@@ -52,7 +52,6 @@ from megatron_tiedlora.parallel.groups import (
 C, T = TypeVar("C"), TypeVar("T")
 DTYPE = torch.float64
 SEED = 7  # of dropout
-ALONE_IN_ALL = ParallelGroups()
 ALPHA = 6.0  # another number than any rank here, so that a forgotten alpha / r shows
 
 
@@ -175,11 +174,11 @@ class Case:
     def arranged(self, samples: list[OracleBatch]) -> list[OracleBatch]:
         """Six samples in micro-batches."""
         multiple = self.layout[0] if self.sequence_parallel else 1
-        if not self.packed:
-            parts = [samples[2:3], samples[:2], samples[3:]]
-            return [pad_samples(part, multiple=multiple) for part in parts]
-        rows = [[samples[2:3]], [samples[:2], samples[3:4]], [samples[4:]]]
-        return [_packed([pack_samples(row) for row in part], multiple) for part in rows]
+        parts = [samples[2:3], samples[:2], samples[3:]]
+        if self.packed:
+            rows = [[samples[2:3]], [samples[:2], samples[3:4]], [samples[4:]]]
+            parts = [[pack_samples(row) for row in part] for part in rows]
+        return [pad_samples(part, multiple=multiple) for part in parts]
 
     @cached_property
     def stages(self) -> Stages:
@@ -198,16 +197,6 @@ def tokens_at_cuts(vocab_size: int) -> list[int]:
     """The last token before and the first after each cut of a vocabulary over 2, 3 and 4 ranks, and its last one."""
     cuts = {rank * -(-vocab_size // ranks) for ranks in (2, 3, 4) for rank in range(1, ranks)}
     return sorted({token for cut in cuts for token in (cut - 1, cut)} | {vocab_size - 1})
-
-
-def _packed(rows: list[OracleBatch], multiple: int) -> OracleBatch:
-    """Rows of documents, padded on the right with one more document."""
-    batch = pad_samples(rows, multiple=multiple)
-    positions, documents = torch.zeros_like(batch.input_ids), torch.full_like(batch.input_ids, 99)
-    for row, sample in enumerate(rows):
-        width = sample.input_ids.shape[1]
-        positions[row, :width], documents[row, :width] = sample.positions[0], sample.documents[0]
-    return OracleBatch(batch.input_ids, batch.labels, positions=positions, documents=documents)
 
 
 @dataclass(frozen=True)
@@ -262,22 +251,14 @@ def build_adapter(case: Case, grid: Grid) -> TiedAdapter:
     return adapter
 
 
-def build_stage(
-    case: Any,
-    bank: AdapterBank,
-    grid: Grid,
-    groups: ParallelGroups,
-    *,
-    base: str | None = None,
-    is_engines: bool = True,
-) -> Stage:
-    """This rank's stage of a case of one adapter or of several, with base weights in place, all fp64."""
+def build_stage(case: Case, bank: AdapterBank, grid: Grid, groups: ParallelGroups, *, is_engines: bool = True) -> Stage:
+    """This rank's stage of a case, or of several whose stages are the same, with base weights in place, all fp64."""
     specs = layer_specs(
         case.shape,
         dtype=DTYPE,
         tp_size=grid.tp_size,
         recomputes_gate=case.recompute == "selective",
-        make_weight=weight_maker(base),
+        make_weight=weight_maker(case.base),
     )
     stage = Stage(
         [specs[index] for index in case.stages[grid.pp_rank]],
@@ -291,22 +272,15 @@ def build_stage(
             if name.startswith("layers."):
                 parameter.view(torch.uint8).fill_(255)  # NaN, and as bits of scales too
     with BaseWeights(case.folder, case.shape) as weights:
-        fill_stage(stage, weights, case.shape, grid, groups)
+        load_base_weights(
+            weights,
+            frozen_weights(stage),
+            stage_weight_rules(case.shape, has_embedding=stage.embedding is not None),
+            tp_rank=grid.tp_rank,
+            tp_size=grid.tp_size,
+            largest=partial(largest_of_all, group=groups.tensor),
+        )
     return stage
-
-
-def fill_stage(
-    stage: Stage, weights: BaseWeights, shape: ModelShape, grid: Grid, groups: ParallelGroups = ALONE_IN_ALL
-) -> None:
-    """Read a rank's slices of the base into its stage."""
-    load_base_weights(
-        weights,
-        frozen_weights(stage),
-        stage_weight_rules(shape, has_embedding=stage.embedding is not None),
-        tp_rank=grid.tp_rank,
-        tp_size=grid.tp_size,
-        largest=partial(largest_of_all, group=groups.tensor),
-    )
 
 
 def run_case(case: Case, grid: Grid, groups: ParallelGroups) -> Outcome:
@@ -314,8 +288,8 @@ def run_case(case: Case, grid: Grid, groups: ParallelGroups) -> Outcome:
     adapter: Any = build_adapter(case, grid)
     adapter.u_sum = sum_of_u(groups) if grid.tp_size > 1 else None  # as for an engine that steps it
     bank = AdapterBank({ONLY: adapter}, {ONLY: Dropout(case.dropout, SEED)} if case.dropout else None)
-    stage = build_stage(case, bank, grid, groups, base=case.base)
-    walk = Walk(case, stage, grid, groups)
+    stage = build_stage(case, bank, grid, groups)
+    walk = Walk(stage, grid)
     num_supervised = sum(sample.num_supervised for sample in case.samples)
     counter, tied_counter = (TrafficCounter(named_handles(groups)) for _ in range(2))
     batches = case.micro_batches[grid.dp_rank :: grid.dp_size]
@@ -325,8 +299,16 @@ def run_case(case: Case, grid: Grid, groups: ParallelGroups) -> Outcome:
         adapter.u_sum.start(len(batches))
     with counter if case.counted else nullcontext():
         for batch, drawn in zip(batches, numbers, strict=True):
-            value, gradient = walk.train(batch, num_supervised, drawn if case.dropout else None)
-            loss += value
+            value, gradient = walk.train(
+                batch.input_ids,
+                _position_ids(batch),
+                batch.labels,
+                num_supervised,
+                in_stage=grid.pp_size == 1 and not case.packed,  # as an engine of one stage calls it
+                documents=batch.documents,
+                numbers=drawn if case.dropout else None,
+            )
+            loss += float(value)
             input_gradients += [] if gradient is None else [float(gradient.abs().max())]
     if stage.anchor is not None:  # what an engine needs of a stage without a trained tensor
         assert stage.anchor.grad is not None and not stage.anchor.grad.any()
@@ -355,37 +337,51 @@ def run_case(case: Case, grid: Grid, groups: ParallelGroups) -> Outcome:
 class Walk:
     """A micro-batch through the stages, one at a time."""
 
-    case: Case
     stage: Stage
     grid: Grid
-    groups: ParallelGroups
 
     def train(
-        self, batch: OracleBatch, num_supervised: int, numbers: torch.Tensor | None
-    ) -> tuple[float, torch.Tensor | None]:
-        """(loss, gradient of what came from the stage before)."""
-        inputs = self._inputs(batch)
-        if self.grid.pp_size == 1 and not self.case.packed:  # as an engine of one stage calls it
-            summed = self.stage(batch.input_ids, _position_ids(batch), batch.labels, numbers=numbers)
-            loss = summed / num_supervised
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        labels: Any,
+        weight: float | torch.Tensor,
+        *,
+        in_stage: bool = False,
+        **more: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Forward and back.
+
+        Args:
+            labels: as the stage takes them, which gets them itself where the loss is computed `in_stage`.
+            weight: what the losses are divided by.
+            more: for the stage.
+
+        Returns:
+            the losses, 0 before the last stage, and the gradient of what came from the stage before.
+        """
+        inputs, losses = self._inputs(tokens), torch.zeros(())
+        output = self.stage(inputs, positions, labels if in_stage else None, **more)
+        if self._is_last:
+            summed = output if in_stage else self.stage.tail.loss(output, labels, self.stage.tensor_parallel)
+            losses = summed / weight
+            losses.sum().backward()
         else:
-            output = self.stage(inputs, _position_ids(batch), documents=batch.documents, numbers=numbers)
-            if not self._is_last:
-                distributed.send(output.detach().contiguous(), dst=self._rank_of(self.grid.pp_rank + 1))
-                gradient = torch.empty_like(output)
-                distributed.recv(gradient, src=self._rank_of(self.grid.pp_rank + 1))
-                output.backward(gradient)
-                return 0.0, self._send_back(inputs)
-            loss = self.stage.tail.loss(output, batch.labels, self.stage.tensor_parallel) / num_supervised
-        loss.backward()
-        return float(loss.detach()), self._send_back(inputs)
+            distributed.send(output.detach().contiguous(), dst=self._neighbour(1))
+            gradient = torch.empty_like(output)
+            distributed.recv(gradient, src=self._neighbour(1))
+            output.backward(gradient)
+        if self.grid.pp_rank:
+            assert inputs.grad is not None, "the stage before waits for a gradient"
+            distributed.send(inputs.grad.contiguous(), dst=self._neighbour(-1))
+        return losses.detach(), inputs.grad
 
     @torch.no_grad()
     def logits(self, batch: OracleBatch) -> torch.Tensor | None:
         """(b, s, V) on the last stage."""
-        output = self.stage(self._inputs(batch), _position_ids(batch), documents=batch.documents)
+        output = self.stage(self._inputs(batch.input_ids), _position_ids(batch), documents=batch.documents)
         if not self._is_last:
-            distributed.send(output.contiguous(), dst=self._rank_of(self.grid.pp_rank + 1))
+            distributed.send(output.contiguous(), dst=self._neighbour(1))
             return None
         return self.stage.tail.logits(output, self.stage.tensor_parallel)
 
@@ -393,25 +389,17 @@ class Walk:
     def _is_last(self) -> bool:
         return self.grid.pp_rank == self.grid.pp_size - 1
 
-    def _rank_of(self, pp_rank: int) -> int:
-        return self.grid.rank_of(pp_rank=pp_rank, dp_rank=self.grid.dp_rank, tp_rank=self.grid.tp_rank)
+    def _neighbour(self, step: int) -> int:
+        """The rank with this rank's part of the stage behind (1) or before (-1)."""
+        grid = self.grid
+        return grid.rank_of(pp_rank=grid.pp_rank + step, dp_rank=grid.dp_rank, tp_rank=grid.tp_rank)
 
-    def _inputs(self, batch: OracleBatch) -> torch.Tensor:
+    def _inputs(self, tokens: torch.Tensor) -> torch.Tensor:
         if self.grid.pp_rank == 0:
-            return batch.input_ids
-        parts = self.grid.tp_size if self.case.sequence_parallel else 1
-        size, length = batch.input_ids.shape
-        shape = (1, size * length // parts) if self.case.sequence_parallel else (size, length)
-        hidden = torch.empty(*shape, self.case.shape.hidden_size, dtype=DTYPE)
-        distributed.recv(hidden, src=self._rank_of(self.grid.pp_rank - 1))
+            return tokens
+        hidden = self.stage.empty_hidden(*tokens.shape)
+        distributed.recv(hidden, src=self._neighbour(-1))
         return hidden.requires_grad_()
-
-    def _send_back(self, inputs: torch.Tensor) -> torch.Tensor | None:
-        if self.grid.pp_rank == 0:
-            return None
-        assert inputs.grad is not None, "the stage before waits for a gradient"
-        distributed.send(inputs.grad.contiguous(), dst=self._rank_of(self.grid.pp_rank - 1))
-        return inputs.grad
 
 
 def _position_ids(batch: OracleBatch) -> torch.Tensor:
@@ -421,35 +409,23 @@ def _position_ids(batch: OracleBatch) -> torch.Tensor:
     return batch.positions
 
 
-def joined_gradients(case: Case, outcomes: list[Outcome]) -> dict[str, torch.Tensor]:
-    """Full gradients out of all ranks' parts."""
-    return joined(case, [outcome.gradients for outcome in outcomes])
-
-
 def joined(case: Case, parts: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Full trained tensors out of all ranks' parts; every copy that should be equal must be so, bit for bit."""
-    config = case.adapter_config
-    world = Grid(0, len(parts), tp_size=case.layout[0], pp_size=case.layout[1])
+    config, tp_size = case.adapter_config, case.layout[0]
+    world = Grid(0, len(parts), tp_size=tp_size, pp_size=case.layout[1])
     full: dict[str, torch.Tensor] = {}
     for name in case.adapter.trained:
         spec, tied = config.spec(name), config.is_tied(name)
-        by_stage = []
-        for pp_rank in range(world.pp_size):
-            if not tied and not case.part(world.at(world.rank_of(pp_rank=pp_rank))).layers:
+        by_stage: dict[int, torch.Tensor] = {}
+        for first in range(0, len(parts), tp_size):  # of each tensor-parallel group
+            grid = world.at(first)
+            if not tied and not case.part(grid).layers:
                 continue
-            copies = [
-                [
-                    parts[world.rank_of(pp_rank=pp_rank, dp_rank=dp_rank, tp_rank=tp_rank)][name]
-                    for tp_rank in range(world.tp_size)
-                ]
-                for dp_rank in range(world.dp_size)
-            ]
-            for other in copies[1:]:
-                assert all(map(torch.equal, other, copies[0])), f"{name} differs between data-parallel ranks: {case}"
+            shards = [part[name] for part in parts[first : first + tp_size]]
             if spec.dim is None:
-                assert all(torch.equal(part, copies[0][0]) for part in copies[0]), f"{name} differs over TP: {case}"
-            by_stage.append(spec.join(copies[0]))
-        if tied:
-            assert all(torch.equal(other, by_stage[0]) for other in by_stage), f"{name} differs over stages: {case}"
-        full[name] = by_stage[0] if tied else torch.cat(by_stage)
+                assert all(torch.equal(shard, shards[0]) for shard in shards), f"{name} differs over TP: {case}"
+            whole = spec.join(shards)
+            known = by_stage.setdefault(0 if tied else grid.pp_rank, whole)
+            assert torch.equal(known, whole), f"{name} differs between data-parallel ranks or stages: {case}"
+        full[name] = by_stage[0] if tied else torch.cat(list(by_stage.values()))
     return full

@@ -9,7 +9,7 @@ import torch
 from native_files import write_native
 from oracle import OracleConfig
 from peft_models import logits_of
-from tiny_models import random_adapter, write_tiny_model
+from tiny_models import EOS_ID, random_adapter, write_tiny_model
 
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
@@ -30,6 +30,14 @@ def hf_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+
+def greedy_tokens(model: Any, prompt: list[int], count: int, *, eos: int | None = None) -> list[int]:
+    """What a model of transformers decodes, `count` tokens or those before `eos`."""
+    ids = torch.tensor([prompt])
+    more = {"attention_mask": torch.ones_like(ids), "do_sample": False, "eos_token_id": eos, "pad_token_id": EOS_ID}
+    tokens: list[int] = model.generate(ids, max_new_tokens=count, **more)[0, len(prompt) :].tolist()
+    return tokens[: tokens.index(eos)] if eos in tokens else tokens
 
 
 def peft_logits(base: Path, folder: Path) -> torch.Tensor:

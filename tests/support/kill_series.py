@@ -133,9 +133,10 @@ def _unfinished(folder: Path) -> list[Path]:
 
 
 def _where(runs: list[Path], *, last: int) -> str:
-    if any(_unfinished(own) or _unfinished(own / "checkpoints") for own in runs):
-        return "in a save" if _last_step(runs) < last else "after the last step"
-    return "in steps" if _last_step(runs) < last else "after the last step"
+    if _last_step(runs) >= last:
+        return "after the last step"
+    saving = any(_unfinished(own) or _unfinished(own / "checkpoints") for own in runs)
+    return "in a save" if saving else "in steps"
 
 
 def _last_step(runs: list[Path]) -> int:

@@ -11,8 +11,8 @@ the schedule and the optimizers. Left to others: checkpoints of the base, tokeni
 
 Precision. The base runs in the dtype of `weights` (fp64, fp32 or bf16). Norms, softmax and the loss run in
 max(fp32, that dtype): fp32 for a bf16 or fp32 base, fp64 for an fp64 base (transformers stays at fp32 there, a
-difference of about 1e-8). Rotary frequencies and angles are computed in `rope_dtype`, fp32 by default as in
-transformers and in the package, and only their cosines and sines are cast to the dtype of the base.
+difference of about 1e-8). Rotary frequencies and angles are computed in fp32, as in transformers and in the package,
+and only their cosines and sines are cast to the dtype of the base.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from oracle_adapter import TARGET_PARTS, OracleAdapter, adapter_update
-from oracle_rope import rope_amplitude, rope_frequencies, rotate
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import embedding, linear
@@ -175,6 +174,70 @@ def merged_weights(weights: Mapping[str, Tensor], config: OracleConfig, adapter:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The rotary embedding, frequency by frequency
+
+
+def rope_frequencies(theta: float, size: int, scaling: Mapping[str, Any] | None) -> Tensor:
+    """(size / 2,) angles per position of the first `size` elements of a head.
+
+    Args:
+        scaling: None, or the fields of a config's `rope_parameters` with their defaults filled in.
+    """
+    exponents = torch.arange(0, size, 2).to(torch.float32) / size
+    plain = 1.0 / theta**exponents
+    if scaling is None:
+        return plain
+    kind = scaling["rope_type"]
+    if kind == "linear":
+        return torch.stack([frequency / scaling["factor"] for frequency in plain])
+    if kind == "longrope":
+        return torch.stack([f / divisor for f, divisor in zip(plain, scaling["short_factor"], strict=True)])
+    blend = {"llama3": _llama3_share, "yarn": _yarn_share}[kind]
+    stretched = []
+    for index, frequency in enumerate(plain):
+        share = blend(index, float(frequency), theta, size, scaling)
+        stretched.append(share * frequency + (1 - share) * frequency / scaling["factor"])
+    return torch.stack(stretched)
+
+
+def _llama3_share(index: int, frequency: float, theta: float, size: int, scaling: Mapping[str, Any]) -> float:
+    """1 for a fast frequency, 0 for a slow one, and linear in the number of turns in between."""
+    turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    return min(max((turns - low) / (high - low), 0.0), 1.0)
+
+
+def _yarn_share(index: int, frequency: float, theta: float, size: int, scaling: Mapping[str, Any]) -> float:
+    """1 before the index that turns beta_fast times, 0 after the one that turns beta_slow times, linear in between."""
+
+    def at(turns: float) -> float:
+        return size / 2 * math.log(scaling["original_max_position_embeddings"] / (2 * math.pi * turns), theta)
+
+    first = max(math.floor(at(scaling.get("beta_fast", 32))), 0)
+    last = min(math.ceil(at(scaling.get("beta_slow", 1))), size - 1)
+    return 1 - min(max((index - first) / max(last - first, 0.001), 0.0), 1.0)
+
+
+def rope_amplitude(scaling: Mapping[str, Any] | None, max_positions: int) -> float:
+    """What cosines and sines are multiplied by."""
+    if scaling is None or scaling["rope_type"] not in ("yarn", "longrope"):
+        return 1.0
+    if scaling.get("attention_factor"):
+        return float(scaling["attention_factor"])
+    if scaling["rope_type"] == "yarn":
+        return 0.1 * math.log(scaling["factor"]) + 1
+    original = scaling["original_max_position_embeddings"]
+    return math.sqrt(1 + math.log(max_positions / original) / math.log(original))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn pairs at the beginning of x (S, head_dim), HF's half-rotation; cos and sin (S, n / 2) turn n elements."""
+    size = cos.shape[-1]
+    first, second, rest = x[:, :size], x[:, size : 2 * size], x[:, 2 * size :]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The forward pass
 
 
@@ -183,20 +246,16 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight * x / sqrt(mean(x^2) + eps); the quotient is rounded to x's dtype before the product, as transformers."""
-    wide = x.to(_wide(x.dtype))
-    return weight * (wide / (wide.square().mean(dim=-1, keepdim=True) + eps).sqrt()).to(x.dtype)
-
-
 def norm(x: Tensor, weights: Mapping[str, Tensor], prefix: str, eps: float) -> Tensor:
-    """The norm at `prefix`: RMS, or where a bias is stored LayerNorm, which is rounded once as torch's is."""
+    """The norm at `prefix`: RMS, weight * x / sqrt(mean(x^2) + eps), or where a bias is stored LayerNorm.
+
+    The quotient of the first is rounded to the dtype of x before the product, as in transformers; the second once.
+    """
     weight, bias = weights[f"{prefix}.weight"], weights.get(f"{prefix}.bias")
-    if bias is None:
-        return rms_norm(x, weight, eps)
     wide = x.to(_wide(x.dtype))
-    centred = wide - wide.mean(dim=-1, keepdim=True)
-    return (centred / (centred.square().mean(dim=-1, keepdim=True) + eps).sqrt() * weight + bias).to(x.dtype)
+    centred = wide if bias is None else wide - wide.mean(dim=-1, keepdim=True)
+    quotient = centred / (centred.square().mean(dim=-1, keepdim=True) + eps).sqrt()
+    return weight * quotient.to(x.dtype) if bias is None else (quotient * weight + bias).to(x.dtype)
 
 
 def _norm_heads(rows: Tensor, weights: Mapping[str, Tensor], prefix: str, config: OracleConfig) -> Tensor:
@@ -208,10 +267,6 @@ def _norm_heads(rows: Tensor, weights: Mapping[str, Tensor], prefix: str, config
     return torch.cat([norm(head, weights, prefix, config.norm_eps) for head in rows.split(config.head_dim, -1)], dim=-1)
 
 
-def _project(x: Tensor, weights: Mapping[str, Tensor], prefix: str) -> Tensor:
-    return linear(x, weights[f"{prefix}.weight"], weights.get(f"{prefix}.bias"))
-
-
 def _linears(
     x: Tensor,
     weights: Mapping[str, Tensor],
@@ -219,15 +274,15 @@ def _linears(
     adapter: OracleAdapter | None,
     target: str,
     layer: int,
-    update_dtype: torch.dtype | None,
     drop: Drop | None,
 ) -> list[Tensor]:
     """The linears of a target in the 1-based `layer`, each a product of its own, with their rows of the update."""
-    parts = [_project(x, weights, f"model.layers.{layer - 1}.{module}") for module in TARGET_PARTS[target].values()]
+    names = [f"model.layers.{layer - 1}.{module}" for module in TARGET_PARTS[target].values()]
+    parts = [linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias")) for name in names]
     if adapter is None or adapter.of_layer(layer, target) is None:
         return parts
     dropped = x if drop is None else drop(x, layer, target)
-    update = adapter_update(dropped, adapter, layer, update_dtype, target=target)
+    update = adapter_update(dropped, adapter, layer, target)
     return [part + rows for part, rows in zip(parts, update.split(config.target_rows(target), dim=-1), strict=True)]
 
 
@@ -246,10 +301,6 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, config: OracleC
     return torch.cat(heads, dim=-1)
 
 
-def _rotate_heads(x: Tensor, cos: Tensor, sin: Tensor, head_dim: int) -> Tensor:
-    return torch.cat([rotate(head, cos, sin) for head in x.split(head_dim, dim=-1)], dim=-1)
-
-
 def _logits_of_sequence(
     weights: Mapping[str, Tensor],
     config: OracleConfig,
@@ -257,20 +308,18 @@ def _logits_of_sequence(
     tokens: Tensor,
     visible: Tensor,
     positions: Tensor,
-    rope_dtype: torch.dtype,
-    update_dtype: torch.dtype | None,
     drop: Drop | None,
 ) -> Tensor:
     """tokens and positions (S,), visible (S, S) -> (S, vocabulary)."""
 
     def linears(x: Tensor, target: str, layer: int) -> list[Tensor]:
-        return _linears(x, weights, config, adapter, target, layer, update_dtype, drop)
+        return _linears(x, weights, config, adapter, target, layer, drop)
 
     x = embedding(tokens, weights["model.embed_tokens.weight"])
     size = int(config.head_dim * config.rotary_share)
 
     def table(theta: float, scaling: Mapping[str, Any] | None) -> tuple[Tensor, Tensor]:
-        angles = positions.to(rope_dtype)[:, None] * rope_frequencies(theta, size, scaling, rope_dtype)
+        angles = positions.to(torch.float32)[:, None] * rope_frequencies(theta, size, scaling)
         amplitude = rope_amplitude(scaling, config.max_positions)
         return (amplitude * angles.cos()).to(x.dtype), (amplitude * angles.sin()).to(x.dtype)
 
@@ -286,7 +335,8 @@ def _logits_of_sequence(
         q, k = (_norm_heads(x, weights, f"{layer}.self_attn.{n}_norm", config) for n, x in (("q", q), ("k", k)))
         if config.rotates is None or config.rotates[index]:
             cos, sin = tables[config.windowed is not None and config.windowed[index]]
-            q, k = (_rotate_heads(rows, cos, sin, config.head_dim) for rows in (q, k))
+            heads = ([rotate(head, cos, sin) for head in rows.split(config.head_dim, dim=-1)] for rows in (q, k))
+            q, k = (torch.cat(some, dim=-1) for some in heads)
         (output,) = linears(_attention(q, k, v, visible, config), "o_proj", index + 1)
         if behind:
             output = norm(output, weights, f"{layer}.post_attention_layernorm", config.norm_eps)
@@ -310,8 +360,6 @@ def oracle_logits(
     positions: Tensor | None = None,
     *,
     documents: Tensor | None = None,
-    rope_dtype: torch.dtype = torch.float32,
-    update_dtype: torch.dtype | None = None,
     drops: Sequence[Drop] | None = None,
 ) -> Tensor:
     """Logits (B, S, vocabulary) in the dtype of `weights` (HF names), each sequence on its own.
@@ -324,7 +372,6 @@ def oracle_logits(
         positions: (B, S) for the rotary embedding; 0, 1, 2, ... by default, also under left padding (transformers does
             the same; only differences of positions matter).
         documents: (B, S) ids of packed documents; a token sees only its own. Positions do not restart by themselves.
-        update_dtype: where the adapter's product is computed, by default the dtype of `weights`.
         drops: dropout of the adapter's inputs, one function for each sequence.
     """
     batch, length = input_ids.shape
@@ -338,6 +385,5 @@ def oracle_logits(
             visible &= documents[b][:, None] == documents[b][None, :]
         visible |= torch.eye(length).bool()
         drop = None if drops is None else drops[b]
-        tokens = input_ids[b], visible, positions[b]
-        rows.append(_logits_of_sequence(weights, config, adapter, *tokens, rope_dtype, update_dtype, drop))
+        rows.append(_logits_of_sequence(weights, config, adapter, input_ids[b], visible, positions[b], drop))
     return torch.stack(rows)

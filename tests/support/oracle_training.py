@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from oracle import IGNORED_LABEL, Drop, OracleAdapter, OracleConfig, _wide, oracle_logits
@@ -47,7 +46,6 @@ def oracle_loss(
     config: OracleConfig,
     adapter: OracleAdapter | None,
     global_batch: Sequence[OracleBatch],
-    **precision: Any,
 ) -> Tensor:
     """Sum of token losses over all parts / number of supervised tokens in all parts. Scalar.
 
@@ -68,7 +66,6 @@ def oracle_loss(
             part.positions,
             documents=part.documents,
             drops=part.drops,
-            **precision,
         )
         total = total + token_losses(logits, part.labels).sum()
     return total / num_supervised
@@ -79,11 +76,10 @@ def oracle_gradients(
     config: OracleConfig,
     adapter: OracleAdapter,
     global_batch: Sequence[OracleBatch],
-    **precision: Any,
 ) -> tuple[float, dict[str, Tensor]]:
     """Loss, and the gradient of each trained tensor (in that tensor's dtype and full shape) by name."""
     leaves = adapter.leaves()
-    loss = oracle_loss(weights, config, leaves, global_batch, **precision)
+    loss = oracle_loss(weights, config, leaves, global_batch)
     gradients = torch.autograd.grad(loss, [leaves.tensors[name] for name in leaves.trained])
     return loss.item(), dict(zip(leaves.trained, gradients, strict=True))
 
@@ -101,11 +97,6 @@ def oracle_learning_rate(step: int, *, learning_rate: float, warmup_steps: int, 
     return learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (max_steps - warmup_steps)))
 
 
-def global_norm(gradients: Mapping[str, Tensor]) -> float:
-    """Each named tensor once, whatever number of layers uses it."""
-    return math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients.values()))
-
-
 @dataclass(frozen=True)
 class OracleRun:
     """What a training run leaves; the lists have one entry a step, read before that step's update."""
@@ -114,8 +105,6 @@ class OracleRun:
     grad_norms: list[float]  # before clipping
     learning_rates: list[float]
     adapter: OracleAdapter  # after the last step
-    first_moments: dict[str, Tensor] = field(default_factory=dict)  # by tensor name; empty for SGD
-    second_moments: dict[str, Tensor] = field(default_factory=dict)
     gradients: list[dict[str, Tensor]] = field(default_factory=list)  # before clipping; only with keep_gradients
 
 
@@ -131,10 +120,7 @@ def oracle_train(
     weight_decay: float = 0.0,
     max_grad_norm: float = 0.0,
     optimizer: str = "adamw",
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
     keep_gradients: bool = False,
-    **precision: Any,
 ) -> OracleRun:
     """One update per entry of `steps`, each a global batch; the adapter handed in is not changed.
 
@@ -143,17 +129,17 @@ def oracle_train(
         weight_decay: decoupled (p -= lr * decay * p, before the update), on every trained tensor, u and v included.
         max_grad_norm: gradients are scaled by min(1, max_grad_norm / (norm + 1e-6)); 0 switches clipping off.
         optimizer: "adamw" or "sgd" (p -= lr * g after the same decay; its errors of scale are not hidden by Adam).
-        precision: rope_dtype and update_dtype of `oracle_logits`.
     """
     assert optimizer in ("adamw", "sgd"), optimizer
     adapter = adapter.leaves()
     parameters = {name: adapter.tensors[name] for name in adapter.trained}
-    mean = {name: torch.zeros_like(p) for name, p in parameters.items()}
-    square = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    mean, square = ({name: torch.zeros_like(p) for name, p in parameters.items()} for _ in range(2))
+    betas = 0.9, 0.999
     run = OracleRun([], [], [], adapter)
     for step, global_batch in enumerate(steps):
-        loss, gradients = oracle_gradients(weights, config, adapter, global_batch, **precision)
-        norm = global_norm(gradients)
+        loss, gradients = oracle_gradients(weights, config, adapter, global_batch)
+        # Each named tensor once, whatever number of layers uses it.
+        norm = math.sqrt(sum(float(gradient.double().square().sum()) for gradient in gradients.values()))
         rate = oracle_learning_rate(
             step, learning_rate=learning_rate, warmup_steps=warmup_steps, max_steps=max_steps or len(steps)
         )
@@ -175,9 +161,7 @@ def oracle_train(
             square[name] = betas[1] * square[name] + (1 - betas[1]) * gradient**2
             mean_hat = mean[name] / (1 - betas[0] ** (step + 1))
             square_hat = square[name] / (1 - betas[1] ** (step + 1))
-            updated[name] = value - rate * mean_hat / (square_hat.sqrt() + eps)
+            updated[name] = value - rate * mean_hat / (square_hat.sqrt() + 1e-8)
         adapter = adapter.with_tensors(**updated)
         parameters = updated
-    moments = (mean, square) if optimizer == "adamw" else ({}, {})
-    final = adapter.with_tensors(**{name: tensor.detach() for name, tensor in adapter.tensors.items()})
-    return replace(run, adapter=final, first_moments=moments[0], second_moments=moments[1])
+    return replace(run, adapter=adapter.with_tensors(**{n: tensor.detach() for n, tensor in adapter.tensors.items()}))

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from engine_runs import write_uneven_data
-from layout_runs import settings_of
+from engine_runs import settings_of, write_uneven_data
 from oracle import OracleAdapter, OracleConfig
-from oracle_adapter import TARGET_PARTS
+from oracle_adapter import TARGET_PARTS, tensor_name
 from tiny_models import BOS_ID, EOS_ID
 
 STEPS, ROWS, RANK, ALPHA = 20, 8, 3, 6.0
@@ -47,29 +46,41 @@ def samples(settings: dict[str, Any]) -> Iterator[tuple[torch.Tensor, torch.Tens
         yield tokens, labels
 
 
-def all_linear_lora(
-    base: Any, start: OracleAdapter, sizes: OracleConfig
-) -> tuple[Any, dict[tuple[str, int, str], Any]]:
+Tensors = dict[str, torch.Tensor]
+Trained = tuple[Any, Callable[[], Tensors]]
+"""PEFT's model, and its tensors by this package's names as they are when asked for."""
+
+
+def through_lora_on_all_linears(base: Any, start: OracleAdapter) -> Trained:
     """PEFT's LoRA on all linears of `base`, a model of transformers, with the factors of `start`.
 
-    Modules that a target fuses share one A. Returned with it: (A, B) of each target, layer and part ("q").
+    Modules that a target fuses share one A.
     """
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=start.rank, lora_alpha=start.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(base, config)
-    factors: dict[tuple[str, int, str], Any] = {}
+    sizes, factors = OracleConfig.from_folder(Path(base.name_or_path)), dict[str, list[tuple[Any, list[Any]]]]()
     for target, parts in TARGET_PARTS.items():
         for index, layer in enumerate(start.layers):
             a, b = (start.tensor(target, factor)[index] for factor in "AB")
-            shared = torch.nn.Parameter(a.clone())
-            for (part, name), rows in zip(parts.items(), b.split(sizes.target_rows(target)), strict=True):
+            shared, stacked = torch.nn.Parameter(a.clone()), list[Any]()
+            for name, rows in zip(parts.values(), b.split(sizes.target_rows(target)), strict=True):
                 module = model.get_submodule(f"base_model.model.model.layers.{layer - 1}.{name}")
                 module.lora_A["default"].weight = shared
                 with torch.no_grad():
                     module.lora_B["default"].weight.copy_(rows)
-                factors[target, layer, part] = shared, module.lora_B["default"].weight
-    return model, factors
+                stacked.append(module.lora_B["default"].weight)
+            factors.setdefault(target, []).append((shared, stacked))
+
+    def found() -> Tensors:
+        tensors = {}
+        for target, of_layers in factors.items():
+            tensors[tensor_name(target, "A")] = torch.stack([a.detach() for a, _ in of_layers])
+            tensors[tensor_name(target, "B")] = torch.stack([torch.cat(rows).detach() for _, rows in of_layers])
+        return tensors
+
+    return model, found
 
 
 def peft_losses(model: Any, trained: Sequence[torch.nn.Parameter], settings: dict[str, Any]) -> list[float]:

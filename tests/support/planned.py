@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import combinations
 from typing import Any, NamedTuple
 
 from megatron_tiedlora.base.messages import UserError
@@ -128,6 +129,24 @@ def step_parts(
     by_stage = [{batch: seconds_of(stage, batch) for batch in set(batches)} for stage in stages]
     sums = max(sum(term.seconds for term in sum_terms(stage, batches, links, machine)) for stage in stages)
     return StepParts(batches, by_stage, sums, machine["step"])
+
+
+# Cuts of a list of layers into stages, for searching all --------------------------------------------------------------
+
+
+def all_cuts(num_layers: int, num_stages: int) -> Iterator[list[range]]:
+    """Every contiguous cut of layers 0 to num_layers - 1 whose stages each have a block."""
+    blocks = set(range(1, num_layers - 1))
+    for cuts in combinations(range(1, num_layers), num_stages - 1):
+        stages = [range(a, b) for a, b in zip((0, *cuts), (*cuts, num_layers), strict=True)]
+        if all(blocks & set(stage) for stage in stages):
+            yield stages
+
+
+def cost_key(costs: Sequence[float], stages: Sequence[range]) -> tuple[float, float]:
+    """(largest cost of a stage, sum of squares): what is to be least, in this order."""
+    sums = [sum(costs[index] for index in stage) for stage in stages]
+    return max(sums), sum(value * value for value in sums)
 
 
 # Orders of passes, of which the library has one -----------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Imported by the server that ranks are forked from: what each rank would import and look up by itself.
 
 A rank that imports all of it works for 9 s. A forked one works for 0.1 s before it reads its first row, and for 0.8 s
-where the server has not called the functions below and imported what they need.
+where the server has not done what is below and imported what that needs.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import gc
 import importlib
 import io
 import os
+from typing import Any
 
 import torch
 
@@ -41,48 +42,30 @@ MODULES = (
 )
 
 
-def probe_builders() -> None:
-    """DeepSpeed asks the compiler which of its operations can be built, once in each process that was not told."""
-    import deepspeed
-
-    assert deepspeed.ops.__compatible_ops__
-
-
-def import_muon() -> None:
-    """As an engine does."""
-    from megatron_tiedlora.engine.engine import import_muon_uncompiled
-
-    import_muon_uncompiled()
-
-
-def draw_once() -> None:
-    """The first figure of a process finds its fonts."""
-    from matplotlib import pyplot
-
-    pyplot.switch_backend("agg")
-    figure, axes = pyplot.subplots()
-    axes.plot([1, 2], [3, 4], label="train")
-    axes.set_xlabel("step")
-    axes.legend()
-    figure.savefig(io.BytesIO(), format="png")
-    pyplot.close(figure)
-
-
-def measure_once() -> None:
-    """The peak that a run measures, a quarter of a second of matmuls, is kept for the ranks."""
-    from megatron_tiedlora.training import throughput
-
-    throughput.measured_peak = functools.cache(throughput.measured_peak)
-    throughput.measured_peak(torch.device("cpu"), torch.float32)
-
-
 gc.disable()  # imports make objects that stay
 for module in MODULES:
     importlib.import_module(module)
-probe_builders()
-import_muon()
-draw_once()
-measure_once()
+
+# DeepSpeed asks the compiler which of its operations can be built, once in each process that was not told; an engine
+# imports Muon.
+assert importlib.import_module("deepspeed").ops.__compatible_ops__
+importlib.import_module("megatron_tiedlora.engine.engine").import_muon_uncompiled()
+
+# The first figure of a process finds its fonts.
+pyplot = importlib.import_module("matplotlib.pyplot")
+pyplot.switch_backend("agg")
+figure, axes = pyplot.subplots()
+axes.plot([1, 2], [3, 4], label="train")
+axes.set_xlabel("step")
+axes.legend()
+figure.savefig(io.BytesIO(), format="png")
+pyplot.close(figure)
+
+# The peak that a run measures, a quarter of a second of matmuls, is kept for the ranks.
+throughput: Any = importlib.import_module("megatron_tiedlora.training.throughput")
+throughput.measured_peak = functools.cache(throughput.measured_peak)
+throughput.measured_peak(torch.device("cpu"), torch.float32)
+
 gc.enable()
 gc.set_threshold(20_000)  # ranks make many objects and few cycles: their collections took 5 % of all tests' time
 gc.freeze()  # else a collection in a rank writes to, and so copies, the pages of all that was imported here

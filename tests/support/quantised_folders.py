@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import quantised_oracle as oracle
 import torch
-from safetensors.torch import load_file, save_file
+from quantised_models import with_tensors
+from safetensors.torch import load_file
 
 Tensors = dict[str, torch.Tensor]
 # Every width divides by 64, and cuts at TP 2 and 4 lie within blocks: 320 / 2 = 160, 128 / 4 = 32.
@@ -71,20 +73,14 @@ def fp8_tensors(
 
 
 KINDS: dict[str, tuple[dict[str, Any], Callable[[str, torch.Tensor], tuple[Tensors, torch.Tensor]]]] = {
-    "nf4": (_NF4, lambda name, values: nf4_tensors(name, values, nested=False)),
-    "nf4 nested": (_NF4, lambda name, values: nf4_tensors(name, values, nested=True)),
-    "nf4 in 128": (_NF4, lambda name, values: nf4_tensors(name, values, nested=False, block=64 * 2)),
-    "fp8 by row": (
-        _compressed("channel"),
-        lambda name, values: fp8_tensors(name, values, by_row=True, scale_dtype=torch.bfloat16),
-    ),
-    "fp8 by tensor": (
-        _compressed("tensor"),
-        lambda name, values: fp8_tensors(name, values, by_row=False, scale_dtype=torch.bfloat16),
-    ),
+    "nf4": (_NF4, partial(nf4_tensors, nested=False)),
+    "nf4 nested": (_NF4, partial(nf4_tensors, nested=True)),
+    "nf4 in 128": (_NF4, partial(nf4_tensors, nested=False, block=64 * 2)),
+    "fp8 by row": (_compressed("channel"), partial(fp8_tensors, by_row=True, scale_dtype=torch.bfloat16)),
+    "fp8 by tensor": (_compressed("tensor"), partial(fp8_tensors, by_row=False, scale_dtype=torch.bfloat16)),
     "fbgemm": (
         {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0, "modules_to_not_convert": ["lm_head"]},
-        lambda name, values: fp8_tensors(name, values, by_row=True, scale_dtype=torch.float32),
+        partial(fp8_tensors, by_row=True, scale_dtype=torch.float32),
     ),
 }
 
@@ -99,12 +95,6 @@ def quantised_folder(plain: Path, into: Path, kind: str) -> tuple[Path, Path]:
             stored |= tensors
         else:
             stored[name], values[name] = value, value.float()
-    for folder, tensors in ((into / "quantised", stored), (into / "values", values)):
-        folder.mkdir(parents=True)
-        for file in plain.iterdir():
-            if file.suffix != ".safetensors":
-                (folder / file.name).write_bytes(file.read_bytes())
-        save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors")
-    file = into / "quantised" / "config.json"
+    file = with_tensors(plain, into / "quantised", stored) / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": config}))
-    return into / "quantised", into / "values"
+    return file.parent, with_tensors(plain, into / "values", values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,15 @@ def quantised(weights: dict[str, torch.Tensor], name: str) -> dict[str, torch.Te
     }
 
 
-def with_values(folder: Path, into: Path, name: str) -> Path:
-    """A copy of a model with the values of a format, in fp32."""
-    into.mkdir()
-    for file in folder.iterdir():
-        if file.suffix != ".safetensors":
-            (into / file.name).write_bytes(file.read_bytes())
-    tensors = quantised(load_file(folder / "model.safetensors"), name)
-    found = {key: value.float().contiguous() for key, value in tensors.items()}
+def with_tensors(folder: Path, into: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    """A copy of a model's folder with other weights."""
+    shutil.copytree(folder, into, ignore=shutil.ignore_patterns("*.safetensors"))
+    found = {name: value.contiguous() for name, value in tensors.items()}
     save_file(found, into / "model.safetensors", metadata={"format": "pt"})
     return into
+
+
+def with_values(folder: Path, into: Path, name: str) -> Path:
+    """A copy of a model with the values of a format, in fp32."""
+    tensors = quantised(load_file(folder / "model.safetensors"), name)
+    return with_tensors(folder, into, {key: value.float() for key, value in tensors.items()})

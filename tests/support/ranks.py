@@ -10,11 +10,10 @@ import itertools
 import multiprocessing
 import os
 import random
-import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -70,32 +69,12 @@ def changed_environment(changes: dict[str, str]) -> Iterator[None]:
         os.environ.update(before)
 
 
-def redirect_output(out: Path, err: Path | None = None) -> None:
-    """In a forked process: stdout goes to one file, and stderr to another or to the same."""
+def redirect_output(out: Path, err: Path) -> None:
+    """In a forked process: stdout and stderr go to files."""
     for number, path in ((1, out), (2, err)):
-        if path is not None:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(descriptor, number)
-            os.close(descriptor)
-    if err is None:
-        os.dup2(1, 2)
-
-
-def start_and_join(processes: Sequence[Any]) -> list[int | str]:
-    """Start forked processes and wait for all; exit statuses, "hang" for one that the time limit has ended."""
-    deadline = time.monotonic() + TIME_LIMIT
-    try:
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(max(0.0, deadline - time.monotonic()))
-        return ["hang" if process.exitcode is None else process.exitcode for process in processes]
-    finally:
-        for process in processes:
-            if process.pid is not None and process.exitcode is None:
-                with suppress(ProcessLookupError):
-                    os.kill(process.pid, signal.SIGKILL)
-                process.join(10)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(descriptor, number)
+        os.close(descriptor)
 
 
 def free_port() -> int:

@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from folders import ROOT
 from run_helpers import FOUR, LAUNCHER_VARIABLES, Base, run_ranks, start_ranks, write_adapters, write_base
-from safetensors import safe_open
+from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parents[2]
 _TIMES = {"tokens_per_second", "supervised_tokens_per_second", "mfu", "peak_memory_bytes", "seconds", "time", "reason"}
 _PLACES = {"output_dir", "resume", "config_sha256", "adapters", "folder", "model", "train_file", "validation_file"}
 _PLACES |= {"test_file", "adapter"}
@@ -100,8 +100,6 @@ def cases() -> dict[str, list[Start]]:
         found[f"four{name}"] = [({**sizes, "adapters": four}, ranks, 0)]
         found[f"four, one fails{name}"] = [({**sizes, "adapters": {"sick": SICK, **FOUR}}, ranks, 1)]
     found["zero3"] = [({"ds_config": "zero3.json", "max_steps": 4}, 2, 0)]
-    found["demo"] = []
-    found["sweep"] = []
     return found
 
 
@@ -115,7 +113,7 @@ def start(base: Base, folder: Path, changes: dict[str, Any], ranks: int, status:
     run_ranks(arguments, folder=folder.parent, cache=base.cache, ranks=ranks, prelude=count_messages).expect(status)
 
 
-def start_demo(folder: Path) -> None:
+def start_demo(_: Path, folder: Path) -> None:
     """The demo, of which 20 steps; `tiedlora prepare-demo` must have been run."""
     arguments = ["--ds_config=zero2.json", f"--output_dir={folder}", "--dtype=fp32", "--max_steps=20"]
     arguments += ["--eval_metric=loss", "--max_new_tokens=8", "--global_batch_size=8"]  # else it takes half an hour
@@ -134,15 +132,16 @@ def start_sweep(base_folder: Path, folder: Path) -> None:
     run_ranks(arguments, folder=folder.parent, cache=base.cache, script=ROOT / "launch" / "sweep.py").expect(0)
 
 
+OTHERS = {"demo": start_demo, "sweep": start_sweep}
+
+
 def tensors(file: Path) -> dict[str, str]:
     """Name -> sha256 of each tensor of a file."""
-    with safe_open(file, "pt") as opened:
-        return {name: _sha256(opened.get_tensor(name)) for name in opened.keys()}  # noqa: SIM118
-
-
-def _sha256(tensor: torch.Tensor) -> str:
-    raw = tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    return hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + raw).hexdigest()[:24]
+    found = {}
+    for name, tensor in load_file(file).items():
+        raw = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        found[name] = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + raw).hexdigest()[:24]
+    return found
 
 
 def _without(content: Any) -> Any:
@@ -193,16 +192,14 @@ def main() -> int:
     wanted, table = [part for part in options.cases.split(",") if part], {}
     with tempfile.TemporaryDirectory() as temporary:
         base = write_base(Path(temporary) / "base", num_layers=5, num_heads=8, num_kv_heads=4, head_dim=8)
-        for name, starts in cases().items():
+        for name, starts in [*cases().items(), *((other, []) for other in OTHERS)]:
             if wanted and not any(part in name for part in wanted):
                 continue
             print(name, flush=True)
             work = Path(temporary) / "work"
             work.mkdir()
-            if name == "demo":
-                start_demo(work / "run")
-            elif name == "sweep":
-                start_sweep(work / "base", work / "run")
+            if name in OTHERS:
+                OTHERS[name](work / "base", work / "run")
             for changes, ranks, status in starts:
                 start(base, work / "run", changes, ranks, status)
             table[name] = recorded(work)

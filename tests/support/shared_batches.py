@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from oracle_training import OracleBatch
-from tiny_models import pack_samples, pad_packs, pad_samples, random_batches
+from tiny_models import pack_samples, pad_samples, random_batches
 
 from megatron_tiedlora.adapters.adapter_bank import Share
 from megatron_tiedlora.model.batch import Supervised, find_supervised
@@ -42,19 +42,16 @@ class Member:
         """The samples in its rows, padded to a multiple of 8; positions and, if packed, documents are given."""
         left, found = iter(self.samples), []
         for number, rows in enumerate(self.rows):
-            batch = self._padded([[next(left) for _ in range(count)] for count in rows])
+            parts = [[next(left) for _ in range(count)] for count in rows]
+            assert self.packed or all(len(row) == 1 for row in parts), "rows of several samples are packed"
+            batch = pad_samples([pack_samples(row) if self.packed else row[0] for row in parts], multiple=8)
+            if not self.packed:
+                positions = torch.arange(batch.input_ids.shape[1]).expand_as(batch.input_ids).contiguous()
+                batch = OracleBatch(batch.input_ids, batch.labels, positions=positions)
             if number in self.silent:
                 batch.labels.fill_(IGNORED_LABEL)
             found.append(batch)
         return found
-
-    def _padded(self, rows: list[list[OracleBatch]]) -> OracleBatch:
-        if not self.packed:
-            assert all(len(row) == 1 for row in rows), "rows of several samples are packed"
-            batch = pad_samples([row[0] for row in rows], multiple=8)
-            positions = torch.arange(batch.input_ids.shape[1]).expand_as(batch.input_ids).contiguous()
-            return OracleBatch(batch.input_ids, batch.labels, positions=positions)
-        return pad_packs([pack_samples(row) for row in rows], multiple=8)
 
 
 @dataclass(frozen=True)
@@ -74,22 +71,11 @@ class SharedBatch:
 
 def joined(parts: Sequence[tuple[str, OracleBatch]]) -> SharedBatch:
     """One shared micro-batch from those of (adapter, its micro-batch)."""
-    batches = [batch for _, batch in parts]
     shares = tuple(Share(name, *batch.input_ids.shape) for name, batch in parts)
-    if len(batches) == 1:
-        (batch,) = batches
-        assert batch.positions is not None
-        return SharedBatch(batch.input_ids, batch.positions, batch.labels, batch.documents, shares)
-    documents = None
-    if batches[0].documents is not None:
-        documents = _end_to_end([batch.documents for batch in batches])
-    return SharedBatch(
-        _end_to_end([batch.input_ids for batch in batches]),
-        _end_to_end([batch.positions for batch in batches]),
-        _end_to_end([batch.labels for batch in batches]),
-        documents,
-        shares,
-    )
+    of_each = [(batch.input_ids, batch.positions, batch.labels, batch.documents) for _, batch in parts]
+    if len(parts) == 1:
+        return SharedBatch(*of_each[0], shares)
+    return SharedBatch(*map(_end_to_end, zip(*of_each, strict=True)), shares)
 
 
 def rounds(members: Sequence[Member], *, shared: bool) -> list[SharedBatch]:
@@ -101,5 +87,6 @@ def rounds(members: Sequence[Member], *, shared: bool) -> list[SharedBatch]:
     return found
 
 
-def _end_to_end(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor:
-    return torch.cat([tensor.flatten() for tensor in tensors if tensor is not None])[None]
+def _end_to_end(tensors: Sequence[Any]) -> Any:
+    """(1, all their numbers); None if they are None."""
+    return None if tensors[0] is None else torch.cat([tensor.flatten() for tensor in tensors])[None]

@@ -29,10 +29,12 @@ def decoded_adapter(folder: Path) -> OracleAdapter:
     return random_adapter("tl6", config, alpha=6, targets=TARGET_NAMES, scale=0.3)
 
 
-def build(folder: Path, *, grid: Grid, merged: bool = False, calls_together: bool = False) -> Decoder:
-    """A decoder of this rank's part of the model in `folder`, with `decoded_adapter`."""
+def build(
+    folder: Path, *, grid: Grid, adapted: bool = True, merged: bool = False, calls_together: bool = False
+) -> Decoder:
+    """A decoder of this rank's part of the model in `folder`, with `decoded_adapter` or without an adapter."""
     source = find_model(str(folder))
-    adapter = native_adapter(source, decoded_adapter(folder))
+    adapter = native_adapter(source, decoded_adapter(folder)) if adapted else None
     groups = groups_of(grid) if grid.world_size > 1 else ParallelGroups()
     stages = partition(layer_costs(source.shape, length=32, first_adapted=1), grid.pp_size)
     stage = load_model(source, adapter, dtype=torch.float32, grid=grid, groups=groups, stages=stages, merged=merged)

@@ -1,4 +1,4 @@
-"""Tiny LLaMA checkpoints with a tokeniser, random adapters and random batches, for tests.
+"""Tiny checkpoints of LLaMA and the other families with a tokeniser, random adapters and random batches, for tests.
 
 Checkpoints are written by transformers itself, so a reader is tested against the real format. Weights are drawn wide
 enough that logits are far from uniform, attention is far from even, and norms and biases differ from 1 and 0: a dropped
@@ -24,6 +24,37 @@ LLAMA3_ROPE: dict[str, Any] = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.3, 2.5],
+    "long_factor": [2.0, 4.0, 8.0],
+    "original_max_position_embeddings": 64,
+    "partial_rotary_factor": 0.75,
+}
+# One tiny model or more of each family: what `tiny_config` needs for it. A new family is one line here.
+# Key-value heads are fewer than heads, and in the second model of a family as many.
+FAMILY_MODELS: dict[str, dict[str, Any]] = {
+    "llama linear": {"rope": {"rope_type": "linear", "factor": 3.0}},
+    "llama dynamic": {"rope": {"rope_type": "dynamic", "factor": 3.0}, "num_kv_heads": 4},
+    "llama yarn": {"rope": YARN, "tied": True},
+    "mistral": {"family": "mistral", "sliding_window": 64, "head_dim": 12},
+    "mistral mha": {"family": "mistral", "sliding_window": None, "num_kv_heads": 4},
+    "qwen2": {"family": "qwen2"},
+    "qwen2 mha": {"family": "qwen2", "num_kv_heads": 4, "tied": True, "rope": YARN},
+    "qwen3": {"family": "qwen3", "head_dim": 12},
+    "qwen3 mha": {"family": "qwen3", "num_kv_heads": 4, "head_dim": 16, "attention_bias": True, "rope": YARN},
+    "phi3": {"family": "phi3", "original_max_position_embeddings": 64, "rope": LONGROPE},
+    "phi3 mha": {"family": "phi3", "num_kv_heads": 4, "sliding_window": 64},
+    "stablelm": {"family": "stablelm", "use_qkv_bias": True, "rope": {"partial_rotary_factor": 0.5}},
+    "smollm3 mha": {"family": "smollm3", "no_rope_layer_interval": 3, "num_kv_heads": 4},
+    "smollm3": {"family": "smollm3", "no_rope_layer_interval": 2, "tied": True},
+    "stablelm mha": {"family": "stablelm", "num_kv_heads": 4},
+    "olmo2": {"family": "olmo2", "head_dim": 12},
+    "olmo2 mha": {"family": "olmo2", "num_kv_heads": 4, "attention_bias": True, "rope": YARN},
+    "olmo3": {"family": "olmo3", "head_dim": 12, "sliding_window": 64, "rope": YARN},
+    "olmo3 mha": {"family": "olmo3", "num_kv_heads": 4, "sliding_window": 64, "layer_types": None, "tied": True},
 }
 # Byte-level tokeniser: <unk>, <s>, </s>, then the 256 bytes.
 UNK_ID, BOS_ID, EOS_ID, NUM_TOKENIZER_TOKENS = 0, 1, 2, 259
@@ -195,13 +226,7 @@ def random_adapter(
 
 
 def random_batches(
-    num_steps: int,
-    *,
-    samples_per_step: int = 4,
-    vocab_size: int = 320,
-    min_length: int = 5,
-    max_length: int = 24,
-    seed: int = 0,
+    num_steps: int, *, samples_per_step: int = 4, vocab_size: int = 320, seed: int = 0
 ) -> list[list[OracleBatch]]:
     """Per step, `samples_per_step` samples (each an OracleBatch of one sequence, each its own length).
 
@@ -212,7 +237,7 @@ def random_batches(
     generator = torch.Generator().manual_seed(seed)
 
     def sample(kind: int) -> OracleBatch:
-        length = int(torch.randint(min_length, max_length + 1, (1,), generator=generator))
+        length = int(torch.randint(5, 25, (1,), generator=generator))
         tokens = torch.randint(EOS_ID + 1, vocab_size, (length,), generator=generator)
         tokens[0] = BOS_ID
         labels = torch.full((length,), IGNORED_LABEL)
@@ -224,16 +249,23 @@ def random_batches(
 
 
 def pad_samples(samples: list[OracleBatch], *, multiple: int = 1) -> OracleBatch:
-    """One batch of the samples (each (1, S) without extras), padded to a multiple, with its attention mask."""
+    """One batch of the samples (each (1, S)), padded on the right to a multiple, with its attention mask.
+
+    Rows of `pack_samples` get one more document instead of a mask.
+    """
     length = max(part.input_ids.shape[1] for part in samples)
-    length = -(-length // multiple) * multiple
-    shape = (len(samples), length)
+    shape = (len(samples), -(-length // multiple) * multiple)
     input_ids, labels = torch.full(shape, EOS_ID), torch.full(shape, IGNORED_LABEL)
-    mask = torch.zeros(shape, dtype=torch.long)
+    mask, positions, documents = torch.zeros(3, *shape, dtype=torch.long)
+    documents += 99
     for row, part in enumerate(samples):
         width = part.input_ids.shape[1]
         input_ids[row, :width], labels[row, :width], mask[row, :width] = part.input_ids[0], part.labels[0], 1
-    return OracleBatch(input_ids, labels, attention_mask=mask)
+        if part.positions is not None and part.documents is not None:
+            positions[row, :width], documents[row, :width] = part.positions[0], part.documents[0]
+    if samples[0].documents is None:
+        return OracleBatch(input_ids, labels, attention_mask=mask)
+    return OracleBatch(input_ids, labels, positions=positions, documents=documents)
 
 
 def pack_samples(samples: list[OracleBatch]) -> OracleBatch:
@@ -245,14 +277,3 @@ def pack_samples(samples: list[OracleBatch]) -> OracleBatch:
         positions=torch.cat([torch.arange(n) for n in lengths])[None],
         documents=torch.cat([torch.full((n,), i) for i, n in enumerate(lengths)])[None],
     )
-
-
-def pad_packs(packs: list[OracleBatch], *, multiple: int = 1) -> OracleBatch:
-    """One batch of rows of `pack_samples`, padded on the right with one more document."""
-    batch = pad_samples(packs, multiple=multiple)
-    positions, documents = torch.zeros_like(batch.input_ids), torch.full_like(batch.input_ids, 99)
-    for row, pack in enumerate(packs):
-        width = pack.input_ids.shape[1]
-        assert pack.positions is not None and pack.documents is not None
-        positions[row, :width], documents[row, :width] = pack.positions[0], pack.documents[0]
-    return OracleBatch(batch.input_ids, batch.labels, positions=positions, documents=documents)

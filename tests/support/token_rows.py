@@ -97,9 +97,7 @@ class TokenStore:
         given = {"train": files} if isinstance(files, str) else files
         return tokenised_once(how or self.encoding(), files=given, seed=seed, cache_dir=self.folder, **keywords)
 
-    def check(
-        self, files: str | Mapping[str, str], how: Encoding | None = None, *, seed: int = 3
-    ) -> TrainingData:
+    def check(self, files: str | Mapping[str, str], how: Encoding | None = None, *, seed: int = 3) -> TrainingData:
         """The same, which is what lists of samples in this process give, with version 0.1's hash."""
         given, how = {"train": files} if isinstance(files, str) else files, how or self.encoding()
         found, right = self.start(given, how, seed=seed), expected(how, given, seed)

@@ -1,25 +1,183 @@
-"""Cases of traffic tests, run on ranks; and what --dry_run's arithmetic predicts for each."""
+"""Cases of traffic tests: what ranks that train real steps through the package's own road count of what each of these
+sends, and what --dry_run's arithmetic predicts for it.
+
+`count_steps` runs on every rank (see forked_ranks.py) and takes cases one after another.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_runs import write_uneven_data
-from forked_ranks import run_on_ranks
+import torch
+from bytes_touched import saved_bytes_per_token
+from engine_runs import settings_of
+from forked_ranks import join_as_launched, run_on_ranks
+from shared_tensors import tl6_shares
 from tiny_models import write_tiny_model
-from traffic_worker import Case, Counted, count_steps
+from torch import distributed
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY
-from megatron_tiedlora.parallel.groups import DATA, Traffic
+from megatron_tiedlora.config.settings import make_settings
+from megatron_tiedlora.parallel.groups import DATA, Traffic, TrafficCounter, named_handles
 from megatron_tiedlora.planning.adapter_plans import prepare_data
 from megatron_tiedlora.planning.passes import engine_traffic, step_traffic
-from megatron_tiedlora.planning.run_plan import RunPlan
+from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
 from megatron_tiedlora.planning.step_plan import StepPlan
+
+# On a rank ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run of one adapter or of several, of which one step is counted.
+
+    Attributes:
+        adapters: the settings of each, by name; those of a single one under ONLY.
+        shares_micro_batches: whether adapters share them.
+        ends: adapters that take no step after the first.
+        checked: whether the run's checks of replicas and gradients are on in all steps.
+        extra_message: put one more all-reduce into every block's forward pass.
+        head_rows: in place of layer_specs.HEAD_ROWS.
+        long_steps: let every step count as a long one, in which ranks agree on stopping after each micro-batch.
+        early_stop: False to let recompute go on when all that the backward pass needs is there again.
+        steps_before: steps before the counted one; two of them with the run's checks of gradients.
+        shares: in which way of `shared_tensors` layers share the tensors of tl6.
+    """
+
+    adapters: Mapping[str, dict[str, Any]]
+    shares_micro_batches: bool = True
+    ends: tuple[str, ...] = ()
+    checked: bool = False
+    extra_message: bool = False
+    head_rows: int | None = None
+    long_steps: bool = False
+    early_stop: bool = True
+    steps_before: int = 0
+    shares: str | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of the only adapter, or of the first."""
+        return next(iter(self.adapters.values()))
+
+    def plans(self, rank: int, ranks: int) -> dict[str, RunPlan]:
+        """The plan of each adapter on a rank."""
+        return {
+            name: plan_run(make_settings(settings), rank=rank, world_size=ranks)
+            for name, settings in self.adapters.items()
+        }
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What a rank counted.
+
+    Attributes:
+        traffic: of the counted step.
+        first: of the first step, which is the counted one if there is none before.
+        shapes: (rows, length, supervised tokens, adapters) of the counted step's micro-batches.
+        base_bytes: of the base parameters that the rank's stage was built with.
+        saved_bytes_per_token: what its last block keeps for the backward pass, by storage, parameters left out; of a
+            single adapter.
+    """
+
+    traffic: Traffic
+    first: Traffic
+    shapes: list[tuple[int, int, int, int]]
+    base_bytes: int
+    saved_bytes_per_token: float
+
+
+def count_steps(cases: list[Case], folder: str) -> list[Counted]:
+    """Every case on this rank."""
+    device = join_as_launched(folder)
+    found = []
+    for case in cases:
+        with tl6_shares(case.shares), pytest.MonkeyPatch.context() as patch:
+            found.append(_count(case, device, patch))
+    return found
+
+
+def _count(case: Case, device: torch.device, patch: pytest.MonkeyPatch) -> Counted:
+    from torch.utils.checkpoint import set_checkpoint_early_stop
+
+    from megatron_tiedlora.data.tokenizer import padding_id
+    from megatron_tiedlora.engine.engine import parameter_access
+    from megatron_tiedlora.model import layer_specs
+    from megatron_tiedlora.model.attention import Attention
+    from megatron_tiedlora.planning.step_plan import micro_batch_capacity
+    from megatron_tiedlora.runtime.stopping import StopRequests
+    from megatron_tiedlora.training import build
+    from megatron_tiedlora.training.step import GUARDED_STEPS, StepChecks, TrainStep
+
+    plans = case.plans(distributed.get_rank(), distributed.get_world_size())
+    data = {name: prepare_data(plan) for name, plan in plans.items()}
+    attend, start_engine, of_base = Attention.attend, build._start_engine, list[float]()
+
+    def with_extra_message(self: Any, hidden: Any, positions: Any, tensor_parallel: Any, **keywords: Any) -> Any:
+        distributed.all_reduce(torch.zeros(1), group=tensor_parallel.group.handle)
+        return attend(self, hidden, positions, tensor_parallel, **keywords)
+
+    def look(given: Any, model: Any, *others: Any) -> Any:
+        plan, stage = next(iter(plans.values())), model.stage
+        base = [p for name, p in stage.named_parameters() if name.startswith("layers.")]
+        if plan.engine.zero_stage == 3:
+            assert all(hasattr(parameter, "ds_id") for parameter in base), "partitioned as they are made, the head too"
+        of_base.append(sum(parameter.numel() * parameter.element_size() for parameter in base))
+        if ONLY in plans:  # the last block on a sequence of 256 tokens
+            with parameter_access(plan.engine)(list(stage.parameters())):
+                of_base.append(saved_bytes_per_token(stage, plan.dtype))
+        return start_engine(given, model, *others)
+
+    patch.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)  # ZeRO-3 leaves its own behind
+    patch.setattr(build, "_start_engine", look)
+    if case.head_rows is not None:
+        patch.setattr(layer_specs, "HEAD_ROWS", case.head_rows)
+    if case.extra_message:
+        patch.setattr(Attention, "attend", with_extra_message)
+    with set_checkpoint_early_stop(case.early_stop):
+        runner = build.build_model(plans, device).runner
+        # On a busy machine the step before may have been a long one, after which ranks send a little more.
+        long_seconds = 0.0 if case.long_steps else math.inf
+        capacity = micro_batch_capacity(plans, shares=case.shares_micro_batches) if ONLY not in plans else 0
+        step = TrainStep(plans, runner, StopRequests(), capacity=capacity, long_seconds=long_seconds)
+        for name, plan in plans.items():
+            assert case.checked or plan.settings.replica_check_steps == 0
+            if not case.checked:
+                made = step.checks[name] = StepChecks(runner, name, check_steps=0)
+                if case.steps_before != GUARDED_STEPS and made._guard is not None:
+                    made._guard.remove()
+                    made._guard = None
+        loaders = {
+            name: plan.training_loader(data[name].train, pad_id=padding_id(data[name].tokenizer))
+            for name, plan in plans.items()
+        }
+        shapes, accumulate, counted = list[tuple[int, int, int, int]](), runner.accumulate, list[Traffic]()
+
+        def seen(batches: Any, *arguments: Any) -> dict[str, float]:
+            shapes[:] = [(*batch.tokens.shape, batch.num_supervised, len(batch.shares)) for batch in batches]
+            return accumulate(batches, *arguments)
+
+        runner.accumulate = seen  # type: ignore[method-assign]
+        for number in range(1 + case.steps_before):
+            steps = {name: next(loader) for name, loader in loaders.items() if not number or name not in case.ends}
+            with TrafficCounter(named_handles(runner.groups)) as counter:
+                report = step.run(steps)
+            assert all(own.failure is None for own in report.adapters.values()), report
+            counted.append(counter.traffic)
+    patch.undo()
+    runner.engine.destroy()
+    return Counted(counted[-1], counted[0], shapes, int(of_base[0]), float(sum(of_base[1:])))
+
+
+# Starts and predictions -----------------------------------------------------------------------------------------------
+
 
 # ZeRO sections beside those of ds_configs/.
 ENGINES: dict[str, dict[str, Any]] = {
@@ -88,20 +246,10 @@ def write_inputs(folder: Path) -> dict[str, Any]:
         (folder / name).write_text(json.dumps({"zero_optimization": section}))
     write_even_data(folder / "even.jsonl")
     return {
-        "model": "five",
-        "train_file": str(write_uneven_data(folder / "train.jsonl")),
-        "validation_file": str(write_uneven_data(folder / "validation.jsonl", rows=4, seed=1)),
+        **settings_of(Path("five"), folder),
         "ds_config": "zero1.json",
-        "dtype": "fp32",
-        "rank": 3,
-        "seed": 11,
-        "max_length": 128,
         "packing": False,
-        "global_batch_size": 8,
-        "micro_batch_size": 2,
-        "warmup_steps": 2,
         "max_steps": 10,
-        "gradient_clipping": 0.05,
         "replica_check_steps": 0,
     }
 

@@ -78,10 +78,6 @@ class Merge(NamedTuple):
     seconds: float
 
 
-def merge_command(adapter: Path, output: Path, *words: str) -> list[str]:
-    return [sys.executable, str(MERGE), f"--adapter={adapter}", f"--output={output}", *words]
-
-
 def merge_environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 
@@ -90,7 +86,7 @@ def measured_merge(adapter: Path, output: Path, *words: str) -> Merge:
     """Run the command to its end and watch it from outside."""
     started, most, ended, usage = time.monotonic(), 0, 0, None
     with subprocess.Popen(
-        merge_command(adapter, output, *words),
+        [sys.executable, str(MERGE), f"--adapter={adapter}", f"--output={output}", *words],
         env=merge_environment(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

@@ -7,12 +7,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from family_models import FAMILY_MODELS
-from oracle import OracleConfig, cast_weights, load_weights, merged_weights, oracle_logits
+from oracle import (
+    OracleConfig,
+    cast_weights,
+    load_weights,
+    merged_weights,
+    oracle_logits,
+    rope_amplitude,
+    rope_frequencies,
+)
 from oracle_adapter import ALL_TARGETS, TRAINED_TENSORS
-from oracle_rope import rope_amplitude, rope_frequencies
 from oracle_training import oracle_gradients, oracle_learning_rate, oracle_loss, oracle_train
-from tiny_models import pack_samples, pad_samples, random_adapter, random_batches, tiny_model, write_tiny_model
+from tiny_models import (
+    FAMILY_MODELS,
+    pack_samples,
+    pad_samples,
+    random_adapter,
+    random_batches,
+    tiny_model,
+    write_tiny_model,
+)
 
 SHAPES = {
     "gqa": {},

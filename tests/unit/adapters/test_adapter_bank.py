@@ -12,8 +12,7 @@ import pytest
 import torch
 from adapted_stages import loaded_stage
 from oracle import OracleConfig
-from oracle_adapter import ALL_TARGETS
-from oracle_dropout import dropout, kept
+from oracle_adapter import ALL_TARGETS, dropout, kept
 from shared_batches import Member, SharedBatch, rounds
 from tiny_models import random_adapter, write_tiny_model
 
