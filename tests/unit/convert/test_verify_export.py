@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from family_models import FAMILY_MODELS
 from flipped_bits import flip_bit
 from native_files import Inputs, native_adapter, with_adapter
 from oracle import load_weights
 from safetensors.torch import save_file
-from tiny_models import write_tiny_model
+from tiny_models import FAMILY_MODELS, write_tiny_model
 from wide_models import Peak, peak_of, write_wide_adapter, write_wide_model
 
 from megatron_tiedlora.base.output_folder import new_output
