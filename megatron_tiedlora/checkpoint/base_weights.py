@@ -21,18 +21,7 @@ from megatron_tiedlora.base.output_folder import nearest_existing, reject_existi
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.base.text_files import read_json_object
-from megatron_tiedlora.checkpoint.tensor_files import (
-    FLOAT_TYPES,
-    INDEX_FILE,
-    LARGEST_HEADER,
-    SINGLE_FILE,
-    StoredWeights,
-    StreamedTensor,
-    read_header,
-    read_runs,
-    sharded,
-    write_files,
-)
+from megatron_tiedlora.checkpoint import tensor_files
 from megatron_tiedlora.config.presets import TINY
 from megatron_tiedlora.data.tokenizer import byte_tokenizer, save_tokenizer
 from megatron_tiedlora.model.families import shape_from_hf
@@ -58,7 +47,7 @@ def weight_map(folder: Path) -> dict[str, Path]:
     Raises:
         UserError: there are no safetensors weights, or a file that the index names is missing or incomplete.
     """
-    index = folder / INDEX_FILE
+    index = folder / tensor_files.INDEX_FILE
     if index.is_file():
         entries = read_json_object(index, kind="a safetensors index").get("weight_map")
         if not isinstance(entries, dict) or not all(isinstance(file, str) for file in entries.values()):
@@ -67,13 +56,15 @@ def weight_map(folder: Path) -> dict[str, Path]:
             if name in ("", "..") or Path(name).name != name or len(name) > _LONGEST_NAME:
                 raise UserError(f"{index}: names a file outside its folder: {shown(name)}")
             if not (folder / name).is_file():
-                raise UserError(f"{folder / name}: no such file, but {INDEX_FILE} names it; download the model again")
+                raise UserError(
+                    f"{folder / name}: no such file, but {tensor_files.INDEX_FILE} names it; download the model again"
+                )
         return {tensor: folder / name for tensor, name in entries.items()}
-    single = folder / SINGLE_FILE
+    single = folder / tensor_files.SINGLE_FILE
     if not single.is_file():
         other = next((f.name for f in folder.glob("pytorch_model*.bin")), None)
         hint = f" (found {other}: save the model with safe_serialization first)" if other else ""
-        raise UserError(f"{folder}: has neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
+        raise UserError(f"{folder}: has neither {tensor_files.SINGLE_FILE} nor {tensor_files.INDEX_FILE}{hint}")
     with open_weights(single) as reader:
         return dict.fromkeys(reader.keys(), single)
 
@@ -82,7 +73,7 @@ def open_weights(file: Path) -> Any:
     """Open a file with `safe_open` on the CPU. Raises UserError if it is truncated or corrupt."""
     try:
         with file.open("rb") as stream:
-            if (header := int.from_bytes(stream.read(8), "little")) > LARGEST_HEADER:
+            if (header := int.from_bytes(stream.read(8), "little")) > tensor_files.LARGEST_HEADER:
                 raise UserError(f"{file}: not a whole safetensors file (a header of {header:,} bytes)")
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError, MemoryError) as error:  # MemoryError: it cannot be mapped
@@ -101,7 +92,7 @@ class WeightFiles(ExitStack):
         super().__init__()
         self.folder = folder
         self.file_of = weight_map(folder)
-        self.header = cache(read_header)
+        self.header = cache(tensor_files.read_header)
         self._readers: dict[Path, Any] = {}
 
     def reader(self, file: Path) -> Any:
@@ -135,7 +126,7 @@ class BaseWeights(WeightFiles):
         super().__init__(folder)
         self.rules = weight_rules(shape)
         self.bytes_read = 0
-        self._stored = None if stored is None else StoredWeights(stored, self.stored)
+        self._stored = None if stored is None else tensor_files.StoredWeights(stored, self.stored)
         self._quantised = {} if stored is None else stored_shapes(quantised_rules(shape))
         embedding, head = (f"{linear.sources[0].module}.weight" for linear in (shape.embedding, shape.head))
         names = {*stored_shapes(self.rules), head}
@@ -165,7 +156,7 @@ class BaseWeights(WeightFiles):
             shape = tuple(stored.get_shape())
             if shape != expected:
                 raise UserError(f"{file}: {name} has shape {shape}, but config.json makes it {expected}")
-            if stored.get_dtype() not in FLOAT_TYPES:
+            if stored.get_dtype() not in tensor_files.FLOAT_TYPES:
                 raise UserError(f"{file}: {name} is {stored.get_dtype()}; only linears of blocks may be quantised")
 
     def _check_tied_head(self, head: str, embedding: str) -> None:
@@ -192,11 +183,11 @@ class BaseWeights(WeightFiles):
 
     def _sample(self, name: str) -> torch.Tensor:
         file = self.file_of[name]
-        return read_runs(file, self.header(file), name)
+        return tensor_files.read_runs(file, self.header(file), name)
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of a tensor of the name table that is not quantised."""
-        return FLOAT_TYPES[self.stored(name).get_dtype()]
+        return tensor_files.FLOAT_TYPES[self.stored(name).get_dtype()]
 
     def read(self, name: str, part: slice | None = None, dim: int = 0) -> torch.Tensor:
         """The stored tensor `name`, or a slice of it along `dim`, in its stored dtype; in fp32 if it is quantised."""
@@ -359,11 +350,13 @@ def write_random_model(values: Mapping[str, Any], output: Path, *, name: str, se
         yield draw_(empty, name=tensor, full_shape=shape, seed=stream_seed(seed, tensor))
 
     shapes = stored_shapes(weight_rules(shape_from_hf(values, source=name))).items()
-    files = sharded([StreamedTensor(one, torch.bfloat16, shape, partial(drawn, one, shape)) for one, shape in shapes])
+    files = tensor_files.sharded(
+        [tensor_files.StreamedTensor(one, torch.bfloat16, shape, partial(drawn, one, shape)) for one, shape in shapes]
+    )
     needed = sum(file.value_bytes for file in files)
     require_room(nearest_existing(output.parent), needed, output=output)
     with new_folder(output) as folder:
-        write_files(folder, files, bar=name, progress=True)
+        tensor_files.write_files(folder, files, bar=name, progress=True)
         if not (kinds := values.get("architectures")):  # the names of model classes; a machine may lack transformers
             from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 

@@ -17,34 +17,18 @@ from safetensors.torch import save_file
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
 from megatron_tiedlora.adapters.tying import MOMENTS
+from megatron_tiedlora.base import text_files
 from megatron_tiedlora.base.atomic import Guard, discard, new_folder, unguarded, write_json, write_text
 from megatron_tiedlora.base.messages import UserError, shown
-from megatron_tiedlora.base.text_files import (
-    Count,
-    Real,
-    check_file,
-    check_seal,
-    read_fields,
-    read_json_object,
-    read_json_or_none,
-    read_small_text,
-    sealed,
-)
+from megatron_tiedlora.checkpoint import native_adapter
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
-from megatron_tiedlora.checkpoint.native_adapter import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    NativeAdapter,
-    load_native_adapter,
-    write_adapter_files,
-)
 from megatron_tiedlora.checkpoint.tensor_files import read_tensors
 from megatron_tiedlora.parallel.agreement import SentTensor
 
 STATE_FILE = "trainer_state.safetensors"
 PROGRESS_FILE = "trainer_state.json"
 LATEST_FILE = "latest"
-CHECKPOINT_FILES = (CONFIG_FILE, WEIGHTS_FILE, PROGRESS_FILE, STATE_FILE)
+CHECKPOINT_FILES = (native_adapter.CONFIG_FILE, native_adapter.WEIGHTS_FILE, PROGRESS_FILE, STATE_FILE)
 _STEP_NAME = re.compile(r"step_([0-9]{1,15})")
 _MEAN_OF_SQUARES = MOMENTS[1]
 _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
@@ -63,12 +47,12 @@ class Progress:
     there is no random state to save.
     """
 
-    step: Count = 0
-    consumed_samples: Count = 0
-    best_metric: Real | None = None
-    best_step: Count | None = None
-    evaluations_since_best: Count = 0
-    evaluated_step: Count | None = None
+    step: text_files.Count = 0
+    consumed_samples: text_files.Count = 0
+    best_metric: text_files.Real | None = None
+    best_step: text_files.Count | None = None
+    evaluations_since_best: text_files.Count = 0
+    evaluated_step: text_files.Count | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +65,7 @@ class Checkpoint:
 
     folder: Path
     progress: Progress
-    adapter: NativeAdapter
+    adapter: native_adapter.NativeAdapter
     moments: Mapping[str, SentTensor]
     settings: Mapping[str, Any]
     notes: tuple[str, ...] = ()
@@ -108,11 +92,11 @@ def save_checkpoint(
     """
     folder = checkpoints / f"step_{progress.step}"
     with new_folder(folder, guard=guard) as temporary:
-        write_adapter_files(temporary, config, base_identity, state)
+        native_adapter.write_adapter_files(temporary, config, base_identity, state)
         save_file({name: tensor.contiguous() for name, tensor in moments.items()}, temporary / STATE_FILE)
-        files = [temporary / name for name in (CONFIG_FILE, WEIGHTS_FILE, STATE_FILE)]
+        files = [temporary / name for name in (native_adapter.CONFIG_FILE, native_adapter.WEIGHTS_FILE, STATE_FILE)]
         content = {**asdict(progress), "settings": dict(settings)}
-        write_json(temporary / PROGRESS_FILE, sealed(content, files=files))
+        write_json(temporary / PROGRESS_FILE, text_files.sealed(content, files=files))
     move_latest(checkpoints, progress.step, guard=guard)
     remove_superseded(checkpoints, progress, keep=keep, later=True, guard=guard)
     return folder
@@ -197,7 +181,7 @@ def named_checkpoint(checkpoints: Path) -> Path | None:
     pointer = checkpoints / LATEST_FILE
     if pointer.is_symlink() or not pointer.is_file():
         return None
-    name = read_small_text(pointer).strip()
+    name = text_files.read_small_text(pointer).strip()
     if not _STEP_NAME.fullmatch(name) or not (checkpoints / name).is_dir():
         raise UserError(f"{pointer}: names {shown(name)}, which is not a checkpoint in {checkpoints}")
     return checkpoints / name
@@ -207,7 +191,7 @@ def recorded_settings(folders: Iterable[Path]) -> Mapping[str, Any] | None:
     """The settings of the run that wrote one of the checkpoint folders, of which it reads no more than that; None if
     none of them can be read."""
     for folder in folders:
-        content = None if folder.is_symlink() else read_json_or_none(folder / PROGRESS_FILE)
+        content = None if folder.is_symlink() else text_files.read_json_or_none(folder / PROGRESS_FILE)
         if isinstance(settings := (content or {}).get("settings"), dict):
             return settings
     return None
@@ -216,15 +200,15 @@ def recorded_settings(folders: Iterable[Path]) -> Mapping[str, Any] | None:
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint folder. Raises UserError if anything in it is missing, broken or from another checkpoint."""
     file = folder / PROGRESS_FILE
-    content = read_json_object(file, kind="a checkpoint of a run (checkpoints/step_N)")
-    sums = check_seal(file, content)
-    progress = read_fields(file, content, Progress)
+    content = text_files.read_json_object(file, kind="a checkpoint of a run (checkpoints/step_N)")
+    sums = text_files.check_seal(file, content)
+    progress = text_files.read_fields(file, content, Progress)
     if "settings" not in content or not isinstance(content["settings"], dict):
         raise UserError(f"{file}: settings is {'not an object' if 'settings' in content else 'missing'}")
     _check_steps(file, progress, content["settings"])
-    adapter, state = load_native_adapter(folder), folder / STATE_FILE
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        check_file(folder / name, sums)  # intact files may still be from another step
+    adapter, state = native_adapter.load_native_adapter(folder), folder / STATE_FILE
+    for name in (native_adapter.CONFIG_FILE, native_adapter.WEIGHTS_FILE):
+        text_files.check_file(folder / name, sums)  # intact files may still be from another step
     shapes = {
         moment_name(moment, name): adapter.config.shape(name)
         for moment in MOMENTS

@@ -19,15 +19,8 @@ from typing import Annotated, Any, Literal, NoReturn
 from megatron_tiedlora.base.extras import missing_module
 from megatron_tiedlora.base.messages import UserError, show_messages, user_path
 from megatron_tiedlora.base.text_files import read_yaml_mapping
+from megatron_tiedlora.config import fields
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
-from megatron_tiedlora.config.fields import (
-    AnySettings,
-    CommandSettings,
-    declared,
-    flag_word,
-    names_elsewhere,
-    validate_settings,
-)
 from megatron_tiedlora.config.other_names import unknown_names
 from megatron_tiedlora.config.tool_settings import MergeSettings, PushSettings
 from megatron_tiedlora.config.train_fields import TrainFields
@@ -53,12 +46,12 @@ class CommandParser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def reject_unknown(words: Sequence[str], *kinds: type[CommandSettings], known: Iterable[str]) -> None:
+def reject_unknown(words: Sequence[str], *kinds: type[fields.CommandSettings], known: Iterable[str]) -> None:
     """Raise UserError if there are `words` that belong to no flag of the commands `kinds`. It says which of the `known`
     flags are meant."""
     flags = [word.partition("=")[0] for word in words if word.startswith("-")]  # the other words may be their values
     if words:
-        meant = unknown_names("argument", flags or words, list(known), names_elsewhere(*kinds, *_NAMED))
+        meant = unknown_names("argument", flags or words, list(known), fields.names_elsewhere(*kinds, *_NAMED))
         raise UserError(f"{meant}; see --help")
 
 
@@ -80,7 +73,7 @@ def _metavar(annotation: Any, choices: Sequence[str] | None = None) -> str:
     return {int: "N", float: "X", bool: _TRUE_OR_FALSE}.get(annotation, "TEXT")
 
 
-def build_parser(kind: type[CommandSettings]) -> CommandParser:
+def build_parser(kind: type[fields.CommandSettings]) -> CommandParser:
     """The parser of a command, with one flag per setting, in the groups of `kind` if it has some."""
     usage = f"{kind.prog} {kind.usage}" if kind.groups else None
     parser = CommandParser(prog=kind.prog, usage=usage, description=kind.about, epilog=kind.examples)
@@ -91,7 +84,7 @@ def build_parser(kind: type[CommandSettings]) -> CommandParser:
         groups["run"].add_argument("--config", metavar="FILE", help="YAML file with settings under the same names")
         # The deepspeed and torch launchers add this before the user's arguments; ranks are read from the environment.
         parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
-    for name, own in declared(kind).items():
+    for name, own in fields.declared(kind).items():
         field = kind.model_fields[name]
         keywords: dict[str, Any] = {"metavar": own.metavar or _metavar(field.annotation, own.choices)}
         default = kind.default_text(name)
@@ -108,12 +101,12 @@ def build_parser(kind: type[CommandSettings]) -> CommandParser:
         if not own.positional:
             # Of a command with groups a file may have the value.
             keywords.update(dest=name, required=field.is_required() and not groups)
-        words = name if own.positional else flag_word(name, kind)
+        words = name if own.positional else fields.flag_word(name, kind)
         (groups[own.group] if groups else parser).add_argument(words, **keywords)
     return parser
 
 
-def parse_words(argv: Sequence[str], kind: type[CommandSettings]) -> dict[str, Any]:
+def parse_words(argv: Sequence[str], kind: type[fields.CommandSettings]) -> dict[str, Any]:
     """The settings of a command line by name, and `config`, as texts. Raises UserError for words that are none."""
     parser = build_parser(kind)
     known = [option for action in parser._actions for option in action.option_strings]
@@ -127,7 +120,7 @@ def parse_words(argv: Sequence[str], kind: type[CommandSettings]) -> dict[str, A
 
 
 def split_words(
-    argv: Sequence[str], kind: type[CommandSettings], *, more: Sequence[str] = (), without: Collection[str] = ()
+    argv: Sequence[str], kind: type[fields.CommandSettings], *, more: Sequence[str] = (), without: Collection[str] = ()
 ) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
     """Divide the words of a command that also takes the flags of tiedlora train: its own settings by name; those of
     tiedlora train by name, and `config`; and the words of the latter.
@@ -152,14 +145,14 @@ def _given(values: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(values).items() if value is not None and name != "local_rank"}
 
 
-def read_yaml(path: str, *kinds: type[CommandSettings]) -> dict[str, Any]:
+def read_yaml(path: str, *kinds: type[fields.CommandSettings]) -> dict[str, Any]:
     """The values in a YAML file, by the names of fields of the commands `kinds`. Raises UserError naming the file, and
     the line."""
     file = user_path(path)
     if not file.is_file():
         raise UserError(f"--config {path}: no such file")
     content = read_yaml_mapping(file)
-    known = {own.flag or name: (name, own) for kind in kinds for name, own in declared(kind).items()}
+    known = {own.flag or name: (name, own) for kind in kinds for name, own in fields.declared(kind).items()}
     if RECORD_MARK in content:
         ignored = {*RECORDED_NAMES, *(flag for flag, (_, own) in known.items() if own.lasts)}
         ignored |= {"max_steps"} if content.get("epochs") is not None else set()
@@ -167,12 +160,12 @@ def read_yaml(path: str, *kinds: type[CommandSettings]) -> dict[str, Any]:
     for flag, (_, own) in known.items():
         if flag in content and own.lasts == "command":
             raise UserError(f"{path}: {flag} is not read from a file; give --{flag} on the command line")
-    if unknown := unknown_names("setting", content, known, names_elsewhere(*kinds, *_NAMED)):
+    if unknown := unknown_names("setting", content, known, fields.names_elsewhere(*kinds, *_NAMED)):
         raise UserError(f"{path}: {unknown}")
     return {known[flag][0]: value for flag, value in content.items()}
 
 
-def parse_settings(argv: Sequence[str], kind: type[AnySettings]) -> AnySettings:
+def parse_settings(argv: Sequence[str], kind: type[fields.AnySettings]) -> fields.AnySettings:
     """Settings of `kind`: the command line wins over the file of --config, which wins over the defaults.
 
     Raises:
@@ -182,7 +175,7 @@ def parse_settings(argv: Sequence[str], kind: type[AnySettings]) -> AnySettings:
     config = given.pop("config", None)
     read = read_yaml(config, kind) if config else {}
     with naming_file(config, read.keys() - given.keys()):
-        return validate_settings(kind.combined(read, given), kind)
+        return fields.validate_settings(kind.combined(read, given), kind)
 
 
 @contextmanager

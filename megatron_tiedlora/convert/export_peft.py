@@ -24,25 +24,12 @@ from megatron_tiedlora.base.messages import UserError, user_path
 from megatron_tiedlora.base.output_folder import last_name, new_output, reject_existing
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.shapes import TARGET_NAMES, BlockShape, ModelShape
+from megatron_tiedlora.checkpoint import native_adapter
 from megatron_tiedlora.checkpoint.base_identity import FORMAT_FIELDS, identify_model
-from megatron_tiedlora.checkpoint.native_adapter import (
-    CONFIG_FILE,
-    NativeAdapter,
-    copy_adapter_files,
-    load_native_adapter,
-)
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.convert.inputs import (
-    BASE_PATH,
-    EXPORT_RECORD,
-    NATIVE_FOLDER,
-    Identify,
-    adapter_kind,
-    check_base,
-    find_base,
-)
+from megatron_tiedlora.convert import inputs
 
-_UNNAMED = ("adapter", NATIVE_FOLDER)  # folders of adapters that are named after the folder around them
+_UNNAMED = ("adapter", inputs.NATIVE_FOLDER)  # folders of adapters that are named after the folder around them
 # The values that vLLM accepts for --max-lora-rank, the maximum rank that it serves (default 16).
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _LARGEST_BATCH = 8  # adapters in one batch of vLLM: each takes a slot of GPU memory
@@ -57,7 +44,7 @@ class Export(NamedTuple):
 
 
 def peft_tensors(
-    source: ModelSource, adapter: NativeAdapter, *, rank: int, dtype: torch.dtype = torch.float32
+    source: ModelSource, adapter: native_adapter.NativeAdapter, *, rank: int, dtype: torch.dtype = torch.float32
 ) -> dict[str, torch.Tensor]:
     """The tensors of the PEFT file by name: lora_A (rank, d), lora_B (rows, rank), zero-padded to `rank`.
 
@@ -92,7 +79,7 @@ def target_modules(block: BlockShape, linears: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(modules))
 
 
-def peft_config(source: ModelSource, adapter: NativeAdapter, *, rank: int, base: str) -> dict[str, Any]:
+def peft_config(source: ModelSource, adapter: native_adapter.NativeAdapter, *, rank: int, base: str) -> dict[str, Any]:
     """The fields of PEFT's adapter_config.json; lora_alpha equals r, so PEFT scales by 1. `base` names the base."""
     config: dict[str, Any] = {
         "peft_type": "LORA",
@@ -117,7 +104,7 @@ def peft_config(source: ModelSource, adapter: NativeAdapter, *, rank: int, base:
 
 def export_peft(
     source: ModelSource,
-    adapter: NativeAdapter,
+    adapter: native_adapter.NativeAdapter,
     output: Path,
     *,
     native: Path | None = None,
@@ -127,7 +114,7 @@ def export_peft(
     base_differs: bool = False,
     say: Callable[[str], object] = str,
     new: Callable[[Path], AbstractContextManager[Path]] = new_output,
-    identify: Identify = identify_model,
+    identify: inputs.Identify = identify_model,
 ) -> Export:
     """Write a PEFT adapter folder atomically.
 
@@ -149,7 +136,7 @@ def export_peft(
     if rank < adapter.config.rank:
         raise UserError(f"--pad_rank_to {rank} is less than the adapter's rank {adapter.config.rank}; raise it")
     reject_existing(output, flag=f"--output {output}")
-    base = check_base(source, adapter, uses_tokenizer=False, differs=base_differs, identify=identify)
+    base = inputs.check_base(source, adapter, uses_tokenizer=False, differs=base_differs, identify=identify)
     for note in base.notes:
         say(note)
     with new(output) as temporary:
@@ -163,13 +150,13 @@ def export_peft(
             temporary / "adapter_config.json",
             peft_config(source, adapter, rank=rank, base=named or base_name(source)),
         )
-        on_this_host = {} if source.from_hub else {BASE_PATH: base_location(source)}
+        on_this_host = {} if source.from_hub else {inputs.BASE_PATH: base_location(source)}
         formats = {name: getattr(adapter.base_identity, name) for name in FORMAT_FIELDS}
         trained = {name: value for name, value in formats.items() if value is not None}
-        write_json(temporary / EXPORT_RECORD, {**adapter.record(), **base.record, **trained, **on_this_host})
+        write_json(temporary / inputs.EXPORT_RECORD, {**adapter.record(), **base.record, **trained, **on_this_host})
         if native is not None:
-            (temporary / NATIVE_FOLDER).mkdir()
-            copy_adapter_files(native, temporary / NATIVE_FOLDER, adapter)
+            (temporary / inputs.NATIVE_FOLDER).mkdir()
+            native_adapter.copy_adapter_files(native, temporary / inputs.NATIVE_FOLDER, adapter)
     return Export(output, rank, [target.name for target in adapter.config.targets])
 
 
@@ -188,7 +175,7 @@ def find_adapters(given: Sequence[str], *, flag: str = "--adapter", runs: bool =
         is_pattern = glob.has_magic(value) and not path.exists()
         matches = [Path(match) for match in sorted(glob.glob(str(path)))] if is_pattern else [path]
         folders = [folder for match in matches for folder in (_in_runs(match) if runs else [match])]
-        adapters = [folder for folder in folders if (folder / CONFIG_FILE).is_file()]
+        adapters = [folder for folder in folders if (folder / native_adapter.CONFIG_FILE).is_file()]
         if is_pattern and not adapters:
             raise UserError(f"{flag} {value}: matches no folder of an adapter")
         found |= dict.fromkeys(adapters or [path])
@@ -205,7 +192,7 @@ def _in_runs(folder: Path) -> list[Path]:
 
 def _adapter_of(folder: Path) -> Path | None:
     """The folder itself, or `adapter` in it; None if neither holds an adapter."""
-    return next((path for path in (folder, folder / "adapter") if (path / CONFIG_FILE).is_file()), None)
+    return next((path for path in (folder, folder / "adapter") if (path / native_adapter.CONFIG_FILE).is_file()), None)
 
 
 def adapter_name(adapter: Path) -> str:
@@ -249,13 +236,13 @@ def export_all(
     except OSError as error:
         raise UserError(f"--output {output}: {error.strerror or error}; give a folder that can be written") from None
 
-    base_of = cache(lambda base: find_base(output, model, base.base_model, asdict(base)))
+    base_of = cache(lambda base: inputs.find_base(output, model, base.base_model, asdict(base)))
     identify, of_bases = cache(identify_model), dict[str, tuple[ModelSource, dict[str, Export]]]()
     for name, adapter in progress_bar("export", "adapter", folders.items()):
         try:
-            if adapter_kind(adapter) != "native":
+            if inputs.adapter_kind(adapter) != "native":
                 raise UserError(f"{adapter}: this is a PEFT adapter already")
-            native = load_native_adapter(adapter)
+            native = native_adapter.load_native_adapter(adapter)
             source = base_of(native.base_identity)
             notes: list[str] = []
             exported = export_peft(

@@ -9,16 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from megatron_tiedlora.base.messages import UserError, count_text, user_path
 from megatron_tiedlora.base.text_files import UNSEALED_NOTE, read_json_object
-from megatron_tiedlora.checkpoint.base_identity import (
-    HASH_FIELDS,
-    MERGE_RECORD,
-    BaseIdentity,
-    base_differences,
-    check_same_base,
-    identify_model,
-    linears_dtype,
-    quantised_otherwise,
-)
+from megatron_tiedlora.checkpoint import base_identity
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, PEFT_TYPE, NativeAdapter
 from megatron_tiedlora.checkpoint.resume import LATEST_FILE
@@ -114,7 +105,7 @@ def _find_by_hash(folder: Path, model: str, models: list[Path], hashes: Mapping[
         with suppress(UserError):  # not a model that is known here
             source = find_model(str(path))
             if source.base_hash == hashes["base_hash"]:
-                found = identify_model(source, "fp32")
+                found = base_identity.identify_model(source, "fp32")
                 if all(getattr(found, name) == value for name, value in wanted.items()):
                     return source
     raise UserError(f"--model {model}: none of its {count_text(len(models), 'model')} is the base of {folder}; {_GIVE}")
@@ -122,10 +113,10 @@ def _find_by_hash(folder: Path, model: str, models: list[Path], hashes: Mapping[
 
 def is_merged(source: ModelSource) -> bool:
     """Whether an adapter was merged into a model."""
-    return source.folder is not None and (source.folder / MERGE_RECORD).is_file()
+    return source.folder is not None and (source.folder / base_identity.MERGE_RECORD).is_file()
 
 
-Identify = Callable[[ModelSource, str, str | None], BaseIdentity]
+Identify = Callable[[ModelSource, str, str | None], base_identity.BaseIdentity]
 
 
 class CheckedBase(NamedTuple):
@@ -149,7 +140,7 @@ def check_base(
     differs: bool = False,
     base_format: str | None = None,
     flag: str = "--adapter",
-    identify: Identify = identify_model,
+    identify: Identify = base_identity.identify_model,
 ) -> CheckedBase:
     """Compare `source` with the base that `adapter` was trained on, by its config, weights and tokenizer.
 
@@ -172,11 +163,11 @@ def check_base(
         found = replace(found, tokenizer=trained.tokenizer, tokenizer_hash=trained.tokenizer_hash)
     if is_merged(source) and found.base_weights_hash != trained.base_weights_hash and not differs:
         raise UserError(f"{source.name}: an adapter is merged into it already; give the plain base with --model")
-    notes = check_same_base(trained, found, source=flag, differs=differs)
+    notes = base_identity.check_same_base(trained, found, source=flag, differs=differs)
     if not adapter.sealed:
         notes += (f"{flag}: {UNSEALED_NOTE}",)
-    record = {name: getattr(found, name) for name in HASH_FIELDS}
-    if differences := base_differences(trained, found):
+    record = {name: getattr(found, name) for name in base_identity.HASH_FIELDS}
+    if differences := base_identity.base_differences(trained, found):
         record["base_differs"] = list(differences)
     return CheckedBase(record, notes)
 
@@ -186,7 +177,7 @@ def stored_precision(source: ModelSource) -> str | None:
     if source.stored is not None:
         return None
     with BaseWeights(source.weights_folder(), source.shape) as weights:
-        return linears_dtype(weights, source.shape)
+        return base_identity.linears_dtype(weights, source.shape)
 
 
 def trained_otherwise(source: ModelSource, adapter: NativeAdapter) -> str:
@@ -198,5 +189,5 @@ def trained_otherwise(source: ModelSource, adapter: NativeAdapter) -> str:
     if trained.base_stored is None:
         return ""
     found = replace(trained, base_model=source.name, base_stored=stored_precision(source))
-    otherwise = quantised_otherwise(trained, found)
+    otherwise = base_identity.quantised_otherwise(trained, found)
     return otherwise and f"{otherwise}; give the model in {trained.base_stored} with --model"

@@ -25,20 +25,11 @@ from megatron_tiedlora.base.messages import UserError, shown, user_path
 from megatron_tiedlora.base.output_folder import new_output, reject_existing, require_room
 from megatron_tiedlora.base.shapes import BASE_NAMES
 from megatron_tiedlora.base.text_files import read_json_object, read_json_or_none
+from megatron_tiedlora.checkpoint import tensor_files
 from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD
 from megatron_tiedlora.checkpoint.load_model import MergedWeights, ReadRows, row_blocks
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.checkpoint.tensor_files import (
-    INDEX_FILE,
-    TYPE_NAMES,
-    StreamedFile,
-    StreamedTensor,
-    all_finite,
-    file_head,
-    sharded,
-    write_files,
-)
 from megatron_tiedlora.convert.inputs import check_base, trained_otherwise
 from megatron_tiedlora.data.tokenizer import load_tokenizer, save_tokenizer
 from megatron_tiedlora.model.weights import quantised_rules, stored_shapes
@@ -131,20 +122,20 @@ def merge_adapter(
     with MergedWeights(source, adapter, base_format=None if quantised else onto) as weights:
         merged = _MergedFiles(weights, source, dtype, between)
         if quantised:
-            files = sharded(merged.of_quantised())
+            files = tensor_files.sharded(merged.of_quantised())
         else:
             side_files(folder, sorted({file.name for file in weights.file_of.values()}))  # and here
             files = [merged.of_file(file) for file in sorted(set(weights.file_of.values()))]
-            copied += side_files(folder, [INDEX_FILE])
+            copied += side_files(folder, [tensor_files.INDEX_FILE])
         needed = sum(len(file.head) + file.value_bytes for file in files) + sum(file.stat().st_size for file in copied)
         with new(output) as temporary:
             require_room(temporary, needed, output=output)
-            write_files(temporary, files, bar="weights" if quantised else "merge", progress=progress)
+            tensor_files.write_files(temporary, files, bar="weights" if quantised else "merge", progress=progress)
             for file in copied:  # with the index of a base that is not quantised, which may say more
                 shutil.copyfile(file, temporary / file.name)
             if quantised or dtype is not None:
                 _restate_config(temporary / "config.json", dtype, dequantised=quantised)
-            if not quantised and dtype is not None and (index := temporary / INDEX_FILE).is_file():
+            if not quantised and dtype is not None and (index := temporary / tensor_files.INDEX_FILE).is_file():
                 values = read_json_object(index, kind="a safetensors index")
                 metadata = values["metadata"] if isinstance(values.get("metadata"), dict) else {}
                 size = sum(file.value_bytes for file in files)
@@ -168,7 +159,7 @@ class _MergedFiles:
     dtype: torch.dtype | None
     between: Callable[[], object]
 
-    def of_file(self, file: Path) -> StreamedFile:
+    def of_file(self, file: Path) -> tensor_files.StreamedFile:
         """What becomes of one file of a base that is not quantised: it keeps its name and the order of its tensors, and
         with their dtypes its whole header.
 
@@ -194,20 +185,24 @@ class _MergedFiles:
         else:
             # Readers want every tensor at a multiple of its item's size.
             ordered.sort(key=lambda name: -found[name].dtype.itemsize if found[name].num_bytes else 0)
-            kinds = {name: TYPE_NAMES.get(found[name].dtype, header.entries[name]["dtype"]) for name in ordered}
-            head = file_head((name, kinds[name], found[name].shape, found[name].num_bytes) for name in ordered)
-        return StreamedFile(file.name, head, [found[name] for name in ordered])
+            kinds = {
+                name: tensor_files.TYPE_NAMES.get(found[name].dtype, header.entries[name]["dtype"]) for name in ordered
+            }
+            head = tensor_files.file_head(
+                (name, kinds[name], found[name].shape, found[name].num_bytes) for name in ordered
+            )
+        return tensor_files.StreamedFile(file.name, head, [found[name] for name in ordered])
 
-    def _of_stored(self, file: Path, name: str, stored: Any) -> StreamedTensor:
+    def _of_stored(self, file: Path, name: str, stored: Any) -> tensor_files.StreamedTensor:
         """A tensor of a file that is not quantised; one that is neither changed nor cast keeps its bytes."""
         shape, changed = tuple(stored.get_shape()), name in self.weights.changed
         kind = stored[:0].dtype if shape else stored[...].dtype
-        cast = self.dtype if kind in TYPE_NAMES else None
+        cast = self.dtype if kind in tensor_files.TYPE_NAMES else None
         # Files may hold tensors that the index does not name, or names for another file.
         read = self.weights.read if changed else lambda _, rows: stored[rows]
         return self._streamed(file, name, shape, cast or kind, read, checked=changed or cast is not None)
 
-    def of_quantised(self) -> list[StreamedTensor]:
+    def of_quantised(self) -> list[tensor_files.StreamedTensor]:
         """Every tensor of a merge onto a folder that is quantised.
 
         They have new files with new names: the folder's own do not fit, because its tensors have other sizes and names.
@@ -223,7 +218,7 @@ class _MergedFiles:
 
     def _streamed(
         self, file: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype, read: ReadRows, *, checked: bool
-    ) -> StreamedTensor:
+    ) -> tensor_files.StreamedTensor:
         """A tensor of which `read` gives some rows. If `checked`, a number that is not finite raises UserError."""
         size, source = file.stat().st_size, self.source.name if self.source.stored is not None else str(file)
 
@@ -234,14 +229,14 @@ class _MergedFiles:
                     raise UserError(f"{file}: not a whole safetensors file (it became shorter meanwhile)")
                 part: Any = rows if shape else ...  # a number has no rows
                 values = read(name, part).to(dtype)
-                if checked and not all_finite(values):
+                if checked and not tensor_files.all_finite(values):
                     base = self.weights.read_base(name, part) if name in self.weights.changed else read(name, part)
                     fits = f"merged, it does not fit {str(dtype).removeprefix('torch.')}; give --dtype bf16"
-                    why = fits if all_finite(base) else "the base is broken"
+                    why = fits if tensor_files.all_finite(base) else "the base is broken"
                     raise UserError(f"{source}: {name} holds numbers that are not finite ({why})")
                 yield values
 
-        return StreamedTensor(name, dtype, shape, blocks)
+        return tensor_files.StreamedTensor(name, dtype, shape, blocks)
 
 
 def reject_quantised(source: ModelSource) -> None:

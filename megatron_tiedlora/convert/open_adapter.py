@@ -38,17 +38,8 @@ from megatron_tiedlora.checkpoint.native_adapter import (
 )
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES, read_header
+from megatron_tiedlora.convert import inputs
 from megatron_tiedlora.convert.export_peft import peft_tensors
-from megatron_tiedlora.convert.inputs import (
-    BASE_PATH,
-    EXPORT_RECORD,
-    NATIVE_FOLDER,
-    adapter_kind,
-    check_base,
-    find_base,
-    is_merged,
-    is_peft,
-)
 from megatron_tiedlora.convert.peft_files import Lora, Native, native_lora, read_alpha, read_lora, read_vera
 from megatron_tiedlora.parallel.agreement import SentTensor
 
@@ -122,10 +113,10 @@ def open_adapter(
         UserError: the adapter or the base does not exist, cannot be read, or does not fit the other.
     """
     folder = user_path(given)
-    found = kind if kind == "peft" else adapter_kind(given, flag=f"{flag} {given}")
+    found = kind if kind == "peft" else inputs.adapter_kind(given, flag=f"{flag} {given}")
     if "native" in (kind, found):
         native = load_native_adapter(folder)
-        source = find_base(folder, model, native.base_identity.base_model, asdict(native.base_identity))
+        source = inputs.find_base(folder, model, native.base_identity.base_model, asdict(native.base_identity))
         source.check_length("--max_length", longest)
         return OpenedAdapter(source, "native", native.config, native.state, native)
     source, notes = _peft_base(folder, model, differs=differs)
@@ -161,7 +152,7 @@ def import_peft(
     reject_existing(output, flag=f"--output {output}")
     opened = open_adapter(folder, model, kind="peft", differs=base_differs)
     source, native, trained = opened.source, opened.native, opened.trained_on or opened.adapter.base_identity
-    base = check_base(
+    base = inputs.check_base(
         source,
         replace(opened.adapter, base_identity=replace(trained, base_stored=None)),  # an import quantises nothing
         uses_tokenizer=False,
@@ -173,7 +164,7 @@ def import_peft(
         say(note)
     with new(output) as temporary:
         if native is not None:
-            copy_adapter_files(folder / NATIVE_FOLDER, temporary, native)
+            copy_adapter_files(folder / inputs.NATIVE_FOLDER, temporary, native)
         else:
             kept = {name: getattr(trained, name) for name in ("tokenizer", "tokenizer_hash", *FORMAT_FIELDS)}
             own = replace(identify_model(source, "fp32"), **kept)
@@ -190,19 +181,19 @@ def _peft_base(folder: Path, model: ModelSource | str | None, *, differs: bool) 
         UserError: there is none; or an adapter is merged into it, which the files do not name, and `differs`
             (--base_differs) is False.
     """
-    record, in_config = read_json_or_none(folder / EXPORT_RECORD) or {}, read_peft_config(folder).get(_BASE_NAME)
-    path, named = record.get(BASE_PATH), in_config if isinstance(in_config, str) else ""
+    record, in_config = read_json_or_none(folder / inputs.EXPORT_RECORD) or {}, read_peft_config(folder).get(_BASE_NAME)
+    path, named = record.get(inputs.BASE_PATH), in_config if isinstance(in_config, str) else ""
     with suppress(UserError):  # it cannot be a path
         if isinstance(path, str) and (user_path(path).is_dir() or not isinstance(in_config, str)):
             named = path
     if not (model or named):
         raise UserError(f"{folder / CONFIG_FILE}: names no base model; give it with --model")
-    source, same = find_base(folder, model, named, record), False
+    source, same = inputs.find_base(folder, model, named, record), False
     with suppress(UserError):  # the name cannot be a path, or the model has no folder
         same = user_path(named).resolve() == source.weights_folder().resolve()
-    if is_merged(source) and not same and not differs:
+    if inputs.is_merged(source) and not same and not differs:
         raise UserError(f"{source.name}: an adapter is merged into it already; give the plain base with --model")
-    if (folder / EXPORT_RECORD).is_file() or not named or named == source.name or same:
+    if (folder / inputs.EXPORT_RECORD).is_file() or not named or named == source.name or same:
         return source, ()
     return source, (f"{folder} names the base {named}; PEFT files do not record whether {source.name} is the same",)
 
@@ -211,7 +202,7 @@ def read_peft_config(folder: Path) -> dict[str, Any]:
     """The fields of a PEFT adapter's config. Raises UserError if the folder holds no PEFT adapter."""
     file = folder / CONFIG_FILE
     content = read_json_object(file, kind="a PEFT adapter folder")
-    if not is_peft(content):
+    if not inputs.is_peft(content):
         what = "it is a native one" if "format_version" in content else "it has no peft_type"
         raise UserError(f"{file}: not a PEFT adapter ({what}); give another folder")
     return content
@@ -253,21 +244,25 @@ def read_peft(folder: Path, source: ModelSource, *, tied: bool = True) -> Opened
 
 def _travelled(folder: Path, lora: Lora, source: ModelSource) -> tuple[NativeAdapter | None, tuple[str, ...]]:
     """The native adapter in a PEFT folder, if it gives the tensors of the folder bit for bit; and notes."""
-    inside = folder / NATIVE_FOLDER
+    inside = folder / inputs.NATIVE_FOLDER
     if not os.path.lexists(inside):
-        if not (folder / EXPORT_RECORD).is_file():
+        if not (folder / inputs.EXPORT_RECORD).is_file():
             return None, ()
-        return None, (f"{folder}: only its PEFT files are used, since {NATIVE_FOLDER}/, what was exported, is missing",)
+        return None, (
+            f"{folder}: only its PEFT files are used, since {inputs.NATIVE_FOLDER}/, what was exported, is missing",
+        )
     try:
         for path in (inside, inside / CONFIG_FILE, inside / WEIGHTS_FILE):
             if path.is_symlink():
                 raise UserError(f"{path} is a link")
         native = load_native_adapter(inside)
     except UserError as error:
-        return None, (f"{folder}: only its PEFT files are used, since {NATIVE_FOLDER}/ is broken: {error}",)
+        return None, (f"{folder}: only its PEFT files are used, since {inputs.NATIVE_FOLDER}/ is broken: {error}",)
     if not _unlike_export(lora, source, native, stored_dtype(folder)):
         return native, ()
-    changed = f"{folder}: only its PEFT files are used, since they are not what the adapter in {NATIVE_FOLDER}/ gives"
+    changed = (
+        f"{folder}: only its PEFT files are used, since they are not what the adapter in {inputs.NATIVE_FOLDER}/ gives"
+    )
     return None, (f"{changed}; they were changed after the export",)
 
 
@@ -305,7 +300,7 @@ def compare_export(folder: Path, source: ModelSource, adapter: NativeAdapter) ->
     Raises:
         UserError: it is not a PEFT LoRA of `source`.
     """
-    if not (folder / EXPORT_RECORD).is_file():
+    if not (folder / inputs.EXPORT_RECORD).is_file():
         return None
     file = folder / WEIGHTS_FILE
     lora, _ = read_lora(folder, read_peft_config(folder), source)
@@ -321,7 +316,7 @@ def exported_base(folder: Path, like: BaseIdentity) -> BaseIdentity | None:
     Raises:
         UserError: the record cannot be read, or its storage format or precision is unknown.
     """
-    file = folder / EXPORT_RECORD
+    file = folder / inputs.EXPORT_RECORD
     if not file.is_file():
         return None
     content = read_json_object(file, kind="the record of an export")

@@ -21,16 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_tiedlora.base import output_folder
 from megatron_tiedlora.base.atomic import TEMPORARY_PREFIX, write_json
 from megatron_tiedlora.base.messages import UserError, bytes_in_words
-from megatron_tiedlora.base.output_folder import (
-    CACHE_VARIABLE,
-    make_own_folder,
-    partial_folder,
-    remove_abandoned_outputs,
-    take_output,
-    user_cache,
-)
 from megatron_tiedlora.base.ownership import FolderTaken, OwnerLost, owner_in_words
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.text_files import check_seal, file_sha256, read_json_object, sealed
@@ -94,11 +87,11 @@ def tokenised_once(
     Raises UserError as `RowStream` and `encoded_rows` do, if no token is supervised, if a file changes while it is
     read, if the cache cannot be written, and if another process takes too long.
     """
-    folder = Path(cache_dir or user_cache()) / "tokens"
+    folder = Path(cache_dir or output_folder.user_cache()) / "tokens"
     try:
-        make_own_folder(folder.parent)
-        make_own_folder(folder, mode=0o700)  # private, since it contains the texts of data sets
-        remove_abandoned_outputs(folder)
+        output_folder.make_own_folder(folder.parent)
+        output_folder.make_own_folder(folder, mode=0o700)  # private, since it contains the texts of data sets
+        output_folder.remove_abandoned_outputs(folder)
         once = partial(_once, folder, timeout_minutes)
         carves = source_kind(encoding.task, "validation", files) == "carve"
         parts: tuple[Split, ...] = ("train",) if carves else ("train", "validation")
@@ -137,7 +130,7 @@ def _once(
 
     while (found := mapped_arrays(path, dtypes)) is None:  # a finished folder is renamed into place when complete
         try:
-            output = take_output(path, resumes=True, reject=reject_whole)
+            output = output_folder.take_output(path, resumes=True, reject=reject_whole)
         except FolderTaken:
             next(waits)
             continue
@@ -158,7 +151,7 @@ def _waits(path: Path, names: str, timeout_minutes: float) -> Iterator[None]:
 
     Raises UserError if it has written nothing for so long.
     """
-    folder, started = partial_folder(path), time.monotonic()
+    folder, started = output_folder.partial_folder(path), time.monotonic()
     changed, said, size, seen = started, started, 0, None
     while True:
         now = time.monotonic()
@@ -171,7 +164,7 @@ def _waits(path: Path, names: str, timeout_minutes: float) -> Iterator[None]:
         if now - changed > 60 * timeout_minutes:
             raise UserError(
                 f"{names}: {writer} tokenises it, and has written nothing for {timeout_minutes:g} minutes; end that"
-                f" process, give a longer --timeout_minutes, or set {CACHE_VARIABLE} to another folder"
+                f" process, give a longer --timeout_minutes, or set {output_folder.CACHE_VARIABLE} to another folder"
             )
         # One rank of each host speaks: they have not met yet.
         if rank_number(local=True) == 0 and now - said > min(max(said - started, _SAY_SECONDS), _LONGEST_SILENCE):

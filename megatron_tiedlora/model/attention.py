@@ -12,16 +12,7 @@ from torch.nn import functional
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY, Share, Shares
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
-from megatron_tiedlora.base.shapes import (
-    QKV,
-    HeadShape,
-    LinearScaling,
-    Llama3Scaling,
-    LongRopeScaling,
-    RopeScaling,
-    RopeShape,
-    YarnScaling,
-)
+from megatron_tiedlora.base import shapes
 from megatron_tiedlora.model.batch import find_documents, whole_rows
 from megatron_tiedlora.model.cpu_attention import TiledRows, attend_by_tiles, find_query_tiles, split_rows, tile_size
 from megatron_tiedlora.model.fused_attention import AttentionRoute, attend_within, choose_attention
@@ -93,7 +84,7 @@ class AttentionContext:
     """
 
     positions: torch.Tensor
-    tables: Mapping[RopeShape, tuple[torch.Tensor, torch.Tensor]]
+    tables: Mapping[shapes.RopeShape, tuple[torch.Tensor, torch.Tensor]]
     attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
     mask: torch.Tensor | None = None
     of_shares: "tuple[AttentionContext, ...]" = ()
@@ -119,7 +110,7 @@ class Attention(nn.Module):
         documents: torch.Tensor | None = None,
         cache: AnyCache | None = None,
         shares: Shares = (),
-        ropes: Iterable[RopeShape | None] | None = None,
+        ropes: Iterable[shapes.RopeShape | None] | None = None,
     ) -> AttentionContext:
         """What `attend` of every layer needs to know about the tokens, computed once for all layers.
 
@@ -187,7 +178,7 @@ class Attention(nn.Module):
             cache: of this rank's key and value heads; the new keys and values are added to it. With shares there is
                 one for each.
         """
-        qkv_update = None if update is None else update.get(QKV)
+        qkv_update = None if update is None else update.get(shapes.QKV)
         table = () if self.qkv.rope is None else context.tables[self.qkv.rope]
         num_rows = len(context.positions)
         query, key, value = self.qkv(hidden, tensor_parallel, qkv_update, num_rows=num_rows, table=table)
@@ -270,35 +261,37 @@ def _attend_to_cache(query: torch.Tensor, cache: KeyValueCache, mask: torch.Tens
 # changes f_i and a.
 
 
-def inverse_frequencies(heads: HeadShape, device: torch.device | None = None) -> torch.Tensor:
+def inverse_frequencies(heads: shapes.HeadShape, device: torch.device | None = None) -> torch.Tensor:
     """f_i, (rotary_dim / 2,) fp32."""
     exponents = torch.arange(0, heads.rotary_dim, 2, dtype=torch.int64, device=device).float() / heads.rotary_dim
     powers, scaling = heads.rope.theta**exponents, heads.rope.scaling
     match scaling:
-        case LinearScaling():
+        case shapes.LinearScaling():
             return 1.0 / powers / scaling.factor
-        case Llama3Scaling():
+        case shapes.Llama3Scaling():
             return _llama3(scaling, 1.0 / powers)
-        case YarnScaling():
+        case shapes.YarnScaling():
             return _yarn(scaling, powers, heads)
-        case LongRopeScaling():
+        case shapes.LongRopeScaling():
             return 1.0 / (torch.tensor(scaling.factors, dtype=torch.float32, device=device) * powers)
     return 1.0 / powers
 
 
-def amplitude(scaling: RopeScaling | None) -> float:
+def amplitude(scaling: shapes.RopeScaling | None) -> float:
     """a: what cos and sin are multiplied by."""
-    return scaling.amplitude if isinstance(scaling, YarnScaling | LongRopeScaling) else 1.0
+    return scaling.amplitude if isinstance(scaling, shapes.YarnScaling | shapes.LongRopeScaling) else 1.0
 
 
-def rotation_table(positions: torch.Tensor, heads: HeadShape, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def rotation_table(
+    positions: torch.Tensor, heads: shapes.HeadShape, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """a cos and a sin of the angles of all positions (b, s), each (b s, 1, rotary_dim / 2) in `dtype`."""
     angles = positions.reshape(-1, 1, 1).float() * inverse_frequencies(heads, positions.device)
     factor = amplitude(heads.rope.scaling)
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
 
-def _llama3(scaling: Llama3Scaling, frequencies: torch.Tensor) -> torch.Tensor:
+def _llama3(scaling: shapes.Llama3Scaling, frequencies: torch.Tensor) -> torch.Tensor:
     """Wavelengths above original / low_freq_factor are stretched by `factor`, those below original / high_freq_factor
     stay unchanged, and between them the two are blended linearly."""
     wavelengths = 2 * math.pi / frequencies
@@ -312,7 +305,7 @@ def _llama3(scaling: Llama3Scaling, frequencies: torch.Tensor) -> torch.Tensor:
     return torch.where(~low & ~high, blended, scaled)
 
 
-def _yarn(scaling: YarnScaling, powers: torch.Tensor, heads: HeadShape) -> torch.Tensor:
+def _yarn(scaling: shapes.YarnScaling, powers: torch.Tensor, heads: shapes.HeadShape) -> torch.Tensor:
     """Frequencies that turn more than `beta_fast` times over the original positions stay, those that turn less than
     `beta_slow` times are divided by `factor`, and between them a ramp over the indices blends the two."""
     size, theta = heads.rotary_dim, heads.rope.theta

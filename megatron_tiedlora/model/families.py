@@ -9,23 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
+from megatron_tiedlora.base import shapes
 from megatron_tiedlora.base.messages import UserError, shown
-from megatron_tiedlora.base.shapes import (
-    DOWN,
-    GATE_UP,
-    OUTPUT,
-    QKV,
-    BlockShape,
-    HeadShape,
-    LengthLimit,
-    LinearShape,
-    LongRopeScaling,
-    ModelShape,
-    NormShape,
-    RopeShape,
-    StoredRows,
-    linear_sizes,
-)
 from megatron_tiedlora.model.hf_config import (
     FULL,
     SLIDING,
@@ -35,7 +20,7 @@ from megatron_tiedlora.model.hf_config import (
     window_of_last_layers,
 )
 
-Reader = Callable[[HfConfig], ModelShape]
+Reader = Callable[[HfConfig], shapes.ModelShape]
 
 
 class Family(NamedTuple):
@@ -71,7 +56,7 @@ _OTHER_TYPES = {
 }
 
 
-def shape_from_hf(values: Mapping[str, Any], *, source: str = "config.json") -> ModelShape:
+def shape_from_hf(values: Mapping[str, Any], *, source: str = "config.json") -> shapes.ModelShape:
     """The shape that the fields of a Hugging Face config describe.
 
     Raises:
@@ -120,16 +105,16 @@ BEHIND = Norms(None, "post_attention_layernorm", None, "post_feedforward_layerno
 def gated_decoder(
     config: HfConfig,
     *,
-    rope: tuple[RopeShape, LengthLimit | None] | None = None,
-    window: LengthLimit | None = None,
+    rope: tuple[shapes.RopeShape, shapes.LengthLimit | None] | None = None,
+    window: shapes.LengthLimit | None = None,
     norm_eps: float | None = None,
     qkv_bias: bool = False,
     output_bias: bool = False,
     head_norms: Literal["each", "together"] | None = None,
     norms: Norms = BEFORE,
     fused: bool = False,
-    ropes: Sequence[RopeShape | None] = (),
-) -> ModelShape:
+    ropes: Sequence[shapes.RopeShape | None] = (),
+) -> shapes.ModelShape:
     """The shape that the fields common to these families describe.
 
     Args:
@@ -154,59 +139,59 @@ def gated_decoder(
     num_layers = config.size("num_hidden_layers")
     eps = config.small_number("rms_norm_eps") if norm_eps is None else norm_eps
 
-    def norm(source: str | None, weight: str, bias: str) -> NormShape | None:
-        return None if source is None else NormShape(weight, d, eps, source, None if norm_eps is None else bias)
+    def norm(source: str | None, weight: str, bias: str) -> shapes.NormShape | None:
+        return None if source is None else shapes.NormShape(weight, d, eps, source, None if norm_eps is None else bias)
 
     num, num_kv, dim = _head_sizes(config, d)
 
-    def head_norm(part: str, count: int) -> NormShape | None:
+    def head_norm(part: str, count: int) -> shapes.NormShape | None:
         if head_norms is None:
             return None
         size, source = dim if head_norms == "each" else count * dim, f"self_attn.{part[0]}_norm"
-        return NormShape(f"attention.qkv.{part}_norm", size, eps, source, sharded=head_norms == "together")
+        return shapes.NormShape(f"attention.qkv.{part}_norm", size, eps, source, sharded=head_norms == "together")
 
-    heads = HeadShape(num, num_kv, dim, rope[0], head_norm("query", num), head_norm("key", num_kv))
+    heads = shapes.HeadShape(num, num_kv, dim, rope[0], head_norm("query", num), head_norm("key", num_kv))
     for own in filter(None, (heads.rope, *ropes)):
         _check_rotation(config, replace(heads, rope=own))
-    qkv = tuple(StoredRows(f"self_attn.{part}_proj") for part in "qkv")
-    gate_up = tuple(StoredRows(f"mlp.{part}_proj") for part in ("gate", "up"))
+    qkv = tuple(shapes.StoredRows(f"self_attn.{part}_proj") for part in "qkv")
+    gate_up = tuple(shapes.StoredRows(f"mlp.{part}_proj") for part in ("gate", "up"))
     if fused:
         qkv = _rows_of("self_attn.qkv_proj", heads.rows)
         gate_up = _rows_of("mlp.gate_up_proj", (f, f))
-    output = (StoredRows("self_attn.o_proj"),)
-    sizes = linear_sizes(d, heads.rows, f)
-    block = BlockShape(
+    output = (shapes.StoredRows("self_attn.o_proj"),)
+    sizes = shapes.linear_sizes(d, heads.rows, f)
+    block = shapes.BlockShape(
         source="model.layers.{index}",
         heads=heads,
         attention_norm=norm(norms.attention, "attention.qkv.norm", "attention.qkv.norm_bias"),
-        qkv=LinearShape("attention.qkv", *sizes[QKV], qkv, qkv_bias),
-        output=LinearShape("attention.output", *sizes[OUTPUT], output, output_bias),
+        qkv=shapes.LinearShape("attention.qkv", *sizes[shapes.QKV], qkv, qkv_bias),
+        output=shapes.LinearShape("attention.output", *sizes[shapes.OUTPUT], output, output_bias),
         output_norm=norm(norms.output, "attention.output.norm.weight", "attention.output.norm.bias"),
         mlp_norm=norm(norms.mlp, "mlp.gate_up.norm", "mlp.gate_up.norm_bias"),
-        gate_up=LinearShape("mlp.gate_up", *sizes[GATE_UP], gate_up),
-        down=LinearShape("mlp.down", *sizes[DOWN], (StoredRows("mlp.down_proj"),)),
+        gate_up=shapes.LinearShape("mlp.gate_up", *sizes[shapes.GATE_UP], gate_up),
+        down=shapes.LinearShape("mlp.down", *sizes[shapes.DOWN], (shapes.StoredRows("mlp.down_proj"),)),
         down_norm=norm(norms.down, "mlp.down.norm.weight", "mlp.down.norm.bias"),
     )
     final_norm = norm("model.norm", "norm.weight", "norm.bias")
     assert final_norm is not None
     max_positions = config.size("max_position_embeddings")
-    trained = LengthLimit(max_positions, f"was trained for {max_positions} positions")
-    return ModelShape(
+    trained = shapes.LengthLimit(max_positions, f"was trained for {max_positions} positions")
+    return shapes.ModelShape(
         num_layers=num_layers,
         max_positions=max_positions,
         limit=min((trained, *filter(None, (rope[1], window))), key=lambda limit: limit.tokens),
-        embedding=LinearShape("", d, (vocab,), "vocabulary", (StoredRows("model.embed_tokens"),)),
+        embedding=shapes.LinearShape("", d, (vocab,), "vocabulary", (shapes.StoredRows("model.embed_tokens"),)),
         block=block,
         final_norm=final_norm,
-        head=LinearShape("", d, (vocab,), "vocabulary", (StoredRows("lm_head"),)),
+        head=shapes.LinearShape("", d, (vocab,), "vocabulary", (shapes.StoredRows("lm_head"),)),
         tied_embeddings=config.flag("tie_word_embeddings"),
         ropes=tuple(ropes),
     )
 
 
-def _rows_of(module: str, sizes: tuple[int, ...]) -> tuple[StoredRows, ...]:
+def _rows_of(module: str, sizes: tuple[int, ...]) -> tuple[shapes.StoredRows, ...]:
     """Blocks of these sizes that follow each other in one stored tensor."""
-    return tuple(StoredRows(module, sum(sizes[:index]), sum(sizes)) for index in range(len(sizes)))
+    return tuple(shapes.StoredRows(module, sum(sizes[:index]), sum(sizes)) for index in range(len(sizes)))
 
 
 def _head_sizes(config: HfConfig, hidden_size: int) -> tuple[int, int, int]:
@@ -220,14 +205,14 @@ def _head_sizes(config: HfConfig, hidden_size: int) -> tuple[int, int, int]:
     return num, num_kv, dim
 
 
-def _check_rotation(config: HfConfig, heads: HeadShape) -> None:
+def _check_rotation(config: HfConfig, heads: shapes.HeadShape) -> None:
     rotated, scaling = heads.rotary_dim, heads.rope.scaling
     if rotated % 2 or not rotated:
         of = "" if rotated == heads.dim else f", of which {rotated} are rotated"
         raise UserError(
             f"{config.source}: head_dim is {heads.dim}{of}, but rotary embedding needs an even number of elements"
         )
-    if isinstance(scaling, LongRopeScaling) and len(scaling.factors) != rotated // 2:
+    if isinstance(scaling, shapes.LongRopeScaling) and len(scaling.factors) != rotated // 2:
         found = f"short_factor has {len(scaling.factors)} numbers, but there are {rotated // 2} frequencies"
         raise UserError(f"{config.source}: {found}")
 
@@ -245,27 +230,27 @@ def _check_rotation(config: HfConfig, heads: HeadShape) -> None:
     max_position_embeddings=2048,
     rms_norm_eps=1e-6,
 )
-def llama(config: HfConfig) -> ModelShape:
+def llama(config: HfConfig) -> shapes.ModelShape:
     """LLaMA 1 to 3, and models of the same shape."""
     bias = config.flag("attention_bias")
     return gated_decoder(config, qkv_bias=bias, output_bias=bias)
 
 
 @family(intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=4096 * 32, sliding_window=4096)
-def mistral(config: HfConfig) -> ModelShape:
+def mistral(config: HfConfig) -> shapes.ModelShape:
     """Mistral 7B, Nemo and Small: LLaMA's layers, with a sliding window in the oldest models."""
     return gated_decoder(config, window=config.window())
 
 
 @family(vocab_size=50304, rms_norm_eps=1e-5)
-def olmo2(config: HfConfig) -> ModelShape:
+def olmo2(config: HfConfig) -> shapes.ModelShape:
     """OLMo 2: norms after attention and MLP in place of those before, and norms of all heads of queries and of keys."""
     bias = config.flag("attention_bias")
     return gated_decoder(config, qkv_bias=bias, output_bias=bias, norms=BEHIND, head_norms="together")
 
 
 @family(vocab_size=50304, rms_norm_eps=1e-5, sliding_window=4096)
-def olmo3(config: HfConfig) -> ModelShape:
+def olmo3(config: HfConfig) -> shapes.ModelShape:
     """OLMo 3: OLMo 2's layers, most of them with a sliding window and a rotation of their own."""
     bias, num_layers = config.flag("attention_bias"), config.size("num_hidden_layers")
     kinds = config.get("layer_types")
@@ -295,7 +280,7 @@ def olmo3(config: HfConfig) -> ModelShape:
     original_max_position_embeddings=4096,
     rms_norm_eps=1e-5,
 )
-def phi3(config: HfConfig) -> ModelShape:
+def phi3(config: HfConfig) -> shapes.ModelShape:
     """Phi-3, Phi-3.5 and Phi-4: q, k and v in one stored tensor, gate and up in another, and part of a head rotated."""
     original, names = config.size("original_max_position_embeddings"), {"su": "longrope", "yarn": "longrope"}
     rope = read_rope(config, partial=True, original_positions=original, other_names=names)
@@ -303,13 +288,13 @@ def phi3(config: HfConfig) -> ModelShape:
 
 
 @family(**_QWEN_DEFAULTS)
-def qwen2(config: HfConfig) -> ModelShape:
+def qwen2(config: HfConfig) -> shapes.ModelShape:
     """Qwen1.5, Qwen2 and Qwen2.5: a bias on query, key and value and none on the output."""
     return gated_decoder(config, window=window_of_last_layers(config), qkv_bias=True)
 
 
 @family(**_QWEN_DEFAULTS, head_dim=128)
-def qwen3(config: HfConfig) -> ModelShape:
+def qwen3(config: HfConfig) -> shapes.ModelShape:
     """Qwen3, the dense models: an RMS norm of each head of queries and keys before the rotation."""
     bias, window = config.flag("attention_bias"), window_of_last_layers(config)
     return gated_decoder(config, window=window, qkv_bias=bias, output_bias=bias, head_norms="each")
@@ -326,7 +311,7 @@ def qwen3(config: HfConfig) -> ModelShape:
     no_rope_layer_interval=4,
     tie_word_embeddings=True,
 )
-def smollm3(config: HfConfig) -> ModelShape:
+def smollm3(config: HfConfig) -> shapes.ModelShape:
     """SmolLM3: LLaMA's layers, in some of which queries and keys are not rotated."""
     bias = config.flag("attention_bias")
     num_layers, interval = config.size("num_hidden_layers"), config.size("no_rope_layer_interval")
@@ -351,7 +336,7 @@ def smollm3(config: HfConfig) -> ModelShape:
     layer_norm_eps=1e-5,
     partial_rotary_factor=0.25,
 )
-def stablelm(config: HfConfig) -> ModelShape:
+def stablelm(config: HfConfig) -> shapes.ModelShape:
     """StableLM 2, and NVIDIA's GPT-2B-001: LayerNorms with biases, and part of a head rotated."""
     rope, eps = read_rope(config, partial=True), config.small_number("layer_norm_eps")
     return gated_decoder(config, rope=rope, norm_eps=eps, qkv_bias=config.flag("use_qkv_bias"))

@@ -16,21 +16,8 @@ from megatron_tiedlora.model.batch import Supervised
 from megatron_tiedlora.model.linears import Norm, NormedLinear, RowParallelLinear
 from megatron_tiedlora.model.mlp import SwiGlu
 from megatron_tiedlora.model.qkv import QkvLinear
+from megatron_tiedlora.parallel import frozen_weight, groups
 from megatron_tiedlora.parallel.fp8_products import weight_maker
-from megatron_tiedlora.parallel.frozen_weight import (
-    FrozenWeight,
-    VocabularyParallelEmbedding,
-    WeightMaker,
-    frozen_linear,
-    frozen_parameter,
-    frozen_weights,
-    register,
-)
-from megatron_tiedlora.parallel.groups import (
-    TensorParallel,
-    enter_tensor_parallel_region,
-    gather_from_tensor_parallel_region,
-)
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.parallel.loss import VocabularyShard, sum_token_losses, token_losses
 from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
@@ -57,7 +44,7 @@ class Block(nn.Module):
         self,
         hidden: torch.Tensor,
         context: AttentionContext,
-        tensor_parallel: TensorParallel,
+        tensor_parallel: groups.TensorParallel,
         *,
         update: LayerUpdate | None = None,
         cache: AnyCache | None = None,
@@ -71,7 +58,7 @@ class Block(nn.Module):
         self,
         hidden: torch.Tensor,
         attention_output: torch.Tensor,
-        tensor_parallel: TensorParallel,
+        tensor_parallel: groups.TensorParallel,
         update: LayerUpdate | None = None,
     ) -> torch.Tensor:
         """x + output projection(attention output), for all positions or some.
@@ -85,7 +72,7 @@ class Block(nn.Module):
     def add_mlp(
         self,
         hidden: torch.Tensor,
-        tensor_parallel: TensorParallel,
+        tensor_parallel: groups.TensorParallel,
         update: LayerUpdate | None = None,
         *,
         recomputes: bool = True,
@@ -106,9 +93,11 @@ class Head(nn.Module):
     embedding is on another stage.
     """
 
-    frozen: FrozenWeight
+    frozen: frozen_weight.FrozenWeight
 
-    def __init__(self, norm: Norm, weight: FrozenWeight | None, *, vocab_size: int, kernels: Kernels) -> None:
+    def __init__(
+        self, norm: Norm, weight: frozen_weight.FrozenWeight | None, *, vocab_size: int, kernels: Kernels
+    ) -> None:
         super().__init__()
         self.norm = norm
         self.vocab_size = vocab_size
@@ -117,14 +106,14 @@ class Head(nn.Module):
         if weight is not None:  # here, as ZeRO-3 partitions what a module has when its __init__ ends
             self.take_weight(weight)
 
-    def take_weight(self, weight: FrozenWeight) -> None:
+    def take_weight(self, weight: frozen_weight.FrozenWeight) -> None:
         """Use `weight`, (local vocabulary, d)."""
-        self.frozen = register(self, weight)
+        self.frozen = frozen_weight.register(self, weight)
 
     def forward(
         self,
         hidden: torch.Tensor,
-        tensor_parallel: TensorParallel,
+        tensor_parallel: groups.TensorParallel,
         supervised: Supervised | None = None,
         *,
         summed: bool = True,
@@ -139,10 +128,10 @@ class Head(nn.Module):
             summed: False for the loss of each position, (n,), without a gradient.
         """
         group = tensor_parallel.group
-        hidden = enter_tensor_parallel_region(self.norm(hidden), tensor_parallel)
+        hidden = groups.enter_tensor_parallel_region(self.norm(hidden), tensor_parallel)
         if supervised is None:
-            local_logits = frozen_linear(hidden, self.frozen)
-            return gather_from_tensor_parallel_region(local_logits, group, dim=-1)[..., : self.vocab_size]
+            local_logits = frozen_weight.frozen_linear(hidden, self.frozen)
+            return groups.gather_from_tensor_parallel_region(local_logits, group, dim=-1)[..., : self.vocab_size]
         first_id = group.rank * self.frozen.local_shape[0]
         weight = self.frozen.first_rows(max(self.vocab_size - first_id, 0))  # without the last rank's padding
         shard = VocabularyShard(weight, first_id, group, self.rows_at_once, self.kernels)
@@ -170,7 +159,7 @@ def layer_specs(
     kernels: Kernels = EAGER,
     recomputes_gate: bool = False,
     deterministic: bool = False,
-    make_weight: WeightMaker = FrozenWeight.empty,
+    make_weight: frozen_weight.WeightMaker = frozen_weight.FrozenWeight.empty,
 ) -> tuple[LayerSpec, ...]:
     """The flat list: layer 0 the embedding, layers 1 to L the blocks (1-based as in the paper), layer L + 1 the head.
 
@@ -181,15 +170,15 @@ def layer_specs(
     """
 
     def embedding() -> nn.Module:
-        return VocabularyParallelEmbedding(weight(shape.embedding, FrozenWeight.empty))
+        return frozen_weight.VocabularyParallelEmbedding(weight(shape.embedding, frozen_weight.FrozenWeight.empty))
 
-    def weight(linear: LinearShape, make: WeightMaker = make_weight) -> FrozenWeight:
+    def weight(linear: LinearShape, make: frozen_weight.WeightMaker = make_weight) -> frozen_weight.FrozenWeight:
         local_shape = weight_spec(linear).local_shape((linear.out_size, linear.in_size), tp_size)
         return make(*local_shape, dtype=dtype, shards_rows=linear.cut == "row" and tp_size > 1)
 
     def bias(linear: LinearShape) -> nn.Parameter | None:
         local_shape = bias_spec(linear).local_shape((linear.out_size,), tp_size)
-        return frozen_parameter(*local_shape, dtype=dtype) if linear.bias else None
+        return frozen_weight.frozen_parameter(*local_shape, dtype=dtype) if linear.bias else None
 
     def normed(linear: LinearShape, norm: NormShape | None) -> dict[str, Any]:
         return {"norm": norm, "bias": bias(linear), "dtype": dtype, "kernels": kernels}
@@ -212,7 +201,7 @@ def layer_specs(
         return Block(attention, mlp, recomputes_gate=recomputes_gate)
 
     def head() -> nn.Module:
-        own = None if shape.tied_embeddings else weight(shape.head, FrozenWeight.empty)
+        own = None if shape.tied_embeddings else weight(shape.head, frozen_weight.FrozenWeight.empty)
         norm = Norm(shape.final_norm, dtype=dtype, kernels=kernels)
         return Head(norm, own, vocab_size=shape.vocab_size, kernels=kernels)
 
@@ -255,7 +244,7 @@ def stored_tensors(
     for kind, module in modules.items():
         quantised = {
             id(parameter)
-            for weight in frozen_weights(module).values()
+            for weight in frozen_weight.frozen_weights(module).values()
             if isinstance(weight, QuantisedWeight)
             for parameter in weight.parameters.values()
         }

@@ -23,17 +23,9 @@ from torch import nn
 from megatron_tiedlora.adapters.low_rank import AllRows, apart, beside, flat
 from megatron_tiedlora.adapters.tied_adapter import LinearUpdate
 from megatron_tiedlora.base.shapes import NormShape
+from megatron_tiedlora.parallel import groups
 from megatron_tiedlora.parallel.backward import first_derivative_only
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter, register
-from megatron_tiedlora.parallel.groups import (
-    SEQUENCE_DIM,
-    TensorParallel,
-    all_gather,
-    all_reduce,
-    end_to_end,
-    leave_tensor_parallel_region,
-    reduce_scatter,
-)
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_rows, detached
 
 
@@ -109,7 +101,7 @@ class NormedLinear(nn.Module):
         self.register_parameter("bias", bias)
 
     def projection(
-        self, tensor_parallel: TensorParallel, update: LinearUpdate, *, num_rows: int
+        self, tensor_parallel: groups.TensorParallel, update: LinearUpdate, *, num_rows: int
     ) -> "tuple[Projection, Operands]":
         """The linear for one call of (num_rows, s) tokens, and what goes to autograd beside it."""
         projection = Projection(self.frozen, update.rows, self.eps, num_rows, tensor_parallel, self.kernels)
@@ -160,7 +152,7 @@ class Projection:
     rows: AllRows
     eps: float | None = None
     num_rows: int = 0
-    tensor_parallel: TensorParallel = field(default_factory=TensorParallel)
+    tensor_parallel: groups.TensorParallel = field(default_factory=groups.TensorParallel)
     kernels: Kernels = EAGER
 
     @property
@@ -242,7 +234,9 @@ class Projection:
             return normed, ax
         narrow = None if ax is None else self.rows.columns(ax, local=True)
         joined = normed if narrow is None else beside(normed, narrow)
-        whole = all_gather(joined, self.tensor_parallel.group, SEQUENCE_DIM)[0].unflatten(0, (self.num_rows, -1))
+        whole = groups.all_gather(joined, self.tensor_parallel.group, groups.SEQUENCE_DIM)[0].unflatten(
+            0, (self.num_rows, -1)
+        )
         if narrow is None:
             return whole, None
         whole, narrow = apart(whole, narrow.shape[-1])
@@ -261,13 +255,13 @@ class Projection:
         """
         group, in_parts = self.tensor_parallel.group, self._in_parts
         if in_parts and grad_normed is not None:
-            grad_normed = end_to_end(grad_normed)
+            grad_normed = groups.end_to_end(grad_normed)
         if in_parts and needs_ax:
             assert grad_ax is not None
             narrow = self.rows.columns(grad_ax, local=False)
             if grad_normed is None:
-                return None, self.rows.of_columns(reduce_scatter(narrow, group, SEQUENCE_DIM), local=True)
-            joined = reduce_scatter(beside(grad_normed, narrow), group, SEQUENCE_DIM)
+                return None, self.rows.of_columns(groups.reduce_scatter(narrow, group, groups.SEQUENCE_DIM), local=True)
+            joined = groups.reduce_scatter(beside(grad_normed, narrow), group, groups.SEQUENCE_DIM)
             grad_normed, narrow = apart(joined, narrow.shape[-1])
             grad_ax = self.rows.of_columns(narrow, local=True)
             return self.rows.add_share_(grad_normed, grad_ax, a, local=True), grad_ax
@@ -275,8 +269,8 @@ class Projection:
             return None, grad_ax
         grad_normed = self.rows.add_share_(grad_normed, grad_ax, a, local=False)
         if in_parts:
-            return reduce_scatter(grad_normed, group, SEQUENCE_DIM), grad_ax
-        return all_reduce(grad_normed, group), grad_ax
+            return groups.reduce_scatter(grad_normed, group, groups.SEQUENCE_DIM), grad_ax
+        return groups.all_reduce(grad_normed, group), grad_ax
 
 
 class Epilogue:
@@ -354,18 +348,18 @@ class RowParallelLinear(nn.Module):
         self.norm = norm
 
     def forward(
-        self, local_hidden: torch.Tensor, tensor_parallel: TensorParallel, update: LinearUpdate | None = None
+        self, local_hidden: torch.Tensor, tensor_parallel: groups.TensorParallel, update: LinearUpdate | None = None
     ) -> torch.Tensor:
         """(..., local_in) -> activations between layers, (b, s, out), or (1, b s / p, out) if sequence parallel."""
         update = update or LinearUpdate()
         (addend,) = project(local_hidden, update, Projection(self.frozen, update.rows), Operands(update.a, update.f))
         return self.total(addend, tensor_parallel)
 
-    def total(self, addend: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
+    def total(self, addend: torch.Tensor, tensor_parallel: groups.TensorParallel) -> torch.Tensor:
         """y from the ranks' addends (b, s, out), as activations between layers. The bias is added once.
 
         Under sequence parallelism the norm is that of this rank's part of the sequence.
         """
-        output = leave_tensor_parallel_region(addend, tensor_parallel)
+        output = groups.leave_tensor_parallel_region(addend, tensor_parallel)
         output = output if self.bias is None else output + self.bias
         return output if self.norm is None else self.norm(output)

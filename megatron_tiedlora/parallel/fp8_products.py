@@ -19,15 +19,9 @@ from torch import nn
 
 from megatron_tiedlora.base.messages import UserError, one_line
 from megatron_tiedlora.base.shapes import BASE_FORMATS, FP8_CAPABILITY, LinearShape
+from megatron_tiedlora.parallel import quantised_weight
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, WeightMaker, frozen_parameter
 from megatron_tiedlora.parallel.quantise import CODE_TYPE, fp8_numbers, quantise_rows, row_maxima
-from megatron_tiedlora.parallel.quantised_weight import (
-    BlockScaledWeight,
-    RowScaledWeight,
-    Workspace,
-    look_up_fp8,
-    row_parts,
-)
 
 _AT_ONCE = 2**19  # numbers that a CPU rounds at one time: their temporaries stay in its cache
 _MULTIPLE = 16  # of both sizes of a weight in the GPU's kernels
@@ -77,7 +71,7 @@ def check_gpu_products(linears: Iterable[LinearShape], *, tp_size: int, dtype: t
             )
 
 
-class Fp8ProductWeight(RowScaledWeight):
+class Fp8ProductWeight(quantised_weight.RowScaledWeight):
     """fp8 codes that are multiplied as they are.
 
     GPUs of capability 9.0 want the second matrix with its columns in memory one after another. Those of W^T are; for
@@ -165,7 +159,7 @@ class Fp8ProductWeight(RowScaledWeight):
         out = self.workspace.take(*self._local_shape, dtype=dtype, device=self.tensor.device)
         if self.tensor.is_cuda:
             return out.copy_(fp8_numbers(self.tensor.detach()))
-        look_up_fp8(self.tensor.detach(), out, self._parts())
+        quantised_weight.look_up_fp8(self.tensor.detach(), out, self._parts())
         return out
 
 
@@ -178,7 +172,7 @@ def _rounded(rows: torch.Tensor, factors: torch.Tensor | None = None) -> tuple[t
     codes = torch.empty(rows.shape, dtype=CODE_TYPE["fp8"], device=rows.device)
     scales = torch.empty(len(rows), device=rows.device)
     wide = torch.promote_types(rows.dtype, torch.float32)
-    for part in row_parts(len(rows), rows.shape[1], _AT_ONCE, on_gpu=rows.is_cuda):
+    for part in quantised_weight.row_parts(len(rows), rows.shape[1], _AT_ONCE, on_gpu=rows.is_cuda):
         values = rows[part] if factors is None else rows[part].to(wide) * factors
         codes[part], scales[part] = quantise_rows(values, row_maxima(values), "fp8")
     return codes, scales
@@ -195,11 +189,11 @@ def weight_maker(name: str | None, *, products: str | None = None, keep_transpos
     """
     if name is None:
         return FrozenWeight.empty
-    storage, workspace = BASE_FORMATS[name], Workspace()
+    storage, workspace = BASE_FORMATS[name], quantised_weight.Workspace()
     if products is not None:
         assert (name, products) == ("fp8", "fp8")
         return partial(
             Fp8ProductWeight.of_format, storage=storage, workspace=workspace, keep_transposed=keep_transposed
         )
-    kind = RowScaledWeight if storage.block is None else BlockScaledWeight
+    kind = quantised_weight.RowScaledWeight if storage.block is None else quantised_weight.BlockScaledWeight
     return partial(kind.of_format, storage=storage, workspace=workspace)

@@ -16,21 +16,9 @@ import torch
 from torch import nn
 
 from megatron_tiedlora.base.shapes import BaseFormat
+from megatron_tiedlora.parallel import quantise
 from megatron_tiedlora.parallel.frozen_weight import Columns, FrozenWeight, frozen_parameter
 from megatron_tiedlora.parallel.kernels import NUMBERS_AT_ONCE
-from megatron_tiedlora.parallel.quantise import (
-    CODE_TYPE,
-    dequantise_blocks,
-    dequantise_rows,
-    has_nan,
-    nf4_kernel,
-    pack_codes,
-    quantise_blocks,
-    quantise_rows,
-    row_maxima,
-    unpack_codes,
-    without_tiny,
-)
 
 # Numbers that are processed at one time on a CPU: their temporaries stay in its cache.
 _AT_ONCE = 2**19
@@ -228,14 +216,14 @@ class BlockScaledWeight(QuantisedWeight):
         block = self.storage.block
         assert block is not None
         for rows in self._parts(num_rows=len(values), at_once=_QUANTISED_AT_ONCE):
-            codes, scales = quantise_blocks(self._moved(values[rows]), block, self.storage.name)
+            codes, scales = quantise.quantise_blocks(self._moved(values[rows]), block, self.storage.name)
             self._store_own(slice(start + rows.start, start + rows.stop), codes, scales, columns)
 
     def _load_stored(self, codes: torch.Tensor, scales: torch.Tensor, start: int, columns: Columns) -> None:
         read = self.columns_to_read(columns)
         for rows in self._parts(num_rows=len(codes)):
-            unpacked = unpack_codes(self._moved(codes[rows]), read.stop - read.start)
-            kept = without_tiny(self._moved(scales[rows]))
+            unpacked = quantise.unpack_codes(self._moved(codes[rows]), read.stop - read.start)
+            kept = quantise.without_tiny(self._moved(scales[rows]))
             self._store_own(slice(start + rows.start, start + rows.stop), unpacked, kept, columns)
 
     def _store_own(self, rows: slice, codes: torch.Tensor, scales: torch.Tensor, columns: Columns) -> None:
@@ -245,45 +233,49 @@ class BlockScaledWeight(QuantisedWeight):
         before = columns.start - self.columns_to_read(columns).start
         # The block of the full tensor in which each stored block lies.
         blocks = (before + torch.arange(self.scale_bits.shape[1], device=self.tensor.device) * self.block) // block
-        self._store(rows, pack_codes(codes[:, before : before + width]), scales[:, blocks])
+        self._store(rows, quantise.pack_codes(codes[:, before : before + width]), scales[:, blocks])
 
     def _dequantise(self, out: torch.Tensor) -> None:
         codes, scales = self.tensor.detach(), self.scales
-        kernel = nf4_kernel(out, self.block) if self.storage.name == "nf4" else None
+        kernel = quantise.nf4_kernel(out, self.block) if self.storage.name == "nf4" else None
         if kernel is not None:
             kernel(codes, scales, self.block, out)
             return
         for rows in self._parts():
-            out[rows] = dequantise_blocks(codes[rows], scales[rows], out.shape[1], self.block, self.storage.name)
+            out[rows] = quantise.dequantise_blocks(
+                codes[rows], scales[rows], out.shape[1], self.block, self.storage.name
+            )
 
 
 class RowScaledWeight(QuantisedWeight):
     """int8 and fp8: a scale for each row of the full tensor."""
 
     def _load(self, values: torch.Tensor, start: int, columns: Columns) -> None:
-        maxima = torch.cat([row_maxima(self._moved(values[rows])) for rows in self._parts(num_rows=len(values))])
+        maxima = torch.cat(
+            [quantise.row_maxima(self._moved(values[rows])) for rows in self._parts(num_rows=len(values))]
+        )
         if columns.largest is not None:  # infinite, not NaN: all ranks of the group raise the error, and none waits
             maxima = columns.largest(maxima.nan_to_num(nan=torch.inf, posinf=torch.inf))
         else:
             assert columns.stop - columns.start == columns.full, "a row's scale is that of the whole row"
         for rows in self._parts(num_rows=len(values)):
-            codes, scales = quantise_rows(self._moved(values[rows]), maxima[rows], self.storage.name)
+            codes, scales = quantise.quantise_rows(self._moved(values[rows]), maxima[rows], self.storage.name)
             self._store(slice(start + rows.start, start + rows.stop), codes.view(torch.uint8), scales[:, None])
 
     def _load_stored(self, codes: torch.Tensor, scales: torch.Tensor, start: int, columns: Columns) -> None:
         codes = self._moved(codes)
-        if has_nan(codes, self.storage.name):
+        if quantise.has_nan(codes, self.storage.name):
             raise ValueError("numbers that are not finite")
         self._store(slice(start, start + len(codes)), codes, self._moved(scales))
 
     def _dequantise(self, out: torch.Tensor) -> None:
-        codes = self.tensor.detach().view(CODE_TYPE[self.storage.name])
+        codes = self.tensor.detach().view(quantise.CODE_TYPE[self.storage.name])
         if codes.dtype == torch.int8:
             for rows in self._parts():
                 torch.mul(codes[rows], self.scales[rows], out=out[rows])
         elif out.dtype == torch.float64:
             for rows in self._parts():
-                out[rows] = dequantise_rows(codes[rows], self.scales[rows, 0])
+                out[rows] = quantise.dequantise_rows(codes[rows], self.scales[rows, 0])
         elif codes.is_cuda:
             out.copy_(codes).mul_(self.scales)  # computed in fp32
         else:
@@ -299,7 +291,7 @@ def look_up_fp8(
         codes: uint8.
         scales: (rows, 1), by which levels are multiplied.
     """
-    levels = torch.arange(256, dtype=torch.uint8).view(CODE_TYPE["fp8"]).to(out.dtype)
+    levels = torch.arange(256, dtype=torch.uint8).view(quantise.CODE_TYPE["fp8"]).to(out.dtype)
     for rows in parts:
         part = out[rows]
         torch.index_select(levels, 0, codes[rows].flatten().int(), out=part.view(-1))

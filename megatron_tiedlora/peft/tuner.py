@@ -27,19 +27,9 @@ from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.base.methods import FACTORS, METHOD_NAMES, find_method
 from megatron_tiedlora.base.shapes import QKV, TARGET_NAMES, ModelShape
 from megatron_tiedlora.base.text_files import check_file
+from megatron_tiedlora.checkpoint import native_adapter
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity, check_same_base, identify_in_memory, model_source
 from megatron_tiedlora.checkpoint.load_model import find_places, merge_, with_update
-from megatron_tiedlora.checkpoint.native_adapter import (
-    CONFIG_FILE,
-    PEFT_TYPE,
-    WEIGHTS_FILE,
-    AdaptedTensor,
-    StoredAdapter,
-    check_layers,
-    check_ranges,
-    check_values,
-    read_config,
-)
 from megatron_tiedlora.checkpoint.tensor_files import check_finite, check_tensors
 from megatron_tiedlora.config.fields import TARGETS_HELP, parse_targets
 
@@ -72,13 +62,13 @@ class TiedLoraConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType(PEFT_TYPE)
+        self.peft_type = PeftType(native_adapter.PEFT_TYPE)
         self.task_type = self.task_type or "CAUSAL_LM"
         self.target_modules: list[str] | None = None  # the full names of modules, once the model is known
         find_method(self.method)
         if type(self.r) is not int or self.r < 1:
             raise UserError(f"r = {shown(self.r)} is not a positive integer")
-        check_ranges(self)
+        native_adapter.check_ranges(self)
         if type(self.seed) is not int or self.seed < 0:
             raise UserError(f"seed = {shown(self.seed)} is not an integer from 0 on")
         if self.task_type != "CAUSAL_LM":
@@ -91,7 +81,7 @@ class TiedLoraConfig(PeftConfig):
     def resolve(self, shape: ModelShape, base: BaseIdentity) -> AdapterConfig:
         """Fill in what was left out, for a model of this shape and identity. Raises UserError if they do not fit."""
         layers = list(range(1, shape.num_layers + 1) if self.layers is None else self.layers)
-        check_layers(layers, shape.num_layers)
+        native_adapter.check_layers(layers, shape.num_layers)
         own: dict[str, Any] = {name: getattr(self, name) for name in ("seed", "alpha", "init_std_a", "init_std_b")}
         targets = targets_of(shape, self.targets)
         config = make_adapter_config(self.method, rank=self.r, layers=tuple(layers), targets=targets, **own)
@@ -106,9 +96,9 @@ class TiedLoraConfig(PeftConfig):
         if self.base is None or self.layers is None:
             raise UserError("the adapter is on no model yet, so its layers and its base are not known")
         own = {name: getattr(self, name) for name in _SAME_NAMES}
-        stored = StoredAdapter(**{**self.base, **own}, rank=self.r, qkv_layout="q|k|v")
+        stored = native_adapter.StoredAdapter(**{**self.base, **own}, rank=self.r, qkv_layout="q|k|v")
         content = {**stored.fields(), "base_model_name_or_path": self.base_model_name_or_path, "version": __version__}
-        write_json(Path(save_directory) / CONFIG_FILE, content)
+        write_json(Path(save_directory) / native_adapter.CONFIG_FILE, content)
 
 
 def native_arguments(folder: Path) -> dict[str, Any]:
@@ -117,8 +107,8 @@ def native_arguments(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: its config is not valid, or a checksum does not match.
     """
-    config, base, _ = read_config(folder)
-    content = StoredAdapter.of(config, base).fields()
+    config, base, _ = native_adapter.read_config(folder)
+    content = native_adapter.StoredAdapter.of(config, base).fields()
     same = {name: content[name] for name in (*_SAME_NAMES, *_FOR_PEFT)}
     unchecked = None if weights_match(folder) else str(folder)
     return {**same, "r": config.rank, "base": asdict(base), "unchecked": unchecked}
@@ -130,7 +120,7 @@ def weights_match(folder: Path) -> bool:
     Raises:
         UserError: they differ, or the config is not valid.
     """
-    weights, (*_, sums) = folder / WEIGHTS_FILE, read_config(folder)
+    weights, (*_, sums) = folder / native_adapter.WEIGHTS_FILE, native_adapter.read_config(folder)
     if there := weights.is_file():
         check_file(weights, sums)
     return there
@@ -148,7 +138,7 @@ class TiedLoraLinear(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, adapters: nn.ModuleDict) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.places: dict[str, AdaptedTensor] = {}
+        self.places: dict[str, native_adapter.AdaptedTensor] = {}
         self.merged_adapters: list[str] = []
         self._shared = (adapters,)  # in a tuple, so that they are not this module's own parameters
 
@@ -238,7 +228,7 @@ class TiedLoraModel(BaseTuner):
         self.tied_lora_adapters = nn.ModuleDict()
         self._source = model_source(model)
         self._found = identify_in_memory(model, self._source)  # before anything is merged into the model
-        self._places: Mapping[str, AdaptedTensor] = {}
+        self._places: Mapping[str, native_adapter.AdaptedTensor] = {}
 
     def inject_adapter(self, model: Any, adapter_name: str, *args: Any, **keywords: Any) -> None:
         """Put the adapter of `self.peft_config[adapter_name]` on the model.
@@ -263,7 +253,7 @@ class TiedLoraModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             adapter.requires_grad_(False)
 
-    def _new_adapter(self, config: TiedLoraConfig) -> tuple[TiedAdapter, Mapping[str, AdaptedTensor]]:
+    def _new_adapter(self, config: TiedLoraConfig) -> tuple[TiedAdapter, Mapping[str, native_adapter.AdaptedTensor]]:
         """An adapter with the initial values of its config, and its places in the model."""
         if config.base:
             trained = BaseIdentity(**config.base)
@@ -342,7 +332,7 @@ class TiedLoraModel(BaseTuner):
         found = {name: tuple(tensor.shape) for name, tensor in state_dict.items()}
         wanted = {name: described.shape(name) for name in described.tensors}
         check_tensors(source, found, wanted, lambda name: check_finite(source, name, state_dict[name]))
-        check_values(described, state_dict, source=source)
+        native_adapter.check_values(described, state_dict, source=source)
         start = "" if isinstance(model, cls) else "base_model."
         held = (name for name, _ in adapter.named_parameters())
         return {f"{start}tied_lora_adapters.{adapter_name}.{name}": state_dict[name] for name in held}

@@ -14,17 +14,7 @@ from megatron_tiedlora.config.plan_settings import PLAN_DEFAULTS, PlanCommand, P
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.config.train_fields import HOW_LONG
 from megatron_tiedlora.parallel.groups import GROUPS
-from megatron_tiedlora.planning.machines import (
-    ATTENTION,
-    CPU,
-    DEFAULT_GPU,
-    GPUS,
-    NF4_WITHOUT_LIBRARY,
-    Constant,
-    Machine,
-    attention_of,
-    read_machine,
-)
+from megatron_tiedlora.planning import machines
 from megatron_tiedlora.planning.planned import Cluster, Planned
 from megatron_tiedlora.planning.report import layout_sections
 from megatron_tiedlora.planning.run_plan import with_models_length
@@ -37,17 +27,17 @@ _CHANGES = ("recompute", "micro_batch_size", "ds_config", "sequence_parallel", "
 _SMALLEST = Storage("nf4")  # if a layout does not fit in it, then in no format
 
 
-def find_machine(settings: PlanSettings) -> Machine:
+def find_machine(settings: PlanSettings) -> machines.Machine:
     """The machine of --constants, of --gpu, or this one."""
     if settings.constants is not None:
-        machine = read_machine(user_path(settings.constants, flag="--constants"))
+        machine = machines.read_machine(user_path(settings.constants, flag="--constants"))
         if machine.on_gpu == (settings.ranks_on_cpu is not None):
             kind, fix = ("GPUs", "remove") if machine.on_gpu else ("CPUs", "give")
             raise UserError(f"--constants {settings.constants} are those of {kind}; {fix} --ranks_on_cpu")
         return machine
     if settings.ranks_on_cpu is None:
-        return GPUS[settings.gpu or DEFAULT_GPU]
-    return CPU.changed({"memory": Constant(float(psutil.virtual_memory().total), "of this machine")})
+        return machines.GPUS[settings.gpu or machines.DEFAULT_GPU]
+    return machines.CPU.changed({"memory": machines.Constant(float(psutil.virtual_memory().total), "of this machine")})
 
 
 def plan_cluster(command: PlanCommand) -> ClusterPlan:
@@ -135,7 +125,7 @@ def _head(plan: ClusterPlan, shown: PlanSettings) -> list[str]:
     ]
     assumed = [f"--{name} {getattr(train, name)}" for name in PLAN_DEFAULTS if run.assumes(name)]
     if shown.gpu is None and shown.constants is None and shown.ranks_on_cpu is None:
-        assumed.insert(0, f"--gpu {DEFAULT_GPU}")
+        assumed.insert(0, f"--gpu {machines.DEFAULT_GPU}")
     if left := [s.max_steps for s in run.adapters.values() if s.model_fields_set.isdisjoint(HOW_LONG)]:
         assumed.append(f"--max_steps {range_text(left)}".replace(",", ""))
     lines += [f"left out, so assumed: {', '.join(assumed)}"] if assumed else []
@@ -401,17 +391,17 @@ def _recompute(best: Candidate, plan: ClusterPlan) -> Iterator[str]:
 
 def _kernels(best: Candidate) -> Iterator[str]:
     """The kernels that are planned with for attention and nf4, and what others would give on such a card."""
-    machine, kernel = best.machine, attention_of(best.machine)
+    machine, kernel = best.machine, machines.attention_of(best.machine)
     if kernel is not None and best.dtype == "bf16":
         assert machine.capability is not None, "it has a kernel of a card"
         words = f"attention is planned by {kernel}, which a run takes where no other is installed"
-        known = ATTENTION[machine.capability]
+        known = machines.ATTENTION[machine.capability]
         name = max(known, key=lambda name: known[name].value)
         faster = best.changed({"attention.bf16": known[name]})
         if _ratio(faster, best) >= 1 + _GAIN:
             words += f"; with {name} (docs/gpu.md) {best.name} would do {_rate(faster)}"
         yield words
     if best.storage.base == "nf4" and machine.on_gpu and not machine["dequantise.nf4"]:
-        weights = machine["bandwidth"] * machine["elementwise"] / NF4_WITHOUT_LIBRARY
-        slower = best.changed({"dequantise.nf4": Constant(weights, "of eager kernels")})
+        weights = machine["bandwidth"] * machine["elementwise"] / machines.NF4_WITHOUT_LIBRARY
+        slower = best.changed({"dequantise.nf4": machines.Constant(weights, "of eager kernels")})
         yield f"nf4 is planned with bitsandbytes' kernel; without it {best.name} would do {_rate(slower)}"

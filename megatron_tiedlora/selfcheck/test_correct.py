@@ -19,17 +19,9 @@ from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.parallel.fp8_products import weight_maker
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
+from megatron_tiedlora.selfcheck import running
 from megatron_tiedlora.selfcheck.parts import Tell
 from megatron_tiedlora.selfcheck.reference import Document, loss_and_gradients, relative, worst_of
-from megatron_tiedlora.selfcheck.running import (
-    Computed,
-    Judge,
-    release,
-    small_shape,
-    started,
-    step_settings,
-    write_small,
-)
 from megatron_tiedlora.training.compiling import compiled_kernels
 
 pytestmark = pytest.mark.gpu
@@ -64,10 +56,10 @@ ENGINE_FIX = "DeepSpeed's engine gives other results here: try another ZeRO stag
 @pytest.mark.parametrize("method", METHOD_NAMES)
 def test_fp32(method: str, joined: torch.device, tell: Tell) -> None:
     """Every method in packed rows."""
-    compare_fp32(Judge(small_shape(), method, dtype=torch.float32, device=joined), tell)
+    compare_fp32(running.Judge(running.small_shape(), method, dtype=torch.float32, device=joined), tell)
 
 
-def compare_fp32(judge: Judge, tell: Tell) -> None:
+def compare_fp32(judge: running.Judge, tell: Tell) -> None:
     """Loss and gradients of packed rows are within rounding errors."""
     errors = judge.errors(judge.package())
     tell("errors", in_words(errors))
@@ -76,13 +68,15 @@ def compare_fp32(judge: Judge, tell: Tell) -> None:
 
 
 @pytest.fixture(scope="module", params=["small", "wide"])
-def judge(request: pytest.FixtureRequest, joined: torch.device, model: str) -> Iterator[Judge]:
+def judge(request: pytest.FixtureRequest, joined: torch.device, model: str) -> Iterator[running.Judge]:
     """In bf16, of a small model and, on a GPU, of two layers of --model."""
     if request.param == "wide" and joined.type == "cpu":
         pytest.skip("two layers of a large model are too slow on a CPU")
     wide = replace(shape_from_hf(PRESETS[model], source=model), num_layers=2)
-    yield Judge(small_shape() if request.param == "small" else wide, "tl6", dtype=torch.bfloat16, device=joined)
-    release()
+    yield running.Judge(
+        running.small_shape() if request.param == "small" else wide, "tl6", dtype=torch.bfloat16, device=joined
+    )
+    running.release()
 
 
 @cache
@@ -91,7 +85,7 @@ def compiled(shape: ModelShape, device: torch.device) -> Kernels:
     return compiled_kernels(shape, dtype=torch.bfloat16, device=device)
 
 
-def test_bf16_of_plain_pytorch(judge: Judge, tell: Tell) -> None:
+def test_bf16_of_plain_pytorch(judge: running.Judge, tell: Tell) -> None:
     """Its own errors are small enough to be a measure."""
     tell("errors", in_words(judge.plain_errors))
     assert judge.plain_errors[worst_of(judge.plain_errors)] <= PLAIN_BOUND, PLAIN_FIX
@@ -100,17 +94,17 @@ def test_bf16_of_plain_pytorch(judge: Judge, tell: Tell) -> None:
 @pytest.mark.parametrize("how", ["none", "selective", "full"])
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "one a row"])
 @pytest.mark.parametrize("kind", ["eager", "compiled"])
-def test_bf16(kind: str, packed: bool, how: str, judge: Judge, tell: Tell) -> None:
+def test_bf16(kind: str, packed: bool, how: str, judge: running.Judge, tell: Tell) -> None:
     """Packed or not, eager or compiled, with each recompute, against plain PyTorch in bf16."""
     if kind == "compiled" and judge.device.type == "cpu":
         pytest.skip("a CPU's compiler takes minutes, and is not checked")
-    if not packed and judge.shape != small_shape():
+    if not packed and judge.shape != running.small_shape():
         pytest.skip("rows of one document are tried on the small model")
     kernels = EAGER if kind == "eager" else compiled(judge.shape, judge.device)
     compare_bf16(judge, judge.package(packed=packed, how=how, kernels=kernels), tell)
 
 
-def compare_bf16(judge: Judge, answer: Computed, tell: Tell) -> None:
+def compare_bf16(judge: running.Judge, answer: running.Computed, tell: Tell) -> None:
     """The errors are within their multiple of plain PyTorch's in bf16."""
     errors = judge.errors(answer)
     shares = {name: error / (MULTIPLE * judge.plain_errors[name] + BEYOND) for name, error in errors.items()}
@@ -177,9 +171,9 @@ def _contents(weight: FrozenWeight) -> list[torch.Tensor]:
 def engine_run(stage: int, folder: Path) -> Iterator[tuple[Started, list[TrainingStep]]]:
     """A small run in fp32 at a ZeRO stage, and its first steps."""
     flags = ("--random_weights", "--dtype=fp32", f"--ds_config=zero{stage}.json", "--rows=2", "--length=64")
-    settings = step_settings(write_small(folder), *flags, "--compile=false", "--micro_batches=2")
+    settings = running.step_settings(running.write_small(folder), *flags, "--compile=false", "--micro_batches=2")
     # No clipping and an almost constant schedule, so that the reference is plain AdamW.
-    with started(settings, learning_rate=RATE, gradient_clipping=0.0) as run:
+    with running.started(settings, learning_rate=RATE, gradient_clipping=0.0) as run:
         yield run, [next(run.loader) for _ in range(STEPS)]
 
 

@@ -14,16 +14,9 @@ from megatron_tiedlora.evaluation.generate import Decoder, Prompts, generate
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.groups import ParallelGroups
+from megatron_tiedlora.selfcheck import running
 from megatron_tiedlora.selfcheck.parts import Tell, warn_unless
 from megatron_tiedlora.selfcheck.reference import document_logits
-from megatron_tiedlora.selfcheck.running import (
-    adapter_of,
-    compute_dtype,
-    layers_that_fit,
-    plain_tensors,
-    small_shape,
-    unsettle,
-)
 from megatron_tiedlora.training.throughput import timed
 
 pytestmark = pytest.mark.gpu
@@ -54,13 +47,13 @@ def answers(stage: Stage, shape: ModelShape, prompts: list[list[int]], num_token
 @pytest.mark.parametrize("kv_heads", [4, 2], ids=["MHA", "GQA"])
 def test_tokens(kv_heads: int, joined: torch.device, tell: Tell) -> None:
     """In fp32 each token is the reference's most likely one after the tokens before it, in fp64 without a cache."""
-    shape, device = small_shape(num_key_value_heads=kv_heads), joined
-    adapter = adapter_of(shape, "tl6")
+    shape, device = running.small_shape(num_key_value_heads=kv_heads), joined
+    adapter = running.adapter_of(shape, "tl6")
     stage = random_stage(shape, adapter, dtype=torch.float32, device=device)
-    unsettle(stage)
+    running.unsettle(stage)
     prompts = prompts_of(LENGTHS, shape.vocab_size)
     rows = answers(stage, shape, prompts, NEW_TOKENS)
-    weights, factors = plain_tensors(stage, torch.float64)
+    weights, factors = running.plain_tensors(stage, torch.float64)
     equal = 0
     for prompt, row in zip(prompts, rows, strict=True):
         tokens = torch.tensor(prompt + row, device=device)
@@ -73,9 +66,9 @@ def test_tokens(kv_heads: int, joined: torch.device, tell: Tell) -> None:
 
 def test_time(joined: torch.device, gpu: torch.device, model: str, tell: Tell) -> None:
     """Milliseconds per token, and what a first answer costs more than a second one with the same lengths."""
-    layers = layers_that_fit(model, "--rows=1", "--length=4096", "--supervised=1")
+    layers = running.layers_that_fit(model, "--rows=1", "--length=4096", "--supervised=1")
     shape = shape_from_hf({**PRESETS[model], "num_hidden_layers": layers}, source=model)
-    stage = random_stage(shape, adapter_of(shape, "tl6"), dtype=compute_dtype(gpu), device=gpu)
+    stage = random_stage(shape, running.adapter_of(shape, "tl6"), dtype=running.compute_dtype(gpu), device=gpu)
     base = sum(weight.numel() * weight.element_size() for weight in stage.parameters())
     tell(f"GB of weights of {layers} layers, which each token reads once", base / 1e9)
     for batch in BATCHES:

@@ -12,13 +12,7 @@ from pydantic import ValidationError
 from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.text_files import file_sha256, first_problem, read_json_or_none, read_yaml_mapping
-from megatron_tiedlora.checkpoint.native_adapter import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    NativeAdapter,
-    load_native_adapter,
-    read_config,
-)
+from megatron_tiedlora.checkpoint import native_adapter
 from megatron_tiedlora.convert.inputs import EXPORT_RECORD, NATIVE_FOLDER, adapter_kind
 from megatron_tiedlora.runtime.run_folder import RunFolder
 from megatron_tiedlora.sharing.index import Entry, entry_folder, write_index
@@ -30,14 +24,14 @@ def read_entry(root: Path, folder: Path) -> Entry:
     Raises:
         UserError: its config, or the files of its run, cannot be read, or hold what no row can.
     """
-    config, base, sums = read_config(folder)
-    weights, run = folder / WEIGHTS_FILE, RunFolder(folder.parent)
+    config, base, sums = native_adapter.read_config(folder)
+    weights, run = folder / native_adapter.WEIGHTS_FILE, RunFolder(folder.parent)
     in_run = folder != root and folder.name == "adapter" and run.is_run
     settings = read_yaml_mapping(run.settings) if in_run else {}
     scores = (read_json_or_none(run.scores) or {}).get("after") if in_run else None
     named = folder.parent if folder.name in ("adapter", NATIVE_FOLDER) else folder
     try:
-        written = (folder / CONFIG_FILE).stat()
+        written = (folder / native_adapter.CONFIG_FILE).stat()
         return Entry(
             path=str(folder.relative_to(root)),
             name=named.name,
@@ -53,7 +47,7 @@ def read_entry(root: Path, folder: Path) -> Entry:
             task=settings.get("task"),
             scores=None if scores is None else json.dumps(scores),
             run=str(folder.parent.relative_to(root)) if in_run else None,
-            sha256=sums.get(WEIGHTS_FILE) or file_sha256(weights),
+            sha256=sums.get(native_adapter.WEIGHTS_FILE) or file_sha256(weights),
             size=weights.stat().st_size + written.st_size,
             date=datetime.fromtimestamp(written.st_mtime, UTC).isoformat(timespec="seconds"),
         )
@@ -66,7 +60,7 @@ def read_entry(root: Path, folder: Path) -> Entry:
 def find_folders(root: Path) -> Iterator[Path]:
     """The folders of adapters in `root` and below, native or not, without those that a run has besides: checkpoints and
     exports. Hidden folders, in which something is being written, are left out, and links are not followed."""
-    for file in sorted(root.rglob(CONFIG_FILE)):
+    for file in sorted(root.rglob(native_adapter.CONFIG_FILE)):
         folder = file.parent
         if any(part.startswith(".") for part in folder.relative_to(root).parts):
             continue
@@ -110,7 +104,7 @@ def verify_entries(root: Path, entries: Sequence[Entry], *, progress: bool = Fal
     for entry in progress_bar("verify", "adapter", entries, shows=progress):
         try:
             folder = entry_folder(root, entry)
-            load_native_adapter(folder)
+            native_adapter.load_native_adapter(folder)
             if _identity(read_entry(root, folder)) != _identity(entry):
                 problems.append(f"{folder}: has changed since it was indexed")
         except UserError as error:
@@ -124,7 +118,7 @@ def compare_adapters(one: Path, other: Path) -> list[str]:
     Raises:
         UserError: one of them cannot be read.
     """
-    first, second = load_native_adapter(one), load_native_adapter(other)
+    first, second = native_adapter.load_native_adapter(one), native_adapter.load_native_adapter(other)
     mine, yours = _facts(first), _facts(second)
     lines = [f"{name}: {shown(mine[name])} and {shown(yours[name])}" for name in mine if mine[name] != yours.get(name)]
     for name in dict.fromkeys([*first.config.tensors, *second.config.tensors]):
@@ -138,6 +132,6 @@ def compare_adapters(one: Path, other: Path) -> list[str]:
     return lines
 
 
-def _facts(adapter: NativeAdapter) -> dict[str, Any]:
+def _facts(adapter: native_adapter.NativeAdapter) -> dict[str, Any]:
     config = adapter.config
     return {**config.facts, "seed": config.seed, **asdict(adapter.base_identity)}

@@ -22,14 +22,8 @@ from megatron_tiedlora.base.messages import UserError, csv_text, printable, show
 from megatron_tiedlora.base.ownership import FolderLock, take_folder
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.text_files import write_yaml
+from megatron_tiedlora.cluster import start
 from megatron_tiedlora.cluster.launchers import Job, plan_start
-from megatron_tiedlora.cluster.start import (
-    RunningJob,
-    StatusFile,
-    check_programs,
-    new_port,
-    wait_for_end,
-)
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import flag_value, marked
 from megatron_tiedlora.config.sweep_settings import SweepCommand
@@ -56,10 +50,10 @@ _TERMINAL_CODE, _BAR_MARK = re.compile(r"\x1b\[[0-9;]*[A-Za-z]"), "%|"
 _SHOWN_FAILURES, _SHOWN_CHARACTERS = 3, 120
 
 
-Begin = Callable[[Job, Path, int], RunningJob]
+Begin = Callable[[Job, Path, int], start.RunningJob]
 
 
-def begin_job(job: Job, log: Path, lock: int) -> RunningJob:
+def begin_job(job: Job, log: Path, lock: int) -> start.RunningJob:
     """Start a job whose output is appended to a log.
 
     Args:
@@ -77,7 +71,7 @@ def begin_job(job: Job, log: Path, lock: int) -> RunningJob:
             cut = stream.read(1) not in (b"", b"\n")  # a kill may leave a part of a line
             mark = f"\n{LOG_MARK}" if cut else LOG_MARK
             stream.write(f"{mark}{shlex.join(plan.words)}\n".encode())
-            return RunningJob(job, plan, stdout=stream, stderr=stream, pass_fds=(lock,))
+            return start.RunningJob(job, plan, stdout=stream, stderr=stream, pass_fds=(lock,))
     except OSError as error:
         raise UserError(f"{log}: cannot be written ({error.strerror or error})") from error
 
@@ -101,7 +95,7 @@ def sweep(command: SweepCommand, *, scripts: Path, begin: Begin = begin_job) -> 
         return 0
     plan.source.weights_folder()  # rejects a preset, which has no weights
     with TemporaryDirectory(prefix="megatron_tiedlora-") as private:  # only this user can read it
-        check_programs(plan.job)
+        start.check_programs(plan.job)
         with lock_study(plan.folder.path, take_over=settings.take_over) as lock, StopSignals() as stop:
             plan = replace(plan, folder=StudyFolder(plan.folder.path, lock.owner))
             write_record(plan.folder, command, plan.base)
@@ -273,13 +267,13 @@ class Sweep:
         arguments = (*(f"--{flag}={flag_value(value)}" for flag, value in flags.items()), *words)
         program, private = (str(self.scripts / f"{script}.py"),), self.private
         job = replace(self.plan.job, program=program, arguments=arguments, private=private)
-        job = replace(job, master_port=new_port(self.command.launcher), start=secrets.token_hex(8))
-        status = StatusFile(RunFolder(Path(settings["output_dir"])), job.start)
+        job = replace(job, master_port=start.new_port(self.command.launcher), start=secrets.token_hex(8))
+        status = start.StatusFile(RunFolder(Path(settings["output_dir"])), job.start)
         self._log, self._began = self.folder.log(name), time.monotonic()
         running = self.begin(job, self._log, self.lock)
         try:
             grace = self.command.launcher.grace_seconds
-            wait_for_end(running, status, self.stop, grace=grace, on_poll=self._show, tell=self._say)
+            start.wait_for_end(running, status, self.stop, grace=grace, on_poll=self._show, tell=self._say)
             running.end(self._say)
         finally:
             running.kill()  # nothing is left, unless this sweep cannot go on

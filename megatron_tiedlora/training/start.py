@@ -34,15 +34,7 @@ from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.chat import chat_template_sha256
 from megatron_tiedlora.data.sources import hub_ids
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, num_differing
-from megatron_tiedlora.planning.adapter_plans import (
-    Data,
-    Plans,
-    RunData,
-    adapter_folders,
-    check_run_folders,
-    in_folder,
-    shared_plan,
-)
+from megatron_tiedlora.planning import adapter_plans
 from megatron_tiedlora.planning.run_plan import RunPlan
 from megatron_tiedlora.planning.step_plan import micro_batch_capacity
 from megatron_tiedlora.runtime.ending import End
@@ -71,8 +63,8 @@ class Start:
     """
 
     settings: Settings
-    plans: Plans
-    data: Data
+    plans: adapter_plans.Plans
+    data: adapter_plans.Data
     folder: RunFolder
     end: End
     folders: dict[str, RunFolder] = field(default_factory=dict)
@@ -90,7 +82,7 @@ class Start:
         return {name: plan for name, plan in self.plans.items() if name not in self.finished}
 
 
-def open_run(settings: Settings, plans: Plans, data: Data, end: End) -> Start:
+def open_run(settings: Settings, plans: adapter_plans.Plans, data: adapter_plans.Data, end: End) -> Start:
     """Choose the folder of the run on rank 0, which becomes its owner, and tell every rank; find the checkpoints.
 
     A start that cannot continue the run in a folder does not take the folder over. Nothing is written yet.
@@ -111,17 +103,17 @@ def open_run(settings: Settings, plans: Plans, data: Data, end: End) -> Start:
             )
 
     def reject_other_runs(folder: RunFolder) -> None:
-        for name, own in adapter_folders(plans, folder).items():
+        for name, own in adapter_plans.adapter_folders(plans, folder).items():
             with naming(name):
                 reject_another_run(plans[name], data[name], own)
 
-    after = partial(check_run_folders, settings, plans)
+    after = partial(adapter_plans.check_run_folders, settings, plans)
     folder = _take_folder(settings, end=end, before=reject_other_runs, after=after)
-    plans = in_folder(plans, folder)
+    plans = adapter_plans.in_folder(plans, folder)
     opened = Start(settings, plans, data, folder, end)
     # The run folders of adapters that exist are taken before their checkpoints are looked for. New ones are made with
     # the run's first files: a start that is killed before these leaves nothing that the next start would reject.
-    opened.folders = adapter_folders(plans, folder)
+    opened.folders = adapter_plans.adapter_folders(plans, folder)
     if folders := opened.own_folders:
         there = decided_by_rank_0(lambda: [name for name, of in folders.items() if of.path.exists()], kind=list[str])
         opened.folders |= {name: _open_run_folder(name, opened) for name in there}
@@ -210,7 +202,7 @@ def make_trainer(start: Start, built: BuiltModel, device: torch.device, stop: St
         _write_settings(start)
         end.enter(folder_of_run)
     rivals = rivals_of({name: plan.settings for name, plan in start.plans.items()}) if settings.halving else {}
-    shared = shared_plan(left)
+    shared = adapter_plans.shared_plan(left)
     peak = peak_of_all(shared, device)
     capacity = micro_batch_capacity(left, shares=settings.share_micro_batches)
     step = TrainStep(left, built.runner, stop, {name: own.step for name, own in progress.items()}, capacity)
@@ -300,7 +292,7 @@ def write_run_settings(plan: RunPlan, folder: RunFolder) -> None:
 # it, which is so if it is constant. A warm-up that was not given is the checkpoint's.
 
 
-def _read_checkpoint(plan: RunPlan, data: RunData, folder: RunFolder) -> Checkpoint | None:
+def _read_checkpoint(plan: RunPlan, data: adapter_plans.RunData, folder: RunFolder) -> Checkpoint | None:
     """The checkpoint that --resume asks for, or None to start from the beginning.
 
     Rank 0 reads it and sends it to the others, so only its host needs the run folder. With `auto`, a folder without a
@@ -374,7 +366,7 @@ def adopt_checkpoint(folder: RunFolder, checkpoint: Checkpoint) -> None:
         save_adapter(folder.adapter, best.config, best.base_identity, best.state, guard=folder.guard)
 
 
-def reject_another_run(plan: RunPlan, data: RunData, folder: RunFolder) -> None:
+def reject_another_run(plan: RunPlan, data: adapter_plans.RunData, folder: RunFolder) -> None:
     """Raise UserError if the run that --resume means cannot be continued with these settings, data or base."""
     try:
         checkpoint = _find_checkpoint(plan.settings.resume, folder)

@@ -21,17 +21,7 @@ from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.shapes import precision_in_words
-from megatron_tiedlora.benchmark.compare import (
-    IN_TURN,
-    ONE,
-    OURS,
-    PADDED,
-    TOGETHER,
-    Side,
-    make_sides,
-    measure_sides,
-    share_of_equal_tokens,
-)
+from megatron_tiedlora.benchmark import compare
 from megatron_tiedlora.benchmark.layout import plan_benchmark, planned_saved_bytes
 from megatron_tiedlora.benchmark.report import report_lines
 from megatron_tiedlora.commands.front import call
@@ -58,9 +48,9 @@ def settings_of(folder: Path, *more: str) -> BenchSettings:
     return parse_settings([f"--model={folder / 'model'}", "--dtype=fp32", "--length=64", *more], BenchSettings)
 
 
-def sides_of(settings: BenchSettings) -> dict[str, Side]:
+def sides_of(settings: BenchSettings) -> dict[str, compare.Side]:
     """All sides, made."""
-    return {name: make() for name, make in make_sides(plan_benchmark(settings), settings).items()}
+    return {name: make() for name, make in compare.make_sides(plan_benchmark(settings), settings).items()}
 
 
 def run_script(folder: Path, code: str) -> Ended:
@@ -99,7 +89,7 @@ def test_both_sides_train_on_the_same_tokens(folder: Path) -> None:
 def test_what_a_step_keeps_is_planned_for_its_recompute(folder: Path, recompute: str) -> None:
     """But for what is there once; the table of rotations too is made again where layers are."""
     settings = settings_of(folder, f"--recompute={recompute}", "--length=256", "--compile=false")
-    side = sides_of(settings)[OURS]
+    side = sides_of(settings)[compare.OURS]
     beside = side.saved_bytes() - planned_saved_bytes(plan_benchmark(settings), side.batches)
     positions = 0 if recompute == "full" else side.num_positions
     assert beside == beside_the_plan(side.num_supervised, positions, itemsize=4)
@@ -118,7 +108,7 @@ def test_the_format_of_a_quantised_folder_is_reported(tmp_path: Path) -> None:
     plain = write_tiny_model(tmp_path / "plain", **{**SHAPE, "num_layers": 1})
     quantised, _ = quantised_folder(plain, tmp_path / "nf4", "nf4")
     words = [f"--model={quantised}", "--dtype=fp32", "--length=16", "--compile=false", "--repeats=1"]
-    assert measure_sides(parse_settings(words, BenchSettings))["dtype"] == "fp32 with the linears in nf4"
+    assert compare.measure_sides(parse_settings(words, BenchSettings))["dtype"] == "fp32 with the linears in nf4"
 
 
 @pytest.mark.cpu_seconds(20, reason="a process for each side's memory")
@@ -132,15 +122,15 @@ def test_the_command_writes_its_figures(folder: Path, tmp_path: Path, wish: str,
     environment = {**os.environ, **ENVIRONMENT}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert f"against {PADDED}: speed " in done.stdout
+    assert f"against {compare.PADDED}: speed " in done.stdout
     report: dict[str, Any] = json.loads((tmp_path / "bench.json").read_text())
-    ours, theirs = report["sides"][OURS], report["sides"][PADDED]
+    ours, theirs = report["sides"][compare.OURS], report["sides"][compare.PADDED]
     assert ours["tokens"] == theirs["tokens"] == 128 and ours["supervised"] == 64
     assert 0 < ours["saved"] < theirs["saved"] and len(ours["seconds"]) == 1
     assert ours["model_flops"] > 0 and report["matmul_flops_per_second"] > 0
     assert ours["saved_ratio"] == ours["saved"] / ours["saved_formula"]
     assert ours["saved"] - ours["saved_formula"] == beside_the_plan(64, 128, itemsize=2)
-    assert f"{OURS}: recompute none; kernels {report['kernels']}\n" in done.stdout
+    assert f"{compare.OURS}: recompute none; kernels {report['kernels']}\n" in done.stdout
     assert report["kernels"].startswith(said)
     assert "saved_formula" not in theirs and "of the planned ones" in done.stdout
     assert {"torch", "deepspeed", "peft"} <= set(report["versions"]) and report["allocator"] in done.stdout
@@ -150,7 +140,7 @@ def test_why_kernels_are_not_compiled_is_kept(folder: Path, monkeypatch: pytest.
     """Unless they must be."""
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
     for wish, said in (("false", "not compiled"), ("auto", "not compiled: TORCHDYNAMO_DISABLE is 1")):
-        assert sides_of(settings_of(folder, f"--compile={wish}"))[OURS].kernels == said
+        assert sides_of(settings_of(folder, f"--compile={wish}"))[compare.OURS].kernels == said
     with pytest.raises(UserError, match=r"^--compile true: TORCHDYNAMO_DISABLE is 1\. "):
         sides_of(settings_of(folder, "--compile=true"))
 
@@ -245,7 +235,7 @@ def test_both_sides_adapt_the_targets(folder: Path) -> None:
     for flags, modules in (((), "q_proj k_proj v_proj"), (("--targets=down_proj,o_proj",), "o_proj down_proj")):
         settings = settings_of(folder, "--against=peft", *flags)
         assert [target.name for target in plan_benchmark(settings).adapter.targets] == list(settings.targets)
-        peft = make_sides(plan_benchmark(settings), settings)[PADDED]().model
+        peft = compare.make_sides(plan_benchmark(settings), settings)[compare.PADDED]().model
         adapted = {name.split(".")[-1] for name, module in peft.named_modules() if hasattr(module, "lora_A")}
         assert adapted == set(modules.split())
 
@@ -255,15 +245,15 @@ def test_both_sides_adapt_the_targets(folder: Path) -> None:
 SHORT = ("--dtype=bf16", "--rows=2", "--length=16", "--compile=false", "--repeats=1")
 
 
-def sides_of_short(folder: Path, *more: str) -> dict[str, Side]:
+def sides_of_short(folder: Path, *more: str) -> dict[str, compare.Side]:
     return sides_of(settings_of(folder, *SHORT, *more))
 
 
-def tensors_of(side: Side) -> dict[str, torch.Tensor]:
+def tensors_of(side: compare.Side) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in side.model.bank.named_parameters()}
 
 
-def tensors_after(side: Side) -> dict[str, torch.Tensor]:
+def tensors_after(side: compare.Side) -> dict[str, torch.Tensor]:
     for _ in range(2):
         side.step()
     return tensors_of(side)
@@ -275,17 +265,17 @@ def test_adapters_take_the_same_steps_in_turn_and_together(
 ) -> None:
     """So that their times are those of the same work: every tensor of every adapter has the same bits afterwards."""
     alone, together = (sides_of_short(folder, "--adapters=3", *more) for _ in range(2))
-    assert len(together[TOGETHER].batches) == len(together[ONE].batches) == micro_batches
-    assert len(alone[IN_TURN].batches) == 3
-    before = {name: tensor.clone() for name, tensor in tensors_of(alone[IN_TURN]).items()}
-    expected, found = tensors_after(alone[IN_TURN]), tensors_after(together[TOGETHER])
+    assert len(together[compare.TOGETHER].batches) == len(together[compare.ONE].batches) == micro_batches
+    assert len(alone[compare.IN_TURN].batches) == 3
+    before = {name: tensor.clone() for name, tensor in tensors_of(alone[compare.IN_TURN]).items()}
+    expected, found = tensors_after(alone[compare.IN_TURN]), tensors_after(together[compare.TOGETHER])
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     changed = {name.split(".")[0] for name, tensor in expected.items() if not torch.equal(tensor, before[name])}
     assert changed == {"adapter 0", "adapter 1", "adapter 2"}
 
 
 def test_the_third_side_has_as_many_tokens_of_one_adapter(folder: Path) -> None:
-    side = sides_of_short(folder, "--adapters=3")[ONE]
+    side = sides_of_short(folder, "--adapters=3")[compare.ONE]
     assert [batch.tokens.shape for batch in side.batches] == [(6, 16)]
     before = {name: tensor.clone() for name, tensor in tensors_of(side).items()}
     after = tensors_after(side)
@@ -301,10 +291,10 @@ def test_the_command_writes_the_figures_of_adapters(
     printed = capsys.readouterr().out
     report: dict[str, Any] = json.loads(file.read_text())
     assert report["tokens"] == 2 * 2 * 16 and report["micro_batches"] == 1
-    assert list(report["sides"]) == [IN_TURN, TOGETHER, ONE]
+    assert list(report["sides"]) == [compare.IN_TURN, compare.TOGETHER, compare.ONE]
     assert all(len(side["seconds"]) == 1 and side["peak"] != 0 for side in report["sides"].values())
     middle = {name: side["seconds"][0] for name, side in report["sides"].items()}
-    assert report["ratio"] == middle[IN_TURN] / middle[TOGETHER]
+    assert report["ratio"] == middle[compare.IN_TURN] / middle[compare.TOGETHER]
     assert f"together against in turn {report['ratio']:.2f}" in printed
     assert "2 x 16 tokens an adapter and step; together in 1 micro-batch\n" in printed and "load " in printed
 
@@ -369,7 +359,7 @@ def test_tables_of_sides_by_hand() -> None:
 
 
 def test_decoding_by_hand() -> None:
-    assert share_of_equal_tokens([[1, 2, 3], [4, 5, 6]], [[1, 2, 3], [4, 7, 6]]) == 4 / 6
+    assert compare.share_of_equal_tokens([[1, 2, 3], [4, 5, 6]], [[1, 2, 3], [4, 7, 6]]) == 4 / 6
     about = {"model": "m", "dtype": "fp32", "batch_size": 2, "prompt_tokens": 9, "new_tokens": 4, "equal_tokens": 0.5}
     lines = report_lines({**about, **SETUP, "seconds": {"here": [2.0, 1.0, 4.0], "there": [3.0, 3.0, 3.0]}})
     assert lines[0] == "m in fp32 on CPU: 2 prompts of 9 tokens together, 4 new tokens each, 50.0% of them equal"

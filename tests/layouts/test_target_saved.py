@@ -11,14 +11,8 @@ import torch
 from forked_ranks import groups_of, run_on_ranks
 from torch import distributed
 
+from megatron_tiedlora.adapters import tied_adapter
 from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank, Dropout
-from megatron_tiedlora.adapters.tied_adapter import (
-    AdapterConfig,
-    AdapterPart,
-    TiedAdapter,
-    make_adapter_config,
-    targets_of,
-)
 from megatron_tiedlora.adapters.tying import sum_of_u
 from megatron_tiedlora.base.shapes import TARGET_NAMES, ModelShape
 from megatron_tiedlora.benchmark.timing import saved_by_autograd
@@ -66,8 +60,8 @@ CASES += [case._replace(dropout=0.3) for case in CASES[::5]]  # whose masks are 
 
 def run_case(case: Case, groups: ParallelGroups) -> float:
     """The bytes that are saved beyond the planned ones, without indices, cos and sin."""
-    config = make_adapter_config(
-        case.method, rank=RANK, layers=case.layers, targets=targets_of(SHAPE, case.targets), seed=0
+    config = tied_adapter.make_adapter_config(
+        case.method, rank=RANK, layers=case.layers, targets=tied_adapter.targets_of(SHAPE, case.targets), seed=0
     )
     layout = Layout(
         (config,),
@@ -97,12 +91,12 @@ def run_case(case: Case, groups: ParallelGroups) -> float:
     return counted - wide_factors(plan) - saved_bytes(plan, MicroBatchShape((0,), (ROWS * LENGTH,), (after,), after))
 
 
-def build(case: Case, config: AdapterConfig, plan: StagePlan, groups: ParallelGroups) -> Stage:
+def build(case: Case, config: tied_adapter.AdapterConfig, plan: StagePlan, groups: ParallelGroups) -> Stage:
     """The stage of this rank, with random weights."""
     first = plan.blocks[0] if case.index else 0
     last = plan.blocks[-1] + plan.is_last
     specs = layer_specs(SHAPE, dtype=torch.bfloat16, tp_size=TP, recomputes_gate=case.recompute == "selective")
-    adapter = TiedAdapter(AdapterPart(config, plan.parts[0].layers, groups.tensor.rank, TP))
+    adapter = tied_adapter.TiedAdapter(tied_adapter.AdapterPart(config, plan.parts[0].layers, groups.tensor.rank, TP))
     adapter.u_sum = sum_of_u(groups)
     adapter.u_sum.start(1)
     tensor_parallel = TensorParallel(groups.tensor, case.shards_sequences)

@@ -91,7 +91,7 @@ WITHIN = {  # where the signal comes: (module, name, call)
     "before the first byte": (COMMAND, "side_files", 1),
     "as the folder is taken": ("megatron_tiedlora.base.output_folder", "take_folder", 1),
     "in the second file": (WRITER, "_write_file", 2),
-    "in a tensor": (COMMAND, "all_finite", 9),
+    "in a tensor": ("megatron_tiedlora.checkpoint.tensor_files", "all_finite", 9),
 }
 
 
@@ -132,7 +132,7 @@ def test_after_a_kill_the_same_command_starts_again(case: Case, moment: str) -> 
 
 
 def slow_blocks() -> None:
-    before_call(COMMAND, "all_finite", lambda *_: time.sleep(0.003))
+    before_call("megatron_tiedlora.checkpoint.tensor_files", "all_finite", lambda *_: time.sleep(0.003))
 
 
 def test_random_moments(case: Case) -> None:

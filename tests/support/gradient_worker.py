@@ -20,14 +20,8 @@ from shared_tensors import GROUPS, tl6_shares
 from tiny_models import pack_samples, pad_samples, random_adapter, random_batches
 from torch import distributed
 
+from megatron_tiedlora.adapters import tied_adapter
 from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank, Dropout
-from megatron_tiedlora.adapters.tied_adapter import (
-    AdapterConfig,
-    AdapterPart,
-    TiedAdapter,
-    make_adapter_config,
-    targets_of,
-)
 from megatron_tiedlora.adapters.tying import sum_gradients_, sum_of_u
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_weights
@@ -116,15 +110,15 @@ class Case:
         )
 
     @cached_property
-    def adapter_config(self) -> AdapterConfig:
+    def adapter_config(self) -> tied_adapter.AdapterConfig:
         """The same adapter as the package describes it."""
         shape = self.shape
-        return make_adapter_config(
+        return tied_adapter.make_adapter_config(
             self.method,
             rank=self.rank,
             alpha=ALPHA,
             layers=self.adapter.layers,
-            targets=targets_of(shape, self.targets),
+            targets=tied_adapter.targets_of(shape, self.targets),
             seed=0,
         )
 
@@ -186,11 +180,11 @@ class Case:
         first = self.first_adapted or self.adapter.layers[0]
         return partition(layer_costs(self.shape, length=24, first_adapted=first), self.layout[1])
 
-    def part(self, grid: Grid) -> AdapterPart:
+    def part(self, grid: Grid) -> tied_adapter.AdapterPart:
         """What a rank holds of the adapter."""
         config, stage = self.adapter_config, self.stages[grid.pp_rank]
         layers = tuple(layer for layer in config.layers if layer in stage)
-        return AdapterPart(config, layers, grid.tp_rank, grid.tp_size)
+        return tied_adapter.AdapterPart(config, layers, grid.tp_rank, grid.tp_size)
 
 
 def tokens_at_cuts(vocab_size: int) -> list[int]:
@@ -244,9 +238,9 @@ def run_gradients(cases: list[Case]) -> list[Outcome]:
     return run_cases(cases, run_case)
 
 
-def build_adapter(case: Case, grid: Grid) -> TiedAdapter:
+def build_adapter(case: Case, grid: Grid) -> tied_adapter.TiedAdapter:
     """This rank's parts of the factors."""
-    adapter = TiedAdapter(case.part(grid), dtype=DTYPE)
+    adapter = tied_adapter.TiedAdapter(case.part(grid), dtype=DTYPE)
     adapter.load_full(case.adapter.tensors)
     return adapter
 

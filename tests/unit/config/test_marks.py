@@ -19,20 +19,10 @@ from task_files import refusal, write
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.commands.front import COMMANDS
-from megatron_tiedlora.config import other_names
+from megatron_tiedlora.config import fields, other_names
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.cli import build_parser, parse_settings
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
-from megatron_tiedlora.config.fields import (
-    CommandSettings,
-    Declared,
-    declared,
-    flag_word,
-    marked,
-    names_elsewhere,
-    setting_field,
-    shared_field,
-)
 from megatron_tiedlora.config.launch_settings import DoctorSettings
 from megatron_tiedlora.config.plan_settings import parse_plan
 from megatron_tiedlora.config.settings import Settings, make_settings
@@ -40,12 +30,12 @@ from megatron_tiedlora.config.sweep_settings import SweepSettings, parse_sweep
 from megatron_tiedlora.config.tool_settings import MergeSettings
 from megatron_tiedlora.runtime.run_folder import run_name
 
-MARKS = declared(Settings)
+MARKS = fields.declared(Settings)
 DOCUMENTS = [ROOT / "README.md", ROOT / "launch" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMED = frozenset(re.findall(r"--[a-z][a-z0-9_]*", "\n".join(file.read_text() for file in DOCUMENTS)))
 
 
-def kinds() -> list[type[CommandSettings]]:
+def kinds() -> list[type[fields.CommandSettings]]:
     """The settings of every command, of its own."""
     modules = {command.settings.partition(":")[0] for command in COMMANDS}
     found = [importlib.import_module(f"megatron_tiedlora.config.{module}") for module in sorted(modules)]
@@ -53,7 +43,7 @@ def kinds() -> list[type[CommandSettings]]:
         value
         for module in found
         for value in vars(module).values()
-        if isinstance(value, type) and issubclass(value, CommandSettings) and value.__module__ == module.__name__
+        if isinstance(value, type) and issubclass(value, fields.CommandSettings) and value.__module__ == module.__name__
     ]
 
 
@@ -62,9 +52,9 @@ def test_all_commands_have_settings() -> None:
 
 
 @pytest.mark.parametrize("kind", kinds(), ids=lambda kind: kind.__name__)
-def test_every_setting_is_declared(kind: type[CommandSettings]) -> None:
-    for name, own in declared(kind).items():
-        assert isinstance(own, Declared) and kind.model_fields[name].description, name
+def test_every_setting_is_declared(kind: type[fields.CommandSettings]) -> None:
+    for name, own in fields.declared(kind).items():
+        assert isinstance(own, fields.Declared) and kind.model_fields[name].description, name
         assert own.group in kind.groups if kind.groups else not own.positional or own.metavar, name
     _, after_usage = build_parser(kind).format_help().split("\n\n", 1)
     assert max(len(line) for line in after_usage.splitlines() if line.startswith("  ")) <= 120
@@ -86,15 +76,15 @@ def test_every_setting_of_a_run_says_what_it_decides(name: str) -> None:
 
 
 def test_what_an_adapter_and_the_run_of_all_have() -> None:
-    both = set(marked(Settings, per_adapter=True)) & set(marked(Settings, of_group=True))
+    both = set(fields.marked(Settings, per_adapter=True)) & set(fields.marked(Settings, of_group=True))
     assert both == {"output_dir"}, "the folder of all has those of the adapters"
     shared = {"model", "dtype", "base", "max_length", "micro_batch_size", "tensor_parallel", "ds_config", "packing"}
-    assert not shared & set(marked(Settings, per_adapter=True))
-    assert {"rank", "learning_rate", "beta1", "train_file", "seed"} <= set(marked(Settings, per_adapter=True))
+    assert not shared & set(fields.marked(Settings, per_adapter=True))
+    assert {"rank", "learning_rate", "beta1", "train_file", "seed"} <= set(fields.marked(Settings, per_adapter=True))
 
 
 def test_what_a_resume_compares() -> None:
-    compared = set(marked(Settings, compared=True))
+    compared = set(fields.marked(Settings, compared=True))
     assert {"rank", "learning_rate", "seed", "dtype", "base", "max_length", "init_from", "train_on"} <= compared
     for name in ("tensor_parallel", "packing", "model", "train_file", "output_dir", "save_interval", "adapters"):
         assert name not in compared, name
@@ -106,7 +96,7 @@ CHANGES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", marked(Settings, decides="adapter"))
+@pytest.mark.parametrize("name", fields.marked(Settings, decides="adapter"))
 def test_a_run_is_named_after_what_is_not_derived(name: str) -> None:
     """So --init_from need not be read to find the folder if all of these are given."""
     same = run_name(make_settings({name: CHANGES[name]})) == run_name(make_settings({}))
@@ -115,30 +105,30 @@ def test_a_run_is_named_after_what_is_not_derived(name: str) -> None:
 
 def test_an_evaluation_hands_on_what_it_shares() -> None:
     """A sweep gives them to tiedlora evaluate as tiedlora train had them."""
-    shared = marked(EvaluateSettings, shared=True)
+    shared = fields.marked(EvaluateSettings, shared=True)
     given = make_settings({"task": "demo", "seed": 3, "dtype": "fp32", "tensor_parallel": 2, "add_bos": "true"})
     words = [f"--{name}={getattr(given, name)}" for name in shared if getattr(given, name) is not None]
     found = parse_settings(words, EvaluateSettings)
     assert len(shared) == 16 and all(getattr(found, name) == getattr(given, name) for name in shared)
     assert not {"output_dir", "take_over", "max_length", "adapters"} & set(shared)
-    assert set(marked(BenchSettings, shared=True)) < set(Settings.model_fields)
+    assert set(fields.marked(BenchSettings, shared=True)) < set(Settings.model_fields)
 
 
 def test_what_a_sweep_records() -> None:
-    assert set(SweepSettings.model_fields) - set(marked(SweepSettings, lasts="")) == {
+    assert set(SweepSettings.model_fields) - set(fields.marked(SweepSettings, lasts="")) == {
         *("output_dir", "dry_run", "take_over", "tables_from")
     }
 
 
-class Little(CommandSettings):
+class Little(fields.CommandSettings):
     """Settings of a command without groups."""
 
     prog = "little"
     about = "A little."
 
-    where: str = setting_field("", "a place", metavar="PLACE", positional=True)
-    rank: int = shared_field(Settings, "rank", default=4, group="")
-    loud: bool = setting_field("", "say it", False)
+    where: str = fields.setting_field("", "a place", metavar="PLACE", positional=True)
+    rank: int = fields.shared_field(Settings, "rank", default=4, group="")
+    loud: bool = fields.setting_field("", "say it", False)
 
 
 def test_a_shared_field_keeps_its_limits_and_its_names() -> None:
@@ -157,8 +147,8 @@ def test_a_shared_field_keeps_its_limits_and_its_names() -> None:
 
 
 @pytest.mark.parametrize("kind", [Settings, EvaluateSettings, SweepSettings], ids=lambda kind: kind.__name__)
-def test_what_the_user_decides_anew_is_not_read_from_files(kind: type[CommandSettings], tmp_path: Path) -> None:
-    file, names = tmp_path / "mine.yaml", marked(kind, lasts="command")
+def test_what_the_user_decides_anew_is_not_read_from_files(kind: type[fields.CommandSettings], tmp_path: Path) -> None:
+    file, names = tmp_path / "mine.yaml", fields.marked(kind, lasts="command")
     assert names == (("take_over",) if kind is SweepSettings else ("take_over", "base_differs"))
     for name in names:
         file.write_text(f"{name}: true\n")
@@ -175,15 +165,17 @@ KINDS = [kind for kind in kinds() if kind.groups]
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-def test_a_help_begins_with_what_the_command_does(kind: type[CommandSettings]) -> None:
+def test_a_help_begins_with_what_the_command_does(kind: type[fields.CommandSettings]) -> None:
     usage, empty, about, *_ = build_parser(kind).format_help().splitlines()
     assert usage.startswith("usage: tiedlora ") and usage.endswith("[--FLAG VALUE ...]") and not empty
     assert kind.about.startswith(about) and (kind.prog == "tiedlora plan") == ("--model" in usage)
-    assert not [name for name in kind.model_fields if flag_word(name, kind) not in NAMED], "every flag is in a document"
+    assert not [name for name in kind.model_fields if fields.flag_word(name, kind) not in NAMED], (
+        "every flag is in a document"
+    )
 
 
 def test_a_help_shows_the_types_that_a_flag_takes() -> None:
-    def shown(kind: type[CommandSettings]) -> set[str]:
+    def shown(kind: type[fields.CommandSettings]) -> set[str]:
         flags = (line for line in build_parser(kind).format_help().splitlines() if line.startswith("  --"))
         return {line[2:].split("  ")[0] for line in flags}
 
@@ -243,11 +235,11 @@ def test_examples_in_python_are_complete() -> None:
 
 def test_the_names_are_of_settings_that_exist_and_none_is_ours() -> None:
     assert set().union(*map(other_names._settings_in, other_names.SENTENCES.values())) <= set(Settings.model_fields)
-    ours = names_elsewhere(Settings)
+    ours = fields.names_elsewhere(Settings)
     tables = [ours.keys(), other_names.SENTENCES.keys(), other_names.NOT_OFFERED.keys()]
     assert len(ours) > 150 and sum(map(len, tables)) == len(set().union(*tables))
     assert not set().union(*tables) & set(Settings.model_fields)
-    for name in (*names_elsewhere(*kinds()), *other_names.SENTENCES, *other_names.NOT_OFFERED):
+    for name in (*fields.names_elsewhere(*kinds()), *other_names.SENTENCES, *other_names.NOT_OFFERED):
         assert name == name.replace("-", "_").lower()
 
 
