@@ -53,8 +53,8 @@ WHOLE: Table = {
     "import lines in %": (7.12, "the package has fewer lines, and as many imports"),
 }
 # fmt: on
-# Comments and docstrings in percent of all lines, when last measured. The share stays within a tenth of it: they are not
-# thinned out to save lines.
+# Comments and docstrings in percent of all lines, when last measured. The share stays within a tenth of it: they are
+# not thinned out to save lines.
 EXPLAINING = 16.1
 
 
