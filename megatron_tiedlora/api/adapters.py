@@ -163,13 +163,17 @@ def _check(model: Any, adapter: NativeAdapter, *, base_differs: bool) -> None:
 
 def _attach(model: Any, adapter: NativeAdapter) -> None:
     update, places = _on(model, adapter)
-
-    def add(place: AdaptedTensor, _: nn.Module, inputs: tuple[torch.Tensor, ...], z: torch.Tensor) -> torch.Tensor:
-        return with_update(z, inputs[0], update, place)
-
     modules = {name: model.get_submodule(name) for name in places}
-    hooks = [modules[name].register_forward_hook(partial(add, place)) for name, place in places.items()]
+    added = {name: partial(_add_update, update, place) for name, place in places.items()}
+    hooks = [modules[name].register_forward_hook(hook) for name, hook in added.items()]
     setattr(model, _STATE, _Attachment(adapter, hooks=hooks))
+
+
+def _add_update(
+    update: TiedAdapter, place: AdaptedTensor, module: nn.Module, inputs: tuple[torch.Tensor, ...], z: torch.Tensor
+) -> torch.Tensor:
+    """A hook, at the module's level so that an adapted model can be copied and pickled."""
+    return with_update(z, inputs[0], update, place)
 
 
 def _merge(model: Any, adapter: NativeAdapter) -> None:

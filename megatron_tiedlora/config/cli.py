@@ -133,11 +133,12 @@ def split_words(
         UserError: words belong to neither.
     """
     own, rest = build_parser(kind).parse_known_args(list(argv))
-    config = vars(own).pop("config")
-    words = [*(() if config is None else ("--config", config)), *rest, *more]
+    words = [*rest, *more]
     theirs, unknown = build_parser(TrainFields).parse_known_args(words)
     names = (*kind.model_fields, *(name for name in TrainFields.model_fields if name not in without))
     reject_unknown(unknown, kind, known=[f"--{name}" for name in names])
+    if (config := vars(own).pop("config")) is not None:
+        theirs.config, words = config, [f"--config={config}", *words]
     return _given(own), _given(theirs), words
 
 

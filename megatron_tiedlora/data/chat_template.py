@@ -54,7 +54,7 @@ class ChatTemplate:
         *,
         answers: Sequence[int],
         tools: Sequence[Mapping[str, Any]] | None = None,
-        names: Sequence[str] = (),
+        names: Sequence[str],
     ) -> "Rendered":
         """Return the text of a conversation, with the spans of the assistant's turns whose indices are `answers`.
 
@@ -150,9 +150,11 @@ def _serve(tokenizer: Any, connection: Connection, parent: int) -> NoReturn:
 def _answer(tokenizer: Any, request: Mapping[str, Any]) -> dict[str, Any]:
     if "template" in request:
         return _names(request["template"])
-    longest, *turns = (request[name] for name in ("longest", "messages", "tools", "answers"))
+    longest, messages = request["longest"], request["messages"]
     try:
-        text, spans = render_with_spans(tokenizer, *turns, names=request["names"])
+        text, spans = render_with_spans(
+            tokenizer, messages, request["tools"], request["answers"], names=request["names"]
+        )
     except MemoryError:
         return {"reason": f"needs more than {_MEMORY:,} bytes for these messages"}
     except TurnsChange as error:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, compress, islice, pairwise, product
 from multiprocessing import active_children, current_process, get_context
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,9 +37,15 @@ from megatron_tiedlora.data.task import Example, Reading, Segment, Task
 from megatron_tiedlora.data.token_dataset import FACTS, TokenDataset, check_supervised
 from megatron_tiedlora.data.tokenizer import Tokenizer, library_errors, start_ids
 
-Encoded = tuple[list[int], list[bool], bool, int]
-"""The tokens of a sample, with BOS and EOS; which of them are learned, never the first, which no position predicts;
-whether its prompt lost its middle; and how many turns a chat lost."""
+
+class Encoded(NamedTuple):
+    """The tokens of a sample, with BOS and EOS; which of them are learned, never the first, which no position predicts;
+    whether its prompt lost its middle; and how many turns a chat lost."""
+
+    tokens: list[int]
+    supervised: list[bool]
+    cut: bool = False
+    lost_turns: int = 0
 
 
 def encode_prompts(
@@ -71,12 +77,13 @@ def encode_dataset(
 def joined(samples: Sequence[Encoded]) -> dict[str, NDArray[Any]]:
     """The arrays of samples, as `TokenDataset` has them."""
     facts = np.zeros(len(samples), FACTS)
-    facts["supervised"] = [sum(supervised) for _, supervised, _, _ in samples]
-    facts["cut"], facts["lost_turns"] = ([sample[place] for sample in samples] for place in (2, 3))
+    facts["supervised"] = [sum(sample.supervised) for sample in samples]
+    for name in ("cut", "lost_turns"):
+        facts[name] = [getattr(sample, name) for sample in samples]
     return {
-        "tokens": np.fromiter(chain.from_iterable(sample[0] for sample in samples), np.int32),
-        "offsets": np.cumsum([0, *(len(sample[0]) for sample in samples)]),
-        "supervised": np.fromiter(chain.from_iterable(sample[1] for sample in samples), np.bool_),
+        "tokens": np.fromiter(chain.from_iterable(sample.tokens for sample in samples), np.int32),
+        "offsets": np.cumsum([0, *(len(sample.tokens) for sample in samples)]),
+        "supervised": np.fromiter(chain.from_iterable(sample.supervised for sample in samples), np.bool_),
         "facts": facts,
     }
 
@@ -92,7 +99,10 @@ class Encoder:
         self._add_bos = reading.add_bos
         self._start = start_ids(tokenizer, self._add_bos)
         self.chat = Chat(tokenizer, reading)
-        self.close = self.chat.close
+
+    def close(self) -> None:
+        """End the template's process."""
+        self.chat.close()
 
     def samples(self, examples: Sequence[Example]) -> Iterator[list[Encoded]]:
         """Yield the samples of each example: one, or several of a long text."""
@@ -155,7 +165,7 @@ class Encoder:
         if edges[-1] - edges[-2] == 1:
             edges[-2] -= 1
         for start, stop in pairwise(edges):
-            yield tokens[start:stop], [False, *supervised[start + 1 : stop]], False, 0
+            yield Encoded(tokens[start:stop], [False, *supervised[start + 1 : stop]])
 
     def _cut_prompt(self, example: Example, tokens: list[int], supervised: list[bool], lost_turns: int) -> Encoded:
         """The sample, whose prompt loses its middle if it does not fit."""
@@ -170,7 +180,7 @@ class Encoder:
                 )
             prompt = self._without_middle(tokens[:first], room=room)
             tokens, supervised = [*prompt, *answer], [*(False for _ in prompt), *supervised[first:]]
-        return tokens, supervised, cut, lost_turns
+        return Encoded(tokens, supervised, cut, lost_turns)
 
     def _without_middle(self, prompt: list[int], *, room: int) -> list[int]:
         """The start of a prompt and both its ends, `room` tokens in all."""
@@ -202,14 +212,15 @@ def adds_prefix_space(tokenizer: Tokenizer) -> bool:
 def segment_ids(tokenizer: Tokenizer, samples: Sequence[Sequence[Segment]]) -> list[list[list[int]]]:
     """The ids of each segment of each sample, without any token that ends a sample."""
     found: list[list[list[int]]] = [[[] for _ in segments] for segments in samples]
-    for encode, plain in product((_ids, continuation_ids), (False, True)):
+    for follows, plain in product((False, True), repeat=2):
         positions = [
             (number, index)
             for number, segments in enumerate(samples)
             for index, segment in enumerate(segments)
-            if segment.plain == plain and any(s.text for s in segments[:index]) == (encode is continuation_ids)
+            if segment.plain == plain and any(s.text for s in segments[:index]) == follows
         ]
         texts = [samples[number][index].text for number, index in positions]
+        encode = continuation_ids if follows else _ids
         for (number, index), ids in zip(positions, encode(tokenizer, texts, plain=plain), strict=True):
             found[number][index] = ids
     return found
@@ -306,7 +317,7 @@ class RowEncoder(Encoder):
         facts["first"][np.cumsum([0, *counts[:-1]])] = True
         facts["source"], facts["number"] = (np.repeat([row[index] for row in rows], counts) for index in (0, 1))
         for index in np.flatnonzero(facts["chat"]):
-            tokens, supervised, *_ = samples[index]
+            tokens, supervised = samples[index].tokens, samples[index].supervised
             facts["ended"][index] = not self._ends.isdisjoint(compress(tokens, supervised))
         return arrays, [(example.shape, example.source) for example in made]
 
@@ -317,8 +328,8 @@ def encoded_rows(rows: Iterable[NumberedRow], encoding: Encoding) -> Iterator[Ar
     Raises:
         UserError: as `RowEncoder.encode`, or if rows of a file have several shapes.
     """
-    sized = ((row, max(num_bytes(row[-1][0]), CHUNK_BYTES // CHUNK), CHUNK_BYTES) for row in rows)
-    chunks = filled(sized)
+    # A row counts as 1 / CHUNK of the bytes at least, so no chunk has more than CHUNK rows.
+    chunks = filled((row, max(num_bytes(row[-1][0]), CHUNK_BYTES / CHUNK), CHUNK_BYTES) for row in rows)
     first = list(islice(chunks, _FEW_CHUNKS + 1))
     # A process of multiprocessing's pool, or another daemonic one, may not start processes.
     several = len(first) > _FEW_CHUNKS and not current_process().daemon

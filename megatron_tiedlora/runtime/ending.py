@@ -209,7 +209,8 @@ class End:
 
     def _show(self, failure: PeerFailure, text: str) -> None:
         """Show `text` on the screen if this rank reports for all; otherwise write it to its log only."""
-        (self.log.say if failure.reports else self.log.note)(text)
+        tell = self.log.say if failure.reports else self.log.note
+        tell(text)
 
     def _record_failure(self, reason: str, *, again: bool = False) -> bool:
         """Write the status unless a peer has (or `again`, with a better reason); returns whether this rank did."""

@@ -55,7 +55,8 @@ def prepare_environment() -> None:
     import torch
 
     environment = os.environ
-    for name, value in _CUDA_DEFAULTS.items() if torch.cuda.is_available() else (("DS_ACCELERATOR", "cpu"),):
+    defaults = _CUDA_DEFAULTS if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
+    for name, value in defaults.items():
         if name != "PYTORCH_CUDA_ALLOC_CONF" or "PYTORCH_ALLOC_CONF" not in environment:  # newer torch prefers this one
             environment.setdefault(name, value)
     if all(name in environment for name in hosts.RANK_VARIABLES[:2]):

@@ -218,5 +218,6 @@ class StopSignals(ExitStack):
             self.received.append(int(signal.SIGTERM) if number == signal.SIGHUP else number)
 
         for number in (*STOP_SIGNALS, *(() if ignored else (signal.SIGHUP,))):
-            self.callback(signal.signal, number, signal.signal(number, note))
+            before = signal.signal(number, note)
+            self.callback(signal.signal, number, before)
         return self

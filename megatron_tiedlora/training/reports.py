@@ -300,7 +300,7 @@ def next_steps(run: AdapterRun) -> list[str]:
         if os.path.lexists(merged):  # an earlier start may have had another best adapter
             lines.append("  merged/   not of this adapter; the first command below merges it anew")
         adapter = ["--adapter", str(path / "adapter")]
-        free = next(path for path in numbered(merged) if not os.path.lexists(path))
+        free = next(one for one in numbered(merged) if not os.path.lexists(one))
         merge = [*adapter, "--output", str(free)]
         merge += [] if settings.base is None else ["--onto", "trained"]
         merge += [] if settings.tokenizer is None else ["--tokenizer", settings.tokenizer]
