@@ -62,7 +62,7 @@ def os_errors(said: str, *, fix: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{said} ({error.strerror or error}){fix}") from error
+        raise UserError(f"{said} ({error.strerror or error}){fix}") from None
 
 
 def one_line(text: str) -> str:

@@ -88,7 +88,7 @@ class MergedWeights(BaseWeights):
         self._adapter, self._base_format = adapter, None if base_format is None else BASE_FORMATS[base_format]
         self._places = {} if adapter is None else changed_tensors(adapter.config, source.shape)
         self._requantised = frozenset(() if base_format is None else stored_shapes(quantised_rules(source.shape)))
-        self.changed = self._requantised | self._places.keys()
+        self.changed = self._requantised.union(self._places)
         self._last: tuple[str, torch.Tensor, torch.Tensor] | None = None
 
     def read(self, name: str, part: slice | None = None, dim: int = 0) -> torch.Tensor:

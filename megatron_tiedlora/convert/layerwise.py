@@ -126,8 +126,9 @@ class _Layers:
                 for name, adapter in adapters.items():
                     updates: dict[int, LayerUpdate] = {}
                     if adapter is not None and spec.index in adapter.config.layers:
-                        part = adapter_part(adapter, range(spec.index, spec.index + 1), Grid(0, 1), self.device)
-                        updates = dict(zip([spec.index], part(ALONE, dtype=self.dtype), strict=True))
+                        of_layer = range(spec.index, spec.index + 1)
+                        (update,) = adapter_part(adapter, of_layer, Grid(0, 1), self.device)(ALONE, dtype=self.dtype)
+                        updates[spec.index] = update
                     for index, (_, positions) in enumerate(inputs):
                         states = hidden[name][index].to(self.device)
                         found = stage.predict(states, positions.to(self.device), updates=updates)

@@ -230,7 +230,7 @@ def read_peft(folder: Path, source: ModelSource, *, tied: bool = True) -> Opened
             native, notes = _travelled(folder, lora, source)
             notes += unused
             native = native if tied else None
-            found: Native = native_lora(lora, source) if native is None else (native.config, native.state, None)
+            found = native_lora(lora, source) if native is None else Native(native.config, native.state)
         case "VERA":
             found = read_vera(folder, content, source)
         case other:

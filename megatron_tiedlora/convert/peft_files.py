@@ -356,9 +356,13 @@ def read_lora(folder: Path, content: Mapping[str, Any], source: ModelSource) -> 
     return lora, (*rank_notes, *alpha_notes)
 
 
-# Config and full fp32 tensors of a native adapter that is equal to one of PEFT, and why training continues differently
-# from PEFT's; None if it does not.
-Native = tuple[AdapterConfig, Mapping[str, SentTensor], str | None]
+class Native(NamedTuple):
+    """Config and full fp32 tensors of a native adapter that is equal to one of PEFT, and why training continues
+    differently from PEFT's; None if it does not."""
+
+    config: AdapterConfig
+    state: Mapping[str, SentTensor]
+    apart: str | None = None
 
 
 def native_lora(lora: Lora, source: ModelSource) -> Native:
@@ -378,13 +382,10 @@ def native_lora(lora: Lora, source: ModelSource) -> Native:
         state[f"{target.prefix}A"] = pad(a, (0, 0, 0, full_rank - a.shape[1]))
         state[f"{target.prefix}B"] = pad(b, (0, full_rank - a.shape[1]))
     if not all(together for _, _, together in joined.values()):
-        return (
-            config,
-            state,
-            "modules that share one A here (q, k and v; gate and up) have an A each in it, or no adapter",
-        )
+        apart = "modules that share one A here (q, k and v; gate and up) have an A each in it, or no adapter"
+        return Native(config, state, apart)
     one_scale = len({pair.scale for pair in lora.values()}) == 1
-    return config, state, None if one_scale else "its modules have several scales alpha / r, and one here"
+    return Native(config, state, None if one_scale else "its modules have several scales alpha / r, and one here")
 
 
 def read_alpha(alpha: Any, what: str) -> float:
@@ -467,10 +468,9 @@ def read_vera(folder: Path, content: Mapping[str, Any], source: ModelSource) -> 
                 f"{target.prefix}u": torch.stack([u for _, u in of_layers]),
                 f"{target.prefix}v": torch.stack([v[rows] for v, _ in of_layers]),
             }
-        return config, state, None
+        return Native(config, state)
     pairs = {}
     for module, (v, u) in vectors.items():
         in_size, out_size = sizes[module.name]
         pairs[module] = Pair(a[:, :in_size], (v.double()[:, None] * b[:out_size] * u.double()).float())
-    config, loras, _ = native_lora(pairs, source)
-    return config, loras, "its vectors are a part of the A and B of a lora here"
+    return native_lora(pairs, source)._replace(apart="its vectors are a part of the A and B of a lora here")

@@ -88,20 +88,22 @@ class LogitComparison:
     wanted: Wanted
 
     @property
+    def passed(self) -> bool:
+        """Whether the difference is as wanted; NaN never is."""
+        if self.wanted == "different":
+            return self.largest > 0
+        return self.largest <= (TOLERANCE if self.wanted == "equal" else float("inf"))
+
+    @property
     def verdict(self) -> str:
         """The last column of the table."""
         if self.wanted == "different":
-            if not self.largest > 0:
+            if not self.passed:
                 return "FAILED: the adapter changes nothing"
             return "differs, as it should" if self.largest > TOLERANCE else "differs by less than the tolerance"
-        if not self.largest <= (TOLERANCE if self.wanted == "equal" else float("inf")):
+        if not self.passed:
             return f"FAILED: above {TOLERANCE:.0e}"
         return "ok" if self.wanted == "equal" else "for information"
-
-    @property
-    def passed(self) -> bool:
-        """Whether the difference is as wanted; NaN never is."""
-        return not self.verdict.startswith("FAILED")
 
 
 @dataclass(frozen=True)
@@ -152,8 +154,9 @@ def choose_runtimes(
             return (), f"{source.name} {words}"
         if peft is None or (has_peft() and kind is None):
             return there, ""
-        why = f"PEFT computes a base in {kind} in other ways, so it has not loaded the export; see --in"
-        if not has_peft():
+        if has_peft():
+            why = f"PEFT computes a base in {kind} in other ways, so it has not loaded the export; see --in"
+        else:
             why = "peft is not installed, so it has not loaded the export"
         return tuple(name for name in there if name != "peft"), why
     names = [] if given == "none" else given.split(",")
@@ -452,7 +455,7 @@ def _compare_values(
         count += int(different.sum())
         # The bits of positive numbers grow with them, and those of negative ones have a sign bit.
         lowest = torch.iinfo(found.dtype).min
-        first, second = (torch.where(bits < 0, lowest - bits, bits).double() for bits in (found, wanted))
+        first, second = (torch.where(one < 0, lowest - one, one).double() for one in (found, wanted))
         furthest = max(furthest, int((first - second).abs().max()))
     if not count:
         return None

@@ -87,7 +87,8 @@ class Supervised(NamedTuple):
 
     def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "Supervised":
         """The same with `move` applied to every tensor."""
-        return Supervised._make((*map(move, self[:4]), *self[4:]))
+        rows, local_rows, supervised, labels = map(move, (self.rows, self.local_rows, self.supervised, self.labels))
+        return self._replace(rows=rows, local_rows=local_rows, supervised=supervised, labels=labels)
 
 
 def padded_positions(num_supervised: int) -> int:

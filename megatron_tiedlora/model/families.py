@@ -68,7 +68,7 @@ def shape_from_hf(values: Mapping[str, Any], *, source: str = "config.json") -> 
         reason = _OTHER_TYPES.get(str(kind))
         reason = reason or next((why for field, why in _REASONS.items() if values.get(field)), None)
         because = "" if reason is None else f", as {reason}"
-        known = ", ".join(FAMILIES)
+        known = ", ".join(sorted(FAMILIES))
         raise UserError(f"{source}: model_type {shown(kind)} is not implemented{because}. This version trains {known}")
     config = HfConfig(values, source, {**FAMILIES["llama"].defaults, **family_of_kind.defaults})
     shape = family_of_kind.read(config)

@@ -121,9 +121,10 @@ def weights_match(folder: Path) -> bool:
         UserError: they differ, or the config is not valid.
     """
     weights, (*_, sums) = folder / native_adapter.WEIGHTS_FILE, native_adapter.read_config(folder)
-    if there := weights.is_file():
-        check_file(weights, sums)
-    return there
+    if not weights.is_file():
+        return False
+    check_file(weights, sums)
+    return True
 
 
 class TiedLoraLinear(nn.Module, BaseTunerLayer):

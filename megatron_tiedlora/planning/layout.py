@@ -78,6 +78,9 @@ class Layout:
     deterministic: bool = False
     named: bool = False
 
+    def __post_init__(self) -> None:
+        assert self.named or len(self.adapters) == 1, "several adapters have names"
+
     @cached_property
     def first_adapted(self) -> int:
         """The first layer of the model that an adapter adapts."""

@@ -13,10 +13,15 @@ from study_files import write_run, write_study
 from valid import METRICS
 
 from megatron_tiedlora.base.messages import UserError
+from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.config.batch import BatchPlan
 from megatron_tiedlora.config.cli import parse_settings
-from megatron_tiedlora.config.settings import Settings
+from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.config.sweep_settings import parse_sweep
-from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder
+from megatron_tiedlora.data.readers import read_rows
+from megatron_tiedlora.data.tokenizer import load_tokenizer
+from megatron_tiedlora.engine.engine_json import load_engine_config
+from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder, choose_run_folder
 from megatron_tiedlora.study.record import StudyFolder, check_folder
 from megatron_tiedlora.study.scores import RunEnd, read_run
 
@@ -101,6 +106,21 @@ def test_a_resumed_log_is_strict_json_whatever_was_there(area: Path) -> None:
     run.metrics.write_bytes(b"\xff\n[]\n" + METRICS + b'{"step": 2, "split": "test", "loss": 1}\n{"st')
     MetricsLog(run, resumed_step=2, evaluated_step=2).close()
     assert run.metrics.read_bytes().splitlines() == METRICS.splitlines()[:2]
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-that-name/x", "x" * 300, "x/" * 3000])
+def test_what_reads_a_path_says_that_it_is_none(area: Path, name: str) -> None:
+    """Also where no command has looked at it before."""
+    batches, settings = BatchPlan(global_batch_size=8, micro_batch_size=2, data_parallel=2), make_settings({})
+    for reads in (
+        partial(find_model, name),
+        partial(load_tokenizer, name),
+        partial(read_rows, name),
+        partial(load_engine_config, name, batches=batches, gradient_clipping=0.5),
+        partial(choose_run_folder, settings.completed(output_dir=name)),
+        partial(choose_run_folder, settings.completed(resume=name)),
+    ):
+        refused(area, reads, "is not a path")
 
 
 def test_a_choice_of_bytes_that_are_not_utf8_is_one_line(area: Path) -> None:

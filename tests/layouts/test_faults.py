@@ -68,8 +68,8 @@ class Case:
 
 
 FAULTS = [
-    Case("tied_sum_left_out", (1, 2, 1), "losses norms A B copies"),
-    Case("tied_sum_left_out", (1, 2, 1), "losses norms A B copies", zero=0),
+    Case("tied_sum_left_out", (1, 2, 1), "losses norms A B copies_of_A copies_of_B"),
+    Case("tied_sum_left_out", (1, 2, 1), "losses norms A B copies_of_A copies_of_B", zero=0),
     Case("tied_sum_counted_twice", (1, 2, 1), "norms A B"),
     Case("tied_sum_counted_twice", (1, 2, 1), "norms A B", zero=0),
     Case("tied_sum_divided_twice", (1, 2, 2), "losses norms A B"),

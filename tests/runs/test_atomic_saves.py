@@ -297,7 +297,7 @@ def test_a_checkpoint_comes_back_and_is_an_adapter(native: NativeAdapter, tmp_pa
     assert names(folder) == {CONFIG, WEIGHTS, "trainer_state.safetensors", "trainer_state.json"}
     found = load_checkpoint(folder)
     assert found.progress == Progress(4, 16, 0.5, 4, 0, 4)
-    assert found.settings == {"global_batch_size": 4}
+    assert found.settings == {"global_batch_size": 4, "method": native.config.method, "layers": [1, 3]}
     assert all(torch.equal(found.moments[name], tensor) for name, tensor in moments_of(native, 4.0).items())
     for loaded in (found.adapter, load_native_adapter(folder)):
         assert loaded.config == native.config

@@ -215,10 +215,11 @@ def test_long_prompts_are_cut_counted_and_told(copy: Base) -> None:
 # The output folder and resuming ---------------------------------------------------------------------------------------
 
 
-def refused_in(base: Base, folder: Path, *parts: str, ranks: int = 0, **changes: Any) -> None:
-    """A start in an existing folder that is refused, in this process or by ranks, and leaves every file as it was."""
+def refused_in(base: Base, folder: Path, *parts: str, ranks: int | None = 0, **changes: Any) -> None:
+    """A start in an existing folder that is refused, in this process or by ranks (None: without a launcher), and leaves
+    every file as it was."""
     before = files_of(folder)
-    if ranks:
+    if ranks != 0:
         line = run(base, folder, ranks=ranks, expect=2, **changes).error_line()
     else:
         line = refusal(lambda: begin(base.arguments(**{"output_dir": folder, **changes})))
@@ -272,7 +273,7 @@ def test_resume_with_contradicting_settings(
 def test_resume_on_another_base(copy: Base, stopped: Path) -> None:
     """The same shape and settings, but other weights: found as the model is built."""
     _edit_norm(copy.model, lambda t: t[NORM].mul_(1.5))
-    refused_in(copy, stopped, "step_3", "weights differ", "--model", ranks=1, resume="auto")
+    refused_in(copy, stopped, "step_3", "weights differ", "--model", ranks=None, resume="auto")
 
 
 def test_resume_on_other_data(copy: Base, stopped: Path) -> None:
@@ -347,7 +348,7 @@ def test_a_rank_that_cannot_resume_changes_nothing(base: Base, stopped: Path, fo
     if stage == "checkpoint":
         truncate(last / "adapter_model.safetensors")
         changes, words = {"resume": last}, "not a whole"
-    refused_in(base, folder, words, ranks=1, **changes)
+    refused_in(base, folder, words, ranks=None, **changes)
 
 
 @pytest.mark.distributed

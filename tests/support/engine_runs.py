@@ -355,7 +355,7 @@ def red_measures(run: EngineRun, prepared: Prepared, *, loss: float = LOSS_TOLER
             # u is whole on every rank of its stage.
             twin = rank % layout.tp if factor[-1] in tied else first if factor[-1] == "u" else rank
             if not torch.equal(value, run.local[twin][factor]):
-                red["copies"] = rank, factor
+                red[f"copies_of_{factor}"] = rank
     return red
 
 

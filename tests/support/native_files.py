@@ -96,6 +96,7 @@ def save_step(root: Path, native: NativeAdapter, step: int, best: int | None, **
     Args:
         keywords: of save_checkpoint.
     """
+    settings = {"settings": {"global_batch_size": 4, "method": native.config.method, "layers": [1, 3]}}
     return save_checkpoint(
         root,
         progress=Progress(step=step, consumed_samples=4 * step, best_metric=0.5, best_step=best, evaluated_step=step),
@@ -103,8 +104,7 @@ def save_step(root: Path, native: NativeAdapter, step: int, best: int | None, **
         base_identity=native.base_identity,
         state=native.state,
         moments=moments_of(native, float(step)),
-        settings={"global_batch_size": 4},
-        **keywords,
+        **{**settings, **keywords},
     )
 
 

@@ -90,10 +90,10 @@ def truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
-def edit_json(file: Path, *, seals: bool = True, **changes: Any) -> None:
-    """Change fields of a JSON object, and if `seals` the checksums with them; None takes a field out."""
-    content = {**json.loads(file.read_text()), **changes}
-    file.write_text(json.dumps({name: value for name, value in content.items() if changes.get(name, "") is not None}))
+def edit_json(file: Path, *, seals: bool = True, without: str = "", **changes: Any) -> None:
+    """Take the field `without` out of a JSON object and change others, and if `seals` the checksums with them."""
+    content = {name: value for name, value in json.loads(file.read_text()).items() if name != without}
+    file.write_text(json.dumps({**content, **changes}))
     if seals:
         reseal(file.parent)
 

@@ -125,12 +125,15 @@ def test_texts_name_a_command_by_its_one_name() -> None:
 
 
 def test_a_command_of_other_tools_is_answered_with_ours(capsys: pytest.CaptureFixture[str]) -> None:
-    for name, ours in {**_OTHER_NAMES, "SFT": "train", "merge_lora": "merge"}.items():
+    serving = "export, which prints the command of `vllm serve`"
+    known = {"finetune": "train", "SFT": "train", "merge_lora": "merge", "inference": "evaluate", "serve": serving}
+    for name, ours in {**_OTHER_NAMES, **known}.items():
         assert find_command(ours.partition(",")[0]) is not None  # what follows says what it does
         assert find_command(name) is None and leave([name, "--lr", "1e-4"]) == 2
         expected = f"no such command (here it is tiedlora {ours}); `tiedlora --help` lists them\n"
         assert capsys.readouterr().err == f"error: tiedlora {name}: {expected}"
     assert find_command("check_gpu") is find_command("check-gpu") is not None
+    assert find_command("nothing") is None
 
 
 # Extras --------------------------------------------------------------------------------------------------------------

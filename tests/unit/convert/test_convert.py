@@ -123,7 +123,7 @@ def test_config_states_the_dtype_that_is_stored(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     old, merged, expected = Path(shutil.copytree(base, tmp_path / "base")), tmp_path / "merged", dtype or torch.float32
-    edit_json(old / "config.json", **{"dtype": None, field: "float32"})
+    edit_json(old / "config.json", without="dtype", **{field: "float32"})
     source, adapter, _ = with_adapter(old, "tl6")
     merge_adapter(source, adapter, merged, dtype=dtype)
     assert {tensor.dtype for tensor in load_weights(merged).values()} == {expected}
@@ -357,8 +357,10 @@ WRONG: list[tuple[str, str, str]] = [  # commands, their arguments, what is said
     ("verify", f"{ADAPTER} --merged merged --in vllm", "--in vllm: 'vllm' is not one of transformers, peft, none"),
     ("verify", f"{ADAPTER} --merged merged --in transformers,", "--in transformers,: '' is not one of"),
     ("verify", f"{ADAPTER} --merged merged --in peft", "--in peft: peft has nothing to load; give --peft DIR"),
-    ("verify", f"{ADAPTER} --peft peft --in transformers", "transformers has nothing to load; give --merged DIR"),
-    ("verify", f"{ADAPTER} --merged merged --in transformers --dtype bf16", "fp32, so --dtype bf16 cannot"),
+    ("verify", f"{ADAPTER} --peft peft --in transformers",
+     "--in transformers: transformers has nothing to load; give --merged DIR"),
+    ("verify", f"{ADAPTER} --merged merged --in transformers --dtype bf16",
+     "transformers computes in fp32, so --dtype bf16 cannot"),
     ("verify", f"{ADAPTER} --peft peft --dtype bf16", "--dtype bf16: a PEFT adapter is compared in fp32 only"),
 ]  # fmt: skip
 

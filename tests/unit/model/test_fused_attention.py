@@ -45,6 +45,14 @@ def attended(
     return plain_attention(scaled, key, value, ids)
 
 
+def test_the_definition_is_that_of_torch() -> None:
+    """check-gpu and the tests below judge by it: torch's attention with the mask written out, in fp64."""
+    query, key, value = (part.detach().double() for part in heads(torch.float64))
+    sees = (IDS[:, :, None] == IDS[:, None, :]) & torch.ones(16, 16, dtype=torch.bool).tril()
+    expected = functional.scaled_dot_product_attention(query, key, value, attn_mask=sees[:, None], enable_gqa=True)
+    torch.testing.assert_close(attended(query, key, value, IDS), expected.transpose(1, 2).flatten(2))
+
+
 def heads(
     dtype: torch.dtype,
     *,

@@ -148,7 +148,9 @@ def test_a_part_ends_with_the_command(number: int, status: int, tmp_path: Path) 
     words = [sys.executable, str(TOOL), f"--output={tmp_path}", "--device=cpu", "--parts=correct", "--minutes=60"]
     with subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL) as command:
         log = tmp_path / "correct.log"
-        wait_for(lambda: command.poll() is not None or (log.exists() and "test_fp32" in log.read_text()), "a test")
+        wait_for(
+            lambda: command.poll() is not None or (log.exists() and "test_fp32" in log.read_text()), "a test", limit=100
+        )
         assert command.poll() is None
         (part,) = psutil.Process(command.pid).children()
         command.send_signal(number)
