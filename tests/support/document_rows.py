@@ -169,7 +169,7 @@ def plans(reader: Reader, command: str) -> None:
     assert "\nstart " in reader.capsys.readouterr().out
     made = parse_plan(words).settings
     if made.yaml is not None:
-        reader.ranks[made.yaml] = made.world_size
+        reader.ranks[made.yaml] = made.ranks_on_cpu or made.nodes * made.gpus_per_node
 
 
 def parses(parse: Callable[[list[str]], Any]) -> Callable[[Reader, str], None]:
