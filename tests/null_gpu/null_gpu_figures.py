@@ -234,8 +234,8 @@ FIGURES = [
     Figure("NCCL messages a step beside those", _messages_of_a_step, 6, 1),
     _waits("one stage", num_layers=2),
     _waits("first of two stages", **TWO_STAGES),
-    Figure("launches a layer, forward and backward, compiled", lambda: _per_layer(compile="true"), 40),
-    Figure("launches a layer, forward and backward, not compiled", lambda: _per_layer(compile="false"), 160),
+    Figure("launches a layer, forward and backward, compiled", lambda: _per_layer(compile="true"), 31),
+    Figure("launches a layer, forward and backward, not compiled", lambda: _per_layer(compile="false"), 148),
     Figure("launches a layer more for 4 rows than for 1, tensor 8", _launches_of_rows, 0, digits=1),
     Figure("launches packed (documents of 64) to unpacked, 4,096 tokens", _packed_against_unpacked, 1.1, 0.9, 2),
     *(
