@@ -138,7 +138,7 @@ def split_words(
     names = (*kind.model_fields, *(name for name in TrainFields.model_fields if name not in without))
     reject_unknown(unknown, kind, known=[f"--{name}" for name in names])
     if (config := vars(own).pop("config")) is not None:
-        theirs.config, words = config, [f"--config={config}", *words]
+        theirs.config, words = config, ["--config", config, *words]
     return _given(own), _given(theirs), words
 
 
