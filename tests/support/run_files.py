@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +90,9 @@ def truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
-def edit_json(file: Path, *, seals: bool = True, without: str = "", **changes: Any) -> None:
-    """Take the field `without` out of a JSON object and change others, and if `seals` the checksums with them."""
-    content = {name: value for name, value in json.loads(file.read_text()).items() if name != without}
+def edit_json(file: Path, *, seals: bool = True, without: Collection[str] = (), **changes: Any) -> None:
+    """Take the fields `without` out of a JSON object and change others, and if `seals` the checksums with them."""
+    content = {name: value for name, value in json.loads(file.read_text()).items() if name not in without}
     file.write_text(json.dumps({**content, **changes}))
     if seals:
         reseal(file.parent)

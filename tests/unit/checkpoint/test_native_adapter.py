@@ -184,7 +184,7 @@ def test_another_base_is_refused(base: Path, tmp_path: Path, shape: dict[str, An
 
 
 def edit(**changes: Any) -> Callable[[Path], None]:
-    """Change fields of the config; None takes a field out."""
+    """Change fields of the config, as `edit_json`."""
     return lambda folder: edit_json(folder / CONFIG, **changes)
 
 
@@ -201,14 +201,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "version": (edit(format_version=3), CONFIG, "is not 2, which is read; train"),
     "method": (edit(method="tl7"), CONFIG, "method 'tl7'"),
     "layout": (edit(qkv_layout="interleaved"), CONFIG, "'interleaved'"),
-    "no rank": (edit(rank=None), CONFIG, "rank is missing"),
-    "no hash": (edit(base_weights_hash=None), CONFIG, "base_weights_hash is missing"),
+    "no rank": (edit(without=["rank"]), CONFIG, "rank is missing"),
+    "no hash": (edit(without=["base_weights_hash"]), CONFIG, "base_weights_hash is missing"),
     "rank": (edit(rank=0), CONFIG, "rank = 0"),
     "rank text": (edit(rank="4"), CONFIG, "rank = '4'"),
     "head_dim": (edit(head_dim="wide"), CONFIG, "head_dim = 'wide'"),
     "alpha": (edit(alpha="much"), CONFIG, "wrong type"),
-    "no targets": (edit(targets=None), CONFIG, "targets is missing"),
-    "no width": (edit(intermediate_size=None), CONFIG, "intermediate_size is missing"),
+    "no targets": (edit(without=["targets"]), CONFIG, "targets is missing"),
+    "no width": (edit(without=["intermediate_size"]), CONFIG, "intermediate_size is missing"),
     "layers": (edit(layers=7), CONFIG, "wrong type"),
     "layer 0": (edit(layers=[0, 3]), CONFIG, "[0, 3] are not ascending numbers from 1 to 3"),
     "layer 4": (edit(layers=[1, 4]), CONFIG, "[1, 4] are not ascending numbers from 1 to 3"),
@@ -257,7 +257,7 @@ def test_a_damaged_adapter_is_one_line_that_names_the_file(base: Path, tmp_path:
 def test_a_folder_of_another_format_names_the_version_that_wrote_it(base: Path, tmp_path: Path) -> None:
     """That of version 0.1, which was not published, had no peft_type, targets and intermediate_size."""
     write_native(tmp_path / "adapter", base, values(base))
-    edit(format_version=1, version="0.1.0", peft_type=None, targets=None, intermediate_size=None)(tmp_path / "adapter")
+    edit(without=["peft_type", "targets", "intermediate_size"], format_version=1, version="0.1.0")(tmp_path / "adapter")
     assert refusal(load_native_adapter, tmp_path / "adapter") == (
         f"{tmp_path / 'adapter' / CONFIG}: format_version 1, of version '0.1.0' of this package, is not 2, which is"
         " read; train the adapter again"

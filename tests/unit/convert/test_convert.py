@@ -123,7 +123,7 @@ def test_config_states_the_dtype_that_is_stored(
     from transformers import AutoConfig, AutoModelForCausalLM
 
     old, merged, expected = Path(shutil.copytree(base, tmp_path / "base")), tmp_path / "merged", dtype or torch.float32
-    edit_json(old / "config.json", without="dtype", **{field: "float32"})
+    edit_json(old / "config.json", without=["dtype"], **{field: "float32"})
     source, adapter, _ = with_adapter(old, "tl6")
     merge_adapter(source, adapter, merged, dtype=dtype)
     assert {tensor.dtype for tensor in load_weights(merged).values()} == {expected}

@@ -286,7 +286,7 @@ def test_the_record_of_an_export_decides_neither_shape_nor_precision(separate: P
     assert exported_base(tmp_path / "peft", native.base_identity) == native.base_identity
     for name in ("base_model", "base_hash", "base_weights_hash"):
         file.write_text(content)
-        edit_json(file, without=name)
+        edit_json(file, without=[name])
         line = refusal(exported_base, tmp_path / "peft", native.base_identity)
         assert f"{EXPORT_RECORD}: {name} is missing" in line
 

@@ -60,11 +60,11 @@ def test_a_chat_template_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     started = time.monotonic()
     with closing(ChatTemplate(chat)) as template:
         with bounded():
-            message = refusal(lambda: template.render(TURNS, "a.jsonl:1", answers=()))
+            message = refusal(lambda: template.render(TURNS, "a.jsonl:1", answers=(), names=()))
         assert time.monotonic() - started < 30  # of a busy machine
         assert message.startswith(f"a.jsonl:1: the chat template of {tmp_path / 'tokenizer'} ") and said in message
         monkeypatch.setattr(chat_template, "_SECONDS", 0.1)  # what ends the second one does not matter
-        assert refusal(lambda: template.render(TURNS, "a.jsonl:2", answers=())).startswith("a.jsonl:2: ")
+        assert refusal(lambda: template.render(TURNS, "a.jsonl:2", answers=(), names=())).startswith("a.jsonl:2: ")
     assert psutil.Process().children() == children
     assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
 
@@ -75,17 +75,17 @@ def test_a_long_conversation_is_rendered(chat: Any) -> None:
     with closing(ChatTemplate(chat)) as template:
         for _ in range(3):
             expected = f"<user>{turns[0]['content']}" * 5 + "<assistant>"
-            assert template.render(turns, "a.jsonl:1", answers=())[0] == expected
+            assert template.render(turns, "a.jsonl:1", answers=(), names=())[0] == expected
 
 
 def test_a_process_that_is_killed_is_told_and_replaced(chat: Any) -> None:
     chat.chat_template, before = "{{ messages[0].content }}", psutil.Process().children()
     with closing(ChatTemplate(chat)) as template:
-        assert template.render(TURNS, "a.jsonl:1", answers=())[0] == "How many?!"
+        assert template.render(TURNS, "a.jsonl:1", answers=(), names=())[0] == "How many?!"
         (process,) = (child for child in psutil.Process().children() if child not in before)
         process.kill()
-        assert "ended its process" in refusal(lambda: template.render(TURNS, "a.jsonl:2", answers=()))
-        assert template.render(TURNS, "a.jsonl:3", answers=())[0] == "How many?!"
+        assert "ended its process" in refusal(lambda: template.render(TURNS, "a.jsonl:2", answers=(), names=()))
+        assert template.render(TURNS, "a.jsonl:3", answers=(), names=())[0] == "How many?!"
 
 
 def test_a_template_s_process_ends_with_ours(chat: Any) -> None:
@@ -97,7 +97,7 @@ def test_a_template_s_process_ends_with_ours(chat: Any) -> None:
     def work() -> None:
         with closing(ChatTemplate(chat)) as template:
             writer.send(template._start()[0].pid)
-            template.render(TURNS, "a.jsonl:1", answers=())
+            template.render(TURNS, "a.jsonl:1", answers=(), names=())
 
     ours = context.Process(target=work)
     ours.start()
