@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from megatron_tiedlora.base.extras import __version__ as __version__
 
 if TYPE_CHECKING:
-    from megatron_tiedlora.api.adapters import attach, detach, generate, load_adapter, load_base, merge
-    from megatron_tiedlora.api.training import TrainedRun, train
     from megatron_tiedlora.base.messages import UserError
     from megatron_tiedlora.config.settings import Settings
+    from megatron_tiedlora.integrations.api import TrainedRun, attach, detach, generate, load_adapter, load_base, merge
+    from megatron_tiedlora.integrations.api import train as train
 
 __all__ = [
     "Settings",
@@ -27,19 +27,14 @@ __all__ = [
     "merge",
     "train",
 ]
-_MODULES = {
-    **dict.fromkeys(("attach", "detach", "generate", "load_adapter", "load_base", "merge"), "api.adapters"),
-    **dict.fromkeys(("TrainedRun", "train"), "api.training"),
-    "Settings": "config.settings",
-    "UserError": "base.messages",
-}
+_MODULES = {"Settings": "config.settings", "UserError": "base.messages"}  # the others: integrations.api
 
 
 def __getattr__(name: str) -> Any:
     """A name of the interface, imported now."""
-    if name not in _MODULES:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES.get(name, 'integrations.api')}"), name)
 
 
 def __dir__() -> list[str]:

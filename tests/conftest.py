@@ -25,7 +25,7 @@ pytest_plugins = ["cpu_seconds"]
 # Folders whose tests mostly wait: for a launcher, a silence, the end of a process.
 WAITING = {"cluster", "runs", "study"}
 # Folders with the files that compute longest, a minute each: the last files of a run should be short ones.
-LONGEST = ("layouts", "benchmark", "families", "parallel", "safety", "evaluation")
+LONGEST = ("layouts", "selfcheck", "families", "parallel", "safety", "evaluation")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -14,9 +14,8 @@ from torch import nn
 
 from megatron_tiedlora.adapters.low_rank import AllRows, InputDropout, SharedRows, dropout_salt, token_keys
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, LayerUpdate, LinearUpdate, TiedAdapter, whole_factors
-from megatron_tiedlora.parallel.backward import first_derivative_only
+from megatron_tiedlora.parallel.backward import Piece, Pieces, first_derivative_only, part_of
 from megatron_tiedlora.parallel.groups import TensorParallel
-from megatron_tiedlora.parallel.pieces import Piece, Pieces, part_of
 
 ONLY = ""  # the name of an adapter that is the only one
 

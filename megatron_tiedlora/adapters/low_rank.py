@@ -28,10 +28,9 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_tiedlora.base.methods import Sharing
-from megatron_tiedlora.parallel.backward import first_derivative_only
+from megatron_tiedlora.parallel.backward import Piece, Pieces, first_derivative_only, starts_of
 from megatron_tiedlora.parallel.frozen_weight import padded, wide_matmul
 from megatron_tiedlora.parallel.kernels import NUMBERS_AT_ONCE
-from megatron_tiedlora.parallel.pieces import Piece, Pieces, starts_of
 from megatron_tiedlora.parallel.shard_spec import stream_seed
 
 # Factors --------------------------------------------------------------------------------------------------------------

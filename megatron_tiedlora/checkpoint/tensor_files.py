@@ -26,11 +26,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from megatron_tiedlora.base.atomic import sync_path, write_json
-from megatron_tiedlora.base.grouping import filled
 from megatron_tiedlora.base.messages import UserError, as_given, shown
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.shapes import BASE_FORMATS
 from megatron_tiedlora.base.text_files import check_file
+from megatron_tiedlora.config.batch import filled
 from megatron_tiedlora.model.hf_config import BITSANDBYTES, StoredFormat
 from megatron_tiedlora.parallel.quantise import NF4_LEVELS, dequantise_blocks, dequantise_rows, fp8_numbers, has_nan
 

@@ -77,9 +77,9 @@ def _measure(command: PlanCommand, file: str) -> int:
     path = None if file == "-" else output_file(file, flag="--measure")  # before a minute of work
     prepare_environment()
     rank, world_size = rank_and_world_size()
-    from megatron_tiedlora.benchmark.machine import measure_machine
     from megatron_tiedlora.checkpoint.sources import find_model
     from megatron_tiedlora.runtime.process_group import join_process_group, leave_process_group
+    from megatron_tiedlora.selfcheck.machine_constants import measure_machine
 
     source = find_model(command.train.model, weights=False)
     device = join_process_group(_MEETING_MINUTES, expected_ranks=world_size)
@@ -96,8 +96,8 @@ def _measure(command: PlanCommand, file: str) -> int:
 
 def doctor(settings: DoctorSettings) -> int:
     """Examine the hosts of a job and report; returns 0 if a job can start, else 1."""
-    from megatron_tiedlora.cluster.doctor.compare import report_text
-    from megatron_tiedlora.cluster.doctor.trial import examine
+    from megatron_tiedlora.cluster.compare_hosts import report_text
+    from megatron_tiedlora.cluster.doctor import examine
 
     require_extra("train", only=["deepspeed"])
     file = _json_path(settings.json_file)
@@ -141,16 +141,16 @@ def bench(settings: BenchSettings) -> int:
     rank, world_size = rank_and_world_size()
     what = settings.measured_on(world_size)
     # These import DeepSpeed and transformers, which takes seconds: a wrong path does not wait for it.
-    from megatron_tiedlora.benchmark import compare, layout
-    from megatron_tiedlora.benchmark.report import report_lines
     from megatron_tiedlora.parallel.agreement import decided_by_rank_0
     from megatron_tiedlora.runtime.process_group import leave_process_group
     from megatron_tiedlora.runtime.stopping import RunStopped, exit_status
+    from megatron_tiedlora.selfcheck import compare, step_bench
+    from megatron_tiedlora.selfcheck.bench_report import report_lines
 
     planned = None
     try:
         if what == "layout":
-            found, planned = layout.measure_layout(settings, rank=rank, world_size=world_size)
+            found, planned = step_bench.measure_layout(settings, rank=rank, world_size=world_size)
         else:
             found = compare.measure_sides(settings)
     except RunStopped as stop:

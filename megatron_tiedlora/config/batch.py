@@ -1,11 +1,36 @@
 """Batch arithmetic: global batch = micro batch x accumulation steps x data-parallel size; and the lengths of answers.
 
-Nothing else sets batch sizes.
+Nothing else sets batch sizes. Here too are groups of parts by size: rows of a batch, samples of a pass, tensors of a
+file.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 from megatron_tiedlora.base.messages import UserError
+
+Part = TypeVar("Part")
+
+
+def filled(parts: Iterable[tuple[Part, float, float]]) -> Iterator[list[Part]]:
+    """Which parts go together, in their order: each joins the last ones if it fits.
+
+    Args:
+        parts: each with its size, and with the most that it may have together with those that join it; a larger one is
+            alone. They are read as groups are asked for.
+    """
+    group: list[Part] = []
+    left = 0.0
+    for part, size, room in parts:
+        if group and size > left:
+            yield group
+            group = []
+        left = left - size if group else room - size
+        group.append(part)
+    if group:
+        yield group
+
 
 GPU_MICRO_BATCH_TOKENS = 8192  # below about 4,000, launching a layer's kernels takes longer than running them
 

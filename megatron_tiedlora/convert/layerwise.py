@@ -16,11 +16,11 @@ from torch import nn
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
-from megatron_tiedlora.base.grouping import filled
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.load_model import ReadRows, adapter_part, row_blocks
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
+from megatron_tiedlora.config.batch import filled
 from megatron_tiedlora.model.batch import MicroBatch
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage

@@ -27,8 +27,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tiedlora.base.child_process import end_with_parent, leave_signals_to_parent
-from megatron_tiedlora.base.grouping import filled
 from megatron_tiedlora.base.messages import UserError
+from megatron_tiedlora.config.batch import filled
 from megatron_tiedlora.data.chat import Chat
 from megatron_tiedlora.data.sources import NumberedRow
 from megatron_tiedlora.data.splits import check_shape, make_example

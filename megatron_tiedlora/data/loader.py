@@ -18,9 +18,8 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_tiedlora.adapters.adapter_bank import Share
-from megatron_tiedlora.base.grouping import filled
 from megatron_tiedlora.base.messages import UserError, count_text
-from megatron_tiedlora.config.batch import BatchPlan
+from megatron_tiedlora.config.batch import BatchPlan, filled
 from megatron_tiedlora.data.token_dataset import TokenDataset, sample_indices
 from megatron_tiedlora.model.batch import PAD_MULTIPLE, MicroBatch
 from megatron_tiedlora.parallel.groups import concatenated

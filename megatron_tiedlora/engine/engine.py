@@ -20,7 +20,7 @@ from torch import distributed, nn
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
 from megatron_tiedlora.adapters.tying import gradient_norm_counts
 from megatron_tiedlora.engine.engine_json import EngineConfig
-from megatron_tiedlora.model.mlp import SwiGlu
+from megatron_tiedlora.model.layer_specs import SwiGlu
 from megatron_tiedlora.parallel.groups import ALONE, Grid, ParallelGroups, RankGroup
 
 _LARGEST_SQUARE = torch.finfo(torch.float32).max

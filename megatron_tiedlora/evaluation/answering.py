@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_tiedlora.base.grouping import filled
 from megatron_tiedlora.base.messages import UserError, count_text
 from megatron_tiedlora.base.progress import progress_bar
+from megatron_tiedlora.config.batch import filled
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import marked
 from megatron_tiedlora.data.chat import chat_writer

@@ -23,8 +23,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY, Share, Shares, pieces_of
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
-from megatron_tiedlora.base.grouping import filled
 from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.config.batch import filled
 from megatron_tiedlora.model.attention import AnyCache, KeyValueCache, cache_dtype
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.groups import ParallelGroups, concatenated

@@ -30,7 +30,7 @@ from megatron_tiedlora.convert.inputs import Identify, check_base, is_merged
 from megatron_tiedlora.convert.open_adapter import open_adapter
 from megatron_tiedlora.data.chat import chat_template_sha256
 from megatron_tiedlora.data.tasks import Task, get_task
-from megatron_tiedlora.model.partition import Stages, check_layout, layer_costs, partition
+from megatron_tiedlora.model.weights import Stages, check_layout, layer_costs, partition
 from megatron_tiedlora.parallel.groups import Grid
 from megatron_tiedlora.runtime.launch_env import uses_gpu
 

@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 
 from megatron_tiedlora.adapters.adapter_bank import Shares, pieces_of
+from megatron_tiedlora.parallel.backward import Piece, Pieces, part_of, starts_of
 from megatron_tiedlora.parallel.frozen_weight import padded
 from megatron_tiedlora.parallel.loss import IGNORED_LABEL
-from megatron_tiedlora.parallel.pieces import Piece, Pieces, part_of, starts_of
 
 # Rows are padded to a multiple of this, because repeated shapes need less memory and fewer kernels.
 PAD_MULTIPLE = 8

@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional
 
-from megatron_tiedlora.parallel.backward import first_derivative_only
+from megatron_tiedlora.parallel.backward import Pieces, first_derivative_only, scaled_by_owner, sums_by_owner
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, padded
 from megatron_tiedlora.parallel.groups import RankGroup, all_gather
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_rows, upcast
-from megatron_tiedlora.parallel.pieces import Pieces, scaled_by_owner, sums_by_owner
 
 IGNORED_LABEL = -100
 

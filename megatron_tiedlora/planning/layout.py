@@ -23,7 +23,7 @@ from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.batch import PAD_MULTIPLE, padded_positions
 from megatron_tiedlora.model.layer_specs import StoredTensor, stored_tensors
-from megatron_tiedlora.model.partition import layer_costs, partition
+from megatron_tiedlora.model.weights import layer_costs, partition
 from megatron_tiedlora.parallel.frozen_weight import padded
 from megatron_tiedlora.planning.trace import Kind
 

@@ -29,7 +29,7 @@ from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.engine.engine_json import EngineConfig, load_engine_config
 from megatron_tiedlora.engine.runner import inputs_to_fill
-from megatron_tiedlora.model.partition import check_layout
+from megatron_tiedlora.model.weights import check_layout
 from megatron_tiedlora.parallel.fp8_products import check_fp8_device, check_gpu_products, weight_maker
 from megatron_tiedlora.parallel.frozen_weight import WeightMaker
 from megatron_tiedlora.parallel.groups import Grid

@@ -31,10 +31,10 @@ from megatron_tiedlora.base.shapes import QKV, TARGET_NAMES
 from megatron_tiedlora.base.text_files import write_yaml
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.config.train_fields import TENSORBOARD
-from megatron_tiedlora.runtime.rank_log import LOGS_FOLDER
 
 State = Literal["finished", "stopped", "failed"]
 _LONGEST_ROW, _MOST_ROWS = 2**14, 10**7  # bytes, and rows
+LOGS_FOLDER = "logs"
 _BOUND = 1e300  # of numbers in a log: excludes NaN and infinity, and values that cannot be drawn
 
 

@@ -20,12 +20,12 @@ from safetensors.torch import save_file
 from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.base.child_process import end_with_parent
 from megatron_tiedlora.base.messages import UserError
-from megatron_tiedlora.benchmark.layout import Started, plan_benchmark, start
 from megatron_tiedlora.runtime.ending import reported_end
 from megatron_tiedlora.runtime.launch_env import prepare_environment, rank_and_world_size
 from megatron_tiedlora.runtime.process_group import leave_process_group
 from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.selfcheck.running import step_settings
+from megatron_tiedlora.selfcheck.step_bench import Started, plan_benchmark, start
 
 ADAPTER, RESULT, MODEL, KILLED = "adapter.safetensors", "result.json", "model", "killed"
 STEPS, SAMPLES, RATE = 3, 16, 1e-3  # steps of a case, samples of a step over all ranks, and the learning rate

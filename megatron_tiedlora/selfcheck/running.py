@@ -16,8 +16,6 @@ from numpy.typing import NDArray
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_config, targets_of
 from megatron_tiedlora.base.messages import UserError, bytes_in_words
 from megatron_tiedlora.base.shapes import TARGET_NAMES, ModelShape
-from megatron_tiedlora.benchmark.compare import random_stage
-from megatron_tiedlora.benchmark.layout import Started, made_up, plan_benchmark, start
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.presets import PRESETS
@@ -27,7 +25,9 @@ from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.planning.memory import LargestMicroBatch, held_memory, step_memory
 from megatron_tiedlora.planning.run_plan import RunPlan
+from megatron_tiedlora.selfcheck.compare import random_stage
 from megatron_tiedlora.selfcheck.reference import Document, loss_and_gradients, relative
+from megatron_tiedlora.selfcheck.step_bench import Started, made_up, plan_benchmark, start
 
 MOST_LAYERS = 8  # of the runs of parts host and memory
 # The config.json of a small LLaMA whose heads have sizes that kernels support.

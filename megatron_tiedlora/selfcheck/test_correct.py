@@ -12,7 +12,6 @@ import torch
 
 from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.base.shapes import BASE_FORMATS, FP8_CAPABILITY, ModelShape
-from megatron_tiedlora.benchmark.layout import Started
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.model.families import shape_from_hf
@@ -22,6 +21,7 @@ from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.selfcheck import running
 from megatron_tiedlora.selfcheck.parts import Tell
 from megatron_tiedlora.selfcheck.reference import Document, loss_and_gradients, relative, worst_of
+from megatron_tiedlora.selfcheck.step_bench import Started
 from megatron_tiedlora.training.compiling import compiled_kernels
 
 pytestmark = pytest.mark.gpu

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from megatron_tiedlora.base.shapes import ModelShape
-from megatron_tiedlora.benchmark.compare import random_stage
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.evaluation.generate import Decoder, Prompts, generate
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.groups import ParallelGroups
 from megatron_tiedlora.selfcheck import running
+from megatron_tiedlora.selfcheck.compare import random_stage
 from megatron_tiedlora.selfcheck.parts import Tell, warn_unless
 from megatron_tiedlora.selfcheck.reference import document_logits
 from megatron_tiedlora.training.throughput import timed

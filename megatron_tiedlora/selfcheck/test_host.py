@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY
-from megatron_tiedlora.benchmark.layout import Started
-from megatron_tiedlora.benchmark.timing import profiled
 from megatron_tiedlora.data.loader import TrainingStep, shared_micro_batch
 from megatron_tiedlora.selfcheck.parts import Tell, warn_unless
 from megatron_tiedlora.selfcheck.running import loader_of, started_to_fit
+from megatron_tiedlora.selfcheck.step_bench import Started
+from megatron_tiedlora.selfcheck.timing import profiled
 from megatron_tiedlora.training.throughput import timed
 
 pytestmark = pytest.mark.gpu

@@ -5,7 +5,7 @@ from statistics import median
 import pytest
 import torch
 
-from megatron_tiedlora.benchmark import layout
+from megatron_tiedlora.selfcheck import step_bench
 from megatron_tiedlora.selfcheck.parts import Tell, warn_unless
 from megatron_tiedlora.selfcheck.running import layers_that_fit, release, step_settings
 
@@ -47,7 +47,7 @@ def test_step(name: str, layers: int, token_seconds: dict[str, float], model: st
     release()
     base = ("--rows=1", f"--length={LENGTH}", "--supervised=1", "--micro_batches=2", "--compile=auto", "--repeats=5")
     settings = step_settings(model, f"--num_layers={layers}", *base, *FORMS[name])
-    found, _ = layout.measure_layout(settings)
+    found, _ = step_bench.measure_layout(settings)
     assert found is not None, "this is rank 0"
     seconds = median(found["seconds"])
     token_seconds[name] = seconds / found["tokens"]

@@ -15,7 +15,7 @@ from megatron_tiedlora.base.atomic import Guard, unguarded
 from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.evaluation.results import Score
 from megatron_tiedlora.runtime.run_folder import plain_figures, save_figure
-from megatron_tiedlora.study.scores import Study
+from megatron_tiedlora.study.record import Study
 from megatron_tiedlora.study.tables import mean_base, metric_title, model_title, table2_points, title
 
 BEST_METHODS = ("lora", "vera", "tl5", "tl6")

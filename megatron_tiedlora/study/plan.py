@@ -32,9 +32,16 @@ from megatron_tiedlora.planning.adapter_plans import DS_CONFIG, check_clipping
 from megatron_tiedlora.planning.memory import StageMemory, held_memory, step_memory, with_reserves
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
 from megatron_tiedlora.planning.step_plan import StepPlan
-from megatron_tiedlora.study.grid import Run, SweepGrid, make_grid
-from megatron_tiedlora.study.record import BaseRecord, StudyFolder, check_folder, check_resumable
-from megatron_tiedlora.study.scores import read_run
+from megatron_tiedlora.study.record import (
+    BaseRecord,
+    Run,
+    StudyFolder,
+    SweepGrid,
+    check_folder,
+    check_resumable,
+    make_grid,
+    read_run,
+)
 from megatron_tiedlora.study.tables import paper_model
 
 _SHARE = 0.8  # of the free memory; the rest is for what the planner does not know

@@ -32,10 +32,20 @@ from megatron_tiedlora.planning.run_plan import with_models_length
 from megatron_tiedlora.runtime.run_folder import RunFolder, metrics_row
 from megatron_tiedlora.runtime.stopping import StopSignals
 from megatron_tiedlora.study.figures import draw_figure2, draw_figure3
-from megatron_tiedlora.study.grid import Run
 from megatron_tiedlora.study.plan import Group, SweepPlan, plan_sweep
-from megatron_tiedlora.study.record import LOGS, SCORES, StudyFolder, write_record
-from megatron_tiedlora.study.scores import BASE_NAME, Study, best_run, read_run, read_score, read_study
+from megatron_tiedlora.study.record import (
+    BASE_NAME,
+    LOGS,
+    SCORES,
+    Run,
+    Study,
+    StudyFolder,
+    best_run,
+    read_run,
+    read_score,
+    read_study,
+    write_record,
+)
 from megatron_tiedlora.study.tables import (
     TABLE2_COLUMNS,
     TABLE3_COLUMNS,

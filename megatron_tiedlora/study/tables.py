@@ -22,9 +22,7 @@ from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.evaluation.results import Score
 from megatron_tiedlora.model.families import shape_from_hf
-from megatron_tiedlora.study.grid import Point, rate_text
-from megatron_tiedlora.study.record import BaseRecord
-from megatron_tiedlora.study.scores import BASE_NAME, Result, Study
+from megatron_tiedlora.study.record import BASE_NAME, BaseRecord, Point, Result, Study, rate_text
 
 TableRow = Mapping[str, Any]  # a line of a CSV file by its columns; what it does not have is unknown
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from megatron_tiedlora.cluster.doctor import rank
-from megatron_tiedlora.cluster.doctor.compare import compare_hosts, host_table
-from megatron_tiedlora.cluster.doctor.trial import Trial, explain_output, explain_silence
+from megatron_tiedlora.cluster import doctor_rank
+from megatron_tiedlora.cluster.compare_hosts import compare_hosts, host_table
+from megatron_tiedlora.cluster.doctor import Trial, explain_output, explain_silence
 from megatron_tiedlora.runtime.machine import Finding, Gpu, MachineRecord
 
 NAMES = ("nodea", "nodeb", "nodec")
@@ -18,7 +18,7 @@ GIB = 1 << 30
 Changes = Mapping[str, Any]
 
 
-def answer(name: str, **changes: Any) -> rank.HostAnswer:
+def answer(name: str, **changes: Any) -> doctor_rank.HostAnswer:
     """A healthy host's answer, with GPUs if they are among the changes, which are of the answer or its machine."""
     number = NAMES.index(name) + 1
     versions = {"python": "3.11.7", "torch": "2.12.0", "deepspeed": "0.19.8", "transformers": "5.1.0"}
@@ -43,26 +43,28 @@ def answer(name: str, **changes: Any) -> rank.HostAnswer:
     values: dict[str, Any] = {"output_free_bytes": 99 * GIB}
     values |= {name: value for name, value in changes.items() if name in values}
     machine |= {name: value for name, value in changes.items() if name not in values}
-    return rank.HostAnswer(machine=MachineRecord(**machine), **values)
+    return doctor_rank.HostAnswer(machine=MachineRecord(**machine), **values)
 
 
-def hosts(changes: Mapping[str, Changes] | None = None, *, names: tuple[str, ...] = NAMES) -> list[rank.HostReport]:
+def hosts(
+    changes: Mapping[str, Changes] | None = None, *, names: tuple[str, ...] = NAMES
+) -> list[doctor_rank.HostReport]:
     """Hosts that are healthy but for `changes` of their answers, by name."""
     changes = changes or {}
     return [
-        rank.HostReport(
+        doctor_rank.HostReport(
             name=name,
             slots=SLOTS,
             first_rank=index * SLOTS,
             answer=answer(name, **changes.get(name, {})),
-            clock=rank.Clock(skew=0.001, margin=0.002),
+            clock=doctor_rank.Clock(skew=0.001, margin=0.002),
         )
         for index, name in enumerate(names)
     ]
 
 
-def layout(num_ranks: int = 6, tensor: int = 2, pipeline: int = 1) -> rank.ParallelConfig:
-    return rank.ParallelConfig(
+def layout(num_ranks: int = 6, tensor: int = 2, pipeline: int = 1) -> doctor_rank.ParallelConfig:
+    return doctor_rank.ParallelConfig(
         num_ranks=num_ranks,
         tensor_parallel=tensor,
         pipeline_parallel=pipeline,
@@ -73,7 +75,7 @@ def layout(num_ranks: int = 6, tensor: int = 2, pipeline: int = 1) -> rank.Paral
     )
 
 
-def examined(reports: list[rank.HostReport]) -> list[Finding]:
+def examined(reports: list[doctor_rank.HostReport]) -> list[Finding]:
     return compare_hosts(reports, max_skew=1.0)
 
 
@@ -176,7 +178,11 @@ def test_gpus_are_in_the_table_and_their_free_memory_makes_no_host_an_odd_one() 
 def test_clocks_count_only_beyond_their_margin() -> None:
     healthy = hosts()
     for skew, margin, is_found in ((3.0, 0.1, True), (-3.0, 0.1, True), (3.0, 2.5, False), (0.5, 0.0, False)):
-        late = [healthy[0], healthy[1].model_copy(update={"clock": rank.Clock(skew=skew, margin=margin)}), healthy[2]]
+        late = [
+            healthy[0],
+            healthy[1].model_copy(update={"clock": doctor_rank.Clock(skew=skew, margin=margin)}),
+            healthy[2],
+        ]
         findings = examined(late)
         assert [(finding.code, finding.hosts) for finding in findings] == ([("clock", ["nodeb"])] if is_found else [])
         assert not is_found or ("ahead of" if skew > 0 else "behind") in findings[0].message
@@ -219,7 +225,7 @@ def test_why_a_host_is_silent(printed: list[str], said: str) -> None:
 def test_what_hosts_say_of_the_output_folder() -> None:
     def codes(said: dict[str, str]) -> list[tuple[str, str, list[str]]]:
         ranks = {one.name: one.first_rank for one in hosts()}
-        reports = {ranks[name]: rank.RankReport(rank=ranks[name], output=why) for name, why in said.items()}
+        reports = {ranks[name]: doctor_rank.RankReport(rank=ranks[name], output=why) for name, why in said.items()}
         findings = explain_output(hosts(), Trial(reports), "/runs/new")
         return [(finding.code, finding.status, finding.hosts) for finding in findings]
 

@@ -206,7 +206,7 @@ def test_a_doctor_that_is_stopped_ends_its_launcher_and_ranks_end_by_their_limit
     doctor = Examined(cluster, hostfile=cluster.hostfile(), allreduce_mb=200, timeout_seconds=30)
     doctor.wait_for("all ranks have met")
     for process in cluster.hosts["nodeb"].jobs():
-        if f"{RANKS_MODULE}.rank" in " ".join(process.cmdline()[:4]):
+        if f"{RANKS_MODULE}_rank" in " ".join(process.cmdline()[:4]):
             process.suspend()  # so no rank comes to an end by itself
     doctor.started.signal(number)
     assert doctor.started.wait(20) != 0

@@ -15,9 +15,9 @@ from folders import ROOT
 from ranks import ENVIRONMENT
 
 from megatron_tiedlora.base.messages import UserError
-from megatron_tiedlora.cluster.doctor import rank
-from megatron_tiedlora.cluster.doctor.compare import is_loopback
-from megatron_tiedlora.cluster.doctor.trial import find_job
+from megatron_tiedlora.cluster import doctor_rank
+from megatron_tiedlora.cluster.compare_hosts import is_loopback
+from megatron_tiedlora.cluster.doctor import find_job
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.hosts import Host
 from megatron_tiedlora.config.launch_settings import DoctorSettings
@@ -135,12 +135,12 @@ def test_a_source_hash_sees_names_and_content(tmp_path: Path) -> None:
 def test_a_file_that_is_written_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether a folder is shared: a file that one host writes is looked for on the others."""
     path = tmp_path / ".doctor-x"
-    assert rank._write(str(path)) == "" and rank._is_seen(str(path))
+    assert doctor_rank._write(str(path)) == "" and doctor_rank._is_seen(str(path))
     assert path.stat().st_mode & 0o777 == 0o600
-    assert rank._write(str(path)) == "File exists"
-    monkeypatch.setattr(rank, "_SHARED_SECONDS", 0.3)
+    assert doctor_rank._write(str(path)) == "File exists"
+    monkeypatch.setattr(doctor_rank, "_SHARED_SECONDS", 0.3)
     begin = time.monotonic()
-    assert not rank._is_seen(str(tmp_path / ".doctor-y")) and time.monotonic() - begin < 5
+    assert not doctor_rank._is_seen(str(tmp_path / ".doctor-y")) and time.monotonic() - begin < 5
 
 
 def test_a_full_disk_takes_no_file(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_a_full_disk_takes_no_file(tmp_path: Path) -> None:
         pytest.skip("needs the right to mount a file system")
     try:
         (folder / "filler").write_bytes(bytes(4096))
-        assert rank._write(str(folder / ".doctor-x")) == "No space left on device"
+        assert doctor_rank._write(str(folder / ".doctor-x")) == "No space left on device"
     finally:
         subprocess.run(["umount", str(folder)], check=True, timeout=20)
 

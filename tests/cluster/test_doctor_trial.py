@@ -15,8 +15,16 @@ import pytest
 import torch
 from launcher_jobs import make_job, write_program
 
-from megatron_tiedlora.cluster.doctor.compare import report_text
-from megatron_tiedlora.cluster.doctor.rank import (
+from megatron_tiedlora.cluster.compare_hosts import report_text
+from megatron_tiedlora.cluster.doctor import (
+    Trial,
+    examine,
+    explain_trial,
+    group_results,
+    judge_groups,
+    start_ranks,
+)
+from megatron_tiedlora.cluster.doctor_rank import (
     RANK_MARK,
     DoctorReport,
     GroupResult,
@@ -27,14 +35,6 @@ from megatron_tiedlora.cluster.doctor.rank import (
     RankReport,
     TrialRank,
     packed,
-)
-from megatron_tiedlora.cluster.doctor.trial import (
-    Trial,
-    examine,
-    explain_trial,
-    group_results,
-    judge_groups,
-    start_ranks,
 )
 from megatron_tiedlora.config.hosts import Host
 from megatron_tiedlora.config.launch_settings import DoctorSettings
@@ -219,7 +219,7 @@ def test_what_ranks_say_is_found_in_what_launchers_print(capsys: pytest.CaptureF
 def test_why_nothing_was_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, reason: str) -> None:
     """The time, or the last words."""
     write_program(tmp_path / "bin", "mpirun", f"#!/bin/sh\n{text}\n")
-    monkeypatch.setattr("megatron_tiedlora.cluster.doctor.trial._START_SECONDS", 1.0)
+    monkeypatch.setattr("megatron_tiedlora.cluster.doctor._START_SECONDS", 1.0)
     job = make_job(tmp_path / "job", launcher="mpirun", route="local", hosts=(Host("nodea", 2),))
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     begin = time.monotonic()
@@ -233,7 +233,7 @@ def test_ranks_have_an_alarm() -> None:
     """Of their own, where a host is cut off from the doctor and no time limit of an exchange ends the rank."""
     order = make_order(LAYOUT).model_copy(update={"timeout": 0.5})
     hanging = (
-        "import sys, time; from megatron_tiedlora.cluster.doctor import rank;"
+        "import sys, time; from megatron_tiedlora.cluster import doctor_rank as rank;"
         " rank.TrialRank.run = lambda self: time.sleep(60); sys.exit(rank.main())"
     )
     done = subprocess.run([sys.executable, "-c", hanging, packed(order)], capture_output=True, timeout=60)
@@ -243,7 +243,7 @@ def test_ranks_have_an_alarm() -> None:
 def examined(monkeypatch: pytest.MonkeyPatch, seen: Trial, settings: DoctorSettings, **answers: Any) -> DoctorReport:
     """What the doctor says when its ranks are `seen`, hosts are alike, and functions of its module give `answers`."""
     for name, value in {"start_ranks": seen, "compare_hosts": [], **answers}.items():
-        monkeypatch.setattr(f"megatron_tiedlora.cluster.doctor.trial.{name}", lambda *_, value=value, **__: value)
+        monkeypatch.setattr(f"megatron_tiedlora.cluster.doctor.{name}", lambda *_, value=value, **__: value)
     return examine(settings, {}, lambda line: None)
 
 

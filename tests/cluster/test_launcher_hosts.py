@@ -11,7 +11,7 @@ import pytest
 from task_files import refusal
 
 from megatron_tiedlora.base.messages import UserError
-from megatron_tiedlora.cluster.doctor.trial import find_job
+from megatron_tiedlora.cluster.doctor import find_job
 from megatron_tiedlora.cluster.launchers import plan_start
 from megatron_tiedlora.cluster.start import check_num_ranks, choose_hosts, make_job
 from megatron_tiedlora.config.hosts import Host, expand_nodelist, is_torchrun, num_ranks, read_hostfile, slurm_hosts

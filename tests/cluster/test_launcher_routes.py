@@ -188,7 +188,7 @@ def test_local(tmp_path: Path) -> None:
 
 
 def test_a_module_is_started_as_one(tmp_path: Path) -> None:
-    program = ("-m", "megatron_tiedlora.cluster.doctor.rank")
+    program = ("-m", "megatron_tiedlora.cluster.doctor_rank")
     for launcher in ("deepspeed", "mpirun", "torchrun"):
         words = plan_start(make_job(tmp_path / "job", launcher=launcher, program=program), {}).words
         named = ("--module", program[1]) if launcher == "deepspeed" else program

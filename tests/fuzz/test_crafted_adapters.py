@@ -29,7 +29,7 @@ from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.open_adapter import read_peft
-from megatron_tiedlora.runtime.rank_log import RankLog
+from megatron_tiedlora.runtime.ending import RankLog
 from megatron_tiedlora.runtime.run_folder import RunFolder, choose_run_folder
 from megatron_tiedlora.training.start import adopt_checkpoint
 

@@ -22,8 +22,7 @@ from megatron_tiedlora.data.readers import read_rows
 from megatron_tiedlora.data.tokenizer import load_tokenizer
 from megatron_tiedlora.engine.engine_json import load_engine_config
 from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder, choose_run_folder
-from megatron_tiedlora.study.record import StudyFolder, check_folder
-from megatron_tiedlora.study.scores import RunEnd, read_run
+from megatron_tiedlora.study.record import RunEnd, StudyFolder, check_folder, read_run
 
 _BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}, *a{i - 1}]\n" for i in range(1, 60))
 _MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}, *a{i - 1}]}}\n" for i in range(1, 40))

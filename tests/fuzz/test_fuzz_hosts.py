@@ -15,8 +15,7 @@ from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.cluster.start import StatusFile, judge
 from megatron_tiedlora.config.hosts import Host, read_hostfile, slurm_hosts
 from megatron_tiedlora.runtime.run_folder import RunFolder, read_metrics
-from megatron_tiedlora.study.record import StudyFolder, read_base
-from megatron_tiedlora.study.scores import Study, read_study
+from megatron_tiedlora.study.record import Study, StudyFolder, read_base, read_study
 from megatron_tiedlora.study.sweep import last_lines, last_row
 from megatron_tiedlora.study.tables import table2_markdown, table3_markdown
 

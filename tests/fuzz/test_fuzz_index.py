@@ -21,7 +21,7 @@ from fuzzing import MAPPED, Draw, bounded, cases, explore, outcome, printable
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, save_adapter
 from megatron_tiedlora.commands.front import call
-from megatron_tiedlora.sharing.index import FORMAT, INDEX_FILE
+from megatron_tiedlora.convert.index import FORMAT, INDEX_FILE
 
 ADAPTERS = ("one", "two", "runs/three")
 VALUES = ("NULL", "-1", "0", "1", "7", "1.5", "9e999", "-9e999", "9223372036854775807", "''", "'x'", "'abc'", "x'00'",

@@ -22,7 +22,7 @@ from torch import distributed
 from megatron_tiedlora.adapters.adapter_bank import ONLY, Share
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.model.batch import MicroBatch
-from megatron_tiedlora.model.partition import layer_costs
+from megatron_tiedlora.model.weights import layer_costs
 from megatron_tiedlora.planning.layout import MicroBatchShape
 from megatron_tiedlora.planning.memory import engine_bytes_in_flight, micro_batches_in_flight
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run

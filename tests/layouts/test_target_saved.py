@@ -15,7 +15,6 @@ from megatron_tiedlora.adapters import tied_adapter
 from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank, Dropout
 from megatron_tiedlora.adapters.tying import sum_of_u
 from megatron_tiedlora.base.shapes import TARGET_NAMES, ModelShape
-from megatron_tiedlora.benchmark.timing import saved_by_autograd
 from megatron_tiedlora.model.batch import find_supervised
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.layer_specs import layer_specs
@@ -23,6 +22,7 @@ from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.groups import Grid, ParallelGroups, TensorParallel
 from megatron_tiedlora.planning.layout import Layout, MicroBatchShape, StagePlan, plan_stages
 from megatron_tiedlora.planning.passes import saved_bytes
+from megatron_tiedlora.selfcheck.timing import saved_by_autograd
 
 pytestmark = pytest.mark.distributed
 

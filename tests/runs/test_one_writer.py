@@ -205,7 +205,7 @@ def die_as_rank_0_in_build() -> None:
 # removed, as the best adapter is replaced, between two steps, in the export, and as the status is written.
 MOMENTS = {
     "before its settings": ("megatron_tiedlora.training.start", "write_run_settings", 1),
-    "before its log": ("megatron_tiedlora.runtime.rank_log", "RankLog.opened", 1),
+    "before its log": ("megatron_tiedlora.runtime.ending", "RankLog.opened", 1),
     "before latest": (RESUME, "write_text", 2),
     "in a save": (RESUME, "save_file", 3),
     "before a removal": (RESUME, "discard", 1),

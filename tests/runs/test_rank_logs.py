@@ -16,7 +16,7 @@ from run_files import status
 from run_helpers import Base, run
 from run_preludes import before_call
 
-from megatron_tiedlora.runtime.rank_log import _Tee
+from megatron_tiedlora.runtime.ending import _Tee
 
 LOOP = "megatron_tiedlora.training.loop"
 
@@ -38,7 +38,7 @@ def test_of_a_bar_the_log_keeps_its_last_state() -> None:
 SAY = """
 import sys
 from pathlib import Path
-from megatron_tiedlora.runtime.rank_log import RankLog
+from megatron_tiedlora.runtime.ending import RankLog
 
 log = RankLog()
 with log.opened(Path(sys.argv[1]), int(sys.argv[2])):

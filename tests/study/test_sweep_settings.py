@@ -20,9 +20,8 @@ from megatron_tiedlora.config.adapters_file import PER_ADAPTER
 from megatron_tiedlora.config.sweep_settings import parse_sweep
 from megatron_tiedlora.data.tasks import TASKS
 from megatron_tiedlora.runtime.stopping import StopSignals
-from megatron_tiedlora.study.grid import Point, make_grid
 from megatron_tiedlora.study.plan import SweepPlan, plan_sweep
-from megatron_tiedlora.study.record import StudyFolder, check_resumable, write_record
+from megatron_tiedlora.study.record import Point, StudyFolder, check_resumable, make_grid, write_record
 from megatron_tiedlora.study.sweep import Sweep
 from megatron_tiedlora.study.sweep import sweep as sweep_of
 

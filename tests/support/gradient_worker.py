@@ -28,9 +28,8 @@ from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_wei
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.data.loader import NUMBERS_OF_SAMPLE
 from megatron_tiedlora.model.layer_specs import layer_specs
-from megatron_tiedlora.model.partition import Stages, layer_costs, partition
 from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.model.weights import stage_weight_rules
+from megatron_tiedlora.model.weights import Stages, layer_costs, partition, stage_weight_rules
 from megatron_tiedlora.parallel.fp8_products import weight_maker
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 from megatron_tiedlora.parallel.groups import (

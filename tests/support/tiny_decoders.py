@@ -17,7 +17,7 @@ from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.evaluation.generate import Decoder
-from megatron_tiedlora.model.partition import layer_costs, partition
+from megatron_tiedlora.model.weights import layer_costs, partition
 from megatron_tiedlora.parallel.groups import Grid, ParallelGroups
 
 

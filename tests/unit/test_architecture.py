@@ -21,24 +21,22 @@ ORDER = (
     "checkpoint",
     "engine",
     "convert",
-    "peft",
     "evaluation",
     "planning",
     "training",
-    "sharing",
     "cluster",
     "study",
-    "benchmark",
+    "integrations",
+    "peft",
     "selfcheck",
     "commands",
-    "api",
 )
 PACKAGE = ROOT / "megatron_tiedlora"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ENGINE_FILES = {
     "runtime/process_group.py",
-    "engine/pipelined.py",  # its PipelineModule
     "engine/runner.py",  # its schedules, and the sharded optimizer
+    "engine/pipelined.py",  # its PipelineModule
     "engine/engine.py",
 }
 
@@ -77,7 +75,8 @@ MODULES = {module_name(file): file for file in SOURCES}
 
 def test_every_package_has_a_place_in_the_order() -> None:
     packages = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
-    assert packages == set(ORDER)
+    assert packages | {"peft"} == set(ORDER)  # peft.py is a name that users import
+    assert len(packages) <= 18
 
 
 @pytest.mark.parametrize("file", SOURCES, ids=lambda file: str(file.relative_to(ROOT)))

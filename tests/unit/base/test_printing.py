@@ -16,18 +16,17 @@ from run_helpers import Base
 from study_files import write_score, write_study
 
 from megatron_tiedlora.base.messages import printable, show
-from megatron_tiedlora.cluster.doctor.compare import report_text
-from megatron_tiedlora.cluster.doctor.rank import DoctorReport, HostReport, ParallelConfig
+from megatron_tiedlora.cluster.compare_hosts import report_text
+from megatron_tiedlora.cluster.doctor_rank import DoctorReport, HostReport, ParallelConfig
 from megatron_tiedlora.cluster.start import say
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.convert.verify import LogitComparison, format_comparisons
 from megatron_tiedlora.planning.report import dry_run_report
+from megatron_tiedlora.runtime.ending import RankLog
 from megatron_tiedlora.runtime.machine import Finding
-from megatron_tiedlora.runtime.rank_log import RankLog
 from megatron_tiedlora.runtime.stopping import StopSignals
-from megatron_tiedlora.study.record import StudyFolder
-from megatron_tiedlora.study.scores import read_study
+from megatron_tiedlora.study.record import StudyFolder, read_study
 from megatron_tiedlora.study.sweep import Sweep
 from megatron_tiedlora.study.tables import table2_markdown
 

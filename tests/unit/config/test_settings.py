@@ -13,11 +13,10 @@ import pytest
 from run_helpers import TRAIN
 from task_files import refusal, write
 
-from megatron_tiedlora.base.grouping import filled
 from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.adapters_file import read_adapters
-from megatron_tiedlora.config.batch import plan_batches, resolve_max_new_tokens
+from megatron_tiedlora.config.batch import filled, plan_batches, resolve_max_new_tokens
 from megatron_tiedlora.config.cli import build_parser, parse_settings
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.settings import Settings, make_settings

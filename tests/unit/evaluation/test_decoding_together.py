@@ -19,7 +19,7 @@ from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.evaluation.generate import AdapterRows, Decoder, Prompts, ending_log_likelihoods, generate
-from megatron_tiedlora.model.partition import layer_costs, partition
+from megatron_tiedlora.model.weights import layer_costs, partition
 from megatron_tiedlora.parallel.groups import Grid, ParallelGroups
 
 ADAPTERS: dict[str, dict[str, Any]] = {

@@ -25,22 +25,21 @@ from megatron_tiedlora.adapters.tied_adapter import (
     targets_of,
 )
 from megatron_tiedlora.base.shapes import DOWN, GATE_UP, OUTPUT, QKV, TARGET_NAMES, ModelShape
-from megatron_tiedlora.benchmark.compare import OURS, make_sides
-from megatron_tiedlora.benchmark.layout import plan_benchmark
-from megatron_tiedlora.benchmark.timing import saved_by_autograd, storage_bytes
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.fields import validate_settings
 from megatron_tiedlora.model.batch import Supervised, find_supervised
 from megatron_tiedlora.model.cpu_attention import find_query_tiles
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.layer_specs import layer_specs
-from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.model.tail import SupervisedTail
+from megatron_tiedlora.model.stage import Stage, SupervisedTail
 from megatron_tiedlora.parallel.frozen_weight import padded
 from megatron_tiedlora.parallel.kernels import EAGER
 from megatron_tiedlora.planning.layout import Layout, MicroBatchShape, plan_stages, shared_shape
 from megatron_tiedlora.planning.memory import LargestMicroBatch, bank_bytes, step_memory
 from megatron_tiedlora.planning.passes import saved_bytes, saved_per_token, stage_work, step_flops
+from megatron_tiedlora.selfcheck.compare import OURS, make_sides
+from megatron_tiedlora.selfcheck.step_bench import plan_benchmark
+from megatron_tiedlora.selfcheck.timing import saved_by_autograd, storage_bytes
 from megatron_tiedlora.training.compiling import ChosenKernels
 
 ROWS, LENGTH, LAST = 2, 96, 4

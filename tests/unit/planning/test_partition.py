@@ -11,7 +11,7 @@ from planned import all_cuts, cost_key
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.model.families import shape_from_hf
-from megatron_tiedlora.model.partition import Stages, layer_costs, partition
+from megatron_tiedlora.model.weights import Stages, layer_costs, partition
 
 
 def best_cut(costs: tuple[float, ...], num_stages: int) -> Stages:

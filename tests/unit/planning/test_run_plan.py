@@ -16,7 +16,6 @@ from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.messages import UserError, count_text
 from megatron_tiedlora.base.methods import METHOD_NAMES
-from megatron_tiedlora.benchmark.layout import made_up
 from megatron_tiedlora.checkpoint.native_adapter import save_adapter
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.data.loader import GlobalBatch
@@ -32,6 +31,7 @@ from megatron_tiedlora.planning.run_plan import (
     with_counted_steps,
 )
 from megatron_tiedlora.planning.step_plan import StepPlan
+from megatron_tiedlora.selfcheck.step_bench import made_up
 
 
 def plan_of(world_size: int = 1, **changes: Any) -> RunPlan:

@@ -21,7 +21,6 @@ from folders import ROOT
 from ranks import ENVIRONMENT
 from safetensors.torch import save_file
 
-from megatron_tiedlora.benchmark.layout import plan_benchmark, read_samples
 from megatron_tiedlora.parallel.fp8_products import Fp8ProductWeight
 from megatron_tiedlora.selfcheck import (
     rank,
@@ -37,6 +36,7 @@ from megatron_tiedlora.selfcheck import running as judging
 from megatron_tiedlora.selfcheck.parts import WARNING, verdict
 from megatron_tiedlora.selfcheck.rank import Case
 from megatron_tiedlora.selfcheck.running import Computed, Judge, small_shape, step_settings, write_small
+from megatron_tiedlora.selfcheck.step_bench import plan_benchmark, read_samples
 from megatron_tiedlora.selfcheck.test_ranks import EndedRanks, Ranks, cases_of
 from tools import run_offline
 

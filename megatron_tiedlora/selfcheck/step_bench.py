@@ -20,16 +20,6 @@ from torch import distributed
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.base.messages import UserError, user_path
-from megatron_tiedlora.benchmark.timing import (
-    CLASSES,
-    about,
-    kernel_seconds,
-    peak_bytes,
-    restart_peak,
-    saved_by_autograd,
-    storage_bytes,
-    take_turns,
-)
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.fields import marked, validate_settings
@@ -59,6 +49,16 @@ from megatron_tiedlora.planning.step_plan import StepPlan
 from megatron_tiedlora.planning.step_time import Seconds
 from megatron_tiedlora.runtime.process_group import join_process_group, ranks_by_host
 from megatron_tiedlora.runtime.stopping import StopRequests
+from megatron_tiedlora.selfcheck.timing import (
+    CLASSES,
+    about,
+    kernel_seconds,
+    peak_bytes,
+    restart_peak,
+    saved_by_autograd,
+    storage_bytes,
+    take_turns,
+)
 from megatron_tiedlora.training.build import build_model, build_random_model
 from megatron_tiedlora.training.compiling import choose_kernels
 from megatron_tiedlora.training.step import GUARDED_STEPS, AdapterStep, TrainStep

@@ -29,8 +29,6 @@ import torch
 from torch import distributed
 
 from megatron_tiedlora.base.shapes import BASE_NAMES, FP8_CAPABILITY, ModelShape
-from megatron_tiedlora.benchmark.layout import MeasuredStep, measured_step
-from megatron_tiedlora.benchmark.timing import idle_bytes
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.presets import PRESETS, is_preset
 from megatron_tiedlora.model.batch import whole_rows
@@ -41,6 +39,8 @@ from megatron_tiedlora.parallel.fp8_products import weight_maker
 from megatron_tiedlora.parallel.kernels import EAGER
 from megatron_tiedlora.planning.machines import CPU, DEFAULT_GPU, GPUS, Constant, Machine, listed_peak
 from megatron_tiedlora.runtime.process_group import ranks_by_host
+from megatron_tiedlora.selfcheck.step_bench import MeasuredStep, measured_step
+from megatron_tiedlora.selfcheck.timing import idle_bytes
 from megatron_tiedlora.training.throughput import measured_peak, timed
 
 TOKENS = {"cpu": 512, "cuda": 4096}  # of a matmul and of an attention

@@ -13,9 +13,9 @@ from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.text_files import file_sha256, first_problem, read_json_or_none, read_yaml_mapping
 from megatron_tiedlora.checkpoint import native_adapter
+from megatron_tiedlora.convert.index import Entry, entry_folder, write_index
 from megatron_tiedlora.convert.inputs import EXPORT_RECORD, NATIVE_FOLDER, adapter_kind
 from megatron_tiedlora.runtime.run_folder import RunFolder
-from megatron_tiedlora.sharing.index import Entry, entry_folder, write_index
 
 
 def read_entry(root: Path, folder: Path) -> Entry:

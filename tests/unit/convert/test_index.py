@@ -19,8 +19,8 @@ from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.text_files import file_sha256
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.tool_settings import FILTERS
-from megatron_tiedlora.sharing.collection import build_index, verify_entries
-from megatron_tiedlora.sharing.index import INDEX_FILE, find_entries
+from megatron_tiedlora.convert.collection import build_index, verify_entries
+from megatron_tiedlora.convert.index import INDEX_FILE, find_entries
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -177,7 +177,7 @@ def test_finding_does_not_wait_for_torch(root: Path) -> None:
 @pytest.mark.parametrize("error", [OverflowError("timestamp out of range"), ValueError("year 318857 is out of range")])
 def test_a_time_of_no_calendar_is_one_line(root: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     """Some file systems take it."""
-    monkeypatch.setattr("megatron_tiedlora.sharing.collection.datetime", Mock(fromtimestamp=Mock(side_effect=error)))
+    monkeypatch.setattr("megatron_tiedlora.convert.collection.datetime", Mock(fromtimestamp=Mock(side_effect=error)))
     count, problems = build_index(root)
     assert count == 0 and problems[1] == f"{root / 'others/lora'}: cannot be read ({error})"
 

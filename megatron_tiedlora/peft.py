@@ -37,7 +37,7 @@ def register() -> None:
     if PEFT_TYPE in peft.PEFT_TYPE_TO_CONFIG_MAPPING:
         return
     _add_type(peft.PeftType, PEFT_TYPE, version=peft.__version__)
-    from megatron_tiedlora.peft.tuner import TiedLoraConfig, TiedLoraModel
+    from megatron_tiedlora.integrations.peft_method import TiedLoraConfig, TiedLoraModel
 
     name = PEFT_TYPE.lower()
     peft.utils.register_peft_method(
@@ -65,7 +65,7 @@ def _add_type(kind: Any, name: str, *, version: str) -> None:
 
 def _read_native_folders(mixin: Any) -> None:
     """Let PEFT's reader of `adapter_config.json` read native folders."""
-    from megatron_tiedlora.peft.tuner import native_arguments
+    from megatron_tiedlora.integrations.peft_method import native_arguments
 
     read = mixin.from_json_file.__func__
 
@@ -81,6 +81,6 @@ def _read_native_folders(mixin: Any) -> None:
 register()
 
 # PEFT must know the type first.
-from megatron_tiedlora.peft.tuner import TiedLoraConfig, TiedLoraLinear, TiedLoraModel  # noqa: E402
+from megatron_tiedlora.integrations.peft_method import TiedLoraConfig, TiedLoraLinear, TiedLoraModel  # noqa: E402
 
 __all__ = ["TiedLoraConfig", "TiedLoraLinear", "TiedLoraModel"]

@@ -21,9 +21,6 @@ from run_helpers import Ended, run_ranks, start_command
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY
-from megatron_tiedlora.benchmark.layout import compare_traffic, plan_benchmark
-from megatron_tiedlora.benchmark.report import report_lines
-from megatron_tiedlora.benchmark.timing import CLASSES, describe_allocator, kernel_class, kernel_seconds
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.fields import validate_settings
 from megatron_tiedlora.parallel.groups import DATA, TENSOR, WORLD, Traffic
@@ -32,6 +29,9 @@ from megatron_tiedlora.planning.machines import CPU, Constant
 from megatron_tiedlora.planning.planned import Planned
 from megatron_tiedlora.planning.step_plan import StepPlan
 from megatron_tiedlora.planning.step_time import Links, step_seconds
+from megatron_tiedlora.selfcheck.bench_report import report_lines
+from megatron_tiedlora.selfcheck.step_bench import compare_traffic, plan_benchmark
+from megatron_tiedlora.selfcheck.timing import CLASSES, describe_allocator, kernel_class, kernel_seconds
 
 TOOL = ROOT / "tools" / "bench_step.py"
 SHARED = ("--dtype=fp32", "--rank=3", "--rows=2", "--length=64", "--repeats=2", "--compile=false")

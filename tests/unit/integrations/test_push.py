@@ -26,9 +26,9 @@ from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.config.tool_settings import PushSettings
 from megatron_tiedlora.convert.verify import verify_export
+from megatron_tiedlora.integrations.push import check_hub_id, write_published
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
 from megatron_tiedlora.runtime.run_folder import RunFolder
-from megatron_tiedlora.sharing.push import check_hub_id, write_published
 from megatron_tiedlora.training.start import write_run_settings
 
 SCORES = {

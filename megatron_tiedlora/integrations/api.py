@@ -1,7 +1,10 @@
-"""Native adapters on transformers' models from Python: load, attach, detach, merge, generate."""
+"""The Python interface: load, attach, detach, merge and generate on transformers' models, and train in this process."""
 
+import os
+import signal
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,13 +15,20 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter
+from megatron_tiedlora.base.extras import require_extra
 from megatron_tiedlora.base.messages import UserError, user_path
 from megatron_tiedlora.checkpoint.base_identity import base_layer_of, check_same_base, identify_in_memory, model_source
 from megatron_tiedlora.checkpoint.load_model import check_whole, find_places, merge_, with_update
 from megatron_tiedlora.checkpoint.native_adapter import AdaptedTensor, NativeAdapter, load_native_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.checkpoint.tensor_files import DTYPES
+from megatron_tiedlora.config.hosts import RANK_VARIABLES
+from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.convert.inputs import adapter_kind
+from megatron_tiedlora.runtime.launch_env import prepare_environment
+from megatron_tiedlora.runtime.process_group import leave_process_group
+from megatron_tiedlora.runtime.stopping import STOP_SIGNALS
+from megatron_tiedlora.training.run import train_rank
 
 
 @dataclass
@@ -200,3 +210,68 @@ def _attached(model: Any) -> _Attachment:
         raise UserError("the model has no attached adapter; attach(model, adapter) first")
     assert isinstance(state, _Attachment)
     return state
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A finished run.
+
+    Attributes:
+        folder: the run folder.
+        adapter: the folder of its best adapter, for `load_adapter`.
+        step: the last step.
+        reason: why it ended: max_steps or early_stopping.
+    """
+
+    folder: Path
+    adapter: Path
+    step: int
+    reason: str
+
+
+def train(settings: Settings) -> TrainedRun:
+    """Train in this process: the run of `tiedlora train`, with the same output and the same files.
+
+    Without a launcher it is one rank; under one, every rank calls it. Variables that start a rank and the handlers of
+    signals are as before when it returns.
+
+    Raises:
+        UserError: a setting does not fit, or the run was rejected.
+        KeyboardInterrupt: the run was stopped by Ctrl-C; it can be resumed.
+        RuntimeError: it was stopped by another signal.
+        Exception: whatever else ended it.
+    """
+    require_extra("train")
+    if settings.dry_run:
+        raise UserError("dry_run trains nothing; use the command: tiedlora train --dry_run")
+    if settings.adapters is not None:
+        raise UserError("adapters trains several together; use the command: tiedlora train --adapters FILE")
+    with _restored_process():
+        prepare_environment()
+        try:
+            end = train_rank(settings)
+        except SystemExit as failed:
+            if failed.__context__ is None:
+                raise
+            raise failed.__context__ from None  # it was reported, and the command would end with its status
+    if end.status == 128 + signal.SIGINT:
+        raise KeyboardInterrupt
+    if end.status or end.folder is None:
+        raise RuntimeError(f"the run was stopped (status {end.status})")
+    return TrainedRun(end.folder.path, end.folder.adapter, end.step, end.reason)
+
+
+@contextmanager
+def _restored_process() -> Iterator[None]:
+    """Undo what a run changes in its process: the variables of a rank, the handlers of signals, the process group."""
+    variables = {name: os.environ.get(name) for name in RANK_VARIABLES}
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        leave_process_group()
+        for name, value in variables.items():
+            if value is None:
+                os.environ.pop(name, None)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

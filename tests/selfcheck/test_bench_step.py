@@ -21,15 +21,15 @@ from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.shapes import precision_in_words
-from megatron_tiedlora.benchmark import compare
-from megatron_tiedlora.benchmark.layout import plan_benchmark, planned_saved_bytes
-from megatron_tiedlora.benchmark.report import report_lines
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
+from megatron_tiedlora.selfcheck import compare
+from megatron_tiedlora.selfcheck.bench_report import report_lines
+from megatron_tiedlora.selfcheck.step_bench import plan_benchmark, planned_saved_bytes
 
 TOOL = ROOT / "tools" / "bench_step.py"
 
@@ -176,7 +176,7 @@ def test_a_peak_counts_memory_that_was_free_before(tmp_path: Path) -> None:
         tmp_path,
         """
 import torch
-from megatron_tiedlora.benchmark.timing import restart_peak
+from megatron_tiedlora.selfcheck.timing import restart_peak
 from megatron_tiedlora.training.throughput import peak_memory_bytes
 
 
@@ -205,7 +205,7 @@ def test_a_process_that_is_killed_is_one_line(tmp_path: Path) -> None:
         """
 import os
 import signal
-from megatron_tiedlora.benchmark.timing import in_own_process
+from megatron_tiedlora.selfcheck.timing import in_own_process
 from megatron_tiedlora.config.cli import run_command
 
 

@@ -16,8 +16,8 @@ from statistics import median
 from typing import Any, get_args
 
 from megatron_tiedlora.base.messages import count_text, enumerate_names, user_path
-from megatron_tiedlora.cluster.doctor.compare import compare_hosts
-from megatron_tiedlora.cluster.doctor.rank import (
+from megatron_tiedlora.cluster.compare_hosts import compare_hosts
+from megatron_tiedlora.cluster.doctor_rank import (
     NOT_SEEN,
     RANK_END,
     RANK_MARK,
@@ -41,7 +41,7 @@ from megatron_tiedlora.runtime.launch_env import visible_gpus
 from megatron_tiedlora.runtime.machine import Finding, error, warning
 from megatron_tiedlora.runtime.stopping import StopSignals
 
-_PROGRAM = ("-m", "megatron_tiedlora.cluster.doctor.rank")
+_PROGRAM = ("-m", "megatron_tiedlora.cluster.doctor_rank")
 _START_SECONDS = 60.0  # for launchers, beside the time that the ranks have
 TEXT: Any = {"encoding": "utf-8", "errors": "replace", "newline": "\n"}  # of what a launcher prints
 _SLOW = 0.5  # of the median bandwidth of its kind

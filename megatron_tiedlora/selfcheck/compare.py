@@ -19,18 +19,6 @@ from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank, Share
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter, initial_values
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.shapes import ModelShape
-from megatron_tiedlora.benchmark import layout
-from megatron_tiedlora.benchmark.timing import (
-    about,
-    default_device,
-    in_own_process,
-    kernel_seconds,
-    peak_bytes,
-    restart_peak,
-    saved_by_autograd,
-    storage_bytes,
-    take_turns,
-)
 from megatron_tiedlora.checkpoint.base_weights import RandomWeights, load_base_weights
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model
@@ -53,6 +41,18 @@ from megatron_tiedlora.parallel.groups import ParallelGroups
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.planning.passes import step_flops
 from megatron_tiedlora.planning.run_plan import RunPlan
+from megatron_tiedlora.selfcheck import step_bench
+from megatron_tiedlora.selfcheck.timing import (
+    about,
+    default_device,
+    in_own_process,
+    kernel_seconds,
+    peak_bytes,
+    restart_peak,
+    saved_by_autograd,
+    storage_bytes,
+    take_turns,
+)
 from megatron_tiedlora.training.compiling import ChosenKernels, choose_kernels
 from megatron_tiedlora.training.throughput import find_peak, timed
 
@@ -111,7 +111,7 @@ class Side:
 
 def _optimizer(module: torch.nn.Module) -> torch.optim.Optimizer:
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(trained, lr=layout.LEARNING_RATE)
+    return torch.optim.AdamW(trained, lr=step_bench.LEARNING_RATE)
 
 
 def make_sides(
@@ -146,7 +146,7 @@ def _our_sides(plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | N
     stage.hold(AdapterBank(adapters), is_engines=settings.adapters is None)
     stage.set_recompute(settings.recompute)
     stage.train()
-    dataset, pad_id = layout.read_samples(plan, settings)
+    dataset, pad_id = step_bench.read_samples(plan, settings)
     taken = dict(zip(names, plan.training_loader(dataset, pad_id=pad_id), strict=False))
     first, *_ = taken.values()
 
@@ -213,7 +213,7 @@ def _peft(plan: RunPlan, settings: BenchSettings, *, packed: bool) -> Side:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    device, values = default_device(), layout.random_config(settings)
+    device, values = default_device(), step_bench.random_config(settings)
     base: Any
     if values is not None:
         with device:  # no copy of another dtype or device, whose freed pages the step would use
@@ -225,7 +225,7 @@ def _peft(plan: RunPlan, settings: BenchSettings, *, packed: bool) -> Side:
     lora = LoraConfig(r=settings.rank, lora_alpha=settings.rank, target_modules=targets)
     model: Any = get_peft_model(base.to(device), lora)
     model.train()
-    dataset, pad_id = layout.read_samples(plan, settings)
+    dataset, pad_id = step_bench.read_samples(plan, settings)
     step = next(plan.training_loader(dataset, pad_id=pad_id))
     batches = list(step.micro_batches)
     if settings.task is not None and not packed:
@@ -277,7 +277,7 @@ def _seconds(
 
 
 def _measure_step(settings: BenchSettings) -> dict[str, Any]:
-    plan = layout.plan_benchmark(settings)
+    plan = step_bench.plan_benchmark(settings)
     makers = make_sides(plan, settings)
     memory = {name: in_own_process(name, _step_memory, plan, settings, name) for name in makers}
     sides = {name: make() for name, make in makers.items()}
@@ -299,10 +299,10 @@ def _measure_step(settings: BenchSettings) -> dict[str, Any]:
             "of_one_adapter": middle[ONE] / middle[TOGETHER],
             "sides": figures,
         }
-    planned = layout.planned_saved_bytes(plan, first.batches)
+    planned = step_bench.planned_saved_bytes(plan, first.batches)
     figures[OURS] |= {"saved_formula": planned, "saved_ratio": figures[OURS]["saved"] / planned}
     assert isinstance(first.model, Stage)
-    rate = layout.base_matmul_rate(plan, first.model, first.batches, first.device)
+    rate = step_bench.base_matmul_rate(plan, first.model, first.batches, first.device)
     peak = find_peak(first.device, plan.dtype).flops_per_second if first.device.type == "cuda" else None
     for name, side in sides.items():
         figures[name] |= {
@@ -334,7 +334,7 @@ def _step_memory(plan: RunPlan, settings: BenchSettings, name: str) -> dict[str,
 
 
 def _measure_scaling(settings: BenchSettings) -> dict[str, Any]:
-    device, plan = default_device(), layout.plan_benchmark(settings.one_step())
+    device, plan = default_device(), step_bench.plan_benchmark(settings.one_step())
     axes = {flag: [_one_step(settings, flag, value) for value in getattr(settings, flag)] for flag in AXES}
     chosen = choose_kernels(plan, device)
 
@@ -357,7 +357,7 @@ def _one_step(settings: BenchSettings, flag: str, value: Any) -> tuple[RunPlan, 
     name = AXES[flag]
     try:
         step = settings.one_step(**{name: value})
-        return layout.plan_benchmark(step), step
+        return step_bench.plan_benchmark(step), step
     except UserError as error:
         raise UserError(str(error).replace(f"--{name} ", f"--{flag} ", 1)) from None
 

@@ -16,7 +16,7 @@ from megatron_tiedlora.base.messages import (
     printable,
     time_text,
 )
-from megatron_tiedlora.cluster.doctor import rank
+from megatron_tiedlora.cluster import doctor_rank
 from megatron_tiedlora.runtime.machine import Finding, MachineRecord, error, judge_machine, warning
 
 _PACKAGE = "megatron_tiedlora"
@@ -29,11 +29,11 @@ _FILES_PER_RANK, _FILES_BESIDE = 4, 256  # connections to every other rank in a 
 _LITTLE_SPACE = 1 << 30  # a checkpoint of a tied adapter is far smaller; logs and an exported model are not
 
 
-def compare_hosts(hosts: Sequence[rank.HostReport], *, max_skew: float) -> list[Finding]:
+def compare_hosts(hosts: Sequence[doctor_rank.HostReport], *, max_skew: float) -> list[Finding]:
     """All findings about the answers. max_skew: seconds that a clock may be off."""
     return [
         *compare_machines(hosts),
-        *(finding for host, answer in rank.answering(hosts) for finding in _look_at(host, answer, hosts)),
+        *(finding for host, answer in doctor_rank.answering(hosts) for finding in _look_at(host, answer, hosts)),
         *compare_clocks(hosts, max_skew=max_skew),
     ]
 
@@ -42,18 +42,18 @@ def compare_hosts(hosts: Sequence[rank.HostReport], *, max_skew: float) -> list[
 
 
 def odd_hosts(
-    hosts: Sequence[rank.HostReport], value_of: Callable[[MachineRecord], str]
+    hosts: Sequence[doctor_rank.HostReport], value_of: Callable[[MachineRecord], str]
 ) -> Iterator[tuple[str, list[str], str, list[str]]]:
     """(a value, the hosts that have it, the value of most hosts, and those hosts) for each value that is not the usual
     one. Of two that are equally frequent the first one is usual."""
     names: dict[str, list[str]] = {}
-    for host, answer in rank.answering(hosts):
+    for host, answer in doctor_rank.answering(hosts):
         names.setdefault(value_of(answer.machine), []).append(host.name)
     usual = max(names, key=lambda value: len(names[value]), default="")
     return ((value, where, usual, names[usual]) for value, where in names.items() if value != usual)
 
 
-def compare_machines(hosts: Sequence[rank.HostReport]) -> Iterator[Finding]:
+def compare_machines(hosts: Sequence[doctor_rank.HostReport]) -> Iterator[Finding]:
     """What differs between hosts: versions of Python, packages and torch's build, other code of the same version, the
     kind of GPU; and names of one machine, by which it would be used twice."""
 
@@ -63,7 +63,7 @@ def compare_machines(hosts: Sequence[rank.HostReport]) -> Iterator[Finding]:
         title: str,
         value_of: Callable[[MachineRecord], str],
         fix: str,
-        among: Sequence[rank.HostReport] = hosts,
+        among: Sequence[doctor_rank.HostReport] = hosts,
     ) -> Iterator[Finding]:
         for value, where, usual, others in odd_hosts(among, value_of):
             here, there = enumerate_names(where), enumerate_names(others)
@@ -76,15 +76,15 @@ def compare_machines(hosts: Sequence[rank.HostReport]) -> Iterator[Finding]:
     same = [host for host in hosts if not any(host.name in where for where in other)]
     code, fix = f"the code of {_PACKAGE} (hash of its files)", "update its checkout or installation there"
     yield from differs(error, "source", code, lambda machine: machine.source_hash, fix, same)
-    on_gpus = [host for host, answer in rank.answering(hosts) if answer.machine.gpus]
+    on_gpus = [host for host, answer in doctor_rank.answering(hosts) if answer.machine.gpus]
     fix = "install the same build of torch on every host"
     yield from differs(error, "cuda_version", "torch's CUDA", lambda machine: str(machine.cuda), fix, on_gpus)
     yield from differs(error, "nccl_version", "NCCL", lambda machine: str(machine.nccl), fix, on_gpus)
-    kind = error if len(on_gpus) < len(rank.answering(hosts)) else warning
+    kind = error if len(on_gpus) < len(doctor_rank.answering(hosts)) else warning
     fix = "keep the hosts of one kind; where torch sees no GPU, look at nvidia-smi and CUDA_VISIBLE_DEVICES"
     yield from differs(kind, "gpus_differ", "the kind of GPU", kind_of_gpus, fix)
     machines: dict[str, list[str]] = {}
-    for host, answer in rank.answering(hosts):
+    for host, answer in doctor_rank.answering(hosts):
         machines.setdefault(answer.machine.id, []).append(host.name)
     for twice in (names for names in machines.values() if len(names) > 1):
         fix = "keep one line for it in the hostfile, with all its slots"
@@ -102,7 +102,7 @@ def kind_of_gpus(machine: MachineRecord) -> str:
     return " and ".join(sorted({gpu.name for gpu in machine.gpus})) or NO_GPU
 
 
-def compare_clocks(hosts: Sequence[rank.HostReport], *, max_skew: float) -> Iterator[Finding]:
+def compare_clocks(hosts: Sequence[doctor_rank.HostReport], *, max_skew: float) -> Iterator[Finding]:
     """Clocks that are certainly off by more than `max_skew` seconds."""
     for host in hosts:
         if host.clock is not None and abs(host.clock.skew) - host.clock.margin > max_skew:
@@ -112,7 +112,9 @@ def compare_clocks(hosts: Sequence[rank.HostReport], *, max_skew: float) -> Iter
             yield warning("clock", [host.name], value, fix)
 
 
-def _look_at(host: rank.HostReport, answer: rank.HostAnswer, hosts: Sequence[rank.HostReport]) -> Iterator[Finding]:
+def _look_at(
+    host: doctor_rank.HostReport, answer: doctor_rank.HostAnswer, hosts: Sequence[doctor_rank.HostReport]
+) -> Iterator[Finding]:
     """What is wrong with a host by itself, or for the ranks that it runs."""
     machine, name, ranks = answer.machine, host.name, count_text(host.slots, "rank")
     num_ranks, here = sum(one.slots for one in hosts), [host.name]
@@ -159,7 +161,7 @@ def is_loopback(address: str) -> bool:
 ODD_MARK = "*"
 
 
-def report_text(report: rank.DoctorReport) -> str:
+def report_text(report: doctor_rank.DoctorReport) -> str:
     """The whole report, to print."""
     layout, num_hosts = report.layout, count_text(len(report.hosts), "host")
     sizes = f"tensor {layout.tensor_parallel} x pipeline {layout.pipeline_parallel} x data {layout.data_parallel}"
@@ -187,7 +189,7 @@ _SAME: tuple[tuple[str, Callable[[MachineRecord], str]], ...] = (  # values that
 )
 
 
-def host_table(hosts: Sequence[rank.HostReport]) -> list[str]:
+def host_table(hosts: Sequence[doctor_rank.HostReport]) -> list[str]:
     """A row for each host; a value that differs from that of most hosts is marked."""
     odd = {title: {name for _, where, *_ in odd_hosts(hosts, value) for name in where} for title, value in _SAME}
     rows = [["host", "ranks", *odd, "memory free", "clock"]]
@@ -206,7 +208,7 @@ def host_table(hosts: Sequence[rank.HostReport]) -> list[str]:
     return [*aligned_lines(rows, align="<"), *([f"{ODD_MARK} differs from most hosts"] if any(odd.values()) else [])]
 
 
-def group_table(groups: Sequence[rank.GroupResult]) -> list[str]:
+def group_table(groups: Sequence[doctor_rank.GroupResult]) -> list[str]:
     """A row for each kind of group, with its slowest group and that group's hosts."""
     rows = [["all-reduce", "groups x ranks", "bytes", "time", "bus bandwidth", "slowest group"]]
     for kind in dict.fromkeys(group.kind for group in groups):

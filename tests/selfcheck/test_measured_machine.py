@@ -14,13 +14,13 @@ from run_helpers import run_ranks
 from tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.messages import UserError
-from megatron_tiedlora.benchmark import machine as measuring
-from megatron_tiedlora.benchmark.machine import measure_machine
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.plan_settings import parse_plan
 from megatron_tiedlora.planning.machines import CONSTANTS, CPU, Constant, Machine, read_machine
 from megatron_tiedlora.planning.step_time import Seconds
+from megatron_tiedlora.selfcheck import machine_constants as measuring
+from megatron_tiedlora.selfcheck.machine_constants import measure_machine
 
 DEVICE = torch.device("cpu")
 DTYPES = ("bf16", "fp32")

@@ -1,6 +1,6 @@
 """One rank of the doctor's job, which the launcher starts as it starts a job's ranks: it reports, meets, all-reduces.
 
-    python -m megatron_tiedlora.cluster.doctor.rank ORDER    (a packed record)
+    python -m megatron_tiedlora.cluster.doctor_rank ORDER    (a packed record)
 
 The first rank of each host reports what the host has, before anything can fail. Then all ranks meet as a
 job's do, compare their clocks, try whether they share a folder, and all-reduce over each of their groups. Every wait,

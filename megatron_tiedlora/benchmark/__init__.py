@@ -1,1 +1,0 @@
-"""Measuring a training step, alone, beside PEFT and by layout, and decoding beside transformers."""

@@ -1,1 +1,0 @@
-"""Collections of adapters, and their way to others: an index of a folder, model cards, uploads."""
