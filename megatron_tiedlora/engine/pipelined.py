@@ -16,8 +16,7 @@ from megatron_tiedlora.adapters.adapter_bank import Shares
 from megatron_tiedlora.engine.engine import make_groups, make_topology, quiet
 from megatron_tiedlora.model.batch import Supervised
 from megatron_tiedlora.model.layer_specs import LayerSpec
-from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.model.tail import Attended
+from megatron_tiedlora.model.stage import Attended, Stage
 from megatron_tiedlora.parallel.groups import Grid, ParallelGroups
 
 BuildStage = Callable[[ParallelGroups, Sequence[LayerSpec]], Stage]
