@@ -11,16 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_hosts import FakeCluster
-from ranks import LAUNCHER_VARIABLES
-from run_helpers import Base, write_base
+from support.fake_hosts import FakeCluster
+from support.ranks import LAUNCHER_VARIABLES
+from support.run_helpers import Base, write_base
 
 gc.disable()  # until all tests are imported, which makes many objects and no garbage: a third of that time
 
 # Tensors here are tiny: threads that wait for each other cost more than they compute.
 torch.set_num_threads(1)
 
-pytest_plugins = ["cpu_seconds"]
+pytest_plugins = ["support.cpu_seconds"]
 
 # Folders whose tests mostly wait: for a launcher, a silence, the end of a process.
 WAITING = {"cluster", "runs", "study"}

@@ -12,14 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster_faults import TABLE_HEAD, read_status, seen_by_first, suffer, wait_for_step
-from cluster_routes import ROUTES, needed
-from cluster_site import Site, opened_site
-from fake_hosts import FakeCluster
-from host_needs import needs
-from ownership_files import grow_old
-from run_files import checkpoint_names, files_of, losses
-from run_helpers import run
+from support.cluster_faults import TABLE_HEAD, read_status, seen_by_first, suffer, wait_for_step
+from support.cluster_routes import ROUTES, Site, needed, opened_site
+from support.fake_hosts import FakeCluster
+from support.host_needs import needs
+from support.run_files import checkpoint_names, files_of, grow_old, losses
+from support.run_helpers import run
 
 from megatron_tiedlora.base.ownership import OWNER_FILE
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import psutil
 import pytest
-from cluster_routes import MPI_ENVIRONMENT
-from fake_hosts import FakeCluster, FakeHost, Started, wait_until
-from folders import ROOT
-from host_needs import needs
-from slurm_cluster import SlurmCluster
+from support.cluster_routes import MPI_ENVIRONMENT
+from support.fake_hosts import FakeCluster, FakeHost, Started, wait_until
+from support.folders import ROOT
+from support.host_needs import needs
+from support.slurm_cluster import SlurmCluster
 
 pytestmark = [
     pytest.mark.distributed,

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from folders import ROOT
-from ranks import ENVIRONMENT
+from support.folders import ROOT
+from support.ranks import ENVIRONMENT
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.cluster import doctor_rank

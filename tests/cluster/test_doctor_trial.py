@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from launcher_jobs import make_job, write_program
+from support.launcher_jobs import make_job, write_program
 
 from megatron_tiedlora.cluster.compare_hosts import report_text
 from megatron_tiedlora.cluster.doctor import (

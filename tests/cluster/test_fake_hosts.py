@@ -19,8 +19,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from fake_hosts import FakeCluster, wait_until
-from host_needs import needs, why_not
+from support.fake_hosts import FakeCluster, wait_until
+from support.host_needs import needs, why_not
 
 pytestmark = [pytest.mark.distributed, needs("hosts"), pytest.mark.timeout(60)]
 NAMES = ("nodea", "nodeb")
@@ -167,7 +167,7 @@ def test_a_host_that_does_not_start_says_why_and_leaves_nothing(tmp_path: Path) 
 def test_a_test_process_that_is_killed_leaves_nothing(tmp_path: Path) -> None:
     machine = Machine()
     code = (
-        "import sys, time, pathlib\nfrom fake_hosts import FakeCluster\n"
+        "import sys, time, pathlib\nfrom support.fake_hosts import FakeCluster\n"
         "with FakeCluster(pathlib.Path(sys.argv[1])) as cluster:\n"
         "    cluster.first.start(['sleep', '60'])\n    print(list(cluster.jobs()), flush=True)\n    time.sleep(60)"
     )

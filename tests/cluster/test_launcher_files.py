@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import yaml
-from folders import ROOT
-from launcher_jobs import write_program
+from support.folders import ROOT
+from support.launcher_jobs import write_program
 
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.hosts import Host, read_hostfile

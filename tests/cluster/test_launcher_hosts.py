@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from task_files import refusal
+from support.task_files import refusal
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.cluster.doctor import find_job

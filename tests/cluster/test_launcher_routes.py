@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from deepspeed.launcher.runner import EXPORT_ENVS
-from launcher_jobs import given, hosts_here, make_job, start
+from support.launcher_jobs import given, hosts_here, make_job, start
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.cluster.launchers import EXPORTS, Job, plan_start

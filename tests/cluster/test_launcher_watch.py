@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 import pytest
-from launcher_jobs import make_job, write_program
+from support.launcher_jobs import make_job, write_program
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.cluster.launchers import Job

@@ -13,13 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster_faults import heal, wait_for_step
-from cluster_routes import MPI_ENVIRONMENT, ROUTES, Job, Task, needed, start_slurm, start_torchrun
-from cluster_site import Site, opened_site
-from fake_hosts import FakeCluster, Started, wait_until
-from folders import ROOT
-from host_needs import needs
-from run_files import files_of, has_step, losses, status
+from support.cluster_faults import heal, wait_for_step
+from support.cluster_routes import (
+    MPI_ENVIRONMENT,
+    ROUTES,
+    Job,
+    Site,
+    Task,
+    needed,
+    opened_site,
+    start_slurm,
+    start_torchrun,
+)
+from support.fake_hosts import FakeCluster, Started, wait_until
+from support.folders import ROOT
+from support.host_needs import needs
+from support.run_files import files_of, has_step, losses, status
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(280), needs("ssh")]
 STEPS = 5

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import relative_distance, relative_errors, run_engine, save_start
-from hf_models import hf_model
-from native_files import with_adapter
-from oracle import OracleAdapter, OracleConfig
-from oracle_adapter import ALL_TARGETS
-from peft_training import peft_losses, settings_for_peft, through_lora_on_all_linears
-from quantised_models import with_values
-from tiny_models import random_adapter, write_tiny_model
+from support.engine_runs import relative_distance, relative_errors, run_engine, save_start
+from support.native_files import with_adapter
+from support.oracle import OracleAdapter, OracleConfig
+from support.oracle_adapter import ALL_TARGETS
+from support.peft_models import hf_model
+from support.peft_training import peft_losses, settings_for_peft, through_lora_on_all_linears
+from support.quantised_models import with_values
+from support.tiny_models import random_adapter, write_tiny_model
 
 import megatron_tiedlora as tiedlora
 from megatron_tiedlora.base.shapes import BASE_FORMATS

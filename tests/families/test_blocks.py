@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from bytes_touched import saved_bytes_per_token
-from kernel_runs import HOST, assert_same_numbers, loss_and_gradients
-from tiny_models import FAMILY_MODELS, tiny_config, write_tiny_model
+from support.bytes_touched import saved_bytes_per_token
+from support.kernel_runs import HOST, assert_same_numbers, loss_and_gradients
+from support.tiny_models import FAMILY_MODELS, tiny_config, write_tiny_model
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config, targets_of
 from megatron_tiedlora.base.shapes import ModelShape

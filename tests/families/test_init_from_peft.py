@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import EngineRun, relative_errors, run_engine
-from peft_models import lora_model
-from peft_training import peft_losses, settings_for_peft
-from tiny_models import write_tiny_model
+from support.engine_runs import EngineRun, relative_errors, run_engine
+from support.peft_models import lora_model
+from support.peft_training import peft_losses, settings_for_peft
+from support.tiny_models import write_tiny_model
 
 STEPS = 10
 FIRST = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}  # the module whose A a module shares

@@ -10,10 +10,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from folders import ROOT
-from run_files import files_of, truncate
-from run_helpers import run_ranks
 from safetensors.torch import load_file
+from support.folders import ROOT
+from support.run_files import files_of, truncate
+from support.run_helpers import run_ranks
 from torch.testing import assert_close
 
 from megatron_tiedlora.base.messages import UserError

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from hf_models import greedy_tokens, hf_model
-from native_files import write_native
-from oracle import OracleConfig
 from safetensors.torch import load_file, save_file
-from tiny_models import EOS_ID, FAMILY_MODELS, random_adapter, write_tiny_model
+from support.native_files import write_native
+from support.oracle import OracleConfig
+from support.peft_models import greedy_tokens, hf_model
+from support.tiny_models import EOS_ID, FAMILY_MODELS, random_adapter, write_tiny_model
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.load_model import load_model

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import EngineRun, relative_distance, relative_errors, run_engine, save_start
-from hf_models import BASES, TARGETS, hf_model, write_bases
-from oracle import OracleAdapter, OracleConfig
-from peft_training import ALPHA, RANK, Trained, peft_losses, settings_for_peft, through_lora_on_all_linears
-from tiny_models import random_adapter
+from support.engine_runs import EngineRun, relative_distance, relative_errors, run_engine, save_start
+from support.oracle import OracleAdapter, OracleConfig
+from support.peft_models import BASES, TARGETS, hf_model, write_bases
+from support.peft_training import ALPHA, RANK, Trained, peft_losses, settings_for_peft, through_lora_on_all_linears
+from support.tiny_models import random_adapter
 
 
 def through_our_method(base: Any, start: OracleAdapter) -> Trained:

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from folders import ROOT
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILY_MODELS, tiny_config, write_tiny_model
+from support.folders import ROOT
+from support.tiny_models import FAMILY_MODELS, tiny_config, write_tiny_model
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.shapes import HeadShape, LinearScaling, ModelShape, RopeShape, StoredRows

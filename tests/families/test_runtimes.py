@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import gguf
 import pytest
 import torch
-from folders import ROOT
-from hf_models import greedy_tokens, hf_model
-from native_files import with_adapter
-from oracle import rope_amplitude, rope_frequencies
 from packaging.requirements import Requirement
 from safetensors.torch import load_file
-from tiny_models import BOS_ID, LONGROPE, write_tiny_model
+from support.folders import ROOT
+from support.native_files import with_adapter
+from support.oracle import rope_amplitude, rope_frequencies
+from support.peft_models import greedy_tokens, hf_model
+from support.tiny_models import BOS_ID, LONGROPE, write_tiny_model
 
 from megatron_tiedlora.convert.merge import merge_adapter
 

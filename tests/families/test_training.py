@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import SHORT, Layout, engine_json, prepare, run_and_check, settings_of
-from forked_ranks import run_on_ranks
-from hf_models import greedy_tokens, hf_model
-from tiny_decoders import build
-from tiny_models import EOS_ID, FAMILY_MODELS, write_tiny_model
+from support.engine_runs import SHORT, Layout, engine_json, prepare, run_and_check, settings_of
+from support.forked_ranks import run_on_ranks
+from support.peft_models import greedy_tokens, hf_model
+from support.tiny_decoders import build
+from support.tiny_models import EOS_ID, FAMILY_MODELS, write_tiny_model
 
 from megatron_tiedlora.evaluation.generate import AdapterRows, Decoder, Prompts, generate
 from megatron_tiedlora.parallel.groups import Grid

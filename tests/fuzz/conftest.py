@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from fuzzing import TALLIES, Tally
-from native_files import with_adapter
-from tiny_models import write_tiny_model
+from support.native_files import with_adapter
+from support.tiny_models import write_tiny_model
 
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from fuzzing import refused
-from study_files import write_run, write_study
+from support.sweep_runs import write_run, write_study
 from valid import METRICS
 
 from megatron_tiedlora.base.messages import UserError

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from damage import break_one, fresh, odd_place, reseal
 from fuzzing import MAPPED, Draw, cases, explore, outcome, printable, tree
-from run_files import edit_tensors
+from support.run_files import edit_tensors
 from valid import check_adapter, check_checkpoint, write_run
 
 from megatron_tiedlora.base.messages import UserError

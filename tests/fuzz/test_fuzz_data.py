@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from damage import broken_file, changed_fields, clear, damaged, json_text, odd_place
 from fuzzing import MAPPED, Draw, cases, explore, outcome, refused
-from task_files import HUB_ROWS, write_rows
-from tiny_models import NUM_TOKENIZER_TOKENS, write_tiny_tokenizer
-from zoo_oracle import TOOLS
+from support.task_files import HUB_ROWS, write_rows
+from support.tiny_models import NUM_TOKENIZER_TOKENS, write_tiny_tokenizer
+from support.zoo_oracle import TOOLS
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.data.cache import tokenised_once

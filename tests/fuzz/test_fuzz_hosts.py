@@ -8,7 +8,7 @@ from pathlib import Path
 
 from damage import broken_file, broken_json, changed_fields, damaged
 from fuzzing import Draw, cases, explore, outcome, printable
-from study_files import write_scored, write_study
+from support.sweep_runs import write_scored, write_study
 from valid import METRICS
 
 from megatron_tiedlora.base.messages import UserError

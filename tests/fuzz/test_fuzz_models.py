@@ -10,9 +10,9 @@ import pytest
 import torch
 from damage import break_one, broken_json, changed_fields, fresh, json_text
 from fuzzing import MAPPED, Draw, cases, explore, outcome
-from quantised_folders import KINDS, SHAPE, quantised_folder
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILY_MODELS, LLAMA3_ROPE, write_tiny_model, write_tiny_tokenizer
+from support.quantised_models import KINDS, SHAPE, quantised_folder
+from support.tiny_models import FAMILY_MODELS, LLAMA3_ROPE, write_tiny_model, write_tiny_tokenizer
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights

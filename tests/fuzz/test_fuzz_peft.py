@@ -13,9 +13,9 @@ import pytest
 import torch
 from damage import break_one, fresh, strange_value
 from fuzzing import MAPPED, Draw, cases, explore, outcome
-from native_files import with_adapter
 from safetensors.torch import save_file
-from tiny_models import tiny_model
+from support.native_files import with_adapter
+from support.tiny_models import tiny_model
 from valid import check_adapter
 
 from megatron_tiedlora.base.messages import UserError

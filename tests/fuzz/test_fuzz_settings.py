@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import yaml
 from damage import STRANGE, broken_file, changed_fields, clear, damaged, odd_place
-from folders import ROOT
 from fuzzing import Draw, cases, explore, outcome
-from native_files import with_adapter, write_native
-from run_helpers import Base, write_base
+from support.folders import ROOT
+from support.native_files import with_adapter, write_native
+from support.run_helpers import Base, write_base
 from valid import check_settings
 
 from megatron_tiedlora.cluster.start import launch

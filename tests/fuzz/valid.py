@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from fuzzing import printable
-from native_files import moments_of
+from support.native_files import moments_of
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, lora_factors
 from megatron_tiedlora.base.methods import METHODS

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import relative_distance
-from forked_ranks import groups_of, run_on_ranks
-from gradient_worker import DTYPE, Case, Walk, build_adapter, build_stage, joined, run_cases
-from oracle import OracleConfig, cast_weights, load_weights
-from oracle_adapter import ALL_TARGETS
-from oracle_training import oracle_gradients
-from shared_batches import Member, SharedBatch, rounds
-from tiny_models import write_tiny_model
+from support.engine_runs import relative_distance
+from support.forked_ranks import groups_of, run_on_ranks
+from support.gradient_worker import DTYPE, Case, Walk, build_adapter, build_stage, joined, run_cases
+from support.oracle import OracleConfig, cast_weights, load_weights
+from support.oracle_adapter import ALL_TARGETS
+from support.oracle_training import oracle_gradients
+from support.tiny_models import write_tiny_model
+from support.token_rows import Member, SharedBatch, rounds
 from torch import distributed
 
 from megatron_tiedlora.adapters.adapter_bank import AdapterBank

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import relative_distance, relative_errors, write_uneven_data
-from forked_ranks import join_as_launched, run_on_ranks
-from shared_tensors import share_tensors
-from tiny_decoders import build, rows_keep_bits
-from tiny_models import write_tiny_model
+from support.engine_runs import relative_distance, relative_errors, write_uneven_data
+from support.forked_ranks import join_as_launched, run_on_ranks
+from support.shared_tensors import share_tensors
+from support.tiny_decoders import build, rows_keep_bits
+from support.tiny_models import write_tiny_model
 from torch import distributed
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY

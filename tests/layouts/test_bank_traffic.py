@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from traffic_runs import Ran, run_cases, write_inputs
+from support.traffic_runs import Ran, run_cases, write_inputs
 
 from megatron_tiedlora.parallel.groups import TENSOR, Traffic
 

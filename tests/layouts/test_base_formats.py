@@ -9,16 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import SHORT, Layout, engine_json, prepare, run_and_check, run_engine, save_start, settings_of
-from forked_ranks import join_as_launched, run_on_ranks
-from gradient_worker import Case
-from oracle import OracleConfig, load_weights
-from quantised_folders import SHAPE, quantised_folder
-from quantised_models import CROSSING, FORMATS, quantised, with_values
+from support.engine_runs import SHORT, Layout, engine_json, prepare, run_and_check, run_engine, save_start, settings_of
+from support.forked_ranks import join_as_launched, run_on_ranks
+from support.gradient_worker import Case
+from support.oracle import OracleConfig, load_weights
+from support.quantised_models import CROSSING, FORMATS, SHAPE, quantised, quantised_folder, with_values
+from support.tiny_models import random_adapter, write_tiny_model
 from test_layouts import LAYOUTS
 from test_parallel_gradients import Answers
 from test_parallel_gradients import run_and_check as check_gradients
-from tiny_models import random_adapter, write_tiny_model
 from torch import distributed
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import EngineRun, SharedStarts, five_layers, settings_of
-from fault_patches import put_in
-from run_files import assert_same_run, checkpoint_names, losses, status
-from run_helpers import Base, run
-from tiny_models import write_tiny_model
+from support.engine_runs import EngineRun, SharedStarts, five_layers, settings_of
+from support.fault_patches import put_in
+from support.run_files import assert_same_run, checkpoint_names, losses, status
+from support.run_helpers import Base, run
+from support.tiny_models import write_tiny_model
 
 from megatron_tiedlora.adapters.adapter_bank import AdapterBank
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_runs import SHORT, Layout, five_layers, part_of, prepare, relative_distance, run_and_check
-from forked_ranks import run_on_ranks
-from gradient_worker import Case, run_gradients
-from oracle_adapter import ALL_TARGETS
+from support.engine_runs import SHORT, Layout, five_layers, part_of, prepare, relative_distance, run_and_check
+from support.forked_ranks import run_on_ranks
+from support.gradient_worker import Case, run_gradients
+from support.oracle_adapter import ALL_TARGETS
+from support.tiny_models import write_tiny_model
 from test_parallel_gradients import Answers, check_numbers
-from tiny_models import write_tiny_model
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 

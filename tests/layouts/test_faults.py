@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_runs import (
+from support.engine_runs import (
     EngineRun,
     Layout,
     Prepared,

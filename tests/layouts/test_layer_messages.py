@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from traffic_runs import Ran, run_cases, write_inputs
+from support.traffic_runs import Ran, run_cases, write_inputs
 
 from megatron_tiedlora.base.methods import METHOD_NAMES, find_method
 from megatron_tiedlora.base.shapes import TARGET_NAMES

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_files import edit_json, losses
-from run_helpers import Base, run
-from task_files import refusal
+from support.run_files import edit_json, losses
+from support.run_helpers import Base, run
+from support.task_files import refusal
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.config.settings import make_settings

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import Layout, relative_distance
-from run_files import assert_same_run, files_of, metrics, status
-from run_helpers import Base, run, write_base
-from run_preludes import kill_at_step
 from safetensors.torch import load_file
+from support.engine_runs import Layout, relative_distance
+from support.run_files import assert_same_run, files_of, metrics, status
+from support.run_helpers import Base, run, write_base
+from support.run_preludes import kill_at_step
 
 pytestmark = pytest.mark.distributed
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engine_runs import (
+from support.engine_runs import (
     OPTIMIZERS,
     SHORT,
     Layout,
@@ -21,8 +21,8 @@ from engine_runs import (
     settings_of,
     with_optimizers,
 )
-from oracle_adapter import ALL_TARGETS
-from tiny_models import write_tiny_model
+from support.oracle_adapter import ALL_TARGETS
+from support.tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
 from megatron_tiedlora.config.settings import make_settings

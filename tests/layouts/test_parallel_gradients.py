@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import part_of, relative_distance
-from forked_ranks import run_on_ranks
-from gradient_worker import DTYPE, SEED, Case, Outcome, joined, run_gradients
-from oracle import OracleConfig, cast_weights, load_weights, oracle_logits
-from oracle_adapter import ALL_TARGETS, TRAINED_TENSORS, dropout
-from oracle_training import oracle_gradients
-from quantised_models import quantised
-from tiny_models import FAMILY_MODELS, write_tiny_model
+from support.engine_runs import part_of, relative_distance
+from support.forked_ranks import run_on_ranks
+from support.gradient_worker import DTYPE, SEED, Case, Outcome, joined, run_gradients
+from support.oracle import OracleConfig, cast_weights, load_weights, oracle_logits
+from support.oracle_adapter import ALL_TARGETS, TRAINED_TENSORS, dropout
+from support.oracle_training import oracle_gradients
+from support.quantised_models import quantised
+from support.tiny_models import FAMILY_MODELS, write_tiny_model
 
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
 from megatron_tiedlora.parallel.groups import Grid

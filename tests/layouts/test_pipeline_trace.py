@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from forked_ranks import join_as_launched, run_on_ranks
-from planned import Pass, all_cuts, cost_key, one_f_one_b, simulate, stage_memory
-from run_helpers import write_rows
-from tiny_models import write_tiny_model
+from support.forked_ranks import join_as_launched, run_on_ranks
+from support.planned import Pass, all_cuts, cost_key, one_f_one_b, simulate, stage_memory
+from support.run_helpers import write_rows
+from support.tiny_models import write_tiny_model
 from torch import distributed
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY, Share

@@ -12,20 +12,20 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import SHORT, Layout, engine_json, prepare, run_and_check, settings_of
-from forked_ranks import run_on_ranks
-from gradient_worker import Case, run_gradients
-from native_files import with_adapter
-from oracle import OracleConfig, load_weights, merged_weights, oracle_logits
-from oracle_adapter import ALL_TARGETS, Groups, OracleAdapter
-from run_files import assert_same_run, metrics
-from run_helpers import Base, run, write_base
-from shared_tensors import DECLARED, GROUPS, share_tensors, tl6_shares
+from support.engine_runs import SHORT, Layout, engine_json, prepare, run_and_check, settings_of
+from support.forked_ranks import run_on_ranks
+from support.gradient_worker import Case, run_gradients
+from support.native_files import with_adapter
+from support.oracle import OracleConfig, load_weights, merged_weights, oracle_logits
+from support.oracle_adapter import ALL_TARGETS, Groups, OracleAdapter
+from support.run_files import assert_same_run, metrics
+from support.run_helpers import Base, run, write_base
+from support.shared_tensors import DECLARED, GROUPS, share_tensors, tl6_shares
+from support.tiny_models import write_tiny_model
+from support.traffic_runs import run_cases, write_inputs
 from test_bank_steps import check_near, run_bank_steps
 from test_layout_resume import SAVED, Grid, assert_went_on, resumed
 from test_parallel_gradients import Answers, check_messages, check_numbers, check_ties
-from tiny_models import write_tiny_model
-from traffic_runs import run_cases, write_inputs
 
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter, save_adapter
 from megatron_tiedlora.checkpoint.sources import find_model

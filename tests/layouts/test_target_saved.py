@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from forked_ranks import groups_of, run_on_ranks
+from support.forked_ranks import groups_of, run_on_ranks
 from torch import distributed
 
 from megatron_tiedlora.adapters import tied_adapter

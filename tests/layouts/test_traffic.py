@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from forked_ranks import run_on_ranks
-from report_tables import stage_table
+from support.forked_ranks import run_on_ranks
+from support.planned import stage_table
+from support.traffic_runs import Case, Counted, Ran, ours, run_cases, write_inputs
 from torch import distributed
-from traffic_runs import Case, Counted, Ran, ours, run_cases, write_inputs
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.adapters.tied_adapter import Target, make_adapter_config

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from folders import ROOT
 from null_gpu_figures import FIGURES, Figure, divides, is_wide
+from support.folders import ROOT
 
 from megatron_tiedlora.selfcheck.parts import part_command, part_environment
 

@@ -6,9 +6,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from native_files import with_adapter
-from run_helpers import Base, run
-from run_preludes import kill_at_step
+from support.native_files import with_adapter
+from support.run_helpers import Base, run
+from support.run_preludes import kill_at_step
 
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from ranks import wait_for
-from run_files import assert_close_run
-from run_helpers import FOUR, Base, run, start_run
-from run_preludes import before_call, kill_at_call, kill_at_step, slow_steps
 from safetensors.torch import load_file
+from support.ranks import wait_for
+from support.run_files import assert_close_run
+from support.run_helpers import FOUR, Base, run, start_run
+from support.run_preludes import before_call, kill_at_call, kill_at_step, slow_steps
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.ownership import take_folder

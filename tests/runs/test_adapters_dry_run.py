@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from planned import stage_memory
-from report_tables import stage_table
-from run_files import files_of
-from run_helpers import Base, begin, run_ranks, write_adapters
-from task_files import refusal
+from support.planned import stage_memory, stage_table
+from support.run_files import files_of
+from support.run_helpers import Base, begin, run_ranks, write_adapters
+from support.task_files import refusal
 
 from megatron_tiedlora.base.messages import bytes_in_words
 from megatron_tiedlora.base.progress import progress_bar

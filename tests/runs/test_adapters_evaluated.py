@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from run_files import assert_close_run, metrics
-from run_helpers import Base, run, write_rows
-from run_preludes import before_call, kill_at_call
+from support.run_files import assert_close_run, metrics
+from support.run_helpers import Base, run, write_rows
+from support.run_preludes import before_call, kill_at_call
 from test_adapters import builds_only, same_folders, state, table, times
 
 Own = dict[str, dict[str, Any]]

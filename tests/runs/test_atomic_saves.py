@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from native_files import moments_of, save_step
-from ownership_files import names
-from run_helpers import Ended, run_ranks
+from support.native_files import moments_of, save_step
+from support.run_files import names
+from support.run_helpers import Ended, run_ranks
 
 from megatron_tiedlora.base import atomic
 from megatron_tiedlora.base.atomic import new_folder, remove_leftovers, write_text
@@ -117,7 +117,7 @@ from pathlib import Path
 import torch
 from megatron_tiedlora.base import atomic
 from megatron_tiedlora.checkpoint import native_adapter, resume
-from native_files import moments_of, save_step
+from support.native_files import moments_of, save_step
 
 torch.set_num_threads(1)
 os.fsync = lambda descriptor: None  # a kill is not a power cut: what was written is there

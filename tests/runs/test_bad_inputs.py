@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from run_files import edit_json, edit_tensors, files_of, truncate
-from run_helpers import Base, begin, deepspeed_command, plain_command, run, start_command
 from safetensors.torch import load_file, save_file
-from task_files import refusal
-from tiny_models import write_tiny_model
+from support.run_files import edit_json, edit_tensors, files_of, truncate
+from support.run_helpers import Base, begin, deepspeed_command, plain_command, run, start_command
+from support.task_files import refusal
+from support.tiny_models import write_tiny_model
 
 Break = Callable[[Path], Any]
 """Breaks the copy of the base that it is given; may return changed settings."""

@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from evaluation_runs import evaluate as run_evaluation
-from evaluation_runs import results
-from native_files import with_adapter, write_native
-from run_files import edit_json, edit_tensors, files_of
-from run_helpers import Base, begin, run, write_rows
 from safetensors.torch import load_file, save_file
-from task_files import refusal
-from tiny_models import write_tiny_model
+from support.evaluation_runs import evaluate as run_evaluation
+from support.evaluation_runs import results
+from support.native_files import with_adapter, write_native
+from support.run_files import edit_json, edit_tensors, files_of
+from support.run_helpers import Base, begin, run, write_rows
+from support.task_files import refusal
+from support.tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.base_identity import identify_base, sample_hash

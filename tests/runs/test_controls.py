@@ -10,11 +10,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from native_files import with_adapter
-from run_files import assert_close_run, assert_same_run, files_of, losses, metrics, run_settings, status
-from run_helpers import Base, run, run_ranks, write_base
-from run_preludes import kill_at_step
 from safetensors.torch import load_file
+from support.native_files import with_adapter
+from support.run_files import assert_close_run, assert_same_run, files_of, losses, metrics, run_settings, status
+from support.run_helpers import Base, run, run_ranks, write_base
+from support.run_preludes import kill_at_step
 
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter, save_adapter
 from megatron_tiedlora.runtime.run_folder import RunFolder

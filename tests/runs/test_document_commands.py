@@ -19,14 +19,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from document_rows import DOCUMENTS, GUIDE, PRESETS, README, ROWS, Document, Reader, row_of, words_of
-from folders import ROOT
-from ranks import ENVIRONMENT, free_port
-from run_files import files_of, losses, status
-from run_helpers import run_ranks, start_command, write_rows
-from task_files import HUB_ROWS
-from tiny_models import write_tiny_model
-from wheel import Installed, install_wheel
+from support.document_rows import DOCUMENTS, GUIDE, PRESETS, README, ROWS, Document, Reader, row_of, words_of
+from support.folders import ROOT
+from support.ranks import ENVIRONMENT, free_port
+from support.run_files import files_of, losses, status
+from support.run_helpers import run_ranks, start_command, write_rows
+from support.task_files import HUB_ROWS
+from support.tiny_models import write_tiny_model
+from support.wheel import Installed, install_wheel
 
 from megatron_tiedlora.commands.front import find_command
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from report_tables import stage_table
-from run_files import edit_json, files_of
-from run_helpers import Base, plain_command, run_ranks, start_command
-from task_files import refusal
+from support.planned import stage_table
+from support.run_files import edit_json, files_of
+from support.run_helpers import Base, plain_command, run_ranks, start_command
+from support.task_files import refusal
 
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.config.cli import parse_settings

@@ -17,12 +17,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from folders import ROOT
-from native_files import with_adapter, write_native
-from run_helpers import Ended, World, start_ranks
-from run_preludes import before_call, kill_at_call
-from tiny_models import write_tiny_model
-from wide_models import write_wide_adapter, write_wide_model
+from support.folders import ROOT
+from support.native_files import with_adapter, write_native
+from support.run_helpers import Ended, World, start_ranks
+from support.run_preludes import before_call, kill_at_call
+from support.tiny_models import write_tiny_model
+from support.wide_models import write_wide_adapter, write_wide_model
 
 from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.base.text_files import file_sha256

@@ -17,13 +17,13 @@ from typing import Any
 
 import pytest
 import torch
-from evaluation_runs import begin, evaluate, predictions, results, score_again, texts
-from native_files import with_adapter, write_native
-from oracle import OracleConfig
-from run_helpers import EVALUATE, run_ranks, write_rows
-from run_preludes import before_call, kill_at_call, limit_files
-from task_files import refusal
-from tiny_models import random_adapter, write_tiny_model
+from support.evaluation_runs import begin, evaluate, predictions, results, score_again, texts
+from support.native_files import with_adapter, write_native
+from support.oracle import OracleConfig
+from support.run_helpers import EVALUATE, run_ranks, write_rows
+from support.run_preludes import before_call, kill_at_call, limit_files
+from support.task_files import refusal
+from support.tiny_models import random_adapter, write_tiny_model
 
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.convert.export_peft import export_peft

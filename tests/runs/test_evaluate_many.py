@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evaluation_runs import FILES, begin, evaluate, results, texts
-from native_files import with_adapter, write_native
-from run_helpers import Ended, write_rows
-from task_files import refusal
-from tiny_models import write_tiny_model
+from support.evaluation_runs import FILES, begin, evaluate, results, texts
+from support.native_files import with_adapter, write_native
+from support.run_helpers import Ended, write_rows
+from support.task_files import refusal
+from support.tiny_models import write_tiny_model
 
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings

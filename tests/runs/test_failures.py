@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kill_series import Layout, kill_series
-from run_files import assert_same_run, checkpoint_names, edit_tensors, files_of, losses, metrics, status
-from run_helpers import Base, run, write_base
-from run_preludes import all_of, kill_at_call, kill_at_step, limit_files, poison, scripted_validation
+from support.kill_series import Layout, kill_series
+from support.run_files import assert_same_run, checkpoint_names, edit_tensors, files_of, losses, metrics, status
+from support.run_helpers import Base, run, write_base
+from support.run_preludes import all_of, kill_at_call, kill_at_step, limit_files, poison, scripted_validation
 
 pytestmark = pytest.mark.distributed
 

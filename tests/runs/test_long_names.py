@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from folders import ROOT
-from study_files import no_start
+from support.folders import ROOT
+from support.sweep_runs import no_start
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.output_folder import last_name

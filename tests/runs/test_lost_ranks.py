@@ -13,11 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from folders import ROOT
-from ranks import wait_for
-from run_files import assert_same_run, checkpoint_names, files_of, has_step, metrics, status
-from run_helpers import Base, deepspeed_command, run, run_ranks, start_command, start_run
-from run_preludes import all_of, before_call, kill_at_call, kill_at_step, kill_rank_at_call, short_silence, slow_steps
+from support.folders import ROOT
+from support.ranks import wait_for
+from support.run_files import assert_same_run, checkpoint_names, files_of, has_step, metrics, status
+from support.run_helpers import Base, deepspeed_command, run, run_ranks, start_command, start_run
+from support.run_preludes import (
+    all_of,
+    before_call,
+    kill_at_call,
+    kill_at_step,
+    kill_rank_at_call,
+    short_silence,
+    slow_steps,
+)
 
 pytestmark = pytest.mark.distributed
 LOOP = "megatron_tiedlora.training.loop"

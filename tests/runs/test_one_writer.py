@@ -16,13 +16,12 @@ from typing import Any
 
 import psutil
 import pytest
-from folders import ROOT
-from ownership_files import grow_old
-from ranks import wait_for
-from run_files import assert_same_run, edit_tensors, files_of, has_step, run_settings, status
-from run_helpers import EVALUATE, Base, World, begin, run, run_ranks, start_ranks, start_run, write_rows
-from run_preludes import all_of, before_call, kill_at_call, kill_at_step, slow_steps, watched_steps
-from task_files import refusal
+from support.folders import ROOT
+from support.ranks import wait_for
+from support.run_files import assert_same_run, edit_tensors, files_of, grow_old, has_step, run_settings, status
+from support.run_helpers import EVALUATE, Base, World, begin, run, run_ranks, start_ranks, start_run, write_rows
+from support.run_preludes import all_of, before_call, kill_at_call, kill_at_step, slow_steps, watched_steps
+from support.task_files import refusal
 
 from megatron_tiedlora.base.ownership import STALE_SECONDS
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, save_adapter

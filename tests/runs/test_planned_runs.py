@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_tables import stage_table
-from run_files import losses, run_settings, status
-from run_helpers import start_command, write_rows
-from tiny_models import write_tiny_model
+from support.planned import stage_table
+from support.run_files import losses, run_settings, status
+from support.run_helpers import start_command, write_rows
+from support.tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.messages import bytes_in_words, time_text
 from megatron_tiedlora.commands.front import call

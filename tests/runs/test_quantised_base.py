@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from evaluation_runs import evaluate, results
-from quantised_folders import SHAPE, quantised_folder
-from quantised_models import CROSSING
-from run_files import losses, run_settings
-from run_helpers import Base, Ended, begin, run, write_base
 from safetensors.torch import load_file, save_file
-from task_files import refusal
+from support.evaluation_runs import evaluate, results
+from support.quantised_models import CROSSING, SHAPE, quantised_folder
+from support.run_files import losses, run_settings
+from support.run_helpers import Base, Ended, begin, run, write_base
+from support.task_files import refusal
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter

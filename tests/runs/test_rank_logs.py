@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from folders import ROOT
-from run_files import status
-from run_helpers import Base, run
-from run_preludes import before_call
+from support.folders import ROOT
+from support.run_files import status
+from support.run_helpers import Base, run
+from support.run_preludes import before_call
 
 from megatron_tiedlora.runtime.ending import _Tee
 

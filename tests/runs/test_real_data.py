@@ -7,12 +7,12 @@ import math
 from pathlib import Path
 
 import pytest
-from evaluation_runs import answering_model, evaluate, predictions, results, score_again
-from folders import SHARED_DATA
-from native_files import with_adapter, write_native
-from run_files import metrics, status
-from run_helpers import run_ranks
-from tiny_models import write_tiny_model
+from support.evaluation_runs import answering_model, evaluate, predictions, results, score_again
+from support.folders import SHARED_DATA
+from support.native_files import with_adapter, write_native
+from support.run_files import metrics, status
+from support.run_helpers import run_ranks
+from support.tiny_models import write_tiny_model
 
 pytestmark = pytest.mark.distributed
 FILES = {

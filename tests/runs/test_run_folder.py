@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_files import assert_same_run, checkpoint_names, files_of, losses, metrics, run_settings, status
-from run_helpers import Base, Ended, run, run_ranks, write_rows
-from run_preludes import scripted_validation
+from support.run_files import assert_same_run, checkpoint_names, files_of, losses, metrics, run_settings, status
+from support.run_helpers import Base, Ended, run, run_ranks, write_rows
+from support.run_preludes import scripted_validation
 
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.settings import Settings, make_settings

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import yaml
-from ranks import free_port, wait_for
-from run_files import (
+from support.ranks import free_port, wait_for
+from support.run_files import (
     assert_close_run,
     assert_same_run,
     checkpoint_names,
@@ -24,8 +24,8 @@ from run_files import (
     run_settings,
     status,
 )
-from run_helpers import Base, deepspeed_command, run, start_command, torchrun_command
-from run_preludes import all_of, kill_at_call, kill_at_step, scripted_validation
+from support.run_helpers import Base, deepspeed_command, run, start_command, torchrun_command
+from support.run_preludes import all_of, kill_at_call, kill_at_step, scripted_validation
 
 LOOP = "megatron_tiedlora.training.loop"
 

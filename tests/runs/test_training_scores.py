@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from folders import ROOT
-from run_files import losses, metrics, status
-from run_helpers import Base, run, write_base
+from support.folders import ROOT
+from support.run_files import losses, metrics, status
+from support.run_helpers import Base, run, write_base
 
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter

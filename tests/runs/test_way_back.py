@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from native_files import reseal, save_step, with_adapter
-from run_files import assert_same_run, checkpoint_names, edit_json, edit_tensors, files_of, status, truncate
-from run_helpers import Base, begin, run
-from run_preludes import kill_at_step, scripted_validation
-from task_files import refusal
+from support.native_files import reseal, save_step, with_adapter
+from support.run_files import assert_same_run, checkpoint_names, edit_json, edit_tensors, files_of, status, truncate
+from support.run_helpers import Base, begin, run
+from support.run_preludes import kill_at_step, scripted_validation
+from support.task_files import refusal
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter

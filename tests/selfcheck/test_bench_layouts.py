@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_runs import write_uneven_data
-from folders import ROOT
-from planned import stage_memory, step_parts
-from ranks import ENVIRONMENT, free_port
-from run_helpers import Ended, run_ranks, start_command
-from tiny_models import write_tiny_model
+from support.engine_runs import write_uneven_data
+from support.folders import ROOT
+from support.planned import stage_memory, step_parts
+from support.ranks import ENVIRONMENT, free_port
+from support.run_helpers import Ended, run_ranks, start_command
+from support.tiny_models import write_tiny_model
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.config.bench_settings import BenchSettings

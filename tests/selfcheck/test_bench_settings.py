@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from task_files import refusal
-from tiny_models import write_tiny_model
+from support.task_files import refusal
+from support.tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.config.bench_settings import BenchSettings

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from engine_runs import write_uneven_data
-from folders import ROOT
-from quantised_folders import SHAPE, quantised_folder
-from ranks import ENVIRONMENT
-from run_helpers import Ended, start_command
-from tiny_models import write_tiny_model
+from support.engine_runs import write_uneven_data
+from support.folders import ROOT
+from support.quantised_models import SHAPE, quantised_folder
+from support.ranks import ENVIRONMENT
+from support.run_helpers import Ended, start_command
+from support.tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.shapes import precision_in_words

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from folders import ROOT
-from forked_ranks import run_on_ranks
-from run_helpers import run_ranks
-from tiny_models import write_tiny_model
+from support.folders import ROOT
+from support.forked_ranks import run_on_ranks
+from support.run_helpers import run_ranks
+from support.tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.sources import find_model

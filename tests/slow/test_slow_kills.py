@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kill_series import Layout, kill_series
-from run_files import files_of
-from run_helpers import Base, World, start_ranks, write_rows
-from run_preludes import quick_start
+from support.kill_series import Layout, kill_series
+from support.run_files import files_of
+from support.run_helpers import Base, World, start_ranks, write_rows
+from support.run_preludes import quick_start
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(1800)]
 

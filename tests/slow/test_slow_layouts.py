@@ -15,10 +15,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from folders import ROOT
-from run_files import losses, metrics
-from run_helpers import Command, deepspeed_command, plain_command, start_command, write_rows
-from tiny_models import write_tiny_tokenizer
+from support.folders import ROOT
+from support.run_files import losses, metrics
+from support.run_helpers import Command, deepspeed_command, plain_command, start_command, write_rows
+from support.tiny_models import write_tiny_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(3600)]
 

@@ -18,7 +18,7 @@ from statistics import median
 import pytest
 import torch
 from safetensors import safe_open
-from wide_models import measured_merge, write_wide_adapter, write_wide_model
+from support.wide_models import measured_merge, write_wide_adapter, write_wide_model
 
 from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.checkpoint.base_weights import weight_map

@@ -21,9 +21,9 @@ from statistics import median
 from typing import Any
 
 import pytest
-from folders import ROOT
-from ranks import ENVIRONMENT, free_port
-from tiny_models import write_tiny_model
+from support.folders import ROOT
+from support.ranks import ENVIRONMENT, free_port
+from support.tiny_models import write_tiny_model
 
 from megatron_tiedlora.planning.machines import read_machine
 

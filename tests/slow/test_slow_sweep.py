@@ -9,10 +9,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from ranks import TIME_LIMIT, wait_for
-from run_files import has_step, status
-from run_helpers import Base, Command, start_command
-from sweep_runs import LAUNCH, study_arguments, write_study_base
+from support.ranks import TIME_LIMIT, wait_for
+from support.run_files import has_step, status
+from support.run_helpers import Base, Command, start_command
+from support.sweep_runs import LAUNCH, study_arguments, write_study_base
 
 LIMIT = 600.0
 RUNS = ("tl6-r2-lr2e-1", "tl6-r2-lr5e-2")

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_files import files_of, losses, run_settings, status
-from run_helpers import Base, start_command
-from sweep_runs import (
+from support.run_files import files_of, losses, run_settings, status
+from support.run_helpers import Base, start_command
+from support.sweep_runs import (
     LAUNCH,
     kill_all_at_call,
     kill_all_at_step,

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ranks import wait_for
-from run_helpers import Base
-from study_files import no_start
-from sweep_runs import LAUNCH, a_job, study_arguments, write_study_base
+from support.ranks import wait_for
+from support.run_helpers import Base
+from support.sweep_runs import LAUNCH, a_job, no_start, study_arguments, write_study_base
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.ownership import OWNER_FILE, take_folder

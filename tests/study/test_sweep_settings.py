@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 import yaml
-from run_helpers import Base
-from study_files import no_start, write_run, write_study
-from sweep_runs import LAUNCH, study_arguments
+from support.run_helpers import Base
+from support.sweep_runs import LAUNCH, no_start, study_arguments, write_run, write_study
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.config.adapters_file import PER_ADAPTER

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from study_files import SCORED, no_start, write_run, write_score, write_scored, write_study
+from support.sweep_runs import SCORED, no_start, write_run, write_score, write_scored, write_study
 
 from megatron_tiedlora.base.messages import UserError, csv_text
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS

@@ -1,4 +1,4 @@
-"""Models of a folder with an adapter in the middle of training, and the numbers of a step of theirs."""
+"""Models of a folder with an adapter in the middle of training, numbers of their steps, and a layer's attention."""
 
 from __future__ import annotations
 
@@ -17,9 +17,22 @@ from megatron_tiedlora.adapters.tied_adapter import (
 )
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_weights
 from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.model.attention import Attention
+from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
+
+
+def attention_layer(
+    num_heads: int, num_kv_heads: int, *, hidden_size: int = 48, head_dim: int = 8, dtype: torch.dtype
+) -> Attention:
+    """The attention of a block, with empty weights."""
+    sizes = {"num_attention_heads": num_heads, "num_key_value_heads": num_kv_heads, "head_dim": head_dim}
+    others = {"vocab_size": 8, "hidden_size": hidden_size, "intermediate_size": 8, "num_hidden_layers": 1}
+    block: Any = layer_specs(shape_from_hf({"model_type": "llama", **sizes, **others}), dtype=dtype)[1].build()
+    attention: Attention = block.attention
+    return attention
 
 
 def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from cluster_routes import Job, is_watcher
-from fake_hosts import FakeHost, wait_until
-from run_files import has_step
+
+from support.cluster_routes import Job, is_watcher
+from support.fake_hosts import FakeHost, wait_until
+from support.run_files import has_step
 
 # What serves a rank on its host (the last is torchrun's agent). When it has ended they tell their peers, and try to
 # for long if a link is cut; a session of sshd may do so on either side of it, and is none of the job.

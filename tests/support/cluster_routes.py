@@ -1,25 +1,30 @@
 """The ways to start a training job on every host of a cluster, one rank on each, as users do it.
 
-Each starts launch/train.py, or run_preludes.py, which is launch/train.py behind a prelude. What every rank must have in
-its environment travels as the route allows: in .deepspeed_env, as options of mpirun, or with the allocation.
+Each starts launch/train.py, or run_preludes.py, which is launch/train.py behind a prelude. What every rank must have
+in its environment travels as the route allows: in .deepspeed_env, as options of mpirun, or with the allocation. Hosts
+with a tiny model on them are made here too, and the runs on one host that runs on all of them must equal.
 """
 
 from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import psutil
-from fake_hosts import FakeCluster, Started, wait_until
-from folders import ROOT
-from host_needs import host_environment
-from ranks import ENVIRONMENT
-from run_helpers import PRELUDES, TRAIN
-from slurm_cluster import SlurmCluster
+import pytest
+
+from support.fake_hosts import FakeCluster, Started, wait_until
+from support.folders import ROOT
+from support.host_needs import host_environment, why_not
+from support.ranks import ENVIRONMENT
+from support.run_helpers import PRELUDES, TRAIN, Base, run, write_base
+from support.slurm_cluster import SlurmCluster
 
 PORT = 29500  # hosts have all their ports to themselves
 MPI_ENVIRONMENT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
@@ -221,3 +226,47 @@ ROUTES: dict[str, Callable[[Task], Job]] = {
     **{f"run.py {name}": partial(start_watched, launcher=name) for name in ("pdsh", "openmpi", "mpirun")},
     "run.py srun": partial(start_watched, launcher="srun", in_batch=True),
 }
+
+
+LAYOUTS = {"tp2": {"tensor_parallel": 2}, "pp2": {"pipeline_parallel": 2}, "dp2": {}, "pp3": {"pipeline_parallel": 3}}
+
+
+@dataclass(frozen=True)
+class Site:
+    """Hosts with what jobs on them need.
+
+    Attributes:
+        slurm: where it is installed.
+        whole: a folder for the run of each layout on one host.
+        changes: to the settings of a tiny run.
+    """
+
+    base: Base
+    cluster: FakeCluster
+    slurm: SlurmCluster | None
+    whole: Path
+    changes: dict[str, Any]
+
+    def settings(self, layout: str) -> dict[str, Any]:
+        """Of all runs of a layout."""
+        return {"warmup_steps": 1, "ds_config": "zero1.json", **self.changes, **LAYOUTS[layout]}
+
+    def whole_run(self, layout: str) -> Path:
+        """The run folder of an undisturbed run on one host."""
+        folder = self.whole / layout
+        if not folder.exists():
+            run(self.base, folder, ranks=len(self.cluster.hosts), **self.settings(layout))
+        return folder
+
+    def task(self, folder: Path, layout: str, *, work: Path, prelude: str = "", **changes: Any) -> Task:
+        """A run with run folder `folder` whose launcher is started in `work`."""
+        arguments = self.base.arguments(output_dir=folder, **{**self.settings(layout), **changes})
+        return Task(self.cluster, arguments, work, self.base.cache, prelude=prelude, slurm=self.slurm)
+
+
+@contextmanager
+def opened_site(cluster: FakeCluster, folders: pytest.TempPathFactory, **changes: Any) -> Iterator[Site]:
+    """The site of a test module."""
+    base = write_base(folders.mktemp("base"))
+    with nullcontext() if why_not("slurm") else SlurmCluster(cluster, kill_wait=5) as slurm:
+        yield Site(base, cluster, slurm, folders.mktemp("whole"), changes)

@@ -16,7 +16,8 @@ from typing import Any
 
 import psutil
 import pytest
-from ranks import fork_server_pid
+
+from support.ranks import fork_server_pid
 
 # CPU seconds that a test of the default suite may use; `cpu_seconds(number, reason=...)` gives one another number.
 LIMIT = 10.0

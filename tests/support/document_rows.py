@@ -17,7 +17,6 @@ from textwrap import dedent
 from typing import Any
 
 import pytest
-from folders import ROOT
 
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.commands.front import call
@@ -30,6 +29,7 @@ from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.config.sweep_settings import parse_sweep
 from megatron_tiedlora.convert.export_peft import Export, serve_hints
 from megatron_tiedlora.planning.run_plan import plan_run
+from support.folders import ROOT
 
 # The first word of a command. A block with one of them has nothing but commands and comments.
 PROGRAMS = frozenset(

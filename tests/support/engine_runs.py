@@ -19,20 +19,20 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
-from fault_patches import put_in
-from forked_ranks import join_as_launched, run_on_ranks
-from oracle import OracleAdapter, OracleConfig, cast_weights, load_weights
-from oracle_adapter import dropout
-from oracle_training import OracleBatch, OracleRun, oracle_train
 from safetensors.torch import load_file, save_file
-from shared_tensors import GROUPS, tl6_shares
-from tiny_models import pack_samples, random_adapter, write_tiny_model
 from torch import distributed
 
 from megatron_tiedlora.adapters.tied_adapter import initial_values
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.planning.run_plan import plan_run
+from support.fault_patches import put_in
+from support.forked_ranks import join_as_launched, run_on_ranks
+from support.oracle import OracleAdapter, OracleConfig, cast_weights, load_weights
+from support.oracle_adapter import dropout
+from support.oracle_training import OracleBatch, OracleRun, oracle_train
+from support.shared_tensors import GROUPS, tl6_shares
+from support.tiny_models import pack_samples, random_adapter, write_tiny_model
 
 T = TypeVar("T")
 

@@ -14,7 +14,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from run_helpers import EVALUATE, Ended, run_ranks
+
+from support.run_helpers import EVALUATE, Ended, run_ranks
 
 FILES = {"predictions.jsonl", "results.json"}
 

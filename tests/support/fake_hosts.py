@@ -21,8 +21,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
-from folders import ROOT
-from host_needs import UNSHARE, host_environment, program_path, why_not
+
+from support.folders import ROOT
+from support.host_needs import UNSHARE, host_environment, program_path, why_not
 
 BOOT_LIMIT = 20.0  # seconds; a host is up in a tenth of one
 NETWORK = "198.18.0"  # set aside for tests of networks (RFC 2544), so it is no address of the machine's own

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]  # of the repository
-SUPPORT = ROOT / "tests" / "support"
+TESTS = ROOT / "tests"  # where Python finds the package `support`
+SUPPORT = TESTS / "support"
 SHARED_DATA = ROOT.parent / "shared" / "data"  # real data sets, where they are beside the repository
 
 

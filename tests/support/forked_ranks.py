@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ranks import fork_server, redirect_output
-from run_helpers import World
 from torch import distributed
 
 from megatron_tiedlora.parallel.groups import Grid, ParallelGroups, RankGroup
+from support.ranks import fork_server, redirect_output
+from support.run_helpers import World
 
 
 def run_on_ranks(work: Callable[..., Any], *arguments: Any, ranks: int, folder: Path) -> list[Any]:

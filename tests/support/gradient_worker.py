@@ -13,11 +13,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from forked_ranks import groups_of
-from oracle import OracleAdapter, OracleConfig
-from oracle_training import OracleBatch
-from shared_tensors import GROUPS, tl6_shares
-from tiny_models import pack_samples, pad_samples, random_adapter, random_batches
 from torch import distributed
 
 from megatron_tiedlora.adapters import tied_adapter
@@ -41,6 +36,11 @@ from megatron_tiedlora.parallel.groups import (
     largest_of_all,
     named_handles,
 )
+from support.forked_ranks import groups_of
+from support.oracle import OracleAdapter, OracleConfig
+from support.oracle_training import OracleBatch
+from support.shared_tensors import GROUPS, tl6_shares
+from support.tiny_models import pack_samples, pad_samples, random_adapter, random_batches
 
 C, T = TypeVar("C"), TypeVar("T")
 DTYPE = torch.float64

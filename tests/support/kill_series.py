@@ -16,12 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from run_files import assert_same_run, files_of, status
-from run_helpers import Base, World, run, start_run
-from run_preludes import quick_start
-
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
 from megatron_tiedlora.checkpoint.resume import find_newest_checkpoint
+from support.run_files import assert_same_run, files_of, status
+from support.run_helpers import Base, World, run, start_run
+from support.run_preludes import quick_start
 
 STEPS_APART = 6  # at most, of two kills
 LONGEST_END = 0.8  # seconds between the last step and a kill after it

@@ -10,8 +10,6 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-from oracle import OracleAdapter, OracleConfig
-from tiny_models import random_adapter
 
 from megatron_tiedlora.adapters.tied_adapter import make_adapter_config, targets_of
 from megatron_tiedlora.base.text_files import FILES_FIELD, SEAL_FIELD, sealed
@@ -22,6 +20,8 @@ from megatron_tiedlora.checkpoint.resume import Checkpoint, Progress, save_check
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.merge import merge_adapter
+from support.oracle import OracleAdapter, OracleConfig
+from support.tiny_models import random_adapter
 
 Inputs = tuple[ModelSource, NativeAdapter]  # what conversions take
 

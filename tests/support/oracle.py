@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from oracle_adapter import TARGET_PARTS, OracleAdapter, adapter_update
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import embedding, linear
+
+from support.oracle_adapter import TARGET_PARTS, OracleAdapter, adapter_update
 
 IGNORED_LABEL = -100
 Drop = Callable[[Tensor, int, str], Tensor]  # of x (S, d), a 1-based layer and a target

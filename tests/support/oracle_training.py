@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from oracle import IGNORED_LABEL, Drop, OracleAdapter, OracleConfig, _wide, oracle_logits
 from torch import Tensor
+
+from support.oracle import IGNORED_LABEL, Drop, OracleAdapter, OracleConfig, _wide, oracle_logits
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss

@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hf_models import our_logits
-from peft_models import logits_of, share
 from safetensors.torch import load_file, save_file
-from task_files import refusal
 
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_native_adapter, save_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.convert.merge import merge_adapter
 from megatron_tiedlora.convert.open_adapter import read_peft
+from support.peft_models import logits_of, our_logits, share
+from support.task_files import refusal
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from engine_runs import settings_of, write_uneven_data
-from oracle import OracleAdapter, OracleConfig
-from oracle_adapter import TARGET_PARTS, tensor_name
-from tiny_models import BOS_ID, EOS_ID
+
+from support.engine_runs import settings_of, write_uneven_data
+from support.oracle import OracleAdapter, OracleConfig
+from support.oracle_adapter import TARGET_PARTS, tensor_name
+from support.tiny_models import BOS_ID, EOS_ID
 
 STEPS, ROWS, RANK, ALPHA = 20, 8, 3, 6.0
 

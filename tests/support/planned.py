@@ -1,7 +1,8 @@
-"""Plans of tools/plan.py in this process, for small models and clusters."""
+"""Plans of tools/plan.py in this process, for small models and clusters, and the tables of a dry run's report."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations
@@ -22,6 +23,22 @@ from megatron_tiedlora.planning.planned import Cluster
 from megatron_tiedlora.planning.search import Candidate, ClusterPlan, search
 from megatron_tiedlora.planning.step_plan import StepPlan
 from megatron_tiedlora.planning.step_time import Links, Seconds, StepParts, stage_terms, sum_terms
+
+
+def stage_table(text: str, title: str) -> list[dict[str, str]]:
+    """The cells of the table under the section that starts with `title`, by stage and column; joint lines repeated."""
+    section = text[re.search(rf"^{title}", text, re.MULTILINE).start() :].split("\n\n")[0]  # type: ignore[union-attr]
+    table = [line for line in section.splitlines() if re.match(r"  (stage|\d+(-\d+)?) {2,}", line)]  # and no notes
+    header, *lines = [re.split(" {2,}", line.strip()) for line in table]
+    assert header[0] == "stage", header
+    stages: list[dict[str, str]] = []
+    for label, *cells in lines:
+        first, last = (label.split("-") * 2)[:2]
+        assert int(first) == len(stages)
+        row = dict(zip(header[1:], cells, strict=True))
+        stages += [row] * (int(last) - int(first) + 1)
+    return stages
+
 
 H100 = GPUS["h100"]
 # A file of adapters that differ in what a step needs, for a model of at least 5 layers.

@@ -36,9 +36,9 @@ MODULES = (
     "megatron_tiedlora.planning.report",
     "megatron_tiedlora.training.finish",
     "megatron_tiedlora.training.start",
-    "forked_ranks",
-    "run_helpers",
-    "run_preludes",
+    "support.forked_ranks",
+    "support.run_helpers",
+    "support.run_preludes",
 )
 
 

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from folders import SUPPORT
+from support.folders import TESTS
 
 # Seconds that any start may take, which ends as a failure then. The longest takes 30 on two free cores.
 TIME_LIMIT = 200.0
@@ -38,8 +38,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")  # for what this process itself i
 def fork_server() -> Any:
     """A clean process with the imports done, from which ranks are forked."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["preloaded"])
-    paths = os.pathsep.join([str(SUPPORT), *sys.path])
+    context.set_forkserver_preload(["support.preloaded"])
+    paths = os.pathsep.join([str(TESTS), *sys.path])
     own = {"PYTHONPATH": paths, "OWN_PYTHONPATH": os.environ.get("PYTHONPATH", "")}
     with changed_environment({**ENVIRONMENT, **own}):
         from multiprocessing import forkserver

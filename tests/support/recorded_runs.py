@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from folders import ROOT
-from run_helpers import FOUR, LAUNCHER_VARIABLES, Base, run_ranks, start_ranks, write_adapters, write_base
 from safetensors.torch import load_file
+
+from support.folders import ROOT
+from support.run_helpers import FOUR, LAUNCHER_VARIABLES, Base, run_ranks, start_ranks, write_adapters, write_base
 
 _TIMES = {"tokens_per_second", "supervised_tokens_per_second", "mfu", "peak_memory_bytes", "seconds", "time", "reason"}
 _PLACES = {"output_dir", "resume", "config_sha256", "adapters", "folder", "model", "train_file", "validation_file"}
@@ -125,7 +126,7 @@ def start_demo(_: Path, folder: Path) -> None:
 
 def start_sweep(base_folder: Path, folder: Path) -> None:
     """A grid of two methods, two ranks and two learning rates, trained together."""
-    from sweep_runs import study_arguments, write_study_base
+    from support.sweep_runs import study_arguments, write_study_base
 
     base, test = write_study_base(base_folder)
     arguments = study_arguments(base, test, folder, together="auto", max_steps=8)

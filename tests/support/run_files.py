@@ -1,8 +1,12 @@
-"""Reads what a run has left in its folder, and damages files on purpose."""
+"""Reads what a run has left in its folder, damages files on purpose, and makes folders with an owner."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -10,8 +14,36 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from native_files import reseal
 from safetensors.torch import load_file, save_file
+
+from megatron_tiedlora.base.ownership import OWNER_FILE, FolderLock, take_folder
+from support.native_files import reseal
+
+HINT = "wait for its end"
+
+
+def take(folder: Path, **keywords: Any) -> FolderLock:
+    return take_folder(folder, hint=HINT, **keywords)
+
+
+def names(folder: Path) -> set[str]:
+    return {item.name for item in folder.iterdir()}
+
+
+def leave_dead(folder: Path) -> str:
+    """A process takes the folder and is killed; returns its token."""
+    code = (
+        "import os, sys, pathlib; from megatron_tiedlora.base.ownership import take_folder;"
+        "take_folder(pathlib.Path(sys.argv[1]), hint=''); os.kill(os.getpid(), 9)"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(folder)], timeout=60, check=False)
+    assert result.returncode == -9
+    return (folder / OWNER_FILE).read_text()
+
+
+def grow_old(folder: Path, seconds: float) -> None:
+    then = time.time() - seconds
+    os.utime(folder / OWNER_FILE, (then, then))
 
 
 def metrics(folder: Path, split: str = "train") -> list[dict[str, Any]]:

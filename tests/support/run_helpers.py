@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import yaml
-from folders import ROOT, SUPPORT
-from ranks import (
+
+from support.folders import ROOT, SUPPORT
+from support.ranks import (
     ENVIRONMENT,
     LAUNCHER_VARIABLES,
     TIME_LIMIT,
@@ -105,7 +106,7 @@ def _flag_text(value: Any) -> str:
 
 def write_base(folder: Path, **shape: Any) -> Base:
     """Write a tiny model (3 layers unless `shape` says otherwise) and two data files."""
-    from tiny_models import write_tiny_model
+    from support.tiny_models import write_tiny_model
 
     return Base(
         folder,

@@ -11,11 +11,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from oracle_adapter import Groups
-from run_preludes import kill_at_step
-
 from megatron_tiedlora.base.methods import METHODS, Method
 from megatron_tiedlora.planning import passes
+from support.oracle_adapter import Groups
+from support.run_preludes import kill_at_step
 
 # "pairs": one A and one B for two layers that follow each other. "mixed": each factor in another way.
 DECLARED: dict[str, dict[str, Any]] = {

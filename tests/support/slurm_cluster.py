@@ -6,8 +6,8 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from fake_hosts import FakeCluster, wait_until
-from host_needs import program_path
+from support.fake_hosts import FakeCluster, wait_until
+from support.host_needs import program_path
 
 SLURM_CONF = """
 ClusterName=fake

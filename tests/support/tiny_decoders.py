@@ -7,10 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from forked_ranks import groups_of
-from native_files import native_adapter
-from oracle import OracleAdapter, OracleConfig
-from tiny_models import random_adapter
 from torch import nn
 
 from megatron_tiedlora.base.shapes import TARGET_NAMES
@@ -19,6 +15,10 @@ from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.evaluation.generate import Decoder
 from megatron_tiedlora.model.weights import layer_costs, partition
 from megatron_tiedlora.parallel.groups import Grid, ParallelGroups
+from support.forked_ranks import groups_of
+from support.native_files import native_adapter
+from support.oracle import OracleAdapter, OracleConfig
+from support.tiny_models import random_adapter
 
 
 def decoded_adapter(folder: Path) -> OracleAdapter:

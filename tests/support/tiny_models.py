@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from oracle import IGNORED_LABEL, OracleAdapter, OracleConfig
-from oracle_adapter import ALL_TARGETS, TRAINED_TENSORS, Groups, first_axis, tensor_name
-from oracle_training import OracleBatch
+
+from support.oracle import IGNORED_LABEL, OracleAdapter, OracleConfig
+from support.oracle_adapter import ALL_TARGETS, TRAINED_TENSORS, Groups, first_axis, tensor_name
+from support.oracle_training import OracleBatch
 
 # Stretches some of the tiny heads' frequencies, blends some and leaves some.
 LLAMA3_ROPE: dict[str, Any] = {

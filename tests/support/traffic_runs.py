@@ -15,11 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from bytes_touched import saved_bytes_per_token
-from engine_runs import settings_of
-from forked_ranks import join_as_launched, run_on_ranks
-from shared_tensors import tl6_shares
-from tiny_models import write_tiny_model
 from torch import distributed
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY
@@ -29,6 +24,11 @@ from megatron_tiedlora.planning.adapter_plans import prepare_data
 from megatron_tiedlora.planning.passes import engine_traffic, step_traffic
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
 from megatron_tiedlora.planning.step_plan import StepPlan
+from support.bytes_touched import saved_bytes_per_token
+from support.engine_runs import settings_of
+from support.forked_ranks import join_as_launched, run_on_ranks
+from support.shared_tensors import tl6_shares
+from support.tiny_models import write_tiny_model
 
 # On a rank ------------------------------------------------------------------------------------------------------------
 

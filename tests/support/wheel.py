@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from folders import ROOT
+from support.folders import ROOT
 
 LIMIT = 280  # seconds of a command
 DOCKERFILE = (ROOT / "Dockerfile").read_text()

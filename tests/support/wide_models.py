@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from folders import ROOT, SUPPORT
 
 from megatron_tiedlora.adapters.tied_adapter import make_adapter_config, targets_of
 from megatron_tiedlora.checkpoint.base_identity import identify_base
@@ -27,6 +26,7 @@ from megatron_tiedlora.checkpoint.tensor_files import StreamedTensor, sharded, w
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.weights import weight_rules
+from support.folders import ROOT, TESTS
 
 MERGE = ROOT / "tools" / "merge_adapter.py"
 _BANK = 2**20 + 7  # values that are repeated; odd, so that rows differ
@@ -125,7 +125,7 @@ def peak_of(before: str, work: str, *words: object) -> Peak:
     """Run `before` and then `work`, which is watched, in a process of its own that has these words."""
     code = f"""
 import sys
-from wide_models import watched
+from support.wide_models import watched
 {before}
 with watched() as seen:
     {work}
@@ -133,7 +133,7 @@ print(seen[0], max(seen), len(seen))
 """
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, words)],
-        env={**merge_environment(), "PYTHONPATH": f"{ROOT}{os.pathsep}{SUPPORT}", "OMP_NUM_THREADS": "1"},
+        env={**merge_environment(), "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from folders import ROOT, SUPPORT
+from support.folders import ROOT, SUPPORT
 
 ORDER = (
     "base",

@@ -11,17 +11,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import cpu_seconds
 import pytest
-from cpu_seconds import LIMIT, CpuSeconds, cpu_seconds_here, limit_of
-from folders import ROOT, SUPPORT
-from forked_ranks import run_on_ranks
+from support import cpu_seconds
+from support.cpu_seconds import LIMIT, CpuSeconds, cpu_seconds_here, limit_of
+from support.folders import ROOT, TESTS
+from support.forked_ranks import run_on_ranks
 
 # Files of a small suite, whose tests may use 0.2 s. Children burn, and not the tests' own process.
 CONFTEST = """
-import cpu_seconds
+from support import cpu_seconds
 cpu_seconds.LIMIT, cpu_seconds.MARGIN = 0.2, 1.5
-pytest_plugins = ["cpu_seconds"]
+pytest_plugins = ["support.cpu_seconds"]
 """
 BURN = """
 import subprocess, sys, pytest
@@ -61,7 +61,7 @@ def run_suite(folder: Path, *options: str, **files: str) -> subprocess.Completed
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     command = [sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml", "--rootdir", folder]
     command += ["-m", "", "-p", "no:cacheprovider", *options, folder]
-    environment = {**kept, "PYTHONPATH": f"{SUPPORT}:{ROOT}", "CI": "true"}
+    environment = {**kept, "PYTHONPATH": f"{TESTS}:{ROOT}", "CI": "true"}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
 

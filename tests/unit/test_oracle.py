@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle import (
+from support.oracle import (
     OracleConfig,
     cast_weights,
     load_weights,
@@ -16,9 +16,9 @@ from oracle import (
     rope_amplitude,
     rope_frequencies,
 )
-from oracle_adapter import ALL_TARGETS, TRAINED_TENSORS
-from oracle_training import oracle_gradients, oracle_learning_rate, oracle_loss, oracle_train
-from tiny_models import (
+from support.oracle_adapter import ALL_TARGETS, TRAINED_TENSORS
+from support.oracle_training import oracle_gradients, oracle_learning_rate, oracle_loss, oracle_train
+from support.tiny_models import (
     FAMILY_MODELS,
     pack_samples,
     pad_samples,

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from folders import ROOT
+from support.folders import ROOT
 
 from megatron_tiedlora.base.extras import EXTRAS, missing_modules, require_extra
 from tools.write_install_tables import PAGE, PURPOSES, with_tables

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from folders import ROOT
+from support.folders import ROOT
 
 PACKAGE = ROOT / "megatron_tiedlora"
 TOP = "(top)"  # the files of no folder

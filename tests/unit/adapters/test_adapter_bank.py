@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from adapted_stages import loaded_stage
-from oracle import OracleConfig
-from oracle_adapter import ALL_TARGETS, dropout, kept
-from shared_batches import Member, SharedBatch, rounds
-from tiny_models import random_adapter, write_tiny_model
+from support.adapted_stages import loaded_stage
+from support.oracle import OracleConfig
+from support.oracle_adapter import ALL_TARGETS, dropout, kept
+from support.tiny_models import random_adapter, write_tiny_model
+from support.token_rows import Member, SharedBatch, rounds
 
 from megatron_tiedlora.adapters.adapter_bank import AdapterBank
 from megatron_tiedlora.adapters.low_rank import InputDropout, dropout_salt, token_keys

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from shared_tensors import DECLARED, GROUPS, tl6_shares
+from support.shared_tensors import DECLARED, GROUPS, tl6_shares
 
 from megatron_tiedlora.adapters.low_rank import layer_slots
 from megatron_tiedlora.adapters.tied_adapter import (

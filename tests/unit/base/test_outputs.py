@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from ownership_files import leave_dead, names, take
-from task_files import refusal
+from support.run_files import leave_dead, names, take
+from support.task_files import refusal
 
 from megatron_tiedlora.base.atomic import discard, new_folder, remove_leftovers, write_text
 from megatron_tiedlora.base.messages import UserError

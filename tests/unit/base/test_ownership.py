@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ownership_files import HINT, grow_old, leave_dead, names, take
-from task_files import refusal
+from support.run_files import HINT, grow_old, leave_dead, names, take
+from support.task_files import refusal
 
 from megatron_tiedlora.base import ownership
 from megatron_tiedlora.base.atomic import remove_leftovers

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from folders import ROOT
-from run_files import edit_json
-from run_helpers import Base
-from study_files import write_score, write_study
+from support.folders import ROOT
+from support.run_files import edit_json
+from support.run_helpers import Base
+from support.sweep_runs import write_score, write_study
 
 from megatron_tiedlora.base.messages import printable, show
 from megatron_tiedlora.cluster.compare_hosts import report_text

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from native_files import with_adapter
-from oracle import OracleConfig, load_weights, merged_weights, oracle_logits
-from run_files import edit_json, edit_tensors, truncate
 from safetensors.torch import save_file
-from task_files import refusal
-from tiny_models import write_tiny_model
+from support.native_files import with_adapter
+from support.oracle import OracleConfig, load_weights, merged_weights, oracle_logits
+from support.run_files import edit_json, edit_tensors, truncate
+from support.task_files import refusal
+from support.tiny_models import write_tiny_model
+from support.wide_models import peak_of
 from torch.testing import assert_close
-from wide_models import peak_of
 
 from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, RandomWeights, load_base_weights

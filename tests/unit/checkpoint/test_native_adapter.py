@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from native_files import native_adapter, write_native
-from oracle import OracleAdapter, OracleConfig, delta_weights
-from oracle_adapter import TARGET_PARTS
-from run_files import edit_json, edit_tensors, files_of, flip_last_value, truncate
 from safetensors.torch import load_file
-from task_files import refusal
-from tiny_models import random_adapter, write_tiny_model
+from support.native_files import native_adapter, write_native
+from support.oracle import OracleAdapter, OracleConfig, delta_weights
+from support.oracle_adapter import TARGET_PARTS
+from support.run_files import edit_json, edit_tensors, files_of, flip_last_value, truncate
+from support.task_files import refusal
+from support.tiny_models import random_adapter, write_tiny_model
 
 import megatron_tiedlora
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, sized_targets, targets_of

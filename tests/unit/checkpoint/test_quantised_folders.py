@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from quantised_folders import KINDS, SHAPE, quantised_folder
-from run_files import edit_tensors
-from task_files import refusal
-from tiny_models import tiny_config, write_tiny_model
+from support.quantised_models import KINDS, SHAPE, quantised_folder
+from support.run_files import edit_tensors
+from support.task_files import refusal
+from support.tiny_models import tiny_config, write_tiny_model
 
 from megatron_tiedlora.checkpoint.base_identity import identify_model
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights

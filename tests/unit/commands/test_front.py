@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from folders import ROOT, python
+from support.folders import ROOT, python
 
 import megatron_tiedlora
 from megatron_tiedlora.base.extras import EXTRAS, missing_module, require_extra

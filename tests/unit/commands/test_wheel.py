@@ -16,11 +16,11 @@ from typing import Any
 
 import pytest
 import yaml
-from folders import ROOT
-from native_files import with_adapter, write_native
-from ranks import free_port
-from run_helpers import Base
-from wheel import Installed, install_wheel, instructions
+from support.folders import ROOT
+from support.native_files import with_adapter, write_native
+from support.ranks import free_port
+from support.run_helpers import Base
+from support.wheel import Installed, install_wheel, instructions
 
 import megatron_tiedlora
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import run_helpers  # noqa: F401, it names the accelerator before DeepSpeed is imported
-from task_files import refusal
+from support import run_helpers  # noqa: F401, it names the accelerator before DeepSpeed is imported
+from support.task_files import refusal
 
 from megatron_tiedlora.config.batch import BatchPlan
 from megatron_tiedlora.engine.engine_json import REJECTED_SECTIONS, SHIPPED_CONFIGS, load_engine_config

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import torch
-from folders import ROOT
 from peft import LoraConfig, get_peft_model
-from task_files import refusal, write
+from support.folders import ROOT
+from support.task_files import refusal, write
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.commands.front import COMMANDS

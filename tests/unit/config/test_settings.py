@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
-from run_helpers import TRAIN
-from task_files import refusal, write
+from support.run_helpers import TRAIN
+from support.task_files import refusal, write
 
 from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.commands.front import call

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from native_files import Inputs, with_adapter, write_exports
-from tiny_models import write_tiny_model
+from support.native_files import Inputs, with_adapter, write_exports
+from support.tiny_models import write_tiny_model
 
 
 @pytest.fixture(scope="session")

@@ -13,15 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from folders import ROOT, python
-from hf_models import hf_model, our_logits, peft_logits
-from native_files import Inputs, with_adapter
-from oracle import OracleConfig, load_weights, merged_weights
-from peft_models import logits_of, share
-from run_files import edit_json, edit_tensors, files_of, truncate
 from safetensors.torch import load_file
-from task_files import refusal
-from tiny_models import write_tiny_model
+from support.folders import ROOT, python
+from support.native_files import Inputs, with_adapter
+from support.oracle import OracleConfig, load_weights, merged_weights
+from support.peft_models import hf_model, logits_of, our_logits, peft_logits, share
+from support.run_files import edit_json, edit_tensors, files_of, truncate
+from support.task_files import refusal
+from support.tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS

@@ -22,9 +22,10 @@ from typing import Any
 import pytest
 import sentencepiece
 import torch
-from evaluation_runs import evaluate, predictions
-from folders import ROOT
-from nemo_files import (
+from safetensors.torch import load_file
+from support.evaluation_runs import evaluate, predictions
+from support.folders import ROOT
+from support.nemo_files import (
     GPT_2B_001,
     MISREADINGS,
     PREFIX,
@@ -39,11 +40,10 @@ from nemo_files import (
     state_dict,
     write_nemo,
 )
-from run_helpers import Base, run_ranks, write_rows
-from run_helpers import run as run_training
-from safetensors.torch import load_file
-from task_files import refusal
-from wide_models import peak_of
+from support.run_helpers import Base, run_ranks, write_rows
+from support.run_helpers import run as run_training
+from support.task_files import refusal
+from support.wide_models import peak_of
 
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter

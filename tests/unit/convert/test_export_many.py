@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from flipped_bits import flip_bit
-from folders import ROOT
-from native_files import with_adapter, write_native
-from run_files import edit_json
 from safetensors.torch import load_file
-from task_files import refusal
-from tiny_models import write_tiny_model
+from support.flipped_bits import flip_bit
+from support.folders import ROOT
+from support.native_files import with_adapter, write_native
+from support.run_files import edit_json
+from support.task_files import refusal
+from support.tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter

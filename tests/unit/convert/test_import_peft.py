@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from native_files import with_adapter
-from peft_folders import WEIGHTS, imported
-from peft_models import lora_model, vera_model
-from quantised_folders import SHAPE, quantised_folder
-from run_files import edit_json
 from safetensors.torch import load_file, save_file
-from task_files import refusal
-from tiny_models import write_tiny_model
+from support.native_files import with_adapter
+from support.peft_folders import WEIGHTS, imported
+from support.peft_models import lora_model, vera_model
+from support.quantised_models import SHAPE, quantised_folder
+from support.run_files import edit_json
+from support.task_files import refusal
+from support.tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter, save_adapter

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from native_files import with_adapter, write_native
-from peft_folders import CONFIG, WEIGHTS, changed, rejection
-from peft_models import lora_model, vera_model
-from task_files import refusal
+from support.native_files import with_adapter, write_native
+from support.peft_folders import CONFIG, WEIGHTS, changed, rejection
+from support.peft_models import lora_model, vera_model
+from support.task_files import refusal
 
 from megatron_tiedlora.checkpoint.resume import Progress, save_checkpoint
 from megatron_tiedlora.checkpoint.sources import find_model

@@ -10,10 +10,10 @@ from unittest.mock import Mock
 
 import pytest
 import yaml
-from flipped_bits import flip_bit
-from folders import python
-from native_files import reseal, with_adapter, write_exports, write_native
-from tiny_models import write_tiny_model
+from support.flipped_bits import flip_bit
+from support.folders import python
+from support.native_files import reseal, with_adapter, write_exports, write_native
+from support.tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.text_files import file_sha256

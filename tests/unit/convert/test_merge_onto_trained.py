@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from native_files import with_adapter
-from quantised_models import CROSSING, FORMATS, quantised
-from run_files import edit_json
 from safetensors.torch import load_file, save_file
-from task_files import refusal
-from tiny_models import write_tiny_model
+from support.native_files import with_adapter
+from support.quantised_models import CROSSING, FORMATS, quantised
+from support.run_files import edit_json
+from support.task_files import refusal
+from support.tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD

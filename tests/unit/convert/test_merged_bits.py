@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from flipped_bits import file_of, flip_bit
-from native_files import Inputs, with_adapter
-from quantised_folders import SHAPE, quantised_folder
-from run_files import edit_tensors
 from safetensors.torch import load_file, save_file
-from tiny_models import write_tiny_model
+from support.flipped_bits import file_of, flip_bit
+from support.native_files import Inputs, with_adapter
+from support.quantised_models import SHAPE, quantised_folder
+from support.run_files import edit_tensors
+from support.tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.checkpoint import load_model as blocks

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from native_files import Inputs, with_adapter
-from oracle import OracleConfig, delta_weights, load_weights, merged_weights
 from safetensors.torch import load_file, save_file
-from tiny_models import write_tiny_model
-from wide_models import watched, write_wide_adapter, write_wide_model
+from support.native_files import Inputs, with_adapter
+from support.oracle import OracleConfig, delta_weights, load_weights, merged_weights
+from support.tiny_models import write_tiny_model
+from support.wide_models import watched, write_wide_adapter, write_wide_model
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.shapes import TARGET_NAMES

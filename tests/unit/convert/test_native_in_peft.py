@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flipped_bits import flip_bit
-from folders import ROOT
-from hf_models import hf_model, our_logits, peft_logits
-from native_files import Inputs, with_adapter, write_native
 from peft import PeftModel
-from peft_models import logits_of, lora_model, share
-from run_files import edit_json, edit_tensors, files_of, truncate
 from safetensors.torch import load_file, save_file
-from task_files import refusal
-from tiny_models import write_tiny_model
+from support.flipped_bits import flip_bit
+from support.folders import ROOT
+from support.native_files import Inputs, with_adapter, write_native
+from support.peft_models import hf_model, logits_of, lora_model, our_logits, peft_logits, share
+from support.run_files import edit_json, edit_tensors, files_of, truncate
+from support.task_files import refusal
+from support.tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.base.shapes import TARGET_NAMES

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from flipped_bits import flip_bit
-from native_files import Inputs, native_adapter, with_adapter
-from oracle import load_weights
 from safetensors.torch import save_file
-from tiny_models import FAMILY_MODELS, write_tiny_model
-from wide_models import Peak, peak_of, write_wide_adapter, write_wide_model
+from support.flipped_bits import flip_bit
+from support.native_files import Inputs, native_adapter, with_adapter
+from support.oracle import load_weights
+from support.tiny_models import FAMILY_MODELS, write_tiny_model
+from support.wide_models import Peak, peak_of, write_wide_adapter, write_wide_model
 
 from megatron_tiedlora.base.output_folder import new_output
 from megatron_tiedlora.base.shapes import TARGET_NAMES

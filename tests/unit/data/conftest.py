@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from token_rows import TokenStore
-from zoo_oracle import CHATML, write_zoo_tokenizer
+from support.token_rows import TokenStore
+from support.zoo_oracle import CHATML, write_zoo_tokenizer
 
 from megatron_tiedlora.data import cache, encode, token_dataset
 from megatron_tiedlora.data.tokenizer import load_tokenizer

@@ -14,9 +14,9 @@ from typing import Any
 import psutil
 import pytest
 from fuzzing import bounded
-from task_files import refusal
-from tiny_models import write_tiny_tokenizer
-from zoo_oracle import MARKED, TOOLS, write_zoo_tokenizer
+from support.task_files import refusal
+from support.tiny_models import write_tiny_tokenizer
+from support.zoo_oracle import MARKED, TOOLS, write_zoo_tokenizer
 
 from megatron_tiedlora.data import chat_template
 from megatron_tiedlora.data.chat_template import ChatTemplate, TurnsChange, render_with_spans, template_names

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
-from nemo_files import require_exact_sentencepiece
-from task_files import refusal
+from support.nemo_files import require_exact_sentencepiece
+from support.task_files import refusal
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from task_files import refusal, write, write_rows
+from support.task_files import refusal, write, write_rows
 
 from megatron_tiedlora.data import readers
 from megatron_tiedlora.data.readers import about_num_rows, read_rows, row_data

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from task_files import refusal, write, write_rows
-from zoo_oracle import CHATML, LLAMA2, THINKING, TOOLS, answer, user
+from support.task_files import refusal, write, write_rows
+from support.zoo_oracle import CHATML, LLAMA2, THINKING, TOOLS, answer, user
 
 from megatron_tiedlora.config.fields import parse_columns
 from megatron_tiedlora.config.settings import make_settings

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from task_files import HUB_ROWS, refusal, write_rows
+from support.task_files import HUB_ROWS, refusal, write_rows
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.data.sources import Source, mixed, parse_sources

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from folders import SHARED_DATA
-from task_files import HUB_ROWS, refusal, write, write_rows
+from support.folders import SHARED_DATA
+from support.task_files import HUB_ROWS, refusal, write, write_rows
 
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.settings import Settings, make_settings

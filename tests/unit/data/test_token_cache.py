@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from task_files import refusal, write_rows
-from token_rows import WORDS, TokenStore, chats, check_same, rows
-from zoo_oracle import CHATML, write_zoo_tokenizer
+from support.task_files import refusal, write_rows
+from support.token_rows import WORDS, TokenStore, chats, check_same, rows
+from support.zoo_oracle import CHATML, write_zoo_tokenizer
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.data import cache, encode, readers, sources

@@ -17,9 +17,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ownership_files import grow_old, names
-from task_files import refusal, write_rows
-from token_rows import TokenStore, check_same, rows
+from support.run_files import grow_old, names
+from support.task_files import refusal, write_rows
+from support.token_rows import TokenStore, check_same, rows
 
 from megatron_tiedlora.base import ownership
 from megatron_tiedlora.base.ownership import OWNER_FILE

@@ -9,8 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from task_files import refusal, write_rows
-from zoo_oracle import CHATML, LLAMA2, MARKED, THINKING, TOOLS, Sample, ZooOracle, answer, user, write_zoo_tokenizer
+from support.task_files import refusal, write_rows
+from support.zoo_oracle import (
+    CHATML,
+    LLAMA2,
+    MARKED,
+    THINKING,
+    TOOLS,
+    Sample,
+    ZooOracle,
+    answer,
+    user,
+    write_zoo_tokenizer,
+)
 
 from megatron_tiedlora.data.encode import encode_dataset
 from megatron_tiedlora.data.splits import load_split

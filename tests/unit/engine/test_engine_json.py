@@ -16,7 +16,7 @@ from deepspeed.runtime.zero.offload_config import (
     DeepSpeedZeroOffloadOptimizerConfig,
     DeepSpeedZeroOffloadParamConfig,
 )
-from task_files import refusal
+from support.task_files import refusal
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.config.batch import plan_batches

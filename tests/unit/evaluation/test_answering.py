@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from forked_ranks import run_on_ranks
-from task_files import refusal
-from tiny_decoders import build, calls_of
-from tiny_models import write_tiny_model
+from support.forked_ranks import run_on_ranks
+from support.task_files import refusal
+from support.tiny_decoders import build, calls_of
+from support.tiny_models import write_tiny_model
 
 from megatron_tiedlora.data.task import Example, Reading, Task
 from megatron_tiedlora.data.tasks import get_task

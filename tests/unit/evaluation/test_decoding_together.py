@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from forked_ranks import groups_of, run_on_ranks
-from native_files import native_adapter
-from oracle import OracleConfig
-from oracle_adapter import ALL_TARGETS
-from tiny_decoders import calls_of, rows_keep_bits
-from tiny_models import EOS_ID, random_adapter, write_tiny_model
+from support.forked_ranks import groups_of, run_on_ranks
+from support.native_files import native_adapter
+from support.oracle import OracleConfig
+from support.oracle_adapter import ALL_TARGETS
+from support.tiny_decoders import calls_of, rows_keep_bits
+from support.tiny_models import EOS_ID, random_adapter, write_tiny_model
 
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from native_files import with_adapter, write_native
-from run_helpers import write_rows as write_random_rows
-from task_files import refusal, write, write_rows
-from tiny_models import write_tiny_model
-from zoo_oracle import CHATML, write_zoo_tokenizer
+from support.native_files import with_adapter, write_native
+from support.run_helpers import write_rows as write_random_rows
+from support.task_files import refusal, write, write_rows
+from support.tiny_models import write_tiny_model
+from support.zoo_oracle import CHATML, write_zoo_tokenizer
 
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, load_native_adapter
 from megatron_tiedlora.checkpoint.sources import find_model

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from attention_layers import attention_layer
-from forked_ranks import run_on_ranks
-from oracle import OracleConfig, load_weights, merged_weights
-from tiny_decoders import build, calls_of, decoded_adapter
-from tiny_models import EOS_ID, write_tiny_model
+from support.adapted_stages import attention_layer
+from support.forked_ranks import run_on_ranks
+from support.oracle import OracleConfig, load_weights, merged_weights
+from support.tiny_decoders import build, calls_of, decoded_adapter
+from support.tiny_models import EOS_ID, write_tiny_model
 
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from task_files import refusal
+from support.task_files import refusal
 
 from megatron_tiedlora.data.task import Example
 from megatron_tiedlora.evaluation.metrics import (

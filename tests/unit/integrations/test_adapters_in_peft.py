@@ -16,15 +16,14 @@ from typing import Any
 import peft
 import pytest
 import torch
-from folders import python
-from hf_models import BASES, hf_model, write_adapter, write_bases
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTuner
-from peft_models import logits_of
-from run_files import edit_json, edit_tensors, flip_last_value
 from safetensors.torch import load_file
-from task_files import refusal
-from tiny_models import write_tiny_model
+from support.folders import python
+from support.peft_models import BASES, hf_model, logits_of, write_adapter, write_bases
+from support.run_files import edit_json, edit_tensors, flip_last_value
+from support.task_files import refusal
+from support.tiny_models import write_tiny_model
 
 from megatron_tiedlora import peft as tied_peft
 from megatron_tiedlora.adapters.tied_adapter import initial_values, make_adapter_config, targets_of

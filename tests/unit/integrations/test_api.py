@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from folders import python
-from hf_models import hf_model, write_adapter, write_bases
 from peft import PeftModel, get_peft_model
-from peft_models import logits_of
 from safetensors.torch import load_file
-from tiny_models import write_tiny_model
+from support.folders import python
+from support.peft_models import hf_model, logits_of, write_adapter, write_bases
+from support.tiny_models import write_tiny_model
 from transformers import AutoModelForCausalLM
 
 import megatron_tiedlora as tiedlora

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from folders import python
-from hub_stand_in import Hub, hub_stand_in
 from markdown_it import MarkdownIt
-from native_files import with_adapter, write_exports, write_native
-from tiny_models import write_tiny_model
+from support.folders import python
+from support.hub_stand_in import Hub, hub_stand_in
+from support.native_files import with_adapter, write_exports, write_native
+from support.tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.extras import EXTRAS
 from megatron_tiedlora.base.messages import UserError

@@ -11,7 +11,7 @@ from collections import Counter
 
 import pytest
 import torch
-from bytes_touched import BytesTouched, QkvShape, layer_bytes
+from support.bytes_touched import BytesTouched, QkvShape, layer_bytes
 
 WIDTHS = {"7B": (4096, (4096, 4096, 4096), 128), "SmolLM2-135M": (576, (576, 192, 192), 64)}
 TOKENS = (1024, 2048, 4096)

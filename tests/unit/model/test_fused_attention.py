@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_layers import attention_layer
+from support.adapted_stages import attention_layer
 from torch.nn import functional
 
 from megatron_tiedlora.model import fused_attention

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from adapted_stages import adapted_stage, step_numbers
-from tiny_models import LLAMA3_ROPE, tiny_config, write_tiny_model
+from support.adapted_stages import adapted_stage, step_numbers
+from support.tiny_models import LLAMA3_ROPE, tiny_config, write_tiny_model
 
 from megatron_tiedlora.adapters.tied_adapter import (
     AdapterConfig,

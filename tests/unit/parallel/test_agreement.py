@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from forked_ranks import run_on_ranks
 from safetensors.torch import save
+from support.forked_ranks import run_on_ranks
 from torch import distributed
 
 from megatron_tiedlora.adapters.tied_adapter import Target, make_adapter_config

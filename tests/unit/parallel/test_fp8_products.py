@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import adapted_stages
 import pytest
-import quantised_oracle as oracle
 import torch
-from tiny_models import tiny_config
+from support import adapted_stages
+from support import quantised_oracle as oracle
+from support.tiny_models import tiny_config
 
 from megatron_tiedlora.adapters.tied_adapter import (
     AdapterPart,

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import quantised_oracle as oracle
 import torch
-from adapted_stages import adapted_stage, drawn, step_numbers
-from quantised_models import CROSSING, FORMATS, bytes_of, expected_values, with_values
 from safetensors.torch import save_file
-from tiny_models import write_tiny_model
+from support import quantised_oracle as oracle
+from support.adapted_stages import adapted_stage, drawn, step_numbers
+from support.quantised_models import CROSSING, FORMATS, bytes_of, expected_values, with_values
+from support.tiny_models import write_tiny_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary

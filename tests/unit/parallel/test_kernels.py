@@ -12,11 +12,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import run_preludes
 import torch
-from kernel_runs import HOST, assert_same_numbers, loss_and_gradients, model_config
-from run_files import losses
-from run_helpers import Base, run
+from support import run_preludes
+from support.kernel_runs import HOST, assert_same_numbers, loss_and_gradients, model_config
+from support.run_files import losses
+from support.run_helpers import Base, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from forked_ranks import group_of, run_on_ranks
+from support.forked_ranks import group_of, run_on_ranks
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 

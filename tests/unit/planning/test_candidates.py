@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from planned import H100, THREE, group_of, searched, short, words_of_a_plan, words_of_a_run
+from support.planned import H100, THREE, group_of, searched, short, words_of_a_plan, words_of_a_run
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.sources import ModelSource

@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bytes_touched import BytesTouched
-from folders import ROOT
-from planned import H100, changed, searched, short
+from support.bytes_touched import BytesTouched
+from support.folders import ROOT
+from support.planned import H100, changed, searched, short
 
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.model import fused_attention

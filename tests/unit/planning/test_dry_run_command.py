@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from folders import ROOT
-from run_helpers import write_rows
-from tiny_models import write_tiny_model, write_tiny_tokenizer
+from support.folders import ROOT
+from support.run_helpers import write_rows
+from support.tiny_models import write_tiny_model, write_tiny_tokenizer
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.commands.front import call

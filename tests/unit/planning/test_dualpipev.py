@@ -11,8 +11,8 @@ from itertools import accumulate, chain
 
 import pytest
 from deepspeed.runtime.pipe.schedule import BackwardPass, DualPipeVSchedule, ForwardPass
-from folders import ROOT
-from planned import BACKWARD, FORWARD, H100, Order, Pass, idle_shares, one_f_one_b, simulate, the_only
+from support.folders import ROOT
+from support.planned import BACKWARD, FORWARD, H100, Order, Pass, idle_shares, one_f_one_b, simulate, the_only
 
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.planning.machines import GPUS, Machine

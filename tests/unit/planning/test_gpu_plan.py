@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from planned import H100, short, stage_memory
-from run_files import assert_same_run
-from run_helpers import Base, run
+from support.planned import H100, short, stage_memory
+from support.run_files import assert_same_run
+from support.run_helpers import Base, run
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.config.batch import default_rows, plan_batches

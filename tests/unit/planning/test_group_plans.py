@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from planned import H100, THREE, searched, short
-from report_tables import stage_table
-from run_helpers import Base, run_ranks
+from support.planned import H100, THREE, searched, short, stage_table
+from support.run_helpers import Base, run_ranks
 
 from megatron_tiedlora.base.messages import bytes_in_words
 from megatron_tiedlora.commands.front import call

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from planned import stage_memory
-from tiny_models import write_tiny_model
+from support.planned import stage_memory
+from support.tiny_models import write_tiny_model
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 import pytest
-from planned import all_cuts, cost_key
+from support.planned import all_cuts, cost_key
 
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.config.presets import PRESETS

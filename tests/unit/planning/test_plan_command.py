@@ -13,10 +13,9 @@ from typing import Any
 
 import pytest
 import yaml
-from document_rows import GUIDE, words_of
-from folders import ROOT
-from planned import H100
-from report_tables import stage_table
+from support.document_rows import GUIDE, words_of
+from support.folders import ROOT
+from support.planned import H100, stage_table
 
 from megatron_tiedlora.base.messages import UserError, bytes_in_words
 from megatron_tiedlora.commands.front import call

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from planned import (
+from support.planned import (
     H100,
     THREE,
     changed,
@@ -20,7 +20,7 @@ from planned import (
     step_parts,
     the_only,
 )
-from run_helpers import Base
+from support.run_helpers import Base
 
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.plan_settings import parse_plan

@@ -13,8 +13,8 @@ import re
 from typing import NamedTuple
 
 import pytest
-from folders import ROOT
-from planned import BACKWARD, FORWARD, H100, Pass, changed, short, simulate, the_only
+from support.folders import ROOT
+from support.planned import BACKWARD, FORWARD, H100, Pass, changed, short, simulate, the_only
 
 from megatron_tiedlora.planning.search import Candidate
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from native_files import with_adapter
-from run_helpers import write_rows
-from tiny_models import write_tiny_model
+from support.native_files import with_adapter
+from support.run_helpers import write_rows
+from support.tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.messages import UserError, count_text
 from megatron_tiedlora.base.methods import METHOD_NAMES

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from task_files import refusal
+from support.task_files import refusal
 
 from megatron_tiedlora.runtime import launch_env
 from megatron_tiedlora.runtime.launch_env import (

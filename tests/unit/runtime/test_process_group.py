@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 import torch
-from forked_ranks import run_on_ranks
-from task_files import refusal
+from support.forked_ranks import run_on_ranks
+from support.task_files import refusal
 from torch import distributed
 
 from megatron_tiedlora.base.messages import UserError

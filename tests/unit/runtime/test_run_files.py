@@ -12,8 +12,8 @@ import pytest
 pytest.importorskip("accelerate")
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
-from run_files import metrics, status
-from task_files import refusal
+from support.run_files import metrics, status
+from support.task_files import refusal
 
 from megatron_tiedlora.base.ownership import Owner, take_folder
 from megatron_tiedlora.config.settings import make_settings

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from folders import ROOT, python
-from task_files import HUB_ROWS, refusal, write_rows
+from support.folders import ROOT, python
+from support.task_files import HUB_ROWS, refusal, write_rows
 
 from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.base.output_folder import make_own_folder, make_private_folder

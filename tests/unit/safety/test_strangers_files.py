@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from folders import python
 from fuzzing import bounded
-from native_files import with_adapter, write_native
-from run_files import edit_json
 from safetensors.torch import load_file, save_file
-from sweep_runs import study_arguments, write_study_base
-from task_files import refusal
-from tiny_models import write_tiny_model
+from support.folders import python
+from support.native_files import with_adapter, write_native
+from support.run_files import edit_json
+from support.sweep_runs import study_arguments, write_study_base
+from support.task_files import refusal
+from support.tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.base_identity import sample_hash

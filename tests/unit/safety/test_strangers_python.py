@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from folders import ROOT
-from launcher_jobs import hosts_here, make_job, start
-from ranks import ENVIRONMENT
+from support.folders import ROOT
+from support.launcher_jobs import hosts_here, make_job, start
+from support.ranks import ENVIRONMENT
 
 from megatron_tiedlora.base.ownership import take_folder
 from megatron_tiedlora.cluster.launchers import plan_start

@@ -18,8 +18,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from fuzzing import bounded, outcome
-from task_files import refusal, write
-from tiny_models import write_tiny_tokenizer
+from support.task_files import refusal, write
+from support.tiny_models import write_tiny_tokenizer
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.config.hosts import slurm_hosts

@@ -14,8 +14,8 @@ from xml.etree.ElementTree import Element
 import psutil
 import pytest
 import torch
-from folders import ROOT
-from ranks import ENVIRONMENT, wait_for
+from support.folders import ROOT
+from support.ranks import ENVIRONMENT, wait_for
 
 from megatron_tiedlora.commands import check_gpu
 from megatron_tiedlora.commands.front import call

@@ -17,9 +17,9 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from folders import ROOT
-from ranks import ENVIRONMENT
 from safetensors.torch import save_file
+from support.folders import ROOT
+from support.ranks import ENVIRONMENT
 
 from megatron_tiedlora.parallel.fp8_products import Fp8ProductWeight
 from megatron_tiedlora.selfcheck import (

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from folders import ROOT, python
+from support.folders import ROOT, python
 
 from megatron_tiedlora.base import extras
 from megatron_tiedlora.base.messages import UserError

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from native_files import with_adapter, write_exports, write_native
-from tiny_models import write_tiny_model
+from support.native_files import with_adapter, write_exports, write_native
+from support.tiny_models import write_tiny_model
 
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
 from megatron_tiedlora.checkpoint.sources import find_model

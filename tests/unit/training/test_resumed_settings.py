@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from native_files import checkpoint_of
-from task_files import refusal
+from support.native_files import checkpoint_of
+from support.task_files import refusal
 
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run

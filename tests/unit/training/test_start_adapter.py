@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from native_files import checkpoint_of, moments_of, with_adapter
-from peft_models import lora_model
-from run_files import edit_json
-from run_helpers import write_rows
-from task_files import refusal
-from tiny_models import write_tiny_model
+from support.native_files import checkpoint_of, moments_of, with_adapter
+from support.peft_models import lora_model
+from support.run_files import edit_json
+from support.run_helpers import write_rows
+from support.task_files import refusal
+from support.tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter, save_adapter

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from task_files import refusal
+from support.task_files import refusal
 from transformers import get_scheduler
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY

@@ -13,8 +13,8 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from run_files import metrics
-from run_helpers import Base, Ended, run
+from support.run_files import metrics
+from support.run_helpers import Base, Ended, run
 
 from megatron_tiedlora.adapters.tied_adapter import make_adapter_config, targets_of
 from megatron_tiedlora.base.shapes import ModelShape

@@ -1,0 +1,1 @@
+"""What tests share, by purpose: oracles, tiny models, ranks, runs, hosts, and what looks at their results."""
