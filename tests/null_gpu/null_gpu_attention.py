@@ -1,4 +1,4 @@
-"""The figures about attention on GPUs in docs/performance.md and performance_log.md: launches, peaks, saved bytes.
+"""The figures about attention on GPUs in docs/performance_log.md: launches, peaks, saved bytes.
 
     $NULL_GPU/run python tests/null_gpu/null_gpu_attention.py
 

@@ -1,4 +1,4 @@
-"""Merges at LLaMA-2-70B's layer shapes: memory, bits, and times beside `cp` (docs/performance.md has the figures).
+"""Merges at LLaMA-2-70B's layer shapes: memory, bits, and times beside `cp` (docs/performance_log.md has the figures).
 
     make test PYTEST_ARGS="-m slow -s" TESTS=tests/slow/test_slow_merges.py
 

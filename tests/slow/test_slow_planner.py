@@ -1,4 +1,4 @@
-"""The planner against steps on this machine: memory, messages and times (docs/planning.md has the figures).
+"""The planner against steps on this machine: memory, messages and times (docs/planning_log.md has the figures).
 
     make test PYTEST_ARGS="-m slow -s" TESTS=tests/slow/test_slow_planner.py
 

@@ -79,7 +79,7 @@ def test_attention_is_that_of_a_default_installation(monkeypatch: pytest.MonkeyP
 
 
 def test_the_words_about_7b_are_those_of_its_plans() -> None:
-    text = " ".join((ROOT / "docs" / "planning.md").read_text().split())
+    text = " ".join((ROOT / "docs" / "planning_log.md").read_text().split())
     plain = fastest("llama2-7b", 32, "--formats=none")
     faster = fastest("llama2-7b", 32, "--formats=none", machine=changed(H100, attention__bf16=0.45))
     rates = [f"{row.tokens_per_second:,.0f}" for row in (plain, faster, fastest("llama2-7b", 32, FP8))]

@@ -1,4 +1,4 @@
-"""What DualPipeV would gain, from DeepSpeed's own order of passes; docs/planning.md has these rows.
+"""What DualPipeV would gain, from DeepSpeed's own order of passes; docs/planning_log.md has the rows of 70B.
 
 Every rank has two chunks of the model: the parts r and 2 p - 1 - r of 2 p. Chunks are equal here, and a pass of one
 costs half of a stage's pass and all of what a stage sends. DeepSpeed waits for all messages of a rank together. That is
@@ -17,7 +17,7 @@ from support.planned import BACKWARD, FORWARD, H100, Order, Pass, idle_shares, o
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.planning.machines import GPUS, Machine
 
-TEXT = (ROOT / "docs" / "planning.md").read_text()
+TEXT = (ROOT / "docs" / "planning_log.md").read_text()
 
 
 def dualpipev(num_stages: int, num_micro_batches: int) -> list[list[Pass]]:
@@ -48,19 +48,14 @@ def test_idle_shares(num_stages: int, num_micro_batches: int) -> None:
     idle, less = (max(idle_shares(order, lambda *_: 1.0)) for order in (usual, other))
     assert idle == pytest.approx((p - 1) / (m + p - 1)) and less == pytest.approx((p - 1) / (2 * m + p - 1))
     held, more = most_in_flight(usual, chunks=1), most_in_flight(other, chunks=2)
-    row = f"| {p} | {m} | {idle:.1%} | {less:.1%} | {held:g} | {more:g} |"
-    print(f"\n{row}")
-    assert row in TEXT
+    assert (held, more) == (p, p + 0.5)
 
 
 @pytest.mark.parametrize(
     ("machine", "tensor", "pipeline", "recompute"),
     [
         (H100, 2, 2, "none"),
-        (H100, 2, 4, "none"),
-        (H100, 2, 8, "none"),
         (H100, 1, 4, "selective"),
-        (H100, 1, 8, "none"),
         (GPUS["h200"], 1, 2, "none"),
     ],
 )
