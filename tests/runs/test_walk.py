@@ -17,7 +17,7 @@ from support.run_helpers import Base, run
 
 pytestmark = pytest.mark.distributed
 PACKAGE = ROOT / "megatron_tiedlora"
-LOSS = "parallel/loss.py", "sum_token_losses"
+LOSS, STEP = ("parallel/loss.py", "sum_token_losses"), ("training/step.py", "TrainStep.run")
 Place = tuple[str, str]  # a file of the package, and the qualified name of a function there
 
 
@@ -44,9 +44,9 @@ def described() -> list[Place]:
 
 
 def record_stacks(places: list[Place]) -> None:
-    """In a rank, before its script: until the first loss, the callers of each call of one of these places.
+    """In a rank, before its script: until the first loss of a step, the callers of each of these places.
 
-    Writes `walk.json` in the current folder: for each place that was called, all places on the stack of its first call.
+    Writes `walk.json` in the current folder: for each place that was called, all places on the stack of its last call.
     """
     wanted, stacks = set(places), dict[str, list[Place]]()
 
@@ -56,13 +56,13 @@ def record_stacks(places: list[Place]) -> None:
         return inside, frame.f_code.co_qualname.split(".<locals>")[0]
 
     def profile(frame: FrameType, event: str, _: Any) -> None:
-        if event == "call" and (here := place(frame)) in wanted and str(here) not in stacks:
+        if event == "call" and (here := place(frame)) in wanted:
             callers, caller = [here], frame.f_back
             while caller is not None:
                 callers.append(place(caller))
                 caller = caller.f_back
             stacks[str(here)] = [known for known in callers if known[0] and "<" not in known[1]]
-            if here == LOSS:
+            if here == LOSS and STEP in callers:
                 sys.setprofile(None)
                 Path("walk.json").write_text(json.dumps(stacks))
 
