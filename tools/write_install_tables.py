@@ -35,7 +35,7 @@ PURPOSES = {
 
 
 def extras_table() -> Iterator[str]:
-    """The lines of the table of extras. Raises KeyError for one that has no purpose here."""
+    """The lines of the table of extras. Raises ValueError for one that has no purpose here."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     yield from ("| extra | for |", "|---|---|")
     for extra in sorted(["", *project["optional-dependencies"]], key=[*PURPOSES].index):
