@@ -7,7 +7,6 @@ A test compares the page with what this writes. A new extra needs a line in `PUR
 
 from __future__ import annotations
 
-import re
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,27 +35,18 @@ PURPOSES = {
 
 
 def extras_table() -> Iterator[str]:
-    """The lines of the table of extras. Raises KeyError for one that has no purpose here."""
+    """The lines of the table of extras. Raises ValueError for one that has no purpose here."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    brought = {"": project["dependencies"], **project["optional-dependencies"]}
-    yield from ("| extra | brings | for |", "|---|---|---|")
-    for extra in sorted(brought, key=[*PURPOSES].index):
-        packages = ", ".join(_brings(requirement) for requirement in brought[extra])
-        yield f"| {f'`{extra}`' if extra else '(none)'} | {packages} | {PURPOSES[extra]} |"
-
-
-def _brings(requirement: str) -> str:
-    """The package that a requirement names, or the extras of this one."""
-    own = re.fullmatch(r"megatron_tiedlora\[(.*)\]", requirement)
-    return re.split(r"[\[<>=!~; ]", requirement)[0] if own is None else f"`{own[1].replace(',', '`, `')}`"
+    yield from ("| extra | for |", "|---|---|")
+    for extra in sorted(["", *project["optional-dependencies"]], key=[*PURPOSES].index):
+        yield f"| {f'`{extra}`' if extra else '(none)'} | {PURPOSES[extra]} |"
 
 
 def commands_table() -> Iterator[str]:
     """The lines of the table of commands."""
-    yield from ("| command | script in a clone | what it does |", "|---|---|---|")
+    yield from (f"| `{PROGRAM}` | what it does |", "|---|---|")
     for command in COMMANDS:
-        script = f"`{command.script}`" if command.script else ""
-        yield f"| `{PROGRAM} {command.name}` | {script} | {command.about} |"
+        yield f"| `{command.name}` | {command.about} |"
 
 
 def with_tables(page: str) -> str:
