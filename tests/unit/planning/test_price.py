@@ -55,9 +55,9 @@ PRICED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.cpu_seconds(30, reason="each size of a shared micro-batch is traced")
+@pytest.mark.parametrize("most", [pytest.param(60, marks=pytest.mark.slow), 12])
 @pytest.mark.parametrize("case", PRICED)
-def test_each_layout_has_the_price_that_it_has_alone(case: str, tmp_path: Path) -> None:
+def test_each_layout_has_the_price_that_it_has_alone(case: str, most: int, tmp_path: Path) -> None:
     """Memory, messages and time are those of a dry run with its flags, and of each of its stages by itself.
 
     In a search layouts share them, as do stages of one layout whose blocks, adapters and links are alike.
@@ -69,7 +69,7 @@ def test_each_layout_has_the_price_that_it_has_alone(case: str, tmp_path: Path) 
     flags = [f"--{name}={value}" for name, value in given.items()]
     rows = searched(*flags, source=SOURCE, ranks=12, per_node=4).all_rows
     assert {(row.layout.pp_size, row.layout.tp_size) for row in rows} >= {(1, 1), (3, 4), (6, 2)}
-    for one in rows[:: max(1, len(rows) // 60)]:
+    for one in rows[:: max(1, len(rows) // most)]:
         step = group_of(SOURCE, 12, **{**given, **one.flags})
         alone = Planned.alone(step, one.machine, per_node=4)
         for name in ("layout", "fullest", "needed", "fits", "work", "parts"):
