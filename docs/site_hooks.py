@@ -94,16 +94,17 @@ def flags_table(kind: type[CommandSettings], group: str) -> Iterator[str]:
 def python_page() -> str:
     """The Python interface; mkdocstrings fills in signatures and docstrings."""
     names = [f"megatron_tiedlora.{name}" for name in megatron_tiedlora.__all__ if name != "Settings"]
-    names += ["megatron_tiedlora.peft.tuner.TiedLoraConfig"]
     lines = [
         "# Python reference",
         "",
-        "Examples: [Python interface](api.md), [PEFT](peft.md). The fields of `Settings` are the"
-        " [flags of `tiedlora train`](flags.md#tiedlora-train).",
+        "Examples: [Python interface](api.md). The fields of `Settings` are the"
+        " [flags of `tiedlora train`](flags.md#tiedlora-train), and those of `TiedLoraConfig` are in [PEFT](peft.md#train).",
         "",
         "::: megatron_tiedlora.Settings",
         "    options: {members: false}",
         *(f"\n::: {name}" for name in names),
+        "\n::: megatron_tiedlora.peft\n    options: {members: false}",
+        "\n::: megatron_tiedlora.peft.tuner.TiedLoraConfig\n    options: {members: false}",
     ]
     return "\n".join(lines) + "\n"
 
