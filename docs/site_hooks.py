@@ -98,7 +98,7 @@ def python_page() -> str:
         "# Python reference",
         "",
         "Examples: [Python interface](api.md). The fields of `Settings` are the"
-        " [flags of `tiedlora train`](flags.md#tiedlora-train), and those of `TiedLoraConfig` are in [PEFT](peft.md#train).",
+        " [flags of `tiedlora train`](flags.md#tiedlora-train); [PEFT](peft.md#train) has those of `TiedLoraConfig`.",
         "",
         "::: megatron_tiedlora.Settings",
         "    options: {members: false}",
