@@ -19,6 +19,7 @@ import megatron_tiedlora
 from megatron_tiedlora.commands.front import COMMANDS
 from megatron_tiedlora.config.cli import build_parser
 from megatron_tiedlora.config.fields import CommandSettings, declared, flag_word
+from megatron_tiedlora.config.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "launch/README.md")  # beside those of docs/
@@ -82,11 +83,13 @@ def flags_table(kind: type[CommandSettings], group: str) -> Iterator[str]:
         if own.group != group:
             continue
         field = kind.model_fields[name]
-        default = "required" if field.is_required() else kind.default_text(name)
+        hint = kind.missing.get(name, "")
+        needed = field.is_required() and not hint and kind is not Settings  # which fills in the defaults of the task
+        default = "required" if needed else kind.default_text(name)
         flag = flag_word(name, kind)
         value = values.get(name, values.get(flag)) or ""
         cells = (f"<code>{escape(flag)}</code>", f"<code>{escape(str(value))}</code>", escape(default))
-        meaning = re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(field.description or ""))
+        meaning = re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(f"{field.description}{hint and f' ({hint})'}"))
         yield f"<tr>{''.join(f'<td>{cell}</td>' for cell in (*cells, meaning))}</tr>"
     yield "</tbody></table>"
 

@@ -52,6 +52,7 @@ def test_pages_of_the_code(site: Path) -> None:
     for command in COMMANDS:
         assert f'<h2 id="tiedlora-{command.name}">' in flags, command.name
     assert "<code>--tensor_parallel</code>" in flags and "<code>{bf16,fp16,fp32}</code>" in flags
+    assert "<td><code>N</code></td><td>2000; demo 20</td>" in flags, "the default of --max_steps"
     interface = (site / "python.html").read_text()
     for name in megatron_tiedlora.__all__:
         assert f'id="megatron_tiedlora.{name}"' in interface, name
