@@ -71,7 +71,7 @@ $(VENV)/.installed-docs: pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/.installed-dist: pyproject.toml | $(BIN)/python
-	$(PIP) install 'build>=1.2' 'twine>=6.1'
+	$(PIP) install 'build>=1.2' 'twine>=6.1' 'readme_renderer[md]>=44'
 	@touch $@
 
 demo: $(VENV)/.installed-demo
