@@ -25,12 +25,14 @@ endef
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train demo test lint check-gpu check-gpu-offline clean
+.PHONY: help train demo test lint docs dist check-gpu check-gpu-offline clean
 
 help:  ## show this list
 	@echo "make train    make .venv, prepare the demo model, fine-tune it (tl6) and export the adapter"
 	@echo "make test     run the whole test suite"
 	@echo "make lint     ruff and mypy"
+	@echo "make docs     build the site of docs/, with the Python interface and all flags, into build/site"
+	@echo "make dist     build the source distribution and the wheel into dist/, and check them"
 	@echo "make demo     prepare the demo model only"
 	@echo "make check-gpu          what this machine's GPUs can do (docs/gpu.md), in 8 minutes, 12 on several; ARGS as for tools/check_gpu.py"
 	@echo "make check-gpu-offline  pack that into build/check_gpu, for a machine with Python, torch and numpy alone"
@@ -64,6 +66,14 @@ $(VENV)/.installed-lint: pyproject.toml | $(BIN)/python
 	$(PIP) install -e '.[lint,train,eval,check]'
 	@touch $@
 
+$(VENV)/.installed-docs: pyproject.toml | $(BIN)/python
+	$(PIP) install -e '.[docs]'
+	@touch $@
+
+$(VENV)/.installed-dist: pyproject.toml | $(BIN)/python
+	$(PIP) install 'build>=1.2' 'twine>=6.1' 'readme_renderer[md]>=44'
+	@touch $@
+
 demo: $(VENV)/.installed-demo
 	$(BIN)/python tools/prepare_demo.py
 
@@ -79,6 +89,15 @@ lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# mkdocs.yml makes a broken link or anchor an error.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
+dist: $(VENV)/.installed-dist
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+
 check-gpu: $(VENV)/.installed-check
 	PATH="$(BIN):$$PATH" $(BIN)/python tools/check_gpu.py $(ARGS)
 
@@ -87,5 +106,5 @@ check-gpu-offline: $(VENV)/.installed-check
 	$(BIN)/python tools/pack_gpu_check.py --output build/check_gpu $(ARGS)
 
 clean:
-	rm -rf $(VENV) *.egg-info build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) *.egg-info build dist .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -30,6 +30,7 @@ PURPOSES = {
     "demo-base": "the same where there is no C compiler, see below",
     "test": "the test suite, in a clone",
     "test-base": "the same where there is no C compiler",
+    "docs": "`make docs`, in a clone",
     "lint": "`make lint`, in a clone",
 }
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_tiedlora.base.messages import UserError, enumerate_names
 
-__version__ = "0.2.0.dev0"  # pyproject.toml reads it from here
+__version__ = "0.2.0"  # pyproject.toml reads it from here
 PACKAGE_FOLDER = Path(__file__).parents[1]  # of megatron_tiedlora
 # By extra: the modules that it brings, which pyproject.toml lists under their names as packages.
 EXTRAS: Mapping[str, tuple[str, ...]] = {
