@@ -10,8 +10,8 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from folders import ROOT, python
-from run_helpers import write_base
+from support.folders import ROOT, python
+from support.run_helpers import write_base
 
 import megatron_tiedlora
 from megatron_tiedlora.commands.front import COMMANDS
