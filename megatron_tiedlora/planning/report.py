@@ -45,9 +45,8 @@ from megatron_tiedlora.planning.memory import (
     num_communicators,
 )
 from megatron_tiedlora.planning.passes import STOP_VOTES_BYTES, engine_traffic, saved_per_token
-from megatron_tiedlora.planning.planned import Planned
+from megatron_tiedlora.planning.planned import Planned, StepPlan
 from megatron_tiedlora.planning.run_plan import epochs_of
-from megatron_tiedlora.planning.step_plan import StepPlan
 from megatron_tiedlora.planning.step_time import Term
 from megatron_tiedlora.runtime.run_folder import choose_run_folder
 from megatron_tiedlora.runtime.stopping import LONG_STEP_SECONDS

@@ -27,8 +27,7 @@ from megatron_tiedlora.planning.adapter_plans import (
     plan_adapters,
     prepare_all_data,
 )
-from megatron_tiedlora.planning.planned import Cluster, Planned, time_together
-from megatron_tiedlora.planning.step_plan import StepPlan
+from megatron_tiedlora.planning.planned import Cluster, Planned, StepPlan, time_together
 
 RECOMPUTES = ("none", "selective", "full")
 # The file of each ZeRO stage. zero2_offload.json is left out: it moves a few MB to the host.

@@ -43,9 +43,8 @@ from megatron_tiedlora.parallel.groups import DATA, GROUPS, Grid, Traffic, Traff
 from megatron_tiedlora.planning.layout import MicroBatchShape
 from megatron_tiedlora.planning.machines import Machine, read_machine
 from megatron_tiedlora.planning.passes import engine_traffic, saved_bytes, step_flops
-from megatron_tiedlora.planning.planned import Planned
+from megatron_tiedlora.planning.planned import Planned, StepPlan
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
-from megatron_tiedlora.planning.step_plan import StepPlan
 from megatron_tiedlora.planning.step_time import Seconds
 from megatron_tiedlora.runtime.process_group import join_process_group, ranks_by_host
 from megatron_tiedlora.runtime.stopping import StopRequests

@@ -27,8 +27,7 @@ from megatron_tiedlora.parallel.agreement import decided_by_rank_0, sum_over_ran
 from megatron_tiedlora.planning.run_plan import RunPlan
 from megatron_tiedlora.runtime.run_folder import RunFolder
 from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests
-from megatron_tiedlora.training.adapter_run import AdapterRun, Evaluated
-from megatron_tiedlora.training.halving import find_behind
+from megatron_tiedlora.training.adapter_run import AdapterRun, Evaluated, find_behind
 from megatron_tiedlora.training.step import TrainStep
 from megatron_tiedlora.training.throughput import StepProfiler
 

@@ -21,7 +21,7 @@ def train_rank(settings: Settings) -> End:
     with reported_end(rank, world_size, stop) as end:
         # These import DeepSpeed and transformers, which takes seconds; signals are handled already.
         from megatron_tiedlora.planning.adapter_plans import plan_and_read
-        from megatron_tiedlora.planning.step_plan import longest_run
+        from megatron_tiedlora.planning.planned import longest_run
         from megatron_tiedlora.training import finish
         from megatron_tiedlora.training.build import build_model
         from megatron_tiedlora.training.compiling import choose_kernels

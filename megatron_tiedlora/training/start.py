@@ -27,7 +27,7 @@ from megatron_tiedlora.checkpoint.resume import (
     move_latest,
     remove_superseded,
 )
-from megatron_tiedlora.config.adapters_file import OF_ALL, PER_ADAPTER, rivals_of
+from megatron_tiedlora.config.adapters_file import HALVING_REASON, OF_ALL, PER_ADAPTER, rivals_of
 from megatron_tiedlora.config.cli import HUB_NAMES, TEMPLATE_HASH
 from megatron_tiedlora.config.fields import declared, flag_value, marked
 from megatron_tiedlora.config.settings import Settings
@@ -35,15 +35,14 @@ from megatron_tiedlora.data.chat import chat_template_sha256
 from megatron_tiedlora.data.sources import hub_ids
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, num_differing
 from megatron_tiedlora.planning import adapter_plans
+from megatron_tiedlora.planning.planned import micro_batch_capacity
 from megatron_tiedlora.planning.run_plan import RunPlan
-from megatron_tiedlora.planning.step_plan import micro_batch_capacity
 from megatron_tiedlora.runtime.ending import End
 from megatron_tiedlora.runtime.launch_env import rank_and_world_size
 from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder, read_metrics, take_run_folder, write_metrics
 from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.training.adapter_run import AdapterRun, is_trained
 from megatron_tiedlora.training.build import BuiltModel, check_resumed_base
-from megatron_tiedlora.training.halving import REASON
 from megatron_tiedlora.training.loop import Finished, Trainer
 from megatron_tiedlora.training.step import TrainStep
 from megatron_tiedlora.training.throughput import Meter, peak_of_all, steps_over
@@ -171,7 +170,7 @@ def _finished_before(start: Start) -> dict[str, Finished]:
             plan, checkpoint = start.plans[name], start.checkpoints[name]
             status = read_json_or_none(own.status) or {}
             exported, reason = status.get("state") == "finished" and (own.path / "peft").is_dir(), status.get("reason")
-            stopped = start.settings.halving and str(reason).startswith(REASON)
+            stopped = start.settings.halving and str(reason).startswith(HALVING_REASON)
             if exported and checkpoint is not None and (stopped or is_trained(plan.settings, checkpoint.progress)):
                 found[name] = str(reason or "")
         return found
