@@ -70,7 +70,7 @@ def report_lines(plan: ClusterPlan, shown: PlanSettings) -> list[str]:
         kind = "" if shown.every_layout else ", the fastest of each tensor x pipeline x data and storage"
         lines.append(f"layouts that fit in {plan.cluster.capacity / 1e9:.1f} GB{kind}{more}")
         lines += _table(first)
-        several = plan.run.settings.adapters is not None
+        several = plan.settings.adapters is not None
         hours = "of the tokens of all steps at the speed of step 1, which all take" if several else "of the run"
         lines.append(f"  (tokens/s of each rank; matmuls to sums: shares of a step; hours {hours}; all planned)")
         if several and chosen is not None and chosen.fits:
@@ -106,16 +106,16 @@ def warning_lines(plan: ClusterPlan, shown: PlanSettings) -> list[str]:
 def _head(plan: ClusterPlan, shown: PlanSettings) -> list[str]:
     """How many layouts were enumerated and what became of them, what was planned, which values were left out, and why a
     run rejects layouts, the most frequent reason first."""
-    cluster, run = plan.cluster, plan.run
+    cluster, train = plan.cluster, plan.settings
     dropped, fitting = sum(not one.has_room_for_weights for one in plan.others), len(plan.rows) + len(plan.elsewhere)
-    train, plans = run.settings, plan.candidates[0].step.plans  # what is said of them is the same in all layouts
+    plans = plan.candidates[0].step.plans  # what is said of them is the same in all layouts
     nodes = count_text(-(-cluster.world_size // cluster.per_node), "node")
     where = f"{nodes} of {cluster.per_node} x {cluster.machine.title}"
     who = "" if train.adapters is None else f"{count_text(len(plans), 'adapter')} of {train.adapters}: "
     steps = [plan.settings.max_steps for plan in plans.values()]
     sizes = [plan.settings.global_batch_size for plan in plans.values()]
     samples = {name: number * size for name, number, size in zip(plans, steps, sizes, strict=True)}
-    means = {name: own.train.num_tokens / len(own.train) for name, own in run.data.items()}
+    means = {name: own.train.num_tokens / len(own.train) for name, own in plan.data.items()}
     length = sum(number * means.get(name, train.max_length) for name, number in samples.items()) / sum(samples.values())
     lines = [
         f"{plan.enumerated:,} layouts enumerated: {plan.refused.total():,} rejected, {dropped:,}"
@@ -123,16 +123,16 @@ def _head(plan: ClusterPlan, shown: PlanSettings) -> list[str]:
         f"{train.model} on {where}; {who}{range_text(steps)} steps of {range_text(sizes)} samples ="
         f" {sum(samples.values()):,} samples of {length:,.0f} tokens {'on average' if means else 'each'}",
     ]
-    assumed = [f"--{name} {getattr(train, name)}" for name in PLAN_DEFAULTS if run.assumes(name)]
+    assumed = [f"--{name} {getattr(train, name)}" for name in PLAN_DEFAULTS if plan.assumes(name)]
     if shown.gpu is None and shown.constants is None and shown.ranks_on_cpu is None:
         assumed.insert(0, f"--gpu {machines.DEFAULT_GPU}")
-    if left := [s.max_steps for s in run.adapters.values() if s.model_fields_set.isdisjoint(HOW_LONG)]:
+    if left := [s.max_steps for s in plan.adapters.values() if s.model_fields_set.isdisjoint(HOW_LONG)]:
         assumed.append(f"--max_steps {range_text(left)}".replace(",", ""))
     lines += [f"left out, so assumed: {', '.join(assumed)}"] if assumed else []
-    if not run.data and any(own.epochs is not None for own in run.adapters.values()):
+    if not plan.data and any(own.epochs is not None for own in plan.adapters.values()):
         lines.append("the steps of --epochs are counted from data, and none is read")
-    if not run.data:
-        needs = "one" if run.source.folder is not None else "one, and --model with weights: a folder or hub id"
+    if not plan.data:
+        needs = "one" if plan.source.folder is not None else "one, and --model with weights: a folder or hub id"
         lines.append(f"no data is read: every sample has the full length. To train, the command below needs {needs}")
     counts = plan.refused.most_common()
     lines += [f"  {number:,} x {reason}" for reason, number in counts[:_REASONS]]
@@ -169,7 +169,7 @@ def _missed_lines(plan: ClusterPlan) -> list[str]:
     plain: dict[Hashable, Candidate] = {}
 
     def unlike(row: Candidate) -> tuple[bool, bool, float]:
-        return not row.is_default, row.engine_file != plan.run.settings.ds_config, row.needed
+        return not row.is_default, row.engine_file != plan.settings.ds_config, row.needed
 
     for row in (*plan.rows, *plan.others):
         if row.storage in plan.ranked and (row.alike not in plain or unlike(row) < unlike(plain[row.alike])):
@@ -225,7 +225,7 @@ def _why_lines(row: Candidate, plan: ClusterPlan) -> list[str]:
 
 def chosen_settings(plan: ClusterPlan, candidate: Candidate) -> dict[str, Any]:
     """The settings of a run with this layout: those that were given to the plan, its defaults, and the layout's."""
-    values = {**plan.run.values, **candidate.flags}
+    values = {**plan.values, **candidate.flags}
     return {name: value for name, value in values.items() if name not in marked(Settings, of_dry_run=True)}
 
 
@@ -245,7 +245,7 @@ def command_lines(values: Mapping[str, Any], cluster: Cluster, *, yaml: str | No
 
 def report_record(plan: ClusterPlan, shown: PlanSettings) -> dict[str, Any]:
     """The report as JSON: all layouts, the fastest first, and the chosen one with its command and messages."""
-    train, chosen = plan.run.settings, chosen_layout(plan, shown)
+    train, chosen = plan.settings, chosen_layout(plan, shown)
     about: dict[str, Any] = {"global_batch_size": train.global_batch_size}
     if train.adapters is not None:
         hours = None if chosen is None or not chosen.fits else chosen.hours_in_turn
@@ -334,7 +334,7 @@ def _ratio(faster: Planned, slower: Planned) -> float:
 def _formats(plan: ClusterPlan) -> Iterator[str]:
     """What the format of the fastest layout changes, and what the fastest of each that was not asked for would gain."""
     best = plan.rows[0] if plan.rows else None
-    if best is not None and best.storage != Storage() and plan.run.source.stored is None:
+    if best is not None and best.storage != Storage() and plan.source.stored is None:
         plain = next((row for row in plan.rows if row.storage == Storage()), None)
         words = f"{best.name}: {best.storage.name} {_CHANGES_NUMBERS}"
         if plain is not None:

@@ -100,19 +100,26 @@ _TIE = 1.005  # times the time of the fastest
 
 @dataclass(eq=False)
 class ClusterPlan:
-    """Every layout of a cluster.
+    """Every layout of a run on a cluster: what a run is asked, and what it says.
 
     Attributes:
+        settings: tiedlora train's, with the defaults of a plan.
+        data: of each adapter, once it is read; empty for a preset, or if no rows are named.
         candidates: the layouts that a run accepts.
-        refused: by what a run says of it, the number of the other layouts.
+        refused: the number of the other layouts, by what a run says of them.
         ranked: the storage formats to choose from; candidates in others only show what these would gain.
     """
 
-    run: "PlannedRun"
+    settings: Settings
+    source: ModelSource
     cluster: Cluster
-    candidates: tuple[Candidate, ...]
-    refused: Counter[str]
-    ranked: tuple[Storage, ...]
+    data: Data = field(default_factory=dict)
+    candidates: tuple[Candidate, ...] = ()
+    refused: Counter[str] = field(default_factory=Counter)
+    ranked: tuple[Storage, ...] = ()
+    _steps: dict[Hashable, StepPlan] = field(default_factory=dict)
+
+    # The layouts ------------------------------------------------------------------------------------------------------
 
     @property
     def enumerated(self) -> int:
@@ -166,90 +173,7 @@ class ClusterPlan:
             raise UserError(f"--{flag} {name}: no such layout{nearest_name(name, rows)}; names are those of the table")
         return rows[name]
 
-
-def search(
-    settings: Settings, cluster: Cluster, *, source: ModelSource, formats: tuple[str, ...] | None = None
-) -> ClusterPlan:
-    """Enumerate all layouts of the settings on a cluster.
-
-    Args:
-        formats: names of the storage formats to choose from; None for the first of all, which changes least.
-
-    Raises:
-        UserError: no layout is accepted, or the data cannot be read; the words are those of a run.
-    """
-    run, refused = PlannedRun(settings, source, cluster), Counter[str]()
-    storages, accepted = _storages(run, formats), []
-    engine_files, recomputes = run.choices("ds_config", ENGINE_FILES), run.choices("recompute", RECOMPUTES)
-    for (tp_size, pp_size), engine_file, storage in product(run.grids(cluster.world_size), engine_files, storages):
-        # Without tensor parallelism it is of no consequence whether sequences are sharded.
-        sequences = run.choices("sequence_parallel", [settings.sequence_parallel] if tp_size == 1 else [True, False])
-        variants = run.rows(cluster.world_size // (tp_size * pp_size)), sequences, recomputes
-        try:
-            accepted.append((run.plans(tp_size, pp_size, engine_file, storage), variants, engine_file, storage))
-        except UserError as error:
-            refused[str(error)] += math.prod(map(len, variants))
-    if not accepted:
-        raise UserError(refused.most_common(1)[0][0])
-    first, *_ = accepted[0]
-    if any(plan.reads_data for plan in first.values()):
-        run.data = prepare_all_data(first)  # it is the same for all layouts
-    known: dict[Hashable, Any] = {}
-    found = (
-        Candidate(**variant, cluster=cluster, known=known, engine_file=engine_file, storage=storage)
-        for plans, variants, engine_file, storage in accepted
-        for variant in run.variants(plans, *variants)
-    )
-    return ClusterPlan(run, cluster, tuple(found), refused, storages if formats is not None else storages[:1])
-
-
-def _storages(run: "PlannedRun", formats: tuple[str, ...] | None) -> tuple[Storage, ...]:
-    """Values of --base, --products and --keep_transposed together, of those with a name in `formats`.
-
-    A model that is stored quantised has those of its own format.
-
-    Raises:
-        UserError: none is left.
-    """
-    settings, source = run.settings, run.source
-    named = STORAGES if formats is None else tuple(s for s in STORAGES if s.name in formats)
-    given = f"--formats {','.join(storage.name for storage in named)}"
-    left = named if source.stored is None else tuple(s for s in named if s.base == source.stored.base_format)
-    if source.stored is not None and not left:
-        names = " or ".join(storage.name for storage in STORAGES if storage.base == source.stored.base_format)
-        raise UserError(
-            f"{given}: {source.name} has its weights in {source.stored.in_words} already; give {names}, or leave"
-            " --formats out"
-        )
-    # A run's record has an empty --base for a model that is stored quantised.
-    base, given_base = settings.base or source.stored_base, run.given("base")
-    if given_base and base not in [storage.base for storage in named]:
-        base = base or UNQUANTISED
-        raise UserError(f"{given} and --base {base}: none of these formats stores the base in {base}; leave one out")
-    wanted = {name: getattr(settings, name) for name in Storage._fields if run.given(name)}
-    wanted |= {"base": base} if given_base else {}
-    fits = [storage for storage in left if all(getattr(storage, name) == value for name, value in wanted.items())]
-    # What fits none is asked of `plan_run` as it was given, for its words.
-    return tuple(fits) or (Storage(settings.base, settings.products, settings.keep_transposed),)
-
-
-# The runs that are asked ----------------------------------------------------------------------------------------------
-
-
-@dataclass
-class PlannedRun:
-    """A run by its settings, on a model.
-
-    Attributes:
-        settings: tiedlora train's, with the defaults of a plan.
-        data: of each adapter, once it is read; empty for a preset, or if no rows are named.
-    """
-
-    settings: Settings
-    source: ModelSource
-    cluster: Cluster
-    data: Data = field(default_factory=dict)
-    _steps: dict[Hashable, StepPlan] = field(default_factory=dict)
+    # The runs that are asked ------------------------------------------------------------------------------------------
 
     @property
     def values(self) -> dict[str, Any]:
@@ -288,7 +212,7 @@ class PlannedRun:
         found = [(t, p) for t in tensor for p in pipeline if world_size % (t * p) == 0]
         return found or [(tensor[0], pipeline[0])]
 
-    def rows(self, dp_size: int) -> list[int]:
+    def rows_per_rank(self, dp_size: int) -> list[int]:
         """Rows of a micro-batch: the divisors of a rank's part of the global batch, of each adapter's if several."""
         if self.settings.micro_batch_size is not None:
             return [self.settings.micro_batch_size]
@@ -340,6 +264,73 @@ class PlannedRun:
             for recompute in recomputes:
                 is_default = (size, shards, recompute) == (base.rows, base.shards_sequences, base.recompute)
                 yield {"step": step, "layout": replace(shared, recompute=recompute), "is_default": is_default}
+
+
+def search(
+    settings: Settings, cluster: Cluster, *, source: ModelSource, formats: tuple[str, ...] | None = None
+) -> ClusterPlan:
+    """Enumerate all layouts of the settings on a cluster.
+
+    Args:
+        formats: names of the storage formats to choose from; None for the first of all, which changes least.
+
+    Raises:
+        UserError: no layout is accepted, or the data cannot be read; the words are those of a run.
+    """
+    found = ClusterPlan(settings, source, cluster)
+    storages, accepted = _storages(found, formats), []
+    found.ranked = storages if formats is not None else storages[:1]
+    engine_files, recomputes = found.choices("ds_config", ENGINE_FILES), found.choices("recompute", RECOMPUTES)
+    for (tp_size, pp_size), engine_file, storage in product(found.grids(cluster.world_size), engine_files, storages):
+        # Without tensor parallelism it is of no consequence whether sequences are sharded.
+        sequences = found.choices("sequence_parallel", [settings.sequence_parallel] if tp_size == 1 else [True, False])
+        variants = found.rows_per_rank(cluster.world_size // (tp_size * pp_size)), sequences, recomputes
+        try:
+            accepted.append((found.plans(tp_size, pp_size, engine_file, storage), variants, engine_file, storage))
+        except UserError as error:
+            found.refused[str(error)] += math.prod(map(len, variants))
+    if not accepted:
+        raise UserError(found.refused.most_common(1)[0][0])
+    first, *_ = accepted[0]
+    if any(plan.reads_data for plan in first.values()):
+        found.data = prepare_all_data(first)  # it is the same for all layouts
+    known: dict[Hashable, Any] = {}
+    found.candidates = tuple(
+        Candidate(**variant, cluster=cluster, known=known, engine_file=engine_file, storage=storage)
+        for plans, variants, engine_file, storage in accepted
+        for variant in found.variants(plans, *variants)
+    )
+    return found
+
+
+def _storages(plan: ClusterPlan, formats: tuple[str, ...] | None) -> tuple[Storage, ...]:
+    """Values of --base, --products and --keep_transposed together, of those with a name in `formats`.
+
+    A model that is stored quantised has those of its own format.
+
+    Raises:
+        UserError: none is left.
+    """
+    settings, source = plan.settings, plan.source
+    named = STORAGES if formats is None else tuple(s for s in STORAGES if s.name in formats)
+    given = f"--formats {','.join(storage.name for storage in named)}"
+    left = named if source.stored is None else tuple(s for s in named if s.base == source.stored.base_format)
+    if source.stored is not None and not left:
+        names = " or ".join(storage.name for storage in STORAGES if storage.base == source.stored.base_format)
+        raise UserError(
+            f"{given}: {source.name} has its weights in {source.stored.in_words} already; give {names}, or leave"
+            " --formats out"
+        )
+    # A run's record has an empty --base for a model that is stored quantised.
+    base, given_base = settings.base or source.stored_base, plan.given("base")
+    if given_base and base not in [storage.base for storage in named]:
+        base = base or UNQUANTISED
+        raise UserError(f"{given} and --base {base}: none of these formats stores the base in {base}; leave one out")
+    wanted = {name: getattr(settings, name) for name in Storage._fields if plan.given(name)}
+    wanted |= {"base": base} if given_base else {}
+    fits = [storage for storage in left if all(getattr(storage, name) == value for name, value in wanted.items())]
+    # What fits none is asked of `plan_run` as it was given, for its words.
+    return tuple(fits) or (Storage(settings.base, settings.products, settings.keep_transposed),)
 
 
 def divisors(number: int) -> list[int]:

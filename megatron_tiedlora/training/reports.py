@@ -38,13 +38,21 @@ HeadlineRow = tuple[str, str]  # of the headline: what a line tells of, and what
 
 @dataclass(frozen=True)
 class RunReport:
-    """What a run tells, from its start to its end, with a row for each adapter. Rank 0 shows it."""
+    """What a run tells, from its start to its end; rank 0 shows it."""
 
     start: Start
     trainer: Trainer
     built: BuiltModel
 
-    saved = "the last step of each adapter is saved"  # after a signal; "" if the step says it
+    @property
+    def only(self) -> AdapterRun | None:
+        """The adapter of a run of one; None if the run has several."""
+        return None if self.start.folder.of_several else next(iter(self.trainer.adapters.values()))
+
+    @property
+    def saved(self) -> str:
+        """What is said after a signal of what was saved; "" if the number of the step says it."""
+        return "" if self.only else "the last step of each adapter is saved"
 
     def headline(self, chosen: ChosenKernels, device: torch.device) -> list[str]:
         """A summary of the run before its progress bar: what all adapters share, and each."""
@@ -58,23 +66,22 @@ class RunReport:
         stored = "" if settings.base is None else f", stored as {kept}"
         rows = [
             ("model", model),
-            *self._adapters(),
+            *(self._all_adapters() if self.only is None else self._one_adapter(self.only)),
             *_layout(plan),
             ("read", f"{read} of base weights per rank{stored}"),
             ("kernels", chosen.description),
             ("attention", str(attention.route(device, plan.dtype))),
-            *self._starts(),
+            *(self._all_starts() if self.only is None else self._one_start(self.only)),
         ]
         return aligned_lines(rows, align="<")
 
-    def _adapters(self) -> list[HeadlineRow]:
-        """What is trained."""
+    def _all_adapters(self) -> list[HeadlineRow]:
         plans = self.start.plans
         plan, trained = shared_plan(plans), sum(sum(own.adapter.num_trained().values()) for own in plans.values())
         ranks = count_text(plan.grid.dp_size, "data-parallel rank")
         return [("adapters", f"{len(plans)}, {trained:,} trained parameters, ZeRO-{plan.engine.zero_stage}, {ranks}")]
 
-    def _starts(self) -> list[HeadlineRow]:
+    def _all_starts(self) -> list[HeadlineRow]:
         """The run's folder, and from where each adapter starts."""
         start, trainer = self.start, self.trainer
         rows = [("run folder", str(start.folder.path))]
@@ -93,41 +100,8 @@ class RunReport:
                 rows.append(("warning", f"{name}: --halving cannot tell noise, as the validation set is one batch"))
         return rows
 
-    @staticmethod
-    def progress(trainer: Trainer) -> str:
-        """The text at the end of the progress bar."""
-        states = [run.state for run in trainer.everyone.values()]
-        shown = ("running", "ended", "failed", *(["finished"] if "finished" in states else []))
-        counts = ", ".join(f"{states.count(state)} {state}" for state in shown)
-        return "; ".join((counts, *trainer.rates[:1]))
-
-    def set_end(self, end: End) -> None:
-        """Set how the run ends: it fails if an adapter did."""
-        if self.trainer.failed:
-            end.state, end.status = "failed", FAILED_STATUS
-        end.reason = self._reason()
-
-    def _reason(self) -> str:
-        """Why the run ended, for its run_status.json."""
-        failed, total = self.trainer.failed, count_text(len(self.trainer.everyone), "adapter")
-        return f"{len(failed)} of {total} failed: {', '.join(failed)}" if failed else f"{total} trained"
-
-    def exported(self, run: AdapterRun, lines: list[str]) -> list[str]:
-        """What is told of an adapter that has just been exported, and these lines of its export."""
-        return lines
-
-    def last_lines(self) -> list[str]:
-        """What a user has now, and the next commands."""
-        return table_lines(self.trainer.everyone, self.start.folder)
-
-
-class FullReport(RunReport):
-    """What a run of one adapter tells: all of it."""
-
-    saved = ""
-
-    def _adapters(self) -> list[HeadlineRow]:
-        (plan,), (data,) = self.start.plans.values(), self.start.data.values()
+    def _one_adapter(self, run: AdapterRun) -> list[HeadlineRow]:
+        plan, data = run.plan, run.data
         settings, trained = plan.settings, sum(plan.adapter.num_trained().values())
         layers = f"{len(plan.adapter.layers)} of {plan.source.shape.num_layers} layers"
         if (targets := [target.name for target in plan.adapter.targets]) != [QKV]:
@@ -144,34 +118,46 @@ class FullReport(RunReport):
             ("length", f"{steps_in_words(settings, len(data.train))}, schedule {settings.schedule}"),
         ]
 
-    def _starts(self) -> list[HeadlineRow]:
-        start = self.start
-        (plan,), (data,), (checkpoint,) = start.plans.values(), start.data.values(), start.checkpoints.values()
+    def _one_start(self, run: AdapterRun) -> list[HeadlineRow]:
+        plan, checkpoint = run.plan, self.start.checkpoints[run.name]
         rows, settings = list[HeadlineRow](), plan.settings
         if settings.init_from is not None and checkpoint is None:
             rows.append(("start", f"values of {settings.init_from}"))
-        (of_build,) = self.built.notes.values()
-        notes = [*(() if checkpoint is None else checkpoint.notes), *of_build]
+        notes = [*(() if checkpoint is None else checkpoint.notes), *self.built.notes[run.name]]
         if checkpoint is not None and (over := steps_over(settings.profile, checkpoint.progress.step)):
             notes.append(over)
-        rows.append(("run folder", f"{start.folder.path}{resumed_text(plan, checkpoint)}"))
+        rows.append(("run folder", f"{self.start.folder.path}{resumed_text(plan, checkpoint)}"))
         rows += [("note", note) for note in notes]
-        return [*rows, *(("warning", warning) for warning in data.warnings(plan))]
+        return [*rows, *(("warning", warning) for warning in run.data.warnings(plan))]
 
-    @staticmethod
-    def progress(trainer: Trainer) -> str:
-        return "".join(trainer.rates[-1:])
+    def progress(self, trainer: Trainer) -> str:
+        """The text at the end of the progress bar."""
+        if self.only is not None:
+            return "".join(trainer.rates[-1:])
+        states = [run.state for run in trainer.everyone.values()]
+        shown = ("running", "ended", "failed", *(["finished"] if "finished" in states else []))
+        counts = ", ".join(f"{states.count(state)} {state}" for state in shown)
+        return "; ".join((counts, *trainer.rates[:1]))
 
-    def _reason(self) -> str:
-        (run,) = self.trainer.adapters.values()
-        return run.reason
+    def set_end(self, end: End) -> None:
+        """Set how the run ends, and why: it fails if an adapter did."""
+        failed, total = self.trainer.failed, count_text(len(self.trainer.everyone), "adapter")
+        if failed:
+            end.state, end.status = "failed", FAILED_STATUS
+        if self.only is not None:
+            end.reason = self.only.reason
+        else:
+            end.reason = f"{len(failed)} of {total} failed: {', '.join(failed)}" if failed else f"{total} trained"
 
     def exported(self, run: AdapterRun, lines: list[str]) -> list[str]:
-        return [*summary_lines(run), *lines]
+        """What is told of an adapter that has just been exported, and these lines of its export."""
+        return lines if self.only is None else [*summary_lines(run), *lines]
 
     def last_lines(self) -> list[str]:
-        (run,) = self.trainer.adapters.values()
-        return [*speed_lines(run), *next_steps(run)]
+        """What a user has now, and the next commands."""
+        if self.only is None:
+            return table_lines(self.trainer.everyone, self.start.folder)
+        return [*speed_lines(self.only), *next_steps(self.only)]
 
 
 def _layout(plan: RunPlan) -> list[HeadlineRow]:

@@ -25,7 +25,7 @@ def train_rank(settings: Settings) -> End:
         from megatron_tiedlora.training import finish
         from megatron_tiedlora.training.build import build_model
         from megatron_tiedlora.training.compiling import choose_kernels
-        from megatron_tiedlora.training.reports import FullReport, RunReport, table_lines
+        from megatron_tiedlora.training.reports import RunReport, table_lines
         from megatron_tiedlora.training.start import make_trainer, open_run
 
         plans, data = plan_and_read(settings, rank=rank, world_size=world_size)
@@ -40,7 +40,7 @@ def train_rank(settings: Settings) -> End:
         chosen = choose_kernels(longest_run(start.left), device)
         built = build_model(start.left, device, start.checkpoints, kernels=chosen.kernels)
         trainer = make_trainer(start, built, device, stop)
-        report = (RunReport if start.folder.of_several else FullReport)(start, trainer, built)
+        report = RunReport(start, trainer, built)
         trainer.progress = report.progress
         end.finished_step = lambda: trainer.last_step
         end.saved = report.saved
