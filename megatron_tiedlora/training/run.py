@@ -25,7 +25,6 @@ def train_rank(settings: Settings) -> End:
         from megatron_tiedlora.training import finish
         from megatron_tiedlora.training.build import build_model
         from megatron_tiedlora.training.compiling import choose_kernels
-        from megatron_tiedlora.training.reports import RunReport, table_lines
         from megatron_tiedlora.training.start import make_trainer, open_run
 
         plans, data = plan_and_read(settings, rank=rank, world_size=world_size)
@@ -35,12 +34,12 @@ def train_rank(settings: Settings) -> End:
         if not start.left:
             end.reason = finish.end_at_once(start)
             if rank == 0:
-                show(*table_lines(start.finished, start.folder))
+                show(*finish.table_lines(start.finished, start.folder))
             return end
         chosen = choose_kernels(longest_run(start.left), device)
         built = build_model(start.left, device, start.checkpoints, kernels=chosen.kernels)
         trainer = make_trainer(start, built, device, stop)
-        report = RunReport(start, trainer, built)
+        report = finish.RunReport(start, trainer, built)
         trainer.progress = report.progress
         end.finished_step = lambda: trainer.last_step
         end.saved = report.saved
@@ -51,7 +50,7 @@ def train_rank(settings: Settings) -> End:
         finish.score_after(trainer)
         report.set_end(end)
         if rank == 0:
-            show(*finish.export_all(trainer, report.exported), *report.last_lines())
+            show(*finish.export_all(trainer), *report.last_lines())
             report.set_end(end)
             if lines := finish.original_losses(trainer):
                 show(*lines)
