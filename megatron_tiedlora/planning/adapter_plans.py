@@ -24,10 +24,10 @@ from megatron_tiedlora.data.encode import Encoding
 from megatron_tiedlora.data.splits import files_of, open_tokenizer, read_split
 from megatron_tiedlora.data.task import Example, Reading
 from megatron_tiedlora.data.tasks import get_task
-from megatron_tiedlora.data.token_dataset import permutation
+from megatron_tiedlora.data.token_dataset import TokenDataset, permutation
 from megatron_tiedlora.data.tokenizer import end_ids
 from megatron_tiedlora.evaluation.answering import ScoredSet, encode_scored
-from megatron_tiedlora.planning.run_plan import RunPlan, length_warnings, plan_run
+from megatron_tiedlora.planning.run_plan import RunPlan, epochs_of, plan_run
 from megatron_tiedlora.runtime.run_folder import RunFolder, choose_run_folder, last_run_folder
 
 DS_CONFIG = "zero0.json"  # of --adapters by default, as others would clip all together, or shard the base
@@ -130,6 +130,10 @@ if TYPE_CHECKING:
 _DRAW_STREAM = 2**32 + 1  # differs from the stream that splits off validation rows and from those of epochs (0, 1, ...)
 
 
+MANY_CUT = 0.01  # of the training prompts
+MANY_EPOCHS = 20
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunData(TrainingData):
     """Tokenised splits and the tokenizer.
@@ -177,6 +181,22 @@ class RunData(TrainingData):
         """Hash of all data that ranks must have in common."""
         scored = (part.sha256 for part in (self.scored, self.scored_validation) if part is not None)
         return " ".join([self.sha256, *scored])
+
+
+def length_warnings(settings: Settings, train: TokenDataset) -> list[str]:
+    """What a user probably does not want: many prompts that are cut, or so many epochs that the run learns by heart."""
+    found = []
+    cut, epochs = train.truncated_prompts, epochs_of(settings, len(train))
+    if cut > MANY_CUT * len(train):
+        found.append(
+            f"{cut:,} of {len(train):,} training prompts ({cut / len(train):.1%}) lose their middle at --max_length"
+            f" {settings.max_length}; raise it if the model allows, or shorten the prompts"
+        )
+    if epochs > MANY_EPOCHS:
+        instead = f"--epochs 3 in place of --max_steps {settings.max_steps} would be shorter"
+        advice = instead if settings.epochs is None else "a lower value of --epochs makes it shorter"
+        found.append(f"the run sees each of the {len(train):,} training samples {epochs:,.1f} times; {advice}")
+    return found
 
 
 Data = Mapping[str, RunData]  # by the adapter's name

@@ -34,7 +34,6 @@ from megatron_tiedlora.planning.adapter_plans import (
     plan_adapters,
     prepare_all_data,
 )
-from megatron_tiedlora.planning.init_from import start_lines
 from megatron_tiedlora.planning.memory import (
     StageMemory,
     bank_bytes,
@@ -46,7 +45,7 @@ from megatron_tiedlora.planning.memory import (
 )
 from megatron_tiedlora.planning.passes import STOP_VOTES_BYTES, engine_traffic, saved_per_token
 from megatron_tiedlora.planning.planned import Planned, StepPlan
-from megatron_tiedlora.planning.run_plan import epochs_of
+from megatron_tiedlora.planning.run_plan import epochs_of, start_lines
 from megatron_tiedlora.planning.step_time import Term
 from megatron_tiedlora.runtime.run_folder import choose_run_folder
 from megatron_tiedlora.runtime.stopping import LONG_STEP_SECONDS

@@ -49,8 +49,7 @@ from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel, largest_of_all
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.planning.adapter_plans import Plans, shared_plan
-from megatron_tiedlora.planning.init_from import load_start
-from megatron_tiedlora.planning.run_plan import RunPlan
+from megatron_tiedlora.planning.run_plan import RunPlan, load_start
 
 
 def steps_by_engine(plans: Plans) -> bool:
