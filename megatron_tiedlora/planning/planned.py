@@ -22,23 +22,13 @@ from megatron_tiedlora.data.loader import GlobalBatch, fill_rounds, largest_posi
 from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.parallel.frozen_weight import padded
 from megatron_tiedlora.parallel.groups import Traffic
+from megatron_tiedlora.planning import step_time
 from megatron_tiedlora.planning.adapter_plans import Data, Plans, shared_plan
 from megatron_tiedlora.planning.layout import Layout, MicroBatchShape, SampleRow, StagePlan, plan_stages, shared_shape
 from megatron_tiedlora.planning.machines import Constant, Machine
 from megatron_tiedlora.planning.memory import LargestMicroBatch, StageMemory, held_memory, step_memory, with_reserves
 from megatron_tiedlora.planning.passes import engine_traffic, stage_work, step_flops, step_traffic
 from megatron_tiedlora.planning.run_plan import RunPlan
-from megatron_tiedlora.planning.step_time import (
-    DTYPES,
-    RANKS_PER_NODE,
-    Links,
-    Seconds,
-    StepParts,
-    Term,
-    stage_terms,
-    step_seconds,
-    sum_terms,
-)
 
 # The step -------------------------------------------------------------------------------------------------------------
 
@@ -277,7 +267,7 @@ class Planned:
     known: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def alone(cls, step: StepPlan, machine: Machine, *, per_node: int = RANKS_PER_NODE) -> "Planned":
+    def alone(cls, step: StepPlan, machine: Machine, *, per_node: int = step_time.RANKS_PER_NODE) -> "Planned":
         """The layout of a run, which shares nothing."""
         return Planned(step=step, layout=step.layout, cluster=Cluster(step.layout.world_size, per_node, machine))
 
@@ -297,9 +287,9 @@ class Planned:
         return [self.stage(index) for index in range(self.layout.pp_size)]
 
     @cached_property
-    def links(self) -> Links:
+    def links(self) -> step_time.Links:
         """The links that carry the messages of each group of ranks."""
-        return self._once("links", lambda: Links(self.layout, self.cluster.per_node))
+        return self._once("links", lambda: step_time.Links(self.layout, self.cluster.per_node))
 
     # Memory -----------------------------------------------------------------------------------------------------------
 
@@ -357,9 +347,9 @@ class Planned:
         return self._once("work", lambda: self.step.work)
 
     @cached_property
-    def seconds(self) -> Seconds:
+    def seconds(self) -> step_time.Seconds:
         """The seconds of a step."""
-        return step_seconds([self.parts])[0]
+        return step_time.step_seconds([self.parts])[0]
 
     @property
     def tokens_per_second(self) -> float:
@@ -369,7 +359,7 @@ class Planned:
     @property
     def dtype(self) -> str:
         """The name of the base's dtype."""
-        return DTYPES[self.layout.dtype.itemsize]
+        return step_time.DTYPES[self.layout.dtype.itemsize]
 
     @property
     def mfu(self) -> float:
@@ -399,7 +389,7 @@ class Planned:
         return Planned(step=self.step, layout=self.layout, cluster=cluster)
 
     @property
-    def parts(self) -> StepParts:
+    def parts(self) -> step_time.StepParts:
         """What the time of a step follows from."""
         batches, first_of = self.step.batches, self._first_of
         kinds = set(batches)
@@ -408,16 +398,16 @@ class Planned:
         sums = self._once(
             "sums", lambda: max(sum(term.seconds for term in self.sum_terms(index)) for index in passes), *shards
         )
-        return StepParts(batches, [passes[first] for first in first_of], sums, self.machine["step"])
+        return step_time.StepParts(batches, [passes[first] for first in first_of], sums, self.machine["step"])
 
-    def pass_terms(self, index: int, batch: MicroBatchShape) -> tuple[list[Term], list[Term]]:
+    def pass_terms(self, index: int, batch: MicroBatchShape) -> tuple[list[step_time.Term], list[step_time.Term]]:
         """What the passes of a micro-batch on a stage spend their time on."""
         work = self._once("stage_work", lambda: stage_work(self.stage(index), batch), index, batch)
-        return stage_terms(work, self.stage(index), self.links, self.machine)
+        return step_time.stage_terms(work, self.stage(index), self.links, self.machine)
 
-    def sum_terms(self, index: int) -> list[Term]:
+    def sum_terms(self, index: int) -> list[step_time.Term]:
         """The messages once a step of a stage's rank."""
-        return sum_terms(self.stage(index), self.step.batches, self.links, self.machine)
+        return step_time.sum_terms(self.stage(index), self.step.batches, self.links, self.machine)
 
     # Parts that several layouts share ---------------------------------------------------------------------------------
 
@@ -451,12 +441,13 @@ class Planned:
     def _held(self, index: int) -> StageMemory:
         return self._once("held_memory", lambda: held_memory(self.stage(index)), index)
 
-    def _seconds(self, index: int, batch: MicroBatchShape) -> tuple[Seconds, ...]:
+    def _seconds(self, index: int, batch: MicroBatchShape) -> tuple[step_time.Seconds, ...]:
         beside = index, batch, self._values(_ENGINE) if self.layout.zero_stage == 3 else ()
-        return self._once("stage_seconds", lambda: tuple(map(Seconds.of, self.pass_terms(index, batch))), *beside)
+        of_pass = step_time.Seconds.of
+        return self._once("stage_seconds", lambda: tuple(map(of_pass, self.pass_terms(index, batch))), *beside)
 
 
 def time_together(rows: Sequence[Planned]) -> None:
     """Set the seconds of many layouts: one simulation for all with as many stages and micro-batches."""
-    for row, seconds in zip(rows, step_seconds([row.parts for row in rows]), strict=True):
+    for row, seconds in zip(rows, step_time.step_seconds([row.parts for row in rows]), strict=True):
         row.seconds = seconds

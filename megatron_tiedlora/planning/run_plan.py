@@ -18,13 +18,7 @@ from megatron_tiedlora.checkpoint.load_model import resolve_dtype
 from megatron_tiedlora.checkpoint.resume import recorded_settings
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.checkpoint.tensor_files import DTYPES
-from megatron_tiedlora.config.batch import (
-    GPU_MICRO_BATCH_TOKENS,
-    BatchPlan,
-    default_rows,
-    plan_batches,
-    resolve_max_new_tokens,
-)
+from megatron_tiedlora.config import batch
 from megatron_tiedlora.config.fields import flag_value, marked
 from megatron_tiedlora.config.settings import Settings, make_settings, profiled_steps
 from megatron_tiedlora.convert.open_adapter import open_adapter
@@ -54,7 +48,7 @@ class RunPlan:
     settings: Settings
     source: ModelSource
     grid: Grid
-    batches: BatchPlan
+    batches: batch.BatchPlan
     engine: EngineConfig
     adapter: AdapterConfig
     on_gpu: bool
@@ -153,10 +147,10 @@ class RunPlan:
         packed = f"packed into rows of up to {self.settings.max_length:,} tokens: micro-batches of {rows}"
         if self.on_gpu and self.settings.micro_batch_size is None:
             why = "; --micro_batch_size changes it"
-            if batches.micro_batch_size < GPU_MICRO_BATCH_TOKENS // self.settings.max_length:
+            if batches.micro_batch_size < batch.GPU_MICRO_BATCH_TOKENS // self.settings.max_length:
                 share = batches.global_batch_size // batches.data_parallel
                 why = f" more are needed, but a rank's share of {share} allows no more; see --global_batch_size"
-            packed += f" (for {GPU_MICRO_BATCH_TOKENS:,} tokens on a GPU{why})"
+            packed += f" (for {batch.GPU_MICRO_BATCH_TOKENS:,} tokens on a GPU{why})"
         return f"{packed}, {ranks}"
 
     @property
@@ -203,8 +197,8 @@ class RunPlan:
     @property
     def max_new_tokens(self) -> int:
         """The most tokens of a generated answer."""
-        task = get_task(self.settings.task)
-        return resolve_max_new_tokens(self.settings.max_new_tokens, self.source.shape.limit.tokens, task.max_new_tokens)
+        given, of_task = self.settings.max_new_tokens, get_task(self.settings.task).max_new_tokens
+        return batch.resolve_max_new_tokens(given, self.source.shape.limit.tokens, of_task)
 
     def counted(self, num_samples: int) -> "RunPlan":
         """The plan whose --max_steps is counted for --epochs of `num_samples` training samples, if that is given."""
@@ -257,17 +251,17 @@ def plan_run(
     shape, settings = found.shape, with_models_length(with_start(settings, found), found)
     if settings.base != (stored := found.base_format(settings.base, settings.products)):
         settings = settings.completed(base=stored)
-    batches = plan_batches(
+    batches = batch.plan_batches(
         settings.global_batch_size,
         settings.micro_batch_size,
         grid.dp_size,
-        max_rows=default_rows(
+        max_rows=batch.default_rows(
             max_length=settings.max_length, packing=settings.packing, on_gpu=on_gpu, otherwise=task.micro_batch_rows
         ),
         min_steps=inputs_to_fill(grid.pp_size) if on_gpu else 1,
     )
     engine = load_engine_config(settings.ds_config, batches=batches, gradient_clipping=settings.gradient_clipping)
-    resolve_max_new_tokens(settings.max_new_tokens, shape.limit.tokens, task.max_new_tokens)
+    batch.resolve_max_new_tokens(settings.max_new_tokens, shape.limit.tokens, task.max_new_tokens)
     check_layout(shape, grid, zero_stage=engine.zero_stage, ds_config=settings.ds_config)
     layers = settings.layers or tuple(range(1, shape.num_layers + 1))
     if layers[-1] > shape.num_layers:

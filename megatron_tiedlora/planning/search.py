@@ -19,14 +19,7 @@ from megatron_tiedlora.config.adapters_file import PER_ADAPTER
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.engine.engine_json import SHIPPED_CONFIGS
 from megatron_tiedlora.parallel.fp8_products import check_fp8_capability
-from megatron_tiedlora.planning.adapter_plans import (
-    Data,
-    Plans,
-    adapter_settings,
-    counted,
-    plan_adapters,
-    prepare_all_data,
-)
+from megatron_tiedlora.planning import adapter_plans
 from megatron_tiedlora.planning.planned import Cluster, Planned, StepPlan, time_together
 
 RECOMPUTES = ("none", "selective", "full")
@@ -113,7 +106,7 @@ class ClusterPlan:
     settings: Settings
     source: ModelSource
     cluster: Cluster
-    data: Data = field(default_factory=dict)
+    data: adapter_plans.Data = field(default_factory=dict)
     candidates: tuple[Candidate, ...] = ()
     refused: Counter[str] = field(default_factory=Counter)
     ranked: tuple[Storage, ...] = ()
@@ -190,7 +183,8 @@ class ClusterPlan:
     def adapters(self) -> dict[str, Settings]:
         """The settings of each adapter, without the batch that a plan assumes. Raises UserError as a run does."""
         assumed = {"global_batch_size"} - self.settings.model_fields_set
-        return adapter_settings(make_settings({n: value for n, value in self.values.items() if n not in assumed}))
+        given = {name: value for name, value in self.values.items() if name not in assumed}
+        return adapter_plans.adapter_settings(make_settings(given))
 
     def assumes(self, name: str) -> bool:
         """Whether a setting is a default, at least for one adapter."""
@@ -221,7 +215,7 @@ class ClusterPlan:
         share, rest = divmod(math.gcd(*(own.global_batch_size for own in given), *assumed), max(dp_size, 1))
         return [1] if rest else divisors(share)
 
-    def plans(self, tp_size: int, pp_size: int, engine_file: str, storage: Storage) -> Plans:
+    def plans(self, tp_size: int, pp_size: int, engine_file: str, storage: Storage) -> adapter_plans.Plans:
         """What `plan_run` says of a layout, by adapter.
 
         Raises:
@@ -238,13 +232,14 @@ class ClusterPlan:
             check_fp8_capability(machine.title, machine.capability)
         sizes = {"tensor_parallel": tp_size, "pipeline_parallel": pp_size, "world_size": cluster.world_size}
         settings = make_settings({**self.values, **sizes, "ds_config": engine_file, **storage._asdict()})
-        return plan_adapters(settings, rank=0, world_size=cluster.world_size, weights=False, source=self.source)
+        ranks = cluster.world_size
+        return adapter_plans.plan_adapters(settings, rank=0, world_size=ranks, weights=False, source=self.source)
 
     def variants(
-        self, plans: Plans, rows: Sequence[int], sequences: Sequence[bool], recomputes: Sequence[str]
+        self, plans: adapter_plans.Plans, rows: Sequence[int], sequences: Sequence[bool], recomputes: Sequence[str]
     ) -> Iterator[dict[str, Any]]:
         """`step`, `layout` and `is_default` of the candidates that differ in choices that no check depends on."""
-        plans = counted(plans, self.data) if self.data else plans
+        plans = adapter_plans.counted(plans, self.data) if self.data else plans
         shares = self.settings.share_micro_batches
         base = StepPlan(plans, shares).layout
         for size, shards in product(rows, sequences):
@@ -293,7 +288,7 @@ def search(
         raise UserError(found.refused.most_common(1)[0][0])
     first, *_ = accepted[0]
     if any(plan.reads_data for plan in first.values()):
-        found.data = prepare_all_data(first)  # it is the same for all layouts
+        found.data = adapter_plans.prepare_all_data(first)  # it is the same for all layouts
     known: dict[Hashable, Any] = {}
     found.candidates = tuple(
         Candidate(**variant, cluster=cluster, known=known, engine_file=engine_file, storage=storage)

@@ -29,15 +29,7 @@ from megatron_tiedlora.model.stage import Attended, Stage
 from megatron_tiedlora.parallel.backward import Piece
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.groups import RankGroup, TensorParallel, with_adjoint
-from megatron_tiedlora.planning.counting import (
-    META,
-    CountedAttention,
-    CountedWeight,
-    CountingGroup,
-    Counts,
-    Moment,
-    counted_kernels,
-)
+from megatron_tiedlora.planning import counting
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
@@ -91,7 +83,7 @@ class Trace(NamedTuple):
 
     forward: Mapping[Hashable, float]
     backward: Mapping[Hashable, float]
-    moments: tuple[Sequence[Moment], ...]
+    moments: tuple[Sequence[counting.Moment], ...]
     saved: float
     kept: float
     gradients: float
@@ -155,21 +147,22 @@ class Tracer:
     ) -> None:
         """`on_gpu` decides how attention is computed."""
         self.shape, self.dtype, self._on_gpu = shape, dtype, on_gpu
-        self._counts = Counts()
-        group = CountingGroup(None, 0, tp_size, self._counts) if tp_size > 1 else RankGroup()
+        self._counts = counting.Counts()
+        group = counting.CountingGroup(None, 0, tp_size, self._counts) if tp_size > 1 else RankGroup()
         self.tensor_parallel = TensorParallel(group, sequence_parallel and tp_size > 1)
-        with torch.device(META):
-            kernels = counted_kernels(self._counts)
+        with torch.device(counting.META):
+            kernels = counting.counted_kernels(self._counts)
             self._specs = layer_specs(shape, dtype=dtype, tp_size=tp_size, kernels=kernels)
 
     @_remembers
     def _stage(self, first: int, stop: int | None) -> Stage:
         """A stage of some entries of the flat list of layers."""
-        with torch.device(META):
+        with torch.device(counting.META):
             stage = Stage(list(self._specs[first:stop]), None, tensor_parallel=self.tensor_parallel)
         for name, module in stage.named_modules():
             if isinstance(weight := getattr(module, "frozen", None), FrozenWeight):
-                module.frozen = CountedWeight(weight.tensor, self._counts, is_head=name.endswith(str(stage.head)))
+                is_head = name.endswith(str(stage.head))
+                module.frozen = counting.CountedWeight(weight.tensor, self._counts, is_head=is_head)
         return stage
 
     def at(self, kind: Kind, sizes: Sizes, *, recompute: str) -> Trace:
@@ -184,7 +177,7 @@ class Tracer:
         values = iter((_features(kind, sizes) @ coefficients).tolist())
         forward, backward = ({key: next(values) for key in counts} for counts in (first.forward, first.backward))
         moments = tuple(
-            [Moment(next(values), moment.kernel, next(values)) for moment in some] for some in first.moments
+            [counting.Moment(next(values), moment.kernel, next(values)) for moment in some] for some in first.moments
         )
         saved, kept, gradients = values
         return first._replace(
@@ -209,13 +202,13 @@ class Tracer:
         stage = self._stage(0, 1)
         self._counts.restart()
         with self._counts:
-            stage.embed(torch.empty(1, tokens, dtype=torch.int64, device=META), self.tensor_parallel)
+            stage.embed(torch.empty(1, tokens, dtype=torch.int64, device=counting.META), self.tensor_parallel)
         return dict(self._counts.found)
 
     @_remembers
     def reading(self, parts: tuple[AdapterPart, ...]) -> AdapterReading:
         """What it takes to read the adapters of a micro-batch, once for all layers of a stage."""
-        with torch.device(META):
+        with torch.device(counting.META):
             bank = AdapterBank({str(number): TiedAdapter(part) for number, part in enumerate(parts)})
         kept = {parameter.untyped_storage()._cdata for _, parameter in bank.named_parameters()}
         shares = tuple(Share(name, 1, 8 * self.tensor_parallel.group.size) for name in bank.adapters)
@@ -246,7 +239,7 @@ class Tracer:
         stage = self._stage(index, None if kind.ends else index + 1)
         stage.set_recompute(recompute)
         gradients, saved = list[torch.Tensor](), dict[int, int]()
-        anchor = torch.empty(1, dtype=self.dtype, requires_grad=True, device=META)
+        anchor = torch.empty(1, dtype=self.dtype, requires_grad=True, device=counting.META)
         updates, factors = self._updates(kind, index, sizes, anchor, gradients)
         context = self._context(stage, sum(sizes.tokens))
         size = (1, sum(sizes.tokens) // self.tensor_parallel.sequence_parts, self.shape.hidden_size)
@@ -297,7 +290,7 @@ class Tracer:
         if like is None:
             return {}, {}
         bank, group = dict[str, TiedAdapter](), self.tensor_parallel.group
-        with torch.device(META):
+        with torch.device(counting.META):
             for number, config in enumerate(kind.owners):
                 layers = () if config is None else (index,)
                 part = AdapterPart(replace(config or like, layers=(index,)), layers, group.rank, group.size)
@@ -315,7 +308,7 @@ class Tracer:
         return {index: found}, factors
 
     def _context(self, stage: Stage, tokens: int) -> AttentionContext:
-        positions = torch.empty(1, tokens, dtype=torch.int64, device=META)
+        positions = torch.empty(1, tokens, dtype=torch.int64, device=counting.META)
         rope = stage.attention.qkv.rope
         tables = {} if rope is None else {rope: rotation_table(positions, self.shape.heads, self.dtype)}
 
@@ -323,12 +316,12 @@ class Tracer:
             if self.dtype == torch.float32:  # the memory-efficient kernel gets keys and values for every query head
                 group = query.shape[1] // key.shape[1]
                 key, value = (heads.repeat_interleave(group, dim=1) if group > 1 else heads for heads in (key, value))
-            output: torch.Tensor = CountedAttention.apply(query, key, value, self._counts)
+            output: torch.Tensor = counting.CountedAttention.apply(query, key, value, self._counts)
             return output
 
         def by_tiles(*heads: torch.Tensor) -> torch.Tensor:
             rows = (tensor.transpose(1, 2).flatten(0, 1) for tensor in heads)
-            output: torch.Tensor = CountedAttention.apply(*rows, self._counts)
+            output: torch.Tensor = counting.CountedAttention.apply(*rows, self._counts)
             return output.flatten(1)[None]
 
         documents = Documents([0, tokens], positions[0, :2], tokens)
@@ -343,7 +336,8 @@ def _end(output: torch.Tensor) -> torch.Tensor:
 
 
 def _supervised(sizes: Sizes) -> Supervised:
-    rows, chosen = (torch.empty(size, dtype=torch.int64, device=META) for size in (sum(sizes.after), sizes.supervised))
+    given = sum(sizes.after), sizes.supervised
+    rows, chosen = (torch.empty(size, dtype=torch.int64, device=counting.META) for size in given)
     if len(sizes.tokens) == 1:
         return Supervised(rows, rows, chosen, chosen)
     pieces = tuple(Piece(number, size) for number, size in enumerate(sizes.after))

@@ -17,16 +17,8 @@ from megatron_tiedlora.base.atomic import write_json
 from megatron_tiedlora.base.messages import UserError, count_text, naming, user_path
 from megatron_tiedlora.base.ownership import Owner
 from megatron_tiedlora.base.text_files import read_json_object, read_json_or_none
+from megatron_tiedlora.checkpoint import resume
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter, save_adapter
-from megatron_tiedlora.checkpoint.resume import (
-    Checkpoint,
-    Progress,
-    copy_checkpoint,
-    find_newest_checkpoint,
-    load_checkpoint,
-    move_latest,
-    remove_superseded,
-)
 from megatron_tiedlora.config.adapters_file import HALVING_REASON, OF_ALL, PER_ADAPTER, rivals_of
 from megatron_tiedlora.config.cli import HUB_NAMES, TEMPLATE_HASH
 from megatron_tiedlora.config.fields import declared, flag_value, marked
@@ -67,7 +59,7 @@ class Start:
     folder: RunFolder
     end: End
     folders: dict[str, RunFolder] = field(default_factory=dict)
-    checkpoints: dict[str, Checkpoint | None] = field(default_factory=dict)
+    checkpoints: dict[str, resume.Checkpoint | None] = field(default_factory=dict)
     finished: dict[str, Finished] = field(default_factory=dict)
 
     @property
@@ -119,7 +111,7 @@ def open_run(settings: Settings, plans: adapter_plans.Plans, data: adapter_plans
     for name, plan in plans.items():
         with naming(name):
             read = partial(_read_checkpoint, plan, data[name], opened.folders[name])
-            opened.checkpoints[name] = decided_by_rank_0(read, kind=Checkpoint | None)
+            opened.checkpoints[name] = decided_by_rank_0(read, kind=resume.Checkpoint | None)
     saved = {name: None if found is None else found.settings for name, found in opened.checkpoints.items()}
     opened.plans = {name: with_kept_warmup(plan, saved[name]) for name, plan in plans.items()}
     opened.finished = _finished_before(opened)
@@ -194,7 +186,7 @@ def make_trainer(start: Start, built: BuiltModel, device: torch.device, stop: St
         start.folder,
         running=lambda: [(run.folder, run.progress.step) for run in adapters.values() if not run.recorded],
     )
-    progress = {name: found.progress if (found := start.checkpoints[name]) else Progress() for name in left}
+    progress = {name: found.progress if (found := start.checkpoints[name]) else resume.Progress() for name in left}
     end.first_step = max(own.step for own in progress.values())
     end.finished_step = lambda: end.first_step
     if start.own_folders:
@@ -241,20 +233,20 @@ def _write_settings(start: Start) -> None:
     decided_by_rank_0(lambda: start.folder.write_settings(shared, ranks=start.plans[first].grid.world_size))
 
 
-def occupy_run_folder(plan: RunPlan, folder: RunFolder, checkpoint: Checkpoint | None) -> MetricsLog | None:
+def occupy_run_folder(plan: RunPlan, folder: RunFolder, checkpoint: resume.Checkpoint | None) -> MetricsLog | None:
     """Write the resumed checkpoint, run.yaml and the logs to the folder. Returns rank 0's log, None on the others.
 
     Raises:
         UserError: the folder cannot be written; on every rank. Its status says so.
     """
-    start, logs = checkpoint.progress if checkpoint is not None else Progress(), list[MetricsLog]()
+    start, logs = checkpoint.progress if checkpoint is not None else resume.Progress(), list[MetricsLog]()
 
     def occupy() -> None:
         try:
             if checkpoint is not None:
                 adopt_checkpoint(folder, checkpoint)
                 keep = plan.settings.keep_checkpoints
-                remove_superseded(folder.checkpoints, checkpoint.progress, keep=keep, guard=folder.guard)
+                resume.remove_superseded(folder.checkpoints, checkpoint.progress, keep=keep, guard=folder.guard)
             write_run_settings(plan, folder)
             log = MetricsLog(
                 folder,
@@ -291,7 +283,7 @@ def write_run_settings(plan: RunPlan, folder: RunFolder) -> None:
 # it, which is so if it is constant. A warm-up that was not given is the checkpoint's.
 
 
-def _read_checkpoint(plan: RunPlan, data: adapter_plans.RunData, folder: RunFolder) -> Checkpoint | None:
+def _read_checkpoint(plan: RunPlan, data: adapter_plans.RunData, folder: RunFolder) -> resume.Checkpoint | None:
     """The checkpoint that --resume asks for, or None to start from the beginning.
 
     Rank 0 reads it and sends it to the others, so only its host needs the run folder. With `auto`, a folder without a
@@ -322,20 +314,20 @@ def _read_checkpoint(plan: RunPlan, data: adapter_plans.RunData, folder: RunFold
     return replace(checkpoint, progress=forgotten, notes=notes)
 
 
-def _find_checkpoint(resume: str, folder: RunFolder) -> Checkpoint | None:
-    if resume == "none":
+def _find_checkpoint(given: str, folder: RunFolder) -> resume.Checkpoint | None:
+    if given == "none":
         return None
-    if resume == "auto":
-        return find_newest_checkpoint(folder.checkpoints)
-    path = user_path(resume)
+    if given == "auto":
+        return resume.find_newest_checkpoint(folder.checkpoints)
+    path = user_path(given)
     if not path.is_dir():
-        raise UserError(f"--resume {resume}: no such checkpoint folder. Give auto, or a checkpoints/step_N folder")
+        raise UserError(f"--resume {given}: no such checkpoint folder. Give auto, or a checkpoints/step_N folder")
     if folder.is_run and path.resolve().parent != folder.checkpoints.resolve():
-        raise UserError(f"--resume {resume}: {folder.path} holds another run. Give a new --output_dir")
-    return load_checkpoint(path)
+        raise UserError(f"--resume {given}: {folder.path} holds another run. Give a new --output_dir")
+    return resume.load_checkpoint(path)
 
 
-def adopt_checkpoint(folder: RunFolder, checkpoint: Checkpoint) -> None:
+def adopt_checkpoint(folder: RunFolder, checkpoint: resume.Checkpoint) -> None:
     """Make `checkpoint` the last one of the run folder, before training continues from it; on rank 0.
 
     If it is in another folder, it is copied first, with the best checkpoint and the logs. Then `latest` names it, so
@@ -352,14 +344,14 @@ def adopt_checkpoint(folder: RunFolder, checkpoint: Checkpoint) -> None:
             copies[source.parent / f"step_{progress.best_step}"] = folder.checkpoints / f"step_{progress.best_step}"
         for original, copy in copies.items():
             if original != copy.parent.resolve() / copy.name:
-                copy_checkpoint(original, copy, guard=folder.guard)
+                resume.copy_checkpoint(original, copy, guard=folder.guard)
         run = RunFolder(source.parent.parent)
         if run.is_run and run.path != folder.path.resolve():
             write_metrics(folder.metrics, read_metrics(run.metrics), guard=folder.guard)
             if run.scores.is_file():
                 scores = read_json_object(run.scores, kind="a run's scores")
                 write_json(folder.scores, scores, guard=folder.guard)
-    move_latest(folder.checkpoints, progress.step, guard=folder.guard)
+    resume.move_latest(folder.checkpoints, progress.step, guard=folder.guard)
     if progress.best_step is not None:
         best = load_native_adapter(folder.checkpoints / f"step_{progress.best_step}")
         save_adapter(folder.adapter, best.config, best.base_identity, best.state, guard=folder.guard)
@@ -376,7 +368,7 @@ def reject_another_run(plan: RunPlan, data: adapter_plans.RunData, folder: RunFo
         check_resumed_base(plan, checkpoint)
 
 
-def check_resumed_settings(plan: RunPlan, checkpoint: Checkpoint, *, data_sha256: str) -> None:
+def check_resumed_settings(plan: RunPlan, checkpoint: resume.Checkpoint, *, data_sha256: str) -> None:
     """Raise UserError if a checkpoint was trained with settings or data that contradict the plan's.
 
     It names the setting and both values.
