@@ -113,11 +113,9 @@ def find_behind(evaluated: Mapping[str, BatchLosses], rivals: Mapping[str, tuple
         if not beside:
             continue
         best = min(beside, key=lambda other: evaluated[other].loss)
-        gap = own.behind(evaluated[best])
-        if gap.behind > gap.noise:
-            found[name] = (
-                f"{HALVING_REASON}at step {own.step} it was behind {best} by {gap.behind:.4f}, noise {gap.noise:.4f}"
-            )
+        behind, noise = own.behind(evaluated[best])
+        if behind > noise:
+            found[name] = f"{HALVING_REASON}at step {own.step} it was behind {best} by {behind:.4f}, noise {noise:.4f}"
     return found
 
 
