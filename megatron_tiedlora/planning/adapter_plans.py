@@ -7,7 +7,7 @@ tokenised once per host, before any rank waits for another.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY
@@ -106,15 +106,6 @@ def adapter_folders(plans: Plans, folder: RunFolder) -> dict[str, RunFolder]:
     return {name: RunFolder(user_path(output_dir)) for name, output_dir in given.items()}
 
 
-def in_folder(plans: Plans, folder: RunFolder) -> dict[str, RunPlan]:
-    """The plans with the folder of each adapter that has one of its own."""
-    found = dict(plans)
-    for name, own in adapter_folders(plans, folder).items():
-        if own is not folder:
-            found[name] = replace(plans[name], settings=plans[name].settings.completed(output_dir=str(own.path)))
-    return found
-
-
 def check_run_folders(settings: Settings, plans: Plans, folder: RunFolder) -> None:
     """Raise UserError if the folder of an adapter cannot be used beside the others and the run's."""
     own = {name: str(of.path) for name, of in adapter_folders(plans, folder).items() if of is not folder}
@@ -166,7 +157,7 @@ class RunData(TrainingData):
         return lines
 
     def warnings(self, plan: RunPlan) -> list[str]:
-        """What a user probably does not want."""
+        """Warnings of settings and data that are probably a mistake."""
         found = [*length_warnings(plan.settings, self.train), *plan.rank_excess]
         if self.unended:
             ends = self.tokenizer.eos_token
@@ -184,7 +175,7 @@ class RunData(TrainingData):
 
 
 def length_warnings(settings: Settings, train: TokenDataset) -> list[str]:
-    """What a user probably does not want: many prompts that are cut, or so many epochs that the run learns by heart."""
+    """Warnings of many prompts that are truncated, or of so many epochs that the run learns the samples by heart."""
     found = []
     cut, epochs = train.truncated_prompts, epochs_of(settings, len(train))
     if cut > MANY_CUT * len(train):

@@ -93,7 +93,7 @@ def report_lines(plan: ClusterPlan, shown: PlanSettings) -> list[str]:
 
 
 def warning_lines(plan: ClusterPlan, shown: PlanSettings) -> list[str]:
-    """What a user may have taken for granted: that the layout of --layout fits, and that a file was written."""
+    """Warnings that the layout of --layout does not fit, or that a file was not written."""
     row = chosen_layout(plan, shown)
     if row is not None:
         return [] if row.fits else [f"warning: --layout does not fit: {_missing_line(row, plan)}"]
@@ -179,7 +179,7 @@ def _missed_lines(plan: ClusterPlan) -> list[str]:
 
 
 def _missing_line(row: Candidate, plan: ClusterPlan) -> str:
-    """What a layout that does not fit lacks, and which change makes it fit."""
+    """A line on a layout that does not fit: the memory that it needs, and the change that makes it fit."""
     sizes = f"{row.name}: {row.needed / 1e9:.1f} of {plan.cluster.capacity / 1e9:.1f} GB"
     if not row.has_room_for_weights:
         return f"{sizes} for the weights alone; {_what_fits(row, plan)}"
@@ -332,7 +332,7 @@ def _ratio(faster: Planned, slower: Planned) -> float:
 
 
 def _formats(plan: ClusterPlan) -> Iterator[str]:
-    """What the format of the fastest layout changes, and what the fastest of each that was not asked for would gain."""
+    """Hints on the format of the fastest layout, and on the gain of the fastest one in each other format."""
     best = plan.rows[0] if plan.rows else None
     if best is not None and best.storage != Storage() and plan.source.stored is None:
         plain = next((row for row in plan.rows if row.storage == Storage()), None)
@@ -354,7 +354,7 @@ def _formats(plan: ClusterPlan) -> Iterator[str]:
 
 
 def _waits(best: Candidate, shown: Sequence[Candidate]) -> Iterator[str]:
-    """What much of a step waits for: messages of the layout with most tensor parallelism, other stages, and gathers."""
+    """Hints on waiting: for messages of the layout with most tensor parallelism, for other stages, and for gathers."""
     wide = max(shown, key=lambda row: (row.layout.tp_size, row.tokens_per_second))
     alike = (row for row in shown if row.storage == wide.storage)
     fastest = max(alike, key=lambda row: row.tokens_per_second)

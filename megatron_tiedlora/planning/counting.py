@@ -29,11 +29,11 @@ _PICKS = {"embedding", "index_select"}  # as much of its first argument as it wr
 
 
 class Kernel(NamedTuple):
-    """What counts as one operation.
+    """An operation, or a kernel that counts as one.
 
     Attributes:
-        temporary, results: the bytes that it needs beside its results if it is not compiled, and those of its results,
-            for each number of its widest argument.
+        temporary: the bytes that it needs beside its results if it is not compiled, per element of its widest argument.
+        results: the bytes of its results, per element of its widest argument.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Kernel(NamedTuple):
 
 
 class Moment(NamedTuple):
-    """The bytes that are alive after an operation; of a kernel, also the numbers of its widest argument."""
+    """The bytes that are alive after an operation; for a kernel, also the elements of its widest argument."""
 
     alive: float
     kernel: Kernel | None = None
@@ -89,7 +89,7 @@ class Counts(TorchDispatchMode):
 
     @contextmanager
     def as_one(self) -> Iterator[None]:
-        """What runs in the block is counted by the caller."""
+        """Count nothing inside: the caller counts the block as one operation."""
         self._whole, before = True, self._whole
         try:
             yield
@@ -184,9 +184,9 @@ class CountingGroup(RankGroup):
 
 
 class CountedWeight(FrozenWeight):
-    """A frozen weight that counts its matmuls: FLOPs, the numbers of W that they read, and of what they multiply.
+    """A frozen weight that counts its matmuls: FLOPs, the elements of W that they read, and of what they multiply.
 
-    Those of the head are counted apart.
+    The matmuls of the head are counted apart.
     """
 
     def __init__(self, tensor: torch.Tensor, counts: Counts, *, is_head: bool) -> None:

@@ -127,9 +127,9 @@ class MicroBatchShape(NamedTuple):
     """The sizes of a micro-batch that its messages and its work depend on.
 
     Attributes:
-        adapters: the numbers in the layout of those that it has tokens of.
-        tokens: of each of them, its positions, padding included.
-        after: of each of them, those that are computed after the last attention; see `Supervised`.
+        adapters: the indices in the layout of the adapters that it has tokens of.
+        tokens: for each of them, its positions, padding included.
+        after: for each of them, the positions that are computed after the last attention; see `Supervised`.
         squared_lengths: the sum of s^2 over its documents of s tokens, for attention.
     """
 
@@ -219,7 +219,7 @@ class StagePlan:
 
     @property
     def quantised_bytes(self) -> int:
-        """Those of them that store quantised weights."""
+        """The bytes of a rank's base parameters that store quantised weights."""
         return sum(number * tensor.num_bytes for tensor, number in self.local_base.items() if tensor.quantised)
 
     @property

@@ -73,7 +73,7 @@ def with_reserves(stage: StagePlan, memory: StageMemory, machine: Machine) -> St
 
 
 def held_memory(stage: StagePlan) -> StageMemory:
-    """What no micro-batch changes."""
+    """The part of a rank's memory that does not depend on micro-batches."""
     layout, trained = stage.layout, sum(stage.trained)
     of_weights = layout.dp_size if layout.zero_stage == 3 else 1
     stage_of_adapter = layout.zero_stage if layout.engine_steps else 0  # else no engine shards or copies it
@@ -109,9 +109,10 @@ class LargestMicroBatch(NamedTuple):
 
 
 def step_memory(stage: StagePlan, largest: LargestMicroBatch) -> StageMemory:
-    """What follows from the micro-batches of a step, whatever the storage of the base and ZeRO are.
+    """The part of a rank's memory that depends on the micro-batches of a step, and not on storage of the base or ZeRO.
 
-    All tokens count as those of the adapter that needs most, in the case of owners that needs most.
+    All tokens count as those of the adapter that needs most. Of the groups of adapters that may share a micro-batch,
+    the one that needs most counts.
     """
     attention, activations = attention_memory(stage, largest), 0.0
     for adapters in largest.owners:
@@ -134,7 +135,7 @@ def _most_of_widest(stage: StagePlan, tokens: int) -> Sizes:
 
 
 def _pass_bytes(stage: StagePlan, sizes: Sizes, attention: "AttentionMemory") -> tuple[float, float]:
-    """What is kept of a micro-batch between its passes, and what a pass needs beyond that at most."""
+    """The bytes of a micro-batch that stay between its passes, and the most that a pass needs beyond them."""
 
     def most(moments: Sequence[Moment]) -> float:
         return max((one.alive + _temporary_bytes(stage.layout, attention, one) for one in moments), default=0.0)
@@ -160,7 +161,7 @@ def _pass_bytes(stage: StagePlan, sizes: Sizes, attention: "AttentionMemory") ->
 
 
 def _temporary_bytes(layout: Layout, attention: "AttentionMemory", moment: Moment) -> float:
-    """What a kernel needs at a moment beside its arguments and results."""
+    """The bytes that a kernel needs at a moment beside its arguments and results."""
     kernel = moment.kernel
     if kernel is None:
         return 0.0

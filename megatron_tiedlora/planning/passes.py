@@ -1,8 +1,8 @@
-"""What a rank of a stage does in the passes of a micro-batch: sums of the traces of its layers.
+"""The work of a rank of a stage in the passes of a micro-batch: sums of the traces of its layers.
 
-What follows the last attention runs its backward pass inside the forward pass, and is counted there. Blocks that do the
-same are traced once and multiplied. What DeepSpeed sends in the data-parallel group is counted apart, as it fills
-buckets and fetches ahead: `engine_traffic` has an upper bound of its bytes there.
+The layers after the last attention run their backward pass inside the forward pass, and are counted there. Blocks that
+do the same are traced once and multiplied. DeepSpeed's messages in the data-parallel group are counted apart, as it
+fills buckets and fetches ahead: `engine_traffic` has an upper bound of their bytes.
 """
 
 from collections import Counter
@@ -100,7 +100,8 @@ def _block_work(stage: StagePlan, sizes: Sizes, squared_lengths: int) -> StageWo
         more = {key: count - plain.backward.get(key, 0) for key, count in whole.backward.items()}
         again.add(more, times=number)
         forward["blocks"] += number
-        backward["blocks"] += number * kind.goes_back
+        # A block below the first adapted layer has no backward pass.
+        backward["blocks"] += number * (kind.earlier or any(kind.owners))
         again["blocks"] += number * round(more.get("attention", 0))
     for work in found:  # a trace counts attention in forward passes of a block
         work["attention"] *= 2 * squared_lengths * stage.shape.heads.rows[0] / stage.layout.tp_size
@@ -194,7 +195,7 @@ def tracer_of(shape: ModelShape, layout: Layout) -> Tracer:
 
 
 def traces(stage: StagePlan, sizes: Sizes, recompute: str | None = None) -> list[Trace]:
-    """What each kind of the stage's blocks does; with the layout's recompute if none is given."""
+    """The trace of each kind of the stage's blocks, with the layout's recompute if none is given."""
     tracer, recompute = tracer_of(stage.shape, stage.layout), recompute or stage.layout.recompute
     return [tracer.at(kind, sizes, recompute=recompute) for kind in stage.kinds]
 
@@ -247,7 +248,7 @@ def once_traffic(stage: StagePlan, micro_batches: Iterable[MicroBatchShape]) -> 
 
 
 def engine_traffic(stage: StagePlan, *, num_micro_batches: int) -> Traffic:
-    """What DeepSpeed sends in the data-parallel group in one step, at most (0.19.8, with the ds_configs/ files).
+    """The most that DeepSpeed sends in the data-parallel group in one step (0.19.8, with the ds_configs/ files).
 
     It sums gradients once a step, and from ZeRO-2 on after each micro-batch. It sums the norm and, in ZeRO-1 and 2,
     gathers the updated values. ZeRO-3 gathers each parameter at most once for each pass of each micro-batch, as it

@@ -88,7 +88,7 @@ class StepPlan:
 
     @cached_property
     def rounds(self) -> list[list[tuple[str, int]]]:
-        """Which of this rank's micro-batches go together; see `fill_rounds`."""
+        """The micro-batches of this rank that are processed together; see `fill_rounds`."""
         capacity = micro_batch_capacity(self.plans, shares=self.shares_micro_batches)
         return fill_rounds({name: self._largest(name) for name in self._taking}, capacity=capacity)
 
@@ -155,7 +155,7 @@ class StepPlan:
 
     @property
     def work(self) -> Work:
-        """Of all samples of the step."""
+        """The work of all samples of the step."""
         return Work(*map(sum, zip(*self.works.values(), strict=True)))
 
     @property
@@ -240,7 +240,7 @@ _DEPENDS = {
 
 @dataclass(frozen=True)
 class Cluster:
-    """What is booked: so many ranks, `per_node` in each node, on such cards."""
+    """The ranks that are booked, `per_node` in each node, and their machine."""
 
     world_size: int
     per_node: int
@@ -273,7 +273,7 @@ class Planned:
 
     @property
     def machine(self) -> Machine:
-        """What all ranks run on."""
+        """The machine of all ranks."""
         return self.cluster.machine
 
     def stage(self, index: int) -> StagePlan:
@@ -384,13 +384,13 @@ class Planned:
         return sum(one.hours for one in alone)
 
     def changed(self, constants: dict[str, Constant]) -> "Planned":
-        """The same layout on a machine with other constants."""
+        """This layout on a machine with other constants."""
         cluster = replace(self.cluster, machine=self.machine.changed(constants))
         return Planned(step=self.step, layout=self.layout, cluster=cluster)
 
     @property
     def parts(self) -> step_time.StepParts:
-        """What the time of a step follows from."""
+        """The times from which the time of a step follows."""
         batches, first_of = self.step.batches, self._first_of
         kinds = set(batches)
         passes = {index: {batch: self._seconds(index, batch) for batch in kinds} for index in self._first_stages}
@@ -401,7 +401,7 @@ class Planned:
         return step_time.StepParts(batches, [passes[first] for first in first_of], sums, self.machine["step"])
 
     def pass_terms(self, index: int, batch: MicroBatchShape) -> tuple[list[step_time.Term], list[step_time.Term]]:
-        """What the passes of a micro-batch on a stage spend their time on."""
+        """The terms of the forward and the backward pass of a micro-batch on a stage."""
         work = self._once("stage_work", lambda: stage_work(self.stage(index), batch), index, batch)
         return step_time.stage_terms(work, self.stage(index), self.links, self.machine)
 

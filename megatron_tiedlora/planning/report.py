@@ -1,4 +1,4 @@
-"""What a layout needs and does, in sections of text: a dry run has one layout, `tiedlora plan --why` shows one of many.
+"""The needs and the work of a layout as text: a dry run has one layout, `tiedlora plan --why` shows one of many.
 
 A dry run needs no weights and no data; presets need no files at all.
 """
@@ -295,7 +295,7 @@ def memory_lines(planned: Planned, *, judged: bool) -> list[str]:
 
 
 def _memory_notes(planned: Planned) -> Iterator[str]:
-    """What is behind the columns of the table of memory; the last ones are no counts but reserves of a machine."""
+    """Notes on the columns of the table of memory; the last columns are reserves of a machine and no counts."""
     layout, stages, machine = planned.layout, planned.stages, planned.machine
     saved = saved_per_token(planned.step.shape, layout)
     yield (
@@ -403,7 +403,7 @@ def messages_text(number: int, size: float) -> str:
 
 
 def traffic_table(sent: Sequence[Mapping[str, str]]) -> list[str]:
-    """What a rank of each stage sends, planned or counted, as texts by group."""
+    """A table of the messages of a rank of each stage, planned or counted, from texts by group."""
     groups = [group for group in (*GROUPS, "DeepSpeed") if any(group in found for found in sent)]
     header = ["all ranks" if group == WORLD else group for group in groups]
     return stage_table(header, [[found.get(group, messages_text(0, 0)) for group in groups] for found in sent])

@@ -164,7 +164,7 @@ class RunPlan:
         return [f"--rank {rank}: {widest.name} has {words}, so no update of it has a rank above {min(sizes):,}"]
 
     def layout_of(self, adapter: AdapterConfig) -> AdapterLayout:
-        """Which rank holds which part of an adapter that is trained over this plan's stages."""
+        """The parts of an adapter that is trained over this plan's stages, by rank."""
         own = (tuple(layer for layer in adapter.layers if layer in stage.layers) for stage in self.stages)
         return AdapterLayout(adapter, self.grid, tuple(own))
 
@@ -191,7 +191,7 @@ class RunPlan:
 
     @property
     def dtype_name(self) -> str:
-        """The same dtype by its name in --dtype."""
+        """The dtype of the frozen base by its name in --dtype."""
         return resolve_dtype(self.settings.dtype, get_task(self.settings.task), on_gpu=self.on_gpu)
 
     @property
@@ -432,7 +432,7 @@ def load_start(
 
 
 def start_lines(settings: Settings, source: ModelSource) -> list[str]:
-    """What a dry run says of the start."""
+    """The lines of a dry run on the adapter of --init_from."""
     if settings.init_from is None or recorded_run(settings) is not None:
         return []
     start = read_start(settings.init_from, source, differs=settings.base_differs)
@@ -466,7 +466,7 @@ def _decided(config: AdapterConfig) -> dict[str, Any]:
 
 
 def _given(settings: Settings, source: ModelSource) -> dict[str, Any]:
-    """Those of these settings that the user gave."""
+    """The settings of `_TAKEN_OVER` that the user gave."""
     every_layer = tuple(range(1, source.shape.num_layers + 1))
     given = {name: getattr(settings, name) for name in _TAKEN_OVER if name in settings.model_fields_set}
     return {name: every_layer if value is None else value for name, value in given.items()}

@@ -84,7 +84,7 @@ class Candidate(Planned):
 
     @property
     def alike(self) -> tuple[Hashable, ...]:
-        """What layouts share that differ in micro-batch, recompute, sequences and ZeRO only."""
+        """Parallel sizes and storage. The layouts of one value differ in the other choices."""
         return self.layout.tp_size, self.layout.pp_size, self.layout.dp_size, self.storage
 
 
@@ -121,14 +121,14 @@ class ClusterPlan:
 
     @cached_property
     def _fitting(self) -> list[Candidate]:
-        """Those that fit, the fastest first; of equally fast ones the one with less memory."""
+        """The candidates that fit, the fastest first; if equally fast, the one with less memory first."""
         fitting = [one for one in self.candidates if one.fits]
         time_together(fitting)
         return sorted(fitting, key=lambda one: (one.seconds.total, one.needed))
 
     @cached_property
     def rows(self) -> list[Candidate]:
-        """Those that fit in a format to choose from, the fastest first.
+        """The candidates that fit in a format to choose from, the fastest first.
 
         Layouts within `_TIE` of the fastest are equally fast, and the least changed base is first.
         """
@@ -139,12 +139,12 @@ class ClusterPlan:
 
     @cached_property
     def elsewhere(self) -> list[Candidate]:
-        """Those that fit in another format, the fastest first."""
+        """The candidates that fit in another format, the fastest first."""
         return [one for one in self._fitting if one.storage not in self.ranked]
 
     @cached_property
     def others(self) -> list[Candidate]:
-        """Those that do not fit."""
+        """The candidates that do not fit."""
         return [one for one in self.candidates if not one.fits]
 
     @property
@@ -216,7 +216,7 @@ class ClusterPlan:
         return [1] if rest else divisors(share)
 
     def plans(self, tp_size: int, pp_size: int, engine_file: str, storage: Storage) -> adapter_plans.Plans:
-        """What `plan_run` says of a layout, by adapter.
+        """The plans that `plan_run` makes of a layout, by adapter.
 
         Raises:
             UserError: as a run does, or the cluster is not made for it.

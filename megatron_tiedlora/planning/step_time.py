@@ -61,12 +61,12 @@ class Term(NamedTuple):
 
 
 class Link(NamedTuple):
-    """What carries the messages of a group.
+    """A link that carries the messages of a group.
 
     Attributes:
         size: ranks of the group.
         num_nodes: nodes that they are in.
-        per_node: ranks of it in a node.
+        per_node: ranks of the group in a node.
     """
 
     size: int
@@ -174,12 +174,12 @@ class Seconds(NamedTuple):
 
 @dataclass(frozen=True)
 class StepParts:
-    """What the time of a step follows from.
+    """The times from which the time of a step follows.
 
     Attributes:
         batches: its micro-batches, in order.
-        stages: by stage and micro-batch, of its forward and its backward pass.
-        sums: of the messages once a step.
+        stages: by stage and micro-batch, the times of the forward and the backward pass.
+        sums: the time of the messages once a step.
         outside: see `Seconds`.
     """
 
@@ -201,7 +201,7 @@ class StepParts:
 
 
 def stage_terms(work: StageWork, stage: StagePlan, links: Links, machine: Machine) -> tuple[list[Term], list[Term]]:
-    """What the forward and the backward pass of a micro-batch spend their time on."""
+    """The terms of the time of the forward and of the backward pass of a micro-batch."""
     layout = stage.layout
     forward, backward, again = (pass_terms(each, layout, links, machine) for each in work)
     backward += [term._replace(label=f"{term.label}, recomputed") for term in again]

@@ -1,4 +1,4 @@
-"""What a rank does in the layers of a stage, counted by running them on tensors without data.
+"""The work of a rank in the layers of a stage, counted by running them on tensors without data.
 
 A trace is of one unit: the embedding, a block, or the last block with the head and the loss. The modules, their
 autograd functions and recompute are the real ones, but for the parts that `counting` exchanges.
@@ -56,7 +56,7 @@ def _remembers(method: _Method) -> _Method:
 
 
 class Sizes(NamedTuple):
-    """The sizes of a micro-batch: of each owner, its tokens and those after the last attention; rows of logits.
+    """The sizes of a micro-batch: for each adapter, its tokens and those after the last attention; rows of logits.
 
     Attributes:
         at_once: the rows of logits that are in memory at one time.
@@ -69,7 +69,7 @@ class Sizes(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What a unit does for one micro-batch.
+    """The work of a unit for one micro-batch.
 
     Attributes:
         forward, backward: counts of its passes.
@@ -100,7 +100,7 @@ class Trace(NamedTuple):
 
 @dataclass(frozen=True)
 class AdapterReading:
-    """What reading the adapters does: counts of both passes, and the memory of each factor that is a copy.
+    """The work of reading the adapters: counts of both passes, and the memory of each factor that is a copy.
 
     Attributes:
         factors: by layer, target and letter, a number that tells the memory, and its bytes.
@@ -113,10 +113,10 @@ class AdapterReading:
 
 @dataclass(frozen=True)
 class Kind:
-    """What a block does: everything that decides its trace beside sizes.
+    """The kind of a block: everything that decides its trace beside sizes.
 
     Attributes:
-        owners: of each owner of tokens, its adapter if that adapts the block.
+        owners: for each adapter with tokens in the micro-batch, that adapter if it adapts the block, else None.
         earlier: whether its input needs a gradient.
         ends: whether the head follows.
         rotates: whether it rotates queries and keys.
@@ -126,11 +126,6 @@ class Kind:
     earlier: bool
     ends: bool = False
     rotates: bool = True
-
-    @property
-    def goes_back(self) -> bool:
-        """Whether it has a backward pass; a block below the first adapted layer has none."""
-        return self.earlier or any(self.owners)
 
 
 class Tracer:
@@ -166,10 +161,10 @@ class Tracer:
         return stage
 
     def at(self, kind: Kind, sizes: Sizes, *, recompute: str) -> Trace:
-        """What a block does for a micro-batch of these sizes.
+        """The trace of a block for a micro-batch of these sizes.
 
-        With one owner of tokens everything about it is affine in `_features`, so that as many traces as there are
-        features give all sizes. With several owners each size is traced.
+        With tokens of one adapter everything about it is affine in `_features`, so that as many traces as there are
+        features give all sizes. With several adapters each size is traced.
         """
         if len(sizes.tokens) > 1:
             return self.trace(kind, sizes, recompute=recompute)
@@ -207,7 +202,7 @@ class Tracer:
 
     @_remembers
     def reading(self, parts: tuple[AdapterPart, ...]) -> AdapterReading:
-        """What it takes to read the adapters of a micro-batch, once for all layers of a stage."""
+        """The work of reading the adapters of a micro-batch, once for all layers of a stage."""
         with torch.device(counting.META):
             bank = AdapterBank({str(number): TiedAdapter(part) for number, part in enumerate(parts)})
         kept = {parameter.untyped_storage()._cdata for _, parameter in bank.named_parameters()}
@@ -348,8 +343,8 @@ def _supervised(sizes: Sizes) -> Supervised:
 
 
 def _features(kind: Kind, sizes: Sizes) -> list[float]:
-    """What counts are affine in: tokens, those after the last attention, rows of logits, the parts in which these are
-    computed, and the rows of the first part."""
+    """The sizes that counts are affine in: tokens, those after the last attention, rows of logits, the parts in which
+    these are computed, and the rows of the first part."""
     (tokens,), (after,), rows, at_once = sizes
     if not kind.ends:
         return [1.0, tokens]

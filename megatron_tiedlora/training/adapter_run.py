@@ -100,7 +100,7 @@ def read_record(folder: Path, *, step: int | None) -> BatchLosses | None:
 
 
 def find_behind(evaluated: Mapping[str, BatchLosses], rivals: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
-    """Which adapters are behind the best of their rivals of the same step by more than noise, each with the reason.
+    """The adapters that are behind the best of their rivals of the same step by more than noise, each with the reason.
 
     Args:
         evaluated: the last evaluation of each. One from before a resume may have had other batches, as these follow
@@ -123,7 +123,7 @@ def find_behind(evaluated: Mapping[str, BatchLosses], rivals: Mapping[str, tuple
 
 
 class Evaluated(NamedTuple):
-    """What an evaluation found: the mean validation loss, and scores of answers to validation samples by metric."""
+    """The result of an evaluation: the mean validation loss, and scores of answers to validation samples by metric."""
 
     loss: float
     scores: Mapping[str, Score]

@@ -113,7 +113,7 @@ def checked_starts(
 
 
 def build_random_model(plans: Plans, device: torch.device, *, kernels: Kernels = EAGER) -> BuiltModel:
-    """The same with random base weights of the model's shape, drawn in place, for benchmarks. Reads no files."""
+    """As `build_model`, with random base weights that are drawn in place. Reads no files; for benchmarks."""
     shared = shared_plan(plans)
     model = _build_stage(plans, device, kernels, dict.fromkeys(plans))
     weights = RandomWeights(weight_rules(shared.source.shape), shared.settings.seed)
@@ -143,7 +143,7 @@ def load_stage_weights(
 
 
 class _Model(NamedTuple):
-    """What an engine is started around.
+    """The model that an engine is started around.
 
     Attributes:
         module: what DeepSpeed gets: the stage itself, or the PipelineModule around it.

@@ -209,7 +209,7 @@ HeadlineRow = tuple[str, str]  # of the headline: what a line tells of, and what
 
 @dataclass(frozen=True)
 class RunReport:
-    """What a run tells, from its start to its end; rank 0 shows it."""
+    """The lines that a run shows, from its start to its end, on rank 0."""
 
     start: Start
     trainer: Trainer
@@ -222,7 +222,7 @@ class RunReport:
 
     @property
     def saved(self) -> str:
-        """What is said after a signal of what was saved; "" if the number of the step says it."""
+        """A note on what was saved, for the line after a signal; "" if the number of the step says it."""
         return "" if self.only else "the last step of each adapter is saved"
 
     def headline(self, chosen: ChosenKernels, device: torch.device) -> list[str]:
@@ -321,7 +321,7 @@ class RunReport:
             end.reason = f"{len(failed)} of {total} failed: {', '.join(failed)}" if failed else f"{total} trained"
 
     def last_lines(self) -> list[str]:
-        """What a user has now, and the next commands."""
+        """The files that a user has now, and the next commands."""
         if self.only is None:
             return table_lines(self.trainer.everyone, self.start.folder)
         return [*speed_lines(self.only), *next_steps(self.only)]

@@ -18,7 +18,7 @@ from megatron_tiedlora.base.messages import UserError, named, printable
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.checkpoint.resume import Progress
 from megatron_tiedlora.data.loader import TrainingStep, fill_rounds, shared_micro_batch
-from megatron_tiedlora.engine.runner import Runner, inputs_to_fill
+from megatron_tiedlora.engine.runner import inputs_to_fill
 from megatron_tiedlora.evaluation.answering import ScoredSet, answer_all
 from megatron_tiedlora.evaluation.generate import Decoder
 from megatron_tiedlora.evaluation.metrics import Answer
@@ -44,18 +44,15 @@ STEPS_AT_ONCE = 4
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Evaluates adapters on one rank. All ranks make the same calls.
+    """Evaluates adapters on one rank, with the model and the shared micro-batches of a training step.
 
-    Attributes:
-        capacity: tokens of a shared micro-batch of a training step; 0: nothing is shared.
+    All ranks make the same calls.
     """
 
-    runner: Runner
-    capacity: int
-    stop: StopRequests
+    step: TrainStep
 
     def evaluated(self, runs: Runs) -> dict[str, Evaluated]:
-        """What an evaluation of each finds, by name. One whose answers cannot be scored fails, and is left out.
+        """The evaluation of each, by name. An adapter whose answers cannot be scored fails, and is left out.
 
         Raises:
             RunStopped: all ranks agreed to stop.
@@ -74,15 +71,16 @@ class Evaluation:
             return {}
         totals = dict.fromkeys((run.name for run in runs), 0.0)
         of_batches: dict[str, list[tuple[float, int]]] = {run.name: [] for run in runs}
+        runner = self.step.runner
         sizes = {run.name: run.evaluation_sizes for run in runs}
         own, total = {run.name: run.evaluation_batches() for run in runs}, sum(map(len, sizes.values()))
         # Shared batches have the first one of every adapter, then the second.
-        rounds = fill_rounds(sizes, capacity=STEPS_AT_ONCE * self.capacity)
+        rounds = fill_rounds(sizes, capacity=STEPS_AT_ONCE * self.step.capacity)
         batches = ([(name, next(own[name])) for name, _ in some] for some in rounds)
         with progress_bar("validation", "batch", total=total, shows=runs[0].plan.grid.rank == 0) as bar:
-            while some := list(islice(batches, inputs_to_fill(self.runner.groups.pipeline.size))):
-                self.stop.agree(True)
-                found = self.runner.evaluate([shared_micro_batch(owned) for owned in some])
+            while some := list(islice(batches, inputs_to_fill(runner.groups.pipeline.size))):
+                self.step.stop.agree(True)
+                found = runner.evaluate([shared_micro_batch(owned) for owned in some])
                 for owned, losses in zip(some, found, strict=True):
                     for name, batch in owned:
                         totals[name] += losses[name]
@@ -115,20 +113,20 @@ class Evaluation:
 
     def _answers(self, runs: Runs, asked: dict[str, ScoredSet]) -> dict[str, list[Answer]]:
         """The answers of each, on rank 0."""
-        runner, plan = self.runner, runs[0].plan
+        runner, plan, agree = self.step.runner, runs[0].plan, self.step.stop.agree
         runner.engine.module.eval()
         decoder = Decoder(runner.stage, runner.groups, plan.source.shape, calls_together=plan.engine.zero_stage == 3)
-        parts = [asked] if self.capacity else [{name: one} for name, one in asked.items()]
+        parts = [asked] if self.step.capacity else [{name: one} for name, one in asked.items()]
         answers: dict[str, list[Answer]] = {}
         for part in parts:
-            answers |= answer_all(decoder, part, grid=plan.grid, agree=self.stop.agree, progress=plan.grid.rank == 0)
+            answers |= answer_all(decoder, part, grid=plan.grid, agree=agree, progress=plan.grid.rank == 0)
         return answers
 
 
 def of_start(runs: Runs, evaluate: Callable[[Runs], dict[str, Found]]) -> dict[str, Found]:
-    """What `evaluate` finds of each run that has taken no step.
+    """The results of `evaluate` for runs that have taken no step.
 
-    As long as its update is zero, an adapter has the base's numbers. So of those with the same data one is evaluated.
+    As long as its update is zero, an adapter has the base's results. So of those with the same data one is evaluated.
     """
     first: dict[tuple[object, ...], AdapterRun] = {}
     same = {run.name: first.setdefault(_start(run), run) for run in runs}
@@ -140,7 +138,7 @@ def of_start(runs: Runs, evaluate: Callable[[Runs], dict[str, Found]]) -> dict[s
 
 
 def _start(run: AdapterRun) -> tuple[object, ...]:
-    """What decides the numbers of an adapter before its first step."""
+    """The facts that decide the results of an adapter before its first step."""
     plan = run.plan
     if plan.settings.init_from is not None or not plan.adapter.method_spec.starts_at_base:
         return (run.name,)
@@ -190,7 +188,7 @@ class Trainer:
     _table_failure: UserError | None = None
 
     def __post_init__(self) -> None:
-        self.evaluation = Evaluation(self.step.runner, self.step.capacity, self.stop)
+        self.evaluation = Evaluation(self.step)
         self.last_step = max(run.progress.step for run in self.adapters.values())
         self.rank = next(iter(self.adapters.values())).plan.grid.rank
         self._profiler = StepProfiler(self.profile, self.folder, rank=self.rank)
@@ -202,7 +200,7 @@ class Trainer:
 
     @property
     def trained(self) -> list[AdapterRun]:
-        """Those whose training has ended well, and whose end is not recorded yet."""
+        """The adapters whose training has ended well, and whose end is not recorded yet."""
         return [run for run in self.adapters.values() if run.state == "ended"]
 
     def run(self) -> None:

@@ -45,16 +45,16 @@ class Start:
     """One start of a run on this rank, before its first step.
 
     Attributes:
-        plans: of all adapters, by name.
-        folder: of the run, which rank 0 owns.
-        folders: of each adapter; those that are new have no owner until they are made (`make_trainer`).
-        checkpoints: from which each continues; None: it begins.
+        plans: the plans of all adapters, by name.
+        folder: the folder of the run, which rank 0 owns.
+        end: the end of the run, which gives the folders back.
+        folders: the folder of each adapter; new ones have no owner until they are made (`make_trainer`).
+        checkpoints: the checkpoint from which each adapter continues; None: it begins.
         finished: the adapters that an earlier start has finished.
-        end: of the run, which gives the folders back.
     """
 
     settings: Settings
-    plans: adapter_plans.Plans
+    plans: dict[str, RunPlan]
     data: adapter_plans.Data
     folder: RunFolder
     end: End
@@ -100,20 +100,21 @@ def open_run(settings: Settings, plans: adapter_plans.Plans, data: adapter_plans
 
     after = partial(adapter_plans.check_run_folders, settings, plans)
     folder = _take_folder(settings, end=end, before=reject_other_runs, after=after)
-    plans = adapter_plans.in_folder(plans, folder)
-    opened = Start(settings, plans, data, folder, end)
+    opened = Start(settings, dict(plans), data, folder, end, adapter_plans.adapter_folders(plans, folder))
+    for name, own in opened.own_folders.items():
+        here = plans[name].settings.completed(output_dir=str(own.path))
+        opened.plans[name] = replace(plans[name], settings=here)
     # The run folders of adapters that exist are taken before their checkpoints are looked for. New ones are made with
     # the run's first files: a start that is killed before these leaves nothing that the next start would reject.
-    opened.folders = adapter_plans.adapter_folders(plans, folder)
     if folders := opened.own_folders:
         there = decided_by_rank_0(lambda: [name for name, of in folders.items() if of.path.exists()], kind=list[str])
         opened.folders |= {name: _open_run_folder(name, opened) for name in there}
-    for name, plan in plans.items():
+    for name, plan in opened.plans.items():
         with naming(name):
             read = partial(_read_checkpoint, plan, data[name], opened.folders[name])
             opened.checkpoints[name] = decided_by_rank_0(read, kind=resume.Checkpoint | None)
     saved = {name: None if found is None else found.settings for name, found in opened.checkpoints.items()}
-    opened.plans = {name: with_kept_warmup(plan, saved[name]) for name, plan in plans.items()}
+    opened.plans = {name: with_kept_warmup(plan, saved[name]) for name, plan in opened.plans.items()}
     opened.finished = _finished_before(opened)
     return opened
 

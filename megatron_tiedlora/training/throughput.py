@@ -180,7 +180,7 @@ def resident_bytes(name: str) -> int | None:
 
 
 def steps_over(profile: str | None, step: int) -> str:
-    """Which steps of a --profile a run that continues after `step` does not record, in a line; '' if there are none."""
+    """A line on the steps of a --profile that a run does not record as it continues after `step`; '' if none."""
     steps = profiled_steps(profile)
     if not steps or steps[0] > step:
         return ""
