@@ -15,10 +15,11 @@ from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.config.train_fields import HOW_LONG
 from megatron_tiedlora.parallel.groups import GROUPS
 from megatron_tiedlora.planning import machines
+from megatron_tiedlora.planning.layout import PLAIN_STORAGE, Storage
 from megatron_tiedlora.planning.planned import Cluster, Planned
 from megatron_tiedlora.planning.report import layout_sections
 from megatron_tiedlora.planning.run_plan import with_models_length
-from megatron_tiedlora.planning.search import Candidate, ClusterPlan, Storage, search
+from megatron_tiedlora.planning.search import Candidate, ClusterPlan, search
 
 _MISSED = 5  # lines about layouts that do not fit
 _REASONS = 4  # lines about those that are refused
@@ -190,7 +191,7 @@ def _missing_line(row: Candidate, plan: ClusterPlan) -> str:
 
 def _what_fits(row: Candidate, plan: ClusterPlan) -> str:
     """The smallest change of a layout that fits, in flags: of one setting if that is enough, last of the storage."""
-    groups = [row.alike, *([(*row.alike[:-1], _SMALLEST)] if row.storage == Storage() else [])]
+    groups = [row.alike, *([(*row.alike[:-1], _SMALLEST)] if row.storage == PLAIN_STORAGE else [])]
     best: tuple[tuple[int, int, int, float], str] | None = None
     for other in (*plan.rows, *plan.elsewhere):
         if other.alike not in groups:
@@ -334,12 +335,12 @@ def _ratio(faster: Planned, slower: Planned) -> float:
 def _formats(plan: ClusterPlan) -> Iterator[str]:
     """Hints on the format of the fastest layout, and on the gain of the fastest one in each other format."""
     best = plan.rows[0] if plan.rows else None
-    if best is not None and best.storage != Storage() and plan.source.stored is None:
-        plain = next((row for row in plan.rows if row.storage == Storage()), None)
+    if best is not None and best.storage != PLAIN_STORAGE and plan.source.stored is None:
+        plain = next((row for row in plan.rows if row.storage == PLAIN_STORAGE), None)
         words = f"{best.name}: {best.storage.name} {_CHANGES_NUMBERS}"
         if plain is not None:
             words += f"; the fastest in {plain.dtype} is {plain.name}, at {1 / _ratio(best, plain):.0%} of its speed"
-        elif any(row.storage == Storage() for row in plan.others):
+        elif any(row.storage == PLAIN_STORAGE for row in plan.others):
             words += "; in 16 bits nothing fits"
         yield words
     fastest: dict[str, Candidate] = {}

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart
-from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.base.shapes import UNQUANTISED, ModelShape
 from megatron_tiedlora.model.batch import PAD_MULTIPLE, padded_positions
 from megatron_tiedlora.model.layer_specs import StoredTensor, stored_tensors
 from megatron_tiedlora.model.weights import layer_costs, partition
@@ -30,6 +30,30 @@ from megatron_tiedlora.planning.trace import Kind
 # On a GPU the allocator caches blocks of every requested size. Fewer sizes mean a smaller cache if expandable segments
 # are off (docs/performance.md).
 GPU_MULTIPLE = 128
+
+
+class Storage(NamedTuple):
+    """How the linears of the blocks are stored and multiplied: --base, --products, --keep_transposed.
+
+    Attributes:
+        base: the storage format, a name of `BASE_FORMATS`; None for the dtype of the base.
+        products: "fp8" if what these linears multiply is rounded to fp8 too.
+        keep_transposed: whether they keep a transposed copy of their codes, with `products`.
+    """
+
+    base: str | None = None
+    products: str | None = None
+    keep_transposed: bool = False
+
+    @property
+    def name(self) -> str:
+        """A name of `FORMAT_NAMES`."""
+        if self.products is None:
+            return self.base or UNQUANTISED
+        return "fp8-transposed" if self.keep_transposed else "fp8-products"
+
+
+PLAIN_STORAGE = Storage()
 
 
 @dataclass(frozen=True)
@@ -47,9 +71,6 @@ class Layout:
         live_parameters: ZeRO-3 stops gathering base weights once it holds more numbers than this.
         overlaps_gathers: whether ZeRO-3 gathers weights while it computes with others.
         dtype: the dtype of the base, and of activations.
-        base_format: the storage format of the blocks' linears, a name of `BASE_FORMATS`; None for `dtype`.
-        products: "fp8" if what these linears multiply is rounded to fp8 too.
-        keep_transposed: whether they keep a transposed copy of their codes, with `products`.
         recompute: "none", "selective" (gate and up) or "full" (whole blocks).
         on_gpu: whether the ranks run on GPUs, where rows are padded further and libraries need memory too.
         compiled: whether kernels are compiled.
@@ -69,9 +90,7 @@ class Layout:
     live_parameters: int = 1_000_000_000
     overlaps_gathers: bool = False
     dtype: torch.dtype = torch.bfloat16
-    base_format: str | None = None
-    products: str | None = None
-    keep_transposed: bool = False
+    storage: Storage = PLAIN_STORAGE
     recompute: str = "none"
     on_gpu: bool = False
     compiled: bool = True
@@ -228,13 +247,13 @@ class StagePlan:
 
         GPUs that multiply in fp8 transpose codes there, unless transposed copies are kept.
         """
-        layout = self.layout
-        if layout.base_format is None:
+        layout, storage = self.layout, self.layout.storage
+        if storage.base is None:
             return 0
         largest = max(linear.num_weights for linear in self.shape.block.linears) // layout.tp_size
-        if layout.products is None or not layout.on_gpu:
+        if storage.products is None or not layout.on_gpu:
             return largest * layout.dtype.itemsize
-        return 0 if layout.keep_transposed else largest
+        return 0 if storage.keep_transposed else largest
 
     @cached_property
     def trained(self) -> tuple[int, ...]:
@@ -276,8 +295,7 @@ class StagePlan:
 def plan_stages(shape: ModelShape, layout: Layout) -> tuple[StagePlan, ...]:
     """All stages of the model, in order. The layout must fit the model (see `check_layout`)."""
     costs = layer_costs(shape, length=layout.length, first_adapted=layout.first_adapted)
-    storage = layout.base_format, layout.products, layout.keep_transposed
-    local, full = (stored_tensors(shape, layout.dtype, size, *storage) for size in (layout.tp_size, 1))
+    local, full = (stored_tensors(shape, layout.dtype, size, *layout.storage) for size in (layout.tp_size, 1))
     stages = []
     for index, layers in enumerate(partition(costs, layout.pp_size)):
         is_first, is_last = index == 0, index == layout.pp_size - 1

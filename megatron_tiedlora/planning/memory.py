@@ -134,16 +134,18 @@ def _most_of_widest(stage: StagePlan, tokens: int) -> Sizes:
     return Sizes(sizes, sizes, padded(tokens))
 
 
-def _pass_bytes(stage: StagePlan, sizes: Sizes, attention: "AttentionMemory") -> tuple[float, float]:
+def _pass_bytes(stage: StagePlan, sizes: Sizes, attention: tuple[int, float]) -> tuple[float, float]:
     """The bytes of a micro-batch that stay between its passes, and the most that a pass needs beyond them."""
 
+    saved, workspace = attention
+    workspace += saved if stage.layout.recompute == "full" else 0
+
     def most(moments: Sequence[Moment]) -> float:
-        return max((one.alive + _temporary_bytes(stage.layout, attention, one) for one in moments), default=0.0)
+        return max((one.alive + _temporary_bytes(stage.layout, workspace, one) for one in moments), default=0.0)
 
     found = traces(stage, sizes)
     by_kind = (
-        (*map(most, trace.moments), trace.kept + attention.saved * trace.saves_attention, trace.gradients)
-        for trace in found
+        (*map(most, trace.moments), trace.kept + saved * trace.saves_attention, trace.gradients) for trace in found
     )
     blocks = {block: parts for some, parts in zip(stage.kinds.values(), by_kind, strict=True) for block in some}
     held, peak, gradients = float(factor_bytes(stage, [trace.kept_factors for trace in found])), 0.0, 0.0
@@ -160,13 +162,13 @@ def _pass_bytes(stage: StagePlan, sizes: Sizes, attention: "AttentionMemory") ->
     return all_kept, peak - all_kept
 
 
-def _temporary_bytes(layout: Layout, attention: "AttentionMemory", moment: Moment) -> float:
-    """The bytes that a kernel needs at a moment beside its arguments and results."""
+def _temporary_bytes(layout: Layout, attention: float, moment: Moment) -> float:
+    """The bytes that a kernel needs at a moment beside its arguments and results: `attention`, if it computes that."""
     kernel = moment.kernel
     if kernel is None:
         return 0.0
     if kernel is ATTENTION:
-        return attention.workspace + (attention.saved if layout.recompute == "full" else 0)
+        return attention
     if not layout.compiled and layout.on_gpu and moment.numbers > NUMBERS_AT_ONCE:
         return NUMBERS_AT_ONCE * (kernel.temporary + 2 * kernel.results)  # `run_in_parts` holds those of two parts
     if not layout.compiled:
@@ -206,20 +208,11 @@ def micro_batches_in_flight(stage: StagePlan) -> int:
     return min(stage.layout.pp_size - stage.index, stage.layout.micro_batches)
 
 
-class AttentionMemory(NamedTuple):
-    """The bytes that attention's kernel needs beside its inputs and output.
+def attention_memory(stage: StagePlan, largest: LargestMicroBatch) -> tuple[int, float]:
+    """The bytes that attention's kernel needs beside its inputs and output for the largest micro-batch.
 
-    Attributes:
-        saved: what a block saves for its backward pass, beside one fp32 number per token per head.
-        workspace: the temporary bytes of its backward pass.
-    """
-
-    saved: int
-    workspace: float
-
-
-def attention_memory(stage: StagePlan, largest: LargestMicroBatch) -> AttentionMemory:
-    """The memory of a block's attention for the largest micro-batch.
+    They are what a block saves for its backward pass, beside one fp32 number per token per head, and the temporary
+    bytes of that pass.
 
     The figures are those of PyTorch's own kernels (2.11): flash in 16 bits (flash_attn needs as much), and the
     memory-efficient kernel in fp32. On a CPU they are those of the tiles in `model/cpu_attention.py`.
@@ -247,16 +240,16 @@ def attention_memory(stage: StagePlan, largest: LargestMicroBatch) -> AttentionM
         scores = layout.rows * heads * queries * longest
         workspace = scores * (FP32 + 2 * itemsize + FP32 * (1 if layout.compiled else 3))
         workspace += tokens * shape.heads.rows[1] // tp_size * FP32 * (2 + (itemsize < FP32))
-    return AttentionMemory(saved, float(workspace))
+    return saved, float(workspace)
 
 
 def eager_bytes(stage: StagePlan, tokens: int) -> float:
     """The most temporary bytes that a kernel needs in a pass of so many tokens of one adapter if it is not compiled."""
     if stage.layout.compiled:
         return 0.0
-    owned, nothing = stage.owned_by((0,)), AttentionMemory(0, 0.0)
+    owned = stage.owned_by((0,))
     passes = (moments for trace in traces(owned, _most_of_widest(owned, tokens)) for moments in trace.moments)
-    return max((_temporary_bytes(stage.layout, nothing, one) for moments in passes for one in moments), default=0.0)
+    return max((_temporary_bytes(stage.layout, 0.0, one) for moments in passes for one in moments), default=0.0)
 
 
 def hidden_bytes(stage: StagePlan) -> float:

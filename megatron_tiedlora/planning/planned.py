@@ -220,18 +220,17 @@ class StepPlan:
 _Part = TypeVar("_Part")
 
 _GRID = ("tp_size", "pp_size", "dp_size")
-_STORAGE = ("base_format", "products", "keep_transposed")
 _ENGINE = ("zero_stage", "live_parameters", "overlaps_gathers")
 _CHOICES = (*_GRID, "rows", "shards_sequences", "recompute")
 # What is computed once for all layouts with the same values of these fields, beside the model and the data.
 _DEPENDS = {
-    "stages": (*_GRID, *_STORAGE),
+    "stages": (*_GRID, "storage"),
     "links": _GRID,
     "first_of": _GRID,
-    "held_memory": (*_GRID, *_STORAGE, *_ENGINE),
+    "held_memory": (*_GRID, "storage", *_ENGINE),
     "step_memory": _CHOICES,
     "stage_work": _CHOICES,
-    "stage_seconds": (*_CHOICES, *_STORAGE),
+    "stage_seconds": (*_CHOICES, "storage"),
     "sums": (*_GRID, *_ENGINE),
     "work": (),
     "steps": (),
@@ -394,7 +393,7 @@ class Planned:
         batches, first_of = self.step.batches, self._first_of
         kinds = set(batches)
         passes = {index: {batch: self._seconds(index, batch) for batch in kinds} for index in self._first_stages}
-        shards = (*self._values(_STORAGE), len(batches)) if self.layout.zero_stage >= 2 else ()
+        shards = (*self.layout.storage, len(batches)) if self.layout.zero_stage >= 2 else ()
         sums = self._once(
             "sums", lambda: max(sum(term.seconds for term in self.sum_terms(index)) for index in passes), *shards
         )

@@ -267,7 +267,7 @@ def memory_lines(planned: Planned, *, judged: bool) -> list[str]:
     names = {
         "base": "base weights",
         # what all quantised weights of a rank share
-        "dequantised": "one transposed" if layout.products and layout.on_gpu else "one dequantised",
+        "dequantised": "one transposed" if layout.storage.products and layout.on_gpu else "one dequantised",
         "adapter": "adapters" if layout.named else "adapter",
         "libraries": "CUDA, NCCL" if layout.on_gpu else "process",
         "slack": "allocator",
@@ -302,15 +302,15 @@ def _memory_notes(planned: Planned) -> Iterator[str]:
         f"a block saves {saved / 1e3:,.1f} kB per token of each micro-batch in flight; the last block saves less, as"
         " its MLP runs its backward pass at once"
     )
-    if layout.base_format is not None:
+    if layout.storage.base is not None:
         sizes = range_text([stage.quantised_bytes for stage in stages], bytes_in_words)
-        kept = " with transposed copies" if layout.keep_transposed else ""
+        kept = " with transposed copies" if layout.storage.keep_transposed else ""
         how = "each is dequantised just before its matmul, in memory that all of them share"
-        if layout.products and layout.on_gpu:
+        if layout.storage.products and layout.on_gpu:
             how = "they are multiplied in fp8"
             how += "" if kept else ", in the backward pass by a transposed copy, in memory that all of them share"
         yield (
-            f"base weights: {sizes} of them before ZeRO are the linears of the blocks in {layout.base_format}{kept};"
+            f"base weights: {sizes} of them before ZeRO are the linears of the blocks in {layout.storage.base}{kept};"
             f" {how}"
         )
     if eager := memory.eager_bytes(stages[0], planned.step.largest.tokens):

@@ -32,7 +32,7 @@ from megatron_tiedlora.parallel.agreement import SentTensor, decided_by_rank_0, 
 from megatron_tiedlora.parallel.fp8_products import check_fp8_device, check_gpu_products, weight_maker
 from megatron_tiedlora.parallel.frozen_weight import WeightMaker
 from megatron_tiedlora.parallel.groups import Grid
-from megatron_tiedlora.planning.layout import Layout, StagePlan, plan_stages
+from megatron_tiedlora.planning.layout import Layout, StagePlan, Storage, plan_stages
 from megatron_tiedlora.planning.machines import CPU, DEFAULT_GPU, GPUS, Machine
 from megatron_tiedlora.runtime.launch_env import uses_gpu
 from megatron_tiedlora.runtime.run_folder import RunFolder, check_trackers, last_run_folder
@@ -73,9 +73,7 @@ class RunPlan:
             live_parameters=engine.live_parameters,
             overlaps_gathers=engine.overlaps_gathers,
             dtype=DTYPES[self.dtype_name],
-            base_format=settings.base,
-            products=settings.products,
-            keep_transposed=settings.keep_transposed,
+            storage=Storage(settings.base, settings.products, settings.keep_transposed),
             recompute=settings.recompute,
             on_gpu=self.on_gpu,
             compiled=compiled,
@@ -184,10 +182,10 @@ class RunPlan:
         Raises:
             UserError: `device` cannot compute --products.
         """
-        settings = self.settings
-        if settings.products is not None:
+        base, products, keep_transposed = self.layout.storage
+        if products is not None:
             check_fp8_device(device)
-        return weight_maker(settings.base, products=settings.products, keep_transposed=settings.keep_transposed)
+        return weight_maker(base, products=products, keep_transposed=keep_transposed)
 
     @property
     def dtype_name(self) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 from megatron_tiedlora.base.messages import UserError, nearest_name
 from megatron_tiedlora.base.shapes import BASE_NAMES, UNQUANTISED
@@ -20,6 +20,7 @@ from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.engine.engine_json import SHIPPED_CONFIGS
 from megatron_tiedlora.parallel.fp8_products import check_fp8_capability
 from megatron_tiedlora.planning import adapter_plans
+from megatron_tiedlora.planning.layout import PLAIN_STORAGE, Storage
 from megatron_tiedlora.planning.planned import Cluster, Planned, StepPlan, time_together
 
 RECOMPUTES = ("none", "selective", "full")
@@ -27,22 +28,7 @@ RECOMPUTES = ("none", "selective", "full")
 ENGINE_FILES = tuple(sorted(path.name for path in SHIPPED_CONFIGS.glob("zero?.json")))
 
 
-class Storage(NamedTuple):
-    """How the base is stored and multiplied: --base, --products, --keep_transposed."""
-
-    base: str | None = None
-    products: str | None = None
-    keep_transposed: bool = False
-
-    @property
-    def name(self) -> str:
-        """A name of `FORMAT_NAMES`."""
-        if self.products is None:
-            return self.base or UNQUANTISED
-        return "fp8-transposed" if self.keep_transposed else "fp8-products"
-
-
-STORAGES = (Storage(), *map(Storage, BASE_NAMES), Storage("fp8", "fp8"), Storage("fp8", "fp8", True))
+STORAGES = (PLAIN_STORAGE, *map(Storage, BASE_NAMES), Storage("fp8", "fp8"), Storage("fp8", "fp8", True))
 
 
 @dataclass(eq=False, kw_only=True)
@@ -65,7 +51,7 @@ class Candidate(Planned):
         words = [f"t{layout.tp_size}p{layout.pp_size}d{layout.dp_size}-b{layout.rows}-{zero}"]
         words += ["wholeseq"] if layout.tp_size > 1 and not layout.shards_sequences else []
         words += [layout.recompute] if layout.recompute != "none" else []
-        words += [self.storage.name] if self.storage != Storage() else []
+        words += [self.storage.name] if self.storage != PLAIN_STORAGE else []
         return "-".join(words)
 
     @property

@@ -229,8 +229,9 @@ def stage_terms(work: StageWork, stage: StagePlan, links: Links, machine: Machin
 
 def pass_terms(work: PassWork, layout: Layout, links: Links, machine: Machine) -> list[Term]:
     """A pass without gathers and sends to other stages."""
-    dtype = DTYPES[layout.dtype.itemsize]
-    of_linears, moved = dtype if layout.products is None else DTYPES[1], machine["bandwidth"] * machine["elementwise"]
+    base, products, _ = layout.storage
+    dtype, moved = DTYPES[layout.dtype.itemsize], machine["bandwidth"] * machine["elementwise"]
+    of_linears = dtype if products is None else DTYPES[1]
     of_blocks, in_dtype = machine.rate("matmul", of_linears), machine.rate("matmul", dtype)
     found = [
         Term("matmuls", f"matmuls of blocks in {of_linears}", work["linears"], of_blocks, "FLOP"),
@@ -241,10 +242,10 @@ def pass_terms(work: PassWork, layout: Layout, links: Links, machine: Machine) -
         Term("elementwise", "norms, gate, rotation, residuals, loss", work["moved"], moved, "B"),
     ]
     read = work["head_weights"]
-    if layout.base_format is None:
+    if base is None:
         read += work["weights"] + work["weights_back"]
     else:
-        found += _dequantised(work, layout, machine)
+        found += _dequantised(work, layout, base, machine)
     found.append(Term("matmuls", f"weights in {dtype} read", read, machine[f"weights.{dtype}"], "weights"))
     launches = work["blocks"] * machine["block"]
     if machine["hides_launches"]:
@@ -253,21 +254,21 @@ def pass_terms(work: PassWork, layout: Layout, links: Links, machine: Machine) -
     return found + links.terms(work.sent, machine, purpose="tensor")
 
 
-def _dequantised(work: PassWork, layout: Layout, machine: Machine) -> list[Term]:
-    """Making weights ready for a matmul: dequantised, or for FP8 matmuls transposed, whose activations are rounded."""
-    assert layout.base_format is not None
+def _dequantised(work: PassWork, layout: Layout, base: str, machine: Machine) -> list[Term]:
+    """The work to make weights ready for a matmul: they are dequantised, or transposed for FP8 matmuls, whose
+    activations are rounded."""
     moved, weights = machine["bandwidth"] * machine["elementwise"], work["weights"] + work["weights_back"]
-    if layout.products is not None:  # one byte read and one written; on a CPU in the time of the emulated matmul
-        transposed = 0.0 if layout.keep_transposed or not layout.on_gpu else work["weights_back"]
+    if layout.storage.products is not None:  # a byte is read, one written; on a CPU in the time of the emulated matmul
+        transposed = 0.0 if layout.storage.keep_transposed or not layout.on_gpu else work["weights_back"]
         rounded = machine["round.forward"] * work["rounded"] + machine["round.backward"] * work["rounded_back"]
         return [
-            Term("dequantised", f"weights in {layout.base_format} transposed", 2 * transposed, moved, "B"),
+            Term("dequantised", f"weights in {base} transposed", 2 * transposed, moved, "B"),
             Term("dequantised", "activations and gradients rounded to fp8", rounded, moved, "B"),
         ]
-    label = f"weights in {layout.base_format} dequantised"
-    if rate := machine[f"dequantise.{layout.base_format}"]:
+    label = f"weights in {base} dequantised"
+    if rate := machine[f"dequantise.{base}"]:
         return [Term("dequantised", label, weights, rate, "weights")]
-    of_weight = BASE_FORMATS[layout.base_format].bits / 8 + layout.dtype.itemsize
+    of_weight = BASE_FORMATS[base].bits / 8 + layout.dtype.itemsize
     return [Term("dequantised", label, of_weight * weights, moved, "B")]
 
 

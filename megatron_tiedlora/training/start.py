@@ -112,9 +112,8 @@ def open_run(settings: Settings, plans: adapter_plans.Plans, data: adapter_plans
     for name, plan in opened.plans.items():
         with naming(name):
             read = partial(_read_checkpoint, plan, data[name], opened.folders[name])
-            opened.checkpoints[name] = decided_by_rank_0(read, kind=resume.Checkpoint | None)
-    saved = {name: None if found is None else found.settings for name, found in opened.checkpoints.items()}
-    opened.plans = {name: with_kept_warmup(plan, saved[name]) for name, plan in opened.plans.items()}
+            found = opened.checkpoints[name] = decided_by_rank_0(read, kind=resume.Checkpoint | None)
+        opened.plans[name] = with_kept_warmup(plan, None if found is None else found.settings)
     opened.finished = _finished_before(opened)
     return opened
 
