@@ -210,7 +210,7 @@ def _why_lines(row: Candidate, plan: ClusterPlan) -> list[str]:
     layout, step = row.layout, row.step
     most = f"{layout.rows} x {layout.length:,} tokens"
     if layout.named:
-        most = f"{step.largest.tokens:,} tokens of {count_text(max(map(len, step.largest.owners)), 'adapter')}"
+        most = f"{step.largest.tokens:,} tokens of {count_text(max(map(len, step.largest.adapters)), 'adapter')}"
     lines = [
         f"{row.name}: {count_text(len(step.batches), 'micro-batch')} of up to {most} per rank and step, recompute"
         f" {layout.recompute}",

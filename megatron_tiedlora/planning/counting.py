@@ -119,7 +119,7 @@ def touched(func: Any, args: Any, kwargs: Any, result: Any) -> int:
     """The bytes that an operation reads and writes, as if it ran by itself, from memory to memory.
 
     It reads its tensor arguments and writes its results. A view touches nothing, an in-place operation reads and writes
-    what it changes, and a tensor that is only overwritten is not read. Broadcast numbers count once.
+    what it changes, and a tensor that is only overwritten is not read. Broadcast elements count once.
     """
     size, name = 0, func.overloadpacket.__name__
     if func.is_view or name in _ALLOCATES:
@@ -140,7 +140,7 @@ def _new_results(func: Any, result: Any) -> list[Any]:
 
 
 def num_bytes(value: Any) -> int:
-    """The bytes of the different numbers of a tensor, or of tensors in a list; 0 for anything else."""
+    """The bytes of the different elements of a tensor, or of tensors in a list; 0 for anything else."""
     if isinstance(value, torch.Tensor):
         sizes = (n for n, stride in zip(value.shape, value.stride(), strict=True) if stride)
         return value.element_size() * torch.Size(sizes).numel()

@@ -68,7 +68,7 @@ class Layout:
         tp_size, pp_size, dp_size: the degrees of tensor, pipeline and data parallelism.
         shards_sequences: whether activations between layers are sharded along the sequence if tp_size is above 1.
         zero_stage: the ZeRO stage, 0 to 3.
-        live_parameters: ZeRO-3 stops gathering base weights once it holds more numbers than this.
+        live_parameters: ZeRO-3 stops gathering base weights once it holds more elements than this.
         overlaps_gathers: whether ZeRO-3 gathers weights while it computes with others.
         dtype: the dtype of the base, and of activations.
         recompute: "none", "selective" (gate and up) or "full" (whole blocks).
@@ -171,7 +171,7 @@ def shared_shape(layout: Layout, parts: Sequence[tuple[int, Sequence[SampleRow]]
     the part with most has, with positions of the part's last adapter.
 
     Args:
-        parts: the number of each adapter in the layout, and its rows.
+        parts: the index of each adapter in the layout, and its rows.
     """
     lengths = [padded(max(1, *map(len, rows)), layout.pad_multiple) for _, rows in parts]
     sizes = [length * len(rows) for length, (_, rows) in zip(lengths, parts, strict=True)]
@@ -200,7 +200,7 @@ class StagePlan:
 
     Attributes:
         layers: the stage's entries of the flat list (embedding 0, blocks from 1, head last).
-        parts: the part of each adapter that tensor-parallel rank 0 holds; the others hold as many numbers.
+        parts: the part of each adapter that tensor-parallel rank 0 holds; the others hold parts of equal size.
         local_base: the base parameters of a rank, with padding of the vocabulary and a copied head: how many there are
             of each size.
         full_base_bytes: the bytes of the base parameters of all ranks of the stage together, without padding.
@@ -257,19 +257,19 @@ class StagePlan:
 
     @cached_property
     def trained(self) -> tuple[int, ...]:
-        """The numbers in each trained tensor of a rank.
+        """The elements of each trained tensor of a rank.
 
-        A stage has an anchor of one number too, unless an engine finds adapted layers in it.
+        A stage has an anchor of one element too, unless an engine finds adapted layers in it.
         """
         anchor = () if self.layout.engine_steps and self.parts[0].layers else (1,)
         return (*anchor, *(part.local_size(name) for part in self.parts for name in part.names(trained=True)))
 
     @property
     def held(self) -> tuple[int, ...]:
-        """The numbers in each tensor of a rank outside the base: trained ones, then frozen factors."""
+        """The elements of each tensor of a rank outside the base: trained ones, then frozen factors."""
         return (*self.trained, *(part.local_size(name) for part in self.parts for name in part.names(trained=False)))
 
-    def owned_by(self, adapters: Sequence[int]) -> "StagePlan":
+    def for_adapters(self, adapters: Sequence[int]) -> "StagePlan":
         """The stage for a micro-batch whose tokens belong to these adapters of the layout."""
         return replace(self, parts=tuple(self.parts[number] for number in adapters))
 
@@ -281,9 +281,9 @@ class StagePlan:
         first = min((part.layers[0] for part in self.parts if part.layers), default=math.inf)
         found: dict[Kind, list[int]] = {}
         for block in self.blocks:
-            owners = tuple(config if block in layers else None for layers, config in adapters)
+            adapting = tuple(config if block in layers else None for layers, config in adapters)
             kind = Kind(
-                owners,
+                adapting,
                 earlier=everywhere or first < block,
                 ends=self.is_last and block == self.blocks[-1],
                 rotates=self.shape.rope_of(block) is not None,

@@ -99,13 +99,13 @@ class LargestMicroBatch(NamedTuple):
     """The largest micro-batch of a run: its tokens, padding included, its documents and the longest one.
 
     Attributes:
-        owners: the numbers of the adapters that may own its tokens, in each case that there is.
+        adapters: the indices of the adapters whose tokens it may have, for each group that shares a micro-batch.
     """
 
     tokens: int
     documents: int
     longest: int
-    owners: tuple[tuple[int, ...], ...] = ((0,),)
+    adapters: tuple[tuple[int, ...], ...] = ((0,),)
 
 
 def step_memory(stage: StagePlan, largest: LargestMicroBatch) -> StageMemory:
@@ -115,8 +115,8 @@ def step_memory(stage: StagePlan, largest: LargestMicroBatch) -> StageMemory:
     the one that needs most counts.
     """
     attention, activations = attention_memory(stage, largest), 0.0
-    for adapters in largest.owners:
-        owned = stage.owned_by(adapters)
+    for adapters in largest.adapters:
+        owned = stage.for_adapters(adapters)
         kept, moment = _pass_bytes(owned, _most_of_widest(owned, largest.tokens), attention)
         activations = max(activations, micro_batches_in_flight(stage) * kept + moment)
     workspaces = WORKSPACE_BYTES if stage.layout.on_gpu else 0.0
@@ -124,7 +124,7 @@ def step_memory(stage: StagePlan, largest: LargestMicroBatch) -> StageMemory:
 
 
 def _most_of_widest(stage: StagePlan, tokens: int) -> Sizes:
-    """Almost all tokens as those of the adapter that saves most for one: only A x depends on whose it is."""
+    """Almost all tokens are of the adapter that saves most per token: only A x depends on the adapter."""
     configs = [part.config for part in stage.parts]
     widest = max(range(len(configs)), key=lambda number: configs[number].rank * len(configs[number].targets))
     least = PAD_MULTIPLE * stage.layout.sequence_parts
@@ -177,7 +177,7 @@ def _temporary_bytes(layout: Layout, attention: float, moment: Moment) -> float:
 
 
 def bank_bytes(part: AdapterPart) -> int:
-    """The bytes of one adapter of a bank on a rank, in every ZeRO stage: tensors, gradients and two moments."""
+    """The bytes of one of several adapters on a rank, in every ZeRO stage: tensors, gradients and two moments."""
     trained, frozen = (sum(map(part.local_size, part.names(trained=trained))) for trained in (True, False))
     return FP32 * (4 * trained + frozen)
 
@@ -247,7 +247,7 @@ def eager_bytes(stage: StagePlan, tokens: int) -> float:
     """The most temporary bytes that a kernel needs in a pass of so many tokens of one adapter if it is not compiled."""
     if stage.layout.compiled:
         return 0.0
-    owned = stage.owned_by((0,))
+    owned = stage.for_adapters((0,))
     passes = (moments for trace in traces(owned, _most_of_widest(owned, tokens)) for moments in trace.moments)
     return max((_temporary_bytes(stage.layout, 0.0, one) for moments in passes for one in moments), default=0.0)
 
@@ -265,9 +265,9 @@ def _attended_bytes(stage: StagePlan) -> float:
 def engine_bytes_in_flight(stage: StagePlan, *, tokens: int) -> float:
     """The bytes that DeepSpeed's pipeline engine holds for a micro-batch in flight, beside autograd's (0.19.8).
 
-    These are 2 d numbers a token: the input, which the stage copies, and the output. The first stage has no hidden
+    These are 2 d elements per token: the input, which the stage copies, and the output. The first stage has no hidden
     states as input. Autograd saves the output of the last stage, but not attention's output if that is recomputed.
-    Tokens, positions and labels are not counted (up to 24 bytes a token and 32 a label).
+    Tokens, positions and labels are not counted (up to 24 bytes per token and 32 per label).
     """
     came_in = 0.0 if stage.is_first else hidden_bytes(stage)
     if not stage.is_last:

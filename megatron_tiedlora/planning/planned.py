@@ -117,8 +117,8 @@ class StepPlan:
         @cache
         def batch_of(*some: tuple[str, int]) -> MicroBatchShape:
             rows, squared = zip(*(own[name][index] for name, index in some), strict=True)
-            numbers = (self._numbers[name] for name, _ in some)
-            shape = shared_shape(self.layout, list(zip(numbers, rows, strict=True)))
+            indices = (self._index_of[name] for name, _ in some)
+            shape = shared_shape(self.layout, list(zip(indices, rows, strict=True)))
             return shape._replace(squared_lengths=sum(squared))
 
         alike = self.samples is None  # all micro-batches of an adapter
@@ -133,11 +133,11 @@ class StepPlan:
         longest = {name: padded(length, self.layout.pad_multiple) for name, length in longest.items()}
         own = [plan.layout.rows * longest[name] for name, plan in self.plans.items()]
         tokens = max(*own, min(sum(own), micro_batch_capacity(self.plans, shares=self.shares_micro_batches)))
-        owners = dict.fromkeys(tuple(self._numbers[name] for name, _ in some) for some in self.rounds)
+        groups = dict.fromkeys(tuple(self._index_of[name] for name, _ in some) for some in self.rounds)
         document = max(longest.values())
         if self.samples is not None and self.shared.settings.packing:
             document = max(dataset.longest for dataset, _ in self.samples.values())
-        return LargestMicroBatch(tokens, self._most_documents(), document, tuple(owners))
+        return LargestMicroBatch(tokens, self._most_documents(), document, tuple(groups))
 
     @cached_property
     def works(self) -> dict[str, Work]:
@@ -166,9 +166,9 @@ class StepPlan:
         return tokens / self.work.tokens if rest else whole
 
     @cached_property
-    def _numbers(self) -> dict[str, int]:
-        """The number of each adapter in the layout."""
-        return {name: number for number, name in enumerate(self.plans)}
+    def _index_of(self) -> dict[str, int]:
+        """The index of each adapter in the layout."""
+        return {name: index for index, name in enumerate(self.plans)}
 
     @property
     def _taking(self) -> list[str]:

@@ -261,7 +261,7 @@ def memory_lines(planned: Planned, *, judged: bool) -> list[str]:
     layout, stages, largest = planned.layout, planned.stages, planned.step.largest
     micro_batches = f"{layout.rows} x {largest.tokens // layout.rows} tokens"
     if layout.named:
-        most = count_text(max(map(len, largest.owners)), "adapter")
+        most = count_text(max(map(len, largest.adapters)), "adapter")
         micro_batches = f"{largest.tokens:,} tokens of up to {most} at step 1"
     memories = [planned.memory(stage.index) for stage in stages]
     names = {

@@ -92,7 +92,7 @@ class Links:
 
     @cached_property
     def by_group(self) -> dict[str, Link]:
-        """The link of each group, but of the pipeline."""
+        """The link of each group except the pipeline."""
         layout = self.layout
         ranks = np.arange(layout.world_size).reshape(layout.pp_size, layout.dp_size, layout.tp_size)  # see `Grid`
         groups = {
@@ -126,7 +126,7 @@ class Links:
 
 
 DTYPES = {1: "fp8", 2: "bf16", 4: "fp32"}  # by bytes
-PERSISTENT = 100_000  # numbers of a parameter that ZeRO-3 does not shard; stage3_param_persistence_threshold
+PERSISTENT = 100_000  # elements of a parameter that ZeRO-3 does not shard; stage3_param_persistence_threshold
 
 
 class Seconds(NamedTuple):
@@ -207,7 +207,7 @@ def stage_terms(work: StageWork, stage: StagePlan, links: Links, machine: Machin
     backward += [term._replace(label=f"{term.label}, recomputed") for term in again]
     gathers = []
     if layout.zero_stage == 3 and layout.dp_size > 1:  # a message for each parameter that not all ranks keep
-        gathered = engine_traffic(stage, num_micro_batches=1).bytes[DATA, "all-gather"] / 2  # those of two passes
+        gathered = engine_traffic(stage, num_micro_batches=1).bytes[DATA, "all-gather"] / 2  # two passes gather
         count = sum(number for tensor, number in stage.local_base.items() if tensor.size > PERSISTENT)
         gathers.append(links.by_group[DATA].term("all-gather", count, gathered, machine, purpose="gathers"))
     for terms, sent, neighbour in (
@@ -310,7 +310,7 @@ def pipeline_spans(steps: Sequence[StepParts]) -> NDArray[np.float64]:
     A stage runs its passes in the order 1F1B of DeepSpeed's pipeline (0.19.8), which the trace of real steps shows:
     forward passes until as many are in flight as stages follow, its own included; then one back, one forward. Each runs
     as early as it can: a forward pass takes the result of the same micro-batch on the stage before, a backward pass
-    that of the stage behind.
+    the result of the stage behind.
     """
 
     @functools.cache

@@ -93,7 +93,7 @@ class Trace(NamedTuple):
 
     @property
     def numbers(self) -> list[float]:
-        """Its numbers: the counts, then those of the moments, then the other bytes."""
+        """All that is affine: the counts, then bytes and elements of the moments, then the other bytes."""
         of_moments = (number for moments in self.moments for one in moments for number in (one.alive, one.numbers))
         return [*self.forward.values(), *self.backward.values(), *of_moments, self.saved, self.kept, self.gradients]
 
@@ -116,13 +116,13 @@ class Kind:
     """The kind of a block: everything that decides its trace beside sizes.
 
     Attributes:
-        owners: for each adapter with tokens in the micro-batch, that adapter if it adapts the block, else None.
+        adapters: for each adapter with tokens in the micro-batch, that adapter if it adapts the block, else None.
         earlier: whether its input needs a gradient.
         ends: whether the head follows.
         rotates: whether it rotates queries and keys.
     """
 
-    owners: tuple[AdapterConfig | None, ...]
+    adapters: tuple[AdapterConfig | None, ...]
     earlier: bool
     ends: bool = False
     rotates: bool = True
@@ -210,19 +210,19 @@ class Tracer:
         counts = self._counts
         counts.restart()
         updates = bank.updates(shares, self.tensor_parallel, dtype=self.dtype)
-        forward, stand_ins = dict(counts.found), list[torch.Tensor]()
+        forward, slots = dict(counts.found), list[torch.Tensor]()
         counts.found.clear()
         factors = {}
         for layer, update in updates.items():
             for name, linear in update.items():
-                stand_ins += [tensor for tensor in (linear.grad_a, linear.grad_f) if tensor is not None]
+                slots += [tensor for tensor in (linear.grad_a, linear.grad_f) if tensor is not None]
                 for letter, factor in (("A", linear.a), ("F", linear.f)):
                     assert factor is not None, "an adapted linear has factors"
                     storage = factor.untyped_storage()
                     if storage._cdata not in kept:
                         factors[layer, name, letter] = storage._cdata, storage.nbytes()
-        if stand_ins:
-            torch.autograd.backward(stand_ins, [torch.empty_like(tensor) for tensor in stand_ins])
+        if slots:
+            torch.autograd.backward(slots, [torch.empty_like(tensor) for tensor in slots])
         return AdapterReading(forward, dict(counts.found), factors)
 
     @_remembers
@@ -276,17 +276,17 @@ class Tracer:
     def _updates(
         self, kind: Kind, index: int, sizes: Sizes, anchor: torch.Tensor, kept: list[torch.Tensor]
     ) -> tuple[dict[int, LayerUpdate], dict[tuple[str, str], weakref.ref[torch.UntypedStorage]]]:
-        """The updates of the block, with stand-ins that keep their gradients; and its factors."""
+        """The updates of the block, with gradient slots that keep their gradients; and its factors."""
 
-        def stand_in(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        def slot(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
             return with_adjoint(anchor, lambda one: one.new_empty(1, dtype=dtype).expand(shape), kept.append)
 
-        like = next(filter(None, kind.owners), None)  # of those that do not adapt the block
+        like = next(filter(None, kind.adapters), None)  # gives the shapes of those that do not adapt the block
         if like is None:
             return {}, {}
         bank, group = dict[str, TiedAdapter](), self.tensor_parallel.group
         with torch.device(counting.META):
-            for number, config in enumerate(kind.owners):
+            for number, config in enumerate(kind.adapters):
                 layers = () if config is None else (index,)
                 part = AdapterPart(replace(config or like, layers=(index,)), layers, group.rank, group.size)
                 bank[str(number)] = TiedAdapter(part)
@@ -298,7 +298,7 @@ class Tracer:
             a, f = linear.a.detach().clone(), linear.f.detach().clone()
             for letter, factor in (("A", a), ("F", f)):
                 factors[name, letter] = weakref.ref(factor.untyped_storage())
-            grad_a, grad_f = (t if t is None else stand_in(t.shape, t.dtype) for t in (linear.grad_a, linear.grad_f))
+            grad_a, grad_f = (t if t is None else slot(t.shape, t.dtype) for t in (linear.grad_a, linear.grad_f))
             found[name] = linear._replace(a=a, f=f, grad_a=grad_a, grad_f=grad_f)
         return {index: found}, factors
 
@@ -336,7 +336,7 @@ def _supervised(sizes: Sizes) -> Supervised:
     if len(sizes.tokens) == 1:
         return Supervised(rows, rows, chosen, chosen)
     pieces = tuple(Piece(number, size) for number, size in enumerate(sizes.after))
-    # Whose the rows of logits are changes nothing, as long as each owner has some.
+    # It changes nothing which adapter has which rows of logits, as long as each has some.
     edges = [len(chosen) * sum(sizes.after[:number]) // len(rows) for number in range(len(pieces) + 1)]
     labelled = tuple(Piece(number, stop - start) for number, (start, stop) in enumerate(pairwise(edges)))
     return Supervised(rows, rows, chosen, chosen, pieces, labelled)
