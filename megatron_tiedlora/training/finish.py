@@ -8,7 +8,6 @@ import os
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -117,7 +116,7 @@ def export_all(trainer: Trainer) -> list[str]:
         for run in trainer.trained:
             with run.failing_alone():
                 exported = export(run, trainer.stop)
-                lines += exported if trainer.folder.of_several else [*summary_lines(run), *exported]
+                lines += exported if trainer.only is None else [*summary_lines(run), *exported]
                 run.finish()
     except BaseException:
         with suppress(UserError):  # what ends the export is the reason to report
@@ -207,124 +206,104 @@ def export(run: AdapterRun, stop: StopRequests) -> list[str]:
 HeadlineRow = tuple[str, str]  # of the headline: what a line tells of, and what
 
 
-@dataclass(frozen=True)
-class RunReport:
-    """The lines that a run shows, from its start to its end, on rank 0."""
+def run_headline(
+    start: Start, trainer: Trainer, built: BuiltModel, chosen: ChosenKernels, device: torch.device
+) -> list[str]:
+    """A summary of the run before its progress bar: what all adapters share, and each."""
+    plan, attention, run = shared_plan(start.plans), built.runner.stage.attention, trainer.only
+    settings = plan.settings
+    model = f"{settings.model}, {num_base_parameters(plan.source.shape) / 1e6:,.1f} M parameters in"
+    model += f" {describe_dtype(settings.dtype, plan.dtype_name)}, frozen"
+    model += "" if settings.base is None else f"; the linears of its blocks in {settings.base}"
+    model += "" if settings.products is None else f", products in {settings.products}"
+    read, kept = (range_text(sizes, bytes_in_words) for sizes in (built.bytes_read, built.bytes_kept))
+    stored = "" if settings.base is None else f", stored as {kept}"
+    rows = [
+        ("model", model),
+        *(_all_adapters(start) if run is None else _one_adapter(run)),
+        *_layout(plan),
+        ("read", f"{read} of base weights per rank{stored}"),
+        ("kernels", chosen.description),
+        ("attention", str(attention.route(device, plan.dtype))),
+        *(_all_starts(start, trainer, built) if run is None else _one_start(run, start, built)),
+    ]
+    return aligned_lines(rows, align="<")
 
-    start: Start
-    trainer: Trainer
-    built: BuiltModel
 
-    @property
-    def only(self) -> AdapterRun | None:
-        """The adapter of a run of one; None if the run has several."""
-        return None if self.start.folder.of_several else next(iter(self.trainer.adapters.values()))
+def _all_adapters(start: Start) -> list[HeadlineRow]:
+    plans = start.plans
+    plan, trained = shared_plan(plans), sum(sum(own.adapter.num_trained().values()) for own in plans.values())
+    ranks = count_text(plan.grid.dp_size, "data-parallel rank")
+    return [("adapters", f"{len(plans)}, {trained:,} trained parameters, ZeRO-{plan.engine.zero_stage}, {ranks}")]
 
-    @property
-    def saved(self) -> str:
-        """A note on what was saved, for the line after a signal; "" if the number of the step says it."""
-        return "" if self.only else "the last step of each adapter is saved"
 
-    def headline(self, chosen: ChosenKernels, device: torch.device) -> list[str]:
-        """A summary of the run before its progress bar: what all adapters share, and each."""
-        plan, attention = shared_plan(self.start.plans), self.built.runner.stage.attention
-        settings = plan.settings
-        model = f"{settings.model}, {num_base_parameters(plan.source.shape) / 1e6:,.1f} M parameters in"
-        model += f" {describe_dtype(settings.dtype, plan.dtype_name)}, frozen"
-        model += "" if settings.base is None else f"; the linears of its blocks in {settings.base}"
-        model += "" if settings.products is None else f", products in {settings.products}"
-        read, kept = (range_text(sizes, bytes_in_words) for sizes in (self.built.bytes_read, self.built.bytes_kept))
-        stored = "" if settings.base is None else f", stored as {kept}"
-        rows = [
-            ("model", model),
-            *(self._all_adapters() if self.only is None else self._one_adapter(self.only)),
-            *_layout(plan),
-            ("read", f"{read} of base weights per rank{stored}"),
-            ("kernels", chosen.description),
-            ("attention", str(attention.route(device, plan.dtype))),
-            *(self._all_starts() if self.only is None else self._one_start(self.only)),
-        ]
-        return aligned_lines(rows, align="<")
+def _all_starts(start: Start, trainer: Trainer, built: BuiltModel) -> list[HeadlineRow]:
+    """The run's folder, and from where each adapter starts."""
+    rows = [("run folder", str(start.folder.path))]
+    if over := steps_over(trainer.profile, trainer.last_step):
+        rows.append(("note", over))
+    rows += [("adapter", f"{name}: finished before") for name in start.finished]
+    for name, run in trainer.adapters.items():
+        own, checkpoint = run.plan.settings, start.checkpoints[name]
+        samples, steps = count_text(len(run.data.train), "sample"), count_text(own.max_steps, "step")
+        step = f"{own.method}, rank {own.rank}, {samples}, {own.global_batch_size} per step"
+        rows.append(("adapter", f"{name}: {step}, {steps}{resumed_text(run.plan, checkpoint)}"))
+        notes = (*run.data.notes, *(() if checkpoint is None else checkpoint.notes), *built.notes[name])
+        rows += [("note", f"{name}: {note}") for note in notes]
+        rows += [("warning", f"{name}: {warning}") for warning in run.data.warnings(run.plan)]
+        if trainer.rivals.get(name) and len(run.evaluation_sizes) < 2:
+            rows.append(("warning", f"{name}: --halving cannot tell noise, as the validation set is one batch"))
+    return rows
 
-    def _all_adapters(self) -> list[HeadlineRow]:
-        plans = self.start.plans
-        plan, trained = shared_plan(plans), sum(sum(own.adapter.num_trained().values()) for own in plans.values())
-        ranks = count_text(plan.grid.dp_size, "data-parallel rank")
-        return [("adapters", f"{len(plans)}, {trained:,} trained parameters, ZeRO-{plan.engine.zero_stage}, {ranks}")]
 
-    def _all_starts(self) -> list[HeadlineRow]:
-        """The run's folder, and from where each adapter starts."""
-        start, trainer = self.start, self.trainer
-        rows = [("run folder", str(start.folder.path))]
-        if over := steps_over(trainer.profile, trainer.last_step):
-            rows.append(("note", over))
-        rows += [("adapter", f"{name}: finished before") for name in start.finished]
-        for name, run in trainer.adapters.items():
-            own, checkpoint = run.plan.settings, start.checkpoints[name]
-            samples, steps = count_text(len(run.data.train), "sample"), count_text(own.max_steps, "step")
-            step = f"{own.method}, rank {own.rank}, {samples}, {own.global_batch_size} per step"
-            rows.append(("adapter", f"{name}: {step}, {steps}{resumed_text(run.plan, checkpoint)}"))
-            notes = (*run.data.notes, *(() if checkpoint is None else checkpoint.notes), *self.built.notes[name])
-            rows += [("note", f"{name}: {note}") for note in notes]
-            rows += [("warning", f"{name}: {warning}") for warning in run.data.warnings(run.plan)]
-            if trainer.rivals.get(name) and len(run.evaluation_sizes) < 2:
-                rows.append(("warning", f"{name}: --halving cannot tell noise, as the validation set is one batch"))
-        return rows
+def _one_adapter(run: AdapterRun) -> list[HeadlineRow]:
+    plan, data = run.plan, run.data
+    settings, trained = plan.settings, sum(plan.adapter.num_trained().values())
+    layers = f"{len(plan.adapter.layers)} of {plan.source.shape.num_layers} layers"
+    if (targets := [target.name for target in plan.adapter.targets]) != [QKV]:
+        layers += f" ({', '.join(targets)})"
+    trains = f"{settings.method}, rank {settings.rank}, {layers}: {trained:,} trained parameters"
+    samples = f"{settings.task}: {len(data.train):,} train, {len(data.validation):,} validation samples"
+    cut = f"{count_text(data.train.truncated_prompts, 'prompt')} truncated to {settings.max_length} tokens"
+    batch = f"{count_text(plan.batches.global_batch_size, 'sample')} per step, {plan.batches_in_words}"
+    return [
+        ("adapter", trains + (f", dropout {settings.dropout:g}" if settings.dropout else "")),
+        ("data", f"{samples}; {cut}"),
+        *(("", note) for note in data.notes),
+        ("batches", f"{batch}, ZeRO-{plan.engine.zero_stage}"),
+        ("length", f"{steps_in_words(settings, len(data.train))}, schedule {settings.schedule}"),
+    ]
 
-    def _one_adapter(self, run: AdapterRun) -> list[HeadlineRow]:
-        plan, data = run.plan, run.data
-        settings, trained = plan.settings, sum(plan.adapter.num_trained().values())
-        layers = f"{len(plan.adapter.layers)} of {plan.source.shape.num_layers} layers"
-        if (targets := [target.name for target in plan.adapter.targets]) != [QKV]:
-            layers += f" ({', '.join(targets)})"
-        trains = f"{settings.method}, rank {settings.rank}, {layers}: {trained:,} trained parameters"
-        samples = f"{settings.task}: {len(data.train):,} train, {len(data.validation):,} validation samples"
-        cut = f"{count_text(data.train.truncated_prompts, 'prompt')} truncated to {settings.max_length} tokens"
-        batch = f"{count_text(plan.batches.global_batch_size, 'sample')} per step, {plan.batches_in_words}"
-        return [
-            ("adapter", trains + (f", dropout {settings.dropout:g}" if settings.dropout else "")),
-            ("data", f"{samples}; {cut}"),
-            *(("", note) for note in data.notes),
-            ("batches", f"{batch}, ZeRO-{plan.engine.zero_stage}"),
-            ("length", f"{steps_in_words(settings, len(data.train))}, schedule {settings.schedule}"),
-        ]
 
-    def _one_start(self, run: AdapterRun) -> list[HeadlineRow]:
-        plan, checkpoint = run.plan, self.start.checkpoints[run.name]
-        rows, settings = list[HeadlineRow](), plan.settings
-        if settings.init_from is not None and checkpoint is None:
-            rows.append(("start", f"values of {settings.init_from}"))
-        notes = [*(() if checkpoint is None else checkpoint.notes), *self.built.notes[run.name]]
-        if checkpoint is not None and (over := steps_over(settings.profile, checkpoint.progress.step)):
-            notes.append(over)
-        rows.append(("run folder", f"{self.start.folder.path}{resumed_text(plan, checkpoint)}"))
-        rows += [("note", note) for note in notes]
-        return [*rows, *(("warning", warning) for warning in run.data.warnings(plan))]
+def _one_start(run: AdapterRun, start: Start, built: BuiltModel) -> list[HeadlineRow]:
+    plan, checkpoint = run.plan, start.checkpoints[run.name]
+    rows, settings = list[HeadlineRow](), plan.settings
+    if settings.init_from is not None and checkpoint is None:
+        rows.append(("start", f"values of {settings.init_from}"))
+    notes = [*(() if checkpoint is None else checkpoint.notes), *built.notes[run.name]]
+    if checkpoint is not None and (over := steps_over(settings.profile, checkpoint.progress.step)):
+        notes.append(over)
+    rows.append(("run folder", f"{start.folder.path}{resumed_text(plan, checkpoint)}"))
+    rows += [("note", note) for note in notes]
+    return [*rows, *(("warning", warning) for warning in run.data.warnings(plan))]
 
-    def progress(self, trainer: Trainer) -> str:
-        """The text at the end of the progress bar."""
-        if self.only is not None:
-            return "".join(trainer.rates[-1:])
-        states = [run.state for run in trainer.everyone.values()]
-        shown = ("running", "ended", "failed", *(["finished"] if "finished" in states else []))
-        counts = ", ".join(f"{states.count(state)} {state}" for state in shown)
-        return "; ".join((counts, *trainer.rates[:1]))
 
-    def set_end(self, end: End) -> None:
-        """Set how the run ends, and why: it fails if an adapter did."""
-        failed, total = self.trainer.failed, count_text(len(self.trainer.everyone), "adapter")
-        if failed:
-            end.state, end.status = "failed", FAILED_STATUS
-        if self.only is not None:
-            end.reason = self.only.reason
-        else:
-            end.reason = f"{len(failed)} of {total} failed: {', '.join(failed)}" if failed else f"{total} trained"
+def set_run_end(end: End, trainer: Trainer) -> None:
+    """Set how the run ends, and why: it fails if an adapter did."""
+    failed, total = trainer.failed, count_text(len(trainer.everyone), "adapter")
+    if failed:
+        end.state, end.status = "failed", FAILED_STATUS
+    if trainer.only is not None:
+        end.reason = trainer.only.reason
+    else:
+        end.reason = f"{len(failed)} of {total} failed: {', '.join(failed)}" if failed else f"{total} trained"
 
-    def last_lines(self) -> list[str]:
-        """The files that a user has now, and the next commands."""
-        if self.only is None:
-            return table_lines(self.trainer.everyone, self.start.folder)
-        return [*speed_lines(self.only), *next_steps(self.only)]
+
+def closing_lines(trainer: Trainer) -> list[str]:
+    """The files that a user has now, and the next commands."""
+    if trainer.only is None:
+        return table_lines(trainer.everyone, trainer.folder)
+    return [*speed_lines(trainer.only), *next_steps(trainer.only)]
 
 
 def _layout(plan: RunPlan) -> list[HeadlineRow]:

@@ -169,8 +169,6 @@ class Trainer:
         profile: steps that are recorded, as of --profile.
         everyone: all adapters of the run, in order, those that an earlier start has finished too.
         rivals: with --halving, by each adapter's name those that it is compared with while they run.
-        rates: speed and loss of the last step in words: all tokens, then each adapter that took it.
-        progress: makes the text at the end of the progress bar.
         last_step: the number of the last step; the first one follows the most steps that an adapter has taken.
     """
 
@@ -183,8 +181,7 @@ class Trainer:
     rivals: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     _rows: list[dict[str, Any]] = field(default_factory=list)
     _told: set[str] = field(default_factory=set)
-    rates: list[str] = field(default_factory=list)
-    progress: "Callable[[Trainer], str]" = lambda trainer: ""
+    _rates: list[str] = field(default_factory=list)  # of the last step in words: all tokens, then each adapter
     _table_failure: UserError | None = None
 
     def __post_init__(self) -> None:
@@ -192,6 +189,11 @@ class Trainer:
         self.last_step = max(run.progress.step for run in self.adapters.values())
         self.rank = next(iter(self.adapters.values())).plan.grid.rank
         self._profiler = StepProfiler(self.profile, self.folder, rank=self.rank)
+
+    @property
+    def only(self) -> AdapterRun | None:
+        """The adapter of a run of one; None if the run has several."""
+        return None if self.folder.of_several else next(iter(self.adapters.values()))
 
     @property
     def failed(self) -> list[str]:
@@ -286,8 +288,8 @@ class Trainer:
             with run.failing_alone():
                 said.append(run.took(samples[name], report))
         self.last_step += 1
-        self.rates = said
-        bar.set_postfix_str(printable(self.progress(self)), refresh=False)  # before the count, which draws the bar
+        self._rates = said
+        bar.set_postfix_str(self._progress, refresh=False)  # before the count, which draws the bar
         bar.update(len(said) - 1)
         self.stop.stop_if_any(report.votes.stopping, report.votes.signals)
         self._after_step(self._running(), bar)
@@ -320,13 +322,23 @@ class Trainer:
                     running[name].end_behind(reason)
                     bar.write(printable(named(name, f"stopped, {reason}")))
 
+    @property
+    def _progress(self) -> str:
+        """The text at the end of the progress bar."""
+        if self.only is not None:
+            return printable("".join(self._rates[-1:]))
+        states = [run.state for run in self.everyone.values()]
+        shown = ("running", "ended", "failed", *(["finished"] if "finished" in states else []))
+        counts = ", ".join(f"{states.count(state)} {state}" for state in shown)
+        return printable("; ".join((counts, *self._rates[:1])))
+
     def _show(self, bar: Any) -> None:
         """Show the progress, and who has failed; write the table, if more than steps have changed."""
         for name in self.failed:
             if name not in self._told:
                 bar.write(printable(named(name, f"failed: {self.adapters[name].failure}")))
                 self._told.add(name)
-        bar.set_postfix_str(printable(self.progress(self)), refresh=False)
+        bar.set_postfix_str(self._progress, refresh=False)
         try:
             self.write_table()
         except UserError as error:  # raised when all ranks agree, at the next step

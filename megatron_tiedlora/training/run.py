@@ -39,19 +39,18 @@ def train_rank(settings: Settings) -> End:
         chosen = choose_kernels(longest_run(start.left), device)
         built = build_model(start.left, device, start.checkpoints, kernels=chosen.kernels)
         trainer = make_trainer(start, built, device, stop)
-        report = finish.RunReport(start, trainer, built)
-        trainer.progress = report.progress
         end.finished_step = lambda: trainer.last_step
-        end.saved = report.saved
+        if trainer.only is None:  # else the step says it
+            end.saved = "the last step of each adapter is saved"
         if rank == 0:
-            show(*report.headline(chosen, device))
+            show(*finish.run_headline(start, trainer, built, chosen, device))
         finish.score_before(trainer, start.checkpoints)
         trainer.run()
         finish.score_after(trainer)
-        report.set_end(end)
+        finish.set_run_end(end, trainer)
         if rank == 0:
-            show(*finish.export_all(trainer), *report.last_lines())
-            report.set_end(end)
+            show(*finish.export_all(trainer), *finish.closing_lines(trainer))
+            finish.set_run_end(end, trainer)
             if lines := finish.original_losses(trainer):
                 show(*lines)
     return end
