@@ -134,8 +134,8 @@ class AdapterRun:
     """One adapter from a ready engine to its end.
 
     Attributes:
-        layout: which rank holds which part of it.
-        log: rank 0's.
+        layout: the parts of the adapter by rank.
+        log: the log of metrics on rank 0; None on the others.
         progress: the steps taken and the best score.
         ends_apart: whether its end is recorded apart from the run's, so that one that fails leaves the others.
         keeps_losses: whether its last evaluation is kept to be compared with those of others (--halving).
@@ -168,9 +168,13 @@ class AdapterRun:
     def __post_init__(self) -> None:
         self.log_failure: UserError | None = None
         self.saved_step = self.progress.step or None  # of its last checkpoint; None if there is none
-        self.loader = self.plan.training_loader(
-            self.data.train, pad_id=padding_id(self.data.tokenizer), consumed_samples=self.progress.consumed_samples
-        )
+        plan, consumed = self.plan, self.progress.consumed_samples
+        self._pad_id = padding_id(self.data.tokenizer)
+        self._batch_sizes = {
+            "micro_batch_size": plan.batches.micro_batch_size,
+            "pad_multiple": plan.layout.pad_multiple,
+        }
+        self.loader = plan.training_loader(self.data.train, pad_id=self._pad_id, consumed_samples=consumed)
 
     @property
     def adapter(self) -> TiedAdapter:
@@ -288,25 +292,13 @@ class AdapterRun:
     @property
     def evaluation_sizes(self) -> list[int]:
         """The tokens of each of its validation batches, on the rank where it has most."""
-        sizes = evaluation_sizes(
-            self.data.validation,
-            micro_batch_size=self.plan.batches.micro_batch_size,
-            dp_size=self.plan.grid.dp_size,
-            pad_multiple=self.plan.layout.pad_multiple,
-        )
-        return list(sizes)
+        return list(evaluation_sizes(self.data.validation, **self._batch_sizes, dp_size=self.plan.grid.dp_size))
 
     def evaluation_batches(self, *, all_of_them: bool = False) -> Iterator[MicroBatch]:
         """This rank's batches of the validation split, or those of all ranks."""
         grid = Grid(0, 1) if all_of_them else self.plan.grid
-        return evaluation_batches(
-            self.data.validation,
-            micro_batch_size=self.plan.batches.micro_batch_size,
-            dp_rank=grid.dp_rank,
-            dp_size=grid.dp_size,
-            pad_id=padding_id(self.data.tokenizer),
-            pad_multiple=self.plan.layout.pad_multiple,
-        )
+        ours = {"dp_rank": grid.dp_rank, "dp_size": grid.dp_size, "pad_id": self._pad_id}
+        return evaluation_batches(self.data.validation, **self._batch_sizes, **ours)
 
     @contextmanager
     def base_alone(self) -> Iterator[None]:
