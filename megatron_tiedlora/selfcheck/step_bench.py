@@ -59,9 +59,8 @@ from megatron_tiedlora.selfcheck.timing import (
     take_turns,
 )
 from megatron_tiedlora.training.build import build_model, build_random_model
-from megatron_tiedlora.training.compiling import choose_kernels
 from megatron_tiedlora.training.step import GUARDED_STEPS, AdapterStep, TrainStep
-from megatron_tiedlora.training.throughput import find_peak, matmul_rate, timed
+from megatron_tiedlora.training.throughput import choose_kernels, find_peak, matmul_rate, timed
 
 LEARNING_RATE = 1e-4
 # So many that the schedule stays near its peak, and that --compile auto takes the run for a long one.

@@ -40,10 +40,9 @@ from megatron_tiedlora.runtime.run_folder import RunFolder, plot_losses, read_me
 from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests
 from megatron_tiedlora.training.adapter_run import AdapterRun
 from megatron_tiedlora.training.build import BuiltModel
-from megatron_tiedlora.training.compiling import ChosenKernels
 from megatron_tiedlora.training.loop import Finished, Trainer, of_start, table_row
 from megatron_tiedlora.training.start import Start
-from megatron_tiedlora.training.throughput import peak_memory_bytes, steps_over
+from megatron_tiedlora.training.throughput import ChosenKernels, peak_memory_bytes, steps_over
 
 _LOGGER = logging.getLogger(__name__)
 SAMPLES = "samples_sha256"  # the key beside each score in scores.json

@@ -24,8 +24,8 @@ def train_rank(settings: Settings) -> End:
         from megatron_tiedlora.planning.planned import longest_run
         from megatron_tiedlora.training import finish
         from megatron_tiedlora.training.build import build_model
-        from megatron_tiedlora.training.compiling import choose_kernels
         from megatron_tiedlora.training.start import make_trainer, open_run
+        from megatron_tiedlora.training.throughput import choose_kernels
 
         plans, data = plan_and_read(settings, rank=rank, world_size=world_size)
         device = join_process_group(settings.timeout_minutes, expected_ranks=world_size)

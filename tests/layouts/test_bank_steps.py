@@ -30,8 +30,8 @@ from megatron_tiedlora.planning.planned import micro_batch_capacity
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
 from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.training.build import build_model
-from megatron_tiedlora.training.compiling import compiled_kernels
 from megatron_tiedlora.training.step import AdapterStep, TrainStep
+from megatron_tiedlora.training.throughput import compiled_kernels
 
 # On a rank ------------------------------------------------------------------------------------------------------------
 
