@@ -46,17 +46,13 @@ STEPS_AT_ONCE = 4
 class Evaluation:
     """Evaluates adapters on one rank, with the model and the shared micro-batches of a training step.
 
-    All ranks make the same calls.
+    All ranks make the same calls. Each raises RunStopped if all ranks agreed to stop.
     """
 
     step: TrainStep
 
     def evaluated(self, runs: Runs) -> dict[str, Evaluated]:
-        """The evaluation of each, by name. An adapter whose answers cannot be scored fails, and is left out.
-
-        Raises:
-            RunStopped: all ranks agreed to stop.
-        """
+        """The evaluation of each, by name. An adapter whose answers cannot be scored fails, and is left out."""
         losses = self.losses(runs)
         scores = self.scores(runs, lambda run: run.data.scored_validation)
         return {name: Evaluated(losses[name], found) for name, found in scores.items()}
@@ -64,8 +60,7 @@ class Evaluation:
     def losses(self, runs: Runs) -> dict[str, float]:
         """The mean loss of each over all supervised tokens of its validation split, the same on every rank.
 
-        Raises:
-            RunStopped: all ranks agreed to stop before a batch (in a pipeline: before a few batches).
+        Ranks agree on stopping before each batch (in a pipeline: before a few batches).
         """
         if not runs:
             return {}
@@ -94,11 +89,7 @@ class Evaluation:
         return {run.name: loss / run.data.validation.num_supervised for run, loss in pairs}
 
     def scores(self, runs: Runs, samples_of: Callable[[AdapterRun], ScoredSet | None]) -> dict[str, dict[str, Score]]:
-        """The scores of each on its own samples, by metric; one whose answers cannot be scored fails.
-
-        Raises:
-            RunStopped: all ranks agreed to stop.
-        """
+        """The scores of each on its own samples, by metric; one whose answers cannot be scored fails."""
         asked = {run.name: scored for run in runs if (scored := samples_of(run)) is not None}
         answers = self._answers([run for run in runs if run.name in asked], asked) if asked else {}
         found: dict[str, dict[str, Score]] = {}
