@@ -1,4 +1,4 @@
-"""The plans of the adapters of a run by name, with folders and data: those of --adapters, or one, whose name is "".
+"""The plans of the adapters of a run by name, with folders and data: several of --adapters, or one, whose name is "".
 
 Each is the plan of a run of its own. What the engine cannot do for several together is rejected here. Data are read and
 tokenised once per host, before any rank waits for another.
@@ -268,7 +268,7 @@ def _drawn(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> list[Examp
 
 
 def _test_examples(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """The test samples to answer before and after training: those that the task's record or the user asks for."""
+    """The test samples to answer before and after training, as the task's record or the user asks for them."""
     limit = get_task(settings.task).scored_rows
     if limit is None and settings.test_file is None:
         return []

@@ -225,7 +225,7 @@ def _why_lines(row: Candidate, plan: ClusterPlan) -> list[str]:
 
 
 def chosen_settings(plan: ClusterPlan, candidate: Candidate) -> dict[str, Any]:
-    """The settings of a run with this layout: those that were given to the plan, its defaults, and the layout's."""
+    """The settings of a run with this layout: the given ones, the defaults of a plan, and the layout's."""
     values = {**plan.values, **candidate.flags}
     return {name: value for name, value in values.items() if name not in marked(Settings, of_dry_run=True)}
 

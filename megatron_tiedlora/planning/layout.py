@@ -61,7 +61,7 @@ class Layout:
     """How a model and its adapters are trained over the ranks.
 
     Attributes:
-        adapters: those that are trained.
+        adapters: the adapters that are trained.
         length: the most tokens in a row of a micro-batch.
         rows: the most rows in a micro-batch.
         micro_batches: the most micro-batches of a rank in one step.

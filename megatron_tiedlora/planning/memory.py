@@ -33,9 +33,9 @@ class StageMemory(NamedTuple):
     """The bytes on each rank of a stage. PyTorch allocates all of them but `libraries` and `slack`.
 
     Attributes:
-        activations: of the micro-batches in flight: of autograd and of temporary tensors.
+        activations: tensors of the micro-batches in flight that autograd saves, and temporary ones.
         engine: hidden states that a pipeline holds, or weights that ZeRO-3 has gathered.
-        buffers: of messages: buckets of gradients, factors that are gathered, and their gradients.
+        buffers: memory for messages: buckets of gradients, factors that are gathered, and their gradients.
         libraries: a reserve for CUDA and NCCL, or for what an idle process on a CPU holds.
         slack: a reserve for what the allocator cannot use.
     """

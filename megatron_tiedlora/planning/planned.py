@@ -44,7 +44,7 @@ class Work(NamedTuple):
 
 
 def micro_batch_capacity(plans: Plans, *, shares: bool) -> int:
-    """The most tokens in a micro-batch of several adapters: those that the largest one of one adapter may have.
+    """The most tokens in a micro-batch of several adapters: as many as the largest one of a single adapter may have.
 
     A rank has memory for these. 0: nothing is shared.
     """
@@ -58,7 +58,7 @@ def longest_run(plans: Plans) -> RunPlan:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """The plans of all adapters as one run, of which each takes its first step, or one that `samples` holds.
+    """A step of all adapters as one run: the first one of each, or one whose samples are given.
 
     Attributes:
         samples: None for a run without data: each row is then one full sample, and all its tokens are supervised.

@@ -368,7 +368,7 @@ def _terms(terms: Iterable[Term]) -> Iterator[tuple[str, str]]:
 
 
 def message_lines(planned: Planned) -> list[str]:
-    """The messages of a rank of each stage by group. Bytes are those of whole tensors, as parallel.groups counts."""
+    """The messages of a rank of each stage by group. Bytes are of whole tensors, as parallel.groups counts."""
     step, stages, layout, number = planned.step, planned.stages, planned.layout, len(planned.step.batches)
     of = "the step's samples on data-parallel rank 0"
     of = of if step.samples is not None else f"samples of {layout.length:,} tokens, all supervised"

@@ -366,8 +366,8 @@ class StartAdapter:
     Attributes:
         state: full fp32 tensors.
         trained: the base that it was trained on; None if its files do not record it.
-        kind: what its folder holds, in words.
-        notes: what a user should know.
+        kind: the kind of its folder, in words.
+        notes: notes for the user.
     """
 
     config: AdapterConfig
@@ -378,7 +378,7 @@ class StartAdapter:
 
 
 def with_start(settings: Settings, source: ModelSource) -> Settings:
-    """The settings with those that the adapter of --init_from decides. Reads the adapter, or the resumed checkpoint.
+    """The settings, some of which the adapter of --init_from decides. Reads the adapter, or the resumed checkpoint.
 
     Raises:
         UserError: it cannot be read, is for a model of another shape, or contradicts a setting that was given.

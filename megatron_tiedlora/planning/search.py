@@ -83,7 +83,7 @@ class ClusterPlan:
 
     Attributes:
         settings: tiedlora train's, with the defaults of a plan.
-        data: of each adapter, once it is read; empty for a preset, or if no rows are named.
+        data: the data of each adapter, once it is read; empty for a preset, or if no rows are named.
         candidates: the layouts that a run accepts.
         refused: the number of the other layouts, by what a run says of them.
         ranked: the storage formats to choose from; candidates in others only show what these would gain.
@@ -156,7 +156,7 @@ class ClusterPlan:
 
     @property
     def values(self) -> dict[str, Any]:
-        """The settings that were given, and those that a plan gives."""
+        """The settings that were given, with the defaults of a plan."""
         return {
             **self.settings.model_dump(mode="json", exclude_unset=True),
             "max_length": self.settings.max_length,
@@ -285,7 +285,7 @@ def search(
 
 
 def _storages(plan: ClusterPlan, formats: tuple[str, ...] | None) -> tuple[Storage, ...]:
-    """Values of --base, --products and --keep_transposed together, of those with a name in `formats`.
+    """The storage formats to plan, with a name in `formats`.
 
     A model that is stored quantised has those of its own format.
 

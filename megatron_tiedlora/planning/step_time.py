@@ -42,8 +42,8 @@ class Term(NamedTuple):
 
     Attributes:
         purpose: a field of `step_time.Seconds`.
-        label: what it is, for `--why`.
-        rate: of `unit` per second; 0 if it costs only `fixed` seconds.
+        label: its name for `--why`.
+        rate: amount in `unit` per second; 0 if it costs only `fixed` seconds.
         fixed: seconds beside those of the amount.
     """
 
@@ -117,7 +117,7 @@ class Links:
         return Link(2, 1 + crosses, 1)
 
     def terms(self, traffic: Traffic, machine: Machine, *, purpose: str) -> list[Term]:
-        """The time of all messages but those to other stages."""
+        """The time of all messages except to other stages."""
         return [
             self.by_group[group].term(kind, traffic.messages[group, kind], size, machine, purpose=purpose)
             for (group, kind), size in traffic.bytes.items()
@@ -137,13 +137,13 @@ class Seconds(NamedTuple):
         attention: the same of attention.
         elementwise: norms, gate, rotation, residuals, loss: what moves memory.
         dequantised: making weights of a quantised base ready for a matmul, and rounding what FP8 matmuls multiply.
-        launches: of the host, that the device does not hide.
+        launches: launches of kernels by the host that the device does not hide.
         tensor: messages of the tensor group.
         gathers: weights that ZeRO-3 gathers and nothing hides.
         pipeline: sending hidden states, and DeepSpeed's instructions.
         bubble: waiting for other stages.
         sums: messages once a step.
-        outside: of a step beside its passes and messages.
+        outside: the rest of a step beside its passes and messages.
     """
 
     matmuls: float = 0.0
@@ -189,7 +189,7 @@ class StepParts:
     outside: float
 
     def busiest(self) -> tuple[int, Seconds]:
-        """The first stage of those that work longest, and what all its passes take."""
+        """The first stage of those that work longest, and the time of all its passes."""
         firsts: dict[int, int] = {}
         for index, passes in enumerate(self.stages):  # stages that do the same are one object
             firsts.setdefault(id(passes), index)

@@ -73,12 +73,12 @@ class Trace(NamedTuple):
 
     Attributes:
         forward, backward: counts of its passes.
-        moments: of both passes.
+        moments: the moments of both passes.
         saved: bytes that autograd saves, without factors and indices.
         kept: bytes that are alive between the passes, without factors: recompute also keeps arguments.
         gradients: bytes of the factors' gradients that the backward pass leaves.
         saves_attention: 1 if what attention saves is among them, else 0.
-        saved_factors, kept_factors: which factors are saved, or kept, by target and letter.
+        saved_factors, kept_factors: the factors that are saved, or kept, by target and letter.
     """
 
     forward: Mapping[Hashable, float]

@@ -295,7 +295,7 @@ class AdapterRun:
         return list(evaluation_sizes(self.data.validation, **self._batch_sizes, dp_size=self.plan.grid.dp_size))
 
     def evaluation_batches(self, *, all_of_them: bool = False) -> Iterator[MicroBatch]:
-        """This rank's batches of the validation split, or those of all ranks."""
+        """The batches of the validation split on this rank, or on all ranks."""
         grid = Grid(0, 1) if all_of_them else self.plan.grid
         ours = {"dp_rank": grid.dp_rank, "dp_size": grid.dp_size, "pad_id": self._pad_id}
         return evaluation_batches(self.data.validation, **self._batch_sizes, **ours)
@@ -362,7 +362,7 @@ class AdapterRun:
             self._end(self.evaluated.stopped)
 
     def keep_losses(self, batches: Sequence[tuple[float, int]]) -> None:
-        """With --halving: keep an evaluation, of which this rank has the loss and supervised tokens of each batch.
+        """With --halving: keep an evaluation. This rank gives the loss and supervised tokens of each of its batches.
 
         It is in the run folder before the checkpoint that follows it.
         """

@@ -46,7 +46,7 @@ class BuiltModel:
     """This rank's stage with the values of base and adapters, and its engine, ready for the next step.
 
     Attributes:
-        base_identity: what the base is.
+        base_identity: the identity of the base.
         bytes_read, bytes_kept: bytes of base weights that were read and that are stored, by rank.
         notes: what a user should know of the start of each adapter, and how the base differs from its own.
     """
@@ -68,7 +68,7 @@ def build_model(
     """Build this rank's stage with the parts of all adapters, load its shards of the base, and start the engine.
 
     Args:
-        checkpoints: from which adapters go on, by name; others begin.
+        checkpoints: the checkpoint from which an adapter resumes, by its name; the others begin.
 
     Raises:
         UserError: weights are missing or do not fit, or a checkpoint or --init_from's adapter is of another base.
@@ -146,7 +146,7 @@ class _Model(NamedTuple):
     """The model that an engine is started around.
 
     Attributes:
-        module: what DeepSpeed gets: the stage itself, or the PipelineModule around it.
+        module: the module that DeepSpeed gets: the stage itself, or the PipelineModule around it.
         process_grid: DeepSpeed's grid of process groups.
     """
 

@@ -155,8 +155,8 @@ class Trainer:
     """A run on one rank, from a ready engine to the end of the training of its adapters.
 
     Attributes:
-        adapters: those that are trained, by name.
-        folder: of the run.
+        adapters: the adapters that are trained, by name.
+        folder: the folder of the run.
         profile: steps that are recorded, as of --profile.
         everyone: all adapters of the run, in order, those that an earlier start has finished too.
         rivals: with --halving, by each adapter's name those that it is compared with while they run.
@@ -253,8 +253,9 @@ class Trainer:
         self._after_step({name: run for name, run in self.adapters.items() if name not in new}, bar)
 
     def _train_step(self, running: Mapping[str, AdapterRun], bar: Any) -> None:
-        """One step of each but those that wait for a rival, as after a resume one may be ahead; afterwards raise
-        RunStopped if any rank should stop."""
+        """Take one step of each adapter, and raise RunStopped afterwards if any rank should stop.
+
+        An adapter that is ahead of a rival, as one may be after a resume, waits for it."""
         samples: dict[str, TrainingStep] = {}
         for name, run in running.items():
             others = [running[other] for other in self.rivals.get(name, ()) if other in running]

@@ -79,7 +79,7 @@ def open_run(settings: Settings, plans: adapter_plans.Plans, data: adapter_plans
     A start that cannot continue the run in a folder does not take the folder over. Nothing is written yet.
 
     Args:
-        end: of the run. It gives all folders back, and gets their owners at once, so that peers can give them up if
+        end: the end of the run. It gives all folders back, and gets their owners at once, so that peers can give them up if
             rank 0 is lost while it reads checkpoints.
 
     Raises:
@@ -125,7 +125,7 @@ def _take_folder(
     before: Callable[[RunFolder], None],
     after: Callable[[RunFolder], None] = lambda folder: None,
 ) -> RunFolder:
-    """Take a run folder on rank 0, and tell every rank. Arguments as of `take_run_folder`."""
+    """Take a run folder on rank 0, and tell every rank. The arguments are as in `take_run_folder`."""
 
     def take() -> tuple[str, str]:
         folder, lock = take_run_folder(settings, before=before)
@@ -223,7 +223,7 @@ def make_trainer(start: Start, built: BuiltModel, device: torch.device, stop: St
 
 
 def _write_settings(start: Start) -> None:
-    """Write adapters.yaml on rank 0: the settings of all, and those of each."""
+    """Write adapters.yaml on rank 0: the shared settings, and the settings of each adapter."""
     resolved = {name: plan.resolved_settings() for name, plan in start.plans.items()}
     (first, of_all), *_ = resolved.items()
     own = {name: {key: values[key] for key in values if key in PER_ADAPTER} for name, values in resolved.items()}

@@ -69,7 +69,7 @@ class Meter:
     A step that computes faster than a measured peak is itself a better measurement of it.
 
     Attributes:
-        peak: of all ranks together.
+        peak: the peak of all ranks together.
         steps: (first, last) step of the mean; None before the second step.
     """
 
@@ -208,7 +208,7 @@ class StepProfiler:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Record what happens inside, if step `number` is one of those to record."""
+        """Record what happens inside, if step `number` is to be recorded."""
         if number not in self._steps:
             yield
             return
