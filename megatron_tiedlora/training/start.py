@@ -79,8 +79,8 @@ def open_run(settings: Settings, plans: adapter_plans.Plans, data: adapter_plans
     A start that cannot continue the run in a folder does not take the folder over. Nothing is written yet.
 
     Args:
-        end: the end of the run. It gives all folders back, and gets their owners at once, so that peers can give them up if
-            rank 0 is lost while it reads checkpoints.
+        end: the end of the run. It gives all folders back, and gets their owners at once, so that peers can give them
+            up if rank 0 is lost while it reads checkpoints.
 
     Raises:
         UserError: a folder is in use, or holds a run that this start cannot continue, or ranks have other data; on
