@@ -135,6 +135,9 @@ def _check_shared(path: str, found: Mapping[str, Settings]) -> None:
                 )
 
 
+HALVING_REASON = "halving: "  # begins the reason for the end of an adapter that --halving stopped
+
+
 def rivals_of(settings: Mapping[str, Settings]) -> dict[str, tuple[str, ...]]:
     """By each adapter's name the others that differ from it only in the learning rate, and in the folder."""
     same = {name: own.model_dump_json(exclude={"learning_rate", "output_dir"}) for name, own in settings.items()}

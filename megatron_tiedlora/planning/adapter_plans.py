@@ -1,4 +1,4 @@
-"""The plans of the adapters of a run by name, with folders and data: those of --adapters, or one, whose name is "".
+"""The plans of the adapters of a run by name, with folders and data: several of --adapters, or one, whose name is "".
 
 Each is the plan of a run of its own. What the engine cannot do for several together is rejected here. Data are read and
 tokenised once per host, before any rank waits for another.
@@ -7,7 +7,7 @@ tokenised once per host, before any rank waits for another.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY
@@ -24,10 +24,10 @@ from megatron_tiedlora.data.encode import Encoding
 from megatron_tiedlora.data.splits import files_of, open_tokenizer, read_split
 from megatron_tiedlora.data.task import Example, Reading
 from megatron_tiedlora.data.tasks import get_task
-from megatron_tiedlora.data.token_dataset import permutation
+from megatron_tiedlora.data.token_dataset import TokenDataset, permutation
 from megatron_tiedlora.data.tokenizer import end_ids
 from megatron_tiedlora.evaluation.answering import ScoredSet, encode_scored
-from megatron_tiedlora.planning.run_plan import RunPlan, length_warnings, plan_run
+from megatron_tiedlora.planning.run_plan import RunPlan, epochs_of, plan_run
 from megatron_tiedlora.runtime.run_folder import RunFolder, choose_run_folder, last_run_folder
 
 DS_CONFIG = "zero0.json"  # of --adapters by default, as others would clip all together, or shard the base
@@ -106,15 +106,6 @@ def adapter_folders(plans: Plans, folder: RunFolder) -> dict[str, RunFolder]:
     return {name: RunFolder(user_path(output_dir)) for name, output_dir in given.items()}
 
 
-def in_folder(plans: Plans, folder: RunFolder) -> dict[str, RunPlan]:
-    """The plans with the folder of each adapter that has one of its own."""
-    found = dict(plans)
-    for name, own in adapter_folders(plans, folder).items():
-        if own is not folder:
-            found[name] = replace(plans[name], settings=plans[name].settings.completed(output_dir=str(own.path)))
-    return found
-
-
 def check_run_folders(settings: Settings, plans: Plans, folder: RunFolder) -> None:
     """Raise UserError if the folder of an adapter cannot be used beside the others and the run's."""
     own = {name: str(of.path) for name, of in adapter_folders(plans, folder).items() if of is not folder}
@@ -128,6 +119,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _DRAW_STREAM = 2**32 + 1  # differs from the stream that splits off validation rows and from those of epochs (0, 1, ...)
+
+
+MANY_CUT = 0.01  # of the training prompts
+MANY_EPOCHS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +157,7 @@ class RunData(TrainingData):
         return lines
 
     def warnings(self, plan: RunPlan) -> list[str]:
-        """What a user probably does not want."""
+        """Warnings of settings and data that are probably a mistake."""
         found = [*length_warnings(plan.settings, self.train), *plan.rank_excess]
         if self.unended:
             ends = self.tokenizer.eos_token
@@ -177,6 +172,22 @@ class RunData(TrainingData):
         """Hash of all data that ranks must have in common."""
         scored = (part.sha256 for part in (self.scored, self.scored_validation) if part is not None)
         return " ".join([self.sha256, *scored])
+
+
+def length_warnings(settings: Settings, train: TokenDataset) -> list[str]:
+    """Warnings of many prompts that are truncated, or of so many epochs that the run learns the samples by heart."""
+    found = []
+    cut, epochs = train.truncated_prompts, epochs_of(settings, len(train))
+    if cut > MANY_CUT * len(train):
+        found.append(
+            f"{cut:,} of {len(train):,} training prompts ({cut / len(train):.1%}) lose their middle at --max_length"
+            f" {settings.max_length}; raise it if the model allows, or shorten the prompts"
+        )
+    if epochs > MANY_EPOCHS:
+        instead = f"--epochs 3 in place of --max_steps {settings.max_steps} would be shorter"
+        advice = instead if settings.epochs is None else "a lower value of --epochs makes it shorter"
+        found.append(f"the run sees each of the {len(train):,} training samples {epochs:,.1f} times; {advice}")
+    return found
 
 
 Data = Mapping[str, RunData]  # by the adapter's name
@@ -257,7 +268,7 @@ def _drawn(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> list[Examp
 
 
 def _test_examples(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """The test samples to answer before and after training: those that the task's record or the user asks for."""
+    """The test samples to answer before and after training, as the task's record or the user asks for them."""
     limit = get_task(settings.task).scored_rows
     if limit is None and settings.test_file is None:
         return []

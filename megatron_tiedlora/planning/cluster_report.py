@@ -15,10 +15,11 @@ from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.config.train_fields import HOW_LONG
 from megatron_tiedlora.parallel.groups import GROUPS
 from megatron_tiedlora.planning import machines
+from megatron_tiedlora.planning.layout import PLAIN_STORAGE, Storage
 from megatron_tiedlora.planning.planned import Cluster, Planned
 from megatron_tiedlora.planning.report import layout_sections
 from megatron_tiedlora.planning.run_plan import with_models_length
-from megatron_tiedlora.planning.search import Candidate, ClusterPlan, Storage, search
+from megatron_tiedlora.planning.search import Candidate, ClusterPlan, search
 
 _MISSED = 5  # lines about layouts that do not fit
 _REASONS = 4  # lines about those that are refused
@@ -70,7 +71,7 @@ def report_lines(plan: ClusterPlan, shown: PlanSettings) -> list[str]:
         kind = "" if shown.every_layout else ", the fastest of each tensor x pipeline x data and storage"
         lines.append(f"layouts that fit in {plan.cluster.capacity / 1e9:.1f} GB{kind}{more}")
         lines += _table(first)
-        several = plan.run.settings.adapters is not None
+        several = plan.settings.adapters is not None
         hours = "of the tokens of all steps at the speed of step 1, which all take" if several else "of the run"
         lines.append(f"  (tokens/s of each rank; matmuls to sums: shares of a step; hours {hours}; all planned)")
         if several and chosen is not None and chosen.fits:
@@ -93,7 +94,7 @@ def report_lines(plan: ClusterPlan, shown: PlanSettings) -> list[str]:
 
 
 def warning_lines(plan: ClusterPlan, shown: PlanSettings) -> list[str]:
-    """What a user may have taken for granted: that the layout of --layout fits, and that a file was written."""
+    """Warnings that the layout of --layout does not fit, or that a file was not written."""
     row = chosen_layout(plan, shown)
     if row is not None:
         return [] if row.fits else [f"warning: --layout does not fit: {_missing_line(row, plan)}"]
@@ -106,16 +107,16 @@ def warning_lines(plan: ClusterPlan, shown: PlanSettings) -> list[str]:
 def _head(plan: ClusterPlan, shown: PlanSettings) -> list[str]:
     """How many layouts were enumerated and what became of them, what was planned, which values were left out, and why a
     run rejects layouts, the most frequent reason first."""
-    cluster, run = plan.cluster, plan.run
+    cluster, train = plan.cluster, plan.settings
     dropped, fitting = sum(not one.has_room_for_weights for one in plan.others), len(plan.rows) + len(plan.elsewhere)
-    train, plans = run.settings, plan.candidates[0].step.plans  # what is said of them is the same in all layouts
+    plans = plan.candidates[0].step.plans  # what is said of them is the same in all layouts
     nodes = count_text(-(-cluster.world_size // cluster.per_node), "node")
     where = f"{nodes} of {cluster.per_node} x {cluster.machine.title}"
     who = "" if train.adapters is None else f"{count_text(len(plans), 'adapter')} of {train.adapters}: "
     steps = [plan.settings.max_steps for plan in plans.values()]
     sizes = [plan.settings.global_batch_size for plan in plans.values()]
     samples = {name: number * size for name, number, size in zip(plans, steps, sizes, strict=True)}
-    means = {name: own.train.num_tokens / len(own.train) for name, own in run.data.items()}
+    means = {name: own.train.num_tokens / len(own.train) for name, own in plan.data.items()}
     length = sum(number * means.get(name, train.max_length) for name, number in samples.items()) / sum(samples.values())
     lines = [
         f"{plan.enumerated:,} layouts enumerated: {plan.refused.total():,} rejected, {dropped:,}"
@@ -123,16 +124,16 @@ def _head(plan: ClusterPlan, shown: PlanSettings) -> list[str]:
         f"{train.model} on {where}; {who}{range_text(steps)} steps of {range_text(sizes)} samples ="
         f" {sum(samples.values()):,} samples of {length:,.0f} tokens {'on average' if means else 'each'}",
     ]
-    assumed = [f"--{name} {getattr(train, name)}" for name in PLAN_DEFAULTS if run.assumes(name)]
+    assumed = [f"--{name} {getattr(train, name)}" for name in PLAN_DEFAULTS if plan.assumes(name)]
     if shown.gpu is None and shown.constants is None and shown.ranks_on_cpu is None:
         assumed.insert(0, f"--gpu {machines.DEFAULT_GPU}")
-    if left := [s.max_steps for s in run.adapters.values() if s.model_fields_set.isdisjoint(HOW_LONG)]:
+    if left := [s.max_steps for s in plan.adapters.values() if s.model_fields_set.isdisjoint(HOW_LONG)]:
         assumed.append(f"--max_steps {range_text(left)}".replace(",", ""))
     lines += [f"left out, so assumed: {', '.join(assumed)}"] if assumed else []
-    if not run.data and any(own.epochs is not None for own in run.adapters.values()):
+    if not plan.data and any(own.epochs is not None for own in plan.adapters.values()):
         lines.append("the steps of --epochs are counted from data, and none is read")
-    if not run.data:
-        needs = "one" if run.source.folder is not None else "one, and --model with weights: a folder or hub id"
+    if not plan.data:
+        needs = "one" if plan.source.folder is not None else "one, and --model with weights: a folder or hub id"
         lines.append(f"no data is read: every sample has the full length. To train, the command below needs {needs}")
     counts = plan.refused.most_common()
     lines += [f"  {number:,} x {reason}" for reason, number in counts[:_REASONS]]
@@ -169,7 +170,7 @@ def _missed_lines(plan: ClusterPlan) -> list[str]:
     plain: dict[Hashable, Candidate] = {}
 
     def unlike(row: Candidate) -> tuple[bool, bool, float]:
-        return not row.is_default, row.engine_file != plan.run.settings.ds_config, row.needed
+        return not row.is_default, row.engine_file != plan.settings.ds_config, row.needed
 
     for row in (*plan.rows, *plan.others):
         if row.storage in plan.ranked and (row.alike not in plain or unlike(row) < unlike(plain[row.alike])):
@@ -179,7 +180,7 @@ def _missed_lines(plan: ClusterPlan) -> list[str]:
 
 
 def _missing_line(row: Candidate, plan: ClusterPlan) -> str:
-    """What a layout that does not fit lacks, and which change makes it fit."""
+    """A line on a layout that does not fit: the memory that it needs, and the change that makes it fit."""
     sizes = f"{row.name}: {row.needed / 1e9:.1f} of {plan.cluster.capacity / 1e9:.1f} GB"
     if not row.has_room_for_weights:
         return f"{sizes} for the weights alone; {_what_fits(row, plan)}"
@@ -190,7 +191,7 @@ def _missing_line(row: Candidate, plan: ClusterPlan) -> str:
 
 def _what_fits(row: Candidate, plan: ClusterPlan) -> str:
     """The smallest change of a layout that fits, in flags: of one setting if that is enough, last of the storage."""
-    groups = [row.alike, *([(*row.alike[:-1], _SMALLEST)] if row.storage == Storage() else [])]
+    groups = [row.alike, *([(*row.alike[:-1], _SMALLEST)] if row.storage == PLAIN_STORAGE else [])]
     best: tuple[tuple[int, int, int, float], str] | None = None
     for other in (*plan.rows, *plan.elsewhere):
         if other.alike not in groups:
@@ -209,7 +210,7 @@ def _why_lines(row: Candidate, plan: ClusterPlan) -> list[str]:
     layout, step = row.layout, row.step
     most = f"{layout.rows} x {layout.length:,} tokens"
     if layout.named:
-        most = f"{step.largest.tokens:,} tokens of {count_text(max(map(len, step.largest.owners)), 'adapter')}"
+        most = f"{step.largest.tokens:,} tokens of {count_text(max(map(len, step.largest.adapters)), 'adapter')}"
     lines = [
         f"{row.name}: {count_text(len(step.batches), 'micro-batch')} of up to {most} per rank and step, recompute"
         f" {layout.recompute}",
@@ -224,8 +225,8 @@ def _why_lines(row: Candidate, plan: ClusterPlan) -> list[str]:
 
 
 def chosen_settings(plan: ClusterPlan, candidate: Candidate) -> dict[str, Any]:
-    """The settings of a run with this layout: those that were given to the plan, its defaults, and the layout's."""
-    values = {**plan.run.values, **candidate.flags}
+    """The settings of a run with this layout: the given ones, the defaults of a plan, and the layout's."""
+    values = {**plan.values, **candidate.flags}
     return {name: value for name, value in values.items() if name not in marked(Settings, of_dry_run=True)}
 
 
@@ -245,7 +246,7 @@ def command_lines(values: Mapping[str, Any], cluster: Cluster, *, yaml: str | No
 
 def report_record(plan: ClusterPlan, shown: PlanSettings) -> dict[str, Any]:
     """The report as JSON: all layouts, the fastest first, and the chosen one with its command and messages."""
-    train, chosen = plan.run.settings, chosen_layout(plan, shown)
+    train, chosen = plan.settings, chosen_layout(plan, shown)
     about: dict[str, Any] = {"global_batch_size": train.global_batch_size}
     if train.adapters is not None:
         hours = None if chosen is None or not chosen.fits else chosen.hours_in_turn
@@ -332,14 +333,14 @@ def _ratio(faster: Planned, slower: Planned) -> float:
 
 
 def _formats(plan: ClusterPlan) -> Iterator[str]:
-    """What the format of the fastest layout changes, and what the fastest of each that was not asked for would gain."""
+    """Hints on the format of the fastest layout, and on the gain of the fastest one in each other format."""
     best = plan.rows[0] if plan.rows else None
-    if best is not None and best.storage != Storage() and plan.run.source.stored is None:
-        plain = next((row for row in plan.rows if row.storage == Storage()), None)
+    if best is not None and best.storage != PLAIN_STORAGE and plan.source.stored is None:
+        plain = next((row for row in plan.rows if row.storage == PLAIN_STORAGE), None)
         words = f"{best.name}: {best.storage.name} {_CHANGES_NUMBERS}"
         if plain is not None:
             words += f"; the fastest in {plain.dtype} is {plain.name}, at {1 / _ratio(best, plain):.0%} of its speed"
-        elif any(row.storage == Storage() for row in plan.others):
+        elif any(row.storage == PLAIN_STORAGE for row in plan.others):
             words += "; in 16 bits nothing fits"
         yield words
     fastest: dict[str, Candidate] = {}
@@ -354,7 +355,7 @@ def _formats(plan: ClusterPlan) -> Iterator[str]:
 
 
 def _waits(best: Candidate, shown: Sequence[Candidate]) -> Iterator[str]:
-    """What much of a step waits for: messages of the layout with most tensor parallelism, other stages, and gathers."""
+    """Hints on waiting: for messages of the layout with most tensor parallelism, for other stages, and for gathers."""
     wide = max(shown, key=lambda row: (row.layout.tp_size, row.tokens_per_second))
     alike = (row for row in shown if row.storage == wide.storage)
     fastest = max(alike, key=lambda row: row.tokens_per_second)

@@ -29,11 +29,11 @@ _PICKS = {"embedding", "index_select"}  # as much of its first argument as it wr
 
 
 class Kernel(NamedTuple):
-    """What counts as one operation.
+    """An operation, or a kernel that counts as one.
 
     Attributes:
-        temporary, results: the bytes that it needs beside its results if it is not compiled, and those of its results,
-            for each number of its widest argument.
+        temporary: the bytes that it needs beside its results if it is not compiled, per element of its widest argument.
+        results: the bytes of its results, per element of its widest argument.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Kernel(NamedTuple):
 
 
 class Moment(NamedTuple):
-    """The bytes that are alive after an operation; of a kernel, also the numbers of its widest argument."""
+    """The bytes that are alive after an operation; for a kernel, also the elements of its widest argument."""
 
     alive: float
     kernel: Kernel | None = None
@@ -89,7 +89,7 @@ class Counts(TorchDispatchMode):
 
     @contextmanager
     def as_one(self) -> Iterator[None]:
-        """What runs in the block is counted by the caller."""
+        """Count nothing inside: the caller counts the block as one operation."""
         self._whole, before = True, self._whole
         try:
             yield
@@ -119,7 +119,7 @@ def touched(func: Any, args: Any, kwargs: Any, result: Any) -> int:
     """The bytes that an operation reads and writes, as if it ran by itself, from memory to memory.
 
     It reads its tensor arguments and writes its results. A view touches nothing, an in-place operation reads and writes
-    what it changes, and a tensor that is only overwritten is not read. Broadcast numbers count once.
+    what it changes, and a tensor that is only overwritten is not read. Broadcast elements count once.
     """
     size, name = 0, func.overloadpacket.__name__
     if func.is_view or name in _ALLOCATES:
@@ -140,7 +140,7 @@ def _new_results(func: Any, result: Any) -> list[Any]:
 
 
 def num_bytes(value: Any) -> int:
-    """The bytes of the different numbers of a tensor, or of tensors in a list; 0 for anything else."""
+    """The bytes of the different elements of a tensor, or of tensors in a list; 0 for anything else."""
     if isinstance(value, torch.Tensor):
         sizes = (n for n, stride in zip(value.shape, value.stride(), strict=True) if stride)
         return value.element_size() * torch.Size(sizes).numel()
@@ -184,9 +184,9 @@ class CountingGroup(RankGroup):
 
 
 class CountedWeight(FrozenWeight):
-    """A frozen weight that counts its matmuls: FLOPs, the numbers of W that they read, and of what they multiply.
+    """A frozen weight that counts its matmuls: FLOPs, the elements of W that they read, and of what they multiply.
 
-    Those of the head are counted apart.
+    The matmuls of the head are counted apart.
     """
 
     def __init__(self, tensor: torch.Tensor, counts: Counts, *, is_head: bool) -> None:

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart
-from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.base.shapes import UNQUANTISED, ModelShape
 from megatron_tiedlora.model.batch import PAD_MULTIPLE, padded_positions
 from megatron_tiedlora.model.layer_specs import StoredTensor, stored_tensors
 from megatron_tiedlora.model.weights import layer_costs, partition
@@ -32,24 +32,45 @@ from megatron_tiedlora.planning.trace import Kind
 GPU_MULTIPLE = 128
 
 
+class Storage(NamedTuple):
+    """How the linears of the blocks are stored and multiplied: --base, --products, --keep_transposed.
+
+    Attributes:
+        base: the storage format, a name of `BASE_FORMATS`; None for the dtype of the base.
+        products: "fp8" if what these linears multiply is rounded to fp8 too.
+        keep_transposed: whether they keep a transposed copy of their codes, with `products`.
+    """
+
+    base: str | None = None
+    products: str | None = None
+    keep_transposed: bool = False
+
+    @property
+    def name(self) -> str:
+        """A name of `FORMAT_NAMES`."""
+        if self.products is None:
+            return self.base or UNQUANTISED
+        return "fp8-transposed" if self.keep_transposed else "fp8-products"
+
+
+PLAIN_STORAGE = Storage()
+
+
 @dataclass(frozen=True)
 class Layout:
     """How a model and its adapters are trained over the ranks.
 
     Attributes:
-        adapters: those that are trained.
+        adapters: the adapters that are trained.
         length: the most tokens in a row of a micro-batch.
         rows: the most rows in a micro-batch.
         micro_batches: the most micro-batches of a rank in one step.
         tp_size, pp_size, dp_size: the degrees of tensor, pipeline and data parallelism.
         shards_sequences: whether activations between layers are sharded along the sequence if tp_size is above 1.
         zero_stage: the ZeRO stage, 0 to 3.
-        live_parameters: ZeRO-3 stops gathering base weights once it holds more numbers than this.
+        live_parameters: ZeRO-3 stops gathering base weights once it holds more elements than this.
         overlaps_gathers: whether ZeRO-3 gathers weights while it computes with others.
         dtype: the dtype of the base, and of activations.
-        base_format: the storage format of the blocks' linears, a name of `BASE_FORMATS`; None for `dtype`.
-        products: "fp8" if what these linears multiply is rounded to fp8 too.
-        keep_transposed: whether they keep a transposed copy of their codes, with `products`.
         recompute: "none", "selective" (gate and up) or "full" (whole blocks).
         on_gpu: whether the ranks run on GPUs, where rows are padded further and libraries need memory too.
         compiled: whether kernels are compiled.
@@ -69,9 +90,7 @@ class Layout:
     live_parameters: int = 1_000_000_000
     overlaps_gathers: bool = False
     dtype: torch.dtype = torch.bfloat16
-    base_format: str | None = None
-    products: str | None = None
-    keep_transposed: bool = False
+    storage: Storage = PLAIN_STORAGE
     recompute: str = "none"
     on_gpu: bool = False
     compiled: bool = True
@@ -127,9 +146,9 @@ class MicroBatchShape(NamedTuple):
     """The sizes of a micro-batch that its messages and its work depend on.
 
     Attributes:
-        adapters: the numbers in the layout of those that it has tokens of.
-        tokens: of each of them, its positions, padding included.
-        after: of each of them, those that are computed after the last attention; see `Supervised`.
+        adapters: the indices in the layout of the adapters that it has tokens of.
+        tokens: for each of them, its positions, padding included.
+        after: for each of them, the positions that are computed after the last attention; see `Supervised`.
         squared_lengths: the sum of s^2 over its documents of s tokens, for attention.
     """
 
@@ -152,7 +171,7 @@ def shared_shape(layout: Layout, parts: Sequence[tuple[int, Sequence[SampleRow]]
     the part with most has, with positions of the part's last adapter.
 
     Args:
-        parts: the number of each adapter in the layout, and its rows.
+        parts: the index of each adapter in the layout, and its rows.
     """
     lengths = [padded(max(1, *map(len, rows)), layout.pad_multiple) for _, rows in parts]
     sizes = [length * len(rows) for length, (_, rows) in zip(lengths, parts, strict=True)]
@@ -181,7 +200,7 @@ class StagePlan:
 
     Attributes:
         layers: the stage's entries of the flat list (embedding 0, blocks from 1, head last).
-        parts: the part of each adapter that tensor-parallel rank 0 holds; the others hold as many numbers.
+        parts: the part of each adapter that tensor-parallel rank 0 holds; the others hold parts of equal size.
         local_base: the base parameters of a rank, with padding of the vocabulary and a copied head: how many there are
             of each size.
         full_base_bytes: the bytes of the base parameters of all ranks of the stage together, without padding.
@@ -219,7 +238,7 @@ class StagePlan:
 
     @property
     def quantised_bytes(self) -> int:
-        """Those of them that store quantised weights."""
+        """The bytes of a rank's base parameters that store quantised weights."""
         return sum(number * tensor.num_bytes for tensor, number in self.local_base.items() if tensor.quantised)
 
     @property
@@ -228,29 +247,29 @@ class StagePlan:
 
         GPUs that multiply in fp8 transpose codes there, unless transposed copies are kept.
         """
-        layout = self.layout
-        if layout.base_format is None:
+        layout, storage = self.layout, self.layout.storage
+        if storage.base is None:
             return 0
         largest = max(linear.num_weights for linear in self.shape.block.linears) // layout.tp_size
-        if layout.products is None or not layout.on_gpu:
+        if storage.products is None or not layout.on_gpu:
             return largest * layout.dtype.itemsize
-        return 0 if layout.keep_transposed else largest
+        return 0 if storage.keep_transposed else largest
 
     @cached_property
     def trained(self) -> tuple[int, ...]:
-        """The numbers in each trained tensor of a rank.
+        """The elements of each trained tensor of a rank.
 
-        A stage has an anchor of one number too, unless an engine finds adapted layers in it.
+        A stage has an anchor of one element too, unless an engine finds adapted layers in it.
         """
         anchor = () if self.layout.engine_steps and self.parts[0].layers else (1,)
         return (*anchor, *(part.local_size(name) for part in self.parts for name in part.names(trained=True)))
 
     @property
     def held(self) -> tuple[int, ...]:
-        """The numbers in each tensor of a rank outside the base: trained ones, then frozen factors."""
+        """The elements of each tensor of a rank outside the base: trained ones, then frozen factors."""
         return (*self.trained, *(part.local_size(name) for part in self.parts for name in part.names(trained=False)))
 
-    def owned_by(self, adapters: Sequence[int]) -> "StagePlan":
+    def for_adapters(self, adapters: Sequence[int]) -> "StagePlan":
         """The stage for a micro-batch whose tokens belong to these adapters of the layout."""
         return replace(self, parts=tuple(self.parts[number] for number in adapters))
 
@@ -262,9 +281,9 @@ class StagePlan:
         first = min((part.layers[0] for part in self.parts if part.layers), default=math.inf)
         found: dict[Kind, list[int]] = {}
         for block in self.blocks:
-            owners = tuple(config if block in layers else None for layers, config in adapters)
+            adapting = tuple(config if block in layers else None for layers, config in adapters)
             kind = Kind(
-                owners,
+                adapting,
                 earlier=everywhere or first < block,
                 ends=self.is_last and block == self.blocks[-1],
                 rotates=self.shape.rope_of(block) is not None,
@@ -276,8 +295,7 @@ class StagePlan:
 def plan_stages(shape: ModelShape, layout: Layout) -> tuple[StagePlan, ...]:
     """All stages of the model, in order. The layout must fit the model (see `check_layout`)."""
     costs = layer_costs(shape, length=layout.length, first_adapted=layout.first_adapted)
-    storage = layout.base_format, layout.products, layout.keep_transposed
-    local, full = (stored_tensors(shape, layout.dtype, size, *storage) for size in (layout.tp_size, 1))
+    local, full = (stored_tensors(shape, layout.dtype, size, *layout.storage) for size in (layout.tp_size, 1))
     stages = []
     for index, layers in enumerate(partition(costs, layout.pp_size)):
         is_first, is_last = index == 0, index == layout.pp_size - 1

@@ -1,4 +1,4 @@
-"""What a cluster's cards, links and libraries do, as a few named constants, each with its source.
+"""Cards, links and libraries of a cluster as a few named constants, each with its source.
 
 A `Machine` is one kind of card with its node; `machines.yaml` has all that are known. Planners multiply the counts of a
 layout (`passes`, `memory`) by these constants and by nothing else. `tiedlora plan --measure` writes a file

@@ -33,9 +33,9 @@ class StageMemory(NamedTuple):
     """The bytes on each rank of a stage. PyTorch allocates all of them but `libraries` and `slack`.
 
     Attributes:
-        activations: of the micro-batches in flight: of autograd and of temporary tensors.
+        activations: tensors of the micro-batches in flight that autograd saves, and temporary ones.
         engine: hidden states that a pipeline holds, or weights that ZeRO-3 has gathered.
-        buffers: of messages: buckets of gradients, factors that are gathered, and their gradients.
+        buffers: memory for messages: buckets of gradients, factors that are gathered, and their gradients.
         libraries: a reserve for CUDA and NCCL, or for what an idle process on a CPU holds.
         slack: a reserve for what the allocator cannot use.
     """
@@ -73,7 +73,7 @@ def with_reserves(stage: StagePlan, memory: StageMemory, machine: Machine) -> St
 
 
 def held_memory(stage: StagePlan) -> StageMemory:
-    """What no micro-batch changes."""
+    """The part of a rank's memory that does not depend on micro-batches."""
     layout, trained = stage.layout, sum(stage.trained)
     of_weights = layout.dp_size if layout.zero_stage == 3 else 1
     stage_of_adapter = layout.zero_stage if layout.engine_steps else 0  # else no engine shards or copies it
@@ -99,23 +99,24 @@ class LargestMicroBatch(NamedTuple):
     """The largest micro-batch of a run: its tokens, padding included, its documents and the longest one.
 
     Attributes:
-        owners: the numbers of the adapters that may own its tokens, in each case that there is.
+        adapters: the indices of the adapters whose tokens it may have, for each group that shares a micro-batch.
     """
 
     tokens: int
     documents: int
     longest: int
-    owners: tuple[tuple[int, ...], ...] = ((0,),)
+    adapters: tuple[tuple[int, ...], ...] = ((0,),)
 
 
 def step_memory(stage: StagePlan, largest: LargestMicroBatch) -> StageMemory:
-    """What follows from the micro-batches of a step, whatever the storage of the base and ZeRO are.
+    """The part of a rank's memory that depends on the micro-batches of a step, and not on storage of the base or ZeRO.
 
-    All tokens count as those of the adapter that needs most, in the case of owners that needs most.
+    All tokens count as those of the adapter that needs most. Of the groups of adapters that may share a micro-batch,
+    the one that needs most counts.
     """
     attention, activations = attention_memory(stage, largest), 0.0
-    for adapters in largest.owners:
-        owned = stage.owned_by(adapters)
+    for adapters in largest.adapters:
+        owned = stage.for_adapters(adapters)
         kept, moment = _pass_bytes(owned, _most_of_widest(owned, largest.tokens), attention)
         activations = max(activations, micro_batches_in_flight(stage) * kept + moment)
     workspaces = WORKSPACE_BYTES if stage.layout.on_gpu else 0.0
@@ -123,7 +124,7 @@ def step_memory(stage: StagePlan, largest: LargestMicroBatch) -> StageMemory:
 
 
 def _most_of_widest(stage: StagePlan, tokens: int) -> Sizes:
-    """Almost all tokens as those of the adapter that saves most for one: only A x depends on whose it is."""
+    """Almost all tokens are of the adapter that saves most per token: only A x depends on the adapter."""
     configs = [part.config for part in stage.parts]
     widest = max(range(len(configs)), key=lambda number: configs[number].rank * len(configs[number].targets))
     least = PAD_MULTIPLE * stage.layout.sequence_parts
@@ -133,16 +134,18 @@ def _most_of_widest(stage: StagePlan, tokens: int) -> Sizes:
     return Sizes(sizes, sizes, padded(tokens))
 
 
-def _pass_bytes(stage: StagePlan, sizes: Sizes, attention: "AttentionMemory") -> tuple[float, float]:
-    """What is kept of a micro-batch between its passes, and what a pass needs beyond that at most."""
+def _pass_bytes(stage: StagePlan, sizes: Sizes, attention: tuple[int, float]) -> tuple[float, float]:
+    """The bytes of a micro-batch that stay between its passes, and the most that a pass needs beyond them."""
+
+    saved, workspace = attention
+    workspace += saved if stage.layout.recompute == "full" else 0
 
     def most(moments: Sequence[Moment]) -> float:
-        return max((one.alive + _temporary_bytes(stage.layout, attention, one) for one in moments), default=0.0)
+        return max((one.alive + _temporary_bytes(stage.layout, workspace, one) for one in moments), default=0.0)
 
     found = traces(stage, sizes)
     by_kind = (
-        (*map(most, trace.moments), trace.kept + attention.saved * trace.saves_attention, trace.gradients)
-        for trace in found
+        (*map(most, trace.moments), trace.kept + saved * trace.saves_attention, trace.gradients) for trace in found
     )
     blocks = {block: parts for some, parts in zip(stage.kinds.values(), by_kind, strict=True) for block in some}
     held, peak, gradients = float(factor_bytes(stage, [trace.kept_factors for trace in found])), 0.0, 0.0
@@ -159,13 +162,13 @@ def _pass_bytes(stage: StagePlan, sizes: Sizes, attention: "AttentionMemory") ->
     return all_kept, peak - all_kept
 
 
-def _temporary_bytes(layout: Layout, attention: "AttentionMemory", moment: Moment) -> float:
-    """What a kernel needs at a moment beside its arguments and results."""
+def _temporary_bytes(layout: Layout, attention: float, moment: Moment) -> float:
+    """The bytes that a kernel needs at a moment beside its arguments and results: `attention`, if it computes that."""
     kernel = moment.kernel
     if kernel is None:
         return 0.0
     if kernel is ATTENTION:
-        return attention.workspace + (attention.saved if layout.recompute == "full" else 0)
+        return attention
     if not layout.compiled and layout.on_gpu and moment.numbers > NUMBERS_AT_ONCE:
         return NUMBERS_AT_ONCE * (kernel.temporary + 2 * kernel.results)  # `run_in_parts` holds those of two parts
     if not layout.compiled:
@@ -174,7 +177,7 @@ def _temporary_bytes(layout: Layout, attention: "AttentionMemory", moment: Momen
 
 
 def bank_bytes(part: AdapterPart) -> int:
-    """The bytes of one adapter of a bank on a rank, in every ZeRO stage: tensors, gradients and two moments."""
+    """The bytes of one of several adapters on a rank, in every ZeRO stage: tensors, gradients and two moments."""
     trained, frozen = (sum(map(part.local_size, part.names(trained=trained))) for trained in (True, False))
     return FP32 * (4 * trained + frozen)
 
@@ -205,20 +208,11 @@ def micro_batches_in_flight(stage: StagePlan) -> int:
     return min(stage.layout.pp_size - stage.index, stage.layout.micro_batches)
 
 
-class AttentionMemory(NamedTuple):
-    """The bytes that attention's kernel needs beside its inputs and output.
+def attention_memory(stage: StagePlan, largest: LargestMicroBatch) -> tuple[int, float]:
+    """The bytes that attention's kernel needs beside its inputs and output for the largest micro-batch.
 
-    Attributes:
-        saved: what a block saves for its backward pass, beside one fp32 number per token per head.
-        workspace: the temporary bytes of its backward pass.
-    """
-
-    saved: int
-    workspace: float
-
-
-def attention_memory(stage: StagePlan, largest: LargestMicroBatch) -> AttentionMemory:
-    """The memory of a block's attention for the largest micro-batch.
+    They are what a block saves for its backward pass, beside one fp32 number per token per head, and the temporary
+    bytes of that pass.
 
     The figures are those of PyTorch's own kernels (2.11): flash in 16 bits (flash_attn needs as much), and the
     memory-efficient kernel in fp32. On a CPU they are those of the tiles in `model/cpu_attention.py`.
@@ -246,16 +240,16 @@ def attention_memory(stage: StagePlan, largest: LargestMicroBatch) -> AttentionM
         scores = layout.rows * heads * queries * longest
         workspace = scores * (FP32 + 2 * itemsize + FP32 * (1 if layout.compiled else 3))
         workspace += tokens * shape.heads.rows[1] // tp_size * FP32 * (2 + (itemsize < FP32))
-    return AttentionMemory(saved, float(workspace))
+    return saved, float(workspace)
 
 
 def eager_bytes(stage: StagePlan, tokens: int) -> float:
     """The most temporary bytes that a kernel needs in a pass of so many tokens of one adapter if it is not compiled."""
     if stage.layout.compiled:
         return 0.0
-    owned, nothing = stage.owned_by((0,)), AttentionMemory(0, 0.0)
+    owned = stage.for_adapters((0,))
     passes = (moments for trace in traces(owned, _most_of_widest(owned, tokens)) for moments in trace.moments)
-    return max((_temporary_bytes(stage.layout, nothing, one) for moments in passes for one in moments), default=0.0)
+    return max((_temporary_bytes(stage.layout, 0.0, one) for moments in passes for one in moments), default=0.0)
 
 
 def hidden_bytes(stage: StagePlan) -> float:
@@ -271,9 +265,9 @@ def _attended_bytes(stage: StagePlan) -> float:
 def engine_bytes_in_flight(stage: StagePlan, *, tokens: int) -> float:
     """The bytes that DeepSpeed's pipeline engine holds for a micro-batch in flight, beside autograd's (0.19.8).
 
-    These are 2 d numbers a token: the input, which the stage copies, and the output. The first stage has no hidden
+    These are 2 d elements per token: the input, which the stage copies, and the output. The first stage has no hidden
     states as input. Autograd saves the output of the last stage, but not attention's output if that is recomputed.
-    Tokens, positions and labels are not counted (up to 24 bytes a token and 32 a label).
+    Tokens, positions and labels are not counted (up to 24 bytes per token and 32 per label).
     """
     came_in = 0.0 if stage.is_first else hidden_bytes(stage)
     if not stage.is_last:

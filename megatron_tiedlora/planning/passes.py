@@ -1,8 +1,8 @@
-"""What a rank of a stage does in the passes of a micro-batch: sums of the traces of its layers.
+"""The work of a rank of a stage in the passes of a micro-batch: sums of the traces of its layers.
 
-What follows the last attention runs its backward pass inside the forward pass, and is counted there. Blocks that do the
-same are traced once and multiplied. What DeepSpeed sends in the data-parallel group is counted apart, as it fills
-buckets and fetches ahead: `engine_traffic` has an upper bound of its bytes there.
+The layers after the last attention run their backward pass inside the forward pass, and are counted there. Blocks that
+do the same are traced once and multiplied. DeepSpeed's messages in the data-parallel group are counted apart, as it
+fills buckets and fetches ahead: `engine_traffic` has an upper bound of their bytes.
 """
 
 from collections import Counter
@@ -28,13 +28,13 @@ class PassWork(dict[Hashable, float]):
 
     linears, head, low_rank, attention: FLOPs of the blocks' frozen matmuls, of the head's, of the adapter's, and of
         attention.
-    queries: numbers of queries that attention reads; twice as many in a backward pass.
+    queries: elements of queries that attention reads; twice as many in a backward pass.
     moved: bytes of everything else.
-    weights: numbers of the blocks' linears that matmuls read; a quantised base dequantises them.
-    weights_back: the same of matmuls for gradients, which read them transposed.
-    rounded, rounded_back: numbers of activations, and of gradients, that the blocks' linears multiply; FP8 matmuls
+    weights: elements of the blocks' linears that matmuls read; a quantised base dequantises them.
+    weights_back: elements that matmuls for gradients read, transposed.
+    rounded, rounded_back: elements of activations, and of gradients, that the blocks' linears multiply; FP8 matmuls
         round them first.
-    head_weights: the same of the head's matmuls.
+    head_weights: elements of the head that its matmuls read.
     blocks: passes through a block, which the host launches.
     (messages, group, kind), (bytes, group, kind): what is sent; see `Traffic`.
     """
@@ -68,7 +68,7 @@ class StageWork(NamedTuple):
 
 def stage_work(stage: StagePlan, batch: MicroBatchShape) -> StageWork:
     """The work of a rank of a stage for a micro-batch."""
-    owned = stage.owned_by(batch.adapters)
+    owned = stage.for_adapters(batch.adapters)
     found = _block_work(owned, _sizes(batch), batch.squared_lengths)
     forward, backward, _ = found
     if stage.is_first:
@@ -100,7 +100,8 @@ def _block_work(stage: StagePlan, sizes: Sizes, squared_lengths: int) -> StageWo
         more = {key: count - plain.backward.get(key, 0) for key, count in whole.backward.items()}
         again.add(more, times=number)
         forward["blocks"] += number
-        backward["blocks"] += number * kind.goes_back
+        # A block below the first adapted layer has no backward pass.
+        backward["blocks"] += number * (kind.earlier or any(kind.adapters))
         again["blocks"] += number * round(more.get("attention", 0))
     for work in found:  # a trace counts attention in forward passes of a block
         work["attention"] *= 2 * squared_lengths * stage.shape.heads.rows[0] / stage.layout.tp_size
@@ -121,7 +122,7 @@ def step_traffic(stage: StagePlan, micro_batches: Sequence[MicroBatchShape]) -> 
 
 def saved_bytes(stage: StagePlan, batch: MicroBatchShape) -> float:
     """The bytes that autograd saves of a micro-batch on a rank of `stage`, without parameters and indices."""
-    owned = stage.owned_by(batch.adapters)
+    owned = stage.for_adapters(batch.adapters)
     found = traces(owned, _sizes(batch))
     saved = sum(len(blocks) * trace.saved for blocks, trace in zip(owned.kinds.values(), found, strict=True))
     return saved + factor_bytes(owned, [trace.saved_factors for trace in found])
@@ -131,7 +132,7 @@ def factor_bytes(stage: StagePlan, by_kind: Sequence[Iterable[tuple[str, str]]])
     """The bytes of copies of A and F = (alpha / r) diag(v) B diag(u), which layers may share.
 
     Args:
-        by_kind: which of them blocks of each kind have.
+        by_kind: the target and letter of the factors that blocks of each kind have.
     """
     factors, held = _reading(stage).factors, dict[int, int]()
     for blocks, some in zip(stage.kinds.values(), by_kind, strict=True):
@@ -143,7 +144,7 @@ def factor_bytes(stage: StagePlan, by_kind: Sequence[Iterable[tuple[str, str]]])
 def saved_per_token(shape: ModelShape, layout: Layout) -> float:
     """The bytes that a block in the middle of the model saves for a token on a rank, without factors.
 
-    They are those of the adapter that saves most.
+    The adapter that saves most decides.
     """
     tokens = PAD_MULTIPLE * layout.tp_size
     sizes = Sizes((tokens,), (tokens,), tokens)
@@ -194,7 +195,7 @@ def tracer_of(shape: ModelShape, layout: Layout) -> Tracer:
 
 
 def traces(stage: StagePlan, sizes: Sizes, recompute: str | None = None) -> list[Trace]:
-    """What each kind of the stage's blocks does; with the layout's recompute if none is given."""
+    """The trace of each kind of the stage's blocks, with the layout's recompute if none is given."""
     tracer, recompute = tracer_of(stage.shape, stage.layout), recompute or stage.layout.recompute
     return [tracer.at(kind, sizes, recompute=recompute) for kind in stage.kinds]
 
@@ -219,12 +220,12 @@ def once_traffic(stage: StagePlan, micro_batches: Iterable[MicroBatchShape]) -> 
 
     The adapters that own tokens in the micro-batches take the step.
     """
-    layout, traffic, summed = stage.layout, Traffic(), Counter[str]()  # by group, numbers of gradients
+    layout, traffic, summed = stage.layout, Traffic(), Counter[str]()  # by group, elements of gradients
     data, taking = layout.dp_size > 1, sorted({adapter for shape in micro_batches for adapter in shape.adapters})
     ranks_of_stage = STAGE if layout.pp_size > 1 else WORLD
     if min(layout.tp_size, layout.dp_size) == 1:  # a group has one name; see `named_handles`
         ranks_of_stage = DATA if layout.tp_size == 1 else TENSOR
-    for part in stage.owned_by(taking).parts:
+    for part in stage.for_adapters(taking).parts:
         for name in part.names(trained=True):
             is_u, tied = part.config.tensors[name][1] == "u", part.config.is_tied(name)
             if is_u and tied and layout.tp_size > 1 and (part.layers or not layout.engine_steps):
@@ -247,7 +248,7 @@ def once_traffic(stage: StagePlan, micro_batches: Iterable[MicroBatchShape]) -> 
 
 
 def engine_traffic(stage: StagePlan, *, num_micro_batches: int) -> Traffic:
-    """What DeepSpeed sends in the data-parallel group in one step, at most (0.19.8, with the ds_configs/ files).
+    """The most that DeepSpeed sends in the data-parallel group in one step (0.19.8, with the ds_configs/ files).
 
     It sums gradients once a step, and from ZeRO-2 on after each micro-batch. It sums the norm and, in ZeRO-1 and 2,
     gathers the updated values. ZeRO-3 gathers each parameter at most once for each pass of each micro-batch, as it

@@ -1,49 +1,236 @@
-"""A layout of a run on a cluster, and what it costs: memory, messages and time, each counted when it is asked for.
+"""A step of a run as a plan, and a layout of it on a cluster with what it costs: memory, messages and time.
+
+A `StepPlan` has the micro-batches of the step, from its samples or without data. A run of one adapter is a list of one,
+which shares its micro-batches with none. A `Planned` is one layout of such a step; each cost is counted when it is
+asked for.
 
 A dry run has one such layout, a search has thousands. Those of a search share what does not depend on a choice
 (`_DEPENDS`), and the schedules of those with as many stages and micro-batches are simulated together (`time_together`).
 Stages that do the same share all of it: the first of them has most micro-batches in flight.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any, TypeVar
+from functools import cache, cached_property
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY
+from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.data.loader import GlobalBatch, fill_rounds, largest_positions, num_positions
+from megatron_tiedlora.data.token_dataset import TokenDataset
+from megatron_tiedlora.parallel.frozen_weight import padded
 from megatron_tiedlora.parallel.groups import Traffic
-from megatron_tiedlora.planning.layout import Layout, MicroBatchShape, StagePlan, plan_stages
+from megatron_tiedlora.planning import step_time
+from megatron_tiedlora.planning.adapter_plans import Data, Plans, shared_plan
+from megatron_tiedlora.planning.layout import Layout, MicroBatchShape, SampleRow, StagePlan, plan_stages, shared_shape
 from megatron_tiedlora.planning.machines import Constant, Machine
-from megatron_tiedlora.planning.memory import StageMemory, held_memory, step_memory, with_reserves
-from megatron_tiedlora.planning.passes import engine_traffic, stage_work, step_traffic
-from megatron_tiedlora.planning.step_plan import StepPlan, Work
-from megatron_tiedlora.planning.step_time import (
-    DTYPES,
-    RANKS_PER_NODE,
-    Links,
-    Seconds,
-    StepParts,
-    Term,
-    stage_terms,
-    step_seconds,
-    sum_terms,
-)
+from megatron_tiedlora.planning.memory import LargestMicroBatch, StageMemory, held_memory, step_memory, with_reserves
+from megatron_tiedlora.planning.passes import engine_traffic, stage_work, step_flops, step_traffic
+from megatron_tiedlora.planning.run_plan import RunPlan
+
+# The step -------------------------------------------------------------------------------------------------------------
+
+
+Samples = Mapping[str, tuple[TokenDataset, GlobalBatch]]  # of each adapter's step, and where its samples are
+
+
+class Work(NamedTuple):
+    """The tokens of the samples of a step of the whole run, and their FLOPs, as `mfu` of a run counts them."""
+
+    tokens: int
+    flops: int
+
+
+def micro_batch_capacity(plans: Plans, *, shares: bool) -> int:
+    """The most tokens in a micro-batch of several adapters: as many as the largest one of a single adapter may have.
+
+    A rank has memory for these. 0: nothing is shared.
+    """
+    return max(plan.layout.rows * plan.layout.length for plan in plans.values()) if shares else 0
+
+
+def longest_run(plans: Plans) -> RunPlan:
+    """The plan that trains on most tokens, which decides on kernels for all."""
+    return max(plans.values(), key=lambda plan: plan.num_tokens)
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """A step of all adapters as one run: the first one of each, or one whose samples are given.
+
+    Attributes:
+        samples: None for a run without data: each row is then one full sample, and all its tokens are supervised.
+    """
+
+    plans: Plans
+    shares_micro_batches: bool = True
+    samples: Samples | None = None
+
+    @classmethod
+    def first(cls, plans: Plans, data: Data, *, shares: bool) -> "StepPlan":
+        """The first step of all adapters; without data if `data` has none."""
+        if not data:
+            return cls(plans, shares)
+        samples = {name: (data[name].train, plan.global_batch(data[name].train)) for name, plan in plans.items()}
+        return cls(plans, shares, samples)
+
+    @cached_property
+    def shared(self) -> RunPlan:
+        """See `shared_plan`."""
+        return shared_plan(self.plans)
+
+    @property
+    def shape(self) -> ModelShape:
+        """Shape of the base model."""
+        return self.shared.source.shape
+
+    @cached_property
+    def rounds(self) -> list[list[tuple[str, int]]]:
+        """The micro-batches of this rank that are processed together; see `fill_rounds`."""
+        capacity = micro_batch_capacity(self.plans, shares=self.shares_micro_batches)
+        return fill_rounds({name: self._largest(name) for name in self._taking}, capacity=capacity)
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The record that the planners read."""
+        return replace(
+            self.shared.layout,
+            adapters=tuple(plan.adapter for plan in self.plans.values()),
+            named=ONLY not in self.plans,
+            rows=max(plan.layout.rows for plan in self.plans.values()),
+            micro_batches=max(len(self.rounds), *(plan.layout.micro_batches for plan in self.plans.values())),
+            compiled=longest_run(self.plans).layout.compiled,
+        )
+
+    @cached_property
+    def stages(self) -> tuple[StagePlan, ...]:
+        """Every pipeline stage, in order."""
+        return plan_stages(self.shape, self.layout)
+
+    @cached_property
+    def batches(self) -> tuple[MicroBatchShape, ...]:
+        """This rank's micro-batches of the step, in the order in which they run."""
+        own = {name: self._own(name) for name in self._taking}
+
+        @cache
+        def batch_of(*some: tuple[str, int]) -> MicroBatchShape:
+            rows, squared = zip(*(own[name][index] for name, index in some), strict=True)
+            indices = (self._index_of[name] for name, _ in some)
+            shape = shared_shape(self.layout, list(zip(indices, rows, strict=True)))
+            return shape._replace(squared_lengths=sum(squared))
+
+        alike = self.samples is None  # all micro-batches of an adapter
+        return tuple(batch_of(*((name, 0 if alike else index) for name, index in some)) for some in self.rounds)
+
+    @cached_property
+    def largest(self) -> LargestMicroBatch:
+        """The largest micro-batch that any step may have, if it has the adapters of one of this step."""
+        longest = dict.fromkeys(self.plans, self.layout.length)  # tokens of a row
+        if self.samples is not None and not self.shared.settings.packing:
+            longest |= {name: dataset.longest for name, (dataset, _) in self.samples.items()}
+        longest = {name: padded(length, self.layout.pad_multiple) for name, length in longest.items()}
+        own = [plan.layout.rows * longest[name] for name, plan in self.plans.items()]
+        tokens = max(*own, min(sum(own), micro_batch_capacity(self.plans, shares=self.shares_micro_batches)))
+        groups = dict.fromkeys(tuple(self._index_of[name] for name, _ in some) for some in self.rounds)
+        document = max(longest.values())
+        if self.samples is not None and self.shared.settings.packing:
+            document = max(dataset.longest for dataset, _ in self.samples.values())
+        return LargestMicroBatch(tokens, self._most_documents(), document, tuple(groups))
+
+    @cached_property
+    def works(self) -> dict[str, Work]:
+        """The work of each adapter that takes the step."""
+        found = {}
+        for name in self._taking:
+            plan = self.plans[name]
+            length, number = plan.settings.max_length, plan.batches.global_batch_size
+            counts = number * length, number * length**2, number * (length - 1)  # all samples have the full length
+            if self.samples is not None:
+                _, batch = self.samples[name]
+                counts = batch.num_tokens, batch.squared_lengths, batch.num_supervised
+            found[name] = Work(counts[0], step_flops(self.shape, plan.adapter, *counts).total())
+        return found
+
+    @property
+    def work(self) -> Work:
+        """The work of all samples of the step."""
+        return Work(*map(sum, zip(*self.works.values(), strict=True)))
+
+    @property
+    def steps(self) -> float:
+        """How many such steps have the tokens of the run. Adapters with fewer steps than others end earlier."""
+        tokens = sum(work.tokens * self.plans[name].settings.max_steps for name, work in self.works.items())
+        whole, rest = divmod(tokens, self.work.tokens)
+        return tokens / self.work.tokens if rest else whole
+
+    @cached_property
+    def _index_of(self) -> dict[str, int]:
+        """The index of each adapter in the layout."""
+        return {name: index for index, name in enumerate(self.plans)}
+
+    @property
+    def _taking(self) -> list[str]:
+        """The adapters that take the step, in order."""
+        return [name for name in self.plans if self.samples is None or name in self.samples]
+
+    def _most_documents(self) -> int:
+        """The most documents in a micro-batch of the step; the padding of a packed row is one too."""
+        if self.samples is None or not self.shared.settings.packing:
+            return max(sum(self.plans[name].layout.rows for name, _ in some) for some in self.rounds)
+        dp_size, most = self.shared.grid.dp_size, 0
+        for dp_rank in range(dp_size):
+            counts = {
+                name: [sum(map(len, rows)) + len(rows) for rows in batch.on_rank(dp_rank, dp_size=dp_size)]
+                for name, (_, batch) in self.samples.items()
+            }
+            most = max(most, *(sum(counts[name][number] for name, number in some) for some in self.rounds))
+        return most
+
+    def _largest(self, name: str) -> Sequence[int]:
+        """The positions of each of an adapter's micro-batches, on the rank where they are most."""
+        plan, layout = self.plans[name], self.plans[name].layout
+        if self.samples is None:
+            return [layout.rows * padded(layout.length, layout.pad_multiple)] * layout.micro_batches
+        dataset, batch = self.samples[name]
+        positions = num_positions(dataset, batch.micro_batches, pad_multiple=layout.pad_multiple)
+        return largest_positions(positions, dp_size=plan.grid.dp_size)
+
+    def _own(self, name: str) -> list[tuple[list[SampleRow], int]]:
+        """The rows of each of an adapter's micro-batches on this rank, and the sum of s^2 over samples of s tokens.
+
+        Without data a row is one full sample. No position predicts the first token of a sample.
+        """
+        layout, grid = self.plans[name].layout, self.shared.grid
+        if self.samples is None:
+            rows = [np.arange(layout.length) > 0] * layout.rows
+            return [(rows, layout.rows * layout.length**2)] * layout.micro_batches
+        (dataset, batch), found = self.samples[name], []
+        for samples in batch.on_rank(grid.dp_rank, dp_size=grid.dp_size):
+            lengths = dataset.lengths_of([index for row in samples for index in row])
+            rows = [np.concatenate([dataset.supervised_of(index) for index in row]) for row in samples]
+            found.append((rows, int((lengths**2).sum())))
+        return found
+
+
+# A layout on a cluster ------------------------------------------------------------------------------------------------
+
 
 _Part = TypeVar("_Part")
 
 _GRID = ("tp_size", "pp_size", "dp_size")
-_STORAGE = ("base_format", "products", "keep_transposed")
 _ENGINE = ("zero_stage", "live_parameters", "overlaps_gathers")
 _CHOICES = (*_GRID, "rows", "shards_sequences", "recompute")
 # What is computed once for all layouts with the same values of these fields, beside the model and the data.
 _DEPENDS = {
-    "stages": (*_GRID, *_STORAGE),
+    "stages": (*_GRID, "storage"),
     "links": _GRID,
     "first_of": _GRID,
-    "held_memory": (*_GRID, *_STORAGE, *_ENGINE),
+    "held_memory": (*_GRID, "storage", *_ENGINE),
     "step_memory": _CHOICES,
     "stage_work": _CHOICES,
-    "stage_seconds": (*_CHOICES, *_STORAGE),
+    "stage_seconds": (*_CHOICES, "storage"),
     "sums": (*_GRID, *_ENGINE),
     "work": (),
     "steps": (),
@@ -52,7 +239,7 @@ _DEPENDS = {
 
 @dataclass(frozen=True)
 class Cluster:
-    """What is booked: so many ranks, `per_node` in each node, on such cards."""
+    """The ranks that are booked, `per_node` in each node, and their machine."""
 
     world_size: int
     per_node: int
@@ -79,13 +266,13 @@ class Planned:
     known: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def alone(cls, step: StepPlan, machine: Machine, *, per_node: int = RANKS_PER_NODE) -> "Planned":
+    def alone(cls, step: StepPlan, machine: Machine, *, per_node: int = step_time.RANKS_PER_NODE) -> "Planned":
         """The layout of a run, which shares nothing."""
         return Planned(step=step, layout=step.layout, cluster=Cluster(step.layout.world_size, per_node, machine))
 
     @property
     def machine(self) -> Machine:
-        """What all ranks run on."""
+        """The machine of all ranks."""
         return self.cluster.machine
 
     def stage(self, index: int) -> StagePlan:
@@ -99,9 +286,9 @@ class Planned:
         return [self.stage(index) for index in range(self.layout.pp_size)]
 
     @cached_property
-    def links(self) -> Links:
+    def links(self) -> step_time.Links:
         """The links that carry the messages of each group of ranks."""
-        return self._once("links", lambda: Links(self.layout, self.cluster.per_node))
+        return self._once("links", lambda: step_time.Links(self.layout, self.cluster.per_node))
 
     # Memory -----------------------------------------------------------------------------------------------------------
 
@@ -159,9 +346,9 @@ class Planned:
         return self._once("work", lambda: self.step.work)
 
     @cached_property
-    def seconds(self) -> Seconds:
+    def seconds(self) -> step_time.Seconds:
         """The seconds of a step."""
-        return step_seconds([self.parts])[0]
+        return step_time.step_seconds([self.parts])[0]
 
     @property
     def tokens_per_second(self) -> float:
@@ -171,7 +358,7 @@ class Planned:
     @property
     def dtype(self) -> str:
         """The name of the base's dtype."""
-        return DTYPES[self.layout.dtype.itemsize]
+        return step_time.DTYPES[self.layout.dtype.itemsize]
 
     @property
     def mfu(self) -> float:
@@ -196,30 +383,30 @@ class Planned:
         return sum(one.hours for one in alone)
 
     def changed(self, constants: dict[str, Constant]) -> "Planned":
-        """The same layout on a machine with other constants."""
+        """This layout on a machine with other constants."""
         cluster = replace(self.cluster, machine=self.machine.changed(constants))
         return Planned(step=self.step, layout=self.layout, cluster=cluster)
 
     @property
-    def parts(self) -> StepParts:
-        """What the time of a step follows from."""
+    def parts(self) -> step_time.StepParts:
+        """The times from which the time of a step follows."""
         batches, first_of = self.step.batches, self._first_of
         kinds = set(batches)
         passes = {index: {batch: self._seconds(index, batch) for batch in kinds} for index in self._first_stages}
-        shards = (*self._values(_STORAGE), len(batches)) if self.layout.zero_stage >= 2 else ()
+        shards = (*self.layout.storage, len(batches)) if self.layout.zero_stage >= 2 else ()
         sums = self._once(
             "sums", lambda: max(sum(term.seconds for term in self.sum_terms(index)) for index in passes), *shards
         )
-        return StepParts(batches, [passes[first] for first in first_of], sums, self.machine["step"])
+        return step_time.StepParts(batches, [passes[first] for first in first_of], sums, self.machine["step"])
 
-    def pass_terms(self, index: int, batch: MicroBatchShape) -> tuple[list[Term], list[Term]]:
-        """What the passes of a micro-batch on a stage spend their time on."""
+    def pass_terms(self, index: int, batch: MicroBatchShape) -> tuple[list[step_time.Term], list[step_time.Term]]:
+        """The terms of the forward and the backward pass of a micro-batch on a stage."""
         work = self._once("stage_work", lambda: stage_work(self.stage(index), batch), index, batch)
-        return stage_terms(work, self.stage(index), self.links, self.machine)
+        return step_time.stage_terms(work, self.stage(index), self.links, self.machine)
 
-    def sum_terms(self, index: int) -> list[Term]:
+    def sum_terms(self, index: int) -> list[step_time.Term]:
         """The messages once a step of a stage's rank."""
-        return sum_terms(self.stage(index), self.step.batches, self.links, self.machine)
+        return step_time.sum_terms(self.stage(index), self.step.batches, self.links, self.machine)
 
     # Parts that several layouts share ---------------------------------------------------------------------------------
 
@@ -253,12 +440,13 @@ class Planned:
     def _held(self, index: int) -> StageMemory:
         return self._once("held_memory", lambda: held_memory(self.stage(index)), index)
 
-    def _seconds(self, index: int, batch: MicroBatchShape) -> tuple[Seconds, ...]:
+    def _seconds(self, index: int, batch: MicroBatchShape) -> tuple[step_time.Seconds, ...]:
         beside = index, batch, self._values(_ENGINE) if self.layout.zero_stage == 3 else ()
-        return self._once("stage_seconds", lambda: tuple(map(Seconds.of, self.pass_terms(index, batch))), *beside)
+        of_pass = step_time.Seconds.of
+        return self._once("stage_seconds", lambda: tuple(map(of_pass, self.pass_terms(index, batch))), *beside)
 
 
 def time_together(rows: Sequence[Planned]) -> None:
     """Set the seconds of many layouts: one simulation for all with as many stages and micro-batches."""
-    for row, seconds in zip(rows, step_seconds([row.parts for row in rows]), strict=True):
+    for row, seconds in zip(rows, step_time.step_seconds([row.parts for row in rows]), strict=True):
         row.seconds = seconds

@@ -1,4 +1,4 @@
-"""What a layout needs and does, in sections of text: a dry run has one layout, `tiedlora plan --why` shows one of many.
+"""The needs and the work of a layout as text: a dry run has one layout, `tiedlora plan --why` shows one of many.
 
 A dry run needs no weights and no data; presets need no files at all.
 """
@@ -27,27 +27,10 @@ from megatron_tiedlora.data.splits import files_of
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.parallel.groups import DATA, GROUPS, WORLD
-from megatron_tiedlora.planning.adapter_plans import (
-    Data,
-    check_run_folders,
-    counted,
-    plan_adapters,
-    prepare_all_data,
-)
-from megatron_tiedlora.planning.init_from import start_lines
-from megatron_tiedlora.planning.memory import (
-    StageMemory,
-    bank_bytes,
-    cache_bytes,
-    eager_bytes,
-    hidden_bytes,
-    micro_batches_in_flight,
-    num_communicators,
-)
+from megatron_tiedlora.planning import adapter_plans, memory
 from megatron_tiedlora.planning.passes import STOP_VOTES_BYTES, engine_traffic, saved_per_token
-from megatron_tiedlora.planning.planned import Planned
-from megatron_tiedlora.planning.run_plan import epochs_of
-from megatron_tiedlora.planning.step_plan import StepPlan
+from megatron_tiedlora.planning.planned import Planned, StepPlan
+from megatron_tiedlora.planning.run_plan import epochs_of, start_lines
 from megatron_tiedlora.planning.step_time import Term
 from megatron_tiedlora.runtime.run_folder import choose_run_folder
 from megatron_tiedlora.runtime.stopping import LONG_STEP_SECONDS
@@ -66,17 +49,18 @@ def dry_run_report(settings: Settings, *, launched_ranks: int = 1) -> DryRunRepo
     Raises:
         UserError: as the run itself would.
     """
-    plans = plan_adapters(settings, rank=0, world_size=settings.world_size or launched_ranks, weights=False)
-    check_run_folders(settings, plans, choose_run_folder(settings))
-    data: Data = {}
+    ranks = settings.world_size or launched_ranks
+    plans = adapter_plans.plan_adapters(settings, rank=0, world_size=ranks, weights=False)
+    adapter_plans.check_run_folders(settings, plans, choose_run_folder(settings))
+    data: adapter_plans.Data = {}
     if any(plan.reads_data for plan in plans.values()):
-        data = prepare_all_data(plans)
-        plans = counted(plans, data)
+        data = adapter_plans.prepare_all_data(plans)
+        plans = adapter_plans.counted(plans, data)
     step = StepPlan.first(plans, data, shares=settings.share_micro_batches)
     planned, on_card = Planned.alone(step, step.shared.machine), settings.gpu is not None
-    partition, memory, *others = layout_sections(planned, on_card=on_card)
-    memory += [] if step.layout.named else _decoding(step, data)
-    sections = [_adapters(step), partition, memory, *_one_more(planned), *others, _batches(step, data)]
+    partition, needed, *others = layout_sections(planned, on_card=on_card)
+    needed += [] if step.layout.named else _decoding(step, data)
+    sections = [_adapters(step), partition, needed, *_one_more(planned), *others, _batches(step, data)]
     sections += [_data(step, data), *_samples(step, data)]
     text = "\n\n".join("\n".join(map(printable, section)) for section in sections)
     return DryRunReport(text, planned.fits or not on_card)
@@ -95,7 +79,7 @@ def layout_sections(planned: Planned, *, on_card: bool = True) -> list[list[str]
 # The adapters and their data -----------------------------------------------------------------------------------------
 
 
-def _samples(step: StepPlan, data: Data) -> list[list[str]]:
+def _samples(step: StepPlan, data: adapter_plans.Data) -> list[list[str]]:
     """The first sample of each adapter as text, with what is supervised; once if it is the same for several."""
     found: dict[tuple[str, ...], list[str]] = {}
     for name, own in data.items():
@@ -149,21 +133,22 @@ def _adapters(step: StepPlan) -> list[str]:
     ]
 
 
-def _decoding(step: StepPlan, data: Data) -> list[str]:
+def _decoding(step: StepPlan, data: adapter_plans.Data) -> list[str]:
     """A line on the memory of decoding, if the run decodes anything."""
     plan = step.shared
     sets = [part for own in data.values() for part in (own.scored, own.scored_validation) if part is not None]
     if not sets:
         return []
     longest, batch = max(len(prompt) for part in sets for prompt in part.prompts), plan.settings.eval_batch_size
-    size = max(cache_bytes(stage, sequences=batch, tokens=longest + plan.max_new_tokens) for stage in plan.stages)
+    tokens = longest + plan.max_new_tokens
+    size = max(memory.cache_bytes(stage, sequences=batch, tokens=tokens) for stage in plan.stages)
     return [
         f"  decoding: up to {bytes_in_words(size)} of keys and values for {batch} prompts of up to {longest} tokens"
         f" with {plan.max_new_tokens} new ones (--eval_batch_size, --max_new_tokens)"
     ]
 
 
-def _batches(step: StepPlan, data: Data) -> list[str]:
+def _batches(step: StepPlan, data: adapter_plans.Data) -> list[str]:
     lines, counts_epochs = ["batches"], any(plan.settings.epochs is not None for plan in step.plans.values())
     for name, plan in () if step.layout.named else step.plans.items():
         number, steps = plan.batches.global_batch_size, plan.settings.max_steps
@@ -199,7 +184,7 @@ def _batches(step: StepPlan, data: Data) -> list[str]:
     return lines
 
 
-def _data(step: StepPlan, data: Data) -> list[str]:
+def _data(step: StepPlan, data: adapter_plans.Data) -> list[str]:
     """The parts of each adapter's data, and how often a run sees its training part; or that none is read."""
     if not data:
         shared = step.shared
@@ -224,7 +209,7 @@ def _data(step: StepPlan, data: Data) -> list[str]:
 
 
 def _own_bytes(step: StepPlan, adapter: int) -> int:
-    return max(bank_bytes(stage.parts[adapter]) for stage in step.stages)
+    return max(memory.bank_bytes(stage.parts[adapter]) for stage in step.stages)
 
 
 def _one_more(planned: Planned) -> list[list[str]]:
@@ -276,23 +261,23 @@ def memory_lines(planned: Planned, *, judged: bool) -> list[str]:
     layout, stages, largest = planned.layout, planned.stages, planned.step.largest
     micro_batches = f"{layout.rows} x {largest.tokens // layout.rows} tokens"
     if layout.named:
-        most = count_text(max(map(len, largest.owners)), "adapter")
+        most = count_text(max(map(len, largest.adapters)), "adapter")
         micro_batches = f"{largest.tokens:,} tokens of up to {most} at step 1"
     memories = [planned.memory(stage.index) for stage in stages]
     names = {
         "base": "base weights",
         # what all quantised weights of a rank share
-        "dequantised": "one transposed" if layout.products and layout.on_gpu else "one dequantised",
+        "dequantised": "one transposed" if layout.storage.products and layout.on_gpu else "one dequantised",
         "adapter": "adapters" if layout.named else "adapter",
         "libraries": "CUDA, NCCL" if layout.on_gpu else "process",
         "slack": "allocator",
     }
     seldom = {"dequantised", "engine", "buffers"}
-    shown = [name for name in StageMemory._fields if name not in seldom or any(getattr(m, name) for m in memories)]
+    shown = [name for name in memories[0]._fields if name not in seldom or any(getattr(one, name) for one in memories)]
     cells = [
-        [*(bytes_in_words(getattr(memory, name)) for name in shown), bytes_in_words(memory.total)]
-        + [str(micro_batches_in_flight(stage))]
-        for stage, memory in zip(stages, memories, strict=True)
+        [*(bytes_in_words(getattr(needed, name)) for name in shown), bytes_in_words(needed.total)]
+        + [str(memory.micro_batches_in_flight(stage))]
+        for stage, needed in zip(stages, memories, strict=True)
     ]
     lines = [
         f"bytes per rank, ZeRO-{layout.zero_stage}, {count_text(layout.dp_size, 'data-parallel rank')}, micro-batches"
@@ -310,25 +295,25 @@ def memory_lines(planned: Planned, *, judged: bool) -> list[str]:
 
 
 def _memory_notes(planned: Planned) -> Iterator[str]:
-    """What is behind the columns of the table of memory; the last ones are no counts but reserves of a machine."""
+    """Notes on the columns of the table of memory; the last columns are reserves of a machine and no counts."""
     layout, stages, machine = planned.layout, planned.stages, planned.machine
     saved = saved_per_token(planned.step.shape, layout)
     yield (
         f"a block saves {saved / 1e3:,.1f} kB per token of each micro-batch in flight; the last block saves less, as"
         " its MLP runs its backward pass at once"
     )
-    if layout.base_format is not None:
+    if layout.storage.base is not None:
         sizes = range_text([stage.quantised_bytes for stage in stages], bytes_in_words)
-        kept = " with transposed copies" if layout.keep_transposed else ""
+        kept = " with transposed copies" if layout.storage.keep_transposed else ""
         how = "each is dequantised just before its matmul, in memory that all of them share"
-        if layout.products and layout.on_gpu:
+        if layout.storage.products and layout.on_gpu:
             how = "they are multiplied in fp8"
             how += "" if kept else ", in the backward pass by a transposed copy, in memory that all of them share"
         yield (
-            f"base weights: {sizes} of them before ZeRO are the linears of the blocks in {layout.base_format}{kept};"
+            f"base weights: {sizes} of them before ZeRO are the linears of the blocks in {layout.storage.base}{kept};"
             f" {how}"
         )
-    if eager := eager_bytes(stages[0], planned.step.largest.tokens):
+    if eager := memory.eager_bytes(stages[0], planned.step.largest.tokens):
         yield f"kernels that are not compiled need {bytes_in_words(eager)} of the activations for a moment"
     else:
         yield "compiled kernels are assumed; --compile false shows the activations of a node without a compiler"
@@ -336,12 +321,12 @@ def _memory_notes(planned: Planned) -> Iterator[str]:
         more = "more with a larger stage3_max_live_parameters in --ds_config"
         yield f"engine: base weights that ZeRO-3 holds gathered, {more}"
     elif layout.pp_size > 1:
-        hidden = f"{2 * hidden_bytes(stages[0]) / 1e3:,.1f} kB per token of each micro-batch in flight"
+        hidden = f"{2 * memory.hidden_bytes(stages[0]) / 1e3:,.1f} kB per token of each micro-batch in flight"
         yield f"engine: hidden states that DeepSpeed's pipeline holds, up to {hidden}"
     context, each = bytes_in_words(machine["context"]), bytes_in_words(machine["communicator"])
     reserve = f"process: a reserve of {context} for Python and its libraries"
     if layout.on_gpu:
-        number = range_text([num_communicators(stage) for stage in stages])
+        number = range_text([memory.num_communicators(stage) for stage in stages])
         reserve = f"CUDA, NCCL: a reserve outside PyTorch, {context} of context and {each} for each of {number}"
         reserve += " communicators"
     yield (
@@ -383,7 +368,7 @@ def _terms(terms: Iterable[Term]) -> Iterator[tuple[str, str]]:
 
 
 def message_lines(planned: Planned) -> list[str]:
-    """The messages of a rank of each stage by group. Bytes are those of whole tensors, as parallel.groups counts."""
+    """The messages of a rank of each stage by group. Bytes are of whole tensors, as parallel.groups counts."""
     step, stages, layout, number = planned.step, planned.stages, planned.layout, len(planned.step.batches)
     of = "the step's samples on data-parallel rank 0"
     of = of if step.samples is not None else f"samples of {layout.length:,} tokens, all supervised"
@@ -418,7 +403,7 @@ def messages_text(number: int, size: float) -> str:
 
 
 def traffic_table(sent: Sequence[Mapping[str, str]]) -> list[str]:
-    """What a rank of each stage sends, planned or counted, as texts by group."""
+    """A table of the messages of a rank of each stage, planned or counted, from texts by group."""
     groups = [group for group in (*GROUPS, "DeepSpeed") if any(group in found for found in sent)]
     header = ["all ranks" if group == WORLD else group for group in groups]
     return stage_table(header, [[found.get(group, messages_text(0, 0)) for group in groups] for found in sent])

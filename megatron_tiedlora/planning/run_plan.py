@@ -1,7 +1,7 @@
 """The plan of a run: everything is decided and checked before weights are read or ranks wait for each other."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
@@ -11,33 +11,31 @@ import torch
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, make_adapter_config, targets_of
 from megatron_tiedlora.adapters.tying import AdapterLayout
-from megatron_tiedlora.base.messages import UserError, count_text
+from megatron_tiedlora.base.messages import UserError, count_text, user_path
 from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.checkpoint.base_identity import BaseIdentity, check_same_base, identify_shape
 from megatron_tiedlora.checkpoint.load_model import resolve_dtype
+from megatron_tiedlora.checkpoint.resume import recorded_settings
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.checkpoint.tensor_files import DTYPES
-from megatron_tiedlora.config.batch import (
-    GPU_MICRO_BATCH_TOKENS,
-    BatchPlan,
-    default_rows,
-    plan_batches,
-    resolve_max_new_tokens,
-)
-from megatron_tiedlora.config.settings import Settings, profiled_steps
+from megatron_tiedlora.config import batch
+from megatron_tiedlora.config.fields import flag_value, marked
+from megatron_tiedlora.config.settings import Settings, make_settings, profiled_steps
+from megatron_tiedlora.convert.open_adapter import open_adapter
 from megatron_tiedlora.data.loader import BatchShape, GlobalBatch, TrainingStep, plan_global_batch, training_steps
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.engine.engine_json import EngineConfig, load_engine_config
 from megatron_tiedlora.engine.runner import inputs_to_fill
 from megatron_tiedlora.model.weights import check_layout
+from megatron_tiedlora.parallel.agreement import SentTensor, decided_by_rank_0, raise_on_every_rank
 from megatron_tiedlora.parallel.fp8_products import check_fp8_device, check_gpu_products, weight_maker
 from megatron_tiedlora.parallel.frozen_weight import WeightMaker
 from megatron_tiedlora.parallel.groups import Grid
-from megatron_tiedlora.planning.init_from import with_start
-from megatron_tiedlora.planning.layout import Layout, StagePlan, plan_stages
+from megatron_tiedlora.planning.layout import Layout, StagePlan, Storage, plan_stages
 from megatron_tiedlora.planning.machines import CPU, DEFAULT_GPU, GPUS, Machine
 from megatron_tiedlora.runtime.launch_env import uses_gpu
-from megatron_tiedlora.runtime.run_folder import check_trackers
+from megatron_tiedlora.runtime.run_folder import RunFolder, check_trackers, last_run_folder
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class RunPlan:
     settings: Settings
     source: ModelSource
     grid: Grid
-    batches: BatchPlan
+    batches: batch.BatchPlan
     engine: EngineConfig
     adapter: AdapterConfig
     on_gpu: bool
@@ -75,9 +73,7 @@ class RunPlan:
             live_parameters=engine.live_parameters,
             overlaps_gathers=engine.overlaps_gathers,
             dtype=DTYPES[self.dtype_name],
-            base_format=settings.base,
-            products=settings.products,
-            keep_transposed=settings.keep_transposed,
+            storage=Storage(settings.base, settings.products, settings.keep_transposed),
             recompute=settings.recompute,
             on_gpu=self.on_gpu,
             compiled=compiled,
@@ -149,10 +145,10 @@ class RunPlan:
         packed = f"packed into rows of up to {self.settings.max_length:,} tokens: micro-batches of {rows}"
         if self.on_gpu and self.settings.micro_batch_size is None:
             why = "; --micro_batch_size changes it"
-            if batches.micro_batch_size < GPU_MICRO_BATCH_TOKENS // self.settings.max_length:
+            if batches.micro_batch_size < batch.GPU_MICRO_BATCH_TOKENS // self.settings.max_length:
                 share = batches.global_batch_size // batches.data_parallel
                 why = f" more are needed, but a rank's share of {share} allows no more; see --global_batch_size"
-            packed += f" (for {GPU_MICRO_BATCH_TOKENS:,} tokens on a GPU{why})"
+            packed += f" (for {batch.GPU_MICRO_BATCH_TOKENS:,} tokens on a GPU{why})"
         return f"{packed}, {ranks}"
 
     @property
@@ -166,7 +162,7 @@ class RunPlan:
         return [f"--rank {rank}: {widest.name} has {words}, so no update of it has a rank above {min(sizes):,}"]
 
     def layout_of(self, adapter: AdapterConfig) -> AdapterLayout:
-        """Which rank holds which part of an adapter that is trained over this plan's stages."""
+        """The parts of an adapter that is trained over this plan's stages, by rank."""
         own = (tuple(layer for layer in adapter.layers if layer in stage.layers) for stage in self.stages)
         return AdapterLayout(adapter, self.grid, tuple(own))
 
@@ -186,21 +182,21 @@ class RunPlan:
         Raises:
             UserError: `device` cannot compute --products.
         """
-        settings = self.settings
-        if settings.products is not None:
+        base, products, keep_transposed = self.layout.storage
+        if products is not None:
             check_fp8_device(device)
-        return weight_maker(settings.base, products=settings.products, keep_transposed=settings.keep_transposed)
+        return weight_maker(base, products=products, keep_transposed=keep_transposed)
 
     @property
     def dtype_name(self) -> str:
-        """The same dtype by its name in --dtype."""
+        """The dtype of the frozen base by its name in --dtype."""
         return resolve_dtype(self.settings.dtype, get_task(self.settings.task), on_gpu=self.on_gpu)
 
     @property
     def max_new_tokens(self) -> int:
         """The most tokens of a generated answer."""
-        task = get_task(self.settings.task)
-        return resolve_max_new_tokens(self.settings.max_new_tokens, self.source.shape.limit.tokens, task.max_new_tokens)
+        given, of_task = self.settings.max_new_tokens, get_task(self.settings.task).max_new_tokens
+        return batch.resolve_max_new_tokens(given, self.source.shape.limit.tokens, of_task)
 
     def counted(self, num_samples: int) -> "RunPlan":
         """The plan whose --max_steps is counted for --epochs of `num_samples` training samples, if that is given."""
@@ -253,17 +249,17 @@ def plan_run(
     shape, settings = found.shape, with_models_length(with_start(settings, found), found)
     if settings.base != (stored := found.base_format(settings.base, settings.products)):
         settings = settings.completed(base=stored)
-    batches = plan_batches(
+    batches = batch.plan_batches(
         settings.global_batch_size,
         settings.micro_batch_size,
         grid.dp_size,
-        max_rows=default_rows(
+        max_rows=batch.default_rows(
             max_length=settings.max_length, packing=settings.packing, on_gpu=on_gpu, otherwise=task.micro_batch_rows
         ),
         min_steps=inputs_to_fill(grid.pp_size) if on_gpu else 1,
     )
     engine = load_engine_config(settings.ds_config, batches=batches, gradient_clipping=settings.gradient_clipping)
-    resolve_max_new_tokens(settings.max_new_tokens, shape.limit.tokens, task.max_new_tokens)
+    batch.resolve_max_new_tokens(settings.max_new_tokens, shape.limit.tokens, task.max_new_tokens)
     check_layout(shape, grid, zero_stage=engine.zero_stage, ds_config=settings.ds_config)
     layers = settings.layers or tuple(range(1, shape.num_layers + 1))
     if layers[-1] > shape.num_layers:
@@ -296,8 +292,6 @@ def plan_run(
 # The layers of a rank process so many numbers in a run before compiling pays: a CPU compiles for half a minute at
 # first, and saves about a quarter of each step.
 LEAST_WORK = 5e9
-MANY_CUT = 0.01  # of the training prompts
-MANY_EPOCHS = 20
 
 
 def pays_to_compile(shape: ModelShape, grid: Grid, *, num_tokens: int, least_work: float = LEAST_WORK) -> bool:
@@ -355,17 +349,137 @@ def steps_in_words(settings: Settings, num_samples: int) -> str:
     return f"{steps}, for --epochs {settings.epochs:g} of {samples} at {settings.global_batch_size} per step"
 
 
-def length_warnings(settings: Settings, train: TokenDataset) -> list[str]:
-    """What a user probably does not want: many prompts that are cut, or so many epochs that the run learns by heart."""
-    found = []
-    cut, epochs = train.truncated_prompts, epochs_of(settings, len(train))
-    if cut > MANY_CUT * len(train):
-        found.append(
-            f"{cut:,} of {len(train):,} training prompts ({cut / len(train):.1%}) lose their middle at --max_length"
-            f" {settings.max_length}; raise it if the model allows, or shorten the prompts"
-        )
-    if epochs > MANY_EPOCHS:
-        instead = f"--epochs 3 in place of --max_steps {settings.max_steps} would be shorter"
-        advice = instead if settings.epochs is None else "a lower value of --epochs makes it shorter"
-        found.append(f"the run sees each of the {len(train):,} training samples {epochs:,.1f} times; {advice}")
-    return found
+# --init_from ----------------------------------------------------------------------------------------------------------
+
+# A run starts with the values of an adapter, and takes over its method, rank, alpha, targets and layers. The adapter is
+# read when the run is planned and when its model is built. A resumed run reads its checkpoint, and the record in it,
+# instead.
+
+_TAKEN_OVER = marked(Settings, decides="adapter")
+_NAMING = set(marked(Settings, decides="adapter", derived=False))  # those of them that are in a run's name
+
+
+@dataclass(frozen=True)
+class StartAdapter:
+    """The adapter with which a run starts.
+
+    Attributes:
+        state: full fp32 tensors.
+        trained: the base that it was trained on; None if its files do not record it.
+        kind: the kind of its folder, in words.
+        notes: notes for the user.
+    """
+
+    config: AdapterConfig
+    state: Mapping[str, SentTensor]
+    trained: BaseIdentity | None
+    kind: str
+    notes: tuple[str, ...] = ()
+
+
+def with_start(settings: Settings, source: ModelSource) -> Settings:
+    """The settings, some of which the adapter of --init_from decides. Reads the adapter, or the resumed checkpoint.
+
+    Raises:
+        UserError: it cannot be read, is for a model of another shape, or contradicts a setting that was given.
+    """
+    if settings.init_from is None:
+        return settings
+    recorded = recorded_run(settings)
+    if recorded is not None:  # what was given is compared with all of the record once it is resumed
+        taken = {name: value for name, value in recorded.items() if name in _TAKEN_OVER}
+        return make_settings({**settings.model_dump(exclude_unset=True), **taken, **_given(settings, source)})
+    given, folder = _given(settings, source), user_path(settings.init_from)
+    if settings.resume != "none" and given.keys() == set(_TAKEN_OVER) and not folder.exists():
+        return settings  # this host does not see the run that is resumed, but a --config of it says everything
+    config = read_start(settings.init_from, source, differs=settings.base_differs).config
+    decided = _decided(config)
+    for name, value in given.items():
+        if value != decided[name]:
+            raise UserError(
+                f"--{name} {flag_value(value)} contradicts --init_from {settings.init_from}, whose adapter has {name}"
+                f" {flag_value(decided[name])}; leave --{name} out, or give another adapter"
+            )
+    return make_settings({**settings.model_dump(exclude_unset=True), **decided})
+
+
+def load_start(
+    settings: Settings, source: ModelSource, adapter: AdapterConfig, base: BaseIdentity
+) -> tuple[Mapping[str, torch.Tensor] | None, tuple[str, ...]]:
+    """The full tensors with which a new run starts, None for the initial ones; and notes. Rank 0 reads them for all.
+
+    Args:
+        adapter: the run's adapter.
+        base: the run's base.
+
+    Raises:
+        UserError: the adapter cannot be read, was replaced meanwhile, or is for another base; on every rank.
+    """
+    given = settings.init_from
+    if given is None:
+        return None, ()
+    differs, failure = settings.base_differs, None
+    start = decided_by_rank_0(lambda: read_start(given, source, differs=differs), kind=StartAdapter)
+    if _decided(start.config) != _decided(adapter):
+        failure = UserError(f"--init_from {given}: is another adapter than a rank has planned with; start again")
+    raise_on_every_rank(failure)
+    notes = start.notes
+    if start.trained is not None:
+        notes += check_same_base(start.trained, base, source=f"--init_from {given}", differs=differs)
+    return start.state, notes
+
+
+def start_lines(settings: Settings, source: ModelSource) -> list[str]:
+    """The lines of a dry run on the adapter of --init_from."""
+    if settings.init_from is None or recorded_run(settings) is not None:
+        return []
+    start = read_start(settings.init_from, source, differs=settings.base_differs)
+    return [f"  starts with the values of {settings.init_from}, {start.kind}", *(f"  ({note})" for note in start.notes)]
+
+
+def read_start(given: str, source: ModelSource, *, differs: bool) -> StartAdapter:
+    """The adapter in the folder `given` to --init_from, for a base of the shape of `source`.
+
+    Raises:
+        UserError: there is none, it cannot be read or is for a model of another shape; or `source` has a merged adapter
+            that a PEFT adapter does not know of, without `differs` (--base_differs).
+    """
+    opened = open_adapter(given, source, flag="--init_from", differs=differs)
+    kind = "a PEFT adapter"
+    if opened.kind == "native":
+        kind, base = "a native adapter", opened.adapter.base_identity
+        same_weights = identify_shape(source, base.dtype, weights_hash=base.base_weights_hash)
+        check_same_base(base, same_weights, source=f"--init_from {given}", differs=True)  # of its shape alone
+    elif opened.native is not None:
+        kind = "a PEFT folder with the native adapter that was exported"
+    notes = opened.notes if opened.apart is None else (*opened.notes, opened.apart)
+    return StartAdapter(opened.config, opened.state, opened.trained_on, kind, notes)
+
+
+def _decided(config: AdapterConfig) -> dict[str, Any]:
+    """The settings that an adapter decides."""
+    stds = {"init_std_a": config.init_std_a, "init_std_b": config.init_std_b}
+    found = {**config.facts, **stds}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+
+
+def _given(settings: Settings, source: ModelSource) -> dict[str, Any]:
+    """The settings of `_TAKEN_OVER` that the user gave."""
+    every_layer = tuple(range(1, source.shape.num_layers + 1))
+    given = {name: getattr(settings, name) for name in _TAKEN_OVER if name in settings.model_fields_set}
+    return {name: every_layer if value is None else value for name, value in given.items()}
+
+
+def recorded_run(settings: Settings) -> Mapping[str, Any] | None:
+    """The settings in the checkpoint that --resume finds; None if there is none, or this host does not see it."""
+    if settings.resume == "none":
+        return None
+    if settings.resume != "auto":
+        return recorded_settings([user_path(settings.resume)])
+    if settings.output_dir is not None:
+        folder = RunFolder(user_path(settings.output_dir))
+    elif settings.init_from is None or settings.model_fields_set >= _NAMING:
+        folder = last_run_folder(settings)
+    else:  # the adapter decides how the folder is called, so it is read first
+        return None
+    return recorded_settings(folder.checkpoints.glob("step_*"))

@@ -10,7 +10,7 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any
 
 from megatron_tiedlora.base.messages import UserError, nearest_name
 from megatron_tiedlora.base.shapes import BASE_NAMES, UNQUANTISED
@@ -19,38 +19,16 @@ from megatron_tiedlora.config.adapters_file import PER_ADAPTER
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.engine.engine_json import SHIPPED_CONFIGS
 from megatron_tiedlora.parallel.fp8_products import check_fp8_capability
-from megatron_tiedlora.planning.adapter_plans import (
-    Data,
-    Plans,
-    adapter_settings,
-    counted,
-    plan_adapters,
-    prepare_all_data,
-)
-from megatron_tiedlora.planning.planned import Cluster, Planned, time_together
-from megatron_tiedlora.planning.step_plan import StepPlan
+from megatron_tiedlora.planning import adapter_plans
+from megatron_tiedlora.planning.layout import PLAIN_STORAGE, Storage
+from megatron_tiedlora.planning.planned import Cluster, Planned, StepPlan, time_together
 
 RECOMPUTES = ("none", "selective", "full")
 # The file of each ZeRO stage. zero2_offload.json is left out: it moves a few MB to the host.
 ENGINE_FILES = tuple(sorted(path.name for path in SHIPPED_CONFIGS.glob("zero?.json")))
 
 
-class Storage(NamedTuple):
-    """How the base is stored and multiplied: --base, --products, --keep_transposed."""
-
-    base: str | None = None
-    products: str | None = None
-    keep_transposed: bool = False
-
-    @property
-    def name(self) -> str:
-        """A name of `FORMAT_NAMES`."""
-        if self.products is None:
-            return self.base or UNQUANTISED
-        return "fp8-transposed" if self.keep_transposed else "fp8-products"
-
-
-STORAGES = (Storage(), *map(Storage, BASE_NAMES), Storage("fp8", "fp8"), Storage("fp8", "fp8", True))
+STORAGES = (PLAIN_STORAGE, *map(Storage, BASE_NAMES), Storage("fp8", "fp8"), Storage("fp8", "fp8", True))
 
 
 @dataclass(eq=False, kw_only=True)
@@ -73,7 +51,7 @@ class Candidate(Planned):
         words = [f"t{layout.tp_size}p{layout.pp_size}d{layout.dp_size}-b{layout.rows}-{zero}"]
         words += ["wholeseq"] if layout.tp_size > 1 and not layout.shards_sequences else []
         words += [layout.recompute] if layout.recompute != "none" else []
-        words += [self.storage.name] if self.storage != Storage() else []
+        words += [self.storage.name] if self.storage != PLAIN_STORAGE else []
         return "-".join(words)
 
     @property
@@ -92,7 +70,7 @@ class Candidate(Planned):
 
     @property
     def alike(self) -> tuple[Hashable, ...]:
-        """What layouts share that differ in micro-batch, recompute, sequences and ZeRO only."""
+        """Parallel sizes and storage. The layouts of one value differ in the other choices."""
         return self.layout.tp_size, self.layout.pp_size, self.layout.dp_size, self.storage
 
 
@@ -101,19 +79,26 @@ _TIE = 1.005  # times the time of the fastest
 
 @dataclass(eq=False)
 class ClusterPlan:
-    """Every layout of a cluster.
+    """Every layout of a run on a cluster: what a run is asked, and what it says.
 
     Attributes:
+        settings: tiedlora train's, with the defaults of a plan.
+        data: the data of each adapter, once it is read; empty for a preset, or if no rows are named.
         candidates: the layouts that a run accepts.
-        refused: by what a run says of it, the number of the other layouts.
+        refused: the number of the other layouts, by what a run says of them.
         ranked: the storage formats to choose from; candidates in others only show what these would gain.
     """
 
-    run: "PlannedRun"
+    settings: Settings
+    source: ModelSource
     cluster: Cluster
-    candidates: tuple[Candidate, ...]
-    refused: Counter[str]
-    ranked: tuple[Storage, ...]
+    data: adapter_plans.Data = field(default_factory=dict)
+    candidates: tuple[Candidate, ...] = ()
+    refused: Counter[str] = field(default_factory=Counter)
+    ranked: tuple[Storage, ...] = ()
+    _steps: dict[Hashable, StepPlan] = field(default_factory=dict)
+
+    # The layouts ------------------------------------------------------------------------------------------------------
 
     @property
     def enumerated(self) -> int:
@@ -122,14 +107,14 @@ class ClusterPlan:
 
     @cached_property
     def _fitting(self) -> list[Candidate]:
-        """Those that fit, the fastest first; of equally fast ones the one with less memory."""
+        """The candidates that fit, the fastest first; if equally fast, the one with less memory first."""
         fitting = [one for one in self.candidates if one.fits]
         time_together(fitting)
         return sorted(fitting, key=lambda one: (one.seconds.total, one.needed))
 
     @cached_property
     def rows(self) -> list[Candidate]:
-        """Those that fit in a format to choose from, the fastest first.
+        """The candidates that fit in a format to choose from, the fastest first.
 
         Layouts within `_TIE` of the fastest are equally fast, and the least changed base is first.
         """
@@ -140,12 +125,12 @@ class ClusterPlan:
 
     @cached_property
     def elsewhere(self) -> list[Candidate]:
-        """Those that fit in another format, the fastest first."""
+        """The candidates that fit in another format, the fastest first."""
         return [one for one in self._fitting if one.storage not in self.ranked]
 
     @cached_property
     def others(self) -> list[Candidate]:
-        """Those that do not fit."""
+        """The candidates that do not fit."""
         return [one for one in self.candidates if not one.fits]
 
     @property
@@ -167,94 +152,11 @@ class ClusterPlan:
             raise UserError(f"--{flag} {name}: no such layout{nearest_name(name, rows)}; names are those of the table")
         return rows[name]
 
-
-def search(
-    settings: Settings, cluster: Cluster, *, source: ModelSource, formats: tuple[str, ...] | None = None
-) -> ClusterPlan:
-    """Enumerate all layouts of the settings on a cluster.
-
-    Args:
-        formats: names of the storage formats to choose from; None for the first of all, which changes least.
-
-    Raises:
-        UserError: no layout is accepted, or the data cannot be read; the words are those of a run.
-    """
-    run, refused = PlannedRun(settings, source, cluster), Counter[str]()
-    storages, accepted = _storages(run, formats), []
-    engine_files, recomputes = run.choices("ds_config", ENGINE_FILES), run.choices("recompute", RECOMPUTES)
-    for (tp_size, pp_size), engine_file, storage in product(run.grids(cluster.world_size), engine_files, storages):
-        # Without tensor parallelism it is of no consequence whether sequences are sharded.
-        sequences = run.choices("sequence_parallel", [settings.sequence_parallel] if tp_size == 1 else [True, False])
-        variants = run.rows(cluster.world_size // (tp_size * pp_size)), sequences, recomputes
-        try:
-            accepted.append((run.plans(tp_size, pp_size, engine_file, storage), variants, engine_file, storage))
-        except UserError as error:
-            refused[str(error)] += math.prod(map(len, variants))
-    if not accepted:
-        raise UserError(refused.most_common(1)[0][0])
-    first, *_ = accepted[0]
-    if any(plan.reads_data for plan in first.values()):
-        run.data = prepare_all_data(first)  # it is the same for all layouts
-    known: dict[Hashable, Any] = {}
-    found = (
-        Candidate(**variant, cluster=cluster, known=known, engine_file=engine_file, storage=storage)
-        for plans, variants, engine_file, storage in accepted
-        for variant in run.variants(plans, *variants)
-    )
-    return ClusterPlan(run, cluster, tuple(found), refused, storages if formats is not None else storages[:1])
-
-
-def _storages(run: "PlannedRun", formats: tuple[str, ...] | None) -> tuple[Storage, ...]:
-    """Values of --base, --products and --keep_transposed together, of those with a name in `formats`.
-
-    A model that is stored quantised has those of its own format.
-
-    Raises:
-        UserError: none is left.
-    """
-    settings, source = run.settings, run.source
-    named = STORAGES if formats is None else tuple(s for s in STORAGES if s.name in formats)
-    given = f"--formats {','.join(storage.name for storage in named)}"
-    left = named if source.stored is None else tuple(s for s in named if s.base == source.stored.base_format)
-    if source.stored is not None and not left:
-        names = " or ".join(storage.name for storage in STORAGES if storage.base == source.stored.base_format)
-        raise UserError(
-            f"{given}: {source.name} has its weights in {source.stored.in_words} already; give {names}, or leave"
-            " --formats out"
-        )
-    # A run's record has an empty --base for a model that is stored quantised.
-    base, given_base = settings.base or source.stored_base, run.given("base")
-    if given_base and base not in [storage.base for storage in named]:
-        base = base or UNQUANTISED
-        raise UserError(f"{given} and --base {base}: none of these formats stores the base in {base}; leave one out")
-    wanted = {name: getattr(settings, name) for name in Storage._fields if run.given(name)}
-    wanted |= {"base": base} if given_base else {}
-    fits = [storage for storage in left if all(getattr(storage, name) == value for name, value in wanted.items())]
-    # What fits none is asked of `plan_run` as it was given, for its words.
-    return tuple(fits) or (Storage(settings.base, settings.products, settings.keep_transposed),)
-
-
-# The runs that are asked ----------------------------------------------------------------------------------------------
-
-
-@dataclass
-class PlannedRun:
-    """A run by its settings, on a model.
-
-    Attributes:
-        settings: tiedlora train's, with the defaults of a plan.
-        data: of each adapter, once it is read; empty for a preset, or if no rows are named.
-    """
-
-    settings: Settings
-    source: ModelSource
-    cluster: Cluster
-    data: Data = field(default_factory=dict)
-    _steps: dict[Hashable, StepPlan] = field(default_factory=dict)
+    # The runs that are asked ------------------------------------------------------------------------------------------
 
     @property
     def values(self) -> dict[str, Any]:
-        """The settings that were given, and those that a plan gives."""
+        """The settings that were given, with the defaults of a plan."""
         return {
             **self.settings.model_dump(mode="json", exclude_unset=True),
             "max_length": self.settings.max_length,
@@ -267,7 +169,8 @@ class PlannedRun:
     def adapters(self) -> dict[str, Settings]:
         """The settings of each adapter, without the batch that a plan assumes. Raises UserError as a run does."""
         assumed = {"global_batch_size"} - self.settings.model_fields_set
-        return adapter_settings(make_settings({n: value for n, value in self.values.items() if n not in assumed}))
+        given = {name: value for name, value in self.values.items() if name not in assumed}
+        return adapter_plans.adapter_settings(make_settings(given))
 
     def assumes(self, name: str) -> bool:
         """Whether a setting is a default, at least for one adapter."""
@@ -289,7 +192,7 @@ class PlannedRun:
         found = [(t, p) for t in tensor for p in pipeline if world_size % (t * p) == 0]
         return found or [(tensor[0], pipeline[0])]
 
-    def rows(self, dp_size: int) -> list[int]:
+    def rows_per_rank(self, dp_size: int) -> list[int]:
         """Rows of a micro-batch: the divisors of a rank's part of the global batch, of each adapter's if several."""
         if self.settings.micro_batch_size is not None:
             return [self.settings.micro_batch_size]
@@ -298,8 +201,8 @@ class PlannedRun:
         share, rest = divmod(math.gcd(*(own.global_batch_size for own in given), *assumed), max(dp_size, 1))
         return [1] if rest else divisors(share)
 
-    def plans(self, tp_size: int, pp_size: int, engine_file: str, storage: Storage) -> Plans:
-        """What `plan_run` says of a layout, by adapter.
+    def plans(self, tp_size: int, pp_size: int, engine_file: str, storage: Storage) -> adapter_plans.Plans:
+        """The plans that `plan_run` makes of a layout, by adapter.
 
         Raises:
             UserError: as a run does, or the cluster is not made for it.
@@ -315,13 +218,14 @@ class PlannedRun:
             check_fp8_capability(machine.title, machine.capability)
         sizes = {"tensor_parallel": tp_size, "pipeline_parallel": pp_size, "world_size": cluster.world_size}
         settings = make_settings({**self.values, **sizes, "ds_config": engine_file, **storage._asdict()})
-        return plan_adapters(settings, rank=0, world_size=cluster.world_size, weights=False, source=self.source)
+        ranks = cluster.world_size
+        return adapter_plans.plan_adapters(settings, rank=0, world_size=ranks, weights=False, source=self.source)
 
     def variants(
-        self, plans: Plans, rows: Sequence[int], sequences: Sequence[bool], recomputes: Sequence[str]
+        self, plans: adapter_plans.Plans, rows: Sequence[int], sequences: Sequence[bool], recomputes: Sequence[str]
     ) -> Iterator[dict[str, Any]]:
         """`step`, `layout` and `is_default` of the candidates that differ in choices that no check depends on."""
-        plans = counted(plans, self.data) if self.data else plans
+        plans = adapter_plans.counted(plans, self.data) if self.data else plans
         shares = self.settings.share_micro_batches
         base = StepPlan(plans, shares).layout
         for size, shards in product(rows, sequences):
@@ -341,6 +245,73 @@ class PlannedRun:
             for recompute in recomputes:
                 is_default = (size, shards, recompute) == (base.rows, base.shards_sequences, base.recompute)
                 yield {"step": step, "layout": replace(shared, recompute=recompute), "is_default": is_default}
+
+
+def search(
+    settings: Settings, cluster: Cluster, *, source: ModelSource, formats: tuple[str, ...] | None = None
+) -> ClusterPlan:
+    """Enumerate all layouts of the settings on a cluster.
+
+    Args:
+        formats: names of the storage formats to choose from; None for the first of all, which changes least.
+
+    Raises:
+        UserError: no layout is accepted, or the data cannot be read; the words are those of a run.
+    """
+    found = ClusterPlan(settings, source, cluster)
+    storages, accepted = _storages(found, formats), []
+    found.ranked = storages if formats is not None else storages[:1]
+    engine_files, recomputes = found.choices("ds_config", ENGINE_FILES), found.choices("recompute", RECOMPUTES)
+    for (tp_size, pp_size), engine_file, storage in product(found.grids(cluster.world_size), engine_files, storages):
+        # Without tensor parallelism it is of no consequence whether sequences are sharded.
+        sequences = found.choices("sequence_parallel", [settings.sequence_parallel] if tp_size == 1 else [True, False])
+        variants = found.rows_per_rank(cluster.world_size // (tp_size * pp_size)), sequences, recomputes
+        try:
+            accepted.append((found.plans(tp_size, pp_size, engine_file, storage), variants, engine_file, storage))
+        except UserError as error:
+            found.refused[str(error)] += math.prod(map(len, variants))
+    if not accepted:
+        raise UserError(found.refused.most_common(1)[0][0])
+    first, *_ = accepted[0]
+    if any(plan.reads_data for plan in first.values()):
+        found.data = adapter_plans.prepare_all_data(first)  # it is the same for all layouts
+    known: dict[Hashable, Any] = {}
+    found.candidates = tuple(
+        Candidate(**variant, cluster=cluster, known=known, engine_file=engine_file, storage=storage)
+        for plans, variants, engine_file, storage in accepted
+        for variant in found.variants(plans, *variants)
+    )
+    return found
+
+
+def _storages(plan: ClusterPlan, formats: tuple[str, ...] | None) -> tuple[Storage, ...]:
+    """The storage formats to plan, with a name in `formats`.
+
+    A model that is stored quantised has those of its own format.
+
+    Raises:
+        UserError: none is left.
+    """
+    settings, source = plan.settings, plan.source
+    named = STORAGES if formats is None else tuple(s for s in STORAGES if s.name in formats)
+    given = f"--formats {','.join(storage.name for storage in named)}"
+    left = named if source.stored is None else tuple(s for s in named if s.base == source.stored.base_format)
+    if source.stored is not None and not left:
+        names = " or ".join(storage.name for storage in STORAGES if storage.base == source.stored.base_format)
+        raise UserError(
+            f"{given}: {source.name} has its weights in {source.stored.in_words} already; give {names}, or leave"
+            " --formats out"
+        )
+    # A run's record has an empty --base for a model that is stored quantised.
+    base, given_base = settings.base or source.stored_base, plan.given("base")
+    if given_base and base not in [storage.base for storage in named]:
+        base = base or UNQUANTISED
+        raise UserError(f"{given} and --base {base}: none of these formats stores the base in {base}; leave one out")
+    wanted = {name: getattr(settings, name) for name in Storage._fields if plan.given(name)}
+    wanted |= {"base": base} if given_base else {}
+    fits = [storage for storage in left if all(getattr(storage, name) == value for name, value in wanted.items())]
+    # What fits none is asked of `plan_run` as it was given, for its words.
+    return tuple(fits) or (Storage(settings.base, settings.products, settings.keep_transposed),)
 
 
 def divisors(number: int) -> list[int]:

@@ -42,8 +42,8 @@ class Term(NamedTuple):
 
     Attributes:
         purpose: a field of `step_time.Seconds`.
-        label: what it is, for `--why`.
-        rate: of `unit` per second; 0 if it costs only `fixed` seconds.
+        label: its name for `--why`.
+        rate: amount in `unit` per second; 0 if it costs only `fixed` seconds.
         fixed: seconds beside those of the amount.
     """
 
@@ -61,12 +61,12 @@ class Term(NamedTuple):
 
 
 class Link(NamedTuple):
-    """What carries the messages of a group.
+    """A link that carries the messages of a group.
 
     Attributes:
         size: ranks of the group.
         num_nodes: nodes that they are in.
-        per_node: ranks of it in a node.
+        per_node: ranks of the group in a node.
     """
 
     size: int
@@ -92,7 +92,7 @@ class Links:
 
     @cached_property
     def by_group(self) -> dict[str, Link]:
-        """The link of each group, but of the pipeline."""
+        """The link of each group except the pipeline."""
         layout = self.layout
         ranks = np.arange(layout.world_size).reshape(layout.pp_size, layout.dp_size, layout.tp_size)  # see `Grid`
         groups = {
@@ -117,7 +117,7 @@ class Links:
         return Link(2, 1 + crosses, 1)
 
     def terms(self, traffic: Traffic, machine: Machine, *, purpose: str) -> list[Term]:
-        """The time of all messages but those to other stages."""
+        """The time of all messages except to other stages."""
         return [
             self.by_group[group].term(kind, traffic.messages[group, kind], size, machine, purpose=purpose)
             for (group, kind), size in traffic.bytes.items()
@@ -126,7 +126,7 @@ class Links:
 
 
 DTYPES = {1: "fp8", 2: "bf16", 4: "fp32"}  # by bytes
-PERSISTENT = 100_000  # numbers of a parameter that ZeRO-3 does not shard; stage3_param_persistence_threshold
+PERSISTENT = 100_000  # elements of a parameter that ZeRO-3 does not shard; stage3_param_persistence_threshold
 
 
 class Seconds(NamedTuple):
@@ -137,13 +137,13 @@ class Seconds(NamedTuple):
         attention: the same of attention.
         elementwise: norms, gate, rotation, residuals, loss: what moves memory.
         dequantised: making weights of a quantised base ready for a matmul, and rounding what FP8 matmuls multiply.
-        launches: of the host, that the device does not hide.
+        launches: launches of kernels by the host that the device does not hide.
         tensor: messages of the tensor group.
         gathers: weights that ZeRO-3 gathers and nothing hides.
         pipeline: sending hidden states, and DeepSpeed's instructions.
         bubble: waiting for other stages.
         sums: messages once a step.
-        outside: of a step beside its passes and messages.
+        outside: the rest of a step beside its passes and messages.
     """
 
     matmuls: float = 0.0
@@ -174,12 +174,12 @@ class Seconds(NamedTuple):
 
 @dataclass(frozen=True)
 class StepParts:
-    """What the time of a step follows from.
+    """The times from which the time of a step follows.
 
     Attributes:
         batches: its micro-batches, in order.
-        stages: by stage and micro-batch, of its forward and its backward pass.
-        sums: of the messages once a step.
+        stages: by stage and micro-batch, the times of the forward and the backward pass.
+        sums: the time of the messages once a step.
         outside: see `Seconds`.
     """
 
@@ -189,7 +189,7 @@ class StepParts:
     outside: float
 
     def busiest(self) -> tuple[int, Seconds]:
-        """The first stage of those that work longest, and what all its passes take."""
+        """The first stage of those that work longest, and the time of all its passes."""
         firsts: dict[int, int] = {}
         for index, passes in enumerate(self.stages):  # stages that do the same are one object
             firsts.setdefault(id(passes), index)
@@ -201,13 +201,13 @@ class StepParts:
 
 
 def stage_terms(work: StageWork, stage: StagePlan, links: Links, machine: Machine) -> tuple[list[Term], list[Term]]:
-    """What the forward and the backward pass of a micro-batch spend their time on."""
+    """The terms of the time of the forward and of the backward pass of a micro-batch."""
     layout = stage.layout
     forward, backward, again = (pass_terms(each, layout, links, machine) for each in work)
     backward += [term._replace(label=f"{term.label}, recomputed") for term in again]
     gathers = []
     if layout.zero_stage == 3 and layout.dp_size > 1:  # a message for each parameter that not all ranks keep
-        gathered = engine_traffic(stage, num_micro_batches=1).bytes[DATA, "all-gather"] / 2  # those of two passes
+        gathered = engine_traffic(stage, num_micro_batches=1).bytes[DATA, "all-gather"] / 2  # two passes gather
         count = sum(number for tensor, number in stage.local_base.items() if tensor.size > PERSISTENT)
         gathers.append(links.by_group[DATA].term("all-gather", count, gathered, machine, purpose="gathers"))
     for terms, sent, neighbour in (
@@ -229,8 +229,9 @@ def stage_terms(work: StageWork, stage: StagePlan, links: Links, machine: Machin
 
 def pass_terms(work: PassWork, layout: Layout, links: Links, machine: Machine) -> list[Term]:
     """A pass without gathers and sends to other stages."""
-    dtype = DTYPES[layout.dtype.itemsize]
-    of_linears, moved = dtype if layout.products is None else DTYPES[1], machine["bandwidth"] * machine["elementwise"]
+    base, products, _ = layout.storage
+    dtype, moved = DTYPES[layout.dtype.itemsize], machine["bandwidth"] * machine["elementwise"]
+    of_linears = dtype if products is None else DTYPES[1]
     of_blocks, in_dtype = machine.rate("matmul", of_linears), machine.rate("matmul", dtype)
     found = [
         Term("matmuls", f"matmuls of blocks in {of_linears}", work["linears"], of_blocks, "FLOP"),
@@ -241,10 +242,10 @@ def pass_terms(work: PassWork, layout: Layout, links: Links, machine: Machine) -
         Term("elementwise", "norms, gate, rotation, residuals, loss", work["moved"], moved, "B"),
     ]
     read = work["head_weights"]
-    if layout.base_format is None:
+    if base is None:
         read += work["weights"] + work["weights_back"]
     else:
-        found += _dequantised(work, layout, machine)
+        found += _dequantised(work, layout, base, machine)
     found.append(Term("matmuls", f"weights in {dtype} read", read, machine[f"weights.{dtype}"], "weights"))
     launches = work["blocks"] * machine["block"]
     if machine["hides_launches"]:
@@ -253,21 +254,21 @@ def pass_terms(work: PassWork, layout: Layout, links: Links, machine: Machine) -
     return found + links.terms(work.sent, machine, purpose="tensor")
 
 
-def _dequantised(work: PassWork, layout: Layout, machine: Machine) -> list[Term]:
-    """Making weights ready for a matmul: dequantised, or for FP8 matmuls transposed, whose activations are rounded."""
-    assert layout.base_format is not None
+def _dequantised(work: PassWork, layout: Layout, base: str, machine: Machine) -> list[Term]:
+    """The work to make weights ready for a matmul: they are dequantised, or transposed for FP8 matmuls, whose
+    activations are rounded."""
     moved, weights = machine["bandwidth"] * machine["elementwise"], work["weights"] + work["weights_back"]
-    if layout.products is not None:  # one byte read and one written; on a CPU in the time of the emulated matmul
-        transposed = 0.0 if layout.keep_transposed or not layout.on_gpu else work["weights_back"]
+    if layout.storage.products is not None:  # a byte is read, one written; on a CPU in the time of the emulated matmul
+        transposed = 0.0 if layout.storage.keep_transposed or not layout.on_gpu else work["weights_back"]
         rounded = machine["round.forward"] * work["rounded"] + machine["round.backward"] * work["rounded_back"]
         return [
-            Term("dequantised", f"weights in {layout.base_format} transposed", 2 * transposed, moved, "B"),
+            Term("dequantised", f"weights in {base} transposed", 2 * transposed, moved, "B"),
             Term("dequantised", "activations and gradients rounded to fp8", rounded, moved, "B"),
         ]
-    label = f"weights in {layout.base_format} dequantised"
-    if rate := machine[f"dequantise.{layout.base_format}"]:
+    label = f"weights in {base} dequantised"
+    if rate := machine[f"dequantise.{base}"]:
         return [Term("dequantised", label, weights, rate, "weights")]
-    of_weight = BASE_FORMATS[layout.base_format].bits / 8 + layout.dtype.itemsize
+    of_weight = BASE_FORMATS[base].bits / 8 + layout.dtype.itemsize
     return [Term("dequantised", label, of_weight * weights, moved, "B")]
 
 
@@ -309,7 +310,7 @@ def pipeline_spans(steps: Sequence[StepParts]) -> NDArray[np.float64]:
     A stage runs its passes in the order 1F1B of DeepSpeed's pipeline (0.19.8), which the trace of real steps shows:
     forward passes until as many are in flight as stages follow, its own included; then one back, one forward. Each runs
     as early as it can: a forward pass takes the result of the same micro-batch on the stage before, a backward pass
-    that of the stage behind.
+    the result of the stage behind.
     """
 
     @functools.cache

@@ -1,4 +1,4 @@
-"""What a rank does in the layers of a stage, counted by running them on tensors without data.
+"""The work of a rank in the layers of a stage, counted by running them on tensors without data.
 
 A trace is of one unit: the embedding, a block, or the last block with the head and the loss. The modules, their
 autograd functions and recompute are the real ones, but for the parts that `counting` exchanges.
@@ -29,15 +29,7 @@ from megatron_tiedlora.model.stage import Attended, Stage
 from megatron_tiedlora.parallel.backward import Piece
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.groups import RankGroup, TensorParallel, with_adjoint
-from megatron_tiedlora.planning.counting import (
-    META,
-    CountedAttention,
-    CountedWeight,
-    CountingGroup,
-    Counts,
-    Moment,
-    counted_kernels,
-)
+from megatron_tiedlora.planning import counting
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
@@ -64,7 +56,7 @@ def _remembers(method: _Method) -> _Method:
 
 
 class Sizes(NamedTuple):
-    """The sizes of a micro-batch: of each owner, its tokens and those after the last attention; rows of logits.
+    """The sizes of a micro-batch: for each adapter, its tokens and those after the last attention; rows of logits.
 
     Attributes:
         at_once: the rows of logits that are in memory at one time.
@@ -77,21 +69,21 @@ class Sizes(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What a unit does for one micro-batch.
+    """The work of a unit for one micro-batch.
 
     Attributes:
         forward, backward: counts of its passes.
-        moments: of both passes.
+        moments: the moments of both passes.
         saved: bytes that autograd saves, without factors and indices.
         kept: bytes that are alive between the passes, without factors: recompute also keeps arguments.
         gradients: bytes of the factors' gradients that the backward pass leaves.
         saves_attention: 1 if what attention saves is among them, else 0.
-        saved_factors, kept_factors: which factors are saved, or kept, by target and letter.
+        saved_factors, kept_factors: the factors that are saved, or kept, by target and letter.
     """
 
     forward: Mapping[Hashable, float]
     backward: Mapping[Hashable, float]
-    moments: tuple[Sequence[Moment], ...]
+    moments: tuple[Sequence[counting.Moment], ...]
     saved: float
     kept: float
     gradients: float
@@ -101,14 +93,14 @@ class Trace(NamedTuple):
 
     @property
     def numbers(self) -> list[float]:
-        """Its numbers: the counts, then those of the moments, then the other bytes."""
+        """All that is affine: the counts, then bytes and elements of the moments, then the other bytes."""
         of_moments = (number for moments in self.moments for one in moments for number in (one.alive, one.numbers))
         return [*self.forward.values(), *self.backward.values(), *of_moments, self.saved, self.kept, self.gradients]
 
 
 @dataclass(frozen=True)
 class AdapterReading:
-    """What reading the adapters does: counts of both passes, and the memory of each factor that is a copy.
+    """The work of reading the adapters: counts of both passes, and the memory of each factor that is a copy.
 
     Attributes:
         factors: by layer, target and letter, a number that tells the memory, and its bytes.
@@ -121,24 +113,19 @@ class AdapterReading:
 
 @dataclass(frozen=True)
 class Kind:
-    """What a block does: everything that decides its trace beside sizes.
+    """The kind of a block: everything that decides its trace beside sizes.
 
     Attributes:
-        owners: of each owner of tokens, its adapter if that adapts the block.
+        adapters: for each adapter with tokens in the micro-batch, that adapter if it adapts the block, else None.
         earlier: whether its input needs a gradient.
         ends: whether the head follows.
         rotates: whether it rotates queries and keys.
     """
 
-    owners: tuple[AdapterConfig | None, ...]
+    adapters: tuple[AdapterConfig | None, ...]
     earlier: bool
     ends: bool = False
     rotates: bool = True
-
-    @property
-    def goes_back(self) -> bool:
-        """Whether it has a backward pass; a block below the first adapted layer has none."""
-        return self.earlier or any(self.owners)
 
 
 class Tracer:
@@ -155,28 +142,29 @@ class Tracer:
     ) -> None:
         """`on_gpu` decides how attention is computed."""
         self.shape, self.dtype, self._on_gpu = shape, dtype, on_gpu
-        self._counts = Counts()
-        group = CountingGroup(None, 0, tp_size, self._counts) if tp_size > 1 else RankGroup()
+        self._counts = counting.Counts()
+        group = counting.CountingGroup(None, 0, tp_size, self._counts) if tp_size > 1 else RankGroup()
         self.tensor_parallel = TensorParallel(group, sequence_parallel and tp_size > 1)
-        with torch.device(META):
-            kernels = counted_kernels(self._counts)
+        with torch.device(counting.META):
+            kernels = counting.counted_kernels(self._counts)
             self._specs = layer_specs(shape, dtype=dtype, tp_size=tp_size, kernels=kernels)
 
     @_remembers
     def _stage(self, first: int, stop: int | None) -> Stage:
         """A stage of some entries of the flat list of layers."""
-        with torch.device(META):
+        with torch.device(counting.META):
             stage = Stage(list(self._specs[first:stop]), None, tensor_parallel=self.tensor_parallel)
         for name, module in stage.named_modules():
             if isinstance(weight := getattr(module, "frozen", None), FrozenWeight):
-                module.frozen = CountedWeight(weight.tensor, self._counts, is_head=name.endswith(str(stage.head)))
+                is_head = name.endswith(str(stage.head))
+                module.frozen = counting.CountedWeight(weight.tensor, self._counts, is_head=is_head)
         return stage
 
     def at(self, kind: Kind, sizes: Sizes, *, recompute: str) -> Trace:
-        """What a block does for a micro-batch of these sizes.
+        """The trace of a block for a micro-batch of these sizes.
 
-        With one owner of tokens everything about it is affine in `_features`, so that as many traces as there are
-        features give all sizes. With several owners each size is traced.
+        With tokens of one adapter everything about it is affine in `_features`, so that as many traces as there are
+        features give all sizes. With several adapters each size is traced.
         """
         if len(sizes.tokens) > 1:
             return self.trace(kind, sizes, recompute=recompute)
@@ -184,7 +172,7 @@ class Tracer:
         values = iter((_features(kind, sizes) @ coefficients).tolist())
         forward, backward = ({key: next(values) for key in counts} for counts in (first.forward, first.backward))
         moments = tuple(
-            [Moment(next(values), moment.kernel, next(values)) for moment in some] for some in first.moments
+            [counting.Moment(next(values), moment.kernel, next(values)) for moment in some] for some in first.moments
         )
         saved, kept, gradients = values
         return first._replace(
@@ -209,32 +197,32 @@ class Tracer:
         stage = self._stage(0, 1)
         self._counts.restart()
         with self._counts:
-            stage.embed(torch.empty(1, tokens, dtype=torch.int64, device=META), self.tensor_parallel)
+            stage.embed(torch.empty(1, tokens, dtype=torch.int64, device=counting.META), self.tensor_parallel)
         return dict(self._counts.found)
 
     @_remembers
     def reading(self, parts: tuple[AdapterPart, ...]) -> AdapterReading:
-        """What it takes to read the adapters of a micro-batch, once for all layers of a stage."""
-        with torch.device(META):
+        """The work of reading the adapters of a micro-batch, once for all layers of a stage."""
+        with torch.device(counting.META):
             bank = AdapterBank({str(number): TiedAdapter(part) for number, part in enumerate(parts)})
         kept = {parameter.untyped_storage()._cdata for _, parameter in bank.named_parameters()}
         shares = tuple(Share(name, 1, 8 * self.tensor_parallel.group.size) for name in bank.adapters)
         counts = self._counts
         counts.restart()
         updates = bank.updates(shares, self.tensor_parallel, dtype=self.dtype)
-        forward, stand_ins = dict(counts.found), list[torch.Tensor]()
+        forward, slots = dict(counts.found), list[torch.Tensor]()
         counts.found.clear()
         factors = {}
         for layer, update in updates.items():
             for name, linear in update.items():
-                stand_ins += [tensor for tensor in (linear.grad_a, linear.grad_f) if tensor is not None]
+                slots += [tensor for tensor in (linear.grad_a, linear.grad_f) if tensor is not None]
                 for letter, factor in (("A", linear.a), ("F", linear.f)):
                     assert factor is not None, "an adapted linear has factors"
                     storage = factor.untyped_storage()
                     if storage._cdata not in kept:
                         factors[layer, name, letter] = storage._cdata, storage.nbytes()
-        if stand_ins:
-            torch.autograd.backward(stand_ins, [torch.empty_like(tensor) for tensor in stand_ins])
+        if slots:
+            torch.autograd.backward(slots, [torch.empty_like(tensor) for tensor in slots])
         return AdapterReading(forward, dict(counts.found), factors)
 
     @_remembers
@@ -246,7 +234,7 @@ class Tracer:
         stage = self._stage(index, None if kind.ends else index + 1)
         stage.set_recompute(recompute)
         gradients, saved = list[torch.Tensor](), dict[int, int]()
-        anchor = torch.empty(1, dtype=self.dtype, requires_grad=True, device=META)
+        anchor = torch.empty(1, dtype=self.dtype, requires_grad=True, device=counting.META)
         updates, factors = self._updates(kind, index, sizes, anchor, gradients)
         context = self._context(stage, sum(sizes.tokens))
         size = (1, sum(sizes.tokens) // self.tensor_parallel.sequence_parts, self.shape.hidden_size)
@@ -288,17 +276,17 @@ class Tracer:
     def _updates(
         self, kind: Kind, index: int, sizes: Sizes, anchor: torch.Tensor, kept: list[torch.Tensor]
     ) -> tuple[dict[int, LayerUpdate], dict[tuple[str, str], weakref.ref[torch.UntypedStorage]]]:
-        """The updates of the block, with stand-ins that keep their gradients; and its factors."""
+        """The updates of the block, with gradient slots that keep their gradients; and its factors."""
 
-        def stand_in(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        def slot(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
             return with_adjoint(anchor, lambda one: one.new_empty(1, dtype=dtype).expand(shape), kept.append)
 
-        like = next(filter(None, kind.owners), None)  # of those that do not adapt the block
+        like = next(filter(None, kind.adapters), None)  # gives the shapes of those that do not adapt the block
         if like is None:
             return {}, {}
         bank, group = dict[str, TiedAdapter](), self.tensor_parallel.group
-        with torch.device(META):
-            for number, config in enumerate(kind.owners):
+        with torch.device(counting.META):
+            for number, config in enumerate(kind.adapters):
                 layers = () if config is None else (index,)
                 part = AdapterPart(replace(config or like, layers=(index,)), layers, group.rank, group.size)
                 bank[str(number)] = TiedAdapter(part)
@@ -310,12 +298,12 @@ class Tracer:
             a, f = linear.a.detach().clone(), linear.f.detach().clone()
             for letter, factor in (("A", a), ("F", f)):
                 factors[name, letter] = weakref.ref(factor.untyped_storage())
-            grad_a, grad_f = (t if t is None else stand_in(t.shape, t.dtype) for t in (linear.grad_a, linear.grad_f))
+            grad_a, grad_f = (t if t is None else slot(t.shape, t.dtype) for t in (linear.grad_a, linear.grad_f))
             found[name] = linear._replace(a=a, f=f, grad_a=grad_a, grad_f=grad_f)
         return {index: found}, factors
 
     def _context(self, stage: Stage, tokens: int) -> AttentionContext:
-        positions = torch.empty(1, tokens, dtype=torch.int64, device=META)
+        positions = torch.empty(1, tokens, dtype=torch.int64, device=counting.META)
         rope = stage.attention.qkv.rope
         tables = {} if rope is None else {rope: rotation_table(positions, self.shape.heads, self.dtype)}
 
@@ -323,12 +311,12 @@ class Tracer:
             if self.dtype == torch.float32:  # the memory-efficient kernel gets keys and values for every query head
                 group = query.shape[1] // key.shape[1]
                 key, value = (heads.repeat_interleave(group, dim=1) if group > 1 else heads for heads in (key, value))
-            output: torch.Tensor = CountedAttention.apply(query, key, value, self._counts)
+            output: torch.Tensor = counting.CountedAttention.apply(query, key, value, self._counts)
             return output
 
         def by_tiles(*heads: torch.Tensor) -> torch.Tensor:
             rows = (tensor.transpose(1, 2).flatten(0, 1) for tensor in heads)
-            output: torch.Tensor = CountedAttention.apply(*rows, self._counts)
+            output: torch.Tensor = counting.CountedAttention.apply(*rows, self._counts)
             return output.flatten(1)[None]
 
         documents = Documents([0, tokens], positions[0, :2], tokens)
@@ -343,19 +331,20 @@ def _end(output: torch.Tensor) -> torch.Tensor:
 
 
 def _supervised(sizes: Sizes) -> Supervised:
-    rows, chosen = (torch.empty(size, dtype=torch.int64, device=META) for size in (sum(sizes.after), sizes.supervised))
+    given = sum(sizes.after), sizes.supervised
+    rows, chosen = (torch.empty(size, dtype=torch.int64, device=counting.META) for size in given)
     if len(sizes.tokens) == 1:
         return Supervised(rows, rows, chosen, chosen)
     pieces = tuple(Piece(number, size) for number, size in enumerate(sizes.after))
-    # Whose the rows of logits are changes nothing, as long as each owner has some.
+    # It changes nothing which adapter has which rows of logits, as long as each has some.
     edges = [len(chosen) * sum(sizes.after[:number]) // len(rows) for number in range(len(pieces) + 1)]
     labelled = tuple(Piece(number, stop - start) for number, (start, stop) in enumerate(pairwise(edges)))
     return Supervised(rows, rows, chosen, chosen, pieces, labelled)
 
 
 def _features(kind: Kind, sizes: Sizes) -> list[float]:
-    """What counts are affine in: tokens, those after the last attention, rows of logits, the parts in which these are
-    computed, and the rows of the first part."""
+    """The sizes that counts are affine in: tokens, those after the last attention, rows of logits, the parts in which
+    these are computed, and the rows of the first part."""
     (tokens,), (after,), rows, at_once = sizes
     if not kind.ends:
         return [1.0, tokens]

@@ -53,8 +53,7 @@ from megatron_tiedlora.selfcheck.timing import (
     storage_bytes,
     take_turns,
 )
-from megatron_tiedlora.training.compiling import ChosenKernels, choose_kernels
-from megatron_tiedlora.training.throughput import find_peak, timed
+from megatron_tiedlora.training.throughput import ChosenKernels, choose_kernels, find_peak, timed
 
 OURS, PADDED, PACKED = "megatron_tiedlora", "PEFT LoRA", "PEFT LoRA, packed"
 IN_TURN, TOGETHER, ONE = "in turn", "together", "one adapter, all tokens"

@@ -43,9 +43,8 @@ from megatron_tiedlora.parallel.groups import DATA, GROUPS, Grid, Traffic, Traff
 from megatron_tiedlora.planning.layout import MicroBatchShape
 from megatron_tiedlora.planning.machines import Machine, read_machine
 from megatron_tiedlora.planning.passes import engine_traffic, saved_bytes, step_flops
-from megatron_tiedlora.planning.planned import Planned
+from megatron_tiedlora.planning.planned import Planned, StepPlan
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
-from megatron_tiedlora.planning.step_plan import StepPlan
 from megatron_tiedlora.planning.step_time import Seconds
 from megatron_tiedlora.runtime.process_group import join_process_group, ranks_by_host
 from megatron_tiedlora.runtime.stopping import StopRequests
@@ -60,9 +59,8 @@ from megatron_tiedlora.selfcheck.timing import (
     take_turns,
 )
 from megatron_tiedlora.training.build import build_model, build_random_model
-from megatron_tiedlora.training.compiling import choose_kernels
 from megatron_tiedlora.training.step import GUARDED_STEPS, AdapterStep, TrainStep
-from megatron_tiedlora.training.throughput import find_peak, matmul_rate, timed
+from megatron_tiedlora.training.throughput import choose_kernels, find_peak, matmul_rate, timed
 
 LEARNING_RATE = 1e-4
 # So many that the schedule stays near its peak, and that --compile auto takes the run for a long one.

@@ -22,7 +22,7 @@ from megatron_tiedlora.selfcheck import running
 from megatron_tiedlora.selfcheck.parts import Tell
 from megatron_tiedlora.selfcheck.reference import Document, loss_and_gradients, relative, worst_of
 from megatron_tiedlora.selfcheck.step_bench import Started
-from megatron_tiedlora.training.compiling import compiled_kernels
+from megatron_tiedlora.training.throughput import compiled_kernels
 
 pytestmark = pytest.mark.gpu
 

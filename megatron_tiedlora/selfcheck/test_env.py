@@ -15,8 +15,7 @@ from megatron_tiedlora.runtime.machine import in_words, judge_machine, machine_r
 from megatron_tiedlora.runtime.process_group import gpu_name
 from megatron_tiedlora.selfcheck.parts import WARNING, Tell, option, report, warn_unless, why_no_gpu
 from megatron_tiedlora.selfcheck.running import compute_dtype, small_shape
-from megatron_tiedlora.training.compiling import compiled_kernels
-from megatron_tiedlora.training.throughput import matmul_rate, timed
+from megatron_tiedlora.training.throughput import compiled_kernels, matmul_rate, timed
 
 pytestmark = pytest.mark.gpu
 

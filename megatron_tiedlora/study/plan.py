@@ -30,8 +30,8 @@ from megatron_tiedlora.data.splits import load_split, local_names
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.planning.adapter_plans import DS_CONFIG, check_clipping
 from megatron_tiedlora.planning.memory import StageMemory, held_memory, step_memory, with_reserves
+from megatron_tiedlora.planning.planned import StepPlan
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
-from megatron_tiedlora.planning.step_plan import StepPlan
 from megatron_tiedlora.study.record import (
     BaseRecord,
     Run,

@@ -21,6 +21,7 @@ from megatron_tiedlora.base.output_folder import PathIn, reject_links
 from megatron_tiedlora.base.ownership import Owner, is_of_owner
 from megatron_tiedlora.base.text_files import Size, Text, read_fields, read_json_object, read_json_or_none, write_yaml
 from megatron_tiedlora.checkpoint.resume import PROGRESS_FILE, named_checkpoint
+from megatron_tiedlora.config.adapters_file import HALVING_REASON
 from megatron_tiedlora.config.cli import naming_file, read_yaml
 from megatron_tiedlora.config.fields import declared, flag_value, marked
 from megatron_tiedlora.config.settings import Settings
@@ -34,7 +35,6 @@ from megatron_tiedlora.config.sweep_settings import (
 )
 from megatron_tiedlora.evaluation.results import RESULTS_FILE, Score
 from megatron_tiedlora.runtime.run_folder import RunFolder, State
-from megatron_tiedlora.training.halving import REASON
 
 SINGLE_LAYER_METHOD, SINGLE_LAYER_RIVAL = "lora", "tl5"
 PAPER_LAYER_STEP = 4
@@ -303,7 +303,7 @@ class RunEnd:
     @property
     def halved(self) -> str:
         """Why --halving stopped it; '' if it did not."""
-        return self.reason if self.state == "finished" and self.reason.startswith(REASON) else ""
+        return self.reason if self.state == "finished" and self.reason.startswith(HALVING_REASON) else ""
 
     def in_words(self, metric: str) -> str:
         """How a finished run ended, by the value of --eval_metric."""
@@ -442,5 +442,5 @@ def _read_result(folder: StudyFolder, grid: SweepGrid, point: Point, base: BaseR
         chosen,
         tuple(run for run, end in ends.items() if chosen is not None and end.state != "finished"),
         None if chosen is None else read_score(folder.score(chosen.name)),
-        tuple((run, end.halved.removeprefix(REASON)) for run, end in ends.items() if end.halved),
+        tuple((run, end.halved.removeprefix(HALVING_REASON)) for run, end in ends.items() if end.halved),
     )

@@ -1,4 +1,4 @@
-"""One adapter of a run on one rank: its data, log, evaluations, checkpoints and early stopping, and how it ends.
+"""One adapter of a run on one rank: its data, log, evaluations, checkpoints and early stopping, --halving, and its end.
 
 Its steps are taken with those of the others (`training/step.py`), and so are its evaluations (`loop.py`).
 """
@@ -8,15 +8,19 @@ import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
 from megatron_tiedlora.adapters.tying import AdapterLayout, gather_full
+from megatron_tiedlora.base.atomic import Guard, write_json
 from megatron_tiedlora.base.messages import UserError, named, printable
+from megatron_tiedlora.base.text_files import Count, Real, Text, read_fields, read_json_object
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
 from megatron_tiedlora.checkpoint.native_adapter import save_adapter
 from megatron_tiedlora.checkpoint.resume import Progress, moment_name, save_checkpoint
+from megatron_tiedlora.config.adapters_file import HALVING_REASON
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.loader import TrainingStep, evaluation_batches, evaluation_sizes
 from megatron_tiedlora.data.tokenizer import padding_id
@@ -29,13 +33,97 @@ from megatron_tiedlora.planning.adapter_plans import RunData
 from megatron_tiedlora.planning.run_plan import RunPlan
 from megatron_tiedlora.runtime.heartbeat import rank_line
 from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder
-from megatron_tiedlora.training.halving import BatchLosses, read_record
 from megatron_tiedlora.training.step import StepChecks, StepReport, require_finite
 from megatron_tiedlora.training.throughput import Meter, peak_memory_bytes
 
+# --halving ------------------------------------------------------------------------------------------------------------
+
+# An adapter stops if its validation loss is above that of another one, which differs only in the learning rate, by more
+# than noise. Both have answered the same batches of the validation set at the same step. Let a_j and b_j be their
+# losses, summed over the t_j supervised tokens of batch j of n, and N = sum t_j. Then one is behind by
+# D = sum (a_j - b_j) / N. The noise is the half width of D's 95 % interval, t(n - 1) S, with the standard error of a
+# ratio of sums over batches,
+#
+#     S^2 = n / (n - 1) sum (a_j - b_j - D t_j)^2 / N^2.
+
+RECORD_FILE = "halving.json"  # in the run folder: the last evaluation, and why training was stopped after it
+# Student's t of a two-sided 95 % interval, for 1, 2, ... degrees of freedom; the last is for more as well.
+_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+
+
+@dataclass(frozen=True)
+class BatchLosses:
+    """An evaluation: the loss and the supervised tokens of each batch of the validation set, over all ranks.
+
+    Attributes:
+        stopped: why training ended after it; "" if it did not.
+    """
+
+    step: Count
+    losses: tuple[Real, ...]
+    tokens: tuple[Count, ...]
+    stopped: Text = ""
+
+    @property
+    def loss(self) -> float:
+        """The mean over all supervised tokens."""
+        return math.fsum(self.losses) / sum(self.tokens)
+
+    def behind(self, other: "BatchLosses") -> tuple[float, float]:
+        """How far this is behind `other`, whose batches are the same, in loss per token, and the noise of that.
+
+        With one batch the noise is not known: inf.
+        """
+        assert self.tokens == other.tokens, "evaluations of different batches"
+        used = [(a - b, t) for a, b, t in zip(self.losses, other.losses, self.tokens, strict=True) if t]
+        count, total = len(used), sum(self.tokens)
+        mean = math.fsum(difference for difference, _ in used) / total
+        if count < 2:
+            return mean, math.inf
+        squares = math.fsum((difference - mean * tokens) ** 2 for difference, tokens in used)
+        error = math.sqrt(count / (count - 1) * squares) / total
+        return mean, _STUDENT[min(count - 1, len(_STUDENT)) - 1] * error
+
+    def write(self, folder: Path, *, guard: Guard) -> None:
+        """Write it to a run folder. Raises UserError."""
+        write_json(folder / RECORD_FILE, asdict(self), guard=guard)
+
+
+def read_record(folder: Path, *, step: int | None) -> BatchLosses | None:
+    """The evaluation after `step` that a run folder records; None if it records another, or none that can be read."""
+    file = folder / RECORD_FILE
+    with suppress(OSError, UserError):
+        found = read_fields(file, read_json_object(file, kind="an evaluation"), BatchLosses, optional=["stopped"])
+        if found.step == step and len(found.losses) == len(found.tokens) and any(found.tokens):
+            return found
+    return None
+
+
+def find_behind(evaluated: Mapping[str, BatchLosses], rivals: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+    """The adapters that are behind the best of their rivals of the same step by more than noise, each with the reason.
+
+    Args:
+        evaluated: the last evaluation of each. One from before a resume may have had other batches, as these follow
+            from the micro-batch size and the parallel configuration; it is not compared.
+    """
+    found = {}
+    for name, own in evaluated.items():
+        same = [(other, evaluated[other]) for other in rivals[name] if other in evaluated]
+        beside = [other for other, its in same if (its.step, its.tokens) == (own.step, own.tokens)]
+        if not beside:
+            continue
+        best = min(beside, key=lambda other: evaluated[other].loss)
+        behind, noise = own.behind(evaluated[best])
+        if behind > noise:
+            found[name] = f"{HALVING_REASON}at step {own.step} it was behind {best} by {behind:.4f}, noise {noise:.4f}"
+    return found
+
+
+# An adapter of a run --------------------------------------------------------------------------------------------------
+
 
 class Evaluated(NamedTuple):
-    """What an evaluation found: the mean validation loss, and scores of answers to validation samples by metric."""
+    """The result of an evaluation: the mean validation loss, and scores of answers to validation samples by metric."""
 
     loss: float
     scores: Mapping[str, Score]
@@ -46,8 +134,8 @@ class AdapterRun:
     """One adapter from a ready engine to its end.
 
     Attributes:
-        layout: which rank holds which part of it.
-        log: rank 0's.
+        layout: the parts of the adapter by rank.
+        log: the log of metrics on rank 0; None on the others.
         progress: the steps taken and the best score.
         ends_apart: whether its end is recorded apart from the run's, so that one that fails leaves the others.
         keeps_losses: whether its last evaluation is kept to be compared with those of others (--halving).
@@ -80,9 +168,13 @@ class AdapterRun:
     def __post_init__(self) -> None:
         self.log_failure: UserError | None = None
         self.saved_step = self.progress.step or None  # of its last checkpoint; None if there is none
-        self.loader = self.plan.training_loader(
-            self.data.train, pad_id=padding_id(self.data.tokenizer), consumed_samples=self.progress.consumed_samples
-        )
+        plan, consumed = self.plan, self.progress.consumed_samples
+        self._pad_id = padding_id(self.data.tokenizer)
+        self._batch_sizes = {
+            "micro_batch_size": plan.batches.micro_batch_size,
+            "pad_multiple": plan.layout.pad_multiple,
+        }
+        self.loader = plan.training_loader(self.data.train, pad_id=self._pad_id, consumed_samples=consumed)
 
     @property
     def adapter(self) -> TiedAdapter:
@@ -200,25 +292,13 @@ class AdapterRun:
     @property
     def evaluation_sizes(self) -> list[int]:
         """The tokens of each of its validation batches, on the rank where it has most."""
-        sizes = evaluation_sizes(
-            self.data.validation,
-            micro_batch_size=self.plan.batches.micro_batch_size,
-            dp_size=self.plan.grid.dp_size,
-            pad_multiple=self.plan.layout.pad_multiple,
-        )
-        return list(sizes)
+        return list(evaluation_sizes(self.data.validation, **self._batch_sizes, dp_size=self.plan.grid.dp_size))
 
     def evaluation_batches(self, *, all_of_them: bool = False) -> Iterator[MicroBatch]:
-        """This rank's batches of the validation split, or those of all ranks."""
+        """The batches of the validation split on this rank, or on all ranks."""
         grid = Grid(0, 1) if all_of_them else self.plan.grid
-        return evaluation_batches(
-            self.data.validation,
-            micro_batch_size=self.plan.batches.micro_batch_size,
-            dp_rank=grid.dp_rank,
-            dp_size=grid.dp_size,
-            pad_id=padding_id(self.data.tokenizer),
-            pad_multiple=self.plan.layout.pad_multiple,
-        )
+        ours = {"dp_rank": grid.dp_rank, "dp_size": grid.dp_size, "pad_id": self._pad_id}
+        return evaluation_batches(self.data.validation, **self._batch_sizes, **ours)
 
     @contextmanager
     def base_alone(self) -> Iterator[None]:
@@ -282,7 +362,7 @@ class AdapterRun:
             self._end(self.evaluated.stopped)
 
     def keep_losses(self, batches: Sequence[tuple[float, int]]) -> None:
-        """With --halving: keep an evaluation, of which this rank has the loss and supervised tokens of each batch.
+        """With --halving: keep an evaluation. This rank gives the loss and supervised tokens of each of its batches.
 
         It is in the run folder before the checkpoint that follows it.
         """

@@ -16,30 +16,14 @@ from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank, Dropout
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter, initial_values
 from megatron_tiedlora.adapters.tying import MOMENTS, sum_of_u
 from megatron_tiedlora.base.messages import UserError, count_text
-from megatron_tiedlora.checkpoint.base_identity import (
-    BaseIdentity,
-    check_same_base,
-    identify_base,
-    identify_shape,
-    linears_dtype,
-    quantised_otherwise,
-)
+from megatron_tiedlora.checkpoint import base_identity as identity
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, RandomWeights, load_base_weights
 from megatron_tiedlora.checkpoint.load_model import check_same_dtype
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE
 from megatron_tiedlora.checkpoint.resume import Checkpoint, moment_name
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.config.train_fields import Schedule
-from megatron_tiedlora.engine.engine import (
-    base_construction,
-    initialize_engine,
-    make_groups,
-    make_process_grid,
-    mark_parameters,
-    parameter_access,
-    stored_bytes,
-    trained_parameters,
-)
+from megatron_tiedlora.engine import engine as deepspeed_engine
 from megatron_tiedlora.engine.runner import EngineOptimizer, Optimizers, OwnOptimizer, PipelineRunner, Runner
 from megatron_tiedlora.model.layer_specs import LayerSpec, layer_specs
 from megatron_tiedlora.model.stage import Stage
@@ -49,8 +33,7 @@ from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 from megatron_tiedlora.parallel.groups import ParallelGroups, TensorParallel, largest_of_all
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.planning.adapter_plans import Plans, shared_plan
-from megatron_tiedlora.planning.init_from import load_start
-from megatron_tiedlora.planning.run_plan import RunPlan
+from megatron_tiedlora.planning.run_plan import RunPlan, load_start
 
 
 def steps_by_engine(plans: Plans) -> bool:
@@ -63,13 +46,13 @@ class BuiltModel:
     """This rank's stage with the values of base and adapters, and its engine, ready for the next step.
 
     Attributes:
-        base_identity: what the base is.
+        base_identity: the identity of the base.
         bytes_read, bytes_kept: bytes of base weights that were read and that are stored, by rank.
         notes: what a user should know of the start of each adapter, and how the base differs from its own.
     """
 
     runner: Runner
-    base_identity: BaseIdentity
+    base_identity: identity.BaseIdentity
     bytes_read: tuple[int, ...]
     bytes_kept: tuple[int, ...]
     notes: Mapping[str, tuple[str, ...]]
@@ -85,7 +68,7 @@ def build_model(
     """Build this rank's stage with the parts of all adapters, load its shards of the base, and start the engine.
 
     Args:
-        checkpoints: from which adapters go on, by name; others begin.
+        checkpoints: the checkpoint from which an adapter resumes, by its name; the others begin.
 
     Raises:
         UserError: weights are missing or do not fit, or a checkpoint or --init_from's adapter is of another base.
@@ -94,7 +77,8 @@ def build_model(
     with checked_starts(plans, resumed) as (weights, base, states, notes):
         model = _build_stage(plans, device, kernels, states)
         load_stage_weights(shared, weights, model.stage, model.groups)
-        read, kept = gather_numbers(weights.bytes_read), gather_numbers(stored_bytes(model.stage.layers))
+        stored = deepspeed_engine.stored_bytes(model.stage.layers)
+        read, kept = gather_numbers(weights.bytes_read), gather_numbers(stored)
     runner = _start_engine(plans, model, device, resumed)
     return BuiltModel(runner, base, tuple(read), tuple(kept), notes)
 
@@ -105,7 +89,7 @@ States = dict[str, Mapping[str, torch.Tensor] | None]  # what each adapter start
 @contextmanager
 def checked_starts(
     plans: Plans, checkpoints: Mapping[str, Checkpoint | None]
-) -> Iterator[tuple[BaseWeights, BaseIdentity, States, dict[str, tuple[str, ...]]]]:
+) -> Iterator[tuple[BaseWeights, identity.BaseIdentity, States, dict[str, tuple[str, ...]]]]:
     """The open files of the base, what it is, and what each adapter starts from, with notes. All ranks call it.
 
     Raises as `build_model`, and UserError on every rank if ranks have other bases.
@@ -129,12 +113,12 @@ def checked_starts(
 
 
 def build_random_model(plans: Plans, device: torch.device, *, kernels: Kernels = EAGER) -> BuiltModel:
-    """The same with random base weights of the model's shape, drawn in place, for benchmarks. Reads no files."""
+    """As `build_model`, with random base weights that are drawn in place. Reads no files; for benchmarks."""
     shared = shared_plan(plans)
     model = _build_stage(plans, device, kernels, dict.fromkeys(plans))
     weights = RandomWeights(weight_rules(shared.source.shape), shared.settings.seed)
     load_stage_weights(shared, weights, model.stage, model.groups)
-    base = identify_shape(shared.source, shared.dtype_name, weights_hash="random")
+    base = identity.identify_shape(shared.source, shared.dtype_name, weights_hash="random")
     none = (0,) * shared.grid.world_size
     runner = _start_engine(plans, model, device, {})
     return BuiltModel(runner, base, none, none, dict.fromkeys(plans, ()))
@@ -149,7 +133,7 @@ def load_stage_weights(
         weights,
         frozen_weights(stage),
         stage_weight_rules(plan.source.shape, has_embedding=stage.embedding is not None),
-        access=parameter_access(plan.engine),
+        access=deepspeed_engine.parameter_access(plan.engine),
         tp_rank=grid.tp_rank,
         tp_size=grid.tp_size,
         largest=partial(largest_of_all, group=groups.tensor),
@@ -159,10 +143,10 @@ def load_stage_weights(
 
 
 class _Model(NamedTuple):
-    """What an engine is started around.
+    """The model that an engine is started around.
 
     Attributes:
-        module: what DeepSpeed gets: the stage itself, or the PipelineModule around it.
+        module: the module that DeepSpeed gets: the stage itself, or the PipelineModule around it.
         process_grid: DeepSpeed's grid of process groups.
     """
 
@@ -196,9 +180,10 @@ def _build_stage(plans: Plans, device: torch.device, kernels: Kernels, states: S
         return Stage(specs, bank, tensor_parallel=tensor_parallel, recompute=recompute, is_engines=engine_steps)
 
     if grid.pp_size == 1:
-        process_grid = make_process_grid(grid)
-        groups = make_groups(grid, process_grid)
-        with base_construction(plan.engine, dtype=plan.dtype, device=device, process_grid=process_grid):
+        process_grid = deepspeed_engine.make_process_grid(grid)
+        groups = deepspeed_engine.make_groups(grid, process_grid)
+        on: dict[str, Any] = {"dtype": plan.dtype, "device": device, "process_grid": process_grid}
+        with deepspeed_engine.base_construction(plan.engine, **on):
             stage = stage_of(groups, specs)
         found = _Model(stage, stage, groups, process_grid)
     else:
@@ -209,7 +194,7 @@ def _build_stage(plans: Plans, device: torch.device, kernels: Kernels, states: S
         found = _Model(module, module.stage, module.groups, module.mpu())
     for name, adapter in adapters.items():
         if engine_steps:
-            mark_parameters(adapter, found.groups)
+            deepspeed_engine.mark_parameters(adapter, found.groups)
             adapter.u_sum = sum_of_u(found.groups) if grid.tp_size > 1 else None
         state = states[name]
         adapter.load_full(initial_values(plans[name].adapter) if state is None else state)
@@ -222,7 +207,7 @@ def _start_engine(
     """The engine around the model, with optimizers and schedules in the state of the checkpoints."""
     plan, bank = shared_plan(plans), model.stage.bank
     assert bank is not None
-    start = partial(initialize_engine, model.module, process_grid=model.process_grid)
+    start = partial(deepspeed_engine.initialize_engine, model.module, process_grid=model.process_grid)
     optimizers: Optimizers
     if steps_by_engine(plans):
         trained = [parameter for parameter in model.stage.parameters() if parameter.requires_grad]  # the anchor too
@@ -244,7 +229,7 @@ def _start_engine(
         engine = start(config, optimizer=of_nothing, scheduler=None)
         own = {}
         for name, its in plans.items():
-            trained = list(trained_parameters(bank.adapters[name]).values())
+            trained = list(deepspeed_engine.trained_parameters(bank.adapters[name]).values())
             made = make_training(its.settings, trained or [nn.Parameter(torch.zeros(1))])  # it wants a tensor
             own[name] = OwnOptimizer(*made, its.settings.gradient_clipping)
         schedules = {name: one.scheduler for name, one in own.items()}
@@ -255,7 +240,7 @@ def _start_engine(
             moments = {
                 moment: {
                     tensor: adapter.part.shard(tensor, checkpoint.moments[moment_name(moment, tensor)])
-                    for tensor in trained_parameters(adapter)
+                    for tensor in deepspeed_engine.trained_parameters(adapter)
                 }
                 for moment in MOMENTS
             }
@@ -281,11 +266,12 @@ def make_training(settings: Settings, trained: Iterable[nn.Parameter]) -> tuple[
     return optimizer, LambdaLR(optimizer, factor)
 
 
-def _identify(plan: RunPlan, weights: BaseWeights) -> BaseIdentity:
-    found = identify_base(plan.source, weights, plan.dtype_name, tokenizer=plan.settings.tokenizer)
+def _identify(plan: RunPlan, weights: BaseWeights) -> identity.BaseIdentity:
+    found = identity.identify_base(plan.source, weights, plan.dtype_name, tokenizer=plan.settings.tokenizer)
+    found = replace(found, base_format=plan.settings.base)
     if plan.settings.base is None or plan.source.stored is not None:
-        return replace(found, base_format=plan.settings.base)
-    return replace(found, base_format=plan.settings.base, base_stored=linears_dtype(weights, plan.source.shape))
+        return found
+    return replace(found, base_stored=identity.linears_dtype(weights, plan.source.shape))
 
 
 def check_resumed_base(plan: RunPlan, checkpoint: Checkpoint) -> None:
@@ -295,7 +281,7 @@ def check_resumed_base(plan: RunPlan, checkpoint: Checkpoint) -> None:
     _check_resumed(plan, base, checkpoint)
 
 
-def _check_resumed(plan: RunPlan, base: BaseIdentity, checkpoint: Checkpoint) -> tuple[str, ...]:
+def _check_resumed(plan: RunPlan, base: identity.BaseIdentity, checkpoint: Checkpoint) -> tuple[str, ...]:
     """Notes on the base. Raises UserError as `check_resumed_base` does."""
     stored = checkpoint.adapter.config.facts
     for name, expected in plan.adapter.facts.items():  # its settings were compared when it was found
@@ -305,8 +291,8 @@ def _check_resumed(plan: RunPlan, base: BaseIdentity, checkpoint: Checkpoint) ->
                 f" {expected}. Resume from another checkpoint"
             )
     differs, trained = plan.settings.base_differs, checkpoint.adapter.base_identity
-    notes = check_same_base(trained, base, source=str(checkpoint.folder), differs=differs)
-    if (otherwise := quantised_otherwise(trained, base)) and not differs:
+    notes = identity.check_same_base(trained, base, source=str(checkpoint.folder), differs=differs)
+    if (otherwise := identity.quantised_otherwise(trained, base)) and not differs:
         raise UserError(
             f"{checkpoint.folder}: {otherwise}; give the model in {trained.base_stored} with --model, or --base_differs"
             " to use this one anyway"

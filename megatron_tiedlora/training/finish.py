@@ -1,33 +1,48 @@
-"""The end of a run: scores of the best adapters, their plots, exports and checks."""
+"""The scores and exports of a run, and what it tells its user: before its progress bar, on the bar, and at its end.
+
+A run of one adapter tells of it in full; a run of several has a row for each.
+"""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import os
+import shlex
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
 from megatron_tiedlora.base.atomic import discard, write_json
 from megatron_tiedlora.base.extras import install_hint
-from megatron_tiedlora.base.messages import UserError, count_text, named
+from megatron_tiedlora.base.messages import UserError, aligned_lines, bytes_in_words, count_text, named, range_text
+from megatron_tiedlora.base.output_folder import numbered
+from megatron_tiedlora.base.shapes import QKV
 from megatron_tiedlora.base.text_files import read_json_object
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
+from megatron_tiedlora.checkpoint.load_model import describe_dtype
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_native_adapter
 from megatron_tiedlora.checkpoint.resume import Checkpoint
-from megatron_tiedlora.convert.export_peft import export_peft
+from megatron_tiedlora.convert.export_peft import Export, base_location, base_name, export_peft, serve_hints
 from megatron_tiedlora.convert.layerwise import layerwise_loss
-from megatron_tiedlora.convert.merge import merge_adapter
+from megatron_tiedlora.convert.merge import is_merge_of, merge_adapter
 from megatron_tiedlora.convert.verify import verify_export
 from megatron_tiedlora.data.tasks import get_task
+from megatron_tiedlora.evaluation.answering import ScoredSet
 from megatron_tiedlora.evaluation.results import Score
+from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0
 from megatron_tiedlora.planning.adapter_plans import shared_plan
-from megatron_tiedlora.runtime.run_folder import plot_losses
+from megatron_tiedlora.planning.run_plan import RunPlan, steps_in_words
+from megatron_tiedlora.runtime.ending import FAILED_STATUS, End
+from megatron_tiedlora.runtime.run_folder import RunFolder, plot_losses, read_metrics
 from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests
 from megatron_tiedlora.training.adapter_run import AdapterRun
-from megatron_tiedlora.training.loop import Trainer, of_start, table_row
+from megatron_tiedlora.training.build import BuiltModel
+from megatron_tiedlora.training.loop import Finished, Trainer, of_start, table_row
 from megatron_tiedlora.training.start import Start
+from megatron_tiedlora.training.throughput import ChosenKernels, peak_memory_bytes, steps_over
 
 _LOGGER = logging.getLogger(__name__)
 SAMPLES = "samples_sha256"  # the key beside each score in scores.json
@@ -56,38 +71,27 @@ def score_after(trainer: Trainer) -> None:
 
 
 def _score(trainer: Trainer, runs: Sequence[AdapterRun], moment: str) -> None:
-    """Score adapters together on their test samples, and record that."""
+    """Score adapters together on their test samples "before" or "after" training, and add that to their scores.json.
+
+    Each score is beside the hash of its samples: a resumed run, which may have another test set, finds the scores from
+    before training there. An adapter whose file cannot be written fails.
+    """
 
     def score(some: Sequence[AdapterRun]) -> dict[str, dict[str, Score]]:
         return trainer.evaluation.scores(some, lambda run: run.data.scored)
 
-    with trainer.stop.deferred():
-        found = of_start(runs, score) if moment == "before" else score(runs)
-    for run in runs:
-        if run.name in found:
-            with run.failing_alone():
-                record_score(run, moment, found[run.name])
-
-
-def record_score(run: AdapterRun, moment: str, scores: Mapping[str, Score]) -> None:
-    """Add scores ("before" or "after" training) to scores.json, each with the hash of its samples.
-
-    A resumed run finds the scores from before training there. It may have another test set.
-
-    Raises:
-        UserError: the file cannot be written; on every rank.
-    """
-    samples = run.data.scored
-    if not scores or samples is None:
-        return
-
-    def write() -> None:
+    def write(run: AdapterRun, samples: ScoredSet, scores: Mapping[str, Score]) -> None:
         file = run.folder.scores
         recorded = read_json_object(file, kind="scores") if file.is_file() else {}
         recorded[moment] = {name: {**score.plain(), SAMPLES: samples.sha256} for name, score in scores.items()}
         write_json(file, recorded, guard=run.folder.guard)
 
-    decided_by_rank_0(write)
+    with trainer.stop.deferred():
+        found = of_start(runs, score) if moment == "before" else score(runs)
+    for run in runs:
+        if (scores := found.get(run.name)) and run.data.scored is not None:
+            with run.failing_alone():
+                decided_by_rank_0(partial(write, run, run.data.scored, scores))
 
 
 def end_at_once(start: Start) -> str:
@@ -100,11 +104,8 @@ def end_at_once(start: Start) -> str:
     return reason
 
 
-def export_all(trainer: Trainer, told: Callable[[AdapterRun, list[str]], list[str]]) -> list[str]:
+def export_all(trainer: Trainer) -> list[str]:
     """Export each adapter that has ended, and record that it has finished. On rank 0. Returns lines to print.
-
-    Args:
-        told: makes the lines to print of the lines of an adapter's export.
 
     Raises:
         RunStopped: a signal came; those that are exported have finished.
@@ -114,7 +115,7 @@ def export_all(trainer: Trainer, told: Callable[[AdapterRun, list[str]], list[st
         for run in trainer.trained:
             with run.failing_alone():
                 exported = export(run, trainer.stop)
-                lines += told(run, exported)
+                lines += exported if trainer.only is None else [*summary_lines(run), *exported]
                 run.finish()
     except BaseException:
         with suppress(UserError):  # what ends the export is the reason to report
@@ -196,3 +197,246 @@ def export(run: AdapterRun, stop: StopRequests) -> list[str]:
         _LOGGER.error(found.report())
         raise UserError(f"{folder.path}: an export computes other values than the adapter, see the table above")
     return ["", *found.report().split("\n")]
+
+
+# What a run tells -----------------------------------------------------------------------------------------------------
+
+
+HeadlineRow = tuple[str, str]  # of the headline: what a line tells of, and what
+
+
+def run_headline(
+    start: Start, trainer: Trainer, built: BuiltModel, chosen: ChosenKernels, device: torch.device
+) -> list[str]:
+    """A summary of the run before its progress bar: what all adapters share, and each."""
+    plan, attention, run = shared_plan(start.plans), built.runner.stage.attention, trainer.only
+    settings = plan.settings
+    model = f"{settings.model}, {num_base_parameters(plan.source.shape) / 1e6:,.1f} M parameters in"
+    model += f" {describe_dtype(settings.dtype, plan.dtype_name)}, frozen"
+    model += "" if settings.base is None else f"; the linears of its blocks in {settings.base}"
+    model += "" if settings.products is None else f", products in {settings.products}"
+    read, kept = (range_text(sizes, bytes_in_words) for sizes in (built.bytes_read, built.bytes_kept))
+    stored = "" if settings.base is None else f", stored as {kept}"
+    rows = [
+        ("model", model),
+        *(_all_adapters(start) if run is None else _one_adapter(run)),
+        *_layout(plan),
+        ("read", f"{read} of base weights per rank{stored}"),
+        ("kernels", chosen.description),
+        ("attention", str(attention.route(device, plan.dtype))),
+        *(_all_starts(start, trainer, built) if run is None else _one_start(run, start, built)),
+    ]
+    return aligned_lines(rows, align="<")
+
+
+def _all_adapters(start: Start) -> list[HeadlineRow]:
+    plans = start.plans
+    plan, trained = shared_plan(plans), sum(sum(own.adapter.num_trained().values()) for own in plans.values())
+    ranks = count_text(plan.grid.dp_size, "data-parallel rank")
+    return [("adapters", f"{len(plans)}, {trained:,} trained parameters, ZeRO-{plan.engine.zero_stage}, {ranks}")]
+
+
+def _all_starts(start: Start, trainer: Trainer, built: BuiltModel) -> list[HeadlineRow]:
+    """The run's folder, and from where each adapter starts."""
+    rows = [("run folder", str(start.folder.path))]
+    if over := steps_over(trainer.profile, trainer.last_step):
+        rows.append(("note", over))
+    rows += [("adapter", f"{name}: finished before") for name in start.finished]
+    for name, run in trainer.adapters.items():
+        own, checkpoint = run.plan.settings, start.checkpoints[name]
+        samples, steps = count_text(len(run.data.train), "sample"), count_text(own.max_steps, "step")
+        step = f"{own.method}, rank {own.rank}, {samples}, {own.global_batch_size} per step"
+        rows.append(("adapter", f"{name}: {step}, {steps}{resumed_text(run.plan, checkpoint)}"))
+        notes = (*run.data.notes, *(() if checkpoint is None else checkpoint.notes), *built.notes[name])
+        rows += [("note", f"{name}: {note}") for note in notes]
+        rows += [("warning", f"{name}: {warning}") for warning in run.data.warnings(run.plan)]
+        if trainer.rivals.get(name) and len(run.evaluation_sizes) < 2:
+            rows.append(("warning", f"{name}: --halving cannot tell noise, as the validation set is one batch"))
+    return rows
+
+
+def _one_adapter(run: AdapterRun) -> list[HeadlineRow]:
+    plan, data = run.plan, run.data
+    settings, trained = plan.settings, sum(plan.adapter.num_trained().values())
+    layers = f"{len(plan.adapter.layers)} of {plan.source.shape.num_layers} layers"
+    if (targets := [target.name for target in plan.adapter.targets]) != [QKV]:
+        layers += f" ({', '.join(targets)})"
+    trains = f"{settings.method}, rank {settings.rank}, {layers}: {trained:,} trained parameters"
+    samples = f"{settings.task}: {len(data.train):,} train, {len(data.validation):,} validation samples"
+    cut = f"{count_text(data.train.truncated_prompts, 'prompt')} truncated to {settings.max_length} tokens"
+    batch = f"{count_text(plan.batches.global_batch_size, 'sample')} per step, {plan.batches_in_words}"
+    return [
+        ("adapter", trains + (f", dropout {settings.dropout:g}" if settings.dropout else "")),
+        ("data", f"{samples}; {cut}"),
+        *(("", note) for note in data.notes),
+        ("batches", f"{batch}, ZeRO-{plan.engine.zero_stage}"),
+        ("length", f"{steps_in_words(settings, len(data.train))}, schedule {settings.schedule}"),
+    ]
+
+
+def _one_start(run: AdapterRun, start: Start, built: BuiltModel) -> list[HeadlineRow]:
+    plan, checkpoint = run.plan, start.checkpoints[run.name]
+    rows, settings = list[HeadlineRow](), plan.settings
+    if settings.init_from is not None and checkpoint is None:
+        rows.append(("start", f"values of {settings.init_from}"))
+    notes = [*(() if checkpoint is None else checkpoint.notes), *built.notes[run.name]]
+    if checkpoint is not None and (over := steps_over(settings.profile, checkpoint.progress.step)):
+        notes.append(over)
+    rows.append(("run folder", f"{start.folder.path}{resumed_text(plan, checkpoint)}"))
+    rows += [("note", note) for note in notes]
+    return [*rows, *(("warning", warning) for warning in run.data.warnings(plan))]
+
+
+def set_run_end(end: End, trainer: Trainer) -> None:
+    """Set how the run ends, and why: it fails if an adapter did."""
+    failed, total = trainer.failed, count_text(len(trainer.everyone), "adapter")
+    if failed:
+        end.state, end.status = "failed", FAILED_STATUS
+    if trainer.only is not None:
+        end.reason = trainer.only.reason
+    else:
+        end.reason = f"{len(failed)} of {total} failed: {', '.join(failed)}" if failed else f"{total} trained"
+
+
+def closing_lines(trainer: Trainer) -> list[str]:
+    """The files that a user has now, and the next commands."""
+    if trainer.only is None:
+        return table_lines(trainer.everyone, trainer.folder)
+    return [*speed_lines(trainer.only), *next_steps(trainer.only)]
+
+
+def _layout(plan: RunPlan) -> list[HeadlineRow]:
+    grid = plan.grid
+    if grid.tp_size * grid.pp_size == 1:
+        return []
+    sharded = " with sequence parallelism" if plan.layout.sequence_parallel else ""
+    stages = ", ".join(f"{len(stage.layers)}" for stage in plan.stages)
+    pipeline = f"pipeline {grid.pp_size} ({stages} layers with embedding and head)"
+    return [("layout", f"tensor {grid.tp_size}{sharded} x {pipeline} x data {grid.dp_size}")]
+
+
+def resumed_text(plan: RunPlan, checkpoint: Checkpoint | None) -> str:
+    """The step from which the run continues, and whether --packing was different before it."""
+    if checkpoint is None:
+        return ""
+    packing, before = plan.settings.packing, checkpoint.settings.get("packing", plan.settings.packing)
+    changed = f" (until there --packing {str(before).lower()}, from here {str(packing).lower()})"
+    return f", resumed from step {checkpoint.progress.step}{changed if before != packing else ''}"
+
+
+# The end -------------------------------------------------------------------------------------------------------------
+
+
+def table_lines(adapters: Mapping[str, AdapterRun | Finished], folder: RunFolder) -> list[str]:
+    """How each adapter ended, where its files are, and the commands that serve them. On rank 0."""
+    rows = [("adapter", "state", "step", "best step", "best", "reason")]
+    for name, run in adapters.items():
+        progress = run.progress
+        state = "finished" if run.failure is None else "failed"
+        best = "-" if progress.best_metric is None else f"{progress.best_metric:.4f}"
+        numbers = (str(progress.step), str(progress.best_step or "-"), best)
+        rows.append((name, state, *numbers, run.failure or run.reason))
+    lines = ["", *aligned_lines(rows, align="<<>>><"), "", f"run folder  {folder.path}"]
+    lines += ["  NAME/      the run folder of each adapter, with peft/; or the output_dir of its entry"]
+    finished = [run for run in adapters.values() if run.failure is None]
+    if not finished:
+        return lines
+    source = finished[0].plan.source
+    own = [(run.folder.path / "peft", run.plan.settings) for run in finished]
+    exports = {of.name: Export(peft, its.rank, its.targets) for of, (peft, its) in zip(finished, own, strict=True)}
+    serving = serve_hints(exports, base_location(source), source.shape, named=base_name(source))
+    return [*lines, "", "next", *(f"  {line}" for line in serving)]
+
+
+def summary_lines(run: AdapterRun) -> list[str]:
+    """The table at the end of a run: validation loss and scores before and after, read from the run folder."""
+    rows, notes = [["", "before", "after"]], list[str]()
+    metric, best = run.plan.settings.eval_metric, run.progress
+    validation = [row for row in read_metrics(run.folder.metrics) if row["split"] == "validation"]
+    by_step = {row["step"]: row for row in validation}
+    for name in dict.fromkeys(("loss", metric)):
+        start, end = (by_step.get(step, {}).get(name) for step in (0, best.best_step))
+        chosen = f"(best, step {best.best_step})" if name == metric else ""
+        rows.append([f"validation {name}", _number(start, name), _number(end, name), chosen])
+        worse = start is not None and end is not None and (start <= end if name == "loss" else end <= start)
+        if name == metric and worse:
+            notes.append(f"training did not improve the validation {name}: try another --learning_rate or more data")
+    file = run.folder.scores
+    rows += score_rows(read_json_object(file, kind="scores") if file.is_file() else {})
+    return ["", *aligned_lines(rows, align="<>><"), *notes]
+
+
+def score_rows(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[list[str]]:
+    """The rows for scores.json. Scores of a metric before and after share a row if they are of the same samples."""
+    before, after = (scores.get(moment, {}) for moment in ("before", "after"))
+    rows = []
+    for name in dict.fromkeys([*before, *after]):
+        start, end = before.get(name), after.get(name)
+        if start and end and start.get(SAMPLES) != end.get(SAMPLES):
+            rows += [_score_row(name, start, None), _score_row(name, None, end)]
+        else:
+            rows.append(_score_row(name, start, end))
+    return rows
+
+
+def _score_row(name: str, start: Mapping[str, Any] | None, end: Mapping[str, Any] | None) -> list[str]:
+    label = f"{name}, {(start or end or {})['n']} test samples"
+    return [label, *(_number(entry["score"] if entry else None) for entry in (start, end))]
+
+
+def _number(value: float | None, name: str = "") -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4f}" if name == "loss" else f"{value:.1f} %"
+
+
+def speed_lines(run: AdapterRun) -> list[str]:
+    """The mean speed of the steps of this start, without its first one, and the peak memory.
+
+    There are no lines if this start took fewer than two steps.
+    """
+    meter = run.meter
+    mean, steps = meter.mean(), meter.steps
+    if mean is None or steps is None:
+        return []
+    peak = meter.peak.flops_per_second
+    shown = f"{peak / 1e12:,.1f} TFLOP/s" if peak >= 1e12 else f"{peak / 1e9:,.0f} GFLOP/s"
+    speed = f"{mean['tokens_per_second']:,.0f} tokens/s, {mean['supervised_tokens_per_second']:,.0f} of them supervised"
+    mfu = f"MFU {mean['mfu']:.1%} of {shown} ({meter.peak.source})"
+    rows = [
+        ("speed", f"{speed}; {mfu}; padding {mean['padding']:.1%}; steps {steps[0]} to {steps[1]}"),
+        ("memory", f"{bytes_in_words(peak_memory_bytes(run.runner.device))} at the peak, rank 0"),
+    ]
+    return ["", *aligned_lines(rows, align="<")]
+
+
+def next_steps(run: AdapterRun) -> list[str]:
+    """The files that a user has now, and the next commands."""
+    path, settings = run.folder.path, run.plan.settings
+    peft = path / "peft"
+    source = run.plan.source
+    lines = [
+        "",
+        f"run folder  {path}",
+        f"  adapter/  the adapter, {bytes_in_words(sum(file.stat().st_size for file in run.folder.adapter.iterdir()))}",
+        "  peft/     the same as a LoRA adapter for PEFT, vLLM and others",
+    ]
+    merged = path / "merged"
+    if is_merge_of(merged, load_native_adapter(run.folder.adapter)):
+        kind = "the base" if settings.base is None else "the base as it is stored (not --onto trained)"
+        lines += [f"  merged/   {kind} with the adapter merged in, for transformers", "", "next"]
+        load = f"from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained({str(merged)!r})"
+        lines += ["  # Python", f"  {load}"]
+    else:
+        if os.path.lexists(merged):  # an earlier start may have had another best adapter
+            lines.append("  merged/   not of this adapter; the first command below merges it anew")
+        adapter = ["--adapter", str(path / "adapter")]
+        free = next(one for one in numbered(merged) if not os.path.lexists(one))
+        merge = [*adapter, "--output", str(free)]
+        merge += [] if settings.base is None else ["--onto", "trained"]
+        merge += [] if settings.tokenizer is None else ["--tokenizer", settings.tokenizer]
+        lines += ["", "next", f"  tiedlora merge {shlex.join(merge)}"]
+        lines.append(f"  tiedlora verify {shlex.join([*adapter, '--peft', str(peft)])}")
+    exported = Export(peft, settings.rank, settings.targets)
+    serving = serve_hints({"tied": exported}, base_location(source), source.shape, named=base_name(source))
+    return [*lines, *(f"  {line}" for line in serving)]

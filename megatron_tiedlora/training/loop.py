@@ -18,7 +18,7 @@ from megatron_tiedlora.base.messages import UserError, named, printable
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.checkpoint.resume import Progress
 from megatron_tiedlora.data.loader import TrainingStep, fill_rounds, shared_micro_batch
-from megatron_tiedlora.engine.runner import Runner, inputs_to_fill
+from megatron_tiedlora.engine.runner import inputs_to_fill
 from megatron_tiedlora.evaluation.answering import ScoredSet, answer_all
 from megatron_tiedlora.evaluation.generate import Decoder
 from megatron_tiedlora.evaluation.metrics import Answer
@@ -27,8 +27,7 @@ from megatron_tiedlora.parallel.agreement import decided_by_rank_0, sum_over_ran
 from megatron_tiedlora.planning.run_plan import RunPlan
 from megatron_tiedlora.runtime.run_folder import RunFolder
 from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests
-from megatron_tiedlora.training.adapter_run import AdapterRun, Evaluated
-from megatron_tiedlora.training.halving import find_behind
+from megatron_tiedlora.training.adapter_run import AdapterRun, Evaluated, find_behind
 from megatron_tiedlora.training.step import TrainStep
 from megatron_tiedlora.training.throughput import StepProfiler
 
@@ -45,22 +44,15 @@ STEPS_AT_ONCE = 4
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Evaluates adapters on one rank. All ranks make the same calls.
+    """Evaluates adapters on one rank, with the model and the shared micro-batches of a training step.
 
-    Attributes:
-        capacity: tokens of a shared micro-batch of a training step; 0: nothing is shared.
+    All ranks make the same calls. Each raises RunStopped if all ranks agreed to stop.
     """
 
-    runner: Runner
-    capacity: int
-    stop: StopRequests
+    step: TrainStep
 
     def evaluated(self, runs: Runs) -> dict[str, Evaluated]:
-        """What an evaluation of each finds, by name. One whose answers cannot be scored fails, and is left out.
-
-        Raises:
-            RunStopped: all ranks agreed to stop.
-        """
+        """The evaluation of each, by name. An adapter whose answers cannot be scored fails, and is left out."""
         losses = self.losses(runs)
         scores = self.scores(runs, lambda run: run.data.scored_validation)
         return {name: Evaluated(losses[name], found) for name, found in scores.items()}
@@ -68,22 +60,22 @@ class Evaluation:
     def losses(self, runs: Runs) -> dict[str, float]:
         """The mean loss of each over all supervised tokens of its validation split, the same on every rank.
 
-        Raises:
-            RunStopped: all ranks agreed to stop before a batch (in a pipeline: before a few batches).
+        Ranks agree on stopping before each batch (in a pipeline: before a few batches).
         """
         if not runs:
             return {}
         totals = dict.fromkeys((run.name for run in runs), 0.0)
         of_batches: dict[str, list[tuple[float, int]]] = {run.name: [] for run in runs}
+        runner = self.step.runner
         sizes = {run.name: run.evaluation_sizes for run in runs}
         own, total = {run.name: run.evaluation_batches() for run in runs}, sum(map(len, sizes.values()))
         # Shared batches have the first one of every adapter, then the second.
-        rounds = fill_rounds(sizes, capacity=STEPS_AT_ONCE * self.capacity)
+        rounds = fill_rounds(sizes, capacity=STEPS_AT_ONCE * self.step.capacity)
         batches = ([(name, next(own[name])) for name, _ in some] for some in rounds)
         with progress_bar("validation", "batch", total=total, shows=runs[0].plan.grid.rank == 0) as bar:
-            while some := list(islice(batches, inputs_to_fill(self.runner.groups.pipeline.size))):
-                self.stop.agree(True)
-                found = self.runner.evaluate([shared_micro_batch(owned) for owned in some])
+            while some := list(islice(batches, inputs_to_fill(runner.groups.pipeline.size))):
+                self.step.stop.agree(True)
+                found = runner.evaluate([shared_micro_batch(owned) for owned in some])
                 for owned, losses in zip(some, found, strict=True):
                     for name, batch in owned:
                         totals[name] += losses[name]
@@ -97,11 +89,7 @@ class Evaluation:
         return {run.name: loss / run.data.validation.num_supervised for run, loss in pairs}
 
     def scores(self, runs: Runs, samples_of: Callable[[AdapterRun], ScoredSet | None]) -> dict[str, dict[str, Score]]:
-        """The scores of each on its own samples, by metric; one whose answers cannot be scored fails.
-
-        Raises:
-            RunStopped: all ranks agreed to stop.
-        """
+        """The scores of each on its own samples, by metric; one whose answers cannot be scored fails."""
         asked = {run.name: scored for run in runs if (scored := samples_of(run)) is not None}
         answers = self._answers([run for run in runs if run.name in asked], asked) if asked else {}
         found: dict[str, dict[str, Score]] = {}
@@ -116,20 +104,20 @@ class Evaluation:
 
     def _answers(self, runs: Runs, asked: dict[str, ScoredSet]) -> dict[str, list[Answer]]:
         """The answers of each, on rank 0."""
-        runner, plan = self.runner, runs[0].plan
+        runner, plan, agree = self.step.runner, runs[0].plan, self.step.stop.agree
         runner.engine.module.eval()
         decoder = Decoder(runner.stage, runner.groups, plan.source.shape, calls_together=plan.engine.zero_stage == 3)
-        parts = [asked] if self.capacity else [{name: one} for name, one in asked.items()]
+        parts = [asked] if self.step.capacity else [{name: one} for name, one in asked.items()]
         answers: dict[str, list[Answer]] = {}
         for part in parts:
-            answers |= answer_all(decoder, part, grid=plan.grid, agree=self.stop.agree, progress=plan.grid.rank == 0)
+            answers |= answer_all(decoder, part, grid=plan.grid, agree=agree, progress=plan.grid.rank == 0)
         return answers
 
 
 def of_start(runs: Runs, evaluate: Callable[[Runs], dict[str, Found]]) -> dict[str, Found]:
-    """What `evaluate` finds of each run that has taken no step.
+    """The results of `evaluate` for runs that have taken no step.
 
-    As long as its update is zero, an adapter has the base's numbers. So of those with the same data one is evaluated.
+    As long as its update is zero, an adapter has the base's results. So of those with the same data one is evaluated.
     """
     first: dict[tuple[object, ...], AdapterRun] = {}
     same = {run.name: first.setdefault(_start(run), run) for run in runs}
@@ -141,7 +129,7 @@ def of_start(runs: Runs, evaluate: Callable[[Runs], dict[str, Found]]) -> dict[s
 
 
 def _start(run: AdapterRun) -> tuple[object, ...]:
-    """What decides the numbers of an adapter before its first step."""
+    """The facts that decide the results of an adapter before its first step."""
     plan = run.plan
     if plan.settings.init_from is not None or not plan.adapter.method_spec.starts_at_base:
         return (run.name,)
@@ -167,13 +155,11 @@ class Trainer:
     """A run on one rank, from a ready engine to the end of the training of its adapters.
 
     Attributes:
-        adapters: those that are trained, by name.
-        folder: of the run.
+        adapters: the adapters that are trained, by name.
+        folder: the folder of the run.
         profile: steps that are recorded, as of --profile.
         everyone: all adapters of the run, in order, those that an earlier start has finished too.
         rivals: with --halving, by each adapter's name those that it is compared with while they run.
-        rates: speed and loss of the last step in words: all tokens, then each adapter that took it.
-        progress: makes the text at the end of the progress bar.
         last_step: the number of the last step; the first one follows the most steps that an adapter has taken.
     """
 
@@ -186,15 +172,19 @@ class Trainer:
     rivals: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     _rows: list[dict[str, Any]] = field(default_factory=list)
     _told: set[str] = field(default_factory=set)
-    rates: list[str] = field(default_factory=list)
-    progress: "Callable[[Trainer], str]" = lambda trainer: ""
+    _rates: list[str] = field(default_factory=list)  # of the last step in words: all tokens, then each adapter
     _table_failure: UserError | None = None
 
     def __post_init__(self) -> None:
-        self.evaluation = Evaluation(self.step.runner, self.step.capacity, self.stop)
+        self.evaluation = Evaluation(self.step)
         self.last_step = max(run.progress.step for run in self.adapters.values())
         self.rank = next(iter(self.adapters.values())).plan.grid.rank
         self._profiler = StepProfiler(self.profile, self.folder, rank=self.rank)
+
+    @property
+    def only(self) -> AdapterRun | None:
+        """The adapter of a run of one; None if the run has several."""
+        return None if self.folder.of_several else next(iter(self.adapters.values()))
 
     @property
     def failed(self) -> list[str]:
@@ -203,7 +193,7 @@ class Trainer:
 
     @property
     def trained(self) -> list[AdapterRun]:
-        """Those whose training has ended well, and whose end is not recorded yet."""
+        """The adapters whose training has ended well, and whose end is not recorded yet."""
         return [run for run in self.adapters.values() if run.state == "ended"]
 
     def run(self) -> None:
@@ -263,8 +253,9 @@ class Trainer:
         self._after_step({name: run for name, run in self.adapters.items() if name not in new}, bar)
 
     def _train_step(self, running: Mapping[str, AdapterRun], bar: Any) -> None:
-        """One step of each but those that wait for a rival, as after a resume one may be ahead; afterwards raise
-        RunStopped if any rank should stop."""
+        """Take one step of each adapter, and raise RunStopped afterwards if any rank should stop.
+
+        An adapter that is ahead of a rival, as one may be after a resume, waits for it."""
         samples: dict[str, TrainingStep] = {}
         for name, run in running.items():
             others = [running[other] for other in self.rivals.get(name, ()) if other in running]
@@ -289,8 +280,8 @@ class Trainer:
             with run.failing_alone():
                 said.append(run.took(samples[name], report))
         self.last_step += 1
-        self.rates = said
-        bar.set_postfix_str(printable(self.progress(self)), refresh=False)  # before the count, which draws the bar
+        self._rates = said
+        bar.set_postfix_str(self._progress, refresh=False)  # before the count, which draws the bar
         bar.update(len(said) - 1)
         self.stop.stop_if_any(report.votes.stopping, report.votes.signals)
         self._after_step(self._running(), bar)
@@ -323,13 +314,23 @@ class Trainer:
                     running[name].end_behind(reason)
                     bar.write(printable(named(name, f"stopped, {reason}")))
 
+    @property
+    def _progress(self) -> str:
+        """The text at the end of the progress bar."""
+        if self.only is not None:
+            return printable("".join(self._rates[-1:]))
+        states = [run.state for run in self.everyone.values()]
+        shown = ("running", "ended", "failed", *(["finished"] if "finished" in states else []))
+        counts = ", ".join(f"{states.count(state)} {state}" for state in shown)
+        return printable("; ".join((counts, *self._rates[:1])))
+
     def _show(self, bar: Any) -> None:
         """Show the progress, and who has failed; write the table, if more than steps have changed."""
         for name in self.failed:
             if name not in self._told:
                 bar.write(printable(named(name, f"failed: {self.adapters[name].failure}")))
                 self._told.add(name)
-        bar.set_postfix_str(printable(self.progress(self)), refresh=False)
+        bar.set_postfix_str(self._progress, refresh=False)
         try:
             self.write_table()
         except UserError as error:  # raised when all ranks agree, at the next step

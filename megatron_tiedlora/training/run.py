@@ -21,12 +21,11 @@ def train_rank(settings: Settings) -> End:
     with reported_end(rank, world_size, stop) as end:
         # These import DeepSpeed and transformers, which takes seconds; signals are handled already.
         from megatron_tiedlora.planning.adapter_plans import plan_and_read
-        from megatron_tiedlora.planning.step_plan import longest_run
+        from megatron_tiedlora.planning.planned import longest_run
         from megatron_tiedlora.training import finish
         from megatron_tiedlora.training.build import build_model
-        from megatron_tiedlora.training.compiling import choose_kernels
-        from megatron_tiedlora.training.reports import FullReport, RunReport, table_lines
         from megatron_tiedlora.training.start import make_trainer, open_run
+        from megatron_tiedlora.training.throughput import choose_kernels
 
         plans, data = plan_and_read(settings, rank=rank, world_size=world_size)
         device = join_process_group(settings.timeout_minutes, expected_ranks=world_size)
@@ -35,24 +34,23 @@ def train_rank(settings: Settings) -> End:
         if not start.left:
             end.reason = finish.end_at_once(start)
             if rank == 0:
-                show(*table_lines(start.finished, start.folder))
+                show(*finish.table_lines(start.finished, start.folder))
             return end
         chosen = choose_kernels(longest_run(start.left), device)
         built = build_model(start.left, device, start.checkpoints, kernels=chosen.kernels)
         trainer = make_trainer(start, built, device, stop)
-        report = (RunReport if start.folder.of_several else FullReport)(start, trainer, built)
-        trainer.progress = report.progress
         end.finished_step = lambda: trainer.last_step
-        end.saved = report.saved
+        if trainer.only is None:  # else the step says it
+            end.saved = "the last step of each adapter is saved"
         if rank == 0:
-            show(*report.headline(chosen, device))
+            show(*finish.run_headline(start, trainer, built, chosen, device))
         finish.score_before(trainer, start.checkpoints)
         trainer.run()
         finish.score_after(trainer)
-        report.set_end(end)
+        finish.set_run_end(end, trainer)
         if rank == 0:
-            show(*finish.export_all(trainer, report.exported), *report.last_lines())
-            report.set_end(end)
+            show(*finish.export_all(trainer), *finish.closing_lines(trainer))
+            finish.set_run_end(end, trainer)
             if lines := finish.original_losses(trainer):
                 show(*lines)
     return end

@@ -17,17 +17,9 @@ from megatron_tiedlora.base.atomic import write_json
 from megatron_tiedlora.base.messages import UserError, count_text, naming, user_path
 from megatron_tiedlora.base.ownership import Owner
 from megatron_tiedlora.base.text_files import read_json_object, read_json_or_none
+from megatron_tiedlora.checkpoint import resume
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter, save_adapter
-from megatron_tiedlora.checkpoint.resume import (
-    Checkpoint,
-    Progress,
-    copy_checkpoint,
-    find_newest_checkpoint,
-    load_checkpoint,
-    move_latest,
-    remove_superseded,
-)
-from megatron_tiedlora.config.adapters_file import OF_ALL, PER_ADAPTER, rivals_of
+from megatron_tiedlora.config.adapters_file import HALVING_REASON, OF_ALL, PER_ADAPTER, rivals_of
 from megatron_tiedlora.config.cli import HUB_NAMES, TEMPLATE_HASH
 from megatron_tiedlora.config.fields import declared, flag_value, marked
 from megatron_tiedlora.config.settings import Settings
@@ -35,15 +27,14 @@ from megatron_tiedlora.data.chat import chat_template_sha256
 from megatron_tiedlora.data.sources import hub_ids
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0, num_differing
 from megatron_tiedlora.planning import adapter_plans
+from megatron_tiedlora.planning.planned import micro_batch_capacity
 from megatron_tiedlora.planning.run_plan import RunPlan
-from megatron_tiedlora.planning.step_plan import micro_batch_capacity
 from megatron_tiedlora.runtime.ending import End
 from megatron_tiedlora.runtime.launch_env import rank_and_world_size
 from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder, read_metrics, take_run_folder, write_metrics
 from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.training.adapter_run import AdapterRun, is_trained
 from megatron_tiedlora.training.build import BuiltModel, check_resumed_base
-from megatron_tiedlora.training.halving import REASON
 from megatron_tiedlora.training.loop import Finished, Trainer
 from megatron_tiedlora.training.step import TrainStep
 from megatron_tiedlora.training.throughput import Meter, peak_of_all, steps_over
@@ -54,21 +45,21 @@ class Start:
     """One start of a run on this rank, before its first step.
 
     Attributes:
-        plans: of all adapters, by name.
-        folder: of the run, which rank 0 owns.
-        folders: of each adapter; those that are new have no owner until they are made (`make_trainer`).
-        checkpoints: from which each continues; None: it begins.
+        plans: the plans of all adapters, by name.
+        folder: the folder of the run, which rank 0 owns.
+        end: the end of the run, which gives the folders back.
+        folders: the folder of each adapter; new ones have no owner until they are made (`make_trainer`).
+        checkpoints: the checkpoint from which each adapter continues; None: it begins.
         finished: the adapters that an earlier start has finished.
-        end: of the run, which gives the folders back.
     """
 
     settings: Settings
-    plans: adapter_plans.Plans
+    plans: dict[str, RunPlan]
     data: adapter_plans.Data
     folder: RunFolder
     end: End
     folders: dict[str, RunFolder] = field(default_factory=dict)
-    checkpoints: dict[str, Checkpoint | None] = field(default_factory=dict)
+    checkpoints: dict[str, resume.Checkpoint | None] = field(default_factory=dict)
     finished: dict[str, Finished] = field(default_factory=dict)
 
     @property
@@ -88,8 +79,8 @@ def open_run(settings: Settings, plans: adapter_plans.Plans, data: adapter_plans
     A start that cannot continue the run in a folder does not take the folder over. Nothing is written yet.
 
     Args:
-        end: of the run. It gives all folders back, and gets their owners at once, so that peers can give them up if
-            rank 0 is lost while it reads checkpoints.
+        end: the end of the run. It gives all folders back, and gets their owners at once, so that peers can give them
+            up if rank 0 is lost while it reads checkpoints.
 
     Raises:
         UserError: a folder is in use, or holds a run that this start cannot continue, or ranks have other data; on
@@ -109,20 +100,20 @@ def open_run(settings: Settings, plans: adapter_plans.Plans, data: adapter_plans
 
     after = partial(adapter_plans.check_run_folders, settings, plans)
     folder = _take_folder(settings, end=end, before=reject_other_runs, after=after)
-    plans = adapter_plans.in_folder(plans, folder)
-    opened = Start(settings, plans, data, folder, end)
+    opened = Start(settings, dict(plans), data, folder, end, adapter_plans.adapter_folders(plans, folder))
+    for name, adapters_own in opened.own_folders.items():
+        here = plans[name].settings.completed(output_dir=str(adapters_own.path))
+        opened.plans[name] = replace(plans[name], settings=here)
     # The run folders of adapters that exist are taken before their checkpoints are looked for. New ones are made with
     # the run's first files: a start that is killed before these leaves nothing that the next start would reject.
-    opened.folders = adapter_plans.adapter_folders(plans, folder)
     if folders := opened.own_folders:
         there = decided_by_rank_0(lambda: [name for name, of in folders.items() if of.path.exists()], kind=list[str])
         opened.folders |= {name: _open_run_folder(name, opened) for name in there}
-    for name, plan in plans.items():
+    for name, plan in opened.plans.items():
         with naming(name):
             read = partial(_read_checkpoint, plan, data[name], opened.folders[name])
-            opened.checkpoints[name] = decided_by_rank_0(read, kind=Checkpoint | None)
-    saved = {name: None if found is None else found.settings for name, found in opened.checkpoints.items()}
-    opened.plans = {name: with_kept_warmup(plan, saved[name]) for name, plan in plans.items()}
+            found = opened.checkpoints[name] = decided_by_rank_0(read, kind=resume.Checkpoint | None)
+        opened.plans[name] = with_kept_warmup(plan, None if found is None else found.settings)
     opened.finished = _finished_before(opened)
     return opened
 
@@ -134,7 +125,7 @@ def _take_folder(
     before: Callable[[RunFolder], None],
     after: Callable[[RunFolder], None] = lambda folder: None,
 ) -> RunFolder:
-    """Take a run folder on rank 0, and tell every rank. Arguments as of `take_run_folder`."""
+    """Take a run folder on rank 0, and tell every rank. The arguments are as in `take_run_folder`."""
 
     def take() -> tuple[str, str]:
         folder, lock = take_run_folder(settings, before=before)
@@ -171,7 +162,7 @@ def _finished_before(start: Start) -> dict[str, Finished]:
             plan, checkpoint = start.plans[name], start.checkpoints[name]
             status = read_json_or_none(own.status) or {}
             exported, reason = status.get("state") == "finished" and (own.path / "peft").is_dir(), status.get("reason")
-            stopped = start.settings.halving and str(reason).startswith(REASON)
+            stopped = start.settings.halving and str(reason).startswith(HALVING_REASON)
             if exported and checkpoint is not None and (stopped or is_trained(plan.settings, checkpoint.progress)):
                 found[name] = str(reason or "")
         return found
@@ -195,7 +186,7 @@ def make_trainer(start: Start, built: BuiltModel, device: torch.device, stop: St
         start.folder,
         running=lambda: [(run.folder, run.progress.step) for run in adapters.values() if not run.recorded],
     )
-    progress = {name: found.progress if (found := start.checkpoints[name]) else Progress() for name in left}
+    progress = {name: found.progress if (found := start.checkpoints[name]) else resume.Progress() for name in left}
     end.first_step = max(own.step for own in progress.values())
     end.finished_step = lambda: end.first_step
     if start.own_folders:
@@ -232,7 +223,7 @@ def make_trainer(start: Start, built: BuiltModel, device: torch.device, stop: St
 
 
 def _write_settings(start: Start) -> None:
-    """Write adapters.yaml on rank 0: the settings of all, and those of each."""
+    """Write adapters.yaml on rank 0: the shared settings, and the settings of each adapter."""
     resolved = {name: plan.resolved_settings() for name, plan in start.plans.items()}
     (first, of_all), *_ = resolved.items()
     own = {name: {key: values[key] for key in values if key in PER_ADAPTER} for name, values in resolved.items()}
@@ -242,20 +233,20 @@ def _write_settings(start: Start) -> None:
     decided_by_rank_0(lambda: start.folder.write_settings(shared, ranks=start.plans[first].grid.world_size))
 
 
-def occupy_run_folder(plan: RunPlan, folder: RunFolder, checkpoint: Checkpoint | None) -> MetricsLog | None:
+def occupy_run_folder(plan: RunPlan, folder: RunFolder, checkpoint: resume.Checkpoint | None) -> MetricsLog | None:
     """Write the resumed checkpoint, run.yaml and the logs to the folder. Returns rank 0's log, None on the others.
 
     Raises:
         UserError: the folder cannot be written; on every rank. Its status says so.
     """
-    start, logs = checkpoint.progress if checkpoint is not None else Progress(), list[MetricsLog]()
+    start, logs = checkpoint.progress if checkpoint is not None else resume.Progress(), list[MetricsLog]()
 
     def occupy() -> None:
         try:
             if checkpoint is not None:
                 adopt_checkpoint(folder, checkpoint)
                 keep = plan.settings.keep_checkpoints
-                remove_superseded(folder.checkpoints, checkpoint.progress, keep=keep, guard=folder.guard)
+                resume.remove_superseded(folder.checkpoints, checkpoint.progress, keep=keep, guard=folder.guard)
             write_run_settings(plan, folder)
             log = MetricsLog(
                 folder,
@@ -292,7 +283,7 @@ def write_run_settings(plan: RunPlan, folder: RunFolder) -> None:
 # it, which is so if it is constant. A warm-up that was not given is the checkpoint's.
 
 
-def _read_checkpoint(plan: RunPlan, data: adapter_plans.RunData, folder: RunFolder) -> Checkpoint | None:
+def _read_checkpoint(plan: RunPlan, data: adapter_plans.RunData, folder: RunFolder) -> resume.Checkpoint | None:
     """The checkpoint that --resume asks for, or None to start from the beginning.
 
     Rank 0 reads it and sends it to the others, so only its host needs the run folder. With `auto`, a folder without a
@@ -323,20 +314,20 @@ def _read_checkpoint(plan: RunPlan, data: adapter_plans.RunData, folder: RunFold
     return replace(checkpoint, progress=forgotten, notes=notes)
 
 
-def _find_checkpoint(resume: str, folder: RunFolder) -> Checkpoint | None:
-    if resume == "none":
+def _find_checkpoint(given: str, folder: RunFolder) -> resume.Checkpoint | None:
+    if given == "none":
         return None
-    if resume == "auto":
-        return find_newest_checkpoint(folder.checkpoints)
-    path = user_path(resume)
+    if given == "auto":
+        return resume.find_newest_checkpoint(folder.checkpoints)
+    path = user_path(given)
     if not path.is_dir():
-        raise UserError(f"--resume {resume}: no such checkpoint folder. Give auto, or a checkpoints/step_N folder")
+        raise UserError(f"--resume {given}: no such checkpoint folder. Give auto, or a checkpoints/step_N folder")
     if folder.is_run and path.resolve().parent != folder.checkpoints.resolve():
-        raise UserError(f"--resume {resume}: {folder.path} holds another run. Give a new --output_dir")
-    return load_checkpoint(path)
+        raise UserError(f"--resume {given}: {folder.path} holds another run. Give a new --output_dir")
+    return resume.load_checkpoint(path)
 
 
-def adopt_checkpoint(folder: RunFolder, checkpoint: Checkpoint) -> None:
+def adopt_checkpoint(folder: RunFolder, checkpoint: resume.Checkpoint) -> None:
     """Make `checkpoint` the last one of the run folder, before training continues from it; on rank 0.
 
     If it is in another folder, it is copied first, with the best checkpoint and the logs. Then `latest` names it, so
@@ -353,14 +344,14 @@ def adopt_checkpoint(folder: RunFolder, checkpoint: Checkpoint) -> None:
             copies[source.parent / f"step_{progress.best_step}"] = folder.checkpoints / f"step_{progress.best_step}"
         for original, copy in copies.items():
             if original != copy.parent.resolve() / copy.name:
-                copy_checkpoint(original, copy, guard=folder.guard)
+                resume.copy_checkpoint(original, copy, guard=folder.guard)
         run = RunFolder(source.parent.parent)
         if run.is_run and run.path != folder.path.resolve():
             write_metrics(folder.metrics, read_metrics(run.metrics), guard=folder.guard)
             if run.scores.is_file():
                 scores = read_json_object(run.scores, kind="a run's scores")
                 write_json(folder.scores, scores, guard=folder.guard)
-    move_latest(folder.checkpoints, progress.step, guard=folder.guard)
+    resume.move_latest(folder.checkpoints, progress.step, guard=folder.guard)
     if progress.best_step is not None:
         best = load_native_adapter(folder.checkpoints / f"step_{progress.best_step}")
         save_adapter(folder.adapter, best.config, best.base_identity, best.state, guard=folder.guard)
@@ -377,7 +368,7 @@ def reject_another_run(plan: RunPlan, data: adapter_plans.RunData, folder: RunFo
         check_resumed_base(plan, checkpoint)
 
 
-def check_resumed_settings(plan: RunPlan, checkpoint: Checkpoint, *, data_sha256: str) -> None:
+def check_resumed_settings(plan: RunPlan, checkpoint: resume.Checkpoint, *, data_sha256: str) -> None:
     """Raise UserError if a checkpoint was trained with settings or data that contradict the plan's.
 
     It names the setting and both values.

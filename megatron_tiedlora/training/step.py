@@ -148,7 +148,7 @@ def _compare(checks: Checks) -> dict[str, RunFailed]:
 
 @dataclass(frozen=True)
 class AdapterStep:
-    """What one adapter's step was; equal on every rank. With a `failure` it took none."""
+    """The step of one adapter; equal on every rank. With a `failure` it took none."""
 
     number: int
     loss: float  # mean over the supervised tokens of its global batch
@@ -167,7 +167,7 @@ class StepReport:
 
     @property
     def only(self) -> AdapterStep:
-        """That of the only adapter. Raises UserError if it failed."""
+        """The step of the only adapter. Raises UserError if it failed."""
         (found,) = self.adapters.values()
         if found.failure is not None:
             raise found.failure

@@ -23,7 +23,7 @@ from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.kernels import EAGER, rotate_normed, rotate_normed_gradient
 from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.passes import saved_per_token
-from megatron_tiedlora.training.compiling import compiled_kernels
+from megatron_tiedlora.training.throughput import compiled_kernels
 
 
 def sized(model_type: str, **fields: Any) -> ModelShape:

@@ -26,12 +26,12 @@ from megatron_tiedlora.model.batch import MicroBatch
 from megatron_tiedlora.parallel.groups import Grid
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.planning.adapter_plans import RunData, prepare_data, shared_plan
+from megatron_tiedlora.planning.planned import micro_batch_capacity
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
-from megatron_tiedlora.planning.step_plan import micro_batch_capacity
 from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.training.build import build_model
-from megatron_tiedlora.training.compiling import compiled_kernels
 from megatron_tiedlora.training.step import AdapterStep, TrainStep
+from megatron_tiedlora.training.throughput import compiled_kernels
 
 # On a rank ------------------------------------------------------------------------------------------------------------
 

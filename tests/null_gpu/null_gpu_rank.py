@@ -122,8 +122,8 @@ def _built(order: Order, device: torch.device) -> Any:
     from megatron_tiedlora.adapters.adapter_bank import ONLY
     from megatron_tiedlora.planning.run_plan import plan_run
     from megatron_tiedlora.training.build import build_random_model
-    from megatron_tiedlora.training.compiling import choose_kernels
     from megatron_tiedlora.training.step import TrainStep
+    from megatron_tiedlora.training.throughput import choose_kernels
 
     same = ("model", "method", "targets", "rank", "dtype", "deterministic", "base", "products", "keep_transposed")
     same += ("compile", "recompute", "tensor_parallel", "pipeline_parallel", "packing", "max_length")

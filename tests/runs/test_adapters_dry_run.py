@@ -20,8 +20,8 @@ from megatron_tiedlora.planning.adapter_plans import counted, plan_adapters, pre
 from megatron_tiedlora.planning.layout import MicroBatchShape
 from megatron_tiedlora.planning.memory import bank_bytes
 from megatron_tiedlora.planning.passes import step_traffic
+from megatron_tiedlora.planning.planned import StepPlan
 from megatron_tiedlora.planning.report import dry_run_report
-from megatron_tiedlora.planning.step_plan import StepPlan
 
 OWN: dict[str, dict[str, Any]] = {
     "small": {},

@@ -20,7 +20,7 @@ from megatron_tiedlora.data.task import Example
 from megatron_tiedlora.data.tokenizer import load_tokenizer
 from megatron_tiedlora.evaluation.generate import Decoder, Prompts, generate
 from megatron_tiedlora.parallel.groups import ParallelGroups
-from megatron_tiedlora.training.reports import score_rows
+from megatron_tiedlora.training.finish import score_rows
 
 pytestmark = pytest.mark.distributed
 

@@ -26,8 +26,7 @@ from megatron_tiedlora.config.fields import validate_settings
 from megatron_tiedlora.parallel.groups import DATA, TENSOR, WORLD, Traffic
 from megatron_tiedlora.planning.layout import shared_shape
 from megatron_tiedlora.planning.machines import CPU, Constant
-from megatron_tiedlora.planning.planned import Planned
-from megatron_tiedlora.planning.step_plan import StepPlan
+from megatron_tiedlora.planning.planned import Planned, StepPlan
 from megatron_tiedlora.planning.step_time import Links, step_seconds
 from megatron_tiedlora.selfcheck.bench_report import report_lines
 from megatron_tiedlora.selfcheck.step_bench import compare_traffic, plan_benchmark

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 RUNNING = "megatron_tiedlora.engine.runner"
 SUM = f"{RUNNING}.sum_gradients_"
-MARK = "megatron_tiedlora.training.build.mark_parameters"
+MARK = "megatron_tiedlora.engine.engine.mark_parameters"
 COUNTS = "megatron_tiedlora.engine.engine.gradient_norm_counts"
 ADAPTER = "megatron_tiedlora.adapters.tied_adapter"
 NORMED_LINEAR = "megatron_tiedlora.model.linears"

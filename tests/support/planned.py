@@ -19,9 +19,8 @@ from megatron_tiedlora.planning.layout import MicroBatchShape, StagePlan
 from megatron_tiedlora.planning.machines import CPU, GPUS, Constant, Machine
 from megatron_tiedlora.planning.memory import LargestMicroBatch, StageMemory, held_memory, step_memory, with_reserves
 from megatron_tiedlora.planning.passes import stage_work
-from megatron_tiedlora.planning.planned import Cluster
+from megatron_tiedlora.planning.planned import Cluster, StepPlan
 from megatron_tiedlora.planning.search import Candidate, ClusterPlan, search
-from megatron_tiedlora.planning.step_plan import StepPlan
 from megatron_tiedlora.planning.step_time import Links, Seconds, StepParts, stage_terms, sum_terms
 
 

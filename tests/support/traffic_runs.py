@@ -22,8 +22,8 @@ from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.parallel.groups import DATA, Traffic, TrafficCounter, named_handles
 from megatron_tiedlora.planning.adapter_plans import prepare_data
 from megatron_tiedlora.planning.passes import engine_traffic, step_traffic
+from megatron_tiedlora.planning.planned import StepPlan
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
-from megatron_tiedlora.planning.step_plan import StepPlan
 from support.bytes_touched import saved_bytes_per_token
 from support.engine_runs import settings_of
 from support.forked_ranks import join_as_launched, run_on_ranks
@@ -111,7 +111,7 @@ def _count(case: Case, device: torch.device, patch: pytest.MonkeyPatch) -> Count
     from megatron_tiedlora.engine.engine import parameter_access
     from megatron_tiedlora.model import layer_specs
     from megatron_tiedlora.model.attention import Attention
-    from megatron_tiedlora.planning.step_plan import micro_batch_capacity
+    from megatron_tiedlora.planning.planned import micro_batch_capacity
     from megatron_tiedlora.runtime.stopping import StopRequests
     from megatron_tiedlora.training import build
     from megatron_tiedlora.training.step import GUARDED_STEPS, StepChecks, TrainStep

@@ -34,7 +34,7 @@ from megatron_tiedlora.parallel.frozen_weight import Columns, FrozenWeight, froz
 from megatron_tiedlora.parallel.kernels import EAGER
 from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
 from megatron_tiedlora.planning.run_plan import plan_run
-from megatron_tiedlora.training import compiling
+from megatron_tiedlora.training import throughput
 
 BLOCK = 64
 WIDTHS = (64, 128, 96, 1376, 100, 7)
@@ -229,10 +229,10 @@ def test_a_run_says_that_nf4_is_slow_without_a_kernel(
     kernels: str, base: str | None, compile: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_COMPILE_DISABLE", "1")
-    monkeypatch.setattr(compiling, "compiled_kernels", lambda *_, **__: EAGER)
+    monkeypatch.setattr(throughput, "compiled_kernels", lambda *_, **__: EAGER)
     values = {"model": "llama2-7b", "train_file": "x", "base": base, "compile": compile, "plan_for": "cpu"}
     plan = plan_run(make_settings({**values, "dry_run": True}), rank=0, world_size=1, weights=False)
-    said = compiling.choose_kernels(plan, torch.device("cpu")).description
+    said = throughput.choose_kernels(plan, torch.device("cpu")).description
     first, _, slow = said.partition("; ")
     assert first.startswith(("not compiled", "compiled in "))
     if kernels == "bitsandbytes" or base != "nf4":

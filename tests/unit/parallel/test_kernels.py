@@ -27,8 +27,8 @@ from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel import kernels as module
 from megatron_tiedlora.parallel.frozen_weight import wide_matmul
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels, run_in_parts
-from megatron_tiedlora.training import compiling
-from megatron_tiedlora.training.compiling import compiled_kernels
+from megatron_tiedlora.training import throughput
+from megatron_tiedlora.training.throughput import compiled_kernels
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 
@@ -44,7 +44,7 @@ def static() -> Kernels:
     plain = Kernels()
     kernels = plain.compiled(static_widths=True)
     kernels = replace(kernels, exp_scores_=plain.exp_scores_, score_gradient_=plain.score_gradient_)
-    compiling.warm_up_widths(kernels, model_config(), dtype=torch.float32, device=HOST, tp_size=1)
+    throughput.warm_up_widths(kernels, model_config(), dtype=torch.float32, device=HOST, tp_size=1)
     return kernels
 
 
@@ -287,11 +287,11 @@ def test_gpus_compile_in_one_turn(device: str, rank: int, waits: bool, monkeypat
         source=SimpleNamespace(shape=None),
         dtype=torch.bfloat16,
     )
-    monkeypatch.setattr(compiling, "rank_number", lambda *, local: rank)
-    monkeypatch.setattr(compiling, "compiled_kernels", lambda *_, **__: seen.append("compiles") or EAGER)
-    monkeypatch.setattr(compiling, "sum_over_ranks", lambda _: seen.append("meets"))
-    monkeypatch.setattr(compiling, "first_message", lambda message: message)
-    compiling.choose_kernels(plan, torch.device(device))
+    monkeypatch.setattr(throughput, "rank_number", lambda *, local: rank)
+    monkeypatch.setattr(throughput, "compiled_kernels", lambda *_, **__: seen.append("compiles") or EAGER)
+    monkeypatch.setattr(throughput, "sum_over_ranks", lambda _: seen.append("meets"))
+    monkeypatch.setattr(throughput, "first_message", lambda message: message)
+    throughput.choose_kernels(plan, torch.device(device))
     assert seen.count("compiles") == 1
     assert (seen.index("meets") < seen.index("compiles")) == waits
     assert seen.count("meets") == (1 if device == "cuda" else 2)

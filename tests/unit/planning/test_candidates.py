@@ -18,9 +18,9 @@ from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.plan_settings import parse_plan
 from megatron_tiedlora.model.hf_config import BITSANDBYTES, FBGEMM, StoredFormat
 from megatron_tiedlora.planning.cluster_report import hint_lines, plan_cluster, report_lines
-from megatron_tiedlora.planning.layout import Layout
+from megatron_tiedlora.planning.layout import Layout, Storage
 from megatron_tiedlora.planning.machines import GPUS
-from megatron_tiedlora.planning.search import ENGINE_FILES, RECOMPUTES, STORAGES, Storage, divisors
+from megatron_tiedlora.planning.search import ENGINE_FILES, RECOMPUTES, STORAGES, divisors
 
 SOURCE = short("qwen3-8b", 3)
 BATCH = 12

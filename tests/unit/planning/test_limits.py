@@ -40,7 +40,7 @@ from megatron_tiedlora.planning.passes import saved_bytes, saved_per_token, stag
 from megatron_tiedlora.selfcheck.compare import OURS, make_sides
 from megatron_tiedlora.selfcheck.step_bench import plan_benchmark
 from megatron_tiedlora.selfcheck.timing import saved_by_autograd, storage_bytes
-from megatron_tiedlora.training.compiling import ChosenKernels
+from megatron_tiedlora.training.throughput import ChosenKernels
 
 ROWS, LENGTH, LAST = 2, 96, 4
 SHAPE: ModelShape = shape_from_hf(

@@ -29,12 +29,11 @@ from megatron_tiedlora.engine.engine_json import SHIPPED_CONFIGS
 from megatron_tiedlora.parallel.groups import TENSOR
 from megatron_tiedlora.planning.adapter_plans import counted, plan_adapters, prepare_all_data
 from megatron_tiedlora.planning.cluster_report import hint_lines, plan_cluster
-from megatron_tiedlora.planning.layout import plan_stages
+from megatron_tiedlora.planning.layout import Storage, plan_stages
 from megatron_tiedlora.planning.machines import CPU, Machine
 from megatron_tiedlora.planning.passes import saved_per_token, step_flops, step_traffic
-from megatron_tiedlora.planning.planned import Planned
-from megatron_tiedlora.planning.search import Candidate, Storage
-from megatron_tiedlora.planning.step_plan import StepPlan
+from megatron_tiedlora.planning.planned import Planned, StepPlan
+from megatron_tiedlora.planning.search import Candidate
 from megatron_tiedlora.planning.step_time import Links, Seconds, step_seconds
 
 SOURCE = short("llama2-7b", 6)

@@ -21,16 +21,15 @@ from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.data.loader import GlobalBatch
 from megatron_tiedlora.data.token_dataset import TokenDataset, sample_indices
 from megatron_tiedlora.parallel.groups import Grid
-from megatron_tiedlora.planning.adapter_plans import shared_plan
+from megatron_tiedlora.planning.adapter_plans import length_warnings, shared_plan
+from megatron_tiedlora.planning.planned import StepPlan
 from megatron_tiedlora.planning.report import dry_run_report
 from megatron_tiedlora.planning.run_plan import (
     RunPlan,
-    length_warnings,
     plan_run,
     steps_in_words,
     with_counted_steps,
 )
-from megatron_tiedlora.planning.step_plan import StepPlan
 from megatron_tiedlora.selfcheck.step_bench import made_up
 
 

@@ -24,7 +24,7 @@ from megatron_tiedlora.model.hf_config import StoredFormat
 from megatron_tiedlora.planning.adapter_plans import _test_examples
 from megatron_tiedlora.runtime.run_folder import RunFolder
 from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests
-from megatron_tiedlora.training import finish, reports
+from megatron_tiedlora.training import finish
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def ended(run: Path, base: Path) -> list[str]:
     settings = make_settings({"task": "gsm8k", "model": str(base), "rank": 4})
     plan = SimpleNamespace(source=find_model(str(base)), settings=settings)
     trainer: Any = SimpleNamespace(folder=RunFolder(run), plan=plan)
-    return reports.next_steps(trainer)
+    return finish.next_steps(trainer)
 
 
 def commands(lines: list[str]) -> list[list[str]]:

@@ -10,7 +10,7 @@ from support.task_files import refusal
 
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
-from megatron_tiedlora.training.reports import resumed_text
+from megatron_tiedlora.training.finish import resumed_text
 from megatron_tiedlora.training.start import check_resumed_settings, with_kept_warmup
 from megatron_tiedlora.training.throughput import steps_over
 

@@ -21,9 +21,8 @@ from megatron_tiedlora.checkpoint.resume import Progress, save_checkpoint
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.config.sweep_settings import parse_sweep
 from megatron_tiedlora.convert.export_peft import export_peft
-from megatron_tiedlora.planning.init_from import read_start
 from megatron_tiedlora.planning.report import dry_run_report
-from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
+from megatron_tiedlora.planning.run_plan import RunPlan, plan_run, read_start
 from megatron_tiedlora.runtime.run_folder import run_name
 from megatron_tiedlora.training.start import check_resumed_settings
 
