@@ -7,15 +7,15 @@ The bank is no module: engines neither move nor sum nor step its tensors, unless
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from megatron_tiedlora.adapters.low_rank import AllRows, InputDropout, SharedRows, dropout_salt, token_keys
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, LayerUpdate, LinearUpdate, TiedAdapter, whole_factors
-from megatron_tiedlora.parallel.backward import Piece, Pieces, first_derivative_only, part_of
-from megatron_tiedlora.parallel.groups import TensorParallel
+from megatron_tiedlora.parallel.backward import Piece, Pieces, part_of
+from megatron_tiedlora.parallel.groups import TensorParallel, with_adjoint
 
 ONLY = ""  # the name of an adapter that is the only one
 
@@ -137,11 +137,11 @@ class AdapterBank:
             return memory[key]
 
         def joined(linears: Mapping[int, LinearUpdate]) -> LinearUpdate:
-            """One update of a linear for the tokens of all owners: their factors and stand-ins, flat and end to end."""
+            """One update of a linear for all owners: their factors and gradient slots, flat and end to end."""
             ranks = {number: owners[number].config.rank for number in linears}
             a, f, grad_a, grad_f, _ = zip(*linears.values(), strict=True)
             rows = SharedRows(ranks=ranks, pieces=pieces, local_pieces=local_pieces)
-            return LinearUpdate(flat(a), flat(f), _join_stand_ins(a, grad_a), _join_stand_ins(f, grad_f), rows)
+            return LinearUpdate(flat(a), flat(f), _join_slots(a, grad_a), _join_slots(f, grad_f), rows)
 
         for layer in sorted({layer for updates in by_owner for layer in updates}):
             of_layer = {number: updates[layer] for number, updates in enumerate(by_owner) if layer in updates}
@@ -178,24 +178,20 @@ class AdapterBank:
         return (Share(name, 0, 0),)
 
 
-def _join_stand_ins(factors: Sequence[torch.Tensor], stand_ins: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-    """One stand-in for several factors, some of which may be frozen; None if all are."""
-    if all(stand_in is None for stand_in in stand_ins):
+def _join_slots(factors: Sequence[torch.Tensor], slots: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """One gradient slot for several factors, some of which may be frozen; None if all are."""
+    trained = [slot is not None for slot in slots]
+    if not any(trained):
         return None
-    joined: torch.Tensor = _JoinStandIns.apply([factor.shape for factor in factors], *stand_ins)
-    return joined
+    shapes = [factor.shape for factor in factors]
+    sizes = [shape.numel() for shape in shapes]
 
+    def join(*slots: torch.Tensor | None) -> torch.Tensor:
+        like = next(slot for slot in slots if slot is not None)
+        return like.new_empty(1).expand(sum(sizes))
 
-class _JoinStandIns(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, shapes: Sequence[torch.Size], *stand_ins: torch.Tensor | None) -> torch.Tensor:
-        ctx.shapes, ctx.needs = shapes, [stand_in is not None for stand_in in stand_ins]
-        like = next(stand_in for stand_in in stand_ins if stand_in is not None)
-        return like.new_empty(1).expand(sum(shape.numel() for shape in shapes))
+    def split(gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        parts = zip(gradient.split(sizes), shapes, trained, strict=True)
+        return tuple(part.view(shape) if needed else None for part, shape, needed in parts)
 
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        parts = gradient.split([shape.numel() for shape in ctx.shapes])
-        views = (part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True))
-        return None, *(view if needs else None for view, needs in zip(views, ctx.needs, strict=True))
+    return with_adjoint(join, split, *slots)

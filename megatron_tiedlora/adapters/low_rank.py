@@ -72,12 +72,12 @@ class LinearFactors(NamedTuple):
         rows = fold(b, u, v, self.scale).detach().to(dtype).expand(len(numbers), -1, -1).unbind(0)
         return [rows[numbers[used]] for used in of_layers]
 
-    def stand_ins(self) -> tuple[torch.Tensor | None, ...]:
+    def gradient_slots(self) -> tuple[torch.Tensor | None, ...]:
         """The tensors that receive the gradient of each layer's F; None if it has none."""
         if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in self.tensors):
             return (None,) * self.num_layers
-        stand_ins: tuple[torch.Tensor, ...] = _StandIns.apply(*self.tensors, *self[1:])
-        return stand_ins
+        slots: tuple[torch.Tensor, ...] = _GradientSlots.apply(*self.tensors, *self[1:])
+        return slots
 
 
 def _read(tensor: torch.Tensor | None, slots: Slots) -> Any:
@@ -104,11 +104,11 @@ def fold(b: torch.Tensor, u: torch.Tensor | None, v: torch.Tensor | None, scale:
     return scaled if scale == 1.0 else scaled * scale
 
 
-class _StandIns(torch.autograd.Function):
-    """Stand-ins that receive the gradient of each layer's F = scale diag(v) B diag(u), in the adapter's dtype.
+class _GradientSlots(torch.autograd.Function):
+    """A gradient slot for each layer: a tensor, in the adapter's dtype, that receives the gradient of the layer's F.
 
     autograd casts a gradient to its tensor's dtype, and F has the base's. An fp32 gradient therefore needs an fp32
-    tensor, whose values are never read. With the gradients G of F, for all layers at once,
+    tensor, whose values are never read. With F = s diag(v) B diag(u) and its gradients G, for all layers at once,
 
         dB = s diag(v) G diag(u)      dv = row sums of s G diag(u) B      du = column sums of s diag(v) G B
     """
@@ -148,6 +148,21 @@ class _StandIns(torch.autograd.Function):
 
 
 # The tokens of a micro-batch ------------------------------------------------------------------------------------------
+
+
+class SomeTokens(NamedTuple):
+    """Some tokens of a micro-batch.
+
+    Attributes:
+        rows: (m,), indices into (b s).
+        local_rows: the rows of this rank, as indices into its (b s) or (b s / p) activations between layers.
+        pieces, local_pieces: whose they are, if there are several owners.
+    """
+
+    rows: torch.Tensor
+    local_rows: torch.Tensor
+    pieces: Pieces = ()
+    local_pieces: Pieces = ()
 
 
 @dataclass(frozen=True)
@@ -209,16 +224,11 @@ class AllRows:
         """A x, or its gradient, from columns (..., r)."""
         return columns
 
-    def at(self, rows: torch.Tensor, local_rows: torch.Tensor, pieces: Pieces, local_pieces: Pieces) -> "AllRows":
-        """The same for some tokens only.
+    def at(self, some: SomeTokens) -> "AllRows":
+        """What applies to some tokens only."""
+        return self if self.dropout is None else replace(self, dropout=self.dropout.at(some.rows, some.local_rows))
 
-        Args:
-            rows, local_rows: indices into all tokens, and into this rank's part.
-            pieces, local_pieces: whose tokens they are, if there are several owners.
-        """
-        return self if self.dropout is None else replace(self, dropout=self.dropout.at(rows, local_rows))
-
-    def stand_in_pieces(self, size: int) -> Pieces | None:
+    def slot_pieces(self, size: int) -> Pieces | None:
         """Whose numbers those of a gradient of A or F are, if there are several owners; `size` is their number."""
         return None
 
@@ -293,12 +303,12 @@ class SharedRows(AllRows):
         rows = self._rows(columns.flatten(0, -2), local)
         return _end_to_end([own[:, : self.ranks[owner]] for owner, own, _ in rows], columns)
 
-    def at(self, rows: torch.Tensor, local_rows: torch.Tensor, pieces: Pieces, local_pieces: Pieces) -> "SharedRows":
+    def at(self, some: SomeTokens) -> "SharedRows":
         """As in AllRows."""
-        dropouts = {owner: dropout.at(rows, local_rows) for owner, dropout in self.dropouts.items()}
-        return replace(self, pieces=pieces, local_pieces=local_pieces, dropouts=dropouts)
+        dropouts = {owner: dropout.at(some.rows, some.local_rows) for owner, dropout in self.dropouts.items()}
+        return replace(self, pieces=some.pieces, local_pieces=some.local_pieces, dropouts=dropouts)
 
-    def stand_in_pieces(self, size: int) -> Pieces:
+    def slot_pieces(self, size: int) -> Pieces:
         """As in AllRows."""
         width = size // sum(self.ranks.values())
         return tuple(Piece(owner, rank * width) for owner, rank in self.ranks.items())
@@ -326,7 +336,7 @@ class SharedRows(AllRows):
 
     def _factors(self, flat: torch.Tensor, *, by_rows: bool = False) -> dict[int, torch.Tensor]:
         """F_i (out, r_i) by owner, or A_i (r_i, in) with `by_rows`."""
-        blocks = flat.split([piece.size for piece in self.stand_in_pieces(flat.numel())])
+        blocks = flat.split([piece.size for piece in self.slot_pieces(flat.numel())])
         shapes = [(rank, -1) if by_rows else (-1, rank) for rank in self.ranks.values()]
         return {owner: block.view(shape) for owner, block, shape in zip(self.ranks, blocks, shapes, strict=True)}
 

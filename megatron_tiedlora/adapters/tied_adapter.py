@@ -284,7 +284,7 @@ class LinearUpdate(NamedTuple):
     Attributes:
         a: A, (r, local in), in the base's dtype; no gradient.
         f: F = (alpha / r) diag(v) B diag(u), (local out, r), in the base's dtype; no gradient.
-        grad_a: stand-in that receives A's gradient: A's shape, the adapter's dtype, no values. None if A is frozen.
+        grad_a: gradient slot that receives A's gradient: A's shape, the adapter's dtype, no values. None: A is frozen.
         grad_f: the same for F. None if B, u and v are frozen.
         rows: which tokens it is for, and the dropout of its input.
     """
@@ -365,7 +365,9 @@ class TiedAdapter(nn.Module):
             a, b, u, v = (whole[target.prefix + factor] for factor in FACTORS)
             of_a, *of_buv = (self._slots[target.prefix + factor] for factor in FACTORS)
             both = of_layers((a, None, None), (of_a, None, None), 1.0), of_layers((b, u, v), of_buv, self.config.scale)
-            updates[target.name] = map(LinearUpdate, *(f.values(dtype) for f in both), *(f.stand_ins() for f in both))
+            updates[target.name] = map(
+                LinearUpdate, *(f.values(dtype) for f in both), *(f.gradient_slots() for f in both)
+            )
         return tuple(dict(zip(updates, layer, strict=True)) for layer in zip(*updates.values(), strict=True))
 
     def factors(self) -> dict[str, Any]:

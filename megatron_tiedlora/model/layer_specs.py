@@ -8,6 +8,7 @@ computed again.
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -258,7 +259,8 @@ class Head(nn.Module):
             local_logits = frozen_weight.frozen_linear(hidden, self.frozen)
             return groups.gather_from_tensor_parallel_region(local_logits, group, dim=-1)[..., : self.vocab_size]
         first_id = group.rank * self.frozen.local_shape[0]
-        weight = self.frozen.first_rows(max(self.vocab_size - first_id, 0))  # without the last rank's padding
+        weight = copy(self.frozen)
+        weight.tensor = weight.tensor.detach()[: max(self.vocab_size - first_id, 0)]  # without the last rank's padding
         shard = VocabularyShard(weight, first_id, group, self.rows_at_once, self.kernels)
         rows = hidden[0].index_select(0, supervised.supervised)
         del hidden  # frees as much memory as its gradient needs next

@@ -132,9 +132,9 @@ class Needs(NamedTuple):
     f: bool
 
 
-def gradient_dtype(*stand_ins: torch.Tensor | None) -> torch.dtype | None:
-    """The dtype of the factors' gradients, which is that of their stand-ins; None if no factor is trained."""
-    return next((tensor.dtype for tensor in stand_ins if tensor is not None), None)
+def gradient_dtype(*slots: torch.Tensor | None) -> torch.dtype | None:
+    """The dtype of the factors' gradients, which is that of their gradient slots; None if no factor is trained."""
+    return next((tensor.dtype for tensor in slots if tensor is not None), None)
 
 
 @dataclass(frozen=True)

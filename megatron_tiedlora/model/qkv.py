@@ -55,110 +55,77 @@ class QkvLinear(NormedLinear):
         """
         update = update or LinearUpdate()
         projection, operands = self.projection(tensor_parallel, update, num_rows=num_rows)
-        return project(hidden, update, projection, operands, self.epilogue(table, tensor_parallel.group))
-
-    def epilogue(self, table: tuple[torch.Tensor, ...], group: RankGroup) -> "PlainHeads":
-        """The heads as they are, rotated, or if they have norms normalised and rotated."""
-        if self.rope is None:
-            return PlainHeads(self.heads)
-        if self.query_norm is None or self.key_norm is None:
-            return RotatedHeads(self.heads, self.kernels, table)
-        return RotatedNormedHeads(self.heads, self.kernels, table, (self.query_norm, self.key_norm), group)
+        norms = tuple(norm for norm in (self.query_norm, self.key_norm) if norm is not None)
+        epilogue = SplitHeads(self.heads, self.kernels, table, norms, tensor_parallel.group)
+        return project(hidden, update, projection, operands, epilogue)
 
 
 @dataclass(frozen=True)
-class PlainHeads(Epilogue):
+class SplitHeads(Epilogue):
     """[Q | K | V], (b, s, o) -> queries, keys and values, (b, heads, s, head_dim), in one storage.
+
+    With a table queries and keys are rotated. With norms each head of them has an RMS norm before the rotation, or all
+    heads together have one. A norm saves its result, which attention saves too, and one number per token. All heads
+    together are those of all ranks: the means of the ranks' equally many heads are summed over the group, two numbers
+    per token, in one message in each pass.
 
     Attributes:
         heads: of this rank.
-    """
-
-    heads: HeadShape
-
-    def forward(self, projected: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-        """Queries, keys and values; and what `backward` needs. It may overwrite `projected`."""
-        return self._joined(self._split(projected), projected.shape), ()
-
-    def backward(self, gradients: Sequence[torch.Tensor], *saved: torch.Tensor) -> torch.Tensor:
-        """The gradient of [Q | K | V] from those of the heads."""
-        batch, _, length, _ = gradients[0].shape
-        return torch.cat(_by_token(gradients), dim=1).view(batch, length, -1)
-
-    @property
-    def _num_rotated(self) -> int:
-        return self.heads.num + self.heads.num_kv
-
-    def _split(self, projected: torch.Tensor) -> torch.Tensor:
-        return projected.view(-1, self._num_rotated + self.heads.num_kv, self.heads.dim).detach()
-
-    def _joined(self, heads: torch.Tensor, shape: torch.Size) -> tuple[torch.Tensor, ...]:
-        sizes = (self.heads.num, self.heads.num_kv, self.heads.num_kv)
-        return heads.view(*shape[:-1], -1, self.heads.dim).transpose(1, 2).split(sizes, dim=1)
-
-
-@dataclass(frozen=True)
-class RotatedHeads(PlainHeads):
-    """The same with rotated queries and keys.
-
-    Attributes:
-        table: cos and sin of the s tokens' positions.
-    """
-
-    kernels: Kernels
-    table: tuple[torch.Tensor, ...]
-
-    def forward(self, projected: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-        """Queries, keys and values; cos and sin."""
-        cos, sin = self.table
-        rotated = self.kernels.rotate(self._split(projected), cos, sin, self._num_rotated)
-        return self._joined(rotated, projected.shape), self.table
-
-    def backward(self, gradients: Sequence[torch.Tensor], *saved: torch.Tensor) -> torch.Tensor:
-        """The gradient of [Q | K | V] from the gradients of the rotated heads."""
-        batch, _, length, _ = gradients[0].shape
-        return self.kernels.rotate_gradient(*_by_token(gradients), *saved).view(batch, length, -1)
-
-
-@dataclass(frozen=True)
-class RotatedNormedHeads(RotatedHeads):
-    """The same with an RMS norm of each head of queries and keys before the rotation, or of all heads together.
-
-    It saves its result, which attention saves too, and one number per token per norm. All heads together are those of
-    all ranks: the means of the ranks' equally many heads are summed over the group, two numbers per token, in one
-    message in each pass.
-
-    Attributes:
-        norms: weights of the norms of queries and of keys, (head_dim,), or (heads * head_dim,) of all heads.
+        table: cos and sin of the s tokens' positions; () if there is no rotation.
+        norms: weights of the norms of queries and of keys, (head_dim,), or (heads * head_dim,) of all heads; or ().
         group: the ranks that share the heads.
     """
 
-    norms: tuple[torch.Tensor, torch.Tensor]
+    heads: HeadShape
+    kernels: Kernels
+    table: tuple[torch.Tensor, ...]
+    norms: tuple[torch.Tensor, ...]
     group: RankGroup
 
     def forward(self, projected: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-        """Queries, keys and values; the heads, the norms' roots, cos, sin and the norms' weights."""
-        heads, weight, norm = self._split(projected), self._weight(self.norms), self.heads.norms[0]
-        if norm.sharded:
-            means = self._over_ranks(self.kernels.square_means(heads, self.heads.num, self.heads.num_kv))
-            root = torch.rsqrt(means + norm.eps)
-            rotated = self.kernels.rotate_with_root(heads, *self.table, self._by_head(root), weight)
-        else:
-            rotated, root = self.kernels.rotate_normed(heads, *self.table, weight, norm.eps)
-        return self._joined(rotated, projected.shape), (rotated, root, *self.table, *self.norms)
+        """Queries, keys and values; and what `backward` needs: the table, or the heads, the norms' roots, the table and
+        the norms' weights. It may overwrite `projected`."""
+        counts = (self.heads.num, self.heads.num_kv, self.heads.num_kv)
+        heads, saved = projected.view(-1, sum(counts), self.heads.dim).detach(), self.table
+        if self.norms:
+            heads, root = self._rotate_normed(heads)
+            saved = (heads, root, *self.table, *self.norms)
+        elif self.table:
+            heads = self.kernels.rotate(heads, *self.table, self.heads.num + self.heads.num_kv)
+        by_token = heads.view(*projected.shape[:-1], -1, self.heads.dim)
+        return by_token.transpose(1, 2).split(counts, dim=1), saved
 
     def backward(self, gradients: Sequence[torch.Tensor], *saved: torch.Tensor) -> torch.Tensor:
-        """The gradient of [Q | K | V] from the gradients of the rotated heads."""
-        rotated, root, cos, sin, *norms = saved
-        (batch, _, length, _), (query, key, value) = gradients[0].shape, _by_token(gradients)
+        """The gradient of [Q | K | V] from the gradients of the results."""
+        batch, _, length, _ = gradients[0].shape
+        # (b, heads, s, head_dim) -> (b s, heads, head_dim): kernels for GPUs return this order, then nothing is copied.
+        by_token = [gradient.transpose(1, 2).flatten(0, 1).contiguous().detach() for gradient in gradients]
+        if self.norms:
+            found = self._normed_gradient(*by_token, *saved)
+        else:
+            found = self.kernels.rotate_gradient(*by_token, *saved) if saved else torch.cat(by_token, dim=1)
+        return found.view(batch, length, -1)
+
+    def _rotate_normed(self, heads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The heads behind the norms and the rotation, and the norms' roots."""
+        norm, weight = self.heads.norms[0], self._weight(self.norms)
+        if not norm.sharded:
+            return self.kernels.rotate_normed(heads, *self.table, weight, norm.eps)
+        means = self._over_ranks(self.kernels.square_means(heads, self.heads.num, self.heads.num_kv))
+        root = torch.rsqrt(means + norm.eps)
+        return self.kernels.rotate_with_root(heads, *self.table, self._by_head(root), weight), root
+
+    def _normed_gradient(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rotated: torch.Tensor, *saved: torch.Tensor
+    ) -> torch.Tensor:
+        root, cos, sin, *norms = saved
         rotated = rotated.detach()
         mean: torch.Tensor | None = None
         if self.heads.norms[0].sharded:
             means = self._over_ranks(self.kernels.product_means(query, key, rotated))
             root, mean = self._by_head(root), self._by_head(means)
         numbers = rotated, root, mean, cos, sin, self._weight(norms)
-        found = self.kernels.rotate_normed_gradient(query, key, value, *numbers)
-        return found.view(batch, length, -1)
+        return self.kernels.rotate_normed_gradient(query, key, value, *numbers)
 
     def _weight(self, norms: Sequence[torch.Tensor]) -> torch.Tensor:
         """The norm's weight of each head, (num + num_kv, head_dim)."""
@@ -173,8 +140,3 @@ class RotatedNormedHeads(RotatedHeads):
         """Numbers of queries and of keys, (T, 2), for each of their heads, (T, num + num_kv, 1)."""
         counts = self.heads.num, self.heads.num_kv
         return torch.cat([numbers[:, i : i + 1].expand(-1, count) for i, count in enumerate(counts)], dim=1)[..., None]
-
-
-def _by_token(gradients: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """(b, heads, s, head_dim) -> (b s, heads, head_dim). Kernels for GPUs return this order; then nothing is copied."""
-    return [gradient.transpose(1, 2).flatten(0, 1).contiguous().detach() for gradient in gradients]

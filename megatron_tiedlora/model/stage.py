@@ -10,24 +10,23 @@ the factors.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank, Shares
+from megatron_tiedlora.adapters.low_rank import SomeTokens
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, TiedAdapter
 from megatron_tiedlora.base.shapes import ATTENTION_TARGETS, MLP_TARGETS, TARGET_NAMES
 from megatron_tiedlora.model.attention import AnyCache, Attention, AttentionContext
 from megatron_tiedlora.model.batch import Supervised, find_supervised
 from megatron_tiedlora.model.layer_specs import Block, Head, LayerSpec
-from megatron_tiedlora.parallel.backward import Piece, Pieces, part_of, run_with_early_backward
+from megatron_tiedlora.parallel.backward import Piece, part_of, run_with_early_backward
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
-from megatron_tiedlora.parallel.groups import TensorParallel
+from megatron_tiedlora.parallel.groups import TensorParallel, with_adjoint
 
 
 class Attended(NamedTuple):
@@ -37,32 +36,18 @@ class Attended(NamedTuple):
         hidden: the input of the block, (b, s, d) or (1, b s / p, d).
         attention_output: (b, s, local heads * head_dim).
         update: of the block's linears, if it is adapted.
+        zero_gradients: the tensors to which the backward pass of the loss gives zeros.
     """
 
     hidden: torch.Tensor
     attention_output: torch.Tensor
     update: LayerUpdate | None = None
+    zero_gradients: tuple[torch.Tensor, ...] = ()
 
     @property
     def mlp_update(self) -> LayerUpdate:
         """The part of the update that belongs to the MLP."""
         return {name: linear for name, linear in (self.update or {}).items() if name in MLP_TARGETS}
-
-    def with_function(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Attended":
-        """The same with `function`, which returns its input's values, applied to a tensor that needs a gradient."""
-        if self.hidden.requires_grad:
-            return self._replace(hidden=function(self.hidden))
-        if self.attention_output.requires_grad:
-            return self._replace(attention_output=function(self.attention_output))
-        update = self.update or {}
-        target, name, tensor = next(
-            (target, name, tensor)
-            for target, linear in update.items()
-            for name in ("grad_a", "grad_f")
-            if (tensor := getattr(linear, name)) is not None
-        )
-        changed: dict[str, Any] = {name: function(tensor)}
-        return self._replace(update={**update, target: update[target]._replace(**changed)})
 
 
 class SupervisedTail:
@@ -91,9 +76,9 @@ class SupervisedTail:
         assert not tensor_parallel.sequence_parallel, "positions are picked from whole sequences"
         rows = torch.arange(size, device=wanted.device) * length + wanted
         pieces = tuple(Piece(number, share.num_rows) for number, share in enumerate(shares) if len(shares) > 1)
-        some = _Some(rows, rows, pieces, pieces)
+        some = SomeTokens(rows, rows, pieces, pieces)
         joined = self._join(attended, tensor_parallel, some)
-        hidden = self.block.add_mlp(joined, tensor_parallel, some.of(attended.mlp_update))
+        hidden = self.block.add_mlp(joined, tensor_parallel, _update_at(some, attended.mlp_update))
         return cast(torch.Tensor, self.head(hidden, tensor_parallel)).transpose(0, 1)
 
     def loss(
@@ -104,12 +89,12 @@ class SupervisedTail:
         If they belong to several owners, there is one for each, (owners,).
         """
         supervised, some, joined = self._supervised(attended, labels, tensor_parallel)
-        update = some.of(attended.mlp_update)
-        pairs = [(linear, tensor) for linear in update.values() for tensor in (linear.grad_a, linear.grad_f)]
-        stand_ins = [tensor for _, tensor in pairs]
+        update = _update_at(some, attended.mlp_update)
+        pairs = [(linear, slot) for linear in update.values() for slot in (linear.grad_a, linear.grad_f)]
+        slots = [slot for _, slot in pairs]
 
-        def summed(joined: torch.Tensor, *stand_ins: torch.Tensor | None) -> torch.Tensor:
-            pairs = zip(stand_ins[::2], stand_ins[1::2], strict=True)
+        def summed(joined: torch.Tensor, *slots: torch.Tensor | None) -> torch.Tensor:
+            pairs = zip(slots[::2], slots[1::2], strict=True)
             inner = {
                 name: linear._replace(grad_a=grad_a, grad_f=grad_f)
                 for (name, linear), (grad_a, grad_f) in zip(update.items(), pairs, strict=True)
@@ -118,22 +103,21 @@ class SupervisedTail:
             loss: torch.Tensor = self.head(hidden, tensor_parallel, supervised)
             return loss
 
-        inputs = joined, *stand_ins
+        inputs = joined, *slots
         needs = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
-        if not needs:
-            return summed(joined, *stand_ins)
         pieces = None
         if some.local_pieces:
-            of_stand_ins = [t if t is None else linear.rows.stand_in_pieces(t.numel()) for linear, t in pairs]
-            pieces = [some.local_pieces, *of_stand_ins]
-        return run_with_early_backward(summed, *inputs, pieces=pieces)
+            of_slots = [slot if slot is None else linear.rows.slot_pieces(slot.numel()) for linear, slot in pairs]
+            pieces = [some.local_pieces, *of_slots]
+        loss = run_with_early_backward(summed, *inputs, pieces=pieces) if needs else summed(*inputs)
+        return _with_zero_gradients(loss, attended.zero_gradients)
 
     def position_losses(
         self, attended: Attended, labels: torch.Tensor, tensor_parallel: TensorParallel, shares: Shares = ()
     ) -> torch.Tensor:
         """The loss of each position, (b, s), 0 where there is no label, without a gradient."""
         supervised, some, joined = self._supervised(attended, labels, tensor_parallel, shares)
-        update = some.of(attended.mlp_update)
+        update = _update_at(some, attended.mlp_update)
         hidden = self.block.add_mlp(joined, tensor_parallel, update, recomputes=False)
         losses = self.head(hidden, tensor_parallel, supervised, summed=False)
         spread = torch.zeros(labels.numel(), device=labels.device)
@@ -145,7 +129,7 @@ class SupervisedTail:
         labels: torch.Tensor | Supervised,
         tensor_parallel: TensorParallel,
         shares: Shares = (),
-    ) -> "tuple[Supervised, _Some, torch.Tensor]":
+    ) -> tuple[Supervised, SomeTokens, torch.Tensor]:
         """The supervised positions, those of this rank, and the last block's result there, up to its MLP."""
         num_parts, supervised = tensor_parallel.sequence_parts, labels
         if not isinstance(supervised, Supervised):
@@ -153,50 +137,36 @@ class SupervisedTail:
         size, part = len(supervised.rows) // num_parts, tensor_parallel.group.rank if num_parts > 1 else 0
         start, stop = part * size, (part + 1) * size
         local_pieces = part_of(supervised.pieces, start, stop)
-        some = _Some(supervised.rows, supervised.local_rows[start:stop], supervised.pieces, local_pieces)
+        some = SomeTokens(supervised.rows, supervised.local_rows[start:stop], supervised.pieces, local_pieces)
         return supervised, some, self._join(attended, tensor_parallel, some)
 
-    def _join(self, attended: Attended, tensor_parallel: TensorParallel, some: "_Some | None" = None) -> torch.Tensor:
+    def _join(
+        self, attended: Attended, tensor_parallel: TensorParallel, some: SomeTokens | None = None
+    ) -> torch.Tensor:
         """The last block's result up to its MLP, at all positions, or at some: then (1, m, d) or (1, m / p, d)."""
-        hidden, attention_output, update = attended
+        hidden, attention_output, update, _ = attended
         if some is not None:
             hidden = hidden.flatten(0, 1).index_select(0, some.local_rows)[None]
             attention_output = attention_output.flatten(0, 1).index_select(0, some.rows)[None]
-            update = some.of(update or {})
+            update = _update_at(some, update or {})
         return self.block.add_attention(hidden, attention_output, tensor_parallel, update)
 
 
-@dataclass(frozen=True)
-class _Some:
-    """Some positions of a micro-batch.
-
-    Attributes:
-        rows: (m,), indices into (b s).
-        local_rows: the rows of this rank, as indices into its (b s) or (b s / p) activations between layers.
-        pieces, local_pieces: whose they are, if there are several owners.
-    """
-
-    rows: torch.Tensor
-    local_rows: torch.Tensor
-    pieces: Pieces = ()
-    local_pieces: Pieces = ()
-
-    def of(self, update: LayerUpdate) -> LayerUpdate:
-        """The update for these tokens only."""
-        where = self.rows, self.local_rows, self.pieces, self.local_pieces
-        return {name: linear._replace(rows=linear.rows.at(*where)) for name, linear in update.items()}
+def _update_at(some: SomeTokens, update: LayerUpdate) -> LayerUpdate:
+    """The update for these tokens only."""
+    return {name: linear._replace(rows=linear.rows.at(some)) for name, linear in update.items()}
 
 
-class _WithZeroGradients(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
-        ctx.sources = [(s.shape, s.dtype, s.device) for s in sources]
-        return hidden.view_as(hidden)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return gradient, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.sources)
+def _with_zero_gradients(result: torch.Tensor, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The same result, whose backward pass also gives zeros to these tensors."""
+    if not tensors:
+        return result
+    zeros = [partial(torch.zeros, tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in tensors]
+    return with_adjoint(
+        lambda result, *_: result.view_as(result),
+        lambda gradient: (gradient, *(make() for make in zeros)),
+        *(result, *tensors),
+    )
 
 
 class Stage(nn.Module):
@@ -328,22 +298,14 @@ class Stage(nn.Module):
             updates = self.bank.with_dropout(updates, numbers, shares, self.tensor_parallel)
         context = self.context(positions, hidden.dtype, documents=documents, shares=shares)
         output = self.run_blocks(hidden, context, self.tensor_parallel, updates)
-        output = self._with_zero_gradients(output, inputs) if torch.is_grad_enabled() else output
-        if labels is None or isinstance(output, torch.Tensor):
-            return output
-        return self.tail.loss(output, labels, self.tensor_parallel)
-
-    def _with_zero_gradients(self, output: torch.Tensor | Attended, inputs: torch.Tensor) -> torch.Tensor | Attended:
-        """The same output, which also gives zero gradients to the anchor and to inputs that need none."""
-        sources: list[torch.Tensor] = [] if self.anchor is None else [self.anchor]
+        unused: tuple[torch.Tensor, ...] = () if self.anchor is None else (self.anchor,)
         if self.embedding is None and not self.needs_input_gradient:
-            sources.append(inputs)
-        if not sources:
-            return output
-        if isinstance(output, Attended):
-            return output.with_function(lambda tensor: _WithZeroGradients.apply(tensor, *sources))
-        joined: torch.Tensor = _WithZeroGradients.apply(output, *sources)
-        return joined
+            unused += (inputs,)
+        unused = unused if torch.is_grad_enabled() else ()
+        if isinstance(output, torch.Tensor):
+            return _with_zero_gradients(output, unused)
+        output = output._replace(zero_gradients=unused)
+        return output if labels is None else self.tail.loss(output, labels, self.tensor_parallel)
 
     def predict(
         self,
@@ -444,8 +406,8 @@ class Stage(nn.Module):
             call, targets = (block.attention.attend, ATTENTION_TARGETS) if stops else (block, TARGET_NAMES)
             if self.recompute == "full":
                 linears = [linear for name, linear in (update or {}).items() if name in targets]
-                stand_ins = [tensor for linear in linears for tensor in (linear.grad_a, linear.grad_f)]
-                if hidden.requires_grad or any(tensor is not None for tensor in stand_ins):
+                slots = [slot for linear in linears for slot in (linear.grad_a, linear.grad_f)]
+                if hidden.requires_grad or any(slot is not None for slot in slots):
                     call = partial(checkpoint, call, use_reentrant=False)  # it saves only its arguments
             cache = caches[number] if caches else None
             result = call(hidden, context, tensor_parallel, update=update, cache=cache)

@@ -127,18 +127,24 @@ def decided_by_rank_0(decide: Callable[[], Value], *, kind: Any = None) -> Value
     """
     if world_size() == 1:
         return decide()
-    if distributed.get_rank() == 0:
-        return _decide(decide)
-    header = torch.zeros(2, dtype=torch.int64)
+    here, message = distributed.get_rank() == 0, bytearray()
+    failure: UserError | None = None
+    if here:
+        try:
+            value = decide()
+            message = packed(value)
+        except UserError as error:
+            failure, message = error, packed(str(error))
+    header = torch.tensor([failure is not None, len(message)], dtype=torch.int64)
     distributed.broadcast(header, src=0)
     failed, size = header.tolist()
-    message = _broadcast(bytearray(), size, source=0, largest=LARGEST_MESSAGE)
-    if failed:
-        error = UserError(unpacked(str, message, sender=0))
-        error.of_peer = True
-        raise error
-    value: Value = unpacked(kind, message, sender=0)
-    return value
+    sent = _broadcast(message, size, source=0, largest=LARGEST_MESSAGE)
+    if failed and failure is None:
+        failure = UserError(unpacked(str, sent, sender=0))
+        failure.of_peer = True
+    if failure is not None:
+        raise failure
+    return value if here else unpacked(kind, sent, sender=0)
 
 
 def raise_on_every_rank(failure: UserError | None) -> None:
@@ -149,21 +155,6 @@ def raise_on_every_rank(failure: UserError | None) -> None:
             raise failure
 
     decided_by_rank_0(tell)
-
-
-def _decide(decide: Callable[[], Value]) -> Value:
-    """Decide on rank 0, and send the others the value or the error."""
-    failure: UserError | None = None
-    try:
-        value = decide()
-        message = packed(value)
-    except UserError as error:
-        failure, message = error, packed(str(error))
-    distributed.broadcast(torch.tensor([failure is not None, len(message)], dtype=torch.int64), src=0)
-    _broadcast(message, len(message), source=0, largest=LARGEST_MESSAGE)
-    if failure is not None:
-        raise failure
-    return value
 
 
 def _broadcast(message: bytearray, size: int, *, source: int, largest: int) -> bytearray | memoryview:

@@ -101,13 +101,6 @@ class Fp8ProductWeight(quantised_weight.RowScaledWeight):
         if self.transposed is not None:
             self.transposed.data[:, rows].copy_(codes.t())
 
-    def first_rows(self, num_rows: int) -> Self:
-        """The first rows of W, in the same memory."""
-        found = super().first_rows(num_rows)
-        if self.transposed is not None:
-            found.transposed = self.transposed.detach()[:, :num_rows]
-        return found
-
     def times_transposed(
         self, x: torch.Tensor, bias: torch.Tensor | None = None, *, out: torch.Tensor | None = None
     ) -> torch.Tensor:

@@ -5,10 +5,9 @@ The forward pass computes x W^T + c, the backward pass dy W, which does not need
 """
 
 from collections.abc import Callable, Mapping
-from copy import copy
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, Self
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -79,12 +78,6 @@ class FrozenWeight:
     def times(self, grad_y: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
         """dy W, (tokens, in), from dy (tokens, out); written to `out` if given. Autograd does not record it."""
         return torch.mm(grad_y, self.tensor.detach(), out=out)
-
-    def first_rows(self, num_rows: int) -> Self:
-        """The first rows of W, in the same memory."""
-        found = copy(self)
-        found.tensor = self.tensor.detach()[:num_rows]
-        return found
 
     def empty_values(self) -> torch.Tensor:
         """Uninitialised memory for the values of this rank's shard, to be passed to `load`."""
@@ -164,7 +157,7 @@ def frozen_linear(x: torch.Tensor, weight: FrozenWeight) -> torch.Tensor:
     def of_rows(product: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
         return product(tensor.flatten(0, -2)).view(*tensor.shape[:-1], -1)
 
-    return with_adjoint(x, partial(of_rows, weight.times_transposed), partial(of_rows, weight.times))
+    return with_adjoint(partial(of_rows, weight.times_transposed), partial(of_rows, weight.times), x)
 
 
 class VocabularyParallelEmbedding(nn.Module):

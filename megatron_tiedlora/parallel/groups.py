@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_tiedlora.base.messages import UserError, count_text
 
-Key = TypeVar("Key")
+Key, Result = TypeVar("Key"), TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -163,8 +163,6 @@ class ParallelGroups:
 # Collectives of tensor parallelism, which autograd can differentiate --------------------------------------------------
 
 
-Function = Callable[[torch.Tensor], torch.Tensor]
-
 SEQUENCE_DIM = 1  # of activations (1, b s, d)
 
 
@@ -207,50 +205,30 @@ def reduce_scatter(tensor: torch.Tensor, group: RankGroup, dim: int) -> torch.Te
 
 class _WithAdjoint(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, function: Function, adjoint: Any) -> torch.Tensor:
+    def forward(ctx: Any, function: Callable[..., Any], adjoint: Callable[..., Any], *tensors: torch.Tensor) -> Any:
         ctx.adjoint = adjoint
-        return function(tensor)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
-        return ctx.adjoint(gradient), None, None
-
-
-def with_adjoint(
-    tensor: torch.Tensor, function: Function, adjoint: Callable[[torch.Tensor], torch.Tensor | None]
-) -> torch.Tensor:
-    """`function(tensor)`, whose gradient becomes that of the tensor by `adjoint`; None is no gradient."""
-    found: torch.Tensor = _WithAdjoint.apply(tensor, function, adjoint)
-    return found
-
-
-def _itself(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
-
-
-class _GatherTogether(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, group: RankGroup, dims: tuple[int, ...], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.group, ctx.dims, ctx.shapes = group, dims, [tensor.shape for tensor in tensors]
-        gathered = all_gather(concatenated(tensors)[None], group, dim=0)
-        parts = gathered.split([tensor.numel() for tensor in tensors], dim=1)
-        return tuple(
-            part.reshape(group.size, *tensor.shape).movedim(0, dim).flatten(dim, dim + 1)
-            for part, tensor, dim in zip(parts, tensors, dims, strict=True)
-        )
+        return function(*tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        size = ctx.group.size
-        by_rank = [
-            gradient.unflatten(dim, (size, -1)).movedim(dim, 0).reshape(size, -1)
-            for gradient, dim in zip(gradients, ctx.dims, strict=True)
-        ]
-        mine = reduce_scatter(torch.cat(by_rank, dim=1), ctx.group, dim=0)[0]
-        parts = mine.split([shape.numel() for shape in ctx.shapes])
-        return None, None, *(part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True))
+        found = ctx.adjoint(*gradients)
+        return None, None, *(found if isinstance(found, tuple) else (found,))
+
+
+def with_adjoint(function: Callable[..., Result], adjoint: Callable[..., Any], *tensors: torch.Tensor | None) -> Result:
+    """`function(*tensors)`, a tensor or a tuple, with a handwritten backward pass.
+
+    Args:
+        function: may not save one of the tensors for `adjoint`.
+        adjoint: from the gradients of the results to those of the tensors; None is no gradient.
+    """
+    result: Result = _WithAdjoint.apply(function, adjoint, *tensors)
+    return result
+
+
+def _itself(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def concatenated(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -263,18 +241,35 @@ def gather_from_tensor_parallel_region(tensor: torch.Tensor, group: RankGroup, d
     if group.size == 1:
         return tensor
     gathers, scatters = (partial(function, group=group, dim=dim) for function in (all_gather, reduce_scatter))
-    return with_adjoint(tensor, gathers, scatters)
+    return with_adjoint(gathers, scatters, tensor)
 
 
 def gather_together(tensors: Sequence[torch.Tensor], group: RankGroup, dims: Sequence[int]) -> tuple[torch.Tensor, ...]:
-    """The same for several tensors of one dtype in one message, each along its own dimension.
+    """The ranks' parts of several tensors of one dtype in one message, each concatenated along its own dimension.
 
     Their gradients are summed in one message too; a tensor without a gradient counts as one with zeros.
     """
     if group.size == 1 or not tensors:
         return tuple(tensors)
-    gathered: tuple[torch.Tensor, ...] = _GatherTogether.apply(group, tuple(dims), *tensors)
-    return gathered
+    ranks, shapes = group.size, [tensor.shape for tensor in tensors]
+    sizes = [shape.numel() for shape in shapes]
+
+    def gathers(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        parts = all_gather(concatenated(tensors)[None], group, dim=0).split(sizes, dim=1)
+        return tuple(
+            part.reshape(ranks, *shape).movedim(0, dim).flatten(dim, dim + 1)
+            for part, shape, dim in zip(parts, shapes, dims, strict=True)
+        )
+
+    def scatters(*gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        by_rank = [
+            gradient.unflatten(dim, (ranks, -1)).movedim(dim, 0).reshape(ranks, -1)
+            for gradient, dim in zip(gradients, dims, strict=True)
+        ]
+        mine = reduce_scatter(torch.cat(by_rank, dim=1), group, dim=0)[0]
+        return tuple(part.view(shape) for part, shape in zip(mine.split(sizes), shapes, strict=True))
+
+    return with_adjoint(gathers, scatters, *tensors)
 
 
 def end_to_end(hidden: torch.Tensor) -> torch.Tensor:
@@ -288,9 +283,9 @@ def enter_tensor_parallel_region(hidden: torch.Tensor, tensor_parallel: TensorPa
     Each rank has an addend of the result's gradient; these are summed over the group.
     """
     group = tensor_parallel.group
-    if tensor_parallel.sequence_parallel:
-        return gather_from_tensor_parallel_region(hidden, group, SEQUENCE_DIM)
-    return hidden if group.size == 1 else with_adjoint(hidden, _itself, partial(all_reduce, group=group))
+    if group.size > 1 and not tensor_parallel.sequence_parallel:
+        return with_adjoint(_itself, partial(all_reduce, group=group), hidden)
+    return gather_from_tensor_parallel_region(hidden, group, SEQUENCE_DIM)
 
 
 def leave_tensor_parallel_region(hidden: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
@@ -302,9 +297,9 @@ def leave_tensor_parallel_region(hidden: torch.Tensor, tensor_parallel: TensorPa
     if group.size == 1:
         return hidden
     if not tensor_parallel.sequence_parallel:
-        return with_adjoint(hidden, partial(all_reduce, group=group), _itself)
+        return with_adjoint(partial(all_reduce, group=group), _itself, hidden)
     gathers, scatters = (partial(function, group=group, dim=SEQUENCE_DIM) for function in (all_gather, reduce_scatter))
-    return with_adjoint(end_to_end(hidden), scatters, gathers)
+    return with_adjoint(scatters, gathers, end_to_end(hidden))
 
 
 class StepSum:
@@ -332,7 +327,7 @@ class StepSum:
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor itself, with its gradient summed. All ranks of the group run equally many backward passes."""
-        return with_adjoint(tensor, _itself, self.take)
+        return with_adjoint(_itself, self.take, tensor)
 
     def take(self, gradient: torch.Tensor) -> torch.Tensor:
         """The gradient that a backward pass returns, from this rank's addend; the same shape and dtype."""

@@ -106,13 +106,6 @@ class QuantisedWeight(FrozenWeight):
         """(out, n) fp32, in the memory of the parameter."""
         return self.scale_bits.detach().view(torch.float32)
 
-    def first_rows(self, num_rows: int) -> Self:
-        """The first rows of W, in the same memory."""
-        found = super().first_rows(num_rows)
-        found.scale_bits = self.scale_bits.detach()[:num_rows]
-        found._local_shape = (len(found.tensor), self._local_shape[1])
-        return found
-
     def empty_values(self) -> torch.Tensor:
         """Uninitialised memory for the values of this rank's shard, to be passed to `load`."""
         return torch.empty(self._local_shape, dtype=self.dtype, device=self.tensor.device)
@@ -133,9 +126,11 @@ class QuantisedWeight(FrozenWeight):
         with torch.no_grad():
             self._load(values, start, columns)
 
-    def load_stored(
-        self, codes: torch.Tensor, scales: torch.Tensor, *, start: int = 0, columns: Columns | None = None
-    ) -> None:
+    @abstractmethod
+    def _load(self, values: torch.Tensor, start: int, columns: Columns) -> None: ...
+
+    @abstractmethod
+    def load_stored(self, codes: torch.Tensor, scales: torch.Tensor, *, start: int, columns: Columns) -> None:
         """Store codes and scales that are there already: rows from `start` on.
 
         Args:
@@ -146,15 +141,6 @@ class QuantisedWeight(FrozenWeight):
         Raises:
             ValueError: a value is not finite.
         """
-        width = self._local_shape[1]
-        with torch.no_grad():
-            self._load_stored(codes, scales, start, columns or Columns(0, width, width))
-
-    @abstractmethod
-    def _load(self, values: torch.Tensor, start: int, columns: Columns) -> None: ...
-
-    @abstractmethod
-    def _load_stored(self, codes: torch.Tensor, scales: torch.Tensor, start: int, columns: Columns) -> None: ...
 
     @abstractmethod
     def _dequantise(self, out: torch.Tensor) -> None:
@@ -219,7 +205,9 @@ class BlockScaledWeight(QuantisedWeight):
             codes, scales = quantise.quantise_blocks(self._moved(values[rows]), block, self.storage.name)
             self._store_own(slice(start + rows.start, start + rows.stop), codes, scales, columns)
 
-    def _load_stored(self, codes: torch.Tensor, scales: torch.Tensor, start: int, columns: Columns) -> None:
+    @torch.no_grad()
+    def load_stored(self, codes: torch.Tensor, scales: torch.Tensor, *, start: int, columns: Columns) -> None:
+        """See QuantisedWeight."""
         read = self.columns_to_read(columns)
         for rows in self._parts(num_rows=len(codes)):
             unpacked = quantise.unpack_codes(self._moved(codes[rows]), read.stop - read.start)
@@ -262,7 +250,9 @@ class RowScaledWeight(QuantisedWeight):
             codes, scales = quantise.quantise_rows(self._moved(values[rows]), maxima[rows], self.storage.name)
             self._store(slice(start + rows.start, start + rows.stop), codes.view(torch.uint8), scales[:, None])
 
-    def _load_stored(self, codes: torch.Tensor, scales: torch.Tensor, start: int, columns: Columns) -> None:
+    @torch.no_grad()
+    def load_stored(self, codes: torch.Tensor, scales: torch.Tensor, *, start: int, columns: Columns) -> None:
+        """See QuantisedWeight."""
         codes = self._moved(codes)
         if quantise.has_nan(codes, self.storage.name):
             raise ValueError("numbers that are not finite")

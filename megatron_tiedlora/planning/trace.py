@@ -222,19 +222,19 @@ class Tracer:
         counts = self._counts
         counts.restart()
         updates = bank.updates(shares, self.tensor_parallel, dtype=self.dtype)
-        forward, stand_ins = dict(counts.found), list[torch.Tensor]()
+        forward, slots = dict(counts.found), list[torch.Tensor]()
         counts.found.clear()
         factors = {}
         for layer, update in updates.items():
             for name, linear in update.items():
-                stand_ins += [tensor for tensor in (linear.grad_a, linear.grad_f) if tensor is not None]
+                slots += [tensor for tensor in (linear.grad_a, linear.grad_f) if tensor is not None]
                 for letter, factor in (("A", linear.a), ("F", linear.f)):
                     assert factor is not None, "an adapted linear has factors"
                     storage = factor.untyped_storage()
                     if storage._cdata not in kept:
                         factors[layer, name, letter] = storage._cdata, storage.nbytes()
-        if stand_ins:
-            torch.autograd.backward(stand_ins, [torch.empty_like(tensor) for tensor in stand_ins])
+        if slots:
+            torch.autograd.backward(slots, [torch.empty_like(tensor) for tensor in slots])
         return AdapterReading(forward, dict(counts.found), factors)
 
     @_remembers
@@ -262,7 +262,7 @@ class Tracer:
             with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
                 # What the block gets from the one before: its gradient is not kept.
                 begin = anchor if kind.earlier else anchor.detach()
-                hidden = with_adjoint(begin, lambda one: one.new_empty(size), lambda _gradient: None)
+                hidden = with_adjoint(lambda one: one.new_empty(size), lambda _gradient: None, begin)
                 output: Any = stage.run_blocks(hidden, context, self.tensor_parallel, updates)
                 del hidden
                 if isinstance(output, Attended):
@@ -288,10 +288,10 @@ class Tracer:
     def _updates(
         self, kind: Kind, index: int, sizes: Sizes, anchor: torch.Tensor, kept: list[torch.Tensor]
     ) -> tuple[dict[int, LayerUpdate], dict[tuple[str, str], weakref.ref[torch.UntypedStorage]]]:
-        """The updates of the block, with stand-ins that keep their gradients; and its factors."""
+        """The updates of the block, with gradient slots that keep their gradients; and its factors."""
 
-        def stand_in(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-            return with_adjoint(anchor, lambda one: one.new_empty(1, dtype=dtype).expand(shape), kept.append)
+        def gradient_slot(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+            return with_adjoint(lambda one: one.new_empty(1, dtype=dtype).expand(shape), kept.append, anchor)
 
         like = next(filter(None, kind.owners), None)  # of those that do not adapt the block
         if like is None:
@@ -310,7 +310,9 @@ class Tracer:
             a, f = linear.a.detach().clone(), linear.f.detach().clone()
             for letter, factor in (("A", a), ("F", f)):
                 factors[name, letter] = weakref.ref(factor.untyped_storage())
-            grad_a, grad_f = (t if t is None else stand_in(t.shape, t.dtype) for t in (linear.grad_a, linear.grad_f))
+            grad_a, grad_f = (
+                t if t is None else gradient_slot(t.shape, t.dtype) for t in (linear.grad_a, linear.grad_f)
+            )
             found[name] = linear._replace(a=a, f=f, grad_a=grad_a, grad_f=grad_f)
         return {index: found}, factors
 
@@ -339,7 +341,7 @@ class Tracer:
 def _end(output: torch.Tensor) -> torch.Tensor:
     """Begins a backward pass with a gradient that nothing else holds."""
     shape = output.shape
-    return with_adjoint(output, lambda one: one.new_empty(()), lambda gradient: gradient.new_empty(shape))
+    return with_adjoint(lambda one: one.new_empty(()), lambda gradient: gradient.new_empty(shape), output)
 
 
 def _supervised(sizes: Sizes) -> Supervised:
