@@ -30,9 +30,9 @@ from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.engine.engine_json import EngineConfig, load_engine_config
 from megatron_tiedlora.engine.runner import inputs_to_fill
 from megatron_tiedlora.model.weights import check_layout
-from megatron_tiedlora.parallel.fp8_products import check_fp8_device, check_gpu_products, weight_maker
 from megatron_tiedlora.parallel.frozen_weight import WeightMaker
 from megatron_tiedlora.parallel.groups import Grid
+from megatron_tiedlora.parallel.quantised_weight import check_fp8_device, check_gpu_products, weight_maker
 from megatron_tiedlora.planning.init_from import with_start
 from megatron_tiedlora.planning.layout import Layout, StagePlan, plan_stages
 from megatron_tiedlora.planning.machines import CPU, DEFAULT_GPU, GPUS, Machine

@@ -18,7 +18,7 @@ from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.adapters_file import PER_ADAPTER
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.engine.engine_json import SHIPPED_CONFIGS
-from megatron_tiedlora.parallel.fp8_products import check_fp8_capability
+from megatron_tiedlora.parallel.quantised_weight import check_fp8_capability
 from megatron_tiedlora.planning.adapter_plans import (
     Data,
     Plans,

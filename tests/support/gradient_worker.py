@@ -30,7 +30,6 @@ from megatron_tiedlora.data.loader import NUMBERS_OF_SAMPLE
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import Stages, layer_costs, partition, stage_weight_rules
-from megatron_tiedlora.parallel.fp8_products import weight_maker
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 from megatron_tiedlora.parallel.groups import (
     Grid,
@@ -41,6 +40,7 @@ from megatron_tiedlora.parallel.groups import (
     largest_of_all,
     named_handles,
 )
+from megatron_tiedlora.parallel.quantised_weight import weight_maker
 
 C, T = TypeVar("C"), TypeVar("T")
 DTYPE = torch.float64

@@ -20,9 +20,8 @@ from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model.families import shape_from_hf
-from megatron_tiedlora.parallel.fp8_products import weight_maker
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
-from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
+from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight, weight_maker
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 Folders = dict[str, tuple[Path, Path]]

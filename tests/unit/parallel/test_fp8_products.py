@@ -24,9 +24,9 @@ from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.parallel import fp8_products
-from megatron_tiedlora.parallel.fp8_products import Fp8ProductWeight, check_fp8_device, weight_maker
+from megatron_tiedlora.parallel import quantised_weight
 from megatron_tiedlora.parallel.frozen_weight import Columns, frozen_linear, frozen_weights
+from megatron_tiedlora.parallel.quantised_weight import Fp8MatmulWeight, check_fp8_device, weight_maker
 from megatron_tiedlora.planning.report import dry_run_report
 from megatron_tiedlora.planning.run_plan import plan_run
 
@@ -38,10 +38,10 @@ def drawn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> tor
     return values.to(dtype)
 
 
-def made(values: torch.Tensor, dtype: torch.dtype, *, keep_transposed: bool = False) -> Fp8ProductWeight:
+def made(values: torch.Tensor, dtype: torch.dtype, *, keep_transposed: bool = False) -> Fp8MatmulWeight:
     make = weight_maker("fp8", products="fp8", keep_transposed=keep_transposed)
     weight = make(*values.shape, dtype=dtype)
-    assert isinstance(weight, Fp8ProductWeight)
+    assert isinstance(weight, Fp8MatmulWeight)
     weight.load(values)
     return weight
 
@@ -54,7 +54,7 @@ def rounded(rows: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("width", [64, 100, 7])
 def test_both_passes_are_the_oracles(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fp8_products, "_AT_ONCE", 2 * width)  # so that five rows are three parts
+    monkeypatch.setattr(quantised_weight, "_AT_ONCE", 2 * width)  # so that five rows are three parts
     values, x = drawn(12, width, dtype=torch.float32), drawn(5, width, seed=1).requires_grad_()
     weight, bias, grad_y = made(values, torch.float64), drawn(12, seed=3), drawn(5, 12, seed=2)
     levels, scales = (torch.from_numpy(part).double() for part in oracle.row_values(values.numpy(), "fp8"))
@@ -145,14 +145,14 @@ def test_a_gpu_without_fp8_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
                 check_fp8_device(torch.device("cuda", 0))
         else:
             with monkeypatch.context() as context:
-                context.setattr(fp8_products, "_multiply_by_row", lambda _: None)
+                context.setattr(quantised_weight, "_multiply_by_row", lambda _: None)
                 check_fp8_device(torch.device("cuda", 0))
 
     def fails(_: torch.device) -> None:
         raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED\nin a kernel")
 
-    fp8_products._multiply_by_row(torch.device("cpu"))
-    monkeypatch.setattr(fp8_products, "_multiply_by_row", fails)
+    quantised_weight._multiply_by_row(torch.device("cpu"))
+    monkeypatch.setattr(quantised_weight, "_multiply_by_row", fails)
     with pytest.raises(UserError, match=r"with a scale for each row by torch .*\(CUBLAS_STATUS_NOT_SUPPORTED.*leave"):
         check_fp8_device(torch.device("cuda", 0))
 

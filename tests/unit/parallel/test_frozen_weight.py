@@ -29,10 +29,9 @@ from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import weight_rules
 from megatron_tiedlora.parallel import quantise
-from megatron_tiedlora.parallel.fp8_products import weight_maker
 from megatron_tiedlora.parallel.frozen_weight import Columns, FrozenWeight, frozen_parameter, frozen_weights
 from megatron_tiedlora.parallel.kernels import EAGER
-from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
+from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight, weight_maker
 from megatron_tiedlora.planning.run_plan import plan_run
 from megatron_tiedlora.training import compiling
 
