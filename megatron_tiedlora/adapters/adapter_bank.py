@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_tiedlora.adapters.low_rank import AllRows, InputDropout, SharedRows, dropout_salt, token_keys
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, LayerUpdate, LinearUpdate, TiedAdapter, whole_factors
@@ -59,7 +59,7 @@ class Dropout(NamedTuple):
     seed: int
 
     def of_linears(
-        self, part: AdapterPart, numbers: torch.Tensor, tensor_parallel: TensorParallel
+        self, part: AdapterPart, numbers: Tensor, tensor_parallel: TensorParallel
     ) -> Callable[[int, str], InputDropout]:
         """The dropout of a layer's linear, by the layer and the name of the target.
 
@@ -125,9 +125,9 @@ class AdapterBank:
             size = sum(piece.size for piece in pieces) // group.size
             local_pieces = part_of(pieces, group.rank * size, (group.rank + 1) * size)
         found: dict[int, LayerUpdate] = {}
-        memory: dict[Hashable, torch.Tensor] = {}
+        memory: dict[Hashable, Tensor] = {}
 
-        def flat(factors: Sequence[torch.Tensor]) -> torch.Tensor:
+        def flat(factors: Sequence[Tensor]) -> Tensor:
             """The factors end to end, in one memory for all layers that share them; their own if there is only one."""
             # not by address, as tensors without data have none
             key = tuple((factor.untyped_storage()._cdata, factor.storage_offset()) for factor in factors)
@@ -152,7 +152,7 @@ class AdapterBank:
         return found
 
     def with_dropout(
-        self, updates: Mapping[int, LayerUpdate], numbers: torch.Tensor, shares: Shares, tensor_parallel: TensorParallel
+        self, updates: Mapping[int, LayerUpdate], numbers: Tensor, shares: Shares, tensor_parallel: TensorParallel
     ) -> dict[int, LayerUpdate]:
         """The updates with each adapter's dropout of its own tokens, whose numbers are (b, s)."""
         names = (share.adapter for share in shares or self._only_share())
@@ -178,7 +178,7 @@ class AdapterBank:
         return (Share(name, 0, 0),)
 
 
-def _join_slots(factors: Sequence[torch.Tensor], slots: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+def _join_slots(factors: Sequence[Tensor], slots: Sequence[Tensor | None]) -> Tensor | None:
     """One gradient slot for several factors, some of which may be frozen; None if all are."""
     trained = [slot is not None for slot in slots]
     if not any(trained):
@@ -186,11 +186,11 @@ def _join_slots(factors: Sequence[torch.Tensor], slots: Sequence[torch.Tensor | 
     shapes = [factor.shape for factor in factors]
     sizes = [shape.numel() for shape in shapes]
 
-    def join(*slots: torch.Tensor | None) -> torch.Tensor:
+    def join(*slots: Tensor | None) -> Tensor:
         like = next(slot for slot in slots if slot is not None)
         return like.new_empty(1).expand(sum(sizes))
 
-    def split(gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def split(gradient: Tensor) -> tuple[Tensor | None, ...]:
         parts = zip(gradient.split(sizes), shapes, trained, strict=True)
         return tuple(part.view(shape) if needed else None for part, shape, needed in parts)
 

@@ -26,6 +26,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from megatron_tiedlora.base.methods import Sharing
 from megatron_tiedlora.parallel.backward import Piece, Pieces, first_derivative_only, starts_of
@@ -57,13 +58,13 @@ class LinearFactors(NamedTuple):
     A alone takes the place of B, with a scale of 1.
     """
 
-    tensors: tuple[torch.Tensor | None, ...]
+    tensors: tuple[Tensor | None, ...]
     slots: Sequence[Slots]
     scale: float
     num_layers: int
 
     @torch.no_grad()
-    def values(self, dtype: torch.dtype) -> list[torch.Tensor]:
+    def values(self, dtype: torch.dtype) -> list[Tensor]:
         """F of each layer, (o, r), in `dtype` and without a gradient. Layers with the same slots have one in common."""
         of_layers = list(zip(*(slots or (0,) * self.num_layers for slots in self.slots), strict=True))
         numbers = {used: number for number, used in enumerate(dict.fromkeys(of_layers))}
@@ -72,22 +73,22 @@ class LinearFactors(NamedTuple):
         rows = fold(b, u, v, self.scale).detach().to(dtype).expand(len(numbers), -1, -1).unbind(0)
         return [rows[numbers[used]] for used in of_layers]
 
-    def gradient_slots(self) -> tuple[torch.Tensor | None, ...]:
+    def gradient_slots(self) -> tuple[Tensor | None, ...]:
         """The tensors that receive the gradient of each layer's F; None if it has none."""
         if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in self.tensors):
             return (None,) * self.num_layers
-        slots: tuple[torch.Tensor, ...] = _GradientSlots.apply(*self.tensors, *self[1:])
+        slots: tuple[Tensor, ...] = _GradientSlots.apply(*self.tensors, *self[1:])
         return slots
 
 
-def _read(tensor: torch.Tensor | None, slots: Slots) -> Any:
+def _read(tensor: Tensor | None, slots: Slots) -> Any:
     """Some slots of a tensor, (slots, ...); itself if these are all of it, in order, or if it is not stacked."""
     if tensor is None or slots is None or slots == tuple(range(len(tensor))):
         return tensor
     return torch.stack([tensor[slot] for slot in slots])
 
 
-def _add_up(addends: torch.Tensor, slots: Slots, number: int) -> torch.Tensor:
+def _add_up(addends: Tensor, slots: Slots, number: int) -> Tensor:
     """The gradient of a tensor of so many slots from those of each layer, (layers, ...)."""
     if slots is None or slots == tuple(range(number)):
         return addends.sum(0) if slots is None else addends
@@ -97,7 +98,7 @@ def _add_up(addends: torch.Tensor, slots: Slots, number: int) -> torch.Tensor:
     return total
 
 
-def fold(b: torch.Tensor, u: torch.Tensor | None, v: torch.Tensor | None, scale: float) -> torch.Tensor:
+def fold(b: Tensor, u: Tensor | None, v: Tensor | None, scale: float) -> Tensor:
     """scale diag(v) B diag(u), (o, r), or (n, o, r) if b (n, o, r), u (n, r) or v (n, o) is stacked."""
     rows = b if v is None else v[..., None] * b
     scaled = rows if u is None else rows * u[..., None, :]
@@ -115,14 +116,8 @@ class _GradientSlots(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        b: torch.Tensor,
-        u: torch.Tensor | None,
-        v: torch.Tensor | None,
-        slots: Sequence[Slots],
-        scale: float,
-        num_layers: int,
-    ) -> tuple[torch.Tensor, ...]:
+        ctx: Any, b: Tensor, u: Tensor | None, v: Tensor | None, slots: Sequence[Slots], scale: float, num_layers: int
+    ) -> tuple[Tensor, ...]:
         needs_b, needs_u, needs_v = ctx.needs_input_grad[:3]
         used = (b, needs_u or needs_v), (u, needs_b or needs_v), (v, needs_b or needs_u)
         # Detached: under ZeRO-3 the Parameter is emptied when the adapter's call returns.
@@ -132,7 +127,7 @@ class _GradientSlots(torch.autograd.Function):
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         b, u, v = map(_read, ctx.saved_tensors, ctx.slots)
         of_b, of_u, of_v = zip(ctx.slots, ctx.sizes, strict=True)
         needs_b, needs_u, needs_v = ctx.needs_input_grad[:3]
@@ -159,8 +154,8 @@ class SomeTokens(NamedTuple):
         pieces, local_pieces: whose they are, if there are several owners.
     """
 
-    rows: torch.Tensor
-    local_rows: torch.Tensor
+    rows: Tensor
+    local_rows: Tensor
     pieces: Pieces = ()
     local_pieces: Pieces = ()
 
@@ -175,34 +170,32 @@ class AllRows:
 
     dropout: "InputDropout | None" = None
 
-    def _dropped(self, rows: torch.Tensor, *, local: bool) -> torch.Tensor:
+    def _dropped(self, rows: Tensor, *, local: bool) -> Tensor:
         """D of rows (tokens, in)."""
         return rows if self.dropout is None else self.dropout.dropped(rows, local=local)
 
-    def reduce_input(self, x: torch.Tensor, a: torch.Tensor, *, local: bool) -> torch.Tensor:
+    def reduce_input(self, x: Tensor, a: Tensor, *, local: bool) -> Tensor:
         """ax = A D(x) of x (..., in)."""
         rows = self._dropped(x.flatten(0, -2), local=local)
         return torch.mm(rows, a.t()).view(*x.shape[:-1], -1)
 
-    def add_update_(self, z: torch.Tensor, ax: torch.Tensor, f: torch.Tensor) -> None:
+    def add_update_(self, z: Tensor, ax: Tensor, f: Tensor) -> None:
         """Add F A x to z (tokens, out), in place."""
         torch.addmm(z, flat(ax), f.t(), out=z)
 
-    def gradient_of_ax(self, grad_z: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
+    def gradient_of_ax(self, grad_z: Tensor, f: Tensor) -> Tensor:
         """grad_ax = dz F, from dz (tokens, out)."""
         return grad_z @ f
 
-    def gradient_of_f(self, grad_z: torch.Tensor, ax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def gradient_of_f(self, grad_z: Tensor, ax: Tensor, dtype: torch.dtype) -> Tensor:
         """dF = dz^T ax in `dtype`, from dz (tokens, out)."""
         return wide_matmul(grad_z.t(), flat(ax), dtype)
 
-    def gradient_of_a(self, grad_ax: torch.Tensor, x: torch.Tensor, dtype: torch.dtype, *, local: bool) -> torch.Tensor:
+    def gradient_of_a(self, grad_ax: Tensor, x: Tensor, dtype: torch.dtype, *, local: bool) -> Tensor:
         """dA = grad_ax^T D(x) in `dtype`, from x (tokens, in)."""
         return wide_matmul(flat(grad_ax).t(), self._dropped(x, local=local), dtype)
 
-    def add_share_(
-        self, grad_x: torch.Tensor, grad_ax: torch.Tensor | None, a: torch.Tensor | None, *, local: bool
-    ) -> torch.Tensor:
+    def add_share_(self, grad_x: Tensor, grad_ax: Tensor | None, a: Tensor | None, *, local: bool) -> Tensor:
         """grad_x (..., in) + D(grad_ax A), in place; grad_x alone if one of the others is None.
 
         Only D makes a second tensor of this size.
@@ -216,11 +209,11 @@ class AllRows:
             rows.add_(self._dropped(narrow @ a, local=local))
         return grad_x
 
-    def columns(self, ax: torch.Tensor, *, local: bool) -> torch.Tensor:
+    def columns(self, ax: Tensor, *, local: bool) -> Tensor:
         """A x, or its gradient, as columns for a message along the sequence, (1, tokens, r)."""
         return ax.view(1, -1, ax.shape[-1])
 
-    def of_columns(self, columns: torch.Tensor, *, local: bool) -> torch.Tensor:
+    def of_columns(self, columns: Tensor, *, local: bool) -> Tensor:
         """A x, or its gradient, from columns (..., r)."""
         return columns
 
@@ -249,39 +242,37 @@ class SharedRows(AllRows):
     local_pieces: Pieces = ()
     dropouts: "Mapping[int, InputDropout]" = field(default_factory=dict)
 
-    def reduce_input(self, x: torch.Tensor, a: torch.Tensor, *, local: bool) -> torch.Tensor:
+    def reduce_input(self, x: Tensor, a: Tensor, *, local: bool) -> Tensor:
         """As in AllRows."""
         factors, rows = self._factors(a, by_rows=True), self._rows(flat(x), local, drops=True)
         found = [of.reduce_input(own, factors[owner], local=local) for owner, own, of in rows]
         return _end_to_end(found, x)
 
-    def add_update_(self, z: torch.Tensor, ax: torch.Tensor, f: torch.Tensor) -> None:
+    def add_update_(self, z: Tensor, ax: Tensor, f: Tensor) -> None:
         """As in AllRows."""
         factors, narrow = self._factors(f), self._narrow(ax, local=False)
         for (owner, rows, of), own in zip(self._rows(z, local=False), narrow, strict=True):
             of.add_update_(rows, own, factors[owner])
 
-    def gradient_of_ax(self, grad_z: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
+    def gradient_of_ax(self, grad_z: Tensor, f: Tensor) -> Tensor:
         """As in AllRows."""
         factors = self._factors(f)
         found = [of.gradient_of_ax(rows, factors[owner]) for owner, rows, of in self._rows(grad_z, local=False)]
         return _end_to_end(found, grad_z)
 
-    def gradient_of_f(self, grad_z: torch.Tensor, ax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def gradient_of_f(self, grad_z: Tensor, ax: Tensor, dtype: torch.dtype) -> Tensor:
         """As in AllRows."""
         pairs = zip(self._rows(grad_z, local=False), self._narrow(ax, local=False), strict=True)
         found = ((owner, of.gradient_of_f(rows, own, dtype)) for (owner, rows, of), own in pairs)
         return self._by_owner(found, grad_z.new_zeros(grad_z.shape[-1], dtype=dtype))
 
-    def gradient_of_a(self, grad_ax: torch.Tensor, x: torch.Tensor, dtype: torch.dtype, *, local: bool) -> torch.Tensor:
+    def gradient_of_a(self, grad_ax: Tensor, x: Tensor, dtype: torch.dtype, *, local: bool) -> Tensor:
         """As in AllRows."""
         pairs = zip(self._rows(x, local, drops=True), self._narrow(grad_ax, local=local), strict=True)
         found = ((owner, of.gradient_of_a(own, rows, dtype, local=local)) for (owner, rows, of), own in pairs)
         return self._by_owner(found, x.new_zeros(x.shape[-1], dtype=dtype))
 
-    def add_share_(
-        self, grad_x: torch.Tensor, grad_ax: torch.Tensor | None, a: torch.Tensor | None, *, local: bool
-    ) -> torch.Tensor:
+    def add_share_(self, grad_x: Tensor, grad_ax: Tensor | None, a: Tensor | None, *, local: bool) -> Tensor:
         """As in AllRows."""
         if grad_ax is None or a is None:
             return grad_x
@@ -290,7 +281,7 @@ class SharedRows(AllRows):
             of.add_share_(rows, own, factors[owner], local=local)
         return grad_x
 
-    def columns(self, ax: torch.Tensor, *, local: bool) -> torch.Tensor:
+    def columns(self, ax: Tensor, *, local: bool) -> Tensor:
         """As in AllRows: (1, tokens, widest rank), with zeros where a token's rank is less."""
         num_tokens = sum(piece.size for piece in self._pieces(local))
         spread = ax.new_zeros(1, num_tokens, max(self.ranks.values()))
@@ -298,7 +289,7 @@ class SharedRows(AllRows):
             rows[:, : self.ranks[owner]] = own
         return spread
 
-    def of_columns(self, columns: torch.Tensor, *, local: bool) -> torch.Tensor:
+    def of_columns(self, columns: Tensor, *, local: bool) -> Tensor:
         """As in AllRows."""
         rows = self._rows(columns.flatten(0, -2), local)
         return _end_to_end([own[:, : self.ranks[owner]] for owner, own, _ in rows], columns)
@@ -316,9 +307,7 @@ class SharedRows(AllRows):
     def _pieces(self, local: bool) -> Pieces:
         return self.local_pieces if local else self.pieces
 
-    def _rows(
-        self, rows: torch.Tensor, local: bool, *, drops: bool = False
-    ) -> Iterator[tuple[int, torch.Tensor, AllRows]]:
+    def _rows(self, rows: Tensor, local: bool, *, drops: bool = False) -> Iterator[tuple[int, Tensor, AllRows]]:
         """(owner, its rows, and these as all there are) of each piece of `rows` (tokens, n) whose owner adapts the
         linear; the rows are views. They have their dropout if `drops`."""
         pieces = self._pieces(local)
@@ -328,21 +317,21 @@ class SharedRows(AllRows):
                 part, dropout = slice(start, start + size), self.dropouts.get(owner) if drops else None
                 yield owner, rows[part], AllRows() if dropout is None else AllRows(dropout.at(part, part))
 
-    def _narrow(self, ax: torch.Tensor, *, local: bool) -> list[torch.Tensor]:
+    def _narrow(self, ax: Tensor, *, local: bool) -> list[Tensor]:
         """The same of A x, (tokens, its rank) each."""
         pieces = [piece for piece in self._pieces(local) if piece.owner in self.ranks]
         parts = ax.split([piece.size * self.ranks[piece.owner] for piece in pieces])
         return [part.view(-1, self.ranks[piece.owner]) for part, piece in zip(parts, pieces, strict=True)]
 
-    def _factors(self, flat: torch.Tensor, *, by_rows: bool = False) -> dict[int, torch.Tensor]:
+    def _factors(self, flat: Tensor, *, by_rows: bool = False) -> dict[int, Tensor]:
         """F_i (out, r_i) by owner, or A_i (r_i, in) with `by_rows`."""
         blocks = flat.split([piece.size for piece in self.slot_pieces(flat.numel())])
         shapes = [(rank, -1) if by_rows else (-1, rank) for rank in self.ranks.values()]
         return {owner: block.view(shape) for owner, block, shape in zip(self.ranks, blocks, shapes, strict=True)}
 
-    def _by_owner(self, found: Iterator[tuple[int, torch.Tensor]], zeros: torch.Tensor) -> torch.Tensor:
+    def _by_owner(self, found: Iterator[tuple[int, Tensor]], zeros: Tensor) -> Tensor:
         """The sums of each owner's gradients, flat; zeros, from those of one column, for an owner without any."""
-        totals: dict[int, torch.Tensor] = {}
+        totals: dict[int, Tensor] = {}
         for owner, gradient in found:
             totals[owner] = totals[owner] + gradient if owner in totals else gradient
         return torch.cat(
@@ -350,23 +339,23 @@ class SharedRows(AllRows):
         )
 
 
-def flat(tensor: torch.Tensor) -> torch.Tensor:
+def flat(tensor: Tensor) -> Tensor:
     """(..., n) -> (tokens, n), a view."""
     return tensor.view(-1, tensor.shape[-1])
 
 
-def _end_to_end(parts: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+def _end_to_end(parts: Sequence[Tensor], like: Tensor) -> Tensor:
     """All numbers of the parts, flat; none, in the dtype of `like`, if there are no parts."""
     return torch.cat([part.flatten() for part in parts]) if parts else like.new_empty(0)
 
 
-def beside(wide: torch.Tensor, narrow: torch.Tensor) -> torch.Tensor:
+def beside(wide: Tensor, narrow: Tensor) -> Tensor:
     """[wide | narrow | zeros] for one message. `narrow` is padded to a multiple of `SIZE_MULTIPLE` columns."""
     missing = padded(narrow.shape[-1]) - narrow.shape[-1]
     return torch.cat((wide, narrow, narrow.new_zeros(*narrow.shape[:-1], missing)), dim=-1)
 
 
-def apart(joined: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def apart(joined: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """`wide` and `narrow` from the result of `beside`, as views; `narrow` has `size` columns."""
     width = joined.shape[-1] - padded(size)
     return joined[..., :width], joined[..., width : width + size]
@@ -386,7 +375,7 @@ _WORD = 2**32 - 1
 _HOST_NUMBERS_AT_ONCE = 2**16  # on a CPU the integers of a part then stay in its cache
 
 
-def mix_(words: torch.Tensor) -> torch.Tensor:
+def mix_(words: Tensor) -> Tensor:
     """Replace 32-bit values in an int64 tensor by hashed ones, one to one. (A hash of C. Wellons' prospector.)"""
     words ^= words >> 15
     words.mul_(0x2C1B3C6D).bitwise_and_(_WORD)  # factors below 2^30, so no product reaches 2^63
@@ -396,7 +385,7 @@ def mix_(words: torch.Tensor) -> torch.Tensor:
     return words
 
 
-def token_keys(numbers: torch.Tensor, *, seed: int) -> torch.Tensor:
+def token_keys(numbers: Tensor, *, seed: int) -> Tensor:
     """The key of each token, 32 bits in int64, from the tokens' numbers, int64 and not negative."""
     salt = stream_seed(seed, "dropout")
     low = mix_((numbers & _WORD) ^ (salt & _WORD))
@@ -415,17 +404,17 @@ class InputDropout:
         probability: p, of an input to be dropped.
     """
 
-    keys: torch.Tensor
-    local_keys: torch.Tensor
+    keys: Tensor
+    local_keys: Tensor
     salt: int
     first: int
     probability: float
 
-    def at(self, rows: torch.Tensor | slice, local_rows: torch.Tensor | slice) -> "InputDropout":
+    def at(self, rows: Tensor | slice, local_rows: Tensor | slice) -> "InputDropout":
         """The same for some tokens only: `rows` are indices into `keys`, `local_rows` into `local_keys`."""
         return replace(self, keys=self.keys[rows], local_keys=self.local_keys[local_rows])
 
-    def dropped(self, rows: torch.Tensor, *, local: bool) -> torch.Tensor:
+    def dropped(self, rows: Tensor, *, local: bool) -> Tensor:
         """`rows` (b s, n) of all tokens, or (b s / p, n) of this rank's part of the sequence if `local`, with dropped
         elements at 0 and the others divided by 1 - p."""
         keys = self.local_keys if local else self.keys

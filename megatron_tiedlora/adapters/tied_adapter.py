@@ -12,7 +12,7 @@ from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_tiedlora.adapters.low_rank import AllRows, LinearFactors, Slots, fold, layer_slots
 from megatron_tiedlora.base.methods import FACTORS, Factor, Method, default_std_a, default_std_b, find_method
@@ -236,7 +236,7 @@ class AdapterPart:
         """Whether the ranks gather the tensor in each forward pass, and sum its gradient in each backward pass."""
         return self.tp_size > 1 and bool(self.layers) and self.config.gathered_dim(name) is not None
 
-    def shard(self, name: str, full: torch.Tensor) -> torch.Tensor:
+    def shard(self, name: str, full: Tensor) -> Tensor:
         """This rank's part of a full tensor, or of anything of its shape, such as a moment."""
         slots = self.slots(name)
         held = full[slots.start : slots.stop] if self.config.is_stacked(name) else full
@@ -260,7 +260,7 @@ def make_adapter_config(
     return AdapterConfig(method, rank, float(rank if alpha is None else alpha), layers, targets, seed, std_a, std_b)
 
 
-def initial_values(config: AdapterConfig) -> dict[str, torch.Tensor]:
+def initial_values(config: AdapterConfig) -> dict[str, Tensor]:
     """The full initial fp32 values of every tensor. They depend only on the config."""
     values = {}
     for name, (target, letter) in config.tensors.items():
@@ -289,10 +289,10 @@ class LinearUpdate(NamedTuple):
         rows: which tokens it is for, and the dropout of its input.
     """
 
-    a: torch.Tensor | None = None
-    f: torch.Tensor | None = None
-    grad_a: torch.Tensor | None = None
-    grad_f: torch.Tensor | None = None
+    a: Tensor | None = None
+    f: Tensor | None = None
+    grad_a: Tensor | None = None
+    grad_f: Tensor | None = None
     rows: AllRows = AllRows()
 
 
@@ -331,7 +331,7 @@ class TiedAdapter(nn.Module):
         """The description of the whole adapter."""
         return self.part.config
 
-    def load_full(self, values: Mapping[str, torch.Tensor]) -> None:
+    def load_full(self, values: Mapping[str, Tensor]) -> None:
         """Copy this rank's parts of full tensors into the parameters; shapes must agree."""
         with torch.no_grad():
             for name, parameter in self.named_parameters():
@@ -391,8 +391,8 @@ def whole_factors(adapters: Sequence[TiedAdapter], tensor_group: RankGroup) -> l
 
 
 def lora_factors(
-    config: AdapterConfig, state: Mapping[str, torch.Tensor | None], target: Target, layer: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+    config: AdapterConfig, state: Mapping[str, Tensor | None], target: Target, layer: int
+) -> tuple[Tensor, Tensor]:
     """The update of a target in one layer (1-based) as a plain LoRA pair, for autograd.
 
     It is diag(u) A, (r, in), and (alpha / r) diag(v) B, (out, r). `state` holds the full tensors; u and v may be None

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter
 from megatron_tiedlora.parallel.groups import Grid, ParallelGroups, RankGroup, StepSum, all_gather
@@ -105,7 +105,7 @@ def find_mismatches(adapters: Sequence[TiedAdapter], groups: ParallelGroups) -> 
     patterns of a group are equal only if all are equal.
     """
     # In one order on every rank, of which some have no tensor of a kind.
-    copies: dict[str, tuple[RankGroup, list[tuple[int, str, torch.Tensor]]]] = {
+    copies: dict[str, tuple[RankGroup, list[tuple[int, str, Tensor]]]] = {
         "stages and data-parallel ranks": (groups.tied, []),
         "data-parallel ranks": (groups.data, []),
         "tensor-parallel ranks": (groups.tensor, []),
@@ -126,9 +126,7 @@ def find_mismatches(adapters: Sequence[TiedAdapter], groups: ParallelGroups) -> 
     return [next((own[name] for name in order if name in own), None) for own, order in zip(found, names, strict=True)]
 
 
-def _differing(
-    tensors: Sequence[tuple[int, str, torch.Tensor]], group: RankGroup
-) -> list[tuple[int, str, torch.Tensor]]:
+def _differing(tensors: Sequence[tuple[int, str, Tensor]], group: RankGroup) -> list[tuple[int, str, Tensor]]:
     """Those that differ in the group, the same on all of its ranks, so that these can describe them together."""
     if group.size == 1 or not tensors:
         return []
@@ -139,7 +137,7 @@ def _differing(
     return [tensor for tensor, part in zip(tensors, differs, strict=True) if bool(part.any())]
 
 
-def _describe(tensor: torch.Tensor, group: RankGroup) -> tuple[int, tuple[int, ...], float]:
+def _describe(tensor: Tensor, group: RankGroup) -> tuple[int, tuple[int, ...], float]:
     """(first rank, ranks that differ from it, largest difference); all ranks of the group call it together."""
     copies = all_gather(tensor[None], group, dim=0)
     bits = copies.view(torch.int32)  # compared as bits: a nan equals itself, and -0 is not 0
@@ -160,15 +158,15 @@ class GradientGuard:
     def __init__(self, adapter: TiedAdapter) -> None:
         self._part = adapter.part
         self._trained = {name: tensor for name, tensor in adapter.named_parameters() if tensor.requires_grad}
-        self._largest: dict[str, torch.Tensor] = {}
-        self._of_step: dict[str, torch.Tensor] = {}  # the same of the gradients of this step
+        self._largest: dict[str, Tensor] = {}
+        self._of_step: dict[str, Tensor] = {}  # the same of the gradients of this step
         self._hooks = [
             parameter.register_hook(lambda gradient, name=name: self._look(name, gradient))
             for name, parameter in self._trained.items()
             if adapter.part.layers
         ]
 
-    def _look(self, name: str, gradient: torch.Tensor) -> None:
+    def _look(self, name: str, gradient: Tensor) -> None:
         by_slot = gradient.detach().abs() if self._part.config.is_stacked(name) else gradient.detach().abs()[None]
         largest = by_slot.flatten(1).amax(dim=1).nan_to_num(nan=torch.inf)  # a maximum over ranks may lose a nan
         for seen in (self._largest, self._of_step):
@@ -257,9 +255,7 @@ class AdapterLayout:
         }
 
 
-def gather_full(
-    names: Sequence[str], local: Mapping[str, torch.Tensor], layout: AdapterLayout
-) -> dict[str, torch.Tensor]:
+def gather_full(names: Sequence[str], local: Mapping[str, Tensor], layout: AdapterLayout) -> dict[str, Tensor]:
     """Full fp32 CPU tensors on rank 0, nothing on the others. They are sent as CPU tensors. Every rank calls it.
 
     Args:
@@ -267,7 +263,7 @@ def gather_full(
         local: this rank's parts of them (or of their moments), by name; tensors that it does not have are absent.
     """
     config, grid, parts = layout.config, layout.grid, layout.parts()
-    full: dict[str, torch.Tensor] = {}
+    full: dict[str, Tensor] = {}
     for name in names:
         tied, sharded = config.is_tied(name), config.spec(name).dim is not None
         owners = [
@@ -279,7 +275,7 @@ def gather_full(
             distributed.send(local[name].detach().to("cpu", torch.float32).contiguous(), dst=0)
         if grid.rank != 0:
             continue
-        by_stage: dict[int, list[torch.Tensor]] = {}
+        by_stage: dict[int, list[Tensor]] = {}
         for rank in owners:
             if rank == 0:
                 piece = local[name].detach().to("cpu", torch.float32, copy=True)
@@ -292,7 +288,7 @@ def gather_full(
     return full
 
 
-def gather_state(local: Mapping[str, torch.Tensor], layout: AdapterLayout) -> dict[str, torch.Tensor]:
+def gather_state(local: Mapping[str, Tensor], layout: AdapterLayout) -> dict[str, Tensor]:
     """All full tensors on rank 0, with ones for those frozen at one; nothing on the others. Every rank calls it."""
     config = layout.config
     stored = [name for name in config.tensors if config.factor(name).trained or config.factor(name).start != "one"]

@@ -9,8 +9,8 @@ weighted sum of the losses of several adapters.
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from deepspeed.pipe import PipelineModule
+from torch import Tensor
 
 from megatron_tiedlora.adapters.adapter_bank import Shares
 from megatron_tiedlora.engine.engine import make_groups, make_topology, quiet
@@ -55,11 +55,11 @@ class PipelinedModel(PipelineModule):
         self.groups = make_groups(self._parallel_grid, self._grid)
         self.stage = self._build_stage(self.groups, self._layer_specs[self._local_start : self._local_stop])
 
-    def forward(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor | Attended:
+    def forward(self, inputs: tuple[Tensor, ...]) -> Tensor | Attended:
         """(tokens or hidden, position ids, document ids if any) -> hidden; on the last stage the input of the loss."""
         tokens_or_hidden, positions, *documents = inputs
         positions, numbers = positions.unbind() if positions.ndim == 3 else (positions, None)
-        output: torch.Tensor | Attended = self.stage(
+        output: Tensor | Attended = self.stage(
             tokens_or_hidden,
             positions,
             documents=documents[0] if documents else None,
@@ -68,8 +68,8 @@ class PipelinedModel(PipelineModule):
         )
         return output
 
-    def _loss(self, attended: Attended, labels: tuple[Any, ...]) -> torch.Tensor:
+    def _loss(self, attended: Attended, labels: tuple[Any, ...]) -> Tensor:
         *supervised, weighted = labels
         loss = self.stage.tail.loss(attended, Supervised(*supervised), self.stage.tensor_parallel)
-        found: torch.Tensor = weighted(loss)
+        found: Tensor = weighted(loss)
         return found

@@ -20,7 +20,7 @@ from itertools import repeat
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -34,7 +34,7 @@ from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.groups import ParallelGroups
 
 Missing = Mapping[str, Sequence[str]]  # by adapter, the tensors whose gradient is missing on this rank
-Moments = Mapping[str, Mapping[str, torch.Tensor]]  # by moment and tensor, in the shapes of this rank's tensors
+Moments = Mapping[str, Mapping[str, Tensor]]  # by moment and tensor, in the shapes of this rank's tensors
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Optimizers:
         """Inside, the tensors of an adapter are whole on this rank, for reading or writing."""
         return nullcontext()
 
-    def moments(self, name: str) -> dict[str, dict[str, torch.Tensor]]:
+    def moments(self, name: str) -> dict[str, dict[str, Tensor]]:
         """The moments of an adapter that has taken a step, by moment and tensor: fp32 copies, this rank's part."""
         parameters = trained_parameters(self.bank.adapters[name]).items()
         return {
@@ -134,8 +134,8 @@ class Optimizers:
             for moment in MOMENTS
         }
 
-    def _moment(self, name: str, parameter: nn.Parameter, moment: str) -> torch.Tensor:
-        found: torch.Tensor = self.optimizer(name).state[parameter][moment]
+    def _moment(self, name: str, parameter: nn.Parameter, moment: str) -> Tensor:
+        found: Tensor = self.optimizer(name).state[parameter][moment]
         return found
 
     def restore(self, name: str, moments: Moments, *, step: int) -> None:
@@ -200,10 +200,10 @@ class EngineOptimizer(Optimizers):
         """See Optimizers. Under ZeRO-3 data-parallel ranks hold shards."""
         return parameter_access(self._config)(list(self._adapter.parameters()))
 
-    def _moment(self, name: str, parameter: nn.Parameter, moment: str) -> torch.Tensor:
+    def _moment(self, name: str, parameter: nn.Parameter, moment: str) -> Tensor:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        found: torch.Tensor = safe_get_full_optimizer_state(parameter, moment)
+        found: Tensor = safe_get_full_optimizer_state(parameter, moment)
         return found
 
     def restore(self, name: str, moments: Moments, *, step: int) -> None:
@@ -232,7 +232,7 @@ class EngineOptimizer(Optimizers):
                 partition[: piece.numel()].copy_(piece)
 
 
-def _fresh_state(parameter: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
+def _fresh_state(parameter: Tensor, step: int) -> dict[str, Tensor]:
     zeros = {moment: torch.zeros_like(parameter, memory_format=torch.preserve_format) for moment in MOMENTS}
     return {"step": torch.tensor(float(step)), **zeros}
 
@@ -253,11 +253,11 @@ class Losses:
     """The losses of some micro-batches, by adapter: what to differentiate of each, and the sums."""
 
     divisors: Mapping[str, Divisors]  # of every adapter that has a loss
-    found: list[tuple[str, torch.Tensor]] = field(default_factory=list)
+    found: list[tuple[str, Tensor]] = field(default_factory=list)
 
-    def weighted(self, losses: torch.Tensor, shares: Shares) -> torch.Tensor:
+    def weighted(self, losses: Tensor, shares: Shares) -> Tensor:
         """The scalar whose gradient is each loss's own weight; notes the losses, (shares,) or () of a single one."""
-        total: torch.Tensor | None = None
+        total: Tensor | None = None
         for share, loss in zip(shares, losses.unbind() if losses.ndim else (losses,), strict=True):
             self.found.append((share.adapter, loss.detach()))
             for divisor in self.divisors[share.adapter]:
@@ -298,7 +298,7 @@ class Runner:
         """Whether a sum over all ranks includes this rank's loss, which is equal within a tensor-parallel group."""
         return self.stage.head is not None and self.groups.tensor.rank == 0
 
-    def full_state(self, name: str, layout: AdapterLayout) -> dict[str, torch.Tensor]:
+    def full_state(self, name: str, layout: AdapterLayout) -> dict[str, Tensor]:
         """Full fp32 A, B, u, v of an adapter on rank 0's CPU, nothing on the others. All ranks call it."""
         with self.optimizers.opened(name):
             return gather_state(dict(self.adapters[name].named_parameters()), layout)
@@ -333,19 +333,19 @@ class Runner:
         """The batch's supervised positions, computed on the host, for the last layers of this rank's stage."""
         return batch.supervised(self.stage.tensor_parallel.sequence_parts).moved(self._on_device)
 
-    def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _on_device(self, tensor: Tensor) -> Tensor:
         if self.device.type != "cuda":
             return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)  # from unpinned memory a copy blocks
 
-    def forward(self, batch: MicroBatch) -> torch.Tensor:
+    def forward(self, batch: MicroBatch) -> Tensor:
         """Summed loss of a micro-batch, a scalar; of one that several share that of each, (shares,)."""
         supervised = self._supervised(batch)
         tokens, positions = self._on_device(batch.tokens), self._on_device(batch.positions)
         numbers = None if batch.numbers is None else self._on_device(batch.numbers)
         # Document ids stay on the host, where their boundaries are computed.
         with self.each_forward():
-            loss: torch.Tensor = self.engine(
+            loss: Tensor = self.engine(
                 tokens, positions, supervised, documents=batch.documents, numbers=numbers, shares=batch.shares
             )
         return loss
@@ -425,7 +425,7 @@ class PipelineRunner(Runner):
             labels = *self._supervised(batch), lambda found: losses.weighted(found, batch.shares)
             self.engine.pipe_buffers["labels"][buffer_id] = labels
 
-    def _positions(self, batch: MicroBatch) -> tuple[torch.Tensor, ...]:
+    def _positions(self, batch: MicroBatch) -> tuple[Tensor, ...]:
         """Position ids, and document ids if rows are packed; these stay on the host for computing their boundaries.
 
         With dropout position ids (b, s) and the tokens' numbers are one tensor, (2, b, s): an engine's inputs are

@@ -7,7 +7,7 @@ from functools import partial
 from itertools import groupby
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY, Share, Shares
@@ -31,17 +31,17 @@ class KeyValueCache:
     there is never padding between tokens. `filled` is the length of the longest sequence; nothing beyond it is read.
     """
 
-    keys: torch.Tensor
-    values: torch.Tensor
+    keys: Tensor
+    values: Tensor
     filled: int = 0
 
     @staticmethod
-    def empty(batch: int, local_kv_heads: int, capacity: int, head_dim: int, like: torch.Tensor) -> "KeyValueCache":
+    def empty(batch: int, local_kv_heads: int, capacity: int, head_dim: int, like: Tensor) -> "KeyValueCache":
         """An empty cache for `capacity` tokens per sequence, in the dtype and on the device of `like`."""
         shape = (batch, local_kv_heads, capacity, head_dim)
         return KeyValueCache(like.new_zeros(shape), like.new_zeros(shape))
 
-    def update(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> None:
+    def update(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         """Write new keys and values (b, kv, s, head_dim) at `positions` (b, s); the first call writes at 0 to s - 1."""
         length = keys.shape[2]
         if not self.filled:
@@ -53,7 +53,7 @@ class KeyValueCache:
             self.values.scatter_(2, index, values.to(self.values.dtype))
         self.filled += length
 
-    def take(self, rows: torch.Tensor) -> "KeyValueCache":
+    def take(self, rows: Tensor) -> "KeyValueCache":
         """A copy of the sequences `rows` (n,); a sequence may occur several times, to be continued in several ways."""
         return KeyValueCache(self.keys[rows], self.values[rows], self.filled)
 
@@ -83,10 +83,10 @@ class AttentionContext:
         of_shares: if keys come from the caches of several shares, the context of each.
     """
 
-    positions: torch.Tensor
-    tables: Mapping[shapes.RopeShape, tuple[torch.Tensor, torch.Tensor]]
-    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
-    mask: torch.Tensor | None = None
+    positions: Tensor
+    tables: Mapping[shapes.RopeShape, tuple[Tensor, Tensor]]
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    mask: Tensor | None = None
     of_shares: "tuple[AttentionContext, ...]" = ()
 
 
@@ -104,10 +104,10 @@ class Attention(nn.Module):
 
     def context(
         self,
-        positions: torch.Tensor,
+        positions: Tensor,
         dtype: torch.dtype,
         *,
-        documents: torch.Tensor | None = None,
+        documents: Tensor | None = None,
         cache: AnyCache | None = None,
         shares: Shares = (),
         ropes: Iterable[shapes.RopeShape | None] | None = None,
@@ -151,7 +151,7 @@ class Attention(nn.Module):
         """The kernel for attention among the tokens of one call, on `device` and in the dtype of activations."""
         return choose_attention(device, dtype, self.qkv.heads.dim, deterministic=self.deterministic)
 
-    def _cache_mask(self, positions: torch.Tensor, cache: KeyValueCache) -> torch.Tensor:
+    def _cache_mask(self, positions: Tensor, cache: KeyValueCache) -> Tensor:
         batch, length = positions.shape
         kv_heads, group = self.qkv.heads.num_kv, self.qkv.heads.num // self.qkv.heads.num_kv
         num_keys = cache.filled + length
@@ -163,13 +163,13 @@ class Attention(nn.Module):
 
     def attend(
         self,
-        hidden: torch.Tensor,
+        hidden: Tensor,
         context: AttentionContext,
         tensor_parallel: TensorParallel,
         *,
         update: LayerUpdate | None = None,
         cache: AnyCache | None = None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """The attention output of this rank's heads, (b, s, local heads * head_dim), for `output`.
 
         Args:
@@ -190,13 +190,8 @@ class Attention(nn.Module):
         return self._attend(query, key, value, context, cache)
 
     def _attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        context: AttentionContext,
-        cache: KeyValueCache | None,
-    ) -> torch.Tensor:
+        self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, cache: KeyValueCache | None
+    ) -> Tensor:
         """(b, heads, s, head_dim) -> (b, s, heads * head_dim)."""
         if cache is not None:
             has_earlier = cache.filled > 0
@@ -207,13 +202,13 @@ class Attention(nn.Module):
         return context.attend(query, key, value)
 
 
-def _by_share(ids: torch.Tensor, shares: Shares) -> list[torch.Tensor]:
+def _by_share(ids: Tensor, shares: Shares) -> list[Tensor]:
     """(1, s), or (rows, length) of the only share -> the (rows, length) of each share."""
     parts = ids.flatten().split([share.num_tokens for share in shares])
     return [part.view(share.num_rows, share.length) for part, share in zip(parts, shares, strict=True)]
 
 
-def _tiled_shares(shares: Shares, documents: torch.Tensor | None, size: int) -> tuple[TiledRows, ...]:
+def _tiled_shares(shares: Shares, documents: Tensor | None, size: int) -> tuple[TiledRows, ...]:
     """The rows of a shared micro-batch as attention on a CPU takes them, which gives each row the bits it has alone.
 
     Rows of one length that follow each other are computed together. Packed ones are not, as a tile would get the keys
@@ -229,7 +224,7 @@ def _tiled_shares(shares: Shares, documents: torch.Tensor | None, size: int) -> 
     return tuple(found)
 
 
-def _attend_to_cache(query: torch.Tensor, cache: KeyValueCache, mask: torch.Tensor | None) -> torch.Tensor:
+def _attend_to_cache(query: Tensor, cache: KeyValueCache, mask: Tensor | None) -> Tensor:
     """Attention of new tokens, (b, heads, s, head_dim), to the cache, which holds them and all earlier tokens.
 
     The query heads that share a key-value head are stacked as tokens of one head, so that no key is copied for them.
@@ -261,7 +256,7 @@ def _attend_to_cache(query: torch.Tensor, cache: KeyValueCache, mask: torch.Tens
 # changes f_i and a.
 
 
-def inverse_frequencies(heads: shapes.HeadShape, device: torch.device | None = None) -> torch.Tensor:
+def inverse_frequencies(heads: shapes.HeadShape, device: torch.device | None = None) -> Tensor:
     """f_i, (rotary_dim / 2,) fp32."""
     exponents = torch.arange(0, heads.rotary_dim, 2, dtype=torch.int64, device=device).float() / heads.rotary_dim
     powers, scaling = heads.rope.theta**exponents, heads.rope.scaling
@@ -282,16 +277,14 @@ def amplitude(scaling: shapes.RopeScaling | None) -> float:
     return scaling.amplitude if isinstance(scaling, shapes.YarnScaling | shapes.LongRopeScaling) else 1.0
 
 
-def rotation_table(
-    positions: torch.Tensor, heads: shapes.HeadShape, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
+def rotation_table(positions: Tensor, heads: shapes.HeadShape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """a cos and a sin of the angles of all positions (b, s), each (b s, 1, rotary_dim / 2) in `dtype`."""
     angles = positions.reshape(-1, 1, 1).float() * inverse_frequencies(heads, positions.device)
     factor = amplitude(heads.rope.scaling)
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
 
-def _llama3(scaling: shapes.Llama3Scaling, frequencies: torch.Tensor) -> torch.Tensor:
+def _llama3(scaling: shapes.Llama3Scaling, frequencies: Tensor) -> Tensor:
     """Wavelengths above original / low_freq_factor are stretched by `factor`, those below original / high_freq_factor
     stay unchanged, and between them the two are blended linearly."""
     wavelengths = 2 * math.pi / frequencies
@@ -305,7 +298,7 @@ def _llama3(scaling: shapes.Llama3Scaling, frequencies: torch.Tensor) -> torch.T
     return torch.where(~low & ~high, blended, scaled)
 
 
-def _yarn(scaling: shapes.YarnScaling, powers: torch.Tensor, heads: shapes.HeadShape) -> torch.Tensor:
+def _yarn(scaling: shapes.YarnScaling, powers: Tensor, heads: shapes.HeadShape) -> Tensor:
     """Frequencies that turn more than `beta_fast` times over the original positions stay, those that turn less than
     `beta_slow` times are divided by `factor`, and between them a ramp over the indices blends the two."""
     size, theta = heads.rotary_dim, heads.rope.theta

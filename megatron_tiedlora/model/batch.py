@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from megatron_tiedlora.adapters.adapter_bank import Shares, pieces_of
 from megatron_tiedlora.parallel.backward import Piece, Pieces, part_of, starts_of
@@ -38,13 +39,13 @@ class MicroBatch:
         num_samples: 0 for a batch of padding alone.
     """
 
-    tokens: torch.Tensor
-    positions: torch.Tensor
-    labels: torch.Tensor
-    documents: torch.Tensor | None = None
-    numbers: torch.Tensor | None = None
+    tokens: Tensor
+    positions: Tensor
+    labels: Tensor
+    documents: Tensor | None = None
+    numbers: Tensor | None = None
     shares: Shares = ()
-    lengths: torch.Tensor
+    lengths: Tensor
     num_samples: int
 
     @property
@@ -78,14 +79,14 @@ class Supervised(NamedTuple):
         supervised_pieces: the same of `supervised`.
     """
 
-    rows: torch.Tensor
-    local_rows: torch.Tensor
-    supervised: torch.Tensor
-    labels: torch.Tensor
+    rows: Tensor
+    local_rows: Tensor
+    supervised: Tensor
+    labels: Tensor
     pieces: Pieces = ()
     supervised_pieces: Pieces = ()
 
-    def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "Supervised":
+    def moved(self, move: Callable[[Tensor], Tensor]) -> "Supervised":
         """The same with `move` applied to every tensor."""
         rows, local_rows, supervised, labels = map(move, (self.rows, self.local_rows, self.supervised, self.labels))
         return self._replace(rows=rows, local_rows=local_rows, supervised=supervised, labels=labels)
@@ -96,7 +97,7 @@ def padded_positions(num_supervised: int) -> int:
     return padded(max(1, num_supervised))
 
 
-def find_supervised(labels: torch.Tensor, num_parts: int = 1, shares: Shares = ()) -> Supervised:
+def find_supervised(labels: Tensor, num_parts: int = 1, shares: Shares = ()) -> Supervised:
     """The supervised positions of labels (b, s) int64, -100 where there is no label.
 
     In each part an owner's positions are padded to a multiple of `SIZE_MULTIPLE` with the first of its own tokens
@@ -114,7 +115,7 @@ def find_supervised(labels: torch.Tensor, num_parts: int = 1, shares: Shares = (
         for number, part in enumerate(by_part)
     ]
     most = max(sum(padded_positions(len(rows)) for _, rows, _ in part) for part in found)
-    local_rows, supervised = list[torch.Tensor](), list[torch.Tensor]()
+    local_rows, supervised = list[Tensor](), list[Tensor]()
     of_rows, of_supervised = list[Piece](), list[Piece]()
     for part_number, part in enumerate(found, start=1):
         for number, (owner, rows, first) in enumerate(part, start=1):
@@ -130,7 +131,7 @@ def find_supervised(labels: torch.Tensor, num_parts: int = 1, shares: Shares = (
     return result._replace(pieces=tuple(of_rows), supervised_pieces=tuple(of_supervised)) if pieces else result
 
 
-def _by_piece(labels: torch.Tensor, pieces: Sequence[Piece]) -> Iterator[tuple[int, torch.Tensor, int]]:
+def _by_piece(labels: Tensor, pieces: Sequence[Piece]) -> Iterator[tuple[int, Tensor, int]]:
     """(owner, its positions with a label, its first position) of each piece of labels (s / p,)."""
     for (owner, size), start in zip(pieces, starts_of(pieces), strict=True):
         yield owner, (labels[start : start + size] != IGNORED_LABEL).nonzero()[:, 0] + start, start
@@ -149,11 +150,11 @@ class Documents(NamedTuple):
     """
 
     bounds: list[int]
-    offsets: torch.Tensor
+    offsets: Tensor
     longest: int
 
 
-def find_documents(ids: Sequence[torch.Tensor], device: torch.device) -> Documents:
+def find_documents(ids: Sequence[Tensor], device: torch.device) -> Documents:
     """The documents of blocks of rows, which follow one another; a document begins with each new id and each new row.
 
     It does not synchronise with the device if the ids are on the host.
@@ -167,7 +168,7 @@ def find_documents(ids: Sequence[torch.Tensor], device: torch.device) -> Documen
     return Documents(bounds, offsets, max(stop - start for start, stop in pairwise(bounds)))
 
 
-def document_begins(ids: torch.Tensor) -> torch.Tensor:
+def document_begins(ids: Tensor) -> Tensor:
     """Whether a document begins at each token of (b, s) ids."""
     begins = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
     begins[:, 1:] = ids[:, 1:] != ids[:, :-1]

@@ -317,10 +317,7 @@ def read_ropes_by_kind(config: HfConfig, *, theta: float) -> dict[str, tuple[Rop
     by_kind, older = _fields(config, config.get("rope_parameters")), config.get("rope_scaling")
     full, sliding, scaling = (_fields(config, v) for v in (by_kind.get(FULL), by_kind.get(SLIDING), older))
     full = {"rope_theta": config.get("rope_theta") or theta, **full, **scaling}
-    return {
-        FULL: read_rope(config, values=full),
-        SLIDING: read_rope(config, values={"rope_theta": theta, **sliding}),
-    }
+    return {FULL: read_rope(config, values=full), SLIDING: read_rope(config, values={"rope_theta": theta, **sliding})}
 
 
 def _fields(config: HfConfig, values: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, LinearUpdate
 from megatron_tiedlora.base.shapes import DOWN, GATE_UP, OUTPUT, LinearShape, ModelShape, NormShape
@@ -50,12 +50,12 @@ class SwiGlu(nn.Module):
 
     def forward(
         self,
-        hidden: torch.Tensor,
+        hidden: Tensor,
         tensor_parallel: TensorParallel,
         update: Mapping[str, LinearUpdate] | None = None,
         *,
         recomputes: bool = False,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Activations between layers, (b, s, d) or (1, b s / p, d), to the same shape.
 
         Args:
@@ -65,7 +65,7 @@ class SwiGlu(nn.Module):
         gate_up, down = ((update or {}).get(name, LinearUpdate()) for name in (GATE_UP, DOWN))
         projection, operands = self.gate_up.projection(tensor_parallel, gate_up, num_rows=len(hidden))
         step = _Step(projection, Projection(self.down.frozen, down.rows), self.kernels, recomputes)
-        result: torch.Tensor = _SwiGlu.apply(
+        result: Tensor = _SwiGlu.apply(
             *(hidden, gate_up.grad_a, gate_up.grad_f, down.grad_a, down.grad_f),
             *(operands, Operands(down.a, down.f), step),
         )
@@ -86,15 +86,15 @@ class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: torch.Tensor,
-        grad_a: torch.Tensor | None,
-        grad_f: torch.Tensor | None,
-        down_grad_a: torch.Tensor | None,
-        down_grad_f: torch.Tensor | None,
+        hidden: Tensor,
+        grad_a: Tensor | None,
+        grad_f: Tensor | None,
+        down_grad_a: Tensor | None,
+        down_grad_f: Tensor | None,
         operands: Operands,
         of_down: Operands,
         step: _Step,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         gate_up, root, ax = step.gate_up.forward(hidden, operands)
         needs, down_needs = _needs(ctx)
         reads_gate_up = down_needs.x or down_needs.a
@@ -117,7 +117,7 @@ class _SwiGlu(torch.autograd.Function):
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx: Any, grad_z: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad_z: Tensor) -> tuple[Tensor | None, ...]:
         hidden, root, gate_up, ax, down_ax, down_a, down_f, *others = ctx.saved_tensors
         ctx.maybe_clear_saved_tensors()  # so that gate and up are freed below; autograd holds them until this returns
         needs, down_needs = _needs(ctx)
@@ -133,7 +133,7 @@ class _SwiGlu(torch.autograd.Function):
         if step.gate_up.tensor_parallel.sequence_parts > 1:
             # It was gathered for this function alone, but autograd would hold all of its d numbers per token.
             grad_z.untyped_storage().resize_(0)
-        found: tuple[torch.Tensor | None, ...] = (None, None, None)
+        found: tuple[Tensor | None, ...] = (None, None, None)
         if grad_gated is not None:
             grad_gate_up = step.kernels.gate_gradient(as_rows(grad_gated), as_rows(gate_up)).view(gate_up.shape)
             del grad_gated, gate_up
@@ -167,13 +167,13 @@ class Block(nn.Module):
 
     def forward(
         self,
-        hidden: torch.Tensor,
+        hidden: Tensor,
         context: AttentionContext,
         tensor_parallel: groups.TensorParallel,
         *,
         update: LayerUpdate | None = None,
         cache: AnyCache | None = None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Activations between layers, (b, s, d) or (1, b s / p, d), to the same shape. See `Attention.attend`."""
         attention_output = self.attention.attend(hidden, context, tensor_parallel, update=update, cache=cache)
         joined = self.add_attention(hidden, attention_output, tensor_parallel, update)
@@ -181,11 +181,11 @@ class Block(nn.Module):
 
     def add_attention(
         self,
-        hidden: torch.Tensor,
-        attention_output: torch.Tensor,
+        hidden: Tensor,
+        attention_output: Tensor,
         tensor_parallel: groups.TensorParallel,
         update: LayerUpdate | None = None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """x + output projection(attention output), for all positions or some.
 
         Args:
@@ -196,12 +196,12 @@ class Block(nn.Module):
 
     def add_mlp(
         self,
-        hidden: torch.Tensor,
+        hidden: Tensor,
         tensor_parallel: groups.TensorParallel,
         update: LayerUpdate | None = None,
         *,
         recomputes: bool = True,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """x + mlp(x), where x is the result of `add_attention`; the same shape.
 
         Args:
@@ -237,12 +237,12 @@ class Head(nn.Module):
 
     def forward(
         self,
-        hidden: torch.Tensor,
+        hidden: Tensor,
         tensor_parallel: groups.TensorParallel,
         supervised: Supervised | None = None,
         *,
         summed: bool = True,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Logits, (b, s, V) or (1, b s, V); with `supervised` the summed loss of its positions. Equal on every rank.
 
         If the positions belong to several owners, there is a summed loss for each, (owners,).

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_tiedlora.adapters.low_rank import AllRows, apart, beside, flat
 from megatron_tiedlora.adapters.tied_adapter import LinearUpdate
@@ -42,17 +42,15 @@ class Norm(nn.Module):
         self.eps = shape.eps
         self.kernels = kernels
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: Tensor) -> Tensor:
         """(..., d) -> (..., d) in the input's dtype."""
-        normed: torch.Tensor = _Norm.apply(hidden, self.weight, self.bias, self.eps, self.kernels)
+        normed: Tensor = _Norm.apply(hidden, self.weight, self.bias, self.eps, self.kernels)
         return normed
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, kernels: Kernels
-    ) -> torch.Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, eps: float, kernels: Kernels) -> Tensor:
         normed, root = kernels.normalise(as_rows(hidden), weight.detach(), detached(bias), eps)
         ctx.save_for_backward(hidden, weight, bias, root)
         ctx.kernels = kernels
@@ -60,7 +58,7 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, root = ctx.saved_tensors
         rows = (as_rows(gradient), as_rows(hidden))
         found = ctx.kernels.norm_gradient(*rows, weight.detach(), detached(bias), root)
@@ -117,11 +115,11 @@ class Operands(NamedTuple):
         bias: the linear's.
     """
 
-    a: torch.Tensor | None = None
-    f: torch.Tensor | None = None
-    norm: torch.Tensor | None = None
-    norm_bias: torch.Tensor | None = None
-    bias: torch.Tensor | None = None
+    a: Tensor | None = None
+    f: Tensor | None = None
+    norm: Tensor | None = None
+    norm_bias: Tensor | None = None
+    bias: Tensor | None = None
 
 
 class Needs(NamedTuple):
@@ -132,7 +130,7 @@ class Needs(NamedTuple):
     f: bool
 
 
-def gradient_dtype(*slots: torch.Tensor | None) -> torch.dtype | None:
+def gradient_dtype(*slots: Tensor | None) -> torch.dtype | None:
     """The dtype of the factors' gradients, which is that of their gradient slots; None if no factor is trained."""
     return next((tensor.dtype for tensor in slots if tensor is not None), None)
 
@@ -165,8 +163,8 @@ class Projection:
         return needs.a or (needs.x and self.eps is not None)
 
     def forward(
-        self, hidden: torch.Tensor, operands: Operands, *, ax: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        self, hidden: Tensor, operands: Operands, *, ax: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """z (b, s, local out), the norm's root (..., 1), and A x (b, s, r).
 
         Args:
@@ -190,14 +188,14 @@ class Projection:
 
     def backward(
         self,
-        grad_projected: torch.Tensor,
-        hidden: torch.Tensor | None,
-        root: torch.Tensor | None,
-        ax: torch.Tensor | None,
+        grad_projected: Tensor,
+        hidden: Tensor | None,
+        root: Tensor | None,
+        ax: Tensor | None,
         operands: Operands,
         needs: Needs,
         wide: torch.dtype | None,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradients of hidden, A and F.
 
         Args:
@@ -228,7 +226,7 @@ class Projection:
         grad_hidden = self.kernels.norm_gradient(*inputs, norm.detach(), detached(norm_bias), root).view(hidden.shape)
         return grad_hidden, grad_a, grad_f
 
-    def _enter(self, normed: torch.Tensor, ax: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _enter(self, normed: Tensor, ax: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """x and A x of whole sequences, (b, s, n), on every rank; gathered in one message if sequences are sharded."""
         if not self._in_parts:
             return normed, ax
@@ -244,8 +242,8 @@ class Projection:
         return whole, self.rows.of_columns(narrow.contiguous(), local=False)
 
     def _leave(
-        self, grad_normed: torch.Tensor | None, grad_ax: torch.Tensor | None, a: torch.Tensor | None, *, needs_ax: bool
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        self, grad_normed: Tensor | None, grad_ax: Tensor | None, a: Tensor | None, *, needs_ax: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
         """The gradients of x and A x; that of x is summed over the ranks and includes the update's share.
 
         Under sequence parallelism this rank gets its part of the sequence. With `needs_ax` the gradient of A x is
@@ -276,11 +274,11 @@ class Projection:
 class Epilogue:
     """What follows z in the same autograd step: here nothing."""
 
-    def forward(self, projected: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    def forward(self, projected: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """The results, and what `backward` needs. It may overwrite `projected`."""
         return (projected,), ()
 
-    def backward(self, gradients: Sequence[torch.Tensor], *saved: torch.Tensor) -> torch.Tensor:
+    def backward(self, gradients: Sequence[Tensor], *saved: Tensor) -> Tensor:
         """The gradient of z from those of the results."""
         return gradients[0]
 
@@ -289,16 +287,10 @@ _NOTHING = Epilogue()
 
 
 def project(
-    hidden: torch.Tensor,
-    update: LinearUpdate,
-    projection: Projection,
-    operands: Operands,
-    epilogue: Epilogue = _NOTHING,
-) -> tuple[torch.Tensor, ...]:
+    hidden: Tensor, update: LinearUpdate, projection: Projection, operands: Operands, epilogue: Epilogue = _NOTHING
+) -> tuple[Tensor, ...]:
     """The projection of the hidden states and what follows it, as one step of autograd with one backward pass."""
-    results: tuple[torch.Tensor, ...] = _Projected.apply(
-        hidden, update.grad_a, update.grad_f, operands, projection, epilogue
-    )
+    results: tuple[Tensor, ...] = _Projected.apply(hidden, update.grad_a, update.grad_f, operands, projection, epilogue)
     return results
 
 
@@ -306,13 +298,13 @@ class _Projected(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: torch.Tensor,
-        grad_a: torch.Tensor | None,
-        grad_f: torch.Tensor | None,
+        hidden: Tensor,
+        grad_a: Tensor | None,
+        grad_f: Tensor | None,
         operands: Operands,
         projection: Projection,
         epilogue: Epilogue,
-    ) -> tuple[torch.Tensor, ...]:
+    ) -> tuple[Tensor, ...]:
         projected, root, ax = projection.forward(hidden, operands)
         results, saved = epilogue.forward(projected)
         needs = Needs(*ctx.needs_input_grad[:3])
@@ -327,7 +319,7 @@ class _Projected(torch.autograd.Function):
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden, root, ax, a, f, norm, norm_bias, *saved = ctx.saved_tensors
         needs, operands = Needs(*ctx.needs_input_grad[:3]), Operands(a, f, norm, norm_bias)
         grad_projected = ctx.epilogue.backward(gradients, *saved)
@@ -348,14 +340,14 @@ class RowParallelLinear(nn.Module):
         self.norm = norm
 
     def forward(
-        self, local_hidden: torch.Tensor, tensor_parallel: groups.TensorParallel, update: LinearUpdate | None = None
-    ) -> torch.Tensor:
+        self, local_hidden: Tensor, tensor_parallel: groups.TensorParallel, update: LinearUpdate | None = None
+    ) -> Tensor:
         """(..., local_in) -> activations between layers, (b, s, out), or (1, b s / p, out) if sequence parallel."""
         update = update or LinearUpdate()
         (addend,) = project(local_hidden, update, Projection(self.frozen, update.rows), Operands(update.a, update.f))
         return self.total(addend, tensor_parallel)
 
-    def total(self, addend: torch.Tensor, tensor_parallel: groups.TensorParallel) -> torch.Tensor:
+    def total(self, addend: Tensor, tensor_parallel: groups.TensorParallel) -> Tensor:
         """y from the ranks' addends (b, s, out), as activations between layers. The bias is added once.
 
         Under sequence parallelism the norm is that of this rank's part of the sequence.

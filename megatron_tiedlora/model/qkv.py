@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_tiedlora.adapters.tied_adapter import LinearUpdate
 from megatron_tiedlora.base.shapes import HeadShape, RopeShape
@@ -39,13 +39,13 @@ class QkvLinear(NormedLinear):
 
     def forward(
         self,
-        hidden: torch.Tensor,
+        hidden: Tensor,
         tensor_parallel: TensorParallel,
         update: LinearUpdate | None = None,
         *,
         num_rows: int,
-        table: tuple[torch.Tensor, ...] = (),
-    ) -> tuple[torch.Tensor, ...]:
+        table: tuple[Tensor, ...] = (),
+    ) -> tuple[Tensor, ...]:
         """Queries, keys and values, (b, heads, s, head_dim), in one storage.
 
         Args:
@@ -78,11 +78,11 @@ class SplitHeads(Epilogue):
 
     heads: HeadShape
     kernels: Kernels
-    table: tuple[torch.Tensor, ...]
-    norms: tuple[torch.Tensor, ...]
+    table: tuple[Tensor, ...]
+    norms: tuple[Tensor, ...]
     group: RankGroup
 
-    def forward(self, projected: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    def forward(self, projected: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Queries, keys and values; and what `backward` needs: the table, or the heads, the norms' roots, the table and
         the norms' weights. It may overwrite `projected`."""
         counts = (self.heads.num, self.heads.num_kv, self.heads.num_kv)
@@ -95,7 +95,7 @@ class SplitHeads(Epilogue):
         by_token = heads.view(*projected.shape[:-1], -1, self.heads.dim)
         return by_token.transpose(1, 2).split(counts, dim=1), saved
 
-    def backward(self, gradients: Sequence[torch.Tensor], *saved: torch.Tensor) -> torch.Tensor:
+    def backward(self, gradients: Sequence[Tensor], *saved: Tensor) -> Tensor:
         """The gradient of [Q | K | V] from the gradients of the results."""
         batch, _, length, _ = gradients[0].shape
         # (b, heads, s, head_dim) -> (b s, heads, head_dim): kernels for GPUs return this order, then nothing is copied.
@@ -106,7 +106,7 @@ class SplitHeads(Epilogue):
             found = self.kernels.rotate_gradient(*by_token, *saved) if saved else torch.cat(by_token, dim=1)
         return found.view(batch, length, -1)
 
-    def _rotate_normed(self, heads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _rotate_normed(self, heads: Tensor) -> tuple[Tensor, Tensor]:
         """The heads behind the norms and the rotation, and the norms' roots."""
         norm, weight = self.heads.norms[0], self._weight(self.norms)
         if not norm.sharded:
@@ -115,28 +115,26 @@ class SplitHeads(Epilogue):
         root = torch.rsqrt(means + norm.eps)
         return self.kernels.rotate_with_root(heads, *self.table, self._by_head(root), weight), root
 
-    def _normed_gradient(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rotated: torch.Tensor, *saved: torch.Tensor
-    ) -> torch.Tensor:
+    def _normed_gradient(self, query: Tensor, key: Tensor, value: Tensor, rotated: Tensor, *saved: Tensor) -> Tensor:
         root, cos, sin, *norms = saved
         rotated = rotated.detach()
-        mean: torch.Tensor | None = None
+        mean: Tensor | None = None
         if self.heads.norms[0].sharded:
             means = self._over_ranks(self.kernels.product_means(query, key, rotated))
             root, mean = self._by_head(root), self._by_head(means)
         numbers = rotated, root, mean, cos, sin, self._weight(norms)
         return self.kernels.rotate_normed_gradient(query, key, value, *numbers)
 
-    def _weight(self, norms: Sequence[torch.Tensor]) -> torch.Tensor:
+    def _weight(self, norms: Sequence[Tensor]) -> Tensor:
         """The norm's weight of each head, (num + num_kv, head_dim)."""
         counts = self.heads.num, self.heads.num_kv
         by_head = (norm.detach().view(-1, self.heads.dim) for norm in norms)
         return torch.cat([norm.expand(count, -1) for norm, count in zip(by_head, counts, strict=True)])
 
-    def _over_ranks(self, means: torch.Tensor) -> torch.Tensor:
+    def _over_ranks(self, means: Tensor) -> Tensor:
         return all_reduce(means, self.group) / self.group.size
 
-    def _by_head(self, numbers: torch.Tensor) -> torch.Tensor:
+    def _by_head(self, numbers: Tensor) -> Tensor:
         """Numbers of queries and of keys, (T, 2), for each of their heads, (T, num + num_kv, 1)."""
         counts = self.heads.num, self.heads.num_kv
         return torch.cat([numbers[:, i : i + 1].expand(-1, count) for i, count in enumerate(counts)], dim=1)[..., None]

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank, Shares
@@ -39,10 +39,10 @@ class Attended(NamedTuple):
         zero_gradients: the tensors to which the backward pass of the loss gives zeros.
     """
 
-    hidden: torch.Tensor
-    attention_output: torch.Tensor
+    hidden: Tensor
+    attention_output: Tensor
     update: LayerUpdate | None = None
-    zero_gradients: tuple[torch.Tensor, ...] = ()
+    zero_gradients: tuple[Tensor, ...] = ()
 
     @property
     def mlp_update(self) -> LayerUpdate:
@@ -57,13 +57,8 @@ class SupervisedTail:
         self.block, self.head = block, head
 
     def logits(
-        self,
-        attended: Attended,
-        tensor_parallel: TensorParallel,
-        *,
-        wanted: torch.Tensor | None = None,
-        shares: Shares = (),
-    ) -> torch.Tensor:
+        self, attended: Attended, tensor_parallel: TensorParallel, *, wanted: Tensor | None = None, shares: Shares = ()
+    ) -> Tensor:
         """(b, s, V), equal on every rank. With `wanted`, (b,) int64, only one position of each row: (b, 1, V).
 
         With several shares, the rows are theirs, and the positions are among all tokens (1, s).
@@ -72,18 +67,16 @@ class SupervisedTail:
         if wanted is None:
             joined = self._join(attended, tensor_parallel)
             hidden = self.block.add_mlp(joined, tensor_parallel, attended.mlp_update)
-            return cast(torch.Tensor, self.head(hidden, tensor_parallel)).view(size, length, -1)
+            return cast(Tensor, self.head(hidden, tensor_parallel)).view(size, length, -1)
         assert not tensor_parallel.sequence_parallel, "positions are picked from whole sequences"
         rows = torch.arange(size, device=wanted.device) * length + wanted
         pieces = tuple(Piece(number, share.num_rows) for number, share in enumerate(shares) if len(shares) > 1)
         some = SomeTokens(rows, rows, pieces, pieces)
         joined = self._join(attended, tensor_parallel, some)
         hidden = self.block.add_mlp(joined, tensor_parallel, _update_at(some, attended.mlp_update))
-        return cast(torch.Tensor, self.head(hidden, tensor_parallel)).transpose(0, 1)
+        return cast(Tensor, self.head(hidden, tensor_parallel)).transpose(0, 1)
 
-    def loss(
-        self, attended: Attended, labels: torch.Tensor | Supervised, tensor_parallel: TensorParallel
-    ) -> torch.Tensor:
+    def loss(self, attended: Attended, labels: Tensor | Supervised, tensor_parallel: TensorParallel) -> Tensor:
         """The summed loss over supervised positions; `labels`: (b, s) int64 or a `Supervised`.
 
         If they belong to several owners, there is one for each, (owners,).
@@ -93,14 +86,14 @@ class SupervisedTail:
         pairs = [(linear, slot) for linear in update.values() for slot in (linear.grad_a, linear.grad_f)]
         slots = [slot for _, slot in pairs]
 
-        def summed(joined: torch.Tensor, *slots: torch.Tensor | None) -> torch.Tensor:
+        def summed(joined: Tensor, *slots: Tensor | None) -> Tensor:
             pairs = zip(slots[::2], slots[1::2], strict=True)
             inner = {
                 name: linear._replace(grad_a=grad_a, grad_f=grad_f)
                 for (name, linear), (grad_a, grad_f) in zip(update.items(), pairs, strict=True)
             }
             hidden = self.block.add_mlp(joined, tensor_parallel, inner, recomputes=False)
-            loss: torch.Tensor = self.head(hidden, tensor_parallel, supervised)
+            loss: Tensor = self.head(hidden, tensor_parallel, supervised)
             return loss
 
         inputs = joined, *slots
@@ -113,8 +106,8 @@ class SupervisedTail:
         return _with_zero_gradients(loss, attended.zero_gradients)
 
     def position_losses(
-        self, attended: Attended, labels: torch.Tensor, tensor_parallel: TensorParallel, shares: Shares = ()
-    ) -> torch.Tensor:
+        self, attended: Attended, labels: Tensor, tensor_parallel: TensorParallel, shares: Shares = ()
+    ) -> Tensor:
         """The loss of each position, (b, s), 0 where there is no label, without a gradient."""
         supervised, some, joined = self._supervised(attended, labels, tensor_parallel, shares)
         update = _update_at(some, attended.mlp_update)
@@ -124,12 +117,8 @@ class SupervisedTail:
         return spread.index_put_((supervised.rows[supervised.supervised],), losses.float()).view(labels.shape)
 
     def _supervised(
-        self,
-        attended: Attended,
-        labels: torch.Tensor | Supervised,
-        tensor_parallel: TensorParallel,
-        shares: Shares = (),
-    ) -> tuple[Supervised, SomeTokens, torch.Tensor]:
+        self, attended: Attended, labels: Tensor | Supervised, tensor_parallel: TensorParallel, shares: Shares = ()
+    ) -> tuple[Supervised, SomeTokens, Tensor]:
         """The supervised positions, those of this rank, and the last block's result there, up to its MLP."""
         num_parts, supervised = tensor_parallel.sequence_parts, labels
         if not isinstance(supervised, Supervised):
@@ -140,9 +129,7 @@ class SupervisedTail:
         some = SomeTokens(supervised.rows, supervised.local_rows[start:stop], supervised.pieces, local_pieces)
         return supervised, some, self._join(attended, tensor_parallel, some)
 
-    def _join(
-        self, attended: Attended, tensor_parallel: TensorParallel, some: SomeTokens | None = None
-    ) -> torch.Tensor:
+    def _join(self, attended: Attended, tensor_parallel: TensorParallel, some: SomeTokens | None = None) -> Tensor:
         """The last block's result up to its MLP, at all positions, or at some: then (1, m, d) or (1, m / p, d)."""
         hidden, attention_output, update, _ = attended
         if some is not None:
@@ -157,7 +144,7 @@ def _update_at(some: SomeTokens, update: LayerUpdate) -> LayerUpdate:
     return {name: linear._replace(rows=linear.rows.at(some)) for name, linear in update.items()}
 
 
-def _with_zero_gradients(result: torch.Tensor, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+def _with_zero_gradients(result: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     """The same result, whose backward pass also gives zeros to these tensors."""
     if not tensors:
         return result
@@ -262,15 +249,15 @@ class Stage(nn.Module):
 
     def forward(
         self,
-        inputs: torch.Tensor,
-        positions: torch.Tensor,
-        labels: torch.Tensor | Supervised | None = None,
+        inputs: Tensor,
+        positions: Tensor,
+        labels: Tensor | Supervised | None = None,
         *,
-        documents: torch.Tensor | None = None,
-        numbers: torch.Tensor | None = None,
+        documents: Tensor | None = None,
+        numbers: Tensor | None = None,
         shares: Shares = (),
-        prediction: Callable[[], torch.Tensor] | None = None,
-    ) -> torch.Tensor | Attended:
+        prediction: Callable[[], Tensor] | None = None,
+    ) -> Tensor | Attended:
         """The forward pass for training; for predictions call `predict`.
 
         Args:
@@ -298,27 +285,27 @@ class Stage(nn.Module):
             updates = self.bank.with_dropout(updates, numbers, shares, self.tensor_parallel)
         context = self.context(positions, hidden.dtype, documents=documents, shares=shares)
         output = self.run_blocks(hidden, context, self.tensor_parallel, updates)
-        unused: tuple[torch.Tensor, ...] = () if self.anchor is None else (self.anchor,)
+        unused: tuple[Tensor, ...] = () if self.anchor is None else (self.anchor,)
         if self.embedding is None and not self.needs_input_gradient:
             unused += (inputs,)
         unused = unused if torch.is_grad_enabled() else ()
-        if isinstance(output, torch.Tensor):
+        if isinstance(output, Tensor):
             return _with_zero_gradients(output, unused)
         output = output._replace(zero_gradients=unused)
         return output if labels is None else self.tail.loss(output, labels, self.tensor_parallel)
 
     def predict(
         self,
-        inputs: torch.Tensor,
-        positions: torch.Tensor,
-        labels: torch.Tensor | None = None,
+        inputs: Tensor,
+        positions: Tensor,
+        labels: Tensor | None = None,
         *,
-        documents: torch.Tensor | None = None,
+        documents: Tensor | None = None,
         shares: Shares = (),
         caches: Sequence[AnyCache] | None = None,
         updates: Mapping[int, LayerUpdate] | None = None,
-        wanted: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        wanted: Tensor | None = None,
+    ) -> Tensor:
         """Logits (b, s, V), or with `labels` the loss of each position (b, s), which has no gradient.
 
         Args:
@@ -333,23 +320,23 @@ class Stage(nn.Module):
             activations between layers if the stage has no head. A loss is 0 where there is no label.
         """
 
-        def logits_or_losses() -> torch.Tensor:
+        def logits_or_losses() -> Tensor:
             tensor_parallel = self.tensor_parallel if caches is None else self.tensor_parallel.whole_sequences()
             hidden = inputs if self.embedding is None else self.embed(inputs, tensor_parallel)
             context = self.context(positions, hidden.dtype, documents=documents, caches=caches, shares=shares)
             found = self.read_adapter(shares) if updates is None else updates
             output = self.run_blocks(hidden, context, tensor_parallel, found, caches=caches)
-            if isinstance(output, torch.Tensor):
+            if isinstance(output, Tensor):
                 return output
             if labels is not None:
                 return self.tail.position_losses(output, labels, tensor_parallel, shares)
             return self.tail.logits(output, tensor_parallel, wanted=wanted, shares=shares)
 
         # It calls the module, since engines need its hooks (ZeRO-3 starts a new trace of its parameters there).
-        predicted: torch.Tensor = self(inputs, positions, prediction=logits_or_losses)
+        predicted: Tensor = self(inputs, positions, prediction=logits_or_losses)
         return predicted
 
-    def empty_hidden(self, num_rows: int, length: int) -> torch.Tensor:
+    def empty_hidden(self, num_rows: int, length: int) -> Tensor:
         """Uninitialised activations between layers on this rank, for rows (num_rows, length)."""
         qkv, parts = self.attention.qkv, self.tensor_parallel.sequence_parts
         shape = (num_rows, length) if parts == 1 else (1, num_rows * length // parts)
@@ -365,17 +352,17 @@ class Stage(nn.Module):
             return {}
         return self.bank.updates(shares, self.tensor_parallel, dtype=self.attention.qkv.dtype)
 
-    def embed(self, tokens: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
+    def embed(self, tokens: Tensor, tensor_parallel: TensorParallel) -> Tensor:
         """Tokens (b, s) int64 -> activations between layers."""
-        hidden: torch.Tensor = self.layers[str(self.embedding)](tokens, tensor_parallel)
+        hidden: Tensor = self.layers[str(self.embedding)](tokens, tensor_parallel)
         return hidden
 
     def context(
         self,
-        positions: torch.Tensor,
+        positions: Tensor,
         dtype: torch.dtype,
         *,
-        documents: torch.Tensor | None = None,
+        documents: Tensor | None = None,
         caches: Sequence[AnyCache] | None = None,
         shares: Shares = (),
     ) -> AttentionContext:
@@ -387,13 +374,13 @@ class Stage(nn.Module):
 
     def run_blocks(
         self,
-        hidden: torch.Tensor,
+        hidden: Tensor,
         context: AttentionContext,
         tensor_parallel: TensorParallel,
         updates: Mapping[int, LayerUpdate],
         *,
         caches: Sequence[AnyCache] | None = None,
-    ) -> torch.Tensor | Attended:
+    ) -> Tensor | Attended:
         """Run every block of the stage in order; if the stage has the head, the last one only up to its attention.
 
         Args:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.shapes import LinearShape, ModelShape, NormShape
@@ -167,12 +167,12 @@ class WeightRule:
         """Whether it is quantised in a base of fewer bits: the matrix of a block's linear is."""
         return self.linear is not None and 1 <= self.layer <= shape.num_layers
 
-    def by_stored_tensor(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    def by_stored_tensor(self, rows: Tensor) -> dict[str, Tensor]:
         """Split rows (out_size, ...), stacked as in this weight, by the stored tensor that they belong to.
 
         In a fused stored tensor they have its order; rows that belong to another weight are zeros.
         """
-        found: dict[str, torch.Tensor] = {}
+        found: dict[str, Tensor] = {}
         for part, piece in zip(self.parts, rows.split([part.size for part in self.parts]), strict=True):
             if part.size == part.shape[0]:
                 found[part.name] = piece

@@ -19,7 +19,7 @@ import torch
 from pydantic import PlainValidator, TypeAdapter, ValidationError, ValidationInfo
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import distributed
+from torch import Tensor, distributed
 
 from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.base.text_files import first_problem
@@ -178,16 +178,16 @@ LARGEST_MESSAGE = 1 << 36  # with tensors: three times the largest adapter that 
 _LENGTH_BYTES = 8
 
 
-def _sent_tensor(name: object, info: ValidationInfo) -> torch.Tensor:
+def _sent_tensor(name: object, info: ValidationInfo) -> Tensor:
     """The tensor called `name` in the message."""
     sent: Any = info.context
     if not isinstance(name, str) or name not in sent:
         raise ValueError("no tensor of that name was sent")
-    tensor: torch.Tensor = sent[name]
+    tensor: Tensor = sent[name]
     return tensor
 
 
-SentTensor = Annotated[torch.Tensor, PlainValidator(_sent_tensor)]
+SentTensor = Annotated[Tensor, PlainValidator(_sent_tensor)]
 """The type of a tensor in a dataclass that ranks send each other."""
 
 
@@ -200,10 +200,10 @@ def packed(value: object) -> bytearray:
     Raises:
         UserError: a text is not Unicode.
     """
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: dict[str, Tensor] = {}
 
     def plain(part: object) -> object:
-        if isinstance(part, torch.Tensor):
+        if isinstance(part, Tensor):
             name = str(len(tensors))
             tensors[name] = part.detach().cpu().contiguous()
             return name

@@ -12,6 +12,7 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from megatron_tiedlora.parallel.kernels import scaled
 
@@ -46,7 +47,7 @@ def part_of(pieces: Sequence[Piece], start: int, stop: int) -> Pieces:
     return tuple(found)
 
 
-def scaled_by_owner(tensor: torch.Tensor, factors: torch.Tensor, pieces: Sequence[Piece] | None) -> torch.Tensor:
+def scaled_by_owner(tensor: Tensor, factors: Tensor, pieces: Sequence[Piece] | None) -> Tensor:
     """`scaled`, with each owner's own factor; without pieces there is one owner, and one factor ().
 
     Args:
@@ -60,7 +61,7 @@ def scaled_by_owner(tensor: torch.Tensor, factors: torch.Tensor, pieces: Sequenc
     return torch.cat([scaled(part, factors[piece.owner]) for part, piece in parts]).view(tensor.shape)
 
 
-def sums_by_owner(numbers: torch.Tensor, pieces: Sequence[Piece], *, at_once: int) -> torch.Tensor:
+def sums_by_owner(numbers: Tensor, pieces: Sequence[Piece], *, at_once: int) -> Tensor:
     """The sum of each owner's numbers, (owners,), added up in chunks of `at_once` numbers of each piece.
 
     Args:
@@ -84,7 +85,7 @@ def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @wraps(backward)
-    def checked(ctx: Any, *gradients: torch.Tensor) -> Any:
+    def checked(ctx: Any, *gradients: Tensor) -> Any:
         if torch.is_grad_enabled():
             raise RuntimeError("the frozen base has no second derivative: call backward without create_graph=True")
         return backward(ctx, *gradients)
@@ -95,8 +96,8 @@ def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
 class _EarlyBackward(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, function: Callable[..., torch.Tensor], pieces: Sequence[Pieces | None], *inputs: torch.Tensor | None
-    ) -> torch.Tensor:
+        ctx: Any, function: Callable[..., Tensor], pieces: Sequence[Pieces | None], *inputs: Tensor | None
+    ) -> Tensor:
         ctx.needs, ctx.pieces = ctx.needs_input_grad[2:], pieces
         inner = [
             tensor.detach().requires_grad_() if tensor is not None and needs else tensor
@@ -113,20 +114,20 @@ class _EarlyBackward(torch.autograd.Function):
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
         needs_and_pieces = zip(ctx.needs, ctx.pieces, strict=True)
         found = (scaled_by_owner(next(saved), gradient, own) if needs else None for needs, own in needs_and_pieces)
         return None, None, *found
 
 
-def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+def _as_it_is(tensor: Tensor) -> Tensor:
     return tensor
 
 
 def run_with_early_backward(
-    function: Callable[..., torch.Tensor], *inputs: torch.Tensor | None, pieces: Sequence[Pieces | None] | None = None
-) -> torch.Tensor:
+    function: Callable[..., Tensor], *inputs: Tensor | None, pieces: Sequence[Pieces | None] | None = None
+) -> Tensor:
     """`function(*inputs)`, a scalar, or the losses of several owners, (owners,).
 
     Only the gradients of the inputs that need one are saved for backward.
@@ -136,5 +137,5 @@ def run_with_early_backward(
         inputs: of any float dtype. At least one needs a gradient, and the result must depend on all that do.
         pieces: with several losses, which rows of each input belong to which loss. A loss depends on its own alone.
     """
-    loss: torch.Tensor = _EarlyBackward.apply(function, pieces or [None] * len(inputs), *inputs)
+    loss: Tensor = _EarlyBackward.apply(function, pieces or [None] * len(inputs), *inputs)
     return loss

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -98,15 +98,15 @@ class RankGroup:
     rank: int = 0
     size: int = 1
 
-    def all_reduce_(self, tensor: torch.Tensor, op: distributed.ReduceOp.RedOpType = distributed.ReduceOp.SUM) -> None:
+    def all_reduce_(self, tensor: Tensor, op: distributed.ReduceOp.RedOpType = distributed.ReduceOp.SUM) -> None:
         """Replace a contiguous tensor by the sum over the group, or what `op` says."""
         distributed.all_reduce(tensor, op=op, group=self.handle)
 
-    def all_gather_into(self, gathered: torch.Tensor, tensor: torch.Tensor) -> None:
+    def all_gather_into(self, gathered: Tensor, tensor: Tensor) -> None:
         """Write the ranks' contiguous tensors to `gathered`, one after another along the first dimension."""
         _all_gather_into(gathered, tensor, group=self.handle)
 
-    def reduce_scatter_into(self, mine: torch.Tensor, parts: torch.Tensor) -> None:
+    def reduce_scatter_into(self, mine: Tensor, parts: Tensor) -> None:
         """Write this rank's part of the sum of `parts` to `mine`; the parts follow each other along dimension 0."""
         _reduce_scatter_into(mine, parts, group=self.handle)
 
@@ -167,8 +167,8 @@ SEQUENCE_DIM = 1  # of activations (1, b s, d)
 
 
 def all_reduce(
-    tensor: torch.Tensor, group: RankGroup, op: distributed.ReduceOp.RedOpType = distributed.ReduceOp.SUM
-) -> torch.Tensor:
+    tensor: Tensor, group: RankGroup, op: distributed.ReduceOp.RedOpType = distributed.ReduceOp.SUM
+) -> Tensor:
     """The sum over the group, or what `op` says: bit-equal on every rank, a new tensor unless it is the only one."""
     if group.size == 1:
         return tensor
@@ -177,12 +177,12 @@ def all_reduce(
     return total
 
 
-def largest_of_all(tensor: torch.Tensor, group: RankGroup) -> torch.Tensor:
+def largest_of_all(tensor: Tensor, group: RankGroup) -> Tensor:
     """The elementwise maximum over the group; a new tensor unless the group has one rank."""
     return all_reduce(tensor, group, distributed.ReduceOp.MAX)
 
 
-def all_gather(tensor: torch.Tensor, group: RankGroup, dim: int) -> torch.Tensor:
+def all_gather(tensor: Tensor, group: RankGroup, dim: int) -> Tensor:
     """The ranks' tensors, of equal shapes, concatenated along `dim` in rank order."""
     if group.size == 1:
         return tensor
@@ -192,7 +192,7 @@ def all_gather(tensor: torch.Tensor, group: RankGroup, dim: int) -> torch.Tensor
     return gathered.view(group.size, *tensor.shape).movedim(0, dim).flatten(dim, dim + 1)
 
 
-def reduce_scatter(tensor: torch.Tensor, group: RankGroup, dim: int) -> torch.Tensor:
+def reduce_scatter(tensor: Tensor, group: RankGroup, dim: int) -> Tensor:
     """This rank's equal part along `dim` of the sum over the group. The group's size must divide `dim`."""
     if group.size == 1:
         return tensor
@@ -205,18 +205,18 @@ def reduce_scatter(tensor: torch.Tensor, group: RankGroup, dim: int) -> torch.Te
 
 class _WithAdjoint(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, function: Callable[..., Any], adjoint: Callable[..., Any], *tensors: torch.Tensor) -> Any:
+    def forward(ctx: Any, function: Callable[..., Any], adjoint: Callable[..., Any], *tensors: Tensor) -> Any:
         ctx.adjoint = adjoint
         return function(*tensors)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         found = ctx.adjoint(*gradients)
         return None, None, *(found if isinstance(found, tuple) else (found,))
 
 
-def with_adjoint(function: Callable[..., Result], adjoint: Callable[..., Any], *tensors: torch.Tensor | None) -> Result:
+def with_adjoint(function: Callable[..., Result], adjoint: Callable[..., Any], *tensors: Tensor | None) -> Result:
     """`function(*tensors)`, a tensor or a tuple, with a handwritten backward pass.
 
     Args:
@@ -227,16 +227,16 @@ def with_adjoint(function: Callable[..., Result], adjoint: Callable[..., Any], *
     return result
 
 
-def _itself(tensor: torch.Tensor) -> torch.Tensor:
+def _itself(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def concatenated(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+def concatenated(tensors: Sequence[Tensor]) -> Tensor:
     """All values of the tensors, one after another in one dimension."""
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
-def gather_from_tensor_parallel_region(tensor: torch.Tensor, group: RankGroup, dim: int) -> torch.Tensor:
+def gather_from_tensor_parallel_region(tensor: Tensor, group: RankGroup, dim: int) -> Tensor:
     """The ranks' parts, concatenated along `dim`. The gradient is summed over the group; each rank gets its part."""
     if group.size == 1:
         return tensor
@@ -244,7 +244,7 @@ def gather_from_tensor_parallel_region(tensor: torch.Tensor, group: RankGroup, d
     return with_adjoint(gathers, scatters, tensor)
 
 
-def gather_together(tensors: Sequence[torch.Tensor], group: RankGroup, dims: Sequence[int]) -> tuple[torch.Tensor, ...]:
+def gather_together(tensors: Sequence[Tensor], group: RankGroup, dims: Sequence[int]) -> tuple[Tensor, ...]:
     """The ranks' parts of several tensors of one dtype in one message, each concatenated along its own dimension.
 
     Their gradients are summed in one message too; a tensor without a gradient counts as one with zeros.
@@ -254,14 +254,14 @@ def gather_together(tensors: Sequence[torch.Tensor], group: RankGroup, dims: Seq
     ranks, shapes = group.size, [tensor.shape for tensor in tensors]
     sizes = [shape.numel() for shape in shapes]
 
-    def gathers(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def gathers(*tensors: Tensor) -> tuple[Tensor, ...]:
         parts = all_gather(concatenated(tensors)[None], group, dim=0).split(sizes, dim=1)
         return tuple(
             part.reshape(ranks, *shape).movedim(0, dim).flatten(dim, dim + 1)
             for part, shape, dim in zip(parts, shapes, dims, strict=True)
         )
 
-    def scatters(*gradients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def scatters(*gradients: Tensor) -> tuple[Tensor, ...]:
         by_rank = [
             gradient.unflatten(dim, (ranks, -1)).movedim(dim, 0).reshape(ranks, -1)
             for gradient, dim in zip(gradients, dims, strict=True)
@@ -272,12 +272,12 @@ def gather_together(tensors: Sequence[torch.Tensor], group: RankGroup, dims: Seq
     return with_adjoint(gathers, scatters, *tensors)
 
 
-def end_to_end(hidden: torch.Tensor) -> torch.Tensor:
+def end_to_end(hidden: Tensor) -> Tensor:
     """(b, s, d) -> (1, b s, d): rows are concatenated, so that each rank's part is contiguous."""
     return hidden.flatten(0, 1)[None]
 
 
-def enter_tensor_parallel_region(hidden: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
+def enter_tensor_parallel_region(hidden: Tensor, tensor_parallel: TensorParallel) -> Tensor:
     """Activations between layers -> (b, s, d) or (1, b s, d) on every rank, for column-parallel layers.
 
     Each rank has an addend of the result's gradient; these are summed over the group.
@@ -288,7 +288,7 @@ def enter_tensor_parallel_region(hidden: torch.Tensor, tensor_parallel: TensorPa
     return gather_from_tensor_parallel_region(hidden, group, SEQUENCE_DIM)
 
 
-def leave_tensor_parallel_region(hidden: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
+def leave_tensor_parallel_region(hidden: Tensor, tensor_parallel: TensorParallel) -> Tensor:
     """Addends (b, s, d) of the ranks -> their sum, in the shape of activations between layers.
 
     The gradient of the sum is that of each addend; of a part of the sequence it is gathered.
@@ -323,13 +323,13 @@ class StepSum:
     def start(self, num_passes: int) -> None:
         """Begin a step of `num_passes` backward passes; gradients of an unfinished step are dropped."""
         self._left = num_passes
-        self._parts: torch.Tensor | None = None
+        self._parts: Tensor | None = None
 
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+    def of(self, tensor: Tensor) -> Tensor:
         """The tensor itself, with its gradient summed. All ranks of the group run equally many backward passes."""
         return with_adjoint(_itself, self.take, tensor)
 
-    def take(self, gradient: torch.Tensor) -> torch.Tensor:
+    def take(self, gradient: Tensor) -> Tensor:
         """The gradient that a backward pass returns, from this rank's addend; the same shape and dtype."""
         self._parts = gradient if self._parts is None else self._parts + gradient
         self._left -= 1
@@ -445,6 +445,6 @@ class TrafficCounter(TorchDispatchMode):
 
 
 def _num_bytes(argument: Any) -> int:
-    if isinstance(argument, torch.Tensor):
+    if isinstance(argument, Tensor):
         return argument.numel() * argument.element_size()
     return sum(_num_bytes(item) for item in argument)

@@ -7,6 +7,7 @@ logit if the rank has it, else 0. One message carries these two numbers per toke
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from megatron_tiedlora.parallel.backward import Pieces, first_derivative_only, scaled_by_owner, sums_by_owner
@@ -30,14 +31,14 @@ class VocabularyShard(NamedTuple):
 class _Found(NamedTuple):
     """Numbers per row, each (n,)."""
 
-    losses: torch.Tensor
-    total: torch.Tensor  # logsumexp over all ids
-    columns: torch.Tensor  # of the labels among this rank's logits, 0 if another rank has the label
-    own: torch.Tensor  # whether this rank has the label
-    picked: torch.Tensor  # the label's logit, 0 if another rank has it
+    losses: Tensor
+    total: Tensor  # logsumexp over all ids
+    columns: Tensor  # of the labels among this rank's logits, 0 if another rank has the label
+    own: Tensor  # whether this rank has the label
+    picked: Tensor  # the label's logit, 0 if another rank has it
 
 
-def _losses(local_logits: torch.Tensor, labels: torch.Tensor, shard: VocabularyShard) -> _Found:
+def _losses(local_logits: Tensor, labels: Tensor, shard: VocabularyShard) -> _Found:
     index = labels - shard.first_id
     own = (index >= 0) & (index < local_logits.shape[1])
     index = index.masked_fill(~own, 0)
@@ -50,9 +51,7 @@ def _losses(local_logits: torch.Tensor, labels: torch.Tensor, shard: VocabularyS
 
 class _SumTokenLosses(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, rows: torch.Tensor, labels: torch.Tensor, shard: VocabularyShard, pieces: Pieces | None
-    ) -> torch.Tensor:
+    def forward(ctx: Any, rows: Tensor, labels: Tensor, shard: VocabularyShard, pieces: Pieces | None) -> Tensor:
         weight, kernels, rows_at_once = shard.weight, shard.kernels, shard.rows_at_once
         num_rows, needs_rows = len(rows), ctx.needs_input_grad[0]
         rows, labels = _padded_rows(rows, labels)
@@ -83,12 +82,12 @@ class _SumTokenLosses(torch.autograd.Function):
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         (grad_rows,) = ctx.saved_tensors
         return scaled_by_owner(grad_rows, gradient, ctx.pieces), None, None, None
 
 
-def _padded_rows(rows: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _padded_rows(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Rows (n, d) and labels (n,), padded with zeros and ignored labels to n = `padded(n)`."""
     missing = padded(len(rows)) - len(rows)
     if not missing:
@@ -96,9 +95,7 @@ def _padded_rows(rows: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor
     return functional.pad(rows, (0, 0, 0, missing)), functional.pad(labels, (0, missing), value=IGNORED_LABEL)
 
 
-def sum_token_losses(
-    rows: torch.Tensor, labels: torch.Tensor, shard: VocabularyShard, pieces: Pieces | None = None
-) -> torch.Tensor:
+def sum_token_losses(rows: Tensor, labels: Tensor, shard: VocabularyShard, pieces: Pieces | None = None) -> Tensor:
     """Sum over rows of -log softmax(rows W^T)[label], the same on every rank.
 
     W is frozen, so the forward pass also computes the gradient of `rows`, some rows at a time. Only this gradient is
@@ -113,12 +110,12 @@ def sum_token_losses(
         a scalar in max(fp32, dtype of `rows`), or with `pieces` one for each owner, (owners,). Its gradient for `rows`
         is the addend of this rank's part of the vocabulary; no message is sent for it here.
     """
-    loss: torch.Tensor = _SumTokenLosses.apply(rows, labels, shard, pieces)
+    loss: Tensor = _SumTokenLosses.apply(rows, labels, shard, pieces)
     return loss
 
 
 @torch.no_grad()
-def token_losses(rows: torch.Tensor, labels: torch.Tensor, shard: VocabularyShard) -> torch.Tensor:
+def token_losses(rows: Tensor, labels: Tensor, shard: VocabularyShard) -> Tensor:
     """-log softmax(rows W^T)[label] of each row, (n,), without a gradient. Arguments as in `sum_token_losses`."""
     num_rows = len(rows)
     rows, labels = _padded_rows(rows, labels)

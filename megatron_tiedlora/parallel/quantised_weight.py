@@ -15,7 +15,7 @@ from math import prod
 from typing import Any, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_tiedlora.base.messages import UserError, one_line
 from megatron_tiedlora.base.shapes import BASE_FORMATS, FP8_CAPABILITY, BaseFormat, LinearShape
@@ -42,7 +42,7 @@ class Workspace:
         """Have room for a weight of `size` elements."""
         self._size = max(self._size, size)
 
-    def take(self, *shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    def take(self, *shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The memory as a tensor of `shape`. It is valid until the next call."""
         memory = self._memory
         if len(memory) < self._size or memory.dtype != dtype or memory.device != device:
@@ -60,8 +60,8 @@ class QuantisedWeight(FrozenWeight):
 
     def __init__(
         self,
-        codes: torch.Tensor,
-        scale_bits: torch.Tensor,
+        codes: Tensor,
+        scale_bits: Tensor,
         *,
         width: int,
         storage: BaseFormat,
@@ -105,15 +105,15 @@ class QuantisedWeight(FrozenWeight):
         return self._local_shape
 
     @property
-    def scales(self) -> torch.Tensor:
+    def scales(self) -> Tensor:
         """(out, n) fp32, in the memory of the parameter."""
         return self.scale_bits.detach().view(torch.float32)
 
-    def empty_values(self) -> torch.Tensor:
+    def empty_values(self) -> Tensor:
         """Uninitialised memory for the values of this rank's shard, to be passed to `load`."""
         return torch.empty(self._local_shape, dtype=self.dtype, device=self.tensor.device)
 
-    def load(self, values: torch.Tensor, *, dim: int = 0, start: int = 0, columns: Columns | None = None) -> None:
+    def load(self, values: Tensor, *, dim: int = 0, start: int = 0, columns: Columns | None = None) -> None:
         """Quantise and store `values`, of any float dtype and device: rows from `start` on, or all rows if `dim` is 1.
 
         Args:
@@ -130,10 +130,10 @@ class QuantisedWeight(FrozenWeight):
             self._load(values, start, columns)
 
     @abstractmethod
-    def _load(self, values: torch.Tensor, start: int, columns: Columns) -> None: ...
+    def _load(self, values: Tensor, start: int, columns: Columns) -> None: ...
 
     @abstractmethod
-    def load_stored(self, codes: torch.Tensor, scales: torch.Tensor, *, start: int, columns: Columns) -> None:
+    def load_stored(self, codes: Tensor, scales: Tensor, *, start: int, columns: Columns) -> None:
         """Store codes and scales that are there already: rows from `start` on.
 
         Args:
@@ -146,10 +146,10 @@ class QuantisedWeight(FrozenWeight):
         """
 
     @abstractmethod
-    def _dequantise(self, out: torch.Tensor) -> None:
+    def _dequantise(self, out: Tensor) -> None:
         """Write D(W) to `out`, of any float dtype."""
 
-    def values(self) -> torch.Tensor:
+    def values(self) -> Tensor:
         """D(W) in fp32, in memory of its own."""
         found = torch.empty(self._local_shape, device=self.tensor.device)
         self._dequantise(found)
@@ -160,23 +160,21 @@ class QuantisedWeight(FrozenWeight):
         self._dequantise(out)
         return FrozenWeight(out)
 
-    def times_transposed(
-        self, x: torch.Tensor, bias: torch.Tensor | None = None, *, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def times_transposed(self, x: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
         """See `FrozenWeight.times_transposed`."""
         return self._dequantised().times_transposed(x, bias, out=out)
 
-    def times(self, grad_y: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    def times(self, grad_y: Tensor, *, out: Tensor | None = None) -> Tensor:
         """See `FrozenWeight.times`."""
         return self._dequantised().times(grad_y, out=out)
 
-    def _store(self, rows: slice, codes: torch.Tensor, scales: torch.Tensor) -> None:
+    def _store(self, rows: slice, codes: Tensor, scales: Tensor) -> None:
         if not scales.isfinite().all():
             raise ValueError("numbers that are not finite")
         self.tensor.data[rows].copy_(codes)
         self.scale_bits.data[rows].copy_(scales.view(torch.int32))
 
-    def _moved(self, values: torch.Tensor) -> torch.Tensor:
+    def _moved(self, values: Tensor) -> Tensor:
         """The values on the device of the weight, where they are quantised: groups of GPUs send no CPU tensors."""
         return values.to(self.tensor.device)
 
@@ -201,7 +199,7 @@ class BlockScaledWeight(QuantisedWeight):
         assert block is not None
         return slice(columns.start // block * block, min(-(-columns.stop // block) * block, columns.full))
 
-    def _load(self, values: torch.Tensor, start: int, columns: Columns) -> None:
+    def _load(self, values: Tensor, start: int, columns: Columns) -> None:
         block = self.storage.block
         assert block is not None
         for rows in self._parts(num_rows=len(values), at_once=_QUANTISED_AT_ONCE):
@@ -209,7 +207,7 @@ class BlockScaledWeight(QuantisedWeight):
             self._store_own(slice(start + rows.start, start + rows.stop), codes, scales, columns)
 
     @torch.no_grad()
-    def load_stored(self, codes: torch.Tensor, scales: torch.Tensor, *, start: int, columns: Columns) -> None:
+    def load_stored(self, codes: Tensor, scales: Tensor, *, start: int, columns: Columns) -> None:
         """See QuantisedWeight."""
         read = self.columns_to_read(columns)
         for rows in self._parts(num_rows=len(codes)):
@@ -217,7 +215,7 @@ class BlockScaledWeight(QuantisedWeight):
             kept = quantise.without_tiny(self._moved(scales[rows]))
             self._store_own(slice(start + rows.start, start + rows.stop), unpacked, kept, columns)
 
-    def _store_own(self, rows: slice, codes: torch.Tensor, scales: torch.Tensor, columns: Columns) -> None:
+    def _store_own(self, rows: slice, codes: Tensor, scales: Tensor, columns: Columns) -> None:
         """Store this rank's columns of whole blocks."""
         width, block = self._local_shape[1], self.storage.block
         assert block is not None
@@ -226,7 +224,7 @@ class BlockScaledWeight(QuantisedWeight):
         blocks = (before + torch.arange(self.scale_bits.shape[1], device=self.tensor.device) * self.block) // block
         self._store(rows, quantise.pack_codes(codes[:, before : before + width]), scales[:, blocks])
 
-    def _dequantise(self, out: torch.Tensor) -> None:
+    def _dequantise(self, out: Tensor) -> None:
         codes, scales = self.tensor.detach(), self.scales
         kernel = quantise.nf4_kernel(out, self.block) if self.storage.name == "nf4" else None
         if kernel is not None:
@@ -241,7 +239,7 @@ class BlockScaledWeight(QuantisedWeight):
 class RowScaledWeight(QuantisedWeight):
     """int8 and fp8: a scale for each row of the full tensor."""
 
-    def _load(self, values: torch.Tensor, start: int, columns: Columns) -> None:
+    def _load(self, values: Tensor, start: int, columns: Columns) -> None:
         maxima = torch.cat(
             [quantise.row_maxima(self._moved(values[rows])) for rows in self._parts(num_rows=len(values))]
         )
@@ -254,14 +252,14 @@ class RowScaledWeight(QuantisedWeight):
             self._store(slice(start + rows.start, start + rows.stop), codes.view(torch.uint8), scales[:, None])
 
     @torch.no_grad()
-    def load_stored(self, codes: torch.Tensor, scales: torch.Tensor, *, start: int, columns: Columns) -> None:
+    def load_stored(self, codes: Tensor, scales: Tensor, *, start: int, columns: Columns) -> None:
         """See QuantisedWeight."""
         codes = self._moved(codes)
         if quantise.has_nan(codes, self.storage.name):
             raise ValueError("numbers that are not finite")
         self._store(slice(start, start + len(codes)), codes, self._moved(scales))
 
-    def _dequantise(self, out: torch.Tensor) -> None:
+    def _dequantise(self, out: Tensor) -> None:
         codes = self.tensor.detach().view(quantise.CODE_TYPE[self.storage.name])
         if codes.dtype == torch.int8:
             for rows in self._parts():
@@ -275,9 +273,7 @@ class RowScaledWeight(QuantisedWeight):
             _look_up_fp8(self.tensor.detach(), out, self._parts(), scales=self.scales)
 
 
-def _look_up_fp8(
-    codes: torch.Tensor, out: torch.Tensor, parts: Iterable[slice], *, scales: torch.Tensor | None = None
-) -> None:
+def _look_up_fp8(codes: Tensor, out: Tensor, parts: Iterable[slice], *, scales: Tensor | None = None) -> None:
     """Write fp8's levels to `out`, or its values, by a table: on a CPU 4 times as fast as the conversion (torch 2.13).
 
     Args:
@@ -357,7 +353,7 @@ class Fp8MatmulWeight(RowScaledWeight):
     dy W a transposed copy is made just before the matmul, in the memory that all weights of a rank share, or kept.
     """
 
-    transposed: torch.Tensor | None = None
+    transposed: Tensor | None = None
 
     @classmethod
     def of_format(cls, *local_shape: int, keep_transposed: bool = False, **others: Any) -> Self:
@@ -375,14 +371,12 @@ class Fp8MatmulWeight(RowScaledWeight):
         assert isinstance(self.transposed, nn.Parameter)
         return {**super().parameters, "transposed_codes": self.transposed}
 
-    def _store(self, rows: slice, codes: torch.Tensor, scales: torch.Tensor) -> None:
+    def _store(self, rows: slice, codes: Tensor, scales: Tensor) -> None:
         super()._store(rows, codes, scales)
         if self.transposed is not None:
             self.transposed.data[:, rows].copy_(codes.t())
 
-    def times_transposed(
-        self, x: torch.Tensor, bias: torch.Tensor | None = None, *, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def times_transposed(self, x: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
         """See `FrozenWeight.times_transposed`; x is rounded to fp8."""
         codes, scales = _rounded(x)
         if self._runs_in_fp8(x):
@@ -397,7 +391,7 @@ class Fp8MatmulWeight(RowScaledWeight):
             y += bias
         return y if out is None else out.copy_(y)
 
-    def times(self, grad_y: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    def times(self, grad_y: Tensor, *, out: Tensor | None = None) -> Tensor:
         """See `FrozenWeight.times`; dy s is rounded to fp8."""
         codes, scales = _rounded(grad_y, self.scales.view(1, -1))
         if self._runs_in_fp8(grad_y):
@@ -413,12 +407,12 @@ class Fp8MatmulWeight(RowScaledWeight):
             dx = (codes.to(grad_y.dtype) @ self._levels(grad_y.dtype)).mul_(scales[:, None])
         return dx if out is None else out.copy_(dx)
 
-    def _runs_in_fp8(self, x: torch.Tensor) -> bool:
+    def _runs_in_fp8(self, x: Tensor) -> bool:
         """Whether the device's own kernel can: it wants 16-bit results, and sizes that are multiples of 16."""
         fits = all(size % _MULTIPLE == 0 for size in self._local_shape)
         return x.is_cuda and x.dtype == torch.bfloat16 and fits
 
-    def _transposed_codes(self) -> torch.Tensor:
+    def _transposed_codes(self) -> Tensor:
         """(in, out) uint8, kept or made in the shared memory."""
         if self.transposed is not None:
             return self.transposed.detach()
@@ -426,7 +420,7 @@ class Fp8MatmulWeight(RowScaledWeight):
         out = self.workspace.take(width, rows, dtype=torch.uint8, device=self.tensor.device)
         return out.copy_(self.tensor.detach().t())
 
-    def _levels(self, dtype: torch.dtype) -> torch.Tensor:
+    def _levels(self, dtype: torch.dtype) -> Tensor:
         """The codes as numbers of `dtype`, which holds them exactly, in the shared memory."""
         out = self.workspace.take(*self._local_shape, dtype=dtype, device=self.tensor.device)
         if self.tensor.is_cuda:
@@ -435,7 +429,7 @@ class Fp8MatmulWeight(RowScaledWeight):
         return out
 
 
-def _rounded(rows: torch.Tensor, factors: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def _rounded(rows: Tensor, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """fp8 numbers (n, width), and the scale of each row (n,) fp32; some rows at a time, as they are computed in fp32.
 
     Args:

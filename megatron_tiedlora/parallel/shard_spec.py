@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from megatron_tiedlora.base.shapes import LinearShape
 
@@ -55,7 +56,7 @@ class ShardSpec:
         local[self.dim] = sum(self._block_share(size, tp_size) for size in self.blocks)
         return tuple(local)
 
-    def split(self, full: torch.Tensor, tp_rank: int, tp_size: int) -> torch.Tensor:
+    def split(self, full: Tensor, tp_rank: int, tp_size: int) -> Tensor:
         """The shard of `full` that `tp_rank` of `tp_size` holds; a view if it is one piece without padding."""
         if self.dim is None or tp_size == 1:
             return full
@@ -70,7 +71,7 @@ class ShardSpec:
             pieces.append(full.new_zeros(shape))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=self.dim)
 
-    def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
         """The full tensor, without padding, from the shards of all ranks in rank order: the inverse of `split`."""
         if self.dim is None or len(parts) == 1:
             return parts[0]
@@ -101,7 +102,7 @@ def stream_seed(seed: int, name: str) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def draw_normal(shape: Sequence[int], *, std: float, seed: int, name: str) -> torch.Tensor:
+def draw_normal(shape: Sequence[int], *, std: float, seed: int, name: str) -> Tensor:
     """A full fp32 tensor of N(0, std^2) on the CPU; equal arguments give equal bits for every layout and device."""
     generator = torch.Generator(device="cpu").manual_seed(stream_seed(seed, name))
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float32) * std
