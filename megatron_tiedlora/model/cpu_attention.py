@@ -140,8 +140,7 @@ class _TiledAttention(torch.autograd.Function):
         heads = [tensor.detach() for tensor in (query, key, value)]
         output = _tokens_first(query)
         by_part = split_rows((*heads, output), [part[:2] for part in parts])
-        pairs = zip(parts, by_part, strict=True)
-        log_sums = [_attend_(*views, tiles=part.tiles, kernels=kernels) for part, views in pairs]
+        log_sums = [_attend_(views, part.tiles, kernels) for part, views in zip(parts, by_part, strict=True)]
         result = output.transpose(1, 2)
         ctx.save_for_backward(query, key, value, result, *log_sums)
         ctx.parts, ctx.kernels = parts, kernels
@@ -151,13 +150,11 @@ class _TiledAttention(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, *log_sums = (tensor.detach() for tensor in ctx.saved_tensors)
-        heads = query, key, value
-        grad_heads = [_tokens_first(tensor) for tensor in heads]
-        tensors = *heads, output.transpose(1, 2), gradient.transpose(1, 2), *grad_heads
-        views_of_parts = split_rows(tensors, [part[:2] for part in ctx.parts])
-        by_part = zip(ctx.parts, views_of_parts, log_sums, strict=True)
-        for part, views, of_part in by_part:
-            _attention_gradients_(*views, log_sums=of_part, tiles=part.tiles, kernels=ctx.kernels)
+        grad_heads = [_tokens_first(tensor) for tensor in (query, key, value)]
+        tensors = query, key, value, output.transpose(1, 2), gradient.transpose(1, 2), *grad_heads
+        by_part = split_rows(tensors, [part[:2] for part in ctx.parts])
+        for part, views, of_part in zip(ctx.parts, by_part, log_sums, strict=True):
+            _attention_gradients_(views, of_part, part.tiles, ctx.kernels)
         return *grad_heads, None, None
 
 
@@ -178,10 +175,9 @@ def split_rows(tensors: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> 
         yield tuple(view.unflatten(0, shape).transpose(1, 2) for view in views)
 
 
-def _attend_(
-    query: Tensor, key: Tensor, value: Tensor, output: Tensor, *, tiles: Sequence[QueryTile], kernels: Kernels
-) -> Tensor:
-    """Write O to `output`, (b, heads, s, head_dim); returns log sum exp(S), (b, heads, s, 1)."""
+def _attend_(tensors: Sequence[Tensor], tiles: Sequence[QueryTile], kernels: Kernels) -> Tensor:
+    """Write O and return log sum exp(S), (b, heads, s, 1); `tensors` are Q, K, V and O, (b, heads, s, head_dim)."""
+    query, key, value, output = tensors
     size, num_heads, length, _ = query.shape
     operands = _Operands(query, key, tiles)
     values = value.reshape(operands.keys.shape)
@@ -199,20 +195,10 @@ def _attend_(
 
 
 def _attention_gradients_(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    gradient: Tensor,
-    grad_query: Tensor,
-    grad_key: Tensor,
-    grad_value: Tensor,
-    *,
-    log_sums: Tensor,
-    tiles: Sequence[QueryTile],
-    kernels: Kernels,
+    tensors: Sequence[Tensor], log_sums: Tensor, tiles: Sequence[QueryTile], kernels: Kernels
 ) -> None:
-    """Write dQ, dK and dV, (b, heads, s, head_dim) as all others, from O, dO and log sum exp(S)."""
+    """Write dQ, dK and dV; `tensors` are Q, K, V, O, dO, dQ, dK and dV, each (b, heads, s, head_dim)."""
+    query, key, value, output, gradient, grad_query, grad_key, grad_value = tensors
     operands = _Operands(query, key, tiles)
     keys, values = operands.keys, value.reshape(operands.keys.shape)
     deltas = (upcast(gradient) * upcast(output)).sum(-1, keepdim=True)

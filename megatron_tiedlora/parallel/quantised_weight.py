@@ -12,7 +12,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from math import prod
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,44 +60,26 @@ class QuantisedWeight(FrozenWeight):
 
     def __init__(
         self,
-        codes: Tensor,
-        scale_bits: Tensor,
-        *,
-        width: int,
-        storage: BaseFormat,
-        block: int,
+        *local_shape: int,
         dtype: torch.dtype,
+        shards_rows: bool = False,
+        storage: BaseFormat,
         workspace: Workspace,
     ) -> None:
-        """Use the given tensors.
-
-        Args:
-            block: see `BaseFormat.stored_block`.
-            dtype: of the activations.
-        """
-        super().__init__(codes)
-        self.scale_bits = scale_bits
-        self.storage, self.block, self.dtype, self.workspace = storage, block, dtype, workspace
-        self._local_shape = (codes.shape[0], width)
-        workspace.reserve(prod(self._local_shape))
-
-    @classmethod
-    def of_format(
-        cls, *local_shape: int, dtype: torch.dtype, shards_rows: bool = False, storage: BaseFormat, workspace: Workspace
-    ) -> Self:
         """Uninitialised memory on the current default device. For the arguments see `FrozenWeight.empty`."""
-        rows, width = local_shape
-        codes = frozen_parameter(rows, storage.row_bytes(width), dtype=torch.uint8)
+        rows, width = self._local_shape = local_shape
+        super().__init__(frozen_parameter(rows, storage.row_bytes(width), dtype=torch.uint8))
         num_scales = storage.row_scales(width, shards_rows=shards_rows)
-        scale_bits = frozen_parameter(rows, num_scales, dtype=torch.int32)
-        block = storage.stored_block(width, shards_rows=shards_rows)
-        return cls(codes, scale_bits, width=width, storage=storage, block=block, dtype=dtype, workspace=workspace)
+        self.scale_bits = frozen_parameter(rows, num_scales, dtype=torch.int32)
+        self.block = storage.stored_block(width, shards_rows=shards_rows)
+        self.storage, self.dtype, self.workspace = storage, dtype, workspace
+        workspace.reserve(rows * width)
 
     @property
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """The parameters that store it, by the name under which the layer registers them."""
-        assert isinstance(self.tensor, nn.Parameter) and isinstance(self.scale_bits, nn.Parameter)
-        return {"codes": self.tensor, "scale_bits": self.scale_bits}
+        (codes,) = super().parameters.values()
+        return {"codes": codes, "scale_bits": self.scale_bits}
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -353,23 +335,17 @@ class Fp8MatmulWeight(RowScaledWeight):
     dy W a transposed copy is made just before the matmul, in the memory that all weights of a rank share, or kept.
     """
 
-    transposed: Tensor | None = None
-
-    @classmethod
-    def of_format(cls, *local_shape: int, keep_transposed: bool = False, **others: Any) -> Self:
-        """Uninitialised memory; see `QuantisedWeight.of_format`."""
-        found = super().of_format(*local_shape, **others)
-        if keep_transposed:
-            found.transposed = frozen_parameter(*reversed(local_shape), dtype=torch.uint8)
-        return found
+    def __init__(self, *local_shape: int, keep_transposed: bool = False, **others: Any) -> None:
+        """Uninitialised memory; see `QuantisedWeight`."""
+        super().__init__(*local_shape, **others)
+        made = frozen_parameter(*reversed(local_shape), dtype=torch.uint8) if keep_transposed else None
+        self.transposed = made
 
     @property
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """See `QuantisedWeight.parameters`."""
-        if self.transposed is None:
-            return super().parameters
-        assert isinstance(self.transposed, nn.Parameter)
-        return {**super().parameters, "transposed_codes": self.transposed}
+        kept = {} if self.transposed is None else {"transposed_codes": self.transposed}
+        return {**super().parameters, **kept}
 
     def _store(self, rows: slice, codes: Tensor, scales: Tensor) -> None:
         super()._store(rows, codes, scales)
@@ -458,6 +434,6 @@ def weight_maker(name: str | None, *, products: str | None = None, keep_transpos
     storage, workspace = BASE_FORMATS[name], Workspace()
     if products is not None:
         assert (name, products) == ("fp8", "fp8")
-        return partial(Fp8MatmulWeight.of_format, storage=storage, workspace=workspace, keep_transposed=keep_transposed)
+        return partial(Fp8MatmulWeight, storage=storage, workspace=workspace, keep_transposed=keep_transposed)
     kind = RowScaledWeight if storage.block is None else BlockScaledWeight
-    return partial(kind.of_format, storage=storage, workspace=workspace)
+    return partial(kind, storage=storage, workspace=workspace)
