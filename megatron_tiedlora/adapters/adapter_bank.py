@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from megatron_tiedlora.adapters.low_rank import AllRows, InputDropout, SharedRows, dropout_salt, token_keys
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, LayerUpdate, LinearUpdate, TiedAdapter, whole_factors
-from megatron_tiedlora.parallel.backward import Piece, Pieces, part_of
+from megatron_tiedlora.parallel.backward import RowSpan, RowSpans, spans_between
 from megatron_tiedlora.parallel.groups import TensorParallel, with_adjoint
 
 ONLY = ""  # the name of an adapter that is the only one
@@ -40,11 +40,11 @@ class Share(NamedTuple):
 Shares = Sequence[Share]
 
 
-def pieces_of(shares: Shares) -> Pieces:
-    """Whose the tokens of a micro-batch are, if they are several shares', in order; there are none of a single one."""
+def spans_of(shares: Shares) -> RowSpans:
+    """The span of each share's tokens, in order; none if there is a single share."""
     if len(shares) == 1:
         return ()
-    return tuple(Piece(number, share.num_tokens) for number, share in enumerate(shares))
+    return tuple(RowSpan(number, share.num_tokens) for number, share in enumerate(shares))
 
 
 class Dropout(NamedTuple):
@@ -110,20 +110,20 @@ class AdapterBank:
             shares: of the micro-batch; an adapter has at most one. Without shares all tokens are the only adapter's.
             dtype: the base's dtype.
         """
-        owners = [self.adapters[share.adapter] for share in shares or self._only_share()]
-        assert len(set(map(id, owners))) == len(owners), "an adapter has two shares of a micro-batch"
-        if len(owners) == 1:  # every token meets the same factors; ZeRO-3 gathers those that it shards in this call
-            updates = owners[0](tensor_parallel.group, dtype=dtype)
-            return dict(zip(owners[0].part.layers, updates, strict=True))
-        pieces, group = pieces_of(shares), tensor_parallel.group
-        by_owner = []
-        for adapter, whole in zip(owners, whole_factors(owners, group), strict=True):
+        adapters = [self.adapters[share.adapter] for share in shares or self._only_share()]
+        assert len(set(map(id, adapters))) == len(adapters), "an adapter has two shares of a micro-batch"
+        if len(adapters) == 1:  # every token meets the same factors; ZeRO-3 gathers those that it shards in this call
+            updates = adapters[0](tensor_parallel.group, dtype=dtype)
+            return dict(zip(adapters[0].part.layers, updates, strict=True))
+        spans, group = spans_of(shares), tensor_parallel.group
+        by_adapter = []
+        for adapter, whole in zip(adapters, whole_factors(adapters, group), strict=True):
             layers = adapter.part.layers
-            by_owner.append(dict(zip(layers, adapter.updates(whole, dtype=dtype), strict=True)) if layers else {})
-        local_pieces = pieces
+            by_adapter.append(dict(zip(layers, adapter.updates(whole, dtype=dtype), strict=True)) if layers else {})
+        local_spans = spans
         if tensor_parallel.sequence_parts > 1:
-            size = sum(piece.size for piece in pieces) // group.size
-            local_pieces = part_of(pieces, group.rank * size, (group.rank + 1) * size)
+            size = sum(span.size for span in spans) // group.size
+            local_spans = spans_between(spans, group.rank * size, (group.rank + 1) * size)
         found: dict[int, LayerUpdate] = {}
         memory: dict[Hashable, Tensor] = {}
 
@@ -137,14 +137,14 @@ class AdapterBank:
             return memory[key]
 
         def joined(linears: Mapping[int, LinearUpdate]) -> LinearUpdate:
-            """One update of a linear for all owners: their factors and gradient slots, flat and end to end."""
-            ranks = {number: owners[number].config.rank for number in linears}
+            """One update of a linear for all adapters: their factors and gradient slots, flat and end to end."""
+            ranks = {number: adapters[number].config.rank for number in linears}
             a, f, grad_a, grad_f, _ = zip(*linears.values(), strict=True)
-            rows = SharedRows(ranks=ranks, pieces=pieces, local_pieces=local_pieces)
+            rows = SharedRows(ranks=ranks, spans=spans, local_spans=local_spans)
             return LinearUpdate(flat(a), flat(f), _join_slots(a, grad_a), _join_slots(f, grad_f), rows)
 
-        for layer in sorted({layer for updates in by_owner for layer in updates}):
-            of_layer = {number: updates[layer] for number, updates in enumerate(by_owner) if layer in updates}
+        for layer in sorted({layer for updates in by_adapter for layer in updates}):
+            of_layer = {number: updates[layer] for number, updates in enumerate(by_adapter) if layer in updates}
             found[layer] = {
                 name: joined({number: update[name] for number, update in of_layer.items() if name in update})
                 for name in dict.fromkeys(name for update in of_layer.values() for name in update)
@@ -157,15 +157,15 @@ class AdapterBank:
         """The updates with each adapter's dropout of its own tokens, whose numbers are (b, s)."""
         names = (share.adapter for share in shares or self._only_share())
         dropped = {
-            owner: self.dropout[name].of_linears(self.adapters[name].part, numbers, tensor_parallel)
-            for owner, name in enumerate(names)
+            number: self.dropout[name].of_linears(self.adapters[name].part, numbers, tensor_parallel)
+            for number, name in enumerate(names)
             if name in self.dropout
         }
 
         def with_own(linear: LinearUpdate, layer: int, target: str) -> LinearUpdate:
             if not isinstance(linear.rows, SharedRows):  # a micro-batch of one adapter
                 return linear._replace(rows=AllRows(dropped[0](layer, target))) if dropped else linear
-            own = {owner: of(layer, target) for owner, of in dropped.items() if owner in linear.rows.ranks}
+            own = {number: of(layer, target) for number, of in dropped.items() if number in linear.rows.ranks}
             return linear._replace(rows=replace(linear.rows, dropouts=own))
 
         return {

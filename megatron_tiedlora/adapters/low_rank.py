@@ -16,7 +16,7 @@ All tokens meet the factors of the one adapter there is, or each those of its ow
 tokens: all of the micro-batch, and with sequence parallelism this rank's part of them (`local`).
 
 With several adapters the factors of a linear are flat: A_i (r_i, in), one after another, and so are F_i (out, r_i),
-their gradients, and A x: that of the first piece of tokens, (tokens, r_i), then that of the next. So an adapter's
+their gradients, and A x: that of the first span of tokens, (tokens, r_i), then that of the next. So an adapter's
 tensors have the shape and memory that they have when it is alone, and a token saves as many numbers as its own rank.
 """
 
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from megatron_tiedlora.base.methods import Sharing
-from megatron_tiedlora.parallel.backward import Piece, Pieces, first_derivative_only, starts_of
+from megatron_tiedlora.parallel.backward import RowSpan, RowSpans, first_derivative_only, span_starts
 from megatron_tiedlora.parallel.frozen_weight import padded, wide_matmul
 from megatron_tiedlora.parallel.kernels import NUMBERS_AT_ONCE
 from megatron_tiedlora.parallel.shard_spec import stream_seed
@@ -151,13 +151,13 @@ class SomeTokens(NamedTuple):
     Attributes:
         rows: (m,), indices into (b s).
         local_rows: the rows of this rank, as indices into its (b s) or (b s / p) activations between layers.
-        pieces, local_pieces: whose they are, if there are several owners.
+        spans, local_spans: their adapters, if there are several.
     """
 
     rows: Tensor
     local_rows: Tensor
-    pieces: Pieces = ()
-    local_pieces: Pieces = ()
+    spans: RowSpans = ()
+    local_spans: RowSpans = ()
 
 
 @dataclass(frozen=True)
@@ -221,122 +221,121 @@ class AllRows:
         """What applies to some tokens only."""
         return self if self.dropout is None else replace(self, dropout=self.dropout.at(some.rows, some.local_rows))
 
-    def slot_pieces(self, size: int) -> Pieces | None:
-        """Whose numbers those of a gradient of A or F are, if there are several owners; `size` is their number."""
+    def slot_spans(self, size: int) -> RowSpans | None:
+        """The adapters to which the `size` elements of a gradient of A or F belong; None if there is one adapter."""
         return None
 
 
 @dataclass(frozen=True)
 class SharedRows(AllRows):
-    """The tokens of several owners. Each meets the factors of its owner, or none if that one does not adapt the linear.
+    """The tokens of several adapters. A token meets its adapter's factors, or none if that does not adapt the linear.
 
     Attributes:
-        ranks: the rank of each owner that adapts the linear, in the order of the factors.
-        pieces: whose the tokens are, all of them.
-        local_pieces: the same for this rank's part of the sequence.
-        dropouts: of the owners that have one, with keys for the tokens of all; `dropout` is None.
+        ranks: the rank of each adapter that adapts the linear, by its number, in the order of the factors.
+        spans: the adapters of all tokens.
+        local_spans: the adapters of the tokens in this rank's part of the sequence.
+        dropouts: by the number of the adapter, with keys for the tokens of all adapters; `dropout` is None.
     """
 
     ranks: Mapping[int, int] = field(default_factory=dict)
-    pieces: Pieces = ()
-    local_pieces: Pieces = ()
+    spans: RowSpans = ()
+    local_spans: RowSpans = ()
     dropouts: "Mapping[int, InputDropout]" = field(default_factory=dict)
 
     def reduce_input(self, x: Tensor, a: Tensor, *, local: bool) -> Tensor:
         """As in AllRows."""
         factors, rows = self._factors(a, by_rows=True), self._rows(flat(x), local, drops=True)
-        found = [of.reduce_input(own, factors[owner], local=local) for owner, own, of in rows]
+        found = [of.reduce_input(own, factors[adapter], local=local) for adapter, own, of in rows]
         return _end_to_end(found, x)
 
     def add_update_(self, z: Tensor, ax: Tensor, f: Tensor) -> None:
         """As in AllRows."""
         factors, narrow = self._factors(f), self._narrow(ax, local=False)
-        for (owner, rows, of), own in zip(self._rows(z, local=False), narrow, strict=True):
-            of.add_update_(rows, own, factors[owner])
+        for (adapter, rows, of), own in zip(self._rows(z, local=False), narrow, strict=True):
+            of.add_update_(rows, own, factors[adapter])
 
     def gradient_of_ax(self, grad_z: Tensor, f: Tensor) -> Tensor:
         """As in AllRows."""
         factors = self._factors(f)
-        found = [of.gradient_of_ax(rows, factors[owner]) for owner, rows, of in self._rows(grad_z, local=False)]
+        found = [of.gradient_of_ax(rows, factors[adapter]) for adapter, rows, of in self._rows(grad_z, local=False)]
         return _end_to_end(found, grad_z)
 
     def gradient_of_f(self, grad_z: Tensor, ax: Tensor, dtype: torch.dtype) -> Tensor:
         """As in AllRows."""
         pairs = zip(self._rows(grad_z, local=False), self._narrow(ax, local=False), strict=True)
-        found = ((owner, of.gradient_of_f(rows, own, dtype)) for (owner, rows, of), own in pairs)
-        return self._by_owner(found, grad_z.new_zeros(grad_z.shape[-1], dtype=dtype))
+        found = ((adapter, of.gradient_of_f(rows, own, dtype)) for (adapter, rows, of), own in pairs)
+        return self._by_adapter(found, grad_z.new_zeros(grad_z.shape[-1], dtype=dtype))
 
     def gradient_of_a(self, grad_ax: Tensor, x: Tensor, dtype: torch.dtype, *, local: bool) -> Tensor:
         """As in AllRows."""
         pairs = zip(self._rows(x, local, drops=True), self._narrow(grad_ax, local=local), strict=True)
-        found = ((owner, of.gradient_of_a(own, rows, dtype, local=local)) for (owner, rows, of), own in pairs)
-        return self._by_owner(found, x.new_zeros(x.shape[-1], dtype=dtype))
+        found = ((adapter, of.gradient_of_a(own, rows, dtype, local=local)) for (adapter, rows, of), own in pairs)
+        return self._by_adapter(found, x.new_zeros(x.shape[-1], dtype=dtype))
 
     def add_share_(self, grad_x: Tensor, grad_ax: Tensor | None, a: Tensor | None, *, local: bool) -> Tensor:
         """As in AllRows."""
         if grad_ax is None or a is None:
             return grad_x
         factors, narrow = self._factors(a, by_rows=True), self._narrow(grad_ax, local=local)
-        for (owner, rows, of), own in zip(self._rows(flat(grad_x), local, drops=True), narrow, strict=True):
-            of.add_share_(rows, own, factors[owner], local=local)
+        for (adapter, rows, of), own in zip(self._rows(flat(grad_x), local, drops=True), narrow, strict=True):
+            of.add_share_(rows, own, factors[adapter], local=local)
         return grad_x
 
     def columns(self, ax: Tensor, *, local: bool) -> Tensor:
         """As in AllRows: (1, tokens, widest rank), with zeros where a token's rank is less."""
-        num_tokens = sum(piece.size for piece in self._pieces(local))
+        num_tokens = sum(span.size for span in self._spans(local))
         spread = ax.new_zeros(1, num_tokens, max(self.ranks.values()))
-        for (owner, rows, _), own in zip(self._rows(spread[0], local), self._narrow(ax, local=local), strict=True):
-            rows[:, : self.ranks[owner]] = own
+        for (adapter, rows, _), own in zip(self._rows(spread[0], local), self._narrow(ax, local=local), strict=True):
+            rows[:, : self.ranks[adapter]] = own
         return spread
 
     def of_columns(self, columns: Tensor, *, local: bool) -> Tensor:
         """As in AllRows."""
         rows = self._rows(columns.flatten(0, -2), local)
-        return _end_to_end([own[:, : self.ranks[owner]] for owner, own, _ in rows], columns)
+        return _end_to_end([own[:, : self.ranks[adapter]] for adapter, own, _ in rows], columns)
 
     def at(self, some: SomeTokens) -> "SharedRows":
         """As in AllRows."""
-        dropouts = {owner: dropout.at(some.rows, some.local_rows) for owner, dropout in self.dropouts.items()}
-        return replace(self, pieces=some.pieces, local_pieces=some.local_pieces, dropouts=dropouts)
+        dropouts = {adapter: dropout.at(some.rows, some.local_rows) for adapter, dropout in self.dropouts.items()}
+        return replace(self, spans=some.spans, local_spans=some.local_spans, dropouts=dropouts)
 
-    def slot_pieces(self, size: int) -> Pieces:
+    def slot_spans(self, size: int) -> RowSpans:
         """As in AllRows."""
         width = size // sum(self.ranks.values())
-        return tuple(Piece(owner, rank * width) for owner, rank in self.ranks.items())
+        return tuple(RowSpan(adapter, rank * width) for adapter, rank in self.ranks.items())
 
-    def _pieces(self, local: bool) -> Pieces:
-        return self.local_pieces if local else self.pieces
+    def _spans(self, local: bool) -> RowSpans:
+        return self.local_spans if local else self.spans
 
     def _rows(self, rows: Tensor, local: bool, *, drops: bool = False) -> Iterator[tuple[int, Tensor, AllRows]]:
-        """(owner, its rows, and these as all there are) of each piece of `rows` (tokens, n) whose owner adapts the
-        linear; the rows are views. They have their dropout if `drops`."""
-        pieces = self._pieces(local)
-        assert len(rows) == sum(piece.size for piece in pieces), "rows of other tokens"
-        for (owner, size), start in zip(pieces, starts_of(pieces), strict=True):
-            if owner in self.ranks:
-                part, dropout = slice(start, start + size), self.dropouts.get(owner) if drops else None
-                yield owner, rows[part], AllRows() if dropout is None else AllRows(dropout.at(part, part))
+        """For each span of `rows` (tokens, n) whose adapter adapts the linear: the adapter's number, a view of these,
+        and what applies to them alone, with their dropout if `drops`."""
+        spans = self._spans(local)
+        assert len(rows) == sum(span.size for span in spans), "rows of other tokens"
+        for (adapter, size), start in zip(spans, span_starts(spans), strict=True):
+            if adapter in self.ranks:
+                part, dropout = slice(start, start + size), self.dropouts.get(adapter) if drops else None
+                yield adapter, rows[part], AllRows() if dropout is None else AllRows(dropout.at(part, part))
 
     def _narrow(self, ax: Tensor, *, local: bool) -> list[Tensor]:
-        """The same of A x, (tokens, its rank) each."""
-        pieces = [piece for piece in self._pieces(local) if piece.owner in self.ranks]
-        parts = ax.split([piece.size * self.ranks[piece.owner] for piece in pieces])
-        return [part.view(-1, self.ranks[piece.owner]) for part, piece in zip(parts, pieces, strict=True)]
+        """A x of these spans, (tokens, rank of the adapter) each."""
+        spans = [span for span in self._spans(local) if span.adapter in self.ranks]
+        parts = ax.split([span.size * self.ranks[span.adapter] for span in spans])
+        return [part.view(-1, self.ranks[span.adapter]) for part, span in zip(parts, spans, strict=True)]
 
     def _factors(self, flat: Tensor, *, by_rows: bool = False) -> dict[int, Tensor]:
-        """F_i (out, r_i) by owner, or A_i (r_i, in) with `by_rows`."""
-        blocks = flat.split([piece.size for piece in self.slot_pieces(flat.numel())])
+        """F_i (out, r_i) by adapter, or A_i (r_i, in) with `by_rows`."""
+        blocks = flat.split([span.size for span in self.slot_spans(flat.numel())])
         shapes = [(rank, -1) if by_rows else (-1, rank) for rank in self.ranks.values()]
-        return {owner: block.view(shape) for owner, block, shape in zip(self.ranks, blocks, shapes, strict=True)}
+        return {adapter: block.view(shape) for adapter, block, shape in zip(self.ranks, blocks, shapes, strict=True)}
 
-    def _by_owner(self, found: Iterator[tuple[int, Tensor]], zeros: Tensor) -> Tensor:
-        """The sums of each owner's gradients, flat; zeros, from those of one column, for an owner without any."""
+    def _by_adapter(self, found: Iterator[tuple[int, Tensor]], zeros: Tensor) -> Tensor:
+        """The sums of each adapter's gradients, flat. An adapter without any gets `zeros` for each unit of its rank."""
         totals: dict[int, Tensor] = {}
-        for owner, gradient in found:
-            totals[owner] = totals[owner] + gradient if owner in totals else gradient
-        return torch.cat(
-            [totals[owner].flatten() if owner in totals else zeros.repeat(rank) for owner, rank in self.ranks.items()]
-        )
+        for adapter, gradient in found:
+            totals[adapter] = totals[adapter] + gradient if adapter in totals else gradient
+        parts = (totals[i].flatten() if i in totals else zeros.repeat(rank) for i, rank in self.ranks.items())
+        return torch.cat(list(parts))
 
 
 def flat(tensor: Tensor) -> Tensor:

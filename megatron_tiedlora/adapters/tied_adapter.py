@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from megatron_tiedlora.adapters.low_rank import AllRows, LinearFactors, Slots, fold, layer_slots
+from megatron_tiedlora.adapters.low_rank import AllRows, LinearFactors, Slots, SomeTokens, fold, layer_slots
 from megatron_tiedlora.base.methods import FACTORS, Factor, Method, default_std_a, default_std_b, find_method
 from megatron_tiedlora.base.shapes import QKV, Cut, ModelShape, linear_sizes
 from megatron_tiedlora.parallel.groups import ALONE, RankGroup, StepSum, gather_together
@@ -297,6 +297,11 @@ class LinearUpdate(NamedTuple):
 
 
 LayerUpdate = Mapping[str, LinearUpdate]  # the updates of one adapted layer, by target name
+
+
+def update_at(update: LayerUpdate, some: SomeTokens) -> LayerUpdate:
+    """The update for some tokens only."""
+    return {name: linear._replace(rows=linear.rows.at(some)) for name, linear in update.items()}
 
 
 class TiedAdapter(nn.Module):

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_tiedlora.adapters.adapter_bank import Shares, pieces_of
-from megatron_tiedlora.parallel.backward import Piece, Pieces, part_of, starts_of
+from megatron_tiedlora.adapters.adapter_bank import Shares, spans_of
+from megatron_tiedlora.parallel.backward import RowSpan, RowSpans, span_starts, spans_between
 from megatron_tiedlora.parallel.frozen_weight import padded
 from megatron_tiedlora.parallel.loss import IGNORED_LABEL
 
@@ -74,17 +74,17 @@ class Supervised(NamedTuple):
         rows: (m,) int64, indices into (b s), part by part.
         local_rows: (m,) int64, the same as indices into the (b s / p) of their part.
         supervised: (n,) int64, which of `rows` have a label.
-        labels: (n,) int64, theirs.
-        pieces: whose `rows` are, if the tokens belong to several owners; else there are none.
-        supervised_pieces: the same of `supervised`.
+        labels: (n,) int64, the labels of `supervised`.
+        spans: the adapters of `rows`, if there are several.
+        supervised_spans: the adapters of `supervised`.
     """
 
     rows: Tensor
     local_rows: Tensor
     supervised: Tensor
     labels: Tensor
-    pieces: Pieces = ()
-    supervised_pieces: Pieces = ()
+    spans: RowSpans = ()
+    supervised_spans: RowSpans = ()
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "Supervised":
         """The same with `move` applied to every tensor."""
@@ -100,41 +100,41 @@ def padded_positions(num_supervised: int) -> int:
 def find_supervised(labels: Tensor, num_parts: int = 1, shares: Shares = ()) -> Supervised:
     """The supervised positions of labels (b, s) int64, -100 where there is no label.
 
-    In each part an owner's positions are padded to a multiple of `SIZE_MULTIPLE` with the first of its own tokens
-    there, as if it were alone: no result of one owner depends on a token of another, not even by a factor of zero.
+    In each part an adapter's positions are padded to a multiple of `SIZE_MULTIPLE` with the first of its own tokens
+    there, as if it were alone: no result of one adapter depends on a token of another, not even by a factor of zero.
 
     Args:
         num_parts: ranks over which activations are sharded along the sequence; it divides b s.
         shares: whose micro-batch it is; if there are several, b is 1.
     """
-    pieces, by_part = pieces_of(shares), labels.reshape(num_parts, -1)
+    spans, by_part = spans_of(shares), labels.reshape(num_parts, -1)
     length = by_part.shape[1]
-    owned = pieces or (Piece(0, labels.numel()),)
+    owned = spans or (RowSpan(0, labels.numel()),)
     found = [
-        list(_by_piece(part, part_of(owned, number * length, (number + 1) * length)))
+        list(_by_span(part, spans_between(owned, number * length, (number + 1) * length)))
         for number, part in enumerate(by_part)
     ]
     most = max(sum(padded_positions(len(rows)) for _, rows, _ in part) for part in found)
     local_rows, supervised = list[Tensor](), list[Tensor]()
-    of_rows, of_supervised = list[Piece](), list[Piece]()
+    of_rows, of_supervised = list[RowSpan](), list[RowSpan]()
     for part_number, part in enumerate(found, start=1):
-        for number, (owner, rows, first) in enumerate(part, start=1):
+        for number, (adapter, rows, first) in enumerate(part, start=1):
             start = sum(map(len, local_rows))
             size = padded_positions(len(rows)) if number < len(part) else part_number * most - start
             local_rows.append(torch.nn.functional.pad(rows, (0, size - len(rows)), value=first))
             supervised.append(torch.arange(start, start + len(rows), device=labels.device))
-            of_rows.append(Piece(owner, size))
-            of_supervised.append(Piece(owner, len(rows)))
+            of_rows.append(RowSpan(adapter, size))
+            of_supervised.append(RowSpan(adapter, len(rows)))
     joined, chosen = torch.cat(local_rows), torch.cat(supervised)
     rows = joined + torch.arange(num_parts, device=labels.device).repeat_interleave(most) * length
     result = Supervised(rows, joined, chosen, labels.flatten()[rows[chosen]])
-    return result._replace(pieces=tuple(of_rows), supervised_pieces=tuple(of_supervised)) if pieces else result
+    return result._replace(spans=tuple(of_rows), supervised_spans=tuple(of_supervised)) if spans else result
 
 
-def _by_piece(labels: Tensor, pieces: Sequence[Piece]) -> Iterator[tuple[int, Tensor, int]]:
-    """(owner, its positions with a label, its first position) of each piece of labels (s / p,)."""
-    for (owner, size), start in zip(pieces, starts_of(pieces), strict=True):
-        yield owner, (labels[start : start + size] != IGNORED_LABEL).nonzero()[:, 0] + start, start
+def _by_span(labels: Tensor, spans: Sequence[RowSpan]) -> Iterator[tuple[int, Tensor, int]]:
+    """The adapter of each span of labels (s / p,), its positions with a label, and its first position."""
+    for (adapter, size), start in zip(spans, span_starts(spans), strict=True):
+        yield adapter, (labels[start : start + size] != IGNORED_LABEL).nonzero()[:, 0] + start, start
 
 
 # Documents ------------------------------------------------------------------------------------------------------------

@@ -245,7 +245,7 @@ class Head(nn.Module):
     ) -> Tensor:
         """Logits, (b, s, V) or (1, b s, V); with `supervised` the summed loss of its positions. Equal on every rank.
 
-        If the positions belong to several owners, there is a summed loss for each, (owners,).
+        If the positions belong to several adapters, there is a summed loss for each, (adapters,).
 
         Args:
             hidden: activations between layers, (b, s, d) or (1, b s / p, d); with `supervised` only those of its
@@ -265,7 +265,7 @@ class Head(nn.Module):
         del hidden  # frees as much memory as its gradient needs next
         if not summed:
             return token_losses(rows, supervised.labels, shard)
-        return sum_token_losses(rows, supervised.labels, shard, supervised.supervised_pieces or None)
+        return sum_token_losses(rows, supervised.labels, shard, supervised.supervised_spans or None)
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,8 @@ class SplitHeads(Epilogue):
             heads, root = self._rotate_normed(heads)
             saved = (heads, root, *self.table, *self.norms)
         elif self.table:
-            heads = self.kernels.rotate(heads, *self.table, self.heads.num + self.heads.num_kv)
+            cos, sin = self.table
+            heads = self.kernels.rotate(heads, cos, sin, self.heads.num + self.heads.num_kv)
         by_token = heads.view(*projected.shape[:-1], -1, self.heads.dim)
         return by_token.transpose(1, 2).split(counts, dim=1), saved
 

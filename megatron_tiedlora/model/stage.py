@@ -19,12 +19,12 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank, Shares
 from megatron_tiedlora.adapters.low_rank import SomeTokens
-from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, TiedAdapter
+from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, TiedAdapter, update_at
 from megatron_tiedlora.base.shapes import ATTENTION_TARGETS, MLP_TARGETS, TARGET_NAMES
 from megatron_tiedlora.model.attention import AnyCache, Attention, AttentionContext
 from megatron_tiedlora.model.batch import Supervised, find_supervised
 from megatron_tiedlora.model.layer_specs import Block, Head, LayerSpec
-from megatron_tiedlora.parallel.backward import Piece, part_of, run_with_early_backward
+from megatron_tiedlora.parallel.backward import RowSpan, run_with_early_backward, spans_between
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.groups import TensorParallel, with_adjoint
 
@@ -70,19 +70,19 @@ class SupervisedTail:
             return cast(Tensor, self.head(hidden, tensor_parallel)).view(size, length, -1)
         assert not tensor_parallel.sequence_parallel, "positions are picked from whole sequences"
         rows = torch.arange(size, device=wanted.device) * length + wanted
-        pieces = tuple(Piece(number, share.num_rows) for number, share in enumerate(shares) if len(shares) > 1)
-        some = SomeTokens(rows, rows, pieces, pieces)
+        spans = tuple(RowSpan(number, share.num_rows) for number, share in enumerate(shares) if len(shares) > 1)
+        some = SomeTokens(rows, rows, spans, spans)
         joined = self._join(attended, tensor_parallel, some)
-        hidden = self.block.add_mlp(joined, tensor_parallel, _update_at(some, attended.mlp_update))
+        hidden = self.block.add_mlp(joined, tensor_parallel, update_at(attended.mlp_update, some))
         return cast(Tensor, self.head(hidden, tensor_parallel)).transpose(0, 1)
 
     def loss(self, attended: Attended, labels: Tensor | Supervised, tensor_parallel: TensorParallel) -> Tensor:
         """The summed loss over supervised positions; `labels`: (b, s) int64 or a `Supervised`.
 
-        If they belong to several owners, there is one for each, (owners,).
+        If they belong to several adapters, there is one for each, (adapters,).
         """
         supervised, some, joined = self._supervised(attended, labels, tensor_parallel)
-        update = _update_at(some, attended.mlp_update)
+        update = update_at(attended.mlp_update, some)
         pairs = [(linear, slot) for linear in update.values() for slot in (linear.grad_a, linear.grad_f)]
         slots = [slot for _, slot in pairs]
 
@@ -98,11 +98,11 @@ class SupervisedTail:
 
         inputs = joined, *slots
         needs = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
-        pieces = None
-        if some.local_pieces:
-            of_slots = [slot if slot is None else linear.rows.slot_pieces(slot.numel()) for linear, slot in pairs]
-            pieces = [some.local_pieces, *of_slots]
-        loss = run_with_early_backward(summed, *inputs, pieces=pieces) if needs else summed(*inputs)
+        spans = None
+        if some.local_spans:
+            of_slots = [slot if slot is None else linear.rows.slot_spans(slot.numel()) for linear, slot in pairs]
+            spans = [some.local_spans, *of_slots]
+        loss = run_with_early_backward(summed, *inputs, spans=spans) if needs else summed(joined, *slots)
         return _with_zero_gradients(loss, attended.zero_gradients)
 
     def position_losses(
@@ -110,7 +110,7 @@ class SupervisedTail:
     ) -> Tensor:
         """The loss of each position, (b, s), 0 where there is no label, without a gradient."""
         supervised, some, joined = self._supervised(attended, labels, tensor_parallel, shares)
-        update = _update_at(some, attended.mlp_update)
+        update = update_at(attended.mlp_update, some)
         hidden = self.block.add_mlp(joined, tensor_parallel, update, recomputes=False)
         losses = self.head(hidden, tensor_parallel, supervised, summed=False)
         spread = torch.zeros(labels.numel(), device=labels.device)
@@ -125,8 +125,8 @@ class SupervisedTail:
             supervised = find_supervised(supervised, num_parts, shares)
         size, part = len(supervised.rows) // num_parts, tensor_parallel.group.rank if num_parts > 1 else 0
         start, stop = part * size, (part + 1) * size
-        local_pieces = part_of(supervised.pieces, start, stop)
-        some = SomeTokens(supervised.rows, supervised.local_rows[start:stop], supervised.pieces, local_pieces)
+        local_spans = spans_between(supervised.spans, start, stop)
+        some = SomeTokens(supervised.rows, supervised.local_rows[start:stop], supervised.spans, local_spans)
         return supervised, some, self._join(attended, tensor_parallel, some)
 
     def _join(self, attended: Attended, tensor_parallel: TensorParallel, some: SomeTokens | None = None) -> Tensor:
@@ -135,13 +135,8 @@ class SupervisedTail:
         if some is not None:
             hidden = hidden.flatten(0, 1).index_select(0, some.local_rows)[None]
             attention_output = attention_output.flatten(0, 1).index_select(0, some.rows)[None]
-            update = _update_at(some, update or {})
+            update = update_at(update or {}, some)
         return self.block.add_attention(hidden, attention_output, tensor_parallel, update)
-
-
-def _update_at(some: SomeTokens, update: LayerUpdate) -> LayerUpdate:
-    """The update for these tokens only."""
-    return {name: linear._replace(rows=linear.rows.at(some)) for name, linear in update.items()}
 
 
 def _with_zero_gradients(result: Tensor, tensors: Sequence[Tensor]) -> Tensor:

@@ -2,7 +2,7 @@
 
 The backward pass of a loss needs only the incoming factor, which scales the gradients. So only the gradients are saved.
 
-Rows of several adapters are consecutive in one tensor, a piece for each. A sum over one adapter's rows, or a factor for
+Rows of several adapters are consecutive in one tensor, a span for each. A sum over one adapter's rows, or a factor for
 them, is computed as if the tensor had no other rows.
 """
 
@@ -17,60 +17,60 @@ from torch import Tensor
 from megatron_tiedlora.parallel.kernels import scaled
 
 
-class Piece(NamedTuple):
-    """Consecutive rows of one owner.
+class RowSpan(NamedTuple):
+    """Consecutive rows of one adapter.
 
     Attributes:
-        owner: its number, from 0.
+        adapter: its index among the adapters of the micro-batch.
         size: the number of rows.
     """
 
-    owner: int
+    adapter: int
     size: int
 
 
-Pieces = tuple[Piece, ...]
+RowSpans = tuple[RowSpan, ...]
 
 
-def starts_of(pieces: Sequence[Piece]) -> list[int]:
-    """The first row of each piece."""
-    return [0, *accumulate(piece.size for piece in pieces)][: len(pieces)]
+def span_starts(spans: Sequence[RowSpan]) -> list[int]:
+    """The first row of each span."""
+    return [0, *accumulate(span.size for span in spans)][: len(spans)]
 
 
-def part_of(pieces: Sequence[Piece], start: int, stop: int) -> Pieces:
-    """The pieces of rows `start` to `stop` - 1."""
+def spans_between(spans: Sequence[RowSpan], start: int, stop: int) -> RowSpans:
+    """The spans of rows `start` to `stop` - 1."""
     found = []
-    for piece, first in zip(pieces, starts_of(pieces), strict=True):
-        size = min(stop, first + piece.size) - max(start, first)
+    for span, first in zip(spans, span_starts(spans), strict=True):
+        size = min(stop, first + span.size) - max(start, first)
         if size > 0:
-            found.append(Piece(piece.owner, size))
+            found.append(RowSpan(span.adapter, size))
     return tuple(found)
 
 
-def scaled_by_owner(tensor: Tensor, factors: Tensor, pieces: Sequence[Piece] | None) -> Tensor:
-    """`scaled`, with each owner's own factor; without pieces there is one owner, and one factor ().
+def scaled_by_adapter(tensor: Tensor, factors: Tensor, spans: Sequence[RowSpan] | None) -> Tensor:
+    """`scaled` with a factor for each adapter; without spans there is one adapter, and one factor ().
 
     Args:
-        tensor: (..., n), whose rows the pieces are; or (n,), whose numbers they are.
-        factors: (owners,).
+        tensor: (..., n), with spans of its rows; or (n,), with spans of its elements.
+        factors: (adapters,).
     """
-    if pieces is None:
+    if spans is None:
         return scaled(tensor, factors)
     rows = tensor.flatten(0, -2) if tensor.ndim > 1 else tensor
-    parts = zip(rows.split([piece.size for piece in pieces]), pieces, strict=True)
-    return torch.cat([scaled(part, factors[piece.owner]) for part, piece in parts]).view(tensor.shape)
+    parts = zip(rows.split([span.size for span in spans]), spans, strict=True)
+    return torch.cat([scaled(part, factors[span.adapter]) for part, span in parts]).view(tensor.shape)
 
 
-def sums_by_owner(numbers: Tensor, pieces: Sequence[Piece], *, at_once: int) -> Tensor:
-    """The sum of each owner's numbers, (owners,), added up in chunks of `at_once` numbers of each piece.
+def sums_by_adapter(numbers: Tensor, spans: Sequence[RowSpan], *, at_once: int) -> Tensor:
+    """The sum of each adapter's elements, (adapters,), added up in chunks of `at_once` elements of each span.
 
     Args:
         numbers: (n,).
     """
-    totals = [numbers.new_zeros(()) for _ in range(1 + max(piece.owner for piece in pieces))]
-    for part, piece in zip(numbers.split([piece.size for piece in pieces]), pieces, strict=True):
+    totals = [numbers.new_zeros(()) for _ in range(1 + max(span.adapter for span in spans))]
+    for part, span in zip(numbers.split([span.size for span in spans]), spans, strict=True):
         for chunk in part.split(at_once):
-            totals[piece.owner] += chunk.sum()
+            totals[span.adapter] += chunk.sum()
     return torch.stack(totals)
 
 
@@ -96,9 +96,9 @@ def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
 class _EarlyBackward(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, function: Callable[..., Tensor], pieces: Sequence[Pieces | None], *inputs: Tensor | None
+        ctx: Any, function: Callable[..., Tensor], spans: Sequence[RowSpans | None], *inputs: Tensor | None
     ) -> Tensor:
-        ctx.needs, ctx.pieces = ctx.needs_input_grad[2:], pieces
+        ctx.needs, ctx.spans = ctx.needs_input_grad[2:], spans
         inner = [
             tensor.detach().requires_grad_() if tensor is not None and needs else tensor
             for tensor, needs in zip(inputs, ctx.needs, strict=True)
@@ -116,8 +116,8 @@ class _EarlyBackward(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         saved = iter(ctx.saved_tensors)
-        needs_and_pieces = zip(ctx.needs, ctx.pieces, strict=True)
-        found = (scaled_by_owner(next(saved), gradient, own) if needs else None for needs, own in needs_and_pieces)
+        needs_and_spans = zip(ctx.needs, ctx.spans, strict=True)
+        found = (scaled_by_adapter(next(saved), gradient, own) if needs else None for needs, own in needs_and_spans)
         return None, None, *found
 
 
@@ -126,16 +126,16 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 
 
 def run_with_early_backward(
-    function: Callable[..., Tensor], *inputs: Tensor | None, pieces: Sequence[Pieces | None] | None = None
+    function: Callable[..., Tensor], *inputs: Tensor | None, spans: Sequence[RowSpans | None] | None = None
 ) -> Tensor:
-    """`function(*inputs)`, a scalar, or the losses of several owners, (owners,).
+    """`function(*inputs)`, a scalar, or the losses of several adapters, (adapters,).
 
     Only the gradients of the inputs that need one are saved for backward.
 
     Args:
         function: it is differentiated for these inputs alone; other tensors that it uses get no gradient.
         inputs: of any float dtype. At least one needs a gradient, and the result must depend on all that do.
-        pieces: with several losses, which rows of each input belong to which loss. A loss depends on its own alone.
+        spans: with several losses, the rows of each input that belong to each loss, which depends on these alone.
     """
-    loss: Tensor = _EarlyBackward.apply(function, pieces or [None] * len(inputs), *inputs)
+    loss: Tensor = _EarlyBackward.apply(function, spans or [None] * len(inputs), *inputs)
     return loss

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_tiedlora.parallel.backward import Pieces, first_derivative_only, scaled_by_owner, sums_by_owner
+from megatron_tiedlora.parallel.backward import RowSpans, first_derivative_only, scaled_by_adapter, sums_by_adapter
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, padded
 from megatron_tiedlora.parallel.groups import RankGroup, all_gather
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_rows, upcast
@@ -51,20 +51,20 @@ def _losses(local_logits: Tensor, labels: Tensor, shard: VocabularyShard) -> _Fo
 
 class _SumTokenLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, labels: Tensor, shard: VocabularyShard, pieces: Pieces | None) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, labels: Tensor, shard: VocabularyShard, spans: RowSpans | None) -> Tensor:
         weight, kernels, rows_at_once = shard.weight, shard.kernels, shard.rows_at_once
         num_rows, needs_rows = len(rows), ctx.needs_input_grad[0]
         rows, labels = _padded_rows(rows, labels)
         gradient = torch.empty_like(rows) if needs_rows else None
         loss = torch.zeros((), dtype=upcast(rows[:0]).dtype, device=rows.device)
-        by_row = [loss.new_empty(0)]  # losses of rows of several owners
+        by_row = [loss.new_empty(0)]  # losses of rows of several adapters
         logits = rows.new_empty(min(rows_at_once, len(rows)), weight.local_shape[0])  # one memory for all parts
         for start in range(0, len(rows), rows_at_once):
             part = slice(start, start + rows_at_once)
             local_logits = as_rows(weight.times_transposed(rows[part], out=logits[: len(rows[part])]))
             found = _losses(local_logits, labels[part], shard)
             losses = found.losses[: max(num_rows - start, 0)]
-            if pieces is None:
+            if spans is None:
                 loss += losses.sum()
             else:
                 by_row.append(losses)
@@ -76,15 +76,15 @@ class _SumTokenLosses(torch.autograd.Function):
                 # Not scatter_, which would visit every element.
                 local_logits.index_put_(index, torch.where(found.own, missing, local_logits[index]))
                 weight.times(local_logits, out=gradient[part])
-        ctx.pieces = pieces
+        ctx.spans = spans
         ctx.save_for_backward(None if gradient is None else gradient[:num_rows])
-        return loss if pieces is None else sums_by_owner(torch.cat(by_row), pieces, at_once=rows_at_once)
+        return loss if spans is None else sums_by_adapter(torch.cat(by_row), spans, at_once=rows_at_once)
 
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         (grad_rows,) = ctx.saved_tensors
-        return scaled_by_owner(grad_rows, gradient, ctx.pieces), None, None, None
+        return scaled_by_adapter(grad_rows, gradient, ctx.spans), None, None, None
 
 
 def _padded_rows(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,7 +95,7 @@ def _padded_rows(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return functional.pad(rows, (0, 0, 0, missing)), functional.pad(labels, (0, missing), value=IGNORED_LABEL)
 
 
-def sum_token_losses(rows: Tensor, labels: Tensor, shard: VocabularyShard, pieces: Pieces | None = None) -> Tensor:
+def sum_token_losses(rows: Tensor, labels: Tensor, shard: VocabularyShard, spans: RowSpans | None = None) -> Tensor:
     """Sum over rows of -log softmax(rows W^T)[label], the same on every rank.
 
     W is frozen, so the forward pass also computes the gradient of `rows`, some rows at a time. Only this gradient is
@@ -104,13 +104,13 @@ def sum_token_losses(rows: Tensor, labels: Tensor, shard: VocabularyShard, piece
     Args:
         rows: (n, d), any float dtype, the same on every rank.
         labels: (n,) int64, all of them supervised, the same on every rank.
-        pieces: of the n rows, if they belong to several owners.
+        spans: of the n rows, if they belong to several adapters.
 
     Returns:
-        a scalar in max(fp32, dtype of `rows`), or with `pieces` one for each owner, (owners,). Its gradient for `rows`
+        a scalar in max(fp32, dtype of `rows`), or with `spans` one per adapter, (adapters,). The gradient of `rows`
         is the addend of this rank's part of the vocabulary; no message is sent for it here.
     """
-    loss: Tensor = _SumTokenLosses.apply(rows, labels, shard, pieces)
+    loss: Tensor = _SumTokenLosses.apply(rows, labels, shard, spans)
     return loss
 
 

@@ -115,7 +115,7 @@ class QuantisedWeight(FrozenWeight):
     def _load(self, values: Tensor, start: int, columns: Columns) -> None: ...
 
     @abstractmethod
-    def load_stored(self, codes: Tensor, scales: Tensor, *, start: int, columns: Columns) -> None:
+    def load_stored(self, codes: Tensor, scales: Tensor, *, start: int, columns: Columns | None) -> None:
         """Store codes and scales that are there already: rows from `start` on.
 
         Args:
@@ -189,8 +189,9 @@ class BlockScaledWeight(QuantisedWeight):
             self._store_own(slice(start + rows.start, start + rows.stop), codes, scales, columns)
 
     @torch.no_grad()
-    def load_stored(self, codes: Tensor, scales: Tensor, *, start: int, columns: Columns) -> None:
+    def load_stored(self, codes: Tensor, scales: Tensor, *, start: int, columns: Columns | None) -> None:
         """See QuantisedWeight."""
+        columns = columns or Columns(0, self._local_shape[1], self._local_shape[1])
         read = self.columns_to_read(columns)
         for rows in self._parts(num_rows=len(codes)):
             unpacked = quantise.unpack_codes(self._moved(codes[rows]), read.stop - read.start)
@@ -234,7 +235,7 @@ class RowScaledWeight(QuantisedWeight):
             self._store(slice(start + rows.start, start + rows.stop), codes.view(torch.uint8), scales[:, None])
 
     @torch.no_grad()
-    def load_stored(self, codes: Tensor, scales: Tensor, *, start: int, columns: Columns) -> None:
+    def load_stored(self, codes: Tensor, scales: Tensor, *, start: int, columns: Columns | None) -> None:
         """See QuantisedWeight."""
         codes = self._moved(codes)
         if quantise.has_nan(codes, self.storage.name):

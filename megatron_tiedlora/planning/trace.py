@@ -26,7 +26,7 @@ from megatron_tiedlora.model.batch import Documents, Supervised
 from megatron_tiedlora.model.fused_attention import attend_within
 from megatron_tiedlora.model.layer_specs import HEAD_ROWS, layer_specs
 from megatron_tiedlora.model.stage import Attended, Stage
-from megatron_tiedlora.parallel.backward import Piece
+from megatron_tiedlora.parallel.backward import RowSpan
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.groups import RankGroup, TensorParallel, with_adjoint
 from megatron_tiedlora.planning.counting import (
@@ -348,11 +348,11 @@ def _supervised(sizes: Sizes) -> Supervised:
     rows, chosen = (torch.empty(size, dtype=torch.int64, device=META) for size in (sum(sizes.after), sizes.supervised))
     if len(sizes.tokens) == 1:
         return Supervised(rows, rows, chosen, chosen)
-    pieces = tuple(Piece(number, size) for number, size in enumerate(sizes.after))
+    spans = tuple(RowSpan(number, size) for number, size in enumerate(sizes.after))
     # Whose the rows of logits are changes nothing, as long as each owner has some.
-    edges = [len(chosen) * sum(sizes.after[:number]) // len(rows) for number in range(len(pieces) + 1)]
-    labelled = tuple(Piece(number, stop - start) for number, (start, stop) in enumerate(pairwise(edges)))
-    return Supervised(rows, rows, chosen, chosen, pieces, labelled)
+    edges = [len(chosen) * sum(sizes.after[:number]) // len(rows) for number in range(len(spans) + 1)]
+    labelled = tuple(RowSpan(number, stop - start) for number, (start, stop) in enumerate(pairwise(edges)))
+    return Supervised(rows, rows, chosen, chosen, spans, labelled)
 
 
 def _features(kind: Kind, sizes: Sizes) -> list[float]:

@@ -107,8 +107,8 @@ def positions_after(supervised: Supervised, num_owners: int) -> list[int]:
     if num_owners == 1:
         return [len(supervised.rows)]
     found = [0] * num_owners
-    for piece in supervised.pieces:
-        found[piece.owner] += piece.size
+    for span in supervised.spans:
+        found[span.adapter] += span.size
     return found
 
 
