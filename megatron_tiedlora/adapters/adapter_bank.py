@@ -48,7 +48,7 @@ def spans_of(shares: Shares) -> RowSpans:
 
 
 class Dropout(NamedTuple):
-    """Which inputs of the linears of one adapter --dropout keeps, from the numbers of a micro-batch's tokens.
+    """The dropout of one adapter's inputs (--dropout), which follows from the index of each token.
 
     Attributes:
         probability: that an input is dropped.
@@ -59,16 +59,16 @@ class Dropout(NamedTuple):
     seed: int
 
     def of_linears(
-        self, part: AdapterPart, numbers: Tensor, tensor_parallel: TensorParallel
+        self, part: AdapterPart, token_index: Tensor, tensor_parallel: TensorParallel
     ) -> Callable[[int, str], InputDropout]:
         """The dropout of a layer's linear, by the layer and the name of the target.
 
         Args:
             part: of the adapter, on this rank.
-            numbers: (b, s) int64, of the micro-batch's tokens.
+            token_index: (b, s) int64, see `MicroBatch`.
         """
         parts = tensor_parallel.sequence_parts
-        keys = token_keys(numbers.flatten(), seed=self.seed)
+        keys = token_keys(token_index.flatten(), seed=self.seed)
         local_keys = keys.chunk(parts)[tensor_parallel.group.rank] if parts > 1 else keys
         first = {
             target.name: part.tp_rank * (target.in_size // part.tp_size) if target.cut == "row" else 0
@@ -152,12 +152,12 @@ class AdapterBank:
         return found
 
     def with_dropout(
-        self, updates: Mapping[int, LayerUpdate], numbers: Tensor, shares: Shares, tensor_parallel: TensorParallel
+        self, updates: Mapping[int, LayerUpdate], token_index: Tensor, shares: Shares, tensor_parallel: TensorParallel
     ) -> dict[int, LayerUpdate]:
-        """The updates with each adapter's dropout of its own tokens, whose numbers are (b, s)."""
+        """The updates with each adapter's dropout of its own tokens; `token_index` (b, s), see `MicroBatch`."""
         names = (share.adapter for share in shares or self._only_share())
         dropped = {
-            number: self.dropout[name].of_linears(self.adapters[name].part, numbers, tensor_parallel)
+            number: self.dropout[name].of_linears(self.adapters[name].part, token_index, tensor_parallel)
             for number, name in enumerate(names)
             if name in self.dropout
         }

@@ -363,7 +363,7 @@ def apart(joined: Tensor, size: int) -> tuple[Tensor, Tensor]:
 # Dropout --------------------------------------------------------------------------------------------------------------
 #
 # x becomes x kept / (1 - p), where `kept` depends on no layout, device or packing. Whether feature j of a token is kept
-# follows from the run's seed, the token's number (which step and sample, and where in the sample, see `data/loader`),
+# follows from the run's seed, the token's index (which step and sample, and where in the sample, see `data/loader`),
 # the layer, the target and j. It is computed where it is used, in the forward and again in the backward pass, so
 # nothing is saved, no random state exists, and a rank computes it for its own tokens and features alone. All integers
 # are 32-bit values in int64 lanes that never overflow, so they are the same everywhere:
@@ -384,11 +384,11 @@ def mix_(words: Tensor) -> Tensor:
     return words
 
 
-def token_keys(numbers: Tensor, *, seed: int) -> Tensor:
-    """The key of each token, 32 bits in int64, from the tokens' numbers, int64 and not negative."""
+def token_keys(token_index: Tensor, *, seed: int) -> Tensor:
+    """The key of each token, 32 bits in int64, from the index of each token, int64 and not negative."""
     salt = stream_seed(seed, "dropout")
-    low = mix_((numbers & _WORD) ^ (salt & _WORD))
-    return mix_(low ^ (numbers >> 32) ^ (salt >> 32))
+    low = mix_((token_index & _WORD) ^ (salt & _WORD))
+    return mix_(low ^ (token_index >> 32) ^ (salt >> 32))
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,8 @@
 """The flat list of layers as DeepSpeed pipeline stages: our partition and layers, DeepSpeed's 1F1B schedule.
 
-Every stage takes (tokens or hidden states, position ids, document ids if rows are packed). With dropout the tokens'
-numbers are in one tensor with the position ids. Stages send hidden states to
-each other, and the last stage's loss is the summed loss of its supervised tokens divided by a denominator, or the
-weighted sum of the losses of several adapters.
+Every stage takes (tokens or hidden states, position ids, document ids if rows are packed). With dropout, position ids
+and token indices are one tensor. Stages send hidden states to each other. The last stage's loss is the summed loss of
+its supervised tokens divided by a denominator, or the weighted sum of the losses of several adapters.
 """
 
 from collections.abc import Callable, Sequence
@@ -58,12 +57,12 @@ class PipelinedModel(PipelineModule):
     def forward(self, inputs: tuple[Tensor, ...]) -> Tensor | Attended:
         """(tokens or hidden, position ids, document ids if any) -> hidden; on the last stage the input of the loss."""
         tokens_or_hidden, positions, *documents = inputs
-        positions, numbers = positions.unbind() if positions.ndim == 3 else (positions, None)
+        positions, token_index = positions.unbind() if positions.ndim == 3 else (positions, None)
         output: Tensor | Attended = self.stage(
             tokens_or_hidden,
             positions,
             documents=documents[0] if documents else None,
-            numbers=numbers,
+            token_index=token_index,
             shares=self.shares,
         )
         return output

@@ -342,12 +342,11 @@ class Runner:
         """Summed loss of a micro-batch, a scalar; of one that several share that of each, (shares,)."""
         supervised = self._supervised(batch)
         tokens, positions = self._on_device(batch.tokens), self._on_device(batch.positions)
-        numbers = None if batch.numbers is None else self._on_device(batch.numbers)
+        token_index = None if batch.token_index is None else self._on_device(batch.token_index)
         # Document ids stay on the host, where their boundaries are computed.
         with self.each_forward():
-            loss: Tensor = self.engine(
-                tokens, positions, supervised, documents=batch.documents, numbers=numbers, shares=batch.shares
-            )
+            more = {"documents": batch.documents, "token_index": token_index, "shares": batch.shares}
+            loss: Tensor = self.engine(tokens, positions, supervised, **more)
         return loss
 
     def _train(self, batches: Sequence[MicroBatch], losses: Losses, between: Callable[[], None]) -> None:
@@ -428,10 +427,12 @@ class PipelineRunner(Runner):
     def _positions(self, batch: MicroBatch) -> tuple[Tensor, ...]:
         """Position ids, and document ids if rows are packed; these stay on the host for computing their boundaries.
 
-        With dropout position ids (b, s) and the tokens' numbers are one tensor, (2, b, s): an engine's inputs are
-        tensors, of which only the last may be missing.
+        With dropout, position ids (b, s) and token indices are one tensor, (2, b, s): an engine's inputs are tensors,
+        and only the last may be missing.
         """
-        positions = batch.positions if batch.numbers is None else torch.stack((batch.positions, batch.numbers))
+        positions = batch.positions
+        if batch.token_index is not None:
+            positions = torch.stack((positions, batch.token_index))
         positions = self._on_device(positions)
         return (positions,) if batch.documents is None else (positions, batch.documents)
 

@@ -1,6 +1,6 @@
 """A micro-batch as the loader gives it to the engine, its positions that have a label, and the documents packed in it.
 
-Its tensors keep their names from the loader to the loss: tokens, positions, labels, documents, numbers. The layers
+Its tensors keep their names from the loader to the loss: tokens, positions, labels, documents, token_index. The layers
 after the last attention compute only supervised positions. These are found on the host, so that no step waits for the
 device to count them.
 """
@@ -32,9 +32,9 @@ class MicroBatch:
         labels: (b, s) int64, already shifted: labels[:, t] is token t + 1 if that is supervised, else -100.
         documents: (b, s) int64, document ids: tokens attend only within their document. In a packed row it is the index
             of each token's sample in the row, with padding as one more document. None: each row is one sample.
-        numbers: (b, s) int64, the number of each token in the whole run, from which dropout follows; 0 for padding.
-            None: nothing asks for them.
-        shares: which adapters' it is; the micro-batches of several are end to end in one row: b is 1.
+        token_index: (b, s) int64, the index of each token in the whole run, from which dropout follows; 0 for padding.
+            None: there is no dropout.
+        shares: the adapters' parts; the micro-batches of several adapters are end to end in one row: b is 1.
         lengths: (rows,) int64, real tokens of each row, or of each row of the shares.
         num_samples: 0 for a batch of padding alone.
     """
@@ -43,7 +43,7 @@ class MicroBatch:
     positions: Tensor
     labels: Tensor
     documents: Tensor | None = None
-    numbers: Tensor | None = None
+    token_index: Tensor | None = None
     shares: Shares = ()
     lengths: Tensor
     num_samples: int

@@ -249,7 +249,7 @@ class Stage(nn.Module):
         labels: Tensor | Supervised | None = None,
         *,
         documents: Tensor | None = None,
-        numbers: Tensor | None = None,
+        token_index: Tensor | None = None,
         shares: Shares = (),
         prediction: Callable[[], Tensor] | None = None,
     ) -> Tensor | Attended:
@@ -260,7 +260,7 @@ class Stage(nn.Module):
             positions: (b, s) int64.
             labels: (b, s) int64, the next token or -100; or the result of `find_supervised`, found on the host.
             documents: (b, s) int64, document ids; None: one document per row.
-            numbers: (b, s) int64, the tokens' numbers, from which dropout follows; None: there is none.
+            token_index: (b, s) int64, see `MicroBatch`; None: there is no dropout.
             shares: whose micro-batch it is; without them, the only adapter's. If there are several, b is 1, and
                 `labels` is the result of `find_supervised`.
             prediction: of `predict`, which is called in place of all this.
@@ -276,8 +276,8 @@ class Stage(nn.Module):
         else:
             hidden = inputs if self.needs_input_gradient else inputs.detach()
         updates = self.read_adapter(shares)
-        if numbers is not None and self.bank is not None:
-            updates = self.bank.with_dropout(updates, numbers, shares, self.tensor_parallel)
+        if token_index is not None and self.bank is not None:
+            updates = self.bank.with_dropout(updates, token_index, shares, self.tensor_parallel)
         context = self.context(positions, hidden.dtype, documents=documents, shares=shares)
         output = self.run_blocks(hidden, context, self.tensor_parallel, updates)
         unused: tuple[Tensor, ...] = () if self.anchor is None else (self.anchor,)

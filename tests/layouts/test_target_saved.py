@@ -79,7 +79,7 @@ def run_case(case: Case, groups: ParallelGroups) -> float:
     inputs = tokens if plan.is_first else stage.empty_hidden(ROWS, LENGTH).normal_().requires_grad_()
     with saved_by_autograd(stage) as saved:
         numbers = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH) if case.dropout else None
-        output: Any = stage(inputs, torch.arange(LENGTH).expand(ROWS, LENGTH), numbers=numbers)
+        output: Any = stage(inputs, torch.arange(LENGTH).expand(ROWS, LENGTH), token_index=numbers)
         if plan.is_last:
             stage.tail.loss(output, labels, stage.tensor_parallel)
     after = len(find_supervised(labels, layout.sequence_parts).rows) if plan.is_last else 0

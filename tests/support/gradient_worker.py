@@ -299,7 +299,7 @@ def run_case(case: Case, grid: Grid, groups: ParallelGroups) -> Outcome:
                 num_supervised,
                 in_stage=grid.pp_size == 1 and not case.packed,  # as an engine of one stage calls it
                 documents=batch.documents,
-                numbers=drawn if case.dropout else None,
+                token_index=drawn if case.dropout else None,
             )
             loss += float(value)
             input_gradients += [] if gradient is None else [float(gradient.abs().max())]
