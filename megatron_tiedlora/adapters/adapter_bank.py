@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from megatron_tiedlora.adapters.low_rank import AllRows, InputDropout, SharedRows, dropout_salt, token_keys
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, LayerUpdate, LinearUpdate, TiedAdapter, whole_factors
-from megatron_tiedlora.parallel.backward import RowSpan, RowSpans, spans_between
 from megatron_tiedlora.parallel.groups import TensorParallel, with_adjoint
+from megatron_tiedlora.parallel.loss import RowSpan, RowSpans, spans_between
 
 ONLY = ""  # the name of an adapter that is the only one
 

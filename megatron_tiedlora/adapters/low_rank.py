@@ -29,9 +29,9 @@ import torch
 from torch import Tensor
 
 from megatron_tiedlora.base.methods import Sharing
-from megatron_tiedlora.parallel.backward import RowSpan, RowSpans, first_derivative_only, span_starts
 from megatron_tiedlora.parallel.frozen_weight import padded, wide_matmul
 from megatron_tiedlora.parallel.kernels import NUMBERS_AT_ONCE
+from megatron_tiedlora.parallel.loss import RowSpan, RowSpans, first_derivative_only, span_starts
 from megatron_tiedlora.parallel.shard_spec import stream_seed
 
 # Factors --------------------------------------------------------------------------------------------------------------

@@ -16,8 +16,7 @@ from megatron_tiedlora.base import shapes
 from megatron_tiedlora.model.batch import find_documents, whole_rows
 from megatron_tiedlora.model.cpu_attention import TiledRows, attend_by_tiles, find_query_tiles, split_rows, tile_size
 from megatron_tiedlora.model.fused_attention import AttentionRoute, attend_within, choose_attention
-from megatron_tiedlora.model.linears import RowParallelLinear
-from megatron_tiedlora.model.qkv import QkvLinear
+from megatron_tiedlora.model.linears import QkvLinear, RowParallelLinear
 from megatron_tiedlora.parallel.frozen_weight import padded
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.kernels import Kernels

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from megatron_tiedlora.adapters.adapter_bank import Shares, spans_of
-from megatron_tiedlora.parallel.backward import RowSpan, RowSpans, span_starts, spans_between
 from megatron_tiedlora.parallel.frozen_weight import padded
-from megatron_tiedlora.parallel.loss import IGNORED_LABEL
+from megatron_tiedlora.parallel.loss import IGNORED_LABEL, RowSpan, RowSpans, span_starts, spans_between
 
 # Rows are padded to a multiple of this, because repeated shapes need less memory and fewer kernels.
 PAD_MULTIPLE = 8

@@ -26,15 +26,14 @@ from megatron_tiedlora.model.linears import (
     NormedLinear,
     Operands,
     Projection,
+    QkvLinear,
     RowParallelLinear,
     gradient_dtype,
 )
-from megatron_tiedlora.model.qkv import QkvLinear
 from megatron_tiedlora.parallel import frozen_weight, groups
-from megatron_tiedlora.parallel.backward import first_derivative_only
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_rows
-from megatron_tiedlora.parallel.loss import VocabularyShard, sum_token_losses, token_losses
+from megatron_tiedlora.parallel.loss import VocabularyShard, first_derivative_only, sum_token_losses, token_losses
 from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight, weight_maker
 from megatron_tiedlora.parallel.shard_spec import bias_spec, weight_spec
 

@@ -5,7 +5,7 @@
 
 For the backward pass they need the norm's input, one number per token for the norm, and A x, r numbers per token; x is
 computed again. Gradients of frozen factors are not computed. The algebra of the update is in `adapters/low_rank.py`;
-A and F come from the adapter. What follows in the same autograd step is in `qkv` and `mlp`.
+A and F come from the adapter. A step of both linears of the MLP is in `layer_specs.py`.
 
 Under sequence parallelism each rank computes A x of a column-parallel linear from its part of the sequence. A x is sent
 in the same message as x, and its gradient in the same message as the gradient of x. In a row-parallel linear every rank
@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from megatron_tiedlora.adapters.low_rank import AllRows, apart, beside, flat
 from megatron_tiedlora.adapters.tied_adapter import LinearUpdate
-from megatron_tiedlora.base.shapes import NormShape
+from megatron_tiedlora.base.shapes import HeadShape, NormShape, RopeShape
 from megatron_tiedlora.parallel import groups
-from megatron_tiedlora.parallel.backward import first_derivative_only
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter, register
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_rows, detached
+from megatron_tiedlora.parallel.loss import first_derivative_only
 
 
 class Norm(nn.Module):
@@ -271,30 +271,9 @@ class Projection:
         return groups.all_reduce(grad_normed, group), grad_ax
 
 
-class Epilogue:
-    """What follows z in the same autograd step: here nothing."""
-
-    def forward(self, projected: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """The results, and what `backward` needs. It may overwrite `projected`."""
-        return (projected,), ()
-
-    def backward(self, gradients: Sequence[Tensor], *saved: Tensor) -> Tensor:
-        """The gradient of z from those of the results."""
-        return gradients[0]
-
-
-_NOTHING = Epilogue()
-
-
-def project(
-    hidden: Tensor, update: LinearUpdate, projection: Projection, operands: Operands, epilogue: Epilogue = _NOTHING
-) -> tuple[Tensor, ...]:
-    """The projection of the hidden states and what follows it, as one step of autograd with one backward pass."""
-    results: tuple[Tensor, ...] = _Projected.apply(hidden, update.grad_a, update.grad_f, operands, projection, epilogue)
-    return results
-
-
 class _Projected(torch.autograd.Function):
+    """z, or with `split` queries, keys and values from it."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -303,12 +282,12 @@ class _Projected(torch.autograd.Function):
         grad_f: Tensor | None,
         operands: Operands,
         projection: Projection,
-        epilogue: Epilogue,
+        split: "SplitHeads | None",
     ) -> tuple[Tensor, ...]:
         projected, root, ax = projection.forward(hidden, operands)
-        results, saved = epilogue.forward(projected)
+        results, saved = ((projected,), ()) if split is None else split.forward(projected)
         needs = Needs(*ctx.needs_input_grad[:3])
-        ctx.projection, ctx.epilogue = projection, epilogue
+        ctx.projection, ctx.split = projection, split
         ctx.wide = gradient_dtype(grad_a, grad_f)
         ctx.save_for_backward(
             *((hidden, root) if projection.reads_input(needs) else (None, None)),
@@ -322,7 +301,7 @@ class _Projected(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden, root, ax, a, f, norm, norm_bias, *saved = ctx.saved_tensors
         needs, operands = Needs(*ctx.needs_input_grad[:3]), Operands(a, f, norm, norm_bias)
-        grad_projected = ctx.epilogue.backward(gradients, *saved)
+        grad_projected = gradients[0] if ctx.split is None else ctx.split.backward(gradients, *saved)
         found = ctx.projection.backward(grad_projected, hidden, root, ax, operands, needs, ctx.wide)
         return *found, *(None,) * 3
 
@@ -344,7 +323,8 @@ class RowParallelLinear(nn.Module):
     ) -> Tensor:
         """(..., local_in) -> activations between layers, (b, s, out), or (1, b s / p, out) if sequence parallel."""
         update = update or LinearUpdate()
-        (addend,) = project(local_hidden, update, Projection(self.frozen, update.rows), Operands(update.a, update.f))
+        operands, projection = Operands(update.a, update.f), Projection(self.frozen, update.rows)
+        (addend,) = _Projected.apply(local_hidden, update.grad_a, update.grad_f, operands, projection, None)
         return self.total(addend, tensor_parallel)
 
     def total(self, addend: Tensor, tensor_parallel: groups.TensorParallel) -> Tensor:
@@ -355,3 +335,135 @@ class RowParallelLinear(nn.Module):
         output = groups.leave_tensor_parallel_region(addend, tensor_parallel)
         output = output if self.bias is None else output + self.bias
         return output if self.norm is None else self.norm(output)
+
+
+# The QKV projection ---------------------------------------------------------------------------------------------------
+
+
+class QkvLinear(NormedLinear):
+    """[Q | K | V] of this rank's heads, split into heads, which are normalised if they have norms and then rotated.
+
+    All of it, with the norm before it, is one autograd step with one backward pass.
+    """
+
+    query_norm: nn.Parameter | None
+    key_norm: nn.Parameter | None
+
+    def __init__(
+        self, weight: FrozenWeight, local_heads: HeadShape, *, rope: RopeShape | None, dtype: torch.dtype, **others: Any
+    ) -> None:
+        """Without `rope` queries and keys are not rotated.
+
+        Args:
+            others: what the norm and the linear need beside `weight` and `dtype`; see `NormedLinear`.
+        """
+        super().__init__(weight, dtype=dtype, **others)
+        assert rope or not local_heads.norms, "no family has norms of heads that are not rotated"
+        self.heads = local_heads
+        self.rope = rope
+        for name, norm in (("query_norm", local_heads.query_norm), ("key_norm", local_heads.key_norm)):
+            self.register_parameter(name, None if norm is None else frozen_parameter(norm.size, dtype=dtype))
+
+    def forward(
+        self,
+        hidden: Tensor,
+        tensor_parallel: groups.TensorParallel,
+        update: LinearUpdate | None = None,
+        *,
+        num_rows: int,
+        table: tuple[Tensor, ...] = (),
+    ) -> tuple[Tensor, ...]:
+        """Queries, keys and values, (b, heads, s, head_dim), in one storage.
+
+        Args:
+            hidden: activations between layers, (b, s, d) or (1, b s / p, d).
+            num_rows: b.
+            table: cos and sin of the tokens' positions, if it rotates; see `rotation_table`.
+        """
+        update = update or LinearUpdate()
+        projection, operands = self.projection(tensor_parallel, update, num_rows=num_rows)
+        norms = tuple(norm for norm in (self.query_norm, self.key_norm) if norm is not None)
+        split = SplitHeads(self.heads, self.kernels, table, norms, tensor_parallel.group)
+        heads: tuple[Tensor, ...] = _Projected.apply(hidden, update.grad_a, update.grad_f, operands, projection, split)
+        return heads
+
+
+@dataclass(frozen=True)
+class SplitHeads:
+    """[Q | K | V], (b, s, o) -> queries, keys and values, (b, heads, s, head_dim), in one storage.
+
+    With a table queries and keys are rotated. With norms each head of them has an RMS norm before the rotation, or all
+    heads together have one. A norm saves its result, which attention saves too, and one number per token. All heads
+    together are those of all ranks: the means of the ranks' equally many heads are summed over the group, two numbers
+    per token, in one message in each pass.
+
+    Attributes:
+        heads: of this rank.
+        table: cos and sin of the s tokens' positions; () if there is no rotation.
+        norms: weights of the norms of queries and of keys, (head_dim,), or (heads * head_dim,) of all heads; or ().
+        group: the ranks that share the heads.
+    """
+
+    heads: HeadShape
+    kernels: Kernels
+    table: tuple[Tensor, ...]
+    norms: tuple[Tensor, ...]
+    group: groups.RankGroup
+
+    def forward(self, projected: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Queries, keys and values; and what `backward` needs: the table, or the heads, the norms' roots, the table and
+        the norms' weights. It may overwrite `projected`."""
+        counts = (self.heads.num, self.heads.num_kv, self.heads.num_kv)
+        heads, saved = projected.view(-1, sum(counts), self.heads.dim).detach(), self.table
+        if self.norms:
+            heads, root = self._rotate_normed(heads)
+            saved = (heads, root, *self.table, *self.norms)
+        elif self.table:
+            cos, sin = self.table
+            heads = self.kernels.rotate(heads, cos, sin, self.heads.num + self.heads.num_kv)
+        by_token = heads.view(*projected.shape[:-1], -1, self.heads.dim)
+        return by_token.transpose(1, 2).split(counts, dim=1), saved
+
+    def backward(self, gradients: Sequence[Tensor], *saved: Tensor) -> Tensor:
+        """The gradient of [Q | K | V] from the gradients of the results."""
+        batch, _, length, _ = gradients[0].shape
+        # (b, heads, s, head_dim) -> (b s, heads, head_dim): kernels for GPUs return this order, then nothing is copied.
+        by_token = [gradient.transpose(1, 2).flatten(0, 1).contiguous().detach() for gradient in gradients]
+        if self.norms:
+            found = self._normed_gradient(*by_token, *saved)
+        else:
+            found = self.kernels.rotate_gradient(*by_token, *saved) if saved else torch.cat(by_token, dim=1)
+        return found.view(batch, length, -1)
+
+    def _rotate_normed(self, heads: Tensor) -> tuple[Tensor, Tensor]:
+        """The heads behind the norms and the rotation, and the norms' roots."""
+        norm, weight = self.heads.norms[0], self._weight(self.norms)
+        if not norm.sharded:
+            return self.kernels.rotate_normed(heads, *self.table, weight, norm.eps)
+        means = self._over_ranks(self.kernels.square_means(heads, self.heads.num, self.heads.num_kv))
+        root = torch.rsqrt(means + norm.eps)
+        return self.kernels.rotate_with_root(heads, *self.table, self._by_head(root), weight), root
+
+    def _normed_gradient(self, query: Tensor, key: Tensor, value: Tensor, rotated: Tensor, *saved: Tensor) -> Tensor:
+        root, cos, sin, *norms = saved
+        rotated = rotated.detach()
+        mean: Tensor | None = None
+        if self.heads.norms[0].sharded:
+            means = self._over_ranks(self.kernels.product_means(query, key, rotated))
+            root, mean = self._by_head(root), self._by_head(means)
+        numbers = rotated, root, mean, cos, sin, self._weight(norms)
+        return self.kernels.rotate_normed_gradient(query, key, value, *numbers)
+
+    def _weight(self, norms: Sequence[Tensor]) -> Tensor:
+        """The norm's weight of each head, (num + num_kv, head_dim)."""
+        counts = self.heads.num, self.heads.num_kv
+        by_head = (norm.detach().view(-1, self.heads.dim) for norm in norms)
+        return torch.cat([norm.expand(count, -1) for norm, count in zip(by_head, counts, strict=True)])
+
+    def _over_ranks(self, means: Tensor) -> Tensor:
+        return groups.all_reduce(means, self.group) / self.group.size
+
+    def _by_head(self, numbers: Tensor) -> Tensor:
+        """Numbers of queries and of keys, (T, 2), for each of their heads, (T, num + num_kv, 1)."""
+        counts = self.heads.num, self.heads.num_kv
+        return torch.cat([numbers[:, i : i + 1].expand(-1, count) for i, count in enumerate(counts)], dim=1)[..., None]

@@ -24,9 +24,9 @@ from megatron_tiedlora.base.shapes import ATTENTION_TARGETS, MLP_TARGETS, TARGET
 from megatron_tiedlora.model.attention import AnyCache, Attention, AttentionContext
 from megatron_tiedlora.model.batch import Supervised, find_supervised
 from megatron_tiedlora.model.layer_specs import Block, Head, LayerSpec
-from megatron_tiedlora.parallel.backward import RowSpan, run_with_early_backward, spans_between
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.groups import TensorParallel, with_adjoint
+from megatron_tiedlora.parallel.loss import RowSpan, run_with_early_backward, spans_between
 
 
 class Attended(NamedTuple):

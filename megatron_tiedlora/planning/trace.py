@@ -26,9 +26,9 @@ from megatron_tiedlora.model.batch import Documents, Supervised
 from megatron_tiedlora.model.fused_attention import attend_within
 from megatron_tiedlora.model.layer_specs import HEAD_ROWS, layer_specs
 from megatron_tiedlora.model.stage import Attended, Stage
-from megatron_tiedlora.parallel.backward import RowSpan
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.groups import RankGroup, TensorParallel, with_adjoint
+from megatron_tiedlora.parallel.loss import RowSpan
 from megatron_tiedlora.planning.counting import (
     META,
     CountedAttention,
