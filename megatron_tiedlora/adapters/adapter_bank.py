@@ -1,4 +1,4 @@
-"""The adapters of one base that are trained at the same time: each keeps its tensors, and meets its own tokens alone.
+"""The adapters of one base that are trained together. Each keeps its own tensors and is applied to its own tokens only.
 
 A micro-batch of several is ONE row: their micro-batches, end to end, each as it is when that adapter is alone. So an
 adapter's part of every tensor has the shape and memory that it has alone, and nothing is padded for others.
@@ -52,7 +52,7 @@ class Dropout(NamedTuple):
 
     Attributes:
         probability: that an input is dropped.
-        seed: of its run.
+        seed: the seed of the run.
     """
 
     probability: float
@@ -64,7 +64,7 @@ class Dropout(NamedTuple):
         """The dropout of a layer's linear, by the layer and the name of the target.
 
         Args:
-            part: of the adapter, on this rank.
+            part: this rank's part of the adapter.
             token_index: (b, s) int64, see `MicroBatch`.
         """
         parts = tensor_parallel.sequence_parts
@@ -107,7 +107,7 @@ class AdapterBank:
         gradients summed in one. The gradients of u stay this rank's addends, which are summed once per step.
 
         Args:
-            shares: of the micro-batch; an adapter has at most one. Without shares all tokens are the only adapter's.
+            shares: the shares of the micro-batch, at most one per adapter. By default all tokens belong to the only one.
             dtype: the base's dtype.
         """
         adapters = [self.adapters[share.adapter] for share in shares or self._only_share()]

@@ -8,16 +8,15 @@ With dropout D on the update's input, ax = A D(x), dA = grad_ax^T D(x), and dx =
 element by a number, so it is its own adjoint. No matmul here creates a (tokens, out) tensor. Layers compute the matmuls
 with W.
 
-Of the tensors of a linear layers use A, and F = (alpha / r) diag(v) B diag(u); the gradients of B, u and v follow from
-dF. A tensor has a slot for each group of layers that share it. It is stacked over slots unless there is one for all
-layers.
+Layers use A and F = (alpha / r) diag(v) B diag(u) of each linear; the gradients of B, u and v follow from dF. A tensor
+has a slot for each group of layers that share it. It is stacked over slots unless there is one slot for all layers.
 
-All tokens meet the factors of the one adapter there is, or each those of its own of several. There are two sets of
-tokens: all of the micro-batch, and with sequence parallelism this rank's part of them (`local`).
+Each token meets the factors of its adapter, of which there may be several. There are two sets of tokens: all of the
+micro-batch, and with sequence parallelism this rank's part of them (`local`).
 
 With several adapters the factors of a linear are flat: A_i (r_i, in), one after another, and so are F_i (out, r_i),
-their gradients, and A x: that of the first span of tokens, (tokens, r_i), then that of the next. So an adapter's
-tensors have the shape and memory that they have when it is alone, and a token saves as many numbers as its own rank.
+their gradients, and A x: (tokens, r_i) of the first span of tokens, then of the next. So an adapter's
+tensors have the shape and memory that they have when it is alone, and a token saves r_i numbers.
 """
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -49,7 +48,7 @@ def layer_slots(shared_by: Sharing, layers: tuple[int, ...]) -> dict[int, int]:
     return {layer: numbers[key] for layer, key in zip(layers, keys, strict=True)}
 
 
-Slots = tuple[int, ...] | None  # the slot that each layer of a stage uses, of those that the rank holds; or not stacked
+Slots = tuple[int, ...] | None  # for each layer of a stage, which of the rank's slots it uses; None: not stacked
 
 
 class LinearFactors(NamedTuple):
@@ -165,7 +164,7 @@ class AllRows:
     """Every token meets the factors of one adapter: A (r, in) and F (out, r); A x is (..., r).
 
     Attributes:
-        dropout: of the update's input, in a training step with --dropout.
+        dropout: the dropout of the update's input, in a training step with --dropout.
     """
 
     dropout: "InputDropout | None" = None
@@ -218,7 +217,7 @@ class AllRows:
         return columns
 
     def at(self, some: SomeTokens) -> "AllRows":
-        """What applies to some tokens only."""
+        """A copy that applies to some tokens only."""
         return self if self.dropout is None else replace(self, dropout=self.dropout.at(some.rows, some.local_rows))
 
     def slot_spans(self, size: int) -> RowSpans | None:
@@ -234,7 +233,7 @@ class SharedRows(AllRows):
         ranks: the rank of each adapter that adapts the linear, by its number, in the order of the factors.
         spans: the adapters of all tokens.
         local_spans: the adapters of the tokens in this rank's part of the sequence.
-        dropouts: by the number of the adapter, with keys for the tokens of all adapters; `dropout` is None.
+        dropouts: the dropout of each adapter, by its number, with keys for all tokens; `dropout` is None.
     """
 
     ranks: Mapping[int, int] = field(default_factory=dict)
@@ -344,7 +343,7 @@ def flat(tensor: Tensor) -> Tensor:
 
 
 def _end_to_end(parts: Sequence[Tensor], like: Tensor) -> Tensor:
-    """All numbers of the parts, flat; none, in the dtype of `like`, if there are no parts."""
+    """All elements of the parts, flat; an empty tensor in the dtype of `like` if there are no parts."""
     return torch.cat([part.flatten() for part in parts]) if parts else like.new_empty(0)
 
 
@@ -393,11 +392,11 @@ def token_keys(token_index: Tensor, *, seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class InputDropout:
-    """Which inputs of one linear's adapter are kept, for the tokens of a micro-batch on one rank.
+    """The dropout of one linear's adapter, for the tokens of a micro-batch on one rank.
 
     Attributes:
-        keys: of all tokens of the micro-batch in order, (b s,) int64.
-        local_keys: of this rank's part of the sequence, (b s / p,).
+        keys: the keys of all tokens of the micro-batch in order, (b s,) int64.
+        local_keys: the keys of this rank's part of the sequence, (b s / p,).
         salt: differs between layers and targets, 32 bits.
         first: this rank's first input feature; not 0 where the linear's columns are sharded.
         probability: p, of an input to be dropped.
@@ -410,7 +409,7 @@ class InputDropout:
     probability: float
 
     def at(self, rows: Tensor | slice, local_rows: Tensor | slice) -> "InputDropout":
-        """The same for some tokens only: `rows` are indices into `keys`, `local_rows` into `local_keys`."""
+        """A copy for some tokens only: `rows` are indices into `keys`, `local_rows` into `local_keys`."""
         return replace(self, keys=self.keys[rows], local_keys=self.local_keys[local_rows])
 
     def dropped(self, rows: Tensor, *, local: bool) -> Tensor:

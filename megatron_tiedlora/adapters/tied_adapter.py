@@ -58,7 +58,7 @@ def targets_of(shape: ModelShape, names: Sequence[str] = (QKV,)) -> tuple[Target
 def sized_targets(
     names: Sequence[str], *, hidden_size: int, qkv_rows: tuple[int, int, int], intermediate_size: int = 0
 ) -> tuple[Target, ...]:
-    """The same from the sizes that an adapter's file has, for reading it without its base.
+    """The targets from the sizes in an adapter's file, for reading it without its base.
 
     Args:
         intermediate_size: only `gate_up` and `down_proj` need it.
@@ -93,7 +93,7 @@ class AdapterConfig:
 
     @cached_property
     def of_one_layer(self) -> "AdapterConfig":
-        """What decides what a layer does: without layers, seed and stds, and of alpha only whether it is the rank."""
+        """Only what decides what a layer does: not layers, seed and stds, and of alpha only whether it is the rank."""
         alpha = self.rank * (1.0 if self.scale == 1.0 else 2.0)
         return replace(self, layers=(1,), seed=0, alpha=alpha, init_std_a=1.0, init_std_b=1.0)
 
@@ -120,7 +120,7 @@ class AdapterConfig:
         return {target.prefix + factor: (target, factor) for target in self.targets for factor in FACTORS}
 
     def factor(self, name: str) -> Factor:
-        """Which layers share a tensor, whether it is trained, and how it is initialised."""
+        """How the method uses a tensor: the layers that share it, whether it is trained, and how it is initialised."""
         return self.method_spec.factor(self.tensors[name][1])
 
     def slot(self, name: str, layer: int) -> int:
@@ -206,7 +206,7 @@ class AdapterPart:
         return range(first, first + len(self.layers))
 
     def slots_of_layers(self, name: str) -> Slots:
-        """Which of these each layer of the stage uses; None if the rank has no tensor with slots."""
+        """For each layer of the stage, which of `slots` it uses; None if the rank has no tensor with slots."""
         if not (self.exists(name) and self.config.is_stacked(name)):
             return None
         return tuple(self.config.slot(name, layer) - self.slots(name).start for layer in self.layers)
@@ -229,7 +229,7 @@ class AdapterPart:
         return self.config.spec(name).local_shape(shape, self.tp_size)
 
     def local_size(self, name: str) -> int:
-        """The numbers in this rank's part."""
+        """The number of elements in this rank's part."""
         return math.prod(self.local_shape(name))
 
     def is_gathered(self, name: str) -> bool:
@@ -285,8 +285,8 @@ class LinearUpdate(NamedTuple):
         a: A, (r, local in), in the base's dtype; no gradient.
         f: F = (alpha / r) diag(v) B diag(u), (local out, r), in the base's dtype; no gradient.
         grad_a: gradient slot that receives A's gradient: A's shape, the adapter's dtype, no values. None: A is frozen.
-        grad_f: the same for F. None if B, u and v are frozen.
-        rows: which tokens it is for, and the dropout of its input.
+        grad_f: gradient slot of F. None: B, u and v are frozen.
+        rows: the tokens that it is for, and the dropout of its input.
     """
 
     a: Tensor | None = None

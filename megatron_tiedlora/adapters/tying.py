@@ -29,7 +29,7 @@ def sum_gradients_(
     for this one, and the caller stops the adapter.
 
     Args:
-        adapters: those that take a step, by name. All of them have micro-batches on every rank.
+        adapters: the adapters that take a step, by name. All of them have micro-batches on every rank.
         engine_averages: whether an engine averages the gradients over the data-parallel ranks afterwards. Then only
             tied ones are summed here (u's are by `sum_of_u`), and data-parallel rank 0 of each stage gets the sum, the
             others zeros. So every stage gets the same bits for any order of sums or buckets. (If every rank had the
@@ -127,7 +127,7 @@ def find_mismatches(adapters: Sequence[TiedAdapter], groups: ParallelGroups) -> 
 
 
 def _differing(tensors: Sequence[tuple[int, str, Tensor]], group: RankGroup) -> list[tuple[int, str, Tensor]]:
-    """Those that differ in the group, the same on all of its ranks, so that these can describe them together."""
+    """The tensors that differ in the group: equal lists on all of its ranks, which can then describe them together."""
     if group.size == 1 or not tensors:
         return []
     bits = torch.cat([tensor.view(torch.int32).flatten() for _, _, tensor in tensors])
@@ -229,13 +229,13 @@ def gradient_norm_counts(adapter: TiedAdapter, groups: ParallelGroups) -> Sequen
 # Full tensors ---------------------------------------------------------------------------------------------------------
 
 
-# What AdamW keeps of each trained tensor beside it, by torch's names: means of its gradients and of their squares.
+# The state of AdamW for each trained tensor, by torch's names: means of its gradients and of their squares.
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
 class AdapterLayout:
-    """Which rank holds which part of an adapter.
+    """The parts of an adapter that the ranks hold.
 
     Attributes:
         stage_layers: adapted layers by pipeline stage.

@@ -34,8 +34,8 @@ REJECTED_SECTIONS = {
     "scheduler": "--learning_rate, --schedule, --warmup_steps and --max_steps",
 }
 
-# What is read of DeepSpeed's section (0.19.8), with its types: all but deprecated and second names, `zenflow`, which
-# changes how AdamW steps, and `leaf_module`. It is written down here because a plan must not need DeepSpeed.
+# The keys of DeepSpeed's section (0.19.8) that are read, with their types: all but deprecated and second names,
+# `zenflow`, which changes how AdamW steps, and `leaf_module`. The table is here because a plan must not need DeepSpeed.
 _Count, _Bucket = Annotated[int, Field(ge=0)], Annotated[int, Field(gt=0)]  # DeepSpeed divides by a bucket's size
 _Share = Annotated[float, Field(ge=0, le=1)]
 _OFFLOAD: dict[str, Any] = {
@@ -90,7 +90,7 @@ ZeroSection = _section(
 )
 
 
-# What is read beside it. The numbers of the batch and clipping are compared with the settings'.
+# The other keys that are read. The values of the batch and clipping are compared with the settings.
 _ENGINE = _section(
     "engine",
     **dict.fromkeys(
@@ -132,7 +132,7 @@ class EngineConfig:
 
     @property
     def live_parameters(self) -> int:
-        """ZeRO-3 stops gathering weights once it holds more numbers than these."""
+        """The number of elements at which ZeRO-3 stops gathering weights."""
         return int(self.values.get("zero_optimization", {}).get("stage3_max_live_parameters", 1_000_000_000))
 
     @property

@@ -39,11 +39,11 @@ Moments = Mapping[str, Mapping[str, Tensor]]  # by moment and tensor, in the sha
 
 @dataclass(frozen=True)
 class OwnOptimizer:
-    """What one adapter takes its steps with.
+    """The optimizer of one adapter, its schedule and its clipping.
 
     Attributes:
-        optimizer: of the trained tensors of its part on this rank; if it has none, of one number.
-        max_norm: of its gradients; 0: they are not clipped.
+        optimizer: for the trained tensors of this rank's part; if there are none, for one number.
+        max_norm: the largest norm of its gradients; 0: they are not clipped.
     """
 
     optimizer: Optimizer
@@ -71,21 +71,21 @@ class Optimizers:
         return self.own[name].optimizer
 
     def begin(self, num_micro_batches: int) -> None:
-        """Begin a step of so many backward passes on this rank."""
+        """Begin a step of `num_micro_batches` backward passes on this rank."""
 
     def sum_tied(self) -> None:
-        """In a pipeline whose engine sums over data-parallel ranks: what comes before that."""
+        """Sum tied gradients, in a pipeline whose engine sums over data-parallel ranks afterwards."""
 
     def divisors(self, num_supervised: int, *, accumulation_steps: int, dp_size: int) -> tuple[float, ...]:
-        """What the summed loss of a micro-batch is divided by, one after the other, before its backward pass.
+        """The divisors of a micro-batch's summed loss before its backward pass, one after the other.
 
         It is divided twice, as by DeepSpeed, which gives the same bits.
 
         Args:
             num_supervised: supervised tokens of the adapter's global batch.
         """
-        share = accumulation_steps * dp_size
-        return num_supervised / share, share
+        count = accumulation_steps * dp_size
+        return num_supervised / count, count
 
     def sum_gradients(self, taking: Collection[str]) -> Missing:
         """Sum the gradients of the adapters that take a step over the ranks, unless the engine does."""
@@ -227,9 +227,9 @@ class EngineOptimizer(Optimizers):
                     parameter, release_swap_buffers=False, optim_state_key=moment
                 )
                 start = partition.numel() * self.groups.data.rank
-                piece = value.flatten()[start : start + partition.numel()]
+                mine = value.flatten()[start : start + partition.numel()]
                 partition.zero_()
-                partition[: piece.numel()].copy_(piece)
+                partition[: mine.numel()].copy_(mine)
 
 
 def _fresh_state(parameter: Tensor, step: int) -> dict[str, Tensor]:
@@ -245,7 +245,7 @@ def inputs_to_fill(num_stages: int) -> int:
     return 4 * num_stages if num_stages > 1 else 1
 
 
-Divisors = tuple[float, ...]  # what the summed loss of a micro-batch is divided by, one after the other
+Divisors = tuple[float, ...]  # the summed loss of a micro-batch is divided by these, one after the other
 
 
 @dataclass
@@ -309,7 +309,7 @@ class Runner:
         """Run a step's forward and backward passes: accumulates gradients, and changes no parameter.
 
         Args:
-            divisors: of every adapter that takes a step.
+            divisors: for every adapter that takes a step.
             between: called after a micro-batch if all ranks can stop together there; may raise.
 
         Returns:
@@ -339,7 +339,7 @@ class Runner:
         return tensor.pin_memory().to(self.device, non_blocking=True)  # from unpinned memory a copy blocks
 
     def forward(self, batch: MicroBatch) -> Tensor:
-        """Summed loss of a micro-batch, a scalar; of one that several share that of each, (shares,)."""
+        """The summed loss of a micro-batch, a scalar; if several adapters share it, one loss for each, (shares,)."""
         supervised = self._supervised(batch)
         tokens, positions = self._on_device(batch.tokens), self._on_device(batch.positions)
         token_index = None if batch.token_index is None else self._on_device(batch.token_index)
@@ -414,7 +414,7 @@ class PipelineRunner(Runner):
         )
 
     def _load(self, buffer_id: int) -> None:
-        """Load what the first and the last stage need of the next micro-batch besides hidden states."""
+        """Load the tensors of the next micro-batch that the first and the last stage need besides hidden states."""
         batch = next(self._to_load)
         self._shares[buffer_id] = batch.shares
         if self.stage.embedding is not None:

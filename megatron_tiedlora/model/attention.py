@@ -65,12 +65,14 @@ def cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else dtype
 
 
-AnyCache = KeyValueCache | tuple[KeyValueCache, ...]  # of one batch, or of each share of tokens of several adapters
+AnyCache = (
+    KeyValueCache | tuple[KeyValueCache, ...]
+)  # one for a batch, or one for the tokens of each of several adapters
 
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """What attention needs to know about the tokens of a call; it is the same for all layers.
+    """The tokens of a call, as attention needs to know them; the same object serves all layers.
 
     Attributes:
         positions: (b, s) int64.
@@ -79,7 +81,7 @@ class AttentionContext:
             head_dim), keys and values (b, kv heads, s, head_dim); a token sees its own document up to itself.
         mask: if keys come from a cache, 0 or -inf that is added to the scores, (b * kv, heads / kv * s, keys) in the
             cache's dtype.
-        of_shares: if keys come from the caches of several shares, the context of each.
+        of_shares: if keys come from the caches of several shares, a context for each.
     """
 
     positions: Tensor
@@ -111,16 +113,16 @@ class Attention(nn.Module):
         shares: Shares = (),
         ropes: Iterable[shapes.RopeShape | None] | None = None,
     ) -> AttentionContext:
-        """What `attend` of every layer needs to know about the tokens, computed once for all layers.
+        """The tokens, as `attend` of every layer needs to know them; computed once for all layers.
 
         Args:
             positions: (b, s) int64.
-            dtype: of the activations.
+            dtype: the dtype of the activations.
             documents: (b, s) int64, document ids; None: one document per row. Best on the host.
-            shares: whose tokens they are; if there are several, b is 1. By default all are one adapter's.
-            cache: of any layer, as it is before the call. The first call fills it with whole prompts, padded on the
+            shares: the adapters of the tokens; if there are several, b is 1. By default there is one adapter.
+            cache: the cache of any layer before the call. The first call fills it with whole prompts, padded on the
                 right; later tokens see its keys up to their own position. With shares there is one for each.
-            ropes: the rotations of all layers, if that of this one is not the only one.
+            ropes: the rotations of all layers, if layers have other rotations than this one.
         """
         heads = self.qkv.heads
         rotations = filter(None, [self.qkv.rope] if ropes is None else ropes)
@@ -173,8 +175,8 @@ class Attention(nn.Module):
 
         Args:
             hidden: activations between layers, (b, s, d) or (1, b s / p, d).
-            context: of the s tokens.
-            cache: of this rank's key and value heads; the new keys and values are added to it. With shares there is
+            context: see `context`.
+            cache: for this rank's key and value heads; the new keys and values are added to it. With shares there is
                 one for each.
         """
         qkv_update = None if update is None else update.get(shapes.QKV)
@@ -202,13 +204,13 @@ class Attention(nn.Module):
 
 
 def _by_share(ids: Tensor, shares: Shares) -> list[Tensor]:
-    """(1, s), or (rows, length) of the only share -> the (rows, length) of each share."""
+    """Split (1, s), or the (rows, length) of the only share, into the (rows, length) of each share."""
     parts = ids.flatten().split([share.num_tokens for share in shares])
     return [part.view(share.num_rows, share.length) for part, share in zip(parts, shares, strict=True)]
 
 
 def _tiled_shares(shares: Shares, documents: Tensor | None, size: int) -> tuple[TiledRows, ...]:
-    """The rows of a shared micro-batch as attention on a CPU takes them, which gives each row the bits it has alone.
+    """The rows of a shared micro-batch for attention on a CPU. Each row gets the bits that it would get alone.
 
     Rows of one length that follow each other are computed together. Packed ones are not, as a tile would get the keys
     that one of them sees, and their sums would have other addends of zero.
@@ -272,7 +274,7 @@ def inverse_frequencies(heads: shapes.HeadShape, device: torch.device | None = N
 
 
 def amplitude(scaling: shapes.RopeScaling | None) -> float:
-    """a: what cos and sin are multiplied by."""
+    """a: the factor of cos and sin."""
     return scaling.amplitude if isinstance(scaling, shapes.YarnScaling | shapes.LongRopeScaling) else 1.0
 
 

@@ -71,7 +71,7 @@ class Supervised(NamedTuple):
 
     Attributes:
         rows: (m,) int64, indices into (b s), part by part.
-        local_rows: (m,) int64, the same as indices into the (b s / p) of their part.
+        local_rows: (m,) int64, `rows` as indices into the (b s / p) of their part.
         supervised: (n,) int64, which of `rows` have a label.
         labels: (n,) int64, the labels of `supervised`.
         spans: the adapters of `rows`, if there are several.
@@ -86,7 +86,7 @@ class Supervised(NamedTuple):
     supervised_spans: RowSpans = ()
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "Supervised":
-        """The same with `move` applied to every tensor."""
+        """A copy with `move` applied to every tensor."""
         rows, local_rows, supervised, labels = map(move, (self.rows, self.local_rows, self.supervised, self.labels))
         return self._replace(rows=rows, local_rows=local_rows, supervised=supervised, labels=labels)
 
@@ -104,7 +104,7 @@ def find_supervised(labels: Tensor, num_parts: int = 1, shares: Shares = ()) -> 
 
     Args:
         num_parts: ranks over which activations are sharded along the sequence; it divides b s.
-        shares: whose micro-batch it is; if there are several, b is 1.
+        shares: the adapters of the micro-batch; if there are several, b is 1.
     """
     spans, by_part = spans_of(shares), labels.reshape(num_parts, -1)
     length = by_part.shape[1]
@@ -143,8 +143,8 @@ class Documents(NamedTuple):
     """The n documents of concatenated rows (b s): document i is tokens bounds[i] to bounds[i + 1] - 1.
 
     Attributes:
-        bounds: n + 1 numbers on the host, from 0 to b s.
-        offsets: the same numbers, (n + 1,) int32 on the device.
+        bounds: n + 1 indices on the host, from 0 to b s.
+        offsets: `bounds` as (n + 1,) int32 on the device.
         longest: the number of tokens in the longest document.
     """
 
@@ -159,7 +159,7 @@ def find_documents(ids: Sequence[Tensor], device: torch.device) -> Documents:
     It does not synchronise with the device if the ids are on the host.
 
     Args:
-        ids: (b, s) int64, of each block.
+        ids: (b, s) int64, one tensor for each block.
     """
     begins = torch.cat([document_begins(block).flatten() for block in ids])
     bounds = [*begins.nonzero()[:, 0].tolist(), len(begins)]

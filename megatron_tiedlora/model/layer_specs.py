@@ -58,7 +58,7 @@ class SwiGlu(nn.Module):
         """Activations between layers, (b, s, d) or (1, b s / p, d), to the same shape.
 
         Args:
-            update: of the layer; those of gate_up and down_proj are used.
+            update: the updates of the layer, of which gate_up and down_proj are used.
             recomputes: do not save gate and up, but compute them again in the backward pass.
         """
         gate_up, down = ((update or {}).get(name, LinearUpdate()) for name in (GATE_UP, DOWN))
@@ -141,7 +141,7 @@ class _SwiGlu(torch.autograd.Function):
 
 
 def _needs(ctx: Any) -> tuple[Needs, Needs]:
-    """Which gradients are needed of gate-up and of down, whose input has one if anything before it needs one."""
+    """The gradients that gate-up and down need. The input of down needs one if anything before it does."""
     hidden, a, f, down_a, down_f = ctx.needs_input_grad[:5]
     needs = Needs(hidden, a, f)
     return needs, Needs(any(needs), down_a, down_f)

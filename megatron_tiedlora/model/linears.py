@@ -30,7 +30,7 @@ from megatron_tiedlora.parallel.loss import first_derivative_only
 
 
 class Norm(nn.Module):
-    """RMS norm, y = weight * x / sqrt(mean(x^2) + eps), or LayerNorm, that of x - mean(x) plus a bias; see `kernels`.
+    """RMS norm, y = weight * x / sqrt(mean(x^2) + eps), or LayerNorm: the RMS norm of x - mean(x) plus a bias.
 
     It saves its input and one number per token for the backward pass.
     """
@@ -107,7 +107,7 @@ class NormedLinear(nn.Module):
 
 
 class Operands(NamedTuple):
-    """What a projection needs beside W; None is what there is not.
+    """The tensors of a projection beside W; None if there is no such tensor.
 
     Attributes:
         a, f: the factors of the update, A (r, local in) and F (local out, r).
@@ -123,7 +123,7 @@ class Operands(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which gradients a backward pass returns: of the input, of A and of F."""
+    """The gradients that a backward pass returns: for the input, A and F."""
 
     x: bool
     a: bool
@@ -140,8 +140,8 @@ class Projection:
     """z from the hidden states, and the gradients from dz, as functions that autograd does not record.
 
     Attributes:
-        rows: which tokens the factors of the update are for.
-        eps: of the norm; None if there is none.
+        rows: the tokens that the factors of the update are for.
+        eps: epsilon of the norm; None if there is no norm.
         num_rows: b of (b, s) tokens, for activations that are sharded along the sequence.
         tensor_parallel: ranks that have the same hidden states, or parts of them; by default this rank has its own.
     """
@@ -244,7 +244,7 @@ class Projection:
     def _leave(
         self, grad_normed: Tensor | None, grad_ax: Tensor | None, a: Tensor | None, *, needs_ax: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The gradients of x and A x; that of x is summed over the ranks and includes the update's share.
+        """The gradients of x and A x; that of x is summed over the ranks and includes the update's gradient.
 
         Under sequence parallelism this rank gets its part of the sequence. With `needs_ax` the gradient of A x is
         summed in the same message, and A's gradient follows from it and this rank's part of x. Without sequence
@@ -355,7 +355,7 @@ class QkvLinear(NormedLinear):
         """Without `rope` queries and keys are not rotated.
 
         Args:
-            others: what the norm and the linear need beside `weight` and `dtype`; see `NormedLinear`.
+            others: the other arguments of `NormedLinear`.
         """
         super().__init__(weight, dtype=dtype, **others)
         assert rope or not local_heads.norms, "no family has norms of heads that are not rotated"
@@ -398,7 +398,7 @@ class SplitHeads:
     per token, in one message in each pass.
 
     Attributes:
-        heads: of this rank.
+        heads: the heads of this rank.
         table: cos and sin of the s tokens' positions; () if there is no rotation.
         norms: weights of the norms of queries and of keys, (head_dim,), or (heads * head_dim,) of all heads; or ().
         group: the ranks that share the heads.

@@ -35,7 +35,7 @@ class Attended(NamedTuple):
     Attributes:
         hidden: the input of the block, (b, s, d) or (1, b s / p, d).
         attention_output: (b, s, local heads * head_dim).
-        update: of the block's linears, if it is adapted.
+        update: the update of the block, if it is adapted.
         zero_gradients: the tensors to which the backward pass of the loss gives zeros.
     """
 
@@ -140,7 +140,7 @@ class SupervisedTail:
 
 
 def _with_zero_gradients(result: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    """The same result, whose backward pass also gives zeros to these tensors."""
+    """The result with a backward pass that also gives zeros to these tensors."""
     if not tensors:
         return result
     zeros = [partial(torch.zeros, tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in tensors]
@@ -180,7 +180,7 @@ class Stage(nn.Module):
         """Build the layers.
 
         Args:
-            adapters: of the stage. One without a bank is the engine's.
+            adapters: the adapters of the stage. An adapter without a bank is a part of this module.
             is_engines: whether the only adapter of a bank is a part of this module, so that an engine steps it.
         """
         super().__init__()
@@ -261,9 +261,9 @@ class Stage(nn.Module):
             labels: (b, s) int64, the next token or -100; or the result of `find_supervised`, found on the host.
             documents: (b, s) int64, document ids; None: one document per row.
             token_index: (b, s) int64, see `MicroBatch`; None: there is no dropout.
-            shares: whose micro-batch it is; without them, the only adapter's. If there are several, b is 1, and
-                `labels` is the result of `find_supervised`.
-            prediction: of `predict`, which is called in place of all this.
+            shares: the adapters of the micro-batch; by default the only one. If there are several, b is 1, and `labels`
+                is the result of `find_supervised`.
+            prediction: a function of `predict`, which is called in place of all this.
 
         Returns:
             activations between layers. If the stage has the head: the summed loss over supervised positions, or one
@@ -306,7 +306,7 @@ class Stage(nn.Module):
         Args:
             inputs, positions, labels, documents: as in `forward`.
             shares: as in `forward`.
-            caches: one per block, for decoding; with several shares one per block and share.
+            caches: one per block, for generation; with several shares one per block and share.
             updates: the result of `read_adapter`, if it was called before.
             wanted: (b,) int64, the position of each row whose logits are wanted; the result is then (b, 1, V). With
                 several shares there is one for each of their rows, among all s tokens.
@@ -341,7 +341,7 @@ class Stage(nn.Module):
         """The updates of the stage's adapted layers, by layer. Factors that ranks need in full are gathered.
 
         Args:
-            shares: whose tokens they are for, as in `forward`.
+            shares: as in `forward`.
         """
         if self.bank is None:
             return {}
@@ -361,7 +361,7 @@ class Stage(nn.Module):
         caches: Sequence[AnyCache] | None = None,
         shares: Shares = (),
     ) -> AttentionContext:
-        """What the attention of every block needs to know about the tokens; see `Attention.context`."""
+        """The tokens, as the attention of every block needs to know them; see `Attention.context`."""
         cache = caches[0] if caches else None
         blocks: list[Any] = [self.layers[str(index)] for index in self.blocks]
         ropes = dict.fromkeys(block.attention.qkv.rope for block in blocks)

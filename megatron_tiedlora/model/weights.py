@@ -141,10 +141,10 @@ class WeightRule:
     """One parameter of the base.
 
     Attributes:
-        name: of the parameter, "layers.INDEX.REST".
+        name: the name of the parameter, "layers.INDEX.REST".
         layer: its entry of the flat list: 0 the embedding, 1 to L the blocks, L + 1 the head.
         linear: the name of the linear whose matrix it is; None for a norm's weight or a bias.
-        shape: of the full tensor.
+        shape: the shape of the full tensor.
         spec: how it is sharded over tensor-parallel ranks.
         parts: stacked along dimension 0, one for each of `spec.blocks` if these run along it.
         divides: whether the backward pass divides by it, so that it must have no zero.

@@ -1,4 +1,4 @@
-"""What all ranks agree on outside the model: sums of a few numbers and rank 0's decisions. A single rank sends nothing.
+"""Agreement of all ranks outside the model: sums of a few numbers and rank 0's decisions. A single rank sends nothing.
 
 Everything is sent as CPU tensors over gloo: no rank waits for a GPU, and an exchange with a dead peer raises at once.
 The size is sent first, then the value as bytes: JSON for fields, texts and numbers, safetensors for tensors.
@@ -69,7 +69,7 @@ def first_message(message: str | None) -> str | None:
 
 
 def first_messages(messages: Sequence[str | None]) -> list[str | None]:
-    """The same for several, of which each rank has as many. If no rank has any, one sum tells."""
+    """`first_message` for equally many messages of each rank. If no rank has any, only one sum is sent."""
     if world_size() == 1 or not messages:
         return list(messages)
     counts = sum_over_ranks([float(message is not None) for message in messages])
@@ -117,10 +117,10 @@ def num_differing(value: str) -> int:
 
 
 def decided_by_rank_0(decide: Callable[[], Value], *, kind: Any = None) -> Value:
-    """What `decide` returns on rank 0, on every rank; only rank 0 calls it.
+    """Call `decide` on rank 0 alone, and return its result on every rank.
 
     Args:
-        kind: the type of what it returns, which `packed` must be able to send; None if it returns None.
+        kind: the type of the result, which `packed` must be able to send; None if the result is None.
 
     Raises:
         UserError: rank 0's own error, on every rank, so that no rank waits for it; or the value is not of type `kind`.

@@ -26,7 +26,7 @@ class Columns:
     """Columns `start` to `stop - 1` of the `full` ones of a tensor: a shard of its rows.
 
     Attributes:
-        largest: the elementwise maximum over the ranks that have the other columns; None if nothing can be asked.
+        largest: returns the elementwise maximum over the ranks that have the other columns; None without such ranks.
     """
 
     start: int
@@ -49,7 +49,7 @@ class FrozenWeight:
         """Uninitialised memory on the current default device.
 
         Args:
-            dtype: of the activations.
+            dtype: the dtype of the activations.
             shards_rows: whether the shard has only some of the full tensor's columns.
         """
         return cls(frozen_parameter(*local_shape, dtype=dtype))
@@ -89,7 +89,7 @@ class FrozenWeight:
         """Store `values`, of any float dtype and device, in dimension `dim` from index `start` on.
 
         Args:
-            columns: those that a shard of rows has in the full tensor. `values` has the columns `columns_to_read`.
+            columns: the columns of a shard of rows in the full tensor. `values` has the columns `columns_to_read`.
         """
         self.tensor.data.narrow(dim, start, values.shape[dim]).copy_(values)
 
@@ -152,8 +152,8 @@ def wide_matmul(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 def frozen_linear(x: Tensor, weight: FrozenWeight) -> Tensor:
     """x W^T, (..., out), from x (..., in) and W (out, in). It saves nothing for the backward pass, dX = dY W."""
 
-    def of_rows(product: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-        return product(tensor.flatten(0, -2)).view(*tensor.shape[:-1], -1)
+    def of_rows(matmul: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+        return matmul(tensor.flatten(0, -2)).view(*tensor.shape[:-1], -1)
 
     return with_adjoint(partial(of_rows, weight.times_transposed), partial(of_rows, weight.times), x)
 

@@ -1,4 +1,4 @@
-"""Which ranks send each other messages, the collectives of tensor parallelism, and counts of what is sent.
+"""Groups of ranks that send each other messages, the collectives of tensor parallelism, and counts of messages.
 
 Groups are made elsewhere and passed as arguments, never read from globals. Entering a region and leaving it are
 adjoint: identity (backward all-reduce) and all-reduce (backward identity), or with sequence parallelism all-gather
@@ -72,7 +72,7 @@ class Grid:
         return (pp_rank * self.dp_size + dp_rank) * self.tp_size + tp_rank
 
     def at(self, rank: int) -> "Grid":
-        """The same grid for another rank."""
+        """This grid for another rank."""
         return replace(self, rank=rank)
 
     def groups(self, key: "Callable[[Grid], Key]") -> dict[Key, list[int]]:
@@ -133,7 +133,7 @@ class TensorParallel:
         return self.group.size if self.sequence_parallel else 1
 
     def whole_sequences(self) -> "TensorParallel":
-        """The same ranks without sequence parallelism: for decoding, where a step is one token long."""
+        """These ranks without sequence parallelism: for generation, where a step is one token long."""
         return replace(self, sequence_parallel=False)
 
 
@@ -144,8 +144,8 @@ class ParallelGroups:
     Attributes:
         tensor: ranks that share each layer.
         pipeline: ranks with the other stages of the same samples and the same part of each layer.
-        choices: the same ranks, for the tokens that the last stage sends to all others while decoding. They need a
-            queue of their own, since ranks send them and the messages between stages in different orders.
+        choices: the ranks of `pipeline`, for the tokens that the last stage sends to all others during generation. They
+            need a queue of their own, since ranks send them and the messages between stages in different orders.
         data: ranks that hold the same tensors and see other samples.
         tied: pipeline x data: ranks that hold the same shard of a tied tensor.
         stage: tensor x data: ranks that hold the same u.

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 # Elements of its widest argument that an uncompiled kernel processes at one time on a GPU: 64 MiB in fp32.
 NUMBERS_AT_ONCE = 2**24
-# What is compiled for a CPU needs memory for so many copies of its widest argument; the others need none.
+# Memory that compiled kernels need on a CPU, in copies of their widest argument; the others need none.
 COPIES_ON_CPU = {"gate_gradient": 1}  # it joins the gradients of gate and up in one more tensor
 
 
@@ -144,7 +144,7 @@ def square_means(heads: Tensor, num: int, num_kv: int) -> Tensor:
 def product_means(query: Tensor, key: Tensor, rotated: Tensor) -> Tensor:
     """The means of g n over all queries and over all keys, (T, 2) `upcast`, for the gradient of a norm of all heads.
 
-    In `norm_gradient`'s words; g n is the product of a rotated head, `rotated`, and its gradient, `query` or `key`.
+    g and n are as in `norm_gradient`; g n is a rotated head, `rotated`, times its gradient, `query` or `key`.
     """
     gradient = upcast(torch.cat((query, key), dim=1))
     return _means(gradient * rotated[:, : gradient.shape[1]], query.shape[1])
@@ -167,13 +167,13 @@ def rotate_normed_gradient(
 ) -> Tensor:
     """The gradient of the heads before `rotate_normed`, (T, n, head_dim), from its results and their gradients.
 
-    What the norm divided, x root, is not kept: it is the result rotated back and divided by the weight. Rounded cosines
+    x root is not saved: it is the result rotated back and divided by the weight. Rounded cosines
     and sines turn by a length that is not exactly 1, or a scaled rotation's, so it is also divided by its square.
 
     Args:
         query, key, value: gradients, each (T, heads, head_dim).
         rotated, root: the results of `rotate_normed`.
-        mean: that of g n in `norm_gradient`'s words, if it is not each head's own, (T, m, 1); see `product_means`.
+        mean: the mean of g n (see `norm_gradient`), if it is not each head's own, (T, m, 1); see `product_means`.
     """
     weighted = upcast(torch.cat((_rotated(query, cos, -sin), _rotated(key, cos, -sin)), dim=1)) * weight
     wide_cos, wide_sin = upcast(cos), upcast(sin)
@@ -195,7 +195,7 @@ def exp_scores_(scores: Tensor, mask: Tensor, weights: Tensor) -> tuple[Tensor, 
     Args:
         scores: (c, n, m, keys), `upcast`.
         mask: (c, 1, m, keys), 0 or -inf in any dtype; no row is all -inf.
-        weights: of the scores' shape, any dtype; filled with exp(score - largest).
+        weights: the shape of the scores, any dtype; filled with exp(score - largest).
 
     Returns:
         (log of the sum of exp(score), sum of the weights), each (c, n, m, 1).
@@ -220,7 +220,7 @@ def score_gradient_(
         log_sums: (c, n, m, 1), its first result.
         deltas: (c, n, m, 1), the sum over keys of p * grad_weights.
         grad_weights: (c, n, m, keys), the gradient of p; replaced by the gradient of the scores.
-        weights: of the shape of `grad_weights`.
+        weights: the shape of `grad_weights`.
     """
     probability = (scores + mask - log_sums).exp()
     weights.copy_(probability)
@@ -259,11 +259,11 @@ class Kernels:
     exp_logits_: Callable[[Tensor, Tensor], None] = exp_logits_
 
     def by_rows(self) -> Kernels:
-        """The same kernels, uncompiled, with bounded temporaries on a GPU."""
+        """These kernels, uncompiled, with bounded temporaries on a GPU."""
         return self._of_rows(_in_parts)
 
     def compiled(self, *, static_widths: bool = False) -> Kernels:
-        """The same kernels, wrapped by torch.compile. Each is compiled when it is first called.
+        """These kernels, wrapped by torch.compile. Each is compiled when it is first called.
 
         Args:
             static_widths: False for one graph for all sizes. True for graphs in which every size is a constant, except
@@ -275,7 +275,7 @@ class Kernels:
         return Kernels(**{name: torch.compile(getattr(self, name), dynamic=dynamic) for name in names})
 
     def marked(self) -> Kernels:
-        """The same kernels, which tell torch.compile that the number of rows will change: for first calls."""
+        """These kernels; they tell torch.compile that the number of rows will change. For first calls."""
         return self._of_rows(_marking)
 
     def _of_rows(self, change: Callable[[Callable[..., Any], list[bool]], Callable[..., Any]]) -> Kernels:

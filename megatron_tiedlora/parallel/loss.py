@@ -138,7 +138,7 @@ def run_with_early_backward(
 
     Args:
         function: it is differentiated for these inputs alone; other tensors that it uses get no gradient.
-        inputs: of any float dtype. At least one needs a gradient, and the result must depend on all that do.
+        inputs: any float dtype. At least one needs a gradient, and the result must depend on all that do.
         spans: with several losses, the rows of each input that belong to each loss, which depends on these alone.
     """
     loss: Tensor = _EarlyBackward.apply(function, spans or [None] * len(inputs), *inputs)
@@ -165,7 +165,7 @@ class VocabularyShard(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """Numbers per row, each (n,)."""
+    """The result for n rows, each (n,)."""
 
     losses: Tensor
     total: Tensor  # logsumexp over all ids
@@ -240,7 +240,7 @@ def sum_token_losses(rows: Tensor, labels: Tensor, shard: VocabularyShard, spans
     Args:
         rows: (n, d), any float dtype, the same on every rank.
         labels: (n,) int64, all of them supervised, the same on every rank.
-        spans: of the n rows, if they belong to several adapters.
+        spans: the adapters of the n rows, if there are several.
 
     Returns:
         a scalar in max(fp32, dtype of `rows`), or with `spans` one per adapter, (adapters,). The gradient of `rows`

@@ -86,7 +86,7 @@ def dequantise_blocks(packed: Tensor, scales: Tensor, width: int, block: int, na
 
 
 def quantised_rows(values: Tensor, storage: BaseFormat) -> Tensor:
-    """What a format makes of whole rows, (rows, width) fp32: D(W) for W."""
+    """Whole rows quantised and dequantised, (rows, width) fp32: D(W) for W."""
     if storage.block is None:
         return dequantise_rows(*quantise_rows(values, row_maxima(values), storage.name))
     codes, scales = quantise_blocks(values, storage.block, storage.name)

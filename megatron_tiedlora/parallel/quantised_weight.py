@@ -99,7 +99,7 @@ class QuantisedWeight(FrozenWeight):
         """Quantise and store `values`, of any float dtype and device: rows from `start` on, or all rows if `dim` is 1.
 
         Args:
-            columns: those that a shard of rows has in the full tensor. `values` has the columns `columns_to_read`.
+            columns: the columns of a shard of rows in the full tensor. `values` has the columns `columns_to_read`.
 
         Raises:
             ValueError: a value is not finite.
@@ -316,7 +316,7 @@ def _multiply_by_row(device: torch.device) -> None:
 
 
 def check_gpu_products(linears: Iterable[LinearShape], *, tp_size: int, dtype: torch.dtype) -> None:
-    """Raise UserError if GPUs have no kernel for the products of these linears' shards: they would be emulated."""
+    """Raise UserError if GPUs have no kernel for the FP8 matmuls of these linears' shards: they would be emulated."""
     if dtype != torch.bfloat16:
         raise UserError("--products fp8 needs --dtype bf16 on a GPU")
     for linear in linears:

@@ -57,7 +57,7 @@ class ShardSpec:
         return tuple(local)
 
     def split(self, full: Tensor, tp_rank: int, tp_size: int) -> Tensor:
-        """The shard of `full` that `tp_rank` of `tp_size` holds; a view if it is one piece without padding."""
+        """The shard of `full` that `tp_rank` of `tp_size` holds; a view if it is contiguous and without padding."""
         if self.dim is None or tp_size == 1:
             return full
         pieces = [
