@@ -89,11 +89,6 @@ class AdapterBank:
         """`dropout` is of the adapters that have one, in training steps."""
         self.adapters, self.dropout = dict(adapters), dict(dropout or {})
 
-    @property
-    def first_layer(self) -> int:
-        """The first layer of the model that one of them adapts."""
-        return min(adapter.config.layers[0] for adapter in self.adapters.values())
-
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Every tensor of this rank, as NAME.TENSOR."""
         for name, adapter in self.adapters.items():
@@ -107,7 +102,7 @@ class AdapterBank:
         gradients summed in one. The gradients of u stay this rank's addends, which are summed once per step.
 
         Args:
-            shares: the shares of the micro-batch, at most one per adapter. By default all tokens belong to the only one.
+            shares: the shares of the micro-batch, at most one per adapter. By default all tokens are the only one's.
             dtype: the base's dtype.
         """
         adapters = [self.adapters[share.adapter] for share in shares or self._only_share()]

@@ -240,7 +240,8 @@ class Stage(nn.Module):
     @property
     def needs_input_gradient(self) -> bool:
         """Whether an earlier stage has an adapted layer."""
-        return self.bank is not None and self.bank.first_layer < self.blocks[0]
+        adapters = () if self.bank is None else self.bank.adapters.values()
+        return any(adapter.config.layers[0] < self.blocks[0] for adapter in adapters)
 
     def forward(
         self,

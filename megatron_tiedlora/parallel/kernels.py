@@ -327,11 +327,8 @@ def run_in_parts(kernel: Callable[..., Any], arguments: tuple[Any, ...], has_row
 
 def scaled(tensor: Tensor, factor: Tensor) -> Tensor:
     """tensor * factor in the tensor's dtype, (..., n); the product is in max(fp32, that dtype), some rows at a time."""
-    return cast(Tensor, run_in_parts(_scaled, (as_rows(tensor), factor), [True, False])).view(tensor.shape)
-
-
-def _scaled(rows: Tensor, factor: Tensor) -> Tensor:
-    return (upcast(rows) * factor).to(rows.dtype)
+    rows = run_in_parts(lambda part, by: (upcast(part) * by).to(part.dtype), (as_rows(tensor), factor), [True, False])
+    return cast(Tensor, rows).view(tensor.shape)
 
 
 def _marking(kernel: Callable[..., Any], has_rows: list[bool]) -> Callable[..., Any]:
