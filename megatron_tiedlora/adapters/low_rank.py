@@ -243,55 +243,51 @@ class SharedRows(AllRows):
 
     def reduce_input(self, x: Tensor, a: Tensor, *, local: bool) -> Tensor:
         """As in AllRows."""
-        factors, rows = self._factors(a, by_rows=True), self._rows(flat(x), local, drops=True)
-        found = [of.reduce_input(own, factors[adapter], local=local) for adapter, own, of in rows]
-        return _end_to_end(found, x)
+        factors, spans = self._factors(a, by_rows=True), self._each(flat(x), local=local, drops=True)
+        return _end_to_end([rows.reduce_input(own, factors[i], local=local) for i, rows, own, _ in spans], x)
 
     def add_update_(self, z: Tensor, ax: Tensor, f: Tensor) -> None:
         """As in AllRows."""
-        factors, narrow = self._factors(f), self._narrow(ax, local=False)
-        for (adapter, rows, of), own in zip(self._rows(z, local=False), narrow, strict=True):
-            of.add_update_(rows, own, factors[adapter])
+        factors = self._factors(f)
+        for i, rows, own, narrow in self._each(z, ax):
+            rows.add_update_(own, narrow, factors[i])
 
     def gradient_of_ax(self, grad_z: Tensor, f: Tensor) -> Tensor:
         """As in AllRows."""
         factors = self._factors(f)
-        found = [of.gradient_of_ax(rows, factors[adapter]) for adapter, rows, of in self._rows(grad_z, local=False)]
-        return _end_to_end(found, grad_z)
+        return _end_to_end([rows.gradient_of_ax(own, factors[i]) for i, rows, own, _ in self._each(grad_z)], grad_z)
 
     def gradient_of_f(self, grad_z: Tensor, ax: Tensor, dtype: torch.dtype) -> Tensor:
         """As in AllRows."""
-        pairs = zip(self._rows(grad_z, local=False), self._narrow(ax, local=False), strict=True)
-        found = ((adapter, of.gradient_of_f(rows, own, dtype)) for (adapter, rows, of), own in pairs)
+        found = ((i, rows.gradient_of_f(own, narrow, dtype)) for i, rows, own, narrow in self._each(grad_z, ax))
         return self._by_adapter(found, grad_z.new_zeros(grad_z.shape[-1], dtype=dtype))
 
     def gradient_of_a(self, grad_ax: Tensor, x: Tensor, dtype: torch.dtype, *, local: bool) -> Tensor:
         """As in AllRows."""
-        pairs = zip(self._rows(x, local, drops=True), self._narrow(grad_ax, local=local), strict=True)
-        found = ((adapter, of.gradient_of_a(own, rows, dtype, local=local)) for (adapter, rows, of), own in pairs)
+        spans = self._each(x, grad_ax, local=local, drops=True)
+        found = ((i, rows.gradient_of_a(narrow, own, dtype, local=local)) for i, rows, own, narrow in spans)
         return self._by_adapter(found, x.new_zeros(x.shape[-1], dtype=dtype))
 
     def add_share_(self, grad_x: Tensor, grad_ax: Tensor | None, a: Tensor | None, *, local: bool) -> Tensor:
         """As in AllRows."""
-        if grad_ax is None or a is None:
-            return grad_x
-        factors, narrow = self._factors(a, by_rows=True), self._narrow(grad_ax, local=local)
-        for (adapter, rows, of), own in zip(self._rows(flat(grad_x), local, drops=True), narrow, strict=True):
-            of.add_share_(rows, own, factors[adapter], local=local)
+        if grad_ax is not None and a is not None:
+            factors = self._factors(a, by_rows=True)
+            for i, rows, own, narrow in self._each(flat(grad_x), grad_ax, local=local, drops=True):
+                rows.add_share_(own, narrow, factors[i], local=local)
         return grad_x
 
     def columns(self, ax: Tensor, *, local: bool) -> Tensor:
         """As in AllRows: (1, tokens, widest rank), with zeros where a token's rank is less."""
-        num_tokens = sum(span.size for span in self._spans(local))
+        num_tokens = sum(span.size for span in (self.local_spans if local else self.spans))
         spread = ax.new_zeros(1, num_tokens, max(self.ranks.values()))
-        for (adapter, rows, _), own in zip(self._rows(spread[0], local), self._narrow(ax, local=local), strict=True):
-            rows[:, : self.ranks[adapter]] = own
+        for i, _, own, narrow in self._each(spread[0], ax, local=local):
+            own[:, : self.ranks[i]] = narrow
         return spread
 
     def of_columns(self, columns: Tensor, *, local: bool) -> Tensor:
         """As in AllRows."""
-        rows = self._rows(columns.flatten(0, -2), local)
-        return _end_to_end([own[:, : self.ranks[adapter]] for adapter, own, _ in rows], columns)
+        spans = self._each(columns.flatten(0, -2), local=local)
+        return _end_to_end([own[:, : self.ranks[i]] for i, _, own, _ in spans], columns)
 
     def at(self, some: SomeTokens) -> "SharedRows":
         """As in AllRows."""
@@ -303,24 +299,24 @@ class SharedRows(AllRows):
         width = size // sum(self.ranks.values())
         return tuple(RowSpan(adapter, rank * width) for adapter, rank in self.ranks.items())
 
-    def _spans(self, local: bool) -> RowSpans:
-        return self.local_spans if local else self.spans
+    def _each(
+        self, rows: Tensor, ax: Tensor | None = None, *, local: bool = False, drops: bool = False
+    ) -> Iterator[tuple[int, AllRows, Tensor, Any]]:
+        """Split rows (tokens, n), and A x or its gradient, into spans, without those of adapters that skip the linear.
 
-    def _rows(self, rows: Tensor, local: bool, *, drops: bool = False) -> Iterator[tuple[int, Tensor, AllRows]]:
-        """For each span of `rows` (tokens, n) whose adapter adapts the linear: the adapter's number, a view of these,
-        and what applies to them alone, with their dropout if `drops`."""
-        spans = self._spans(local)
+        Yields:
+            the adapter's number; what applies to these rows alone, with their dropout if `drops`; views of the rows and
+            of A x, (tokens, rank of the adapter), or None without `ax`.
+        """
+        spans, taken = self.local_spans if local else self.spans, 0
         assert len(rows) == sum(span.size for span in spans), "rows of other tokens"
-        for (adapter, size), start in zip(spans, span_starts(spans), strict=True):
-            if adapter in self.ranks:
-                part, dropout = slice(start, start + size), self.dropouts.get(adapter) if drops else None
-                yield adapter, rows[part], AllRows() if dropout is None else AllRows(dropout.at(part, part))
-
-    def _narrow(self, ax: Tensor, *, local: bool) -> list[Tensor]:
-        """A x of these spans, (tokens, rank of the adapter) each."""
-        spans = [span for span in self._spans(local) if span.adapter in self.ranks]
-        parts = ax.split([span.size * self.ranks[span.adapter] for span in spans])
-        return [part.view(-1, self.ranks[span.adapter]) for part, span in zip(parts, spans, strict=True)]
+        for (i, size), start in zip(spans, span_starts(spans), strict=True):
+            if i not in self.ranks:
+                continue
+            part, dropout = slice(start, start + size), self.dropouts.get(i) if drops else None
+            narrow = None if ax is None else ax[taken : taken + size * self.ranks[i]].view(-1, self.ranks[i])
+            taken += size * self.ranks[i]
+            yield i, AllRows() if dropout is None else AllRows(dropout.at(part, part)), rows[part], narrow
 
     def _factors(self, flat: Tensor, *, by_rows: bool = False) -> dict[int, Tensor]:
         """F_i (out, r_i) by adapter, or A_i (r_i, in) with `by_rows`."""

@@ -120,21 +120,17 @@ def find_mismatches(adapters: Sequence[TiedAdapter], groups: ParallelGroups) -> 
                 copies[kind][1].append((number, name, parameter.detach().contiguous()))
     found: list[dict[str, Mismatch]] = [{} for _ in adapters]
     for across, (group, tensors) in copies.items():
-        for number, name, tensor in _differing(tensors, group):
-            found[number].setdefault(name, Mismatch(name, across, *_describe(tensor, group)))
+        if group.size == 1 or not tensors:
+            continue
+        bits = torch.cat([tensor.view(torch.int32).flatten() for _, _, tensor in tensors])
+        ends = torch.stack((bits, ~bits))
+        distributed.all_reduce(ends, op=distributed.ReduceOp.MAX, group=group.handle)
+        differs = (ends[0] != ~ends[1]).split([tensor.numel() for _, _, tensor in tensors])
+        for (number, name, tensor), part in zip(tensors, differs, strict=True):
+            if bool(part.any()):  # on all ranks of the group, so that these can describe it together
+                found[number].setdefault(name, Mismatch(name, across, *_describe(tensor, group)))
     names = [[name for name, _ in adapter.named_parameters()] for adapter in adapters]
     return [next((own[name] for name in order if name in own), None) for own, order in zip(found, names, strict=True)]
-
-
-def _differing(tensors: Sequence[tuple[int, str, Tensor]], group: RankGroup) -> list[tuple[int, str, Tensor]]:
-    """The tensors that differ in the group: equal lists on all of its ranks, which can then describe them together."""
-    if group.size == 1 or not tensors:
-        return []
-    bits = torch.cat([tensor.view(torch.int32).flatten() for _, _, tensor in tensors])
-    ends = torch.stack((bits, ~bits))
-    distributed.all_reduce(ends, op=distributed.ReduceOp.MAX, group=group.handle)
-    differs = (ends[0] != ~ends[1]).split([tensor.numel() for _, _, tensor in tensors])
-    return [tensor for tensor, part in zip(tensors, differs, strict=True) if bool(part.any())]
 
 
 def _describe(tensor: Tensor, group: RankGroup) -> tuple[int, tuple[int, ...], float]:
