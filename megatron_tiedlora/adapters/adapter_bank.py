@@ -107,7 +107,7 @@ class AdapterBank:
         """
         adapters = [self.adapters[share.adapter] for share in shares or self._only_share()]
         assert len(set(map(id, adapters))) == len(adapters), "an adapter has two shares of a micro-batch"
-        if len(adapters) == 1:  # every token meets the same factors; ZeRO-3 gathers those that it shards in this call
+        if len(adapters) == 1:  # all tokens use the same factors; ZeRO-3 gathers those that it shards in this call
             updates = adapters[0](tensor_parallel.group, dtype=dtype)
             return dict(zip(adapters[0].part.layers, updates, strict=True))
         spans, group = spans_of(shares), tensor_parallel.group

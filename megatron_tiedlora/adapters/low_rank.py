@@ -1,4 +1,4 @@
-"""The low-rank update of a linear, z = W x + F A x, for the tokens of a micro-batch: each meets its adapter's factors.
+"""The low-rank update of a linear, z = W x + F A x, for the tokens of a micro-batch of one or more adapters.
 
 With ax = A x, dz the gradient of z and grad_ax = dz F:
 
@@ -11,7 +11,7 @@ with W.
 Layers use A and F = (alpha / r) diag(v) B diag(u) of each linear; the gradients of B, u and v follow from dF. A tensor
 has a slot for each group of layers that share it. It is stacked over slots unless there is one slot for all layers.
 
-Each token meets the factors of its adapter, of which there may be several. There are two sets of tokens: all of the
+A token uses the factors of its own adapter. There are two sets of tokens: all of the
 micro-batch, and with sequence parallelism this rank's part of them (`local`).
 
 With several adapters the factors of a linear are flat: A_i (r_i, in), one after another, and so are F_i (out, r_i),
@@ -161,7 +161,7 @@ class SomeTokens(NamedTuple):
 
 @dataclass(frozen=True)
 class AllRows:
-    """Every token meets the factors of one adapter: A (r, in) and F (out, r); A x is (..., r).
+    """All tokens use the factors of one adapter: A (r, in) and F (out, r); A x is (..., r).
 
     Attributes:
         dropout: the dropout of the update's input, in a training step with --dropout.
@@ -227,7 +227,7 @@ class AllRows:
 
 @dataclass(frozen=True)
 class SharedRows(AllRows):
-    """The tokens of several adapters. A token meets its adapter's factors, or none if that does not adapt the linear.
+    """The tokens of several adapters. A token uses the factors of its adapter, if that adapts the linear.
 
     Attributes:
         ranks: the rank of each adapter that adapts the linear, by its number, in the order of the factors.

@@ -56,7 +56,7 @@ class Optimizers:
     """An optimizer for each adapter of a run on one rank, of which an engine knows nothing.
 
     All ranks call each method together, for the same adapters. The sums and the norms of all adapters are one message
-    per group. From there on nothing of an adapter meets another's.
+    per group. Then each adapter is stepped by itself.
     """
 
     bank: AdapterBank

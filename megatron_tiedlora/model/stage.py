@@ -61,7 +61,7 @@ class SupervisedTail:
     ) -> Tensor:
         """(b, s, V), equal on every rank. With `wanted`, (b,) int64, only one position of each row: (b, 1, V).
 
-        With several shares, the rows are theirs, and the positions are among all tokens (1, s).
+        With several shares, the rows are the rows of all shares, and positions are indices into all tokens (1, s).
         """
         size, length = attended.attention_output.shape[:2]
         if wanted is None:
