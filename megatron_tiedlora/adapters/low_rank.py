@@ -11,12 +11,12 @@ with W.
 Layers use A and F = (alpha / r) diag(v) B diag(u) of each linear; the gradients of B, u and v follow from dF. A tensor
 has a slot for each group of layers that share it. It is stacked over slots unless there is one slot for all layers.
 
-A token uses the factors of its own adapter. There are two sets of tokens: all of the
-micro-batch, and with sequence parallelism this rank's part of them (`local`).
+A token uses the factors of its own adapter. There are two sets of tokens: all of the micro-batch, and with sequence
+parallelism this rank's part of them (`local`).
 
 With several adapters the factors of a linear are flat: A_i (r_i, in), one after another, and so are F_i (out, r_i),
-their gradients, and A x: (tokens, r_i) of the first span of tokens, then of the next. So an adapter's
-tensors have the shape and memory that they have when it is alone, and a token saves r_i numbers.
+their gradients, and A x: (tokens, r_i) of the first span of tokens, then of the next. So an adapter's tensors have the
+shape and memory that they have when it is alone, and a token saves r_i numbers.
 """
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -194,7 +194,7 @@ class AllRows:
         """dA = grad_ax^T D(x) in `dtype`, from x (tokens, in)."""
         return wide_matmul(flat(grad_ax).t(), self._dropped(x, local=local), dtype)
 
-    def add_share_(self, grad_x: Tensor, grad_ax: Tensor | None, a: Tensor | None, *, local: bool) -> Tensor:
+    def add_input_gradient_(self, grad_x: Tensor, grad_ax: Tensor | None, a: Tensor | None, *, local: bool) -> Tensor:
         """grad_x (..., in) + D(grad_ax A), in place; grad_x alone if one of the others is None.
 
         Only D makes a second tensor of this size.
@@ -268,12 +268,12 @@ class SharedRows(AllRows):
         found = ((i, rows.gradient_of_a(narrow, own, dtype, local=local)) for i, rows, own, narrow in spans)
         return self._by_adapter(found, x.new_zeros(x.shape[-1], dtype=dtype))
 
-    def add_share_(self, grad_x: Tensor, grad_ax: Tensor | None, a: Tensor | None, *, local: bool) -> Tensor:
+    def add_input_gradient_(self, grad_x: Tensor, grad_ax: Tensor | None, a: Tensor | None, *, local: bool) -> Tensor:
         """As in AllRows."""
         if grad_ax is not None and a is not None:
             factors = self._factors(a, by_rows=True)
             for i, rows, own, narrow in self._each(flat(grad_x), grad_ax, local=local, drops=True):
-                rows.add_share_(own, narrow, factors[i], local=local)
+                rows.add_input_gradient_(own, narrow, factors[i], local=local)
         return grad_x
 
     def columns(self, ax: Tensor, *, local: bool) -> Tensor:

@@ -58,7 +58,7 @@ def sum_gradients_(
 
 
 def _sum_together_(parameters: Sequence[nn.Parameter], group: RankGroup, *, keeps: bool) -> None:
-    """One message for the gradients of all these tensors; a missing one counts as zeros. `keeps`: False for zeros."""
+    """Sum these gradients in one message; a missing one counts as zeros. Without `keeps` this rank gets zeros."""
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -262,24 +262,24 @@ def gather_full(names: Sequence[str], local: Mapping[str, Tensor], layout: Adapt
     full: dict[str, Tensor] = {}
     for name in names:
         tied, sharded = config.is_tied(name), config.spec(name).dim is not None
-        owners = [
+        holders = [
             rank
             for rank, part in parts.items()
             if part.exists(name) and (sharded or part.tp_rank == 0) and (not tied or grid.at(rank).pp_rank == 0)
         ]
-        if grid.rank in owners and grid.rank != 0:
+        if grid.rank in holders and grid.rank != 0:
             distributed.send(local[name].detach().to("cpu", torch.float32).contiguous(), dst=0)
         if grid.rank != 0:
             continue
         by_stage: dict[int, list[Tensor]] = {}
-        for rank in owners:
+        for rank in holders:
             if rank == 0:
-                piece = local[name].detach().to("cpu", torch.float32, copy=True)
+                shard = local[name].detach().to("cpu", torch.float32, copy=True)
             else:
-                piece = torch.empty(parts[rank].local_shape(name), dtype=torch.float32)
-                distributed.recv(piece, src=rank)
-            by_stage.setdefault(grid.at(rank).pp_rank, []).append(piece)
-        joined = [config.spec(name).join(pieces) for pieces in by_stage.values()]
+                shard = torch.empty(parts[rank].local_shape(name), dtype=torch.float32)
+                distributed.recv(shard, src=rank)
+            by_stage.setdefault(grid.at(rank).pp_rank, []).append(shard)
+        joined = [config.spec(name).join(shards) for shards in by_stage.values()]
         full[name] = joined[0] if len(joined) == 1 else torch.cat(joined)
     return full
 

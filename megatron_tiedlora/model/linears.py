@@ -262,10 +262,10 @@ class Projection:
             joined = groups.reduce_scatter(beside(grad_normed, narrow), group, groups.SEQUENCE_DIM)
             grad_normed, narrow = apart(joined, narrow.shape[-1])
             grad_ax = self.rows.of_columns(narrow, local=True)
-            return self.rows.add_share_(grad_normed, grad_ax, a, local=True), grad_ax
+            return self.rows.add_input_gradient_(grad_normed, grad_ax, a, local=True), grad_ax
         if grad_normed is None:
             return None, grad_ax
-        grad_normed = self.rows.add_share_(grad_normed, grad_ax, a, local=False)
+        grad_normed = self.rows.add_input_gradient_(grad_normed, grad_ax, a, local=False)
         if in_parts:
             return groups.reduce_scatter(grad_normed, group, groups.SEQUENCE_DIM), grad_ax
         return groups.all_reduce(grad_normed, group), grad_ax

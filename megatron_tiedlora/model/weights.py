@@ -63,10 +63,10 @@ def partition(costs: tuple[float, ...], num_stages: int) -> Stages:
 def _best_cuts(
     total: Sequence[float], num_stages: int, add: Callable[[float, float], float], *, largest: float = math.inf
 ) -> tuple[float, tuple[int, ...]]:
-    """The cuts with the least value, and the value: `add` takes a stage's cost into the value of those before it.
+    """The least value of a partition, and its cuts. `add` adds a stage's cost to the value of the stages before it.
 
     Args:
-        total: cost of the layers before each.
+        total: for each layer, the cost of the layers before it.
         largest: no stage may cost more.
     """
     num_layers = len(total) - 1
@@ -89,7 +89,7 @@ def _best_cuts(
 
 
 def check_layout(shape: ModelShape, grid: Grid, *, zero_stage: int = 0, ds_config: str = "") -> None:
-    """Check that the model can be cut over the grid and that the ZeRO stage of `ds_config` goes with it.
+    """Check that the grid can partition the model, and that the ZeRO stage of `ds_config` can be used with it.
 
     Raises:
         UserError: the first thing that does not fit, with the numbers that do.
@@ -173,12 +173,12 @@ class WeightRule:
         In a fused stored tensor they have its order; rows that belong to another weight are zeros.
         """
         found: dict[str, Tensor] = {}
-        for part, piece in zip(self.parts, rows.split([part.size for part in self.parts]), strict=True):
+        for part, values in zip(self.parts, rows.split([part.size for part in self.parts]), strict=True):
             if part.size == part.shape[0]:
-                found[part.name] = piece
+                found[part.name] = values
                 continue
             whole = found.setdefault(part.name, rows.new_zeros(part.shape[0], *rows.shape[1:]))
-            whole[part.start : part.start + part.size] = piece
+            whole[part.start : part.start + part.size] = values
         return found
 
 

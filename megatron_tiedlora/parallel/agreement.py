@@ -192,7 +192,7 @@ SentTensor = Annotated[Tensor, PlainValidator(_sent_tensor)]
 
 
 def packed(value: object) -> bytearray:
-    """A value as a message. Numbers keep every bit.
+    """A value as a message. No bit of a number is lost.
 
     Args:
         value: None, a text, number, path or tensor, or lists, tuples, mappings and dataclasses of these.

@@ -53,7 +53,7 @@ def normalise(hidden: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -
 
 
 def apply_norm(hidden: Tensor, weight: Tensor, bias: Tensor | None, root: Tensor) -> Tensor:
-    """The norm of rows with a known root. It is rounded as in transformers, unless a compiler keeps numbers in fp32.
+    """The norm of rows with a known root. It is rounded as in transformers, unless a compiler leaves values in fp32.
 
     There the RMS norm rounds x * root first, and LayerNorm only its result.
     """
