@@ -221,8 +221,8 @@ def with_adjoint(function: Callable[..., Result], adjoint: Callable[..., Any], *
     """`function(*tensors)`, a tensor or a tuple, with a handwritten backward pass.
 
     Args:
-        function: may not save one of the tensors for `adjoint`.
-        adjoint: from the gradients of the results to those of the tensors; None is no gradient.
+        adjoint: returns the gradients of the tensors, or None for one, from those of the results. It must not refer to
+            the tensors, or they would be in memory until the backward pass.
     """
     result: Result = _WithAdjoint.apply(function, adjoint, *tensors)
     return result
