@@ -24,7 +24,7 @@ class Share(NamedTuple):
     """The micro-batch of one adapter, which others may share: (rows, length) tokens, row after row.
 
     Attributes:
-        adapter: its name in the bank.
+        adapter: the name of the adapter in the bank.
     """
 
     adapter: str
@@ -33,7 +33,7 @@ class Share(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
-        """Its tokens, padding included."""
+        """The number of tokens, padding included."""
         return self.num_rows * self.length
 
 
@@ -51,7 +51,7 @@ class Dropout(NamedTuple):
     """The dropout of one adapter's inputs (--dropout), which follows from the index of each token.
 
     Attributes:
-        probability: that an input is dropped.
+        probability: the probability that an input is dropped.
         seed: the seed of the run.
     """
 
@@ -86,7 +86,7 @@ class AdapterBank:
     """A rank's parts of one or more adapters, by name."""
 
     def __init__(self, adapters: Mapping[str, TiedAdapter], dropout: Mapping[str, Dropout] | None = None) -> None:
-        """`dropout` is of the adapters that have one, in training steps."""
+        """`dropout`: the dropout of adapters in training steps, by name."""
         self.adapters, self.dropout = dict(adapters), dict(dropout or {})
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -123,7 +123,7 @@ class AdapterBank:
         memory: dict[Hashable, Tensor] = {}
 
         def flat(factors: Sequence[Tensor]) -> Tensor:
-            """The factors end to end, in one memory for all layers that share them; their own if there is only one."""
+            """The factors end to end, in one memory for all layers that share them; a single factor in its own memory."""
             # not by address, as tensors without data have none
             key = tuple((factor.untyped_storage()._cdata, factor.storage_offset()) for factor in factors)
             if key not in memory:

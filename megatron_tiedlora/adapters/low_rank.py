@@ -54,7 +54,7 @@ Slots = tuple[int, ...] | None  # for each layer of a stage, which of the rank's
 class LinearFactors(NamedTuple):
     """B, u and v of a linear on a rank, their slots, and alpha / r. A tensor that is None counts as ones.
 
-    A alone takes the place of B, with a scale of 1.
+    For A alone, it takes the place of B, with a scale of 1.
     """
 
     tensors: tuple[Tensor | None, ...]
@@ -64,7 +64,7 @@ class LinearFactors(NamedTuple):
 
     @torch.no_grad()
     def values(self, dtype: torch.dtype) -> list[Tensor]:
-        """F of each layer, (o, r), in `dtype` and without a gradient. Layers with the same slots have one in common."""
+        """F of each layer, (o, r), in `dtype` and without a gradient. Layers with the same slots share one tensor."""
         of_layers = list(zip(*(slots or (0,) * self.num_layers for slots in self.slots), strict=True))
         numbers = {used: number for number, used in enumerate(dict.fromkeys(of_layers))}
         used = (some and different for some, different in zip(self.slots, zip(*numbers, strict=True), strict=True))
@@ -81,14 +81,14 @@ class LinearFactors(NamedTuple):
 
 
 def _read(tensor: Tensor | None, slots: Slots) -> Any:
-    """Some slots of a tensor, (slots, ...); itself if these are all of it, in order, or if it is not stacked."""
+    """Some slots of a tensor, (slots, ...); the tensor itself if these are all in order, or if it is not stacked."""
     if tensor is None or slots is None or slots == tuple(range(len(tensor))):
         return tensor
     return torch.stack([tensor[slot] for slot in slots])
 
 
 def _add_up(addends: Tensor, slots: Slots, number: int) -> Tensor:
-    """The gradient of a tensor of so many slots from those of each layer, (layers, ...)."""
+    """The gradient of a tensor with `number` slots, from the gradients of each layer, (layers, ...)."""
     if slots is None or slots == tuple(range(number)):
         return addends.sum(0) if slots is None else addends
     total = addends.new_zeros(number, *addends.shape[1:])
@@ -170,7 +170,7 @@ class AllRows:
     dropout: "InputDropout | None" = None
 
     def _dropped(self, rows: Tensor, *, local: bool) -> Tensor:
-        """D of rows (tokens, in)."""
+        """D(rows), with rows (tokens, in)."""
         return rows if self.dropout is None else self.dropout.dropped(rows, local=local)
 
     def reduce_input(self, x: Tensor, a: Tensor, *, local: bool) -> Tensor:
@@ -395,7 +395,7 @@ class InputDropout:
         local_keys: the keys of this rank's part of the sequence, (b s / p,).
         salt: differs between layers and targets, 32 bits.
         first: this rank's first input feature; not 0 where the linear's columns are sharded.
-        probability: p, of an input to be dropped.
+        probability: p, the probability that an input is dropped.
     """
 
     keys: Tensor

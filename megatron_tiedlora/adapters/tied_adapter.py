@@ -74,7 +74,7 @@ class AdapterConfig:
     Attributes:
         layers: adapted layers, 1-based, ascending.
         targets: the linears that are adapted in each of them. Each has its own tensors A, B, u, v.
-        init_std_a: init std of A for the first target; for another target it is scaled by 1 / sqrt(its inputs / those).
+        init_std_a: init std of A for the first target; for another it is scaled by the root of first / own inputs.
     """
 
     method: str
@@ -141,7 +141,7 @@ class AdapterConfig:
         return self.factor(name).shared_by != "one"
 
     def is_stacked(self, name: str) -> bool:
-        """Whether the first dimension of a tensor is that of its slots: a tied one of a single slot has none."""
+        """Whether the first dimension of a tensor is its slots; a tied tensor of one slot has no such dimension."""
         return not self.is_tied(name) or self.num_slots(name) > 1
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -199,7 +199,7 @@ class AdapterPart:
         return AdapterPart(config, config.layers)
 
     def slots(self, name: str) -> range:
-        """The slots of a tensor that this rank holds: all of a tied one, else those of its layers."""
+        """The slots of a tensor that this rank holds: all slots of a tied tensor, else the slots of its layers."""
         if self.config.is_tied(name):
             return range(self.config.num_slots(name))
         first = self.config.slot(name, self.layers[0]) if self.layers else 0

@@ -147,8 +147,8 @@ class GradientGuard:
     """Watches the gradients of a run's first steps with autograd hooks on the parameters.
 
     At step 1 every trained tensor of a stage with adapted layers must have a gradient. By step 2 it must be non-zero on
-    at least one rank that holds the tensor, in each of its slots. (If v or B starts at zero, the
-    gradient of its partner is exactly zero at step 1.)
+    at least one rank that holds the tensor, in each of its slots. (If v or B starts at zero, the gradient of its
+    partner is exactly zero at step 1.)
     """
 
     def __init__(self, adapter: TiedAdapter) -> None:

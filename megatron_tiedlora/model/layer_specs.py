@@ -349,7 +349,7 @@ class StoredTensor(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """All of its bytes."""
+        """The bytes of all elements."""
         return self.size * self.itemsize
 
 
@@ -359,7 +359,7 @@ def stored_tensors(
 ) -> Mapping[str, Counter[StoredTensor]]:
     """The parameters that a rank holds of the embedding, of a block and of the head: how many of each size.
 
-    They are those of the modules, which are built without memory. All blocks have the same.
+    They are counted on modules that are built without memory. All blocks have the same parameters.
     """
     with torch.device("meta"):
         maker = weight_maker(base_format, products=products, keep_transposed=transposed)

@@ -87,7 +87,7 @@ class NormedLinear(nn.Module):
         dtype: torch.dtype,
         kernels: Kernels,
     ) -> None:
-        """`weight` is W, (local out, in); `dtype` that of the activations."""
+        """`weight` is W, (local out, in); `dtype` is the dtype of the activations."""
         super().__init__()
         self.eps = None if norm is None else norm.eps
         self.dtype = dtype
@@ -112,7 +112,7 @@ class Operands(NamedTuple):
     Attributes:
         a, f: the factors of the update, A (r, local in) and F (local out, r).
         norm, norm_bias: the norm's weight and bias.
-        bias: the linear's.
+        bias: the bias of the linear.
     """
 
     a: Tensor | None = None
@@ -137,7 +137,7 @@ def gradient_dtype(*slots: Tensor | None) -> torch.dtype | None:
 
 @dataclass(frozen=True)
 class Projection:
-    """z from the hidden states, and the gradients from dz, as functions that autograd does not record.
+    """Computes z from the hidden states, and the gradients from dz. Autograd does not record it.
 
     Attributes:
         rows: the tokens that the factors of the update are for.
@@ -200,7 +200,7 @@ class Projection:
 
         Args:
             hidden, root: see `reads_input`.
-            ax: needed for that of F.
+            ax: needed for the gradient of F.
             wide: dtype of the gradients of A and F.
         """
         a, f, norm, norm_bias, _ = operands
@@ -244,7 +244,7 @@ class Projection:
     def _leave(
         self, grad_normed: Tensor | None, grad_ax: Tensor | None, a: Tensor | None, *, needs_ax: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The gradients of x and A x; that of x is summed over the ranks and includes the update's gradient.
+        """The gradients of x and A x. The gradient of x is summed over the ranks and includes the update's part.
 
         Under sequence parallelism this rank gets its part of the sequence. With `needs_ax` the gradient of A x is
         summed in the same message, and A's gradient follows from it and this rank's part of x. Without sequence
@@ -464,6 +464,6 @@ class SplitHeads:
         return groups.all_reduce(means, self.group) / self.group.size
 
     def _by_head(self, numbers: Tensor) -> Tensor:
-        """Numbers of queries and of keys, (T, 2), for each of their heads, (T, num + num_kv, 1)."""
+        """Expand a number for queries and one for keys, (T, 2), to all of their heads, (T, num + num_kv, 1)."""
         counts = self.heads.num, self.heads.num_kv
         return torch.cat([numbers[:, i : i + 1].expand(-1, count) for i, count in enumerate(counts)], dim=1)[..., None]

@@ -119,7 +119,7 @@ class SupervisedTail:
     def _supervised(
         self, attended: Attended, labels: Tensor | Supervised, tensor_parallel: TensorParallel, shares: Shares = ()
     ) -> tuple[Supervised, SomeTokens, Tensor]:
-        """The supervised positions, those of this rank, and the last block's result there, up to its MLP."""
+        """The supervised positions, this rank's positions, and the last block's result there, up to its MLP."""
         num_parts, supervised = tensor_parallel.sequence_parts, labels
         if not isinstance(supervised, Supervised):
             supervised = find_supervised(supervised, num_parts, shares)
@@ -195,7 +195,7 @@ class Stage(nn.Module):
         self.hold(adapters, is_engines=is_engines)
 
     def hold(self, adapters: TiedAdapter | AdapterBank | None, *, is_engines: bool = False) -> None:
-        """Have these adapters from now on; see `__init__`."""
+        """Use these adapters from now on; see `__init__`."""
         if isinstance(adapters, TiedAdapter):
             adapters, is_engines = AdapterBank({ONLY: adapters}), True
         self.bank = adapters
