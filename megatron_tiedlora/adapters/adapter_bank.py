@@ -123,7 +123,7 @@ class AdapterBank:
         memory: dict[Hashable, Tensor] = {}
 
         def flat(factors: Sequence[Tensor]) -> Tensor:
-            """The factors end to end, in one memory for all layers that share them; a single factor in its own memory."""
+            """The factors end to end, in one memory for all layers that share them; a single factor in its own."""
             # not by address, as tensors without data have none
             key = tuple((factor.untyped_storage()._cdata, factor.storage_offset()) for factor in factors)
             if key not in memory:
