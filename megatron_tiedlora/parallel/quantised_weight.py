@@ -131,12 +131,6 @@ class QuantisedWeight(FrozenWeight):
     def _dequantise(self, out: Tensor) -> None:
         """Write D(W) to `out`, of any float dtype."""
 
-    def values(self) -> Tensor:
-        """D(W) in fp32, in memory of its own."""
-        found = torch.empty(self._local_shape, device=self.tensor.device)
-        self._dequantise(found)
-        return found
-
     def _dequantised(self) -> FrozenWeight:
         out = self.workspace.take(*self._local_shape, dtype=self.dtype, device=self.tensor.device)
         self._dequantise(out)

@@ -14,7 +14,7 @@ from forked_ranks import join_as_launched, run_on_ranks
 from gradient_worker import Case
 from oracle import OracleConfig, load_weights
 from quantised_folders import SHAPE, quantised_folder
-from quantised_models import CROSSING, FORMATS, quantised, with_values
+from quantised_models import CROSSING, FORMATS, dequantised, quantised, with_values
 from test_layouts import LAYOUTS
 from test_parallel_gradients import Answers
 from test_parallel_gradients import run_and_check as check_gradients
@@ -50,7 +50,7 @@ def base_values(cases: Sequence[dict[str, Any]], folder: str) -> list[tuple[Valu
         for name, weight in frozen_weights(runner.stage).items():
             with parameter_access(plan.engine)(list(weight.parameters.values())):
                 if isinstance(weight, QuantisedWeight):
-                    values[name] = weight.values().clone()
+                    values[name] = dequantised(weight)
         parts = plan.grid.dp_size if plan.engine.zero_stage == 3 else 1
         found.append((values, built.bytes_kept[plan.grid.rank], plan.stage.base_bytes // parts))
         runner.engine.destroy()

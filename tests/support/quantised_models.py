@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_tiedlora.base.shapes import BaseFormat
+from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
 
 FORMATS = ("nf4", "int8", "fp8")
 # A tensor-parallel cut lies within a block of 64: at TP 2 it is at column 48 of the output's 96 and at 40 of down's 80.
@@ -51,3 +52,10 @@ def with_values(folder: Path, into: Path, name: str) -> Path:
     """A copy of a model with the values of a format, in fp32."""
     tensors = quantised(load_file(folder / "model.safetensors"), name)
     return with_tensors(folder, into, {key: value.float() for key, value in tensors.items()})
+
+
+def dequantised(weight: QuantisedWeight) -> torch.Tensor:
+    """D(W) in fp32."""
+    found = torch.empty(weight.local_shape, device=weight.tensor.device)
+    weight._dequantise(found)
+    return found

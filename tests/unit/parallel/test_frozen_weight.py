@@ -13,7 +13,7 @@ import pytest
 import quantised_oracle as oracle
 import torch
 from adapted_stages import adapted_stage, drawn, step_numbers
-from quantised_models import CROSSING, FORMATS, bytes_of, expected_values, with_values
+from quantised_models import CROSSING, FORMATS, bytes_of, dequantised, expected_values, with_values
 from safetensors.torch import save_file
 from tiny_models import write_tiny_model
 from torch import nn
@@ -168,8 +168,8 @@ def test_shards_joined_are_the_whole(name: str, width: int, size: int, dim: int)
     """1376 / 8 = 172 columns begin within a block and have scales in blocks of 4; 40 / 8 = 5, an odd number, in 1."""
     values = drawn(16, width, dtype=torch.bfloat16)
     shards = [shard(name, values, rank, size, dim) for rank in range(size)]
-    joined = torch.cat([part.values() for part in shards], dim)
-    assert torch.equal(joined, made(name, values).values())
+    joined = torch.cat([dequantised(part) for part in shards], dim)
+    assert torch.equal(joined, dequantised(made(name, values)))
     assert torch.equal(joined, expected_values(name, values).float())
     for part in shards:
         stored = sum(parameter.nbytes for parameter in part.parameters.values())
