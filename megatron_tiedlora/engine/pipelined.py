@@ -69,6 +69,6 @@ class PipelinedModel(PipelineModule):
 
     def _loss(self, attended: Attended, labels: tuple[Any, ...]) -> Tensor:
         *supervised, weighted = labels
-        loss = self.stage.tail.loss(attended, Supervised(*supervised), self.stage.tensor_parallel)
+        loss = self.stage.tail.loss(attended, Supervised(*supervised))
         found: Tensor = weighted(loss)
         return found

@@ -10,8 +10,9 @@ the factors.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,45 +45,38 @@ class Attended(NamedTuple):
     update: LayerUpdate | None = None
     zero_gradients: tuple[Tensor, ...] = ()
 
-    @property
-    def mlp_update(self) -> LayerUpdate:
-        """The part of the update that belongs to the MLP."""
-        return {name: linear for name, linear in (self.update or {}).items() if name in MLP_TARGETS}
 
-
+@dataclass(frozen=True)
 class SupervisedTail:
     """The last block and the head, after the attention. The stage owns their modules and parameters."""
 
-    def __init__(self, block: Block, head: Head) -> None:
-        self.block, self.head = block, head
+    block: Block
+    head: Head
+    tensor_parallel: TensorParallel
 
-    def logits(
-        self, attended: Attended, tensor_parallel: TensorParallel, *, wanted: Tensor | None = None, shares: Shares = ()
-    ) -> Tensor:
+    def logits(self, attended: Attended, *, wanted: Tensor | None = None, shares: Shares = ()) -> Tensor:
         """(b, s, V), equal on every rank. With `wanted`, (b,) int64, only one position of each row: (b, 1, V).
 
         With several shares, the rows are the rows of all shares, and positions are indices into all tokens (1, s).
         """
-        size, length = attended.attention_output.shape[:2]
-        if wanted is None:
-            joined = self._join(attended, tensor_parallel)
-            hidden = self.block.add_mlp(joined, tensor_parallel, attended.mlp_update)
-            return cast(Tensor, self.head(hidden, tensor_parallel)).view(size, length, -1)
-        assert not tensor_parallel.sequence_parallel, "positions are picked from whole sequences"
-        rows = torch.arange(size, device=wanted.device) * length + wanted
-        spans = tuple(RowSpan(number, share.num_rows) for number, share in enumerate(shares) if len(shares) > 1)
-        some = SomeTokens(rows, rows, spans, spans)
-        joined = self._join(attended, tensor_parallel, some)
-        hidden = self.block.add_mlp(joined, tensor_parallel, update_at(attended.mlp_update, some))
-        return cast(Tensor, self.head(hidden, tensor_parallel)).transpose(0, 1)
+        (size, length), some = attended.attention_output.shape[:2], None
+        if wanted is not None:
+            assert not self.tensor_parallel.sequence_parallel, "positions are picked from whole sequences"
+            rows = torch.arange(size, device=wanted.device) * length + wanted
+            spans = tuple(RowSpan(number, share.num_rows) for number, share in enumerate(shares) if len(shares) > 1)
+            some = SomeTokens(rows, rows, spans, spans)
+        joined, update = self._join(attended, some)
+        logits: Tensor = self.head(self.block.add_mlp(joined, self.tensor_parallel, update), self.tensor_parallel)
+        return logits.view(size, length, -1) if some is None else logits.transpose(0, 1)
 
-    def loss(self, attended: Attended, labels: Tensor | Supervised, tensor_parallel: TensorParallel) -> Tensor:
+    def loss(self, attended: Attended, labels: Tensor | Supervised) -> Tensor:
         """The summed loss over supervised positions; `labels`: (b, s) int64 or a `Supervised`.
 
         If they belong to several adapters, there is one for each, (adapters,).
         """
-        supervised, some, joined = self._supervised(attended, labels, tensor_parallel)
-        update = update_at(attended.mlp_update, some)
+        supervised, some = self._supervised(labels)
+        joined, update = self._join(attended, some)
+        update = {name: linear for name, linear in update.items() if name in MLP_TARGETS}
         pairs = [(linear, slot) for linear in update.values() for slot in (linear.grad_a, linear.grad_f)]
         slots = [slot for _, slot in pairs]
 
@@ -92,8 +86,8 @@ class SupervisedTail:
                 name: linear._replace(grad_a=grad_a, grad_f=grad_f)
                 for (name, linear), (grad_a, grad_f) in zip(update.items(), pairs, strict=True)
             }
-            hidden = self.block.add_mlp(joined, tensor_parallel, inner, recomputes=False)
-            loss: Tensor = self.head(hidden, tensor_parallel, supervised)
+            hidden = self.block.add_mlp(joined, self.tensor_parallel, inner, recomputes=False)
+            loss: Tensor = self.head(hidden, self.tensor_parallel, supervised)
             return loss
 
         inputs = joined, *slots
@@ -105,38 +99,37 @@ class SupervisedTail:
         loss = run_with_early_backward(summed, *inputs, spans=spans) if needs else summed(joined, *slots)
         return _with_zero_gradients(loss, attended.zero_gradients)
 
-    def position_losses(
-        self, attended: Attended, labels: Tensor, tensor_parallel: TensorParallel, shares: Shares = ()
-    ) -> Tensor:
+    def position_losses(self, attended: Attended, labels: Tensor, shares: Shares = ()) -> Tensor:
         """The loss of each position, (b, s), 0 where there is no label, without a gradient."""
-        supervised, some, joined = self._supervised(attended, labels, tensor_parallel, shares)
-        update = update_at(attended.mlp_update, some)
-        hidden = self.block.add_mlp(joined, tensor_parallel, update, recomputes=False)
-        losses = self.head(hidden, tensor_parallel, supervised, summed=False)
+        supervised, some = self._supervised(labels, shares)
+        joined, update = self._join(attended, some)
+        hidden = self.block.add_mlp(joined, self.tensor_parallel, update, recomputes=False)
+        losses = self.head(hidden, self.tensor_parallel, supervised, summed=False)
         spread = torch.zeros(labels.numel(), device=labels.device)
         return spread.index_put_((supervised.rows[supervised.supervised],), losses.float()).view(labels.shape)
 
-    def _supervised(
-        self, attended: Attended, labels: Tensor | Supervised, tensor_parallel: TensorParallel, shares: Shares = ()
-    ) -> tuple[Supervised, SomeTokens, Tensor]:
-        """The supervised positions, this rank's positions, and the last block's result there, up to its MLP."""
-        num_parts, supervised = tensor_parallel.sequence_parts, labels
+    def _supervised(self, labels: Tensor | Supervised, shares: Shares = ()) -> tuple[Supervised, SomeTokens]:
+        """The supervised positions, and this rank's tokens there."""
+        num_parts, supervised = self.tensor_parallel.sequence_parts, labels
         if not isinstance(supervised, Supervised):
             supervised = find_supervised(supervised, num_parts, shares)
-        size, part = len(supervised.rows) // num_parts, tensor_parallel.group.rank if num_parts > 1 else 0
+        size, part = len(supervised.rows) // num_parts, self.tensor_parallel.group.rank if num_parts > 1 else 0
         start, stop = part * size, (part + 1) * size
         local_spans = spans_between(supervised.spans, start, stop)
-        some = SomeTokens(supervised.rows, supervised.local_rows[start:stop], supervised.spans, local_spans)
-        return supervised, some, self._join(attended, tensor_parallel, some)
+        return supervised, SomeTokens(supervised.rows, supervised.local_rows[start:stop], supervised.spans, local_spans)
 
-    def _join(self, attended: Attended, tensor_parallel: TensorParallel, some: SomeTokens | None = None) -> Tensor:
-        """The last block's result up to its MLP, at all positions, or at some: then (1, m, d) or (1, m / p, d)."""
+    def _join(self, attended: Attended, some: SomeTokens | None) -> tuple[Tensor, LayerUpdate]:
+        """The last block's result up to its MLP, and the block's update: for all tokens, or for `some`.
+
+        With `some` the result is (1, m, d) or (1, m / p, d).
+        """
         hidden, attention_output, update, _ = attended
+        update = update or {}
         if some is not None:
             hidden = hidden.flatten(0, 1).index_select(0, some.local_rows)[None]
             attention_output = attention_output.flatten(0, 1).index_select(0, some.rows)[None]
-            update = update_at(update or {}, some)
-        return self.block.add_attention(hidden, attention_output, tensor_parallel, update)
+            update = update_at(update, some)
+        return self.block.add_attention(hidden, attention_output, self.tensor_parallel, update), update
 
 
 def _with_zero_gradients(result: Tensor, tensors: Sequence[Tensor]) -> Tensor:
@@ -228,7 +221,7 @@ class Stage(nn.Module):
         """The part after the last attention, on the stage that has the head."""
         block: Any = self.layers[str(self.blocks[-1])]
         head: Any = self.layers[str(self.head)]
-        return SupervisedTail(block, head)
+        return SupervisedTail(block, head, self.tensor_parallel)
 
     @property
     def attention(self) -> Attention:
@@ -288,7 +281,7 @@ class Stage(nn.Module):
         if isinstance(output, Tensor):
             return _with_zero_gradients(output, unused)
         output = output._replace(zero_gradients=unused)
-        return output if labels is None else self.tail.loss(output, labels, self.tensor_parallel)
+        return output if labels is None else self.tail.loss(output, labels)
 
     def predict(
         self,
@@ -324,9 +317,10 @@ class Stage(nn.Module):
             output = self.run_blocks(hidden, context, tensor_parallel, found, caches=caches)
             if isinstance(output, Tensor):
                 return output
+            tail = replace(self.tail, tensor_parallel=tensor_parallel)
             if labels is not None:
-                return self.tail.position_losses(output, labels, tensor_parallel, shares)
-            return self.tail.logits(output, tensor_parallel, wanted=wanted, shares=shares)
+                return tail.position_losses(output, labels, shares)
+            return tail.logits(output, wanted=wanted, shares=shares)
 
         # It calls the module, since engines need its hooks (ZeRO-3 starts a new trace of its parameters there).
         predicted: Tensor = self(inputs, positions, prediction=logits_or_losses)

@@ -268,7 +268,7 @@ class Tracer:
                 if isinstance(output, Attended):
                     head: Any = stage.layers[str(stage.head)]
                     head.rows_at_once = sizes.at_once
-                    output = stage.tail.loss(output, _supervised(sizes), self.tensor_parallel)
+                    output = stage.tail.loss(output, _supervised(sizes))
             del updates
             kept = counts.alive - output.untyped_storage().nbytes()
             kept_factors = {name: storage for name, factor in factors.items() if (storage := factor()) is not None}

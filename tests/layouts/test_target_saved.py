@@ -81,7 +81,7 @@ def run_case(case: Case, groups: ParallelGroups) -> float:
         numbers = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH) if case.dropout else None
         output: Any = stage(inputs, torch.arange(LENGTH).expand(ROWS, LENGTH), token_index=numbers)
         if plan.is_last:
-            stage.tail.loss(output, labels, stage.tensor_parallel)
+            stage.tail.loss(output, labels)
     after = len(find_supervised(labels, layout.sequence_parts).rows) if plan.is_last else 0
     counted = sum(
         tensor.untyped_storage().nbytes()

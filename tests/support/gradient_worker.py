@@ -356,7 +356,7 @@ class Walk:
         inputs, losses = self._inputs(tokens), torch.zeros(())
         output = self.stage(inputs, positions, labels if in_stage else None, **more)
         if self._is_last:
-            summed = output if in_stage else self.stage.tail.loss(output, labels, self.stage.tensor_parallel)
+            summed = output if in_stage else self.stage.tail.loss(output, labels)
             losses = summed / weight
             losses.sum().backward()
         else:
@@ -376,7 +376,7 @@ class Walk:
         if not self._is_last:
             distributed.send(output.contiguous(), dst=self._neighbour(1))
             return None
-        return self.stage.tail.logits(output, self.stage.tensor_parallel)
+        return self.stage.tail.logits(output)
 
     @property
     def _is_last(self) -> bool:
