@@ -154,13 +154,15 @@ HEAD_ROWS = 1024
 class Block(nn.Module):
     """x = x + attention(x); x = x + mlp(x). Norms belong to the linears that they precede or follow.
 
-    With `recomputes_gate` gate and up, and the norm before them, are computed again in the backward pass instead of
-    being saved.
+    Attributes:
+        recomputes_gate: whether gate and up, and the norm before them, are computed again in the backward pass instead
+            of being saved (`Stage.set_recompute`).
     """
 
-    def __init__(self, attention: Attention, mlp: SwiGlu, *, recomputes_gate: bool) -> None:
+    recomputes_gate = False
+
+    def __init__(self, attention: Attention, mlp: SwiGlu) -> None:
         super().__init__()
-        self.recomputes_gate = recomputes_gate
         self.attention = attention
         self.mlp = mlp
 
@@ -282,16 +284,15 @@ def layer_specs(
     dtype: torch.dtype,
     tp_size: int = 1,
     kernels: Kernels = EAGER,
-    recomputes_gate: bool = False,
     deterministic: bool = False,
     make_weight: frozen_weight.WeightMaker = frozen_weight.FrozenWeight.empty,
 ) -> tuple[LayerSpec, ...]:
     """The flat list: layer 0 the embedding, layers 1 to L the blocks (1-based as in the paper), layer L + 1 the head.
 
     Building makes empty weights of one tensor-parallel rank's sizes on the default device; the checkpoint reader fills
-    them. `tp_size` must divide heads, key-value heads and the feed-forward width. For `recomputes_gate` see Block, for
-    `deterministic` see `choose_attention`. `make_weight` makes the weights of the blocks' linears (see `weight_maker`);
-    embedding and head are plain.
+    them. `tp_size` must divide heads, key-value heads and the feed-forward width. For `deterministic`
+    see `choose_attention`. `make_weight` makes the weights of the blocks' linears (see `weight_maker`); embedding and
+    head are plain.
     """
 
     def embedding() -> nn.Module:
@@ -323,7 +324,7 @@ def layer_specs(
         )
         gate_up = NormedLinear(weight(parts.gate_up), **normed(parts.gate_up, parts.mlp_norm))
         mlp = SwiGlu(gate_up, row_parallel(parts.down, parts.down_norm), kernels=kernels)
-        return Block(attention, mlp, recomputes_gate=recomputes_gate)
+        return Block(attention, mlp)
 
     def head() -> nn.Module:
         own = None if shape.tied_embeddings else weight(shape.head, frozen_weight.FrozenWeight.empty)

@@ -184,7 +184,7 @@ class Stage(nn.Module):
         self.head = next((str(spec.index) for spec in specs if spec.kind == "head"), None)
         if self.head is not None and not hasattr(self.layers[self.head], "frozen"):  # tied embeddings
             self._give_head_its_weight()
-        self.recompute = recompute
+        self.set_recompute(recompute)
         self.hold(adapters, is_engines=is_engines)
 
     def hold(self, adapters: TiedAdapter | AdapterBank | None, *, is_engines: bool = False) -> None:

@@ -95,7 +95,7 @@ def build(case: Case, config: tied_adapter.AdapterConfig, plan: StagePlan, group
     """The stage of this rank, with random weights."""
     first = plan.blocks[0] if case.index else 0
     last = plan.blocks[-1] + plan.is_last
-    specs = layer_specs(SHAPE, dtype=torch.bfloat16, tp_size=TP, recomputes_gate=case.recompute == "selective")
+    specs = layer_specs(SHAPE, dtype=torch.bfloat16, tp_size=TP)
     adapter = tied_adapter.TiedAdapter(tied_adapter.AdapterPart(config, plan.parts[0].layers, groups.tensor.rank, TP))
     adapter.u_sum = sum_of_u(groups)
     adapter.u_sum.start(1)

@@ -250,7 +250,6 @@ def build_stage(case: Case, bank: AdapterBank, grid: Grid, groups: ParallelGroup
         case.shape,
         dtype=DTYPE,
         tp_size=grid.tp_size,
-        recomputes_gate=case.recompute == "selective",
         make_weight=weight_maker(case.base),
     )
     stage = Stage(
