@@ -1,4 +1,4 @@
-"""The adapters of one base that are trained at the same time: each keeps its tensors, and meets its own tokens alone.
+"""The adapters of one base that are trained together. Each keeps its own tensors and is applied to its own tokens only.
 
 A micro-batch of several is ONE row: their micro-batches, end to end, each as it is when that adapter is alone. So an
 adapter's part of every tensor has the shape and memory that it has alone, and nothing is padded for others.
@@ -7,15 +7,15 @@ The bank is no module: engines neither move nor sum nor step its tensors, unless
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_tiedlora.adapters.low_rank import AllRows, InputDropout, SharedRows, dropout_salt, token_keys
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, LayerUpdate, LinearUpdate, TiedAdapter, whole_factors
-from megatron_tiedlora.parallel.backward import Piece, Pieces, first_derivative_only, part_of
-from megatron_tiedlora.parallel.groups import TensorParallel
+from megatron_tiedlora.parallel.groups import TensorParallel, with_adjoint
+from megatron_tiedlora.parallel.loss import RowSpan, RowSpans, spans_between
 
 ONLY = ""  # the name of an adapter that is the only one
 
@@ -24,7 +24,7 @@ class Share(NamedTuple):
     """The micro-batch of one adapter, which others may share: (rows, length) tokens, row after row.
 
     Attributes:
-        adapter: its name in the bank.
+        adapter: the name of the adapter in the bank.
     """
 
     adapter: str
@@ -33,42 +33,42 @@ class Share(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
-        """Its tokens, padding included."""
+        """The number of tokens, padding included."""
         return self.num_rows * self.length
 
 
 Shares = Sequence[Share]
 
 
-def pieces_of(shares: Shares) -> Pieces:
-    """Whose the tokens of a micro-batch are, if they are several shares', in order; there are none of a single one."""
+def spans_of(shares: Shares) -> RowSpans:
+    """The span of each share's tokens, in order; none if there is a single share."""
     if len(shares) == 1:
         return ()
-    return tuple(Piece(number, share.num_tokens) for number, share in enumerate(shares))
+    return tuple(RowSpan(number, share.num_tokens) for number, share in enumerate(shares))
 
 
 class Dropout(NamedTuple):
-    """Which inputs of the linears of one adapter --dropout keeps, from the numbers of a micro-batch's tokens.
+    """The dropout of one adapter's inputs (--dropout), which follows from the index of each token.
 
     Attributes:
-        probability: that an input is dropped.
-        seed: of its run.
+        probability: the probability that an input is dropped.
+        seed: the seed of the run.
     """
 
     probability: float
     seed: int
 
     def of_linears(
-        self, part: AdapterPart, numbers: torch.Tensor, tensor_parallel: TensorParallel
+        self, part: AdapterPart, token_index: Tensor, tensor_parallel: TensorParallel
     ) -> Callable[[int, str], InputDropout]:
         """The dropout of a layer's linear, by the layer and the name of the target.
 
         Args:
-            part: of the adapter, on this rank.
-            numbers: (b, s) int64, of the micro-batch's tokens.
+            part: this rank's part of the adapter.
+            token_index: (b, s) int64, see `MicroBatch`.
         """
         parts = tensor_parallel.sequence_parts
-        keys = token_keys(numbers.flatten(), seed=self.seed)
+        keys = token_keys(token_index.flatten(), seed=self.seed)
         local_keys = keys.chunk(parts)[tensor_parallel.group.rank] if parts > 1 else keys
         first = {
             target.name: part.tp_rank * (target.in_size // part.tp_size) if target.cut == "row" else 0
@@ -86,13 +86,8 @@ class AdapterBank:
     """A rank's parts of one or more adapters, by name."""
 
     def __init__(self, adapters: Mapping[str, TiedAdapter], dropout: Mapping[str, Dropout] | None = None) -> None:
-        """`dropout` is of the adapters that have one, in training steps."""
+        """`dropout`: the dropout of adapters in training steps, by name."""
         self.adapters, self.dropout = dict(adapters), dict(dropout or {})
-
-    @property
-    def first_layer(self) -> int:
-        """The first layer of the model that one of them adapts."""
-        return min(adapter.config.layers[0] for adapter in self.adapters.values())
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Every tensor of this rank, as NAME.TENSOR."""
@@ -107,28 +102,28 @@ class AdapterBank:
         gradients summed in one. The gradients of u stay this rank's addends, which are summed once per step.
 
         Args:
-            shares: of the micro-batch; an adapter has at most one. Without shares all tokens are the only adapter's.
+            shares: the shares of the micro-batch, at most one per adapter. By default all tokens are the only one's.
             dtype: the base's dtype.
         """
-        owners = [self.adapters[share.adapter] for share in shares or self._only_share()]
-        assert len(set(map(id, owners))) == len(owners), "an adapter has two shares of a micro-batch"
-        if len(owners) == 1:  # every token meets the same factors; ZeRO-3 gathers those that it shards in this call
-            updates = owners[0](tensor_parallel.group, dtype=dtype)
-            return dict(zip(owners[0].part.layers, updates, strict=True))
-        pieces, group = pieces_of(shares), tensor_parallel.group
-        by_owner = []
-        for adapter, whole in zip(owners, whole_factors(owners, group), strict=True):
+        adapters = [self.adapters[share.adapter] for share in shares or self._only_share()]
+        assert len(set(map(id, adapters))) == len(adapters), "an adapter has two shares of a micro-batch"
+        if len(adapters) == 1:  # all tokens use the same factors; ZeRO-3 gathers those that it shards in this call
+            updates = adapters[0](tensor_parallel.group, dtype=dtype)
+            return dict(zip(adapters[0].part.layers, updates, strict=True))
+        spans, group = spans_of(shares), tensor_parallel.group
+        by_adapter = []
+        for adapter, whole in zip(adapters, whole_factors(adapters, group), strict=True):
             layers = adapter.part.layers
-            by_owner.append(dict(zip(layers, adapter.updates(whole, dtype=dtype), strict=True)) if layers else {})
-        local_pieces = pieces
+            by_adapter.append(dict(zip(layers, adapter.updates(whole, dtype=dtype), strict=True)) if layers else {})
+        local_spans = spans
         if tensor_parallel.sequence_parts > 1:
-            size = sum(piece.size for piece in pieces) // group.size
-            local_pieces = part_of(pieces, group.rank * size, (group.rank + 1) * size)
+            size = sum(span.size for span in spans) // group.size
+            local_spans = spans_between(spans, group.rank * size, (group.rank + 1) * size)
         found: dict[int, LayerUpdate] = {}
-        memory: dict[Hashable, torch.Tensor] = {}
+        memory: dict[Hashable, Tensor] = {}
 
-        def flat(factors: Sequence[torch.Tensor]) -> torch.Tensor:
-            """The factors end to end, in one memory for all layers that share them; their own if there is only one."""
+        def flat(factors: Sequence[Tensor]) -> Tensor:
+            """The factors end to end, in one memory for all layers that share them; a single factor in its own."""
             # not by address, as tensors without data have none
             key = tuple((factor.untyped_storage()._cdata, factor.storage_offset()) for factor in factors)
             if key not in memory:
@@ -137,14 +132,14 @@ class AdapterBank:
             return memory[key]
 
         def joined(linears: Mapping[int, LinearUpdate]) -> LinearUpdate:
-            """One update of a linear for the tokens of all owners: their factors and stand-ins, flat and end to end."""
-            ranks = {number: owners[number].config.rank for number in linears}
+            """One update of a linear for all adapters: their factors and gradient slots, flat and end to end."""
+            ranks = {number: adapters[number].config.rank for number in linears}
             a, f, grad_a, grad_f, _ = zip(*linears.values(), strict=True)
-            rows = SharedRows(ranks=ranks, pieces=pieces, local_pieces=local_pieces)
-            return LinearUpdate(flat(a), flat(f), _join_stand_ins(a, grad_a), _join_stand_ins(f, grad_f), rows)
+            rows = SharedRows(ranks=ranks, spans=spans, local_spans=local_spans)
+            return LinearUpdate(flat(a), flat(f), _join_slots(a, grad_a), _join_slots(f, grad_f), rows)
 
-        for layer in sorted({layer for updates in by_owner for layer in updates}):
-            of_layer = {number: updates[layer] for number, updates in enumerate(by_owner) if layer in updates}
+        for layer in sorted({layer for updates in by_adapter for layer in updates}):
+            of_layer = {number: updates[layer] for number, updates in enumerate(by_adapter) if layer in updates}
             found[layer] = {
                 name: joined({number: update[name] for number, update in of_layer.items() if name in update})
                 for name in dict.fromkeys(name for update in of_layer.values() for name in update)
@@ -152,20 +147,20 @@ class AdapterBank:
         return found
 
     def with_dropout(
-        self, updates: Mapping[int, LayerUpdate], numbers: torch.Tensor, shares: Shares, tensor_parallel: TensorParallel
+        self, updates: Mapping[int, LayerUpdate], token_index: Tensor, shares: Shares, tensor_parallel: TensorParallel
     ) -> dict[int, LayerUpdate]:
-        """The updates with each adapter's dropout of its own tokens, whose numbers are (b, s)."""
+        """The updates with each adapter's dropout of its own tokens; `token_index` (b, s), see `MicroBatch`."""
         names = (share.adapter for share in shares or self._only_share())
         dropped = {
-            owner: self.dropout[name].of_linears(self.adapters[name].part, numbers, tensor_parallel)
-            for owner, name in enumerate(names)
+            number: self.dropout[name].of_linears(self.adapters[name].part, token_index, tensor_parallel)
+            for number, name in enumerate(names)
             if name in self.dropout
         }
 
         def with_own(linear: LinearUpdate, layer: int, target: str) -> LinearUpdate:
             if not isinstance(linear.rows, SharedRows):  # a micro-batch of one adapter
                 return linear._replace(rows=AllRows(dropped[0](layer, target))) if dropped else linear
-            own = {owner: of(layer, target) for owner, of in dropped.items() if owner in linear.rows.ranks}
+            own = {number: of(layer, target) for number, of in dropped.items() if number in linear.rows.ranks}
             return linear._replace(rows=replace(linear.rows, dropouts=own))
 
         return {
@@ -178,24 +173,20 @@ class AdapterBank:
         return (Share(name, 0, 0),)
 
 
-def _join_stand_ins(factors: Sequence[torch.Tensor], stand_ins: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
-    """One stand-in for several factors, some of which may be frozen; None if all are."""
-    if all(stand_in is None for stand_in in stand_ins):
+def _join_slots(factors: Sequence[Tensor], slots: Sequence[Tensor | None]) -> Tensor | None:
+    """One gradient slot for several factors, some of which may be frozen; None if all are."""
+    trained = [slot is not None for slot in slots]
+    if not any(trained):
         return None
-    joined: torch.Tensor = _JoinStandIns.apply([factor.shape for factor in factors], *stand_ins)
-    return joined
+    shapes = [factor.shape for factor in factors]
+    sizes = [shape.numel() for shape in shapes]
 
+    def join(*slots: Tensor | None) -> Tensor:
+        like = next(slot for slot in slots if slot is not None)
+        return like.new_empty(1).expand(sum(sizes))
 
-class _JoinStandIns(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, shapes: Sequence[torch.Size], *stand_ins: torch.Tensor | None) -> torch.Tensor:
-        ctx.shapes, ctx.needs = shapes, [stand_in is not None for stand_in in stand_ins]
-        like = next(stand_in for stand_in in stand_ins if stand_in is not None)
-        return like.new_empty(1).expand(sum(shape.numel() for shape in shapes))
+    def split(gradient: Tensor) -> tuple[Tensor | None, ...]:
+        parts = zip(gradient.split(sizes), shapes, trained, strict=True)
+        return tuple(part.view(shape) if needed else None for part, shape, needed in parts)
 
-    @staticmethod
-    @first_derivative_only
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        parts = gradient.split([shape.numel() for shape in ctx.shapes])
-        views = (part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True))
-        return None, *(view if needs else None for view, needs in zip(views, ctx.needs, strict=True))
+    return with_adjoint(join, split, *slots)

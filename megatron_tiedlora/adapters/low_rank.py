@@ -1,4 +1,4 @@
-"""The low-rank update of a linear, z = W x + F A x, for the tokens of a micro-batch: each meets its adapter's factors.
+"""The low-rank update of a linear, z = W x + F A x, for the tokens of a micro-batch of one or more adapters.
 
 With ax = A x, dz the gradient of z and grad_ax = dz F:
 
@@ -8,16 +8,15 @@ With dropout D on the update's input, ax = A D(x), dA = grad_ax^T D(x), and dx =
 element by a number, so it is its own adjoint. No matmul here creates a (tokens, out) tensor. Layers compute the matmuls
 with W.
 
-Of the tensors of a linear layers use A, and F = (alpha / r) diag(v) B diag(u); the gradients of B, u and v follow from
-dF. A tensor has a slot for each group of layers that share it. It is stacked over slots unless there is one for all
-layers.
+Layers use A and F = (alpha / r) diag(v) B diag(u) of each linear; the gradients of B, u and v follow from dF. A tensor
+has a slot for each group of layers that share it. It is stacked over slots unless there is one slot for all layers.
 
-All tokens meet the factors of the one adapter there is, or each those of its own of several. There are two sets of
-tokens: all of the micro-batch, and with sequence parallelism this rank's part of them (`local`).
+A token uses the factors of its own adapter. There are two sets of tokens: all of the micro-batch, and with sequence
+parallelism this rank's part of them (`local`).
 
 With several adapters the factors of a linear are flat: A_i (r_i, in), one after another, and so are F_i (out, r_i),
-their gradients, and A x: that of the first piece of tokens, (tokens, r_i), then that of the next. So an adapter's
-tensors have the shape and memory that they have when it is alone, and a token saves as many numbers as its own rank.
+their gradients, and A x: (tokens, r_i) of the first span of tokens, then of the next. So an adapter's tensors have the
+shape and memory that they have when it is alone, and a token saves r_i numbers.
 """
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -26,11 +25,12 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from megatron_tiedlora.base.methods import Sharing
-from megatron_tiedlora.parallel.backward import Piece, Pieces, first_derivative_only, starts_of
 from megatron_tiedlora.parallel.frozen_weight import padded, wide_matmul
 from megatron_tiedlora.parallel.kernels import NUMBERS_AT_ONCE
+from megatron_tiedlora.parallel.loss import RowSpan, RowSpans, first_derivative_only, span_starts
 from megatron_tiedlora.parallel.shard_spec import stream_seed
 
 # Factors --------------------------------------------------------------------------------------------------------------
@@ -48,23 +48,23 @@ def layer_slots(shared_by: Sharing, layers: tuple[int, ...]) -> dict[int, int]:
     return {layer: numbers[key] for layer, key in zip(layers, keys, strict=True)}
 
 
-Slots = tuple[int, ...] | None  # the slot that each layer of a stage uses, of those that the rank holds; or not stacked
+Slots = tuple[int, ...] | None  # for each layer of a stage, which of the rank's slots it uses; None: not stacked
 
 
 class LinearFactors(NamedTuple):
     """B, u and v of a linear on a rank, their slots, and alpha / r. A tensor that is None counts as ones.
 
-    A alone takes the place of B, with a scale of 1.
+    For A alone, it takes the place of B, with a scale of 1.
     """
 
-    tensors: tuple[torch.Tensor | None, ...]
+    tensors: tuple[Tensor | None, ...]
     slots: Sequence[Slots]
     scale: float
     num_layers: int
 
     @torch.no_grad()
-    def values(self, dtype: torch.dtype) -> list[torch.Tensor]:
-        """F of each layer, (o, r), in `dtype` and without a gradient. Layers with the same slots have one in common."""
+    def values(self, dtype: torch.dtype) -> list[Tensor]:
+        """F of each layer, (o, r), in `dtype` and without a gradient. Layers with the same slots share one tensor."""
         of_layers = list(zip(*(slots or (0,) * self.num_layers for slots in self.slots), strict=True))
         numbers = {used: number for number, used in enumerate(dict.fromkeys(of_layers))}
         used = (some and different for some, different in zip(self.slots, zip(*numbers, strict=True), strict=True))
@@ -72,23 +72,23 @@ class LinearFactors(NamedTuple):
         rows = fold(b, u, v, self.scale).detach().to(dtype).expand(len(numbers), -1, -1).unbind(0)
         return [rows[numbers[used]] for used in of_layers]
 
-    def stand_ins(self) -> tuple[torch.Tensor | None, ...]:
+    def gradient_slots(self) -> tuple[Tensor | None, ...]:
         """The tensors that receive the gradient of each layer's F; None if it has none."""
         if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in self.tensors):
             return (None,) * self.num_layers
-        stand_ins: tuple[torch.Tensor, ...] = _StandIns.apply(*self.tensors, *self[1:])
-        return stand_ins
+        slots: tuple[Tensor, ...] = _GradientSlots.apply(*self.tensors, *self[1:])
+        return slots
 
 
-def _read(tensor: torch.Tensor | None, slots: Slots) -> Any:
-    """Some slots of a tensor, (slots, ...); itself if these are all of it, in order, or if it is not stacked."""
+def _read(tensor: Tensor | None, slots: Slots) -> Any:
+    """Some slots of a tensor, (slots, ...); the tensor itself if these are all in order, or if it is not stacked."""
     if tensor is None or slots is None or slots == tuple(range(len(tensor))):
         return tensor
     return torch.stack([tensor[slot] for slot in slots])
 
 
-def _add_up(addends: torch.Tensor, slots: Slots, number: int) -> torch.Tensor:
-    """The gradient of a tensor of so many slots from those of each layer, (layers, ...)."""
+def _add_up(addends: Tensor, slots: Slots, number: int) -> Tensor:
+    """The gradient of a tensor with `number` slots, from the gradients of each layer, (layers, ...)."""
     if slots is None or slots == tuple(range(number)):
         return addends.sum(0) if slots is None else addends
     total = addends.new_zeros(number, *addends.shape[1:])
@@ -97,32 +97,26 @@ def _add_up(addends: torch.Tensor, slots: Slots, number: int) -> torch.Tensor:
     return total
 
 
-def fold(b: torch.Tensor, u: torch.Tensor | None, v: torch.Tensor | None, scale: float) -> torch.Tensor:
+def fold(b: Tensor, u: Tensor | None, v: Tensor | None, scale: float) -> Tensor:
     """scale diag(v) B diag(u), (o, r), or (n, o, r) if b (n, o, r), u (n, r) or v (n, o) is stacked."""
     rows = b if v is None else v[..., None] * b
     scaled = rows if u is None else rows * u[..., None, :]
     return scaled if scale == 1.0 else scaled * scale
 
 
-class _StandIns(torch.autograd.Function):
-    """Stand-ins that receive the gradient of each layer's F = scale diag(v) B diag(u), in the adapter's dtype.
+class _GradientSlots(torch.autograd.Function):
+    """A gradient slot for each layer: a tensor, in the adapter's dtype, that receives the gradient of the layer's F.
 
     autograd casts a gradient to its tensor's dtype, and F has the base's. An fp32 gradient therefore needs an fp32
-    tensor, whose values are never read. With the gradients G of F, for all layers at once,
+    tensor, whose values are never read. With F = s diag(v) B diag(u) and its gradients G, for all layers at once,
 
         dB = s diag(v) G diag(u)      dv = row sums of s G diag(u) B      du = column sums of s diag(v) G B
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        b: torch.Tensor,
-        u: torch.Tensor | None,
-        v: torch.Tensor | None,
-        slots: Sequence[Slots],
-        scale: float,
-        num_layers: int,
-    ) -> tuple[torch.Tensor, ...]:
+        ctx: Any, b: Tensor, u: Tensor | None, v: Tensor | None, slots: Sequence[Slots], scale: float, num_layers: int
+    ) -> tuple[Tensor, ...]:
         needs_b, needs_u, needs_v = ctx.needs_input_grad[:3]
         used = (b, needs_u or needs_v), (u, needs_b or needs_v), (v, needs_b or needs_u)
         # Detached: under ZeRO-3 the Parameter is emptied when the adapter's call returns.
@@ -132,7 +126,7 @@ class _StandIns(torch.autograd.Function):
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         b, u, v = map(_read, ctx.saved_tensors, ctx.slots)
         of_b, of_u, of_v = zip(ctx.slots, ctx.sizes, strict=True)
         needs_b, needs_u, needs_v = ctx.needs_input_grad[:3]
@@ -150,44 +144,57 @@ class _StandIns(torch.autograd.Function):
 # The tokens of a micro-batch ------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class AllRows:
-    """Every token meets the factors of one adapter: A (r, in) and F (out, r); A x is (..., r).
+class SomeTokens(NamedTuple):
+    """Some tokens of a micro-batch.
 
     Attributes:
-        dropout: of the update's input, in a training step with --dropout.
+        rows: (m,), indices into (b s).
+        local_rows: the rows of this rank, as indices into its (b s) or (b s / p) activations between layers.
+        spans, local_spans: their adapters, if there are several.
+    """
+
+    rows: Tensor
+    local_rows: Tensor
+    spans: RowSpans = ()
+    local_spans: RowSpans = ()
+
+
+@dataclass(frozen=True)
+class AllRows:
+    """All tokens use the factors of one adapter: A (r, in) and F (out, r); A x is (..., r).
+
+    Attributes:
+        dropout: the dropout of the update's input, in a training step with --dropout.
     """
 
     dropout: "InputDropout | None" = None
 
-    def _dropped(self, rows: torch.Tensor, *, local: bool) -> torch.Tensor:
-        """D of rows (tokens, in)."""
+    def _dropped(self, rows: Tensor, *, local: bool) -> Tensor:
+        """D(rows), with rows (tokens, in)."""
         return rows if self.dropout is None else self.dropout.dropped(rows, local=local)
 
-    def reduce_input(self, x: torch.Tensor, a: torch.Tensor, *, local: bool) -> torch.Tensor:
+    def reduce_input(self, x: Tensor, a: Tensor, *, local: bool) -> Tensor:
         """ax = A D(x) of x (..., in)."""
         rows = self._dropped(x.flatten(0, -2), local=local)
         return torch.mm(rows, a.t()).view(*x.shape[:-1], -1)
 
-    def add_update_(self, z: torch.Tensor, ax: torch.Tensor, f: torch.Tensor) -> None:
+    def add_update_(self, z: Tensor, ax: Tensor, f: Tensor) -> None:
         """Add F A x to z (tokens, out), in place."""
         torch.addmm(z, flat(ax), f.t(), out=z)
 
-    def gradient_of_ax(self, grad_z: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
+    def gradient_of_ax(self, grad_z: Tensor, f: Tensor) -> Tensor:
         """grad_ax = dz F, from dz (tokens, out)."""
         return grad_z @ f
 
-    def gradient_of_f(self, grad_z: torch.Tensor, ax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def gradient_of_f(self, grad_z: Tensor, ax: Tensor, dtype: torch.dtype) -> Tensor:
         """dF = dz^T ax in `dtype`, from dz (tokens, out)."""
         return wide_matmul(grad_z.t(), flat(ax), dtype)
 
-    def gradient_of_a(self, grad_ax: torch.Tensor, x: torch.Tensor, dtype: torch.dtype, *, local: bool) -> torch.Tensor:
+    def gradient_of_a(self, grad_ax: Tensor, x: Tensor, dtype: torch.dtype, *, local: bool) -> Tensor:
         """dA = grad_ax^T D(x) in `dtype`, from x (tokens, in)."""
         return wide_matmul(flat(grad_ax).t(), self._dropped(x, local=local), dtype)
 
-    def add_share_(
-        self, grad_x: torch.Tensor, grad_ax: torch.Tensor | None, a: torch.Tensor | None, *, local: bool
-    ) -> torch.Tensor:
+    def add_input_gradient_(self, grad_x: Tensor, grad_ax: Tensor | None, a: Tensor | None, *, local: bool) -> Tensor:
         """grad_x (..., in) + D(grad_ax A), in place; grad_x alone if one of the others is None.
 
         Only D makes a second tensor of this size.
@@ -201,162 +208,148 @@ class AllRows:
             rows.add_(self._dropped(narrow @ a, local=local))
         return grad_x
 
-    def columns(self, ax: torch.Tensor, *, local: bool) -> torch.Tensor:
+    def columns(self, ax: Tensor, *, local: bool) -> Tensor:
         """A x, or its gradient, as columns for a message along the sequence, (1, tokens, r)."""
         return ax.view(1, -1, ax.shape[-1])
 
-    def of_columns(self, columns: torch.Tensor, *, local: bool) -> torch.Tensor:
+    def of_columns(self, columns: Tensor, *, local: bool) -> Tensor:
         """A x, or its gradient, from columns (..., r)."""
         return columns
 
-    def at(self, rows: torch.Tensor, local_rows: torch.Tensor, pieces: Pieces, local_pieces: Pieces) -> "AllRows":
-        """The same for some tokens only.
+    def at(self, some: SomeTokens) -> "AllRows":
+        """A copy that applies to some tokens only."""
+        return self if self.dropout is None else replace(self, dropout=self.dropout.at(some.rows, some.local_rows))
 
-        Args:
-            rows, local_rows: indices into all tokens, and into this rank's part.
-            pieces, local_pieces: whose tokens they are, if there are several owners.
-        """
-        return self if self.dropout is None else replace(self, dropout=self.dropout.at(rows, local_rows))
-
-    def stand_in_pieces(self, size: int) -> Pieces | None:
-        """Whose numbers those of a gradient of A or F are, if there are several owners; `size` is their number."""
+    def slot_spans(self, size: int) -> RowSpans | None:
+        """The adapters to which the `size` elements of a gradient of A or F belong; None if there is one adapter."""
         return None
 
 
 @dataclass(frozen=True)
 class SharedRows(AllRows):
-    """The tokens of several owners. Each meets the factors of its owner, or none if that one does not adapt the linear.
+    """The tokens of several adapters. A token uses the factors of its adapter, if that adapts the linear.
 
     Attributes:
-        ranks: the rank of each owner that adapts the linear, in the order of the factors.
-        pieces: whose the tokens are, all of them.
-        local_pieces: the same for this rank's part of the sequence.
-        dropouts: of the owners that have one, with keys for the tokens of all; `dropout` is None.
+        ranks: the rank of each adapter that adapts the linear, by its number, in the order of the factors.
+        spans: the adapters of all tokens.
+        local_spans: the adapters of the tokens in this rank's part of the sequence.
+        dropouts: the dropout of each adapter, by its number, with keys for all tokens; `dropout` is None.
     """
 
     ranks: Mapping[int, int] = field(default_factory=dict)
-    pieces: Pieces = ()
-    local_pieces: Pieces = ()
+    spans: RowSpans = ()
+    local_spans: RowSpans = ()
     dropouts: "Mapping[int, InputDropout]" = field(default_factory=dict)
 
-    def reduce_input(self, x: torch.Tensor, a: torch.Tensor, *, local: bool) -> torch.Tensor:
+    def reduce_input(self, x: Tensor, a: Tensor, *, local: bool) -> Tensor:
         """As in AllRows."""
-        factors, rows = self._factors(a, by_rows=True), self._rows(flat(x), local, drops=True)
-        found = [of.reduce_input(own, factors[owner], local=local) for owner, own, of in rows]
-        return _end_to_end(found, x)
+        factors, spans = self._factors(a, by_rows=True), self._each(flat(x), local=local, drops=True)
+        return _end_to_end([rows.reduce_input(own, factors[i], local=local) for i, rows, own, _ in spans], x)
 
-    def add_update_(self, z: torch.Tensor, ax: torch.Tensor, f: torch.Tensor) -> None:
-        """As in AllRows."""
-        factors, narrow = self._factors(f), self._narrow(ax, local=False)
-        for (owner, rows, of), own in zip(self._rows(z, local=False), narrow, strict=True):
-            of.add_update_(rows, own, factors[owner])
-
-    def gradient_of_ax(self, grad_z: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
+    def add_update_(self, z: Tensor, ax: Tensor, f: Tensor) -> None:
         """As in AllRows."""
         factors = self._factors(f)
-        found = [of.gradient_of_ax(rows, factors[owner]) for owner, rows, of in self._rows(grad_z, local=False)]
-        return _end_to_end(found, grad_z)
+        for i, rows, own, narrow in self._each(z, ax):
+            rows.add_update_(own, narrow, factors[i])
 
-    def gradient_of_f(self, grad_z: torch.Tensor, ax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def gradient_of_ax(self, grad_z: Tensor, f: Tensor) -> Tensor:
         """As in AllRows."""
-        pairs = zip(self._rows(grad_z, local=False), self._narrow(ax, local=False), strict=True)
-        found = ((owner, of.gradient_of_f(rows, own, dtype)) for (owner, rows, of), own in pairs)
-        return self._by_owner(found, grad_z.new_zeros(grad_z.shape[-1], dtype=dtype))
+        factors = self._factors(f)
+        return _end_to_end([rows.gradient_of_ax(own, factors[i]) for i, rows, own, _ in self._each(grad_z)], grad_z)
 
-    def gradient_of_a(self, grad_ax: torch.Tensor, x: torch.Tensor, dtype: torch.dtype, *, local: bool) -> torch.Tensor:
+    def gradient_of_f(self, grad_z: Tensor, ax: Tensor, dtype: torch.dtype) -> Tensor:
         """As in AllRows."""
-        pairs = zip(self._rows(x, local, drops=True), self._narrow(grad_ax, local=local), strict=True)
-        found = ((owner, of.gradient_of_a(own, rows, dtype, local=local)) for (owner, rows, of), own in pairs)
-        return self._by_owner(found, x.new_zeros(x.shape[-1], dtype=dtype))
+        found = ((i, rows.gradient_of_f(own, narrow, dtype)) for i, rows, own, narrow in self._each(grad_z, ax))
+        return self._by_adapter(found, grad_z.new_zeros(grad_z.shape[-1], dtype=dtype))
 
-    def add_share_(
-        self, grad_x: torch.Tensor, grad_ax: torch.Tensor | None, a: torch.Tensor | None, *, local: bool
-    ) -> torch.Tensor:
+    def gradient_of_a(self, grad_ax: Tensor, x: Tensor, dtype: torch.dtype, *, local: bool) -> Tensor:
         """As in AllRows."""
-        if grad_ax is None or a is None:
-            return grad_x
-        factors, narrow = self._factors(a, by_rows=True), self._narrow(grad_ax, local=local)
-        for (owner, rows, of), own in zip(self._rows(flat(grad_x), local, drops=True), narrow, strict=True):
-            of.add_share_(rows, own, factors[owner], local=local)
+        spans = self._each(x, grad_ax, local=local, drops=True)
+        found = ((i, rows.gradient_of_a(narrow, own, dtype, local=local)) for i, rows, own, narrow in spans)
+        return self._by_adapter(found, x.new_zeros(x.shape[-1], dtype=dtype))
+
+    def add_input_gradient_(self, grad_x: Tensor, grad_ax: Tensor | None, a: Tensor | None, *, local: bool) -> Tensor:
+        """As in AllRows."""
+        if grad_ax is not None and a is not None:
+            factors = self._factors(a, by_rows=True)
+            for i, rows, own, narrow in self._each(flat(grad_x), grad_ax, local=local, drops=True):
+                rows.add_input_gradient_(own, narrow, factors[i], local=local)
         return grad_x
 
-    def columns(self, ax: torch.Tensor, *, local: bool) -> torch.Tensor:
+    def columns(self, ax: Tensor, *, local: bool) -> Tensor:
         """As in AllRows: (1, tokens, widest rank), with zeros where a token's rank is less."""
-        num_tokens = sum(piece.size for piece in self._pieces(local))
+        num_tokens = sum(span.size for span in (self.local_spans if local else self.spans))
         spread = ax.new_zeros(1, num_tokens, max(self.ranks.values()))
-        for (owner, rows, _), own in zip(self._rows(spread[0], local), self._narrow(ax, local=local), strict=True):
-            rows[:, : self.ranks[owner]] = own
+        for i, _, own, narrow in self._each(spread[0], ax, local=local):
+            own[:, : self.ranks[i]] = narrow
         return spread
 
-    def of_columns(self, columns: torch.Tensor, *, local: bool) -> torch.Tensor:
+    def of_columns(self, columns: Tensor, *, local: bool) -> Tensor:
         """As in AllRows."""
-        rows = self._rows(columns.flatten(0, -2), local)
-        return _end_to_end([own[:, : self.ranks[owner]] for owner, own, _ in rows], columns)
+        spans = self._each(columns.flatten(0, -2), local=local)
+        return _end_to_end([own[:, : self.ranks[i]] for i, _, own, _ in spans], columns)
 
-    def at(self, rows: torch.Tensor, local_rows: torch.Tensor, pieces: Pieces, local_pieces: Pieces) -> "SharedRows":
+    def at(self, some: SomeTokens) -> "SharedRows":
         """As in AllRows."""
-        dropouts = {owner: dropout.at(rows, local_rows) for owner, dropout in self.dropouts.items()}
-        return replace(self, pieces=pieces, local_pieces=local_pieces, dropouts=dropouts)
+        dropouts = {adapter: dropout.at(some.rows, some.local_rows) for adapter, dropout in self.dropouts.items()}
+        return replace(self, spans=some.spans, local_spans=some.local_spans, dropouts=dropouts)
 
-    def stand_in_pieces(self, size: int) -> Pieces:
+    def slot_spans(self, size: int) -> RowSpans:
         """As in AllRows."""
         width = size // sum(self.ranks.values())
-        return tuple(Piece(owner, rank * width) for owner, rank in self.ranks.items())
+        return tuple(RowSpan(adapter, rank * width) for adapter, rank in self.ranks.items())
 
-    def _pieces(self, local: bool) -> Pieces:
-        return self.local_pieces if local else self.pieces
+    def _each(
+        self, rows: Tensor, ax: Tensor | None = None, *, local: bool = False, drops: bool = False
+    ) -> Iterator[tuple[int, AllRows, Tensor, Any]]:
+        """Split rows (tokens, n), and A x or its gradient, into spans, without those of adapters that skip the linear.
 
-    def _rows(
-        self, rows: torch.Tensor, local: bool, *, drops: bool = False
-    ) -> Iterator[tuple[int, torch.Tensor, AllRows]]:
-        """(owner, its rows, and these as all there are) of each piece of `rows` (tokens, n) whose owner adapts the
-        linear; the rows are views. They have their dropout if `drops`."""
-        pieces = self._pieces(local)
-        assert len(rows) == sum(piece.size for piece in pieces), "rows of other tokens"
-        for (owner, size), start in zip(pieces, starts_of(pieces), strict=True):
-            if owner in self.ranks:
-                part, dropout = slice(start, start + size), self.dropouts.get(owner) if drops else None
-                yield owner, rows[part], AllRows() if dropout is None else AllRows(dropout.at(part, part))
+        Yields:
+            the adapter's number; what applies to these rows alone, with their dropout if `drops`; views of the rows and
+            of A x, (tokens, rank of the adapter), or None without `ax`.
+        """
+        spans, taken = self.local_spans if local else self.spans, 0
+        assert len(rows) == sum(span.size for span in spans), "rows of other tokens"
+        for (i, size), start in zip(spans, span_starts(spans), strict=True):
+            if i not in self.ranks:
+                continue
+            part, dropout = slice(start, start + size), self.dropouts.get(i) if drops else None
+            narrow = None if ax is None else ax[taken : taken + size * self.ranks[i]].view(-1, self.ranks[i])
+            taken += size * self.ranks[i]
+            yield i, AllRows() if dropout is None else AllRows(dropout.at(part, part)), rows[part], narrow
 
-    def _narrow(self, ax: torch.Tensor, *, local: bool) -> list[torch.Tensor]:
-        """The same of A x, (tokens, its rank) each."""
-        pieces = [piece for piece in self._pieces(local) if piece.owner in self.ranks]
-        parts = ax.split([piece.size * self.ranks[piece.owner] for piece in pieces])
-        return [part.view(-1, self.ranks[piece.owner]) for part, piece in zip(parts, pieces, strict=True)]
-
-    def _factors(self, flat: torch.Tensor, *, by_rows: bool = False) -> dict[int, torch.Tensor]:
-        """F_i (out, r_i) by owner, or A_i (r_i, in) with `by_rows`."""
-        blocks = flat.split([piece.size for piece in self.stand_in_pieces(flat.numel())])
+    def _factors(self, flat: Tensor, *, by_rows: bool = False) -> dict[int, Tensor]:
+        """F_i (out, r_i) by adapter, or A_i (r_i, in) with `by_rows`."""
+        blocks = flat.split([span.size for span in self.slot_spans(flat.numel())])
         shapes = [(rank, -1) if by_rows else (-1, rank) for rank in self.ranks.values()]
-        return {owner: block.view(shape) for owner, block, shape in zip(self.ranks, blocks, shapes, strict=True)}
+        return {adapter: block.view(shape) for adapter, block, shape in zip(self.ranks, blocks, shapes, strict=True)}
 
-    def _by_owner(self, found: Iterator[tuple[int, torch.Tensor]], zeros: torch.Tensor) -> torch.Tensor:
-        """The sums of each owner's gradients, flat; zeros, from those of one column, for an owner without any."""
-        totals: dict[int, torch.Tensor] = {}
-        for owner, gradient in found:
-            totals[owner] = totals[owner] + gradient if owner in totals else gradient
-        return torch.cat(
-            [totals[owner].flatten() if owner in totals else zeros.repeat(rank) for owner, rank in self.ranks.items()]
-        )
+    def _by_adapter(self, found: Iterator[tuple[int, Tensor]], zeros: Tensor) -> Tensor:
+        """The sums of each adapter's gradients, flat. An adapter without any gets `zeros` for each unit of its rank."""
+        totals: dict[int, Tensor] = {}
+        for adapter, gradient in found:
+            totals[adapter] = totals[adapter] + gradient if adapter in totals else gradient
+        parts = (totals[i].flatten() if i in totals else zeros.repeat(rank) for i, rank in self.ranks.items())
+        return torch.cat(list(parts))
 
 
-def flat(tensor: torch.Tensor) -> torch.Tensor:
+def flat(tensor: Tensor) -> Tensor:
     """(..., n) -> (tokens, n), a view."""
     return tensor.view(-1, tensor.shape[-1])
 
 
-def _end_to_end(parts: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
-    """All numbers of the parts, flat; none, in the dtype of `like`, if there are no parts."""
+def _end_to_end(parts: Sequence[Tensor], like: Tensor) -> Tensor:
+    """All elements of the parts, flat; an empty tensor in the dtype of `like` if there are no parts."""
     return torch.cat([part.flatten() for part in parts]) if parts else like.new_empty(0)
 
 
-def beside(wide: torch.Tensor, narrow: torch.Tensor) -> torch.Tensor:
+def beside(wide: Tensor, narrow: Tensor) -> Tensor:
     """[wide | narrow | zeros] for one message. `narrow` is padded to a multiple of `SIZE_MULTIPLE` columns."""
     missing = padded(narrow.shape[-1]) - narrow.shape[-1]
     return torch.cat((wide, narrow, narrow.new_zeros(*narrow.shape[:-1], missing)), dim=-1)
 
 
-def apart(joined: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def apart(joined: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """`wide` and `narrow` from the result of `beside`, as views; `narrow` has `size` columns."""
     width = joined.shape[-1] - padded(size)
     return joined[..., :width], joined[..., width : width + size]
@@ -365,7 +358,7 @@ def apart(joined: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
 # Dropout --------------------------------------------------------------------------------------------------------------
 #
 # x becomes x kept / (1 - p), where `kept` depends on no layout, device or packing. Whether feature j of a token is kept
-# follows from the run's seed, the token's number (which step and sample, and where in the sample, see `data/loader`),
+# follows from the run's seed, the token's index (which step and sample, and where in the sample, see `data/loader`),
 # the layer, the target and j. It is computed where it is used, in the forward and again in the backward pass, so
 # nothing is saved, no random state exists, and a rank computes it for its own tokens and features alone. All integers
 # are 32-bit values in int64 lanes that never overflow, so they are the same everywhere:
@@ -376,7 +369,7 @@ _WORD = 2**32 - 1
 _HOST_NUMBERS_AT_ONCE = 2**16  # on a CPU the integers of a part then stay in its cache
 
 
-def mix_(words: torch.Tensor) -> torch.Tensor:
+def mix_(words: Tensor) -> Tensor:
     """Replace 32-bit values in an int64 tensor by hashed ones, one to one. (A hash of C. Wellons' prospector.)"""
     words ^= words >> 15
     words.mul_(0x2C1B3C6D).bitwise_and_(_WORD)  # factors below 2^30, so no product reaches 2^63
@@ -386,36 +379,36 @@ def mix_(words: torch.Tensor) -> torch.Tensor:
     return words
 
 
-def token_keys(numbers: torch.Tensor, *, seed: int) -> torch.Tensor:
-    """The key of each token, 32 bits in int64, from the tokens' numbers, int64 and not negative."""
+def token_keys(token_index: Tensor, *, seed: int) -> Tensor:
+    """The key of each token, 32 bits in int64, from the index of each token, int64 and not negative."""
     salt = stream_seed(seed, "dropout")
-    low = mix_((numbers & _WORD) ^ (salt & _WORD))
-    return mix_(low ^ (numbers >> 32) ^ (salt >> 32))
+    low = mix_((token_index & _WORD) ^ (salt & _WORD))
+    return mix_(low ^ (token_index >> 32) ^ (salt >> 32))
 
 
 @dataclass(frozen=True)
 class InputDropout:
-    """Which inputs of one linear's adapter are kept, for the tokens of a micro-batch on one rank.
+    """The dropout of one linear's adapter, for the tokens of a micro-batch on one rank.
 
     Attributes:
-        keys: of all tokens of the micro-batch in order, (b s,) int64.
-        local_keys: of this rank's part of the sequence, (b s / p,).
+        keys: the keys of all tokens of the micro-batch in order, (b s,) int64.
+        local_keys: the keys of this rank's part of the sequence, (b s / p,).
         salt: differs between layers and targets, 32 bits.
         first: this rank's first input feature; not 0 where the linear's columns are sharded.
-        probability: p, of an input to be dropped.
+        probability: p, the probability that an input is dropped.
     """
 
-    keys: torch.Tensor
-    local_keys: torch.Tensor
+    keys: Tensor
+    local_keys: Tensor
     salt: int
     first: int
     probability: float
 
-    def at(self, rows: torch.Tensor | slice, local_rows: torch.Tensor | slice) -> "InputDropout":
-        """The same for some tokens only: `rows` are indices into `keys`, `local_rows` into `local_keys`."""
+    def at(self, rows: Tensor | slice, local_rows: Tensor | slice) -> "InputDropout":
+        """A copy for some tokens only: `rows` are indices into `keys`, `local_rows` into `local_keys`."""
         return replace(self, keys=self.keys[rows], local_keys=self.local_keys[local_rows])
 
-    def dropped(self, rows: torch.Tensor, *, local: bool) -> torch.Tensor:
+    def dropped(self, rows: Tensor, *, local: bool) -> Tensor:
         """`rows` (b s, n) of all tokens, or (b s / p, n) of this rank's part of the sequence if `local`, with dropped
         elements at 0 and the others divided by 1 - p."""
         keys = self.local_keys if local else self.keys

@@ -12,9 +12,9 @@ from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from megatron_tiedlora.adapters.low_rank import AllRows, LinearFactors, Slots, fold, layer_slots
+from megatron_tiedlora.adapters.low_rank import AllRows, LinearFactors, Slots, SomeTokens, fold, layer_slots
 from megatron_tiedlora.base.methods import FACTORS, Factor, Method, default_std_a, default_std_b, find_method
 from megatron_tiedlora.base.shapes import QKV, Cut, ModelShape, linear_sizes
 from megatron_tiedlora.parallel.groups import ALONE, RankGroup, StepSum, gather_together
@@ -58,7 +58,7 @@ def targets_of(shape: ModelShape, names: Sequence[str] = (QKV,)) -> tuple[Target
 def sized_targets(
     names: Sequence[str], *, hidden_size: int, qkv_rows: tuple[int, int, int], intermediate_size: int = 0
 ) -> tuple[Target, ...]:
-    """The same from the sizes that an adapter's file has, for reading it without its base.
+    """The targets from the sizes in an adapter's file, for reading it without its base.
 
     Args:
         intermediate_size: only `gate_up` and `down_proj` need it.
@@ -74,7 +74,7 @@ class AdapterConfig:
     Attributes:
         layers: adapted layers, 1-based, ascending.
         targets: the linears that are adapted in each of them. Each has its own tensors A, B, u, v.
-        init_std_a: init std of A for the first target; for another target it is scaled by 1 / sqrt(its inputs / those).
+        init_std_a: init std of A for the first target; for another it is scaled by the root of first / own inputs.
     """
 
     method: str
@@ -93,7 +93,7 @@ class AdapterConfig:
 
     @cached_property
     def of_one_layer(self) -> "AdapterConfig":
-        """What decides what a layer does: without layers, seed and stds, and of alpha only whether it is the rank."""
+        """Only what decides what a layer does: not layers, seed and stds, and of alpha only whether it is the rank."""
         alpha = self.rank * (1.0 if self.scale == 1.0 else 2.0)
         return replace(self, layers=(1,), seed=0, alpha=alpha, init_std_a=1.0, init_std_b=1.0)
 
@@ -120,7 +120,7 @@ class AdapterConfig:
         return {target.prefix + factor: (target, factor) for target in self.targets for factor in FACTORS}
 
     def factor(self, name: str) -> Factor:
-        """Which layers share a tensor, whether it is trained, and how it is initialised."""
+        """How the method uses a tensor: the layers that share it, whether it is trained, and how it is initialised."""
         return self.method_spec.factor(self.tensors[name][1])
 
     def slot(self, name: str, layer: int) -> int:
@@ -141,7 +141,7 @@ class AdapterConfig:
         return self.factor(name).shared_by != "one"
 
     def is_stacked(self, name: str) -> bool:
-        """Whether the first dimension of a tensor is that of its slots: a tied one of a single slot has none."""
+        """Whether the first dimension of a tensor is its slots; a tied tensor of one slot has no such dimension."""
         return not self.is_tied(name) or self.num_slots(name) > 1
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -199,14 +199,14 @@ class AdapterPart:
         return AdapterPart(config, config.layers)
 
     def slots(self, name: str) -> range:
-        """The slots of a tensor that this rank holds: all of a tied one, else those of its layers."""
+        """The slots of a tensor that this rank holds: all slots of a tied tensor, else the slots of its layers."""
         if self.config.is_tied(name):
             return range(self.config.num_slots(name))
         first = self.config.slot(name, self.layers[0]) if self.layers else 0
         return range(first, first + len(self.layers))
 
     def slots_of_layers(self, name: str) -> Slots:
-        """Which of these each layer of the stage uses; None if the rank has no tensor with slots."""
+        """For each layer of the stage, which of `slots` it uses; None if the rank has no tensor with slots."""
         if not (self.exists(name) and self.config.is_stacked(name)):
             return None
         return tuple(self.config.slot(name, layer) - self.slots(name).start for layer in self.layers)
@@ -229,14 +229,14 @@ class AdapterPart:
         return self.config.spec(name).local_shape(shape, self.tp_size)
 
     def local_size(self, name: str) -> int:
-        """The numbers in this rank's part."""
+        """The number of elements in this rank's part."""
         return math.prod(self.local_shape(name))
 
     def is_gathered(self, name: str) -> bool:
         """Whether the ranks gather the tensor in each forward pass, and sum its gradient in each backward pass."""
         return self.tp_size > 1 and bool(self.layers) and self.config.gathered_dim(name) is not None
 
-    def shard(self, name: str, full: torch.Tensor) -> torch.Tensor:
+    def shard(self, name: str, full: Tensor) -> Tensor:
         """This rank's part of a full tensor, or of anything of its shape, such as a moment."""
         slots = self.slots(name)
         held = full[slots.start : slots.stop] if self.config.is_stacked(name) else full
@@ -260,7 +260,7 @@ def make_adapter_config(
     return AdapterConfig(method, rank, float(rank if alpha is None else alpha), layers, targets, seed, std_a, std_b)
 
 
-def initial_values(config: AdapterConfig) -> dict[str, torch.Tensor]:
+def initial_values(config: AdapterConfig) -> dict[str, Tensor]:
     """The full initial fp32 values of every tensor. They depend only on the config."""
     values = {}
     for name, (target, letter) in config.tensors.items():
@@ -284,19 +284,24 @@ class LinearUpdate(NamedTuple):
     Attributes:
         a: A, (r, local in), in the base's dtype; no gradient.
         f: F = (alpha / r) diag(v) B diag(u), (local out, r), in the base's dtype; no gradient.
-        grad_a: stand-in that receives A's gradient: A's shape, the adapter's dtype, no values. None if A is frozen.
-        grad_f: the same for F. None if B, u and v are frozen.
-        rows: which tokens it is for, and the dropout of its input.
+        grad_a: gradient slot that receives A's gradient: A's shape, the adapter's dtype, no values. None: A is frozen.
+        grad_f: gradient slot of F. None: B, u and v are frozen.
+        rows: the tokens that it is for, and the dropout of its input.
     """
 
-    a: torch.Tensor | None = None
-    f: torch.Tensor | None = None
-    grad_a: torch.Tensor | None = None
-    grad_f: torch.Tensor | None = None
+    a: Tensor | None = None
+    f: Tensor | None = None
+    grad_a: Tensor | None = None
+    grad_f: Tensor | None = None
     rows: AllRows = AllRows()
 
 
 LayerUpdate = Mapping[str, LinearUpdate]  # the updates of one adapted layer, by target name
+
+
+def update_at(update: LayerUpdate, some: SomeTokens) -> LayerUpdate:
+    """The update for some tokens only."""
+    return {name: linear._replace(rows=linear.rows.at(some)) for name, linear in update.items()}
 
 
 class TiedAdapter(nn.Module):
@@ -331,7 +336,7 @@ class TiedAdapter(nn.Module):
         """The description of the whole adapter."""
         return self.part.config
 
-    def load_full(self, values: Mapping[str, torch.Tensor]) -> None:
+    def load_full(self, values: Mapping[str, Tensor]) -> None:
         """Copy this rank's parts of full tensors into the parameters; shapes must agree."""
         with torch.no_grad():
             for name, parameter in self.named_parameters():
@@ -365,7 +370,9 @@ class TiedAdapter(nn.Module):
             a, b, u, v = (whole[target.prefix + factor] for factor in FACTORS)
             of_a, *of_buv = (self._slots[target.prefix + factor] for factor in FACTORS)
             both = of_layers((a, None, None), (of_a, None, None), 1.0), of_layers((b, u, v), of_buv, self.config.scale)
-            updates[target.name] = map(LinearUpdate, *(f.values(dtype) for f in both), *(f.stand_ins() for f in both))
+            updates[target.name] = map(
+                LinearUpdate, *(f.values(dtype) for f in both), *(f.gradient_slots() for f in both)
+            )
         return tuple(dict(zip(updates, layer, strict=True)) for layer in zip(*updates.values(), strict=True))
 
     def factors(self) -> dict[str, Any]:
@@ -389,8 +396,8 @@ def whole_factors(adapters: Sequence[TiedAdapter], tensor_group: RankGroup) -> l
 
 
 def lora_factors(
-    config: AdapterConfig, state: Mapping[str, torch.Tensor | None], target: Target, layer: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+    config: AdapterConfig, state: Mapping[str, Tensor | None], target: Target, layer: int
+) -> tuple[Tensor, Tensor]:
     """The update of a target in one layer (1-based) as a plain LoRA pair, for autograd.
 
     It is diag(u) A, (r, in), and (alpha / r) diag(v) B, (out, r). `state` holds the full tensors; u and v may be None

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter
 from megatron_tiedlora.parallel.groups import Grid, ParallelGroups, RankGroup, StepSum, all_gather
@@ -29,7 +29,7 @@ def sum_gradients_(
     for this one, and the caller stops the adapter.
 
     Args:
-        adapters: those that take a step, by name. All of them have micro-batches on every rank.
+        adapters: the adapters that take a step, by name. All of them have micro-batches on every rank.
         engine_averages: whether an engine averages the gradients over the data-parallel ranks afterwards. Then only
             tied ones are summed here (u's are by `sum_of_u`), and data-parallel rank 0 of each stage gets the sum, the
             others zeros. So every stage gets the same bits for any order of sums or buckets. (If every rank had the
@@ -58,7 +58,7 @@ def sum_gradients_(
 
 
 def _sum_together_(parameters: Sequence[nn.Parameter], group: RankGroup, *, keeps: bool) -> None:
-    """One message for the gradients of all these tensors; a missing one counts as zeros. `keeps`: False for zeros."""
+    """Sum these gradients in one message; a missing one counts as zeros. Without `keeps` this rank gets zeros."""
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -105,7 +105,7 @@ def find_mismatches(adapters: Sequence[TiedAdapter], groups: ParallelGroups) -> 
     patterns of a group are equal only if all are equal.
     """
     # In one order on every rank, of which some have no tensor of a kind.
-    copies: dict[str, tuple[RankGroup, list[tuple[int, str, torch.Tensor]]]] = {
+    copies: dict[str, tuple[RankGroup, list[tuple[int, str, Tensor]]]] = {
         "stages and data-parallel ranks": (groups.tied, []),
         "data-parallel ranks": (groups.data, []),
         "tensor-parallel ranks": (groups.tensor, []),
@@ -120,26 +120,20 @@ def find_mismatches(adapters: Sequence[TiedAdapter], groups: ParallelGroups) -> 
                 copies[kind][1].append((number, name, parameter.detach().contiguous()))
     found: list[dict[str, Mismatch]] = [{} for _ in adapters]
     for across, (group, tensors) in copies.items():
-        for number, name, tensor in _differing(tensors, group):
-            found[number].setdefault(name, Mismatch(name, across, *_describe(tensor, group)))
+        if group.size == 1 or not tensors:
+            continue
+        bits = torch.cat([tensor.view(torch.int32).flatten() for _, _, tensor in tensors])
+        ends = torch.stack((bits, ~bits))
+        distributed.all_reduce(ends, op=distributed.ReduceOp.MAX, group=group.handle)
+        differs = (ends[0] != ~ends[1]).split([tensor.numel() for _, _, tensor in tensors])
+        for (number, name, tensor), part in zip(tensors, differs, strict=True):
+            if bool(part.any()):  # on all ranks of the group, so that these can describe it together
+                found[number].setdefault(name, Mismatch(name, across, *_describe(tensor, group)))
     names = [[name for name, _ in adapter.named_parameters()] for adapter in adapters]
     return [next((own[name] for name in order if name in own), None) for own, order in zip(found, names, strict=True)]
 
 
-def _differing(
-    tensors: Sequence[tuple[int, str, torch.Tensor]], group: RankGroup
-) -> list[tuple[int, str, torch.Tensor]]:
-    """Those that differ in the group, the same on all of its ranks, so that these can describe them together."""
-    if group.size == 1 or not tensors:
-        return []
-    bits = torch.cat([tensor.view(torch.int32).flatten() for _, _, tensor in tensors])
-    ends = torch.stack((bits, ~bits))
-    distributed.all_reduce(ends, op=distributed.ReduceOp.MAX, group=group.handle)
-    differs = (ends[0] != ~ends[1]).split([tensor.numel() for _, _, tensor in tensors])
-    return [tensor for tensor, part in zip(tensors, differs, strict=True) if bool(part.any())]
-
-
-def _describe(tensor: torch.Tensor, group: RankGroup) -> tuple[int, tuple[int, ...], float]:
+def _describe(tensor: Tensor, group: RankGroup) -> tuple[int, tuple[int, ...], float]:
     """(first rank, ranks that differ from it, largest difference); all ranks of the group call it together."""
     copies = all_gather(tensor[None], group, dim=0)
     bits = copies.view(torch.int32)  # compared as bits: a nan equals itself, and -0 is not 0
@@ -153,22 +147,22 @@ class GradientGuard:
     """Watches the gradients of a run's first steps with autograd hooks on the parameters.
 
     At step 1 every trained tensor of a stage with adapted layers must have a gradient. By step 2 it must be non-zero on
-    at least one rank that holds the tensor, in each of its slots. (If v or B starts at zero, the
-    gradient of its partner is exactly zero at step 1.)
+    at least one rank that holds the tensor, in each of its slots. (If v or B starts at zero, the gradient of its
+    partner is exactly zero at step 1.)
     """
 
     def __init__(self, adapter: TiedAdapter) -> None:
         self._part = adapter.part
         self._trained = {name: tensor for name, tensor in adapter.named_parameters() if tensor.requires_grad}
-        self._largest: dict[str, torch.Tensor] = {}
-        self._of_step: dict[str, torch.Tensor] = {}  # the same of the gradients of this step
+        self._largest: dict[str, Tensor] = {}
+        self._of_step: dict[str, Tensor] = {}  # the same of the gradients of this step
         self._hooks = [
             parameter.register_hook(lambda gradient, name=name: self._look(name, gradient))
             for name, parameter in self._trained.items()
             if adapter.part.layers
         ]
 
-    def _look(self, name: str, gradient: torch.Tensor) -> None:
+    def _look(self, name: str, gradient: Tensor) -> None:
         by_slot = gradient.detach().abs() if self._part.config.is_stacked(name) else gradient.detach().abs()[None]
         largest = by_slot.flatten(1).amax(dim=1).nan_to_num(nan=torch.inf)  # a maximum over ranks may lose a nan
         for seen in (self._largest, self._of_step):
@@ -231,13 +225,13 @@ def gradient_norm_counts(adapter: TiedAdapter, groups: ParallelGroups) -> Sequen
 # Full tensors ---------------------------------------------------------------------------------------------------------
 
 
-# What AdamW keeps of each trained tensor beside it, by torch's names: means of its gradients and of their squares.
+# The state of AdamW for each trained tensor, by torch's names: means of its gradients and of their squares.
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
 class AdapterLayout:
-    """Which rank holds which part of an adapter.
+    """The parts of an adapter that the ranks hold.
 
     Attributes:
         stage_layers: adapted layers by pipeline stage.
@@ -257,9 +251,7 @@ class AdapterLayout:
         }
 
 
-def gather_full(
-    names: Sequence[str], local: Mapping[str, torch.Tensor], layout: AdapterLayout
-) -> dict[str, torch.Tensor]:
+def gather_full(names: Sequence[str], local: Mapping[str, Tensor], layout: AdapterLayout) -> dict[str, Tensor]:
     """Full fp32 CPU tensors on rank 0, nothing on the others. They are sent as CPU tensors. Every rank calls it.
 
     Args:
@@ -267,32 +259,32 @@ def gather_full(
         local: this rank's parts of them (or of their moments), by name; tensors that it does not have are absent.
     """
     config, grid, parts = layout.config, layout.grid, layout.parts()
-    full: dict[str, torch.Tensor] = {}
+    full: dict[str, Tensor] = {}
     for name in names:
         tied, sharded = config.is_tied(name), config.spec(name).dim is not None
-        owners = [
+        holders = [
             rank
             for rank, part in parts.items()
             if part.exists(name) and (sharded or part.tp_rank == 0) and (not tied or grid.at(rank).pp_rank == 0)
         ]
-        if grid.rank in owners and grid.rank != 0:
+        if grid.rank in holders and grid.rank != 0:
             distributed.send(local[name].detach().to("cpu", torch.float32).contiguous(), dst=0)
         if grid.rank != 0:
             continue
-        by_stage: dict[int, list[torch.Tensor]] = {}
-        for rank in owners:
+        by_stage: dict[int, list[Tensor]] = {}
+        for rank in holders:
             if rank == 0:
-                piece = local[name].detach().to("cpu", torch.float32, copy=True)
+                shard = local[name].detach().to("cpu", torch.float32, copy=True)
             else:
-                piece = torch.empty(parts[rank].local_shape(name), dtype=torch.float32)
-                distributed.recv(piece, src=rank)
-            by_stage.setdefault(grid.at(rank).pp_rank, []).append(piece)
-        joined = [config.spec(name).join(pieces) for pieces in by_stage.values()]
+                shard = torch.empty(parts[rank].local_shape(name), dtype=torch.float32)
+                distributed.recv(shard, src=rank)
+            by_stage.setdefault(grid.at(rank).pp_rank, []).append(shard)
+        joined = [config.spec(name).join(shards) for shards in by_stage.values()]
         full[name] = joined[0] if len(joined) == 1 else torch.cat(joined)
     return full
 
 
-def gather_state(local: Mapping[str, torch.Tensor], layout: AdapterLayout) -> dict[str, torch.Tensor]:
+def gather_state(local: Mapping[str, Tensor], layout: AdapterLayout) -> dict[str, Tensor]:
     """All full tensors on rank 0, with ones for those frozen at one; nothing on the others. Every rank calls it."""
     config = layout.config
     stored = [name for name in config.tensors if config.factor(name).trained or config.factor(name).start != "one"]

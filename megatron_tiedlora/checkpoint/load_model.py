@@ -33,11 +33,11 @@ from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import quantised_rules, stage_weight_rules, stored_shapes
 from megatron_tiedlora.parallel.agreement import num_differing
-from megatron_tiedlora.parallel.fp8_products import weight_maker
 from megatron_tiedlora.parallel.frozen_weight import WeightMaker, frozen_weights
 from megatron_tiedlora.parallel.groups import Grid, ParallelGroups, TensorParallel, largest_of_all
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.parallel.quantise import quantised_rows
+from megatron_tiedlora.parallel.quantised_weight import weight_maker
 from megatron_tiedlora.runtime.launch_env import has_bf16_instructions
 
 BLOCK_ELEMENTS = 2**19  # of a block of rows: 2 MiB in fp32, and as much again for its update; it stays in the caches

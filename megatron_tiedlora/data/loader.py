@@ -242,7 +242,7 @@ def collate(
         positions=torch.from_numpy(positions),
         labels=torch.from_numpy(labels),
         documents=torch.from_numpy(documents) if packed else None,
-        numbers=torch.from_numpy(numbers) if places is not None else None,
+        token_index=torch.from_numpy(numbers) if places is not None else None,
         lengths=torch.tensor(lengths),
         num_samples=sum(map(len, rows)),
     )
@@ -378,15 +378,15 @@ def shared_micro_batch(parts: Sequence[Owned]) -> MicroBatch:
         return replace(batches[0], shares=shares)
     documents = [batch.documents for batch in batches if batch.documents is not None]
     assert len(documents) in (0, len(batches)), "some rows are packed and some are not"
-    # An adapter without dropout has no numbers, and uses none.
-    numbers = [torch.zeros_like(batch.tokens) if batch.numbers is None else batch.numbers for batch in batches]
-    numbered = any(batch.numbers is not None for batch in batches)
+    # An adapter without dropout has no token index, and uses none.
+    indices = [torch.zeros_like(batch.tokens) if batch.token_index is None else batch.token_index for batch in batches]
+    indexed = any(batch.token_index is not None for batch in batches)
     return MicroBatch(
         tokens=concatenated([batch.tokens for batch in batches])[None],
         positions=concatenated([batch.positions for batch in batches])[None],
         labels=concatenated([batch.labels for batch in batches])[None],
         documents=concatenated(documents)[None] if documents else None,
-        numbers=concatenated(numbers)[None] if numbered else None,
+        token_index=concatenated(indices)[None] if indexed else None,
         shares=shares,
         lengths=concatenated([batch.lengths for batch in batches]),
         num_samples=sum(batch.num_samples for batch in batches),

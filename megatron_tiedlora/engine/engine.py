@@ -200,28 +200,22 @@ def make_groups(grid: Grid, process_grid: Any) -> ParallelGroups:
 
     A group is made only if no existing group has the same ranks.
     """
-    data, staged = _group(process_grid.get_data_parallel_group()), grid.pp_size > 1
-    tied = _group(_new_groups(grid, lambda at: at.tp_rank)) if staged else data
-    choices = _group(_new_groups(grid, lambda at: (at.dp_rank, at.tp_rank))) if staged else ALONE
+    tensor, data = _group(process_grid.get_slice_parallel_group()), _group(process_grid.get_data_parallel_group())
+    tied, choices, stage = data, ALONE, data if grid.tp_size == 1 else tensor
+    if grid.pp_size > 1:
+        tied = _group(_new_groups(grid, lambda at: at.tp_rank))
+        choices = _group(_new_groups(grid, lambda at: (at.dp_rank, at.tp_rank)))
+    if grid.tp_size > 1 and grid.dp_size > 1:
+        stage = _group(_new_groups(grid, lambda at: at.pp_rank) if grid.pp_size > 1 else distributed.group.WORLD)
     return ParallelGroups(
-        tensor=_group(process_grid.get_slice_parallel_group()),
+        tensor=tensor,
         pipeline=_group(process_grid.get_pipe_parallel_group()),
         choices=choices,
         data=data,
         tied=tied,
-        stage=_group(_stage_ranks(grid, process_grid)),
+        stage=stage,
         model=_group(process_grid.get_model_parallel_group()),
     )
-
-
-def _stage_ranks(grid: Grid, process_grid: Any) -> Any:
-    if grid.tp_size == 1:
-        return process_grid.get_data_parallel_group()
-    if grid.dp_size == 1:
-        return process_grid.get_slice_parallel_group()
-    if grid.pp_size == 1:
-        return distributed.group.WORLD
-    return _new_groups(grid, lambda at: at.pp_rank)
 
 
 def _new_groups(grid: Grid, key: Callable[[Grid], Any]) -> Any:

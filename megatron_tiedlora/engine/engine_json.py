@@ -34,10 +34,10 @@ REJECTED_SECTIONS = {
     "scheduler": "--learning_rate, --schedule, --warmup_steps and --max_steps",
 }
 
-# What is read of DeepSpeed's section (0.19.8), with its types: all but deprecated and second names, `zenflow`, which
-# changes how AdamW steps, and `leaf_module`. It is written down here because a plan must not need DeepSpeed.
+# The keys of DeepSpeed's section (0.19.8) that are read, with their types: all but deprecated and second names,
+# `zenflow`, which changes how AdamW steps, and `leaf_module`. The table is here because a plan must not need DeepSpeed.
 _Count, _Bucket = Annotated[int, Field(ge=0)], Annotated[int, Field(gt=0)]  # DeepSpeed divides by a bucket's size
-_Share = Annotated[float, Field(ge=0, le=1)]
+_Fraction = Annotated[float, Field(ge=0, le=1)]
 _OFFLOAD: dict[str, Any] = {
     "device": (Literal["none", "cpu"], "none"),
     "nvme_path": (None, None),
@@ -46,70 +46,61 @@ _OFFLOAD: dict[str, Any] = {
 }
 
 
-def _section(name: str, **fields: Any) -> type[BaseModel]:
-    made: type[BaseModel] = create_model(name, __config__=ConfigDict(extra="forbid"), **fields)
+def _section(name: str, fields: Mapping[str, Any]) -> type[BaseModel]:
+    """A section of a JSON. `fields` has a type and a default for one or more keys, which are separated by spaces."""
+    by_key: dict[str, Any] = {key: field for keys, field in fields.items() for key in keys.split()}
+    made: type[BaseModel] = create_model(name, __config__=ConfigDict(extra="forbid"), **by_key)
     return made
 
 
 _OFFLOADS = {
-    "offload_optimizer": _section(
-        "offload_optimizer",
+    "offload_optimizer": {
         **_OFFLOAD,
-        **dict.fromkeys(("pipeline_read", "pipeline_write", "fast_init", "super_offload"), (bool, False)),
-        **dict.fromkeys(("ratio", "cpuadam_cores_perc"), (_Share, 1.0)),
-    ),
-    "offload_param": _section("offload_param", **_OFFLOAD, buffer_size=(_Count, 0), max_in_cpu=(_Count, 0)),
+        "pipeline_read pipeline_write fast_init super_offload": (bool, False),
+        "ratio cpuadam_cores_perc": (_Fraction, 1.0),
+    },
+    "offload_param": {**_OFFLOAD, "buffer_size max_in_cpu": (_Count, 0)},
 }
+_ZERO_FLAGS = """
+contiguous_gradients reduce_scatter use_multi_rank_bucket_allreduce allgather_partitions load_from_fp32_weights
+elastic_checkpoint ignore_unused_parameters legacy_stage1 round_robin_gradients parameter_alignment
+zero_quantized_weights zero_quantized_gradients zero_quantized_nontrainable_weights memory_efficient_linear
+pipeline_loading_checkpoint override_module_apply log_trace_cache_warnings enable_sanity_checks
+save_muon_momentum_buffer_in_memory stage3_gather_16bit_weights_on_model_save stage3_use_all_reduce_for_fetch_params
+stage3_allgather_sequential
+"""
+_ZERO_COUNTS = """
+sub_group_size zero_hpz_partition_size stage3_prefetch_bucket_size stage3_max_live_parameters
+stage3_param_persistence_threshold stage3_model_persistence_threshold stage3_max_reuse_distance
+stage3_module_granularity_threshold
+"""
 ZeroSection = _section(
     "zero_optimization",
-    stage=(Annotated[int, Field(strict=True, ge=0, le=3)], 0),
-    compute_grad_norm=(Literal[True], True),
-    **dict.fromkeys(
-        (
-            *("contiguous_gradients", "reduce_scatter", "use_multi_rank_bucket_allreduce", "allgather_partitions"),
-            *("load_from_fp32_weights", "elastic_checkpoint", "ignore_unused_parameters", "legacy_stage1"),
-            *("round_robin_gradients", "parameter_alignment", "zero_quantized_weights", "zero_quantized_gradients"),
-            *("zero_quantized_nontrainable_weights", "memory_efficient_linear", "pipeline_loading_checkpoint"),
-            *("override_module_apply", "log_trace_cache_warnings", "enable_sanity_checks"),
-            *("save_muon_momentum_buffer_in_memory", "stage3_gather_16bit_weights_on_model_save"),
-            *("stage3_use_all_reduce_for_fetch_params", "stage3_allgather_sequential"),
-        ),
-        (bool, False),
-    ),
-    overlap_comm=(bool | None, None),
-    **dict.fromkeys(
-        (
-            *("sub_group_size", "zero_hpz_partition_size", "stage3_prefetch_bucket_size", "stage3_max_live_parameters"),
-            *("stage3_param_persistence_threshold", "stage3_model_persistence_threshold", "stage3_max_reuse_distance"),
-            "stage3_module_granularity_threshold",
-        ),
-        (_Count, 0),
-    ),
-    **dict.fromkeys(("reduce_bucket_size", "allgather_bucket_size"), (_Bucket, 1)),
-    **{name: (kind | None, None) for name, kind in _OFFLOADS.items()},
+    {
+        "stage": (Annotated[int, Field(strict=True, ge=0, le=3)], 0),
+        "compute_grad_norm": (Literal[True], True),
+        _ZERO_FLAGS: (bool, False),
+        "overlap_comm": (bool | None, None),
+        _ZERO_COUNTS: (_Count, 0),
+        "reduce_bucket_size allgather_bucket_size": (_Bucket, 1),
+        **{name: (_section(name, fields) | None, None) for name, fields in _OFFLOADS.items()},
+    },
 )
-
-
-# What is read beside it. The numbers of the batch and clipping are compared with the settings'.
+_BATCH = "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps"
+_FLAGS = """
+zero_allow_untested_optimizer zero_force_ds_cpu_optimizer wall_clock_breakdown memory_breakdown dump_state
+disable_allgather disable_python_gc
+"""
+# The other keys that are read. The values of the batch and clipping are compared with the settings.
 _ENGINE = _section(
     "engine",
-    **dict.fromkeys(
-        (
-            *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
-            *("gradient_clipping", "zero_optimization"),
-        ),
-        (Any, None),
-    ),
-    **dict.fromkeys(
-        (
-            *("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "wall_clock_breakdown"),
-            *("memory_breakdown", "dump_state", "disable_allgather", "disable_python_gc"),
-        ),
-        (Annotated[bool, Field(strict=True)], False),
-    ),
-    **dict.fromkeys(("comms_logger", "flops_profiler", "aio", "timers"), (dict[str, Any], {})),
-    steps_per_print=(Annotated[int, Field(strict=True)] | None, None),
-    log_level=(str, ""),
+    {
+        f"{_BATCH} gradient_clipping zero_optimization": (Any, None),
+        _FLAGS: (Annotated[bool, Field(strict=True)], False),
+        "comms_logger flops_profiler aio timers": (dict[str, Any], {}),
+        "steps_per_print": (Annotated[int, Field(strict=True)] | None, None),
+        "log_level": (str, ""),
+    },
 )
 
 
@@ -132,7 +123,7 @@ class EngineConfig:
 
     @property
     def live_parameters(self) -> int:
-        """ZeRO-3 stops gathering weights once it holds more numbers than these."""
+        """The number of elements at which ZeRO-3 stops gathering weights."""
         return int(self.values.get("zero_optimization", {}).get("stage3_max_live_parameters", 1_000_000_000))
 
     @property

@@ -1,16 +1,15 @@
 """The flat list of layers as DeepSpeed pipeline stages: our partition and layers, DeepSpeed's 1F1B schedule.
 
-Every stage takes (tokens or hidden states, position ids, document ids if rows are packed). With dropout the tokens'
-numbers are in one tensor with the position ids. Stages send hidden states to
-each other, and the last stage's loss is the summed loss of its supervised tokens divided by a denominator, or the
-weighted sum of the losses of several adapters.
+Every stage takes (tokens or hidden states, position ids, document ids if rows are packed). With dropout, position ids
+and token indices are one tensor. Stages send hidden states to each other. The last stage's loss is the summed loss of
+its supervised tokens divided by a denominator, or the weighted sum of the losses of several adapters.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from deepspeed.pipe import PipelineModule
+from torch import Tensor
 
 from megatron_tiedlora.adapters.adapter_bank import Shares
 from megatron_tiedlora.engine.engine import make_groups, make_topology, quiet
@@ -55,21 +54,21 @@ class PipelinedModel(PipelineModule):
         self.groups = make_groups(self._parallel_grid, self._grid)
         self.stage = self._build_stage(self.groups, self._layer_specs[self._local_start : self._local_stop])
 
-    def forward(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor | Attended:
+    def forward(self, inputs: tuple[Tensor, ...]) -> Tensor | Attended:
         """(tokens or hidden, position ids, document ids if any) -> hidden; on the last stage the input of the loss."""
         tokens_or_hidden, positions, *documents = inputs
-        positions, numbers = positions.unbind() if positions.ndim == 3 else (positions, None)
-        output: torch.Tensor | Attended = self.stage(
+        positions, token_index = positions.unbind() if positions.ndim == 3 else (positions, None)
+        output: Tensor | Attended = self.stage(
             tokens_or_hidden,
             positions,
             documents=documents[0] if documents else None,
-            numbers=numbers,
+            token_index=token_index,
             shares=self.shares,
         )
         return output
 
-    def _loss(self, attended: Attended, labels: tuple[Any, ...]) -> torch.Tensor:
+    def _loss(self, attended: Attended, labels: tuple[Any, ...]) -> Tensor:
         *supervised, weighted = labels
-        loss = self.stage.tail.loss(attended, Supervised(*supervised), self.stage.tensor_parallel)
-        found: torch.Tensor = weighted(loss)
+        loss = self.stage.tail.loss(attended, Supervised(*supervised))
+        found: Tensor = weighted(loss)
         return found

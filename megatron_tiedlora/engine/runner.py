@@ -20,7 +20,7 @@ from itertools import repeat
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -34,16 +34,16 @@ from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.groups import ParallelGroups
 
 Missing = Mapping[str, Sequence[str]]  # by adapter, the tensors whose gradient is missing on this rank
-Moments = Mapping[str, Mapping[str, torch.Tensor]]  # by moment and tensor, in the shapes of this rank's tensors
+Moments = Mapping[str, Mapping[str, Tensor]]  # by moment and tensor, in the shapes of this rank's tensors
 
 
 @dataclass(frozen=True)
 class OwnOptimizer:
-    """What one adapter takes its steps with.
+    """The optimizer of one adapter, its schedule and its clipping.
 
     Attributes:
-        optimizer: of the trained tensors of its part on this rank; if it has none, of one number.
-        max_norm: of its gradients; 0: they are not clipped.
+        optimizer: for the trained tensors of this rank's part; if there are none, for one number.
+        max_norm: the largest norm of its gradients; 0: they are not clipped.
     """
 
     optimizer: Optimizer
@@ -56,7 +56,7 @@ class Optimizers:
     """An optimizer for each adapter of a run on one rank, of which an engine knows nothing.
 
     All ranks call each method together, for the same adapters. The sums and the norms of all adapters are one message
-    per group. From there on nothing of an adapter meets another's.
+    per group. Then each adapter is stepped by itself.
     """
 
     bank: AdapterBank
@@ -71,21 +71,21 @@ class Optimizers:
         return self.own[name].optimizer
 
     def begin(self, num_micro_batches: int) -> None:
-        """Begin a step of so many backward passes on this rank."""
+        """Begin a step of `num_micro_batches` backward passes on this rank."""
 
     def sum_tied(self) -> None:
-        """In a pipeline whose engine sums over data-parallel ranks: what comes before that."""
+        """Sum tied gradients, in a pipeline whose engine sums over data-parallel ranks afterwards."""
 
     def divisors(self, num_supervised: int, *, accumulation_steps: int, dp_size: int) -> tuple[float, ...]:
-        """What the summed loss of a micro-batch is divided by, one after the other, before its backward pass.
+        """The divisors of a micro-batch's summed loss before its backward pass, one after the other.
 
         It is divided twice, as by DeepSpeed, which gives the same bits.
 
         Args:
             num_supervised: supervised tokens of the adapter's global batch.
         """
-        share = accumulation_steps * dp_size
-        return num_supervised / share, share
+        count = accumulation_steps * dp_size
+        return num_supervised / count, count
 
     def sum_gradients(self, taking: Collection[str]) -> Missing:
         """Sum the gradients of the adapters that take a step over the ranks, unless the engine does."""
@@ -123,7 +123,7 @@ class Optimizers:
         """Inside, the tensors of an adapter are whole on this rank, for reading or writing."""
         return nullcontext()
 
-    def moments(self, name: str) -> dict[str, dict[str, torch.Tensor]]:
+    def moments(self, name: str) -> dict[str, dict[str, Tensor]]:
         """The moments of an adapter that has taken a step, by moment and tensor: fp32 copies, this rank's part."""
         parameters = trained_parameters(self.bank.adapters[name]).items()
         return {
@@ -134,8 +134,8 @@ class Optimizers:
             for moment in MOMENTS
         }
 
-    def _moment(self, name: str, parameter: nn.Parameter, moment: str) -> torch.Tensor:
-        found: torch.Tensor = self.optimizer(name).state[parameter][moment]
+    def _moment(self, name: str, parameter: nn.Parameter, moment: str) -> Tensor:
+        found: Tensor = self.optimizer(name).state[parameter][moment]
         return found
 
     def restore(self, name: str, moments: Moments, *, step: int) -> None:
@@ -200,10 +200,10 @@ class EngineOptimizer(Optimizers):
         """See Optimizers. Under ZeRO-3 data-parallel ranks hold shards."""
         return parameter_access(self._config)(list(self._adapter.parameters()))
 
-    def _moment(self, name: str, parameter: nn.Parameter, moment: str) -> torch.Tensor:
+    def _moment(self, name: str, parameter: nn.Parameter, moment: str) -> Tensor:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        found: torch.Tensor = safe_get_full_optimizer_state(parameter, moment)
+        found: Tensor = safe_get_full_optimizer_state(parameter, moment)
         return found
 
     def restore(self, name: str, moments: Moments, *, step: int) -> None:
@@ -227,12 +227,12 @@ class EngineOptimizer(Optimizers):
                     parameter, release_swap_buffers=False, optim_state_key=moment
                 )
                 start = partition.numel() * self.groups.data.rank
-                piece = value.flatten()[start : start + partition.numel()]
+                mine = value.flatten()[start : start + partition.numel()]
                 partition.zero_()
-                partition[: piece.numel()].copy_(piece)
+                partition[: mine.numel()].copy_(mine)
 
 
-def _fresh_state(parameter: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
+def _fresh_state(parameter: Tensor, step: int) -> dict[str, Tensor]:
     zeros = {moment: torch.zeros_like(parameter, memory_format=torch.preserve_format) for moment in MOMENTS}
     return {"step": torch.tensor(float(step)), **zeros}
 
@@ -245,7 +245,7 @@ def inputs_to_fill(num_stages: int) -> int:
     return 4 * num_stages if num_stages > 1 else 1
 
 
-Divisors = tuple[float, ...]  # what the summed loss of a micro-batch is divided by, one after the other
+Divisors = tuple[float, ...]  # the summed loss of a micro-batch is divided by these, one after the other
 
 
 @dataclass
@@ -253,11 +253,11 @@ class Losses:
     """The losses of some micro-batches, by adapter: what to differentiate of each, and the sums."""
 
     divisors: Mapping[str, Divisors]  # of every adapter that has a loss
-    found: list[tuple[str, torch.Tensor]] = field(default_factory=list)
+    found: list[tuple[str, Tensor]] = field(default_factory=list)
 
-    def weighted(self, losses: torch.Tensor, shares: Shares) -> torch.Tensor:
+    def weighted(self, losses: Tensor, shares: Shares) -> Tensor:
         """The scalar whose gradient is each loss's own weight; notes the losses, (shares,) or () of a single one."""
-        total: torch.Tensor | None = None
+        total: Tensor | None = None
         for share, loss in zip(shares, losses.unbind() if losses.ndim else (losses,), strict=True):
             self.found.append((share.adapter, loss.detach()))
             for divisor in self.divisors[share.adapter]:
@@ -298,7 +298,7 @@ class Runner:
         """Whether a sum over all ranks includes this rank's loss, which is equal within a tensor-parallel group."""
         return self.stage.head is not None and self.groups.tensor.rank == 0
 
-    def full_state(self, name: str, layout: AdapterLayout) -> dict[str, torch.Tensor]:
+    def full_state(self, name: str, layout: AdapterLayout) -> dict[str, Tensor]:
         """Full fp32 A, B, u, v of an adapter on rank 0's CPU, nothing on the others. All ranks call it."""
         with self.optimizers.opened(name):
             return gather_state(dict(self.adapters[name].named_parameters()), layout)
@@ -309,7 +309,7 @@ class Runner:
         """Run a step's forward and backward passes: accumulates gradients, and changes no parameter.
 
         Args:
-            divisors: of every adapter that takes a step.
+            divisors: for every adapter that takes a step.
             between: called after a micro-batch if all ranks can stop together there; may raise.
 
         Returns:
@@ -333,21 +333,20 @@ class Runner:
         """The batch's supervised positions, computed on the host, for the last layers of this rank's stage."""
         return batch.supervised(self.stage.tensor_parallel.sequence_parts).moved(self._on_device)
 
-    def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _on_device(self, tensor: Tensor) -> Tensor:
         if self.device.type != "cuda":
             return tensor
         return tensor.pin_memory().to(self.device, non_blocking=True)  # from unpinned memory a copy blocks
 
-    def forward(self, batch: MicroBatch) -> torch.Tensor:
-        """Summed loss of a micro-batch, a scalar; of one that several share that of each, (shares,)."""
+    def forward(self, batch: MicroBatch) -> Tensor:
+        """The summed loss of a micro-batch, a scalar; if several adapters share it, one loss for each, (shares,)."""
         supervised = self._supervised(batch)
         tokens, positions = self._on_device(batch.tokens), self._on_device(batch.positions)
-        numbers = None if batch.numbers is None else self._on_device(batch.numbers)
+        token_index = None if batch.token_index is None else self._on_device(batch.token_index)
         # Document ids stay on the host, where their boundaries are computed.
         with self.each_forward():
-            loss: torch.Tensor = self.engine(
-                tokens, positions, supervised, documents=batch.documents, numbers=numbers, shares=batch.shares
-            )
+            more = {"documents": batch.documents, "token_index": token_index, "shares": batch.shares}
+            loss: Tensor = self.engine(tokens, positions, supervised, **more)
         return loss
 
     def _train(self, batches: Sequence[MicroBatch], losses: Losses, between: Callable[[], None]) -> None:
@@ -415,7 +414,7 @@ class PipelineRunner(Runner):
         )
 
     def _load(self, buffer_id: int) -> None:
-        """Load what the first and the last stage need of the next micro-batch besides hidden states."""
+        """Load the tensors of the next micro-batch that the first and the last stage need besides hidden states."""
         batch = next(self._to_load)
         self._shares[buffer_id] = batch.shares
         if self.stage.embedding is not None:
@@ -425,13 +424,15 @@ class PipelineRunner(Runner):
             labels = *self._supervised(batch), lambda found: losses.weighted(found, batch.shares)
             self.engine.pipe_buffers["labels"][buffer_id] = labels
 
-    def _positions(self, batch: MicroBatch) -> tuple[torch.Tensor, ...]:
+    def _positions(self, batch: MicroBatch) -> tuple[Tensor, ...]:
         """Position ids, and document ids if rows are packed; these stay on the host for computing their boundaries.
 
-        With dropout position ids (b, s) and the tokens' numbers are one tensor, (2, b, s): an engine's inputs are
-        tensors, of which only the last may be missing.
+        With dropout, position ids (b, s) and token indices are one tensor, (2, b, s): an engine's inputs are tensors,
+        and only the last may be missing.
         """
-        positions = batch.positions if batch.numbers is None else torch.stack((batch.positions, batch.numbers))
+        positions = batch.positions
+        if batch.token_index is not None:
+            positions = torch.stack((positions, batch.token_index))
         positions = self._on_device(positions)
         return (positions,) if batch.documents is None else (positions, batch.documents)
 

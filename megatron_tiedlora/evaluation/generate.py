@@ -21,8 +21,9 @@ import torch
 from torch import distributed
 from torch.nn.utils.rnn import pad_sequence
 
-from megatron_tiedlora.adapters.adapter_bank import ONLY, Share, Shares, pieces_of
-from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
+from megatron_tiedlora.adapters.adapter_bank import ONLY, Share, Shares, spans_of
+from megatron_tiedlora.adapters.low_rank import SomeTokens
+from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, update_at
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.config.batch import filled
 from megatron_tiedlora.model.attention import AnyCache, KeyValueCache, cache_dtype
@@ -133,14 +134,9 @@ class Decoder:
         names = tuple(share.adapter for share in shares)
         if names != self._read:
             self._read, self._updates = names, self.stage.read_adapter(shares)
-        pieces, none = pieces_of(shares), torch.empty(0)
-        return {
-            layer: {
-                name: linear._replace(rows=linear.rows.at(none, none, pieces, pieces))
-                for name, linear in update.items()
-            }
-            for layer, update in self._updates.items()
-        }
+        spans, none = spans_of(shares), torch.empty(0)
+        some = SomeTokens(none, none, spans, spans)
+        return {layer: update_at(update, some) for layer, update in self._updates.items()}
 
     def share(self, chosen: torch.Tensor | None, batch: int) -> Callable[[], torch.Tensor]:
         """Send the last stage's tokens, (batch,) int64, to every stage; `chosen` is None on the other stages.

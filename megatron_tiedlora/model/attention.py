@@ -7,7 +7,7 @@ from functools import partial
 from itertools import groupby
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY, Share, Shares
@@ -16,8 +16,7 @@ from megatron_tiedlora.base import shapes
 from megatron_tiedlora.model.batch import find_documents, whole_rows
 from megatron_tiedlora.model.cpu_attention import TiledRows, attend_by_tiles, find_query_tiles, split_rows, tile_size
 from megatron_tiedlora.model.fused_attention import AttentionRoute, attend_within, choose_attention
-from megatron_tiedlora.model.linears import RowParallelLinear
-from megatron_tiedlora.model.qkv import QkvLinear
+from megatron_tiedlora.model.linears import QkvLinear, RowParallelLinear
 from megatron_tiedlora.parallel.frozen_weight import padded
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.kernels import Kernels
@@ -31,17 +30,17 @@ class KeyValueCache:
     there is never padding between tokens. `filled` is the length of the longest sequence; nothing beyond it is read.
     """
 
-    keys: torch.Tensor
-    values: torch.Tensor
+    keys: Tensor
+    values: Tensor
     filled: int = 0
 
     @staticmethod
-    def empty(batch: int, local_kv_heads: int, capacity: int, head_dim: int, like: torch.Tensor) -> "KeyValueCache":
+    def empty(batch: int, local_kv_heads: int, capacity: int, head_dim: int, like: Tensor) -> "KeyValueCache":
         """An empty cache for `capacity` tokens per sequence, in the dtype and on the device of `like`."""
         shape = (batch, local_kv_heads, capacity, head_dim)
         return KeyValueCache(like.new_zeros(shape), like.new_zeros(shape))
 
-    def update(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> None:
+    def update(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
         """Write new keys and values (b, kv, s, head_dim) at `positions` (b, s); the first call writes at 0 to s - 1."""
         length = keys.shape[2]
         if not self.filled:
@@ -53,7 +52,7 @@ class KeyValueCache:
             self.values.scatter_(2, index, values.to(self.values.dtype))
         self.filled += length
 
-    def take(self, rows: torch.Tensor) -> "KeyValueCache":
+    def take(self, rows: Tensor) -> "KeyValueCache":
         """A copy of the sequences `rows` (n,); a sequence may occur several times, to be continued in several ways."""
         return KeyValueCache(self.keys[rows], self.values[rows], self.filled)
 
@@ -66,12 +65,14 @@ def cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else dtype
 
 
-AnyCache = KeyValueCache | tuple[KeyValueCache, ...]  # of one batch, or of each share of tokens of several adapters
+AnyCache = (
+    KeyValueCache | tuple[KeyValueCache, ...]
+)  # one for a batch, or one for the tokens of each of several adapters
 
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """What attention needs to know about the tokens of a call; it is the same for all layers.
+    """The tokens of a call, as attention needs to know them; the same object serves all layers.
 
     Attributes:
         positions: (b, s) int64.
@@ -80,13 +81,13 @@ class AttentionContext:
             head_dim), keys and values (b, kv heads, s, head_dim); a token sees its own document up to itself.
         mask: if keys come from a cache, 0 or -inf that is added to the scores, (b * kv, heads / kv * s, keys) in the
             cache's dtype.
-        of_shares: if keys come from the caches of several shares, the context of each.
+        of_shares: if keys come from the caches of several shares, a context for each.
     """
 
-    positions: torch.Tensor
-    tables: Mapping[shapes.RopeShape, tuple[torch.Tensor, torch.Tensor]]
-    attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
-    mask: torch.Tensor | None = None
+    positions: Tensor
+    tables: Mapping[shapes.RopeShape, tuple[Tensor, Tensor]]
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    mask: Tensor | None = None
     of_shares: "tuple[AttentionContext, ...]" = ()
 
 
@@ -104,24 +105,24 @@ class Attention(nn.Module):
 
     def context(
         self,
-        positions: torch.Tensor,
+        positions: Tensor,
         dtype: torch.dtype,
         *,
-        documents: torch.Tensor | None = None,
+        documents: Tensor | None = None,
         cache: AnyCache | None = None,
         shares: Shares = (),
         ropes: Iterable[shapes.RopeShape | None] | None = None,
     ) -> AttentionContext:
-        """What `attend` of every layer needs to know about the tokens, computed once for all layers.
+        """The tokens, as `attend` of every layer needs to know them; computed once for all layers.
 
         Args:
             positions: (b, s) int64.
-            dtype: of the activations.
+            dtype: the dtype of the activations.
             documents: (b, s) int64, document ids; None: one document per row. Best on the host.
-            shares: whose tokens they are; if there are several, b is 1. By default all are one adapter's.
-            cache: of any layer, as it is before the call. The first call fills it with whole prompts, padded on the
+            shares: the adapters of the tokens; if there are several, b is 1. By default there is one adapter.
+            cache: the cache of any layer before the call. The first call fills it with whole prompts, padded on the
                 right; later tokens see its keys up to their own position. With shares there is one for each.
-            ropes: the rotations of all layers, if that of this one is not the only one.
+            ropes: the rotations of all layers, if layers have other rotations than this one.
         """
         heads = self.qkv.heads
         rotations = filter(None, [self.qkv.rope] if ropes is None else ropes)
@@ -151,7 +152,7 @@ class Attention(nn.Module):
         """The kernel for attention among the tokens of one call, on `device` and in the dtype of activations."""
         return choose_attention(device, dtype, self.qkv.heads.dim, deterministic=self.deterministic)
 
-    def _cache_mask(self, positions: torch.Tensor, cache: KeyValueCache) -> torch.Tensor:
+    def _cache_mask(self, positions: Tensor, cache: KeyValueCache) -> Tensor:
         batch, length = positions.shape
         kv_heads, group = self.qkv.heads.num_kv, self.qkv.heads.num // self.qkv.heads.num_kv
         num_keys = cache.filled + length
@@ -163,19 +164,19 @@ class Attention(nn.Module):
 
     def attend(
         self,
-        hidden: torch.Tensor,
+        hidden: Tensor,
         context: AttentionContext,
         tensor_parallel: TensorParallel,
         *,
         update: LayerUpdate | None = None,
         cache: AnyCache | None = None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """The attention output of this rank's heads, (b, s, local heads * head_dim), for `output`.
 
         Args:
             hidden: activations between layers, (b, s, d) or (1, b s / p, d).
-            context: of the s tokens.
-            cache: of this rank's key and value heads; the new keys and values are added to it. With shares there is
+            context: see `context`.
+            cache: for this rank's key and value heads; the new keys and values are added to it. With shares there is
                 one for each.
         """
         qkv_update = None if update is None else update.get(shapes.QKV)
@@ -190,13 +191,8 @@ class Attention(nn.Module):
         return self._attend(query, key, value, context, cache)
 
     def _attend(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        context: AttentionContext,
-        cache: KeyValueCache | None,
-    ) -> torch.Tensor:
+        self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, cache: KeyValueCache | None
+    ) -> Tensor:
         """(b, heads, s, head_dim) -> (b, s, heads * head_dim)."""
         if cache is not None:
             has_earlier = cache.filled > 0
@@ -207,14 +203,14 @@ class Attention(nn.Module):
         return context.attend(query, key, value)
 
 
-def _by_share(ids: torch.Tensor, shares: Shares) -> list[torch.Tensor]:
-    """(1, s), or (rows, length) of the only share -> the (rows, length) of each share."""
+def _by_share(ids: Tensor, shares: Shares) -> list[Tensor]:
+    """Split (1, s), or the (rows, length) of the only share, into the (rows, length) of each share."""
     parts = ids.flatten().split([share.num_tokens for share in shares])
     return [part.view(share.num_rows, share.length) for part, share in zip(parts, shares, strict=True)]
 
 
-def _tiled_shares(shares: Shares, documents: torch.Tensor | None, size: int) -> tuple[TiledRows, ...]:
-    """The rows of a shared micro-batch as attention on a CPU takes them, which gives each row the bits it has alone.
+def _tiled_shares(shares: Shares, documents: Tensor | None, size: int) -> tuple[TiledRows, ...]:
+    """The rows of a shared micro-batch for attention on a CPU. Each row gets the bits that it would get alone.
 
     Rows of one length that follow each other are computed together. Packed ones are not, as a tile would get the keys
     that one of them sees, and their sums would have other addends of zero.
@@ -229,7 +225,7 @@ def _tiled_shares(shares: Shares, documents: torch.Tensor | None, size: int) -> 
     return tuple(found)
 
 
-def _attend_to_cache(query: torch.Tensor, cache: KeyValueCache, mask: torch.Tensor | None) -> torch.Tensor:
+def _attend_to_cache(query: Tensor, cache: KeyValueCache, mask: Tensor | None) -> Tensor:
     """Attention of new tokens, (b, heads, s, head_dim), to the cache, which holds them and all earlier tokens.
 
     The query heads that share a key-value head are stacked as tokens of one head, so that no key is copied for them.
@@ -261,7 +257,7 @@ def _attend_to_cache(query: torch.Tensor, cache: KeyValueCache, mask: torch.Tens
 # changes f_i and a.
 
 
-def inverse_frequencies(heads: shapes.HeadShape, device: torch.device | None = None) -> torch.Tensor:
+def inverse_frequencies(heads: shapes.HeadShape, device: torch.device | None = None) -> Tensor:
     """f_i, (rotary_dim / 2,) fp32."""
     exponents = torch.arange(0, heads.rotary_dim, 2, dtype=torch.int64, device=device).float() / heads.rotary_dim
     powers, scaling = heads.rope.theta**exponents, heads.rope.scaling
@@ -278,20 +274,18 @@ def inverse_frequencies(heads: shapes.HeadShape, device: torch.device | None = N
 
 
 def amplitude(scaling: shapes.RopeScaling | None) -> float:
-    """a: what cos and sin are multiplied by."""
+    """a: the factor of cos and sin."""
     return scaling.amplitude if isinstance(scaling, shapes.YarnScaling | shapes.LongRopeScaling) else 1.0
 
 
-def rotation_table(
-    positions: torch.Tensor, heads: shapes.HeadShape, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
+def rotation_table(positions: Tensor, heads: shapes.HeadShape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """a cos and a sin of the angles of all positions (b, s), each (b s, 1, rotary_dim / 2) in `dtype`."""
     angles = positions.reshape(-1, 1, 1).float() * inverse_frequencies(heads, positions.device)
     factor = amplitude(heads.rope.scaling)
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
 
-def _llama3(scaling: shapes.Llama3Scaling, frequencies: torch.Tensor) -> torch.Tensor:
+def _llama3(scaling: shapes.Llama3Scaling, frequencies: Tensor) -> Tensor:
     """Wavelengths above original / low_freq_factor are stretched by `factor`, those below original / high_freq_factor
     stay unchanged, and between them the two are blended linearly."""
     wavelengths = 2 * math.pi / frequencies
@@ -305,7 +299,7 @@ def _llama3(scaling: shapes.Llama3Scaling, frequencies: torch.Tensor) -> torch.T
     return torch.where(~low & ~high, blended, scaled)
 
 
-def _yarn(scaling: shapes.YarnScaling, powers: torch.Tensor, heads: shapes.HeadShape) -> torch.Tensor:
+def _yarn(scaling: shapes.YarnScaling, powers: Tensor, heads: shapes.HeadShape) -> Tensor:
     """Frequencies that turn more than `beta_fast` times over the original positions stay, those that turn less than
     `beta_slow` times are divided by `factor`, and between them a ramp over the indices blends the two."""
     size, theta = heads.rotary_dim, heads.rope.theta

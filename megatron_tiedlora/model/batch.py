@@ -1,6 +1,6 @@
 """A micro-batch as the loader gives it to the engine, its positions that have a label, and the documents packed in it.
 
-Its tensors keep their names from the loader to the loss: tokens, positions, labels, documents, numbers. The layers
+Its tensors keep their names from the loader to the loss: tokens, positions, labels, documents, token_index. The layers
 after the last attention compute only supervised positions. These are found on the host, so that no step waits for the
 device to count them.
 """
@@ -11,11 +11,11 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from megatron_tiedlora.adapters.adapter_bank import Shares, pieces_of
-from megatron_tiedlora.parallel.backward import Piece, Pieces, part_of, starts_of
+from megatron_tiedlora.adapters.adapter_bank import Shares, spans_of
 from megatron_tiedlora.parallel.frozen_weight import padded
-from megatron_tiedlora.parallel.loss import IGNORED_LABEL
+from megatron_tiedlora.parallel.loss import IGNORED_LABEL, RowSpan, RowSpans, span_starts, spans_between
 
 # Rows are padded to a multiple of this, because repeated shapes need less memory and fewer kernels.
 PAD_MULTIPLE = 8
@@ -31,20 +31,20 @@ class MicroBatch:
         labels: (b, s) int64, already shifted: labels[:, t] is token t + 1 if that is supervised, else -100.
         documents: (b, s) int64, document ids: tokens attend only within their document. In a packed row it is the index
             of each token's sample in the row, with padding as one more document. None: each row is one sample.
-        numbers: (b, s) int64, the number of each token in the whole run, from which dropout follows; 0 for padding.
-            None: nothing asks for them.
-        shares: which adapters' it is; the micro-batches of several are end to end in one row: b is 1.
+        token_index: (b, s) int64, the index of each token in the whole run, from which dropout follows; 0 for padding.
+            None: there is no dropout.
+        shares: the adapters' parts; the micro-batches of several adapters are end to end in one row: b is 1.
         lengths: (rows,) int64, real tokens of each row, or of each row of the shares.
         num_samples: 0 for a batch of padding alone.
     """
 
-    tokens: torch.Tensor
-    positions: torch.Tensor
-    labels: torch.Tensor
-    documents: torch.Tensor | None = None
-    numbers: torch.Tensor | None = None
+    tokens: Tensor
+    positions: Tensor
+    labels: Tensor
+    documents: Tensor | None = None
+    token_index: Tensor | None = None
     shares: Shares = ()
-    lengths: torch.Tensor
+    lengths: Tensor
     num_samples: int
 
     @property
@@ -71,22 +71,22 @@ class Supervised(NamedTuple):
 
     Attributes:
         rows: (m,) int64, indices into (b s), part by part.
-        local_rows: (m,) int64, the same as indices into the (b s / p) of their part.
+        local_rows: (m,) int64, `rows` as indices into the (b s / p) of their part.
         supervised: (n,) int64, which of `rows` have a label.
-        labels: (n,) int64, theirs.
-        pieces: whose `rows` are, if the tokens belong to several owners; else there are none.
-        supervised_pieces: the same of `supervised`.
+        labels: (n,) int64, the labels of `supervised`.
+        spans: the adapters of `rows`, if there are several.
+        supervised_spans: the adapters of `supervised`.
     """
 
-    rows: torch.Tensor
-    local_rows: torch.Tensor
-    supervised: torch.Tensor
-    labels: torch.Tensor
-    pieces: Pieces = ()
-    supervised_pieces: Pieces = ()
+    rows: Tensor
+    local_rows: Tensor
+    supervised: Tensor
+    labels: Tensor
+    spans: RowSpans = ()
+    supervised_spans: RowSpans = ()
 
-    def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "Supervised":
-        """The same with `move` applied to every tensor."""
+    def moved(self, move: Callable[[Tensor], Tensor]) -> "Supervised":
+        """A copy with `move` applied to every tensor."""
         rows, local_rows, supervised, labels = map(move, (self.rows, self.local_rows, self.supervised, self.labels))
         return self._replace(rows=rows, local_rows=local_rows, supervised=supervised, labels=labels)
 
@@ -96,44 +96,44 @@ def padded_positions(num_supervised: int) -> int:
     return padded(max(1, num_supervised))
 
 
-def find_supervised(labels: torch.Tensor, num_parts: int = 1, shares: Shares = ()) -> Supervised:
+def find_supervised(labels: Tensor, num_parts: int = 1, shares: Shares = ()) -> Supervised:
     """The supervised positions of labels (b, s) int64, -100 where there is no label.
 
-    In each part an owner's positions are padded to a multiple of `SIZE_MULTIPLE` with the first of its own tokens
-    there, as if it were alone: no result of one owner depends on a token of another, not even by a factor of zero.
+    In each part an adapter's positions are padded to a multiple of `SIZE_MULTIPLE` with the first of its own tokens
+    there, as if it were alone: no result of one adapter depends on a token of another, not even by a factor of zero.
 
     Args:
         num_parts: ranks over which activations are sharded along the sequence; it divides b s.
-        shares: whose micro-batch it is; if there are several, b is 1.
+        shares: the adapters of the micro-batch; if there are several, b is 1.
     """
-    pieces, by_part = pieces_of(shares), labels.reshape(num_parts, -1)
+    spans, by_part = spans_of(shares), labels.reshape(num_parts, -1)
     length = by_part.shape[1]
-    owned = pieces or (Piece(0, labels.numel()),)
+    owned = spans or (RowSpan(0, labels.numel()),)
     found = [
-        list(_by_piece(part, part_of(owned, number * length, (number + 1) * length)))
+        list(_by_span(part, spans_between(owned, number * length, (number + 1) * length)))
         for number, part in enumerate(by_part)
     ]
     most = max(sum(padded_positions(len(rows)) for _, rows, _ in part) for part in found)
-    local_rows, supervised = list[torch.Tensor](), list[torch.Tensor]()
-    of_rows, of_supervised = list[Piece](), list[Piece]()
+    local_rows, supervised = list[Tensor](), list[Tensor]()
+    of_rows, of_supervised = list[RowSpan](), list[RowSpan]()
     for part_number, part in enumerate(found, start=1):
-        for number, (owner, rows, first) in enumerate(part, start=1):
+        for number, (adapter, rows, first) in enumerate(part, start=1):
             start = sum(map(len, local_rows))
             size = padded_positions(len(rows)) if number < len(part) else part_number * most - start
             local_rows.append(torch.nn.functional.pad(rows, (0, size - len(rows)), value=first))
             supervised.append(torch.arange(start, start + len(rows), device=labels.device))
-            of_rows.append(Piece(owner, size))
-            of_supervised.append(Piece(owner, len(rows)))
+            of_rows.append(RowSpan(adapter, size))
+            of_supervised.append(RowSpan(adapter, len(rows)))
     joined, chosen = torch.cat(local_rows), torch.cat(supervised)
     rows = joined + torch.arange(num_parts, device=labels.device).repeat_interleave(most) * length
     result = Supervised(rows, joined, chosen, labels.flatten()[rows[chosen]])
-    return result._replace(pieces=tuple(of_rows), supervised_pieces=tuple(of_supervised)) if pieces else result
+    return result._replace(spans=tuple(of_rows), supervised_spans=tuple(of_supervised)) if spans else result
 
 
-def _by_piece(labels: torch.Tensor, pieces: Sequence[Piece]) -> Iterator[tuple[int, torch.Tensor, int]]:
-    """(owner, its positions with a label, its first position) of each piece of labels (s / p,)."""
-    for (owner, size), start in zip(pieces, starts_of(pieces), strict=True):
-        yield owner, (labels[start : start + size] != IGNORED_LABEL).nonzero()[:, 0] + start, start
+def _by_span(labels: Tensor, spans: Sequence[RowSpan]) -> Iterator[tuple[int, Tensor, int]]:
+    """The adapter of each span of labels (s / p,), its positions with a label, and its first position."""
+    for (adapter, size), start in zip(spans, span_starts(spans), strict=True):
+        yield adapter, (labels[start : start + size] != IGNORED_LABEL).nonzero()[:, 0] + start, start
 
 
 # Documents ------------------------------------------------------------------------------------------------------------
@@ -143,23 +143,23 @@ class Documents(NamedTuple):
     """The n documents of concatenated rows (b s): document i is tokens bounds[i] to bounds[i + 1] - 1.
 
     Attributes:
-        bounds: n + 1 numbers on the host, from 0 to b s.
-        offsets: the same numbers, (n + 1,) int32 on the device.
+        bounds: n + 1 indices on the host, from 0 to b s.
+        offsets: `bounds` as (n + 1,) int32 on the device.
         longest: the number of tokens in the longest document.
     """
 
     bounds: list[int]
-    offsets: torch.Tensor
+    offsets: Tensor
     longest: int
 
 
-def find_documents(ids: Sequence[torch.Tensor], device: torch.device) -> Documents:
+def find_documents(ids: Sequence[Tensor], device: torch.device) -> Documents:
     """The documents of blocks of rows, which follow one another; a document begins with each new id and each new row.
 
     It does not synchronise with the device if the ids are on the host.
 
     Args:
-        ids: (b, s) int64, of each block.
+        ids: (b, s) int64, one tensor for each block.
     """
     begins = torch.cat([document_begins(block).flatten() for block in ids])
     bounds = [*begins.nonzero()[:, 0].tolist(), len(begins)]
@@ -167,7 +167,7 @@ def find_documents(ids: Sequence[torch.Tensor], device: torch.device) -> Documen
     return Documents(bounds, offsets, max(stop - start for start, stop in pairwise(bounds)))
 
 
-def document_begins(ids: torch.Tensor) -> torch.Tensor:
+def document_begins(ids: Tensor) -> Tensor:
     """Whether a document begins at each token of (b, s) ids."""
     begins = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
     begins[:, 1:] = ids[:, 1:] != ids[:, :-1]

@@ -14,10 +14,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from megatron_tiedlora.model.batch import document_begins
-from megatron_tiedlora.parallel.backward import first_derivative_only
 from megatron_tiedlora.parallel.kernels import Kernels, upcast
+from megatron_tiedlora.parallel.loss import first_derivative_only
 
 
 def tile_size(num_heads: int, num_kv_heads: int) -> int:
@@ -39,10 +40,10 @@ class QueryTile(NamedTuple):
     start: int
     stop: int
     first: int
-    mask: torch.Tensor
+    mask: Tensor
 
 
-def find_query_tiles(ids: torch.Tensor | None, length: int, *, size: int) -> tuple[QueryTile, ...]:
+def find_query_tiles(ids: Tensor | None, length: int, *, size: int) -> tuple[QueryTile, ...]:
     """The tiles of rows of `length` tokens, the last tile first.
 
     Args:
@@ -73,9 +74,7 @@ class TiledRows(NamedTuple):
     tiles: tuple[QueryTile, ...]
 
 
-def attend_by_tiles(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, parts: Sequence[TiledRows], kernels: Kernels
-) -> torch.Tensor:
+def attend_by_tiles(query: Tensor, key: Tensor, value: Tensor, parts: Sequence[TiledRows], kernels: Kernels) -> Tensor:
     """Attention of each token to the keys that its tile's mask shows it, scaled by 1 / sqrt(head_dim).
 
     The result is written to one memory, so that it is saved once.
@@ -87,14 +86,14 @@ def attend_by_tiles(
     Returns:
         (b, s, heads * head_dim).
     """
-    output: torch.Tensor = _TiledAttention.apply(query, key, value, parts, kernels)
+    output: Tensor = _TiledAttention.apply(query, key, value, parts, kernels)
     return output.flatten(2)
 
 
 class _Operands:
     """Queries and keys in the layout of the matmuls, and memory that all tiles share."""
 
-    def __init__(self, query: torch.Tensor, key: torch.Tensor, tiles: Sequence[QueryTile]) -> None:
+    def __init__(self, query: Tensor, key: Tensor, tiles: Sequence[QueryTile]) -> None:
         self.query = query
         self.scale = query.shape[-1] ** -0.5
         self.keys = key.reshape(-1, *key.shape[2:])  # (b kv, s, head_dim)
@@ -102,22 +101,22 @@ class _Operands:
         self._size = max((tile.stop - tile.start) * (tile.stop - tile.first) for tile in tiles)
         self._scores = self.memory(self._wide_keys.dtype)
 
-    def memory(self, dtype: torch.dtype) -> torch.Tensor:
+    def memory(self, dtype: torch.dtype) -> Tensor:
         """Memory for the scores of the largest tile, one number per query head, query and key."""
         size, num_heads = self.query.shape[:2]
         return self.query.new_empty(size * num_heads * self._size, dtype=dtype)
 
-    def of_tile(self, memory: torch.Tensor, tile: QueryTile) -> torch.Tensor:
+    def of_tile(self, memory: Tensor, tile: QueryTile) -> Tensor:
         """The part of the memory that a tile uses, (b kv, heads / kv * queries, keys)."""
         num_keys, queries = tile.stop - tile.first, tile.stop - tile.start
         folded = self.query.shape[0] * self.query.shape[1] * queries // len(self.keys)
         return memory[: len(self.keys) * folded * num_keys].view(len(self.keys), folded, num_keys)
 
-    def fold(self, heads: torch.Tensor, tile: QueryTile, dtype: torch.dtype) -> torch.Tensor:
+    def fold(self, heads: Tensor, tile: QueryTile, dtype: torch.dtype) -> Tensor:
         """(b, heads, s, head_dim) -> the tile's queries, (b kv, heads / kv * queries, head_dim)."""
         return heads[:, :, tile.start : tile.stop].to(dtype).reshape(len(self.keys), -1, heads.shape[-1])
 
-    def scores(self, tile: QueryTile) -> torch.Tensor:
+    def scores(self, tile: QueryTile) -> Tensor:
         """scale Q K^T of a tile, (b kv, heads / kv * queries, keys), `upcast`."""
         queries = self.fold(self.query, tile, self._wide_keys.dtype)
         keys = self._wide_keys[:, tile.first : tile.stop].transpose(1, 2)
@@ -125,7 +124,7 @@ class _Operands:
         return torch.baddbmm(scores, queries, keys, beta=0, alpha=self.scale, out=scores)
 
 
-def _lines(tensor: torch.Tensor, tile: QueryTile) -> torch.Tensor:
+def _lines(tensor: Tensor, tile: QueryTile) -> Tensor:
     """(b kv, heads / kv * queries, n) or (b, heads, queries, n), reshaped to broadcast with the tile's mask.
 
     The result is contiguous: torch.compile makes a kernel for each memory layout.
@@ -136,18 +135,12 @@ def _lines(tensor: torch.Tensor, tile: QueryTile) -> torch.Tensor:
 class _TiledAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        parts: Sequence[TiledRows],
-        kernels: Kernels,
-    ) -> torch.Tensor:
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, parts: Sequence[TiledRows], kernels: Kernels
+    ) -> Tensor:
         heads = [tensor.detach() for tensor in (query, key, value)]
         output = _tokens_first(query)
         by_part = split_rows((*heads, output), [part[:2] for part in parts])
-        pairs = zip(parts, by_part, strict=True)
-        log_sums = [_attend_(*views, tiles=part.tiles, kernels=kernels) for part, views in pairs]
+        log_sums = [_attend_(views, part.tiles, kernels) for part, views in zip(parts, by_part, strict=True)]
         result = output.transpose(1, 2)
         ctx.save_for_backward(query, key, value, result, *log_sums)
         ctx.parts, ctx.kernels = parts, kernels
@@ -155,27 +148,23 @@ class _TiledAttention(torch.autograd.Function):
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, *log_sums = (tensor.detach() for tensor in ctx.saved_tensors)
-        heads = query, key, value
-        grad_heads = [_tokens_first(tensor) for tensor in heads]
-        tensors = *heads, output.transpose(1, 2), gradient.transpose(1, 2), *grad_heads
-        views_of_parts = split_rows(tensors, [part[:2] for part in ctx.parts])
-        by_part = zip(ctx.parts, views_of_parts, log_sums, strict=True)
-        for part, views, of_part in by_part:
-            _attention_gradients_(*views, log_sums=of_part, tiles=part.tiles, kernels=ctx.kernels)
+        grad_heads = [_tokens_first(tensor) for tensor in (query, key, value)]
+        tensors = query, key, value, output.transpose(1, 2), gradient.transpose(1, 2), *grad_heads
+        by_part = split_rows(tensors, [part[:2] for part in ctx.parts])
+        for part, views, of_part in zip(ctx.parts, by_part, log_sums, strict=True):
+            _attention_gradients_(views, of_part, part.tiles, ctx.kernels)
         return *grad_heads, None, None
 
 
-def _tokens_first(heads: torch.Tensor) -> torch.Tensor:
+def _tokens_first(heads: Tensor) -> Tensor:
     """Memory for (b, heads, s, head_dim) in the order of (b, s, heads, head_dim), as matmuls over all heads read it."""
     size, num_heads, length, head_dim = heads.shape
     return heads.new_empty(size, length, num_heads, head_dim).transpose(1, 2)
 
 
-def split_rows(
-    tensors: Sequence[torch.Tensor], shapes: Sequence[tuple[int, ...]]
-) -> Iterator[tuple[torch.Tensor, ...]]:
+def split_rows(tensors: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> Iterator[tuple[Tensor, ...]]:
     """(b, heads, s, head_dim) each -> the (rows, heads, length, head_dim) of each of (rows, length), as views."""
     if len(shapes) == 1 and len(tensors[0]) == shapes[0][0]:
         yield tuple(tensors)
@@ -186,16 +175,9 @@ def split_rows(
         yield tuple(view.unflatten(0, shape).transpose(1, 2) for view in views)
 
 
-def _attend_(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    output: torch.Tensor,
-    *,
-    tiles: Sequence[QueryTile],
-    kernels: Kernels,
-) -> torch.Tensor:
-    """Write O to `output`, (b, heads, s, head_dim); returns log sum exp(S), (b, heads, s, 1)."""
+def _attend_(tensors: Sequence[Tensor], tiles: Sequence[QueryTile], kernels: Kernels) -> Tensor:
+    """Write O and return log sum exp(S), (b, heads, s, 1); `tensors` are Q, K, V and O, (b, heads, s, head_dim)."""
+    query, key, value, output = tensors
     size, num_heads, length, _ = query.shape
     operands = _Operands(query, key, tiles)
     values = value.reshape(operands.keys.shape)
@@ -213,20 +195,10 @@ def _attend_(
 
 
 def _attention_gradients_(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    output: torch.Tensor,
-    gradient: torch.Tensor,
-    grad_query: torch.Tensor,
-    grad_key: torch.Tensor,
-    grad_value: torch.Tensor,
-    *,
-    log_sums: torch.Tensor,
-    tiles: Sequence[QueryTile],
-    kernels: Kernels,
+    tensors: Sequence[Tensor], log_sums: Tensor, tiles: Sequence[QueryTile], kernels: Kernels
 ) -> None:
-    """Write dQ, dK and dV, (b, heads, s, head_dim) as all others, from O, dO and log sum exp(S)."""
+    """Write dQ, dK and dV; `tensors` are Q, K, V, O, dO, dQ, dK and dV, each (b, heads, s, head_dim)."""
+    query, key, value, output, gradient, grad_query, grad_key, grad_value = tensors
     operands = _Operands(query, key, tiles)
     keys, values = operands.keys, value.reshape(operands.keys.shape)
     deltas = (upcast(gradient) * upcast(output)).sum(-1, keepdim=True)

@@ -118,13 +118,13 @@ def gated_decoder(
     """The shape that the fields common to these families describe.
 
     Args:
-        rope: what `read_rope` returns; by default for the config alone.
+        rope: the result of `read_rope`; by default it is called with the config alone.
         window: the limit that a sliding window sets, see `HfConfig.window`.
-        norm_eps: that of LayerNorms, which have biases; None for RMS norms, whose field is read here.
+        norm_eps: epsilon of LayerNorms, which have biases; None for RMS norms, whose field is read here.
         head_norms: "each": each head of queries and keys has an RMS norm before the rotation; "together": all heads of
             queries have one, and all heads of keys.
         norms: the norms of the hidden size.
-        ropes: of each block, if they differ; see `ModelShape`.
+        ropes: the rotation of each block, if they differ; see `ModelShape`.
         fused: whether q, k and v are one stored tensor, and gate and up another.
 
     Raises:

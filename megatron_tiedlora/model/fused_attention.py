@@ -23,13 +23,14 @@ from importlib.util import find_spec
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from megatron_tiedlora.base.messages import first_line
 from megatron_tiedlora.model.batch import Documents
 from megatron_tiedlora.parallel.frozen_weight import padded
 
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Documents, float], torch.Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, Documents, float], Tensor]
 """(query, key, value, documents, scale of the scores) -> attention output, in the queries' shape.
 
 Queries are (tokens, heads, head_dim), keys and values (tokens, kv heads, head_dim)."""
@@ -85,9 +86,7 @@ def choose_attention(
     return AttentionRoute("PyTorch's attention, one document after another", reason, one_by_one)
 
 
-def attend_within(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: Documents, attend: Attend
-) -> torch.Tensor:
+def attend_within(query: Tensor, key: Tensor, value: Tensor, documents: Documents, attend: Attend) -> Tensor:
     """Causal attention within each document, scaled by 1 / sqrt(head_dim).
 
     Args:
@@ -100,7 +99,7 @@ def attend_within(
     size, _, length, head_dim = query.shape
     missing = padded(head_dim) - head_dim  # kernels load 8 elements at once
 
-    def by_tokens(heads: torch.Tensor) -> torch.Tensor:
+    def by_tokens(heads: Tensor) -> Tensor:
         rows = heads.transpose(1, 2).flatten(0, 1)
         return functional.pad(rows, (0, missing)) if missing else rows
 
@@ -108,13 +107,11 @@ def attend_within(
     return (output[..., :head_dim] if missing else output).reshape(size, length, -1)
 
 
-def one_by_one(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: Documents, scale: float
-) -> torch.Tensor:
+def one_by_one(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scale: float) -> Tensor:
     """PyTorch's attention for one document at a time, or for all at once if they have the same length."""
     grouped = query.shape[1] != key.shape[1]
 
-    def within(length: int, *rows: torch.Tensor) -> torch.Tensor:
+    def within(length: int, *rows: Tensor) -> Tensor:
         query, key, value = (heads.unflatten(0, (-1, length)).transpose(1, 2) for heads in rows)
         output = functional.scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=scale, enable_gqa=grouped
@@ -169,9 +166,7 @@ def _from_library(module: str, deterministic: bool) -> Attend:
     function = importlib.import_module(module).flash_attn_varlen_func
     options = {"deterministic": True} if deterministic else {}
 
-    def attend(
-        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: Documents, scale: float
-    ) -> torch.Tensor:
+    def attend(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scale: float) -> Tensor:
         result = function(
             query,
             key,
@@ -184,31 +179,27 @@ def _from_library(module: str, deterministic: bool) -> Attend:
             causal=True,
             **options,
         )
-        output: torch.Tensor = result[0] if isinstance(result, tuple) else result  # early versions of 3 add log sums
+        output: Tensor = result[0] if isinstance(result, tuple) else result  # early versions of 3 add log sums
         return output
 
     return attend
 
 
-def _torch_flash(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: Documents, scale: float
-) -> torch.Tensor:
+def _torch_flash(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scale: float) -> Tensor:
     offsets, longest = documents.offsets, documents.longest
-    output: torch.Tensor = torch.ops.aten._flash_attention_forward(
+    output: Tensor = torch.ops.aten._flash_attention_forward(
         query, key, value, offsets, offsets, longest, longest, 0.0, True, False, scale=scale
     )[0]
     return output
 
 
-def _torch_efficient(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: Documents, scale: float
-) -> torch.Tensor:
+def _torch_efficient(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scale: float) -> Tensor:
     offsets, longest = documents.offsets, documents.longest
     group = query.shape[1] // key.shape[1]
     if group > 1:
         key, value = (heads.repeat_interleave(group, dim=1) for heads in (key, value))
     one_row = (heads[None] for heads in (query, key, value))
-    output: torch.Tensor = torch.ops.aten._efficient_attention_forward(
+    output: Tensor = torch.ops.aten._efficient_attention_forward(
         *one_row, None, offsets, offsets, longest, longest, 0.0, _CAUSAL, True, scale=scale
     )[0]
     return output.squeeze(0)

@@ -317,10 +317,7 @@ def read_ropes_by_kind(config: HfConfig, *, theta: float) -> dict[str, tuple[Rop
     by_kind, older = _fields(config, config.get("rope_parameters")), config.get("rope_scaling")
     full, sliding, scaling = (_fields(config, v) for v in (by_kind.get(FULL), by_kind.get(SLIDING), older))
     full = {"rope_theta": config.get("rope_theta") or theta, **full, **scaling}
-    return {
-        FULL: read_rope(config, values=full),
-        SLIDING: read_rope(config, values={"rope_theta": theta, **sliding}),
-    }
+    return {FULL: read_rope(config, values=full), SLIDING: read_rope(config, values={"rope_theta": theta, **sliding})}
 
 
 def _fields(config: HfConfig, values: Any) -> dict[str, Any]:
@@ -357,14 +354,14 @@ def read_rope(
             raise UserError(f"{config.source}: {shown(name)} of the rotary embedding is not implemented")
     numbers = HfConfig(values, config.source, {"truncate": True}, of=" of the rotary embedding")
     theta = numbers.number("rope_theta", config.get("rope_theta") or 10000.0)
-    absent_share = config.get("partial_rotary_factor")
-    share = numbers.number("partial_rotary_factor", 1.0 if absent_share is None else absent_share)
-    if share > 1 or (share != 1 and not partial):
-        raise UserError(f"{config.source}: partial_rotary_factor = {share:g} is not implemented")
+    absent_fraction = config.get("partial_rotary_factor")
+    fraction = numbers.number("partial_rotary_factor", 1.0 if absent_fraction is None else absent_fraction)
+    if fraction > 1 or (fraction != 1 and not partial):
+        raise UserError(f"{config.source}: partial_rotary_factor = {fraction:g} is not implemented")
     kind = values.get("rope_type", values.get("type")) or "default"
     kind = (other_names or {}).get(str(kind), kind)
     if kind in ("default", "dynamic"):  # dynamic scaling begins beyond the trained length, where no row is accepted
-        return RopeShape(theta, share), None
+        return RopeShape(theta, fraction), None
     reader = _READERS.get(str(kind))
     if reader is None:
         known = ", ".join(sorted(["default", "dynamic", *_READERS]))
@@ -379,7 +376,7 @@ def read_rope(
     if isinstance(scaling, LongRopeScaling):
         why = f"has other frequencies beyond {original} tokens (original_max_position_embeddings)"
         limit = LengthLimit(original, f"{why}. Longer rows are not implemented")
-    return RopeShape(theta, share, scaling), limit
+    return RopeShape(theta, fraction, scaling), limit
 
 
 def _llama3(numbers: HfConfig, max_positions: int, original: int) -> RopeScaling:

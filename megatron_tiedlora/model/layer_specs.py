@@ -8,12 +8,13 @@ computed again.
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, LinearUpdate
 from megatron_tiedlora.base.shapes import DOWN, GATE_UP, OUTPUT, LinearShape, ModelShape, NormShape
@@ -25,17 +26,15 @@ from megatron_tiedlora.model.linears import (
     NormedLinear,
     Operands,
     Projection,
+    QkvLinear,
     RowParallelLinear,
     gradient_dtype,
 )
-from megatron_tiedlora.model.qkv import QkvLinear
 from megatron_tiedlora.parallel import frozen_weight, groups
-from megatron_tiedlora.parallel.backward import first_derivative_only
-from megatron_tiedlora.parallel.fp8_products import weight_maker
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_rows
-from megatron_tiedlora.parallel.loss import VocabularyShard, sum_token_losses, token_losses
-from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
+from megatron_tiedlora.parallel.loss import VocabularyShard, first_derivative_only, sum_token_losses, token_losses
+from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight, weight_maker
 from megatron_tiedlora.parallel.shard_spec import bias_spec, weight_spec
 
 
@@ -50,22 +49,22 @@ class SwiGlu(nn.Module):
 
     def forward(
         self,
-        hidden: torch.Tensor,
+        hidden: Tensor,
         tensor_parallel: TensorParallel,
         update: Mapping[str, LinearUpdate] | None = None,
         *,
         recomputes: bool = False,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Activations between layers, (b, s, d) or (1, b s / p, d), to the same shape.
 
         Args:
-            update: of the layer; those of gate_up and down_proj are used.
+            update: the updates of the layer, of which gate_up and down_proj are used.
             recomputes: do not save gate and up, but compute them again in the backward pass.
         """
         gate_up, down = ((update or {}).get(name, LinearUpdate()) for name in (GATE_UP, DOWN))
         projection, operands = self.gate_up.projection(tensor_parallel, gate_up, num_rows=len(hidden))
         step = _Step(projection, Projection(self.down.frozen, down.rows), self.kernels, recomputes)
-        result: torch.Tensor = _SwiGlu.apply(
+        result: Tensor = _SwiGlu.apply(
             *(hidden, gate_up.grad_a, gate_up.grad_f, down.grad_a, down.grad_f),
             *(operands, Operands(down.a, down.f), step),
         )
@@ -86,15 +85,15 @@ class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: torch.Tensor,
-        grad_a: torch.Tensor | None,
-        grad_f: torch.Tensor | None,
-        down_grad_a: torch.Tensor | None,
-        down_grad_f: torch.Tensor | None,
+        hidden: Tensor,
+        grad_a: Tensor | None,
+        grad_f: Tensor | None,
+        down_grad_a: Tensor | None,
+        down_grad_f: Tensor | None,
         operands: Operands,
         of_down: Operands,
         step: _Step,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         gate_up, root, ax = step.gate_up.forward(hidden, operands)
         needs, down_needs = _needs(ctx)
         reads_gate_up = down_needs.x or down_needs.a
@@ -117,7 +116,7 @@ class _SwiGlu(torch.autograd.Function):
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx: Any, grad_z: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad_z: Tensor) -> tuple[Tensor | None, ...]:
         hidden, root, gate_up, ax, down_ax, down_a, down_f, *others = ctx.saved_tensors
         ctx.maybe_clear_saved_tensors()  # so that gate and up are freed below; autograd holds them until this returns
         needs, down_needs = _needs(ctx)
@@ -133,7 +132,7 @@ class _SwiGlu(torch.autograd.Function):
         if step.gate_up.tensor_parallel.sequence_parts > 1:
             # It was gathered for this function alone, but autograd would hold all of its d numbers per token.
             grad_z.untyped_storage().resize_(0)
-        found: tuple[torch.Tensor | None, ...] = (None, None, None)
+        found: tuple[Tensor | None, ...] = (None, None, None)
         if grad_gated is not None:
             grad_gate_up = step.kernels.gate_gradient(as_rows(grad_gated), as_rows(gate_up)).view(gate_up.shape)
             del grad_gated, gate_up
@@ -142,7 +141,7 @@ class _SwiGlu(torch.autograd.Function):
 
 
 def _needs(ctx: Any) -> tuple[Needs, Needs]:
-    """Which gradients are needed of gate-up and of down, whose input has one if anything before it needs one."""
+    """The gradients that gate-up and down need. The input of down needs one if anything before it does."""
     hidden, a, f, down_a, down_f = ctx.needs_input_grad[:5]
     needs = Needs(hidden, a, f)
     return needs, Needs(any(needs), down_a, down_f)
@@ -155,25 +154,27 @@ HEAD_ROWS = 1024
 class Block(nn.Module):
     """x = x + attention(x); x = x + mlp(x). Norms belong to the linears that they precede or follow.
 
-    With `recomputes_gate` gate and up, and the norm before them, are computed again in the backward pass instead of
-    being saved.
+    Attributes:
+        recomputes_gate: whether gate and up, and the norm before them, are computed again in the backward pass instead
+            of being saved (`Stage.set_recompute`).
     """
 
-    def __init__(self, attention: Attention, mlp: SwiGlu, *, recomputes_gate: bool) -> None:
+    recomputes_gate = False
+
+    def __init__(self, attention: Attention, mlp: SwiGlu) -> None:
         super().__init__()
-        self.recomputes_gate = recomputes_gate
         self.attention = attention
         self.mlp = mlp
 
     def forward(
         self,
-        hidden: torch.Tensor,
+        hidden: Tensor,
         context: AttentionContext,
         tensor_parallel: groups.TensorParallel,
         *,
         update: LayerUpdate | None = None,
         cache: AnyCache | None = None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Activations between layers, (b, s, d) or (1, b s / p, d), to the same shape. See `Attention.attend`."""
         attention_output = self.attention.attend(hidden, context, tensor_parallel, update=update, cache=cache)
         joined = self.add_attention(hidden, attention_output, tensor_parallel, update)
@@ -181,11 +182,11 @@ class Block(nn.Module):
 
     def add_attention(
         self,
-        hidden: torch.Tensor,
-        attention_output: torch.Tensor,
+        hidden: Tensor,
+        attention_output: Tensor,
         tensor_parallel: groups.TensorParallel,
         update: LayerUpdate | None = None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """x + output projection(attention output), for all positions or some.
 
         Args:
@@ -196,12 +197,12 @@ class Block(nn.Module):
 
     def add_mlp(
         self,
-        hidden: torch.Tensor,
+        hidden: Tensor,
         tensor_parallel: groups.TensorParallel,
         update: LayerUpdate | None = None,
         *,
         recomputes: bool = True,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """x + mlp(x), where x is the result of `add_attention`; the same shape.
 
         Args:
@@ -237,15 +238,15 @@ class Head(nn.Module):
 
     def forward(
         self,
-        hidden: torch.Tensor,
+        hidden: Tensor,
         tensor_parallel: groups.TensorParallel,
         supervised: Supervised | None = None,
         *,
         summed: bool = True,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """Logits, (b, s, V) or (1, b s, V); with `supervised` the summed loss of its positions. Equal on every rank.
 
-        If the positions belong to several owners, there is a summed loss for each, (owners,).
+        If the positions belong to several adapters, there is a summed loss for each, (adapters,).
 
         Args:
             hidden: activations between layers, (b, s, d) or (1, b s / p, d); with `supervised` only those of its
@@ -258,13 +259,14 @@ class Head(nn.Module):
             local_logits = frozen_weight.frozen_linear(hidden, self.frozen)
             return groups.gather_from_tensor_parallel_region(local_logits, group, dim=-1)[..., : self.vocab_size]
         first_id = group.rank * self.frozen.local_shape[0]
-        weight = self.frozen.first_rows(max(self.vocab_size - first_id, 0))  # without the last rank's padding
+        weight = copy(self.frozen)
+        weight.tensor = weight.tensor.detach()[: max(self.vocab_size - first_id, 0)]  # without the last rank's padding
         shard = VocabularyShard(weight, first_id, group, self.rows_at_once, self.kernels)
         rows = hidden[0].index_select(0, supervised.supervised)
         del hidden  # frees as much memory as its gradient needs next
         if not summed:
             return token_losses(rows, supervised.labels, shard)
-        return sum_token_losses(rows, supervised.labels, shard, supervised.supervised_pieces or None)
+        return sum_token_losses(rows, supervised.labels, shard, supervised.supervised_spans or None)
 
 
 @dataclass(frozen=True)
@@ -282,16 +284,15 @@ def layer_specs(
     dtype: torch.dtype,
     tp_size: int = 1,
     kernels: Kernels = EAGER,
-    recomputes_gate: bool = False,
     deterministic: bool = False,
     make_weight: frozen_weight.WeightMaker = frozen_weight.FrozenWeight.empty,
 ) -> tuple[LayerSpec, ...]:
     """The flat list: layer 0 the embedding, layers 1 to L the blocks (1-based as in the paper), layer L + 1 the head.
 
     Building makes empty weights of one tensor-parallel rank's sizes on the default device; the checkpoint reader fills
-    them. `tp_size` must divide heads, key-value heads and the feed-forward width. For `recomputes_gate` see Block, for
-    `deterministic` see `choose_attention`. `make_weight` makes the weights of the blocks' linears (see `weight_maker`);
-    embedding and head are plain.
+    them. `tp_size` must divide heads, key-value heads and the feed-forward width. For `deterministic`
+    see `choose_attention`. `make_weight` makes the weights of the blocks' linears (see `weight_maker`); embedding and
+    head are plain.
     """
 
     def embedding() -> nn.Module:
@@ -323,7 +324,7 @@ def layer_specs(
         )
         gate_up = NormedLinear(weight(parts.gate_up), **normed(parts.gate_up, parts.mlp_norm))
         mlp = SwiGlu(gate_up, row_parallel(parts.down, parts.down_norm), kernels=kernels)
-        return Block(attention, mlp, recomputes_gate=recomputes_gate)
+        return Block(attention, mlp)
 
     def head() -> nn.Module:
         own = None if shape.tied_embeddings else weight(shape.head, frozen_weight.FrozenWeight.empty)
@@ -349,7 +350,7 @@ class StoredTensor(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """All of its bytes."""
+        """The bytes of all elements."""
         return self.size * self.itemsize
 
 
@@ -359,7 +360,7 @@ def stored_tensors(
 ) -> Mapping[str, Counter[StoredTensor]]:
     """The parameters that a rank holds of the embedding, of a block and of the head: how many of each size.
 
-    They are those of the modules, which are built without memory. All blocks have the same.
+    They are counted on modules that are built without memory. All blocks have the same parameters.
     """
     with torch.device("meta"):
         maker = weight_maker(base_format, products=products, keep_transposed=transposed)

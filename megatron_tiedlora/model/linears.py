@@ -5,7 +5,7 @@
 
 For the backward pass they need the norm's input, one number per token for the norm, and A x, r numbers per token; x is
 computed again. Gradients of frozen factors are not computed. The algebra of the update is in `adapters/low_rank.py`;
-A and F come from the adapter. What follows in the same autograd step is in `qkv` and `mlp`.
+A and F come from the adapter. A step of both linears of the MLP is in `layer_specs.py`.
 
 Under sequence parallelism each rank computes A x of a column-parallel linear from its part of the sequence. A x is sent
 in the same message as x, and its gradient in the same message as the gradient of x. In a row-parallel linear every rank
@@ -18,19 +18,19 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from megatron_tiedlora.adapters.low_rank import AllRows, apart, beside, flat
 from megatron_tiedlora.adapters.tied_adapter import LinearUpdate
-from megatron_tiedlora.base.shapes import NormShape
+from megatron_tiedlora.base.shapes import HeadShape, NormShape, RopeShape
 from megatron_tiedlora.parallel import groups
-from megatron_tiedlora.parallel.backward import first_derivative_only
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_parameter, register
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_rows, detached
+from megatron_tiedlora.parallel.loss import first_derivative_only
 
 
 class Norm(nn.Module):
-    """RMS norm, y = weight * x / sqrt(mean(x^2) + eps), or LayerNorm, that of x - mean(x) plus a bias; see `kernels`.
+    """RMS norm, y = weight * x / sqrt(mean(x^2) + eps), or LayerNorm: the RMS norm of x - mean(x) plus a bias.
 
     It saves its input and one number per token for the backward pass.
     """
@@ -42,17 +42,15 @@ class Norm(nn.Module):
         self.eps = shape.eps
         self.kernels = kernels
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: Tensor) -> Tensor:
         """(..., d) -> (..., d) in the input's dtype."""
-        normed: torch.Tensor = _Norm.apply(hidden, self.weight, self.bias, self.eps, self.kernels)
+        normed: Tensor = _Norm.apply(hidden, self.weight, self.bias, self.eps, self.kernels)
         return normed
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, kernels: Kernels
-    ) -> torch.Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, eps: float, kernels: Kernels) -> Tensor:
         normed, root = kernels.normalise(as_rows(hidden), weight.detach(), detached(bias), eps)
         ctx.save_for_backward(hidden, weight, bias, root)
         ctx.kernels = kernels
@@ -60,7 +58,7 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, root = ctx.saved_tensors
         rows = (as_rows(gradient), as_rows(hidden))
         found = ctx.kernels.norm_gradient(*rows, weight.detach(), detached(bias), root)
@@ -89,7 +87,7 @@ class NormedLinear(nn.Module):
         dtype: torch.dtype,
         kernels: Kernels,
     ) -> None:
-        """`weight` is W, (local out, in); `dtype` that of the activations."""
+        """`weight` is W, (local out, in); `dtype` is the dtype of the activations."""
         super().__init__()
         self.eps = None if norm is None else norm.eps
         self.dtype = dtype
@@ -109,41 +107,41 @@ class NormedLinear(nn.Module):
 
 
 class Operands(NamedTuple):
-    """What a projection needs beside W; None is what there is not.
+    """The tensors of a projection beside W; None if there is no such tensor.
 
     Attributes:
         a, f: the factors of the update, A (r, local in) and F (local out, r).
         norm, norm_bias: the norm's weight and bias.
-        bias: the linear's.
+        bias: the bias of the linear.
     """
 
-    a: torch.Tensor | None = None
-    f: torch.Tensor | None = None
-    norm: torch.Tensor | None = None
-    norm_bias: torch.Tensor | None = None
-    bias: torch.Tensor | None = None
+    a: Tensor | None = None
+    f: Tensor | None = None
+    norm: Tensor | None = None
+    norm_bias: Tensor | None = None
+    bias: Tensor | None = None
 
 
 class Needs(NamedTuple):
-    """Which gradients a backward pass returns: of the input, of A and of F."""
+    """The gradients that a backward pass returns: for the input, A and F."""
 
     x: bool
     a: bool
     f: bool
 
 
-def gradient_dtype(*stand_ins: torch.Tensor | None) -> torch.dtype | None:
-    """The dtype of the factors' gradients, which is that of their stand-ins; None if no factor is trained."""
-    return next((tensor.dtype for tensor in stand_ins if tensor is not None), None)
+def gradient_dtype(*slots: Tensor | None) -> torch.dtype | None:
+    """The dtype of the factors' gradients, which is that of their gradient slots; None if no factor is trained."""
+    return next((tensor.dtype for tensor in slots if tensor is not None), None)
 
 
 @dataclass(frozen=True)
 class Projection:
-    """z from the hidden states, and the gradients from dz, as functions that autograd does not record.
+    """Computes z from the hidden states, and the gradients from dz. Autograd does not record it.
 
     Attributes:
-        rows: which tokens the factors of the update are for.
-        eps: of the norm; None if there is none.
+        rows: the tokens that the factors of the update are for.
+        eps: epsilon of the norm; None if there is no norm.
         num_rows: b of (b, s) tokens, for activations that are sharded along the sequence.
         tensor_parallel: ranks that have the same hidden states, or parts of them; by default this rank has its own.
     """
@@ -165,8 +163,8 @@ class Projection:
         return needs.a or (needs.x and self.eps is not None)
 
     def forward(
-        self, hidden: torch.Tensor, operands: Operands, *, ax: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        self, hidden: Tensor, operands: Operands, *, ax: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """z (b, s, local out), the norm's root (..., 1), and A x (b, s, r).
 
         Args:
@@ -190,19 +188,19 @@ class Projection:
 
     def backward(
         self,
-        grad_projected: torch.Tensor,
-        hidden: torch.Tensor | None,
-        root: torch.Tensor | None,
-        ax: torch.Tensor | None,
+        grad_projected: Tensor,
+        hidden: Tensor | None,
+        root: Tensor | None,
+        ax: Tensor | None,
         operands: Operands,
         needs: Needs,
         wide: torch.dtype | None,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradients of hidden, A and F.
 
         Args:
             hidden, root: see `reads_input`.
-            ax: needed for that of F.
+            ax: needed for the gradient of F.
             wide: dtype of the gradients of A and F.
         """
         a, f, norm, norm_bias, _ = operands
@@ -228,7 +226,7 @@ class Projection:
         grad_hidden = self.kernels.norm_gradient(*inputs, norm.detach(), detached(norm_bias), root).view(hidden.shape)
         return grad_hidden, grad_a, grad_f
 
-    def _enter(self, normed: torch.Tensor, ax: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _enter(self, normed: Tensor, ax: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """x and A x of whole sequences, (b, s, n), on every rank; gathered in one message if sequences are sharded."""
         if not self._in_parts:
             return normed, ax
@@ -244,9 +242,9 @@ class Projection:
         return whole, self.rows.of_columns(narrow.contiguous(), local=False)
 
     def _leave(
-        self, grad_normed: torch.Tensor | None, grad_ax: torch.Tensor | None, a: torch.Tensor | None, *, needs_ax: bool
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The gradients of x and A x; that of x is summed over the ranks and includes the update's share.
+        self, grad_normed: Tensor | None, grad_ax: Tensor | None, a: Tensor | None, *, needs_ax: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of x and A x. The gradient of x is summed over the ranks and includes the update's part.
 
         Under sequence parallelism this rank gets its part of the sequence. With `needs_ax` the gradient of A x is
         summed in the same message, and A's gradient follows from it and this rank's part of x. Without sequence
@@ -264,59 +262,32 @@ class Projection:
             joined = groups.reduce_scatter(beside(grad_normed, narrow), group, groups.SEQUENCE_DIM)
             grad_normed, narrow = apart(joined, narrow.shape[-1])
             grad_ax = self.rows.of_columns(narrow, local=True)
-            return self.rows.add_share_(grad_normed, grad_ax, a, local=True), grad_ax
+            return self.rows.add_input_gradient_(grad_normed, grad_ax, a, local=True), grad_ax
         if grad_normed is None:
             return None, grad_ax
-        grad_normed = self.rows.add_share_(grad_normed, grad_ax, a, local=False)
+        grad_normed = self.rows.add_input_gradient_(grad_normed, grad_ax, a, local=False)
         if in_parts:
             return groups.reduce_scatter(grad_normed, group, groups.SEQUENCE_DIM), grad_ax
         return groups.all_reduce(grad_normed, group), grad_ax
 
 
-class Epilogue:
-    """What follows z in the same autograd step: here nothing."""
-
-    def forward(self, projected: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-        """The results, and what `backward` needs. It may overwrite `projected`."""
-        return (projected,), ()
-
-    def backward(self, gradients: Sequence[torch.Tensor], *saved: torch.Tensor) -> torch.Tensor:
-        """The gradient of z from those of the results."""
-        return gradients[0]
-
-
-_NOTHING = Epilogue()
-
-
-def project(
-    hidden: torch.Tensor,
-    update: LinearUpdate,
-    projection: Projection,
-    operands: Operands,
-    epilogue: Epilogue = _NOTHING,
-) -> tuple[torch.Tensor, ...]:
-    """The projection of the hidden states and what follows it, as one step of autograd with one backward pass."""
-    results: tuple[torch.Tensor, ...] = _Projected.apply(
-        hidden, update.grad_a, update.grad_f, operands, projection, epilogue
-    )
-    return results
-
-
 class _Projected(torch.autograd.Function):
+    """z, or with `split` queries, keys and values from it."""
+
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: torch.Tensor,
-        grad_a: torch.Tensor | None,
-        grad_f: torch.Tensor | None,
+        hidden: Tensor,
+        grad_a: Tensor | None,
+        grad_f: Tensor | None,
         operands: Operands,
         projection: Projection,
-        epilogue: Epilogue,
-    ) -> tuple[torch.Tensor, ...]:
+        split: "SplitHeads | None",
+    ) -> tuple[Tensor, ...]:
         projected, root, ax = projection.forward(hidden, operands)
-        results, saved = epilogue.forward(projected)
+        results, saved = ((projected,), ()) if split is None else split.forward(projected)
         needs = Needs(*ctx.needs_input_grad[:3])
-        ctx.projection, ctx.epilogue = projection, epilogue
+        ctx.projection, ctx.split = projection, split
         ctx.wide = gradient_dtype(grad_a, grad_f)
         ctx.save_for_backward(
             *((hidden, root) if projection.reads_input(needs) else (None, None)),
@@ -327,10 +298,10 @@ class _Projected(torch.autograd.Function):
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden, root, ax, a, f, norm, norm_bias, *saved = ctx.saved_tensors
         needs, operands = Needs(*ctx.needs_input_grad[:3]), Operands(a, f, norm, norm_bias)
-        grad_projected = ctx.epilogue.backward(gradients, *saved)
+        grad_projected = gradients[0] if ctx.split is None else ctx.split.backward(gradients, *saved)
         found = ctx.projection.backward(grad_projected, hidden, root, ax, operands, needs, ctx.wide)
         return *found, *(None,) * 3
 
@@ -348,14 +319,15 @@ class RowParallelLinear(nn.Module):
         self.norm = norm
 
     def forward(
-        self, local_hidden: torch.Tensor, tensor_parallel: groups.TensorParallel, update: LinearUpdate | None = None
-    ) -> torch.Tensor:
+        self, local_hidden: Tensor, tensor_parallel: groups.TensorParallel, update: LinearUpdate | None = None
+    ) -> Tensor:
         """(..., local_in) -> activations between layers, (b, s, out), or (1, b s / p, out) if sequence parallel."""
         update = update or LinearUpdate()
-        (addend,) = project(local_hidden, update, Projection(self.frozen, update.rows), Operands(update.a, update.f))
+        operands, projection = Operands(update.a, update.f), Projection(self.frozen, update.rows)
+        (addend,) = _Projected.apply(local_hidden, update.grad_a, update.grad_f, operands, projection, None)
         return self.total(addend, tensor_parallel)
 
-    def total(self, addend: torch.Tensor, tensor_parallel: groups.TensorParallel) -> torch.Tensor:
+    def total(self, addend: Tensor, tensor_parallel: groups.TensorParallel) -> Tensor:
         """y from the ranks' addends (b, s, out), as activations between layers. The bias is added once.
 
         Under sequence parallelism the norm is that of this rank's part of the sequence.
@@ -363,3 +335,135 @@ class RowParallelLinear(nn.Module):
         output = groups.leave_tensor_parallel_region(addend, tensor_parallel)
         output = output if self.bias is None else output + self.bias
         return output if self.norm is None else self.norm(output)
+
+
+# The QKV projection ---------------------------------------------------------------------------------------------------
+
+
+class QkvLinear(NormedLinear):
+    """[Q | K | V] of this rank's heads, split into heads, which are normalised if they have norms and then rotated.
+
+    All of it, with the norm before it, is one autograd step with one backward pass.
+    """
+
+    query_norm: nn.Parameter | None
+    key_norm: nn.Parameter | None
+
+    def __init__(
+        self, weight: FrozenWeight, local_heads: HeadShape, *, rope: RopeShape | None, dtype: torch.dtype, **others: Any
+    ) -> None:
+        """Without `rope` queries and keys are not rotated.
+
+        Args:
+            others: the other arguments of `NormedLinear`.
+        """
+        super().__init__(weight, dtype=dtype, **others)
+        assert rope or not local_heads.norms, "no family has norms of heads that are not rotated"
+        self.heads = local_heads
+        self.rope = rope
+        for name, norm in (("query_norm", local_heads.query_norm), ("key_norm", local_heads.key_norm)):
+            self.register_parameter(name, None if norm is None else frozen_parameter(norm.size, dtype=dtype))
+
+    def forward(
+        self,
+        hidden: Tensor,
+        tensor_parallel: groups.TensorParallel,
+        update: LinearUpdate | None = None,
+        *,
+        num_rows: int,
+        table: tuple[Tensor, ...] = (),
+    ) -> tuple[Tensor, ...]:
+        """Queries, keys and values, (b, heads, s, head_dim), in one storage.
+
+        Args:
+            hidden: activations between layers, (b, s, d) or (1, b s / p, d).
+            num_rows: b.
+            table: cos and sin of the tokens' positions, if it rotates; see `rotation_table`.
+        """
+        update = update or LinearUpdate()
+        projection, operands = self.projection(tensor_parallel, update, num_rows=num_rows)
+        norms = tuple(norm for norm in (self.query_norm, self.key_norm) if norm is not None)
+        split = SplitHeads(self.heads, self.kernels, table, norms, tensor_parallel.group)
+        heads: tuple[Tensor, ...] = _Projected.apply(hidden, update.grad_a, update.grad_f, operands, projection, split)
+        return heads
+
+
+@dataclass(frozen=True)
+class SplitHeads:
+    """[Q | K | V], (b, s, o) -> queries, keys and values, (b, heads, s, head_dim), in one storage.
+
+    With a table queries and keys are rotated. With norms each head of them has an RMS norm before the rotation, or all
+    heads together have one. A norm saves its result, which attention saves too, and one number per token. All heads
+    together are those of all ranks: the means of the ranks' equally many heads are summed over the group, two numbers
+    per token, in one message in each pass.
+
+    Attributes:
+        heads: the heads of this rank.
+        table: cos and sin of the s tokens' positions; () if there is no rotation.
+        norms: weights of the norms of queries and of keys, (head_dim,), or (heads * head_dim,) of all heads; or ().
+        group: the ranks that share the heads.
+    """
+
+    heads: HeadShape
+    kernels: Kernels
+    table: tuple[Tensor, ...]
+    norms: tuple[Tensor, ...]
+    group: groups.RankGroup
+
+    def forward(self, projected: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Queries, keys and values; and what `backward` needs: the table, or the heads, the norms' roots, the table and
+        the norms' weights. It may overwrite `projected`."""
+        counts = (self.heads.num, self.heads.num_kv, self.heads.num_kv)
+        heads, saved = projected.view(-1, sum(counts), self.heads.dim).detach(), self.table
+        if self.norms:
+            heads, root = self._rotate_normed(heads)
+            saved = (heads, root, *self.table, *self.norms)
+        elif self.table:
+            cos, sin = self.table
+            heads = self.kernels.rotate(heads, cos, sin, self.heads.num + self.heads.num_kv)
+        by_token = heads.view(*projected.shape[:-1], -1, self.heads.dim)
+        return by_token.transpose(1, 2).split(counts, dim=1), saved
+
+    def backward(self, gradients: Sequence[Tensor], *saved: Tensor) -> Tensor:
+        """The gradient of [Q | K | V] from the gradients of the results."""
+        batch, _, length, _ = gradients[0].shape
+        # (b, heads, s, head_dim) -> (b s, heads, head_dim): kernels for GPUs return this order, then nothing is copied.
+        by_token = [gradient.transpose(1, 2).flatten(0, 1).contiguous().detach() for gradient in gradients]
+        if self.norms:
+            found = self._normed_gradient(*by_token, *saved)
+        else:
+            found = self.kernels.rotate_gradient(*by_token, *saved) if saved else torch.cat(by_token, dim=1)
+        return found.view(batch, length, -1)
+
+    def _rotate_normed(self, heads: Tensor) -> tuple[Tensor, Tensor]:
+        """The heads behind the norms and the rotation, and the norms' roots."""
+        norm, weight = self.heads.norms[0], self._weight(self.norms)
+        if not norm.sharded:
+            return self.kernels.rotate_normed(heads, *self.table, weight, norm.eps)
+        means = self._over_ranks(self.kernels.square_means(heads, self.heads.num, self.heads.num_kv))
+        root = torch.rsqrt(means + norm.eps)
+        return self.kernels.rotate_with_root(heads, *self.table, self._by_head(root), weight), root
+
+    def _normed_gradient(self, query: Tensor, key: Tensor, value: Tensor, rotated: Tensor, *saved: Tensor) -> Tensor:
+        root, cos, sin, *norms = saved
+        rotated = rotated.detach()
+        mean: Tensor | None = None
+        if self.heads.norms[0].sharded:
+            means = self._over_ranks(self.kernels.product_means(query, key, rotated))
+            root, mean = self._by_head(root), self._by_head(means)
+        numbers = rotated, root, mean, cos, sin, self._weight(norms)
+        return self.kernels.rotate_normed_gradient(query, key, value, *numbers)
+
+    def _weight(self, norms: Sequence[Tensor]) -> Tensor:
+        """The norm's weight of each head, (num + num_kv, head_dim)."""
+        counts = self.heads.num, self.heads.num_kv
+        by_head = (norm.detach().view(-1, self.heads.dim) for norm in norms)
+        return torch.cat([norm.expand(count, -1) for norm, count in zip(by_head, counts, strict=True)])
+
+    def _over_ranks(self, means: Tensor) -> Tensor:
+        return groups.all_reduce(means, self.group) / self.group.size
+
+    def _by_head(self, numbers: Tensor) -> Tensor:
+        """Expand a number for queries and one for keys, (T, 2), to all of their heads, (T, num + num_kv, 1)."""
+        counts = self.heads.num, self.heads.num_kv
+        return torch.cat([numbers[:, i : i + 1].expand(-1, count) for i, count in enumerate(counts)], dim=1)[..., None]

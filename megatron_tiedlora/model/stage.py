@@ -10,24 +10,24 @@ the factors.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
-from torch.autograd.function import once_differentiable
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank, Shares
-from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, TiedAdapter
+from megatron_tiedlora.adapters.low_rank import SomeTokens
+from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, TiedAdapter, update_at
 from megatron_tiedlora.base.shapes import ATTENTION_TARGETS, MLP_TARGETS, TARGET_NAMES
 from megatron_tiedlora.model.attention import AnyCache, Attention, AttentionContext
 from megatron_tiedlora.model.batch import Supervised, find_supervised
 from megatron_tiedlora.model.layer_specs import Block, Head, LayerSpec
-from megatron_tiedlora.parallel.backward import Piece, Pieces, part_of, run_with_early_backward
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
-from megatron_tiedlora.parallel.groups import TensorParallel
+from megatron_tiedlora.parallel.groups import TensorParallel, with_adjoint
+from megatron_tiedlora.parallel.loss import RowSpan, run_with_early_backward, spans_between
 
 
 class Attended(NamedTuple):
@@ -36,167 +36,112 @@ class Attended(NamedTuple):
     Attributes:
         hidden: the input of the block, (b, s, d) or (1, b s / p, d).
         attention_output: (b, s, local heads * head_dim).
-        update: of the block's linears, if it is adapted.
+        update: the update of the block, if it is adapted.
+        zero_gradients: the tensors to which the backward pass of the loss gives zeros.
     """
 
-    hidden: torch.Tensor
-    attention_output: torch.Tensor
+    hidden: Tensor
+    attention_output: Tensor
     update: LayerUpdate | None = None
-
-    @property
-    def mlp_update(self) -> LayerUpdate:
-        """The part of the update that belongs to the MLP."""
-        return {name: linear for name, linear in (self.update or {}).items() if name in MLP_TARGETS}
-
-    def with_function(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Attended":
-        """The same with `function`, which returns its input's values, applied to a tensor that needs a gradient."""
-        if self.hidden.requires_grad:
-            return self._replace(hidden=function(self.hidden))
-        if self.attention_output.requires_grad:
-            return self._replace(attention_output=function(self.attention_output))
-        update = self.update or {}
-        target, name, tensor = next(
-            (target, name, tensor)
-            for target, linear in update.items()
-            for name in ("grad_a", "grad_f")
-            if (tensor := getattr(linear, name)) is not None
-        )
-        changed: dict[str, Any] = {name: function(tensor)}
-        return self._replace(update={**update, target: update[target]._replace(**changed)})
+    zero_gradients: tuple[Tensor, ...] = ()
 
 
+@dataclass(frozen=True)
 class SupervisedTail:
     """The last block and the head, after the attention. The stage owns their modules and parameters."""
 
-    def __init__(self, block: Block, head: Head) -> None:
-        self.block, self.head = block, head
+    block: Block
+    head: Head
+    tensor_parallel: TensorParallel
 
-    def logits(
-        self,
-        attended: Attended,
-        tensor_parallel: TensorParallel,
-        *,
-        wanted: torch.Tensor | None = None,
-        shares: Shares = (),
-    ) -> torch.Tensor:
+    def logits(self, attended: Attended, *, wanted: Tensor | None = None, shares: Shares = ()) -> Tensor:
         """(b, s, V), equal on every rank. With `wanted`, (b,) int64, only one position of each row: (b, 1, V).
 
-        With several shares, the rows are theirs, and the positions are among all tokens (1, s).
+        With several shares, the rows are the rows of all shares, and positions are indices into all tokens (1, s).
         """
-        size, length = attended.attention_output.shape[:2]
-        if wanted is None:
-            joined = self._join(attended, tensor_parallel)
-            hidden = self.block.add_mlp(joined, tensor_parallel, attended.mlp_update)
-            return cast(torch.Tensor, self.head(hidden, tensor_parallel)).view(size, length, -1)
-        assert not tensor_parallel.sequence_parallel, "positions are picked from whole sequences"
-        rows = torch.arange(size, device=wanted.device) * length + wanted
-        pieces = tuple(Piece(number, share.num_rows) for number, share in enumerate(shares) if len(shares) > 1)
-        some = _Some(rows, rows, pieces, pieces)
-        joined = self._join(attended, tensor_parallel, some)
-        hidden = self.block.add_mlp(joined, tensor_parallel, some.of(attended.mlp_update))
-        return cast(torch.Tensor, self.head(hidden, tensor_parallel)).transpose(0, 1)
+        (size, length), some = attended.attention_output.shape[:2], None
+        if wanted is not None:
+            assert not self.tensor_parallel.sequence_parallel, "positions are picked from whole sequences"
+            rows = torch.arange(size, device=wanted.device) * length + wanted
+            spans = tuple(RowSpan(number, share.num_rows) for number, share in enumerate(shares) if len(shares) > 1)
+            some = SomeTokens(rows, rows, spans, spans)
+        joined, update = self._join(attended, some)
+        logits: Tensor = self.head(self.block.add_mlp(joined, self.tensor_parallel, update), self.tensor_parallel)
+        return logits.view(size, length, -1) if some is None else logits.transpose(0, 1)
 
-    def loss(
-        self, attended: Attended, labels: torch.Tensor | Supervised, tensor_parallel: TensorParallel
-    ) -> torch.Tensor:
+    def loss(self, attended: Attended, labels: Tensor | Supervised) -> Tensor:
         """The summed loss over supervised positions; `labels`: (b, s) int64 or a `Supervised`.
 
-        If they belong to several owners, there is one for each, (owners,).
+        If they belong to several adapters, there is one for each, (adapters,).
         """
-        supervised, some, joined = self._supervised(attended, labels, tensor_parallel)
-        update = some.of(attended.mlp_update)
-        pairs = [(linear, tensor) for linear in update.values() for tensor in (linear.grad_a, linear.grad_f)]
-        stand_ins = [tensor for _, tensor in pairs]
+        supervised, some = self._supervised(labels)
+        joined, update = self._join(attended, some)
+        update = {name: linear for name, linear in update.items() if name in MLP_TARGETS}
+        pairs = [(linear, slot) for linear in update.values() for slot in (linear.grad_a, linear.grad_f)]
+        slots = [slot for _, slot in pairs]
 
-        def summed(joined: torch.Tensor, *stand_ins: torch.Tensor | None) -> torch.Tensor:
-            pairs = zip(stand_ins[::2], stand_ins[1::2], strict=True)
+        def summed(joined: Tensor, *slots: Tensor | None) -> Tensor:
+            pairs = zip(slots[::2], slots[1::2], strict=True)
             inner = {
                 name: linear._replace(grad_a=grad_a, grad_f=grad_f)
                 for (name, linear), (grad_a, grad_f) in zip(update.items(), pairs, strict=True)
             }
-            hidden = self.block.add_mlp(joined, tensor_parallel, inner, recomputes=False)
-            loss: torch.Tensor = self.head(hidden, tensor_parallel, supervised)
+            hidden = self.block.add_mlp(joined, self.tensor_parallel, inner, recomputes=False)
+            loss: Tensor = self.head(hidden, self.tensor_parallel, supervised)
             return loss
 
-        inputs = joined, *stand_ins
+        inputs = joined, *slots
         needs = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
-        if not needs:
-            return summed(joined, *stand_ins)
-        pieces = None
-        if some.local_pieces:
-            of_stand_ins = [t if t is None else linear.rows.stand_in_pieces(t.numel()) for linear, t in pairs]
-            pieces = [some.local_pieces, *of_stand_ins]
-        return run_with_early_backward(summed, *inputs, pieces=pieces)
+        spans = None
+        if some.local_spans:
+            of_slots = [slot if slot is None else linear.rows.slot_spans(slot.numel()) for linear, slot in pairs]
+            spans = [some.local_spans, *of_slots]
+        loss = run_with_early_backward(summed, *inputs, spans=spans) if needs else summed(joined, *slots)
+        return _with_zero_gradients(loss, attended.zero_gradients)
 
-    def position_losses(
-        self, attended: Attended, labels: torch.Tensor, tensor_parallel: TensorParallel, shares: Shares = ()
-    ) -> torch.Tensor:
+    def position_losses(self, attended: Attended, labels: Tensor, shares: Shares = ()) -> Tensor:
         """The loss of each position, (b, s), 0 where there is no label, without a gradient."""
-        supervised, some, joined = self._supervised(attended, labels, tensor_parallel, shares)
-        update = some.of(attended.mlp_update)
-        hidden = self.block.add_mlp(joined, tensor_parallel, update, recomputes=False)
-        losses = self.head(hidden, tensor_parallel, supervised, summed=False)
+        supervised, some = self._supervised(labels, shares)
+        joined, update = self._join(attended, some)
+        hidden = self.block.add_mlp(joined, self.tensor_parallel, update, recomputes=False)
+        losses = self.head(hidden, self.tensor_parallel, supervised, summed=False)
         spread = torch.zeros(labels.numel(), device=labels.device)
         return spread.index_put_((supervised.rows[supervised.supervised],), losses.float()).view(labels.shape)
 
-    def _supervised(
-        self,
-        attended: Attended,
-        labels: torch.Tensor | Supervised,
-        tensor_parallel: TensorParallel,
-        shares: Shares = (),
-    ) -> "tuple[Supervised, _Some, torch.Tensor]":
-        """The supervised positions, those of this rank, and the last block's result there, up to its MLP."""
-        num_parts, supervised = tensor_parallel.sequence_parts, labels
+    def _supervised(self, labels: Tensor | Supervised, shares: Shares = ()) -> tuple[Supervised, SomeTokens]:
+        """The supervised positions, and this rank's tokens there."""
+        num_parts, supervised = self.tensor_parallel.sequence_parts, labels
         if not isinstance(supervised, Supervised):
             supervised = find_supervised(supervised, num_parts, shares)
-        size, part = len(supervised.rows) // num_parts, tensor_parallel.group.rank if num_parts > 1 else 0
+        size, part = len(supervised.rows) // num_parts, self.tensor_parallel.group.rank if num_parts > 1 else 0
         start, stop = part * size, (part + 1) * size
-        local_pieces = part_of(supervised.pieces, start, stop)
-        some = _Some(supervised.rows, supervised.local_rows[start:stop], supervised.pieces, local_pieces)
-        return supervised, some, self._join(attended, tensor_parallel, some)
+        local_spans = spans_between(supervised.spans, start, stop)
+        return supervised, SomeTokens(supervised.rows, supervised.local_rows[start:stop], supervised.spans, local_spans)
 
-    def _join(self, attended: Attended, tensor_parallel: TensorParallel, some: "_Some | None" = None) -> torch.Tensor:
-        """The last block's result up to its MLP, at all positions, or at some: then (1, m, d) or (1, m / p, d)."""
-        hidden, attention_output, update = attended
+    def _join(self, attended: Attended, some: SomeTokens | None) -> tuple[Tensor, LayerUpdate]:
+        """The last block's result up to its MLP, and the block's update: for all tokens, or for `some`.
+
+        With `some` the result is (1, m, d) or (1, m / p, d).
+        """
+        hidden, attention_output, update, _ = attended
+        update = update or {}
         if some is not None:
             hidden = hidden.flatten(0, 1).index_select(0, some.local_rows)[None]
             attention_output = attention_output.flatten(0, 1).index_select(0, some.rows)[None]
-            update = some.of(update or {})
-        return self.block.add_attention(hidden, attention_output, tensor_parallel, update)
+            update = update_at(update, some)
+        return self.block.add_attention(hidden, attention_output, self.tensor_parallel, update), update
 
 
-@dataclass(frozen=True)
-class _Some:
-    """Some positions of a micro-batch.
-
-    Attributes:
-        rows: (m,), indices into (b s).
-        local_rows: the rows of this rank, as indices into its (b s) or (b s / p) activations between layers.
-        pieces, local_pieces: whose they are, if there are several owners.
-    """
-
-    rows: torch.Tensor
-    local_rows: torch.Tensor
-    pieces: Pieces = ()
-    local_pieces: Pieces = ()
-
-    def of(self, update: LayerUpdate) -> LayerUpdate:
-        """The update for these tokens only."""
-        where = self.rows, self.local_rows, self.pieces, self.local_pieces
-        return {name: linear._replace(rows=linear.rows.at(*where)) for name, linear in update.items()}
-
-
-class _WithZeroGradients(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
-        ctx.sources = [(s.shape, s.dtype, s.device) for s in sources]
-        return hidden.view_as(hidden)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return gradient, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.sources)
+def _with_zero_gradients(result: Tensor, tensors: Sequence[Tensor]) -> Tensor:
+    """The result with a backward pass that also gives zeros to these tensors."""
+    if not tensors:
+        return result
+    zeros = [partial(torch.zeros, tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in tensors]
+    return with_adjoint(
+        lambda result, *_: result.view_as(result),
+        lambda gradient: (gradient, *(make() for make in zeros)),
+        *(result, *tensors),
+    )
 
 
 class Stage(nn.Module):
@@ -228,7 +173,7 @@ class Stage(nn.Module):
         """Build the layers.
 
         Args:
-            adapters: of the stage. One without a bank is the engine's.
+            adapters: the adapters of the stage. An adapter without a bank is a part of this module.
             is_engines: whether the only adapter of a bank is a part of this module, so that an engine steps it.
         """
         super().__init__()
@@ -239,11 +184,11 @@ class Stage(nn.Module):
         self.head = next((str(spec.index) for spec in specs if spec.kind == "head"), None)
         if self.head is not None and not hasattr(self.layers[self.head], "frozen"):  # tied embeddings
             self._give_head_its_weight()
-        self.recompute = recompute
+        self.set_recompute(recompute)
         self.hold(adapters, is_engines=is_engines)
 
     def hold(self, adapters: TiedAdapter | AdapterBank | None, *, is_engines: bool = False) -> None:
-        """Have these adapters from now on; see `__init__`."""
+        """Use these adapters from now on; see `__init__`."""
         if isinstance(adapters, TiedAdapter):
             adapters, is_engines = AdapterBank({ONLY: adapters}), True
         self.bank = adapters
@@ -276,7 +221,7 @@ class Stage(nn.Module):
         """The part after the last attention, on the stage that has the head."""
         block: Any = self.layers[str(self.blocks[-1])]
         head: Any = self.layers[str(self.head)]
-        return SupervisedTail(block, head)
+        return SupervisedTail(block, head, self.tensor_parallel)
 
     @property
     def attention(self) -> Attention:
@@ -288,19 +233,20 @@ class Stage(nn.Module):
     @property
     def needs_input_gradient(self) -> bool:
         """Whether an earlier stage has an adapted layer."""
-        return self.bank is not None and self.bank.first_layer < self.blocks[0]
+        adapters = () if self.bank is None else self.bank.adapters.values()
+        return any(adapter.config.layers[0] < self.blocks[0] for adapter in adapters)
 
     def forward(
         self,
-        inputs: torch.Tensor,
-        positions: torch.Tensor,
-        labels: torch.Tensor | Supervised | None = None,
+        inputs: Tensor,
+        positions: Tensor,
+        labels: Tensor | Supervised | None = None,
         *,
-        documents: torch.Tensor | None = None,
-        numbers: torch.Tensor | None = None,
+        documents: Tensor | None = None,
+        token_index: Tensor | None = None,
         shares: Shares = (),
-        prediction: Callable[[], torch.Tensor] | None = None,
-    ) -> torch.Tensor | Attended:
+        prediction: Callable[[], Tensor] | None = None,
+    ) -> Tensor | Attended:
         """The forward pass for training; for predictions call `predict`.
 
         Args:
@@ -308,10 +254,10 @@ class Stage(nn.Module):
             positions: (b, s) int64.
             labels: (b, s) int64, the next token or -100; or the result of `find_supervised`, found on the host.
             documents: (b, s) int64, document ids; None: one document per row.
-            numbers: (b, s) int64, the tokens' numbers, from which dropout follows; None: there is none.
-            shares: whose micro-batch it is; without them, the only adapter's. If there are several, b is 1, and
-                `labels` is the result of `find_supervised`.
-            prediction: of `predict`, which is called in place of all this.
+            token_index: (b, s) int64, see `MicroBatch`; None: there is no dropout.
+            shares: the adapters of the micro-batch; by default the only one. If there are several, b is 1, and `labels`
+                is the result of `find_supervised`.
+            prediction: a function of `predict`, which is called in place of all this.
 
         Returns:
             activations between layers. If the stage has the head: the summed loss over supervised positions, or one
@@ -324,45 +270,37 @@ class Stage(nn.Module):
         else:
             hidden = inputs if self.needs_input_gradient else inputs.detach()
         updates = self.read_adapter(shares)
-        if numbers is not None and self.bank is not None:
-            updates = self.bank.with_dropout(updates, numbers, shares, self.tensor_parallel)
+        if token_index is not None and self.bank is not None:
+            updates = self.bank.with_dropout(updates, token_index, shares, self.tensor_parallel)
         context = self.context(positions, hidden.dtype, documents=documents, shares=shares)
         output = self.run_blocks(hidden, context, self.tensor_parallel, updates)
-        output = self._with_zero_gradients(output, inputs) if torch.is_grad_enabled() else output
-        if labels is None or isinstance(output, torch.Tensor):
-            return output
-        return self.tail.loss(output, labels, self.tensor_parallel)
-
-    def _with_zero_gradients(self, output: torch.Tensor | Attended, inputs: torch.Tensor) -> torch.Tensor | Attended:
-        """The same output, which also gives zero gradients to the anchor and to inputs that need none."""
-        sources: list[torch.Tensor] = [] if self.anchor is None else [self.anchor]
+        unused: tuple[Tensor, ...] = () if self.anchor is None else (self.anchor,)
         if self.embedding is None and not self.needs_input_gradient:
-            sources.append(inputs)
-        if not sources:
-            return output
-        if isinstance(output, Attended):
-            return output.with_function(lambda tensor: _WithZeroGradients.apply(tensor, *sources))
-        joined: torch.Tensor = _WithZeroGradients.apply(output, *sources)
-        return joined
+            unused += (inputs,)
+        unused = unused if torch.is_grad_enabled() else ()
+        if isinstance(output, Tensor):
+            return _with_zero_gradients(output, unused)
+        output = output._replace(zero_gradients=unused)
+        return output if labels is None else self.tail.loss(output, labels)
 
     def predict(
         self,
-        inputs: torch.Tensor,
-        positions: torch.Tensor,
-        labels: torch.Tensor | None = None,
+        inputs: Tensor,
+        positions: Tensor,
+        labels: Tensor | None = None,
         *,
-        documents: torch.Tensor | None = None,
+        documents: Tensor | None = None,
         shares: Shares = (),
         caches: Sequence[AnyCache] | None = None,
         updates: Mapping[int, LayerUpdate] | None = None,
-        wanted: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        wanted: Tensor | None = None,
+    ) -> Tensor:
         """Logits (b, s, V), or with `labels` the loss of each position (b, s), which has no gradient.
 
         Args:
             inputs, positions, labels, documents: as in `forward`.
             shares: as in `forward`.
-            caches: one per block, for decoding; with several shares one per block and share.
+            caches: one per block, for generation; with several shares one per block and share.
             updates: the result of `read_adapter`, if it was called before.
             wanted: (b,) int64, the position of each row whose logits are wanted; the result is then (b, 1, V). With
                 several shares there is one for each of their rows, among all s tokens.
@@ -371,23 +309,24 @@ class Stage(nn.Module):
             activations between layers if the stage has no head. A loss is 0 where there is no label.
         """
 
-        def logits_or_losses() -> torch.Tensor:
+        def logits_or_losses() -> Tensor:
             tensor_parallel = self.tensor_parallel if caches is None else self.tensor_parallel.whole_sequences()
             hidden = inputs if self.embedding is None else self.embed(inputs, tensor_parallel)
             context = self.context(positions, hidden.dtype, documents=documents, caches=caches, shares=shares)
             found = self.read_adapter(shares) if updates is None else updates
             output = self.run_blocks(hidden, context, tensor_parallel, found, caches=caches)
-            if isinstance(output, torch.Tensor):
+            if isinstance(output, Tensor):
                 return output
+            tail = replace(self.tail, tensor_parallel=tensor_parallel)
             if labels is not None:
-                return self.tail.position_losses(output, labels, tensor_parallel, shares)
-            return self.tail.logits(output, tensor_parallel, wanted=wanted, shares=shares)
+                return tail.position_losses(output, labels, shares)
+            return tail.logits(output, wanted=wanted, shares=shares)
 
         # It calls the module, since engines need its hooks (ZeRO-3 starts a new trace of its parameters there).
-        predicted: torch.Tensor = self(inputs, positions, prediction=logits_or_losses)
+        predicted: Tensor = self(inputs, positions, prediction=logits_or_losses)
         return predicted
 
-    def empty_hidden(self, num_rows: int, length: int) -> torch.Tensor:
+    def empty_hidden(self, num_rows: int, length: int) -> Tensor:
         """Uninitialised activations between layers on this rank, for rows (num_rows, length)."""
         qkv, parts = self.attention.qkv, self.tensor_parallel.sequence_parts
         shape = (num_rows, length) if parts == 1 else (1, num_rows * length // parts)
@@ -397,27 +336,27 @@ class Stage(nn.Module):
         """The updates of the stage's adapted layers, by layer. Factors that ranks need in full are gathered.
 
         Args:
-            shares: whose tokens they are for, as in `forward`.
+            shares: as in `forward`.
         """
         if self.bank is None:
             return {}
         return self.bank.updates(shares, self.tensor_parallel, dtype=self.attention.qkv.dtype)
 
-    def embed(self, tokens: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
+    def embed(self, tokens: Tensor, tensor_parallel: TensorParallel) -> Tensor:
         """Tokens (b, s) int64 -> activations between layers."""
-        hidden: torch.Tensor = self.layers[str(self.embedding)](tokens, tensor_parallel)
+        hidden: Tensor = self.layers[str(self.embedding)](tokens, tensor_parallel)
         return hidden
 
     def context(
         self,
-        positions: torch.Tensor,
+        positions: Tensor,
         dtype: torch.dtype,
         *,
-        documents: torch.Tensor | None = None,
+        documents: Tensor | None = None,
         caches: Sequence[AnyCache] | None = None,
         shares: Shares = (),
     ) -> AttentionContext:
-        """What the attention of every block needs to know about the tokens; see `Attention.context`."""
+        """The tokens, as the attention of every block needs to know them; see `Attention.context`."""
         cache = caches[0] if caches else None
         blocks: list[Any] = [self.layers[str(index)] for index in self.blocks]
         ropes = dict.fromkeys(block.attention.qkv.rope for block in blocks)
@@ -425,13 +364,13 @@ class Stage(nn.Module):
 
     def run_blocks(
         self,
-        hidden: torch.Tensor,
+        hidden: Tensor,
         context: AttentionContext,
         tensor_parallel: TensorParallel,
         updates: Mapping[int, LayerUpdate],
         *,
         caches: Sequence[AnyCache] | None = None,
-    ) -> torch.Tensor | Attended:
+    ) -> Tensor | Attended:
         """Run every block of the stage in order; if the stage has the head, the last one only up to its attention.
 
         Args:
@@ -444,8 +383,8 @@ class Stage(nn.Module):
             call, targets = (block.attention.attend, ATTENTION_TARGETS) if stops else (block, TARGET_NAMES)
             if self.recompute == "full":
                 linears = [linear for name, linear in (update or {}).items() if name in targets]
-                stand_ins = [tensor for linear in linears for tensor in (linear.grad_a, linear.grad_f)]
-                if hidden.requires_grad or any(tensor is not None for tensor in stand_ins):
+                slots = [slot for linear in linears for slot in (linear.grad_a, linear.grad_f)]
+                if hidden.requires_grad or any(slot is not None for slot in slots):
                     call = partial(checkpoint, call, use_reentrant=False)  # it saves only its arguments
             cache = caches[number] if caches else None
             result = call(hidden, context, tensor_parallel, update=update, cache=cache)

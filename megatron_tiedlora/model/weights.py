@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.shapes import LinearShape, ModelShape, NormShape
@@ -63,10 +63,10 @@ def partition(costs: tuple[float, ...], num_stages: int) -> Stages:
 def _best_cuts(
     total: Sequence[float], num_stages: int, add: Callable[[float, float], float], *, largest: float = math.inf
 ) -> tuple[float, tuple[int, ...]]:
-    """The cuts with the least value, and the value: `add` takes a stage's cost into the value of those before it.
+    """The least value of a partition, and its cuts. `add` adds a stage's cost to the value of the stages before it.
 
     Args:
-        total: cost of the layers before each.
+        total: for each layer, the cost of the layers before it.
         largest: no stage may cost more.
     """
     num_layers = len(total) - 1
@@ -89,7 +89,7 @@ def _best_cuts(
 
 
 def check_layout(shape: ModelShape, grid: Grid, *, zero_stage: int = 0, ds_config: str = "") -> None:
-    """Check that the model can be cut over the grid and that the ZeRO stage of `ds_config` goes with it.
+    """Check that the grid can partition the model, and that the ZeRO stage of `ds_config` can be used with it.
 
     Raises:
         UserError: the first thing that does not fit, with the numbers that do.
@@ -141,10 +141,10 @@ class WeightRule:
     """One parameter of the base.
 
     Attributes:
-        name: of the parameter, "layers.INDEX.REST".
+        name: the name of the parameter, "layers.INDEX.REST".
         layer: its entry of the flat list: 0 the embedding, 1 to L the blocks, L + 1 the head.
         linear: the name of the linear whose matrix it is; None for a norm's weight or a bias.
-        shape: of the full tensor.
+        shape: the shape of the full tensor.
         spec: how it is sharded over tensor-parallel ranks.
         parts: stacked along dimension 0, one for each of `spec.blocks` if these run along it.
         divides: whether the backward pass divides by it, so that it must have no zero.
@@ -167,18 +167,18 @@ class WeightRule:
         """Whether it is quantised in a base of fewer bits: the matrix of a block's linear is."""
         return self.linear is not None and 1 <= self.layer <= shape.num_layers
 
-    def by_stored_tensor(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    def by_stored_tensor(self, rows: Tensor) -> dict[str, Tensor]:
         """Split rows (out_size, ...), stacked as in this weight, by the stored tensor that they belong to.
 
         In a fused stored tensor they have its order; rows that belong to another weight are zeros.
         """
-        found: dict[str, torch.Tensor] = {}
-        for part, piece in zip(self.parts, rows.split([part.size for part in self.parts]), strict=True):
+        found: dict[str, Tensor] = {}
+        for part, values in zip(self.parts, rows.split([part.size for part in self.parts]), strict=True):
             if part.size == part.shape[0]:
-                found[part.name] = piece
+                found[part.name] = values
                 continue
             whole = found.setdefault(part.name, rows.new_zeros(part.shape[0], *rows.shape[1:]))
-            whole[part.start : part.start + part.size] = piece
+            whole[part.start : part.start + part.size] = values
         return found
 
 

@@ -1,1 +1,1 @@
-"""Which rank holds which shard of a tensor: the grid of ranks, shard declarations, collectives, layers and the loss."""
+"""The parts that depend on ranks: the grid of ranks, shard declarations, collectives, frozen weights and the loss."""

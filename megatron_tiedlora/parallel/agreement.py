@@ -1,4 +1,4 @@
-"""What all ranks agree on outside the model: sums of a few numbers and rank 0's decisions. A single rank sends nothing.
+"""Agreement of all ranks outside the model: sums of a few numbers and rank 0's decisions. A single rank sends nothing.
 
 Everything is sent as CPU tensors over gloo: no rank waits for a GPU, and an exchange with a dead peer raises at once.
 The size is sent first, then the value as bytes: JSON for fields, texts and numbers, safetensors for tensors.
@@ -19,7 +19,7 @@ import torch
 from pydantic import PlainValidator, TypeAdapter, ValidationError, ValidationInfo
 from safetensors import SafetensorError
 from safetensors.torch import load, save
-from torch import distributed
+from torch import Tensor, distributed
 
 from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.base.text_files import first_problem
@@ -69,7 +69,7 @@ def first_message(message: str | None) -> str | None:
 
 
 def first_messages(messages: Sequence[str | None]) -> list[str | None]:
-    """The same for several, of which each rank has as many. If no rank has any, one sum tells."""
+    """`first_message` for equally many messages of each rank. If no rank has any, only one sum is sent."""
     if world_size() == 1 or not messages:
         return list(messages)
     counts = sum_over_ranks([float(message is not None) for message in messages])
@@ -117,28 +117,34 @@ def num_differing(value: str) -> int:
 
 
 def decided_by_rank_0(decide: Callable[[], Value], *, kind: Any = None) -> Value:
-    """What `decide` returns on rank 0, on every rank; only rank 0 calls it.
+    """Call `decide` on rank 0 alone, and return its result on every rank.
 
     Args:
-        kind: the type of what it returns, which `packed` must be able to send; None if it returns None.
+        kind: the type of the result, which `packed` must be able to send; None if the result is None.
 
     Raises:
         UserError: rank 0's own error, on every rank, so that no rank waits for it; or the value is not of type `kind`.
     """
     if world_size() == 1:
         return decide()
-    if distributed.get_rank() == 0:
-        return _decide(decide)
-    header = torch.zeros(2, dtype=torch.int64)
+    here, message = distributed.get_rank() == 0, bytearray()
+    failure: UserError | None = None
+    if here:
+        try:
+            value = decide()
+            message = packed(value)
+        except UserError as error:
+            failure, message = error, packed(str(error))
+    header = torch.tensor([failure is not None, len(message)], dtype=torch.int64)
     distributed.broadcast(header, src=0)
     failed, size = header.tolist()
-    message = _broadcast(bytearray(), size, source=0, largest=LARGEST_MESSAGE)
-    if failed:
-        error = UserError(unpacked(str, message, sender=0))
-        error.of_peer = True
-        raise error
-    value: Value = unpacked(kind, message, sender=0)
-    return value
+    sent = _broadcast(message, size, source=0, largest=LARGEST_MESSAGE)
+    if failed and failure is None:
+        failure = UserError(unpacked(str, sent, sender=0))
+        failure.of_peer = True
+    if failure is not None:
+        raise failure
+    return value if here else unpacked(kind, sent, sender=0)
 
 
 def raise_on_every_rank(failure: UserError | None) -> None:
@@ -149,21 +155,6 @@ def raise_on_every_rank(failure: UserError | None) -> None:
             raise failure
 
     decided_by_rank_0(tell)
-
-
-def _decide(decide: Callable[[], Value]) -> Value:
-    """Decide on rank 0, and send the others the value or the error."""
-    failure: UserError | None = None
-    try:
-        value = decide()
-        message = packed(value)
-    except UserError as error:
-        failure, message = error, packed(str(error))
-    distributed.broadcast(torch.tensor([failure is not None, len(message)], dtype=torch.int64), src=0)
-    _broadcast(message, len(message), source=0, largest=LARGEST_MESSAGE)
-    if failure is not None:
-        raise failure
-    return value
 
 
 def _broadcast(message: bytearray, size: int, *, source: int, largest: int) -> bytearray | memoryview:
@@ -187,21 +178,21 @@ LARGEST_MESSAGE = 1 << 36  # with tensors: three times the largest adapter that 
 _LENGTH_BYTES = 8
 
 
-def _sent_tensor(name: object, info: ValidationInfo) -> torch.Tensor:
+def _sent_tensor(name: object, info: ValidationInfo) -> Tensor:
     """The tensor called `name` in the message."""
     sent: Any = info.context
     if not isinstance(name, str) or name not in sent:
         raise ValueError("no tensor of that name was sent")
-    tensor: torch.Tensor = sent[name]
+    tensor: Tensor = sent[name]
     return tensor
 
 
-SentTensor = Annotated[torch.Tensor, PlainValidator(_sent_tensor)]
+SentTensor = Annotated[Tensor, PlainValidator(_sent_tensor)]
 """The type of a tensor in a dataclass that ranks send each other."""
 
 
 def packed(value: object) -> bytearray:
-    """A value as a message. Numbers keep every bit.
+    """A value as a message. No bit of a number is lost.
 
     Args:
         value: None, a text, number, path or tensor, or lists, tuples, mappings and dataclasses of these.
@@ -209,10 +200,10 @@ def packed(value: object) -> bytearray:
     Raises:
         UserError: a text is not Unicode.
     """
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: dict[str, Tensor] = {}
 
     def plain(part: object) -> object:
-        if isinstance(part, torch.Tensor):
+        if isinstance(part, Tensor):
             name = str(len(tensors))
             tensors[name] = part.detach().cpu().contiguous()
             return name

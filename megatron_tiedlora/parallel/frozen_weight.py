@@ -5,13 +5,12 @@ The forward pass computes x W^T + c, the backward pass dy W, which does not need
 """
 
 from collections.abc import Callable, Mapping
-from copy import copy
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, Self
+from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from megatron_tiedlora.parallel.groups import TensorParallel, leave_tensor_parallel_region, with_adjoint
@@ -27,13 +26,13 @@ class Columns:
     """Columns `start` to `stop - 1` of the `full` ones of a tensor: a shard of its rows.
 
     Attributes:
-        largest: the elementwise maximum over the ranks that have the other columns; None if nothing can be asked.
+        largest: returns the elementwise maximum over the ranks that have the other columns; None without such ranks.
     """
 
     start: int
     stop: int
     full: int
-    largest: Callable[[torch.Tensor], torch.Tensor] | None = None
+    largest: Callable[[Tensor], Tensor] | None = None
 
 
 class FrozenWeight:
@@ -42,7 +41,7 @@ class FrozenWeight:
     It is not a module: the layer that uses it registers its `parameters`, so that engines move and partition them.
     """
 
-    def __init__(self, tensor: torch.Tensor) -> None:
+    def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
     @classmethod
@@ -50,7 +49,7 @@ class FrozenWeight:
         """Uninitialised memory on the current default device.
 
         Args:
-            dtype: of the activations.
+            dtype: the dtype of the activations.
             shards_rows: whether the shard has only some of the full tensor's columns.
         """
         return cls(frozen_parameter(*local_shape, dtype=dtype))
@@ -66,9 +65,7 @@ class FrozenWeight:
         """The shape of this rank's shard."""
         return tuple(self.tensor.shape)
 
-    def times_transposed(
-        self, x: torch.Tensor, bias: torch.Tensor | None = None, *, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def times_transposed(self, x: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
         """x W^T + bias, (tokens, out), from x (tokens, in); written to `out` if given. Autograd does not record it.
 
         It avoids `functional.linear`, which DeepSpeed's zero.Init replaces by its own function (seen in 0.19.8).
@@ -76,17 +73,11 @@ class FrozenWeight:
         transposed = self.tensor.detach().t()
         return torch.mm(x, transposed, out=out) if bias is None else torch.addmm(bias, x, transposed, out=out)
 
-    def times(self, grad_y: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    def times(self, grad_y: Tensor, *, out: Tensor | None = None) -> Tensor:
         """dy W, (tokens, in), from dy (tokens, out); written to `out` if given. Autograd does not record it."""
         return torch.mm(grad_y, self.tensor.detach(), out=out)
 
-    def first_rows(self, num_rows: int) -> Self:
-        """The first rows of W, in the same memory."""
-        found = copy(self)
-        found.tensor = self.tensor.detach()[:num_rows]
-        return found
-
-    def empty_values(self) -> torch.Tensor:
+    def empty_values(self) -> Tensor:
         """Uninitialised memory for the values of this rank's shard, to be passed to `load`."""
         return torch.empty_like(self.tensor)
 
@@ -94,11 +85,11 @@ class FrozenWeight:
         """The columns of the full tensor that `load` needs for a shard with these columns."""
         return slice(columns.start, columns.stop)
 
-    def load(self, values: torch.Tensor, *, dim: int = 0, start: int = 0, columns: Columns | None = None) -> None:
+    def load(self, values: Tensor, *, dim: int = 0, start: int = 0, columns: Columns | None = None) -> None:
         """Store `values`, of any float dtype and device, in dimension `dim` from index `start` on.
 
         Args:
-            columns: those that a shard of rows has in the full tensor. `values` has the columns `columns_to_read`.
+            columns: the columns of a shard of rows in the full tensor. `values` has the columns `columns_to_read`.
         """
         self.tensor.data.narrow(dim, start, values.shape[dim]).copy_(values)
 
@@ -147,7 +138,7 @@ def padded(size: int, multiple: int = SIZE_MULTIPLE) -> int:
     return -(-size // multiple) * multiple
 
 
-def wide_matmul(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def wide_matmul(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """left @ right in `dtype`, from matrices of one dtype, which is not wider than `dtype`.
 
     From 16 bits to fp32, on CUDA, the sums are returned unrounded. With any other pair of dtypes
@@ -158,13 +149,13 @@ def wide_matmul(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> 
     return (left @ right).to(dtype)
 
 
-def frozen_linear(x: torch.Tensor, weight: FrozenWeight) -> torch.Tensor:
+def frozen_linear(x: Tensor, weight: FrozenWeight) -> Tensor:
     """x W^T, (..., out), from x (..., in) and W (out, in). It saves nothing for the backward pass, dX = dY W."""
 
-    def of_rows(product: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
-        return product(tensor.flatten(0, -2)).view(*tensor.shape[:-1], -1)
+    def of_rows(matmul: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+        return matmul(tensor.flatten(0, -2)).view(*tensor.shape[:-1], -1)
 
-    return with_adjoint(x, partial(of_rows, weight.times_transposed), partial(of_rows, weight.times))
+    return with_adjoint(partial(of_rows, weight.times_transposed), partial(of_rows, weight.times), x)
 
 
 class VocabularyParallelEmbedding(nn.Module):
@@ -177,7 +168,7 @@ class VocabularyParallelEmbedding(nn.Module):
         super().__init__()
         self.frozen = register(self, weight)
 
-    def forward(self, tokens: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
+    def forward(self, tokens: Tensor, tensor_parallel: TensorParallel) -> Tensor:
         """Tokens (b, s) int64 -> activations between layers, (b, s, d) or (1, b s / p, d)."""
         if tensor_parallel.group.size == 1:
             return functional.embedding(tokens, self.weight)

@@ -1,4 +1,4 @@
-"""Which ranks send each other messages, the collectives of tensor parallelism, and counts of what is sent.
+"""Groups of ranks that send each other messages, the collectives of tensor parallelism, and counts of messages.
 
 Groups are made elsewhere and passed as arguments, never read from globals. Entering a region and leaving it are
 adjoint: identity (backward all-reduce) and all-reduce (backward identity), or with sequence parallelism all-gather
@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_tiedlora.base.messages import UserError, count_text
 
 Key = TypeVar("Key")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Grid:
         return (pp_rank * self.dp_size + dp_rank) * self.tp_size + tp_rank
 
     def at(self, rank: int) -> "Grid":
-        """The same grid for another rank."""
+        """This grid for another rank."""
         return replace(self, rank=rank)
 
     def groups(self, key: "Callable[[Grid], Key]") -> dict[Key, list[int]]:
@@ -98,15 +99,15 @@ class RankGroup:
     rank: int = 0
     size: int = 1
 
-    def all_reduce_(self, tensor: torch.Tensor, op: distributed.ReduceOp.RedOpType = distributed.ReduceOp.SUM) -> None:
+    def all_reduce_(self, tensor: Tensor, op: distributed.ReduceOp.RedOpType = distributed.ReduceOp.SUM) -> None:
         """Replace a contiguous tensor by the sum over the group, or what `op` says."""
         distributed.all_reduce(tensor, op=op, group=self.handle)
 
-    def all_gather_into(self, gathered: torch.Tensor, tensor: torch.Tensor) -> None:
+    def all_gather_into(self, gathered: Tensor, tensor: Tensor) -> None:
         """Write the ranks' contiguous tensors to `gathered`, one after another along the first dimension."""
         _all_gather_into(gathered, tensor, group=self.handle)
 
-    def reduce_scatter_into(self, mine: torch.Tensor, parts: torch.Tensor) -> None:
+    def reduce_scatter_into(self, mine: Tensor, parts: Tensor) -> None:
         """Write this rank's part of the sum of `parts` to `mine`; the parts follow each other along dimension 0."""
         _reduce_scatter_into(mine, parts, group=self.handle)
 
@@ -132,7 +133,7 @@ class TensorParallel:
         return self.group.size if self.sequence_parallel else 1
 
     def whole_sequences(self) -> "TensorParallel":
-        """The same ranks without sequence parallelism: for decoding, where a step is one token long."""
+        """These ranks without sequence parallelism: for generation, where a step is one token long."""
         return replace(self, sequence_parallel=False)
 
 
@@ -143,8 +144,8 @@ class ParallelGroups:
     Attributes:
         tensor: ranks that share each layer.
         pipeline: ranks with the other stages of the same samples and the same part of each layer.
-        choices: the same ranks, for the tokens that the last stage sends to all others while decoding. They need a
-            queue of their own, since ranks send them and the messages between stages in different orders.
+        choices: the ranks of `pipeline`, for the tokens that the last stage sends to all others during generation. They
+            need a queue of their own, since ranks send them and the messages between stages in different orders.
         data: ranks that hold the same tensors and see other samples.
         tied: pipeline x data: ranks that hold the same shard of a tied tensor.
         stage: tensor x data: ranks that hold the same u.
@@ -163,14 +164,12 @@ class ParallelGroups:
 # Collectives of tensor parallelism, which autograd can differentiate --------------------------------------------------
 
 
-Function = Callable[[torch.Tensor], torch.Tensor]
-
 SEQUENCE_DIM = 1  # of activations (1, b s, d)
 
 
 def all_reduce(
-    tensor: torch.Tensor, group: RankGroup, op: distributed.ReduceOp.RedOpType = distributed.ReduceOp.SUM
-) -> torch.Tensor:
+    tensor: Tensor, group: RankGroup, op: distributed.ReduceOp.RedOpType = distributed.ReduceOp.SUM
+) -> Tensor:
     """The sum over the group, or what `op` says: bit-equal on every rank, a new tensor unless it is the only one."""
     if group.size == 1:
         return tensor
@@ -179,12 +178,12 @@ def all_reduce(
     return total
 
 
-def largest_of_all(tensor: torch.Tensor, group: RankGroup) -> torch.Tensor:
+def largest_of_all(tensor: Tensor, group: RankGroup) -> Tensor:
     """The elementwise maximum over the group; a new tensor unless the group has one rank."""
     return all_reduce(tensor, group, distributed.ReduceOp.MAX)
 
 
-def all_gather(tensor: torch.Tensor, group: RankGroup, dim: int) -> torch.Tensor:
+def all_gather(tensor: Tensor, group: RankGroup, dim: int) -> Tensor:
     """The ranks' tensors, of equal shapes, concatenated along `dim` in rank order."""
     if group.size == 1:
         return tensor
@@ -194,7 +193,7 @@ def all_gather(tensor: torch.Tensor, group: RankGroup, dim: int) -> torch.Tensor
     return gathered.view(group.size, *tensor.shape).movedim(0, dim).flatten(dim, dim + 1)
 
 
-def reduce_scatter(tensor: torch.Tensor, group: RankGroup, dim: int) -> torch.Tensor:
+def reduce_scatter(tensor: Tensor, group: RankGroup, dim: int) -> Tensor:
     """This rank's equal part along `dim` of the sum over the group. The group's size must divide `dim`."""
     if group.size == 1:
         return tensor
@@ -207,93 +206,90 @@ def reduce_scatter(tensor: torch.Tensor, group: RankGroup, dim: int) -> torch.Te
 
 class _WithAdjoint(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, function: Function, adjoint: Any) -> torch.Tensor:
+    def forward(ctx: Any, function: Callable[..., Any], adjoint: Callable[..., Any], *tensors: Tensor) -> Any:
         ctx.adjoint = adjoint
-        return function(tensor)
+        return function(*tensors)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
-        return ctx.adjoint(gradient), None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        found = ctx.adjoint(*gradients)
+        return None, None, *(found if isinstance(found, tuple) else (found,))
 
 
-def with_adjoint(
-    tensor: torch.Tensor, function: Function, adjoint: Callable[[torch.Tensor], torch.Tensor | None]
-) -> torch.Tensor:
-    """`function(tensor)`, whose gradient becomes that of the tensor by `adjoint`; None is no gradient."""
-    found: torch.Tensor = _WithAdjoint.apply(tensor, function, adjoint)
-    return found
+def with_adjoint(function: Callable[..., Result], adjoint: Callable[..., Any], *tensors: Tensor | None) -> Result:
+    """`function(*tensors)`, a tensor or a tuple, with a handwritten backward pass.
+
+    Args:
+        adjoint: returns the gradients of the tensors, or None for one, from those of the results. It must not refer to
+            the tensors, or they would be in memory until the backward pass.
+    """
+    result: Result = _WithAdjoint.apply(function, adjoint, *tensors)
+    return result
 
 
-def _itself(tensor: torch.Tensor) -> torch.Tensor:
+def _itself(tensor: Tensor) -> Tensor:
     return tensor
 
 
-class _GatherTogether(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, group: RankGroup, dims: tuple[int, ...], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.group, ctx.dims, ctx.shapes = group, dims, [tensor.shape for tensor in tensors]
-        gathered = all_gather(concatenated(tensors)[None], group, dim=0)
-        parts = gathered.split([tensor.numel() for tensor in tensors], dim=1)
-        return tuple(
-            part.reshape(group.size, *tensor.shape).movedim(0, dim).flatten(dim, dim + 1)
-            for part, tensor, dim in zip(parts, tensors, dims, strict=True)
-        )
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        size = ctx.group.size
-        by_rank = [
-            gradient.unflatten(dim, (size, -1)).movedim(dim, 0).reshape(size, -1)
-            for gradient, dim in zip(gradients, ctx.dims, strict=True)
-        ]
-        mine = reduce_scatter(torch.cat(by_rank, dim=1), ctx.group, dim=0)[0]
-        parts = mine.split([shape.numel() for shape in ctx.shapes])
-        return None, None, *(part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True))
-
-
-def concatenated(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+def concatenated(tensors: Sequence[Tensor]) -> Tensor:
     """All values of the tensors, one after another in one dimension."""
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
-def gather_from_tensor_parallel_region(tensor: torch.Tensor, group: RankGroup, dim: int) -> torch.Tensor:
+def gather_from_tensor_parallel_region(tensor: Tensor, group: RankGroup, dim: int) -> Tensor:
     """The ranks' parts, concatenated along `dim`. The gradient is summed over the group; each rank gets its part."""
     if group.size == 1:
         return tensor
     gathers, scatters = (partial(function, group=group, dim=dim) for function in (all_gather, reduce_scatter))
-    return with_adjoint(tensor, gathers, scatters)
+    return with_adjoint(gathers, scatters, tensor)
 
 
-def gather_together(tensors: Sequence[torch.Tensor], group: RankGroup, dims: Sequence[int]) -> tuple[torch.Tensor, ...]:
-    """The same for several tensors of one dtype in one message, each along its own dimension.
+def gather_together(tensors: Sequence[Tensor], group: RankGroup, dims: Sequence[int]) -> tuple[Tensor, ...]:
+    """The ranks' parts of several tensors of one dtype in one message, each concatenated along its own dimension.
 
     Their gradients are summed in one message too; a tensor without a gradient counts as one with zeros.
     """
     if group.size == 1 or not tensors:
         return tuple(tensors)
-    gathered: tuple[torch.Tensor, ...] = _GatherTogether.apply(group, tuple(dims), *tensors)
-    return gathered
+    ranks, shapes = group.size, [tensor.shape for tensor in tensors]
+    sizes = [shape.numel() for shape in shapes]
+
+    def gathers(*tensors: Tensor) -> tuple[Tensor, ...]:
+        parts = all_gather(concatenated(tensors)[None], group, dim=0).split(sizes, dim=1)
+        return tuple(
+            part.reshape(ranks, *shape).movedim(0, dim).flatten(dim, dim + 1)
+            for part, shape, dim in zip(parts, shapes, dims, strict=True)
+        )
+
+    def scatters(*gradients: Tensor) -> tuple[Tensor, ...]:
+        by_rank = [
+            gradient.unflatten(dim, (ranks, -1)).movedim(dim, 0).reshape(ranks, -1)
+            for gradient, dim in zip(gradients, dims, strict=True)
+        ]
+        mine = reduce_scatter(torch.cat(by_rank, dim=1), group, dim=0)[0]
+        return tuple(part.view(shape) for part, shape in zip(mine.split(sizes), shapes, strict=True))
+
+    return with_adjoint(gathers, scatters, *tensors)
 
 
-def end_to_end(hidden: torch.Tensor) -> torch.Tensor:
+def end_to_end(hidden: Tensor) -> Tensor:
     """(b, s, d) -> (1, b s, d): rows are concatenated, so that each rank's part is contiguous."""
     return hidden.flatten(0, 1)[None]
 
 
-def enter_tensor_parallel_region(hidden: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
+def enter_tensor_parallel_region(hidden: Tensor, tensor_parallel: TensorParallel) -> Tensor:
     """Activations between layers -> (b, s, d) or (1, b s, d) on every rank, for column-parallel layers.
 
     Each rank has an addend of the result's gradient; these are summed over the group.
     """
     group = tensor_parallel.group
-    if tensor_parallel.sequence_parallel:
-        return gather_from_tensor_parallel_region(hidden, group, SEQUENCE_DIM)
-    return hidden if group.size == 1 else with_adjoint(hidden, _itself, partial(all_reduce, group=group))
+    if group.size > 1 and not tensor_parallel.sequence_parallel:
+        return with_adjoint(_itself, partial(all_reduce, group=group), hidden)
+    return gather_from_tensor_parallel_region(hidden, group, SEQUENCE_DIM)
 
 
-def leave_tensor_parallel_region(hidden: torch.Tensor, tensor_parallel: TensorParallel) -> torch.Tensor:
+def leave_tensor_parallel_region(hidden: Tensor, tensor_parallel: TensorParallel) -> Tensor:
     """Addends (b, s, d) of the ranks -> their sum, in the shape of activations between layers.
 
     The gradient of the sum is that of each addend; of a part of the sequence it is gathered.
@@ -302,9 +298,9 @@ def leave_tensor_parallel_region(hidden: torch.Tensor, tensor_parallel: TensorPa
     if group.size == 1:
         return hidden
     if not tensor_parallel.sequence_parallel:
-        return with_adjoint(hidden, partial(all_reduce, group=group), _itself)
+        return with_adjoint(partial(all_reduce, group=group), _itself, hidden)
     gathers, scatters = (partial(function, group=group, dim=SEQUENCE_DIM) for function in (all_gather, reduce_scatter))
-    return with_adjoint(end_to_end(hidden), scatters, gathers)
+    return with_adjoint(scatters, gathers, end_to_end(hidden))
 
 
 class StepSum:
@@ -328,13 +324,13 @@ class StepSum:
     def start(self, num_passes: int) -> None:
         """Begin a step of `num_passes` backward passes; gradients of an unfinished step are dropped."""
         self._left = num_passes
-        self._parts: torch.Tensor | None = None
+        self._parts: Tensor | None = None
 
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+    def of(self, tensor: Tensor) -> Tensor:
         """The tensor itself, with its gradient summed. All ranks of the group run equally many backward passes."""
-        return with_adjoint(tensor, _itself, self.take)
+        return with_adjoint(_itself, self.take, tensor)
 
-    def take(self, gradient: torch.Tensor) -> torch.Tensor:
+    def take(self, gradient: Tensor) -> Tensor:
         """The gradient that a backward pass returns, from this rank's addend; the same shape and dtype."""
         self._parts = gradient if self._parts is None else self._parts + gradient
         self._left -= 1
@@ -450,6 +446,6 @@ class TrafficCounter(TorchDispatchMode):
 
 
 def _num_bytes(argument: Any) -> int:
-    if isinstance(argument, torch.Tensor):
+    if isinstance(argument, Tensor):
         return argument.numel() * argument.element_size()
     return sum(_num_bytes(item) for item in argument)

@@ -14,20 +14,21 @@ from functools import wraps
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 # Elements of its widest argument that an uncompiled kernel processes at one time on a GPU: 64 MiB in fp32.
 NUMBERS_AT_ONCE = 2**24
-# What is compiled for a CPU needs memory for so many copies of its widest argument; the others need none.
+# Memory that compiled kernels need on a CPU, in copies of their widest argument; the others need none.
 COPIES_ON_CPU = {"gate_gradient": 1}  # it joins the gradients of gate and up in one more tensor
 
 
-def upcast(tensor: torch.Tensor) -> torch.Tensor:
+def upcast(tensor: Tensor) -> Tensor:
     """`tensor` in max(fp32, its own dtype): the precision of norms, softmax and loss."""
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
-def as_rows(tensor: torch.Tensor) -> torch.Tensor:
+def as_rows(tensor: Tensor) -> Tensor:
     """(..., n) -> (T, n), detached from autograd.
 
     Kernels always get two dimensions and never a view (a detached tensor is not one), since torch.compile makes a
@@ -36,14 +37,12 @@ def as_rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1, tensor.shape[-1]).detach()
 
 
-def detached(tensor: torch.Tensor | None) -> torch.Tensor | None:
+def detached(tensor: Tensor | None) -> Tensor | None:
     """`tensor` without autograd, or None."""
     return None if tensor is None else tensor.detach()
 
 
-def normalise(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def normalise(hidden: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     """The norm of rows (..., d), and root = 1 / sqrt(mean(x^2) + eps), (..., 1) `upcast`.
 
     Without a bias it is the RMS norm, weight * x * root; with one it is LayerNorm, which is the RMS norm of x - mean(x)
@@ -53,10 +52,8 @@ def normalise(
     return apply_norm(hidden, weight, bias, root), root
 
 
-def apply_norm(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, root: torch.Tensor
-) -> torch.Tensor:
-    """The norm of rows with a known root. It is rounded as in transformers, unless a compiler keeps numbers in fp32.
+def apply_norm(hidden: Tensor, weight: Tensor, bias: Tensor | None, root: Tensor) -> Tensor:
+    """The norm of rows with a known root. It is rounded as in transformers, unless a compiler leaves values in fp32.
 
     There the RMS norm rounds x * root first, and LayerNorm only its result.
     """
@@ -66,9 +63,7 @@ def apply_norm(
     return (normed * weight + bias).to(hidden.dtype)
 
 
-def norm_gradient(
-    gradient: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, root: torch.Tensor
-) -> torch.Tensor:
+def norm_gradient(gradient: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, root: Tensor) -> Tensor:
     """The gradient of x, (T, d), from the gradient of the norm's output.
 
     With n = x root and g = weight * dy: dx = (g - n mean(g n)) root. For LayerNorm n is (x - mean(x)) root, and the
@@ -78,29 +73,25 @@ def norm_gradient(
 
 
 def _norm_gradient(
-    weighted: torch.Tensor,
-    normed: torch.Tensor,
-    root: torch.Tensor,
-    bias: torch.Tensor | None,
-    mean: torch.Tensor | None = None,
-) -> torch.Tensor:
+    weighted: Tensor, normed: Tensor, root: Tensor, bias: Tensor | None, mean: Tensor | None = None
+) -> Tensor:
     mean = (weighted * normed).mean(-1, keepdim=True) if mean is None else mean
     found = (weighted - normed * mean) * root
     return found if bias is None else found - found.mean(-1, keepdim=True)
 
 
-def _centred(hidden: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _centred(hidden: Tensor, bias: Tensor | None) -> Tensor:
     wide = upcast(hidden)
     return wide if bias is None else wide - wide.mean(-1, keepdim=True)
 
 
-def gate(gate_up: torch.Tensor) -> torch.Tensor:
+def gate(gate_up: Tensor) -> Tensor:
     """silu(gate) * up, (T, f), from [gate | up], (T, 2 f)."""
     gates, up = gate_up.chunk(2, dim=-1)
     return functional.silu(gates) * up
 
 
-def gate_gradient(gradient: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
+def gate_gradient(gradient: Tensor, gate_up: Tensor) -> Tensor:
     """The gradient of [g | u], (T, 2 f), from the gradient of `gate`'s result, (T, f).
 
     With s = sigmoid(g): dg = dy u s (1 + g (1 - s)), du = dy g s, both computed in max(fp32, input dtype).
@@ -111,7 +102,7 @@ def gate_gradient(gradient: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor
     return torch.cat((grad_gates, (wide * gates * sigmoid).to(gate_up.dtype)), dim=-1)
 
 
-def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_rotated: int) -> torch.Tensor:
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor, num_rotated: int) -> Tensor:
     """Heads (T, n, head_dim) with the first `num_rotated` of them rotated; a new tensor.
 
     (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin) over the two halves of the first m elements of a head; cos and sin
@@ -120,9 +111,7 @@ def rotate(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_rotate
     return torch.cat((_rotated(heads[:, :num_rotated], cos, sin), heads[:, num_rotated:]), dim=1)
 
 
-def rotate_gradient(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> torch.Tensor:
+def rotate_gradient(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The gradient of the heads before `rotate`, (T, n, head_dim).
 
     It takes the gradients of queries, keys and values, each (T, heads, head_dim). Values are not rotated.
@@ -130,9 +119,7 @@ def rotate_gradient(
     return torch.cat((_rotated(query, cos, -sin), _rotated(key, cos, -sin), value), dim=1)
 
 
-def rotate_normed(
-    heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def rotate_normed(heads: Tensor, cos: Tensor, sin: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`rotate` of heads whose first m have gone through an RMS norm; weight (m, head_dim), each head's own.
 
     Returns:
@@ -142,53 +129,51 @@ def rotate_normed(
     return rotate_with_root(heads, cos, sin, root, weight), root
 
 
-def rotate_with_root(
-    heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, root: torch.Tensor, weight: torch.Tensor
-) -> torch.Tensor:
+def rotate_with_root(heads: Tensor, cos: Tensor, sin: Tensor, root: Tensor, weight: Tensor) -> Tensor:
     """The heads of `rotate_normed`, if the roots of the norms are known."""
     count = len(weight)
     normed = apply_norm(heads[:, :count], weight, None, root)
     return torch.cat((_rotated(normed, cos, sin), heads[:, count:]), dim=1)
 
 
-def square_means(heads: torch.Tensor, num: int, num_kv: int) -> torch.Tensor:
+def square_means(heads: Tensor, num: int, num_kv: int) -> Tensor:
     """The means of x^2 over all of the first `num` heads, and over the next `num_kv`: (T, 2) `upcast`."""
     return _means(upcast(heads[:, : num + num_kv]).square(), num)
 
 
-def product_means(query: torch.Tensor, key: torch.Tensor, rotated: torch.Tensor) -> torch.Tensor:
+def product_means(query: Tensor, key: Tensor, rotated: Tensor) -> Tensor:
     """The means of g n over all queries and over all keys, (T, 2) `upcast`, for the gradient of a norm of all heads.
 
-    In `norm_gradient`'s words; g n is the product of a rotated head, `rotated`, and its gradient, `query` or `key`.
+    g and n are as in `norm_gradient`; g n is a rotated head, `rotated`, times its gradient, `query` or `key`.
     """
     gradient = upcast(torch.cat((query, key), dim=1))
     return _means(gradient * rotated[:, : gradient.shape[1]], query.shape[1])
 
 
-def _means(numbers: torch.Tensor, num: int) -> torch.Tensor:
+def _means(numbers: Tensor, num: int) -> Tensor:
     return torch.stack((numbers[:, :num].mean((1, 2)), numbers[:, num:].mean((1, 2))), dim=1)
 
 
 def rotate_normed_gradient(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    rotated: torch.Tensor,
-    root: torch.Tensor,
-    mean: torch.Tensor | None,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    weight: torch.Tensor,
-) -> torch.Tensor:
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rotated: Tensor,
+    root: Tensor,
+    mean: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    weight: Tensor,
+) -> Tensor:
     """The gradient of the heads before `rotate_normed`, (T, n, head_dim), from its results and their gradients.
 
-    What the norm divided, x root, is not kept: it is the result rotated back and divided by the weight. Rounded cosines
+    x root is not saved: it is the result rotated back and divided by the weight. Rounded cosines
     and sines turn by a length that is not exactly 1, or a scaled rotation's, so it is also divided by its square.
 
     Args:
         query, key, value: gradients, each (T, heads, head_dim).
         rotated, root: the results of `rotate_normed`.
-        mean: that of g n in `norm_gradient`'s words, if it is not each head's own, (T, m, 1); see `product_means`.
+        mean: the mean of g n (see `norm_gradient`), if it is not each head's own, (T, m, 1); see `product_means`.
     """
     weighted = upcast(torch.cat((_rotated(query, cos, -sin), _rotated(key, cos, -sin)), dim=1)) * weight
     wide_cos, wide_sin = upcast(cos), upcast(sin)
@@ -197,20 +182,20 @@ def rotate_normed_gradient(
     return torch.cat((_norm_gradient(weighted, normed, root, None, mean).to(value.dtype), value), dim=1)
 
 
-def _rotated(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = cos.shape[-1]
     first, second, rest = heads.split((half, half, heads.shape[-1] - 2 * half), dim=-1)
     turned = (first * cos - second * sin, second * cos + first * sin)
     return torch.cat(turned if rest.shape[-1] == 0 else (*turned, rest), dim=-1)
 
 
-def exp_scores_(scores: torch.Tensor, mask: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def exp_scores_(scores: Tensor, mask: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """exp(scores + mask - largest) over the last dimension: the softmax before its division.
 
     Args:
         scores: (c, n, m, keys), `upcast`.
         mask: (c, 1, m, keys), 0 or -inf in any dtype; no row is all -inf.
-        weights: of the scores' shape, any dtype; filled with exp(score - largest).
+        weights: the shape of the scores, any dtype; filled with exp(score - largest).
 
     Returns:
         (log of the sum of exp(score), sum of the weights), each (c, n, m, 1).
@@ -224,12 +209,7 @@ def exp_scores_(scores: torch.Tensor, mask: torch.Tensor, weights: torch.Tensor)
 
 
 def score_gradient_(
-    scores: torch.Tensor,
-    mask: torch.Tensor,
-    log_sums: torch.Tensor,
-    deltas: torch.Tensor,
-    grad_weights: torch.Tensor,
-    weights: torch.Tensor,
+    scores: Tensor, mask: Tensor, log_sums: Tensor, deltas: Tensor, grad_weights: Tensor, weights: Tensor
 ) -> None:
     """Write the softmax p = exp(score + mask - log_sums) to `weights`, and replace p's gradient by that of the scores.
 
@@ -240,19 +220,19 @@ def score_gradient_(
         log_sums: (c, n, m, 1), its first result.
         deltas: (c, n, m, 1), the sum over keys of p * grad_weights.
         grad_weights: (c, n, m, keys), the gradient of p; replaced by the gradient of the scores.
-        weights: of the shape of `grad_weights`.
+        weights: the shape of `grad_weights`.
     """
     probability = (scores + mask - log_sums).exp()
     weights.copy_(probability)
     grad_weights.copy_(probability * (upcast(grad_weights) - deltas))
 
 
-def row_log_sums(logits: torch.Tensor) -> torch.Tensor:
+def row_log_sums(logits: Tensor) -> Tensor:
     """log of the sum of exp(logit) in each row, (n,) `upcast`, from logits (n, V)."""
     return torch.logsumexp(upcast(logits), dim=-1)
 
 
-def exp_logits_(logits: torch.Tensor, total: torch.Tensor) -> None:
+def exp_logits_(logits: Tensor, total: Tensor) -> None:
     """Replace logits (n, V) by exp(logit - total); total (n,), `upcast`."""
     logits.copy_((upcast(logits) - total[:, None]).exp())
 
@@ -261,29 +241,29 @@ def exp_logits_(logits: torch.Tensor, total: torch.Tensor) -> None:
 class Kernels:
     """The functions of this module that layers call: plain, by rows, or compiled."""
 
-    normalise: Callable[..., tuple[torch.Tensor, torch.Tensor]] = normalise
-    apply_norm: Callable[..., torch.Tensor] = apply_norm
-    norm_gradient: Callable[..., torch.Tensor] = norm_gradient
-    gate: Callable[[torch.Tensor], torch.Tensor] = gate
-    gate_gradient: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = gate_gradient
-    rotate: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor] = rotate
-    rotate_gradient: Callable[..., torch.Tensor] = rotate_gradient
-    rotate_normed: Callable[..., tuple[torch.Tensor, torch.Tensor]] = rotate_normed
-    rotate_normed_gradient: Callable[..., torch.Tensor] = rotate_normed_gradient
-    rotate_with_root: Callable[..., torch.Tensor] = rotate_with_root
-    square_means: Callable[[torch.Tensor, int, int], torch.Tensor] = square_means
-    product_means: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] = product_means
-    exp_scores_: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]] = exp_scores_
+    normalise: Callable[..., tuple[Tensor, Tensor]] = normalise
+    apply_norm: Callable[..., Tensor] = apply_norm
+    norm_gradient: Callable[..., Tensor] = norm_gradient
+    gate: Callable[[Tensor], Tensor] = gate
+    gate_gradient: Callable[[Tensor, Tensor], Tensor] = gate_gradient
+    rotate: Callable[[Tensor, Tensor, Tensor, int], Tensor] = rotate
+    rotate_gradient: Callable[..., Tensor] = rotate_gradient
+    rotate_normed: Callable[..., tuple[Tensor, Tensor]] = rotate_normed
+    rotate_normed_gradient: Callable[..., Tensor] = rotate_normed_gradient
+    rotate_with_root: Callable[..., Tensor] = rotate_with_root
+    square_means: Callable[[Tensor, int, int], Tensor] = square_means
+    product_means: Callable[[Tensor, Tensor, Tensor], Tensor] = product_means
+    exp_scores_: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] = exp_scores_
     score_gradient_: Callable[..., None] = score_gradient_
-    row_log_sums: Callable[[torch.Tensor], torch.Tensor] = row_log_sums
-    exp_logits_: Callable[[torch.Tensor, torch.Tensor], None] = exp_logits_
+    row_log_sums: Callable[[Tensor], Tensor] = row_log_sums
+    exp_logits_: Callable[[Tensor, Tensor], None] = exp_logits_
 
     def by_rows(self) -> Kernels:
-        """The same kernels, uncompiled, with bounded temporaries on a GPU."""
+        """These kernels, uncompiled, with bounded temporaries on a GPU."""
         return self._of_rows(_in_parts)
 
     def compiled(self, *, static_widths: bool = False) -> Kernels:
-        """The same kernels, wrapped by torch.compile. Each is compiled when it is first called.
+        """These kernels, wrapped by torch.compile. Each is compiled when it is first called.
 
         Args:
             static_widths: False for one graph for all sizes. True for graphs in which every size is a constant, except
@@ -295,7 +275,7 @@ class Kernels:
         return Kernels(**{name: torch.compile(getattr(self, name), dynamic=dynamic) for name in names})
 
     def marked(self) -> Kernels:
-        """The same kernels, which tell torch.compile that the number of rows will change: for first calls."""
+        """These kernels; they tell torch.compile that the number of rows will change. For first calls."""
         return self._of_rows(_marking)
 
     def _of_rows(self, change: Callable[[Callable[..., Any], list[bool]], Callable[..., Any]]) -> Kernels:
@@ -308,7 +288,7 @@ class Kernels:
 def has_rows(function: Callable[..., Any]) -> list[bool]:
     """For each argument of a kernel: whether its first dimension is the rows, if it is a tensor."""
     parameters = inspect.signature(function).parameters.values()
-    return [p.annotation.startswith("torch.Tensor") and p.name not in ("weight", "bias") for p in parameters]
+    return [p.annotation.startswith("Tensor") and p.name not in ("weight", "bias") for p in parameters]
 
 
 def _in_parts(kernel: Callable[..., Any], has_rows: list[bool]) -> Callable[..., Any]:
@@ -330,7 +310,7 @@ def run_in_parts(kernel: Callable[..., Any], arguments: tuple[Any, ...], has_row
     size = max(NUMBERS_AT_ONCE // max(width, 1), 1)
     if num_rows <= size:
         return kernel(*arguments)
-    results: list[torch.Tensor] | None = None
+    results: list[Tensor] | None = None
     for start in range(0, num_rows, size):
         part = slice(start, start + size)
         found = kernel(*(a[part] if mine else a for a, mine in zip(arguments, has_rows, strict=True)))
@@ -345,13 +325,10 @@ def run_in_parts(kernel: Callable[..., Any], arguments: tuple[Any, ...], has_row
     return tuple(results) if len(results) > 1 else results[0]
 
 
-def scaled(tensor: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+def scaled(tensor: Tensor, factor: Tensor) -> Tensor:
     """tensor * factor in the tensor's dtype, (..., n); the product is in max(fp32, that dtype), some rows at a time."""
-    return cast(torch.Tensor, run_in_parts(_scaled, (as_rows(tensor), factor), [True, False])).view(tensor.shape)
-
-
-def _scaled(rows: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    return (upcast(rows) * factor).to(rows.dtype)
+    rows = run_in_parts(lambda part, by: (upcast(part) * by).to(part.dtype), (as_rows(tensor), factor), [True, False])
+    return cast(Tensor, rows).view(tensor.shape)
 
 
 def _marking(kernel: Callable[..., Any], has_rows: list[bool]) -> Callable[..., Any]:

@@ -1,18 +1,155 @@
-"""Summed cross entropy of the next token, in at least fp32, over a vocabulary that is sharded over the ranks.
+"""The loss of each adapter's tokens; its backward pass, like every handwritten one, cannot be differentiated again.
 
--log softmax(z)[y] = logsumexp_i(l_i) - sum_i t_i. Rank i has l_i, the logsumexp of its own logits, and t_i, the label's
-logit if the rank has it, else 0. One message carries these two numbers per token.
+The backward pass of a loss runs inside its forward pass. Later only a factor comes, which scales the gradients, so only
+the gradients are saved.
+
+Rows of several adapters are consecutive in one tensor, a span for each. A sum over one adapter's rows, or a factor for
+them, is computed as if the tensor had no other rows.
 """
 
+from collections.abc import Callable, Sequence
+from functools import wraps
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
-from megatron_tiedlora.parallel.backward import Pieces, first_derivative_only, scaled_by_owner, sums_by_owner
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, padded
 from megatron_tiedlora.parallel.groups import RankGroup, all_gather
-from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_rows, upcast
+from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_rows, scaled, upcast
+
+
+class RowSpan(NamedTuple):
+    """Consecutive rows of one adapter.
+
+    Attributes:
+        adapter: its index among the adapters of the micro-batch.
+        size: the number of rows.
+    """
+
+    adapter: int
+    size: int
+
+
+RowSpans = tuple[RowSpan, ...]
+
+
+def span_starts(spans: Sequence[RowSpan]) -> list[int]:
+    """The first row of each span."""
+    return [0, *accumulate(span.size for span in spans)][: len(spans)]
+
+
+def spans_between(spans: Sequence[RowSpan], start: int, stop: int) -> RowSpans:
+    """The spans of rows `start` to `stop` - 1."""
+    found = []
+    for span, first in zip(spans, span_starts(spans), strict=True):
+        size = min(stop, first + span.size) - max(start, first)
+        if size > 0:
+            found.append(RowSpan(span.adapter, size))
+    return tuple(found)
+
+
+def scaled_by_adapter(tensor: Tensor, factors: Tensor, spans: Sequence[RowSpan] | None) -> Tensor:
+    """`scaled` with a factor for each adapter; without spans there is one adapter, and one factor ().
+
+    Args:
+        tensor: (..., n), with spans of its rows; or (n,), with spans of its elements.
+        factors: (adapters,).
+    """
+    if spans is None:
+        return scaled(tensor, factors)
+    rows = tensor.flatten(0, -2) if tensor.ndim > 1 else tensor
+    parts = zip(rows.split([span.size for span in spans]), spans, strict=True)
+    return torch.cat([scaled(part, factors[span.adapter]) for part, span in parts]).view(tensor.shape)
+
+
+def sums_by_adapter(numbers: Tensor, spans: Sequence[RowSpan], *, at_once: int) -> Tensor:
+    """The sum of each adapter's elements, (adapters,), added up in chunks of `at_once` elements of each span.
+
+    Args:
+        numbers: (n,).
+    """
+    totals = [numbers.new_zeros(()) for _ in range(1 + max(span.adapter for span in spans))]
+    for part, span in zip(numbers.split([span.size for span in spans]), spans, strict=True):
+        for chunk in part.split(at_once):
+            totals[span.adapter] += chunk.sum()
+    return torch.stack(totals)
+
+
+def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A Function's `backward` that raises an error if it is differentiated again.
+
+    torch's `once_differentiable` raises only if the incoming gradient has a graph. The gradient of a loss has none, so
+    autograd would silently treat what is computed from it as a constant.
+
+    Raises:
+        RuntimeError: in a backward pass with `create_graph=True`.
+    """
+
+    @wraps(backward)
+    def checked(ctx: Any, *gradients: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError("the frozen base has no second derivative: call backward without create_graph=True")
+        return backward(ctx, *gradients)
+
+    return checked
+
+
+class _EarlyBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, function: Callable[..., Tensor], spans: Sequence[RowSpans | None], *inputs: Tensor | None
+    ) -> Tensor:
+        ctx.needs, ctx.spans = ctx.needs_input_grad[2:], spans
+        inner = [
+            tensor.detach().requires_grad_() if tensor is not None and needs else tensor
+            for tensor, needs in zip(inputs, ctx.needs, strict=True)
+        ]
+        wanted = [tensor for tensor, needs in zip(inner, ctx.needs, strict=True) if tensor is not None and needs]
+        # A caller's hooks are for tensors saved until the backward pass; these are not.
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+            loss = function(*inner)
+        # Not autograd.grad, inside of which torch's hooks for several gradients fail (seen in 2.13).
+        loss.backward(torch.ones_like(loss), inputs=wanted)
+        ctx.save_for_backward(*(tensor.grad for tensor in wanted))
+        return loss.detach()
+
+    @staticmethod
+    @first_derivative_only
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        saved = iter(ctx.saved_tensors)
+        needs_and_spans = zip(ctx.needs, ctx.spans, strict=True)
+        found = (scaled_by_adapter(next(saved), gradient, own) if needs else None for needs, own in needs_and_spans)
+        return None, None, *found
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def run_with_early_backward(
+    function: Callable[..., Tensor], *inputs: Tensor | None, spans: Sequence[RowSpans | None] | None = None
+) -> Tensor:
+    """`function(*inputs)`, a scalar, or the losses of several adapters, (adapters,).
+
+    Only the gradients of the inputs that need one are saved for backward.
+
+    Args:
+        function: it is differentiated for these inputs alone; other tensors that it uses get no gradient.
+        inputs: any float dtype. At least one needs a gradient, and the result must depend on all that do.
+        spans: with several losses, the rows of each input that belong to each loss, which depends on these alone.
+    """
+    loss: Tensor = _EarlyBackward.apply(function, spans or [None] * len(inputs), *inputs)
+    return loss
+
+
+# Summed cross entropy -------------------------------------------------------------------------------------------------
+#
+# -log softmax(z)[y] = logsumexp_i(l_i) - sum_i t_i, in at least fp32, over a vocabulary that is sharded over the ranks.
+# Rank i has l_i, the logsumexp of its own logits, and t_i, the label's logit if the rank has it, else 0. One message
+# carries these two numbers per token.
 
 IGNORED_LABEL = -100
 
@@ -28,16 +165,16 @@ class VocabularyShard(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """Numbers per row, each (n,)."""
+    """The result for n rows, each (n,)."""
 
-    losses: torch.Tensor
-    total: torch.Tensor  # logsumexp over all ids
-    columns: torch.Tensor  # of the labels among this rank's logits, 0 if another rank has the label
-    own: torch.Tensor  # whether this rank has the label
-    picked: torch.Tensor  # the label's logit, 0 if another rank has it
+    losses: Tensor
+    total: Tensor  # logsumexp over all ids
+    columns: Tensor  # of the labels among this rank's logits, 0 if another rank has the label
+    own: Tensor  # whether this rank has the label
+    picked: Tensor  # the label's logit, 0 if another rank has it
 
 
-def _losses(local_logits: torch.Tensor, labels: torch.Tensor, shard: VocabularyShard) -> _Found:
+def _losses(local_logits: Tensor, labels: Tensor, shard: VocabularyShard) -> _Found:
     index = labels - shard.first_id
     own = (index >= 0) & (index < local_logits.shape[1])
     index = index.masked_fill(~own, 0)
@@ -50,22 +187,20 @@ def _losses(local_logits: torch.Tensor, labels: torch.Tensor, shard: VocabularyS
 
 class _SumTokenLosses(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, rows: torch.Tensor, labels: torch.Tensor, shard: VocabularyShard, pieces: Pieces | None
-    ) -> torch.Tensor:
+    def forward(ctx: Any, rows: Tensor, labels: Tensor, shard: VocabularyShard, spans: RowSpans | None) -> Tensor:
         weight, kernels, rows_at_once = shard.weight, shard.kernels, shard.rows_at_once
         num_rows, needs_rows = len(rows), ctx.needs_input_grad[0]
         rows, labels = _padded_rows(rows, labels)
         gradient = torch.empty_like(rows) if needs_rows else None
         loss = torch.zeros((), dtype=upcast(rows[:0]).dtype, device=rows.device)
-        by_row = [loss.new_empty(0)]  # losses of rows of several owners
+        by_row = [loss.new_empty(0)]  # losses of rows of several adapters
         logits = rows.new_empty(min(rows_at_once, len(rows)), weight.local_shape[0])  # one memory for all parts
         for start in range(0, len(rows), rows_at_once):
             part = slice(start, start + rows_at_once)
             local_logits = as_rows(weight.times_transposed(rows[part], out=logits[: len(rows[part])]))
             found = _losses(local_logits, labels[part], shard)
             losses = found.losses[: max(num_rows - start, 0)]
-            if pieces is None:
+            if spans is None:
                 loss += losses.sum()
             else:
                 by_row.append(losses)
@@ -77,18 +212,18 @@ class _SumTokenLosses(torch.autograd.Function):
                 # Not scatter_, which would visit every element.
                 local_logits.index_put_(index, torch.where(found.own, missing, local_logits[index]))
                 weight.times(local_logits, out=gradient[part])
-        ctx.pieces = pieces
+        ctx.spans = spans
         ctx.save_for_backward(None if gradient is None else gradient[:num_rows])
-        return loss if pieces is None else sums_by_owner(torch.cat(by_row), pieces, at_once=rows_at_once)
+        return loss if spans is None else sums_by_adapter(torch.cat(by_row), spans, at_once=rows_at_once)
 
     @staticmethod
     @first_derivative_only
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         (grad_rows,) = ctx.saved_tensors
-        return scaled_by_owner(grad_rows, gradient, ctx.pieces), None, None, None
+        return scaled_by_adapter(grad_rows, gradient, ctx.spans), None, None, None
 
 
-def _padded_rows(rows: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _padded_rows(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Rows (n, d) and labels (n,), padded with zeros and ignored labels to n = `padded(n)`."""
     missing = padded(len(rows)) - len(rows)
     if not missing:
@@ -96,9 +231,7 @@ def _padded_rows(rows: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor
     return functional.pad(rows, (0, 0, 0, missing)), functional.pad(labels, (0, missing), value=IGNORED_LABEL)
 
 
-def sum_token_losses(
-    rows: torch.Tensor, labels: torch.Tensor, shard: VocabularyShard, pieces: Pieces | None = None
-) -> torch.Tensor:
+def sum_token_losses(rows: Tensor, labels: Tensor, shard: VocabularyShard, spans: RowSpans | None = None) -> Tensor:
     """Sum over rows of -log softmax(rows W^T)[label], the same on every rank.
 
     W is frozen, so the forward pass also computes the gradient of `rows`, some rows at a time. Only this gradient is
@@ -107,18 +240,18 @@ def sum_token_losses(
     Args:
         rows: (n, d), any float dtype, the same on every rank.
         labels: (n,) int64, all of them supervised, the same on every rank.
-        pieces: of the n rows, if they belong to several owners.
+        spans: the adapters of the n rows, if there are several.
 
     Returns:
-        a scalar in max(fp32, dtype of `rows`), or with `pieces` one for each owner, (owners,). Its gradient for `rows`
+        a scalar in max(fp32, dtype of `rows`), or with `spans` one per adapter, (adapters,). The gradient of `rows`
         is the addend of this rank's part of the vocabulary; no message is sent for it here.
     """
-    loss: torch.Tensor = _SumTokenLosses.apply(rows, labels, shard, pieces)
+    loss: Tensor = _SumTokenLosses.apply(rows, labels, shard, spans)
     return loss
 
 
 @torch.no_grad()
-def token_losses(rows: torch.Tensor, labels: torch.Tensor, shard: VocabularyShard) -> torch.Tensor:
+def token_losses(rows: Tensor, labels: Tensor, shard: VocabularyShard) -> Tensor:
     """-log softmax(rows W^T)[label] of each row, (n,), without a gradient. Arguments as in `sum_token_losses`."""
     num_rows = len(rows)
     rows, labels = _padded_rows(rows, labels)

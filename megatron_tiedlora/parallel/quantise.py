@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from megatron_tiedlora.base.extras import install_hint
@@ -35,12 +36,12 @@ _LEAST_SCALE = 2.0**-120
 
 
 @cache  # a copy to a GPU would wait for it at every weight
-def levels_of(name: str, device: torch.device) -> torch.Tensor:
+def levels_of(name: str, device: torch.device) -> Tensor:
     """The levels of a format by code, fp32."""
     return torch.tensor(LEVELS[name], dtype=torch.float32, device=device)
 
 
-def quantise_blocks(values: torch.Tensor, block: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+def quantise_blocks(values: Tensor, block: int, name: str) -> tuple[Tensor, Tensor]:
     """Codes (rows, width) uint8 of 0 to 15, not packed, and scales (rows, number of blocks) fp32, from rows of values.
 
     In nf4 the codes are those of bitsandbytes for each row padded with zeros to whole blocks. The scales are too, but
@@ -56,7 +57,7 @@ def quantise_blocks(values: torch.Tensor, block: int, name: str) -> tuple[torch.
     return codes.view(rows, -1)[:, :width], without_tiny(scales)
 
 
-def without_tiny(scales: torch.Tensor) -> torch.Tensor:
+def without_tiny(scales: Tensor) -> Tensor:
     """Scales of blocks, with 0 for those below 2^-120.
 
     Values of such a block can be subnormal, and some CPUs make zeros of these as they round to bf16, others do not.
@@ -64,18 +65,18 @@ def without_tiny(scales: torch.Tensor) -> torch.Tensor:
     return torch.where(scales.abs() < _LEAST_SCALE, 0.0, scales)
 
 
-def pack_codes(codes: torch.Tensor) -> torch.Tensor:
+def pack_codes(codes: Tensor) -> Tensor:
     """Codes (rows, width) of 0 to 15, two in a byte: (rows, ceil(width / 2)). An odd row ends with code 0."""
     pairs = functional.pad(codes, (0, codes.shape[1] % 2)).unflatten(1, (-1, 2))
     return (pairs[..., 0] << 4) | pairs[..., 1]
 
 
-def unpack_codes(packed: torch.Tensor, width: int) -> torch.Tensor:
+def unpack_codes(packed: Tensor, width: int) -> Tensor:
     """The inverse of `pack_codes`, (rows, width) uint8."""
     return torch.stack((packed >> 4, packed & 15), dim=-1).flatten(1)[:, :width]
 
 
-def dequantise_blocks(packed: torch.Tensor, scales: torch.Tensor, width: int, block: int, name: str) -> torch.Tensor:
+def dequantise_blocks(packed: Tensor, scales: Tensor, width: int, block: int, name: str) -> Tensor:
     """Values (rows, width) fp32 of packed codes whose scales (rows, number of blocks) are each for `block` codes."""
     values = levels_of(name, packed.device)[unpack_codes(packed, width).int()]
     whole = width - width % block
@@ -84,20 +85,20 @@ def dequantise_blocks(packed: torch.Tensor, scales: torch.Tensor, width: int, bl
     return values
 
 
-def quantised_rows(values: torch.Tensor, storage: BaseFormat) -> torch.Tensor:
-    """What a format makes of whole rows, (rows, width) fp32: D(W) for W."""
+def quantised_rows(values: Tensor, storage: BaseFormat) -> Tensor:
+    """Whole rows quantised and dequantised, (rows, width) fp32: D(W) for W."""
     if storage.block is None:
         return dequantise_rows(*quantise_rows(values, row_maxima(values), storage.name))
     codes, scales = quantise_blocks(values, storage.block, storage.name)
     return dequantise_blocks(pack_codes(codes), scales, values.shape[1], storage.block, storage.name)
 
 
-def row_maxima(values: torch.Tensor) -> torch.Tensor:
+def row_maxima(values: Tensor) -> Tensor:
     """The largest |value| of each row, (rows,) fp32."""
     return values.abs().amax(1).float()
 
 
-def quantise_rows(values: torch.Tensor, maxima: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+def quantise_rows(values: Tensor, maxima: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """Codes (rows, width) of the format `name`, int8 or fp8, and scales (rows,) fp32, from rows of values.
 
     Args:
@@ -110,17 +111,17 @@ def quantise_rows(values: torch.Tensor, maxima: torch.Tensor, name: str) -> tupl
     return (scaled.round_() if name == "int8" else scaled).to(CODE_TYPE[name]), scales
 
 
-def dequantise_rows(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+def dequantise_rows(codes: Tensor, scales: Tensor) -> Tensor:
     """Values (rows, width) fp32 of int8 or fp8 codes and scales (rows,)."""
     return codes.float() * scales[:, None]
 
 
-def has_nan(codes: torch.Tensor, name: str) -> bool:
+def has_nan(codes: Tensor, name: str) -> bool:
     """Whether a code, uint8, of the format `name`, int8 or fp8, is no number."""
     return name == "fp8" and bool((codes & 127 == 127).any())
 
 
-def fp8_numbers(codes: torch.Tensor) -> torch.Tensor:
+def fp8_numbers(codes: Tensor) -> Tensor:
     """uint8 codes as the e4m3 numbers that they are, in the same memory."""
     return codes.view(CODE_TYPE["fp8"])
 
@@ -131,12 +132,12 @@ def fp8_numbers(codes: torch.Tensor) -> torch.Tensor:
 # a kernel is compared once with plain torch before it is used.
 
 # (packed codes (rows, width / 2), scales (rows, blocks) fp32, codes for each scale, result (rows, width)) -> None
-Nf4Kernel = Callable[[torch.Tensor, torch.Tensor, int, torch.Tensor], None]
+Nf4Kernel = Callable[[Tensor, Tensor, int, Tensor], None]
 PACKAGE = "bitsandbytes"
 _LEAST_GPU_BLOCK = 32
 
 
-def nf4_kernel(out: torch.Tensor, block: int) -> Nf4Kernel | None:
+def nf4_kernel(out: Tensor, block: int) -> Nf4Kernel | None:
     """The kernel that can fill `out` (rows, width) from codes with a scale for each `block`; None if there is none."""
     if out.shape[1] % block or out.shape[1] % 2 or (out.is_cuda and block < _LEAST_GPU_BLOCK):
         return None
@@ -176,7 +177,7 @@ def _called(function: Any) -> Nf4Kernel:
     function.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_longlong] * 3]
     function.restype = None
 
-    def run(codes: torch.Tensor, scales: torch.Tensor, block: int, out: torch.Tensor) -> None:
+    def run(codes: Tensor, scales: Tensor, block: int, out: Tensor) -> None:
         function(codes.data_ptr(), scales.data_ptr(), out.data_ptr(), block, *out.shape)
 
     return run
@@ -190,7 +191,7 @@ def _gpu_kernel(dtype: torch.dtype) -> Nf4Kernel | None:
     except Exception:  # whatever fails in it, plain torch gives the same values
         return None
 
-    def run(codes: torch.Tensor, scales: torch.Tensor, block: int, out: torch.Tensor) -> None:
+    def run(codes: Tensor, scales: Tensor, block: int, out: Tensor) -> None:
         arguments = (codes.flatten(), scales.flatten(), block, "nf4", list(out.shape), out.dtype)
         torch.ops.bitsandbytes.dequantize_4bit.out(*arguments, out=out)
 

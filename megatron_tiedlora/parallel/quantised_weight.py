@@ -4,20 +4,23 @@ however it is sharded.
     y = x D(W)^T + c        dx = dy D(W)
 
 D(W), the dequantised weight, exists during the matmul only, in memory that all weights of a rank share. Its values are
-fp32 numbers, rounded once more to the activations' dtype.
+fp32 numbers, rounded once more to the activations' dtype. FP8 matmuls use the codes as they are. `weight_maker` chooses
+the class of a rank's weights.
 """
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from math import prod
-from typing import Self
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from megatron_tiedlora.base.shapes import BaseFormat
+from megatron_tiedlora.base.messages import UserError, one_line
+from megatron_tiedlora.base.shapes import BASE_FORMATS, FP8_CAPABILITY, BaseFormat, LinearShape
 from megatron_tiedlora.parallel import quantise
-from megatron_tiedlora.parallel.frozen_weight import Columns, FrozenWeight, frozen_parameter
+from megatron_tiedlora.parallel.frozen_weight import Columns, FrozenWeight, WeightMaker, frozen_parameter
 from megatron_tiedlora.parallel.kernels import NUMBERS_AT_ONCE
 
 # Numbers that are processed at one time on a CPU: their temporaries stay in its cache.
@@ -39,7 +42,7 @@ class Workspace:
         """Have room for a weight of `size` elements."""
         self._size = max(self._size, size)
 
-    def take(self, *shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    def take(self, *shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The memory as a tensor of `shape`. It is valid until the next call."""
         memory = self._memory
         if len(memory) < self._size or memory.dtype != dtype or memory.device != device:
@@ -57,44 +60,26 @@ class QuantisedWeight(FrozenWeight):
 
     def __init__(
         self,
-        codes: torch.Tensor,
-        scale_bits: torch.Tensor,
-        *,
-        width: int,
-        storage: BaseFormat,
-        block: int,
+        *local_shape: int,
         dtype: torch.dtype,
+        shards_rows: bool = False,
+        storage: BaseFormat,
         workspace: Workspace,
     ) -> None:
-        """Use the given tensors.
-
-        Args:
-            block: see `BaseFormat.stored_block`.
-            dtype: of the activations.
-        """
-        super().__init__(codes)
-        self.scale_bits = scale_bits
-        self.storage, self.block, self.dtype, self.workspace = storage, block, dtype, workspace
-        self._local_shape = (codes.shape[0], width)
-        workspace.reserve(prod(self._local_shape))
-
-    @classmethod
-    def of_format(
-        cls, *local_shape: int, dtype: torch.dtype, shards_rows: bool = False, storage: BaseFormat, workspace: Workspace
-    ) -> Self:
         """Uninitialised memory on the current default device. For the arguments see `FrozenWeight.empty`."""
-        rows, width = local_shape
-        codes = frozen_parameter(rows, storage.row_bytes(width), dtype=torch.uint8)
+        rows, width = self._local_shape = local_shape
+        super().__init__(frozen_parameter(rows, storage.row_bytes(width), dtype=torch.uint8))
         num_scales = storage.row_scales(width, shards_rows=shards_rows)
-        scale_bits = frozen_parameter(rows, num_scales, dtype=torch.int32)
-        block = storage.stored_block(width, shards_rows=shards_rows)
-        return cls(codes, scale_bits, width=width, storage=storage, block=block, dtype=dtype, workspace=workspace)
+        self.scale_bits = frozen_parameter(rows, num_scales, dtype=torch.int32)
+        self.block = storage.stored_block(width, shards_rows=shards_rows)
+        self.storage, self.dtype, self.workspace = storage, dtype, workspace
+        workspace.reserve(rows * width)
 
     @property
     def parameters(self) -> Mapping[str, nn.Parameter]:
         """The parameters that store it, by the name under which the layer registers them."""
-        assert isinstance(self.tensor, nn.Parameter) and isinstance(self.scale_bits, nn.Parameter)
-        return {"codes": self.tensor, "scale_bits": self.scale_bits}
+        (codes,) = super().parameters.values()
+        return {"codes": codes, "scale_bits": self.scale_bits}
 
     @property
     def local_shape(self) -> tuple[int, ...]:
@@ -102,26 +87,19 @@ class QuantisedWeight(FrozenWeight):
         return self._local_shape
 
     @property
-    def scales(self) -> torch.Tensor:
+    def scales(self) -> Tensor:
         """(out, n) fp32, in the memory of the parameter."""
         return self.scale_bits.detach().view(torch.float32)
 
-    def first_rows(self, num_rows: int) -> Self:
-        """The first rows of W, in the same memory."""
-        found = super().first_rows(num_rows)
-        found.scale_bits = self.scale_bits.detach()[:num_rows]
-        found._local_shape = (len(found.tensor), self._local_shape[1])
-        return found
-
-    def empty_values(self) -> torch.Tensor:
+    def empty_values(self) -> Tensor:
         """Uninitialised memory for the values of this rank's shard, to be passed to `load`."""
         return torch.empty(self._local_shape, dtype=self.dtype, device=self.tensor.device)
 
-    def load(self, values: torch.Tensor, *, dim: int = 0, start: int = 0, columns: Columns | None = None) -> None:
+    def load(self, values: Tensor, *, dim: int = 0, start: int = 0, columns: Columns | None = None) -> None:
         """Quantise and store `values`, of any float dtype and device: rows from `start` on, or all rows if `dim` is 1.
 
         Args:
-            columns: those that a shard of rows has in the full tensor. `values` has the columns `columns_to_read`.
+            columns: the columns of a shard of rows in the full tensor. `values` has the columns `columns_to_read`.
 
         Raises:
             ValueError: a value is not finite.
@@ -133,9 +111,11 @@ class QuantisedWeight(FrozenWeight):
         with torch.no_grad():
             self._load(values, start, columns)
 
-    def load_stored(
-        self, codes: torch.Tensor, scales: torch.Tensor, *, start: int = 0, columns: Columns | None = None
-    ) -> None:
+    @abstractmethod
+    def _load(self, values: Tensor, start: int, columns: Columns) -> None: ...
+
+    @abstractmethod
+    def load_stored(self, codes: Tensor, scales: Tensor, *, start: int, columns: Columns | None) -> None:
         """Store codes and scales that are there already: rows from `start` on.
 
         Args:
@@ -146,58 +126,41 @@ class QuantisedWeight(FrozenWeight):
         Raises:
             ValueError: a value is not finite.
         """
-        width = self._local_shape[1]
-        with torch.no_grad():
-            self._load_stored(codes, scales, start, columns or Columns(0, width, width))
 
     @abstractmethod
-    def _load(self, values: torch.Tensor, start: int, columns: Columns) -> None: ...
-
-    @abstractmethod
-    def _load_stored(self, codes: torch.Tensor, scales: torch.Tensor, start: int, columns: Columns) -> None: ...
-
-    @abstractmethod
-    def _dequantise(self, out: torch.Tensor) -> None:
+    def _dequantise(self, out: Tensor) -> None:
         """Write D(W) to `out`, of any float dtype."""
-
-    def values(self) -> torch.Tensor:
-        """D(W) in fp32, in memory of its own."""
-        found = torch.empty(self._local_shape, device=self.tensor.device)
-        self._dequantise(found)
-        return found
 
     def _dequantised(self) -> FrozenWeight:
         out = self.workspace.take(*self._local_shape, dtype=self.dtype, device=self.tensor.device)
         self._dequantise(out)
         return FrozenWeight(out)
 
-    def times_transposed(
-        self, x: torch.Tensor, bias: torch.Tensor | None = None, *, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def times_transposed(self, x: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
         """See `FrozenWeight.times_transposed`."""
         return self._dequantised().times_transposed(x, bias, out=out)
 
-    def times(self, grad_y: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    def times(self, grad_y: Tensor, *, out: Tensor | None = None) -> Tensor:
         """See `FrozenWeight.times`."""
         return self._dequantised().times(grad_y, out=out)
 
-    def _store(self, rows: slice, codes: torch.Tensor, scales: torch.Tensor) -> None:
+    def _store(self, rows: slice, codes: Tensor, scales: Tensor) -> None:
         if not scales.isfinite().all():
             raise ValueError("numbers that are not finite")
         self.tensor.data[rows].copy_(codes)
         self.scale_bits.data[rows].copy_(scales.view(torch.int32))
 
-    def _moved(self, values: torch.Tensor) -> torch.Tensor:
+    def _moved(self, values: Tensor) -> Tensor:
         """The values on the device of the weight, where they are quantised: groups of GPUs send no CPU tensors."""
         return values.to(self.tensor.device)
 
     def _parts(self, num_rows: int | None = None, at_once: int = _AT_ONCE) -> Iterator[slice]:
         """Slices of the first `num_rows` rows, or all. A CPU processes `at_once` elements at one time, a GPU more."""
         rows, width = self._local_shape
-        return row_parts(rows if num_rows is None else num_rows, width, at_once, on_gpu=self.tensor.is_cuda)
+        return _row_parts(rows if num_rows is None else num_rows, width, at_once, on_gpu=self.tensor.is_cuda)
 
 
-def row_parts(num_rows: int, width: int, at_once: int, *, on_gpu: bool) -> Iterator[slice]:
+def _row_parts(num_rows: int, width: int, at_once: int, *, on_gpu: bool) -> Iterator[slice]:
     """Slices of rows with at most `at_once` numbers each, on a GPU with at most `NUMBERS_AT_ONCE`; at least one row."""
     size = max((NUMBERS_AT_ONCE if on_gpu else at_once) // max(width, 1), 1)
     return (slice(first, min(first + size, num_rows)) for first in range(0, num_rows, size))
@@ -212,21 +175,24 @@ class BlockScaledWeight(QuantisedWeight):
         assert block is not None
         return slice(columns.start // block * block, min(-(-columns.stop // block) * block, columns.full))
 
-    def _load(self, values: torch.Tensor, start: int, columns: Columns) -> None:
+    def _load(self, values: Tensor, start: int, columns: Columns) -> None:
         block = self.storage.block
         assert block is not None
         for rows in self._parts(num_rows=len(values), at_once=_QUANTISED_AT_ONCE):
             codes, scales = quantise.quantise_blocks(self._moved(values[rows]), block, self.storage.name)
             self._store_own(slice(start + rows.start, start + rows.stop), codes, scales, columns)
 
-    def _load_stored(self, codes: torch.Tensor, scales: torch.Tensor, start: int, columns: Columns) -> None:
+    @torch.no_grad()
+    def load_stored(self, codes: Tensor, scales: Tensor, *, start: int, columns: Columns | None) -> None:
+        """See QuantisedWeight."""
+        columns = columns or Columns(0, self._local_shape[1], self._local_shape[1])
         read = self.columns_to_read(columns)
         for rows in self._parts(num_rows=len(codes)):
             unpacked = quantise.unpack_codes(self._moved(codes[rows]), read.stop - read.start)
             kept = quantise.without_tiny(self._moved(scales[rows]))
             self._store_own(slice(start + rows.start, start + rows.stop), unpacked, kept, columns)
 
-    def _store_own(self, rows: slice, codes: torch.Tensor, scales: torch.Tensor, columns: Columns) -> None:
+    def _store_own(self, rows: slice, codes: Tensor, scales: Tensor, columns: Columns) -> None:
         """Store this rank's columns of whole blocks."""
         width, block = self._local_shape[1], self.storage.block
         assert block is not None
@@ -235,7 +201,7 @@ class BlockScaledWeight(QuantisedWeight):
         blocks = (before + torch.arange(self.scale_bits.shape[1], device=self.tensor.device) * self.block) // block
         self._store(rows, quantise.pack_codes(codes[:, before : before + width]), scales[:, blocks])
 
-    def _dequantise(self, out: torch.Tensor) -> None:
+    def _dequantise(self, out: Tensor) -> None:
         codes, scales = self.tensor.detach(), self.scales
         kernel = quantise.nf4_kernel(out, self.block) if self.storage.name == "nf4" else None
         if kernel is not None:
@@ -250,7 +216,7 @@ class BlockScaledWeight(QuantisedWeight):
 class RowScaledWeight(QuantisedWeight):
     """int8 and fp8: a scale for each row of the full tensor."""
 
-    def _load(self, values: torch.Tensor, start: int, columns: Columns) -> None:
+    def _load(self, values: Tensor, start: int, columns: Columns) -> None:
         maxima = torch.cat(
             [quantise.row_maxima(self._moved(values[rows])) for rows in self._parts(num_rows=len(values))]
         )
@@ -262,13 +228,15 @@ class RowScaledWeight(QuantisedWeight):
             codes, scales = quantise.quantise_rows(self._moved(values[rows]), maxima[rows], self.storage.name)
             self._store(slice(start + rows.start, start + rows.stop), codes.view(torch.uint8), scales[:, None])
 
-    def _load_stored(self, codes: torch.Tensor, scales: torch.Tensor, start: int, columns: Columns) -> None:
+    @torch.no_grad()
+    def load_stored(self, codes: Tensor, scales: Tensor, *, start: int, columns: Columns | None) -> None:
+        """See QuantisedWeight."""
         codes = self._moved(codes)
         if quantise.has_nan(codes, self.storage.name):
             raise ValueError("numbers that are not finite")
         self._store(slice(start, start + len(codes)), codes, self._moved(scales))
 
-    def _dequantise(self, out: torch.Tensor) -> None:
+    def _dequantise(self, out: Tensor) -> None:
         codes = self.tensor.detach().view(quantise.CODE_TYPE[self.storage.name])
         if codes.dtype == torch.int8:
             for rows in self._parts():
@@ -279,12 +247,10 @@ class RowScaledWeight(QuantisedWeight):
         elif codes.is_cuda:
             out.copy_(codes).mul_(self.scales)  # computed in fp32
         else:
-            look_up_fp8(self.tensor.detach(), out, self._parts(), scales=self.scales)
+            _look_up_fp8(self.tensor.detach(), out, self._parts(), scales=self.scales)
 
 
-def look_up_fp8(
-    codes: torch.Tensor, out: torch.Tensor, parts: Iterable[slice], *, scales: torch.Tensor | None = None
-) -> None:
+def _look_up_fp8(codes: Tensor, out: Tensor, parts: Iterable[slice], *, scales: Tensor | None = None) -> None:
     """Write fp8's levels to `out`, or its values, by a table: on a CPU 4 times as fast as the conversion (torch 2.13).
 
     Args:
@@ -297,3 +263,172 @@ def look_up_fp8(
         torch.index_select(levels, 0, codes[rows].flatten().int(), out=part.view(-1))
         if scales is not None:
             part.mul_(scales[rows])  # computed in fp32
+
+
+# FP8 matmuls ----------------------------------------------------------------------------------------------------------
+#
+# An fp8 weight times activations, or gradients, that are rounded to fp8 row by row:
+#
+#     y  = D(Q(x)) D(W)^T + c        dx = D(Q(dy s)) W_codes
+#
+# Q gives each row (token) the scale largest |number| / 448. Going forward the weight's scales s, one per output row,
+# are applied to y; going back they are folded into dy before it is rounded, so that one copy of the codes and one
+# vector of scales serve both. In row-parallel layers a rank has a part of x's row, and in column-parallel ones of dy's,
+# so that its scale depends on the tensor-parallel size.
+
+_MULTIPLE = 16  # of both sizes of a weight in the GPU's kernels
+
+
+def check_fp8_device(device: torch.device) -> None:
+    """Raise UserError if `device` is a GPU that cannot multiply in fp8. A CPU emulates it."""
+    if device.type != "cuda":
+        return
+    check_fp8_capability(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
+    try:
+        _multiply_by_row(device)
+    except RuntimeError as error:  # some GPUs and versions of torch have a scale for the whole tensor alone
+        name = torch.cuda.get_device_name(device)
+        raise UserError(
+            f"--products fp8: {name} cannot multiply with a scale for each row by torch {torch.__version__}"
+            f" ({one_line(str(error))}); leave --products out"
+        ) from error
+
+
+def check_fp8_capability(name: str, found: tuple[int, int]) -> None:
+    """Raise UserError if a GPU of that name and compute capability cannot multiply in fp8."""
+    if found < FP8_CAPABILITY:
+        raise UserError(
+            f"--products fp8 needs a GPU of compute capability {'.'.join(map(str, FP8_CAPABILITY))} or more, and {name}"
+            f" has {'.'.join(map(str, found))}; leave --products out"
+        )
+
+
+def _multiply_by_row(device: torch.device) -> None:
+    numbers = torch.ones(_MULTIPLE, _MULTIPLE, device=device).to(quantise.CODE_TYPE["fp8"])
+    scales = torch.ones(_MULTIPLE, 1, device=device)
+    torch._scaled_mm(numbers, numbers.t(), scale_a=scales, scale_b=scales.t(), out_dtype=torch.bfloat16)
+
+
+def check_gpu_products(linears: Iterable[LinearShape], *, tp_size: int, dtype: torch.dtype) -> None:
+    """Raise UserError if GPUs have no kernel for the FP8 matmuls of these linears' shards: they would be emulated."""
+    if dtype != torch.bfloat16:
+        raise UserError("--products fp8 needs --dtype bf16 on a GPU")
+    for linear in linears:
+        rows, width = linear.out_size, linear.in_size
+        rows, width = (rows // tp_size, width) if linear.cut == "column" else (rows, width // tp_size)
+        if rows % _MULTIPLE or width % _MULTIPLE:
+            raise UserError(
+                f"--products fp8: GPUs need multiples of {_MULTIPLE} as sizes, and {linear.name} is {rows} x {width}"
+                f" at --tensor_parallel {tp_size}; leave --products out, or change --tensor_parallel"
+            )
+
+
+class Fp8MatmulWeight(RowScaledWeight):
+    """fp8 codes that are multiplied as they are.
+
+    GPUs of capability 9.0 want the second matrix with its columns in memory one after another. Those of W^T are; for
+    dy W a transposed copy is made just before the matmul, in the memory that all weights of a rank share, or kept.
+    """
+
+    def __init__(self, *local_shape: int, keep_transposed: bool = False, **others: Any) -> None:
+        """Uninitialised memory; see `QuantisedWeight`."""
+        super().__init__(*local_shape, **others)
+        made = frozen_parameter(*reversed(local_shape), dtype=torch.uint8) if keep_transposed else None
+        self.transposed = made
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """See `QuantisedWeight.parameters`."""
+        kept = {} if self.transposed is None else {"transposed_codes": self.transposed}
+        return {**super().parameters, **kept}
+
+    def _store(self, rows: slice, codes: Tensor, scales: Tensor) -> None:
+        super()._store(rows, codes, scales)
+        if self.transposed is not None:
+            self.transposed.data[:, rows].copy_(codes.t())
+
+    def times_transposed(self, x: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
+        """See `FrozenWeight.times_transposed`; x is rounded to fp8."""
+        codes, scales = _rounded(x)
+        if self._runs_in_fp8(x):
+            weight = quantise.fp8_numbers(self.tensor.detach())
+            y = torch._scaled_mm(
+                codes, weight.t(), scale_a=scales[:, None], scale_b=self.scales.view(1, -1), out_dtype=x.dtype
+            )
+        else:
+            y = codes.to(x.dtype) @ self._levels(x.dtype).t()
+            y.mul_(scales[:, None]).mul_(self.scales.view(1, -1))
+        if bias is not None:
+            y += bias
+        return y if out is None else out.copy_(y)
+
+    def times(self, grad_y: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """See `FrozenWeight.times`; dy s is rounded to fp8."""
+        codes, scales = _rounded(grad_y, self.scales.view(1, -1))
+        if self._runs_in_fp8(grad_y):
+            ones = torch.ones(1, self._local_shape[1], device=grad_y.device)
+            dx = torch._scaled_mm(
+                codes,
+                quantise.fp8_numbers(self._transposed_codes()).t(),
+                scale_a=scales[:, None],
+                scale_b=ones,
+                out_dtype=grad_y.dtype,
+            )
+        else:
+            dx = (codes.to(grad_y.dtype) @ self._levels(grad_y.dtype)).mul_(scales[:, None])
+        return dx if out is None else out.copy_(dx)
+
+    def _runs_in_fp8(self, x: Tensor) -> bool:
+        """Whether the device's own kernel can: it wants 16-bit results, and sizes that are multiples of 16."""
+        fits = all(size % _MULTIPLE == 0 for size in self._local_shape)
+        return x.is_cuda and x.dtype == torch.bfloat16 and fits
+
+    def _transposed_codes(self) -> Tensor:
+        """(in, out) uint8, kept or made in the shared memory."""
+        if self.transposed is not None:
+            return self.transposed.detach()
+        rows, width = self._local_shape
+        out = self.workspace.take(width, rows, dtype=torch.uint8, device=self.tensor.device)
+        return out.copy_(self.tensor.detach().t())
+
+    def _levels(self, dtype: torch.dtype) -> Tensor:
+        """The codes as numbers of `dtype`, which holds them exactly, in the shared memory."""
+        out = self.workspace.take(*self._local_shape, dtype=dtype, device=self.tensor.device)
+        if self.tensor.is_cuda:
+            return out.copy_(quantise.fp8_numbers(self.tensor.detach()))
+        _look_up_fp8(self.tensor.detach(), out, self._parts())
+        return out
+
+
+def _rounded(rows: Tensor, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """fp8 numbers (n, width), and the scale of each row (n,) fp32; some rows at a time, as they are computed in fp32.
+
+    Args:
+        factors: (1, width) fp32, by which the columns are multiplied first.
+    """
+    codes = torch.empty(rows.shape, dtype=quantise.CODE_TYPE["fp8"], device=rows.device)
+    scales = torch.empty(len(rows), device=rows.device)
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    for part in _row_parts(len(rows), rows.shape[1], _AT_ONCE, on_gpu=rows.is_cuda):
+        values = rows[part] if factors is None else rows[part].to(wide) * factors
+        codes[part], scales[part] = quantise.quantise_rows(values, quantise.row_maxima(values), "fp8")
+    return codes, scales
+
+
+def weight_maker(name: str | None, *, products: str | None = None, keep_transposed: bool = False) -> WeightMaker:
+    """A function that makes empty weights of a format of the table, or plain ones (None).
+
+    The weights that it makes share a workspace, so a rank needs one function for its whole part of the model.
+
+    Args:
+        products: "fp8" if activations and gradients are rounded to fp8 too; with the format fp8 alone.
+        keep_transposed: whether such weights keep a transposed copy of their codes.
+    """
+    if name is None:
+        return FrozenWeight.empty
+    storage, workspace = BASE_FORMATS[name], Workspace()
+    if products is not None:
+        assert (name, products) == ("fp8", "fp8")
+        return partial(Fp8MatmulWeight, storage=storage, workspace=workspace, keep_transposed=keep_transposed)
+    kind = RowScaledWeight if storage.block is None else BlockScaledWeight
+    return partial(kind, storage=storage, workspace=workspace)

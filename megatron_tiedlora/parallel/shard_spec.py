@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from megatron_tiedlora.base.shapes import LinearShape
 
@@ -32,7 +33,7 @@ class ShardSpec:
     def __post_init__(self) -> None:
         assert not self.padded or len(self.blocks) == 1, "only a single block can be padded"
 
-    def _block_share(self, size: int, tp_size: int) -> int:
+    def _shard_size(self, size: int, tp_size: int) -> int:
         if size % tp_size and not self.padded:
             raise ValueError(f"a block of {size} is not divisible by tensor parallel {tp_size}")
         return -(-size // tp_size)
@@ -43,8 +44,8 @@ class ShardSpec:
             return tuple(slice(0, size) for size in self.blocks)
         slices = []
         for size in self.blocks:
-            share = self._block_share(size, tp_size)
-            slices.append(slice(min(tp_rank * share, size), min((tp_rank + 1) * share, size)))
+            shard = self._shard_size(size, tp_size)
+            slices.append(slice(min(tp_rank * shard, size), min((tp_rank + 1) * shard, size)))
         return tuple(slices)
 
     def local_shape(self, full_shape: Sequence[int], tp_size: int) -> tuple[int, ...]:
@@ -52,33 +53,33 @@ class ShardSpec:
         if self.dim is None:
             return tuple(full_shape)
         local = list(full_shape)
-        local[self.dim] = sum(self._block_share(size, tp_size) for size in self.blocks)
+        local[self.dim] = sum(self._shard_size(size, tp_size) for size in self.blocks)
         return tuple(local)
 
-    def split(self, full: torch.Tensor, tp_rank: int, tp_size: int) -> torch.Tensor:
-        """The shard of `full` that `tp_rank` of `tp_size` holds; a view if it is one piece without padding."""
+    def split(self, full: Tensor, tp_rank: int, tp_size: int) -> Tensor:
+        """The shard of `full` that `tp_rank` of `tp_size` holds; a view if it is contiguous and without padding."""
         if self.dim is None or tp_size == 1:
             return full
-        pieces = [
-            block.narrow(self.dim, part.start, part.stop - part.start)
-            for block, part in zip(full.split(self.blocks, self.dim), self.block_slices(tp_rank, tp_size), strict=True)
+        parts = [
+            block.narrow(self.dim, held.start, held.stop - held.start)
+            for block, held in zip(full.split(self.blocks, self.dim), self.block_slices(tp_rank, tp_size), strict=True)
         ]
-        missing = self.local_shape(full.shape, tp_size)[self.dim] - sum(piece.shape[self.dim] for piece in pieces)
+        missing = self.local_shape(full.shape, tp_size)[self.dim] - sum(part.shape[self.dim] for part in parts)
         if missing:
             shape = list(full.shape)
             shape[self.dim] = missing
-            pieces.append(full.new_zeros(shape))
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=self.dim)
+            parts.append(full.new_zeros(shape))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.dim)
 
-    def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
         """The full tensor, without padding, from the shards of all ranks in rank order: the inverse of `split`."""
         if self.dim is None or len(parts) == 1:
             return parts[0]
-        shares = [self._block_share(size, len(parts)) for size in self.blocks]
-        by_rank = [part.split(shares, dim=self.dim) for part in parts]
+        sizes = [self._shard_size(size, len(parts)) for size in self.blocks]
+        by_rank = [part.split(sizes, dim=self.dim) for part in parts]
         joined = [
-            torch.cat(pieces, dim=self.dim).narrow(self.dim, 0, size)
-            for size, pieces in zip(self.blocks, zip(*by_rank, strict=True), strict=True)
+            torch.cat(shards, dim=self.dim).narrow(self.dim, 0, size)
+            for size, shards in zip(self.blocks, zip(*by_rank, strict=True), strict=True)
         ]
         return torch.cat(joined, dim=self.dim)
 
@@ -101,7 +102,7 @@ def stream_seed(seed: int, name: str) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def draw_normal(shape: Sequence[int], *, std: float, seed: int, name: str) -> torch.Tensor:
+def draw_normal(shape: Sequence[int], *, std: float, seed: int, name: str) -> Tensor:
     """A full fp32 tensor of N(0, std^2) on the CPU; equal arguments give equal bits for every layout and device."""
     generator = torch.Generator(device="cpu").manual_seed(stream_seed(seed, name))
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float32) * std

@@ -29,9 +29,9 @@ from megatron_tiedlora.engine.engine_json import EngineConfig, load_engine_confi
 from megatron_tiedlora.engine.runner import inputs_to_fill
 from megatron_tiedlora.model.weights import check_layout
 from megatron_tiedlora.parallel.agreement import SentTensor, decided_by_rank_0, raise_on_every_rank
-from megatron_tiedlora.parallel.fp8_products import check_fp8_device, check_gpu_products, weight_maker
 from megatron_tiedlora.parallel.frozen_weight import WeightMaker
 from megatron_tiedlora.parallel.groups import Grid
+from megatron_tiedlora.parallel.quantised_weight import check_fp8_device, check_gpu_products, weight_maker
 from megatron_tiedlora.planning.layout import Layout, StagePlan, Storage, plan_stages
 from megatron_tiedlora.planning.machines import CPU, DEFAULT_GPU, GPUS, Machine
 from megatron_tiedlora.runtime.launch_env import uses_gpu

@@ -18,7 +18,7 @@ from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.adapters_file import PER_ADAPTER
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.engine.engine_json import SHIPPED_CONFIGS
-from megatron_tiedlora.parallel.fp8_products import check_fp8_capability
+from megatron_tiedlora.parallel.quantised_weight import check_fp8_capability
 from megatron_tiedlora.planning import adapter_plans
 from megatron_tiedlora.planning.layout import PLAIN_STORAGE, Storage
 from megatron_tiedlora.planning.planned import Cluster, Planned, StepPlan, time_together

@@ -26,9 +26,9 @@ from megatron_tiedlora.model.batch import Documents, Supervised
 from megatron_tiedlora.model.fused_attention import attend_within
 from megatron_tiedlora.model.layer_specs import HEAD_ROWS, layer_specs
 from megatron_tiedlora.model.stage import Attended, Stage
-from megatron_tiedlora.parallel.backward import Piece
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.groups import RankGroup, TensorParallel, with_adjoint
+from megatron_tiedlora.parallel.loss import RowSpan
 from megatron_tiedlora.planning import counting
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -250,13 +250,13 @@ class Tracer:
             with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
                 # What the block gets from the one before: its gradient is not kept.
                 begin = anchor if kind.earlier else anchor.detach()
-                hidden = with_adjoint(begin, lambda one: one.new_empty(size), lambda _gradient: None)
+                hidden = with_adjoint(lambda one: one.new_empty(size), lambda _gradient: None, begin)
                 output: Any = stage.run_blocks(hidden, context, self.tensor_parallel, updates)
                 del hidden
                 if isinstance(output, Attended):
                     head: Any = stage.layers[str(stage.head)]
                     head.rows_at_once = sizes.at_once
-                    output = stage.tail.loss(output, _supervised(sizes), self.tensor_parallel)
+                    output = stage.tail.loss(output, _supervised(sizes))
             del updates
             kept = counts.alive - output.untyped_storage().nbytes()
             kept_factors = {name: storage for name, factor in factors.items() if (storage := factor()) is not None}
@@ -278,8 +278,8 @@ class Tracer:
     ) -> tuple[dict[int, LayerUpdate], dict[tuple[str, str], weakref.ref[torch.UntypedStorage]]]:
         """The updates of the block, with gradient slots that keep their gradients; and its factors."""
 
-        def slot(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-            return with_adjoint(anchor, lambda one: one.new_empty(1, dtype=dtype).expand(shape), kept.append)
+        def gradient_slot(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+            return with_adjoint(lambda one: one.new_empty(1, dtype=dtype).expand(shape), kept.append, anchor)
 
         like = next(filter(None, kind.adapters), None)  # gives the shapes of those that do not adapt the block
         if like is None:
@@ -298,7 +298,9 @@ class Tracer:
             a, f = linear.a.detach().clone(), linear.f.detach().clone()
             for letter, factor in (("A", a), ("F", f)):
                 factors[name, letter] = weakref.ref(factor.untyped_storage())
-            grad_a, grad_f = (t if t is None else slot(t.shape, t.dtype) for t in (linear.grad_a, linear.grad_f))
+            grad_a, grad_f = (
+                t if t is None else gradient_slot(t.shape, t.dtype) for t in (linear.grad_a, linear.grad_f)
+            )
             found[name] = linear._replace(a=a, f=f, grad_a=grad_a, grad_f=grad_f)
         return {index: found}, factors
 
@@ -327,7 +329,7 @@ class Tracer:
 def _end(output: torch.Tensor) -> torch.Tensor:
     """Begins a backward pass with a gradient that nothing else holds."""
     shape = output.shape
-    return with_adjoint(output, lambda one: one.new_empty(()), lambda gradient: gradient.new_empty(shape))
+    return with_adjoint(lambda one: one.new_empty(()), lambda gradient: gradient.new_empty(shape), output)
 
 
 def _supervised(sizes: Sizes) -> Supervised:
@@ -335,11 +337,11 @@ def _supervised(sizes: Sizes) -> Supervised:
     rows, chosen = (torch.empty(size, dtype=torch.int64, device=counting.META) for size in given)
     if len(sizes.tokens) == 1:
         return Supervised(rows, rows, chosen, chosen)
-    pieces = tuple(Piece(number, size) for number, size in enumerate(sizes.after))
+    spans = tuple(RowSpan(number, size) for number, size in enumerate(sizes.after))
     # It changes nothing which adapter has which rows of logits, as long as each has some.
-    edges = [len(chosen) * sum(sizes.after[:number]) // len(rows) for number in range(len(pieces) + 1)]
-    labelled = tuple(Piece(number, stop - start) for number, (start, stop) in enumerate(pairwise(edges)))
-    return Supervised(rows, rows, chosen, chosen, pieces, labelled)
+    edges = [len(chosen) * sum(sizes.after[:number]) // len(rows) for number in range(len(spans) + 1)]
+    labelled = tuple(RowSpan(number, stop - start) for number, (start, stop) in enumerate(pairwise(edges)))
+    return Supervised(rows, rows, chosen, chosen, spans, labelled)
 
 
 def _features(kind: Kind, sizes: Sizes) -> list[float]:

@@ -35,8 +35,8 @@ from megatron_tiedlora.model.batch import whole_rows
 from megatron_tiedlora.model.cpu_attention import TiledRows, attend_by_tiles, find_query_tiles, tile_size
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.fused_attention import attend_within, choose_attention
-from megatron_tiedlora.parallel.fp8_products import weight_maker
 from megatron_tiedlora.parallel.kernels import EAGER
+from megatron_tiedlora.parallel.quantised_weight import weight_maker
 from megatron_tiedlora.planning.machines import CPU, DEFAULT_GPU, GPUS, Constant, Machine, listed_peak
 from megatron_tiedlora.runtime.process_group import ranks_by_host
 from megatron_tiedlora.selfcheck.step_bench import MeasuredStep, measured_step

@@ -15,9 +15,9 @@ from megatron_tiedlora.base.shapes import BASE_FORMATS, FP8_CAPABILITY, ModelSha
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.model.families import shape_from_hf
-from megatron_tiedlora.parallel.fp8_products import weight_maker
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
+from megatron_tiedlora.parallel.quantised_weight import weight_maker
 from megatron_tiedlora.selfcheck import running
 from megatron_tiedlora.selfcheck.parts import Tell
 from megatron_tiedlora.selfcheck.reference import Document, loss_and_gradients, relative, worst_of

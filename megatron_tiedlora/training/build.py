@@ -169,7 +169,6 @@ def _build_stage(plans: Plans, device: torch.device, kernels: Kernels, states: S
         dtype=plan.dtype,
         tp_size=grid.tp_size,
         kernels=kernels,
-        recomputes_gate=plan.settings.recompute == "selective",
         deterministic=plan.settings.deterministic,
         make_weight=plan.weight_maker(device),
     )

@@ -94,10 +94,10 @@ def test_gradient_through_norms_of_heads_is_as_exact_as_autograd_s(dtype: torch.
 def test_bytes_kept_of_a_family_in_bf16_are_the_formula_s(name: str, recompute: str) -> None:
     shape = shape_from_hf(tiny_config(**{**FAMILY_MODELS[name], "num_layers": 2}).to_dict())
     adapter = make_adapter_config("tl6", rank=3, layers=(1, 2), targets=targets_of(shape), seed=1)
-    specs = layer_specs(shape, dtype=torch.bfloat16, recomputes_gate=recompute == "selective")
+    specs = layer_specs(shape, dtype=torch.bfloat16)
     layout = Layout((adapter,), length=256, dtype=torch.bfloat16, recompute=recompute)
-    counted = saved_bytes_per_token(Stage(specs, TiedAdapter(AdapterPart.whole(adapter))), torch.bfloat16)
-    assert counted == saved_per_token(shape, layout)
+    stage = Stage(specs, TiedAdapter(AdapterPart.whole(adapter)), recompute=recompute)
+    assert saved_bytes_per_token(stage, torch.bfloat16) == saved_per_token(shape, layout)
 
 
 @pytest.mark.parametrize(("targets", "more"), [(("qkv",), 0), (("qkv", "gate_up"), 32 + 3)])

@@ -13,7 +13,7 @@ from support.engine_runs import SHORT, Layout, engine_json, prepare, run_and_che
 from support.forked_ranks import join_as_launched, run_on_ranks
 from support.gradient_worker import Case
 from support.oracle import OracleConfig, load_weights
-from support.quantised_models import CROSSING, FORMATS, SHAPE, quantised, quantised_folder, with_values
+from support.quantised_models import CROSSING, FORMATS, SHAPE, dequantised, quantised, quantised_folder, with_values
 from support.tiny_models import random_adapter, write_tiny_model
 from test_layouts import LAYOUTS
 from test_parallel_gradients import Answers
@@ -49,7 +49,7 @@ def base_values(cases: Sequence[dict[str, Any]], folder: str) -> list[tuple[Valu
         for name, weight in frozen_weights(runner.stage).items():
             with parameter_access(plan.engine)(list(weight.parameters.values())):
                 if isinstance(weight, QuantisedWeight):
-                    values[name] = weight.values().clone()
+                    values[name] = dequantised(weight)
         parts = plan.grid.dp_size if plan.engine.zero_stage == 3 else 1
         found.append((values, built.bytes_kept[plan.grid.rank], plan.stage.base_bytes // parts))
         runner.engine.destroy()

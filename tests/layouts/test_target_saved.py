@@ -79,9 +79,9 @@ def run_case(case: Case, groups: ParallelGroups) -> float:
     inputs = tokens if plan.is_first else stage.empty_hidden(ROWS, LENGTH).normal_().requires_grad_()
     with saved_by_autograd(stage) as saved:
         numbers = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH) if case.dropout else None
-        output: Any = stage(inputs, torch.arange(LENGTH).expand(ROWS, LENGTH), numbers=numbers)
+        output: Any = stage(inputs, torch.arange(LENGTH).expand(ROWS, LENGTH), token_index=numbers)
         if plan.is_last:
-            stage.tail.loss(output, labels, stage.tensor_parallel)
+            stage.tail.loss(output, labels)
     after = len(find_supervised(labels, layout.sequence_parts).rows) if plan.is_last else 0
     counted = sum(
         tensor.untyped_storage().nbytes()
@@ -95,7 +95,7 @@ def build(case: Case, config: tied_adapter.AdapterConfig, plan: StagePlan, group
     """The stage of this rank, with random weights."""
     first = plan.blocks[0] if case.index else 0
     last = plan.blocks[-1] + plan.is_last
-    specs = layer_specs(SHAPE, dtype=torch.bfloat16, tp_size=TP, recomputes_gate=case.recompute == "selective")
+    specs = layer_specs(SHAPE, dtype=torch.bfloat16, tp_size=TP)
     adapter = tied_adapter.TiedAdapter(tied_adapter.AdapterPart(config, plan.parts[0].layers, groups.tensor.rank, TP))
     adapter.u_sum = sum_of_u(groups)
     adapter.u_sum.start(1)

@@ -69,7 +69,7 @@ def loaded_stage(
 ) -> Stage:
     """The whole model with these adapters; `specs`: more for `layer_specs`."""
     shape = find_model(str(folder)).shape
-    made = layer_specs(shape, dtype=dtype, recomputes_gate=recompute == "selective", **specs)
+    made = layer_specs(shape, dtype=dtype, **specs)
     stage = Stage(made, adapter, recompute=recompute)
     with BaseWeights(folder, shape) as weights:
         load_base_weights(weights, frozen_weights(stage))

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, Target, TiedAdapter, make_adapter_config
 from megatron_tiedlora.base.shapes import HeadShape, NormShape, RopeShape
-from megatron_tiedlora.model.qkv import QkvLinear
+from megatron_tiedlora.model.linears import QkvLinear
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels

@@ -25,7 +25,6 @@ from megatron_tiedlora.data.loader import NUMBERS_OF_SAMPLE
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import Stages, layer_costs, partition, stage_weight_rules
-from megatron_tiedlora.parallel.fp8_products import weight_maker
 from megatron_tiedlora.parallel.frozen_weight import frozen_weights
 from megatron_tiedlora.parallel.groups import (
     Grid,
@@ -36,6 +35,7 @@ from megatron_tiedlora.parallel.groups import (
     largest_of_all,
     named_handles,
 )
+from megatron_tiedlora.parallel.quantised_weight import weight_maker
 from support.forked_ranks import groups_of
 from support.oracle import OracleAdapter, OracleConfig
 from support.oracle_training import OracleBatch
@@ -250,7 +250,6 @@ def build_stage(case: Case, bank: AdapterBank, grid: Grid, groups: ParallelGroup
         case.shape,
         dtype=DTYPE,
         tp_size=grid.tp_size,
-        recomputes_gate=case.recompute == "selective",
         make_weight=weight_maker(case.base),
     )
     stage = Stage(
@@ -299,7 +298,7 @@ def run_case(case: Case, grid: Grid, groups: ParallelGroups) -> Outcome:
                 num_supervised,
                 in_stage=grid.pp_size == 1 and not case.packed,  # as an engine of one stage calls it
                 documents=batch.documents,
-                numbers=drawn if case.dropout else None,
+                token_index=drawn if case.dropout else None,
             )
             loss += float(value)
             input_gradients += [] if gradient is None else [float(gradient.abs().max())]
@@ -356,7 +355,7 @@ class Walk:
         inputs, losses = self._inputs(tokens), torch.zeros(())
         output = self.stage(inputs, positions, labels if in_stage else None, **more)
         if self._is_last:
-            summed = output if in_stage else self.stage.tail.loss(output, labels, self.stage.tensor_parallel)
+            summed = output if in_stage else self.stage.tail.loss(output, labels)
             losses = summed / weight
             losses.sum().backward()
         else:
@@ -376,7 +375,7 @@ class Walk:
         if not self._is_last:
             distributed.send(output.contiguous(), dst=self._neighbour(1))
             return None
-        return self.stage.tail.logits(output, self.stage.tensor_parallel)
+        return self.stage.tail.logits(output)
 
     @property
     def _is_last(self) -> bool:

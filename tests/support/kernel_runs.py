@@ -36,7 +36,7 @@ def loss_and_gradients(
     """Of a model with random weights, each a number of bf16, and an adapter that is not zero."""
     config = shape or model_config()
     adapter = make_adapter_config("tl6", rank=4, layers=(1, 2), targets=targets_of(config), seed=0)
-    specs = layer_specs(config, dtype=dtype, kernels=kernels, recomputes_gate=recompute == "selective")
+    specs = layer_specs(config, dtype=dtype, kernels=kernels)
     stage = Stage(specs, TiedAdapter(AdapterPart.whole(adapter)), recompute=recompute)
     generator = torch.Generator().manual_seed(1)
     for parameter in stage.parameters():

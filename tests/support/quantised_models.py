@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_tiedlora.base.shapes import BaseFormat
+from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
 from support import quantised_oracle as oracle
 
 FORMATS = ("nf4", "int8", "fp8")
@@ -141,3 +142,8 @@ def quantised_folder(plain: Path, into: Path, kind: str) -> tuple[Path, Path]:
     file = with_tensors(plain, into / "quantised", stored) / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": config}))
     return file.parent, with_tensors(plain, into / "values", values)
+def dequantised(weight: QuantisedWeight) -> torch.Tensor:
+    """D(W) in fp32."""
+    found = torch.empty(weight.local_shape, device=weight.tensor.device)
+    weight._dequantise(found)
+    return found

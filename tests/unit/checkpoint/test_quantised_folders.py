@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.quantised_models import KINDS, SHAPE, quantised_folder
+from support.quantised_models import KINDS, SHAPE, dequantised, quantised_folder
 from support.run_files import edit_tensors
 from support.task_files import refusal
 from support.tiny_models import tiny_config, write_tiny_model
@@ -20,9 +20,8 @@ from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model.families import shape_from_hf
-from megatron_tiedlora.parallel.fp8_products import weight_maker
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
-from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
+from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight, weight_maker
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 Folders = dict[str, tuple[Path, Path]]
@@ -59,7 +58,7 @@ def test_shards_have_the_values_of_the_file(folders: Folders, kind: str, size: i
                 else:
                     target = FrozenWeight.empty(*local, dtype=torch.float32)
                 weights.fill(rule, target, tp_rank=rank, tp_size=size)
-                found.append(target.values() if isinstance(target, QuantisedWeight) else target.tensor.detach())
+                found.append(dequantised(target) if isinstance(target, QuantisedWeight) else target.tensor.detach())
             if rule.spec.dim is None:
                 assert all(torch.equal(one, full) for one in found)
             else:

@@ -17,10 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_tiedlora.engine.engine import make_topology
 from megatron_tiedlora.parallel import groups as collectives
-from megatron_tiedlora.parallel.backward import run_with_early_backward
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.groups import ALONE, Grid, RankGroup, TensorParallel, TrafficCounter
-from megatron_tiedlora.parallel.loss import VocabularyShard, sum_token_losses, token_losses
+from megatron_tiedlora.parallel.loss import VocabularyShard, run_with_early_backward, sum_token_losses, token_losses
 
 SIZES = (2, 3, 4)
 RANKS = 4

@@ -62,7 +62,7 @@ def random_stage(
     """The model with random weights and these adapters, and the adapters."""
     bank = AdapterBank({str(number): TiedAdapter(AdapterPart.whole(own)) for number, own in enumerate(adapters)})
     held = bank if len(adapters) > 1 else bank.adapters["0"]
-    specs = layer_specs(SHAPE, dtype=dtype, recomputes_gate=recompute == "selective")
+    specs = layer_specs(SHAPE, dtype=dtype)
     stage, generator = Stage(specs, held, recompute=recompute), torch.Generator().manual_seed(1)
     for parameter in (*stage.parameters(), *(parameter for _, parameter in bank.named_parameters())):
         parameter.data.normal_(0.0, 0.05, generator=generator)
@@ -107,8 +107,8 @@ def positions_after(supervised: Supervised, num_owners: int) -> list[int]:
     if num_owners == 1:
         return [len(supervised.rows)]
     found = [0] * num_owners
-    for piece in supervised.pieces:
-        found[piece.owner] += piece.size
+    for span in supervised.spans:
+        found[span.adapter] += span.size
     return found
 
 

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from support.folders import ROOT
 from support.ranks import ENVIRONMENT
 
-from megatron_tiedlora.parallel.fp8_products import Fp8ProductWeight
+from megatron_tiedlora.parallel.quantised_weight import Fp8MatmulWeight
 from megatron_tiedlora.selfcheck import (
     rank,
     reference,
@@ -352,12 +352,12 @@ def test_a_number_that_differs_is_seen(name: str, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("way", ["times", "times_transposed"])
 def test_a_product_without_a_scale_is_seen(way: str, keep_transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert outcome_of(test_correct.test_products_in_fp8, keep_transposed, CPU) == "passed"
-    original = getattr(Fp8ProductWeight, way)
+    original = getattr(Fp8MatmulWeight, way)
 
-    def without(self: Fp8ProductWeight, rows: torch.Tensor) -> Any:
+    def without(self: Fp8MatmulWeight, rows: torch.Tensor) -> Any:
         return original(self, rows if self.dtype != torch.bfloat16 else rows * 1.02)
 
-    monkeypatch.setattr(Fp8ProductWeight, way, without)
+    monkeypatch.setattr(Fp8MatmulWeight, way, without)
     assert outcome_of(test_correct.test_products_in_fp8, keep_transposed, CPU) == "failed"
 
 
