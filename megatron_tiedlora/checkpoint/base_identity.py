@@ -93,14 +93,8 @@ class BaseIdentity:
 def identify_base(
     source: ModelSource, weights: "BaseWeights | WeightsInMemory", dtype: str, *, tokenizer: str | None = None
 ) -> BaseIdentity:
-    """The identity of a base model; reads some KB of every tensor.
-
-    Args:
-        tokenizer: value of --tokenizer.
-
-    Raises:
-        UserError: the tokenizer's files cannot be read.
-    """
+    """The identity of a base model; reads some KB of every tensor. `tokenizer` is the value of --tokenizer. Raises
+    UserError if the tokenizer's files cannot be read."""
     tokens = tokenizer or source.folder
     return replace(
         identify_shape(source, dtype, weights_hash=weights_hash(source, weights)),
@@ -121,11 +115,8 @@ def weights_hash(source: ModelSource, weights: "BaseWeights | WeightsInMemory") 
 
 
 def identify_model(source: ModelSource, dtype: str, tokenizer: str | None = None) -> BaseIdentity:
-    """The identity of a base model on the disk as it is stored, see `identify_base`.
-
-    Raises:
-        UserError: its files cannot be read.
-    """
+    """The identity of a base model on the disk as it is stored, see `identify_base`. Raises UserError if its files
+    cannot be read."""
     with BaseWeights(source.weights_folder(), source.shape, source.stored) as weights:
         found = identify_base(source, weights, dtype, tokenizer=tokenizer)
     return replace(found, base_format=source.stored_base)
@@ -207,15 +198,13 @@ def _differ(one: str | int | None, other: str | int | None) -> bool:
 def check_same_base(
     trained: BaseIdentity, found: BaseIdentity, *, source: str, differs: bool = False, in_memory: bool = False
 ) -> tuple[str, ...]:
-    """Compare the base in use with the one that an adapter was trained on; returns notes for the user.
+    """Compare the base in use with the one that an adapter was trained on; returns notes for the user. Raises UserError
+    if it is another base, or has another tokenizer.
 
     Args:
         source: the adapter's name in messages.
         differs: value of --base_differs; if true, only the shape must be the same.
         in_memory: the base in use is a model in memory, which has no tokenizer and no flags.
-
-    Raises:
-        UserError: it is another base, or has another tokenizer.
     """
     own = "use its own base" if in_memory else "give its own base with --model"
     for field in SHAPE_FIELDS:
@@ -255,11 +244,8 @@ def check_same_base(
 
 
 def model_source(model: Any) -> ModelSource:
-    """A transformers model as a base model.
-
-    Raises:
-        UserError: it is no causal language model of an implemented family.
-    """
+    """A transformers model as a base model. Raises UserError if it is no causal language model of an implemented
+    family."""
     if not hasattr(getattr(model, "config", None), "to_json_string"):
         raise UserError(f"{type(model).__name__} is not a model of transformers: it has no config")
     fields = json.loads(model.config.to_json_string())  # as save_pretrained writes them
@@ -322,10 +308,7 @@ def is_plain(tensor: torch.Tensor) -> bool:
 
 def identify_in_memory(model: Any, source: ModelSource) -> BaseIdentity:
     """The identity of a model as it is in memory. If some weights are quantised or offloaded, their sample is unknown.
-
-    Raises:
-        UserError: it lacks a module, or its final norm is not whole.
-    """
+    Raises UserError if it lacks a module, or its final norm is not whole."""
     weights, norm = WeightsInMemory(model, source), source.shape.final_norm
     values = weights.read(f"{norm.source}.weight")
     if values.shape != (norm.size,) or not is_plain(values):

@@ -68,14 +68,11 @@ def merged_rows(rows: torch.Tensor, a: torch.Tensor, b_rows: torch.Tensor) -> to
 
 
 class MergedWeights(BaseWeights):
-    """A base checkpoint, read with an adapter merged into it.
+    """A base checkpoint, read with an adapter merged into it; `changed` are the stored tensors whose values this
+    changes.
 
     It keeps the factors of the last tensor, so the rows of a tensor are best read one after another. Those of all
-    layers at once would take memory for each layer.
-
-    Attributes:
-        changed: the stored tensors whose values the merge changes.
-    """
+    layers at once would take memory for each layer."""
 
     def __init__(self, source: ModelSource, adapter: NativeAdapter | None, *, base_format: str | None = None) -> None:
         """Open the files of `source`.
@@ -140,11 +137,8 @@ def check_whole(weight: torch.Tensor, place: AdaptedTensor) -> None:
 
 @torch.no_grad()
 def merge_(weight: torch.Tensor, adapter: TiedAdapter, place: AdaptedTensor, *, sign: int = 1) -> None:
-    """W += sign B' A' in place, with the bits of a merged checkpoint.
-
-    Raises:
-        UserError: the weight is quantised, offloaded or sharded.
-    """
+    """W += sign B' A' in place, with the bits of a merged checkpoint. Raises UserError if the weight is quantised,
+    offloaded or sharded."""
     check_whole(weight, place)
     a, b = (factor.to(weight.device) for factor in place.factors(adapter.config, adapter.factors()))
     for rows in row_blocks(tuple(weight.shape)):
@@ -192,7 +186,8 @@ def load_model(
 ) -> Stage:
     """This rank's part of the model in evaluation mode, base in `dtype` and adapter in fp32.
 
-    It does not check whether the adapter belongs to the base; `convert.inputs.check_base` does.
+    It does not check whether the adapter belongs to the base; `convert.inputs.check_base` does. Raises UserError if
+    weights are missing or do not fit.
 
     Args:
         adapter: one, or several by name; the stage then has a bank.
@@ -202,9 +197,6 @@ def load_model(
         merged: merge the adapter into the weights (added in fp32, cast once) instead of keeping it separate.
         kernels: of the layers, eager or compiled.
         progress: show a bar.
-
-    Raises:
-        UserError: weights are missing or do not fit.
     """
     grid, groups = grid or Grid(0, 1), groups or ParallelGroups()
     shape = source.shape

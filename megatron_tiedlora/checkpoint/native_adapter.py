@@ -38,11 +38,8 @@ _LARGEST_STD = 1e3  # of the initial values
 
 @dataclass(frozen=True)
 class NativeAdapter:
-    """A loaded adapter: its config, its base, and its full fp32 tensors.
-
-    Attributes:
-        sealed: False if it was read from files without checksums.
-    """
+    """A loaded adapter: its config, its base, and its full fp32 tensors. `sealed` is False if its files have no
+    checksums."""
 
     config: AdapterConfig
     base_identity: BaseIdentity
@@ -130,10 +127,7 @@ def save_adapter(
 
 def copy_adapter_files(source: Path, target: Path, adapter: NativeAdapter) -> None:
     """Copy the two files of `adapter`, which was read from the folder `source`, into the existing folder `target`.
-
-    Raises:
-        UserError: the files have changed since then.
-    """
+    Raises UserError if the files have changed since then."""
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         shutil.copyfile(source / name, target / name)
     try:
@@ -269,11 +263,8 @@ def check_update(config: AdapterConfig, state: Mapping[str, torch.Tensor], *, so
 
 
 def read_config(folder: Path) -> tuple[AdapterConfig, BaseIdentity, dict[str, str]]:
-    """(config, base, checksums of the other files) of the adapter in `folder`; its tensors are not read.
-
-    Raises:
-        UserError: as `load_native_adapter`, for its config.
-    """
+    """(config, base, checksums of the other files) of the adapter in `folder`; its tensors are not read. Raises
+    UserError as `load_native_adapter`, for its config."""
     file = folder / CONFIG_FILE
     content = read_json_object(file, kind="a native Tied-LoRA adapter folder")
     if content.get("peft_type", PEFT_TYPE) != PEFT_TYPE:

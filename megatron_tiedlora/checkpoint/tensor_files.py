@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from megatron_tiedlora.base.atomic import sync_path, write_json
-from megatron_tiedlora.base.messages import UserError, as_given, shown
+from megatron_tiedlora.base.messages import UserError, as_given, os_errors, shown
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.shapes import BASE_FORMATS
 from megatron_tiedlora.base.text_files import check_file
@@ -131,11 +131,7 @@ class Header:
 
 
 def read_header(file: Path) -> Header:
-    """The header of a file.
-
-    Raises:
-        UserError: the header is invalid, or the file is truncated.
-    """
+    """The header of a file. Raises UserError if the header is invalid, or the file is truncated."""
     with _opened(file) as stream:
         header = _read_header(file, stream)
         end = header.begin + max((entry["data_offsets"][1] for entry in header.entries.values()), default=0)
@@ -149,10 +145,8 @@ def read_runs(file: Path, header: Header, name: str) -> torch.Tensor:
     first value to its last; all values if it has no more than that.
 
     Only these values are read. Codes of quantised weights are bytes. A memory map would read ahead, by megabytes for
-    each run on some systems.
-
-    Raises:
-        UserError: the file is not a whole safetensors file, or has no floating-point tensor of that name.
+    each run on some systems. Raises UserError if the file is not a whole safetensors file, or has no floating-point
+    tensor of that name.
     """
     entry, begin = header.entries.get(name), header.begin
     with _opened(file) as stream:
@@ -181,11 +175,8 @@ def run_starts(size: int) -> tuple[list[int], int]:
 def _opened(file: Path) -> Iterator[BinaryIO]:
     if not file.is_file():
         raise UserError(f"{file}: not a whole safetensors file (no such file)")
-    try:
-        with file.open("rb") as stream:
-            yield stream
-    except OSError as error:
-        raise UserError(f"{file}: not a whole safetensors file ({error.strerror or error})") from None
+    with os_errors(f"{file}: not a whole safetensors file"), file.open("rb") as stream:
+        yield stream
 
 
 def _read_header(file: Path, stream: BinaryIO) -> Header:
@@ -219,11 +210,7 @@ def all_finite(values: torch.Tensor) -> bool:
 
 @dataclass(frozen=True)
 class StreamedTensor:
-    """A tensor that is made block by block.
-
-    Attributes:
-        blocks: makes the blocks; their values follow each other as in the whole tensor of `shape`.
-    """
+    """A tensor that is made block by block. The values of `blocks` have the order of the whole tensor of `shape`."""
 
     name: str
     dtype: torch.dtype
@@ -269,11 +256,8 @@ def sharded(tensors: Sequence[StreamedTensor], shard_bytes: int = SHARD_BYTES) -
 
 
 def write_files(folder: Path, files: Sequence[StreamedFile], *, bar: str = "weights", progress: bool = False) -> None:
-    """Write files in which each tensor's values are made as they are written, and the index if they are several.
-
-    Args:
-        bar: what the progress bar says.
-    """
+    """Write files in which each tensor's values are made as they are written, and the index if they are several. `bar`
+    is the text of the progress bar."""
     total = sum(file.value_bytes for file in files)
     with progress_bar(bar, "B", total=total, shows=progress) as shown, ThreadPoolExecutor(1) as thread:
         flushed = []
@@ -288,11 +272,8 @@ def write_files(folder: Path, files: Sequence[StreamedFile], *, bar: str = "weig
 
 
 def file_head(tensors: Iterable[tuple[str, str, Sequence[int], int]]) -> bytes:
-    """What stands in front of the values in a file: the header, and its length.
-
-    Args:
-        tensors: name, type as headers name it, shape and bytes of each, in the order of their values.
-    """
+    """The header of a file and its length, which stand in front of the values. `tensors` has name, type as headers name
+    it, shape and bytes of each, in the order of their values."""
     entries, end = {}, 0
     for name, kind, shape, size in tensors:
         start, end = end, end + size

@@ -183,11 +183,8 @@ def _waits(path: Path, names: str, timeout_minutes: float) -> Iterator[None]:
 def _write_rows(
     path: Path, *, stream: RowStream, content: str, encoding: Encoding, name: str, first_only: bool
 ) -> None:
-    """Tokenise the rows of a stream into the existing folder `path`.
-
-    Args:
-        first_only: leave out rows that belong to the sample of an earlier row.
-    """
+    """Tokenise the rows of a stream into the existing folder `path`. With `first_only`, rows that belong to the sample
+    of an earlier row are left out."""
 
     def read() -> Iterator[NumberedRow]:
         seen = 0
@@ -313,11 +310,7 @@ def written_arrays(
     """Yield a function that appends values to arrays of these dtypes, (number of values,) each, given by name.
 
     They are in an existing folder, which is complete when the block has ended: every file's size and hash are recorded
-    with a hash of the record, so that damage is noticed.
-
-    Args:
-        facts: JSON that belongs to the arrays.
-    """
+    with a hash of the record, so that damage is noticed. `facts` is JSON that is written beside the arrays."""
     with ExitStack() as stack:
         files = {name: stack.enter_context((folder / name).open("wb")) for name in dtypes}
 

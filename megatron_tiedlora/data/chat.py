@@ -22,10 +22,8 @@ _WORD = re.compile(r"\w+")
 
 
 class Chat:
-    """How the rows of a data set become text. It runs the tokenizer's chat template, so it has to be closed.
-
-    Args:
-        tokenizer: None if it is unknown, as for a text that is not tokenised.
+    """How the rows of a data set become text. It runs the tokenizer's chat template, so it has to be closed. The
+    tokenizer is None if it is unknown, as for a text that is not tokenised.
 
     Attributes:
         reading: what the user decided.
@@ -42,11 +40,8 @@ class Chat:
         self._names: dict[bool, TemplateNames] = {}  # by whether there are tools, as some have a template for these
 
     def segments(self, conversation: Conversation, source: str) -> tuple[tuple[Segment, ...], int]:
-        """The text of a conversation, and how many of its segments are before the last answer.
-
-        Raises:
-            UserError: the template does not know a role, would drop a field, or fails.
-        """
+        """The text of a conversation, and how many of its segments are before the last answer. Raises UserError if the
+        template does not know a role, would drop a field, or fails."""
         if self.reading.train_on == "last_turn":
             conversation = conversation.with_last_turn_alone()
         self._check_known(conversation, source)
@@ -233,10 +228,7 @@ class ControlTokens:
 
     def guard(self, value: Any, what: str, source: str) -> Any:
         """`value` (a text, or JSON with texts) of a row, with its control tokens marked. `what` names it in messages.
-
-        Raises:
-            UserError: there is one, and it is to be rejected.
-        """
+        Raises UserError if there is one, and it is to be rejected."""
         if isinstance(value, dict):
             return {self.guard(key, what, source): self.guard(item, what, source) for key, item in value.items()}
         if not isinstance(value, str):

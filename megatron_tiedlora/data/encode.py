@@ -230,12 +230,9 @@ def continuation_ids(tokenizer: Tokenizer, texts: Sequence[str], *, plain: bool 
     """Tokenise texts that follow a prompt, so that decoding prompt and continuation gives the joined text.
 
     A tokenizer that prefixes a space would add one to " 42" and to "42". So a leading space is removed, and the
-    tokenizer adds it again. A text without one is tokenised after a newline, whose ids are then dropped. If the
-    newline merges with the text into one token, the extra space stays.
-
-    Args:
-        plain: whether control tokens in the texts are read as plain text.
-    """
+    tokenizer adds it again. A text without one is tokenised after a newline, whose ids are then dropped. If the newline
+    merges with the text into one token, the extra space stays. With `plain`, control tokens in the texts are read as
+    plain text."""
     if not texts or not adds_prefix_space(tokenizer):
         return _ids(tokenizer, texts, plain=plain)
     newline = _ids(tokenizer, ["\n"])[0]
@@ -324,10 +321,7 @@ class RowEncoder(Encoder):
 
 def encoded_rows(rows: Iterable[NumberedRow], encoding: Encoding) -> Iterator[Arrays]:
     """Yield the samples of rows, chunk by chunk in order: arrays as `encode.joined` returns them, with all facts.
-
-    Raises:
-        UserError: as `RowEncoder.encode`, or if rows of a file have several shapes.
-    """
+    Raises UserError as `RowEncoder.encode`, or if rows of a file have several shapes."""
     # A row counts as 1 / CHUNK of the bytes at least, so no chunk has more than CHUNK rows.
     chunks = filled((row, max(num_bytes(row[-1][0]), CHUNK_BYTES / CHUNK), CHUNK_BYTES) for row in rows)
     first = list(islice(chunks, _FEW_CHUNKS + 1))

@@ -133,10 +133,8 @@ def training_steps(
     """Yield the steps of one data-parallel rank after `consumed_samples`, without end.
 
     With the count of a finished step (`TrainingStep.consumed_samples`) it continues exactly there. If `numbered`,
-    micro-batches have their tokens' numbers.
-
-    Raises:
-        UserError: a global batch has no supervised token; on every rank, for the same step.
+    micro-batches have their tokens' numbers. Raises UserError, on every rank for the same step, if a global batch has
+    no supervised token.
     """
     dp_size, packed = shape.data_parallel, shape.packed_length is not None
     make = partial(collate, dataset, pad_id=pad_id, pad_multiple=pad_multiple, packed=packed)

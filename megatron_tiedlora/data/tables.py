@@ -92,11 +92,8 @@ def is_saved_folder(path: Path) -> bool:
 
 
 def saved_folder_rows(path: Path, *, split: str) -> Iterator[Row]:
-    """Yield the rows of a folder that `save_to_disk` wrote, of one split if it has several.
-
-    Raises:
-        UserError: it cannot be read, or has no such split.
-    """
+    """Yield the rows of a folder that `save_to_disk` wrote, of one split if it has several. Raises UserError if it
+    cannot be read, or has no such split."""
     import datasets
 
     try:

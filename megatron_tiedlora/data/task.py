@@ -14,7 +14,8 @@ from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import AddBos, SpecialTokensInText, TrainOn, parse_columns
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.data.readers import Row, is_text
+from megatron_tiedlora.data.readers import is_text
+from megatron_tiedlora.data.tables import HubData, Row
 from megatron_tiedlora.data.turns import Conversation
 
 
@@ -40,8 +41,18 @@ class Reading:
     trains: bool = True
 
     def __post_init__(self) -> None:
-        """Check the template. Raises UserError if it is not text with {field} names."""
-        object.__setattr__(self, "template", _check_template(self.template) if self.template else None)
+        r"""Replace each typed \n of the template. Raises UserError if it is not text with {field} names."""
+        template, said = self.template or "", f"--prompt_template {self.template!r}"
+        try:
+            names = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
+        except ValueError as error:
+            raise UserError(f"{said}: {error}; write {{field}}, or {{{{ for a brace") from error
+        if not is_text(template):
+            raise UserError(f"{said}: holds half of a surrogate pair, which is not text; remove it")
+        for name, spec, conversion in names:
+            if not (name or "").isidentifier() or spec or conversion:
+                raise UserError(f"{said}: {{{name}}} is not a plain {{field}} name; write {{{{ for a brace")
+        object.__setattr__(self, "template", template.replace("\\n", "\n") or None)
 
     @classmethod
     def of(cls, settings: Settings | EvaluateSettings) -> "Reading":
@@ -60,21 +71,6 @@ class Reading:
 def template_fields(template: str | None) -> tuple[str, ...]:
     """The fields that a checked template names; none without one."""
     return tuple(name for _, name, _, _ in string.Formatter().parse(template or "") if name is not None)
-
-
-def _check_template(template: str) -> str:
-    r"""Return the checked template, with each typed \n (a shell's quotes hold no newline) replaced by a newline."""
-    try:
-        names = [(name, spec, conv) for _, name, spec, conv in string.Formatter().parse(template) if name is not None]
-    except ValueError as error:
-        raise UserError(f"--prompt_template {template!r}: {error}; write {{field}}, or {{{{ for a brace") from error
-    if not is_text(template):
-        raise UserError(f"--prompt_template {template!r}: holds half of a surrogate pair, which is not text; remove it")
-    for name, spec, conversion in names:
-        if not name.isidentifier() or spec or conversion:
-            found = f"--prompt_template {template!r}: {{{name}}} is not a plain {{field}} name"
-            raise UserError(f"{found}; write {{{{ for a brace")
-    return template.replace("\\n", "\n")
 
 
 Split = Literal["train", "validation", "test"]
@@ -103,20 +99,6 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class HubSource:
-    """The task's own rows on the hub.
-
-    splits: our split -> the hub's; without validation, it is carved from train.
-    parquet_branch: read the hub's parquet copy, for a repo with a loading script, which `datasets` rejects.
-    """
-
-    id: str
-    splits: Mapping[str, str]
-    config: str | None = None
-    parquet_branch: bool = False
-
-
-@dataclass(frozen=True)
 class Task:
     """One task.
 
@@ -126,7 +108,8 @@ class Task:
     parts: (row, source, what the user decided about rows) -> `Parts`; raises UserError naming source and field.
     metrics: names of metrics in the evaluation package; the first is the task's own.
     stop: a prediction ends before this text; None: only end-of-sequence ends it.
-    hub: the task's own rows; None if there are only the user's.
+    hub: the task's own rows by our split, all of one data set; without validation, it is carved from train. None if
+        there are only the user's.
     validation_rows: how many rows are carved from a large train part (from a small one, 5 %).
     merge_by: held-out rows with the same value of this field are one sample with several references.
     unfold: (row, source) -> flat rows, for files with nested rows.
@@ -148,7 +131,7 @@ class Task:
     parts: Callable[[Mapping[str, Any], str, Reading], Parts]
     metrics: tuple[str, ...]
     stop: str | None = None
-    hub: HubSource | None = None
+    hub: Mapping[str, HubData] | None = None
     validation_rows: int = 500
     merge_by: str | None = None
     unfold: Callable[[Mapping[str, Any], str], Iterator[Row]] | None = None

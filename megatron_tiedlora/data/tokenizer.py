@@ -59,11 +59,8 @@ def load_tokenizer(path_or_hub: str | Path) -> Tokenizer:
 
 @contextmanager
 def library_errors(source: str | Path, what: str) -> Iterator[None]:
-    """Turn any error of a tokenizer's library into one line with `source`, `what` and the library's reason.
-
-    Raises:
-        UserError: the block failed. Ctrl-C, an exit and a run's stop pass through.
-    """
+    """Turn any error of a tokenizer's library into one line with `source`, `what` and the library's reason. It raises
+    UserError. Ctrl-C, an exit and a run's stop pass through."""
     try:
         yield
     except UserError:
@@ -88,14 +85,8 @@ def start_ids(tokenizer: Tokenizer, add_bos: str) -> list[int]:
 
 def end_ids(tokenizer: Tokenizer, model_folder: Path, *, vocab_size: int) -> frozenset[int]:
     """The ids that end a sequence: the tokenizer's, and those of the model's generation_config.json (chat models have
-    several). As in transformers, ids outside of the model's vocabulary are ignored.
-
-    Args:
-        vocab_size: rows of the model's embedding.
-
-    Raises:
-        UserError: the tokenizer has none, or the file contains something other than integers.
-    """
+    several). As in transformers, ids outside of the `vocab_size` rows of the model's embedding are ignored. Raises
+    UserError if the tokenizer has none, or the file contains something other than integers."""
     if tokenizer.eos_token_id is None:
         raise _rejection(tokenizer.name_or_path, "has no end-of-sequence token")
     file = model_folder / "generation_config.json"
@@ -273,14 +264,8 @@ _VOCABULARIES = (("tokenizer.json",), ("tokenizer.model",), ("*.model",), ("voca
 
 
 def tokenizer_hash(source: str | Path) -> str | None:
-    """Hash of the vocabulary, BOS, EOS, added tokens and the chat template; None without a vocabulary.
-
-    Args:
-        source: a folder, a SentencePiece file, or a hub id.
-
-    Raises:
-        UserError: a file cannot be read or downloaded.
-    """
+    """Hash of the vocabulary, BOS, EOS, added tokens and the chat template of a folder, a SentencePiece file or a hub
+    id; None without a vocabulary. Raises UserError if a file cannot be read or downloaded."""
     path = user_path(str(source))
     if path.is_file():
         return _hash([path], {})

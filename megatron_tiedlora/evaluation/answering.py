@@ -87,16 +87,13 @@ def encode_scored(
     model_folder: Path,
     vocab_size: int,
 ) -> ScoredSet:
-    """Tokenise samples as training does, with prompts truncated to `longest_prompt` tokens.
+    """Tokenise samples as training does, with prompts truncated to `longest_prompt` tokens. Raises UserError if the
+    tokenizer has no end token, the task's metrics cannot score an example, or a choice has no token.
 
     Args:
         reading: what the user decided about rows.
         model_folder: its files name tokens that end a sequence, in addition to the tokenizer's.
         vocab_size: rows of the model's embedding.
-
-    Raises:
-        UserError: the tokenizer has no end token, the task's metrics cannot score an example, or a choice has no
-            token.
     """
     ends = end_ids(tokenizer, model_folder, vocab_size=vocab_size)
     metrics = [find_metric(name) for name in task.metrics]
@@ -125,11 +122,8 @@ def encode_scored(
 
 
 def read_scored(plans: EvaluationPlans) -> dict[str, ScoredSet]:
-    """What each adapter is to answer. Rows that several answer in the same way are read once.
-
-    Raises:
-        UserError: names the files, rows, tokenizer or vocabulary that do not fit.
-    """
+    """What each adapter is to answer. Rows that several answer in the same way are read once. Raises UserError, which
+    names the files, rows, tokenizer or vocabulary that do not fit."""
     read: dict[str, ScoredSet] = {}
     found = {}
     for name, plan in plans.items():

@@ -32,11 +32,8 @@ from megatron_tiedlora.parallel.loss import IGNORED_LABEL
 
 
 class AdapterRows(NamedTuple):
-    """What one adapter's sequences bring to a call: tokens and their positions, (b, s) int64, and one cache per block.
-
-    Attributes:
-        adapter: its name in the stage's bank; ONLY if the stage has one adapter at most.
-    """
+    """The input of a call for one adapter: tokens and their positions, (b, s) int64, and one cache per block. `adapter`
+    is its name in the stage's bank, or ONLY if the stage has at most one adapter."""
 
     tokens: torch.Tensor
     positions: torch.Tensor
@@ -55,11 +52,8 @@ class Decoder:
     def __init__(
         self, stage: Stage, groups: ParallelGroups, shape: ModelShape, *, calls_together: bool = False
     ) -> None:
-        """The stage must be in evaluation mode.
-
-        Args:
-            calls_together: whether all ranks must call the model equally often, as ZeRO-3 gathers weights in each call.
-        """
+        """The stage must be in evaluation mode. With `calls_together`, all ranks must call the model equally often, as
+        ZeRO-3 gathers weights in each call."""
         self.stage = stage
         self.pipeline, self.choices = groups.pipeline, groups.choices
         self.shape = shape
@@ -143,11 +137,8 @@ class Decoder:
         }
 
     def share(self, chosen: torch.Tensor | None, batch: int) -> Callable[[], torch.Tensor]:
-        """Send the last stage's tokens, (batch,) int64, to every stage; `chosen` is None on the other stages.
-
-        Returns:
-            a function that waits for the tokens. These functions must be called in the order in which they were made.
-        """
+        """Send the last stage's tokens, (batch,) int64, to every stage; `chosen` is None on the other stages. Returns a
+        function that waits for the tokens. These functions must be called in the order in which they were made."""
         from_last: dict[str, Any] = {"group": self.choices.handle, "group_src": self.choices.size - 1}
 
         def receive() -> torch.Tensor:
@@ -288,11 +279,8 @@ class _Batch:
     """The sequences of one adapter in a part of the batch, longest first."""
 
     def __init__(self, decoder: Decoder, given: Prompts, prompts: Sequence[Sequence[int]], num_steps: int) -> None:
-        """An empty cache for `prompts`, which are some of the adapter's.
-
-        Args:
-            num_steps: how many tokens may be computed, of which no more than the adapter's own maximum are used.
-        """
+        """An empty cache for `prompts`, which are some of the adapter's. At most `num_steps` tokens are computed, and
+        at most the adapter's own maximum is used."""
         self.given = given
         self.order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
         self.prompts = [prompts[index] for index in self.order]
@@ -409,17 +397,11 @@ def _most_likely(logits: torch.Tensor | None) -> torch.Tensor | None:
 
 @torch.no_grad()
 def ending_log_likelihoods(decoder: Decoder, samples: Sequence[Sample], *, adapter: str = ONLY) -> list[list[float]]:
-    """Summed log-likelihood of each ending after its prompt, in nats.
+    """Summed log-likelihood of each ending after its prompt, in nats, with an adapter as in `AdapterRows`: by sample
+    and ending on ranks of the last stage; elsewhere one empty list per sample.
 
     The last token of a prompt predicts the first token of an ending, so it is computed with the endings. The tokens
-    before it go through the model once, and stay in the cache.
-
-    Args:
-        adapter: as in `AdapterRows`.
-
-    Returns:
-        values by sample and ending on ranks of the last stage; elsewhere one empty list per sample.
-    """
+    before it go through the model once, and stay in the cache."""
     scores: list[list[float]] = []
     for part in split_evenly(samples, decoder.pipeline.size):
         for some in _groups(part, whole=decoder.calls_together):

@@ -166,15 +166,13 @@ _LOOKS_LIKE_DATA = OUR_FIELDS | {
 def find_shape(
     row: Fields, source: str, *, named: Collection[str] = (), columns: Mapping[str, str] | None = None
 ) -> RowShape:
-    """The shape of a row.
+    """The shape of a row. Raises UserError if it has no shape, several, or a field that looks like data and would not
+    be read.
 
     Args:
         named: fields that the user's prompt template reads.
         columns: our field -> the user's, of those that --columns names. The shape reads all of them. If they are all
             that it needs, the user has chosen, and fields of other shapes are left alone.
-
-    Raises:
-        UserError: it has no shape, several, or a field that looks like data and would not be read.
     """
     columns = columns or {}
     found = [shape for shape in SHAPES if all(row.get(name) is not None for name in shape.needs)]
@@ -247,11 +245,8 @@ def _parts(row: Mapping[str, Any], source: str, reading: Reading) -> Parts:
 
 
 def _chat(chat: Conversation, source: str, reading: Reading) -> Conversation:
-    """The turns with what is supervised, or scored, in them.
-
-    Raises:
-        UserError: nothing is supervised; names the turn with the flag, and the fix.
-    """
+    """The turns with what is supervised, or scored, in them. Raises UserError, which names the turn with the flag, if
+    nothing is supervised."""
     if not reading.trains:
         return chat.with_last_turn_alone(scored=True)
     if not any(turn.trained for turn in chat.turns):
