@@ -210,10 +210,8 @@ def check_same_base(
     for field in SHAPE_FIELDS:
         value, other = getattr(trained, field), getattr(found, field)
         if value != other:
-            raise UserError(
-                f"{source}: trained on {trained.base_model} with {field} {value}, but {found.base_model} has {other};"
-                f" {own}"
-            )
+            said = f"{source}: trained on {trained.base_model} with {field} {value}, but {found.base_model} has {other}"
+            raise UserError(f"{said}; {own}")
     notes: tuple[str, ...] = ()
     if trained.base_sample is None and found.base_sample is not None:
         why = "saved where its base's weights were quantised or offloaded"

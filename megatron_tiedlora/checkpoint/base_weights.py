@@ -48,9 +48,8 @@ def weight_map(folder: Path) -> dict[str, Path]:
             if name in ("", "..") or Path(name).name != name or len(name) > _LONGEST_NAME:
                 raise UserError(f"{index}: names a file outside its folder: {shown(name)}")
             if not (folder / name).is_file():
-                raise UserError(
-                    f"{folder / name}: no such file, but {tensor_files.INDEX_FILE} names it; download the model again"
-                )
+                said = f"{folder / name}: no such file, but {tensor_files.INDEX_FILE} names it"
+                raise UserError(f"{said}; download the model again")
         return {tensor: folder / name for tensor, name in entries.items()}
     single = folder / tensor_files.SINGLE_FILE
     if not single.is_file():
@@ -153,10 +152,8 @@ class BaseWeights(WeightFiles):
             rows = slice(start, start + _COMPARED_ROWS)
             same = same and bool(torch.equal(ours[rows], theirs[rows]))
         if not same:
-            raise UserError(
-                f"{self.folder / 'config.json'}: tie_word_embeddings is true, but {head} differs from {embedding},"
-                " so that transformers would not tie them; set it to false"
-            )
+            said = f"{self.folder / 'config.json'}: tie_word_embeddings is true, but {head} differs from {embedding}"
+            raise UserError(f"{said}, so that transformers would not tie them; set it to false")
 
     def sample(self, name: str) -> torch.Tensor:
         """Values of the stored tensor `name` at positions that depend only on its shape: all, or some thousands.

@@ -163,10 +163,8 @@ def describe_dtype(given: str | None, resolved: str) -> str:
 def check_same_dtype(resolved: str) -> None:
     """Raise UserError on every rank if the default of --dtype differs between hosts."""
     if differing := num_differing(resolved):
-        raise UserError(
-            f"--dtype: the default of {count_text(differing, 'rank')} is not that of rank 0, because their CPUs differ;"
-            " give --dtype fp32"
-        )
+        said = f"--dtype: the default of {count_text(differing, 'rank')} is not that of rank 0"
+        raise UserError(f"{said}, because their CPUs differ; give --dtype fp32")
 
 
 def load_model(

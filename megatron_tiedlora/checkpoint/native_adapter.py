@@ -256,10 +256,8 @@ def check_update(config: AdapterConfig, state: Mapping[str, torch.Tensor], *, so
         largest = {name: float(state[name].abs().max()) for name, (of, _) in config.tensors.items() if of is target}
         if (bound := abs(config.alpha) * math.prod(largest.values())) > _LARGEST_UPDATE:
             name = max(largest, key=lambda name: largest[name])
-            raise UserError(
-                f"{source}: its update may reach {bound:.1e} (the largest value of {name} is {largest[name]:.1e}), so"
-                " the file is damaged; copy it again"
-            )
+            said = f"{source}: its update may reach {bound:.1e} (the largest value of {name} is {largest[name]:.1e})"
+            raise UserError(f"{said}, so the file is damaged; copy it again")
 
 
 def read_config(folder: Path) -> tuple[AdapterConfig, BaseIdentity, dict[str, str]]:

@@ -344,9 +344,8 @@ class StoredWeights:
         scale = self._needed(name, _ROW_SCALE)
         by_row, found = ((shape[0], 1), (shape[0],)), tuple(scale.get_shape())
         if found not in ((), (1,), (1, 1), *by_row) or scale.get_dtype() not in FLOAT_TYPES:
-            raise UserError(
-                f"{name}{_ROW_SCALE} is {as_given(scale.get_dtype())} {found}, not one number, or one for each row"
-            )
+            said = f"{name}{_ROW_SCALE} is {as_given(scale.get_dtype())} {found}"
+            raise UserError(f"{said}, not one number, or one for each row")
 
     def read(self, name: str, shape: TensorShape, rows: slice, columns: slice) -> QuantisedRows:
         """Codes and scales of a range of rows and columns; in nf4 of columns that make up whole blocks."""
@@ -389,9 +388,8 @@ class StoredWeights:
             tensor = self._needed(name, part)
             found = torch.Size(tensor.get_shape()).numel()
             if tensor.get_dtype() != dtype or found != count:
-                raise UserError(
-                    f"{name}{part} is {as_given(tensor.get_dtype())} of {found:,} numbers, not {dtype} of {count:,}"
-                )
+                said = f"{name}{part} is {as_given(tensor.get_dtype())} of {found:,} numbers"
+                raise UserError(f"{said}, not {dtype} of {count:,}")
             # Codes may be one column or one row; rows are sliced from one run of numbers.
             sizes = list(tensor.get_shape())
             if sizes not in ([count], *([] if part else ([count, 1], [1, count]))):
@@ -419,10 +417,8 @@ class StoredWeights:
         if block % self._block:
             raise UserError(f"{name} has blocks of {block}, which are not whole blocks of {self._block}")
         if shape[1] % block:
-            raise UserError(
-                f"{name} has blocks of {block} that cross its rows of {shape[1]} weights, so it cannot be sharded; give"
-                " the model with weights in bf16, fp16 or fp32, and --base nf4"
-            )
+            said = f"{name} has blocks of {block} that cross its rows of {shape[1]} weights, so it cannot be sharded"
+            raise UserError(f"{said}; give the model with weights in bf16, fp16 or fp32, and --base nf4")
         # A float, since torch adds no integer above 2^63.
         return _Nf4State(block, None if nested is None else (nested[0], float(nested[1])))
 

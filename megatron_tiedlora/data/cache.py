@@ -69,12 +69,7 @@ class TrainingData:
 
 
 def tokenised_once(
-    encoding: Encoding,
-    *,
-    files: Files,
-    seed: int,
-    cache_dir: str | Path | None = None,
-    timeout_minutes: float = 30.0,
+    encoding: Encoding, *, files: Files, seed: int, cache_dir: str | Path | None = None, timeout_minutes: float = 30.0
 ) -> TrainingData:
     """Return the training and the validation part, which are read and tokenised if no process did so before.
 
@@ -109,9 +104,8 @@ def tokenised_once(
         write_splits = partial(_write_splits, stored=stored, streams=streams, seed=seed, encoding=encoding)
         order, facts = once(choice, _SPLITS, write_splits, streams["train"].names)
     except OSError as error:
-        raise UserError(
-            f"{folder}: the cache of tokenised data cannot be written ({error}); free space there"
-        ) from error
+        said = f"{folder}: the cache of tokenised data cannot be written ({error})"
+        raise UserError(f"{said}; free space there") from error
     train = TokenDataset(**stored["train"][0], order=order["train"])
     validation = TokenDataset(**stored[parts[-1]][0], order=order["validation"])
     return TrainingData(train, validation, **{**facts, "mix": tuple(facts["mix"])})

@@ -132,10 +132,8 @@ class Chat:
             role, calls = message["role"], "tool_calls" in names.fields  # such a template writes what tools answer too
             known = role in _PLAIN_ROLES or role in names.constants or (role == TOOL and calls)
             if not known and self.reading.special_tokens == "refuse":
-                raise UserError(
-                    f"{where}: role {shown(role)} is not known to {self._name}; {self._fix}, or"
-                    " --special_tokens_in_text plain to write it as it is"
-                )
+                said = f"{where}: role {shown(role)} is not known to {self._name}"
+                raise UserError(f"{said}; {self._fix}, or --special_tokens_in_text plain to write it as it is")
 
     def _check_written(self, conversation: Conversation, text: str, source: str) -> None:
         """Raise UserError if the template drops the text of a turn, or a call; the longest word stands for a text."""

@@ -57,10 +57,8 @@ def parse_sources(given: str, flag: str) -> tuple[Source, ...]:
     if flag != "--train_file":
         raise UserError(f"{flag} {given}: only --train_file takes weights; every row is evaluated once, so remove them")
     if not all(weights) or not math.isclose(sum(weights), 1, abs_tol=1e-6):
-        raise UserError(
-            f"{flag} {given}: the weights are {' + '.join(f'{weight:g}' for weight in weights)} ="
-            f" {sum(weights):g}; give weights above 0 that sum to 1"
-        )
+        said = f"{flag} {given}: the weights are {' + '.join(f'{weight:g}' for weight in weights)} = {sum(weights):g}"
+        raise UserError(f"{said}; give weights above 0 that sum to 1")
     return sources
 
 
@@ -229,20 +227,16 @@ def _renamed(
     for ours, theirs in columns.items():
         if known and ours not in known:
             turned = f"; did you mean {theirs}={ours}?" if theirs in known else ""
-            raise UserError(
-                f"--columns {ours}={theirs}: {ours!r} is not a field of ours{nearest_name(ours, known)}{turned}; ours"
-                f" are {', '.join(sorted(known))}"
-            )
+            said = f"--columns {ours}={theirs}: {ours!r} is not a field of ours{nearest_name(ours, known)}{turned}"
+            raise UserError(f"{said}; ours are {', '.join(sorted(known))}")
         if theirs not in row:
             raise UserError(
                 f"{source}: --columns {ours}={theirs}: there is no field {theirs!r}; the row has"
                 f" {describe_fields(row)}; name one of these, or write {theirs!r}: null in rows without it"
             )
         if ours not in columns.values() and not is_empty(row.get(ours)):
-            raise UserError(
-                f"{source}: --columns {ours}={theirs}: the row has a field {ours!r} too ({shown(row[ours])}); rename"
-                " it in the file, or read it under another name with --columns"
-            )
+            said = f"{source}: --columns {ours}={theirs}: the row has a field {ours!r} too ({shown(row[ours])})"
+            raise UserError(f"{said}; rename it in the file, or read it under another name with --columns")
     others = {name: value for name, value in row.items() if name not in columns.values()}
     return {**others, **{ours: row[theirs] for ours, theirs in columns.items()}}
 

@@ -159,10 +159,8 @@ def check_shape(shape: str, source: str, first_rows: dict[str, tuple[str, str]])
     of the first row of each file so far, to which a new file is added."""
     expected, first = first_rows.setdefault(source.rpartition(":")[0], (shape, source))
     if shape != expected:
-        raise UserError(
-            f"{source}: a row of shape {shape} in a file whose first row ({first}) has shape {expected}; give each"
-            " shape a file of its own"
-        )
+        said = f"{source}: a row of shape {shape} in a file whose first row ({first}) has shape {expected}"
+        raise UserError(f"{said}; give each shape a file of its own")
 
 
 def make_example(task: Task, chat: Chat, sample: Sequence[Row]) -> Example:

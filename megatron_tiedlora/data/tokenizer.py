@@ -186,10 +186,8 @@ def check_conversion(source: str | Path) -> None:
 
     if tuple(int(part) for part in __version__.split(".")[:2]) < _EXACT_SENTENCEPIECE:
         needed = ".".join(map(str, _EXACT_SENTENCEPIECE))
-        raise UserError(
-            f"{source}: transformers {__version__} gives other ids than SentencePiece; run `pip install"
-            f" 'transformers>={needed}'`"
-        )
+        said = f"{source}: transformers {__version__} gives other ids than SentencePiece"
+        raise UserError(f"{said}; run `pip install 'transformers>={needed}'`")
 
 
 def _load_sentencepiece(path: Path, *, config_folder: Path | None) -> Tokenizer:

@@ -159,12 +159,7 @@ def check_same_rows(scored: Sequence[ScoredSet]) -> None:
 
 
 def answer_all(
-    decoder: Decoder,
-    scored: Mapping[str, ScoredSet],
-    *,
-    grid: Grid,
-    agree: Agree = bool,
-    progress: bool = False,
+    decoder: Decoder, scored: Mapping[str, ScoredSet], *, grid: Grid, agree: Agree = bool, progress: bool = False
 ) -> dict[str, list[Answer]]:
     """Answer the prompts of each adapter by greedy decoding.
 

@@ -149,15 +149,11 @@ def _check_same_base(first: tuple[str, EvaluationPlan], plan: EvaluationPlan) ->
     name, other = first
     folder, expected = (one.source.weights_folder().resolve() for one in (plan, other))
     if folder != expected:
-        raise UserError(
-            f"its base is {plan.source.name}, and that of {name} is {other.source.name}; evaluate them apart, or give"
-            " one with --model"
-        )
+        said = f"its base is {plan.source.name}, and that of {name} is {other.source.name}"
+        raise UserError(f"{said}; evaluate them apart, or give one with --model")
     if plan.base_format != other.base_format:
-        raise UserError(
-            f"its base would be in {plan.base_format or plan.dtype_name}, and that of {name} in"
-            f" {other.base_format or other.dtype_name}; give --base"
-        )
+        said = f"its base would be in {plan.base_format or plan.dtype_name}"
+        raise UserError(f"{said}, and that of {name} in {other.base_format or other.dtype_name}; give --base")
 
 
 def _plan(settings: EvaluateSettings, *, rank: int, world_size: int, identify: Identify) -> EvaluationPlan:
@@ -198,9 +194,8 @@ def _base_format(settings: EvaluateSettings, source: ModelSource, adapter: Nativ
     if given == UNQUANTISED:
         return None
     if settings.merge_adapter:
-        raise UserError(
-            f"--merge_adapter adds the adapter to weights in --dtype, and these are in {given}; give --base none"
-        )
+        said = f"--merge_adapter adds the adapter to weights in --dtype, and these are in {given}"
+        raise UserError(f"{said}; give --base none")
     return source.base_format(given)
 
 
@@ -251,11 +246,7 @@ def _find_model(
         source.check_length("--max_length", longest)
         return source, None, "merged" if is_merged(source) else "base", ()
     opened = open_adapter(
-        settings.adapter,
-        settings.model,
-        tokenizer=settings.tokenizer,
-        longest=longest,
-        differs=settings.base_differs,
+        settings.adapter, settings.model, tokenizer=settings.tokenizer, longest=longest, differs=settings.base_differs
     )
     used, trained = _base_format(settings, opened.source, opened.adapter), opened.adapter.base_identity.base_format
     base = check_base(

@@ -192,10 +192,8 @@ def find_shape(
     found.sort(key=lambda shape: len(_unread_by(shape, columns)))
     shape = found[0]
     for name in _unread_by(shape, columns):
-        raise UserError(
-            f"{source}: --columns {name}={columns[name]}: rows of shape {shape.name} are read without {name!r}, only"
-            f" with {', '.join((*shape.fields, REFERENCES))}; leave it out"
-        )
+        said = f"{source}: --columns {name}={columns[name]}: rows of shape {shape.name} are read without {name!r}"
+        raise UserError(f"{said}, only with {', '.join((*shape.fields, REFERENCES))}; leave it out")
     if columns and set(shape.needs) <= columns.keys():
         return shape
     for other in found[1:]:
@@ -207,10 +205,8 @@ def find_shape(
     for name, value in row.items():
         unread = name in _LOOKS_LIKE_DATA and name not in (*shape.fields, REFERENCES) and name not in named
         if unread and not is_empty(value):
-            raise UserError(
-                f"{source}: field {name!r} looks like data, but rows of shape {shape.name} are read without it; name"
-                f" the fields to read with --columns {_choice(shape, columns)}{preference}"
-            )
+            said = f"{source}: field {name!r} looks like data, but rows of shape {shape.name} are read without it"
+            raise UserError(f"{said}; name the fields to read with --columns {_choice(shape, columns)}{preference}")
     return shape
 
 
@@ -250,10 +246,8 @@ def _chat(chat: Conversation, source: str, reading: Reading) -> Conversation:
     if not reading.trains:
         return chat.with_last_turn_alone(scored=True)
     if not any(turn.trained for turn in chat.turns):
-        raise UserError(
-            f"{source}: no answer of the assistant is to be trained (train, weight or loss is false in each); remove"
-            " the row, or let an answer be trained"
-        )
+        said = f"{source}: no answer of the assistant is to be trained (train, weight or loss is false in each)"
+        raise UserError(f"{said}; remove the row, or let an answer be trained")
     if reading.train_on == "last_turn" and not (last := chat.turns[-1]).trained:
         raise UserError(
             f"{source}, {last.name}: is not to be trained (train, weight or loss), and --train_on last_turn trains"

@@ -78,9 +78,8 @@ def _dataset() -> Any:
     """reasoning-gym's `gsm_symbolic`, with one item per index of `_BLOCKS`."""
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None:
-        raise UserError(
-            "the demo task needs the package reasoning-gym; install it with: pip install 'megatron_tiedlora[demo]'"
-        )
+        said = "the demo task needs the package reasoning-gym"
+        raise UserError(f"{said}; install it with: pip install 'megatron_tiedlora[demo]'")
     if _PACKAGE not in sys.modules:
         with suppress(ImportError), _empty_parents(spec.submodule_search_locations or ()):
             return _built()

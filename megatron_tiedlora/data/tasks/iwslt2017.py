@@ -53,9 +53,8 @@ def _aligned_files(argument: str, flag: str) -> Callable[[], list[Row]] | None:
         said = f"{flag} {argument}: names {len(names)} files that do not fit together"
         raise UserError(f"{said}; give two text files as {flag} GERMAN,ENGLISH, or {kinds}")
     if bare != names:
-        raise UserError(
-            f"{flag} {argument}: two aligned texts are one source, which has no weights; give {flag} {','.join(bare)}"
-        )
+        said = f"{flag} {argument}: two aligned texts are one source, which has no weights"
+        raise UserError(f"{said}; give {flag} {','.join(bare)}")
     first, second = (_language(name) for name in names)
     if first is not None and first == second:
         raise UserError(f"{flag} {argument}: both files end in .{first}; give the German and the English one")
