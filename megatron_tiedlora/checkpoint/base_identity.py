@@ -1,4 +1,4 @@
-"""Which base model and tokenizer an adapter belongs to, identified by hashes that are equal for all copies of a model.
+"""The base model and tokenizer of an adapter, identified by hashes that are equal for all copies of a model.
 
 A hash of the config identifies shape and computation; a hash of values at fixed positions of every tensor identifies
 the weights. Values are hashed as bf16, so a copy in another precision is the same base. A change below the precision
@@ -45,7 +45,7 @@ _NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}  # what the linears ma
 
 @dataclass(frozen=True, kw_only=True)
 class BaseIdentity:
-    """Which base model an adapter was trained on. The fields have the names that they have in files.
+    """The base model on which an adapter was trained. The fields have their names in files.
 
     Attributes:
         base_model: as the user gave it to --model.
@@ -181,7 +181,7 @@ def identify_shape(source: ModelSource, dtype: str, *, weights_hash: str) -> Bas
 
 
 def base_differences(trained: BaseIdentity, found: BaseIdentity) -> tuple[str, ...]:
-    """Which of config, weights and tokenizer differ from those in training, as far as both sides know them."""
+    """The parts (config, weights, tokenizer) that differ from those in training, as far as both sides know them."""
     differ = {
         "config": _differ(trained.base_hash, found.base_hash),
         "weights": _differ(trained.base_weights_hash, found.base_weights_hash)

@@ -1,4 +1,4 @@
-"""What --model means: a folder on disk, the demo model, a hub id, or a preset shape without weights."""
+"""The base model that --model names: a folder on disk, the demo model, a hub id, or a preset shape without weights."""
 
 import hashlib
 import json

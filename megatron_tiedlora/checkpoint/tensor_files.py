@@ -311,7 +311,7 @@ QuantisedRows = tuple[torch.Tensor, torch.Tensor, int]  # codes, scales, and the
 
 
 class _Nf4State(NamedTuple):
-    """What the JSON beside a tensor of bitsandbytes says. `nested`: (size of a block of scales, their offset)."""
+    """The JSON beside a tensor of bitsandbytes. `nested` is (size of a block of scales, their offset)."""
 
     block: int
     nested: tuple[int, float] | None
@@ -431,19 +431,16 @@ class StoredWeights:
         first, last = start * width // 2, stop * width // 2
         codes = (stored[:, first:last] if one_row else stored[first:last]).reshape(stop - start, width // 2)
         per_row = width // state.block
-        scales, more = self._scales(name, state, slice(start * per_row, stop * per_row))
+        blocks = slice(start * per_row, stop * per_row)
+        scales = self._slice_of(name + _ABSMAX)[blocks]
+        num_bytes = codes.nbytes + scales.nbytes
+        if state.nested is not None:  # the scales are codes with scales of their own
+            size, offset = state.nested
+            levels, of_groups = self._slice_of(name + _NESTED_LEVELS)[:], self._slice_of(name + _NESTED_ABSMAX)[:]
+            num_bytes += of_groups.nbytes
+            groups = torch.arange(blocks.start, blocks.stop) // size
+            scales = levels[scales.int()] * of_groups[groups] + offset
         scales = scales.view(stop - start, per_row)
         scales = scales.repeat_interleave(state.block // self._block, dim=1)
-        num_bytes = codes.nbytes + more
         own = codes[:, columns.start // 2 : columns.stop // 2]
         return own, scales[:, columns.start // self._block : columns.stop // self._block], num_bytes
-
-    def _scales(self, name: str, state: _Nf4State, blocks: slice) -> tuple[torch.Tensor, int]:
-        """(plain scales of a range of blocks, fp32; the bytes that were read)."""
-        found = self._slice_of(name + _ABSMAX)[blocks]
-        if state.nested is None:
-            return found, found.nbytes
-        size, offset = state.nested
-        levels, scales = self._slice_of(name + _NESTED_LEVELS)[:], self._slice_of(name + _NESTED_ABSMAX)[:]
-        groups = torch.arange(blocks.start, blocks.stop) // size
-        return levels[found.int()] * scales[groups] + offset, found.nbytes + scales.nbytes

@@ -114,7 +114,7 @@ def tokenised_once(
 def _once(
     folder: Path, timeout_minutes: float, key: str, dtypes: Mapping[str, Any], write: Callable[[Path], None], names: str
 ) -> _Stored:
-    """What the folder `key` holds. `write` is called for it if no process has written it, or is writing it."""
+    """The content of the folder `key`. `write` is called for it unless a process has written it, or is writing it."""
     path = folder / key
     waits = _waits(path, names, timeout_minutes)
 

@@ -22,11 +22,11 @@ _WORD = re.compile(r"\w+")
 
 
 class Chat:
-    """How the rows of a data set become text. It runs the tokenizer's chat template, so it has to be closed. The
+    """Turns the rows of a data set into text. It runs the tokenizer's chat template, so it has to be closed. The
     tokenizer is None if it is unknown, as for a text that is not tokenised.
 
     Attributes:
-        reading: what the user decided.
+        reading: the user's choices.
         control: the tokenizer's control tokens in a row's texts.
         templated: whether there is a chat template, which writes the beginning and the end of a text too.
     """
@@ -118,7 +118,12 @@ class Chat:
 
     def _check_known(self, conversation: Conversation, source: str) -> None:
         """Raise UserError for what the template, or lines without one, would drop or not know."""
-        names = self._template_names(bool(conversation.tools), source)
+        names, has_tools = TemplateNames(), bool(conversation.tools)
+        if self._template is not None:
+            if has_tools not in self._names:
+                text = _template_text(self._tokenizer, self.reading, tools=[] if has_tools else None)
+                self._names[has_tools] = self._template.names(text, source)
+            names = self._names[has_tools]
         if conversation.tools and "tools" not in names.variables:
             raise UserError(f"{source}: 'tools' is not read by {self._name}; {self._fix}, or remove the field")
         for turn in conversation.turns:
@@ -147,28 +152,20 @@ class Chat:
                     said = f"{source}, {turn.name}: {self._name} does not write {what}"
                     raise UserError(f"{said}; give another --chat_template, or remove it")
 
-    def _template_names(self, has_tools: bool, source: str) -> TemplateNames:
-        if self._template is None:
-            return TemplateNames()
-        if has_tools not in self._names:
-            text = _template_text(self._tokenizer, self.reading, tools=[] if has_tools else None)
-            self._names[has_tools] = self._template.names(text, source)
-        return self._names[has_tools]
-
     @property
     def _fix(self) -> str:
         return f"give {'another' if self.templated else 'a'} --chat_template"
 
 
 def chat_writer(tokenizer: Any, reading: Reading) -> str:
-    """What writes the text of conversations with a tokenizer, in words."""
+    """The writer of the text of conversations with a tokenizer, in words."""
     if not getattr(tokenizer, "chat_template", None):
         return "lines of User: and Assistant: (the tokenizer has no chat template)"
     return f"the chat template of {reading.chat_template or getattr(tokenizer, 'name_or_path', 'the tokenizer')}"
 
 
 def chat_note(tokenizer: Any, reading: Reading) -> str:
-    """How conversations are read with a tokenizer, for the first lines of a run."""
+    """The way in which conversations are read with a tokenizer, for the first lines of a run."""
     said = f"{chat_writer(tokenizer, reading)}; {'every' if reading.train_on == 'all_turns' else 'the last'} answer"
     if not tokenizer.chat_template:
         return f"{said} is supervised"
@@ -244,7 +241,7 @@ class ControlTokens:
         )
 
     def pieces(self, text: str) -> list[tuple[str, bool]]:
-        """The text without marks, as pieces and whether each is a control token that is plain text."""
+        """The text without marks, in parts, and whether each is a control token that is plain text."""
         if self.meaning != "plain" or (_START not in text and _END not in text):
             return [(text, False)]
         pieces = []

@@ -99,10 +99,7 @@ class Encoder:
         self._add_bos = reading.add_bos
         self._start = start_ids(tokenizer, self._add_bos)
         self.chat = Chat(tokenizer, reading)
-
-    def close(self) -> None:
-        """End the template's process."""
-        self.chat.close()
+        self.close = self.chat.close
 
     def samples(self, examples: Sequence[Example]) -> Iterator[list[Encoded]]:
         """Yield the samples of each example: one, or several of a long text."""
@@ -154,13 +151,13 @@ class Encoder:
         return tokens, supervised
 
     def _start_of(self, example: Example, tokens: list[int]) -> list[int]:
-        """What is put in front: a chat template writes its own start, and nothing is written twice."""
+        """The ids that are put in front. A chat template writes its own start, and nothing is written twice."""
         templated = self.chat.templated and example.conversation is not None
         written = (templated and self._add_bos == "auto") or tokens[: len(self._start)] == self._start
         return [] if written else self._start
 
     def _continued(self, tokens: list[int], supervised: list[bool]) -> Iterator[Encoded]:
-        """A text in pieces of the maximum length. The last has two tokens at least, since one predicts nothing."""
+        """A text in parts of the maximum length. The last has two tokens at least, since one predicts nothing."""
         edges = [*range(0, len(tokens), self._max_length), len(tokens)]
         if edges[-1] - edges[-2] == 1:
             edges[-2] -= 1

@@ -61,13 +61,10 @@ def may_be_hub_id(name: str) -> bool:
 
 @dataclass(frozen=True)
 class LocalData:
-    """What a name means on this host: a file, all files of a folder or pattern, or a folder that `save_to_disk` wrote.
+    """Files that a name means on this host: a file, all files of a folder or pattern, or a folder of `save_to_disk`.
 
     A .json file holds a list of objects, or an object whose `data` is such a list (nested SQuAD). The elements of the
-    list are the rows, and the task unfolds them.
-
-    split: which part of that, where there are several.
-    """
+    list are the rows, and the task unfolds them. `split` is the part that is read, where there are several."""
 
     name: str
     split: str

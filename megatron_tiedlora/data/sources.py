@@ -1,5 +1,5 @@
-"""What a data flag names, and its rows: files, folders, patterns and hub data sets, one or several, with or without
-weights, or the task's own source.
+"""Sources of rows, as a data flag names them: files, folders, patterns and hub data sets, one or several, with or
+without weights; or the task's own source.
 
 Owns the syntax NAME[:WEIGHT][,NAME[:WEIGHT]...], how often rows of each source are used, --columns, and the hash of
 what is read. Leaves formats to `readers`.
@@ -171,7 +171,7 @@ class RowStream:
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """What the rows are read from, one after another."""
+        """The sources from which the rows are read, one after another."""
         return tuple(source for source, _, _ in self._parts)
 
     @property

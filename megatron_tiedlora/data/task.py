@@ -1,8 +1,8 @@
 """A task is one small record: where its rows are, how a prompt is built, and how answers are scored.
 
-Owns the record's class, what users decide about rows, and the samples as text that come of both, with the one rule that
-joins an answer to its prompt. The tasks are in `tasks`, one file each. Leaves reading splits to `splits`, file formats
-to `readers`, tokens to `encode`, and the metrics, which are only named here, to the evaluation package.
+Owns the record's class, the choices of users about rows, and the samples as text that come of both, with the one rule
+that joins an answer to its prompt. The tasks are in `tasks`, one file each. Leaves reading splits to `splits`, file
+formats to `readers`, tokens to `encode`, and the metrics, which are only named here, to the evaluation package.
 """
 
 import string
@@ -21,7 +21,7 @@ from megatron_tiedlora.data.turns import Conversation
 
 @dataclass(frozen=True)
 class Reading:
-    """What users decide about their rows. The defaults are those of the settings.
+    """The choices of users about their rows. The defaults are those of the settings.
 
     columns: our field -> the user's field; None if rows are read as they are.
     train_on: which answers of a chat are supervised.
@@ -56,7 +56,8 @@ class Reading:
 
     @classmethod
     def of(cls, settings: Settings | EvaluateSettings) -> "Reading":
-        """Those of a command. What it leaves to an adapter's run is the default if there is none."""
+        """The choices in a command's settings. A choice that is left to an adapter's run has its default if there is
+        none."""
         return cls(
             columns=parse_columns(settings.columns),
             train_on=settings.train_on if isinstance(settings, Settings) else "last_turn",
@@ -153,7 +154,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of a sample's text that is tokenised on its own.
+    """A part of a sample's text that is tokenised on its own.
 
     supervised: whether its tokens are learned.
     plain: whether control tokens in it are read as plain text.

@@ -122,8 +122,8 @@ def encode_scored(
 
 
 def read_scored(plans: EvaluationPlans) -> dict[str, ScoredSet]:
-    """What each adapter is to answer. Rows that several answer in the same way are read once. Raises UserError, which
-    names the files, rows, tokenizer or vocabulary that do not fit."""
+    """The samples that each adapter is to answer. Rows that several answer in the same way are read once. Raises
+    UserError, which names the files, rows, tokenizer or vocabulary that do not fit."""
     read: dict[str, ScoredSet] = {}
     found = {}
     for name, plan in plans.items():
@@ -186,11 +186,9 @@ def answer_all(
             num_rows = [min(some.batch_size, len(some.batches[number])) for some in present]  # the first rank has most
             rooms = [BATCHES_AT_ONCE * some.scored.batch_size for some in present]
             for together in filled(zip(present, num_rows, rooms, strict=True)):
-                asked = [some.mine_of(number) for some in together]
-                prompts = [some.prompts(indices) for some, indices in zip(together, asked, strict=True)]
-                found = generate(decoder, prompts, agree=agree)
-                for some, indices, rows in zip(together, asked, found, strict=True):
-                    some.take(decoder, indices, rows)
+                found = generate(decoder, [some.ask(number) for some in together], agree=agree)
+                for some, rows in zip(together, found, strict=True):
+                    some.take(decoder, rows)
                     bar.update(len(some.batches[number]))
     gathered = [gather_on_rank_0(some.mine if sends else {}, kind=_Answers) for some in sets]
     pairs = zip(sets, gathered, strict=True)
@@ -211,28 +209,24 @@ class _AskedSet:
         whole = self.batch_size * grid.dp_size
         self.batches = [self.order[start : start + whole] for start in range(0, len(self.order), whole)]
         self.is_end = _stop_test(scored.tokenizer, scored.task.stop)
+        self.asked: list[int] = []  # this rank's samples in the batch that is decoded; there may be none
         self.mine: _Answers = {}
 
-    def mine_of(self, number: int) -> list[int]:
-        """This rank's samples in a batch; there may be none."""
-        start = self.grid.dp_rank * self.batch_size
-        return self.batches[number][start : start + self.batch_size]
-
-    def prompts(self, indices: Sequence[int]) -> Prompts:
-        """The prompts of this rank's samples."""
-        scored = self.scored
-        ids = [scored.prompts[index].tolist() for index in indices or self.order[:1]]
+    def ask(self, number: int) -> Prompts:
+        """The prompts of this rank's samples in a batch; without any, the first prompt of all."""
+        scored, start = self.scored, self.grid.dp_rank * self.batch_size
+        self.asked = self.batches[number][start : start + self.batch_size]
+        ids = [scored.prompts[index].tolist() for index in self.asked or self.order[:1]]
         return Prompts(ids, scored.end_ids, scored.max_new_tokens, self.is_end, self.adapter)
 
-    def take(self, decoder: Decoder, indices: Sequence[int], rows: Sequence[Sequence[int]]) -> None:
-        """Keep the answers of a batch, and score the choices of its samples."""
+    def take(self, decoder: Decoder, rows: Sequence[Sequence[int]]) -> None:
+        """Keep the answers of the batch, and score the choices of its samples."""
         scored = self.scored
         choice_scores: list[list[float]] = [[] for _ in rows]
         if any(scored.endings):
-            used = indices or self.order[:1]
-            samples = [(scored.prompts[index].tolist(), scored.endings[index]) for index in used]
+            samples = [(scored.prompts[i].tolist(), scored.endings[i]) for i in self.asked or self.order[:1]]
             choice_scores = ending_log_likelihoods(decoder, samples, adapter=self.adapter)
-        for index, row, scores in zip(indices, rows, choice_scores, strict=False):
+        for index, row, scores in zip(self.asked, rows, choice_scores, strict=False):
             self.mine[index] = (_text(scored.tokenizer, row, scored.task.stop), tuple(scores))
 
     def answers(self, gathered: Sequence[_Answers]) -> list[Answer]:

@@ -33,7 +33,7 @@ from megatron_tiedlora.parallel.loss import IGNORED_LABEL
 
 class AdapterRows(NamedTuple):
     """The input of a call for one adapter: tokens and their positions, (b, s) int64, and one cache per block. `adapter`
-    is its name in the stage's bank, or ONLY if the stage has at most one adapter."""
+    is its name on the stage, or ONLY if the stage has at most one adapter."""
 
     tokens: torch.Tensor
     positions: torch.Tensor

@@ -211,7 +211,7 @@ def find_shape(
 
 
 def _unread_by(shape: RowShape, columns: Collection[str]) -> list[str]:
-    """Those of the fields that --columns names which the shape does not read."""
+    """The fields that --columns names and the shape does not read."""
     return [name for name in columns if name not in (*shape.fields, REFERENCES)]
 
 

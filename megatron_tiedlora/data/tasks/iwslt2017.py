@@ -36,10 +36,9 @@ def _unfold(row: Mapping[str, Any], source: str) -> Iterator[Row]:
 
 
 def _aligned_files(argument: str, flag: str) -> Callable[[], list[Row]] | None:
-    """What reads the rows of two text files, German and English, or None if the argument names files of rows.
+    """A function that reads the rows of two text files, German and English; None if the argument names files of rows.
 
-    The last suffix that is .de or .en tells the language of a file; without one, the order does.
-    """
+    The last suffix that is .de or .en tells the language of a file; without one, the order does."""
     names = [argument] if user_path(argument).exists() else [name.strip() for name in argument.split(",")]
     bare = [parse_source(name).name for name in names]
     if len(names) > 1 and all(map(_holds_rows, bare)):
