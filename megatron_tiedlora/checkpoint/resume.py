@@ -201,11 +201,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     adapter, state = native_adapter.load_native_adapter(folder), folder / STATE_FILE
     for name in (native_adapter.CONFIG_FILE, native_adapter.WEIGHTS_FILE):
         text_files.check_file(folder / name, sums)  # intact files may still be from another step
-    shapes = {
-        moment_name(moment, name): adapter.config.shape(name)
-        for moment in MOMENTS
-        for name in adapter.config.num_trained()
-    }
+    trained = adapter.config.num_trained()
+    shapes = {moment_name(moment, name): adapter.config.shape(name) for moment in MOMENTS for name in trained}
     moments = read_tensors(state, shapes, sums=sums)
     for name, values in moments.items():
         if name.startswith(f"{_MEAN_OF_SQUARES}.") and bool((values < 0).any()):

@@ -67,9 +67,8 @@ def read_tensors(
                 raise UserError(f"{file}: {name} is {as_given(entries[name]['dtype'])}, not floating point")
 
         check_tensors(file, header.shapes, shapes, check_type)
-        expected = header.begin + sum(
-            FLOAT_TYPES[entry["dtype"]].itemsize * math.prod(entry["shape"]) for entry in entries.values()
-        )
+        sizes = (FLOAT_TYPES[entry["dtype"]].itemsize * math.prod(entry["shape"]) for entry in entries.values())
+        expected = header.begin + sum(sizes)
         stream.seek(0)
         raw = stream.read(expected + 1)
     if len(raw) != expected:
@@ -194,9 +193,8 @@ def _read_header(file: Path, stream: BinaryIO) -> Header:
             raise ValueError(f"a header of {len(content):,} tensors")
         for name, entry in content.items():
             sizes = [*entry["shape"], entry["data_offsets"][0], entry["data_offsets"][1]]
-            if not isinstance(entry["dtype"], str) or any(
-                type(size) is not int or not 0 <= size < _LARGEST_SIZE for size in sizes
-            ):
+            in_range = all(type(size) is int and 0 <= size < _LARGEST_SIZE for size in sizes)
+            if not isinstance(entry["dtype"], str) or not in_range:
                 raise ValueError(f"the header's entry {shown(name)} has the wrong type")
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise UserError(f"{file}: not a whole safetensors file ({error or type(error).__name__})") from None

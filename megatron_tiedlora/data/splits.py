@@ -181,8 +181,8 @@ def make_example(task: Task, chat: Chat, sample: Sequence[Row]) -> Example:
             conversation=first.conversation,
         )
     prompt = _prompt(task, chat, first, source)
-    follows = [chat.control.guard(ending, "the answer", source) for ending in first.endings]
-    answer = chat.control.guard(first.answers[0], "the answer", source)
+    follows = [chat.guard(ending, "the answer", source) for ending in first.endings]
+    answer = chat.guard(first.answers[0], "the answer", source)
     right = first.choices.index(first.answers[0]) if follows else -1
     completion = follows[right] if follows else join_answer(prompt, answer)
     before, after = chat.cut(prompt, False), chat.cut(completion, True, ends=True)
@@ -211,7 +211,7 @@ def _parts(task: Task, reading: Reading, row: Mapping[str, Any], source: str) ->
 
 def _prompt(task: Task, chat: Chat, parts: Parts, source: str) -> str:
     """The prompt of a row that is no chat, with marks at control tokens that are plain text."""
-    reading, guard = chat.reading, chat.control.guard
+    reading, guard = chat.reading, chat.guard
     template = reading.template or task.template
     if reading.template is None and parts.prompt is not None:
         prompt = guard(parts.prompt, "field 'prompt'", source)

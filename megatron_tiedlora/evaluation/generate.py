@@ -72,10 +72,9 @@ class Decoder:
     def new_caches(self, batch: int, capacity: int) -> list[KeyValueCache]:
         """Empty caches for the blocks of the stage, with `capacity` tokens per sequence."""
         like = torch.empty(0, dtype=cache_dtype(self.dtype, self.device), device=self.device)
-        local_kv_heads = self.shape.heads.num_kv // self.stage.tensor_parallel.group.size
-        return [
-            KeyValueCache.empty(batch, local_kv_heads, capacity, self.shape.heads.dim, like) for _ in self.stage.blocks
-        ]
+        heads = self.shape.heads
+        local_kv_heads = heads.num_kv // self.stage.tensor_parallel.group.size
+        return [KeyValueCache.empty(batch, local_kv_heads, capacity, heads.dim, like) for _ in self.stage.blocks]
 
     @torch.no_grad()
     def forward(

@@ -54,12 +54,8 @@ class Score:
 
     def plain(self) -> dict[str, Any]:
         """The score as it is written to files."""
-        return {
-            "score": self.value,
-            "n": self.num_samples,
-            "confidence_interval": [self.low, self.high],
-            "signature": self.signature,
-        }
+        interval = [self.low, self.high]
+        return {"score": self.value, "n": self.num_samples, "confidence_interval": interval, "signature": self.signature}
 
 
 def score_answers(
