@@ -75,20 +75,7 @@ class TrainingStep:
     consumed_samples: int
 
 
-@dataclass(frozen=True)
-class BatchShape(BatchPlan):
-    """The division of a global batch, the same on every rank; with packing, `micro_batch_size` is the maximum.
-
-    Attributes:
-        packed_length: tokens of a packed row; None: one sample per row.
-        min_micro_batches: minimum micro-batches per rank with packing, capped at the unpacked number.
-    """
-
-    packed_length: int | None = None
-    min_micro_batches: int = 1
-
-
-def plan_global_batch(dataset: TokenDataset, shape: BatchShape, *, seed: int, consumed_samples: int) -> GlobalBatch:
+def plan_global_batch(dataset: TokenDataset, shape: BatchPlan, *, seed: int, consumed_samples: int) -> GlobalBatch:
     """Plan the step that follows `consumed_samples`. It is a pure function of its arguments.
 
     With packing, the numbers of micro-batches and of their rows depend on the samples, and are equal on every rank.
@@ -121,7 +108,7 @@ def plan_global_batch(dataset: TokenDataset, shape: BatchShape, *, seed: int, co
 
 def training_steps(
     dataset: TokenDataset,
-    shape: BatchShape,
+    shape: BatchPlan,
     *,
     seed: int,
     dp_rank: int,

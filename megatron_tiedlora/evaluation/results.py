@@ -54,8 +54,8 @@ class Score:
 
     def plain(self) -> dict[str, Any]:
         """The score as it is written to files."""
-        interval = [self.low, self.high]
-        return {"score": self.value, "n": self.num_samples, "confidence_interval": interval, "signature": self.signature}
+        values = {"score": self.value, "n": self.num_samples, "confidence_interval": [self.low, self.high]}
+        return {**values, "signature": self.signature}
 
 
 def score_answers(
