@@ -286,8 +286,8 @@ def _marked(
 
     # It returns (texts, spans by text), which its own annotation does not say.
     found: Any = render_jinja_template(
-        conversations=[list(messages)],
-        tools=None if tools is None else list(tools),
+        conversations=[list[Any](messages)],
+        tools=None if tools is None else list[Any](tools),
         chat_template=tokenizer.get_chat_template(tools=tools),
         return_assistant_tokens_mask=True,
         add_generation_prompt=starts_answer,
