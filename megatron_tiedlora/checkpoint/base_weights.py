@@ -34,6 +34,7 @@ from megatron_tiedlora.parallel.shard_spec import stream_seed
 _LONGEST_NAME = 60  # of a file name; model-00001-of-00030.safetensors has half as many characters
 _COMPARED_ROWS = 4096  # of two tensors, at a time
 Access = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
+Largest = Callable[[torch.Tensor], torch.Tensor] | None
 
 
 def weight_map(folder: Path) -> dict[str, Path]:
@@ -187,13 +188,7 @@ class BaseWeights(WeightFiles):
         return tensor
 
     def fill(
-        self,
-        rule: WeightRule,
-        target: FrozenWeight,
-        *,
-        tp_rank: int = 0,
-        tp_size: int = 1,
-        largest: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        self, rule: WeightRule, target: FrozenWeight, *, tp_rank: int = 0, tp_size: int = 1, largest: Largest = None
     ) -> None:
         """Read this rank's shard of one weight into `target`, block by block; `largest` as in `load_base_weights`.
         Raises UserError if a weight that the backward pass divides by has a zero, or one that cannot be quantised is
@@ -248,7 +243,7 @@ def load_base_weights(
     access: Access = nullcontext,
     tp_rank: int = 0,
     tp_size: int = 1,
-    largest: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    largest: Largest = None,
     reads: bool = True,
     progress: bool = False,
 ) -> None:

@@ -86,7 +86,9 @@ class MergedWeights(BaseWeights):
         self._places = {} if adapter is None else changed_tensors(adapter.config, source.shape)
         self._requantised = frozenset(() if base_format is None else stored_shapes(quantised_rules(source.shape)))
         self.changed = self._requantised.union(self._places)
-        self._last: tuple[str, torch.Tensor, torch.Tensor] | None = None
+        self._last: tuple[str, torch.Tensor, torch.Tensor] | None = (
+            None  # name, A' (r, in), and the tensor's rows of B'
+        )
 
     def read(self, name: str, part: slice | None = None, dim: int = 0) -> torch.Tensor:
         """The tensor `name` of the merged model, or a slice of it along `dim`: in fp32 or fp64 if the merge changes it,
@@ -97,7 +99,10 @@ class MergedWeights(BaseWeights):
             values = quantised_rows(values, self._base_format)
         if name not in self._places:
             return values
-        a, b = self._factors(name)
+        if self._last is None or self._last[0] != name:
+            assert self._adapter is not None
+            self._last = name, *self._places[name].factors(self._adapter.config, self._adapter.state)
+        _, a, b = self._last
         if part is not None:
             a, b = (a, b[part]) if dim == 0 else (a[:, part], b)
         return merged_rows(values, a, b)
@@ -105,13 +110,6 @@ class MergedWeights(BaseWeights):
     def read_base(self, name: str, part: slice) -> torch.Tensor:
         """Some rows of the tensor `name` as they are without the merge."""
         return super().read(name, part)
-
-    def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """A' (r, in) and the rows of B' that belong to a tensor."""
-        if self._last is None or self._last[0] != name:
-            assert self._adapter is not None
-            self._last = name, *self._places[name].factors(self._adapter.config, self._adapter.state)
-        return self._last[1:]
 
 
 # A model in memory ----------------------------------------------------------------------------------------------------

@@ -35,6 +35,8 @@ CONFIG_FILE = "adapter_config.json"
 _LARGEST_UPDATE = 1e30  # of an entry; beyond it the update, and sums with it, may not be finite in fp32
 _LARGEST_STD = 1e3  # of the initial values
 
+StateDict = Mapping[str, torch.Tensor]  # by name
+
 
 @dataclass(frozen=True)
 class NativeAdapter:
@@ -103,9 +105,7 @@ def changed_tensors(config: AdapterConfig, shape: ModelShape) -> dict[str, Adapt
     return {name: AdaptedTensor(target, rule, name) for rule, target in changed for name in rule.hf_names}
 
 
-def write_adapter_files(
-    folder: Path, config: AdapterConfig, base_identity: BaseIdentity, state: Mapping[str, torch.Tensor]
-) -> None:
+def write_adapter_files(folder: Path, config: AdapterConfig, base_identity: BaseIdentity, state: StateDict) -> None:
     """Write the two files of the format into an existing folder; `save_adapter` writes a folder atomically."""
     save_file({name: state[name].contiguous() for name in config.tensors}, folder / WEIGHTS_FILE)
     content = {**StoredAdapter.of(config, base_identity).fields(), "version": __version__}
@@ -113,12 +113,7 @@ def write_adapter_files(
 
 
 def save_adapter(
-    folder: Path,
-    config: AdapterConfig,
-    base_identity: BaseIdentity,
-    state: Mapping[str, torch.Tensor],
-    *,
-    guard: Guard = unguarded,
+    folder: Path, config: AdapterConfig, base_identity: BaseIdentity, state: StateDict, *, guard: Guard = unguarded
 ) -> None:
     """Write an adapter folder atomically, replacing an earlier one. Raises UserError if it cannot be written."""
     with new_folder(folder, guard=guard) as temporary:
@@ -241,7 +236,7 @@ def load_native_adapter(folder: Path) -> NativeAdapter:
     return NativeAdapter(config, base, state, sealed=bool(sums))
 
 
-def check_values(config: AdapterConfig, state: Mapping[str, torch.Tensor], *, source: Path | str) -> None:
+def check_values(config: AdapterConfig, state: StateDict, *, source: Path | str) -> None:
     """Raise UserError if a factor that is frozen at one is not one, or values are too large."""
     for name in config.tensors:
         factor = config.factor(name)
@@ -250,7 +245,7 @@ def check_values(config: AdapterConfig, state: Mapping[str, torch.Tensor], *, so
     check_update(config, state, source=source)
 
 
-def check_update(config: AdapterConfig, state: Mapping[str, torch.Tensor], *, source: Path | str) -> None:
+def check_update(config: AdapterConfig, state: StateDict, *, source: Path | str) -> None:
     """Raise UserError if values are so large that the update may not be finite in fp32."""
     for target in config.targets:
         largest = {name: float(state[name].abs().max()) for name, (of, _) in config.tensors.items() if of is target}

@@ -45,10 +45,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32} 
 SHARD_BYTES = 2 * 10**9
 SAMPLED_RUNS, RUN_LENGTH = 8, 512  # of the values that identify a tensor
 
+TensorShape = tuple[int, ...]
+Shapes = Mapping[str, TensorShape]  # by tensor name
 
-def read_tensors(
-    file: Path, shapes: Mapping[str, tuple[int, ...]], *, sums: Mapping[str, str] | None = None
-) -> dict[str, torch.Tensor]:
+
+def read_tensors(file: Path, shapes: Shapes, *, sums: Mapping[str, str] | None = None) -> dict[str, torch.Tensor]:
     """The tensors of a file in fp32; it must hold exactly those of `shapes`.
 
     Args:
@@ -86,12 +87,7 @@ def read_tensors(
     return values
 
 
-def check_tensors(
-    source: Path | str,
-    found: Mapping[str, tuple[int, ...]],
-    wanted: Mapping[str, tuple[int, ...]],
-    check: Callable[[str], object] = str,
-) -> None:
+def check_tensors(source: Path | str, found: Shapes, wanted: Shapes, check: Callable[[str], object] = str) -> None:
     """Raise UserError, naming `source`, unless tensors have the names and the shapes `wanted`; `check` checks one more
     thing of each."""
     for name, shape in wanted.items():
@@ -124,7 +120,7 @@ class Header:
     begin: int
 
     @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+    def shapes(self) -> dict[str, TensorShape]:
         """The shapes by tensor name."""
         return {name: tuple(entry["shape"]) for name, entry in self.entries.items()}
 
@@ -304,7 +300,6 @@ _LARGEST_STATE = 2**16  # bytes of JSON
 _LARGEST_BLOCK, _LARGEST_OFFSET = 2**30, 1e30  # that it may give
 
 SliceOf = Callable[[str], Any]  # a stored tensor by its name, from which slices are read; None if there is none
-TensorShape = tuple[int, ...]
 QuantisedRows = tuple[torch.Tensor, torch.Tensor, int]  # codes, scales, and the bytes that were read
 
 

@@ -62,7 +62,8 @@ class Chat:
         turns = conversation.turns
         wanted = [index for index, turn in enumerate(turns) if turn.trained or turn is turns[-1]]
         messages, names = [turn.message for turn in turns], [turn.name for turn in turns]
-        text, spans = self._template.render(messages, source, answers=wanted, tools=conversation.tools, names=names)
+        tools = conversation.tools or ()
+        text, spans = self._template.render(messages, source, answers=wanted, names=names, tools=tools)
         self._check_written(conversation, text, source)
         parts: list[tuple[str, bool | None]] = []
         position = 0

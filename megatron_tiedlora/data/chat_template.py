@@ -49,13 +49,7 @@ class ChatTemplate:
         self._running: tuple[psutil.Process, Connection] | None = None
 
     def render(
-        self,
-        messages: Objects,
-        source: str,
-        *,
-        answers: Sequence[int],
-        names: Sequence[str],
-        tools: Objects | None = None,
+        self, messages: Objects, source: str, *, answers: Sequence[int], names: Sequence[str], tools: Objects = ()
     ) -> Rendered:
         """Return the text of a conversation, with the spans of the assistant's turns whose indices are `answers`.
 
