@@ -16,13 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tiedlora.base.messages import UserError, shown, user_path
-from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
-from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.chat import Chat, read_chat_template, with_marks, without_marks
 from megatron_tiedlora.data.readers import checked_files, checked_text, describe_fields, looks_like_path
 from megatron_tiedlora.data.sources import Files, NumberedRow, RowStream, mixed, parse_sources, row_stream, source_kind
 from megatron_tiedlora.data.tables import Row
-from megatron_tiedlora.data.task import Example, Parts, Reading, Split, Task, join_answer, template_fields
+from megatron_tiedlora.data.task import AnySettings, Example, Parts, Reading, Split, Task, join_answer, template_fields
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.token_dataset import permutation
 from megatron_tiedlora.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
@@ -61,9 +59,7 @@ def load_split(
     return examples
 
 
-def read_split(
-    settings: Settings | EvaluateSettings, split: Split, *, tokenizer: Any, limit: int | None = None
-) -> list[Example]:
+def read_split(settings: AnySettings, split: Split, *, tokenizer: Any, limit: int | None = None) -> list[Example]:
     """`load_split` with the task, files, seed and choices of a command's settings."""
     return load_split(
         settings.task,
@@ -76,7 +72,7 @@ def read_split(
     )
 
 
-def open_tokenizer(settings: Settings | EvaluateSettings, model_folder: Path, *, vocab_size: int) -> Tokenizer:
+def open_tokenizer(settings: AnySettings, model_folder: Path, *, vocab_size: int) -> Tokenizer:
     """The tokenizer of a command's settings, by default the model's, with the chat template that they name.
 
     Raises UserError if it cannot be read, or has an id that an embedding of `vocab_size` rows lacks.
@@ -88,12 +84,12 @@ def open_tokenizer(settings: Settings | EvaluateSettings, model_folder: Path, *,
     return tokenizer
 
 
-def files_of(settings: Settings | EvaluateSettings) -> Files:
+def files_of(settings: AnySettings) -> Files:
     """The files of a command's settings."""
     return {"train": settings.train_file, "validation": settings.validation_file, "test": settings.test_file}
 
 
-def local_names(settings: Settings | EvaluateSettings) -> Iterator[str]:
+def local_names(settings: AnySettings) -> Iterator[str]:
     """The paths and patterns that the data flags name. Hub ids, and formats that only a task reads, are not among them.
     Raises UserError if the value of a flag is not valid."""
     files = {} if get_task(settings.task).read_files is not None else files_of(settings)
@@ -103,7 +99,7 @@ def local_names(settings: Settings | EvaluateSettings) -> Iterator[str]:
                 yield source.name
 
 
-def check_files_exist(settings: Settings | EvaluateSettings) -> None:
+def check_files_exist(settings: AnySettings) -> None:
     """Raise UserError if a file that a data flag or --chat_template names does not exist. It needs no slow import."""
     for name in local_names(settings):
         if not (path := user_path(name)).exists():

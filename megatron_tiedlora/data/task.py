@@ -18,6 +18,8 @@ from megatron_tiedlora.data.readers import is_text
 from megatron_tiedlora.data.tables import HubData, Row
 from megatron_tiedlora.data.turns import Conversation
 
+AnySettings = Settings | EvaluateSettings
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -55,7 +57,7 @@ class Reading:
         object.__setattr__(self, "template", template.replace("\\n", "\n") or None)
 
     @classmethod
-    def of(cls, settings: Settings | EvaluateSettings) -> "Reading":
+    def of(cls, settings: AnySettings) -> "Reading":
         """The choices in a command's settings. A choice that is left to an adapter's run has its default if there is
         none."""
         return cls(
