@@ -46,10 +46,10 @@ SHARD_BYTES = 2 * 10**9
 SAMPLED_RUNS, RUN_LENGTH = 8, 512  # of the values that identify a tensor
 
 TensorShape = tuple[int, ...]
-Shapes = Mapping[str, TensorShape]  # by tensor name
+TensorShapes = Mapping[str, TensorShape]  # by tensor name
 
 
-def read_tensors(file: Path, shapes: Shapes, *, sums: Mapping[str, str] | None = None) -> dict[str, torch.Tensor]:
+def read_tensors(file: Path, shapes: TensorShapes, *, sums: Mapping[str, str] | None = None) -> dict[str, torch.Tensor]:
     """The tensors of a file in fp32; it must hold exactly those of `shapes`.
 
     Args:
@@ -87,7 +87,9 @@ def read_tensors(file: Path, shapes: Shapes, *, sums: Mapping[str, str] | None =
     return values
 
 
-def check_tensors(source: Path | str, found: Shapes, wanted: Shapes, check: Callable[[str], object] = str) -> None:
+def check_tensors(
+    source: Path | str, found: TensorShapes, wanted: TensorShapes, check: Callable[[str], object] = str
+) -> None:
     """Raise UserError, naming `source`, unless tensors have the names and the shapes `wanted`; `check` checks one more
     thing of each."""
     for name, shape in wanted.items():

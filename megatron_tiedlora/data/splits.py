@@ -20,7 +20,7 @@ from megatron_tiedlora.data.chat import Chat, read_chat_template, with_marks, wi
 from megatron_tiedlora.data.readers import checked_files, checked_text, describe_fields, looks_like_path
 from megatron_tiedlora.data.sources import Files, NumberedRow, RowStream, mixed, parse_sources, row_stream, source_kind
 from megatron_tiedlora.data.tables import Row
-from megatron_tiedlora.data.task import AnySettings, Example, Parts, Reading, Split, Task, join_answer, template_fields
+from megatron_tiedlora.data.task import DataSettings, Example, Parts, Reading, Split, Task, join_answer, template_fields
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.token_dataset import permutation
 from megatron_tiedlora.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
@@ -59,7 +59,7 @@ def load_split(
     return examples
 
 
-def read_split(settings: AnySettings, split: Split, *, tokenizer: Any, limit: int | None = None) -> list[Example]:
+def read_split(settings: DataSettings, split: Split, *, tokenizer: Any, limit: int | None = None) -> list[Example]:
     """`load_split` with the task, files, seed and choices of a command's settings."""
     return load_split(
         settings.task,
@@ -72,7 +72,7 @@ def read_split(settings: AnySettings, split: Split, *, tokenizer: Any, limit: in
     )
 
 
-def open_tokenizer(settings: AnySettings, model_folder: Path, *, vocab_size: int) -> Tokenizer:
+def open_tokenizer(settings: DataSettings, model_folder: Path, *, vocab_size: int) -> Tokenizer:
     """The tokenizer of a command's settings, by default the model's, with the chat template that they name.
 
     Raises UserError if it cannot be read, or has an id that an embedding of `vocab_size` rows lacks.
@@ -84,12 +84,12 @@ def open_tokenizer(settings: AnySettings, model_folder: Path, *, vocab_size: int
     return tokenizer
 
 
-def files_of(settings: AnySettings) -> Files:
+def files_of(settings: DataSettings) -> Files:
     """The files of a command's settings."""
     return {"train": settings.train_file, "validation": settings.validation_file, "test": settings.test_file}
 
 
-def local_names(settings: AnySettings) -> Iterator[str]:
+def local_names(settings: DataSettings) -> Iterator[str]:
     """The paths and patterns that the data flags name. Hub ids, and formats that only a task reads, are not among them.
     Raises UserError if the value of a flag is not valid."""
     files = {} if get_task(settings.task).read_files is not None else files_of(settings)
@@ -99,7 +99,7 @@ def local_names(settings: AnySettings) -> Iterator[str]:
                 yield source.name
 
 
-def check_files_exist(settings: AnySettings) -> None:
+def check_files_exist(settings: DataSettings) -> None:
     """Raise UserError if a file that a data flag or --chat_template names does not exist. It needs no slow import."""
     for name in local_names(settings):
         if not (path := user_path(name)).exists():

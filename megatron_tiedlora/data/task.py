@@ -18,7 +18,7 @@ from megatron_tiedlora.data.readers import is_text
 from megatron_tiedlora.data.tables import HubData, Row
 from megatron_tiedlora.data.turns import Conversation
 
-AnySettings = Settings | EvaluateSettings
+DataSettings = Settings | EvaluateSettings  # of commands that read rows
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Reading:
         object.__setattr__(self, "template", template.replace("\\n", "\n") or None)
 
     @classmethod
-    def of(cls, settings: AnySettings) -> "Reading":
+    def of(cls, settings: DataSettings) -> "Reading":
         """The choices in a command's settings. A choice that is left to an adapter's run has its default if there is
         none."""
         return cls(

@@ -30,7 +30,7 @@ from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.groups import ParallelGroups, concatenated
 from megatron_tiedlora.parallel.loss import IGNORED_LABEL
 
-Tensors = Sequence[torch.Tensor]
+RowTensors = Sequence[torch.Tensor]
 
 
 class AdapterRows(NamedTuple):
@@ -80,7 +80,7 @@ class Decoder:
 
     @torch.no_grad()
     def forward(
-        self, rows: Sequence[AdapterRows], *, wanted: Tensors | None = None, labels: Tensors | None = None
+        self, rows: Sequence[AdapterRows], *, wanted: RowTensors | None = None, labels: RowTensors | None = None
     ) -> torch.Tensor | None:
         """Call the stage on a part of the batch: some sequences of each of several adapters, or of one.
 
@@ -161,7 +161,7 @@ class Decoder:
             self._in_flight.popleft()[0].wait()
 
 
-def _among_all(shares: Shares, wanted: Tensors) -> Iterator[torch.Tensor]:
+def _among_all(shares: Shares, wanted: RowTensors) -> Iterator[torch.Tensor]:
     """Positions of each share's sequences, as indices into the tokens of all shares."""
     start = 0
     for share, positions in zip(shares, wanted, strict=True):
