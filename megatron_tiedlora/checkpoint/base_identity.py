@@ -40,7 +40,7 @@ FORMAT_FIELDS = ("base_format", "base_stored")
 # Weights in memory were quantised or offloaded, the tokenizer is the base's own, its files are unknown, or the base is
 # not quantised.
 OPTIONAL_FIELDS = ("base_sample", "tokenizer", "tokenizer_hash", *FORMAT_FIELDS)
-_NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}  # what the linears may have been stored in, beside fp32
+_NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}  # dtypes of stored linears, beside fp32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,11 +246,11 @@ def model_source(model: Any) -> ModelSource:
     family."""
     if not hasattr(getattr(model, "config", None), "to_json_string"):
         raise UserError(f"{type(model).__name__} is not a model of transformers: it has no config")
-    fields = json.loads(model.config.to_json_string())  # as save_pretrained writes them
+    fields = json.loads(model.config.to_json_string())  # the fields that save_pretrained writes
     stored = None
     with suppress(UserError):  # a format that is not read here
         stored = stored_format(fields, source="its config")
-    fields.pop("quantization_config", None)  # of the frozen weights alone; an adapter is the same on them
+    fields.pop("quantization_config", None)  # about the frozen weights alone; an adapter is the same on them
     name = model.config.name_or_path or type(model).__name__
     folder = Path(name) if Path(name).is_dir() else None
     return ModelSource(name, folder, shape_from_hf(fields, source=f"the config of {name}"), stored=stored)
@@ -313,7 +313,9 @@ def identify_in_memory(model: Any, source: ModelSource) -> BaseIdentity:
         raise UserError(f"{source.name}: the weights of the model are sharded or offloaded; load it whole")
     dtype = "fp32" if values.dtype == torch.float32 else "bf16"
     held = ((weights.held(name)[1], shape) for name, shape in stored_shapes(weights.rules).items())
-    if all(tuple(tensor.shape) == shape and is_plain(tensor) for tensor, shape in held):  # as they were stored
+    if all(
+        tuple(tensor.shape) == shape and is_plain(tensor) for tensor, shape in held
+    ):  # all values are those of the files
         return identify_base(source, weights, dtype)
     found = identify_shape(source, dtype, weights_hash=weights_hash(source, weights))
     return replace(found, base_format=source.stored_base)

@@ -31,8 +31,8 @@ from megatron_tiedlora.parallel.frozen_weight import Columns, FrozenWeight
 from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
 from megatron_tiedlora.parallel.shard_spec import stream_seed
 
-_LONGEST_NAME = 60  # of a file name; model-00001-of-00030.safetensors has half as many characters
-_COMPARED_ROWS = 4096  # of two tensors, at a time
+_LONGEST_NAME = 60  # characters of a file name; model-00001-of-00030.safetensors has half as many
+_COMPARED_ROWS = 4096  # rows of two tensors that are compared at a time
 Access = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
 Largest = Callable[[torch.Tensor], torch.Tensor] | None
 
@@ -161,7 +161,7 @@ class BaseWeights(WeightFiles):
 
         They are used for comparisons and do not count in `bytes_read`.
         """
-        if self._stored is not None and name in self._quantised:  # of its codes and of its scales
+        if self._stored is not None and name in self._quantised:  # sampled in its codes and in its scales
             return torch.cat([self._sample(part).float() for part in self._stored.names(name)])
         return self._sample(name)
 

@@ -40,10 +40,10 @@ from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.parallel.quantise import quantised_rows
 from megatron_tiedlora.runtime.launch_env import has_bf16_instructions
 
-BLOCK_ELEMENTS = 2**19  # of a block of rows: 2 MiB in fp32, and as much again for its update; it stays in the caches
-_FEWEST_ROWS = 16  # of a block: a matmul of a few rows sums in another order than one of many
+BLOCK_ELEMENTS = 2**19  # of a block of rows: 2 MiB in fp32 and as much for its update, which fits in the caches
+_FEWEST_ROWS = 16  # of a block: a matmul of few rows sums in another order than one of many
 
-ReadRows = Callable[[str, slice], torch.Tensor]  # of a stored tensor, by its name
+ReadRows = Callable[[str, slice], torch.Tensor]  # reads rows of a stored tensor, by its name
 
 
 def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
@@ -83,9 +83,9 @@ class MergedWeights(BaseWeights):
         """
         super().__init__(source.weights_folder(), source.shape, source.stored)
         self._adapter, self._base_format = adapter, None if base_format is None else BASE_FORMATS[base_format]
-        self._places = {} if adapter is None else changed_tensors(adapter.config, source.shape)
+        self._adapted = {} if adapter is None else changed_tensors(adapter.config, source.shape)
         self._requantised = frozenset(() if base_format is None else stored_shapes(quantised_rules(source.shape)))
-        self.changed = self._requantised.union(self._places)
+        self.changed = self._requantised.union(self._adapted)
         self._last: tuple[str, torch.Tensor, torch.Tensor] | None = (
             None  # name, A' (r, in), and the tensor's rows of B'
         )
@@ -97,11 +97,11 @@ class MergedWeights(BaseWeights):
         if name in self._requantised:
             assert self._base_format is not None and dim == 0, "scales are those of whole rows"
             values = quantised_rows(values, self._base_format)
-        if name not in self._places:
+        if name not in self._adapted:
             return values
         if self._last is None or self._last[0] != name:
             assert self._adapter is not None
-            self._last = name, *self._places[name].factors(self._adapter.config, self._adapter.state)
+            self._last = name, *self._adapted[name].factors(self._adapter.config, self._adapter.state)
         _, a, b = self._last
         if part is not None:
             a, b = (a, b[part]) if dim == 0 else (a[:, part], b)

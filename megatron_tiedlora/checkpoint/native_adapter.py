@@ -29,11 +29,11 @@ from megatron_tiedlora.model.weights import WeightRule, weight_rules
 from megatron_tiedlora.parallel.agreement import SentTensor
 
 FORMAT_VERSION = 2
-PEFT_TYPE = "TIED_LORA"  # what peft_type is in a native adapter
+PEFT_TYPE = "TIED_LORA"  # the value of peft_type in a native adapter
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
-_LARGEST_UPDATE = 1e30  # of an entry; beyond it the update, and sums with it, may not be finite in fp32
-_LARGEST_STD = 1e3  # of the initial values
+_LARGEST_UPDATE = 1e30  # absolute entry; beyond it the update, and sums with it, may not be finite in fp32
+_LARGEST_STD = 1e3  # init std
 
 StateDict = Mapping[str, torch.Tensor]  # by name
 
@@ -208,7 +208,7 @@ def check_ranges(values: Any, *, source: str = "") -> None:
 
 
 _LAYOUT = "q|k|v"
-_ORDER = (  # of the fields in the file
+_ORDER = (  # order of the fields in the file
     *("method", "rank", "alpha", *SHAPE_FIELDS, "qkv_layout", "targets", "layers", "base_model", *HASH_FIELDS),
     *("seed", "init_std_a", "init_std_b", "dtype", "base_format", "base_stored"),
 )

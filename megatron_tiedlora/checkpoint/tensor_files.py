@@ -41,9 +41,9 @@ _MOST_TENSORS, _LARGEST_SIZE = 100_000, 2**62
 FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 BYTE_TYPES = {"U8": torch.uint8, "F8_E4M3": torch.uint8}  # codes of quantised weights
 TYPE_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # as flags name them
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # by their names in flags
 SHARD_BYTES = 2 * 10**9
-SAMPLED_RUNS, RUN_LENGTH = 8, 512  # of the values that identify a tensor
+SAMPLED_RUNS, RUN_LENGTH = 8, 512  # runs of values that identify a tensor, and their length
 
 TensorShape = tuple[int, ...]
 TensorShapes = Mapping[str, TensorShape]  # by tensor name

@@ -41,7 +41,7 @@ _SPLITS = {"train": np.int64, "validation": np.int64}
 
 _CODE = Path(__file__).parent  # its modules make ids of rows; another version of them tokenises again
 _BLOCK = 2**14  # rows
-_SAY_SECONDS, _LONGEST_SILENCE = 10.0, 300.0  # of a process that waits: how long before its first line, between two
+_SAY_SECONDS, _LONGEST_SILENCE = 10.0, 300.0  # before the first line of a process that waits, and between two
 
 _LOGGER = logging.getLogger(__name__)
 _Stored = tuple[dict[str, NDArray[Any]], dict[str, Any]]
@@ -199,7 +199,7 @@ def _write_rows(
             raise UserError(f"{stream.names}: changed while it was read; start again when it is complete")
 
 
-# Which samples ----------------------------------------------------------------------------------------------------
+# Selected samples -------------------------------------------------------------------------------------------------
 
 
 def _write_splits(

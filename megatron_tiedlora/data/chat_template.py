@@ -185,7 +185,7 @@ def _receive(connection: Connection) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-# What the process renders ---------------------------------------------------------------------------------------------
+# Rendering in the process ---------------------------------------------------------------------------------------------
 #
 # Names are found by Jinja's syntax tree: a comment, or a part of another word, is no name. The span of answer i is
 # [common start of render(turns before i, with the start of an answer) and the whole, length of render(turns up to i)].
@@ -299,7 +299,7 @@ def _span(render: Callable[..., str], messages: Objects, whole: str, index: int,
         before = render(messages[:index])
         if not whole.startswith(before):
             raise TurnsChange(f"writes what comes before {name} in another way once that follows")
-        # What the answer has in common with that start belongs to the answer, so look where another one would begin.
+        # Text that the answer has in common with that start belongs to the answer, so look where another begins.
         other = render([*messages[:index], {**messages[index], "content": _OTHER}])
         begins = other.find(_OTHER)
         if begins >= 0 and whole.startswith(other[:begins]):

@@ -368,7 +368,7 @@ def _in_processes(chunks: Iterable[list[NumberedRow]], encoding: Encoding) -> It
 def _result(chunk: list[NumberedRow], future: Future[tuple[Arrays, RowShapes]]) -> tuple[Arrays, RowShapes]:
     try:
         return future.result()
-    except RecursionError:  # of pickle, which passes the chunk
+    except RecursionError:  # pickle, which passes the chunk, raises it
         first, last = (source for _, _, (_, source) in (chunk[0], chunk[-1]))
         raise UserError(f"{first} to {last}: a row has values that are nested too deeply; remove it") from None
 

@@ -88,7 +88,7 @@ class LocalData:
     def sha256(self) -> str:
         """Hash of the files. Raises UserError if one is missing or unreadable."""
         path = user_path(self.name)
-        if tables.is_saved_folder(path):  # which of its files have the split's rows, the library knows
+        if tables.is_saved_folder(path):  # only the library knows which files have the split's rows
             return self.split + tables.names_and_contents(sorted(file for file in path.rglob("*") if file.is_file()))
         return tables.names_and_contents(checked_files(path, self.name))
 
@@ -225,7 +225,7 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:
-    with _open(path) as file:  # as bytes, so that a message can name the line of a wrong encoding
+    with _open(path) as file:  # bytes, so that a message can name the line of a wrong encoding
         for number, line in _lines(file, path):
             source = f"{path}:{number}"
             row = _parse_json(line.rstrip(b"\r\n"), source)  # a message counts columns of this line alone

@@ -31,7 +31,7 @@ Files = Mapping[str, str | Path | None]
 
 _WEIGHT = re.compile(r"(.+):([0-9]*\.?[0-9]+)")
 _MIX_STREAM = 2**32 + 2  # differs from the streams of epochs, held-out rows and drawn samples
-_MOST_REPEATS = 1000  # of a row in a mix; more are a mistake in a weight, and would fill the memory
+_MOST_REPEATS = 1000  # uses of a row in a mix; more come from a mistake in a weight, and would fill the memory
 
 
 @dataclass(frozen=True)

@@ -207,7 +207,7 @@ def _load_sentencepiece(path: Path, *, config_folder: Path | None) -> Tokenizer:
                 shutil.copyfile(config_folder / name, Path(scratch, name))
         file = Path(scratch, "tokenizer_config.json")
         config = read_json_object(file, kind="a tokenizer's config") if file.is_file() else {}
-        more: dict[str, Any] = {} if "add_bos_token" in config else {"add_bos_token": True}  # as LlamaTokenizer
+        more: dict[str, Any] = {} if "add_bos_token" in config else {"add_bos_token": True}  # as LlamaTokenizer does
         if config_folder is not None:
             return _guarded(path, lambda: PreTrainedTokenizerFast.from_pretrained(scratch, **more))
         more["split_special_tokens"] = True
@@ -253,7 +253,7 @@ def _rejection(source: str, reason: str) -> UserError:
     return UserError(f"{source}: {reason}; give --tokenizer a HF tokenizer folder or a SentencePiece tokenizer.model")
 
 
-# What identifies a tokenizer ------------------------------------------------------------------------------------------
+# Hash of a tokenizer -------------------------------------------------------------------------------------------------
 #
 # Copies have the same hash, whoever wrote their configs.
 

@@ -207,7 +207,7 @@ def _calls(value: Any, where: str) -> list[dict[str, Any]]:
         if "parameters" in function and "arguments" not in function:
             raise UserError(f"{where}: a tool call with 'parameters', {shown(call)}; name them 'arguments'")
         arguments = function.get("arguments", {})
-        if isinstance(arguments, str):  # as OpenAI has it; templates expect an object, and servers parse it too
+        if isinstance(arguments, str):  # OpenAI's form; templates expect an object, and servers parse it too
             arguments = _parsed(arguments, "arguments", where) if arguments.strip() else {}
         if not isinstance(arguments, dict):
             said = f"{where}: 'arguments' of the tool call are {shown(arguments)}, not an object"

@@ -105,7 +105,7 @@ def encode_scored(
             raise UserError(f"{example.source}: is text without a prompt, which cannot be answered; give other rows")
     prompts, num_truncated = encode_prompts(tokenizer, examples, max_length=longest_prompt, reading=reading)
     reads_choices, plain = any(metric.needs_choice_scores for metric in metrics), reading.special_tokens == "plain"
-    choices = [  # as they follow the prompt
+    choices = [  # the texts of choices after the prompt
         (example.endings or tuple(join_answer(example.prompt, choice) for choice in example.choices))
         if reads_choices
         else ()

@@ -63,7 +63,7 @@ class Decoder:
         weight = next(stage.layers.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self._updates: dict[int, LayerUpdate] = {}
-        self._read: tuple[str, ...] = ()  # whose updates these are
+        self._read: tuple[str, ...] = ()  # the adapters of these updates
         self._in_flight: deque[tuple[Any, torch.Tensor]] = deque()
 
     @property
@@ -88,7 +88,7 @@ class Decoder:
         stage gets tokens, for their shape.
 
         Args:
-            rows: of each adapter, by its name in the stage's bank.
+            rows: the input of each adapter.
             wanted: for each of `rows` the position, (b,) int64, of each sequence whose logits are wanted.
             labels: for each of `rows` those of its tokens, (b, s) int64.
 
@@ -333,7 +333,7 @@ class _Part:
     def __init__(self, decoder: Decoder, batches: Sequence[_Batch]) -> None:
         self.decoder = decoder
         self.batches = list(batches)
-        self.computed: list[_Batch] = []  # whose newest tokens are waited for
+        self.computed: list[_Batch] = []  # batches whose newest tokens are not received yet
         self.waiting: Callable[[], torch.Tensor] | None = None
 
     @property

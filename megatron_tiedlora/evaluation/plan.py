@@ -34,7 +34,7 @@ from megatron_tiedlora.model.weights import Stages, check_layout, layer_costs, p
 from megatron_tiedlora.parallel.groups import Grid
 from megatron_tiedlora.runtime.launch_env import uses_gpu
 
-TABLE_FILE = "table.csv"  # of several adapters
+TABLE_FILE = "table.csv"  # the scores of several adapters
 
 _READING = marked(EvaluateSettings, as_trained=True)
 
