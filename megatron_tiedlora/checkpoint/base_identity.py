@@ -1,4 +1,4 @@
-"""Which base model and tokenizer an adapter belongs to, identified by hashes that are equal for all copies of a model.
+"""The base model and tokenizer of an adapter, identified by hashes that are equal for all copies of a model.
 
 A hash of the config identifies shape and computation; a hash of values at fixed positions of every tensor identifies
 the weights. Values are hashed as bf16, so a copy in another precision is the same base. A change below the precision
@@ -40,12 +40,12 @@ FORMAT_FIELDS = ("base_format", "base_stored")
 # Weights in memory were quantised or offloaded, the tokenizer is the base's own, its files are unknown, or the base is
 # not quantised.
 OPTIONAL_FIELDS = ("base_sample", "tokenizer", "tokenizer_hash", *FORMAT_FIELDS)
-_NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}  # what the linears may have been stored in, beside fp32
+_NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}  # dtypes of stored linears, beside fp32
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseIdentity:
-    """Which base model an adapter was trained on. The fields have the names that they have in files.
+    """The base model on which an adapter was trained. The fields have their names in files.
 
     Attributes:
         base_model: as the user gave it to --model.
@@ -93,14 +93,8 @@ class BaseIdentity:
 def identify_base(
     source: ModelSource, weights: "BaseWeights | WeightsInMemory", dtype: str, *, tokenizer: str | None = None
 ) -> BaseIdentity:
-    """The identity of a base model; reads some KB of every tensor.
-
-    Args:
-        tokenizer: value of --tokenizer.
-
-    Raises:
-        UserError: the tokenizer's files cannot be read.
-    """
+    """The identity of a base model; reads some KB of every tensor. `tokenizer` is the value of --tokenizer. Raises
+    UserError if the tokenizer's files cannot be read."""
     tokens = tokenizer or source.folder
     return replace(
         identify_shape(source, dtype, weights_hash=weights_hash(source, weights)),
@@ -121,11 +115,8 @@ def weights_hash(source: ModelSource, weights: "BaseWeights | WeightsInMemory") 
 
 
 def identify_model(source: ModelSource, dtype: str, tokenizer: str | None = None) -> BaseIdentity:
-    """The identity of a base model on the disk as it is stored, see `identify_base`.
-
-    Raises:
-        UserError: its files cannot be read.
-    """
+    """The identity of a base model on the disk as it is stored, see `identify_base`. Raises UserError if its files
+    cannot be read."""
     with BaseWeights(source.weights_folder(), source.shape, source.stored) as weights:
         found = identify_base(source, weights, dtype, tokenizer=tokenizer)
     return replace(found, base_format=source.stored_base)
@@ -190,7 +181,7 @@ def identify_shape(source: ModelSource, dtype: str, *, weights_hash: str) -> Bas
 
 
 def base_differences(trained: BaseIdentity, found: BaseIdentity) -> tuple[str, ...]:
-    """Which of config, weights and tokenizer differ from those in training, as far as both sides know them."""
+    """The parts (config, weights, tokenizer) that differ from those in training, as far as both sides know them."""
     differ = {
         "config": _differ(trained.base_hash, found.base_hash),
         "weights": _differ(trained.base_weights_hash, found.base_weights_hash)
@@ -207,24 +198,20 @@ def _differ(one: str | int | None, other: str | int | None) -> bool:
 def check_same_base(
     trained: BaseIdentity, found: BaseIdentity, *, source: str, differs: bool = False, in_memory: bool = False
 ) -> tuple[str, ...]:
-    """Compare the base in use with the one that an adapter was trained on; returns notes for the user.
+    """Compare the base in use with the one that an adapter was trained on; returns notes for the user. Raises UserError
+    if it is another base, or has another tokenizer.
 
     Args:
         source: the adapter's name in messages.
         differs: value of --base_differs; if true, only the shape must be the same.
         in_memory: the base in use is a model in memory, which has no tokenizer and no flags.
-
-    Raises:
-        UserError: it is another base, or has another tokenizer.
     """
     own = "use its own base" if in_memory else "give its own base with --model"
     for field in SHAPE_FIELDS:
         value, other = getattr(trained, field), getattr(found, field)
         if value != other:
-            raise UserError(
-                f"{source}: trained on {trained.base_model} with {field} {value}, but {found.base_model} has {other};"
-                f" {own}"
-            )
+            said = f"{source}: trained on {trained.base_model} with {field} {value}, but {found.base_model} has {other}"
+            raise UserError(f"{said}; {own}")
     notes: tuple[str, ...] = ()
     if trained.base_sample is None and found.base_sample is not None:
         why = "saved where its base's weights were quantised or offloaded"
@@ -255,18 +242,15 @@ def check_same_base(
 
 
 def model_source(model: Any) -> ModelSource:
-    """A transformers model as a base model.
-
-    Raises:
-        UserError: it is no causal language model of an implemented family.
-    """
+    """A transformers model as a base model. Raises UserError if it is no causal language model of an implemented
+    family."""
     if not hasattr(getattr(model, "config", None), "to_json_string"):
         raise UserError(f"{type(model).__name__} is not a model of transformers: it has no config")
-    fields = json.loads(model.config.to_json_string())  # as save_pretrained writes them
+    fields = json.loads(model.config.to_json_string())  # the fields that save_pretrained writes
     stored = None
     with suppress(UserError):  # a format that is not read here
         stored = stored_format(fields, source="its config")
-    fields.pop("quantization_config", None)  # of the frozen weights alone; an adapter is the same on them
+    fields.pop("quantization_config", None)  # about the frozen weights alone; an adapter is the same on them
     name = model.config.name_or_path or type(model).__name__
     folder = Path(name) if Path(name).is_dir() else None
     return ModelSource(name, folder, shape_from_hf(fields, source=f"the config of {name}"), stored=stored)
@@ -322,17 +306,16 @@ def is_plain(tensor: torch.Tensor) -> bool:
 
 def identify_in_memory(model: Any, source: ModelSource) -> BaseIdentity:
     """The identity of a model as it is in memory. If some weights are quantised or offloaded, their sample is unknown.
-
-    Raises:
-        UserError: it lacks a module, or its final norm is not whole.
-    """
+    Raises UserError if it lacks a module, or its final norm is not whole."""
     weights, norm = WeightsInMemory(model, source), source.shape.final_norm
     values = weights.read(f"{norm.source}.weight")
     if values.shape != (norm.size,) or not is_plain(values):
         raise UserError(f"{source.name}: the weights of the model are sharded or offloaded; load it whole")
     dtype = "fp32" if values.dtype == torch.float32 else "bf16"
     held = ((weights.held(name)[1], shape) for name, shape in stored_shapes(weights.rules).items())
-    if all(tuple(tensor.shape) == shape and is_plain(tensor) for tensor, shape in held):  # as they were stored
+    if all(
+        tuple(tensor.shape) == shape and is_plain(tensor) for tensor, shape in held
+    ):  # all values are those of the files
         return identify_base(source, weights, dtype)
     found = identify_shape(source, dtype, weights_hash=weights_hash(source, weights))
     return replace(found, base_format=source.stored_base)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from megatron_tiedlora.base.atomic import new_folder, write_json
-from megatron_tiedlora.base.messages import UserError, shown
+from megatron_tiedlora.base.messages import UserError, naming, shown
 from megatron_tiedlora.base.output_folder import nearest_existing, reject_existing, require_room
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.shapes import ModelShape
@@ -26,27 +26,20 @@ from megatron_tiedlora.config.presets import TINY
 from megatron_tiedlora.data.tokenizer import byte_tokenizer, save_tokenizer
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.hf_config import StoredFormat
-from megatron_tiedlora.model.weights import (
-    WeightRule,
-    quantised_rules,
-    stored_shapes,
-    weight_rules,
-)
+from megatron_tiedlora.model.weights import WeightRule, quantised_rules, stored_shapes, weight_rules
 from megatron_tiedlora.parallel.frozen_weight import Columns, FrozenWeight
 from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
 from megatron_tiedlora.parallel.shard_spec import stream_seed
 
-_LONGEST_NAME = 60  # of a file name; model-00001-of-00030.safetensors has half as many characters
-_COMPARED_ROWS = 4096  # of two tensors, at a time
+_LONGEST_NAME = 60  # characters of a file name; model-00001-of-00030.safetensors has half as many
+_COMPARED_ROWS = 4096  # rows of two tensors that are compared at a time
 Access = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
+Largest = Callable[[torch.Tensor], torch.Tensor] | None
 
 
 def weight_map(folder: Path) -> dict[str, Path]:
-    """The file that holds each tensor of a Hugging Face folder, from its index or its single file.
-
-    Raises:
-        UserError: there are no safetensors weights, or a file that the index names is missing or incomplete.
-    """
+    """The file that holds each tensor of a Hugging Face folder, from its index or its single file. Raises UserError if
+    there are no safetensors weights, or a file that the index names is missing or incomplete."""
     index = folder / tensor_files.INDEX_FILE
     if index.is_file():
         entries = read_json_object(index, kind="a safetensors index").get("weight_map")
@@ -56,9 +49,8 @@ def weight_map(folder: Path) -> dict[str, Path]:
             if name in ("", "..") or Path(name).name != name or len(name) > _LONGEST_NAME:
                 raise UserError(f"{index}: names a file outside its folder: {shown(name)}")
             if not (folder / name).is_file():
-                raise UserError(
-                    f"{folder / name}: no such file, but {tensor_files.INDEX_FILE} names it; download the model again"
-                )
+                said = f"{folder / name}: no such file, but {tensor_files.INDEX_FILE} names it"
+                raise UserError(f"{said}; download the model again")
         return {tensor: folder / name for tensor, name in entries.items()}
     single = folder / tensor_files.SINGLE_FILE
     if not single.is_file():
@@ -118,11 +110,7 @@ class BaseWeights(WeightFiles):
     kind: ClassVar[str] = "base weights"
 
     def __init__(self, folder: Path, shape: ModelShape, stored: StoredFormat | None = None) -> None:
-        """Open the files of `folder`.
-
-        Args:
-            stored: the format of the blocks' linears, if they are quantised there.
-        """
+        """Open the files of `folder`. `stored` is the format of the blocks' linears, if they are quantised there."""
         super().__init__(folder)
         self.rules = weight_rules(shape)
         self.bytes_read = 0
@@ -148,10 +136,8 @@ class BaseWeights(WeightFiles):
             except SafetensorError as error:
                 raise UserError(f"{file}: {error}, although the index names it") from None
             if self._stored is not None and name in self._quantised:
-                try:
+                with naming(str(file)):
                     self._stored.check(name, expected)
-                except UserError as error:
-                    raise UserError(f"{file}: {error}") from None
                 continue
             shape = tuple(stored.get_shape())
             if shape != expected:
@@ -167,17 +153,15 @@ class BaseWeights(WeightFiles):
             rows = slice(start, start + _COMPARED_ROWS)
             same = same and bool(torch.equal(ours[rows], theirs[rows]))
         if not same:
-            raise UserError(
-                f"{self.folder / 'config.json'}: tie_word_embeddings is true, but {head} differs from {embedding},"
-                " so that transformers would not tie them; set it to false"
-            )
+            said = f"{self.folder / 'config.json'}: tie_word_embeddings is true, but {head} differs from {embedding}"
+            raise UserError(f"{said}, so that transformers would not tie them; set it to false")
 
     def sample(self, name: str) -> torch.Tensor:
         """Values of the stored tensor `name` at positions that depend only on its shape: all, or some thousands.
 
         They are used for comparisons and do not count in `bytes_read`.
         """
-        if self._stored is not None and name in self._quantised:  # of its codes and of its scales
+        if self._stored is not None and name in self._quantised:  # sampled in its codes and in its scales
             return torch.cat([self._sample(part).float() for part in self._stored.names(name)])
         return self._sample(name)
 
@@ -193,10 +177,8 @@ class BaseWeights(WeightFiles):
         """The stored tensor `name`, or a slice of it along `dim`, in its stored dtype; in fp32 if it is quantised."""
         if self._stored is not None and name in self._quantised:
             rows, columns = (part or slice(None), slice(None)) if dim == 0 else (slice(None), part or slice(None))
-            try:
+            with naming(str(self.file_of[name])):
                 values, num_bytes = self._stored.values(name, self._quantised[name], rows)
-            except UserError as error:
-                raise UserError(f"{self.file_of[name]}: {error}") from None
             self.bytes_read += num_bytes
             return values[:, columns]
         stored = self.stored(name)
@@ -206,22 +188,11 @@ class BaseWeights(WeightFiles):
         return tensor
 
     def fill(
-        self,
-        rule: WeightRule,
-        target: FrozenWeight,
-        *,
-        tp_rank: int = 0,
-        tp_size: int = 1,
-        largest: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        self, rule: WeightRule, target: FrozenWeight, *, tp_rank: int = 0, tp_size: int = 1, largest: Largest = None
     ) -> None:
-        """Read this rank's shard of one weight into `target`, block by block.
-
-        Args:
-            largest: see `load_base_weights`.
-
-        Raises:
-            UserError: a weight that the backward pass divides by has a zero, or one that cannot be quantised is there.
-        """
+        """Read this rank's shard of one weight into `target`, block by block; `largest` as in `load_base_weights`.
+        Raises UserError if a weight that the backward pass divides by has a zero, or one that cannot be quantised is
+        there."""
         dim = rule.spec.dim or 0
         offset = 0
         for stored, block in zip(rule.parts, rule.spec.block_slices(tp_rank, tp_size), strict=True):
@@ -272,7 +243,7 @@ def load_base_weights(
     access: Access = nullcontext,
     tp_rank: int = 0,
     tp_size: int = 1,
-    largest: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    largest: Largest = None,
     reads: bool = True,
     progress: bool = False,
 ) -> None:
@@ -297,11 +268,8 @@ def load_base_weights(
 
 @dataclass(frozen=True)
 class RandomWeights:
-    """Random values in place of a checkpoint's, each shard drawn on its own device: they depend on the layout.
-
-    Attributes:
-        rules: the name table.
-    """
+    """Random values in place of a checkpoint's, for the weights of the name table `rules`. Each shard is drawn on its
+    own device, so the values depend on the layout."""
 
     rules: Sequence[WeightRule]
     seed: int = 0
@@ -316,14 +284,11 @@ class RandomWeights:
 
 
 def draw_(target: torch.Tensor, *, name: str, full_shape: Sequence[int], seed: int) -> torch.Tensor:
-    """Fill a tensor, or a shard of one of `full_shape`, with random values that preserve the scale of activations.
+    """Fill a tensor, or a shard of one of `full_shape`, with random values that preserve the scale of activations;
+    returns `target`.
 
     Biases (by the stored name) are set to zero, other vectors (norms) to one; other values are drawn from N(0, 1 / the
-    full last dimension).
-
-    Returns:
-        `target`.
-    """
+    full last dimension)."""
     if len(full_shape) == 1:
         return target.fill_(0.0 if name.endswith(".bias") else 1.0)
     generator = torch.Generator(target.device).manual_seed(seed)
@@ -334,14 +299,12 @@ def draw_(target: torch.Tensor, *, name: str, full_shape: Sequence[int], seed: i
 
 
 def write_random_model(values: Mapping[str, Any], output: Path, *, name: str, seed: int) -> None:
-    """Write config.json, shards and index of a model into `output`; for the preset `tiny` a tokenizer too.
+    """Write config.json, shards and index of a model into `output`; for the preset `tiny` a tokenizer too. Raises
+    UserError if `output` exists, or the disk has too little space.
 
     Args:
         values: the content of its config.json.
         name: its name in messages.
-
-    Raises:
-        UserError: `output` exists, or the disk has too little space.
     """
     reject_existing(output, flag=f"--output {output}")
 

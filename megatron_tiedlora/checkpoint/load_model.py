@@ -40,10 +40,10 @@ from megatron_tiedlora.parallel.quantise import quantised_rows
 from megatron_tiedlora.parallel.quantised_weight import weight_maker
 from megatron_tiedlora.runtime.launch_env import has_bf16_instructions
 
-BLOCK_ELEMENTS = 2**19  # of a block of rows: 2 MiB in fp32, and as much again for its update; it stays in the caches
-_FEWEST_ROWS = 16  # of a block: a matmul of a few rows sums in another order than one of many
+BLOCK_ELEMENTS = 2**19  # of a block of rows: 2 MiB in fp32 and as much for its update, which fits in the caches
+_FEWEST_ROWS = 16  # of a block: a matmul of few rows sums in another order than one of many
 
-ReadRows = Callable[[str, slice], torch.Tensor]  # of a stored tensor, by its name
+ReadRows = Callable[[str, slice], torch.Tensor]  # reads rows of a stored tensor, by its name
 
 
 def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
@@ -68,14 +68,11 @@ def merged_rows(rows: torch.Tensor, a: torch.Tensor, b_rows: torch.Tensor) -> to
 
 
 class MergedWeights(BaseWeights):
-    """A base checkpoint, read with an adapter merged into it.
+    """A base checkpoint, read with an adapter merged into it; `changed` are the stored tensors whose values this
+    changes.
 
     It keeps the factors of the last tensor, so the rows of a tensor are best read one after another. Those of all
-    layers at once would take memory for each layer.
-
-    Attributes:
-        changed: the stored tensors whose values the merge changes.
-    """
+    layers at once would take memory for each layer."""
 
     def __init__(self, source: ModelSource, adapter: NativeAdapter | None, *, base_format: str | None = None) -> None:
         """Open the files of `source`.
@@ -86,10 +83,12 @@ class MergedWeights(BaseWeights):
         """
         super().__init__(source.weights_folder(), source.shape, source.stored)
         self._adapter, self._base_format = adapter, None if base_format is None else BASE_FORMATS[base_format]
-        self._places = {} if adapter is None else changed_tensors(adapter.config, source.shape)
+        self._adapted = {} if adapter is None else changed_tensors(adapter.config, source.shape)
         self._requantised = frozenset(() if base_format is None else stored_shapes(quantised_rules(source.shape)))
-        self.changed = self._requantised.union(self._places)
-        self._last: tuple[str, torch.Tensor, torch.Tensor] | None = None
+        self.changed = self._requantised.union(self._adapted)
+        self._last: tuple[str, torch.Tensor, torch.Tensor] | None = (
+            None  # name, A' (r, in), and the tensor's rows of B'
+        )
 
     def read(self, name: str, part: slice | None = None, dim: int = 0) -> torch.Tensor:
         """The tensor `name` of the merged model, or a slice of it along `dim`: in fp32 or fp64 if the merge changes it,
@@ -98,9 +97,12 @@ class MergedWeights(BaseWeights):
         if name in self._requantised:
             assert self._base_format is not None and dim == 0, "scales are those of whole rows"
             values = quantised_rows(values, self._base_format)
-        if name not in self._places:
+        if name not in self._adapted:
             return values
-        a, b = self._factors(name)
+        if self._last is None or self._last[0] != name:
+            assert self._adapter is not None
+            self._last = name, *self._adapted[name].factors(self._adapter.config, self._adapter.state)
+        _, a, b = self._last
         if part is not None:
             a, b = (a, b[part]) if dim == 0 else (a[:, part], b)
         return merged_rows(values, a, b)
@@ -108,13 +110,6 @@ class MergedWeights(BaseWeights):
     def read_base(self, name: str, part: slice) -> torch.Tensor:
         """Some rows of the tensor `name` as they are without the merge."""
         return super().read(name, part)
-
-    def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """A' (r, in) and the rows of B' that belong to a tensor."""
-        if self._last is None or self._last[0] != name:
-            assert self._adapter is not None
-            self._last = name, *self._places[name].factors(self._adapter.config, self._adapter.state)
-        return self._last[1:]
 
 
 # A model in memory ----------------------------------------------------------------------------------------------------
@@ -140,11 +135,8 @@ def check_whole(weight: torch.Tensor, place: AdaptedTensor) -> None:
 
 @torch.no_grad()
 def merge_(weight: torch.Tensor, adapter: TiedAdapter, place: AdaptedTensor, *, sign: int = 1) -> None:
-    """W += sign B' A' in place, with the bits of a merged checkpoint.
-
-    Raises:
-        UserError: the weight is quantised, offloaded or sharded.
-    """
+    """W += sign B' A' in place, with the bits of a merged checkpoint. Raises UserError if the weight is quantised,
+    offloaded or sharded."""
     check_whole(weight, place)
     a, b = (factor.to(weight.device) for factor in place.factors(adapter.config, adapter.factors()))
     for rows in row_blocks(tuple(weight.shape)):
@@ -169,10 +161,8 @@ def describe_dtype(given: str | None, resolved: str) -> str:
 def check_same_dtype(resolved: str) -> None:
     """Raise UserError on every rank if the default of --dtype differs between hosts."""
     if differing := num_differing(resolved):
-        raise UserError(
-            f"--dtype: the default of {count_text(differing, 'rank')} is not that of rank 0, because their CPUs differ;"
-            " give --dtype fp32"
-        )
+        said = f"--dtype: the default of {count_text(differing, 'rank')} is not that of rank 0"
+        raise UserError(f"{said}, because their CPUs differ; give --dtype fp32")
 
 
 def load_model(
@@ -192,7 +182,8 @@ def load_model(
 ) -> Stage:
     """This rank's part of the model in evaluation mode, base in `dtype` and adapter in fp32.
 
-    It does not check whether the adapter belongs to the base; `convert.inputs.check_base` does.
+    It does not check whether the adapter belongs to the base; `convert.inputs.check_base` does. Raises UserError if
+    weights are missing or do not fit.
 
     Args:
         adapter: one, or several by name; the stage then has a bank.
@@ -202,9 +193,6 @@ def load_model(
         merged: merge the adapter into the weights (added in fp32, cast once) instead of keeping it separate.
         kernels: of the layers, eager or compiled.
         progress: show a bar.
-
-    Raises:
-        UserError: weights are missing or do not fit.
     """
     grid, groups = grid or Grid(0, 1), groups or ParallelGroups()
     shape = source.shape

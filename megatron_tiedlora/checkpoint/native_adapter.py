@@ -29,20 +29,19 @@ from megatron_tiedlora.model.weights import WeightRule, weight_rules
 from megatron_tiedlora.parallel.agreement import SentTensor
 
 FORMAT_VERSION = 2
-PEFT_TYPE = "TIED_LORA"  # what peft_type is in a native adapter
+PEFT_TYPE = "TIED_LORA"  # the value of peft_type in a native adapter
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
-_LARGEST_UPDATE = 1e30  # of an entry; beyond it the update, and sums with it, may not be finite in fp32
-_LARGEST_STD = 1e3  # of the initial values
+_LARGEST_UPDATE = 1e30  # absolute entry; beyond it the update, and sums with it, may not be finite in fp32
+_LARGEST_STD = 1e3  # init std
+
+StateDict = Mapping[str, torch.Tensor]  # by name
 
 
 @dataclass(frozen=True)
 class NativeAdapter:
-    """A loaded adapter: its config, its base, and its full fp32 tensors.
-
-    Attributes:
-        sealed: False if it was read from files without checksums.
-    """
+    """A loaded adapter: its config, its base, and its full fp32 tensors. `sealed` is False if its files have no
+    checksums."""
 
     config: AdapterConfig
     base_identity: BaseIdentity
@@ -106,9 +105,7 @@ def changed_tensors(config: AdapterConfig, shape: ModelShape) -> dict[str, Adapt
     return {name: AdaptedTensor(target, rule, name) for rule, target in changed for name in rule.hf_names}
 
 
-def write_adapter_files(
-    folder: Path, config: AdapterConfig, base_identity: BaseIdentity, state: Mapping[str, torch.Tensor]
-) -> None:
+def write_adapter_files(folder: Path, config: AdapterConfig, base_identity: BaseIdentity, state: StateDict) -> None:
     """Write the two files of the format into an existing folder; `save_adapter` writes a folder atomically."""
     save_file({name: state[name].contiguous() for name in config.tensors}, folder / WEIGHTS_FILE)
     content = {**StoredAdapter.of(config, base_identity).fields(), "version": __version__}
@@ -116,12 +113,7 @@ def write_adapter_files(
 
 
 def save_adapter(
-    folder: Path,
-    config: AdapterConfig,
-    base_identity: BaseIdentity,
-    state: Mapping[str, torch.Tensor],
-    *,
-    guard: Guard = unguarded,
+    folder: Path, config: AdapterConfig, base_identity: BaseIdentity, state: StateDict, *, guard: Guard = unguarded
 ) -> None:
     """Write an adapter folder atomically, replacing an earlier one. Raises UserError if it cannot be written."""
     with new_folder(folder, guard=guard) as temporary:
@@ -130,10 +122,7 @@ def save_adapter(
 
 def copy_adapter_files(source: Path, target: Path, adapter: NativeAdapter) -> None:
     """Copy the two files of `adapter`, which was read from the folder `source`, into the existing folder `target`.
-
-    Raises:
-        UserError: the files have changed since then.
-    """
+    Raises UserError if the files have changed since then."""
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         shutil.copyfile(source / name, target / name)
     try:
@@ -219,7 +208,7 @@ def check_ranges(values: Any, *, source: str = "") -> None:
 
 
 _LAYOUT = "q|k|v"
-_ORDER = (  # of the fields in the file
+_ORDER = (  # order of the fields in the file
     *("method", "rank", "alpha", *SHAPE_FIELDS, "qkv_layout", "targets", "layers", "base_model", *HASH_FIELDS),
     *("seed", "init_std_a", "init_std_b", "dtype", "base_format", "base_stored"),
 )
@@ -247,7 +236,7 @@ def load_native_adapter(folder: Path) -> NativeAdapter:
     return NativeAdapter(config, base, state, sealed=bool(sums))
 
 
-def check_values(config: AdapterConfig, state: Mapping[str, torch.Tensor], *, source: Path | str) -> None:
+def check_values(config: AdapterConfig, state: StateDict, *, source: Path | str) -> None:
     """Raise UserError if a factor that is frozen at one is not one, or values are too large."""
     for name in config.tensors:
         factor = config.factor(name)
@@ -256,24 +245,19 @@ def check_values(config: AdapterConfig, state: Mapping[str, torch.Tensor], *, so
     check_update(config, state, source=source)
 
 
-def check_update(config: AdapterConfig, state: Mapping[str, torch.Tensor], *, source: Path | str) -> None:
+def check_update(config: AdapterConfig, state: StateDict, *, source: Path | str) -> None:
     """Raise UserError if values are so large that the update may not be finite in fp32."""
     for target in config.targets:
         largest = {name: float(state[name].abs().max()) for name, (of, _) in config.tensors.items() if of is target}
         if (bound := abs(config.alpha) * math.prod(largest.values())) > _LARGEST_UPDATE:
             name = max(largest, key=lambda name: largest[name])
-            raise UserError(
-                f"{source}: its update may reach {bound:.1e} (the largest value of {name} is {largest[name]:.1e}), so"
-                " the file is damaged; copy it again"
-            )
+            said = f"{source}: its update may reach {bound:.1e} (the largest value of {name} is {largest[name]:.1e})"
+            raise UserError(f"{said}, so the file is damaged; copy it again")
 
 
 def read_config(folder: Path) -> tuple[AdapterConfig, BaseIdentity, dict[str, str]]:
-    """(config, base, checksums of the other files) of the adapter in `folder`; its tensors are not read.
-
-    Raises:
-        UserError: as `load_native_adapter`, for its config.
-    """
+    """(config, base, checksums of the other files) of the adapter in `folder`; its tensors are not read. Raises
+    UserError as `load_native_adapter`, for its config."""
     file = folder / CONFIG_FILE
     content = read_json_object(file, kind="a native Tied-LoRA adapter folder")
     if content.get("peft_type", PEFT_TYPE) != PEFT_TYPE:

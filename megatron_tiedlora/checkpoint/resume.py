@@ -57,11 +57,8 @@ class Progress:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded checkpoint: progress, adapter, moments by name, and the settings of the run that wrote it.
-
-    Attributes:
-        notes: what the user should know about how it was chosen.
-    """
+    """A loaded checkpoint: progress, adapter, moments by name, the settings of the run that wrote it, and `notes` for
+    the user about how it was chosen."""
 
     folder: Path
     progress: Progress
@@ -85,10 +82,8 @@ def save_checkpoint(
 ) -> Path:
     """Write `step_N`, then point `latest` to it, then remove every checkpoint but the newest `keep` and the best.
 
-    Checkpoints of later steps are removed too: the run has resumed from before them.
-
-    Raises:
-        UserError: it cannot be written; the previous checkpoint and `latest` are unchanged.
+    Checkpoints of later steps are removed too: the run has resumed from before them. Raises UserError if it cannot be
+    written; then the previous checkpoint and `latest` are unchanged.
     """
     folder = checkpoints / f"step_{progress.step}"
     with new_folder(folder, guard=guard) as temporary:
@@ -137,11 +132,8 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 def find_newest_checkpoint(checkpoints: Path) -> Checkpoint | None:
     """The checkpoint to resume from: the one that `latest` names, or else the newest one that is intact; None if the
-    folder has none. Its notes say which newer ones were skipped and why. Changes no files.
-
-    Raises:
-        UserError: there are checkpoints, or `latest` names one, but none is intact; or one cannot be read now, although
-            it may be intact.
+    folder has none. Its notes say which newer ones were skipped and why. Changes no files. Raises UserError if there
+    are checkpoints, or `latest` names one, but none is intact; or if one cannot be read now, although it may be intact.
     """
     found, pointer = _checkpoints(checkpoints), checkpoints / LATEST_FILE
     notes: list[str] = []
@@ -209,11 +201,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     adapter, state = native_adapter.load_native_adapter(folder), folder / STATE_FILE
     for name in (native_adapter.CONFIG_FILE, native_adapter.WEIGHTS_FILE):
         text_files.check_file(folder / name, sums)  # intact files may still be from another step
-    shapes = {
-        moment_name(moment, name): adapter.config.shape(name)
-        for moment in MOMENTS
-        for name in adapter.config.num_trained()
-    }
+    trained = adapter.config.num_trained()
+    shapes = {moment_name(moment, name): adapter.config.shape(name) for moment in MOMENTS for name in trained}
     moments = read_tensors(state, shapes, sums=sums)
     for name, values in moments.items():
         if name.startswith(f"{_MEAN_OF_SQUARES}.") and bool((values < 0).any()):
@@ -240,11 +229,8 @@ def _check_steps(file: Path, progress: Progress, settings: Mapping[str, Any]) ->
 
 
 def copy_checkpoint(source: Path, target: Path, *, guard: Guard = unguarded) -> None:
-    """Copy the files of a checkpoint, and nothing else in its folder, to `target` atomically.
-
-    Raises:
-        UserError: a file is missing or not a plain file of the folder itself; or `target` cannot be written.
-    """
+    """Copy the files of a checkpoint, and nothing else in its folder, to `target` atomically. Raises UserError if a
+    file is missing or not a plain file of the folder itself, or if `target` cannot be written."""
     for name in CHECKPOINT_FILES:
         if (source / name).is_symlink() or not (source / name).is_file():
             raise UserError(f"{source / name}: is not a plain file; give a checkpoint that has its own files")

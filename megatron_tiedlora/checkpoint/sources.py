@@ -1,4 +1,4 @@
-"""What --model means: a folder on disk, the demo model, a hub id, or a preset shape without weights."""
+"""The base model that --model names: a folder on disk, the demo model, a hub id, or a preset shape without weights."""
 
 import hashlib
 import json
@@ -6,23 +6,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_tiedlora.base import shapes
 from megatron_tiedlora.base.messages import UserError, first_line, user_path
 from megatron_tiedlora.base.output_folder import user_cache
-from megatron_tiedlora.base.shapes import (
-    LinearScaling,
-    Llama3Scaling,
-    LongRopeScaling,
-    ModelShape,
-    NormShape,
-    RopeShape,
-    YarnScaling,
-)
+from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.config.presets import PRESETS, is_preset
 from megatron_tiedlora.data.readers import may_be_hub_id
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.hf_config import StoredFormat, format_in_use, read_hf_config, stored_format
 
-_SCALINGS = {LinearScaling: "linear", YarnScaling: "yarn", LongRopeScaling: "longrope"}  # as hashes have them
+# The names of scalings in hashes.
+_SCALINGS = {shapes.LinearScaling: "linear", shapes.YarnScaling: "yarn", shapes.LongRopeScaling: "longrope"}
 _SIDE_FILES = ["*.json", "tokenizer.model", "*.jinja"]
 
 
@@ -67,9 +61,9 @@ class ModelSource:
             fields["norm"] = "layer"
         if norms := shape.heads.norms:
             fields["head_norms"] = "together" if norms[0].sharded else True
-        places = [part.name for part in block.parts if isinstance(part, NormShape) and part not in norms]
-        if places != ["attention.qkv.norm", "mlp.gate_up.norm"]:
-            fields["norms"] = places
+        names = [part.name for part in block.parts if isinstance(part, shapes.NormShape) and part not in norms]
+        if names != ["attention.qkv.norm", "mlp.gate_up.norm"]:
+            fields["norms"] = names
         by_block = dict(enumerate(shape.ropes, start=1))
         if unrotated := [block for block, rope in by_block.items() if rope is None]:
             fields["unrotated"] = unrotated
@@ -103,7 +97,7 @@ class ModelSource:
         return self.folder
 
 
-def _hashed_rope(rope: RopeShape) -> dict[str, Any]:
+def _hashed_rope(rope: shapes.RopeShape) -> dict[str, Any]:
     """The rotary embedding as `base_hash` has it; the first five fields are those that there were first."""
     fields: dict[str, Any] = {
         "theta": rope.theta,
@@ -112,7 +106,7 @@ def _hashed_rope(rope: RopeShape) -> dict[str, Any]:
         "high_freq_factor": 4.0,
         "original_max_positions": 8192,
     }
-    if isinstance(rope.scaling, Llama3Scaling):
+    if isinstance(rope.scaling, shapes.Llama3Scaling):
         fields |= asdict(rope.scaling)
     elif rope.scaling is not None:
         fields["scaling"] = {"kind": _SCALINGS[type(rope.scaling)], **asdict(rope.scaling)}
@@ -122,15 +116,20 @@ def _hashed_rope(rope: RopeShape) -> dict[str, Any]:
 
 
 def find_model(name: str, *, weights: bool = True) -> ModelSource:
-    """Resolve --model; a hub id is downloaded once into the hub's cache, or read from there.
-
-    Raises:
-        UserError: the model does not exist, its config is not readable, or it has a feature that is not implemented.
-    """
+    """Resolve --model; a hub id is downloaded once into the hub's cache, or read from there. Raises UserError if the
+    model does not exist, its config is not readable, or it has a feature that is not implemented."""
     if is_preset(name):
         return ModelSource(name, None, shape_from_hf(PRESETS[name], source=name))
     local = local_folder(name)
-    folder = local or _downloaded(name, weights=weights)
+    if (folder := local) is None:
+        from huggingface_hub import snapshot_download
+
+        files = [*_SIDE_FILES, *(["*.safetensors"] if weights else [])]
+        try:
+            folder = Path(snapshot_download(name, allow_patterns=files))
+        except Exception as error:  # the hub's client raises many kinds; each means that the model cannot be found
+            said = f"--model {name}: no such folder, and the hub has not sent it ({first_line(error)})"
+            raise UserError(said) from None
     values, file = read_hf_config(folder), str(folder / "config.json")
     stored = stored_format(values, source=file)
     return ModelSource(name, folder, shape_from_hf(values, source=file), from_hub=local is None, stored=stored)
@@ -153,12 +152,3 @@ def local_folder(name: str) -> Path | None:
     if "/" not in name or not may_be_hub_id(name):
         raise UserError(f"--model {name}: no such folder")
     return None
-
-
-def _downloaded(name: str, *, weights: bool) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=[*_SIDE_FILES, *(["*.safetensors"] if weights else [])]))
-    except Exception as error:  # the hub's client raises many kinds; each means that the model cannot be found
-        raise UserError(f"--model {name}: no such folder, and the hub has not sent it ({first_line(error)})") from None

@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from megatron_tiedlora.base.atomic import sync_path, write_json
-from megatron_tiedlora.base.messages import UserError, as_given, shown
+from megatron_tiedlora.base.messages import UserError, as_given, os_errors, shown
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.shapes import BASE_FORMATS
 from megatron_tiedlora.base.text_files import check_file
@@ -41,14 +41,15 @@ _MOST_TENSORS, _LARGEST_SIZE = 100_000, 2**62
 FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 BYTE_TYPES = {"U8": torch.uint8, "F8_E4M3": torch.uint8}  # codes of quantised weights
 TYPE_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # as flags name them
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # by their names in flags
 SHARD_BYTES = 2 * 10**9
-SAMPLED_RUNS, RUN_LENGTH = 8, 512  # of the values that identify a tensor
+SAMPLED_RUNS, RUN_LENGTH = 8, 512  # runs of values that identify a tensor, and their length
+
+TensorShape = tuple[int, ...]
+TensorShapes = Mapping[str, TensorShape]  # by tensor name
 
 
-def read_tensors(
-    file: Path, shapes: Mapping[str, tuple[int, ...]], *, sums: Mapping[str, str] | None = None
-) -> dict[str, torch.Tensor]:
+def read_tensors(file: Path, shapes: TensorShapes, *, sums: Mapping[str, str] | None = None) -> dict[str, torch.Tensor]:
     """The tensors of a file in fp32; it must hold exactly those of `shapes`.
 
     Args:
@@ -67,9 +68,8 @@ def read_tensors(
                 raise UserError(f"{file}: {name} is {as_given(entries[name]['dtype'])}, not floating point")
 
         check_tensors(file, header.shapes, shapes, check_type)
-        expected = header.begin + sum(
-            FLOAT_TYPES[entry["dtype"]].itemsize * math.prod(entry["shape"]) for entry in entries.values()
-        )
+        sizes = (FLOAT_TYPES[entry["dtype"]].itemsize * math.prod(entry["shape"]) for entry in entries.values())
+        expected = header.begin + sum(sizes)
         stream.seek(0)
         raw = stream.read(expected + 1)
     if len(raw) != expected:
@@ -88,10 +88,7 @@ def read_tensors(
 
 
 def check_tensors(
-    source: Path | str,
-    found: Mapping[str, tuple[int, ...]],
-    wanted: Mapping[str, tuple[int, ...]],
-    check: Callable[[str], object] = str,
+    source: Path | str, found: TensorShapes, wanted: TensorShapes, check: Callable[[str], object] = str
 ) -> None:
     """Raise UserError, naming `source`, unless tensors have the names and the shapes `wanted`; `check` checks one more
     thing of each."""
@@ -125,17 +122,13 @@ class Header:
     begin: int
 
     @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+    def shapes(self) -> dict[str, TensorShape]:
         """The shapes by tensor name."""
         return {name: tuple(entry["shape"]) for name, entry in self.entries.items()}
 
 
 def read_header(file: Path) -> Header:
-    """The header of a file.
-
-    Raises:
-        UserError: the header is invalid, or the file is truncated.
-    """
+    """The header of a file. Raises UserError if the header is invalid, or the file is truncated."""
     with _opened(file) as stream:
         header = _read_header(file, stream)
         end = header.begin + max((entry["data_offsets"][1] for entry in header.entries.values()), default=0)
@@ -149,10 +142,8 @@ def read_runs(file: Path, header: Header, name: str) -> torch.Tensor:
     first value to its last; all values if it has no more than that.
 
     Only these values are read. Codes of quantised weights are bytes. A memory map would read ahead, by megabytes for
-    each run on some systems.
-
-    Raises:
-        UserError: the file is not a whole safetensors file, or has no floating-point tensor of that name.
+    each run on some systems. Raises UserError if the file is not a whole safetensors file, or has no floating-point
+    tensor of that name.
     """
     entry, begin = header.entries.get(name), header.begin
     with _opened(file) as stream:
@@ -181,11 +172,8 @@ def run_starts(size: int) -> tuple[list[int], int]:
 def _opened(file: Path) -> Iterator[BinaryIO]:
     if not file.is_file():
         raise UserError(f"{file}: not a whole safetensors file (no such file)")
-    try:
-        with file.open("rb") as stream:
-            yield stream
-    except OSError as error:
-        raise UserError(f"{file}: not a whole safetensors file ({error.strerror or error})") from None
+    with os_errors(f"{file}: not a whole safetensors file"), file.open("rb") as stream:
+        yield stream
 
 
 def _read_header(file: Path, stream: BinaryIO) -> Header:
@@ -203,9 +191,8 @@ def _read_header(file: Path, stream: BinaryIO) -> Header:
             raise ValueError(f"a header of {len(content):,} tensors")
         for name, entry in content.items():
             sizes = [*entry["shape"], entry["data_offsets"][0], entry["data_offsets"][1]]
-            if not isinstance(entry["dtype"], str) or any(
-                type(size) is not int or not 0 <= size < _LARGEST_SIZE for size in sizes
-            ):
+            in_range = all(type(size) is int and 0 <= size < _LARGEST_SIZE for size in sizes)
+            if not isinstance(entry["dtype"], str) or not in_range:
                 raise ValueError(f"the header's entry {shown(name)} has the wrong type")
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise UserError(f"{file}: not a whole safetensors file ({error or type(error).__name__})") from None
@@ -219,11 +206,7 @@ def all_finite(values: torch.Tensor) -> bool:
 
 @dataclass(frozen=True)
 class StreamedTensor:
-    """A tensor that is made block by block.
-
-    Attributes:
-        blocks: makes the blocks; their values follow each other as in the whole tensor of `shape`.
-    """
+    """A tensor that is made block by block. The values of `blocks` have the order of the whole tensor of `shape`."""
 
     name: str
     dtype: torch.dtype
@@ -269,11 +252,8 @@ def sharded(tensors: Sequence[StreamedTensor], shard_bytes: int = SHARD_BYTES) -
 
 
 def write_files(folder: Path, files: Sequence[StreamedFile], *, bar: str = "weights", progress: bool = False) -> None:
-    """Write files in which each tensor's values are made as they are written, and the index if they are several.
-
-    Args:
-        bar: what the progress bar says.
-    """
+    """Write files in which each tensor's values are made as they are written, and the index if they are several. `bar`
+    is the text of the progress bar."""
     total = sum(file.value_bytes for file in files)
     with progress_bar(bar, "B", total=total, shows=progress) as shown, ThreadPoolExecutor(1) as thread:
         flushed = []
@@ -288,11 +268,8 @@ def write_files(folder: Path, files: Sequence[StreamedFile], *, bar: str = "weig
 
 
 def file_head(tensors: Iterable[tuple[str, str, Sequence[int], int]]) -> bytes:
-    """What stands in front of the values in a file: the header, and its length.
-
-    Args:
-        tensors: name, type as headers name it, shape and bytes of each, in the order of their values.
-    """
+    """The header of a file and its length, which stand in front of the values. `tensors` has name, type as headers name
+    it, shape and bytes of each, in the order of their values."""
     entries, end = {}, 0
     for name, kind, shape, size in tensors:
         start, end = end, end + size
@@ -325,12 +302,11 @@ _LARGEST_STATE = 2**16  # bytes of JSON
 _LARGEST_BLOCK, _LARGEST_OFFSET = 2**30, 1e30  # that it may give
 
 SliceOf = Callable[[str], Any]  # a stored tensor by its name, from which slices are read; None if there is none
-TensorShape = tuple[int, ...]
 QuantisedRows = tuple[torch.Tensor, torch.Tensor, int]  # codes, scales, and the bytes that were read
 
 
 class _Nf4State(NamedTuple):
-    """What the JSON beside a tensor of bitsandbytes says. `nested`: (size of a block of scales, their offset)."""
+    """The JSON beside a tensor of bitsandbytes. `nested` is (size of a block of scales, their offset)."""
 
     block: int
     nested: tuple[int, float] | None
@@ -363,9 +339,8 @@ class StoredWeights:
         scale = self._needed(name, _ROW_SCALE)
         by_row, found = ((shape[0], 1), (shape[0],)), tuple(scale.get_shape())
         if found not in ((), (1,), (1, 1), *by_row) or scale.get_dtype() not in FLOAT_TYPES:
-            raise UserError(
-                f"{name}{_ROW_SCALE} is {as_given(scale.get_dtype())} {found}, not one number, or one for each row"
-            )
+            said = f"{name}{_ROW_SCALE} is {as_given(scale.get_dtype())} {found}"
+            raise UserError(f"{said}, not one number, or one for each row")
 
     def read(self, name: str, shape: TensorShape, rows: slice, columns: slice) -> QuantisedRows:
         """Codes and scales of a range of rows and columns; in nf4 of columns that make up whole blocks."""
@@ -408,9 +383,8 @@ class StoredWeights:
             tensor = self._needed(name, part)
             found = torch.Size(tensor.get_shape()).numel()
             if tensor.get_dtype() != dtype or found != count:
-                raise UserError(
-                    f"{name}{part} is {as_given(tensor.get_dtype())} of {found:,} numbers, not {dtype} of {count:,}"
-                )
+                said = f"{name}{part} is {as_given(tensor.get_dtype())} of {found:,} numbers"
+                raise UserError(f"{said}, not {dtype} of {count:,}")
             # Codes may be one column or one row; rows are sliced from one run of numbers.
             sizes = list(tensor.get_shape())
             if sizes not in ([count], *([] if part else ([count, 1], [1, count]))):
@@ -438,10 +412,8 @@ class StoredWeights:
         if block % self._block:
             raise UserError(f"{name} has blocks of {block}, which are not whole blocks of {self._block}")
         if shape[1] % block:
-            raise UserError(
-                f"{name} has blocks of {block} that cross its rows of {shape[1]} weights, so it cannot be sharded; give"
-                " the model with weights in bf16, fp16 or fp32, and --base nf4"
-            )
+            said = f"{name} has blocks of {block} that cross its rows of {shape[1]} weights, so it cannot be sharded"
+            raise UserError(f"{said}; give the model with weights in bf16, fp16 or fp32, and --base nf4")
         # A float, since torch adds no integer above 2^63.
         return _Nf4State(block, None if nested is None else (nested[0], float(nested[1])))
 
@@ -454,19 +426,16 @@ class StoredWeights:
         first, last = start * width // 2, stop * width // 2
         codes = (stored[:, first:last] if one_row else stored[first:last]).reshape(stop - start, width // 2)
         per_row = width // state.block
-        scales, more = self._scales(name, state, slice(start * per_row, stop * per_row))
+        blocks = slice(start * per_row, stop * per_row)
+        scales = self._slice_of(name + _ABSMAX)[blocks]
+        num_bytes = codes.nbytes + scales.nbytes
+        if state.nested is not None:  # the scales are codes with scales of their own
+            size, offset = state.nested
+            levels, of_groups = self._slice_of(name + _NESTED_LEVELS)[:], self._slice_of(name + _NESTED_ABSMAX)[:]
+            num_bytes += of_groups.nbytes
+            groups = torch.arange(blocks.start, blocks.stop) // size
+            scales = levels[scales.int()] * of_groups[groups] + offset
         scales = scales.view(stop - start, per_row)
         scales = scales.repeat_interleave(state.block // self._block, dim=1)
-        num_bytes = codes.nbytes + more
         own = codes[:, columns.start // 2 : columns.stop // 2]
         return own, scales[:, columns.start // self._block : columns.stop // self._block], num_bytes
-
-    def _scales(self, name: str, state: _Nf4State, blocks: slice) -> tuple[torch.Tensor, int]:
-        """(plain scales of a range of blocks, fp32; the bytes that were read)."""
-        found = self._slice_of(name + _ABSMAX)[blocks]
-        if state.nested is None:
-            return found, found.nbytes
-        size, offset = state.nested
-        levels, scales = self._slice_of(name + _NESTED_LEVELS)[:], self._slice_of(name + _NESTED_ABSMAX)[:]
-        groups = torch.arange(blocks.start, blocks.stop) // size
-        return levels[found.int()] * scales[groups] + offset, found.nbytes + scales.nbytes

@@ -37,11 +37,18 @@ GPU_MICRO_BATCH_TOKENS = 8192  # below about 4,000, launching a layer's kernels 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How a global batch is divided into micro-batches."""
+    """The division of a global batch into micro-batches; with packing, `micro_batch_size` is the maximum.
+
+    Attributes:
+        packed_length: tokens of a packed row; None: one sample per row.
+        min_micro_batches: minimum micro-batches per rank with packing, capped at the unpacked number.
+    """
 
     global_batch_size: int
     micro_batch_size: int
     data_parallel: int
+    packed_length: int | None = None
+    min_micro_batches: int = 1
 
     @property
     def accumulation_steps(self) -> int:

@@ -41,7 +41,7 @@ _SPLITS = {"train": np.int64, "validation": np.int64}
 
 _CODE = Path(__file__).parent  # its modules make ids of rows; another version of them tokenises again
 _BLOCK = 2**14  # rows
-_SAY_SECONDS, _LONGEST_SILENCE = 10.0, 300.0  # of a process that waits: how long before its first line, between two
+_SAY_SECONDS, _LONGEST_SILENCE = 10.0, 300.0  # before the first line of a process that waits, and between two
 
 _LOGGER = logging.getLogger(__name__)
 _Stored = tuple[dict[str, NDArray[Any]], dict[str, Any]]
@@ -69,12 +69,7 @@ class TrainingData:
 
 
 def tokenised_once(
-    encoding: Encoding,
-    *,
-    files: Files,
-    seed: int,
-    cache_dir: str | Path | None = None,
-    timeout_minutes: float = 30.0,
+    encoding: Encoding, *, files: Files, seed: int, cache_dir: str | Path | None = None, timeout_minutes: float = 30.0
 ) -> TrainingData:
     """Return the training and the validation part, which are read and tokenised if no process did so before.
 
@@ -109,9 +104,8 @@ def tokenised_once(
         write_splits = partial(_write_splits, stored=stored, streams=streams, seed=seed, encoding=encoding)
         order, facts = once(choice, _SPLITS, write_splits, streams["train"].names)
     except OSError as error:
-        raise UserError(
-            f"{folder}: the cache of tokenised data cannot be written ({error}); free space there"
-        ) from error
+        said = f"{folder}: the cache of tokenised data cannot be written ({error})"
+        raise UserError(f"{said}; free space there") from error
     train = TokenDataset(**stored["train"][0], order=order["train"])
     validation = TokenDataset(**stored[parts[-1]][0], order=order["validation"])
     return TrainingData(train, validation, **{**facts, "mix": tuple(facts["mix"])})
@@ -120,7 +114,7 @@ def tokenised_once(
 def _once(
     folder: Path, timeout_minutes: float, key: str, dtypes: Mapping[str, Any], write: Callable[[Path], None], names: str
 ) -> _Stored:
-    """What the folder `key` holds. `write` is called for it if no process has written it, or is writing it."""
+    """The content of the folder `key`. `write` is called for it unless a process has written it, or is writing it."""
     path = folder / key
     waits = _waits(path, names, timeout_minutes)
 
@@ -183,11 +177,8 @@ def _waits(path: Path, names: str, timeout_minutes: float) -> Iterator[None]:
 def _write_rows(
     path: Path, *, stream: RowStream, content: str, encoding: Encoding, name: str, first_only: bool
 ) -> None:
-    """Tokenise the rows of a stream into the existing folder `path`.
-
-    Args:
-        first_only: leave out rows that belong to the sample of an earlier row.
-    """
+    """Tokenise the rows of a stream into the existing folder `path`. With `first_only`, rows that belong to the sample
+    of an earlier row are left out."""
 
     def read() -> Iterator[NumberedRow]:
         seen = 0
@@ -208,7 +199,7 @@ def _write_rows(
             raise UserError(f"{stream.names}: changed while it was read; start again when it is complete")
 
 
-# Which samples ----------------------------------------------------------------------------------------------------
+# Selected samples -------------------------------------------------------------------------------------------------
 
 
 def _write_splits(
@@ -313,11 +304,7 @@ def written_arrays(
     """Yield a function that appends values to arrays of these dtypes, (number of values,) each, given by name.
 
     They are in an existing folder, which is complete when the block has ended: every file's size and hash are recorded
-    with a hash of the record, so that damage is noticed.
-
-    Args:
-        facts: JSON that belongs to the arrays.
-    """
+    with a hash of the record, so that damage is noticed. `facts` is JSON that is written beside the arrays."""
     with ExitStack() as stack:
         files = {name: stack.enter_context((folder / name).open("wb")) for name in dtypes}
 

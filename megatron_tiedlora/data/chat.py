@@ -22,31 +22,25 @@ _WORD = re.compile(r"\w+")
 
 
 class Chat:
-    """How the rows of a data set become text. It runs the tokenizer's chat template, so it has to be closed.
-
-    Args:
-        tokenizer: None if it is unknown, as for a text that is not tokenised.
+    """Turns the rows of a data set into text. It runs the tokenizer's chat template, so it has to be closed. The
+    tokenizer is None if it is unknown, as for a text that is not tokenised.
 
     Attributes:
-        reading: what the user decided.
-        control: the tokenizer's control tokens in a row's texts.
+        reading: the user's choices.
         templated: whether there is a chat template, which writes the beginning and the end of a text too.
     """
 
     def __init__(self, tokenizer: Any, reading: Reading) -> None:
         self.reading = reading
-        self.control = ControlTokens(tokenizer, reading.special_tokens)
+        self._control = _control_tokens(tokenizer, reading.special_tokens)
         self.templated = bool(getattr(tokenizer, "chat_template", None))
         self._tokenizer, self._name = tokenizer, chat_writer(tokenizer, reading)
         self._template = ChatTemplate(tokenizer, reading.chat_template) if self.templated else None
         self._names: dict[bool, TemplateNames] = {}  # by whether there are tools, as some have a template for these
 
     def segments(self, conversation: Conversation, source: str) -> tuple[tuple[Segment, ...], int]:
-        """The text of a conversation, and how many of its segments are before the last answer.
-
-        Raises:
-            UserError: the template does not know a role, would drop a field, or fails.
-        """
+        """The text of a conversation, and how many of its segments are before the last answer. Raises UserError if the
+        template does not know a role, would drop a field, or fails."""
         if self.reading.train_on == "last_turn":
             conversation = conversation.with_last_turn_alone()
         self._check_known(conversation, source)
@@ -68,7 +62,8 @@ class Chat:
         turns = conversation.turns
         wanted = [index for index, turn in enumerate(turns) if turn.trained or turn is turns[-1]]
         messages, names = [turn.message for turn in turns], [turn.name for turn in turns]
-        text, spans = self._template.render(messages, source, answers=wanted, tools=conversation.tools, names=names)
+        tools = conversation.tools or ()
+        text, spans = self._template.render(messages, source, answers=wanted, names=names, tools=tools)
         self._check_written(conversation, text, source)
         parts: list[tuple[str, bool | None]] = []
         position = 0
@@ -100,30 +95,52 @@ class Chat:
         return [segment for text, supervised, ends in texts for segment in self.cut(text, supervised, ends=ends)]
 
     def cut(self, text: str, supervised: bool, *, ends: bool = False) -> list[Segment]:
-        """The segments of a text that may have marked control tokens."""
-        pieces = self.control.pieces(text)
-        return [
-            Segment(piece, supervised, plain=plain, ends=ends and number == len(pieces))
-            for number, (piece, plain) in enumerate(pieces, start=1)
-        ]
+        """The segments of a text, in which marked control tokens are plain text."""
+        parts = [(text, False)]
+        if self.reading.special_tokens == "plain" and (_START in text or _END in text):
+            marked = [start.partition(_END) for start in text.split(_START)]
+            parts = [part for token, end, after in marked for part in ((token, bool(end)), (after, False))]
+            parts = [(part.replace(_END, ""), plain) for part, plain in parts if part] or [("", False)]
+        segments = [Segment(part, supervised, plain=plain) for part, plain in parts]
+        return [*segments[:-1], replace(segments[-1], ends=ends)]
 
     def _guarded(self, conversation: Conversation, source: str) -> Conversation:
         """The conversation with the control tokens of its texts marked, or rejected."""
         turns = []
         for turn in conversation.turns:
-            message = {
-                name: self.control.guard(
-                    value, "the text" if name == "content" else f"field {name!r}", f"{source}, {turn.name}"
-                )
-                for name, value in turn.message.items()
-            }
+            where, message = f"{source}, {turn.name}", dict(turn.message)
+            for name, value in turn.message.items():
+                message[name] = self.guard(value, "the text" if name == "content" else f"field {name!r}", where)
             turns.append(replace(turn, message=message))
-        tools = self.control.guard(conversation.tools, "field 'tools'", source)
-        return Conversation(tuple(turns), tools)
+        return Conversation(tuple(turns), self.guard(conversation.tools, "field 'tools'", source))
+
+    def guard(self, value: Any, what: str, source: str) -> Any:
+        """`value` (a text, or JSON with texts) of a row, with its control tokens marked. `what` names it in messages.
+        Raises UserError if there is one, and it is to be rejected."""
+        if isinstance(value, dict):
+            return {self.guard(key, what, source): self.guard(item, what, source) for key, item in value.items()}
+        if not isinstance(value, str):
+            return [self.guard(item, what, source) for item in value] if isinstance(value, list | tuple) else value
+        is_plain = self.reading.special_tokens == "plain"
+        if is_plain and (_START in value or _END in value):
+            raise UserError(f"{source}: {what} holds U+FDD0 or U+FDD1, which are no characters; remove them")
+        if self._control is None or (found := self._control.search(value)) is None:
+            return value
+        if is_plain:
+            return self._control.sub(f"{_START}\\g<0>{_END}", value)
+        raise UserError(
+            f"{source}: {what} holds {found[0]!r}, a control token of the tokenizer; give"
+            " --special_tokens_in_text plain to read it as text, or control to read it as that token"
+        )
 
     def _check_known(self, conversation: Conversation, source: str) -> None:
         """Raise UserError for what the template, or lines without one, would drop or not know."""
-        names = self._template_names(bool(conversation.tools), source)
+        names, has_tools = TemplateNames(), bool(conversation.tools)
+        if self._template is not None:
+            if has_tools not in self._names:
+                text = _template_text(self._tokenizer, self.reading, tools=[] if has_tools else None)
+                self._names[has_tools] = self._template.names(text, source)
+            names = self._names[has_tools]
         if conversation.tools and "tools" not in names.variables:
             raise UserError(f"{source}: 'tools' is not read by {self._name}; {self._fix}, or remove the field")
         for turn in conversation.turns:
@@ -137,10 +154,8 @@ class Chat:
             role, calls = message["role"], "tool_calls" in names.fields  # such a template writes what tools answer too
             known = role in _PLAIN_ROLES or role in names.constants or (role == TOOL and calls)
             if not known and self.reading.special_tokens == "refuse":
-                raise UserError(
-                    f"{where}: role {shown(role)} is not known to {self._name}; {self._fix}, or"
-                    " --special_tokens_in_text plain to write it as it is"
-                )
+                said = f"{where}: role {shown(role)} is not known to {self._name}"
+                raise UserError(f"{said}; {self._fix}, or --special_tokens_in_text plain to write it as it is")
 
     def _check_written(self, conversation: Conversation, text: str, source: str) -> None:
         """Raise UserError if the template drops the text of a turn, or a call; the longest word stands for a text."""
@@ -154,28 +169,20 @@ class Chat:
                     said = f"{source}, {turn.name}: {self._name} does not write {what}"
                     raise UserError(f"{said}; give another --chat_template, or remove it")
 
-    def _template_names(self, has_tools: bool, source: str) -> TemplateNames:
-        if self._template is None:
-            return TemplateNames()
-        if has_tools not in self._names:
-            text = _template_text(self._tokenizer, self.reading, tools=[] if has_tools else None)
-            self._names[has_tools] = self._template.names(text, source)
-        return self._names[has_tools]
-
     @property
     def _fix(self) -> str:
         return f"give {'another' if self.templated else 'a'} --chat_template"
 
 
 def chat_writer(tokenizer: Any, reading: Reading) -> str:
-    """What writes the text of conversations with a tokenizer, in words."""
+    """The writer of the text of conversations with a tokenizer, in words."""
     if not getattr(tokenizer, "chat_template", None):
         return "lines of User: and Assistant: (the tokenizer has no chat template)"
     return f"the chat template of {reading.chat_template or getattr(tokenizer, 'name_or_path', 'the tokenizer')}"
 
 
 def chat_note(tokenizer: Any, reading: Reading) -> str:
-    """How conversations are read with a tokenizer, for the first lines of a run."""
+    """The way in which conversations are read with a tokenizer, for the first lines of a run."""
     said = f"{chat_writer(tokenizer, reading)}; {'every' if reading.train_on == 'all_turns' else 'the last'} answer"
     if not tokenizer.chat_template:
         return f"{said} is supervised"
@@ -212,56 +219,15 @@ def chat_template_sha256(file: str | Path) -> str:
 _START, _END = "\ufdd0", "\ufdd1"  # code points that are no characters, for a program's own use
 
 
-class ControlTokens:
-    """The control tokens of a tokenizer, and what they mean in a row's text.
-
-    Args:
-        tokenizer: None if it is unknown, as for a text that is not tokenised.
-        meaning: value of --special_tokens_in_text.
-    """
-
-    def __init__(self, tokenizer: Any, meaning: str) -> None:
-        self.meaning = meaning
-        self._find: re.Pattern[str] | None = None
-        if tokenizer is None or meaning == "control" or getattr(tokenizer, "split_special_tokens", False):
-            return
-        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
-        found = {str(token) for token in added if token.special} | set(getattr(tokenizer, "all_special_tokens", ()))
-        if found := {token for token in found if token.strip()}:
-            longest_first = sorted(found, key=len, reverse=True)
-            self._find = re.compile("|".join(map(re.escape, longest_first)))
-
-    def guard(self, value: Any, what: str, source: str) -> Any:
-        """`value` (a text, or JSON with texts) of a row, with its control tokens marked. `what` names it in messages.
-
-        Raises:
-            UserError: there is one, and it is to be rejected.
-        """
-        if isinstance(value, dict):
-            return {self.guard(key, what, source): self.guard(item, what, source) for key, item in value.items()}
-        if not isinstance(value, str):
-            return [self.guard(item, what, source) for item in value] if isinstance(value, list | tuple) else value
-        if self.meaning == "plain" and (_START in value or _END in value):
-            raise UserError(f"{source}: {what} holds U+FDD0 or U+FDD1, which are no characters; remove them")
-        found = None if self._find is None else self._find.search(value)
-        if self._find is None or found is None:
-            return value
-        if self.meaning == "plain":
-            return self._find.sub(f"{_START}\\g<0>{_END}", value)
-        raise UserError(
-            f"{source}: {what} holds {found[0]!r}, a control token of the tokenizer; give"
-            " --special_tokens_in_text plain to read it as text, or control to read it as that token"
-        )
-
-    def pieces(self, text: str) -> list[tuple[str, bool]]:
-        """The text without marks, as pieces and whether each is a control token that is plain text."""
-        if self.meaning != "plain" or (_START not in text and _END not in text):
-            return [(text, False)]
-        pieces = []
-        for start in text.split(_START):
-            marked, end, after = start.partition(_END)
-            pieces += [(marked, bool(end)), (after, False)] if end else [(start, False)]
-        return [(piece.replace(_END, ""), plain) for piece, plain in pieces if piece] or [("", False)]
+def _control_tokens(tokenizer: Any, meaning: str) -> re.Pattern[str] | None:
+    """Finds the control tokens of a tokenizer in a row's text; None if there are none, or they have their `meaning`
+    (value of --special_tokens_in_text) there."""
+    if tokenizer is None or meaning == "control" or getattr(tokenizer, "split_special_tokens", False):
+        return None
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    found = {str(token) for token in added if token.special} | set(getattr(tokenizer, "all_special_tokens", ()))
+    longest_first = sorted((token for token in found if token.strip()), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
 
 def with_marks(segments: Iterable[Segment]) -> str:

@@ -34,13 +34,14 @@ _SECONDS, _SECONDS_PER_ANSWER, _MEMORY = 1.0, 0.02, 2**28
 _OWN_CHARACTERS, _RATIO = 100_000, 10
 _SILENCE = 60.0  # wall-clock seconds without an answer, for a process that gets no CPU time
 
+Objects = Sequence[Mapping[str, Any]]  # messages, or schemas of tools
+Span = tuple[int, int]  # start and end of an answer in a text
+Rendered = tuple[str, tuple[Span, ...]]  # a conversation as the template writes it, and the answers that were asked for
+
 
 class ChatTemplate:
-    """A tokenizer's chat template in its own process, which starts with the first conversation.
-
-    Args:
-        name: what the template is called in messages.
-    """
+    """A tokenizer's chat template in its own process, which starts with the first conversation. Messages call it
+    `name`."""
 
     def __init__(self, tokenizer: Any, name: str | None = None) -> None:
         self._tokenizer = tokenizer
@@ -48,14 +49,8 @@ class ChatTemplate:
         self._running: tuple[psutil.Process, Connection] | None = None
 
     def render(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        source: str,
-        *,
-        answers: Sequence[int],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        names: Sequence[str],
-    ) -> "Rendered":
+        self, messages: Objects, source: str, *, answers: Sequence[int], names: Sequence[str], tools: Objects = ()
+    ) -> Rendered:
         """Return the text of a conversation, with the spans of the assistant's turns whose indices are `answers`.
 
         The template's generation marks give a span, if there is one for each answer of the assistant. Otherwise a turn
@@ -148,32 +143,24 @@ def _serve(tokenizer: Any, connection: Connection, parent: int) -> NoReturn:
 
 
 def _answer(tokenizer: Any, request: Mapping[str, Any]) -> dict[str, Any]:
-    if "template" in request:
-        return _names(request["template"])
-    longest, messages = request["longest"], request["messages"]
+    parses = "template" in request
     try:
-        text, spans = render_with_spans(
-            tokenizer, messages, request["tools"], request["answers"], names=request["names"]
-        )
+        if parses:
+            return {"found": {name: sorted(words) for name, words in vars(template_names(request["template"])).items()}}
+        given = request["messages"], request["tools"], request["answers"]
+        text, spans = render_with_spans(tokenizer, *given, names=request["names"])
     except MemoryError:
-        return {"reason": f"needs more than {_MEMORY:,} bytes for these messages"}
+        return {"reason": f"needs more than {_MEMORY:,} bytes {'to be parsed' if parses else 'for these messages'}"}
     except TurnsChange as error:
         fix = "give --train_on last_turn, or a --chat_template that marks answers with {% generation %}"
         return {"reason": str(error), "fix": fix}
-    except Exception as error:  # a template is a program: it may reject roles, or fail in any other way
+    except Exception as error:  # a template is a stranger's program: it may reject roles, or fail in any other way
+        if parses:
+            return {"reason": f"is no Jinja template ({one_line(str(error))})", "fix": "give another --chat_template"}
         return {"reason": one_line(f"rejects these messages ({error})")}
-    if len(text) > longest:
+    if len(text) > (longest := request["longest"]):
         return {"reason": f"makes {len(text):,} characters from these messages (the limit is {longest:,})"}
     return {"text": text, "answers": spans}
-
-
-def _names(text: str) -> dict[str, Any]:
-    try:
-        return {"found": {name: sorted(words) for name, words in vars(template_names(text)).items()}}
-    except MemoryError:
-        return {"reason": f"needs more than {_MEMORY:,} bytes to be parsed"}
-    except Exception as error:  # a template is a stranger's program
-        return {"reason": f"is no Jinja template ({one_line(str(error))})", "fix": "give another --chat_template"}
 
 
 def _num_characters(value: Any) -> int:
@@ -198,7 +185,7 @@ def _receive(connection: Connection) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-# What the process renders ---------------------------------------------------------------------------------------------
+# Rendering in the process ---------------------------------------------------------------------------------------------
 #
 # Names are found by Jinja's syntax tree: a comment, or a part of another word, is no name. The span of answer i is
 # [common start of render(turns before i, with the start of an answer) and the whole, length of render(turns up to i)].
@@ -248,10 +235,6 @@ def template_names(text: str) -> TemplateNames:
     )
 
 
-Rendered = tuple[str, tuple[tuple[int, int], ...]]
-"""A conversation as the template writes it, and (start, end) in that text of each answer that was asked for."""
-
-
 class TurnsChange(ValueError):
     """The template writes a turn in another way once others follow, so its span cannot be found."""
 
@@ -262,21 +245,10 @@ def has_marks(template: str) -> bool:
 
 
 def render_with_spans(
-    tokenizer: Any,
-    messages: Sequence[Any],
-    tools: Sequence[Any] | None,
-    answers: Sequence[int],
-    *,
-    names: Sequence[str],
+    tokenizer: Any, messages: Objects, tools: Objects | None, answers: Sequence[int], *, names: Sequence[str]
 ) -> Rendered:
-    """The messages with the spans of those with the indices `answers`.
-
-    Args:
-        names: what each message is called in errors.
-
-    Raises:
-        TurnsChange: a span cannot be found. Whatever the template raises.
-    """
+    """The messages with the spans of those with the indices `answers`; errors call each message by its entry in
+    `names`. Raises TurnsChange if a span cannot be found, and whatever the template raises."""
     if found := _by_marks(tokenizer, messages, tools):
         return found[0], tuple(found[1][index] for index in answers)
     render, eos = partial(_render, tokenizer, tools=tools), getattr(tokenizer, "eos_token", None) or ""
@@ -284,9 +256,7 @@ def render_with_spans(
     return whole, tuple(_span(render, messages, whole, index, names[index], eos) for index in answers)
 
 
-def _by_marks(
-    tokenizer: Any, messages: Sequence[Any], tools: Sequence[Any] | None
-) -> tuple[str, dict[int, tuple[int, int]]] | None:
+def _by_marks(tokenizer: Any, messages: Objects, tools: Objects | None) -> tuple[str, dict[int, Span]] | None:
     """The text, and the span of each answer by the template's generation marks; None unless each is one piece."""
     if not has_marks(tokenizer.get_chat_template(tools=tools)):
         return None
@@ -303,15 +273,15 @@ def _by_marks(
 
 
 def _marked(
-    tokenizer: Any, messages: Sequence[Any], tools: Sequence[Any] | None, *, starts_answer: bool = False
-) -> tuple[str, list[tuple[int, int]]]:
+    tokenizer: Any, messages: Objects, tools: Objects | None, *, starts_answer: bool = False
+) -> tuple[str, list[Span]]:
     """The text of messages, and the spans that the template marks."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     # It returns (texts, spans by text), which its own annotation does not say.
     found: Any = render_jinja_template(
-        conversations=[list(messages)],
-        tools=None if tools is None else list(tools),
+        conversations=[list[Any](messages)],
+        tools=None if tools is None else list[Any](tools),
         chat_template=tokenizer.get_chat_template(tools=tools),
         return_assistant_tokens_mask=True,
         add_generation_prompt=starts_answer,
@@ -321,9 +291,7 @@ def _marked(
     return text, [(start, end) for start, end in spans]
 
 
-def _span(
-    render: Callable[..., str], messages: Sequence[Any], whole: str, index: int, name: str, eos: str
-) -> tuple[int, int]:
+def _span(render: Callable[..., str], messages: Objects, whole: str, index: int, name: str, eos: str) -> Span:
     """The span of the answer `index`, called `name`, in the rendering of all messages."""
     prompt = render(messages[:index], starts_answer=True)
     start = len(os.path.commonprefix([prompt, whole]))  # noqa: RUF071 - by characters: these are no paths
@@ -331,7 +299,7 @@ def _span(
         before = render(messages[:index])
         if not whole.startswith(before):
             raise TurnsChange(f"writes what comes before {name} in another way once that follows")
-        # What the answer has in common with that start belongs to the answer, so look where another one would begin.
+        # Text that the answer has in common with that start belongs to the answer, so look where another begins.
         other = render([*messages[:index], {**messages[index], "content": _OTHER}])
         begins = other.find(_OTHER)
         if begins >= 0 and whole.startswith(other[:begins]):
@@ -356,10 +324,6 @@ def _span(
 _OTHER = "\ue000\ue001"  # an answer that begins like no other text: two characters for private use
 
 
-def _render(
-    tokenizer: Any, messages: Sequence[Any], tools: Sequence[Any] | None, *, starts_answer: bool = False
-) -> str:
-    more: Mapping[str, Any] = {} if tools is None else {"tools": list(tools)}
-    return str(
-        tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=starts_answer, **more)
-    )
+def _render(tokenizer: Any, messages: Objects, tools: Objects | None, *, starts_answer: bool = False) -> str:
+    more: Mapping[str, Any] = {"add_generation_prompt": starts_answer, **({} if tools is None else {"tools": [*tools]})}
+    return str(tokenizer.apply_chat_template(list(messages), tokenize=False, **more))

@@ -99,10 +99,7 @@ class Encoder:
         self._add_bos = reading.add_bos
         self._start = start_ids(tokenizer, self._add_bos)
         self.chat = Chat(tokenizer, reading)
-
-    def close(self) -> None:
-        """End the template's process."""
-        self.chat.close()
+        self.close = self.chat.close
 
     def samples(self, examples: Sequence[Example]) -> Iterator[list[Encoded]]:
         """Yield the samples of each example: one, or several of a long text."""
@@ -154,13 +151,13 @@ class Encoder:
         return tokens, supervised
 
     def _start_of(self, example: Example, tokens: list[int]) -> list[int]:
-        """What is put in front: a chat template writes its own start, and nothing is written twice."""
+        """The ids that are put in front. A chat template writes its own start, and nothing is written twice."""
         templated = self.chat.templated and example.conversation is not None
         written = (templated and self._add_bos == "auto") or tokens[: len(self._start)] == self._start
         return [] if written else self._start
 
     def _continued(self, tokens: list[int], supervised: list[bool]) -> Iterator[Encoded]:
-        """A text in pieces of the maximum length. The last has two tokens at least, since one predicts nothing."""
+        """A text in parts of the maximum length. The last has two tokens at least, since one predicts nothing."""
         edges = [*range(0, len(tokens), self._max_length), len(tokens)]
         if edges[-1] - edges[-2] == 1:
             edges[-2] -= 1
@@ -230,12 +227,9 @@ def continuation_ids(tokenizer: Tokenizer, texts: Sequence[str], *, plain: bool 
     """Tokenise texts that follow a prompt, so that decoding prompt and continuation gives the joined text.
 
     A tokenizer that prefixes a space would add one to " 42" and to "42". So a leading space is removed, and the
-    tokenizer adds it again. A text without one is tokenised after a newline, whose ids are then dropped. If the
-    newline merges with the text into one token, the extra space stays.
-
-    Args:
-        plain: whether control tokens in the texts are read as plain text.
-    """
+    tokenizer adds it again. A text without one is tokenised after a newline, whose ids are then dropped. If the newline
+    merges with the text into one token, the extra space stays. With `plain`, control tokens in the texts are read as
+    plain text."""
     if not texts or not adds_prefix_space(tokenizer):
         return _ids(tokenizer, texts, plain=plain)
     newline = _ids(tokenizer, ["\n"])[0]
@@ -324,10 +318,7 @@ class RowEncoder(Encoder):
 
 def encoded_rows(rows: Iterable[NumberedRow], encoding: Encoding) -> Iterator[Arrays]:
     """Yield the samples of rows, chunk by chunk in order: arrays as `encode.joined` returns them, with all facts.
-
-    Raises:
-        UserError: as `RowEncoder.encode`, or if rows of a file have several shapes.
-    """
+    Raises UserError as `RowEncoder.encode`, or if rows of a file have several shapes."""
     # A row counts as 1 / CHUNK of the bytes at least, so no chunk has more than CHUNK rows.
     chunks = filled((row, max(num_bytes(row[-1][0]), CHUNK_BYTES / CHUNK), CHUNK_BYTES) for row in rows)
     first = list(islice(chunks, _FEW_CHUNKS + 1))
@@ -377,7 +368,7 @@ def _in_processes(chunks: Iterable[list[NumberedRow]], encoding: Encoding) -> It
 def _result(chunk: list[NumberedRow], future: Future[tuple[Arrays, RowShapes]]) -> tuple[Arrays, RowShapes]:
     try:
         return future.result()
-    except RecursionError:  # of pickle, which passes the chunk
+    except RecursionError:  # pickle, which passes the chunk, raises it
         first, last = (source for _, _, (_, source) in (chunk[0], chunk[-1]))
         raise UserError(f"{first} to {last}: a row has values that are nested too deeply; remove it") from None
 

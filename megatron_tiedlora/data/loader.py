@@ -28,8 +28,8 @@ from megatron_tiedlora.parallel.loss import IGNORED_LABEL
 Rows = list[list[int]]
 Lengths = Sequence[int] | NDArray[np.int64]
 
-# Numbers of tokens that belong to one sample: token t of the run's sample i (in its order, from 0) has the number
-# i * NUMBERS_OF_SAMPLE + t. So it follows from the step, the sample and the place in it, whatever the packing.
+# Token t of the run's sample i (in its order, from 0) has the token index i * NUMBERS_OF_SAMPLE + t. So the index
+# depends on the step, the sample and the position in it, and not on the packing.
 NUMBERS_OF_SAMPLE = 2**24
 
 
@@ -38,13 +38,13 @@ class GlobalBatch:
     """The plan of one optimizer step, the same on every rank.
 
     micro_batches: lists of rows of sample indices; unpacked rows are sorted by length.
-    places: the same rows, with each sample's place in the order of all samples of the run, whatever its index.
+    ordinals: the same rows, with each sample's index in the order of all samples of the run (from 0).
     num_supervised, num_tokens, squared_lengths: totals of all samples of the step.
     consumed_samples: samples consumed after this step; a resumed run starts from it.
     """
 
     micro_batches: Sequence[Rows]
-    places: Sequence[Rows]
+    ordinals: Sequence[Rows]
     num_supervised: int
     num_tokens: int
     squared_lengths: int
@@ -59,7 +59,7 @@ class GlobalBatch:
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """One rank's share of a global batch.
+    """One rank's part of a global batch.
 
     num_supervised, num_tokens, squared_lengths: totals of the whole global batch. num_positions: positions of all
     ranks' micro-batches, including padding. largest: the positions of each micro-batch, on the rank where it has most.
@@ -75,20 +75,7 @@ class TrainingStep:
     consumed_samples: int
 
 
-@dataclass(frozen=True)
-class BatchShape(BatchPlan):
-    """How a global batch is divided, the same on every rank; with packing, `micro_batch_size` is the maximum.
-
-    Attributes:
-        packed_length: tokens of a packed row; None: one sample per row.
-        min_micro_batches: minimum micro-batches per rank with packing, capped at the unpacked number.
-    """
-
-    packed_length: int | None = None
-    min_micro_batches: int = 1
-
-
-def plan_global_batch(dataset: TokenDataset, shape: BatchShape, *, seed: int, consumed_samples: int) -> GlobalBatch:
+def plan_global_batch(dataset: TokenDataset, shape: BatchPlan, *, seed: int, consumed_samples: int) -> GlobalBatch:
     """Plan the step that follows `consumed_samples`. It is a pure function of its arguments.
 
     With packing, the numbers of micro-batches and of their rows depend on the samples, and are equal on every rank.
@@ -111,7 +98,7 @@ def plan_global_batch(dataset: TokenDataset, shape: BatchShape, *, seed: int, co
         )
     return GlobalBatch(
         micro_batches=[[[int(indices[index]) for index in row] for row in rows] for rows in micro_batches],
-        places=[[[consumed_samples + index for index in row] for row in rows] for rows in micro_batches],
+        ordinals=[[[consumed_samples + index for index in row] for row in rows] for rows in micro_batches],
         num_supervised=int(dataset.num_supervised_of(indices).sum()),
         num_tokens=int(lengths.sum()),
         squared_lengths=int((lengths**2).sum()),
@@ -121,7 +108,7 @@ def plan_global_batch(dataset: TokenDataset, shape: BatchShape, *, seed: int, co
 
 def training_steps(
     dataset: TokenDataset,
-    shape: BatchShape,
+    shape: BatchPlan,
     *,
     seed: int,
     dp_rank: int,
@@ -133,10 +120,8 @@ def training_steps(
     """Yield the steps of one data-parallel rank after `consumed_samples`, without end.
 
     With the count of a finished step (`TrainingStep.consumed_samples`) it continues exactly there. If `numbered`,
-    micro-batches have their tokens' numbers.
-
-    Raises:
-        UserError: a global batch has no supervised token; on every rank, for the same step.
+    micro-batches have token indices. Raises UserError, on every rank for the same step, if a global batch has
+    no supervised token.
     """
     dp_size, packed = shape.data_parallel, shape.packed_length is not None
     make = partial(collate, dataset, pad_id=pad_id, pad_multiple=pad_multiple, packed=packed)
@@ -149,9 +134,9 @@ def training_steps(
             )
         consumed_samples = plan.consumed_samples
         positions = num_positions(dataset, plan.micro_batches, pad_multiple=pad_multiple)
-        own = zip(plan.on_rank(dp_rank, dp_size=dp_size), plan.places[dp_rank::dp_size], strict=True)
+        own = zip(plan.on_rank(dp_rank, dp_size=dp_size), plan.ordinals[dp_rank::dp_size], strict=True)
         yield TrainingStep(
-            micro_batches=tuple(make(rows, places=places if numbered else None) for rows, places in own),
+            micro_batches=tuple(make(rows, ordinals=ordinals if numbered else None) for rows, ordinals in own),
             num_supervised=plan.num_supervised,
             num_tokens=plan.num_tokens,
             squared_lengths=plan.squared_lengths,
@@ -162,7 +147,7 @@ def training_steps(
 
 
 def largest_positions(positions: Sequence[int], *, dp_size: int) -> tuple[int, ...]:
-    """Of each micro-batch of a rank, the positions on the rank where it has most, from those of a global batch's."""
+    """The positions of each micro-batch of a rank, on the rank where it has most; from those of a global batch."""
     return tuple(max(positions[start : start + dp_size]) for start in range(0, len(positions), dp_size))
 
 
@@ -208,7 +193,7 @@ def collate(
     pad_id: int,
     pad_multiple: int = PAD_MULTIPLE,
     packed: bool = False,
-    places: Rows | None = None,
+    ordinals: Rows | None = None,
 ) -> MicroBatch:
     """Concatenate the samples of each row, and pad the rows to a common multiple of `pad_multiple`.
 
@@ -216,7 +201,7 @@ def collate(
 
     Args:
         packed: whether rows may hold several samples; the batch then has document ids.
-        places: of each sample in the order of all samples of the run; the batch then has its tokens' numbers.
+        ordinals: as in `GlobalBatch`; the batch then has its token indices.
     """
     lengths = _row_lengths(dataset, rows)
     shape = _padded_shape(lengths, pad_multiple)
@@ -231,8 +216,8 @@ def collate(
             labels[number, start : stop - 1] = np.where(supervised[1:], sample[1:], IGNORED_LABEL)
             positions[number, start:stop] = np.arange(len(sample))
             documents[number, start:stop] = document
-            if places is not None:
-                numbers[number, start:stop] = places[number][document] * NUMBERS_OF_SAMPLE + np.arange(len(sample))
+            if ordinals is not None:
+                numbers[number, start:stop] = ordinals[number][document] * NUMBERS_OF_SAMPLE + np.arange(len(sample))
             start = stop
         # Padding after one sample continues its positions, as it attends to it; packed, it is its own document.
         positions[number, start:] = np.arange(shape[1] - start) + (0 if packed else start)
@@ -242,7 +227,7 @@ def collate(
         positions=torch.from_numpy(positions),
         labels=torch.from_numpy(labels),
         documents=torch.from_numpy(documents) if packed else None,
-        token_index=torch.from_numpy(numbers) if places is not None else None,
+        token_index=torch.from_numpy(numbers) if ordinals is not None else None,
         lengths=torch.tensor(lengths),
         num_samples=sum(map(len, rows)),
     )
@@ -347,7 +332,7 @@ def shared_rounds(steps: Mapping[str, TrainingStep], *, capacity: int) -> list[l
     """The micro-batches of a step, in shared ones.
 
     Args:
-        steps: each adapter's share of a global batch on this rank.
+        steps: each adapter's part of a global batch on this rank.
         capacity: tokens, padding included; 0: nothing is shared.
     """
     rounds = fill_rounds({name: step.largest for name, step in steps.items()}, capacity=capacity)
@@ -355,14 +340,12 @@ def shared_rounds(steps: Mapping[str, TrainingStep], *, capacity: int) -> list[l
 
 
 def fill_rounds(largest: Mapping[str, Sequence[int]], *, capacity: int) -> list[list[tuple[str, int]]]:
-    """Which micro-batches go together, by name and number: round by round, the first of every adapter, then the second.
+    """The micro-batches that go together, by name and index: round by round, the first of every adapter, then the
+    second.
 
     In a round a micro-batch joins the last shared one if they have at most `capacity` tokens together on every rank. So
-    all ranks have as many, and each adapter's follow one another in their own order.
-
-    Args:
-        largest: the positions of each adapter's micro-batches, on the rank where they are most.
-    """
+    all ranks have equally many, and those of an adapter stay in their order. `largest` has the positions of each
+    adapter's micro-batches, on the rank where they are most."""
     found: list[list[tuple[str, int]]] = []
     for number in range(max(map(len, largest.values()), default=0)):
         present = [(name, number) for name, positions in largest.items() if number < len(positions)]

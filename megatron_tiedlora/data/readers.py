@@ -21,16 +21,9 @@ from typing import Any, BinaryIO, cast
 
 from megatron_tiedlora.base.child_process import limited
 from megatron_tiedlora.base.messages import UserError, first_line, shown, user_path
-from megatron_tiedlora.data.tables import (
-    HubData,
-    Row,
-    is_saved_folder,
-    names_and_contents,
-    saved_folder_rows,
-    table_rows,
-)
+from megatron_tiedlora.data import tables
+from megatron_tiedlora.data.tables import HubData, Row
 
-_TEXT_SUFFIXES = (".jsonl", ".json", ".csv")
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 _COMPRESSED = ".gz"
 _EXPECTED = f"a {', '.join(SUFFIXES)} file or a hub id"
@@ -68,13 +61,10 @@ def may_be_hub_id(name: str) -> bool:
 
 @dataclass(frozen=True)
 class LocalData:
-    """What a name means on this host: a file, all files of a folder or pattern, or a folder that `save_to_disk` wrote.
+    """Files that a name means on this host: a file, all files of a folder or pattern, or a folder of `save_to_disk`.
 
     A .json file holds a list of objects, or an object whose `data` is such a list (nested SQuAD). The elements of the
-    list are the rows, and the task unfolds them.
-
-    split: which part of that, where there are several.
-    """
+    list are the rows, and the task unfolds them. `split` is the part that is read, where there are several."""
 
     name: str
     split: str
@@ -85,8 +75,8 @@ class LocalData:
         Raises UserError if a file is missing, unreadable, broken (naming file and line) or empty.
         """
         path = user_path(self.name)
-        if path.is_dir() and is_saved_folder(path):
-            rows = saved_folder_rows(path, split=self.split)
+        if tables.is_saved_folder(path):
+            rows = tables.saved_folder_rows(path, split=self.split)
         else:
             rows = (row for file in named_files(path, self.name) for row in _file_rows(file))
         first = next(rows, None)
@@ -98,17 +88,14 @@ class LocalData:
     def sha256(self) -> str:
         """Hash of the files. Raises UserError if one is missing or unreadable."""
         path = user_path(self.name)
-        if path.is_dir() and is_saved_folder(path):  # which of its files have the split's rows, the library knows
-            return self.split + names_and_contents(sorted(file for file in path.rglob("*") if file.is_file()))
-        return names_and_contents(checked_files(path, self.name))
+        if tables.is_saved_folder(path):  # only the library knows which files have the split's rows
+            return self.split + tables.names_and_contents(sorted(file for file in path.rglob("*") if file.is_file()))
+        return tables.names_and_contents(checked_files(path, self.name))
 
 
 def row_data(name: str, *, split: str) -> LocalData | HubData:
-    """What a name means: local data, or one split of a hub data set, `id[:config[:split]]`.
-
-    Args:
-        split: which part, where a name does not say it.
-    """
+    """Local data or one split of a hub data set, `id[:config[:split]]`, by name. `split` is used where the name has
+    none."""
     if user_path(name).exists() or looks_like_path(name):
         return LocalData(name, split)
     hub_id, *more = name.split(":", 2)
@@ -141,11 +128,8 @@ def about_num_rows(path_or_hub: str | Path) -> int | None:
 
 
 def named_files(path: Path, name: str) -> list[Path]:
-    """The files that a path or pattern names, in the order of their names.
-
-    Raises:
-        UserError: a folder or pattern has none with a suffix of rows.
-    """
+    """The files that a path or pattern names, in the order of their names. Raises UserError if a folder or pattern has
+    none with a suffix of rows."""
     if path.is_dir():
         found = sorted(file for file in path.iterdir() if is_rows_file(file.name) and file.is_file())
         if not found:
@@ -212,29 +196,21 @@ def _pieces(read: Callable[[], bytes], path: Path) -> Iterator[bytes]:
 def _check_file(path: Path, expected: str) -> None:
     if not path.exists():
         raise UserError(f"{path}: no such file; check the path")
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder; give {expected}")
     if not path.is_file():  # reading a pipe may never end, and files are read more than once
-        raise UserError(f"{path}: is not a regular file; give {expected}")
+        raise UserError(f"{path}: is {'a folder' if path.is_dir() else 'not a regular file'}; give {expected}")
 
 
 def _file_rows(path: Path) -> Iterator[Row]:
     _check_file(path, _EXPECTED)
     packed = path.suffix.lower() == _COMPRESSED
     suffix = Path(path.stem).suffix.lower() if packed else path.suffix.lower()
-    readers: dict[str, Callable[[Path], Iterator[Row]]] = {
-        ".jsonl": _jsonl_rows,
-        ".json": _json_rows,
-        ".csv": _csv_rows,
-        ".parquet": table_rows,
-        ".arrow": table_rows,
-    }
-    if suffix not in readers or (packed and suffix not in _TEXT_SUFFIXES):
-        names = f"{', '.join(SUFFIXES)}, and {', '.join(_TEXT_SUFFIXES)} with {_COMPRESSED}"
+    readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows}
+    if suffix not in (readers if packed else SUFFIXES):
+        names = f"{', '.join(SUFFIXES)}, and {', '.join(readers)} with {_COMPRESSED}"
         text = '; write each text as a row {"text": ...} of a .jsonl file' if suffix == ".txt" else ""
         raise UserError(f"{path}: unknown suffix {suffix + _COMPRESSED * packed!r}; data files are {names}{text}")
     try:
-        yield from readers[suffix](path)
+        yield from readers.get(suffix, tables.table_rows)(path)
     except MemoryError:
         raise UserError(f"{path}: does not fit into memory; give a smaller part of it") from None
     except (zlib.error, EOFError, gzip.BadGzipFile) as error:
@@ -249,7 +225,7 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:
-    with _open(path) as file:  # as bytes, so that a message can name the line of a wrong encoding
+    with _open(path) as file:  # bytes, so that a message can name the line of a wrong encoding
         for number, line in _lines(file, path):
             source = f"{path}:{number}"
             row = _parse_json(line.rstrip(b"\r\n"), source)  # a message counts columns of this line alone
@@ -266,17 +242,17 @@ def _csv_rows(path: Path) -> Iterator[Row]:
         header: list[str] = []
         first = 1  # the line on which a row begins
         try:
-            while (values := next(reader, None)) is not None:
-                if header and values:  # a blank line is no row
-                    source = f"{path}:{first}"
-                    if len(values) != len(header):
-                        found = f"{source}: has {len(values)} fields, but the first line names {len(header)}"
-                        raise UserError(f"{found}; put quotes around values with commas, or remove the line")
-                    yield dict(zip(header, values, strict=True)), source
-                elif not header:
+            for values in reader:
+                source = f"{path}:{first}"
+                if not header:
                     header = values
                     if len(set(header)) < len(header):
                         raise UserError(f"{path}:1: names a field twice; rename one")
+                elif values and len(values) != len(header):
+                    found = f"{source}: has {len(values)} fields, but the first line names {len(header)}"
+                    raise UserError(f"{found}; put quotes around values with commas, or remove the line")
+                elif values:  # a blank line is no row
+                    yield dict(zip(header, values, strict=True)), source
                 first = reader.line_num + 1
         except csv.Error as error:
             raise UserError(f"{path}:{reader.line_num}: broken CSV: {error}; correct or remove the line") from error
@@ -293,8 +269,6 @@ def _json_rows(path: Path) -> Iterator[Row]:
         content = None
     if content is None:
         raise UserError(f"{path}: needs more than {memory:,} bytes; write it as .jsonl, which is read by lines")
-    if content is _BLANK:
-        return
     if isinstance(content, dict) and isinstance(content.get("data"), list):
         content = content["data"]
     if not isinstance(content, list):
@@ -315,7 +289,7 @@ def _json_bytes(path: Path) -> bytes:
     return b"".join(pieces)
 
 
-_BLANK = object()
+_BLANK: list[Any] = []  # no rows, as the content of a .json file
 
 
 def _parse_json(raw: bytes, source: str) -> Any:

@@ -1,5 +1,5 @@
-"""What a data flag names, and its rows: files, folders, patterns and hub data sets, one or several, with or without
-weights, or the task's own source.
+"""Sources of rows, as a data flag names them: files, folders, patterns and hub data sets, one or several, with or
+without weights; or the task's own source.
 
 Owns the syntax NAME[:WEIGHT][,NAME[:WEIGHT]...], how often rows of each source are used, --columns, and the hash of
 what is read. Leaves formats to `readers`.
@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from glob import has_magic
 from itertools import pairwise
@@ -21,13 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tiedlora.base.messages import UserError, nearest_name, shown, user_path
-from megatron_tiedlora.data.readers import (
-    about_num_rows,
-    describe_fields,
-    is_empty,
-    named_files,
-    row_data,
-)
+from megatron_tiedlora.data.readers import about_num_rows, describe_fields, is_empty, named_files, row_data
 from megatron_tiedlora.data.tables import HubData, Row, names_and_contents, rows_sha256
 from megatron_tiedlora.data.task import Reading, Split, Task
 from megatron_tiedlora.data.token_dataset import permutation
@@ -37,7 +31,7 @@ Files = Mapping[str, str | Path | None]
 
 _WEIGHT = re.compile(r"(.+):([0-9]*\.?[0-9]+)")
 _MIX_STREAM = 2**32 + 2  # differs from the streams of epochs, held-out rows and drawn samples
-_MOST_REPEATS = 1000  # of a row in a mix; more are a mistake in a weight, and would fill the memory
+_MOST_REPEATS = 1000  # uses of a row in a mix; more come from a mistake in a weight, and would fill the memory
 
 
 @dataclass(frozen=True)
@@ -49,12 +43,8 @@ class Source:
 
 
 def parse_sources(given: str, flag: str) -> tuple[Source, ...]:
-    """The sources that a data flag's value names.
-
-    Raises:
-        UserError: a name is empty, only some have a weight, the weights do not sum to 1, or it is not the training
-            part that has them.
-    """
+    """The sources that a data flag's value names. Raises UserError if a name is empty, only some have a weight, the
+    weights do not sum to 1, or it is not the training part that has them."""
     sources = _sources(given)
     if len(sources) > 1 and not all(source.name for source in sources):
         raise UserError(f"{flag} {given}: one of the names between the commas is empty; remove a comma")
@@ -67,26 +57,20 @@ def parse_sources(given: str, flag: str) -> tuple[Source, ...]:
     if flag != "--train_file":
         raise UserError(f"{flag} {given}: only --train_file takes weights; every row is evaluated once, so remove them")
     if not all(weights) or not math.isclose(sum(weights), 1, abs_tol=1e-6):
-        raise UserError(
-            f"{flag} {given}: the weights are {' + '.join(f'{weight:g}' for weight in weights)} ="
-            f" {sum(weights):g}; give weights above 0 that sum to 1"
-        )
+        said = f"{flag} {given}: the weights are {' + '.join(f'{weight:g}' for weight in weights)} = {sum(weights):g}"
+        raise UserError(f"{said}; give weights above 0 that sum to 1")
     return sources
 
 
 def _sources(given: str) -> tuple[Source, ...]:
     """The sources that a value names, unchecked. A path that exists is one, whatever its name looks like."""
-    return (Source(given),) if _exists(given) else tuple(_parse_source(name.strip()) for name in given.split(","))
+    return (Source(given),) if _exists(given) else tuple(parse_source(name.strip()) for name in given.split(","))
 
 
-def _parse_source(name: str) -> Source:
+def parse_source(name: str) -> Source:
+    """One source, from a name with or without a weight."""
     found = None if _exists(name) else _WEIGHT.fullmatch(name)
     return Source(name) if found is None else Source(found[1], float(found[2]))
-
-
-def without_weight(name: str) -> str:
-    """A name of a data flag without its weight."""
-    return _parse_source(name).name
 
 
 def _exists(name: str) -> bool:
@@ -128,6 +112,7 @@ def mixed(
     the weights.
 
     Every row is used at least once. Which rows of a source are used once more than others depends on the seed alone.
+    Raises UserError if a source has no row left, or its rows would be repeated very often.
 
     Args:
         sizes: number of rows of each source.
@@ -136,9 +121,6 @@ def mixed(
     Returns:
         (n,) int64, the rows of the training samples in order, as indices into the rows of all sources; and how often
         the rows of each source are used, in words, empty without weights.
-
-    Raises:
-        UserError: a source has no row left, or its rows would be repeated very often.
     """
     edges = np.cumsum([0, *sizes])
     kept = [start + np.flatnonzero(~held_out[start:stop]) for start, stop in pairwise(edges)]
@@ -189,7 +171,7 @@ class RowStream:
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """What the rows are read from, one after another."""
+        """The sources from which the rows are read, one after another."""
         return tuple(source for source, _, _ in self._parts)
 
     @property
@@ -221,11 +203,8 @@ class RowStream:
         return None if None in counts else sum(count or 0 for count in counts)
 
     def sha256(self) -> str:
-        """Hash of the names and contents of all files that are read, and of generated rows.
-
-        Raises:
-            UserError: a file is missing or unreadable.
-        """
+        """Hash of the names and contents of all files that are read, and of generated rows. Raises UserError if a file
+        is missing or unreadable."""
         found = []
         for source, _, content in self._parts:
             with _readable(source.name):
@@ -242,31 +221,22 @@ class RowStream:
 def _renamed(
     row: Mapping[str, Any], columns: Mapping[str, str], source: str, *, known: Collection[str]
 ) -> dict[str, Any]:
-    """The row with the fields that --columns names under our names. Its other fields keep theirs.
-
-    Args:
-        known: our fields; empty for a task with fields of its own, which any name may be.
-
-    Raises:
-        UserError: the row lacks a field, a name of ours is unknown, or another field of the row has it.
-    """
+    """The row with the fields that --columns names under our names. Its other fields keep theirs. `known` has our
+    fields; it is empty for a task with fields of its own, where any name is allowed. Raises UserError if the row lacks
+    a field, a name of ours is unknown, or another field of the row has it."""
     for ours, theirs in columns.items():
         if known and ours not in known:
             turned = f"; did you mean {theirs}={ours}?" if theirs in known else ""
-            raise UserError(
-                f"--columns {ours}={theirs}: {ours!r} is not a field of ours{nearest_name(ours, known)}{turned}; ours"
-                f" are {', '.join(sorted(known))}"
-            )
+            said = f"--columns {ours}={theirs}: {ours!r} is not a field of ours{nearest_name(ours, known)}{turned}"
+            raise UserError(f"{said}; ours are {', '.join(sorted(known))}")
         if theirs not in row:
             raise UserError(
                 f"{source}: --columns {ours}={theirs}: there is no field {theirs!r}; the row has"
                 f" {describe_fields(row)}; name one of these, or write {theirs!r}: null in rows without it"
             )
         if ours not in columns.values() and not is_empty(row.get(ours)):
-            raise UserError(
-                f"{source}: --columns {ours}={theirs}: the row has a field {ours!r} too ({shown(row[ours])}); rename"
-                " it in the file, or read it under another name with --columns"
-            )
+            said = f"{source}: --columns {ours}={theirs}: the row has a field {ours!r} too ({shown(row[ours])})"
+            raise UserError(f"{said}; rename it in the file, or read it under another name with --columns")
     others = {name: value for name, value in row.items() if name not in columns.values()}
     return {**others, **{ours: row[theirs] for ours, theirs in columns.items()}}
 
@@ -278,28 +248,25 @@ def source_kind(task: Task, split: Split, files: Files) -> Literal["file", "own"
     if any(files.get(name) for name in ("train", "validation", "test")):
         # A run on the user's own files never mixes them with the hub's rows.
         return "carve" if split == "validation" and files.get("train") else None
-    own = task.hub.splits if task.hub else {}
+    own = task.hub or {}
     if task.generate or split in own:
         return "own"
     return "carve" if split == "validation" and "train" in own else None
 
 
 def row_stream(task: Task, split: Split, *, files: Files, reading: Reading) -> RowStream:
-    """The rows of a split's file or of the task's own source, before some are taken out for validation.
-
-    Raises:
-        UserError: the split has neither, or the names of its files are not valid.
-    """
+    """The rows of a split's file or of the task's own source, before some are taken out for validation. Raises
+    UserError if the split has neither, or the names of its files are not valid."""
     if source_kind(task, split, files) not in ("file", "own"):
         raise UserError(f"--task {task.name} has no {split} data; give --{split}_file")
     given, flag = str(files.get(split) or ""), f"--{split}_file"
-    own_id = task.hub is not None and given == task.hub.id and split in task.hub.splits
+    hub = (task.hub or {}).get(split)
     with _readable(given):
         pair = task.read_files(given, flag) if given and task.read_files else None
     parts: tuple[_SourceRows, ...]
     if pair is not None:
         parts = ((Source(given), pair, lambda: names_and_contents(local_files(given).values())),)
-    elif given and not own_id:
+    elif given and (hub is None or given != hub.hub_id):
         with _readable(given):
             named = [(source, row_data(source.name, split=split)) for source in parse_sources(given, flag)]
         parts = tuple((source, data.rows, data.sha256) for source, data in named)
@@ -307,8 +274,8 @@ def row_stream(task: Task, split: Split, *, files: Files, reading: Reading) -> R
         generated = partial(task.generate, split)
         parts = ((Source(task.name), generated, cache(lambda: rows_sha256(generated()))),)
     else:
-        assert task.hub is not None
-        hub = HubData(task.hub.id, task.hub.splits[split], task.hub.config, task.hub.parquet_branch)
+        assert hub is not None
+        hub = replace(hub)  # so that what the library loads is freed with the stream
         parts = ((Source(given or task.name), hub.rows, hub.sha256),)
     return RowStream(task, reading, parts)
 

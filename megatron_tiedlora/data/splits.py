@@ -16,13 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tiedlora.base.messages import UserError, shown, user_path
-from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
-from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.chat import Chat, read_chat_template, with_marks, without_marks
 from megatron_tiedlora.data.readers import checked_files, checked_text, describe_fields, looks_like_path
 from megatron_tiedlora.data.sources import Files, NumberedRow, RowStream, mixed, parse_sources, row_stream, source_kind
 from megatron_tiedlora.data.tables import Row
-from megatron_tiedlora.data.task import Example, Parts, Reading, Split, Task, join_answer, template_fields
+from megatron_tiedlora.data.task import DataSettings, Example, Parts, Reading, Split, Task, join_answer, template_fields
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.token_dataset import permutation
 from megatron_tiedlora.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
@@ -52,10 +50,7 @@ def load_split(
     or empty (naming file and line), rows of a file have several shapes, or the template has an unknown field.
     """
     entry, reading = get_task(task) if isinstance(task, str) else task, reading or Reading()
-    if split == "train":
-        samples: Iterable[list[Row]] = ([row] for row in _train_rows(entry, files=files, seed=seed, reading=reading))
-    else:
-        samples = _held_out_samples(entry, split, files=files, seed=seed, reading=reading)
+    samples = _samples(entry, split, files=files, seed=seed, reading=reading)
     first_rows, examples = dict[str, tuple[str, str]](), []
     with closing(Chat(tokenizer, reading)) as chat:
         for sample in islice(samples, limit):
@@ -64,9 +59,7 @@ def load_split(
     return examples
 
 
-def read_split(
-    settings: Settings | EvaluateSettings, split: Split, *, tokenizer: Any, limit: int | None = None
-) -> list[Example]:
+def read_split(settings: DataSettings, split: Split, *, tokenizer: Any, limit: int | None = None) -> list[Example]:
     """`load_split` with the task, files, seed and choices of a command's settings."""
     return load_split(
         settings.task,
@@ -79,7 +72,7 @@ def read_split(
     )
 
 
-def open_tokenizer(settings: Settings | EvaluateSettings, model_folder: Path, *, vocab_size: int) -> Tokenizer:
+def open_tokenizer(settings: DataSettings, model_folder: Path, *, vocab_size: int) -> Tokenizer:
     """The tokenizer of a command's settings, by default the model's, with the chat template that they name.
 
     Raises UserError if it cannot be read, or has an id that an embedding of `vocab_size` rows lacks.
@@ -91,17 +84,14 @@ def open_tokenizer(settings: Settings | EvaluateSettings, model_folder: Path, *,
     return tokenizer
 
 
-def files_of(settings: Settings | EvaluateSettings) -> Files:
+def files_of(settings: DataSettings) -> Files:
     """The files of a command's settings."""
     return {"train": settings.train_file, "validation": settings.validation_file, "test": settings.test_file}
 
 
-def local_names(settings: Settings | EvaluateSettings) -> Iterator[str]:
+def local_names(settings: DataSettings) -> Iterator[str]:
     """The paths and patterns that the data flags name. Hub ids, and formats that only a task reads, are not among them.
-
-    Raises:
-        UserError: the value of a flag is not valid.
-    """
+    Raises UserError if the value of a flag is not valid."""
     files = {} if get_task(settings.task).read_files is not None else files_of(settings)
     for split, given in files.items():
         for source in parse_sources(str(given), f"--{split}_file") if given else ():
@@ -109,7 +99,7 @@ def local_names(settings: Settings | EvaluateSettings) -> Iterator[str]:
                 yield source.name
 
 
-def check_files_exist(settings: Settings | EvaluateSettings) -> None:
+def check_files_exist(settings: DataSettings) -> None:
     """Raise UserError if a file that a data flag or --chat_template names does not exist. It needs no slow import."""
     for name in local_names(settings):
         if not (path := user_path(name)).exists():
@@ -118,45 +108,35 @@ def check_files_exist(settings: Settings | EvaluateSettings) -> None:
         read_chat_template(settings.chat_template)
 
 
-def _train_rows(task: Task, *, files: Files, seed: int, reading: Reading) -> list[Row]:
-    stream = row_stream(task, "train", files=files, reading=reading)
-    numbered = list(stream)
-    sizes = np.bincount([source for source, _, _ in numbered], minlength=len(stream.sources)).tolist()
-    held_out = np.zeros(len(numbered), dtype=bool)
-    if source_kind(task, "validation", files) == "carve":
-        numbers = np.array([number for _, number, _ in numbered])
-        held_out = held_out_rows(stream, numbers, seed=seed, required=False)
-    rows, _ = mixed(stream.sources, sizes, held_out, seed=seed)
-    return [numbered[row][-1] for row in rows.tolist()]
-
-
-def _held_out_samples(task: Task, split: Split, *, files: Files, seed: int, reading: Reading) -> list[list[Row]]:
-    """The rows of each sample of a split that is not trained on, in file order of their first row."""
-    samples, carves = dict[int, list[Row]](), source_kind(task, split, files) == "carve"
+def _samples(task: Task, split: Split, *, files: Files, seed: int, reading: Reading) -> Iterable[list[Row]]:
+    """The rows of each sample of a split, in file order of their first row. A row to train on is a sample of its own,
+    as often as the weights of the files demand."""
+    carves = split != "test" and source_kind(task, "validation", files) == "carve"
     stream = row_stream(task, "train" if carves else split, files=files, reading=reading)
-    rows: Iterable[NumberedRow] = stream
+    rows: Iterable[NumberedRow] = list(stream) if split == "train" else stream
     if carves:
-        numbers = np.array([number for _, number, _ in stream])
-        taken = held_out_rows(stream, numbers, seed=seed)
-        rows = (row for is_taken, row in zip(taken, stream, strict=True) if is_taken)
-    for _, number, row in rows:
-        samples.setdefault(number, []).append(row)
-    return list(samples.values())
+        numbers = np.array([number for _, number, _ in rows])
+        held_out = held_out_rows(stream, numbers, seed=seed, required=split != "train")
+    if split == "train":
+        found = list(rows)
+        sizes = np.bincount([source for source, _, _ in found], minlength=len(stream.sources)).tolist()
+        order, _ = mixed(stream.sources, sizes, held_out if carves else np.zeros(len(found), dtype=bool), seed=seed)
+        return ([found[row][-1]] for row in order.tolist())
+    samples = dict[int, list[Row]]()
+    for index, (_, number, row) in enumerate(rows):
+        if not carves or held_out[index]:
+            samples.setdefault(number, []).append(row)
+    return samples.values()
 
 
 def held_out_rows(
     stream: RowStream, numbers: NDArray[np.int64], *, seed: int, required: bool = True
 ) -> NDArray[np.bool_]:
-    """Which train rows are used for validation, (num_rows,) bool; none if there is only one sample.
+    """Whether each train row is used for validation, (num_rows,) bool; none is if there is only one sample.
 
-    Rows of one sample stay together: a model must not be evaluated on what it was trained on.
-
-    Args:
-        numbers: (num_rows,) the number of each row's sample, as `stream` gives it.
-
-    Raises:
-        UserError: there is none, and one is required.
-    """
+    Rows of one sample stay together: a model must not be evaluated on what it was trained on. `numbers`, (num_rows,),
+    is the number of each row's sample, as `stream` gives it. Raises UserError if no row is held out, and one is
+    required."""
     num_samples, most = int(numbers.max()) + 1, stream.task.validation_rows
     count = most if num_samples >= 10 * most else min(max(1, num_samples // 20), num_samples - 1)
     if required and not count:
@@ -171,26 +151,18 @@ def held_out_rows(
 
 
 def check_shape(shape: str, source: str, first_rows: dict[str, tuple[str, str]]) -> None:
-    """Raise UserError if the first row of the file of `source` had another shape.
-
-    Args:
-        first_rows: shape and source of the first row of each file so far; that of a new file is added.
-    """
+    """Raise UserError if the first row of the file of `source` had another shape. `first_rows` has the shape and source
+    of the first row of each file so far, to which a new file is added."""
     expected, first = first_rows.setdefault(source.rpartition(":")[0], (shape, source))
     if shape != expected:
-        raise UserError(
-            f"{source}: a row of shape {shape} in a file whose first row ({first}) has shape {expected}; give each"
-            " shape a file of its own"
-        )
+        said = f"{source}: a row of shape {shape} in a file whose first row ({first}) has shape {expected}"
+        raise UserError(f"{said}; give each shape a file of its own")
 
 
 def make_example(task: Task, chat: Chat, sample: Sequence[Row]) -> Example:
-    """The example of a sample's rows: prompt and answer are those of the first row, references those of all.
-
-    Raises:
-        UserError: a field is missing, empty or of another kind, or the template names one that is not there; the
-            message names file and line.
-    """
+    """The example of a sample's rows: prompt and answer are those of the first row, references those of all. Raises
+    UserError, which names file and line, if a field is missing, empty or of another kind, or the template names one
+    that is not there."""
     parts, source = [_parts(task, chat.reading, *row) for row in sample], sample[0][1]
     first = parts[0]
     references = tuple(dict.fromkeys(answer.strip() for row_parts in parts for answer in row_parts.answers))
@@ -205,8 +177,8 @@ def make_example(task: Task, chat: Chat, sample: Sequence[Row]) -> Example:
             conversation=first.conversation,
         )
     prompt = _prompt(task, chat, first, source)
-    follows = [chat.control.guard(ending, "the answer", source) for ending in first.endings]
-    answer = chat.control.guard(first.answers[0], "the answer", source)
+    follows = [chat.guard(ending, "the answer", source) for ending in first.endings]
+    answer = chat.guard(first.answers[0], "the answer", source)
     right = first.choices.index(first.answers[0]) if follows else -1
     completion = follows[right] if follows else join_answer(prompt, answer)
     before, after = chat.cut(prompt, False), chat.cut(completion, True, ends=True)
@@ -235,7 +207,7 @@ def _parts(task: Task, reading: Reading, row: Mapping[str, Any], source: str) ->
 
 def _prompt(task: Task, chat: Chat, parts: Parts, source: str) -> str:
     """The prompt of a row that is no chat, with marks at control tokens that are plain text."""
-    reading, guard = chat.reading, chat.control.guard
+    reading, guard = chat.reading, chat.guard
     template = reading.template or task.template
     if reading.template is None and parts.prompt is not None:
         prompt = guard(parts.prompt, "field 'prompt'", source)
@@ -251,21 +223,15 @@ def _prompt(task: Task, chat: Chat, parts: Parts, source: str) -> str:
         texts = {name: value for name, value in parts.fields.items() if name in names and isinstance(value, str)}
         guarded = {name: guard(value, f"field {name!r}", source) for name, value in texts.items()}
         fields = {**parts.fields, **guarded, **written}
-        if reading.template is not None:
-            _check_fields(names, fields, source)
+        for name in names if reading.template is not None else ():
+            if name not in fields:
+                said = f"--prompt_template: {source} has no field {name!r}; the fields for prompts are"
+                raise UserError(f"{said} {', '.join(sorted(fields)) or 'none'}")
+            if not isinstance(fields[name], str):
+                said = f"--prompt_template: {source}: field {name!r} is {shown(fields[name])}, not text"
+                raise UserError(f"{said}; use another field")
+            checked_text(fields[name], name, source, allow_empty=True)
         prompt = template.format_map(fields)
     if not prompt and parts.shape != "text":
         raise UserError(f"{source}: the prompt is empty; check the fields or --prompt_template")
     return prompt
-
-
-def _check_fields(names: Iterable[str], fields: Mapping[str, Any], source: str) -> None:
-    """Raise UserError if a field that --prompt_template names is missing, or is no text."""
-    for name in names:
-        if name not in fields:
-            known = ", ".join(sorted(fields)) or "none"
-            raise UserError(f"--prompt_template: {source} has no field {name!r}; the fields for prompts are {known}")
-        if not isinstance(fields[name], str):
-            found = f"--prompt_template: {source}: field {name!r} is {shown(fields[name])}, not text"
-            raise UserError(f"{found}; use another field")
-        checked_text(fields[name], name, source, allow_empty=True)

@@ -92,11 +92,8 @@ def is_saved_folder(path: Path) -> bool:
 
 
 def saved_folder_rows(path: Path, *, split: str) -> Iterator[Row]:
-    """Yield the rows of a folder that `save_to_disk` wrote, of one split if it has several.
-
-    Raises:
-        UserError: it cannot be read, or has no such split.
-    """
+    """Yield the rows of a folder that `save_to_disk` wrote, of one split if it has several. Raises UserError if it
+    cannot be read, or has no such split."""
     import datasets
 
     try:
@@ -106,7 +103,7 @@ def saved_folder_rows(path: Path, *, split: str) -> Iterator[Row]:
                 names = ", ".join(data)
                 raise UserError(f"{path}: has no split {split!r}, only {names}; give the folder of one of them")
             data = data[split]
-        yield from _numbered(data, str(path))
+        yield from numbered_rows(data, str(path))
     except UserError:
         raise
     except Exception as error:  # a broken folder raises many unrelated types
@@ -147,7 +144,7 @@ class HubData:
 
     def rows(self) -> Iterator[Row]:
         """Yield all rows. Raises UserError as `data` does."""
-        yield from _numbered(self.data, f"{self.hub_id}[{self.split}]")
+        yield from numbered_rows(self.data, f"{self.hub_id}[{self.split}]")
 
     def sha256(self) -> str:
         """Hash of the files to which the library has downloaded it; of the rows if there are none."""
@@ -178,5 +175,6 @@ def rows_sha256(rows: Iterable[Row]) -> str:
     return digest.hexdigest()
 
 
-def _numbered(rows: Iterable[dict[str, Any]], name: str) -> Iterator[Row]:
+def numbered_rows(rows: Iterable[Mapping[str, Any]], name: str) -> Iterator[Row]:
+    """The rows with sources made of a name and their numbers, from 1 on."""
     return ((dict(row), f"{name}: row {number}") for number, row in enumerate(rows, start=1))

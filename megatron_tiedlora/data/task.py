@@ -1,8 +1,8 @@
 """A task is one small record: where its rows are, how a prompt is built, and how answers are scored.
 
-Owns the record's class, what users decide about rows, and the samples as text that come of both, with the one rule that
-joins an answer to its prompt. The tasks are in `tasks`, one file each. Leaves reading splits to `splits`, file formats
-to `readers`, tokens to `encode`, and the metrics, which are only named here, to the evaluation package.
+Owns the record's class, the choices of users about rows, and the samples as text that come of both, with the one rule
+that joins an answer to its prompt. The tasks are in `tasks`, one file each. Leaves reading splits to `splits`, file
+formats to `readers`, tokens to `encode`, and the metrics, which are only named here, to the evaluation package.
 """
 
 import string
@@ -14,13 +14,16 @@ from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import AddBos, SpecialTokensInText, TrainOn, parse_columns
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.data.readers import Row, is_text
+from megatron_tiedlora.data.readers import is_text
+from megatron_tiedlora.data.tables import HubData, Row
 from megatron_tiedlora.data.turns import Conversation
+
+DataSettings = Settings | EvaluateSettings  # of commands that read rows
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What users decide about their rows. The defaults are those of the settings.
+    """The choices of users about their rows. The defaults are those of the settings.
 
     columns: our field -> the user's field; None if rows are read as they are.
     train_on: which answers of a chat are supervised.
@@ -40,12 +43,23 @@ class Reading:
     trains: bool = True
 
     def __post_init__(self) -> None:
-        """Check the template. Raises UserError if it is not text with {field} names."""
-        object.__setattr__(self, "template", _check_template(self.template) if self.template else None)
+        r"""Replace each typed \n of the template. Raises UserError if it is not text with {field} names."""
+        template, said = self.template or "", f"--prompt_template {self.template!r}"
+        try:
+            names = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
+        except ValueError as error:
+            raise UserError(f"{said}: {error}; write {{field}}, or {{{{ for a brace") from error
+        if not is_text(template):
+            raise UserError(f"{said}: holds half of a surrogate pair, which is not text; remove it")
+        for name, spec, conversion in names:
+            if not (name or "").isidentifier() or spec or conversion:
+                raise UserError(f"{said}: {{{name}}} is not a plain {{field}} name; write {{{{ for a brace")
+        object.__setattr__(self, "template", template.replace("\\n", "\n") or None)
 
     @classmethod
-    def of(cls, settings: Settings | EvaluateSettings) -> "Reading":
-        """Those of a command. What it leaves to an adapter's run is the default if there is none."""
+    def of(cls, settings: DataSettings) -> "Reading":
+        """The choices in a command's settings. A choice that is left to an adapter's run has its default if there is
+        none."""
         return cls(
             columns=parse_columns(settings.columns),
             train_on=settings.train_on if isinstance(settings, Settings) else "last_turn",
@@ -60,21 +74,6 @@ class Reading:
 def template_fields(template: str | None) -> tuple[str, ...]:
     """The fields that a checked template names; none without one."""
     return tuple(name for _, name, _, _ in string.Formatter().parse(template or "") if name is not None)
-
-
-def _check_template(template: str) -> str:
-    r"""Return the checked template, with each typed \n (a shell's quotes hold no newline) replaced by a newline."""
-    try:
-        names = [(name, spec, conv) for _, name, spec, conv in string.Formatter().parse(template) if name is not None]
-    except ValueError as error:
-        raise UserError(f"--prompt_template {template!r}: {error}; write {{field}}, or {{{{ for a brace") from error
-    if not is_text(template):
-        raise UserError(f"--prompt_template {template!r}: holds half of a surrogate pair, which is not text; remove it")
-    for name, spec, conversion in names:
-        if not name.isidentifier() or spec or conversion:
-            found = f"--prompt_template {template!r}: {{{name}}} is not a plain {{field}} name"
-            raise UserError(f"{found}; write {{{{ for a brace")
-    return template.replace("\\n", "\n")
 
 
 Split = Literal["train", "validation", "test"]
@@ -103,20 +102,6 @@ class Parts:
 
 
 @dataclass(frozen=True)
-class HubSource:
-    """The task's own rows on the hub.
-
-    splits: our split -> the hub's; without validation, it is carved from train.
-    parquet_branch: read the hub's parquet copy, for a repo with a loading script, which `datasets` rejects.
-    """
-
-    id: str
-    splits: Mapping[str, str]
-    config: str | None = None
-    parquet_branch: bool = False
-
-
-@dataclass(frozen=True)
 class Task:
     """One task.
 
@@ -126,7 +111,8 @@ class Task:
     parts: (row, source, what the user decided about rows) -> `Parts`; raises UserError naming source and field.
     metrics: names of metrics in the evaluation package; the first is the task's own.
     stop: a prediction ends before this text; None: only end-of-sequence ends it.
-    hub: the task's own rows; None if there are only the user's.
+    hub: the task's own rows by our split, all of one data set; without validation, it is carved from train. None if
+        there are only the user's.
     validation_rows: how many rows are carved from a large train part (from a small one, 5 %).
     merge_by: held-out rows with the same value of this field are one sample with several references.
     unfold: (row, source) -> flat rows, for files with nested rows.
@@ -148,7 +134,7 @@ class Task:
     parts: Callable[[Mapping[str, Any], str, Reading], Parts]
     metrics: tuple[str, ...]
     stop: str | None = None
-    hub: HubSource | None = None
+    hub: Mapping[str, HubData] | None = None
     validation_rows: int = 500
     merge_by: str | None = None
     unfold: Callable[[Mapping[str, Any], str], Iterator[Row]] | None = None
@@ -170,7 +156,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of a sample's text that is tokenised on its own.
+    """A part of a sample's text that is tokenised on its own.
 
     supervised: whether its tokens are learned.
     plain: whether control tokens in it are read as plain text.

@@ -101,17 +101,17 @@ class TokenDataset:
 
     @cached_property
     def truncated_prompts(self) -> int:
-        """How many prompts lost their middle."""
+        """Number of prompts that lost their middle."""
         return sum(int(self._facts("cut", block).sum()) for block in self._blocks())
 
     @cached_property
     def shortened_chats(self) -> int:
-        """How many chats lost turns."""
+        """Number of chats that lost turns."""
         return sum(int((self._facts("lost_turns", block) > 0).sum()) for block in self._blocks())
 
     @cached_property
     def lost_turns(self) -> int:
-        """How many turns those are."""
+        """Number of turns that these chats lost."""
         return sum(int(self._facts("lost_turns", block).sum()) for block in self._blocks())
 
     @property
@@ -164,8 +164,8 @@ class TokenDataset:
         stored = self.order[block]
         starts, lengths = self.offsets[stored], self.lengths_of(block)
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-        places = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
-        return TokenDataset(self.tokens[places], offsets, self.supervised[places], self.facts[stored])
+        indices = np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
+        return TokenDataset(self.tokens[indices], offsets, self.supervised[indices], self.facts[stored])
 
 
 def check_supervised(dataset: TokenDataset, source: str) -> None:

@@ -59,11 +59,8 @@ def load_tokenizer(path_or_hub: str | Path) -> Tokenizer:
 
 @contextmanager
 def library_errors(source: str | Path, what: str) -> Iterator[None]:
-    """Turn any error of a tokenizer's library into one line with `source`, `what` and the library's reason.
-
-    Raises:
-        UserError: the block failed. Ctrl-C, an exit and a run's stop pass through.
-    """
+    """Turn any error of a tokenizer's library into one line with `source`, `what` and the library's reason. It raises
+    UserError. Ctrl-C, an exit and a run's stop pass through."""
     try:
         yield
     except UserError:
@@ -88,14 +85,8 @@ def start_ids(tokenizer: Tokenizer, add_bos: str) -> list[int]:
 
 def end_ids(tokenizer: Tokenizer, model_folder: Path, *, vocab_size: int) -> frozenset[int]:
     """The ids that end a sequence: the tokenizer's, and those of the model's generation_config.json (chat models have
-    several). As in transformers, ids outside of the model's vocabulary are ignored.
-
-    Args:
-        vocab_size: rows of the model's embedding.
-
-    Raises:
-        UserError: the tokenizer has none, or the file contains something other than integers.
-    """
+    several). As in transformers, ids outside of the `vocab_size` rows of the model's embedding are ignored. Raises
+    UserError if the tokenizer has none, or the file contains something other than integers."""
     if tokenizer.eos_token_id is None:
         raise _rejection(tokenizer.name_or_path, "has no end-of-sequence token")
     file = model_folder / "generation_config.json"
@@ -195,10 +186,8 @@ def check_conversion(source: str | Path) -> None:
 
     if tuple(int(part) for part in __version__.split(".")[:2]) < _EXACT_SENTENCEPIECE:
         needed = ".".join(map(str, _EXACT_SENTENCEPIECE))
-        raise UserError(
-            f"{source}: transformers {__version__} gives other ids than SentencePiece; run `pip install"
-            f" 'transformers>={needed}'`"
-        )
+        said = f"{source}: transformers {__version__} gives other ids than SentencePiece"
+        raise UserError(f"{said}; run `pip install 'transformers>={needed}'`")
 
 
 def _load_sentencepiece(path: Path, *, config_folder: Path | None) -> Tokenizer:
@@ -218,7 +207,7 @@ def _load_sentencepiece(path: Path, *, config_folder: Path | None) -> Tokenizer:
                 shutil.copyfile(config_folder / name, Path(scratch, name))
         file = Path(scratch, "tokenizer_config.json")
         config = read_json_object(file, kind="a tokenizer's config") if file.is_file() else {}
-        more: dict[str, Any] = {} if "add_bos_token" in config else {"add_bos_token": True}  # as LlamaTokenizer
+        more: dict[str, Any] = {} if "add_bos_token" in config else {"add_bos_token": True}  # as LlamaTokenizer does
         if config_folder is not None:
             return _guarded(path, lambda: PreTrainedTokenizerFast.from_pretrained(scratch, **more))
         more["split_special_tokens"] = True
@@ -264,7 +253,7 @@ def _rejection(source: str, reason: str) -> UserError:
     return UserError(f"{source}: {reason}; give --tokenizer a HF tokenizer folder or a SentencePiece tokenizer.model")
 
 
-# What identifies a tokenizer ------------------------------------------------------------------------------------------
+# Hash of a tokenizer -------------------------------------------------------------------------------------------------
 #
 # Copies have the same hash, whoever wrote their configs.
 
@@ -273,14 +262,8 @@ _VOCABULARIES = (("tokenizer.json",), ("tokenizer.model",), ("*.model",), ("voca
 
 
 def tokenizer_hash(source: str | Path) -> str | None:
-    """Hash of the vocabulary, BOS, EOS, added tokens and the chat template; None without a vocabulary.
-
-    Args:
-        source: a folder, a SentencePiece file, or a hub id.
-
-    Raises:
-        UserError: a file cannot be read or downloaded.
-    """
+    """Hash of the vocabulary, BOS, EOS, added tokens and the chat template of a folder, a SentencePiece file or a hub
+    id; None without a vocabulary. Raises UserError if a file cannot be read or downloaded."""
     path = user_path(str(source))
     if path.is_file():
         return _hash([path], {})

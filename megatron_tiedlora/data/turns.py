@@ -54,11 +54,8 @@ class Conversation:
     tools: tuple[Mapping[str, Any], ...] | None = None
 
     def with_last_turn_alone(self, *, scored: bool = False) -> "Conversation":
-        """The same turns, of which at most the last is supervised.
-
-        Args:
-            scored: the last is the answer that a prediction is compared with, whatever its flags.
-        """
+        """These turns, of which at most the last is supervised. If it is `scored`, predictions are compared with it
+        whatever its flags say."""
         *before, last = self.turns
         others = [replace(turn, trained=False) for turn in before]
         return replace(self, turns=(*others, replace(last, trained=scored or last.trained)))
@@ -75,14 +72,8 @@ class Conversation:
 
 
 def read_turns(value: Any, field: str, source: str, *, prefix: str = "") -> list[Turn]:
-    """The turns of a list of messages, {role, content} or {from, value}, in a field of a row.
-
-    Args:
-        prefix: text before the number of a message in errors.
-
-    Raises:
-        UserError: a message is incomplete; names the source and the message.
-    """
+    """The turns of a list of messages, {role, content} or {from, value}, in a field of a row. Raises UserError, which
+    names source and message (`prefix` and its number), if one is incomplete."""
     if not isinstance(value, list | tuple) or not value:
         what = f"{source}: field {field!r} is {shown(value)}, not a list of messages"
         raise UserError(f"{what}; give at least a user's message and an answer")
@@ -98,11 +89,8 @@ def read_turns(value: Any, field: str, source: str, *, prefix: str = "") -> list
 
 
 def make_conversation(turns: Sequence[Turn], row: Mapping[str, Any], source: str) -> Conversation:
-    """The conversation of a row's turns, with the tools of its field `tools` or `functions`.
-
-    Raises:
-        UserError: the turns are out of order, or the schemas of tools are broken; names the source and the turn.
-    """
+    """The conversation of a row's turns, with the tools of its field `tools` or `functions`. Raises UserError, which
+    names source and turn, if the turns are out of order or the schemas of tools are broken."""
     _check_order(turns, source)
     return Conversation(tuple(turns), _tools(row, source))
 
@@ -219,7 +207,7 @@ def _calls(value: Any, where: str) -> list[dict[str, Any]]:
         if "parameters" in function and "arguments" not in function:
             raise UserError(f"{where}: a tool call with 'parameters', {shown(call)}; name them 'arguments'")
         arguments = function.get("arguments", {})
-        if isinstance(arguments, str):  # as OpenAI has it; templates expect an object, and servers parse it too
+        if isinstance(arguments, str):  # OpenAI's form; templates expect an object, and servers parse it too
             arguments = _parsed(arguments, "arguments", where) if arguments.strip() else {}
         if not isinstance(arguments, dict):
             said = f"{where}: 'arguments' of the tool call are {shown(arguments)}, not an object"
@@ -237,11 +225,8 @@ def _parsed(text: str, name: str, where: str) -> Any:
 
 
 def plain_json(value: Any, name: str, where: str) -> Any:
-    """`value` without the empty fields that tables add to rows of different objects.
-
-    Raises:
-        UserError: it holds something other than JSON.
-    """
+    """`value` without the empty fields that tables add to rows of different objects. Raises UserError if it holds
+    something other than JSON."""
     try:
         return json.loads(json.dumps(_without_nulls(value)))
     except (TypeError, ValueError, RecursionError) as error:

@@ -87,16 +87,13 @@ def encode_scored(
     model_folder: Path,
     vocab_size: int,
 ) -> ScoredSet:
-    """Tokenise samples as training does, with prompts truncated to `longest_prompt` tokens.
+    """Tokenise samples as training does, with prompts truncated to `longest_prompt` tokens. Raises UserError if the
+    tokenizer has no end token, the task's metrics cannot score an example, or a choice has no token.
 
     Args:
         reading: what the user decided about rows.
         model_folder: its files name tokens that end a sequence, in addition to the tokenizer's.
         vocab_size: rows of the model's embedding.
-
-    Raises:
-        UserError: the tokenizer has no end token, the task's metrics cannot score an example, or a choice has no
-            token.
     """
     ends = end_ids(tokenizer, model_folder, vocab_size=vocab_size)
     metrics = [find_metric(name) for name in task.metrics]
@@ -108,7 +105,7 @@ def encode_scored(
             raise UserError(f"{example.source}: is text without a prompt, which cannot be answered; give other rows")
     prompts, num_truncated = encode_prompts(tokenizer, examples, max_length=longest_prompt, reading=reading)
     reads_choices, plain = any(metric.needs_choice_scores for metric in metrics), reading.special_tokens == "plain"
-    choices = [  # as they follow the prompt
+    choices = [  # the texts of choices after the prompt
         (example.endings or tuple(join_answer(example.prompt, choice) for choice in example.choices))
         if reads_choices
         else ()
@@ -125,11 +122,8 @@ def encode_scored(
 
 
 def read_scored(plans: EvaluationPlans) -> dict[str, ScoredSet]:
-    """What each adapter is to answer. Rows that several answer in the same way are read once.
-
-    Raises:
-        UserError: names the files, rows, tokenizer or vocabulary that do not fit.
-    """
+    """The samples that each adapter is to answer. Rows that several answer in the same way are read once. Raises
+    UserError, which names the files, rows, tokenizer or vocabulary that do not fit."""
     read: dict[str, ScoredSet] = {}
     found = {}
     for name, plan in plans.items():
@@ -165,12 +159,7 @@ def check_same_rows(scored: Sequence[ScoredSet]) -> None:
 
 
 def answer_all(
-    decoder: Decoder,
-    scored: Mapping[str, ScoredSet],
-    *,
-    grid: Grid,
-    agree: Agree = bool,
-    progress: bool = False,
+    decoder: Decoder, scored: Mapping[str, ScoredSet], *, grid: Grid, agree: Agree = bool, progress: bool = False
 ) -> dict[str, list[Answer]]:
     """Answer the prompts of each adapter by greedy decoding.
 
@@ -197,11 +186,9 @@ def answer_all(
             num_rows = [min(some.batch_size, len(some.batches[number])) for some in present]  # the first rank has most
             rooms = [BATCHES_AT_ONCE * some.scored.batch_size for some in present]
             for together in filled(zip(present, num_rows, rooms, strict=True)):
-                asked = [some.mine_of(number) for some in together]
-                prompts = [some.prompts(indices) for some, indices in zip(together, asked, strict=True)]
-                found = generate(decoder, prompts, agree=agree)
-                for some, indices, rows in zip(together, asked, found, strict=True):
-                    some.take(decoder, indices, rows)
+                found = generate(decoder, [some.ask(number) for some in together], agree=agree)
+                for some, rows in zip(together, found, strict=True):
+                    some.take(decoder, rows)
                     bar.update(len(some.batches[number]))
     gathered = [gather_on_rank_0(some.mine if sends else {}, kind=_Answers) for some in sets]
     pairs = zip(sets, gathered, strict=True)
@@ -222,28 +209,24 @@ class _AskedSet:
         whole = self.batch_size * grid.dp_size
         self.batches = [self.order[start : start + whole] for start in range(0, len(self.order), whole)]
         self.is_end = _stop_test(scored.tokenizer, scored.task.stop)
+        self.asked: list[int] = []  # this rank's samples in the batch that is decoded; there may be none
         self.mine: _Answers = {}
 
-    def mine_of(self, number: int) -> list[int]:
-        """This rank's samples in a batch; there may be none."""
-        start = self.grid.dp_rank * self.batch_size
-        return self.batches[number][start : start + self.batch_size]
-
-    def prompts(self, indices: Sequence[int]) -> Prompts:
-        """The prompts of this rank's samples."""
-        scored = self.scored
-        ids = [scored.prompts[index].tolist() for index in indices or self.order[:1]]
+    def ask(self, number: int) -> Prompts:
+        """The prompts of this rank's samples in a batch; without any, the first prompt of all."""
+        scored, start = self.scored, self.grid.dp_rank * self.batch_size
+        self.asked = self.batches[number][start : start + self.batch_size]
+        ids = [scored.prompts[index].tolist() for index in self.asked or self.order[:1]]
         return Prompts(ids, scored.end_ids, scored.max_new_tokens, self.is_end, self.adapter)
 
-    def take(self, decoder: Decoder, indices: Sequence[int], rows: Sequence[Sequence[int]]) -> None:
-        """Keep the answers of a batch, and score the choices of its samples."""
+    def take(self, decoder: Decoder, rows: Sequence[Sequence[int]]) -> None:
+        """Keep the answers of the batch, and score the choices of its samples."""
         scored = self.scored
         choice_scores: list[list[float]] = [[] for _ in rows]
         if any(scored.endings):
-            used = indices or self.order[:1]
-            samples = [(scored.prompts[index].tolist(), scored.endings[index]) for index in used]
+            samples = [(scored.prompts[i].tolist(), scored.endings[i]) for i in self.asked or self.order[:1]]
             choice_scores = ending_log_likelihoods(decoder, samples, adapter=self.adapter)
-        for index, row, scores in zip(indices, rows, choice_scores, strict=False):
+        for index, row, scores in zip(self.asked, rows, choice_scores, strict=False):
             self.mine[index] = (_text(scored.tokenizer, row, scored.task.stop), tuple(scores))
 
     def answers(self, gathered: Sequence[_Answers]) -> list[Answer]:

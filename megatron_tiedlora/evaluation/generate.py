@@ -31,13 +31,12 @@ from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.groups import ParallelGroups, concatenated
 from megatron_tiedlora.parallel.loss import IGNORED_LABEL
 
+RowTensors = Sequence[torch.Tensor]
+
 
 class AdapterRows(NamedTuple):
-    """What one adapter's sequences bring to a call: tokens and their positions, (b, s) int64, and one cache per block.
-
-    Attributes:
-        adapter: its name in the stage's bank; ONLY if the stage has one adapter at most.
-    """
+    """The input of a call for one adapter: tokens and their positions, (b, s) int64, and one cache per block. `adapter`
+    is its name on the stage, or ONLY if the stage has at most one adapter."""
 
     tokens: torch.Tensor
     positions: torch.Tensor
@@ -56,11 +55,8 @@ class Decoder:
     def __init__(
         self, stage: Stage, groups: ParallelGroups, shape: ModelShape, *, calls_together: bool = False
     ) -> None:
-        """The stage must be in evaluation mode.
-
-        Args:
-            calls_together: whether all ranks must call the model equally often, as ZeRO-3 gathers weights in each call.
-        """
+        """The stage must be in evaluation mode. With `calls_together`, all ranks must call the model equally often, as
+        ZeRO-3 gathers weights in each call."""
         self.stage = stage
         self.pipeline, self.choices = groups.pipeline, groups.choices
         self.shape = shape
@@ -68,7 +64,7 @@ class Decoder:
         weight = next(stage.layers.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self._updates: dict[int, LayerUpdate] = {}
-        self._read: tuple[str, ...] = ()  # whose updates these are
+        self._read: tuple[str, ...] = ()  # the adapters of these updates
         self._in_flight: deque[tuple[Any, torch.Tensor]] = deque()
 
     @property
@@ -79,18 +75,13 @@ class Decoder:
     def new_caches(self, batch: int, capacity: int) -> list[KeyValueCache]:
         """Empty caches for the blocks of the stage, with `capacity` tokens per sequence."""
         like = torch.empty(0, dtype=cache_dtype(self.dtype, self.device), device=self.device)
-        local_kv_heads = self.shape.heads.num_kv // self.stage.tensor_parallel.group.size
-        return [
-            KeyValueCache.empty(batch, local_kv_heads, capacity, self.shape.heads.dim, like) for _ in self.stage.blocks
-        ]
+        heads = self.shape.heads
+        local_kv_heads = heads.num_kv // self.stage.tensor_parallel.group.size
+        return [KeyValueCache.empty(batch, local_kv_heads, capacity, heads.dim, like) for _ in self.stage.blocks]
 
     @torch.no_grad()
     def forward(
-        self,
-        rows: Sequence[AdapterRows],
-        *,
-        wanted: Sequence[torch.Tensor] | None = None,
-        labels: Sequence[torch.Tensor] | None = None,
+        self, rows: Sequence[AdapterRows], *, wanted: RowTensors | None = None, labels: RowTensors | None = None
     ) -> torch.Tensor | None:
         """Call the stage on a part of the batch: some sequences of each of several adapters, or of one.
 
@@ -98,7 +89,7 @@ class Decoder:
         stage gets tokens, for their shape.
 
         Args:
-            rows: of each adapter, by its name in the stage's bank.
+            rows: the input of each adapter.
             wanted: for each of `rows` the position, (b,) int64, of each sequence whose logits are wanted.
             labels: for each of `rows` those of its tokens, (b, s) int64.
 
@@ -139,11 +130,8 @@ class Decoder:
         return {layer: update_at(update, some) for layer, update in self._updates.items()}
 
     def share(self, chosen: torch.Tensor | None, batch: int) -> Callable[[], torch.Tensor]:
-        """Send the last stage's tokens, (batch,) int64, to every stage; `chosen` is None on the other stages.
-
-        Returns:
-            a function that waits for the tokens. These functions must be called in the order in which they were made.
-        """
+        """Send the last stage's tokens, (batch,) int64, to every stage; `chosen` is None on the other stages. Returns a
+        function that waits for the tokens. These functions must be called in the order in which they were made."""
         from_last: dict[str, Any] = {"group": self.choices.handle, "group_src": self.choices.size - 1}
 
         def receive() -> torch.Tensor:
@@ -169,7 +157,7 @@ class Decoder:
             self._in_flight.popleft()[0].wait()
 
 
-def _among_all(shares: Shares, wanted: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+def _among_all(shares: Shares, wanted: RowTensors) -> Iterator[torch.Tensor]:
     """Positions of each share's sequences, as indices into the tokens of all shares."""
     start = 0
     for share, positions in zip(shares, wanted, strict=True):
@@ -284,11 +272,8 @@ class _Batch:
     """The sequences of one adapter in a part of the batch, longest first."""
 
     def __init__(self, decoder: Decoder, given: Prompts, prompts: Sequence[Sequence[int]], num_steps: int) -> None:
-        """An empty cache for `prompts`, which are some of the adapter's.
-
-        Args:
-            num_steps: how many tokens may be computed, of which no more than the adapter's own maximum are used.
-        """
+        """An empty cache for `prompts`, which are some of the adapter's. At most `num_steps` tokens are computed, and
+        at most the adapter's own maximum is used."""
         self.given = given
         self.order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
         self.prompts = [prompts[index] for index in self.order]
@@ -344,7 +329,7 @@ class _Part:
     def __init__(self, decoder: Decoder, batches: Sequence[_Batch]) -> None:
         self.decoder = decoder
         self.batches = list(batches)
-        self.computed: list[_Batch] = []  # whose newest tokens are waited for
+        self.computed: list[_Batch] = []  # batches whose newest tokens are not received yet
         self.waiting: Callable[[], torch.Tensor] | None = None
 
     @property
@@ -405,17 +390,11 @@ def _most_likely(logits: torch.Tensor | None) -> torch.Tensor | None:
 
 @torch.no_grad()
 def ending_log_likelihoods(decoder: Decoder, samples: Sequence[Sample], *, adapter: str = ONLY) -> list[list[float]]:
-    """Summed log-likelihood of each ending after its prompt, in nats.
+    """Summed log-likelihood of each ending after its prompt, in nats, with an adapter as in `AdapterRows`: by sample
+    and ending on ranks of the last stage; elsewhere one empty list per sample.
 
     The last token of a prompt predicts the first token of an ending, so it is computed with the endings. The tokens
-    before it go through the model once, and stay in the cache.
-
-    Args:
-        adapter: as in `AdapterRows`.
-
-    Returns:
-        values by sample and ending on ranks of the last stage; elsewhere one empty list per sample.
-    """
+    before it go through the model once, and stay in the cache."""
     scores: list[list[float]] = []
     for part in split_evenly(samples, decoder.pipeline.size):
         for some in _groups(part, whole=decoder.calls_together):

@@ -46,11 +46,8 @@ class Answer:
 
     @property
     def references(self) -> tuple[str, ...]:
-        """The texts that the prediction is scored against: the example's references that are not blank.
-
-        Raises:
-            UserError: the example has none.
-        """
+        """The texts that the prediction is scored against: the example's references that are not blank. Raises
+        UserError if the example has none."""
         found = tuple(text for text in self.example.references if text.strip())
         if not found:
             raise UserError(f"{self.example.source}: no reference to score against; give the row an answer")
@@ -191,20 +188,16 @@ def accuracy_loglikelihood(answer: Answer) -> float:
 # BLEU ---------------------------------------------------------------------------------------------------------------
 
 
-def _sentence(answer: Answer) -> Any:
+def sentence_bleu(answer: Answer) -> Any:
+    """sacrebleu's sentence BLEU, with the counts of which it consists."""
     from sacrebleu.metrics import BLEU
 
     return BLEU(effective_order=True).sentence_score(answer.prediction, list(answer.references))
 
 
-def sentence_bleu(answer: Answer) -> float:
-    """sacrebleu's sentence BLEU."""
-    return float(_sentence(answer).score)
-
-
 def bleu_statistics(answer: Answer) -> tuple[int, ...]:
     """Lengths of prediction and closest reference, then matched and predicted n-grams, both for each order."""
-    found = _sentence(answer)
+    found = sentence_bleu(answer)
     return (found.sys_len, found.ref_len, *found.counts, *found.totals)
 
 
@@ -250,17 +243,14 @@ def rouge_l(answer: Answer) -> float:
     """
     from rouge_score.tokenizers import DefaultTokenizer
 
-    tokenizer = DefaultTokenizer(use_stemmer=True)
+    tokenizer, best = DefaultTokenizer(use_stemmer=True), 0.0
     prediction = tokenizer.tokenize(answer.prediction)
-    return 100.0 * max(_f(tokenizer.tokenize(reference), prediction) for reference in answer.references)
-
-
-def _f(reference: Sequence[str], prediction: Sequence[str]) -> float:
-    if not reference or not prediction:
-        return 0.0
-    common = common_length(reference, prediction)
-    precision, recall = common / len(prediction), common / len(reference)
-    return 2 * precision * recall / (precision + recall) if common else 0.0
+    for text in answer.references:
+        reference = tokenizer.tokenize(text)
+        if common := common_length(reference, prediction):
+            precision, recall = common / len(prediction), common / len(reference)
+            best = max(best, 2 * precision * recall / (precision + recall))
+    return 100.0 * best
 
 
 def common_length(one: Sequence[str], other: Sequence[str]) -> int:
@@ -282,22 +272,16 @@ def common_length(one: Sequence[str], other: Sequence[str]) -> int:
     return len(one) - row.bit_count()
 
 
-def rouge_signature(_: Sequence[Answer]) -> str:
-    """Library, variant, and how several references count."""
-    return f"rouge-score {version('rouge-score')}, rougeL F, stemmer; best of the references of each sample"
-
-
 # All ----------------------------------------------------------------------------------------------------------------
 
+_EXACT_RULE = "exact match, white space at the ends apart; any of the references of each sample"
 _SQUAD_RULE = "lower case, no punctuation, no articles; best of the references of each sample"
+_ROUGE_RULE = "rouge-score {}, rougeL F, stemmer; best of the references of each sample"
+_BLEU_OF_CORPUS = bleu_statistics, corpus_bleu
 METRICS: Mapping[str, Metric] = {
     metric.name: metric
     for metric in (
-        Metric(
-            "exact_match",
-            exact_match,
-            "exact match, white space at the ends apart; any of the references of each sample",
-        ),
+        Metric("exact_match", exact_match, _EXACT_RULE),
         Metric(
             "gsm8k",
             gsm8k_exact_match,
@@ -306,8 +290,8 @@ METRICS: Mapping[str, Metric] = {
         ),
         Metric("squad", squad_exact_match, f"SQuAD v1.1 exact match: {_SQUAD_RULE}"),
         Metric("squad_f1", squad_f1, f"SQuAD v1.1 F1 over bags of tokens: {_SQUAD_RULE}"),
-        Metric("rougeL", rouge_l, rouge_signature),
-        Metric("bleu", sentence_bleu, bleu_signature, corpus=(bleu_statistics, corpus_bleu)),
+        Metric("rougeL", rouge_l, lambda _: _ROUGE_RULE.format(version("rouge-score"))),
+        Metric("bleu", lambda answer: float(sentence_bleu(answer).score), bleu_signature, corpus=_BLEU_OF_CORPUS),
         Metric(
             "accuracy",
             accuracy,

@@ -34,7 +34,7 @@ from megatron_tiedlora.model.weights import Stages, check_layout, layer_costs, p
 from megatron_tiedlora.parallel.groups import Grid
 from megatron_tiedlora.runtime.launch_env import uses_gpu
 
-TABLE_FILE = "table.csv"  # of several adapters
+TABLE_FILE = "table.csv"  # the scores of several adapters
 
 _READING = marked(EvaluateSettings, as_trained=True)
 
@@ -99,12 +99,9 @@ EvaluationPlans = Mapping[str, EvaluationPlan]  # by the adapter's name; they di
 
 
 def plan_evaluations(settings: EvaluateSettings, *, rank: int, world_size: int) -> dict[str, EvaluationPlan]:
-    """The plan of each of --adapters; without them one plan, whose name is ONLY.
-
-    Raises:
-        UserError: names the first thing of settings, model and number of ranks that does not fit, with the fix; or the
-            adapter that does not fit, or is of another base than the others.
-    """
+    """The plan of each of --adapters; without them one plan, whose name is ONLY. Raises UserError, which names the
+    first thing of settings, model and number of ranks that does not fit, with the fix; or the adapter that does not
+    fit, or is of another base than the others."""
     own = {ONLY: settings}
     if settings.adapters is not None:
         found = named_adapters(settings.adapters).items()
@@ -127,12 +124,9 @@ def output_name(plans: EvaluationPlans) -> str:
 
 
 def named_adapters(given: Sequence[str]) -> dict[str, Path]:
-    """The folders that the values of --adapters name, by the adapter's name: NAME of NAME=FOLDER, or the run's.
-
-    Raises:
-        UserError: a value names no adapter, two have one name, or a name cannot be that of a folder beside the table. A
-            folder that is no adapter is found when it is read.
-    """
+    """The folders that the values of --adapters name, by the adapter's name: NAME of NAME=FOLDER, or the run's. Raises
+    UserError if a value names no adapter, two have one name, or a name cannot be that of a folder beside the table. A
+    folder that is no adapter is found when it is read."""
     found: dict[str, Path] = {}
     for value in given:
         name, is_named, path = value.partition("=")
@@ -155,15 +149,11 @@ def _check_same_base(first: tuple[str, EvaluationPlan], plan: EvaluationPlan) ->
     name, other = first
     folder, expected = (one.source.weights_folder().resolve() for one in (plan, other))
     if folder != expected:
-        raise UserError(
-            f"its base is {plan.source.name}, and that of {name} is {other.source.name}; evaluate them apart, or give"
-            " one with --model"
-        )
+        said = f"its base is {plan.source.name}, and that of {name} is {other.source.name}"
+        raise UserError(f"{said}; evaluate them apart, or give one with --model")
     if plan.base_format != other.base_format:
-        raise UserError(
-            f"its base would be in {plan.base_format or plan.dtype_name}, and that of {name} in"
-            f" {other.base_format or other.dtype_name}; give --base"
-        )
+        said = f"its base would be in {plan.base_format or plan.dtype_name}"
+        raise UserError(f"{said}, and that of {name} in {other.base_format or other.dtype_name}; give --base")
 
 
 def _plan(settings: EvaluateSettings, *, rank: int, world_size: int, identify: Identify) -> EvaluationPlan:
@@ -199,27 +189,20 @@ def _plan(settings: EvaluateSettings, *, rank: int, world_size: int, identify: I
 
 def _base_format(settings: EvaluateSettings, source: ModelSource, adapter: NativeAdapter | None) -> str | None:
     """The storage format in which the base is used: as it was given, that of its folder, or of the adapter's run.
-
-    Raises:
-        UserError: the adapter is to be merged into quantised weights.
-    """
+    Raises UserError if the adapter is to be merged into quantised weights."""
     given = settings.base or source.stored_base or (adapter and adapter.base_identity.base_format) or UNQUANTISED
     if given == UNQUANTISED:
         return None
     if settings.merge_adapter:
-        raise UserError(
-            f"--merge_adapter adds the adapter to weights in --dtype, and these are in {given}; give --base none"
-        )
+        said = f"--merge_adapter adds the adapter to weights in --dtype, and these are in {given}"
+        raise UserError(f"{said}; give --base none")
     return source.base_format(given)
 
 
 def _as_trained(settings: EvaluateSettings) -> tuple[EvaluateSettings, list[str]]:
     """The settings, with the rules by which the adapter's run made tokens of rows where the user gives none; and notes
-    if the run's settings, in a file beside the adapter, show that it was trained with other prompts.
-
-    Raises:
-        UserError: the user's contradict them, or the file of the run's chat template has changed.
-    """
+    if the run's settings, in a file beside the adapter, show that it was trained with other prompts. Raises UserError
+    if the user's contradict them, or the file of the run's chat template has changed."""
     trained: dict[str, Any] = {}
     run_file = None if settings.adapter is None else user_path(settings.adapter).parent / "run.yaml"
     if run_file is not None and run_file.is_file():
@@ -255,22 +238,15 @@ def _check_trained_template(file: str, trained: Any) -> None:
 def _find_model(
     settings: EvaluateSettings, identify: Identify
 ) -> tuple[ModelSource, NativeAdapter | None, str, tuple[str, ...]]:
-    """(base, adapter, kind of model, notes).
-
-    Raises:
-        UserError: one is missing, they do not belong together, or they need another tokenizer.
-    """
+    """(base, adapter, kind of model, notes). Raises UserError if one is missing, they do not belong together, or they
+    need another tokenizer."""
     longest = settings.max_length or 0  # checked before a weight is read
     if settings.adapter is None:
         source = find_model(settings.model or DEFAULT_MODEL, weights=False)
         source.check_length("--max_length", longest)
         return source, None, "merged" if is_merged(source) else "base", ()
     opened = open_adapter(
-        settings.adapter,
-        settings.model,
-        tokenizer=settings.tokenizer,
-        longest=longest,
-        differs=settings.base_differs,
+        settings.adapter, settings.model, tokenizer=settings.tokenizer, longest=longest, differs=settings.base_differs
     )
     used, trained = _base_format(settings, opened.source, opened.adapter), opened.adapter.base_identity.base_format
     base = check_base(

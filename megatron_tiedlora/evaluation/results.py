@@ -54,25 +54,15 @@ class Score:
 
     def plain(self) -> dict[str, Any]:
         """The score as it is written to files."""
-        return {
-            "score": self.value,
-            "n": self.num_samples,
-            "confidence_interval": [self.low, self.high],
-            "signature": self.signature,
-        }
+        values = {"score": self.value, "n": self.num_samples, "confidence_interval": [self.low, self.high]}
+        return {**values, "signature": self.signature}
 
 
 def score_answers(
     metric_names: Sequence[str], answers: Sequence[Answer], *, seed: int = 0, resamples: int = 1000
 ) -> dict[str, Score]:
-    """The scores by metric, in the order of `metric_names`.
-
-    Args:
-        answers: in the order of their file; the interval depends on the order.
-
-    Raises:
-        UserError: no answers, an unknown metric, or an example that a metric cannot score.
-    """
+    """The scores by metric, in the order of `metric_names`. The answers are in the order of their file, on which the
+    interval depends. Raises UserError if there are no answers, a metric is unknown, or it cannot score an example."""
     if not answers:
         raise UserError("no answers to score; the split is empty")
     scores = {}
@@ -111,11 +101,8 @@ def _resampled_sums(table: Any, *, seed: int, resamples: int) -> Iterator[Any]:
 
 
 def headline(plans: EvaluationPlans, scored_sets: Mapping[str, ScoredSet], attention: AttentionRoute) -> list[str]:
-    """A few lines about the evaluation, to print before its progress bar; of --adapters a line for each.
-
-    Args:
-        attention: which kernels compute the attention of prompts.
-    """
+    """A few lines about the evaluation, to print before its progress bar; with --adapters a line for each. `attention`
+    says which kernels compute the attention of prompts."""
     name, plan = next(iter(plans.items()))
     settings, grid, scored = plan.settings, plan.grid, scored_sets[name]
     dtype = describe_dtype(settings.dtype, plan.dtype_name)
@@ -201,15 +188,9 @@ EvaluationResult = tuple[EvaluationPlan, Sequence[Answer], Mapping[str, Score]]
 
 
 def write_results(evaluations: Mapping[str, EvaluationResult], output: NewOutput) -> None:
-    """Write the files atomically: the folder appears complete or not at all.
-
-    Args:
-        evaluations: by the adapter's name, which is then the name of a folder with its files, beside the table of all;
-            or one alone, whose name is ONLY.
-
-    Raises:
-        UserError: another process has taken over the folder meanwhile, or it cannot be written.
-    """
+    """Write the files atomically: the folder appears complete or not at all. Several evaluations have the names of
+    their adapters, which become folders beside the table of all; a single one has the name ONLY. Raises UserError if
+    another process has taken over the folder meanwhile, or it cannot be written."""
     with output.written() as temporary:
         for name, (plan, answers, scores) in evaluations.items():
             folder = temporary / name

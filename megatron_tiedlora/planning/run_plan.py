@@ -22,7 +22,7 @@ from megatron_tiedlora.config import batch
 from megatron_tiedlora.config.fields import flag_value, marked
 from megatron_tiedlora.config.settings import Settings, make_settings, profiled_steps
 from megatron_tiedlora.convert.open_adapter import open_adapter
-from megatron_tiedlora.data.loader import BatchShape, GlobalBatch, TrainingStep, plan_global_batch, training_steps
+from megatron_tiedlora.data.loader import GlobalBatch, TrainingStep, plan_global_batch, training_steps
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.engine.engine_json import EngineConfig, load_engine_config
@@ -106,13 +106,11 @@ class RunPlan:
         return GPUS[self.settings.gpu or DEFAULT_GPU] if self.on_gpu else CPU
 
     @property
-    def batch_shape(self) -> BatchShape:
+    def batch_shape(self) -> BatchPlan:
         """How a global batch is split into rows and micro-batches."""
-        return BatchShape(
-            **vars(self.batches),
-            packed_length=self.settings.max_length if self.settings.packing else None,
-            min_micro_batches=inputs_to_fill(self.grid.pp_size),
-        )
+        packed_length = self.settings.max_length if self.settings.packing else None
+        least = inputs_to_fill(self.grid.pp_size)
+        return replace(self.batches, packed_length=packed_length, min_micro_batches=least)
 
     def global_batch(self, dataset: TokenDataset, *, consumed_samples: int = 0) -> GlobalBatch:
         """The plan of the step that follows `consumed_samples`."""

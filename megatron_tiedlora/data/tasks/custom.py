@@ -166,15 +166,13 @@ _LOOKS_LIKE_DATA = OUR_FIELDS | {
 def find_shape(
     row: Fields, source: str, *, named: Collection[str] = (), columns: Mapping[str, str] | None = None
 ) -> RowShape:
-    """The shape of a row.
+    """The shape of a row. Raises UserError if it has no shape, several, or a field that looks like data and would not
+    be read.
 
     Args:
         named: fields that the user's prompt template reads.
         columns: our field -> the user's, of those that --columns names. The shape reads all of them. If they are all
             that it needs, the user has chosen, and fields of other shapes are left alone.
-
-    Raises:
-        UserError: it has no shape, several, or a field that looks like data and would not be read.
     """
     columns = columns or {}
     found = [shape for shape in SHAPES if all(row.get(name) is not None for name in shape.needs)]
@@ -194,10 +192,8 @@ def find_shape(
     found.sort(key=lambda shape: len(_unread_by(shape, columns)))
     shape = found[0]
     for name in _unread_by(shape, columns):
-        raise UserError(
-            f"{source}: --columns {name}={columns[name]}: rows of shape {shape.name} are read without {name!r}, only"
-            f" with {', '.join((*shape.fields, REFERENCES))}; leave it out"
-        )
+        said = f"{source}: --columns {name}={columns[name]}: rows of shape {shape.name} are read without {name!r}"
+        raise UserError(f"{said}, only with {', '.join((*shape.fields, REFERENCES))}; leave it out")
     if columns and set(shape.needs) <= columns.keys():
         return shape
     for other in found[1:]:
@@ -209,15 +205,13 @@ def find_shape(
     for name, value in row.items():
         unread = name in _LOOKS_LIKE_DATA and name not in (*shape.fields, REFERENCES) and name not in named
         if unread and not is_empty(value):
-            raise UserError(
-                f"{source}: field {name!r} looks like data, but rows of shape {shape.name} are read without it; name"
-                f" the fields to read with --columns {_choice(shape, columns)}{preference}"
-            )
+            said = f"{source}: field {name!r} looks like data, but rows of shape {shape.name} are read without it"
+            raise UserError(f"{said}; name the fields to read with --columns {_choice(shape, columns)}{preference}")
     return shape
 
 
 def _unread_by(shape: RowShape, columns: Collection[str]) -> list[str]:
-    """Those of the fields that --columns names which the shape does not read."""
+    """The fields that --columns names and the shape does not read."""
     return [name for name in columns if name not in (*shape.fields, REFERENCES)]
 
 
@@ -247,18 +241,13 @@ def _parts(row: Mapping[str, Any], source: str, reading: Reading) -> Parts:
 
 
 def _chat(chat: Conversation, source: str, reading: Reading) -> Conversation:
-    """The turns with what is supervised, or scored, in them.
-
-    Raises:
-        UserError: nothing is supervised; names the turn with the flag, and the fix.
-    """
+    """The turns with what is supervised, or scored, in them. Raises UserError, which names the turn with the flag, if
+    nothing is supervised."""
     if not reading.trains:
         return chat.with_last_turn_alone(scored=True)
     if not any(turn.trained for turn in chat.turns):
-        raise UserError(
-            f"{source}: no answer of the assistant is to be trained (train, weight or loss is false in each); remove"
-            " the row, or let an answer be trained"
-        )
+        said = f"{source}: no answer of the assistant is to be trained (train, weight or loss is false in each)"
+        raise UserError(f"{said}; remove the row, or let an answer be trained")
     if reading.train_on == "last_turn" and not (last := chat.turns[-1]).trained:
         raise UserError(
             f"{source}, {last.name}: is not to be trained (train, weight or loss), and --train_on last_turn trains"

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from megatron_tiedlora.base.messages import UserError
-from megatron_tiedlora.data.readers import Row
+from megatron_tiedlora.data.tables import numbered_rows
 from megatron_tiedlora.data.task import Split, Task
 from megatron_tiedlora.data.tasks import gsm8k
 
@@ -78,9 +78,8 @@ def _dataset() -> Any:
     """reasoning-gym's `gsm_symbolic`, with one item per index of `_BLOCKS`."""
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None:
-        raise UserError(
-            "the demo task needs the package reasoning-gym; install it with: pip install 'megatron_tiedlora[demo]'"
-        )
+        said = "the demo task needs the package reasoning-gym"
+        raise UserError(f"{said}; install it with: pip install 'megatron_tiedlora[demo]'")
     if _PACKAGE not in sys.modules:
         with suppress(ImportError), _empty_parents(spec.submodule_search_locations or ()):
             return _built()
@@ -114,11 +113,6 @@ def _empty_parents(roots: Sequence[str]) -> Iterator[None]:
             del sys.modules[name]
 
 
-def _rows(split: Split) -> Iterator[Row]:
-    for number, row in enumerate(demo_examples(split), start=1):
-        yield row, f"demo {split}: row {number}"
-
-
 TASK = Task(
     name="demo",
     fields=gsm8k.TASK.fields,
@@ -126,7 +120,7 @@ TASK = Task(
     parts=gsm8k.question_parts,
     metrics=gsm8k.TASK.metrics,
     stop=gsm8k.TASK.stop,
-    generate=_rows,
+    generate=lambda split: numbered_rows(demo_examples(split), f"demo {split}"),
     scored_rows=24,  # enough to see a change, few enough for two CPU cores
     max_new_tokens=200,  # 99 % of its worked answers are shorter
     micro_batch_rows=4,

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_tiedlora.data.readers import required_text, without, without_line_breaks
-from megatron_tiedlora.data.task import HubSource, Parts, Reading, Task
+from megatron_tiedlora.data.tables import HubData
+from megatron_tiedlora.data.task import Parts, Reading, Task
 
 _ANSWERS = ("summary", "summary1", "summary2", "summary3")
 
@@ -28,6 +29,6 @@ TASK = Task(
     parts=_parts,
     metrics=("rougeL",),
     stop="\n",  # a summary is one paragraph, and a base model continues with another turn
-    hub=HubSource("knkarthick/dialogsum", {"train": "train", "validation": "validation", "test": "test"}),
+    hub={split: HubData("knkarthick/dialogsum", split) for split in ("train", "validation", "test")},
     merge_by="dialogue",
 )

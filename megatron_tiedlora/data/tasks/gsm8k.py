@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_tiedlora.data.readers import required_text, without
-from megatron_tiedlora.data.task import HubSource, Parts, Reading, Task
+from megatron_tiedlora.data.tables import HubData
+from megatron_tiedlora.data.task import Parts, Reading, Task
 
 
 def question_parts(row: Mapping[str, Any], source: str, _: Reading) -> Parts:
@@ -22,6 +23,6 @@ TASK = Task(
     # Worked answers have several lines, so a line break does not end them. But a model that was not trained to stop
     # continues with another question in the form of the prompt.
     stop="\nQuestion:",
-    hub=HubSource("openai/gsm8k", {"train": "train", "test": "test"}, config="main"),
+    hub={split: HubData("openai/gsm8k", split, "main") for split in ("train", "test")},
     validation_rows=473,  # leaves 7,000 to train on
 )

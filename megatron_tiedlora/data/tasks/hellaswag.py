@@ -11,7 +11,8 @@ from typing import Any
 
 from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.data.readers import checked_text, required_text, required_texts, without
-from megatron_tiedlora.data.task import HubSource, Parts, Reading, Task
+from megatron_tiedlora.data.tables import HubData
+from megatron_tiedlora.data.task import Parts, Reading, Task
 
 # Headings and steps of the WikiHow articles that half of the rows come from. If a bracket is not closed on its line, no
 # later one is either. The rest of the line is then one match, which stays: a search from each would be quadratic.
@@ -66,6 +67,6 @@ TASK = Task(
     metrics=("accuracy", "accuracy_loglikelihood"),
     stop="\n",  # an ending is one line
     # The hub's test part has no labels; papers report the validation part.
-    hub=HubSource("Rowan/hellaswag", {"train": "train", "test": "validation"}),
+    hub={"train": HubData("Rowan/hellaswag", "train"), "test": HubData("Rowan/hellaswag", "validation")},
     validation_rows=2000,  # 5 % of 39,905: a standard error of one point
 )

@@ -13,18 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tiedlora.base.messages import UserError, user_path
-from megatron_tiedlora.data.readers import (
-    SUFFIXES,
-    Row,
-    is_rows_file,
-    may_be_hub_id,
-    read_lines,
-    required_text,
-    without,
-    without_line_breaks,
-)
-from megatron_tiedlora.data.sources import without_weight
-from megatron_tiedlora.data.task import HubSource, Parts, Reading, Task
+from megatron_tiedlora.data import readers
+from megatron_tiedlora.data.readers import is_rows_file, required_text, without, without_line_breaks
+from megatron_tiedlora.data.sources import parse_source
+from megatron_tiedlora.data.tables import HubData, Row
+from megatron_tiedlora.data.task import Parts, Reading, Task
 
 _LANGUAGES = ("de", "en")
 _SEGMENT = re.compile(r"<seg\b[^>]*>([^<]*)</seg>")  # with its entities, as the hub's rows have them
@@ -43,12 +36,11 @@ def _unfold(row: Mapping[str, Any], source: str) -> Iterator[Row]:
 
 
 def _aligned_files(argument: str, flag: str) -> Callable[[], list[Row]] | None:
-    """What reads the rows of two text files, German and English, or None if the argument names files of rows.
+    """A function that reads the rows of two text files, German and English; None if the argument names files of rows.
 
-    The last suffix that is .de or .en tells the language of a file; without one, the order does.
-    """
+    The last suffix that is .de or .en tells the language of a file; without one, the order does."""
     names = [argument] if user_path(argument).exists() else [name.strip() for name in argument.split(",")]
-    bare = [without_weight(name) for name in names]
+    bare = [parse_source(name).name for name in names]
     if len(names) > 1 and all(map(_holds_rows, bare)):
         return None
     if len(names) == 1:
@@ -56,12 +48,12 @@ def _aligned_files(argument: str, flag: str) -> Callable[[], list[Row]] | None:
             raise UserError(f"{flag} {argument}: text of one language; give both as {flag} GERMAN,ENGLISH")
         return None
     if len(names) != 2 or any(not name or _holds_rows(name) for name in bare):
-        kinds = f"two text files as {flag} GERMAN,ENGLISH, or only hub ids and files of rows ({', '.join(SUFFIXES)})"
-        raise UserError(f"{flag} {argument}: names {len(names)} files that do not fit together; give {kinds}")
+        kinds = f"only hub ids and files of rows ({', '.join(readers.SUFFIXES)})"
+        said = f"{flag} {argument}: names {len(names)} files that do not fit together"
+        raise UserError(f"{said}; give two text files as {flag} GERMAN,ENGLISH, or {kinds}")
     if bare != names:
-        raise UserError(
-            f"{flag} {argument}: two aligned texts are one source, which has no weights; give {flag} {','.join(bare)}"
-        )
+        said = f"{flag} {argument}: two aligned texts are one source, which has no weights"
+        raise UserError(f"{said}; give {flag} {','.join(bare)}")
     first, second = (_language(name) for name in names)
     if first is not None and first == second:
         raise UserError(f"{flag} {argument}: both files end in .{first}; give the German and the English one")
@@ -84,7 +76,7 @@ def _holds_rows(name: str) -> bool:
     """Whether a name is that of a file of rows, or can only be that of a data set of the hub."""
     if is_rows_file(name) or user_path(name).exists() or _language(name) or name.lower().endswith(".txt"):
         return is_rows_file(name)
-    return "/" in name and may_be_hub_id(name.partition(":")[0])
+    return "/" in name and readers.may_be_hub_id(name.partition(":")[0])
 
 
 @dataclass(frozen=True)
@@ -105,7 +97,7 @@ class _Sentences:
 def _sentences(name: str) -> _Sentences:
     """The sentences of a file: its lines, or in the formats of the release its segments and lines without a tag, where
     blank lines separate them."""
-    lines = list(enumerate(read_lines(name), start=1))
+    lines = list(enumerate(readers.read_lines(name), start=1))
     base = Path(name.lower()).name
     if not (base.endswith(".xml") or base.startswith("train.tags.")):
         return _Sentences(name, "line", lines)
@@ -156,12 +148,10 @@ TASK = Task(
     parts=_parts,
     metrics=("bleu",),
     stop="\n",  # one sentence per line
-    hub=HubSource(
-        "IWSLT/iwslt2017",
-        {"train": "train", "validation": "validation", "test": "test"},
-        config="iwslt2017-de-en",
-        parquet_branch=True,
-    ),
+    hub={
+        split: HubData("IWSLT/iwslt2017", split, "iwslt2017-de-en", parquet_branch=True)
+        for split in ("train", "validation", "test")
+    },
     validation_rows=888,  # the size of the official part
     unfold=_unfold,
     read_files=_aligned_files,

@@ -5,7 +5,8 @@ from typing import Any
 
 from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.data.readers import Row, required_text, required_texts, without
-from megatron_tiedlora.data.task import HubSource, Parts, Reading, Task
+from megatron_tiedlora.data.tables import HubData
+from megatron_tiedlora.data.task import Parts, Reading, Task
 
 
 def _parts(row: Mapping[str, Any], source: str, _: Reading) -> Parts:
@@ -47,7 +48,7 @@ TASK = Task(
     metrics=("squad", "squad_f1"),
     stop="\n",  # answers are spans of one paragraph, and a base model continues with another paragraph
     # The hub has no public test part; papers report the validation part.
-    hub=HubSource("rajpurkar/squad", {"train": "train", "test": "validation"}),
+    hub={"train": HubData("rajpurkar/squad", "train"), "test": HubData("rajpurkar/squad", "validation")},
     validation_rows=4800,
     unfold=_unfold,
 )

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from megatron_tiedlora.base.messages import UserError
+from megatron_tiedlora.config.batch import BatchPlan
 from megatron_tiedlora.data.loader import (
-    BatchShape,
     _halve,
     _spread,
     collate,
@@ -35,7 +35,7 @@ def make_dataset(num_samples: int, *, seed: int = 0) -> TokenDataset:
 def make_loader(
     dataset: TokenDataset, *, dp_rank: int = 0, dp_size: int = 1, micro: int = 2, packed_length=None, **options
 ):
-    shape = BatchShape(12, micro, dp_size, packed_length)
+    shape = BatchPlan(12, micro, dp_size, packed_length)
     return training_steps(dataset, shape, seed=7, dp_rank=dp_rank, pad_id=0, **options)
 
 
@@ -95,7 +95,7 @@ def test_layout_does_not_change_the_samples(dp_size):
 @pytest.mark.parametrize("micro", [1, 2, 3, 4, 12])
 def test_micro_batches_are_sorted_parts_of_one_global_batch(micro):
     dataset = make_dataset(50)
-    plan = plan_global_batch(dataset, BatchShape(12, micro, 1), seed=7, consumed_samples=24)
+    plan = plan_global_batch(dataset, BatchPlan(12, micro, 1), seed=7, consumed_samples=24)
     assert [len(rows) for rows in plan.micro_batches] == [micro] * (12 // micro) and plan.consumed_samples == 36
     found = [index for rows in plan.micro_batches for row in rows for index in row]
     assert sorted(found) == sorted(sample_indices(50, seed=7, consumed=24, count=12))
@@ -221,7 +221,7 @@ def test_rows_that_could_hold_a_whole_step_leave_work_for_every_rank_and_stage(m
     """Twelve samples of 9 tokens, and rows of 4,096."""
     tokens, prompt_lengths = np.zeros(40 * 9, np.int32), np.ones(40, np.int32)
     dataset = TokenDataset.after_prompts(tokens=tokens, offsets=np.arange(41) * 9, prompt_lengths=prompt_lengths)
-    shape = BatchShape(12, micro, dp_size, packed_length=4096, min_micro_batches=least)
+    shape = BatchPlan(12, micro, dp_size, packed_length=4096, min_micro_batches=least)
     plan = plan_global_batch(dataset, shape, seed=7, consumed_samples=24)
     assert [len(row) for part in plan.micro_batches for row in part] == rows
     shares = [plan.on_rank(rank, dp_size=dp_size) for rank in range(dp_size)]

@@ -21,7 +21,7 @@ from support.token_rows import WORDS, TokenStore, chats, check_same, rows
 from support.zoo_oracle import CHATML, write_zoo_tokenizer
 
 from megatron_tiedlora.base.messages import UserError
-from megatron_tiedlora.data import cache, encode, readers, sources
+from megatron_tiedlora.data import cache, encode, sources, tables
 from megatron_tiedlora.data.cache import cache_key
 from megatron_tiedlora.data.encode import Encoding
 from megatron_tiedlora.data.task import Reading
@@ -247,7 +247,7 @@ def test_a_file_that_cannot_be_read_is_named(store: TokenStore, monkeypatch: pyt
     def forbidden(*_: Any, **__: Any) -> Any:
         raise PermissionError(13, "Permission denied", file)
 
-    for module, name in ((readers, "names_and_contents"), (sources, "row_data")):
+    for module, name in ((tables, "names_and_contents"), (sources, "row_data")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, forbidden)
             assert refusal(lambda: store.start(file)) == f"{file}: cannot be read (Permission denied)"
