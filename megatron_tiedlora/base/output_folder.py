@@ -14,7 +14,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from megatron_tiedlora.base.atomic import new_folder, remove_leftovers
+from megatron_tiedlora.base.files import new_folder, remove_leftovers
 from megatron_tiedlora.base.messages import UserError, bytes_in_words, user_path
 from megatron_tiedlora.base.ownership import FolderLock, FolderTaken, take_folder
 

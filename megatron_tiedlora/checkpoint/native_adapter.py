@@ -16,12 +16,24 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, Target, lora_factors, sized_targets
-from megatron_tiedlora.base.atomic import Guard, new_folder, unguarded, write_json
 from megatron_tiedlora.base.extras import __version__
+from megatron_tiedlora.base.files import (
+    Count,
+    Guard,
+    Real,
+    Size,
+    Text,
+    check_seal,
+    new_folder,
+    read_fields,
+    read_json_object,
+    sealed,
+    unguarded,
+    write_json,
+)
 from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.base.methods import METHODS
 from megatron_tiedlora.base.shapes import TARGET_NAMES, ModelShape
-from megatron_tiedlora.base.text_files import Count, Real, Size, Text, check_seal, read_fields, read_json_object, sealed
 from megatron_tiedlora.checkpoint.base_identity import HASH_FIELDS, OPTIONAL_FIELDS, SHAPE_FIELDS, BaseIdentity
 from megatron_tiedlora.checkpoint.tensor_files import read_tensors
 from megatron_tiedlora.config.train_fields import LARGEST_ALPHA, SMALLEST_ALPHA

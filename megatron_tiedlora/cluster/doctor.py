@@ -35,7 +35,7 @@ from megatron_tiedlora.cluster.doctor_rank import (
 )
 from megatron_tiedlora.cluster.launchers import Job, StartPlan, plan_start
 from megatron_tiedlora.cluster.start import POLL_SECONDS, RunningJob, check_programs, make_job
-from megatron_tiedlora.config.launch_settings import DoctorSettings, LaunchSettings
+from megatron_tiedlora.config.job_settings import DoctorSettings, LaunchSettings
 from megatron_tiedlora.parallel.groups import Grid
 from megatron_tiedlora.runtime.launch_env import visible_gpus
 from megatron_tiedlora.runtime.machine import Finding, error, warning

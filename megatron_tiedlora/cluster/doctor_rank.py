@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from megatron_tiedlora.base.files import seen_late
 from megatron_tiedlora.base.messages import first_line
 from megatron_tiedlora.base.output_folder import nearest_existing
-from megatron_tiedlora.base.text_files import seen_late
 from megatron_tiedlora.parallel.groups import Grid
 from megatron_tiedlora.runtime.launch_env import rank_number
 from megatron_tiedlora.runtime.machine import Finding, MachineRecord, Record, machine_record

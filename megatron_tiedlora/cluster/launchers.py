@@ -14,11 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from megatron_tiedlora.base.files import read_small_text
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.ownership import START_ID
-from megatron_tiedlora.base.text_files import read_small_text
-from megatron_tiedlora.config.hosts import RANK_VARIABLES, Host, num_ranks
-from megatron_tiedlora.runtime.launch_env import EXPECTED_RANKS
+from megatron_tiedlora.runtime.launch_env import EXPECTED_RANKS, RANK_VARIABLES, Host, num_ranks
 
 Route = Literal["ssh", "srun", "local"]  # how a launcher reaches the hosts
 

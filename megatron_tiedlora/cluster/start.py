@@ -19,17 +19,23 @@ from typing import Any, NamedTuple
 import psutil
 
 from megatron_tiedlora.base.extras import require_extra
+from megatron_tiedlora.base.files import read_json_or_none, seen_late
 from megatron_tiedlora.base.messages import UserError, aligned_lines, count_text, one_line, os_errors, show
 from megatron_tiedlora.base.ownership import OWNER_FILE, Token, owner_in_words, read_token
-from megatron_tiedlora.base.text_files import read_json_or_none, seen_late
 from megatron_tiedlora.checkpoint.resume import LATEST_FILE
 from megatron_tiedlora.cluster.launchers import Job, Route, StartPlan, plan_start
 from megatron_tiedlora.config.batch import plan_batches
-from megatron_tiedlora.config.hosts import Host, expand_nodelist, read_hostfile, slurm_hosts, started_program
-from megatron_tiedlora.config.launch_settings import LaunchCommand, LaunchSettings
+from megatron_tiedlora.config.job_settings import LaunchCommand, LaunchSettings
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.parallel.groups import Grid
-from megatron_tiedlora.runtime.launch_env import visible_gpus
+from megatron_tiedlora.runtime.launch_env import (
+    Host,
+    expand_nodelist,
+    read_hostfile,
+    slurm_hosts,
+    started_program,
+    visible_gpus,
+)
 from megatron_tiedlora.runtime.run_folder import RunFolder, choose_run_folder
 from megatron_tiedlora.runtime.stopping import StopSignals, alive
 

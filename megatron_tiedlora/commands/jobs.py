@@ -9,14 +9,12 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_tiedlora.base.atomic import write_json, write_text
 from megatron_tiedlora.base.extras import require_extra
+from megatron_tiedlora.base.files import write_json, write_text
 from megatron_tiedlora.base.messages import UserError, aligned_lines, show, user_path
 from megatron_tiedlora.base.output_folder import output_file, output_files
 from megatron_tiedlora.config.bench_settings import BenchSettings
-from megatron_tiedlora.config.launch_settings import DoctorSettings, LaunchCommand
-from megatron_tiedlora.config.plan_settings import PlanCommand
-from megatron_tiedlora.config.sweep_settings import SweepCommand
+from megatron_tiedlora.config.job_settings import DoctorSettings, LaunchCommand, PlanCommand, SweepCommand
 from megatron_tiedlora.config.tool_settings import EnvSettings
 from megatron_tiedlora.runtime.launch_env import prepare_environment, rank_and_world_size
 from megatron_tiedlora.runtime.machine import in_words, machine_record
@@ -52,7 +50,7 @@ def plan(command: PlanCommand) -> int:
     gc.disable()  # what follows makes a million objects and frees few: looking for garbage takes half a second
     try:
         # These import torch, which takes a second: --help and a wrong flag do not wait for it.
-        from megatron_tiedlora.base.text_files import write_yaml
+        from megatron_tiedlora.base.files import write_yaml
         from megatron_tiedlora.planning import cluster_report as report
 
         prepare_environment()

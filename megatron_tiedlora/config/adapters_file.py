@@ -17,8 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_tiedlora.base.files import read_yaml_list
 from megatron_tiedlora.base.messages import UserError, count_text, naming, shown, user_path
-from megatron_tiedlora.base.text_files import read_yaml_list
 from megatron_tiedlora.config.fields import marked, names_elsewhere
 from megatron_tiedlora.config.other_names import unknown_names
 from megatron_tiedlora.config.settings import Settings, make_settings

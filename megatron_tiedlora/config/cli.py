@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 from megatron_tiedlora.base.extras import missing_module
+from megatron_tiedlora.base.files import read_yaml_mapping
 from megatron_tiedlora.base.messages import UserError, show_messages, user_path
-from megatron_tiedlora.base.text_files import read_yaml_mapping
 from megatron_tiedlora.config import fields
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.other_names import unknown_names

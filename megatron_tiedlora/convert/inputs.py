@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from megatron_tiedlora.base.files import UNSEALED_NOTE, read_json_object
 from megatron_tiedlora.base.messages import UserError, count_text, user_path
-from megatron_tiedlora.base.text_files import UNSEALED_NOTE, read_json_object
 from megatron_tiedlora.checkpoint import base_identity
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, PEFT_TYPE, NativeAdapter

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY
+from megatron_tiedlora.base.files import read_yaml_mapping
 from megatron_tiedlora.base.messages import UserError, as_given, count_text, naming, shown, user_path
 from megatron_tiedlora.base.output_folder import LONGEST_NAME, last_name
 from megatron_tiedlora.base.shapes import UNQUANTISED
-from megatron_tiedlora.base.text_files import read_yaml_mapping
 from megatron_tiedlora.checkpoint.base_identity import identify_model
 from megatron_tiedlora.checkpoint.load_model import resolve_dtype
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter

@@ -14,10 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_tiedlora.base.atomic import write_json
+from megatron_tiedlora.base.files import read_json_object, read_yaml_mapping, write_json
 from megatron_tiedlora.base.messages import UserError, first_line, printable, user_path
 from megatron_tiedlora.base.output_folder import last_name, new_output
-from megatron_tiedlora.base.text_files import read_json_object, read_yaml_mapping
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, write_adapter_files
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.cli import HUB_NAMES

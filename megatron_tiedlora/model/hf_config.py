@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_tiedlora.base.files import read_json_object
 from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.base.shapes import (
     LengthLimit,
@@ -21,7 +22,6 @@ from megatron_tiedlora.base.shapes import (
     RopeShape,
     YarnScaling,
 )
-from megatron_tiedlora.base.text_files import read_json_object
 
 # Fields that do not change the computation: transformers writes them, or they concern tokens, generation or training.
 _HARMLESS_FIELDS = """

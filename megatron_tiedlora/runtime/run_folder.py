@@ -13,7 +13,8 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_tiedlora.base.atomic import (
+from megatron_tiedlora.base.extras import installed_versions
+from megatron_tiedlora.base.files import (
     Guard,
     discard,
     new_file,
@@ -22,13 +23,12 @@ from megatron_tiedlora.base.atomic import (
     unguarded,
     write_json,
     write_text,
+    write_yaml,
 )
-from megatron_tiedlora.base.extras import installed_versions
 from megatron_tiedlora.base.messages import UserError, csv_text, first_line, os_errors, show, user_path
 from megatron_tiedlora.base.output_folder import PathIn, check_writable, last_name, numbered, reject_links
 from megatron_tiedlora.base.ownership import FolderLock, Owner, is_of_owner, owner_in_words, take_folder
 from megatron_tiedlora.base.shapes import QKV, TARGET_NAMES
-from megatron_tiedlora.base.text_files import write_yaml
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.config.train_fields import TENSORBOARD
 
@@ -109,7 +109,7 @@ class RunFolder:
             write_text(self.table, csv_text(list(rows[0]), rows), guard=self.guard)
 
     def new_folder(self, path: Path) -> AbstractContextManager[Path]:
-        """`atomic.new_folder` for a folder of the run."""
+        """`files.new_folder` for a folder of the run."""
         return new_folder(path, guard=self.guard)
 
 

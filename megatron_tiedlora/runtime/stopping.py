@@ -14,9 +14,8 @@ from typing import NamedTuple
 
 import psutil
 
-from megatron_tiedlora.config.hosts import is_torchrun
 from megatron_tiedlora.parallel.agreement import sum_over_ranks
-from megatron_tiedlora.runtime.launch_env import deepspeed_runner
+from megatron_tiedlora.runtime.launch_env import deepspeed_runner, is_torchrun
 
 # Slurm sends SIGUSR1 some time before a job's limit (`#SBATCH --signal=USR1@120`).
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)

@@ -15,16 +15,27 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from megatron_tiedlora.base.atomic import TEMPORARY_PREFIX, Guard, discard, remove_leftovers, unguarded, write_json
+from megatron_tiedlora.base.files import (
+    TEMPORARY_PREFIX,
+    Guard,
+    Size,
+    Text,
+    discard,
+    read_fields,
+    read_json_object,
+    read_json_or_none,
+    remove_leftovers,
+    unguarded,
+    write_json,
+    write_yaml,
+)
 from megatron_tiedlora.base.messages import UserError, as_given
 from megatron_tiedlora.base.output_folder import PathIn, reject_links
 from megatron_tiedlora.base.ownership import Owner, is_of_owner
-from megatron_tiedlora.base.text_files import Size, Text, read_fields, read_json_object, read_json_or_none, write_yaml
 from megatron_tiedlora.checkpoint.resume import PROGRESS_FILE, named_checkpoint
 from megatron_tiedlora.config.cli import naming_file, read_yaml
 from megatron_tiedlora.config.fields import declared, flag_value, marked
-from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.config.sweep_settings import (
+from megatron_tiedlora.config.job_settings import (
     GRID,
     SWEEP_FILE,
     SweepCommand,
@@ -32,6 +43,7 @@ from megatron_tiedlora.config.sweep_settings import (
     make_command,
     resolve_train,
 )
+from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.evaluation.results import RESULTS_FILE, Score
 from megatron_tiedlora.runtime.run_folder import RunFolder, State
 from megatron_tiedlora.training.halving import REASON

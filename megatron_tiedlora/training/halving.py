@@ -14,9 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_tiedlora.base.atomic import Guard, write_json
+from megatron_tiedlora.base.files import Count, Guard, Real, Text, read_fields, read_json_object, write_json
 from megatron_tiedlora.base.messages import UserError
-from megatron_tiedlora.base.text_files import Count, Real, Text, read_fields, read_json_object
 
 REASON = "halving: "  # begins the reason for the end of what was stopped
 RECORD_FILE = "halving.json"  # in the run folder: the last evaluation, and why training was stopped after it

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from megatron_tiedlora.base.files import read_json_object
 from megatron_tiedlora.base.messages import aligned_lines, bytes_in_words, count_text, range_text
 from megatron_tiedlora.base.output_folder import numbered
 from megatron_tiedlora.base.shapes import QKV
-from megatron_tiedlora.base.text_files import read_json_object
 from megatron_tiedlora.checkpoint.load_model import describe_dtype
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
 from megatron_tiedlora.checkpoint.resume import Checkpoint

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 
-from megatron_tiedlora.base.atomic import write_json
+from megatron_tiedlora.base.files import read_json_object, read_json_or_none, write_json
 from megatron_tiedlora.base.messages import UserError, count_text, naming, user_path
 from megatron_tiedlora.base.ownership import Owner
-from megatron_tiedlora.base.text_files import read_json_object, read_json_or_none
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter, save_adapter
 from megatron_tiedlora.checkpoint.resume import (
     Checkpoint,

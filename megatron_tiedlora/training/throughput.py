@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
-from megatron_tiedlora.base.atomic import new_file
+from megatron_tiedlora.base.files import new_file
 from megatron_tiedlora.base.messages import UserError, first_line, show
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.config.settings import profiled_steps

@@ -17,7 +17,7 @@ from sweep_runs import LAUNCH, study_arguments
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.config.adapters_file import PER_ADAPTER
-from megatron_tiedlora.config.sweep_settings import parse_sweep
+from megatron_tiedlora.config.job_settings import parse_sweep
 from megatron_tiedlora.data.tasks import TASKS
 from megatron_tiedlora.runtime.stopping import StopSignals
 from megatron_tiedlora.study.plan import SweepPlan, plan_sweep

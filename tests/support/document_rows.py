@@ -24,10 +24,8 @@ from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config import tool_settings
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
-from megatron_tiedlora.config.launch_settings import DoctorSettings, parse_launch
-from megatron_tiedlora.config.plan_settings import parse_plan
+from megatron_tiedlora.config.job_settings import DoctorSettings, parse_launch, parse_plan, parse_sweep
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.config.sweep_settings import parse_sweep
 from megatron_tiedlora.convert.export_peft import Export, serve_hints
 from megatron_tiedlora.planning.run_plan import plan_run
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from megatron_tiedlora.adapters.tied_adapter import Target, make_adapter_config
-from megatron_tiedlora.config.sweep_settings import parse_sweep
+from megatron_tiedlora.config.job_settings import parse_sweep
 from megatron_tiedlora.study.record import Point, make_grid
 
 SHAPES: Mapping[str, tuple[int, int]] = {"llama2-7b": (32, 4096), "gpt-2b-001": (24, 2048)}  # layers L, hidden size d

@@ -24,7 +24,7 @@ from run_preludes import at_call, kill_at_call, poison, slow_steps
 
 from megatron_tiedlora.cluster.launchers import Job
 from megatron_tiedlora.cluster.start import make_job
-from megatron_tiedlora.config.sweep_settings import parse_launcher
+from megatron_tiedlora.config.job_settings import parse_launcher
 
 LAUNCH = ROOT / "launch"
 Preludes = Mapping[str, Callable[..., None]]  # by name of the start's log
@@ -147,7 +147,7 @@ def _be_sweep(arguments: list[str], work: str, cache: str, preludes: Preludes, o
 
     tqdm.monitor_interval = 0  # a thread would not outlive the forks, and its lock might
     from megatron_tiedlora.config.cli import run_command
-    from megatron_tiedlora.config.sweep_settings import parse_sweep
+    from megatron_tiedlora.config.job_settings import parse_sweep
     from megatron_tiedlora.study.sweep import sweep
 
     start: Any = functools.partial(forked_start, work=Path(work), cache=Path(cache), preludes=preludes)

@@ -15,8 +15,8 @@ from folders import python
 from native_files import reseal, with_adapter, write_exports, write_native
 from tiny_models import write_tiny_model
 
+from megatron_tiedlora.base.files import file_sha256
 from megatron_tiedlora.base.messages import UserError
-from megatron_tiedlora.base.text_files import file_sha256
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.tool_settings import FILTERS
 from megatron_tiedlora.convert.collection import build_index, verify_entries
