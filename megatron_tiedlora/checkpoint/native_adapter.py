@@ -36,7 +36,7 @@ from megatron_tiedlora.base.methods import METHODS
 from megatron_tiedlora.base.shapes import TARGET_NAMES, ModelShape
 from megatron_tiedlora.checkpoint.base_identity import HASH_FIELDS, OPTIONAL_FIELDS, SHAPE_FIELDS, BaseIdentity
 from megatron_tiedlora.checkpoint.tensor_files import read_tensors
-from megatron_tiedlora.config.train_fields import LARGEST_ALPHA, SMALLEST_ALPHA
+from megatron_tiedlora.config.settings import LARGEST_ALPHA, SMALLEST_ALPHA
 from megatron_tiedlora.model.weights import WeightRule, weight_rules
 from megatron_tiedlora.parallel.agreement import SentTensor
 

@@ -19,10 +19,9 @@ from typing import Any
 
 from megatron_tiedlora.base.files import read_yaml_list
 from megatron_tiedlora.base.messages import UserError, count_text, naming, shown, user_path
-from megatron_tiedlora.config.fields import marked, names_elsewhere
+from megatron_tiedlora.config.fields import TENSORBOARD, marked, names_elsewhere
 from megatron_tiedlora.config.other_names import unknown_names
 from megatron_tiedlora.config.settings import Settings, make_settings
-from megatron_tiedlora.config.train_fields import TENSORBOARD
 
 PER_ADAPTER = frozenset(marked(Settings, per_adapter=True))
 # It names a folder inside the run folder, on any file system.

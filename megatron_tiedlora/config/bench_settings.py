@@ -16,7 +16,7 @@ from megatron_tiedlora.config.fields import (
     shared_field,
     validate_settings,
 )
-from megatron_tiedlora.config.train_fields import TrainFields
+from megatron_tiedlora.config.settings import Settings
 
 GROUPS_OF = {
     "step": ("run", "model", "step", "samples", "against", "adapters"),
@@ -29,7 +29,7 @@ SCALING_DEFAULTS: dict[str, Any] = {"model": "llama2-7b", "num_layers": 2, "rows
 _WITHOUT_TASK = ("supervised", "documents", "micro_batches")
 _WITH_TASK = ("samples", "train_file", "padded_rows", "packing")
 
-_train = partial(shared_field, TrainFields)  # of the run whose step is measured
+_train = partial(shared_field, Settings)  # of the run whose step is measured
 
 
 class BenchSettings(CommandSettings, command="bench"):

@@ -22,8 +22,8 @@ from megatron_tiedlora.base.messages import UserError, show_messages, user_path
 from megatron_tiedlora.config import fields
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.other_names import unknown_names
+from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.config.tool_settings import MergeSettings, PushSettings
-from megatron_tiedlora.config.train_fields import TrainFields
 
 HUB_NAMES = "hub_names"  # in run.yaml: the ids of data and tokenizer that come from the hub
 TEMPLATE_HASH = "chat_template_sha256"  # in run.yaml: of the content of --chat_template
@@ -32,7 +32,7 @@ RECORDED_NAMES = ("ranks", "versions", HUB_NAMES, TEMPLATE_HASH)
 RECORD_MARK = "versions"
 _TRUE_OR_FALSE = "{true,false}"
 # Commands whose settings have names in other tools. One that another command lacks is not taken for a slip there.
-_NAMED = (TrainFields, EvaluateSettings, MergeSettings, PushSettings)
+_NAMED = (Settings, EvaluateSettings, MergeSettings, PushSettings)
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -134,8 +134,8 @@ def split_words(
     """
     own, rest = build_parser(kind).parse_known_args(list(argv))
     words = [*rest, *more]
-    theirs, unknown = build_parser(TrainFields).parse_known_args(words)
-    names = (*kind.model_fields, *(name for name in TrainFields.model_fields if name not in without))
+    theirs, unknown = build_parser(Settings).parse_known_args(words)
+    names = (*kind.model_fields, *(name for name in Settings.model_fields if name not in without))
     reject_unknown(unknown, kind, known=[f"--{name}" for name in names])
     if (config := vars(own).pop("config")) is not None:
         theirs.config, words = config, ["--config", config, *words]

@@ -18,14 +18,14 @@ from megatron_tiedlora.config.fields import (
     shared_field,
 )
 from megatron_tiedlora.config.other_names import ADAPTER_NAMES
-from megatron_tiedlora.config.train_fields import DEFAULT_MODEL, DEFAULT_TASK, TrainFields
+from megatron_tiedlora.config.settings import DEFAULT_MODEL, DEFAULT_TASK, Settings
 
-_same = partial(shared_field, TrainFields, shared=False)  # a setting of the same name, with a value of its own
-_train = partial(shared_field, TrainFields)  # of a run that is evaluated, the run's
+_same = partial(shared_field, Settings, shared=False)  # a setting of the same name, with a value of its own
+_train = partial(shared_field, Settings)  # of a run that is evaluated, the run's
 
 
 def _as_trained(name: str) -> Any:
-    help_text = f"{TrainFields.model_fields[name].description} [as in the adapter's run]"
+    help_text = f"{Settings.model_fields[name].description} [as in the adapter's run]"
     return _train(name, help_text, default=None, as_trained=True)
 
 

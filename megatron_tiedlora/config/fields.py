@@ -13,6 +13,7 @@ import shlex
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -136,7 +137,8 @@ def _field(help_text: str | None, default: Any, marks: Declared) -> Any:
     return Field(default=default, description=help_text, json_schema_extra=marks, **marks.constraints)
 
 
-def declared(kind: type[CommandSettings]) -> dict[str, Declared]:
+@cache
+def declared(kind: type[CommandSettings]) -> Mapping[str, Declared]:
     """What each setting of a command is declared with, by the name of its field."""
     found = {}
     for name, one in kind.model_fields.items():
@@ -433,3 +435,57 @@ def _checked_columns(text: str | None) -> str | None:
 
 
 ColumnNames = Annotated[str | None, AfterValidator(_checked_columns)]  # as it was given
+
+
+def _parse_layers(value: Any) -> Any:
+    whole = isinstance(value, list) and [str(part).lower() for part in value] in ([], ["all"], ["none"])
+    return None if whole else value
+
+
+Layers = Annotated[tuple[int, ...] | None, BeforeValidator(_parse_layers)]  # None: all
+
+
+def profiled_steps(value: str | None) -> range:
+    """The steps, counted from 1, of a --profile FIRST:LAST; none without it. Raises ValueError for any other text."""
+    if value is None:
+        return range(0)
+    found = re.fullmatch(r"([1-9][0-9]{0,14}):([1-9][0-9]{0,14})", value)
+    if found is None or int(found[1]) > int(found[2]):
+        raise ValueError(f"--profile {value}: give FIRST:LAST, two steps that count from 1, for example 3:5")
+    return range(int(found[1]), int(found[2]) + 1)
+
+
+def _checked_range(value: Any) -> Any:
+    if isinstance(value, int):  # YAML reads 3:5 as 3 * 60 + 5
+        raise ValueError('--profile: in a YAML file, write FIRST:LAST in quotes, for example "3:5"')
+    if isinstance(value, str):
+        profiled_steps(value)
+    return value
+
+
+StepRange = Annotated[str | None, BeforeValidator(_checked_range)]
+
+TENSORBOARD = "tensorboard"
+# TensorBoard is written here; the others are those of accelerate.tracking, each named like its package.
+TRACKER_NAMES = (TENSORBOARD, "wandb", "mlflow", "trackio", "comet_ml", "swanlab", "clearml", "aim", "dvclive")
+
+
+def _parse_trackers(value: Any) -> Any:
+    """The names of `--report_to`, none twice. A value that is not a list of texts is unchanged.
+
+    Raises:
+        ValueError: a name is unknown.
+    """
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        return value
+    found = tuple(dict.fromkeys(name.strip().lower() for name in value if name.strip()))
+    if found == ("none",):
+        return ()
+    for name in found:
+        if name not in TRACKER_NAMES:
+            near = nearest_name(name, TRACKER_NAMES)
+            raise ValueError(f"--report_to: {shown(name)} is unknown{near}; known: {', '.join(TRACKER_NAMES)}, or none")
+    return found
+
+
+Trackers = Annotated[tuple[str, ...], BeforeValidator(_parse_trackers)]

@@ -25,13 +25,12 @@ from megatron_tiedlora.config.fields import (
 )
 from megatron_tiedlora.config.other_names import OTHER_FORMATS
 from megatron_tiedlora.config.settings import Settings, make_settings
-from megatron_tiedlora.config.train_fields import TrainFields
 
 LauncherName = Literal["auto", "deepspeed", "mpirun", "srun", "torchrun"]
 _LONGEST_WAIT = 60 * LONGEST_WAIT_MINUTES  # seconds
 
 _start = partial(setting_field, "start")
-_train = partial(shared_field, TrainFields, group="job")
+_train = partial(shared_field, Settings, group="job")
 
 
 def _check_launcher(settings: Any) -> None:

@@ -22,10 +22,10 @@ from megatron_tiedlora.config.fields import (
 )
 from megatron_tiedlora.config.other_names import ADAPTER_NAMES, OTHER_DTYPES, OUTPUT_NAMES
 from megatron_tiedlora.config.presets import PRESETS
-from megatron_tiedlora.config.train_fields import TrainFields
+from megatron_tiedlora.config.settings import Settings
 
 _flag = partial(setting_field, "")
-_same = partial(shared_field, TrainFields, group="", shared=False)
+_same = partial(shared_field, Settings, group="", shared=False)
 _model = partial(
     _same,
     "model",

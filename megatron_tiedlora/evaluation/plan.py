@@ -24,7 +24,7 @@ from megatron_tiedlora.config.batch import longest_prompt, resolve_max_new_token
 from megatron_tiedlora.config.cli import TEMPLATE_HASH
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import marked, validate_settings
-from megatron_tiedlora.config.train_fields import DEFAULT_MODEL
+from megatron_tiedlora.config.settings import DEFAULT_MODEL
 from megatron_tiedlora.convert.export_peft import adapter_name, find_adapters
 from megatron_tiedlora.convert.inputs import Identify, check_base, is_merged
 from megatron_tiedlora.convert.open_adapter import open_adapter

@@ -23,7 +23,8 @@ from megatron_tiedlora.config.batch import (
     plan_batches,
     resolve_max_new_tokens,
 )
-from megatron_tiedlora.config.settings import Settings, profiled_steps
+from megatron_tiedlora.config.fields import profiled_steps
+from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.loader import BatchShape, GlobalBatch, TrainingStep, plan_global_batch, training_steps
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.data.token_dataset import TokenDataset

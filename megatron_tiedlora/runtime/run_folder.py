@@ -29,8 +29,8 @@ from megatron_tiedlora.base.messages import UserError, csv_text, first_line, os_
 from megatron_tiedlora.base.output_folder import PathIn, check_writable, last_name, numbered, reject_links
 from megatron_tiedlora.base.ownership import FolderLock, Owner, is_of_owner, owner_in_words, take_folder
 from megatron_tiedlora.base.shapes import QKV, TARGET_NAMES
+from megatron_tiedlora.config.fields import TENSORBOARD
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.config.train_fields import TENSORBOARD
 
 State = Literal["finished", "stopped", "failed"]
 _LONGEST_ROW, _MOST_ROWS = 2**14, 10**7  # bytes, and rows

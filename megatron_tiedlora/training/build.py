@@ -28,8 +28,7 @@ from megatron_tiedlora.checkpoint.base_weights import BaseWeights, RandomWeights
 from megatron_tiedlora.checkpoint.load_model import check_same_dtype
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE
 from megatron_tiedlora.checkpoint.resume import Checkpoint, moment_name
-from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.config.train_fields import Schedule
+from megatron_tiedlora.config.settings import Schedule, Settings
 from megatron_tiedlora.engine.engine import (
     base_construction,
     initialize_engine,

@@ -30,7 +30,7 @@ from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
 from megatron_tiedlora.base.files import new_file
 from megatron_tiedlora.base.messages import UserError, first_line, show
 from megatron_tiedlora.base.shapes import ModelShape
-from megatron_tiedlora.config.settings import profiled_steps
+from megatron_tiedlora.config.fields import profiled_steps
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.parallel.agreement import sum_over_ranks
 from megatron_tiedlora.planning.machines import listed_peak
