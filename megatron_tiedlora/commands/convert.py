@@ -11,16 +11,15 @@ from megatron_tiedlora.base.output_folder import new_output, reject_existing
 from megatron_tiedlora.checkpoint.base_weights import write_random_model
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import DTYPES
-from megatron_tiedlora.config.presets import PRESETS
-from megatron_tiedlora.config.tool_settings import (
-    ConvertNemoSettings,
+from megatron_tiedlora.config.adapter_settings import (
     ExportSettings,
     ImportSettings,
     MergeSettings,
-    RandomModelSettings,
     VerifySettings,
     adapter_flags,
 )
+from megatron_tiedlora.config.presets import PRESETS
+from megatron_tiedlora.config.tool_settings import ConvertNemoSettings, RandomModelSettings
 from megatron_tiedlora.convert.export_peft import (
     Export,
     base_location,

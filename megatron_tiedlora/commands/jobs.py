@@ -13,9 +13,8 @@ from megatron_tiedlora.base.extras import require_extra
 from megatron_tiedlora.base.files import write_json, write_text
 from megatron_tiedlora.base.messages import UserError, aligned_lines, show, user_path
 from megatron_tiedlora.base.output_folder import output_file, output_files
-from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.job_settings import DoctorSettings, LaunchCommand, PlanCommand, SweepCommand
-from megatron_tiedlora.config.tool_settings import EnvSettings
+from megatron_tiedlora.config.tool_settings import BenchSettings, EnvSettings
 from megatron_tiedlora.runtime.launch_env import prepare_environment, rank_and_world_size
 from megatron_tiedlora.runtime.machine import in_words, machine_record
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_tiedlora.base.messages import aligned_lines, bytes_in_words, count_text, show
 from megatron_tiedlora.base.output_folder import last_name, reject_existing
-from megatron_tiedlora.config.tool_settings import IndexSettings, PushSettings
+from megatron_tiedlora.config.adapter_settings import IndexSettings, PushSettings
 from megatron_tiedlora.convert.index import INDEX_FILE, Entry, entry_folder, find_entries, find_entry
 
 _HEADING = ("name", "base", "method", "rank", "targets", "parameters", "task", "date", "path")

@@ -20,10 +20,9 @@ from megatron_tiedlora.base.extras import missing_module
 from megatron_tiedlora.base.files import read_yaml_mapping
 from megatron_tiedlora.base.messages import UserError, show_messages, user_path
 from megatron_tiedlora.config import fields
-from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
+from megatron_tiedlora.config.adapter_settings import EvaluateSettings, MergeSettings, PushSettings
 from megatron_tiedlora.config.other_names import unknown_names
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.config.tool_settings import MergeSettings, PushSettings
 
 HUB_NAMES = "hub_names"  # in run.yaml: the ids of data and tokenizer that come from the hub
 TEMPLATE_HASH = "chat_template_sha256"  # in run.yaml: of the content of --chat_template

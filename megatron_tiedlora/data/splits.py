@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tiedlora.base.messages import UserError, shown, user_path
-from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
+from megatron_tiedlora.config.adapter_settings import EvaluateSettings
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.chat import Chat, read_chat_template, with_marks, without_marks
 from megatron_tiedlora.data.readers import checked_files, checked_text, describe_fields, looks_like_path

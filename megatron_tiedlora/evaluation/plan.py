@@ -20,9 +20,9 @@ from megatron_tiedlora.checkpoint.load_model import resolve_dtype
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.checkpoint.tensor_files import DTYPES
+from megatron_tiedlora.config.adapter_settings import EvaluateSettings
 from megatron_tiedlora.config.batch import longest_prompt, resolve_max_new_tokens
 from megatron_tiedlora.config.cli import TEMPLATE_HASH
-from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import marked, validate_settings
 from megatron_tiedlora.config.settings import DEFAULT_MODEL
 from megatron_tiedlora.convert.export_peft import adapter_name, find_adapters

@@ -19,10 +19,10 @@ from megatron_tiedlora.base.messages import UserError, first_line, printable, us
 from megatron_tiedlora.base.output_folder import last_name, new_output
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, write_adapter_files
 from megatron_tiedlora.checkpoint.sources import ModelSource
+from megatron_tiedlora.config.adapter_settings import PushSettings
 from megatron_tiedlora.config.cli import HUB_NAMES
 from megatron_tiedlora.config.fields import declared, flag_value, marked
 from megatron_tiedlora.config.settings import TASK_NAMES, Settings, make_settings
-from megatron_tiedlora.config.tool_settings import PushSettings
 from megatron_tiedlora.convert.export_peft import base_name, export_peft
 from megatron_tiedlora.convert.inputs import BASE_PATH, EXPORT_RECORD, NATIVE_FOLDER
 from megatron_tiedlora.convert.open_adapter import open_adapter

@@ -23,7 +23,7 @@ from megatron_tiedlora.base.ownership import FolderLock, take_folder
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.cluster import start
 from megatron_tiedlora.cluster.launchers import Job, plan_start
-from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
+from megatron_tiedlora.config.adapter_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import flag_value, marked
 from megatron_tiedlora.config.job_settings import SweepCommand
 from megatron_tiedlora.evaluation.results import RESULTS_FILE

@@ -20,9 +20,9 @@ from run_helpers import Base, write_base
 from valid import check_settings
 
 from megatron_tiedlora.cluster.start import launch
+from megatron_tiedlora.config.adapter_settings import EvaluateSettings
 from megatron_tiedlora.config.batch import BatchPlan
 from megatron_tiedlora.config.cli import parse_settings
-from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import CommandSettings
 from megatron_tiedlora.config.job_settings import (
     DoctorSettings,

@@ -18,7 +18,7 @@ from tiny_models import write_tiny_model
 from megatron_tiedlora.base.files import file_sha256
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.commands.front import call
-from megatron_tiedlora.config.tool_settings import FILTERS
+from megatron_tiedlora.config.adapter_settings import FILTERS
 from megatron_tiedlora.convert.collection import build_index, verify_entries
 from megatron_tiedlora.convert.index import INDEX_FILE, find_entries
 

@@ -13,7 +13,7 @@ import pytest
 from folders import SHARED_DATA
 from task_files import HUB_ROWS, refusal, write, write_rows
 
-from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
+from megatron_tiedlora.config.adapter_settings import EvaluateSettings
 from megatron_tiedlora.config.settings import TASK_NAMES, Settings, make_settings
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.task import Example, Parts, Reading
