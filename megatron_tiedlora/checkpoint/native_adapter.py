@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, Target, lora_factors, sized_targets
-from megatron_tiedlora.base.extras import __version__
 from megatron_tiedlora.base.files import (
     Count,
     Guard,
@@ -31,7 +30,7 @@ from megatron_tiedlora.base.files import (
     unguarded,
     write_json,
 )
-from megatron_tiedlora.base.messages import UserError, shown
+from megatron_tiedlora.base.messages import UserError, __version__, shown
 from megatron_tiedlora.base.methods import METHODS
 from megatron_tiedlora.base.shapes import TARGET_NAMES, ModelShape
 from megatron_tiedlora.checkpoint.base_identity import HASH_FIELDS, OPTIONAL_FIELDS, SHAPE_FIELDS, BaseIdentity

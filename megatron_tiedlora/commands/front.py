@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
 
-from megatron_tiedlora.base.extras import __version__
-from megatron_tiedlora.base.messages import aligned_lines, nearest_name, show
+from megatron_tiedlora.base.messages import __version__, aligned_lines, nearest_name, show
 
 _LOCAL_RANK = ("--local_rank", "--local-rank")
 PROGRAM = "tiedlora"

@@ -9,9 +9,8 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_tiedlora.base.extras import require_extra
 from megatron_tiedlora.base.files import write_json, write_text
-from megatron_tiedlora.base.messages import UserError, aligned_lines, show, user_path
+from megatron_tiedlora.base.messages import UserError, aligned_lines, require_extra, show, user_path
 from megatron_tiedlora.base.output_folder import output_file, output_files
 from megatron_tiedlora.config.job_settings import DoctorSettings, LaunchCommand, PlanCommand, SweepCommand
 from megatron_tiedlora.config.tool_settings import BenchSettings, EnvSettings
@@ -93,8 +92,7 @@ def _measure(command: PlanCommand, file: str) -> int:
 
 def doctor(settings: DoctorSettings) -> int:
     """Examine the hosts of a job and report; returns 0 if a job can start, else 1."""
-    from megatron_tiedlora.cluster.compare_hosts import report_text
-    from megatron_tiedlora.cluster.doctor import examine
+    from megatron_tiedlora.cluster.doctor import examine, report_text
 
     require_extra("train", only=["deepspeed"])
     file = _json_path(settings.json_file)

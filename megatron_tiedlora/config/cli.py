@@ -16,9 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
-from megatron_tiedlora.base.extras import missing_module
 from megatron_tiedlora.base.files import read_yaml_mapping
-from megatron_tiedlora.base.messages import UserError, show_messages, user_path
+from megatron_tiedlora.base.messages import UserError, missing_module, show_messages, user_path
 from megatron_tiedlora.config import fields
 from megatron_tiedlora.config.adapter_settings import EvaluateSettings, MergeSettings, PushSettings
 from megatron_tiedlora.config.other_names import unknown_names

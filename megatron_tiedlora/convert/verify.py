@@ -18,13 +18,13 @@ from typing import Any, Literal
 
 import torch
 
-from megatron_tiedlora.base.extras import install_hint
 from megatron_tiedlora.base.messages import (
     UserError,
     aligned_lines,
     bytes_in_words,
     count_text,
     first_line,
+    install_hint,
     one_line,
     printable,
     shown,

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-from megatron_tiedlora.base.extras import install_hint
+from megatron_tiedlora.base.messages import install_hint
 from megatron_tiedlora.base.shapes import BaseFormat
 
 # The quantiles of a normal distribution (QLoRA, arXiv 2305.14314, appendix E), as fp32 numbers of bitsandbytes.

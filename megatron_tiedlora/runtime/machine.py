@@ -20,8 +20,14 @@ from typing import Any, Literal
 import psutil
 from pydantic import BaseModel, ConfigDict, Field
 
-from megatron_tiedlora.base.extras import EXTRAS, PACKAGE_FOLDER, installed_versions, missing_modules
-from megatron_tiedlora.base.messages import bytes_in_words, first_line
+from megatron_tiedlora.base.messages import (
+    EXTRAS,
+    PACKAGE_FOLDER,
+    bytes_in_words,
+    first_line,
+    installed_versions,
+    missing_modules,
+)
 from megatron_tiedlora.base.output_folder import user_cache
 
 LIBRARIES = (

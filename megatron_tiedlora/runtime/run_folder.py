@@ -13,7 +13,6 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_tiedlora.base.extras import installed_versions
 from megatron_tiedlora.base.files import (
     Guard,
     discard,
@@ -25,7 +24,15 @@ from megatron_tiedlora.base.files import (
     write_text,
     write_yaml,
 )
-from megatron_tiedlora.base.messages import UserError, csv_text, first_line, os_errors, show, user_path
+from megatron_tiedlora.base.messages import (
+    UserError,
+    csv_text,
+    first_line,
+    installed_versions,
+    os_errors,
+    show,
+    user_path,
+)
 from megatron_tiedlora.base.output_folder import PathIn, check_writable, last_name, numbered, reject_links
 from megatron_tiedlora.base.ownership import FolderLock, Owner, is_of_owner, owner_in_words, take_folder
 from megatron_tiedlora.base.shapes import QKV, TARGET_NAMES

@@ -8,9 +8,8 @@ from importlib.util import find_spec
 
 import torch
 
-from megatron_tiedlora.base.extras import install_hint
 from megatron_tiedlora.base.files import discard, read_json_object, write_json
-from megatron_tiedlora.base.messages import UserError, count_text, named
+from megatron_tiedlora.base.messages import UserError, count_text, install_hint, named
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_native_adapter
 from megatron_tiedlora.checkpoint.resume import Checkpoint

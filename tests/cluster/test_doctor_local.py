@@ -16,8 +16,7 @@ from ranks import ENVIRONMENT
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.cluster import doctor_rank
-from megatron_tiedlora.cluster.compare_hosts import is_loopback
-from megatron_tiedlora.cluster.doctor import find_job
+from megatron_tiedlora.cluster.doctor import find_job, is_loopback
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.job_settings import DoctorSettings
 from megatron_tiedlora.runtime.launch_env import Host, free_port

@@ -15,13 +15,13 @@ import pytest
 import torch
 from launcher_jobs import make_job, write_program
 
-from megatron_tiedlora.cluster.compare_hosts import report_text
 from megatron_tiedlora.cluster.doctor import (
     Trial,
     examine,
     explain_trial,
     group_results,
     judge_groups,
+    report_text,
     start_ranks,
 )
 from megatron_tiedlora.cluster.doctor_rank import (

@@ -18,8 +18,7 @@ from markdown_it import MarkdownIt
 from native_files import with_adapter, write_exports, write_native
 from tiny_models import write_tiny_model
 
-from megatron_tiedlora.base.extras import EXTRAS
-from megatron_tiedlora.base.messages import UserError
+from megatron_tiedlora.base.messages import EXTRAS, UserError
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter, save_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.adapter_settings import PushSettings
