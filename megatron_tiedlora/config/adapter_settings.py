@@ -8,19 +8,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import field_validator, model_validator
 
 from megatron_tiedlora.base.shapes import BASE_NAMES, UNQUANTISED
-from megatron_tiedlora.config.fields import (
-    FILES_HELP,
-    TARGETS_HELP,
-    AddBos,
-    ColumnNames,
-    CommandSettings,
-    FilePath,
-    SpecialTokensInText,
-    marked,
-    parse_targets,
-    setting_field,
-    shared_field,
-)
+from megatron_tiedlora.config import fields
+from megatron_tiedlora.config.fields import FILES_HELP, CommandSettings, setting_field, shared_field
 from megatron_tiedlora.config.other_names import ADAPTER_NAMES, OTHER_DTYPES, OUTPUT_NAMES
 from megatron_tiedlora.config.settings import DEFAULT_MODEL, DEFAULT_TASK, Settings
 
@@ -132,10 +121,10 @@ class EvaluateSettings(CommandSettings, command="evaluate"):
     )
     train_file: str | None = _same("train_file", "training rows, to carve the validation split from")
     prompt_template: str | None = _train("prompt_template")
-    columns: ColumnNames = _train("columns")
+    columns: fields.ColumnNames = _train("columns")
     chat_template: str | None = _as_trained("chat_template")
-    add_bos: AddBos | None = _as_trained("add_bos")
-    special_tokens_in_text: SpecialTokensInText | None = _as_trained("special_tokens_in_text")
+    add_bos: fields.AddBos | None = _as_trained("add_bos")
+    special_tokens_in_text: fields.SpecialTokensInText | None = _as_trained("special_tokens_in_text")
     max_new_tokens: int | None = _train("max_new_tokens")
     batch_size: int = setting_field(
         "data",
@@ -152,14 +141,13 @@ class EvaluateSettings(CommandSettings, command="evaluate"):
     @classmethod
     def _fill_defaults(cls, values: dict[str, Any]) -> dict[str, Any]:
         filled = dict(values)
-        if "task" not in filled and any(name in filled for name in marked(cls, holds="rows")):
+        if "task" not in filled and any(name in filled for name in fields.marked(cls, holds="rows")):
             filled["task"] = "custom"
         elif "task" not in filled and filled.get("model", DEFAULT_MODEL) == DEFAULT_MODEL:
             filled |= {"task": DEFAULT_TASK} if filled.keys().isdisjoint(cls.instead[0]) else {}
         return filled
 
-    def check(self) -> None:
-        """Raise ValueError for settings that do not fit each other."""
+    def _check_fit(self) -> None:
         if self.adapter is not None and self.adapters is not None:
             raise ValueError("give either --adapter or --adapters")
         if self.adapters == ():
@@ -205,7 +193,7 @@ After a kill -9 or a crash, the same command removes what is left and starts fro
 
     adapter: str = _adapter("a run's adapter/ folder or one of its checkpoints, or a PEFT LoRA or VeRA")
     model: str | None = _model()
-    output: FilePath = _output(_NEW_FOLDER)
+    output: fields.FilePath = _output(_NEW_FOLDER)
     take_over: bool = _take_over()
     base_differs: bool = _base_differs()
     dtype: Literal["bf16", "fp16", "fp32"] | None = _dtype("dtype of the written weights [as stored in the base]", None)
@@ -237,7 +225,7 @@ filesystem resolver takes an export only if that name is the --model of the serv
 
     adapter: tuple[str, ...] = _adapter("native adapters: runs' adapter/ folders or patterns", words=True)
     model: str | None = _model()
-    output: FilePath = _output(_NEW_FOLDER)
+    output: fields.FilePath = _output(_NEW_FOLDER)
     take_over: bool = _take_over()
     base_differs: bool = _base_differs()
     dtype: Literal["fp32", "bf16", "fp16"] = _dtype("dtype of the tensors", "fp32")
@@ -261,9 +249,9 @@ changed. Any other LoRA or VeRA becomes an equal lora or vera. Only what has to 
 fp32: an alpha / r of some modules alone (rank_pattern, alpha_pattern), or VeRA's vectors. DIR is written atomically.
 """
 
-    peft: FilePath = _flag("folder of a PEFT adapter, in safetensors", metavar="DIR")
+    peft: fields.FilePath = _flag("folder of a PEFT adapter, in safetensors", metavar="DIR")
     model: str | None = _model()
-    output: FilePath = _output(_NEW_FOLDER)
+    output: fields.FilePath = _output(_NEW_FOLDER)
     take_over: bool = _take_over()
     base_differs: bool = _base_differs(help_text="continue although M is not the base of the export in DIR")
 
@@ -289,8 +277,8 @@ the most likely token is the same, over random tokens.
 
     adapter: str = _adapter("a run's adapter/ folder or one of its checkpoints, or a PEFT LoRA or VeRA")
     model: str | None = _model()
-    merged: FilePath | None = _flag("output of tiedlora merge", None, metavar="DIR")
-    peft: FilePath | None = _flag("output of tiedlora export", None, metavar="DIR")
+    merged: fields.FilePath | None = _flag("output of tiedlora merge", None, metavar="DIR")
+    peft: fields.FilePath | None = _flag("output of tiedlora export", None, metavar="DIR")
     dtype: Literal["fp32", "bf16"] = _dtype("dtype of the logits' computation by layers", "fp32")
     inside: str | None = _flag(
         "what loads the exports too: transformers, peft, transformers,peft or none [both, up to 8 GB in fp32]", None,
@@ -298,8 +286,7 @@ the most likely token is the same, over random tokens.
     )
     base_differs: bool = _base_differs(help_text="compare even if the base differs from the one in training")
 
-    def check(self) -> None:
-        """Raise ValueError for settings that do not fit each other."""
+    def _check_fit(self) -> None:
         if self.merged is None and self.peft is None:
             raise ValueError("there is nothing to check; give --merged DIR, --peft DIR or both")
 
@@ -322,7 +309,7 @@ links are not followed. It exits with 1 if an adapter cannot be read, which is s
 indexed. `diff` exits with 1 if the two differ. Any program can read the SQLite file.
 """
 
-    folder: FilePath = _flag("folder with adapters, at any depth", metavar="DIR", positional=True)
+    folder: fields.FilePath = _flag("folder with adapters, at any depth", metavar="DIR", positional=True)
     action: Literal["build", "find", "verify", "diff"] = _flag(
         "build, find, verify or diff", "build", metavar="ACTION", positional=True,
     )
@@ -333,22 +320,21 @@ indexed. `diff` exits with 1 if the two differ. Any program can read the SQLite 
     base_model: str | None = _filter()
     method: str | None = _filter()
     rank: int | None = _filter(help_text="for find and verify")
-    targets: str | None = _filter(help_text=f"for find: {TARGETS_HELP}", metavar="TEXT[,TEXT...]")
+    targets: str | None = _filter(help_text=f"for find: {fields.TARGETS_HELP}", metavar="TEXT[,TEXT...]")
     task: str | None = _filter()
     as_json: bool = _flag("for find: one JSON object a line", False, flag="json")
 
     @field_validator("targets", mode="before")
     @classmethod
     def _in_order(cls, value: Any) -> Any:
-        return ",".join(parse_targets(value))
+        return ",".join(fields.parse_targets(value))
 
     @property
     def wanted(self) -> dict[str, Any]:
         """The values that `find` compares, by column."""
         return {name: value for name in FILTERS if (value := getattr(self, name)) is not None}
 
-    def check(self) -> None:
-        """Raise ValueError for settings that do not fit each other."""
+    def _check_fit(self) -> None:
         action = self.action
         if self.wanted and action not in ("find", "verify"):
             raise ValueError(f"--{next(iter(self.wanted))} is for find and verify, not for {action}")
@@ -360,7 +346,7 @@ indexed. `diff` exits with 1 if the two differ. Any program can read the SQLite 
             raise ValueError(f"{action} takes no name of an adapter; give {self.adapters[0]} with --name")
 
 
-FILTERS = marked(IndexSettings, group="find")
+FILTERS = fields.marked(IndexSettings, group="find")
 
 
 class PushSettings(CommandSettings, command="push"):
@@ -383,10 +369,9 @@ scores, the training command and versions, and the plot of the losses. No folder
     base_name: str | None = _flag("hub id of the base [as given to --model in training]", None, metavar="ID")
     private: bool = _flag("make a new repository private", False)
     dry_run: bool = _flag("write the folder and upload nothing", False)
-    output: FilePath | None = _output("keep what is uploaded in this folder; it must not exist", None)
+    output: fields.FilePath | None = _output("keep what is uploaded in this folder; it must not exist", None)
     base_differs: bool = _base_differs(help_text="continue although the base differs")
 
-    def check(self) -> None:
-        """Raise ValueError for settings that do not fit each other."""
+    def _check_fit(self) -> None:
         if self.dry_run and self.output is None:
             raise ValueError("--dry_run writes the folder; give it with --output DIR")

@@ -258,7 +258,7 @@ class CommandSettings(BaseModel):
                 raise ValueError(f"{flag} {shown(value)}: contains characters that are not text")
         return value
 
-    def check(self) -> None:
+    def _check_fit(self) -> None:
         """Raise ValueError for values that do not fit each other. It is called when the settings are made."""
 
     @model_validator(mode="after")
@@ -269,7 +269,7 @@ class CommandSettings(BaseModel):
                 if choices is not None and part is not None and part not in choices:
                     known, hint = ", ".join(map(repr, choices)), value_hint(part, choices, own.other_values)
                     raise ValueError(f"--{name} {as_given(part)}: input should be one of {known}{hint}")
-        self.check()
+        self._check_fit()
         return self
 
 

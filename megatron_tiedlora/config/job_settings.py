@@ -13,21 +13,14 @@ from typing import Any, ClassVar, Literal
 from megatron_tiedlora.base.messages import UserError, as_given, naming, user_path
 from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.base.shapes import BASE_NAMES, UNQUANTISED
+from megatron_tiedlora.config import fields
 from megatron_tiedlora.config.cli import naming_file, parse_settings, parse_words, read_yaml, split_words
-from megatron_tiedlora.config.fields import (
-    LONGEST_WAIT_MINUTES,
-    CommandSettings,
-    decided_by,
-    setting_field,
-    shared_field,
-    shell_words,
-    validate_settings,
-)
+from megatron_tiedlora.config.fields import CommandSettings, setting_field, shared_field, validate_settings
 from megatron_tiedlora.config.other_names import OTHER_FORMATS
 from megatron_tiedlora.config.settings import Settings, make_settings
 
 LauncherName = Literal["auto", "deepspeed", "mpirun", "srun", "torchrun"]
-_LONGEST_WAIT = 60 * LONGEST_WAIT_MINUTES  # seconds
+_LONGEST_WAIT = 60 * fields.LONGEST_WAIT_MINUTES  # seconds
 
 _start = partial(setting_field, "start")
 _train = partial(shared_field, Settings, group="job")
@@ -35,7 +28,7 @@ _train = partial(shared_field, Settings, group="job")
 
 def _check_launcher(settings: Any) -> None:
     """Raise ValueError if a launcher, the hosts and its arguments do not fit each other."""
-    shell_words("launcher_args", settings.launcher_args)
+    fields.shell_words("launcher_args", settings.launcher_args)
     if settings.launcher == "srun" and settings.hostfile is not None:
         raise ValueError("--launcher srun runs on the nodes of its Slurm allocation; remove --hostfile")
     if settings.launcher == "torchrun" and settings.hostfile is not None:
@@ -88,7 +81,7 @@ class LaunchSettings(CommandSettings, command="run"):
         120.0, ge=0, le=_LONGEST_WAIT,
     )
 
-    check = _check_launcher
+    _check_fit = _check_launcher
 
 
 _launch = partial(shared_field, LaunchSettings)
@@ -139,7 +132,7 @@ Exit status: 0 ready, 1 not ready, 2 for a wrong flag or hostfile."""
     )
     max_clock_skew: float = setting_field("limits", "seconds that a host's clock may differ from this one's", 1.0, ge=0)
 
-    check = _check_launcher
+    _check_fit = _check_launcher
 
 
 @dataclass(frozen=True)
@@ -233,8 +226,7 @@ class PlanSettings(CommandSettings, command="plan"):
         "shown", "write all layouts to this file; - prints them instead of the table", None, flag="json",
     )
 
-    def check(self) -> None:
-        """Raise ValueError for settings that do not fit each other."""
+    def _check_fit(self) -> None:
         given = self.model_fields_set
         if self.formats == ():
             raise ValueError(f"--formats is empty; give some of {', '.join(FORMAT_NAMES)}")
@@ -271,7 +263,7 @@ def parse_plan(argv: Sequence[str]) -> PlanCommand:
         raise UserError(f"--measure measures this machine and plans nothing; remove --{others[0]}")
     # As a dry run, which needs no data. That a file of --config says so, too, does no harm.
     train = parse_settings([*words, "--dry_run"], Settings)
-    for name, instead in decided_by("plan", Settings).items():
+    for name, instead in fields.decided_by("plan", Settings).items():
         if name in known or name in train.model_fields_set - {"dry_run"}:
             raise UserError(f"--{name} is not for a plan: {instead}")
     defaults = {name: value for name, value in PLAN_DEFAULTS.items() if name not in train.model_fields_set}
@@ -358,8 +350,7 @@ class SweepSettings(CommandSettings, command="sweep"):
         """As for every command, but the help texts of the grid contain their defaults."""
         return "" if name in GRID else super().default_text(name)
 
-    def check(self) -> None:
-        """Raise ValueError for settings that do not fit each other."""
+    def _check_fit(self) -> None:
         for name, values in self:
             if values == ():
                 raise ValueError(f"--{name} is empty; give one value or more, with commas between them")
@@ -382,7 +373,7 @@ class SweepSettings(CommandSettings, command="sweep"):
                 f"--halving compares learning rates that train together; give --together auto, or"
                 f" {len(self.learning_rates)} or more"
             )
-        shell_words("launcher_args", self.launcher_args)
+        fields.shell_words("launcher_args", self.launcher_args)
 
 
 def parse_launcher(words: Sequence[str]) -> LaunchSettings:
@@ -410,7 +401,7 @@ class SweepCommand:
     @property
     def launcher(self) -> LaunchSettings:
         """What --launcher_args says. Raises UserError; a study can be read whatever it was started with."""
-        return parse_launcher(shell_words("launcher_args", self.settings.launcher_args))
+        return parse_launcher(fields.shell_words("launcher_args", self.settings.launcher_args))
 
 
 def parse_sweep(argv: Sequence[str]) -> SweepCommand:
@@ -420,7 +411,7 @@ def parse_sweep(argv: Sequence[str]) -> SweepCommand:
     Raises:
         UserError: something is unknown, out of range or decided by the sweep.
     """
-    decided = decided_by("sweep", Settings)
+    decided = fields.decided_by("sweep", Settings)
     own, theirs, _ = split_words(argv, SweepSettings, without=decided)
     values = {**theirs, **own}
     config = values.pop("config", None)
@@ -441,7 +432,7 @@ def parse_sweep(argv: Sequence[str]) -> SweepCommand:
         merged = {**before, **merged}
     with naming_file(config, read.keys() - values.keys()):
         command = make_command(merged)
-    words = shell_words("launcher_args", command.settings.launcher_args)
+    words = fields.shell_words("launcher_args", command.settings.launcher_args)
     if "launcher_args" not in values and not _FROM_FILE.fullmatch("".join(f"{word}\0" for word in words)):
         raise UserError(
             f"{source}: launcher_args are not read from a file, which may be another user's ("

@@ -16,28 +16,8 @@ from pydantic.functional_validators import ModelWrapValidatorHandler  # pydantic
 from megatron_tiedlora.base.messages import as_given, user_path
 from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.base.shapes import BASE_NAMES, QKV
-from megatron_tiedlora.config.fields import (
-    FILES_HELP,
-    LONGEST_WAIT_MINUTES,
-    TARGETS_HELP,
-    TENSORBOARD,
-    TRACKER_NAMES,
-    AddBos,
-    ColumnNames,
-    CommandSettings,
-    Layers,
-    SpecialTokensInText,
-    StepRange,
-    Targets,
-    Trackers,
-    TrainOn,
-    declared,
-    flag_value,
-    marked,
-    profiled_steps,
-    setting_field,
-    validate_settings,
-)
+from megatron_tiedlora.config import fields
+from megatron_tiedlora.config.fields import FILES_HELP, CommandSettings, flag_value, setting_field
 from megatron_tiedlora.config.other_names import (
     OTHER_DTYPES,
     OTHER_FORMATS,
@@ -193,16 +173,16 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
     deterministic: bool = _run(
         "bit-identical runs for one parallel layout, hosts and versions; slower on GPUs", False, decides="layout",
     )
-    report_to: Trackers = _run(
-        f"where metrics.jsonl is shown as well: none, or some of {', '.join(TRACKER_NAMES)}", (TENSORBOARD,),
-        other_names="logger log_with trackers tracker loggers",
+    report_to: fields.Trackers = _run(
+        f"where metrics.jsonl is shown as well: none, or some of {', '.join(fields.TRACKER_NAMES)}",
+        (fields.TENSORBOARD,), other_names="logger log_with trackers tracker loggers",
     )
-    profile: StepRange = _run(
+    profile: fields.StepRange = _run(
         "FIRST:LAST, steps that torch's profiler records; each rank writes RUN/profile/rank_N.json.gz", None,
         of_group=True, other_names="profiler use_profiler torch_profiler",
     )
     timeout_minutes: float = _run(
-        "longest wait for a rank, or for a start that tokenises its data", 30.0, gt=0, le=LONGEST_WAIT_MINUTES,
+        "longest wait for a rank, or for a start that tokenises its data", 30.0, gt=0, le=fields.LONGEST_WAIT_MINUTES,
     )
 
     model: str = _model(
@@ -263,12 +243,12 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
         "the update is scaled by alpha / rank (default: the rank)", None, ge=SMALLEST_ALPHA, le=LARGEST_ALPHA,
         derived=True, other_names="lora_alpha lora_scale lora_scaling",
     )
-    layers: Layers = _adapter(
+    layers: fields.Layers = _adapter(
         "adapted layers, 1-based, e.g. 8 or 1,4,8 (default: all)", None, derived=True,
         other_names="layers_to_transform lora_layers num_lora_layers",
         decided_by={"sweep": "the sweep adapts all layers, and one at a time with --single_layers"},
     )
-    targets: Targets = _adapter(TARGETS_HELP, (QKV,))
+    targets: fields.Targets = _adapter(fields.TARGETS_HELP, (QKV,))
     init_std_a: float | None = _adapter("init std of A (default: by method)", None, gt=0, le=1e3, derived=True)
     init_std_b: float | None = _adapter(
         "init std of B, for methods that do not initialise B to zero (default: by method)", None, gt=0, le=1e3,
@@ -309,11 +289,11 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
     prompt_template: str | None = _data(
         "override the task's prompt, with {field} names of its rows", None, by_content=True,
     )
-    columns: ColumnNames = _data(
+    columns: fields.ColumnNames = _data(
         "which fields of your rows to read, as OURS=YOURS[,...], e.g. prompt=query,completion=response", None,
         by_content=True, other_names="column_mapping columns_mapping text_column dataset_text_field prompt_column",
     )
-    train_on: TrainOn = _data(
+    train_on: fields.TrainOn = _data(
         "chats: supervise every answer of the assistant, or only the last one", "all_turns",
         other_names="assistant_only_loss train_on_inputs completion_only_loss loss_scale train_on_responses_only",
     )
@@ -321,10 +301,10 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
         "Jinja file (default: the tokenizer's own; if it has none, lines as User: and Assistant:)", None,
         by_content=True, holds="path", other_names="template chat_template_path",
     )
-    add_bos: AddBos = _data(
+    add_bos: fields.AddBos = _data(
         "put the beginning-of-sequence token before every sample (auto: as the tokenizer itself does)", "auto",
     )
-    special_tokens_in_text: SpecialTokensInText = _data(
+    special_tokens_in_text: fields.SpecialTokensInText = _data(
         "control tokens (and roles that the chat template does not know) in your rows: reject the row, read them as"
         " plain text, or as the control tokens",
         "refuse",
@@ -450,7 +430,7 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
     @field_validator("*")
     @classmethod
     def _can_be_a_path(cls, value: Any, info: ValidationInfo) -> Any:
-        if value is not None and declared(cls)[str(info.field_name)].holds == "path":
+        if value is not None and fields.declared(cls)[str(info.field_name)].holds == "path":
             user_path(value, flag=f"--{info.field_name}")
         return value
 
@@ -464,7 +444,7 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
         if self.epochs is None and self.warmup_steps > self.max_steps:
             more = f"--warmup_steps {self.warmup_steps} is more than --max_steps {self.max_steps}"
             raise ValueError(f"{more}; lower the first")
-        if self.profile is not None and self.epochs is None and profiled_steps(self.profile)[0] > self.max_steps:
+        if self.profile is not None and self.epochs is None and fields.profiled_steps(self.profile)[0] > self.max_steps:
             raise ValueError(f"--profile {self.profile} begins after --max_steps {self.max_steps}; give earlier steps")
         if not self.share_micro_batches and self.adapters is None:
             raise ValueError("--share_micro_batches needs --adapters; one adapter shares with none")
@@ -472,7 +452,7 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
             raise ValueError("--halving needs --adapters; it compares adapters that train together")
         if not (self.names_data or self.dry_run or self.adapters or is_preset(self.model)):
             raise ValueError(NO_TRAIN_FILE)
-        for name in marked(Settings, of_dry_run=True):
+        for name in fields.marked(Settings, of_dry_run=True):
             if not self.dry_run and getattr(self, name) not in (None, False):
                 raise ValueError(f"--{name} needs --dry_run; a run has the ranks and GPUs that its launcher gives it")
         if self.gpu is not None and self.plan_for == "cpu":
@@ -496,4 +476,4 @@ def make_settings(values: Mapping[str, Any]) -> Settings:
     Raises:
         UserError: a name is unknown (the message has the nearest known one), or a value is out of range.
     """
-    return validate_settings(values, Settings)
+    return fields.validate_settings(values, Settings)

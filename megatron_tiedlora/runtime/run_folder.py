@@ -13,17 +13,8 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_tiedlora.base.files import (
-    Guard,
-    discard,
-    new_file,
-    new_folder,
-    remove_leftovers,
-    unguarded,
-    write_json,
-    write_text,
-    write_yaml,
-)
+from megatron_tiedlora.base import files
+from megatron_tiedlora.base.files import Guard, unguarded
 from megatron_tiedlora.base.messages import (
     UserError,
     csv_text,
@@ -97,12 +88,12 @@ class RunFolder:
         an earlier run_status.json. Raises UserError if the folder cannot be written."""
         versions = installed_versions("torch", "deepspeed", "transformers")
         more = {"output_dir": str(self.path), "ranks": ranks, "versions": versions}
-        write_yaml(self.settings, {**content, **more}, guard=self.guard)
-        discard(self.status, guard=self.guard)
+        files.write_yaml(self.settings, {**content, **more}, guard=self.guard)
+        files.discard(self.status, guard=self.guard)
 
     def write_status(self, state: State, *, step: int, reason: str) -> None:
         """Write run_status.json, and that of each of several adapters that has not ended."""
-        write_json(self.status, {"state": state, "step": step, "reason": reason}, guard=self.guard)
+        files.write_json(self.status, {"state": state, "step": step, "reason": reason}, guard=self.guard)
         for folder, own_step in self.running() if self.of_several else ():
             is_main = folder.owner is not None and folder.owner.is_main
             if not is_main and folder.status.exists():
@@ -113,11 +104,11 @@ class RunFolder:
     def write_table(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Replace table.csv of a run of several adapters. Raises UserError if it cannot be written."""
         if self.of_several:
-            write_text(self.table, csv_text(list(rows[0]), rows), guard=self.guard)
+            files.write_text(self.table, csv_text(list(rows[0]), rows), guard=self.guard)
 
     def new_folder(self, path: Path) -> AbstractContextManager[Path]:
         """`files.new_folder` for a folder of the run."""
-        return new_folder(path, guard=self.guard)
+        return files.new_folder(path, guard=self.guard)
 
 
 def run_name(settings: Settings) -> str:
@@ -161,7 +152,7 @@ def take_run_folder(
             continue
         taken = replace(folder, owner=lock.owner)
         for path in (taken.path, taken.checkpoints, taken.logs, taken.profile):
-            remove_leftovers(path, guard=taken.guard)
+            files.remove_leftovers(path, guard=taken.guard)
         return taken, lock
 
 
@@ -178,8 +169,8 @@ def choose_run_folder(settings: Settings) -> RunFolder:
     if output_dir is not None:
         folder = RunFolder.of(settings, user_path(output_dir))
         check_writable(folder.path, given=output_dir)
-        files = folder.path.iterdir() if folder.path.is_dir() else ()
-        foreign = not folder.is_run and not all(is_of_owner(item.name) for item in files)
+        items = folder.path.iterdir() if folder.path.is_dir() else ()
+        foreign = not folder.is_run and not all(is_of_owner(item.name) for item in items)
         if foreign or (resume == "none" and folder.is_run):
             owner = owner_in_words(folder.path)
             what = f"the run of {owner or 'an earlier start'}" if folder.is_run else "other files"
@@ -331,7 +322,7 @@ def metrics_row(line: bytes) -> dict[str, Any] | None:
 
 def write_metrics(file: Path, rows: Iterable[Mapping[str, Any]], *, guard: Guard = unguarded) -> None:
     """Replace the rows of a metrics.jsonl. Raises UserError if it cannot be written."""
-    write_text(file, "".join(json.dumps(row) + "\n" for row in rows), guard=guard)
+    files.write_text(file, "".join(json.dumps(row) + "\n" for row in rows), guard=guard)
 
 
 def plot_losses(metrics: Path, target: Path, *, guard: Guard = unguarded) -> None:
@@ -374,7 +365,7 @@ def save_figure(figure: Any, target: Path, *, guard: Guard = unguarded) -> None:
     from matplotlib import pyplot
 
     try:
-        with new_file(target, guard=guard) as unfinished:
+        with files.new_file(target, guard=guard) as unfinished:
             figure.savefig(unfinished, format="png", metadata={"Software": None})
     finally:
         pyplot.close(figure)
