@@ -19,9 +19,8 @@ from megatron_tiedlora.base.files import new_folder, read_json_object, write_jso
 from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.base.output_folder import nearest_existing, reject_existing, require_room
 from megatron_tiedlora.base.progress import progress_bar
-from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.base.shapes import TINY, ModelShape
 from megatron_tiedlora.checkpoint import tensor_files
-from megatron_tiedlora.config.presets import TINY
 from megatron_tiedlora.data.tokenizer import byte_tokenizer, save_tokenizer
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.hf_config import StoredFormat

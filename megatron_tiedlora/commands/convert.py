@@ -8,12 +8,12 @@ from typing import Any
 
 from megatron_tiedlora.base.messages import UserError, count_text, show, user_path
 from megatron_tiedlora.base.output_folder import new_output, reject_existing
+from megatron_tiedlora.base.shapes import PRESETS
 from megatron_tiedlora.checkpoint.base_weights import write_random_model
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import DTYPES
 from megatron_tiedlora.config import adapter_settings
 from megatron_tiedlora.config.adapter_settings import adapter_flags
-from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.config.tool_settings import ConvertNemoSettings, RandomModelSettings
 from megatron_tiedlora.convert import export_peft
 from megatron_tiedlora.convert.inputs import check_base

@@ -6,7 +6,7 @@
 """
 
 from megatron_tiedlora.base.messages import require_extra
-from megatron_tiedlora.config.presets import is_preset
+from megatron_tiedlora.base.shapes import is_preset
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.runtime.launch_env import prepare_environment, rank_and_world_size
 
