@@ -223,7 +223,7 @@ def read_small_text(file: Path, *, kind: str = "text", largest: int = LARGEST_TE
 
 
 def seen_late(read: Callable[[], Value | None], folder: Path, *, seconds: float) -> Value | None:
-    """What `read` finds in `folder`, awaited for at most `seconds`: NFS caches for a while that a file was missing."""
+    """Wait at most `seconds` for what `read` finds in `folder`: NFS caches for a while that a file was missing."""
     limit = time.monotonic() + seconds
     while (found := read()) is None and time.monotonic() < limit and folder.is_dir():
         time.sleep(seconds / 10)

@@ -1,4 +1,4 @@
-"""What users give and are told: the one error type for a mistake, paths, how messages show values (short, on one line)
+"""Input and messages of users: the one error type for a mistake, paths, how messages show values (short, on one line)
 and word sizes, times, counts, names and tables, the screen, and what is installed.
 
 Each module of the library logs under the name `megatron_tiedlora`, and a command shows these messages on stderr. A
@@ -306,7 +306,7 @@ def missing_module(error: ModuleNotFoundError) -> UserError | None:
 
 
 def install_hint(*names: str) -> str:
-    """How to install these extras.
+    """The command that installs these extras, for a message.
 
     pip adds what they bring to the package that is installed. One that is not, but runs from a clone, is named by its
     folder, because a package of the same name in an index would be somebody else's.

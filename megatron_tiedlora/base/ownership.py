@@ -319,7 +319,7 @@ def _is_gone(pid: int) -> bool:
 
 
 def owner_in_words(folder: Path) -> str | None:
-    """Who owns the folder and since when. None if nobody does, or if its owner is known to be dead."""
+    """The owner of the folder and since when, in words. None if nobody does, or if its owner is known to be dead."""
     file = folder / OWNER_FILE
     token = read_token(file)
     return None if token is None or _is_dead(file) else f"{token} since {token.time}"

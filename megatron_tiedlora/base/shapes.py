@@ -143,7 +143,7 @@ class HeadShape:
 
     @property
     def rotary_dim(self) -> int:
-        """How many elements of a head are rotated, the first ones."""
+        """The number of elements of a head that are rotated; they are the first ones."""
         return int(self.dim * self.rope.share)
 
     def local(self, tp_size: int) -> "HeadShape":
@@ -151,7 +151,7 @@ class HeadShape:
         return self._of_sizes(self.num // tp_size, self.num_kv // tp_size, self.dim, self.rope)
 
     def resized(self, *, num: int, num_kv: int, dim: int) -> "HeadShape":
-        """The same kind of heads in other numbers and another size, for code that needs heads but no weights.
+        """Return this kind of heads in other numbers and another size, for code that needs heads but no weights.
 
         If part of a head is rotated, it is half of it.
         """
@@ -241,7 +241,7 @@ class BlockShape:
     down_norm: NormShape | None
 
     def resized(self, heads: HeadShape, intermediate_size: int) -> "BlockShape":
-        """The same block with other heads and another MLP width."""
+        """Return this block with other heads and another MLP width."""
         sizes = linear_sizes(self.qkv.in_size, heads.rows, intermediate_size)
         linears: dict[str, Any] = {
             _FIELDS[name]: replace(linear, **sizes[name]._asdict()) for name, linear in self.adaptable.items()
@@ -329,7 +329,7 @@ class ModelShape:
         return self.block.down.in_size
 
     def resized(self, *, vocab_size: int, intermediate_size: int, num_layers: int, heads: HeadShape) -> "ModelShape":
-        """The same kind of model in another size, for code that needs a model but no weights.
+        """Return this kind of model in another size, for code that needs a model but no weights.
 
         It has tied embeddings, and the rotation of `heads` in each block.
         """
@@ -369,7 +369,7 @@ class BaseFormat:
     block: int | None
 
     def row_bytes(self, width: int) -> int:
-        """The bytes of the codes in a row of `width` weights. A row begins with a byte of its own."""
+        """Bytes of the codes in a row of `width` weights. Each row begins with a new byte."""
         return -(-width * self.bits // 8)
 
     def row_scales(self, width: int, *, shards_rows: bool = False) -> int:
@@ -377,7 +377,7 @@ class BaseFormat:
         return 1 if self.block is None else -(-width // self.stored_block(width, shards_rows=shards_rows))
 
     def stored_block(self, width: int, *, shards_rows: bool = False) -> int:
-        """How many weights a stored scale is for.
+        """The number of weights that share a stored scale.
 
         A rank's shard of a row may begin within a block. Then it stores the block's scale once for each part of a size
         that divides both the block and the shard, so that all shards are stored in the same way.

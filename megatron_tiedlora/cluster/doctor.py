@@ -137,7 +137,7 @@ def find_job(settings: DoctorSettings, environment: Mapping[str, str]) -> Job:
 
 @dataclass
 class Trial:
-    """What the ranks said, and what else was printed; filled while they run.
+    """The ranks' reports, and all else that was printed; filled while they run.
 
     Attributes:
         ranks: the last report of each rank.
@@ -211,7 +211,7 @@ def start_ranks(
 
 
 def last_words(trial: Trial, names: Sequence[str]) -> str:
-    """What the launcher printed of the first of `names` that it mentions, or else its last line."""
+    """Find the launcher's line about the first of `names` that it mentions, or else its last line."""
     lines = [line.strip() for line in trial.printed if line.strip()]
     about = (line for name in names for line in lines if f"{name}:" in line or f" {name} " in line)
     return next(about, lines[-1] if lines else f"the launcher ended with status {trial.status}")
@@ -233,7 +233,7 @@ def explain_silence(hosts: Sequence[HostReport], trial: Trial, *, route: str) ->
 
 
 def explain_output(hosts: Sequence[HostReport], trial: Trial, output_dir: str) -> list[Finding]:
-    """What the first ranks of the hosts say about the output folder, and about the file that the first one wrote."""
+    """Judge what the first ranks of the hosts say about the output folder, and about the file that rank 0 wrote."""
     seen = {host.name: trial.first(host, "output") for host in hosts}
     blind = [name for name, wrong in seen.items() if wrong == doctor_rank.NOT_SEEN]
     closed = [name for name, wrong in seen.items() if wrong and name not in blind]
@@ -258,7 +258,7 @@ def group_results(hosts: Sequence[HostReport], trial: Trial) -> list[GroupResult
 
 
 def explain_trial(hosts: Sequence[HostReport], layout: ParallelConfig, trial: Trial, *, limit: float) -> list[Finding]:
-    """Why ranks did not finish; empty if all did."""
+    """Find out why ranks did not finish; empty if all did."""
     ranks_of = {host.name: range(host.first_rank, host.first_rank + host.slots) for host in hosts}
     failed = [report.failed for report in trial.ranks.values() if report.failed is not None]
     reason = failed[0] if failed else f"not finished in {limit:.0f} s" if trial.status is None else ""
@@ -312,7 +312,7 @@ def compare_hosts(hosts: Sequence[HostReport], *, max_skew: float) -> list[Findi
     ]
 
 
-# What most hosts have --------------------------------------------------------------------------------------------
+# The values of most hosts ---------------------------------------------------------------------------------------------
 
 
 def odd_hosts(
@@ -328,8 +328,8 @@ def odd_hosts(
 
 
 def compare_machines(hosts: Sequence[HostReport]) -> Iterator[Finding]:
-    """What differs between hosts: versions of Python, packages and torch's build, other code of the same version, the
-    kind of GPU; and names of one machine, by which it would be used twice."""
+    """Find what differs between hosts: versions of Python, packages and torch's build, code of the same version, the kind
+    of GPU; and names of one machine, by which it would be used twice."""
 
     def differs(
         kind: Callable[..., Finding],
@@ -366,7 +366,7 @@ def compare_machines(hosts: Sequence[HostReport]) -> Iterator[Finding]:
 
 
 def count_gpus(machine: MachineRecord) -> str:
-    """How many it has of each kind."""
+    """The number of GPUs of each kind, in words."""
     counts = Counter(gpu.name for gpu in machine.gpus)
     return ", ".join(f"{number} x {name}" for name, number in sorted(counts.items())) or NO_GPU
 
@@ -387,7 +387,7 @@ def compare_clocks(hosts: Sequence[HostReport], *, max_skew: float) -> Iterator[
 
 
 def _look_at(host: HostReport, answer: doctor_rank.HostAnswer, hosts: Sequence[HostReport]) -> Iterator[Finding]:
-    """What is wrong with a host by itself, or for the ranks that it runs."""
+    """Find what is wrong with a host by itself, or for the ranks that it runs."""
     machine, name, ranks = answer.machine, host.name, count_text(host.slots, "rank")
     num_ranks, here = sum(one.slots for one in hosts), [host.name]
     for finding in judge_machine(machine):

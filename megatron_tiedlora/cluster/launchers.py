@@ -32,7 +32,7 @@ EXPORTS = ("NCCL", "PYTHON", "UCX", "MV2")  # names that begin so go to the othe
 
 @dataclass(frozen=True)
 class Job:
-    """What to run, and where.
+    """A program to run, and the hosts and the launcher to run it.
 
     Attributes:
         program: what Python runs in each rank: a script by its absolute path, or `-m` and a module.

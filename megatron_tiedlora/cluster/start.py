@@ -115,7 +115,7 @@ def _run(job: Job, command: LaunchCommand, folder: RunFolder, signals: StopSigna
 
 
 def _say_what_may_be_left(job: Job, folder: RunFolder) -> None:
-    """How to end ranks that the launcher may have left on other hosts."""
+    """Say how to end ranks that the launcher may have left on other hosts."""
     if job.route == "srun":
         say(f"ranks that still run end with: scancel {os.environ.get('SLURM_JOB_ID', 'JOB')}")
     if job.route == "ssh":
@@ -181,7 +181,7 @@ def make_job(settings: LaunchSettings, environment: Mapping[str, str]) -> Job:
 
 
 def new_port(settings: LaunchSettings) -> int:
-    """Where the ranks of the next start meet: --master_port, or a random one, as the last one may still be in use."""
+    """The port of the next start's rendezvous: --master_port, or a random one, as the last one may still be in use."""
     return settings.master_port or _FIRST_PORT + secrets.randbelow(_NUM_PORTS)
 
 
@@ -295,7 +295,7 @@ class RunningJob:
 
 
 def _read(process: psutil.Process, name: str) -> Any:
-    """What the method `name` says of a process; None if it is gone."""
+    """Call the method `name` of a process; None if the process is gone."""
     with suppress(psutil.Error):
         return getattr(process, name)()
 
@@ -414,7 +414,7 @@ class StatusFile:
 
 
 def stamp(file: Path) -> Stamp | None:
-    """What changes when a file is written or replaced; None if it is not there."""
+    """Values that change when a file is written or replaced; None if it is not there."""
     try:
         stat = file.stat()
     except OSError:

@@ -67,7 +67,7 @@ def main(settings: CheckGpuSettings) -> int:
 
 
 def part_limits(parts: Sequence[str], minutes: float | None, *, num_gpus: int) -> dict[str, float]:
-    """Seconds for each part: shares of `minutes` for all of `parts`, or of the command's default time."""
+    """Seconds for each part: `minutes`, or the command's default time, divided over `parts` in proportion to SHARES."""
     shares = {**SHARES, "ranks": RANKS_OF_SEVERAL} if num_gpus > 1 else SHARES
     seconds = sum(shares.values()) if minutes is None else 60 * minutes
     given = sum(shares[part] for part in parts)

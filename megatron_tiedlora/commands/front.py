@@ -23,7 +23,7 @@ class Command:
 
     Attributes:
         main: its function of commands/, as MODULE:NAME, which takes the settings and returns the exit status.
-        settings: what of config/ reads its command line: a class of settings, or a function of the words.
+        settings: reads its command line, as MODULE:NAME of config/: a class of settings, or a function of the words.
         about: the line in the list of `tiedlora --help`.
         script: the script that does the same, or '' if there is none.
         is_rank: whether a launcher starts it as several ranks, of which one reports an error for all.
@@ -74,7 +74,7 @@ COMMANDS = (
     Command("env", "jobs:env", "tool_settings:EnvSettings", "versions, devices and variables, for a bug report"),
 )
 
-# What other tools call a command; what is in no table is guessed by its spelling.
+# Names that other tools have for a command. Any other unknown name is guessed by its spelling.
 _OTHER_NAMES = {
     **dict.fromkeys(("finetune", "fine-tune", "sft", "tune", "pt", "pretrain", "fit"), "train"),
     **dict.fromkeys(("launch", "torchrun", "deepspeed", "start"), "run"),
@@ -161,7 +161,7 @@ def call(name: str, argv: Sequence[str], **options: Any) -> int:
 
 
 def _of_package(where: str) -> Any:
-    """What is called so in this package, as MODULE:NAME."""
+    """Import MODULE:NAME of this package."""
     module, _, name = where.partition(":")
     return getattr(importlib.import_module(f"megatron_tiedlora.{module}"), name)
 

@@ -292,7 +292,7 @@ the most likely token is the same, over random tokens.
 
 
 class IndexSettings(CommandSettings, command="index"):
-    """What is done with the index of a folder, validated and frozen."""
+    """The settings of one use of the index of a folder, validated and frozen."""
 
     about: ClassVar[str] = "Index a folder of native adapters, and find, verify or compare them."
     examples: ClassVar[str] = """\
@@ -350,7 +350,7 @@ FILTERS = fields.marked(IndexSettings, group="find")
 
 
 class PushSettings(CommandSettings, command="push"):
-    """What is published, and where, validated and frozen."""
+    """The settings of one publication, validated and frozen."""
 
     about: ClassVar[str] = "Publish a run's adapter on the Hugging Face hub, with a model card."
     examples: ClassVar[str] = """\

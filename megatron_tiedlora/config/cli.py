@@ -25,7 +25,7 @@ from megatron_tiedlora.config.settings import Settings
 
 HUB_NAMES = "hub_names"  # in run.yaml: the ids of data and tokenizer that come from the hub
 TEMPLATE_HASH = "chat_template_sha256"  # in run.yaml: of the content of --chat_template
-# What a run's run.yaml has beside its settings. It is ignored, so that the file can be given to --config.
+# A run's run.yaml has these beside its settings. They are ignored, so that the file can be given to --config.
 RECORDED_NAMES = ("ranks", "versions", HUB_NAMES, TEMPLATE_HASH)
 RECORD_MARK = "versions"
 _TRUE_OR_FALSE = "{true,false}"
@@ -54,7 +54,7 @@ def reject_unknown(words: Sequence[str], *kinds: type[fields.CommandSettings], k
 
 
 def _metavar(annotation: Any, choices: Sequence[str] | None = None) -> str:
-    """How the help shows the values of a type, or its choices: `N`, `X[,X...]`, `{a,b}`, `N|auto`."""
+    """The values of a type, or its choices, as the help shows them: `N`, `X[,X...]`, `{a,b}`, `N|auto`."""
     arguments = typing.get_args(annotation)
     if typing.get_origin(annotation) is Annotated:
         return _metavar(arguments[0], choices)
@@ -97,7 +97,7 @@ def build_parser(kind: type[fields.CommandSettings]) -> CommandParser:
         help_text = (field.description or "") + (f" [{default}]" if default else "")
         keywords.update(help=help_text.replace("%", "%%"))
         if not own.positional:
-            # Of a command with groups a file may have the value.
+            # For a command with groups, a file may have the value.
             keywords.update(dest=name, required=field.is_required() and not groups)
         words = name if own.positional else fields.flag_word(name, kind)
         (groups[own.group] if groups else parser).add_argument(words, **keywords)
@@ -105,7 +105,7 @@ def build_parser(kind: type[fields.CommandSettings]) -> CommandParser:
 
 
 def parse_words(argv: Sequence[str], kind: type[fields.CommandSettings]) -> dict[str, Any]:
-    """The settings of a command line by name, and `config`, as texts. Raises UserError for words that are none."""
+    """The settings of a command line by name, and `config`, as texts. Raises UserError for unknown words."""
     parser = build_parser(kind)
     known = [option for action in parser._actions for option in action.option_strings]
     # Before argparse says which flag is missing: an unknown one may be what the user calls it.

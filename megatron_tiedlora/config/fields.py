@@ -47,7 +47,7 @@ _CONSTRAINTS = ("ge", "gt", "le", "lt", "min_length")  # of pydantic, that a set
 
 @dataclass(frozen=True, kw_only=True)
 class Declared:
-    """What a setting is declared with, beside its type, default and help text. Lists of settings are derived from it.
+    """The marks of a setting, beside its type, default and help text. Lists of settings are derived from them.
 
     Attributes:
         group: a key of the class's `groups`; '' in a command without groups.
@@ -58,7 +58,7 @@ class Declared:
         positional: it is given without a flag, in the order of declaration.
         other_names: what other tools call it, with blanks between them; see also `other_names.py`.
         other_values: what other tools call its values; an answer that is no value is a hint.
-        holds: whether the value is a path, or names files of rows.
+        holds: "path" if the value is a path, "rows" if it names files of rows.
         decides: what it decides in a run: the rows and their tokens; what the frozen model computes; the adapter's
             shape and initial values; how it trains; how ranks divide the work, which changes no number but by
             rounding; or nothing that is computed.
@@ -139,7 +139,7 @@ def _field(help_text: str | None, default: Any, marks: Declared) -> Any:
 
 @cache
 def declared(kind: type[CommandSettings]) -> Mapping[str, Declared]:
-    """What each setting of a command is declared with, by the name of its field."""
+    """The marks of each setting of a command, by the name of its field."""
     found = {}
     for name, one in kind.model_fields.items():
         assert isinstance(one.json_schema_extra, Declared), "declare settings with setting_field"

@@ -38,7 +38,7 @@ def _check_launcher(settings: Any) -> None:
 
 
 class LaunchSettings(CommandSettings, command="run"):
-    """How a job is started and watched, validated and frozen."""
+    """The settings by which a job is started and watched, validated and frozen."""
 
     about: ClassVar[str] = (
         "Start tiedlora train on the hosts of a job, watch it, and report how it ended.\n\n"
@@ -284,7 +284,7 @@ _NOT_OF_SWEEP = frozenset(("max_restarts", "show_command"))  # what failed is tr
 
 
 class SweepSettings(CommandSettings, command="sweep"):
-    """Which adapters a sweep trains, and how; validated and frozen."""
+    """The adapters that a sweep trains, and how it trains them; validated and frozen."""
 
     about: ClassVar[str] = (
         "Train methods x ranks x learning rates on a task, score the best learning rate of each on the test set, and"
@@ -347,7 +347,7 @@ class SweepSettings(CommandSettings, command="sweep"):
 
     @classmethod
     def default_text(cls, name: str) -> str:
-        """As for every command, but the help texts of the grid contain their defaults."""
+        """Return the default as for every command; the help texts of the grid contain theirs."""
         return "" if name in GRID else super().default_text(name)
 
     def _check_fit(self) -> None:
@@ -400,7 +400,7 @@ class SweepCommand:
 
     @property
     def launcher(self) -> LaunchSettings:
-        """What --launcher_args says. Raises UserError; a study can be read whatever it was started with."""
+        """The settings in --launcher_args. Raises UserError; a study can be read whatever it was started with."""
         return parse_launcher(fields.shell_words("launcher_args", self.settings.launcher_args))
 
 

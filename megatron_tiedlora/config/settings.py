@@ -382,7 +382,7 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
 
     @classmethod
     def default_text(cls, name: str) -> str:
-        """As for every command, but with the paper's default and those of tasks that have their own."""
+        """Return the default as for every command, but the paper's, and those of tasks that have their own."""
         if name not in PAPER_DEFAULTS:
             return super().default_text(name)
         by_task = [f"{task} {values[name]:g}" for task, values in TASK_DEFAULTS.items() if name in values]

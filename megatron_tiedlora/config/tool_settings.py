@@ -22,7 +22,7 @@ CHECK_PARTS = ("env", "attention", "correct", "speed", "memory", "host", "decode
 
 
 class CheckGpuSettings(CommandSettings, command="check-gpu"):
-    """Which checks of a machine's GPUs are run, validated and frozen."""
+    """The settings of one check of a machine's GPUs, validated and frozen."""
 
     about: ClassVar[str] = """\
 Check what this machine's GPUs can do with this package: correct numbers, speed, memory, several ranks.
@@ -84,7 +84,7 @@ Exit status: 1 if FILE cannot be converted, 2 if a flag is wrong.
 
 
 class RandomModelSettings(CommandSettings, command="random-model"):
-    """Which random model is written, validated and frozen."""
+    """The settings of one random model, validated and frozen."""
 
     about: ClassVar[str] = """\
 Write a checkpoint of random bf16 weights in the shape of a preset, to test an installation, memory and speed.
@@ -102,7 +102,7 @@ in seconds on a CPU: tiedlora train --model tiny --train_file rows.jsonl"""
 
 
 class PrepareDemoSettings(CommandSettings, command="prepare-demo"):
-    """How the demo model is made, validated and frozen."""
+    """The settings by which the demo model is made, validated and frozen."""
 
     about: ClassVar[str] = (
         "Make the demo model (SmolLM2-135M-Instruct, 540 MB in fp32) as a Hugging Face folder. Downloads 93 MB once."
@@ -119,7 +119,7 @@ class PrepareDemoSettings(CommandSettings, command="prepare-demo"):
 
 
 class EnvSettings(CommandSettings, command="env"):
-    """Where the report for bugs goes, validated and frozen."""
+    """The settings of one report for bugs, validated and frozen."""
 
     about: ClassVar[str] = """\
 Print what a bug report needs: versions, extras, devices, the launcher's and the libraries' variables.

@@ -76,7 +76,7 @@ class _Tee:
 
 
 class RankLog:
-    """Where a rank's output goes: the screen, until `opened` sends it to the rank's file."""
+    """Sends a rank's output to the screen, and inside `opened` to the rank's file."""
 
     def __init__(self) -> None:
         self._log: TextIO | None = None
@@ -152,7 +152,7 @@ _RESERVED_BYTES = 1 << 16
 
 @dataclass
 class End:
-    """What is known of a running run; filled in as it becomes known.
+    """The facts about a running run that its end needs; filled in as they become known.
 
     Attributes:
         folder: the run folder, once this run has written its settings there and if this rank sees it; before that the

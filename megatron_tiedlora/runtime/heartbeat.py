@@ -33,7 +33,7 @@ _LOST, _REASON = "lost", "reason"  # keys that rank 0 creates
 
 @dataclass(frozen=True)
 class PeerFailure:
-    """Why a peer's failure ends the run.
+    """The reason why a peer's failure ends the run.
 
     Attributes:
         reason: one line, with rank, host and last step.
@@ -172,7 +172,7 @@ class Heartbeat:
         return self._share(rank_line(self.rank, self._host(self.rank), self.step(), reason))
 
     def explain(self, symptom: str) -> PeerFailure:
-        """Why an exchange with peers failed: a peer's own reason, or whose heartbeat has stopped, or else the symptom.
+        """Find out why an exchange with peers failed: a peer's own reason, whose heartbeat has stopped, or the symptom.
 
         Waits a few heartbeats to find out.
         """
@@ -272,8 +272,8 @@ class Heartbeat:
 
     @property
     def _patience(self) -> int:
-        """How many heartbeats may be missing. They are counted against this rank's own heartbeats and not by the clock,
-        so that a process that was suspended itself and resumes has missed none."""
+        """The number of heartbeats that may be missing. They are counted against this rank's own heartbeats and not by the
+        clock, so that a process that was suspended itself and resumes has missed none."""
         return math.ceil(self.silence_seconds / self.beat_seconds)
 
     def _silent(self, heard: dict[int, tuple[str, int]], beats: Mapping[int, str]) -> frozenset[int]:
@@ -324,7 +324,7 @@ def is_lost_exchange(error: BaseException) -> bool:
 
 
 def lost_exchange_line(error: BaseException) -> str:
-    """Such an error in one line, without source locations of the library and without gloo's advice."""
+    """The error of a lost exchange in one line, without source locations of the library and without gloo's advice."""
     text = str(error)
     _, _, nccl = text.partition("Last error:")
     lines = (nccl.strip() or text).splitlines()

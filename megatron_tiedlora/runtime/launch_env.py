@@ -1,4 +1,4 @@
-"""What launchers say: the hosts of a job, from a hostfile or a Slurm allocation, and the ranks, from variables.
+"""Reads what launchers say: the hosts of a job, from a hostfile or a Slurm allocation, and the ranks, from variables.
 
 It also sets the variables that libraries read, and chooses who reports a host's failure. Nothing here contacts a host.
 torch is imported where it is asked for GPUs: that takes a second, for which --help and a wrong flag do not wait.
@@ -208,7 +208,7 @@ def _set_ranks(names: tuple[str, str, str], master: str, port: int) -> None:
 
 
 def slurm_port(environment: Mapping[str, str]) -> int:
-    """The same port on all ranks of a Slurm step; other steps on these hosts are unlikely to use it.
+    """Return the port where the ranks of a Slurm step meet; other steps on these hosts are unlikely to use it.
 
     It is below the range of ephemeral ports.
     """

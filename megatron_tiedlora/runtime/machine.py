@@ -79,7 +79,7 @@ class Finding(Record):
 
     @property
     def message(self) -> str:
-        """What was found, beside what was expected."""
+        """The value that was found, beside the expected one."""
         return f"{self.value}, but {self.expected}" if self.expected else self.value
 
 
@@ -93,7 +93,7 @@ class Gpu(Record):
 
 
 class MachineRecord(Record):
-    """What a machine has, and what is installed on it.
+    """A machine's hardware, and the software that is installed on it.
 
     Attributes:
         versions: of Python, packages and the system, by name, without packages that are not installed.
@@ -173,7 +173,7 @@ def source_hash(folder: Path) -> str:
 
 
 def _devices() -> dict[str, Any]:
-    """What torch is built with and the GPUs that it sees, as fields of the record."""
+    """Fields of the record: the libraries that torch is built with, and the GPUs that it sees."""
     try:
         import torch
 
@@ -257,7 +257,7 @@ warning = partial(_finding, "warning")  # one that need not stop a job
 
 
 def judge_machine(machine: MachineRecord) -> Iterator[Finding]:
-    """What is wrong with a machine by itself, whatever runs on it."""
+    """Find what is wrong with a machine by itself, whatever runs on it."""
     if machine.torch_error is not None:
         fix = f"run `{machine.paths['python']} -c 'import torch'` there and correct what it reports"
         yield error("torch_broken", [], f"torch cannot be imported ({machine.torch_error})", fix)
