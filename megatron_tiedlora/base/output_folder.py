@@ -214,7 +214,7 @@ def remove_abandoned_outputs(folder: Path) -> None:
 
 
 def partial_folder(path: Path) -> Path:
-    """The folder in which `path` is written: .NAME.partial, with a hash for a name that is too long for a file system."""
+    """The folder in which `path` is written: .NAME.partial, or a hash if the name is too long for a file system."""
     name = path.name
     if len(os.fsencode(name)) > LONGEST_NAME:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]

@@ -328,8 +328,8 @@ def odd_hosts(
 
 
 def compare_machines(hosts: Sequence[HostReport]) -> Iterator[Finding]:
-    """Find what differs between hosts: versions of Python, packages and torch's build, code of the same version, the kind
-    of GPU; and names of one machine, by which it would be used twice."""
+    """Find what differs between hosts: versions of Python, packages and torch's build, code of the same version, kinds
+    of GPUs; and names of one machine, by which it would be used twice."""
 
     def differs(
         kind: Callable[..., Finding],

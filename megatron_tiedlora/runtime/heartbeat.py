@@ -272,8 +272,8 @@ class Heartbeat:
 
     @property
     def _patience(self) -> int:
-        """The number of heartbeats that may be missing. They are counted against this rank's own heartbeats and not by the
-        clock, so that a process that was suspended itself and resumes has missed none."""
+        """The number of heartbeats that may be missing. They are counted against this rank's own heartbeats and not by
+        the clock, so that a process that was suspended itself and resumes has missed none."""
         return math.ceil(self.silence_seconds / self.beat_seconds)
 
     def _silent(self, heard: dict[int, tuple[str, int]], beats: Mapping[int, str]) -> frozenset[int]:
