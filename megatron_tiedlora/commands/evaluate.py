@@ -88,9 +88,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
     if output is None:
         return
     stop.raise_if_requested()
-    found = {
-        name: (own, answers[name], score_answers(own.task.metrics, answers[name])) for name, own in plans.items()
-    }
+    found = {name: (own, answers[name], score_answers(own.task.metrics, answers[name])) for name, own in plans.items()}
     with stop.deferred():  # this takes a moment, and is then done
         write_results(found, output)
     show(*score_table(found, output.path))

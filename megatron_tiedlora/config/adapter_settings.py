@@ -3,9 +3,9 @@
 import shlex
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import BeforeValidator, model_validator
 
 from megatron_tiedlora.base.shapes import BASE_NAMES, UNQUANTISED
 from megatron_tiedlora.config import fields
@@ -320,14 +320,11 @@ indexed. `diff` exits with 1 if the two differ. Any program can read the SQLite 
     base_model: str | None = _filter()
     method: str | None = _filter()
     rank: int | None = _filter(help_text="for find and verify")
-    targets: str | None = _filter(help_text=f"for find: {fields.TARGETS_HELP}", metavar="TEXT[,TEXT...]")
+    targets: Annotated[str | None, BeforeValidator(lambda value: ",".join(fields.parse_targets(value)))] = _filter(
+        help_text=f"for find: {fields.TARGETS_HELP}", metavar="TEXT[,TEXT...]",
+    )
     task: str | None = _filter()
     as_json: bool = _flag("for find: one JSON object a line", False, flag="json")
-
-    @field_validator("targets", mode="before")
-    @classmethod
-    def _in_order(cls, value: Any) -> Any:
-        return ",".join(fields.parse_targets(value))
 
     @property
     def wanted(self) -> dict[str, Any]:

@@ -99,7 +99,7 @@ def build_parser(kind: type[fields.CommandSettings]) -> CommandParser:
         if not own.positional:
             # For a command with groups, a file may have the value.
             keywords.update(dest=name, required=field.is_required() and not groups)
-        words = name if own.positional else fields.flag_word(name, kind)
+        words = name if own.positional else f"--{own.flag or name}"
         (groups[own.group] if groups else parser).add_argument(words, **keywords)
     return parser
 

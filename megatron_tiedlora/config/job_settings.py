@@ -164,7 +164,15 @@ def parse_launch(argv: Sequence[str]) -> LaunchCommand:
 
 # tiedlora plan --------------------------------------------------------------------------------------------------------
 
-ABOUT = """\
+# Where a flag of tiedlora train has another default here; --max_length at most the model's limit, as there.
+PLAN_DEFAULTS = {"max_length": 4096, "global_batch_size": 128}
+FORMAT_NAMES = (UNQUANTISED, *BASE_NAMES, "fp8-products", "fp8-transposed")
+
+
+class PlanSettings(CommandSettings, command="plan"):
+    """The cluster of a plan and what is shown of it, validated and frozen."""
+
+    about: ClassVar[str] = """\
 Find the fastest parallel configuration of a cluster before it is booked: what fits, what it sends, how long it takes.
 
     tiedlora plan --model llama2-70b --nodes 4 --gpus_per_node 8 --gpu h100            a table, the fastest first
@@ -177,16 +185,6 @@ It needs no GPU and reads no weights. Every combination of tensor, pipeline and 
 recompute, ZeRO stage and storage format that tiedlora train accepts is enumerated, by the same checks. Stages, memory,
 messages and FLOPs are those of --dry_run; a few constants of the cards make seconds of them (--constants FILE).
 With --adapters all layouts are of one run of several adapters, which is compared with one adapter after another."""
-
-# Where a flag of tiedlora train has another default here; --max_length at most the model's limit, as there.
-PLAN_DEFAULTS = {"max_length": 4096, "global_batch_size": 128}
-FORMAT_NAMES = (UNQUANTISED, *BASE_NAMES, "fp8-products", "fp8-transposed")
-
-
-class PlanSettings(CommandSettings, command="plan"):
-    """The cluster of a plan and what is shown of it, validated and frozen."""
-
-    about: ClassVar[str] = ABOUT
     usage: ClassVar[str] = "--model M [--FLAG VALUE ...]"
     examples: ClassVar[str] = "Settings of tiedlora train follow. The YAML file of --config holds only those."
     groups: ClassVar[dict[str, str]] = {
