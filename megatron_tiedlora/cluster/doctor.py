@@ -17,15 +17,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any, get_args
 
-from megatron_tiedlora.base.messages import (
-    aligned_lines,
-    bytes_in_words,
-    count_text,
-    enumerate_names,
-    printable,
-    time_text,
-    user_path,
-)
+from megatron_tiedlora.base import messages
+from megatron_tiedlora.base.messages import aligned_lines, bytes_in_words, count_text, enumerate_names, printable
 from megatron_tiedlora.cluster import doctor_rank
 from megatron_tiedlora.cluster.doctor_rank import DoctorReport, GroupResult, HostReport, ParallelConfig, RankReport
 from megatron_tiedlora.cluster.launchers import Job, StartPlan, plan_start
@@ -76,7 +69,7 @@ def examine(settings: DoctorSettings, environment: Mapping[str, str], say: Calla
     )
     output_dir = None
     if settings.output_dir is not None:
-        output_dir = os.path.abspath(user_path(settings.output_dir, flag="--output_dir"))
+        output_dir = os.path.abspath(messages.user_path(settings.output_dir, flag="--output_dir"))
     check_programs(job)
     begin = time.monotonic()
     say(f"starting {count_text(job.size, 'rank')} on {count_text(len(hosts), 'host')} by {job.launcher} ...")
@@ -475,7 +468,7 @@ def host_table(hosts: Sequence[HostReport]) -> list[str]:
         row.append(f"{bytes_in_words(machine.free_memory_bytes)} of {bytes_in_words(machine.memory_bytes)}")
         if host.clock is not None:
             sign = "-" if host.clock.skew < 0 else "+"
-            clock = f"{sign}{time_text(abs(host.clock.skew))} +-{time_text(host.clock.margin)}"
+            clock = f"{sign}{messages.time_text(abs(host.clock.skew))} +-{messages.time_text(host.clock.margin)}"
         rows.append([*row, clock])
     return [*aligned_lines(rows, align="<"), *([f"{ODD_MARK} differs from most hosts"] if any(odd.values()) else [])]
 
@@ -492,7 +485,7 @@ def group_table(groups: Sequence[GroupResult]) -> list[str]:
                 kind,
                 f"{len(of_kind)} x {len(slowest.ranks)}",
                 f"{slowest.num_bytes / 1e6:.3g} MB",
-                time_text(slowest.seconds),
+                messages.time_text(slowest.seconds),
                 f"{slowest.bus_bytes_per_second / 1e9:.3g} GB/s",
                 f"ranks {ranks} on {enumerate_names(slowest.hosts)}",
             ]

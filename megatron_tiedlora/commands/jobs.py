@@ -13,16 +13,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from megatron_tiedlora.base import messages
 from megatron_tiedlora.base.files import write_json, write_text
-from megatron_tiedlora.base.messages import (
-    UserError,
-    aligned_lines,
-    bytes_in_words,
-    count_text,
-    require_extra,
-    show,
-    user_path,
-)
+from megatron_tiedlora.base.messages import UserError, aligned_lines, count_text, require_extra, show, user_path
 from megatron_tiedlora.base.output_folder import last_name, output_file, output_files, reject_existing
 from megatron_tiedlora.config.adapter_settings import IndexSettings, PushSettings
 from megatron_tiedlora.config.job_settings import DoctorSettings, LaunchCommand, PlanCommand, SweepCommand
@@ -197,7 +190,7 @@ def index(settings: IndexSettings) -> int:
         case "verify":
             entries = find_entries(root, settings.wanted)
             problems = verify_entries(root, entries, progress=True)
-            size = bytes_in_words(sum(entry.size for entry in entries))
+            size = messages.bytes_in_words(sum(entry.size for entry in entries))
             verified = f"verified {count_text(len(entries), 'adapter')} of {size}: {len(problems)} with problems"
             show(*(f"FAILED  {problem}" for problem in problems), verified)
             return 1 if problems else 0

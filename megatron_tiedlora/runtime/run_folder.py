@@ -13,17 +13,9 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_tiedlora.base import files
+from megatron_tiedlora.base import files, messages
 from megatron_tiedlora.base.files import Guard, unguarded
-from megatron_tiedlora.base.messages import (
-    UserError,
-    csv_text,
-    first_line,
-    installed_versions,
-    os_errors,
-    show,
-    user_path,
-)
+from megatron_tiedlora.base.messages import UserError, first_line, installed_versions, os_errors, show, user_path
 from megatron_tiedlora.base.output_folder import PathIn, check_writable, last_name, numbered, reject_links
 from megatron_tiedlora.base.ownership import FolderLock, Owner, is_of_owner, owner_in_words, take_folder
 from megatron_tiedlora.base.shapes import QKV, TARGET_NAMES
@@ -104,7 +96,7 @@ class RunFolder:
     def write_table(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Replace table.csv of a run of several adapters. Raises UserError if it cannot be written."""
         if self.of_several:
-            files.write_text(self.table, csv_text(list(rows[0]), rows), guard=self.guard)
+            files.write_text(self.table, messages.csv_text(list(rows[0]), rows), guard=self.guard)
 
     def new_folder(self, path: Path) -> AbstractContextManager[Path]:
         """`files.new_folder` for a folder of the run."""
