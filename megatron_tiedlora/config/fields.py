@@ -116,7 +116,8 @@ def setting_field(group: str, help_text: str, default: Any = ..., **marks: Any) 
         marks: the other attributes of `Declared`, and constraints of pydantic.
     """
     constraints = {name: marks.pop(name) for name in _CONSTRAINTS if name in marks}
-    return _field(help_text, default, Declared(group=group, constraints=constraints, **marks))
+    own = Declared(group=group, constraints=constraints, **marks)
+    return Field(default=default, description=help_text, json_schema_extra=own, **constraints)
 
 
 def shared_field(kind: type[CommandSettings], name: str, help_text: str = "", **changes: Any) -> Any:
@@ -127,14 +128,9 @@ def shared_field(kind: type[CommandSettings], name: str, help_text: str = "", **
         changes: the default, and attributes of `Declared`, that differ.
     """
     original, there = kind.model_fields[name], declared(kind)[name]
-    default = changes.pop("default", original.default)
-    kept = ("group", "choices", "flag", "words", "other_names", "other_values", "holds", "lasts", "constraints")
-    marks = {"shared": True, **{mark: getattr(there, mark) for mark in kept}, **changes}
-    return _field(help_text or original.description, default, Declared(**marks))
-
-
-def _field(help_text: str | None, default: Any, marks: Declared) -> Any:
-    return Field(default=default, description=help_text, json_schema_extra=marks, **marks.constraints)
+    kept = ("group", "choices", "flag", "words", "other_names", "other_values", "holds", "lasts")
+    marks = {"default": original.default, "shared": True, **{mark: getattr(there, mark) for mark in kept}}
+    return setting_field(help_text=help_text or original.description or "", **{**marks, **there.constraints, **changes})
 
 
 @cache
