@@ -16,20 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, Target, lora_factors, sized_targets
-from megatron_tiedlora.base.files import (
-    Count,
-    Guard,
-    Real,
-    Size,
-    Text,
-    check_seal,
-    new_folder,
-    read_fields,
-    read_json_object,
-    sealed,
-    unguarded,
-    write_json,
-)
+from megatron_tiedlora.base import files
+from megatron_tiedlora.base.files import Count, Guard, Real, Size, Text, new_folder, sealed, unguarded, write_json
 from megatron_tiedlora.base.messages import UserError, __version__, shown
 from megatron_tiedlora.base.methods import METHODS
 from megatron_tiedlora.base.shapes import TARGET_NAMES, ModelShape
@@ -286,14 +274,14 @@ def read_config(folder: Path) -> tuple[AdapterConfig, BaseIdentity, dict[str, st
         UserError: as `load_native_adapter`, for its config.
     """
     file = folder / CONFIG_FILE
-    content = read_json_object(file, kind="a native Tied-LoRA adapter folder")
+    content = files.read_json_object(file, kind="a native Tied-LoRA adapter folder")
     if content.get("peft_type", PEFT_TYPE) != PEFT_TYPE:
         raise UserError(f"{folder}: this is a PEFT adapter; give the native one (the run's adapter/ folder)")
     version = content.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         said = f"{file}: format_version {shown(version)}, of version {shown(content.get('version'))} of this package"
         raise UserError(f"{said}, is not {FORMAT_VERSION}, which is read; train the adapter again")
-    sums = check_seal(file, content)
-    stored = read_fields(file, content, StoredAdapter, optional=OPTIONAL_FIELDS)
+    sums = files.check_seal(file, content)
+    stored = files.read_fields(file, content, StoredAdapter, optional=OPTIONAL_FIELDS)
     stored.check(file)
     return stored.config, stored.base_identity, sums

@@ -6,24 +6,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_tiedlora.base import shapes
 from megatron_tiedlora.base.messages import UserError, first_line, user_path
 from megatron_tiedlora.base.output_folder import user_cache
-from megatron_tiedlora.base.shapes import (
-    PRESETS,
-    LinearScaling,
-    Llama3Scaling,
-    LongRopeScaling,
-    ModelShape,
-    NormShape,
-    RopeShape,
-    YarnScaling,
-    is_preset,
-)
+from megatron_tiedlora.base.shapes import PRESETS, ModelShape, NormShape, RopeShape, YarnScaling, is_preset
 from megatron_tiedlora.data.readers import may_be_hub_id
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.hf_config import StoredFormat, format_in_use, read_hf_config, stored_format
 
-_SCALINGS = {LinearScaling: "linear", YarnScaling: "yarn", LongRopeScaling: "longrope"}  # as hashes have them
+# Names of scalings, as hashes have them.
+_SCALINGS = {shapes.LinearScaling: "linear", YarnScaling: "yarn", shapes.LongRopeScaling: "longrope"}
 _SIDE_FILES = ["*.json", "tokenizer.model", "*.jinja"]
 
 
@@ -113,7 +105,7 @@ def _hashed_rope(rope: RopeShape) -> dict[str, Any]:
         "high_freq_factor": 4.0,
         "original_max_positions": 8192,
     }
-    if isinstance(rope.scaling, Llama3Scaling):
+    if isinstance(rope.scaling, shapes.Llama3Scaling):
         fields |= asdict(rope.scaling)
     elif rope.scaling is not None:
         fields["scaling"] = {"kind": _SCALINGS[type(rope.scaling)], **asdict(rope.scaling)}

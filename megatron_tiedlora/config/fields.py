@@ -17,17 +17,8 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+import pydantic
+from pydantic import BaseModel, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from megatron_tiedlora.base.messages import UserError, as_given, nearest_name, shown, user_path
 from megatron_tiedlora.base.shapes import GATE_UP, QKV, TARGET_NAMES
@@ -187,7 +178,7 @@ class CommandSettings(BaseModel):
         instead: pairs of fields that exclude each other; see `combined`.
     """
 
-    model_config = ConfigDict(
+    model_config = pydantic.ConfigDict(
         frozen=True,
         extra="forbid",
         protected_namespaces=(),
@@ -215,7 +206,7 @@ class CommandSettings(BaseModel):
             raise UserError(f"{unknown}; see --help")
         try:
             super().__init__(**{name: _as_meant(name, value, type(self)) for name, value in values.items()})
-        except ValidationError as error:
+        except pydantic.ValidationError as error:
             raise UserError(_one_line(error, type(self))) from None
         except UnicodeEncodeError as error:  # pydantic cannot carry a message with bytes that are not UTF-8
             raise UserError(error.object) from None
@@ -316,7 +307,7 @@ def validate_settings(values: Mapping[str, Any], kind: type[AnySettings]) -> Any
     return kind(**{str(name): value for name, value in values.items() if value is not None})
 
 
-def _one_line(error: ValidationError, kind: type[CommandSettings]) -> str:
+def _one_line(error: pydantic.ValidationError, kind: type[CommandSettings]) -> str:
     first = error.errors()[0]
     name = str(first["loc"][0]) if first["loc"] else ""
     flag = flag_word(name, kind) if name in kind.model_fields else f"--{name}"
@@ -430,7 +421,7 @@ def _checked_columns(text: str | None) -> str | None:
     return text
 
 
-ColumnNames = Annotated[str | None, AfterValidator(_checked_columns)]  # as it was given
+ColumnNames = Annotated[str | None, pydantic.AfterValidator(_checked_columns)]  # as it was given
 
 
 def _parse_layers(value: Any) -> Any:

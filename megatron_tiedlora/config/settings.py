@@ -18,13 +18,7 @@ from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.base.shapes import BASE_NAMES, PRESETS, QKV, is_preset
 from megatron_tiedlora.config import fields
 from megatron_tiedlora.config.fields import FILES_HELP, CommandSettings, flag_value, setting_field
-from megatron_tiedlora.config.other_names import (
-    OTHER_DTYPES,
-    OTHER_FORMATS,
-    OTHER_GPUS,
-    OTHER_METHODS,
-    OTHER_SCHEDULES,
-)
+from megatron_tiedlora.config.other_names import OTHER_DTYPES, OTHER_FORMATS, OTHER_GPUS, OTHER_METHODS, OTHER_SCHEDULES
 
 # The tasks are in data/, which config cannot import.
 _FOLDER = Path(__file__).resolve().parent.parent / "data" / "tasks"
