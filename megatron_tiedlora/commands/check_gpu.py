@@ -60,7 +60,7 @@ def main(settings: CheckGpuSettings) -> int:
 
 
 def part_limits(chosen: Sequence[str], minutes: float | None, *, num_gpus: int) -> dict[str, float]:
-    """Seconds for each part: `minutes`, or the default time, divided over the `chosen` parts in proportion to SHARES."""
+    """Seconds for each part: `minutes`, or the default time, divided over the parts in proportion to SHARES."""
     shares = {**SHARES, "ranks": RANKS_OF_SEVERAL} if num_gpus > 1 else SHARES
     seconds = sum(shares.values()) if minutes is None else 60 * minutes
     given = sum(shares[part] for part in chosen)
