@@ -20,7 +20,7 @@ def main(settings: Settings) -> int:
         require_extra("train")
     # Whether the files that flags name exist is known before the imports below, which take seconds.
     from megatron_tiedlora.checkpoint.sources import local_folder
-    from megatron_tiedlora.config.adapters_file import adapters_path
+    from megatron_tiedlora.config.cli import adapters_path
     from megatron_tiedlora.data.splits import check_files_exist
     from megatron_tiedlora.engine.engine_json import find_engine_json
 

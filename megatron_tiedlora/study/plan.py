@@ -20,7 +20,7 @@ from megatron_tiedlora.base.shapes import QKV
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.cluster.launchers import Job
 from megatron_tiedlora.cluster.start import check_num_ranks, make_job
-from megatron_tiedlora.config.adapters_file import check_halving, check_together
+from megatron_tiedlora.config.cli import check_halving, check_together
 from megatron_tiedlora.config.fields import marked
 from megatron_tiedlora.config.job_settings import MOST_TOGETHER, SweepCommand, SweepSettings
 from megatron_tiedlora.config.settings import Settings, make_settings

@@ -26,8 +26,7 @@ from megatron_tiedlora.checkpoint.resume import (
     move_latest,
     remove_superseded,
 )
-from megatron_tiedlora.config.adapters_file import OF_ALL, PER_ADAPTER, rivals_of
-from megatron_tiedlora.config.cli import HUB_NAMES, TEMPLATE_HASH
+from megatron_tiedlora.config.cli import HUB_NAMES, OF_ALL, PER_ADAPTER, TEMPLATE_HASH, rivals_of
 from megatron_tiedlora.config.fields import declared, flag_value, marked
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.chat import chat_template_sha256

@@ -16,7 +16,7 @@ from study_files import no_start, write_run, write_study
 from sweep_runs import LAUNCH, study_arguments
 
 from megatron_tiedlora.base.messages import UserError
-from megatron_tiedlora.config.adapters_file import PER_ADAPTER
+from megatron_tiedlora.config.cli import PER_ADAPTER
 from megatron_tiedlora.config.job_settings import parse_sweep
 from megatron_tiedlora.data.tasks import TASKS
 from megatron_tiedlora.runtime.stopping import StopSignals
