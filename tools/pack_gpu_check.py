@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from megatron_tiedlora.base.atomic import new_folder
+from megatron_tiedlora.base.files import new_folder
 from megatron_tiedlora.base.messages import UserError, bytes_in_words, show
 from megatron_tiedlora.base.output_folder import reject_existing
 from megatron_tiedlora.config.cli import parse_settings, run_command

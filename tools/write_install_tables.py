@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_tiedlora.base.atomic import write_text
+from megatron_tiedlora.base.files import write_text
 from megatron_tiedlora.commands.front import COMMANDS, PROGRAM
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -1,4 +1,4 @@
-"""What a child process does first, and a limit on the memory that a block may allocate."""
+"""The first steps of a child process, and a limit on the memory that a block may allocate."""
 
 import ctypes
 import os

@@ -18,7 +18,7 @@ FACTORS = ("A", "B", "u", "v")
 
 @dataclass(frozen=True)
 class Factor:
-    """How a method uses one of A, B, u, v.
+    """The use that a method makes of one of A, B, u, v.
 
     Attributes:
         shared_by: the layers that share a tensor. "all": all adapted ones; "one": each has its own; a number n of two

@@ -14,7 +14,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from megatron_tiedlora.base.atomic import new_folder, remove_leftovers
+from megatron_tiedlora.base.files import new_folder, remove_leftovers
 from megatron_tiedlora.base.messages import UserError, bytes_in_words, user_path
 from megatron_tiedlora.base.ownership import FolderLock, FolderTaken, take_folder
 
@@ -214,7 +214,7 @@ def remove_abandoned_outputs(folder: Path) -> None:
 
 
 def partial_folder(path: Path) -> Path:
-    """Where the output `path` is written: .NAME.partial, with a hash for a name that is too long for a file system."""
+    """The folder in which `path` is written: .NAME.partial, or a hash if the name is too long for a file system."""
     name = path.name
     if len(os.fsencode(name)) > LONGEST_NAME:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]

@@ -4,7 +4,7 @@ OWNER_FILE holds a token (start id, host, process, time). The owner keeps the fi
 when the owner dies. It also renews the file's mtime, which other hosts see. A start that takes over a folder replaces
 the file without waiting, and the former owner finds the other token before its next change.
 
-A check comes right before each rename of a temporary file (`atomic`), and a new owner removes temporary files before
+A check comes right before each rename of a temporary file (`files`), and a new owner removes temporary files before
 it reads the folder. So an owner that is suspended between its check and its rename changes nothing when it wakes up.
 """
 
@@ -25,9 +25,8 @@ from typing import Annotated
 import psutil
 from pydantic import Field
 
-from megatron_tiedlora.base.atomic import TEMPORARY_PREFIX
+from megatron_tiedlora.base.files import TEMPORARY_PREFIX, Count, Text, read_fields, read_json_object
 from megatron_tiedlora.base.messages import UserError
-from megatron_tiedlora.base.text_files import Count, Text, read_fields, read_json_object
 
 OWNER_FILE = ".owner"
 START_ID = "MEGATRON_TIEDLORA_START"  # the variable by which `tiedlora run` recognises the tokens of its ranks
@@ -320,7 +319,7 @@ def _is_gone(pid: int) -> bool:
 
 
 def owner_in_words(folder: Path) -> str | None:
-    """Who owns the folder and since when. None if nobody does, or if its owner is known to be dead."""
+    """The owner of the folder and since when, in words. None if nobody does, or if its owner is known to be dead."""
     file = folder / OWNER_FILE
     token = read_token(file)
     return None if token is None or _is_dead(file) else f"{token} since {token.time}"

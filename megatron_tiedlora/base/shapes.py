@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
+from megatron_tiedlora.base.messages import UserError, user_path
+
 Cut = Literal["column", "row", "vocabulary"]
 # The linears of a block, in the order of their computation, as adapters call them. In files the tensors of QKV have no
 # prefix: A, B, u and v.
@@ -141,7 +143,7 @@ class HeadShape:
 
     @property
     def rotary_dim(self) -> int:
-        """How many elements of a head are rotated, the first ones."""
+        """The number of elements of a head that are rotated; they are the first ones."""
         return int(self.dim * self.rope.share)
 
     def local(self, tp_size: int) -> "HeadShape":
@@ -149,7 +151,7 @@ class HeadShape:
         return self._of_sizes(self.num // tp_size, self.num_kv // tp_size, self.dim, self.rope)
 
     def resized(self, *, num: int, num_kv: int, dim: int) -> "HeadShape":
-        """The same kind of heads in other numbers and another size, for code that needs heads but no weights.
+        """Return this kind of heads in other numbers and another size, for code that needs heads but no weights.
 
         If part of a head is rotated, it is half of it.
         """
@@ -239,7 +241,7 @@ class BlockShape:
     down_norm: NormShape | None
 
     def resized(self, heads: HeadShape, intermediate_size: int) -> "BlockShape":
-        """The same block with other heads and another MLP width."""
+        """Return this block with other heads and another MLP width."""
         sizes = linear_sizes(self.qkv.in_size, heads.rows, intermediate_size)
         linears: dict[str, Any] = {
             _FIELDS[name]: replace(linear, **sizes[name]._asdict()) for name, linear in self.adaptable.items()
@@ -327,7 +329,7 @@ class ModelShape:
         return self.block.down.in_size
 
     def resized(self, *, vocab_size: int, intermediate_size: int, num_layers: int, heads: HeadShape) -> "ModelShape":
-        """The same kind of model in another size, for code that needs a model but no weights.
+        """Return this kind of model in another size, for code that needs a model but no weights.
 
         It has tied embeddings, and the rotation of `heads` in each block.
         """
@@ -367,7 +369,7 @@ class BaseFormat:
     block: int | None
 
     def row_bytes(self, width: int) -> int:
-        """The bytes of the codes in a row of `width` weights. A row begins with a byte of its own."""
+        """Bytes of the codes in a row of `width` weights. Each row begins with a new byte."""
         return -(-width * self.bits // 8)
 
     def row_scales(self, width: int, *, shards_rows: bool = False) -> int:
@@ -375,7 +377,7 @@ class BaseFormat:
         return 1 if self.block is None else -(-width // self.stored_block(width, shards_rows=shards_rows))
 
     def stored_block(self, width: int, *, shards_rows: bool = False) -> int:
-        """How many weights a stored scale is for.
+        """The number of weights that share a stored scale.
 
         A rank's shard of a row may begin within a block. Then it stores the block's scale once for each part of a size
         that divides both the block and the shard, so that all shards are stored in the same way.
@@ -402,3 +404,81 @@ def precision_in_words(dtype: str, base_format: str | None, products: str | None
     if base_format is None:
         return dtype
     return f"{dtype} with the linears in {base_format}" + ("" if products is None else f", multiplied in {products}")
+
+
+# Presets --------------------------------------------------------------------------------------------------------------
+#
+# Shapes of well-known models, as the fields of a Hugging Face config.json. For dry runs and random weights.
+
+
+_LLAMA2: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_LLAMA31 = {
+    **_LLAMA2,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+}
+_QWEN3 = {
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "head_dim": 128,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+}
+_GPT_2B = {  # NVIDIA's GPT-2B-001, see docs/families.md
+    "model_type": "stablelm",
+    "vocab_size": 256000,
+    "max_position_embeddings": 4096,
+    "layer_norm_eps": 1e-5,
+    "partial_rotary_factor": 0.5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+TINY = "tiny"  # a model that trains in seconds, with a tokenizer whose tokens are bytes
+_TINY = {**_LLAMA2, "vocab_size": 320, "max_position_embeddings": 512}
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+_ROWS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    "llama2-7b": (_LLAMA2, (4096, 11008, 32, 32, 32)),
+    "llama2-13b": (_LLAMA2, (5120, 13824, 40, 40, 40)),
+    "llama2-70b": (_LLAMA2, (8192, 28672, 80, 64, 8)),
+    "llama3.1-8b": (_LLAMA31, (4096, 14336, 32, 32, 8)),
+    "llama3.1-70b": (_LLAMA31, (8192, 28672, 80, 64, 8)),
+    "qwen3-8b": (_QWEN3, (4096, 12288, 36, 32, 8)),
+    "qwen3-32b": (_QWEN3, (5120, 25600, 64, 64, 8)),
+    "gpt-2b-001": (_GPT_2B, (2048, 5440, 24, 16, 16)),
+    TINY: (_TINY, (64, 160, 4, 4, 2)),
+}
+PRESETS = {name: {**common, **dict(zip(_SIZES, row, strict=True))} for name, (common, row) in _ROWS.items()}
+
+
+def is_preset(name: str) -> bool:
+    """Whether --model NAME means a preset: there is one of that name, and no such folder."""
+    try:
+        return name in PRESETS and not user_path(name).is_dir()
+    except UserError:  # it cannot be a path
+        return False

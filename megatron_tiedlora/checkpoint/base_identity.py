@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
+from megatron_tiedlora.base.files import Size, Text, read_small_text
 from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.base.shapes import BASE_FORMATS, ModelShape
-from megatron_tiedlora.base.text_files import Size, Text, read_small_text
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import run_starts

@@ -16,15 +16,14 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, Target, lora_factors, sized_targets
-from megatron_tiedlora.base.atomic import Guard, new_folder, unguarded, write_json
-from megatron_tiedlora.base.extras import __version__
-from megatron_tiedlora.base.messages import UserError, shown
+from megatron_tiedlora.base import files
+from megatron_tiedlora.base.files import Count, Guard, Real, Size, Text, new_folder, sealed, unguarded, write_json
+from megatron_tiedlora.base.messages import UserError, __version__, shown
 from megatron_tiedlora.base.methods import METHODS
 from megatron_tiedlora.base.shapes import TARGET_NAMES, ModelShape
-from megatron_tiedlora.base.text_files import Count, Real, Size, Text, check_seal, read_fields, read_json_object, sealed
 from megatron_tiedlora.checkpoint.base_identity import HASH_FIELDS, OPTIONAL_FIELDS, SHAPE_FIELDS, BaseIdentity
 from megatron_tiedlora.checkpoint.tensor_files import read_tensors
-from megatron_tiedlora.config.train_fields import LARGEST_ALPHA, SMALLEST_ALPHA
+from megatron_tiedlora.config.settings import LARGEST_ALPHA, SMALLEST_ALPHA
 from megatron_tiedlora.model.weights import WeightRule, weight_rules
 from megatron_tiedlora.parallel.agreement import SentTensor
 
@@ -259,14 +258,14 @@ def read_config(folder: Path) -> tuple[AdapterConfig, BaseIdentity, dict[str, st
     """(config, base, checksums of the other files) of the adapter in `folder`; its tensors are not read. Raises
     UserError as `load_native_adapter`, for its config."""
     file = folder / CONFIG_FILE
-    content = read_json_object(file, kind="a native Tied-LoRA adapter folder")
+    content = files.read_json_object(file, kind="a native Tied-LoRA adapter folder")
     if content.get("peft_type", PEFT_TYPE) != PEFT_TYPE:
         raise UserError(f"{folder}: this is a PEFT adapter; give the native one (the run's adapter/ folder)")
     version = content.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         said = f"{file}: format_version {shown(version)}, of version {shown(content.get('version'))} of this package"
         raise UserError(f"{said}, is not {FORMAT_VERSION}, which is read; train the adapter again")
-    sums = check_seal(file, content)
-    stored = read_fields(file, content, StoredAdapter, optional=OPTIONAL_FIELDS)
+    sums = files.check_seal(file, content)
+    stored = files.read_fields(file, content, StoredAdapter, optional=OPTIONAL_FIELDS)
     stored.check(file)
     return stored.config, stored.base_identity, sums

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig
 from megatron_tiedlora.adapters.tying import MOMENTS
-from megatron_tiedlora.base import text_files
-from megatron_tiedlora.base.atomic import Guard, discard, new_folder, unguarded, write_json, write_text
+from megatron_tiedlora.base import files
+from megatron_tiedlora.base.files import Guard, discard, new_folder, unguarded, write_json, write_text
 from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.checkpoint import native_adapter
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
@@ -47,12 +47,12 @@ class Progress:
     there is no random state to save.
     """
 
-    step: text_files.Count = 0
-    consumed_samples: text_files.Count = 0
-    best_metric: text_files.Real | None = None
-    best_step: text_files.Count | None = None
-    evaluations_since_best: text_files.Count = 0
-    evaluated_step: text_files.Count | None = None
+    step: files.Count = 0
+    consumed_samples: files.Count = 0
+    best_metric: files.Real | None = None
+    best_step: files.Count | None = None
+    evaluations_since_best: files.Count = 0
+    evaluated_step: files.Count | None = None
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,9 @@ def save_checkpoint(
     with new_folder(folder, guard=guard) as temporary:
         native_adapter.write_adapter_files(temporary, config, base_identity, state)
         save_file({name: tensor.contiguous() for name, tensor in moments.items()}, temporary / STATE_FILE)
-        files = [temporary / name for name in (native_adapter.CONFIG_FILE, native_adapter.WEIGHTS_FILE, STATE_FILE)]
+        names = native_adapter.CONFIG_FILE, native_adapter.WEIGHTS_FILE, STATE_FILE
         content = {**asdict(progress), "settings": dict(settings)}
-        write_json(temporary / PROGRESS_FILE, text_files.sealed(content, files=files))
+        write_json(temporary / PROGRESS_FILE, files.sealed(content, files=[temporary / name for name in names]))
     move_latest(checkpoints, progress.step, guard=guard)
     remove_superseded(checkpoints, progress, keep=keep, later=True, guard=guard)
     return folder
@@ -173,7 +173,7 @@ def named_checkpoint(checkpoints: Path) -> Path | None:
     pointer = checkpoints / LATEST_FILE
     if pointer.is_symlink() or not pointer.is_file():
         return None
-    name = text_files.read_small_text(pointer).strip()
+    name = files.read_small_text(pointer).strip()
     if not _STEP_NAME.fullmatch(name) or not (checkpoints / name).is_dir():
         raise UserError(f"{pointer}: names {shown(name)}, which is not a checkpoint in {checkpoints}")
     return checkpoints / name
@@ -183,7 +183,7 @@ def recorded_settings(folders: Iterable[Path]) -> Mapping[str, Any] | None:
     """The settings of the run that wrote one of the checkpoint folders, of which it reads no more than that; None if
     none of them can be read."""
     for folder in folders:
-        content = None if folder.is_symlink() else text_files.read_json_or_none(folder / PROGRESS_FILE)
+        content = None if folder.is_symlink() else files.read_json_or_none(folder / PROGRESS_FILE)
         if isinstance(settings := (content or {}).get("settings"), dict):
             return settings
     return None
@@ -192,15 +192,15 @@ def recorded_settings(folders: Iterable[Path]) -> Mapping[str, Any] | None:
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint folder. Raises UserError if anything in it is missing, broken or from another checkpoint."""
     file = folder / PROGRESS_FILE
-    content = text_files.read_json_object(file, kind="a checkpoint of a run (checkpoints/step_N)")
-    sums = text_files.check_seal(file, content)
-    progress = text_files.read_fields(file, content, Progress)
+    content = files.read_json_object(file, kind="a checkpoint of a run (checkpoints/step_N)")
+    sums = files.check_seal(file, content)
+    progress = files.read_fields(file, content, Progress)
     if "settings" not in content or not isinstance(content["settings"], dict):
         raise UserError(f"{file}: settings is {'not an object' if 'settings' in content else 'missing'}")
     _check_steps(file, progress, content["settings"])
     adapter, state = native_adapter.load_native_adapter(folder), folder / STATE_FILE
     for name in (native_adapter.CONFIG_FILE, native_adapter.WEIGHTS_FILE):
-        text_files.check_file(folder / name, sums)  # intact files may still be from another step
+        files.check_file(folder / name, sums)  # intact files may still be from another step
     trained = adapter.config.num_trained()
     shapes = {moment_name(moment, name): adapter.config.shape(name) for moment in MOMENTS for name in trained}
     moments = read_tensors(state, shapes, sums=sums)

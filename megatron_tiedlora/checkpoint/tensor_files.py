@@ -25,11 +25,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from megatron_tiedlora.base.atomic import sync_path, write_json
+from megatron_tiedlora.base.files import check_file, sync_path, write_json
 from megatron_tiedlora.base.messages import UserError, as_given, os_errors, shown
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.shapes import BASE_FORMATS
-from megatron_tiedlora.base.text_files import check_file
 from megatron_tiedlora.config.batch import filled
 from megatron_tiedlora.model.hf_config import BITSANDBYTES, StoredFormat
 from megatron_tiedlora.parallel.quantise import NF4_LEVELS, dequantise_blocks, dequantise_rows, fp8_numbers, has_nan
@@ -53,7 +52,7 @@ def read_tensors(file: Path, shapes: TensorShapes, *, sums: Mapping[str, str] | 
     """The tensors of a file in fp32; it must hold exactly those of `shapes`.
 
     Args:
-        sums: checksums by file name; see `text_files.check_file`.
+        sums: checksums by file name; see `files.check_file`.
 
     Raises:
         UserError: the file is not a whole safetensors file or has another checksum; or a tensor is missing, unknown, of

@@ -1,13 +1,15 @@
-"""The doctor's trial: start ranks by the job's own launcher, hear what they report, compare and judge it.
+"""The doctor: start ranks by the job's own launcher, hear what they report, compare and judge it, and say it as text.
 
-rank.py runs in each rank. What it prints is found in the launcher's output, whatever the launcher puts before it.
+`doctor_rank` runs in each rank. What it prints is found in the launcher's output, whatever the launcher puts before it.
 """
 
+import ipaddress
 import os
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -15,30 +17,16 @@ from pathlib import Path
 from statistics import median
 from typing import Any, get_args
 
-from megatron_tiedlora.base.messages import count_text, enumerate_names, user_path
-from megatron_tiedlora.cluster.compare_hosts import compare_hosts
-from megatron_tiedlora.cluster.doctor_rank import (
-    NOT_SEEN,
-    RANK_END,
-    RANK_MARK,
-    STAGES,
-    DoctorReport,
-    GroupKind,
-    GroupResult,
-    HostReport,
-    Order,
-    ParallelConfig,
-    RankReport,
-    answering,
-    packed,
-    unpacked,
-)
+from megatron_tiedlora.base import messages
+from megatron_tiedlora.base.messages import aligned_lines, bytes_in_words, count_text, enumerate_names, printable
+from megatron_tiedlora.cluster import doctor_rank
+from megatron_tiedlora.cluster.doctor_rank import DoctorReport, GroupResult, HostReport, ParallelConfig, RankReport
 from megatron_tiedlora.cluster.launchers import Job, StartPlan, plan_start
 from megatron_tiedlora.cluster.start import POLL_SECONDS, RunningJob, check_programs, make_job
-from megatron_tiedlora.config.launch_settings import DoctorSettings, LaunchSettings
+from megatron_tiedlora.config.job_settings import DoctorSettings, LaunchSettings
 from megatron_tiedlora.parallel.groups import Grid
 from megatron_tiedlora.runtime.launch_env import visible_gpus
-from megatron_tiedlora.runtime.machine import Finding, error, warning
+from megatron_tiedlora.runtime.machine import Finding, MachineRecord, error, judge_machine, warning
 from megatron_tiedlora.runtime.stopping import StopSignals
 
 _PROGRAM = ("-m", "megatron_tiedlora.cluster.doctor_rank")
@@ -46,6 +34,14 @@ _START_SECONDS = 60.0  # for launchers, beside the time that the ranks have
 TEXT: Any = {"encoding": "utf-8", "errors": "replace", "newline": "\n"}  # of what a launcher prints
 _SLOW = 0.5  # of the median bandwidth of its kind
 _NOT_IN_THE_WAY = "output_not_writable"  # explains no failure of the ranks, and so is no reason to leave that out
+_PACKAGE = "megatron_tiedlora"
+# A different version of these is an error, because every rank computes with them; of the others it is a warning.
+_STRICT = ("python", "torch", "deepspeed", "transformers", _PACKAGE)
+_COMPARED = (*_STRICT, "safetensors", "numpy", "bitsandbytes")
+NO_GPU = "none"
+_LEAST_SHM = 1 << 30  # for NCCL and data loaders
+_FILES_PER_RANK, _FILES_BESIDE = 4, 256  # connections to every other rank in a few groups, and other files
+_LITTLE_SPACE = 1 << 30  # a checkpoint of a tied adapter is far smaller; logs and an exported model are not
 
 
 def examine(settings: DoctorSettings, environment: Mapping[str, str], say: Callable[[str], None]) -> DoctorReport:
@@ -73,11 +69,11 @@ def examine(settings: DoctorSettings, environment: Mapping[str, str], say: Calla
     )
     output_dir = None
     if settings.output_dir is not None:
-        output_dir = os.path.abspath(user_path(settings.output_dir, flag="--output_dir"))
+        output_dir = os.path.abspath(messages.user_path(settings.output_dir, flag="--output_dir"))
     check_programs(job)
     begin = time.monotonic()
     say(f"starting {count_text(job.size, 'rank')} on {count_text(len(hosts), 'host')} by {job.launcher} ...")
-    order = Order(
+    order = doctor_rank.Order(
         layout=layout,
         first_ranks=[host.first_rank for host in hosts],
         output_dir=output_dir,
@@ -88,9 +84,9 @@ def examine(settings: DoctorSettings, environment: Mapping[str, str], say: Calla
     seconds = time.monotonic() - begin
     fields = ("answer", "clock")
     hosts = [one.model_copy(update={name: trial.first(one, name) for name in fields}) for one in hosts]
-    gpus = [answer.machine.gpus for _, answer in answering(hosts)]
+    gpus = [answer.machine.gpus for _, answer in doctor_rank.answering(hosts)]
     layout = layout.model_copy(update={"backend": None if not gpus else "nccl" if all(gpus) else "gloo"})
-    say(f"{len(answering(hosts))} of {len(hosts)} hosts answered ({seconds:.1f} s)")
+    say(f"{len(doctor_rank.answering(hosts))} of {len(hosts)} hosts answered ({seconds:.1f} s)")
 
     findings = explain_silence(hosts, trial, route=job.route)
     findings += compare_hosts(hosts, max_skew=settings.max_clock_skew)
@@ -134,7 +130,7 @@ def find_job(settings: DoctorSettings, environment: Mapping[str, str]) -> Job:
 
 @dataclass
 class Trial:
-    """What the ranks said, and what else was printed; filled while they run.
+    """The ranks' reports, and all else that was printed; filled while they run.
 
     Attributes:
         ranks: the last report of each rank.
@@ -149,17 +145,17 @@ class Trial:
 
     def hear(self, line: str) -> None:
         """Take a line of the launcher's output."""
-        _, mark, words = line.partition(RANK_MARK)
+        _, mark, words = line.partition(doctor_rank.RANK_MARK)
         rank, _, piece = words.strip().partition(" ")
         if not mark:
             self.printed.append(line)
             return
         text = self._begun.pop(rank, "") + piece
-        if not text.endswith(RANK_END):
+        if not text.endswith(doctor_rank.RANK_END):
             self._begun[rank] = text
             return
         with suppress(ValueError, zlib.error):  # another version's, or mixed lines
-            report = unpacked(RankReport, text.removesuffix(RANK_END))
+            report = doctor_rank.unpacked(RankReport, text.removesuffix(doctor_rank.RANK_END))
             self.ranks[report.rank] = report
 
     def first(self, host: HostReport, field: str) -> Any:
@@ -168,15 +164,17 @@ class Trial:
 
     def reached(self, ranks: Iterable[int], stage: str) -> bool:
         """Whether all of the ranks have come to a stage."""
-        past = STAGES[STAGES.index(stage) :]
+        past = doctor_rank.STAGES[doctor_rank.STAGES.index(stage) :]
         return all(rank in self.ranks and self.ranks[rank].stage in past for rank in ranks)
 
 
-def start_ranks(job: Job, order: Order, environment: Mapping[str, str], say: Callable[[str], None]) -> Trial:
+def start_ranks(
+    job: Job, order: doctor_rank.Order, environment: Mapping[str, str], say: Callable[[str], None]
+) -> Trial:
     """Run the trial to its end, or until its time is over; of what it prints the errors are heard last."""
     trial, has_met, end = Trial(), False, time.monotonic() + 2 * order.timeout + _START_SECONDS
     with tempfile.TemporaryDirectory(prefix="megatron_tiedlora-") as folder, StopSignals() as signals:
-        job = replace(job, program=_PROGRAM, arguments=(packed(order),), private=Path(folder))
+        job = replace(job, program=_PROGRAM, arguments=(doctor_rank.packed(order),), private=Path(folder))
         # One rank of this machine needs no launcher; a plain job starts so, too.
         alone = StartPlan(tuple(job.command), {**environment, "PYTHONSAFEPATH": "1"})
         plan = alone if job.route == "local" and job.size == 1 else plan_start(job, environment)
@@ -206,7 +204,7 @@ def start_ranks(job: Job, order: Order, environment: Mapping[str, str], say: Cal
 
 
 def last_words(trial: Trial, names: Sequence[str]) -> str:
-    """What the launcher printed of the first of `names` that it mentions, or else its last line."""
+    """Find the launcher's line about the first of `names` that it mentions, or else its last line."""
     lines = [line.strip() for line in trial.printed if line.strip()]
     about = (line for name in names for line in lines if f"{name}:" in line or f" {name} " in line)
     return next(about, lines[-1] if lines else f"the launcher ended with status {trial.status}")
@@ -228,9 +226,9 @@ def explain_silence(hosts: Sequence[HostReport], trial: Trial, *, route: str) ->
 
 
 def explain_output(hosts: Sequence[HostReport], trial: Trial, output_dir: str) -> list[Finding]:
-    """What the first ranks of the hosts say about the output folder, and about the file that the first one wrote."""
+    """Judge what the first ranks of the hosts say about the output folder, and about the file that rank 0 wrote."""
     seen = {host.name: trial.first(host, "output") for host in hosts}
-    blind = [name for name, wrong in seen.items() if wrong == NOT_SEEN]
+    blind = [name for name, wrong in seen.items() if wrong == doctor_rank.NOT_SEEN]
     closed = [name for name, wrong in seen.items() if wrong and name not in blind]
     flag, first = f"--output_dir {output_dir}", hosts[0].name
     if closed:
@@ -246,14 +244,14 @@ def explain_output(hosts: Sequence[HostReport], trial: Trial, output_dir: str) -
 def group_results(hosts: Sequence[HostReport], trial: Trial) -> list[GroupResult]:
     """Results of every group whose ranks have all measured, by kind, with the hosts of each."""
     found = [group for _, report in sorted(trial.ranks.items()) for group in report.groups]
-    found.sort(key=lambda group: get_args(GroupKind).index(group.kind))
+    found.sort(key=lambda group: get_args(doctor_rank.GroupKind).index(group.kind))
     places = {host.first_rank + index: host.name for host in hosts for index in range(host.slots)}
     where = (list(dict.fromkeys(places[rank] for rank in group.ranks)) for group in found)
     return [group.model_copy(update={"hosts": names}) for group, names in zip(found, where, strict=True)]
 
 
 def explain_trial(hosts: Sequence[HostReport], layout: ParallelConfig, trial: Trial, *, limit: float) -> list[Finding]:
-    """Why ranks did not finish; empty if all did."""
+    """Find out why ranks did not finish; empty if all did."""
     ranks_of = {host.name: range(host.first_rank, host.first_rank + host.slots) for host in hosts}
     failed = [report.failed for report in trial.ranks.values() if report.failed is not None]
     reason = failed[0] if failed else f"not finished in {limit:.0f} s" if trial.status is None else ""
@@ -290,3 +288,206 @@ def judge_groups(results: Sequence[GroupResult]) -> list[Finding]:
             message = f"{name} ({where}) has {share:.0%} of the bandwidth of the others"
             findings.append(warning("slow_group", result.hosts, message, "compare the hosts' links and cards"))
     return findings
+
+
+# Comparing hosts ------------------------------------------------------------------------------------------------------
+#
+# A value is wrong if it differs from that of most hosts, where the first host decides a tie. So the odd host is named,
+# and not all the others.
+
+
+def compare_hosts(hosts: Sequence[HostReport], *, max_skew: float) -> list[Finding]:
+    """All findings about the answers. max_skew: seconds that a clock may be off."""
+    return [
+        *compare_machines(hosts),
+        *(finding for host, answer in doctor_rank.answering(hosts) for finding in _look_at(host, answer, hosts)),
+        *compare_clocks(hosts, max_skew=max_skew),
+    ]
+
+
+# The values of most hosts ---------------------------------------------------------------------------------------------
+
+
+def odd_hosts(
+    hosts: Sequence[HostReport], value_of: Callable[[MachineRecord], str]
+) -> Iterator[tuple[str, list[str], str, list[str]]]:
+    """(a value, the hosts that have it, the value of most hosts, and those hosts) for each value that is not the usual
+    one. Of two that are equally frequent the first one is usual."""
+    names: dict[str, list[str]] = {}
+    for host, answer in doctor_rank.answering(hosts):
+        names.setdefault(value_of(answer.machine), []).append(host.name)
+    usual = max(names, key=lambda value: len(names[value]), default="")
+    return ((value, where, usual, names[usual]) for value, where in names.items() if value != usual)
+
+
+def compare_machines(hosts: Sequence[HostReport]) -> Iterator[Finding]:
+    """Find what differs between hosts: versions of Python, packages and torch's build, code of the same version, kinds
+    of GPUs; and names of one machine, by which it would be used twice."""
+
+    def differs(
+        kind: Callable[..., Finding],
+        code: str,
+        title: str,
+        value_of: Callable[[MachineRecord], str],
+        fix: str,
+        among: Sequence[HostReport] = hosts,
+    ) -> Iterator[Finding]:
+        for value, where, usual, others in odd_hosts(among, value_of):
+            here, there = enumerate_names(where), enumerate_names(others)
+            yield kind(code, where, f"{title} is {value} on {here}", fix, f"{usual} on {there}")
+
+    for name in _COMPARED:
+        kind, fix = error if name in _STRICT else warning, f"install the same {name} on every host"
+        yield from differs(kind, "version", name, lambda machine, name=name: machine.versions.get(name, "none"), fix)  # type: ignore[misc]
+    other = [where for _, where, *_ in odd_hosts(hosts, lambda machine: machine.versions.get(_PACKAGE, "none"))]
+    same = [host for host in hosts if not any(host.name in where for where in other)]
+    code, fix = f"the code of {_PACKAGE} (hash of its files)", "update its checkout or installation there"
+    yield from differs(error, "source", code, lambda machine: machine.source_hash, fix, same)
+    on_gpus = [host for host, answer in doctor_rank.answering(hosts) if answer.machine.gpus]
+    fix = "install the same build of torch on every host"
+    yield from differs(error, "cuda_version", "torch's CUDA", lambda machine: str(machine.cuda), fix, on_gpus)
+    yield from differs(error, "nccl_version", "NCCL", lambda machine: str(machine.nccl), fix, on_gpus)
+    kind = error if len(on_gpus) < len(doctor_rank.answering(hosts)) else warning
+    fix = "keep the hosts of one kind; where torch sees no GPU, look at nvidia-smi and CUDA_VISIBLE_DEVICES"
+    yield from differs(kind, "gpus_differ", "the kind of GPU", kind_of_gpus, fix)
+    machines: dict[str, list[str]] = {}
+    for host, answer in doctor_rank.answering(hosts):
+        machines.setdefault(answer.machine.id, []).append(host.name)
+    for twice in (names for names in machines.values() if len(names) > 1):
+        fix = "keep one line for it in the hostfile, with all its slots"
+        yield error("same_machine", twice, f"{enumerate_names(twice)} are one machine", fix)
+
+
+def count_gpus(machine: MachineRecord) -> str:
+    """The number of GPUs of each kind, in words."""
+    counts = Counter(gpu.name for gpu in machine.gpus)
+    return ", ".join(f"{number} x {name}" for name, number in sorted(counts.items())) or NO_GPU
+
+
+def kind_of_gpus(machine: MachineRecord) -> str:
+    """The names of its kinds of GPUs."""
+    return " and ".join(sorted({gpu.name for gpu in machine.gpus})) or NO_GPU
+
+
+def compare_clocks(hosts: Sequence[HostReport], *, max_skew: float) -> Iterator[Finding]:
+    """Clocks that are certainly off by more than `max_skew` seconds."""
+    for host in hosts:
+        if host.clock is not None and abs(host.clock.skew) - host.clock.margin > max_skew:
+            direction = "ahead of" if host.clock.skew > 0 else "behind"
+            value = f"{host.name}: its clock is {abs(host.clock.skew):.1f} s {direction} this machine's"
+            fix = "let chrony or systemd-timesyncd set it; until then, times in logs and of files mislead"
+            yield warning("clock", [host.name], value, fix)
+
+
+def _look_at(host: HostReport, answer: doctor_rank.HostAnswer, hosts: Sequence[HostReport]) -> Iterator[Finding]:
+    """Find what is wrong with a host by itself, or for the ranks that it runs."""
+    machine, name, ranks = answer.machine, host.name, count_text(host.slots, "rank")
+    num_ranks, here = sum(one.slots for one in hosts), [host.name]
+    for finding in judge_machine(machine):
+        yield finding.model_copy(update={"hosts": here, "value": f"{name}: {finding.value}"})
+    if machine.gpus and host.slots > len(machine.gpus):
+        value = f"{name}: {ranks} for {count_text(len(machine.gpus), 'GPU')}"
+        yield error("too_few_gpus", here, value, f"write slots={len(machine.gpus)} for it")
+    if not machine.gpus and host.slots > machine.num_cores:
+        value = f"{name}: {ranks} on {count_text(machine.num_cores, 'core')}"
+        yield warning("cores", here, value, f"write slots={machine.num_cores} or less for it")
+    if host.slots > 1 and machine.shm_bytes < _LEAST_SHM:
+        fix = "ranks of one host share memory there; start a container with --shm-size=1g or --ipc=host"
+        yield warning("shm", here, f"{name}: /dev/shm has {bytes_in_words(machine.shm_bytes)} free", fix)
+    wanted = _FILES_PER_RANK * num_ranks + _FILES_BESIDE
+    if machine.nofile is not None and machine.nofile < wanted:
+        value, expected = f"{name}: a process may open {machine.nofile} files", f"{num_ranks} ranks need {wanted}"
+        yield warning("nofile", here, value, f"ulimit -n {wanted}, or nofile in /etc/security/limits.conf", expected)
+    if machine.infiniband and machine.memlock is not None:
+        value = f"{name}: a process may lock only {bytes_in_words(machine.memlock)} of memory"
+        expected = f"InfiniBand ({', '.join(machine.infiniband)}) locks its buffers"
+        yield warning("memlock", here, value, "ulimit -l unlimited, or memlock in /etc/security/limits.conf", expected)
+    if answer.output_free_bytes is not None and answer.output_free_bytes < _LITTLE_SPACE:
+        value = f"{name}: {bytes_in_words(answer.output_free_bytes)} free where --output_dir is"
+        yield warning("disk", here, value, "free some space: a save that does not fit ends the run")
+    # gloo listens on the address that the host's own name resolves to. NCCL looks for an interface itself.
+    is_named = len(hosts) == 1 or machine.variables.get("GLOO_SOCKET_IFNAME")
+    if not is_named and all(map(is_loopback, machine.name_addresses)):
+        addresses = ", ".join(machine.name_addresses)
+        found = f"resolves to {addresses}, which other hosts cannot reach" if addresses else "does not resolve there"
+        fix = f"give {machine.host} its real address in its /etc/hosts, or set GLOO_SOCKET_IFNAME"
+        kind = warning if machine.gpus else error
+        yield kind("loopback_name", here, f"{name}: its own name, {machine.host}, {found}", fix)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an address is only valid within its host, like Debian's 127.0.1.1 for the host's own name."""
+    return ipaddress.ip_address(address).is_loopback
+
+
+# As text --------------------------------------------------------------------------------------------------------------
+
+
+ODD_MARK = "*"
+
+
+def report_text(report: DoctorReport) -> str:
+    """The whole report, to print."""
+    layout, num_hosts = report.layout, count_text(len(report.hosts), "host")
+    sizes = f"tensor {layout.tensor_parallel} x pipeline {layout.pipeline_parallel} x data {layout.data_parallel}"
+    ranks = f"{count_text(layout.num_ranks, 'rank')} = {sizes}"
+    meeting = f"{f'{layout.backend}, ' if layout.backend else ''}meeting at {layout.master_host}:{layout.master_port}"
+    findings = [line for one in report.findings for line in (f"{one.status}: {one.message}", f"  fix: {one.fix}")]
+    warnings = count_text(report.num_warnings, "warning") if report.num_warnings else ""
+    if report.verdict == "ready":
+        verdict = f"ready, {num_hosts}, {count_text(layout.num_ranks, 'rank')}{f' ({warnings})' if warnings else ''}"
+    else:
+        verdict = f"not ready: {count_text(report.num_errors, 'error')}{f', {warnings}' if warnings else ''}"
+    tables = (host_table(report.hosts), group_table(report.groups))
+    parts = ([f"{num_hosts} (by {report.launcher}), {ranks}, {meeting}"], *tables, [report.skipped or ""], findings)
+    return "\n\n".join("\n".join(map(printable, lines)) for lines in (*parts, [f"verdict: {verdict}"]) if any(lines))
+
+
+_SAME: tuple[tuple[str, Callable[[MachineRecord], str]], ...] = (  # values that should be the same on all hosts
+    ("python", lambda machine: machine.versions.get("python", "-")),
+    ("torch", lambda machine: "broken" if machine.torch_error else machine.versions.get("torch", "-")),
+    ("deepspeed", lambda machine: machine.versions.get("deepspeed", "-")),
+    ("transformers", lambda machine: machine.versions.get("transformers", "-")),
+    ("tiedlora", lambda machine: f"{machine.versions.get('megatron_tiedlora', '-')} {machine.source_hash[:6]}"),
+    ("GPUs", count_gpus),
+    ("cores", lambda machine: str(machine.num_cores)),
+)
+
+
+def host_table(hosts: Sequence[HostReport]) -> list[str]:
+    """A row for each host; a value that differs from that of most hosts is marked."""
+    odd = {title: {name for _, where, *_ in odd_hosts(hosts, value) for name in where} for title, value in _SAME}
+    rows = [["host", "ranks", *odd, "memory free", "clock"]]
+    for host in hosts:
+        row = [host.name, str(host.slots)]
+        if host.answer is None:
+            rows.append([*row, "no answer"])
+            continue
+        machine, clock = host.answer.machine, "-"
+        row += [value(machine) + (ODD_MARK if host.name in odd[title] else "") for title, value in _SAME]
+        row.append(f"{bytes_in_words(machine.free_memory_bytes)} of {bytes_in_words(machine.memory_bytes)}")
+        if host.clock is not None:
+            sign = "-" if host.clock.skew < 0 else "+"
+            clock = f"{sign}{messages.time_text(abs(host.clock.skew))} +-{messages.time_text(host.clock.margin)}"
+        rows.append([*row, clock])
+    return [*aligned_lines(rows, align="<"), *([f"{ODD_MARK} differs from most hosts"] if any(odd.values()) else [])]
+
+
+def group_table(groups: Sequence[GroupResult]) -> list[str]:
+    """A row for each kind of group, with its slowest group and that group's hosts."""
+    rows = [["all-reduce", "groups x ranks", "bytes", "time", "bus bandwidth", "slowest group"]]
+    for kind in dict.fromkeys(group.kind for group in groups):
+        of_kind = [group for group in groups if group.kind == kind]
+        slowest = min(of_kind, key=lambda group: group.bus_bytes_per_second)
+        ranks = ", ".join(map(str, slowest.ranks[:8])) + (" ..." if len(slowest.ranks) > 8 else "")
+        rows.append(
+            [
+                kind,
+                f"{len(of_kind)} x {len(slowest.ranks)}",
+                f"{slowest.num_bytes / 1e6:.3g} MB",
+                messages.time_text(slowest.seconds),
+                f"{slowest.bus_bytes_per_second / 1e9:.3g} GB/s",
+                f"ranks {ranks} on {enumerate_names(slowest.hosts)}",
+            ]
+        )
+    return aligned_lines(rows, align="<") if groups else []

@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from megatron_tiedlora.base.files import seen_late
 from megatron_tiedlora.base.messages import first_line
 from megatron_tiedlora.base.output_folder import nearest_existing
-from megatron_tiedlora.base.text_files import seen_late
 from megatron_tiedlora.parallel.groups import Grid
 from megatron_tiedlora.runtime.launch_env import rank_number
 from megatron_tiedlora.runtime.machine import Finding, MachineRecord, Record, machine_record
@@ -55,7 +55,7 @@ class Clock(Record):
 
 
 class HostAnswer(Record):
-    """What a host's first rank reports about its host, before anything can fail.
+    """The report of a host's first rank about its host, before anything can fail.
 
     Attributes:
         output_free_bytes: free space where the job writes; None if the doctor was not told.
@@ -98,7 +98,7 @@ class ParallelConfig(Record):
 
 
 class Order(Record):
-    """What the ranks are to do.
+    """The task of the ranks.
 
     Attributes:
         first_ranks: of each host, which report about it.

@@ -14,11 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from megatron_tiedlora.base.files import read_small_text
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.ownership import START_ID
-from megatron_tiedlora.base.text_files import read_small_text
-from megatron_tiedlora.config.hosts import RANK_VARIABLES, Host, num_ranks
-from megatron_tiedlora.runtime.launch_env import EXPECTED_RANKS
+from megatron_tiedlora.runtime.launch_env import EXPECTED_RANKS, RANK_VARIABLES, Host, num_ranks
 
 Route = Literal["ssh", "srun", "local"]  # how a launcher reaches the hosts
 
@@ -33,7 +32,7 @@ EXPORTS = ("NCCL", "PYTHON", "UCX", "MV2")  # names that begin so go to the othe
 
 @dataclass(frozen=True)
 class Job:
-    """What to run, and where.
+    """A program to run, and the hosts and the launcher to run it.
 
     Attributes:
         program: what Python runs in each rank: a script by its absolute path, or `-m` and a module.

@@ -18,18 +18,18 @@ from typing import Any, NamedTuple
 
 import psutil
 
-from megatron_tiedlora.base.extras import require_extra
-from megatron_tiedlora.base.messages import UserError, aligned_lines, count_text, one_line, os_errors, show
+from megatron_tiedlora.base import messages
+from megatron_tiedlora.base.files import read_json_or_none, seen_late
+from megatron_tiedlora.base.messages import UserError, aligned_lines, count_text, os_errors, require_extra, show
 from megatron_tiedlora.base.ownership import OWNER_FILE, Token, owner_in_words, read_token
-from megatron_tiedlora.base.text_files import read_json_or_none, seen_late
 from megatron_tiedlora.checkpoint.resume import LATEST_FILE
 from megatron_tiedlora.cluster.launchers import Job, Route, StartPlan, plan_start
 from megatron_tiedlora.config.batch import plan_batches
-from megatron_tiedlora.config.hosts import Host, expand_nodelist, read_hostfile, slurm_hosts, started_program
-from megatron_tiedlora.config.launch_settings import LaunchCommand, LaunchSettings
+from megatron_tiedlora.config.job_settings import LaunchCommand, LaunchSettings
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.parallel.groups import Grid
-from megatron_tiedlora.runtime.launch_env import visible_gpus
+from megatron_tiedlora.runtime import launch_env
+from megatron_tiedlora.runtime.launch_env import Host, expand_nodelist, started_program, visible_gpus
 from megatron_tiedlora.runtime.run_folder import RunFolder, choose_run_folder
 from megatron_tiedlora.runtime.stopping import StopSignals, alive
 
@@ -102,7 +102,7 @@ def _run(job: Job, command: LaunchCommand, folder: RunFolder, signals: StopSigna
 
 
 def _say_what_may_be_left(job: Job, folder: RunFolder) -> None:
-    """How to end ranks that the launcher may have left on other hosts."""
+    """Say how to end ranks that the launcher may have left on other hosts."""
     if job.route == "srun":
         say(f"ranks that still run end with: scancel {os.environ.get('SLURM_JOB_ID', 'JOB')}")
     if job.route == "ssh":
@@ -124,7 +124,7 @@ def choose_hosts(settings: LaunchSettings, environment: Mapping[str, str]) -> tu
     auto = "srun" if in_slurm and settings.hostfile is None else "deepspeed"
     launcher = auto if settings.launcher == "auto" else settings.launcher
     if settings.hostfile is not None:
-        hosts = read_hostfile(settings.hostfile)
+        hosts = launch_env.read_hostfile(settings.hostfile)
         if (wanted := settings.num_gpus) is not None:
             if short := [host for host in hosts if host.slots < wanted]:
                 slots = count_text(short[0].slots, "slot")
@@ -137,7 +137,7 @@ def choose_hosts(settings: LaunchSettings, environment: Mapping[str, str]) -> tu
         if settings.num_gpus is not None and (nodes := environment.get("SLURM_JOB_NODELIST")):
             return launcher, "srun", tuple(Host(name, settings.num_gpus) for name in expand_nodelist(nodes))
         own = {name: value for name, value in environment.items() if name != "SLURM_PROCID"}
-        return launcher, "srun", slurm_hosts(own)
+        return launcher, "srun", launch_env.slurm_hosts(own)
     return launcher, "local", (Host("localhost", settings.num_gpus or len(visible_gpus()) or 1),)
 
 
@@ -168,7 +168,7 @@ def make_job(settings: LaunchSettings, environment: Mapping[str, str]) -> Job:
 
 
 def new_port(settings: LaunchSettings) -> int:
-    """Where the ranks of the next start meet: --master_port, or a random one, as the last one may still be in use."""
+    """The port of the next start's rendezvous: --master_port, or a random one, as the last one may still be in use."""
     return settings.master_port or _FIRST_PORT + secrets.randbelow(_NUM_PORTS)
 
 
@@ -282,7 +282,7 @@ class RunningJob:
 
 
 def _read(process: psutil.Process, name: str) -> Any:
-    """What the method `name` says of a process; None if it is gone."""
+    """Call the method `name` of a process; None if the process is gone."""
     with suppress(psutil.Error):
         return getattr(process, name)()
 
@@ -401,7 +401,7 @@ class StatusFile:
 
 
 def stamp(file: Path) -> Stamp | None:
-    """What changes when a file is written or replaced; None if it is not there."""
+    """Values that change when a file is written or replaced; None if it is not there."""
     try:
         stat = file.stat()
     except OSError:
@@ -433,7 +433,7 @@ def judge(
             why = f"{path} does not say how this start ended"
         return Verdict(failed, f"{why}; {ended}")
     state, step, reason = content.get("state"), content.get("step"), content.get("reason")
-    line = one_line(f"{path}: {state} at step {step} ({reason})")
+    line = messages.one_line(f"{path}: {state} at step {step} ({reason})")
     if state == "finished" or (state == "stopped" and passed_on):
         return Verdict(0, line, str(state))
     return Verdict(failed, f"{line}; {ended}", str(state))

@@ -11,18 +11,10 @@ from xml.etree.ElementTree import Element, ElementTree
 
 import torch
 
-from megatron_tiedlora.base.extras import require_extra
-from megatron_tiedlora.base.messages import UserError, show
+from megatron_tiedlora.base.messages import UserError, require_extra, show
 from megatron_tiedlora.config.tool_settings import CHECK_PARTS, CheckGpuSettings
-from megatron_tiedlora.selfcheck.parts import (
-    part_command,
-    part_environment,
-    part_lines,
-    run_part,
-    summary_lines,
-    verdicts,
-    why_no_gpu,
-)
+from megatron_tiedlora.selfcheck import parts
+from megatron_tiedlora.selfcheck.parts import part_command, part_environment, part_lines, run_part, summary_lines
 
 # Seconds of 8 minutes for each part; what a part does not use goes to the next one.
 SHARES = dict(zip(CHECK_PARTS, (50, 35, 85, 95, 50, 35, 30, 100), strict=True))
@@ -36,15 +28,15 @@ def main(settings: CheckGpuSettings) -> int:
         if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, _leave)
     require_extra("check")
-    parts = [part for part in SHARES if settings.parts is None or part in settings.parts]
+    chosen = [part for part in SHARES if settings.parts is None or part in settings.parts]
     missing, num_gpus = None, 0
     if settings.device == "cuda":
-        missing, num_gpus = why_no_gpu(), torch.cuda.device_count()
-        parts = parts if missing is None else ["env"]
-    limits = part_limits(parts, settings.minutes, num_gpus=num_gpus)
+        missing, num_gpus = parts.why_no_gpu(), torch.cuda.device_count()
+        chosen = chosen if missing is None else ["env"]
+    limits = part_limits(chosen, settings.minutes, num_gpus=num_gpus)
     where = f"{num_gpus} GPUs of {socket.gethostname()}" if settings.device == "cuda" else settings.device
     minutes, now = sum(limits.values()) / 60, time.strftime("%Y-%m-%d %H:%M:%S %z")
-    about = f"{settings.model} on {where}; {', '.join(parts)} in at most {minutes:.1f} minutes from {now}"
+    about = f"{settings.model} on {where}; {', '.join(chosen)} in at most {minutes:.1f} minutes from {now}"
     head = ["# check-gpu", "", about, ""]
     suites: list[Element] = []
     _write(settings.output, [*head, "No part has ended yet."], suites)
@@ -64,15 +56,15 @@ def main(settings: CheckGpuSettings) -> int:
     if missing is not None:
         show(f"no GPU, so only env was run: {missing}", file=sys.stderr)
         return NO_GPU_STATUS
-    return int(verdicts(suites)["failed"] > 0)
+    return int(parts.verdicts(suites)["failed"] > 0)
 
 
-def part_limits(parts: Sequence[str], minutes: float | None, *, num_gpus: int) -> dict[str, float]:
-    """Seconds for each part: shares of `minutes` for all of `parts`, or of the command's default time."""
+def part_limits(chosen: Sequence[str], minutes: float | None, *, num_gpus: int) -> dict[str, float]:
+    """Seconds for each part: `minutes`, or the default time, divided over the parts in proportion to SHARES."""
     shares = {**SHARES, "ranks": RANKS_OF_SEVERAL} if num_gpus > 1 else SHARES
     seconds = sum(shares.values()) if minutes is None else 60 * minutes
-    given = sum(shares[part] for part in parts)
-    return {part: seconds * shares[part] / given for part in parts}
+    given = sum(shares[part] for part in chosen)
+    return {part: seconds * shares[part] / given for part in chosen}
 
 
 def _write(folder: Path, page: Sequence[str], suites: Sequence[Element]) -> None:

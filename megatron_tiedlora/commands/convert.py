@@ -8,28 +8,14 @@ from typing import Any
 
 from megatron_tiedlora.base.messages import UserError, count_text, show, user_path
 from megatron_tiedlora.base.output_folder import new_output, reject_existing
+from megatron_tiedlora.base.shapes import PRESETS
 from megatron_tiedlora.checkpoint.base_weights import write_random_model
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import DTYPES
-from megatron_tiedlora.config.presets import PRESETS
-from megatron_tiedlora.config.tool_settings import (
-    ConvertNemoSettings,
-    ExportSettings,
-    ImportSettings,
-    MergeSettings,
-    RandomModelSettings,
-    VerifySettings,
-    adapter_flags,
-)
-from megatron_tiedlora.convert.export_peft import (
-    Export,
-    base_location,
-    base_name,
-    export_all,
-    export_peft,
-    find_adapters,
-    serve_hints,
-)
+from megatron_tiedlora.config import adapter_settings
+from megatron_tiedlora.config.adapter_settings import adapter_flags
+from megatron_tiedlora.config.tool_settings import ConvertNemoSettings, RandomModelSettings
+from megatron_tiedlora.convert import export_peft
 from megatron_tiedlora.convert.inputs import check_base
 from megatron_tiedlora.convert.merge import merge_adapter
 from megatron_tiedlora.convert.nemo import convert_nemo
@@ -38,7 +24,7 @@ from megatron_tiedlora.convert.verify import verify_export
 from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests, exit_status
 
 
-def merge(settings: MergeSettings) -> int:
+def merge(settings: adapter_settings.MergeSettings) -> int:
     """Merge an adapter into its base model; returns the exit status."""
     output, stop = settings.output, StopRequests(launchers=[])
     reject_existing(output, flag=f"--output {output}")
@@ -74,14 +60,14 @@ def merge(settings: MergeSettings) -> int:
     return 0
 
 
-def export(settings: ExportSettings) -> int:
+def export(settings: adapter_settings.ExportSettings) -> int:
     """Export one or more adapters to PEFT; returns the exit status."""
 
-    def show_serving(source: ModelSource, exports: Mapping[str, Export]) -> None:
-        named = settings.base_name or base_name(source)
-        show(*serve_hints(exports, base_location(source), source.shape, named=named))
+    def show_serving(source: ModelSource, exports: Mapping[str, export_peft.Export]) -> None:
+        named = settings.base_name or export_peft.base_name(source)
+        show(*export_peft.serve_hints(exports, export_peft.base_location(source), source.shape, named=named))
 
-    output, adapters = settings.output, find_adapters(settings.adapter)
+    output, adapters = settings.output, export_peft.find_adapters(settings.adapter)
     chosen: dict[str, Any] = {
         "pad_rank_to": settings.pad_rank_to,
         "dtype": DTYPES[settings.dtype],
@@ -90,7 +76,7 @@ def export(settings: ExportSettings) -> int:
         "new": partial(new_output, take_over=settings.take_over),
     }
     if len(settings.adapter) > 1 or adapters != [user_path(settings.adapter[0])]:
-        of_bases = export_all(adapters, settings.model, output, say=_show_note, options=chosen)
+        of_bases = export_peft.export_all(adapters, settings.model, output, say=_show_note, options=chosen)
         show(f"exported {count_text(len(adapters), 'adapter')}: {output}")
         for source, exports in of_bases:
             show_serving(source, exports)
@@ -99,14 +85,16 @@ def export(settings: ExportSettings) -> int:
     (given,) = settings.adapter
     opened = open_adapter(given, settings.model, kind="native")
     source = opened.source
-    exported = export_peft(source, opened.adapter, output, native=user_path(given), say=_show_note, **chosen)
-    show(f"exported {given} as LoRA of rank {exported.rank} on {base_location(source)}: {output}")
+    exported = export_peft.export_peft(
+        source, opened.adapter, output, native=user_path(given), say=_show_note, **chosen
+    )
+    show(f"exported {given} as LoRA of rank {exported.rank} on {export_peft.base_location(source)}: {output}")
     show_serving(source, {"tied": exported})
     show(f"check it with: tiedlora verify {adapter_flags(given, settings)} --peft {shlex.quote(str(output))}")
     return 0
 
 
-def import_adapter(settings: ImportSettings) -> int:
+def import_adapter(settings: adapter_settings.ImportSettings) -> int:
     """Write a PEFT adapter as a native one; returns the exit status."""
     output = settings.output
     opened = import_peft(
@@ -125,7 +113,7 @@ def import_adapter(settings: ImportSettings) -> int:
     return 0
 
 
-def verify(settings: VerifySettings) -> int:
+def verify(settings: adapter_settings.VerifySettings) -> int:
     """Check exports of an adapter; returns the exit status: 1 if any differ."""
     opened = open_adapter(settings.adapter, settings.model, differs=settings.base_differs)
     base = check_base(opened.source, opened.adapter, uses_tokenizer=False, differs=settings.base_differs)

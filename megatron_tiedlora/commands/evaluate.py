@@ -13,9 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_tiedlora.base.extras import require_extra
-from megatron_tiedlora.base.messages import show
-from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
+from megatron_tiedlora.base.messages import require_extra, show
+from megatron_tiedlora.config.adapter_settings import EvaluateSettings
 from megatron_tiedlora.runtime.launch_env import prepare_environment, rank_and_world_size
 
 if TYPE_CHECKING:
@@ -89,9 +88,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
     if output is None:
         return
     stop.raise_if_requested()
-    found = {
-        name: (own, answers[name], score_answers(own.task.metrics, answers[name])) for name, own in plans.items()
-    }
+    found = {name: (own, answers[name], score_answers(own.task.metrics, answers[name])) for name, own in plans.items()}
     with stop.deferred():  # this takes a moment, and is then done
         write_results(found, output)
     show(*score_table(found, output.path))

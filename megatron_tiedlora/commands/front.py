@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
 
-from megatron_tiedlora.base.extras import __version__
-from megatron_tiedlora.base.messages import aligned_lines, nearest_name, show
+from megatron_tiedlora.base.messages import __version__, aligned_lines, nearest_name, show
 
 _LOCAL_RANK = ("--local_rank", "--local-rank")
 PROGRAM = "tiedlora"
@@ -24,7 +23,7 @@ class Command:
 
     Attributes:
         main: its function of commands/, as MODULE:NAME, which takes the settings and returns the exit status.
-        settings: what of config/ reads its command line: a class of settings, or a function of the words.
+        settings: reads its command line, as MODULE:NAME of config/: a class of settings, or a function of the words.
         about: the line in the list of `tiedlora --help`.
         script: the script that does the same, or '' if there is none.
         is_rank: whether a launcher starts it as several ranks, of which one reports an error for all.
@@ -41,32 +40,32 @@ class Command:
 COMMANDS = (
     Command("train", "train:main", "settings:Settings",
             "fine-tune a model, as one process or a rank of many", "launch/train.py", is_rank=True),
-    Command("run", "jobs:run", "launch_settings:parse_launch",
+    Command("run", "jobs:run", "job_settings:parse_launch",
             "start `train` on GPUs and hosts, watch it, and say how it ended", "launch/run.py"),
-    Command("evaluate", "evaluate:main", "evaluate_settings:EvaluateSettings",
+    Command("evaluate", "evaluate:main", "adapter_settings:EvaluateSettings",
             "answer a task's held-out rows and score them", "launch/evaluate.py", is_rank=True),
-    Command("sweep", "jobs:sweep", "sweep_settings:parse_sweep",
+    Command("sweep", "jobs:sweep", "job_settings:parse_sweep",
             "train methods x ranks x learning rates, and write tables", "launch/sweep.py"),
-    Command("doctor", "jobs:doctor", "launch_settings:DoctorSettings",
+    Command("doctor", "jobs:doctor", "job_settings:DoctorSettings",
             "examine the hosts of a job before it starts", "launch/doctor.py"),
-    Command("plan", "jobs:plan", "plan_settings:parse_plan",
+    Command("plan", "jobs:plan", "job_settings:parse_plan",
             "find the fastest layout of a cluster before it is booked", "tools/plan.py"),
-    Command("merge", "convert:merge", "tool_settings:MergeSettings",
+    Command("merge", "convert:merge", "adapter_settings:MergeSettings",
             "merge an adapter into its base model", "tools/merge_adapter.py"),
-    Command("export", "convert:export", "tool_settings:ExportSettings",
+    Command("export", "convert:export", "adapter_settings:ExportSettings",
             "write an adapter as LoRA for PEFT, vLLM and others", "tools/export_peft.py"),
-    Command("import", "convert:import_adapter", "tool_settings:ImportSettings",
+    Command("import", "convert:import_adapter", "adapter_settings:ImportSettings",
             "read a PEFT LoRA or VeRA as a native adapter", "tools/import_peft.py"),
-    Command("verify", "convert:verify", "tool_settings:VerifySettings",
+    Command("verify", "convert:verify", "adapter_settings:VerifySettings",
             "check a merged folder or an export", "tools/verify_export.py"),
-    Command("index", "sharing:index", "tool_settings:IndexSettings",
+    Command("index", "jobs:index", "adapter_settings:IndexSettings",
             "index a folder of adapters; find, verify and compare them"),
-    Command("push", "sharing:push", "tool_settings:PushSettings", "publish a run's adapter on the Hugging Face hub"),
+    Command("push", "jobs:push", "adapter_settings:PushSettings", "publish a run's adapter on the Hugging Face hub"),
     Command("convert-nemo", "convert:convert", "tool_settings:ConvertNemoSettings",
             "convert GPT-2B-001 from its .nemo file", "tools/convert_nemo.py"),
     Command("check-gpu", "check_gpu:main", "tool_settings:CheckGpuSettings",
             "check what this machine's GPUs can do", "tools/check_gpu.py"),
-    Command("bench", "jobs:bench", "bench_settings:BenchSettings",
+    Command("bench", "jobs:bench", "tool_settings:BenchSettings",
             "measure a training step or decoding", "tools/bench_step.py", is_rank=True),
     Command("prepare-demo", "prepare_demo:main", "tool_settings:PrepareDemoSettings",
             "make the demo model (needs the extra demo)", "tools/prepare_demo.py"),
@@ -75,7 +74,7 @@ COMMANDS = (
     Command("env", "jobs:env", "tool_settings:EnvSettings", "versions, devices and variables, for a bug report"),
 )
 
-# What other tools call a command; what is in no table is guessed by its spelling.
+# Names that other tools have for a command. Any other unknown name is guessed by its spelling.
 _OTHER_NAMES = {
     **dict.fromkeys(("finetune", "fine-tune", "sft", "tune", "pt", "pretrain", "fit"), "train"),
     **dict.fromkeys(("launch", "torchrun", "deepspeed", "start"), "run"),
@@ -162,7 +161,7 @@ def call(name: str, argv: Sequence[str], **options: Any) -> int:
 
 
 def _of_package(where: str) -> Any:
-    """What is called so in this package, as MODULE:NAME."""
+    """Import MODULE:NAME of this package."""
     module, _, name = where.partition(":")
     return getattr(importlib.import_module(f"megatron_tiedlora.{module}"), name)
 

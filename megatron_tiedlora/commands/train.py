@@ -5,8 +5,8 @@
     tiedlora run --model meta-llama/Llama-2-7b-hf --adapters four.yaml            several adapters of one model
 """
 
-from megatron_tiedlora.base.extras import require_extra
-from megatron_tiedlora.config.presets import is_preset
+from megatron_tiedlora.base.messages import require_extra
+from megatron_tiedlora.base.shapes import is_preset
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.runtime.launch_env import prepare_environment, rank_and_world_size
 
@@ -20,7 +20,7 @@ def main(settings: Settings) -> int:
         require_extra("train")
     # Whether the files that flags name exist is known before the imports below, which take seconds.
     from megatron_tiedlora.checkpoint.sources import local_folder
-    from megatron_tiedlora.config.adapters_file import adapters_path
+    from megatron_tiedlora.config.cli import adapters_path
     from megatron_tiedlora.data.splits import check_files_exist
     from megatron_tiedlora.engine.engine_json import find_engine_json
 

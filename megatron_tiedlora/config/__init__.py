@@ -1,1 +1,1 @@
-"""Settings of every command (typed, frozen), the command line, presets of model shapes, and arithmetic on batches."""
+"""Settings of every command (typed, frozen), the command line, and arithmetic on batches."""

@@ -14,7 +14,7 @@ Part = TypeVar("Part")
 
 
 def filled(parts: Iterable[tuple[Part, float, float]]) -> Iterator[list[Part]]:
-    """Which parts go together, in their order: each joins the last ones if it fits.
+    """Group parts in their order: each joins the last ones if it fits.
 
     Args:
         parts: each with its size, and with the most that it may have together with those that join it; a larger one is
@@ -70,13 +70,13 @@ def plan_batches(
     """Divide `global_batch_size` samples over `data_parallel` ranks.
 
     Args:
-        micro_batch_size: rows per forward pass. None: the largest divisor of a rank's share that is at most
+        micro_batch_size: rows per forward pass. None: the largest divisor of a rank's samples that is at most
             `max_rows` and leaves `min_steps` accumulation steps, if there is one.
         max_rows: see `default_rows`.
-        min_steps: minimum accumulation steps with the default, if a rank's share is large enough.
+        min_steps: minimum accumulation steps with the default, if a rank has enough samples.
 
     Raises:
-        UserError: the batch is not a multiple of the other two numbers' product; names all three and the nearest ones.
+        UserError: the batch is not a multiple of the other two multiplied; names all three and the nearest ones.
     """
     unit = (micro_batch_size or 1) * data_parallel
     if global_batch_size % unit:

@@ -1,38 +1,38 @@
-"""Makes a command's settings from its command line and a YAML file. argparse reads, pydantic checks, the command line
-wins."""
+"""Makes a command's settings from its command line and YAML files, those of --config and of --adapters. argparse reads,
+pydantic checks, the command line wins."""
 
 from __future__ import annotations
 
 import argparse
 import itertools
 import os
+import re
 import select
 import signal
 import sys
 import types
 import typing
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
-from megatron_tiedlora.base.extras import missing_module
-from megatron_tiedlora.base.messages import UserError, show_messages, user_path
-from megatron_tiedlora.base.text_files import read_yaml_mapping
+from megatron_tiedlora.base import messages
+from megatron_tiedlora.base.files import read_yaml_list, read_yaml_mapping
+from megatron_tiedlora.base.messages import UserError, count_text, naming, show_messages, shown, user_path
 from megatron_tiedlora.config import fields
-from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
+from megatron_tiedlora.config.adapter_settings import EvaluateSettings, MergeSettings, PushSettings
 from megatron_tiedlora.config.other_names import unknown_names
-from megatron_tiedlora.config.tool_settings import MergeSettings, PushSettings
-from megatron_tiedlora.config.train_fields import TrainFields
+from megatron_tiedlora.config.settings import Settings, make_settings
 
 HUB_NAMES = "hub_names"  # in run.yaml: the ids of data and tokenizer that come from the hub
 TEMPLATE_HASH = "chat_template_sha256"  # in run.yaml: of the content of --chat_template
-# What a run's run.yaml has beside its settings. It is ignored, so that the file can be given to --config.
+# A run's run.yaml has these beside its settings. They are ignored, so that the file can be given to --config.
 RECORDED_NAMES = ("ranks", "versions", HUB_NAMES, TEMPLATE_HASH)
 RECORD_MARK = "versions"
 _TRUE_OR_FALSE = "{true,false}"
 # Commands whose settings have names in other tools. One that another command lacks is not taken for a slip there.
-_NAMED = (TrainFields, EvaluateSettings, MergeSettings, PushSettings)
+_NAMED = (Settings, EvaluateSettings, MergeSettings, PushSettings)
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -56,7 +56,7 @@ def reject_unknown(words: Sequence[str], *kinds: type[fields.CommandSettings], k
 
 
 def _metavar(annotation: Any, choices: Sequence[str] | None = None) -> str:
-    """How the help shows the values of a type, or its choices: `N`, `X[,X...]`, `{a,b}`, `N|auto`."""
+    """The values of a type, or its choices, as the help shows them: `N`, `X[,X...]`, `{a,b}`, `N|auto`."""
     arguments = typing.get_args(annotation)
     if typing.get_origin(annotation) is Annotated:
         return _metavar(arguments[0], choices)
@@ -99,15 +99,15 @@ def build_parser(kind: type[fields.CommandSettings]) -> CommandParser:
         help_text = (field.description or "") + (f" [{default}]" if default else "")
         keywords.update(help=help_text.replace("%", "%%"))
         if not own.positional:
-            # Of a command with groups a file may have the value.
+            # For a command with groups, a file may have the value.
             keywords.update(dest=name, required=field.is_required() and not groups)
-        words = name if own.positional else fields.flag_word(name, kind)
+        words = name if own.positional else f"--{own.flag or name}"
         (groups[own.group] if groups else parser).add_argument(words, **keywords)
     return parser
 
 
 def parse_words(argv: Sequence[str], kind: type[fields.CommandSettings]) -> dict[str, Any]:
-    """The settings of a command line by name, and `config`, as texts. Raises UserError for words that are none."""
+    """The settings of a command line by name, and `config`, as texts. Raises UserError for unknown words."""
     parser = build_parser(kind)
     known = [option for action in parser._actions for option in action.option_strings]
     # Before argparse says which flag is missing: an unknown one may be what the user calls it.
@@ -134,8 +134,8 @@ def split_words(
     """
     own, rest = build_parser(kind).parse_known_args(list(argv))
     words = [*rest, *more]
-    theirs, unknown = build_parser(TrainFields).parse_known_args(words)
-    names = (*kind.model_fields, *(name for name in TrainFields.model_fields if name not in without))
+    theirs, unknown = build_parser(Settings).parse_known_args(words)
+    names = (*kind.model_fields, *(name for name in Settings.model_fields if name not in without))
     reject_unknown(unknown, kind, known=[f"--{name}" for name in names])
     if (config := vars(own).pop("config")) is not None:
         theirs.config, words = config, ["--config", config, *words]
@@ -218,7 +218,7 @@ def run_command(
             raise
         status = 128 + signal.SIGPIPE
     except (UserError, ModuleNotFoundError) as raised:
-        error = raised if isinstance(raised, UserError) else missing_module(raised)
+        error = raised if isinstance(raised, UserError) else messages.missing_module(raised)
         if error is None:
             raise
         if reports():
@@ -245,3 +245,147 @@ def _reader_is_gone() -> bool:
         pass
     os.dup2(os.open(os.devnull, os.O_WRONLY), output.fileno())
     return True
+
+
+# The file of --adapters -----------------------------------------------------------------------------------------------
+#
+# It is a YAML list with a name and the own settings of each adapter of a run.
+#
+#     - name: support
+#       train_file: support.jsonl
+#       rank: 4
+#     - name: legal
+#       train_file: legal.jsonl
+#       learning_rate: 1e-4
+#
+# What an entry leaves out is what the command line says. Settings that are not in `PER_ADAPTER` hold for all of them.
+# An entry's `output_dir` is its run folder, in place of RUN/NAME.
+
+PER_ADAPTER = frozenset(fields.marked(Settings, per_adapter=True))
+# It names a folder inside the run folder, on any file system.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
+# Beside the folders of the adapters; a run of one adapter has `adapter`.
+_FILES_OF_RUN = ("adapter", "logs", "profile", "adapters.yaml", "table.csv", "run_status.json")
+RUN_OF_ALL = "the run of all"  # its name beside those of adapters, which have no blanks
+# Settings of the run of all that none of them has itself.
+OF_ALL = fields.marked(Settings, of_group=True)
+
+
+def read_adapters(path: str, given: Settings) -> dict[str, Settings]:
+    """The settings of each adapter in a file, by name, in the file's order.
+
+    Args:
+        given: the command line's settings. Those that were given there hold unless an entry says otherwise.
+
+    Raises:
+        UserError: the file, the entry and the setting that is wrong.
+    """
+    check_together(given)
+    shared = {name: getattr(given, name) for name in given.model_fields_set if name not in OF_ALL}
+    found, taken = dict[str, Settings](), set[str]()
+    for number, entry in enumerate(read_yaml_list(adapters_path(path)), start=1):
+        name, own = _checked_entry(entry, f"{path}: entry {number}")
+        if name.lower() in _FILES_OF_RUN:
+            raise UserError(f"{path}: entry {number}: the run itself has a file {shown(name)}; give another name")
+        if name.lower() in taken:
+            raise UserError(f"{path}: entry {number}: the name {shown(name)} is taken by another; names are folders")
+        taken.add(name.lower())
+        with naming(f"{path}: {name}"):
+            found[name] = make_settings(Settings.combined(shared, own))
+    check_folders(path, {name: own.output_dir for name, own in found.items() if own.output_dir is not None})
+    if not found:
+        raise UserError(f"{path}: holds no adapter; write one entry for each, which begins with '- name: '")
+    _check_shared(path, found)
+    return found
+
+
+def adapters_path(given: str) -> Path:
+    """The file that --adapters names. Raises UserError if there is none."""
+    file = user_path(given)
+    if file.is_dir():
+        raise UserError(f"--adapters {given}: is a folder; give a YAML list. --init_from starts from an adapter")
+    if not file.is_file():
+        raise UserError(f"--adapters {given}: no such file")
+    return file
+
+
+def check_together(given: Settings) -> None:
+    """Raise UserError for settings of the command line that several adapters together cannot have."""
+    if given.resume not in ("none", "auto"):
+        raise UserError(f"--resume {given.resume}: each adapter has checkpoints of its own; give auto with --adapters")
+    if others := [name for name in given.report_to if name != fields.TENSORBOARD]:
+        raise UserError(f"--report_to {others[0]} is not implemented for --adapters; give {fields.TENSORBOARD} or none")
+
+
+def _checked_entry(entry: Any, where: str) -> tuple[str, dict[str, Any]]:
+    """(name, its own settings) of an entry."""
+    if not isinstance(entry, dict):
+        raise UserError(f"{where}: expected 'name: value' lines, found a {type(entry).__name__}")
+    name = entry.get("name")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        problem = "has no name" if name is None else f"cannot be called {shown(name)}"
+        raise UserError(f"{where}: {problem}; give a name of letters, digits, '.', '_' and '-', at most 80 of them")
+    others = fields.names_elsewhere(Settings)
+    own = {key: value for key, value in entry.items() if key != "name"}
+    if unknown := unknown_names("setting", own.keys() - Settings.model_fields.keys(), PER_ADAPTER, others):
+        raise UserError(f"{where} ({name}): {unknown}")
+    for key in own:
+        if key not in PER_ADAPTER:
+            raise UserError(
+                f"{where} ({name}): {key} cannot differ between the adapters of a run; give it on the command line"
+            )
+    return name, own
+
+
+def check_folders(path: str, output_dirs: Mapping[str, str]) -> None:
+    """Raise UserError if one of the folders, by name, is another's or lies in it.
+
+    In that of RUN_OF_ALL each adapter may have a folder, but not where the run has files.
+    """
+    given: dict[Path, str] = {}
+    for name, output_dir in output_dirs.items():
+        folder = Path(os.path.realpath(user_path(output_dir)))
+        if folder in given:
+            raise UserError(f"{path}: {name}: output_dir is that of {given[folder]}; give each a folder of its own")
+        given[folder] = name
+    for folder, name in given.items():
+        holder = next((parent for parent in folder.parents if parent in given), folder)
+        inside = folder.parts[len(holder.parts) :][:1]
+        if inside and given[holder] != RUN_OF_ALL:
+            where = f"that of {given[holder]}; give each a folder of its own"
+            raise UserError(f"{path}: {name}: output_dir lies in {where}")
+        if any(part.startswith(".") or part.lower() in _FILES_OF_RUN for part in inside):
+            where = f"{shown(inside[0])}, where the run itself has files"
+            raise UserError(f"{path}: {name}: output_dir lies in {where}; give another folder")
+
+
+def _check_shared(path: str, found: Mapping[str, Settings]) -> None:
+    """Raise UserError for a setting of all that differs by default, as the defaults of tasks do."""
+    (first, expected), *others = found.items()
+    for name, settings in others:
+        for field in Settings.model_fields:
+            if field not in PER_ADAPTER and getattr(settings, field) != getattr(expected, field):
+                of_first, of_other = (shown(getattr(one, field)) for one in (expected, settings))
+                raise UserError(
+                    f"{path}: {field} would be {of_first} for {first} and {of_other} for {name} by the defaults of"
+                    f" their tasks, but it holds for all {count_text(len(found), 'adapter')}; give --{field}"
+                )
+
+
+HALVING_REASON = "halving: "  # begins the reason for the end of an adapter that --halving stopped
+
+
+def rivals_of(settings: Mapping[str, Settings]) -> dict[str, tuple[str, ...]]:
+    """By each adapter's name the others that differ from it only in the learning rate, and in the folder."""
+    same = {name: own.model_dump_json(exclude={"learning_rate", "output_dir"}) for name, own in settings.items()}
+    return {name: tuple(other for other in same if other != name and same[other] == same[name]) for name in same}
+
+
+def check_halving(settings: Mapping[str, Settings]) -> None:
+    """Raise UserError if --halving has nothing to compare, or the best checkpoint is not chosen by the loss."""
+    rivals = rivals_of(settings)
+    if not any(rivals.values()):
+        raise UserError("--halving: no two adapters differ only in the learning rate; remove it")
+    for name, own in settings.items():
+        if rivals[name] and own.eval_metric != "loss":
+            raise UserError(f"{name}: --halving compares validation losses; remove --eval_metric {own.eval_metric}")

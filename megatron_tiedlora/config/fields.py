@@ -13,20 +13,12 @@ import shlex
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+import pydantic
+from pydantic import BaseModel, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from megatron_tiedlora.base.messages import UserError, as_given, nearest_name, shown, user_path
 from megatron_tiedlora.base.shapes import GATE_UP, QKV, TARGET_NAMES
@@ -46,7 +38,7 @@ _CONSTRAINTS = ("ge", "gt", "le", "lt", "min_length")  # of pydantic, that a set
 
 @dataclass(frozen=True, kw_only=True)
 class Declared:
-    """What a setting is declared with, beside its type, default and help text. Lists of settings are derived from it.
+    """The marks of a setting, beside its type, default and help text. Lists of settings are derived from them.
 
     Attributes:
         group: a key of the class's `groups`; '' in a command without groups.
@@ -57,7 +49,7 @@ class Declared:
         positional: it is given without a flag, in the order of declaration.
         other_names: what other tools call it, with blanks between them; see also `other_names.py`.
         other_values: what other tools call its values; an answer that is no value is a hint.
-        holds: whether the value is a path, or names files of rows.
+        holds: "path" if the value is a path, "rows" if it names files of rows.
         decides: what it decides in a run: the rows and their tokens; what the frozen model computes; the adapter's
             shape and initial values; how it trains; how ranks divide the work, which changes no number but by
             rounding; or nothing that is computed.
@@ -115,7 +107,8 @@ def setting_field(group: str, help_text: str, default: Any = ..., **marks: Any) 
         marks: the other attributes of `Declared`, and constraints of pydantic.
     """
     constraints = {name: marks.pop(name) for name in _CONSTRAINTS if name in marks}
-    return _field(help_text, default, Declared(group=group, constraints=constraints, **marks))
+    own = Declared(group=group, constraints=constraints, **marks)
+    return Field(default=default, description=help_text, json_schema_extra=own, **constraints)
 
 
 def shared_field(kind: type[CommandSettings], name: str, help_text: str = "", **changes: Any) -> Any:
@@ -126,18 +119,14 @@ def shared_field(kind: type[CommandSettings], name: str, help_text: str = "", **
         changes: the default, and attributes of `Declared`, that differ.
     """
     original, there = kind.model_fields[name], declared(kind)[name]
-    default = changes.pop("default", original.default)
-    kept = ("group", "choices", "flag", "words", "other_names", "other_values", "holds", "lasts", "constraints")
-    marks = {"shared": True, **{mark: getattr(there, mark) for mark in kept}, **changes}
-    return _field(help_text or original.description, default, Declared(**marks))
+    kept = ("group", "choices", "flag", "words", "other_names", "other_values", "holds", "lasts")
+    marks = {"default": original.default, "shared": True, **{mark: getattr(there, mark) for mark in kept}}
+    return setting_field(help_text=help_text or original.description or "", **{**marks, **there.constraints, **changes})
 
 
-def _field(help_text: str | None, default: Any, marks: Declared) -> Any:
-    return Field(default=default, description=help_text, json_schema_extra=marks, **marks.constraints)
-
-
-def declared(kind: type[CommandSettings]) -> dict[str, Declared]:
-    """What each setting of a command is declared with, by the name of its field."""
+@cache
+def declared(kind: type[CommandSettings]) -> Mapping[str, Declared]:
+    """The marks of each setting of a command, by the name of its field."""
     found = {}
     for name, one in kind.model_fields.items():
         assert isinstance(one.json_schema_extra, Declared), "declare settings with setting_field"
@@ -189,7 +178,7 @@ class CommandSettings(BaseModel):
         instead: pairs of fields that exclude each other; see `combined`.
     """
 
-    model_config = ConfigDict(
+    model_config = pydantic.ConfigDict(
         frozen=True,
         extra="forbid",
         protected_namespaces=(),
@@ -217,7 +206,7 @@ class CommandSettings(BaseModel):
             raise UserError(f"{unknown}; see --help")
         try:
             super().__init__(**{name: _as_meant(name, value, type(self)) for name, value in values.items()})
-        except ValidationError as error:
+        except pydantic.ValidationError as error:
             raise UserError(_one_line(error, type(self))) from None
         except UnicodeEncodeError as error:  # pydantic cannot carry a message with bytes that are not UTF-8
             raise UserError(error.object) from None
@@ -256,7 +245,7 @@ class CommandSettings(BaseModel):
                 raise ValueError(f"{flag} {shown(value)}: contains characters that are not text")
         return value
 
-    def check(self) -> None:
+    def _check_fit(self) -> None:
         """Raise ValueError for values that do not fit each other. It is called when the settings are made."""
 
     @model_validator(mode="after")
@@ -267,7 +256,7 @@ class CommandSettings(BaseModel):
                 if choices is not None and part is not None and part not in choices:
                     known, hint = ", ".join(map(repr, choices)), value_hint(part, choices, own.other_values)
                     raise ValueError(f"--{name} {as_given(part)}: input should be one of {known}{hint}")
-        self.check()
+        self._check_fit()
         return self
 
 
@@ -318,7 +307,7 @@ def validate_settings(values: Mapping[str, Any], kind: type[AnySettings]) -> Any
     return kind(**{str(name): value for name, value in values.items() if value is not None})
 
 
-def _one_line(error: ValidationError, kind: type[CommandSettings]) -> str:
+def _one_line(error: pydantic.ValidationError, kind: type[CommandSettings]) -> str:
     first = error.errors()[0]
     name = str(first["loc"][0]) if first["loc"] else ""
     flag = flag_word(name, kind) if name in kind.model_fields else f"--{name}"
@@ -432,4 +421,58 @@ def _checked_columns(text: str | None) -> str | None:
     return text
 
 
-ColumnNames = Annotated[str | None, AfterValidator(_checked_columns)]  # as it was given
+ColumnNames = Annotated[str | None, pydantic.AfterValidator(_checked_columns)]  # as it was given
+
+
+def _parse_layers(value: Any) -> Any:
+    whole = isinstance(value, list) and [str(part).lower() for part in value] in ([], ["all"], ["none"])
+    return None if whole else value
+
+
+Layers = Annotated[tuple[int, ...] | None, BeforeValidator(_parse_layers)]  # None: all
+
+
+def profiled_steps(value: str | None) -> range:
+    """The steps, counted from 1, of a --profile FIRST:LAST; none without it. Raises ValueError for any other text."""
+    if value is None:
+        return range(0)
+    found = re.fullmatch(r"([1-9][0-9]{0,14}):([1-9][0-9]{0,14})", value)
+    if found is None or int(found[1]) > int(found[2]):
+        raise ValueError(f"--profile {value}: give FIRST:LAST, two steps that count from 1, for example 3:5")
+    return range(int(found[1]), int(found[2]) + 1)
+
+
+def _checked_range(value: Any) -> Any:
+    if isinstance(value, int):  # YAML reads 3:5 as 3 * 60 + 5
+        raise ValueError('--profile: in a YAML file, write FIRST:LAST in quotes, for example "3:5"')
+    if isinstance(value, str):
+        profiled_steps(value)
+    return value
+
+
+StepRange = Annotated[str | None, BeforeValidator(_checked_range)]
+
+TENSORBOARD = "tensorboard"
+# TensorBoard is written here; the others are those of accelerate.tracking, each named like its package.
+TRACKER_NAMES = (TENSORBOARD, "wandb", "mlflow", "trackio", "comet_ml", "swanlab", "clearml", "aim", "dvclive")
+
+
+def _parse_trackers(value: Any) -> Any:
+    """The names of `--report_to`, none twice. A value that is not a list of texts is unchanged.
+
+    Raises:
+        ValueError: a name is unknown.
+    """
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        return value
+    found = tuple(dict.fromkeys(name.strip().lower() for name in value if name.strip()))
+    if found == ("none",):
+        return ()
+    for name in found:
+        if name not in TRACKER_NAMES:
+            near = nearest_name(name, TRACKER_NAMES)
+            raise ValueError(f"--report_to: {shown(name)} is unknown{near}; known: {', '.join(TRACKER_NAMES)}, or none")
+    return found
+
+
+Trackers = Annotated[tuple[str, ...], BeforeValidator(_parse_trackers)]

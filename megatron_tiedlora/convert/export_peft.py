@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import save_file
 
-from megatron_tiedlora.base.atomic import write_json
+from megatron_tiedlora.base.files import write_json
 from megatron_tiedlora.base.messages import UserError, user_path
 from megatron_tiedlora.base.output_folder import last_name, new_output, reject_existing
 from megatron_tiedlora.base.progress import progress_bar

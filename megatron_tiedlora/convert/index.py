@@ -18,10 +18,9 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, ValidationError
 from pydantic.dataclasses import dataclass
 
-from megatron_tiedlora.base.atomic import new_file
+from megatron_tiedlora.base.files import Count, Real, Size, first_problem, new_file
 from megatron_tiedlora.base.messages import UserError, as_given
-from megatron_tiedlora.base.text_files import Count, Real, Size, first_problem
-from megatron_tiedlora.config.tool_settings import FILTERS
+from megatron_tiedlora.config.adapter_settings import FILTERS
 
 INDEX_FILE = "adapters.sqlite"
 FORMAT = 2  # of the file, its `user_version`

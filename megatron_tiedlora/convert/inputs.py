@@ -7,14 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from megatron_tiedlora.base.files import UNSEALED_NOTE, read_json_object
 from megatron_tiedlora.base.messages import UserError, count_text, user_path
-from megatron_tiedlora.base.text_files import UNSEALED_NOTE, read_json_object
+from megatron_tiedlora.base.shapes import is_preset
 from megatron_tiedlora.checkpoint import base_identity
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, PEFT_TYPE, NativeAdapter
 from megatron_tiedlora.checkpoint.resume import LATEST_FILE
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
-from megatron_tiedlora.config.presets import is_preset
 
 EXPORT_RECORD = "tiedlora_export.json"  # in an exported PEFT folder: what its native adapter is, and the base
 BASE_PATH = "base_path"  # in that record: the base's folder on the host that exported

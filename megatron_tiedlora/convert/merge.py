@@ -20,11 +20,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from megatron_tiedlora.base.atomic import write_json
+from megatron_tiedlora.base.files import read_json_object, read_json_or_none, write_json
 from megatron_tiedlora.base.messages import UserError, shown, user_path
 from megatron_tiedlora.base.output_folder import new_output, reject_existing, require_room
 from megatron_tiedlora.base.shapes import BASE_NAMES
-from megatron_tiedlora.base.text_files import read_json_object, read_json_or_none
 from megatron_tiedlora.checkpoint import tensor_files
 from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD
 from megatron_tiedlora.checkpoint.load_model import MergedWeights, ReadRows, row_blocks

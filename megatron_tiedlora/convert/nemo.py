@@ -23,10 +23,9 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, Field, ValidationError
 
-from megatron_tiedlora.base.atomic import write_json
+from megatron_tiedlora.base.files import LARGEST_YAML, parse_yaml, write_json
 from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.base.output_folder import new_output, reject_existing
-from megatron_tiedlora.base.text_files import LARGEST_YAML, parse_yaml
 from megatron_tiedlora.checkpoint.tensor_files import (
     StreamedTensor,
     all_finite,

@@ -16,9 +16,9 @@ from typing import Any, Literal
 import torch
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, targets_of
+from megatron_tiedlora.base.files import read_fields, read_json_object, read_json_or_none
 from megatron_tiedlora.base.messages import UserError, as_given, user_path
 from megatron_tiedlora.base.output_folder import new_output, reject_existing
-from megatron_tiedlora.base.text_files import read_fields, read_json_object, read_json_or_none
 from megatron_tiedlora.checkpoint.base_identity import (
     FORMAT_FIELDS,
     OPTIONAL_FIELDS,

@@ -42,7 +42,7 @@ from megatron_tiedlora.base.shapes import BlockShape, LinearShape
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, WEIGHTS_FILE
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import read_header, read_tensors
-from megatron_tiedlora.config.train_fields import LARGEST_ALPHA, SMALLEST_ALPHA
+from megatron_tiedlora.config.settings import LARGEST_ALPHA, SMALLEST_ALPHA
 from megatron_tiedlora.convert.export_peft import target_modules
 from megatron_tiedlora.parallel.agreement import SentTensor
 

@@ -18,17 +18,8 @@ from typing import Any, Literal
 
 import torch
 
-from megatron_tiedlora.base.extras import install_hint
-from megatron_tiedlora.base.messages import (
-    UserError,
-    aligned_lines,
-    bytes_in_words,
-    count_text,
-    first_line,
-    one_line,
-    printable,
-    shown,
-)
+from megatron_tiedlora.base import messages
+from megatron_tiedlora.base.messages import UserError, count_text, first_line, install_hint, one_line, printable, shown
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.checkpoint.base_identity import SHAPE_FIELDS, identify_shape
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, WeightFiles
@@ -150,7 +141,7 @@ def choose_runtimes(
         if dtype != torch.float32 or not there:
             return (), ""
         if size > LARGEST_WHOLE:
-            words = f"takes {bytes_in_words(size)} in fp32; --in {','.join(there)} loads all of it there too"
+            words = f"takes {messages.bytes_in_words(size)} in fp32; --in {','.join(there)} loads all of it there too"
             return (), f"{source.name} {words}"
         if peft is None or (has_peft() and kind is None):
             return there, ""
@@ -300,7 +291,7 @@ def format_comparisons(results: Sequence[LogitComparison]) -> str:
     for row in results:
         numbers = [f"{number:.1e}" for number in (row.largest, row.mean, row.divergence)]
         rows.append([row.name, *numbers, f"{row.agreement:.1%}", row.verdict])
-    return "\n".join(map(printable, aligned_lines([heading, *rows], align="<>>>><")))
+    return "\n".join(map(printable, messages.aligned_lines([heading, *rows], align="<>>>><")))
 
 
 def has_peft() -> bool:

@@ -22,11 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_tiedlora.base import output_folder
-from megatron_tiedlora.base.atomic import TEMPORARY_PREFIX, write_json
+from megatron_tiedlora.base.files import TEMPORARY_PREFIX, check_seal, file_sha256, read_json_object, sealed, write_json
 from megatron_tiedlora.base.messages import UserError, bytes_in_words
 from megatron_tiedlora.base.ownership import FolderTaken, OwnerLost, owner_in_words
 from megatron_tiedlora.base.progress import progress_bar
-from megatron_tiedlora.base.text_files import check_seal, file_sha256, read_json_object, sealed
 from megatron_tiedlora.data.encode import Encoding, encoded_rows
 from megatron_tiedlora.data.sources import Files, NumberedRow, RowStream, mixed, row_stream, source_kind
 from megatron_tiedlora.data.splits import held_out_rows

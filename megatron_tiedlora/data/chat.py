@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from megatron_tiedlora.base.files import read_small_text
 from megatron_tiedlora.base.messages import UserError, shown, user_path
-from megatron_tiedlora.base.text_files import read_small_text
 from megatron_tiedlora.data.chat_template import ChatTemplate, TemplateNames, has_marks
 from megatron_tiedlora.data.task import Reading, Segment, join_answer
 from megatron_tiedlora.data.turns import ASSISTANT, REASONING, TOOL, Conversation

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tiedlora.base.child_process import limited
+from megatron_tiedlora.base.files import file_sha256
 from megatron_tiedlora.base.messages import UserError, first_line
-from megatron_tiedlora.base.text_files import file_sha256
 
 _PARQUET_BRANCH = "refs%2Fconvert%2Fparquet"
 

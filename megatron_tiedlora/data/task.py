@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from megatron_tiedlora.base.messages import UserError
-from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
+from megatron_tiedlora.config.adapter_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import AddBos, SpecialTokensInText, TrainOn, parse_columns
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.readers import is_text

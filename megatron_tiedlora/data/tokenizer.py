@@ -18,8 +18,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_tiedlora.base.files import file_sha256, read_json_object, read_small_text
 from megatron_tiedlora.base.messages import UserError, first_line, shown, user_path
-from megatron_tiedlora.base.text_files import file_sha256, read_json_object, read_small_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer

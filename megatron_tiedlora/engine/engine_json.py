@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
+from megatron_tiedlora.base.files import first_problem, read_json_object
 from megatron_tiedlora.base.messages import UserError, as_given, nearest_name, shown, user_path
-from megatron_tiedlora.base.text_files import first_problem, read_json_object
 from megatron_tiedlora.config.batch import BatchPlan
 
 # In a clone this is a link to the top-level ds_configs/; a wheel has copies of its files.

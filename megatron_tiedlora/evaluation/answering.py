@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from megatron_tiedlora.base.messages import UserError, count_text
 from megatron_tiedlora.base.progress import progress_bar
+from megatron_tiedlora.config.adapter_settings import EvaluateSettings
 from megatron_tiedlora.config.batch import filled
-from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import marked
 from megatron_tiedlora.data.chat import chat_writer
 from megatron_tiedlora.data.encode import continuation_ids, decode_ids, encode_prompts

@@ -11,25 +11,26 @@ from typing import Any
 import torch
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY
+from megatron_tiedlora.base.files import read_yaml_mapping
 from megatron_tiedlora.base.messages import UserError, as_given, count_text, naming, shown, user_path
 from megatron_tiedlora.base.output_folder import LONGEST_NAME, last_name
 from megatron_tiedlora.base.shapes import UNQUANTISED
-from megatron_tiedlora.base.text_files import read_yaml_mapping
 from megatron_tiedlora.checkpoint.base_identity import identify_model
 from megatron_tiedlora.checkpoint.load_model import resolve_dtype
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.checkpoint.tensor_files import DTYPES
+from megatron_tiedlora.config.adapter_settings import EvaluateSettings
 from megatron_tiedlora.config.batch import longest_prompt, resolve_max_new_tokens
 from megatron_tiedlora.config.cli import TEMPLATE_HASH
-from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import marked, validate_settings
-from megatron_tiedlora.config.train_fields import DEFAULT_MODEL
+from megatron_tiedlora.config.settings import DEFAULT_MODEL
 from megatron_tiedlora.convert.export_peft import adapter_name, find_adapters
 from megatron_tiedlora.convert.inputs import Identify, check_base, is_merged
 from megatron_tiedlora.convert.open_adapter import open_adapter
 from megatron_tiedlora.data.chat import chat_template_sha256
-from megatron_tiedlora.data.tasks import Task, get_task
+from megatron_tiedlora.data.task import Task
+from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.model.weights import Stages, check_layout, layer_costs, partition
 from megatron_tiedlora.parallel.groups import Grid
 from megatron_tiedlora.runtime.launch_env import uses_gpu

@@ -15,11 +15,9 @@ from typing import Any
 import numpy as np
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY
-from megatron_tiedlora.base.atomic import write_json, write_text
-from megatron_tiedlora.base.extras import installed_versions
-from megatron_tiedlora.base.messages import UserError, aligned_lines, count_text, csv_text
+from megatron_tiedlora.base.files import Real, Size, Text, write_json, write_text
+from megatron_tiedlora.base.messages import UserError, aligned_lines, count_text, csv_text, installed_versions
 from megatron_tiedlora.base.output_folder import NewOutput
-from megatron_tiedlora.base.text_files import Real, Size, Text
 from megatron_tiedlora.checkpoint.load_model import describe_dtype
 from megatron_tiedlora.evaluation.answering import ScoredSet
 from megatron_tiedlora.evaluation.metrics import Answer, Metric, find_metric

@@ -15,17 +15,15 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter
-from megatron_tiedlora.base.extras import require_extra
-from megatron_tiedlora.base.messages import UserError, user_path
+from megatron_tiedlora.base.messages import UserError, require_extra, user_path
 from megatron_tiedlora.checkpoint.base_identity import base_layer_of, check_same_base, identify_in_memory, model_source
 from megatron_tiedlora.checkpoint.load_model import check_whole, find_places, merge_, with_update
 from megatron_tiedlora.checkpoint.native_adapter import AdaptedTensor, NativeAdapter, load_native_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.checkpoint.tensor_files import DTYPES
-from megatron_tiedlora.config.hosts import RANK_VARIABLES
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.convert.inputs import adapter_kind
-from megatron_tiedlora.runtime.launch_env import prepare_environment
+from megatron_tiedlora.runtime.launch_env import RANK_VARIABLES, prepare_environment
 from megatron_tiedlora.runtime.process_group import leave_process_group
 from megatron_tiedlora.runtime.stopping import STOP_SIGNALS
 from megatron_tiedlora.training.run import train_rank

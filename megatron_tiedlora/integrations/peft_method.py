@@ -21,12 +21,10 @@ from megatron_tiedlora.adapters.tied_adapter import (
     make_adapter_config,
     targets_of,
 )
-from megatron_tiedlora.base.atomic import write_json
-from megatron_tiedlora.base.extras import __version__
-from megatron_tiedlora.base.messages import UserError, shown
+from megatron_tiedlora.base.files import check_file, write_json
+from megatron_tiedlora.base.messages import UserError, __version__, shown
 from megatron_tiedlora.base.methods import FACTORS, METHOD_NAMES, find_method
 from megatron_tiedlora.base.shapes import QKV, TARGET_NAMES, ModelShape
-from megatron_tiedlora.base.text_files import check_file
 from megatron_tiedlora.checkpoint import native_adapter
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity, check_same_base, identify_in_memory, model_source
 from megatron_tiedlora.checkpoint.load_model import find_places, merge_, with_update

@@ -14,17 +14,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_tiedlora.base.atomic import write_json
+from megatron_tiedlora.base.files import read_json_object, read_yaml_mapping, write_json
 from megatron_tiedlora.base.messages import UserError, first_line, printable, user_path
 from megatron_tiedlora.base.output_folder import last_name, new_output
-from megatron_tiedlora.base.text_files import read_json_object, read_yaml_mapping
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, write_adapter_files
 from megatron_tiedlora.checkpoint.sources import ModelSource
+from megatron_tiedlora.config.adapter_settings import PushSettings
 from megatron_tiedlora.config.cli import HUB_NAMES
 from megatron_tiedlora.config.fields import declared, flag_value, marked
-from megatron_tiedlora.config.settings import Settings, make_settings
-from megatron_tiedlora.config.tool_settings import PushSettings
-from megatron_tiedlora.config.train_fields import TASK_NAMES
+from megatron_tiedlora.config.settings import TASK_NAMES, Settings, make_settings
 from megatron_tiedlora.convert.export_peft import base_name, export_peft
 from megatron_tiedlora.convert.inputs import BASE_PATH, EXPORT_RECORD, NATIVE_FOLDER
 from megatron_tiedlora.convert.open_adapter import open_adapter

@@ -11,17 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_tiedlora.base import shapes
+from megatron_tiedlora.base.files import read_json_object
 from megatron_tiedlora.base.messages import UserError, shown
-from megatron_tiedlora.base.shapes import (
-    LengthLimit,
-    LinearScaling,
-    Llama3Scaling,
-    LongRopeScaling,
-    RopeScaling,
-    RopeShape,
-    YarnScaling,
-)
-from megatron_tiedlora.base.text_files import read_json_object
+from megatron_tiedlora.base.shapes import LengthLimit, LongRopeScaling, RopeScaling, RopeShape, YarnScaling
 
 # Fields that do not change the computation: transformers writes them, or they concern tokens, generation or training.
 _HARMLESS_FIELDS = """
@@ -383,7 +376,7 @@ def _llama3(numbers: HfConfig, max_positions: int, original: int) -> RopeScaling
     low, high = numbers.number("low_freq_factor"), numbers.number("high_freq_factor")
     if low >= high:
         raise UserError(f"{numbers.source}: low_freq_factor {low} is not below high_freq_factor {high}")
-    return Llama3Scaling(numbers.number("factor"), low, high, original)
+    return shapes.Llama3Scaling(numbers.number("factor"), low, high, original)
 
 
 def _yarn(numbers: HfConfig, max_positions: int, original: int) -> RopeScaling:
@@ -412,7 +405,7 @@ def _longrope(numbers: HfConfig, max_positions: int, original: int) -> RopeScali
 
 
 _READERS: dict[str, Callable[[HfConfig, int, int], RopeScaling]] = {
-    "linear": lambda numbers, *_: LinearScaling(numbers.number("factor")),
+    "linear": lambda numbers, *_: shapes.LinearScaling(numbers.number("factor")),
     "llama3": _llama3,
     "longrope": _longrope,
     "yarn": _yarn,

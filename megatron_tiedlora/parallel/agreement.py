@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, distributed
 
+from megatron_tiedlora.base.files import first_problem
 from megatron_tiedlora.base.messages import UserError, shown
-from megatron_tiedlora.base.text_files import first_problem
 
 Value = TypeVar("Value")
 

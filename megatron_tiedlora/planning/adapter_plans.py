@@ -14,8 +14,8 @@ from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.base.messages import UserError, naming, user_path
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.config.adapters_file import RUN_OF_ALL, check_folders, check_halving, read_adapters
 from megatron_tiedlora.config.batch import longest_prompt
+from megatron_tiedlora.config.cli import RUN_OF_ALL, check_folders, check_halving, read_adapters
 from megatron_tiedlora.config.fields import marked
 from megatron_tiedlora.config.settings import NO_TRAIN_FILE, Settings, make_settings
 from megatron_tiedlora.data.cache import TrainingData, tokenised_once

@@ -10,9 +10,8 @@ import psutil
 from megatron_tiedlora.base.messages import UserError, aligned_lines, count_text, range_text, user_path
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.fields import flag_value, marked
-from megatron_tiedlora.config.plan_settings import PLAN_DEFAULTS, PlanCommand, PlanSettings
-from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.config.train_fields import HOW_LONG
+from megatron_tiedlora.config.job_settings import PLAN_DEFAULTS, PlanCommand, PlanSettings
+from megatron_tiedlora.config.settings import HOW_LONG, Settings
 from megatron_tiedlora.parallel.groups import GROUPS
 from megatron_tiedlora.planning import machines
 from megatron_tiedlora.planning.layout import PLAIN_STORAGE, Storage

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from megatron_tiedlora.base.files import read_json_object, read_yaml_mapping
 from megatron_tiedlora.base.messages import UserError, aligned_lines, nearest_name, shown
 from megatron_tiedlora.base.shapes import BASE_NAMES, FP8_CAPABILITY
-from megatron_tiedlora.base.text_files import read_json_object, read_yaml_mapping
-from megatron_tiedlora.config.train_fields import GPU_NAMES
+from megatron_tiedlora.config.settings import GPU_NAMES
 from megatron_tiedlora.model.fused_attention import CANDIDATES
 
 _KNOWN = read_yaml_mapping(Path(__file__).with_suffix(".yaml"))

@@ -19,8 +19,8 @@ from megatron_tiedlora.checkpoint.resume import recorded_settings
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.checkpoint.tensor_files import DTYPES
 from megatron_tiedlora.config import batch
-from megatron_tiedlora.config.fields import flag_value, marked
-from megatron_tiedlora.config.settings import Settings, make_settings, profiled_steps
+from megatron_tiedlora.config.fields import flag_value, marked, profiled_steps
+from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.convert.open_adapter import open_adapter
 from megatron_tiedlora.data.loader import GlobalBatch, TrainingStep, plan_global_batch, training_steps
 from megatron_tiedlora.data.tasks import get_task
@@ -106,7 +106,7 @@ class RunPlan:
         return GPUS[self.settings.gpu or DEFAULT_GPU] if self.on_gpu else CPU
 
     @property
-    def batch_shape(self) -> BatchPlan:
+    def batch_shape(self) -> batch.BatchPlan:
         """How a global batch is split into rows and micro-batches."""
         packed_length = self.settings.max_length if self.settings.packing else None
         least = inputs_to_fill(self.grid.pp_size)

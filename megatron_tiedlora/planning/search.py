@@ -15,7 +15,7 @@ from typing import Any
 from megatron_tiedlora.base.messages import UserError, nearest_name
 from megatron_tiedlora.base.shapes import BASE_NAMES, UNQUANTISED
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.config.adapters_file import PER_ADAPTER
+from megatron_tiedlora.config.cli import PER_ADAPTER
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.engine.engine_json import SHIPPED_CONFIGS
 from megatron_tiedlora.parallel.quantised_weight import check_fp8_capability

@@ -24,21 +24,12 @@ from typing import Any, TextIO, cast
 
 from torch.distributed import DistError, DistNetworkError
 
-from megatron_tiedlora.base.atomic import Guard, make_way_for_log, new_file, unguarded
-from megatron_tiedlora.base.extras import missing_module
-from megatron_tiedlora.base.messages import UserError, show
+from megatron_tiedlora.base.files import Guard, make_way_for_log, new_file, unguarded
+from megatron_tiedlora.base.messages import UserError, missing_module, show
 from megatron_tiedlora.base.ownership import Owner
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0
-from megatron_tiedlora.runtime.heartbeat import (
-    SILENCE_SECONDS,
-    Heartbeat,
-    PeerFailure,
-    connect,
-    gpu_failure_line,
-    is_lost_exchange,
-    lost_exchange_line,
-    rank_line,
-)
+from megatron_tiedlora.runtime import heartbeat
+from megatron_tiedlora.runtime.heartbeat import Heartbeat, PeerFailure
 from megatron_tiedlora.runtime.launch_env import first_to_fail
 from megatron_tiedlora.runtime.process_group import leave_process_group, own_gpu
 from megatron_tiedlora.runtime.run_folder import LOGS_FOLDER, RunFolder, State
@@ -85,7 +76,7 @@ class _Tee:
 
 
 class RankLog:
-    """Where a rank's output goes: the screen, until `opened` sends it to the rank's file."""
+    """Sends a rank's output to the screen, and inside `opened` to the rank's file."""
 
     def __init__(self) -> None:
         self._log: TextIO | None = None
@@ -161,7 +152,7 @@ _RESERVED_BYTES = 1 << 16
 
 @dataclass
 class End:
-    """What is known of a running run; filled in as it becomes known.
+    """The facts about a running run that its end needs; filled in as they become known.
 
     Attributes:
         folder: the run folder, once this run has written its settings there and if this rank sees it; before that the
@@ -207,13 +198,13 @@ class End:
         if self.world_size > 1:
             limit = timedelta(minutes=timeout_minutes)
             self.heartbeat = Heartbeat(
-                connect(limit=limit),
+                heartbeat.connect(limit=limit),
                 self.rank,
                 self.world_size,
                 step=lambda: self.step,
                 on_failure=self._lost,
                 reports_for_host=first_to_fail,
-                silence_seconds=min(SILENCE_SECONDS, limit.total_seconds()),
+                silence_seconds=min(heartbeat.SILENCE_SECONDS, limit.total_seconds()),
             ).start()
 
     def enter(self, folder: RunFolder) -> None:
@@ -283,12 +274,12 @@ class End:
             error = missing_module(error) or error
         text = str(error) or type(error).__name__
         own = text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
-        lost = self.heartbeat is not None and is_lost_exchange(error)
+        lost = self.heartbeat is not None and heartbeat.is_lost_exchange(error)
         if self.heartbeat is not None and lost:
-            own = self.heartbeat.with_names(lost_exchange_line(error))
-        if said := gpu_failure_line(error):
+            own = self.heartbeat.with_names(heartbeat.lost_exchange_line(error))
+        if said := heartbeat.gpu_failure_line(error):
             own = f"{self.gpu}: {said}" if self.gpu else said
-        here = rank_line(self.rank, socket.gethostname(), self.step, own)
+        here = heartbeat.rank_line(self.rank, socket.gethostname(), self.step, own)
         writes = self._record_failure(here)  # at once, because a launcher may give this rank only a second
         if self.heartbeat is None:
             failure = PeerFailure(here, first_to_fail())

@@ -28,12 +28,14 @@ SILENCE_SECONDS = 30.0
 BEAT_SECONDS = 1.0
 _MISSED_BEATS = 4  # after an exchange has failed, a rank that misses so many counts as lost
 _LEFT, _FAILED = "left", "failed"  # a rank's last heartbeat: after a good end, or after it has reported its failure
+_ENDED = (_LEFT, _FAILED)
 _LOST, _REASON = "lost", "reason"  # keys that rank 0 creates
+_key = "beat/{}".format  # of the heartbeat of a rank
 
 
 @dataclass(frozen=True)
 class PeerFailure:
-    """Why a peer's failure ends the run.
+    """The reason why a peer's failure ends the run.
 
     Attributes:
         reason: one line, with rank, host and last step.
@@ -172,7 +174,7 @@ class Heartbeat:
         return self._share(rank_line(self.rank, self._host(self.rank), self.step(), reason))
 
     def explain(self, symptom: str) -> PeerFailure:
-        """Why an exchange with peers failed: a peer's own reason, or whose heartbeat has stopped, or else the symptom.
+        """Find out why an exchange with peers failed: a peer's own reason, whose heartbeat has stopped, or the symptom.
 
         Waits a few heartbeats to find out.
         """
@@ -181,7 +183,7 @@ class Heartbeat:
         here, before = rank_line(self.rank, self._host(self.rank), self.step(), symptom), None
         try:
             before = self._beats()
-            silent = {rank for rank, beat in before.items() if rank != self.rank and not _ended(beat)}
+            silent = {rank for rank, beat in before.items() if rank != self.rank and beat not in _ENDED}
             while silent and time.monotonic() < deadline and not self._line(self.store.get(_REASON)):
                 time.sleep(self.beat_seconds / 4)
                 now = self._beats()
@@ -205,7 +207,7 @@ class Heartbeat:
         deadline = time.monotonic() + beats * self.beat_seconds
         with suppress(RuntimeError):
             while self.rank == 0 and time.monotonic() < deadline:
-                if all(_ended(beat) for rank, beat in self._beats().items() if rank not in self._lost):
+                if all(beat in _ENDED for rank, beat in self._beats().items() if rank not in self._lost):
                     return
                 time.sleep(self.beat_seconds / 10)
 
@@ -272,8 +274,8 @@ class Heartbeat:
 
     @property
     def _patience(self) -> int:
-        """How many heartbeats may be missing. They are counted against this rank's own heartbeats and not by the clock,
-        so that a process that was suspended itself and resumes has missed none."""
+        """The number of heartbeats that may be missing. They are counted against this rank's own heartbeats and not by
+        the clock, so that a process that was suspended itself and resumes has missed none."""
         return math.ceil(self.silence_seconds / self.beat_seconds)
 
     def _silent(self, heard: dict[int, tuple[str, int]], beats: Mapping[int, str]) -> frozenset[int]:
@@ -284,7 +286,7 @@ class Heartbeat:
         return frozenset(
             rank
             for rank, beat in beats.items()
-            if rank != self.rank and not _ended(beat) and heard[rank][1] > self._patience
+            if rank != self.rank and beat not in _ENDED and heard[rank][1] > self._patience
         )
 
     def _watch(self) -> None:
@@ -324,7 +326,7 @@ def is_lost_exchange(error: BaseException) -> bool:
 
 
 def lost_exchange_line(error: BaseException) -> str:
-    """Such an error in one line, without source locations of the library and without gloo's advice."""
+    """The error of a lost exchange in one line, without source locations of the library and without gloo's advice."""
     text = str(error)
     _, _, nccl = text.partition("Last error:")
     lines = (nccl.strip() or text).splitlines()
@@ -345,11 +347,3 @@ def gpu_failure_line(error: BaseException) -> str:
 def _text(value: bytes) -> str:
     """A value of the store as text; anyone can write anything there, but not more than some MB."""
     return value.decode(errors="replace")
-
-
-def _ended(beat: str) -> bool:
-    return beat in (_LEFT, _FAILED)
-
-
-def _key(rank: int) -> str:
-    return f"beat/{rank}"

@@ -1,24 +1,33 @@
-"""Read the ranks from any launcher's variables, set what libraries read, and choose who reports a host's failure.
+"""Reads what launchers say: the hosts of a job, from a hostfile or a Slurm allocation, and the ranks, from variables.
 
+It also sets the variables that libraries read, and chooses who reports a host's failure. Nothing here contacts a host.
 torch is imported where it is asked for GPUs: that takes a second, for which --help and a wrong flag do not wait.
 """
 
 import os
 import re
 import socket
+import stat
+import subprocess
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 from itertools import takewhile
 from pathlib import Path
 
 import psutil
 
+from megatron_tiedlora.base.files import read_small_text
 from megatron_tiedlora.base.messages import UserError, shown, user_path
-from megatron_tiedlora.config import hosts
 
+_LINE = re.compile(r"(\S+)\s+slots=([0-9]{1,6})")
+_TORCHRUN = ("torchrun", "torch.distributed.run", "torch.distributed.launch")
+_TASKS = re.compile(r"([1-9][0-9]{0,5})(?:\(x([1-9][0-9]{0,5})\))?")
+_MOST_HOSTS = 1_000_000
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # that torch's launchers set
 EXPECTED_RANKS = "MEGATRON_TIEDLORA_EXPECTED_RANKS"  # how many ranks the job was meant to start
 _FAILED, _FAILED_SECONDS = "megatron_tiedlora-failed-", 600.0
 _OPENMPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
@@ -41,6 +50,127 @@ _CUDA_DEFAULTS = {
 }
 
 
+@dataclass(frozen=True)
+class Host:
+    """A host and how many ranks it runs."""
+
+    name: str
+    slots: int
+
+
+def rank_variables(*values: int | str) -> dict[str, str]:
+    """The environment of a rank, as torch's launchers set it, from the values of RANK_VARIABLES."""
+    return dict(zip(RANK_VARIABLES, map(str, values), strict=True))
+
+
+def read_hostfile(path: str | Path) -> tuple[Host, ...]:
+    """The hosts of a hostfile as DeepSpeed and OpenMPI read it: `NAME slots=N` lines, comments and blank lines.
+
+    Raises:
+        UserError: the file does not exist, has no host or a malformed line, or a host twice or without slots.
+    """
+    file = user_path(path, flag="--hostfile")
+    try:  # a pipe or a device may never end; DeepSpeed treats one as no hostfile
+        reason = None if stat.S_ISREG(file.stat().st_mode) else "not a regular file"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    if reason is not None:
+        raise UserError(f"--hostfile {path}: cannot be read ({reason}); write one `NAME slots=N` line per host")
+    hosts: dict[str, Host] = {}
+    for number, line in enumerate(read_small_text(file).splitlines(), start=1):
+        content = line.partition("#")[0].strip()
+        if not content:
+            continue
+        match = _LINE.fullmatch(content)
+        if match is None or int(match[2]) < 1 or match[1].startswith("-") or not match[1].isprintable():
+            raise UserError(
+                f"{file}:{number}: {shown(content)} does not have the form `NAME slots=N` with N from 1 to 999999"
+            )
+        if match[1] in hosts:
+            raise UserError(
+                f"{file}:{number}: {shown(match[1])} appears twice; give each host one line with all its slots"
+            )
+        hosts[match[1]] = Host(match[1], int(match[2]))
+    if not hosts:
+        raise UserError(f"--hostfile {path}: names no host; write one `NAME slots=N` line per host")
+    return tuple(hosts.values())
+
+
+def in_slurm_step(environment: Mapping[str, str]) -> bool:
+    """Whether `srun` started this process. The shell of a batch script is not in a step of tasks."""
+    return "SLURM_PROCID" in environment and "SLURM_STEP_NUM_TASKS" in environment
+
+
+def slurm_hosts(environment: Mapping[str, str]) -> tuple[Host, ...]:
+    """The hosts of this process's Slurm step, or else of its allocation, with their numbers of tasks.
+
+    Raises:
+        UserError: this process is not in an allocation, or its variables cannot be read.
+    """
+    step = in_slurm_step(environment)
+    names = environment.get("SLURM_STEP_NODELIST" if step else "SLURM_JOB_NODELIST")
+    tasks = environment.get("SLURM_STEP_TASKS_PER_NODE" if step else "SLURM_TASKS_PER_NODE")
+    if not names or not tasks:
+        raise UserError("not in a Slurm allocation: SLURM_JOB_NODELIST is not set; start with sbatch or salloc")
+    hosts, slots = expand_nodelist(names), _tasks_per_node(tasks)
+    if len(hosts) != len(slots):
+        raise UserError(f"Slurm names {len(hosts)} nodes ({names}), but tasks for {len(slots)} ({tasks})")
+    return tuple(Host(name, count) for name, count in zip(hosts, slots, strict=True))
+
+
+def expand_nodelist(nodelist: str) -> tuple[str, ...]:
+    """Expand a Slurm node list such as `gpu[01-03,7],login` with `scontrol`, which knows all of its forms.
+
+    Raises:
+        UserError: there is no `scontrol`, or it rejects the list.
+    """
+    if re.fullmatch(r"\w[\w.-]*(,\w[\w.-]*)*", nodelist):  # plain names, as in small allocations: nothing to expand
+        return tuple(nodelist.split(","))
+    try:
+        done = subprocess.run(
+            ["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True, timeout=60, check=True
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise UserError(
+            f"scontrol cannot expand the node list {nodelist} ({error}); put scontrol on PATH, or set MASTER_ADDR to"
+            " the first node's name"
+        ) from None
+    return tuple(done.stdout.split())
+
+
+def _tasks_per_node(text: str) -> list[int]:
+    """Expand Slurm's `2(x3),1` to 2, 2, 2, 1."""
+    counts: list[int] = []
+    for part in text.split(","):
+        match = _TASKS.fullmatch(part.strip())
+        times = int(match[2] or 1) if match else 0
+        if match is None or len(counts) + times > _MOST_HOSTS:
+            raise UserError(
+                f"SLURM_TASKS_PER_NODE={text} cannot be read: {shown(part)} is neither `N` nor `N(xHOSTS)`, or"
+                f" there are more than {_MOST_HOSTS:,} hosts; start with sbatch or salloc"
+            )
+        counts += [int(match[1])] * times
+    return counts
+
+
+def started_program(words: Sequence[str]) -> str:
+    """The script or module that a Python command line runs, or ''."""
+    return next((word for word in words[1:] if word not in ("-u", "-P", "-m")), "")
+
+
+def is_torchrun(words: Sequence[str]) -> bool:
+    """Whether a command line is that of torchrun's agent, which starts and restarts ranks."""
+    return Path(started_program(words)).name in _TORCHRUN
+
+
+def num_ranks(hosts: Sequence[Host]) -> int:
+    """The number of ranks on all hosts together."""
+    return sum(host.slots for host in hosts)
+
+
+# The variables of ranks -----------------------------------------------------------------------------------------------
+
+
 def prepare_environment() -> None:
     """Set the variables that DeepSpeed reads when imported and torch when it starts CUDA; call this before both.
 
@@ -59,26 +189,26 @@ def prepare_environment() -> None:
     for name, value in defaults.items():
         if name != "PYTORCH_CUDA_ALLOC_CONF" or "PYTORCH_ALLOC_CONF" not in environment:  # newer torch prefers this one
             environment.setdefault(name, value)
-    if all(name in environment for name in hosts.RANK_VARIABLES[:2]):
+    if all(name in environment for name in RANK_VARIABLES[:2]):
         return
     if all(name in environment for name in _OPENMPI):  # before Slurm's, because mpirun may run inside a Slurm step
         if "MASTER_ADDR" in environment:
             _set_ranks(_OPENMPI, environment["MASTER_ADDR"], _DEFAULT_PORT)
-    elif hosts.in_slurm_step(environment):
-        master = environment.get("MASTER_ADDR") or hosts.slurm_hosts(environment)[0].name
+    elif in_slurm_step(environment):
+        master = environment.get("MASTER_ADDR") or slurm_hosts(environment)[0].name
         _set_ranks(_SLURM, master, slurm_port(environment))
     elif not all(name in environment for name in _PMI[:2]):
-        environment.update(hosts.rank_variables(0, 1, 0, "127.0.0.1", free_port("127.0.0.1")))
+        environment.update(rank_variables(0, 1, 0, "127.0.0.1", free_port("127.0.0.1")))
 
 
 def _set_ranks(names: tuple[str, str, str], master: str, port: int) -> None:
     """Set torch's variables from a launcher's own (rank, size, local rank)."""
     values = (*(os.environ[name] for name in names), master, os.environ.get("MASTER_PORT", port))
-    os.environ.update(hosts.rank_variables(*values))
+    os.environ.update(rank_variables(*values))
 
 
 def slurm_port(environment: Mapping[str, str]) -> int:
-    """The same port on all ranks of a Slurm step; other steps on these hosts are unlikely to use it.
+    """Return the port where the ranks of a Slurm step meet; other steps on these hosts are unlikely to use it.
 
     It is below the range of ephemeral ports.
     """
@@ -131,7 +261,7 @@ def rank_and_world_size() -> tuple[int, int]:
 
 
 def _rank_and_world_size() -> tuple[int, int]:
-    for rank, size, *_ in (hosts.RANK_VARIABLES, _OPENMPI, _PMI):
+    for rank, size, *_ in (RANK_VARIABLES, _OPENMPI, _PMI):
         if rank in os.environ and size in os.environ:
             return int(os.environ[rank]), int(os.environ[size])
     raise UserError(
@@ -167,7 +297,7 @@ def _check_hostfile(runner: psutil.Process, world_size: int) -> None:
         name, _, value = word.partition("=")
         if name in ("-H", "--hostfile"):
             given = value or following
-            slots = hosts.num_ranks(hosts.read_hostfile(folder / user_path(given, flag="--hostfile")))
+            slots = num_ranks(read_hostfile(folder / user_path(given, flag="--hostfile")))
             if slots != world_size and not any(word.startswith(_CHOOSING) for word in words):
                 raise UserError(f"--hostfile {given} has {slots} slots, but {world_size} ranks started; correct it")
 
@@ -198,7 +328,7 @@ def first_to_fail() -> bool:
 
 def rank_number(*, local: bool = False) -> int:
     """This process's rank, of all or of its host's, from the launcher's variable that is set; 0 if none is."""
-    names = (each[2 if local else 0] for each in (hosts.RANK_VARIABLES, _OPENMPI, _SLURM, _PMI))
+    names = (each[2 if local else 0] for each in (RANK_VARIABLES, _OPENMPI, _SLURM, _PMI))
     return next((int(os.environ[name]) for name in names if name in os.environ), 0)
 
 

@@ -20,8 +20,8 @@ from typing import Any, Literal
 import psutil
 from pydantic import BaseModel, ConfigDict, Field
 
-from megatron_tiedlora.base.extras import EXTRAS, PACKAGE_FOLDER, installed_versions, missing_modules
-from megatron_tiedlora.base.messages import bytes_in_words, first_line
+from megatron_tiedlora.base import messages
+from megatron_tiedlora.base.messages import EXTRAS, PACKAGE_FOLDER, bytes_in_words, first_line, missing_modules
 from megatron_tiedlora.base.output_folder import user_cache
 
 LIBRARIES = (
@@ -73,7 +73,7 @@ class Finding(Record):
 
     @property
     def message(self) -> str:
-        """What was found, beside what was expected."""
+        """The value that was found, beside the expected one."""
         return f"{self.value}, but {self.expected}" if self.expected else self.value
 
 
@@ -87,7 +87,7 @@ class Gpu(Record):
 
 
 class MachineRecord(Record):
-    """What a machine has, and what is installed on it.
+    """A machine's hardware, and the software that is installed on it.
 
     Attributes:
         versions: of Python, packages and the system, by name, without packages that are not installed.
@@ -129,7 +129,7 @@ def machine_record() -> MachineRecord:
     memory, host, shm = psutil.virtual_memory(), socket.gethostname(), Path("/dev/shm")
     boot, infiniband = Path("/proc/sys/kernel/random/boot_id"), Path("/sys/class/infiniband")
     return MachineRecord(
-        versions={**installed_versions(*LIBRARIES), "system": platform.platform()},
+        versions={**messages.installed_versions(*LIBRARIES), "system": platform.platform()},
         paths={"package": str(PACKAGE_FOLDER), "python": sys.executable, "cache": str(user_cache())},
         extras={
             name: f"lacks {', '.join(missing)}" if missing else "installed"
@@ -167,7 +167,7 @@ def source_hash(folder: Path) -> str:
 
 
 def _devices() -> dict[str, Any]:
-    """What torch is built with and the GPUs that it sees, as fields of the record."""
+    """Fields of the record: the libraries that torch is built with, and the GPUs that it sees."""
     try:
         import torch
 
@@ -251,7 +251,7 @@ warning = partial(_finding, "warning")  # one that need not stop a job
 
 
 def judge_machine(machine: MachineRecord) -> Iterator[Finding]:
-    """What is wrong with a machine by itself, whatever runs on it."""
+    """Find what is wrong with a machine by itself, whatever runs on it."""
     if machine.torch_error is not None:
         fix = f"run `{machine.paths['python']} -c 'import torch'` there and correct what it reports"
         yield error("torch_broken", [], f"torch cannot be imported ({machine.torch_error})", fix)

@@ -91,7 +91,7 @@ def own_gpu() -> str:
 
 
 def _shared_gpus(gpus: Sequence[tuple[str, str]]) -> str | None:
-    """What is wrong with the (host, GPU) of each rank, in one line; None if each has its own or all are on CPUs.
+    """Say in one line what is wrong with the (host, GPU) of each rank; None if each has its own or all are on CPUs.
 
     NCCL would end the first exchange with "Duplicate GPU detected", or hang.
     """
@@ -168,7 +168,7 @@ def _discover_ranks() -> None:
 
 
 def _no_meeting(error: Exception, expected_ranks: int, timeout_minutes: float) -> str:
-    """Why the ranks did not meet, in one line."""
+    """Say in one line why the ranks did not meet."""
     master = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     reason = first_line(error)
     if "EADDRINUSE" in reason or "in use" in reason:

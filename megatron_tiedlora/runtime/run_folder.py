@@ -13,24 +13,14 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from megatron_tiedlora.base.atomic import (
-    Guard,
-    discard,
-    new_file,
-    new_folder,
-    remove_leftovers,
-    unguarded,
-    write_json,
-    write_text,
-)
-from megatron_tiedlora.base.extras import installed_versions
-from megatron_tiedlora.base.messages import UserError, csv_text, first_line, os_errors, show, user_path
+from megatron_tiedlora.base import files, messages
+from megatron_tiedlora.base.files import Guard, unguarded
+from megatron_tiedlora.base.messages import UserError, first_line, installed_versions, os_errors, show, user_path
 from megatron_tiedlora.base.output_folder import PathIn, check_writable, last_name, numbered, reject_links
 from megatron_tiedlora.base.ownership import FolderLock, Owner, is_of_owner, owner_in_words, take_folder
 from megatron_tiedlora.base.shapes import QKV, TARGET_NAMES
-from megatron_tiedlora.base.text_files import write_yaml
+from megatron_tiedlora.config.fields import TENSORBOARD
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.config.train_fields import TENSORBOARD
 
 State = Literal["finished", "stopped", "failed"]
 _LONGEST_ROW, _MOST_ROWS = 2**14, 10**7  # bytes, and rows
@@ -90,12 +80,12 @@ class RunFolder:
         an earlier run_status.json. Raises UserError if the folder cannot be written."""
         versions = installed_versions("torch", "deepspeed", "transformers")
         more = {"output_dir": str(self.path), "ranks": ranks, "versions": versions}
-        write_yaml(self.settings, {**content, **more}, guard=self.guard)
-        discard(self.status, guard=self.guard)
+        files.write_yaml(self.settings, {**content, **more}, guard=self.guard)
+        files.discard(self.status, guard=self.guard)
 
     def write_status(self, state: State, *, step: int, reason: str) -> None:
         """Write run_status.json, and that of each of several adapters that has not ended."""
-        write_json(self.status, {"state": state, "step": step, "reason": reason}, guard=self.guard)
+        files.write_json(self.status, {"state": state, "step": step, "reason": reason}, guard=self.guard)
         for folder, own_step in self.running() if self.of_several else ():
             is_main = folder.owner is not None and folder.owner.is_main
             if not is_main and folder.status.exists():
@@ -106,11 +96,11 @@ class RunFolder:
     def write_table(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Replace table.csv of a run of several adapters. Raises UserError if it cannot be written."""
         if self.of_several:
-            write_text(self.table, csv_text(list(rows[0]), rows), guard=self.guard)
+            files.write_text(self.table, messages.csv_text(list(rows[0]), rows), guard=self.guard)
 
     def new_folder(self, path: Path) -> AbstractContextManager[Path]:
-        """`atomic.new_folder` for a folder of the run."""
-        return new_folder(path, guard=self.guard)
+        """`files.new_folder` for a folder of the run."""
+        return files.new_folder(path, guard=self.guard)
 
 
 def run_name(settings: Settings) -> str:
@@ -154,7 +144,7 @@ def take_run_folder(
             continue
         taken = replace(folder, owner=lock.owner)
         for path in (taken.path, taken.checkpoints, taken.logs, taken.profile):
-            remove_leftovers(path, guard=taken.guard)
+            files.remove_leftovers(path, guard=taken.guard)
         return taken, lock
 
 
@@ -171,8 +161,8 @@ def choose_run_folder(settings: Settings) -> RunFolder:
     if output_dir is not None:
         folder = RunFolder.of(settings, user_path(output_dir))
         check_writable(folder.path, given=output_dir)
-        files = folder.path.iterdir() if folder.path.is_dir() else ()
-        foreign = not folder.is_run and not all(is_of_owner(item.name) for item in files)
+        items = folder.path.iterdir() if folder.path.is_dir() else ()
+        foreign = not folder.is_run and not all(is_of_owner(item.name) for item in items)
         if foreign or (resume == "none" and folder.is_run):
             owner = owner_in_words(folder.path)
             what = f"the run of {owner or 'an earlier start'}" if folder.is_run else "other files"
@@ -324,7 +314,7 @@ def metrics_row(line: bytes) -> dict[str, Any] | None:
 
 def write_metrics(file: Path, rows: Iterable[Mapping[str, Any]], *, guard: Guard = unguarded) -> None:
     """Replace the rows of a metrics.jsonl. Raises UserError if it cannot be written."""
-    write_text(file, "".join(json.dumps(row) + "\n" for row in rows), guard=guard)
+    files.write_text(file, "".join(json.dumps(row) + "\n" for row in rows), guard=guard)
 
 
 def plot_losses(metrics: Path, target: Path, *, guard: Guard = unguarded) -> None:
@@ -367,7 +357,7 @@ def save_figure(figure: Any, target: Path, *, guard: Guard = unguarded) -> None:
     from matplotlib import pyplot
 
     try:
-        with new_file(target, guard=guard) as unfinished:
+        with files.new_file(target, guard=guard) as unfinished:
             figure.savefig(unfinished, format="png", metadata={"Software": None})
     finally:
         pyplot.close(figure)

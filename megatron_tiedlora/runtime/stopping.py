@@ -14,9 +14,8 @@ from typing import NamedTuple
 
 import psutil
 
-from megatron_tiedlora.config.hosts import is_torchrun
 from megatron_tiedlora.parallel.agreement import sum_over_ranks
-from megatron_tiedlora.runtime.launch_env import deepspeed_runner
+from megatron_tiedlora.runtime.launch_env import deepspeed_runner, is_torchrun
 
 # Slurm sends SIGUSR1 some time before a job's limit (`#SBATCH --signal=USR1@120`).
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -72,15 +71,15 @@ def _ssh_sessions(process: psutil.Process) -> list[psutil.Process]:
 
 
 class StopVotes(NamedTuple):
-    """What `StopRequests.agree` sums over all ranks, one fp64 number each."""
+    """The numbers that `StopRequests.agree` sums over all ranks, in fp64."""
 
-    missing: float  # ranks on which what is asked does not hold
+    missing: float  # ranks on which the condition does not hold
     stopping: float  # ranks that should stop
     signals: float  # sum of their signal numbers
 
 
 class StepVotes(NamedTuple):
-    """What a training step sums over all ranks before weights move, one fp64 number each, and two of each adapter."""
+    """The numbers that a training step sums over all ranks before weights move, in fp64; two of each adapter follow."""
 
     seconds: float  # of the forward and backward passes
     save_due: float  # whether rank 0 wants a checkpoint after this step

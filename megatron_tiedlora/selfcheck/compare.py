@@ -23,8 +23,8 @@ from megatron_tiedlora.checkpoint.base_weights import RandomWeights, load_base_w
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.checkpoint.tensor_files import DTYPES
-from megatron_tiedlora.config.bench_settings import BenchSettings
-from megatron_tiedlora.config.train_fields import DEFAULT_TASK
+from megatron_tiedlora.config.settings import DEFAULT_TASK
+from megatron_tiedlora.config.tool_settings import BenchSettings
 from megatron_tiedlora.convert.export_peft import target_modules
 from megatron_tiedlora.data.encode import encode_prompts
 from megatron_tiedlora.data.loader import collate, shared_micro_batch, shared_rounds

@@ -28,9 +28,8 @@ import psutil
 import torch
 from torch import distributed
 
-from megatron_tiedlora.base.shapes import BASE_NAMES, FP8_CAPABILITY, ModelShape
+from megatron_tiedlora.base.shapes import BASE_NAMES, FP8_CAPABILITY, PRESETS, ModelShape, is_preset
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.config.presets import PRESETS, is_preset
 from megatron_tiedlora.model.batch import whole_rows
 from megatron_tiedlora.model.cpu_attention import TiledRows, attend_by_tiles, find_query_tiles, tile_size
 from megatron_tiedlora.model.families import shape_from_hf

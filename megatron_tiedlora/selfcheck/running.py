@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_config, targets_of
 from megatron_tiedlora.base.messages import UserError, bytes_in_words
-from megatron_tiedlora.base.shapes import TARGET_NAMES, ModelShape
-from megatron_tiedlora.config.bench_settings import BenchSettings
+from megatron_tiedlora.base.shapes import PRESETS, TARGET_NAMES, ModelShape
 from megatron_tiedlora.config.cli import parse_settings
-from megatron_tiedlora.config.presets import PRESETS
+from megatron_tiedlora.config.tool_settings import BenchSettings
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.stage import Stage

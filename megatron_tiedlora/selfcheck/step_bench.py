@@ -20,12 +20,11 @@ from torch import distributed
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.base.messages import UserError, user_path
+from megatron_tiedlora.base.shapes import PRESETS, is_preset
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
-from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.fields import marked, validate_settings
-from megatron_tiedlora.config.presets import PRESETS, is_preset
-from megatron_tiedlora.config.settings import make_settings
-from megatron_tiedlora.config.train_fields import DEFAULT_TASK
+from megatron_tiedlora.config.settings import DEFAULT_TASK, make_settings
+from megatron_tiedlora.config.tool_settings import BenchSettings
 from megatron_tiedlora.data.encode import encode_dataset
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.data.splits import load_split

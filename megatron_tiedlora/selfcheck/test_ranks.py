@@ -19,10 +19,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from megatron_tiedlora.base.shapes import PRESETS
 from megatron_tiedlora.checkpoint.base_weights import write_random_model
-from megatron_tiedlora.config.hosts import rank_variables
-from megatron_tiedlora.config.presets import PRESETS
-from megatron_tiedlora.runtime.launch_env import free_port
+from megatron_tiedlora.runtime.launch_env import free_port, rank_variables
 from megatron_tiedlora.runtime.machine import Finding
 from megatron_tiedlora.selfcheck import rank
 from megatron_tiedlora.selfcheck.parts import Tell, option, report

@@ -16,11 +16,10 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from megatron_tiedlora.base.extras import installed_versions
-from megatron_tiedlora.base.messages import UserError
+from megatron_tiedlora.base.messages import UserError, installed_versions
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.shapes import precision_in_words
-from megatron_tiedlora.config.bench_settings import BenchSettings
+from megatron_tiedlora.config.tool_settings import BenchSettings
 from megatron_tiedlora.training.throughput import peak_memory_bytes, resident_bytes
 
 Value = TypeVar("Value")

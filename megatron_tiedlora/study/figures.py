@@ -11,7 +11,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from megatron_tiedlora.base.atomic import Guard, unguarded
+from megatron_tiedlora.base.files import Guard, unguarded
 from megatron_tiedlora.base.methods import METHOD_NAMES
 from megatron_tiedlora.evaluation.results import Score
 from megatron_tiedlora.runtime.run_folder import plain_figures, save_figure

@@ -14,16 +14,16 @@ from functools import cached_property
 import psutil
 import torch
 
+from megatron_tiedlora.base.files import file_sha256
 from megatron_tiedlora.base.messages import UserError, aligned_lines, bytes_in_words, naming, user_path
 from megatron_tiedlora.base.shapes import QKV
-from megatron_tiedlora.base.text_files import file_sha256
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.cluster.launchers import Job
 from megatron_tiedlora.cluster.start import check_num_ranks, make_job
-from megatron_tiedlora.config.adapters_file import check_halving, check_together
+from megatron_tiedlora.config.cli import check_halving, check_together
 from megatron_tiedlora.config.fields import marked
+from megatron_tiedlora.config.job_settings import MOST_TOGETHER, SweepCommand, SweepSettings
 from megatron_tiedlora.config.settings import Settings, make_settings
-from megatron_tiedlora.config.sweep_settings import MOST_TOGETHER, SweepCommand, SweepSettings
 from megatron_tiedlora.data.readers import read_rows
 from megatron_tiedlora.data.sources import local_files
 from megatron_tiedlora.data.splits import load_split, local_names

@@ -15,24 +15,17 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from megatron_tiedlora.base.atomic import TEMPORARY_PREFIX, Guard, discard, remove_leftovers, unguarded, write_json
+from megatron_tiedlora.base import files
+from megatron_tiedlora.base.files import Guard, Size, Text, discard, read_fields, read_json_object, unguarded
 from megatron_tiedlora.base.messages import UserError, as_given
 from megatron_tiedlora.base.output_folder import PathIn, reject_links
 from megatron_tiedlora.base.ownership import Owner, is_of_owner
-from megatron_tiedlora.base.text_files import Size, Text, read_fields, read_json_object, read_json_or_none, write_yaml
 from megatron_tiedlora.checkpoint.resume import PROGRESS_FILE, named_checkpoint
-from megatron_tiedlora.config.adapters_file import HALVING_REASON
-from megatron_tiedlora.config.cli import naming_file, read_yaml
+from megatron_tiedlora.config import job_settings
+from megatron_tiedlora.config.cli import HALVING_REASON, naming_file, read_yaml
 from megatron_tiedlora.config.fields import declared, flag_value, marked
+from megatron_tiedlora.config.job_settings import GRID, SWEEP_FILE, SweepCommand, SweepSettings, make_command
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.config.sweep_settings import (
-    GRID,
-    SWEEP_FILE,
-    SweepCommand,
-    SweepSettings,
-    make_command,
-    resolve_train,
-)
 from megatron_tiedlora.evaluation.results import RESULTS_FILE, Score
 from megatron_tiedlora.runtime.run_folder import RunFolder, State
 
@@ -202,7 +195,7 @@ def check_folder(folder: StudyFolder) -> None:
     path = folder.path
     folders = (RUNS, GROUPS, SCORES, LOGS)
     # Beside the lists of their adapters, of which a kill may leave a temporary file.
-    found = (item for item in (path / GROUPS).glob("*") if not item.name.startswith(TEMPORARY_PREFIX))
+    found = (item for item in (path / GROUPS).glob("*") if not item.name.startswith(files.TEMPORARY_PREFIX))
     groups = (item for item in found if item.suffix != ".yaml")
     reject_links(*(path / name for name in folders), *(path / RUNS).glob("*"), *groups)
     if path.exists() and not path.is_dir():
@@ -222,7 +215,7 @@ def check_resumable(folder: StudyFolder, now: SweepCommand, base: BaseRecord) ->
     if before.settings.test_limit != now.settings.test_limit:
         raise UserError(f"{where} --test_limit {before.settings.test_limit}, now it is {now.settings.test_limit}")
     # Both are resolved for the same point, so that alpha, which follows the rank, only differs if it was given.
-    theirs, ours = resolve_train(now.settings, before.given), now.train
+    theirs, ours = job_settings.resolve_train(now.settings, before.given), now.train
     for name, own in declared(Settings).items():
         # A resumed run may name its files otherwise, but a resumed study may not.
         same = (own.compared or own.by_content) and "sweep" not in own.decided_by
@@ -261,12 +254,12 @@ def _check_extended(before: SweepSettings, now: SweepSettings, num_layers: int, 
 def write_record(folder: StudyFolder, command: SweepCommand, base: BaseRecord) -> None:
     """Write the study's record, before its first command starts. Raises UserError if it cannot be written."""
     for path in (folder.path, folder.path / GROUPS):
-        remove_leftovers(path, guard=folder.guard)
+        files.remove_leftovers(path, guard=folder.guard)
     own, train = command.settings.model_dump(mode="json"), command.train.model_dump(mode="json")
     found = {**{name: own[name] for name in marked(SweepSettings, lasts="")}, **{n: train[n] for n in command.given}}
     content = {name: value for name, value in found.items() if value is not None}
-    write_json(folder.base, asdict(base), guard=folder.guard)  # first: it has all points of the settings, or more
-    write_yaml(folder.settings, content, guard=folder.guard)
+    files.write_json(folder.base, asdict(base), guard=folder.guard)  # first: it has all points of the settings, or more
+    files.write_yaml(folder.settings, content, guard=folder.guard)
     discard(folder.status, guard=folder.guard)
 
 
@@ -360,7 +353,7 @@ def read_run(folder: Path) -> RunEnd:
     run = RunFolder(folder)
     if not run.is_run:
         return RunEnd("to do")
-    status = read_json_or_none(run.status)
+    status = files.read_json_or_none(run.status)
     if status is None:
         return RunEnd("cut off")
     state, reason, best = status.get("state"), status.get("reason", ""), None

@@ -17,16 +17,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from megatron_tiedlora.base.atomic import Guard, discard, make_way_for_log, unguarded, write_json, write_text
+from megatron_tiedlora.base.files import Guard, discard, make_way_for_log, unguarded, write_json, write_text, write_yaml
 from megatron_tiedlora.base.messages import UserError, csv_text, printable, show, user_path
 from megatron_tiedlora.base.ownership import FolderLock, take_folder
 from megatron_tiedlora.base.progress import progress_bar
-from megatron_tiedlora.base.text_files import write_yaml
 from megatron_tiedlora.cluster import start
 from megatron_tiedlora.cluster.launchers import Job, plan_start
-from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
+from megatron_tiedlora.config.adapter_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import flag_value, marked
-from megatron_tiedlora.config.sweep_settings import SweepCommand
+from megatron_tiedlora.config.job_settings import SweepCommand
 from megatron_tiedlora.evaluation.results import RESULTS_FILE
 from megatron_tiedlora.planning.run_plan import with_models_length
 from megatron_tiedlora.runtime.run_folder import RunFolder, metrics_row

@@ -18,8 +18,7 @@ from typing import Any
 
 from megatron_tiedlora.base.messages import markdown_lines, printable
 from megatron_tiedlora.base.methods import METHOD_NAMES, find_method
-from megatron_tiedlora.base.shapes import ModelShape
-from megatron_tiedlora.config.presets import PRESETS
+from megatron_tiedlora.base.shapes import PRESETS, ModelShape
 from megatron_tiedlora.evaluation.results import Score
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.study.record import BASE_NAME, BaseRecord, Point, Result, Study, rate_text

@@ -14,13 +14,12 @@ from typing import Any, NamedTuple
 
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
 from megatron_tiedlora.adapters.tying import AdapterLayout, gather_full
-from megatron_tiedlora.base.atomic import Guard, write_json
+from megatron_tiedlora.base.files import Count, Guard, Real, Text, read_fields, read_json_object, write_json
 from megatron_tiedlora.base.messages import UserError, named, printable
-from megatron_tiedlora.base.text_files import Count, Real, Text, read_fields, read_json_object
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
 from megatron_tiedlora.checkpoint.native_adapter import save_adapter
 from megatron_tiedlora.checkpoint.resume import Progress, moment_name, save_checkpoint
-from megatron_tiedlora.config.adapters_file import HALVING_REASON
+from megatron_tiedlora.config.cli import HALVING_REASON
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.loader import TrainingStep, evaluation_batches, evaluation_sizes
 from megatron_tiedlora.data.tokenizer import padding_id

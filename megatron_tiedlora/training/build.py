@@ -21,8 +21,7 @@ from megatron_tiedlora.checkpoint.base_weights import BaseWeights, RandomWeights
 from megatron_tiedlora.checkpoint.load_model import check_same_dtype
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE
 from megatron_tiedlora.checkpoint.resume import Checkpoint, moment_name
-from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.config.train_fields import Schedule
+from megatron_tiedlora.config.settings import Schedule, Settings
 from megatron_tiedlora.engine import engine as deepspeed_engine
 from megatron_tiedlora.engine.runner import EngineOptimizer, Optimizers, OwnOptimizer, PipelineRunner, Runner
 from megatron_tiedlora.model.layer_specs import LayerSpec, layer_specs

@@ -13,14 +13,12 @@ from typing import Any
 
 import torch
 
-from megatron_tiedlora.base.atomic import write_json
+from megatron_tiedlora.base.files import read_json_object, read_json_or_none, write_json
 from megatron_tiedlora.base.messages import UserError, count_text, naming, user_path
 from megatron_tiedlora.base.ownership import Owner
-from megatron_tiedlora.base.text_files import read_json_object, read_json_or_none
 from megatron_tiedlora.checkpoint import resume
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter, save_adapter
-from megatron_tiedlora.config.adapters_file import HALVING_REASON, OF_ALL, PER_ADAPTER, rivals_of
-from megatron_tiedlora.config.cli import HUB_NAMES, TEMPLATE_HASH
+from megatron_tiedlora.config.cli import HALVING_REASON, HUB_NAMES, OF_ALL, PER_ADAPTER, TEMPLATE_HASH, rivals_of
 from megatron_tiedlora.config.fields import declared, flag_value, marked
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.chat import chat_template_sha256

@@ -29,11 +29,11 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_tiedlora.adapters import tied_adapter
-from megatron_tiedlora.base.atomic import new_file
+from megatron_tiedlora.base.files import new_file
 from megatron_tiedlora.base.messages import UserError, first_line, show
 from megatron_tiedlora.base.output_folder import make_private_folder
 from megatron_tiedlora.base.shapes import ModelShape
-from megatron_tiedlora.config.settings import profiled_steps
+from megatron_tiedlora.config.fields import profiled_steps
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.model.batch import find_supervised
 from megatron_tiedlora.model.layer_specs import layer_specs

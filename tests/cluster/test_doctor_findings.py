@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from megatron_tiedlora.cluster import doctor_rank
-from megatron_tiedlora.cluster.compare_hosts import compare_hosts, host_table
-from megatron_tiedlora.cluster.doctor import Trial, explain_output, explain_silence
+from megatron_tiedlora.cluster.doctor import Trial, compare_hosts, explain_output, explain_silence, host_table
 from megatron_tiedlora.runtime.machine import Finding, Gpu, MachineRecord
 
 NAMES = ("nodea", "nodeb", "nodec")

@@ -16,12 +16,10 @@ from support.ranks import ENVIRONMENT
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.cluster import doctor_rank
-from megatron_tiedlora.cluster.compare_hosts import is_loopback
-from megatron_tiedlora.cluster.doctor import find_job
+from megatron_tiedlora.cluster.doctor import find_job, is_loopback
 from megatron_tiedlora.commands.front import call
-from megatron_tiedlora.config.hosts import Host
-from megatron_tiedlora.config.launch_settings import DoctorSettings
-from megatron_tiedlora.runtime.launch_env import free_port
+from megatron_tiedlora.config.job_settings import DoctorSettings
+from megatron_tiedlora.runtime.launch_env import Host, free_port
 from megatron_tiedlora.runtime.machine import resolve, source_hash
 
 DOCTOR = ROOT / "launch" / "doctor.py"

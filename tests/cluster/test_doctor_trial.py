@@ -15,13 +15,13 @@ import pytest
 import torch
 from support.launcher_jobs import make_job, write_program
 
-from megatron_tiedlora.cluster.compare_hosts import report_text
 from megatron_tiedlora.cluster.doctor import (
     Trial,
     examine,
     explain_trial,
     group_results,
     judge_groups,
+    report_text,
     start_ranks,
 )
 from megatron_tiedlora.cluster.doctor_rank import (
@@ -36,8 +36,8 @@ from megatron_tiedlora.cluster.doctor_rank import (
     TrialRank,
     packed,
 )
-from megatron_tiedlora.config.hosts import Host
-from megatron_tiedlora.config.launch_settings import DoctorSettings
+from megatron_tiedlora.config.job_settings import DoctorSettings
+from megatron_tiedlora.runtime.launch_env import Host
 from megatron_tiedlora.runtime.machine import Finding, machine_record
 
 LARGE = 64_000_000

@@ -16,8 +16,8 @@ from support.folders import ROOT
 from support.launcher_jobs import write_program
 
 from megatron_tiedlora.config.cli import parse_settings
-from megatron_tiedlora.config.hosts import Host, read_hostfile
 from megatron_tiedlora.config.settings import Settings
+from megatron_tiedlora.runtime.launch_env import Host, read_hostfile
 from megatron_tiedlora.runtime.run_folder import RunFolder
 
 LAUNCH = ROOT / "launch"

@@ -14,9 +14,16 @@ from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.cluster.doctor import find_job
 from megatron_tiedlora.cluster.launchers import plan_start
 from megatron_tiedlora.cluster.start import check_num_ranks, choose_hosts, make_job
-from megatron_tiedlora.config.hosts import Host, expand_nodelist, is_torchrun, num_ranks, read_hostfile, slurm_hosts
-from megatron_tiedlora.config.launch_settings import DoctorSettings, LaunchSettings, parse_launch
+from megatron_tiedlora.config.job_settings import DoctorSettings, LaunchSettings, parse_launch
 from megatron_tiedlora.config.settings import make_settings
+from megatron_tiedlora.runtime.launch_env import (
+    Host,
+    expand_nodelist,
+    is_torchrun,
+    num_ranks,
+    read_hostfile,
+    slurm_hosts,
+)
 
 ALLOCATION = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "a1,b-2", "SLURM_TASKS_PER_NODE": "4(x2)"}
 

@@ -14,7 +14,7 @@ from support.launcher_jobs import given, hosts_here, make_job, start
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.cluster.launchers import EXPORTS, Job, plan_start
-from megatron_tiedlora.config.hosts import Host
+from megatron_tiedlora.runtime.launch_env import Host
 
 NASTY = (
     "plain",

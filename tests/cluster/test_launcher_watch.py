@@ -25,7 +25,7 @@ from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.cluster.launchers import Job
 from megatron_tiedlora.cluster.start import _say_what_may_be_left, launch
 from megatron_tiedlora.config.cli import parse_settings
-from megatron_tiedlora.config.launch_settings import parse_launch
+from megatron_tiedlora.config.job_settings import parse_launch
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.runtime.run_folder import RunFolder
 

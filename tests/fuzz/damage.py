@@ -20,7 +20,7 @@ from fuzzing import Draw
 from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as tensors_to_bytes
 
-from megatron_tiedlora.base.text_files import FILES_FIELD, SEAL_FIELD, sealed
+from megatron_tiedlora.base.files import FILES_FIELD, SEAL_FIELD, sealed
 
 # Bytes ------------------------------------------------------------------------------------------------------------
 

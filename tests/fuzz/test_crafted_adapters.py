@@ -13,7 +13,7 @@ from fuzzing import bounded, outcome, refused, tree
 from safetensors.torch import load_file
 from valid import check_adapter, write_run
 
-from megatron_tiedlora.base.atomic import remove_leftovers
+from megatron_tiedlora.base.files import remove_leftovers
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_native_adapter, save_adapter

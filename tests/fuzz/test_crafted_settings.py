@@ -16,8 +16,8 @@ from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.batch import BatchPlan
 from megatron_tiedlora.config.cli import parse_settings
+from megatron_tiedlora.config.job_settings import parse_sweep
 from megatron_tiedlora.config.settings import Settings, make_settings
-from megatron_tiedlora.config.sweep_settings import parse_sweep
 from megatron_tiedlora.data.readers import read_rows
 from megatron_tiedlora.data.tokenizer import load_tokenizer
 from megatron_tiedlora.engine.engine_json import load_engine_config

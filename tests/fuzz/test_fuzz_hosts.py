@@ -13,7 +13,7 @@ from valid import METRICS
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.cluster.start import StatusFile, judge
-from megatron_tiedlora.config.hosts import Host, read_hostfile, slurm_hosts
+from megatron_tiedlora.runtime.launch_env import Host, read_hostfile, slurm_hosts
 from megatron_tiedlora.runtime.run_folder import RunFolder, read_metrics
 from megatron_tiedlora.study.record import Study, StudyFolder, read_base, read_study
 from megatron_tiedlora.study.sweep import last_lines, last_row

@@ -20,13 +20,19 @@ from support.run_helpers import Base, write_base
 from valid import check_settings
 
 from megatron_tiedlora.cluster.start import launch
+from megatron_tiedlora.config.adapter_settings import EvaluateSettings
 from megatron_tiedlora.config.batch import BatchPlan
 from megatron_tiedlora.config.cli import parse_settings
-from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import CommandSettings
-from megatron_tiedlora.config.launch_settings import DoctorSettings, LaunchSettings, parse_launch
+from megatron_tiedlora.config.job_settings import (
+    DoctorSettings,
+    LaunchSettings,
+    SweepCommand,
+    SweepSettings,
+    parse_launch,
+    parse_sweep,
+)
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.config.sweep_settings import SweepCommand, SweepSettings, parse_sweep
 from megatron_tiedlora.engine.engine_json import EngineConfig, load_engine_config
 from megatron_tiedlora.evaluation.plan import plan_evaluations
 from megatron_tiedlora.planning.report import dry_run_report

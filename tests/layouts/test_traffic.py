@@ -20,6 +20,7 @@ from torch import distributed
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.adapters.tied_adapter import Target, make_adapter_config
+from megatron_tiedlora.base.messages import bytes_in_words
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.model.layer_specs import StoredTensor
 from megatron_tiedlora.parallel.groups import (
@@ -40,7 +41,7 @@ from megatron_tiedlora.parallel.groups import (
 from megatron_tiedlora.planning import passes
 from megatron_tiedlora.planning.layout import Layout
 from megatron_tiedlora.planning.passes import STOP_VOTES_BYTES, engine_traffic, saved_per_token
-from megatron_tiedlora.planning.report import bytes_in_words, dry_run_report
+from megatron_tiedlora.planning.report import dry_run_report
 
 pytestmark = [
     pytest.mark.distributed,

@@ -13,8 +13,8 @@ from support.native_files import moments_of, save_step
 from support.run_files import names
 from support.run_helpers import Ended, run_ranks
 
-from megatron_tiedlora.base import atomic
-from megatron_tiedlora.base.atomic import new_folder, remove_leftovers, write_text
+from megatron_tiedlora.base import files
+from megatron_tiedlora.base.files import new_folder, remove_leftovers, write_text
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint import resume
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_native_adapter, save_adapter
@@ -41,7 +41,7 @@ def write(folder: Path, native: NativeAdapter) -> None:
 @pytest.mark.parametrize("swaps", [True, False], ids=["swap", "two renames"])
 def test_a_folder_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swaps: bool) -> None:
     if not swaps:
-        monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
     for content in ("one", "two"):
         with new_folder(tmp_path / "kept") as folder:
             (folder / content).write_text(content)
@@ -74,10 +74,10 @@ def test_a_failing_disk_is_one_line_and_leaves_what_was_there(
         raise OSError(5, "Input/output error")
 
     if step == "rename":
-        monkeypatch.setattr(atomic, "_exchange", lambda one, other: False)
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
         monkeypatch.setattr(os, "rename", rename)
     else:
-        monkeypatch.setattr(atomic, "sync_path", sync)
+        monkeypatch.setattr(files, "sync_path", sync)
     with pytest.raises(UserError) as error, new_folder(kept) as folder:
         (folder / "new").write_text("new")
     assert str(error.value) == f"{kept}: cannot be written (Input/output error); nothing was changed"
@@ -242,7 +242,7 @@ FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 import torch
-from megatron_tiedlora.base.atomic import write_text
+from megatron_tiedlora.base.files import write_text
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter, save_adapter
 from megatron_tiedlora.checkpoint.resume import Progress, save_checkpoint
 from megatron_tiedlora.config.cli import run_command

@@ -187,8 +187,8 @@ merge, export, verify = (partial(tool, name) for name in ("merge", "export", "ve
 
 
 def evaluate(made: Path, model: Path, output: Path, *words: str, kind: str = "adapter") -> None:
+    from megatron_tiedlora.config.adapter_settings import EvaluateSettings
     from megatron_tiedlora.config.cli import parse_settings
-    from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
     from megatron_tiedlora.evaluation.plan import plan_evaluations
 
     argv = ["--adapter", str(made / kind), "--model", str(model), "--task", "gsm8k", *words]

@@ -24,8 +24,8 @@ from support.run_preludes import before_call, kill_at_call
 from support.tiny_models import write_tiny_model
 from support.wide_models import write_wide_adapter, write_wide_model
 
+from megatron_tiedlora.base.files import file_sha256
 from megatron_tiedlora.base.shapes import TARGET_NAMES
-from megatron_tiedlora.base.text_files import file_sha256
 
 MERGE = ROOT / "tools" / "merge_adapter.py"
 WRITER = "megatron_tiedlora.checkpoint.tensor_files"
@@ -107,7 +107,7 @@ def test_a_signal_leaves_nothing(case: Case, moment: str, number: signal.Signals
 
 def test_a_merge_that_is_as_good_as_done_ends_well(case: Case) -> None:
     """The signal comes as the output gets its name."""
-    prelude = partial(kill_at_call, "megatron_tiedlora.base.atomic", "_put_in_place", number=signal.SIGTERM)
+    prelude = partial(kill_at_call, "megatron_tiedlora.base.files", "_put_in_place", number=signal.SIGTERM)
     case.merge(prelude=prelude).expect(0)
     case.check_output()
 
@@ -115,7 +115,7 @@ def test_a_merge_that_is_as_good_as_done_ends_well(case: Case) -> None:
 KILLS = {  # (module, name, call)
     "in the third file": (WRITER, "_write_file", 3),
     "before the record": (COMMAND, "write_json", 1),
-    "before the output gets its name": ("megatron_tiedlora.base.atomic", "_put_in_place", 1),
+    "before the output gets its name": ("megatron_tiedlora.base.files", "_put_in_place", 1),
 }
 
 

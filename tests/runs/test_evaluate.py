@@ -25,7 +25,7 @@ from support.run_preludes import before_call, kill_at_call, limit_files
 from support.task_files import refusal
 from support.tiny_models import random_adapter, write_tiny_model
 
-from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
+from megatron_tiedlora.config.adapter_settings import EvaluateSettings
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.merge import merge_adapter
 from megatron_tiedlora.data.splits import load_split

@@ -16,8 +16,8 @@ from support.run_helpers import Ended, write_rows
 from support.task_files import refusal
 from support.tiny_models import write_tiny_model
 
+from megatron_tiedlora.config.adapter_settings import EvaluateSettings
 from megatron_tiedlora.config.cli import parse_settings
-from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.evaluation.plan import plan_evaluations
 

@@ -16,9 +16,8 @@ from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.output_folder import last_name
 from megatron_tiedlora.cluster.start import launch
 from megatron_tiedlora.commands.front import call
-from megatron_tiedlora.config.launch_settings import parse_launch
+from megatron_tiedlora.config.job_settings import parse_launch, parse_sweep
 from megatron_tiedlora.config.settings import make_settings
-from megatron_tiedlora.config.sweep_settings import parse_sweep
 from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder, choose_run_folder, run_name
 from megatron_tiedlora.study.sweep import sweep
 

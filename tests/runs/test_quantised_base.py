@@ -19,7 +19,7 @@ from support.task_files import refusal
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
 from megatron_tiedlora.commands.front import call
-from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
+from megatron_tiedlora.config.adapter_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import validate_settings
 from megatron_tiedlora.evaluation.plan import plan_evaluations
 

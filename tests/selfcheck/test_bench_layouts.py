@@ -21,8 +21,8 @@ from support.run_helpers import Ended, run_ranks, start_command
 from support.tiny_models import write_tiny_model
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY
-from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.fields import validate_settings
+from megatron_tiedlora.config.tool_settings import BenchSettings
 from megatron_tiedlora.parallel.groups import DATA, TENSOR, WORLD, Traffic
 from megatron_tiedlora.planning.layout import shared_shape
 from megatron_tiedlora.planning.machines import CPU, Constant

@@ -7,8 +7,8 @@ from support.task_files import refusal
 from support.tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.messages import UserError
-from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.cli import parse_settings
+from megatron_tiedlora.config.tool_settings import BenchSettings
 from megatron_tiedlora.planning.run_plan import RunPlan
 from megatron_tiedlora.selfcheck.compare import measure_sides
 from megatron_tiedlora.selfcheck.step_bench import plan_benchmark

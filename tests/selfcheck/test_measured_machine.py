@@ -16,7 +16,7 @@ from support.tiny_models import write_tiny_model
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.commands.front import call
-from megatron_tiedlora.config.plan_settings import parse_plan
+from megatron_tiedlora.config.job_settings import parse_plan
 from megatron_tiedlora.planning.machines import CONSTANTS, CPU, Constant, Machine, read_machine
 from megatron_tiedlora.planning.step_time import Seconds
 from megatron_tiedlora.selfcheck import machine_constants as measuring

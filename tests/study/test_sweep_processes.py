@@ -24,8 +24,8 @@ from support.sweep_runs import LAUNCH, a_job, no_start, study_arguments, write_s
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.ownership import OWNER_FILE, take_folder
 from megatron_tiedlora.cluster.launchers import plan_start
+from megatron_tiedlora.config.job_settings import parse_sweep
 from megatron_tiedlora.config.settings import make_settings
-from megatron_tiedlora.config.sweep_settings import parse_sweep
 from megatron_tiedlora.runtime.launch_env import visible_gpus
 from megatron_tiedlora.runtime.run_folder import take_run_folder
 from megatron_tiedlora.runtime.stopping import StopSignals

@@ -15,8 +15,8 @@ from support.run_helpers import Base
 from support.sweep_runs import LAUNCH, no_start, study_arguments, write_run, write_study
 
 from megatron_tiedlora.base.messages import UserError
-from megatron_tiedlora.config.adapters_file import PER_ADAPTER
-from megatron_tiedlora.config.sweep_settings import parse_sweep
+from megatron_tiedlora.config.cli import PER_ADAPTER
+from megatron_tiedlora.config.job_settings import parse_sweep
 from megatron_tiedlora.data.tasks import TASKS
 from megatron_tiedlora.runtime.stopping import StopSignals
 from megatron_tiedlora.study.plan import SweepPlan, plan_sweep

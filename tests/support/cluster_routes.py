@@ -38,7 +38,7 @@ import sys
 from pathlib import Path
 from megatron_tiedlora.cluster.start import launch
 from megatron_tiedlora.config.cli import run_command
-from megatron_tiedlora.config.launch_settings import parse_launch
+from megatron_tiedlora.config.job_settings import parse_launch
 run_command(lambda argv: launch(parse_launch(argv[1:]), scripts=Path(argv[0])), sys.argv[1:])
 """
 

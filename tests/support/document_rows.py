@@ -20,13 +20,11 @@ import pytest
 
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.commands.front import call
-from megatron_tiedlora.config import tool_settings
+from megatron_tiedlora.config import adapter_settings
+from megatron_tiedlora.config.adapter_settings import EvaluateSettings
 from megatron_tiedlora.config.cli import parse_settings
-from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
-from megatron_tiedlora.config.launch_settings import DoctorSettings, parse_launch
-from megatron_tiedlora.config.plan_settings import parse_plan
+from megatron_tiedlora.config.job_settings import DoctorSettings, parse_launch, parse_plan, parse_sweep
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.config.sweep_settings import parse_sweep
 from megatron_tiedlora.convert.export_peft import Export, serve_hints
 from megatron_tiedlora.planning.run_plan import plan_run
 from support.folders import ROOT
@@ -242,12 +240,12 @@ ROWS = (
     Row(r"(torchrun --nproc_per_node 8 --no-python )?tiedlora evaluate ",
         parses(lambda words: parse_settings(words, EvaluateSettings))),
     Row(r"tiedlora sweep ", parses(parse_sweep)),
-    Row(r"tiedlora merge ", parses(lambda words: parse_settings(words, tool_settings.MergeSettings))),
-    Row(r"tiedlora export ", parses(lambda words: parse_settings(words, tool_settings.ExportSettings))),
-    Row(r"tiedlora verify ", parses(lambda words: parse_settings(words, tool_settings.VerifySettings))),
-    Row(r"tiedlora import ", parses(lambda words: parse_settings(words, tool_settings.ImportSettings))),
-    Row(r"tiedlora index ", parses(lambda words: parse_settings(words, tool_settings.IndexSettings))),
-    Row(r"tiedlora push ", parses(lambda words: parse_settings(words, tool_settings.PushSettings))),
+    Row(r"tiedlora merge ", parses(lambda words: parse_settings(words, adapter_settings.MergeSettings))),
+    Row(r"tiedlora export ", parses(lambda words: parse_settings(words, adapter_settings.ExportSettings))),
+    Row(r"tiedlora verify ", parses(lambda words: parse_settings(words, adapter_settings.VerifySettings))),
+    Row(r"tiedlora import ", parses(lambda words: parse_settings(words, adapter_settings.ImportSettings))),
+    Row(r"tiedlora index ", parses(lambda words: parse_settings(words, adapter_settings.IndexSettings))),
+    Row(r"tiedlora push ", parses(lambda words: parse_settings(words, adapter_settings.PushSettings))),
     Row(r"kubectl apply -f launch/", applies, runs=False),
     Row(r"(hf|vllm|python convert_\w+\.py|llama-server) ", is_others, runs=False),
 )  # fmt: skip

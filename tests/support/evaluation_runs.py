@@ -45,8 +45,8 @@ def begin(settings: Mapping[str, Any], *, ranks: int = 1) -> None:
     It takes the steps of commands/evaluate.py, without a process group.
     """
     from megatron_tiedlora.commands.evaluate import take_results_folder
+    from megatron_tiedlora.config.adapter_settings import EvaluateSettings
     from megatron_tiedlora.config.cli import parse_settings
-    from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
     from megatron_tiedlora.data.splits import check_files_exist
     from megatron_tiedlora.evaluation.answering import read_scored
     from megatron_tiedlora.evaluation.plan import plan_evaluations

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tiedlora.cluster.launchers import Job, StartPlan
-from megatron_tiedlora.config.hosts import Host
+from megatron_tiedlora.runtime.launch_env import Host
 
 # Writes what it was given beside itself: a rank of the tests that only look at words and variables.
 DUMP = """

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 
 from megatron_tiedlora.adapters.tied_adapter import make_adapter_config, targets_of
-from megatron_tiedlora.base.text_files import FILES_FIELD, SEAL_FIELD, sealed
+from megatron_tiedlora.base.files import FILES_FIELD, SEAL_FIELD, sealed
 from megatron_tiedlora.checkpoint.base_identity import identify_base
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_native_adapter, save_adapter

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.config.cli import parse_settings
-from megatron_tiedlora.config.plan_settings import parse_plan
+from megatron_tiedlora.config.job_settings import parse_plan
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.planning.adapter_plans import plan_adapters
 from megatron_tiedlora.planning.cluster_report import find_machine

@@ -23,7 +23,7 @@ import yaml
 from megatron_tiedlora.adapters.tied_adapter import Target, make_adapter_config
 from megatron_tiedlora.cluster.launchers import Job
 from megatron_tiedlora.cluster.start import make_job
-from megatron_tiedlora.config.sweep_settings import parse_launcher, parse_sweep
+from megatron_tiedlora.config.job_settings import parse_launcher, parse_sweep
 from megatron_tiedlora.study.record import Point, make_grid
 from support.folders import ROOT
 from support.ranks import ENVIRONMENT, fork_server, redirect_output
@@ -230,7 +230,7 @@ def _be_sweep(arguments: list[str], work: str, cache: str, preludes: Preludes, o
 
     tqdm.monitor_interval = 0  # a thread would not outlive the forks, and its lock might
     from megatron_tiedlora.config.cli import run_command
-    from megatron_tiedlora.config.sweep_settings import parse_sweep
+    from megatron_tiedlora.config.job_settings import parse_sweep
     from megatron_tiedlora.study.sweep import sweep
 
     start: Any = functools.partial(forked_start, work=Path(work), cache=Path(cache), preludes=preludes)

@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_tiedlora.adapters.tied_adapter import make_adapter_config, targets_of
+from megatron_tiedlora.base.shapes import PRESETS
 from megatron_tiedlora.checkpoint.base_identity import identify_base
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
 from megatron_tiedlora.checkpoint.native_adapter import save_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.checkpoint.tensor_files import StreamedTensor, sharded, write_files
-from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.weights import weight_rules
 from support.folders import ROOT, TESTS

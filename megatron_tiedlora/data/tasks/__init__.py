@@ -5,7 +5,7 @@ from importlib import import_module
 from types import MappingProxyType
 
 from megatron_tiedlora.base.messages import UserError
-from megatron_tiedlora.config.train_fields import TASK_NAMES
+from megatron_tiedlora.config.settings import TASK_NAMES
 from megatron_tiedlora.data.task import Task
 
 TASKS: Mapping[str, Task] = MappingProxyType({name: import_module(f"{__name__}.{name}").TASK for name in TASK_NAMES})

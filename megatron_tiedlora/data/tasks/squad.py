@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_tiedlora.base.messages import UserError, shown
-from megatron_tiedlora.data.readers import Row, required_text, required_texts, without
-from megatron_tiedlora.data.tables import HubData
+from megatron_tiedlora.data.readers import required_text, required_texts, without
+from megatron_tiedlora.data.tables import HubData, Row
 from megatron_tiedlora.data.task import Parts, Reading, Task
 
 

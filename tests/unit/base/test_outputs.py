@@ -8,7 +8,7 @@ import pytest
 from support.run_files import leave_dead, names, take
 from support.task_files import refusal
 
-from megatron_tiedlora.base.atomic import discard, new_folder, remove_leftovers, write_text
+from megatron_tiedlora.base.files import discard, new_folder, remove_leftovers, write_text
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.output_folder import new_output, take_output, take_output_folder
 from megatron_tiedlora.base.ownership import OWNER_FILE, FolderLock, FolderTaken, OwnerLost
@@ -41,7 +41,7 @@ def test_one_that_was_stopped_behind_its_check_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, swaps: bool
 ) -> None:
     if not swaps:
-        monkeypatch.setattr("megatron_tiedlora.base.atomic._exchange", lambda one, other: False)
+        monkeypatch.setattr("megatron_tiedlora.base.files._exchange", lambda one, other: False)
     (tmp_path / "file").write_text("old")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "x").write_text("old")

@@ -19,7 +19,7 @@ from support.run_files import HINT, grow_old, leave_dead, names, take
 from support.task_files import refusal
 
 from megatron_tiedlora.base import ownership
-from megatron_tiedlora.base.atomic import remove_leftovers
+from megatron_tiedlora.base.files import remove_leftovers
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.ownership import OWNER_FILE, STALE_SECONDS, FolderLock, FolderTaken
 

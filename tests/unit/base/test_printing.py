@@ -16,7 +16,7 @@ from support.run_helpers import Base
 from support.sweep_runs import write_score, write_study
 
 from megatron_tiedlora.base.messages import printable, show
-from megatron_tiedlora.cluster.compare_hosts import report_text
+from megatron_tiedlora.cluster.doctor import report_text
 from megatron_tiedlora.cluster.doctor_rank import DoctorReport, HostReport, ParallelConfig
 from megatron_tiedlora.cluster.start import say
 from megatron_tiedlora.config.cli import parse_settings

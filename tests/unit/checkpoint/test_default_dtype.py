@@ -11,7 +11,7 @@ from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint import load_model
 from megatron_tiedlora.checkpoint.load_model import check_same_dtype, describe_dtype, resolve_dtype
 from megatron_tiedlora.checkpoint.tensor_files import DTYPES
-from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
+from megatron_tiedlora.config.adapter_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import validate_settings
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.data.tasks import get_task

@@ -20,14 +20,11 @@ from support.task_files import refusal, write
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.commands.front import COMMANDS
 from megatron_tiedlora.config import fields, other_names
-from megatron_tiedlora.config.bench_settings import BenchSettings
+from megatron_tiedlora.config.adapter_settings import EvaluateSettings, MergeSettings
 from megatron_tiedlora.config.cli import build_parser, parse_settings
-from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
-from megatron_tiedlora.config.launch_settings import DoctorSettings
-from megatron_tiedlora.config.plan_settings import parse_plan
+from megatron_tiedlora.config.job_settings import DoctorSettings, SweepSettings, parse_plan, parse_sweep
 from megatron_tiedlora.config.settings import Settings, make_settings
-from megatron_tiedlora.config.sweep_settings import SweepSettings, parse_sweep
-from megatron_tiedlora.config.tool_settings import MergeSettings
+from megatron_tiedlora.config.tool_settings import BenchSettings
 from megatron_tiedlora.runtime.run_folder import run_name
 
 MARKS = fields.declared(Settings)

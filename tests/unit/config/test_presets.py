@@ -8,9 +8,9 @@ import pytest
 import torch
 from support.tiny_models import write_tiny_model
 
+from megatron_tiedlora.base.shapes import PRESETS, is_preset
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.commands.front import call
-from megatron_tiedlora.config.presets import PRESETS, is_preset
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.data.tokenizer import check_vocabulary, end_ids, load_tokenizer, start_ids
 from megatron_tiedlora.model.families import shape_from_hf

@@ -15,12 +15,10 @@ from support.task_files import refusal, write
 
 from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.commands.front import call
-from megatron_tiedlora.config.adapters_file import read_adapters
+from megatron_tiedlora.config.adapter_settings import EvaluateSettings
 from megatron_tiedlora.config.batch import filled, plan_batches, resolve_max_new_tokens
-from megatron_tiedlora.config.cli import build_parser, parse_settings
-from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
-from megatron_tiedlora.config.settings import Settings, make_settings
-from megatron_tiedlora.config.train_fields import PAPER_DEFAULTS, TASK_DEFAULTS, TASK_NAMES
+from megatron_tiedlora.config.cli import build_parser, parse_settings, read_adapters
+from megatron_tiedlora.config.settings import PAPER_DEFAULTS, TASK_DEFAULTS, TASK_NAMES, Settings, make_settings
 from megatron_tiedlora.data.tasks import get_task
 
 # Scripts of users rely on these names.

@@ -29,8 +29,8 @@ from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
 from megatron_tiedlora.checkpoint.resume import Progress, save_checkpoint
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.commands.front import call
+from megatron_tiedlora.config.adapter_settings import ExportSettings, MergeSettings, adapter_flags
 from megatron_tiedlora.config.cli import run_command
-from megatron_tiedlora.config.tool_settings import ExportSettings, MergeSettings, adapter_flags
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.inputs import EXPORT_RECORD
 from megatron_tiedlora.convert.merge import merge_adapter

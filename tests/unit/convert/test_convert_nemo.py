@@ -45,13 +45,13 @@ from support.run_helpers import run as run_training
 from support.task_files import refusal
 from support.wide_models import peak_of
 
+from megatron_tiedlora.base.shapes import PRESETS
 from megatron_tiedlora.checkpoint.load_model import load_model
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.checkpoint.tensor_files import sharded
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.cli import run_command
-from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.convert.nemo import convert_nemo, nemo_model
 from megatron_tiedlora.convert.nemo_archive import NemoArchive
 from megatron_tiedlora.data.tokenizer import load_tokenizer

@@ -19,10 +19,9 @@ from support.run_files import edit_json
 from support.task_files import refusal
 from support.tiny_models import write_tiny_model
 
-from megatron_tiedlora.base.shapes import TARGET_NAMES
+from megatron_tiedlora.base.shapes import PRESETS, TARGET_NAMES
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter
 from megatron_tiedlora.commands.front import call
-from megatron_tiedlora.config.presets import PRESETS
 from megatron_tiedlora.convert.export_peft import Export, serve_hints
 from megatron_tiedlora.convert.merge import merge_adapter
 from megatron_tiedlora.convert.open_adapter import import_peft, open_adapter

@@ -15,10 +15,10 @@ from support.folders import python
 from support.native_files import reseal, with_adapter, write_exports, write_native
 from support.tiny_models import write_tiny_model
 
+from megatron_tiedlora.base.files import file_sha256
 from megatron_tiedlora.base.messages import UserError
-from megatron_tiedlora.base.text_files import file_sha256
 from megatron_tiedlora.commands.front import call
-from megatron_tiedlora.config.tool_settings import FILTERS
+from megatron_tiedlora.config.adapter_settings import FILTERS
 from megatron_tiedlora.convert.collection import build_index, verify_entries
 from megatron_tiedlora.convert.index import INDEX_FILE, find_entries
 

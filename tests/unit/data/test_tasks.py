@@ -13,9 +13,8 @@ import pytest
 from support.folders import SHARED_DATA
 from support.task_files import HUB_ROWS, refusal, write, write_rows
 
-from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
-from megatron_tiedlora.config.settings import Settings, make_settings
-from megatron_tiedlora.config.train_fields import TASK_NAMES
+from megatron_tiedlora.config.adapter_settings import EvaluateSettings
+from megatron_tiedlora.config.settings import TASK_NAMES, Settings, make_settings
 from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.task import Example, Parts, Reading
 from megatron_tiedlora.data.tasks import TASKS, demo, get_task

@@ -21,8 +21,8 @@ from support.zoo_oracle import CHATML, write_zoo_tokenizer
 
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, load_native_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.config.adapter_settings import EvaluateSettings
 from megatron_tiedlora.config.cli import TEMPLATE_HASH, read_yaml
-from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
 from megatron_tiedlora.config.fields import validate_settings
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.convert.export_peft import export_peft

@@ -23,7 +23,7 @@ from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.merge import merge_adapter
-from megatron_tiedlora.peft import TiedLoraConfig, TiedLoraLinear
+from megatron_tiedlora.integrations.peft_method import TiedLoraConfig, TiedLoraLinear
 
 
 @pytest.fixture(scope="module")

@@ -18,13 +18,12 @@ from support.hub_stand_in import Hub, hub_stand_in
 from support.native_files import with_adapter, write_exports, write_native
 from support.tiny_models import write_tiny_model
 
-from megatron_tiedlora.base.extras import EXTRAS
-from megatron_tiedlora.base.messages import UserError
+from megatron_tiedlora.base.messages import EXTRAS, UserError
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter, save_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
+from megatron_tiedlora.config.adapter_settings import PushSettings
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.config.tool_settings import PushSettings
 from megatron_tiedlora.convert.verify import verify_export
 from megatron_tiedlora.integrations.push import check_hub_id, write_published
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run

@@ -15,7 +15,7 @@ from support.planned import H100, THREE, group_of, searched, short, words_of_a_p
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.config.plan_settings import parse_plan
+from megatron_tiedlora.config.job_settings import parse_plan
 from megatron_tiedlora.model.hf_config import BITSANDBYTES, FBGEMM, StoredFormat
 from megatron_tiedlora.planning.cluster_report import hint_lines, plan_cluster, report_lines
 from megatron_tiedlora.planning.layout import Layout, Storage

@@ -14,8 +14,8 @@ from support.run_helpers import write_rows
 from support.tiny_models import write_tiny_model, write_tiny_tokenizer
 
 from megatron_tiedlora.base.messages import UserError
+from megatron_tiedlora.base.shapes import PRESETS
 from megatron_tiedlora.commands.front import call
-from megatron_tiedlora.config.presets import PRESETS
 
 SEVENTY = ("--dry_run", "--model=llama2-70b", "--world_size=16", "--tensor_parallel=2", "--pipeline_parallel=2")
 SMALLER = ("--ds_config=zero1.json", "--micro_batch_size=1")

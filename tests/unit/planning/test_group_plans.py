@@ -14,7 +14,7 @@ from support.run_helpers import Base, run_ranks
 from megatron_tiedlora.base.messages import bytes_in_words
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.cli import parse_settings
-from megatron_tiedlora.config.plan_settings import parse_plan
+from megatron_tiedlora.config.job_settings import parse_plan
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.planning.cluster_report import plan_cluster
 from megatron_tiedlora.planning.layout import plan_stages

@@ -25,8 +25,8 @@ from megatron_tiedlora.adapters.tied_adapter import (
     targets_of,
 )
 from megatron_tiedlora.base.shapes import DOWN, GATE_UP, OUTPUT, QKV, TARGET_NAMES, ModelShape
-from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.fields import validate_settings
+from megatron_tiedlora.config.tool_settings import BenchSettings
 from megatron_tiedlora.model.batch import Supervised, find_supervised
 from megatron_tiedlora.model.cpu_attention import find_query_tiles
 from megatron_tiedlora.model.families import shape_from_hf

@@ -20,7 +20,7 @@ from support.planned import H100, stage_table
 from megatron_tiedlora.base.messages import UserError, bytes_in_words
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.cli import parse_settings
-from megatron_tiedlora.config.plan_settings import FORMAT_NAMES, parse_plan
+from megatron_tiedlora.config.job_settings import FORMAT_NAMES, parse_plan
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.planning.cluster_report import plan_cluster
 from megatron_tiedlora.planning.machines import CONSTANTS, GPUS, read_machine

@@ -23,7 +23,7 @@ from support.planned import (
 from support.run_helpers import Base
 
 from megatron_tiedlora.config.cli import parse_settings
-from megatron_tiedlora.config.plan_settings import parse_plan
+from megatron_tiedlora.config.job_settings import parse_plan
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.engine.engine_json import SHIPPED_CONFIGS
 from megatron_tiedlora.parallel.groups import TENSOR

@@ -16,8 +16,8 @@ from support.run_files import metrics, status
 from support.task_files import refusal
 
 from megatron_tiedlora.base.ownership import Owner, take_folder
+from megatron_tiedlora.config.fields import TENSORBOARD, TRACKER_NAMES
 from megatron_tiedlora.config.settings import make_settings
-from megatron_tiedlora.config.train_fields import TENSORBOARD, TRACKER_NAMES
 from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder, check_trackers, take_run_folder
 
 ROW = {"step": 1, "split": "train", "loss": 0.5}

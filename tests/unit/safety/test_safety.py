@@ -157,7 +157,7 @@ def test_nothing_that_a_command_makes_can_be_written_by_others(tmp_path: Path) -
     script = """
 import os, subprocess; from pathlib import Path; os.umask(0)
 from megatron_tiedlora.config.cli import run_command
-from megatron_tiedlora.base.atomic import new_folder, write_text
+from megatron_tiedlora.base.files import new_folder, write_text
 def main(argv):
     with new_folder(Path('made')) as folder: (folder / 'file').write_text('x')
     write_text(Path('text'), 'x'); Path('plain').write_text('x'); Path('a/b').mkdir(parents=True)

@@ -31,9 +31,8 @@ from megatron_tiedlora.checkpoint.tensor_files import read_header
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.batch import plan_batches
 from megatron_tiedlora.config.cli import parse_settings
-from megatron_tiedlora.config.launch_settings import parse_launch
+from megatron_tiedlora.config.job_settings import parse_launch, parse_sweep
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.config.sweep_settings import parse_sweep
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.convert.merge import merge_adapter
 from megatron_tiedlora.convert.verify import verify_export

@@ -15,9 +15,8 @@ from support.ranks import ENVIRONMENT
 from megatron_tiedlora.base.ownership import take_folder
 from megatron_tiedlora.cluster.launchers import plan_start
 from megatron_tiedlora.cluster.start import make_job as make_sweep_job
-from megatron_tiedlora.config.hosts import Host
-from megatron_tiedlora.config.sweep_settings import parse_launcher
-from megatron_tiedlora.runtime.launch_env import free_port
+from megatron_tiedlora.config.job_settings import parse_launcher
+from megatron_tiedlora.runtime.launch_env import Host, free_port
 from megatron_tiedlora.study.sweep import begin_job
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(180)]

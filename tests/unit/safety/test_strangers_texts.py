@@ -22,7 +22,6 @@ from support.task_files import refusal, write
 from support.tiny_models import write_tiny_tokenizer
 
 from megatron_tiedlora.base.messages import UserError
-from megatron_tiedlora.config.hosts import slurm_hosts
 from megatron_tiedlora.convert.peft_files import name_matcher, pattern_finder
 from megatron_tiedlora.data import readers
 from megatron_tiedlora.data.encode import decode_ids, encode_prompts
@@ -33,6 +32,7 @@ from megatron_tiedlora.data.tasks.hellaswag import clean
 from megatron_tiedlora.data.tokenizer import end_ids, library_errors, load_tokenizer
 from megatron_tiedlora.evaluation.answering import _cut
 from megatron_tiedlora.evaluation.metrics import METRICS, Answer
+from megatron_tiedlora.runtime.launch_env import slurm_hosts
 
 MEGABYTE = 10**6
 

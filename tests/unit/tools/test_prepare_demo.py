@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from support.folders import ROOT, python
 
-from megatron_tiedlora.base import extras
+from megatron_tiedlora.base import messages
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.output_folder import CACHE_VARIABLE, user_cache
 from megatron_tiedlora.checkpoint.sources import demo_model_path
@@ -153,7 +153,7 @@ def test_what_is_missing_is_told_before_the_download(tmp_path: Path, monkeypatch
     monkeypatch.setattr(prepare_demo, "download", lambda _: pytest.fail("it downloads"))
     monkeypatch.setattr(prepare_demo, "NEEDED_MB", 10**12)
     assert "model: needs 1,000,000,000.00 GB, but only" in refusal("--output", tmp_path / "model")
-    monkeypatch.setattr(extras, "find_spec", lambda module: None if module == "gguf" else module)
+    monkeypatch.setattr(messages, "find_spec", lambda module: None if module == "gguf" else module)
     line = refusal("--output", tmp_path / "model")
     assert re.fullmatch(r"this needs gguf; install it with: pip install '?[^']*\[demo\]'?", line)
     assert "demo" in next(row.about for row in COMMANDS if row.name == "prepare-demo")

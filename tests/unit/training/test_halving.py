@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_tiedlora.base.atomic import unguarded
-from megatron_tiedlora.config.adapters_file import rivals_of
+from megatron_tiedlora.base.files import unguarded
+from megatron_tiedlora.config.cli import rivals_of
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.training.adapter_run import BatchLosses, find_behind, read_record
 from megatron_tiedlora.training.loop import Trainer, of_start

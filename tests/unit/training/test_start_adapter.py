@@ -18,8 +18,8 @@ from support.tiny_models import write_tiny_model
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter, save_adapter
 from megatron_tiedlora.checkpoint.resume import Progress, save_checkpoint
+from megatron_tiedlora.config.job_settings import parse_sweep
 from megatron_tiedlora.config.settings import make_settings
-from megatron_tiedlora.config.sweep_settings import parse_sweep
 from megatron_tiedlora.convert.export_peft import export_peft
 from megatron_tiedlora.planning.report import dry_run_report
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run, read_start

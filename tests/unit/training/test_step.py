@@ -15,8 +15,7 @@ from transformers import get_scheduler
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.base.messages import UserError
-from megatron_tiedlora.config.settings import make_settings
-from megatron_tiedlora.config.train_fields import Schedule
+from megatron_tiedlora.config.settings import Schedule, make_settings
 from megatron_tiedlora.engine.runner import EngineOptimizer, Optimizers
 from megatron_tiedlora.training import step as module
 from megatron_tiedlora.training.build import SCHEDULES, learning_rate_factor, make_training, resume_scheduler

@@ -1,0 +1,374 @@
+"""Settings of the commands that read adapters: evaluate, merge, export, import, verify, index and push."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BeforeValidator, model_validator
+
+from megatron_tiedlora.base.shapes import BASE_NAMES, UNQUANTISED
+from megatron_tiedlora.config import fields
+from megatron_tiedlora.config.fields import FILES_HELP, CommandSettings, setting_field, shared_field
+from megatron_tiedlora.config.other_names import ADAPTER_NAMES, OTHER_DTYPES, OUTPUT_NAMES
+from megatron_tiedlora.config.settings import DEFAULT_MODEL, DEFAULT_TASK, Settings
+
+_same = partial(shared_field, Settings, shared=False)  # a setting of the same name, with a value of its own
+_train = partial(shared_field, Settings)  # of a run that is evaluated, the run's
+_flag = partial(setting_field, "")
+_plain = partial(_same, group="")  # the same in a command without groups
+_model = partial(
+    _plain,
+    "model",
+    "the base model: folder, hub id or demo; or a folder of models, where it is found by its hashes [the one that the"
+    " adapter names]",
+    default=None,
+    metavar="M",
+)
+_adapter = partial(_flag, metavar="DIR", other_names=ADAPTER_NAMES)
+_output = partial(_flag, metavar="DIR", other_names=OUTPUT_NAMES)
+_take_over = partial(_plain, "take_over", "take DIR over from another start that is writing it")
+_base_differs = partial(
+    _plain,
+    "base_differs",
+    help_text="continue although base or tokenizer differ from those of training; the output records this",
+)
+_filter = partial(setting_field, "find", help_text="for find and verify: pattern with * and ?", default=None)
+_dtype = partial(_flag, other_values=OTHER_DTYPES)
+_NEW_FOLDER = "folder to write; must not exist"
+
+
+def _as_trained(name: str) -> Any:
+    help_text = f"{Settings.model_fields[name].description} [as in the adapter's run]"
+    return _train(name, help_text, default=None, as_trained=True)
+
+
+class EvaluateSettings(CommandSettings, command="evaluate"):
+    """The settings of one evaluation, validated and frozen.
+
+    Values that depend on the model or the task stay None here and are resolved later: `model` (the adapter's base, or
+    the demo), `output_dir`, `dtype`, `max_length`, `max_new_tokens`, `limit`.
+    """
+
+    about: ClassVar[str] = "Answer a task's rows by greedy decoding and score them, with or without an adapter."
+    groups: ClassVar[Mapping[str, str]] = {
+        "run": "where answers and scores go",
+        "model": "the model that generates the answers",
+        "parallel": "model sharding (data-parallel size = world size / (tensor x pipeline))",
+        "data": "the rows that are answered and scored",
+    }
+    missing: ClassVar[Mapping[str, str]] = {"task": "with --model or --adapter, give --task or --test_file"}
+    instead: ClassVar[Sequence[tuple[str, str]]] = (("adapter", "adapters"),)
+
+    output_dir: str | None = _same(
+        "output_dir", "new folder for the files (default: evaluations/MODEL-TASK-ADAPTER)", per_adapter=True,
+    )
+    take_over: bool = _same(
+        "take_over", "take --output_dir over from another start that is writing it; that one then writes nothing",
+    )
+    seed: int = _train(
+        "seed", "seed for carving the validation split from training rows; the run's seed gives its split",
+    )
+    timeout_minutes: float = _train("timeout_minutes", "longest wait for another rank before the job fails")
+
+    model: str | None = _train(
+        "model",
+        "demo, a HF folder (a merged one too) or hub id; with --adapter also a folder of models, where its"
+        " base is found by its hashes (default: the adapter's base, or demo)",
+        default=None,
+    )
+    adapter: str | None = setting_field(
+        "model", "native adapter (RUN/adapter), or PEFT LoRA or VeRA folder (default: none)", None, per_adapter=True,
+        other_names=ADAPTER_NAMES,
+    )
+    adapters: tuple[str, ...] | None = setting_field(
+        "model",
+        "several adapters of one base, scored in one start: NAME=FOLDER or FOLDER, which may be as of --adapter, a run,"
+        " a folder of runs (also of a run with --adapters), or a pattern in quotes (default: none)",
+        None, words=True, per_adapter=True,
+    )
+    base_differs: bool = _same(
+        "base_differs", "use the adapter although base or tokenizer differ from those that it was trained with",
+        group="model",
+    )
+    merge_adapter: bool = setting_field("model", "add the adapter to the weights instead of keeping it separate", False)
+    tokenizer: str | None = _train("tokenizer")
+    dtype: Literal["bf16", "fp32"] | None = _train(
+        "dtype",
+        "precision of the base, and of an adapter that is added to it [bf16; demo: fp32 on a CPU without bf16"
+        " instructions]",
+    )
+    base: str | None = _train(
+        "base", "storage format of the linears of all blocks; none: that of --dtype [as in the adapter's run, or none]",
+        choices=(*BASE_NAMES, UNQUANTISED),
+    )
+    max_length: int | None = _same(
+        "max_length",
+        "maximum prompt tokens, as in training; longer prompts lose their middle (default: the model's positions minus"
+        " --max_new_tokens)",
+        default=None,
+    )
+
+    tensor_parallel: int = _train("tensor_parallel")
+    pipeline_parallel: int = _train("pipeline_parallel", "stages that share the layers")
+
+    task: str = _train("task", "format of the rows, and how answers are scored")
+    split: Literal["test", "validation"] = setting_field("data", "which rows", "test")
+    test_file: str | None = _train("test_file", f"rows of the test split: {FILES_HELP} (default: the task's own)")
+    validation_file: str | None = _same(
+        "validation_file",
+        "rows of the validation split (default: carved from the training rows with --seed, as in training)",
+    )
+    train_file: str | None = _same("train_file", "training rows, to carve the validation split from")
+    prompt_template: str | None = _train("prompt_template")
+    columns: fields.ColumnNames = _train("columns")
+    chat_template: str | None = _as_trained("chat_template")
+    add_bos: fields.AddBos | None = _as_trained("add_bos")
+    special_tokens_in_text: fields.SpecialTokensInText | None = _as_trained("special_tokens_in_text")
+    max_new_tokens: int | None = _train("max_new_tokens")
+    batch_size: int = setting_field(
+        "data",
+        "prompts per data-parallel rank that are answered together; with --adapters up to four times as many, of each"
+        " adapter so many",
+        16, ge=1, other_names="batch bs eval_batch_size per_device_eval_batch_size",
+    )
+    limit: int | None = setting_field(
+        "data", "answer only the first N rows [all; demo 24]", None, ge=1,
+        other_names="max_samples num_samples eval_samples",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_defaults(cls, values: dict[str, Any]) -> dict[str, Any]:
+        filled = dict(values)
+        if "task" not in filled and any(name in filled for name in fields.marked(cls, holds="rows")):
+            filled["task"] = "custom"
+        elif "task" not in filled and filled.get("model", DEFAULT_MODEL) == DEFAULT_MODEL:
+            filled |= {"task": DEFAULT_TASK} if filled.keys().isdisjoint(cls.instead[0]) else {}
+        return filled
+
+    def _check_fit(self) -> None:
+        if self.adapter is not None and self.adapters is not None:
+            raise ValueError("give either --adapter or --adapters")
+        if self.adapters == ():
+            raise ValueError("--adapters is empty; give folders of adapters")
+        if self.merge_adapter and self.adapter is None:
+            raise ValueError("--merge_adapter needs --adapter")
+        if self.base_differs and self.adapter is None and self.adapters is None:
+            raise ValueError("--base_differs needs --adapter")
+        if self.validation_file is not None and self.train_file is not None:
+            raise ValueError("--train_file is read only without --validation_file; give one of the two")
+        unread = ("validation_file", "train_file") if self.split == "test" else ("test_file",)
+        for name in unread:
+            if getattr(self, name) is not None:
+                other = "validation" if self.split == "test" else "test"
+                raise ValueError(f"--{name} needs --split {other}; this command answers the {self.split} rows")
+
+
+def adapter_flags(adapter: str, settings: "MergeSettings | ExportSettings") -> str:
+    """The flags that name an adapter and its base, as they were given, for a command that may follow."""
+    words = ["--adapter", adapter, *(["--model", settings.model] if settings.model else [])]
+    return shlex.join([*words, *(["--base_differs"] if settings.base_differs else [])])
+
+
+class MergeSettings(CommandSettings, command="merge"):
+    """The settings of one merge, validated and frozen."""
+
+    about: ClassVar[str] = (
+        "Merge a Tied-LoRA adapter into its base model: a plain Hugging Face checkpoint for transformers, vLLM and"
+        " others."
+    )
+    examples: ClassVar[str] = """\
+example:
+  tiedlora merge --adapter runs/demo/adapter --output runs/demo/merged
+
+Each file of the base is written again, with the adapted weights computed, some rows at a time: W + B A in fp32, cast
+once. It needs 50 MB of memory beside PyTorch and the adapter, whatever the model. All other bytes are the base's
+own, and are not checked; with --dtype all weights are computed. Computed weights that are not finite are rejected.
+Of a base that is quantised (--onto trained) all weights are computed, in the dtype of its embedding or in --dtype.
+
+The room on the disk is checked first. DIR appears complete or not at all. Ctrl-C and SIGTERM leave nothing behind.
+After a kill -9 or a crash, the same command removes what is left and starts from the beginning.
+"""
+
+    adapter: str = _adapter("a run's adapter/ folder or one of its checkpoints, or a PEFT LoRA or VeRA")
+    model: str | None = _model()
+    output: fields.FilePath = _output(_NEW_FOLDER)
+    take_over: bool = _take_over()
+    base_differs: bool = _base_differs()
+    dtype: Literal["bf16", "fp16", "fp32"] | None = _dtype("dtype of the written weights [as stored in the base]", None)
+    onto: Literal["original", "trained"] = _flag(
+        "after a run with --base: the stored base, or its dequantised weights, which training saw", "original",
+    )
+    tokenizer: str | None = _plain(
+        "tokenizer", "tokenizer to include: folder, hub id or tokenizer.model [the base's own]", metavar="T",
+    )
+
+
+class ExportSettings(CommandSettings, command="export"):
+    """The settings of one export, validated and frozen."""
+
+    about: ClassVar[str] = (
+        "Export a Tied-LoRA adapter as a LoRA adapter for PEFT, vLLM, SGLang and llama.cpp; only the tying is lost."
+    )
+    examples: ClassVar[str] = """\
+examples:
+  tiedlora export --adapter runs/demo/adapter --output runs/demo/peft
+  tiedlora export --adapter 'runs/*/adapter' --output exports --dtype bf16
+
+Padding the rank with zeros does not change what the adapter computes; it is for programs that accept only certain
+ranks. The adapter's own files travel along in DIR/native, where tiedlora import finds them. Several adapters, or
+a pattern in quotes, are written to DIR/NAME each, named after their folders or runs. Each folder is written
+atomically. PEFT's config names the base by its hub id, by --base_name, or else by the name of its folder. vLLM's
+filesystem resolver takes an export only if that name is the --model of the server.
+"""
+
+    adapter: tuple[str, ...] = _adapter("native adapters: runs' adapter/ folders or patterns", words=True)
+    model: str | None = _model()
+    output: fields.FilePath = _output(_NEW_FOLDER)
+    take_over: bool = _take_over()
+    base_differs: bool = _base_differs()
+    dtype: Literal["fp32", "bf16", "fp16"] = _dtype("dtype of the tensors", "fp32")
+    base_name: str | None = _flag("name of the base in PEFT's config, such as its hub id", None, metavar="NAME")
+    pad_rank_to: int | None = _flag("write rank N, padded with zeros", None)
+
+
+class ImportSettings(CommandSettings, command="import"):
+    """The settings of one import, validated and frozen."""
+
+    about: ClassVar[str] = (
+        "Write a PEFT LoRA or VeRA as a native adapter, which computes the same and can be merged, scored or trained"
+        " on."
+    )
+    examples: ClassVar[str] = """\
+example:
+  tiedlora import --peft downloads/lora --model meta-llama/Llama-2-7b-hf --output adapters/lora
+
+An export of this project gives back the tied adapter that it came from, byte for byte, unless its PEFT files were
+changed. Any other LoRA or VeRA becomes an equal lora or vera. Only what has to be multiplied into B is rounded, once to
+fp32: an alpha / r of some modules alone (rank_pattern, alpha_pattern), or VeRA's vectors. DIR is written atomically.
+"""
+
+    peft: fields.FilePath = _flag("folder of a PEFT adapter, in safetensors", metavar="DIR")
+    model: str | None = _model()
+    output: fields.FilePath = _output(_NEW_FOLDER)
+    take_over: bool = _take_over()
+    base_differs: bool = _base_differs(help_text="continue although M is not the base of the export in DIR")
+
+
+class VerifySettings(CommandSettings, command="verify"):
+    """The settings of one check of exports, validated and frozen."""
+
+    about: ClassVar[str] = (
+        "Check exports of an adapter: the bits of a merged or PEFT folder, and logits; exit status 1 if any differ."
+    )
+    examples: ClassVar[str] = """\
+example:
+  tiedlora verify --adapter runs/demo/adapter --merged runs/demo/merged --peft runs/demo/peft
+
+Every tensor of the merged files is compared bit by bit: with base + adapter, added in fp32 and cast once, or with the
+base. A PEFT folder that this package exported is compared bit by bit with the adapter's export; one of another program
+by its logits alone. Then logits are computed one layer at a time, which needs the memory of one layer. transformers and
+PEFT load the exports too, if the model has at most 8 GB in fp32: they need memory for all of it.
+
+Columns: largest and mean difference as a share of the largest logit, KL divergence in nats per position, and how often
+the most likely token is the same, over random tokens.
+"""
+
+    adapter: str = _adapter("a run's adapter/ folder or one of its checkpoints, or a PEFT LoRA or VeRA")
+    model: str | None = _model()
+    merged: fields.FilePath | None = _flag("output of tiedlora merge", None, metavar="DIR")
+    peft: fields.FilePath | None = _flag("output of tiedlora export", None, metavar="DIR")
+    dtype: Literal["fp32", "bf16"] = _dtype("dtype of the logits' computation by layers", "fp32")
+    inside: str | None = _flag(
+        "what loads the exports too: transformers, peft, transformers,peft or none [both, up to 8 GB in fp32]", None,
+        flag="in", metavar="NAMES",
+    )
+    base_differs: bool = _base_differs(help_text="compare even if the base differs from the one in training")
+
+    def _check_fit(self) -> None:
+        if self.merged is None and self.peft is None:
+            raise ValueError("there is nothing to check; give --merged DIR, --peft DIR or both")
+
+
+class IndexSettings(CommandSettings, command="index"):
+    """The settings of one use of the index of a folder, validated and frozen."""
+
+    about: ClassVar[str] = "Index a folder of native adapters, and find, verify or compare them."
+    examples: ClassVar[str] = """\
+examples:
+  tiedlora index runs                                  write runs/adapters.sqlite
+  tiedlora index runs find --method tl6 --task 'squad*'
+  tiedlora index runs verify --base_model '*7b*'
+  tiedlora index runs diff one-run another-run
+
+The index has a row for each native adapter below DIR: path, name, base and its hashes, method, rank, alpha, targets,
+layers, trained parameters, task, scores, run, sha256, size and date. Checkpoints and exports of runs are left out, and
+links are not followed. It exits with 1 if an adapter cannot be read, which is said and left out.
+`verify` reads every adapter, checks its checksums, and exits with 1 if one is damaged or has changed since it was
+indexed. `diff` exits with 1 if the two differ. Any program can read the SQLite file.
+"""
+
+    folder: fields.FilePath = _flag("folder with adapters, at any depth", metavar="DIR", positional=True)
+    action: Literal["build", "find", "verify", "diff"] = _flag(
+        "build, find, verify or diff", "build", metavar="ACTION", positional=True,
+    )
+    adapters: tuple[str, ...] = _flag(
+        "for diff: names or paths of two adapters", (), metavar="ADAPTER", positional=True, words=True,
+    )
+    name: str | None = _filter()
+    base_model: str | None = _filter()
+    method: str | None = _filter()
+    rank: int | None = _filter(help_text="for find and verify")
+    targets: Annotated[str | None, BeforeValidator(lambda value: ",".join(fields.parse_targets(value)))] = _filter(
+        help_text=f"for find: {fields.TARGETS_HELP}", metavar="TEXT[,TEXT...]",
+    )
+    task: str | None = _filter()
+    as_json: bool = _flag("for find: one JSON object a line", False, flag="json")
+
+    @property
+    def wanted(self) -> dict[str, Any]:
+        """The values that `find` compares, by column."""
+        return {name: value for name in FILTERS if (value := getattr(self, name)) is not None}
+
+    def _check_fit(self) -> None:
+        action = self.action
+        if self.wanted and action not in ("find", "verify"):
+            raise ValueError(f"--{next(iter(self.wanted))} is for find and verify, not for {action}")
+        if self.as_json and action != "find":
+            raise ValueError(f"--json is for find, not for {action}")
+        if action == "diff" and len(self.adapters) != 2:
+            raise ValueError("diff: give the names or paths of two adapters")
+        if action != "diff" and self.adapters:
+            raise ValueError(f"{action} takes no name of an adapter; give {self.adapters[0]} with --name")
+
+
+FILTERS = fields.marked(IndexSettings, group="find")
+
+
+class PushSettings(CommandSettings, command="push"):
+    """The settings of one publication, validated and frozen."""
+
+    about: ClassVar[str] = "Publish a run's adapter on the Hugging Face hub, with a model card."
+    examples: ClassVar[str] = """\
+examples:
+  tiedlora push runs/demo --repo me/demo-tied --dry_run --output published
+  tiedlora push runs/demo --repo me/demo-tied --base_name HuggingFaceTB/SmolLM2-135M-Instruct
+
+The repository gets the adapter as LoRA for PEFT and vLLM, the native files in native/, a model card with base, method,
+scores, the training command and versions, and the plot of the losses. No folder of this host is in them. Log in with
+`hf auth login`, or set HF_TOKEN.
+"""
+
+    run: str = _flag("run folder, or the folder of a native adapter", metavar="RUN", positional=True)
+    repo: str = _flag("repository on the hub", metavar="OWNER/NAME", other_names="repo_id hub_model_id push_to_hub")
+    model: str | None = _model()
+    base_name: str | None = _flag("hub id of the base [as given to --model in training]", None, metavar="ID")
+    private: bool = _flag("make a new repository private", False)
+    dry_run: bool = _flag("write the folder and upload nothing", False)
+    output: fields.FilePath | None = _output("keep what is uploaded in this folder; it must not exist", None)
+    base_differs: bool = _base_differs(help_text="continue although the base differs")
+
+    def _check_fit(self) -> None:
+        if self.dry_run and self.output is None:
+            raise ValueError("--dry_run writes the folder; give it with --output DIR")
