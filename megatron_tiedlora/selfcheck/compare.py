@@ -41,18 +41,7 @@ from megatron_tiedlora.parallel.groups import ParallelGroups
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.planning.passes import step_flops
 from megatron_tiedlora.planning.run_plan import RunPlan
-from megatron_tiedlora.selfcheck import step_bench
-from megatron_tiedlora.selfcheck.timing import (
-    about,
-    default_device,
-    in_own_process,
-    kernel_seconds,
-    peak_bytes,
-    restart_peak,
-    saved_by_autograd,
-    storage_bytes,
-    take_turns,
-)
+from megatron_tiedlora.selfcheck import step_bench, timing
 from megatron_tiedlora.training.compiling import ChosenKernels, choose_kernels
 from megatron_tiedlora.training.throughput import find_peak, timed
 
@@ -103,9 +92,9 @@ class Side:
         """The total bytes that autograd saves for the micro-batches of a turn, without parameters."""
         total = 0
         for batch in self.batches:
-            with saved_by_autograd(self.model) as saved:
+            with timing.saved_by_autograd(self.model) as saved:
                 self.forward(batch)
-            total += storage_bytes(saved)
+            total += timing.storage_bytes(saved)
         return total
 
 
@@ -134,7 +123,7 @@ def make_sides(
 
 def _our_sides(plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | None) -> dict[str, Side]:
     """Our side with one adapter; or the sides of several adapters, which differ in their seeds and share a model."""
-    device, source = default_device(), plan.source
+    device, source = timing.default_device(), plan.source
     chosen = chosen or choose_kernels(plan, device)
     given: dict[str, Any] = {"dtype": plan.dtype, "make_weight": plan.weight_maker(device), "device": device}
     if source.folder is None:
@@ -213,7 +202,7 @@ def _peft(plan: RunPlan, settings: BenchSettings, *, packed: bool) -> Side:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    device, values = default_device(), step_bench.random_config(settings)
+    device, values = timing.default_device(), step_bench.random_config(settings)
     base: Any
     if values is not None:
         with device:  # no copy of another dtype or device, whose freed pages the step would use
@@ -273,13 +262,13 @@ def _seconds(
 ) -> dict[str, list[float]]:
     """The seconds of the steps, which take turns, by name."""
     timers = {name: partial(timed, step, device) for name, step in steps.items()}
-    return take_turns(timers, repeats=settings.repeats, uncounted=uncounted)
+    return timing.take_turns(timers, repeats=settings.repeats, uncounted=uncounted)
 
 
 def _measure_step(settings: BenchSettings) -> dict[str, Any]:
     plan = step_bench.plan_benchmark(settings)
     makers = make_sides(plan, settings)
-    memory = {name: in_own_process(name, _step_memory, plan, settings, name) for name in makers}
+    memory = {name: timing.in_own_process(name, _step_memory, plan, settings, name) for name in makers}
     sides = {name: make() for name, make in makers.items()}
     first, *_ = sides.values()
     before = os.getloadavg()[0]  # of the last minute; figures on a shared machine depend on it
@@ -287,7 +276,7 @@ def _measure_step(settings: BenchSettings) -> dict[str, Any]:
     load = [before, os.getloadavg()[0]]
     figures = {name: {"seconds": seconds[name], **memory[name]} for name in sides}
     several = () if settings.adapters is None else ("adapters", "rows", "length")
-    report = about(settings, plan.settings.base, first.device, *_STEP, *several, kernels=first.kernels)
+    report = timing.about(settings, plan.settings.base, first.device, *_STEP, *several, kernels=first.kernels)
     if settings.adapters is not None:
         middle = {name: median(taken) for name, taken in seconds.items()}
         return {
@@ -313,7 +302,7 @@ def _measure_step(settings: BenchSettings) -> dict[str, Any]:
         }
         if peak is not None:
             mfu = None if side.flops is None else side.flops / median(seconds[name]) / peak
-            figures[name] |= {"mfu": mfu, "kernel_seconds": kernel_seconds(side.step)}
+            figures[name] |= {"mfu": mfu, "kernel_seconds": timing.kernel_seconds(side.step)}
     return {**report, "matmul_flops_per_second": rate, "sides": figures}
 
 
@@ -323,9 +312,9 @@ def _step_memory(plan: RunPlan, settings: BenchSettings, name: str) -> dict[str,
     Call it in a fresh process, because an allocator other than glibc's may reuse memory of earlier turns.
     """
     side = make_sides(plan, settings)[name]()
-    held = restart_peak(side.device)
+    held = timing.restart_peak(side.device)
     side.step()
-    most = peak_bytes(side.device)
+    most = timing.peak_bytes(side.device)
     peak = {"peak": None if held is None or most is None else most - held}
     return peak if settings.adapters is not None else {**peak, "saved": side.saved_bytes()}
 
@@ -334,7 +323,7 @@ def _step_memory(plan: RunPlan, settings: BenchSettings, name: str) -> dict[str,
 
 
 def _measure_scaling(settings: BenchSettings) -> dict[str, Any]:
-    device, plan = default_device(), step_bench.plan_benchmark(settings.one_step())
+    device, plan = timing.default_device(), step_bench.plan_benchmark(settings.one_step())
     axes = {flag: [_one_step(settings, flag, value) for value in getattr(settings, flag)] for flag in AXES}
     chosen = choose_kernels(plan, device)
 
@@ -347,7 +336,7 @@ def _measure_scaling(settings: BenchSettings) -> dict[str, Any]:
         ]
 
     return {
-        **about(settings, plan.settings.base, device, "model", "method", "targets", kernels=chosen.description),
+        **timing.about(settings, plan.settings.base, device, "model", "method", "targets", kernels=chosen.description),
         "axes": {AXES[flag]: measured(flag) for flag, steps in axes.items() if steps},
     }
 
@@ -369,7 +358,7 @@ def _measure_decoding(settings: BenchSettings) -> dict[str, Any]:
     """Greedy decoding here and in transformers, on the same weights and prompts. No token ends a sequence."""
     from transformers import AutoModelForCausalLM
 
-    source, dtype, device = find_model(settings.model), DTYPES[settings.dtype], default_device()
+    source, dtype, device = find_model(settings.model), DTYPES[settings.dtype], timing.default_device()
     folder, new_tokens = source.weights_folder(), settings.new_tokens
     examples = load_split(DEFAULT_TASK, "test", files={}, seed=0, limit=settings.batch_size)
     encoded, _ = encode_prompts(load_tokenizer(folder), examples, max_length=source.shape.limit.tokens - new_tokens)
@@ -385,7 +374,7 @@ def _measure_decoding(settings: BenchSettings) -> dict[str, Any]:
     rows = [decode() for decode in steps.values()]
     return {
         "model": source.name,
-        **about(settings, base_format, device),
+        **timing.about(settings, base_format, device),
         "batch_size": len(prompts),
         "prompt_tokens": sum(map(len, prompts)),
         "new_tokens": new_tokens,

@@ -49,16 +49,7 @@ from megatron_tiedlora.planning.step_plan import StepPlan
 from megatron_tiedlora.planning.step_time import Seconds
 from megatron_tiedlora.runtime.process_group import join_process_group, ranks_by_host
 from megatron_tiedlora.runtime.stopping import StopRequests
-from megatron_tiedlora.selfcheck.timing import (
-    CLASSES,
-    about,
-    kernel_seconds,
-    peak_bytes,
-    restart_peak,
-    saved_by_autograd,
-    storage_bytes,
-    take_turns,
-)
+from megatron_tiedlora.selfcheck import timing
 from megatron_tiedlora.training.build import build_model, build_random_model
 from megatron_tiedlora.training.compiling import choose_kernels
 from megatron_tiedlora.training.step import GUARDED_STEPS, AdapterStep, TrainStep
@@ -242,10 +233,10 @@ def measure_layout(
     device = run.runner.device
     steps = [next(run.loader) for _ in range(GUARDED_STEPS + settings.repeats)]
     given = iter(steps)
-    held = restart_peak(device)
+    held = timing.restart_peak(device)
     timers = {"step": lambda: run.seconds_of(next(given))}
-    seconds = take_turns(timers, repeats=settings.repeats, uncounted=GUARDED_STEPS, shows=rank == 0)["step"]
-    peak = None if held is None else peak_bytes(device)
+    seconds = timing.take_turns(timers, repeats=settings.repeats, uncounted=GUARDED_STEPS, shows=rank == 0)["step"]
+    peak = None if held is None else timing.peak_bytes(device)
     planned = run.planned(steps[-1], machine or run.plan.machine)
     mine = {"held": held, "peak": peak, **_rank_figures(run, steps[-1], planned), "planned_peak": None}
     record = None
@@ -305,7 +296,7 @@ def _rank_figures(run: Started, step: TrainingStep, planned: Planned) -> dict[st
         "traffic": traffic,
         "as_predicted": all(found["as_predicted"] for found in traffic.values()),
         "peak_flops_per_second": find_peak(device, plan.dtype).flops_per_second if on_gpu else None,
-        "kernel_seconds": kernel_seconds(lambda: run.take(next(run.loader))) if on_gpu else None,
+        "kernel_seconds": timing.kernel_seconds(lambda: run.take(next(run.loader))) if on_gpu else None,
     }
 
 
@@ -349,9 +340,9 @@ def _saved_bytes(run: Started, step: TrainingStep) -> int:
     @contextmanager
     def watched() -> Iterator[None]:
         nonlocal total
-        with saved_by_autograd(run.runner.stage) as saved:
+        with timing.saved_by_autograd(run.runner.stage) as saved:
             yield
-        total += storage_bytes(saved)
+        total += timing.storage_bytes(saved)
 
     run.runner.each_forward = watched
     run.take(step)
@@ -370,7 +361,7 @@ def _report(
     return {
         "model": settings.model,
         "weights": "random" if plan.source.folder is None else "read",
-        **about(bench, settings.base, device, "method", "targets", "rank"),
+        **timing.about(bench, settings.base, device, "method", "targets", "rank"),
         "layout": {
             "ranks": grid.world_size,
             "tensor_parallel": grid.tp_size,
@@ -394,7 +385,7 @@ def _report(
         "tokens_per_second": step.num_tokens / middle,
         "share_of_matmul": flops / middle / matmul,
         "mfu": flops / middle / sum(member["peak_flops_per_second"] for member in ranks) if on_gpu else None,
-        "kernel_seconds": {kind: sum(member["kernel_seconds"][kind] for member in ranks) for kind in CLASSES}
+        "kernel_seconds": {kind: sum(member["kernel_seconds"][kind] for member in ranks) for kind in timing.CLASSES}
         if on_gpu
         else None,
         "as_predicted": all(member["as_predicted"] for member in ranks),

@@ -1,4 +1,11 @@
-"""Part ranks: every layout that fits on this host against one rank, the network, and a killed rank."""
+"""Part ranks: every layout that fits on this host against one rank, the network, and a killed rank.
+
+A rank is started as   python -m megatron_tiedlora.selfcheck.test_ranks FOLDER FIRST CASES
+
+FOLDER has a small model, and gets the results of each case, of which FIRST is the first one's number and CASES has all
+as JSON. Rank 0 writes losses and adapter. Ranks and master come from the environment. If FIRST is "killed", the ranks
+train the first case until the last one kills itself.
+"""
 
 import ctypes
 import json
@@ -9,28 +16,38 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from megatron_tiedlora.adapters.adapter_bank import ONLY
+from megatron_tiedlora.base.child_process import end_with_parent
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.base_weights import write_random_model
 from megatron_tiedlora.config.hosts import rank_variables
 from megatron_tiedlora.config.presets import PRESETS
-from megatron_tiedlora.runtime.launch_env import free_port
+from megatron_tiedlora.runtime.ending import reported_end
+from megatron_tiedlora.runtime.launch_env import free_port, prepare_environment, rank_and_world_size
 from megatron_tiedlora.runtime.machine import Finding
-from megatron_tiedlora.selfcheck import rank
+from megatron_tiedlora.runtime.process_group import leave_process_group
+from megatron_tiedlora.runtime.stopping import StopRequests
 from megatron_tiedlora.selfcheck.parts import Tell, option, report
-from megatron_tiedlora.selfcheck.rank import Case
 from megatron_tiedlora.selfcheck.reference import relative, worst_of
+from megatron_tiedlora.selfcheck.running import step_settings
+from megatron_tiedlora.selfcheck.step_bench import Started, plan_benchmark, start
 
 pytestmark = pytest.mark.gpu
 
+ADAPTER, RESULT, MODEL, KILLED = "adapter.safetensors", "result.json", "model", "killed"
+STEPS, SAMPLES, RATE = 3, 16, 1e-3  # steps of a case, samples of a step over all ranks, and the learning rate
 SIZES = (1, 2, 4, 8)
 # A model that eight ranks can share in any layout, whose vocabulary size none of these numbers divides.
 SHAPE: dict[str, Any] = {
@@ -63,6 +80,21 @@ DIFFERS_FIX = (
 )
 FAILED_FIX = "see the rank's output in the report's folder; NCCL_DEBUG=INFO shows more"
 LOST_FIX = "see docs/clusters.md on lost ranks, and the ranks' output in the report's folder"
+
+
+class Case(NamedTuple):
+    """A layout, a ZeRO stage and a dtype of the base; data-parallel size = world size / (tp x pp)."""
+
+    tp: int = 1
+    pp: int = 1
+    zero: int = 1
+    dtype: str = "fp32"
+    sp: bool = True
+
+    def named(self, world_size: int) -> str:
+        """The case as short text."""
+        words = [f"TP{self.tp}", f"PP{self.pp}", f"DP{world_size // (self.tp * self.pp)}", f"ZeRO-{self.zero}"]
+        return f"{' '.join(words)}, {self.dtype}{'' if self.sp or self.tp == 1 else ', whole sequences'}"
 
 
 def possible_ranks(device: str) -> tuple[int, dict[str, str], str]:
@@ -154,7 +186,7 @@ class Ranks:
             first, cases: as for `rank`.
         """
         port, deadline = free_port("127.0.0.1"), self.began + share * self.seconds
-        command = [sys.executable, "-P", "-m", rank.__name__, str(self.folder), str(first), json.dumps(cases)]
+        command = [sys.executable, "-P", "-m", __name__, str(self.folder), str(first), json.dumps(cases)]
         logs = [self.logs / f"ranks-{first}-{number}-of-{size}.log" for number in range(size)]
         processes: list[subprocess.Popen[bytes]] = []
         failed: float | None = None
@@ -195,7 +227,7 @@ class Ranks:
         why = self.train(0 if size == 1 else number - number % CASES_OF_A_START, size)
         found = self.folder / f"{size}-{number}"
         said = sorted(file.read_text().strip().splitlines()[-1] for file in found.glob("error*"))
-        assert (found / rank.RESULT).exists(), f"{FAILED_FIX}\n{said[0] if said else why or 'it did not finish'}"
+        assert (found / RESULT).exists(), f"{FAILED_FIX}\n{said[0] if said else why or 'it did not finish'}"
         return found
 
 
@@ -229,7 +261,7 @@ def ranks(pytestconfig: pytest.Config, device: torch.device) -> Iterator[Ranks]:
         pytest.skip(why)
     with tempfile.TemporaryDirectory(prefix="check_gpu-ranks-") as name:
         folder = Path(name)
-        write_random_model(SHAPE, folder / rank.MODEL, name="a small model", seed=0)
+        write_random_model(SHAPE, folder / MODEL, name="a small model", seed=0)
         logs = Path(option(pytestconfig, "folder") or folder)
         cases = cases_of(size, device.type)
         yield Ranks(size, variables, cases, folder, logs, option(pytestconfig, "seconds"))
@@ -243,7 +275,7 @@ def test_layout(case: Case, ranks: Ranks, tell: Tell) -> None:
 
 def compare(tell: Tell, case: Case, found: Path, expected: Path) -> None:
     """Compare one case's results with those of one rank."""
-    losses, one = (json.loads((folder / rank.RESULT).read_text()) for folder in (found, expected))
+    losses, one = (json.loads((folder / RESULT).read_text()) for folder in (found, expected))
     steps = [torch.tensor(values, dtype=torch.float64) for values in zip(losses, one, strict=True)]
     apart = {str(number): relative(*values) for number, values in enumerate(steps, start=1)}
     worst = worst_of(apart)
@@ -251,9 +283,9 @@ def compare(tell: Tell, case: Case, found: Path, expected: Path) -> None:
     assert apart[worst] <= LOSS_BOUNDS[case.dtype], DIFFERS_FIX
     if case.dtype != "fp32":
         return
-    adapter, alone = load_file(found / rank.ADAPTER), load_file(expected / rank.ADAPTER)
+    adapter, alone = load_file(found / ADAPTER), load_file(expected / ADAPTER)
     # The norm of AdamW's change is about steps x learning rate x sqrt(elements), for any gradient.
-    change = rank.STEPS * rank.RATE
+    change = STEPS * RATE
     errors = {
         name: float((adapter[name] - tensor).norm()) / (change * tensor.numel() ** 0.5)
         for name, tensor in alone.items()
@@ -266,7 +298,7 @@ def compare(tell: Tell, case: Case, found: Path, expected: Path) -> None:
 def test_killed_rank(ranks: Ranks, tell: Tell) -> None:
     """The last rank is killed during training: the others end in time and name it."""
     victim = ranks.world_size - 1
-    ended = ranks.run(rank.KILLED, [Case(tp=2)], ranks.world_size, WORKING, grace=NOTICED_SECONDS + 15)
+    ended = ranks.run(KILLED, [Case(tp=2)], ranks.world_size, WORKING, grace=NOTICED_SECONDS + 15)
     assert ended.statuses[victim] == -signal.SIGKILL, f"{FAILED_FIX}\n{ended.why()}"
     tell("seconds until the others ended", ended.seconds)
     said = next((line for output in ended.outputs[:victim] if (line := naming_line(output, victim))), None)
@@ -294,3 +326,76 @@ def test_doctor(ranks: Ranks, gpu: torch.device, tell: Tell) -> None:
         tell(f"{name} of 64 MB, GB/s of a link", group["bus_bytes_per_second"] / 1e9)
     assert all(group["correct"] for group in found["groups"]), DIFFERS_FIX
     report((Finding.model_validate(each) for each in found["findings"]), tell)
+
+
+# One rank -------------------------------------------------------------------------------------------------------------
+
+
+def started(case: Case, folder: Path, rank: int, world_size: int, **changes: Any) -> Started:
+    """A run of a case, with the same samples at every layout; `changes` as in `plan_benchmark`."""
+    rows = SAMPLES // (world_size // (case.tp * case.pp))
+    settings = step_settings(
+        str(folder / MODEL),
+        f"--dtype={case.dtype}",
+        f"--tensor_parallel={case.tp}",
+        f"--pipeline_parallel={case.pp}",
+        f"--sequence_parallel={str(case.sp).lower()}",
+        f"--ds_config=zero{case.zero}.json",
+        "--rows=2",
+        f"--micro_batches={rows // 2}",
+        "--length=64",
+        "--compile=false",
+    )
+    plan = plan_benchmark(settings, rank=rank, world_size=world_size, timeout_minutes=1.0, **changes)
+    return start(plan, settings)
+
+
+def run_case(case: Case, folder: Path, rank: int, world_size: int, results: Path) -> None:
+    """Train the steps; rank 0 writes the results."""
+    run = started(case, folder, rank, world_size, learning_rate=RATE, replica_check_steps=STEPS)
+    losses = [run.take(next(run.loader)).loss for _ in range(STEPS)]
+    state = run.runner.full_state(ONLY, run.plan.layout_of(run.plan.adapter))
+    if rank == 0:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, results / ADAPTER)
+        (results / RESULT).write_text(json.dumps(losses))
+    run.runner.engine.destroy()
+
+
+def run_until_killed(case: Case, folder: Path, rank: int, world_size: int) -> int:
+    """Train with a heartbeat, as tiedlora train does, until the last rank kills itself; returns the exit status."""
+    with reported_end(rank, world_size, StopRequests()) as end:
+        run = started(case, folder, rank, world_size)
+        end.watch_peers(1.0)
+        end.finished_step = lambda: run.train_step.finished[ONLY]
+        for number in count():
+            run.take(next(run.loader))
+            if number == STEPS and rank == world_size - 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+    return end.status
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train the cases; returns the exit status."""
+    end_with_parent()
+    folder, cases = Path(argv[0]), [Case(*case) for case in json.loads(argv[2])]
+    prepare_environment()
+    rank, world_size = rank_and_world_size()
+    if argv[1] == KILLED:
+        return run_until_killed(cases[0], folder, rank, world_size)
+    for number, case in enumerate(cases, start=int(argv[1])):
+        results = folder / f"{world_size}-{number}"
+        results.mkdir(exist_ok=True)
+        try:
+            run_case(case, folder, rank, world_size, results)
+        except UserError as error:  # raised on every rank, so all of them continue with the next case
+            (results / f"error{rank}").write_text(str(error))
+        except Exception:
+            (results / f"error{rank}").write_text(traceback.format_exc())
+            traceback.print_exc()
+            os._exit(1)  # at once: peers may wait for this rank, and ending the group would wait for them
+    leave_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -32,21 +32,12 @@ from megatron_tiedlora.planning.adapter_plans import DS_CONFIG, check_clipping
 from megatron_tiedlora.planning.memory import StageMemory, held_memory, step_memory, with_reserves
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
 from megatron_tiedlora.planning.step_plan import StepPlan
-from megatron_tiedlora.study.record import (
-    BaseRecord,
-    Run,
-    StudyFolder,
-    SweepGrid,
-    check_folder,
-    check_resumable,
-    make_grid,
-    read_run,
-)
+from megatron_tiedlora.study import record
 from megatron_tiedlora.study.tables import paper_model
 
 _SHARE = 0.8  # of the free memory; the rest is for what the planner does not know
 
-Group = tuple[Run, ...]  # runs that train in one start
+Group = tuple[record.Run, ...]  # runs that train in one start
 
 
 @dataclass(frozen=True)
@@ -60,10 +51,10 @@ class SweepPlan:
     """
 
     command: SweepCommand
-    folder: StudyFolder
-    base: BaseRecord
-    grid: SweepGrid
-    runs: Mapping[Run, RunPlan]
+    folder: record.StudyFolder
+    base: record.BaseRecord
+    grid: record.SweepGrid
+    runs: Mapping[record.Run, RunPlan]
     job: Job
     test_limit: int | None
 
@@ -77,9 +68,9 @@ class SweepPlan:
         """The base model."""
         return next(iter(self.runs.values())).source
 
-    def is_finished(self, run: Run) -> bool:
+    def is_finished(self, run: record.Run) -> bool:
         """Whether an earlier start has finished a run, or it has ended meanwhile."""
-        return read_run(self.folder.run(run.name)).state == "finished"
+        return record.read_run(self.folder.run(run.name)).state == "finished"
 
     def groups(self) -> list[Group]:
         """The runs of all points that have an unfinished one, in groups that follow each other.
@@ -133,7 +124,7 @@ class SweepPlan:
         base, metric, states = self.base, self.command.train.eval_metric, list[str]()
         rows = [("run", "trained parameters", "state")]
         for run in self.runs:
-            end = read_run(self.folder.run(run.name))
+            end = record.read_run(self.folder.run(run.name))
             states.append(end.state)
             best = "" if end.best is None else f", best validation {metric} {end.best:.4f}"
             state = end.state + (f", step {end.step}{best}" if end.state == "finished" else "")
@@ -211,15 +202,15 @@ def plan_sweep(command: SweepCommand) -> SweepPlan:
         UserError: names the first thing that does not fit.
     """
     settings, train = command.settings, command.train
-    folder = StudyFolder(user_path(settings.output_dir))
-    check_folder(folder)
+    folder = record.StudyFolder(user_path(settings.output_dir))
+    record.check_folder(folder)
     task, job = get_task(train.task), make_job(command.launcher, os.environ)
     ranks = job.size
     with naming("--launcher_args"):
         check_num_ranks(train, ranks)
     check_together(train)
     source, counts = find_model(train.model, weights=False), dict[str, int]()
-    grid, runs = make_grid(settings, source.shape.num_layers), dict[Run, RunPlan]()
+    grid, runs = record.make_grid(settings, source.shape.num_layers), dict[record.Run, RunPlan]()
     for run in grid.all_runs:
         own = make_settings({"ds_config": DS_CONFIG, **command.given, **run.settings})
         runs[run] = plan_run(own, rank=0, world_size=ranks, weights=False, source=source)
@@ -227,7 +218,7 @@ def plan_sweep(command: SweepCommand) -> SweepPlan:
         counts[run.point.name] = sum(runs[run].adapter.num_trained().values())
     files = {name: getattr(train, name) for name in marked(Settings, holds="rows")}
     local = (item for given in filter(None, files.values()) for item in local_files(given).items())  # not hub ids
-    base = BaseRecord(
+    base = record.BaseRecord(
         model=source.name,
         base_hash=source.base_hash,
         num_layers=source.shape.num_layers,
@@ -238,7 +229,7 @@ def plan_sweep(command: SweepCommand) -> SweepPlan:
         metric=task.metrics[0],
         file_sha256={name: file_sha256(path) for name, path in local},
     )
-    check_resumable(folder, command, base)
+    record.check_resumable(folder, command, base)
     if settings.halving:
         check_halving({run.name: plan.settings for run, plan in runs.items()})
     if task.hub is None and task.generate is None and files["test_file"] is None:

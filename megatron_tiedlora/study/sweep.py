@@ -31,29 +31,8 @@ from megatron_tiedlora.evaluation.results import RESULTS_FILE
 from megatron_tiedlora.planning.run_plan import with_models_length
 from megatron_tiedlora.runtime.run_folder import RunFolder, metrics_row
 from megatron_tiedlora.runtime.stopping import StopSignals
-from megatron_tiedlora.study.figures import draw_figure2, draw_figure3
+from megatron_tiedlora.study import record, tables
 from megatron_tiedlora.study.plan import Group, SweepPlan, plan_sweep
-from megatron_tiedlora.study.record import (
-    BASE_NAME,
-    LOGS,
-    SCORES,
-    Run,
-    Study,
-    StudyFolder,
-    best_run,
-    read_run,
-    read_score,
-    read_study,
-    write_record,
-)
-from megatron_tiedlora.study.tables import (
-    TABLE2_COLUMNS,
-    TABLE3_COLUMNS,
-    table2,
-    table2_markdown,
-    table3,
-    table3_markdown,
-)
 
 LOG_MARK = "$ "  # precedes the command line of each start in a log
 _TERMINAL_CODE, _BAR_MARK = re.compile(r"\x1b\[[0-9;]*[A-Za-z]"), "%|"
@@ -107,8 +86,8 @@ def sweep(command: SweepCommand, *, scripts: Path, begin: Begin = begin_job) -> 
     with TemporaryDirectory(prefix="megatron_tiedlora-") as private:  # only this user can read it
         start.check_programs(plan.job)
         with lock_study(plan.folder.path, take_over=settings.take_over) as lock, StopSignals() as stop:
-            plan = replace(plan, folder=StudyFolder(plan.folder.path, lock.owner))
-            write_record(plan.folder, command, plan.base)
+            plan = replace(plan, folder=record.StudyFolder(plan.folder.path, lock.owner))
+            record.write_record(plan.folder, command, plan.base)
             work = Sweep(plan, Path(private), scripts, begin, lock.descriptor, stop)
             try:
                 work.run()
@@ -150,7 +129,7 @@ class Sweep:
 
     def __post_init__(self) -> None:
         self.folder, self.command = self.plan.folder, self.plan.command
-        self._done, self._training = 0, list[Run]()
+        self._done, self._training = 0, list[record.Run]()
         total = 1 + len(self.plan.runs) + len(self.plan.grid.points)
         shown = "{desc} {percentage:3.0f}%|{bar:20}| {n:.1f} of {total} [{elapsed}, {remaining} left]{postfix}"
         self._bar = progress_bar("sweep", "run", total=total, leave=True, bar_format=shown)
@@ -158,7 +137,7 @@ class Sweep:
     @property
     def given_up(self) -> bool:
         """Whether nothing else was started, as without the base's score there is nothing to compare with."""
-        return f"score {BASE_NAME}" in self.failures
+        return f"score {record.BASE_NAME}" in self.failures
 
     def run(self) -> None:
         """Score the base, train the groups, and score the best run of each point. After a signal nothing is started.
@@ -169,7 +148,7 @@ class Sweep:
         groups = self.plan.groups()
         with self._bar:
             self._take_scores()
-            self._score({f"score {BASE_NAME}": BASE_NAME})
+            self._score({f"score {record.BASE_NAME}": record.BASE_NAME})
             if not self.given_up:
                 for runs in groups:
                     self._train(runs)
@@ -179,11 +158,14 @@ class Sweep:
     def _count(self) -> None:
         """Show how many runs and scores of the study are done."""
         done = sum(map(self.plan.is_finished, self.plan.runs))
-        done += sum(read_score(self.folder.score(name)) is not None for name in (BASE_NAME, *self._best().values()))
+        done += sum(
+            record.read_score(self.folder.score(name)) is not None
+            for name in (record.BASE_NAME, *self._best().values())
+        )
         self._done = done
         self._bar.update(done - self._bar.n)
 
-    def _part(self, run: Run) -> float:
+    def _part(self, run: record.Run) -> float:
         """The part of a run's steps that it has taken, 0 to 1."""
         steps = self.plan.runs[run].settings.max_steps
         row = last_row(RunFolder(self.folder.run(run.name)).metrics)
@@ -192,7 +174,7 @@ class Sweep:
     def _best(self) -> dict[str, str]:
         """The best run of each point that has a finished one, by the name of the score."""
         grid, metric = self.plan.grid, self.command.train.eval_metric
-        found = {point: best_run(self.folder, grid.runs(point), metric=metric) for point in grid.points}
+        found = {point: record.best_run(self.folder, grid.runs(point), metric=metric) for point in grid.points}
         return {f"score {point.name}": run.name for point, run in found.items() if run is not None}
 
     def _train(self, runs: Group) -> None:
@@ -217,18 +199,18 @@ class Sweep:
         if not ended:
             return
         for run in left:
-            end = read_run(folder.run(run.name))
+            end = record.read_run(folder.run(run.name))
             words = end.in_words(self.command.train.eval_metric) if end.state == "finished" else None
             self._note(run.name, words, f"group {first}", end.reason)
 
     def _score(self, wanted: Mapping[str, str]) -> None:
         """Score the base model alone, or the adapters of runs together; by the names of the scores."""
         folder, train, settings = self.folder, self.command.train, self.plan.settings
-        left = {item: name for item, name in wanted.items() if read_score(folder.score(name)) is None}
+        left = {item: name for item, name in wanted.items() if record.read_score(folder.score(name)) is None}
         if not left or self.stop.received:
             return
-        is_base = BASE_NAME in left.values()
-        output = folder.score(BASE_NAME) if is_base else folder.group(SCORES)
+        is_base = record.BASE_NAME in left.values()
+        output = folder.score(record.BASE_NAME) if is_base else folder.group(record.SCORES)
         discard(output, guard=folder.guard)  # it has no result
         given = {
             **{name: getattr(train, name) for name in marked(EvaluateSettings, shared=True)},
@@ -238,18 +220,18 @@ class Sweep:
             "output_dir": output,
         }
         words = () if is_base else ("--adapters", *(f"{name}={folder.run(name) / 'adapter'}" for name in left.values()))
-        log = f"score {BASE_NAME}" if is_base else SCORES
+        log = f"score {record.BASE_NAME}" if is_base else record.SCORES
         if not self._start(log, "evaluate", given, words):
             return
         self._take_scores()
         for item, name in left.items():
-            score = read_score(folder.score(name))
+            score = record.read_score(folder.score(name))
             words_of = None if score is None else f"{self.plan.base.metric} {score.value:.2f} % ({name})"
             self._note(item, words_of, log)
 
     def _take_scores(self) -> None:
         """Move each score that was made beside others to its place. A sweep that was killed may have left some."""
-        made = self.folder.group(SCORES)
+        made = self.folder.group(record.SCORES)
         for found in sorted(made.glob(f"*/{RESULTS_FILE}")):
             target = self.folder.score(found.parent.name)
             discard(target, guard=self.folder.guard)  # it has no result, or this one
@@ -342,7 +324,7 @@ class Sweep:
             return 128 + self.stop.received[0]
         self.write_status("failed" if failures else "finished")
         if not self.given_up:
-            written = write_tables([read_study(folder.path)], folder.path, guard=folder.guard)
+            written = write_tables([record.read_study(folder.path)], folder.path, guard=folder.guard)
             show("", *(folder.path / "table2.md").read_text(encoding="utf-8").split("\n"))
             show(*(f"written    {path}" for path in written))
         for name, (reason, log) in list(failures.items())[:_SHOWN_FAILURES]:
@@ -350,7 +332,9 @@ class Sweep:
             show(*(f"    {line}" for line in last_lines(log)))
         if failures:
             gave_up = "; nothing else was started" if self.given_up else ""
-            line = f"error: {len(failures)} failed: {', '.join(failures)}{gave_up} (logs in {folder.path / LOGS})"
+            line = (
+                f"error: {len(failures)} failed: {', '.join(failures)}{gave_up} (logs in {folder.path / record.LOGS})"
+            )
             show(line, file=sys.stderr)
         return 1 if failures else 0
 
@@ -385,7 +369,7 @@ def join_studies(folders: Sequence[str], target: Path, *, take_over: bool = Fals
     Raises:
         UserError: a folder holds no study, a task appears twice, or the base models differ.
     """
-    studies = [read_study(user_path(folder)) for folder in folders]
+    studies = [record.read_study(user_path(folder)) for folder in folders]
     for index, study in enumerate(studies):
         if any(study.base.task == other.base.task for other in studies[:index]):
             raise UserError(f"{study.folder}: task {study.base.task} appears twice; give one sweep for each task")
@@ -399,13 +383,17 @@ def join_studies(folders: Sequence[str], target: Path, *, take_over: bool = Fals
     return 0
 
 
-def write_tables(studies: Sequence[Study], folder: Path, *, guard: Guard = unguarded) -> list[Path]:
+def write_tables(studies: Sequence[record.Study], folder: Path, *, guard: Guard = unguarded) -> list[Path]:
     """Write Table 2, Table 3 (if single layers were trained) and the figures. Returns the files."""
-    texts = {"table2.md": table2_markdown(studies), "table2.csv": csv_text(TABLE2_COLUMNS, table2(studies))}
+    texts = {
+        "table2.md": tables.table2_markdown(studies),
+        "table2.csv": csv_text(tables.TABLE2_COLUMNS, tables.table2(studies)),
+    }
     if any(study.grid.table3 for study in studies):
-        texts |= {"table3.md": table3_markdown(studies), "table3.csv": csv_text(TABLE3_COLUMNS, table3(studies))}
+        texts |= {
+            "table3.md": tables.table3_markdown(studies),
+            "table3.csv": csv_text(tables.TABLE3_COLUMNS, tables.table3(studies)),
+        }
     for name, text in texts.items():
         write_text(folder / name, text, guard=guard)
-    draw_figure2(studies, folder / "figure2.png", guard=guard)
-    draw_figure3(studies, folder / "figure3.png", guard=guard)
-    return [folder / name for name in (*texts, "figure2.png", "figure3.png")]
+    return [*(folder / name for name in texts), *tables.draw_figures(studies, folder, guard=guard)]
