@@ -147,8 +147,7 @@ def export_peft(
                 raise UserError(f"--adapter: {name} of its export holds numbers that are not finite{fits}")
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
         write_json(
-            temporary / "adapter_config.json",
-            peft_config(source, adapter, rank=rank, base=named or base_name(source)),
+            temporary / "adapter_config.json", peft_config(source, adapter, rank=rank, base=named or base_name(source))
         )
         on_this_host = {} if source.from_hub else {inputs.BASE_PATH: base_location(source)}
         formats = {name: getattr(adapter.base_identity, name) for name in FORMAT_FIELDS}

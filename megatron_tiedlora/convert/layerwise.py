@@ -39,12 +39,7 @@ Weights = tuple[ReadRows, Mapping[str, NativeAdapter | None]]
 
 @torch.no_grad()
 def layerwise_logits(
-    shape: ModelShape,
-    models: Sequence[Weights],
-    tokens: torch.Tensor,
-    *,
-    dtype: torch.dtype,
-    progress: bool = False,
+    shape: ModelShape, models: Sequence[Weights], tokens: torch.Tensor, *, dtype: torch.dtype, progress: bool = False
 ) -> dict[str, torch.Tensor]:
     """fp32 logits (b, s, V) by the names in `models`, which are all of the same shape. Layers compute in `dtype`."""
     layers = _Layers(shape, dtype, _CPU)

@@ -27,13 +27,7 @@ from megatron_tiedlora.base.atomic import write_json
 from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.base.output_folder import new_output, reject_existing
 from megatron_tiedlora.base.text_files import LARGEST_YAML, parse_yaml
-from megatron_tiedlora.checkpoint.tensor_files import (
-    StreamedTensor,
-    all_finite,
-    check_tensors,
-    sharded,
-    write_files,
-)
+from megatron_tiedlora.checkpoint.tensor_files import StreamedTensor, all_finite, check_tensors, sharded, write_files
 from megatron_tiedlora.convert.nemo_archive import NemoArchive, readable
 from megatron_tiedlora.data.tokenizer import LARGEST_TOKENIZER, check_conversion
 

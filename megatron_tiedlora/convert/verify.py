@@ -341,12 +341,7 @@ def transformers_logits(
 
 
 def compare_merged(
-    source: ModelSource,
-    adapter: NativeAdapter,
-    merged: Path,
-    *,
-    base_format: str | None = None,
-    progress: bool = False,
+    source: ModelSource, adapter: NativeAdapter, merged: Path, *, base_format: str | None = None, progress: bool = False
 ) -> BitComparison:
     """Compare every tensor in the files of the folder `merged` with base and adapter, in the memory of some rows.
 
@@ -424,12 +419,7 @@ def _why_unlike(
 
 
 def _compare_values(
-    base: MergedWeights,
-    written: Any,
-    name: str,
-    entry: Mapping[str, Any],
-    like: str,
-    compared: Callable[[int], object],
+    base: MergedWeights, written: Any, name: str, entry: Mapping[str, Any], like: str, compared: Callable[[int], object]
 ) -> str | None:
     """How the values of a tensor differ from what they must be; None if they do not.
 

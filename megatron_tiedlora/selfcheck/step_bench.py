@@ -62,12 +62,7 @@ LEAST_LENGTH = 8  # that the settings of a run accept
 
 
 def plan_benchmark(
-    settings: BenchSettings,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    source: ModelSource | None = None,
-    **changes: Any,
+    settings: BenchSettings, *, rank: int = 0, world_size: int = 1, source: ModelSource | None = None, **changes: Any
 ) -> RunPlan:
     """The plan of a training run that takes the step described by the settings.
 
