@@ -239,25 +239,20 @@ def _travelled(
 ) -> tuple[native_adapter.NativeAdapter | None, tuple[str, ...]]:
     """The native adapter in a PEFT folder, if it gives the tensors of the folder bit for bit; and notes."""
     inside = folder / inputs.NATIVE_FOLDER
+    because, name = f"{folder}: only its PEFT files are used, since", f"{inputs.NATIVE_FOLDER}/"
     if not os.path.lexists(inside):
-        if not (folder / inputs.EXPORT_RECORD).is_file():
-            return None, ()
-        return None, (
-            f"{folder}: only its PEFT files are used, since {inputs.NATIVE_FOLDER}/, what was exported, is missing",
-        )
+        is_export = (folder / inputs.EXPORT_RECORD).is_file()
+        return None, (f"{because} {name}, what was exported, is missing",) if is_export else ()
     try:
         for path in (inside, inside / native_adapter.CONFIG_FILE, inside / native_adapter.WEIGHTS_FILE):
             if path.is_symlink():
                 raise UserError(f"{path} is a link")
         native = native_adapter.load_native_adapter(inside)
     except UserError as error:
-        return None, (f"{folder}: only its PEFT files are used, since {inputs.NATIVE_FOLDER}/ is broken: {error}",)
+        return None, (f"{because} {name} is broken: {error}",)
     if not _unlike_export(lora, source, native, stored_dtype(folder)):
         return native, ()
-    changed = (
-        f"{folder}: only its PEFT files are used, since they are not what the adapter in {inputs.NATIVE_FOLDER}/ gives"
-    )
-    return None, (f"{changed}; they were changed after the export",)
+    return None, (f"{because} they are not what the adapter in {name} gives; they were changed after the export",)
 
 
 def stored_dtype(folder: Path) -> torch.dtype:

@@ -3,11 +3,11 @@
 import gc
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -125,11 +125,7 @@ SCALES = {"A": 0.05, "B": 0.1}  # standard deviations: the update is visible but
 LENGTHS = ((100, 31, 69), (140, 60))  # of the documents of two packed rows, 200 tokens each
 
 
-class Computed(NamedTuple):
-    """A loss and the gradients of the trained factors."""
-
-    loss: float
-    gradients: dict[str, torch.Tensor]
+Computed = dict[str, torch.Tensor]  # a loss in fp64, and by d and its name the gradient of each trained factor
 
 
 class Judge:
@@ -153,7 +149,7 @@ class Judge:
         trained = list(self.adapter.num_trained())
         weights, factors = plain_tensors(self.stage, dtype)
         flat = [document for row in self.documents for document in row]
-        return Computed(*loss_and_gradients(self.shape, self.adapter.scale, weights, factors, trained, flat))
+        return _computed(*loss_and_gradients(self.shape, self.adapter.scale, weights, factors, trained, flat))
 
     def package(self, *, packed: bool = True, how: str = "none", kernels: Kernels = EAGER) -> Computed:
         """The package's result, with packed rows or one document per row."""
@@ -168,16 +164,17 @@ class Judge:
         loss = stage(tokens, positions, labels, documents=ids)
         loss.backward()
         gradients = {name: value.grad.clone() for name, value in adapter.named_parameters() if value.grad is not None}
-        return Computed(float(loss.detach()), gradients)
+        return _computed(float(loss.detach()), gradients)
 
     def errors(self, answer: Computed) -> dict[str, float]:
         """Relative errors of loss and gradients; the error of a missing gradient is infinite."""
-        losses = (torch.tensor(loss, dtype=torch.float64) for loss in (answer.loss, self.expected.loss))
-        errors = {"loss": relative(*losses)}
-        for name, expected in self.expected.gradients.items():
-            found = answer.gradients.get(name)
-            errors[f"d{name}"] = math.inf if found is None else relative(found, expected)
-        return errors
+        pairs = {name: (answer.get(name), expected) for name, expected in self.expected.items()}
+        return {name: math.inf if found is None else relative(found, of) for name, (found, of) in pairs.items()}
+
+
+def _computed(loss: float, gradients: Mapping[str, torch.Tensor]) -> Computed:
+    named = {f"d{name}": gradient for name, gradient in gradients.items()}
+    return {"loss": torch.tensor(loss, dtype=torch.float64), **named}
 
 
 def plain_tensors(stage: Stage, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:

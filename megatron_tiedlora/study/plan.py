@@ -23,7 +23,7 @@ from megatron_tiedlora.cluster.start import check_num_ranks, make_job
 from megatron_tiedlora.config.adapters_file import check_halving, check_together
 from megatron_tiedlora.config.fields import marked
 from megatron_tiedlora.config.settings import Settings, make_settings
-from megatron_tiedlora.config.sweep_settings import MOST_TOGETHER, SweepCommand, SweepSettings
+from megatron_tiedlora.config.sweep_settings import MOST_TOGETHER, SweepCommand
 from megatron_tiedlora.data.readers import read_rows
 from megatron_tiedlora.data.sources import local_files
 from megatron_tiedlora.data.splits import load_split, local_names
@@ -59,11 +59,6 @@ class SweepPlan:
     test_limit: int | None
 
     @property
-    def settings(self) -> SweepSettings:
-        """The sweep's own settings."""
-        return self.command.settings
-
-    @property
     def source(self) -> ModelSource:
         """The base model."""
         return next(iter(self.runs.values())).source
@@ -90,10 +85,10 @@ class SweepPlan:
 
     def _may_share(self, runs: Group) -> bool:
         """Whether runs may be a group."""
-        most = self.settings.together
+        most = self.command.settings.together
         if most != "auto":
             return len(runs) <= most
-        if self.settings.halving and len({run.point for run in runs}) == 1:
+        if self.command.settings.halving and len({run.point for run in runs}) == 1:
             return True  # they are compared step by step, even if they need more than is free
         return len(runs) <= MOST_TOGETHER and self.needed_bytes(runs) <= self.free_bytes
 
@@ -138,7 +133,8 @@ class SweepPlan:
             *aligned_lines(rows, align="<><", indent="  "),
         ]
         if groups := self.groups():
-            free = f"; up to {bytes_in_words(self.free_bytes)} are used" if self.settings.together == "auto" else ""
+            is_auto = self.command.settings.together == "auto"
+            free = f"; up to {bytes_in_words(self.free_bytes)} are used" if is_auto else ""
             lines += ["", f"  groups to train together, and the memory of a rank{free}"]
             needed = [self.needed_bytes(runs) for runs in groups]
             cells = [
@@ -146,7 +142,7 @@ class SweepPlan:
                 for number, (size, runs) in enumerate(zip(needed, groups, strict=True), start=1)
             ]
             lines += aligned_lines(cells, align=">><", indent="  ")
-            if self.settings.together == "auto" and max(needed) > self.free_bytes:
+            if is_auto and max(needed) > self.free_bytes:
                 less = "a --base of fewer bits or a shorter --max_length needs less"
                 lines += ["", f"  warning: a group needs more than that; {less}"]
         counts = (f"{states.count(state)} {state}" for state in dict.fromkeys(states))

@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from megatron_tiedlora.base.atomic import Guard, discard, make_way_for_log, unguarded, write_json, write_text
-from megatron_tiedlora.base.messages import UserError, csv_text, printable, show, user_path
+from megatron_tiedlora.base.messages import UserError, csv_text, os_errors, printable, show, user_path
 from megatron_tiedlora.base.ownership import FolderLock, take_folder
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.text_files import write_yaml
@@ -52,7 +52,7 @@ def begin_job(job: Job, log: Path, lock: int) -> start.RunningJob:
         UserError: the log cannot be written, or the launcher cannot be started.
     """
     plan = plan_start(job, os.environ)
-    try:
+    with os_errors(f"{log}: cannot be written"):
         log.parent.mkdir(parents=True, exist_ok=True)
         make_way_for_log(log)
         with log.open("a+b", buffering=0) as stream:
@@ -61,8 +61,6 @@ def begin_job(job: Job, log: Path, lock: int) -> start.RunningJob:
             mark = f"\n{LOG_MARK}" if cut else LOG_MARK
             stream.write(f"{mark}{shlex.join(plan.words)}\n".encode())
             return start.RunningJob(job, plan, stdout=stream, stderr=stream, pass_fds=(lock,))
-    except OSError as error:
-        raise UserError(f"{log}: cannot be written ({error.strerror or error})") from error
 
 
 def sweep(command: SweepCommand, *, scripts: Path, begin: Begin = begin_job) -> int:
@@ -192,7 +190,7 @@ class Sweep:
         write_yaml(file, entries, guard=folder.guard)
         given = {name: value for name, value in self.command.given.items() if name != "test_file"}
         given |= {"adapters": file, "output_dir": output, "resume": "auto"}
-        given |= {"halving": True} if self.plan.settings.halving and several else {}
+        given |= {"halving": True} if self.command.settings.halving and several else {}
         self._training = left
         ended = self._start(f"group {first}", "train", given)
         self._training = []
@@ -205,7 +203,7 @@ class Sweep:
 
     def _score(self, wanted: Mapping[str, str]) -> None:
         """Score the base model alone, or the adapters of runs together; by the names of the scores."""
-        folder, train, settings = self.folder, self.command.train, self.plan.settings
+        folder, train, settings = self.folder, self.command.train, self.command.settings
         left = {item: name for item, name in wanted.items() if record.read_score(folder.score(name)) is None}
         if not left or self.stop.received:
             return
@@ -235,11 +233,9 @@ class Sweep:
         for found in sorted(made.glob(f"*/{RESULTS_FILE}")):
             target = self.folder.score(found.parent.name)
             discard(target, guard=self.folder.guard)  # it has no result, or this one
-            try:
+            with os_errors(f"{target}: cannot be written"):
                 target.parent.mkdir(exist_ok=True)
                 found.parent.replace(target)
-            except OSError as error:
-                raise UserError(f"{target}: cannot be written ({error.strerror or error})") from error
         discard(made, guard=self.folder.guard)
 
     # One start --------------------------------------------------------------------------------------------------------
@@ -254,7 +250,7 @@ class Sweep:
         """
         self.folder.guard()
         self._count()
-        take_over = {"take_over": True} if self.plan.settings.take_over else {}
+        take_over = {"take_over": True} if self.command.settings.take_over else {}
         flags = {flag: value for flag, value in {**settings, **take_over}.items() if value is not None}
         arguments = (*(f"--{flag}={flag_value(value)}" for flag, value in flags.items()), *words)
         program, private = (str(self.scripts / f"{script}.py"),), self.private

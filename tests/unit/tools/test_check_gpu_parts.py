@@ -33,7 +33,7 @@ from megatron_tiedlora.selfcheck import (
 )
 from megatron_tiedlora.selfcheck import running as judging
 from megatron_tiedlora.selfcheck.parts import WARNING, verdict
-from megatron_tiedlora.selfcheck.running import Computed, Judge, small_shape, step_settings, write_small
+from megatron_tiedlora.selfcheck.running import Judge, small_shape, step_settings, write_small
 from megatron_tiedlora.selfcheck.step_bench import plan_benchmark, read_samples
 from megatron_tiedlora.selfcheck.test_ranks import Case, EndedRanks, Ranks, cases_of
 from tools import run_offline
@@ -316,10 +316,10 @@ def test_what_is_left_out_is_seen(judge: Judge, monkeypatch: pytest.MonkeyPatch)
         assert outcome_of(test_correct.compare_fp32, judge) == "failed", what
     answer = judge.expected
     monkeypatch.setattr(judge, "plain_errors", dict.fromkeys(judge.errors(answer), 0.05))
-    wrong = Computed(answer.loss, {**answer.gradients, "v": 1.3 * answer.gradients["v"]})
+    wrong = {**answer, "dv": 1.3 * answer["dv"]}
     assert outcome_of(test_correct.compare_bf16, judge, answer) == "passed"
     assert outcome_of(test_correct.compare_bf16, judge, wrong) == "failed"
-    assert judge.errors(Computed(answer.loss, {}))["dA"] == float("inf")
+    assert judge.errors({"loss": answer["loss"]})["dA"] == float("inf")
 
 
 def test_a_wrong_plain_pytorch_is_no_measure(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
