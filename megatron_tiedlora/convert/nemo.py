@@ -38,6 +38,7 @@ _EMBEDDING, _HEAD, _FINAL_NORM = "embedding.word_embeddings.weight", "output_lay
 _FREQUENCIES = "rotary_pos_emb.inv_freq"
 _PREFIXES = ("model.language_model.", "model.module.language_model.")  # the second one with megatron_amp_O2
 _LAYER_NORMS = ("input_layernorm", "post_attention_layernorm")
+_LINEARS = ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 Rank = dict[str, torch.Tensor]
 
 
@@ -199,17 +200,15 @@ def _tensors(stages: Sequence[Sequence[Rank]], model: NemoModel, vocab_size: int
         ranks, theirs, ours = stages[stage], f"encoder.layers.{local}", f"model.layers.{number}"
         for norm in _LAYER_NORMS:
             yield from _norm(f"{ours}.{norm}", ranks[0], f"{theirs}.{norm}")
-        fused = [rank[f"{theirs}.self_attention.query_key_value.weight"] for rank in ranks]
+        fused, output, gate_up, down = ([rank[f"{theirs}.{name}.weight"] for rank in ranks] for name in _LINEARS)
         heads = [head for part in fused for head in part.view(-1, 3, model.head_dim, model.hidden_size)]
         for index, name in enumerate("qkv"):
             yield _rows(f"{ours}.self_attn.{name}_proj.weight", [head[index] for head in heads])
-        yield _columns(
-            f"{ours}.self_attn.o_proj.weight", [rank[f"{theirs}.self_attention.dense.weight"] for rank in ranks]
-        )
-        halves = [rank[f"{theirs}.mlp.dense_h_to_4h.weight"].chunk(2) for rank in ranks]
+        yield _columns(f"{ours}.self_attn.o_proj.weight", output)
+        halves = [both.chunk(2) for both in gate_up]
         yield _rows(f"{ours}.mlp.gate_proj.weight", [gate for gate, _ in halves])
         yield _rows(f"{ours}.mlp.up_proj.weight", [up for _, up in halves])
-        yield _columns(f"{ours}.mlp.down_proj.weight", [rank[f"{theirs}.mlp.dense_4h_to_h.weight"] for rank in ranks])
+        yield _columns(f"{ours}.mlp.down_proj.weight", down)
     yield from _norm("model.norm", stages[-1][0], _FINAL_NORM)
     yield _rows("lm_head.weight", _first_rows([rank[_HEAD] for rank in stages[-1]], vocab_size))
 

@@ -146,19 +146,17 @@ def choose_runtimes(
     exports = {"transformers": merged, "peft": peft}
     there = tuple(name for name in RUNTIMES if exports[name] is not None)
     if given is None:
-        size, kind = 4 * num_base_parameters(source.shape), source.stored_base
+        size, kind, why = 4 * num_base_parameters(source.shape), source.stored_base, ""
         if dtype != torch.float32 or not there:
             return (), ""
         if size > LARGEST_WHOLE:
             words = f"takes {bytes_in_words(size)} in fp32; --in {','.join(there)} loads all of it there too"
             return (), f"{source.name} {words}"
-        if peft is None or (has_peft() and kind is None):
-            return there, ""
-        if has_peft():
-            why = f"PEFT computes a base in {kind} in other ways, so it has not loaded the export; see --in"
-        else:
+        if peft is not None and not has_peft():
             why = "peft is not installed, so it has not loaded the export"
-        return tuple(name for name in there if name != "peft"), why
+        elif peft is not None and kind is not None:
+            why = f"PEFT computes a base in {kind} in other ways, so it has not loaded the export; see --in"
+        return tuple(name for name in there if not why or name != "peft"), why
     names = [] if given == "none" else given.split(",")
     for name in names:
         if name not in RUNTIMES:

@@ -126,10 +126,9 @@ def _our_sides(plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | N
     device, source = timing.default_device(), plan.source
     chosen = chosen or choose_kernels(plan, device)
     given: dict[str, Any] = {"dtype": plan.dtype, "make_weight": plan.weight_maker(device), "device": device}
-    if source.folder is None:
-        stage = random_stage(source.shape, plan.adapter, kernels=chosen.kernels, **given)
-    else:
-        stage = load_model(source, None, kernels=chosen.kernels, **given)
+    given["kernels"] = chosen.kernels
+    is_random = source.folder is None
+    stage = random_stage(source.shape, plan.adapter, **given) if is_random else load_model(source, None, **given)
     names = [ONLY] if settings.adapters is None else [f"adapter {number}" for number in range(settings.adapters)]
     adapters = {name: whole_adapter(replace(plan.adapter, seed=seed), device) for seed, name in enumerate(names)}
     stage.hold(AdapterBank(adapters), is_engines=settings.adapters is None)
@@ -253,8 +252,7 @@ def measure_sides(settings: BenchSettings) -> dict[str, Any]:
     Raises:
         UserError: a value does not fit. The message names its flag. Nothing has been measured yet.
     """
-    measures = {"step": _measure_step, "scaling": _measure_scaling, "decoding": _measure_decoding}
-    return measures[settings.what](settings)
+    return {"step": _measure_step, "scaling": _measure_scaling, "decoding": _measure_decoding}[settings.what](settings)
 
 
 def _seconds(

@@ -28,7 +28,7 @@ import psutil
 import torch
 from torch import distributed
 
-from megatron_tiedlora.base.shapes import BASE_NAMES, FP8_CAPABILITY, ModelShape
+from megatron_tiedlora.base.shapes import BASE_NAMES, FP8_CAPABILITY
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.presets import PRESETS, is_preset
 from megatron_tiedlora.model.batch import whole_rows
@@ -93,10 +93,6 @@ class _Measure:
     device: torch.device
     tokens: int
     seconds: float
-
-    @property
-    def shape(self) -> ModelShape:
-        return self.source.shape
 
     @cached_property
     def preset(self) -> Machine | None:
@@ -166,14 +162,14 @@ class _Measure:
 
     def _matmul_line(self, name: str, peak: Constant, seconds: float) -> Iterator[tuple[str, Constant]]:
         """The share of the peak, and on a CPU the weights that are read each second beside that."""
-        weights, measure = 2 * self.shape.block.num_weights, partial(self._matmuls, _DTYPES[name])
+        weights, measure = 2 * self.source.shape.block.num_weights, partial(self._matmuls, _DTYPES[name])
         many, begins = self._two_terms(measure, 1, seconds)
         yield f"matmul.{name}", self._share(2 * self.tokens * weights / many, peak, "matmuls")
         yield f"weights.{name}", self._read(weights, begins, "matmuls")
 
     def _attention_line(self, name: str, peak: Constant, seconds: float) -> Iterator[tuple[str, Constant]]:
         """The share of the peak by necessary FLOPs, as the planner counts; on a CPU also the queries that are read."""
-        width, measure = self.shape.heads.rows[0], partial(self._attention, _DTYPES[name])
+        width, measure = self.source.shape.heads.rows[0], partial(self._attention, _DTYPES[name])
         many, begins = self._two_terms(measure, 2, seconds)
         rate = 3 * 2 * self.tokens**2 * width / many
         yield f"attention.{name}", self._share(rate, peak, "attention, forward and back")
@@ -209,7 +205,7 @@ class _Measure:
         products: str | None = None,
     ) -> float:
         """The seconds of all linears of a block, forward and for the gradient of their inputs."""
-        taken, linears = 0.0, self.shape.block.linears
+        taken, linears = 0.0, self.source.shape.block.linears
         for linear in linears:
             with self.device:
                 # Transposing is not a part of a matmul on a GPU, where it is a term of its own.
@@ -223,7 +219,7 @@ class _Measure:
 
     def _attention(self, dtype: torch.dtype, tokens: int, seconds: float) -> float:
         """The seconds of attention over a sample, forward and back."""
-        heads = self.shape.heads
+        heads = self.source.shape.heads
         query, key, value = (
             self._numbers(1, num, tokens, heads.dim, dtype=dtype).requires_grad_()
             for num in (heads.num, heads.num_kv, heads.num_kv)
@@ -242,7 +238,7 @@ class _Measure:
 
     def _fp8(self, seconds: float) -> Iterator[tuple[str, Constant]]:
         taken = self._matmuls(torch.bfloat16, self.tokens, seconds, "fp8", "fp8")
-        rate = 4 * self.tokens * self.shape.block.num_weights / taken
+        rate = 4 * self.tokens * self.source.shape.block.num_weights / taken
         peak = self._constant(rate, "fp8 matmuls") if self.preset is None else self.preset.constants["peak.fp8"]
         yield "peak.fp8", peak
         yield "matmul.fp8", self._share(rate, peak, "fp8 matmuls, with rounding")
@@ -256,7 +252,7 @@ class _Measure:
         return self._constant(2 * size / self._time(lambda: target.copy_(source), seconds), "copies")
 
     def _dequantised(self, name: str, seconds: float) -> Constant:
-        linear = self.shape.block.output
+        linear = self.source.shape.block.output
         with self.device:
             weight = weight_maker(name)(linear.out_size, linear.in_size, dtype=torch.bfloat16)
         weight.load(self._numbers(linear.out_size, linear.in_size, dtype=torch.bfloat16))

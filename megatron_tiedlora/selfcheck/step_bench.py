@@ -221,9 +221,8 @@ def measure_layout(
         UserError: names the first thing that does not fit, before anything starts; on every rank.
         RunStopped: the launcher has died.
     """
-    machine = None
-    if settings.constants is not None:
-        machine = read_machine(user_path(settings.constants, flag="--constants"))
+    file = settings.constants
+    machine = None if file is None else read_machine(user_path(file, flag="--constants"))
     run = start(plan_benchmark(settings, rank=rank, world_size=world_size), settings)
     device = run.runner.device
     steps = [next(run.loader) for _ in range(GUARDED_STEPS + settings.repeats)]
