@@ -20,16 +20,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from megatron_tiedlora.base.atomic import write_json
+from megatron_tiedlora.base import atomic, output_folder, text_files
 from megatron_tiedlora.base.messages import UserError, shown, user_path
-from megatron_tiedlora.base.output_folder import new_output, reject_existing, require_room
 from megatron_tiedlora.base.shapes import BASE_NAMES
-from megatron_tiedlora.base.text_files import read_json_object, read_json_or_none
-from megatron_tiedlora.checkpoint import tensor_files
-from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD
+from megatron_tiedlora.checkpoint import base_identity, native_adapter, sources, tensor_files
 from megatron_tiedlora.checkpoint.load_model import MergedWeights, ReadRows, row_blocks
-from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
-from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.convert.inputs import check_base, trained_otherwise
 from megatron_tiedlora.data.tokenizer import load_tokenizer, save_tokenizer
 from megatron_tiedlora.model.weights import quantised_rules, stored_shapes
@@ -50,8 +45,8 @@ _TOKENIZER_SOURCES = (
 
 
 def merge_adapter(
-    source: ModelSource,
-    adapter: NativeAdapter,
+    source: sources.ModelSource,
+    adapter: native_adapter.NativeAdapter,
     output: Path,
     *,
     dtype: torch.dtype | None = None,
@@ -59,7 +54,7 @@ def merge_adapter(
     base_differs: bool = False,
     onto_trained: bool = False,
     say: Callable[[str], object] = str,
-    new: Callable[[Path], AbstractContextManager[Path]] = new_output,
+    new: Callable[[Path], AbstractContextManager[Path]] = output_folder.new_output,
     between: Callable[[], object] = lambda: None,
     progress: bool = False,
 ) -> None:
@@ -85,7 +80,7 @@ def merge_adapter(
     folder = source.weights_folder()
     if not onto_trained:
         reject_quantised(source)
-    reject_existing(output, flag=f"--output {output}")
+    output_folder.reject_existing(output, flag=f"--output {output}")
     model_files = side_files(folder, _MODEL_FILES)
     own_files = [] if tokenizer is not None else side_files(folder, _TOKENIZER_FILES)
     # The base's tokenizer is saved again over its copy: transformers would rebuild some from their class names.
@@ -129,20 +124,20 @@ def merge_adapter(
             copied += side_files(folder, [tensor_files.INDEX_FILE])
         needed = sum(len(file.head) + file.value_bytes for file in files) + sum(file.stat().st_size for file in copied)
         with new(output) as temporary:
-            require_room(temporary, needed, output=output)
+            output_folder.require_room(temporary, needed, output=output)
             tensor_files.write_files(temporary, files, bar="weights" if quantised else "merge", progress=progress)
             for file in copied:  # with the index of a base that is not quantised, which may say more
                 shutil.copyfile(file, temporary / file.name)
             if quantised or dtype is not None:
                 _restate_config(temporary / "config.json", dtype, dequantised=quantised)
             if not quantised and dtype is not None and (index := temporary / tensor_files.INDEX_FILE).is_file():
-                values = read_json_object(index, kind="a safetensors index")
+                values = text_files.read_json_object(index, kind="a safetensors index")
                 metadata = values["metadata"] if isinstance(values.get("metadata"), dict) else {}
                 size = sum(file.value_bytes for file in files)
-                write_json(index, {**values, "metadata": {**metadata, "total_size": size}})
+                atomic.write_json(index, {**values, "metadata": {**metadata, "total_size": size}})
             if saved is not None:
                 save_tokenizer(saved, temporary)
-            write_json(temporary / MERGE_RECORD, record)
+            atomic.write_json(temporary / base_identity.MERGE_RECORD, record)
 
 
 @dataclass(frozen=True)
@@ -155,7 +150,7 @@ class _MergedFiles:
     """
 
     weights: MergedWeights
-    source: ModelSource
+    source: sources.ModelSource
     dtype: torch.dtype | None
     between: Callable[[], object]
 
@@ -239,7 +234,7 @@ class _MergedFiles:
         return tensor_files.StreamedTensor(name, dtype, shape, blocks)
 
 
-def reject_quantised(source: ModelSource) -> None:
+def reject_quantised(source: sources.ModelSource) -> None:
     """Raise UserError if the weights of `source` are stored in 4 or 8 bits."""
     if source.stored is not None:
         raise UserError(
@@ -249,9 +244,9 @@ def reject_quantised(source: ModelSource) -> None:
         )
 
 
-def is_merge_of(folder: Path, adapter: NativeAdapter) -> bool:
+def is_merge_of(folder: Path, adapter: native_adapter.NativeAdapter) -> bool:
     """Whether `folder` is a model into which this adapter was merged, as its record says."""
-    record = read_json_or_none(folder / MERGE_RECORD) or {}
+    record = text_files.read_json_or_none(folder / base_identity.MERGE_RECORD) or {}
     return record.get("adapter_sha256") == adapter.sha256
 
 
@@ -261,8 +256,8 @@ def merged_onto(folder: Path) -> str | None:
     Raises:
         UserError: the folder's record is not one of this version.
     """
-    file = folder / MERGE_RECORD
-    onto = read_json_object(file, kind="the record of a merge").get(MERGED_ONTO) if file.is_file() else None
+    file = folder / base_identity.MERGE_RECORD
+    onto = text_files.read_json_object(file, kind="the record of a merge").get(MERGED_ONTO) if file.is_file() else None
     if onto is not None and onto not in BASE_NAMES:
         raise UserError(f"{file}: {MERGED_ONTO} = {shown(onto)} is not one of {', '.join(BASE_NAMES)}")
     return onto
@@ -292,11 +287,11 @@ def side_files(folder: Path, patterns: Iterable[str]) -> list[Path]:
 
 def _restate_config(config_file: Path, dtype: torch.dtype | None, *, dequantised: bool) -> None:
     """Make a config name `dtype`, if one was given, and no longer say that the weights are quantised."""
-    values = read_json_object(config_file, kind="a model's config")
+    values = text_files.read_json_object(config_file, kind="a model's config")
     if dequantised:
         values.pop("quantization_config", None)
     if dtype is not None:
         # transformers 4 writes torch_dtype and 5 writes dtype; both read torch_dtype.
         for name in {"torch_dtype", "dtype"} & values.keys() or {"torch_dtype"}:
             values[name] = str(dtype).removeprefix("torch.")
-    write_json(config_file, values)
+    atomic.write_json(config_file, values)

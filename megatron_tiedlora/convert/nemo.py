@@ -23,10 +23,8 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, Field, ValidationError
 
-from megatron_tiedlora.base.atomic import write_json
+from megatron_tiedlora.base import atomic, output_folder, text_files
 from megatron_tiedlora.base.messages import UserError, shown
-from megatron_tiedlora.base.output_folder import new_output, reject_existing
-from megatron_tiedlora.base.text_files import LARGEST_YAML, parse_yaml
 from megatron_tiedlora.checkpoint.tensor_files import StreamedTensor, all_finite, check_tensors, sharded, write_files
 from megatron_tiedlora.convert.nemo_archive import NemoArchive, readable
 from megatron_tiedlora.data.tokenizer import LARGEST_TOKENIZER, check_conversion
@@ -46,7 +44,7 @@ def convert_nemo(
     nemo: Path,
     output: Path,
     *,
-    new: Callable[[Path], AbstractContextManager[Path]] = new_output,
+    new: Callable[[Path], AbstractContextManager[Path]] = output_folder.new_output,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Write the model of the file `nemo` as a `stablelm` folder atomically, and return its config.
@@ -56,11 +54,11 @@ def convert_nemo(
     Raises:
         UserError: the archive is broken or hostile, its model computes something else, or the output exists.
     """
-    reject_existing(output, flag=f"--output {output}")
+    output_folder.reject_existing(output, flag=f"--output {output}")
     archive, source = NemoArchive(nemo), f"{nemo}: {CONFIG_MEMBER}"
     with readable(nemo, f"{CONFIG_MEMBER}: not valid YAML"):
-        text = archive.read(CONFIG_MEMBER, largest=LARGEST_YAML).decode()
-    model = nemo_model(parse_yaml(text, dict, source=source), source=source)
+        text = archive.read(CONFIG_MEMBER, largest=text_files.LARGEST_YAML).decode()
+    model = nemo_model(text_files.parse_yaml(text, dict, source=source), source=source)
     tokenizer_file = model.tokenizer.model.removeprefix("nemo:")
     sentencepiece = archive.read(tokenizer_file, largest=LARGEST_TOKENIZER)
     check_conversion(nemo)
@@ -71,8 +69,8 @@ def convert_nemo(
         dtype = str(tensors[0].dtype).removeprefix("torch.")
         config = {**model.hf_config(vocab_size=vocab_size), **ids, "dtype": dtype}
         (temporary / "tokenizer.model").write_bytes(sentencepiece)
-        write_json(temporary / "tokenizer_config.json", settings)
-        write_json(temporary / "config.json", config)
+        atomic.write_json(temporary / "tokenizer_config.json", settings)
+        atomic.write_json(temporary / "config.json", config)
         write_files(temporary, sharded(tensors), progress=progress)
     return config
 
@@ -96,7 +94,7 @@ def _read_tokenizer(raw: bytes) -> tuple[int, dict[str, int | None], dict[str, A
     settings |= {f"{role}_token": processor.id_to_piece(token) for role, token in roles.items()}
     with tempfile.TemporaryDirectory() as scratch:
         Path(scratch, "tokenizer.model").write_bytes(raw)
-        write_json(Path(scratch, "tokenizer_config.json"), settings)
+        atomic.write_json(Path(scratch, "tokenizer_config.json"), settings)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(scratch)
     for text in _PROBES:
         if tokenizer.encode(text, add_special_tokens=False) != processor.encode(text):

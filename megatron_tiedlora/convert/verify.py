@@ -36,13 +36,9 @@ from megatron_tiedlora.checkpoint.load_model import MergedWeights, row_blocks
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES
-from megatron_tiedlora.convert.inputs import trained_otherwise
-from megatron_tiedlora.convert.layerwise import Weights, layerwise_logits
-from megatron_tiedlora.convert.merge import merged_onto, reject_quantised
+from megatron_tiedlora.convert import inputs, layerwise, merge
 from megatron_tiedlora.convert.open_adapter import compare_export, read_peft, stored_dtype
-from megatron_tiedlora.model.families import shape_from_hf
-from megatron_tiedlora.model.hf_config import read_hf_config
-from megatron_tiedlora.model.weights import num_base_parameters, stored_shapes
+from megatron_tiedlora.model import families, hf_config, weights
 
 _PROBED = (2, 48)  # rows and tokens of the input
 LARGEST_WHOLE = 8_000_000_000  # bytes of a model in fp32 that is loaded whole without being asked for
@@ -146,7 +142,7 @@ def choose_runtimes(
     exports = {"transformers": merged, "peft": peft}
     there = tuple(name for name in RUNTIMES if exports[name] is not None)
     if given is None:
-        size, kind, why = 4 * num_base_parameters(source.shape), source.stored_base, ""
+        size, kind, why = 4 * weights.num_base_parameters(source.shape), source.stored_base, ""
         if dtype != torch.float32 or not there:
             return (), ""
         if size > LARGEST_WHOLE:
@@ -192,12 +188,12 @@ def verify_export(
     """
     if peft is not None and dtype != torch.float32:
         raise UserError("--dtype bf16: a PEFT adapter is compared in fp32 only; leave --peft or --dtype out")
-    onto, trained = None if merged is None else merged_onto(merged), adapter.base_identity.base_format
+    onto, trained = None if merged is None else merge.merged_onto(merged), adapter.base_identity.base_format
     if merged is not None and (onto is None or (source.stored is not None and source.stored.base_format != onto)):
-        reject_quantised(source)
+        merge.reject_quantised(source)
     # Of a folder that is quantised the values are there as training saw them.
     made_onto = None if source.stored is not None else onto
-    otherwise = trained_otherwise(source, adapter)
+    otherwise = inputs.trained_otherwise(source, adapter)
     if otherwise and made_onto is not None:
         raise UserError(f"--merged {merged}: {otherwise}")
     runtimes, note = choose_runtimes(source, inside, merged=merged, peft=peft, dtype=dtype)
@@ -220,7 +216,7 @@ def verify_export(
     with ExitStack() as opened:
         base = opened.enter_context(BaseWeights(source.weights_folder(), source.shape, source.stored))
         of_peft = {} if imported is None else {"peft": imported.adapter}
-        models: list[Weights] = [(base.read, {"native": adapter, "plain": None, **of_peft})]
+        models: list[layerwise.Weights] = [(base.read, {"native": adapter, "plain": None, **of_peft})]
         for name in {str(known) for known in (trained, onto) if known not in (None, source.stored_base)}:
             quantised = opened.enter_context(MergedWeights(source, None, base_format=name))
             models.append((quantised.read, {name: adapter}))
@@ -230,7 +226,7 @@ def verify_export(
                 models.append((lambda name, rows: once.read(name, rows).to(stored[name]), {"rounded": None}))
             written = opened.enter_context(BaseWeights(merged, source.shape))
             models.append((written.read, {"merged": None}))
-        found = layerwise_logits(source.shape, models, tokens, dtype=dtype, progress=progress)
+        found = layerwise.layerwise_logits(source.shape, models, tokens, dtype=dtype, progress=progress)
     native, rounded = found["native"], found.get("rounded")
     rows = [compare_logits("base without adapter", native, found["plain"], "different")]
     if trained is not None and trained in found:
@@ -263,7 +259,7 @@ def verify_export(
 def _stored_types(source: ModelSource, merged: Path) -> dict[str, torch.dtype]:
     """The dtype of every tensor of the merged folder, whose names and shapes must be the base's."""
     file = merged / "config.json"
-    found = replace(source, shape=shape_from_hf(read_hf_config(merged), source=str(file)))
+    found = replace(source, shape=families.shape_from_hf(hf_config.read_hf_config(merged), source=str(file)))
     if found.shape != source.shape:
         here, there = (identify_shape(model, "fp32", weights_hash="") for model in (found, source))
         sizes = ((name, getattr(here, name), getattr(there, name)) for name in SHAPE_FIELDS)
@@ -273,7 +269,7 @@ def _stored_types(source: ModelSource, merged: Path) -> dict[str, torch.dtype]:
             " base with --model"
         )
     with BaseWeights(merged, source.shape) as written:  # checks names and shapes
-        return {name: written.dtype(name) for name in stored_shapes(written.rules)}
+        return {name: written.dtype(name) for name in weights.stored_shapes(written.rules)}
 
 
 def compare_logits(name: str, native: torch.Tensor, other: torch.Tensor, wanted: Wanted) -> LogitComparison:
@@ -356,7 +352,7 @@ def compare_merged(
     with ExitStack() as opened:
         base = opened.enter_context(MergedWeights(source, adapter, base_format=base_format))
         written = opened.enter_context(WeightFiles(merged))
-        names = stored_shapes(base.rules)
+        names = weights.stored_shapes(base.rules)
         dtype = None if source.stored is not None else _merge_dtype(base, written, names)
         tensors = [
             (file, *item)

@@ -25,9 +25,7 @@ from megatron_tiedlora.checkpoint.tensor_files import DTYPES
 from megatron_tiedlora.config.hosts import RANK_VARIABLES
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.convert.inputs import adapter_kind
-from megatron_tiedlora.runtime.launch_env import prepare_environment
-from megatron_tiedlora.runtime.process_group import leave_process_group
-from megatron_tiedlora.runtime.stopping import STOP_SIGNALS
+from megatron_tiedlora.runtime import launch_env, process_group, stopping
 from megatron_tiedlora.training.run import train_rank
 
 
@@ -247,7 +245,7 @@ def train(settings: Settings) -> TrainedRun:
     if settings.adapters is not None:
         raise UserError("adapters trains several together; use the command: tiedlora train --adapters FILE")
     with _restored_process():
-        prepare_environment()
+        launch_env.prepare_environment()
         try:
             end = train_rank(settings)
         except SystemExit as failed:
@@ -265,11 +263,11 @@ def train(settings: Settings) -> TrainedRun:
 def _restored_process() -> Iterator[None]:
     """Undo what a run changes in its process: the variables of a rank, the handlers of signals, the process group."""
     variables = {name: os.environ.get(name) for name in RANK_VARIABLES}
-    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in stopping.STOP_SIGNALS}
     try:
         yield
     finally:
-        leave_process_group()
+        process_group.leave_process_group()
         for name, value in variables.items():
             if value is None:
                 os.environ.pop(name, None)

@@ -13,14 +13,7 @@ from peft import PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
-from megatron_tiedlora.adapters.tied_adapter import (
-    AdapterConfig,
-    AdapterPart,
-    TiedAdapter,
-    initial_values,
-    make_adapter_config,
-    targets_of,
-)
+from megatron_tiedlora.adapters import tied_adapter
 from megatron_tiedlora.base.atomic import write_json
 from megatron_tiedlora.base.extras import __version__
 from megatron_tiedlora.base.messages import UserError, shown
@@ -78,13 +71,15 @@ class TiedLoraConfig(PeftConfig):
         except ValueError as error:
             raise UserError(str(error).removeprefix("--")) from None
 
-    def resolve(self, shape: ModelShape, base: BaseIdentity) -> AdapterConfig:
+    def resolve(self, shape: ModelShape, base: BaseIdentity) -> tied_adapter.AdapterConfig:
         """Fill in what was left out, for a model of this shape and identity. Raises UserError if they do not fit."""
         layers = list(range(1, shape.num_layers + 1) if self.layers is None else self.layers)
         native_adapter.check_layers(layers, shape.num_layers)
         own: dict[str, Any] = {name: getattr(self, name) for name in ("seed", "alpha", "init_std_a", "init_std_b")}
-        targets = targets_of(shape, self.targets)
-        config = make_adapter_config(self.method, rank=self.r, layers=tuple(layers), targets=targets, **own)
+        targets = tied_adapter.targets_of(shape, self.targets)
+        config = tied_adapter.make_adapter_config(
+            self.method, rank=self.r, layers=tuple(layers), targets=targets, **own
+        )
         self.alpha, self.layers = config.alpha, layers
         self.init_std_a, self.init_std_b = config.init_std_a, config.init_std_b
         self.base = self.base or asdict(base)
@@ -183,8 +178,8 @@ class TiedLoraLinear(nn.Module, BaseTunerLayer):
         self.places.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
-    def _adapter(self, name: str) -> TiedAdapter:
-        return cast(TiedAdapter, self.tied_lora_adapters[name])
+    def _adapter(self, name: str) -> tied_adapter.TiedAdapter:
+        return cast(tied_adapter.TiedAdapter, self.tied_lora_adapters[name])
 
     def _add(self, name: str, *, sign: int = 1, safe: bool = False) -> None:
         base: Any = self.get_base_layer()
@@ -254,16 +249,18 @@ class TiedLoraModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             adapter.requires_grad_(False)
 
-    def _new_adapter(self, config: TiedLoraConfig) -> tuple[TiedAdapter, Mapping[str, native_adapter.AdaptedTensor]]:
+    def _new_adapter(
+        self, config: TiedLoraConfig
+    ) -> tuple[tied_adapter.TiedAdapter, Mapping[str, native_adapter.AdaptedTensor]]:
         """An adapter with the initial values of its config, and its places in the model."""
         if config.base:
             trained = BaseIdentity(**config.base)
             for note in check_same_base(trained, self._found, source="the adapter", differs=True, in_memory=True):
                 warnings.warn(note, stacklevel=4)
         described = config.resolve(self._source.shape, self._found)
-        adapter = TiedAdapter(AdapterPart.whole(described))
+        adapter = tied_adapter.TiedAdapter(tied_adapter.AdapterPart.whole(described))
         if not any(weight.is_meta for weight in adapter.parameters()):  # low_cpu_mem_usage
-            adapter.load_full(initial_values(described))
+            adapter.load_full(tied_adapter.initial_values(described))
         return adapter, find_places(self._source.shape, described)
 
     def _create_and_replace(
@@ -287,9 +284,9 @@ class TiedLoraModel(BaseTuner):
         return peft_config
 
     @classmethod
-    def _adapter_of(cls, model: Any, adapter_name: str) -> TiedAdapter:
+    def _adapter_of(cls, model: Any, adapter_name: str) -> tied_adapter.TiedAdapter:
         tuner = model if isinstance(model, cls) else model.base_model
-        return cast(TiedAdapter, tuner.tied_lora_adapters[adapter_name])
+        return cast(tied_adapter.TiedAdapter, tuner.tied_lora_adapters[adapter_name])
 
     @classmethod
     def _get_adapter_state_dict(
@@ -306,7 +303,7 @@ class TiedLoraModel(BaseTuner):
         held = {key.rpartition(prefix)[2]: value for key, value in state_dict.items() if prefix in key}
         for name in described.tensors:
             if name not in held:
-                if AdapterPart.whole(described).exists(name):
+                if tied_adapter.AdapterPart.whole(described).exists(name):
                     raise UserError(f"adapter {adapter_name}: the state dict lacks its tensor {name}")
                 held[name] = torch.ones(described.shape(name))
         return {name: held[name].float() for name in described.tensors}

@@ -14,17 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_tiedlora.base.atomic import write_json
+from megatron_tiedlora.base import atomic, output_folder, text_files
 from megatron_tiedlora.base.messages import UserError, first_line, printable, user_path
-from megatron_tiedlora.base.output_folder import last_name, new_output
-from megatron_tiedlora.base.text_files import read_json_object, read_yaml_mapping
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, write_adapter_files
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.config.cli import HUB_NAMES
+from megatron_tiedlora.config import cli, tool_settings, train_fields
 from megatron_tiedlora.config.fields import declared, flag_value, marked
 from megatron_tiedlora.config.settings import Settings, make_settings
-from megatron_tiedlora.config.tool_settings import PushSettings
-from megatron_tiedlora.config.train_fields import TASK_NAMES
 from megatron_tiedlora.convert.export_peft import base_name, export_peft
 from megatron_tiedlora.convert.inputs import BASE_PATH, EXPORT_RECORD, NATIVE_FOLDER
 from megatron_tiedlora.convert.open_adapter import open_adapter
@@ -51,7 +47,7 @@ def check_hub_id(name: str, *, flag: str, owned: bool = False) -> None:
         raise UserError(f"{flag} {name}: give OWNER/NAME")
 
 
-def write_published(settings: PushSettings, output: Path, *, say: Callable[[str], object]) -> None:
+def write_published(settings: tool_settings.PushSettings, output: Path, *, say: Callable[[str], object]) -> None:
     """Write what a repository is to hold: the PEFT export, the native adapter, the model card, the plot of the losses.
 
     Args:
@@ -75,11 +71,11 @@ def write_published(settings: PushSettings, output: Path, *, say: Callable[[str]
         source,
         name,
         base_on_hub=named is not None or source.from_hub,
-        settings=read_yaml_mapping(run.settings) if run.is_run else {},
-        scores=read_json_object(run.scores, kind="scores") if run.scores.is_file() else {},
+        settings=text_files.read_yaml_mapping(run.settings) if run.is_run else {},
+        scores=text_files.read_json_object(run.scores, kind="scores") if run.scores.is_file() else {},
     )
     plot = run.path / "loss.png"
-    with new_output(output) as temporary:
+    with output_folder.new_output(output) as temporary:
         differs, inside = settings.base_differs, nullcontext(temporary)
         export_peft(source, adapter, output, named=name, base_differs=differs, say=say, new=lambda _: inside)
         _hide_paths(temporary, facts)
@@ -99,9 +95,9 @@ def _hide_paths(folder: Path, facts: "CardFacts") -> None:
     (folder / NATIVE_FOLDER).mkdir()
     base = replace(adapter.base_identity, base_model=facts.base, tokenizer=tokenizer)
     write_adapter_files(folder / NATIVE_FOLDER, adapter.config, base, adapter.state)
-    record = read_json_object(folder / EXPORT_RECORD, kind="the record of an export")
+    record = text_files.read_json_object(folder / EXPORT_RECORD, kind="the record of an export")
     record.pop(BASE_PATH, None)
-    write_json(folder / EXPORT_RECORD, {**record, "base_model": facts.base, "tokenizer": tokenizer})
+    atomic.write_json(folder / EXPORT_RECORD, {**record, "base_model": facts.base, "tokenizer": tokenizer})
 
 
 def upload(folder: Path, repo: str, *, private: bool) -> str:
@@ -154,7 +150,7 @@ def model_card(facts: CardFacts) -> str:
             _metadata(facts),
             "---",
             "",
-            f"# {last_name(facts.repo)}",
+            f"# {output_folder.last_name(facts.repo)}",
             "",
             f"A {_OTHERS.get(config.method, _TIED)} adapter of {_code(facts.base)}: method"
             f" `{config.method}` of rank {config.rank} on {targets} of {len(config.layers)} layers, with {trained:,}"
@@ -182,7 +178,7 @@ def model_card(facts: CardFacts) -> str:
 def _metadata(facts: CardFacts) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
-    task = next((name for name in TASK_NAMES if name == facts.settings.get("task")), "custom")
+    task = next((name for name in train_fields.TASK_NAMES if name == facts.settings.get("task")), "custom")
     results = [
         EvalResult(
             task_type="text-generation",
@@ -196,7 +192,7 @@ def _metadata(facts: CardFacts) -> str:
     ]
     base: dict[str, Any] = {"base_model": facts.base, "base_model_relation": "adapter"} if facts.base_on_hub else {}
     data = ModelCardData(
-        model_name=last_name(facts.repo),
+        model_name=output_folder.last_name(facts.repo),
         library_name="peft",
         pipeline_tag="text-generation",
         tags=["lora", *([] if facts.adapter.config.method in _OTHERS else ["tied-lora"]), "megatron_tiedlora"],
@@ -268,10 +264,10 @@ def without_folders(given: str, settings: Mapping[str, Any]) -> str:
     Hub ids stay if `settings`, the content of run.yaml, says that they were some. Nothing is looked up here: what a
     name means on this host, in this folder, is not what it meant to the run.
     """
-    from_hub = settings.get(HUB_NAMES)
+    from_hub = settings.get(cli.HUB_NAMES)
     ids = from_hub if isinstance(from_hub, list) else []  # a run.yaml may be edited
     names = map(str.strip, given.split(","))
-    return ",".join(name if name.partition(":")[0] in ids else last_name(name) for name in names)
+    return ",".join(name if name.partition(":")[0] in ids else output_folder.last_name(name) for name in names)
 
 
 def _code(text: str) -> str:

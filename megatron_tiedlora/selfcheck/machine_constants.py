@@ -31,10 +31,8 @@ from torch import distributed
 from megatron_tiedlora.base.shapes import BASE_NAMES, FP8_CAPABILITY
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.config.presets import PRESETS, is_preset
-from megatron_tiedlora.model.batch import whole_rows
+from megatron_tiedlora.model import batch, families, fused_attention
 from megatron_tiedlora.model.cpu_attention import TiledRows, attend_by_tiles, find_query_tiles, tile_size
-from megatron_tiedlora.model.families import shape_from_hf
-from megatron_tiedlora.model.fused_attention import attend_within, choose_attention
 from megatron_tiedlora.parallel.fp8_products import weight_maker
 from megatron_tiedlora.parallel.kernels import EAGER
 from megatron_tiedlora.planning.machines import CPU, DEFAULT_GPU, GPUS, Constant, Machine, listed_peak
@@ -229,10 +227,10 @@ class _Measure:
             tiles = find_query_tiles(None, tokens, size=tile_size(heads.num, heads.num_kv))
             forward = partial(attend_by_tiles, query, key, value, [TiledRows(1, tokens, tiles)], EAGER)
         else:
-            documents = whole_rows(1, tokens, self.device)
-            attend = choose_attention(self.device, dtype, heads.dim).attend
+            documents = batch.whole_rows(1, tokens, self.device)
+            attend = fused_attention.choose_attention(self.device, dtype, heads.dim).attend
             assert attend is not None, "a GPU has a kernel"
-            forward = partial(attend_within, query, key, value, documents, attend)
+            forward = partial(fused_attention.attend_within, query, key, value, documents, attend)
         grad = torch.ones_like(forward())
         return self._time(lambda: forward().backward(grad), seconds)
 
@@ -333,7 +331,7 @@ class _Measure:
 
 
 def _tiny_step(machine: Machine, *, num_layers: int, **more: Any) -> MeasuredStep:
-    shape = shape_from_hf({**_TINY, "num_hidden_layers": num_layers}, source="tiny")
+    shape = families.shape_from_hf({**_TINY, "num_hidden_layers": num_layers}, source="tiny")
     source = ModelSource("tiny", None, shape)
     return measured_step(machine, {"length": _LENGTH, **more}, repeats=_TINY_REPEATS, source=source)
 

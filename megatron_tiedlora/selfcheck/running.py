@@ -16,9 +16,7 @@ from numpy.typing import NDArray
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_config, targets_of
 from megatron_tiedlora.base.messages import UserError, bytes_in_words
 from megatron_tiedlora.base.shapes import TARGET_NAMES, ModelShape
-from megatron_tiedlora.config.bench_settings import BenchSettings
-from megatron_tiedlora.config.cli import parse_settings
-from megatron_tiedlora.config.presets import PRESETS
+from megatron_tiedlora.config import bench_settings, cli, presets
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.stage import Stage
@@ -32,7 +30,7 @@ from megatron_tiedlora.selfcheck.step_bench import Started, made_up, plan_benchm
 MOST_LAYERS = 8  # of the runs of parts host and memory
 # The config.json of a small LLaMA whose heads have sizes that kernels support.
 SMALL: dict[str, Any] = {
-    **PRESETS["llama2-7b"],
+    **presets.PRESETS["llama2-7b"],
     "vocab_size": 1000,
     "hidden_size": 256,
     "intermediate_size": 512,
@@ -58,9 +56,9 @@ def write_small(folder: Path) -> str:
     return str(folder)
 
 
-def step_settings(model: str, *flags: str) -> BenchSettings:
+def step_settings(model: str, *flags: str) -> bench_settings.BenchSettings:
     """The settings of bench_step.py, parsed as from its command line, for a step with an engine."""
-    return parse_settings(["--what=layout", f"--model={model}", *flags], BenchSettings)
+    return cli.parse_settings(["--what=layout", f"--model={model}", *flags], bench_settings.BenchSettings)
 
 
 def planned_bytes(plan: RunPlan) -> float:
@@ -78,7 +76,7 @@ def layers_that_fit(model: str, *flags: str, share: float = 0.85) -> int:
     """
     release()
     free = share * torch.cuda.mem_get_info()[0]
-    for layers in range(PRESETS[model]["num_hidden_layers"], 0, -1):
+    for layers in range(presets.PRESETS[model]["num_hidden_layers"], 0, -1):
         plan = plan_benchmark(step_settings(model, *flags, f"--num_layers={layers}"))
         if planned_bytes(plan) <= free:
             return layers
@@ -86,7 +84,7 @@ def layers_that_fit(model: str, *flags: str, share: float = 0.85) -> int:
 
 
 @contextmanager
-def started(settings: BenchSettings, **changes: Any) -> Iterator[Started]:
+def started(settings: bench_settings.BenchSettings, **changes: Any) -> Iterator[Started]:
     """One rank's run inside the block; `changes` as in `plan_benchmark`. The next one frees its memory."""
     release()
     run = start(plan_benchmark(settings, **changes), settings)

@@ -34,15 +34,8 @@ from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.base_weights import write_random_model
 from megatron_tiedlora.config.hosts import rank_variables
 from megatron_tiedlora.config.presets import PRESETS
-from megatron_tiedlora.runtime.ending import reported_end
-from megatron_tiedlora.runtime.launch_env import free_port, prepare_environment, rank_and_world_size
-from megatron_tiedlora.runtime.machine import Finding
-from megatron_tiedlora.runtime.process_group import leave_process_group
-from megatron_tiedlora.runtime.stopping import StopRequests
-from megatron_tiedlora.selfcheck.parts import Tell, option, report
-from megatron_tiedlora.selfcheck.reference import relative, worst_of
-from megatron_tiedlora.selfcheck.running import step_settings
-from megatron_tiedlora.selfcheck.step_bench import Started, plan_benchmark, start
+from megatron_tiedlora.runtime import ending, launch_env, machine, process_group, stopping
+from megatron_tiedlora.selfcheck import parts, reference, running, step_bench
 
 pytestmark = pytest.mark.gpu
 
@@ -185,7 +178,7 @@ class Ranks:
         Args:
             first, cases: as for `rank`.
         """
-        port, deadline = free_port("127.0.0.1"), self.began + share * self.seconds
+        port, deadline = launch_env.free_port("127.0.0.1"), self.began + share * self.seconds
         command = [sys.executable, "-P", "-m", __name__, str(self.folder), str(first), json.dumps(cases)]
         logs = [self.logs / f"ranks-{first}-{number}-of-{size}.log" for number in range(size)]
         processes: list[subprocess.Popen[bytes]] = []
@@ -247,7 +240,7 @@ def last_error(output: str) -> str:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test for each case of this machine; one that is skipped if it can start no ranks."""
     if "case" in metafunc.fixturenames:
-        device = option(metafunc.config, "device")
+        device = parts.option(metafunc.config, "device")
         size = possible_ranks(device)[0]
         cases = cases_of(size, device) if size > 1 else [Case()]
         metafunc.parametrize("case", cases, ids=lambda case: case.named(size))
@@ -262,23 +255,23 @@ def ranks(pytestconfig: pytest.Config, device: torch.device) -> Iterator[Ranks]:
     with tempfile.TemporaryDirectory(prefix="check_gpu-ranks-") as name:
         folder = Path(name)
         write_random_model(SHAPE, folder / MODEL, name="a small model", seed=0)
-        logs = Path(option(pytestconfig, "folder") or folder)
+        logs = Path(parts.option(pytestconfig, "folder") or folder)
         cases = cases_of(size, device.type)
-        yield Ranks(size, variables, cases, folder, logs, option(pytestconfig, "seconds"))
+        yield Ranks(size, variables, cases, folder, logs, parts.option(pytestconfig, "seconds"))
 
 
-def test_layout(case: Case, ranks: Ranks, tell: Tell) -> None:
+def test_layout(case: Case, ranks: Ranks, tell: parts.Tell) -> None:
     """Losses and adapter of a layout are those of one rank; the ranks compare their replicas bit by bit."""
     expected = ranks.results(ranks.alone.index(Case(dtype=case.dtype)), 1)
     compare(tell, case, ranks.results(ranks.cases.index(case), ranks.world_size), expected)
 
 
-def compare(tell: Tell, case: Case, found: Path, expected: Path) -> None:
+def compare(tell: parts.Tell, case: Case, found: Path, expected: Path) -> None:
     """Compare one case's results with those of one rank."""
     losses, one = (json.loads((folder / RESULT).read_text()) for folder in (found, expected))
     steps = [torch.tensor(values, dtype=torch.float64) for values in zip(losses, one, strict=True)]
-    apart = {str(number): relative(*values) for number, values in enumerate(steps, start=1)}
-    worst = worst_of(apart)
+    apart = {str(number): reference.relative(*values) for number, values in enumerate(steps, start=1)}
+    worst = reference.worst_of(apart)
     tell(f"error of the loss of step {worst}", apart[worst])
     assert apart[worst] <= LOSS_BOUNDS[case.dtype], DIFFERS_FIX
     if case.dtype != "fp32":
@@ -290,12 +283,12 @@ def compare(tell: Tell, case: Case, found: Path, expected: Path) -> None:
         name: float((adapter[name] - tensor).norm()) / (change * tensor.numel() ** 0.5)
         for name, tensor in alone.items()
     }
-    worst = worst_of(errors)
+    worst = reference.worst_of(errors)
     tell(f"error relative to the change of {worst}", errors[worst])
     assert errors[worst] <= CHANGE_BOUND, DIFFERS_FIX
 
 
-def test_killed_rank(ranks: Ranks, tell: Tell) -> None:
+def test_killed_rank(ranks: Ranks, tell: parts.Tell) -> None:
     """The last rank is killed during training: the others end in time and name it."""
     victim = ranks.world_size - 1
     ended = ranks.run(KILLED, [Case(tp=2)], ranks.world_size, WORKING, grace=NOTICED_SECONDS + 15)
@@ -306,7 +299,7 @@ def test_killed_rank(ranks: Ranks, tell: Tell) -> None:
     assert ended.seconds <= NOTICED_SECONDS and all(ended.statuses[:victim]) and said is not None, LOST_FIX
 
 
-def test_doctor(ranks: Ranks, gpu: torch.device, tell: Tell) -> None:
+def test_doctor(ranks: Ranks, gpu: torch.device, tell: parts.Tell) -> None:
     """The doctor's all-reduces over all GPUs of this host."""
     count = torch.cuda.device_count()
     if count == 1:
@@ -315,7 +308,7 @@ def test_doctor(ranks: Ranks, gpu: torch.device, tell: Tell) -> None:
         *(sys.executable, "-P", "-m", "megatron_tiedlora", "doctor"),
         "--json=-",
         f"--tensor_parallel={max(s for s in SIZES if count % s == 0)}",
-        f"--master_port={free_port()}",
+        f"--master_port={launch_env.free_port()}",
         f"--timeout_seconds={DOCTOR_SECONDS:.0f}",
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=2 * DOCTOR_SECONDS + 90)
@@ -325,16 +318,16 @@ def test_doctor(ranks: Ranks, gpu: torch.device, tell: Tell) -> None:
         name = f"all-reduce over {len(group['ranks'])} GPUs ({group['kind']})"
         tell(f"{name} of 64 MB, GB/s of a link", group["bus_bytes_per_second"] / 1e9)
     assert all(group["correct"] for group in found["groups"]), DIFFERS_FIX
-    report((Finding.model_validate(each) for each in found["findings"]), tell)
+    parts.report((machine.Finding.model_validate(each) for each in found["findings"]), tell)
 
 
 # One rank -------------------------------------------------------------------------------------------------------------
 
 
-def started(case: Case, folder: Path, rank: int, world_size: int, **changes: Any) -> Started:
+def started(case: Case, folder: Path, rank: int, world_size: int, **changes: Any) -> step_bench.Started:
     """A run of a case, with the same samples at every layout; `changes` as in `plan_benchmark`."""
     rows = SAMPLES // (world_size // (case.tp * case.pp))
-    settings = step_settings(
+    settings = running.step_settings(
         str(folder / MODEL),
         f"--dtype={case.dtype}",
         f"--tensor_parallel={case.tp}",
@@ -346,8 +339,8 @@ def started(case: Case, folder: Path, rank: int, world_size: int, **changes: Any
         "--length=64",
         "--compile=false",
     )
-    plan = plan_benchmark(settings, rank=rank, world_size=world_size, timeout_minutes=1.0, **changes)
-    return start(plan, settings)
+    plan = step_bench.plan_benchmark(settings, rank=rank, world_size=world_size, timeout_minutes=1.0, **changes)
+    return step_bench.start(plan, settings)
 
 
 def run_case(case: Case, folder: Path, rank: int, world_size: int, results: Path) -> None:
@@ -363,7 +356,7 @@ def run_case(case: Case, folder: Path, rank: int, world_size: int, results: Path
 
 def run_until_killed(case: Case, folder: Path, rank: int, world_size: int) -> int:
     """Train with a heartbeat, as tiedlora train does, until the last rank kills itself; returns the exit status."""
-    with reported_end(rank, world_size, StopRequests()) as end:
+    with ending.reported_end(rank, world_size, stopping.StopRequests()) as end:
         run = started(case, folder, rank, world_size)
         end.watch_peers(1.0)
         end.finished_step = lambda: run.train_step.finished[ONLY]
@@ -378,8 +371,8 @@ def main(argv: Sequence[str]) -> int:
     """Train the cases; returns the exit status."""
     end_with_parent()
     folder, cases = Path(argv[0]), [Case(*case) for case in json.loads(argv[2])]
-    prepare_environment()
-    rank, world_size = rank_and_world_size()
+    launch_env.prepare_environment()
+    rank, world_size = launch_env.rank_and_world_size()
     if argv[1] == KILLED:
         return run_until_killed(cases[0], folder, rank, world_size)
     for number, case in enumerate(cases, start=int(argv[1])):
@@ -393,7 +386,7 @@ def main(argv: Sequence[str]) -> int:
             (results / f"error{rank}").write_text(traceback.format_exc())
             traceback.print_exc()
             os._exit(1)  # at once: peers may wait for this rank, and ending the group would wait for them
-    leave_process_group()
+    process_group.leave_process_group()
     return 0
 
 

@@ -24,14 +24,10 @@ from megatron_tiedlora.config.adapters_file import check_halving, check_together
 from megatron_tiedlora.config.fields import marked
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.config.sweep_settings import MOST_TOGETHER, SweepCommand
-from megatron_tiedlora.data.readers import read_rows
+from megatron_tiedlora.data import readers, splits, tasks
 from megatron_tiedlora.data.sources import local_files
-from megatron_tiedlora.data.splits import load_split, local_names
-from megatron_tiedlora.data.tasks import get_task
-from megatron_tiedlora.planning.adapter_plans import DS_CONFIG, check_clipping
+from megatron_tiedlora.planning import adapter_plans, run_plan, step_plan
 from megatron_tiedlora.planning.memory import StageMemory, held_memory, step_memory, with_reserves
-from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
-from megatron_tiedlora.planning.step_plan import StepPlan
 from megatron_tiedlora.study import record
 from megatron_tiedlora.study.tables import paper_model
 
@@ -54,7 +50,7 @@ class SweepPlan:
     folder: record.StudyFolder
     base: record.BaseRecord
     grid: record.SweepGrid
-    runs: Mapping[record.Run, RunPlan]
+    runs: Mapping[record.Run, run_plan.RunPlan]
     job: Job
     test_limit: int | None
 
@@ -95,7 +91,7 @@ class SweepPlan:
     def needed_bytes(self, runs: Group) -> float:
         """The bytes that a group needs on the rank that needs most: what its runs hold, and the passes of a micro-batch
         of the widest run of the sweep."""
-        step = StepPlan({run.name: self.runs[run] for run in runs})
+        step = step_plan.StepPlan({run.name: self.runs[run] for run in runs})
         machine = step.shared.machine
         parts = zip(step.stages, self._passes, strict=True)
         return max(with_reserves(stage, held_memory(stage).plus(passes), machine).total for stage, passes in parts)
@@ -104,7 +100,7 @@ class SweepPlan:
     def _passes(self) -> list[StageMemory]:
         """By stage, what the widest run of the sweep needs in the passes of a micro-batch."""
         run = max(self.runs, key=lambda run: self.runs[run].adapter.rank * len(self.runs[run].adapter.targets))
-        step = StepPlan({run.name: self.runs[run]})
+        step = step_plan.StepPlan({run.name: self.runs[run]})
         return [step_memory(stage, step.largest) for stage in step.stages]
 
     @cached_property
@@ -200,17 +196,17 @@ def plan_sweep(command: SweepCommand) -> SweepPlan:
     settings, train = command.settings, command.train
     folder = record.StudyFolder(user_path(settings.output_dir))
     record.check_folder(folder)
-    task, job = get_task(train.task), make_job(command.launcher, os.environ)
+    task, job = tasks.get_task(train.task), make_job(command.launcher, os.environ)
     ranks = job.size
     with naming("--launcher_args"):
         check_num_ranks(train, ranks)
     check_together(train)
     source, counts = find_model(train.model, weights=False), dict[str, int]()
-    grid, runs = record.make_grid(settings, source.shape.num_layers), dict[record.Run, RunPlan]()
+    grid, runs = record.make_grid(settings, source.shape.num_layers), dict[record.Run, run_plan.RunPlan]()
     for run in grid.all_runs:
-        own = make_settings({"ds_config": DS_CONFIG, **command.given, **run.settings})
-        runs[run] = plan_run(own, rank=0, world_size=ranks, weights=False, source=source)
-        check_clipping(runs[run])
+        own = make_settings({"ds_config": adapter_plans.DS_CONFIG, **command.given, **run.settings})
+        runs[run] = run_plan.plan_run(own, rank=0, world_size=ranks, weights=False, source=source)
+        adapter_plans.check_clipping(runs[run])
         counts[run.point.name] = sum(runs[run].adapter.num_trained().values())
     files = {name: getattr(train, name) for name in marked(Settings, holds="rows")}
     local = (item for given in filter(None, files.values()) for item in local_files(given).items())  # not hub ids
@@ -230,9 +226,9 @@ def plan_sweep(command: SweepCommand) -> SweepPlan:
         check_halving({run.name: plan.settings for run, plan in runs.items()})
     if task.hub is None and task.generate is None and files["test_file"] is None:
         raise UserError(f"--task {task.name} has no test set of its own; give one with --test_file")
-    for name in local_names(train):
-        read_rows(name, limit=1)
+    for name in splits.local_names(train):
+        readers.read_rows(name, limit=1)
     limit = settings.test_limit
     if limit is None and task.scored_rows is not None:  # tiedlora evaluate scores some rows of it, and a sweep all
-        limit = len(load_split(train.task, "test", files={"test": train.test_file}, seed=train.seed))
+        limit = len(splits.load_split(train.task, "test", files={"test": train.test_file}, seed=train.seed))
     return SweepPlan(command, folder, base, grid, runs, job, limit)

@@ -17,11 +17,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from megatron_tiedlora.base import ownership, progress, text_files
 from megatron_tiedlora.base.atomic import Guard, discard, make_way_for_log, unguarded, write_json, write_text
 from megatron_tiedlora.base.messages import UserError, csv_text, os_errors, printable, show, user_path
-from megatron_tiedlora.base.ownership import FolderLock, take_folder
-from megatron_tiedlora.base.progress import progress_bar
-from megatron_tiedlora.base.text_files import write_yaml
 from megatron_tiedlora.cluster import start
 from megatron_tiedlora.cluster.launchers import Job, plan_start
 from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
@@ -96,14 +94,14 @@ def sweep(command: SweepCommand, *, scripts: Path, begin: Begin = begin_job) -> 
             return work.end()
 
 
-def lock_study(folder: Path, *, take_over: bool = False) -> FolderLock:
+def lock_study(folder: Path, *, take_over: bool = False) -> ownership.FolderLock:
     """Become the owner of a study's folder, which is created if it does not exist.
 
     Raises:
         UserError: another sweep, or a launcher of a killed one, is writing here.
     """
     hint = "it is another sweep, or a run of a killed sweep; wait until it ends, or end it"
-    return take_folder(folder, take_over=take_over, hint=f"{hint} (--take_over takes the folder anyway)")
+    return ownership.take_folder(folder, take_over=take_over, hint=f"{hint} (--take_over takes the folder anyway)")
 
 
 @dataclass
@@ -130,7 +128,7 @@ class Sweep:
         self._done, self._training = 0, list[record.Run]()
         total = 1 + len(self.plan.runs) + len(self.plan.grid.points)
         shown = "{desc} {percentage:3.0f}%|{bar:20}| {n:.1f} of {total} [{elapsed}, {remaining} left]{postfix}"
-        self._bar = progress_bar("sweep", "run", total=total, leave=True, bar_format=shown)
+        self._bar = progress.progress_bar("sweep", "run", total=total, leave=True, bar_format=shown)
 
     @property
     def given_up(self) -> bool:
@@ -187,7 +185,7 @@ class Sweep:
         with suppress(OSError):  # the next lines say what is wrong
             file.parent.mkdir(exist_ok=True)
         entries = [{"name": run.name, **run.settings, "output_dir": str(folder.run(run.name))} for run in runs]
-        write_yaml(file, entries, guard=folder.guard)
+        text_files.write_yaml(file, entries, guard=folder.guard)
         given = {name: value for name, value in self.command.given.items() if name != "test_file"}
         given |= {"adapters": file, "output_dir": output, "resume": "auto"}
         given |= {"halving": True} if self.command.settings.halving and several else {}
