@@ -159,11 +159,8 @@ def _check(model: Any, adapter: NativeAdapter, *, base_differs: bool) -> None:
     """Raise UserError as `attach`, and warn of what a user should know about the base."""
     state = getattr(model, _STATE, None)
     if state is not None:
-        raise UserError(
-            "an adapter is merged into the model already; load the model again"
-            if state.merged
-            else "the model has an adapter already; detach(model) first"
-        )
+        is_merged = "an adapter is merged into the model already; load the model again"
+        raise UserError(is_merged if state.merged else "the model has an adapter already; detach(model) first")
     trained, found = adapter.base_identity, identify_in_memory(model, model_source(model))
     for note in check_same_base(trained, found, source="the adapter", differs=base_differs, in_memory=True):
         warnings.warn(note, stacklevel=3)  # of the caller of attach or merge

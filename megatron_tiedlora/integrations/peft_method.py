@@ -76,10 +76,8 @@ class TiedLoraConfig(PeftConfig):
         layers = list(range(1, shape.num_layers + 1) if self.layers is None else self.layers)
         native_adapter.check_layers(layers, shape.num_layers)
         own: dict[str, Any] = {name: getattr(self, name) for name in ("seed", "alpha", "init_std_a", "init_std_b")}
-        targets = tied_adapter.targets_of(shape, self.targets)
-        config = tied_adapter.make_adapter_config(
-            self.method, rank=self.r, layers=tuple(layers), targets=targets, **own
-        )
+        own |= {"rank": self.r, "layers": tuple(layers), "targets": tied_adapter.targets_of(shape, self.targets)}
+        config = tied_adapter.make_adapter_config(self.method, **own)
         self.alpha, self.layers = config.alpha, layers
         self.init_std_a, self.init_std_b = config.init_std_a, config.init_std_b
         self.base = self.base or asdict(base)

@@ -113,14 +113,8 @@ def run_part(
     file.unlink(missing_ok=True)
     hangs, started = False, time.monotonic()
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        streams: dict[str, Any] = {"stdout": output, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+        process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired:

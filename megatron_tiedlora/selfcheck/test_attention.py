@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from statistics import median
 from typing import NamedTuple
 
@@ -180,13 +181,11 @@ def test_first_call_on_a_new_length(gpu: torch.device, tell: Tell) -> None:
 def _seconds(route: AttentionCall, length: int, ids: torch.Tensor | None, device: torch.device) -> float:
     """Seconds of one forward and backward pass in bf16."""
     size, heads, _, head_dim = TIMED
-    draw = [
-        torch.randn(size, heads, length, head_dim, device=device, dtype=torch.bfloat16).requires_grad_()
-        for _ in range(3)
-    ]
-    weight = torch.randn(size, length, heads * head_dim, device=device, dtype=torch.bfloat16)
+    draw = partial(torch.randn, device=device, dtype=torch.bfloat16)
+    query_key_value = [draw(size, heads, length, head_dim).requires_grad_() for _ in range(3)]
+    weight = draw(size, length, heads * head_dim)
     torch.cuda.synchronize()
-    return timed(lambda: results(route, draw, ids, weight), device)
+    return timed(lambda: results(route, query_key_value, ids, weight), device)
 
 
 def attention_routes(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, AttentionCall]:

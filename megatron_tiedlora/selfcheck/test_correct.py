@@ -71,9 +71,8 @@ def judge(request: pytest.FixtureRequest, joined: torch.device, model: str) -> I
     if request.param == "wide" and joined.type == "cpu":
         pytest.skip("two layers of a large model are too slow on a CPU")
     wide = replace(shape_from_hf(PRESETS[model], source=model), num_layers=2)
-    yield running.Judge(
-        running.small_shape() if request.param == "small" else wide, "tl6", dtype=torch.bfloat16, device=joined
-    )
+    shape = running.small_shape() if request.param == "small" else wide
+    yield running.Judge(shape, "tl6", dtype=torch.bfloat16, device=joined)
     running.release()
 
 

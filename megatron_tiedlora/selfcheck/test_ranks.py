@@ -188,10 +188,8 @@ class Ranks:
                 place = rank_variables(number, size, number, "127.0.0.1", port)
                 environment = {**os.environ, "OMP_NUM_THREADS": "1", **place, **self.variables}
                 with log.open("wb") as out:
-                    started = subprocess.Popen(
-                        command, env=environment, stdout=out, stderr=out, stdin=subprocess.DEVNULL
-                    )
-                processes.append(started)
+                    one = subprocess.Popen(command, env=environment, stdout=out, stderr=out, stdin=subprocess.DEVNULL)
+                processes.append(one)
             while any(one.poll() is None for one in processes) and time.monotonic() < deadline:
                 if failed is None and any(one.poll() for one in processes):
                     failed = time.monotonic()

@@ -154,10 +154,8 @@ class Sweep:
     def _count(self) -> None:
         """Show how many runs and scores of the study are done."""
         done = sum(map(self.plan.is_finished, self.plan.runs))
-        done += sum(
-            record.read_score(self.folder.score(name)) is not None
-            for name in (record.BASE_NAME, *self._best().values())
-        )
+        names = (record.BASE_NAME, *self._best().values())
+        done += sum(record.read_score(self.folder.score(name)) is not None for name in names)
         self._done = done
         self._bar.update(done - self._bar.n)
 
@@ -326,10 +324,8 @@ class Sweep:
             show(*(f"    {line}" for line in last_lines(log)))
         if failures:
             gave_up = "; nothing else was started" if self.given_up else ""
-            line = (
-                f"error: {len(failures)} failed: {', '.join(failures)}{gave_up} (logs in {folder.path / record.LOGS})"
-            )
-            show(line, file=sys.stderr)
+            line = f"error: {len(failures)} failed: {', '.join(failures)}{gave_up}"
+            show(f"{line} (logs in {folder.path / record.LOGS})", file=sys.stderr)
         return 1 if failures else 0
 
 
@@ -379,15 +375,11 @@ def join_studies(folders: Sequence[str], target: Path, *, take_over: bool = Fals
 
 def write_tables(studies: Sequence[record.Study], folder: Path, *, guard: Guard = unguarded) -> list[Path]:
     """Write Table 2, Table 3 (if single layers were trained) and the figures. Returns the files."""
-    texts = {
-        "table2.md": tables.table2_markdown(studies),
-        "table2.csv": csv_text(tables.TABLE2_COLUMNS, tables.table2(studies)),
-    }
+    texts = {"table2.md": tables.table2_markdown(studies)}
+    texts["table2.csv"] = csv_text(tables.TABLE2_COLUMNS, tables.table2(studies))
     if any(study.grid.table3 for study in studies):
-        texts |= {
-            "table3.md": tables.table3_markdown(studies),
-            "table3.csv": csv_text(tables.TABLE3_COLUMNS, tables.table3(studies)),
-        }
+        texts["table3.md"] = tables.table3_markdown(studies)
+        texts["table3.csv"] = csv_text(tables.TABLE3_COLUMNS, tables.table3(studies))
     for name, text in texts.items():
         write_text(folder / name, text, guard=guard)
     return [*(folder / name for name in texts), *tables.draw_figures(studies, folder, guard=guard)]
