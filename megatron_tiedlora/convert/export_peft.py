@@ -69,7 +69,7 @@ def base_location(source: ModelSource) -> str:
 
 
 def base_name(source: ModelSource) -> str:
-    """What names the base elsewhere too: its hub id, or else the last part of its folder's name."""
+    """The base's name that has no path of this host: its hub id, or else the last part of its folder's name."""
     return last_name(base_location(source)) if source.folder is not None and not source.from_hub else source.name
 
 

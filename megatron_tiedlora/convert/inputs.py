@@ -24,7 +24,7 @@ _GIVE = "give the base, or a folder of models that holds it: it is found there b
 
 
 def adapter_kind(folder: Path | str, *, flag: str | None = None) -> Literal["native", "peft"]:
-    """Which kind of adapter a folder holds. `flag` is the flag with its value, as given [--adapter FOLDER].
+    """The kind of adapter that a folder holds. `flag` is the flag with its value, as given [--adapter FOLDER].
 
     Raises:
         UserError: it holds no adapter; for a run or model folder the message says what to give instead.

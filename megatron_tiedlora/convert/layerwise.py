@@ -161,7 +161,7 @@ class _Layers:
         return [embedding(tokens, TensorParallel()).cpu() for tokens in renumbered]
 
     def _with_vocabulary(self, size: int) -> ModelShape:
-        """The same model with a vocabulary of `size` tokens."""
+        """The model's shape with a vocabulary of `size` tokens."""
         embedding, head = (replace(linear, blocks=(size,)) for linear in (self.shape.embedding, self.shape.head))
         return replace(self.shape, embedding=embedding, head=head)
 

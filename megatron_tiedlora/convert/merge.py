@@ -155,8 +155,8 @@ class _MergedFiles:
     between: Callable[[], object]
 
     def of_file(self, file: Path) -> tensor_files.StreamedFile:
-        """What becomes of one file of a base that is not quantised: it keeps its name and the order of its tensors, and
-        with their dtypes its whole header.
+        """One file of a base that is not quantised, merged: it keeps its name and its tensors' order, and with their
+        dtypes its whole header.
 
         Raises:
             UserError: it is not a whole safetensors file, or has a tensor that belongs to another file.

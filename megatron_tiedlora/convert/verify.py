@@ -52,7 +52,7 @@ Wanted = Literal["equal", "different", "rounded"]
 
 @dataclass(frozen=True)
 class BitComparison:
-    """What was compared bit by bit, in words, and a sentence for each tensor that is wrong."""
+    """A comparison bit by bit: what was compared, in words, and a sentence for each tensor that is wrong."""
 
     compared: str
     differences: tuple[str, ...]
@@ -130,7 +130,7 @@ class Verification:
 def choose_runtimes(
     source: ModelSource, given: str | None, *, merged: Path | None, peft: Path | None, dtype: torch.dtype
 ) -> tuple[tuple[str, ...], str]:
-    """Which of `RUNTIMES` load the exports too, and a note if there are none because the model is large.
+    """The ones of `RUNTIMES` that load the exports too, and a note if some are left out.
 
     Args:
         given: the value of --in; None for each that has an export, if the model is small.

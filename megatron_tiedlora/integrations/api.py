@@ -31,7 +31,7 @@ from megatron_tiedlora.training.run import train_rank
 
 @dataclass
 class _Attachment:
-    """What is on a model: the adapter that is attached or merged, and the hooks of an attached one."""
+    """The adapter that is attached to a model or merged into it, and the hooks of an attached one."""
 
     adapter: NativeAdapter
     merged: bool = False

@@ -1,4 +1,4 @@
-"""Writes what is published of a run, and uploads it to the Hugging Face hub: the export with a model card, which has
+"""Writes the folder of a run that is published, and uploads it to the Hugging Face hub: the export with a model card of
 its base, method, scores, the command that trained it, and versions.
 
 The folder has no path of this host: the base and the tokenizer are named, and files by the last part of their names.
@@ -119,7 +119,7 @@ def upload(folder: Path, repo: str, *, private: bool) -> str:
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card says of an adapter.
+    """The facts of an adapter's model card.
 
     Attributes:
         repo: OWNER/NAME.
@@ -243,7 +243,7 @@ def _training_section(facts: CardFacts) -> Iterator[str]:
 
 
 def _derived(chosen: Mapping[str, Any], facts: CardFacts) -> dict[str, Any]:
-    """What a run with the settings `chosen` would derive itself, by name; empty if it would reject them."""
+    """Settings that a run with `chosen` would derive itself, by name; empty if it would reject them."""
     # The adapter of --init_from decides what is recorded here too, and need not be there any more.
     left_out = (*_DERIVED, "init_from", "epochs")
     given = {name: value for name, value in chosen.items() if name not in left_out}

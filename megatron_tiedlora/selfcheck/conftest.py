@@ -13,13 +13,13 @@ from megatron_tiedlora.selfcheck.parts import OPTIONS, Tell, option, why_no_gpu
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """What `tiedlora check-gpu` tells a part."""
+    """Add the options that `tiedlora check-gpu` gives to a part."""
     for name, default in OPTIONS.items():
         parser.getgroup("check-gpu").addoption(f"--check-{name}", default=default, type=type(default))
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """A part ends with the command."""
+    """Register the marker, and let a part end with the command."""
     config.addinivalue_line("markers", "gpu: needs a GPU")
     if option(config, "folder"):
         end_with_parent()

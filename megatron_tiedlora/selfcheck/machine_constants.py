@@ -152,7 +152,7 @@ class _Measure:
         return torch.randn(*shape, device=self.device).to(dtype)
 
     def context(self) -> Constant:
-        """What a process holds on a GPU beside PyTorch's allocator."""
+        """The bytes that a process holds on a GPU beside PyTorch's allocator."""
         torch.zeros(1, device=self.device)
         free, total = torch.cuda.mem_get_info(self.device)
         used = total - free - torch.cuda.memory_reserved(self.device)

@@ -146,7 +146,7 @@ def _properties(case: Element) -> list[tuple[str, str]]:
 
 
 def problems(case: Element) -> Iterator[Finding]:
-    """What is wrong in a test, or why it was skipped."""
+    """The errors and warnings of a test, or why it was skipped."""
     for problem in (each for each in case if each.tag in ("failure", "error", "skipped")):
         said, _, seen = (problem.get("message") or "").partition("\n")
         if problem.tag == "skipped":

@@ -67,7 +67,7 @@ def compare_fp32(judge: running.Judge, tell: parts.Tell) -> None:
 
 @pytest.fixture(scope="module", params=["small", "wide"])
 def judge(request: pytest.FixtureRequest, joined: torch.device, model: str) -> Iterator[running.Judge]:
-    """In bf16, of a small model and, on a GPU, of two layers of --model."""
+    """A judge in bf16 of a small model and, on a GPU, of two layers of --model."""
     if request.param == "wide" and joined.type == "cpu":
         pytest.skip("two layers of a large model are too slow on a CPU")
     wide = replace(shape_from_hf(PRESETS[model], source=model), num_layers=2)
@@ -83,7 +83,7 @@ def compiled(shape: ModelShape, device: torch.device) -> Kernels:
 
 
 def test_bf16_of_plain_pytorch(judge: running.Judge, tell: parts.Tell) -> None:
-    """Its own errors are small enough to be a measure."""
+    """PyTorch's own errors are small enough to be a measure."""
     tell("errors", in_words(judge.plain_errors))
     assert judge.plain_errors[reference.worst_of(judge.plain_errors)] <= PLAIN_BOUND, PLAIN_FIX
 
@@ -155,7 +155,7 @@ def loaded(width: int, device: torch.device, dtype: torch.dtype, name: str, **pr
 
 
 def _contents(weight: FrozenWeight) -> list[torch.Tensor]:
-    """What is stored, and the values in 16 bits, as a matmul with ones reads them."""
+    """The stored tensors, and the values in 16 bits, as a matmul with ones reads them."""
     device = next(iter(weight.parameters.values())).device
     ones = torch.eye(weight.local_shape[0], dtype=torch.bfloat16, device=device)
     return [*(stored.detach().cpu() for stored in weight.parameters.values()), weight.times(ones).cpu()]

@@ -44,7 +44,7 @@ def test_gpu(pytestconfig: pytest.Config) -> None:
 
 
 def test_machine(tell: Tell) -> None:
-    """What `tiedlora env` says, with the variables of a run, and what is wrong with it."""
+    """The record of `tiedlora env`, with the variables of a run, and what is wrong with it."""
     machine = machine_record()
     for section, values in in_words(machine).items():
         if section in ("versions", "machine", "variables"):
@@ -54,14 +54,14 @@ def test_machine(tell: Tell) -> None:
 
 
 def test_fp32_matmuls(tell: Tell) -> None:
-    """They are not rounded to TF32."""
+    """Matmuls in fp32 are not rounded to TF32."""
     precision = torch.get_float32_matmul_precision()
     tell("precision", precision)
     warn_unless(precision == "highest", tell, TF32_FIX)
 
 
 def test_driver(gpu: torch.device, tell: Tell) -> None:
-    """What the driver says of the first GPU."""
+    """Tells what the driver reports about the first GPU."""
     tell("driver, power limit, SM clock, MIG, ECC errors", _nvidia_smi(SMI_FIELDS) or "unknown")
 
 

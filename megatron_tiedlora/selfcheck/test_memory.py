@@ -28,7 +28,7 @@ FRAGMENTS_FIX = (
 @pytest.mark.parametrize("how", RECOMPUTES)
 @pytest.mark.parametrize("compiles", ["auto", "false"], ids=["compiled", "eager"])
 def test_plan(compiles: str, how: str, gpu: torch.device, model: str, tell: Tell) -> None:
-    """What steps allocate, beside the plan."""
+    """Steps allocate the bytes that the plan has."""
     rows = RECOMPUTES[how]
     flags = (f"--rows={rows}", f"--length={LENGTH}", "--supervised=1", f"--recompute={how}", f"--compile={compiles}")
     with started_to_fit(model, flags, "--micro_batches=1") as (run, layers):
@@ -50,7 +50,7 @@ def judge_plan(tell: Tell, layers: int, sizes: Mapping[str, float]) -> None:
 
 
 def test_rows_of_many_lengths(gpu: torch.device, model: str, tell: Tell) -> None:
-    """What 100 micro-batches of 4 x 128 to 2,048 tokens reserve."""
+    """Compares reserved with allocated bytes over 100 micro-batches of 4 x 128 to 2,048 tokens."""
     flags = (f"--rows={ROWS}", "--length=2048", "--supervised=1", "--micro_batches=1")
     with started_to_fit(model, flags, "--compile=false") as (run, layers):
         torch.cuda.reset_peak_memory_stats()

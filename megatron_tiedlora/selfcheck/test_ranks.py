@@ -151,7 +151,7 @@ class EndedRanks(NamedTuple):
 
 @dataclass(eq=False)
 class Ranks:
-    """What can be started on this machine.
+    """The ranks that can be started on this machine.
 
     Attributes:
         variables: environment variables that the ranks need here.
@@ -169,7 +169,7 @@ class Ranks:
 
     @cached_property
     def alone(self) -> list[Case]:
-        """What one rank trains to be compared with: a case for each dtype."""
+        """The cases that one rank trains for the comparison: one for each dtype."""
         return [Case(dtype=dtype) for dtype in dict.fromkeys(case.dtype for case in self.cases)]
 
     def run(self, first: int | str, cases: Sequence[Case], size: int, share: float, grace: float = 5.0) -> EndedRanks:
@@ -246,7 +246,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(pytestconfig: pytest.Config, device: torch.device) -> Iterator[Ranks]:
-    """What can be started on this machine, if that is more than one rank."""
+    """The ranks that can be started on this machine, if they are more than one."""
     size, variables, why = possible_ranks(device.type)
     if size == 1:
         pytest.skip(why)

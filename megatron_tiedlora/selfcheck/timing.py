@@ -60,7 +60,7 @@ def default_device() -> torch.device:
 def about(
     settings: BenchSettings, base_format: str | None, device: torch.device, *names: str, **more: Any
 ) -> dict[str, Any]:
-    """What every report begins with: these settings, precision, `more`, device, allocator and versions.
+    """The beginning of every report: these settings, precision, `more`, device, allocator and versions.
 
     Args:
         base_format: in which the base is held.

@@ -201,7 +201,7 @@ def mean_base(studies: Sequence[Study]) -> float | None:
 
 
 def tensors_text(method: str) -> str:
-    """Which tensors a method trains, shares and freezes: `A tied; B tied, frozen; u, v`. Frozen u, v are omitted."""
+    """Says how a method trains, ties and freezes tensors: `A tied; B tied, frozen; u, v`. Frozen u, v are omitted."""
     spec = find_method(method)
 
     def state(name: str) -> str:
