@@ -212,16 +212,15 @@ def unsettle(stage: Stage) -> None:
 
 def random_documents(vocab_size: int, device: torch.device) -> list[list[Document]]:
     """Rows of documents with random tokens; the first third of each and its last token have no labels."""
-    draw, rows = torch.Generator().manual_seed(2), []
-    for lengths in LENGTHS:
-        row = []
-        for length in lengths:
-            tokens = torch.randint(3, vocab_size, (length,), generator=draw)
-            labels = torch.cat((tokens[1:], torch.tensor([-100])))
-            labels[: length // 3] = -100
-            row.append(Document(tokens.to(device), labels.to(device)))
-        rows.append(row)
-    return rows
+    draw = torch.Generator().manual_seed(2)
+
+    def document(length: int) -> Document:
+        tokens = torch.randint(3, vocab_size, (length,), generator=draw)
+        labels = torch.cat((tokens[1:], torch.tensor([-100])))
+        labels[: length // 3] = -100
+        return Document(tokens.to(device), labels.to(device))
+
+    return [[document(length) for length in lengths] for lengths in LENGTHS]
 
 
 def rows_of(

@@ -87,10 +87,7 @@ def describe_allocator(environment: Mapping[str, str]) -> str:
 
 def kernel_class(name: str) -> str:
     """The class of `CLASSES` that a kernel of this name belongs to. Reductions count as elementwise."""
-    for kind, pattern in _PATTERNS:
-        if re.search(pattern, name, re.IGNORECASE):
-            return kind
-    return "other"
+    return next((kind for kind, pattern in _PATTERNS if re.search(pattern, name, re.IGNORECASE)), "other")
 
 
 def profiled(step: Callable[[], object]) -> list[Any]:
