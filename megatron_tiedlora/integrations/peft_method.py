@@ -14,15 +14,13 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_t
 from torch import nn
 
 from megatron_tiedlora.adapters import tied_adapter
-from megatron_tiedlora.base.atomic import write_json
+from megatron_tiedlora.base import atomic, text_files
 from megatron_tiedlora.base.extras import __version__
 from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.base.methods import FACTORS, METHOD_NAMES, find_method
 from megatron_tiedlora.base.shapes import QKV, TARGET_NAMES, ModelShape
-from megatron_tiedlora.base.text_files import check_file
-from megatron_tiedlora.checkpoint import native_adapter
+from megatron_tiedlora.checkpoint import load_model, native_adapter
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity, check_same_base, identify_in_memory, model_source
-from megatron_tiedlora.checkpoint.load_model import find_places, merge_, with_update
 from megatron_tiedlora.checkpoint.tensor_files import check_finite, check_tensors
 from megatron_tiedlora.config.fields import TARGETS_HELP, parse_targets
 
@@ -91,7 +89,7 @@ class TiedLoraConfig(PeftConfig):
         own = {name: getattr(self, name) for name in _SAME_NAMES}
         stored = native_adapter.StoredAdapter(**{**self.base, **own}, rank=self.r, qkv_layout="q|k|v")
         content = {**stored.fields(), "base_model_name_or_path": self.base_model_name_or_path, "version": __version__}
-        write_json(Path(save_directory) / native_adapter.CONFIG_FILE, content)
+        atomic.write_json(Path(save_directory) / native_adapter.CONFIG_FILE, content)
 
 
 def native_arguments(folder: Path) -> dict[str, Any]:
@@ -116,7 +114,7 @@ def weights_match(folder: Path) -> bool:
     weights, (*_, sums) = folder / native_adapter.WEIGHTS_FILE, native_adapter.read_config(folder)
     if not weights.is_file():
         return False
-    check_file(weights, sums)
+    text_files.check_file(weights, sums)
     return True
 
 
@@ -150,7 +148,7 @@ class TiedLoraLinear(nn.Module, BaseTunerLayer):
             return z
         for name in self.active_adapters:
             if name in self.places:
-                z = with_update(z, x, self._adapter(name), self.places[name])
+                z = load_model.with_update(z, x, self._adapter(name), self.places[name])
         return z
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -183,7 +181,7 @@ class TiedLoraLinear(nn.Module, BaseTunerLayer):
         base: Any = self.get_base_layer()
         weight: torch.Tensor = base.weight.data
         merged = weight.clone() if safe else weight
-        merge_(merged, self._adapter(name), self.places[name], sign=sign)
+        load_model.merge_(merged, self._adapter(name), self.places[name], sign=sign)
         if safe and not merged.isfinite().all():
             raise UserError(f"adapter {name}: merged, {self.places[name].stored} holds numbers that are not finite")
         weight.copy_(merged)
@@ -259,7 +257,7 @@ class TiedLoraModel(BaseTuner):
         adapter = tied_adapter.TiedAdapter(tied_adapter.AdapterPart.whole(described))
         if not any(weight.is_meta for weight in adapter.parameters()):  # low_cpu_mem_usage
             adapter.load_full(tied_adapter.initial_values(described))
-        return adapter, find_places(self._source.shape, described)
+        return adapter, load_model.find_places(self._source.shape, described)
 
     def _create_and_replace(
         self,

@@ -26,18 +26,14 @@ from megatron_tiedlora.checkpoint.tensor_files import DTYPES
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.train_fields import DEFAULT_TASK
 from megatron_tiedlora.convert.export_peft import target_modules
-from megatron_tiedlora.data.encode import encode_prompts
-from megatron_tiedlora.data.loader import collate, shared_micro_batch, shared_rounds
-from megatron_tiedlora.data.splits import load_split
-from megatron_tiedlora.data.tokenizer import load_tokenizer
+from megatron_tiedlora.data import encode, loader, splits, tokenizer
 from megatron_tiedlora.engine.runner import Losses
 from megatron_tiedlora.evaluation.generate import Decoder, Prompts, generate
 from megatron_tiedlora.model.batch import MicroBatch
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import weight_rules
-from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, WeightMaker, frozen_weights
-from megatron_tiedlora.parallel.groups import ParallelGroups
+from megatron_tiedlora.parallel import frozen_weight, groups
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.planning.passes import step_flops
 from megatron_tiedlora.planning.run_plan import RunPlan
@@ -147,18 +143,18 @@ def _our_sides(plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | N
 
     optimizers = {name: _optimizer(adapter) for name, adapter in adapters.items()}
     in_turn: list[TimedStep] = [
-        ([shared_micro_batch([(name, batch)]) for batch in step.micro_batches], [optimizers[name]])
+        ([loader.shared_micro_batch([(name, batch)]) for batch in step.micro_batches], [optimizers[name]])
         for name, step in taken.items()
     ]
     if settings.adapters is None:
         counts = first.num_tokens, first.squared_lengths, first.num_supervised
         flops = step_flops(source.shape, plan.adapter, *counts).total()
         return {OURS: Side(stage, in_turn, forward, device, flops, chosen.description)}
-    rounds = shared_rounds(taken, capacity=settings.shared_tokens or settings.adapters * settings.adapter_tokens)
+    rounds = loader.shared_rounds(taken, capacity=settings.shared_tokens or settings.adapters * settings.adapter_tokens)
     only, *_ = adapters
     by_side: dict[str, list[TimedStep]] = {
         IN_TURN: in_turn,
-        TOGETHER: [([shared_micro_batch(parts) for parts in rounds], list(optimizers.values()))],
+        TOGETHER: [([loader.shared_micro_batch(parts) for parts in rounds], list(optimizers.values()))],
         ONE: [([_stacked(only, [batch for _, batch in parts]) for parts in rounds], [optimizers[only]])],
     }
     return {side: Side(stage, steps, forward, device, None, chosen.description) for side, steps in by_side.items()}
@@ -177,14 +173,14 @@ def random_stage(
     adapter: AdapterConfig,
     *,
     dtype: torch.dtype,
-    make_weight: WeightMaker = FrozenWeight.empty,
+    make_weight: frozen_weight.WeightMaker = frozen_weight.FrozenWeight.empty,
     device: torch.device,
     kernels: Kernels = EAGER,
 ) -> Stage:
     """The whole model with random weights, which are drawn in place, and the adapter with its initial values."""
     with device:
         stage = Stage(layer_specs(shape, dtype=dtype, kernels=kernels, make_weight=make_weight), None)
-    load_base_weights(RandomWeights(weight_rules(shape)), frozen_weights(stage))
+    load_base_weights(RandomWeights(weight_rules(shape)), frozen_weight.frozen_weights(stage))
     stage.hold(whole_adapter(adapter, device))
     return stage
 
@@ -219,7 +215,7 @@ def _peft(plan: RunPlan, settings: BenchSettings, *, packed: bool) -> Side:
     if settings.task is not None and not packed:
         size = settings.padded_rows  # the samples come in their order, as a trainer takes them that does not sort
         starts = range(0, len(dataset), size)
-        batches = [collate(dataset, [[start + row] for row in range(size)], pad_id=pad_id) for start in starts]
+        batches = [loader.collate(dataset, [[start + row] for row in range(size)], pad_id=pad_id) for start in starts]
 
     def forward(batch: MicroBatch) -> torch.Tensor:
         # transformers shifts the labels itself.
@@ -358,12 +354,14 @@ def _measure_decoding(settings: BenchSettings) -> dict[str, Any]:
 
     source, dtype, device = find_model(settings.model), DTYPES[settings.dtype], timing.default_device()
     folder, new_tokens = source.weights_folder(), settings.new_tokens
-    examples = load_split(DEFAULT_TASK, "test", files={}, seed=0, limit=settings.batch_size)
-    encoded, _ = encode_prompts(load_tokenizer(folder), examples, max_length=source.shape.limit.tokens - new_tokens)
+    examples = splits.load_split(DEFAULT_TASK, "test", files={}, seed=0, limit=settings.batch_size)
+    encoded, _ = encode.encode_prompts(
+        tokenizer.load_tokenizer(folder), examples, max_length=source.shape.limit.tokens - new_tokens
+    )
     prompts = [ids.tolist() for ids in encoded]
     base_format = source.base_format(settings.base)
     stage = load_model(source, None, dtype=dtype, base_format=base_format, device=device)
-    decoder = Decoder(stage, ParallelGroups(), source.shape)
+    decoder = Decoder(stage, groups.ParallelGroups(), source.shape)
     theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
     steps: dict[str, Callable[[], TokenRows]] = {
         "megatron_tiedlora": lambda: generate(decoder, [Prompts(prompts, (), new_tokens)])[0],

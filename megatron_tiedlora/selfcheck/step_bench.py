@@ -21,11 +21,10 @@ from torch import distributed
 from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.base.messages import UserError, user_path
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
+from megatron_tiedlora.config import presets, train_fields
 from megatron_tiedlora.config.bench_settings import BenchSettings
 from megatron_tiedlora.config.fields import marked, validate_settings
-from megatron_tiedlora.config.presets import PRESETS, is_preset
 from megatron_tiedlora.config.settings import make_settings
-from megatron_tiedlora.config.train_fields import DEFAULT_TASK
 from megatron_tiedlora.data.encode import encode_dataset
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.data.splits import load_split
@@ -41,8 +40,7 @@ from megatron_tiedlora.planning.layout import MicroBatchShape
 from megatron_tiedlora.planning.passes import engine_traffic, saved_bytes, step_flops
 from megatron_tiedlora.planning.planned import Planned
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
-from megatron_tiedlora.runtime.process_group import join_process_group, ranks_by_host
-from megatron_tiedlora.runtime.stopping import StopRequests
+from megatron_tiedlora.runtime import process_group, stopping
 from megatron_tiedlora.selfcheck import timing
 from megatron_tiedlora.training.build import build_model, build_random_model
 from megatron_tiedlora.training.compiling import choose_kernels
@@ -85,7 +83,7 @@ def plan_benchmark(
     values = {
         **{name: getattr(settings, name) for name in marked(BenchSettings, shared=True)},
         "packing": settings.packs,
-        "task": settings.task or DEFAULT_TASK,  # made-up tokens have none; the demo asks for no file
+        "task": settings.task or train_fields.DEFAULT_TASK,  # made-up tokens have none; the demo asks for no file
         "max_length": max(settings.length, LEAST_LENGTH),
         "micro_batch_size": settings.rows,
         "global_batch_size": made_up if settings.task is None else settings.samples,
@@ -105,8 +103,8 @@ def random_config(settings: BenchSettings) -> dict[str, Any] | None:
     Raises:
         UserError: a setting does not go with random weights, or only with them.
     """
-    if is_preset(settings.model):
-        values = dict(PRESETS[settings.model])
+    if presets.is_preset(settings.model):
+        values = dict(presets.PRESETS[settings.model])
     elif settings.random_weights:
         folder = find_model(settings.model, weights=False).folder
         assert folder is not None, "no preset"
@@ -115,7 +113,7 @@ def random_config(settings: BenchSettings) -> dict[str, Any] | None:
         return None
     else:
         raise UserError(
-            f"--num_layers {settings.num_layers} goes with a preset or --random_weights: {', '.join(PRESETS)}"
+            f"--num_layers {settings.num_layers} goes with a preset or --random_weights: {', '.join(presets.PRESETS)}"
         )
     if settings.task is not None:
         raise UserError(f"--task {settings.task} needs a model that reads: --model {settings.model} has random weights")
@@ -202,7 +200,7 @@ class Started:
         """The plan of the step that follows, on a machine of this one's hosts. All ranks call it together."""
         batch = self.plan.global_batch(self.dataset, consumed_samples=step.consumed_samples)
         plan = step_plan.StepPlan({ONLY: self.plan}, samples={ONLY: (self.dataset, batch)})
-        here = next(ranks for ranks in ranks_by_host() if self.plan.grid.rank in ranks)
+        here = next(ranks for ranks in process_group.ranks_by_host() if self.plan.grid.rank in ranks)
         return Planned.alone(plan, machine, per_node=len(here))
 
 
@@ -245,11 +243,11 @@ def start(plan: RunPlan, settings: BenchSettings) -> Started:
         UserError: data or ranks are missing, or kernels cannot be compiled.
     """
     dataset, pad_id = read_samples(plan, settings)
-    device = join_process_group(plan.settings.timeout_minutes, expected_ranks=plan.grid.world_size)
+    device = process_group.join_process_group(plan.settings.timeout_minutes, expected_ranks=plan.grid.world_size)
     chosen = choose_kernels(plan, device)
     build = build_random_model if plan.source.folder is None else build_model
     built = build({ONLY: plan}, device, kernels=chosen.kernels)
-    train_step = TrainStep({ONLY: plan}, built.runner, StopRequests())
+    train_step = TrainStep({ONLY: plan}, built.runner, stopping.StopRequests())
     loader = plan.training_loader(dataset, pad_id=pad_id)
     return Started(plan, dataset, built.runner, train_step, loader, chosen.description)
 

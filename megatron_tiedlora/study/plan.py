@@ -18,18 +18,15 @@ from megatron_tiedlora.base.messages import UserError, aligned_lines, bytes_in_w
 from megatron_tiedlora.base.shapes import QKV
 from megatron_tiedlora.base.text_files import file_sha256
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
-from megatron_tiedlora.cluster.launchers import Job
-from megatron_tiedlora.cluster.start import check_num_ranks, make_job
-from megatron_tiedlora.config.adapters_file import check_halving, check_together
+from megatron_tiedlora.cluster import launchers, start
+from megatron_tiedlora.config import adapters_file, sweep_settings
 from megatron_tiedlora.config.fields import marked
 from megatron_tiedlora.config.settings import Settings, make_settings
-from megatron_tiedlora.config.sweep_settings import MOST_TOGETHER, SweepCommand
 from megatron_tiedlora.data import readers, splits, tasks
 from megatron_tiedlora.data.sources import local_files
 from megatron_tiedlora.planning import adapter_plans, run_plan, step_plan
 from megatron_tiedlora.planning.memory import StageMemory, held_memory, step_memory, with_reserves
-from megatron_tiedlora.study import record
-from megatron_tiedlora.study.tables import paper_model
+from megatron_tiedlora.study import record, tables
 
 _SHARE = 0.8  # of the free memory; the rest is for what the planner does not know
 
@@ -46,12 +43,12 @@ class SweepPlan:
         test_limit: how many test rows are scored, from the first on; None: all.
     """
 
-    command: SweepCommand
+    command: sweep_settings.SweepCommand
     folder: record.StudyFolder
     base: record.BaseRecord
     grid: record.SweepGrid
     runs: Mapping[record.Run, run_plan.RunPlan]
-    job: Job
+    job: launchers.Job
     test_limit: int | None
 
     @property
@@ -86,7 +83,7 @@ class SweepPlan:
             return len(runs) <= most
         if self.command.settings.halving and len({run.point for run in runs}) == 1:
             return True  # they are compared step by step, even if they need more than is free
-        return len(runs) <= MOST_TOGETHER and self.needed_bytes(runs) <= self.free_bytes
+        return len(runs) <= sweep_settings.MOST_TOGETHER and self.needed_bytes(runs) <= self.free_bytes
 
     def needed_bytes(self, runs: Group) -> float:
         """The bytes that a group needs on the rank that needs most: what its runs hold, and the passes of a micro-batch
@@ -187,7 +184,7 @@ def _no_accelerator_needed() -> Iterator[None]:
 
 
 @_no_accelerator_needed()
-def plan_sweep(command: SweepCommand) -> SweepPlan:
+def plan_sweep(command: sweep_settings.SweepCommand) -> SweepPlan:
     """Check everything that can be checked before a start: folder, model, grid, task and every run.
 
     Raises:
@@ -196,11 +193,11 @@ def plan_sweep(command: SweepCommand) -> SweepPlan:
     settings, train = command.settings, command.train
     folder = record.StudyFolder(user_path(settings.output_dir))
     record.check_folder(folder)
-    task, job = tasks.get_task(train.task), make_job(command.launcher, os.environ)
+    task, job = tasks.get_task(train.task), start.make_job(command.launcher, os.environ)
     ranks = job.size
     with naming("--launcher_args"):
-        check_num_ranks(train, ranks)
-    check_together(train)
+        start.check_num_ranks(train, ranks)
+    adapters_file.check_together(train)
     source, counts = find_model(train.model, weights=False), dict[str, int]()
     grid, runs = record.make_grid(settings, source.shape.num_layers), dict[record.Run, run_plan.RunPlan]()
     for run in grid.all_runs:
@@ -216,14 +213,14 @@ def plan_sweep(command: SweepCommand) -> SweepPlan:
         num_layers=source.shape.num_layers,
         trained=counts,
         # the paper adapts nothing else
-        paper_model=paper_model(source.name, source.shape) if train.targets == (QKV,) else None,
+        paper_model=tables.paper_model(source.name, source.shape) if train.targets == (QKV,) else None,
         task=task.name,
         metric=task.metrics[0],
         file_sha256={name: file_sha256(path) for name, path in local},
     )
     record.check_resumable(folder, command, base)
     if settings.halving:
-        check_halving({run.name: plan.settings for run, plan in runs.items()})
+        adapters_file.check_halving({run.name: plan.settings for run, plan in runs.items()})
     if task.hub is None and task.generate is None and files["test_file"] is None:
         raise UserError(f"--task {task.name} has no test set of its own; give one with --test_file")
     for name in splits.local_names(train):

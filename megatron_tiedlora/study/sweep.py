@@ -20,15 +20,12 @@ from typing import Any
 from megatron_tiedlora.base import ownership, progress, text_files
 from megatron_tiedlora.base.atomic import Guard, discard, make_way_for_log, unguarded, write_json, write_text
 from megatron_tiedlora.base.messages import UserError, csv_text, os_errors, printable, show, user_path
-from megatron_tiedlora.cluster import start
-from megatron_tiedlora.cluster.launchers import Job, plan_start
-from megatron_tiedlora.config.evaluate_settings import EvaluateSettings
+from megatron_tiedlora.cluster import launchers, start
+from megatron_tiedlora.config import evaluate_settings, sweep_settings
 from megatron_tiedlora.config.fields import flag_value, marked
-from megatron_tiedlora.config.sweep_settings import SweepCommand
 from megatron_tiedlora.evaluation.results import RESULTS_FILE
 from megatron_tiedlora.planning.run_plan import with_models_length
-from megatron_tiedlora.runtime.run_folder import RunFolder, metrics_row
-from megatron_tiedlora.runtime.stopping import StopSignals
+from megatron_tiedlora.runtime import run_folder, stopping
 from megatron_tiedlora.study import record, tables
 from megatron_tiedlora.study.plan import Group, SweepPlan, plan_sweep
 
@@ -37,10 +34,10 @@ _TERMINAL_CODE, _BAR_MARK = re.compile(r"\x1b\[[0-9;]*[A-Za-z]"), "%|"
 _SHOWN_FAILURES, _SHOWN_CHARACTERS = 3, 120
 
 
-Begin = Callable[[Job, Path, int], start.RunningJob]
+Begin = Callable[[launchers.Job, Path, int], start.RunningJob]
 
 
-def begin_job(job: Job, log: Path, lock: int) -> start.RunningJob:
+def begin_job(job: launchers.Job, log: Path, lock: int) -> start.RunningJob:
     """Start a job whose output is appended to a log.
 
     Args:
@@ -49,7 +46,7 @@ def begin_job(job: Job, log: Path, lock: int) -> start.RunningJob:
     Raises:
         UserError: the log cannot be written, or the launcher cannot be started.
     """
-    plan = plan_start(job, os.environ)
+    plan = launchers.plan_start(job, os.environ)
     with os_errors(f"{log}: cannot be written"):
         log.parent.mkdir(parents=True, exist_ok=True)
         make_way_for_log(log)
@@ -61,7 +58,7 @@ def begin_job(job: Job, log: Path, lock: int) -> start.RunningJob:
             return start.RunningJob(job, plan, stdout=stream, stderr=stream, pass_fds=(lock,))
 
 
-def sweep(command: SweepCommand, *, scripts: Path, begin: Begin = begin_job) -> int:
+def sweep(command: sweep_settings.SweepCommand, *, scripts: Path, begin: Begin = begin_job) -> int:
     """Run or resume a study. Returns the exit status: 0 all finished, 1 something failed, 130, 143 or 138 stopped.
 
     Args:
@@ -81,7 +78,7 @@ def sweep(command: SweepCommand, *, scripts: Path, begin: Begin = begin_job) -> 
     plan.source.weights_folder()  # rejects a preset, which has no weights
     with TemporaryDirectory(prefix="megatron_tiedlora-") as private:  # only this user can read it
         start.check_programs(plan.job)
-        with lock_study(plan.folder.path, take_over=settings.take_over) as lock, StopSignals() as stop:
+        with lock_study(plan.folder.path, take_over=settings.take_over) as lock, stopping.StopSignals() as stop:
             plan = replace(plan, folder=record.StudyFolder(plan.folder.path, lock.owner))
             record.write_record(plan.folder, command, plan.base)
             work = Sweep(plan, Path(private), scripts, begin, lock.descriptor, stop)
@@ -120,7 +117,7 @@ class Sweep:
     scripts: Path
     begin: Begin
     lock: int
-    stop: StopSignals
+    stop: stopping.StopSignals
     failures: dict[str, tuple[str, Path]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -162,7 +159,7 @@ class Sweep:
     def _part(self, run: record.Run) -> float:
         """The part of a run's steps that it has taken, 0 to 1."""
         steps = self.plan.runs[run].settings.max_steps
-        row = last_row(RunFolder(self.folder.run(run.name)).metrics)
+        row = last_row(run_folder.RunFolder(self.folder.run(run.name)).metrics)
         return 0.0 if row is None else min(row["step"] / steps, 1.0)
 
     def _best(self) -> dict[str, str]:
@@ -178,7 +175,7 @@ class Sweep:
         folder, first, several = self.folder, runs[0].name, len({run.point for run in runs}) < len(runs)
         left = [run for run in runs if not self.plan.is_finished(run)]
         for run in left:  # if the start fails, how an earlier one ended is not why
-            discard(RunFolder(folder.run(run.name)).status, guard=folder.guard)
+            discard(run_folder.RunFolder(folder.run(run.name)).status, guard=folder.guard)
         file, output = folder.group(f"{first}.yaml"), folder.group(first)
         with suppress(OSError):  # the next lines say what is wrong
             file.parent.mkdir(exist_ok=True)
@@ -207,7 +204,7 @@ class Sweep:
         output = folder.score(record.BASE_NAME) if is_base else folder.group(record.SCORES)
         discard(output, guard=folder.guard)  # it has no result
         given = {
-            **{name: getattr(train, name) for name in marked(EvaluateSettings, shared=True)},
+            **{name: getattr(train, name) for name in marked(evaluate_settings.EvaluateSettings, shared=True)},
             "max_length": with_models_length(train, self.plan.source).max_length,
             "batch_size": settings.test_batch_size,
             "limit": self.plan.test_limit,
@@ -252,7 +249,7 @@ class Sweep:
         program, private = (str(self.scripts / f"{script}.py"),), self.private
         job = replace(self.plan.job, program=program, arguments=arguments, private=private)
         job = replace(job, master_port=start.new_port(self.command.launcher), start=secrets.token_hex(8))
-        status = start.StatusFile(RunFolder(Path(settings["output_dir"])), job.start)
+        status = start.StatusFile(run_folder.RunFolder(Path(settings["output_dir"])), job.start)
         self._log, self._began = self.folder.log(name), time.monotonic()
         running = self.begin(job, self._log, self.lock)
         try:
@@ -337,7 +334,7 @@ def last_row(metrics: Path) -> dict[str, Any] | None:
             lines = stream.read().split(b"\n")[:-1]
     except OSError:
         return None
-    return metrics_row(lines[-1]) if lines else None
+    return run_folder.metrics_row(lines[-1]) if lines else None
 
 
 def last_lines(log: Path, count: int = 12, *, bars: bool = False) -> list[str]:
