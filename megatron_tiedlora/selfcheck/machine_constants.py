@@ -148,7 +148,7 @@ class _Measure:
         number = min(_MOST, int(seconds / max(float(first), 1e-9)))
         return median([*taken, *(timed(step, self.device) for _ in range(number - 1))])
 
-    def _numbers(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+    def _random(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.randn(*shape, device=self.device).to(dtype)
 
     def context(self) -> Constant:
@@ -209,8 +209,8 @@ class _Measure:
                 # Transposing is not a part of a matmul on a GPU, where it is a term of its own.
                 made = weight_maker(base_format, products=products, keep_transposed=products is not None)
                 weight = made(linear.out_size, linear.in_size, dtype=dtype)
-            weight.load(self._numbers(linear.out_size, linear.in_size, dtype=dtype))
-            x, grad_y = (self._numbers(tokens, size, dtype=dtype) for size in (linear.in_size, linear.out_size))
+            weight.load(self._random(linear.out_size, linear.in_size, dtype=dtype))
+            x, grad_y = (self._random(tokens, size, dtype=dtype) for size in (linear.in_size, linear.out_size))
             for step in (partial(weight.times_transposed, x), partial(weight.times, grad_y)):
                 taken += self._time(step, seconds / len(linears) / 2)
         return taken
@@ -219,7 +219,7 @@ class _Measure:
         """The seconds of attention over a sample, forward and back."""
         heads = self.source.shape.heads
         query, key, value = (
-            self._numbers(1, num, tokens, heads.dim, dtype=dtype).requires_grad_()
+            self._random(1, num, tokens, heads.dim, dtype=dtype).requires_grad_()
             for num in (heads.num, heads.num_kv, heads.num_kv)
         )
         forward: Callable[[], torch.Tensor]
@@ -253,8 +253,8 @@ class _Measure:
         linear = self.source.shape.block.output
         with self.device:
             weight = weight_maker(name)(linear.out_size, linear.in_size, dtype=torch.bfloat16)
-        weight.load(self._numbers(linear.out_size, linear.in_size, dtype=torch.bfloat16))
-        x = self._numbers(1, linear.in_size, dtype=torch.bfloat16)  # one token: dequantising is nearly all
+        weight.load(self._random(linear.out_size, linear.in_size, dtype=torch.bfloat16))
+        x = self._random(1, linear.in_size, dtype=torch.bfloat16)  # one token: dequantising is nearly all
         taken = self._time(lambda: weight.times_transposed(x), seconds)
         return self._constant(linear.num_weights / taken, f"the output projection of {self.source.name}")
 
