@@ -30,8 +30,7 @@ from megatron_tiedlora.checkpoint.base_identity import (
 )
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES, read_header
-from megatron_tiedlora.convert import inputs
-from megatron_tiedlora.convert.export_peft import peft_tensors
+from megatron_tiedlora.convert import export_peft, inputs
 from megatron_tiedlora.convert.peft_files import Lora, Native, native_lora, read_alpha, read_lora, read_vera
 from megatron_tiedlora.parallel.agreement import SentTensor
 
@@ -274,7 +273,7 @@ def _unlike_export(
     for (layer, module), pair in lora.items():
         name = f"base_model.model.{block.source.format(index=layer - 1)}.{module}"
         found |= {f"{name}.lora_A.weight": pair.a, f"{name}.lora_B.weight": pair.b}
-    exported = peft_tensors(source, native, rank=rank, dtype=dtype)
+    exported = export_peft.peft_tensors(source, native, rank=rank, dtype=dtype)
     differences = [f"{name} is not in the adapter's export" for name in found if name not in exported]
     for name, tensor in exported.items():
         if name not in found:

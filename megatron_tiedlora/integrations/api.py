@@ -17,10 +17,9 @@ from torch.utils.hooks import RemovableHandle
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter
 from megatron_tiedlora.base.extras import require_extra
 from megatron_tiedlora.base.messages import UserError, user_path
+from megatron_tiedlora.checkpoint import load_model, sources
 from megatron_tiedlora.checkpoint.base_identity import base_layer_of, check_same_base, identify_in_memory, model_source
-from megatron_tiedlora.checkpoint.load_model import check_whole, find_places, merge_, with_update
 from megatron_tiedlora.checkpoint.native_adapter import AdaptedTensor, NativeAdapter, load_native_adapter
-from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.checkpoint.tensor_files import DTYPES
 from megatron_tiedlora.config.hosts import RANK_VARIABLES
 from megatron_tiedlora.config.settings import Settings
@@ -68,7 +67,7 @@ def load_base(
     from transformers import AutoModelForCausalLM
 
     trained = adapter.base_identity
-    folder = find_model(model or trained.base_model).weights_folder()
+    folder = sources.find_model(model or trained.base_model).weights_folder()
     keywords.setdefault("attn_implementation", "sdpa")  # the config's own may name code on the hub
     return AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype or DTYPES[trained.dtype], use_safetensors=True, trust_remote_code=False, **keywords
@@ -178,15 +177,15 @@ def _add_update(
     update: TiedAdapter, place: AdaptedTensor, module: nn.Module, inputs: tuple[torch.Tensor, ...], z: torch.Tensor
 ) -> torch.Tensor:
     """A hook, at the module's level so that an adapted model can be copied and pickled."""
-    return with_update(z, inputs[0], update, place)
+    return load_model.with_update(z, inputs[0], update, place)
 
 
 def _merge(model: Any, adapter: NativeAdapter) -> None:
     update, places = _on(model, adapter)
     for name, place in places.items():  # before any weight is changed
-        check_whole(model.get_submodule(name).weight.data, place)
+        load_model.check_whole(model.get_submodule(name).weight.data, place)
     for name, place in places.items():
-        merge_(model.get_submodule(name).weight.data, update, place)
+        load_model.merge_(model.get_submodule(name).weight.data, update, place)
     setattr(model, _STATE, _Attachment(adapter, merged=True))
 
 
@@ -194,7 +193,7 @@ def _on(model: Any, adapter: NativeAdapter) -> tuple[TiedAdapter, dict[str, Adap
     """The factors on the model's device, and the modules that they change."""
     update = TiedAdapter(AdapterPart.whole(adapter.config)).requires_grad_(False)
     update.load_full(adapter.state)
-    places = dict(find_places(model_source(model).shape, adapter.config))
+    places = dict(load_model.find_places(model_source(model).shape, adapter.config))
     device = base_layer_of(model.get_submodule(next(iter(places)))).weight.device
     return (update if device.type == "meta" else update.to(device)), places  # meta: an offloaded module
 

@@ -32,8 +32,7 @@ from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.base.child_process import end_with_parent
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.base_weights import write_random_model
-from megatron_tiedlora.config.hosts import rank_variables
-from megatron_tiedlora.config.presets import PRESETS
+from megatron_tiedlora.config import hosts, presets
 from megatron_tiedlora.runtime import ending, launch_env, machine, process_group, stopping
 from megatron_tiedlora.selfcheck import parts, reference, running, step_bench
 
@@ -44,7 +43,7 @@ STEPS, SAMPLES, RATE = 3, 16, 1e-3  # steps of a case, samples of a step over al
 SIZES = (1, 2, 4, 8)
 # A model that eight ranks can share in any layout, whose vocabulary size none of these numbers divides.
 SHAPE: dict[str, Any] = {
-    **PRESETS["llama2-7b"],
+    **presets.PRESETS["llama2-7b"],
     "architectures": ["LlamaForCausalLM"],  # so that transformers is not asked: a bare machine has none
     "vocab_size": 1003,
     "hidden_size": 512,
@@ -185,7 +184,7 @@ class Ranks:
         failed: float | None = None
         try:
             for number, log in enumerate(logs):
-                place = rank_variables(number, size, number, "127.0.0.1", port)
+                place = hosts.rank_variables(number, size, number, "127.0.0.1", port)
                 environment = {**os.environ, "OMP_NUM_THREADS": "1", **place, **self.variables}
                 with log.open("wb") as out:
                     one = subprocess.Popen(command, env=environment, stdout=out, stderr=out, stdin=subprocess.DEVNULL)
