@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from megatron_tiedlora.base import atomic, output_folder, text_files
+from megatron_tiedlora.base import output_folder, text_files
+from megatron_tiedlora.base.atomic import write_json
 from megatron_tiedlora.base.messages import UserError, shown, user_path
 from megatron_tiedlora.base.shapes import BASE_NAMES
 from megatron_tiedlora.checkpoint import base_identity, native_adapter, sources, tensor_files
@@ -134,10 +135,10 @@ def merge_adapter(
                 values = text_files.read_json_object(index, kind="a safetensors index")
                 metadata = values["metadata"] if isinstance(values.get("metadata"), dict) else {}
                 size = sum(file.value_bytes for file in files)
-                atomic.write_json(index, {**values, "metadata": {**metadata, "total_size": size}})
+                write_json(index, {**values, "metadata": {**metadata, "total_size": size}})
             if saved is not None:
                 save_tokenizer(saved, temporary)
-            atomic.write_json(temporary / base_identity.MERGE_RECORD, record)
+            write_json(temporary / base_identity.MERGE_RECORD, record)
 
 
 @dataclass(frozen=True)
@@ -294,4 +295,4 @@ def _restate_config(config_file: Path, dtype: torch.dtype | None, *, dequantised
         # transformers 4 writes torch_dtype and 5 writes dtype; both read torch_dtype.
         for name in {"torch_dtype", "dtype"} & values.keys() or {"torch_dtype"}:
             values[name] = str(dtype).removeprefix("torch.")
-    atomic.write_json(config_file, values)
+    write_json(config_file, values)
