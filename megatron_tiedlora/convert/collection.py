@@ -13,12 +13,11 @@ from megatron_tiedlora.base.files import file_sha256, first_problem, read_json_o
 from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.checkpoint import native_adapter
-from megatron_tiedlora.convert.index import Entry, entry_folder, write_index
-from megatron_tiedlora.convert.inputs import EXPORT_RECORD, NATIVE_FOLDER, adapter_kind
+from megatron_tiedlora.convert import index, inputs
 from megatron_tiedlora.runtime.run_folder import RunFolder
 
 
-def read_entry(root: Path, folder: Path) -> Entry:
+def read_entry(root: Path, folder: Path) -> index.Entry:
     """The row of the native adapter in `folder`, which is `root` or below it.
 
     Raises:
@@ -29,10 +28,10 @@ def read_entry(root: Path, folder: Path) -> Entry:
     in_run = folder != root and folder.name == "adapter" and run.is_run
     settings = read_yaml_mapping(run.settings) if in_run else {}
     scores = (read_json_or_none(run.scores) or {}).get("after") if in_run else None
-    named = folder.parent if folder.name in ("adapter", NATIVE_FOLDER) else folder
+    named = folder.parent if folder.name in ("adapter", inputs.NATIVE_FOLDER) else folder
     try:
         written = (folder / native_adapter.CONFIG_FILE).stat()
-        return Entry(
+        return index.Entry(
             path=str(folder.relative_to(root)),
             name=named.name,
             base_model=base.base_model,
@@ -64,7 +63,7 @@ def find_folders(root: Path) -> Iterator[Path]:
         folder = file.parent
         if any(part.startswith(".") for part in folder.relative_to(root).parts):
             continue
-        in_export = folder.name == NATIVE_FOLDER and (folder.parent / EXPORT_RECORD).is_file()
+        in_export = folder.name == inputs.NATIVE_FOLDER and (folder.parent / inputs.EXPORT_RECORD).is_file()
         run = RunFolder(folder.parent.parent)
         if not (run.is_run and (in_export or folder.parent.name == run.checkpoints.name)):
             yield folder
@@ -84,26 +83,26 @@ def build_index(root: Path, *, progress: bool = False) -> tuple[int, list[str]]:
     entries, problems = [], []
     for folder in progress_bar("index", "adapter", find_folders(root), shows=progress):
         try:
-            if adapter_kind(folder, flag=str(folder)) == "native":
+            if inputs.adapter_kind(folder, flag=str(folder)) == "native":
                 entries.append(read_entry(root, folder))
         except UserError as error:
             problems.append(str(error))
-    write_index(root, entries)
+    index.write_index(root, entries)
     return len(entries), problems
 
 
-def _identity(entry: Entry) -> Entry:
+def _identity(entry: index.Entry) -> index.Entry:
     """The row without what may change although the adapter does not."""
     return replace(entry, scores=None, task=None, run=None, date="", size=0)
 
 
-def verify_entries(root: Path, entries: Sequence[Entry], *, progress: bool = False) -> list[str]:
+def verify_entries(root: Path, entries: Sequence[index.Entry], *, progress: bool = False) -> list[str]:
     """A sentence for each adapter that cannot be read, has another checksum than its config, or has changed since it
     was indexed."""
     problems = []
     for entry in progress_bar("verify", "adapter", entries, shows=progress):
         try:
-            folder = entry_folder(root, entry)
+            folder = index.entry_folder(root, entry)
             native_adapter.load_native_adapter(folder)
             if _identity(read_entry(root, folder)) != _identity(entry):
                 problems.append(f"{folder}: has changed since it was indexed")

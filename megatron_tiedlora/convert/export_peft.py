@@ -69,7 +69,7 @@ def base_location(source: ModelSource) -> str:
 
 
 def base_name(source: ModelSource) -> str:
-    """What names the base elsewhere too: its hub id, or else the last part of its folder's name."""
+    """The base's name that has no path of this host: its hub id, or else the last part of its folder's name."""
     return last_name(base_location(source)) if source.folder is not None and not source.from_hub else source.name
 
 
@@ -146,10 +146,8 @@ def export_peft(
                 fits = "" if dtype == torch.float32 else "; give --dtype fp32"
                 raise UserError(f"--adapter: {name} of its export holds numbers that are not finite{fits}")
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
-        write_json(
-            temporary / "adapter_config.json",
-            peft_config(source, adapter, rank=rank, base=named or base_name(source)),
-        )
+        config = peft_config(source, adapter, rank=rank, base=named or base_name(source))
+        write_json(temporary / "adapter_config.json", config)
         on_this_host = {} if source.from_hub else {inputs.BASE_PATH: base_location(source)}
         formats = {name: getattr(adapter.base_identity, name) for name in FORMAT_FIELDS}
         trained = {name: value for name, value in formats.items() if value is not None}
@@ -184,10 +182,8 @@ def find_adapters(given: Sequence[str], *, flag: str = "--adapter", runs: bool =
 
 def _in_runs(folder: Path) -> list[Path]:
     """The adapters of a folder: itself, that of a run, or those of the runs in it; none if it has none."""
-    if (own := _adapter_of(folder)) is not None:
-        return [own]
-    inner = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [adapter for path in inner if (adapter := _adapter_of(path)) is not None]
+    folders = [folder] if _adapter_of(folder) or not folder.is_dir() else sorted(folder.iterdir())
+    return [adapter for path in folders if (adapter := _adapter_of(path)) is not None]
 
 
 def _adapter_of(folder: Path) -> Path | None:
@@ -235,7 +231,6 @@ def export_all(
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {output}: {error.strerror or error}; give a folder that can be written") from None
-
     base_of = cache(lambda base: inputs.find_base(output, model, base.base_model, asdict(base)))
     identify, of_bases = cache(identify_model), dict[str, tuple[ModelSource, dict[str, Export]]]()
     for name, adapter in progress_bar("export", "adapter", folders.items()):
@@ -244,10 +239,8 @@ def export_all(
                 raise UserError(f"{adapter}: this is a PEFT adapter already")
             native = native_adapter.load_native_adapter(adapter)
             source = base_of(native.base_identity)
-            notes: list[str] = []
-            exported = export_peft(
-                source, native, output / name, native=adapter, say=notes.append, identify=identify, **options
-            )
+            notes, own = list[str](), {**options, "native": adapter, "identify": identify}
+            exported = export_peft(source, native, output / name, say=notes.append, **own)
         except UserError as error:
             text = str(error)
             raise UserError(text if str(adapter) in text else f"{adapter}: {text}") from None

@@ -10,10 +10,8 @@ from typing import Any, Literal, NamedTuple
 from megatron_tiedlora.base.files import UNSEALED_NOTE, read_json_object
 from megatron_tiedlora.base.messages import UserError, count_text, user_path
 from megatron_tiedlora.base.shapes import is_preset
-from megatron_tiedlora.checkpoint import base_identity
-from megatron_tiedlora.checkpoint.base_weights import BaseWeights
+from megatron_tiedlora.checkpoint import base_identity, base_weights, resume
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, PEFT_TYPE, NativeAdapter
-from megatron_tiedlora.checkpoint.resume import LATEST_FILE
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 
 EXPORT_RECORD = "tiedlora_export.json"  # in an exported PEFT folder: what its native adapter is, and the base
@@ -26,18 +24,18 @@ _GIVE = "give the base, or a folder of models that holds it: it is found there b
 
 
 def adapter_kind(folder: Path | str, *, flag: str | None = None) -> Literal["native", "peft"]:
-    """Which kind of adapter a folder holds. `flag` is the flag with its value, as given [--adapter FOLDER].
+    """The kind of adapter that a folder holds. `flag` is the flag with its value, as given [--adapter FOLDER].
 
     Raises:
         UserError: it holds no adapter; for a run or model folder the message says what to give instead.
     """
     path, flag = user_path(folder), flag or f"--adapter {folder}"
-    if path.is_file() and path.name == LATEST_FILE:
+    if path.is_file() and path.name == resume.LATEST_FILE:
         raise UserError(f"{flag}: this file names the newest checkpoint; give its folder, {path.parent}/step_N")
     if not path.is_dir():
         raise UserError(f"{flag}: no such folder; give a run's adapter/ or checkpoints/step_N, or a PEFT adapter")
     if not (path / CONFIG_FILE).is_file():
-        if (path / LATEST_FILE).is_file():
+        if (path / resume.LATEST_FILE).is_file():
             raise UserError(f"{flag}: this is a folder of checkpoints; give one of them, {Path(folder) / 'step_N'}")
         if (path / "adapter" / CONFIG_FILE).is_file():
             raise UserError(f"{flag}: this is a run folder; give {Path(folder) / 'adapter'}")
@@ -176,7 +174,7 @@ def stored_precision(source: ModelSource) -> str | None:
     """`linears_dtype` of a model on the disk; None if it is quantised there. Raises UserError if it cannot be read."""
     if source.stored is not None:
         return None
-    with BaseWeights(source.weights_folder(), source.shape) as weights:
+    with base_weights.BaseWeights(source.weights_folder(), source.shape) as weights:
         return base_identity.linears_dtype(weights, source.shape)
 
 

@@ -39,12 +39,7 @@ Weights = tuple[ReadRows, Mapping[str, NativeAdapter | None]]
 
 @torch.no_grad()
 def layerwise_logits(
-    shape: ModelShape,
-    models: Sequence[Weights],
-    tokens: torch.Tensor,
-    *,
-    dtype: torch.dtype,
-    progress: bool = False,
+    shape: ModelShape, models: Sequence[Weights], tokens: torch.Tensor, *, dtype: torch.dtype, progress: bool = False
 ) -> dict[str, torch.Tensor]:
     """fp32 logits (b, s, V) by the names in `models`, which are all of the same shape. Layers compute in `dtype`."""
     layers = _Layers(shape, dtype, _CPU)
@@ -166,7 +161,7 @@ class _Layers:
         return [embedding(tokens, TensorParallel()).cpu() for tokens in renumbered]
 
     def _with_vocabulary(self, size: int) -> ModelShape:
-        """The same model with a vocabulary of `size` tokens."""
+        """The model's shape with a vocabulary of `size` tokens."""
         embedding, head = (replace(linear, blocks=(size,)) for linear in (self.shape.embedding, self.shape.head))
         return replace(self.shape, embedding=embedding, head=head)
 

@@ -20,15 +20,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
+from megatron_tiedlora.base import output_folder
 from megatron_tiedlora.base.files import read_json_object, read_json_or_none, write_json
 from megatron_tiedlora.base.messages import UserError, shown, user_path
-from megatron_tiedlora.base.output_folder import new_output, reject_existing, require_room
 from megatron_tiedlora.base.shapes import BASE_NAMES
-from megatron_tiedlora.checkpoint import tensor_files
-from megatron_tiedlora.checkpoint.base_identity import MERGE_RECORD
+from megatron_tiedlora.checkpoint import base_identity, native_adapter, sources, tensor_files
 from megatron_tiedlora.checkpoint.load_model import MergedWeights, ReadRows, row_blocks
-from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
-from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.convert.inputs import check_base, trained_otherwise
 from megatron_tiedlora.data.tokenizer import load_tokenizer, save_tokenizer
 from megatron_tiedlora.model.weights import quantised_rules, stored_shapes
@@ -49,8 +46,8 @@ _TOKENIZER_SOURCES = (
 
 
 def merge_adapter(
-    source: ModelSource,
-    adapter: NativeAdapter,
+    source: sources.ModelSource,
+    adapter: native_adapter.NativeAdapter,
     output: Path,
     *,
     dtype: torch.dtype | None = None,
@@ -58,7 +55,7 @@ def merge_adapter(
     base_differs: bool = False,
     onto_trained: bool = False,
     say: Callable[[str], object] = str,
-    new: Callable[[Path], AbstractContextManager[Path]] = new_output,
+    new: Callable[[Path], AbstractContextManager[Path]] = output_folder.new_output,
     between: Callable[[], object] = lambda: None,
     progress: bool = False,
 ) -> None:
@@ -84,7 +81,7 @@ def merge_adapter(
     folder = source.weights_folder()
     if not onto_trained:
         reject_quantised(source)
-    reject_existing(output, flag=f"--output {output}")
+    output_folder.reject_existing(output, flag=f"--output {output}")
     model_files = side_files(folder, _MODEL_FILES)
     own_files = [] if tokenizer is not None else side_files(folder, _TOKENIZER_FILES)
     # The base's tokenizer is saved again over its copy: transformers would rebuild some from their class names.
@@ -128,7 +125,7 @@ def merge_adapter(
             copied += side_files(folder, [tensor_files.INDEX_FILE])
         needed = sum(len(file.head) + file.value_bytes for file in files) + sum(file.stat().st_size for file in copied)
         with new(output) as temporary:
-            require_room(temporary, needed, output=output)
+            output_folder.require_room(temporary, needed, output=output)
             tensor_files.write_files(temporary, files, bar="weights" if quantised else "merge", progress=progress)
             for file in copied:  # with the index of a base that is not quantised, which may say more
                 shutil.copyfile(file, temporary / file.name)
@@ -141,7 +138,7 @@ def merge_adapter(
                 write_json(index, {**values, "metadata": {**metadata, "total_size": size}})
             if saved is not None:
                 save_tokenizer(saved, temporary)
-            write_json(temporary / MERGE_RECORD, record)
+            write_json(temporary / base_identity.MERGE_RECORD, record)
 
 
 @dataclass(frozen=True)
@@ -154,13 +151,13 @@ class _MergedFiles:
     """
 
     weights: MergedWeights
-    source: ModelSource
+    source: sources.ModelSource
     dtype: torch.dtype | None
     between: Callable[[], object]
 
     def of_file(self, file: Path) -> tensor_files.StreamedFile:
-        """What becomes of one file of a base that is not quantised: it keeps its name and the order of its tensors, and
-        with their dtypes its whole header.
+        """One file of a base that is not quantised, merged: it keeps its name and its tensors' order, and with their
+        dtypes its whole header.
 
         Raises:
             UserError: it is not a whole safetensors file, or has a tensor that belongs to another file.
@@ -238,7 +235,7 @@ class _MergedFiles:
         return tensor_files.StreamedTensor(name, dtype, shape, blocks)
 
 
-def reject_quantised(source: ModelSource) -> None:
+def reject_quantised(source: sources.ModelSource) -> None:
     """Raise UserError if the weights of `source` are stored in 4 or 8 bits."""
     if source.stored is not None:
         raise UserError(
@@ -248,9 +245,9 @@ def reject_quantised(source: ModelSource) -> None:
         )
 
 
-def is_merge_of(folder: Path, adapter: NativeAdapter) -> bool:
+def is_merge_of(folder: Path, adapter: native_adapter.NativeAdapter) -> bool:
     """Whether `folder` is a model into which this adapter was merged, as its record says."""
-    record = read_json_or_none(folder / MERGE_RECORD) or {}
+    record = read_json_or_none(folder / base_identity.MERGE_RECORD) or {}
     return record.get("adapter_sha256") == adapter.sha256
 
 
@@ -260,7 +257,7 @@ def merged_onto(folder: Path) -> str | None:
     Raises:
         UserError: the folder's record is not one of this version.
     """
-    file = folder / MERGE_RECORD
+    file = folder / base_identity.MERGE_RECORD
     onto = read_json_object(file, kind="the record of a merge").get(MERGED_ONTO) if file.is_file() else None
     if onto is not None and onto not in BASE_NAMES:
         raise UserError(f"{file}: {MERGED_ONTO} = {shown(onto)} is not one of {', '.join(BASE_NAMES)}")

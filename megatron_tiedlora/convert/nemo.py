@@ -23,9 +23,8 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, Field, ValidationError
 
-from megatron_tiedlora.base.files import LARGEST_YAML, parse_yaml, write_json
+from megatron_tiedlora.base import files, output_folder
 from megatron_tiedlora.base.messages import UserError, shown
-from megatron_tiedlora.base.output_folder import new_output, reject_existing
 from megatron_tiedlora.checkpoint.tensor_files import (
     StreamedTensor,
     all_finite,
@@ -43,6 +42,7 @@ _EMBEDDING, _HEAD, _FINAL_NORM = "embedding.word_embeddings.weight", "output_lay
 _FREQUENCIES = "rotary_pos_emb.inv_freq"
 _PREFIXES = ("model.language_model.", "model.module.language_model.")  # the second one with megatron_amp_O2
 _LAYER_NORMS = ("input_layernorm", "post_attention_layernorm")
+_LINEARS = ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 Rank = dict[str, torch.Tensor]
 
 
@@ -50,7 +50,7 @@ def convert_nemo(
     nemo: Path,
     output: Path,
     *,
-    new: Callable[[Path], AbstractContextManager[Path]] = new_output,
+    new: Callable[[Path], AbstractContextManager[Path]] = output_folder.new_output,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Write the model of the file `nemo` as a `stablelm` folder atomically, and return its config.
@@ -60,11 +60,11 @@ def convert_nemo(
     Raises:
         UserError: the archive is broken or hostile, its model computes something else, or the output exists.
     """
-    reject_existing(output, flag=f"--output {output}")
+    output_folder.reject_existing(output, flag=f"--output {output}")
     archive, source = NemoArchive(nemo), f"{nemo}: {CONFIG_MEMBER}"
     with readable(nemo, f"{CONFIG_MEMBER}: not valid YAML"):
-        text = archive.read(CONFIG_MEMBER, largest=LARGEST_YAML).decode()
-    model = nemo_model(parse_yaml(text, dict, source=source), source=source)
+        text = archive.read(CONFIG_MEMBER, largest=files.LARGEST_YAML).decode()
+    model = nemo_model(files.parse_yaml(text, dict, source=source), source=source)
     tokenizer_file = model.tokenizer.model.removeprefix("nemo:")
     sentencepiece = archive.read(tokenizer_file, largest=LARGEST_TOKENIZER)
     check_conversion(nemo)
@@ -75,8 +75,8 @@ def convert_nemo(
         dtype = str(tensors[0].dtype).removeprefix("torch.")
         config = {**model.hf_config(vocab_size=vocab_size), **ids, "dtype": dtype}
         (temporary / "tokenizer.model").write_bytes(sentencepiece)
-        write_json(temporary / "tokenizer_config.json", settings)
-        write_json(temporary / "config.json", config)
+        files.write_json(temporary / "tokenizer_config.json", settings)
+        files.write_json(temporary / "config.json", config)
         write_files(temporary, sharded(tensors), progress=progress)
     return config
 
@@ -100,7 +100,7 @@ def _read_tokenizer(raw: bytes) -> tuple[int, dict[str, int | None], dict[str, A
     settings |= {f"{role}_token": processor.id_to_piece(token) for role, token in roles.items()}
     with tempfile.TemporaryDirectory() as scratch:
         Path(scratch, "tokenizer.model").write_bytes(raw)
-        write_json(Path(scratch, "tokenizer_config.json"), settings)
+        files.write_json(Path(scratch, "tokenizer_config.json"), settings)
         tokenizer = PreTrainedTokenizerFast.from_pretrained(scratch)
     for text in _PROBES:
         if tokenizer.encode(text, add_special_tokens=False) != processor.encode(text):
@@ -204,17 +204,15 @@ def _tensors(stages: Sequence[Sequence[Rank]], model: NemoModel, vocab_size: int
         ranks, theirs, ours = stages[stage], f"encoder.layers.{local}", f"model.layers.{number}"
         for norm in _LAYER_NORMS:
             yield from _norm(f"{ours}.{norm}", ranks[0], f"{theirs}.{norm}")
-        fused = [rank[f"{theirs}.self_attention.query_key_value.weight"] for rank in ranks]
+        fused, output, gate_up, down = ([rank[f"{theirs}.{name}.weight"] for rank in ranks] for name in _LINEARS)
         heads = [head for part in fused for head in part.view(-1, 3, model.head_dim, model.hidden_size)]
         for index, name in enumerate("qkv"):
             yield _rows(f"{ours}.self_attn.{name}_proj.weight", [head[index] for head in heads])
-        yield _columns(
-            f"{ours}.self_attn.o_proj.weight", [rank[f"{theirs}.self_attention.dense.weight"] for rank in ranks]
-        )
-        halves = [rank[f"{theirs}.mlp.dense_h_to_4h.weight"].chunk(2) for rank in ranks]
+        yield _columns(f"{ours}.self_attn.o_proj.weight", output)
+        halves = [both.chunk(2) for both in gate_up]
         yield _rows(f"{ours}.mlp.gate_proj.weight", [gate for gate, _ in halves])
         yield _rows(f"{ours}.mlp.up_proj.weight", [up for _, up in halves])
-        yield _columns(f"{ours}.mlp.down_proj.weight", [rank[f"{theirs}.mlp.dense_4h_to_h.weight"] for rank in ranks])
+        yield _columns(f"{ours}.mlp.down_proj.weight", down)
     yield from _norm("model.norm", stages[-1][0], _FINAL_NORM)
     yield _rows("lm_head.weight", _first_rows([rank[_HEAD] for rank in stages[-1]], vocab_size))
 

@@ -19,6 +19,7 @@ from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, targets_of
 from megatron_tiedlora.base.files import read_fields, read_json_object, read_json_or_none
 from megatron_tiedlora.base.messages import UserError, as_given, user_path
 from megatron_tiedlora.base.output_folder import new_output, reject_existing
+from megatron_tiedlora.checkpoint import native_adapter
 from megatron_tiedlora.checkpoint.base_identity import (
     FORMAT_FIELDS,
     OPTIONAL_FIELDS,
@@ -27,19 +28,9 @@ from megatron_tiedlora.checkpoint.base_identity import (
     identify_model,
     identify_shape,
 )
-from megatron_tiedlora.checkpoint.native_adapter import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    NativeAdapter,
-    check_update,
-    copy_adapter_files,
-    load_native_adapter,
-    write_adapter_files,
-)
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES, read_header
-from megatron_tiedlora.convert import inputs
-from megatron_tiedlora.convert.export_peft import peft_tensors
+from megatron_tiedlora.convert import export_peft, inputs
 from megatron_tiedlora.convert.peft_files import Lora, Native, native_lora, read_alpha, read_lora, read_vera
 from megatron_tiedlora.parallel.agreement import SentTensor
 
@@ -68,7 +59,7 @@ class OpenedAdapter:
     kind: AdapterKind
     config: AdapterConfig
     state: Mapping[str, SentTensor]
-    native: NativeAdapter | None
+    native: native_adapter.NativeAdapter | None
     exported_for: BaseIdentity | None = None
     apart: str | None = None
     tokenizer: str | None = None
@@ -80,12 +71,12 @@ class OpenedAdapter:
         return self.exported_for if self.native is None else self.native.base_identity
 
     @cached_property
-    def adapter(self) -> NativeAdapter:
+    def adapter(self) -> native_adapter.NativeAdapter:
         """The native adapter. Its base is the one that it was exported for, or else its own. If its files record none,
         it is the model, which is read for it."""
         if self.native is None:
             base = self.exported_for or identify_model(self.source, "fp32", self.tokenizer)
-            return NativeAdapter(self.config, base, self.state)
+            return native_adapter.NativeAdapter(self.config, base, self.state)
         return self.native if self.exported_for is None else replace(self.native, base_identity=self.exported_for)
 
 
@@ -115,7 +106,7 @@ def open_adapter(
     folder = user_path(given)
     found = kind if kind == "peft" else inputs.adapter_kind(given, flag=f"{flag} {given}")
     if "native" in (kind, found):
-        native = load_native_adapter(folder)
+        native = native_adapter.load_native_adapter(folder)
         source = inputs.find_base(folder, model, native.base_identity.base_model, asdict(native.base_identity))
         source.check_length("--max_length", longest)
         return OpenedAdapter(source, "native", native.config, native.state, native)
@@ -164,11 +155,11 @@ def import_peft(
         say(note)
     with new(output) as temporary:
         if native is not None:
-            copy_adapter_files(folder / inputs.NATIVE_FOLDER, temporary, native)
+            native_adapter.copy_adapter_files(folder / inputs.NATIVE_FOLDER, temporary, native)
         else:
             kept = {name: getattr(trained, name) for name in ("tokenizer", "tokenizer_hash", *FORMAT_FIELDS)}
             own = replace(identify_model(source, "fp32"), **kept)
-            write_adapter_files(temporary, opened.config, own, opened.state)
+            native_adapter.write_adapter_files(temporary, opened.config, own, opened.state)
     return opened
 
 
@@ -187,7 +178,7 @@ def _peft_base(folder: Path, model: ModelSource | str | None, *, differs: bool) 
         if isinstance(path, str) and (user_path(path).is_dir() or not isinstance(in_config, str)):
             named = path
     if not (model or named):
-        raise UserError(f"{folder / CONFIG_FILE}: names no base model; give it with --model")
+        raise UserError(f"{folder / native_adapter.CONFIG_FILE}: names no base model; give it with --model")
     source, same = inputs.find_base(folder, model, named, record), False
     with suppress(UserError):  # the name cannot be a path, or the model has no folder
         same = user_path(named).resolve() == source.weights_folder().resolve()
@@ -200,7 +191,7 @@ def _peft_base(folder: Path, model: ModelSource | str | None, *, differs: bool) 
 
 def read_peft_config(folder: Path) -> dict[str, Any]:
     """The fields of a PEFT adapter's config. Raises UserError if the folder holds no PEFT adapter."""
-    file = folder / CONFIG_FILE
+    file = folder / native_adapter.CONFIG_FILE
     content = read_json_object(file, kind="a PEFT adapter folder")
     if not inputs.is_peft(content):
         what = "it is a native one" if "format_version" in content else "it has no peft_type"
@@ -221,8 +212,8 @@ def read_peft(folder: Path, source: ModelSource, *, tied: bool = True) -> Opened
         UserError: it is not a PEFT LoRA or VeRA adapter of adaptable linears; it has a feature beyond the plain kind;
             or tensors are missing, unknown, not finite, or do not have the shapes of `source`.
     """
-    file, content = folder / CONFIG_FILE, read_peft_config(folder)
-    native: NativeAdapter | None = None
+    file, content = folder / native_adapter.CONFIG_FILE, read_peft_config(folder)
+    native: native_adapter.NativeAdapter | None = None
     notes: tuple[str, ...] = ()
     match content["peft_type"]:
         case "LORA":
@@ -237,42 +228,41 @@ def read_peft(folder: Path, source: ModelSource, *, tied: bool = True) -> Opened
             raise UserError(f"{file}: peft_type {as_given(other)} is not supported; only LORA and VERA are")
     config, state, why = found
     read_alpha(config.alpha, f"{file}: its native alpha")
-    check_update(config, state, source=folder / WEIGHTS_FILE)
+    native_adapter.check_update(config, state, source=folder / native_adapter.WEIGHTS_FILE)
     apart = why and f"{folder}: {why}, so training continues differently from PEFT's"
     return OpenedAdapter(source, "peft", config, state, native, apart=apart, notes=notes)
 
 
-def _travelled(folder: Path, lora: Lora, source: ModelSource) -> tuple[NativeAdapter | None, tuple[str, ...]]:
+def _travelled(
+    folder: Path, lora: Lora, source: ModelSource
+) -> tuple[native_adapter.NativeAdapter | None, tuple[str, ...]]:
     """The native adapter in a PEFT folder, if it gives the tensors of the folder bit for bit; and notes."""
     inside = folder / inputs.NATIVE_FOLDER
+    because, name = f"{folder}: only its PEFT files are used, since", f"{inputs.NATIVE_FOLDER}/"
     if not os.path.lexists(inside):
-        if not (folder / inputs.EXPORT_RECORD).is_file():
-            return None, ()
-        return None, (
-            f"{folder}: only its PEFT files are used, since {inputs.NATIVE_FOLDER}/, what was exported, is missing",
-        )
+        is_export = (folder / inputs.EXPORT_RECORD).is_file()
+        return None, (f"{because} {name}, what was exported, is missing",) if is_export else ()
     try:
-        for path in (inside, inside / CONFIG_FILE, inside / WEIGHTS_FILE):
+        for path in (inside, inside / native_adapter.CONFIG_FILE, inside / native_adapter.WEIGHTS_FILE):
             if path.is_symlink():
                 raise UserError(f"{path} is a link")
-        native = load_native_adapter(inside)
+        native = native_adapter.load_native_adapter(inside)
     except UserError as error:
-        return None, (f"{folder}: only its PEFT files are used, since {inputs.NATIVE_FOLDER}/ is broken: {error}",)
+        return None, (f"{because} {name} is broken: {error}",)
     if not _unlike_export(lora, source, native, stored_dtype(folder)):
         return native, ()
-    changed = (
-        f"{folder}: only its PEFT files are used, since they are not what the adapter in {inputs.NATIVE_FOLDER}/ gives"
-    )
-    return None, (f"{changed}; they were changed after the export",)
+    return None, (f"{because} they are not what the adapter in {name} gives; they were changed after the export",)
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
     """The dtype of the tensors in a PEFT folder: fp32 if they have several."""
-    names = {entry["dtype"] for entry in read_header(folder / WEIGHTS_FILE).entries.values()}
+    names = {entry["dtype"] for entry in read_header(folder / native_adapter.WEIGHTS_FILE).entries.values()}
     return FLOAT_TYPES.get(names.pop(), torch.float32) if len(names) == 1 else torch.float32
 
 
-def _unlike_export(lora: Lora, source: ModelSource, native: NativeAdapter, dtype: torch.dtype) -> tuple[str, ...]:
+def _unlike_export(
+    lora: Lora, source: ModelSource, native: native_adapter.NativeAdapter, dtype: torch.dtype
+) -> tuple[str, ...]:
     """A sentence for everything in which a LoRA differs from the export of a native adapter in `dtype`, bit by bit."""
     config, block = native.config, source.shape.block
     fits = config.targets == targets_of(source.shape, [target.name for target in config.targets])
@@ -283,7 +273,7 @@ def _unlike_export(lora: Lora, source: ModelSource, native: NativeAdapter, dtype
     for (layer, module), pair in lora.items():
         name = f"base_model.model.{block.source.format(index=layer - 1)}.{module}"
         found |= {f"{name}.lora_A.weight": pair.a, f"{name}.lora_B.weight": pair.b}
-    exported = peft_tensors(source, native, rank=rank, dtype=dtype)
+    exported = export_peft.peft_tensors(source, native, rank=rank, dtype=dtype)
     differences = [f"{name} is not in the adapter's export" for name in found if name not in exported]
     for name, tensor in exported.items():
         if name not in found:
@@ -293,7 +283,7 @@ def _unlike_export(lora: Lora, source: ModelSource, native: NativeAdapter, dtype
     return tuple(differences)
 
 
-def compare_export(folder: Path, source: ModelSource, adapter: NativeAdapter) -> tuple[str, ...] | None:
+def compare_export(folder: Path, source: ModelSource, adapter: native_adapter.NativeAdapter) -> tuple[str, ...] | None:
     """A sentence for everything in which the PEFT files in `folder` differ from the export of `adapter`, bit by bit;
     None if this package did not export them.
 
@@ -302,7 +292,7 @@ def compare_export(folder: Path, source: ModelSource, adapter: NativeAdapter) ->
     """
     if not (folder / inputs.EXPORT_RECORD).is_file():
         return None
-    file = folder / WEIGHTS_FILE
+    file = folder / native_adapter.WEIGHTS_FILE
     lora, _ = read_lora(folder, read_peft_config(folder), source)
     return tuple(f"{file}: {difference}" for difference in _unlike_export(lora, source, adapter, stored_dtype(folder)))
 

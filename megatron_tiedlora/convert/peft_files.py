@@ -320,7 +320,7 @@ _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 class Pair(NamedTuple):
-    """What PEFT adds to one module: scale B A, with the fp32 A (r, in) and B (rows, r)."""
+    """PEFT's update of one module: scale B A, with the fp32 A (r, in) and B (rows, r)."""
 
     a: torch.Tensor
     b: torch.Tensor

@@ -27,13 +27,9 @@ from megatron_tiedlora.checkpoint.load_model import MergedWeights, row_blocks
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES
-from megatron_tiedlora.convert.inputs import trained_otherwise
-from megatron_tiedlora.convert.layerwise import Weights, layerwise_logits
-from megatron_tiedlora.convert.merge import merged_onto, reject_quantised
+from megatron_tiedlora.convert import inputs, layerwise, merge
 from megatron_tiedlora.convert.open_adapter import compare_export, read_peft, stored_dtype
-from megatron_tiedlora.model.families import shape_from_hf
-from megatron_tiedlora.model.hf_config import read_hf_config
-from megatron_tiedlora.model.weights import num_base_parameters, stored_shapes
+from megatron_tiedlora.model import families, hf_config, weights
 
 _PROBED = (2, 48)  # rows and tokens of the input
 LARGEST_WHOLE = 8_000_000_000  # bytes of a model in fp32 that is loaded whole without being asked for
@@ -47,7 +43,7 @@ Wanted = Literal["equal", "different", "rounded"]
 
 @dataclass(frozen=True)
 class BitComparison:
-    """What was compared bit by bit, in words, and a sentence for each tensor that is wrong."""
+    """A comparison bit by bit: what was compared, in words, and a sentence for each tensor that is wrong."""
 
     compared: str
     differences: tuple[str, ...]
@@ -125,7 +121,7 @@ class Verification:
 def choose_runtimes(
     source: ModelSource, given: str | None, *, merged: Path | None, peft: Path | None, dtype: torch.dtype
 ) -> tuple[tuple[str, ...], str]:
-    """Which of `RUNTIMES` load the exports too, and a note if there are none because the model is large.
+    """The ones of `RUNTIMES` that load the exports too, and a note if some are left out.
 
     Args:
         given: the value of --in; None for each that has an export, if the model is small.
@@ -137,19 +133,17 @@ def choose_runtimes(
     exports = {"transformers": merged, "peft": peft}
     there = tuple(name for name in RUNTIMES if exports[name] is not None)
     if given is None:
-        size, kind = 4 * num_base_parameters(source.shape), source.stored_base
+        size, kind, why = 4 * weights.num_base_parameters(source.shape), source.stored_base, ""
         if dtype != torch.float32 or not there:
             return (), ""
         if size > LARGEST_WHOLE:
             words = f"takes {messages.bytes_in_words(size)} in fp32; --in {','.join(there)} loads all of it there too"
             return (), f"{source.name} {words}"
-        if peft is None or (has_peft() and kind is None):
-            return there, ""
-        if has_peft():
-            why = f"PEFT computes a base in {kind} in other ways, so it has not loaded the export; see --in"
-        else:
+        if peft is not None and not has_peft():
             why = "peft is not installed, so it has not loaded the export"
-        return tuple(name for name in there if name != "peft"), why
+        elif peft is not None and kind is not None:
+            why = f"PEFT computes a base in {kind} in other ways, so it has not loaded the export; see --in"
+        return tuple(name for name in there if not why or name != "peft"), why
     names = [] if given == "none" else given.split(",")
     for name in names:
         if name not in RUNTIMES:
@@ -185,12 +179,12 @@ def verify_export(
     """
     if peft is not None and dtype != torch.float32:
         raise UserError("--dtype bf16: a PEFT adapter is compared in fp32 only; leave --peft or --dtype out")
-    onto, trained = None if merged is None else merged_onto(merged), adapter.base_identity.base_format
+    onto, trained = None if merged is None else merge.merged_onto(merged), adapter.base_identity.base_format
     if merged is not None and (onto is None or (source.stored is not None and source.stored.base_format != onto)):
-        reject_quantised(source)
+        merge.reject_quantised(source)
     # Of a folder that is quantised the values are there as training saw them.
     made_onto = None if source.stored is not None else onto
-    otherwise = trained_otherwise(source, adapter)
+    otherwise = inputs.trained_otherwise(source, adapter)
     if otherwise and made_onto is not None:
         raise UserError(f"--merged {merged}: {otherwise}")
     runtimes, note = choose_runtimes(source, inside, merged=merged, peft=peft, dtype=dtype)
@@ -213,7 +207,7 @@ def verify_export(
     with ExitStack() as opened:
         base = opened.enter_context(BaseWeights(source.weights_folder(), source.shape, source.stored))
         of_peft = {} if imported is None else {"peft": imported.adapter}
-        models: list[Weights] = [(base.read, {"native": adapter, "plain": None, **of_peft})]
+        models: list[layerwise.Weights] = [(base.read, {"native": adapter, "plain": None, **of_peft})]
         for name in {str(known) for known in (trained, onto) if known not in (None, source.stored_base)}:
             quantised = opened.enter_context(MergedWeights(source, None, base_format=name))
             models.append((quantised.read, {name: adapter}))
@@ -223,7 +217,7 @@ def verify_export(
                 models.append((lambda name, rows: once.read(name, rows).to(stored[name]), {"rounded": None}))
             written = opened.enter_context(BaseWeights(merged, source.shape))
             models.append((written.read, {"merged": None}))
-        found = layerwise_logits(source.shape, models, tokens, dtype=dtype, progress=progress)
+        found = layerwise.layerwise_logits(source.shape, models, tokens, dtype=dtype, progress=progress)
     native, rounded = found["native"], found.get("rounded")
     rows = [compare_logits("base without adapter", native, found["plain"], "different")]
     if trained is not None and trained in found:
@@ -256,7 +250,7 @@ def verify_export(
 def _stored_types(source: ModelSource, merged: Path) -> dict[str, torch.dtype]:
     """The dtype of every tensor of the merged folder, whose names and shapes must be the base's."""
     file = merged / "config.json"
-    found = replace(source, shape=shape_from_hf(read_hf_config(merged), source=str(file)))
+    found = replace(source, shape=families.shape_from_hf(hf_config.read_hf_config(merged), source=str(file)))
     if found.shape != source.shape:
         here, there = (identify_shape(model, "fp32", weights_hash="") for model in (found, source))
         sizes = ((name, getattr(here, name), getattr(there, name)) for name in SHAPE_FIELDS)
@@ -266,7 +260,7 @@ def _stored_types(source: ModelSource, merged: Path) -> dict[str, torch.dtype]:
             " base with --model"
         )
     with BaseWeights(merged, source.shape) as written:  # checks names and shapes
-        return {name: written.dtype(name) for name in stored_shapes(written.rules)}
+        return {name: written.dtype(name) for name in weights.stored_shapes(written.rules)}
 
 
 def compare_logits(name: str, native: torch.Tensor, other: torch.Tensor, wanted: Wanted) -> LogitComparison:
@@ -332,12 +326,7 @@ def transformers_logits(
 
 
 def compare_merged(
-    source: ModelSource,
-    adapter: NativeAdapter,
-    merged: Path,
-    *,
-    base_format: str | None = None,
-    progress: bool = False,
+    source: ModelSource, adapter: NativeAdapter, merged: Path, *, base_format: str | None = None, progress: bool = False
 ) -> BitComparison:
     """Compare every tensor in the files of the folder `merged` with base and adapter, in the memory of some rows.
 
@@ -354,7 +343,7 @@ def compare_merged(
     with ExitStack() as opened:
         base = opened.enter_context(MergedWeights(source, adapter, base_format=base_format))
         written = opened.enter_context(WeightFiles(merged))
-        names = stored_shapes(base.rules)
+        names = weights.stored_shapes(base.rules)
         dtype = None if source.stored is not None else _merge_dtype(base, written, names)
         tensors = [
             (file, *item)
@@ -415,12 +404,7 @@ def _why_unlike(
 
 
 def _compare_values(
-    base: MergedWeights,
-    written: Any,
-    name: str,
-    entry: Mapping[str, Any],
-    like: str,
-    compared: Callable[[int], object],
+    base: MergedWeights, written: Any, name: str, entry: Mapping[str, Any], like: str, compared: Callable[[int], object]
 ) -> str | None:
     """How the values of a tensor differ from what they must be; None if they do not.
 

@@ -1,1 +1,1 @@
-"""What other programs use: the Python interface, the method for PEFT, and uploads to the hub."""
+"""The interfaces for other programs: in Python, the method for PEFT, and uploads to the hub."""

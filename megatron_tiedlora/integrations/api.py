@@ -16,22 +16,20 @@ from torch.utils.hooks import RemovableHandle
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter
 from megatron_tiedlora.base.messages import UserError, require_extra, user_path
+from megatron_tiedlora.checkpoint import load_model, sources
 from megatron_tiedlora.checkpoint.base_identity import base_layer_of, check_same_base, identify_in_memory, model_source
-from megatron_tiedlora.checkpoint.load_model import check_whole, find_places, merge_, with_update
 from megatron_tiedlora.checkpoint.native_adapter import AdaptedTensor, NativeAdapter, load_native_adapter
-from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.checkpoint.tensor_files import DTYPES
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.convert.inputs import adapter_kind
-from megatron_tiedlora.runtime.launch_env import RANK_VARIABLES, prepare_environment
-from megatron_tiedlora.runtime.process_group import leave_process_group
-from megatron_tiedlora.runtime.stopping import STOP_SIGNALS
+from megatron_tiedlora.runtime import launch_env, process_group, stopping
+from megatron_tiedlora.runtime.launch_env import RANK_VARIABLES
 from megatron_tiedlora.training.run import train_rank
 
 
 @dataclass
 class _Attachment:
-    """What is on a model: the adapter that is attached or merged, and the hooks of an attached one."""
+    """The adapter that is attached to a model or merged into it, and the hooks of an attached one."""
 
     adapter: NativeAdapter
     merged: bool = False
@@ -68,7 +66,7 @@ def load_base(
     from transformers import AutoModelForCausalLM
 
     trained = adapter.base_identity
-    folder = find_model(model or trained.base_model).weights_folder()
+    folder = sources.find_model(model or trained.base_model).weights_folder()
     keywords.setdefault("attn_implementation", "sdpa")  # the config's own may name code on the hub
     return AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype or DTYPES[trained.dtype], use_safetensors=True, trust_remote_code=False, **keywords
@@ -159,11 +157,8 @@ def _check(model: Any, adapter: NativeAdapter, *, base_differs: bool) -> None:
     """Raise UserError as `attach`, and warn of what a user should know about the base."""
     state = getattr(model, _STATE, None)
     if state is not None:
-        raise UserError(
-            "an adapter is merged into the model already; load the model again"
-            if state.merged
-            else "the model has an adapter already; detach(model) first"
-        )
+        is_merged = "an adapter is merged into the model already; load the model again"
+        raise UserError(is_merged if state.merged else "the model has an adapter already; detach(model) first")
     trained, found = adapter.base_identity, identify_in_memory(model, model_source(model))
     for note in check_same_base(trained, found, source="the adapter", differs=base_differs, in_memory=True):
         warnings.warn(note, stacklevel=3)  # of the caller of attach or merge
@@ -181,15 +176,15 @@ def _add_update(
     update: TiedAdapter, place: AdaptedTensor, module: nn.Module, inputs: tuple[torch.Tensor, ...], z: torch.Tensor
 ) -> torch.Tensor:
     """A hook, at the module's level so that an adapted model can be copied and pickled."""
-    return with_update(z, inputs[0], update, place)
+    return load_model.with_update(z, inputs[0], update, place)
 
 
 def _merge(model: Any, adapter: NativeAdapter) -> None:
     update, places = _on(model, adapter)
     for name, place in places.items():  # before any weight is changed
-        check_whole(model.get_submodule(name).weight.data, place)
+        load_model.check_whole(model.get_submodule(name).weight.data, place)
     for name, place in places.items():
-        merge_(model.get_submodule(name).weight.data, update, place)
+        load_model.merge_(model.get_submodule(name).weight.data, update, place)
     setattr(model, _STATE, _Attachment(adapter, merged=True))
 
 
@@ -197,7 +192,7 @@ def _on(model: Any, adapter: NativeAdapter) -> tuple[TiedAdapter, dict[str, Adap
     """The factors on the model's device, and the modules that they change."""
     update = TiedAdapter(AdapterPart.whole(adapter.config)).requires_grad_(False)
     update.load_full(adapter.state)
-    places = dict(find_places(model_source(model).shape, adapter.config))
+    places = dict(load_model.find_places(model_source(model).shape, adapter.config))
     device = base_layer_of(model.get_submodule(next(iter(places)))).weight.device
     return (update if device.type == "meta" else update.to(device)), places  # meta: an offloaded module
 
@@ -245,7 +240,7 @@ def train(settings: Settings) -> TrainedRun:
     if settings.adapters is not None:
         raise UserError("adapters trains several together; use the command: tiedlora train --adapters FILE")
     with _restored_process():
-        prepare_environment()
+        launch_env.prepare_environment()
         try:
             end = train_rank(settings)
         except SystemExit as failed:
@@ -263,11 +258,11 @@ def train(settings: Settings) -> TrainedRun:
 def _restored_process() -> Iterator[None]:
     """Undo what a run changes in its process: the variables of a rank, the handlers of signals, the process group."""
     variables = {name: os.environ.get(name) for name in RANK_VARIABLES}
-    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in stopping.STOP_SIGNALS}
     try:
         yield
     finally:
-        leave_process_group()
+        process_group.leave_process_group()
         for name, value in variables.items():
             if value is None:
                 os.environ.pop(name, None)

@@ -13,21 +13,13 @@ from peft import PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 
-from megatron_tiedlora.adapters.tied_adapter import (
-    AdapterConfig,
-    AdapterPart,
-    TiedAdapter,
-    initial_values,
-    make_adapter_config,
-    targets_of,
-)
-from megatron_tiedlora.base.files import check_file, write_json
+from megatron_tiedlora.adapters import tied_adapter
+from megatron_tiedlora.base import files
 from megatron_tiedlora.base.messages import UserError, __version__, shown
 from megatron_tiedlora.base.methods import FACTORS, METHOD_NAMES, find_method
 from megatron_tiedlora.base.shapes import QKV, TARGET_NAMES, ModelShape
-from megatron_tiedlora.checkpoint import native_adapter
+from megatron_tiedlora.checkpoint import load_model, native_adapter
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity, check_same_base, identify_in_memory, model_source
-from megatron_tiedlora.checkpoint.load_model import find_places, merge_, with_update
 from megatron_tiedlora.checkpoint.tensor_files import check_finite, check_tensors
 from megatron_tiedlora.config.fields import TARGETS_HELP, parse_targets
 
@@ -76,13 +68,13 @@ class TiedLoraConfig(PeftConfig):
         except ValueError as error:
             raise UserError(str(error).removeprefix("--")) from None
 
-    def resolve(self, shape: ModelShape, base: BaseIdentity) -> AdapterConfig:
+    def resolve(self, shape: ModelShape, base: BaseIdentity) -> tied_adapter.AdapterConfig:
         """Fill in what was left out, for a model of this shape and identity. Raises UserError if they do not fit."""
         layers = list(range(1, shape.num_layers + 1) if self.layers is None else self.layers)
         native_adapter.check_layers(layers, shape.num_layers)
         own: dict[str, Any] = {name: getattr(self, name) for name in ("seed", "alpha", "init_std_a", "init_std_b")}
-        targets = targets_of(shape, self.targets)
-        config = make_adapter_config(self.method, rank=self.r, layers=tuple(layers), targets=targets, **own)
+        own |= {"rank": self.r, "layers": tuple(layers), "targets": tied_adapter.targets_of(shape, self.targets)}
+        config = tied_adapter.make_adapter_config(self.method, **own)
         self.alpha, self.layers = config.alpha, layers
         self.init_std_a, self.init_std_b = config.init_std_a, config.init_std_b
         self.base = self.base or asdict(base)
@@ -96,7 +88,7 @@ class TiedLoraConfig(PeftConfig):
         own = {name: getattr(self, name) for name in _SAME_NAMES}
         stored = native_adapter.StoredAdapter(**{**self.base, **own}, rank=self.r, qkv_layout="q|k|v")
         content = {**stored.fields(), "base_model_name_or_path": self.base_model_name_or_path, "version": __version__}
-        write_json(Path(save_directory) / native_adapter.CONFIG_FILE, content)
+        files.write_json(Path(save_directory) / native_adapter.CONFIG_FILE, content)
 
 
 def native_arguments(folder: Path) -> dict[str, Any]:
@@ -121,7 +113,7 @@ def weights_match(folder: Path) -> bool:
     weights, (*_, sums) = folder / native_adapter.WEIGHTS_FILE, native_adapter.read_config(folder)
     if not weights.is_file():
         return False
-    check_file(weights, sums)
+    files.check_file(weights, sums)
     return True
 
 
@@ -155,7 +147,7 @@ class TiedLoraLinear(nn.Module, BaseTunerLayer):
             return z
         for name in self.active_adapters:
             if name in self.places:
-                z = with_update(z, x, self._adapter(name), self.places[name])
+                z = load_model.with_update(z, x, self._adapter(name), self.places[name])
         return z
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -181,14 +173,14 @@ class TiedLoraLinear(nn.Module, BaseTunerLayer):
         self.places.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
-    def _adapter(self, name: str) -> TiedAdapter:
-        return cast(TiedAdapter, self.tied_lora_adapters[name])
+    def _adapter(self, name: str) -> tied_adapter.TiedAdapter:
+        return cast(tied_adapter.TiedAdapter, self.tied_lora_adapters[name])
 
     def _add(self, name: str, *, sign: int = 1, safe: bool = False) -> None:
         base: Any = self.get_base_layer()
         weight: torch.Tensor = base.weight.data
         merged = weight.clone() if safe else weight
-        merge_(merged, self._adapter(name), self.places[name], sign=sign)
+        load_model.merge_(merged, self._adapter(name), self.places[name], sign=sign)
         if safe and not merged.isfinite().all():
             raise UserError(f"adapter {name}: merged, {self.places[name].stored} holds numbers that are not finite")
         weight.copy_(merged)
@@ -252,17 +244,19 @@ class TiedLoraModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             adapter.requires_grad_(False)
 
-    def _new_adapter(self, config: TiedLoraConfig) -> tuple[TiedAdapter, Mapping[str, native_adapter.AdaptedTensor]]:
+    def _new_adapter(
+        self, config: TiedLoraConfig
+    ) -> tuple[tied_adapter.TiedAdapter, Mapping[str, native_adapter.AdaptedTensor]]:
         """An adapter with the initial values of its config, and its places in the model."""
         if config.base:
             trained = BaseIdentity(**config.base)
             for note in check_same_base(trained, self._found, source="the adapter", differs=True, in_memory=True):
                 warnings.warn(note, stacklevel=4)
         described = config.resolve(self._source.shape, self._found)
-        adapter = TiedAdapter(AdapterPart.whole(described))
+        adapter = tied_adapter.TiedAdapter(tied_adapter.AdapterPart.whole(described))
         if not any(weight.is_meta for weight in adapter.parameters()):  # low_cpu_mem_usage
-            adapter.load_full(initial_values(described))
-        return adapter, find_places(self._source.shape, described)
+            adapter.load_full(tied_adapter.initial_values(described))
+        return adapter, load_model.find_places(self._source.shape, described)
 
     def _create_and_replace(
         self,
@@ -285,9 +279,9 @@ class TiedLoraModel(BaseTuner):
         return peft_config
 
     @classmethod
-    def _adapter_of(cls, model: Any, adapter_name: str) -> TiedAdapter:
+    def _adapter_of(cls, model: Any, adapter_name: str) -> tied_adapter.TiedAdapter:
         tuner = model if isinstance(model, cls) else model.base_model
-        return cast(TiedAdapter, tuner.tied_lora_adapters[adapter_name])
+        return cast(tied_adapter.TiedAdapter, tuner.tied_lora_adapters[adapter_name])
 
     @classmethod
     def _get_adapter_state_dict(
@@ -304,7 +298,7 @@ class TiedLoraModel(BaseTuner):
         held = {key.rpartition(prefix)[2]: value for key, value in state_dict.items() if prefix in key}
         for name in described.tensors:
             if name not in held:
-                if AdapterPart.whole(described).exists(name):
+                if tied_adapter.AdapterPart.whole(described).exists(name):
                     raise UserError(f"adapter {adapter_name}: the state dict lacks its tensor {name}")
                 held[name] = torch.ones(described.shape(name))
         return {name: held[name].float() for name in described.tensors}

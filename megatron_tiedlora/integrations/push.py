@@ -1,4 +1,4 @@
-"""Writes what is published of a run, and uploads it to the Hugging Face hub: the export with a model card, which has
+"""Writes the folder of a run that is published, and uploads it to the Hugging Face hub: the export with a model card of
 its base, method, scores, the command that trained it, and versions.
 
 The folder has no path of this host: the base and the tokenizer are named, and files by the last part of their names.
@@ -14,13 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_tiedlora.base.files import read_json_object, read_yaml_mapping, write_json
+from megatron_tiedlora.base import files, output_folder
 from megatron_tiedlora.base.messages import UserError, first_line, printable, user_path
-from megatron_tiedlora.base.output_folder import last_name, new_output
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, write_adapter_files
 from megatron_tiedlora.checkpoint.sources import ModelSource
+from megatron_tiedlora.config import cli
 from megatron_tiedlora.config.adapter_settings import PushSettings
-from megatron_tiedlora.config.cli import HUB_NAMES
 from megatron_tiedlora.config.fields import declared, flag_value, marked
 from megatron_tiedlora.config.settings import TASK_NAMES, Settings, make_settings
 from megatron_tiedlora.convert.export_peft import base_name, export_peft
@@ -73,11 +72,11 @@ def write_published(settings: PushSettings, output: Path, *, say: Callable[[str]
         source,
         name,
         base_on_hub=named is not None or source.from_hub,
-        settings=read_yaml_mapping(run.settings) if run.is_run else {},
-        scores=read_json_object(run.scores, kind="scores") if run.scores.is_file() else {},
+        settings=files.read_yaml_mapping(run.settings) if run.is_run else {},
+        scores=files.read_json_object(run.scores, kind="scores") if run.scores.is_file() else {},
     )
     plot = run.path / "loss.png"
-    with new_output(output) as temporary:
+    with output_folder.new_output(output) as temporary:
         differs, inside = settings.base_differs, nullcontext(temporary)
         export_peft(source, adapter, output, named=name, base_differs=differs, say=say, new=lambda _: inside)
         _hide_paths(temporary, facts)
@@ -97,9 +96,9 @@ def _hide_paths(folder: Path, facts: "CardFacts") -> None:
     (folder / NATIVE_FOLDER).mkdir()
     base = replace(adapter.base_identity, base_model=facts.base, tokenizer=tokenizer)
     write_adapter_files(folder / NATIVE_FOLDER, adapter.config, base, adapter.state)
-    record = read_json_object(folder / EXPORT_RECORD, kind="the record of an export")
+    record = files.read_json_object(folder / EXPORT_RECORD, kind="the record of an export")
     record.pop(BASE_PATH, None)
-    write_json(folder / EXPORT_RECORD, {**record, "base_model": facts.base, "tokenizer": tokenizer})
+    files.write_json(folder / EXPORT_RECORD, {**record, "base_model": facts.base, "tokenizer": tokenizer})
 
 
 def upload(folder: Path, repo: str, *, private: bool) -> str:
@@ -121,7 +120,7 @@ def upload(folder: Path, repo: str, *, private: bool) -> str:
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card says of an adapter.
+    """The facts of an adapter's model card.
 
     Attributes:
         repo: OWNER/NAME.
@@ -152,7 +151,7 @@ def model_card(facts: CardFacts) -> str:
             _metadata(facts),
             "---",
             "",
-            f"# {last_name(facts.repo)}",
+            f"# {output_folder.last_name(facts.repo)}",
             "",
             f"A {_OTHERS.get(config.method, _TIED)} adapter of {_code(facts.base)}: method"
             f" `{config.method}` of rank {config.rank} on {targets} of {len(config.layers)} layers, with {trained:,}"
@@ -194,7 +193,7 @@ def _metadata(facts: CardFacts) -> str:
     ]
     base: dict[str, Any] = {"base_model": facts.base, "base_model_relation": "adapter"} if facts.base_on_hub else {}
     data = ModelCardData(
-        model_name=last_name(facts.repo),
+        model_name=output_folder.last_name(facts.repo),
         library_name="peft",
         pipeline_tag="text-generation",
         tags=["lora", *([] if facts.adapter.config.method in _OTHERS else ["tied-lora"]), "megatron_tiedlora"],
@@ -245,7 +244,7 @@ def _training_section(facts: CardFacts) -> Iterator[str]:
 
 
 def _derived(chosen: Mapping[str, Any], facts: CardFacts) -> dict[str, Any]:
-    """What a run with the settings `chosen` would derive itself, by name; empty if it would reject them."""
+    """Settings that a run with `chosen` would derive itself, by name; empty if it would reject them."""
     # The adapter of --init_from decides what is recorded here too, and need not be there any more.
     left_out = (*_DERIVED, "init_from", "epochs")
     given = {name: value for name, value in chosen.items() if name not in left_out}
@@ -266,10 +265,10 @@ def without_folders(given: str, settings: Mapping[str, Any]) -> str:
     Hub ids stay if `settings`, the content of run.yaml, says that they were some. Nothing is looked up here: what a
     name means on this host, in this folder, is not what it meant to the run.
     """
-    from_hub = settings.get(HUB_NAMES)
+    from_hub = settings.get(cli.HUB_NAMES)
     ids = from_hub if isinstance(from_hub, list) else []  # a run.yaml may be edited
     names = map(str.strip, given.split(","))
-    return ",".join(name if name.partition(":")[0] in ids else last_name(name) for name in names)
+    return ",".join(name if name.partition(":")[0] in ids else output_folder.last_name(name) for name in names)
 
 
 def _code(text: str) -> str:

@@ -72,7 +72,7 @@ def _cells(figures: Figures) -> dict[str, str]:
 
 
 def _step(report: Figures) -> list[str]:
-    """Of one process. Ratios compare our side with another one."""
+    """The report of --what step. Ratios compare our side with another one."""
     sides = report["sides"]
     ours, *others = sides
     lines = [
@@ -91,7 +91,7 @@ def _step(report: Figures) -> list[str]:
 
 
 def _adapters(report: Figures) -> list[str]:
-    """Of several adapters, in turn and together."""
+    """The report of several adapters, in turn and together."""
     before, after = report["load"]
     first, setup = _head(report, f"recompute {report['recompute']}; kernels {report['kernels']}")
     return [
@@ -106,7 +106,7 @@ def _adapters(report: Figures) -> list[str]:
 
 
 def _scaling(report: Figures) -> list[str]:
-    """Of several values. The last column has the additional seconds per unit, compared with the value before."""
+    """The report of --what scaling; the last column has the additional seconds per unit since the value before."""
     lines = _head(report, f"kernels {report['kernels']}")
     for name, measured in report["axes"].items():
         slopes = [""]
@@ -119,7 +119,7 @@ def _scaling(report: Figures) -> list[str]:
 
 
 def _decoding(report: Figures) -> list[str]:
-    """Of decoding, here and in transformers."""
+    """The report of decoding, here and in transformers."""
     ours, theirs = (median(taken) for taken in report["seconds"].values())
     tokens = report["batch_size"] * report["new_tokens"]
     return [
@@ -133,7 +133,7 @@ def _decoding(report: Figures) -> list[str]:
 
 
 def _layout(report: Figures, planned: Planned) -> list[str]:
-    """Of a layout. The step comes first, then the sections of its plan, each with what was measured."""
+    """The report of a layout: the step, then the sections of its plan, each with what was measured."""
     on_card = report["planned"] is not None  # else no machine was named
     partition, memory, messages, *time = layout_sections(planned, on_card=on_card)
     stages = [[member for member in report["ranks"] if member["stage"] == stage.index] for stage in planned.stages]

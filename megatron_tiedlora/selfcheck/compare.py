@@ -26,33 +26,18 @@ from megatron_tiedlora.checkpoint.tensor_files import DTYPES
 from megatron_tiedlora.config.settings import DEFAULT_TASK
 from megatron_tiedlora.config.tool_settings import BenchSettings
 from megatron_tiedlora.convert.export_peft import target_modules
-from megatron_tiedlora.data.encode import encode_prompts
-from megatron_tiedlora.data.loader import collate, shared_micro_batch, shared_rounds
-from megatron_tiedlora.data.splits import load_split
-from megatron_tiedlora.data.tokenizer import load_tokenizer
+from megatron_tiedlora.data import encode, loader, splits, tokenizer
 from megatron_tiedlora.engine.runner import Losses
 from megatron_tiedlora.evaluation.generate import Decoder, Prompts, generate
 from megatron_tiedlora.model.batch import MicroBatch
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.model.weights import weight_rules
-from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, WeightMaker, frozen_weights
-from megatron_tiedlora.parallel.groups import ParallelGroups
+from megatron_tiedlora.parallel import frozen_weight, groups
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.planning.passes import step_flops
 from megatron_tiedlora.planning.run_plan import RunPlan
-from megatron_tiedlora.selfcheck import step_bench
-from megatron_tiedlora.selfcheck.timing import (
-    about,
-    default_device,
-    in_own_process,
-    kernel_seconds,
-    peak_bytes,
-    restart_peak,
-    saved_by_autograd,
-    storage_bytes,
-    take_turns,
-)
+from megatron_tiedlora.selfcheck import step_bench, timing
 from megatron_tiedlora.training.throughput import ChosenKernels, choose_kernels, find_peak, timed
 
 OURS, PADDED, PACKED = "megatron_tiedlora", "PEFT LoRA", "PEFT LoRA, packed"
@@ -102,9 +87,9 @@ class Side:
         """The total bytes that autograd saves for the micro-batches of a turn, without parameters."""
         total = 0
         for batch in self.batches:
-            with saved_by_autograd(self.model) as saved:
+            with timing.saved_by_autograd(self.model) as saved:
                 self.forward(batch)
-            total += storage_bytes(saved)
+            total += timing.storage_bytes(saved)
         return total
 
 
@@ -133,13 +118,12 @@ def make_sides(
 
 def _our_sides(plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | None) -> dict[str, Side]:
     """Our side with one adapter; or the sides of several adapters, which differ in their seeds and share a model."""
-    device, source = default_device(), plan.source
+    device, source = timing.default_device(), plan.source
     chosen = chosen or choose_kernels(plan, device)
     given: dict[str, Any] = {"dtype": plan.dtype, "make_weight": plan.weight_maker(device), "device": device}
-    if source.folder is None:
-        stage = random_stage(source.shape, plan.adapter, kernels=chosen.kernels, **given)
-    else:
-        stage = load_model(source, None, kernels=chosen.kernels, **given)
+    given["kernels"] = chosen.kernels
+    is_random = source.folder is None
+    stage = random_stage(source.shape, plan.adapter, **given) if is_random else load_model(source, None, **given)
     names = [ONLY] if settings.adapters is None else [f"adapter {number}" for number in range(settings.adapters)]
     adapters = {name: whole_adapter(replace(plan.adapter, seed=seed), device) for seed, name in enumerate(names)}
     stage.hold(AdapterBank(adapters), is_engines=settings.adapters is None)
@@ -158,18 +142,18 @@ def _our_sides(plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | N
 
     optimizers = {name: _optimizer(adapter) for name, adapter in adapters.items()}
     in_turn: list[TimedStep] = [
-        ([shared_micro_batch([(name, batch)]) for batch in step.micro_batches], [optimizers[name]])
+        ([loader.shared_micro_batch([(name, batch)]) for batch in step.micro_batches], [optimizers[name]])
         for name, step in taken.items()
     ]
     if settings.adapters is None:
         counts = first.num_tokens, first.squared_lengths, first.num_supervised
         flops = step_flops(source.shape, plan.adapter, *counts).total()
         return {OURS: Side(stage, in_turn, forward, device, flops, chosen.description)}
-    rounds = shared_rounds(taken, capacity=settings.shared_tokens or settings.adapters * settings.adapter_tokens)
+    rounds = loader.shared_rounds(taken, capacity=settings.shared_tokens or settings.adapters * settings.adapter_tokens)
     only, *_ = adapters
     by_side: dict[str, list[TimedStep]] = {
         IN_TURN: in_turn,
-        TOGETHER: [([shared_micro_batch(parts) for parts in rounds], list(optimizers.values()))],
+        TOGETHER: [([loader.shared_micro_batch(parts) for parts in rounds], list(optimizers.values()))],
         ONE: [([_stacked(only, [batch for _, batch in parts]) for parts in rounds], [optimizers[only]])],
     }
     return {side: Side(stage, steps, forward, device, None, chosen.description) for side, steps in by_side.items()}
@@ -188,14 +172,14 @@ def random_stage(
     adapter: AdapterConfig,
     *,
     dtype: torch.dtype,
-    make_weight: WeightMaker = FrozenWeight.empty,
+    make_weight: frozen_weight.WeightMaker = frozen_weight.FrozenWeight.empty,
     device: torch.device,
     kernels: Kernels = EAGER,
 ) -> Stage:
     """The whole model with random weights, which are drawn in place, and the adapter with its initial values."""
     with device:
         stage = Stage(layer_specs(shape, dtype=dtype, kernels=kernels, make_weight=make_weight), None)
-    load_base_weights(RandomWeights(weight_rules(shape)), frozen_weights(stage))
+    load_base_weights(RandomWeights(weight_rules(shape)), frozen_weight.frozen_weights(stage))
     stage.hold(whole_adapter(adapter, device))
     return stage
 
@@ -212,7 +196,7 @@ def _peft(plan: RunPlan, settings: BenchSettings, *, packed: bool) -> Side:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    device, values = default_device(), step_bench.random_config(settings)
+    device, values = timing.default_device(), step_bench.random_config(settings)
     base: Any
     if values is not None:
         with device:  # no copy of another dtype or device, whose freed pages the step would use
@@ -230,7 +214,7 @@ def _peft(plan: RunPlan, settings: BenchSettings, *, packed: bool) -> Side:
     if settings.task is not None and not packed:
         size = settings.padded_rows  # the samples come in their order, as a trainer takes them that does not sort
         starts = range(0, len(dataset), size)
-        batches = [collate(dataset, [[start + row] for row in range(size)], pad_id=pad_id) for start in starts]
+        batches = [loader.collate(dataset, [[start + row] for row in range(size)], pad_id=pad_id) for start in starts]
 
     def forward(batch: MicroBatch) -> torch.Tensor:
         # transformers shifts the labels itself.
@@ -263,8 +247,7 @@ def measure_sides(settings: BenchSettings) -> dict[str, Any]:
     Raises:
         UserError: a value does not fit. The message names its flag. Nothing has been measured yet.
     """
-    measures = {"step": _measure_step, "scaling": _measure_scaling, "decoding": _measure_decoding}
-    return measures[settings.what](settings)
+    return {"step": _measure_step, "scaling": _measure_scaling, "decoding": _measure_decoding}[settings.what](settings)
 
 
 def _seconds(
@@ -272,13 +255,13 @@ def _seconds(
 ) -> dict[str, list[float]]:
     """The seconds of the steps, which take turns, by name."""
     timers = {name: partial(timed, step, device) for name, step in steps.items()}
-    return take_turns(timers, repeats=settings.repeats, uncounted=uncounted)
+    return timing.take_turns(timers, repeats=settings.repeats, uncounted=uncounted)
 
 
 def _measure_step(settings: BenchSettings) -> dict[str, Any]:
     plan = step_bench.plan_benchmark(settings)
     makers = make_sides(plan, settings)
-    memory = {name: in_own_process(name, _step_memory, plan, settings, name) for name in makers}
+    memory = {name: timing.in_own_process(name, _step_memory, plan, settings, name) for name in makers}
     sides = {name: make() for name, make in makers.items()}
     first, *_ = sides.values()
     before = os.getloadavg()[0]  # of the last minute; figures on a shared machine depend on it
@@ -286,7 +269,7 @@ def _measure_step(settings: BenchSettings) -> dict[str, Any]:
     load = [before, os.getloadavg()[0]]
     figures = {name: {"seconds": seconds[name], **memory[name]} for name in sides}
     several = () if settings.adapters is None else ("adapters", "rows", "length")
-    report = about(settings, plan.settings.base, first.device, *_STEP, *several, kernels=first.kernels)
+    report = timing.about(settings, plan.settings.base, first.device, *_STEP, *several, kernels=first.kernels)
     if settings.adapters is not None:
         middle = {name: median(taken) for name, taken in seconds.items()}
         return {
@@ -312,7 +295,7 @@ def _measure_step(settings: BenchSettings) -> dict[str, Any]:
         }
         if peak is not None:
             mfu = None if side.flops is None else side.flops / median(seconds[name]) / peak
-            figures[name] |= {"mfu": mfu, "kernel_seconds": kernel_seconds(side.step)}
+            figures[name] |= {"mfu": mfu, "kernel_seconds": timing.kernel_seconds(side.step)}
     return {**report, "matmul_flops_per_second": rate, "sides": figures}
 
 
@@ -322,9 +305,9 @@ def _step_memory(plan: RunPlan, settings: BenchSettings, name: str) -> dict[str,
     Call it in a fresh process, because an allocator other than glibc's may reuse memory of earlier turns.
     """
     side = make_sides(plan, settings)[name]()
-    held = restart_peak(side.device)
+    held = timing.restart_peak(side.device)
     side.step()
-    most = peak_bytes(side.device)
+    most = timing.peak_bytes(side.device)
     peak = {"peak": None if held is None or most is None else most - held}
     return peak if settings.adapters is not None else {**peak, "saved": side.saved_bytes()}
 
@@ -333,7 +316,7 @@ def _step_memory(plan: RunPlan, settings: BenchSettings, name: str) -> dict[str,
 
 
 def _measure_scaling(settings: BenchSettings) -> dict[str, Any]:
-    device, plan = default_device(), step_bench.plan_benchmark(settings.one_step())
+    device, plan = timing.default_device(), step_bench.plan_benchmark(settings.one_step())
     axes = {flag: [_one_step(settings, flag, value) for value in getattr(settings, flag)] for flag in AXES}
     chosen = choose_kernels(plan, device)
 
@@ -346,7 +329,7 @@ def _measure_scaling(settings: BenchSettings) -> dict[str, Any]:
         ]
 
     return {
-        **about(settings, plan.settings.base, device, "model", "method", "targets", kernels=chosen.description),
+        **timing.about(settings, plan.settings.base, device, "model", "method", "targets", kernels=chosen.description),
         "axes": {AXES[flag]: measured(flag) for flag, steps in axes.items() if steps},
     }
 
@@ -368,14 +351,16 @@ def _measure_decoding(settings: BenchSettings) -> dict[str, Any]:
     """Greedy decoding here and in transformers, on the same weights and prompts. No token ends a sequence."""
     from transformers import AutoModelForCausalLM
 
-    source, dtype, device = find_model(settings.model), DTYPES[settings.dtype], default_device()
+    source, dtype, device = find_model(settings.model), DTYPES[settings.dtype], timing.default_device()
     folder, new_tokens = source.weights_folder(), settings.new_tokens
-    examples = load_split(DEFAULT_TASK, "test", files={}, seed=0, limit=settings.batch_size)
-    encoded, _ = encode_prompts(load_tokenizer(folder), examples, max_length=source.shape.limit.tokens - new_tokens)
+    examples = splits.load_split(DEFAULT_TASK, "test", files={}, seed=0, limit=settings.batch_size)
+    encoded, _ = encode.encode_prompts(
+        tokenizer.load_tokenizer(folder), examples, max_length=source.shape.limit.tokens - new_tokens
+    )
     prompts = [ids.tolist() for ids in encoded]
     base_format = source.base_format(settings.base)
     stage = load_model(source, None, dtype=dtype, base_format=base_format, device=device)
-    decoder = Decoder(stage, ParallelGroups(), source.shape)
+    decoder = Decoder(stage, groups.ParallelGroups(), source.shape)
     theirs: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False)
     steps: dict[str, Callable[[], TokenRows]] = {
         "megatron_tiedlora": lambda: generate(decoder, [Prompts(prompts, (), new_tokens)])[0],
@@ -384,7 +369,7 @@ def _measure_decoding(settings: BenchSettings) -> dict[str, Any]:
     rows = [decode() for decode in steps.values()]
     return {
         "model": source.name,
-        **about(settings, base_format, device),
+        **timing.about(settings, base_format, device),
         "batch_size": len(prompts),
         "prompt_tokens": sum(map(len, prompts)),
         "new_tokens": new_tokens,

@@ -7,19 +7,18 @@ import pytest
 import torch
 
 from megatron_tiedlora.base.child_process import end_with_parent
-from megatron_tiedlora.runtime.launch_env import prepare_environment
-from megatron_tiedlora.runtime.process_group import join_process_group
+from megatron_tiedlora.runtime import launch_env, process_group
 from megatron_tiedlora.selfcheck.parts import OPTIONS, Tell, option, why_no_gpu
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """What `tiedlora check-gpu` tells a part."""
+    """Add the options that `tiedlora check-gpu` gives to a part."""
     for name, default in OPTIONS.items():
         parser.getgroup("check-gpu").addoption(f"--check-{name}", default=default, type=type(default))
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """A part ends with the command."""
+    """Register the marker, and let a part end with the command."""
     config.addinivalue_line("markers", "gpu: needs a GPU")
     if option(config, "folder"):
         end_with_parent()
@@ -35,7 +34,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def variables() -> None:
     """The variables of a run, before anything starts CUDA."""
-    prepare_environment()
+    launch_env.prepare_environment()
 
 
 @pytest.fixture(scope="session")
@@ -64,8 +63,8 @@ def gpu(device: torch.device) -> torch.device:
 @pytest.fixture(scope="session")
 def joined(device: torch.device) -> torch.device:
     """The device of this rank, as in a run: with PyTorch's settings for matmuls."""
-    prepare_environment()
-    return join_process_group(1.0, expected_ranks=1)
+    launch_env.prepare_environment()
+    return process_group.join_process_group(1.0, expected_ranks=1)
 
 
 @pytest.fixture

@@ -28,12 +28,10 @@ import psutil
 import torch
 from torch import distributed
 
-from megatron_tiedlora.base.shapes import BASE_NAMES, FP8_CAPABILITY, PRESETS, ModelShape, is_preset
+from megatron_tiedlora.base.shapes import BASE_NAMES, FP8_CAPABILITY, PRESETS, is_preset
 from megatron_tiedlora.checkpoint.sources import ModelSource
-from megatron_tiedlora.model.batch import whole_rows
+from megatron_tiedlora.model import batch, families, fused_attention
 from megatron_tiedlora.model.cpu_attention import TiledRows, attend_by_tiles, find_query_tiles, tile_size
-from megatron_tiedlora.model.families import shape_from_hf
-from megatron_tiedlora.model.fused_attention import attend_within, choose_attention
 from megatron_tiedlora.parallel.kernels import EAGER
 from megatron_tiedlora.parallel.quantised_weight import weight_maker
 from megatron_tiedlora.planning.machines import CPU, DEFAULT_GPU, GPUS, Constant, Machine, listed_peak
@@ -93,10 +91,6 @@ class _Measure:
     tokens: int
     seconds: float
 
-    @property
-    def shape(self) -> ModelShape:
-        return self.source.shape
-
     @cached_property
     def preset(self) -> Machine | None:
         """The preset of a card whose data sheet is known; None for other cards and for CPUs."""
@@ -153,11 +147,11 @@ class _Measure:
         number = min(_MOST, int(seconds / max(float(first), 1e-9)))
         return median([*taken, *(timed(step, self.device) for _ in range(number - 1))])
 
-    def _numbers(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+    def _random(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.randn(*shape, device=self.device).to(dtype)
 
     def context(self) -> Constant:
-        """What a process holds on a GPU beside PyTorch's allocator."""
+        """The bytes that a process holds on a GPU beside PyTorch's allocator."""
         torch.zeros(1, device=self.device)
         free, total = torch.cuda.mem_get_info(self.device)
         used = total - free - torch.cuda.memory_reserved(self.device)
@@ -165,14 +159,14 @@ class _Measure:
 
     def _matmul_line(self, name: str, peak: Constant, seconds: float) -> Iterator[tuple[str, Constant]]:
         """The share of the peak, and on a CPU the weights that are read each second beside that."""
-        weights, measure = 2 * self.shape.block.num_weights, partial(self._matmuls, _DTYPES[name])
+        weights, measure = 2 * self.source.shape.block.num_weights, partial(self._matmuls, _DTYPES[name])
         many, begins = self._two_terms(measure, 1, seconds)
         yield f"matmul.{name}", self._share(2 * self.tokens * weights / many, peak, "matmuls")
         yield f"weights.{name}", self._read(weights, begins, "matmuls")
 
     def _attention_line(self, name: str, peak: Constant, seconds: float) -> Iterator[tuple[str, Constant]]:
         """The share of the peak by necessary FLOPs, as the planner counts; on a CPU also the queries that are read."""
-        width, measure = self.shape.heads.rows[0], partial(self._attention, _DTYPES[name])
+        width, measure = self.source.shape.heads.rows[0], partial(self._attention, _DTYPES[name])
         many, begins = self._two_terms(measure, 2, seconds)
         rate = 3 * 2 * self.tokens**2 * width / many
         yield f"attention.{name}", self._share(rate, peak, "attention, forward and back")
@@ -208,23 +202,23 @@ class _Measure:
         products: str | None = None,
     ) -> float:
         """The seconds of all linears of a block, forward and for the gradient of their inputs."""
-        taken, linears = 0.0, self.shape.block.linears
+        taken, linears = 0.0, self.source.shape.block.linears
         for linear in linears:
             with self.device:
                 # Transposing is not a part of a matmul on a GPU, where it is a term of its own.
                 made = weight_maker(base_format, products=products, keep_transposed=products is not None)
                 weight = made(linear.out_size, linear.in_size, dtype=dtype)
-            weight.load(self._numbers(linear.out_size, linear.in_size, dtype=dtype))
-            x, grad_y = (self._numbers(tokens, size, dtype=dtype) for size in (linear.in_size, linear.out_size))
+            weight.load(self._random(linear.out_size, linear.in_size, dtype=dtype))
+            x, grad_y = (self._random(tokens, size, dtype=dtype) for size in (linear.in_size, linear.out_size))
             for step in (partial(weight.times_transposed, x), partial(weight.times, grad_y)):
                 taken += self._time(step, seconds / len(linears) / 2)
         return taken
 
     def _attention(self, dtype: torch.dtype, tokens: int, seconds: float) -> float:
         """The seconds of attention over a sample, forward and back."""
-        heads = self.shape.heads
+        heads = self.source.shape.heads
         query, key, value = (
-            self._numbers(1, num, tokens, heads.dim, dtype=dtype).requires_grad_()
+            self._random(1, num, tokens, heads.dim, dtype=dtype).requires_grad_()
             for num in (heads.num, heads.num_kv, heads.num_kv)
         )
         forward: Callable[[], torch.Tensor]
@@ -232,16 +226,16 @@ class _Measure:
             tiles = find_query_tiles(None, tokens, size=tile_size(heads.num, heads.num_kv))
             forward = partial(attend_by_tiles, query, key, value, [TiledRows(1, tokens, tiles)], EAGER)
         else:
-            documents = whole_rows(1, tokens, self.device)
-            attend = choose_attention(self.device, dtype, heads.dim).attend
+            documents = batch.whole_rows(1, tokens, self.device)
+            attend = fused_attention.choose_attention(self.device, dtype, heads.dim).attend
             assert attend is not None, "a GPU has a kernel"
-            forward = partial(attend_within, query, key, value, documents, attend)
+            forward = partial(fused_attention.attend_within, query, key, value, documents, attend)
         grad = torch.ones_like(forward())
         return self._time(lambda: forward().backward(grad), seconds)
 
     def _fp8(self, seconds: float) -> Iterator[tuple[str, Constant]]:
         taken = self._matmuls(torch.bfloat16, self.tokens, seconds, "fp8", "fp8")
-        rate = 4 * self.tokens * self.shape.block.num_weights / taken
+        rate = 4 * self.tokens * self.source.shape.block.num_weights / taken
         peak = self._constant(rate, "fp8 matmuls") if self.preset is None else self.preset.constants["peak.fp8"]
         yield "peak.fp8", peak
         yield "matmul.fp8", self._share(rate, peak, "fp8 matmuls, with rounding")
@@ -255,11 +249,11 @@ class _Measure:
         return self._constant(2 * size / self._time(lambda: target.copy_(source), seconds), "copies")
 
     def _dequantised(self, name: str, seconds: float) -> Constant:
-        linear = self.shape.block.output
+        linear = self.source.shape.block.output
         with self.device:
             weight = weight_maker(name)(linear.out_size, linear.in_size, dtype=torch.bfloat16)
-        weight.load(self._numbers(linear.out_size, linear.in_size, dtype=torch.bfloat16))
-        x = self._numbers(1, linear.in_size, dtype=torch.bfloat16)  # one token: dequantising is nearly all
+        weight.load(self._random(linear.out_size, linear.in_size, dtype=torch.bfloat16))
+        x = self._random(1, linear.in_size, dtype=torch.bfloat16)  # one token: dequantising is nearly all
         taken = self._time(lambda: weight.times_transposed(x), seconds)
         return self._constant(linear.num_weights / taken, f"the output projection of {self.source.name}")
 
@@ -336,7 +330,7 @@ class _Measure:
 
 
 def _tiny_step(machine: Machine, *, num_layers: int, **more: Any) -> MeasuredStep:
-    shape = shape_from_hf({**_TINY, "num_hidden_layers": num_layers}, source="tiny")
+    shape = families.shape_from_hf({**_TINY, "num_hidden_layers": num_layers}, source="tiny")
     source = ModelSource("tiny", None, shape)
     return measured_step(machine, {"length": _LENGTH, **more}, repeats=_TINY_REPEATS, source=source)
 

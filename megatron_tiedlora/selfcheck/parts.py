@@ -113,14 +113,8 @@ def run_part(
     file.unlink(missing_ok=True)
     hangs, started = False, time.monotonic()
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        streams: dict[str, Any] = {"stdout": output, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+        process = subprocess.Popen(command, env=environment, start_new_session=True, **streams)
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -152,7 +146,7 @@ def _properties(case: Element) -> list[tuple[str, str]]:
 
 
 def problems(case: Element) -> Iterator[Finding]:
-    """What is wrong in a test, or why it was skipped."""
+    """The errors and warnings of a test, or why it was skipped."""
     for problem in (each for each in case if each.tag in ("failure", "error", "skipped")):
         said, _, seen = (problem.get("message") or "").partition("\n")
         if problem.tag == "skipped":

@@ -3,21 +3,21 @@
 import gc
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_config, targets_of
+from megatron_tiedlora.base import shapes
 from megatron_tiedlora.base.messages import UserError, bytes_in_words
-from megatron_tiedlora.base.shapes import PRESETS, TARGET_NAMES, ModelShape
-from megatron_tiedlora.config.cli import parse_settings
-from megatron_tiedlora.config.tool_settings import BenchSettings
+from megatron_tiedlora.base.shapes import TARGET_NAMES, ModelShape
+from megatron_tiedlora.config import cli, tool_settings
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.stage import Stage
@@ -31,7 +31,7 @@ from megatron_tiedlora.selfcheck.step_bench import Started, made_up, plan_benchm
 MOST_LAYERS = 8  # of the runs of parts host and memory
 # The config.json of a small LLaMA whose heads have sizes that kernels support.
 SMALL: dict[str, Any] = {
-    **PRESETS["llama2-7b"],
+    **shapes.PRESETS["llama2-7b"],
     "vocab_size": 1000,
     "hidden_size": 256,
     "intermediate_size": 512,
@@ -57,9 +57,9 @@ def write_small(folder: Path) -> str:
     return str(folder)
 
 
-def step_settings(model: str, *flags: str) -> BenchSettings:
+def step_settings(model: str, *flags: str) -> tool_settings.BenchSettings:
     """The settings of bench_step.py, parsed as from its command line, for a step with an engine."""
-    return parse_settings(["--what=layout", f"--model={model}", *flags], BenchSettings)
+    return cli.parse_settings(["--what=layout", f"--model={model}", *flags], tool_settings.BenchSettings)
 
 
 def planned_bytes(plan: RunPlan) -> float:
@@ -77,7 +77,7 @@ def layers_that_fit(model: str, *flags: str, share: float = 0.85) -> int:
     """
     release()
     free = share * torch.cuda.mem_get_info()[0]
-    for layers in range(PRESETS[model]["num_hidden_layers"], 0, -1):
+    for layers in range(shapes.PRESETS[model]["num_hidden_layers"], 0, -1):
         plan = plan_benchmark(step_settings(model, *flags, f"--num_layers={layers}"))
         if planned_bytes(plan) <= free:
             return layers
@@ -85,7 +85,7 @@ def layers_that_fit(model: str, *flags: str, share: float = 0.85) -> int:
 
 
 @contextmanager
-def started(settings: BenchSettings, **changes: Any) -> Iterator[Started]:
+def started(settings: tool_settings.BenchSettings, **changes: Any) -> Iterator[Started]:
     """One rank's run inside the block; `changes` as in `plan_benchmark`. The next one frees its memory."""
     release()
     run = start(plan_benchmark(settings, **changes), settings)
@@ -124,11 +124,7 @@ SCALES = {"A": 0.05, "B": 0.1}  # standard deviations: the update is visible but
 LENGTHS = ((100, 31, 69), (140, 60))  # of the documents of two packed rows, 200 tokens each
 
 
-class Computed(NamedTuple):
-    """A loss and the gradients of the trained factors."""
-
-    loss: float
-    gradients: dict[str, torch.Tensor]
+Computed = dict[str, torch.Tensor]  # a loss in fp64, and by d and its name the gradient of each trained factor
 
 
 class Judge:
@@ -152,7 +148,7 @@ class Judge:
         trained = list(self.adapter.num_trained())
         weights, factors = plain_tensors(self.stage, dtype)
         flat = [document for row in self.documents for document in row]
-        return Computed(*loss_and_gradients(self.shape, self.adapter.scale, weights, factors, trained, flat))
+        return _computed(*loss_and_gradients(self.shape, self.adapter.scale, weights, factors, trained, flat))
 
     def package(self, *, packed: bool = True, how: str = "none", kernels: Kernels = EAGER) -> Computed:
         """The package's result, with packed rows or one document per row."""
@@ -167,16 +163,17 @@ class Judge:
         loss = stage(tokens, positions, labels, documents=ids)
         loss.backward()
         gradients = {name: value.grad.clone() for name, value in adapter.named_parameters() if value.grad is not None}
-        return Computed(float(loss.detach()), gradients)
+        return _computed(float(loss.detach()), gradients)
 
     def errors(self, answer: Computed) -> dict[str, float]:
         """Relative errors of loss and gradients; the error of a missing gradient is infinite."""
-        losses = (torch.tensor(loss, dtype=torch.float64) for loss in (answer.loss, self.expected.loss))
-        errors = {"loss": relative(*losses)}
-        for name, expected in self.expected.gradients.items():
-            found = answer.gradients.get(name)
-            errors[f"d{name}"] = math.inf if found is None else relative(found, expected)
-        return errors
+        pairs = {name: (answer.get(name), expected) for name, expected in self.expected.items()}
+        return {name: math.inf if found is None else relative(found, of) for name, (found, of) in pairs.items()}
+
+
+def _computed(loss: float, gradients: Mapping[str, torch.Tensor]) -> Computed:
+    named = {f"d{name}": gradient for name, gradient in gradients.items()}
+    return {"loss": torch.tensor(loss, dtype=torch.float64), **named}
 
 
 def plain_tensors(stage: Stage, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -216,16 +213,15 @@ def unsettle(stage: Stage) -> None:
 
 def random_documents(vocab_size: int, device: torch.device) -> list[list[Document]]:
     """Rows of documents with random tokens; the first third of each and its last token have no labels."""
-    draw, rows = torch.Generator().manual_seed(2), []
-    for lengths in LENGTHS:
-        row = []
-        for length in lengths:
-            tokens = torch.randint(3, vocab_size, (length,), generator=draw)
-            labels = torch.cat((tokens[1:], torch.tensor([-100])))
-            labels[: length // 3] = -100
-            row.append(Document(tokens.to(device), labels.to(device)))
-        rows.append(row)
-    return rows
+    draw = torch.Generator().manual_seed(2)
+
+    def document(length: int) -> Document:
+        tokens = torch.randint(3, vocab_size, (length,), generator=draw)
+        labels = torch.cat((tokens[1:], torch.tensor([-100])))
+        labels[: length // 3] = -100
+        return Document(tokens.to(device), labels.to(device))
+
+    return [[document(length) for length in lengths] for lengths in LENGTHS]
 
 
 def rows_of(

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from torch import distributed
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY
+from megatron_tiedlora.base import shapes
 from megatron_tiedlora.base.messages import UserError, user_path
-from megatron_tiedlora.base.shapes import PRESETS, is_preset
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.config.fields import marked, validate_settings
 from megatron_tiedlora.config.settings import DEFAULT_TASK, make_settings
@@ -31,32 +31,17 @@ from megatron_tiedlora.data.splits import load_split
 from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.data.tokenizer import load_tokenizer, padding_id
 from megatron_tiedlora.engine.runner import Runner
+from megatron_tiedlora.model import families, hf_config, weights
 from megatron_tiedlora.model.batch import MicroBatch
-from megatron_tiedlora.model.families import shape_from_hf
-from megatron_tiedlora.model.hf_config import read_hf_config
 from megatron_tiedlora.model.stage import Stage
-from megatron_tiedlora.model.weights import stage_weight_rules
-from megatron_tiedlora.parallel.agreement import gather_on_rank_0, max_over_ranks
-from megatron_tiedlora.parallel.frozen_weight import frozen_weights
-from megatron_tiedlora.parallel.groups import DATA, GROUPS, Grid, Traffic, TrafficCounter, named_handles
+from megatron_tiedlora.parallel import agreement, frozen_weight, groups
+from megatron_tiedlora.planning import machines, planned, step_time
 from megatron_tiedlora.planning.layout import MicroBatchShape
-from megatron_tiedlora.planning.machines import Machine, read_machine
 from megatron_tiedlora.planning.passes import engine_traffic, saved_bytes, step_flops
-from megatron_tiedlora.planning.planned import Planned, StepPlan
+from megatron_tiedlora.planning.planned import Planned
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
-from megatron_tiedlora.planning.step_time import Seconds
-from megatron_tiedlora.runtime.process_group import join_process_group, ranks_by_host
-from megatron_tiedlora.runtime.stopping import StopRequests
-from megatron_tiedlora.selfcheck.timing import (
-    CLASSES,
-    about,
-    kernel_seconds,
-    peak_bytes,
-    restart_peak,
-    saved_by_autograd,
-    storage_bytes,
-    take_turns,
-)
+from megatron_tiedlora.runtime import process_group, stopping
+from megatron_tiedlora.selfcheck import timing
 from megatron_tiedlora.training.build import build_model, build_random_model
 from megatron_tiedlora.training.step import GUARDED_STEPS, AdapterStep, TrainStep
 from megatron_tiedlora.training.throughput import choose_kernels, find_peak, matmul_rate, timed
@@ -68,12 +53,7 @@ LEAST_LENGTH = 8  # that the settings of a run accept
 
 
 def plan_benchmark(
-    settings: BenchSettings,
-    *,
-    rank: int = 0,
-    world_size: int = 1,
-    source: ModelSource | None = None,
-    **changes: Any,
+    settings: BenchSettings, *, rank: int = 0, world_size: int = 1, source: ModelSource | None = None, **changes: Any
 ) -> RunPlan:
     """The plan of a training run that takes the step described by the settings.
 
@@ -84,7 +64,7 @@ def plan_benchmark(
     Raises:
         UserError: names the first thing that does not fit.
     """
-    grid = Grid(rank, world_size, tp_size=settings.tensor_parallel, pp_size=settings.pipeline_parallel)
+    grid = groups.Grid(rank, world_size, tp_size=settings.tensor_parallel, pp_size=settings.pipeline_parallel)
     unit = settings.rows * grid.dp_size
     if settings.task is not None and settings.samples % unit:
         raise UserError(
@@ -93,7 +73,7 @@ def plan_benchmark(
         )
     if source is None:
         config = random_config(settings)
-        shape = None if config is None else shape_from_hf(config, source=settings.model)
+        shape = None if config is None else families.shape_from_hf(config, source=settings.model)
         source = find_model(settings.model) if shape is None else ModelSource(settings.model, None, shape)
     source.check_length("--length", settings.length)
     if settings.length < LEAST_LENGTH and settings.measured_on(world_size) == "layout":
@@ -122,17 +102,17 @@ def random_config(settings: BenchSettings) -> dict[str, Any] | None:
     Raises:
         UserError: a setting does not go with random weights, or only with them.
     """
-    if is_preset(settings.model):
-        values = dict(PRESETS[settings.model])
+    if shapes.is_preset(settings.model):
+        values = dict(shapes.PRESETS[settings.model])
     elif settings.random_weights:
         folder = find_model(settings.model, weights=False).folder
         assert folder is not None, "no preset"
-        values = read_hf_config(folder)
+        values = hf_config.read_hf_config(folder)
     elif settings.num_layers is None:
         return None
     else:
         raise UserError(
-            f"--num_layers {settings.num_layers} goes with a preset or --random_weights: {', '.join(PRESETS)}"
+            f"--num_layers {settings.num_layers} goes with a preset or --random_weights: {', '.join(shapes.PRESETS)}"
         )
     if settings.task is not None:
         raise UserError(f"--task {settings.task} needs a model that reads: --model {settings.model} has random weights")
@@ -178,8 +158,8 @@ def base_matmul_rate(plan: RunPlan, stage: Stage, batches: Sequence[MicroBatch],
 
     The matrix has the size that it has before ZeRO-3 partitions it over data-parallel ranks.
     """
-    held = frozen_weights(stage)
-    rules = stage_weight_rules(plan.source.shape, has_embedding=stage.embedding is not None)
+    held = frozen_weight.frozen_weights(stage)
+    rules = weights.stage_weight_rules(plan.source.shape, has_embedding=stage.embedding is not None)
     shapes = [rule.spec.local_shape(rule.shape, plan.grid.tp_size) for rule in rules if rule.name in held]
     columns, inner = max((shape for shape in shapes if len(shape) == 2), key=lambda shape: shape[0] * shape[1])
     rows = max(1024, sum(batch.tokens.numel() for batch in batches) // len(batches))
@@ -212,14 +192,14 @@ class Started:
     def seconds_of(self, step: TrainingStep) -> float:
         """Take a step that all ranks start together; returns the seconds of the slowest rank."""
         self.train_step.stop.agree(True)
-        (longest,) = max_over_ranks([timed(lambda: self.take(step), self.runner.device)])
+        (longest,) = agreement.max_over_ranks([timed(lambda: self.take(step), self.runner.device)])
         return longest
 
-    def planned(self, step: TrainingStep, machine: Machine) -> Planned:
+    def planned(self, step: TrainingStep, machine: machines.Machine) -> Planned:
         """The plan of the step that follows, on a machine of this one's hosts. All ranks call it together."""
         batch = self.plan.global_batch(self.dataset, consumed_samples=step.consumed_samples)
-        plan = StepPlan({ONLY: self.plan}, samples={ONLY: (self.dataset, batch)})
-        here = next(ranks for ranks in ranks_by_host() if self.plan.grid.rank in ranks)
+        plan = planned.StepPlan({ONLY: self.plan}, samples={ONLY: (self.dataset, batch)})
+        here = next(ranks for ranks in process_group.ranks_by_host() if self.plan.grid.rank in ranks)
         return Planned.alone(plan, machine, per_node=len(here))
 
 
@@ -232,17 +212,16 @@ def measure_layout(
         UserError: names the first thing that does not fit, before anything starts; on every rank.
         RunStopped: the launcher has died.
     """
-    machine = None
-    if settings.constants is not None:
-        machine = read_machine(user_path(settings.constants, flag="--constants"))
+    file = settings.constants
+    machine = None if file is None else machines.read_machine(user_path(file, flag="--constants"))
     run = start(plan_benchmark(settings, rank=rank, world_size=world_size), settings)
     device = run.runner.device
     steps = [next(run.loader) for _ in range(GUARDED_STEPS + settings.repeats)]
     given = iter(steps)
-    held = restart_peak(device)
+    held = timing.restart_peak(device)
     timers = {"step": lambda: run.seconds_of(next(given))}
-    seconds = take_turns(timers, repeats=settings.repeats, uncounted=GUARDED_STEPS, shows=rank == 0)["step"]
-    peak = None if held is None else peak_bytes(device)
+    seconds = timing.take_turns(timers, repeats=settings.repeats, uncounted=GUARDED_STEPS, shows=rank == 0)["step"]
+    peak = None if held is None else timing.peak_bytes(device)
     planned = run.planned(steps[-1], machine or run.plan.machine)
     mine = {"held": held, "peak": peak, **_rank_figures(run, steps[-1], planned), "planned_peak": None}
     record = None
@@ -251,7 +230,7 @@ def measure_layout(
         # On a CPU with the reserve for an idle process, but none for what an allocator keeps.
         mine["planned_peak"] = memory.allocated + (0.0 if run.plan.on_gpu else memory.libraries)
         record = {"machine": machine.title, "seconds": planned.seconds._asdict()}
-    ranks = gather_on_rank_0(mine, kind=dict[str, Any])
+    ranks = agreement.gather_on_rank_0(mine, kind=dict[str, Any])
     report = None if ranks is None else {**_report(run, settings, steps[-1], seconds, ranks), "planned": record}
     return report, planned
 
@@ -263,11 +242,11 @@ def start(plan: RunPlan, settings: BenchSettings) -> Started:
         UserError: data or ranks are missing, or kernels cannot be compiled.
     """
     dataset, pad_id = read_samples(plan, settings)
-    device = join_process_group(plan.settings.timeout_minutes, expected_ranks=plan.grid.world_size)
+    device = process_group.join_process_group(plan.settings.timeout_minutes, expected_ranks=plan.grid.world_size)
     chosen = choose_kernels(plan, device)
     build = build_random_model if plan.source.folder is None else build_model
     built = build({ONLY: plan}, device, kernels=chosen.kernels)
-    train_step = TrainStep({ONLY: plan}, built.runner, StopRequests())
+    train_step = TrainStep({ONLY: plan}, built.runner, stopping.StopRequests())
     loader = plan.training_loader(dataset, pad_id=pad_id)
     return Started(plan, dataset, built.runner, train_step, loader, chosen.description)
 
@@ -281,9 +260,9 @@ def _rank_figures(run: Started, step: TrainingStep, planned: Planned) -> dict[st
     run.train_step.stop.agree(True)  # start together, so that ranks that share a processor measure their share of it
     rate = base_matmul_rate(plan, runner.stage, step.micro_batches, device)
     run.train_step.long_seconds = math.inf  # the prediction leaves out what ranks send only in long steps
-    with TrafficCounter(named_handles(runner.groups)) as counter:
+    with groups.TrafficCounter(groups.named_handles(runner.groups)) as counter:
         run.take(next(run.loader))
-    _, data_bytes = engine_traffic(plan.stage, num_micro_batches=len(planned.step.batches)).of_group(DATA)
+    _, data_bytes = engine_traffic(plan.stage, num_micro_batches=len(planned.step.batches)).of_group(groups.DATA)
     traffic = compare_traffic(counter.traffic, planned.traffic(plan.grid.pp_rank, of_engine=False), data_bytes)
     watched = next(run.loader)
     # Parameters are left out, and under ZeRO-3 they are other tensors in each pass.
@@ -302,11 +281,11 @@ def _rank_figures(run: Started, step: TrainingStep, planned: Planned) -> dict[st
         "traffic": traffic,
         "as_predicted": all(found["as_predicted"] for found in traffic.values()),
         "peak_flops_per_second": find_peak(device, plan.dtype).flops_per_second if on_gpu else None,
-        "kernel_seconds": kernel_seconds(lambda: run.take(next(run.loader))) if on_gpu else None,
+        "kernel_seconds": timing.kernel_seconds(lambda: run.take(next(run.loader))) if on_gpu else None,
     }
 
 
-def compare_traffic(counted: Traffic, predicted: Traffic, data_bytes: int) -> dict[str, dict[str, Any]]:
+def compare_traffic(counted: groups.Traffic, predicted: groups.Traffic, data_bytes: int) -> dict[str, dict[str, Any]]:
     """Both figures of each group that has a message, and a verdict. They are equal only if all kinds of messages are.
 
     Args:
@@ -315,7 +294,7 @@ def compare_traffic(counted: Traffic, predicted: Traffic, data_bytes: int) -> di
             sends nothing.
     """
     compared = {}
-    for group in GROUPS:
+    for group in groups.GROUPS:
         (messages, size), (expected, expected_size) = counted.of_group(group), predicted.of_group(group)
         if not messages and not expected:
             continue
@@ -325,7 +304,7 @@ def compare_traffic(counted: Traffic, predicted: Traffic, data_bytes: int) -> di
             for key in kinds
         )
         difference = f"{messages - expected:+,} messages, {size - expected_size:+,} B"
-        by_engine = group == DATA and data_bytes > 0
+        by_engine = group == groups.DATA and data_bytes > 0
         if by_engine:
             expected_size, equal, difference = data_bytes, size <= data_bytes, f"{size - data_bytes:+,} B"
         compared[group] = {
@@ -346,9 +325,9 @@ def _saved_bytes(run: Started, step: TrainingStep) -> int:
     @contextmanager
     def watched() -> Iterator[None]:
         nonlocal total
-        with saved_by_autograd(run.runner.stage) as saved:
+        with timing.saved_by_autograd(run.runner.stage) as saved:
             yield
-        total += storage_bytes(saved)
+        total += timing.storage_bytes(saved)
 
     run.runner.each_forward = watched
     run.take(step)
@@ -367,7 +346,7 @@ def _report(
     return {
         "model": settings.model,
         "weights": "random" if plan.source.folder is None else "read",
-        **about(bench, settings.base, device, "method", "targets", "rank"),
+        **timing.about(bench, settings.base, device, "method", "targets", "rank"),
         "layout": {
             "ranks": grid.world_size,
             "tensor_parallel": grid.tp_size,
@@ -391,7 +370,7 @@ def _report(
         "tokens_per_second": step.num_tokens / middle,
         "share_of_matmul": flops / middle / matmul,
         "mfu": flops / middle / sum(member["peak_flops_per_second"] for member in ranks) if on_gpu else None,
-        "kernel_seconds": {kind: sum(member["kernel_seconds"][kind] for member in ranks) for kind in CLASSES}
+        "kernel_seconds": {kind: sum(member["kernel_seconds"][kind] for member in ranks) for kind in timing.CLASSES}
         if on_gpu
         else None,
         "as_predicted": all(member["as_predicted"] for member in ranks),
@@ -404,7 +383,7 @@ class MeasuredStep:
     """A step that was measured: its seconds, and what is planned for them without what is unknown."""
 
     seconds: float
-    planned: Seconds
+    planned: step_time.Seconds
 
     @property
     def left(self) -> float:
@@ -413,7 +392,7 @@ class MeasuredStep:
 
 
 def measured_step(
-    machine: Machine, values: dict[str, Any], *, repeats: int, source: ModelSource | None = None
+    machine: machines.Machine, values: dict[str, Any], *, repeats: int, source: ModelSource | None = None
 ) -> MeasuredStep:
     """Measure a step of one row a micro-batch, without ZeRO, planned for a machine. All ranks call it together.
 

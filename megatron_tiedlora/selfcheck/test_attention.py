@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from statistics import median
 from typing import NamedTuple
 
@@ -83,7 +84,7 @@ def test_control(device: torch.device, tell: Tell) -> None:
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=["bf16", "fp32"])
 def test_kernels(dtype: torch.dtype, gpu: torch.device, tell: Tell) -> None:
-    """Which kernels can run here, and why others cannot."""
+    """Lists the kernels that can run here, and why others cannot."""
     obstacles = attention_obstacles(gpu, dtype, TIMED[-1])
     for candidate in CANDIDATES:
         obstacle = obstacles.get(candidate.name)
@@ -164,7 +165,7 @@ def test_time(packed: bool, gpu: torch.device, tell: Tell) -> None:
 
 
 def test_first_call_on_a_new_length(gpu: torch.device, tell: Tell) -> None:
-    """What it costs more than the second call; the median of several lengths."""
+    """A first call's additional time, compared with a second one; the median of several lengths."""
     for name, route in attention_routes(gpu, compute_dtype(gpu), TIMED[-1]).items():
         with optional(tell, name, gpu):
             started, costs = time.perf_counter(), []
@@ -180,13 +181,11 @@ def test_first_call_on_a_new_length(gpu: torch.device, tell: Tell) -> None:
 def _seconds(route: AttentionCall, length: int, ids: torch.Tensor | None, device: torch.device) -> float:
     """Seconds of one forward and backward pass in bf16."""
     size, heads, _, head_dim = TIMED
-    draw = [
-        torch.randn(size, heads, length, head_dim, device=device, dtype=torch.bfloat16).requires_grad_()
-        for _ in range(3)
-    ]
-    weight = torch.randn(size, length, heads * head_dim, device=device, dtype=torch.bfloat16)
+    draw = partial(torch.randn, device=device, dtype=torch.bfloat16)
+    query_key_value = [draw(size, heads, length, head_dim).requires_grad_() for _ in range(3)]
+    weight = draw(size, length, heads * head_dim)
     torch.cuda.synchronize()
-    return timed(lambda: results(route, draw, ids, weight), device)
+    return timed(lambda: results(route, query_key_value, ids, weight), device)
 
 
 def attention_routes(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, AttentionCall]:
@@ -226,7 +225,7 @@ def _within(attend: Attend) -> AttentionCall:
 
 
 def _by_cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
-    """What PyTorch itself would choose on Hopper, for comparison; the package excludes it."""
+    """The kernel that PyTorch itself would choose on Hopper, for comparison; the package excludes it."""
     assert ids is None
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         output = functional.scaled_dot_product_attention(

@@ -17,9 +17,7 @@ from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
 from megatron_tiedlora.parallel.quantised_weight import weight_maker
-from megatron_tiedlora.selfcheck import running
-from megatron_tiedlora.selfcheck.parts import Tell
-from megatron_tiedlora.selfcheck.reference import Document, loss_and_gradients, relative, worst_of
+from megatron_tiedlora.selfcheck import parts, reference, running
 from megatron_tiedlora.selfcheck.step_bench import Started
 from megatron_tiedlora.training.throughput import compiled_kernels
 
@@ -53,28 +51,27 @@ ENGINE_FIX = "DeepSpeed's engine gives other results here: try another ZeRO stag
 
 
 @pytest.mark.parametrize("method", METHOD_NAMES)
-def test_fp32(method: str, joined: torch.device, tell: Tell) -> None:
+def test_fp32(method: str, joined: torch.device, tell: parts.Tell) -> None:
     """Every method in packed rows."""
     compare_fp32(running.Judge(running.small_shape(), method, dtype=torch.float32, device=joined), tell)
 
 
-def compare_fp32(judge: running.Judge, tell: Tell) -> None:
+def compare_fp32(judge: running.Judge, tell: parts.Tell) -> None:
     """Loss and gradients of packed rows are within rounding errors."""
     errors = judge.errors(judge.package())
     tell("errors", in_words(errors))
     loss = errors.pop("loss")
-    assert loss <= LOSS_BOUND and errors[worst_of(errors)] <= GRADIENT_BOUND, WRONG_FIX
+    assert loss <= LOSS_BOUND and errors[reference.worst_of(errors)] <= GRADIENT_BOUND, WRONG_FIX
 
 
 @pytest.fixture(scope="module", params=["small", "wide"])
 def judge(request: pytest.FixtureRequest, joined: torch.device, model: str) -> Iterator[running.Judge]:
-    """In bf16, of a small model and, on a GPU, of two layers of --model."""
+    """A judge in bf16 of a small model and, on a GPU, of two layers of --model."""
     if request.param == "wide" and joined.type == "cpu":
         pytest.skip("two layers of a large model are too slow on a CPU")
     wide = replace(shape_from_hf(PRESETS[model], source=model), num_layers=2)
-    yield running.Judge(
-        running.small_shape() if request.param == "small" else wide, "tl6", dtype=torch.bfloat16, device=joined
-    )
+    shape = running.small_shape() if request.param == "small" else wide
+    yield running.Judge(shape, "tl6", dtype=torch.bfloat16, device=joined)
     running.release()
 
 
@@ -84,16 +81,16 @@ def compiled(shape: ModelShape, device: torch.device) -> Kernels:
     return compiled_kernels(shape, dtype=torch.bfloat16, device=device)
 
 
-def test_bf16_of_plain_pytorch(judge: running.Judge, tell: Tell) -> None:
-    """Its own errors are small enough to be a measure."""
+def test_bf16_of_plain_pytorch(judge: running.Judge, tell: parts.Tell) -> None:
+    """PyTorch's own errors are small enough to be a measure."""
     tell("errors", in_words(judge.plain_errors))
-    assert judge.plain_errors[worst_of(judge.plain_errors)] <= PLAIN_BOUND, PLAIN_FIX
+    assert judge.plain_errors[reference.worst_of(judge.plain_errors)] <= PLAIN_BOUND, PLAIN_FIX
 
 
 @pytest.mark.parametrize("how", ["none", "selective", "full"])
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "one a row"])
 @pytest.mark.parametrize("kind", ["eager", "compiled"])
-def test_bf16(kind: str, packed: bool, how: str, judge: running.Judge, tell: Tell) -> None:
+def test_bf16(kind: str, packed: bool, how: str, judge: running.Judge, tell: parts.Tell) -> None:
     """Packed or not, eager or compiled, with each recompute, against plain PyTorch in bf16."""
     if kind == "compiled" and judge.device.type == "cpu":
         pytest.skip("a CPU's compiler takes minutes, and is not checked")
@@ -103,11 +100,11 @@ def test_bf16(kind: str, packed: bool, how: str, judge: running.Judge, tell: Tel
     compare_bf16(judge, judge.package(packed=packed, how=how, kernels=kernels), tell)
 
 
-def compare_bf16(judge: running.Judge, answer: running.Computed, tell: Tell) -> None:
+def compare_bf16(judge: running.Judge, answer: running.Computed, tell: parts.Tell) -> None:
     """The errors are within their multiple of plain PyTorch's in bf16."""
     errors = judge.errors(answer)
     shares = {name: error / (MULTIPLE * judge.plain_errors[name] + BEYOND) for name, error in errors.items()}
-    worst = worst_of(shares)
+    worst = reference.worst_of(shares)
     tell("errors", in_words(errors))
     tell(f"share of the bound, of {worst}", shares[worst])
     assert shares[worst] <= 1, WRONG_FIX
@@ -123,7 +120,7 @@ def in_words(errors: Mapping[str, float]) -> str:
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", BASE_FORMATS)
-def test_bits(name: str, width: int, joined: torch.device, tell: Tell) -> None:
+def test_bits(name: str, width: int, joined: torch.device, tell: parts.Tell) -> None:
     """The stored bits and dequantised values of a format are those of a CPU."""
     weights = [loaded(width, on, torch.bfloat16, name) for on in (torch.device("cpu"), joined)]
     wrong = sum(int((a != b).sum()) for a, b in zip(*map(_contents, weights), strict=True))
@@ -132,7 +129,7 @@ def test_bits(name: str, width: int, joined: torch.device, tell: Tell) -> None:
 
 
 @pytest.mark.parametrize("keep_transposed", [False, True], ids=["", "transposed copies kept"])
-def test_products_in_fp8(keep_transposed: bool, joined: torch.device, tell: Tell) -> None:
+def test_products_in_fp8(keep_transposed: bool, joined: torch.device, tell: parts.Tell) -> None:
     """Both passes are those of a CPU in fp64 with the same 8-bit numbers."""
     if joined.type == "cuda" and torch.cuda.get_device_capability(joined) < FP8_CAPABILITY:
         pytest.skip(f"the GPU's compute capability is below {'.'.join(map(str, FP8_CAPABILITY))}")
@@ -141,8 +138,8 @@ def test_products_in_fp8(keep_transposed: bool, joined: torch.device, tell: Tell
     x, grad_y = (torch.randn(TOKENS, size, generator=draw).bfloat16() for size in (width, ROWS))
     exact = loaded(width, torch.device("cpu"), torch.float64, "fp8", products="fp8")
     found = loaded(width, joined, torch.bfloat16, "fp8", products="fp8", keep_transposed=keep_transposed)
-    forward = relative(found.times_transposed(x.to(joined)), exact.times_transposed(x.double()))
-    backward = relative(found.times(grad_y.to(joined)), exact.times(grad_y.double()))
+    forward = reference.relative(found.times_transposed(x.to(joined)), exact.times_transposed(x.double()))
+    backward = reference.relative(found.times(grad_y.to(joined)), exact.times(grad_y.double()))
     tell("errors forward and backward", f"{forward:.1e}, {backward:.1e}")
     assert forward <= PRODUCT_BOUND and backward <= PRODUCT_BOUND, PRODUCT_FIX
 
@@ -157,7 +154,7 @@ def loaded(width: int, device: torch.device, dtype: torch.dtype, name: str, **pr
 
 
 def _contents(weight: FrozenWeight) -> list[torch.Tensor]:
-    """What is stored, and the values in 16 bits, as a matmul with ones reads them."""
+    """The stored tensors, and the values in 16 bits, as a matmul with ones reads them."""
     device = next(iter(weight.parameters.values())).device
     ones = torch.eye(weight.local_shape[0], dtype=torch.bfloat16, device=device)
     return [*(stored.detach().cpu() for stored in weight.parameters.values()), weight.times(ones).cpu()]
@@ -184,15 +181,15 @@ def expected_change(device: torch.device, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.parametrize("stage", range(4), ids="ZeRO-{}".format)
-def test_steps_of_adamw(stage: int, expected_change: dict[str, torch.Tensor], tmp_path: Path, tell: Tell) -> None:
+def test_steps_of_adamw(stage: int, expected_change: dict[str, torch.Tensor], tmp_path: Path, tell: parts.Tell) -> None:
     """The adapter's change over some steps in fp32, with the gradients of plain PyTorch in fp64."""
     with engine_run(stage, tmp_path) as (run, steps):
         before = adapter_values(run)
         for step in steps:
             run.take(step)
         after = adapter_values(run)
-    errors = {name: relative(after[name] - before[name], change) for name, change in expected_change.items()}
-    worst = worst_of(errors)
+    errors = {name: reference.relative(after[name] - before[name], change) for name, change in expected_change.items()}
+    worst = reference.worst_of(errors)
     tell(f"error relative to the change of {worst}", errors[worst])
     assert errors[worst] <= CHANGE_BOUND, ENGINE_FIX
 
@@ -217,11 +214,11 @@ def plain_steps(run: Started, start: dict[str, torch.Tensor], steps: list[Traini
     )
     for step in steps:
         documents = [
-            Document(tokens.to(run.runner.device), labels.to(run.runner.device))
+            reference.Document(tokens.to(run.runner.device), labels.to(run.runner.device))
             for batch in step.micro_batches
             for tokens, labels in zip(batch.tokens, batch.labels, strict=True)
         ]
-        _, gradients = loss_and_gradients(shape, adapter.scale, weights, factors, trained, documents)
+        _, gradients = reference.loss_and_gradients(shape, adapter.scale, weights, factors, trained, documents)
         for name in trained:
             factors[name].grad = gradients[name] / step.num_supervised
         optimizer.step()

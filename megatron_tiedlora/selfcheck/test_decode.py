@@ -12,10 +12,7 @@ from megatron_tiedlora.evaluation.generate import Decoder, Prompts, generate
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.groups import ParallelGroups
-from megatron_tiedlora.selfcheck import running
-from megatron_tiedlora.selfcheck.compare import random_stage
-from megatron_tiedlora.selfcheck.parts import Tell, warn_unless
-from megatron_tiedlora.selfcheck.reference import document_logits
+from megatron_tiedlora.selfcheck import compare, parts, reference, running
 from megatron_tiedlora.training.throughput import timed
 
 pytestmark = pytest.mark.gpu
@@ -44,11 +41,11 @@ def answers(stage: Stage, shape: ModelShape, prompts: list[list[int]], num_token
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2], ids=["MHA", "GQA"])
-def test_tokens(kv_heads: int, joined: torch.device, tell: Tell) -> None:
+def test_tokens(kv_heads: int, joined: torch.device, tell: parts.Tell) -> None:
     """In fp32 each token is the reference's most likely one after the tokens before it, in fp64 without a cache."""
     shape, device = running.small_shape(num_key_value_heads=kv_heads), joined
     adapter = running.adapter_of(shape, "tl6")
-    stage = random_stage(shape, adapter, dtype=torch.float32, device=device)
+    stage = compare.random_stage(shape, adapter, dtype=torch.float32, device=device)
     running.unsettle(stage)
     prompts = prompts_of(LENGTHS, shape.vocab_size)
     rows = answers(stage, shape, prompts, NEW_TOKENS)
@@ -56,18 +53,18 @@ def test_tokens(kv_heads: int, joined: torch.device, tell: Tell) -> None:
     equal = 0
     for prompt, row in zip(prompts, rows, strict=True):
         tokens = torch.tensor(prompt + row, device=device)
-        logits = document_logits(shape, adapter.scale, weights, factors, tokens)
+        logits = reference.document_logits(shape, adapter.scale, weights, factors, tokens)
         equal += int((logits[len(prompt) - 1 : -1].argmax(-1).cpu() == torch.tensor(row)).sum())
     share = equal / (len(prompts) * NEW_TOKENS)
     tell("share of tokens that are those without a cache", share)
     assert share >= 0.98, TOKENS_FIX  # two logits may differ by less than fp32's rounding error
 
 
-def test_time(joined: torch.device, gpu: torch.device, model: str, tell: Tell) -> None:
+def test_time(joined: torch.device, gpu: torch.device, model: str, tell: parts.Tell) -> None:
     """Milliseconds per token, and what a first answer costs more than a second one with the same lengths."""
     layers = running.layers_that_fit(model, "--rows=1", "--length=4096", "--supervised=1")
     shape = shape_from_hf({**PRESETS[model], "num_hidden_layers": layers}, source=model)
-    stage = random_stage(shape, running.adapter_of(shape, "tl6"), dtype=running.compute_dtype(gpu), device=gpu)
+    stage = compare.random_stage(shape, running.adapter_of(shape, "tl6"), dtype=running.compute_dtype(gpu), device=gpu)
     base = sum(weight.numel() * weight.element_size() for weight in stage.parameters())
     tell(f"GB of weights of {layers} layers, which each token reads once", base / 1e9)
     for batch in BATCHES:
@@ -83,4 +80,4 @@ def test_time(joined: torch.device, gpu: torch.device, model: str, tell: Tell) -
         tell(f"batch {batch}: tokens/s", batch * TIMED_TOKENS / again)
         tell(f"batch {batch}: first answer per second one", min(ratios))
         # A plan costs time at every length, other work of the host does not.
-        warn_unless(min(ratios) <= MOST_REPEATED, tell, PLAN_FIX)
+        parts.warn_unless(min(ratios) <= MOST_REPEATED, tell, PLAN_FIX)

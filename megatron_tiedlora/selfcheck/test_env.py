@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sysconfig
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ def test_gpu(pytestconfig: pytest.Config) -> None:
 
 
 def test_machine(tell: Tell) -> None:
-    """What `tiedlora env` says, with the variables of a run, and what is wrong with it."""
+    """The record of `tiedlora env`, with the variables of a run, and what is wrong with it."""
     machine = machine_record()
     for section, values in in_words(machine).items():
         if section in ("versions", "machine", "variables"):
@@ -52,28 +53,24 @@ def test_machine(tell: Tell) -> None:
 
 
 def test_fp32_matmuls(tell: Tell) -> None:
-    """They are not rounded to TF32."""
+    """Matmuls in fp32 are not rounded to TF32."""
     precision = torch.get_float32_matmul_precision()
     tell("precision", precision)
     warn_unless(precision == "highest", tell, TF32_FIX)
 
 
 def test_driver(gpu: torch.device, tell: Tell) -> None:
-    """What the driver says of the first GPU."""
+    """Tells what the driver reports about the first GPU."""
     tell("driver, power limit, SM clock, MIG, ECC errors", _nvidia_smi(SMI_FIELDS) or "unknown")
 
 
 def _nvidia_smi(fields: str) -> str:
     """nvidia-smi's values for torch's first GPU; '' if it gives none."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return ""
-    command = [program, f"--query-gpu={fields}", "--format=csv,noheader", f"--id={gpu_name(torch.device('cuda', 0))}"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    gpu = gpu_name(torch.device("cuda", 0))
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", f"--id={gpu}"]
+    with suppress(OSError, subprocess.SubprocessError):  # there is no such program, or it fails or hangs
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    return ""
 
 
 def test_attention(device: torch.device, tell: Tell) -> None:

@@ -15,10 +15,7 @@ import torch
 
 from megatron_tiedlora.adapters.adapter_bank import ONLY
 from megatron_tiedlora.data.loader import TrainingStep, shared_micro_batch
-from megatron_tiedlora.selfcheck.parts import Tell, warn_unless
-from megatron_tiedlora.selfcheck.running import loader_of, started_to_fit
-from megatron_tiedlora.selfcheck.step_bench import Started
-from megatron_tiedlora.selfcheck.timing import profiled
+from megatron_tiedlora.selfcheck import parts, running, step_bench, timing
 from megatron_tiedlora.training.throughput import timed
 
 pytestmark = pytest.mark.gpu
@@ -31,11 +28,11 @@ SYNC_FIX = "a wait in a micro-batch leaves the GPU idle: report these lines"
 
 
 @pytest.mark.parametrize("compiles", ["auto", "false"], ids=["compiled", "eager"])
-def test_host(compiles: str, gpu: torch.device, model: str, tell: Tell) -> None:
+def test_host(compiles: str, gpu: torch.device, model: str, tell: parts.Tell) -> None:
     """Launches and waits per micro-batch, and the seconds of micro-batches of several lengths."""
     flags = ("--rows=1", f"--length={LENGTHS[-1]}", "--supervised=1", f"--micro_batches={MICRO_BATCHES}")
-    with started_to_fit(model, flags, f"--compile={compiles}") as (run, layers):
-        loaders = {length: loader_of(run, np.full(MICRO_BATCHES, length)) for length in LENGTHS}
+    with running.started_to_fit(model, flags, f"--compile={compiles}") as (run, layers):
+        loaders = {length: running.loader_of(run, np.full(MICRO_BATCHES, length)) for length in LENGTHS}
         for loader in (*loaders.values(), *loaders.values()):
             run.take(next(loader))
         _counts(tell, run, loaders[LENGTHS[-1]], layers)
@@ -48,19 +45,19 @@ def test_host(compiles: str, gpu: torch.device, model: str, tell: Tell) -> None:
     tell("tokens of a micro-batch up to which the GPU waits for the host (give more: --packing, --max_length)", bound)
 
 
-def micro_batches(run: Started, step: TrainingStep) -> Callable[[], Any]:
+def micro_batches(run: step_bench.Started, step: TrainingStep) -> Callable[[], Any]:
     """Only the forward and backward passes of a step."""
     inputs = [shared_micro_batch([(ONLY, batch)]) for batch in step.micro_batches]
     return lambda: run.runner.accumulate(inputs, {ONLY: (float(step.num_supervised),)}, lambda: None)
 
 
-def use_up(run: Started) -> None:
+def use_up(run: step_bench.Started) -> None:
     """Take a step with the gradients that there are, as an engine expects."""
     run.runner.optimizers.take(ONLY, 0.0)
     run.runner.optimizers.clear()
 
 
-def _seconds(run: Started, loader: Iterator[TrainingStep]) -> float:
+def _seconds(run: step_bench.Started, loader: Iterator[TrainingStep]) -> float:
     """Seconds of one micro-batch in a step of several, until the GPU has finished."""
     step = next(loader)
     work = micro_batches(run, step)
@@ -70,7 +67,7 @@ def _seconds(run: Started, loader: Iterator[TrainingStep]) -> float:
     return taken
 
 
-def _counts(tell: Tell, run: Started, loader: Iterator[TrainingStep], layers: int) -> None:
+def _counts(tell: parts.Tell, run: step_bench.Started, loader: Iterator[TrainingStep], layers: int) -> None:
     """Launches and waits of the micro-batches of one step."""
     step = next(loader)
     work, number = micro_batches(run, step), len(step.micro_batches)
@@ -80,8 +77,8 @@ def _counts(tell: Tell, run: Started, loader: Iterator[TrainingStep], layers: in
     # One wait belongs to the step: its loss is read after all micro-batches.
     inside = sum(seen.values()) - 1
     tell(f"waits in {number} micro-batches", f"{inside} ({', '.join(seen)})")
-    warn_unless(inside <= 0, tell, SYNC_FIX)
-    launches = sum("LaunchKernel" in event.name for event in profiled(micro_batches(run, next(loader))))
+    parts.warn_unless(inside <= 0, tell, SYNC_FIX)
+    launches = sum("LaunchKernel" in event.name for event in timing.profiled(micro_batches(run, next(loader))))
     use_up(run)
     per_layer = launches / number / layers if launches else "unknown: torch's profiler saw none; is CUPTI allowed?"
     tell("launches per layer and micro-batch, with head and embedding", per_layer)

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from megatron_tiedlora.base.messages import bytes_in_words
-from megatron_tiedlora.selfcheck.parts import Tell, warn_unless
-from megatron_tiedlora.selfcheck.running import loader_of, planned_bytes, started_to_fit
+from megatron_tiedlora.selfcheck import parts, running
 
 pytestmark = pytest.mark.gpu
 
@@ -27,44 +26,44 @@ FRAGMENTS_FIX = (
 
 @pytest.mark.parametrize("how", RECOMPUTES)
 @pytest.mark.parametrize("compiles", ["auto", "false"], ids=["compiled", "eager"])
-def test_plan(compiles: str, how: str, gpu: torch.device, model: str, tell: Tell) -> None:
-    """What steps allocate, beside the plan."""
+def test_plan(compiles: str, how: str, gpu: torch.device, model: str, tell: parts.Tell) -> None:
+    """Steps allocate the bytes that the plan has."""
     rows = RECOMPUTES[how]
     flags = (f"--rows={rows}", f"--length={LENGTH}", "--supervised=1", f"--recompute={how}", f"--compile={compiles}")
-    with started_to_fit(model, flags, "--micro_batches=1") as (run, layers):
+    with running.started_to_fit(model, flags, "--micro_batches=1") as (run, layers):
         torch.cuda.reset_peak_memory_stats()
         for _ in range(3):
             run.take(next(run.loader))
-        planned, allocated = planned_bytes(run.plan), torch.cuda.max_memory_allocated()
+        planned, allocated = running.planned_bytes(run.plan), torch.cuda.max_memory_allocated()
         reserved = torch.cuda.max_memory_reserved()
     judge_plan(tell, layers, {"planned": planned, "allocated": allocated, "reserved": reserved})
 
 
-def judge_plan(tell: Tell, layers: int, sizes: Mapping[str, float]) -> None:
+def judge_plan(tell: parts.Tell, layers: int, sizes: Mapping[str, float]) -> None:
     """Compare the allocated bytes with the planned ones."""
     _tell_sizes(tell, layers, sizes)
     ratio = sizes["allocated"] / sizes["planned"]
     tell("allocated per planned", ratio)
     assert ratio <= TOO_MUCH, PLAN_FIX
-    warn_unless(abs(ratio - 1) <= CLOSE, tell, PLAN_FIX)
+    parts.warn_unless(abs(ratio - 1) <= CLOSE, tell, PLAN_FIX)
 
 
-def test_rows_of_many_lengths(gpu: torch.device, model: str, tell: Tell) -> None:
-    """What 100 micro-batches of 4 x 128 to 2,048 tokens reserve."""
+def test_rows_of_many_lengths(gpu: torch.device, model: str, tell: parts.Tell) -> None:
+    """Compares reserved with allocated bytes over 100 micro-batches of 4 x 128 to 2,048 tokens."""
     flags = (f"--rows={ROWS}", "--length=2048", "--supervised=1", "--micro_batches=1")
-    with started_to_fit(model, flags, "--compile=false") as (run, layers):
+    with running.started_to_fit(model, flags, "--compile=false") as (run, layers):
         torch.cuda.reset_peak_memory_stats()
         draw = np.random.default_rng(0)
-        loader = loader_of(run, draw.integers(SHORTEST, run.plan.settings.max_length + 1, NUM_STEPS * ROWS))
+        loader = running.loader_of(run, draw.integers(SHORTEST, run.plan.settings.max_length + 1, NUM_STEPS * ROWS))
         for _ in range(NUM_STEPS):
             run.take(next(loader))
         allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     _tell_sizes(tell, layers, {"allocated": allocated, "reserved": reserved})
     tell("reserved per allocated", reserved / allocated)
-    warn_unless(reserved / allocated <= MOST_RESERVED, tell, FRAGMENTS_FIX)
+    parts.warn_unless(reserved / allocated <= MOST_RESERVED, tell, FRAGMENTS_FIX)
 
 
-def _tell_sizes(tell: Tell, layers: int, sizes: Mapping[str, float]) -> None:
+def _tell_sizes(tell: parts.Tell, layers: int, sizes: Mapping[str, float]) -> None:
     tell("layers", layers)
     for name, size in sizes.items():
         tell(name, bytes_in_words(size))

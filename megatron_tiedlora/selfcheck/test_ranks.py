@@ -1,4 +1,11 @@
-"""Part ranks: every layout that fits on this host against one rank, the network, and a killed rank."""
+"""Part ranks: every layout that fits on this host against one rank, the network, and a killed rank.
+
+A rank is started as   python -m megatron_tiedlora.selfcheck.test_ranks FOLDER FIRST CASES
+
+FOLDER has a small model, and gets the results of each case, of which FIRST is the first one's number and CASES has all
+as JSON. Rank 0 writes losses and adapter. Ranks and master come from the environment. If FIRST is "killed", the ranks
+train the first case until the last one kills itself.
+"""
 
 import ctypes
 import json
@@ -9,31 +16,34 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from megatron_tiedlora.base.shapes import PRESETS
+from megatron_tiedlora.adapters.adapter_bank import ONLY
+from megatron_tiedlora.base import shapes
+from megatron_tiedlora.base.child_process import end_with_parent
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.base_weights import write_random_model
-from megatron_tiedlora.runtime.launch_env import free_port, rank_variables
-from megatron_tiedlora.runtime.machine import Finding
-from megatron_tiedlora.selfcheck import rank
-from megatron_tiedlora.selfcheck.parts import Tell, option, report
-from megatron_tiedlora.selfcheck.rank import Case
-from megatron_tiedlora.selfcheck.reference import relative, worst_of
+from megatron_tiedlora.runtime import ending, launch_env, machine, process_group, stopping
+from megatron_tiedlora.selfcheck import parts, reference, running, step_bench
 
 pytestmark = pytest.mark.gpu
 
+ADAPTER, RESULT, MODEL, KILLED = "adapter.safetensors", "result.json", "model", "killed"
+STEPS, SAMPLES, RATE = 3, 16, 1e-3  # steps of a case, samples of a step over all ranks, and the learning rate
 SIZES = (1, 2, 4, 8)
 # A model that eight ranks can share in any layout, whose vocabulary size none of these numbers divides.
 SHAPE: dict[str, Any] = {
-    **PRESETS["llama2-7b"],
+    **shapes.PRESETS["llama2-7b"],
     "architectures": ["LlamaForCausalLM"],  # so that transformers is not asked: a bare machine has none
     "vocab_size": 1003,
     "hidden_size": 512,
@@ -62,6 +72,21 @@ DIFFERS_FIX = (
 )
 FAILED_FIX = "see the rank's output in the report's folder; NCCL_DEBUG=INFO shows more"
 LOST_FIX = "see docs/clusters.md on lost ranks, and the ranks' output in the report's folder"
+
+
+class Case(NamedTuple):
+    """A layout, a ZeRO stage and a dtype of the base; data-parallel size = world size / (tp x pp)."""
+
+    tp: int = 1
+    pp: int = 1
+    zero: int = 1
+    dtype: str = "fp32"
+    sp: bool = True
+
+    def named(self, world_size: int) -> str:
+        """The case as short text."""
+        words = [f"TP{self.tp}", f"PP{self.pp}", f"DP{world_size // (self.tp * self.pp)}", f"ZeRO-{self.zero}"]
+        return f"{' '.join(words)}, {self.dtype}{'' if self.sp or self.tp == 1 else ', whole sequences'}"
 
 
 def possible_ranks(device: str) -> tuple[int, dict[str, str], str]:
@@ -125,7 +150,7 @@ class EndedRanks(NamedTuple):
 
 @dataclass(eq=False)
 class Ranks:
-    """What can be started on this machine.
+    """The ranks that can be started on this machine.
 
     Attributes:
         variables: environment variables that the ranks need here.
@@ -143,7 +168,7 @@ class Ranks:
 
     @cached_property
     def alone(self) -> list[Case]:
-        """What one rank trains to be compared with: a case for each dtype."""
+        """The cases that one rank trains for the comparison: one for each dtype."""
         return [Case(dtype=dtype) for dtype in dict.fromkeys(case.dtype for case in self.cases)]
 
     def run(self, first: int | str, cases: Sequence[Case], size: int, share: float, grace: float = 5.0) -> EndedRanks:
@@ -152,20 +177,18 @@ class Ranks:
         Args:
             first, cases: as for `rank`.
         """
-        port, deadline = free_port("127.0.0.1"), self.began + share * self.seconds
-        command = [sys.executable, "-P", "-m", rank.__name__, str(self.folder), str(first), json.dumps(cases)]
+        port, deadline = launch_env.free_port("127.0.0.1"), self.began + share * self.seconds
+        command = [sys.executable, "-P", "-m", __name__, str(self.folder), str(first), json.dumps(cases)]
         logs = [self.logs / f"ranks-{first}-{number}-of-{size}.log" for number in range(size)]
         processes: list[subprocess.Popen[bytes]] = []
         failed: float | None = None
         try:
             for number, log in enumerate(logs):
-                place = rank_variables(number, size, number, "127.0.0.1", port)
+                place = launch_env.rank_variables(number, size, number, "127.0.0.1", port)
                 environment = {**os.environ, "OMP_NUM_THREADS": "1", **place, **self.variables}
                 with log.open("wb") as out:
-                    started = subprocess.Popen(
-                        command, env=environment, stdout=out, stderr=out, stdin=subprocess.DEVNULL
-                    )
-                processes.append(started)
+                    one = subprocess.Popen(command, env=environment, stdout=out, stderr=out, stdin=subprocess.DEVNULL)
+                processes.append(one)
             while any(one.poll() is None for one in processes) and time.monotonic() < deadline:
                 if failed is None and any(one.poll() for one in processes):
                     failed = time.monotonic()
@@ -194,7 +217,7 @@ class Ranks:
         why = self.train(0 if size == 1 else number - number % CASES_OF_A_START, size)
         found = self.folder / f"{size}-{number}"
         said = sorted(file.read_text().strip().splitlines()[-1] for file in found.glob("error*"))
-        assert (found / rank.RESULT).exists(), f"{FAILED_FIX}\n{said[0] if said else why or 'it did not finish'}"
+        assert (found / RESULT).exists(), f"{FAILED_FIX}\n{said[0] if said else why or 'it did not finish'}"
         return found
 
 
@@ -214,7 +237,7 @@ def last_error(output: str) -> str:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A test for each case of this machine; one that is skipped if it can start no ranks."""
     if "case" in metafunc.fixturenames:
-        device = option(metafunc.config, "device")
+        device = parts.option(metafunc.config, "device")
         size = possible_ranks(device)[0]
         cases = cases_of(size, device) if size > 1 else [Case()]
         metafunc.parametrize("case", cases, ids=lambda case: case.named(size))
@@ -222,50 +245,50 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(pytestconfig: pytest.Config, device: torch.device) -> Iterator[Ranks]:
-    """What can be started on this machine, if that is more than one rank."""
+    """The ranks that can be started on this machine, if they are more than one."""
     size, variables, why = possible_ranks(device.type)
     if size == 1:
         pytest.skip(why)
     with tempfile.TemporaryDirectory(prefix="check_gpu-ranks-") as name:
         folder = Path(name)
-        write_random_model(SHAPE, folder / rank.MODEL, name="a small model", seed=0)
-        logs = Path(option(pytestconfig, "folder") or folder)
+        write_random_model(SHAPE, folder / MODEL, name="a small model", seed=0)
+        logs = Path(parts.option(pytestconfig, "folder") or folder)
         cases = cases_of(size, device.type)
-        yield Ranks(size, variables, cases, folder, logs, option(pytestconfig, "seconds"))
+        yield Ranks(size, variables, cases, folder, logs, parts.option(pytestconfig, "seconds"))
 
 
-def test_layout(case: Case, ranks: Ranks, tell: Tell) -> None:
+def test_layout(case: Case, ranks: Ranks, tell: parts.Tell) -> None:
     """Losses and adapter of a layout are those of one rank; the ranks compare their replicas bit by bit."""
     expected = ranks.results(ranks.alone.index(Case(dtype=case.dtype)), 1)
     compare(tell, case, ranks.results(ranks.cases.index(case), ranks.world_size), expected)
 
 
-def compare(tell: Tell, case: Case, found: Path, expected: Path) -> None:
+def compare(tell: parts.Tell, case: Case, found: Path, expected: Path) -> None:
     """Compare one case's results with those of one rank."""
-    losses, one = (json.loads((folder / rank.RESULT).read_text()) for folder in (found, expected))
+    losses, one = (json.loads((folder / RESULT).read_text()) for folder in (found, expected))
     steps = [torch.tensor(values, dtype=torch.float64) for values in zip(losses, one, strict=True)]
-    apart = {str(number): relative(*values) for number, values in enumerate(steps, start=1)}
-    worst = worst_of(apart)
+    apart = {str(number): reference.relative(*values) for number, values in enumerate(steps, start=1)}
+    worst = reference.worst_of(apart)
     tell(f"error of the loss of step {worst}", apart[worst])
     assert apart[worst] <= LOSS_BOUNDS[case.dtype], DIFFERS_FIX
     if case.dtype != "fp32":
         return
-    adapter, alone = load_file(found / rank.ADAPTER), load_file(expected / rank.ADAPTER)
+    adapter, alone = load_file(found / ADAPTER), load_file(expected / ADAPTER)
     # The norm of AdamW's change is about steps x learning rate x sqrt(elements), for any gradient.
-    change = rank.STEPS * rank.RATE
+    change = STEPS * RATE
     errors = {
         name: float((adapter[name] - tensor).norm()) / (change * tensor.numel() ** 0.5)
         for name, tensor in alone.items()
     }
-    worst = worst_of(errors)
+    worst = reference.worst_of(errors)
     tell(f"error relative to the change of {worst}", errors[worst])
     assert errors[worst] <= CHANGE_BOUND, DIFFERS_FIX
 
 
-def test_killed_rank(ranks: Ranks, tell: Tell) -> None:
+def test_killed_rank(ranks: Ranks, tell: parts.Tell) -> None:
     """The last rank is killed during training: the others end in time and name it."""
     victim = ranks.world_size - 1
-    ended = ranks.run(rank.KILLED, [Case(tp=2)], ranks.world_size, WORKING, grace=NOTICED_SECONDS + 15)
+    ended = ranks.run(KILLED, [Case(tp=2)], ranks.world_size, WORKING, grace=NOTICED_SECONDS + 15)
     assert ended.statuses[victim] == -signal.SIGKILL, f"{FAILED_FIX}\n{ended.why()}"
     tell("seconds until the others ended", ended.seconds)
     said = next((line for output in ended.outputs[:victim] if (line := naming_line(output, victim))), None)
@@ -273,7 +296,7 @@ def test_killed_rank(ranks: Ranks, tell: Tell) -> None:
     assert ended.seconds <= NOTICED_SECONDS and all(ended.statuses[:victim]) and said is not None, LOST_FIX
 
 
-def test_doctor(ranks: Ranks, gpu: torch.device, tell: Tell) -> None:
+def test_doctor(ranks: Ranks, gpu: torch.device, tell: parts.Tell) -> None:
     """The doctor's all-reduces over all GPUs of this host."""
     count = torch.cuda.device_count()
     if count == 1:
@@ -282,7 +305,7 @@ def test_doctor(ranks: Ranks, gpu: torch.device, tell: Tell) -> None:
         *(sys.executable, "-P", "-m", "megatron_tiedlora", "doctor"),
         "--json=-",
         f"--tensor_parallel={max(s for s in SIZES if count % s == 0)}",
-        f"--master_port={free_port()}",
+        f"--master_port={launch_env.free_port()}",
         f"--timeout_seconds={DOCTOR_SECONDS:.0f}",
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=2 * DOCTOR_SECONDS + 90)
@@ -292,4 +315,77 @@ def test_doctor(ranks: Ranks, gpu: torch.device, tell: Tell) -> None:
         name = f"all-reduce over {len(group['ranks'])} GPUs ({group['kind']})"
         tell(f"{name} of 64 MB, GB/s of a link", group["bus_bytes_per_second"] / 1e9)
     assert all(group["correct"] for group in found["groups"]), DIFFERS_FIX
-    report((Finding.model_validate(each) for each in found["findings"]), tell)
+    parts.report((machine.Finding.model_validate(each) for each in found["findings"]), tell)
+
+
+# One rank -------------------------------------------------------------------------------------------------------------
+
+
+def started(case: Case, folder: Path, rank: int, world_size: int, **changes: Any) -> step_bench.Started:
+    """A run of a case, with the same samples at every layout; `changes` as in `plan_benchmark`."""
+    rows = SAMPLES // (world_size // (case.tp * case.pp))
+    settings = running.step_settings(
+        str(folder / MODEL),
+        f"--dtype={case.dtype}",
+        f"--tensor_parallel={case.tp}",
+        f"--pipeline_parallel={case.pp}",
+        f"--sequence_parallel={str(case.sp).lower()}",
+        f"--ds_config=zero{case.zero}.json",
+        "--rows=2",
+        f"--micro_batches={rows // 2}",
+        "--length=64",
+        "--compile=false",
+    )
+    plan = step_bench.plan_benchmark(settings, rank=rank, world_size=world_size, timeout_minutes=1.0, **changes)
+    return step_bench.start(plan, settings)
+
+
+def run_case(case: Case, folder: Path, rank: int, world_size: int, results: Path) -> None:
+    """Train the steps; rank 0 writes the results."""
+    run = started(case, folder, rank, world_size, learning_rate=RATE, replica_check_steps=STEPS)
+    losses = [run.take(next(run.loader)).loss for _ in range(STEPS)]
+    state = run.runner.full_state(ONLY, run.plan.layout_of(run.plan.adapter))
+    if rank == 0:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, results / ADAPTER)
+        (results / RESULT).write_text(json.dumps(losses))
+    run.runner.engine.destroy()
+
+
+def run_until_killed(case: Case, folder: Path, rank: int, world_size: int) -> int:
+    """Train with a heartbeat, as tiedlora train does, until the last rank kills itself; returns the exit status."""
+    with ending.reported_end(rank, world_size, stopping.StopRequests()) as end:
+        run = started(case, folder, rank, world_size)
+        end.watch_peers(1.0)
+        end.finished_step = lambda: run.train_step.finished[ONLY]
+        for number in count():
+            run.take(next(run.loader))
+            if number == STEPS and rank == world_size - 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+    return end.status
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train the cases; returns the exit status."""
+    end_with_parent()
+    folder, cases = Path(argv[0]), [Case(*case) for case in json.loads(argv[2])]
+    launch_env.prepare_environment()
+    rank, world_size = launch_env.rank_and_world_size()
+    if argv[1] == KILLED:
+        return run_until_killed(cases[0], folder, rank, world_size)
+    for number, case in enumerate(cases, start=int(argv[1])):
+        results = folder / f"{world_size}-{number}"
+        results.mkdir(exist_ok=True)
+        try:
+            run_case(case, folder, rank, world_size, results)
+        except UserError as error:  # raised on every rank, so all of them continue with the next case
+            (results / f"error{rank}").write_text(str(error))
+        except Exception:
+            (results / f"error{rank}").write_text(traceback.format_exc())
+            traceback.print_exc()
+            os._exit(1)  # at once: peers may wait for this rank, and ending the group would wait for them
+    process_group.leave_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

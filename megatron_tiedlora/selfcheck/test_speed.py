@@ -5,9 +5,7 @@ from statistics import median
 import pytest
 import torch
 
-from megatron_tiedlora.selfcheck import step_bench
-from megatron_tiedlora.selfcheck.parts import Tell, warn_unless
-from megatron_tiedlora.selfcheck.running import layers_that_fit, release, step_settings
+from megatron_tiedlora.selfcheck import parts, running, step_bench
 
 pytestmark = pytest.mark.gpu
 
@@ -32,7 +30,7 @@ PACKED_FIX = "documents should cost nothing: see the attention for packed rows i
 @pytest.fixture(scope="module")
 def layers(gpu: torch.device, model: str) -> int:
     """As many layers as fit, by the dry run's plan for 2 x 4,096 tokens."""
-    return layers_that_fit(model, "--rows=2", f"--length={LENGTH}", "--supervised=1")
+    return running.layers_that_fit(model, "--rows=2", f"--length={LENGTH}", "--supervised=1")
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +40,11 @@ def token_seconds() -> dict[str, float]:
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_step(name: str, layers: int, token_seconds: dict[str, float], model: str, tell: Tell) -> None:
+def test_step(name: str, layers: int, token_seconds: dict[str, float], model: str, tell: parts.Tell) -> None:
     """A form's tokens/s, MFU and shares of the GPU's time, measured as by bench_step.py."""
-    release()
+    running.release()
     base = ("--rows=1", f"--length={LENGTH}", "--supervised=1", "--micro_batches=2", "--compile=auto", "--repeats=5")
-    settings = step_settings(model, f"--num_layers={layers}", *base, *FORMS[name])
+    settings = running.step_settings(model, f"--num_layers={layers}", *base, *FORMS[name])
     found, _ = step_bench.measure_layout(settings)
     assert found is not None, "this is rank 0"
     seconds = median(found["seconds"])
@@ -66,8 +64,8 @@ def test_step(name: str, layers: int, token_seconds: dict[str, float], model: st
     else:
         tell("the GPU's time", "unknown: torch's profiler saw no kernel; CUPTI may not be allowed here")
     first = next(iter(FORMS))
-    warn_unless(name != first or found["mfu"] >= LEAST_MFU, tell, SLOW_FIX)
+    parts.warn_unless(name != first or found["mfu"] >= LEAST_MFU, tell, SLOW_FIX)
     if name != first and first in token_seconds:
         ratio = token_seconds[name] / token_seconds[first]
         tell(f"time per token, relative to {first}", ratio)
-        warn_unless(name != "20 documents a row" or ratio <= MOST_PACKED, tell, PACKED_FIX)
+        parts.warn_unless(name != "20 documents a row" or ratio <= MOST_PACKED, tell, PACKED_FIX)

@@ -59,7 +59,7 @@ def default_device() -> torch.device:
 def about(
     settings: BenchSettings, base_format: str | None, device: torch.device, *names: str, **more: Any
 ) -> dict[str, Any]:
-    """What every report begins with: these settings, precision, `more`, device, allocator and versions.
+    """The beginning of every report: these settings, precision, `more`, device, allocator and versions.
 
     Args:
         base_format: in which the base is held.
@@ -86,10 +86,7 @@ def describe_allocator(environment: Mapping[str, str]) -> str:
 
 def kernel_class(name: str) -> str:
     """The class of `CLASSES` that a kernel of this name belongs to. Reductions count as elementwise."""
-    for kind, pattern in _PATTERNS:
-        if re.search(pattern, name, re.IGNORECASE):
-            return kind
-    return "other"
+    return next((kind for kind, pattern in _PATTERNS if re.search(pattern, name, re.IGNORECASE)), "other")
 
 
 def profiled(step: Callable[[], object]) -> list[Any]:

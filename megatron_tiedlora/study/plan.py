@@ -18,35 +18,19 @@ from megatron_tiedlora.base.files import file_sha256
 from megatron_tiedlora.base.messages import UserError, aligned_lines, bytes_in_words, naming, user_path
 from megatron_tiedlora.base.shapes import QKV
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
-from megatron_tiedlora.cluster.launchers import Job
-from megatron_tiedlora.cluster.start import check_num_ranks, make_job
-from megatron_tiedlora.config.cli import check_halving, check_together
+from megatron_tiedlora.cluster import launchers, start
+from megatron_tiedlora.config import cli, job_settings
 from megatron_tiedlora.config.fields import marked
-from megatron_tiedlora.config.job_settings import MOST_TOGETHER, SweepCommand, SweepSettings
 from megatron_tiedlora.config.settings import Settings, make_settings
-from megatron_tiedlora.data.readers import read_rows
+from megatron_tiedlora.data import readers, splits, tasks
 from megatron_tiedlora.data.sources import local_files
-from megatron_tiedlora.data.splits import load_split, local_names
-from megatron_tiedlora.data.tasks import get_task
-from megatron_tiedlora.planning.adapter_plans import DS_CONFIG, check_clipping
+from megatron_tiedlora.planning import adapter_plans, planned, run_plan
 from megatron_tiedlora.planning.memory import StageMemory, held_memory, step_memory, with_reserves
-from megatron_tiedlora.planning.planned import StepPlan
-from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
-from megatron_tiedlora.study.record import (
-    BaseRecord,
-    Run,
-    StudyFolder,
-    SweepGrid,
-    check_folder,
-    check_resumable,
-    make_grid,
-    read_run,
-)
-from megatron_tiedlora.study.tables import paper_model
+from megatron_tiedlora.study import record, tables
 
 _SHARE = 0.8  # of the free memory; the rest is for what the planner does not know
 
-Group = tuple[Run, ...]  # runs that train in one start
+Group = tuple[record.Run, ...]  # runs that train in one start
 
 
 @dataclass(frozen=True)
@@ -59,27 +43,22 @@ class SweepPlan:
         test_limit: how many test rows are scored, from the first on; None: all.
     """
 
-    command: SweepCommand
-    folder: StudyFolder
-    base: BaseRecord
-    grid: SweepGrid
-    runs: Mapping[Run, RunPlan]
-    job: Job
+    command: job_settings.SweepCommand
+    folder: record.StudyFolder
+    base: record.BaseRecord
+    grid: record.SweepGrid
+    runs: Mapping[record.Run, run_plan.RunPlan]
+    job: launchers.Job
     test_limit: int | None
-
-    @property
-    def settings(self) -> SweepSettings:
-        """The sweep's own settings."""
-        return self.command.settings
 
     @property
     def source(self) -> ModelSource:
         """The base model."""
         return next(iter(self.runs.values())).source
 
-    def is_finished(self, run: Run) -> bool:
+    def is_finished(self, run: record.Run) -> bool:
         """Whether an earlier start has finished a run, or it has ended meanwhile."""
-        return read_run(self.folder.run(run.name)).state == "finished"
+        return record.read_run(self.folder.run(run.name)).state == "finished"
 
     def groups(self) -> list[Group]:
         """The runs of all points that have an unfinished one, in groups that follow each other.
@@ -99,17 +78,17 @@ class SweepPlan:
 
     def _may_share(self, runs: Group) -> bool:
         """Whether runs may be a group."""
-        most = self.settings.together
+        most = self.command.settings.together
         if most != "auto":
             return len(runs) <= most
-        if self.settings.halving and len({run.point for run in runs}) == 1:
+        if self.command.settings.halving and len({run.point for run in runs}) == 1:
             return True  # they are compared step by step, even if they need more than is free
-        return len(runs) <= MOST_TOGETHER and self.needed_bytes(runs) <= self.free_bytes
+        return len(runs) <= job_settings.MOST_TOGETHER and self.needed_bytes(runs) <= self.free_bytes
 
     def needed_bytes(self, runs: Group) -> float:
         """The bytes that a group needs on the rank that needs most: what its runs hold, and the passes of a micro-batch
         of the widest run of the sweep."""
-        step = StepPlan({run.name: self.runs[run] for run in runs})
+        step = planned.StepPlan({run.name: self.runs[run] for run in runs})
         machine = step.shared.machine
         parts = zip(step.stages, self._passes, strict=True)
         return max(with_reserves(stage, held_memory(stage).plus(passes), machine).total for stage, passes in parts)
@@ -118,7 +97,7 @@ class SweepPlan:
     def _passes(self) -> list[StageMemory]:
         """By stage, what the widest run of the sweep needs in the passes of a micro-batch."""
         run = max(self.runs, key=lambda run: self.runs[run].adapter.rank * len(self.runs[run].adapter.targets))
-        step = StepPlan({run.name: self.runs[run]})
+        step = planned.StepPlan({run.name: self.runs[run]})
         return [step_memory(stage, step.largest) for stage in step.stages]
 
     @cached_property
@@ -133,7 +112,7 @@ class SweepPlan:
         base, metric, states = self.base, self.command.train.eval_metric, list[str]()
         rows = [("run", "trained parameters", "state")]
         for run in self.runs:
-            end = read_run(self.folder.run(run.name))
+            end = record.read_run(self.folder.run(run.name))
             states.append(end.state)
             best = "" if end.best is None else f", best validation {metric} {end.best:.4f}"
             state = end.state + (f", step {end.step}{best}" if end.state == "finished" else "")
@@ -147,7 +126,8 @@ class SweepPlan:
             *aligned_lines(rows, align="<><", indent="  "),
         ]
         if groups := self.groups():
-            free = f"; up to {bytes_in_words(self.free_bytes)} are used" if self.settings.together == "auto" else ""
+            is_auto = self.command.settings.together == "auto"
+            free = f"; up to {bytes_in_words(self.free_bytes)} are used" if is_auto else ""
             lines += ["", f"  groups to train together, and the memory of a rank{free}"]
             needed = [self.needed_bytes(runs) for runs in groups]
             cells = [
@@ -155,7 +135,7 @@ class SweepPlan:
                 for number, (size, runs) in enumerate(zip(needed, groups, strict=True), start=1)
             ]
             lines += aligned_lines(cells, align=">><", indent="  ")
-            if self.settings.together == "auto" and max(needed) > self.free_bytes:
+            if is_auto and max(needed) > self.free_bytes:
                 less = "a --base of fewer bits or a shorter --max_length needs less"
                 lines += ["", f"  warning: a group needs more than that; {less}"]
         counts = (f"{states.count(state)} {state}" for state in dict.fromkeys(states))
@@ -204,48 +184,48 @@ def _no_accelerator_needed() -> Iterator[None]:
 
 
 @_no_accelerator_needed()
-def plan_sweep(command: SweepCommand) -> SweepPlan:
+def plan_sweep(command: job_settings.SweepCommand) -> SweepPlan:
     """Check everything that can be checked before a start: folder, model, grid, task and every run.
 
     Raises:
         UserError: names the first thing that does not fit.
     """
     settings, train = command.settings, command.train
-    folder = StudyFolder(user_path(settings.output_dir))
-    check_folder(folder)
-    task, job = get_task(train.task), make_job(command.launcher, os.environ)
+    folder = record.StudyFolder(user_path(settings.output_dir))
+    record.check_folder(folder)
+    task, job = tasks.get_task(train.task), start.make_job(command.launcher, os.environ)
     ranks = job.size
     with naming("--launcher_args"):
-        check_num_ranks(train, ranks)
-    check_together(train)
+        start.check_num_ranks(train, ranks)
+    cli.check_together(train)
     source, counts = find_model(train.model, weights=False), dict[str, int]()
-    grid, runs = make_grid(settings, source.shape.num_layers), dict[Run, RunPlan]()
+    grid, runs = record.make_grid(settings, source.shape.num_layers), dict[record.Run, run_plan.RunPlan]()
     for run in grid.all_runs:
-        own = make_settings({"ds_config": DS_CONFIG, **command.given, **run.settings})
-        runs[run] = plan_run(own, rank=0, world_size=ranks, weights=False, source=source)
-        check_clipping(runs[run])
+        own = make_settings({"ds_config": adapter_plans.DS_CONFIG, **command.given, **run.settings})
+        runs[run] = run_plan.plan_run(own, rank=0, world_size=ranks, weights=False, source=source)
+        adapter_plans.check_clipping(runs[run])
         counts[run.point.name] = sum(runs[run].adapter.num_trained().values())
     files = {name: getattr(train, name) for name in marked(Settings, holds="rows")}
     local = (item for given in filter(None, files.values()) for item in local_files(given).items())  # not hub ids
-    base = BaseRecord(
+    base = record.BaseRecord(
         model=source.name,
         base_hash=source.base_hash,
         num_layers=source.shape.num_layers,
         trained=counts,
         # the paper adapts nothing else
-        paper_model=paper_model(source.name, source.shape) if train.targets == (QKV,) else None,
+        paper_model=tables.paper_model(source.name, source.shape) if train.targets == (QKV,) else None,
         task=task.name,
         metric=task.metrics[0],
         file_sha256={name: file_sha256(path) for name, path in local},
     )
-    check_resumable(folder, command, base)
+    record.check_resumable(folder, command, base)
     if settings.halving:
-        check_halving({run.name: plan.settings for run, plan in runs.items()})
+        cli.check_halving({run.name: plan.settings for run, plan in runs.items()})
     if task.hub is None and task.generate is None and files["test_file"] is None:
         raise UserError(f"--task {task.name} has no test set of its own; give one with --test_file")
-    for name in local_names(train):
-        read_rows(name, limit=1)
+    for name in splits.local_names(train):
+        readers.read_rows(name, limit=1)
     limit = settings.test_limit
     if limit is None and task.scored_rows is not None:  # tiedlora evaluate scores some rows of it, and a sweep all
-        limit = len(load_split(train.task, "test", files={"test": train.test_file}, seed=train.seed))
+        limit = len(splits.load_split(train.task, "test", files={"test": train.test_file}, seed=train.seed))
     return SweepPlan(command, folder, base, grid, runs, job, limit)

@@ -29,7 +29,7 @@ from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.evaluation.results import RESULTS_FILE, Score
 from megatron_tiedlora.runtime.run_folder import RunFolder, State
 
-SINGLE_LAYER_METHOD, SINGLE_LAYER_RIVAL = "lora", "tl5"
+SINGLE_LAYER_METHOD, SINGLE_LAYER_TIED = "lora", "tl5"
 PAPER_LAYER_STEP = 4
 
 
@@ -105,7 +105,7 @@ def make_grid(settings: SweepSettings, num_layers: int) -> SweepGrid:
     single = tuple(Point(SINGLE_LAYER_METHOD, rank, layer) for layer in layers)
     return SweepGrid(
         table=tuple(Point(method, r) for method in settings.methods for r in settings.ranks),
-        table3=(*single, Point(SINGLE_LAYER_RIVAL, rank)) if layers else (),
+        table3=(*single, Point(SINGLE_LAYER_TIED, rank)) if layers else (),
         learning_rates=settings.learning_rates,
     )
 

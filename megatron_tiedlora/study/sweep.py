@@ -17,52 +17,27 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from megatron_tiedlora.base.files import Guard, discard, make_way_for_log, unguarded, write_json, write_text, write_yaml
-from megatron_tiedlora.base.messages import UserError, csv_text, printable, show, user_path
-from megatron_tiedlora.base.ownership import FolderLock, take_folder
-from megatron_tiedlora.base.progress import progress_bar
-from megatron_tiedlora.cluster import start
-from megatron_tiedlora.cluster.launchers import Job, plan_start
-from megatron_tiedlora.config.adapter_settings import EvaluateSettings
+from megatron_tiedlora.base import files, ownership, progress
+from megatron_tiedlora.base.files import Guard, discard, make_way_for_log, unguarded, write_json, write_text
+from megatron_tiedlora.base.messages import UserError, csv_text, os_errors, printable, show, user_path
+from megatron_tiedlora.cluster import launchers, start
+from megatron_tiedlora.config import adapter_settings, job_settings
 from megatron_tiedlora.config.fields import flag_value, marked
-from megatron_tiedlora.config.job_settings import SweepCommand
 from megatron_tiedlora.evaluation.results import RESULTS_FILE
 from megatron_tiedlora.planning.run_plan import with_models_length
-from megatron_tiedlora.runtime.run_folder import RunFolder, metrics_row
-from megatron_tiedlora.runtime.stopping import StopSignals
-from megatron_tiedlora.study.figures import draw_figure2, draw_figure3
+from megatron_tiedlora.runtime import run_folder, stopping
+from megatron_tiedlora.study import record, tables
 from megatron_tiedlora.study.plan import Group, SweepPlan, plan_sweep
-from megatron_tiedlora.study.record import (
-    BASE_NAME,
-    LOGS,
-    SCORES,
-    Run,
-    Study,
-    StudyFolder,
-    best_run,
-    read_run,
-    read_score,
-    read_study,
-    write_record,
-)
-from megatron_tiedlora.study.tables import (
-    TABLE2_COLUMNS,
-    TABLE3_COLUMNS,
-    table2,
-    table2_markdown,
-    table3,
-    table3_markdown,
-)
 
 LOG_MARK = "$ "  # precedes the command line of each start in a log
 _TERMINAL_CODE, _BAR_MARK = re.compile(r"\x1b\[[0-9;]*[A-Za-z]"), "%|"
 _SHOWN_FAILURES, _SHOWN_CHARACTERS = 3, 120
 
 
-Begin = Callable[[Job, Path, int], start.RunningJob]
+Begin = Callable[[launchers.Job, Path, int], start.RunningJob]
 
 
-def begin_job(job: Job, log: Path, lock: int) -> start.RunningJob:
+def begin_job(job: launchers.Job, log: Path, lock: int) -> start.RunningJob:
     """Start a job whose output is appended to a log.
 
     Args:
@@ -71,8 +46,8 @@ def begin_job(job: Job, log: Path, lock: int) -> start.RunningJob:
     Raises:
         UserError: the log cannot be written, or the launcher cannot be started.
     """
-    plan = plan_start(job, os.environ)
-    try:
+    plan = launchers.plan_start(job, os.environ)
+    with os_errors(f"{log}: cannot be written"):
         log.parent.mkdir(parents=True, exist_ok=True)
         make_way_for_log(log)
         with log.open("a+b", buffering=0) as stream:
@@ -81,11 +56,9 @@ def begin_job(job: Job, log: Path, lock: int) -> start.RunningJob:
             mark = f"\n{LOG_MARK}" if cut else LOG_MARK
             stream.write(f"{mark}{shlex.join(plan.words)}\n".encode())
             return start.RunningJob(job, plan, stdout=stream, stderr=stream, pass_fds=(lock,))
-    except OSError as error:
-        raise UserError(f"{log}: cannot be written ({error.strerror or error})") from error
 
 
-def sweep(command: SweepCommand, *, scripts: Path, begin: Begin = begin_job) -> int:
+def sweep(command: job_settings.SweepCommand, *, scripts: Path, begin: Begin = begin_job) -> int:
     """Run or resume a study. Returns the exit status: 0 all finished, 1 something failed, 130, 143 or 138 stopped.
 
     Args:
@@ -105,9 +78,9 @@ def sweep(command: SweepCommand, *, scripts: Path, begin: Begin = begin_job) -> 
     plan.source.weights_folder()  # rejects a preset, which has no weights
     with TemporaryDirectory(prefix="megatron_tiedlora-") as private:  # only this user can read it
         start.check_programs(plan.job)
-        with lock_study(plan.folder.path, take_over=settings.take_over) as lock, StopSignals() as stop:
-            plan = replace(plan, folder=StudyFolder(plan.folder.path, lock.owner))
-            write_record(plan.folder, command, plan.base)
+        with lock_study(plan.folder.path, take_over=settings.take_over) as lock, stopping.StopSignals() as stop:
+            plan = replace(plan, folder=record.StudyFolder(plan.folder.path, lock.owner))
+            record.write_record(plan.folder, command, plan.base)
             work = Sweep(plan, Path(private), scripts, begin, lock.descriptor, stop)
             try:
                 work.run()
@@ -118,14 +91,14 @@ def sweep(command: SweepCommand, *, scripts: Path, begin: Begin = begin_job) -> 
             return work.end()
 
 
-def lock_study(folder: Path, *, take_over: bool = False) -> FolderLock:
+def lock_study(folder: Path, *, take_over: bool = False) -> ownership.FolderLock:
     """Become the owner of a study's folder, which is created if it does not exist.
 
     Raises:
         UserError: another sweep, or a launcher of a killed one, is writing here.
     """
     hint = "it is another sweep, or a run of a killed sweep; wait until it ends, or end it"
-    return take_folder(folder, take_over=take_over, hint=f"{hint} (--take_over takes the folder anyway)")
+    return ownership.take_folder(folder, take_over=take_over, hint=f"{hint} (--take_over takes the folder anyway)")
 
 
 @dataclass
@@ -144,20 +117,20 @@ class Sweep:
     scripts: Path
     begin: Begin
     lock: int
-    stop: StopSignals
+    stop: stopping.StopSignals
     failures: dict[str, tuple[str, Path]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.folder, self.command = self.plan.folder, self.plan.command
-        self._done, self._training = 0, list[Run]()
+        self._done, self._training = 0, list[record.Run]()
         total = 1 + len(self.plan.runs) + len(self.plan.grid.points)
         shown = "{desc} {percentage:3.0f}%|{bar:20}| {n:.1f} of {total} [{elapsed}, {remaining} left]{postfix}"
-        self._bar = progress_bar("sweep", "run", total=total, leave=True, bar_format=shown)
+        self._bar = progress.progress_bar("sweep", "run", total=total, leave=True, bar_format=shown)
 
     @property
     def given_up(self) -> bool:
         """Whether nothing else was started, as without the base's score there is nothing to compare with."""
-        return f"score {BASE_NAME}" in self.failures
+        return f"score {record.BASE_NAME}" in self.failures
 
     def run(self) -> None:
         """Score the base, train the groups, and score the best run of each point. After a signal nothing is started.
@@ -168,7 +141,7 @@ class Sweep:
         groups = self.plan.groups()
         with self._bar:
             self._take_scores()
-            self._score({f"score {BASE_NAME}": BASE_NAME})
+            self._score({f"score {record.BASE_NAME}": record.BASE_NAME})
             if not self.given_up:
                 for runs in groups:
                     self._train(runs)
@@ -178,20 +151,21 @@ class Sweep:
     def _count(self) -> None:
         """Show how many runs and scores of the study are done."""
         done = sum(map(self.plan.is_finished, self.plan.runs))
-        done += sum(read_score(self.folder.score(name)) is not None for name in (BASE_NAME, *self._best().values()))
+        names = (record.BASE_NAME, *self._best().values())
+        done += sum(record.read_score(self.folder.score(name)) is not None for name in names)
         self._done = done
         self._bar.update(done - self._bar.n)
 
-    def _part(self, run: Run) -> float:
+    def _part(self, run: record.Run) -> float:
         """The part of a run's steps that it has taken, 0 to 1."""
         steps = self.plan.runs[run].settings.max_steps
-        row = last_row(RunFolder(self.folder.run(run.name)).metrics)
+        row = last_row(run_folder.RunFolder(self.folder.run(run.name)).metrics)
         return 0.0 if row is None else min(row["step"] / steps, 1.0)
 
     def _best(self) -> dict[str, str]:
         """The best run of each point that has a finished one, by the name of the score."""
         grid, metric = self.plan.grid, self.command.train.eval_metric
-        found = {point: best_run(self.folder, grid.runs(point), metric=metric) for point in grid.points}
+        found = {point: record.best_run(self.folder, grid.runs(point), metric=metric) for point in grid.points}
         return {f"score {point.name}": run.name for point, run in found.items() if run is not None}
 
     def _train(self, runs: Group) -> None:
@@ -201,62 +175,60 @@ class Sweep:
         folder, first, several = self.folder, runs[0].name, len({run.point for run in runs}) < len(runs)
         left = [run for run in runs if not self.plan.is_finished(run)]
         for run in left:  # if the start fails, how an earlier one ended is not why
-            discard(RunFolder(folder.run(run.name)).status, guard=folder.guard)
+            discard(run_folder.RunFolder(folder.run(run.name)).status, guard=folder.guard)
         file, output = folder.group(f"{first}.yaml"), folder.group(first)
         with suppress(OSError):  # the next lines say what is wrong
             file.parent.mkdir(exist_ok=True)
         entries = [{"name": run.name, **run.settings, "output_dir": str(folder.run(run.name))} for run in runs]
-        write_yaml(file, entries, guard=folder.guard)
+        files.write_yaml(file, entries, guard=folder.guard)
         given = {name: value for name, value in self.command.given.items() if name != "test_file"}
         given |= {"adapters": file, "output_dir": output, "resume": "auto"}
-        given |= {"halving": True} if self.plan.settings.halving and several else {}
+        given |= {"halving": True} if self.command.settings.halving and several else {}
         self._training = left
         ended = self._start(f"group {first}", "train", given)
         self._training = []
         if not ended:
             return
         for run in left:
-            end = read_run(folder.run(run.name))
+            end = record.read_run(folder.run(run.name))
             words = end.in_words(self.command.train.eval_metric) if end.state == "finished" else None
             self._note(run.name, words, f"group {first}", end.reason)
 
     def _score(self, wanted: Mapping[str, str]) -> None:
         """Score the base model alone, or the adapters of runs together; by the names of the scores."""
-        folder, train, settings = self.folder, self.command.train, self.plan.settings
-        left = {item: name for item, name in wanted.items() if read_score(folder.score(name)) is None}
+        folder, train, settings = self.folder, self.command.train, self.command.settings
+        left = {item: name for item, name in wanted.items() if record.read_score(folder.score(name)) is None}
         if not left or self.stop.received:
             return
-        is_base = BASE_NAME in left.values()
-        output = folder.score(BASE_NAME) if is_base else folder.group(SCORES)
+        is_base = record.BASE_NAME in left.values()
+        output = folder.score(record.BASE_NAME) if is_base else folder.group(record.SCORES)
         discard(output, guard=folder.guard)  # it has no result
         given = {
-            **{name: getattr(train, name) for name in marked(EvaluateSettings, shared=True)},
+            **{name: getattr(train, name) for name in marked(adapter_settings.EvaluateSettings, shared=True)},
             "max_length": with_models_length(train, self.plan.source).max_length,
             "batch_size": settings.test_batch_size,
             "limit": self.plan.test_limit,
             "output_dir": output,
         }
         words = () if is_base else ("--adapters", *(f"{name}={folder.run(name) / 'adapter'}" for name in left.values()))
-        log = f"score {BASE_NAME}" if is_base else SCORES
+        log = f"score {record.BASE_NAME}" if is_base else record.SCORES
         if not self._start(log, "evaluate", given, words):
             return
         self._take_scores()
         for item, name in left.items():
-            score = read_score(folder.score(name))
+            score = record.read_score(folder.score(name))
             words_of = None if score is None else f"{self.plan.base.metric} {score.value:.2f} % ({name})"
             self._note(item, words_of, log)
 
     def _take_scores(self) -> None:
         """Move each score that was made beside others to its place. A sweep that was killed may have left some."""
-        made = self.folder.group(SCORES)
+        made = self.folder.group(record.SCORES)
         for found in sorted(made.glob(f"*/{RESULTS_FILE}")):
             target = self.folder.score(found.parent.name)
             discard(target, guard=self.folder.guard)  # it has no result, or this one
-            try:
+            with os_errors(f"{target}: cannot be written"):
                 target.parent.mkdir(exist_ok=True)
                 found.parent.replace(target)
-            except OSError as error:
-                raise UserError(f"{target}: cannot be written ({error.strerror or error})") from error
         discard(made, guard=self.folder.guard)
 
     # One start --------------------------------------------------------------------------------------------------------
@@ -271,13 +243,13 @@ class Sweep:
         """
         self.folder.guard()
         self._count()
-        take_over = {"take_over": True} if self.plan.settings.take_over else {}
+        take_over = {"take_over": True} if self.command.settings.take_over else {}
         flags = {flag: value for flag, value in {**settings, **take_over}.items() if value is not None}
         arguments = (*(f"--{flag}={flag_value(value)}" for flag, value in flags.items()), *words)
         program, private = (str(self.scripts / f"{script}.py"),), self.private
         job = replace(self.plan.job, program=program, arguments=arguments, private=private)
         job = replace(job, master_port=start.new_port(self.command.launcher), start=secrets.token_hex(8))
-        status = start.StatusFile(RunFolder(Path(settings["output_dir"])), job.start)
+        status = start.StatusFile(run_folder.RunFolder(Path(settings["output_dir"])), job.start)
         self._log, self._began = self.folder.log(name), time.monotonic()
         running = self.begin(job, self._log, self.lock)
         try:
@@ -341,7 +313,7 @@ class Sweep:
             return 128 + self.stop.received[0]
         self.write_status("failed" if failures else "finished")
         if not self.given_up:
-            written = write_tables([read_study(folder.path)], folder.path, guard=folder.guard)
+            written = write_tables([record.read_study(folder.path)], folder.path, guard=folder.guard)
             show("", *(folder.path / "table2.md").read_text(encoding="utf-8").split("\n"))
             show(*(f"written    {path}" for path in written))
         for name, (reason, log) in list(failures.items())[:_SHOWN_FAILURES]:
@@ -349,8 +321,8 @@ class Sweep:
             show(*(f"    {line}" for line in last_lines(log)))
         if failures:
             gave_up = "; nothing else was started" if self.given_up else ""
-            line = f"error: {len(failures)} failed: {', '.join(failures)}{gave_up} (logs in {folder.path / LOGS})"
-            show(line, file=sys.stderr)
+            line = f"error: {len(failures)} failed: {', '.join(failures)}{gave_up}"
+            show(f"{line} (logs in {folder.path / record.LOGS})", file=sys.stderr)
         return 1 if failures else 0
 
 
@@ -362,7 +334,7 @@ def last_row(metrics: Path) -> dict[str, Any] | None:
             lines = stream.read().split(b"\n")[:-1]
     except OSError:
         return None
-    return metrics_row(lines[-1]) if lines else None
+    return run_folder.metrics_row(lines[-1]) if lines else None
 
 
 def last_lines(log: Path, count: int = 12, *, bars: bool = False) -> list[str]:
@@ -384,7 +356,7 @@ def join_studies(folders: Sequence[str], target: Path, *, take_over: bool = Fals
     Raises:
         UserError: a folder holds no study, a task appears twice, or the base models differ.
     """
-    studies = [read_study(user_path(folder)) for folder in folders]
+    studies = [record.read_study(user_path(folder)) for folder in folders]
     for index, study in enumerate(studies):
         if any(study.base.task == other.base.task for other in studies[:index]):
             raise UserError(f"{study.folder}: task {study.base.task} appears twice; give one sweep for each task")
@@ -398,13 +370,13 @@ def join_studies(folders: Sequence[str], target: Path, *, take_over: bool = Fals
     return 0
 
 
-def write_tables(studies: Sequence[Study], folder: Path, *, guard: Guard = unguarded) -> list[Path]:
+def write_tables(studies: Sequence[record.Study], folder: Path, *, guard: Guard = unguarded) -> list[Path]:
     """Write Table 2, Table 3 (if single layers were trained) and the figures. Returns the files."""
-    texts = {"table2.md": table2_markdown(studies), "table2.csv": csv_text(TABLE2_COLUMNS, table2(studies))}
+    texts = {"table2.md": tables.table2_markdown(studies)}
+    texts["table2.csv"] = csv_text(tables.TABLE2_COLUMNS, tables.table2(studies))
     if any(study.grid.table3 for study in studies):
-        texts |= {"table3.md": table3_markdown(studies), "table3.csv": csv_text(TABLE3_COLUMNS, table3(studies))}
+        texts["table3.md"] = tables.table3_markdown(studies)
+        texts["table3.csv"] = csv_text(tables.TABLE3_COLUMNS, tables.table3(studies))
     for name, text in texts.items():
         write_text(folder / name, text, guard=guard)
-    draw_figure2(studies, folder / "figure2.png", guard=guard)
-    draw_figure3(studies, folder / "figure3.png", guard=guard)
-    return [folder / name for name in (*texts, "figure2.png", "figure3.png")]
+    return [*(folder / name for name in texts), *tables.draw_figures(studies, folder, guard=guard)]

@@ -1,5 +1,7 @@
 """The paper's Table 2 and Table 3 from studies of one task each: as records for CSV, and from these as Markdown.
 
+Figures 2 and 3 show scores by rank, with 95 % intervals and the paper's scores as hollow marks.
+
 P% is a method's trained parameters in per cent of LoRA's at LoRA's best rank. The average decline of a method against
 LoRA is 100 (mean of LoRA's scores - mean of its scores) / mean of LoRA's scores over the tasks, with LoRA at its best
 rank. Among the possible definitions only this one matches the paper's figures for tl6 at LoRA's best rank: 1.95 % with
@@ -12,15 +14,21 @@ that the paper published, which a study of the same model, task and metric is sh
 
 import csv
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib import resources
-from typing import Any
+from itertools import cycle
+from pathlib import Path
+from typing import Any, NamedTuple
 
+from megatron_tiedlora.base.files import Guard, unguarded
 from megatron_tiedlora.base.messages import markdown_lines, printable
 from megatron_tiedlora.base.methods import METHOD_NAMES, find_method
 from megatron_tiedlora.base.shapes import PRESETS, ModelShape
 from megatron_tiedlora.evaluation.results import Score
 from megatron_tiedlora.model.families import shape_from_hf
+from megatron_tiedlora.runtime.run_folder import plain_figures, save_figure
 from megatron_tiedlora.study.record import BASE_NAME, BaseRecord, Point, Result, Study, rate_text
 
 TableRow = Mapping[str, Any]  # a line of a CSV file by its columns; what it does not have is unknown
@@ -192,7 +200,7 @@ def mean_base(studies: Sequence[Study]) -> float | None:
 
 
 def tensors_text(method: str) -> str:
-    """Which tensors a method trains, shares and freezes: `A tied; B tied, frozen; u, v`. Frozen u, v are omitted."""
+    """Says how a method trains, ties and freezes tensors: `A tied; B tied, frozen; u, v`. Frozen u, v are omitted."""
     spec = find_method(method)
 
     def state(name: str) -> str:
@@ -347,3 +355,143 @@ def _text(lines: Iterable[str]) -> str:
 
 def _number(value: float | None, digits: int = 2) -> str:
     return NONE if value is None else f"{round(value, digits) + 0.0:.{digits}f}"  # no -0.00
+
+
+# Figures --------------------------------------------------------------------------------------------------------------
+
+
+BEST_METHODS = ("lora", "vera", "tl5", "tl6")
+# Colours that red-green colour-blind readers can distinguish, with different marks; by the order of the methods.
+_COLOURS = ("#000000", "#999999", "#56B4E9", "#0072B2", "#F0C419", "#CC79A7", "#009E73", "#D55E00")
+STYLES: Mapping[str, Sequence[str]] = {
+    method: style for method, *style in zip(METHOD_NAMES, cycle(_COLOURS), cycle("osv^<>DP"), strict=False)
+}
+BASE_LABEL, PAPER_LABEL = "base model", "the paper"
+NAMES = {name: {"lora": "LoRA", "vera": "VeRA"}.get(name, name.upper()) for name in METHOD_NAMES}
+
+
+class PlotPoint(NamedTuple):
+    """A score at a rank, with the lengths of its error bar below and above, in per cent."""
+
+    rank: int
+    value: float
+    below: float
+    above: float
+
+
+def lines(studies: Sequence[Study]) -> dict[str, list[PlotPoint]]:
+    """The mean over the studies, by method and rank, for the ranks at which all studies have a score.
+
+    The test sets of the tasks are independent, so the squares of their error bars add up.
+    """
+    found: dict[str, list[PlotPoint]] = {}
+    for method in METHOD_NAMES:
+        by_task = [{r.point.rank: r.score for r in s.table_results if r.point.method == method} for s in studies]
+        ranks = sorted(set.intersection(*map(set, by_task)))
+        points = [_mean(rank, [score for scores in by_task if (score := scores[rank]) is not None]) for rank in ranks]
+        if points:
+            found[method] = points
+    return found
+
+
+def _mean(rank: int, scores: Sequence[Score]) -> PlotPoint:
+    count = len(scores)
+    below = math.sqrt(sum((score.value - score.low) ** 2 for score in scores)) / count
+    above = math.sqrt(sum((score.high - score.value) ** 2 for score in scores)) / count
+    return PlotPoint(rank, sum(score.value for score in scores) / count, below, above)
+
+
+def draw_figures(studies: Sequence[Study], folder: Path, *, guard: Guard = unguarded) -> list[Path]:
+    """Draw Figure 2, with all methods and with the best, and Figure 3, with a panel per task; returns the files.
+
+    Raises UserError if one cannot be written.
+    """
+    label = f"mean score of {len(studies)} tasks" if len(studies) > 1 else metric_title(studies[0])
+    panels = {"figure2.png": list[Callable[[Any], None]](), "figure3.png": list[Callable[[Any], None]]()}
+    for name, methods in (("all methods", METHOD_NAMES), ("LoRA, VeRA, TL5, TL6", BEST_METHODS)):
+        heading = f"{model_title(studies[0])}: {name}"
+        panels["figure2.png"].append(partial(_draw, studies, title=heading, label=label, methods=methods))
+    for study in studies:
+        heading = f"{model_title(study)}: {title(study)}"
+        panels["figure3.png"].append(partial(_draw, [study], title=heading, label=metric_title(study), published=True))
+    for name, own in panels.items():
+        _draw_panels(own, folder / name, guard)
+    return [folder / name for name in panels]
+
+
+def _draw_panels(panels: Sequence[Callable[[Any], None]], target: Path, guard: Guard) -> None:
+    """Draw the panels in rows of three, with one legend for all below them, and save the figure."""
+    from matplotlib import pyplot
+
+    plain_figures()
+    columns = min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    height, entries = 4.2 * rows + 0.5, dict[str, Any]()
+    figure, grid = pyplot.subplots(rows, columns, figsize=(5.2 * columns, height), dpi=130, squeeze=False)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    for panel, axes in zip(panels, grid.flat, strict=False):
+        panel(axes)
+        handles, labels = axes.get_legend_handles_labels()
+        entries.update(zip(labels, handles, strict=True))
+    names = sorted(entries, key=[*NAMES.values(), BASE_LABEL, PAPER_LABEL].index)
+    figure.tight_layout(rect=(0, 0.55 / height, 1, 1))
+    if names:
+        columns = -(-len(names) // (2 if len(panels) == 1 else 1))
+        figure.legend([entries[name] for name in names], names, loc="lower center", ncols=columns, fontsize=8)
+    save_figure(figure, target, guard=guard)
+
+
+def _draw(
+    studies: Sequence[Study],
+    axes: Any,
+    *,
+    title: str,
+    label: str,
+    methods: Collection[str] = METHOD_NAMES,
+    published: bool = False,
+) -> None:
+    """Draw the mean scores of some methods, with the paper's if they are `published` for one study."""
+    data, base = {name: points for name, points in lines(studies).items() if name in methods}, mean_base(studies)
+    ranks = {point.rank for points in data.values() for point in points}
+    for index, (method, points) in enumerate(data.items()):
+        colour, mark = STYLES[method]
+        # Marks at the same rank are shifted a little, so that their error bars do not overlap.
+        shift = 2 ** (0.04 * (index - (len(data) - 1) / 2))
+        at, scores, below, above = zip(*points, strict=True)
+        axes.errorbar(
+            [rank * shift for rank in at],
+            scores,
+            yerr=[below, above],
+            label=NAMES[method],
+            color=colour,
+            marker=mark,
+            markersize=5,
+            linewidth=1.4,
+            elinewidth=0.7,
+            capsize=2,
+        )
+        if published and (theirs := table2_points(studies[0].base, method)):
+            ranks |= theirs.keys()
+            positions = [rank * shift for rank in theirs]
+            axes.plot(positions, list(theirs.values()), mark, color=colour, markerfacecolor="none", markersize=9)
+            axes.plot([], [], "o", color="#444444", markerfacecolor="none", markersize=9, label=PAPER_LABEL)
+    values = [point.value for points in data.values() for point in points]
+    if base is not None and values:
+        low, high = min(values), max(values)
+        span = max(high - low, 1.0)
+        shown = low - span < base < high + span
+        if shown:
+            axes.axhline(base, color="#666666", linestyle=":", linewidth=1.2, label=BASE_LABEL)
+        else:  # the line would compress the curves
+            axes.plot([], [], color="#666666", linestyle=":", linewidth=1.2, label=BASE_LABEL)
+        title += f"\nbase model {base:.2f}" + ("" if shown else ", outside of the plot")
+    axes.set_title(title, fontsize=10)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sorted(ranks), [str(rank) for rank in sorted(ranks)])
+    axes.minorticks_off()
+    axes.set_xlabel("rank r")
+    axes.set_ylabel(f"{label}, per cent")
+    axes.grid(alpha=0.3)
+    if not values:
+        axes.text(0.5, 0.5, "no rank has all its scores yet", transform=axes.transAxes, ha="center")

@@ -128,7 +128,7 @@ def test_the_folder_alone_starts_runs_as_before(base: Base, tmp_path: Path) -> N
     def starts(*flags: str) -> tuple[Any, ...]:
         plan = plan_sweep(parse_sweep([f"--output_dir={folder}", *flags]))
         write_record(plan.folder, plan.command, plan.base)
-        return first_start(plan, tmp_path).size, plan.settings.together
+        return first_start(plan, tmp_path).size, plan.command.settings.together
 
     assert starts() == (2, 3)
     assert starts("--launcher_args=--num_gpus 4") == starts() == (4, 3)

@@ -19,12 +19,12 @@ from megatron_tiedlora.base.shapes import PRESETS
 from megatron_tiedlora.config.job_settings import parse_sweep
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.study import sweep, tables
-from megatron_tiedlora.study.figures import lines
 from megatron_tiedlora.study.plan import plan_sweep
 from megatron_tiedlora.study.record import Point, Study, rate_text, read_run, read_study, single_layers
 from megatron_tiedlora.study.tables import (
     TABLE2_COLUMNS,
     TABLE3_COLUMNS,
+    lines,
     table2,
     table2_markdown,
     table3,

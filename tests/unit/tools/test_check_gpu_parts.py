@@ -23,7 +23,6 @@ from support.ranks import ENVIRONMENT
 
 from megatron_tiedlora.parallel.quantised_weight import Fp8MatmulWeight
 from megatron_tiedlora.selfcheck import (
-    rank,
     reference,
     test_attention,
     test_correct,
@@ -34,10 +33,9 @@ from megatron_tiedlora.selfcheck import (
 )
 from megatron_tiedlora.selfcheck import running as judging
 from megatron_tiedlora.selfcheck.parts import WARNING, verdict
-from megatron_tiedlora.selfcheck.rank import Case
-from megatron_tiedlora.selfcheck.running import Computed, Judge, small_shape, step_settings, write_small
+from megatron_tiedlora.selfcheck.running import Judge, small_shape, step_settings, write_small
 from megatron_tiedlora.selfcheck.step_bench import plan_benchmark, read_samples
-from megatron_tiedlora.selfcheck.test_ranks import EndedRanks, Ranks, cases_of
+from megatron_tiedlora.selfcheck.test_ranks import Case, EndedRanks, Ranks, cases_of
 from tools import run_offline
 
 TOOL = ROOT / "tools" / "check_gpu.py"
@@ -56,8 +54,8 @@ def test_every_layout_that_fits_is_a_case() -> None:
 def left(folder: Path, losses: list[float], adapter: torch.Tensor) -> Path:
     """What a case leaves."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / rank.RESULT).write_text(json.dumps(losses))
-    save_file({"A": adapter}, folder / rank.ADAPTER)
+    (folder / test_ranks.RESULT).write_text(json.dumps(losses))
+    save_file({"A": adapter}, folder / test_ranks.ADAPTER)
     return folder
 
 
@@ -155,7 +153,7 @@ def test_ranks_that_fail_are_waited_for_and_killed(tmp_path: Path, monkeypatch: 
     (tmp_path / "a_rank.py").write_text(
         "import os, time; print('here'); time.sleep(60 * (os.environ['RANK'] == '1')); raise SystemExit(3)"
     )
-    monkeypatch.setattr(rank, "__name__", "a_rank")
+    monkeypatch.setattr(test_ranks, "__name__", "a_rank")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     began = time.monotonic()
     ended = Ranks(2, {}, [], tmp_path, tmp_path, 30.0).run(0, [], 2, 1.0, grace=0.5)
@@ -318,10 +316,10 @@ def test_what_is_left_out_is_seen(judge: Judge, monkeypatch: pytest.MonkeyPatch)
         assert outcome_of(test_correct.compare_fp32, judge) == "failed", what
     answer = judge.expected
     monkeypatch.setattr(judge, "plain_errors", dict.fromkeys(judge.errors(answer), 0.05))
-    wrong = Computed(answer.loss, {**answer.gradients, "v": 1.3 * answer.gradients["v"]})
+    wrong = {**answer, "dv": 1.3 * answer["dv"]}
     assert outcome_of(test_correct.compare_bf16, judge, answer) == "passed"
     assert outcome_of(test_correct.compare_bf16, judge, wrong) == "failed"
-    assert judge.errors(Computed(answer.loss, {}))["dA"] == float("inf")
+    assert judge.errors({"loss": answer["loss"]})["dA"] == float("inf")
 
 
 def test_a_wrong_plain_pytorch_is_no_measure(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
