@@ -63,7 +63,7 @@ def test_links_to_what_is_outside_of_the_documents(site: Path) -> None:
     assert 'src="tie.svg"' in (site / "index.html").read_text()
     assert 'href="../clusters.html"' in (site / "launch" / "index.html").read_text()
     assert 'href="index.html#limits"' in (site / "guide.html").read_text()
-    source = "megatron_tiedlora/config/train_fields.py"
+    source = "megatron_tiedlora/config/settings.py"
     assert f'href="{source}"' in (site / "extending.html").read_text()
     assert (site / source).read_bytes() == (ROOT / source).read_bytes()
 
