@@ -26,7 +26,7 @@ Table = Mapping[str, tuple[float, str]]
 LINES: Table = {
     "(top)": (133, "the registration of the method for PEFT, from peft/"),
     "adapters": (1329, "slots of tensors that layers share"),
-    "base": (2119, "presets and extras, from config/ and files of their own; groups that fill up went to config/batch.py"),
+    "base": (2119, "presets, from config/; groups that fill up went to config/batch.py"),
     "checkpoint": (1982, "models in memory from hf/, merged weights from convert/"),
     "cluster": (1450, ""),
     "commands": (1043, "the table of commands, from base/; evaluate takes its folder by a function that tests call"),
