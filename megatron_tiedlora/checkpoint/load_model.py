@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
+from torch import Tensor
 from torch.nn.functional import linear
 
 from megatron_tiedlora.adapters.adapter_bank import AdapterBank
@@ -43,7 +44,7 @@ from megatron_tiedlora.runtime.launch_env import has_bf16_instructions
 BLOCK_ELEMENTS = 2**19  # of a block of rows: 2 MiB in fp32 and as much for its update, which fits in the caches
 _FEWEST_ROWS = 16  # of a block: a matmul of few rows sums in another order than one of many
 
-ReadRows = Callable[[str, slice], torch.Tensor]  # reads rows of a stored tensor, by its name
+ReadRows = Callable[[str, slice], Tensor]  # reads rows of a stored tensor, by its name
 
 
 def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
@@ -60,7 +61,7 @@ def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
         start = stop
 
 
-def merged_rows(rows: torch.Tensor, a: torch.Tensor, b_rows: torch.Tensor) -> torch.Tensor:
+def merged_rows(rows: Tensor, a: Tensor, b_rows: Tensor) -> Tensor:
     """Rows (n, in) of W', from the same rows of W as stored, A' (r, in) and the same rows (n, r) of B'; in fp32, or in
     fp64 if W is."""
     wide = torch.promote_types(rows.dtype, torch.float32)
@@ -86,11 +87,9 @@ class MergedWeights(BaseWeights):
         self._adapted = {} if adapter is None else changed_tensors(adapter.config, source.shape)
         self._requantised = frozenset(() if base_format is None else stored_shapes(quantised_rules(source.shape)))
         self.changed = self._requantised.union(self._adapted)
-        self._last: tuple[str, torch.Tensor, torch.Tensor] | None = (
-            None  # name, A' (r, in), and the tensor's rows of B'
-        )
+        self._last: tuple[str, Tensor, Tensor] | None = None  # name, A' (r, in), and the tensor's rows of B'
 
-    def read(self, name: str, part: slice | None = None, dim: int = 0) -> torch.Tensor:
+    def read(self, name: str, part: slice | None = None, dim: int = 0) -> Tensor:
         """The tensor `name` of the merged model, or a slice of it along `dim`: in fp32 or fp64 if the merge changes it,
         else as it is stored."""
         values = super().read(name, part, dim)
@@ -107,7 +106,7 @@ class MergedWeights(BaseWeights):
             a, b = (a, b[part]) if dim == 0 else (a[:, part], b)
         return merged_rows(values, a, b)
 
-    def read_base(self, name: str, part: slice) -> torch.Tensor:
+    def read_base(self, name: str, part: slice) -> Tensor:
         """Some rows of the tensor `name` as they are without the merge."""
         return super().read(name, part)
 
@@ -120,13 +119,13 @@ def find_places(shape: ModelShape, config: AdapterConfig) -> Mapping[str, Adapte
     return {name.removesuffix(".weight"): tensor for name, tensor in changed_tensors(config, shape).items()}
 
 
-def with_update(z: torch.Tensor, x: torch.Tensor, adapter: TiedAdapter, place: AdaptedTensor) -> torch.Tensor:
+def with_update(z: Tensor, x: Tensor, adapter: TiedAdapter, place: AdaptedTensor) -> Tensor:
     """z + B' A' x in z's dtype, from z = W x, (..., out), and x (..., in)."""
     a, b = (factor.to(x.device) for factor in place.factors(adapter.config, adapter.factors()))
     return (z + linear(linear(x.to(a.dtype), a), b)).to(z.dtype)
 
 
-def check_whole(weight: torch.Tensor, place: AdaptedTensor) -> None:
+def check_whole(weight: Tensor, place: AdaptedTensor) -> None:
     """Raise UserError if a weight that is to be changed in place is quantised, offloaded or sharded."""
     shape = stored_shapes([place.rule])[place.stored]
     if not is_plain(weight) or tuple(weight.shape) != tuple(shape):
@@ -134,7 +133,7 @@ def check_whole(weight: torch.Tensor, place: AdaptedTensor) -> None:
 
 
 @torch.no_grad()
-def merge_(weight: torch.Tensor, adapter: TiedAdapter, place: AdaptedTensor, *, sign: int = 1) -> None:
+def merge_(weight: Tensor, adapter: TiedAdapter, place: AdaptedTensor, *, sign: int = 1) -> None:
     """W += sign B' A' in place, with the bits of a merged checkpoint. Raises UserError if the weight is quantised,
     offloaded or sharded."""
     check_whole(weight, place)

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, Target, lora_factors, sized_targets
 from megatron_tiedlora.base import files
@@ -34,7 +35,7 @@ CONFIG_FILE = "adapter_config.json"
 _LARGEST_UPDATE = 1e30  # absolute entry; beyond it the update, and sums with it, may not be finite in fp32
 _LARGEST_STD = 1e3  # init std
 
-StateDict = Mapping[str, torch.Tensor]  # by name
+StateDict = Mapping[str, Tensor]  # by name
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class NativeAdapter:
     state: Mapping[str, SentTensor]
     sealed: bool = True
 
-    def updates(self, shape: ModelShape) -> Iterator[tuple[WeightRule, torch.Tensor, torch.Tensor]]:
+    def updates(self, shape: ModelShape) -> Iterator[tuple[WeightRule, Tensor, Tensor]]:
         """Every weight that the adapter changes, with A' (r, in) and B' (out, r): W' = W + B' A'; layer by layer."""
         for rule, target in changed_weights(self.config, shape):
             yield rule, *lora_factors(self.config, self.state, target, rule.layer)
@@ -90,9 +91,7 @@ class AdaptedTensor(NamedTuple):
     rule: WeightRule
     stored: str
 
-    def factors(
-        self, config: AdapterConfig, state: Mapping[str, torch.Tensor | None]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def factors(self, config: AdapterConfig, state: Mapping[str, Tensor | None]) -> tuple[Tensor, Tensor]:
         """A' (r, in) and the rows (rows, r) of B' that belong to the tensor, as of `lora_factors`."""
         a, b = lora_factors(config, state, self.target, self.rule.layer)
         return a, self.rule.by_stored_tensor(b)[self.stored]

@@ -34,6 +34,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 
 import torch
 from pydantic import ConfigDict, Field, TypeAdapter
+from torch import Tensor
 from torch.nn.functional import pad
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_config, targets_of
@@ -197,7 +198,7 @@ def read_factors(
     *,
     kind: str,
     shared: Mapping[str, tuple[int, ...]],
-) -> tuple[dict[Module, tuple[torch.Tensor, ...]], list[torch.Tensor]]:
+) -> tuple[dict[Module, tuple[Tensor, ...]], list[Tensor]]:
     """The fp32 tensors of each chosen module and the shared ones, in the order of `of_module` and `shared`.
 
     Args:
@@ -322,8 +323,8 @@ _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 class Pair(NamedTuple):
     """PEFT's update of one module: scale B A, with the fp32 A (r, in) and B (rows, r)."""
 
-    a: torch.Tensor
-    b: torch.Tensor
+    a: Tensor
+    b: Tensor
     scale: float = 1.0
 
 
@@ -398,9 +399,7 @@ def read_alpha(alpha: Any, what: str) -> float:
     return float(alpha)
 
 
-def _joined(
-    lora: Lora, layers: tuple[int, ...], *, scale: float, linear: LinearShape
-) -> tuple[torch.Tensor, torch.Tensor, bool]:
+def _joined(lora: Lora, layers: tuple[int, ...], *, scale: float, linear: LinearShape) -> tuple[Tensor, Tensor, bool]:
     """The native A (n, R, in) and B (n, out, R) of a fused linear, and whether in each layer either none of its modules
     has an adapter, or all have one with the same A. A layer needs the rank of its modules if they have one A, else the
     sum of their ranks; R is the largest of these."""
@@ -455,7 +454,7 @@ def read_vera(folder: Path, content: Mapping[str, Any], source: ModelSource) -> 
     if all(len(names) == 1 and all((layer, *names) in vectors for layer in layers) for names in modules.values()):
         targets = targets_of(source.shape, tuple(adapted))
         config = make_adapter_config("vera", rank=rank, alpha=rank, layers=layers, targets=targets, seed=0)
-        state: dict[str, torch.Tensor] = {}
+        state: dict[str, Tensor] = {}
         for target in targets:
             linear = adapted[target.name]
             (name,) = modules[target.name]

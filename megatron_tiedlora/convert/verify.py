@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from megatron_tiedlora.base import messages
 from megatron_tiedlora.base.messages import UserError, count_text, first_line, install_hint, one_line, printable, shown
@@ -224,7 +225,7 @@ def verify_export(
         rows.append(compare_logits(f"as trained, base in {trained}", native, found[trained], "rounded"))
     of_merge = native if made_onto is None else found[made_onto]
 
-    def compare_both(name: str, logits: torch.Tensor) -> None:
+    def compare_both(name: str, logits: Tensor) -> None:
         wanted: Wanted = "equal" if rounded is None else "rounded"
         rows.append(compare_logits(name, of_merge, logits, wanted))
         if rounded is not None:
@@ -263,7 +264,7 @@ def _stored_types(source: ModelSource, merged: Path) -> dict[str, torch.dtype]:
         return {name: written.dtype(name) for name in weights.stored_shapes(written.rules)}
 
 
-def compare_logits(name: str, native: torch.Tensor, other: torch.Tensor, wanted: Wanted) -> LogitComparison:
+def compare_logits(name: str, native: Tensor, other: Tensor, wanted: Wanted) -> LogitComparison:
     """Compare two sets of logits (b, s, V)."""
     scale = native.abs().max().item()
     difference = (native - other).abs()
@@ -293,9 +294,7 @@ def has_peft() -> bool:
     return importlib.util.find_spec("peft") is not None
 
 
-def transformers_logits(
-    folder: Path, tokens: torch.Tensor, wrap: Callable[[Any], Any] = lambda model: model
-) -> torch.Tensor:
+def transformers_logits(folder: Path, tokens: Tensor, wrap: Callable[[Any], Any] = lambda model: model) -> Tensor:
     """Logits (b, s, V) of the model in `folder`, put into `wrap`. Raises UserError if it does not load."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -318,7 +317,7 @@ def transformers_logits(
         except Exception as error:  # of many types; whatever it is, users of transformers could not load it either
             raise UserError(f"{folder}: does not load in transformers ({first_line(error)})") from error
     with torch.no_grad():
-        logits: torch.Tensor = model(tokens).logits
+        logits: Tensor = model(tokens).logits
     return logits
 
 

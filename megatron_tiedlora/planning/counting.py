@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -99,7 +100,7 @@ class Counts(TorchDispatchMode):
     def allocated(self, result: Any, kernel: Kernel | None = None, numbers: int = 0) -> None:
         """Note the tensors of a result, and the moment."""
         for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, Tensor):
                 self.storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
         if not self._repeats:
             self.moments.append(Moment(self.alive, kernel, numbers))
@@ -141,7 +142,7 @@ def _new_results(func: Any, result: Any) -> list[Any]:
 
 def num_bytes(value: Any) -> int:
     """The bytes of the different elements of a tensor, or of tensors in a list; 0 for anything else."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, Tensor):
         sizes = (n for n, stride in zip(value.shape, value.stride(), strict=True) if stride)
         return value.element_size() * torch.Size(sizes).numel()
     return sum(map(num_bytes, value)) if isinstance(value, list | tuple) else 0
@@ -149,14 +150,14 @@ def num_bytes(value: Any) -> int:
 
 def _traced_kernel(
     name: str, kernel: Callable[..., Any], arguments: Sequence[Any]
-) -> tuple[tuple[torch.Tensor, ...], Kernel]:
+) -> tuple[tuple[Tensor, ...], Kernel]:
     """The results of a kernel for few rows, and what it needs."""
     with Counts() as counts:
         found = kernel(*arguments)
     results = () if found is None else found if isinstance(found, tuple) else (found,)
     size = sum(result.nbytes for result in results)
     most = max((moment.alive for moment in counts.moments), default=0) - size
-    numbers = max(a.numel() for a in arguments if isinstance(a, torch.Tensor))
+    numbers = max(a.numel() for a in arguments if isinstance(a, Tensor))
     return results, Kernel(name, max(most, 0) / numbers, size / numbers)
 
 
@@ -166,19 +167,19 @@ class CountingGroup(RankGroup):
 
     counts: Counts = field(default_factory=Counts)
 
-    def _sent(self, kind: str, tensor: torch.Tensor) -> None:
+    def _sent(self, kind: str, tensor: Tensor) -> None:
         self.counts.found["messages", TENSOR, kind] += 1
         self.counts.found["bytes", TENSOR, kind] += tensor.nbytes
 
-    def all_reduce_(self, tensor: torch.Tensor, op: Any = None) -> None:
+    def all_reduce_(self, tensor: Tensor, op: Any = None) -> None:
         """Count it."""
         self._sent("all-reduce", tensor)
 
-    def all_gather_into(self, gathered: torch.Tensor, tensor: torch.Tensor) -> None:
+    def all_gather_into(self, gathered: Tensor, tensor: Tensor) -> None:
         """Count it."""
         self._sent("all-gather", gathered)
 
-    def reduce_scatter_into(self, mine: torch.Tensor, parts: torch.Tensor) -> None:
+    def reduce_scatter_into(self, mine: Tensor, parts: Tensor) -> None:
         """Count it."""
         self._sent("reduce-scatter", parts)
 
@@ -189,23 +190,19 @@ class CountedWeight(FrozenWeight):
     The matmuls of the head are counted apart.
     """
 
-    def __init__(self, tensor: torch.Tensor, counts: Counts, *, is_head: bool) -> None:
+    def __init__(self, tensor: Tensor, counts: Counts, *, is_head: bool) -> None:
         super().__init__(tensor)
         self._counts, self._is_head, self._kind = counts, is_head, "head" if is_head else "linears"
 
-    def times_transposed(
-        self, x: torch.Tensor, bias: torch.Tensor | None = None, *, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def times_transposed(self, x: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
         """As in FrozenWeight."""
         return self._counted("weights", x, partial(super().times_transposed, x, bias, out=out), out)
 
-    def times(self, grad_y: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+    def times(self, grad_y: Tensor, *, out: Tensor | None = None) -> Tensor:
         """As in FrozenWeight."""
         return self._counted("weights_back", grad_y, partial(super().times, grad_y, out=out), out)
 
-    def _counted(
-        self, name: str, x: torch.Tensor, multiply: Callable[[], torch.Tensor], out: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _counted(self, name: str, x: Tensor, multiply: Callable[[], Tensor], out: Tensor | None) -> Tensor:
         counts = self._counts
         with counts.as_one():
             product = multiply()
@@ -224,7 +221,7 @@ class CountedAttention(torch.autograd.Function):
     """Attention's results and gradients; it saves what the kernels save."""
 
     @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, counts: Counts) -> torch.Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, counts: Counts) -> Tensor:
         with counts.as_one():
             output, sums = query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=torch.float32)
         counts.found["attention"] += 1
@@ -236,7 +233,7 @@ class CountedAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, _gradient: torch.Tensor) -> Any:
+    def backward(ctx: Any, _gradient: Tensor) -> Any:
         counts, saved = ctx.counts, ctx.saved_tensors  # the kernel needs them until it ends
         with counts.as_one():
             gradients = tuple(tensor.new_empty(tensor.shape) for tensor in saved[:3])
@@ -249,7 +246,7 @@ class CountedAttention(torch.autograd.Function):
 
 def counted_kernels(counts: Counts) -> Kernels:
     """The kernels, each counted as one operation that reads what it is given and writes its results."""
-    known: dict[Hashable, tuple[tuple[torch.Tensor, ...], Kernel]] = {}
+    known: dict[Hashable, tuple[tuple[Tensor, ...], Kernel]] = {}
 
     def counted(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
         by_rows = has_rows(kernel)
@@ -258,13 +255,13 @@ def counted_kernels(counts: Counts) -> Kernels:
             with counts.as_one():
                 # The results have as many rows as the arguments; their other sizes do not depend on that.
                 few = [a[:1] if rows and a is not None else a for a, rows in zip(arguments, by_rows, strict=True)]
-                key = (name, *(tuple(a.shape) if isinstance(a, torch.Tensor) else a for a in few), few[0].dtype)
+                key = (name, *(tuple(a.shape) if isinstance(a, Tensor) else a for a in few), few[0].dtype)
                 if key not in known:
                     known[key] = _traced_kernel(name, kernel, few)
                 results, traced = known[key]
                 given = tuple(one.new_empty(len(arguments[0]), *one.shape[1:]) for one in results)
             counts.found["moved"] += sum(map(num_bytes, (*arguments, *given)))
-            numbers = max(a.numel() for a in arguments if isinstance(a, torch.Tensor))
+            numbers = max(a.numel() for a in arguments if isinstance(a, Tensor))
             counts.allocated(given, traced, numbers)
             return given if len(given) > 1 else given[0] if given else None
 

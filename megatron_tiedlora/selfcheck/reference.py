@@ -10,19 +10,20 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from megatron_tiedlora.base.shapes import ModelShape
 
-Tensors = Mapping[str, torch.Tensor]
-Linear = Callable[[str, str, torch.Tensor], torch.Tensor]  # from a weight's name, a target's prefix and the input
+Tensors = Mapping[str, Tensor]
+Linear = Callable[[str, str, Tensor], Tensor]  # from a weight's name, a target's prefix and the input
 
 
 class Document(NamedTuple):
     """Tokens and labels (the next token or -100) of one document, each (s,) int64."""
 
-    tokens: torch.Tensor
-    labels: torch.Tensor
+    tokens: Tensor
+    labels: Tensor
 
 
 def loss_and_gradients(
@@ -32,7 +33,7 @@ def loss_and_gradients(
     factors: Tensors,
     trained: Sequence[str],
     documents: Sequence[Document],
-) -> tuple[float, dict[str, torch.Tensor]]:
+) -> tuple[float, dict[str, Tensor]]:
     """The summed loss of all documents, and the gradients of the trained factors.
 
     Args:
@@ -52,9 +53,7 @@ def loss_and_gradients(
     return total, gradients
 
 
-def document_logits(
-    shape: ModelShape, scale: float, weights: Tensors, factors: Tensors, tokens: torch.Tensor
-) -> torch.Tensor:
+def document_logits(shape: ModelShape, scale: float, weights: Tensors, factors: Tensors, tokens: Tensor) -> Tensor:
     """The logits of each token, (s, V), in max(fp32, dtype)."""
     hidden = weights["layers.0.weight"][tokens]
     dims = {"A": 2, "B": 2, "u": 1, "v": 1}  # of a factor of one layer; another one is stacked over layers
@@ -71,9 +70,7 @@ def document_logits(
     return _wide(normed @ weights[f"{head}.weight"].t())
 
 
-def _linear(
-    scale: float, weights: Tensors, factors: Tensors, name: str, target: str, hidden: torch.Tensor
-) -> torch.Tensor:
+def _linear(scale: float, weights: Tensors, factors: Tensors, name: str, target: str, hidden: Tensor) -> Tensor:
     """W x + scale diag(v) B diag(u) A x of one linear, with factors whose names begin with `target`; W x without."""
     own = {factor: factors[f"{target}{factor}"].to(hidden.dtype) for factor in "ABuv" if f"{target}{factor}" in factors}
     if not own:
@@ -85,7 +82,7 @@ def _linear(
     return hidden @ weights[f"{name}.weight"].t() + scale * update
 
 
-def _attention(shape: ModelShape, linear: Linear, normed: torch.Tensor) -> torch.Tensor:
+def _attention(shape: ModelShape, linear: Linear, normed: Tensor) -> Tensor:
     heads = shape.heads
     fused = linear("attention.qkv", "", normed)
     length, width = normed.shape[0], heads.dim
@@ -96,9 +93,7 @@ def _attention(shape: ModelShape, linear: Linear, normed: torch.Tensor) -> torch
     return linear("attention.output", "o_proj.", output)
 
 
-def plain_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ids: torch.Tensor | None
-) -> torch.Tensor:
+def plain_attention(query: Tensor, key: Tensor, value: Tensor, ids: Tensor | None) -> Tensor:
     """Causal attention within documents, written out.
 
     Args:
@@ -118,7 +113,7 @@ def plain_attention(
     return (probs @ value).transpose(1, 2).flatten(2)
 
 
-def _rotate(heads: torch.Tensor, theta: float) -> torch.Tensor:
+def _rotate(heads: Tensor, theta: float) -> Tensor:
     """Rotary embedding of (heads, s, head_dim), over the halves of each head."""
     half = heads.shape[-1] // 2
     exponents = torch.arange(half, device=heads.device, dtype=torch.float32) / half
@@ -128,19 +123,19 @@ def _rotate(heads: torch.Tensor, theta: float) -> torch.Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def _norm(hidden: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def _norm(hidden: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = _wide(hidden)
     return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(hidden.dtype)
 
 
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
+def _wide(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------
 
 
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+def relative(found: Tensor, expected: Tensor) -> float:
     """||found - expected|| / ||expected||, nan if `expected` is zero.
 
     Computed on the CPU, because the device under test may compute nothing.

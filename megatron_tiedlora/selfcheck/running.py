@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_config, targets_of
 from megatron_tiedlora.base import shapes
@@ -124,7 +125,7 @@ SCALES = {"A": 0.05, "B": 0.1}  # standard deviations: the update is visible but
 LENGTHS = ((100, 31, 69), (140, 60))  # of the documents of two packed rows, 200 tokens each
 
 
-Computed = dict[str, torch.Tensor]  # a loss in fp64, and by d and its name the gradient of each trained factor
+Computed = dict[str, Tensor]  # a loss in fp64, and by d and its name the gradient of each trained factor
 
 
 class Judge:
@@ -171,12 +172,12 @@ class Judge:
         return {name: math.inf if found is None else relative(found, of) for name, (found, of) in pairs.items()}
 
 
-def _computed(loss: float, gradients: Mapping[str, torch.Tensor]) -> Computed:
+def _computed(loss: float, gradients: Mapping[str, Tensor]) -> Computed:
     named = {f"d{name}": gradient for name, gradient in gradients.items()}
     return {"loss": torch.tensor(loss, dtype=torch.float64), **named}
 
 
-def plain_tensors(stage: Stage, dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def plain_tensors(stage: Stage, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The stage's weights in `dtype`, and its adapter's factors in at least fp32, by name."""
     weights = {name: weight.detach().to(dtype) for name, weight in stage.named_parameters() if "layers" in name}
     assert stage.adapter is not None
@@ -224,9 +225,7 @@ def random_documents(vocab_size: int, device: torch.device) -> list[list[Documen
     return [[document(length) for length in lengths] for lengths in LENGTHS]
 
 
-def rows_of(
-    documents: Sequence[Sequence[Document]], *, packed: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def rows_of(documents: Sequence[Sequence[Document]], *, packed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Tokens, position ids, labels and, if packed, document ids on the host, each (b, s); unpacked rows are padded."""
     rows = documents if packed else [[document] for row in documents for document in row]
     longest = max(sum(len(document.tokens) for document in row) for row in rows)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -24,7 +25,7 @@ from megatron_tiedlora.training.throughput import timed
 
 pytestmark = pytest.mark.gpu
 
-AttentionCall = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+AttentionCall = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """From queries (b, heads, s, head_dim), keys and values (b, kv heads, s, head_dim), and document ids (b, s) int64 on
 the host or None, to (b, s, heads * head_dim)."""
 
@@ -135,7 +136,7 @@ def optional(tell: Tell, name: str, device: torch.device) -> Iterator[None]:
             torch.cuda.synchronize()  # the device may be lost
 
 
-def random_heads(case: Heads, length: int, *, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
+def random_heads(case: Heads, length: int, *, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     """Queries, keys and values of two rows, with gradients."""
     draw = torch.Generator(device).manual_seed(length)
     return [
@@ -144,9 +145,7 @@ def random_heads(case: Heads, length: int, *, device: torch.device, dtype: torch
     ]
 
 
-def results(
-    route: AttentionCall, heads: Sequence[torch.Tensor], ids: torch.Tensor | None, weight: torch.Tensor
-) -> list[torch.Tensor]:
+def results(route: AttentionCall, heads: Sequence[Tensor], ids: Tensor | None, weight: Tensor) -> list[Tensor]:
     """The output and the gradients of query, key and value for the loss sum(output * weight)."""
     query, key, value = heads
     output = route(query, key, value, ids)
@@ -178,7 +177,7 @@ def test_first_call_on_a_new_length(gpu: torch.device, tell: Tell) -> None:
             warn_unless(name != CHOSEN or median(costs) <= NEW_SHAPE_SECONDS, tell, SLOW_FIX)
 
 
-def _seconds(route: AttentionCall, length: int, ids: torch.Tensor | None, device: torch.device) -> float:
+def _seconds(route: AttentionCall, length: int, ids: Tensor | None, device: torch.device) -> float:
     """Seconds of one forward and backward pass in bf16."""
     size, heads, _, head_dim = TIMED
     draw = partial(torch.randn, device=device, dtype=torch.bfloat16)
@@ -210,13 +209,13 @@ def attention_obstacles(device: torch.device, dtype: torch.dtype, head_dim: int)
     return {name: obstacle for name, obstacle in found.items() if obstacle is not None}
 
 
-def _by_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
+def _by_blocks(query: Tensor, key: Tensor, value: Tensor, ids: Tensor | None) -> Tensor:
     blocks = find_query_tiles(ids, query.shape[2], size=tile_size(query.shape[1], key.shape[1]))
     return attend_by_tiles(query, key, value, [TiledRows(len(query), query.shape[2], blocks)], EAGER)
 
 
 def _within(attend: Attend) -> AttentionCall:
-    def route(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
+    def route(query: Tensor, key: Tensor, value: Tensor, ids: Tensor | None) -> Tensor:
         size, _, length, _ = query.shape
         documents = whole_rows(size, length, query.device) if ids is None else find_documents([ids], query.device)
         return attend_within(query, key, value, documents, attend)
@@ -224,7 +223,7 @@ def _within(attend: Attend) -> AttentionCall:
     return route
 
 
-def _by_cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ids: torch.Tensor | None) -> torch.Tensor:
+def _by_cudnn(query: Tensor, key: Tensor, value: Tensor, ids: Tensor | None) -> Tensor:
     """The kernel that PyTorch itself would choose on Hopper, for comparison; the package excludes it."""
     assert ids is None
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
