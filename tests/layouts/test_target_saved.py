@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from support.cases import part_of
 from support.forked_ranks import groups_of, run_on_ranks
 from torch import distributed
 
@@ -132,7 +133,21 @@ def differences(cases: list[Case]) -> list[float]:
     return [run_case(case, groups) for case in cases]
 
 
-@pytest.mark.cpu_seconds(20, reason="every case in one start, with the traces of each")
-def test_saved_bytes_are_the_planned_ones_on_every_rank(tmp_path: Path) -> None:
-    for by_case in run_on_ranks(differences, CASES, ranks=TP, folder=tmp_path):
-        assert {case: found for case, found in zip(CASES, by_case, strict=True) if found} == {}
+def cases_of(whole: bool) -> list[Case]:
+    """All; in part each stage, kind of recompute and of sequences, with each of them all targets and methods."""
+    if whole:
+        return CASES
+    return part_of(
+        CASES,
+        lambda case: (case.recompute, case.shards_sequences, case.stages, case.index),
+        lambda case: (case.recompute, case.shards_sequences, case.targets),
+        lambda case: (case.recompute, case.method),
+        lambda case: (case.index, case.targets),
+        lambda case: (case.recompute, case.dropout),
+    )
+
+
+def test_saved_bytes_are_the_planned_ones_on_every_rank(tmp_path: Path, whole: bool) -> None:
+    cases = cases_of(whole)
+    for by_case in run_on_ranks(differences, cases, ranks=TP, folder=tmp_path):
+        assert {case: found for case, found in zip(cases, by_case, strict=True) if found} == {}
