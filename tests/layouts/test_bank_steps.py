@@ -153,7 +153,7 @@ OWN: dict[str, dict[str, Any]] = {
     "a": {"method": "tl6", "rank": 8, "global_batch_size": 8},
     "b": {
         **{"method": "lora", "rank": 3, "layers": (2, 3), "dropout": 0.1},
-        **{"global_batch_size": 4, "max_steps": 2, "learning_rate": 2e-2},
+        **{"global_batch_size": 4, "max_steps": 3, "learning_rate": 2e-2},
     },
     "c": {"method": "vera", "rank": 16, "targets": "all", "global_batch_size": 16, "seed": 5},
     "d": {
@@ -162,7 +162,7 @@ OWN: dict[str, dict[str, Any]] = {
     },
 }
 EIGHT = OWN | {
-    "e": {"method": "tl1", "rank": 5, "max_steps": 2, "learning_rate": 1e-2, "gradient_clipping": 0.001},
+    "e": {"method": "tl1", "rank": 5, "max_steps": 3, "learning_rate": 1e-2, "gradient_clipping": 0.001},
     "f": {"method": "tl3", "rank": 2, "layers": (3,), "global_batch_size": 4, "gradient_clipping": 0.001},
     "g": {"method": "tl4", "rank": 7, "layers": (1,), "targets": "all", "global_batch_size": 12, "seed": 2},
     "h": {"method": "tl5", "rank": 12, "weight_decay": 0.1},
@@ -182,7 +182,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "seed": 11,
         "max_length": 256,
         "micro_batch_size": 2,  # so a shared micro-batch holds up to 512 tokens
-        "max_steps": 3,
+        "max_steps": 4,
         "warmup_steps": 2,
         "learning_rate": 5e-3,
         "weight_decay": 0.01,
@@ -340,7 +340,7 @@ def test_a_sick_neighbour_fails_alone(base: dict[str, Any], tmp_path: Path, one_
     cases = [{"settings": dict([first, *sick.items(), *rest]), "shares": True, "alone": False}]
     ((run,),) = run_on_ranks(run_bank_steps, cases, str(tmp_path), ranks=1, folder=tmp_path)
     assert run.failures.keys() == {"sick"} and "Lower --learning_rate" in run.failures["sick"], run.failures
-    assert 1 < len(run.together["sick"].losses) <= 3
+    assert 1 < len(run.together["sick"].losses) <= 4
     for name in OWN:
         found, expected = run.together[name], one_process.together[name]
         assert found.losses == expected.losses and found.norms == expected.norms

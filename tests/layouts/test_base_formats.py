@@ -90,10 +90,14 @@ def gradient_cases(folder: Path, layout: tuple[int, int, int], base: str, *, who
     return cases
 
 
-@pytest.mark.cpu_seconds(20, reason="every case beside the oracle, in one start for each number of ranks")
+@pytest.fixture(scope="module")
+def answers() -> Answers:
+    return Answers()
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_gradients_are_the_oracles_on_the_dequantised_weights(
-    folders: dict[str, Path], tmp_path: Path, ranks: int, whole: bool
+    folders: dict[str, Path], answers: Answers, tmp_path: Path, ranks: int, whole: bool
 ) -> None:
     layouts = [sizes for sizes in ((1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1)) if sizes[0] * sizes[1] == ranks]
     cases = [
@@ -101,7 +105,7 @@ def test_gradients_are_the_oracles_on_the_dequantised_weights(
         for layout, base in product(layouts, FORMATS)
         for case in gradient_cases(folders[""], layout, base, whole=whole)
     ]
-    check_gradients(cases, Answers(), tmp_path, ranks)
+    check_gradients(cases, answers, tmp_path, ranks)
 
 
 def joined(folder: Path, layout: Layout, by_rank: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ import pytest
 from support.cases import marked
 from support.traffic_runs import Ran, starts, write_inputs
 
-from megatron_tiedlora.base.methods import METHOD_NAMES, find_method
+from megatron_tiedlora.base.methods import find_method
 from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.parallel.groups import TENSOR, TIED, Traffic
 from megatron_tiedlora.planning.passes import saved_per_token
@@ -50,7 +50,10 @@ CASES: dict[str, dict[str, Any]] = {
     for name, (changes, _) in LAYERS.items()
     for number in ("three", "four")
 }
-for _method in METHOD_NAMES:
+# These train u and v, an A and B of each layer, B alone, A and B, and all four: every kind of message there is.
+# test_parallel_gradients.py counts those of all methods by rule.
+METHODS = ("vera", "lora", "tl3", "tl5", "tl6")
+for _method in METHODS:
     CASES[f"{_method}, three layers"] = {"method": _method, "layers": (1, 3), "model": "three"}
     CASES[f"{_method}, one more adapted"] = {"method": _method, "layers": (1, 2, 3), "model": "three"}
     CASES[f"{_method}, two stages"] = {"method": _method, "model": "three", **STAGES}
@@ -65,39 +68,25 @@ TARGETS: dict[str, dict[str, Any]] = {
     for parts, changes in SEQUENCES.items()
     for targets in ("qkv", BESIDE, ALL)
 }
-for _method, _changes in (("tl6", {}), ("tl1", GATE), ("tl3", GATE), ("tl5", FULL)):
-    for _targets in (*TARGET_NAMES, "o_proj,gate_up"):
-        TARGETS[f"{_method} {_targets}"] = {"method": _method, "targets": _targets, **LATE, **_changes}
 TARGETS |= {
+    "tl6 o_proj,gate_up": {"targets": "o_proj,gate_up", **LATE},
+    "tl1 gate_up": {"method": "tl1", "targets": "gate_up", **LATE, **GATE},
+    "tl3 o_proj": {"method": "tl3", "targets": "o_proj", **LATE, **GATE},
+    "tl5 down_proj": {"method": "tl5", "targets": "down_proj", **LATE, **FULL},
     "whole down_proj": {"targets": "down_proj", "layers": (3,), **WHOLE, **GATE},
-    "whole gate_up": {"targets": "gate_up", **LATE, **WHOLE},
     "last layer, full": {"targets": "down_proj", "layers": (3,), **FULL},
-    "last layer's output, full": {"targets": "o_proj", "layers": (3,), **FULL},
-    **{f"stages, {targets}": {"targets": targets, **STAGES} for targets in ("qkv", ALL)},
+    "stages, all": {"targets": ALL, **STAGES},
     "stages, last layer": {"targets": "gate_up,down_proj", "layers": (3,), **STAGES},
 }
 CASES |= {name: {"model": "three", **changes} for name, changes in TARGETS.items()}
 
 
-# These methods train u and v, an A and B of each layer, B alone, A and B, and all four. The messages of the others are
-# of the same kinds, and test_parallel_gradients.py counts them all by rule.
-METHODS = ("vera", "lora", "tl3", "tl5", "tl6")
-# By name, the cases that are run by hand: of each choice above a quick one is left.
+# By name, what is run by hand: each choice of theirs is made in another case too.
 SLOW_LAYERS = {
-    "sharded sequences, recompute to the end",
-    "full sequences",
-    "full sequences, recompute of gate and up",
-    "sharded sequences, lora",
-    "olmo2, recompute",
-    "olmo2, full sequences, recompute of gate and up",
+    *("sharded sequences, recompute to the end", "full sequences", "full sequences, recompute of gate and up"),
+    *("sharded sequences, lora", "olmo2, recompute", "olmo2, full sequences, recompute of gate and up"),
 }
-SLOW_TARGETS = {name for name in TARGETS if name.partition(" ")[0] in METHOD_NAMES} | {
-    *("whole gate_up", "last layer's output, full", "stages, qkv")
-}
-SLOW_TARGETS -= {"tl6 o_proj,gate_up", "tl1 gate_up", "tl3 o_proj", "tl5 down_proj"}
-SLOW_METHODS = set(METHOD_NAMES) - set(METHODS)
-SLOW = {name for name in CASES if name.partition(",")[0] in SLOW_METHODS} | SLOW_TARGETS
-SLOW |= {name for name in CASES if name.rpartition(",")[0] in SLOW_LAYERS}
+SLOW = {f"{name}, {number} layers" for name in SLOW_LAYERS for number in ("three", "four")}
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +134,7 @@ def test_messages_of_a_layer(ran: Mapping[str, Ran], name: str) -> None:
         assert difference(three.traffic, four.traffic) == expected
 
 
-@pytest.mark.parametrize("method", marked(METHOD_NAMES, SLOW_METHODS))
+@pytest.mark.parametrize("method", METHODS)
 def test_an_adapter_adds_no_message_to_a_layer(ran: Mapping[str, Ran], method: str) -> None:
     """Adapting one layer more adds bytes and not a message, in no group."""
     for rank in range(2):
@@ -155,7 +144,7 @@ def test_an_adapter_adds_no_message_to_a_layer(ran: Mapping[str, Ran], method: s
         assert adapted.traffic.of_group(TENSOR)[1] > three.traffic.of_group(TENSOR)[1]
 
 
-@pytest.mark.parametrize("method", marked(METHOD_NAMES, SLOW_METHODS))
+@pytest.mark.parametrize("method", METHODS)
 def test_the_tied_sum_is_one_message_a_step(ran: Mapping[str, Ran], method: str) -> None:
     """One where a tied factor is trained, however many; none where none is. A and B: rank 3, d 32, 96 rows of QKV."""
     tied = [factor.trained and factor.shared_by == "all" for factor in map(find_method(method).factor, "AB")]
@@ -186,14 +175,13 @@ def test_bytes_of_a_layer(ran: Mapping[str, Ran]) -> None:
     assert four.traffic.bytes[key] - three.traffic.bytes[key] == 4 * 3
 
 
-@pytest.mark.parametrize("methods", [METHODS, pytest.param(METHOD_NAMES, marks=pytest.mark.slow)], ids=["some", "all"])
-def test_what_an_adapter_adds_per_micro_batch(ran: Mapping[str, Ran], methods: tuple[str, ...]) -> None:
+def test_what_an_adapter_adds_per_micro_batch(ran: Mapping[str, Ran]) -> None:
     """Per micro-batch and stage a method sends at most a gather and a reduce-scatter of A; per step a sum for u.
 
     Where A is trained the gradient of A x travels too: beside that of x, and in the first adapted layer alone.
     """
     frozen = ran["tl3, three layers"].counted[0].traffic  # A frozen, no u: what is left are the layers' own
-    for method in methods:
+    for method in METHODS:
         counted, row = ran[f"{method}, three layers"].counted[0], find_method(method)
         micro_batches, size = len(counted.shapes), 4 * 3 * 32 * (1 if row.A.shared_by == "all" else 2)
         expected = Traffic(frozen.messages.copy(), frozen.bytes.copy())

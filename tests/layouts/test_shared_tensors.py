@@ -71,10 +71,15 @@ def test_groups_of_layers_cross_stages(model: Path) -> None:
             assert all(inside) == (layout[1] == 3 and way == "pairs"), (layout, way, stages)
 
 
+@pytest.fixture(scope="module")
+def answers() -> Answers:
+    return Answers()
+
+
 @pytest.mark.parametrize("ranks", LAYOUTS)
-def test_gradients_equal_the_oracle(model: Path, tmp_path: Path, ranks: int, whole: bool) -> None:
+def test_gradients_equal_the_oracle(model: Path, answers: Answers, tmp_path: Path, ranks: int, whole: bool) -> None:
     """Loss, logits and each gradient in fp64, and copies to the last bit; messages, where the rules of them hold."""
-    cases, answers = cases_of(model, ranks, whole), Answers()
+    cases = cases_of(model, ranks, whole)
     by_rank = run_on_ranks(run_gradients, cases, ranks=ranks, folder=tmp_path)
     for case, outcomes in zip(cases, zip(*by_rank, strict=True), strict=True):
         with tl6_shares(case.shares):

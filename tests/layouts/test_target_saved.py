@@ -48,7 +48,7 @@ class Case(NamedTuple):
     dropout: float = 0.0
 
 
-CASES = [
+_ALL = [
     Case(method, targets, layers, recompute, shards_sequences, stages, index)
     for recompute, shards_sequences, (stages, index) in product(
         ("none", "selective", "full"), (True, False), ((1, 0), (2, 0), (2, 1))
@@ -56,7 +56,16 @@ CASES = [
     for number, targets in enumerate(SUBSETS)
     for method, layers in ((("tl6", (1, 2, 3, 4)), ("tl1", (2, 4)), ("tl3", (4,)), ("lora", (2, 3)))[number - index],)
 ]
-CASES += [case._replace(dropout=0.3) for case in CASES[::5]]  # whose masks are computed again, and not saved
+_ALL += [case._replace(dropout=0.3) for case in _ALL[::5]]  # whose masks are computed again, and not saved
+# Every kind of recompute and of sequences meets each stage and all targets, and every kind of recompute each method.
+CASES = part_of(
+    _ALL,
+    lambda case: (case.recompute, case.shards_sequences, case.stages, case.index),
+    lambda case: (case.recompute, case.shards_sequences, case.targets),
+    lambda case: (case.recompute, case.method),
+    lambda case: (case.index, case.targets),
+    lambda case: (case.recompute, case.dropout),
+)
 
 
 def run_case(case: Case, groups: ParallelGroups) -> float:
@@ -133,21 +142,6 @@ def differences(cases: list[Case]) -> list[float]:
     return [run_case(case, groups) for case in cases]
 
 
-def cases_of(whole: bool) -> list[Case]:
-    """All; in part each stage, kind of recompute and of sequences, with each of them all targets and methods."""
-    if whole:
-        return CASES
-    return part_of(
-        CASES,
-        lambda case: (case.recompute, case.shards_sequences, case.stages, case.index),
-        lambda case: (case.recompute, case.shards_sequences, case.targets),
-        lambda case: (case.recompute, case.method),
-        lambda case: (case.index, case.targets),
-        lambda case: (case.recompute, case.dropout),
-    )
-
-
-def test_saved_bytes_are_the_planned_ones_on_every_rank(tmp_path: Path, whole: bool) -> None:
-    cases = cases_of(whole)
-    for by_case in run_on_ranks(differences, cases, ranks=TP, folder=tmp_path):
-        assert {case: found for case, found in zip(cases, by_case, strict=True) if found} == {}
+def test_saved_bytes_are_the_planned_ones_on_every_rank(tmp_path: Path) -> None:
+    for by_case in run_on_ranks(differences, CASES, ranks=TP, folder=tmp_path):
+        assert {case: found for case, found in zip(CASES, by_case, strict=True) if found} == {}
