@@ -143,7 +143,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: write_tiny_model(path / name, tokenizer=False, family=name, **shape) for name in families}
 
 
-@pytest.mark.cpu_seconds(15, reason="every case beside the oracle, in one start for each number of ranks")
 @pytest.mark.parametrize(("ranks", "family"), [(2, "llama"), (4, "llama"), (4, "olmo2")])
 def test_each_adapter_has_the_oracles_gradients(
     folders: dict[str, Path], tmp_path: Path, ranks: int, family: str, whole: bool

@@ -161,7 +161,6 @@ def linears(folder: Path, weights: Mapping[str, torch.Tensor]) -> dict[str, torc
     return found
 
 
-@pytest.mark.cpu_seconds(15, reason="every format at layouts, in one start for each number of ranks")
 @pytest.mark.parametrize("ranks", [1, 2, 4, pytest.param(8, marks=pytest.mark.slow)])
 def test_values_are_the_same_at_every_layout(folders: dict[str, Path], tmp_path: Path, ranks: int, whole: bool) -> None:
     files = {**settings_of(folders[""], tmp_path), "dtype": "bf16"}  # which zero.Init would round fp32 parameters to
@@ -176,7 +175,6 @@ def test_values_are_the_same_at_every_layout(folders: dict[str, Path], tmp_path:
     check_values(cases, expected, tmp_path, ranks=ranks)
 
 
-@pytest.mark.cpu_seconds(15, reason="every kind at layouts, in one start for each number of ranks")
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_a_quantised_folder_has_its_values_at_every_layout(
     quantised_folders: dict[str, tuple[Path, Path]], tmp_path: Path, ranks: int, whole: bool
@@ -198,7 +196,6 @@ def test_a_quantised_folder_has_its_values_at_every_layout(
     check_values(cases, expected, tmp_path, ranks=ranks)
 
 
-@pytest.mark.cpu_seconds(20, reason="every case beside the oracle, in one start for each number of ranks")
 @pytest.mark.parametrize(
     "ranks", [pytest.param(1, marks=pytest.mark.slow), 2, 4, pytest.param(8, marks=pytest.mark.slow)]
 )

@@ -18,7 +18,7 @@ from megatron_tiedlora.planning.passes import saved_per_token
 
 pytestmark = [
     pytest.mark.distributed,
-    pytest.mark.cpu_seconds(30, reason="the first test makes the start that all share"),
+    pytest.mark.cpu_seconds(15, reason="the first test makes the start that all share"),
 ]
 
 FULL: dict[str, Any] = {"recompute": "full"}

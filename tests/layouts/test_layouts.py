@@ -170,7 +170,6 @@ def packed_cases(layout: Layout, whole: bool) -> list[tuple[dict[str, str], str]
     return [(PACKED_CASES[number], optimizer) for place, number, optimizer in found if place == layout]
 
 
-@pytest.mark.cpu_seconds(20, reason="both methods beside the oracle's 24 samples a step")
 @pytest.mark.parametrize("layout", PACKED, ids=str)
 def test_packed_rows(base: dict[str, Any], tmp_path: Path, large_steps: Path, layout: Layout, whole: bool) -> None:
     """Several samples a row, whose number differs from step to step, give the run of one sample at a time."""

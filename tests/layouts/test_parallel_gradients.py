@@ -203,7 +203,7 @@ def answers() -> Answers:
     return Answers()
 
 
-@pytest.mark.cpu_seconds(45, reason="every case beside the oracle, in one start for each number of ranks")
+@pytest.mark.cpu_seconds(20, reason="every case beside the oracle, in one start for each number of ranks")
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 def test_gradients_equal_the_oracle(
     folders: dict[str, Path], answers: Answers, tmp_path: Path, ranks: int, whole: bool
@@ -211,7 +211,7 @@ def test_gradients_equal_the_oracle(
     run_and_check(_cases(folders, ranks, whole=whole), answers, tmp_path, ranks)
 
 
-@pytest.mark.cpu_seconds(45, reason="every case beside the oracle, in one start for each number of ranks")
+@pytest.mark.cpu_seconds(20, reason="every case beside the oracle, in one start for each number of ranks")
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_gradients_of_every_target_equal_the_oracle(
