@@ -333,10 +333,13 @@ def weak_settings(folder: Path) -> dict[Sizes, dict[str, Any]]:
     }
 
 
-def test_predicted_weak_scaling(tmp_path: Path) -> None:
-    """The arithmetic alone, for every layout."""
+@pytest.mark.parametrize("most", [4, pytest.param(8, marks=pytest.mark.slow)])
+def test_predicted_weak_scaling(tmp_path: Path, most: int) -> None:
+    """The arithmetic alone, for every layout of up to so many ranks."""
     found = {}
     for layout, settings in weak_settings(tmp_path).items():
+        if math.prod(layout) > most:
+            continue
         files = {name: str(tmp_path / settings[name]) for name in ("model", "train_file")}
         nothing = Counted(Traffic(), Traffic(), [], 0, 0.0)
         found[layout] = Ran(Case({ONLY: {**settings, **files}}), [nothing] * math.prod(layout))
