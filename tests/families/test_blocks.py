@@ -45,9 +45,8 @@ def behind() -> ModelShape:
     return sized("olmo2")
 
 
-@pytest.mark.cpu_seconds(20, reason="it compiles the kernels of every norm and rotation once")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-@pytest.mark.parametrize("make", [everything, behind])
+@pytest.mark.parametrize("make", [everything, pytest.param(behind, marks=pytest.mark.slow)])
 def test_compiled_once_for_all_sizes_with_the_same_numbers(make: Callable[[], ModelShape]) -> None:
     shape = make()
     if make is everything:

@@ -7,13 +7,14 @@ and its LoRA and VeRA on Phi-3's fused `qkv_proj`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.cases import Starts, grouped, marked
 from support.engine_runs import EngineRun, relative_distance, relative_errors, run_engine, save_start
 from support.oracle import OracleAdapter, OracleConfig
 from support.peft_models import BASES, TARGETS, hf_model, write_bases
@@ -80,6 +81,9 @@ WITNESSES = {
     "phi3-vera": Witness("phi3", "vera", "qkv", through_fused_projections, 3 * 2, alpha=RANK),  # PEFT's has no alpha
 }
 
+# Of its method and of LoRA on all linears there is another one.
+SLOW = ("tl6-qkv", "lora-all")
+
 
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
@@ -102,25 +106,25 @@ def starts(settings: dict[str, dict[str, Any]]) -> dict[str, OracleAdapter]:
 @pytest.fixture(scope="module")
 def ours(
     settings: dict[str, dict[str, Any]], starts: dict[str, OracleAdapter], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, EngineRun]:
-    """This package's runs from these factors, in one start of one rank."""
-    folder = tmp_path_factory.mktemp("runs")
-    own = {name: {"method": s.method, "targets": list(s.targets), "alpha": s.alpha} for name, s in starts.items()}
-    cases = [
-        {
-            "settings": {**settings[WITNESSES[name].base], **own[name]},
-            "start": str(save_start(start, folder / f"{name}.safetensors")),
-        }
-        for name, start in starts.items()
-    ]
-    return dict(zip(starts, run_engine(cases, folder, ranks=1), strict=True))
+) -> Mapping[str, EngineRun]:
+    """This package's run from some factors; the slow ones and all others in one start of one rank."""
+
+    def run(names: Sequence[str]) -> list[EngineRun]:
+        folder, cases = tmp_path_factory.mktemp("runs"), []
+        for name in names:
+            start, file = starts[name], folder / f"{name}.safetensors"
+            own = {"method": start.method, "targets": list(start.targets), "alpha": start.alpha}
+            of_base = settings[WITNESSES[name].base]
+            cases.append({"settings": {**of_base, **own}, "start": str(save_start(start, file))})
+        return run_engine(cases, folder, ranks=1)
+
+    return Starts(grouped(WITNESSES, SLOW.__contains__), run)
 
 
-@pytest.mark.cpu_seconds(20, reason="the first test makes the start that all share")
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", WITNESSES)
+@pytest.mark.parametrize("name", marked(WITNESSES, SLOW))
 def test_training_is_that_of_peft(
-    settings: dict[str, dict[str, Any]], starts: dict[str, OracleAdapter], ours: dict[str, EngineRun], name: str
+    settings: dict[str, dict[str, Any]], starts: dict[str, OracleAdapter], ours: Mapping[str, EngineRun], name: str
 ) -> None:
     witness, start, run = WITNESSES[name], starts[name], ours[name]
     model, tensors = witness.through(hf_model(Path(settings[witness.base]["model"])), start)

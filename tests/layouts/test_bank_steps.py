@@ -202,7 +202,6 @@ FOUR_PACKED, FOUR_PADDED = [(OWN, True, True), (OWN, True, False)], [(OWN, False
 COMPILED = [(TWO, False, True), *FOUR_PACKED]
 
 
-@pytest.mark.cpu_seconds(20, reason="eight adapters in one start with the eight runs that they are compared with")
 @pytest.mark.parametrize(
     ("variants", "dtype"),
     [
@@ -210,7 +209,7 @@ COMPILED = [(TWO, False, True), *FOUR_PACKED]
         pytest.param(FOUR_PACKED, "bf16", id="four packed bf16"),
         pytest.param(FOUR_PADDED, "fp32", id="four padded fp32"),
         pytest.param(FOUR_PADDED, "bf16", id="four padded bf16", marks=pytest.mark.slow),
-        pytest.param([(EIGHT, True, True)], "fp32", id="eight fp32"),
+        pytest.param([(EIGHT, True, True)], "fp32", id="eight fp32", marks=pytest.mark.slow),
         pytest.param([(EIGHT, True, True)], "bf16", id="eight bf16", marks=pytest.mark.slow),
     ],
 )
@@ -220,13 +219,13 @@ def test_steps_have_the_bits_of_single_runs(
     check_bits(base, variants, dtype, tmp_path)
 
 
-@pytest.mark.cpu_seconds(25, reason="it compiles the kernels for one and for several adapters")
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize(
     ("dtype", "variants"),
     [
         pytest.param("bf16", COMPILED[:1], id="two"),
-        *(pytest.param(dtype, COMPILED[1:], id=f"four {dtype}", marks=pytest.mark.slow) for dtype in ("bf16", "fp32")),
+        *(pytest.param(dtype, COMPILED[1:], id=f"four {dtype}") for dtype in ("bf16", "fp32")),
     ],
 )
 def test_so_have_they_with_compiled_kernels(
@@ -272,8 +271,8 @@ def check_bits(base: dict[str, Any], variants: list[Any], dtype: str, folder: Pa
 LAYOUTS: list[tuple[int, dict[str, Any]]] = [
     (2, {"tensor_parallel": 2}),
     (2, {"pipeline_parallel": 2}),
-    (2, {}),
     (2, {"ds_config": "zero3.json"}),
+    (2, {}),
     (4, {"tensor_parallel": 2, "pipeline_parallel": 2}),
     (4, {"tensor_parallel": 2}),
     (4, {"pipeline_parallel": 2}),
@@ -281,9 +280,9 @@ LAYOUTS: list[tuple[int, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_steps_at_layouts(base: dict[str, Any], tmp_path: Path, ranks: int, one_process: BankRun) -> None:
-    """All adapters are within the bounds of one process, and the same on every rank."""
-    variants = [changes for size, changes in LAYOUTS if size == ranks]
+def test_steps_at_layouts(base: dict[str, Any], tmp_path: Path, ranks: int, one_process: BankRun, whole: bool) -> None:
+    """All adapters are within the bounds of one process, and the same on every rank; in part at all layouts but one."""
+    variants = [changes for size, changes in LAYOUTS if size == ranks][: None if whole else -1]
     cases = [{"settings": settings(base, **changes), "shares": True, "alone": False} for changes in variants]
     by_rank = run_on_ranks(run_bank_steps, cases, str(tmp_path), ranks=ranks, folder=tmp_path)
     for changes, runs in zip(variants, zip(*by_rank, strict=True), strict=True):

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.traffic_runs import Ran, run_cases, write_inputs
+from support.cases import marked
+from support.traffic_runs import Ran, starts, write_inputs
 
 from megatron_tiedlora.parallel.groups import TENSOR, Traffic
 
 pytestmark = [
     pytest.mark.distributed,
-    pytest.mark.cpu_seconds(60, reason="the first test makes the starts that all share"),
+    pytest.mark.cpu_seconds(20, reason="the first test makes the start that all share"),
 ]
 
 OWN: dict[str, dict[str, Any]] = {
@@ -65,34 +66,17 @@ COUNTED = [name for name in CASES if "checked" not in name]
 # Cases that differ from others in the layout or in the kind of sequences alone.
 SLOW = (
     *(f"one at {layout}, whole" for layout in ("(2, 2, 1)", "(2, 1, 2)")),
-    *(f"four apart at {layout}" for layout in ("(2, 2, 1), whole", "(1, 2, 2)", "(2, 1, 2)")),
-    "four at (2, 2, 1), whole",
+    *(f"four apart at {layout}" for layout in ("(2, 2, 1), whole", "(1, 2, 2)", "(2, 1, 2)", "(2, 1, 2), whole")),
+    *(f"four at {layout}, whole" for layout in ("(2, 2, 1)", "(2, 1, 2)")),
     *(f"{names} checked at {layout}" for layout in ("(1, 2, 2)", "(2, 1, 2)") for names in ("one", "four")),
+    *("one at (2, 1, 2)", "four at (2, 1, 2)", "recompute of gate and up", "four layers, whole", "five layers, whole"),
 )
-
-
-def marked(names: list[str]) -> list[Any]:
-    """Names of cases as parameters; those of SLOW cases run by hand."""
-    return [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in names]
-
-
-class Starts(dict[str, Ran]):
-    """What cases gave; all slow ones run when the first of them is asked for, and so do all others."""
-
-    def __init__(self, folder: Path) -> None:
-        self._base, self._folder = {**write_inputs(folder), "ds_config": "zero0.json"}, folder
-
-    def __missing__(self, wanted: str) -> Ran:
-        names = [name for name in CASES if (name in SLOW) == (wanted in SLOW)]
-        for start in range(0, len(names), 8):  # a start has a time limit
-            some = {name: CASES[name] for name in names[start : start + 8]}
-            self.update(run_cases(some, self._base, self._folder, ranks=4))
-        return self[wanted]
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Ran]:
-    return Starts(tmp_path_factory.mktemp("bank_traffic"))
+    folder = tmp_path_factory.mktemp("bank_traffic")
+    return starts({4: CASES}, {**write_inputs(folder), "ds_config": "zero0.json"}, folder, SLOW)
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +84,7 @@ def _cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MEGATRON_TIEDLORA_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.mark.parametrize("name", marked(COUNTED))
+@pytest.mark.parametrize("name", marked(COUNTED, SLOW))
 def test_prediction_is_what_is_counted(ran: Mapping[str, Ran], name: str) -> None:
     found = ran[name]
     for rank, counted in enumerate(found.counted):
@@ -111,8 +95,10 @@ def test_prediction_is_what_is_counted(ran: Mapping[str, Ran], name: str) -> Non
 
 @pytest.mark.parametrize(
     ("name", "kinds"),
-    [("", {"all-gather": 4, "reduce-scatter": 4}), (", whole", {"all-reduce": 4})],
-    ids=["sharded sequences", "full sequences"],
+    [
+        pytest.param("", {"all-gather": 4, "reduce-scatter": 4}, id="sharded sequences"),
+        pytest.param(", whole", {"all-reduce": 4}, id="full sequences", marks=pytest.mark.slow),
+    ],
 )
 def test_messages_of_a_layer(ran: Mapping[str, Ran], name: str, kinds: dict[str, int]) -> None:
     """8 or 4 in each micro-batch, as of one adapter, and none more in a step."""
@@ -123,16 +109,16 @@ def test_messages_of_a_layer(ran: Mapping[str, Ran], name: str, kinds: dict[str,
         assert {key: count for key, count in more.items() if count} == expected
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_step_sums_in_as_many_messages_as_one_adapter_s(ran: Mapping[str, Ran], layout: str) -> None:
+@pytest.mark.parametrize("name", marked([f"four at {layout}" for layout in LAYOUTS], SLOW))
+def test_a_step_sums_in_as_many_messages_as_one_adapter_s(ran: Mapping[str, Ran], name: str) -> None:
     """In each group: the gradients of all, the squares of all norms, one report. Each adapter adds bytes alone."""
-    for one, four in zip(ran[f"one at {layout}"].counted, ran[f"four at {layout}"].counted, strict=True):
+    for one, four in zip(ran[name.replace("four", "one")].counted, ran[name].counted, strict=True):
         sums = [all_reduces(found.traffic) for found in (one, four)]
         assert sums[0].messages == sums[1].messages and sum(sums[0].messages.values()) >= 3
         assert all(size > sums[0].bytes[key] for key, size in sums[1].bytes.items())
 
 
-@pytest.mark.parametrize("name", marked([name for name in CASES if name.startswith("four checked")]))
+@pytest.mark.parametrize("name", marked([name for name in CASES if name.startswith("four checked")], SLOW))
 def test_the_checks_of_all_send_as_many_messages_as_one_adapter_s(ran: Mapping[str, Ran], name: str) -> None:
     """Of gradients and replicas, in the first two steps; each group sends one message for all tensors it compares."""
     layout = name.removeprefix("four checked ")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.engine_runs import EngineRun, SharedStarts, five_layers, settings_of
+from support.cases import Starts, grouped, marked
+from support.engine_runs import EngineRun, five_layers, run_engine, settings_of
 from support.fault_patches import put_in
 from support.run_files import assert_same_run, checkpoint_names, losses, status
 from support.run_helpers import Base, run
@@ -224,10 +225,10 @@ NORMS = [
     Case("large-zero0", (1, 1, 2), LARGE, zero={"stage": 0}),
     without_clipping(Case("large-zero3", (1, 1, 2), LARGE, zero={"stage": 3})),
 ]
-CASES = [*HEALTHY, *CHANGED, *MORE_CHANGED, *GRADIENTS]
-assert len({case.name for case in (*CASES, *NORMS, *OTHER_NORMS)}) == len(CASES) + len(NORMS) + len(OTHER_NORMS)
-
-Answer = Callable[[Case], EngineRun]
+# One start of all would take minutes where cores are shared, and a start has a time limit.
+LISTS = [HEALTHY, [*CHANGED, *MORE_CHANGED], GRADIENTS, NORMS, OTHER_NORMS]
+CASES = {case.name: case for cases in LISTS for case in cases}
+assert len(CASES) == sum(map(len, LISTS))
 
 
 @pytest.fixture(scope="module")
@@ -243,30 +244,21 @@ def three_layers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def answer(larger: dict[str, Any], three_layers: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Answer:
-    """From a case to what it gave; all cases of a list and of as many ranks run in one start, when the first of them is
-    asked for."""
-    # One start of all would take minutes where cores are shared, and a start has a time limit.
-    lists = {
-        "healthy": HEALTHY,
-        "changed": [*CHANGED, *MORE_CHANGED],
-        "gradients": GRADIENTS,
-        "norms": NORMS,
-        "other norms": OTHER_NORMS,
-    }
-    starts = SharedStarts(tmp_path_factory.mktemp("checks"))
+def runs(
+    larger: dict[str, Any], three_layers: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> Mapping[str, EngineRun]:
+    """What each case gave; all cases of a list and of as many ranks run in one start."""
 
-    def find(wanted: Case) -> EngineRun:
-        name, of_list = next((name, of_list) for name, of_list in lists.items() if wanted in of_list)
-        cases = [case for case in of_list if case.ranks == wanted.ranks]
+    def run_all(names: Sequence[str]) -> list[EngineRun]:
+        folder, cases = tmp_path_factory.mktemp("checks"), [CASES[name] for name in names]
+        models = [larger if case.needs_five_layers else three_layers for case in cases]
+        given = [case_for_workers(model, folder, case) for model, case in zip(models, cases, strict=True)]
+        return run_engine(given, folder, ranks=cases[0].ranks)
 
-        def make(folder: Path) -> list[dict[str, Any]]:
-            models = [larger if case.needs_five_layers else three_layers for case in cases]
-            return [case_for_workers(model, folder, case) for model, case in zip(models, cases, strict=True)]
-
-        return starts.runs(name, wanted.ranks, make)[cases.index(wanted)]
-
-    return find
+    groups = [
+        group for cases in LISTS for group in grouped((case.name for case in cases), lambda name: CASES[name].ranks)
+    ]
+    return Starts(groups, run_all)
 
 
 def case_for_workers(base: dict[str, Any], folder: Path, case: Case) -> dict[str, Any]:
@@ -279,14 +271,10 @@ def case_for_workers(base: dict[str, Any], folder: Path, case: Case) -> dict[str
     return {"settings": {**settings, **case.settings}, "faults": case.faults, "may_fail": True, "shares": case.shares}
 
 
-@pytest.mark.parametrize(
-    "case",
-    [*CASES, *NORMS, *(pytest.param(case, marks=pytest.mark.slow) for case in OTHER_NORMS)],
-    ids=lambda case: case.name,
-)
-def test_checks(answer: Answer, case: Case) -> None:
+@pytest.mark.parametrize("name", marked(CASES, {case.name for case in OTHER_NORMS}))
+def test_checks(runs: Mapping[str, EngineRun], name: str) -> None:
     """A healthy run passes; a broken one stops on every rank with the same clear line, and saves nothing after."""
-    run = answer(case)
+    case, run = CASES[name], runs[name]
     if case.message:
         assert len(run.failures) == case.ranks and len(set(run.failures)) == 1
         assert re.match(case.message, run.failures[0]), run.failures[0]
@@ -335,7 +323,7 @@ def test_a_run_stops_where_copies_differ(base: Base, tmp_path: Path, step: int) 
     assert [number for number, _ in losses(folder)] == list(range(1, 9))
 
 
-@pytest.mark.parametrize("ds_config", ["zero3.json", "zero0.json"])
+@pytest.mark.parametrize("ds_config", ["zero3.json", pytest.param("zero0.json", marks=pytest.mark.slow)])
 def test_a_run_stops_before_an_infinite_second_moment_is_saved(base: Base, tmp_path: Path, ds_config: str) -> None:
     """One gradient of 1e25 at step 5: status 2, the checkpoint of step 4 stands, and a resume ends as another run."""
     folder, whole = tmp_path / "run", tmp_path / "whole"

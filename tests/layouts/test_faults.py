@@ -6,22 +6,24 @@ adapters and copies, with the tolerances of the tests at layouts. All use SGD, s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.cases import Starts, grouped
 from support.engine_runs import (
     EngineRun,
     Layout,
     Prepared,
-    SharedStarts,
     check,
     engine_json,
     five_layers,
     prepare,
     red_measures,
+    run_engine,
 )
 
 pytestmark = [
@@ -53,6 +55,10 @@ class Case:
     own_start: bool = False
     stops: str = ""
     steps: int = 2
+
+    @property
+    def ranks(self) -> int:
+        return math.prod(self.sizes)
 
     @property
     def healthy(self) -> Case:
@@ -94,7 +100,7 @@ STOPPED = [
     Case("u_sum_left_out", (2, 1, 1), stops="after step 1 u differs between tensor-parallel ranks"),
 ]
 
-Answer = Callable[[Case], tuple[Prepared, EngineRun]]
+Answers = Mapping[Case, tuple[Prepared, EngineRun]]
 
 
 @pytest.fixture(scope="module")
@@ -103,24 +109,16 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def answer(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Answer:
-    """From a case to what it is and what it gave; all cases of as many ranks run in one start, when first asked for."""
+def answers(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Answers:
+    """What each case is and what it gave; all cases of as many ranks run in one start."""
     folder = tmp_path_factory.mktemp("faults")
-    starts = SharedStarts(folder)
-    prepared: dict[Case, Prepared] = {}
 
-    def find(wanted: Case) -> tuple[Prepared, EngineRun]:
-        ranks = Layout(*wanted.sizes).ranks
-        cases = [case for case in (*HEALTHY, *FAULTS, *STOPPED) if Layout(*case.sizes).ranks == ranks]
+    def run(cases: Sequence[Case]) -> Iterator[tuple[Prepared, EngineRun]]:
+        prepared = [prepare_case(base, folder, case) for case in cases]
+        runs = run_engine([one.case for one in prepared], tmp_path_factory.mktemp("runs"), ranks=cases[0].ranks)
+        return zip(prepared, runs, strict=True)
 
-        def prepare_all(_: Path) -> list[dict[str, Any]]:
-            prepared.update({case: prepare_case(base, folder, case) for case in cases})
-            return [prepared[case].case for case in cases]
-
-        runs = starts.runs("ranks", ranks, prepare_all)
-        return prepared[wanted], runs[cases.index(wanted)]
-
-    return find
+    return Starts(grouped((*HEALTHY, *FAULTS, *STOPPED), lambda case: case.ranks), run)
 
 
 def prepare_case(base: dict[str, Any], folder: Path, case: Case) -> Prepared:
@@ -141,24 +139,24 @@ def prepare_case(base: dict[str, Any], folder: Path, case: Case) -> Prepared:
 
 
 @pytest.mark.parametrize("case", HEALTHY, ids=lambda case: case.name)
-def test_a_healthy_run_passes(answer: Answer, case: Case) -> None:
-    prepared, run = answer(case)
+def test_a_healthy_run_passes(answers: Answers, case: Case) -> None:
+    prepared, run = answers[case]
     check(run, prepared)
 
 
 @pytest.mark.parametrize("case", FAULTS, ids=lambda case: case.name)
-def test_a_fault_is_seen(answer: Answer, case: Case) -> None:
+def test_a_fault_is_seen(answers: Answers, case: Case) -> None:
     """By the measures that stand beside it, at least; and the check that the layouts' tests use turns red."""
-    prepared, run = answer(case)
+    prepared, run = answers[case]
     assert set(case.seen_by.split()) <= red_measures(run, prepared).keys()
     with pytest.raises(AssertionError):
         check(run, prepared)
 
 
 @pytest.mark.parametrize("case", STOPPED, ids=lambda case: case.name)
-def test_the_run_stops_itself(answer: Answer, case: Case) -> None:
+def test_the_run_stops_itself(answers: Answers, case: Case) -> None:
     """With its own checks on, a run whose copies drift apart stops on every rank with the same message."""
-    _, run = answer(case)
-    assert len(run.failures) == Layout(*case.sizes).ranks and len(set(run.failures)) == 1
+    _, run = answers[case]
+    assert len(run.failures) == case.ranks and len(set(run.failures)) == 1
     assert run.failures[0].startswith(case.stops), run.failures[0]
     assert run.losses == [] and run.saved == []

@@ -8,16 +8,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from support.traffic_runs import Ran, run_cases, write_inputs
+from support.cases import marked
+from support.traffic_runs import Ran, starts, write_inputs
 
-from megatron_tiedlora.base.methods import METHOD_NAMES, find_method
+from megatron_tiedlora.base.methods import find_method
 from megatron_tiedlora.base.shapes import TARGET_NAMES
 from megatron_tiedlora.parallel.groups import TENSOR, TIED, Traffic
 from megatron_tiedlora.planning.passes import saved_per_token
 
 pytestmark = [
     pytest.mark.distributed,
-    pytest.mark.cpu_seconds(60, reason="the first test makes the start that all share"),
+    pytest.mark.cpu_seconds(15, reason="the first test makes the start that all share"),
 ]
 
 FULL: dict[str, Any] = {"recompute": "full"}
@@ -49,7 +50,10 @@ CASES: dict[str, dict[str, Any]] = {
     for name, (changes, _) in LAYERS.items()
     for number in ("three", "four")
 }
-for _method in METHOD_NAMES:
+# These train u and v, an A and B of each layer, B alone, A and B, and all four: every kind of message there is.
+# test_parallel_gradients.py counts those of all methods by rule.
+METHODS = ("vera", "lora", "tl3", "tl5", "tl6")
+for _method in METHODS:
     CASES[f"{_method}, three layers"] = {"method": _method, "layers": (1, 3), "model": "three"}
     CASES[f"{_method}, one more adapted"] = {"method": _method, "layers": (1, 2, 3), "model": "three"}
     CASES[f"{_method}, two stages"] = {"method": _method, "model": "three", **STAGES}
@@ -64,26 +68,33 @@ TARGETS: dict[str, dict[str, Any]] = {
     for parts, changes in SEQUENCES.items()
     for targets in ("qkv", BESIDE, ALL)
 }
-for _method, _changes in (("tl6", {}), ("tl1", GATE), ("tl3", GATE), ("tl5", FULL)):
-    for _targets in (*TARGET_NAMES, "o_proj,gate_up"):
-        TARGETS[f"{_method} {_targets}"] = {"method": _method, "targets": _targets, **LATE, **_changes}
 TARGETS |= {
+    "tl6 o_proj,gate_up": {"targets": "o_proj,gate_up", **LATE},
+    "tl1 gate_up": {"method": "tl1", "targets": "gate_up", **LATE, **GATE},
+    "tl3 o_proj": {"method": "tl3", "targets": "o_proj", **LATE, **GATE},
+    "tl5 down_proj": {"method": "tl5", "targets": "down_proj", **LATE, **FULL},
     "whole down_proj": {"targets": "down_proj", "layers": (3,), **WHOLE, **GATE},
-    "whole gate_up": {"targets": "gate_up", **LATE, **WHOLE},
     "last layer, full": {"targets": "down_proj", "layers": (3,), **FULL},
-    "last layer's output, full": {"targets": "o_proj", "layers": (3,), **FULL},
-    **{f"stages, {targets}": {"targets": targets, **STAGES} for targets in ("qkv", ALL)},
+    "stages, all": {"targets": ALL, **STAGES},
     "stages, last layer": {"targets": "gate_up,down_proj", "layers": (3,), **STAGES},
 }
 CASES |= {name: {"model": "three", **changes} for name, changes in TARGETS.items()}
 
 
+# By name, what is run by hand: each choice of theirs is made in another case too.
+SLOW_LAYERS = {
+    *("sharded sequences, recompute to the end", "full sequences", "full sequences, recompute of gate and up"),
+    *("sharded sequences, lora", "olmo2, recompute", "olmo2, full sequences, recompute of gate and up"),
+}
+SLOW = {f"{name}, {number} layers" for name in SLOW_LAYERS for number in ("three", "four")}
+
+
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Ran]:
-    """All cases, in one start of two ranks, with two micro-batches a step."""
+    """Cases on two ranks, with two micro-batches a step."""
     folder = tmp_path_factory.mktemp("layers")
     base = {**write_inputs(folder), "tensor_parallel": 2, "micro_batch_size": 4}
-    return run_cases(CASES, base, folder, ranks=2)
+    return starts({2: CASES}, base, folder, SLOW)
 
 
 def difference(one: Traffic, other: Traffic) -> dict[tuple[str, str], int]:
@@ -93,14 +104,14 @@ def difference(one: Traffic, other: Traffic) -> dict[tuple[str, str], int]:
     return {key: count for key, count in found.items() if count}
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if "early_stop" not in case])
+@pytest.mark.parametrize("name", marked([name for name, case in CASES.items() if "early_stop" not in case], SLOW))
 def test_prediction_is_what_is_counted(ran: Mapping[str, Ran], name: str) -> None:
     for rank, counted in enumerate(ran[name].counted):
         assert len(counted.shapes) == 2 and counted.traffic.messages
         ran[name].check(rank)
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.get("recompute") != "full"])
+@pytest.mark.parametrize("name", marked([n for n, case in CASES.items() if case.get("recompute") != "full"], SLOW))
 def test_saved_bytes_are_those_of_a_built_block(ran: Mapping[str, Ran], name: str) -> None:
     """What is counted on tensors without data is what the last block keeps, with every target, method and norm."""
     for rank, counted in enumerate(ran[name].counted):
@@ -109,7 +120,7 @@ def test_saved_bytes_are_those_of_a_built_block(ran: Mapping[str, Ran], name: st
             assert saved_per_token(plan.source.shape, plan.layout) == counted.saved_bytes_per_token, rank
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", marked(LAYERS, SLOW_LAYERS))
 def test_messages_of_a_layer(ran: Mapping[str, Ran], name: str) -> None:
     """8 with sequence parallelism, 4 without; recompute repeats all of the forward pass but the last exit.
 
@@ -123,7 +134,7 @@ def test_messages_of_a_layer(ran: Mapping[str, Ran], name: str) -> None:
         assert difference(three.traffic, four.traffic) == expected
 
 
-@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("method", METHODS)
 def test_an_adapter_adds_no_message_to_a_layer(ran: Mapping[str, Ran], method: str) -> None:
     """Adapting one layer more adds bytes and not a message, in no group."""
     for rank in range(2):
@@ -133,7 +144,7 @@ def test_an_adapter_adds_no_message_to_a_layer(ran: Mapping[str, Ran], method: s
         assert adapted.traffic.of_group(TENSOR)[1] > three.traffic.of_group(TENSOR)[1]
 
 
-@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("method", METHODS)
 def test_the_tied_sum_is_one_message_a_step(ran: Mapping[str, Ran], method: str) -> None:
     """One where a tied factor is trained, however many; none where none is. A and B: rank 3, d 32, 96 rows of QKV."""
     tied = [factor.trained and factor.shared_by == "all" for factor in map(find_method(method).factor, "AB")]
@@ -170,7 +181,7 @@ def test_what_an_adapter_adds_per_micro_batch(ran: Mapping[str, Ran]) -> None:
     Where A is trained the gradient of A x travels too: beside that of x, and in the first adapted layer alone.
     """
     frozen = ran["tl3, three layers"].counted[0].traffic  # A frozen, no u: what is left are the layers' own
-    for method in METHOD_NAMES:
+    for method in METHODS:
         counted, row = ran[f"{method}, three layers"].counted[0], find_method(method)
         micro_batches, size = len(counted.shapes), 4 * 3 * 32 * (1 if row.A.shared_by == "all" else 2)
         expected = Traffic(frozen.messages.copy(), frozen.bytes.copy())

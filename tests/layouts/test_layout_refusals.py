@@ -100,7 +100,7 @@ def test_a_start_ends_with_one_line(
         assert not (tmp_path / "run").exists() and not (tmp_path / "run-work" / "runs").exists()
 
 
-@pytest.mark.parametrize("sequence_parallel", [True, False])
+@pytest.mark.parametrize("sequence_parallel", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_whole_sequences_are_accepted(
     base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sequence_parallel: bool
 ) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.cases import Starts, grouped, marked
 from support.forked_ranks import join_as_launched, run_on_ranks
 from support.planned import Pass, all_cuts, cost_key, one_f_one_b, simulate, stage_memory
 from support.run_helpers import write_rows
@@ -229,10 +230,7 @@ def _bytes(tensors: Iterable[torch.Tensor], counted: set[int], *, floating: bool
     return size
 
 
-pytestmark = [
-    pytest.mark.distributed,
-    pytest.mark.cpu_seconds(20, reason="the first test makes the starts that all share"),
-]
+pytestmark = pytest.mark.distributed
 
 ROWS, LENGTH, SUPERVISED = 2, 48, 20
 CHANGES: dict[str, dict[str, Any]] = {
@@ -255,6 +253,8 @@ TRACED = [("plain", p, m) for p in (2, 4) for m in (1, 4, 8)]
 TRACED += [("four adapters", p, len(FOUR) * m) for p in (2, 4) for m in (1, 2, 4)]  # m micro-batches of each
 CASES = [*TRACED, ("recompute", 4, 6), ("one layer", 4, 6), ("bf16", 4, 6)]
 CASES += [("tensor 2", 2, 3), ("tensor 2, sequences whole", 2, 3)]
+# Fewer micro-batches than stages, as many, and more are left with one adapter and with four.
+SLOW = [("plain", 2, 8), ("plain", 4, 4), *(("four adapters", *sizes) for sizes in ((2, 8), (2, 16), (4, 4), (4, 16)))]
 
 
 @dataclass(frozen=True)
@@ -293,14 +293,18 @@ def settings_of(folder: Path, num_stages: int, num_micro_batches: int, **changes
     }
 
 
+def ranks_of(key: tuple[str, int, int]) -> int:
+    return key[1] * CHANGES[key[0]].get("tensor_parallel", 1)
+
+
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Mapping[tuple[str, int, int], Ran]:
-    """All cases, in one start of two ranks and one of four."""
-    folder, found = tmp_path_factory.mktemp("trace"), {}
+    """What cases gave; the slow ones are started apart."""
+    folder = tmp_path_factory.mktemp("trace")
     write_tiny_model(folder / "model", num_layers=6, num_heads=8, num_kv_heads=4, head_dim=6, vocab_size=1500)
     write_rows(folder / "rows.jsonl", 8)
-    for ranks in (2, 4):
-        keys = [key for key in CASES if key[1] * CHANGES[key[0]].get("tensor_parallel", 1) == ranks]
+
+    def run(keys: Sequence[tuple[str, int, int]]) -> Iterator[Ran]:
         cases = [
             Case(
                 settings_of(folder, p, m, **CHANGES[name]),
@@ -309,13 +313,14 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Mapping[tuple[str, int, int
             )
             for name, p, m in keys
         ]
-        by_rank = run_on_ranks(trace_steps, cases, str(folder), ranks=ranks, folder=folder / f"ranks{ranks}")
-        by_case = zip(*by_rank, strict=True)
-        found |= {key: Ran(case, [*seen]) for key, case, seen in zip(keys, cases, by_case, strict=True)}
-    return found
+        start = tmp_path_factory.mktemp("ranks")
+        by_rank = run_on_ranks(trace_steps, cases, str(folder), ranks=ranks_of(keys[0]), folder=start)
+        return map(Ran, cases, map(list, zip(*by_rank, strict=True)))
+
+    return Starts(grouped(CASES, lambda key: (ranks_of(key), key in SLOW)), run)
 
 
-@pytest.mark.parametrize("key", CASES, ids=str)
+@pytest.mark.parametrize("key", marked(CASES, SLOW))
 def test_each_stage_runs_1f1b(ran: Mapping[tuple[str, int, int], Ran], key: tuple[str, int, int]) -> None:
     """Every stage runs its passes in this order, with as many micro-batches in flight as the dry run says."""
     _, p, m = key
@@ -329,7 +334,7 @@ def test_each_stage_runs_1f1b(ran: Mapping[tuple[str, int, int], Ran], key: tupl
         assert in_flight == min(p - stage.index, m) == micro_batches_in_flight(stage)
 
 
-@pytest.mark.parametrize("key", CASES, ids=str)
+@pytest.mark.parametrize("key", marked(CASES, SLOW))
 def test_passes_wait_for_each_other(ran: Mapping[tuple[str, int, int], Ran], key: tuple[str, int, int]) -> None:
     """By the clock: a pass begins after the one on the stage before (for a backward pass, behind) has ended."""
     stages = ran[key].stages
@@ -343,7 +348,7 @@ def test_passes_wait_for_each_other(ran: Mapping[tuple[str, int, int], Ran], key
 
 
 @pytest.mark.parametrize("costs", [{"F": 1, "B": 1}, {"F": 1, "B": 2}, {"F": 3, "B": 2}], ids=str)
-@pytest.mark.parametrize("key", TRACED, ids=str)
+@pytest.mark.parametrize("key", marked(TRACED, SLOW))
 def test_the_bubble_of_equal_stages(
     ran: Mapping[tuple[str, int, int], Ran], key: tuple[str, int, int], costs: dict[str, int]
 ) -> None:
@@ -394,7 +399,7 @@ def test_several_layouts_are_simulated_at_once(num_stages: int, num_micro_batche
         assert index == worked.index(max(worked)) and spent.total == pytest.approx(max(worked))
 
 
-@pytest.mark.parametrize("key", CASES, ids=str)
+@pytest.mark.parametrize("key", marked(CASES, SLOW))
 def test_the_engine_cuts_where_the_dearest_stage_costs_least(
     ran: Mapping[tuple[str, int, int], Ran], key: tuple[str, int, int]
 ) -> None:
@@ -409,7 +414,7 @@ def test_the_engine_cuts_where_the_dearest_stage_costs_least(
         assert len({len(stage) for stage in cut[1:-1]} | {len(cut[0]) - 1, len(cut[-1]) - 1}) > 1, "not the even cut"
 
 
-@pytest.mark.parametrize("key", CASES, ids=str)
+@pytest.mark.parametrize("key", marked(CASES, SLOW))
 def test_what_the_engine_keeps_beside_autograd(
     ran: Mapping[tuple[str, int, int], Ran], key: tuple[str, int, int]
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from support.cases import part_of
 from support.forked_ranks import groups_of, run_on_ranks
 from torch import distributed
 
@@ -47,7 +48,7 @@ class Case(NamedTuple):
     dropout: float = 0.0
 
 
-CASES = [
+_ALL = [
     Case(method, targets, layers, recompute, shards_sequences, stages, index)
     for recompute, shards_sequences, (stages, index) in product(
         ("none", "selective", "full"), (True, False), ((1, 0), (2, 0), (2, 1))
@@ -55,7 +56,16 @@ CASES = [
     for number, targets in enumerate(SUBSETS)
     for method, layers in ((("tl6", (1, 2, 3, 4)), ("tl1", (2, 4)), ("tl3", (4,)), ("lora", (2, 3)))[number - index],)
 ]
-CASES += [case._replace(dropout=0.3) for case in CASES[::5]]  # whose masks are computed again, and not saved
+_ALL += [case._replace(dropout=0.3) for case in _ALL[::5]]  # whose masks are computed again, and not saved
+# Every kind of recompute and of sequences meets each stage and all targets, and every kind of recompute each method.
+CASES = part_of(
+    _ALL,
+    lambda case: (case.recompute, case.shards_sequences, case.stages, case.index),
+    lambda case: (case.recompute, case.shards_sequences, case.targets),
+    lambda case: (case.recompute, case.method),
+    lambda case: (case.index, case.targets),
+    lambda case: (case.recompute, case.dropout),
+)
 
 
 def run_case(case: Case, groups: ParallelGroups) -> float:
@@ -132,7 +142,6 @@ def differences(cases: list[Case]) -> list[float]:
     return [run_case(case, groups) for case in cases]
 
 
-@pytest.mark.cpu_seconds(20, reason="every case in one start, with the traces of each")
 def test_saved_bytes_are_the_planned_ones_on_every_rank(tmp_path: Path) -> None:
     for by_case in run_on_ranks(differences, CASES, ranks=TP, folder=tmp_path):
         assert {case: found for case, found in zip(CASES, by_case, strict=True) if found} == {}

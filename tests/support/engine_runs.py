@@ -12,7 +12,8 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Callable, Hashable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -92,28 +93,6 @@ def run_engine(cases: list[dict[str, Any]], folder: Path, *, ranks: int) -> list
     return [_read(Path(case["output"]), found) for case, found in zip(cases, ends, strict=True)]
 
 
-class SharedStarts:
-    """Starts that many tests share: made when the first of them asks. One that fails is not made again for the next."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._starts: dict[Path, list[EngineRun] | AssertionError] = {}
-
-    def runs(self, name: str, ranks: int, cases: Callable[[Path], list[dict[str, Any]]]) -> list[EngineRun]:
-        """What `run_engine` gives for `cases(folder)`, which stand under this name for `ranks` ranks."""
-        folder = self._folder / f"{name}{ranks}"
-        if folder not in self._starts:
-            folder.mkdir()
-            try:
-                self._starts[folder] = run_engine(cases(folder), folder, ranks=ranks)
-            except AssertionError as error:
-                self._starts[folder] = error
-        start = self._starts[folder]
-        if isinstance(start, AssertionError):
-            raise start
-        return start
-
-
 def _read(folder: Path, found: Sequence[dict[str, Any]]) -> EngineRun:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if row["split"] == "train"]
@@ -190,17 +169,6 @@ def relative_distance(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 # Cases at layouts -----------------------------------------------------------------------------------------------------
-
-
-def part_of(cases: Sequence[T], *views: Callable[[T], Hashable]) -> list[T]:
-    """Few of the cases, chosen so that every value of every view occurs that occurs in all; in their order."""
-    shown = [{(number, view(case)) for number, view in enumerate(views)} for case in cases]
-    left, chosen = set().union(*shown), []
-    while left:
-        best = max(range(len(cases)), key=lambda index: len(shown[index] & left))
-        chosen.append(best)
-        left -= shown[best]
-    return [cases[index] for index in sorted(chosen)]
 
 
 def with_optimizers(cases: Sequence[T], *, whole: bool) -> list[tuple[T, str]]:
@@ -392,11 +360,10 @@ def run_case(case: dict[str, Any], patch: pytest.MonkeyPatch, device: Any) -> di
     from megatron_tiedlora.planning.adapter_plans import prepare_data
     from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder
     from megatron_tiedlora.runtime.stopping import StopRequests
-    from megatron_tiedlora.training import build, start
+    from megatron_tiedlora.training import build, start, throughput
     from megatron_tiedlora.training.adapter_run import AdapterRun
     from megatron_tiedlora.training.loop import Trainer
     from megatron_tiedlora.training.step import TrainStep
-    from megatron_tiedlora.training.throughput import Meter, Peak
 
     rank = distributed.get_rank()
     plan = plan_run(make_settings(case["settings"]), rank=rank, world_size=distributed.get_world_size())
@@ -408,6 +375,8 @@ def run_case(case: dict[str, Any], patch: pytest.MonkeyPatch, device: Any) -> di
     if case.get("start"):
         values = load_file(case["start"])
         patch.setattr(build, "initial_values", lambda _: values)
+    # Counting a model's operations takes longer than these steps, and no test of theirs reads a rate.
+    patch.setattr(throughput, "step_flops", lambda *_: Counter(linears=1))
     built = build.build_model({ONLY: plan}, device)
     runner, layout = built.runner, plan.layout_of(plan.adapter)
     if rank == 0:
@@ -424,7 +393,7 @@ def run_case(case: dict[str, Any], patch: pytest.MonkeyPatch, device: Any) -> di
         layout=layout,
         folder=folder,
         log=MetricsLog(folder, resumed_step=0) if rank == 0 else None,
-        meter=Meter(plan.source.shape, plan.adapter, Peak(1e9, "made up")),
+        meter=throughput.Meter(plan.source.shape, plan.adapter, throughput.Peak(1e9, "made up")),
         checks=step.checks[ONLY],
     )
     if use_sgd:

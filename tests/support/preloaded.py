@@ -15,6 +15,11 @@ from typing import Any
 
 import torch
 
+from megatron_tiedlora.adapters import tied_adapter
+from megatron_tiedlora.model.families import shape_from_hf
+from megatron_tiedlora.planning.passes import step_flops
+from support.tiny_models import tiny_config
+
 MODULES = (
     "pytest",
     "torch._dynamo",  # through torch.optim, a second
@@ -65,6 +70,14 @@ pyplot.close(figure)
 throughput: Any = importlib.import_module("megatron_tiedlora.training.throughput")
 throughput.measured_peak = functools.cache(throughput.measured_peak)
 throughput.measured_peak(torch.device("cpu"), torch.float32)
+
+# So are the operations of the model that most tests train, which a run counts in its first step by tracing its blocks.
+if torch.version.cuda is None:  # else a backward pass starts threads for GPUs, which a forked rank would miss
+    shape = shape_from_hf(tiny_config().to_dict())
+    for method in ("tl6", "lora"):
+        targets = tied_adapter.targets_of(shape, ("qkv",))
+        adapter = tied_adapter.make_adapter_config(method, rank=3, layers=(1, 2, 3), targets=targets, seed=0)
+        step_flops(shape, adapter, num_tokens=8, squared_lengths=64, num_supervised=8)
 
 gc.enable()
 gc.set_threshold(20_000)  # ranks make many objects and few cycles: their collections took 5 % of all tests' time

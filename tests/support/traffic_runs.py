@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from megatron_tiedlora.planning.passes import engine_traffic, step_traffic
 from megatron_tiedlora.planning.planned import StepPlan
 from megatron_tiedlora.planning.run_plan import RunPlan, plan_run
 from support.bytes_touched import saved_bytes_per_token
+from support.cases import Starts, grouped
 from support.engine_runs import settings_of
 from support.forked_ranks import join_as_launched, run_on_ranks
 from support.shared_tensors import tl6_shares
@@ -287,3 +288,22 @@ def run_cases(
         patch.setenv("MEGATRON_TIEDLORA_CACHE", str(folder / "cache"))
         counted = run_on_ranks(count_steps, cases, str(folder), ranks=ranks, folder=start)
     return {name: Ran(cases[index], [by_case[index] for by_case in counted]) for index, name in enumerate(changes)}
+
+
+def starts(
+    changes: Mapping[int, Mapping[str, dict[str, Any]]], base: Mapping[str, Any], folder: Path, slow: Collection[str]
+) -> Starts[str, Ran]:
+    """What the cases give, by name; the slow ones and the others are started apart.
+
+    Args:
+        changes: by the number of ranks, as for `run_cases`.
+        slow: names of cases that are run by hand.
+    """
+    by_name = {name: (ranks, case) for ranks, cases in changes.items() for name, case in cases.items()}
+
+    def run(names: Sequence[str]) -> list[Ran]:
+        ranks = by_name[names[0]][0]
+        found = run_cases({name: by_name[name][1] for name in names}, base, folder, ranks=ranks)
+        return [found[name] for name in names]
+
+    return Starts(grouped(by_name, lambda name: (by_name[name][0], name in slow)), run)

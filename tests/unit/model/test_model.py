@@ -165,16 +165,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "ntk": ({"rope_parameters": None, "rope_scaling": {"rope_type": "ntk", "factor": 4.0}}, "rope_type 'ntk'"),
     "linear": ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 0.0}}, "factor = 0.0"),
     "yarn": ({"rope_parameters": {"rope_type": "yarn"}, "max_position_embeddings": 0}, "max_position_embeddings = 0"),
-    "rope field": ({"rope_parameters": {"mrope_section": [1]}}, "'mrope_section'"),
-    "partial": ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
     "quantised": ({"quantization_config": {"quant_method": "awq"}}, "weights quantised by 'awq' are not read; give"),
     "dropout": ({"attention_dropout": 0.1}, "attention_dropout = 0.1"),
-    "mixtral": ({"model_type": "mixtral"}, "model_type 'mixtral'"),
     "softcap": ({"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
     "heads": ({"num_attention_heads": 4, "num_key_value_heads": 3}, "num_key_value_heads 3"),
     "size": ({"hidden_size": "wide"}, "wide"),
     "null": ({"vocab_size": None}, "vocab_size"),
-    "llama3": ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0}}, "low_freq_factor"),
 }
 
 

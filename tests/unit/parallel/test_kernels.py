@@ -152,7 +152,7 @@ def test_a_compiled_run_is_the_run(base: Base, tmp_path: Path) -> None:
 
     The one that is not compiled has not imported what compiles, which takes a second.
     """
-    changes = {"ranks": 2, "max_steps": 4, "packing": True}
+    changes = {"ranks": 2, "max_steps": 2, "packing": True}
     said = []
     for name, wish, prelude in (("plain", "auto", run_preludes.without_compiler), ("compiled", "true", None)):
         ended = run(base, tmp_path / name, **changes, compile=wish, prelude=prelude)
