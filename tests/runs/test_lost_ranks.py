@@ -149,12 +149,12 @@ def test_ranks_that_do_not_come_are_told_of_in_one_line(base: Base, tmp_path: Pa
     assert not (tmp_path / "run").exists() and time.monotonic() - started < 60
 
 
-@pytest.mark.parametrize("content", [None, "# nobody\n"])
+@pytest.mark.parametrize("content", [None, pytest.param("# nobody\n", marks=pytest.mark.slow)])
 def test_deepspeed_with_a_hostfile_that_is_missing_or_empty(base: Base, tmp_path: Path, content: str | None) -> None:
     """DeepSpeed itself only warns of a missing one, and trains on this host alone."""
     if content is not None:
         (tmp_path / "hosts").write_text(content)
-    deepspeed, *words = deepspeed_command(base.arguments(output_dir=tmp_path / "run"), ranks=1)
+    deepspeed, *words = deepspeed_command(base.arguments(output_dir=tmp_path / "run"), ranks=1, prelude="bare_start")
     ended = start_command([deepspeed, "--hostfile", "hosts", *words], folder=tmp_path, cache=base.cache).wait()
     assert ended.status != 0 and not (tmp_path / "run").exists()
     if content is None:
@@ -165,7 +165,7 @@ def slow_export(file: Path) -> None:
     """Rank 0 has a good while to do at the end; the other one looks whether it is done when it leaves."""
 
     def export(*_: Any) -> None:
-        time.sleep(4.0)
+        time.sleep(2.0)
         file.touch()
 
     def leave() -> None:

@@ -45,8 +45,15 @@ def is_free(folder: Path) -> bool:
 # Two starts ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gap", [0.0, 1.0, pytest.param(5.0, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("resume", ["none", "auto"])
+@pytest.mark.parametrize(
+    ("gap", "resume"),
+    [
+        (0.0, "none"),
+        (1.0, "auto"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((0.0, "auto"), (1.0, "none"))),
+        *(pytest.param(5.0, resume, marks=pytest.mark.slow) for resume in ("none", "auto")),
+    ],
+)
 def test_two_starts_with_one_folder(
     base: Base, whole: Path, tmp_path: Path, folder: Path, gap: float, resume: str
 ) -> None:
@@ -248,8 +255,15 @@ def undisturbed(base: Base, whole_of_two: Path, tmp_path_factory: pytest.TempPat
 SEVERAL: dict[str, dict[str, Any]] = {"a": {}, "b": {"method": "lora"}}
 
 
-@pytest.mark.parametrize("kind", ["one", "several"])
-@pytest.mark.parametrize("moment", ["before latest", "between steps"])
+@pytest.mark.parametrize(
+    ("moment", "kind"),
+    [
+        ("before latest", "one"),
+        ("between steps", "several"),
+        pytest.param("before latest", "several", marks=pytest.mark.slow),
+        pytest.param("between steps", "one", marks=pytest.mark.slow),
+    ],
+)
 def test_a_rank_0_that_its_peers_gave_up(
     base: Base, undisturbed: dict[str, Path], folder: Path, moment: str, kind: str
 ) -> None:
