@@ -24,8 +24,9 @@ Break = Callable[[Path], Any]
 
 
 @pytest.fixture(autouse=True)
-def _cache(own_cache: None) -> None:
-    """Tokens are kept where runs keep them."""
+def _cache(own_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens are kept where runs keep them, and no name is looked for on the hub."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from support.folders import ROOT
 from support.ranks import wait_for
 from support.run_files import assert_same_run, edit_tensors, files_of, grow_old, has_step, run_settings, status
 from support.run_helpers import EVALUATE, Base, World, begin, run, run_ranks, start_ranks, start_run, write_rows
-from support.run_preludes import all_of, before_call, kill_at_call, kill_at_step, slow_steps, watched_steps
+from support.run_preludes import all_of, before_call, kill_at_call, kill_at_step, short_silence, slow_steps
 from support.task_files import refusal
 
 from megatron_tiedlora.base.ownership import STALE_SECONDS
@@ -160,7 +160,8 @@ def stopped_at(base: Base, folder: Path, place: tuple[str, str, int], **changes:
     module, name, call = place
     stop = partial(stop_at_call, module, name, call=call)
     is_watched = changes.get("ranks") == 2
-    world = start_run(base, folder, prelude=partial(all_of, watched_steps, stop) if is_watched else stop, **changes)
+    watched = partial(all_of, partial(short_silence, 3.0), stop)
+    world = start_run(base, folder, prelude=watched if is_watched else stop, **changes)
     wait_for(lambda: is_stopped(world), "the stop")
     if is_watched:
         world.processes[1].join(60)

@@ -26,7 +26,6 @@ def skip_without(*files: Path) -> None:
         pytest.skip(f"{SHARED_DATA} is not there: it is kept beside the project, not in it")
 
 
-@pytest.mark.cpu_seconds(15, reason="rows as they are published, up to 2,048 tokens long")
 @pytest.mark.parametrize("task", FILES)
 def test_steps_on_rows_as_they_are_published(task: str, tmp_path: Path) -> None:
     files = FILES[task].copy()
