@@ -102,7 +102,14 @@ def test_one_that_fails_in_an_evaluation_fails_alone(base: Base, own: Own, alone
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("layout", [{"pipeline_parallel": 2}, {"tensor_parallel": 2}, {}, {"ds_config": "zero3.json"}])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"pipeline_parallel": 2},
+        {"ds_config": "zero3.json"},
+        *(pytest.param(layout, marks=pytest.mark.slow) for layout in ({"tensor_parallel": 2}, {})),
+    ],
+)
 def test_two_ranks(base: Base, own: Own, alone: Path, folder: Path, layout: dict[str, Any]) -> None:
     run(base, folder, adapters=own, ranks=2, **layout)
     for name in own:
@@ -124,7 +131,11 @@ _SLOW = {"learning_rate": 1e-7}
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("layout", "shares"),
-    [({"pipeline_parallel": 2}, True), ({"tensor_parallel": 2}, True), ({}, True), ({}, False)],
+    [
+        ({"pipeline_parallel": 2}, True),
+        ({}, False),
+        *(pytest.param(layout, True, marks=pytest.mark.slow) for layout in ({"tensor_parallel": 2}, {})),
+    ],
 )
 def test_two_ranks_stop_what_is_behind(base: Base, folder: Path, layout: dict[str, Any], shares: bool) -> None:
     """The noise is that of one rank's batches or of pairs of them; of three adapters two are compared."""

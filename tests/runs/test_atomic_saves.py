@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.native_files import moments_of, save_step
 from support.run_files import names
-from support.run_helpers import Ended, run_ranks
+from support.run_helpers import run_code
 
 from megatron_tiedlora.base import files
 from megatron_tiedlora.base.files import new_folder, remove_leftovers, write_text
@@ -99,13 +99,6 @@ def test_leftovers_of_killed_writers_are_removed_or_given_back(tmp_path: Path) -
     assert names(tmp_path) == {"step_2", "step_4"}
     assert (tmp_path / "step_2" / "from").read_text() == ".writing-old-step_2-0123abcd"  # nothing had replaced it
     assert (tmp_path / "step_4" / "from").read_text() == "step_4"
-
-
-def in_own_process(code: str, folder: Path, *arguments: object) -> Ended:
-    """Run a script in a process of its own, which has imported the package."""
-    script = folder / "script.py"
-    script.write_text(code)
-    return run_ranks([str(argument) for argument in arguments], folder=folder / "work", script=script)
 
 
 # For each line of the package that a save executes, what is there if it is killed at that line: value 1.0 before the
@@ -230,7 +223,7 @@ kill_everywhere(lambda value: write_checkpoint(4, value), read_checkpoint)  # th
 
 def test_a_save_that_is_killed_at_any_line_leaves_a_whole_one(native: NativeAdapter, tmp_path: Path) -> None:
     write(tmp_path / "adapter", native)
-    printed = in_own_process(KILLER, tmp_path, tmp_path / "adapter", tmp_path / "root").expect(0).outputs[0]
+    printed = run_code(KILLER, tmp_path, tmp_path / "adapter", tmp_path / "root").expect(0).outputs[0]
     rows = [[int(word) for word in line.split()] for line in printed.splitlines()]
     assert len(rows) == 4
     for kills, points, before, after in rows:
@@ -277,7 +270,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(
     (root / "latest").write_text("step_1\n")
     for name in ("adapter", "step_1"):
         shutil.copytree(tmp_path / "adapter", root / name)
-    ended = in_own_process(FULL_DISK, tmp_path, tmp_path / "adapter", root, limit, kind).expect(2)
+    ended = run_code(FULL_DISK, tmp_path, tmp_path / "adapter", root, limit, kind).expect(2)
     target = {"adapter": "adapter", "checkpoint": "step_2", "text": "latest"}[kind]
     (said,) = ended.errors
     assert said.count("\n") == 1 and said.startswith(f"error: {root / target}: cannot be written (")

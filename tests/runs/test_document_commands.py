@@ -1,8 +1,8 @@
 """README.md and docs/guide.md as a newcomer follows them: every command is declared, checked, and run where it can be.
 
 `ROWS` of tests/support/document_rows.py says how each is checked in this process, and a command without a row fails.
-The walks then run the commands one after another, with a small model in place of the large: the guide's from the source
-tree, and with `-m slow` the README's from a wheel. What differs there from the text is in `HERE`, `MORE` and
+The walks of `-m slow` run the commands one after another, with a small model in place of the large: the guide's from
+the source tree, and the README's from a wheel. What differs there from the text is in `HERE`, `MORE` and
 `STARTS`: fewer steps and shorter rows, two ranks on this machine's CPUs in the place of cards and hosts. /shared is a
 folder of the test, in which all models are the small one.
 """
@@ -198,7 +198,7 @@ def make_newcomer(folder: Path, document: Document, start: Start) -> Newcomer:
     return Newcomer(folder, start)
 
 
-@pytest.mark.cpu_seconds(60, reason="nothing else runs the guide's commands one after another, which need each other")
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.timeout(1200)
 def test_the_guide_from_weights_to_a_served_model(tmp_path: Path) -> None:

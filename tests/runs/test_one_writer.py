@@ -20,7 +20,7 @@ from support.folders import ROOT
 from support.ranks import wait_for
 from support.run_files import assert_same_run, edit_tensors, files_of, grow_old, has_step, run_settings, status
 from support.run_helpers import EVALUATE, Base, World, begin, run, run_ranks, start_ranks, start_run, write_rows
-from support.run_preludes import all_of, before_call, kill_at_call, kill_at_step, slow_steps, watched_steps
+from support.run_preludes import all_of, before_call, kill_at_call, kill_at_step, short_silence, slow_steps
 from support.task_files import refusal
 
 from megatron_tiedlora.base.ownership import STALE_SECONDS
@@ -45,8 +45,15 @@ def is_free(folder: Path) -> bool:
 # Two starts ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("gap", [0.0, 1.0, pytest.param(5.0, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("resume", ["none", "auto"])
+@pytest.mark.parametrize(
+    ("gap", "resume"),
+    [
+        (0.0, "none"),
+        (1.0, "auto"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((0.0, "auto"), (1.0, "none"))),
+        *(pytest.param(5.0, resume, marks=pytest.mark.slow) for resume in ("none", "auto")),
+    ],
+)
 def test_two_starts_with_one_folder(
     base: Base, whole: Path, tmp_path: Path, folder: Path, gap: float, resume: str
 ) -> None:
@@ -153,7 +160,8 @@ def stopped_at(base: Base, folder: Path, place: tuple[str, str, int], **changes:
     module, name, call = place
     stop = partial(stop_at_call, module, name, call=call)
     is_watched = changes.get("ranks") == 2
-    world = start_run(base, folder, prelude=partial(all_of, watched_steps, stop) if is_watched else stop, **changes)
+    watched = partial(all_of, partial(short_silence, 3.0), stop)
+    world = start_run(base, folder, prelude=watched if is_watched else stop, **changes)
     wait_for(lambda: is_stopped(world), "the stop")
     if is_watched:
         world.processes[1].join(60)
@@ -248,8 +256,15 @@ def undisturbed(base: Base, whole_of_two: Path, tmp_path_factory: pytest.TempPat
 SEVERAL: dict[str, dict[str, Any]] = {"a": {}, "b": {"method": "lora"}}
 
 
-@pytest.mark.parametrize("kind", ["one", "several"])
-@pytest.mark.parametrize("moment", ["before latest", "between steps"])
+@pytest.mark.parametrize(
+    ("moment", "kind"),
+    [
+        ("before latest", "one"),
+        ("between steps", "several"),
+        pytest.param("before latest", "several", marks=pytest.mark.slow),
+        pytest.param("between steps", "one", marks=pytest.mark.slow),
+    ],
+)
 def test_a_rank_0_that_its_peers_gave_up(
     base: Base, undisturbed: dict[str, Path], folder: Path, moment: str, kind: str
 ) -> None:

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 from support.planned import stage_table
 from support.run_files import losses, run_settings, status
-from support.run_helpers import start_command, write_rows
+from support.run_helpers import run_ranks, start_command, write_rows
 from support.tiny_models import write_tiny_model
 
 from megatron_tiedlora.base.messages import bytes_in_words, time_text
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.cli import parse_settings
+from megatron_tiedlora.config.launch_settings import parse_launch
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.planning.report import dry_run_report
 
@@ -94,15 +95,20 @@ def assert_same_numbers(record: Mapping[str, Any], report: str, *, on_gpu: bool)
 @pytest.mark.parametrize(
     ("layout", "on_gpu"),
     [
-        ("t1p1d4-b4-zero0", True),
-        ("t4p1d1-b2-zero1", False),
         ("t2p1d2-b1-zero2-wholeseq-selective", True),
         ("t1p4d1-b2-zero1-full", False),
-        ("t2p2d1-b4-zero1", True),
         ("t1p1d4-b2-zero3-selective", True),
-        ("t1p2d2-b1-zero0-nf4", True),
         ("t1p2d2-b1-zero0-nf4", False),
-        ("t2p1d2-b2-zero3-int8", False),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("t1p1d4-b4-zero0", True),
+                ("t4p1d1-b2-zero1", False),
+                ("t2p2d1-b4-zero1", True),
+                ("t1p2d2-b1-zero0-nf4", True),
+                ("t2p1d2-b2-zero3-int8", False),
+            )
+        ),
     ],
 )
 def test_the_dry_run_of_a_plan_with_data_has_its_numbers(
@@ -117,7 +123,13 @@ def test_the_dry_run_of_a_plan_with_data_has_its_numbers(
     assert record["chosen"]["layout"] == layout
 
 
-@pytest.mark.parametrize("layout", ["", "t2p2d2-b2-zero1-full", "t2p1d4-b1-zero3-selective-nf4"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "t2p2d2-b2-zero1-full",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("", "t2p1d4-b1-zero3-selective-nf4")),
+    ],
+)
 def test_the_dry_run_of_a_preset_s_plan_has_its_numbers(tmp_path: Path, layout: str) -> None:
     flags = ("--model=llama2-13b", "--global_batch_size=16", "--method=lora", "--rank=16", "--targets=all")
     record = planned(tmp_path, *flags, *([f"--layout={layout}"] if layout else []))
@@ -126,22 +138,25 @@ def test_the_dry_run_of_a_preset_s_plan_has_its_numbers(tmp_path: Path, layout: 
     assert_same_numbers(record, dry_run_report(parse_settings(words, Settings)).text, on_gpu=True)
 
 
-@pytest.mark.cpu_seconds(20, reason="a launcher and two ranks import everything by themselves, as a user's do")
-@pytest.mark.parametrize(
-    "layout", ["t1p2d1-b4-zero1-full", pytest.param("t2p1d1-b2-zero1-selective-nf4", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("launched", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layout", ["t1p2d1-b4-zero1-full", "t2p1d1-b2-zero1-selective-nf4"])
 def test_a_plan_s_command_runs_here(
-    job: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], layout: str
+    job: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], layout: str, launched: bool
 ) -> None:
-    """As it is printed, with flags or the YAML file (so too in test_document_commands.py): two steps in that layout."""
+    """With flags or the YAML file, as it is printed or by the ranks that it starts: two steps in that layout."""
     formats, with_file = ("nf4", True) if layout.endswith("nf4") else ("none", False)
     flags = [*job, "--ranks_on_cpu=2", f"--formats={formats}", f"--layout={layout}"]
     assert call("plan", [*flags, *([f"--yaml={tmp_path / 'plan.yaml'}"] if with_file else [])]) == 0
     start = capsys.readouterr().out.splitlines()[-1]
     assert start.startswith("tiedlora run --num_gpus 2 ") and ("--config" in start) == with_file
     run = tmp_path / "run"
-    words = [sys.executable, "-m", "megatron_tiedlora", *shlex.split(start)[1:], f"--output_dir={run}"]
-    start_command(words, folder=tmp_path / "work").wait().expect(0)
+    words = [*shlex.split(start)[1:], f"--output_dir={run}"]
+    if launched:
+        command = [sys.executable, "-m", "megatron_tiedlora", *words]
+        start_command(command, folder=tmp_path / "work").wait().expect(0)
+    else:
+        ranks = parse_launch(words[1:])
+        run_ranks(ranks.arguments, folder=tmp_path / "work", ranks=ranks.settings.num_gpus).expect(0)
     assert status(run)["state"] == "finished" and [step for step, _ in losses(run)] == [1, 2]
     sizes = {name: run_settings(run)[name] for name in ("tensor_parallel", "pipeline_parallel", "micro_batch_size")}
     expected = [int(number) for number in re.findall(r"[tpb](\d+)", layout)[:3]]

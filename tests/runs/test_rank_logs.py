@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from support.folders import ROOT
 from support.run_files import status
-from support.run_helpers import Base, run
+from support.run_helpers import Base, run, run_code
 from support.run_preludes import before_call
 
 from megatron_tiedlora.runtime.ending import _Tee
@@ -51,9 +51,8 @@ print("outside")
 
 def say(folder: Path, rank: int) -> tuple[str, str]:
     """What SAY shows on the screen, and what it says there as an error."""
-    command = [sys.executable, "-c", SAY, str(folder), str(rank)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=ROOT, check=True)
-    return done.stdout, done.stderr
+    ended = run_code(SAY, folder, folder, rank).expect(0)
+    return ended.outputs[0], ended.errors[0]
 
 
 @pytest.mark.parametrize("rank", [0, 1])

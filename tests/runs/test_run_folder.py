@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from support.run_files import assert_same_run, checkpoint_names, files_of, losses, metrics, run_settings, status
 from support.run_helpers import Base, Ended, run, run_ranks, write_rows
-from support.run_preludes import scripted_validation
+from support.run_preludes import scripted_validation, whole_run
 
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.settings import Settings, make_settings
@@ -26,7 +26,7 @@ def finished(base: Base, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     """A finished run with a test part, and what it printed."""
     folder = tmp_path_factory.mktemp("finished") / "a run"
     test = write_rows(base.folder / "test.jsonl", 3, seed=3)
-    return folder, run(base, folder, test_file=test)
+    return folder, run(base, folder, test_file=test, prelude=whole_run)
 
 
 def test_files(finished: tuple[Path, Ended]) -> None:

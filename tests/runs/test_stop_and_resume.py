@@ -41,8 +41,8 @@ pytestmark = pytest.mark.distributed
         ("zero0.json", None),
         ("zero2_offload.json", None),
         ("zero3.json", 2),
-        ("zero3.json", None),
-        ("zero0.json", 2),
+        pytest.param("zero3.json", None, marks=pytest.mark.slow),
+        pytest.param("zero0.json", 2, marks=pytest.mark.slow),
         ("zero1.json", 2),
     ],
 )
@@ -83,10 +83,10 @@ def test_a_signal_at_one_rank_stops_all_and_resume_is_exact(
 @pytest.mark.parametrize(
     ("ds_config", "ranks"),
     [
-        ("zero3.json", None),
+        pytest.param("zero3.json", None, marks=pytest.mark.slow),
         ("zero0.json", 2),
         ("zero2_offload.json", None),
-        ("zero1.json", 2),
+        pytest.param("zero1.json", 2, marks=pytest.mark.slow),
         ("zero3.json", 2),
     ],
 )
@@ -231,7 +231,7 @@ def test_torchrun_told_to_stop(base: Base, folder: Path) -> None:
     assert end_by_signal(torchrun_command(arguments, ranks=2), signal.SIGTERM, base, folder, limit=60)[0] != 0
 
 
-@pytest.mark.cpu_seconds(20, reason="torchrun starts two ranks twice, each of which imports everything by itself")
+@pytest.mark.slow
 def test_torchrun_restarts_go_on_by_themselves(
     base: Base, tmp_path: Path, whole_of_two: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

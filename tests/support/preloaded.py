@@ -11,6 +11,7 @@ import gc
 import importlib
 import io
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,20 +57,34 @@ for module in MODULES:
 assert importlib.import_module("deepspeed").ops.__compatible_ops__
 importlib.import_module("megatron_tiedlora.engine.engine").import_muon_uncompiled()
 
-# The first figure of a process finds its fonts.
+# What few tests look at, and each run spends half of its time on, is replaced here; `whole_run` of run_preludes.py puts
+# it back. The first figure of a process finds its fonts: the loss plot of all runs is this one.
 pyplot = importlib.import_module("matplotlib.pyplot")
 pyplot.switch_backend("agg")
 figure, axes = pyplot.subplots()
 axes.plot([1, 2], [3, 4], label="train")
 axes.set_xlabel("step")
 axes.legend()
-figure.savefig(io.BytesIO(), format="png")
+figure.savefig(png := io.BytesIO(), format="png")
 pyplot.close(figure)
+
+
+def write_plot(_metrics: Path, target: Path, **keywords: Any) -> None:
+    with new_file(target, **keywords) as unfinished:
+        unfinished.write_bytes(png.getvalue())
+
+
+new_file = importlib.import_module("megatron_tiedlora.base.atomic").new_file
+finish: Any = importlib.import_module("megatron_tiedlora.training.finish")
+finish.plot_losses = write_plot
 
 # The peak that a run measures, a quarter of a second of matmuls, is kept for the ranks.
 throughput: Any = importlib.import_module("megatron_tiedlora.training.throughput")
 throughput.measured_peak = functools.cache(throughput.measured_peak)
 throughput.measured_peak(torch.device("cpu"), torch.float32)
+throughput.step_flops = importlib.import_module("support.run_preludes").token_flops
+
+os.fsync = lambda _: None  # no test cuts the power, and what was written before a kill is there
 
 # So are the operations of the model that most tests train, which a run counts in its first step by tracing its blocks.
 if torch.version.cuda is None:  # else a backward pass starts threads for GPUs, which a forked rank would miss

@@ -262,6 +262,13 @@ def run_ranks(arguments: Sequence[str], **keywords: Any) -> Ended:
     return start_ranks(arguments, **keywords).wait()
 
 
+def run_code(code: str, folder: Path, *arguments: object) -> Ended:
+    """Run a script in a process of its own, which has imported the package."""
+    script = folder / "script.py"
+    script.write_text(code)
+    return run_ranks([str(argument) for argument in arguments], folder=folder / "work", script=script)
+
+
 def start_run(
     base: Base, folder: Path, /, *, ranks: int | None = None, prelude: Prelude | None = None, **changes: Any
 ) -> World:

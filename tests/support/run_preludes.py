@@ -8,11 +8,13 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import posix
 import resource
 import runpy
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -34,6 +36,7 @@ def slow_steps(seconds: float = 0.3, *, after: int = 0) -> None:
 
 def late_rank_0(seconds: float = 60.0) -> None:
     """Rank 0 plans its run so much later than the others, so that one of them is the first to find what is wrong."""
+    quick_start()
     late = seconds if os.environ["RANK"] == "0" else 3.0  # by then rank 0 handles signals
     before_call("megatron_tiedlora.planning.run_plan", "plan_run", lambda *_: time.sleep(late))
 
@@ -69,7 +72,23 @@ def bare_start() -> None:
     from megatron_tiedlora.training import finish, throughput
 
     throughput.measured_peak = lambda *_: 1e12
+    throughput.step_flops = token_flops
     finish.plot_losses = lambda *_, **__: None
+
+
+def token_flops(_shape: Any, _adapter: Any, num_tokens: int, *_: int) -> Counter[str]:
+    """In the place of the FLOPs of a step, for which the model is traced: a quarter of a short run's time."""
+    return Counter(linears=num_tokens)
+
+
+def whole_run() -> None:
+    """A forked rank counts FLOPs, draws the losses and syncs files, as the command does; preloaded.py replaces that."""
+    from megatron_tiedlora.planning.passes import step_flops
+    from megatron_tiedlora.runtime.run_folder import plot_losses
+    from megatron_tiedlora.training import finish, throughput
+
+    finish.plot_losses, throughput.step_flops = plot_losses, step_flops
+    os.fsync = posix.fsync
 
 
 def long_steps() -> None:

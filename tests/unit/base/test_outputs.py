@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,14 @@ from megatron_tiedlora.base.files import discard, new_folder, remove_leftovers, 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.output_folder import new_output, take_output, take_output_folder
 from megatron_tiedlora.base.ownership import OWNER_FILE, FolderLock, FolderTaken, OwnerLost
+
+
+@pytest.fixture(autouse=True)
+def _short_sleeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An owner's file that is gone is looked for three times, half a second apart."""
+    sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(seconds / 50))
+
 
 # What a former owner can change -------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from support.run_files import metrics
 from support.run_helpers import Base, Ended, run
+from support.run_preludes import whole_run
 
 from megatron_tiedlora.adapters.tied_adapter import make_adapter_config, targets_of
 from megatron_tiedlora.base.shapes import ModelShape
@@ -235,6 +236,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def _fixed_peak() -> None:
+    whole_run()
     throughput.measured_peak = lambda device, dtype: PEAK
 
 
