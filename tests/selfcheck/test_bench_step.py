@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ import torch
 from support.engine_runs import write_uneven_data
 from support.folders import ROOT
 from support.quantised_models import SHAPE, quantised_folder
-from support.ranks import ENVIRONMENT
 from support.run_helpers import Ended, start_command
 from support.tiny_models import write_tiny_model
 
@@ -115,14 +112,13 @@ def test_the_format_of_a_quantised_folder_is_reported(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wish", "said"), [("false", "not compiled"), pytest.param("true", "compiled in ", marks=pytest.mark.slow)]
 )
-def test_the_command_writes_its_figures(folder: Path, tmp_path: Path, wish: str, said: str) -> None:
+def test_the_command_writes_its_figures(
+    folder: Path, tmp_path: Path, wish: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = [f"--model={folder / 'model'}", "--against=peft", "--rows=2", "--length=64", "--repeats=1"]
-    arguments.append(f"--compile={wish}")
-    command = [sys.executable, str(TOOL), *arguments, f"--json={tmp_path / 'bench.json'}"]
-    environment = {**os.environ, **ENVIRONMENT}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert f"against {compare.PADDED}: speed " in done.stdout
+    assert call("bench", [*arguments, f"--compile={wish}", f"--json={tmp_path / 'bench.json'}"]) == 0
+    printed = capsys.readouterr().out
+    assert f"against {compare.PADDED}: speed " in printed
     report: dict[str, Any] = json.loads((tmp_path / "bench.json").read_text())
     ours, theirs = report["sides"][compare.OURS], report["sides"][compare.PADDED]
     assert ours["tokens"] == theirs["tokens"] == 128 and ours["supervised"] == 64
@@ -130,10 +126,10 @@ def test_the_command_writes_its_figures(folder: Path, tmp_path: Path, wish: str,
     assert ours["model_flops"] > 0 and report["matmul_flops_per_second"] > 0
     assert ours["saved_ratio"] == ours["saved"] / ours["saved_formula"]
     assert ours["saved"] - ours["saved_formula"] == beside_the_plan(64, 128, itemsize=2)
-    assert f"{compare.OURS}: recompute none; kernels {report['kernels']}\n" in done.stdout
+    assert f"{compare.OURS}: recompute none; kernels {report['kernels']}\n" in printed
     assert report["kernels"].startswith(said)
-    assert "saved_formula" not in theirs and "of the planned ones" in done.stdout
-    assert {"torch", "deepspeed", "peft"} <= set(report["versions"]) and report["allocator"] in done.stdout
+    assert "saved_formula" not in theirs and "of the planned ones" in printed
+    assert {"torch", "deepspeed", "peft"} <= set(report["versions"]) and report["allocator"] in printed
 
 
 def test_why_kernels_are_not_compiled_is_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -282,10 +278,11 @@ def test_the_third_side_has_as_many_tokens_of_one_adapter(folder: Path) -> None:
     assert {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])} == {"adapter 0"}
 
 
-@pytest.mark.cpu_seconds(20, reason="a process for each side's memory")
 def test_the_command_writes_the_figures_of_adapters(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Memory is measured in this process here; in processes of their own above."""
+    monkeypatch.setattr(compare, "in_own_process", lambda _, measure, *given: measure(*given))
     file = tmp_path / "bench.json"
     assert call("bench", [f"--model={folder / 'model'}", *SHORT, "--adapters=2", f"--json={file}"]) == 0
     printed = capsys.readouterr().out

@@ -74,24 +74,36 @@ def test_the_engine_files_are_found_by_name_from_any_folder(installed: Installed
 
 
 NO_EXTRAS = """
-import sys
+import json, sys
 for name in ("deepspeed", "datasets", "accelerate", "tensorboard", "matplotlib", "rouge_score", "sacrebleu"):
     sys.modules[name] = None
 from megatron_tiedlora.commands.front import main
-main()
+for words in json.loads(sys.argv[1]):
+    try:
+        main(words)
+    except SystemExit as end:
+        if end.code:
+            raise
+    print("END", flush=True)
 """
 
 
 def test_merge_export_and_import_need_no_extra(installed: Installed, base: Base, tmp_path: Path) -> None:
+    """One after another in a process; `verify` looks at both outputs in transformers and in PEFT, too."""
     write_native(tmp_path / "adapter", base.model, with_adapter(base.model, "tl6")[2])
     check = "check it with: tiedlora verify --adapter adapter"
-    for *words, said in (
-        ("merge", "--adapter=adapter", "--output=a merged one", f"{check} --merged 'a merged one'"),
-        ("export", "--adapter=adapter", "--output=for peft", f"{check} --peft 'for peft'"),
-        ("import", "--peft=for peft", "--output=and back", "train it further with: --init_from 'and back'"),
-        ("verify", "--adapter=adapter", "--merged=a merged one", "--in=none", ""),
-    ):
-        assert said in output_of(installed, sys.executable, "-c", NO_EXTRAS, *words, folder=tmp_path)
+    said = {
+        ("merge", "--output=a merged one", "--dtype=bf16"): [f"{check} --merged 'a merged one'"],
+        ("export", "--output=for peft", "--pad_rank_to=8"): [f"{check} --peft 'for peft'", "vllm serve", "-rank 8"],
+        ("import", "--peft=for peft", "--output=and back"): ["train it further with: --init_from 'and back'"],
+        ("verify", "--merged=a merged one", "--peft=for peft"): [],  # six rows: bits, by layers, and in the libraries
+    }
+    words = [[name, *(() if name == "import" else ["--adapter=adapter"]), *flags] for name, *flags in said]
+    printed = output_of(installed, sys.executable, "-c", NO_EXTRAS, json.dumps(words), folder=tmp_path)
+    *texts, rest = printed.split("END\n")
+    for text, expected in zip(texts, said.values(), strict=True):
+        assert all(word in text for word in expected), text
+    assert texts[-1].count("ok") == 6 and not rest
     assert (tmp_path / "and back" / "adapter_config.json").is_file()
 
 

@@ -45,13 +45,14 @@ def random_texts(parts: list[str], count: int, longest: int) -> list[str]:
 # Patterns of PEFT's config -----------------------------------------------------------------------------------------
 
 
-def test_a_pattern_matches_as_re_does() -> None:
+def test_a_pattern_matches_as_re_does(whole: bool) -> None:
     """Of all rows of pieces those that are accepted, on names that many of them match: whole, and as PEFT matches the
     keys of rank_pattern."""
     pieces = ["a", "b", "1", "_", r"\.", ".", ".*", ".+", r"\d+", "[0-9]+", "|", "(", "(?:", ")", "^", "$"]
     names = random_texts(["a", "b", "1", "_", "."], 5000, 6)
+    count = 30_000 if whole else 6000
     accepted = matched = ended = 0
-    for number, pattern in enumerate(random_texts(pieces, 30_000, 8)):
+    for number, pattern in enumerate(random_texts(pieces, count, 8)):
         try:
             compiled = re.compile(pattern)
         except re.error:
@@ -63,13 +64,14 @@ def test_a_pattern_matches_as_re_does() -> None:
             continue
         assert compiled is not None, pattern
         accepted += 1
+        find = pattern_finder([pattern], what="x")
         for name in names[4 * number % 5000 :][:4]:
             matched += matches(name)
             assert matches(name) == bool(compiled.fullmatch(name)), (pattern, name)
             keyed = re.match(rf"(.*\.)?({pattern})$", name)
-            assert pattern_finder([pattern], what="x")(name) == (pattern if keyed else None), (pattern, name)
+            assert find(name) == (pattern if keyed else None), (pattern, name)
             ended += bool(keyed)
-    assert accepted > 10_000 and matched > 2500 and ended > 1.2 * matched
+    assert accepted > count / 3 and matched > count / 12 and ended > 1.2 * matched
 
 
 @pytest.mark.parametrize("pattern", ["(.|.)" * 200, ".*" * 500, "(?:.*|.*)" * 111, ("(" * 50 + ")" * 50) * 10])

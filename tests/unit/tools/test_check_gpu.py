@@ -28,7 +28,7 @@ TOOL = ROOT / "tools" / "check_gpu.py"
 
 # The page -------------------------------------------------------------------------------------------------------------
 
-TESTS = '''
+TESTS = """
 import pytest
 
 @pytest.mark.parametrize("name", ["a|b", "c", "d", "e"])
@@ -52,7 +52,7 @@ def test_is_full():
 @pytest.mark.parametrize("name", range(3))
 def test_skipped(name):
     pass
-'''
+"""
 
 
 @pytest.fixture(scope="module")
