@@ -93,7 +93,7 @@ os.execvp(sys.executable, words[words.index("-u") - 1 :])
     check(trap)
 
 
-@pytest.mark.parametrize("hosts", [0, 1])
+@pytest.mark.parametrize("hosts", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_by_what_a_sweep_starts(trap: Path, monkeypatch: pytest.MonkeyPatch, hosts: int) -> None:
     monkeypatch.chdir(trap)
     for name, value in hosts_here(trap.parent).items():
