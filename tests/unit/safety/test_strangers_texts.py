@@ -123,7 +123,10 @@ def test_of_a_parquet_file_no_more_rows_are_read_than_asked_for(tmp_path: Path) 
     assert [len(read_rows(small, limit=limit)) for limit in (1, 64, 65, 200, 300, None)] == [1, 64, 65, 200, 200, 200]
 
 
-@pytest.mark.parametrize(("rows", "size", "limit"), [(1000, MEGABYTE, None), (20, 2 * 10**7, 20), (9, 10**8, None)])
+@pytest.mark.parametrize(
+    ("rows", "size", "limit"),
+    [(1000, MEGABYTE, None), pytest.param(20, 2 * 10**7, 20, marks=pytest.mark.slow), (9, 10**8, None)],
+)
 def test_a_small_parquet_file_is_not_made_gigabytes(tmp_path: Path, rows: int, size: int, limit: int | None) -> None:
     file = parquet(tmp_path / "rows.parquet", rows=rows, size=size)
     with bounded(seconds=5.0):  # 256 MB of new pages take a busy machine's kernel more than a second
@@ -210,7 +213,11 @@ def test_a_linear_rule_is_the_plain_one(
 
 
 @pytest.mark.parametrize(
-    "text", [" ", "\n", "[", "]", "[]", "[\n", " \n", " a", "#### 1", "#", "-1,", "the ", "a", "y", "a.", "&"]
+    "text",
+    [
+        *(" ", "\n", "[", "[]", " a", "#### 1", "-1,", "the ", "a.", "&"),
+        *(pytest.param(text, marks=pytest.mark.slow) for text in ("]", "[\n", " \n", "#", "a", "y")),
+    ],
 )
 def test_a_megabyte_takes_seconds_at_most(text: str) -> None:
     long = f"x{text * (MEGABYTE // len(text))}x"
