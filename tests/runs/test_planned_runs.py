@@ -19,7 +19,7 @@ from support.tiny_models import write_tiny_model
 from megatron_tiedlora.base.messages import bytes_in_words, time_text
 from megatron_tiedlora.commands.front import call
 from megatron_tiedlora.config.cli import parse_settings
-from megatron_tiedlora.config.launch_settings import parse_launch
+from megatron_tiedlora.config.job_settings import parse_launch
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.planning.report import dry_run_report
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import torch
 from support.engine_runs import write_uneven_data
 from support.folders import ROOT
 from support.quantised_models import SHAPE, quantised_folder
-from support.ranks import ENVIRONMENT
 from support.run_helpers import Ended, start_command
 from support.tiny_models import write_tiny_model
 
@@ -60,6 +58,11 @@ def run_script(folder: Path, code: str) -> Ended:
     return start_command(command, folder=folder).wait()
 
 
+def measured_here(_: str, measure: Callable[..., Any], *given: Any) -> Any:
+    """In place of `in_own_process`, whose imports take seconds."""
+    return measure(*given)
+
+
 def beside_the_plan(supervised: int, positions: int, *, itemsize: int) -> int:
     """Kept once: 8 numbers a position, the rotations of heads of 8, and 16 bytes a label for its places."""
     return 16 * supervised + 8 * itemsize * positions
@@ -94,34 +97,44 @@ def test_what_a_step_keeps_is_planned_for_its_recompute(folder: Path, recompute:
     assert beside == beside_the_plan(side.num_supervised, positions, itemsize=4)
 
 
-@pytest.mark.cpu_seconds(20, reason="it quantises every linear of a model")
 def test_our_side_has_the_base_that_is_given(folder: Path) -> None:
-    settings = settings_of(folder, "--base=nf4")
+    settings = settings_of(folder, "--base=nf4", "--compile=false")
     (side,) = sides_of(settings).values()
     quantised = [weight for weight in frozen_weights(side.model).values() if isinstance(weight, QuantisedWeight)]
     assert len(quantised) == 4 * len(side.model.blocks) and quantised[0].storage.name == "nf4"
     assert precision_in_words(settings.dtype, settings.base) == "fp32 with the linears in nf4"
 
 
-def test_the_format_of_a_quantised_folder_is_reported(tmp_path: Path) -> None:
+def test_the_format_of_a_quantised_folder_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "in_own_process", measured_here)
     plain = write_tiny_model(tmp_path / "plain", **{**SHAPE, "num_layers": 1})
     quantised, _ = quantised_folder(plain, tmp_path / "nf4", "nf4")
     words = [f"--model={quantised}", "--dtype=fp32", "--length=16", "--compile=false", "--repeats=1"]
     assert compare.measure_sides(parse_settings(words, BenchSettings))["dtype"] == "fp32 with the linears in nf4"
 
 
-@pytest.mark.cpu_seconds(20, reason="a process for each side's memory")
 @pytest.mark.parametrize(
     ("wish", "said"), [("false", "not compiled"), pytest.param("true", "compiled in ", marks=pytest.mark.slow)]
 )
-def test_the_command_writes_its_figures(folder: Path, tmp_path: Path, wish: str, said: str) -> None:
+def test_the_command_writes_its_figures(
+    folder: Path,
+    tmp_path: Path,
+    wish: str,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The memory of our side is measured in a process of its own."""
+    in_process = compare.in_own_process
+    monkeypatch.setattr(
+        compare,
+        "in_own_process",
+        lambda name, *given: (in_process if name == compare.OURS else measured_here)(name, *given),
+    )
     arguments = [f"--model={folder / 'model'}", "--against=peft", "--rows=2", "--length=64", "--repeats=1"]
-    arguments.append(f"--compile={wish}")
-    command = [sys.executable, str(TOOL), *arguments, f"--json={tmp_path / 'bench.json'}"]
-    environment = {**os.environ, **ENVIRONMENT}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert f"against {compare.PADDED}: speed " in done.stdout
+    assert call("bench", [*arguments, f"--compile={wish}", f"--json={tmp_path / 'bench.json'}"]) == 0
+    printed = capsys.readouterr().out
+    assert f"against {compare.PADDED}: speed " in printed
     report: dict[str, Any] = json.loads((tmp_path / "bench.json").read_text())
     ours, theirs = report["sides"][compare.OURS], report["sides"][compare.PADDED]
     assert ours["tokens"] == theirs["tokens"] == 128 and ours["supervised"] == 64
@@ -129,10 +142,10 @@ def test_the_command_writes_its_figures(folder: Path, tmp_path: Path, wish: str,
     assert ours["model_flops"] > 0 and report["matmul_flops_per_second"] > 0
     assert ours["saved_ratio"] == ours["saved"] / ours["saved_formula"]
     assert ours["saved"] - ours["saved_formula"] == beside_the_plan(64, 128, itemsize=2)
-    assert f"{compare.OURS}: recompute none; kernels {report['kernels']}\n" in done.stdout
+    assert f"{compare.OURS}: recompute none; kernels {report['kernels']}\n" in printed
     assert report["kernels"].startswith(said)
-    assert "saved_formula" not in theirs and "of the planned ones" in done.stdout
-    assert {"torch", "deepspeed", "peft"} <= set(report["versions"]) and report["allocator"] in done.stdout
+    assert "saved_formula" not in theirs and "of the planned ones" in printed
+    assert {"torch", "deepspeed", "peft"} <= set(report["versions"]) and report["allocator"] in printed
 
 
 def test_why_kernels_are_not_compiled_is_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,12 +225,7 @@ def killed(_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def measured(value):
-    return value
-
-
 def main(argv):
-    assert in_own_process("PEFT LoRA", measured, 3) == 3
     in_own_process("PEFT LoRA", killed, 3)
 
 
@@ -281,10 +289,10 @@ def test_the_third_side_has_as_many_tokens_of_one_adapter(folder: Path) -> None:
     assert {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])} == {"adapter 0"}
 
 
-@pytest.mark.cpu_seconds(20, reason="a process for each side's memory")
 def test_the_command_writes_the_figures_of_adapters(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(compare, "in_own_process", measured_here)
     file = tmp_path / "bench.json"
     assert call("bench", [f"--model={folder / 'model'}", *SHORT, "--adapters=2", f"--json={file}"]) == 0
     printed = capsys.readouterr().out

@@ -21,6 +21,7 @@ from megatron_tiedlora.planning.machines import CONSTANTS, CPU, Constant, Machin
 from megatron_tiedlora.planning.step_time import Seconds
 from megatron_tiedlora.selfcheck import machine_constants as measuring
 from megatron_tiedlora.selfcheck.machine_constants import measure_machine
+from megatron_tiedlora.training import throughput
 
 DEVICE = torch.device("cpu")
 DTYPES = ("bf16", "fp32")
@@ -43,12 +44,18 @@ def measured(machine: Machine) -> set[str]:
     return {name for name, constant in machine.constants.items() if constant.source.startswith("measured on")}
 
 
+def short_measurements() -> None:
+    """Fewer steps of each kind, and a shorter look for the fastest matmul."""
+    measuring._TINY_REPEATS, measuring._REPEATS, throughput._MEASURING = 4, 2, 0.1
+
+
 @pytest.mark.distributed
 def test_a_measured_file_plans(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One process measures what it can alone; the rest keeps its value and says where that is from."""
     file = tmp_path / "constants.json"
     flags = [f"--measure={file}", f"--model={tiny(tmp_path)}", "--measure_seconds=0.05"]
-    (text,) = run_ranks(flags, folder=tmp_path, script=TOOL, environment=PLAIN).expect(0).outputs
+    how = {"script": TOOL, "environment": PLAIN, "prelude": short_measurements}
+    (text,) = run_ranks(flags, folder=tmp_path, **how).expect(0).outputs
     machine = read_machine(file)
     assert measured(machine) - LINES == ALONE and set(machine.constants) == set(CONSTANTS)
     kept = set(CONSTANTS) - ALONE - LINES
@@ -62,6 +69,7 @@ def test_a_measured_file_plans(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def measure_here(model: str) -> Machine:
     os.environ.update(PLAIN)
+    short_measurements()
     return measure_machine(find_model(model, weights=False), DEVICE, seconds=0.05, tokens=16)
 
 

@@ -74,7 +74,7 @@ def write_plot(_metrics: Path, target: Path, **keywords: Any) -> None:
         unfinished.write_bytes(png.getvalue())
 
 
-new_file = importlib.import_module("megatron_tiedlora.base.atomic").new_file
+new_file = importlib.import_module("megatron_tiedlora.base.files").new_file
 finish: Any = importlib.import_module("megatron_tiedlora.training.finish")
 finish.plot_losses = write_plot
 

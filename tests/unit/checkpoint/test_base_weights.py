@@ -256,7 +256,7 @@ load(sys.argv[2])
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads /proc")
-@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("stored", [pytest.param(torch.bfloat16, marks=pytest.mark.slow), torch.float32], ids=str)
 def test_reading_takes_the_memory_of_the_model_and_one_tensor(tmp_path: Path, stored: torch.dtype) -> None:
     """Peak anonymous memory while a model is read in bf16.
 

@@ -190,7 +190,7 @@ def test_a_command_without_its_extra_says_what_to_install(tmp_path: Path) -> Non
 
 DRY_RUN = ["train", "--dry_run", "--model", "llama2-7b"]
 ARITHMETIC = {
-    "plan": ["plan", "--model", "llama2-7b", "--gpu", "h100", "--nodes", "1"],
+    "plan": ["plan", "--model", "llama2-7b", "--gpu", "h100", "--gpus_per_node", "2", "--formats", "none"],
     "a dry run": [*DRY_RUN, "--world_size", "2", "--tensor_parallel", "2", "--ds_config", "zero1.json"],
     "a dry run of offloading": [*DRY_RUN, "--ds_config", "zero2_offload.json"],
 }

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.folders import ROOT, python
 from support.native_files import Inputs, with_adapter
 from support.oracle import OracleConfig, load_weights, merged_weights
 from support.peft_models import hf_model, logits_of, our_logits, peft_logits, share
@@ -272,38 +271,6 @@ def test_a_corrupt_tokenizer_stops_the_merge_before_it_writes(base: Path, tmp_pa
     source, adapter, _ = with_adapter(broken, "tl6")
     assert "cannot be read as a tokenizer" in refusal(merge_adapter, source, adapter, tmp_path / "merged")
     assert {item.name for item in tmp_path.iterdir()} == {"base"}
-
-
-# Runs tools one after another, each as the command that was started, and says whether deepspeed was imported by one.
-RUNNER = """
-import json, runpy, sys
-for words in json.loads(sys.argv[1]):
-    sys.argv = words
-    try:
-        runpy.run_path(words[0], run_name="__main__")
-    except SystemExit as end:
-        if end.code:
-            raise
-    print("END", flush=True)
-print("deepspeed" in sys.modules, file=sys.stderr)
-"""
-
-
-def test_the_commands_work_one_after_another_without_deepspeed(exported: Path, tmp_path: Path) -> None:
-    given, tools = ["--adapter", str(exported / "adapter")], ROOT / "tools"
-    outputs = [str(tmp_path / name) for name in ("merged", "peft")]
-    commands = [
-        [str(tools / "merge_adapter.py"), *given, "--output", outputs[0], "--dtype", "bf16"],
-        [str(tools / "export_peft.py"), *given, "--output", outputs[1], "--pad_rank_to", "8"],
-        [str(tools / "verify_export.py"), *given, "--merged", outputs[0], "--peft", outputs[1]],
-    ]
-    done = python("-c", RUNNER, json.dumps(commands), OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
-    assert done.returncode == 0, done.stderr
-    merged, peft, checked, rest = done.stdout.split("END\n")
-    assert f"tiedlora verify --adapter {exported / 'adapter'} --merged {outputs[0]}" in merged and not rest
-    assert "vllm serve" in peft and "--max-lora-rank 8" in peft
-    assert checked.count("ok") == 6, checked  # bits of both, by layers, and in transformers and PEFT
-    assert done.stderr.endswith("False\n")  # transformers and peft are imported, deepspeed is not
 
 
 def test_the_next_command_has_the_flags_of_this_one() -> None:

@@ -24,7 +24,6 @@ import sentencepiece
 import torch
 from safetensors.torch import load_file
 from support.evaluation_runs import evaluate, predictions
-from support.folders import ROOT
 from support.nemo_files import (
     GPT_2B_001,
     MISREADINGS,
@@ -40,7 +39,7 @@ from support.nemo_files import (
     state_dict,
     write_nemo,
 )
-from support.run_helpers import Base, run_ranks, write_rows
+from support.run_helpers import Base, write_rows
 from support.run_helpers import run as run_training
 from support.task_files import refusal
 from support.wide_models import peak_of
@@ -229,21 +228,20 @@ def test_the_command_converts_or_says_why_in_one_line(tmp_path: Path, capfd: pyt
 
 
 @pytest.mark.distributed
-def test_convert_train_evaluate_and_merge_by_commands(tmp_path: Path) -> None:
-    """From a file that is split in four to a merged folder that transformers reads, trained on four other ranks."""
+@pytest.mark.parametrize("pp", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_convert_train_evaluate_and_merge_by_commands(tmp_path: Path, pp: int) -> None:
+    """From a file that is split in four to a merged folder that transformers reads, trained on two or four ranks."""
     nemo = write_nemo(tmp_path / "split.nemo", nemo_members(draw_tensors(), tp=2, pp=2))
     converted, run, merged = (tmp_path / name for name in ("converted", "run", "merged"))
     base = Base(tmp_path, converted, write_rows(tmp_path / "train.jsonl", 16), write_rows(tmp_path / "dev.jsonl", 4))
     work = tmp_path / "work"
-    script = ROOT / "tools" / "convert_nemo.py"
-    run_ranks([f"--nemo={nemo}", f"--output={converted}"], folder=work, script=script).expect(0)
-    training = {"tensor_parallel": 2, "pipeline_parallel": 2, "ds_config": "zero1.json", "max_steps": 5}
-    run_training(base, run, ranks=4, method="tl6", learning_rate=0.2, **training)
+    assert call("convert-nemo", [f"--nemo={nemo}", f"--output={converted}"]) == 0
+    training = {"tensor_parallel": 2, "pipeline_parallel": pp, "ds_config": "zero1.json", "max_steps": 5}
+    run_training(base, run, ranks=2 * pp, method="tl6", learning_rate=0.2, **training)
     adapter = run / "adapter"
     evaluate(tmp_path / "scores", work=work, test_file=base.validation, max_new_tokens=8, adapter=adapter)
     assert len(predictions(tmp_path / "scores")) == 4
-    merge = ROOT / "tools" / "merge_adapter.py"
-    run_ranks([f"--adapter={adapter}", f"--output={merged}"], folder=work, script=merge).expect(0)
+    assert call("merge", [f"--adapter={adapter}", f"--output={merged}"]) == 0
     ours = native_logits(converted, adapter)
     with torch.no_grad():
         theirs, plain = (load_stablelm(folder)(tokens()).logits for folder in (merged, converted))

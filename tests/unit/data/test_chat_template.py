@@ -30,7 +30,7 @@ BOMBS = {
     "loops": ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "more than 1 s"),
     "repeated": ("{{ 'x' * 10**9 }}", "more than 268,435,456 bytes"),
     "repeated in a loop": ("{% for a in range(99999) %}{% set x = 'x' * 10**8 %}{% endfor %}", "more than"),
-    "power": ("{{ 9**(10**8) > 1 }}", "more than 1 s"),
+    "power": ("{{ 9**(10**8) > 1 }}", "more than 0.2 s"),
     "doubled": (GROWING + "{{ ns.x|length }}", "more than 268,435,456 bytes"),
     "printed": ("{% for a in range(99999) %}{% for b in range(999) %}{{ 'x' * 9999 }}{% endfor %}{% endfor %}", "more"),
     "padded": ("{{ '%9999999999d'|format(1) }}", "more than 268,435,456 bytes"),
@@ -39,7 +39,7 @@ BOMBS = {
     "compared": (
         "{% set a = messages[0].content * 400000 %}{% set b = messages[0].content * 400000 %}"
         "{{ ([a] * 3000000) == ([b] * 3000000) }}",
-        "more than 1 s",
+        "more than 0.2 s",
     ),
     "replaced often": ("{{ ('a' * 500)" + "|replace('a', 'aa')" * 60 + " }}", "more than"),
     "for ever in itself": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
@@ -56,6 +56,8 @@ def chat(tmp_path: Path) -> Any:
 def test_a_chat_template_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chat: Any, name: str) -> None:
     """Whatever it does; the conversations after it are answered, by a process of their own, and none is left."""
     chat.chat_template, said = BOMBS[name]
+    if "1 s" not in said and "bytes" not in said:  # how long it may take does not matter
+        monkeypatch.setattr(chat_template, "_SECONDS", 0.2)
     children = psutil.Process().children()
     started = time.monotonic()
     with closing(ChatTemplate(chat)) as template:

@@ -219,7 +219,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, task: str, num_rows: int) -> Hub:
     return stand_in
 
 
-@pytest.mark.parametrize("task", CALLS)
+@pytest.mark.parametrize("task", [pytest.param(task, marks=[pytest.mark.slow] * (task == "squad")) for task in CALLS])
 def test_rows_of_the_hub(task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     num_rows, num_train, num_validation = SIZES[task]
     stand_in = hub(monkeypatch, task, num_rows)

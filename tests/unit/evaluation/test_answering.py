@@ -26,7 +26,8 @@ NEW_TOKENS = 20
 SIZE: dict[str, Any] = {"reading": Reading(), "longest_prompt": 60, "max_new_tokens": NEW_TOKENS, "batch_size": 4,
                         "vocab_size": 320}  # fmt: skip
 STOP = "s"  # a letter that some of the answers below do hold
-LAYOUTS = ((2, 1, 1), (4, 2, 1), (4, 1, 2))  # ranks, tensor, pipeline: what is left is data parallel
+# Ranks, tensor, pipeline: what is left is data parallel.
+LAYOUTS = (pytest.param(2, 1, 1, marks=pytest.mark.slow), (4, 2, 1), (4, 1, 2))
 
 
 def examples(count: int = 13, *, choices: bool = True) -> list[Example]:

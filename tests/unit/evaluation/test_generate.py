@@ -40,7 +40,8 @@ FEW = ("gqa",)  # shapes of what need not be seen for all of them
 # (data, tensor, pipeline), and the shapes seen there in part: heads and biases are cut over tensor-parallel ranks, tied
 # embeddings are on two stages, and where both are, the last shape pads its vocabulary besides.
 LAYOUTS: dict[tuple[int, int, int], tuple[str, ...]] = {
-    **dict.fromkeys([(1, 2, 1), (1, 1, 2)], tuple(SHAPES)),
+    (1, 2, 1): ("gqa", "mha"),
+    (1, 1, 2): ("gqa", "gqa_tied_llama3"),
     (1, 2, 2): ("gqa", "mha_tied"),
     **dict.fromkeys([(2, 1, 1), (1, 1, 3)], FEW),
 }

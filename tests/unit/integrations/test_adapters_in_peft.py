@@ -354,6 +354,7 @@ def test_a_peft_that_does_not_allow_it_is_one_line() -> None:
     assert PEFT_TYPE not in Sealed.__members__
 
 
+@pytest.mark.slow
 def test_peft_alone_names_the_missing_type(tmp_path: Any) -> None:
     """Without the import PEFT says only this; docs/peft.md explains it."""
     (tmp_path / "adapter_config.json").write_text(f'{{"peft_type": "{PEFT_TYPE}", "format_version": 2}}')

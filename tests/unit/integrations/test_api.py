@@ -219,7 +219,6 @@ print("answer:", len(generate(attach(load_base(found[0]), found[0]), "1 + 1 =", 
 """
 
 
-@pytest.mark.cpu_seconds(25, reason="two runs in a process of their own")
 @pytest.mark.distributed
 def test_two_runs_in_one_process_need_neither_a_model_nor_a_network(tmp_path: Path) -> None:
     rows = ({"prompt": f"{number} + {number} =", "completion": f" {2 * number}"} for number in range(8))

@@ -58,7 +58,9 @@ def test_the_trap_works(trap: Path) -> None:
     assert (trap.parent / "sprung").exists()
 
 
-@pytest.mark.parametrize(("launcher", "by_ssh"), [("deepspeed", True), ("torchrun", False)])
+@pytest.mark.parametrize(
+    ("launcher", "by_ssh"), [("deepspeed", True), pytest.param("torchrun", False, marks=pytest.mark.slow)]
+)
 def test_by_what_run_py_starts(trap: Path, launcher: str, by_ssh: bool) -> None:
     """The ranks find no model, after they have imported all that they use."""
     hosts = trap.parent / "hosts"
@@ -92,7 +94,7 @@ os.execvp(sys.executable, words[words.index("-u") - 1 :])
     check(trap)
 
 
-@pytest.mark.parametrize("hosts", [0, 1])
+@pytest.mark.parametrize("hosts", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_by_what_a_sweep_starts(trap: Path, monkeypatch: pytest.MonkeyPatch, hosts: int) -> None:
     monkeypatch.chdir(trap)
     for name, value in hosts_here(trap.parent).items():
@@ -112,7 +114,9 @@ def test_by_what_a_sweep_starts(trap: Path, monkeypatch: pytest.MonkeyPatch, hos
     check(trap)
 
 
-def test_by_the_doctor(trap: Path) -> None:
-    done = command(trap, "doctor.py", "--tensor_parallel=2", "--allreduce_mb=1", f"--master_port={free_port()}")
+@pytest.mark.parametrize("launcher", ["torchrun", pytest.param("deepspeed", marks=pytest.mark.slow)])
+def test_by_the_doctor(trap: Path, launcher: str) -> None:
+    flags = ["--tensor_parallel=2", "--allreduce_mb=1", f"--master_port={free_port()}"]
+    done = command(trap, "doctor.py", f"--launcher={launcher}", *flags)
     assert done.returncode == 0, done.stdout + done.stderr
     check(trap)

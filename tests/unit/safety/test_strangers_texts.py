@@ -45,13 +45,14 @@ def random_texts(parts: list[str], count: int, longest: int) -> list[str]:
 # Patterns of PEFT's config -----------------------------------------------------------------------------------------
 
 
-def test_a_pattern_matches_as_re_does() -> None:
+def test_a_pattern_matches_as_re_does(whole: bool) -> None:
     """Of all rows of pieces those that are accepted, on names that many of them match: whole, and as PEFT matches the
     keys of rank_pattern."""
     pieces = ["a", "b", "1", "_", r"\.", ".", ".*", ".+", r"\d+", "[0-9]+", "|", "(", "(?:", ")", "^", "$"]
     names = random_texts(["a", "b", "1", "_", "."], 5000, 6)
+    count = 30_000 if whole else 6000
     accepted = matched = ended = 0
-    for number, pattern in enumerate(random_texts(pieces, 30_000, 8)):
+    for number, pattern in enumerate(random_texts(pieces, count, 8)):
         try:
             compiled = re.compile(pattern)
         except re.error:
@@ -63,13 +64,14 @@ def test_a_pattern_matches_as_re_does() -> None:
             continue
         assert compiled is not None, pattern
         accepted += 1
+        find = pattern_finder([pattern], what="x")
         for name in names[4 * number % 5000 :][:4]:
             matched += matches(name)
             assert matches(name) == bool(compiled.fullmatch(name)), (pattern, name)
             keyed = re.match(rf"(.*\.)?({pattern})$", name)
-            assert pattern_finder([pattern], what="x")(name) == (pattern if keyed else None), (pattern, name)
+            assert find(name) == (pattern if keyed else None), (pattern, name)
             ended += bool(keyed)
-    assert accepted > 10_000 and matched > 2500 and ended > 1.2 * matched
+    assert accepted > count / 3 and matched > count / 12 and ended > 1.2 * matched
 
 
 @pytest.mark.parametrize("pattern", ["(.|.)" * 200, ".*" * 500, "(?:.*|.*)" * 111, ("(" * 50 + ")" * 50) * 10])
@@ -121,7 +123,10 @@ def test_of_a_parquet_file_no_more_rows_are_read_than_asked_for(tmp_path: Path) 
     assert [len(read_rows(small, limit=limit)) for limit in (1, 64, 65, 200, 300, None)] == [1, 64, 65, 200, 200, 200]
 
 
-@pytest.mark.parametrize(("rows", "size", "limit"), [(1000, MEGABYTE, None), (20, 2 * 10**7, 20), (9, 10**8, None)])
+@pytest.mark.parametrize(
+    ("rows", "size", "limit"),
+    [(1000, MEGABYTE, None), pytest.param(20, 2 * 10**7, 20, marks=pytest.mark.slow), (9, 10**8, None)],
+)
 def test_a_small_parquet_file_is_not_made_gigabytes(tmp_path: Path, rows: int, size: int, limit: int | None) -> None:
     file = parquet(tmp_path / "rows.parquet", rows=rows, size=size)
     with bounded(seconds=5.0):  # 256 MB of new pages take a busy machine's kernel more than a second
@@ -208,7 +213,11 @@ def test_a_linear_rule_is_the_plain_one(
 
 
 @pytest.mark.parametrize(
-    "text", [" ", "\n", "[", "]", "[]", "[\n", " \n", " a", "#### 1", "#", "-1,", "the ", "a", "y", "a.", "&"]
+    "text",
+    [
+        *(" ", "\n", "[", "[]", " a", "#### 1", "-1,", "the ", "a.", "&"),
+        *(pytest.param(text, marks=pytest.mark.slow) for text in ("]", "[\n", " \n", "#", "a", "y")),
+    ],
 )
 def test_a_megabyte_takes_seconds_at_most(text: str) -> None:
     long = f"x{text * (MEGABYTE // len(text))}x"

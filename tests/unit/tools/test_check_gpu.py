@@ -28,7 +28,7 @@ TOOL = ROOT / "tools" / "check_gpu.py"
 
 # The page -------------------------------------------------------------------------------------------------------------
 
-TESTS = '''
+TESTS = """
 import pytest
 
 @pytest.mark.parametrize("name", ["a|b", "c", "d", "e"])
@@ -52,7 +52,7 @@ def test_is_full():
 @pytest.mark.parametrize("name", range(3))
 def test_skipped(name):
     pass
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +188,6 @@ def test_a_part_is_a_world_of_one_whatever_is_around_it(monkeypatch: pytest.Monk
 # Without a GPU, and its flags -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.cpu_seconds(20, reason="the command, the part and `tiedlora env` each import the package")
 def test_without_a_gpu_env_alone_one_line_and_status_2(tmp_path: Path) -> None:
     environment = {**os.environ, **ENVIRONMENT, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(TOOL), f"--output={tmp_path}", "--minutes=60"]
