@@ -106,7 +106,7 @@ def test_our_side_has_the_base_that_is_given(folder: Path) -> None:
 
 
 def test_the_format_of_a_quantised_folder_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare, "in_own_process", measured_here)
+    monkeypatch.setattr(compare.timing, "in_own_process", measured_here)
     plain = write_tiny_model(tmp_path / "plain", **{**SHAPE, "num_layers": 1})
     quantised, _ = quantised_folder(plain, tmp_path / "nf4", "nf4")
     words = [f"--model={quantised}", "--dtype=fp32", "--length=16", "--compile=false", "--repeats=1"]
@@ -125,9 +125,8 @@ def test_the_command_writes_its_figures(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The memory of our side is measured in a process of its own."""
-    in_process = compare.in_own_process
-    monkeypatch.setattr(
-        compare,
+    in_process = compare.timing.in_own_process
+    monkeypatch.setattr(compare.timing,
         "in_own_process",
         lambda name, *given: (in_process if name == compare.OURS else measured_here)(name, *given),
     )
@@ -292,7 +291,7 @@ def test_the_third_side_has_as_many_tokens_of_one_adapter(folder: Path) -> None:
 def test_the_command_writes_the_figures_of_adapters(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compare, "in_own_process", measured_here)
+    monkeypatch.setattr(compare.timing, "in_own_process", measured_here)
     file = tmp_path / "bench.json"
     assert call("bench", [f"--model={folder / 'model'}", *SHORT, "--adapters=2", f"--json={file}"]) == 0
     printed = capsys.readouterr().out
