@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from megatron_tiedlora.adapters.low_rank import AllRows, LinearFactors, Slots, SomeTokens, fold, layer_slots
 from megatron_tiedlora.base.methods import FACTORS, Factor, Method, default_std_a, default_std_b, find_method
-from megatron_tiedlora.base.shapes import QKV, Cut, ModelShape, linear_sizes
+from megatron_tiedlora.base.shapes import QKV, ModelShape, ShardedDim, linear_sizes
 from megatron_tiedlora.parallel.groups import ALONE, RankGroup, StepSum, gather_together
 from megatron_tiedlora.parallel.shard_spec import ShardSpec, draw_normal
 
@@ -30,13 +30,13 @@ class Target:
     Attributes:
         name: its key in `BlockShape.adaptable`.
         blocks: output sizes of the fused parts, in order.
-        cut: how W is sharded over tensor-parallel ranks: "column" by the rows of each block, "row" by its columns.
+        sharded_dim: how W is sharded over tensor-parallel ranks: "column" by rows of each block, "row" by its columns.
     """
 
     name: str
     in_size: int
     blocks: tuple[int, ...]
-    cut: Cut
+    sharded_dim: ShardedDim
 
     @property
     def out_size(self) -> int:
@@ -52,7 +52,9 @@ class Target:
 def targets_of(shape: ModelShape, names: Sequence[str] = (QKV,)) -> tuple[Target, ...]:
     """The model's linears of these names, in the order of their computation."""
     adaptable = shape.block.adaptable.items()
-    return tuple(Target(name, linear.in_size, linear.blocks, linear.cut) for name, linear in adaptable if name in names)
+    return tuple(
+        Target(name, linear.in_size, linear.blocks, linear.sharded_dim) for name, linear in adaptable if name in names
+    )
 
 
 def sized_targets(
@@ -173,7 +175,7 @@ class AdapterConfig:
     def _follows_weight(self, name: str) -> bool:
         """Whether a tensor extends along the sharded dimension of W."""
         target, factor = self.tensors[name]
-        return factor != "u" and (factor == "A") == (target.cut == "row")
+        return factor != "u" and (factor == "A") == (target.sharded_dim == "row")
 
     def num_trained(self) -> dict[str, int]:
         """The number of trained parameters in each trained tensor."""
@@ -181,7 +183,7 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True)
-class AdapterPart:
+class AdapterShard:
     """The part of an adapter that one rank holds: its stage's adapted layers, and its tensor-parallel shard.
 
     Attributes:
@@ -194,9 +196,9 @@ class AdapterPart:
     tp_size: int = 1
 
     @staticmethod
-    def whole(config: AdapterConfig) -> "AdapterPart":
+    def whole(config: AdapterConfig) -> "AdapterShard":
         """The whole adapter."""
-        return AdapterPart(config, config.layers)
+        return AdapterShard(config, config.layers)
 
     def slots(self, name: str) -> range:
         """The slots of a tensor that this rank holds: all slots of a tied tensor, else the slots of its layers."""
@@ -318,7 +320,7 @@ class TiedAdapter(nn.Module):
 
     u_sum: StepSum | None = None
 
-    def __init__(self, part: AdapterPart, *, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, part: AdapterShard, *, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.part = part
         for target in part.config.targets:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, distributed, nn
 
-from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterShard, TiedAdapter
 from megatron_tiedlora.parallel.groups import Grid, ParallelGroups, RankGroup, StepSum, all_gather
 
 
@@ -241,11 +241,11 @@ class AdapterLayout:
     grid: Grid
     stage_layers: tuple[tuple[int, ...], ...]
 
-    def parts(self) -> dict[int, AdapterPart]:
+    def parts(self) -> dict[int, AdapterShard]:
         """The parts of the ranks with data-parallel rank 0, by rank. Together they are the whole adapter."""
         tp_size = self.grid.tp_size
         return {
-            self.grid.rank_of(pp_rank=pp_rank, tp_rank=tp_rank): AdapterPart(self.config, layers, tp_rank, tp_size)
+            self.grid.rank_of(pp_rank=pp_rank, tp_rank=tp_rank): AdapterShard(self.config, layers, tp_rank, tp_size)
             for pp_rank, layers in enumerate(self.stage_layers)
             for tp_rank in range(tp_size)
         }

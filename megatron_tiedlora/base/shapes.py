@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from megatron_tiedlora.base.messages import UserError, user_path
 
-Cut = Literal["column", "row", "vocabulary"]
+ShardedDim = Literal["column", "row", "vocabulary"]
 # The linears of a block, in the order of their computation, as adapters call them. In files the tensors of QKV have no
 # prefix: A, B, u and v.
 TARGET_NAMES = QKV, OUTPUT, GATE_UP, DOWN = "qkv", "o_proj", "gate_up", "down_proj"
@@ -25,7 +25,7 @@ class LinearSizes(NamedTuple):
 
     in_size: int
     blocks: tuple[int, ...]
-    cut: Cut
+    sharded_dim: ShardedDim
 
 
 def linear_sizes(hidden_size: int, qkv_rows: tuple[int, int, int], intermediate_size: int) -> dict[str, LinearSizes]:
@@ -194,7 +194,7 @@ class LinearShape:
     Attributes:
         name: module name within its entry of the flat layer list ("attention.qkv").
         blocks: output sizes of the fused parts, in order (query, key, value).
-        cut: how W is sharded over tensor-parallel ranks. "column": the rows of each block; "row": the columns of W;
+        sharded_dim: how W is sharded over tensor-parallel ranks. "column": the rows of each block; "row": its columns;
             "vocabulary": the rows, padded with zeros so that all ranks have equally many.
         sources: where each block is stored.
         bias: whether b exists; it is sharded like the rows of W.
@@ -203,7 +203,7 @@ class LinearShape:
     name: str
     in_size: int
     blocks: tuple[int, ...]
-    cut: Cut
+    sharded_dim: ShardedDim
     sources: tuple[StoredRows, ...]
     bias: bool = False
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from megatron_tiedlora.adapters.adapter_bank import AdapterBank
-from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter
+from megatron_tiedlora.adapters.adapter_groups import AdapterGroup
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterShard, TiedAdapter
 from megatron_tiedlora.base.messages import UserError, count_text
 from megatron_tiedlora.base.shapes import BASE_FORMATS, ModelShape
 from megatron_tiedlora.checkpoint.base_identity import is_plain
@@ -185,7 +185,7 @@ def load_model(
     weights are missing or do not fit.
 
     Args:
-        adapter: one, or several by name; the stage then has a bank.
+        adapter: one, or several by name; the stage then has an adapter group.
         base_format: the storage format of the blocks' linears; None for `dtype`.
         make_weight: makes the weights of the blocks' linears, in place of `base_format`.
         grid, groups, stages: the layout, its groups and the layers of each stage; without them, one process.
@@ -200,11 +200,11 @@ def load_model(
     assert into_weights is None or base_format is None, "a merged weight would be quantised again"
     with MergedWeights(source, into_weights) as weights:
         layers = range(shape.num_layers + 2) if stages is None else stages[grid.pp_rank]
-        part: TiedAdapter | AdapterBank | None = None
+        part: TiedAdapter | AdapterGroup | None = None
         if isinstance(adapter, Mapping):
-            part = AdapterBank({name: adapter_part(own, layers, grid, device) for name, own in adapter.items()})
+            part = AdapterGroup({name: adapter_shard(own, layers, grid, device) for name, own in adapter.items()})
         elif adapter is not None and not merged:
-            part = adapter_part(adapter, layers, grid, device)
+            part = adapter_shard(adapter, layers, grid, device)
         make_weight = make_weight or weight_maker(base_format)
         specs = layer_specs(shape, dtype=dtype, tp_size=grid.tp_size, kernels=kernels, make_weight=make_weight)
         with torch.device(device):
@@ -221,9 +221,9 @@ def load_model(
     return model.eval()
 
 
-def adapter_part(adapter: NativeAdapter, layers: range, grid: Grid, device: torch.device | str) -> TiedAdapter:
+def adapter_shard(adapter: NativeAdapter, layers: range, grid: Grid, device: torch.device | str) -> TiedAdapter:
     """This rank's part of an adapter, for a stage with these layers."""
     adapted = tuple(layer for layer in adapter.config.layers if layer in layers)
-    part = TiedAdapter(AdapterPart(adapter.config, adapted, grid.tp_rank, grid.tp_size)).to(device)
+    part = TiedAdapter(AdapterShard(adapter.config, adapted, grid.tp_rank, grid.tp_size)).to(device)
     part.load_full(adapter.state)
     return part

@@ -47,7 +47,7 @@ def main(settings: EvaluateSettings) -> int:
 
 def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: StopRequests, end: End) -> None:
     # These import transformers, which takes seconds; signals are handled already.
-    from megatron_tiedlora.adapters.adapter_bank import ONLY
+    from megatron_tiedlora.adapters.adapter_groups import ONLY
     from megatron_tiedlora.checkpoint.load_model import load_model
     from megatron_tiedlora.engine.engine import make_groups, make_process_grid
     from megatron_tiedlora.evaluation.answering import answer_all, read_scored

@@ -14,11 +14,11 @@ import psutil
 import torch
 from torch import nn
 
-from megatron_tiedlora.adapters.adapter_bank import ONLY
+from megatron_tiedlora.adapters.adapter_groups import ONLY
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.shapes import ModelShape
-from megatron_tiedlora.checkpoint.load_model import ReadRows, adapter_part, row_blocks
+from megatron_tiedlora.checkpoint.load_model import ReadRows, adapter_shard, row_blocks
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.config.batch import filled
 from megatron_tiedlora.model.batch import MicroBatch
@@ -122,7 +122,7 @@ class _Layers:
                     updates: dict[int, LayerUpdate] = {}
                     if adapter is not None and spec.index in adapter.config.layers:
                         of_layer = range(spec.index, spec.index + 1)
-                        (update,) = adapter_part(adapter, of_layer, Grid(0, 1), self.device)(ALONE, dtype=self.dtype)
+                        (update,) = adapter_shard(adapter, of_layer, Grid(0, 1), self.device)(ALONE, dtype=self.dtype)
                         updates[spec.index] = update
                     for index, (_, positions) in enumerate(inputs):
                         states = hidden[name][index].to(self.device)

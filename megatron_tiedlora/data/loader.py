@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_tiedlora.adapters.adapter_bank import Share
+from megatron_tiedlora.adapters.adapter_groups import Share
 from megatron_tiedlora.base.messages import UserError, count_text
 from megatron_tiedlora.config.batch import BatchPlan, filled
 from megatron_tiedlora.data.token_dataset import TokenDataset, sample_indices

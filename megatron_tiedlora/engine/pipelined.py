@@ -11,7 +11,7 @@ from typing import Any
 from deepspeed.pipe import PipelineModule
 from torch import Tensor
 
-from megatron_tiedlora.adapters.adapter_bank import Shares
+from megatron_tiedlora.adapters.adapter_groups import Shares
 from megatron_tiedlora.engine.engine import make_groups, make_topology, quiet
 from megatron_tiedlora.model.batch import Supervised
 from megatron_tiedlora.model.layer_specs import LayerSpec

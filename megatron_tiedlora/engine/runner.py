@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank, Shares
+from megatron_tiedlora.adapters.adapter_groups import ONLY, AdapterGroup, Shares
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
 from megatron_tiedlora.adapters.tying import MOMENTS, AdapterLayout, gather_state, sum_gradients_
 from megatron_tiedlora.engine.engine import gradient_norms, parameter_access, reported_norm, trained_parameters
@@ -59,7 +59,7 @@ class Optimizers:
     per group. Then each adapter is stepped by itself.
     """
 
-    bank: AdapterBank
+    adapter_group: AdapterGroup
     groups: ParallelGroups
     own: Mapping[str, OwnOptimizer]
     device: torch.device
@@ -89,12 +89,12 @@ class Optimizers:
 
     def sum_gradients(self, taking: Collection[str]) -> Missing:
         """Sum the gradients of the adapters that take a step over the ranks, unless the engine does."""
-        adapters = {name: adapter for name, adapter in self.bank.adapters.items() if name in taking}
+        adapters = {name: adapter for name, adapter in self.adapter_group.adapters.items() if name in taking}
         return sum_gradients_(adapters, self.groups)
 
     def norms(self, taking: Sequence[str]) -> dict[str, float]:
         """The norm of each adapter's gradients before clipping; there is none if only the engine's step finds it."""
-        found = gradient_norms([self.bank.adapters[name] for name in taking], self.groups, self.device)
+        found = gradient_norms([self.adapter_group.adapters[name] for name in taking], self.groups, self.device)
         return {name: reported_norm(norm) for name, norm in zip(taking, found, strict=True)}
 
     def take(self, name: str, norm: float | None) -> float:
@@ -102,7 +102,7 @@ class Optimizers:
         assert norm is not None, "the norms are found before the steps"
         own = self.own[name]
         if own.max_norm and norm > own.max_norm:
-            for parameter in trained_parameters(self.bank.adapters[name]).values():
+            for parameter in trained_parameters(self.adapter_group.adapters[name]).values():
                 if parameter.grad is not None:
                     parameter.grad.mul_(own.max_norm / (norm + 1e-6))
         own.optimizer.step()
@@ -116,7 +116,7 @@ class Optimizers:
 
     def clear(self) -> None:
         """Drop all gradients, also of adapters that took no step."""
-        for _, parameter in self.bank.named_parameters():
+        for _, parameter in self.adapter_group.named_parameters():
             parameter.grad = None
 
     def opened(self, name: str) -> AbstractContextManager[None]:
@@ -125,7 +125,7 @@ class Optimizers:
 
     def moments(self, name: str) -> dict[str, dict[str, Tensor]]:
         """The moments of an adapter that has taken a step, by moment and tensor: fp32 copies, this rank's part."""
-        parameters = trained_parameters(self.bank.adapters[name]).items()
+        parameters = trained_parameters(self.adapter_group.adapters[name]).items()
         return {
             moment: {
                 tensor: self._moment(name, parameter, moment).detach().to(torch.float32, copy=True)
@@ -144,7 +144,7 @@ class Optimizers:
         torch's AdamW creates its state at the first step, so it is created here, in the layout of its tensors.
         """
         state = self.optimizer(name).state
-        for tensor, parameter in trained_parameters(self.bank.adapters[name]).items():
+        for tensor, parameter in trained_parameters(self.adapter_group.adapters[name]).items():
             state[parameter] = _fresh_state(parameter, step)
             for moment in MOMENTS:
                 state[parameter][moment].copy_(moments[moment][tensor])
@@ -155,9 +155,9 @@ class EngineOptimizer(Optimizers):
 
     engine_steps = True
 
-    def __init__(self, engine: Any, bank: AdapterBank, groups: ParallelGroups, config: EngineConfig) -> None:
-        super().__init__(bank, groups, {}, engine.device)
-        (self._adapter,) = bank.adapters.values()
+    def __init__(self, engine: Any, adapter_group: AdapterGroup, groups: ParallelGroups, config: EngineConfig) -> None:
+        super().__init__(adapter_group, groups, {}, engine.device)
+        (self._adapter,) = adapter_group.adapters.values()
         self._engine, self._config = engine, config
         self._missing: Missing = {}
         pipelined = groups.pipeline.size > 1
@@ -290,8 +290,8 @@ class Runner:
     @property
     def adapters(self) -> dict[str, TiedAdapter]:
         """The adapters' parts on this rank, by name."""
-        assert self.stage.bank is not None
-        return self.stage.bank.adapters
+        assert self.stage.adapter_group is not None
+        return self.stage.adapter_group.adapters
 
     @property
     def counts_loss(self) -> bool:

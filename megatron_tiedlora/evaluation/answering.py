@@ -169,7 +169,7 @@ def answer_all(
     together.
 
     Args:
-        scored: by the adapter's name in the stage's bank; ONLY if the stage has one adapter at most.
+        scored: by the adapter's name in the stage's adapter group; ONLY if the stage has one adapter at most.
         agree: maps "this rank's sequences are done" to "those of all ranks are"; may raise.
         progress: show a progress bar.
 

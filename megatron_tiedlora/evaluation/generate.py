@@ -1,8 +1,8 @@
 """Greedy decoding with a key-value cache, for prompts of different lengths in one batch, in any layout; and
 log-likelihoods of several endings of one prompt, which is computed only once.
 
-A decoder calls this rank's stage with its caches. It takes the rows of one adapter, or with a bank those of several in
-one call. Each adapter's rows have the caches and the attention of a batch of their own; the base's matmuls are over the
+A decoder calls this rank's stage with its caches. It takes the rows of one adapter, or of a group
+of them in one call. Each adapter's rows have the caches and the attention of a batch of their own; the base's matmuls are over the
 rows of all. A batch is divided into as many parts as there are stages, so that the stages work on different parts at
 the same time. Hidden states go from stage to stage. The last stage sends the tokens it chose to the other stages.
 
@@ -21,7 +21,7 @@ import torch
 from torch import distributed
 from torch.nn.utils.rnn import pad_sequence
 
-from megatron_tiedlora.adapters.adapter_bank import ONLY, Share, Shares, spans_of
+from megatron_tiedlora.adapters.adapter_groups import ONLY, Share, Shares, spans_of
 from megatron_tiedlora.adapters.low_rank import SomeTokens
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, update_at
 from megatron_tiedlora.base.shapes import ModelShape
@@ -194,7 +194,7 @@ class Prompts:
         prompts: non-empty token ids of any lengths, the same on all ranks of a pipeline and tensor group.
         end_ids: tokens that end a sequence.
         is_end: called with all new tokens of a sequence after each of them.
-        adapter: its name in the stage's bank; ONLY if the stage has one adapter at most.
+        adapter: its name in the stage's adapter group; ONLY if the stage has one adapter at most.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -212,7 +212,7 @@ def generate(decoder: Decoder, given: Sequence[Prompts], *, agree: Agree = bool)
     matmuls are over the rows of all adapters. An adapter whose sequences have all ended leaves.
 
     Args:
-        given: the prompts of each adapter, which has a place in the decoder's bank; of one at most without a bank.
+        given: the prompts of each adapter of the decoder's adapter group; of one adapter at most if it has none.
 
     Returns:
         for each adapter the new tokens of each prompt without the end token, on every rank of the pipeline.

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megatron_tiedlora.adapters.adapter_bank import ONLY
+from megatron_tiedlora.adapters.adapter_groups import ONLY
 from megatron_tiedlora.base.files import read_yaml_mapping
 from megatron_tiedlora.base.messages import UserError, as_given, count_text, naming, shown, user_path
 from megatron_tiedlora.base.output_folder import LONGEST_NAME, last_name

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter
+from megatron_tiedlora.adapters.tied_adapter import AdapterShard, TiedAdapter
 from megatron_tiedlora.base.messages import UserError, require_extra, user_path
 from megatron_tiedlora.checkpoint import load_model, sources
 from megatron_tiedlora.checkpoint.base_identity import base_layer_of, check_same_base, identify_in_memory, model_source
@@ -190,7 +190,7 @@ def _merge(model: Any, adapter: NativeAdapter) -> None:
 
 def _on(model: Any, adapter: NativeAdapter) -> tuple[TiedAdapter, dict[str, AdaptedTensor]]:
     """The factors on the model's device, and the modules that they change."""
-    update = TiedAdapter(AdapterPart.whole(adapter.config)).requires_grad_(False)
+    update = TiedAdapter(AdapterShard.whole(adapter.config)).requires_grad_(False)
     update.load_full(adapter.state)
     places = dict(load_model.find_places(model_source(model).shape, adapter.config))
     device = base_layer_of(model.get_submodule(next(iter(places)))).weight.device

@@ -253,7 +253,7 @@ class TiedLoraModel(BaseTuner):
             for note in check_same_base(trained, self._found, source="the adapter", differs=True, in_memory=True):
                 warnings.warn(note, stacklevel=4)
         described = config.resolve(self._source.shape, self._found)
-        adapter = tied_adapter.TiedAdapter(tied_adapter.AdapterPart.whole(described))
+        adapter = tied_adapter.TiedAdapter(tied_adapter.AdapterShard.whole(described))
         if not any(weight.is_meta for weight in adapter.parameters()):  # low_cpu_mem_usage
             adapter.load_full(tied_adapter.initial_values(described))
         return adapter, load_model.find_places(self._source.shape, described)
@@ -298,7 +298,7 @@ class TiedLoraModel(BaseTuner):
         held = {key.rpartition(prefix)[2]: value for key, value in state_dict.items() if prefix in key}
         for name in described.tensors:
             if name not in held:
-                if tied_adapter.AdapterPart.whole(described).exists(name):
+                if tied_adapter.AdapterShard.whole(described).exists(name):
                     raise UserError(f"adapter {adapter_name}: the state dict lacks its tensor {name}")
                 held[name] = torch.ones(described.shape(name))
         return {name: held[name].float() for name in described.tensors}

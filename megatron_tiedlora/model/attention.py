@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megatron_tiedlora.adapters.adapter_bank import ONLY, Share, Shares
+from megatron_tiedlora.adapters.adapter_groups import ONLY, Share, Shares
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate
 from megatron_tiedlora.base import shapes
 from megatron_tiedlora.model.batch import find_documents, whole_rows

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_tiedlora.adapters.adapter_bank import Shares, spans_of
+from megatron_tiedlora.adapters.adapter_groups import Shares, spans_of
 from megatron_tiedlora.parallel.frozen_weight import padded
 from megatron_tiedlora.parallel.loss import IGNORED_LABEL, RowSpan, RowSpans, span_starts, spans_between
 

@@ -300,7 +300,7 @@ def layer_specs(
 
     def weight(linear: LinearShape, make: frozen_weight.WeightMaker = make_weight) -> frozen_weight.FrozenWeight:
         local_shape = weight_spec(linear).local_shape((linear.out_size, linear.in_size), tp_size)
-        return make(*local_shape, dtype=dtype, shards_rows=linear.cut == "row" and tp_size > 1)
+        return make(*local_shape, dtype=dtype, shards_rows=linear.sharded_dim == "row" and tp_size > 1)
 
     def bias(linear: LinearShape) -> nn.Parameter | None:
         local_shape = bias_spec(linear).local_shape((linear.out_size,), tp_size)

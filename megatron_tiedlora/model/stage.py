@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank, Shares
+from megatron_tiedlora.adapters.adapter_groups import ONLY, AdapterGroup, Shares
 from megatron_tiedlora.adapters.low_rank import SomeTokens
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, TiedAdapter, update_at
 from megatron_tiedlora.base.shapes import ATTENTION_TARGETS, MLP_TARGETS, TARGET_NAMES
@@ -155,7 +155,7 @@ class Stage(nn.Module):
     pass.
 
     Attributes:
-        bank: the adapters; None if there are none.
+        adapter_group: the adapters; None if there are none.
         adapter: the only one, if an engine sums, shards and steps its tensors, so that it is a part of this module.
     """
 
@@ -164,7 +164,7 @@ class Stage(nn.Module):
     def __init__(
         self,
         specs: Sequence[LayerSpec],
-        adapters: TiedAdapter | AdapterBank | None,
+        adapters: TiedAdapter | AdapterGroup | None,
         *,
         tensor_parallel: TensorParallel | None = None,
         recompute: str = "none",
@@ -173,8 +173,8 @@ class Stage(nn.Module):
         """Build the layers.
 
         Args:
-            adapters: the adapters of the stage. An adapter without a bank is a part of this module.
-            is_engines: whether the only adapter of a bank is a part of this module, so that an engine steps it.
+            adapters: the adapters of the stage. A single one without a group is a part of this module.
+            is_engines: whether the only adapter of a group is a part of this module, so that an engine steps it.
         """
         super().__init__()
         self.tensor_parallel = tensor_parallel or TensorParallel()
@@ -187,16 +187,16 @@ class Stage(nn.Module):
         self.set_recompute(recompute)
         self.hold(adapters, is_engines=is_engines)
 
-    def hold(self, adapters: TiedAdapter | AdapterBank | None, *, is_engines: bool = False) -> None:
+    def hold(self, adapters: TiedAdapter | AdapterGroup | None, *, is_engines: bool = False) -> None:
         """Use these adapters from now on; see `__init__`."""
         if isinstance(adapters, TiedAdapter):
-            adapters, is_engines = AdapterBank({ONLY: adapters}), True
-        self.bank = adapters
+            adapters, is_engines = AdapterGroup({ONLY: adapters}), True
+        self.adapter_group = adapters
         self.adapter: TiedAdapter | None = None
         if adapters is not None and is_engines:
             (self.adapter,) = adapters.adapters.values()
-        # Engines do not see the tensors of a bank, so they need one of their own on every stage.
-        anchored = self.bank is not None and (self.adapter is None or not self.adapter.part.layers)
+        # Engines do not see the tensors of an adapter group, so they need one of their own on every stage.
+        anchored = self.adapter_group is not None and (self.adapter is None or not self.adapter.part.layers)
         self.register_parameter("anchor", nn.Parameter(torch.zeros(1)) if anchored else None)
 
     def set_recompute(self, how: str) -> None:
@@ -233,7 +233,7 @@ class Stage(nn.Module):
     @property
     def needs_input_gradient(self) -> bool:
         """Whether an earlier stage has an adapted layer."""
-        adapters = () if self.bank is None else self.bank.adapters.values()
+        adapters = () if self.adapter_group is None else self.adapter_group.adapters.values()
         return any(adapter.config.layers[0] < self.blocks[0] for adapter in adapters)
 
     def forward(
@@ -270,8 +270,8 @@ class Stage(nn.Module):
         else:
             hidden = inputs if self.needs_input_gradient else inputs.detach()
         updates = self.read_adapter(shares)
-        if token_index is not None and self.bank is not None:
-            updates = self.bank.with_dropout(updates, token_index, shares, self.tensor_parallel)
+        if token_index is not None and self.adapter_group is not None:
+            updates = self.adapter_group.with_dropout(updates, token_index, shares, self.tensor_parallel)
         context = self.context(positions, hidden.dtype, documents=documents, shares=shares)
         output = self.run_blocks(hidden, context, self.tensor_parallel, updates)
         unused: tuple[Tensor, ...] = () if self.anchor is None else (self.anchor,)
@@ -338,9 +338,9 @@ class Stage(nn.Module):
         Args:
             shares: as in `forward`.
         """
-        if self.bank is None:
+        if self.adapter_group is None:
             return {}
-        return self.bank.updates(shares, self.tensor_parallel, dtype=self.attention.qkv.dtype)
+        return self.adapter_group.updates(shares, self.tensor_parallel, dtype=self.attention.qkv.dtype)
 
     def embed(self, tokens: Tensor, tensor_parallel: TensorParallel) -> Tensor:
         """Tokens (b, s) int64 -> activations between layers."""

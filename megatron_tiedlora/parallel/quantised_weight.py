@@ -315,7 +315,7 @@ def check_gpu_products(linears: Iterable[LinearShape], *, tp_size: int, dtype: t
         raise UserError("--products fp8 needs --dtype bf16 on a GPU")
     for linear in linears:
         rows, width = linear.out_size, linear.in_size
-        rows, width = (rows // tp_size, width) if linear.cut == "column" else (rows, width // tp_size)
+        rows, width = (rows // tp_size, width) if linear.sharded_dim == "column" else (rows, width // tp_size)
         if rows % _MULTIPLE or width % _MULTIPLE:
             raise UserError(
                 f"--products fp8: GPUs need multiples of {_MULTIPLE} as sizes, and {linear.name} is {rows} x {width}"

@@ -86,14 +86,14 @@ class ShardSpec:
 
 def weight_spec(linear: LinearShape) -> ShardSpec:
     """How a linear's matrix (out_size, in_size) is sharded."""
-    if linear.cut == "row":
+    if linear.sharded_dim == "row":
         return ShardSpec(1, (linear.in_size,))
-    return ShardSpec(0, linear.blocks, padded=linear.cut == "vocabulary")
+    return ShardSpec(0, linear.blocks, padded=linear.sharded_dim == "vocabulary")
 
 
 def bias_spec(linear: LinearShape) -> ShardSpec:
     """How a linear's bias (out_size,) is sharded."""
-    return ShardSpec(None, linear.blocks) if linear.cut == "row" else weight_spec(linear)
+    return ShardSpec(None, linear.blocks) if linear.sharded_dim == "row" else weight_spec(linear)
 
 
 def stream_seed(seed: int, name: str) -> int:

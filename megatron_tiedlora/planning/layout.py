@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterShard
 from megatron_tiedlora.base.shapes import UNQUANTISED, ModelShape
 from megatron_tiedlora.model.batch import PAD_MULTIPLE, padded_positions
 from megatron_tiedlora.model.layer_specs import StoredTensor, stored_tensors
@@ -211,7 +211,7 @@ class StagePlan:
     layout: Layout
     index: int
     layers: range
-    parts: tuple[AdapterPart, ...]
+    parts: tuple[AdapterShard, ...]
     local_base: Mapping[StoredTensor, int]
     full_base_bytes: int
     cost_share: float
@@ -313,7 +313,9 @@ def plan_stages(shape: ModelShape, layout: Layout) -> tuple[StagePlan, ...]:
                 index,
                 layers,
                 parts=tuple(
-                    AdapterPart(adapter, tuple(layer for layer in adapter.layers if layer in layers), 0, layout.tp_size)
+                    AdapterShard(
+                        adapter, tuple(layer for layer in adapter.layers if layer in layers), 0, layout.tp_size
+                    )
                     for adapter in layout.adapters
                 ),
                 local_base=local_base,

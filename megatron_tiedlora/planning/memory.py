@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_tiedlora.adapters.tied_adapter import AdapterPart
+from megatron_tiedlora.adapters.tied_adapter import AdapterShard
 from megatron_tiedlora.model.attention import cache_dtype
 from megatron_tiedlora.model.batch import PAD_MULTIPLE
 from megatron_tiedlora.model.cpu_attention import tile_size
@@ -176,7 +176,7 @@ def _temporary_bytes(layout: Layout, attention: float, moment: Moment) -> float:
     return 0.0 if layout.on_gpu else COPIES_ON_CPU.get(kernel.name, 0) * moment.numbers * layout.dtype.itemsize
 
 
-def bank_bytes(part: AdapterPart) -> int:
+def group_bytes(part: AdapterShard) -> int:
     """The bytes of one of several adapters on a rank, in every ZeRO stage: tensors, gradients and two moments."""
     trained, frozen = (sum(map(part.local_size, part.names(trained=trained))) for trained in (True, False))
     return FP32 * (4 * trained + frozen)

@@ -209,7 +209,7 @@ def _data(step: StepPlan, data: adapter_plans.Data) -> list[str]:
 
 
 def _own_bytes(step: StepPlan, adapter: int) -> int:
-    return max(memory.bank_bytes(stage.parts[adapter]) for stage in step.stages)
+    return max(memory.group_bytes(stage.parts[adapter]) for stage in step.stages)
 
 
 def _one_more(planned: Planned) -> list[list[str]]:

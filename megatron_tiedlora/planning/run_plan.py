@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, make_adapter_config, targets_of
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterShard, make_adapter_config, targets_of
 from megatron_tiedlora.adapters.tying import AdapterLayout
 from megatron_tiedlora.base.messages import UserError, count_text, user_path
 from megatron_tiedlora.base.shapes import ModelShape
@@ -164,10 +164,10 @@ class RunPlan:
         own = (tuple(layer for layer in adapter.layers if layer in stage.layers) for stage in self.stages)
         return AdapterLayout(adapter, self.grid, tuple(own))
 
-    def part_of(self, adapter: AdapterConfig) -> AdapterPart:
+    def part_of(self, adapter: AdapterConfig) -> AdapterShard:
         """This rank's part of an adapter that is trained over this plan's stages."""
         layers = self.layout_of(adapter).stage_layers[self.grid.pp_rank]
-        return AdapterPart(adapter, layers, self.grid.tp_rank, self.grid.tp_size)
+        return AdapterShard(adapter, layers, self.grid.tp_rank, self.grid.tp_size)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple, TypeVar, cast
 import numpy as np
 import torch
 
-from megatron_tiedlora.adapters.adapter_bank import AdapterBank, Share
-from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, LayerUpdate, LinearUpdate, TiedAdapter
+from megatron_tiedlora.adapters.adapter_groups import AdapterGroup, Share
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterShard, LayerUpdate, LinearUpdate, TiedAdapter
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.attention import AttentionContext, rotation_table
 from megatron_tiedlora.model.batch import Documents, Supervised
@@ -201,15 +201,15 @@ class Tracer:
         return dict(self._counts.found)
 
     @_remembers
-    def reading(self, parts: tuple[AdapterPart, ...]) -> AdapterReading:
+    def reading(self, parts: tuple[AdapterShard, ...]) -> AdapterReading:
         """The work of reading the adapters of a micro-batch, once for all layers of a stage."""
         with torch.device(counting.META):
-            bank = AdapterBank({str(number): TiedAdapter(part) for number, part in enumerate(parts)})
-        kept = {parameter.untyped_storage()._cdata for _, parameter in bank.named_parameters()}
-        shares = tuple(Share(name, 1, 8 * self.tensor_parallel.group.size) for name in bank.adapters)
+            adapter_group = AdapterGroup({str(number): TiedAdapter(part) for number, part in enumerate(parts)})
+        kept = {parameter.untyped_storage()._cdata for _, parameter in adapter_group.named_parameters()}
+        shares = tuple(Share(name, 1, 8 * self.tensor_parallel.group.size) for name in adapter_group.adapters)
         counts = self._counts
         counts.restart()
-        updates = bank.updates(shares, self.tensor_parallel, dtype=self.dtype)
+        updates = adapter_group.updates(shares, self.tensor_parallel, dtype=self.dtype)
         forward, slots = dict(counts.found), list[torch.Tensor]()
         counts.found.clear()
         factors = {}
@@ -284,14 +284,14 @@ class Tracer:
         like = next(filter(None, kind.adapters), None)  # gives the shapes of those that do not adapt the block
         if like is None:
             return {}, {}
-        bank, group = dict[str, TiedAdapter](), self.tensor_parallel.group
+        adapter_group, group = dict[str, TiedAdapter](), self.tensor_parallel.group
         with torch.device(counting.META):
             for number, config in enumerate(kind.adapters):
                 layers = () if config is None else (index,)
-                part = AdapterPart(replace(config or like, layers=(index,)), layers, group.rank, group.size)
-                bank[str(number)] = TiedAdapter(part)
-            shares = [Share(name, 1, some) for name, some in zip(bank, sizes.tokens, strict=True)]
-            updates = AdapterBank(bank).updates(shares, self.tensor_parallel, dtype=self.dtype)
+                part = AdapterShard(replace(config or like, layers=(index,)), layers, group.rank, group.size)
+                adapter_group[str(number)] = TiedAdapter(part)
+            shares = [Share(name, 1, some) for name, some in zip(adapter_group, sizes.tokens, strict=True)]
+            updates = AdapterGroup(adapter_group).updates(shares, self.tensor_parallel, dtype=self.dtype)
         found, factors = dict[str, LinearUpdate](), {}
         for name, linear in updates[index].items():
             assert linear.a is not None and linear.f is not None, "an adapted linear has factors"

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank, Share
-from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterPart, TiedAdapter, initial_values
+from megatron_tiedlora.adapters.adapter_groups import ONLY, AdapterGroup, Share
+from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterShard, TiedAdapter, initial_values
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.base_weights import RandomWeights, load_base_weights
@@ -126,7 +126,7 @@ def _our_sides(plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | N
     stage = random_stage(source.shape, plan.adapter, **given) if is_random else load_model(source, None, **given)
     names = [ONLY] if settings.adapters is None else [f"adapter {number}" for number in range(settings.adapters)]
     adapters = {name: whole_adapter(replace(plan.adapter, seed=seed), device) for seed, name in enumerate(names)}
-    stage.hold(AdapterBank(adapters), is_engines=settings.adapters is None)
+    stage.hold(AdapterGroup(adapters), is_engines=settings.adapters is None)
     stage.set_recompute(settings.recompute)
     stage.train()
     dataset, pad_id = step_bench.read_samples(plan, settings)
@@ -186,7 +186,7 @@ def random_stage(
 
 def whole_adapter(config: AdapterConfig, device: torch.device) -> TiedAdapter:
     """An adapter of the whole model with its initial values."""
-    adapter = TiedAdapter(AdapterPart.whole(config)).to(device)
+    adapter = TiedAdapter(AdapterShard.whole(config)).to(device)
     adapter.load_full(initial_values(config))
     return adapter
 

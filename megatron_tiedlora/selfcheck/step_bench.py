@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import distributed
 
-from megatron_tiedlora.adapters.adapter_bank import ONLY
+from megatron_tiedlora.adapters.adapter_groups import ONLY
 from megatron_tiedlora.base import shapes
 from megatron_tiedlora.base.messages import UserError, user_path
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model

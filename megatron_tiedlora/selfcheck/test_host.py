@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_tiedlora.adapters.adapter_bank import ONLY
+from megatron_tiedlora.adapters.adapter_groups import ONLY
 from megatron_tiedlora.data.loader import TrainingStep, shared_micro_batch
 from megatron_tiedlora.selfcheck import parts, running, step_bench, timing
 from megatron_tiedlora.training.throughput import timed

@@ -28,7 +28,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_tiedlora.adapters.adapter_bank import ONLY
+from megatron_tiedlora.adapters.adapter_groups import ONLY
 from megatron_tiedlora.base import shapes
 from megatron_tiedlora.base.child_process import end_with_parent
 from megatron_tiedlora.base.messages import UserError

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank, Dropout
+from megatron_tiedlora.adapters.adapter_groups import ONLY, AdapterGroup, Dropout
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter, initial_values
 from megatron_tiedlora.adapters.tying import MOMENTS, sum_of_u
 from megatron_tiedlora.base.messages import UserError, count_text
@@ -162,7 +162,7 @@ def _build_stage(plans: Plans, device: torch.device, kernels: Kernels, states: S
     # Made outside DeepSpeed's construction, which would partition or mark them.
     adapters = {name: TiedAdapter(plan.part_of(own.adapter)).to(device) for name, own in plans.items()}
     rates = {name: own.settings for name, own in plans.items() if own.settings.dropout}
-    bank = AdapterBank(adapters, {name: Dropout(own.dropout, own.seed) for name, own in rates.items()})
+    adapter_group = AdapterGroup(adapters, {name: Dropout(own.dropout, own.seed) for name, own in rates.items()})
     specs = layer_specs(
         plan.source.shape,
         dtype=plan.dtype,
@@ -175,7 +175,9 @@ def _build_stage(plans: Plans, device: torch.device, kernels: Kernels, states: S
     def stage_of(groups: ParallelGroups, specs: Sequence[LayerSpec]) -> Stage:
         tensor_parallel = TensorParallel(groups.tensor, plan.layout.sequence_parallel)
         recompute = plan.settings.recompute
-        return Stage(specs, bank, tensor_parallel=tensor_parallel, recompute=recompute, is_engines=engine_steps)
+        return Stage(
+            specs, adapter_group, tensor_parallel=tensor_parallel, recompute=recompute, is_engines=engine_steps
+        )
 
     if grid.pp_size == 1:
         process_grid = deepspeed_engine.make_process_grid(grid)
@@ -203,8 +205,8 @@ def _start_engine(
     plans: Plans, model: _Model, device: torch.device, checkpoints: Mapping[str, Checkpoint | None]
 ) -> Runner:
     """The engine around the model, with optimizers and schedules in the state of the checkpoints."""
-    plan, bank = shared_plan(plans), model.stage.bank
-    assert bank is not None
+    plan, adapter_group = shared_plan(plans), model.stage.adapter_group
+    assert adapter_group is not None
     start = partial(deepspeed_engine.initialize_engine, model.module, process_grid=model.process_grid)
     optimizers: Optimizers
     if steps_by_engine(plans):
@@ -212,7 +214,7 @@ def _start_engine(
         optimizer, schedule = make_training(plan.settings, trained)
         schedules = dict.fromkeys(plans, schedule)
         engine = start(plan.engine, optimizer=optimizer, scheduler=schedule)
-        optimizers = EngineOptimizer(engine, bank, model.groups, plan.engine)
+        optimizers = EngineOptimizer(engine, adapter_group, model.groups, plan.engine)
     else:
         assert model.stage.anchor is not None
         of_nothing = AdamW([model.stage.anchor], lr=0.0, weight_decay=0.0)  # an engine wants one
@@ -227,14 +229,14 @@ def _start_engine(
         engine = start(config, optimizer=of_nothing, scheduler=None)
         own = {}
         for name, its in plans.items():
-            trained = list(deepspeed_engine.trained_parameters(bank.adapters[name]).values())
+            trained = list(deepspeed_engine.trained_parameters(adapter_group.adapters[name]).values())
             made = make_training(its.settings, trained or [nn.Parameter(torch.zeros(1))])  # it wants a tensor
             own[name] = OwnOptimizer(*made, its.settings.gradient_clipping)
         schedules = {name: one.scheduler for name, one in own.items()}
-        optimizers = Optimizers(bank, model.groups, own, device)
+        optimizers = Optimizers(adapter_group, model.groups, own, device)
     for name, checkpoint in checkpoints.items():
         if checkpoint is not None and name in plans:
-            adapter = bank.adapters[name]
+            adapter = adapter_group.adapters[name]
             moments = {
                 moment: {
                     tensor: adapter.part.shard(tensor, checkpoint.moments[moment_name(moment, tensor)])

@@ -378,7 +378,7 @@ def _call_all(
     targets = tied_adapter.targets_of(shape)
     config = tied_adapter.make_adapter_config("tl6", rank=4, layers=(1, 2), targets=targets, seed=0)
     with device:
-        adapter = tied_adapter.TiedAdapter(tied_adapter.AdapterPart.whole(config))
+        adapter = tied_adapter.TiedAdapter(tied_adapter.AdapterShard.whole(config))
         stage = Stage(layer_specs(shape, dtype=dtype, kernels=kernels), adapter)
     for parameter in stage.parameters():
         torch.nn.init.zeros_(parameter)

@@ -14,7 +14,7 @@ from support.bytes_touched import saved_bytes_per_token
 from support.kernel_runs import HOST, assert_same_numbers, loss_and_gradients
 from support.tiny_models import FAMILY_MODELS, tiny_config, write_tiny_model
 
-from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config, targets_of
+from megatron_tiedlora.adapters.tied_adapter import AdapterShard, TiedAdapter, make_adapter_config, targets_of
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model.families import shape_from_hf
@@ -61,7 +61,7 @@ def test_compiled_once_for_all_sizes_with_the_same_numbers(make: Callable[[], Mo
         assert_same_numbers(loss, found, wanted, expected)
     adapter = make_adapter_config("tl6", rank=4, layers=(1, 2), targets=targets_of(shape), seed=0)
     specs = layer_specs(shape, dtype=torch.float32, kernels=compiled)
-    stage = Stage(specs, TiedAdapter(AdapterPart.whole(adapter)))
+    stage = Stage(specs, TiedAdapter(AdapterShard.whole(adapter)))
     planned = saved_per_token(shape, Layout((adapter,), length=256, dtype=torch.float32))
     assert saved_bytes_per_token(stage, torch.float32) == planned, "compiled kernels keep what the formula says"
 
@@ -95,7 +95,7 @@ def test_bytes_kept_of_a_family_in_bf16_are_the_formula_s(name: str, recompute: 
     adapter = make_adapter_config("tl6", rank=3, layers=(1, 2), targets=targets_of(shape), seed=1)
     specs = layer_specs(shape, dtype=torch.bfloat16)
     layout = Layout((adapter,), length=256, dtype=torch.bfloat16, recompute=recompute)
-    stage = Stage(specs, TiedAdapter(AdapterPart.whole(adapter)), recompute=recompute)
+    stage = Stage(specs, TiedAdapter(AdapterShard.whole(adapter)), recompute=recompute)
     assert saved_bytes_per_token(stage, torch.bfloat16) == saved_per_token(shape, layout)
 
 
@@ -104,7 +104,7 @@ def test_bytes_of_norms_behind_the_linears_by_hand(tmp_path: Path, targets: tupl
     """A linear without a norm before it keeps its input for its A alone, and a norm of all heads two numbers."""
     shape = find_model(str(write_tiny_model(tmp_path / "model", tokenizer=False, num_layers=2, family="olmo2"))).shape
     adapter = make_adapter_config("tl6", rank=3, layers=(1, 2), targets=targets_of(shape, targets), seed=1)
-    stage = Stage(layer_specs(shape, dtype=torch.float32), TiedAdapter(AdapterPart.whole(adapter)))
+    stage = Stage(layer_specs(shape, dtype=torch.float32), TiedAdapter(AdapterShard.whole(adapter)))
     d, f, queries, keys, heads = 32, 48, 32, 16, 4
     attention = d + 3 + (queries + 2 * keys + 2) + (queries + heads)  # input and A x; heads and roots; what it keeps
     mlp = more + 2 * f

@@ -14,7 +14,7 @@ import torch
 from fuzzing import printable
 from support.native_files import moments_of
 
-from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, lora_factors
+from megatron_tiedlora.adapters.tied_adapter import AdapterShard, TiedAdapter, lora_factors
 from megatron_tiedlora.base.methods import METHODS
 from megatron_tiedlora.checkpoint.base_identity import SHAPE_FIELDS
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
@@ -36,7 +36,7 @@ BATCH = 24  # samples a step of the runs that `write_run` writes
 def check_adapter(adapter: NativeAdapter) -> None:
     """It can be used and saved again, its numbers are those of an adapter, and what it says can be printed."""
     config, base = adapter.config, adapter.base_identity
-    tied_adapter = TiedAdapter(AdapterPart.whole(config))
+    tied_adapter = TiedAdapter(AdapterShard.whole(config))
     tied_adapter.load_full(adapter.state)
     assert set(adapter.state) == set(config.tensors)
     for name, tensor in adapter.state.items():

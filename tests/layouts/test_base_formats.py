@@ -20,7 +20,7 @@ from test_parallel_gradients import Answers
 from test_parallel_gradients import run_and_check as check_gradients
 from torch import distributed
 
-from megatron_tiedlora.adapters.adapter_bank import ONLY
+from megatron_tiedlora.adapters.adapter_groups import ONLY
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.config.settings import make_settings

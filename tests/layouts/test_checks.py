@@ -21,7 +21,7 @@ from support.run_files import assert_same_run, checkpoint_names, losses, status
 from support.run_helpers import Base, run
 from support.tiny_models import write_tiny_model
 
-from megatron_tiedlora.adapters.adapter_bank import AdapterBank
+from megatron_tiedlora.adapters.adapter_groups import AdapterGroup
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
 from megatron_tiedlora.engine import runner as module
 from megatron_tiedlora.parallel.groups import ParallelGroups
@@ -292,13 +292,13 @@ def test_the_largest_norm_is_the_same_at_every_stage(monkeypatch: pytest.MonkeyP
     others = {largest * 1.0001: math.inf, 1e300: math.inf, math.inf: math.inf, math.nan: math.nan, -1.0: math.nan}
     for norm, expected in {**fits, **others}.items():
         monkeypatch.setattr(module, "gradient_norms", lambda *_, norm=norm: [norm])
-        cpu, bank = torch.device("cpu"), AdapterBank({"": SimpleNamespace(u_sum=None)})  # type: ignore[dict-item]
+        cpu, adapter_group = torch.device("cpu"), AdapterGroup({"": SimpleNamespace(u_sum=None)})  # type: ignore[dict-item]
         engine: Any = SimpleNamespace(get_global_grad_norm=lambda norm=norm: norm, step=lambda: None, device=cpu)
         config: Any = SimpleNamespace(zero_stage=stage, values={"gradient_clipping": 1.0})
         if stage:
-            found = module.EngineOptimizer(engine, bank, ParallelGroups(), config).take("", None)
+            found = module.EngineOptimizer(engine, adapter_group, ParallelGroups(), config).take("", None)
         else:
-            found = module.Optimizers(bank, ParallelGroups(), {}, cpu).norms([""])[""]
+            found = module.Optimizers(adapter_group, ParallelGroups(), {}, cpu).norms([""])[""]
         assert found == expected or (math.isnan(found) and math.isnan(expected)), (norm, found)
 
 

@@ -20,7 +20,7 @@ from support.run_helpers import write_rows
 from support.tiny_models import write_tiny_model
 from torch import distributed
 
-from megatron_tiedlora.adapters.adapter_bank import ONLY, Share
+from megatron_tiedlora.adapters.adapter_groups import ONLY, Share
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.model.batch import MicroBatch
 from megatron_tiedlora.model.weights import layer_costs

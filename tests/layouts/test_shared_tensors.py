@@ -24,7 +24,7 @@ from support.run_helpers import Base, run, write_base
 from support.shared_tensors import DECLARED, GROUPS, share_tensors, tl6_shares
 from support.tiny_models import write_tiny_model
 from support.traffic_runs import run_cases, write_inputs
-from test_bank_steps import check_near, run_bank_steps
+from test_group_steps import check_near, run_bank_steps
 from test_layout_resume import SAVED, Grid, assert_went_on, resumed
 from test_parallel_gradients import Answers, check_messages, check_numbers, check_ties
 

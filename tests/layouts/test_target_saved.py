@@ -13,7 +13,7 @@ from support.forked_ranks import groups_of, run_on_ranks
 from torch import distributed
 
 from megatron_tiedlora.adapters import tied_adapter
-from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank, Dropout
+from megatron_tiedlora.adapters.adapter_groups import ONLY, AdapterGroup, Dropout
 from megatron_tiedlora.adapters.tying import sum_of_u
 from megatron_tiedlora.base.shapes import TARGET_NAMES, ModelShape
 from megatron_tiedlora.model.batch import find_supervised
@@ -106,13 +106,13 @@ def build(case: Case, config: tied_adapter.AdapterConfig, plan: StagePlan, group
     first = plan.blocks[0] if case.index else 0
     last = plan.blocks[-1] + plan.is_last
     specs = layer_specs(SHAPE, dtype=torch.bfloat16, tp_size=TP)
-    adapter = tied_adapter.TiedAdapter(tied_adapter.AdapterPart(config, plan.parts[0].layers, groups.tensor.rank, TP))
+    adapter = tied_adapter.TiedAdapter(tied_adapter.AdapterShard(config, plan.parts[0].layers, groups.tensor.rank, TP))
     adapter.u_sum = sum_of_u(groups)
     adapter.u_sum.start(1)
     tensor_parallel = TensorParallel(groups.tensor, case.shards_sequences)
     stage = Stage(
         specs[first : last + 1],
-        AdapterBank({ONLY: adapter}, {ONLY: Dropout(case.dropout, 0)} if case.dropout else None),
+        AdapterGroup({ONLY: adapter}, {ONLY: Dropout(case.dropout, 0)} if case.dropout else None),
         tensor_parallel=tensor_parallel,
         recompute=case.recompute,
         is_engines=True,

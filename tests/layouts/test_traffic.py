@@ -19,7 +19,7 @@ from support.planned import stage_table
 from support.traffic_runs import Case, Counted, Ran, ours, run_cases, starts, write_inputs
 from torch import distributed
 
-from megatron_tiedlora.adapters.adapter_bank import ONLY
+from megatron_tiedlora.adapters.adapter_groups import ONLY
 from megatron_tiedlora.adapters.tied_adapter import Target, make_adapter_config
 from megatron_tiedlora.base.messages import bytes_in_words
 from megatron_tiedlora.config.settings import make_settings

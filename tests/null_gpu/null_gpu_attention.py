@@ -17,7 +17,7 @@ import torch
 from null_gpu_figures import launches
 from torch.nn import functional
 
-from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config, targets_of
+from megatron_tiedlora.adapters.tied_adapter import AdapterShard, TiedAdapter, make_adapter_config, targets_of
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.model import fused_attention
 from megatron_tiedlora.model.attention import Attention, KeyValueCache
@@ -61,7 +61,7 @@ def _stage(num_layers: int) -> Stage:
     adapter = make_adapter_config("tl6", rank=8, layers=range(1, num_layers + 1), targets=targets_of(config), seed=0)
     with GPU:
         specs = layer_specs(config, dtype=torch.bfloat16)
-        return Stage((*specs[: num_layers + 1], specs[-1]), TiedAdapter(AdapterPart.whole(adapter))).to(GPU)
+        return Stage((*specs[: num_layers + 1], specs[-1]), TiedAdapter(AdapterShard.whole(adapter))).to(GPU)
 
 
 def _launches(lengths: Sequence[int]) -> int:

@@ -119,7 +119,7 @@ def main(order: Order) -> dict[str, Any]:
 
 
 def _built(order: Order, device: torch.device) -> Any:
-    from megatron_tiedlora.adapters.adapter_bank import ONLY
+    from megatron_tiedlora.adapters.adapter_groups import ONLY
     from megatron_tiedlora.planning.run_plan import plan_run
     from megatron_tiedlora.training.build import build_random_model
     from megatron_tiedlora.training.step import TrainStep

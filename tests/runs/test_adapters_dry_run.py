@@ -18,7 +18,7 @@ from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.planning.adapter_plans import counted, plan_adapters, prepare_all_data
 from megatron_tiedlora.planning.layout import MicroBatchShape
-from megatron_tiedlora.planning.memory import bank_bytes
+from megatron_tiedlora.planning.memory import group_bytes
 from megatron_tiedlora.planning.passes import step_traffic
 from megatron_tiedlora.planning.planned import StepPlan
 from megatron_tiedlora.planning.report import dry_run_report
@@ -60,7 +60,7 @@ def test_each_adapter_has_a_row(base: Base, tmp_path: Path) -> None:
     for name, plan in plans.items():
         trained = sum(plan.adapter.num_trained().values())
         assert rows[name]["trained"] == f"{trained:,}"
-        assert rows[name]["bytes per rank"] == bytes_in_words(bank_bytes(plan.stage.parts[0]))
+        assert rows[name]["bytes per rank"] == bytes_in_words(group_bytes(plan.stage.parts[0]))
     data = {row["adapter"]: row for row in table(text, "data, and how often a run sees its training part")}
     assert list(data) == list(OWN) and data["more"]["passes"] == "2.00"
     parts = prepare_all_data(plans).values()
@@ -71,7 +71,7 @@ def test_each_adapter_has_a_row(base: Base, tmp_path: Path) -> None:
 
 
 def test_the_tables_are_those_of_all(base: Base, tmp_path: Path) -> None:
-    """At a layout: memory and messages of the bank, which one adapter's micro-batches alone do not have."""
+    """At a layout: memory and messages of the adapter group, which one adapter's micro-batches alone do not have."""
     layout = {"tensor_parallel": 2, "pipeline_parallel": 2, "world_size": 4}
     settings = settings_of(base, tmp_path, OWN, **layout)
     text = dry_run_report(make_settings(settings)).text
@@ -99,7 +99,7 @@ def test_one_more_adapter_costs_what_is_said(base: Base, tmp_path: Path, changes
     text = dry_run_report(make_settings(settings)).text
     before = peak(grouped(settings))
     after = peak(grouped(settings_of(base, tmp_path, {**adapters, "again": OWN["wide"]}, **changes)))
-    own = max(bank_bytes(part) for part in grouped(settings).stages[0].parts)
+    own = max(group_bytes(part) for part in grouped(settings).stages[0].parts)
     assert (after - before > own) == ("max_length" in changes), "each micro-batch is full otherwise"
     assert f"one more adapter\n  like wide: {bytes_in_words(after - before)} per rank," in text
 

@@ -22,7 +22,7 @@ from support.run_helpers import Ended, run_ranks, start_command
 from support.task_files import refusal
 from support.tiny_models import write_tiny_model
 
-from megatron_tiedlora.adapters.adapter_bank import ONLY
+from megatron_tiedlora.adapters.adapter_groups import ONLY
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.config.cli import parse_settings
 from megatron_tiedlora.config.fields import validate_settings

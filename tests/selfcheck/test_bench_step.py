@@ -126,7 +126,8 @@ def test_the_command_writes_its_figures(
 ) -> None:
     """The memory of our side is measured in a process of its own."""
     in_process = compare.timing.in_own_process
-    monkeypatch.setattr(compare.timing,
+    monkeypatch.setattr(
+        compare.timing,
         "in_own_process",
         lambda name, *given: (in_process if name == compare.OURS else measured_here)(name, *given),
     )
@@ -256,7 +257,7 @@ def sides_of_short(folder: Path, *more: str) -> dict[str, compare.Side]:
 
 
 def tensors_of(side: compare.Side) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach() for name, parameter in side.model.bank.named_parameters()}
+    return {name: parameter.detach() for name, parameter in side.model.adapter_group.named_parameters()}
 
 
 def tensors_after(side: compare.Side) -> dict[str, torch.Tensor]:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from megatron_tiedlora.adapters.adapter_bank import AdapterBank
+from megatron_tiedlora.adapters.adapter_groups import AdapterGroup
 from megatron_tiedlora.adapters.tied_adapter import (
-    AdapterPart,
+    AdapterShard,
     TiedAdapter,
     initial_values,
     make_adapter_config,
@@ -58,14 +58,14 @@ def adapted_stage(
     """
     shape = find_model(str(folder)).shape
     config = make_adapter_config(method, rank=4, layers=layers, targets=targets_of(shape), seed=0)
-    adapter = TiedAdapter(AdapterPart.whole(config), dtype=torch.promote_types(dtype, torch.float32))
+    adapter = TiedAdapter(AdapterShard.whole(config), dtype=torch.promote_types(dtype, torch.float32))
     numbers = {name: drawn(*value.shape, seed=7) * scale for name, value in initial_values(config).items()}
     adapter.load_full(numbers)
     return loaded_stage(folder, adapter, dtype, recompute, **specs)
 
 
 def loaded_stage(
-    folder: Path, adapter: TiedAdapter | AdapterBank, dtype: torch.dtype, recompute: str = "none", **specs: Any
+    folder: Path, adapter: TiedAdapter | AdapterGroup, dtype: torch.dtype, recompute: str = "none", **specs: Any
 ) -> Stage:
     """The whole model with these adapters; `specs`: more for `layer_specs`."""
     shape = find_model(str(folder)).shape

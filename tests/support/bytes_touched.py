@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from megatron_tiedlora.adapters.tied_adapter import AdapterPart, Target, TiedAdapter, make_adapter_config
+from megatron_tiedlora.adapters.tied_adapter import AdapterShard, Target, TiedAdapter, make_adapter_config
 from megatron_tiedlora.base.shapes import HeadShape, NormShape, RopeShape
 from megatron_tiedlora.model.linears import QkvLinear
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
@@ -108,7 +108,7 @@ def _bytes_of_layers(shape: QkvShape, method: str | None, rank: int, num_layers:
         if method is not None:
             layers, target = tuple(range(1, num_layers + 1)), Target("qkv", shape.hidden_size, shape.rows, "column")
             config = make_adapter_config(method, rank=rank, layers=layers, targets=(target,), seed=0)
-            adapter = TiedAdapter(AdapterPart.whole(config))
+            adapter = TiedAdapter(AdapterShard.whole(config))
         inputs = [
             torch.empty(1, shape.num_tokens, shape.hidden_size, dtype=torch.bfloat16, requires_grad=True)
             for _ in range(num_layers)

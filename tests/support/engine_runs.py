@@ -356,7 +356,7 @@ def sgd(parameters: Any, *, lr: float, weight_decay: float, betas: Any = None) -
 
 def run_case(case: dict[str, Any], patch: pytest.MonkeyPatch, device: Any) -> dict[str, Any]:
     """Train as a run does, into the output folder; this rank's part of the adapter, and on rank 0 the full one."""
-    from megatron_tiedlora.adapters.adapter_bank import ONLY
+    from megatron_tiedlora.adapters.adapter_groups import ONLY
     from megatron_tiedlora.planning.adapter_plans import prepare_data
     from megatron_tiedlora.runtime.run_folder import MetricsLog, RunFolder
     from megatron_tiedlora.runtime.stopping import StopRequests

@@ -16,7 +16,7 @@ import torch
 from torch import distributed
 
 from megatron_tiedlora.adapters import tied_adapter
-from megatron_tiedlora.adapters.adapter_bank import ONLY, AdapterBank, Dropout
+from megatron_tiedlora.adapters.adapter_groups import ONLY, AdapterGroup, Dropout
 from megatron_tiedlora.adapters.tying import sum_gradients_, sum_of_u
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, load_base_weights
@@ -179,11 +179,11 @@ class Case:
         first = self.first_adapted or self.adapter.layers[0]
         return partition(layer_costs(self.shape, length=24, first_adapted=first), self.layout[1])
 
-    def part(self, grid: Grid) -> tied_adapter.AdapterPart:
+    def part(self, grid: Grid) -> tied_adapter.AdapterShard:
         """What a rank holds of the adapter."""
         config, stage = self.adapter_config, self.stages[grid.pp_rank]
         layers = tuple(layer for layer in config.layers if layer in stage)
-        return tied_adapter.AdapterPart(config, layers, grid.tp_rank, grid.tp_size)
+        return tied_adapter.AdapterShard(config, layers, grid.tp_rank, grid.tp_size)
 
 
 def tokens_at_cuts(vocab_size: int) -> list[int]:
@@ -244,7 +244,9 @@ def build_adapter(case: Case, grid: Grid) -> tied_adapter.TiedAdapter:
     return adapter
 
 
-def build_stage(case: Case, bank: AdapterBank, grid: Grid, groups: ParallelGroups, *, is_engines: bool = True) -> Stage:
+def build_stage(
+    case: Case, adapter_group: AdapterGroup, grid: Grid, groups: ParallelGroups, *, is_engines: bool = True
+) -> Stage:
     """This rank's stage of a case, or of several whose stages are the same, with base weights in place, all fp64."""
     specs = layer_specs(
         case.shape,
@@ -254,7 +256,7 @@ def build_stage(case: Case, bank: AdapterBank, grid: Grid, groups: ParallelGroup
     )
     stage = Stage(
         [specs[index] for index in case.stages[grid.pp_rank]],
-        bank,
+        adapter_group,
         tensor_parallel=TensorParallel(groups.tensor, case.sequence_parallel),
         recompute=case.recompute,
         is_engines=is_engines,
@@ -279,8 +281,8 @@ def run_case(case: Case, grid: Grid, groups: ParallelGroups) -> Outcome:
     """Forward and backward over this rank's micro-batches, then the sums over stages and data-parallel ranks."""
     adapter: Any = build_adapter(case, grid)
     adapter.u_sum = sum_of_u(groups) if grid.tp_size > 1 else None  # as for an engine that steps it
-    bank = AdapterBank({ONLY: adapter}, {ONLY: Dropout(case.dropout, SEED)} if case.dropout else None)
-    stage = build_stage(case, bank, grid, groups)
+    adapter_group = AdapterGroup({ONLY: adapter}, {ONLY: Dropout(case.dropout, SEED)} if case.dropout else None)
+    stage = build_stage(case, adapter_group, grid, groups)
     walk = Walk(stage, grid)
     num_supervised = sum(sample.num_supervised for sample in case.samples)
     counter, tied_counter = (TrafficCounter(named_handles(groups)) for _ in range(2))

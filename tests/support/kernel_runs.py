@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config, targets_of
+from megatron_tiedlora.adapters.tied_adapter import AdapterShard, TiedAdapter, make_adapter_config, targets_of
 from megatron_tiedlora.base.shapes import ModelShape
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.layer_specs import layer_specs
@@ -37,7 +37,7 @@ def loss_and_gradients(
     config = shape or model_config()
     adapter = make_adapter_config("tl6", rank=4, layers=(1, 2), targets=targets_of(config), seed=0)
     specs = layer_specs(config, dtype=dtype, kernels=kernels)
-    stage = Stage(specs, TiedAdapter(AdapterPart.whole(adapter)), recompute=recompute)
+    stage = Stage(specs, TiedAdapter(AdapterShard.whole(adapter)), recompute=recompute)
     generator = torch.Generator().manual_seed(1)
     for parameter in stage.parameters():
         parameter.data = (0.1 * torch.randn(parameter.shape, generator=generator)).bfloat16().to(parameter.dtype)

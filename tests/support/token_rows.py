@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_tiedlora.adapters.adapter_bank import Share
+from megatron_tiedlora.adapters.adapter_groups import Share
 from megatron_tiedlora.data.cache import TrainingData, tokenised_once
 from megatron_tiedlora.data.encode import Encoding, encode_dataset
 from megatron_tiedlora.data.splits import load_split

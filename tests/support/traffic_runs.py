@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import distributed
 
-from megatron_tiedlora.adapters.adapter_bank import ONLY
+from megatron_tiedlora.adapters.adapter_groups import ONLY
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.parallel.groups import DATA, Traffic, TrafficCounter, named_handles
 from megatron_tiedlora.planning.adapter_plans import prepare_data

@@ -14,7 +14,7 @@ from support.shared_tensors import DECLARED, GROUPS, tl6_shares
 from megatron_tiedlora.adapters.low_rank import layer_slots
 from megatron_tiedlora.adapters.tied_adapter import (
     AdapterConfig,
-    AdapterPart,
+    AdapterShard,
     Target,
     TiedAdapter,
     initial_values,
@@ -145,7 +145,7 @@ def test_b_and_v_are_cut_by_heads(method: str) -> None:
     b, v = torch.randn(config.shape("B")), torch.randn(config.shape("v"))
     rows_dim = b.ndim - 2
     for tp_rank in range(tp_size):
-        part = AdapterPart(config, config.layers, tp_rank, tp_size)
+        part = AdapterShard(config, config.layers, tp_rank, tp_size)
         queries = range(tp_rank * HEADS // tp_size, (tp_rank + 1) * HEADS // tp_size)
         keys = sorted({head // (HEADS // KV_HEADS) for head in queries})
         heads = [*queries, *(HEADS + key for key in keys), *(HEADS + KV_HEADS + key for key in keys)]
@@ -158,7 +158,7 @@ def test_only_a_trained_a_is_cut_and_u_never() -> None:
     """A frozen A that was cut would have to be gathered; u is as long as the rank, which TP need not divide."""
     for method in METHODS:
         config = adapter_config(method)
-        part, row = AdapterPart(config, config.layers, 1, 4), config.method_spec
+        part, row = AdapterShard(config, config.layers, 1, 4), config.method_spec
         assert part.local_shape("A")[-1] == (WIDTH // 4 if row.A.trained else WIDTH)
         assert part.local_shape("A")[-2:-1] == (RANK,) and part.local_shape("u")[-1] == RANK
 
@@ -167,7 +167,7 @@ def test_only_a_trained_a_is_cut_and_u_never() -> None:
 def test_factors_of_a_row_parallel_target_are_cut_as_its_weight(method: str) -> None:
     """A by W's columns, whatever is trained; B and v, which a rank needs whole, in parts only where trained."""
     config = adapter_config(method)
-    part = AdapterPart(config, config.layers, 1, 4)
+    part = AdapterShard(config, config.layers, 1, 4)
     assert part.local_shape("down_proj.A")[-2:] == (RANK, 40 // 4) and config.gathered_dim("down_proj.A") is None
     assert part.local_shape("down_proj.u")[-1] == RANK
     for name, dim in {"down_proj.B": -2, "down_proj.v": -1}.items():
@@ -273,7 +273,7 @@ def test_layers_with_the_same_slots_have_their_factors_in_common(monkeypatch: py
         row = METHODS[method]
         own = {letter: replace(row.factor(letter), shared_by=of) for letter, of in shared_by.items()}
         monkeypatch.setitem(METHODS, method, replace(row, **own))
-        updates = TiedAdapter(AdapterPart.whole(config_of(method=method)))(dtype=torch.bfloat16)
+        updates = TiedAdapter(AdapterShard.whole(config_of(method=method)))(dtype=torch.bfloat16)
         monkeypatch.setitem(METHODS, method, row)
         found = []
         for letter in ("a", "f"):
@@ -292,7 +292,7 @@ def test_layers_with_the_same_slots_have_their_factors_in_common(monkeypatch: py
 
 def test_the_check_of_gradients_names_the_layers_of_a_slot(shared: str) -> None:
     config = config_of((1, 2, 3, 4, 5))
-    adapter = TiedAdapter(AdapterPart(config, (3, 4)))
+    adapter = TiedAdapter(AdapterShard(config, (3, 4)))
     adapter.load_full({name: torch.ones(config.shape(name)) for name in config.tensors})
     guard = GradientGuard(adapter)
     for name, parameter in adapter.named_parameters():

@@ -20,7 +20,7 @@ from support.task_files import refusal
 from support.tiny_models import random_adapter, write_tiny_model
 
 import megatron_tiedlora
-from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, sized_targets, targets_of
+from megatron_tiedlora.adapters.tied_adapter import AdapterShard, TiedAdapter, sized_targets, targets_of
 from megatron_tiedlora.adapters.tying import AdapterLayout, gather_state
 from megatron_tiedlora.base.methods import METHOD_NAMES as METHODS
 from megatron_tiedlora.base.shapes import PRESETS, TARGET_NAMES
@@ -70,7 +70,7 @@ def test_all_tensors_are_written_whole_and_come_back(
     assert loaded.state.keys() == read_by_oracle.tensors.keys() == oracle.tensors.keys()
     for name, tensor in oracle.tensors.items():
         assert torch.equal(loaded.state[name], tensor) and torch.equal(read_by_oracle.tensors[name], tensor)
-    tied_adapter, whole = TiedAdapter(AdapterPart.whole(loaded.config)), Grid(rank=0, world_size=1)
+    tied_adapter, whole = TiedAdapter(AdapterShard.whole(loaded.config)), Grid(rank=0, world_size=1)
     tied_adapter.load_full(loaded.state)
     local = dict(tied_adapter.named_parameters())
     full = gather_state(local, AdapterLayout(loaded.config, whole, (loaded.config.layers,)))

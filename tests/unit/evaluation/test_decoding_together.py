@@ -90,7 +90,7 @@ def chosen_logits(decoder: Decoder, shares: list[tuple[str, list[list[int]]]]) -
             for ids, n in zip(tokens, at, strict=True)
         ]
         rows = [
-            AdapterRows(new, places, cache, name if name in decoder.stage.bank.adapters else "")
+            AdapterRows(new, places, cache, name if name in decoder.stage.adapter_group.adapters else "")
             for new, places, cache, (name, _) in zip(news, positions, caches, shares, strict=True)
         ]
         wanted = [torch.full((len(ids),), n - 1) for ids, n in zip(tokens, at, strict=True)] if step == 0 else None

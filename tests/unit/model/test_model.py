@@ -13,7 +13,7 @@ from support.tiny_models import LLAMA3_ROPE, tiny_config, write_tiny_model
 
 from megatron_tiedlora.adapters.tied_adapter import (
     AdapterConfig,
-    AdapterPart,
+    AdapterShard,
     Target,
     TiedAdapter,
     initial_values,
@@ -214,7 +214,7 @@ def preset_config(preset: str, method: str, layers: tuple[int, ...] | None = Non
 
 def trained_numbers(config: AdapterConfig) -> int:
     with torch.device("meta"):
-        adapter = TiedAdapter(AdapterPart.whole(config))
+        adapter = TiedAdapter(AdapterShard.whole(config))
     return sum(parameter.numel() for parameter in adapter.parameters() if parameter.requires_grad)
 
 

@@ -11,7 +11,7 @@ from support import quantised_oracle as oracle
 from support.tiny_models import tiny_config
 
 from megatron_tiedlora.adapters.tied_adapter import (
-    AdapterPart,
+    AdapterShard,
     TiedAdapter,
     initial_values,
     make_adapter_config,
@@ -168,7 +168,7 @@ def test_gradients_of_a_model_are_near_those_of_wide_products() -> None:
     tokens = torch.randint(3, 320, (1, 256), generator=torch.Generator().manual_seed(3))
 
     def gradients(dtype: torch.dtype, products: str | None) -> dict[str, torch.Tensor]:
-        adapter = TiedAdapter(AdapterPart.whole(config), dtype=torch.float32)
+        adapter = TiedAdapter(AdapterShard.whole(config), dtype=torch.float32)
         adapter.load_full(start)
         make = weight_maker("fp8", products=products)
         model = Stage(layer_specs(shape, dtype=dtype, make_weight=make), adapter)

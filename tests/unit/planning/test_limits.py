@@ -16,10 +16,10 @@ from support.tiny_models import write_tiny_model
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_tiedlora.adapters.adapter_bank import AdapterBank, Share
+from megatron_tiedlora.adapters.adapter_groups import AdapterGroup, Share
 from megatron_tiedlora.adapters.tied_adapter import (
     AdapterConfig,
-    AdapterPart,
+    AdapterShard,
     TiedAdapter,
     make_adapter_config,
     targets_of,
@@ -35,7 +35,7 @@ from megatron_tiedlora.model.stage import Stage, SupervisedTail
 from megatron_tiedlora.parallel.frozen_weight import padded
 from megatron_tiedlora.parallel.kernels import EAGER
 from megatron_tiedlora.planning.layout import Layout, MicroBatchShape, plan_stages, shared_shape
-from megatron_tiedlora.planning.memory import LargestMicroBatch, bank_bytes, step_memory
+from megatron_tiedlora.planning.memory import LargestMicroBatch, group_bytes, step_memory
 from megatron_tiedlora.planning.passes import saved_bytes, saved_per_token, stage_work, step_flops
 from megatron_tiedlora.selfcheck.compare import OURS, make_sides
 from megatron_tiedlora.selfcheck.step_bench import plan_benchmark
@@ -58,15 +58,17 @@ def adapter(
 
 def random_stage(
     *adapters: AdapterConfig, dtype: torch.dtype = torch.bfloat16, recompute: str = "none"
-) -> tuple[Stage, AdapterBank]:
+) -> tuple[Stage, AdapterGroup]:
     """The model with random weights and these adapters, and the adapters."""
-    bank = AdapterBank({str(number): TiedAdapter(AdapterPart.whole(own)) for number, own in enumerate(adapters)})
-    held = bank if len(adapters) > 1 else bank.adapters["0"]
+    adapter_group = AdapterGroup(
+        {str(number): TiedAdapter(AdapterShard.whole(own)) for number, own in enumerate(adapters)}
+    )
+    held = adapter_group if len(adapters) > 1 else adapter_group.adapters["0"]
     specs = layer_specs(SHAPE, dtype=dtype)
     stage, generator = Stage(specs, held, recompute=recompute), torch.Generator().manual_seed(1)
-    for parameter in (*stage.parameters(), *(parameter for _, parameter in bank.named_parameters())):
+    for parameter in (*stage.parameters(), *(parameter for _, parameter in adapter_group.named_parameters())):
         parameter.data.normal_(0.0, 0.05, generator=generator)
-    return stage, bank
+    return stage, adapter_group
 
 
 def batch(share: float = 0.5) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -120,7 +122,7 @@ def test_saved_bytes_are_those_of_the_plan(name: str, recompute: str, dtype: tor
     adapters = ADAPTERS[name]
     shares = SHARES[: len(adapters)]
     given = shares if len(shares) > 1 else ()
-    stage, bank = random_stage(*adapters, dtype=dtype, recompute=recompute)
+    stage, adapter_group = random_stage(*adapters, dtype=dtype, recompute=recompute)
     size = (1, sum(share.num_tokens for share in shares)) if len(shares) > 1 else shares[0][1:]
     generator = torch.Generator().manual_seed(2)
     tokens = torch.randint(512, size, generator=generator)
@@ -129,7 +131,7 @@ def test_saved_bytes_are_those_of_the_plan(name: str, recompute: str, dtype: tor
     positions = torch.cat([torch.arange(share.length).repeat(share.num_rows) for share in shares]).view(size)
     with saved_by_autograd(stage) as saved:
         stage(tokens, positions, supervised, shares=given)
-    own = {parameter.untyped_storage().data_ptr() for _, parameter in bank.named_parameters()}
+    own = {parameter.untyped_storage().data_ptr() for _, parameter in adapter_group.named_parameters()}
     others = {key: tensor for key, tensor in saved.items() if key not in own and tensor.is_floating_point()}
     rotations = (1, SHAPE.heads.dim // 2)  # the shape of cos and sin
     counted = {key: tensor for key, tensor in others.items() if tensor.shape[-2:] != rotations}
@@ -294,10 +296,10 @@ def test_adapters_are_whole_on_every_rank(changes: dict[str, Any]) -> None:
     """Their tensors, gradients and two moments, in fp32, beside the anchor that the engine trains."""
     stage = plan_stages(SHAPE, layout_of(*ADAPTERS["targets"], **changes))[0]
     memory = stage_memory(stage, tokens=96, adapters=(0, 1, 2, 3))
-    assert memory.adapter + memory.gradients + memory.optimizer == sum(map(bank_bytes, stage.parts)) + 4 * 4
+    assert memory.adapter + memory.gradients + memory.optimizer == sum(map(group_bytes, stage.parts)) + 4 * 4
     for part, own in zip(stage.parts, ADAPTERS["targets"], strict=True):
         every = sum(part.local_size(name) for name in own.tensors if part.exists(name))
-        assert bank_bytes(part) == 4 * every + 12 * sum(own.num_trained().values())
+        assert group_bytes(part) == 4 * every + 12 * sum(own.num_trained().values())
 
 
 def test_tokens_that_parts_do_not_divide_are_planned() -> None:
@@ -316,10 +318,10 @@ def test_one_adapter_needs_what_it_needs_alone(recompute: str) -> None:
         plan_stages(SHAPE, layout_of(own, named=named, zero_stage=zero_stage, **changes))
         for named, zero_stage in ((False, 1), (True, 1), (False, 0))
     )
-    for bank, other in zip(together, unsharded, strict=True):
-        assert stage_memory(bank, tokens=384) == stage_memory(other, tokens=384)
-    for one, bank in zip(alone, together, strict=True):
-        memories = [stage_memory(stage, tokens=384) for stage in (one, bank)]
+    for adapter_group, other in zip(together, unsharded, strict=True):
+        assert stage_memory(adapter_group, tokens=384) == stage_memory(other, tokens=384)
+    for one, adapter_group in zip(alone, together, strict=True):
+        memories = [stage_memory(stage, tokens=384) for stage in (one, adapter_group)]
         assert memories[0].activations == memories[1].activations and memories[0].engine == memories[1].engine
         assert memories[1].gradients - memories[0].gradients == 4, "the anchor"
 

@@ -13,7 +13,7 @@ import torch
 from support.task_files import refusal
 from transformers import get_scheduler
 
-from megatron_tiedlora.adapters.adapter_bank import ONLY
+from megatron_tiedlora.adapters.adapter_groups import ONLY
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.config.settings import Schedule, make_settings
 from megatron_tiedlora.engine.runner import EngineOptimizer, Optimizers

@@ -16,9 +16,9 @@ from support.oracle_adapter import ALL_TARGETS, dropout, kept
 from support.tiny_models import random_adapter, write_tiny_model
 from support.token_rows import Member, SharedBatch, rounds
 
-from megatron_tiedlora.adapters.adapter_bank import AdapterBank
+from megatron_tiedlora.adapters.adapter_groups import AdapterGroup
 from megatron_tiedlora.adapters.low_rank import InputDropout, dropout_salt, token_keys
-from megatron_tiedlora.adapters.tied_adapter import AdapterPart, TiedAdapter, make_adapter_config, targets_of
+from megatron_tiedlora.adapters.tied_adapter import AdapterShard, TiedAdapter, make_adapter_config, targets_of
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.parallel.loss import IGNORED_LABEL
 
@@ -53,7 +53,7 @@ SAME = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("bank") / "model"
+    path = tmp_path_factory.mktemp("adapter_group") / "model"
     shape: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 12, "num_layers": 3}
     return write_tiny_model(path, tokenizer=False, **shape)
 
@@ -70,7 +70,7 @@ def adapter_of(member: Member, folder: Path, dtype: torch.dtype) -> TiedAdapter:
         targets=targets_of(find_model(str(folder)).shape, oracle.targets),
         seed=0,
     )
-    adapter = TiedAdapter(AdapterPart.whole(config), dtype=dtype)
+    adapter = TiedAdapter(AdapterShard.whole(config), dtype=dtype)
     adapter.load_full(oracle.tensors)
     return adapter
 
@@ -105,13 +105,13 @@ def together(
     sick: str | None = None,
     **settings: Any,
 ) -> tuple[dict[str, list[float]], dict[str, Gradients]]:
-    """The same of all, from one stage with a bank; the tensors of adapter `sick` hold NaN."""
+    """The same of all, from one stage with an adapter group; the tensors of adapter `sick` hold NaN."""
     wide = torch.promote_types(dtype, torch.float32)
-    bank = AdapterBank({member.name: adapter_of(member, folder, wide) for member in members})
-    for name, parameter in bank.named_parameters():
+    adapter_group = AdapterGroup({member.name: adapter_of(member, folder, wide) for member in members})
+    for name, parameter in adapter_group.named_parameters():
         if name.startswith(f"{sick}."):
             parameter.data.fill_(torch.nan)
-    stage, losses = loaded_stage(folder, bank, dtype, **settings), {member.name: [] for member in members}
+    stage, losses = loaded_stage(folder, adapter_group, dtype, **settings), {member.name: [] for member in members}
     weights = {member.name: weight_of(member) for member in members}
     for batch in batches:
         found = stage(batch.tokens, batch.positions, batch.supervised(), documents=batch.documents, shares=batch.shares)
@@ -119,7 +119,7 @@ def together(
         for share, loss in zip(batch.shares, found.view(-1).tolist(), strict=True):
             losses[share.adapter].append(loss)
     assert stage.anchor is not None and stage.anchor.grad is not None and not stage.anchor.grad.any()
-    return losses, {name: gradients_of(adapter) for name, adapter in bank.adapters.items()}
+    return losses, {name: gradients_of(adapter) for name, adapter in adapter_group.adapters.items()}
 
 
 @pytest.mark.parametrize("shared", [True, False])

@@ -19,7 +19,7 @@ from support.tiny_decoders import build, rows_keep_bits
 from support.tiny_models import write_tiny_model
 from torch import distributed
 
-from megatron_tiedlora.adapters.adapter_bank import ONLY
+from megatron_tiedlora.adapters.adapter_groups import ONLY
 from megatron_tiedlora.config.settings import make_settings
 from megatron_tiedlora.data.tokenizer import padding_id
 from megatron_tiedlora.model.batch import MicroBatch

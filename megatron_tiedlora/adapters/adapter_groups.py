@@ -2,7 +2,7 @@
 
 A micro-batch of several is ONE row: their micro-batches, end to end, each as it is when that adapter is alone. So an
 adapter's part of every tensor has the shape and memory that it has alone, and nothing is padded for others.
-The bank is no module: engines neither move nor sum nor step its tensors, unless a stage registers one (`Stage`).
+The group is no module: engines neither move nor sum nor step its tensors, unless a stage registers one (`Stage`).
 """
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_tiedlora.adapters.low_rank import AllRows, InputDropout, SharedRows, dropout_salt, token_keys
-from megatron_tiedlora.adapters.tied_adapter import AdapterPart, LayerUpdate, LinearUpdate, TiedAdapter, whole_factors
+from megatron_tiedlora.adapters.tied_adapter import AdapterShard, LayerUpdate, LinearUpdate, TiedAdapter, whole_factors
 from megatron_tiedlora.parallel.groups import TensorParallel, with_adjoint
 from megatron_tiedlora.parallel.loss import RowSpan, RowSpans, spans_between
 
@@ -24,7 +24,7 @@ class Share(NamedTuple):
     """The micro-batch of one adapter, which others may share: (rows, length) tokens, row after row.
 
     Attributes:
-        adapter: the name of the adapter in the bank.
+        adapter: the name of the adapter in the adapter group.
     """
 
     adapter: str
@@ -59,7 +59,7 @@ class Dropout(NamedTuple):
     seed: int
 
     def of_linears(
-        self, part: AdapterPart, token_index: Tensor, tensor_parallel: TensorParallel
+        self, part: AdapterShard, token_index: Tensor, tensor_parallel: TensorParallel
     ) -> Callable[[int, str], InputDropout]:
         """The dropout of a layer's linear, by the layer and the name of the target.
 
@@ -71,7 +71,7 @@ class Dropout(NamedTuple):
         keys = token_keys(token_index.flatten(), seed=self.seed)
         local_keys = keys.chunk(parts)[tensor_parallel.group.rank] if parts > 1 else keys
         first = {
-            target.name: part.tp_rank * (target.in_size // part.tp_size) if target.cut == "row" else 0
+            target.name: part.tp_rank * (target.in_size // part.tp_size) if target.sharded_dim == "row" else 0
             for target in part.config.targets
         }
 
@@ -82,7 +82,7 @@ class Dropout(NamedTuple):
         return of_linear
 
 
-class AdapterBank:
+class AdapterGroup:
     """A rank's parts of one or more adapters, by name."""
 
     def __init__(self, adapters: Mapping[str, TiedAdapter], dropout: Mapping[str, Dropout] | None = None) -> None:

@@ -21,7 +21,7 @@ from support.tiny_models import write_tiny_model
 from support.token_rows import Member, SharedBatch, rounds
 from torch import distributed
 
-from megatron_tiedlora.adapters.adapter_bank import AdapterBank
+from megatron_tiedlora.adapters.adapter_groups import AdapterGroup
 from megatron_tiedlora.adapters.tying import sum_gradients_, sum_of_u
 from megatron_tiedlora.parallel.groups import Grid, ParallelGroups, StepSum, Traffic, TrafficCounter, named_handles
 
@@ -68,8 +68,8 @@ class BankOutcome:
 
 def run_bank_case(case: BankCase, grid: Grid, groups: ParallelGroups) -> BankOutcome:
     """Forward and backward passes over this rank's micro-batches, then the sums over ranks."""
-    bank = AdapterBank({member.name: build_adapter(case.of(member), grid) for member in case.members})
-    stage = build_stage(case.of(case.members[0]), bank, grid, groups, is_engines=False)
+    adapter_group = AdapterGroup({member.name: build_adapter(case.of(member), grid) for member in case.members})
+    stage = build_stage(case.of(case.members[0]), adapter_group, grid, groups, is_engines=False)
     weights = {member.name: sum(s.num_supervised for s in member.samples) for member in case.members}
     losses = dict.fromkeys(weights, 0.0)
     batches = case.batches[grid.dp_rank :: grid.dp_size]
@@ -89,14 +89,14 @@ def run_bank_case(case: BankCase, grid: Grid, groups: ParallelGroups) -> BankOut
     present = {share.adapter for batch in batches for share in batch.shares}
     absent = {
         name: [tensor for tensor, p in adapter.named_parameters() if p.requires_grad]
-        for name, adapter in bank.adapters.items()
+        for name, adapter in adapter_group.adapters.items()
         if name not in present and adapter.part.layers
     }
     with TrafficCounter(named_handles(groups)) as counter:
-        assert sum_gradients_(bank.adapters, groups) == absent, "another gradient is missing"
+        assert sum_gradients_(adapter_group.adapters, groups) == absent, "another gradient is missing"
     gradients = {
         name: {tensor: p.grad for tensor, p in adapter.named_parameters() if p.grad is not None}
-        for name, adapter in bank.adapters.items()
+        for name, adapter in adapter_group.adapters.items()
     }
     return BankOutcome(losses, gradients, counter.traffic)
 
