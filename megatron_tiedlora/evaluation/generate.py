@@ -1,10 +1,10 @@
-"""Greedy decoding with a key-value cache, for prompts of different lengths in one batch, in any layout; and
-log-likelihoods of several endings of one prompt, which is computed only once.
+"""Greedy decoding with a key-value cache, for prompts of different lengths in one batch, in any layout; and log-
+likelihoods of several endings of one prompt, which is computed only once.
 
-A decoder calls this rank's stage with its caches. It takes the rows of one adapter, or of a group
-of them in one call. Each adapter's rows have the caches and the attention of a batch of their own; the base's matmuls are over the
-rows of all. A batch is divided into as many parts as there are stages, so that the stages work on different parts at
-the same time. Hidden states go from stage to stage. The last stage sends the tokens it chose to the other stages.
+A decoder calls this rank's stage with its caches. It takes the rows of one adapter, or of a group of them in one call.
+Each adapter's rows have the caches and the attention of a batch of their own; the base's matmuls are over the rows of
+all. A batch is divided into as many parts as there are stages, so that the stages work on different parts at the same
+time. Hidden states go from stage to stage. The last stage sends the tokens it chose to the other stages.
 
 Prompts are padded on the right, and every sequence writes its next token at its own position. So no token attends to
 padding. Prompts of similar length are computed together, so that little padding is computed.
