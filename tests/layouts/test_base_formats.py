@@ -161,7 +161,7 @@ def linears(folder: Path, weights: Mapping[str, torch.Tensor]) -> dict[str, torc
     return found
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_values_are_the_same_at_every_layout(folders: dict[str, Path], tmp_path: Path, ranks: int, whole: bool) -> None:
     files = {**settings_of(folders[""], tmp_path), "dtype": "bf16"}  # which zero.Init would round fp32 parameters to
     engines = [str(engine_json(tmp_path, stage)) for stage in range(4)]

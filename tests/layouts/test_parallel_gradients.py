@@ -164,6 +164,17 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: write_tiny_model(folder / name, tokenizer=False, **shape) for name, shape in SHAPES.items()}
 
 
+def test_families_and_targets_are_in_the_quick_cases() -> None:
+    named = {name: Path(name) for name in SHAPES}
+    cases = [case for ranks in (2, 4) for case in _target_cases(named, ranks, whole=False)]
+    assert {case.folder.name for case in cases} >= {"qwen2", *FAMILIES}
+    assert {case.targets for case in cases} >= set(NEW_TARGETS)
+    for value in (True, False):
+        whole = {case.layout for case in cases if case.sequence_parallel is value}
+        packed = {case.layout for case in cases if case.packed is value}
+        assert whole >= {(2, 1, 1), (2, 2, 1)} and packed >= {(2, 1, 1), (1, 2, 1), (2, 2, 1)}, value
+
+
 class Answers:
     """The oracle's loss, gradients and logits, worked out once for each adapter and base."""
 

@@ -339,7 +339,7 @@ def test_predicted_weak_scaling(tmp_path: Path, most: int) -> None:
     """The arithmetic alone, for every layout of up to so many ranks."""
     found = {}
     for layout, settings in weak_settings(tmp_path).items():
-        if math.prod(layout) > most:
+        if math.prod(layout) > most and layout not in ((2, 1, 4), (1, 2, 4)):  # data parallel grows beside both
             continue
         files = {name: str(tmp_path / settings[name]) for name in ("model", "train_file")}
         nothing = Counted(Traffic(), Traffic(), [], 0, 0.0)

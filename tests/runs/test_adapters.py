@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from support.ranks import wait_for
 from support.run_files import assert_close_run
 from support.run_helpers import FOUR, Base, run, start_run
-from support.run_preludes import before_call, kill_at_call, kill_at_step, slow_steps
+from support.run_preludes import before_call, kill_at_call, kill_at_step, slow_steps, whole_run
 
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.ownership import take_folder
@@ -218,7 +218,7 @@ def test_one_goes_on_alone_and_comes_back(base: Base, folder: Path, alone: Path,
         assert (folder / name / "checkpoints" / "latest").read_text() == "step_3\n"
     run(base, folder / "b", ds_config="zero0.json", resume="auto", **four["b"])
     same_folders(folder, alone, "b", stopped=True)
-    ended = run(base, folder, adapters=four, resume="auto")
+    ended = run(base, folder, adapters=four, resume="auto", prelude=whole_run)
     same_folders(folder, alone, four, stopped=True)
     served = " ".join(f"{name}={folder}/{name}/peft" for name in four)
     (command,) = (line for line in ended.outputs[0].split("\n") if "vllm serve" in line)

@@ -70,14 +70,14 @@ def test_a_failing_disk_is_one_line_and_leaves_what_was_there(
             raise OSError(5, "Input/output error")
         real_rename(source, target)
 
-    def sync(path: Path) -> None:
+    def sync(descriptor: int) -> None:
         raise OSError(5, "Input/output error")
 
     if step == "rename":
         monkeypatch.setattr(files, "_exchange", lambda one, other: False)
         monkeypatch.setattr(os, "rename", rename)
     else:
-        monkeypatch.setattr(files, "sync_path", sync)
+        monkeypatch.setattr(os, "fsync", sync)
     with pytest.raises(UserError) as error, new_folder(kept) as folder:
         (folder / "new").write_text("new")
     assert str(error.value) == f"{kept}: cannot be written (Input/output error); nothing was changed"
@@ -108,21 +108,21 @@ KILLER = """
 import itertools, os, shutil, sys
 from pathlib import Path
 import torch
-from megatron_tiedlora.base import atomic
+from megatron_tiedlora.base import files
 from megatron_tiedlora.checkpoint import native_adapter, resume
 from support.native_files import moments_of, save_step
 
 torch.set_num_threads(1)
 os.fsync = lambda descriptor: None  # a kill is not a power cut: what was written is there
-files = {atomic.__file__, native_adapter.__file__, resume.__file__}
-root, swap = Path(sys.argv[2]), atomic._exchange
+sources = {files.__file__, native_adapter.__file__, resume.__file__}
+root, swap = Path(sys.argv[2]), files._exchange
 old = native_adapter.load_native_adapter(Path(sys.argv[1]))
 
 def write_adapter(value):
     native_adapter.save_adapter(root / "adapter", old.config, old.base_identity, full(value))
 
 def write_checkpoint(step, value):
-    atomic.remove_leftovers(root)  # as a start does; only there, since a later owner's would look the same
+    files.remove_leftovers(root)  # as a start does; only there, since a later owner's would look the same
     resume.save_checkpoint(
         root, progress=resume.Progress(step=step, consumed_samples=step, best_metric=1.0, best_step=2),
         config=old.config, base_identity=old.base_identity,
@@ -136,11 +136,11 @@ def value_of(adapter):
     return value
 
 def read_adapter():
-    atomic.restore_interrupted(root)  # does nothing where folders were swapped
+    files.restore_interrupted(root)  # does nothing where folders were swapped
     return value_of(native_adapter.load_native_adapter(root / "adapter"))
 
 def read_checkpoint():
-    atomic.restore_interrupted(root)
+    files.restore_interrupted(root)
     found = resume.find_newest_checkpoint(root)
     assert found.folder == resume.named_checkpoint(root)
     assert value_of(resume.load_checkpoint(root / "step_2").adapter) == 1.0  # the best one
@@ -157,7 +157,7 @@ def trace_lines(action, look):
     # Save, and call look(n) before the n-th line.
     numbers = itertools.count(1)
     def trace(frame, event, argument):
-        if frame.f_code.co_filename not in files:
+        if frame.f_code.co_filename not in sources:
             return None
         if event == "line":
             look(next(numbers))
@@ -203,7 +203,7 @@ def kill_everywhere(action, read):
         restore()
         assert end_of_child(action, first) == (0 if first == firsts[-1] else 9)
         states += [read()] * (after - first)
-        if atomic._exchange is swap:
+        if files._exchange is swap:
             assert not list(root.glob(".writing-old-*"))
         action(2.0)  # what was left is not in the way of the next save
         assert read() == 2.0
@@ -215,7 +215,7 @@ prepare()
 prepared = shutil.copytree(root, root.with_name("prepared"))
 kill_everywhere(write_adapter, read_adapter)
 kill_everywhere(lambda value: write_checkpoint(6, value), read_checkpoint)
-atomic._exchange = lambda one, other: False  # as on a file system that cannot swap
+files._exchange = lambda one, other: False  # as on a file system that cannot swap
 kill_everywhere(write_adapter, read_adapter)
 kill_everywhere(lambda value: write_checkpoint(4, value), read_checkpoint)  # the one that `latest` names, anew
 """

@@ -50,7 +50,7 @@ def refused(copy: Base, *parts: str, **changes: Any) -> None:
 
 
 def _shard(folder: Path, damage: Break) -> None:
-    """ShardedDim the one weight file in two, with an index, and damage the second."""
+    """Cut the one weight file in two, with an index, and damage the second."""
     tensors = load_file(folder / "model.safetensors")
     names = sorted(tensors)
     parts = {"model-1.safetensors": names[:8], "model-2.safetensors": names[8:]}

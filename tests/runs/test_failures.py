@@ -205,7 +205,7 @@ def _stop_in_second_evaluation() -> None:
     def losses(self: loop.Evaluation, runs: loop.Runs) -> dict[str, float]:
         if any(run.progress.step == 4 for run in runs):
             os.kill(os.getpid(), signal.SIGTERM)
-            self.stop.agree(True)
+            self.step.stop.agree(True)
         return {run.name: WORSE_AFTER_TWO.get(run.progress.step, 10.0) for run in runs}
 
     loop.Evaluation.losses = losses  # type: ignore[method-assign]

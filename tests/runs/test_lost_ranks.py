@@ -45,8 +45,8 @@ POINTS: dict[str, tuple[int, dict[str, Any], str, str, int]] = {
 @pytest.mark.parametrize(
     "point",
     [
-        *("beginning of rank 0", "forward", "sum"),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("beginning", "backward", "update", "checks")),
+        *("beginning of rank 0", "forward", "backward", "sum"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("beginning", "update", "checks")),
     ],
 )
 def test_a_rank_that_is_killed_in_a_step_is_named_in_time(base: Base, tmp_path: Path, folder: Path, point: str) -> None:

@@ -25,7 +25,7 @@ from support.run_files import (
     status,
 )
 from support.run_helpers import Base, deepspeed_command, run, start_command, torchrun_command
-from support.run_preludes import all_of, kill_at_call, kill_at_step, scripted_validation
+from support.run_preludes import all_of, kill_at_call, kill_at_step, scripted_validation, whole_run
 
 LOOP = "megatron_tiedlora.training.loop"
 
@@ -55,7 +55,7 @@ def test_resume_is_exact(base: Base, tmp_path: Path, ds_config: str, ranks: int 
     stopped = status(parts)
     assert (stopped["state"], stopped["step"]) == ("stopped", 3)
     assert (parts / "checkpoints" / "latest").read_text() == "step_3\n"
-    run(base, parts, **settings, resume="auto")
+    run(base, parts, **settings, resume="auto", prelude=whole_run)
     assert_same_run(parts, whole)
 
 

@@ -86,7 +86,7 @@ throughput.step_flops = importlib.import_module("support.run_preludes").token_fl
 
 os.fsync = lambda _: None  # no test cuts the power, and what was written before a kill is there
 
-# So are the operations of the model that most tests train, which a run counts in its first step by tracing its blocks.
+# The operations of the model that most tests train are counted once here: a run counts them by tracing its blocks.
 if torch.version.cuda is None:  # else a backward pass starts threads for GPUs, which a forked rank would miss
     shape = shape_from_hf(tiny_config().to_dict())
     for method in ("tl6", "lora"):

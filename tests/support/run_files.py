@@ -118,7 +118,7 @@ def flip_last_value(file: Path) -> None:
 
 
 def truncate(file: Path) -> None:
-    """ShardedDim the last bytes off."""
+    """Cut the last bytes off."""
     file.write_bytes(file.read_bytes()[:-100])
 
 
