@@ -1,4 +1,4 @@
-"""Tied-LoRA as a method of PEFT. Importing this package registers it, so that PEFT's own functions know it:
+"""Tied-LoRA as a method of PEFT. Importing this module registers it, so that PEFT's own functions know it:
 
     import megatron_tiedlora.peft
     model = PeftModel.from_pretrained(base, "RUN/adapter")

@@ -50,7 +50,7 @@ def named(name: str, line: str) -> str:
 
 @contextmanager
 def naming(name: str) -> Iterator[None]:
-    """Inside, a `UserError` says which adapter it is of; "" adds nothing."""
+    """Inside, a `UserError` begins with `name`, of an adapter or a file; "" adds nothing."""
     try:
         yield
     except UserError as error:

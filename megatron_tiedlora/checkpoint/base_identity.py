@@ -45,7 +45,7 @@ _NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}  # dtypes of stored li
 
 @dataclass(frozen=True, kw_only=True)
 class BaseIdentity:
-    """The base model on which an adapter was trained. The fields have their names in files.
+    """The base model on which an adapter was trained. Its fields have the names that they have in files.
 
     Attributes:
         base_model: as the user gave it to --model.
@@ -313,9 +313,8 @@ def identify_in_memory(model: Any, source: ModelSource) -> BaseIdentity:
         raise UserError(f"{source.name}: the weights of the model are sharded or offloaded; load it whole")
     dtype = "fp32" if values.dtype == torch.float32 else "bf16"
     held = ((weights.held(name)[1], shape) for name, shape in stored_shapes(weights.rules).items())
-    if all(
-        tuple(tensor.shape) == shape and is_plain(tensor) for tensor, shape in held
-    ):  # all values are those of the files
+    # All values are those of the files.
+    if all(tuple(tensor.shape) == shape and is_plain(tensor) for tensor, shape in held):
         return identify_base(source, weights, dtype)
     found = identify_shape(source, dtype, weights_hash=weights_hash(source, weights))
     return replace(found, base_format=source.stored_base)

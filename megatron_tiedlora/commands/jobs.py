@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_tiedlora.base import messages
 from megatron_tiedlora.base.files import write_json, write_text
@@ -20,9 +21,11 @@ from megatron_tiedlora.base.output_folder import last_name, output_file, output_
 from megatron_tiedlora.config.adapter_settings import IndexSettings, PushSettings
 from megatron_tiedlora.config.job_settings import DoctorSettings, LaunchCommand, PlanCommand, SweepCommand
 from megatron_tiedlora.config.tool_settings import BenchSettings, EnvSettings
-from megatron_tiedlora.convert.index import INDEX_FILE, Entry, entry_folder, find_entries, find_entry
 from megatron_tiedlora.runtime.launch_env import prepare_environment, rank_and_world_size
 from megatron_tiedlora.runtime.machine import in_words, machine_record
+
+if TYPE_CHECKING:
+    from megatron_tiedlora.convert.index import Entry
 
 HERE = Path(__file__).resolve().parent
 _MEETING_MINUTES = 10.0  # in which the ranks of plan --measure must meet
@@ -172,6 +175,8 @@ def bench(settings: BenchSettings) -> int:
 
 def index(settings: IndexSettings) -> int:
     """Build, search or check the index; returns the exit status."""
+    from megatron_tiedlora.convert.index import INDEX_FILE, entry_folder, find_entries, find_entry  # needs sqlite3
+
     root = settings.folder
     if settings.action == "find":
         entries = find_entries(root, settings.wanted)
@@ -200,7 +205,7 @@ def index(settings: IndexSettings) -> int:
     return 1 if differences else 0
 
 
-def _table(entries: Sequence[Entry]) -> list[str]:
+def _table(entries: "Sequence[Entry]") -> list[str]:
     rows = [_HEADING]
     for one in entries:
         names = (one.name, last_name(one.base_model), one.method, str(one.rank), one.targets)

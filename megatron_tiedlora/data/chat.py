@@ -220,8 +220,8 @@ _START, _END = "\ufdd0", "\ufdd1"  # code points that are no characters, for a p
 
 
 def _control_tokens(tokenizer: Any, meaning: str) -> re.Pattern[str] | None:
-    """Finds the control tokens of a tokenizer in a row's text; None if there are none, or they have their `meaning`
-    (value of --special_tokens_in_text) there."""
+    """A pattern that finds the tokenizer's control tokens in a row's text. None if there are none, if `meaning`
+    (--special_tokens_in_text) is `control`, or if the tokenizer splits them itself."""
     if tokenizer is None or meaning == "control" or getattr(tokenizer, "split_special_tokens", False):
         return None
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()

@@ -123,8 +123,9 @@ def _samples(task: Task, split: Split, *, files: Files, seed: int, reading: Read
         order, _ = mixed(stream.sources, sizes, held_out if carves else np.zeros(len(found), dtype=bool), seed=seed)
         return ([found[row][-1]] for row in order.tolist())
     samples = dict[int, list[Row]]()
-    for index, (_, number, row) in enumerate(rows):
-        if not carves or held_out[index]:
+    # A file that has become shorter or longer since the first reading is an error.
+    for (_, number, row), taken in zip(rows, held_out, strict=True) if carves else ((row, True) for row in rows):
+        if taken:
             samples.setdefault(number, []).append(row)
     return samples.values()
 

@@ -19,7 +19,7 @@ from megatron_tiedlora.base.messages import EXTRAS, UserError, missing_module, r
 from megatron_tiedlora.commands import front
 from megatron_tiedlora.commands.front import _OTHER_NAMES, COMMANDS, find_command
 
-HEAVY = {"torch", "transformers", "deepspeed", "datasets", "matplotlib"}
+HEAVY = {"torch", "transformers", "deepspeed", "datasets", "matplotlib", "sqlite3"}  # some Pythons lack the last one
 
 
 def leave(argv: Sequence[str]) -> int:
