@@ -54,7 +54,7 @@ Slots = tuple[int, ...] | None  # for each layer of a stage, which of the rank's
 class LinearFactors(NamedTuple):
     """B, u and v of a linear on a rank, their slots, and alpha / r. A tensor that is None counts as ones.
 
-    For A alone, it takes the place of B, with a scale of 1.
+    For A alone: A in the place of B, with a scale of 1.
     """
 
     tensors: tuple[Tensor | None, ...]
@@ -310,6 +310,7 @@ class SharedRows(AllRows):
         """
         spans, taken = self.local_spans if local else self.spans, 0
         assert len(rows) == sum(span.size for span in spans), "rows of other tokens"
+        assert ax is None or ax.numel() == sum(size * self.ranks.get(i, 0) for i, size in spans), "A x of other tokens"
         for (i, size), start in zip(spans, span_starts(spans), strict=True):
             if i not in self.ranks:
                 continue

@@ -5,7 +5,7 @@
 
 For the backward pass they need the norm's input, one number per token for the norm, and A x, r numbers per token; x is
 computed again. Gradients of frozen factors are not computed. The algebra of the update is in `adapters/low_rank.py`;
-A and F come from the adapter. A step of both linears of the MLP is in `layer_specs.py`.
+A and F come from the adapter. The MLP, whose linears are one autograd step, is in `layer_specs.py`.
 
 Under sequence parallelism each rank computes A x of a column-parallel linear from its part of the sequence. A x is sent
 in the same message as x, and its gradient in the same message as the gradient of x. In a row-parallel linear every rank

@@ -136,12 +136,14 @@ def _with_zero_gradients(result: Tensor, tensors: Sequence[Tensor]) -> Tensor:
     """The result with a backward pass that also gives zeros to these tensors."""
     if not tensors:
         return result
-    zeros = [partial(torch.zeros, tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in tensors]
-    return with_adjoint(
-        lambda result, *_: result.view_as(result),
-        lambda gradient: (gradient, *(make() for make in zeros)),
-        *(result, *tensors),
-    )
+    zeros = _zeros_like(tensors)
+    return with_adjoint(lambda result, *_: result.view_as(result), lambda g: (g, *zeros(g)), *(result, *tensors))
+
+
+def _zeros_like(tensors: Sequence[Tensor]) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    """An adjoint that gives zeros to these tensors, without a reference to them."""
+    makers = [partial(torch.zeros, tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in tensors]
+    return lambda _gradient: tuple(make() for make in makers)
 
 
 class Stage(nn.Module):
@@ -280,7 +282,9 @@ class Stage(nn.Module):
         unused = unused if torch.is_grad_enabled() else ()
         if isinstance(output, Tensor):
             return _with_zero_gradients(output, unused)
-        output = output._replace(zero_gradients=unused)
+        if unused:  # an empty tensor in their place, so that the pipeline's buffer of outputs does not keep them
+            zero = with_adjoint(lambda first, *_: first.new_zeros(0), _zeros_like(unused), *unused)
+            output = output._replace(zero_gradients=(zero,))
         return output if labels is None else self.tail.loss(output, labels)
 
     def predict(

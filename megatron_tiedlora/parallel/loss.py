@@ -1,7 +1,7 @@
-"""The loss of each adapter's tokens; its backward pass, like every handwritten one, cannot be differentiated again.
+"""The loss: the cross entropy of the next token, summed over each adapter's tokens.
 
-The backward pass of a loss runs inside its forward pass. Later only a factor comes, which scales the gradients, so only
-the gradients are saved.
+Its backward pass cannot be differentiated again. The backward pass of a loss runs inside its forward pass. Later only
+a factor comes, which scales the gradients, so only the gradients are saved.
 
 Rows of several adapters are consecutive in one tensor, a span for each. A sum over one adapter's rows, or a factor for
 them, is computed as if the tensor had no other rows.

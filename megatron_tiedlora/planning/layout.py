@@ -71,6 +71,7 @@ class Layout:
         live_parameters: ZeRO-3 stops gathering base weights once it holds more elements than this.
         overlaps_gathers: whether ZeRO-3 gathers weights while it computes with others.
         dtype: the dtype of the base, and of activations.
+        storage: how the linears of the blocks are stored and multiplied.
         recompute: "none", "selective" (gate and up) or "full" (whole blocks).
         on_gpu: whether the ranks run on GPUs, where rows are padded further and libraries need memory too.
         compiled: whether kernels are compiled.

@@ -79,7 +79,7 @@ _TIE = 1.005  # times the time of the fastest
 
 @dataclass(eq=False)
 class ClusterPlan:
-    """Every layout of a run on a cluster: what a run is asked, and what it says.
+    """Every layout of a run on a cluster, and why a run rejects the others.
 
     Attributes:
         settings: tiedlora train's, with the defaults of a plan.

@@ -172,7 +172,7 @@ class Trainer:
     rivals: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     _rows: list[dict[str, Any]] = field(default_factory=list)
     _told: set[str] = field(default_factory=set)
-    _rates: list[str] = field(default_factory=list)  # of the last step in words: all tokens, then each adapter
+    _rates: list[str] = field(default_factory=list)  # speeds of the last step, as text: of all tokens, then by adapter
     _table_failure: UserError | None = None
 
     def __post_init__(self) -> None:

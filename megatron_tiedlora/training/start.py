@@ -99,8 +99,8 @@ def open_run(settings: Settings, plans: adapter_plans.Plans, data: adapter_plans
     after = partial(adapter_plans.check_run_folders, settings, plans)
     folder = _take_folder(settings, end=end, before=reject_other_runs, after=after)
     opened = Start(settings, dict(plans), data, folder, end, adapter_plans.adapter_folders(plans, folder))
-    for name, adapters_own in opened.own_folders.items():
-        here = plans[name].settings.completed(output_dir=str(adapters_own.path))
+    for name, run_folder in opened.own_folders.items():
+        here = plans[name].settings.completed(output_dir=str(run_folder.path))
         opened.plans[name] = replace(plans[name], settings=here)
     # The run folders of adapters that exist are taken before their checkpoints are looked for. New ones are made with
     # the run's first files: a start that is killed before these leaves nothing that the next start would reject.
