@@ -14,7 +14,7 @@ from megatron_tiedlora.parallel.groups import TENSOR, Traffic
 
 pytestmark = [
     pytest.mark.distributed,
-    pytest.mark.cpu_seconds(20, reason="the first test makes the start that all share"),
+    pytest.mark.cpu_seconds(30, reason="the first test makes the start that all share"),
 ]
 
 OWN: dict[str, dict[str, Any]] = {

@@ -25,29 +25,29 @@ Table = Mapping[str, tuple[float, str]]
 # At most so many lines, and the reason where the number was raised.
 LINES: Table = {
     "(top)": (133, "the registration of the method for PEFT, from peft/"),
-    "adapters": (1331, "slots of tensors that layers share"),
+    "adapters": (1332, "slots of tensors that layers share"),
     "base": (2119, "presets, from config/; groups that fill up went to config/batch.py"),
-    "checkpoint": (1980, "models in memory from hf/, merged weights from convert/"),
+    "checkpoint": (1979, "models in memory from hf/, merged weights from convert/"),
     "cluster": (1450, ""),
-    "commands": (1043, "the table of commands, from base/; evaluate takes its folder by a function that tests call"),
+    "commands": (1048, "the table of commands, from base/; evaluate takes its folder by a function that tests call"),
     "config": (2821, "which adapters differ only in the learning rate, from training/"),
     "convert": (3179, "the index of a folder of adapters, from sharing/"),
-    "data": (4518, ""),
+    "data": (4519, ""),
     "engine": (973, "the two ways to step adapters, from training/"),
     "evaluation": (1513, ""),
     "integrations": (894, "the Python interface, the method for PEFT and uploads: api/, peft/ and a part of sharing/"),
-    "model": (3194, "how a model is cut, from planning/; the setting of recompute, from engine/; norms by layer"),
+    "model": (3198, "how a model is cut, from planning/; the setting of recompute, from engine/; norms by layer"),
     "parallel": (2247, "kernels of norms of all heads"),
-    "planning": (4421, "the planner, and the plan of a run with its data from training/"),
+    "planning": (4422, "the planner, and the plan of a run with its data from training/"),
     "runtime": (2204, "the hosts of a job, from config/"),
     "selfcheck": (3521, "benchmarks, from benchmark/"),
     "study": (1550, "the bar of a sweep moves with the steps of its runs"),
     "training": (2769, "peers give up all folders; a failed start says so in each; one report"),
 }
 WHOLE: Table = {
-    "lines": (41860, "the call that decides on the number of calls; a value as it was given"),
+    "lines": (41871, "checks and texts that a review of the shrunk package missed"),
     "modules": (170, ""),
-    "import lines in %": (5.94, ""),
+    "import lines in %": (5.95, ""),
 }
 # fmt: on
 # Comments and docstrings in percent of all lines, when last measured. The share stays within a tenth of it: they are
