@@ -1,8 +1,8 @@
 """Records the bits of many runs, to show that a change of the code's structure has changed no number.
 
-    python tests/support/recorded_runs.py --output before.json            about 15 minutes on two cores
-    python tests/support/recorded_runs.py --output after.json --against before.json
-    python tests/support/recorded_runs.py --output demo.json --cases demo      names, or parts of them
+    PYTHONPATH=tests python -m support.recorded_runs --output before.json            about 15 minutes on two cores
+    PYTHONPATH=tests python -m support.recorded_runs --output after.json --against before.json
+    PYTHONPATH=tests python -m support.recorded_runs --output demo.json --cases demo      names, or parts of them
 
 A case is one or more starts of `train` (or `sweep`) by their flags, so that it needs nothing of the package but its
 command line. Of its folder are recorded: the sha256 of every tensor of adapters, exports and checkpoints (with the
