@@ -113,14 +113,14 @@ class RunPlan:
         return replace(self.batches, packed_length=packed_length, min_micro_batches=least)
 
     def global_batch(self, dataset: TokenDataset, *, consumed_samples: int = 0) -> GlobalBatch:
-        """The plan of the step that follows `consumed_samples`."""
+        """Return the plan of the step that follows `consumed_samples`."""
         seed = self.settings.seed
         return plan_global_batch(dataset, self.batch_shape, seed=seed, consumed_samples=consumed_samples)
 
     def training_loader(
         self, dataset: TokenDataset, *, pad_id: int, consumed_samples: int = 0
     ) -> Iterator[TrainingStep]:
-        """The steps of this rank on `dataset` after `consumed_samples`."""
+        """Yield the steps of this rank on `dataset` after `consumed_samples`."""
         return training_steps(
             dataset,
             self.batch_shape,
@@ -160,7 +160,7 @@ class RunPlan:
         return [f"--rank {rank}: {widest.name} has {words}, so no update of it has a rank above {min(sizes):,}"]
 
     def layout_of(self, adapter: AdapterConfig) -> AdapterLayout:
-        """The parts of an adapter that is trained over this plan's stages, by rank."""
+        """Return the parts of an adapter that is trained over this plan's stages, by rank."""
         own = (tuple(layer for layer in adapter.layers if layer in stage.layers) for stage in self.stages)
         return AdapterLayout(adapter, self.grid, tuple(own))
 
@@ -197,11 +197,11 @@ class RunPlan:
         return batch.resolve_max_new_tokens(given, self.source.shape.limit.tokens, of_task)
 
     def counted(self, num_samples: int) -> "RunPlan":
-        """The plan whose --max_steps is counted for --epochs of `num_samples` training samples, if that is given."""
+        """Return the plan whose --max_steps is counted for --epochs of `num_samples` training samples, if that is given."""
         return replace(self, settings=with_counted_steps(self.settings, num_samples))
 
     def resolved_settings(self) -> dict[str, Any]:
-        """Every setting as a plain value; defaults that depend on the model or the number of ranks are filled in."""
+        """Return every setting as a plain value; defaults that depend on the model or the number of ranks are filled in."""
         return self.settings.model_dump() | {
             "dtype": self.dtype_name,
             "layers": list(self.adapter.layers),
@@ -293,13 +293,13 @@ LEAST_WORK = 5e9
 
 
 def pays_to_compile(shape: ModelShape, grid: Grid, *, num_tokens: int, least_work: float = LEAST_WORK) -> bool:
-    """Whether a run over `num_tokens`, on all ranks together, is long enough to gain from compiled kernels."""
+    """Return whether a run over `num_tokens`, on all ranks together, is long enough to gain from compiled kernels."""
     widths = shape.num_layers * (shape.hidden_size + shape.intermediate_size) / (grid.tp_size * grid.pp_size)
     return num_tokens / grid.dp_size * widths >= least_work
 
 
 def with_models_length(settings: Settings, source: ModelSource) -> Settings:
-    """The settings with a --max_length that the model can have, if none was given."""
+    """Return the settings with a --max_length that the model can have, if none was given."""
     limit = source.shape.limit.tokens
     if "max_length" in settings.model_fields_set or settings.max_length <= limit:
         return settings
@@ -307,7 +307,7 @@ def with_models_length(settings: Settings, source: ModelSource) -> Settings:
 
 
 def with_counted_steps(settings: Settings, num_samples: int) -> Settings:
-    """The settings with the number of steps of --epochs, if that is given. The default warm-up is shortened to it.
+    """Return the settings with the number of steps of --epochs, if that is given. The default warm-up is shortened to it.
 
     A step takes the next --global_batch_size samples, whatever the parallel layout and however packing puts them into
     rows. So an epoch has ceil(samples / --global_batch_size) steps, and its last step may begin the next epoch. Each
@@ -340,7 +340,7 @@ def epochs_of(settings: Settings, num_samples: int) -> float:
 
 
 def steps_in_words(settings: Settings, num_samples: int) -> str:
-    """The number of steps, and how it follows from --epochs, or how many epochs follow from it."""
+    """Return the number of steps, and how it follows from --epochs, or how many epochs follow from it."""
     steps, samples = count_text(settings.max_steps, "step"), count_text(num_samples, "training sample")
     if settings.epochs is None:
         return f"{steps}, {epochs_of(settings, num_samples):,.2f} passes over the {samples}"
@@ -376,7 +376,7 @@ class StartAdapter:
 
 
 def with_start(settings: Settings, source: ModelSource) -> Settings:
-    """The settings, some of which the adapter of --init_from decides. Reads the adapter, or the resumed checkpoint.
+    """Return the settings, some of which the adapter of --init_from decides. Reads the adapter, or the resumed checkpoint.
 
     Raises:
         UserError: it cannot be read, is for a model of another shape, or contradicts a setting that was given.
@@ -404,7 +404,7 @@ def with_start(settings: Settings, source: ModelSource) -> Settings:
 def load_start(
     settings: Settings, source: ModelSource, adapter: AdapterConfig, base: BaseIdentity
 ) -> tuple[Mapping[str, torch.Tensor] | None, tuple[str, ...]]:
-    """The full tensors with which a new run starts, None for the initial ones; and notes. Rank 0 reads them for all.
+    """Return the full tensors with which a new run starts, None for the initial ones; and notes. Rank 0 reads them for all.
 
     Args:
         adapter: the run's adapter.
@@ -428,7 +428,7 @@ def load_start(
 
 
 def start_lines(settings: Settings, source: ModelSource) -> list[str]:
-    """The lines of a dry run on the adapter of --init_from."""
+    """Return the lines of a dry run on the adapter of --init_from."""
     if settings.init_from is None or recorded_run(settings) is not None:
         return []
     start = read_start(settings.init_from, source, differs=settings.base_differs)
@@ -436,7 +436,7 @@ def start_lines(settings: Settings, source: ModelSource) -> list[str]:
 
 
 def read_start(given: str, source: ModelSource, *, differs: bool) -> StartAdapter:
-    """The adapter in the folder `given` to --init_from, for a base of the shape of `source`.
+    """Return the adapter in the folder `given` to --init_from, for a base of the shape of `source`.
 
     Raises:
         UserError: there is none, it cannot be read or is for a model of another shape; or `source` has a merged adapter
@@ -455,21 +455,21 @@ def read_start(given: str, source: ModelSource, *, differs: bool) -> StartAdapte
 
 
 def _decided(config: AdapterConfig) -> dict[str, Any]:
-    """The settings that an adapter decides."""
+    """Return the settings that an adapter decides."""
     stds = {"init_std_a": config.init_std_a, "init_std_b": config.init_std_b}
     found = {**config.facts, **stds}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
 
 
 def _given(settings: Settings, source: ModelSource) -> dict[str, Any]:
-    """The settings of `_TAKEN_OVER` that the user gave."""
+    """Return the settings of `_TAKEN_OVER` that the user gave."""
     every_layer = tuple(range(1, source.shape.num_layers + 1))
     given = {name: getattr(settings, name) for name in _TAKEN_OVER if name in settings.model_fields_set}
     return {name: every_layer if value is None else value for name, value in given.items()}
 
 
 def recorded_run(settings: Settings) -> Mapping[str, Any] | None:
-    """The settings in the checkpoint that --resume finds; None if there is none, or this host does not see it."""
+    """Return the settings in the checkpoint that --resume finds; None if there is none, or this host does not see it."""
     if settings.resume == "none":
         return None
     if settings.resume != "auto":

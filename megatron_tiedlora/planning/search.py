@@ -139,14 +139,14 @@ class ClusterPlan:
         return [*self.rows, *self.elsewhere, *self.others]
 
     def best_of_each(self) -> list[Candidate]:
-        """The fastest of each tensor x pipeline x data and storage."""
+        """Return the fastest of each tensor x pipeline x data and storage."""
         found: dict[Hashable, Candidate] = {}
         for row in self.rows:
             found.setdefault(row.alike, row)
         return list(found.values())
 
     def row(self, name: str, *, flag: str) -> Candidate:
-        """The layout of a name. Raises UserError, with the nearest one."""
+        """Return the layout of a name. Raises UserError, with the nearest one."""
         rows = {row.name: row for row in self.all_rows}
         if name not in rows:
             raise UserError(f"--{flag} {name}: no such layout{nearest_name(name, rows)}; names are those of the table")
@@ -173,27 +173,27 @@ class ClusterPlan:
         return adapter_plans.adapter_settings(make_settings(given))
 
     def assumes(self, name: str) -> bool:
-        """Whether a setting is a default, at least for one adapter."""
+        """Return whether a setting is a default, at least for one adapter."""
         if self.given(name):
             return False
         return name not in PER_ADAPTER or any(name not in own.model_fields_set for own in self.adapters.values())
 
     def given(self, name: str) -> bool:
-        """Whether a flag was given."""
+        """Return whether a flag was given."""
         return name in self.settings.model_fields_set
 
     def choices(self, name: str, values: Sequence[Any]) -> Sequence[Any]:
-        """The values of a setting: the one that was given, or all."""
+        """Return the values of a setting: the one that was given, or all."""
         return [getattr(self.settings, name)] if self.given(name) else values
 
     def grids(self, world_size: int) -> list[tuple[int, int]]:
-        """Tensor and pipeline parallel sizes whose product divides the ranks; a given one in any case."""
+        """Return tensor and pipeline parallel sizes whose product divides the ranks; a given one in any case."""
         tensor, pipeline = (self.choices(f"{name}_parallel", divisors(world_size)) for name in ("tensor", "pipeline"))
         found = [(t, p) for t in tensor for p in pipeline if world_size % (t * p) == 0]
         return found or [(tensor[0], pipeline[0])]
 
     def rows_per_rank(self, dp_size: int) -> list[int]:
-        """Rows of a micro-batch: the divisors of a rank's part of the global batch, of each adapter's if several."""
+        """Return rows of a micro-batch: the divisors of a rank's part of the global batch, of each adapter's if several."""
         if self.settings.micro_batch_size is not None:
             return [self.settings.micro_batch_size]
         given = (own for own in self.adapters.values() if "global_batch_size" in own.model_fields_set)
@@ -202,7 +202,7 @@ class ClusterPlan:
         return [1] if rest else divisors(share)
 
     def plans(self, tp_size: int, pp_size: int, engine_file: str, storage: Storage) -> adapter_plans.Plans:
-        """The plans that `plan_run` makes of a layout, by adapter.
+        """Return the plans that `plan_run` makes of a layout, by adapter.
 
         Raises:
             UserError: as a run does, or the cluster is not made for it.
@@ -285,7 +285,7 @@ def search(
 
 
 def _storages(plan: ClusterPlan, formats: tuple[str, ...] | None) -> tuple[Storage, ...]:
-    """The storage formats to plan, with a name in `formats`.
+    """Return the storage formats to plan, with a name in `formats`.
 
     A model that is stored quantised has those of its own format.
 
@@ -315,5 +315,5 @@ def _storages(plan: ClusterPlan, formats: tuple[str, ...] | None) -> tuple[Stora
 
 
 def divisors(number: int) -> list[int]:
-    """The divisors of a number, in ascending order."""
+    """Return the divisors of a number, in ascending order."""
     return [size for size in range(1, number + 1) if number % size == 0]

@@ -74,7 +74,7 @@ class Link(NamedTuple):
     per_node: int
 
     def term(self, kind: str, count: int, num_bytes: float, machine: Machine, *, purpose: str) -> Term:
-        """The time of `count` messages of `num_bytes` together, one after another."""
+        """Return the time of `count` messages of `num_bytes` together, one after another."""
         carried = num_bytes * _RINGS[kind] * (self.size - 1) / self.size if kind in _RINGS else num_bytes
         label, fixed = f"{kind}, {count_text(int(count), 'message')}", count * machine["message"]
         bandwidth = machine["node_bandwidth"] * machine["node_link"]  # of each rank, in one direction
@@ -110,14 +110,14 @@ class Links:
         return found
 
     def to_next(self, stage: int) -> Link:
-        """The link from a stage to the next one: over the network if one of its ranks sends to another node."""
+        """Return the link from a stage to the next one: over the network if one of its ranks sends to another node."""
         width, per_node = self.layout.tp_size * self.layout.dp_size, self.ranks_per_node
         first = stage * width
         crosses = any(rank // per_node != (rank + width) // per_node for rank in (first, first + width - 1))
         return Link(2, 1 + crosses, 1)
 
     def terms(self, traffic: Traffic, machine: Machine, *, purpose: str) -> list[Term]:
-        """The time of all messages except to other stages."""
+        """Return the time of all messages except to other stages."""
         return [
             self.by_group[group].term(kind, traffic.messages[group, kind], size, machine, purpose=purpose)
             for (group, kind), size in traffic.bytes.items()
@@ -165,7 +165,7 @@ class Seconds(NamedTuple):
 
     @classmethod
     def of(cls, terms: Iterable[Term]) -> "Seconds":
-        """The terms by purpose."""
+        """Return the terms by purpose."""
         found = dict.fromkeys(cls._fields, 0.0)
         for term in terms:
             found[term.purpose] += term.seconds
@@ -189,7 +189,7 @@ class StepParts:
     outside: float
 
     def busiest(self) -> tuple[int, Seconds]:
-        """The first stage of those that work longest, and the time of all its passes."""
+        """Return the first stage of those that work longest, and the time of all its passes."""
         firsts: dict[int, int] = {}
         for index, passes in enumerate(self.stages):  # stages that do the same are one object
             firsts.setdefault(id(passes), index)
@@ -201,7 +201,7 @@ class StepParts:
 
 
 def stage_terms(work: StageWork, stage: StagePlan, links: Links, machine: Machine) -> tuple[list[Term], list[Term]]:
-    """The terms of the time of the forward and of the backward pass of a micro-batch."""
+    """Return the terms of the time of the forward and of the backward pass of a micro-batch."""
     layout = stage.layout
     forward, backward, again = (pass_terms(each, layout, links, machine) for each in work)
     backward += [term._replace(label=f"{term.label}, recomputed") for term in again]
@@ -228,7 +228,7 @@ def stage_terms(work: StageWork, stage: StagePlan, links: Links, machine: Machin
 
 
 def pass_terms(work: PassWork, layout: Layout, links: Links, machine: Machine) -> list[Term]:
-    """A pass without gathers and sends to other stages."""
+    """Return a pass without gathers and sends to other stages."""
     base, products, _ = layout.storage
     dtype, moved = DTYPES[layout.dtype.itemsize], machine["bandwidth"] * machine["elementwise"]
     of_linears = dtype if products is None else DTYPES[1]
@@ -255,7 +255,7 @@ def pass_terms(work: PassWork, layout: Layout, links: Links, machine: Machine) -
 
 
 def _dequantised(work: PassWork, layout: Layout, base: str, machine: Machine) -> list[Term]:
-    """The work to make weights ready for a matmul: they are dequantised, or transposed for FP8 matmuls, whose
+    """Return the work to make weights ready for a matmul: they are dequantised, or transposed for FP8 matmuls, whose
     activations are rounded."""
     moved, weights = machine["bandwidth"] * machine["elementwise"], work["weights"] + work["weights_back"]
     if layout.storage.products is not None:  # a byte is read, one written; on a CPU in the time of the emulated matmul
@@ -273,7 +273,7 @@ def _dequantised(work: PassWork, layout: Layout, base: str, machine: Machine) ->
 
 
 def sum_terms(stage: StagePlan, batches: Sequence[MicroBatchShape], links: Links, machine: Machine) -> list[Term]:
-    """The messages that a rank sends once a step: gradients, norms, reports; of ZeRO-3 only gradients."""
+    """Return the messages that a rank sends once a step: gradients, norms, reports; of ZeRO-3 only gradients."""
     once, sent = once_traffic(stage, batches), engine_traffic(stage, num_micro_batches=len(batches))
     if stage.layout.zero_stage == 3:
         del sent.bytes[DATA, "all-gather"]
@@ -284,7 +284,7 @@ def sum_terms(stage: StagePlan, batches: Sequence[MicroBatchShape], links: Links
 
 
 def step_seconds(steps: Sequence[StepParts]) -> list[Seconds]:
-    """The time of each step, by what the stage that works longest spends it on.
+    """Return the time of each step, by what the stage that works longest spends it on.
 
     Steps with as many stages and micro-batches are simulated together.
     """
@@ -305,7 +305,7 @@ def step_seconds(steps: Sequence[StepParts]) -> list[Seconds]:
 
 
 def pipeline_spans(steps: Sequence[StepParts]) -> NDArray[np.float64]:
-    """The seconds from the start to the end of the last pass of all stages, of steps with as many passes each.
+    """Return the seconds from the start to the end of the last pass of all stages, of steps with as many passes each.
 
     A stage runs its passes in the order 1F1B of DeepSpeed's pipeline (0.19.8), which the trace of real steps shows:
     forward passes until as many are in flight as stages follow, its own included; then one back, one forward. Each runs

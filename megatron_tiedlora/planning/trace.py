@@ -35,7 +35,7 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def _remembers(method: _Method) -> _Method:
-    """The method, which computes once what its arguments say.
+    """Return the method, which computes once what its arguments say.
 
     The caller's gradient mode changes nothing, and neither does the garbage collector: objects that it ends may run
     operations, as DeepSpeed's engines do.
@@ -151,7 +151,7 @@ class Tracer:
 
     @_remembers
     def _stage(self, first: int, stop: int | None) -> Stage:
-        """A stage of some entries of the flat list of layers."""
+        """Return a stage of some entries of the flat list of layers."""
         with torch.device(counting.META):
             stage = Stage(list(self._specs[first:stop]), None, tensor_parallel=self.tensor_parallel)
         for name, module in stage.named_modules():
@@ -161,7 +161,7 @@ class Tracer:
         return stage
 
     def at(self, kind: Kind, sizes: Sizes, *, recompute: str) -> Trace:
-        """The trace of a block for a micro-batch of these sizes.
+        """Return the trace of a block for a micro-batch of these sizes.
 
         With tokens of one adapter everything about it is affine in `_features`, so that as many traces as there are
         features give all sizes. With several adapters each size is traced.
@@ -181,7 +181,7 @@ class Tracer:
 
     @_remembers
     def _solved(self, kind: Kind, recompute: str) -> tuple[Trace, Any]:
-        """The first trace, and the coefficients (features, numbers of a trace)."""
+        """Return the first trace, and the coefficients (features, numbers of a trace)."""
         one = 8 * self.tensor_parallel.group.size
         given = [(2, 1, 8, 8), (4, 1, 8, 8)]
         if kind.ends:
@@ -193,7 +193,7 @@ class Tracer:
 
     @_remembers
     def embedding(self, tokens: int) -> dict[Hashable, float]:
-        """The counts of the embedding."""
+        """Return the counts of the embedding."""
         stage = self._stage(0, 1)
         self._counts.restart()
         with self._counts:
@@ -202,7 +202,7 @@ class Tracer:
 
     @_remembers
     def reading(self, parts: tuple[AdapterShard, ...]) -> AdapterReading:
-        """The work of reading the adapters of a micro-batch, once for all layers of a stage."""
+        """Return the work of reading the adapters of a micro-batch, once for all layers of a stage."""
         with torch.device(counting.META):
             adapter_group = AdapterGroup({str(number): TiedAdapter(part) for number, part in enumerate(parts)})
         kept = {parameter.untyped_storage()._cdata for _, parameter in adapter_group.named_parameters()}
@@ -276,7 +276,7 @@ class Tracer:
     def _updates(
         self, kind: Kind, index: int, sizes: Sizes, anchor: torch.Tensor, kept: list[torch.Tensor]
     ) -> tuple[dict[int, LayerUpdate], dict[tuple[str, str], weakref.ref[torch.UntypedStorage]]]:
-        """The updates of the block, with gradient slots that keep their gradients; and its factors."""
+        """Return the updates of the block, with gradient slots that keep their gradients; and its factors."""
 
         def gradient_slot(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
             return with_adjoint(lambda one: one.new_empty(1, dtype=dtype).expand(shape), kept.append, anchor)
@@ -345,7 +345,7 @@ def _supervised(sizes: Sizes) -> Supervised:
 
 
 def _features(kind: Kind, sizes: Sizes) -> list[float]:
-    """The sizes that counts are affine in: tokens, those after the last attention, rows of logits, the parts in which
+    """Return the sizes that counts are affine in: tokens, those after the last attention, rows of logits, the parts in which
     these are computed, and the rows of the first part."""
     (tokens,), (after,), rows, at_once = sizes
     if not kind.ends:

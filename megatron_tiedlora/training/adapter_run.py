@@ -89,7 +89,7 @@ class BatchLosses:
 
 
 def read_record(folder: Path, *, step: int | None) -> BatchLosses | None:
-    """The evaluation after `step` that a run folder records; None if it records another, or none that can be read."""
+    """Return the evaluation after `step` that a run folder records; None if it records another, or none that can be read."""
     file = folder / RECORD_FILE
     with suppress(OSError, UserError):
         found = read_fields(file, read_json_object(file, kind="an evaluation"), BatchLosses, optional=["stopped"])
@@ -99,7 +99,7 @@ def read_record(folder: Path, *, step: int | None) -> BatchLosses | None:
 
 
 def find_behind(evaluated: Mapping[str, BatchLosses], rivals: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
-    """The adapters that are behind the best of their rivals of the same step by more than noise, each with the reason.
+    """Return the adapters that are behind the best of their rivals of the same step by more than noise, each with the reason.
 
     Args:
         evaluated: the last evaluation of each. One from before a resume may have had other batches, as these follow
@@ -294,7 +294,7 @@ class AdapterRun:
         return list(evaluation_sizes(self.data.validation, **self._batch_sizes, dp_size=self.plan.grid.dp_size))
 
     def evaluation_batches(self, *, all_of_them: bool = False) -> Iterator[MicroBatch]:
-        """The batches of the validation split on this rank, or on all ranks."""
+        """Yield the batches of the validation split on this rank, or on all ranks."""
         grid = Grid(0, 1) if all_of_them else self.plan.grid
         ours = {"dp_rank": grid.dp_rank, "dp_size": grid.dp_size, "pad_id": self._pad_id}
         return evaluation_batches(self.data.validation, **self._batch_sizes, **ours)
@@ -424,5 +424,5 @@ class AdapterRun:
 
 
 def is_trained(settings: Settings, progress: Progress) -> bool:
-    """Whether an adapter has no step left to take: by its number of steps, or as it is out of patience."""
+    """Return whether an adapter has no step left to take: by its number of steps, or as it is out of patience."""
     return progress.step >= settings.max_steps or progress.evaluations_since_best >= settings.patience

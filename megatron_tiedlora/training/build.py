@@ -36,7 +36,7 @@ from megatron_tiedlora.planning.run_plan import RunPlan, load_start
 
 
 def steps_by_engine(plans: Plans) -> bool:
-    """Whether DeepSpeed's optimizer steps the adapter, sharded as ZeRO says; it can do so for one alone."""
+    """Return whether DeepSpeed's optimizer steps the adapter, sharded as ZeRO says; it can do so for one alone."""
     return set(plans) == {ONLY} and plans[ONLY].layout.engine_steps
 
 
@@ -89,7 +89,7 @@ States = dict[str, Mapping[str, torch.Tensor] | None]  # what each adapter start
 def checked_starts(
     plans: Plans, checkpoints: Mapping[str, Checkpoint | None]
 ) -> Iterator[tuple[BaseWeights, identity.BaseIdentity, States, dict[str, tuple[str, ...]]]]:
-    """The open files of the base, what it is, and what each adapter starts from, with notes. All ranks call it.
+    """Yield the open files of the base, what it is, and what each adapter starts from, with notes. All ranks call it.
 
     Raises as `build_model`, and UserError on every rank if ranks have other bases.
     """
@@ -156,7 +156,7 @@ class _Model(NamedTuple):
 
 
 def _build_stage(plans: Plans, device: torch.device, kernels: Kernels, states: States) -> _Model:
-    """The stage with the adapters, in their initial values where they have no `states`, and without the base's."""
+    """Return the stage with the adapters, in their initial values where they have no `states`, and without the base's."""
     plan = shared_plan(plans)
     grid, engine_steps = plan.grid, steps_by_engine(plans)
     # Made outside DeepSpeed's construction, which would partition or mark them.
@@ -204,7 +204,7 @@ def _build_stage(plans: Plans, device: torch.device, kernels: Kernels, states: S
 def _start_engine(
     plans: Plans, model: _Model, device: torch.device, checkpoints: Mapping[str, Checkpoint | None]
 ) -> Runner:
-    """The engine around the model, with optimizers and schedules in the state of the checkpoints."""
+    """Return the engine around the model, with optimizers and schedules in the state of the checkpoints."""
     plan, adapter_group = shared_plan(plans), model.stage.adapter_group
     assert adapter_group is not None
     start = partial(deepspeed_engine.initialize_engine, model.module, process_grid=model.process_grid)
@@ -282,7 +282,7 @@ def check_resumed_base(plan: RunPlan, checkpoint: Checkpoint) -> None:
 
 
 def _check_resumed(plan: RunPlan, base: identity.BaseIdentity, checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Notes on the base. Raises UserError as `check_resumed_base` does."""
+    """Return notes on the base. Raises UserError as `check_resumed_base` does."""
     stored = checkpoint.adapter.config.facts
     for name, expected in plan.adapter.facts.items():  # its settings were compared when it was found
         if stored[name] != expected:
@@ -313,7 +313,7 @@ assert SCHEDULES.keys() == set(get_args(Schedule)), "--schedule offers the names
 
 
 def learning_rate_factor(step: int, *, warmup_steps: int, max_steps: int, schedule: Schedule = "cosine") -> float:
-    """The fraction of the peak learning rate at `step` (0-based).
+    """Return the fraction of the peak learning rate at `step` (0-based).
 
     It is (step + 1) / warmup_steps during warm-up, so the first step uses 1 / warmup_steps of the peak; then it follows
     `schedule`, from 1 at the first step after warm-up to 0 (or 1, if it is constant) at `max_steps`.

@@ -132,14 +132,14 @@ def export_all(trainer: Trainer) -> list[str]:
 
 
 def original_losses(trainer: Trainer) -> list[str]:
-    """The validation loss of each on the base as it is stored, if the run used another one. On rank 0."""
+    """Return the validation loss of each on the base as it is stored, if the run used another one. On rank 0."""
     finished = [run for run in trainer.adapters.values() if run.state == "finished"]
     lines = [named(run.name, line) for run in finished for line in original_loss(run, trainer.stop)]
     return ["", *lines] if lines else []
 
 
 def original_loss(run: AdapterRun, stop: StopRequests) -> list[str]:
-    """A line with the validation loss of the best adapter on the base as it is stored. On rank 0.
+    """Return a line with the validation loss of the best adapter on the base as it is stored. On rank 0.
 
     There is none if the run used no other base. The run is over, so a signal, too little memory or a base that cannot
     be read only end this.
@@ -214,7 +214,7 @@ HeadlineRow = tuple[str, str]  # of the headline: what a line tells of, and what
 def run_headline(
     start: Start, trainer: Trainer, built: BuiltModel, chosen: ChosenKernels, device: torch.device
 ) -> list[str]:
-    """A summary of the run before its progress bar: what all adapters share, and each."""
+    """Return a summary of the run before its progress bar: what all adapters share, and each."""
     plan, attention, run = shared_plan(start.plans), built.runner.stage.attention, trainer.only
     settings = plan.settings
     model = f"{settings.model}, {num_base_parameters(plan.source.shape) / 1e6:,.1f} M parameters in"
@@ -243,7 +243,7 @@ def _all_adapters(start: Start) -> list[HeadlineRow]:
 
 
 def _all_starts(start: Start, trainer: Trainer, built: BuiltModel) -> list[HeadlineRow]:
-    """The run's folder, and from where each adapter starts."""
+    """Return the run's folder, and from where each adapter starts."""
     rows = [("run folder", str(start.folder.path))]
     if over := steps_over(trainer.profile, trainer.last_step):
         rows.append(("note", over))
@@ -305,7 +305,7 @@ def set_run_end(end: End, trainer: Trainer) -> None:
 
 
 def closing_lines(trainer: Trainer) -> list[str]:
-    """The files that a user has now, and the next commands."""
+    """Return the files that a user has now, and the next commands."""
     if trainer.only is None:
         return table_lines(trainer.everyone, trainer.folder)
     return [*speed_lines(trainer.only), *next_steps(trainer.only)]
@@ -322,7 +322,7 @@ def _layout(plan: RunPlan) -> list[HeadlineRow]:
 
 
 def resumed_text(plan: RunPlan, checkpoint: Checkpoint | None) -> str:
-    """The step from which the run continues, and whether --packing was different before it."""
+    """Return the step from which the run continues, and whether --packing was different before it."""
     if checkpoint is None:
         return ""
     packing, before = plan.settings.packing, checkpoint.settings.get("packing", plan.settings.packing)
@@ -355,7 +355,7 @@ def table_lines(adapters: Mapping[str, AdapterRun | Finished], folder: RunFolder
 
 
 def summary_lines(run: AdapterRun) -> list[str]:
-    """The table at the end of a run: validation loss and scores before and after, read from the run folder."""
+    """Return the table at the end of a run: validation loss and scores before and after, read from the run folder."""
     rows, notes = [["", "before", "after"]], list[str]()
     metric, best = run.plan.settings.eval_metric, run.progress
     validation = [row for row in read_metrics(run.folder.metrics) if row["split"] == "validation"]
@@ -373,7 +373,7 @@ def summary_lines(run: AdapterRun) -> list[str]:
 
 
 def score_rows(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[list[str]]:
-    """The rows for scores.json. Scores of a metric before and after share a row if they are of the same samples."""
+    """Return the rows for scores.json. Scores of a metric before and after share a row if they are of the same samples."""
     before, after = (scores.get(moment, {}) for moment in ("before", "after"))
     rows = []
     for name in dict.fromkeys([*before, *after]):
@@ -397,7 +397,7 @@ def _number(value: float | None, name: str = "") -> str:
 
 
 def speed_lines(run: AdapterRun) -> list[str]:
-    """The mean speed of the steps of this start, without its first one, and the peak memory.
+    """Return the mean speed of the steps of this start, without its first one, and the peak memory.
 
     There are no lines if this start took fewer than two steps.
     """
@@ -417,7 +417,7 @@ def speed_lines(run: AdapterRun) -> list[str]:
 
 
 def next_steps(run: AdapterRun) -> list[str]:
-    """The files that a user has now, and the next commands."""
+    """Return the files that a user has now, and the next commands."""
     path, settings = run.folder.path, run.plan.settings
     peft = path / "peft"
     source = run.plan.source

@@ -52,13 +52,13 @@ class Evaluation:
     step: TrainStep
 
     def evaluated(self, runs: Runs) -> dict[str, Evaluated]:
-        """The evaluation of each, by name. An adapter whose answers cannot be scored fails, and is left out."""
+        """Return the evaluation of each, by name. An adapter whose answers cannot be scored fails, and is left out."""
         losses = self.losses(runs)
         scores = self.scores(runs, lambda run: run.data.scored_validation)
         return {name: Evaluated(losses[name], found) for name, found in scores.items()}
 
     def losses(self, runs: Runs) -> dict[str, float]:
-        """The mean loss of each over all supervised tokens of its validation split, the same on every rank.
+        """Return the mean loss of each over all supervised tokens of its validation split, the same on every rank.
 
         Ranks agree on stopping before each batch (in a pipeline: before a few batches).
         """
@@ -89,7 +89,7 @@ class Evaluation:
         return {run.name: loss / run.data.validation.num_supervised for run, loss in pairs}
 
     def scores(self, runs: Runs, samples_of: Callable[[AdapterRun], ScoredSet | None]) -> dict[str, dict[str, Score]]:
-        """The scores of each on its own samples, by metric; one whose answers cannot be scored fails."""
+        """Return the scores of each on its own samples, by metric; one whose answers cannot be scored fails."""
         asked = {run.name: scored for run in runs if (scored := samples_of(run)) is not None}
         answers = self._answers([run for run in runs if run.name in asked], asked) if asked else {}
         found: dict[str, dict[str, Score]] = {}
@@ -103,7 +103,7 @@ class Evaluation:
         return {run.name: found[run.name] for run in runs if run.failure is None}
 
     def _answers(self, runs: Runs, asked: dict[str, ScoredSet]) -> dict[str, list[Answer]]:
-        """The answers of each, on rank 0."""
+        """Return the answers of each, on rank 0."""
         runner, plan, agree = self.step.runner, runs[0].plan, self.step.stop.agree
         runner.engine.module.eval()
         decoder = Decoder(runner.stage, runner.groups, plan.source.shape, calls_together=plan.engine.zero_stage == 3)
@@ -115,7 +115,7 @@ class Evaluation:
 
 
 def of_start(runs: Runs, evaluate: Callable[[Runs], dict[str, Found]]) -> dict[str, Found]:
-    """The results of `evaluate` for runs that have taken no step.
+    """Return the results of `evaluate` for runs that have taken no step.
 
     As long as its update is zero, an adapter has the base's results. So of those with the same data one is evaluated.
     """
@@ -129,7 +129,7 @@ def of_start(runs: Runs, evaluate: Callable[[Runs], dict[str, Found]]) -> dict[s
 
 
 def _start(run: AdapterRun) -> tuple[object, ...]:
-    """The facts that decide the results of an adapter before its first step."""
+    """Return the facts that decide the results of an adapter before its first step."""
     plan = run.plan
     if plan.settings.init_from is not None or not plan.adapter.method_spec.starts_at_base:
         return (run.name,)
@@ -346,7 +346,7 @@ class Trainer:
 
 
 def table_row(run: AdapterRun | Finished) -> dict[str, Any]:
-    """The row of an adapter in table.csv."""
+    """Return the row of an adapter in table.csv."""
     settings, progress = run.plan.settings, run.progress
     return {
         "name": run.name,

@@ -145,7 +145,7 @@ def _open_run_folder(name: str, start: Start) -> RunFolder:
 
 
 def _finished_before(start: Start) -> dict[str, Finished]:
-    """The adapters that an earlier start has finished and exported, and that have no step left by their settings.
+    """Return the adapters that an earlier start has finished and exported, and that have no step left by their settings.
 
     What --halving stopped is finished too, unless this start is without it. The only adapter of a run is none of them:
     it is scored and exported once more.
@@ -282,7 +282,7 @@ def write_run_settings(plan: RunPlan, folder: RunFolder) -> None:
 
 
 def _read_checkpoint(plan: RunPlan, data: adapter_plans.RunData, folder: RunFolder) -> resume.Checkpoint | None:
-    """The checkpoint that --resume asks for, or None to start from the beginning.
+    """Return the checkpoint that --resume asks for, or None to start from the beginning.
 
     Rank 0 reads it and sends it to the others, so only its host needs the run folder. With `auto`, a folder without a
     checkpoint means a start from the beginning, so that one command serves the first and every later start of a job.
@@ -417,7 +417,7 @@ def check_resumed_settings(plan: RunPlan, checkpoint: resume.Checkpoint, *, data
 
 
 def with_kept_warmup(plan: RunPlan, saved: Mapping[str, Any] | None) -> RunPlan:
-    """The plan of a run that continues one of the settings `saved` (None: a new run), with the warm-up of that one.
+    """Return the plan of a run that continues one of the settings `saved` (None: a new run), with the warm-up of that one.
 
     The default warm-up is shortened to the number of steps, so that of a run which was made longer would differ.
     """
@@ -427,12 +427,12 @@ def with_kept_warmup(plan: RunPlan, saved: Mapping[str, Any] | None) -> RunPlan:
 
 
 def _warmup(saved: Mapping[str, Any]) -> int | None:
-    """The warm-up in a checkpoint's settings, which are anything that JSON can hold; None if it is no number."""
+    """Return the warm-up in a checkpoint's settings, which are anything that JSON can hold; None if it is no number."""
     found = saved.get("warmup_steps")
     return found if type(found) is int and found >= 0 else None
 
 
 def _steps_in_words(plan: RunPlan) -> str:
-    """The number of steps, and what it was counted from."""
+    """Return the number of steps, and what it was counted from."""
     epochs = plan.settings.epochs
     return f"{plan.settings.max_steps}" + ("" if epochs is None else f" (--epochs {epochs:g})")

@@ -62,7 +62,7 @@ class StepChecks:
                 raise failure
 
     def _missing(self, in_sums: Sequence[str]) -> str | None:
-        """A text on the tensors without a gradient on this rank."""
+        """Return a text on the tensors without a gradient on this rank."""
         names = [*in_sums, *(self._guard.missing() if self._guard else [])]
         layers = ", ".join(map(str, self._adapter.part.layers))
         text = f"no gradient reaches {', '.join(dict.fromkeys(names))} from the stage with adapted layers {layers}"

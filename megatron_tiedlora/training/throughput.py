@@ -100,7 +100,7 @@ class Meter:
         return self._rates(work)
 
     def mean(self) -> dict[str, float] | None:
-        """The mean rates of the counted steps; None if there are none."""
+        """Return the mean rates of the counted steps; None if there are none."""
         return None if self._total is None or self.steps is None else self._rates(self._total)
 
     def _rates(self, work: Mapping[str, float]) -> dict[str, float]:
@@ -113,7 +113,7 @@ class Meter:
 
 
 def peak_of_all(plan: RunPlan, device: torch.device) -> Peak:
-    """The peak of all ranks together. All ranks call it, each with its own device.
+    """Return the peak of all ranks together. All ranks call it, each with its own device.
 
     Ranks that share a processor measure at the same time, so each measures about its share.
     """
@@ -123,7 +123,7 @@ def peak_of_all(plan: RunPlan, device: torch.device) -> Peak:
 
 
 def find_peak(device: torch.device, dtype: torch.dtype) -> Peak:
-    """The peak of one device for matmuls in this dtype: from the data sheet if its name is known, else measured.
+    """Return the peak of one device for matmuls in this dtype: from the data sheet if its name is known, else measured.
 
     Other devices are measured, and so is fp32, whose rate depends on whether TF32 is allowed.
     """
@@ -135,7 +135,7 @@ def find_peak(device: torch.device, dtype: torch.dtype) -> Peak:
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of square matmuls, whose size grows until they can be timed well; the best rate seen."""
+    """Return FLOP/s of square matmuls, whose size grows until they can be timed well; the best rate seen."""
     best, size, started = 0.0, _SMALLEST, time.perf_counter()
     while best == 0 or time.perf_counter() - started < _MEASURING:
         best = max(best, matmul_rate(size, size, size, dtype=dtype, device=device, repeats=2))
@@ -147,7 +147,7 @@ def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
 def matmul_rate(
     rows: int, inner: int, columns: int, *, dtype: torch.dtype, device: torch.device, repeats: int
 ) -> float:
-    """FLOP/s of a plain matmul, (rows, inner) by (columns, inner) transposed; the best of `repeats`."""
+    """Return FLOP/s of a plain matmul, (rows, inner) by (columns, inner) transposed; the best of `repeats`."""
     draw = torch.Generator(device).manual_seed(0)  # the run's own random stream is not advanced
     left, right = (torch.randn(size, inner, generator=draw, device=device, dtype=dtype) for size in (rows, columns))
     product = left.new_empty(rows, columns)
@@ -157,7 +157,7 @@ def matmul_rate(
 
 
 def timed(step: Callable[[], object], device: torch.device) -> float:
-    """The seconds that one call of `step` takes, until the device has finished."""
+    """Return the seconds that one call of `step` takes, until the device has finished."""
     started = time.perf_counter()
     step()
     if device.type == "cuda":
@@ -166,7 +166,7 @@ def timed(step: Callable[[], object], device: torch.device) -> float:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The peak memory of this process: allocated by torch on CUDA, else resident."""
+    """Return the peak memory of this process: allocated by torch on CUDA, else resident."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     most = resident_bytes("VmHWM")
@@ -189,7 +189,7 @@ def resident_bytes(name: str) -> int | None:
 
 
 def steps_over(profile: str | None, step: int) -> str:
-    """A line on the steps of a --profile that a run does not record as it continues after `step`; '' if none."""
+    """Return a line on the steps of a --profile that a run does not record as it continues after `step`; '' if none."""
     steps = profiled_steps(profile)
     if not steps or steps[0] > step:
         return ""
@@ -272,7 +272,7 @@ class ChosenKernels:
 
 
 def choose_kernels(plan: RunPlan, device: torch.device) -> ChosenKernels:
-    """The kernels that --compile asks for, compiled on every rank or on none. All ranks call it.
+    """Return the kernels that --compile asks for, compiled on every rank or on none. All ranks call it.
 
     `auto` compiles if the run is long enough to repay it, and continues without compiling if that fails.
 
@@ -307,7 +307,7 @@ def choose_kernels(plan: RunPlan, device: torch.device) -> ChosenKernels:
 
 
 def compiled_kernels(shape: ModelShape, *, dtype: torch.dtype, device: torch.device, tp_size: int = 1) -> Kernels:
-    """The kernels, compiled for a model's layers in `dtype` on `device`, sharded over `tp_size` ranks.
+    """Return the kernels, compiled for a model's layers in `dtype` on `device`, sharded over `tp_size` ranks.
 
     Raises:
         UserError: compiling failed, or another user owns the folder of the cache; the reason in one line.
