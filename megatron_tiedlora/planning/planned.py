@@ -384,7 +384,7 @@ class Planned:
         return sum(one.hours for one in alone)
 
     def changed(self, constants: dict[str, Constant]) -> "Planned":
-        """This layout on a machine with other constants."""
+        """Return this layout on a machine with these constants replaced."""
         cluster = replace(self.cluster, machine=self.machine.changed(constants))
         return Planned(step=self.step, layout=self.layout, cluster=cluster)
 
