@@ -165,7 +165,7 @@ class RunPlan:
         return AdapterLayout(adapter, self.grid, tuple(own))
 
     def part_of(self, adapter: AdapterConfig) -> AdapterShard:
-        """This rank's part of an adapter that is trained over this plan's stages."""
+        """Return this rank's shard of an adapter over this plan's stages."""
         layers = self.layout_of(adapter).stage_layers[self.grid.pp_rank]
         return AdapterShard(adapter, layers, self.grid.tp_rank, self.grid.tp_size)
 

@@ -188,7 +188,7 @@ class ClusterPlan:
         return [getattr(self.settings, name)] if self.given(name) else values
 
     def grids(self, world_size: int) -> list[tuple[int, int]]:
-        """Return tensor and pipeline parallel sizes whose product divides the ranks; a given one in any case."""
+        """Return tensor and pipeline parallel sizes whose product divides the number of ranks, or the first sizes."""
         tensor, pipeline = (self.choices(f"{name}_parallel", divisors(world_size)) for name in ("tensor", "pipeline"))
         found = [(t, p) for t in tensor for p in pipeline if world_size % (t * p) == 0]
         return found or [(tensor[0], pipeline[0])]

@@ -35,10 +35,10 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def _remembers(method: _Method) -> _Method:
-    """Return the method, which computes once what its arguments say.
+    """Return the method with a cache for its results.
 
-    The caller's gradient mode changes nothing, and neither does the garbage collector: objects that it ends may run
-    operations, as DeepSpeed's engines do.
+    The caller's gradient mode does not affect the results. The garbage collector is off, because the destructors of
+    some objects, such as DeepSpeed's engines, run operations.
     """
 
     @wraps(method)
