@@ -1,8 +1,7 @@
 """Report the layouts of a cluster as text and as JSON.
 
 The report counts the layouts, lists the fastest ones and the nearest ones that do not fit, and describes one in full.
-It
-ends with the command that launches the chosen layout.
+It ends with the command that launches the chosen layout.
 """
 
 import shlex
@@ -111,8 +110,7 @@ def _head(plan: ClusterPlan, shown: PlanSettings) -> list[str]:
     """Return the first lines of the report.
 
     They count the layouts by outcome, describe the planned run, and list the assumed defaults. Then they list why
-    layouts are
-    rejected, the most frequent reason first.
+    layouts are rejected, the most frequent reason first.
     """
     cluster, train = plan.cluster, plan.settings
     dropped, fitting = sum(not one.has_room_for_weights for one in plan.others), len(plan.rows) + len(plan.elsewhere)

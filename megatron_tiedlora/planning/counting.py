@@ -1,10 +1,8 @@
 """Count what code computes, moves, sends and allocates while it runs on tensors without data.
 
 `Counts` sees every operation. Three parts of a model are replaced by versions that count their own work: frozen
-weights,
-the tensor group, which sends nothing, and attention, whose cost depends on the documents. A kernel
-(parallel/kernels.py)
-counts as one operation, as if it were compiled.
+weights, the tensor group, which sends nothing, and attention, whose cost depends on the documents. A kernel
+(parallel/kernels.py) counts as one operation, as if it were compiled.
 """
 
 import weakref
@@ -123,8 +121,7 @@ def touched(func: Any, args: Any, kwargs: Any, result: Any) -> int:
     """Return the bytes that an unfused operation reads from memory and writes to memory.
 
     An operation reads its tensor arguments and writes its results. A view reads and writes nothing. An in-place
-    operation
-    reads and writes the changed tensor, unless it only overwrites the tensor. Broadcast elements count once.
+    operation reads and writes the changed tensor, unless it only overwrites the tensor. Broadcast elements count once.
     """
     size, name = 0, func.overloadpacket.__name__
     if func.is_view or name in _ALLOCATES:

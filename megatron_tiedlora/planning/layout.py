@@ -1,8 +1,7 @@
 """Describe the layout of a run over its ranks: the micro-batches of a step, and the contents of each pipeline stage.
 
 The planners read only a `Layout` and a `ModelShape`. A run makes one `Layout` from its settings (`RunPlan.layout`), and
-a
-comparison of layouts makes one for each. A micro-batch has tokens of one or several adapters. The rows of several
+a comparison of layouts makes one for each. A micro-batch has tokens of one or several adapters. The rows of several
 adapters are concatenated.
 
 The ranks of a stage hold equal amounts, so one `StagePlan` describes all of them. `memory` predicts the bytes that they
@@ -169,8 +168,7 @@ def shared_shape(layout: Layout, parts: Sequence[tuple[int, Sequence[SampleRow]]
     """Return the shape of a micro-batch with rows of several adapters. The position before a token predicts it.
 
     In each shard of the sequence, the supervised positions of each adapter are padded. Then every shard is padded to
-    the
-    largest one, with positions of its last adapter.
+    the largest one, with positions of its last adapter.
 
     Args:
         parts: the index of each adapter in the layout, and its rows.

@@ -1,8 +1,7 @@
 """Describe the cards, links and libraries of a cluster by named constants, each with its source.
 
 A `Machine` is one kind of card with its node; `machines.yaml` lists all known ones. The planners combine the counts of
-a
-layout (`passes`, `memory`) with these constants only. `tiedlora plan --measure` writes a file with them.
+a layout (`passes`, `memory`) with these constants only. `tiedlora plan --measure` writes a file with them.
 """
 
 import re

@@ -2,8 +2,7 @@
 
 The activations are computed from traces: the bytes that blocks save for the micro-batches in flight, and the peak of a
 pass. Two figures are not traced: the bytes that DeepSpeed's engines hold (hidden states of a pipeline, gathered weights
-of
-ZeRO-3), and the bytes that a GPU's libraries allocate outside PyTorch.
+of ZeRO-3), and the bytes that a GPU's libraries allocate outside PyTorch.
 """
 
 import operator
@@ -113,8 +112,7 @@ def step_memory(stage: StagePlan, largest: LargestMicroBatch) -> StageMemory:
     """Return the memory of a rank that depends on micro-batches. It does not depend on the storage format or ZeRO.
 
     All tokens are assumed to belong to the adapter that needs most memory. Different adapters may share a micro-batch;
-    the
-    combination that needs most memory counts.
+    the combination that needs most memory counts.
     """
     attention, activations = attention_memory(stage, largest), 0.0
     for adapters in largest.adapters:
@@ -227,12 +225,10 @@ def attention_memory(stage: StagePlan, largest: LargestMicroBatch) -> tuple[int,
     """Return the bytes that attention needs, besides its inputs and output, for the largest micro-batch.
 
     The first value counts the bytes that a block saves for its backward pass, without one fp32 element per token per
-    head.
-    The second value counts the temporary bytes of the backward pass.
+    head. The second value counts the temporary bytes of the backward pass.
 
     The model describes PyTorch's own kernels (2.11): flash in 16 bits (flash_attn needs as much), and the
-    memory-efficient
-    kernel in fp32. On a CPU it describes the tiles of `model/cpu_attention.py`.
+    memory-efficient kernel in fp32. On a CPU it describes the tiles of `model/cpu_attention.py`.
     """
     shape, layout, (tokens, documents, longest, _) = stage.shape, stage.layout, largest
     itemsize, tp_size = layout.dtype.itemsize, layout.tp_size
@@ -284,10 +280,8 @@ def engine_bytes_in_flight(stage: StagePlan, *, tokens: int) -> float:
     """Return the bytes that DeepSpeed's pipeline engine (0.19.8) holds for a micro-batch in flight, besides autograd's.
 
     They are 2 d elements per token: the input, which the stage copies, and the output. The first stage receives no
-    hidden
-    states. Autograd saves the output of the last stage, but not a recomputed attention output. Token ids, position ids
-    and
-    labels are not counted (up to 24 bytes per token and 32 per label).
+    hidden states. Autograd saves the output of the last stage, but not a recomputed attention output. Token ids,
+    position ids and labels are not counted (up to 24 bytes per token and 32 per label).
     """
     came_in = 0.0 if stage.is_first else hidden_bytes(stage)
     if not stage.is_last:
@@ -311,8 +305,7 @@ def _pipeline_bytes(stage: StagePlan, *, tokens: int) -> float:
     """Return all bytes that DeepSpeed holds for the micro-batches of a pipeline.
 
     A stage also has a buffer for received gradients. The last stage receives no gradients, but holds the input of its
-    head
-    from the previous micro-batch.
+    head from the previous micro-batch.
     """
     layout = stage.layout
     if layout.pp_size == 1:

@@ -2,8 +2,7 @@
 
 The layers after the last attention run their backward pass inside the forward pass, and are counted there. Equal blocks
 are traced once and multiplied. DeepSpeed's messages in the data-parallel group are counted separately, because
-DeepSpeed
-fills buckets and prefetches. `engine_traffic` has an upper bound of their bytes.
+DeepSpeed fills buckets and prefetches. `engine_traffic` has an upper bound of their bytes.
 """
 
 from collections import Counter
@@ -168,8 +167,7 @@ def step_flops(
     """Return the FLOPs of the whole model by purpose, for forward and backward passes without recompute.
 
     The keys are names of `PassWork`. A multiply-add counts as two FLOPs. The padding of samples does not count, so
-    packing
-    and layouts do not change the result.
+    packing and layouts do not change the result.
 
     Args:
         squared_lengths: the sum of s^2 over sequences of s positions. Causal attention needs half of it.
@@ -216,10 +214,9 @@ def once_traffic(stage: StagePlan, micro_batches: Iterable[MicroBatchShape]) -> 
     """Return the messages that a rank sends once per step, without DeepSpeed's messages in the data-parallel group.
 
     u is replicated on the ranks of a stage, a tied tensor on the ranks of all stages, and any other tensor on
-    data-parallel
-    ranks. If DeepSpeed steps the adapter, DeepSpeed sums over data-parallel ranks. This sum is enough for u without
-    tensor
-    parallelism, and for a tied tensor without a pipeline. A tied u is summed over tensor-parallel ranks before.
+    data-parallel ranks. If DeepSpeed steps the adapter, DeepSpeed sums over data-parallel ranks. This sum is enough for
+    u without tensor parallelism, and for a tied tensor without a pipeline. A tied u is summed over tensor-parallel
+    ranks before.
 
     Only adapters with tokens in the micro-batches take the step.
     """
@@ -254,12 +251,9 @@ def engine_traffic(stage: StagePlan, *, num_micro_batches: int) -> Traffic:
     """Return an upper bound of DeepSpeed's traffic in the data-parallel group in one step (0.19.8, ds_configs/ files).
 
     DeepSpeed sums gradients once per step, and from ZeRO-2 on after each micro-batch. It sums the norm and, in ZeRO-1
-    and 2,
-    gathers the updated parameters. ZeRO-3 gathers each parameter at most once per pass of a micro-batch, as some
-    parameters
-    stay gathered until the next pass. The bytes are exact bounds. The number of messages is not exact: it counts one
-    for
-    each of these operations, as DeepSpeed chooses buckets and prefetches.
+    and 2, gathers the updated parameters. ZeRO-3 gathers each parameter at most once per pass of a micro-batch, as some
+    parameters stay gathered until the next pass. The bytes are exact bounds. The number of messages is not exact: it
+    counts one for each of these operations, as DeepSpeed chooses buckets and prefetches.
     """
     zero_stage, dp_size, sent = stage.layout.zero_stage, stage.layout.dp_size, Traffic()
     if dp_size == 1 or (zero_stage < 3 and not stage.layout.engine_steps):
