@@ -1,4 +1,4 @@
-"""Plan the adapters of a run and prepare their data.
+"""Plan the adapters of a run, and prepare their data.
 
 A run has the adapters in the file of --adapters, or a single one, whose name is "". Each adapter has a plan of its own.
 Settings that the engine does not support for several adapters are rejected here. Data are read and tokenised once per
@@ -100,10 +100,7 @@ def check_clipping(plan: RunPlan) -> None:
 
 
 def adapter_folders(plans: Plans, folder: RunFolder) -> dict[str, RunFolder]:
-    """Return the run folder of each adapter.
-
-    A single adapter uses the folder of the run. Several use RUN/NAME, or the output_dir of their entry.
-    """
+    """Return the folder of each adapter: the run's for a single one, else RUN/NAME or the output_dir of its entry."""
     if set(plans) == {ONLY}:
         return {ONLY: folder}
     given = {name: plan.settings.output_dir or str(folder.path / name) for name, plan in plans.items()}
@@ -266,8 +263,7 @@ def prepare_data(plan: RunPlan) -> RunData:
 
 
 def _drawn(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """Return --eval_samples random validation samples in file order. The seed selects them, as files are often
-    sorted."""
+    """Return --eval_samples validation samples, selected by the seed because files are often sorted, in file order."""
     examples = read_split(settings, "validation", tokenizer=tokenizer)
     order = permutation(len(examples), seed=settings.seed, stream=_DRAW_STREAM)[: settings.eval_samples]
     return [examples[index] for index in sorted(order.tolist())]

@@ -1,8 +1,4 @@
-"""Report the layouts of a cluster as text and as JSON.
-
-The report counts the layouts, lists the fastest ones and the nearest ones that do not fit, and describes one in full.
-It ends with the command that launches the chosen layout.
-"""
+"""Report the layouts of a cluster as text and as JSON. The report ends with the command of the chosen layout."""
 
 import shlex
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -107,11 +103,7 @@ def warning_lines(plan: ClusterPlan, shown: PlanSettings) -> list[str]:
 
 
 def _head(plan: ClusterPlan, shown: PlanSettings) -> list[str]:
-    """Return the first lines of the report.
-
-    They count the layouts by outcome, describe the planned run, and list the assumed defaults. Then they list why
-    layouts are rejected, the most frequent reason first.
-    """
+    """Return the first lines: layout counts, the planned run, assumed defaults, and reasons for rejected layouts."""
     cluster, train = plan.cluster, plan.settings
     dropped, fitting = sum(not one.has_room_for_weights for one in plan.others), len(plan.rows) + len(plan.elsewhere)
     plans = plan.candidates[0].step.plans  # the lines below are the same for all layouts
@@ -171,10 +163,7 @@ def hours_text(value: float) -> str:
 
 
 def _missed_lines(plan: ClusterPlan) -> list[str]:
-    """Return lines on default layouts that do not fit, the nearest first.
-
-    There is at most one line for each combination of tensor x pipeline x data sizes and storage format.
-    """
+    """Return lines on the nearest layouts that do not fit, one for each set of parallel sizes and storage format."""
     plain: dict[Hashable, Candidate] = {}
 
     def unlike(row: Candidate) -> tuple[bool, bool, float]:
@@ -198,10 +187,7 @@ def _missing_line(row: Candidate, plan: ClusterPlan) -> str:
 
 
 def _what_fits(row: Candidate, plan: ClusterPlan) -> str:
-    """Return the smallest change that makes a layout fit, as flags.
-
-    A change of one setting is preferred. A change of the storage format is the last choice.
-    """
+    """Return the flags of the smallest change that makes a layout fit. The storage format is changed last."""
     groups = [row.alike, *([(*row.alike[:-1], _SMALLEST)] if row.storage == PLAIN_STORAGE else [])]
     best: tuple[tuple[int, int, int, float], str] | None = None
     for other in (*plan.rows, *plan.elsewhere):
@@ -236,8 +222,7 @@ def _why_lines(row: Candidate, plan: ClusterPlan) -> list[str]:
 
 
 def chosen_settings(plan: ClusterPlan, candidate: Candidate) -> dict[str, Any]:
-    """Return the settings of a run with this layout: the given ones, the defaults of a plan, and those of the
-    layout."""
+    """Return the settings of a run with this layout, including the given ones and the defaults of a plan."""
     values = {**plan.values, **candidate.flags}
     return {name: value for name, value in values.items() if name not in marked(Settings, of_dry_run=True)}
 
@@ -286,10 +271,7 @@ def report_record(plan: ClusterPlan, shown: PlanSettings) -> dict[str, Any]:
 
 
 def _chosen_record(plan: ClusterPlan, row: Candidate, *, yaml: str | None) -> dict[str, Any]:
-    """Return the command of a layout, and the messages that a rank sends in a step by stage and group.
-
-    The counts of DeepSpeed's messages are upper bounds.
-    """
+    """Return a record of a layout's command and of its messages, with upper bounds for DeepSpeed's messages."""
     values, messages = chosen_settings(plan, row), []
     for index in range(row.layout.pp_size):
         of_groups = {group: row.traffic(index).of_group(group) for group in GROUPS}

@@ -34,7 +34,7 @@ class Kernel(NamedTuple):
 
     Attributes:
         temporary: the bytes that it needs besides its results if it is not compiled, per element of its largest
-        argument.
+            argument.
         results: the bytes of its results, per element of its largest argument.
     """
 
@@ -59,7 +59,7 @@ class Counts(TorchDispatchMode):
 
     Attributes:
         found: the FLOPs of matmuls without frozen weights (`low_rank`), the bytes that operations read and write
-        (`moved`), and the counts of the replaced parts.
+            (`moved`), and the counts of the replaced parts.
         moments: one moment after each operation.
     """
 
@@ -79,7 +79,7 @@ class Counts(TorchDispatchMode):
         self._repeats = False  # True while later rows of logits are in memory; they need no more than the first rows
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count an operation, and run it."""
+        """Run an operation, and count it."""
         result = func(*args, **(kwargs or {}))
         if self._whole or func.is_view:
             return result
@@ -164,8 +164,7 @@ def _traced_kernel(
 
 @dataclass(frozen=True)
 class CountingGroup(RankGroup):
-    """A group that sends nothing and counts messages. It counts the bytes of full tensors, as `parallel.groups`
-    does."""
+    """A group that counts messages and sends none. It counts bytes of full tensors, as `parallel.groups` does."""
 
     counts: Counts = field(default_factory=Counts)
 
@@ -174,15 +173,15 @@ class CountingGroup(RankGroup):
         self.counts.found["bytes", TENSOR, kind] += tensor.nbytes
 
     def all_reduce_(self, tensor: Tensor, op: Any = None) -> None:
-        """Count it."""
+        """Count an all-reduce of `tensor`."""
         self._sent("all-reduce", tensor)
 
     def all_gather_into(self, gathered: Tensor, tensor: Tensor) -> None:
-        """Count it."""
+        """Count an all-gather into `gathered`."""
         self._sent("all-gather", gathered)
 
     def reduce_scatter_into(self, mine: Tensor, parts: Tensor) -> None:
-        """Count it."""
+        """Count a reduce-scatter of `parts`."""
         self._sent("reduce-scatter", parts)
 
 
@@ -197,11 +196,11 @@ class CountedWeight(FrozenWeight):
         self._counts, self._is_head, self._kind = counts, is_head, "head" if is_head else "linears"
 
     def times_transposed(self, x: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
-        """As in FrozenWeight."""
+        """Return x W^T + bias as FrozenWeight does, and count the matmul."""
         return self._counted("weights", x, partial(super().times_transposed, x, bias, out=out), out)
 
     def times(self, grad_y: Tensor, *, out: Tensor | None = None) -> Tensor:
-        """As in FrozenWeight."""
+        """Return grad_y W as FrozenWeight does, and count the matmul."""
         return self._counted("weights_back", grad_y, partial(super().times, grad_y, out=out), out)
 
     def _counted(self, name: str, x: Tensor, multiply: Callable[[], Tensor], out: Tensor | None) -> Tensor:

@@ -78,8 +78,7 @@ def held_memory(stage: StagePlan) -> StageMemory:
     of_weights = layout.dp_size if layout.zero_stage == 3 else 1
     stage_of_adapter = layout.zero_stage if layout.engine_steps else 0  # else no engine shards the adapter
     of_gradients, of_moments, of_adapter = (layout.dp_size if stage_of_adapter >= least else 1 for least in (2, 1, 3))
-    # Only an engine that steps the adapter has a bucket. Otherwise a copy of the gradients is summed after the
-    # activations are freed.
+    # Only an engine that steps the adapter has a bucket. Otherwise gradients are summed after activations are freed.
     bucket = min(trained, BUCKET_NUMBERS) if layout.dp_size > 1 and layout.engine_steps else 0
     shards = (part.local_size(name) for part in stage.parts for name in part.config.tensors if part.is_gathered(name))
     gathered = 2 * layout.tp_size * sum(shards) if layout.tp_size > 1 else 0  # factors and their gradients
@@ -124,10 +123,7 @@ def step_memory(stage: StagePlan, largest: LargestMicroBatch) -> StageMemory:
 
 
 def _most_of_widest(stage: StagePlan, tokens: int) -> Sizes:
-    """Return the sizes of a micro-batch in which the adapter that saves most per token has almost all tokens.
-
-    Only the saved A x depends on the adapter.
-    """
+    """Return the sizes of a micro-batch in which the adapter that saves the most A x has almost all tokens."""
     configs = [part.config for part in stage.parts]
     widest = max(range(len(configs)), key=lambda number: configs[number].rank * len(configs[number].targets))
     least = PAD_MULTIPLE * stage.layout.sequence_parts
@@ -166,11 +162,7 @@ def _pass_bytes(stage: StagePlan, sizes: Sizes, attention: tuple[int, float]) ->
 
 
 def _temporary_bytes(layout: Layout, attention: float, moment: Moment) -> float:
-    """Return the temporary bytes of a kernel at a moment, besides its arguments and results.
-
-    Args:
-        attention: the temporary bytes of the attention kernel.
-    """
+    """Return the temporary bytes of a kernel at a moment. For attention they are the argument `attention`."""
     kernel = moment.kernel
     if kernel is None:
         return 0.0
@@ -184,19 +176,13 @@ def _temporary_bytes(layout: Layout, attention: float, moment: Moment) -> float:
 
 
 def group_bytes(part: AdapterShard) -> int:
-    """Return the bytes of one of several adapters on a rank: tensors, gradients and two moments.
-
-    They are the same in every ZeRO stage.
-    """
+    """Return the bytes of one of several adapters on a rank, in any ZeRO stage: tensors, gradients and two moments."""
     trained, frozen = (sum(map(part.local_size, part.names(trained=trained))) for trained in (True, False))
     return FP32 * (4 * trained + frozen)
 
 
 def num_communicators(stage: StagePlan) -> int:
-    """Return the number of NCCL communicators of a rank.
-
-    It has one for each group of several ranks, and one for each neighbour in the pipeline.
-    """
+    """Return the number of a rank's NCCL communicators: one per group of several ranks and per pipeline neighbour."""
     layout = stage.layout
     tensor, pipeline, data = (size > 1 for size in (layout.tp_size, layout.pp_size, layout.dp_size))
     groups = [tensor, data, tensor or pipeline, tensor and data]  # the last two: the ranks of a model; those that sum u
@@ -257,8 +243,7 @@ def attention_memory(stage: StagePlan, largest: LargestMicroBatch) -> tuple[int,
 
 
 def eager_bytes(stage: StagePlan, tokens: int) -> float:
-    """Return the peak of temporary bytes of a kernel that is not compiled, in a pass of `tokens` tokens of one
-    adapter."""
+    """Return the most temporary bytes of an uncompiled kernel in a pass of `tokens` tokens of one adapter."""
     if stage.layout.compiled:
         return 0.0
     owned = stage.for_adapters((0,))
@@ -290,8 +275,7 @@ def engine_bytes_in_flight(stage: StagePlan, *, tokens: int) -> float:
 
 
 def _gathered_bytes(stage: StagePlan) -> float:
-    """Return the bytes of gathered ZeRO-3 weights. ZeRO-3 stops gathering above `live_parameters` (DeepSpeed
-    0.19.8)."""
+    """Return the bytes of gathered weights. ZeRO-3 (0.19.8) stops gathering above `live_parameters` elements."""
     layout, block = stage.layout, stage.shape.block
     if layout.zero_stage < 3 or layout.dp_size == 1:
         return 0.0

@@ -198,7 +198,7 @@ class StepPlan:
         return largest_positions(positions, dp_size=plan.grid.dp_size)
 
     def _own(self, name: str) -> list[tuple[list[SampleRow], int]]:
-        """Return, for each micro-batch of an adapter on this rank, its rows and the sum of s^2 over samples of s
+        """Return the rows of each of an adapter's micro-batches on this rank, and its sum of s^2 over samples of s
         tokens.
 
         Without data each row is one full sample. No position predicts the first token of a sample.

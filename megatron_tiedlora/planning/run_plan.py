@@ -307,7 +307,7 @@ def with_models_length(settings: Settings, source: ModelSource) -> Settings:
 
 
 def with_counted_steps(settings: Settings, num_samples: int) -> Settings:
-    """Return the settings with --max_steps computed from --epochs, if given. It also limits the default warm-up.
+    """Return the settings with --max_steps computed from --epochs, if given. --max_steps limits the default warm-up.
 
     A step takes the next --global_batch_size samples, independent of the parallel configuration and of packing. So an
     epoch has ceil(samples / --global_batch_size) steps, and its last step may begin the next epoch. The number of steps
@@ -440,7 +440,7 @@ def read_start(given: str, source: ModelSource, *, differs: bool) -> StartAdapte
 
     Raises:
         UserError: there is no adapter, or it cannot be read, or it is for a model of another shape. Without `differs`
-        (--base_differs) also if `source` has a merged adapter that a PEFT adapter does not record.
+            (--base_differs) also if `source` has a merged adapter that a PEFT adapter does not record.
     """
     opened = open_adapter(given, source, flag="--init_from", differs=differs)
     kind = "a PEFT adapter"
@@ -469,8 +469,7 @@ def _given(settings: Settings, source: ModelSource) -> dict[str, Any]:
 
 
 def recorded_run(settings: Settings) -> Mapping[str, Any] | None:
-    """Return the settings in the checkpoint of --resume; None if there is no checkpoint or this host does not see
-    it."""
+    """Return the settings in the checkpoint of --resume; None if there is none or this host does not see it."""
     if settings.resume == "none":
         return None
     if settings.resume != "auto":

@@ -69,8 +69,8 @@ class BatchLosses:
         return math.fsum(self.losses) / sum(self.tokens)
 
     def behind(self, other: "BatchLosses") -> tuple[float, float]:
-        """Return how much this loss per token exceeds that of `other` on the same batches, and the noise of the
-        difference.
+        """Return by how much this loss per token exceeds that of `other` on the same batches, and the noise of this
+        value.
 
         With a single batch the noise is unknown, and inf is returned.
         """
@@ -104,7 +104,7 @@ def find_behind(evaluated: Mapping[str, BatchLosses], rivals: Mapping[str, tuple
 
     Args:
         evaluated: the last evaluation of each adapter. Only evaluations of the same step and batches are compared: a
-        resume may change the batches, which depend on the micro-batch size and the parallel configuration.
+            resume may change the batches, which depend on the micro-batch size and the parallel configuration.
     """
     found = {}
     for name, own in evaluated.items():
@@ -211,8 +211,7 @@ class AdapterRun:
             self.recorded = True
 
     def finish(self) -> None:
-        """Record on rank 0 that the adapter has finished and its files are written. A single adapter leaves it to the
-        run."""
+        """Record on rank 0 that the adapter has finished. The run records the end of a single adapter."""
         if self.ends_apart:
             self.folder.write_status("finished", step=self.progress.step, reason=self.reason)
         self.recorded = True
@@ -269,8 +268,7 @@ class AdapterRun:
         return f"loss {own.loss:.4f}, {rates['tokens_per_second']:,.0f} tokens/s, MFU {rates['mfu']:.1%}"
 
     def _write_log(self, row: dict[str, Any]) -> None:
-        """Write a log row on rank 0. An error is raised later on all ranks together, so that no rank waits for rank
-        0."""
+        """Write a log row on rank 0. An error is raised later on all ranks together, so that no rank waits."""
         if self.log is not None and self.log_failure is None:
             try:
                 self.log.write(row)
@@ -339,8 +337,7 @@ class AdapterRun:
             bar.write(printable(named(self.name, line)))
 
     def after_step(self, bar: Any, found: Evaluated | None) -> None:
-        """Log the evaluation `found` if one was due, save if a checkpoint is due, and end the adapter if it is
-        trained."""
+        """Log the evaluation `found` if one was due, save if a checkpoint is due, and end a trained adapter."""
         settings, step = self.plan.settings, self.progress.step
         improved = False
         if self.evaluation_is_due:
@@ -358,8 +355,7 @@ class AdapterRun:
         self.end_if_trained()
 
     def recall(self) -> None:
-        """Read the evaluation before a resume, with --halving. End the adapter if it was stopped after that
-        evaluation."""
+        """Read the last evaluation before a resume, with --halving. End the adapter if it was stopped there."""
         if self.keeps_losses:
             path, step = self.folder.path, self.progress.evaluated_step
             self.evaluated = decided_by_rank_0(lambda: read_record(path, step=step), kind=BatchLosses | None)
@@ -367,8 +363,7 @@ class AdapterRun:
             self._end(self.evaluated.stopped)
 
     def keep_losses(self, batches: Sequence[tuple[float, int]]) -> None:
-        """Sum an evaluation over ranks and keep it, with --halving. It is written before the checkpoint that follows
-        it.
+        """Sum an evaluation over ranks and keep it, with --halving. It is written before the next checkpoint.
 
         Args:
             batches: the loss and the supervised tokens of each batch on this rank.

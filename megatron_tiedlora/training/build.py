@@ -71,7 +71,7 @@ def build_model(
 
         Raises:
             UserError: weights are missing or do not fit, or a checkpoint or the adapter of --init_from has another
-            base.
+                base.
     """
     shared, resumed = shared_plan(plans), checkpoints or {}
     with checked_starts(plans, resumed) as (weights, base, states, notes):

@@ -101,8 +101,7 @@ def _score(trainer: Trainer, runs: Sequence[AdapterRun], moment: str) -> None:
 
 
 def end_at_once(start: Start) -> str:
-    """End a launch in which every adapter has already finished. Rank 0 writes the table and status. Returns the
-    reason."""
+    """Write the table and the status of a launch that finds every adapter finished. Returns the reason."""
     reason = f"{count_text(len(start.finished), 'adapter')} trained"
     if shared_plan(start.plans).grid.rank == 0:
         start.folder.write_table([table_row(adapter) for adapter in start.finished.values()])
@@ -133,10 +132,8 @@ def export_all(trainer: Trainer) -> list[str]:
 
 
 def original_losses(trainer: Trainer) -> list[str]:
-    """Return lines with the validation loss of each adapter on the stored base, if --base trained on another format.
-
-    Only rank 0 calls it.
-    """
+    """Return the validation loss of each adapter on the stored base, if training used another format. Runs on rank
+    0."""
     finished = [run for run in trainer.adapters.values() if run.state == "finished"]
     lines = [named(run.name, line) for run in finished for line in original_loss(run, trainer.stop)]
     return ["", *lines] if lines else []
@@ -179,8 +176,7 @@ def _original_loss(run: AdapterRun, stop: StopRequests) -> float:
 
 
 def export(run: AdapterRun, stop: StopRequests) -> list[str]:
-    """Plot the losses and export to PEFT. Some tasks also merge and verify. Only rank 0 calls it. Returns lines to
-    print.
+    """Plot the losses and export to PEFT. Some tasks also merge and verify. Runs on rank 0. Returns lines to print.
 
     Merging and verifying need disk space and memory for a whole model, so most tasks leave them to separate commands.
 
@@ -338,8 +334,7 @@ def resumed_text(plan: RunPlan, checkpoint: Checkpoint | None) -> str:
 
 
 def table_lines(adapters: Mapping[str, AdapterRun | Finished], folder: RunFolder) -> list[str]:
-    """Return a table of how each adapter ended, the location of its files, and serving commands. Only rank 0 calls
-    it."""
+    """Return a table of how each adapter ended, the location of its files, and serving commands. Runs on rank 0."""
     rows = [("adapter", "state", "step", "best step", "best", "reason")]
     for name, run in adapters.items():
         progress = run.progress

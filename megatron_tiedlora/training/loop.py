@@ -52,8 +52,7 @@ class Evaluation:
     step: TrainStep
 
     def evaluated(self, runs: Runs) -> dict[str, Evaluated]:
-        """Return the evaluation of each adapter by name. An adapter whose answers cannot be scored fails, and is left
-        out."""
+        """Return the evaluation of each adapter by name. An adapter without valid scores fails, and is left out."""
         losses = self.losses(runs)
         scores = self.scores(runs, lambda run: run.data.scored_validation)
         return {name: Evaluated(losses[name], found) for name, found in scores.items()}
@@ -90,8 +89,7 @@ class Evaluation:
         return {run.name: loss / run.data.validation.num_supervised for run, loss in pairs}
 
     def scores(self, runs: Runs, samples_of: Callable[[AdapterRun], ScoredSet | None]) -> dict[str, dict[str, Score]]:
-        """Return the scores of each adapter on its samples by metric. An adapter whose answers cannot be scored
-        fails."""
+        """Return the scores of each adapter on its samples, by metric. An adapter without valid scores fails."""
         asked = {run.name: scored for run in runs if (scored := samples_of(run)) is not None}
         answers = self._answers([run for run in runs if run.name in asked], asked) if asked else {}
         found: dict[str, dict[str, Score]] = {}
@@ -205,7 +203,7 @@ class Trainer:
         Raises:
             RunStopped: all ranks agreed to stop; finished steps are saved.
             RunFailed: the only adapter failed: its loss or gradient norm is not finite, a trained tensor gets no
-            gradient, or replicas differ. Nothing was saved after the last good step.
+                gradient, or replicas differ. Nothing was saved after the last good step.
         """
         total = sum(run.plan.settings.max_steps for run in self.adapters.values())
         done = sum(run.progress.step for run in self.adapters.values())

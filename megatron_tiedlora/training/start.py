@@ -78,11 +78,11 @@ def open_run(settings: Settings, plans: adapter_plans.Plans, data: adapter_plans
 
     Args:
         end: the end of the run, which releases all folders. It gets their owners at once, so that peers can release the
-        folders if rank 0 is lost while it reads checkpoints.
+            folders if rank 0 is lost while it reads checkpoints.
 
     Raises:
         UserError: a folder is in use or holds a run that this launch cannot resume, or ranks have different data. It is
-        raised on every rank.
+            raised on every rank.
     """
     for own in {id(own): own for own in data.values()}.values():
         if differing := num_differing(own.shared_sha256):

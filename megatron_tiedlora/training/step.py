@@ -49,8 +49,7 @@ class StepChecks:
     """The checks of one adapter in one launch of a run."""
 
     def __init__(self, runner: Runner, name: str, *, check_steps: int) -> None:
-        """Start the checks of adapter `name`. Replicas are compared in the first `check_steps` steps and at saves (0:
-        never)."""
+        """Start the checks of adapter `name`. Replicas are compared in `check_steps` steps and at saves (0: never)."""
         self._runner, self._name, self._adapter = runner, name, runner.adapters[name]
         self._check_steps = check_steps
         self._steps = 0
@@ -274,8 +273,7 @@ class TrainStep:
         saved_steps: Mapping[str, int],
         failed: dict[str, UserError],
     ) -> dict[str, AdapterStep]:
-        """Take the step of each adapter that has not failed and passes its checks. Returns reports with norms and
-        failures."""
+        """Take the step of each adapter that passes its checks. Returns the reports with norms and failures."""
 
         def healthy() -> dict[str, tuple[StepChecks, int]]:
             return {name: (self.checks[name], own.number) for name, own in reports.items() if name not in failed}

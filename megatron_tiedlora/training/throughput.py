@@ -125,8 +125,7 @@ def peak_of_all(plan: RunPlan, device: torch.device) -> Peak:
 def find_peak(device: torch.device, dtype: torch.dtype) -> Peak:
     """Return the peak of one device for matmuls in this dtype, from the data sheet or measured.
 
-    The data sheet is used for bf16 on known GPUs. fp32 is always measured, since its rate depends on TF32 being
-    allowed.
+    The data sheet is used for bf16 on known GPUs. fp32 is always measured, as its rate depends on TF32.
     """
     if device.type == "cuda" and dtype == torch.bfloat16:
         listed = listed_peak(torch.cuda.get_device_name(device))
@@ -225,11 +224,9 @@ class StepProfiler:
             self.finish(last_step=number)
 
     def finish(self, *, last_step: int) -> None:
-        """Write the recorded trace, if there is one. Rank 0 prints a note if the run ended before the first step to
-        record.
+        """Write the recorded trace, if any. Rank 0 prints a note if the run ended before the first step to record.
 
-        A trace that cannot be written does not end the run, since a run folder may be read-only on hosts other than
-        rank 0's.
+        A failed write does not end the run, since the run folder may be read-only on some hosts.
         """
         if self._steps and last_step < self._steps[0] and self._rank == 0:
             first = self._steps[0]
@@ -278,8 +275,7 @@ class ChosenKernels:
 def choose_kernels(plan: RunPlan, device: torch.device) -> ChosenKernels:
     """Return the kernels that --compile asks for, compiled on every rank or on none. All ranks call it.
 
-    `auto` compiles only for a run that is long enough to gain from it, and continues without compiled kernels on
-    failure.
+    `auto` compiles only for long enough runs, and continues without compiled kernels if compiling fails.
 
     Raises:
         UserError: on every rank, with --compile true, if a rank cannot compile.
@@ -351,11 +347,8 @@ def compiled_kernels(shape: ModelShape, *, dtype: torch.dtype, device: torch.dev
 def warm_up_widths(
     kernels: Kernels, shape: ModelShape, *, dtype: torch.dtype, device: torch.device, tp_size: int
 ) -> None:
-    """Call every kernel with the widths of a rank.
-
-    The calls run forwards and backwards with several rows, whose number is marked as dynamic, and forwards with one
-    row.
-    """
+    """Call every kernel with the widths of a rank: forwards and backwards with a dynamic number of rows, and forwards
+    with one row."""
     widths = shape.resized(
         vocab_size=-(-shape.vocab_size // tp_size),
         intermediate_size=shape.intermediate_size // tp_size,
@@ -393,8 +386,7 @@ def _call_all(
     ids = torch.arange(length).expand(num_rows, length)
     labels = find_supervised(ids % shape.vocab_size).moved(lambda tensor: tensor.to(device))
     tokens, positions = (ids % shape.vocab_size).to(device), ids.to(device)
-    # Both passes run on this thread, since the patch is thread-local. Without the patch compile workers would stay
-    # alive.
+    # Both passes run on this thread, since the patch is thread-local. It prevents compile workers from staying alive.
     with inductor.patch(compile_threads=1), torch.autograd.set_multithreading_enabled(False):
         for found in documents:
             packed = None if found is None else found.expand(num_rows, length)
