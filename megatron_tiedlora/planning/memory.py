@@ -210,11 +210,11 @@ def micro_batches_in_flight(stage: StagePlan) -> int:
 def attention_memory(stage: StagePlan, largest: LargestMicroBatch) -> tuple[int, float]:
     """Return the bytes that attention needs, besides its inputs and output, for the largest micro-batch.
 
-    The first value counts the bytes that a block saves for its backward pass, without one fp32 element per token per
+    The first value counts the bytes that a block saves for its backward pass, besides one fp32 element per token per
     head. The second value counts the temporary bytes of the backward pass.
 
-    The model describes PyTorch's own kernels (2.11): flash in 16 bits (flash_attn needs as much), and the
-    memory-efficient kernel in fp32. On a CPU it describes the tiles of `model/cpu_attention.py`.
+    The values are for PyTorch's own kernels (2.11): flash in 16 bits (flash_attn needs as much), and the
+    memory-efficient kernel in fp32. On a CPU they are for the tiles of `model/cpu_attention.py`.
     """
     shape, layout, (tokens, documents, longest, _) = stage.shape, stage.layout, largest
     itemsize, tp_size = layout.dtype.itemsize, layout.tp_size
@@ -279,7 +279,7 @@ def _gathered_bytes(stage: StagePlan) -> float:
     layout, block = stage.layout, stage.shape.block
     if layout.zero_stage < 3 or layout.dp_size == 1:
         return 0.0
-    mlp = (block.gate_up.num_weights + block.down.num_weights) // layout.tp_size  # which are gathered together
+    mlp = (block.gate_up.num_weights + block.down.num_weights) // layout.tp_size  # both are gathered together
     most = layout.live_parameters + max(mlp, *(tensor.size for tensor in stage.local_base))
     numbers = sum(number * tensor.size for tensor, number in stage.local_base.items())
     return min(most / numbers, 1.0) * stage.base_bytes

@@ -32,7 +32,7 @@ class PassWork(dict[Hashable, float]):
     weights: the elements of the blocks' linears that matmuls read. A quantised base dequantises them.
     weights_back: the elements that matmuls for gradients read, transposed.
     rounded, rounded_back: the elements of activations and of gradients that the blocks' linears multiply. FP8 matmuls
-    round them first.
+        round them first.
     head_weights: the elements of the head that its matmuls read.
     blocks: the number of passes through a block, which the host launches.
     (messages, group, kind), (bytes, group, kind): the messages; see `Traffic`.
@@ -252,8 +252,8 @@ def engine_traffic(stage: StagePlan, *, num_micro_batches: int) -> Traffic:
 
     DeepSpeed sums gradients once per step, and from ZeRO-2 on after each micro-batch. It sums the norm and, in ZeRO-1
     and 2, gathers the updated parameters. ZeRO-3 gathers each parameter at most once per pass of a micro-batch, as some
-    parameters stay gathered until the next pass. The bytes are exact bounds. The number of messages is not exact: it
-    counts one for each of these operations, as DeepSpeed chooses buckets and prefetches.
+    parameters stay gathered until the next pass. Only the bytes are bounds: each of these operations counts as one
+    message, although DeepSpeed chooses buckets and prefetches.
     """
     zero_stage, dp_size, sent = stage.layout.zero_stage, stage.layout.dp_size, Traffic()
     if dp_size == 1 or (zero_stage < 3 and not stage.layout.engine_steps):

@@ -219,7 +219,7 @@ def _one_more(planned: Planned) -> list[list[str]]:
         return []
     number = max(range(len(step.plans)), key=lambda number: _own_bytes(step, number))
     name = list(step.plans)[number]
-    again = f"{name} again"  # a blank is in no adapter's name
+    again = f"{name} again"  # unique, as adapter names have no blanks
     samples = None if step.samples is None else {**step.samples, again: step.samples[name]}
     more = Planned.alone(replace(step, plans={**step.plans, again: step.plans[name]}, samples=samples), planned.machine)
     before, after = ([one.memory(stage.index).allocated for stage in one.stages] for one in (planned, more))

@@ -242,7 +242,7 @@ def plan_run(
         plans, starts = f"`--dry_run --world_size {ranks}`", f"`tiedlora run --num_gpus {ranks} ...`"
         raise UserError(f"{error}: {plans} plans without ranks, {starts} starts them") from None
     on_gpu = settings.gpu is not None or (uses_gpu() if settings.plan_for is None else settings.plan_for == "gpu")
-    # An error must not wait for a download of weights.
+    # Errors are reported before weights are downloaded.
     found = source or find_model(settings.model, weights=False)
     shape, settings = found.shape, with_models_length(with_start(settings, found), found)
     if settings.base != (stored := found.base_format(settings.base, settings.products)):

@@ -40,7 +40,7 @@ def train_rank(settings: Settings) -> End:
         built = build_model(start.left, device, start.checkpoints, kernels=chosen.kernels)
         trainer = make_trainer(start, built, device, stop)
         end.finished_step = lambda: trainer.last_step
-        if trainer.only is None:  # otherwise the step tells it
+        if trainer.only is None:  # the message on a single adapter has its step
             end.saved = "the last step of each adapter is saved"
         if rank == 0:
             show(*finish.run_headline(start, trainer, built, chosen, device))
