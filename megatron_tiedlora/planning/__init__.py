@@ -1,1 +1,1 @@
-"""Arithmetic that predicts what a layout costs: stages, FLOPs, memory and messages."""
+"""Predict the stages, FLOPs, memory, messages and time of a layout."""

@@ -1,7 +1,8 @@
-"""The plans of the adapters of a run by name, with folders and data: several of --adapters, or one, whose name is "".
+"""Plan the adapters of a run, and prepare their data.
 
-Each is the plan of a run of its own. What the engine cannot do for several together is rejected here. Data are read and
-tokenised once per host, before any rank waits for another.
+A run has the adapters in the file of --adapters, or a single one, whose name is "". Each adapter has a plan of its own.
+Settings that the engine does not support for several adapters are rejected here. Data are read and tokenised once per
+host, before any rank waits for another.
 """
 
 from __future__ import annotations
@@ -30,16 +31,16 @@ from megatron_tiedlora.evaluation.answering import ScoredSet, encode_scored
 from megatron_tiedlora.planning.run_plan import RunPlan, epochs_of, plan_run
 from megatron_tiedlora.runtime.run_folder import RunFolder, choose_run_folder, last_run_folder
 
-DS_CONFIG = "zero0.json"  # of --adapters by default, as others would clip all together, or shard the base
+DS_CONFIG = "zero0.json"  # the default with --adapters; others clip all adapters together or shard the base
 
-Plans = Mapping[str, RunPlan]  # by the adapter's name; they differ only in what belongs to an adapter
+Plans = Mapping[str, RunPlan]  # by adapter name; plans differ only in settings that belong to an adapter
 
 
 def adapter_settings(settings: Settings) -> dict[str, Settings]:
-    """The settings of each adapter of a run, by name. A run without --adapters has one, whose name is ONLY.
+    """Return the settings of each adapter of a run by name. A run without --adapters has one adapter, named ONLY.
 
     Raises:
-        UserError: what is wrong with the file of --adapters.
+        UserError: the file of --adapters is invalid.
     """
     if settings.adapters is None:
         return {ONLY: settings}
@@ -47,7 +48,7 @@ def adapter_settings(settings: Settings) -> dict[str, Settings]:
     folder = last_run_folder(settings).path if output_dir is None else user_path(output_dir)
     for name, given in read_adapters(settings.adapters, settings).items():
         own = {"ds_config": DS_CONFIG, **given.model_dump(exclude_unset=True)}
-        if settings.resume != "none":  # a run that is resumed reads in its folder what its --init_from was
+        if settings.resume != "none":  # a resumed run reads its --init_from from its folder
             own = {"output_dir": str(folder / name), **own}
         found[name] = make_settings(own)
     return found
@@ -56,13 +57,13 @@ def adapter_settings(settings: Settings) -> dict[str, Settings]:
 def plan_adapters(
     settings: Settings, *, rank: int, world_size: int, weights: bool = True, source: ModelSource | None = None
 ) -> dict[str, RunPlan]:
-    """The plan of each adapter of a run, by name. The model is looked for once.
+    """Return the plan of each adapter of a run by name. The model is looked up once.
 
     Args:
-        weights, source: as of `plan_run`.
+        weights, source: see `plan_run`.
 
     Raises:
-        UserError: as `plan_run`. It names the file and the adapter, if there is a file.
+        UserError: see `plan_run`. The message names the file and the adapter if --adapters is given.
     """
     file, plans = settings.adapters, dict[str, RunPlan]()
     entries, shows = adapter_settings(settings).items(), rank == 0 and file is not None
@@ -82,12 +83,12 @@ def plan_adapters(
 
 
 def shared_plan(plans: Plans) -> RunPlan:
-    """The plan whose stages all adapters have: that of the one whose first adapted layer is lowest."""
+    """Return the plan whose pipeline stages all adapters use: the plan with the lowest first adapted layer."""
     return min(plans.values(), key=lambda plan: plan.adapter.layers[0])
 
 
 def check_clipping(plan: RunPlan) -> None:
-    """Raise UserError if the engine of a plan of several adapters would clip the gradients of all together."""
+    """Raise UserError if the engine would clip the gradients of several adapters together."""
     if plan.engine.zero_stage in (1, 2):
         raise UserError(
             f"--ds_config {plan.settings.ds_config}: ZeRO-{plan.engine.zero_stage} clips the gradients of all adapters"
@@ -99,7 +100,7 @@ def check_clipping(plan: RunPlan) -> None:
 
 
 def adapter_folders(plans: Plans, folder: RunFolder) -> dict[str, RunFolder]:
-    """The run folder of each adapter: the run's own if it is the only one, else RUN/NAME, or what its entry says."""
+    """Return the folder of each adapter: the run's for a single one, else RUN/NAME or the output_dir of its entry."""
     if set(plans) == {ONLY}:
         return {ONLY: folder}
     given = {name: plan.settings.output_dir or str(folder.path / name) for name, plan in plans.items()}
@@ -107,7 +108,7 @@ def adapter_folders(plans: Plans, folder: RunFolder) -> dict[str, RunFolder]:
 
 
 def check_run_folders(settings: Settings, plans: Plans, folder: RunFolder) -> None:
-    """Raise UserError if the folder of an adapter cannot be used beside the others and the run's."""
+    """Raise UserError if the folder of an adapter is unusable, or conflicts with another folder of the run."""
     own = {name: str(of.path) for name, of in adapter_folders(plans, folder).items() if of is not folder}
     check_folders(str(settings.adapters), {RUN_OF_ALL: str(folder.path), **own})
     for name, output_dir in own.items():
@@ -118,10 +119,10 @@ def check_run_folders(settings: Settings, plans: Plans, folder: RunFolder) -> No
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_DRAW_STREAM = 2**32 + 1  # differs from the stream that splits off validation rows and from those of epochs (0, 1, ...)
+_DRAW_STREAM = 2**32 + 1  # differs from the random streams of the validation split and of epochs (0, 1, ...)
 
 
-MANY_CUT = 0.01  # of the training prompts
+MANY_CUT = 0.01  # share of the training prompts
 MANY_EPOCHS = 20
 
 
@@ -129,13 +130,12 @@ MANY_EPOCHS = 20
 class RunData(TrainingData):
     """Tokenised splits and the tokenizer.
 
-    Of `TrainingData`, the samples of `validation` choose the best checkpoint, and a resumed run must have the same
-    `sha256`.
+    The `validation` samples of `TrainingData` select the best checkpoint. A resumed run must have the same `sha256`.
 
     Attributes:
-        scored: samples to answer before and after training; None: none.
+        scored: samples to answer before and after training, or None.
         scored_validation: samples to answer at every evaluation; None if the loss selects the best checkpoint.
-        reading: what the user decided about rows.
+        reading: the user's settings for reading rows.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -145,7 +145,7 @@ class RunData(TrainingData):
 
     @property
     def notes(self) -> list[str]:
-        """How chats became text, and what they lost, for the first lines of a run."""
+        """Lines for the start of a run: how chats were rendered as text, and how many turns were dropped."""
         lines = [*self.mix]
         if self.chats:
             lines.append(f"chats by {chat_note(self.tokenizer, self.reading)}")
@@ -157,7 +157,7 @@ class RunData(TrainingData):
         return lines
 
     def warnings(self, plan: RunPlan) -> list[str]:
-        """Warnings of settings and data that are probably a mistake."""
+        """Return warnings about settings and data that are probably a mistake."""
         found = [*length_warnings(plan.settings, self.train), *plan.rank_excess]
         if self.unended:
             ends = self.tokenizer.eos_token
@@ -169,13 +169,13 @@ class RunData(TrainingData):
 
     @property
     def shared_sha256(self) -> str:
-        """Hash of all data that ranks must have in common."""
+        """Hash of all data that must be the same on every rank."""
         scored = (part.sha256 for part in (self.scored, self.scored_validation) if part is not None)
         return " ".join([self.sha256, *scored])
 
 
 def length_warnings(settings: Settings, train: TokenDataset) -> list[str]:
-    """Warnings of many prompts that are truncated, or of so many epochs that the run learns the samples by heart."""
+    """Return warnings about many truncated prompts, or so many epochs that the run overfits."""
     found = []
     cut, epochs = train.truncated_prompts, epochs_of(settings, len(train))
     if cut > MANY_CUT * len(train):
@@ -190,14 +190,14 @@ def length_warnings(settings: Settings, train: TokenDataset) -> list[str]:
     return found
 
 
-Data = Mapping[str, RunData]  # by the adapter's name
+Data = Mapping[str, RunData]  # by adapter name
 
 
 def prepare_all_data(plans: Plans) -> dict[str, RunData]:
-    """The data of each adapter, read once for all whose settings of data are the same.
+    """Return the data of each adapter. Adapters with the same data settings share data that are read once.
 
     Raises:
-        UserError: as `prepare_data`. It names the adapter.
+        UserError: see `prepare_data`. The message names the adapter.
     """
     data, read = {}, dict[tuple[str, int], RunData]()
     of_data = set(marked(Settings, decides="data"))
@@ -211,7 +211,7 @@ def prepare_all_data(plans: Plans) -> dict[str, RunData]:
 
 
 def counted(plans: Plans, data: Data) -> dict[str, RunPlan]:
-    """The plans whose --max_steps is counted for --epochs. Raises UserError, which names the adapter."""
+    """Return the plans with --max_steps computed from --epochs. Raises UserError, which names the adapter."""
     found = {}
     for name, plan in plans.items():
         with naming(name):
@@ -220,10 +220,12 @@ def counted(plans: Plans, data: Data) -> dict[str, RunPlan]:
 
 
 def plan_and_read(settings: Settings, *, rank: int, world_size: int) -> tuple[dict[str, RunPlan], dict[str, RunData]]:
-    """The plans of a run with their data, by the adapter's name: all that a rank can check before it meets the others.
+    """Return the plans and the data of a run by adapter name.
+
+    These are all checks that a rank can make before it meets the other ranks.
 
     Raises:
-        UserError: as `plan_adapters`, `prepare_all_data` and `counted`.
+        UserError: see `plan_adapters`, `prepare_all_data` and `counted`.
     """
     plans = plan_adapters(settings, rank=rank, world_size=world_size)
     data = prepare_all_data(plans)
@@ -261,14 +263,14 @@ def prepare_data(plan: RunPlan) -> RunData:
 
 
 def _drawn(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """--eval_samples random validation samples, by the seed, in file order; files are often sorted."""
+    """Return --eval_samples validation samples, selected by the seed because files are often sorted, in file order."""
     examples = read_split(settings, "validation", tokenizer=tokenizer)
     order = permutation(len(examples), seed=settings.seed, stream=_DRAW_STREAM)[: settings.eval_samples]
     return [examples[index] for index in sorted(order.tolist())]
 
 
 def _test_examples(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """The test samples to answer before and after training, as the task's record or the user asks for them."""
+    """Return the test samples to answer before and after training, as the task or the user requests them."""
     limit = get_task(settings.task).scored_rows
     if limit is None and settings.test_file is None:
         return []

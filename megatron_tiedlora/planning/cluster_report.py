@@ -1,5 +1,4 @@
-"""Every layout of a cluster as text and as JSON: how many there are, the fastest, the nearest that do not fit, and one
-in full; and the command that starts a layout."""
+"""Report the layouts of a cluster as text and as JSON. The report ends with the command of the chosen layout."""
 
 import shlex
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -21,14 +20,14 @@ from megatron_tiedlora.planning.run_plan import with_models_length
 from megatron_tiedlora.planning.search import Candidate, ClusterPlan, search
 
 _MISSED = 5  # lines about layouts that do not fit
-_REASONS = 4  # lines about those that are refused
-# What a user would change first, so that a layout fits; the last one changes the numbers.
+_REASONS = 4  # lines about rejected layouts
+# Settings in the order in which a user would change them to make a layout fit; the last one changes the results.
 _CHANGES = ("recompute", "micro_batch_size", "ds_config", "sequence_parallel", "base")
-_SMALLEST = Storage("nf4")  # if a layout does not fit in it, then in no format
+_SMALLEST = Storage("nf4")  # if a layout does not fit in this format, it fits in none
 
 
 def find_machine(settings: PlanSettings) -> machines.Machine:
-    """The machine of --constants, of --gpu, or this one."""
+    """Return the machine of --constants, the card of --gpu, or this machine's CPU."""
     if settings.constants is not None:
         machine = machines.read_machine(user_path(settings.constants, flag="--constants"))
         if machine.on_gpu == (settings.ranks_on_cpu is not None):
@@ -41,10 +40,10 @@ def find_machine(settings: PlanSettings) -> machines.Machine:
 
 
 def plan_cluster(command: PlanCommand) -> ClusterPlan:
-    """Enumerate all layouts.
+    """Return the plan of all layouts of a cluster.
 
     Raises:
-        UserError: no layout is accepted, or the model or data cannot be read; in the words of a run.
+        UserError: no layout is accepted, or the model or data cannot be read. The messages are the same as in a run.
     """
     settings, train = command.settings, command.train
     ranks, per_node = settings.ranks_on_cpu, settings.gpus_per_node
@@ -54,14 +53,14 @@ def plan_cluster(command: PlanCommand) -> ClusterPlan:
 
 
 def chosen_layout(plan: ClusterPlan, shown: PlanSettings) -> Candidate | None:
-    """The layout of --layout, or the fastest one; None if nothing fits. Raises UserError."""
+    """Return the layout of --layout, else the fastest one, else None if nothing fits. Raises UserError if unknown."""
     if shown.layout is not None:
         return plan.row(shown.layout, flag="layout")
     return plan.rows[0] if plan.rows else None
 
 
 def report_lines(plan: ClusterPlan, shown: PlanSettings) -> list[str]:
-    """The whole report."""
+    """Return the lines of the whole report."""
     rows = plan.rows if shown.every_layout else plan.best_of_each()
     first, chosen = rows[: shown.top or None], chosen_layout(plan, shown)
     lines = [*_head(plan, shown), ""]
@@ -93,7 +92,7 @@ def report_lines(plan: ClusterPlan, shown: PlanSettings) -> list[str]:
 
 
 def warning_lines(plan: ClusterPlan, shown: PlanSettings) -> list[str]:
-    """Warnings that the layout of --layout does not fit, or that a file was not written."""
+    """Return warnings that the layout of --layout does not fit, or that a file was not written."""
     row = chosen_layout(plan, shown)
     if row is not None:
         return [] if row.fits else [f"warning: --layout does not fit: {_missing_line(row, plan)}"]
@@ -104,11 +103,10 @@ def warning_lines(plan: ClusterPlan, shown: PlanSettings) -> list[str]:
 
 
 def _head(plan: ClusterPlan, shown: PlanSettings) -> list[str]:
-    """How many layouts were enumerated and what became of them, what was planned, which values were left out, and why a
-    run rejects layouts, the most frequent reason first."""
+    """Return the first lines: layout counts, the planned run, assumed defaults, and reasons for rejected layouts."""
     cluster, train = plan.cluster, plan.settings
     dropped, fitting = sum(not one.has_room_for_weights for one in plan.others), len(plan.rows) + len(plan.elsewhere)
-    plans = plan.candidates[0].step.plans  # what is said of them is the same in all layouts
+    plans = plan.candidates[0].step.plans  # the lines below are the same for all layouts
     nodes = count_text(-(-cluster.world_size // cluster.per_node), "node")
     where = f"{nodes} of {cluster.per_node} x {cluster.machine.title}"
     who = "" if train.adapters is None else f"{count_text(len(plans), 'adapter')} of {train.adapters}: "
@@ -160,12 +158,12 @@ def _table(rows: Sequence[Candidate]) -> list[str]:
 
 
 def hours_text(value: float) -> str:
-    """Hours with as many digits as say something."""
+    """Return a number of hours as text. Small numbers have more decimals."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def _missed_lines(plan: ClusterPlan) -> list[str]:
-    """Default layouts that do not fit, one for each tensor x pipeline x data and storage, the nearest first."""
+    """Return lines on the nearest layouts that do not fit, one for each set of parallel sizes and storage format."""
     plain: dict[Hashable, Candidate] = {}
 
     def unlike(row: Candidate) -> tuple[bool, bool, float]:
@@ -179,7 +177,7 @@ def _missed_lines(plan: ClusterPlan) -> list[str]:
 
 
 def _missing_line(row: Candidate, plan: ClusterPlan) -> str:
-    """A line on a layout that does not fit: the memory that it needs, and the change that makes it fit."""
+    """Return a line on a layout that does not fit: the memory that it needs, and a change that makes it fit."""
     sizes = f"{row.name}: {row.needed / 1e9:.1f} of {plan.cluster.capacity / 1e9:.1f} GB"
     if not row.has_room_for_weights:
         return f"{sizes} for the weights alone; {_what_fits(row, plan)}"
@@ -189,7 +187,7 @@ def _missing_line(row: Candidate, plan: ClusterPlan) -> str:
 
 
 def _what_fits(row: Candidate, plan: ClusterPlan) -> str:
-    """The smallest change of a layout that fits, in flags: of one setting if that is enough, last of the storage."""
+    """Return the flags of the smallest change that makes a layout fit. The storage format is changed last."""
     groups = [row.alike, *([(*row.alike[:-1], _SMALLEST)] if row.storage == PLAIN_STORAGE else [])]
     best: tuple[tuple[int, int, int, float], str] | None = None
     for other in (*plan.rows, *plan.elsewhere):
@@ -205,7 +203,7 @@ def _what_fits(row: Candidate, plan: ClusterPlan) -> str:
 
 
 def _why_lines(row: Candidate, plan: ClusterPlan) -> list[str]:
-    """Everything about a layout. One that does not fit has a time as if it did."""
+    """Return all details of a layout. The time of a layout that does not fit ignores the memory limit."""
     layout, step = row.layout, row.step
     most = f"{layout.rows} x {layout.length:,} tokens"
     if layout.named:
@@ -224,13 +222,13 @@ def _why_lines(row: Candidate, plan: ClusterPlan) -> list[str]:
 
 
 def chosen_settings(plan: ClusterPlan, candidate: Candidate) -> dict[str, Any]:
-    """The settings of a run with this layout: the given ones, the defaults of a plan, and the layout's."""
+    """Return the settings of a run with this layout, including the given ones and the defaults of a plan."""
     values = {**plan.values, **candidate.flags}
     return {name: value for name, value in values.items() if name not in marked(Settings, of_dry_run=True)}
 
 
 def command_lines(values: Mapping[str, Any], cluster: Cluster, *, yaml: str | None = None) -> list[str]:
-    """The command that starts the run: here, or on the hosts of a hostfile.
+    """Return the command that launches the run on this host, or on the hosts of a hostfile.
 
     Args:
         yaml: the file that holds the settings, if there is one.
@@ -244,7 +242,7 @@ def command_lines(values: Mapping[str, Any], cluster: Cluster, *, yaml: str | No
 
 
 def report_record(plan: ClusterPlan, shown: PlanSettings) -> dict[str, Any]:
-    """The report as JSON: all layouts, the fastest first, and the chosen one with its command and messages."""
+    """Return the report for JSON: all layouts, the fastest first, and the command and messages of the chosen one."""
     train, chosen = plan.settings, chosen_layout(plan, shown)
     about: dict[str, Any] = {"global_batch_size": train.global_batch_size}
     if train.adapters is not None:
@@ -273,7 +271,7 @@ def report_record(plan: ClusterPlan, shown: PlanSettings) -> dict[str, Any]:
 
 
 def _chosen_record(plan: ClusterPlan, row: Candidate, *, yaml: str | None) -> dict[str, Any]:
-    """How to start a layout, and by stage and group the messages of a rank in a step; of DeepSpeed's at most these."""
+    """Return a record of a layout's command and of its messages, with upper bounds for DeepSpeed's messages."""
     values, messages = chosen_settings(plan, row), []
     for index in range(row.layout.pp_size):
         of_groups = {group: row.traffic(index).of_group(group) for group in GROUPS}
@@ -283,7 +281,7 @@ def _chosen_record(plan: ClusterPlan, row: Candidate, *, yaml: str | None) -> di
 
 
 def _record_of(row: Candidate) -> dict[str, Any]:
-    """A layout as JSON."""
+    """Return the record of a layout for JSON."""
     stage, memory = row.fullest if row.has_room_for_weights else (0, None)
     record: dict[str, Any] = {
         "layout": row.name,
@@ -305,18 +303,18 @@ def _record_of(row: Candidate) -> dict[str, Any]:
     return record
 
 
-# Hints on the fastest layout, and on those that a user may have had in mind -------------------------------------------
+# Hints on the fastest layout and its alternatives ---------------------------------------------------------------------
 
 
-_LARGE = 0.15  # of a step, for something that is worth a hint
-_FASTER = 1.05  # how much faster another layout must be to be named
-_GAIN = 0.01  # by how much another storage format must be faster
-# What the storage of the base changes is a matter of the loss, not of speed; see docs/quantised.md.
+_LARGE = 0.15  # the share of a step above which a cost is worth a hint
+_FASTER = 1.05  # the speed ratio above which a hint names another layout
+_GAIN = 0.01  # the speed-up above which a hint names another storage format
+# The storage format of the base also changes the loss; see docs/quantised.md.
 _CHANGES_NUMBERS = "changes the base that is trained on (docs/quantised.md has what that does to the loss)"
 
 
 def hint_lines(plan: ClusterPlan) -> list[str]:
-    """Hints on the fastest layout and on those that a user may have had in mind."""
+    """Return hints on the fastest layout and on alternatives to it."""
     if not plan.rows:
         return [*_formats(plan)]
     best = plan.rows[0]
@@ -332,7 +330,7 @@ def _ratio(faster: Planned, slower: Planned) -> float:
 
 
 def _formats(plan: ClusterPlan) -> Iterator[str]:
-    """Hints on the format of the fastest layout, and on the gain of the fastest one in each other format."""
+    """Yield hints on the storage format of the fastest layout, and on the speed-up from each different format."""
     best = plan.rows[0] if plan.rows else None
     if best is not None and best.storage != PLAIN_STORAGE and plan.source.stored is None:
         plain = next((row for row in plan.rows if row.storage == PLAIN_STORAGE), None)
@@ -354,7 +352,7 @@ def _formats(plan: ClusterPlan) -> Iterator[str]:
 
 
 def _waits(best: Candidate, shown: Sequence[Candidate]) -> Iterator[str]:
-    """Hints on waiting: for messages of the layout with most tensor parallelism, for other stages, and for gathers."""
+    """Yield hints on waiting time: tensor-parallel messages, pipeline stages, and ZeRO-3 gathers."""
     wide = max(shown, key=lambda row: (row.layout.tp_size, row.tokens_per_second))
     alike = (row for row in shown if row.storage == wide.storage)
     fastest = max(alike, key=lambda row: row.tokens_per_second)
@@ -390,7 +388,7 @@ def _recompute(best: Candidate, plan: ClusterPlan) -> Iterator[str]:
 
 
 def _kernels(best: Candidate) -> Iterator[str]:
-    """The kernels that are planned with for attention and nf4, and what others would give on such a card."""
+    """Yield hints on the planned kernels for attention and nf4, and on the speed with different kernels."""
     machine, kernel = best.machine, machines.attention_of(best.machine)
     if kernel is not None and best.dtype == "bf16":
         assert machine.capability is not None, "it has a kernel of a card"

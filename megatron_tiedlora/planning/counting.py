@@ -1,8 +1,8 @@
-"""Counts what code computes, moves, sends and allocates while it runs on tensors without data.
+"""Count what code computes, moves, sends and allocates while it runs on tensors without data.
 
-`Counts` sees every operation. Three parts of a model are exchanged for ones that count themselves: frozen weights, the
-tensor group, which sends nothing, and attention, whose cost depends on the documents. A kernel (parallel/kernels.py)
-counts as the one operation that it is when it is compiled.
+`Counts` sees every operation. Three parts of a model are replaced by versions that count their own work: frozen
+weights, the tensor group, which sends nothing, and attention, whose cost depends on the documents. A kernel
+(parallel/kernels.py) counts as one operation, as if it were compiled.
 """
 
 import weakref
@@ -24,17 +24,18 @@ from megatron_tiedlora.parallel.kernels import Kernels, has_rows
 
 META = "meta"
 _ALLOCATES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
-_READS_NOTHING = {"new_zeros"}  # of its argument but the dtype
-_OVERWRITES = {"copy_", "fill_", "zero_"}  # without reading what was there
-_PICKS = {"embedding", "index_select"}  # as much of its first argument as it writes
+_READS_NOTHING = {"new_zeros"}  # uses only the dtype of its argument
+_OVERWRITES = {"copy_", "fill_", "zero_"}  # do not read the old values
+_PICKS = {"embedding", "index_select"}  # read as many bytes of their first argument as they write
 
 
 class Kernel(NamedTuple):
     """An operation, or a kernel that counts as one.
 
     Attributes:
-        temporary: the bytes that it needs beside its results if it is not compiled, per element of its widest argument.
-        results: the bytes of its results, per element of its widest argument.
+        temporary: the bytes that it needs besides its results if it is not compiled, per element of its largest
+            argument.
+        results: the bytes of its results, per element of its largest argument.
     """
 
     name: str
@@ -43,7 +44,7 @@ class Kernel(NamedTuple):
 
 
 class Moment(NamedTuple):
-    """The bytes that are alive after an operation; for a kernel, also the elements of its widest argument."""
+    """The bytes that are alive after an operation; for a kernel, also the elements of its largest argument."""
 
     alive: float
     kernel: Kernel | None = None
@@ -57,9 +58,9 @@ class Counts(TorchDispatchMode):
     """Counts what is computed, moved, sent and allocated while the block runs.
 
     Attributes:
-        found: FLOPs of matmuls that are not a frozen weight's (`low_rank`), bytes that operations read and write
-            (`moved`), and what the exchanged parts count.
-        moments: after each operation.
+        found: the FLOPs of matmuls without frozen weights (`low_rank`), the bytes that operations read and write
+            (`moved`), and the counts of the replaced parts.
+        moments: one moment after each operation.
     """
 
     def __init__(self) -> None:
@@ -67,18 +68,18 @@ class Counts(TorchDispatchMode):
         self.restart()
 
     def restart(self) -> None:
-        """Begin anew."""
+        """Reset all counts."""
         self.found: Counter[Hashable] = Counter()
         self.moments: list[Moment] = []
-        self.attended: list[weakref.ref[torch.UntypedStorage]] = []  # what attention saves for its backward pass
-        # that were allocated and are alive, by number
+        self.attended: list[weakref.ref[torch.UntypedStorage]] = []  # tensors that attention saves for backward
+        # Allocated storages that are alive, by their address.
         self.storages = weakref.WeakValueDictionary[int, torch.UntypedStorage]()
-        self._whole = False  # inside a part that counts as one operation
-        self._logits = 0  # matmuls that have made logits
-        self._repeats = False  # while the logits of more rows are in memory, as much as those of the first rows
+        self._whole = False  # True inside a block that counts as one operation
+        self._logits = 0  # the number of matmuls that have computed logits
+        self._repeats = False  # True while later rows of logits are in memory; they need no more than the first rows
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count an operation, and run it."""
+        """Run an operation, and count it."""
         result = func(*args, **(kwargs or {}))
         if self._whole or func.is_view:
             return result
@@ -90,7 +91,7 @@ class Counts(TorchDispatchMode):
 
     @contextmanager
     def as_one(self) -> Iterator[None]:
-        """Count nothing inside: the caller counts the block as one operation."""
+        """Count no operation inside the block: the caller counts the block as one operation."""
         self._whole, before = True, self._whole
         try:
             yield
@@ -98,7 +99,7 @@ class Counts(TorchDispatchMode):
             self._whole = before
 
     def allocated(self, result: Any, kernel: Kernel | None = None, numbers: int = 0) -> None:
-        """Note the tensors of a result, and the moment."""
+        """Record the tensors of a result, and the moment after the operation."""
         for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, Tensor):
                 self.storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
@@ -106,21 +107,21 @@ class Counts(TorchDispatchMode):
             self.moments.append(Moment(self.alive, kernel, numbers))
 
     def logits(self, *, made: bool) -> None:
-        """Logits of some rows have been made, or are needed no more."""
+        """Record that the logits of some rows have been computed, or are no longer needed."""
         self._logits += made
         self._repeats = made and self._logits > 1
 
     @property
     def alive(self) -> int:
-        """The bytes of the tensors that were allocated in the block and are alive."""
+        """The bytes of the live tensors that were allocated in the block."""
         return sum(storage.nbytes() for storage in self.storages.values())
 
 
 def touched(func: Any, args: Any, kwargs: Any, result: Any) -> int:
-    """The bytes that an operation reads and writes, as if it ran by itself, from memory to memory.
+    """Return the bytes that an unfused operation reads from memory and writes to memory.
 
-    It reads its tensor arguments and writes its results. A view touches nothing, an in-place operation reads and writes
-    what it changes, and a tensor that is only overwritten is not read. Broadcast elements count once.
+    An operation reads its tensor arguments and writes its results. A view reads and writes nothing. An in-place
+    operation reads and writes the changed tensor, unless it only overwrites the tensor. Broadcast elements count once.
     """
     size, name = 0, func.overloadpacket.__name__
     if func.is_view or name in _ALLOCATES:
@@ -135,13 +136,13 @@ def touched(func: Any, args: Any, kwargs: Any, result: Any) -> int:
 
 
 def _new_results(func: Any, result: Any) -> list[Any]:
-    """The results of an operation that are in memory of their own."""
+    """Return the results of an operation that have their own memory."""
     results = result if len(func._schema.returns) > 1 else (result,)
     return [one for one, declared in zip(results, func._schema.returns, strict=True) if declared.alias_info is None]
 
 
 def num_bytes(value: Any) -> int:
-    """The bytes of the different elements of a tensor, or of tensors in a list; 0 for anything else."""
+    """Return the bytes of a tensor, or of the tensors in a list, without broadcast copies; 0 for any other value."""
     if isinstance(value, Tensor):
         sizes = (n for n, stride in zip(value.shape, value.stride(), strict=True) if stride)
         return value.element_size() * torch.Size(sizes).numel()
@@ -151,7 +152,7 @@ def num_bytes(value: Any) -> int:
 def _traced_kernel(
     name: str, kernel: Callable[..., Any], arguments: Sequence[Any]
 ) -> tuple[tuple[Tensor, ...], Kernel]:
-    """The results of a kernel for few rows, and what it needs."""
+    """Return the results of a kernel for these arguments, and its memory needs."""
     with Counts() as counts:
         found = kernel(*arguments)
     results = () if found is None else found if isinstance(found, tuple) else (found,)
@@ -163,7 +164,7 @@ def _traced_kernel(
 
 @dataclass(frozen=True)
 class CountingGroup(RankGroup):
-    """A group that sends nothing. Bytes are of whole tensors, as in `parallel.groups`."""
+    """A group that counts messages and sends none. It counts bytes of full tensors, as `parallel.groups` does."""
 
     counts: Counts = field(default_factory=Counts)
 
@@ -172,22 +173,22 @@ class CountingGroup(RankGroup):
         self.counts.found["bytes", TENSOR, kind] += tensor.nbytes
 
     def all_reduce_(self, tensor: Tensor, op: Any = None) -> None:
-        """Count it."""
+        """Count an all-reduce of `tensor`."""
         self._sent("all-reduce", tensor)
 
     def all_gather_into(self, gathered: Tensor, tensor: Tensor) -> None:
-        """Count it."""
+        """Count an all-gather into `gathered`."""
         self._sent("all-gather", gathered)
 
     def reduce_scatter_into(self, mine: Tensor, parts: Tensor) -> None:
-        """Count it."""
+        """Count a reduce-scatter of `parts`."""
         self._sent("reduce-scatter", parts)
 
 
 class CountedWeight(FrozenWeight):
-    """A frozen weight that counts its matmuls: FLOPs, the elements of W that they read, and of what they multiply.
+    """A frozen weight that counts its matmuls: their FLOPs, and the elements of W and of the input that they read.
 
-    The matmuls of the head are counted apart.
+    The matmuls of the head are counted separately.
     """
 
     def __init__(self, tensor: Tensor, counts: Counts, *, is_head: bool) -> None:
@@ -195,11 +196,11 @@ class CountedWeight(FrozenWeight):
         self._counts, self._is_head, self._kind = counts, is_head, "head" if is_head else "linears"
 
     def times_transposed(self, x: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
-        """As in FrozenWeight."""
+        """Return x W^T + bias as FrozenWeight does, and count the matmul."""
         return self._counted("weights", x, partial(super().times_transposed, x, bias, out=out), out)
 
     def times(self, grad_y: Tensor, *, out: Tensor | None = None) -> Tensor:
-        """As in FrozenWeight."""
+        """Return grad_y W as FrozenWeight does, and count the matmul."""
         return self._counted("weights_back", grad_y, partial(super().times, grad_y, out=out), out)
 
     def _counted(self, name: str, x: Tensor, multiply: Callable[[], Tensor], out: Tensor | None) -> Tensor:
@@ -218,7 +219,7 @@ class CountedWeight(FrozenWeight):
 
 
 class CountedAttention(torch.autograd.Function):
-    """Attention's results and gradients; it saves what the kernels save."""
+    """Attention that returns empty results and gradients, and saves the same tensors as the real kernels."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, counts: Counts) -> Tensor:
@@ -234,7 +235,7 @@ class CountedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, _gradient: Tensor) -> Any:
-        counts, saved = ctx.counts, ctx.saved_tensors  # the kernel needs them until it ends
+        counts, saved = ctx.counts, ctx.saved_tensors  # stay alive until the kernel ends
         with counts.as_one():
             gradients = tuple(tensor.new_empty(tensor.shape) for tensor in saved[:3])
         counts.found["attention"] += 2  # in units of a forward pass
@@ -245,7 +246,7 @@ class CountedAttention(torch.autograd.Function):
 
 
 def counted_kernels(counts: Counts) -> Kernels:
-    """The kernels, each counted as one operation that reads what it is given and writes its results."""
+    """Return the kernels, each counted as one operation that reads its arguments and writes its results."""
     known: dict[Hashable, tuple[tuple[Tensor, ...], Kernel]] = {}
 
     def counted(name: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
@@ -253,7 +254,7 @@ def counted_kernels(counts: Counts) -> Kernels:
 
         def call(*arguments: Any) -> Any:
             with counts.as_one():
-                # The results have as many rows as the arguments; their other sizes do not depend on that.
+                # The results have as many rows as the arguments. Their other sizes do not depend on the number of rows.
                 few = [a[:1] if rows and a is not None else a for a, rows in zip(arguments, by_rows, strict=True)]
                 key = (name, *(tuple(a.shape) if isinstance(a, Tensor) else a for a in few), few[0].dtype)
                 if key not in known:

@@ -1,11 +1,11 @@
-"""The layout of a run over its ranks: the micro-batches of a step, and what each pipeline stage holds, as plain data.
+"""Describe the layout of a run over its ranks: the micro-batches of a step, and the contents of each pipeline stage.
 
-Planners read nothing beside it and a ModelShape. A run makes one `Layout` from its settings (`RunPlan.layout`), a
-comparison of layouts makes one for each. A micro-batch has tokens of one adapter, or of several, whose rows are then
-end to end.
+The planners read only a `Layout` and a `ModelShape`. A run makes one `Layout` from its settings (`RunPlan.layout`), and
+a comparison of layouts makes one for each. A micro-batch has tokens of one or several adapters. The rows of several
+adapters are concatenated.
 
 The ranks of a stage hold equal amounts, so one `StagePlan` describes all of them. `memory` predicts the bytes that they
-need, and `passes` what they compute and send.
+need. `passes` counts their computation and messages.
 """
 
 import math
@@ -33,12 +33,12 @@ GPU_MULTIPLE = 128
 
 
 class Storage(NamedTuple):
-    """How the linears of the blocks are stored and multiplied: --base, --products, --keep_transposed.
+    """The storage and matmul format of the linears of the blocks: --base, --products, --keep_transposed.
 
     Attributes:
-        base: the storage format, a name of `BASE_FORMATS`; None for the dtype of the base.
-        products: "fp8" if what these linears multiply is rounded to fp8 too.
-        keep_transposed: whether they keep a transposed copy of their codes, with `products`.
+        base: the storage format, a key of `BASE_FORMATS`; None for the dtype of the base.
+        products: "fp8" if the inputs of these linears are rounded to fp8 too.
+        keep_transposed: whether linears with `products` keep a transposed copy of their codes.
     """
 
     base: str | None = None
@@ -47,7 +47,7 @@ class Storage(NamedTuple):
 
     @property
     def name(self) -> str:
-        """A name of `FORMAT_NAMES`."""
+        """The name of the format, one of `FORMAT_NAMES`."""
         if self.products is None:
             return self.base or UNQUANTISED
         return "fp8-transposed" if self.keep_transposed else "fp8-products"
@@ -58,7 +58,7 @@ PLAIN_STORAGE = Storage()
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model and its adapters are trained over the ranks.
+    """The parallel configuration and the micro-batches of a training run.
 
     Attributes:
         adapters: the adapters that are trained.
@@ -71,12 +71,12 @@ class Layout:
         live_parameters: ZeRO-3 stops gathering base weights once it holds more elements than this.
         overlaps_gathers: whether ZeRO-3 gathers weights while it computes with others.
         dtype: the dtype of the base, and of activations.
-        storage: how the linears of the blocks are stored and multiplied.
+        storage: the storage and matmul format of the linears of the blocks.
         recompute: "none", "selective" (gate and up) or "full" (whole blocks).
         on_gpu: whether the ranks run on GPUs, where rows are padded further and libraries need memory too.
         compiled: whether kernels are compiled.
         deterministic: whether every sum has a fixed order.
-        named: whether the adapters have names, as with --adapters, where one may be alone too.
+        named: whether the adapters have names, as with --adapters, even if there is only one.
     """
 
     adapters: tuple[AdapterConfig, ...]
@@ -123,15 +123,14 @@ class Layout:
 
     @property
     def sequence_parts(self) -> int:
-        """The number of shards that activations between layers are cut into along the sequence."""
+        """The number of shards of activations between layers along the sequence."""
         return self.tp_size if self.sequence_parallel else 1
 
     @property
     def pad_multiple(self) -> int:
-        """Lengths are padded to a multiple of this, so that sequence parallelism can divide them into equal shards.
+        """The multiple to which lengths are padded, so that sequence parallelism can divide them into equal shards.
 
-        It is 8, or 128 on GPUs, for 1, 2, 4 and 8 shards; else the least common multiple. Padding does not change the
-        loss.
+        It is the least common multiple of the number of shards and 8, or 128 on GPUs. Padding does not change the loss.
         """
         return math.lcm(GPU_MULTIPLE if self.on_gpu else PAD_MULTIPLE, self.sequence_parts)
 
@@ -144,12 +143,12 @@ SampleRow = NDArray[np.bool_]
 
 
 class MicroBatchShape(NamedTuple):
-    """The sizes of a micro-batch that its messages and its work depend on.
+    """The sizes of a micro-batch that determine its messages and its work.
 
     Attributes:
-        adapters: the indices in the layout of the adapters that it has tokens of.
-        tokens: for each of them, its positions, padding included.
-        after: for each of them, the positions that are computed after the last attention; see `Supervised`.
+        adapters: the indices, in the layout, of the adapters with tokens in the micro-batch.
+        tokens: the number of positions of each of these adapters, padding included.
+        after: for each of these adapters, the positions that are computed after the last attention; see `Supervised`.
         squared_lengths: the sum of s^2 over its documents of s tokens, for attention.
     """
 
@@ -161,15 +160,15 @@ class MicroBatchShape(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
-        """All positions."""
+        """The number of positions of all adapters, padding included."""
         return sum(self.tokens)
 
 
 def shared_shape(layout: Layout, parts: Sequence[tuple[int, Sequence[SampleRow]]]) -> MicroBatchShape:
-    """The shape of a micro-batch of rows of several adapters. The position before a token predicts it.
+    """Return the shape of a micro-batch with rows of several adapters. The position before a token predicts it.
 
-    In each part of the sequence an adapter's supervised positions are padded, and then all of them, up to as many as
-    the part with most has, with positions of the part's last adapter.
+    In each shard of the sequence, the supervised positions of each adapter are padded. Then every shard is padded to
+    the largest one, with positions of its last adapter.
 
     Args:
         parts: the index of each adapter in the layout, and its rows.
@@ -201,9 +200,9 @@ class StagePlan:
 
     Attributes:
         layers: the stage's entries of the flat list (embedding 0, blocks from 1, head last).
-        parts: the part of each adapter that tensor-parallel rank 0 holds; the others hold parts of equal size.
-        local_base: the base parameters of a rank, with padding of the vocabulary and a copied head: how many there are
-            of each size.
+        parts: the shard of each adapter on tensor-parallel rank 0. The shards of the other ranks have the same size.
+        local_base: the number of base parameters of each size on a rank, with padding of the vocabulary and a copied
+            head.
         full_base_bytes: the bytes of the base parameters of all ranks of the stage together, without padding.
         cost_share: the stage's share of the work of all stages.
     """
@@ -219,17 +218,17 @@ class StagePlan:
 
     @property
     def is_first(self) -> bool:
-        """Whether it has the embedding."""
+        """Whether the stage has the embedding."""
         return self.index == 0
 
     @property
     def is_last(self) -> bool:
-        """Whether it has the head."""
+        """Whether the stage has the head."""
         return self.index == self.layout.pp_size - 1
 
     @cached_property
     def blocks(self) -> tuple[int, ...]:
-        """The blocks among its layers."""
+        """The indices of the blocks among the stage's layers."""
         return tuple(layer for layer in self.layers if 1 <= layer <= self.shape.num_layers)
 
     @cached_property
@@ -244,9 +243,9 @@ class StagePlan:
 
     @property
     def dequantised_bytes(self) -> int:
-        """The bytes of the memory into which a rank dequantises one weight after another; 0 for a plain base.
+        """The bytes of the buffer into which a rank dequantises one weight after another; 0 for a plain base.
 
-        GPUs that multiply in fp8 transpose codes there, unless transposed copies are kept.
+        GPUs that multiply in fp8 transpose codes in this buffer, unless transposed copies are kept.
         """
         layout, storage = self.layout, self.layout.storage
         if storage.base is None:
@@ -260,23 +259,23 @@ class StagePlan:
     def trained(self) -> tuple[int, ...]:
         """The elements of each trained tensor of a rank.
 
-        A stage has an anchor of one element too, unless an engine finds adapted layers in it.
+        A stage also has an anchor of one element, unless DeepSpeed's optimizer trains adapted layers in the stage.
         """
         anchor = () if self.layout.engine_steps and self.parts[0].layers else (1,)
         return (*anchor, *(part.local_size(name) for part in self.parts for name in part.names(trained=True)))
 
     @property
     def held(self) -> tuple[int, ...]:
-        """The elements of each tensor of a rank outside the base: trained ones, then frozen factors."""
+        """The elements of each tensor of a rank outside the base: first trained tensors, then frozen factors."""
         return (*self.trained, *(part.local_size(name) for part in self.parts for name in part.names(trained=False)))
 
     def for_adapters(self, adapters: Sequence[int]) -> "StagePlan":
-        """The stage for a micro-batch whose tokens belong to these adapters of the layout."""
+        """Return the stage for a micro-batch whose tokens belong to these adapters (indices in the layout)."""
         return replace(self, parts=tuple(self.parts[number] for number in adapters))
 
     @cached_property
     def kinds(self) -> Mapping[Kind, Sequence[int]]:
-        """The blocks by what they do for tokens of all parts, in the order of their first ones."""
+        """The blocks of each kind, in the order in which kinds first occur. Blocks of one kind do the same work."""
         everywhere = self.layout.first_adapted < self.blocks[0]  # an earlier stage has an adapted layer
         adapters = [(frozenset(part.layers), part.config.of_one_layer) for part in self.parts]
         first = min((part.layers[0] for part in self.parts if part.layers), default=math.inf)
@@ -294,13 +293,13 @@ class StagePlan:
 
 
 def plan_stages(shape: ModelShape, layout: Layout) -> tuple[StagePlan, ...]:
-    """All stages of the model, in order. The layout must fit the model (see `check_layout`)."""
+    """Return all stages of the model in order. The layout must fit the model (see `check_layout`)."""
     costs = layer_costs(shape, length=layout.length, first_adapted=layout.first_adapted)
     local, full = (stored_tensors(shape, layout.dtype, size, *layout.storage) for size in (layout.tp_size, 1))
     stages = []
     for index, layers in enumerate(partition(costs, layout.pp_size)):
         is_first, is_last = index == 0, index == layout.pp_size - 1
-        # With tied embeddings a head without the embedding has its own copy.
+        # With tied embeddings, a last stage without the embedding has its own copy.
         parts = {"embedding": is_first + (is_last and not is_first and shape.tied_embeddings), "head": int(is_last)}
         parts["block"] = len(layers) - is_first - is_last
         local_base, full_base = Counter[StoredTensor](), Counter[StoredTensor]()

@@ -1,8 +1,7 @@
-"""Cards, links and libraries of a cluster as a few named constants, each with its source.
+"""Describe the cards, links and libraries of a cluster by named constants, each with its source.
 
-A `Machine` is one kind of card with its node; `machines.yaml` has all that are known. Planners multiply the counts of a
-layout (`passes`, `memory`) by these constants and by nothing else. `tiedlora plan --measure` writes a file
-of them.
+A `Machine` is one kind of card with its node; `machines.yaml` lists all known ones. The planners combine the counts of
+a layout (`passes`, `memory`) with these constants only. `tiedlora plan --measure` writes a file with them.
 """
 
 import re
@@ -21,15 +20,15 @@ from megatron_tiedlora.model.fused_attention import CANDIDATES
 
 _KNOWN = read_yaml_mapping(Path(__file__).with_suffix(".yaml"))
 _BY_FORMAT = {"dequantise": [f"dequantise.{name}" for name in BASE_NAMES]}
-CONSTANTS: Mapping[str, tuple[str, str]] = {  # by name the unit of each, and what it is
+CONSTANTS: Mapping[str, tuple[str, str]] = {  # name -> (unit, description)
     name: entry for key, entry in _KNOWN["constants"].items() for name in _BY_FORMAT.get(key, [key])
 }
 _MOST = 1e30
-_MOST_SHARE = 2.0  # measured ones can be a little more than 1
+_MOST_SHARE = 2.0  # measured shares can be slightly above 1
 
 
 class Constant(NamedTuple):
-    """A value, and where it is from."""
+    """The value of a constant and its source."""
 
     value: float
     source: str
@@ -43,10 +42,10 @@ class Machine:
     """A kind of card, with the links of its node.
 
     Attributes:
-        title: for tables.
+        title: the name in tables.
         on_gpu: False for processes on CPUs.
         capability: CUDA's compute capability; None on CPUs.
-        constants: one for each name of `CONSTANTS`.
+        constants: a constant for each name in `CONSTANTS`.
     """
 
     name: str
@@ -56,15 +55,15 @@ class Machine:
     capability: tuple[int, int] | None = None
 
     def __getitem__(self, name: str) -> float:
-        """The value of a constant."""
+        """Return the value of a constant."""
         return self.constants[name].value
 
     def rate(self, what: str, dtype: str) -> float:
-        """The FLOP/s of `matmul` or `attention` in a dtype, bf16, fp8 or fp32."""
+        """Return the FLOP/s of `matmul` or `attention` in a dtype, bf16, fp8 or fp32."""
         return self[f"peak.{dtype}"] * self[f"{what}.{dtype}"]
 
     def record(self) -> dict[str, Any]:
-        """The machine as --constants reads it."""
+        """Return the machine as a record that --constants can read."""
         constants = {
             name: {"value": constant.value, "unit": CONSTANTS[name][0], "source": constant.source}
             for name, constant in self.constants.items()
@@ -73,20 +72,20 @@ class Machine:
         return {**facts, "constants": constants}
 
     def lines(self) -> list[str]:
-        """Its constants as text."""
+        """Return a table of the constants as lines of text."""
         rows = [(name, f"{value:,.4g}", CONSTANTS[name][0], source) for name, (value, source) in self.constants.items()]
         return aligned_lines(rows, align="<><", indent="  ")
 
     def changed(self, constants: Mapping[str, Constant], **changes: Any) -> "Machine":
-        """The machine with other values of some constants, and with `changes` of its other fields."""
+        """Return a copy of the machine with these constants replaced, and with `changes` of its fields."""
         return replace(self, constants={**self.constants, **constants}, **changes)
 
 
 def read_machine(path: Path) -> Machine:
-    """The machine in a file of --constants.
+    """Read the machine in a file of --constants.
 
     Raises:
-        UserError: the file is not one, or a constant is missing, unknown or no number above 0.
+        UserError: the file has another format, or a constant is missing, unknown or out of range.
     """
     content = read_json_object(path, kind="a file of constants")
     constants = content.get("constants")
@@ -122,28 +121,28 @@ def read_machine(path: Path) -> Machine:
 # Machines by name -----------------------------------------------------------------------------------------------------
 
 
-# By compute capability and by the names of CANDIDATES, the share of the peak in bf16 that attention reaches.
+# The share of the bf16 peak that attention reaches, by compute capability and by the names of CANDIDATES.
 ATTENTION: Mapping[tuple[int, ...], Mapping[str, Constant]] = {
     tuple(map(int, capability.split("."))): {name: Constant(*share) for name, share in kernels.items()}
     for capability, kernels in _KNOWN["attention"].items()
 }
-NF4_WITHOUT_LIBRARY = 47.0  # bytes that eager kernels move for a weight, where bitsandbytes is not installed
+NF4_WITHOUT_LIBRARY = 47.0  # bytes that eager kernels move per weight without bitsandbytes
 
 
 def default_attention(capability: tuple[int, int]) -> str:
-    """The attention kernel of a run in bf16 on such a card where nothing but PyTorch is installed."""
+    """Return the attention kernel that a bf16 run uses on a card of this capability with PyTorch alone."""
     of_torch = (candidate for candidate in CANDIDATES if callable(candidate.kernel))
     return next(one.name for one in of_torch if one.obstacle(capability, torch.bfloat16, 128) is None)
 
 
 def attention_of(machine: Machine) -> str | None:
-    """The kernel whose share of the peak a machine has; None if that was measured, or the machine is a CPU."""
+    """Return the attention kernel of a machine's constants; None if attention was measured, or on a CPU."""
     known = {} if machine.capability is None else ATTENTION.get(machine.capability, {})
     return next((name for name, share in known.items() if share == machine.constants["attention.bf16"]), None)
 
 
 def listed_peak(name: str) -> float | None:
-    """bf16 FLOP/s of a device of that name; None if its data sheet is not known or it is a part of a device (MIG)."""
+    """Return the bf16 FLOP/s of a device by its name; None without a known data sheet, or for a MIG instance."""
     words = set(re.split(r"[\s-]+", name))
     if "MIG" in words:
         return None

@@ -1,8 +1,8 @@
-"""Arithmetic for the bytes that a rank of each stage needs, by purpose.
+"""Predict the bytes that a rank of each stage needs, by purpose.
 
-Activations follow from traces (`passes.peak_bytes`): what blocks save of the micro-batches in flight, and the largest
-moment of a pass. Two more figures stand apart: what DeepSpeed's engines hold (hidden states of a pipeline, gathered
-weights of ZeRO-3), and what a GPU's libraries allocate outside PyTorch.
+The activations are computed from traces: the bytes that blocks save for the micro-batches in flight, and the peak of a
+pass. Two figures are not traced: the bytes that DeepSpeed's engines hold (hidden states of a pipeline, gathered weights
+of ZeRO-3), and the bytes that a GPU's libraries allocate outside PyTorch.
 """
 
 import operator
@@ -26,18 +26,18 @@ from megatron_tiedlora.planning.trace import Sizes
 # cuBLAS allocates 32 MiB on an H100 for each of the two threads that run forward and backward passes.
 WORKSPACE_BYTES = 2 * 2.0**25
 BUCKET_NUMBERS = 1_000_000  # reduce_bucket_size of the ds_configs/ files
-MULTIPROCESSORS = 132  # of an H100; flash attention's deterministic backward pass divides its work by them
+MULTIPROCESSORS = 132  # on an H100; the deterministic backward pass of flash attention is split over them
 
 
 class StageMemory(NamedTuple):
-    """The bytes on each rank of a stage. PyTorch allocates all of them but `libraries` and `slack`.
+    """The bytes on each rank of a stage. PyTorch allocates all of them except `libraries` and `slack`.
 
     Attributes:
-        activations: tensors of the micro-batches in flight that autograd saves, and temporary ones.
+        activations: the tensors that autograd saves for the micro-batches in flight, and temporary tensors.
         engine: hidden states that a pipeline holds, or weights that ZeRO-3 has gathered.
-        buffers: memory for messages: buckets of gradients, factors that are gathered, and their gradients.
-        libraries: a reserve for CUDA and NCCL, or for what an idle process on a CPU holds.
-        slack: a reserve for what the allocator cannot use.
+        buffers: memory for messages: gradient buckets, gathered factors, and the gradients of these factors.
+        libraries: a reserve for CUDA and NCCL, or for an idle process on a CPU.
+        slack: a reserve for memory that the allocator cannot use.
     """
 
     base: float = 0.0
@@ -53,7 +53,7 @@ class StageMemory(NamedTuple):
 
     @property
     def total(self) -> float:
-        """The sum."""
+        """The sum of all fields."""
         return sum(self)
 
     @property
@@ -62,33 +62,32 @@ class StageMemory(NamedTuple):
         return self.total - self.libraries - self.slack
 
     def plus(self, other: "StageMemory") -> "StageMemory":
-        """The sum of two records, field by field."""
+        """Return the sum of both records, field by field."""
         return StageMemory(*map(operator.add, self, other))
 
 
 def with_reserves(stage: StagePlan, memory: StageMemory, machine: Machine) -> StageMemory:
-    """The memory with the reserves of a machine."""
+    """Return `memory` with the reserves of a machine added."""
     libraries = machine["context"] + machine["communicator"] * num_communicators(stage)
     return memory._replace(libraries=libraries, slack=machine["slack"] * memory.allocated)
 
 
 def held_memory(stage: StagePlan) -> StageMemory:
-    """The part of a rank's memory that does not depend on micro-batches."""
+    """Return the memory of a rank that does not depend on micro-batches."""
     layout, trained = stage.layout, sum(stage.trained)
     of_weights = layout.dp_size if layout.zero_stage == 3 else 1
-    stage_of_adapter = layout.zero_stage if layout.engine_steps else 0  # else no engine shards or copies it
+    stage_of_adapter = layout.zero_stage if layout.engine_steps else 0  # else no engine shards the adapter
     of_gradients, of_moments, of_adapter = (layout.dp_size if stage_of_adapter >= least else 1 for least in (2, 1, 3))
-    # Without an engine that steps the adapter there is no bucket: a copy of the gradients is summed when the
-    # activations are freed.
+    # Only an engine that steps the adapter has a bucket. Otherwise gradients are summed after activations are freed.
     bucket = min(trained, BUCKET_NUMBERS) if layout.dp_size > 1 and layout.engine_steps else 0
     shards = (part.local_size(name) for part in stage.parts for name in part.config.tensors if part.is_gathered(name))
-    gathered = 2 * layout.tp_size * sum(shards) if layout.tp_size > 1 else 0  # factors, and their gradients
+    gathered = 2 * layout.tp_size * sum(shards) if layout.tp_size > 1 else 0  # factors and their gradients
     return StageMemory(
         base=stage.base_bytes / of_weights,
         dequantised=float(stage.dequantised_bytes),
         adapter=FP32 * sum(stage.held) / of_adapter,
         gradients=FP32 * trained / of_gradients,
-        # Two moments; an engine also has a copy of the values, which its optimizer updates.
+        # Two moments. An engine also has a copy of the parameters, which its optimizer updates.
         optimizer=(3 if layout.engine_steps else 2) * FP32 * trained / of_moments,
         engine=_gathered_bytes(stage),
         buffers=float(FP32 * (bucket + gathered)),
@@ -99,7 +98,7 @@ class LargestMicroBatch(NamedTuple):
     """The largest micro-batch of a run: its tokens, padding included, its documents and the longest one.
 
     Attributes:
-        adapters: the indices of the adapters whose tokens it may have, for each group that shares a micro-batch.
+        adapters: the indices of the adapters in each micro-batch that several adapters may share.
     """
 
     tokens: int
@@ -109,10 +108,10 @@ class LargestMicroBatch(NamedTuple):
 
 
 def step_memory(stage: StagePlan, largest: LargestMicroBatch) -> StageMemory:
-    """The part of a rank's memory that depends on the micro-batches of a step, and not on storage of the base or ZeRO.
+    """Return the memory of a rank that depends on micro-batches. It does not depend on the storage format or ZeRO.
 
-    All tokens count as those of the adapter that needs most. Of the groups of adapters that may share a micro-batch,
-    the one that needs most counts.
+    All tokens are assumed to belong to the adapter that needs most memory. Different adapters may share a micro-batch;
+    the combination that needs most memory counts.
     """
     attention, activations = attention_memory(stage, largest), 0.0
     for adapters in largest.adapters:
@@ -124,7 +123,7 @@ def step_memory(stage: StagePlan, largest: LargestMicroBatch) -> StageMemory:
 
 
 def _most_of_widest(stage: StagePlan, tokens: int) -> Sizes:
-    """Almost all tokens are of the adapter that saves most per token: only A x depends on the adapter."""
+    """Return the sizes of a micro-batch in which the adapter that saves the most A x has almost all tokens."""
     configs = [part.config for part in stage.parts]
     widest = max(range(len(configs)), key=lambda number: configs[number].rank * len(configs[number].targets))
     least = PAD_MULTIPLE * stage.layout.sequence_parts
@@ -135,7 +134,7 @@ def _most_of_widest(stage: StagePlan, tokens: int) -> Sizes:
 
 
 def _pass_bytes(stage: StagePlan, sizes: Sizes, attention: tuple[int, float]) -> tuple[float, float]:
-    """The bytes of a micro-batch that stay between its passes, and the most that a pass needs beyond them."""
+    """Return the bytes of a micro-batch that stay between its passes, and the peak of a pass beyond these bytes."""
 
     saved, workspace = attention
     workspace += saved if stage.layout.recompute == "full" else 0
@@ -163,39 +162,39 @@ def _pass_bytes(stage: StagePlan, sizes: Sizes, attention: tuple[int, float]) ->
 
 
 def _temporary_bytes(layout: Layout, attention: float, moment: Moment) -> float:
-    """The bytes that a kernel needs at a moment beside its arguments and results: `attention`, if it computes that."""
+    """Return the temporary bytes of a kernel at a moment. For attention they are the argument `attention`."""
     kernel = moment.kernel
     if kernel is None:
         return 0.0
     if kernel is ATTENTION:
         return attention
     if not layout.compiled and layout.on_gpu and moment.numbers > NUMBERS_AT_ONCE:
-        return NUMBERS_AT_ONCE * (kernel.temporary + 2 * kernel.results)  # `run_in_parts` holds those of two parts
+        return NUMBERS_AT_ONCE * (kernel.temporary + 2 * kernel.results)  # `run_in_parts` holds two results
     if not layout.compiled:
         return kernel.temporary * moment.numbers
     return 0.0 if layout.on_gpu else COPIES_ON_CPU.get(kernel.name, 0) * moment.numbers * layout.dtype.itemsize
 
 
 def group_bytes(part: AdapterShard) -> int:
-    """The bytes of one of several adapters on a rank, in every ZeRO stage: tensors, gradients and two moments."""
+    """Return the bytes of one of several adapters on a rank, in any ZeRO stage: tensors, gradients and two moments."""
     trained, frozen = (sum(map(part.local_size, part.names(trained=trained))) for trained in (True, False))
     return FP32 * (4 * trained + frozen)
 
 
 def num_communicators(stage: StagePlan) -> int:
-    """A rank's NCCL communicators: one for each group of several ranks and for each neighbour in the pipeline."""
+    """Return the number of a rank's NCCL communicators: one per group of several ranks and per pipeline neighbour."""
     layout = stage.layout
     tensor, pipeline, data = (size > 1 for size in (layout.tp_size, layout.pp_size, layout.dp_size))
-    groups = [tensor, data, tensor or pipeline, tensor and data]  # the last two: the model's, and that of u
-    if pipeline:  # the groups of the pipeline, of choices and of the tied tensors
+    groups = [tensor, data, tensor or pipeline, tensor and data]  # the last two: the ranks of a model; those that sum u
+    if pipeline:  # the groups of the pipeline, of choices, and of tied tensors
         groups += [True] * 3 + [not stage.is_first, not stage.is_last]
     return sum(groups)
 
 
 def cache_bytes(stage: StagePlan, *, sequences: int, tokens: int) -> int:
-    """The bytes of keys and values on a rank of the stage while it decodes sequences of up to `tokens` tokens.
+    """Return the bytes of the key-value cache on a rank while it generates sequences of up to `tokens` tokens.
 
-    Each stage of a pipeline works on another part of the batch, so every rank holds the caches of the whole batch.
+    The stages of a pipeline work on different sequences of the batch, so every rank caches the whole batch.
     """
     heads, layout = stage.shape.heads, stage.layout
     dtype = cache_dtype(layout.dtype, torch.device("cuda" if layout.on_gpu else "cpu"))
@@ -204,18 +203,18 @@ def cache_bytes(stage: StagePlan, *, sequences: int, tokens: int) -> int:
 
 
 def micro_batches_in_flight(stage: StagePlan) -> int:
-    """The most micro-batches that 1F1B has started and not finished on a stage."""
+    """Return the largest number of micro-batches that 1F1B has in flight on a stage."""
     return min(stage.layout.pp_size - stage.index, stage.layout.micro_batches)
 
 
 def attention_memory(stage: StagePlan, largest: LargestMicroBatch) -> tuple[int, float]:
-    """The bytes that attention's kernel needs beside its inputs and output for the largest micro-batch.
+    """Return the bytes that attention needs, besides its inputs and output, for the largest micro-batch.
 
-    They are what a block saves for its backward pass, beside one fp32 number per token per head, and the temporary
-    bytes of that pass.
+    The first value counts the bytes that a block saves for its backward pass, besides one fp32 element per token per
+    head. The second value counts the temporary bytes of the backward pass.
 
-    The figures are those of PyTorch's own kernels (2.11): flash in 16 bits (flash_attn needs as much), and the
-    memory-efficient kernel in fp32. On a CPU they are those of the tiles in `model/cpu_attention.py`.
+    The values are for PyTorch's own kernels (2.11): flash in 16 bits (flash_attn needs as much), and the
+    memory-efficient kernel in fp32. On a CPU they are for the tiles of `model/cpu_attention.py`.
     """
     shape, layout, (tokens, documents, longest, _) = stage.shape, stage.layout, largest
     itemsize, tp_size = layout.dtype.itemsize, layout.tp_size
@@ -223,19 +222,19 @@ def attention_memory(stage: StagePlan, largest: LargestMicroBatch) -> tuple[int,
     saved, workspace = 0, 0
     grouped = shape.heads.num_kv < shape.heads.num
     if layout.on_gpu and layout.dtype == torch.float32:
-        square = documents * padded(longest, 32)  # the kernel gets rows as long as the longest document
+        square = documents * padded(longest, 32)  # the kernel pads rows to the longest document
         saved = FP32 * heads * max(square - tokens, 0)
         workspace = FP32 * query * max(square, tokens) + 2 * FP32 * query * tokens * grouped
     elif layout.on_gpu:
-        # The fp32 gradient of the queries, with documents padded by up to 128. If sums must have a fixed order, each of
-        # several copies gets some of the keys. The gradients of keys and values exist for every query head.
+        # The fp32 gradient of the queries; documents are padded by up to 128 tokens. A deterministic kernel has several
+        # copies, each for some of the keys. The gradients of keys and values exist for every query head.
         rows, copies = tokens + 128 * documents, 1
         if layout.deterministic:
             copies = -(-MULTIPROCESSORS // (documents * heads))
         workspace = FP32 * heads * rows * (copies * padded(shape.heads.dim, 32) + 1)
         workspace += 2 * query * tokens * itemsize * grouped
     else:
-        # The scores of a tile, their exponentials, both gradients and what the kernel makes; wide keys and two sums.
+        # The scores of a tile, their exponentials, both gradients and temporary values; fp32 keys and two sums.
         queries = min(tile_size(shape.heads.num, shape.heads.num_kv), longest)
         scores = layout.rows * heads * queries * longest
         workspace = scores * (FP32 + 2 * itemsize + FP32 * (1 if layout.compiled else 3))
@@ -244,7 +243,7 @@ def attention_memory(stage: StagePlan, largest: LargestMicroBatch) -> tuple[int,
 
 
 def eager_bytes(stage: StagePlan, tokens: int) -> float:
-    """The most temporary bytes that a kernel needs in a pass of so many tokens of one adapter if it is not compiled."""
+    """Return the most temporary bytes of an uncompiled kernel in a pass of `tokens` tokens of one adapter."""
     if stage.layout.compiled:
         return 0.0
     owned = stage.for_adapters((0,))
@@ -253,21 +252,21 @@ def eager_bytes(stage: StagePlan, tokens: int) -> float:
 
 
 def hidden_bytes(stage: StagePlan) -> float:
-    """The bytes of a token's hidden state between layers on a rank."""
+    """Return the bytes per token of hidden states between layers on a rank."""
     return stage.shape.hidden_size * stage.layout.dtype.itemsize / stage.layout.sequence_parts
 
 
 def _attended_bytes(stage: StagePlan) -> float:
-    """The bytes of a token's output of attention on a rank."""
+    """Return the bytes per token of the attention output on a rank."""
     return stage.shape.block.output.in_size * stage.layout.dtype.itemsize / stage.layout.tp_size
 
 
 def engine_bytes_in_flight(stage: StagePlan, *, tokens: int) -> float:
-    """The bytes that DeepSpeed's pipeline engine holds for a micro-batch in flight, beside autograd's (0.19.8).
+    """Return the bytes that DeepSpeed's pipeline engine (0.19.8) holds for a micro-batch in flight, besides autograd's.
 
-    These are 2 d elements per token: the input, which the stage copies, and the output. The first stage has no hidden
-    states as input. Autograd saves the output of the last stage, but not attention's output if that is recomputed.
-    Tokens, positions and labels are not counted (up to 24 bytes per token and 32 per label).
+    They are 2 d elements per token: the input, which the stage copies, and the output. The first stage receives no
+    hidden states. Autograd saves the output of the last stage, but not a recomputed attention output. Token ids,
+    position ids and labels are not counted (up to 24 bytes per token and 32 per label).
     """
     came_in = 0.0 if stage.is_first else hidden_bytes(stage)
     if not stage.is_last:
@@ -276,21 +275,21 @@ def engine_bytes_in_flight(stage: StagePlan, *, tokens: int) -> float:
 
 
 def _gathered_bytes(stage: StagePlan) -> float:
-    """Weights that ZeRO-3 has gathered; it stops gathering above `live_parameters` (0.19.8)."""
+    """Return the bytes of gathered weights. ZeRO-3 (0.19.8) stops gathering above `live_parameters` elements."""
     layout, block = stage.layout, stage.shape.block
     if layout.zero_stage < 3 or layout.dp_size == 1:
         return 0.0
-    mlp = (block.gate_up.num_weights + block.down.num_weights) // layout.tp_size  # which are gathered together
+    mlp = (block.gate_up.num_weights + block.down.num_weights) // layout.tp_size  # both are gathered together
     most = layout.live_parameters + max(mlp, *(tensor.size for tensor in stage.local_base))
     numbers = sum(number * tensor.size for tensor, number in stage.local_base.items())
     return min(most / numbers, 1.0) * stage.base_bytes
 
 
 def _pipeline_bytes(stage: StagePlan, *, tokens: int) -> float:
-    """All bytes that DeepSpeed holds of a pipeline's micro-batches.
+    """Return all bytes that DeepSpeed holds for the micro-batches of a pipeline.
 
-    A stage also has a buffer for received gradients. The last stage receives none, but holds the input of its head from
-    the previous micro-batch.
+    A stage also has a buffer for received gradients. The last stage receives no gradients, but holds the input of its
+    head from the previous micro-batch.
     """
     layout = stage.layout
     if layout.pp_size == 1:

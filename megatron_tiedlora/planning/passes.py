@@ -1,8 +1,8 @@
-"""The work of a rank of a stage in the passes of a micro-batch: sums of the traces of its layers.
+"""Sum the traces of a stage's layers to the work of a rank in the passes of a micro-batch.
 
-The layers after the last attention run their backward pass inside the forward pass, and are counted there. Blocks that
-do the same are traced once and multiplied. DeepSpeed's messages in the data-parallel group are counted apart, as it
-fills buckets and fetches ahead: `engine_traffic` has an upper bound of their bytes.
+The layers after the last attention run their backward pass inside the forward pass, and are counted there. Equal blocks
+are traced once and multiplied. DeepSpeed's messages in the data-parallel group are counted separately, because
+DeepSpeed fills buckets and prefetches. `engine_traffic` has an upper bound of their bytes.
 """
 
 from collections import Counter
@@ -24,32 +24,31 @@ FP32, FP64 = 4, 8  # bytes
 
 
 class PassWork(dict[Hashable, float]):
-    """Counts of one pass, or of what a backward pass computes again, on a rank, by what a trace counts; else 0.
+    """Counts of one pass, or of recomputation in a backward pass, on a rank. A missing key counts 0.
 
-    linears, head, low_rank, attention: FLOPs of the blocks' frozen matmuls, of the head's, of the adapter's, and of
-        attention.
-    queries: elements of queries that attention reads; twice as many in a backward pass.
-    moved: bytes of everything else.
-    weights: elements of the blocks' linears that matmuls read; a quantised base dequantises them.
-    weights_back: elements that matmuls for gradients read, transposed.
-    rounded, rounded_back: elements of activations, and of gradients, that the blocks' linears multiply; FP8 matmuls
+    linears, head, low_rank, attention: the FLOPs of the blocks' frozen matmuls, the head, the adapter, and attention.
+    queries: the query elements that attention reads; twice as many in a backward pass.
+    moved: the bytes that all other operations read and write.
+    weights: the elements of the blocks' linears that matmuls read. A quantised base dequantises them.
+    weights_back: the elements that matmuls for gradients read, transposed.
+    rounded, rounded_back: the elements of activations and of gradients that the blocks' linears multiply. FP8 matmuls
         round them first.
-    head_weights: elements of the head that its matmuls read.
-    blocks: passes through a block, which the host launches.
-    (messages, group, kind), (bytes, group, kind): what is sent; see `Traffic`.
+    head_weights: the elements of the head that its matmuls read.
+    blocks: the number of passes through a block, which the host launches.
+    (messages, group, kind), (bytes, group, kind): the messages; see `Traffic`.
     """
 
     def __missing__(self, key: Hashable) -> float:
         return 0.0
 
     def add(self, counts: Mapping[Hashable, float], *, times: float = 1) -> None:
-        """Add counts, `times` times."""
+        """Add `times` times the counts."""
         for key, number in counts.items():
             self[key] += times * number
 
     @property
     def sent(self) -> Traffic:
-        """The messages."""
+        """The messages that the pass sends."""
         found = Traffic()
         for key, number in self.items():
             if isinstance(key, tuple):
@@ -59,7 +58,7 @@ class PassWork(dict[Hashable, float]):
 
 
 class StageWork(NamedTuple):
-    """A forward pass; a backward pass without what it computes again; and that."""
+    """The work of a forward pass, of a backward pass without recomputation, and of the recomputation."""
 
     forward: PassWork
     backward: PassWork
@@ -67,7 +66,7 @@ class StageWork(NamedTuple):
 
 
 def stage_work(stage: StagePlan, batch: MicroBatchShape) -> StageWork:
-    """The work of a rank of a stage for a micro-batch."""
+    """Return the work of a rank of the stage for one micro-batch."""
     owned = stage.for_adapters(batch.adapters)
     found = _block_work(owned, _sizes(batch), batch.squared_lengths)
     forward, backward, _ = found
@@ -76,7 +75,7 @@ def stage_work(stage: StagePlan, batch: MicroBatchShape) -> StageWork:
     reading = _reading(owned)
     forward.add(reading.forward)
     backward.add(reading.backward)
-    # Hidden states forward, and their gradient backward (zeros if none is needed).
+    # The forward pass sends hidden states. The backward pass sends their gradient, or zeros if no gradient is needed.
     layout = stage.layout
     hidden = batch.num_tokens * stage.shape.hidden_size * layout.dtype.itemsize // layout.sequence_parts
     for work, sends in ((forward, not stage.is_last), (backward, not stage.is_first)):
@@ -90,7 +89,7 @@ def _sizes(batch: MicroBatchShape) -> Sizes:
 
 
 def _block_work(stage: StagePlan, sizes: Sizes, squared_lengths: int) -> StageWork:
-    """The work of the blocks, and of the head if the stage has it."""
+    """Return the work of the stage's blocks, and of the head if the stage has it."""
     found = forward, backward, again = StageWork(PassWork(), PassWork(), PassWork())
     both = zip(traces(stage, sizes), traces(stage, sizes, "none"), strict=True)
     for (kind, blocks), (whole, plain) in zip(stage.kinds.items(), both, strict=True):
@@ -103,13 +102,13 @@ def _block_work(stage: StagePlan, sizes: Sizes, squared_lengths: int) -> StageWo
         # A block below the first adapted layer has no backward pass.
         backward["blocks"] += number * (kind.earlier or any(kind.adapters))
         again["blocks"] += number * round(more.get("attention", 0))
-    for work in found:  # a trace counts attention in forward passes of a block
+    for work in found:  # a trace counts attention in units of a block's forward pass
         work["attention"] *= 2 * squared_lengths * stage.shape.heads.rows[0] / stage.layout.tp_size
     return found
 
 
 def step_traffic(stage: StagePlan, micro_batches: Sequence[MicroBatchShape]) -> Traffic:
-    """The messages that a rank of the stage sends in one step, without DeepSpeed's in the data-parallel group."""
+    """Return the messages of a rank in one step, without DeepSpeed's messages in the data-parallel group."""
     traffic = once_traffic(stage, micro_batches)
     for shape, number in Counter(micro_batches).items():
         for work in stage_work(stage, shape):
@@ -121,7 +120,7 @@ def step_traffic(stage: StagePlan, micro_batches: Sequence[MicroBatchShape]) -> 
 
 
 def saved_bytes(stage: StagePlan, batch: MicroBatchShape) -> float:
-    """The bytes that autograd saves of a micro-batch on a rank of `stage`, without parameters and indices."""
+    """Return the bytes that autograd saves for a micro-batch on a rank, without parameters and indices."""
     owned = stage.for_adapters(batch.adapters)
     found = traces(owned, _sizes(batch))
     saved = sum(len(blocks) * trace.saved for blocks, trace in zip(owned.kinds.values(), found, strict=True))
@@ -129,10 +128,10 @@ def saved_bytes(stage: StagePlan, batch: MicroBatchShape) -> float:
 
 
 def factor_bytes(stage: StagePlan, by_kind: Sequence[Iterable[tuple[str, str]]]) -> int:
-    """The bytes of copies of A and F = (alpha / r) diag(v) B diag(u), which layers may share.
+    """Return the bytes of the copies of A and F = (alpha / r) diag(v) B diag(u), which layers may share.
 
     Args:
-        by_kind: the target and letter of the factors that blocks of each kind have.
+        by_kind: for each kind of block, its factors as pairs of target and letter.
     """
     factors, held = _reading(stage).factors, dict[int, int]()
     for blocks, some in zip(stage.kinds.values(), by_kind, strict=True):
@@ -142,9 +141,9 @@ def factor_bytes(stage: StagePlan, by_kind: Sequence[Iterable[tuple[str, str]]])
 
 
 def saved_per_token(shape: ModelShape, layout: Layout) -> float:
-    """The bytes that a block in the middle of the model saves for a token on a rank, without factors.
+    """Return the bytes per token that a block in the middle of the model saves on a rank, without factors.
 
-    The adapter that saves most decides.
+    If there are several adapters, the largest value is returned.
     """
     tokens = PAD_MULTIPLE * layout.tp_size
     sizes = Sizes((tokens,), (tokens,), tokens)
@@ -165,15 +164,15 @@ def step_flops(
     *,
     num_after: int | None = None,
 ) -> Counter[str]:
-    """The operations of the whole model by purpose, forward and backward, without recompute.
+    """Return the FLOPs of the whole model by purpose, for forward and backward passes without recompute.
 
-    They have the names of `PassWork`. A multiplication with its addition counts as two. Padding of samples does not
-    count, so packing and layouts change nothing.
+    The keys are names of `PassWork`. A multiply-add counts as two FLOPs. The padding of samples does not count, so
+    packing and layouts do not change the result.
 
     Args:
-        squared_lengths: the sum of s^2 over sequences of s positions; causal attention needs half of that.
-        num_supervised: the positions that the head computes logits for.
-        num_after: the positions that are computed after the last attention; None for these.
+        squared_lengths: the sum of s^2 over sequences of s positions. Causal attention needs half of it.
+        num_supervised: the number of positions for which the head computes logits.
+        num_after: the number of positions that are computed after the last attention; None means `num_supervised`.
     """
     sizes = Sizes((num_tokens,), (num_supervised if num_after is None else num_after,), num_supervised)
     (whole,) = plan_stages(shape, Layout((adapter,), length=1))
@@ -189,13 +188,13 @@ _tracer = cache(Tracer)
 
 
 def tracer_of(shape: ModelShape, layout: Layout) -> Tracer:
-    """The traces of a model under a layout."""
+    """Return the tracer of a model in this layout. Equal layouts share one."""
     of_group = {"tp_size": layout.tp_size, "sequence_parallel": layout.sequence_parallel}
     return _tracer(shape, dtype=layout.dtype, on_gpu=layout.on_gpu, **of_group)
 
 
 def traces(stage: StagePlan, sizes: Sizes, recompute: str | None = None) -> list[Trace]:
-    """The trace of each kind of the stage's blocks, with the layout's recompute if none is given."""
+    """Return the trace of each kind of block in the stage. `recompute` defaults to the layout's."""
     tracer, recompute = tracer_of(stage.shape, stage.layout), recompute or stage.layout.recompute
     return [tracer.at(kind, sizes, recompute=recompute) for kind in stage.kinds]
 
@@ -207,20 +206,21 @@ def _reading(stage: StagePlan) -> AdapterReading:
 # Messages once a step -------------------------------------------------------------------------------------------------
 
 
-# If a step was long, the ranks of a single stage sum this after each micro-batch of the next step but the last.
+# The bytes that ranks sum between the micro-batches of a step that follows a long one. Pipelines send no such message.
 STOP_VOTES_BYTES = FP64 * len(StopVotes._fields)
 
 
 def once_traffic(stage: StagePlan, micro_batches: Iterable[MicroBatchShape]) -> Traffic:
-    """The messages that a rank of the stage sends once in a step, without DeepSpeed's in the data-parallel group.
+    """Return the messages that a rank sends once per step, without DeepSpeed's messages in the data-parallel group.
 
-    u is the same on the ranks of a stage, a tied tensor on those of all stages, another one on data-parallel ranks. If
-    DeepSpeed steps the adapter, it sums over data-parallel ranks, which is all that u needs without tensor parallelism,
-    and a tied tensor without a pipeline. A tied u is summed over tensor-parallel ranks before.
+    u is replicated on the ranks of a stage, a tied tensor on the ranks of all stages, and any other tensor on
+    data-parallel ranks. If DeepSpeed steps the adapter, DeepSpeed sums over data-parallel ranks. This sum is enough for
+    u without tensor parallelism, and for a tied tensor without a pipeline. A tied u is summed over tensor-parallel
+    ranks before.
 
-    The adapters that own tokens in the micro-batches take the step.
+    Only adapters with tokens in the micro-batches take the step.
     """
-    layout, traffic, summed = stage.layout, Traffic(), Counter[str]()  # by group, elements of gradients
+    layout, traffic, summed = stage.layout, Traffic(), Counter[str]()  # summed: gradient elements by group
     data, taking = layout.dp_size > 1, sorted({adapter for shape in micro_batches for adapter in shape.adapters})
     ranks_of_stage = STAGE if layout.pp_size > 1 else WORLD
     if min(layout.tp_size, layout.dp_size) == 1:  # a group has one name; see `named_handles`
@@ -240,20 +240,20 @@ def once_traffic(stage: StagePlan, micro_batches: Iterable[MicroBatchShape]) -> 
                 summed[group] += part.local_size(name)
     for group, numbers in summed.items():
         traffic.add(group, "all-reduce", FP32 * numbers)
-    if layout.tp_size * layout.pp_size > 1:  # the sum of squares for each gradient norm
+    if layout.tp_size * layout.pp_size > 1:  # the sum of squares of each gradient norm
         traffic.add(MODEL, "all-reduce", len(taking) * _norm_bytes(layout))
-    if layout.world_size > 1:  # also the loss of each adapter, and whether it misses a gradient
+    if layout.world_size > 1:  # also the loss of each adapter, and the number of ranks that miss a gradient
         traffic.add(WORLD, "all-reduce", FP64 * (len(StepVotes._fields) + 2 * len(taking)))
     return traffic
 
 
 def engine_traffic(stage: StagePlan, *, num_micro_batches: int) -> Traffic:
-    """The most that DeepSpeed sends in the data-parallel group in one step (0.19.8, with the ds_configs/ files).
+    """Return an upper bound of DeepSpeed's traffic in the data-parallel group in one step (0.19.8, ds_configs/ files).
 
-    It sums gradients once a step, and from ZeRO-2 on after each micro-batch. It sums the norm and, in ZeRO-1 and 2,
-    gathers the updated values. ZeRO-3 gathers each parameter at most once for each pass of each micro-batch, as it
-    keeps some from one pass to the next. Bytes are right; of messages it has one for each of these, as buckets and
-    fetches are DeepSpeed's choice.
+    DeepSpeed sums gradients once per step, and from ZeRO-2 on after each micro-batch. It sums the norm and, in ZeRO-1
+    and 2, gathers the updated parameters. ZeRO-3 gathers each parameter at most once per pass of a micro-batch, as some
+    parameters stay gathered until the next pass. Only the bytes are bounds: each of these operations counts as one
+    message, although DeepSpeed chooses buckets and prefetches.
     """
     zero_stage, dp_size, sent = stage.layout.zero_stage, stage.layout.dp_size, Traffic()
     if dp_size == 1 or (zero_stage < 3 and not stage.layout.engine_steps):

@@ -1,12 +1,12 @@
-"""A step of a run as a plan, and a layout of it on a cluster with what it costs: memory, messages and time.
+"""Plan a step of a run, and the memory, messages and time of its layout on a cluster.
 
-A `StepPlan` has the micro-batches of the step, from its samples or without data. A run of one adapter is a list of one,
-which shares its micro-batches with none. A `Planned` is one layout of such a step; each cost is counted when it is
-asked for.
+A `StepPlan` has the micro-batches of the step, from its samples or without data. A single adapter is a list of one. A
+`Planned` is one layout of such a step. Each cost is computed on first use.
 
-A dry run has one such layout, a search has thousands. Those of a search share what does not depend on a choice
-(`_DEPENDS`), and the schedules of those with as many stages and micro-batches are simulated together (`time_together`).
-Stages that do the same share all of it: the first of them has most micro-batches in flight.
+A dry run has one layout, and a search has thousands. The layouts of a search share every value that does not depend on
+their choices (`_DEPENDS`). The schedules of layouts with equal numbers of stages and micro-batches are simulated
+together (`time_together`). Stages that do the same work share all values with the first of these stages, which has most
+micro-batches in flight.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -33,35 +33,35 @@ from megatron_tiedlora.planning.run_plan import RunPlan
 # The step -------------------------------------------------------------------------------------------------------------
 
 
-Samples = Mapping[str, tuple[TokenDataset, GlobalBatch]]  # of each adapter's step, and where its samples are
+Samples = Mapping[str, tuple[TokenDataset, GlobalBatch]]  # by adapter name: the dataset, and the samples of a step
 
 
 class Work(NamedTuple):
-    """The tokens of the samples of a step of the whole run, and their FLOPs, as `mfu` of a run counts them."""
+    """The tokens of a step on all ranks, and their model FLOPs as the MFU of a run counts them."""
 
     tokens: int
     flops: int
 
 
 def micro_batch_capacity(plans: Plans, *, shares: bool) -> int:
-    """The most tokens in a micro-batch of several adapters: as many as the largest one of a single adapter may have.
+    """Return the most tokens in a micro-batch that several adapters share; 0 if they share none.
 
-    A rank has memory for these. 0: nothing is shared.
+    It is the size of the largest micro-batch of a single adapter, which fits in the memory of a rank.
     """
     return max(plan.layout.rows * plan.layout.length for plan in plans.values()) if shares else 0
 
 
 def longest_run(plans: Plans) -> RunPlan:
-    """The plan that trains on most tokens, which decides on kernels for all."""
+    """Return the plan that trains on most tokens. It decides for all adapters whether kernels are compiled."""
     return max(plans.values(), key=lambda plan: plan.num_tokens)
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """A step of all adapters as one run: the first one of each, or one whose samples are given.
+    """A step in which all adapters of a run are trained together.
 
     Attributes:
-        samples: None for a run without data: each row is then one full sample, and all its tokens are supervised.
+        samples: the samples of the step. None without data: each row is then one full sample, all of it supervised.
     """
 
     plans: Plans
@@ -70,7 +70,7 @@ class StepPlan:
 
     @classmethod
     def first(cls, plans: Plans, data: Data, *, shares: bool) -> "StepPlan":
-        """The first step of all adapters; without data if `data` has none."""
+        """Return the first step of all adapters, planned without samples if `data` is empty."""
         if not data:
             return cls(plans, shares)
         samples = {name: (data[name].train, plan.global_batch(data[name].train)) for name, plan in plans.items()}
@@ -78,23 +78,23 @@ class StepPlan:
 
     @cached_property
     def shared(self) -> RunPlan:
-        """See `shared_plan`."""
+        """The plan that all adapters share; see `shared_plan`."""
         return shared_plan(self.plans)
 
     @property
     def shape(self) -> ModelShape:
-        """Shape of the base model."""
+        """The shape of the base model."""
         return self.shared.source.shape
 
     @cached_property
     def rounds(self) -> list[list[tuple[str, int]]]:
-        """The micro-batches of this rank that are processed together; see `fill_rounds`."""
+        """The micro-batches of the adapters that are merged into each shared micro-batch; see `fill_rounds`."""
         capacity = micro_batch_capacity(self.plans, shares=self.shares_micro_batches)
         return fill_rounds({name: self._largest(name) for name in self._taking}, capacity=capacity)
 
     @cached_property
     def layout(self) -> Layout:
-        """The record that the planners read."""
+        """The layout that the planners read."""
         return replace(
             self.shared.layout,
             adapters=tuple(plan.adapter for plan in self.plans.values()),
@@ -121,13 +121,13 @@ class StepPlan:
             shape = shared_shape(self.layout, list(zip(indices, rows, strict=True)))
             return shape._replace(squared_lengths=sum(squared))
 
-        alike = self.samples is None  # all micro-batches of an adapter
+        alike = self.samples is None  # then all micro-batches of an adapter are equal
         return tuple(batch_of(*((name, 0 if alike else index) for name, index in some)) for some in self.rounds)
 
     @cached_property
     def largest(self) -> LargestMicroBatch:
-        """The largest micro-batch that any step may have, if it has the adapters of one of this step."""
-        longest = dict.fromkeys(self.plans, self.layout.length)  # tokens of a row
+        """The largest micro-batch of any step with the same combinations of adapters as this step."""
+        longest = dict.fromkeys(self.plans, self.layout.length)  # tokens per row
         if self.samples is not None and not self.shared.settings.packing:
             longest |= {name: dataset.longest for name, (dataset, _) in self.samples.items()}
         longest = {name: padded(length, self.layout.pad_multiple) for name, length in longest.items()}
@@ -141,7 +141,7 @@ class StepPlan:
 
     @cached_property
     def works(self) -> dict[str, Work]:
-        """The work of each adapter that takes the step."""
+        """The work of each adapter in the step."""
         found = {}
         for name in self._taking:
             plan = self.plans[name]
@@ -155,12 +155,12 @@ class StepPlan:
 
     @property
     def work(self) -> Work:
-        """The work of all samples of the step."""
+        """The total work of the step."""
         return Work(*map(sum, zip(*self.works.values(), strict=True)))
 
     @property
     def steps(self) -> float:
-        """How many such steps have the tokens of the run. Adapters with fewer steps than others end earlier."""
+        """The number of such steps that have as many tokens as the run. Adapters with fewer steps end earlier."""
         tokens = sum(work.tokens * self.plans[name].settings.max_steps for name, work in self.works.items())
         whole, rest = divmod(tokens, self.work.tokens)
         return tokens / self.work.tokens if rest else whole
@@ -172,11 +172,11 @@ class StepPlan:
 
     @property
     def _taking(self) -> list[str]:
-        """The adapters that take the step, in order."""
+        """The names of the adapters that take the step, in order."""
         return [name for name in self.plans if self.samples is None or name in self.samples]
 
     def _most_documents(self) -> int:
-        """The most documents in a micro-batch of the step; the padding of a packed row is one too."""
+        """Return the most documents in a micro-batch of the step. The padding of a packed row counts as a document."""
         if self.samples is None or not self.shared.settings.packing:
             return max(sum(self.plans[name].layout.rows for name, _ in some) for some in self.rounds)
         dp_size, most = self.shared.grid.dp_size, 0
@@ -189,7 +189,7 @@ class StepPlan:
         return most
 
     def _largest(self, name: str) -> Sequence[int]:
-        """The positions of each of an adapter's micro-batches, on the rank where they are most."""
+        """Return the positions of each micro-batch of an adapter, on the rank with the most positions."""
         plan, layout = self.plans[name], self.plans[name].layout
         if self.samples is None:
             return [layout.rows * padded(layout.length, layout.pad_multiple)] * layout.micro_batches
@@ -198,9 +198,10 @@ class StepPlan:
         return largest_positions(positions, dp_size=plan.grid.dp_size)
 
     def _own(self, name: str) -> list[tuple[list[SampleRow], int]]:
-        """The rows of each of an adapter's micro-batches on this rank, and the sum of s^2 over samples of s tokens.
+        """Return the rows of each of an adapter's micro-batches on this rank, and its sum of s^2 over samples of s
+        tokens.
 
-        Without data a row is one full sample. No position predicts the first token of a sample.
+        Without data each row is one full sample. No position predicts the first token of a sample.
         """
         layout, grid = self.plans[name].layout, self.shared.grid
         if self.samples is None:
@@ -222,7 +223,7 @@ _Part = TypeVar("_Part")
 _GRID = ("tp_size", "pp_size", "dp_size")
 _ENGINE = ("zero_stage", "live_parameters", "overlaps_gathers")
 _CHOICES = (*_GRID, "rows", "shards_sequences", "recompute")
-# What is computed once for all layouts with the same values of these fields, beside the model and the data.
+# The fields of a layout on which each value depends. Layouts with equal fields share the value.
 _DEPENDS = {
     "stages": (*_GRID, "storage"),
     "links": _GRID,
@@ -239,7 +240,7 @@ _DEPENDS = {
 
 @dataclass(frozen=True)
 class Cluster:
-    """The ranks that are booked, `per_node` in each node, and their machine."""
+    """The ranks of a cluster, `per_node` in each node, and their machine."""
 
     world_size: int
     per_node: int
@@ -247,17 +248,17 @@ class Cluster:
 
     @property
     def capacity(self) -> float:
-        """The bytes of memory for each rank."""
+        """The bytes of memory per rank."""
         return self.machine["memory"] / (1 if self.machine.on_gpu else self.per_node)
 
 
 @dataclass(eq=False, kw_only=True)
 class Planned:
-    """A layout of a run on a cluster.
+    """A layout of a run on a cluster, with its predicted costs.
 
     Attributes:
-        step: the step that is planned, which layouts with the same micro-batches share.
-        known: the parts that are computed once for several layouts.
+        step: the planned step. Layouts with the same micro-batches share it.
+        known: a cache of values that several layouts share.
     """
 
     step: StepPlan
@@ -267,7 +268,7 @@ class Planned:
 
     @classmethod
     def alone(cls, step: StepPlan, machine: Machine, *, per_node: int = step_time.RANKS_PER_NODE) -> "Planned":
-        """The layout of a run, which shares nothing."""
+        """Return the plan of a run's own layout, with its own cache."""
         return Planned(step=step, layout=step.layout, cluster=Cluster(step.layout.world_size, per_node, machine))
 
     @property
@@ -276,13 +277,13 @@ class Planned:
         return self.cluster.machine
 
     def stage(self, index: int) -> StagePlan:
-        """A stage. Layouts with the same partition and storage share all of it but the layout."""
+        """Return a stage. Layouts with the same partition and storage share its other fields."""
         found = self._once("stages", lambda: plan_stages(self.step.shape, self.layout))
         return replace(found[index], layout=self.layout)
 
     @cached_property
     def stages(self) -> list[StagePlan]:
-        """Every stage, in order."""
+        """All stages in order."""
         return [self.stage(index) for index in range(self.layout.pp_size)]
 
     @cached_property
@@ -294,7 +295,7 @@ class Planned:
 
     @cached_property
     def weights(self) -> float:
-        """The most bytes of a rank for the base, whatever its micro-batches and schedule are."""
+        """The most bytes of base weights on a rank. They do not depend on micro-batches or the schedule."""
         return max(held.base + held.dequantised for held in map(self._held, self._first_stages))
 
     @property
@@ -303,34 +304,34 @@ class Planned:
         return self.weights <= self.cluster.capacity
 
     def memory(self, index: int) -> StageMemory:
-        """The bytes of a rank of a stage."""
+        """Return the memory of a rank of a stage."""
         stage = self.stage(index)
         step = self._once("step_memory", lambda: step_memory(stage, self.step.largest), index)
         return with_reserves(stage, self._held(index).plus(step), self.machine)
 
     @cached_property
     def fullest(self) -> tuple[int, StageMemory]:
-        """The stage whose ranks need most, and what they need."""
+        """The index of the stage that needs most memory, and its memory per rank."""
         found = {index: self.memory(index) for index in self._first_stages}
         return max(found.items(), key=lambda item: item[1].total)
 
     @property
     def needed(self) -> float:
-        """The bytes that the fullest rank needs, or its weights if these are too large."""
+        """The bytes that the fullest rank needs, or only its weights if these alone do not fit."""
         return self.fullest[1].total if self.has_room_for_weights else self.weights
 
     @property
     def fits(self) -> bool:
-        """Whether every rank's card is large enough."""
+        """Whether the memory of every rank is large enough."""
         return self.needed <= self.cluster.capacity
 
     # Messages ---------------------------------------------------------------------------------------------------------
 
     def traffic(self, index: int, *, of_engine: bool = True) -> Traffic:
-        """The messages of a rank of a stage in a step.
+        """Return the messages of a rank of a stage in a step.
 
         Args:
-            of_engine: whether DeepSpeed's messages in the data-parallel group are counted, by their upper bounds.
+            of_engine: whether to include the upper bounds of DeepSpeed's messages in the data-parallel group.
         """
         stage, shapes = self.stage(index), self.step.batches
         sent = step_traffic(stage, shapes)
@@ -342,17 +343,17 @@ class Planned:
 
     @cached_property
     def work(self) -> Work:
-        """Tokens and FLOPs of the samples of a step, which are the same in all layouts."""
+        """The tokens and FLOPs of a step, which are the same in all layouts."""
         return self._once("work", lambda: self.step.work)
 
     @cached_property
     def seconds(self) -> step_time.Seconds:
-        """The seconds of a step."""
+        """The seconds of a step by purpose."""
         return step_time.step_seconds([self.parts])[0]
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens per second of one rank."""
+        """Tokens per second per rank."""
         return self.work.tokens / self.seconds.total / self.cluster.world_size
 
     @property
@@ -362,17 +363,17 @@ class Planned:
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs utilisation: the share of the peak in the dtype of the base."""
+        """The model FLOPs utilisation (MFU): the share of the peak in the dtype of the base."""
         return self.work.flops / self.seconds.total / (self.machine[f"peak.{self.dtype}"] * self.cluster.world_size)
 
     @property
     def hours(self) -> float:
-        """The hours of the run: of the tokens of all its steps at the speed of this one."""
+        """The hours of the run if all its tokens are processed at the speed of this step."""
         return self._once("steps", lambda: self.step.steps) * self.seconds.total / 3600
 
     @cached_property
     def hours_in_turn(self) -> float:
-        """The hours of the adapters one after another, each alone in this layout."""
+        """The hours to train the adapters one after another, each alone in this layout."""
         alone = []
         for name, plan in self.step.plans.items():
             samples = None if self.step.samples is None else {ONLY: self.step.samples[name]}
@@ -383,13 +384,13 @@ class Planned:
         return sum(one.hours for one in alone)
 
     def changed(self, constants: dict[str, Constant]) -> "Planned":
-        """This layout on a machine with other constants."""
+        """Return this layout on a machine with these constants replaced."""
         cluster = replace(self.cluster, machine=self.machine.changed(constants))
         return Planned(step=self.step, layout=self.layout, cluster=cluster)
 
     @property
     def parts(self) -> step_time.StepParts:
-        """The times from which the time of a step follows."""
+        """The times of passes and messages, from which the time of a step is computed."""
         batches, first_of = self.step.batches, self._first_of
         kinds = set(batches)
         passes = {index: {batch: self._seconds(index, batch) for batch in kinds} for index in self._first_stages}
@@ -400,21 +401,21 @@ class Planned:
         return step_time.StepParts(batches, [passes[first] for first in first_of], sums, self.machine["step"])
 
     def pass_terms(self, index: int, batch: MicroBatchShape) -> tuple[list[step_time.Term], list[step_time.Term]]:
-        """The terms of the forward and the backward pass of a micro-batch on a stage."""
+        """Return the time terms of the forward and the backward pass of a micro-batch on a stage."""
         work = self._once("stage_work", lambda: stage_work(self.stage(index), batch), index, batch)
         return step_time.stage_terms(work, self.stage(index), self.links, self.machine)
 
     def sum_terms(self, index: int) -> list[step_time.Term]:
-        """The messages once a step of a stage's rank."""
+        """Return the time terms of the messages that a rank of a stage sends once per step."""
         return step_time.sum_terms(self.stage(index), self.step.batches, self.links, self.machine)
 
-    # Parts that several layouts share ---------------------------------------------------------------------------------
+    # Values that several layouts share --------------------------------------------------------------------------------
 
     def _values(self, fields: Sequence[str]) -> tuple[Hashable, ...]:
         return tuple(getattr(self.layout, name) for name in fields)
 
     def _once(self, part: str, compute: Callable[[], _Part], *beside: Hashable) -> _Part:
-        """A part of `_DEPENDS`, of a stage, or by whatever else it depends on."""
+        """Return a value of `_DEPENDS` from the cache, or compute it. `beside` is an additional key."""
         key = (part, *self._values(_DEPENDS[part]), *beside)
         if key not in self.known:
             self.known[key] = compute()
@@ -423,7 +424,7 @@ class Planned:
 
     @cached_property
     def _first_of(self) -> list[int]:
-        """By stage, the first stage that does the same."""
+        """For each stage, the index of the first stage that does the same work."""
         firsts: dict[Hashable, int] = {}
 
         def first(stage: StagePlan) -> int:
@@ -447,6 +448,6 @@ class Planned:
 
 
 def time_together(rows: Sequence[Planned]) -> None:
-    """Set the seconds of many layouts: one simulation for all with as many stages and micro-batches."""
+    """Set the seconds of many layouts. Those with equal numbers of stages and micro-batches are simulated together."""
     for row, seconds in zip(rows, step_time.step_seconds([row.parts for row in rows]), strict=True):
         row.seconds = seconds

@@ -1,6 +1,6 @@
-"""The needs and the work of a layout as text: a dry run has one layout, `tiedlora plan --why` shows one of many.
+"""Report the memory, messages and time of a layout as text, for a dry run and for `tiedlora plan --why`.
 
-A dry run needs no weights and no data; presets need no files at all.
+A dry run needs no weights and no data. Presets need no files at all.
 """
 
 import itertools
@@ -37,17 +37,17 @@ from megatron_tiedlora.runtime.stopping import LONG_STEP_SECONDS
 
 
 class DryRunReport(NamedTuple):
-    """A dry run as text, and whether every rank fits in the card of --gpu; without --gpu it does."""
+    """The text of a dry run, and whether every rank fits in the card of --gpu (True without --gpu)."""
 
     text: str
     fits: bool
 
 
 def dry_run_report(settings: Settings, *, launched_ranks: int = 1) -> DryRunReport:
-    """The whole report, for --world_size ranks or else for as many as were launched.
+    """Return the whole report, for --world_size ranks or else for the number of launched ranks.
 
     Raises:
-        UserError: as the run itself would.
+        UserError: the same errors as in the run itself.
     """
     ranks = settings.world_size or launched_ranks
     plans = adapter_plans.plan_adapters(settings, rank=0, world_size=ranks, weights=False)
@@ -67,10 +67,10 @@ def dry_run_report(settings: Settings, *, launched_ranks: int = 1) -> DryRunRepo
 
 
 def layout_sections(planned: Planned, *, on_card: bool = True) -> list[list[str]]:
-    """Everything about a layout: its stages, memory, messages, and time.
+    """Return the sections on a layout: its stages, memory, messages, and time.
 
     Args:
-        on_card: whether the user named the machine; else nothing is said of what depends on it alone.
+        on_card: whether the user named the machine. Otherwise the report leaves out the time and the card's limit.
     """
     sections = [partition_lines(planned), memory_lines(planned, judged=on_card), message_lines(planned)]
     return [*sections, *([time_lines(planned)] if on_card else [])]
@@ -80,7 +80,7 @@ def layout_sections(planned: Planned, *, on_card: bool = True) -> list[list[str]
 
 
 def _samples(step: StepPlan, data: adapter_plans.Data) -> list[list[str]]:
-    """The first sample of each adapter as text, with what is supervised; once if it is the same for several."""
+    """Return the first sample of each adapter as text with its supervised spans. Equal samples are shown once."""
     found: dict[tuple[str, ...], list[str]] = {}
     for name, own in data.items():
         ids, supervised, settings = own.train.sample(0), own.train.supervised_of(0), step.plans[name].settings
@@ -97,7 +97,7 @@ def _samples(step: StepPlan, data: adapter_plans.Data) -> list[list[str]]:
 
 
 def _adapters(step: StepPlan) -> list[str]:
-    """The tensors of a single adapter, or a row for each of several."""
+    """Return a table of the tensors of a single adapter, or a table with a row for each of several adapters."""
     base = f"{num_base_parameters(step.shape):,}"
     if not step.layout.named:
         adapter, plan = step.shared.adapter, step.shared
@@ -134,7 +134,7 @@ def _adapters(step: StepPlan) -> list[str]:
 
 
 def _decoding(step: StepPlan, data: adapter_plans.Data) -> list[str]:
-    """A line on the memory of decoding, if the run decodes anything."""
+    """Return a line on the memory of generation, if the run generates answers."""
     plan = step.shared
     sets = [part for own in data.values() for part in (own.scored, own.scored_validation) if part is not None]
     if not sets:
@@ -185,7 +185,7 @@ def _batches(step: StepPlan, data: adapter_plans.Data) -> list[str]:
 
 
 def _data(step: StepPlan, data: adapter_plans.Data) -> list[str]:
-    """The parts of each adapter's data, and how often a run sees its training part; or that none is read."""
+    """Return a table of each adapter's data splits and passes over its training split, or a note without data."""
     if not data:
         shared = step.shared
         needed = "a model folder" if shared.source.folder is None else "--train_file or --task"
@@ -213,13 +213,13 @@ def _own_bytes(step: StepPlan, adapter: int) -> int:
 
 
 def _one_more(planned: Planned) -> list[list[str]]:
-    """The memory that one more copy of the largest adapter needs, if there are several."""
+    """Return a section on the memory of one more copy of the largest adapter, if there are several adapters."""
     step = planned.step
     if not step.layout.named:
         return []
     number = max(range(len(step.plans)), key=lambda number: _own_bytes(step, number))
     name = list(step.plans)[number]
-    again = f"{name} again"  # a blank is in no adapter's name
+    again = f"{name} again"  # unique, as adapter names have no blanks
     samples = None if step.samples is None else {**step.samples, again: step.samples[name]}
     more = Planned.alone(replace(step, plans={**step.plans, again: step.plans[name]}, samples=samples), planned.machine)
     before, after = ([one.memory(stage.index).allocated for stage in one.stages] for one in (planned, more))
@@ -237,7 +237,7 @@ def _one_more(planned: Planned) -> list[list[str]]:
 
 
 def partition_lines(planned: Planned) -> list[str]:
-    """The layers, work and base weights of each stage."""
+    """Return a table of the layers, work and base weights of each stage."""
     shape, layout = planned.step.shape, planned.layout
     cut = "" if layout.tp_size == 1 else f", {'' if layout.sequence_parallel else 'no '}sequence parallelism"
     rows = []
@@ -253,10 +253,10 @@ def partition_lines(planned: Planned) -> list[str]:
 
 
 def memory_lines(planned: Planned, *, judged: bool) -> list[str]:
-    """The bytes of a rank of each stage, by purpose, with notes.
+    """Return a table of the bytes of a rank of each stage by purpose, with notes.
 
     Args:
-        judged: whether the last line says if the fullest rank fits in its card.
+        judged: whether a last line states if the fullest rank fits in its card.
     """
     layout, stages, largest = planned.layout, planned.stages, planned.step.largest
     micro_batches = f"{layout.rows} x {largest.tokens // layout.rows} tokens"
@@ -266,7 +266,7 @@ def memory_lines(planned: Planned, *, judged: bool) -> list[str]:
     memories = [planned.memory(stage.index) for stage in stages]
     names = {
         "base": "base weights",
-        # what all quantised weights of a rank share
+        # the buffer that all quantised weights of a rank share
         "dequantised": "one transposed" if layout.storage.products and layout.on_gpu else "one dequantised",
         "adapter": "adapters" if layout.named else "adapter",
         "libraries": "CUDA, NCCL" if layout.on_gpu else "process",
@@ -295,7 +295,7 @@ def memory_lines(planned: Planned, *, judged: bool) -> list[str]:
 
 
 def _memory_notes(planned: Planned) -> Iterator[str]:
-    """Notes on the columns of the table of memory; the last columns are reserves of a machine and no counts."""
+    """Yield notes on the columns of the memory table. The last columns are reserves of a machine, not counts."""
     layout, stages, machine = planned.layout, planned.stages, planned.machine
     saved = saved_per_token(planned.step.shape, layout)
     yield (
@@ -335,7 +335,7 @@ def _memory_notes(planned: Planned) -> Iterator[str]:
 
 
 def time_lines(planned: Planned) -> list[str]:
-    """The planned time of a step: by what it is spent on, then term by term on the stage that works longest."""
+    """Return the planned time of a step by purpose, and then term by term for the busiest stage."""
     spent, work, batches, parts = planned.seconds, planned.work, planned.step.batches, planned.parts
     index, passes = parts.busiest()
     batch = max(batches, key=lambda one: one.num_tokens)
@@ -360,7 +360,7 @@ def time_lines(planned: Planned) -> list[str]:
 
 
 def _terms(terms: Iterable[Term]) -> Iterator[tuple[str, str]]:
-    """The time of each term, and what it follows from."""
+    """Yield the time of each term, and how it is computed."""
     for term in (term for term in terms if term.seconds):
         rate = f": {amount_text(term.amount, term.unit)} / {amount_text(term.rate, term.unit)}/s" if term.rate else ""
         fixed = f" + {time_text(term.fixed)}" if term.rate and term.fixed else ""
@@ -368,7 +368,10 @@ def _terms(terms: Iterable[Term]) -> Iterator[tuple[str, str]]:
 
 
 def message_lines(planned: Planned) -> list[str]:
-    """The messages of a rank of each stage by group. Bytes are of whole tensors, as parallel.groups counts."""
+    """Return a table of the messages of a rank of each stage by group.
+
+    Bytes are of full tensors, as `parallel.groups` counts them.
+    """
     step, stages, layout, number = planned.step, planned.stages, planned.layout, len(planned.step.batches)
     of = "the step's samples on data-parallel rank 0"
     of = of if step.samples is not None else f"samples of {layout.length:,} tokens, all supervised"
@@ -398,26 +401,26 @@ def message_lines(planned: Planned) -> list[str]:
 
 
 def messages_text(number: int, size: float) -> str:
-    """A number of messages, and their bytes together."""
+    """Return the text for a number of messages and their total bytes."""
     return f"{number:,} / {bytes_in_words(size)}"
 
 
 def traffic_table(sent: Sequence[Mapping[str, str]]) -> list[str]:
-    """A table of the messages of a rank of each stage, planned or counted, from texts by group."""
+    """Return a table of planned or counted messages of a rank of each stage, from texts by group."""
     groups = [group for group in (*GROUPS, "DeepSpeed") if any(group in found for found in sent)]
     header = ["all ranks" if group == WORLD else group for group in groups]
     return stage_table(header, [[found.get(group, messages_text(0, 0)) for group in groups] for found in sent])
 
 
 def stage_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """One line for each stage; neighbours with equal cells share a line."""
+    """Return a table with one line per stage. Neighbouring stages with equal cells share a line."""
     alike = itertools.groupby(enumerate(rows), key=lambda row: tuple(row[1]))
     stages = [[ranges([index for index, _ in some]), *cells] for cells, some in alike]
     return aligned_lines([("stage", *header), *stages], indent="  ")
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """1,2,3,5 -> 1-3,5."""
-    runs = itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])  # equal along a run
+    """Return numbers in ascending order as text with ranges: 1,2,3,5 -> 1-3,5."""
+    runs = itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])  # the key is constant in a range
     found = ([number for _, number in run] for _, run in runs)
     return ",".join("-".join(dict.fromkeys(map(str, (run[0], run[-1])))) for run in found)

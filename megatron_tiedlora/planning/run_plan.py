@@ -1,4 +1,4 @@
-"""The plan of a run: everything is decided and checked before weights are read or ranks wait for each other."""
+"""Plan a run: make and check all decisions before weights are read or ranks wait for each other."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -40,9 +40,9 @@ from megatron_tiedlora.runtime.run_folder import RunFolder, check_trackers, last
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A checked run: its settings and what follows from them, the model and the number of ranks.
+    """A checked run: its settings, its model, and the values that follow from both and from the number of ranks.
 
-    `on_gpu`: whether its ranks run on GPUs, where rows are padded further and libraries need memory too.
+    `on_gpu`: whether the ranks run on GPUs, where rows are padded further and libraries need memory too.
     """
 
     settings: Settings
@@ -55,7 +55,7 @@ class RunPlan:
 
     @cached_property
     def layout(self) -> Layout:
-        """The record that the planners read, beside the model's shape."""
+        """The layout that the planners read, besides the model's shape."""
         settings, grid, engine = self.settings, self.grid, self.engine
         compiled = settings.compile == "true"
         if settings.compile == "auto":
@@ -87,12 +87,12 @@ class RunPlan:
 
     @property
     def reads_data(self) -> bool:
-        """Whether there are rows and a tokenizer; a dry run without them takes each row to be full."""
+        """Whether the run has rows and a tokenizer. A dry run without them assumes that every row is full."""
         return self.source.folder is not None and self.settings.names_data
 
     @cached_property
     def stages(self) -> tuple[StagePlan, ...]:
-        """Every pipeline stage, in order."""
+        """All pipeline stages in order."""
         return plan_stages(self.source.shape, self.layout)
 
     @property
@@ -102,25 +102,25 @@ class RunPlan:
 
     @property
     def machine(self) -> Machine:
-        """Whose reserves and speed are planned with: of --gpu, else the default for GPUs or CPUs."""
+        """The machine whose reserves and speed are used for planning: the card of --gpu, or the default GPU or CPU."""
         return GPUS[self.settings.gpu or DEFAULT_GPU] if self.on_gpu else CPU
 
     @property
     def batch_shape(self) -> batch.BatchPlan:
-        """How a global batch is split into rows and micro-batches."""
+        """The split of a global batch into rows and micro-batches."""
         packed_length = self.settings.max_length if self.settings.packing else None
         least = inputs_to_fill(self.grid.pp_size)
         return replace(self.batches, packed_length=packed_length, min_micro_batches=least)
 
     def global_batch(self, dataset: TokenDataset, *, consumed_samples: int = 0) -> GlobalBatch:
-        """The plan of the step that follows `consumed_samples`."""
+        """Return the global batch of the step that follows `consumed_samples` samples."""
         seed = self.settings.seed
         return plan_global_batch(dataset, self.batch_shape, seed=seed, consumed_samples=consumed_samples)
 
     def training_loader(
         self, dataset: TokenDataset, *, pad_id: int, consumed_samples: int = 0
     ) -> Iterator[TrainingStep]:
-        """The steps of this rank on `dataset` after `consumed_samples`."""
+        """Yield the steps of this rank on `dataset` after the first `consumed_samples` samples."""
         return training_steps(
             dataset,
             self.batch_shape,
@@ -134,7 +134,7 @@ class RunPlan:
 
     @property
     def batches_in_words(self) -> str:
-        """How the samples of a step are split, in words."""
+        """A text that describes how the samples of a step are split."""
         batches, ranks = self.batches, count_text(self.batches.data_parallel, "data-parallel rank")
         if not self.settings.packing:
             steps = count_text(batches.accumulation_steps, "step")
@@ -151,7 +151,7 @@ class RunPlan:
 
     @property
     def rank_excess(self) -> list[str]:
-        """A line that says that the rank is above that of any update; none if it is not, or not the user's choice."""
+        """A line if --rank is larger than the rank of any update. The list is empty with --init_from."""
         widest = max(self.adapter.targets, key=lambda target: min(target.in_size, target.out_size))
         sizes, rank = (widest.in_size, widest.out_size), self.adapter.rank
         if rank <= min(sizes) or self.settings.init_from is not None:
@@ -160,12 +160,12 @@ class RunPlan:
         return [f"--rank {rank}: {widest.name} has {words}, so no update of it has a rank above {min(sizes):,}"]
 
     def layout_of(self, adapter: AdapterConfig) -> AdapterLayout:
-        """The parts of an adapter that is trained over this plan's stages, by rank."""
+        """Return the shards of an adapter over this plan's stages and ranks."""
         own = (tuple(layer for layer in adapter.layers if layer in stage.layers) for stage in self.stages)
         return AdapterLayout(adapter, self.grid, tuple(own))
 
     def part_of(self, adapter: AdapterConfig) -> AdapterShard:
-        """This rank's part of an adapter that is trained over this plan's stages."""
+        """Return this rank's shard of an adapter over this plan's stages."""
         layers = self.layout_of(adapter).stage_layers[self.grid.pp_rank]
         return AdapterShard(adapter, layers, self.grid.tp_rank, self.grid.tp_size)
 
@@ -175,7 +175,7 @@ class RunPlan:
         return self.layout.dtype
 
     def weight_maker(self, device: torch.device) -> WeightMaker:
-        """Makes the weights of the blocks' linears, which share memory.
+        """Return the factory of the weights of the blocks' linears, which share memory.
 
         Raises:
             UserError: `device` cannot compute --products.
@@ -187,21 +187,21 @@ class RunPlan:
 
     @property
     def dtype_name(self) -> str:
-        """The dtype of the frozen base by its name in --dtype."""
+        """The name of the dtype of the frozen base, as in --dtype."""
         return resolve_dtype(self.settings.dtype, get_task(self.settings.task), on_gpu=self.on_gpu)
 
     @property
     def max_new_tokens(self) -> int:
-        """The most tokens of a generated answer."""
+        """The maximum number of tokens in a generated answer."""
         given, of_task = self.settings.max_new_tokens, get_task(self.settings.task).max_new_tokens
         return batch.resolve_max_new_tokens(given, self.source.shape.limit.tokens, of_task)
 
     def counted(self, num_samples: int) -> "RunPlan":
-        """The plan whose --max_steps is counted for --epochs of `num_samples` training samples, if that is given."""
+        """Return the plan with --max_steps computed from --epochs, if given, for `num_samples` training samples."""
         return replace(self, settings=with_counted_steps(self.settings, num_samples))
 
     def resolved_settings(self) -> dict[str, Any]:
-        """Every setting as a plain value; defaults that depend on the model or the number of ranks are filled in."""
+        """Return every setting as a plain value, with defaults that depend on the model or the number of ranks."""
         return self.settings.model_dump() | {
             "dtype": self.dtype_name,
             "layers": list(self.adapter.layers),
@@ -217,14 +217,14 @@ class RunPlan:
 def plan_run(
     settings: Settings, *, rank: int, world_size: int, weights: bool = True, source: ModelSource | None = None
 ) -> RunPlan:
-    """Find the model, and check that settings, model and number of ranks fit together.
+    """Find the model, check that settings, model and number of ranks fit together, and return the plan.
 
     Args:
         weights: whether a hub model's weights are needed, or only its config and tokenizer.
         source: the model, if it is already known; else --model names it.
 
     Raises:
-        UserError: the first thing that does not fit, with the fix.
+        UserError: the first problem, with its fix.
     """
     task = get_task(settings.task)
     if settings.eval_metric not in ("loss", *task.metrics):
@@ -232,7 +232,7 @@ def plan_run(
             f"--eval_metric {settings.eval_metric} is not a metric of task {settings.task}. Give loss or"
             f" {' or '.join(task.metrics)}"
         )
-    if rank == 0 and weights:  # rank 0 of a run reports; a plan may be made on another machine
+    if rank == 0 and weights:  # only rank 0 of a run reports; a plan may be made on another machine
         check_trackers(settings.report_to)
     try:
         grid = Grid(rank, world_size, tp_size=settings.tensor_parallel, pp_size=settings.pipeline_parallel)
@@ -242,7 +242,7 @@ def plan_run(
         plans, starts = f"`--dry_run --world_size {ranks}`", f"`tiedlora run --num_gpus {ranks} ...`"
         raise UserError(f"{error}: {plans} plans without ranks, {starts} starts them") from None
     on_gpu = settings.gpu is not None or (uses_gpu() if settings.plan_for is None else settings.plan_for == "gpu")
-    # An error must not wait for a download of weights.
+    # Errors are reported before weights are downloaded.
     found = source or find_model(settings.model, weights=False)
     shape, settings = found.shape, with_models_length(with_start(settings, found), found)
     if settings.base != (stored := found.base_format(settings.base, settings.products)):
@@ -275,7 +275,7 @@ def plan_run(
     )
     plan = RunPlan(settings, found, grid, batches, engine, adapter, on_gpu)
     method = adapter.method_spec
-    if plan.rank_excess and (method.A.trained or method.B.trained):  # vera only chooses among r frozen terms
+    if plan.rank_excess and (method.A.trained or method.B.trained):  # vera only selects from r frozen terms
         raise UserError(f"{plan.rank_excess[0]}. Give at most that")
     if weights and source is None:
         plan = replace(plan, source=find_model(settings.model))
@@ -284,22 +284,22 @@ def plan_run(
     return plan
 
 
-# How long samples and runs are ----------------------------------------------------------------------------------------
+# Lengths of samples and runs ------------------------------------------------------------------------------------------
 
 
-# The layers of a rank process so many numbers in a run before compiling pays: a CPU compiles for half a minute at
-# first, and saves about a quarter of each step.
+# The number of elements that the layers of a rank process before compiling pays off. A CPU compiles for half a minute,
+# and then saves about a quarter of each step.
 LEAST_WORK = 5e9
 
 
 def pays_to_compile(shape: ModelShape, grid: Grid, *, num_tokens: int, least_work: float = LEAST_WORK) -> bool:
-    """Whether a run over `num_tokens`, on all ranks together, is long enough to gain from compiled kernels."""
+    """Return whether a run over `num_tokens` tokens on all ranks is long enough to benefit from compiled kernels."""
     widths = shape.num_layers * (shape.hidden_size + shape.intermediate_size) / (grid.tp_size * grid.pp_size)
     return num_tokens / grid.dp_size * widths >= least_work
 
 
 def with_models_length(settings: Settings, source: ModelSource) -> Settings:
-    """The settings with a --max_length that the model can have, if none was given."""
+    """Return the settings with --max_length limited to the model's maximum, unless the user gave --max_length."""
     limit = source.shape.limit.tokens
     if "max_length" in settings.model_fields_set or settings.max_length <= limit:
         return settings
@@ -307,16 +307,16 @@ def with_models_length(settings: Settings, source: ModelSource) -> Settings:
 
 
 def with_counted_steps(settings: Settings, num_samples: int) -> Settings:
-    """The settings with the number of steps of --epochs, if that is given. The default warm-up is shortened to it.
+    """Return the settings with --max_steps computed from --epochs, if given. --max_steps limits the default warm-up.
 
-    A step takes the next --global_batch_size samples, whatever the parallel layout and however packing puts them into
-    rows. So an epoch has ceil(samples / --global_batch_size) steps, and its last step may begin the next epoch. Each
-    sample is seen `epochs` times on average, rounded up, which is exact for any decimal:
+    A step takes the next --global_batch_size samples, independent of the parallel configuration and of packing. So an
+    epoch has ceil(samples / --global_batch_size) steps, and its last step may begin the next epoch. The number of steps
+    is rounded up, and exact for any decimal:
 
         max_steps = ceil(epochs * training samples / global_batch_size)
 
     Raises:
-        UserError: --warmup_steps is more than that, or --profile begins after it.
+        UserError: --warmup_steps is larger than this number, or --profile begins after it.
     """
     if settings.epochs is None:
         return settings
@@ -335,12 +335,12 @@ def with_counted_steps(settings: Settings, num_samples: int) -> Settings:
 
 
 def epochs_of(settings: Settings, num_samples: int) -> float:
-    """How often a run sees each training sample, on average."""
+    """Return the mean number of times that a run sees each training sample."""
     return settings.max_steps * settings.global_batch_size / num_samples
 
 
 def steps_in_words(settings: Settings, num_samples: int) -> str:
-    """The number of steps, and how it follows from --epochs, or how many epochs follow from it."""
+    """Return a text with the number of steps, and with the epochs that it is computed from or corresponds to."""
     steps, samples = count_text(settings.max_steps, "step"), count_text(num_samples, "training sample")
     if settings.epochs is None:
         return f"{steps}, {epochs_of(settings, num_samples):,.2f} passes over the {samples}"
@@ -349,22 +349,22 @@ def steps_in_words(settings: Settings, num_samples: int) -> str:
 
 # --init_from ----------------------------------------------------------------------------------------------------------
 
-# A run starts with the values of an adapter, and takes over its method, rank, alpha, targets and layers. The adapter is
-# read when the run is planned and when its model is built. A resumed run reads its checkpoint, and the record in it,
-# instead.
+# A run with --init_from starts with the values of an adapter, and takes over its method, rank, alpha, targets and
+# layers. The adapter is read when the run is planned and when its model is built. A resumed run reads its checkpoint
+# instead, and the settings recorded in it.
 
 _TAKEN_OVER = marked(Settings, decides="adapter")
-_NAMING = set(marked(Settings, decides="adapter", derived=False))  # those of them that are in a run's name
+_NAMING = set(marked(Settings, decides="adapter", derived=False))  # the settings that are part of a run's name
 
 
 @dataclass(frozen=True)
 class StartAdapter:
-    """The adapter with which a run starts.
+    """The adapter of --init_from, with which a run starts.
 
     Attributes:
         state: full fp32 tensors.
-        trained: the base that it was trained on; None if its files do not record it.
-        kind: the kind of its folder, in words.
+        trained: the base on which it was trained; None if its files do not record the base.
+        kind: a text on the kind of its folder.
         notes: notes for the user.
     """
 
@@ -376,20 +376,20 @@ class StartAdapter:
 
 
 def with_start(settings: Settings, source: ModelSource) -> Settings:
-    """The settings, some of which the adapter of --init_from decides. Reads the adapter, or the resumed checkpoint.
+    """Return the settings with those that the adapter of --init_from decides. A resumed run reads its checkpoint.
 
     Raises:
-        UserError: it cannot be read, is for a model of another shape, or contradicts a setting that was given.
+        UserError: the adapter cannot be read, is for a model of another shape, or contradicts a given setting.
     """
     if settings.init_from is None:
         return settings
     recorded = recorded_run(settings)
-    if recorded is not None:  # what was given is compared with all of the record once it is resumed
+    if recorded is not None:  # the given settings are compared with the whole record when the run is resumed
         taken = {name: value for name, value in recorded.items() if name in _TAKEN_OVER}
         return make_settings({**settings.model_dump(exclude_unset=True), **taken, **_given(settings, source)})
     given, folder = _given(settings, source), user_path(settings.init_from)
     if settings.resume != "none" and given.keys() == set(_TAKEN_OVER) and not folder.exists():
-        return settings  # this host does not see the run that is resumed, but a --config of it says everything
+        return settings  # this host does not see the resumed run, but the given settings are complete
     config = read_start(settings.init_from, source, differs=settings.base_differs).config
     decided = _decided(config)
     for name, value in given.items():
@@ -404,7 +404,7 @@ def with_start(settings: Settings, source: ModelSource) -> Settings:
 def load_start(
     settings: Settings, source: ModelSource, adapter: AdapterConfig, base: BaseIdentity
 ) -> tuple[Mapping[str, torch.Tensor] | None, tuple[str, ...]]:
-    """The full tensors with which a new run starts, None for the initial ones; and notes. Rank 0 reads them for all.
+    """Return the full tensors with which a new run starts (None: initial values), and notes. Rank 0 reads for all.
 
     Args:
         adapter: the run's adapter.
@@ -428,7 +428,7 @@ def load_start(
 
 
 def start_lines(settings: Settings, source: ModelSource) -> list[str]:
-    """The lines of a dry run on the adapter of --init_from."""
+    """Return the lines about the adapter of --init_from for a dry run."""
     if settings.init_from is None or recorded_run(settings) is not None:
         return []
     start = read_start(settings.init_from, source, differs=settings.base_differs)
@@ -436,18 +436,18 @@ def start_lines(settings: Settings, source: ModelSource) -> list[str]:
 
 
 def read_start(given: str, source: ModelSource, *, differs: bool) -> StartAdapter:
-    """The adapter in the folder `given` to --init_from, for a base of the shape of `source`.
+    """Read the adapter in the folder `given` to --init_from, for a base of the shape of `source`.
 
     Raises:
-        UserError: there is none, it cannot be read or is for a model of another shape; or `source` has a merged adapter
-            that a PEFT adapter does not know of, without `differs` (--base_differs).
+        UserError: there is no adapter, or it cannot be read, or it is for a model of another shape. Without `differs`
+            (--base_differs) also if `source` has a merged adapter that a PEFT adapter does not record.
     """
     opened = open_adapter(given, source, flag="--init_from", differs=differs)
     kind = "a PEFT adapter"
     if opened.kind == "native":
         kind, base = "a native adapter", opened.adapter.base_identity
         same_weights = identify_shape(source, base.dtype, weights_hash=base.base_weights_hash)
-        check_same_base(base, same_weights, source=f"--init_from {given}", differs=True)  # of its shape alone
+        check_same_base(base, same_weights, source=f"--init_from {given}", differs=True)  # checks only the shape
     elif opened.native is not None:
         kind = "a PEFT folder with the native adapter that was exported"
     notes = opened.notes if opened.apart is None else (*opened.notes, opened.apart)
@@ -455,21 +455,21 @@ def read_start(given: str, source: ModelSource, *, differs: bool) -> StartAdapte
 
 
 def _decided(config: AdapterConfig) -> dict[str, Any]:
-    """The settings that an adapter decides."""
+    """Return the settings that the adapter decides."""
     stds = {"init_std_a": config.init_std_a, "init_std_b": config.init_std_b}
     found = {**config.facts, **stds}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
 
 
 def _given(settings: Settings, source: ModelSource) -> dict[str, Any]:
-    """The settings of `_TAKEN_OVER` that the user gave."""
+    """Return those settings of `_TAKEN_OVER` that the user gave."""
     every_layer = tuple(range(1, source.shape.num_layers + 1))
     given = {name: getattr(settings, name) for name in _TAKEN_OVER if name in settings.model_fields_set}
     return {name: every_layer if value is None else value for name, value in given.items()}
 
 
 def recorded_run(settings: Settings) -> Mapping[str, Any] | None:
-    """The settings in the checkpoint that --resume finds; None if there is none, or this host does not see it."""
+    """Return the settings in the checkpoint of --resume; None if there is none or this host does not see it."""
     if settings.resume == "none":
         return None
     if settings.resume != "auto":
@@ -478,6 +478,6 @@ def recorded_run(settings: Settings) -> Mapping[str, Any] | None:
         folder = RunFolder(user_path(settings.output_dir))
     elif settings.init_from is None or settings.model_fields_set >= _NAMING:
         folder = last_run_folder(settings)
-    else:  # the adapter decides how the folder is called, so it is read first
+    else:  # the adapter decides the name of the folder, so it is read first
         return None
     return recorded_settings(folder.checkpoints.glob("step_*"))

@@ -1,7 +1,7 @@
-"""Every layout of a cluster, by the checks of a run: `plan_run` accepts a layout or says what is wrong with it.
+"""Enumerate the layouts of a cluster. `plan_run` makes the checks of a run, and accepts or rejects each layout.
 
-Micro-batch, sequence parallelism and recompute are in no check, so `plan_run` is asked once for each value of the other
-choices and each adapter. `variants` changes what it returns in these three.
+No check depends on micro-batch, sequence parallelism or recompute. So `plan_run` is called once for each combination of
+the remaining choices and for each adapter. `variants` then varies these three choices.
 """
 
 import math
@@ -24,7 +24,7 @@ from megatron_tiedlora.planning.layout import PLAIN_STORAGE, Storage
 from megatron_tiedlora.planning.planned import Cluster, Planned, StepPlan, time_together
 
 RECOMPUTES = ("none", "selective", "full")
-# The file of each ZeRO stage. zero2_offload.json is left out: it moves a few MB to the host.
+# The file of each ZeRO stage, without zero2_offload.json, which moves only a few MB to the host.
 ENGINE_FILES = tuple(sorted(path.name for path in SHIPPED_CONFIGS.glob("zero?.json")))
 
 
@@ -36,7 +36,7 @@ class Candidate(Planned):
     """A layout that a run accepts.
 
     Attributes:
-        is_default: whether micro-batch, sequence parallelism and recompute are those of a run without their flags.
+        is_default: whether micro-batch, sequence parallelism and recompute have the defaults of a run.
         engine_file: the value of --ds_config.
     """
 
@@ -46,7 +46,7 @@ class Candidate(Planned):
 
     @property
     def name(self) -> str:
-        """A name that tells it from all others, for the table and --why."""
+        """The unique name of the layout, for the table and --why."""
         layout, zero = self.layout, self.engine_file.removesuffix(".json")
         words = [f"t{layout.tp_size}p{layout.pp_size}d{layout.dp_size}-b{layout.rows}-{zero}"]
         words += ["wholeseq"] if layout.tp_size > 1 and not layout.shards_sequences else []
@@ -56,7 +56,7 @@ class Candidate(Planned):
 
     @property
     def flags(self) -> dict[str, Any]:
-        """The settings of tiedlora train that choose it."""
+        """The settings of `tiedlora train` that select the layout."""
         layout = self.layout
         return {
             "tensor_parallel": layout.tp_size,
@@ -70,23 +70,23 @@ class Candidate(Planned):
 
     @property
     def alike(self) -> tuple[Hashable, ...]:
-        """Parallel sizes and storage. The layouts of one value differ in the other choices."""
+        """The parallel sizes and the storage format. Layouts with equal values differ only in the remaining choices."""
         return self.layout.tp_size, self.layout.pp_size, self.layout.dp_size, self.storage
 
 
-_TIE = 1.005  # times the time of the fastest
+_TIE = 1.005  # layouts within this factor of the fastest time count as equally fast
 
 
 @dataclass(eq=False)
 class ClusterPlan:
-    """Every layout of a run on a cluster, and why a run rejects the others.
+    """All layouts of a run on a cluster: the accepted ones, and the reasons for which a run rejects others.
 
     Attributes:
-        settings: tiedlora train's, with the defaults of a plan.
-        data: the data of each adapter, once it is read; empty for a preset, or if no rows are named.
+        settings: the settings of `tiedlora train`, with the defaults of a plan.
+        data: the data of each adapter, once they are read; empty for a preset, or if no data file is given.
         candidates: the layouts that a run accepts.
-        refused: the number of the other layouts, by what a run says of them.
-        ranked: the storage formats to choose from; candidates in others only show what these would gain.
+        refused: the number of rejected layouts by error message.
+        ranked: the storage formats to choose from. Candidates in different formats are only used for hints.
     """
 
     settings: Settings
@@ -102,30 +102,30 @@ class ClusterPlan:
 
     @property
     def enumerated(self) -> int:
-        """All layouts."""
+        """The number of all layouts."""
         return len(self.candidates) + self.refused.total()
 
     @cached_property
     def _fitting(self) -> list[Candidate]:
-        """The candidates that fit, the fastest first; if equally fast, the one with less memory first."""
+        """The candidates that fit, the fastest first. Equally fast ones are sorted by memory."""
         fitting = [one for one in self.candidates if one.fits]
         time_together(fitting)
         return sorted(fitting, key=lambda one: (one.seconds.total, one.needed))
 
     @cached_property
     def rows(self) -> list[Candidate]:
-        """The candidates that fit in a format to choose from, the fastest first.
+        """The candidates that fit, in a storage format to choose from, the fastest first.
 
-        Layouts within `_TIE` of the fastest are equally fast, and the least changed base is first.
+        Layouts within `_TIE` of the fastest count as equally fast. Among them the least changed base is first.
         """
         rows = [one for one in self._fitting if one.storage in self.ranked]
         ties = sum(one.seconds.total <= _TIE * rows[0].seconds.total for one in rows)
-        rows[:ties] = sorted(rows[:ties], key=lambda one: sum(map(bool, one.storage)))  # it is stable
+        rows[:ties] = sorted(rows[:ties], key=lambda one: sum(map(bool, one.storage)))  # a stable sort
         return rows
 
     @cached_property
     def elsewhere(self) -> list[Candidate]:
-        """The candidates that fit in another format, the fastest first."""
+        """The candidates that fit in a storage format outside `ranked`, the fastest first."""
         return [one for one in self._fitting if one.storage not in self.ranked]
 
     @cached_property
@@ -135,28 +135,29 @@ class ClusterPlan:
 
     @property
     def all_rows(self) -> list[Candidate]:
-        """Every layout."""
+        """All candidates: first those that fit, then the others."""
         return [*self.rows, *self.elsewhere, *self.others]
 
     def best_of_each(self) -> list[Candidate]:
-        """The fastest of each tensor x pipeline x data and storage."""
+        """Return the fastest layout for each combination of parallel sizes and storage format."""
         found: dict[Hashable, Candidate] = {}
         for row in self.rows:
             found.setdefault(row.alike, row)
         return list(found.values())
 
     def row(self, name: str, *, flag: str) -> Candidate:
-        """The layout of a name. Raises UserError, with the nearest one."""
+        """Return the layout with this name. Raises UserError, which names the nearest one, if there is none."""
         rows = {row.name: row for row in self.all_rows}
         if name not in rows:
             raise UserError(f"--{flag} {name}: no such layout{nearest_name(name, rows)}; names are those of the table")
         return rows[name]
 
-    # The runs that are asked ------------------------------------------------------------------------------------------
+    # The settings of candidate runs
+    # ---------------------------------------------------------------------------------------
 
     @property
     def values(self) -> dict[str, Any]:
-        """The settings that were given, with the defaults of a plan."""
+        """The given settings, with the defaults of a plan."""
         return {
             **self.settings.model_dump(mode="json", exclude_unset=True),
             "max_length": self.settings.max_length,
@@ -167,33 +168,33 @@ class ClusterPlan:
 
     @cached_property
     def adapters(self) -> dict[str, Settings]:
-        """The settings of each adapter, without the batch that a plan assumes. Raises UserError as a run does."""
+        """The settings of each adapter, without an assumed global batch size. Raises UserError as a run does."""
         assumed = {"global_batch_size"} - self.settings.model_fields_set
         given = {name: value for name, value in self.values.items() if name not in assumed}
         return adapter_plans.adapter_settings(make_settings(given))
 
     def assumes(self, name: str) -> bool:
-        """Whether a setting is a default, at least for one adapter."""
+        """Return whether a setting has its default for at least one adapter."""
         if self.given(name):
             return False
         return name not in PER_ADAPTER or any(name not in own.model_fields_set for own in self.adapters.values())
 
     def given(self, name: str) -> bool:
-        """Whether a flag was given."""
+        """Return whether the user gave the flag."""
         return name in self.settings.model_fields_set
 
     def choices(self, name: str, values: Sequence[Any]) -> Sequence[Any]:
-        """The values of a setting: the one that was given, or all."""
+        """Return the values to try for a setting: the given value, else all `values`."""
         return [getattr(self.settings, name)] if self.given(name) else values
 
     def grids(self, world_size: int) -> list[tuple[int, int]]:
-        """Tensor and pipeline parallel sizes whose product divides the ranks; a given one in any case."""
+        """Return tensor and pipeline parallel sizes whose product divides the number of ranks, or the first sizes."""
         tensor, pipeline = (self.choices(f"{name}_parallel", divisors(world_size)) for name in ("tensor", "pipeline"))
         found = [(t, p) for t in tensor for p in pipeline if world_size % (t * p) == 0]
         return found or [(tensor[0], pipeline[0])]
 
     def rows_per_rank(self, dp_size: int) -> list[int]:
-        """Rows of a micro-batch: the divisors of a rank's part of the global batch, of each adapter's if several."""
+        """Return the micro-batch sizes to try: the divisors of a rank's share of the global batch of all adapters."""
         if self.settings.micro_batch_size is not None:
             return [self.settings.micro_batch_size]
         given = (own for own in self.adapters.values() if "global_batch_size" in own.model_fields_set)
@@ -202,10 +203,10 @@ class ClusterPlan:
         return [1] if rest else divisors(share)
 
     def plans(self, tp_size: int, pp_size: int, engine_file: str, storage: Storage) -> adapter_plans.Plans:
-        """The plans that `plan_run` makes of a layout, by adapter.
+        """Return the plans of `plan_run` for a layout, by adapter name.
 
         Raises:
-            UserError: as a run does, or the cluster is not made for it.
+            UserError: a run rejects the layout, or the layout does not suit the cluster.
         """
         cluster, machine = self.cluster, self.cluster.machine
         if cluster.per_node % tp_size and not self.given("tensor_parallel"):
@@ -224,7 +225,7 @@ class ClusterPlan:
     def variants(
         self, plans: adapter_plans.Plans, rows: Sequence[int], sequences: Sequence[bool], recomputes: Sequence[str]
     ) -> Iterator[dict[str, Any]]:
-        """`step`, `layout` and `is_default` of the candidates that differ in choices that no check depends on."""
+        """Yield `step`, `layout` and `is_default` of the candidates that differ only in choices without checks."""
         plans = adapter_plans.counted(plans, self.data) if self.data else plans
         shares = self.settings.share_micro_batches
         base = StepPlan(plans, shares).layout
@@ -250,20 +251,20 @@ class ClusterPlan:
 def search(
     settings: Settings, cluster: Cluster, *, source: ModelSource, formats: tuple[str, ...] | None = None
 ) -> ClusterPlan:
-    """Enumerate all layouts of the settings on a cluster.
+    """Return all layouts of the settings on a cluster.
 
     Args:
-        formats: names of the storage formats to choose from; None for the first of all, which changes least.
+        formats: the names of the storage formats to choose from; None for the format that changes the base least.
 
-    Raises:
-        UserError: no layout is accepted, or the data cannot be read; the words are those of a run.
+        Raises:
+            UserError: no layout is accepted, or the data cannot be read. The messages are the same as in a run.
     """
     found = ClusterPlan(settings, source, cluster)
     storages, accepted = _storages(found, formats), []
     found.ranked = storages if formats is not None else storages[:1]
     engine_files, recomputes = found.choices("ds_config", ENGINE_FILES), found.choices("recompute", RECOMPUTES)
     for (tp_size, pp_size), engine_file, storage in product(found.grids(cluster.world_size), engine_files, storages):
-        # Without tensor parallelism it is of no consequence whether sequences are sharded.
+        # Without tensor parallelism, sequence parallelism has no effect.
         sequences = found.choices("sequence_parallel", [settings.sequence_parallel] if tp_size == 1 else [True, False])
         variants = found.rows_per_rank(cluster.world_size // (tp_size * pp_size)), sequences, recomputes
         try:
@@ -274,7 +275,7 @@ def search(
         raise UserError(found.refused.most_common(1)[0][0])
     first, *_ = accepted[0]
     if any(plan.reads_data for plan in first.values()):
-        found.data = adapter_plans.prepare_all_data(first)  # it is the same for all layouts
+        found.data = adapter_plans.prepare_all_data(first)  # the data are the same for all layouts
     known: dict[Hashable, Any] = {}
     found.candidates = tuple(
         Candidate(**variant, cluster=cluster, known=known, engine_file=engine_file, storage=storage)
@@ -285,12 +286,12 @@ def search(
 
 
 def _storages(plan: ClusterPlan, formats: tuple[str, ...] | None) -> tuple[Storage, ...]:
-    """The storage formats to plan, with a name in `formats`.
+    """Return the storage formats to plan, limited to names in `formats` if these are given.
 
-    A model that is stored quantised has those of its own format.
+    A model that is stored quantised allows only its own format.
 
     Raises:
-        UserError: none is left.
+        UserError: no format remains.
     """
     settings, source = plan.settings, plan.source
     named = STORAGES if formats is None else tuple(s for s in STORAGES if s.name in formats)
@@ -302,7 +303,7 @@ def _storages(plan: ClusterPlan, formats: tuple[str, ...] | None) -> tuple[Stora
             f"{given}: {source.name} has its weights in {source.stored.in_words} already; give {names}, or leave"
             " --formats out"
         )
-    # A run's record has an empty --base for a model that is stored quantised.
+    # The recorded settings of a run have an empty --base for a model that is stored quantised.
     base, given_base = settings.base or source.stored_base, plan.given("base")
     if given_base and base not in [storage.base for storage in named]:
         base = base or UNQUANTISED
@@ -310,10 +311,10 @@ def _storages(plan: ClusterPlan, formats: tuple[str, ...] | None) -> tuple[Stora
     wanted = {name: getattr(settings, name) for name in Storage._fields if plan.given(name)}
     wanted |= {"base": base} if given_base else {}
     fits = [storage for storage in left if all(getattr(storage, name) == value for name, value in wanted.items())]
-    # What fits none is asked of `plan_run` as it was given, for its words.
+    # If no format fits, `plan_run` gets the given one and raises the error.
     return tuple(fits) or (Storage(settings.base, settings.products, settings.keep_transposed),)
 
 
 def divisors(number: int) -> list[int]:
-    """The divisors of a number, in ascending order."""
+    """Return the divisors of a number, in ascending order."""
     return [size for size in range(1, number + 1) if number % size == 0]

@@ -1,16 +1,16 @@
-"""How long a step takes: the counts of `passes`, by the constants of a machine, along the passes of a pipeline.
+"""Predict the time of a step from the counts of `passes` and the constants of a machine.
 
-    step = the longest path through the passes of all stages + sums of the step + what is outside passes
+    step = the longest path through the passes of all stages + messages once per step + time outside passes
 
-A pass takes the sum of its parts. A part runs beside another one only where the code does so: on a GPU the host's
-launches, and gathers of ZeRO-3 with `overlap_comm`.
+The time of a pass is the sum of its terms. Only two terms overlap others: kernel launches by the host of a GPU, and
+gathers of ZeRO-3 with `overlap_comm`.
 
-A pass starts as early as its rank's order and its input let it. With 1F1B and p equal stages each stage is idle for
-(p - 1) / (m + p - 1) of a step of m micro-batches; the simulation also knows stages that differ.
+A pass starts once the previous pass of its rank and its input are ready. With 1F1B and p equal stages each stage is
+idle for (p - 1) / (m + p - 1) of a step of m micro-batches. The simulation also handles unequal stages.
 
-Over a ring of n ranks an all-gather or reduce-scatter of B bytes takes B (n - 1) / n over the bandwidth, and an
-all-reduce twice that. A group that spans nodes has the network cards of its ranks in a node together, at most the
-bandwidth inside a node. Each message takes `message` seconds beside its bytes.
+In a ring of n ranks, an all-gather or reduce-scatter of B bytes takes B (n - 1) / n divided by the bandwidth. An
+all-reduce takes twice as long. A group that spans nodes uses the network cards of all its ranks in a node, up to the
+bandwidth inside a node. Each message has a fixed cost of `message` seconds.
 """
 
 import functools
@@ -33,8 +33,8 @@ from megatron_tiedlora.planning.passes import PassWork, StageWork, engine_traffi
 # Links between ranks --------------------------------------------------------------------------------------------------
 
 
-RANKS_PER_NODE = 8  # where nobody says it
-_RINGS = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2}  # how often a ring carries (n - 1) / n of the bytes
+RANKS_PER_NODE = 8  # the default
+_RINGS = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2}  # how often a ring transfers (n - 1) / n of the bytes
 
 
 class Term(NamedTuple):
@@ -42,9 +42,9 @@ class Term(NamedTuple):
 
     Attributes:
         purpose: a field of `step_time.Seconds`.
-        label: its name for `--why`.
-        rate: amount in `unit` per second; 0 if it costs only `fixed` seconds.
-        fixed: seconds beside those of the amount.
+        label: the name in the output of `--why`.
+        rate: amount in `unit` per second; 0 if the term takes only `fixed` seconds.
+        fixed: seconds that are added to those of the amount.
     """
 
     purpose: str
@@ -56,17 +56,17 @@ class Term(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """The seconds that it takes."""
+        """The seconds of the term."""
         return (self.amount / self.rate if self.rate else 0.0) + self.fixed
 
 
 class Link(NamedTuple):
-    """A link that carries the messages of a group.
+    """The link that carries the messages of a group of ranks.
 
     Attributes:
-        size: ranks of the group.
-        num_nodes: nodes that they are in.
-        per_node: ranks of the group in a node.
+        size: the number of ranks in the group.
+        num_nodes: the number of nodes with these ranks.
+        per_node: the number of ranks of the group in a node.
     """
 
     size: int
@@ -74,10 +74,10 @@ class Link(NamedTuple):
     per_node: int
 
     def term(self, kind: str, count: int, num_bytes: float, machine: Machine, *, purpose: str) -> Term:
-        """The time of `count` messages of `num_bytes` together, one after another."""
+        """Return the time term of `count` consecutive messages with `num_bytes` bytes in total."""
         carried = num_bytes * _RINGS[kind] * (self.size - 1) / self.size if kind in _RINGS else num_bytes
         label, fixed = f"{kind}, {count_text(int(count), 'message')}", count * machine["message"]
-        bandwidth = machine["node_bandwidth"] * machine["node_link"]  # of each rank, in one direction
+        bandwidth = machine["node_bandwidth"] * machine["node_link"]  # per rank in one direction
         if self.num_nodes > 1:
             bandwidth = min(bandwidth, self.per_node * machine["network_bandwidth"] * machine["network_link"])
         return Term(purpose, label, carried, bandwidth, "B", fixed)
@@ -85,14 +85,14 @@ class Link(NamedTuple):
 
 @dataclass(frozen=True)
 class Links:
-    """The links of all groups of a layout on nodes of `ranks_per_node` ranks."""
+    """The links of all groups of a layout on nodes with `ranks_per_node` ranks."""
 
     layout: Layout
     ranks_per_node: int
 
     @cached_property
     def by_group(self) -> dict[str, Link]:
-        """The link of each group except the pipeline."""
+        """The link of each group except the pipeline, by group name."""
         layout = self.layout
         ranks = np.arange(layout.world_size).reshape(layout.pp_size, layout.dp_size, layout.tp_size)  # see `Grid`
         groups = {
@@ -110,14 +110,14 @@ class Links:
         return found
 
     def to_next(self, stage: int) -> Link:
-        """The link from a stage to the next one: over the network if one of its ranks sends to another node."""
+        """Return the link from a stage to the next one. It is the network if any rank sends to another node."""
         width, per_node = self.layout.tp_size * self.layout.dp_size, self.ranks_per_node
         first = stage * width
         crosses = any(rank // per_node != (rank + width) // per_node for rank in (first, first + width - 1))
         return Link(2, 1 + crosses, 1)
 
     def terms(self, traffic: Traffic, machine: Machine, *, purpose: str) -> list[Term]:
-        """The time of all messages except to other stages."""
+        """Return the time terms of all messages except those between stages."""
         return [
             self.by_group[group].term(kind, traffic.messages[group, kind], size, machine, purpose=purpose)
             for (group, kind), size in traffic.bytes.items()
@@ -126,24 +126,24 @@ class Links:
 
 
 DTYPES = {1: "fp8", 2: "bf16", 4: "fp32"}  # by bytes
-PERSISTENT = 100_000  # elements of a parameter that ZeRO-3 does not shard; stage3_param_persistence_threshold
+PERSISTENT = 100_000  # ZeRO-3 does not shard smaller parameters (elements); stage3_param_persistence_threshold
 
 
 class Seconds(NamedTuple):
-    """Seconds by what they are spent on; of a pass, of a stage's passes, or of a step.
+    """The seconds of a pass, of all passes of a stage, or of a step, by purpose.
 
     Attributes:
-        matmuls: frozen ones and the adapter's, with those that are computed again.
-        attention: the same of attention.
-        elementwise: norms, gate, rotation, residuals, loss: what moves memory.
-        dequantised: making weights of a quantised base ready for a matmul, and rounding what FP8 matmuls multiply.
+        matmuls: matmuls of the base and the adapter, recomputation included.
+        attention: attention, recomputation included.
+        elementwise: elementwise kernels: norms, gate, rotation, residuals, loss.
+        dequantised: dequantising or transposing weights of a quantised base, and rounding inputs of FP8 matmuls.
         launches: launches of kernels by the host that the device does not hide.
-        tensor: messages of the tensor group.
-        gathers: weights that ZeRO-3 gathers and nothing hides.
-        pipeline: sending hidden states, and DeepSpeed's instructions.
-        bubble: waiting for other stages.
-        sums: messages once a step.
-        outside: the rest of a step beside its passes and messages.
+        tensor: messages of the tensor-parallel group.
+        gathers: ZeRO-3 gathers of weights that are not hidden behind computation.
+        pipeline: sends of hidden states, and DeepSpeed's instructions.
+        bubble: waiting for other pipeline stages.
+        sums: messages once per step.
+        outside: the remaining time of a step, outside its passes and messages.
     """
 
     matmuls: float = 0.0
@@ -160,12 +160,12 @@ class Seconds(NamedTuple):
 
     @property
     def total(self) -> float:
-        """The sum."""
+        """The sum of all fields."""
         return sum(self)
 
     @classmethod
     def of(cls, terms: Iterable[Term]) -> "Seconds":
-        """The terms by purpose."""
+        """Return the sums of the terms by purpose."""
         found = dict.fromkeys(cls._fields, 0.0)
         for term in terms:
             found[term.purpose] += term.seconds
@@ -174,12 +174,12 @@ class Seconds(NamedTuple):
 
 @dataclass(frozen=True)
 class StepParts:
-    """The times from which the time of a step follows.
+    """The times from which the time of a step is computed.
 
     Attributes:
-        batches: its micro-batches, in order.
-        stages: by stage and micro-batch, the times of the forward and the backward pass.
-        sums: the time of the messages once a step.
+        batches: the micro-batches in order.
+        stages: the times of the forward and the backward pass, by stage and micro-batch.
+        sums: the time of the messages once per step.
         outside: see `Seconds`.
     """
 
@@ -189,9 +189,9 @@ class StepParts:
     outside: float
 
     def busiest(self) -> tuple[int, Seconds]:
-        """The first stage of those that work longest, and the time of all its passes."""
+        """Return the index of the first stage with the longest work, and the time of all its passes."""
         firsts: dict[int, int] = {}
-        for index, passes in enumerate(self.stages):  # stages that do the same are one object
+        for index, passes in enumerate(self.stages):  # stages with the same work share one object
             firsts.setdefault(id(passes), index)
         counts, spent = Counter(self.batches), {}
         for index in firsts.values():
@@ -201,12 +201,12 @@ class StepParts:
 
 
 def stage_terms(work: StageWork, stage: StagePlan, links: Links, machine: Machine) -> tuple[list[Term], list[Term]]:
-    """The terms of the time of the forward and of the backward pass of a micro-batch."""
+    """Return the time terms of the forward and of the backward pass of a micro-batch."""
     layout = stage.layout
     forward, backward, again = (pass_terms(each, layout, links, machine) for each in work)
     backward += [term._replace(label=f"{term.label}, recomputed") for term in again]
     gathers = []
-    if layout.zero_stage == 3 and layout.dp_size > 1:  # a message for each parameter that not all ranks keep
+    if layout.zero_stage == 3 and layout.dp_size > 1:  # a message for each sharded parameter
         gathered = engine_traffic(stage, num_micro_batches=1).bytes[DATA, "all-gather"] / 2  # two passes gather
         count = sum(number for tensor, number in stage.local_base.items() if tensor.size > PERSISTENT)
         gathers.append(links.by_group[DATA].term("all-gather", count, gathered, machine, purpose="gathers"))
@@ -215,7 +215,7 @@ def stage_terms(work: StageWork, stage: StagePlan, links: Links, machine: Machin
         (backward, work.backward.sent, stage.index - 1),
     ):
         beside = []
-        if layout.overlaps_gathers and gathers:  # hidden behind the pass, as far as that is long enough
+        if layout.overlaps_gathers and gathers:  # hidden behind the pass if that takes longer, else in part
             hidden = min(Seconds.of(terms).total, sum(term.seconds for term in gathers))
             beside.append(Term("gathers", "hidden behind the pass", 0.0, 0.0, "s", fixed=-hidden))
         terms += [*gathers, *beside]
@@ -228,7 +228,7 @@ def stage_terms(work: StageWork, stage: StagePlan, links: Links, machine: Machin
 
 
 def pass_terms(work: PassWork, layout: Layout, links: Links, machine: Machine) -> list[Term]:
-    """A pass without gathers and sends to other stages."""
+    """Return the time terms of a pass, without gathers and without sends to other stages."""
     base, products, _ = layout.storage
     dtype, moved = DTYPES[layout.dtype.itemsize], machine["bandwidth"] * machine["elementwise"]
     of_linears = dtype if products is None else DTYPES[1]
@@ -237,7 +237,7 @@ def pass_terms(work: PassWork, layout: Layout, links: Links, machine: Machine) -
         Term("matmuls", f"matmuls of blocks in {of_linears}", work["linears"], of_blocks, "FLOP"),
         Term("matmuls", f"head, adapter in {dtype}", work["head"] + work["low_rank"], in_dtype, "FLOP"),
         Term("attention", "attention", work["attention"], machine.rate("attention", dtype), "FLOP"),
-        # Reading inputs, if that is not hidden behind computing.
+        # Reading inputs, as far as computation does not hide it.
         Term("attention", f"queries in {dtype} read", work["queries"], machine[f"queries.{dtype}"], "numbers"),
         Term("elementwise", "norms, gate, rotation, residuals, loss", work["moved"], moved, "B"),
     ]
@@ -255,10 +255,12 @@ def pass_terms(work: PassWork, layout: Layout, links: Links, machine: Machine) -
 
 
 def _dequantised(work: PassWork, layout: Layout, base: str, machine: Machine) -> list[Term]:
-    """The work to make weights ready for a matmul: they are dequantised, or transposed for FP8 matmuls, whose
-    activations are rounded."""
+    """Return the time terms of preparing weights for a matmul.
+
+    Weights are dequantised. For FP8 matmuls they are transposed instead, and activations are rounded.
+    """
     moved, weights = machine["bandwidth"] * machine["elementwise"], work["weights"] + work["weights_back"]
-    if layout.storage.products is not None:  # a byte is read, one written; on a CPU in the time of the emulated matmul
+    if layout.storage.products is not None:  # one byte read, one written; on a CPU part of the emulated matmul
         transposed = 0.0 if layout.storage.keep_transposed or not layout.on_gpu else work["weights_back"]
         rounded = machine["round.forward"] * work["rounded"] + machine["round.backward"] * work["rounded_back"]
         return [
@@ -273,7 +275,7 @@ def _dequantised(work: PassWork, layout: Layout, base: str, machine: Machine) ->
 
 
 def sum_terms(stage: StagePlan, batches: Sequence[MicroBatchShape], links: Links, machine: Machine) -> list[Term]:
-    """The messages that a rank sends once a step: gradients, norms, reports; of ZeRO-3 only gradients."""
+    """Return the time terms of the messages once per step: gradients, norms, votes. ZeRO-3's gathers are excluded."""
     once, sent = once_traffic(stage, batches), engine_traffic(stage, num_micro_batches=len(batches))
     if stage.layout.zero_stage == 3:
         del sent.bytes[DATA, "all-gather"]
@@ -284,9 +286,9 @@ def sum_terms(stage: StagePlan, batches: Sequence[MicroBatchShape], links: Links
 
 
 def step_seconds(steps: Sequence[StepParts]) -> list[Seconds]:
-    """The time of each step, by what the stage that works longest spends it on.
+    """Return the seconds of each step by purpose, as spent by the stage with the longest work.
 
-    Steps with as many stages and micro-batches are simulated together.
+    Steps with equal numbers of stages and micro-batches are simulated together.
     """
     found: list[Seconds] = [Seconds()] * len(steps)
     alike: dict[tuple[int, int], list[int]] = defaultdict(list)
@@ -298,24 +300,24 @@ def step_seconds(steps: Sequence[StepParts]) -> list[Seconds]:
             step = steps[index]
             _, spent = step.busiest()
             waits = span - spent.total
-            # Another order of the same sum is no waiting.
+            # A rounding difference between two sums is not waiting time.
             bubble = waits if waits > 1e-9 * span else 0.0
             found[index] = spent._replace(bubble=bubble, sums=step.sums, outside=step.outside)
     return found
 
 
 def pipeline_spans(steps: Sequence[StepParts]) -> NDArray[np.float64]:
-    """The seconds from the start to the end of the last pass of all stages, of steps with as many passes each.
+    """Return the seconds from the start to the end of the last pass, for steps with equal numbers of passes.
 
-    A stage runs its passes in the order 1F1B of DeepSpeed's pipeline (0.19.8), which the trace of real steps shows:
-    forward passes until as many are in flight as stages follow, its own included; then one back, one forward. Each runs
-    as early as it can: a forward pass takes the result of the same micro-batch on the stage before, a backward pass
-    the result of the stage behind.
+    A stage runs its passes in the 1F1B order of DeepSpeed's pipeline (0.19.8), which traces of real steps confirm. It
+    first runs one forward pass for each stage from itself to the last one. Then it alternates one backward and one
+    forward pass. Each pass runs as early as possible. A forward pass needs the result of the same micro-batch on the
+    previous stage. A backward pass needs the result of the next stage.
     """
 
     @functools.cache
     def costs(batches: tuple[MicroBatchShape, ...]) -> NDArray[np.float64]:
-        """By pass and stage, the seconds in each of the steps of its micro-batch."""
+        """Return the seconds of a micro-batch in each of the steps, as an array (pass, stage, step)."""
         totals = [
             [[seconds.total for seconds in stage[batch]] for stage in step.stages]
             for step, batch in zip(steps, batches, strict=True)
@@ -325,9 +327,9 @@ def pipeline_spans(steps: Sequence[StepParts]) -> NDArray[np.float64]:
     passes = [costs(batches) for batches in zip(*(step.batches for step in steps), strict=True)]
     num_stages = len(steps[0].stages)
     clocks = np.zeros((num_stages, len(steps)))
-    gradients = np.zeros((num_stages + 1, len(steps)))  # by stage, when its last backward pass has ended
+    gradients = np.zeros((num_stages + 1, len(steps)))  # the end of the last backward pass of each stage
     for turn in range(len(passes) + num_stages):
-        hidden = np.zeros(len(steps))  # when the forward pass on the stage before has ended
+        hidden = np.zeros(len(steps))  # the end of the forward pass on the previous stage
         for stage in range(num_stages):
             back = turn - num_stages + stage
             if 0 <= back < len(passes):

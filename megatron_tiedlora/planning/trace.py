@@ -1,10 +1,10 @@
-"""The work of a rank in the layers of a stage, counted by running them on tensors without data.
+"""Trace the work of a rank in the layers of a stage by running them on tensors without data.
 
-A trace is of one unit: the embedding, a block, or the last block with the head and the loss. The modules, their
-autograd functions and recompute are the real ones, but for the parts that `counting` exchanges.
+A trace covers one unit: the embedding, a block, or the last block with the head and the loss. The modules, their
+autograd functions and recompute are the real ones, except for the parts that `counting` replaces.
 
-Counts are affine in the sizes of a micro-batch, so that a few traces give those of all sizes (`Tracer.at`). What is
-alive at each moment is affine too: the peak is the largest of these moments.
+Counts are affine functions of the sizes of a micro-batch, so a few traces determine the counts of all sizes
+(`Tracer.at`). The live bytes at each moment are affine too. The peak is the largest of these moments.
 """
 
 import gc
@@ -35,10 +35,10 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def _remembers(method: _Method) -> _Method:
-    """The method, which computes once what its arguments say.
+    """Return the method with a cache for its results.
 
-    The caller's gradient mode changes nothing, and neither does the garbage collector: objects that it ends may run
-    operations, as DeepSpeed's engines do.
+    The caller's gradient mode does not affect the results. The garbage collector is off, because the destructors of
+    some objects, such as DeepSpeed's engines, run operations.
     """
 
     @wraps(method)
@@ -56,10 +56,10 @@ def _remembers(method: _Method) -> _Method:
 
 
 class Sizes(NamedTuple):
-    """The sizes of a micro-batch: for each adapter, its tokens and those after the last attention; rows of logits.
+    """The sizes of a micro-batch: by adapter, the tokens and the positions after the last attention; rows of logits.
 
     Attributes:
-        at_once: the rows of logits that are in memory at one time.
+        at_once: the number of rows of logits in memory at the same time.
     """
 
     tokens: tuple[int, ...]
@@ -72,13 +72,13 @@ class Trace(NamedTuple):
     """The work of a unit for one micro-batch.
 
     Attributes:
-        forward, backward: counts of its passes.
+        forward, backward: the counts of both passes.
         moments: the moments of both passes.
-        saved: bytes that autograd saves, without factors and indices.
-        kept: bytes that are alive between the passes, without factors: recompute also keeps arguments.
-        gradients: bytes of the factors' gradients that the backward pass leaves.
-        saves_attention: 1 if what attention saves is among them, else 0.
-        saved_factors, kept_factors: the factors that are saved, or kept, by target and letter.
+        saved: the bytes that autograd saves, without factors and indices.
+        kept: the bytes that are alive between the passes, without factors. Recompute also keeps arguments.
+        gradients: the bytes of the factors' gradients after the backward pass.
+        saves_attention: 1 if the saved tensors of attention are alive between the passes, else 0.
+        saved_factors, kept_factors: the saved or kept factors as pairs of target and letter.
     """
 
     forward: Mapping[Hashable, float]
@@ -93,17 +93,17 @@ class Trace(NamedTuple):
 
     @property
     def numbers(self) -> list[float]:
-        """All that is affine: the counts, then bytes and elements of the moments, then the other bytes."""
+        """All affine values: the counts, then bytes and elements of the moments, then the remaining bytes."""
         of_moments = (number for moments in self.moments for one in moments for number in (one.alive, one.numbers))
         return [*self.forward.values(), *self.backward.values(), *of_moments, self.saved, self.kept, self.gradients]
 
 
 @dataclass(frozen=True)
 class AdapterReading:
-    """The work of reading the adapters: counts of both passes, and the memory of each factor that is a copy.
+    """The work of reading the adapters: the counts of both passes, and the memory of each copied factor.
 
     Attributes:
-        factors: by layer, target and letter, a number that tells the memory, and its bytes.
+        factors: by layer, target and letter, the address of the factor's memory and its bytes.
     """
 
     forward: Mapping[Hashable, float]
@@ -113,13 +113,13 @@ class AdapterReading:
 
 @dataclass(frozen=True)
 class Kind:
-    """The kind of a block: everything that decides its trace beside sizes.
+    """The kind of a block: all properties that determine its trace, except sizes.
 
     Attributes:
-        adapters: for each adapter with tokens in the micro-batch, that adapter if it adapts the block, else None.
-        earlier: whether its input needs a gradient.
-        ends: whether the head follows.
-        rotates: whether it rotates queries and keys.
+        adapters: for each adapter with tokens in the micro-batch, its config if it adapts the block, else None.
+        earlier: whether the block's input needs a gradient.
+        ends: whether the head follows the block.
+        rotates: whether the block rotates queries and keys.
     """
 
     adapters: tuple[AdapterConfig | None, ...]
@@ -129,7 +129,7 @@ class Kind:
 
 
 class Tracer:
-    """Traces of a model's layers on rank 0 of a tensor group."""
+    """Makes traces of a model's layers on rank 0 of a tensor-parallel group."""
 
     def __init__(
         self,
@@ -140,7 +140,7 @@ class Tracer:
         sequence_parallel: bool = False,
         on_gpu: bool = False,
     ) -> None:
-        """`on_gpu` decides how attention is computed."""
+        """Prepare the layers. `on_gpu` decides how attention is computed."""
         self.shape, self.dtype, self._on_gpu = shape, dtype, on_gpu
         self._counts = counting.Counts()
         group = counting.CountingGroup(None, 0, tp_size, self._counts) if tp_size > 1 else RankGroup()
@@ -151,7 +151,7 @@ class Tracer:
 
     @_remembers
     def _stage(self, first: int, stop: int | None) -> Stage:
-        """A stage of some entries of the flat list of layers."""
+        """Return a stage of the entries [first, stop) of the flat list of layers."""
         with torch.device(counting.META):
             stage = Stage(list(self._specs[first:stop]), None, tensor_parallel=self.tensor_parallel)
         for name, module in stage.named_modules():
@@ -161,10 +161,10 @@ class Tracer:
         return stage
 
     def at(self, kind: Kind, sizes: Sizes, *, recompute: str) -> Trace:
-        """The trace of a block for a micro-batch of these sizes.
+        """Return the trace of a block for a micro-batch of these sizes.
 
-        With tokens of one adapter everything about it is affine in `_features`, so that as many traces as there are
-        features give all sizes. With several adapters each size is traced.
+        With one adapter all values are affine in `_features`, so one trace per feature determines all sizes. With
+        several adapters each size is traced.
         """
         if len(sizes.tokens) > 1:
             return self.trace(kind, sizes, recompute=recompute)
@@ -181,7 +181,7 @@ class Tracer:
 
     @_remembers
     def _solved(self, kind: Kind, recompute: str) -> tuple[Trace, Any]:
-        """The first trace, and the coefficients (features, numbers of a trace)."""
+        """Return the first trace, and the affine coefficients as an array (features, values of a trace)."""
         one = 8 * self.tensor_parallel.group.size
         given = [(2, 1, 8, 8), (4, 1, 8, 8)]
         if kind.ends:
@@ -193,7 +193,7 @@ class Tracer:
 
     @_remembers
     def embedding(self, tokens: int) -> dict[Hashable, float]:
-        """The counts of the embedding."""
+        """Return the counts of the embedding."""
         stage = self._stage(0, 1)
         self._counts.restart()
         with self._counts:
@@ -202,7 +202,7 @@ class Tracer:
 
     @_remembers
     def reading(self, parts: tuple[AdapterShard, ...]) -> AdapterReading:
-        """The work of reading the adapters of a micro-batch, once for all layers of a stage."""
+        """Return the work of reading the adapters of a micro-batch, which is done once for all layers of a stage."""
         with torch.device(counting.META):
             adapter_group = AdapterGroup({str(number): TiedAdapter(part) for number, part in enumerate(parts)})
         kept = {parameter.untyped_storage()._cdata for _, parameter in adapter_group.named_parameters()}
@@ -227,7 +227,7 @@ class Tracer:
 
     @_remembers
     def trace(self, kind: Kind, sizes: Sizes, *, recompute: str = "none") -> Trace:
-        """One block; with `kind.ends` the last one, head and loss too."""
+        """Return the trace of one block. With `kind.ends` it is the last block with the head and the loss."""
         last = self.shape.num_layers
         alike = (block for block in range(1, last) if (self.shape.rope_of(block) is not None) == kind.rotates)
         index = last if kind.ends else next(alike, last)
@@ -248,7 +248,7 @@ class Tracer:
 
         with counts:
             with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-                # What the block gets from the one before: its gradient is not kept.
+                # The input from the previous block; its gradient is not kept.
                 begin = anchor if kind.earlier else anchor.detach()
                 hidden = with_adjoint(lambda one: one.new_empty(size), lambda _gradient: None, begin)
                 output: Any = stage.run_blocks(hidden, context, self.tensor_parallel, updates)
@@ -276,12 +276,12 @@ class Tracer:
     def _updates(
         self, kind: Kind, index: int, sizes: Sizes, anchor: torch.Tensor, kept: list[torch.Tensor]
     ) -> tuple[dict[int, LayerUpdate], dict[tuple[str, str], weakref.ref[torch.UntypedStorage]]]:
-        """The updates of the block, with gradient slots that keep their gradients; and its factors."""
+        """Return the updates of the block, whose gradient slots append their gradients to `kept`, and its factors."""
 
         def gradient_slot(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
             return with_adjoint(lambda one: one.new_empty(1, dtype=dtype).expand(shape), kept.append, anchor)
 
-        like = next(filter(None, kind.adapters), None)  # gives the shapes of those that do not adapt the block
+        like = next(filter(None, kind.adapters), None)  # gives shapes to adapters that do not adapt the block
         if like is None:
             return {}, {}
         adapter_group, group = dict[str, TiedAdapter](), self.tensor_parallel.group
@@ -310,7 +310,7 @@ class Tracer:
         tables = {} if rope is None else {rope: rotation_table(positions, self.shape.heads, self.dtype)}
 
         def by_token(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
-            if self.dtype == torch.float32:  # the memory-efficient kernel gets keys and values for every query head
+            if self.dtype == torch.float32:  # the memory-efficient kernel needs keys and values for every query head
                 group = query.shape[1] // key.shape[1]
                 key, value = (heads.repeat_interleave(group, dim=1) if group > 1 else heads for heads in (key, value))
             output: torch.Tensor = counting.CountedAttention.apply(query, key, value, self._counts)
@@ -327,7 +327,7 @@ class Tracer:
 
 
 def _end(output: torch.Tensor) -> torch.Tensor:
-    """Begins a backward pass with a gradient that nothing else holds."""
+    """Return a scalar whose backward pass begins with a gradient that no other object holds."""
     shape = output.shape
     return with_adjoint(lambda one: one.new_empty(()), lambda gradient: gradient.new_empty(shape), output)
 
@@ -338,15 +338,18 @@ def _supervised(sizes: Sizes) -> Supervised:
     if len(sizes.tokens) == 1:
         return Supervised(rows, rows, chosen, chosen)
     spans = tuple(RowSpan(number, size) for number, size in enumerate(sizes.after))
-    # It changes nothing which adapter has which rows of logits, as long as each has some.
+    # The assignment of rows of logits to adapters does not matter if each adapter has some rows.
     edges = [len(chosen) * sum(sizes.after[:number]) // len(rows) for number in range(len(spans) + 1)]
     labelled = tuple(RowSpan(number, stop - start) for number, (start, stop) in enumerate(pairwise(edges)))
     return Supervised(rows, rows, chosen, chosen, spans, labelled)
 
 
 def _features(kind: Kind, sizes: Sizes) -> list[float]:
-    """The sizes that counts are affine in: tokens, those after the last attention, rows of logits, the parts in which
-    these are computed, and the rows of the first part."""
+    """Return the features of which counts are affine functions.
+
+    They are the tokens, the positions after the last attention, the rows of logits, the number of chunks in which
+    logits are computed, and the rows of the first chunk.
+    """
     (tokens,), (after,), rows, at_once = sizes
     if not kind.ends:
         return [1.0, tokens]

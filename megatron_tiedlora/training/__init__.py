@@ -1,1 +1,1 @@
-"""A training run: its plan, data, model and engine, the step, the loop, checks, resuming and the end."""
+"""Run the training: start, model and engine, step, loop, checks, resume, and end."""

@@ -1,6 +1,6 @@
-"""One adapter of a run on one rank: its data, log, evaluations, checkpoints and early stopping, --halving, and its end.
+"""Manage one adapter of a run on one rank: data, log, evaluations, checkpoints, early stopping, --halving, and the end.
 
-Its steps are taken with those of the others (`training/step.py`), and so are its evaluations (`loop.py`).
+The adapters of a run take their steps together (`training/step.py`), and are evaluated together (`loop.py`).
 """
 
 import math
@@ -37,16 +37,16 @@ from megatron_tiedlora.training.throughput import Meter, peak_memory_bytes
 
 # --halving ------------------------------------------------------------------------------------------------------------
 
-# An adapter stops if its validation loss is above that of another one, which differs only in the learning rate, by more
-# than noise. Both have answered the same batches of the validation set at the same step. Let a_j and b_j be their
-# losses, summed over the t_j supervised tokens of batch j of n, and N = sum t_j. Then one is behind by
-# D = sum (a_j - b_j) / N. The noise is the half width of D's 95 % interval, t(n - 1) S, with the standard error of a
-# ratio of sums over batches,
+# An adapter stops if its validation loss exceeds that of another adapter by more than noise. The two adapters differ
+# only in the learning rate, and are evaluated on the same validation batches at the same step. Let a_j and b_j be their
+# losses, summed over the t_j supervised tokens of batch j of n, and N = sum t_j. The difference of the losses is D =
+# sum (a_j - b_j) / N. The noise is the half width of D's 95 % interval, t(n - 1) S, with the standard error of a ratio
+# of sums over batches,
 #
 #     S^2 = n / (n - 1) sum (a_j - b_j - D t_j)^2 / N^2.
 
-RECORD_FILE = "halving.json"  # in the run folder: the last evaluation, and why training was stopped after it
-# Student's t of a two-sided 95 % interval, for 1, 2, ... degrees of freedom; the last is for more as well.
+RECORD_FILE = "halving.json"  # in the run folder: the last evaluation, and why training stopped after it
+# Student's t of a two-sided 95 % interval, for 1, 2, ... degrees of freedom. The last value also serves larger numbers.
 _STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
@@ -55,7 +55,7 @@ class BatchLosses:
     """An evaluation: the loss and the supervised tokens of each batch of the validation set, over all ranks.
 
     Attributes:
-        stopped: why training ended after it; "" if it did not.
+        stopped: why training ended after this evaluation; "" if it continued.
     """
 
     step: Count
@@ -65,13 +65,14 @@ class BatchLosses:
 
     @property
     def loss(self) -> float:
-        """The mean over all supervised tokens."""
+        """The mean loss over all supervised tokens."""
         return math.fsum(self.losses) / sum(self.tokens)
 
     def behind(self, other: "BatchLosses") -> tuple[float, float]:
-        """How far this is behind `other`, whose batches are the same, in loss per token, and the noise of that.
+        """Return by how much this loss per token exceeds that of `other` on the same batches, and the noise of this
+        value.
 
-        With one batch the noise is not known: inf.
+        With a single batch the noise is unknown, and inf is returned.
         """
         assert self.tokens == other.tokens, "evaluations of different batches"
         used = [(a - b, t) for a, b, t in zip(self.losses, other.losses, self.tokens, strict=True) if t]
@@ -84,12 +85,12 @@ class BatchLosses:
         return mean, _STUDENT[min(count - 1, len(_STUDENT)) - 1] * error
 
     def write(self, folder: Path, *, guard: Guard) -> None:
-        """Write it to a run folder. Raises UserError."""
+        """Write the evaluation to a run folder. Raises UserError if this fails."""
         write_json(folder / RECORD_FILE, asdict(self), guard=guard)
 
 
 def read_record(folder: Path, *, step: int | None) -> BatchLosses | None:
-    """The evaluation after `step` that a run folder records; None if it records another, or none that can be read."""
+    """Return the recorded evaluation after `step` in a run folder; None without a readable one of this step."""
     file = folder / RECORD_FILE
     with suppress(OSError, UserError):
         found = read_fields(file, read_json_object(file, kind="an evaluation"), BatchLosses, optional=["stopped"])
@@ -99,11 +100,11 @@ def read_record(folder: Path, *, step: int | None) -> BatchLosses | None:
 
 
 def find_behind(evaluated: Mapping[str, BatchLosses], rivals: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
-    """The adapters that are behind the best of their rivals of the same step by more than noise, each with the reason.
+    """Return the adapters whose loss exceeds that of their best rival by more than noise, each with a reason.
 
     Args:
-        evaluated: the last evaluation of each. One from before a resume may have had other batches, as these follow
-            from the micro-batch size and the parallel configuration; it is not compared.
+        evaluated: the last evaluation of each adapter. Only evaluations of the same step and batches are compared: a
+            resume may change the batches, which depend on the micro-batch size and the parallel configuration.
     """
     found = {}
     for name, own in evaluated.items():
@@ -122,7 +123,7 @@ def find_behind(evaluated: Mapping[str, BatchLosses], rivals: Mapping[str, tuple
 
 
 class Evaluated(NamedTuple):
-    """The result of an evaluation: the mean validation loss, and scores of answers to validation samples by metric."""
+    """The result of an evaluation: the mean validation loss, and the scores of validation answers by metric."""
 
     loss: float
     scores: Mapping[str, Score]
@@ -130,18 +131,18 @@ class Evaluated(NamedTuple):
 
 @dataclass(kw_only=True)
 class AdapterRun:
-    """One adapter from a ready engine to its end.
+    """One adapter of a run, from the ready engine to the end of the adapter.
 
     Attributes:
-        layout: the parts of the adapter by rank.
-        log: the log of metrics on rank 0; None on the others.
-        progress: the steps taken and the best score.
-        ends_apart: whether its end is recorded apart from the run's, so that one that fails leaves the others.
-        keeps_losses: whether its last evaluation is kept to be compared with those of others (--halving).
-        failure: why it failed; None if it did not.
-        reason: why its training ended; "" before that.
-        recorded: whether its run_status.json says how it ended.
-        evaluated: the evaluation that is kept; None before the first step.
+        layout: the shards of the adapter by rank.
+        log: the metrics log on rank 0; None on the other ranks.
+        progress: the number of steps and the best score.
+        ends_apart: whether its end is recorded separately from the run's. Its failure then does not end other adapters.
+        keeps_losses: whether its last evaluation is kept for comparison with other adapters (--halving).
+        failure: why the adapter failed; None if it did not fail.
+        reason: why its training ended; "" before the end.
+        recorded: whether its end is recorded in run_status.json.
+        evaluated: the last kept evaluation; None before the first step.
     """
 
     name: str
@@ -166,7 +167,7 @@ class AdapterRun:
 
     def __post_init__(self) -> None:
         self.log_failure: UserError | None = None
-        self.saved_step = self.progress.step or None  # of its last checkpoint; None if there is none
+        self.saved_step = self.progress.step or None  # the step of the last checkpoint, or None
         plan, consumed = self.plan, self.progress.consumed_samples
         self._pad_id = padding_id(self.data.tokenizer)
         self._batch_sizes = {
@@ -177,12 +178,12 @@ class AdapterRun:
 
     @property
     def adapter(self) -> TiedAdapter:
-        """Its part on this rank."""
+        """This rank's shard of the adapter."""
         return self.runner.adapters[self.name]
 
     @property
     def state(self) -> str:
-        """In a word, for the table; "ended" until its end is recorded."""
+        """The state in one word, for the table. It is "ended" after training until the end is recorded."""
         if self.failure is not None:
             return "failed"
         return "finished" if self.recorded else "ended" if self.reason else "running"
@@ -191,9 +192,10 @@ class AdapterRun:
 
     @contextmanager
     def failing_alone(self) -> Iterator[None]:
-        """Inside, an error of this adapter, raised on every rank, ends it and not the run, if it ends apart.
+        """Turn an error of this adapter, raised on every rank inside the block, into a failure of the adapter alone.
 
-        The reason is in its run_status.json; its last checkpoint is valid.
+        If the adapter does not end apart, the error is raised. The reason is written to its run_status.json. Its last
+        checkpoint stays valid.
         """
         try:
             yield
@@ -203,47 +205,47 @@ class AdapterRun:
             self.failure = str(error)
             self.close_log()
             if self.plan.grid.rank == 0:
-                with suppress(UserError):  # its folder may be what failed
+                with suppress(UserError):  # its folder may be the cause
                     reason = rank_line(0, socket.gethostname(), self.progress.step, self.failure)
                     self.folder.write_status("failed", step=self.progress.step, reason=reason)
             self.recorded = True
 
     def finish(self) -> None:
-        """Record a good end, once all of its files are written; on rank 0. The run records one that is its own end."""
+        """Record on rank 0 that the adapter has finished. The run records the end of a single adapter."""
         if self.ends_apart:
             self.folder.write_status("finished", step=self.progress.step, reason=self.reason)
         self.recorded = True
 
     def close_log(self) -> None:
-        """Close its metrics.jsonl."""
+        """Close the adapter's metrics.jsonl."""
         if self.log is not None:
             self.log.close()
 
     def end_if_trained(self) -> None:
-        """End it after its last step, or if it is out of patience."""
+        """End the adapter after its last step, or if --patience is exhausted."""
         if is_trained(self.plan.settings, self.progress):
             out_of_patience = self.progress.evaluations_since_best >= self.plan.settings.patience
             self._end("early_stopping" if out_of_patience else "max_steps")
 
     def end_behind(self, reason: str) -> None:
-        """End it after its last evaluation, as --halving found it behind. A resumed run ends it there too."""
+        """End the adapter after its last evaluation, because --halving rejected it. A resumed run ends it there too."""
         assert self.evaluated is not None
         self._end(reason)
         self._keep(replace(self.evaluated, stopped=reason))
 
     def _end(self, reason: str) -> None:
         raise_on_every_rank(self.log_failure)
-        self.save()  # there may be no checkpoint of the last evaluation
+        self.save()  # the last evaluation may have no checkpoint
         self.reason = reason
         self.close_log()
 
     # Its steps -------------------------------------------------------------------------------------------------------
 
     def took(self, samples: TrainingStep, report: StepReport) -> str:
-        """Count and log the step that it took with the others; returns its loss and speed in words.
+        """Count and log the adapter's part of a step. Returns a text with its loss and speed.
 
         Raises:
-            RunFailed: it took none; nothing is saved after the last good step.
+            UserError: the adapter took no step, such as RunFailed. Nothing is saved after the last good step.
         """
         own = report.adapters[self.name]
         if own.failure is not None:
@@ -266,7 +268,7 @@ class AdapterRun:
         return f"loss {own.loss:.4f}, {rates['tokens_per_second']:,.0f} tokens/s, MFU {rates['mfu']:.1%}"
 
     def _write_log(self, row: dict[str, Any]) -> None:
-        """Write a row on rank 0. A failure is raised later, when all ranks agree, so that none waits for this one."""
+        """Write a log row on rank 0. An error is raised later on all ranks together, so that no rank waits."""
         if self.log is not None and self.log_failure is None:
             try:
                 self.log.write(row)
@@ -275,7 +277,7 @@ class AdapterRun:
 
     @property
     def wants_save(self) -> bool:
-        """Whether rank 0 wants a checkpoint by --save_interval_minutes."""
+        """Whether --save_interval_minutes asks for a checkpoint now. Only rank 0 decides."""
         minutes = self.plan.settings.save_interval_minutes
         return self.plan.grid.rank == 0 and minutes is not None and time.monotonic() - self._last_save > 60 * minutes
 
@@ -283,25 +285,25 @@ class AdapterRun:
 
     @property
     def evaluation_is_due(self) -> bool:
-        """Whether it is to be evaluated after its last step, and was not."""
+        """Whether an evaluation is due after the last step, and was not made yet."""
         settings, step = self.plan.settings, self.progress.step
         due = step % settings.eval_interval == 0 or step == settings.max_steps
         return due and self.progress.evaluated_step != step
 
     @property
     def evaluation_sizes(self) -> list[int]:
-        """The tokens of each of its validation batches, on the rank where it has most."""
+        """The tokens of each validation batch, on the rank with the most tokens."""
         return list(evaluation_sizes(self.data.validation, **self._batch_sizes, dp_size=self.plan.grid.dp_size))
 
     def evaluation_batches(self, *, all_of_them: bool = False) -> Iterator[MicroBatch]:
-        """The batches of the validation split on this rank, or on all ranks."""
+        """Yield the batches of the validation split of this rank, or of all ranks."""
         grid = Grid(0, 1) if all_of_them else self.plan.grid
         ours = {"dp_rank": grid.dp_rank, "dp_size": grid.dp_size, "pad_id": self._pad_id}
         return evaluation_batches(self.data.validation, **self._batch_sizes, **ours)
 
     @contextmanager
     def base_alone(self) -> Iterator[None]:
-        """Inside, its update is zero."""
+        """Set the adapter's update to zero inside the block."""
         tensors, opened = self.plan.adapter.tensors, self.runner.optimizers.opened
         moved = [self.adapter.get_parameter(name) for name, (_, factor) in tensors.items() if factor == "B"]
         with opened(self.name):
@@ -314,7 +316,7 @@ class AdapterRun:
                 parameter.data.copy_(values)
 
     def show_start(self, bar: Any, *, base: float, started: float) -> None:
-        """Say how far its initial update, which is not zero, moves the validation loss of the base."""
+        """Print how far the adapter's non-zero initial update moves the validation loss of the base."""
         if self.plan.grid.rank == 0:
             line = (
                 f"{self.plan.adapter.method} starts with a non-zero update: it moves the validation loss from"
@@ -335,7 +337,7 @@ class AdapterRun:
             bar.write(printable(named(self.name, line)))
 
     def after_step(self, bar: Any, found: Evaluated | None) -> None:
-        """Log an evaluation, which is there if it was due, and save if that is due. May end it."""
+        """Log the evaluation `found` if one was due, save if a checkpoint is due, and end a trained adapter."""
         settings, step = self.plan.settings, self.progress.step
         improved = False
         if self.evaluation_is_due:
@@ -353,7 +355,7 @@ class AdapterRun:
         self.end_if_trained()
 
     def recall(self) -> None:
-        """With --halving: the evaluation that it was resumed after. It has ended if it was stopped then."""
+        """Read the last evaluation before a resume, with --halving. End the adapter if it was stopped there."""
         if self.keeps_losses:
             path, step = self.folder.path, self.progress.evaluated_step
             self.evaluated = decided_by_rank_0(lambda: read_record(path, step=step), kind=BatchLosses | None)
@@ -361,14 +363,15 @@ class AdapterRun:
             self._end(self.evaluated.stopped)
 
     def keep_losses(self, batches: Sequence[tuple[float, int]]) -> None:
-        """With --halving: keep an evaluation. This rank gives the loss and supervised tokens of each of its batches.
+        """Sum an evaluation over ranks and keep it, with --halving. It is written before the next checkpoint.
 
-        It is in the run folder before the checkpoint that follows it.
+        Args:
+            batches: the loss and the supervised tokens of each batch on this rank.
         """
         if self.keeps_losses and self.progress.step:
             losses, tokens = zip(*batches, strict=True)
             summed = sum_over_ranks([*losses, *map(float, tokens)])
-            replicas = self.plan.grid.world_size // self.plan.grid.dp_size  # each rank of a model has counted them
+            replicas = self.plan.grid.world_size // self.plan.grid.dp_size  # every rank of a model counts its tokens
             counts = (round(count) // replicas for count in summed[len(losses) :])
             self._keep(BatchLosses(self.progress.step, tuple(summed[: len(losses)]), tuple(counts)))
 
@@ -381,10 +384,10 @@ class AdapterRun:
     def save(self, *, best: bool = False) -> None:
         """Write a checkpoint of the last finished step, and the adapter if it is the best. All ranks call it.
 
-        Nothing is written before the first step. An existing checkpoint is not written again: `latest` names it.
+        Nothing is written before the first step. An existing checkpoint, which `latest` names, is not written again.
 
         Raises:
-            UserError: the checkpoint or an earlier row of the log cannot be written; on every rank.
+            UserError: the checkpoint or an earlier log row cannot be written; on every rank.
             RunFailed: the adapter is not finite, or its replicas differ; nothing was written.
         """
         new = self.saved_step != self.progress.step
@@ -399,7 +402,7 @@ class AdapterRun:
         }
 
         def write() -> None:
-            if self.log_failure is not None:  # no checkpoint without its log rows, since a resumed run appends to them
+            if self.log_failure is not None:  # a resumed run appends to the log, so a checkpoint needs its rows
                 raise self.log_failure
             if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
                 require_finite("adapter", math.nan, step=self.progress.step, saved_step=self.saved_step)
@@ -424,5 +427,5 @@ class AdapterRun:
 
 
 def is_trained(settings: Settings, progress: Progress) -> bool:
-    """Whether an adapter has no step left to take: by its number of steps, or as it is out of patience."""
+    """Return whether an adapter has no steps left, or its --patience is exhausted."""
     return progress.step >= settings.max_steps or progress.evaluations_since_best >= settings.patience

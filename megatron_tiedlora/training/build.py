@@ -1,4 +1,4 @@
-"""From the plans to a running engine: process groups, this rank's stage, its base weights, adapters and optimizers."""
+"""Build the engine of a run: process groups, this rank's stage, its base weights, adapters and optimizers."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -36,18 +36,18 @@ from megatron_tiedlora.planning.run_plan import RunPlan, load_start
 
 
 def steps_by_engine(plans: Plans) -> bool:
-    """Whether DeepSpeed's optimizer steps the adapter, sharded as ZeRO says; it can do so for one alone."""
+    """Return whether DeepSpeed's optimizer steps the adapter, sharded by ZeRO. This requires a single adapter."""
     return set(plans) == {ONLY} and plans[ONLY].layout.engine_steps
 
 
 @dataclass(frozen=True)
 class BuiltModel:
-    """This rank's stage with the values of base and adapters, and its engine, ready for the next step.
+    """This rank's stage with base weights and adapters, and its engine, ready for the next step.
 
     Attributes:
         base_identity: the identity of the base.
-        bytes_read, bytes_kept: bytes of base weights that were read and that are stored, by rank.
-        notes: what a user should know of the start of each adapter, and how the base differs from its own.
+        bytes_read, bytes_kept: the bytes of base weights that were read and that are stored, by rank.
+        notes: notes for the user on each adapter: its initial values, and how the base differs from the recorded one.
     """
 
     runner: Runner
@@ -64,13 +64,14 @@ def build_model(
     *,
     kernels: Kernels = EAGER,
 ) -> BuiltModel:
-    """Build this rank's stage with the parts of all adapters, load its shards of the base, and start the engine.
+    """Build this rank's stage with the shards of all adapters, load its base weights, and start the engine.
 
     Args:
-        checkpoints: the checkpoint from which an adapter resumes, by its name; the others begin.
+        checkpoints: the checkpoint from which an adapter resumes, by name. Adapters without one begin at step 0.
 
-    Raises:
-        UserError: weights are missing or do not fit, or a checkpoint or --init_from's adapter is of another base.
+        Raises:
+            UserError: weights are missing or do not fit, or a checkpoint or the adapter of --init_from has another
+                base.
     """
     shared, resumed = shared_plan(plans), checkpoints or {}
     with checked_starts(plans, resumed) as (weights, base, states, notes):
@@ -82,16 +83,16 @@ def build_model(
     return BuiltModel(runner, base, tuple(read), tuple(kept), notes)
 
 
-States = dict[str, Mapping[str, torch.Tensor] | None]  # what each adapter starts from, by name; None: initial values
+States = dict[str, Mapping[str, torch.Tensor] | None]  # each adapter's full tensors by name; None: initial values
 
 
 @contextmanager
 def checked_starts(
     plans: Plans, checkpoints: Mapping[str, Checkpoint | None]
 ) -> Iterator[tuple[BaseWeights, identity.BaseIdentity, States, dict[str, tuple[str, ...]]]]:
-    """The open files of the base, what it is, and what each adapter starts from, with notes. All ranks call it.
+    """Yield the open base weights, the identity of the base, each adapter's tensors to start with, and notes.
 
-    Raises as `build_model`, and UserError on every rank if ranks have other bases.
+    All ranks call it. Raises as `build_model`, and UserError on every rank if ranks have different bases.
     """
     shared, states, notes = shared_plan(plans), States(), dict[str, tuple[str, ...]]()
     with BaseWeights(shared.source.weights_folder(), shared.source.shape, shared.source.stored) as weights:
@@ -112,7 +113,7 @@ def checked_starts(
 
 
 def build_random_model(plans: Plans, device: torch.device, *, kernels: Kernels = EAGER) -> BuiltModel:
-    """As `build_model`, with random base weights that are drawn in place. Reads no files; for benchmarks."""
+    """Build a model as `build_model` does, with random base weights drawn in place. Reads no files; for benchmarks."""
     shared = shared_plan(plans)
     model = _build_stage(plans, device, kernels, dict.fromkeys(plans))
     weights = RandomWeights(weight_rules(shared.source.shape), shared.settings.seed)
@@ -126,7 +127,7 @@ def build_random_model(plans: Plans, device: torch.device, *, kernels: Kernels =
 def load_stage_weights(
     plan: RunPlan, weights: BaseWeights | RandomWeights, stage: Stage, groups: ParallelGroups
 ) -> None:
-    """Put this rank's slices of the base into its stage. All ranks call it."""
+    """Load this rank's slices of the base into its stage. All ranks call it."""
     grid = plan.grid
     load_base_weights(
         weights,
@@ -142,10 +143,10 @@ def load_stage_weights(
 
 
 class _Model(NamedTuple):
-    """The model that an engine is started around.
+    """The model that an engine wraps.
 
     Attributes:
-        module: the module that DeepSpeed gets: the stage itself, or the PipelineModule around it.
+        module: the module for DeepSpeed: the stage itself, or the PipelineModule that contains it.
         process_grid: DeepSpeed's grid of process groups.
     """
 
@@ -156,10 +157,10 @@ class _Model(NamedTuple):
 
 
 def _build_stage(plans: Plans, device: torch.device, kernels: Kernels, states: States) -> _Model:
-    """The stage with the adapters, in their initial values where they have no `states`, and without the base's."""
+    """Return the stage with the adapters, but without base weights. Adapters without `states` get initial values."""
     plan = shared_plan(plans)
     grid, engine_steps = plan.grid, steps_by_engine(plans)
-    # Made outside DeepSpeed's construction, which would partition or mark them.
+    # Adapters are created outside DeepSpeed's construction context, which would partition or mark them.
     adapters = {name: TiedAdapter(plan.part_of(own.adapter)).to(device) for name, own in plans.items()}
     rates = {name: own.settings for name, own in plans.items() if own.settings.dropout}
     adapter_group = AdapterGroup(adapters, {name: Dropout(own.dropout, own.seed) for name, own in rates.items()})
@@ -204,21 +205,21 @@ def _build_stage(plans: Plans, device: torch.device, kernels: Kernels, states: S
 def _start_engine(
     plans: Plans, model: _Model, device: torch.device, checkpoints: Mapping[str, Checkpoint | None]
 ) -> Runner:
-    """The engine around the model, with optimizers and schedules in the state of the checkpoints."""
+    """Return the runner of the model's engine, with optimizers and schedules restored from the checkpoints."""
     plan, adapter_group = shared_plan(plans), model.stage.adapter_group
     assert adapter_group is not None
     start = partial(deepspeed_engine.initialize_engine, model.module, process_grid=model.process_grid)
     optimizers: Optimizers
     if steps_by_engine(plans):
-        trained = [parameter for parameter in model.stage.parameters() if parameter.requires_grad]  # the anchor too
+        trained = [parameter for parameter in model.stage.parameters() if parameter.requires_grad]  # with the anchor
         optimizer, schedule = make_training(plan.settings, trained)
         schedules = dict.fromkeys(plans, schedule)
         engine = start(plan.engine, optimizer=optimizer, scheduler=schedule)
         optimizers = EngineOptimizer(engine, adapter_group, model.groups, plan.engine)
     else:
         assert model.stage.anchor is not None
-        of_nothing = AdamW([model.stage.anchor], lr=0.0, weight_decay=0.0)  # an engine wants one
-        # It neither divides a loss nor clips a gradient, as each adapter has numbers of its own.
+        of_nothing = AdamW([model.stage.anchor], lr=0.0, weight_decay=0.0)  # an engine requires an optimizer
+        # The engine neither divides losses nor clips gradients, because each adapter has its own divisor and clipping.
         ours = {
             "train_batch_size": plan.grid.dp_size,
             "train_micro_batch_size_per_gpu": 1,
@@ -230,7 +231,7 @@ def _start_engine(
         own = {}
         for name, its in plans.items():
             trained = list(deepspeed_engine.trained_parameters(adapter_group.adapters[name]).values())
-            made = make_training(its.settings, trained or [nn.Parameter(torch.zeros(1))])  # it wants a tensor
+            made = make_training(its.settings, trained or [nn.Parameter(torch.zeros(1))])  # it requires a tensor
             own[name] = OwnOptimizer(*made, its.settings.gradient_clipping)
         schedules = {name: one.scheduler for name, one in own.items()}
         optimizers = Optimizers(adapter_group, model.groups, own, device)
@@ -251,9 +252,9 @@ def _start_engine(
 
 
 def make_training(settings: Settings, trained: Iterable[nn.Parameter]) -> tuple[AdamW, LambdaLR]:
-    """AdamW of these parameters, and its schedule at step 0; `resume_scheduler` sets it to a later step.
+    """Return AdamW for these parameters, and its schedule at step 0. `resume_scheduler` sets a later step.
 
-    It has one group: all trained tensors have weight decay, as in the paper.
+    There is one parameter group, since all trained tensors have weight decay, as in the paper.
     """
     betas = settings.beta1, settings.beta2
     optimizer = AdamW(trained, lr=settings.learning_rate, betas=betas, weight_decay=settings.weight_decay)
@@ -275,16 +276,16 @@ def _identify(plan: RunPlan, weights: BaseWeights) -> identity.BaseIdentity:
 
 
 def check_resumed_base(plan: RunPlan, checkpoint: Checkpoint) -> None:
-    """Raise UserError if a checkpoint is of another base or adapter than the plan's. Reads samples of the base."""
+    """Raise UserError if a checkpoint has another base or adapter than the plan. Reads samples of the base."""
     with BaseWeights(plan.source.weights_folder(), plan.source.shape, plan.source.stored) as weights:
         base = _identify(plan, weights)
     _check_resumed(plan, base, checkpoint)
 
 
 def _check_resumed(plan: RunPlan, base: identity.BaseIdentity, checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Notes on the base. Raises UserError as `check_resumed_base` does."""
+    """Return notes on the base of a resumed run. Raises UserError as `check_resumed_base` does."""
     stored = checkpoint.adapter.config.facts
-    for name, expected in plan.adapter.facts.items():  # its settings were compared when it was found
+    for name, expected in plan.adapter.facts.items():  # the settings were compared when the checkpoint was found
         if stored[name] != expected:
             raise UserError(
                 f"{checkpoint.folder / CONFIG_FILE}: {name} is {stored[name]}, but the checkpoint's settings say"
@@ -303,7 +304,7 @@ def _check_resumed(plan: RunPlan, base: identity.BaseIdentity, checkpoint: Check
 # The optimizer --------------------------------------------------------------------------------------------------------
 
 
-# By name, the fraction of the peak rate after `done` of the `span` steps that follow warm-up.
+# Functions (done, span) that return the fraction of the peak rate after `done` of the `span` steps after warm-up.
 SCHEDULES: Mapping[Schedule, Callable[[int, int], float]] = {
     "cosine": lambda done, span: 0.5 * (1.0 + math.cos(math.pi * min(done, span) / span)),
     "linear": lambda done, span: max(0.0, (span - done) / span),
@@ -313,10 +314,10 @@ assert SCHEDULES.keys() == set(get_args(Schedule)), "--schedule offers the names
 
 
 def learning_rate_factor(step: int, *, warmup_steps: int, max_steps: int, schedule: Schedule = "cosine") -> float:
-    """The fraction of the peak learning rate at `step` (0-based).
+    """Return the fraction of the peak learning rate at `step` (0-based).
 
-    It is (step + 1) / warmup_steps during warm-up, so the first step uses 1 / warmup_steps of the peak; then it follows
-    `schedule`, from 1 at the first step after warm-up to 0 (or 1, if it is constant) at `max_steps`.
+    During warm-up it is (step + 1) / warmup_steps, so the first step uses 1 / warmup_steps of the peak. Then it follows
+    `schedule`. It is 1 at the first step after warm-up, and 0 at `max_steps` (1 for the constant schedule).
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
@@ -324,9 +325,9 @@ def learning_rate_factor(step: int, *, warmup_steps: int, max_steps: int, schedu
 
 
 def resume_scheduler(scheduler: LambdaLR, step: int) -> None:
-    """Set the schedule and the optimizer's groups to the next step, `step`.
+    """Set the schedule and the optimizer's parameter groups to the next step, `step`.
 
-    The rate depends only on the step, so it is computed, not read from the checkpoint.
+    The rate depends only on the step, so it is computed and not read from the checkpoint.
     """
     scheduler.last_epoch = step
     rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]

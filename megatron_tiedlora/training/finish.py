@@ -1,6 +1,6 @@
-"""The scores and exports of a run, and what it tells its user: before its progress bar, on the bar, and at its end.
+"""Score and export the adapters of a run, and print its headline, its summary and the next commands.
 
-A run of one adapter tells of it in full; a run of several has a row for each.
+A run of one adapter prints all details. A run of several adapters prints a row for each.
 """
 
 import logging
@@ -51,18 +51,18 @@ from megatron_tiedlora.training.start import Start
 from megatron_tiedlora.training.throughput import ChosenKernels, peak_memory_bytes, steps_over
 
 _LOGGER = logging.getLogger(__name__)
-SAMPLES = "samples_sha256"  # the key beside each score in scores.json
+SAMPLES = "samples_sha256"  # the key of the samples' hash in scores.json
 
 
 def score_before(trainer: Trainer, checkpoints: Mapping[str, Checkpoint | None]) -> None:
-    """Score the adapters that begin, before their first step. All ranks call it."""
+    """Score new adapters before their first step. All ranks call it."""
     _score(trainer, [run for name, run in trainer.adapters.items() if checkpoints[name] is None], "before")
 
 
 def score_after(trainer: Trainer) -> None:
-    """Score the best adapter of each that has ended; the stage then holds it. All ranks call it.
+    """Load the best checkpoint of each trained adapter into the stage, and score it. All ranks call it.
 
-    Optimizers stay as they are, since training is over.
+    Optimizers keep their state, since training is over.
     """
     for run in trainer.trained:
         folder = run.folder.checkpoints / f"step_{run.progress.best_step}"
@@ -77,10 +77,10 @@ def score_after(trainer: Trainer) -> None:
 
 
 def _score(trainer: Trainer, runs: Sequence[AdapterRun], moment: str) -> None:
-    """Score adapters together on their test samples "before" or "after" training, and add that to their scores.json.
+    """Score adapters together on their test samples, and add the scores to their scores.json.
 
-    Each score is beside the hash of its samples: a resumed run, which may have another test set, finds the scores from
-    before training there. An adapter whose file cannot be written fails.
+    `moment` is "before" or "after" training. Each score is stored with the hash of its samples, because a resumed run
+    may have a different test set. An adapter fails if its file cannot be written.
     """
 
     def score(some: Sequence[AdapterRun]) -> dict[str, dict[str, Score]]:
@@ -101,7 +101,7 @@ def _score(trainer: Trainer, runs: Sequence[AdapterRun], moment: str) -> None:
 
 
 def end_at_once(start: Start) -> str:
-    """End a start that finds every adapter finished: rank 0 writes the table and the status. Returns the reason."""
+    """Write the table and the status of a launch that finds every adapter finished. Returns the reason."""
     reason = f"{count_text(len(start.finished), 'adapter')} trained"
     if shared_plan(start.plans).grid.rank == 0:
         start.folder.write_table([table_row(adapter) for adapter in start.finished.values()])
@@ -111,10 +111,10 @@ def end_at_once(start: Start) -> str:
 
 
 def export_all(trainer: Trainer) -> list[str]:
-    """Export each adapter that has ended, and record that it has finished. On rank 0. Returns lines to print.
+    """Export each trained adapter, and record that it has finished. Only rank 0 calls it. Returns lines to print.
 
     Raises:
-        RunStopped: a signal came; those that are exported have finished.
+        RunStopped: a signal arrived. The adapters exported before it have finished.
     """
     lines: list[str] = []
     try:
@@ -124,7 +124,7 @@ def export_all(trainer: Trainer) -> list[str]:
                 lines += exported if trainer.only is None else [*summary_lines(run), *exported]
                 run.finish()
     except BaseException:
-        with suppress(UserError):  # what ends the export is the reason to report
+        with suppress(UserError):  # the error that ended the export is the one to report
             trainer.write_table()
         raise
     trainer.write_table()
@@ -132,17 +132,17 @@ def export_all(trainer: Trainer) -> list[str]:
 
 
 def original_losses(trainer: Trainer) -> list[str]:
-    """The validation loss of each on the base as it is stored, if the run used another one. On rank 0."""
+    """Return the validation loss of each adapter on the stored base, if training used another format. Runs on rank
+    0."""
     finished = [run for run in trainer.adapters.values() if run.state == "finished"]
     lines = [named(run.name, line) for run in finished for line in original_loss(run, trainer.stop)]
     return ["", *lines] if lines else []
 
 
 def original_loss(run: AdapterRun, stop: StopRequests) -> list[str]:
-    """A line with the validation loss of the best adapter on the base as it is stored. On rank 0.
+    """Return a line with the validation loss of the best adapter on the stored base. Only rank 0 calls it.
 
-    There is none if the run used no other base. The run is over, so a signal, too little memory or a base that cannot
-    be read only end this.
+    The list is empty if the run trained on the stored base. Errors are reported in the line, since the run is over.
     """
     plan = run.plan
     if plan.settings.base is None or plan.source.stored is not None:
@@ -159,7 +159,7 @@ def original_loss(run: AdapterRun, stop: StopRequests) -> list[str]:
 
 
 def _original_loss(run: AdapterRun, stop: StopRequests) -> float:
-    """It computes one layer at a time, so that it needs little memory beside the run's."""
+    """Return the validation loss on the stored base, computed layer by layer to need little extra memory."""
     plan, source = run.plan, run.plan.source
     with BaseWeights(source.weights_folder(), source.shape) as weights:
         loss = layerwise_loss(
@@ -176,13 +176,13 @@ def _original_loss(run: AdapterRun, stop: StopRequests) -> float:
 
 
 def export(run: AdapterRun, stop: StopRequests) -> list[str]:
-    """Plot and export to PEFT; if the task asks for it, also merge, and verify both. On rank 0. Returns lines to print.
+    """Plot the losses and export to PEFT. Some tasks also merge and verify. Runs on rank 0. Returns lines to print.
 
-    Merging and verifying need disk space and memory for a whole model, so other tasks leave them to the tools.
+    Merging and verifying need disk space and memory for a whole model, so most tasks leave them to separate commands.
 
     Raises:
-        UserError: an export does not compute the same as the adapter.
-        RunStopped: a signal came; the other ranks wait where they learn of it.
+        UserError: an export does not compute the same values as the adapter.
+        RunStopped: a signal arrived. The waiting ranks are told of it.
     """
     stop.raise_if_requested()
     folder, source, settings = run.folder, run.plan.source, run.plan.settings
@@ -192,7 +192,7 @@ def export(run: AdapterRun, stop: StopRequests) -> list[str]:
         plot_losses(folder.metrics, folder.path / "loss.png", guard=folder.guard)
     adapter = load_native_adapter(folder.adapter)
     merged, peft = folder.path / "merged", folder.path / "peft"
-    discard(peft, guard=folder.guard)  # an earlier start of this run may have exported another best adapter
+    discard(peft, guard=folder.guard)  # an earlier launch of this run may have exported another best adapter
     export_peft(source, adapter, peft, native=folder.adapter, new=folder.new_folder)
     if not get_task(settings.task).exports_merged or source.stored is not None:
         return []
@@ -205,16 +205,16 @@ def export(run: AdapterRun, stop: StopRequests) -> list[str]:
     return ["", *found.report().split("\n")]
 
 
-# What a run tells -----------------------------------------------------------------------------------------------------
+# The output of a run --------------------------------------------------------------------------------------------------
 
 
-HeadlineRow = tuple[str, str]  # of the headline: what a line tells of, and what
+HeadlineRow = tuple[str, str]  # label and text
 
 
 def run_headline(
     start: Start, trainer: Trainer, built: BuiltModel, chosen: ChosenKernels, device: torch.device
 ) -> list[str]:
-    """A summary of the run before its progress bar: what all adapters share, and each."""
+    """Return the summary that a run prints before its progress bar: shared facts, and facts of each adapter."""
     plan, attention, run = shared_plan(start.plans), built.runner.stage.attention, trainer.only
     settings = plan.settings
     model = f"{settings.model}, {num_base_parameters(plan.source.shape) / 1e6:,.1f} M parameters in"
@@ -243,7 +243,7 @@ def _all_adapters(start: Start) -> list[HeadlineRow]:
 
 
 def _all_starts(start: Start, trainer: Trainer, built: BuiltModel) -> list[HeadlineRow]:
-    """The run's folder, and from where each adapter starts."""
+    """Return rows on the run's folder, and on the step from which each adapter starts."""
     rows = [("run folder", str(start.folder.path))]
     if over := steps_over(trainer.profile, trainer.last_step):
         rows.append(("note", over))
@@ -294,7 +294,7 @@ def _one_start(run: AdapterRun, start: Start, built: BuiltModel) -> list[Headlin
 
 
 def set_run_end(end: End, trainer: Trainer) -> None:
-    """Set how the run ends, and why: it fails if an adapter did."""
+    """Set the final state of the run and its reason. The run fails if any adapter failed."""
     failed, total = trainer.failed, count_text(len(trainer.everyone), "adapter")
     if failed:
         end.state, end.status = "failed", FAILED_STATUS
@@ -305,7 +305,7 @@ def set_run_end(end: End, trainer: Trainer) -> None:
 
 
 def closing_lines(trainer: Trainer) -> list[str]:
-    """The files that a user has now, and the next commands."""
+    """Return lines on the written files and the next commands."""
     if trainer.only is None:
         return table_lines(trainer.everyone, trainer.folder)
     return [*speed_lines(trainer.only), *next_steps(trainer.only)]
@@ -322,7 +322,7 @@ def _layout(plan: RunPlan) -> list[HeadlineRow]:
 
 
 def resumed_text(plan: RunPlan, checkpoint: Checkpoint | None) -> str:
-    """The step from which the run continues, and whether --packing was different before it."""
+    """Return a text on the step from which the run resumes, and on a changed --packing."""
     if checkpoint is None:
         return ""
     packing, before = plan.settings.packing, checkpoint.settings.get("packing", plan.settings.packing)
@@ -334,7 +334,7 @@ def resumed_text(plan: RunPlan, checkpoint: Checkpoint | None) -> str:
 
 
 def table_lines(adapters: Mapping[str, AdapterRun | Finished], folder: RunFolder) -> list[str]:
-    """How each adapter ended, where its files are, and the commands that serve them. On rank 0."""
+    """Return a table of how each adapter ended, the location of its files, and serving commands. Runs on rank 0."""
     rows = [("adapter", "state", "step", "best step", "best", "reason")]
     for name, run in adapters.items():
         progress = run.progress
@@ -355,7 +355,7 @@ def table_lines(adapters: Mapping[str, AdapterRun | Finished], folder: RunFolder
 
 
 def summary_lines(run: AdapterRun) -> list[str]:
-    """The table at the end of a run: validation loss and scores before and after, read from the run folder."""
+    """Return the final table of a run: validation loss and scores before and after, read from the run folder."""
     rows, notes = [["", "before", "after"]], list[str]()
     metric, best = run.plan.settings.eval_metric, run.progress
     validation = [row for row in read_metrics(run.folder.metrics) if row["split"] == "validation"]
@@ -373,7 +373,7 @@ def summary_lines(run: AdapterRun) -> list[str]:
 
 
 def score_rows(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[list[str]]:
-    """The rows for scores.json. Scores of a metric before and after share a row if they are of the same samples."""
+    """Return table rows for scores.json. Scores before and after share a row if their samples are the same."""
     before, after = (scores.get(moment, {}) for moment in ("before", "after"))
     rows = []
     for name in dict.fromkeys([*before, *after]):
@@ -397,9 +397,9 @@ def _number(value: float | None, name: str = "") -> str:
 
 
 def speed_lines(run: AdapterRun) -> list[str]:
-    """The mean speed of the steps of this start, without its first one, and the peak memory.
+    """Return lines on the mean speed of this launch, without its first step, and on the peak memory.
 
-    There are no lines if this start took fewer than two steps.
+    The list is empty if this launch took fewer than two steps.
     """
     meter = run.meter
     mean, steps = meter.mean(), meter.steps
@@ -417,7 +417,7 @@ def speed_lines(run: AdapterRun) -> list[str]:
 
 
 def next_steps(run: AdapterRun) -> list[str]:
-    """The files that a user has now, and the next commands."""
+    """Return lines on the written files and the next commands."""
     path, settings = run.folder.path, run.plan.settings
     peft = path / "peft"
     source = run.plan.source
@@ -434,7 +434,7 @@ def next_steps(run: AdapterRun) -> list[str]:
         load = f"from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained({str(merged)!r})"
         lines += ["  # Python", f"  {load}"]
     else:
-        if os.path.lexists(merged):  # an earlier start may have had another best adapter
+        if os.path.lexists(merged):  # an earlier launch may have had another best adapter
             lines.append("  merged/   not of this adapter; the first command below merges it anew")
         adapter = ["--adapter", str(path / "adapter")]
         free = next(one for one in numbered(merged) if not os.path.lexists(one))

@@ -1,10 +1,10 @@
-"""The training loop: every step is one of each adapter that runs, and between steps come evaluations and saves.
+"""Run the training loop: each step trains all running adapters; evaluations and saves follow between steps.
 
-An adapter that has ended or failed leaves with its tokens. All ranks agree on stopping before weights move.
+Adapters that have ended or failed take no further steps. All ranks agree on stopping before weights change.
 
-Evaluations of adapters are made at one time: their validation losses, and scores of greedy decoding. Each has the
-batches that it has alone, and its tokens meet its own factors alone. Only the base's matmuls are over the tokens of
-several. So the numbers are those of an evaluation of its own, and one that fails fails alone.
+Several adapters are evaluated together: their validation losses, and the scores of greedy decoding. Each adapter keeps
+its own batches and factors. Only the matmuls of the base process the tokens of several adapters. So the results equal
+those of separate evaluations, and a failure affects only its own adapter.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -37,8 +37,8 @@ from megatron_tiedlora.training.throughput import StepProfiler
 Runs = Sequence[AdapterRun]
 Found = TypeVar("Found")
 
-# Tokens of a shared batch, in micro-batches of a training step. Without a backward pass a batch needs the memory of one
-# layer, where a step needs that of all layers, or with recomputation their inputs and one layer with its gradients.
+# The capacity of a shared evaluation batch, in micro-batches of a training step. Evaluation needs the activations of
+# one layer. A training step needs those of all layers, or with recompute their inputs and one layer with its gradients.
 STEPS_AT_ONCE = 4
 
 
@@ -46,21 +46,21 @@ STEPS_AT_ONCE = 4
 class Evaluation:
     """Evaluates adapters on one rank, with the model and the shared micro-batches of a training step.
 
-    All ranks make the same calls. Each raises RunStopped if all ranks agreed to stop.
+    All ranks make the same calls. Each call raises RunStopped if all ranks have agreed to stop.
     """
 
     step: TrainStep
 
     def evaluated(self, runs: Runs) -> dict[str, Evaluated]:
-        """The evaluation of each, by name. An adapter whose answers cannot be scored fails, and is left out."""
+        """Return the evaluation of each adapter by name. An adapter without valid scores fails, and is left out."""
         losses = self.losses(runs)
         scores = self.scores(runs, lambda run: run.data.scored_validation)
         return {name: Evaluated(losses[name], found) for name, found in scores.items()}
 
     def losses(self, runs: Runs) -> dict[str, float]:
-        """The mean loss of each over all supervised tokens of its validation split, the same on every rank.
+        """Return each adapter's mean loss over all supervised tokens of its validation split, the same on every rank.
 
-        Ranks agree on stopping before each batch (in a pipeline: before a few batches).
+        Ranks agree on stopping before each batch, or in a pipeline before every few batches.
         """
         if not runs:
             return {}
@@ -69,7 +69,7 @@ class Evaluation:
         runner = self.step.runner
         sizes = {run.name: run.evaluation_sizes for run in runs}
         own, total = {run.name: run.evaluation_batches() for run in runs}, sum(map(len, sizes.values()))
-        # Shared batches have the first one of every adapter, then the second.
+        # Shared batches take the first batch of every adapter, then the second one.
         rounds = fill_rounds(sizes, capacity=STEPS_AT_ONCE * self.step.capacity)
         batches = ([(name, next(own[name])) for name, _ in some] for some in rounds)
         with progress_bar("validation", "batch", total=total, shows=runs[0].plan.grid.rank == 0) as bar:
@@ -89,7 +89,7 @@ class Evaluation:
         return {run.name: loss / run.data.validation.num_supervised for run, loss in pairs}
 
     def scores(self, runs: Runs, samples_of: Callable[[AdapterRun], ScoredSet | None]) -> dict[str, dict[str, Score]]:
-        """The scores of each on its own samples, by metric; one whose answers cannot be scored fails."""
+        """Return the scores of each adapter on its samples, by metric. An adapter without valid scores fails."""
         asked = {run.name: scored for run in runs if (scored := samples_of(run)) is not None}
         answers = self._answers([run for run in runs if run.name in asked], asked) if asked else {}
         found: dict[str, dict[str, Score]] = {}
@@ -103,7 +103,7 @@ class Evaluation:
         return {run.name: found[run.name] for run in runs if run.failure is None}
 
     def _answers(self, runs: Runs, asked: dict[str, ScoredSet]) -> dict[str, list[Answer]]:
-        """The answers of each, on rank 0."""
+        """Return the answers of each adapter on rank 0."""
         runner, plan, agree = self.step.runner, runs[0].plan, self.step.stop.agree
         runner.engine.module.eval()
         decoder = Decoder(runner.stage, runner.groups, plan.source.shape, calls_together=plan.engine.zero_stage == 3)
@@ -115,9 +115,10 @@ class Evaluation:
 
 
 def of_start(runs: Runs, evaluate: Callable[[Runs], dict[str, Found]]) -> dict[str, Found]:
-    """The results of `evaluate` for runs that have taken no step.
+    """Return the results of `evaluate` for adapters that have taken no step.
 
-    As long as its update is zero, an adapter has the base's results. So of those with the same data one is evaluated.
+    An adapter whose update is still zero has the same results as the base. So only one of all such adapters with the
+    same data is evaluated.
     """
     first: dict[tuple[object, ...], AdapterRun] = {}
     same = {run.name: first.setdefault(_start(run), run) for run in runs}
@@ -129,7 +130,7 @@ def of_start(runs: Runs, evaluate: Callable[[Runs], dict[str, Found]]) -> dict[s
 
 
 def _start(run: AdapterRun) -> tuple[object, ...]:
-    """The facts that decide the results of an adapter before its first step."""
+    """Return a key that determines the results of an adapter before its first step."""
     plan = run.plan
     if plan.settings.init_from is not None or not plan.adapter.method_spec.starts_at_base:
         return (run.name,)
@@ -138,7 +139,7 @@ def _start(run: AdapterRun) -> tuple[object, ...]:
 
 @dataclass(frozen=True)
 class Finished:
-    """An adapter that an earlier start has finished. Nothing of it is loaded; the table of all needs its row."""
+    """An adapter that finished in an earlier launch. It is not loaded, but the table of all adapters has its row."""
 
     name: str
     plan: RunPlan
@@ -152,15 +153,15 @@ class Finished:
 
 @dataclass
 class Trainer:
-    """A run on one rank, from a ready engine to the end of the training of its adapters.
+    """A run on one rank, from the ready engine to the end of training.
 
     Attributes:
         adapters: the adapters that are trained, by name.
         folder: the folder of the run.
-        profile: steps that are recorded, as of --profile.
-        everyone: all adapters of the run, in order, those that an earlier start has finished too.
-        rivals: with --halving, by each adapter's name those that it is compared with while they run.
-        last_step: the number of the last step; the first one follows the most steps that an adapter has taken.
+        profile: the steps to record, as in --profile.
+        everyone: all adapters of the run in order, including those that finished in an earlier launch.
+        rivals: with --halving, the names of the adapters with which each adapter is compared.
+        last_step: the number of the last step. It starts at the largest step number of all adapters.
     """
 
     adapters: Mapping[str, AdapterRun]
@@ -172,7 +173,7 @@ class Trainer:
     rivals: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     _rows: list[dict[str, Any]] = field(default_factory=list)
     _told: set[str] = field(default_factory=set)
-    _rates: list[str] = field(default_factory=list)  # speeds of the last step, as text: of all tokens, then by adapter
+    _rates: list[str] = field(default_factory=list)  # texts on the last step: speed of all tokens, then each adapter
     _table_failure: UserError | None = None
 
     def __post_init__(self) -> None:
@@ -183,17 +184,17 @@ class Trainer:
 
     @property
     def only(self) -> AdapterRun | None:
-        """The adapter of a run of one; None if the run has several."""
+        """The only adapter of the run; None if the run has several."""
         return None if self.folder.of_several else next(iter(self.adapters.values()))
 
     @property
     def failed(self) -> list[str]:
-        """The adapters that failed."""
+        """The names of the adapters that failed."""
         return [name for name, run in self.adapters.items() if run.failure is not None]
 
     @property
     def trained(self) -> list[AdapterRun]:
-        """The adapters whose training has ended well, and whose end is not recorded yet."""
+        """The adapters whose training ended without failure, and whose end is not recorded yet."""
         return [run for run in self.adapters.values() if run.state == "ended"]
 
     def run(self) -> None:
@@ -228,7 +229,7 @@ class Trainer:
         return {name: run for name, run in self.adapters.items() if run.state == "running"}
 
     def _begin(self, bar: Any) -> None:
-        """Evaluate the adapters that begin, and what others had left to do after their last step."""
+        """Evaluate new adapters, and do the pending evaluations and saves of resumed ones."""
         for run in self.adapters.values():
             with run.failing_alone():
                 run.recall()
@@ -255,7 +256,7 @@ class Trainer:
     def _train_step(self, running: Mapping[str, AdapterRun], bar: Any) -> None:
         """Take one step of each adapter, and raise RunStopped afterwards if any rank should stop.
 
-        An adapter that is ahead of a rival, as one may be after a resume, waits for it."""
+        After a resume, an adapter may be ahead of a rival. It then waits for the rival."""
         samples: dict[str, TrainingStep] = {}
         for name, run in running.items():
             others = [running[other] for other in self.rivals.get(name, ()) if other in running]
@@ -281,14 +282,14 @@ class Trainer:
                 said.append(run.took(samples[name], report))
         self.last_step += 1
         self._rates = said
-        bar.set_postfix_str(self._progress, refresh=False)  # before the count, which draws the bar
+        bar.set_postfix_str(self._progress, refresh=False)  # before `update`, which draws the bar
         bar.update(len(said) - 1)
         self.stop.stop_if_any(report.votes.stopping, report.votes.signals)
         self._after_step(self._running(), bar)
         self._show(bar)
 
     def _after_step(self, runs: Mapping[str, AdapterRun], bar: Any) -> None:
-        """The evaluations that are due, together, and then the saves of each."""
+        """Make the due evaluations together, and then the due saves of each adapter."""
         found = self.evaluation.evaluated([run for run in runs.values() if run.evaluation_is_due])
         for name, run in runs.items():
             if run.state == "running":
@@ -297,7 +298,7 @@ class Trainer:
         self._stop_behind(bar)
 
     def _stop_behind(self, bar: Any) -> None:
-        """Stop the adapters that are behind a rival by more than noise, once their warm-up is over."""
+        """Stop each adapter whose loss exceeds that of a rival by more than noise, once its warm-up is over."""
         if not self.rivals:
             return
         evaluated = {
@@ -325,7 +326,7 @@ class Trainer:
         return printable("; ".join((counts, *self._rates[:1])))
 
     def _show(self, bar: Any) -> None:
-        """Show the progress, and who has failed; write the table, if more than steps have changed."""
+        """Show the progress and new failures. Write the table if more than step numbers have changed."""
         for name in self.failed:
             if name not in self._told:
                 bar.write(printable(named(name, f"failed: {self.adapters[name].failure}")))
@@ -333,11 +334,11 @@ class Trainer:
         bar.set_postfix_str(self._progress, refresh=False)
         try:
             self.write_table()
-        except UserError as error:  # raised when all ranks agree, at the next step
+        except UserError as error:  # raised on all ranks together in the next step
             self._table_failure = self._table_failure or error
 
     def write_table(self) -> None:
-        """Write table.csv on rank 0, if more than steps have changed. Raises UserError if it cannot be written."""
+        """Write table.csv on rank 0 if more than step numbers have changed. Raises UserError if this fails."""
         rows = [table_row(run) for run in self.everyone.values()]
         if self.rank or [{**row, "step": 0} for row in rows] == [{**row, "step": 0} for row in self._rows]:
             return
@@ -346,7 +347,7 @@ class Trainer:
 
 
 def table_row(run: AdapterRun | Finished) -> dict[str, Any]:
-    """The row of an adapter in table.csv."""
+    """Return the row of an adapter in table.csv."""
     settings, progress = run.plan.settings, run.progress
     return {
         "name": run.name,

@@ -1,4 +1,4 @@
-"""A run on one rank, from its settings to its end. Read top to bottom: it is the table of contents of a run."""
+"""Run one rank from its settings to its end. The function below lists the phases of a run in order."""
 
 from megatron_tiedlora.base.messages import show
 from megatron_tiedlora.config.settings import Settings
@@ -9,9 +9,9 @@ from megatron_tiedlora.runtime.stopping import StopRequests
 
 
 def train_rank(settings: Settings) -> End:
-    """Run one rank of a job; `prepare_environment` was called. A failure is reported and ends the process.
+    """Run one rank of a job after `prepare_environment`. A failure is reported and ends the process.
 
-    One of several adapters that fails leaves the others; the exit status is then 1.
+    If one of several adapters fails, the others continue, and the exit status is 1.
     """
     if settings.deterministic:
         make_deterministic()
@@ -19,7 +19,7 @@ def train_rank(settings: Settings) -> End:
     stop = StopRequests()
     stop.install()
     with reported_end(rank, world_size, stop) as end:
-        # These import DeepSpeed and transformers, which takes seconds; signals are handled already.
+        # These imports of DeepSpeed and transformers take seconds, so signals are handled before.
         from megatron_tiedlora.planning.adapter_plans import plan_and_read
         from megatron_tiedlora.planning.planned import longest_run
         from megatron_tiedlora.training import finish
@@ -40,7 +40,7 @@ def train_rank(settings: Settings) -> End:
         built = build_model(start.left, device, start.checkpoints, kernels=chosen.kernels)
         trainer = make_trainer(start, built, device, stop)
         end.finished_step = lambda: trainer.last_step
-        if trainer.only is None:  # else the step says it
+        if trainer.only is None:  # the message on a single adapter has its step
             end.saved = "the last step of each adapter is saved"
         if rank == 0:
             show(*finish.run_headline(start, trainer, built, chosen, device))

@@ -1,6 +1,6 @@
-"""The start of a run: its folders, the checkpoints to resume from, the first files. It checks all before it writes any.
+"""Start a run: take its folders, find the checkpoints to resume from, and write the first files after all checks.
 
-The folder of a run of one adapter is the run's; of several each has its own in RUN/NAME, or where its entry says.
+A single adapter uses the folder of the run. Several adapters use RUN/NAME, or the output_dir of their entry.
 """
 
 import shlex
@@ -40,15 +40,15 @@ from megatron_tiedlora.training.throughput import Meter, peak_of_all, steps_over
 
 @dataclass
 class Start:
-    """One start of a run on this rank, before its first step.
+    """One launch of a run on this rank, before its first step.
 
     Attributes:
         plans: the plans of all adapters, by name.
         folder: the folder of the run, which rank 0 owns.
-        end: the end of the run, which gives the folders back.
-        folders: the folder of each adapter; new ones have no owner until they are made (`make_trainer`).
-        checkpoints: the checkpoint from which each adapter continues; None: it begins.
-        finished: the adapters that an earlier start has finished.
+        end: the end of the run, which releases the folders.
+        folders: the folder of each adapter. New folders have no owner until `make_trainer` creates them.
+        checkpoints: the checkpoint from which each adapter resumes; None for a new adapter.
+        finished: the adapters that finished in an earlier launch.
     """
 
     settings: Settings
@@ -62,27 +62,27 @@ class Start:
 
     @property
     def own_folders(self) -> dict[str, RunFolder]:
-        """The folders of adapters that are not the run's."""
+        """The folders of adapters that differ from the folder of the run."""
         return {name: own for name, own in self.folders.items() if own is not self.folder}
 
     @property
     def left(self) -> dict[str, RunPlan]:
-        """The plans of the adapters that are trained or finished now."""
+        """The plans of the adapters that have not finished in an earlier launch."""
         return {name: plan for name, plan in self.plans.items() if name not in self.finished}
 
 
 def open_run(settings: Settings, plans: adapter_plans.Plans, data: adapter_plans.Data, end: End) -> Start:
-    """Choose the folder of the run on rank 0, which becomes its owner, and tell every rank; find the checkpoints.
+    """Choose the folder of the run on rank 0, which becomes its owner, tell every rank, and find the checkpoints.
 
-    A start that cannot continue the run in a folder does not take the folder over. Nothing is written yet.
+    A launch that cannot resume the run in a folder does not take the folder. No run files are written yet.
 
     Args:
-        end: the end of the run. It gives all folders back, and gets their owners at once, so that peers can give them
-            up if rank 0 is lost while it reads checkpoints.
+        end: the end of the run, which releases all folders. It gets their owners at once, so that peers can release the
+            folders if rank 0 is lost while it reads checkpoints.
 
     Raises:
-        UserError: a folder is in use, or holds a run that this start cannot continue, or ranks have other data; on
-            every rank.
+        UserError: a folder is in use or holds a run that this launch cannot resume, or ranks have different data. It is
+            raised on every rank.
     """
     for own in {id(own): own for own in data.values()}.values():
         if differing := num_differing(own.shared_sha256):
@@ -102,8 +102,8 @@ def open_run(settings: Settings, plans: adapter_plans.Plans, data: adapter_plans
     for name, run_folder in opened.own_folders.items():
         here = plans[name].settings.completed(output_dir=str(run_folder.path))
         opened.plans[name] = replace(plans[name], settings=here)
-    # The run folders of adapters that exist are taken before their checkpoints are looked for. New ones are made with
-    # the run's first files: a start that is killed before these leaves nothing that the next start would reject.
+    # Existing run folders of adapters are taken before their checkpoints are read. New folders are created with the
+    # run's first files. So a launch that is killed before then leaves no folder that the next launch would reject.
     if folders := opened.own_folders:
         there = decided_by_rank_0(lambda: [name for name, of in folders.items() if of.path.exists()], kind=list[str])
         opened.folders |= {name: _open_run_folder(name, opened) for name in there}
@@ -123,7 +123,7 @@ def _take_folder(
     before: Callable[[RunFolder], None],
     after: Callable[[RunFolder], None] = lambda folder: None,
 ) -> RunFolder:
-    """Take a run folder on rank 0, and tell every rank. The arguments are as in `take_run_folder`."""
+    """Take a run folder on rank 0, and tell every rank. See `take_run_folder` for the arguments."""
 
     def take() -> tuple[str, str]:
         folder, lock = take_run_folder(settings, before=before)
@@ -138,17 +138,17 @@ def _take_folder(
 
 
 def _open_run_folder(name: str, start: Start) -> RunFolder:
-    """Take the run folder of one of several adapters on rank 0, as `open_run` takes the run's, and tell every rank."""
+    """Take the run folder of one of several adapters on rank 0, and tell every rank."""
     plan, before = start.plans[name], partial(reject_another_run, start.plans[name], start.data[name])
     with naming(name):
         return _take_folder(plan.settings, end=start.end, before=before)
 
 
 def _finished_before(start: Start) -> dict[str, Finished]:
-    """The adapters that an earlier start has finished and exported, and that have no step left by their settings.
+    """Return the adapters that were finished and exported in an earlier launch, and have no step left.
 
-    What --halving stopped is finished too, unless this start is without it. The only adapter of a run is none of them:
-    it is scored and exported once more.
+    Adapters that --halving stopped count as finished if this launch has --halving too. A single adapter never counts as
+    finished: it is scored and exported again.
     """
     folders = start.own_folders
     if not folders:
@@ -174,10 +174,10 @@ def _finished_before(start: Start) -> dict[str, Finished]:
 
 
 def make_trainer(start: Start, built: BuiltModel, device: torch.device, stop: StopRequests) -> Trainer:
-    """Occupy the folder of each adapter, and make what trains them. The first files of the run are written here.
+    """Write the first files to the folder of each adapter, and return the trainer of all adapters.
 
     Raises:
-        UserError: a folder cannot be written; on every rank. The status of each that was occupied says so.
+        UserError: a folder cannot be written; on every rank. The status file of each prepared folder records it.
     """
     settings, left, end, adapters = start.settings, start.left, start.end, dict[str, AdapterRun]()
     folder_of_run = replace(
@@ -214,7 +214,7 @@ def make_trainer(start: Start, built: BuiltModel, device: torch.device, stop: St
             ends_apart=start.folders[name] is not start.folder,
             keeps_losses=bool(rivals.get(name)),
         )
-    if not start.own_folders:  # not by `end.folder`, which a rank that does not see the folder never has
+    if not start.own_folders:  # not `end.folder`: a rank that does not see the folder has none
         end.enter(folder_of_run)
     everyone = {name: start.finished.get(name) or adapters[name] for name in start.plans}
     return Trainer(adapters, step, folder_of_run, stop, everyone, settings.profile, rivals)
@@ -232,10 +232,10 @@ def _write_settings(start: Start) -> None:
 
 
 def occupy_run_folder(plan: RunPlan, folder: RunFolder, checkpoint: resume.Checkpoint | None) -> MetricsLog | None:
-    """Write the resumed checkpoint, run.yaml and the logs to the folder. Returns rank 0's log, None on the others.
+    """Write the resumed checkpoint, run.yaml and the logs to the folder. Returns the log on rank 0, else None.
 
     Raises:
-        UserError: the folder cannot be written; on every rank. Its status says so.
+        UserError: the folder cannot be written; on every rank. The status file records it.
     """
     start, logs = checkpoint.progress if checkpoint is not None else resume.Progress(), list[MetricsLog]()
 
@@ -255,7 +255,7 @@ def occupy_run_folder(plan: RunPlan, folder: RunFolder, checkpoint: resume.Check
             )
             logs.append(log)
         except UserError as error:
-            with suppress(UserError):  # the folder may be what failed
+            with suppress(UserError):  # the folder may be the cause
                 if folder.is_run and not folder.status.exists():
                     folder.write_status("failed", step=start.step, reason=str(error))
             raise
@@ -265,8 +265,7 @@ def occupy_run_folder(plan: RunPlan, folder: RunFolder, checkpoint: resume.Check
 
 
 def write_run_settings(plan: RunPlan, folder: RunFolder) -> None:
-    """Write run.yaml: every resolved setting, what comes from the hub, the content of --chat_template as a hash, and
-    versions of libraries."""
+    """Write run.yaml: resolved settings, hub names, a hash of the chat template's content, and library versions."""
     settings = plan.resolved_settings()
     settings[HUB_NAMES] = hub_ids(settings["tokenizer"], *(settings[name] for name in marked(Settings, holds="rows")))
     if plan.settings.chat_template is not None:
@@ -274,21 +273,21 @@ def write_run_settings(plan: RunPlan, folder: RunFolder) -> None:
     folder.write_settings(settings, ranks=plan.grid.world_size)
 
 
-# The checkpoint from which an adapter continues -----------------------------------------------------------------------
+# The checkpoint from which an adapter resumes -------------------------------------------------------------------------
 
-# Settings that are not `compared` may differ from the checkpoint's, as they do not change what is computed. --epochs
-# may, since only the number of steps that follows from it counts. --max_steps may if the schedule does not depend on
-# it, which is so if it is constant. A warm-up that was not given is the checkpoint's.
+# Settings that are not `compared` may differ from the checkpoint's, as they do not change the results. --epochs may
+# differ, since only the resulting number of steps matters. --max_steps may differ if the schedule is constant, and so
+# does not depend on it. If no warm-up is given, the checkpoint's is used.
 
 
 def _read_checkpoint(plan: RunPlan, data: adapter_plans.RunData, folder: RunFolder) -> resume.Checkpoint | None:
-    """The checkpoint that --resume asks for, or None to start from the beginning.
+    """Return the checkpoint that --resume asks for, or None to start from the beginning.
 
-    Rank 0 reads it and sends it to the others, so only its host needs the run folder. With `auto`, a folder without a
-    checkpoint means a start from the beginning, so that one command serves the first and every later start of a job.
+    Rank 0 reads the checkpoint and sends it to all ranks, so only its host needs the run folder. With `auto`, a folder
+    without a checkpoint means a new run. So the same command serves the first and every later launch of a job.
 
     Raises:
-        UserError: the checkpoint does not exist, is broken, or contradicts the plan's settings or base.
+        UserError: the checkpoint does not exist, is broken, or contradicts the plan's settings or data.
     """
     checkpoint = _find_checkpoint(plan.settings.resume, folder)
     if checkpoint is None:
@@ -305,7 +304,7 @@ def _read_checkpoint(plan: RunPlan, data: adapter_plans.RunData, folder: RunFold
             return checkpoint
         except UserError as error:
             notes = (*notes, f"the best checkpoint is broken, so the next evaluation writes a new one: {error}")
-    # The checkpoint was moved out of its run, without the best one. The next evaluation writes a new best one.
+    # The checkpoint was moved out of its run without the best checkpoint. The next evaluation writes a new best one.
     forgotten = replace(
         checkpoint.progress, best_metric=None, best_step=None, evaluations_since_best=0, evaluated_step=None
     )
@@ -326,11 +325,11 @@ def _find_checkpoint(given: str, folder: RunFolder) -> resume.Checkpoint | None:
 
 
 def adopt_checkpoint(folder: RunFolder, checkpoint: resume.Checkpoint) -> None:
-    """Make `checkpoint` the last one of the run folder, before training continues from it; on rank 0.
+    """Make `checkpoint` the last one of the run folder before training resumes from it. Only rank 0 calls it.
 
-    If it is in another folder, it is copied first, with the best checkpoint and the logs. Then `latest` names it, so
-    that a later start resumes this run, and adapter/ is written from the best one, since a kill between two saves may
-    have left an older one.
+    A checkpoint in another folder is copied first, with the best checkpoint and the logs. Then `latest` is set to it,
+    so that a later launch resumes this run. adapter/ is written from the best checkpoint, since a kill between two
+    saves may have left an older adapter there.
 
     Raises:
         UserError: the folder cannot be written, or a copied file is broken.
@@ -356,10 +355,10 @@ def adopt_checkpoint(folder: RunFolder, checkpoint: resume.Checkpoint) -> None:
 
 
 def reject_another_run(plan: RunPlan, data: adapter_plans.RunData, folder: RunFolder) -> None:
-    """Raise UserError if the run that --resume means cannot be continued with these settings, data or base."""
+    """Raise UserError if the run that --resume selects cannot be resumed with these settings, data or base."""
     try:
         checkpoint = _find_checkpoint(plan.settings.resume, folder)
-    except UserError:  # raised again once this start owns the folder and has renamed back what was moved aside
+    except UserError:  # raised again once this launch owns the folder and has restored moved files
         return
     if checkpoint is not None:
         check_resumed_settings(plan, checkpoint, data_sha256=data.sha256)
@@ -369,7 +368,7 @@ def reject_another_run(plan: RunPlan, data: adapter_plans.RunData, folder: RunFo
 def check_resumed_settings(plan: RunPlan, checkpoint: resume.Checkpoint, *, data_sha256: str) -> None:
     """Raise UserError if a checkpoint was trained with settings or data that contradict the plan's.
 
-    It names the setting and both values.
+    The message names the setting and both values.
     """
     saved, step, source = checkpoint.settings, checkpoint.progress.step, str(checkpoint.folder)
     settings, marks = plan.settings, declared(Settings)
@@ -377,10 +376,10 @@ def check_resumed_settings(plan: RunPlan, checkpoint: resume.Checkpoint, *, data
         if not marks[name].compared or name == "epochs":
             continue
         field = Settings.model_fields[name]
-        default = None if field.is_required() else field.default  # of a setting that came after the checkpoint
+        default = None if field.is_required() else field.default  # for settings newer than the checkpoint
         if name not in saved and default in (None, value):
             continue
-        if name == "max_new_tokens" and settings.eval_metric == "loss":  # changes nothing in such a run
+        if name == "max_new_tokens" and settings.eval_metric == "loss":  # has no effect in such a run
             continue
         before = saved.get(name, default)
         if (list(before) if isinstance(before, (list, tuple)) else before) == value:
@@ -406,7 +405,7 @@ def check_resumed_settings(plan: RunPlan, checkpoint: resume.Checkpoint, *, data
             )
         same = f"leave it out, or give {was}" if name == "warmup_steps" else "resume with the same value"
         raise UserError(f"{found} {now}; {same}")
-    if settings.resume != "auto" and (over := steps_over(settings.profile, step)):  # the headline notes it with auto
+    if settings.resume != "auto" and (over := steps_over(settings.profile, step)):  # with auto the headline notes it
         left = f"give steps from {step + 1} to {settings.max_steps}" if step < settings.max_steps else "leave it out"
         raise UserError(f"{over}; {left}")
     if saved.get("data_sha256") != data_sha256:
@@ -417,9 +416,9 @@ def check_resumed_settings(plan: RunPlan, checkpoint: resume.Checkpoint, *, data
 
 
 def with_kept_warmup(plan: RunPlan, saved: Mapping[str, Any] | None) -> RunPlan:
-    """The plan of a run that continues one of the settings `saved` (None: a new run), with the warm-up of that one.
+    """Return the plan with the warm-up of the resumed run, whose settings are `saved` (None for a new run).
 
-    The default warm-up is shortened to the number of steps, so that of a run which was made longer would differ.
+    The default warm-up is limited by the number of steps, so it would change if the resumed run became longer.
     """
     if saved is None or "warmup_steps" in plan.settings.model_fields_set or (kept := _warmup(saved)) is None:
         return plan
@@ -427,12 +426,12 @@ def with_kept_warmup(plan: RunPlan, saved: Mapping[str, Any] | None) -> RunPlan:
 
 
 def _warmup(saved: Mapping[str, Any]) -> int | None:
-    """The warm-up in a checkpoint's settings, which are anything that JSON can hold; None if it is no number."""
+    """Return the warm-up in a checkpoint's settings; None if it is missing or invalid."""
     found = saved.get("warmup_steps")
     return found if type(found) is int and found >= 0 else None
 
 
 def _steps_in_words(plan: RunPlan) -> str:
-    """The number of steps, and what it was counted from."""
+    """Return a text with the number of steps, and with --epochs if given."""
     epochs = plan.settings.epochs
     return f"{plan.settings.max_steps}" + ("" if epochs is None else f" (--epochs {epochs:g})")

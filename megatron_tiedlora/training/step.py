@@ -1,8 +1,9 @@
-"""One training step on all ranks: backward passes, what the ranks agree on, checks, the optimizers' steps, a report.
+"""Take one training step on all ranks: backward passes, agreement of ranks, checks, optimizer steps, and a report.
 
-A step is of one or more adapters, which share the backward passes. One whose loss, norm or checks fail takes no step;
-the others do not see it, as its tokens, factors, sums and norm are its own. A step knows no run folder, log or progress
-bar. `training/loop.py` takes the steps of a run; benchmarks and tests take steps on samples of their own.
+A step trains one or more adapters, which share the backward passes. An adapter whose loss, norm or checks fail takes no
+step. Its failure does not affect the remaining adapters, since each adapter has its own tokens, factors, sums and norm.
+A step uses no run folder, log or progress bar. `training/loop.py` takes the steps of a run. Benchmarks and tests take
+steps on their own samples.
 
 The checks: trained tensors must get gradients, and the replicas of a tensor must stay equal.
 
@@ -27,16 +28,16 @@ from megatron_tiedlora.runtime.stopping import LONG_STEP_SECONDS, StepVotes, Sto
 # Checks ---------------------------------------------------------------------------------------------------------------
 
 
-# If v or B starts at zero, the gradient of its partner is zero at the first step. It must be non-zero at the second.
+# If v or B is initialised to zero, its partner has a zero gradient at the first step, but not at the second.
 GUARDED_STEPS = 2
 
 
 class RunFailed(UserError):
-    """Training cannot continue. The last checkpoint is valid."""
+    """The error that training cannot continue. The last checkpoint is valid."""
 
 
 def require_finite(what: str, value: float, *, step: int, saved_step: int | None) -> None:
-    """Raise RunFailed if a number of `step` is nan or inf; `saved_step` is the step of the last checkpoint."""
+    """Raise RunFailed if a value of `step` is nan or inf. `saved_step` is the step of the last checkpoint."""
     if not math.isfinite(value):
         last = f"the last checkpoint is of step {saved_step}" if saved_step else "no checkpoint was written yet"
         raise RunFailed(
@@ -45,11 +46,10 @@ def require_finite(what: str, value: float, *, step: int, saved_step: int | None
 
 
 class StepChecks:
-    """The checks of one adapter in one start of a run."""
+    """The checks of one adapter in one launch of a run."""
 
     def __init__(self, runner: Runner, name: str, *, check_steps: int) -> None:
-        """Start watching the adapter `name`. Replicas are compared after the first `check_steps` steps and at saves
-        (0: never)."""
+        """Start the checks of adapter `name`. Replicas are compared in `check_steps` steps and at saves (0: never)."""
         self._runner, self._name, self._adapter = runner, name, runner.adapters[name]
         self._check_steps = check_steps
         self._steps = 0
@@ -57,33 +57,33 @@ class StepChecks:
 
     def before_save(self, step: int) -> None:
         """Compare replicas before a checkpoint of `step`. Raises RunFailed on every rank if they differ."""
-        if self._check_steps > 0 and self._steps > self._check_steps:  # earlier steps were compared after the step
+        if self._check_steps > 0 and self._steps > self._check_steps:  # earlier steps were already compared
             for failure in _compare({self._name: (self, step)}).values():
                 raise failure
 
     def _missing(self, in_sums: Sequence[str]) -> str | None:
-        """A text on the tensors without a gradient on this rank."""
+        """Return a text on the tensors without a gradient on this rank, or None."""
         names = [*in_sums, *(self._guard.missing() if self._guard else [])]
         layers = ", ".join(map(str, self._adapter.part.layers))
         text = f"no gradient reaches {', '.join(dict.fromkeys(names))} from the stage with adapted layers {layers}"
         return text if names else None
 
 
-Checks = Mapping[str, tuple[StepChecks, int]]  # of some adapters, by name, each with the number of its step
+Checks = Mapping[str, tuple[StepChecks, int]]  # by adapter name: its checks and the number of its step
 
 
 def before_steps(checks: Checks, *, missing: Missing, ranks_missing: Mapping[str, float]) -> dict[str, RunFailed]:
-    """Check the gradients of a step, before any parameter changes. All ranks call it together.
+    """Check the gradients of a step before any parameter changes. All ranks call it together.
 
-    An adapter fails if a trained tensor has no gradient, or has only had zeros; or if all gradients are zero, since a
-    huge step has left the loss without a slope.
+    An adapter fails if a trained tensor has no gradient, or has had only zero gradients. It also fails if all its
+    gradients are zero, because a huge step has made the loss constant.
 
     Args:
         missing: the tensors without a gradient in the sums over ranks, on this rank.
-        ranks_missing: the number of ranks that miss one.
+        ranks_missing: the number of ranks on which an adapter misses a gradient.
 
     Returns:
-        the failures, the same on every rank, with the names of tensors.
+        the failures by adapter name, the same on every rank, with the names of tensors.
     """
     for own, _ in checks.values():
         own._steps += 1
@@ -126,7 +126,7 @@ def before_steps(checks: Checks, *, missing: Missing, ranks_missing: Mapping[str
 
 
 def after_steps(checks: Checks) -> dict[str, RunFailed]:
-    """Compare replicas after a step. All ranks call it together. Returns the failures, the same on every rank."""
+    """Compare replicas after a step, and return the failures, the same on every rank. All ranks call it together."""
     return _compare({name: (own, step) for name, (own, step) in checks.items() if own._steps <= own._check_steps})
 
 
@@ -148,18 +148,18 @@ def _compare(checks: Checks) -> dict[str, RunFailed]:
 
 @dataclass(frozen=True)
 class AdapterStep:
-    """The step of one adapter; equal on every rank. With a `failure` it took none."""
+    """The result of a step for one adapter, equal on every rank. An adapter with a `failure` took no step."""
 
     number: int
-    loss: float  # mean over the supervised tokens of its global batch
-    learning_rate: float  # of this step
+    loss: float  # mean over the supervised tokens of the adapter's global batch
+    learning_rate: float  # used in this step
     grad_norm: float = math.nan  # before clipping
     failure: UserError | None = None
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """A step of all running adapters, by name; equal on every rank except for `seconds`."""
+    """The results of a step by adapter name, equal on every rank except for `seconds`."""
 
     adapters: Mapping[str, AdapterStep]
     seconds: float  # from the first forward pass to the end of the checks
@@ -167,7 +167,7 @@ class StepReport:
 
     @property
     def only(self) -> AdapterStep:
-        """The step of the only adapter. Raises UserError if it failed."""
+        """The result of the only adapter. Raises UserError if the adapter failed."""
         (found,) = self.adapters.values()
         if found.failure is not None:
             raise found.failure
@@ -176,11 +176,11 @@ class StepReport:
 
 @dataclass
 class TrainStep:
-    """Takes the steps of one start of a run.
+    """Takes the steps of one launch of a run.
 
     Attributes:
-        finished: the number of each adapter's last step; 0 if not given.
-        capacity: tokens of a micro-batch that adapters share, padding included; 0: none is shared.
+        finished: the number of each adapter's last step; 0 by default.
+        capacity: the most tokens in a micro-batch that adapters share, padding included; 0 if they share none.
     """
 
     plans: Plans
@@ -189,7 +189,7 @@ class TrainStep:
     finished: dict[str, int] = field(default_factory=dict)
     capacity: int = 0
     long_seconds: float = LONG_STEP_SECONDS
-    _seconds: float = math.inf  # of the last step, mean over ranks; unknown yet, so the first one counts as long
+    _seconds: float = math.inf  # mean over ranks for the last step; the first step counts as long
 
     def __post_init__(self) -> None:
         self.finished = dict.fromkeys(self.plans, 0) | self.finished
@@ -208,19 +208,19 @@ class TrainStep:
         failures: Mapping[str, UserError] | None = None,
         saved_steps: Mapping[str, int] | None = None,
     ) -> StepReport:
-        """Take one step of each adapter in `steps`, on this rank's micro-batches; all ranks call this together.
+        """Take one step of each adapter in `steps`, on this rank's micro-batches. All ranks call it together.
 
-        A request to stop during the step is in the report's votes; the caller stops once it has saved the step.
+        The report's votes include requests to stop during the step. The caller stops after it has saved the step.
 
         Args:
             steps: this rank's share of the global batch of each running adapter.
-            save_due: called after the backward passes; whether rank 0 wants a checkpoint.
-            failure: an error on rank 0 since the last step; it is raised before weights change.
-            failures: errors on rank 0 since the last step by adapter; such an adapter takes no step.
+            save_due: a function, called after the backward passes, that returns whether rank 0 wants a checkpoint.
+            failure: an error on rank 0 since the last step. It is raised before weights change.
+            failures: errors on rank 0 since the last step, by adapter. An adapter with an error takes no step.
             saved_steps: the step of each adapter's last checkpoint, for messages.
 
         Raises on every rank:
-            RunStopped: between the micro-batches of a long step.
+            RunStopped: ranks agreed to stop between the micro-batches of a long step.
             UserError: `failure` of rank 0.
         """
         started, optimizers, ranks = time.monotonic(), self.runner.optimizers, self._grid.world_size
@@ -240,7 +240,7 @@ class TrainStep:
             stopping=requested > 0,
             signals=requested,
         )
-        # Whether an adapter misses a gradient or has failed, and its loss, are in the message of the votes.
+        # The message with the votes also has each adapter's missing gradients, failure and loss.
         failures = failures or {}
         states = [float(bool(missing.get(name)) + (ranks + 1) * (name in failures)) for name in steps]
         agreed = sum_over_ranks([*mine, *states, *(summed[name] for name in steps)])
@@ -273,8 +273,7 @@ class TrainStep:
         saved_steps: Mapping[str, int],
         failed: dict[str, UserError],
     ) -> dict[str, AdapterStep]:
-        """Take the step of each adapter that has not `failed`, also by its checks. Returns the reports with norms and
-        failures."""
+        """Take the step of each adapter that passes its checks. Returns the reports with norms and failures."""
 
         def healthy() -> dict[str, tuple[StepChecks, int]]:
             return {name: (self.checks[name], own.number) for name, own in reports.items() if name not in failed}
@@ -291,7 +290,7 @@ class TrainStep:
         failed |= before_steps(healthy(), missing=missing, ranks_missing=ranks_missing)
         must_be_finite("gradient norm", norms)
         norms |= {name: self.runner.optimizers.take(name, norms.get(name)) for name in healthy()}
-        must_be_finite("gradient norm", norms)  # of a step by an engine it is only known now
+        must_be_finite("gradient norm", norms)  # an engine's norm is only known after its step
         failed |= after_steps(healthy())
         self.finished |= {name: number for name, (_, number) in healthy().items()}
         return {

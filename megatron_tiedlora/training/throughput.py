@@ -1,15 +1,15 @@
-"""The speed of a run: compiled kernels, tokens per second, model FLOPs utilisation (MFU), padding, memory, and traces.
+"""Measure the speed of a run (tokens/s, model FLOPs utilisation (MFU), padding, memory), compile kernels, and profile.
 
     MFU = FLOPs for the samples of a step / (seconds of the step x peak FLOP/s of all ranks)
 
 `planning.passes` counts the FLOPs of real tokens without recompute. Padding, pipeline bubbles and recomputed layers
 therefore lower the MFU, and the FLOPs do not depend on the layout. Steps are timed from the first forward pass to the
-end of the optimizer step, without evaluations and saves. All amounts follow from the plan of the step, which every rank
-has, so nothing is sent and no rank waits for its device.
+end of the optimizer step, without evaluations and saves. All counts are computed from the plan of the step, which every
+rank has. So no messages are sent, and no rank waits for its device.
 
---profile FIRST:LAST is torch's profiler over some steps of this start of a run, one trace per rank, in Chrome's format,
-for https://ui.perfetto.dev. It is written when LAST is done, or when the run ends before that. Recording makes the
-steps slower, so their speed in metrics.jsonl is not that of others.
+--profile FIRST:LAST runs torch's profiler over these steps of a launch. It writes one trace per rank in Chrome's
+format, for https://ui.perfetto.dev. The trace is written after step LAST, or when the run ends before it. Recording
+slows the steps down, also in metrics.jsonl.
 """
 
 import gzip
@@ -47,16 +47,16 @@ from megatron_tiedlora.planning.run_plan import RunPlan
 from megatron_tiedlora.runtime.launch_env import rank_number
 from megatron_tiedlora.runtime.run_folder import RunFolder
 
-# Seconds for measuring a peak, approximately, and for a matmul that is long enough to be timed.
+# Approximate seconds for measuring a peak, and the seconds of a matmul that is long enough to be timed.
 _MEASURING, _LONG_MATMUL = 0.25, 0.02
-_SMALLEST, _LARGEST = 256, 4096  # rows and columns of such matmuls; three of the largest matrices are 100 MB in bf16
+_SMALLEST, _LARGEST = 256, 4096  # sizes of these square matmuls; three of the largest matrices take 100 MB in bf16
 
-# Sources of a peak.
+# Sources of a peak, as shown to the user.
 DATA_SHEET, FASTEST_STEP = "data sheet", "of the fastest step: matmuls were measured slower before it"
 
 
 class Peak(NamedTuple):
-    """FLOP/s of plain matmuls, and the source of the figure."""
+    """The peak FLOP/s of plain matmuls, and the source of the value."""
 
     flops_per_second: float
     source: str
@@ -64,23 +64,23 @@ class Peak(NamedTuple):
 
 @dataclass
 class Meter:
-    """Rates of each step, and of all steps of this start except the first, which warms up.
+    """Computes the rates of each step, and the mean of all steps of this launch except the first, a warm-up.
 
-    A step that computes faster than a measured peak is itself a better measurement of it.
+    If a step is faster than a measured peak, its own rate becomes the peak.
 
     Attributes:
         peak: the peak of all ranks together.
-        steps: (first, last) step of the mean; None before the second step.
+        steps: the first and the last step of the mean; None before the second step.
     """
 
     config: ModelShape
     adapter: tied_adapter.AdapterConfig
     peak: Peak
     steps: tuple[int, int] | None = None
-    _total: dict[str, float] | None = None  # the work of the counted steps; None before the first step
+    _total: dict[str, float] | None = None  # sums over the counted steps; None before the first step
 
     def add(self, number: int, step: TrainingStep, seconds: float) -> dict[str, float]:
-        """Count step `number`, which took `seconds`; returns its rates by their keys in metrics.jsonl."""
+        """Count step `number`, which took `seconds`. Returns its rates by their keys in metrics.jsonl."""
         counts = step.num_tokens, step.squared_lengths, step.num_supervised
         flops = step_flops(self.config, self.adapter, *counts).total()
         if flops > seconds * self.peak.flops_per_second and self.peak.source != DATA_SHEET:
@@ -100,7 +100,7 @@ class Meter:
         return self._rates(work)
 
     def mean(self) -> dict[str, float] | None:
-        """The mean rates of the counted steps; None if there are none."""
+        """Return the mean rates of the counted steps; None if there are none."""
         return None if self._total is None or self.steps is None else self._rates(self._total)
 
     def _rates(self, work: Mapping[str, float]) -> dict[str, float]:
@@ -113,19 +113,19 @@ class Meter:
 
 
 def peak_of_all(plan: RunPlan, device: torch.device) -> Peak:
-    """The peak of all ranks together. All ranks call it, each with its own device.
+    """Return the peak of all ranks together. All ranks call it, each with its own device.
 
-    Ranks that share a processor measure at the same time, so each measures about its share.
+    All ranks measure at the same time, so ranks that share a processor each measure about their share.
     """
-    sum_over_ranks([0.0])  # start together
+    sum_over_ranks([0.0])  # all ranks start together
     mine = find_peak(device, plan.dtype)
     return Peak(sum_over_ranks([mine.flops_per_second])[0], mine.source)
 
 
 def find_peak(device: torch.device, dtype: torch.dtype) -> Peak:
-    """The peak of one device for matmuls in this dtype: from the data sheet if its name is known, else measured.
+    """Return the peak of one device for matmuls in this dtype, from the data sheet or measured.
 
-    Other devices are measured, and so is fp32, whose rate depends on whether TF32 is allowed.
+    The data sheet is used for bf16 on known GPUs. fp32 is always measured, as its rate depends on TF32.
     """
     if device.type == "cuda" and dtype == torch.bfloat16:
         listed = listed_peak(torch.cuda.get_device_name(device))
@@ -135,7 +135,7 @@ def find_peak(device: torch.device, dtype: torch.dtype) -> Peak:
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of square matmuls, whose size grows until they can be timed well; the best rate seen."""
+    """Return the best FLOP/s of square matmuls, whose size grows until they are long enough to be timed."""
     best, size, started = 0.0, _SMALLEST, time.perf_counter()
     while best == 0 or time.perf_counter() - started < _MEASURING:
         best = max(best, matmul_rate(size, size, size, dtype=dtype, device=device, repeats=2))
@@ -147,8 +147,8 @@ def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
 def matmul_rate(
     rows: int, inner: int, columns: int, *, dtype: torch.dtype, device: torch.device, repeats: int
 ) -> float:
-    """FLOP/s of a plain matmul, (rows, inner) by (columns, inner) transposed; the best of `repeats`."""
-    draw = torch.Generator(device).manual_seed(0)  # the run's own random stream is not advanced
+    """Return the best FLOP/s of `repeats` plain matmuls of (rows, inner) by (columns, inner) transposed."""
+    draw = torch.Generator(device).manual_seed(0)  # leaves the run's own random stream unchanged
     left, right = (torch.randn(size, inner, generator=draw, device=device, dtype=dtype) for size in (rows, columns))
     product = left.new_empty(rows, columns)
     with torch.no_grad():
@@ -157,7 +157,7 @@ def matmul_rate(
 
 
 def timed(step: Callable[[], object], device: torch.device) -> float:
-    """The seconds that one call of `step` takes, until the device has finished."""
+    """Return the seconds that one call of `step` takes, until the device has finished."""
     started = time.perf_counter()
     step()
     if device.type == "cuda":
@@ -166,19 +166,19 @@ def timed(step: Callable[[], object], device: torch.device) -> float:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The peak memory of this process: allocated by torch on CUDA, else resident."""
+    """Return the peak memory of this process in bytes: torch's allocations on CUDA, else resident memory."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     most = resident_bytes("VmHWM")
     if most is not None:
         return most
-    # This counter starts at what the launcher held when it started this process, so it is the last resort.
+    # This counter starts at the memory of the launcher that forked this process, so it is the last choice.
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024  # macOS counts in bytes
 
 
 def resident_bytes(name: str) -> int | None:
-    """VmRSS (current) or VmHWM (peak) of this process in bytes; None if the system does not tell (only Linux does)."""
+    """Return VmRSS (current) or VmHWM (peak) of this process in bytes; None on systems other than Linux."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     found = next((line.split()[1] for line in lines if line.startswith(name)), None)
@@ -189,7 +189,7 @@ def resident_bytes(name: str) -> int | None:
 
 
 def steps_over(profile: str | None, step: int) -> str:
-    """A line on the steps of a --profile that a run does not record as it continues after `step`; '' if none."""
+    """Return a line on the steps of --profile that a run resumed after `step` cannot record; '' if there are none."""
     steps = profiled_steps(profile)
     if not steps or steps[0] > step:
         return ""
@@ -199,7 +199,7 @@ def steps_over(profile: str | None, step: int) -> str:
 
 
 class StepProfiler:
-    """Records the steps of a --profile on one rank, and writes RUN/profile/rank_N.json.gz."""
+    """Records the steps of --profile on one rank, and writes RUN/profile/rank_N.json.gz."""
 
     def __init__(self, profile: str | None, folder: RunFolder, *, rank: int) -> None:
         self._steps = profiled_steps(profile)
@@ -208,7 +208,7 @@ class StepProfiler:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Record what happens inside, if step `number` is to be recorded."""
+        """Record the block if step `number` is one of the steps to record."""
         if number not in self._steps:
             yield
             return
@@ -224,9 +224,10 @@ class StepProfiler:
             self.finish(last_step=number)
 
     def finish(self, *, last_step: int) -> None:
-        """Write what was recorded, if anything was; rank 0 says if the run ended after `last_step`, before the first
-        step to record. A trace that cannot be written is no reason to end a run: a run folder that only rank 0 sees may
-        be read-only elsewhere."""
+        """Write the recorded trace, if any. Rank 0 prints a note if the run ended before the first step to record.
+
+        A failed write does not end the run, since the run folder may be read-only on some hosts.
+        """
         if self._steps and last_step < self._steps[0] and self._rank == 0:
             first = self._steps[0]
             show(f"note: --profile: the run ended after step {last_step}, before step {first}", file=sys.stderr)
@@ -248,33 +249,33 @@ class StepProfiler:
 
 # Compiled kernels -----------------------------------------------------------------------------------------------------
 
-# A run's kernels are compiled before its first step, so that the user sees it and it can fail early. torch.compile
-# caches compiled code on disk, so that a later run on the machine loads it in seconds.
+# The kernels of a run are compiled before its first step, so that the user sees it and failures come early.
+# torch.compile caches compiled code on disk, and a later run on the same machine loads it in seconds.
 #
-# On a CPU one graph serves all sizes above 1. The warm-up runs a small model, whose sizes differ from each other. Other
+# On a CPU one graph serves all sizes above 1. The warm-up runs a small model, whose sizes are all different. Remaining
 # shapes are compiled when they occur: single tokens while one answer is generated, and rows of more than 4,096 tokens.
 #
-# On a GPU every size except the number of tokens is a constant. The warm-up runs two layers of the run's own widths,
-# with enough tokens for Triton to time its variants, and then with one token, as in generation.
+# On a GPU every size except the number of tokens is a constant. The warm-up runs two layers with the widths of the run.
+# It uses enough tokens for Triton to time its variants, and then one token, as in generation.
 
 _LOGGER = logging.getLogger(__name__)
 _CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
-# With each of these torch.compile returns functions unchanged.
+# If one of these variables is 1, torch.compile returns functions unchanged.
 _SWITCHES = ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")
 
 
 @dataclass(frozen=True)
 class ChosenKernels:
-    """Kernels for the layers, and a few words for the user on how they were chosen."""
+    """The kernels for the layers, and a text for the user on how they were chosen."""
 
     kernels: Kernels
     description: str
 
 
 def choose_kernels(plan: RunPlan, device: torch.device) -> ChosenKernels:
-    """The kernels that --compile asks for, compiled on every rank or on none. All ranks call it.
+    """Return the kernels that --compile asks for, compiled on every rank or on none. All ranks call it.
 
-    `auto` compiles if the run is long enough to repay it, and continues without compiling if that fails.
+    `auto` compiles only for long enough runs, and continues without compiled kernels if compiling fails.
 
     Raises:
         UserError: on every rank, with --compile true, if a rank cannot compile.
@@ -288,7 +289,7 @@ def choose_kernels(plan: RunPlan, device: torch.device) -> ChosenKernels:
         _LOGGER.info("compiling the kernels ...")
     started = time.monotonic()
     kernels, failure = EAGER, None
-    # On a CPU one rank of each host compiles first and fills the cache for the others. With GPUs all compile at once.
+    # On CPUs one rank of each host compiles first and fills the cache for the rest. On GPUs all ranks compile at once.
     for turn in (True, False) if device.type == "cpu" else (None,):
         if turn is None or (rank_number(local=True) == 0) == turn:
             try:
@@ -307,10 +308,10 @@ def choose_kernels(plan: RunPlan, device: torch.device) -> ChosenKernels:
 
 
 def compiled_kernels(shape: ModelShape, *, dtype: torch.dtype, device: torch.device, tp_size: int = 1) -> Kernels:
-    """The kernels, compiled for a model's layers in `dtype` on `device`, sharded over `tp_size` ranks.
+    """Return the kernels, compiled for a model's layers in `dtype` on `device`, sharded over `tp_size` ranks.
 
     Raises:
-        UserError: compiling failed, or another user owns the folder of the cache; the reason in one line.
+        UserError: compiling failed, or another user owns the cache folder. The message has the reason in one line.
     """
     for name in _SWITCHES:
         if os.environ.get(name) == "1":
@@ -325,9 +326,9 @@ def compiled_kernels(shape: ModelShape, *, dtype: torch.dtype, device: torch.dev
         if device.type != "cpu":
             warm_up_widths(kernels, shape, dtype=dtype, device=device, tp_size=tp_size)
             return kernels
-        # Every kernel is called, forwards and backwards, with each kind of shapes that training has. A rank's shard of
-        # the vocabulary and the hidden size are the run's own, since compilers treat long and short rows differently.
-        # All other sizes are small, and no two of them are equal, also where half of 28 is rotated.
+        # Every kernel is called, forwards and backwards, with each kind of shapes in training. The hidden size and a
+        # rank's shard of the vocabulary are those of the run, since compilers treat long and short rows differently.
+        # All other sizes are small and different from each other. This includes 14, the half of 28 that is rotated.
         small = shape.resized(
             vocab_size=-(-shape.vocab_size // tp_size),
             intermediate_size=88,
@@ -346,8 +347,8 @@ def compiled_kernels(shape: ModelShape, *, dtype: torch.dtype, device: torch.dev
 def warm_up_widths(
     kernels: Kernels, shape: ModelShape, *, dtype: torch.dtype, device: torch.device, tp_size: int
 ) -> None:
-    """Call every kernel with a rank's own widths: forwards and backwards with several rows, whose number is marked as
-    dynamic, and forwards with one row."""
+    """Call every kernel with the widths of a rank: forwards and backwards with a dynamic number of rows, and forwards
+    with one row."""
     widths = shape.resized(
         vocab_size=-(-shape.vocab_size // tp_size),
         intermediate_size=shape.intermediate_size // tp_size,
@@ -369,9 +370,9 @@ def _call_all(
     device: torch.device,
     documents: Sequence[torch.Tensor | None] = (None,),
 ) -> None:
-    """Run a model of `shape` with zero weights on `num_rows` x `length` tokens, with each of `documents`.
+    """Run a model of `shape` with zero weights on `num_rows` x `length` tokens, once for each of `documents`.
 
-    It runs forwards and backwards if gradients are enabled, else forwards to the logits.
+    It runs forwards and backwards if gradients are enabled, else only forwards to the logits.
     """
     from torch._inductor import config as inductor
 
@@ -385,7 +386,7 @@ def _call_all(
     ids = torch.arange(length).expand(num_rows, length)
     labels = find_supervised(ids % shape.vocab_size).moved(lambda tensor: tensor.to(device))
     tokens, positions = (ids % shape.vocab_size).to(device), ids.to(device)
-    # Only on this thread, also backwards: the patch is thread-local, and without it compile workers would stay alive.
+    # Both passes run on this thread, since the patch is thread-local. It prevents compile workers from staying alive.
     with inductor.patch(compile_threads=1), torch.autograd.set_multithreading_enabled(False):
         for found in documents:
             packed = None if found is None else found.expand(num_rows, length)
