@@ -5,7 +5,7 @@ the weights. Values are hashed as bf16, so a copy in another precision is the sa
 of bf16, or between the positions, is not detected. Very small values are first rounded to fp16.
 
 But a copy in another precision quantises to different values. So if a base was quantised while it was loaded, its
-identity also has the precision of the unquantised weights. A transformers model in memory is identified in this way too.
+identity also has the precision of the unquantised weights. A transformers model in memory is identified the same way.
 """
 
 import hashlib
@@ -257,7 +257,7 @@ def model_source(model: Any) -> ModelSource:
 
 
 def base_layer_of(module: Any) -> Any:
-    """The module that adapters of PEFT wrap; the module itself if there are none."""
+    """Return the module that PEFT adapters wrap; the module itself if it has no adapter."""
     while hasattr(module, "base_layer"):
         module = module.base_layer
     return module
@@ -272,11 +272,11 @@ class WeightsInMemory:
 
     @cached_property
     def rules(self) -> tuple[WeightRule, ...]:
-        """The model's name table."""
+        """Return the model's name table."""
         return weight_rules(self.source.shape)
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor of this name, also if accelerate has offloaded it. Raises UserError if the model has none."""
+        """Return the tensor `name`, even if accelerate has offloaded it. Raises UserError if it does not exist."""
         module, tensor = self.held(name)
         offloaded = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
         if tensor.is_meta and offloaded is not None:

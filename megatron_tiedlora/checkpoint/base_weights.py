@@ -98,7 +98,7 @@ class WeightFiles(ExitStack):
 
 
 class BaseWeights(WeightFiles):
-    """A base checkpoint. When it is opened, its tensors are checked against the model's name table; no value is read.
+    """A base checkpoint. Opening it checks the names and shapes of its tensors against the model's name table.
 
     Attributes:
         rules: the name table.

@@ -1,7 +1,7 @@
-"""Resumable checkpoints with a native adapter, the optimizer's moments and the run's progress, for any parallel layout.
+"""Resumable checkpoints: a native adapter, the optimizer's moments and the run's progress, independent of the layout.
 
 A folder `checkpoints/step_N` is written atomically. Then the text file `checkpoints/latest` is updated. A JSON file in
-the folder has the checksums of the other files. A checkpoint that does not match is skipped, and an earlier one is used.
+the folder has the checksums of the other files. If they do not match, the checkpoint before this one is used.
 """
 
 import errno
@@ -80,7 +80,7 @@ def save_checkpoint(
     keep: int = 1,
     guard: Guard = unguarded,
 ) -> Path:
-    """Write `step_N` and return it, point `latest` to it, and remove all checkpoints but the newest `keep` and the best.
+    """Write `step_N` and return its folder. Then update `latest`, and keep only the newest `keep` and the best.
 
     Checkpoints of later steps are also removed, because the run was resumed from an earlier step. Raises UserError if
     the checkpoint cannot be written. Then the previous checkpoint and `latest` are unchanged.
@@ -133,8 +133,8 @@ def _checkpoints(folder: Path) -> list[Path]:
 def find_newest_checkpoint(checkpoints: Path) -> Checkpoint | None:
     """Return the checkpoint that `latest` names, or else the newest intact one; None if the folder has no checkpoint.
 
-    Its notes say which newer ones were skipped and why. Changes no files. Raises UserError if no checkpoint is intact,
-    or if one cannot be read now but may be intact."""
+    Its notes say which newer ones were skipped and why. Changes no files. Raises UserError if there are checkpoints, or
+    `latest` names one, but none is intact; or if one cannot be read now but may be intact."""
     found, pointer = _checkpoints(checkpoints), checkpoints / LATEST_FILE
     notes: list[str] = []
     try:
