@@ -1,7 +1,7 @@
 """The native adapter format: a folder with the full fp32 A, B, u and v, the adapter's config and its base identity.
 
-It does not depend on the parallel layout. It is also the format of the PEFT method TIED_LORA (`megatron_tiedlora.peft`),
-so it has the fields that PEFT's loaders need for every method.
+It does not depend on the parallel layout. The PEFT method TIED_LORA (`megatron_tiedlora.peft`) uses the same format, so
+it has the fields that PEFT's loaders need for every method.
 """
 
 import hashlib

@@ -6,7 +6,7 @@ small file that claims to be huge costs no time or memory. Writing needs memory 
 
 Linears that a folder stores in nf4 or fp8 are read as codes, with one fp32 scale per block or row. A rank reads only
 the rows that it needs. For a column shard in nf4 it reads whole rows, because bitsandbytes stores a tensor as one
-sequence of bytes. Quantised scales (bitsandbytes' double quantisation) are dequantised here, so the values do not change.
+sequence of bytes. Quantised scales (bitsandbytes' double quantisation) are dequantised here; values do not change.
 """
 
 import hashlib
@@ -315,7 +315,7 @@ class StoredWeights:
 
     def __init__(self, kind: StoredFormat, slice_of: SliceOf) -> None:
         self.kind, self._slice_of = kind, slice_of
-        self._block = BASE_FORMATS[kind.base_format].block or 0  # number of weights that share a scale; 0: one scale per row
+        self._block = BASE_FORMATS[kind.base_format].block or 0  # weights that share a scale; 0: one scale per row
 
     def names(self, name: str) -> tuple[str, ...]:
         """Return the names of the stored tensors with the codes and scales of the linear `name`."""

@@ -9,7 +9,7 @@ from megatron_tiedlora.data.task import Parts, Reading, Task
 
 
 def question_parts(row: Mapping[str, Any], source: str, _: Reading) -> Parts:
-    """`Parts` of a row with `question` and `answer`; training uses the whole worked answer."""
+    """Return the `Parts` of a row with `question` and `answer`. Training uses the whole worked answer."""
     required_text(row, "question", source)
     return Parts(without(row, "answer"), None, (required_text(row, "answer", source),))
 
