@@ -24,7 +24,7 @@ from megatron_tiedlora.data.turns import ASSISTANT, USER, Conversation, Turn, ma
 
 Fields = Mapping[str, Any]
 Content = tuple[str, str] | list[Turn]
-"""The content of a row: a prompt and its answer, a text with the prompt '', or the turns of a chat."""
+"""What a row holds: a prompt and its answer, a text after the prompt '', or the turns of a chat."""
 
 
 @dataclass(frozen=True)
