@@ -36,7 +36,7 @@ class Chat:
         self.templated = bool(getattr(tokenizer, "chat_template", None))
         self._tokenizer, self._name = tokenizer, chat_writer(tokenizer, reading)
         self._template = ChatTemplate(tokenizer, reading.chat_template) if self.templated else None
-        self._names: dict[bool, TemplateNames] = {}  # key: whether there are tools, because some tokenizers have a second template for them
+        self._names: dict[bool, TemplateNames] = {}  # by whether there are tools: some have a template for them
 
     def segments(self, conversation: Conversation, source: str) -> tuple[tuple[Segment, ...], int]:
         """Return the segments of a conversation's text, and how many of them come before the last answer. Raises
@@ -148,7 +148,7 @@ class Chat:
             for field in ("tool_calls", *REASONING):
                 if field in message and field not in names.fields:
                     other = next((name for name in REASONING if field in REASONING and name in names.fields), None)
-                    rename = "" if other is None else f"rename it {other!r}, "  # the template has a different name for a thought
+                    rename = "" if other is None else f"rename it {other!r}, "  # the template's name for a thought
                     said = f"{where}: {field!r} is not read by {self._name}"
                     raise UserError(f"{said}; {self._fix}, {rename}or remove the field")
             role, calls = message["role"], "tool_calls" in names.fields  # such a template also writes answers of tools

@@ -295,7 +295,7 @@ def _marked(
 def _span(render: Callable[..., str], messages: Objects, whole: str, index: int, name: str, eos: str) -> Span:
     """Return the span of the answer `index` in the text `whole` of all messages. Errors call it `name`."""
     prompt = render(messages[:index], starts_answer=True)
-    start = len(os.path.commonprefix([prompt, whole]))  # noqa: RUF071 - by characters: these are no paths
+    start = len(os.path.commonprefix([prompt, whole]))  # noqa: RUF071 - compares characters; these are not paths
     if start < len(prompt):  # the generation prompt may have more text than the answer, such as an open thought
         before = render(messages[:index])
         if not whole.startswith(before):
@@ -309,7 +309,7 @@ def _span(render: Callable[..., str], messages: Objects, whole: str, index: int,
     if whole.startswith(until):
         return start, len(until)
     ended = until.endswith(eos) and render(messages[:index]).endswith(eos)
-    if ended and whole.startswith(until.removesuffix(eos)):  # the template ends every text with EOS, even if the last turn is not an answer
+    if ended and whole.startswith(until.removesuffix(eos)):  # the template ends every text with EOS
         return start, len(until) - len(eos)
     # A template may write an empty thought before the last answer only, so the text after the thought is compared.
     text = str(messages[index].get("content") or "").strip()

@@ -5,7 +5,7 @@ has one sample or several packed samples. Unpacked samples are sorted by length.
 micro-batch j in accumulation step j // dp. Each rank computes the number of supervised tokens of the whole step, so it
 knows the loss's denominator without communication. Micro-batches of several adapters may be joined.
 
-This module also makes labels, padding and packing, and resumes by a count of samples. The engine moves batches to a GPU.
+This module also makes labels, padding and packing, and resumes by a count of samples. It does not move batches to GPUs.
 """
 
 import math
@@ -255,10 +255,10 @@ def _padded_shape(lengths: Sequence[int], pad_multiple: int) -> tuple[int, int]:
 def pack(lengths: Lengths, capacity: int, *, group_size: int = 1, multiple: int = 1, min_groups: int = 1) -> list[Rows]:
     """Return micro-batches of rows of indices into `lengths`. The longest rows come first.
 
-    The result depends on the arguments only. First-fit decreasing needs at most 11/9 of the minimum number of rows, plus
-    one (Johnson, 1973). This determines the number of micro-batches. Then rows are added until all micro-batches have
-    equally many. Samples are spread evenly over the rows if they fit; otherwise the fullest rows are halved. So all ranks
-    have a similar amount of work.
+    The result depends on the arguments only. First-fit decreasing needs at most 11/9 of the minimum number of rows,
+    plus one (Johnson, 1973). This determines the number of micro-batches. Then rows are added until all micro-batches
+    have equally many. Samples are spread evenly over the rows if they fit; otherwise the fullest rows are halved. So
+    all ranks have a similar amount of work.
 
     Args:
         capacity: maximum number of tokens per row; no sample is longer.
@@ -342,8 +342,8 @@ def shared_rounds(steps: Mapping[str, TrainingStep], *, capacity: int) -> list[l
 
 
 def fill_rounds(largest: Mapping[str, Sequence[int]], *, capacity: int) -> list[list[tuple[str, int]]]:
-    """Return shared micro-batches as lists of (adapter name, micro-batch index). The first micro-batches of all adapters
-    are joined first, then the second ones, and so on.
+    """Return shared micro-batches as lists of (adapter name, micro-batch index). The first micro-batches of all
+    adapters are joined first, then the second ones, and so on.
 
     A micro-batch is added to the last shared one of its round if both have at most `capacity` tokens on every rank. So
     all ranks have equally many shared micro-batches, and the order per adapter does not change. `largest` has, per
