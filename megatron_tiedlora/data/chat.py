@@ -105,7 +105,7 @@ class Chat:
         return [*segments[:-1], replace(segments[-1], ends=ends)]
 
     def _guarded(self, conversation: Conversation, source: str) -> Conversation:
-        """Return the conversation with the control tokens in its texts marked. Raises UserError as `guard`."""
+        """Return the conversation with the control tokens in its texts marked; `guard` may reject one."""
         turns = []
         for turn in conversation.turns:
             where, message = f"{source}, {turn.name}", dict(turn.message)
@@ -158,8 +158,7 @@ class Chat:
                 raise UserError(f"{said}; {self._fix}, or --special_tokens_in_text plain to write it as it is")
 
     def _check_written(self, conversation: Conversation, text: str, source: str) -> None:
-        """Raise UserError if the template drops a tool call or the text of a turn. Only its longest word is looked for.
-        """
+        """Raise UserError if the template drops a tool call or a turn's text. Only the text's longest word is checked."""
         for turn in conversation.turns:
             message = turn.message
             content = str(message["content"] or "").rpartition("</think>")[2]  # earlier thoughts may be left out

@@ -6,8 +6,7 @@ tokens are marked by position, never by id, because padding may equal EOS. If a 
 middle and a chat loses its first exchanges. An answer is never shortened. A long text without a prompt becomes several
 samples. No space is added between two segments.
 
-Errors of a tokenizer become one line here. `loader` makes batches, `cache` stores samples, and `chat` makes the text of
-a chat.
+Errors of a tokenizer become one line here. `loader` makes batches, `cache` stores samples, and `chat` writes chats.
 """
 
 import os
@@ -51,7 +50,7 @@ class Encoded(NamedTuple):
 def encode_prompts(
     tokenizer: Tokenizer, examples: Sequence[Example], *, max_length: int, reading: Reading | None = None
 ) -> tuple[list[NDArray[np.int32]], int]:
-    """Return the ids of the examples' prompts, (length,) int32 each, and how many prompts were shortened to `max_length`.
+    """Return the ids of the examples' prompts, (length,) int32 each, and how many were shortened to `max_length`.
 
     If a prompt is not shortened, its ids are exactly the ids before the last answer in training.
     """
@@ -63,7 +62,7 @@ def encode_prompts(
 def encode_dataset(
     examples: Sequence[Example], tokenizer: Tokenizer, *, max_length: int, reading: Reading | None = None
 ) -> TokenDataset:
-    """Tokenise samples in memory to at most `max_length` tokens each. A text without a prompt may become several samples.
+    """Tokenise samples in memory to at most `max_length` tokens. A text without a prompt may become several samples.
 
     Raises UserError if an EOS is needed but the tokenizer has none, if no token is supervised, or if an answer with the
     start and one token of its prompt does not fit in `max_length` (the message names the sample).
@@ -118,9 +117,7 @@ class Encoder:
     def _shortened(
         self, examples: Sequence[Example], segments_of: Callable[[Example], Sequence[Segment]]
     ) -> Iterator[tuple[Example, list[int], list[bool], int]]:
-        """Yield each example, its tokens, which tokens are supervised, and how many turns were removed.
-
-        Turns are removed only while the tokens exceed the maximum length."""
+        """Yield each example, its tokens, which of them are supervised, and how many turns were removed to fit."""
         ids = segment_ids(self._tokenizer, [segments_of(example) for example in examples])
         for example, parts in zip(examples, ids, strict=True):
             tokens, supervised = self._put_together(example, segments_of(example), parts)
@@ -153,13 +150,13 @@ class Encoder:
         return tokens, supervised
 
     def _start_of(self, example: Example, tokens: list[int]) -> list[int]:
-        """Return the ids to add before a sample. They are empty if `tokens` or a chat template already has the start."""
+        """Return the ids to add before a sample: none if `tokens` or the chat template already has the start."""
         templated = self.chat.templated and example.conversation is not None
         written = (templated and self._add_bos == "auto") or tokens[: len(self._start)] == self._start
         return [] if written else self._start
 
     def _continued(self, tokens: list[int], supervised: list[bool]) -> Iterator[Encoded]:
-        """Divide a text into samples of the maximum length. The last has at least two tokens, since one predicts none."""
+        """Yield samples of the maximum length. The last has at least two tokens, because one token predicts nothing."""
         edges = [*range(0, len(tokens), self._max_length), len(tokens)]
         if edges[-1] - edges[-2] == 1:
             edges[-2] -= 1
@@ -266,8 +263,8 @@ def _ids(tokenizer: Tokenizer, texts: Sequence[str], *, plain: bool = False) -> 
 # Rows are encoded in this process, or in several processes if the data set has many chunks. The result does not depend
 # on the number of processes, because chunks are returned in order.
 
-# Maximum rows and bytes per chunk. A chunk is large enough for a tokenizer's threads. While it is tokenised, a row needs
-# a hundred times its bytes, for ids as Python objects and the tokenizer's details of each id.
+# Maximum rows and bytes per chunk. A chunk is large enough for a tokenizer's threads. Tokenising needs a hundred times
+# a row's bytes, for ids as Python objects and the tokenizer's details of each id.
 CHUNK, CHUNK_BYTES = 500, 2**18
 _FEW_CHUNKS = 4  # this many chunks are encoded faster than other processes start
 _MOST_PROCESSES = 32

@@ -78,8 +78,7 @@ class TrainingStep:
 def plan_global_batch(dataset: TokenDataset, shape: BatchPlan, *, seed: int, consumed_samples: int) -> GlobalBatch:
     """Return the plan of the step after the first `consumed_samples` samples. It depends on the arguments only.
 
-    With packing, the number of micro-batches and of rows per micro-batch depends on the samples. It is equal on every
-    rank.
+    With packing, the numbers of micro-batches and of their rows depend on the samples. They are equal on every rank.
     """
     size, micro = shape.global_batch_size, shape.micro_batch_size
     if size % micro:
@@ -308,8 +307,7 @@ def _spread(lengths: Lengths, order: Sequence[int], num_rows: int, capacity: int
 
 
 def _halve(lengths: Lengths, rows: Rows, num_rows: int) -> Rows:
-    """Halve the longest row with several samples until there are `num_rows` rows. If none has several, add empty rows.
-    """
+    """Halve the longest row with several samples until there are `num_rows`. If no row has several, add empty rows."""
     rows = list(rows)
     while len(rows) < num_rows:
         longest = max(rows, key=lambda row: _tokens(lengths, row) if len(row) > 1 else 0)

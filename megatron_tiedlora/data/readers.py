@@ -279,8 +279,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
 
 
 def _json_bytes(path: Path) -> bytes:
-    """Return the file's bytes up to the first chunk with a NUL. JSON has no NUL, and a sparse file may have gigabytes.
-    """
+    """Return the file's bytes up to the first chunk with a NUL, as JSON has none and sparse files may have gigabytes."""
     pieces = []
     with _open(path) as file:
         for piece in _pieces(partial(file.read, 2**20), path):
@@ -369,8 +368,7 @@ def is_text(value: str) -> bool:
 
 
 def required_texts(value: Any, name: str, source: str) -> tuple[str, ...]:
-    """Return the texts of the list in field `name`. Raises UserError if the list is missing or empty, or if a text is
-    empty."""
+    """Return the texts of the list in field `name`. Raises UserError if the list or one of its texts is empty."""
     if not isinstance(value, list | tuple):
         said = f"{source}: field {name!r} is {shown(value)}, not a list of texts"
         raise UserError(f"{said}; give at least one text, as a list")

@@ -162,8 +162,7 @@ def files_sha256(files: Iterable[Path]) -> str:
 
 
 def names_and_contents(files: Iterable[Path]) -> str:
-    """Return the names of files and a hash of their contents. Names are included because they decide how a file is
-    read. Folders are not included."""
+    """Return the names of files, which decide how they are read, and a hash of their contents. Folders are left out."""
     files = list(files)
     return " ".join([*(file.name for file in files), files_sha256(files)])
 

@@ -116,9 +116,7 @@ class TokenDataset:
 
     @property
     def prompt_lengths(self) -> NDArray[np.int32] | None:
-        """Return the number of tokens before the supervised ones per sample, (n,) int32.
-
-        It is None if a sample has unsupervised tokens after a supervised one."""
+        """Return the tokens before the supervised ones per sample, (n,) int32; None if unsupervised ones follow."""
         whole = self._gathered(slice(None))
         starts = whole.offsets[1:] - whole.facts["supervised"]
         if not np.array_equal(whole.supervised, _from(starts, whole.offsets)):

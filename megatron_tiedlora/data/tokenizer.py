@@ -122,8 +122,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
 
 
 def byte_tokenizer(max_length: int) -> Tokenizer:
-    """Return a tokenizer that needs no file. Its tokens are <unk>, <s>, </s> and one per byte. A text begins with <s>,
-    as in LLaMA."""
+    """Return a tokenizer without files. Its tokens are <unk>, <s>, </s> and one per byte. A text begins with <s>."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -192,8 +191,7 @@ def check_conversion(source: str | Path) -> None:
 
 
 def _load_sentencepiece(path: Path, *, config_folder: Path | None) -> Tokenizer:
-    """Convert a SentencePiece model to a tokenizer. The tokenizer_config.json of `config_folder`, if it is given, has
-    the special tokens and the chat template."""
+    """Convert a SentencePiece model. The config in `config_folder` has the special tokens and the chat template."""
     import sentencepiece
     from transformers import PreTrainedTokenizerFast
 
@@ -279,8 +277,7 @@ def tokenizer_hash(source: str | Path) -> str | None:
 
 
 def _id_settings(folder: Path) -> dict[str, Any]:
-    """Return the other settings that ids depend on. Only the texts of special tokens are used, because versions of
-    transformers write different details."""
+    """Return the other settings that ids depend on. Of special tokens only the text is used, since versions differ."""
     found: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():

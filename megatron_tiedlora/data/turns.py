@@ -54,8 +54,8 @@ class Conversation:
     tools: tuple[Mapping[str, Any], ...] | None = None
 
     def with_last_turn_alone(self, *, scored: bool = False) -> "Conversation":
-        """Return the conversation with at most the last turn supervised. If `scored`, the last turn is marked as trained
-        even if its flags say otherwise, because predictions are compared with it."""
+        """Return the conversation with at most the last turn supervised. If `scored`, the last turn is always marked,
+        even if its flags are false, because predictions are compared with it."""
         *before, last = self.turns
         others = [replace(turn, trained=False) for turn in before]
         return replace(self, turns=(*others, replace(last, trained=scored or last.trained)))
@@ -72,8 +72,8 @@ class Conversation:
 
 
 def read_turns(value: Any, field: str, source: str, *, prefix: str = "") -> list[Turn]:
-    """Return the turns of a list of messages, {role, content} or {from, value}, in a field of a row. Raises UserError if
-    a message is not valid. The error names the source and the message (`prefix` and its number)."""
+    """Return the turns of a list of messages, {role, content} or {from, value}, in a field of a row. Raises UserError
+    if a message is not valid. The error names the source and the message (`prefix` and its number)."""
     if not isinstance(value, list | tuple) or not value:
         what = f"{source}: field {field!r} is {shown(value)}, not a list of messages"
         raise UserError(f"{what}; give at least a user's message and an answer")
@@ -180,8 +180,7 @@ def _check_order(turns: Sequence[Turn], source: str) -> None:
 
 
 def _tools(row: Mapping[str, Any], source: str) -> tuple[Mapping[str, Any], ...] | None:
-    """Return the schemas of functions, each as {"type": "function", "function": ...}, or None. A text is read as JSON.
-    """
+    """Return function schemas, each as {"type": "function", "function": ...}, or None. A text is read as JSON."""
     if row.get("tools") and row.get("functions"):
         raise UserError(f"{source}: the row has both 'tools' and 'functions'; remove one of them")
     field = "functions" if row.get("functions") else "tools"

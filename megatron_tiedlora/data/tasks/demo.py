@@ -60,8 +60,7 @@ def demo_examples(split: Split) -> list[dict[str, str]]:
 
 
 def _fresh_rows(split: Split) -> Iterator[dict[str, str]]:
-    """Yield the usable rows of a split's block whose questions occur neither in an earlier block nor in an earlier row.
-    """
+    """Yield the usable rows of a split whose questions occur neither in an earlier block nor in an earlier row."""
     dataset, seen = _dataset(), set[str]()
     for part, block in _BLOCKS.items():
         for row in (dataset[index] for index in block):

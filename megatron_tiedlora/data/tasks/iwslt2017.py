@@ -38,8 +38,7 @@ def _unfold(row: Mapping[str, Any], source: str) -> Iterator[Row]:
 def _aligned_files(argument: str, flag: str) -> Callable[[], list[Row]] | None:
     """Return a function that reads the rows of two text files, or None if the argument names files of rows.
 
-    The last suffix .de or .en determines the language of a file. Without such a suffix, the German file is the first.
-    """
+    The last suffix .de or .en determines the language of a file. Without such a suffix, the German file is first."""
     names = [argument] if user_path(argument).exists() else [name.strip() for name in argument.split(",")]
     bare = [parse_source(name).name for name in names]
     if len(names) > 1 and all(map(_holds_rows, bare)):
@@ -118,8 +117,7 @@ def _sentences(name: str) -> _Sentences:
 
 
 def _check_aligned(german: _Sentences, english: _Sentences) -> None:
-    """Raise UserError if the files have different numbers of sentences, or if both have blank lines, at different
-    sentences."""
+    """Raise UserError if the files have different numbers of sentences, or both have blank lines that do not match."""
     if len(german.lines) != len(english.lines):
         shorter = min(german, english, key=lambda sentences: len(sentences.lines))
         blank = f" ({shorter.name}:{shorter.blank[0][1]} is blank)" if shorter.blank else ""

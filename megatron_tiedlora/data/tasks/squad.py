@@ -10,8 +10,7 @@ from megatron_tiedlora.data.task import Parts, Reading, Task
 
 
 def _parts(row: Mapping[str, Any], source: str, _: Reading) -> Parts:
-    """Return the `Parts` of a row. Answers are {"text": [...]} on the hub and [{"text": ...}, ...] in the nested JSON.
-    """
+    """Return the `Parts` of a row. Answers are {"text": [...]} on the hub and [{"text": ...}, ...] in nested JSON."""
     required_text(row, "context", source)
     required_text(row, "question", source)
     answers = row["answers"]
