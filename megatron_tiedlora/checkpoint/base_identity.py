@@ -242,15 +242,15 @@ def check_same_base(
 
 
 def model_source(model: Any) -> ModelSource:
-    """A transformers model as a base model. Raises UserError if it is no causal language model of an implemented
-    family."""
+    """Return the `ModelSource` of a transformers model in memory. Raises UserError if the model is not a causal language
+    model of an implemented family."""
     if not hasattr(getattr(model, "config", None), "to_json_string"):
         raise UserError(f"{type(model).__name__} is not a model of transformers: it has no config")
     fields = json.loads(model.config.to_json_string())  # the fields that save_pretrained writes
     stored = None
-    with suppress(UserError):  # a format that is not read here
+    with suppress(UserError):  # this package does not read the storage format
         stored = stored_format(fields, source="its config")
-    fields.pop("quantization_config", None)  # about the frozen weights alone; an adapter is the same on them
+    fields.pop("quantization_config", None)  # concerns only the frozen weights; the adapter does not depend on it
     name = model.config.name_or_path or type(model).__name__
     folder = Path(name) if Path(name).is_dir() else None
     return ModelSource(name, folder, shape_from_hf(fields, source=f"the config of {name}"), stored=stored)

@@ -213,7 +213,7 @@ class StreamedTensor:
 
     @property
     def num_bytes(self) -> int:
-        """The size of its values."""
+        """Return the size of the tensor's values in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -231,7 +231,7 @@ class StreamedFile(NamedTuple):
 
     @property
     def value_bytes(self) -> int:
-        """The size of its values."""
+        """Return the size of all values of the file in bytes."""
         return sum(tensor.num_bytes for tensor in self.tensors)
 
 
@@ -311,7 +311,7 @@ class _Nf4State(NamedTuple):
 
 
 class StoredWeights:
-    """The quantised tensors of a folder. Errors name the tensor; the caller adds the file."""
+    """The quantised tensors of a folder. Errors name the tensor. The caller adds the name of the file."""
 
     def __init__(self, kind: StoredFormat, slice_of: SliceOf) -> None:
         self.kind, self._slice_of = kind, slice_of

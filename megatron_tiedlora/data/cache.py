@@ -77,8 +77,8 @@ def tokenised_once(
     cache_dir: default `user_cache()`; the folders are in its folder `tokens`. A damaged folder is written again.
     timeout_minutes: how long to wait for a live process that writes nothing. A dead or suspended process is replaced.
 
-    Raises UserError if `RowStream` or `encoded_rows` does, if no token is supervised, if a file changes while it is
-    read, if the cache cannot be written, or if a different process takes too long.
+    Raises UserError if `RowStream` or `encoded_rows` does, or if no token is supervised. Also raises it if a file
+    changes while it is read, if the cache cannot be written, or if another process takes too long.
     """
     folder = Path(cache_dir or output_folder.user_cache()) / "tokens"
     try:
@@ -317,7 +317,7 @@ def written_arrays(
 
 
 def mapped_arrays(folder: Path, dtypes: Mapping[str, Any]) -> _Stored | None:
-    """Return (arrays of a folder, the `facts` written beside them), or None if the folder is missing or damaged.
+    """Return (arrays of a folder, the `facts` written beside them); None if the folder is missing, damaged or foreign.
 
     A mapped array needs no memory of its own, because all processes of a host share the system's copy of the file.
     """

@@ -158,7 +158,7 @@ class Chat:
                 raise UserError(f"{said}; {self._fix}, or --special_tokens_in_text plain to write it as it is")
 
     def _check_written(self, conversation: Conversation, text: str, source: str) -> None:
-        """Raise UserError if the template drops a tool call or a turn's text. Only the text's longest word is checked."""
+        """Raise UserError if the template drops a tool call or a turn's text. Checks only the text's longest word."""
         for turn in conversation.turns:
             message = turn.message
             content = str(message["content"] or "").rpartition("</think>")[2]  # earlier thoughts may be left out

@@ -64,8 +64,8 @@ def encode_dataset(
 ) -> TokenDataset:
     """Tokenise samples in memory to at most `max_length` tokens. A text without a prompt may become several samples.
 
-    Raises UserError if an EOS is needed but the tokenizer has none, if no token is supervised, or if an answer with the
-    start and one token of its prompt does not fit in `max_length` (the message names the sample).
+    Raises UserError if the tokenizer has no EOS but one is needed, or if no token is supervised. Also raises it, with
+    the sample's source, if an answer with the start and one token of its prompt does not fit in `max_length`.
     """
     with closing(Encoder(tokenizer, reading or Reading(), max_length)) as encoder:
         dataset = TokenDataset(**joined([sample for samples in encoder.samples(examples) for sample in samples]))
@@ -194,7 +194,7 @@ def _num_turns(example: Example) -> int:
 
 
 def decode_ids(tokenizer: Tokenizer, ids: Sequence[int], *, skip_special: bool = False) -> str:
-    """Decode ids to text. Raises UserError naming the tokenizer if its library fails."""
+    """Return the decoded text of ids. Raises UserError, which names the tokenizer, if its library fails."""
     with library_errors(tokenizer.name_or_path, "cannot decode some ids"):
         return str(tokenizer.decode(list(ids), skip_special_tokens=skip_special))
 

@@ -62,8 +62,8 @@ class TrainingStep:
     """One rank's micro-batches of a global batch.
 
     num_supervised, num_tokens, squared_lengths: totals over the whole global batch. num_positions: positions of all
-    ranks' micro-batches, including padding. largest: per accumulation step, the most positions on any data-parallel
-    rank. consumed_samples: number of samples used up to and including this step.
+    ranks' micro-batches, including padding. largest: the largest number of positions on any data-parallel rank, per
+    accumulation step. consumed_samples: number of samples used up to and including this step.
     """
 
     micro_batches: tuple[MicroBatch, ...]
@@ -146,7 +146,7 @@ def training_steps(
 
 
 def largest_positions(positions: Sequence[int], *, dp_size: int) -> tuple[int, ...]:
-    """Return, per accumulation step, the most positions that a rank has, from the positions of a global batch."""
+    """Return the largest number of positions on any rank, per accumulation step, from those of a global batch."""
     return tuple(max(positions[start : start + dp_size]) for start in range(0, len(positions), dp_size))
 
 
@@ -180,7 +180,7 @@ def evaluation_batches(
 def evaluation_sizes(
     dataset: TokenDataset, *, micro_batch_size: int, dp_size: int, pad_multiple: int = PAD_MULTIPLE
 ) -> Iterator[int]:
-    """Yield, for each batch of `evaluation_batches`, the most positions that a rank has."""
+    """Yield the largest number of positions on any rank, for each batch of `evaluation_batches`."""
     for of_ranks in _evaluation_rows(dataset, micro_batch_size, dp_size):
         yield max(num_positions(dataset, of_ranks, pad_multiple=pad_multiple))
 

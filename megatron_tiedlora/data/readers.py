@@ -1,6 +1,6 @@
 """Reads rows from files, folders and hub data sets. Each row has its source, which is used in messages.
 
-This module reads text formats (.jsonl, .json, .csv, each also as .gz, and lines of plain text), finds the data that a
+This module reads text formats: .jsonl, .json, .csv, each also as .gz, and lines of plain text. It finds the data that a
 path, pattern or hub id names, and checks the fields of a row. `tables` reads tables, and `tasks` interpret the fields.
 """
 
@@ -279,7 +279,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
 
 
 def _json_bytes(path: Path) -> bytes:
-    """Return the file's bytes up to the first chunk with a NUL, as JSON has none and sparse files may have gigabytes."""
+    """Return the file's bytes up to the first chunk with a NUL. JSON has none; sparse files may have gigabytes."""
     pieces = []
     with _open(path) as file:
         for piece in _pieces(partial(file.read, 2**20), path):

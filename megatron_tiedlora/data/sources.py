@@ -42,8 +42,8 @@ class Source:
 
 
 def parse_sources(given: str, flag: str) -> tuple[Source, ...]:
-    """Return the sources that a data flag's value names. Raises UserError if a name is empty, if only some have a
-    weight, if the weights do not sum to 1, or if weights are given for a flag other than --train_file."""
+    """Return the sources that a data flag's value names. Raises UserError if a name is empty or only some names have a
+    weight. Weights must sum to 1, and only --train_file may have them; else it also raises UserError."""
     sources = _sources(given)
     if len(sources) > 1 and not all(source.name for source in sources):
         raise UserError(f"{flag} {given}: one of the names between the commas is empty; remove a comma")

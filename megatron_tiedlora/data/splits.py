@@ -46,8 +46,8 @@ def load_split(
     split does not have them. Held-out rows of one sample (see `Task.merge_by`) become one example with all their
     references. In the train split every row is an example, and it is repeated if the files have weights.
 
-    Raises UserError if the task is unknown, if the split has no source, if a file is unreadable, if a row's field is
-    missing or empty (with file and line), if rows of a file have several shapes, or if the template's field is unknown.
+    Raises UserError if the task is unknown, if the split has no source, or if a file is unreadable. Also raises it if a
+    row's field is missing or empty, if rows of a file differ in shape, or if a field of the template is unknown.
     """
     entry, reading = get_task(task) if isinstance(task, str) else task, reading or Reading()
     samples = _samples(entry, split, files=files, seed=seed, reading=reading)
@@ -161,8 +161,8 @@ def check_shape(shape: str, source: str, first_rows: dict[str, tuple[str, str]])
 
 def make_example(task: Task, chat: Chat, sample: Sequence[Row]) -> Example:
     """Return an example with the prompt and answer of a sample's first row, and the references of all its rows. Raises
-    UserError, which names file and line, if a field is missing or empty or has the wrong type, or if the template names
-    a field that the row lacks."""
+    UserError, with file and line, if a field is missing or empty, or has the wrong type. This includes the fields that
+    the template names."""
     parts, source = [_parts(task, chat.reading, *row) for row in sample], sample[0][1]
     first = parts[0]
     references = tuple(dict.fromkeys(answer.strip() for row_parts in parts for answer in row_parts.answers))

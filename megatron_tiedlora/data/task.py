@@ -206,8 +206,8 @@ class Example:
 def join_answer(prompt: str, answer: str) -> str:
     """Return the completion that follows `prompt`: the answer after one space.
 
-    Only this function adds the space. It adds none if the answer starts with white space, if the prompt ends with
-    white space (a chat template's generation prompt does), or if the prompt is empty.
+    Only this function adds the space. It adds none if the prompt is empty or the answer starts with white space. It
+    also adds none if the prompt ends with white space, as a chat template's generation prompt does.
     """
     if not prompt or prompt[-1].isspace() or answer[:1].isspace():
         return answer

@@ -176,7 +176,7 @@ def check_supervised(dataset: TokenDataset, source: str) -> None:
 
 
 def _from(starts: NDArray[np.int64], offsets: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Return, as (N,) bool, whether each token is at or after its sample's position in `starts`."""
+    """Return whether each token is at or after its sample's position in `starts`, (N,) bool."""
     return np.arange(offsets[-1]) >= np.repeat(starts, np.diff(offsets))
 
 
