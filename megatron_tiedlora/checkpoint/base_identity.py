@@ -83,7 +83,7 @@ class BaseIdentity:
         return self.base_format or self.dtype
 
     def check_formats(self, file: Path) -> None:
-        """Raise UserError, naming `file`, for an unknown storage format or precision."""
+        """Raise UserError, naming `file`, if a storage format or precision is unknown."""
         for name, known in (("base_format", (*BASE_FORMATS,)), ("base_stored", (*_NARROW, "fp32"))):
             value = getattr(self, name)
             if value is not None and value not in known:
@@ -242,8 +242,8 @@ def check_same_base(
 
 
 def model_source(model: Any) -> ModelSource:
-    """Return the `ModelSource` of a transformers model in memory. Raises UserError if the model is not a causal language
-    model of an implemented family."""
+    """Return the `ModelSource` of a transformers model in memory. Raises UserError if it is not a causal language model
+    of an implemented family."""
     if not hasattr(getattr(model, "config", None), "to_json_string"):
         raise UserError(f"{type(model).__name__} is not a model of transformers: it has no config")
     fields = json.loads(model.config.to_json_string())  # the fields that save_pretrained writes
@@ -265,7 +265,7 @@ def base_layer_of(module: Any) -> Any:
 
 @dataclass(frozen=True)
 class WeightsInMemory:
-    """The weights of a transformers model, for `identify_base`."""
+    """The weights of a transformers model in memory, read by `identify_base`."""
 
     model: Any
     source: ModelSource

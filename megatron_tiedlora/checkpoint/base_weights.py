@@ -29,7 +29,7 @@ from megatron_tiedlora.parallel.frozen_weight import Columns, FrozenWeight
 from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
 from megatron_tiedlora.parallel.shard_spec import stream_seed
 
-_LONGEST_NAME = 60  # characters of a file name; model-00001-of-00030.safetensors has half as many
+_LONGEST_NAME = 60  # maximum characters of a file name; model-00001-of-00030.safetensors has half as many
 _COMPARED_ROWS = 4096  # this many rows of two tensors are compared at a time
 Access = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
 Largest = Callable[[torch.Tensor], torch.Tensor] | None
@@ -317,7 +317,7 @@ def write_random_model(values: Mapping[str, Any], output: Path, *, name: str, se
     require_room(nearest_existing(output.parent), needed, output=output)
     with new_folder(output) as folder:
         tensor_files.write_files(folder, files, bar=name, progress=True)
-        if not (kinds := values.get("architectures")):  # the names of model classes; a machine may lack transformers
+        if not (kinds := values.get("architectures")):  # names of model classes; transformers may not be installed
             from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
             kinds = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[values["model_type"]]]

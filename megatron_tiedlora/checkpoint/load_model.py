@@ -1,9 +1,9 @@
 """Loads a base model with an adapter, without an engine: the whole model or one rank's shard, to check exports and to
 generate. Also computes merged weights while the base is read: W' = D(W) + B' A', added in fp32.
 
-D(W) is W. For a merge onto a quantised base, D(W) is W quantised to the base's storage format and dequantised. A merge
-writes the values that are read here, and the check of a merged folder reads them again. The last bits of a matmul can
-depend on its number of rows, so merge and check use the same `row_blocks`.
+Usually D(W) is W. For a merge onto a quantised base, D(W) is W quantised to the base's storage format and dequantised.
+A merge writes the values that are read here, and the check of a merged folder reads them again. The last bits of a
+matmul can depend on its number of rows, so merge and check use the same `row_blocks`.
 
 A linear module of a transformers model in memory can also compute the update beside its weight. A and B are then not
 expanded: all adapted layers share one pair.

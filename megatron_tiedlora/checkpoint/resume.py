@@ -154,7 +154,7 @@ def find_newest_checkpoint(checkpoints: Path) -> Checkpoint | None:
             checkpoint = load_checkpoint(folder)
         except UserError as error:
             if isinstance(error.__context__, OSError) and error.__context__.errno not in _NOT_THERE:
-                raise  # a temporary fault of a disk or network: the checkpoint may be intact
+                raise  # the disk or network may fail temporarily, and the checkpoint may be intact
             notes.append(f"skipped {folder.name}: {error}")
         else:
             said = " ".join(notes)

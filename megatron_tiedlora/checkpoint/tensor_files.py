@@ -257,7 +257,7 @@ def write_files(folder: Path, files: Sequence[StreamedFile], *, bar: str = "weig
         flushed = []
         for file in files:
             _write_file(folder / file.name, file, shown.update)
-            flushed.append(thread.submit(sync_path, folder / file.name))  # while the next one is written
+            flushed.append(thread.submit(sync_path, folder / file.name))  # flushed while the next file is written
         for flush in flushed:
             flush.result()
     if len(files) > 1:
@@ -300,7 +300,7 @@ _LARGEST_STATE = 2**16  # bytes of JSON
 _LARGEST_BLOCK, _LARGEST_OFFSET = 2**30, 1e30  # largest values in that JSON
 
 SliceOf = Callable[[str], Any]  # name -> stored tensor, from which slices can be read; None if it does not exist
-QuantisedRows = tuple[torch.Tensor, torch.Tensor, int]  # codes, scales, and the bytes that were read
+QuantisedRows = tuple[torch.Tensor, torch.Tensor, int]  # codes, scales, number of bytes that were read
 
 
 class _Nf4State(NamedTuple):

@@ -51,7 +51,7 @@ class Chat:
         return (*before, *self._joined(parts[last:])), len(before)
 
     def close(self) -> None:
-        """End the template's process."""
+        """Stop the process that runs the template."""
         if self._template is not None:
             self._template.close()
 

@@ -75,7 +75,7 @@ class ChatTemplate:
         return TemplateNames(**{name: frozenset(words) for name, words in found["found"].items()})
 
     def close(self) -> None:
-        """End the process."""
+        """Stop the process that runs the template."""
         if self._running is not None:
             process, connection = self._running
             connection.close()

@@ -28,8 +28,8 @@ from megatron_tiedlora.parallel.loss import IGNORED_LABEL
 Rows = list[list[int]]
 Lengths = Sequence[int] | NDArray[np.int64]
 
-# Token t of the run's sample i (in its order, from 0) has the token index i * NUMBERS_OF_SAMPLE + t. So the index
-# depends on the step, the sample and the position in it, and not on the packing.
+# Token t of sample i, counted in the run's order from 0, has the token index i * NUMBERS_OF_SAMPLE + t. So the index
+# depends on the step, the sample and the token's position in the sample, but not on packing.
 NUMBERS_OF_SAMPLE = 2**24
 
 

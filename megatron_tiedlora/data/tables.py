@@ -150,7 +150,7 @@ class HubData:
         """Return a hash of the files that the library has downloaded, or of the rows if there are no files."""
         files = [Path(file["filename"]) for file in getattr(self.data, "cache_files", ())]
         content = files_sha256(files) if files else rows_sha256(self.rows())
-        return f"{self.config_name} {self.split} {content}"  # splits may be parts of one file
+        return f"{self.config_name} {self.split} {content}"  # several splits may be in one file
 
 
 def files_sha256(files: Iterable[Path]) -> str:

@@ -237,7 +237,7 @@ def _parts(row: Mapping[str, Any], source: str, reading: Reading) -> Parts:
         return Parts({**fields, "prompt": prompt}, prompt, (answer, *more), shape=shape.name)
     read = row if "functions" in shape.may else without(row, "functions")
     chat = _chat(make_conversation(content, read, source), source, reading)
-    answer = chat.turns[-1].message.get("content") or ""  # '' if it only calls tools
+    answer = chat.turns[-1].message.get("content") or ""  # '' if the turn only calls tools
     return Parts(fields, None, (answer, *more), conversation=chat, shape=shape.name)
 
 
