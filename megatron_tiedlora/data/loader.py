@@ -343,7 +343,7 @@ def fill_rounds(largest: Mapping[str, Sequence[int]], *, capacity: int) -> list[
     """Return shared micro-batches as lists of (adapter name, micro-batch index). The first micro-batches of all
     adapters are joined first, then the second ones, and so on.
 
-    A micro-batch is added to the last shared one of its round if both have at most `capacity` tokens on every rank. So
+    A micro-batch joins the last shared one of its round if together they have at most `capacity` tokens per rank. So
     all ranks have equally many shared micro-batches, and the order per adapter does not change. `largest` has, per
     adapter and micro-batch, the most positions on any rank."""
     found: list[list[tuple[str, int]]] = []

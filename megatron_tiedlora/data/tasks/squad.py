@@ -1,4 +1,4 @@
-"""SQuAD 1.1: a question about a paragraph. The answer is a span of the paragraph. Answers of several people count."""
+"""SQuAD 1.1: a question about a paragraph. The answer is a span of it, and several reference answers are accepted."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
