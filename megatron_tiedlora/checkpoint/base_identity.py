@@ -4,8 +4,8 @@ A hash of the config identifies shape and computation; a hash of values at fixed
 the weights. Values are hashed as bf16, so a copy in another precision is the same base. A change below the precision
 of bf16, or between the positions, is not detected. Very small values are first rounded to fp16.
 
-Such a copy quantises to other values, though. So the identity of a base that was quantised as it was loaded also has
-the precision of the weights from which it was. A model of transformers in memory is identified in the same way.
+But a copy in another precision quantises to different values. So if a base was quantised while it was loaded, its
+identity also has the precision of the unquantised weights. A transformers model in memory is identified the same way.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.hf_config import stored_format
 from megatron_tiedlora.model.weights import WeightRule, quantised_rules, stored_shapes, weight_rules
 
-MERGE_RECORD = "tiedlora_merge.json"  # in a model folder: which adapter is merged into it
+MERGE_RECORD = "tiedlora_merge.json"  # this file of a model folder says which adapter is merged into the model
 
 SHAPE_FIELDS = (
     *("num_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
@@ -37,28 +37,28 @@ SHAPE_FIELDS = (
 )
 HASH_FIELDS = ("base_hash", "base_weights_hash", "base_sample", "tokenizer", "tokenizer_hash")
 FORMAT_FIELDS = ("base_format", "base_stored")
-# Weights in memory were quantised or offloaded, the tokenizer is the base's own, its files are unknown, or the base is
-# not quantised.
+# These are None if weights in memory are quantised or offloaded, if the tokenizer is the base's own or its files are
+# unknown, or if the base is not quantised.
 OPTIONAL_FIELDS = ("base_sample", "tokenizer", "tokenizer_hash", *FORMAT_FIELDS)
 _NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}  # dtypes of stored linears, beside fp32
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseIdentity:
-    """The base model on which an adapter was trained. Its fields have the names that they have in files.
+    """The base model on which an adapter was trained. Its fields have the same names as in files.
 
     Attributes:
-        base_model: as the user gave it to --model.
+        base_model: the value that the user gave to --model.
         base_hash: hash of the shape, `ModelSource.base_hash`.
-        base_weights_hash: hash of the final norm's weight in bf16 and of a merge's record, because a merge changes few
+        base_weights_hash: hash of the final norm's weight in bf16 and of the merge record, because a merge changes few
             of the hashed values.
-        base_sample: hash of `BaseWeights.sample` of every tensor; None where they were quantised or offloaded.
-        tokenizer: as the user gave it to --tokenizer; None for the base's own.
+        base_sample: hash of `BaseWeights.sample` of every tensor; None if weights were quantised or offloaded.
+        tokenizer: the value that the user gave to --tokenizer; None for the base's own tokenizer.
         tokenizer_hash: hash of the tokenizer's files; None if unknown.
         dtype: precision of the base in training.
-        base_format: storage format of the blocks' linears, a name of `BASE_FORMATS`; None for `dtype`.
-        base_stored: `linears_dtype` of the weights from which they were quantised as they were loaded; None if they
-            were not, or if it is unknown.
+        base_format: storage format of the blocks' linears, a name of `BASE_FORMATS`; None if they are in `dtype`.
+        base_stored: `linears_dtype` of the original weights if the linears were quantised while they were loaded; None
+            if they were not, or if it is unknown.
     """
 
     num_layers: Size
@@ -79,11 +79,11 @@ class BaseIdentity:
 
     @property
     def precision(self) -> str:
-        """The format of the blocks' linears, or the precision of all weights."""
+        """Return the storage format of the blocks' linears, or `dtype` if they have none."""
         return self.base_format or self.dtype
 
     def check_formats(self, file: Path) -> None:
-        """Raise UserError, naming `file`, for an unknown storage format or precision."""
+        """Raise UserError, naming `file`, if a storage format or precision is unknown."""
         for name, known in (("base_format", (*BASE_FORMATS,)), ("base_stored", (*_NARROW, "fp32"))):
             value = getattr(self, name)
             if value is not None and value not in known:
@@ -93,8 +93,8 @@ class BaseIdentity:
 def identify_base(
     source: ModelSource, weights: "BaseWeights | WeightsInMemory", dtype: str, *, tokenizer: str | None = None
 ) -> BaseIdentity:
-    """The identity of a base model; reads some KB of every tensor. `tokenizer` is the value of --tokenizer. Raises
-    UserError if the tokenizer's files cannot be read."""
+    """Return the identity of a base model. Reads some KB of every tensor. `tokenizer` is the value of --tokenizer.
+    Raises UserError if the tokenizer's files cannot be read."""
     tokens = tokenizer or source.folder
     return replace(
         identify_shape(source, dtype, weights_hash=weights_hash(source, weights)),
@@ -105,8 +105,8 @@ def identify_base(
 
 
 def weights_hash(source: ModelSource, weights: "BaseWeights | WeightsInMemory") -> str:
-    """Hash of the final norm's weight in bf16 and of a merge's record."""
-    # The same model is stored in fp32, fp16 and bf16; rounding to bf16 makes those copies equal.
+    """Return a hash of the final norm's weight in bf16 and of the merge record, if there is one."""
+    # The same model may be stored in fp32, fp16 or bf16. Rounding to bf16 makes these copies equal.
     digest = hashlib.sha256(_bits(weights.read(f"{source.shape.final_norm.source}.weight")))
     record = source.folder and source.folder / MERGE_RECORD
     if record and record.is_file():
@@ -115,7 +115,7 @@ def weights_hash(source: ModelSource, weights: "BaseWeights | WeightsInMemory") 
 
 
 def identify_model(source: ModelSource, dtype: str, tokenizer: str | None = None) -> BaseIdentity:
-    """The identity of a base model on the disk as it is stored, see `identify_base`. Raises UserError if its files
+    """Return the identity of a base model as it is stored on disk; see `identify_base`. Raises UserError if its files
     cannot be read."""
     with BaseWeights(source.weights_folder(), source.shape, source.stored) as weights:
         found = identify_base(source, weights, dtype, tokenizer=tokenizer)
@@ -123,21 +123,21 @@ def identify_model(source: ModelSource, dtype: str, tokenizer: str | None = None
 
 
 def sample_hash(weights: "BaseWeights | WeightsInMemory") -> str:
-    """Hash of the names, the shapes and the sampled values of all tensors that the name table of `weights` lists."""
+    """Return a hash of the names, shapes and sampled values of all tensors in the name table of `weights`."""
     digest = hashlib.sha256()
     shapes = stored_shapes(weights.rules)
     for name in sorted(shapes):
         digest.update(f"{name} {list(shapes[name])}\n".encode())
-        # Below 2^-17 fp16 is coarser than bf16. Rounding to fp16 too gives a copy in fp16 the same hash.
+        # Below 2^-17 fp16 is coarser than bf16. So values are also rounded to fp16: a copy in fp16 has the same hash.
         digest.update(_bits(weights.sample(name).to(torch.bfloat16).to(torch.float16)))
     return digest.hexdigest()
 
 
 def linears_dtype(weights: "BaseWeights | WeightsInMemory", shape: ModelShape) -> str:
-    """The narrowest of bf16, fp16 and fp32 that holds the sampled values of the blocks' linears exactly.
+    """Return the narrowest of bf16, fp16 and fp32 that holds the sampled values of the blocks' linears exactly.
 
-    So a copy in a wider precision, whose values and codes are the same, has that of the original. Of a folder with
-    several precisions it is the widest.
+    So the result for a copy in a wider precision is the original precision, as the values and codes are the same. For
+    a folder with several precisions the result is one that holds the values of all linears.
     """
     fitting = list(_NARROW)
     for name in stored_shapes(quantised_rules(shape)):
@@ -147,9 +147,9 @@ def linears_dtype(weights: "BaseWeights | WeightsInMemory", shape: ModelShape) -
 
 
 def quantised_otherwise(trained: BaseIdentity, found: BaseIdentity) -> str:
-    """Says that a base in the storage format of training has other values than there; '' if not, or if it is unknown.
+    """Return a text which says that a base was quantised to different values than in training.
 
-    Their weights are equal as far as the other fields tell.
+    It is '' if the values are equal, if the storage formats differ, or if a precision is unknown.
     """
     if trained.base_format != found.base_format or not _differ(trained.base_stored, found.base_stored):
         return ""
@@ -164,7 +164,7 @@ def _bits(values: torch.Tensor) -> bytes:
 
 
 def identify_shape(source: ModelSource, dtype: str, *, weights_hash: str) -> BaseIdentity:
-    """The identity of a base model whose weights' hash is known, without that of its tokenizer."""
+    """Return the identity of a base model whose weights' hash is known. The tokenizer is not identified."""
     shape = source.shape
     return BaseIdentity(
         num_layers=shape.num_layers,
@@ -181,7 +181,7 @@ def identify_shape(source: ModelSource, dtype: str, *, weights_hash: str) -> Bas
 
 
 def base_differences(trained: BaseIdentity, found: BaseIdentity) -> tuple[str, ...]:
-    """The parts (config, weights, tokenizer) that differ from those in training, as far as both sides know them."""
+    """Return which of config, weights and tokenizer differ from training. Unknown hashes count as equal."""
     differ = {
         "config": _differ(trained.base_hash, found.base_hash),
         "weights": _differ(trained.base_weights_hash, found.base_weights_hash)
@@ -198,13 +198,13 @@ def _differ(one: str | int | None, other: str | int | None) -> bool:
 def check_same_base(
     trained: BaseIdentity, found: BaseIdentity, *, source: str, differs: bool = False, in_memory: bool = False
 ) -> tuple[str, ...]:
-    """Compare the base in use with the one that an adapter was trained on; returns notes for the user. Raises UserError
-    if it is another base, or has another tokenizer.
+    """Compare the base in use with the adapter's base in training, and return notes for the user. Raises UserError if
+    the base or its tokenizer is a different one.
 
     Args:
         source: the adapter's name in messages.
         differs: value of --base_differs; if true, only the shape must be the same.
-        in_memory: the base in use is a model in memory, which has no tokenizer and no flags.
+        in_memory: whether the base in use is a model in memory, which has no tokenizer and no flags.
     """
     own = "use its own base" if in_memory else "give its own base with --model"
     for field in SHAPE_FIELDS:
@@ -242,22 +242,22 @@ def check_same_base(
 
 
 def model_source(model: Any) -> ModelSource:
-    """A transformers model as a base model. Raises UserError if it is no causal language model of an implemented
-    family."""
+    """Return the `ModelSource` of a transformers model in memory. Raises UserError if it is not a causal language model
+    of an implemented family."""
     if not hasattr(getattr(model, "config", None), "to_json_string"):
         raise UserError(f"{type(model).__name__} is not a model of transformers: it has no config")
     fields = json.loads(model.config.to_json_string())  # the fields that save_pretrained writes
     stored = None
-    with suppress(UserError):  # a format that is not read here
+    with suppress(UserError):  # this package does not read the storage format
         stored = stored_format(fields, source="its config")
-    fields.pop("quantization_config", None)  # about the frozen weights alone; an adapter is the same on them
+    fields.pop("quantization_config", None)  # concerns only the frozen weights; the adapter does not depend on it
     name = model.config.name_or_path or type(model).__name__
     folder = Path(name) if Path(name).is_dir() else None
     return ModelSource(name, folder, shape_from_hf(fields, source=f"the config of {name}"), stored=stored)
 
 
 def base_layer_of(module: Any) -> Any:
-    """The module that adapters of PEFT wrap; the module itself if there are none."""
+    """Return the module that PEFT adapters wrap; the module itself if it has no adapter."""
     while hasattr(module, "base_layer"):
         module = module.base_layer
     return module
@@ -265,18 +265,18 @@ def base_layer_of(module: Any) -> Any:
 
 @dataclass(frozen=True)
 class WeightsInMemory:
-    """The weights of a transformers model, for `identify_base`."""
+    """The weights of a transformers model in memory, read by `identify_base`."""
 
     model: Any
     source: ModelSource
 
     @cached_property
     def rules(self) -> tuple[WeightRule, ...]:
-        """The model's name table."""
+        """Return the model's name table."""
         return weight_rules(self.source.shape)
 
     def read(self, name: str) -> torch.Tensor:
-        """The tensor of this name, also if accelerate has offloaded it. Raises UserError if the model has none."""
+        """Return the tensor `name`, even if accelerate has offloaded it. Raises UserError if it does not exist."""
         module, tensor = self.held(name)
         offloaded = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
         if tensor.is_meta and offloaded is not None:
@@ -284,7 +284,7 @@ class WeightsInMemory:
         return tensor.detach()
 
     def held(self, name: str) -> tuple[Any, torch.Tensor]:
-        """The module that has the tensor of this name, and the tensor; on the meta device if it is offloaded."""
+        """Return the module that has the tensor `name`, and the tensor; an offloaded one is on the meta device."""
         path, _, kind = name.rpartition(".")
         try:
             module = base_layer_of(self.model.get_submodule(path))
@@ -293,27 +293,27 @@ class WeightsInMemory:
             raise UserError(f"{self.source.name}: the model has no {name}; give the whole causal model") from None
 
     def sample(self, name: str) -> torch.Tensor:
-        """The values that `BaseWeights.sample` takes."""
+        """Return the same values as `BaseWeights.sample`."""
         flat = self.read(name).flatten()
         starts, length = run_starts(flat.numel())
         return torch.cat([flat[start : start + length] for start in starts]).cpu()
 
 
 def is_plain(tensor: torch.Tensor) -> bool:
-    """Whether a weight is neither quantised nor offloaded."""
+    """Return whether a weight is neither quantised nor offloaded."""
     return tensor.is_floating_point() and tensor.itemsize > 1 and not tensor.is_meta
 
 
 def identify_in_memory(model: Any, source: ModelSource) -> BaseIdentity:
-    """The identity of a model as it is in memory. If some weights are quantised or offloaded, their sample is unknown.
-    Raises UserError if it lacks a module, or its final norm is not whole."""
+    """Return the identity of a model in memory. If weights are quantised or offloaded, `base_sample` is None. Raises
+    UserError if the model lacks a module, or if its final norm is not whole."""
     weights, norm = WeightsInMemory(model, source), source.shape.final_norm
     values = weights.read(f"{norm.source}.weight")
     if values.shape != (norm.size,) or not is_plain(values):
         raise UserError(f"{source.name}: the weights of the model are sharded or offloaded; load it whole")
     dtype = "fp32" if values.dtype == torch.float32 else "bf16"
     held = ((weights.held(name)[1], shape) for name, shape in stored_shapes(weights.rules).items())
-    # All values are those of the files.
+    # No weight was changed, so all values are equal to those of the files.
     if all(tuple(tensor.shape) == shape and is_plain(tensor) for tensor, shape in held):
         return identify_base(source, weights, dtype)
     found = identify_shape(source, dtype, weights_hash=weights_hash(source, weights))

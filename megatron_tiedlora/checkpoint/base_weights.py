@@ -1,7 +1,7 @@
-"""Load base weights from safetensors, tensor by tensor and slice by slice, into existing parameters.
+"""Loads base weights from safetensors, tensor by tensor and slice by slice, into existing parameters.
 
-Files are memory-mapped, so reading uses the page cache and no anonymous memory. Benchmarks draw random weights instead,
-and checkpoints of such weights are written, to test memory and speed without a model.
+Files are memory-mapped, so reading uses the page cache and no anonymous memory. Benchmarks use random weights instead.
+Checkpoints of random weights are also written, so that memory and speed can be tested without a model.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,15 +29,15 @@ from megatron_tiedlora.parallel.frozen_weight import Columns, FrozenWeight
 from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
 from megatron_tiedlora.parallel.shard_spec import stream_seed
 
-_LONGEST_NAME = 60  # characters of a file name; model-00001-of-00030.safetensors has half as many
-_COMPARED_ROWS = 4096  # rows of two tensors that are compared at a time
+_LONGEST_NAME = 60  # maximum characters of a file name; model-00001-of-00030.safetensors has half as many
+_COMPARED_ROWS = 4096  # this many rows of two tensors are compared at a time
 Access = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
 Largest = Callable[[torch.Tensor], torch.Tensor] | None
 
 
 def weight_map(folder: Path) -> dict[str, Path]:
-    """The file that holds each tensor of a Hugging Face folder, from its index or its single file. Raises UserError if
-    there are no safetensors weights, or a file that the index names is missing or incomplete."""
+    """Return the file of each tensor of a Hugging Face folder, from its index or its single file. Raises UserError if
+    there are no safetensors weights, or if a file that the index names is missing or incomplete."""
     index = folder / tensor_files.INDEX_FILE
     if index.is_file():
         entries = read_json_object(index, kind="a safetensors index").get("weight_map")
@@ -66,16 +66,16 @@ def open_weights(file: Path) -> Any:
             if (header := int.from_bytes(stream.read(8), "little")) > tensor_files.LARGEST_HEADER:
                 raise UserError(f"{file}: not a whole safetensors file (a header of {header:,} bytes)")
         return safe_open(file, framework="pt", device="cpu")
-    except (SafetensorError, OSError, MemoryError) as error:  # MemoryError: it cannot be mapped
+    except (SafetensorError, OSError, MemoryError) as error:  # MemoryError: the file cannot be mapped
         raise UserError(f"{file}: not a whole safetensors file ({error}); download or copy it again") from None
 
 
 class WeightFiles(ExitStack):
-    """The safetensors files of a folder. They are memory-mapped, each when a tensor of it is asked for.
+    """The safetensors files of a folder. A file is memory-mapped when one of its tensors is first read.
 
     Attributes:
-        file_of: the file that holds each tensor, by the tensor's name.
-        header: the header of a file; see `read_header`.
+        file_of: the file of each tensor, by the tensor's name.
+        header: returns the header of a file; see `read_header`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -86,19 +86,19 @@ class WeightFiles(ExitStack):
         self._readers: dict[Path, Any] = {}
 
     def reader(self, file: Path) -> Any:
-        """The opened file; see `open_weights`."""
+        """Return the opened file; see `open_weights`."""
         if file not in self._readers:
             self._readers[file] = self.enter_context(open_weights(file))
         return self._readers[file]
 
     def stored(self, name: str) -> Any:
-        """The stored tensor of this name, from which slices are read; None if there is none."""
+        """Return the stored tensor `name`, from which slices can be read; None if it does not exist."""
         file = self.file_of.get(name)
         return None if file is None else self.reader(file).get_slice(name)
 
 
 class BaseWeights(WeightFiles):
-    """A base checkpoint. Opening it checks its tensors against the model's name table before any value is read.
+    """A base checkpoint. Opening it checks the names and shapes of its tensors against the model's name table.
 
     Attributes:
         rules: the name table.
@@ -108,7 +108,7 @@ class BaseWeights(WeightFiles):
     kind: ClassVar[str] = "base weights"
 
     def __init__(self, folder: Path, shape: ModelShape, stored: StoredFormat | None = None) -> None:
-        """Open the files of `folder`. `stored` is the format of the blocks' linears, if they are quantised there."""
+        """Open the files of `folder`. `stored` is the format of the blocks' linears, if the folder quantises them."""
         super().__init__(folder)
         self.rules = weight_rules(shape)
         self.bytes_read = 0
@@ -144,7 +144,7 @@ class BaseWeights(WeightFiles):
                 raise UserError(f"{file}: {name} is {stored.get_dtype()}; only linears of blocks may be quantised")
 
     def _check_tied_head(self, head: str, embedding: str) -> None:
-        """Raise UserError if a stored head differs from the embedding: transformers would not tie them then."""
+        """Raise UserError if a stored head differs from the embedding, because transformers would then not tie them."""
         ours, theirs = self.stored(head), self.stored(embedding)
         same = ours.get_shape() == theirs.get_shape()
         for start in range(0, ours.get_shape()[0] if same else 0, _COMPARED_ROWS):
@@ -155,11 +155,11 @@ class BaseWeights(WeightFiles):
             raise UserError(f"{said}, so that transformers would not tie them; set it to false")
 
     def sample(self, name: str) -> torch.Tensor:
-        """Values of the stored tensor `name` at positions that depend only on its shape: all, or some thousands.
+        """Return all or some thousand values of the stored tensor `name`, at positions that depend only on its shape.
 
-        They are used for comparisons and do not count in `bytes_read`.
+        They are used for comparisons and are not counted in `bytes_read`.
         """
-        if self._stored is not None and name in self._quantised:  # sampled in its codes and in its scales
+        if self._stored is not None and name in self._quantised:  # its codes and its scales are sampled
             return torch.cat([self._sample(part).float() for part in self._stored.names(name)])
         return self._sample(name)
 
@@ -168,11 +168,11 @@ class BaseWeights(WeightFiles):
         return tensor_files.read_runs(file, self.header(file), name)
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype of a tensor of the name table that is not quantised."""
+        """Return the dtype of the tensor `name` of the name table, which is not quantised."""
         return tensor_files.FLOAT_TYPES[self.stored(name).get_dtype()]
 
     def read(self, name: str, part: slice | None = None, dim: int = 0) -> torch.Tensor:
-        """The stored tensor `name`, or a slice of it along `dim`, in its stored dtype; in fp32 if it is quantised."""
+        """Return the tensor `name`, or a slice of it along `dim`, in its stored dtype; in fp32 if it is quantised."""
         if self._stored is not None and name in self._quantised:
             rows, columns = (part or slice(None), slice(None)) if dim == 0 else (slice(None), part or slice(None))
             with naming(str(self.file_of[name])):
@@ -188,9 +188,9 @@ class BaseWeights(WeightFiles):
     def fill(
         self, rule: WeightRule, target: FrozenWeight, *, tp_rank: int = 0, tp_size: int = 1, largest: Largest = None
     ) -> None:
-        """Read this rank's shard of one weight into `target`, block by block; `largest` as in `load_base_weights`.
-        Raises UserError if a weight that the backward pass divides by has a zero, or one that cannot be quantised is
-        there."""
+        """Read this rank's shard of one weight into `target`, block by block. `largest`: see `load_base_weights`.
+        Raises UserError if the backward pass divides by a weight that has a zero, or if a weight cannot be quantised.
+        """
         dim = rule.spec.dim or 0
         offset = 0
         for stored, block in zip(rule.parts, rule.spec.block_slices(tp_rank, tp_size), strict=True):
@@ -221,7 +221,7 @@ class BaseWeights(WeightFiles):
     def _copy_codes(
         self, name: str, target: QuantisedWeight, part: slice, dim: int, *, start: int, columns: Columns | None
     ) -> None:
-        """Read codes and scales of a quantised tensor into `target`, as they are stored."""
+        """Read the codes and scales of a quantised tensor into `target` without a change."""
         assert self._stored is not None and target.storage.name == self._stored.kind.base_format
         shape = self._quantised[name]
         rows, read = (part, slice(0, shape[1])) if dim == 0 else (slice(0, shape[0]), part)
@@ -252,8 +252,8 @@ def load_base_weights(
         rules: the name table of the stage; None for all rules of `weights`.
         access: opens a weight's parameters for writing (it gathers them under ZeRO-3).
         largest: the elementwise maximum over the tensor-parallel ranks, for scales of rows that several ranks share.
-        reads: False on ranks that only take part in opening.
-        progress: show a bar.
+        reads: False on ranks that only take part in `access`.
+        progress: whether to show a progress bar.
     """
     mine = [rule for rule in (weights.rules if rules is None else rules) if rule.name in targets]
     with torch.no_grad():
@@ -266,8 +266,8 @@ def load_base_weights(
 
 @dataclass(frozen=True)
 class RandomWeights:
-    """Random values in place of a checkpoint's, for the weights of the name table `rules`. Each shard is drawn on its
-    own device, so the values depend on the layout."""
+    """Random weights for the name table `rules`, used in place of a checkpoint. Each shard is drawn on its own device,
+    so the values depend on the parallel configuration."""
 
     rules: Sequence[WeightRule]
     seed: int = 0
@@ -275,18 +275,17 @@ class RandomWeights:
     kind: ClassVar[str] = "random weights"
 
     def fill(self, rule: WeightRule, target: FrozenWeight, *, tp_rank: int = 0, **_: object) -> None:
-        """Draw this rank's shard of one weight."""
+        """Fill `target` with random values for this rank's shard of one weight."""
         name = rule.hf_names[0]
         seed = stream_seed(self.seed, f"{name}/{tp_rank}")  # so that copies of a tied embedding are equal
         target.load(draw_(target.empty_values(), name=name, full_shape=rule.shape, seed=seed))
 
 
 def draw_(target: torch.Tensor, *, name: str, full_shape: Sequence[int], seed: int) -> torch.Tensor:
-    """Fill a tensor, or a shard of one of `full_shape`, with random values that preserve the scale of activations;
-    returns `target`.
+    """Fill `target` with random values that preserve the scale of activations, and return it.
 
-    Biases (by the stored name) are set to zero, other vectors (norms) to one; other values are drawn from N(0, 1 / the
-    full last dimension)."""
+    It may be a shard of a tensor of `full_shape`. Biases (by their stored name) become zero, other vectors (norms)
+    become one. Other values are drawn from N(0, 1 / the full last dimension)."""
     if len(full_shape) == 1:
         return target.fill_(0.0 if name.endswith(".bias") else 1.0)
     generator = torch.Generator(target.device).manual_seed(seed)
@@ -297,12 +296,12 @@ def draw_(target: torch.Tensor, *, name: str, full_shape: Sequence[int], seed: i
 
 
 def write_random_model(values: Mapping[str, Any], output: Path, *, name: str, seed: int) -> None:
-    """Write config.json, shards and index of a model into `output`; for the preset `tiny` a tokenizer too. Raises
-    UserError if `output` exists, or the disk has too little space.
+    """Write config.json, shards and index of a model into `output`, and for the preset `tiny` also a tokenizer. Raises
+    UserError if `output` exists, or if the disk has too little space.
 
     Args:
-        values: the content of its config.json.
-        name: its name in messages.
+        values: the content of config.json.
+        name: the model's name in messages.
     """
     reject_existing(output, flag=f"--output {output}")
 
@@ -318,7 +317,7 @@ def write_random_model(values: Mapping[str, Any], output: Path, *, name: str, se
     require_room(nearest_existing(output.parent), needed, output=output)
     with new_folder(output) as folder:
         tensor_files.write_files(folder, files, bar=name, progress=True)
-        if not (kinds := values.get("architectures")):  # the names of model classes; a machine may lack transformers
+        if not (kinds := values.get("architectures")):  # names of model classes; transformers may not be installed
             from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
             kinds = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[values["model_type"]]]

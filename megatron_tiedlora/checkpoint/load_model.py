@@ -1,17 +1,17 @@
-"""A base model with an adapter, without an engine: whole or one rank's part, to check exports and to generate; and its
-weights as a merge makes them, while they are read: W' = D(W) + B' A', added in fp32.
+"""Loads a base model with an adapter, without an engine: the whole model or one rank's shard, to check exports and to
+generate. Also computes merged weights while the base is read: W' = D(W) + B' A', added in fp32.
 
-D(W) is W, or in a merge onto the base that training saw what the storage format of that base makes of W. A merge writes
-what is read here, the check of a merged folder reads it again, and a model with a merged adapter is loaded from it. The
-last bits of a matmul can depend on its number of rows, so merge and check read the same `row_blocks`.
+Usually D(W) is W. For a merge onto a quantised base, D(W) is W quantised to the base's storage format and dequantised.
+A merge writes the values that are read here, and the check of a merged folder reads them again. The last bits of a
+matmul can depend on its number of rows, so merge and check use the same `row_blocks`.
 
-A linear module of a transformers model in memory can have the update beside its weight, unexpanded: A and B stay one
-pair for all adapted layers.
+A linear module of a transformers model in memory can also compute the update beside its weight. A and B are then not
+expanded: all adapted layers share one pair.
 
     z = W x + B' A' x    with    A' = diag(u) A,    B' = the module's rows of (alpha / r) diag(v) B
 
-A module of a fused target (q, k and v; gate and up) uses its own rows of B and v. A' and B' are computed anew in each
-forward pass, in the adapter's dtype, and so is the update: the numbers are those of the exported PEFT LoRA.
+A module of a fused target (q, k and v; gate and up) uses its own rows of B and v. A', B' and the update are computed in
+each forward pass, in the adapter's dtype. The results are equal to those of the exported PEFT LoRA.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,16 +41,16 @@ from megatron_tiedlora.parallel.quantise import quantised_rows
 from megatron_tiedlora.parallel.quantised_weight import weight_maker
 from megatron_tiedlora.runtime.launch_env import has_bf16_instructions
 
-BLOCK_ELEMENTS = 2**19  # of a block of rows: 2 MiB in fp32 and as much for its update, which fits in the caches
-_FEWEST_ROWS = 16  # of a block: a matmul of few rows sums in another order than one of many
+BLOCK_ELEMENTS = 2**19  # elements per block of rows: 2 MiB in fp32 plus 2 MiB for the update fit in the caches
+_FEWEST_ROWS = 16  # rows per block: a matmul with few rows sums in a different order than one with many
 
 ReadRows = Callable[[str, slice], Tensor]  # reads rows of a stored tensor, by its name
 
 
 def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Slices of about `BLOCK_ELEMENTS` elements that cover the rows of a stored tensor of this shape.
+    """Yield slices of about `BLOCK_ELEMENTS` elements that together cover all rows of a tensor of this shape.
 
-    None has fewer than 16 rows, unless the tensor has.
+    Each slice has at least 16 rows, unless the tensor has fewer.
     """
     num_rows, width = shape[0], max(torch.Size(shape[1:]).numel(), 1)
     size = max(BLOCK_ELEMENTS // width // _FEWEST_ROWS, 1) * _FEWEST_ROWS
@@ -62,25 +62,25 @@ def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
 
 
 def merged_rows(rows: Tensor, a: Tensor, b_rows: Tensor) -> Tensor:
-    """Rows (n, in) of W', from the same rows of W as stored, A' (r, in) and the same rows (n, r) of B'; in fp32, or in
-    fp64 if W is."""
+    """Return rows (n, in) of W', from the same rows of the stored W, A' (r, in) and the same rows (n, r) of B'. The
+    result is in fp32, or in fp64 if W is in fp64."""
     wide = torch.promote_types(rows.dtype, torch.float32)
     return rows.to(wide, copy=True).add_(b_rows @ a)
 
 
 class MergedWeights(BaseWeights):
-    """A base checkpoint, read with an adapter merged into it; `changed` are the stored tensors whose values this
-    changes.
+    """A base checkpoint that is read with an adapter merged into it. `changed` has the names of the stored tensors
+    whose values the merge changes.
 
-    It keeps the factors of the last tensor, so the rows of a tensor are best read one after another. Those of all
-    layers at once would take memory for each layer."""
+    It caches only the factors of the last tensor, so that memory does not grow with the number of layers. So the rows
+    of one tensor should be read one after another."""
 
     def __init__(self, source: ModelSource, adapter: NativeAdapter | None, *, base_format: str | None = None) -> None:
         """Open the files of `source`.
 
         Args:
-            adapter: None for what `base_format` alone changes.
-            base_format: of the base that the adapter is merged onto; None for the stored one.
+            adapter: the adapter to merge; None if only `base_format` changes the values.
+            base_format: storage format of the base that the adapter is merged onto; None for the stored format.
         """
         super().__init__(source.weights_folder(), source.shape, source.stored)
         self._adapter, self._base_format = adapter, None if base_format is None else BASE_FORMATS[base_format]
@@ -90,8 +90,8 @@ class MergedWeights(BaseWeights):
         self._last: tuple[str, Tensor, Tensor] | None = None  # name, A' (r, in), and the tensor's rows of B'
 
     def read(self, name: str, part: slice | None = None, dim: int = 0) -> Tensor:
-        """The tensor `name` of the merged model, or a slice of it along `dim`: in fp32 or fp64 if the merge changes it,
-        else as it is stored."""
+        """Return the tensor `name` of the merged model, or a slice of it along `dim`. It is in fp32 or fp64 if the
+        merge changes it, else in the dtype that `BaseWeights.read` returns."""
         values = super().read(name, part, dim)
         if name in self._requantised:
             assert self._base_format is not None and dim == 0, "scales are those of whole rows"
@@ -107,7 +107,7 @@ class MergedWeights(BaseWeights):
         return merged_rows(values, a, b)
 
     def read_base(self, name: str, part: slice) -> Tensor:
-        """Some rows of the tensor `name` as they are without the merge."""
+        """Return some rows of the tensor `name` without the merge."""
         return super().read(name, part)
 
 
@@ -115,18 +115,18 @@ class MergedWeights(BaseWeights):
 
 
 def find_places(shape: ModelShape, config: AdapterConfig) -> Mapping[str, AdaptedTensor]:
-    """The tensors that an adapter changes, by the names of their modules in the causal model."""
+    """Return the tensors that an adapter changes, by the names of their modules in the causal model."""
     return {name.removesuffix(".weight"): tensor for name, tensor in changed_tensors(config, shape).items()}
 
 
 def with_update(z: Tensor, x: Tensor, adapter: TiedAdapter, place: AdaptedTensor) -> Tensor:
-    """z + B' A' x in z's dtype, from z = W x, (..., out), and x (..., in)."""
+    """Return z + B' A' x in z's dtype. The inputs are z = W x, (..., out), and x (..., in)."""
     a, b = (factor.to(x.device) for factor in place.factors(adapter.config, adapter.factors()))
     return (z + linear(linear(x.to(a.dtype), a), b)).to(z.dtype)
 
 
 def check_whole(weight: Tensor, place: AdaptedTensor) -> None:
-    """Raise UserError if a weight that is to be changed in place is quantised, offloaded or sharded."""
+    """Raise UserError if a weight is quantised, offloaded or sharded, so that it cannot be changed in place."""
     shape = stored_shapes([place.rule])[place.stored]
     if not is_plain(weight) or tuple(weight.shape) != tuple(shape):
         raise UserError(f"{place.stored} is quantised, offloaded or sharded; merge with tiedlora merge")
@@ -134,8 +134,8 @@ def check_whole(weight: Tensor, place: AdaptedTensor) -> None:
 
 @torch.no_grad()
 def merge_(weight: Tensor, adapter: TiedAdapter, place: AdaptedTensor, *, sign: int = 1) -> None:
-    """W += sign B' A' in place, with the bits of a merged checkpoint. Raises UserError if the weight is quantised,
-    offloaded or sharded."""
+    """Add sign B' A' to W in place; the result is bitwise equal to a merged checkpoint. Raises UserError if the weight
+    is quantised, offloaded or sharded."""
     check_whole(weight, place)
     a, b = (factor.to(weight.device) for factor in place.factors(adapter.config, adapter.factors()))
     for rows in row_blocks(tuple(weight.shape)):
@@ -146,13 +146,13 @@ def merge_(weight: Tensor, adapter: TiedAdapter, place: AdaptedTensor, *, sign: 
 
 
 def resolve_dtype(given: str | None, task: Task, *, on_gpu: bool) -> str:
-    """The value of --dtype, or its default for the task on this host: bf16 or fp32."""
+    """Return the value of --dtype, or its default for the task on this host: bf16 or fp32."""
     slow = task.fp32_on_slow_cpus and not on_gpu and not has_bf16_instructions()
     return given or ("fp32" if slow else "bf16")
 
 
 def describe_dtype(given: str | None, resolved: str) -> str:
-    """The precision for a log line, with the reason if fp32 is the default on this CPU."""
+    """Return the precision for a log line, with the reason if fp32 is the default on this CPU."""
     by_default = given is None and resolved == "fp32"
     return f"{resolved} (this CPU has no bf16 instructions)" if by_default else resolved
 
@@ -179,19 +179,19 @@ def load_model(
     kernels: Kernels = EAGER,
     progress: bool = False,
 ) -> Stage:
-    """This rank's part of the model in evaluation mode, base in `dtype` and adapter in fp32.
+    """Return this rank's shard of the model in evaluation mode, with the base in `dtype` and the adapter in fp32.
 
-    It does not check whether the adapter belongs to the base; `convert.inputs.check_base` does. Raises UserError if
-    weights are missing or do not fit.
+    It does not check that the adapter belongs to the base; `convert.inputs.check_base` does. Raises UserError if
+    weights are missing or have the wrong shape.
 
     Args:
-        adapter: one, or several by name; the stage then has an adapter group.
+        adapter: one adapter, or several by name, which the stage then computes together.
         base_format: the storage format of the blocks' linears; None for `dtype`.
         make_weight: makes the weights of the blocks' linears, in place of `base_format`.
-        grid, groups, stages: the layout, its groups and the layers of each stage; without them, one process.
+        grid, groups, stages: the parallel layout, its process groups and the layers per stage; default: one process.
         merged: merge the adapter into the weights (added in fp32, cast once) instead of keeping it separate.
-        kernels: of the layers, eager or compiled.
-        progress: show a bar.
+        kernels: kernels of the layers, eager or compiled.
+        progress: whether to show a progress bar.
     """
     grid, groups = grid or Grid(0, 1), groups or ParallelGroups()
     shape = source.shape
@@ -222,7 +222,7 @@ def load_model(
 
 
 def adapter_shard(adapter: NativeAdapter, layers: range, grid: Grid, device: torch.device | str) -> TiedAdapter:
-    """This rank's part of an adapter, for a stage with these layers."""
+    """Return this rank's shard of an adapter, for a stage with these layers."""
     adapted = tuple(layer for layer in adapter.config.layers if layer in layers)
     part = TiedAdapter(AdapterShard(adapter.config, adapted, grid.tp_rank, grid.tp_size)).to(device)
     part.load_full(adapter.state)

@@ -1,7 +1,7 @@
-"""The native adapter format: a folder with full fp32 A, B, u, v, their config and their base, for any layout.
+"""The native adapter format: a folder with the full fp32 A, B, u and v, the adapter's config and its base identity.
 
-It is also the format of the PEFT method TIED_LORA (`megatron_tiedlora.peft`), so it has the fields that PEFT's loaders
-ask of every method.
+It does not depend on the parallel layout. The PEFT method TIED_LORA (`megatron_tiedlora.peft`) uses the same format, so
+it has the fields that PEFT's loaders need for every method.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ FORMAT_VERSION = 2
 PEFT_TYPE = "TIED_LORA"  # the value of peft_type in a native adapter
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
-_LARGEST_UPDATE = 1e30  # absolute entry; beyond it the update, and sums with it, may not be finite in fp32
+_LARGEST_UPDATE = 1e30  # largest absolute value; above it the update, and sums with it, may not be finite in fp32
 _LARGEST_STD = 1e3  # init std
 
 StateDict = Mapping[str, Tensor]  # by name
@@ -40,8 +40,8 @@ StateDict = Mapping[str, Tensor]  # by name
 
 @dataclass(frozen=True)
 class NativeAdapter:
-    """A loaded adapter: its config, its base, and its full fp32 tensors. `sealed` is False if its files have no
-    checksums."""
+    """A loaded adapter: its config, its base identity, and its full fp32 tensors. `sealed` is False if the files have
+    no checksums."""
 
     config: AdapterConfig
     base_identity: BaseIdentity
@@ -49,30 +49,30 @@ class NativeAdapter:
     sealed: bool = True
 
     def updates(self, shape: ModelShape) -> Iterator[tuple[WeightRule, Tensor, Tensor]]:
-        """Every weight that the adapter changes, with A' (r, in) and B' (out, r): W' = W + B' A'; layer by layer."""
+        """Yield each changed weight, layer by layer, with A' (r, in) and B' (out, r), where W' = W + B' A'."""
         for rule, target in changed_weights(self.config, shape):
             yield rule, *lora_factors(self.config, self.state, target, rule.layer)
 
     def equals(self, other: "NativeAdapter") -> bool:
-        """Whether both have the same config, base and values."""
+        """Return whether both adapters have the same config, base and values."""
         same = (self.config, self.base_identity) == (other.config, other.base_identity)
         return same and all(torch.equal(self.state[name], other.state[name]) for name in self.config.tensors)
 
     @property
     def sha256(self) -> str:
-        """Hash of the tensors, in hexadecimal."""
+        """Return a hash of the tensors, in hexadecimal."""
         digest = hashlib.sha256()
         for name in self.config.tensors:
             digest.update(self.state[name].contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     def record(self) -> dict[str, Any]:
-        """The record of this adapter in adapters and models that are converted from it."""
+        """Return the record of this adapter that is written into adapters and models converted from it."""
         return {**self.config.facts, "base_model": self.base_identity.base_model, "adapter_sha256": self.sha256}
 
 
 def changed_weights(config: AdapterConfig, shape: ModelShape) -> Iterator[tuple[WeightRule, Target]]:
-    """Every weight of a base that an adapter of `config` changes, layer by layer, and the target that it is."""
+    """Yield each base weight that an adapter with `config` changes, and its target, layer by layer."""
     targets = {shape.block.adaptable[target.name].name: target for target in config.targets}
     for rule in weight_rules(shape):
         if rule.linear in targets and rule.layer in config.layers:
@@ -80,11 +80,11 @@ def changed_weights(config: AdapterConfig, shape: ModelShape) -> Iterator[tuple[
 
 
 class AdaptedTensor(NamedTuple):
-    """A stored tensor that an adapter changes: a weight of the base, or rows of one that is fused here.
+    """A stored tensor that an adapter changes: a base weight, or some rows of a weight that this package fuses.
 
     Attributes:
-        rule: the weight.
-        stored: the name of the tensor.
+        rule: the rule of the weight in the name table.
+        stored: the name of the stored tensor.
     """
 
     target: Target
@@ -92,19 +92,19 @@ class AdaptedTensor(NamedTuple):
     stored: str
 
     def factors(self, config: AdapterConfig, state: Mapping[str, Tensor | None]) -> tuple[Tensor, Tensor]:
-        """A' (r, in) and the rows (rows, r) of B' that belong to the tensor, as of `lora_factors`."""
+        """Return A' (r, in) and the tensor's rows (rows, r) of B', both from `lora_factors`."""
         a, b = lora_factors(config, state, self.target, self.rule.layer)
         return a, self.rule.by_stored_tensor(b)[self.stored]
 
 
 def changed_tensors(config: AdapterConfig, shape: ModelShape) -> dict[str, AdaptedTensor]:
-    """The stored tensors that an adapter of `config` changes, by name."""
+    """Return the stored tensors that an adapter with `config` changes, by name."""
     changed = changed_weights(config, shape)
     return {name: AdaptedTensor(target, rule, name) for rule, target in changed for name in rule.hf_names}
 
 
 def write_adapter_files(folder: Path, config: AdapterConfig, base_identity: BaseIdentity, state: StateDict) -> None:
-    """Write the two files of the format into an existing folder; `save_adapter` writes a folder atomically."""
+    """Write the two adapter files into an existing folder. `save_adapter` writes a whole folder atomically."""
     save_file({name: state[name].contiguous() for name in config.tensors}, folder / WEIGHTS_FILE)
     content = {**StoredAdapter.of(config, base_identity).fields(), "version": __version__}
     write_json(folder / CONFIG_FILE, sealed(content, files=[folder / WEIGHTS_FILE]))
@@ -113,19 +113,19 @@ def write_adapter_files(folder: Path, config: AdapterConfig, base_identity: Base
 def save_adapter(
     folder: Path, config: AdapterConfig, base_identity: BaseIdentity, state: StateDict, *, guard: Guard = unguarded
 ) -> None:
-    """Write an adapter folder atomically, replacing an earlier one. Raises UserError if it cannot be written."""
+    """Write an adapter folder atomically and replace an earlier one. Raises UserError if it cannot be written."""
     with new_folder(folder, guard=guard) as temporary:
         write_adapter_files(temporary, config, base_identity, state)
 
 
 def copy_adapter_files(source: Path, target: Path, adapter: NativeAdapter) -> None:
-    """Copy the two files of `adapter`, which was read from the folder `source`, into the existing folder `target`.
-    Raises UserError if the files have changed since then."""
+    """Copy the two files of `adapter` from `source`, where it was read, into the existing folder `target`. Raises
+    UserError if the files have changed since they were read."""
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         shutil.copyfile(source / name, target / name)
     try:
         copy = load_native_adapter(target)
-    except UserError:  # one file is another adapter's
+    except UserError:  # one of the files belongs to a different adapter
         copy = None
     if copy is None or not copy.equals(adapter):
         raise UserError(f"{source}: was replaced while it was read; give the command again")
@@ -133,7 +133,7 @@ def copy_adapter_files(source: Path, target: Path, adapter: NativeAdapter) -> No
 
 @dataclass(frozen=True, kw_only=True)
 class StoredAdapter(BaseIdentity):
-    """The record in adapter_config.json: an adapter's config, beside the identity of its base."""
+    """The content of adapter_config.json: an adapter's config and the identity of its base."""
 
     method: Text
     rank: Size
@@ -148,19 +148,19 @@ class StoredAdapter(BaseIdentity):
 
     @staticmethod
     def of(config: AdapterConfig, base_identity: BaseIdentity) -> "StoredAdapter":
-        """The record of an adapter."""
+        """Return the record of an adapter with this config and base."""
         own = {name: getattr(config, name) for name in ("seed", "init_std_a", "init_std_b")}
         return StoredAdapter(**asdict(base_identity), **config.facts, **own, qkv_layout=_LAYOUT)
 
     def fields(self) -> dict[str, Any]:
-        """The fields as they are written, without unknown (None) ones."""
+        """Return the fields that are written to the file, without unknown (None) ones."""
         values = {name: value for name in _ORDER if (value := getattr(self, name)) is not None}
         for_peft = {"peft_type": PEFT_TYPE, "task_type": "CAUSAL_LM", "base_model_name_or_path": self.base_model}
         return {"format_version": FORMAT_VERSION, **for_peft, "inference_mode": True, **values}
 
     @property
     def config(self) -> AdapterConfig:
-        """The adapter's config."""
+        """Return the adapter's config."""
         query, kv = (number * self.head_dim for number in (self.num_attention_heads, self.num_key_value_heads))
         sizes = {"hidden_size": self.hidden_size, "intermediate_size": self.intermediate_size}
         targets = sized_targets(self.targets, qkv_rows=(query, kv, kv), **sizes)
@@ -169,11 +169,11 @@ class StoredAdapter(BaseIdentity):
 
     @property
     def base_identity(self) -> BaseIdentity:
-        """The base that it belongs to."""
+        """Return the identity of the adapter's base."""
         return BaseIdentity(**{field.name: getattr(self, field.name) for field in fields(BaseIdentity)})
 
     def check(self, file: Path) -> None:
-        """Raise UserError, naming `file`, for invalid values."""
+        """Raise UserError, naming `file`, if a value is invalid."""
         check_ranges(self, source=f"{file}: ")
         for name in ("base_model", "base_hash", "base_weights_hash", *OPTIONAL_FIELDS):
             if not (getattr(self, name) or "").isprintable():
@@ -188,15 +188,15 @@ class StoredAdapter(BaseIdentity):
 
 
 def check_layers(layers: list[Any], num_layers: int, *, source: str = "") -> None:
-    """Raise UserError, which begins with `source`, unless `layers` are some layers of a model, in ascending order."""
+    """Raise UserError unless `layers` are ascending layers of a model. Its text begins with `source`."""
     numbers = all(type(layer) is int and 1 <= layer <= num_layers for layer in layers)
     if not layers or not numbers or layers != sorted({*layers}):
         raise UserError(f"{source}layers {shown(layers)} are not ascending numbers from 1 to {num_layers}")
 
 
 def check_ranges(values: Any, *, source: str = "") -> None:
-    """Raise UserError, which begins with `source`, if alpha or an init std in the fields of `values` is not in its
-    range. None is in each."""
+    """Raise UserError if `values.alpha` or an init std of `values` is outside its range. None is always allowed. The
+    error's text begins with `source`."""
     std = (0, _LARGEST_STD)
     bounds = {"alpha": (SMALLEST_ALPHA, LARGEST_ALPHA), "init_std_a": std, "init_std_b": std}
     for name, (smallest, largest) in bounds.items():
@@ -213,12 +213,12 @@ _ORDER = (  # order of the fields in the file
 
 
 def load_native_adapter(folder: Path) -> NativeAdapter:
-    """Read an adapter folder (a checkpoint of a run is one too).
+    """Read an adapter folder. A checkpoint of a run is also an adapter folder.
 
     Raises:
-        UserError: it is not a native adapter, or has another format version; a field is missing or has the wrong type;
-            a tensor is missing, of the wrong shape, not floating point or not finite; values are too large; or a
-            checksum does not match.
+        UserError: the folder has no native adapter or a different format version; a field is missing or has the wrong
+            type; a tensor is missing, has the wrong shape, or is not floating point or not finite; values are too
+            large; or a checksum does not match.
     """
     config, base, sums = read_config(folder)
     file = folder / WEIGHTS_FILE
@@ -228,14 +228,14 @@ def load_native_adapter(folder: Path) -> NativeAdapter:
         again = read_config(folder)
         if again == (config, base, sums):
             raise
-        config, base, sums = again  # a run has replaced its adapter in the meantime
+        config, base, sums = again  # a run has replaced the adapter in the meantime
         state = read_tensors(file, {name: config.shape(name) for name in config.tensors}, sums=sums)
     check_values(config, state, source=file)
     return NativeAdapter(config, base, state, sealed=bool(sums))
 
 
 def check_values(config: AdapterConfig, state: StateDict, *, source: Path | str) -> None:
-    """Raise UserError if a factor that is frozen at one is not one, or values are too large."""
+    """Raise UserError if a factor that is frozen at one has other values, or if values are too large."""
     for name in config.tensors:
         factor = config.factor(name)
         if factor.start == "one" and not factor.trained and not bool((state[name] == 1).all()):
@@ -254,8 +254,8 @@ def check_update(config: AdapterConfig, state: StateDict, *, source: Path | str)
 
 
 def read_config(folder: Path) -> tuple[AdapterConfig, BaseIdentity, dict[str, str]]:
-    """(config, base, checksums of the other files) of the adapter in `folder`; its tensors are not read. Raises
-    UserError as `load_native_adapter`, for its config."""
+    """Return (config, base, checksums of the other files) of the adapter in `folder`. Does not read its tensors. Raises
+    UserError if `load_native_adapter` would reject the config file."""
     file = folder / CONFIG_FILE
     content = files.read_json_object(file, kind="a native Tied-LoRA adapter folder")
     if content.get("peft_type", PEFT_TYPE) != PEFT_TYPE:

@@ -1,7 +1,7 @@
 """Resumable checkpoints: a native adapter, the optimizer's moments and the run's progress, independent of the layout.
 
-`checkpoints/step_N` folders are written atomically; then `checkpoints/latest`, a text file, is updated. Every file has
-its checksum in a JSON beside it, and a checkpoint that does not match is skipped for the one before it.
+A folder `checkpoints/step_N` is written atomically. Then the text file `checkpoints/latest` is updated. A JSON file in
+the folder has the checksums of the other files. If they do not match, the checkpoint before this one is used.
 """
 
 import errno
@@ -35,7 +35,7 @@ _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 
 def moment_name(moment: str, name: str) -> str:
-    """The name in the file of the moment (`exp_avg` or `exp_avg_sq`) of one of the adapter's tensors."""
+    """Return the stored name of the moment (`exp_avg` or `exp_avg_sq`) of the adapter's tensor `name`."""
     return f"{moment}.adapter.{name}"
 
 
@@ -57,8 +57,8 @@ class Progress:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded checkpoint: progress, adapter, moments by name, the settings of the run that wrote it, and `notes` for
-    the user about how it was chosen."""
+    """A loaded checkpoint: progress, adapter, moments by name, and the settings of the run that wrote it. `notes` tell
+    the user how it was chosen."""
 
     folder: Path
     progress: Progress
@@ -80,10 +80,10 @@ def save_checkpoint(
     keep: int = 1,
     guard: Guard = unguarded,
 ) -> Path:
-    """Write `step_N`, then point `latest` to it, then remove every checkpoint but the newest `keep` and the best.
+    """Write `step_N` and return its folder. Then update `latest`, and keep only the newest `keep` and the best.
 
-    Checkpoints of later steps are removed too: the run has resumed from before them. Raises UserError if it cannot be
-    written; then the previous checkpoint and `latest` are unchanged.
+    Checkpoints of later steps are also removed, because the run was resumed from an earlier step. Raises UserError if
+    the checkpoint cannot be written. Then the previous checkpoint and `latest` are unchanged.
     """
     folder = checkpoints / f"step_{progress.step}"
     with new_folder(folder, guard=guard) as temporary:
@@ -100,9 +100,9 @@ def save_checkpoint(
 def remove_superseded(
     checkpoints: Path, progress: Progress, *, keep: int, later: bool = False, guard: Guard = unguarded
 ) -> None:
-    """Remove earlier checkpoints but the newest `keep` and the best, and with `later` those of later steps.
+    """Remove earlier checkpoints except the newest `keep` and the best. With `later`, remove later ones too.
 
-    A process that is killed between a save and this leaves one more, so a resumed run does it too.
+    A process that is killed between a save and this call leaves one checkpoint too many. So a resumed run calls it too.
     """
     newest = [other for other in _checkpoints(checkpoints) if _step(other) <= progress.step][:keep]
     kept = {f"step_{progress.best_step}", *(other.name for other in newest)}
@@ -112,7 +112,7 @@ def remove_superseded(
 
 
 def move_latest(checkpoints: Path, step: int, *, guard: Guard = unguarded) -> None:
-    """Point `latest` to the checkpoint of `step`. Raises UserError if it cannot be written."""
+    """Write the name of the checkpoint of `step` into `latest`. Raises UserError if it cannot be written."""
     pointer = checkpoints / LATEST_FILE
     if pointer.is_dir() and not pointer.is_symlink():  # a file cannot replace a folder
         discard(pointer, guard=guard)
@@ -125,16 +125,16 @@ def _step(folder: Path) -> int:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, newest first, without links."""
+    """Return the checkpoints in `folder`, newest first, without symbolic links."""
     found = [item for item in folder.glob("step_*") if _step(item) >= 0 and item.is_dir() and not item.is_symlink()]
     return sorted(found, key=_step, reverse=True)
 
 
 def find_newest_checkpoint(checkpoints: Path) -> Checkpoint | None:
-    """The checkpoint to resume from: the one that `latest` names, or else the newest one that is intact; None if the
-    folder has none. Its notes say which newer ones were skipped and why. Changes no files. Raises UserError if there
-    are checkpoints, or `latest` names one, but none is intact; or if one cannot be read now, although it may be intact.
-    """
+    """Return the checkpoint that `latest` names, or else the newest intact one; None if the folder has no checkpoint.
+
+    Its notes say which newer ones were skipped and why. Changes no files. Raises UserError if there are checkpoints, or
+    `latest` names one, but none is intact; or if one cannot be read now but may be intact."""
     found, pointer = _checkpoints(checkpoints), checkpoints / LATEST_FILE
     notes: list[str] = []
     try:
@@ -146,7 +146,7 @@ def find_newest_checkpoint(checkpoints: Path) -> Checkpoint | None:
             raise UserError(f"{error}; remove it to start from the beginning, or put a checkpoint back") from None
         named = None
         notes.append(str(error))
-    if named is not None:  # a run that resumed from an earlier one may not have removed the later ones yet
+    if named is not None:  # a resumed run may not have removed later checkpoints yet
         limit = _step(named)
         found.sort(key=lambda folder: _step(folder) > limit)
     for folder in found:
@@ -154,7 +154,7 @@ def find_newest_checkpoint(checkpoints: Path) -> Checkpoint | None:
             checkpoint = load_checkpoint(folder)
         except UserError as error:
             if isinstance(error.__context__, OSError) and error.__context__.errno not in _NOT_THERE:
-                raise  # a temporary fault of a disk or network: the checkpoint may be intact
+                raise  # the disk or network may fail temporarily, and the checkpoint may be intact
             notes.append(f"skipped {folder.name}: {error}")
         else:
             said = " ".join(notes)
@@ -169,7 +169,7 @@ def find_newest_checkpoint(checkpoints: Path) -> Checkpoint | None:
 
 
 def named_checkpoint(checkpoints: Path) -> Path | None:
-    """The folder that `latest` names, or None if there is no such file. Raises UserError if it names no checkpoint."""
+    """Return the folder that `latest` names, or None without that file. Raises UserError if it names no checkpoint."""
     pointer = checkpoints / LATEST_FILE
     if pointer.is_symlink() or not pointer.is_file():
         return None
@@ -180,8 +180,8 @@ def named_checkpoint(checkpoints: Path) -> Path | None:
 
 
 def recorded_settings(folders: Iterable[Path]) -> Mapping[str, Any] | None:
-    """The settings of the run that wrote one of the checkpoint folders, of which it reads no more than that; None if
-    none of them can be read."""
+    """Return the settings of the run that wrote the first readable one of these checkpoint folders, or None. Reads
+    nothing else of a checkpoint."""
     for folder in folders:
         content = None if folder.is_symlink() else files.read_json_or_none(folder / PROGRESS_FILE)
         if isinstance(settings := (content or {}).get("settings"), dict):
@@ -190,7 +190,7 @@ def recorded_settings(folders: Iterable[Path]) -> Mapping[str, Any] | None:
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Read a checkpoint folder. Raises UserError if anything in it is missing, broken or from another checkpoint."""
+    """Read a checkpoint folder. Raises UserError if a file is missing, broken or from a different checkpoint."""
     file = folder / PROGRESS_FILE
     content = files.read_json_object(file, kind="a checkpoint of a run (checkpoints/step_N)")
     sums = files.check_seal(file, content)
@@ -200,7 +200,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     _check_steps(file, progress, content["settings"])
     adapter, state = native_adapter.load_native_adapter(folder), folder / STATE_FILE
     for name in (native_adapter.CONFIG_FILE, native_adapter.WEIGHTS_FILE):
-        files.check_file(folder / name, sums)  # intact files may still be from another step
+        files.check_file(folder / name, sums)  # intact files may still be from a different step
     trained = adapter.config.num_trained()
     shapes = {moment_name(moment, name): adapter.config.shape(name) for moment in MOMENTS for name in trained}
     moments = read_tensors(state, shapes, sums=sums)
@@ -229,8 +229,8 @@ def _check_steps(file: Path, progress: Progress, settings: Mapping[str, Any]) ->
 
 
 def copy_checkpoint(source: Path, target: Path, *, guard: Guard = unguarded) -> None:
-    """Copy the files of a checkpoint, and nothing else in its folder, to `target` atomically. Raises UserError if a
-    file is missing or not a plain file of the folder itself, or if `target` cannot be written."""
+    """Copy only the checkpoint files in `source` to `target`, atomically. Raises UserError if a file is missing or is
+    a symbolic link, or if `target` cannot be written."""
     for name in CHECKPOINT_FILES:
         if (source / name).is_symlink() or not (source / name).is_file():
             raise UserError(f"{source / name}: is not a plain file; give a checkpoint that has its own files")

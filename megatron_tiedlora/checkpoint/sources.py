@@ -14,7 +14,7 @@ from megatron_tiedlora.data.readers import may_be_hub_id
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.hf_config import StoredFormat, format_in_use, read_hf_config, stored_format
 
-# The names of scalings in hashes.
+# Names of the RoPE scalings in hashes.
 _SCALINGS = {shapes.LinearScaling: "linear", shapes.YarnScaling: "yarn", shapes.LongRopeScaling: "longrope"}
 _SIDE_FILES = ["*.json", "tokenizer.model", "*.jinja"]
 
@@ -24,10 +24,10 @@ class ModelSource:
     """A base model.
 
     Attributes:
-        name: as the user gave it.
+        name: the value that the user gave to --model.
         folder: the Hugging Face folder, or None for a preset shape.
-        from_hub: whether `name` is a hub id, and `folder` lies in the hub's cache.
-        stored: the format of the blocks' linears, if they are quantised in the folder.
+        from_hub: whether `name` is a hub id; then `folder` is in the hub's cache.
+        stored: the format of the blocks' linears, if the folder quantises them; else None.
     """
 
     name: str
@@ -38,10 +38,10 @@ class ModelSource:
 
     @property
     def base_hash(self) -> str:
-        """Hash of the config's fields that determine the computation; equal for models of the same computation.
+        """Return a hash of the config's fields that determine the computation.
 
-        It is stored with every adapter and checkpoint, so it must never change: fields keep their first names, and a
-        field that was added later is hashed only if its value differs from that of all earlier models.
+        It is stored with every adapter and checkpoint, so it must never change. Fields keep their first names. A field
+        that was added later is hashed only if its value differs from the value of all earlier models.
         """
         shape, block = self.shape, self.shape.block
         same_names = "vocab_size", "hidden_size", "intermediate_size", "num_layers", "max_positions", "tied_embeddings"
@@ -73,11 +73,11 @@ class ModelSource:
 
     @property
     def stored_base(self) -> str | None:
-        """The storage format of the blocks' linears in the folder, a name of `BASE_FORMATS`."""
+        """Return the storage format of the blocks' linears in the folder, a name of `BASE_FORMATS`, or None."""
         return None if self.stored is None else self.stored.base_format
 
     def base_format(self, given: str | None, products: str | None = None) -> str | None:
-        """The storage format of the blocks' linears in a run; see `format_in_use`."""
+        """Return the storage format of the blocks' linears in a run; see `format_in_use`."""
         return format_in_use(self.stored, given, products, source=self.name)
 
     def check_length(self, flag: str, length: int) -> None:
@@ -87,7 +87,7 @@ class ModelSource:
             raise UserError(f"{flag} {length}: {self.name} {limit.reason}. Give at most {limit.tokens}")
 
     def weights_folder(self) -> Path:
-        """The folder with weights and tokenizer. Raises UserError for a preset."""
+        """Return the folder with the weights and the tokenizer. Raises UserError for a preset."""
         if self.folder is None:
             raise UserError(
                 f"--model {self.name} is a shape without weights, for --dry_run and benchmarks; give a Hugging Face"
@@ -97,7 +97,7 @@ class ModelSource:
 
 
 def _hashed_rope(rope: shapes.RopeShape) -> dict[str, Any]:
-    """The rotary embedding as `base_hash` has it; the first five fields are those that there were first."""
+    """Return the fields of the rotary embedding that `base_hash` hashes. The first five are in every hash."""
     fields: dict[str, Any] = {
         "theta": rope.theta,
         "factor": None,
@@ -115,8 +115,8 @@ def _hashed_rope(rope: shapes.RopeShape) -> dict[str, Any]:
 
 
 def find_model(name: str, *, weights: bool = True) -> ModelSource:
-    """Resolve --model; a hub id is downloaded once into the hub's cache, or read from there. Raises UserError if the
-    model does not exist, its config is not readable, or it has a feature that is not implemented."""
+    """Return the model that --model names. A hub id is downloaded once into the hub's cache. Raises UserError if the
+    model does not exist, if its config is not readable, or if it has a feature that is not implemented."""
     if is_preset(name):
         return ModelSource(name, None, shape_from_hf(PRESETS[name], source=name))
     local = local_folder(name)
@@ -126,7 +126,7 @@ def find_model(name: str, *, weights: bool = True) -> ModelSource:
         files = [*_SIDE_FILES, *(["*.safetensors"] if weights else [])]
         try:
             folder = Path(snapshot_download(name, allow_patterns=files))
-        except Exception as error:  # the hub's client raises many kinds; each means that the model cannot be found
+        except Exception as error:  # the hub's client raises many types; each means that the model cannot be found
             said = f"--model {name}: no such folder, and the hub has not sent it ({first_line(error)})"
             raise UserError(said) from None
     values, file = read_hf_config(folder), str(folder / "config.json")
@@ -135,12 +135,12 @@ def find_model(name: str, *, weights: bool = True) -> ModelSource:
 
 
 def demo_model_path() -> Path:
-    """The Hugging Face folder that `tiedlora prepare-demo` writes and `--model demo` reads. It may not exist yet."""
+    """Return the folder that `tiedlora prepare-demo` writes and `--model demo` reads. It may not exist yet."""
     return user_cache() / "demo_model"
 
 
 def local_folder(name: str) -> Path | None:
-    """The folder that --model names; None if it is a hub id. Raises UserError if it is neither."""
+    """Return the folder that --model names, or None for a hub id. Raises UserError if `name` is neither."""
     folder = demo_model_path() if name == "demo" else user_path(name)
     if folder.is_dir():
         return folder

@@ -1,13 +1,12 @@
-"""Reads safetensors files of known content, and writes some of tensors that are made block by block.
+"""Reads safetensors files with known content, and writes safetensors files from tensors that are made block by block.
 
-Names, shapes and sizes are checked before a tensor is read: wrong files are rejected by their header alone, so a small
-file that claims to be huge costs no time or memory. Writing needs the memory of one block, where
-`safetensors.torch.save_file` takes all tensors of a file at once. The files are alike: a header, and the values.
+Names, shapes and sizes are checked before a tensor is read. So a wrong file is rejected by its header alone, and a
+small file that claims to be huge costs no time or memory. Writing needs memory for one block only, while
+`safetensors.torch.save_file` needs all tensors of a file at once. Both write a header and then the values.
 
-Linears that a folder stores in nf4 or fp8 are read as their codes, and one fp32 scale for each block or row. A rank
-reads the rows that it needs; of a shard of columns in nf4 it reads whole rows, because bitsandbytes stores a tensor as
-one run of bytes. Scales that are quantised themselves (bitsandbytes' double quantisation) become plain numbers here, so
-values are those of the file.
+Linears that a folder stores in nf4 or fp8 are read as codes, with one fp32 scale per block or row. A rank reads only
+the rows that it needs. For a column shard in nf4 it reads whole rows, because bitsandbytes stores a tensor as one
+sequence of bytes. Quantised scales (bitsandbytes' double quantisation) are dequantised here; values do not change.
 """
 
 import hashlib
@@ -42,21 +41,21 @@ BYTE_TYPES = {"U8": torch.uint8, "F8_E4M3": torch.uint8}  # codes of quantised w
 TYPE_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # by their names in flags
 SHARD_BYTES = 2 * 10**9
-SAMPLED_RUNS, RUN_LENGTH = 8, 512  # runs of values that identify a tensor, and their length
+SAMPLED_RUNS, RUN_LENGTH = 8, 512  # number and length of the runs of consecutive values that identify a tensor
 
 TensorShape = tuple[int, ...]
 TensorShapes = Mapping[str, TensorShape]  # by tensor name
 
 
 def read_tensors(file: Path, shapes: TensorShapes, *, sums: Mapping[str, str] | None = None) -> dict[str, torch.Tensor]:
-    """The tensors of a file in fp32; it must hold exactly those of `shapes`.
+    """Return the tensors of a file in fp32. The file must contain exactly the tensors of `shapes`.
 
     Args:
         sums: checksums by file name; see `files.check_file`.
 
     Raises:
-        UserError: the file is not a whole safetensors file or has another checksum; or a tensor is missing, unknown, of
-            another shape, not floating point or not finite.
+        UserError: the file is not a whole safetensors file or has a different checksum; or a tensor is missing or
+            unknown, has a different shape, or is not floating point or not finite.
     """
     with _opened(file) as stream:
         header = _read_header(file, stream)
@@ -79,7 +78,7 @@ def read_tensors(file: Path, shapes: TensorShapes, *, sums: Mapping[str, str] | 
         stored = load(raw)
     except SafetensorError as error:
         raise UserError(f"{file}: not a whole safetensors file ({error})") from None
-    # Copies, because views would keep the whole file's buffer.
+    # The tensors are copied, because views would keep the buffer of the whole file in memory.
     values = {name: stored[name].to(torch.float32, copy=True) for name in shapes}
     for name in shapes:
         check_finite(file, name, values[name])
@@ -89,8 +88,8 @@ def read_tensors(file: Path, shapes: TensorShapes, *, sums: Mapping[str, str] | 
 def check_tensors(
     source: Path | str, found: TensorShapes, wanted: TensorShapes, check: Callable[[str], object] = str
 ) -> None:
-    """Raise UserError, naming `source`, unless tensors have the names and the shapes `wanted`; `check` checks one more
-    thing of each."""
+    """Raise UserError, naming `source`, unless `found` has the names and shapes of `wanted`. `check` is called with
+    each name for a further check."""
     for name, shape in wanted.items():
         if name not in found:
             raise UserError(f"{source}: tensor {name} is missing")
@@ -103,14 +102,14 @@ def check_tensors(
 
 
 def check_finite(source: Path | str, name: str, values: torch.Tensor) -> None:
-    """Raise UserError, naming `source` and the tensor, for numbers that are not finite."""
+    """Raise UserError, naming `source` and the tensor, if a value is not finite."""
     if not all_finite(values):
         raise UserError(f"{source}: {name} holds numbers that are not finite")
 
 
 @dataclass(frozen=True)
 class Header:
-    """The header of a file.
+    """The header of a safetensors file.
 
     Attributes:
         entries: `dtype`, `shape` and `data_offsets` (in bytes from `begin`), by tensor name.
@@ -122,12 +121,12 @@ class Header:
 
     @property
     def shapes(self) -> dict[str, TensorShape]:
-        """The shapes by tensor name."""
+        """Return the shape of each tensor, by name."""
         return {name: tuple(entry["shape"]) for name, entry in self.entries.items()}
 
 
 def read_header(file: Path) -> Header:
-    """The header of a file. Raises UserError if the header is invalid, or the file is truncated."""
+    """Return the header of a file. Raises UserError if the header is invalid, or if the file has the wrong size."""
     with _opened(file) as stream:
         header = _read_header(file, stream)
         end = header.begin + max((entry["data_offsets"][1] for entry in header.entries.values()), default=0)
@@ -137,12 +136,12 @@ def read_header(file: Path) -> Header:
 
 
 def read_runs(file: Path, header: Header, name: str) -> torch.Tensor:
-    """Values of one tensor of a file: `SAMPLED_RUNS` runs of `RUN_LENGTH` consecutive values, spread evenly from its
-    first value to its last; all values if it has no more than that.
+    """Return `SAMPLED_RUNS` runs of `RUN_LENGTH` consecutive values of one tensor, spread evenly from its first value
+    to its last. A tensor with fewer values is returned whole.
 
-    Only these values are read. Codes of quantised weights are bytes. A memory map would read ahead, by megabytes for
-    each run on some systems. Raises UserError if the file is not a whole safetensors file, or has no floating-point
-    tensor of that name.
+    Only these values are read. Codes of quantised weights are returned as bytes. A memory map would read ahead, by
+    megabytes for each run on some systems. Raises UserError if the file is not a whole safetensors file, or if it has
+    no tensor `name` of floats or codes.
     """
     entry, begin = header.entries.get(name), header.begin
     with _opened(file) as stream:
@@ -161,7 +160,7 @@ def read_runs(file: Path, header: Header, name: str) -> torch.Tensor:
 
 
 def run_starts(size: int) -> tuple[list[int], int]:
-    """The first positions, and the length, of the runs of `read_runs` among `size` values; one run if they are few."""
+    """Return the start positions and the length of the runs that `read_runs` reads from a tensor of `size` values."""
     if size <= SAMPLED_RUNS * RUN_LENGTH:
         return [0], size
     return [index * (size - RUN_LENGTH) // (SAMPLED_RUNS - 1) for index in range(SAMPLED_RUNS)], RUN_LENGTH
@@ -176,7 +175,7 @@ def _opened(file: Path) -> Iterator[BinaryIO]:
 
 
 def _read_header(file: Path, stream: BinaryIO) -> Header:
-    """The header without its metadata, with the types of its entries checked."""
+    """Return the header without its metadata, and check the types of its entries."""
     length = int.from_bytes(stream.read(8), "little")
     raw = stream.read(length) if length <= LARGEST_HEADER else b""
     try:
@@ -199,13 +198,13 @@ def _read_header(file: Path, stream: BinaryIO) -> Header:
 
 
 def all_finite(values: torch.Tensor) -> bool:
-    """Whether no value is infinite or NaN, in one pass over them: NaN is their minimum and their maximum."""
+    """Return whether no value is infinite or NaN. It needs one pass: with a NaN, minimum and maximum are NaN."""
     return not values.numel() or all(math.isfinite(bound.item()) for bound in values.aminmax())
 
 
 @dataclass(frozen=True)
 class StreamedTensor:
-    """A tensor that is made block by block. The values of `blocks` have the order of the whole tensor of `shape`."""
+    """A tensor of `shape` that is made block by block. `blocks` returns its values in row-major order."""
 
     name: str
     dtype: torch.dtype
@@ -214,16 +213,16 @@ class StreamedTensor:
 
     @property
     def num_bytes(self) -> int:
-        """The size of its values."""
+        """Return the size of the tensor's values in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 class StreamedFile(NamedTuple):
-    """A file of a model's folder.
+    """A weights file of a model folder.
 
     Attributes:
-        head: what stands in front of the values; see `file_head`.
-        tensors: whose values follow each other.
+        head: the bytes before the values; see `file_head`.
+        tensors: the tensors of the file, in the order of their values.
     """
 
     name: str
@@ -232,14 +231,14 @@ class StreamedFile(NamedTuple):
 
     @property
     def value_bytes(self) -> int:
-        """The size of its values."""
+        """Return the size of all values of the file in bytes."""
         return sum(tensor.num_bytes for tensor in self.tensors)
 
 
 def sharded(tensors: Sequence[StreamedTensor], shard_bytes: int = SHARD_BYTES) -> list[StreamedFile]:
-    """The files of a Hugging Face folder's weights: one, or shards of `shard_bytes`.
+    """Return the weights files of a Hugging Face folder: one file, or several of at most `shard_bytes`.
 
-    A tensor is not divided, so a larger one is a shard of its own.
+    A tensor is never divided, so a tensor that is larger than `shard_bytes` gets its own file.
     """
     shards = list(filled((tensor, tensor.num_bytes, shard_bytes) for tensor in tensors))
     files = []
@@ -251,14 +250,14 @@ def sharded(tensors: Sequence[StreamedTensor], shard_bytes: int = SHARD_BYTES) -
 
 
 def write_files(folder: Path, files: Sequence[StreamedFile], *, bar: str = "weights", progress: bool = False) -> None:
-    """Write files in which each tensor's values are made as they are written, and the index if they are several. `bar`
-    is the text of the progress bar."""
+    """Write weights files, and an index if there are several. Tensors are made while they are written. `bar` is the
+    text of the progress bar."""
     total = sum(file.value_bytes for file in files)
     with progress_bar(bar, "B", total=total, shows=progress) as shown, ThreadPoolExecutor(1) as thread:
         flushed = []
         for file in files:
             _write_file(folder / file.name, file, shown.update)
-            flushed.append(thread.submit(sync_path, folder / file.name))  # while the next one is written
+            flushed.append(thread.submit(sync_path, folder / file.name))  # flushed while the next file is written
         for flush in flushed:
             flush.result()
     if len(files) > 1:
@@ -267,14 +266,14 @@ def write_files(folder: Path, files: Sequence[StreamedFile], *, bar: str = "weig
 
 
 def file_head(tensors: Iterable[tuple[str, str, Sequence[int], int]]) -> bytes:
-    """The header of a file and its length, which stand in front of the values. `tensors` has name, type as headers name
-    it, shape and bytes of each, in the order of their values."""
+    """Return the bytes before the values of a file: the length of the header, and the header. `tensors` has (name,
+    safetensors type name, shape, number of bytes) of each tensor, in the order of the values."""
     entries, end = {}, 0
     for name, kind, shape, size in tensors:
         start, end = end, end + size
         entries[name] = {"dtype": kind, "shape": shape, "data_offsets": (start, end)}
     raw = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
-    raw += b" " * (-len(raw) % 8)  # the values begin at a multiple of 8, as safetensors' own do
+    raw += b" " * (-len(raw) % 8)  # the values begin at a multiple of 8, as in files that safetensors writes
     return len(raw).to_bytes(8, "little") + raw
 
 
@@ -293,33 +292,33 @@ def _write_file(path: Path, file: StreamedFile, wrote: Callable[[int], object]) 
 # Linears that are stored in nf4 or fp8 --------------------------------------------------------------------------------
 
 
-# The tensors beside X.weight, in which X.weight is the start of every name.
+# Suffixes of the tensors that are stored beside X.weight: their names are X.weight plus a suffix.
 _STATE = ".quant_state.bitsandbytes__nf4"
 _ABSMAX, _LEVELS, _NESTED_ABSMAX, _NESTED_LEVELS = ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map"
 _ROW_SCALE = "_scale"
 _LARGEST_STATE = 2**16  # bytes of JSON
-_LARGEST_BLOCK, _LARGEST_OFFSET = 2**30, 1e30  # that it may give
+_LARGEST_BLOCK, _LARGEST_OFFSET = 2**30, 1e30  # largest values in that JSON
 
-SliceOf = Callable[[str], Any]  # a stored tensor by its name, from which slices are read; None if there is none
-QuantisedRows = tuple[torch.Tensor, torch.Tensor, int]  # codes, scales, and the bytes that were read
+SliceOf = Callable[[str], Any]  # name -> stored tensor, from which slices can be read; None if it does not exist
+QuantisedRows = tuple[torch.Tensor, torch.Tensor, int]  # codes, scales, number of bytes that were read
 
 
 class _Nf4State(NamedTuple):
-    """The JSON beside a tensor of bitsandbytes. `nested` is (size of a block of scales, their offset)."""
+    """The JSON state of a bitsandbytes tensor. `nested` is (size of a block of scales, offset of the scales)."""
 
     block: int
     nested: tuple[int, float] | None
 
 
 class StoredWeights:
-    """The quantised tensors of a folder. Errors name the tensor; the caller adds the file."""
+    """The quantised tensors of a folder. Errors name the tensor. The caller adds the name of the file."""
 
     def __init__(self, kind: StoredFormat, slice_of: SliceOf) -> None:
         self.kind, self._slice_of = kind, slice_of
-        self._block = BASE_FORMATS[kind.base_format].block or 0  # weights that share a scale; 0: those of a row
+        self._block = BASE_FORMATS[kind.base_format].block or 0  # weights that share a scale; 0: one scale per row
 
     def names(self, name: str) -> tuple[str, ...]:
-        """The stored tensors that make up the linear `name`, without those that only describe it."""
+        """Return the names of the stored tensors with the codes and scales of the linear `name`."""
         if self.kind.method != BITSANDBYTES:
             return name, name + _ROW_SCALE
         nested = self._slice_of(name + _NESTED_ABSMAX) is not None
@@ -342,7 +341,7 @@ class StoredWeights:
             raise UserError(f"{said}, not one number, or one for each row")
 
     def read(self, name: str, shape: TensorShape, rows: slice, columns: slice) -> QuantisedRows:
-        """Codes and scales of a range of rows and columns; in nf4 of columns that make up whole blocks."""
+        """Return codes, scales and bytes read for a range of rows and columns. In nf4, columns must be whole blocks."""
         if self.kind.method == BITSANDBYTES:
             return self._read_nf4(name, shape, rows, columns)
         codes = self._slice_of(name)[rows, columns].view(torch.uint8)
@@ -353,7 +352,7 @@ class StoredWeights:
         return codes, scales.contiguous(), codes.nbytes + scales.shape[0] * whole.element_size()
 
     def values(self, name: str, shape: TensorShape, rows: slice) -> tuple[torch.Tensor, int]:
-        """(whole rows in fp32, the bytes that were read)."""
+        """Return (whole rows of dequantised values in fp32, number of bytes that were read)."""
         codes, scales, num_bytes = self.read(name, shape, rows, slice(0, shape[1]))
         if has_nan(codes, self.kind.base_format) or not scales.isfinite().all():
             raise UserError(f"{name} has numbers that are not finite")
@@ -384,7 +383,7 @@ class StoredWeights:
             if tensor.get_dtype() != dtype or found != count:
                 said = f"{name}{part} is {as_given(tensor.get_dtype())} of {found:,} numbers"
                 raise UserError(f"{said}, not {dtype} of {count:,}")
-            # Codes may be one column or one row; rows are sliced from one run of numbers.
+            # Codes may be stored as one column or one row. Rows are sliced from this sequence of codes.
             sizes = list(tensor.get_shape())
             if sizes not in ([count], *([] if part else ([count, 1], [1, count]))):
                 raise UserError(f"{name}{part} has shape {sizes}, not [{count}]{'' if part else f' or [{count}, 1]'}")
@@ -413,14 +412,14 @@ class StoredWeights:
         if shape[1] % block:
             said = f"{name} has blocks of {block} that cross its rows of {shape[1]} weights, so it cannot be sharded"
             raise UserError(f"{said}; give the model with weights in bf16, fp16 or fp32, and --base nf4")
-        # A float, since torch adds no integer above 2^63.
+        # The offset becomes a float, because torch cannot add an integer above 2^63.
         return _Nf4State(block, None if nested is None else (nested[0], float(nested[1])))
 
     def _read_nf4(self, name: str, shape: TensorShape, rows: slice, columns: slice) -> QuantisedRows:
         state, width = self._state(name, shape), shape[1]
         start, stop, _ = rows.indices(shape[0])
         stored = self._slice_of(name)
-        # The bytes are one run, in a tensor of one column (or, in some files, of one row).
+        # The bytes are stored one after another, in a tensor with one column (in some files with one row).
         one_row = len(stored.get_shape()) == 2 and stored.get_shape()[0] == 1 != shape[0] * width // 2
         first, last = start * width // 2, stop * width // 2
         codes = (stored[:, first:last] if one_row else stored[first:last]).reshape(stop - start, width // 2)
@@ -428,7 +427,7 @@ class StoredWeights:
         blocks = slice(start * per_row, stop * per_row)
         scales = self._slice_of(name + _ABSMAX)[blocks]
         num_bytes = codes.nbytes + scales.nbytes
-        if state.nested is not None:  # the scales are codes with scales of their own
+        if state.nested is not None:  # the scales are quantised too: they are codes with their own scales
             size, offset = state.nested
             levels, of_groups = self._slice_of(name + _NESTED_LEVELS)[:], self._slice_of(name + _NESTED_ABSMAX)[:]
             num_bytes += of_groups.nbytes

@@ -1,10 +1,10 @@
-"""The training data of a run as ids, read and tokenised once on a host and mapped by every process.
+"""Caches a run's training data as ids. The data is tokenised once on a host, and every process maps the files.
 
-Two kinds of folders in the cache, each named by a hash of everything that it depends on: all rows of a data flag as ids
-(the key has the hash of its files, so a start reads no rows), and which of their samples are trained on and which are
-held out. The first process to own such an output writes it. The others wait for the folder, not for each other: no
-process group exists yet, so no collective can time out while a large data set is tokenised. They give up only if the
-writer has written nothing for a while.
+The cache has two kinds of folders, each named by a hash of everything that it depends on. The first kind has all rows
+of a data flag as ids. Its key includes the hash of the files, so a later launch reads no rows. The second kind lists
+the training samples and the held-out samples. The first process that owns a folder writes it. The others wait for the
+folder, not for each other: there is no process group yet, so no collective can time out while a large data set is
+tokenised. They stop waiting only if the writer has written nothing for a while.
 """
 
 import hashlib
@@ -38,9 +38,9 @@ from megatron_tiedlora.runtime.machine import source_hash
 _STORE = {"tokens": np.int32, "offsets": np.int64, "supervised": np.bool_, "facts": FACTS}
 _SPLITS = {"train": np.int64, "validation": np.int64}
 
-_CODE = Path(__file__).parent  # its modules make ids of rows; another version of them tokenises again
+_CODE = Path(__file__).parent  # these modules make ids of rows; if they change, data is tokenised again
 _BLOCK = 2**14  # rows
-_SAY_SECONDS, _LONGEST_SILENCE = 10.0, 300.0  # before the first line of a process that waits, and between two
+_SAY_SECONDS, _LONGEST_SILENCE = 10.0, 300.0  # until a waiting process logs its first line; between lines
 
 _LOGGER = logging.getLogger(__name__)
 _Stored = tuple[dict[str, NDArray[Any]], dict[str, Any]]
@@ -48,14 +48,14 @@ _Stored = tuple[dict[str, NDArray[Any]], dict[str, Any]]
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The parts of a run's data.
+    """The training and validation data of a run.
 
     Attributes:
-        sha256: hash of both parts' ids and of what is supervised.
-        mix: how often the rows of each source are used, in words; empty if each is used once.
+        sha256: hash of the ids and the supervised positions of both splits.
+        mix: lines that say how often the rows of each source are used; empty if the sources have no weights.
         first_row: the row of the first training sample, as an index into all rows of the training files.
         chats: whether rows are conversations.
-        unended: whether a chat template wrote the texts, and no answer in them ends with an end-of-sequence token.
+        unended: whether a chat template wrote the texts, and no answer ends with an end-of-sequence token.
     """
 
     train: TokenDataset
@@ -70,16 +70,15 @@ class TrainingData:
 def tokenised_once(
     encoding: Encoding, *, files: Files, seed: int, cache_dir: str | Path | None = None, timeout_minutes: float = 30.0
 ) -> TrainingData:
-    """Return the training and the validation part, which are read and tokenised if no process did so before.
+    """Return the training and validation data, and tokenise it if no process has done so before.
 
-    The process that does so shows a progress bar, whichever rank it is: all others wait for it, and say so.
+    The process that tokenises shows a progress bar. All others wait for it and log that they wait.
 
-    cache_dir: default `user_cache()`; the folders are in its folder `tokens`. A damaged one is written again.
-    timeout_minutes: how long to wait for a process that lives and writes nothing. One that is dead or suspended is
-        replaced.
+    cache_dir: default `user_cache()`; the folders are in its folder `tokens`. A damaged folder is written again.
+    timeout_minutes: how long to wait for a live process that writes nothing. A dead or suspended process is replaced.
 
-    Raises UserError as `RowStream` and `encoded_rows` do, if no token is supervised, if a file changes while it is
-    read, if the cache cannot be written, and if another process takes too long.
+    Raises UserError if `RowStream` or `encoded_rows` does, or if no token is supervised. Also raises it if a file
+    changes while it is read, if the cache cannot be written, or if another process takes too long.
     """
     folder = Path(cache_dir or output_folder.user_cache()) / "tokens"
     try:
@@ -113,7 +112,7 @@ def tokenised_once(
 def _once(
     folder: Path, timeout_minutes: float, key: str, dtypes: Mapping[str, Any], write: Callable[[Path], None], names: str
 ) -> _Stored:
-    """The content of the folder `key`. `write` is called for it unless a process has written it, or is writing it."""
+    """Return the content of the folder `key`. Call `write` for it unless a process has written it or is writing it."""
     path = folder / key
     waits = _waits(path, names, timeout_minutes)
 
@@ -121,7 +120,7 @@ def _once(
         if mapped_arrays(path, dtypes) is not None:  # other processes may have mapped it
             raise OwnerLost(f"{path}: written by another process")
 
-    while (found := mapped_arrays(path, dtypes)) is None:  # a finished folder is renamed into place when complete
+    while (found := mapped_arrays(path, dtypes)) is None:  # a folder is renamed to its name when it is complete
         try:
             output = output_folder.take_output(path, resumes=True, reject=reject_whole)
         except FolderTaken:
@@ -130,7 +129,7 @@ def _once(
         try:
             with output.written() as temporary:
                 write(temporary)
-        except OwnerLost:  # another process has written it since this one looked, or while it was suspended
+        except OwnerLost:  # another process has written it since this one checked, or while this one was suspended
             continue
         finally:
             output.release()
@@ -140,15 +139,15 @@ def _once(
 
 
 def _waits(path: Path, names: str, timeout_minutes: float) -> Iterator[None]:
-    """Wait a moment at each `next` for the process that writes the folder `path`, and say so at intervals.
+    """Wait a moment at each `next` for the process that writes the folder `path`, and log this at intervals.
 
-    Raises UserError if it has written nothing for so long.
+    Raises UserError if that process has written nothing for `timeout_minutes`.
     """
     folder, started = output_folder.partial_folder(path), time.monotonic()
     changed, said, size, seen = started, started, 0, None
     while True:
         now = time.monotonic()
-        with suppress(FileNotFoundError):  # they are renamed or removed meanwhile
+        with suppress(FileNotFoundError):  # the files may be renamed or removed at any time
             files = [file.stat() for file in folder.glob(f"{TEMPORARY_PREFIX}*/*")]
             size = sum(file.st_size for file in files)
             if seen != (seen := [(file.st_ino, file.st_size, file.st_mtime_ns) for file in files]):
@@ -159,7 +158,7 @@ def _waits(path: Path, names: str, timeout_minutes: float) -> Iterator[None]:
                 f"{names}: {writer} tokenises it, and has written nothing for {timeout_minutes:g} minutes; end that"
                 f" process, give a longer --timeout_minutes, or set {output_folder.CACHE_VARIABLE} to another folder"
             )
-        # One rank of each host speaks: they have not met yet.
+        # One rank per host logs, because there is no process group yet.
         if rank_number(local=True) == 0 and now - said > min(max(said - started, _SAY_SECONDS), _LONGEST_SILENCE):
             _LOGGER.info(
                 "waiting for %s, which tokenises %s: %s so far, %.0f s waited",
@@ -176,8 +175,8 @@ def _waits(path: Path, names: str, timeout_minutes: float) -> Iterator[None]:
 def _write_rows(
     path: Path, *, stream: RowStream, content: str, encoding: Encoding, name: str, first_only: bool
 ) -> None:
-    """Tokenise the rows of a stream into the existing folder `path`. With `first_only`, rows that belong to the sample
-    of an earlier row are left out."""
+    """Tokenise the rows of a stream into the existing folder `path`. With `first_only`, only the first row of each
+    sample is tokenised."""
 
     def read() -> Iterator[NumberedRow]:
         seen = 0
@@ -204,14 +203,14 @@ def _write_rows(
 def _write_splits(
     path: Path, *, stored: Mapping[Split, _Stored], streams: Mapping[Split, RowStream], seed: int, encoding: Encoding
 ) -> None:
-    """Write which samples are trained on and which are held out, with what `TrainingData` says of them."""
+    """Write the indices of training and held-out samples, and the other fields of `TrainingData`."""
     train, stream = stored["train"][0], streams["train"]
     num_samples, first_samples = len(train["facts"]), np.flatnonzero(train["facts"]["first"])
     numbers, sources = (train["facts"][name][first_samples] for name in ("number", "source"))
     held_out = np.zeros(len(numbers), np.bool_)
     if "validation" in stored:
         other, other_stream = stored["validation"][0], streams["validation"]
-        validation = np.arange(len(other["facts"]))  # all: only the first row of a sample was stored
+        validation = np.arange(len(other["facts"]))  # all samples, because only the first row of each was stored
     else:
         other, other_stream = train, stream
         held_out = held_out_rows(stream, numbers, seed=seed)
@@ -239,7 +238,7 @@ def _write_splits(
 
 
 def _samples_of(rows: NDArray[np.int64], first_samples: NDArray[np.int64], num_samples: int) -> NDArray[np.int64]:
-    """The samples of rows, in order. first_samples: (num_rows,) the first sample of each row."""
+    """Return the indices of the samples of rows, in order. first_samples: (num_rows,) the first sample of each row."""
     counts = np.diff(first_samples, append=num_samples)
     found = [np.empty(0, np.int64)]
     for start in range(0, len(rows), _BLOCK):
@@ -253,10 +252,10 @@ def _samples_of(rows: NDArray[np.int64], first_samples: NDArray[np.int64], num_s
 
 
 def cache_key(encoding: Encoding, content: str, *, first_only: bool = False) -> str:
-    """The hash of everything that the ids of rows depend on.
+    """Return a hash of everything that the ids of rows depend on.
 
     Args:
-        content: the hash of the files that hold them.
+        content: hash of the files with the rows.
         first_only: see `_write_rows`.
     """
     reading = encoding.reading
@@ -300,10 +299,10 @@ _META_FILE = "content.json"
 def written_arrays(
     folder: Path, dtypes: Mapping[str, Any], facts: Mapping[str, Any] | None = None
 ) -> Iterator[Callable[..., None]]:
-    """Yield a function that appends values to arrays of these dtypes, (number of values,) each, given by name.
+    """Yield a function that appends values to one-dimensional arrays of these dtypes, given by name.
 
-    They are in an existing folder, which is complete when the block has ended: every file's size and hash are recorded
-    with a hash of the record, so that damage is noticed. `facts` is JSON that is written beside the arrays."""
+    The arrays are files in an existing folder. When the block ends, every file's size and hash are written, with a hash
+    of this record, so that damage is detected. `facts` is JSON that is written beside the arrays."""
     with ExitStack() as stack:
         files = {name: stack.enter_context((folder / name).open("wb")) for name in dtypes}
 
@@ -318,20 +317,20 @@ def written_arrays(
 
 
 def mapped_arrays(folder: Path, dtypes: Mapping[str, Any]) -> _Stored | None:
-    """(the arrays of a folder, what was written beside them); None if the folder is missing, damaged or another's.
+    """Return (arrays of a folder, the `facts` written beside them); None if the folder is missing, damaged or foreign.
 
-    A mapped array takes no memory of its own: all processes of a host share the system's copy of the file.
+    A mapped array needs no memory of its own, because all processes of a host share the system's copy of the file.
     """
     meta_file, files = folder / _META_FILE, {name: folder / name for name in dtypes}
     try:
         meta = read_json_object(meta_file, kind="a folder of arrays")
         sums = check_seal(meta_file, meta)
-        # Opening a pipe would wait. A sparse file may be of any size, so sizes come before hashes.
+        # Opening a pipe would block. A sparse file may have any size, so sizes are checked before hashes.
         if any(not file.is_file() or file.stat().st_size != meta["sizes"][name] for name, file in files.items()):
             return None
         if any(file_sha256(file) != sums[name] for name, file in files.items()):
             return None
-        arrays = {name: np.empty(0, dtype) for name, dtype in dtypes.items()}  # nothing of an empty file can be mapped
+        arrays = {name: np.empty(0, dtype) for name, dtype in dtypes.items()}  # an empty file cannot be mapped
         for name, file in files.items():
             if meta["sizes"][name]:
                 arrays[name] = np.memmap(file, dtypes[name], "r").view(np.ndarray)

@@ -1,7 +1,7 @@
-"""The text of a conversation: written by the chat template, or as lines `User: ...` and `Assistant: ...`.
+"""Makes the text of a conversation with the chat template, or as lines `User: ...` and `Assistant: ...`.
 
-Owns what is supervised in it, and which roles and fields a template knows. Leaves the template's process to
-`chat_template`, and tokens to `encode`.
+This module also decides which parts are supervised, and checks that the template knows all roles and fields.
+`chat_template` runs the template, and `encode` makes tokens.
 """
 
 import hashlib
@@ -17,17 +17,17 @@ from megatron_tiedlora.data.chat_template import ChatTemplate, TemplateNames, ha
 from megatron_tiedlora.data.task import Reading, Segment, join_answer
 from megatron_tiedlora.data.turns import ASSISTANT, REASONING, TOOL, Conversation
 
-_PLAIN_ROLES = ("system", "user", ASSISTANT)  # every template writes these, in one way or another
+_PLAIN_ROLES = ("system", "user", ASSISTANT)  # every template can write these
 _WORD = re.compile(r"\w+")
 
 
 class Chat:
-    """Turns the rows of a data set into text. It runs the tokenizer's chat template, so it has to be closed. The
-    tokenizer is None if it is unknown, as for a text that is not tokenised.
+    """Converts conversations to text. It runs the tokenizer's chat template in a process, so it must be closed. The
+    tokenizer may be None, for example if the text is not tokenised.
 
     Attributes:
-        reading: the user's choices.
-        templated: whether there is a chat template, which writes the beginning and the end of a text too.
+        reading: the user's choices about rows.
+        templated: whether there is a chat template. A template also writes the start and the end of a text.
     """
 
     def __init__(self, tokenizer: Any, reading: Reading) -> None:
@@ -36,11 +36,11 @@ class Chat:
         self.templated = bool(getattr(tokenizer, "chat_template", None))
         self._tokenizer, self._name = tokenizer, chat_writer(tokenizer, reading)
         self._template = ChatTemplate(tokenizer, reading.chat_template) if self.templated else None
-        self._names: dict[bool, TemplateNames] = {}  # by whether there are tools, as some have a template for these
+        self._names: dict[bool, TemplateNames] = {}  # by whether there are tools: some have a template for them
 
     def segments(self, conversation: Conversation, source: str) -> tuple[tuple[Segment, ...], int]:
-        """The text of a conversation, and how many of its segments are before the last answer. Raises UserError if the
-        template does not know a role, would drop a field, or fails."""
+        """Return the segments of a conversation's text, and how many of them come before the last answer. Raises
+        UserError if the template does not know a role, would drop a field, or fails."""
         if self.reading.train_on == "last_turn":
             conversation = conversation.with_last_turn_alone()
         self._check_known(conversation, source)
@@ -51,11 +51,11 @@ class Chat:
         return (*before, *self._joined(parts[last:])), len(before)
 
     def close(self) -> None:
-        """End the template's process."""
+        """Stop the process that runs the template."""
         if self._template is not None:
             self._template.close()
 
-    # The parts of a text: (text, None) or (an answer's text, whether it is supervised).
+    # A part of a text is (text, None), or (text of an answer, whether it is supervised).
 
     def _rendered(self, conversation: Conversation, source: str) -> list[tuple[str, bool | None]]:
         assert self._template is not None
@@ -84,7 +84,7 @@ class Chat:
         return parts
 
     def _joined(self, parts: Sequence[tuple[str, bool | None]]) -> list[Segment]:
-        """Segments of parts; neighbours that are not supervised are one, so that they are tokenised together."""
+        """Return the segments of parts. Adjacent unsupervised parts are joined, so that they are tokenised together."""
         texts: list[tuple[str, bool, bool]] = []
         for text, answer in parts:
             ends = answer is not None and self._template is None
@@ -95,7 +95,7 @@ class Chat:
         return [segment for text, supervised, ends in texts for segment in self.cut(text, supervised, ends=ends)]
 
     def cut(self, text: str, supervised: bool, *, ends: bool = False) -> list[Segment]:
-        """The segments of a text, in which marked control tokens are plain text."""
+        """Divide a text into segments, so that marked control tokens are read as plain text."""
         parts = [(text, False)]
         if self.reading.special_tokens == "plain" and (_START in text or _END in text):
             marked = [start.partition(_END) for start in text.split(_START)]
@@ -105,7 +105,7 @@ class Chat:
         return [*segments[:-1], replace(segments[-1], ends=ends)]
 
     def _guarded(self, conversation: Conversation, source: str) -> Conversation:
-        """The conversation with the control tokens of its texts marked, or rejected."""
+        """Return the conversation with the control tokens in its texts marked; `guard` may reject one."""
         turns = []
         for turn in conversation.turns:
             where, message = f"{source}, {turn.name}", dict(turn.message)
@@ -115,8 +115,8 @@ class Chat:
         return Conversation(tuple(turns), self.guard(conversation.tools, "field 'tools'", source))
 
     def guard(self, value: Any, what: str, source: str) -> Any:
-        """`value` (a text, or JSON with texts) of a row, with its control tokens marked. `what` names it in messages.
-        Raises UserError if there is one, and it is to be rejected."""
+        """Return `value` (a text, or JSON with texts) with its control tokens marked. Messages call it `what`. Raises
+        UserError if it has a control token and the user has not chosen how to read it."""
         if isinstance(value, dict):
             return {self.guard(key, what, source): self.guard(item, what, source) for key, item in value.items()}
         if not isinstance(value, str):
@@ -134,7 +134,7 @@ class Chat:
         )
 
     def _check_known(self, conversation: Conversation, source: str) -> None:
-        """Raise UserError for what the template, or lines without one, would drop or not know."""
+        """Raise UserError if the template, or the plain format without one, would drop a field or not know a role."""
         names, has_tools = TemplateNames(), bool(conversation.tools)
         if self._template is not None:
             if has_tools not in self._names:
@@ -148,17 +148,17 @@ class Chat:
             for field in ("tool_calls", *REASONING):
                 if field in message and field not in names.fields:
                     other = next((name for name in REASONING if field in REASONING and name in names.fields), None)
-                    rename = "" if other is None else f"rename it {other!r}, "  # a thought by another name
+                    rename = "" if other is None else f"rename it {other!r}, "  # the template's name for a thought
                     said = f"{where}: {field!r} is not read by {self._name}"
                     raise UserError(f"{said}; {self._fix}, {rename}or remove the field")
-            role, calls = message["role"], "tool_calls" in names.fields  # such a template writes what tools answer too
+            role, calls = message["role"], "tool_calls" in names.fields  # such a template also writes answers of tools
             known = role in _PLAIN_ROLES or role in names.constants or (role == TOOL and calls)
             if not known and self.reading.special_tokens == "refuse":
                 said = f"{where}: role {shown(role)} is not known to {self._name}"
                 raise UserError(f"{said}; {self._fix}, or --special_tokens_in_text plain to write it as it is")
 
     def _check_written(self, conversation: Conversation, text: str, source: str) -> None:
-        """Raise UserError if the template drops the text of a turn, or a call; the longest word stands for a text."""
+        """Raise UserError if the template drops a tool call or a turn's text. Checks only the text's longest word."""
         for turn in conversation.turns:
             message = turn.message
             content = str(message["content"] or "").rpartition("</think>")[2]  # earlier thoughts may be left out
@@ -175,14 +175,14 @@ class Chat:
 
 
 def chat_writer(tokenizer: Any, reading: Reading) -> str:
-    """The writer of the text of conversations with a tokenizer, in words."""
+    """Return a description of what writes the text of conversations: the chat template, or plain lines."""
     if not getattr(tokenizer, "chat_template", None):
         return "lines of User: and Assistant: (the tokenizer has no chat template)"
     return f"the chat template of {reading.chat_template or getattr(tokenizer, 'name_or_path', 'the tokenizer')}"
 
 
 def chat_note(tokenizer: Any, reading: Reading) -> str:
-    """The way in which conversations are read with a tokenizer, for the first lines of a run."""
+    """Return a note for a run's first log lines: what writes conversations, and which answers are supervised."""
     said = f"{chat_writer(tokenizer, reading)}; {'every' if reading.train_on == 'all_turns' else 'the last'} answer"
     if not tokenizer.chat_template:
         return f"{said} is supervised"
@@ -193,12 +193,12 @@ def chat_note(tokenizer: Any, reading: Reading) -> str:
 def _template_text(tokenizer: Any, reading: Reading, *, tools: Any = None) -> str:
     try:
         return str(tokenizer.get_chat_template(tools=tools))
-    except ValueError as error:  # several templates, none of which is the default
+    except ValueError as error:  # there are several templates, and none is the default
         raise UserError(f"{chat_writer(tokenizer, reading)}: {error}; give one with --chat_template") from None
 
 
 def read_chat_template(file: str | Path) -> str:
-    """The text of the file given to --chat_template. Raises UserError if it is missing, not text, or empty."""
+    """Return the text of the --chat_template file. Raises UserError if it is missing, not text, or empty."""
     path = user_path(file)
     if not path.is_file():
         raise UserError(f"--chat_template {file}: no such file; give a Jinja template")
@@ -209,19 +209,19 @@ def read_chat_template(file: str | Path) -> str:
 
 
 def chat_template_sha256(file: str | Path) -> str:
-    """Hash of a chat template's text. Raises UserError as `read_chat_template`."""
+    """Return a hash of a chat template's text. Raises the same UserError as `read_chat_template`."""
     return hashlib.sha256(read_chat_template(file).encode()).hexdigest()
 
 
 # Control tokens -------------------------------------------------------------------------------------------------------
 
 
-_START, _END = "\ufdd0", "\ufdd1"  # code points that are no characters, for a program's own use
+_START, _END = "\ufdd0", "\ufdd1"  # Unicode noncharacters, reserved for internal use by programs
 
 
 def _control_tokens(tokenizer: Any, meaning: str) -> re.Pattern[str] | None:
-    """A pattern that finds the tokenizer's control tokens in a row's text. None if there are none, if `meaning`
-    (--special_tokens_in_text) is `control`, or if the tokenizer splits them itself."""
+    """Return a pattern that finds the tokenizer's control tokens in a text. It is None if there are none, if `meaning`
+    (--special_tokens_in_text) is `control`, or if the tokenizer splits control tokens itself."""
     if tokenizer is None or meaning == "control" or getattr(tokenizer, "split_special_tokens", False):
         return None
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
@@ -231,10 +231,10 @@ def _control_tokens(tokenizer: Any, meaning: str) -> re.Pattern[str] | None:
 
 
 def with_marks(segments: Iterable[Segment]) -> str:
-    """The text of segments, with marks at those that are plain."""
+    """Return the text of segments, with marks around each plain segment."""
     return "".join(f"{_START}{segment.text}{_END}" if segment.plain else segment.text for segment in segments)
 
 
 def without_marks(text: str) -> str:
-    """The text without marks."""
+    """Return the text without marks."""
     return text.replace(_START, "").replace(_END, "")

@@ -1,9 +1,9 @@
 """Renders conversations with the tokenizer's chat template, a program that may come from an untrusted model folder.
 
-transformers runs it in Jinja's sandbox. That blocks access to files and objects, but not unlimited time and memory,
-even within one call of a built-in function. So it runs in a forked process, which has the tokenizer in its present
-state. The kernel limits the memory of that process, and it is killed if it takes too long. There a conversation becomes
-text, with the span of each answer in it, and the names that a template reads are found.
+transformers runs the template in Jinja's sandbox. The sandbox blocks access to files and objects, but it does not limit
+time and memory. So the template runs in a forked process, which has a copy of the tokenizer. The kernel limits the
+memory of that process, and it is killed if it takes too long. This process renders conversations, finds the span of
+each answer in the text, and finds the names that a template reads.
 """
 
 import json
@@ -28,20 +28,20 @@ from jinja2.parser import Parser
 from megatron_tiedlora.base.child_process import end_with_parent, limited
 from megatron_tiedlora.base.messages import UserError, one_line, shown
 
-# Templates take milliseconds; the first call, which loads Jinja, takes some tenths of a second. They need a few times
-# the memory of the text, and add some kB to it. A conversation is rendered up to six times for each of its answers.
+# A template takes milliseconds; the first call, which loads Jinja, takes some tenths of a second. It needs a few times
+# the memory of the text, and adds some kB to it. A conversation is rendered up to six times for each of its answers.
 _SECONDS, _SECONDS_PER_ANSWER, _MEMORY = 1.0, 0.02, 2**28
 _OWN_CHARACTERS, _RATIO = 100_000, 10
 _SILENCE = 60.0  # wall-clock seconds without an answer, for a process that gets no CPU time
 
 Objects = Sequence[Mapping[str, Any]]  # messages, or schemas of tools
 Span = tuple[int, int]  # start and end of an answer in a text
-Rendered = tuple[str, tuple[Span, ...]]  # a conversation as the template writes it, and the answers that were asked for
+Rendered = tuple[str, tuple[Span, ...]]  # the text that the template writes, and the spans of the requested answers
 
 
 class ChatTemplate:
-    """A tokenizer's chat template in its own process, which starts with the first conversation. Messages call it
-    `name`."""
+    """A tokenizer's chat template in its own process, which starts when it is first needed. `name` is the template's
+    name in messages."""
 
     def __init__(self, tokenizer: Any, name: str | None = None) -> None:
         self._tokenizer = tokenizer
@@ -51,18 +51,18 @@ class ChatTemplate:
     def render(
         self, messages: Objects, source: str, *, answers: Sequence[int], names: Sequence[str], tools: Objects = ()
     ) -> Rendered:
-        """Return the text of a conversation, with the spans of the assistant's turns whose indices are `answers`.
+        """Return the text of a conversation, and the spans of the assistant's turns whose indices are in `answers`.
 
-        The template's generation marks give a span, if there is one for each answer of the assistant. Otherwise a turn
-        is what its rendering adds to that of the turns before it, with the start of an answer.
+        If each answer of the assistant has a generation mark in the template, the marks are the spans. Otherwise the
+        turns before an answer are rendered with a generation prompt, and the span is the text that the answer adds.
 
         Args:
-            names: what each turn is called in errors.
+            names: the name of each turn in errors.
 
         Raises:
-            UserError: the template rejects the turns or fails; it writes a turn in another way once others follow; it
-                needs more than a second of CPU time or 256 MiB; its text is longer than ten times the conversation's
-                plus 100,000 characters.
+            UserError: the template rejects the turns or fails; it changes a turn when others follow; it needs more than
+                256 MiB or more than a second of CPU time (plus 0.02 s per answer); its text is longer than 100,000
+                characters plus ten times the conversation's length.
         """
         turns = {"messages": list(messages), "tools": list(tools) if tools else None, "names": list(names)}
         longest = _OWN_CHARACTERS + _RATIO * _num_characters([turns["messages"], turns["tools"]])
@@ -70,12 +70,12 @@ class ChatTemplate:
         return answer["text"], tuple((int(start), int(end)) for start, end in answer["answers"])
 
     def names(self, text: str, source: str) -> "TemplateNames":
-        """Return the names that a template's `text` reads. Raises UserError if it is broken, or takes too long."""
+        """Return the names that the template `text` reads. Raises UserError if it is broken, or takes too long."""
         found = self._answered({"template": text, "answers": ()}, source)
         return TemplateNames(**{name: frozenset(words) for name, words in found["found"].items()})
 
     def close(self) -> None:
-        """End the process."""
+        """Stop the process that runs the template."""
         if self._running is not None:
             process, connection = self._running
             connection.close()
@@ -86,7 +86,7 @@ class ChatTemplate:
         self._running = None
 
     def _answered(self, request: Mapping[str, Any], source: str) -> dict[str, Any]:
-        """The answer of the process. Raises UserError with its reason if there is none, or if it ends before."""
+        """Send a request to the process and return its answer. Raises UserError if it fails, ends or takes too long."""
         process, connection = self._running or self._start()
         before, deadline = _seconds(process), time.monotonic() + _SILENCE
         most, late = _SECONDS + _SECONDS_PER_ANSWER * len(request["answers"]), ""
@@ -116,10 +116,10 @@ class ChatTemplate:
 
 
 def _seconds(process: psutil.Process) -> float:
-    """CPU time that the process has used so far."""
+    """Return the CPU time that the process has used so far, in seconds."""
     try:
         times = process.cpu_times()
-    except psutil.Error:  # it has ended, which its connection shows
+    except psutil.Error:  # the process has ended; the caller sees this at the connection
         return 0.0
     return float(times.user + times.system)
 
@@ -128,7 +128,7 @@ def _seconds(process: psutil.Process) -> float:
 
 
 def _serve(tokenizer: Any, connection: Connection, parent: int) -> NoReturn:
-    """Answer requests until the other end is closed. Never returns into the parent's code."""
+    """Answer requests until the other end is closed, then end the process. It never returns to the parent's code."""
     status = 1
     try:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # do not inherit the parent's handlers
@@ -154,7 +154,7 @@ def _answer(tokenizer: Any, request: Mapping[str, Any]) -> dict[str, Any]:
     except TurnsChange as error:
         fix = "give --train_on last_turn, or a --chat_template that marks answers with {% generation %}"
         return {"reason": str(error), "fix": fix}
-    except Exception as error:  # a template is a stranger's program: it may reject roles, or fail in any other way
+    except Exception as error:  # a template is foreign code: it may reject roles, or fail in any other way
         if parses:
             return {"reason": f"is no Jinja template ({one_line(str(error))})", "fix": "give another --chat_template"}
         return {"reason": one_line(f"rejects these messages ({error})")}
@@ -164,7 +164,7 @@ def _answer(tokenizer: Any, request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _num_characters(value: Any) -> int:
-    """Length of all texts in a value of JSON."""
+    """Return the length of all texts in a JSON value, in characters."""
     if isinstance(value, str):
         return len(value)
     parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
@@ -172,12 +172,12 @@ def _num_characters(value: Any) -> int:
 
 
 def _send(connection: Connection, content: Mapping[str, Any]) -> None:
-    with suppress(BrokenPipeError):  # the other end is closed, which the next read shows
+    with suppress(BrokenPipeError):  # the other end is closed, and the next read will fail
         connection.send_bytes(json.dumps(content).encode())
 
 
 def _receive(connection: Connection) -> dict[str, Any] | None:
-    """The next message, or None if the other end is closed."""
+    """Return the next message, or None if the other end is closed."""
     try:
         content = json.loads(connection.recv_bytes())
     except (EOFError, ConnectionError):
@@ -187,8 +187,9 @@ def _receive(connection: Connection) -> dict[str, Any] | None:
 
 # Rendering in the process ---------------------------------------------------------------------------------------------
 #
-# Names are found by Jinja's syntax tree: a comment, or a part of another word, is no name. The span of answer i is
-# [common start of render(turns before i, with the start of an answer) and the whole, length of render(turns up to i)].
+# Names are found in Jinja's syntax tree, so comments and parts of words do not count. The span of answer i starts where
+# render(turns before i, with a generation prompt) and the whole text first differ. It ends at the length of
+# render(turns up to i).
 
 
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
@@ -199,9 +200,9 @@ _THOUGHT_END = "</think>"  # some templates write an empty thought before the la
 class TemplateNames:
     """The names in a template.
 
-    variables: names that it reads, such as tools in `{% if tools %}`.
-    fields: what it reads of an object, as message.tool_calls or message['tool_calls'], and all `constants`.
-    constants: texts in its code, such as those that it compares roles with; without those that it only writes.
+    variables: names of variables that it reads, such as tools in `{% if tools %}`.
+    fields: names of fields that it reads, as in message.tool_calls or message['tool_calls'], and all `constants`.
+    constants: texts in its code, such as the roles that it compares with; without texts that it only writes.
     """
 
     variables: frozenset[str] = frozenset()
@@ -210,18 +211,18 @@ class TemplateNames:
 
 
 class _Generation(Extension):
-    """Parses {% generation %}, the mark around what the assistant generates."""
+    """Parses {% generation %}, which marks the text that the assistant generates."""
 
     tags = {"generation"}  # noqa: RUF012 - Jinja's own declaration
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
-        """The nodes inside of it."""
+        """Return the nodes inside the marked text."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def template_names(text: str) -> TemplateNames:
-    """The names in a template's text. Raises whatever Jinja does for a broken one."""
+    """Return the names in a template's text. Raises Jinja's own errors if the template is broken."""
     tree = Environment(autoescape=False, extensions=[_Generation, "jinja2.ext.loopcontrols"]).parse(text)
     writers = tree.find_all((nodes.Output, nodes.Add, nodes.Concat))
     written = {id(child) for node in writers for child in node.iter_child_nodes()}
@@ -236,19 +237,19 @@ def template_names(text: str) -> TemplateNames:
 
 
 class TurnsChange(ValueError):
-    """The template writes a turn in another way once others follow, so its span cannot be found."""
+    """The template writes a turn differently when others follow, so the span of the turn cannot be found."""
 
 
 def has_marks(template: str) -> bool:
-    """Whether a template marks what the assistant generates, with {% generation %}."""
+    """Return whether a template marks the assistant's text with {% generation %}."""
     return _GENERATION.search(template) is not None
 
 
 def render_with_spans(
     tokenizer: Any, messages: Objects, tools: Objects | None, answers: Sequence[int], *, names: Sequence[str]
 ) -> Rendered:
-    """The messages with the spans of those with the indices `answers`; errors call each message by its entry in
-    `names`. Raises TurnsChange if a span cannot be found, and whatever the template raises."""
+    """Return the text of the messages, and the spans of those with the indices `answers`. `names` are their names in
+    errors. Raises TurnsChange if a span cannot be found. Errors of the template are not caught."""
     if found := _by_marks(tokenizer, messages, tools):
         return found[0], tuple(found[1][index] for index in answers)
     render, eos = partial(_render, tokenizer, tools=tools), getattr(tokenizer, "eos_token", None) or ""
@@ -257,14 +258,14 @@ def render_with_spans(
 
 
 def _by_marks(tokenizer: Any, messages: Objects, tools: Objects | None) -> tuple[str, dict[int, Span]] | None:
-    """The text, and the span of each answer by the template's generation marks; None unless each is one piece."""
+    """Return the text and the span of each answer, found by generation marks; None unless each is one span."""
     if not has_marks(tokenizer.get_chat_template(tools=tools)):
         return None
     text, marks = _marked(tokenizer, messages, tools)
     answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if len(marks) == len(answers):
         return text, dict(zip(answers, marks, strict=True))
-    # Some templates mark the end of the whole as well. The marks before an answer are those of the turns before it.
+    # Some templates also mark the end of the whole text. Marks before an answer are counted by rendering earlier turns.
     before = [len(_marked(tokenizer, messages[:index], tools, starts_answer=True)[1]) for index in answers]
     pieces = [marks[first:last] for first, last in pairwise([*before, len(marks)])]
     if not all(pieces) or any(one[1] != other[0] for piece in pieces for one, other in pairwise(piece)):
@@ -275,10 +276,10 @@ def _by_marks(tokenizer: Any, messages: Objects, tools: Objects | None) -> tuple
 def _marked(
     tokenizer: Any, messages: Objects, tools: Objects | None, *, starts_answer: bool = False
 ) -> tuple[str, list[Span]]:
-    """The text of messages, and the spans that the template marks."""
+    """Return the text of messages, and the spans that the template marks."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    # It returns (texts, spans by text), which its own annotation does not say.
+    # The function returns (texts, spans per text); its annotation is wrong.
     found: Any = render_jinja_template(
         conversations=[list[Any](messages)],
         tools=None if tools is None else list[Any](tools),
@@ -292,14 +293,14 @@ def _marked(
 
 
 def _span(render: Callable[..., str], messages: Objects, whole: str, index: int, name: str, eos: str) -> Span:
-    """The span of the answer `index`, called `name`, in the rendering of all messages."""
+    """Return the span of the answer `index` in the text `whole` of all messages. Errors call it `name`."""
     prompt = render(messages[:index], starts_answer=True)
-    start = len(os.path.commonprefix([prompt, whole]))  # noqa: RUF071 - by characters: these are no paths
-    if start < len(prompt):  # the start of an answer may hold more than an answer has, such as an open thought
+    start = len(os.path.commonprefix([prompt, whole]))  # noqa: RUF071 - compares characters; these are not paths
+    if start < len(prompt):  # the generation prompt may have more text than the answer, such as an open thought
         before = render(messages[:index])
         if not whole.startswith(before):
             raise TurnsChange(f"writes what comes before {name} in another way once that follows")
-        # Text that the answer has in common with that start belongs to the answer, so look where another begins.
+        # Text that prompt and answer share belongs to the answer. So the start is where a different answer begins.
         other = render([*messages[:index], {**messages[index], "content": _OTHER}])
         begins = other.find(_OTHER)
         if begins >= 0 and whole.startswith(other[:begins]):
@@ -308,9 +309,9 @@ def _span(render: Callable[..., str], messages: Objects, whole: str, index: int,
     if whole.startswith(until):
         return start, len(until)
     ended = until.endswith(eos) and render(messages[:index]).endswith(eos)
-    if ended and whole.startswith(until.removesuffix(eos)):  # the template ends every text with it, whatever is last
+    if ended and whole.startswith(until.removesuffix(eos)):  # the template ends every text with EOS
         return start, len(until) - len(eos)
-    # As the last turn it may be written with an empty thought before its text: compare what comes after that.
+    # A template may write an empty thought before the last answer only, so the text after the thought is compared.
     text = str(messages[index].get("content") or "").strip()
     longest_extra = until.find(text, start) if text else until.find(_THOUGHT_END, start) + len(_THOUGHT_END) + 2
     for extra in range(start, max(longest_extra, 0) + 1):
@@ -321,7 +322,7 @@ def _span(render: Callable[..., str], messages: Objects, whole: str, index: int,
     raise TurnsChange(f"writes {name} ({shown(text[:40])}) in another way once others follow")
 
 
-_OTHER = "\ue000\ue001"  # an answer that begins like no other text: two characters for private use
+_OTHER = "\ue000\ue001"  # a test answer that begins like no other text: two private-use characters
 
 
 def _render(tokenizer: Any, messages: Objects, tools: Objects | None, *, starts_answer: bool = False) -> str:

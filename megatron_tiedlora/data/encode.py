@@ -1,13 +1,12 @@
-"""Turns the segments of samples into token ids and labels, with the same function for training and for generation.
+"""Converts the segments of samples to token ids and labels, with the same function for training and for generation.
 
-tokens = start + segments, each with EOS where its sample says so. `start` is what the tokenizer itself puts before a
-text, usually BOS or nothing. Segments are tokenised separately, so that the ids a model sees before it answers do not
-depend on the answer. What is supervised is known by position, never by id (padding may equal EOS). A prompt that does
-not fit loses its middle, and a chat its first exchanges; an answer is never cut. A text without a prompt becomes
-several samples. A text after another one gets no space that it does not have.
+tokens = start + segments; a segment may end with EOS. `start` is what the tokenizer itself adds before a text, usually
+BOS or nothing. Segments are tokenised separately, so that the ids of a prompt do not depend on the answer. Supervised
+tokens are marked by position, never by id, because padding may equal EOS. If a sample is too long, a prompt loses its
+middle and a chat loses its first exchanges. An answer is never shortened. A long text without a prompt becomes several
+samples. No space is added between two segments.
 
-Owns samples, labels, what they lost, and the calls of a tokenizer, each of whose errors becomes one line. Leaves
-batches to `loader`, storage to `cache`, and a chat's text to `chat`.
+Errors of a tokenizer become one line here. `loader` makes batches, `cache` stores samples, and `chat` writes chats.
 """
 
 import os
@@ -39,8 +38,8 @@ from megatron_tiedlora.data.tokenizer import Tokenizer, library_errors, start_id
 
 
 class Encoded(NamedTuple):
-    """The tokens of a sample, with BOS and EOS; which of them are learned, never the first, which no position predicts;
-    whether its prompt lost its middle; and how many turns a chat lost."""
+    """The tokens of a sample with BOS and EOS, which of them are supervised, whether the prompt lost its middle, and
+    how many turns a chat lost. The first token is never supervised, because no position predicts it."""
 
     tokens: list[int]
     supervised: list[bool]
@@ -51,9 +50,9 @@ class Encoded(NamedTuple):
 def encode_prompts(
     tokenizer: Tokenizer, examples: Sequence[Example], *, max_length: int, reading: Reading | None = None
 ) -> tuple[list[NDArray[np.int32]], int]:
-    """The ids of the examples' prompts, (length,) int32, and the number of those that lost something to `max_length`.
+    """Return the ids of the examples' prompts, (length,) int32 each, and how many were shortened to `max_length`.
 
-    If a prompt fits, these are exactly the ids that training puts before the last answer.
+    If a prompt is not shortened, its ids are exactly the ids before the last answer in training.
     """
     with closing(Encoder(tokenizer, reading or Reading(), max_length)) as encoder:
         encoded = list(encoder.prompts(examples))
@@ -63,10 +62,10 @@ def encode_prompts(
 def encode_dataset(
     examples: Sequence[Example], tokenizer: Tokenizer, *, max_length: int, reading: Reading | None = None
 ) -> TokenDataset:
-    """Tokenise samples that are in memory, to at most `max_length` tokens. A text without a prompt may become several.
+    """Tokenise samples in memory to at most `max_length` tokens. A text without a prompt may become several samples.
 
-    Raises UserError if the tokenizer has no EOS where one is needed, if answers with the start and one token of their
-    prompt do not fit in `max_length` (the message names the sample), and if no token is supervised.
+    Raises UserError if the tokenizer has no EOS but one is needed, or if no token is supervised. Also raises it, with
+    the sample's source, if an answer with the start and one token of its prompt does not fit in `max_length`.
     """
     with closing(Encoder(tokenizer, reading or Reading(), max_length)) as encoder:
         dataset = TokenDataset(**joined([sample for samples in encoder.samples(examples) for sample in samples]))
@@ -75,7 +74,7 @@ def encode_dataset(
 
 
 def joined(samples: Sequence[Encoded]) -> dict[str, NDArray[Any]]:
-    """The arrays of samples, as `TokenDataset` has them."""
+    """Return the arrays of samples, which are arguments of `TokenDataset`."""
     facts = np.zeros(len(samples), FACTS)
     facts["supervised"] = [sum(sample.supervised) for sample in samples]
     for name in ("cut", "lost_turns"):
@@ -89,9 +88,9 @@ def joined(samples: Sequence[Encoded]) -> dict[str, NDArray[Any]]:
 
 
 class Encoder:
-    """Ids of samples with one tokenizer, of at most `max_length` tokens.
+    """Tokenises samples with one tokenizer to at most `max_length` tokens.
 
-    It may run the tokenizer's chat template, which writes shorter chats, so it has to be closed.
+    It may run the tokenizer's chat template in a process, so it must be closed.
     """
 
     def __init__(self, tokenizer: Tokenizer, reading: Reading, max_length: int) -> None:
@@ -102,7 +101,7 @@ class Encoder:
         self.close = self.chat.close
 
     def samples(self, examples: Sequence[Example]) -> Iterator[list[Encoded]]:
-        """Yield the samples of each example: one, or several of a long text."""
+        """Yield the samples of each example: usually one, but several for a long text."""
         for example, tokens, supervised, lost in self._shortened(examples, lambda example: example.segments):
             if len(tokens) > self._max_length and not example.prompt:
                 yield list(self._continued(tokens, supervised))
@@ -110,7 +109,7 @@ class Encoder:
                 yield [self._cut_prompt(example, tokens, supervised, lost)]
 
     def prompts(self, examples: Sequence[Example]) -> Iterator[tuple[list[int], bool]]:
-        """Yield the ids of each prompt, and whether it lost something."""
+        """Yield the ids of each prompt, and whether it was shortened."""
         for _, tokens, _, lost in self._shortened(examples, lambda example: example.segments[: example.num_prompt]):
             cut = len(tokens) > self._max_length
             yield self._without_middle(tokens, room=self._max_length) if cut else tokens, cut or lost > 0
@@ -118,7 +117,7 @@ class Encoder:
     def _shortened(
         self, examples: Sequence[Example], segments_of: Callable[[Example], Sequence[Segment]]
     ) -> Iterator[tuple[Example, list[int], list[bool], int]]:
-        """Yield each example, its tokens, which of them are supervised, and how many turns it lost to the maximum."""
+        """Yield each example, its tokens, which of them are supervised, and how many turns were removed to fit."""
         ids = segment_ids(self._tokenizer, [segments_of(example) for example in examples])
         for example, parts in zip(examples, ids, strict=True):
             tokens, supervised = self._put_together(example, segments_of(example), parts)
@@ -134,7 +133,7 @@ class Encoder:
     def _put_together(
         self, example: Example, segments: Sequence[Segment], parts: Sequence[list[int]]
     ) -> tuple[list[int], list[bool]]:
-        """The tokens of a sample, and which are supervised."""
+        """Return the tokens of a sample, and which of them are supervised."""
         tokens: list[int] = []
         supervised: list[bool] = []
         for segment, ids in zip(segments, parts, strict=True):
@@ -151,13 +150,13 @@ class Encoder:
         return tokens, supervised
 
     def _start_of(self, example: Example, tokens: list[int]) -> list[int]:
-        """The ids that are put in front. A chat template writes its own start, and nothing is written twice."""
+        """Return the ids to add before a sample: none if `tokens` or the chat template already has the start."""
         templated = self.chat.templated and example.conversation is not None
         written = (templated and self._add_bos == "auto") or tokens[: len(self._start)] == self._start
         return [] if written else self._start
 
     def _continued(self, tokens: list[int], supervised: list[bool]) -> Iterator[Encoded]:
-        """A text in parts of the maximum length. The last has two tokens at least, since one predicts nothing."""
+        """Yield samples of the maximum length. The last has at least two tokens, because one token predicts nothing."""
         edges = [*range(0, len(tokens), self._max_length), len(tokens)]
         if edges[-1] - edges[-2] == 1:
             edges[-2] -= 1
@@ -165,7 +164,7 @@ class Encoder:
             yield Encoded(tokens[start:stop], [False, *supervised[start + 1 : stop]])
 
     def _cut_prompt(self, example: Example, tokens: list[int], supervised: list[bool], lost_turns: int) -> Encoded:
-        """The sample, whose prompt loses its middle if it does not fit."""
+        """Return the sample. If it is too long, its prompt loses its middle."""
         cut = len(tokens) > self._max_length
         if cut:
             first = supervised.index(True) if any(supervised) else len(tokens)
@@ -180,7 +179,7 @@ class Encoder:
         return Encoded(tokens, supervised, cut, lost_turns)
 
     def _without_middle(self, prompt: list[int], *, room: int) -> list[int]:
-        """The start of a prompt and both its ends, `room` tokens in all."""
+        """Return the start of a prompt, and the first and last of its other tokens: `room` tokens in total."""
         start = self._start if prompt[: len(self._start)] == self._start else []
         ids, keep = prompt[len(start) :], max(room - len(start), 0)
         head = (keep + 1) // 2
@@ -195,19 +194,19 @@ def _num_turns(example: Example) -> int:
 
 
 def decode_ids(tokenizer: Tokenizer, ids: Sequence[int], *, skip_special: bool = False) -> str:
-    """Decode ids to text. Raises UserError naming the tokenizer if its library fails."""
+    """Return the decoded text of ids. Raises UserError, which names the tokenizer, if its library fails."""
     with library_errors(tokenizer.name_or_path, "cannot decode some ids"):
         return str(tokenizer.decode(list(ids), skip_special_tokens=skip_special))
 
 
 def adds_prefix_space(tokenizer: Tokenizer) -> bool:
-    """Whether the tokenizer puts a space before any text (SentencePiece's dummy prefix, `add_prefix_space`)."""
+    """Return whether the tokenizer adds a space before a text (SentencePiece's dummy prefix, `add_prefix_space`)."""
     tokens = tokenizer.convert_ids_to_tokens(tokenizer.encode("a", add_special_tokens=False))
     return bool(tokens) and tokens[0].startswith(("▁", "Ġ"))
 
 
 def segment_ids(tokenizer: Tokenizer, samples: Sequence[Sequence[Segment]]) -> list[list[list[int]]]:
-    """The ids of each segment of each sample, without any token that ends a sample."""
+    """Return the ids of each segment of each sample, without EOS at the ends of samples."""
     found: list[list[list[int]]] = [[[] for _ in segments] for segments in samples]
     for follows, plain in product((False, True), repeat=2):
         positions = [
@@ -224,12 +223,12 @@ def segment_ids(tokenizer: Tokenizer, samples: Sequence[Sequence[Segment]]) -> l
 
 
 def continuation_ids(tokenizer: Tokenizer, texts: Sequence[str], *, plain: bool = False) -> list[list[int]]:
-    """Tokenise texts that follow a prompt, so that decoding prompt and continuation gives the joined text.
+    """Tokenise texts that follow a prompt, so that the decoded ids of prompt and continuation are the joined text.
 
     A tokenizer that prefixes a space would add one to " 42" and to "42". So a leading space is removed, and the
-    tokenizer adds it again. A text without one is tokenised after a newline, whose ids are then dropped. If the newline
-    merges with the text into one token, the extra space stays. With `plain`, control tokens in the texts are read as
-    plain text."""
+    tokenizer adds it again. A text without a leading space is tokenised after a newline, and the newline's ids are
+    removed. If the newline merges with the text into one token, the extra space stays. With `plain`, control tokens in
+    the texts are read as plain text."""
     if not texts or not adds_prefix_space(tokenizer):
         return _ids(tokenizer, texts, plain=plain)
     newline = _ids(tokenizer, ["\n"])[0]
@@ -261,21 +260,21 @@ def _ids(tokenizer: Tokenizer, texts: Sequence[str], *, plain: bool = False) -> 
 
 # Rows to ids, in chunks -----------------------------------------------------------------------------------------------
 #
-# They are encoded in this process, or in several for a data set of many chunks. What comes out does not depend on the
-# number of processes, since chunks are returned in order.
+# Rows are encoded in this process, or in several processes if the data set has many chunks. The result does not depend
+# on the number of processes, because chunks are returned in order.
 
-# The most rows of a chunk, or bytes of long rows: enough for a tokenizer's threads. Ids as Python objects and what the
-# tokenizer knows of each need a hundred times a row's bytes.
+# Maximum rows and bytes per chunk. A chunk is large enough for a tokenizer's threads. Tokenising needs a hundred times
+# a row's bytes, for ids as Python objects and the tokenizer's details of each id.
 CHUNK, CHUNK_BYTES = 500, 2**18
-_FEW_CHUNKS = 4  # are encoded before other processes would have started
+_FEW_CHUNKS = 4  # this many chunks are encoded faster than other processes start
 _MOST_PROCESSES = 32
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """Everything that decides which ids a row becomes.
+    """Everything that determines the ids of a row.
 
-    end_ids: tokens that end an answer.
+    end_ids: ids that end an answer.
     """
 
     task: Task
@@ -291,16 +290,16 @@ RowShapes = list[tuple[str, str]]
 
 
 class RowEncoder(Encoder):
-    """Encodes chunks of rows."""
+    """Tokenises chunks of rows."""
 
     def __init__(self, encoding: Encoding) -> None:
         super().__init__(encoding.tokenizer, encoding.reading, encoding.max_length)
         self._task, self._ends = encoding.task, encoding.end_ids
 
     def encode(self, rows: Sequence[NumberedRow]) -> tuple[Arrays, RowShapes]:
-        """The samples of rows, as `encoded_rows` yields them, and the rows' shapes.
+        """Return the samples of rows, as arrays that `encoded_rows` yields, and the rows' shapes.
 
-        Raises UserError as `make_example` and `Encoder.samples` do.
+        Raises the same UserErrors as `make_example` and `Encoder.samples`.
         """
         made = [make_example(self._task, self.chat, [row]) for _, _, row in rows]
         of_rows = list(self.samples(made))
@@ -317,12 +316,12 @@ class RowEncoder(Encoder):
 
 
 def encoded_rows(rows: Iterable[NumberedRow], encoding: Encoding) -> Iterator[Arrays]:
-    """Yield the samples of rows, chunk by chunk in order: arrays as `encode.joined` returns them, with all facts.
-    Raises UserError as `RowEncoder.encode`, or if rows of a file have several shapes."""
-    # A row counts as 1 / CHUNK of the bytes at least, so no chunk has more than CHUNK rows.
+    """Yield the samples of rows, chunk by chunk in order, as the arrays of `joined` with all facts. Raises UserError if
+    `RowEncoder.encode` does, or if rows of a file have several shapes."""
+    # Each row counts as at least 1 / CHUNK of the bytes, so no chunk has more than CHUNK rows.
     chunks = filled((row, max(num_bytes(row[-1][0]), CHUNK_BYTES / CHUNK), CHUNK_BYTES) for row in rows)
     first = list(islice(chunks, _FEW_CHUNKS + 1))
-    # A process of multiprocessing's pool, or another daemonic one, may not start processes.
+    # A daemonic process, for example of a multiprocessing pool, is not allowed to start processes.
     several = len(first) > _FEW_CHUNKS and not current_process().daemon
     first_rows: dict[str, tuple[str, str]] = {}
     for arrays, shapes in (_in_processes if several else _in_this_process)(chain(first, chunks), encoding):
@@ -342,7 +341,7 @@ _ENCODER: ContextVar[RowEncoder] = ContextVar("the encoder of a process that tok
 
 
 def _in_processes(chunks: Iterable[list[NumberedRow]], encoding: Encoding) -> Iterator[tuple[Arrays, RowShapes]]:
-    """Chunks are given out and come back in order, and one for each process is in memory."""
+    """Yield the encoded chunks in order. At most one chunk per process is in memory."""
     count = min(len(os.sched_getaffinity(0)), _MOST_PROCESSES)
     begin = partial(_begin, encoding, os.getpid())
     pool = ProcessPoolExecutor(count, get_context("fork"), initializer=begin)
@@ -353,13 +352,13 @@ def _in_processes(chunks: Iterable[list[NumberedRow]], encoding: Encoding) -> It
                 yield _result(*waiting.popleft())
             try:
                 waiting.append((chunk, pool.submit(_encode, chunk)))
-            except OSError as error:  # at the first, which starts the processes
+            except OSError as error:  # raised by the first submit, which starts processes
                 raise UserError(f"no process to tokenise rows can be started ({error}); end other programs") from error
         while waiting:
             yield _result(*waiting.popleft())
     except BrokenProcessPool:
         raise UserError("a process that tokenises rows was ended; start again with more memory") from None
-    finally:  # a signal or an error does not wait for the chunks that were given out
+    finally:  # after a signal or an error, submitted chunks are not waited for
         for process in set(active_children()) - others:
             process.kill()
         pool.shutdown(cancel_futures=True)
@@ -368,7 +367,7 @@ def _in_processes(chunks: Iterable[list[NumberedRow]], encoding: Encoding) -> It
 def _result(chunk: list[NumberedRow], future: Future[tuple[Arrays, RowShapes]]) -> tuple[Arrays, RowShapes]:
     try:
         return future.result()
-    except RecursionError:  # pickle, which passes the chunk, raises it
+    except RecursionError:  # raised by pickle, which sends the chunk
         first, last = (source for _, _, (_, source) in (chunk[0], chunk[-1]))
         raise UserError(f"{first} to {last}: a row has values that are nested too deeply; remove it") from None
 
@@ -377,7 +376,7 @@ def _begin(encoding: Encoding, parent: int) -> None:
     """Prepare a process that tokenises rows."""
     leave_signals_to_parent()
     end_with_parent(parent)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a fork has none of the library's threads, and would wait for them
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a fork has no threads of the library and would wait for them
     _ENCODER.set(RowEncoder(encoding))
 
 

@@ -1,11 +1,11 @@
-"""Batches for every layout from one plan: the samples of a step do not depend on the number of ranks.
+"""Makes the batches of every parallel layout from one plan. The samples of a step do not depend on the number of ranks.
 
-A step takes the next global batch of `token_dataset.sample_indices` and divides it into micro-batches of rows. A row
-holds several packed samples, or one sample; unpacked samples are sorted by length. Micro-batch j goes to accumulation
-step j // dp on data-parallel rank j % dp. The number of supervised tokens of the whole step follows from lengths alone,
-so every rank knows the loss's denominator without a message. Micro-batches of several adapters go into shared ones.
+A step takes the next global batch from `token_dataset.sample_indices` and divides it into micro-batches of rows. A row
+has one sample or several packed samples. Unpacked samples are sorted by length. Data-parallel rank j % dp gets
+micro-batch j in accumulation step j // dp. Each rank computes the number of supervised tokens of the whole step, so it
+knows the loss's denominator without communication. Micro-batches of several adapters may be joined.
 
-Owns labels, padding, packing, and resuming by a count of consumed samples. Leaves devices to the engine.
+This module also makes labels, padding and packing, and resumes by a count of samples. It does not move batches to GPUs.
 """
 
 import math
@@ -28,19 +28,19 @@ from megatron_tiedlora.parallel.loss import IGNORED_LABEL
 Rows = list[list[int]]
 Lengths = Sequence[int] | NDArray[np.int64]
 
-# Token t of the run's sample i (in its order, from 0) has the token index i * NUMBERS_OF_SAMPLE + t. So the index
-# depends on the step, the sample and the position in it, and not on the packing.
+# Token t of sample i, counted in the run's order from 0, has the token index i * NUMBERS_OF_SAMPLE + t. So the index
+# depends on the step, the sample and the token's position in the sample, but not on packing.
 NUMBERS_OF_SAMPLE = 2**24
 
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """The plan of one optimizer step, the same on every rank.
+    """The plan of one optimizer step, which is the same on every rank.
 
-    micro_batches: lists of rows of sample indices; unpacked rows are sorted by length.
-    ordinals: the same rows, with each sample's index in the order of all samples of the run (from 0).
-    num_supervised, num_tokens, squared_lengths: totals of all samples of the step.
-    consumed_samples: samples consumed after this step; a resumed run starts from it.
+    micro_batches: rows of sample indices, per micro-batch; unpacked rows are sorted by length.
+    ordinals: the same rows with positions in the run's order of samples (from 0) instead of sample indices.
+    num_supervised, num_tokens, squared_lengths: totals over all samples of the step.
+    consumed_samples: number of samples used up to and including this step; a resumed run continues after them.
     """
 
     micro_batches: Sequence[Rows]
@@ -59,11 +59,11 @@ class GlobalBatch:
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """One rank's part of a global batch.
+    """One rank's micro-batches of a global batch.
 
-    num_supervised, num_tokens, squared_lengths: totals of the whole global batch. num_positions: positions of all
-    ranks' micro-batches, including padding. largest: the positions of each micro-batch, on the rank where it has most.
-    consumed_samples: samples consumed after this step.
+    num_supervised, num_tokens, squared_lengths: totals over the whole global batch. num_positions: positions of all
+    ranks' micro-batches, including padding. largest: the largest number of positions on any data-parallel rank, per
+    accumulation step. consumed_samples: number of samples used up to and including this step.
     """
 
     micro_batches: tuple[MicroBatch, ...]
@@ -76,9 +76,9 @@ class TrainingStep:
 
 
 def plan_global_batch(dataset: TokenDataset, shape: BatchPlan, *, seed: int, consumed_samples: int) -> GlobalBatch:
-    """Plan the step that follows `consumed_samples`. It is a pure function of its arguments.
+    """Return the plan of the step after the first `consumed_samples` samples. It depends on the arguments only.
 
-    With packing, the numbers of micro-batches and of their rows depend on the samples, and are equal on every rank.
+    With packing, the numbers of micro-batches and of their rows depend on the samples. They are equal on every rank.
     """
     size, micro = shape.global_batch_size, shape.micro_batch_size
     if size % micro:
@@ -117,11 +117,10 @@ def training_steps(
     consumed_samples: int = 0,
     numbered: bool = False,
 ) -> Iterator[TrainingStep]:
-    """Yield the steps of one data-parallel rank after `consumed_samples`, without end.
+    """Yield the steps of one data-parallel rank after the first `consumed_samples` samples, without end.
 
-    With the count of a finished step (`TrainingStep.consumed_samples`) it continues exactly there. If `numbered`,
-    micro-batches have token indices. Raises UserError, on every rank for the same step, if a global batch has
-    no supervised token.
+    With `TrainingStep.consumed_samples` of a step it continues after that step. If `numbered`, micro-batches have token
+    indices. Raises UserError if a global batch has no supervised token. This happens on every rank at the same step.
     """
     dp_size, packed = shape.data_parallel, shape.packed_length is not None
     make = partial(collate, dataset, pad_id=pad_id, pad_multiple=pad_multiple, packed=packed)
@@ -147,12 +146,12 @@ def training_steps(
 
 
 def largest_positions(positions: Sequence[int], *, dp_size: int) -> tuple[int, ...]:
-    """The positions of each micro-batch of a rank, on the rank where it has most; from those of a global batch."""
+    """Return the largest number of positions on any rank, per accumulation step, from those of a global batch."""
     return tuple(max(positions[start : start + dp_size]) for start in range(0, len(positions), dp_size))
 
 
 def _evaluation_rows(dataset: TokenDataset, micro_batch_size: int, dp_size: int) -> Iterator[list[Rows]]:
-    """Yield the rows of each rank's batch, batch by batch: all samples, sorted by length, each on one rank."""
+    """Yield the rows of all ranks' batches, batch by batch. Samples are sorted by length, and each is on one rank."""
     order = np.argsort(dataset.lengths, kind="stable")
     whole = micro_batch_size * dp_size
     for first in range(0, len(order), whole):
@@ -171,8 +170,8 @@ def evaluation_batches(
 ) -> Iterator[MicroBatch]:
     """Yield one rank's batches of a pass over all samples, sorted by length. Each sample is on one rank.
 
-    Every rank gets the same number of batches, so that collectives match. When the samples run out, a batch is one
-    padded row without labels.
+    Every rank gets the same number of batches, so that collectives match. A batch without samples is one row of padding
+    without labels.
     """
     for of_ranks in _evaluation_rows(dataset, micro_batch_size, dp_size):
         yield collate(dataset, of_ranks[dp_rank], pad_id=pad_id, pad_multiple=pad_multiple)
@@ -181,7 +180,7 @@ def evaluation_batches(
 def evaluation_sizes(
     dataset: TokenDataset, *, micro_batch_size: int, dp_size: int, pad_multiple: int = PAD_MULTIPLE
 ) -> Iterator[int]:
-    """Yield the positions of each of the batches of `evaluation_batches`, on the rank where it has most."""
+    """Yield the largest number of positions on any rank, for each batch of `evaluation_batches`."""
     for of_ranks in _evaluation_rows(dataset, micro_batch_size, dp_size):
         yield max(num_positions(dataset, of_ranks, pad_multiple=pad_multiple))
 
@@ -195,9 +194,9 @@ def collate(
     packed: bool = False,
     ordinals: Rows | None = None,
 ) -> MicroBatch:
-    """Concatenate the samples of each row, and pad the rows to a common multiple of `pad_multiple`.
+    """Concatenate the samples of each row, and pad all rows to the same multiple of `pad_multiple`.
 
-    A row without samples becomes padding without labels. An empty `rows` gives one such row.
+    A row without samples becomes padding without labels. If `rows` is empty, the batch is one such row.
 
     Args:
         packed: whether rows may hold several samples; the batch then has document ids.
@@ -219,7 +218,8 @@ def collate(
             if ordinals is not None:
                 numbers[number, start:stop] = ordinals[number][document] * NUMBERS_OF_SAMPLE + np.arange(len(sample))
             start = stop
-        # Padding after one sample continues its positions, as it attends to it; packed, it is its own document.
+        # Padding after a single sample continues its positions, since it attends to it. In a packed row, padding is a
+        # document of its own.
         positions[number, start:] = np.arange(shape[1] - start) + (0 if packed else start)
         documents[number, start:] = len(row)
     return MicroBatch(
@@ -234,17 +234,17 @@ def collate(
 
 
 def num_positions(dataset: TokenDataset, micro_batches: Iterable[Rows], *, pad_multiple: int) -> list[int]:
-    """Number of positions of each of some micro-batches as `collate` pads them."""
+    """Return the number of positions of each micro-batch after padding by `collate`."""
     return [math.prod(_padded_shape(_row_lengths(dataset, rows), pad_multiple)) for rows in micro_batches]
 
 
 def _row_lengths(dataset: TokenDataset, rows: Rows) -> list[int]:
-    """Tokens of each row; [0] if there is no row, for the row of padding that `collate` makes."""
+    """Return the number of tokens per row. Without rows, return [0] for the row of padding that `collate` makes."""
     return [int(dataset.lengths_of(row).sum()) for row in rows] or [0]
 
 
 def _padded_shape(lengths: Sequence[int], pad_multiple: int) -> tuple[int, int]:
-    """(rows, positions per row) of a micro-batch whose rows have these lengths."""
+    """Return (rows, positions per row) of a micro-batch whose rows have these lengths."""
     return len(lengths), -(-max(*lengths, 1) // pad_multiple) * pad_multiple
 
 
@@ -252,18 +252,18 @@ def _padded_shape(lengths: Sequence[int], pad_multiple: int) -> tuple[int, int]:
 
 
 def pack(lengths: Lengths, capacity: int, *, group_size: int = 1, multiple: int = 1, min_groups: int = 1) -> list[Rows]:
-    """Return groups (micro-batches) of rows of indices into `lengths`; the longest rows come first.
+    """Return micro-batches of rows of indices into `lengths`. The longest rows come first.
 
-    It is a pure function of its arguments. First-fit decreasing needs at most 11/9 of the minimum number of rows, plus
-    one (Johnson, 1973). The number of groups follows from that. Then rows are added until all groups have the same
-    number. Samples are spread evenly over the rows if they fit that way; otherwise the fullest rows are halved. So no
-    rank waits for a fuller one, and none is idle.
+    The result depends on the arguments only. First-fit decreasing needs at most 11/9 of the minimum number of rows,
+    plus one (Johnson, 1973). This determines the number of micro-batches. Then rows are added until all micro-batches
+    have equally many. Samples are spread evenly over the rows if they fit; otherwise the fullest rows are halved. So
+    all ranks have a similar amount of work.
 
     Args:
-        capacity: tokens that a row holds; no sample is longer.
-        group_size: maximum rows per group.
-        multiple: the number of groups is a multiple of this.
-        min_groups: minimum number of groups, even if fewer would hold all rows.
+        capacity: maximum number of tokens per row; no sample is longer.
+        group_size: maximum number of rows per micro-batch.
+        multiple: the number of micro-batches is a multiple of this.
+        min_groups: minimum number of micro-batches, even if fewer could have all rows.
     """
     order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
     if not order:
@@ -294,7 +294,7 @@ def _first_fit(lengths: Lengths, order: Sequence[int], capacity: int) -> Rows:
 
 
 def _spread(lengths: Lengths, order: Sequence[int], num_rows: int, capacity: int) -> Rows | None:
-    """Spread `order` over `num_rows` rows: each sample goes to the shortest row. None if a row would overflow."""
+    """Add each sample of `order` to the shortest of `num_rows` rows. Return None if a row gets too long."""
     rows: Rows = [[] for _ in range(num_rows)]
     filled = [0] * num_rows
     for index in order:
@@ -307,7 +307,7 @@ def _spread(lengths: Lengths, order: Sequence[int], num_rows: int, capacity: int
 
 
 def _halve(lengths: Lengths, rows: Rows, num_rows: int) -> Rows:
-    """Halve the longest row that has several samples until there are `num_rows`; if none has, add empty rows."""
+    """Halve the longest row with several samples until there are `num_rows`. If no row has several, add empty rows."""
     rows = list(rows)
     while len(rows) < num_rows:
         longest = max(rows, key=lambda row: _tokens(lengths, row) if len(row) > 1 else 0)
@@ -322,30 +322,30 @@ def _tokens(lengths: Lengths, row: Sequence[int]) -> int:
 
 # Micro-batches of several adapters ------------------------------------------------------------------------------------
 #
-# A micro-batch is never split, since its gradient is one sum; and an adapter has at most one in a shared micro-batch.
+# A micro-batch is never split, because its gradient is one sum. A shared micro-batch has at most one of each adapter.
 
 
 Owned = tuple[str, MicroBatch]  # an adapter's name, and one of its micro-batches
 
 
 def shared_rounds(steps: Mapping[str, TrainingStep], *, capacity: int) -> list[list[Owned]]:
-    """The micro-batches of a step, in shared ones.
+    """Return the shared micro-batches of a step. Each is a list of micro-batches of different adapters.
 
     Args:
-        steps: each adapter's part of a global batch on this rank.
-        capacity: tokens, padding included; 0: nothing is shared.
+        steps: this rank's training step of each adapter, by adapter name.
+        capacity: maximum tokens per shared micro-batch, including padding; 0: no micro-batches are joined.
     """
     rounds = fill_rounds({name: step.largest for name, step in steps.items()}, capacity=capacity)
     return [[(name, steps[name].micro_batches[number]) for name, number in some] for some in rounds]
 
 
 def fill_rounds(largest: Mapping[str, Sequence[int]], *, capacity: int) -> list[list[tuple[str, int]]]:
-    """The micro-batches that go together, by name and index: round by round, the first of every adapter, then the
-    second.
+    """Return shared micro-batches as lists of (adapter name, micro-batch index). The first micro-batches of all
+    adapters are joined first, then the second ones, and so on.
 
-    In a round a micro-batch joins the last shared one if they have at most `capacity` tokens together on every rank. So
-    all ranks have equally many, and those of an adapter stay in their order. `largest` has the positions of each
-    adapter's micro-batches, on the rank where they are most."""
+    A micro-batch joins the last shared one of its round if together they have at most `capacity` tokens per rank. So
+    all ranks have equally many shared micro-batches, and the order per adapter does not change. `largest` has, per
+    adapter and micro-batch, the most positions on any rank."""
     found: list[list[tuple[str, int]]] = []
     for number in range(max(map(len, largest.values()), default=0)):
         present = [(name, number) for name, positions in largest.items() if number < len(positions)]
@@ -354,14 +354,14 @@ def fill_rounds(largest: Mapping[str, Sequence[int]], *, capacity: int) -> list[
 
 
 def shared_micro_batch(parts: Sequence[Owned]) -> MicroBatch:
-    """The micro-batches of several adapters as one, all tensors (1, tokens); that of a single one stays as it is."""
+    """Join the micro-batches of several adapters into one of shape (1, tokens). A single one keeps its shape."""
     batches = [batch for _, batch in parts]
     shares = tuple(Share(name, *batch.tokens.shape) for name, batch in parts)
     if len(batches) == 1:
         return replace(batches[0], shares=shares)
     documents = [batch.documents for batch in batches if batch.documents is not None]
     assert len(documents) in (0, len(batches)), "some rows are packed and some are not"
-    # An adapter without dropout has no token index, and uses none.
+    # An adapter without dropout has no token index and does not use it.
     indices = [torch.zeros_like(batch.tokens) if batch.token_index is None else batch.token_index for batch in batches]
     indexed = any(batch.token_index is not None for batch in batches)
     return MicroBatch(

@@ -1,8 +1,7 @@
-"""Reads rows from files, folders and hub data sets. Each row comes with its source, for messages.
+"""Reads rows from files, folders and hub data sets. Each row has its source, which is used in messages.
 
-Owns the formats of text (.jsonl, .json, .csv, each also as .gz, and lines of plain text), what a path, a pattern or a
-hub id names, and their errors. Owns also checked access to a row's fields.
-Leaves tables to `tables`, and the meaning of the fields to `tasks`.
+This module reads text formats: .jsonl, .json, .csv, each also as .gz, and lines of plain text. It finds the data that a
+path, pattern or hub id names, and checks the fields of a row. `tables` reads tables, and `tasks` interpret the fields.
 """
 
 import csv
@@ -28,25 +27,25 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 _COMPRESSED = ".gz"
 _EXPECTED = f"a {', '.join(SUFFIXES)} file or a hub id"
 
-# No model reads a sample as long as _LONGEST_LINE, and its JSON becomes at most some hundred MB of objects. A .json
-# file is read as a whole, into several times its size.
+# No model reads a sample as long as _LONGEST_LINE, and the JSON of such a line needs at most some hundred MB as
+# objects. A .json file is read as a whole and needs several times its size.
 _LONGEST_LINE, _LARGEST_JSON = 2**24, 2**28  # bytes
-_JSON_MEMORY, _JSON_RATIO = 2**28, 8  # text takes one to four times its bytes, lists of many small objects more
-_GZIP_MEMORY, _GZIP_RATIO = 2**28, 100  # text shrinks 3 to 20 times
+_JSON_MEMORY, _JSON_RATIO = 2**28, 8  # text needs one to four times its bytes, many small objects more
+_GZIP_MEMORY, _GZIP_RATIO = 2**28, 100  # text becomes 3 to 20 times smaller
 
 
 def is_rows_file(name: str) -> bool:
-    """Whether the name has the suffix of a file of rows."""
+    """Return whether the name has a suffix of a data file, such as .jsonl."""
     return name.lower().removesuffix(_COMPRESSED).endswith(SUFFIXES)
 
 
 def looks_like_path(path_or_hub: str) -> bool:
-    """Whether the string can only mean local files: it has a data suffix, is a pattern, or starts like a path."""
+    """Return whether a string must name local files: it has a data suffix, is a pattern, or starts like a path."""
     return is_rows_file(path_or_hub) or has_magic(path_or_hub) or path_or_hub.startswith(("/", ".", "~"))
 
 
 def may_be_hub_id(name: str) -> bool:
-    """Whether `name` can be a hub id by the hub's own rules, if no such path exists."""
+    """Return whether `name` is a valid hub id by the hub's own rules, and does not look like a path."""
     if looks_like_path(name):
         return False
     from huggingface_hub.errors import HFValidationError
@@ -61,18 +60,18 @@ def may_be_hub_id(name: str) -> bool:
 
 @dataclass(frozen=True)
 class LocalData:
-    """Files that a name means on this host: a file, all files of a folder or pattern, or a folder of `save_to_disk`.
+    """Local data: a file, all files of a folder or pattern, or a folder that `save_to_disk` wrote.
 
-    A .json file holds a list of objects, or an object whose `data` is such a list (nested SQuAD). The elements of the
-    list are the rows, and the task unfolds them. `split` is the part that is read, where there are several."""
+    A .json file has a list of objects, or an object whose `data` is such a list (nested SQuAD). The elements of the
+    list are the rows; the task unfolds nested rows. If a saved folder has several splits, only `split` is read."""
 
     name: str
     split: str
 
     def rows(self) -> Iterator[Row]:
-        """Yield all rows. Only a .json file is held as a whole.
+        """Yield all rows. Only a .json file is read into memory as a whole.
 
-        Raises UserError if a file is missing, unreadable, broken (naming file and line) or empty.
+        Raises UserError if a file is missing, unreadable, broken (with file and line) or empty.
         """
         path = user_path(self.name)
         if tables.is_saved_folder(path):
@@ -86,7 +85,7 @@ class LocalData:
         yield from rows
 
     def sha256(self) -> str:
-        """Hash of the files. Raises UserError if one is missing or unreadable."""
+        """Return a hash of the files. Raises UserError if a file is missing or unreadable."""
         path = user_path(self.name)
         if tables.is_saved_folder(path):  # only the library knows which files have the split's rows
             return self.split + tables.names_and_contents(sorted(file for file in path.rglob("*") if file.is_file()))
@@ -94,8 +93,8 @@ class LocalData:
 
 
 def row_data(name: str, *, split: str) -> LocalData | HubData:
-    """Local data or one split of a hub data set, `id[:config[:split]]`, by name. `split` is used where the name has
-    none."""
+    """Return the local data or the hub split, `id[:config[:split]]`, that `name` refers to. `split` is used if the name
+    has no split."""
     if user_path(name).exists() or looks_like_path(name):
         return LocalData(name, split)
     hub_id, *more = name.split(":", 2)
@@ -104,7 +103,7 @@ def row_data(name: str, *, split: str) -> LocalData | HubData:
 
 
 def read_rows(path_or_hub: str | Path, *, split: str = "train", limit: int | None = None) -> list[Row]:
-    """All rows of `row_data`, or the first `limit`. Raises UserError as they do, and if memory does not suffice."""
+    """Return all rows of `row_data`, or the first `limit`. Raises UserError if reading fails or memory runs out."""
     try:
         return list(islice(row_data(str(path_or_hub), split=split).rows(), limit))
     except MemoryError:
@@ -112,7 +111,8 @@ def read_rows(path_or_hub: str | Path, *, split: str = "train", limit: int | Non
 
 
 def about_num_rows(path_or_hub: str | Path) -> int | None:
-    """About how many rows local files have, for a progress bar: the lines of .jsonl and .csv files; None: not known."""
+    """Return the approximate number of rows of local .jsonl and .csv files, which is their number of lines, for a
+    progress bar. Return None for any other data."""
     path = user_path(path_or_hub)
     try:
         files = named_files(path, str(path_or_hub))
@@ -123,13 +123,13 @@ def about_num_rows(path_or_hub: str | Path) -> int | None:
             with one.open("rb", buffering=0) as file:
                 lines += sum(piece.count(b"\n") for piece in iter(partial(file.read, 2**20), b""))
         return lines
-    except (OSError, UserError):  # reading the rows says what is wrong
+    except (OSError, UserError):  # the error is reported later, when the rows are read
         return None
 
 
 def named_files(path: Path, name: str) -> list[Path]:
-    """The files that a path or pattern names, in the order of their names. Raises UserError if a folder or pattern has
-    none with a suffix of rows."""
+    """Return the files that a path or pattern names, sorted by name. Raises UserError if a folder has no file with a
+    data suffix, or if no file matches the pattern."""
     if path.is_dir():
         found = sorted(file for file in path.iterdir() if is_rows_file(file.name) and file.is_file())
         if not found:
@@ -144,7 +144,7 @@ def named_files(path: Path, name: str) -> list[Path]:
 
 
 def checked_files(path: Path, name: str) -> list[Path]:
-    """`named_files`. Raises UserError also if one of them is missing or not a regular file."""
+    """Return `named_files`, and raise UserError if one of them is missing or is not a regular file."""
     files = named_files(path, name)
     for file in files:
         _check_file(file, _EXPECTED)
@@ -154,7 +154,7 @@ def checked_files(path: Path, name: str) -> list[Path]:
 def read_lines(name: str | Path) -> list[str]:
     r"""Read the lines of a UTF-8 text file without their ends (\n or \r\n).
 
-    Raises UserError naming the file if it is missing, unreadable or empty, and also the line if that is not UTF-8.
+    Raises UserError if the file is missing, unreadable or empty, or if a line is not UTF-8.
     """
     path = user_path(name)
     _check_file(path, "a text file")
@@ -172,9 +172,9 @@ def read_lines(name: str | Path) -> list[str]:
 
 
 def _lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
-    r"""Yield number and bytes of each line. Only \n ends a line; `splitlines` would also split inside sentences.
+    r"""Yield the number and bytes of each line. Only \n ends a line; `splitlines` would also split inside sentences.
 
-    Raises UserError if a line is too long, and as `_pieces`.
+    Raises UserError if a line is too long, or if `_pieces` raises it.
     """
     for number, line in enumerate(_pieces(partial(file.readline, _LONGEST_LINE + 1), path), start=1):
         if len(line) > _LONGEST_LINE:
@@ -183,7 +183,7 @@ def _lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _pieces(read: Callable[[], bytes], path: Path) -> Iterator[bytes]:
-    """Yield what `read` returns until the file ends. Raises UserError if a packed one is far larger when unpacked."""
+    """Yield the results of `read` until the file ends. Raises UserError if a .gz file gets too large when unpacked."""
     total, packed = 0, path.suffix.lower() == _COMPRESSED
     most = _GZIP_MEMORY + _GZIP_RATIO * path.stat().st_size
     for piece in iter(read, b""):
@@ -225,16 +225,16 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:
-    with _open(path) as file:  # bytes, so that a message can name the line of a wrong encoding
+    with _open(path) as file:  # read as bytes, so that a message can name the line with a wrong encoding
         for number, line in _lines(file, path):
             source = f"{path}:{number}"
-            row = _parse_json(line.rstrip(b"\r\n"), source)  # a message counts columns of this line alone
+            row = _parse_json(line.rstrip(b"\r\n"), source)  # so that a message counts the columns of this line
             if row is not _BLANK:
                 yield _object(row, source), source
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
-    """Rows of a table with commas, whose first line names the fields. Every value is text."""
+    """Yield the rows of a .csv table. Its first line names the fields. Every value is text."""
     csv.field_size_limit(_LONGEST_LINE)
     with _open(path) as file:
         lines = (_decode(line, f"{path}:{number}") for number, line in _lines(file, path))
@@ -279,7 +279,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
 
 
 def _json_bytes(path: Path) -> bytes:
-    """The file's bytes up to the first chunk with a NUL, which JSON never has; a sparse file has gigabytes."""
+    """Return the file's bytes up to the first chunk with a NUL. JSON has none; sparse files may have gigabytes."""
     pieces = []
     with _open(path) as file:
         for piece in _pieces(partial(file.read, 2**20), path):
@@ -289,11 +289,11 @@ def _json_bytes(path: Path) -> bytes:
     return b"".join(pieces)
 
 
-_BLANK: list[Any] = []  # no rows, as the content of a .json file
+_BLANK: list[Any] = []  # the content of a .json file without rows
 
 
 def _parse_json(raw: bytes, source: str) -> Any:
-    """Return the JSON value in `raw`, or `_BLANK` if there is only white space."""
+    """Return the JSON value in `raw`, or `_BLANK` if `raw` has only white space."""
     text = _decode(raw, source).removeprefix("\ufeff")
     if not text.strip():
         return _BLANK
@@ -330,7 +330,7 @@ def _kind(value: Any) -> str:
 
 # Fields of rows -------------------------------------------------------------------------------------------------------
 #
-# Checked access to them, and small changes to them, shared by all tasks.
+# All tasks use these functions to check and change fields.
 
 
 # The lookbehind lets a match start only where white space starts; a search from every blank would be quadratic.
@@ -338,7 +338,7 @@ _LINE_BREAK = re.compile(r"(?<!\s)\s*[\r\n]\s*")
 
 
 def required_text(row: Mapping[str, Any], name: str, source: str) -> str:
-    """Return the text of field `name`. Raises UserError naming source and field if it is missing or empty."""
+    """Return the text of the field `name`. Raises UserError, with source and field, if it is missing or empty."""
     value = row.get(name)
     if value is None:
         found = f"{source}: field {name!r} is missing; the row has {describe_fields(row)}"
@@ -347,7 +347,7 @@ def required_text(row: Mapping[str, Any], name: str, source: str) -> str:
 
 
 def checked_text(value: Any, name: str, source: str, *, allow_empty: bool = False) -> str:
-    """Return `value` if it is text that can be tokenised. Raises UserError naming source and field."""
+    """Return `value`. Raises UserError, with source and field, if it is not text that can be tokenised."""
     if not isinstance(value, str):
         fix = "put it in quotes" if isinstance(value, int | float) else "give a text, or remove the row"
         raise UserError(f"{source}: field {name!r} is {shown(value)} ({type(value).__name__}), not text; {fix}")
@@ -359,7 +359,7 @@ def checked_text(value: Any, name: str, source: str, *, allow_empty: bool = Fals
 
 
 def is_text(value: str) -> bool:
-    """Whether a string can be encoded as UTF-8. JSON and the command line can produce strings that cannot."""
+    """Return whether a string can be encoded as UTF-8. Strings from JSON or the command line may be invalid."""
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
@@ -368,7 +368,7 @@ def is_text(value: str) -> bool:
 
 
 def required_texts(value: Any, name: str, source: str) -> tuple[str, ...]:
-    """Return the texts of the list in field `name`. Raises UserError if there is none, or one is empty."""
+    """Return the texts of the list in field `name`. Raises UserError if the list or one of its texts is empty."""
     if not isinstance(value, list | tuple):
         said = f"{source}: field {name!r} is {shown(value)}, not a list of texts"
         raise UserError(f"{said}; give at least one text, as a list")
@@ -378,7 +378,7 @@ def required_texts(value: Any, name: str, source: str) -> tuple[str, ...]:
 
 
 def without(row: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    """Return the row's fields without those named. A prompt may use all fields but the answer."""
+    """Return the row's fields except `names`. A prompt may use all fields except the answer."""
     return {name: value for name, value in row.items() if name not in names}
 
 
@@ -393,5 +393,5 @@ def describe_fields(row: Mapping[str, Any]) -> str:
 
 
 def is_empty(value: Any) -> bool:
-    """Whether a field holds nothing; tables have every field in every row."""
+    """Return whether a field has no content. In tables, every row has every field, so some are empty."""
     return value is None or (isinstance(value, str | list | tuple | Mapping) and not value)

@@ -1,8 +1,7 @@
-"""Sources of rows, as a data flag names them: files, folders, patterns and hub data sets, one or several, with or
-without weights; or the task's own source.
+"""Sources of rows: the files, folders, patterns and hub data sets that a data flag names, or the task's own source.
 
-Owns the syntax NAME[:WEIGHT][,NAME[:WEIGHT]...], how often rows of each source are used, --columns, and the hash of
-what is read. Leaves formats to `readers`.
+This module has the syntax NAME[:WEIGHT][,NAME[:WEIGHT]...], decides how often rows of each source are used, applies
+--columns, and hashes the data that is read. `readers` reads the file formats.
 """
 
 import hashlib
@@ -30,21 +29,21 @@ Files = Mapping[str, str | Path | None]
 """Split name -> the value of its data flag. A missing key or None means that none was given."""
 
 _WEIGHT = re.compile(r"(.+):([0-9]*\.?[0-9]+)")
-_MIX_STREAM = 2**32 + 2  # differs from the streams of epochs, held-out rows and drawn samples
-_MOST_REPEATS = 1000  # uses of a row in a mix; more come from a mistake in a weight, and would fill the memory
+_MIX_STREAM = 2**32 + 2  # random stream, different from those of epochs, held-out rows and drawn samples
+_MOST_REPEATS = 1000  # uses of a row in a mix; more would fill the memory, and mean that a weight is wrong
 
 
 @dataclass(frozen=True)
 class Source:
-    """One of the names in a data flag. weight: its share of the samples; None if no name has one."""
+    """One of the names in a data flag. weight: its fraction of the samples; None if no name has a weight."""
 
     name: str
     weight: float | None = None
 
 
 def parse_sources(given: str, flag: str) -> tuple[Source, ...]:
-    """The sources that a data flag's value names. Raises UserError if a name is empty, only some have a weight, the
-    weights do not sum to 1, or it is not the training part that has them."""
+    """Return the sources that a data flag's value names. Raises UserError if a name is empty or only some names have a
+    weight. Weights must sum to 1, and only --train_file may have them; else it also raises UserError."""
     sources = _sources(given)
     if len(sources) > 1 and not all(source.name for source in sources):
         raise UserError(f"{flag} {given}: one of the names between the commas is empty; remove a comma")
@@ -63,12 +62,12 @@ def parse_sources(given: str, flag: str) -> tuple[Source, ...]:
 
 
 def _sources(given: str) -> tuple[Source, ...]:
-    """The sources that a value names, unchecked. A path that exists is one, whatever its name looks like."""
+    """Return the sources that a value names, without checks. An existing path is one source, even if it has commas."""
     return (Source(given),) if _exists(given) else tuple(parse_source(name.strip()) for name in given.split(","))
 
 
 def parse_source(name: str) -> Source:
-    """One source, from a name with or without a weight."""
+    """Return one source from a name with or without a weight."""
     found = None if _exists(name) else _WEIGHT.fullmatch(name)
     return Source(name) if found is None else Source(found[1], float(found[2]))
 
@@ -81,14 +80,14 @@ def _exists(name: str) -> bool:
 
 
 def hub_ids(*given: str | None) -> list[str]:
-    """The ids, without config and split, of the hub data sets among what these values of data flags name here."""
+    """Return the ids, without config and split, of all hub data sets that these values of data flags name."""
     sources = (source for value in given if value is not None for source in _sources(value))
     found = (row_data(source.name, split="") for source in sources)
     return sorted({data.hub_id for data in found if isinstance(data, HubData)})
 
 
 def local_files(given: str) -> dict[str, Path]:
-    """The files that a data flag's value names on this host, by name; those of folders and patterns too."""
+    """Return the files that a data flag's value names on this host, by name. Includes files of folders and patterns."""
     found: dict[str, Path] = {}
     for name in (source.name for source in _sources(given)):
         path = user_path(name)
@@ -108,19 +107,19 @@ def local_files(given: str) -> dict[str, Path]:
 def mixed(
     sources: Sequence[Source], sizes: Sequence[int], held_out: NDArray[np.bool_], *, seed: int
 ) -> tuple[NDArray[np.int64], list[str]]:
-    """All rows that are not held out, in order. With weights, rows are repeated until the shares of the sources are
-    the weights.
+    """Return all rows that are not held out, in order. With weights, rows are repeated until the fraction of each
+    source is its weight.
 
-    Every row is used at least once. Which rows of a source are used once more than others depends on the seed alone.
-    Raises UserError if a source has no row left, or its rows would be repeated very often.
+    Every row is used at least once. The seed decides which rows of a source are used once more than the others. Raises
+    UserError if a source has no row left, or if its rows would be repeated more than `_MOST_REPEATS` times.
 
     Args:
         sizes: number of rows of each source.
         held_out: (sum of the sizes,) bool, which rows are used for validation.
 
     Returns:
-        (n,) int64, the rows of the training samples in order, as indices into the rows of all sources; and how often
-        the rows of each source are used, in words, empty without weights.
+        (n,) int64, the rows of the training samples in order, as indices into the rows of all sources; and one line of
+        text per source that says how often its rows are used, or no lines if there are no weights.
     """
     edges = np.cumsum([0, *sizes])
     kept = [start + np.flatnonzero(~held_out[start:stop]) for start, stop in pairwise(edges)]
@@ -159,10 +158,10 @@ _SourceRows = tuple[Source, Callable[[], Iterable[Row]], Callable[[], str]]
 
 @dataclass(frozen=True)
 class RowStream:
-    """Rows of one part of a task's data, in order, flat and under our names.
+    """Rows of one split of a task, in order, without nesting, and with our field names.
 
-    Iterating reads the files anew. It raises UserError if one is missing, unreadable, broken (naming file and line) or
-    has no rows. Rows with the same value of the field `merge_by` of the task are of one sample.
+    Each iteration reads the files again. It raises UserError if a file is missing, unreadable, broken (with file and
+    line) or without rows. Rows with the same value of the field `Task.merge_by` belong to one sample.
     """
 
     task: Task
@@ -171,16 +170,16 @@ class RowStream:
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """The sources from which the rows are read, one after another."""
+        """Return the sources from which the rows are read, in order."""
         return tuple(source for source, _, _ in self._parts)
 
     @property
     def names(self) -> str:
-        """The names of `sources`, for messages."""
+        """Return the names of `sources`, for messages."""
         return ", ".join(source.name for source in self.sources)
 
     def __iter__(self) -> Iterator[NumberedRow]:
-        """Yield the rows with the 0-based numbers of their sources and samples."""
+        """Yield (number of the source, number of the sample, row) for each row. Numbers begin at 0."""
         field, total, seen = self.task.merge_by, 0, dict[Hashable, int]()
         for number, (source, rows, _) in enumerate(self._parts):
             before = total
@@ -196,15 +195,15 @@ class RowStream:
                     raise UserError(f"{source.name}: holds no samples of task {self.task.name}; give another file")
 
     def about_num_rows(self) -> int | None:
-        """About how many rows there are, for a progress bar; None: not known."""
+        """Return the approximate number of rows for a progress bar, or None if it is not known."""
         if self.task.unfold is not None:
             return None
         counts = [about_num_rows(source.name) for source in self.sources]
         return None if None in counts else sum(count or 0 for count in counts)
 
     def sha256(self) -> str:
-        """Hash of the names and contents of all files that are read, and of generated rows. Raises UserError if a file
-        is missing or unreadable."""
+        """Return a hash of the names and contents of all files that are read, or of generated rows. Raises UserError
+        if a file is missing or unreadable."""
         found = []
         for source, _, content in self._parts:
             with _readable(source.name):
@@ -221,9 +220,9 @@ class RowStream:
 def _renamed(
     row: Mapping[str, Any], columns: Mapping[str, str], source: str, *, known: Collection[str]
 ) -> dict[str, Any]:
-    """The row with the fields that --columns names under our names. Its other fields keep theirs. `known` has our
-    fields; it is empty for a task with fields of its own, where any name is allowed. Raises UserError if the row lacks
-    a field, a name of ours is unknown, or another field of the row has it."""
+    """Return the row with the fields of --columns renamed to our names. Its other fields keep their names. `known` has
+    all our names; it is empty if the task allows any name. Raises UserError if the row lacks a field, if one of our
+    names is unknown, or if the row already has a field with that name."""
     for ours, theirs in columns.items():
         if known and ours not in known:
             turned = f"; did you mean {theirs}={ours}?" if theirs in known else ""
@@ -242,11 +241,12 @@ def _renamed(
 
 
 def source_kind(task: Task, split: Split, files: Files) -> Literal["file", "own", "carve"] | None:
-    """Where a split's rows are: in its own file, in the task's source, or among the training rows; None: nowhere."""
+    """Return where a split's rows are: in its file ("file"), in the task's own source ("own"), or among the training
+    rows ("carve"). Return None if there are none."""
     if files.get(split):
         return "file"
     if any(files.get(name) for name in ("train", "validation", "test")):
-        # A run on the user's own files never mixes them with the hub's rows.
+        # If the user gives files, the hub's rows are never used.
         return "carve" if split == "validation" and files.get("train") else None
     own = task.hub or {}
     if task.generate or split in own:
@@ -255,8 +255,8 @@ def source_kind(task: Task, split: Split, files: Files) -> Literal["file", "own"
 
 
 def row_stream(task: Task, split: Split, *, files: Files, reading: Reading) -> RowStream:
-    """The rows of a split's file or of the task's own source, before some are taken out for validation. Raises
-    UserError if the split has neither, or the names of its files are not valid."""
+    """Return the rows of a split's file or of the task's own source, before validation rows are removed. Raises
+    UserError if the split has neither, or if the names of its files are not valid."""
     if source_kind(task, split, files) not in ("file", "own"):
         raise UserError(f"--task {task.name} has no {split} data; give --{split}_file")
     given, flag = str(files.get(split) or ""), f"--{split}_file"
@@ -275,14 +275,14 @@ def row_stream(task: Task, split: Split, *, files: Files, reading: Reading) -> R
         parts = ((Source(task.name), generated, cache(lambda: rows_sha256(generated()))),)
     else:
         assert hub is not None
-        hub = replace(hub)  # so that what the library loads is freed with the stream
+        hub = replace(hub)  # a copy, so that loaded data is freed with the stream
         parts = ((Source(given or task.name), hub.rows, hub.sha256),)
     return RowStream(task, reading, parts)
 
 
 @contextmanager
 def _readable(name: str) -> Iterator[None]:
-    """Turns errors of the file system into one line."""
+    """Convert errors of the file system to UserErrors of one line."""
     try:
         yield
     except OSError as error:

@@ -1,8 +1,8 @@
-"""The samples of a split: a task's record turns rows from files, the hub or a generator into examples.
+"""Makes the samples of a split: converts rows from files, the hub or a generator to examples of a task.
 
-Owns how validation rows are taken from training rows, how rows of one sample are merged, and the checks that all tasks
-share. Leaves names of files and reading to `sources`, the meaning of a row to its task, the text of chats to `chat`,
-and the answer's leading space to `task.join_answer`.
+This module takes validation rows from training rows, merges rows of one sample, and has the checks that all tasks
+share. `sources` finds and reads files, the task interprets a row, `chat` makes the text of chats, and
+`task.join_answer` adds the answer's leading space.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,7 +26,7 @@ from megatron_tiedlora.data.token_dataset import permutation
 from megatron_tiedlora.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megatron_tiedlora.data.turns import ASSISTANT
 
-_CARVE_STREAM = 2**32  # epochs use the streams from 0 on, so held-out rows are drawn from a stream far above
+_CARVE_STREAM = 2**32  # random stream of held-out rows; far above those of epochs, which begin at 0
 
 
 def load_split(
@@ -41,13 +41,13 @@ def load_split(
 ) -> list[Example]:
     """Return the samples of one split in file order (at most the first `limit`).
 
-    The rows come from `files[split]`. Without it they come from the task's own source (hub or generator), if no file
-    of another split was given. If there is no validation part, one is taken from train with `seed`, and the train
-    split then excludes those rows. Held-out rows of one sample (see `Task.merge_by`) become one example with all
-    their references; in the train split every row is an example, and is repeated as the weights of its files demand.
+    The rows are read from `files[split]`. If no file is given for any split, they come from the task's own source (hub
+    or generator). If there is no validation split, validation rows are drawn from train with `seed`, and the train
+    split does not have them. Held-out rows of one sample (see `Task.merge_by`) become one example with all their
+    references. In the train split every row is an example, and it is repeated if the files have weights.
 
-    Raises UserError if the task is unknown, the split has no source, a file is unreadable, a field of a row is missing
-    or empty (naming file and line), rows of a file have several shapes, or the template has an unknown field.
+    Raises UserError if the task is unknown, if the split has no source, or if a file is unreadable. Also raises it if a
+    row's field is missing or empty, if rows of a file differ in shape, or if a field of the template is unknown.
     """
     entry, reading = get_task(task) if isinstance(task, str) else task, reading or Reading()
     samples = _samples(entry, split, files=files, seed=seed, reading=reading)
@@ -60,7 +60,7 @@ def load_split(
 
 
 def read_split(settings: DataSettings, split: Split, *, tokenizer: Any, limit: int | None = None) -> list[Example]:
-    """`load_split` with the task, files, seed and choices of a command's settings."""
+    """Call `load_split` with the task, files, seed and choices of a command's settings."""
     return load_split(
         settings.task,
         split,
@@ -73,9 +73,9 @@ def read_split(settings: DataSettings, split: Split, *, tokenizer: Any, limit: i
 
 
 def open_tokenizer(settings: DataSettings, model_folder: Path, *, vocab_size: int) -> Tokenizer:
-    """The tokenizer of a command's settings, by default the model's, with the chat template that they name.
+    """Return the tokenizer of a command's settings, by default the model's, with the --chat_template if it is given.
 
-    Raises UserError if it cannot be read, or has an id that an embedding of `vocab_size` rows lacks.
+    Raises UserError if it cannot be read, or if it has an id that an embedding of `vocab_size` rows lacks.
     """
     tokenizer = load_tokenizer(settings.tokenizer or model_folder)
     if settings.chat_template is not None:
@@ -85,13 +85,13 @@ def open_tokenizer(settings: DataSettings, model_folder: Path, *, vocab_size: in
 
 
 def files_of(settings: DataSettings) -> Files:
-    """The files of a command's settings."""
+    """Return the values of a command's data flags, by split."""
     return {"train": settings.train_file, "validation": settings.validation_file, "test": settings.test_file}
 
 
 def local_names(settings: DataSettings) -> Iterator[str]:
-    """The paths and patterns that the data flags name. Hub ids, and formats that only a task reads, are not among them.
-    Raises UserError if the value of a flag is not valid."""
+    """Yield the paths and patterns that the data flags name. Skips hub ids, and all files of a task with its own file
+    format. Raises UserError if the value of a flag is not valid."""
     files = {} if get_task(settings.task).read_files is not None else files_of(settings)
     for split, given in files.items():
         for source in parse_sources(str(given), f"--{split}_file") if given else ():
@@ -100,7 +100,7 @@ def local_names(settings: DataSettings) -> Iterator[str]:
 
 
 def check_files_exist(settings: DataSettings) -> None:
-    """Raise UserError if a file that a data flag or --chat_template names does not exist. It needs no slow import."""
+    """Raise UserError if a file that a data flag or --chat_template names does not exist. Needs no slow import."""
     for name in local_names(settings):
         if not (path := user_path(name)).exists():
             checked_files(path, name)
@@ -109,8 +109,8 @@ def check_files_exist(settings: DataSettings) -> None:
 
 
 def _samples(task: Task, split: Split, *, files: Files, seed: int, reading: Reading) -> Iterable[list[Row]]:
-    """The rows of each sample of a split, in file order of their first row. A row to train on is a sample of its own,
-    as often as the weights of the files demand."""
+    """Return the rows of each sample of a split, in file order of their first rows. In the train split every row is a
+    sample of its own, and is repeated if the files have weights."""
     carves = split != "test" and source_kind(task, "validation", files) == "carve"
     stream = row_stream(task, "train" if carves else split, files=files, reading=reading)
     rows: Iterable[NumberedRow] = list(stream) if split == "train" else stream
@@ -123,7 +123,7 @@ def _samples(task: Task, split: Split, *, files: Files, seed: int, reading: Read
         order, _ = mixed(stream.sources, sizes, held_out if carves else np.zeros(len(found), dtype=bool), seed=seed)
         return ([found[row][-1]] for row in order.tolist())
     samples = dict[int, list[Row]]()
-    # A file that has become shorter or longer since the first reading is an error.
+    # With strict=True, a file whose length has changed since the first reading is an error.
     for (_, number, row), taken in zip(rows, held_out, strict=True) if carves else ((row, True) for row in rows):
         if taken:
             samples.setdefault(number, []).append(row)
@@ -133,11 +133,10 @@ def _samples(task: Task, split: Split, *, files: Files, seed: int, reading: Read
 def held_out_rows(
     stream: RowStream, numbers: NDArray[np.int64], *, seed: int, required: bool = True
 ) -> NDArray[np.bool_]:
-    """Whether each train row is used for validation, (num_rows,) bool; none is if there is only one sample.
+    """Return which train rows are used for validation, (num_rows,) bool; none if there is only one sample.
 
-    Rows of one sample stay together: a model must not be evaluated on what it was trained on. `numbers`, (num_rows,),
-    is the number of each row's sample, as `stream` gives it. Raises UserError if no row is held out, and one is
-    required."""
+    Rows of one sample are not separated, so that a model is not evaluated on its training data. `numbers`, (num_rows,),
+    has the sample number that `stream` yields for each row. Raises UserError if `required` and no row is held out."""
     num_samples, most = int(numbers.max()) + 1, stream.task.validation_rows
     count = most if num_samples >= 10 * most else min(max(1, num_samples // 20), num_samples - 1)
     if required and not count:
@@ -152,8 +151,8 @@ def held_out_rows(
 
 
 def check_shape(shape: str, source: str, first_rows: dict[str, tuple[str, str]]) -> None:
-    """Raise UserError if the first row of the file of `source` had another shape. `first_rows` has the shape and source
-    of the first row of each file so far, to which a new file is added."""
+    """Raise UserError if the first row in the file of `source` had a different shape. `first_rows` has the shape and
+    source of each file's first row; a new file is added to it."""
     expected, first = first_rows.setdefault(source.rpartition(":")[0], (shape, source))
     if shape != expected:
         said = f"{source}: a row of shape {shape} in a file whose first row ({first}) has shape {expected}"
@@ -161,9 +160,9 @@ def check_shape(shape: str, source: str, first_rows: dict[str, tuple[str, str]])
 
 
 def make_example(task: Task, chat: Chat, sample: Sequence[Row]) -> Example:
-    """The example of a sample's rows: prompt and answer are those of the first row, references those of all. Raises
-    UserError, which names file and line, if a field is missing, empty or of another kind, or the template names one
-    that is not there."""
+    """Return an example with the prompt and answer of a sample's first row, and the references of all its rows. Raises
+    UserError, with file and line, if a field is missing or empty, or has the wrong type. This includes the fields that
+    the template names."""
     parts, source = [_parts(task, chat.reading, *row) for row in sample], sample[0][1]
     first = parts[0]
     references = tuple(dict.fromkeys(answer.strip() for row_parts in parts for answer in row_parts.answers))
@@ -207,7 +206,7 @@ def _parts(task: Task, reading: Reading, row: Mapping[str, Any], source: str) ->
 
 
 def _prompt(task: Task, chat: Chat, parts: Parts, source: str) -> str:
-    """The prompt of a row that is no chat, with marks at control tokens that are plain text."""
+    """Return the prompt of a row from the task or a template. Control tokens that are plain text have marks."""
     reading, guard = chat.reading, chat.guard
     template = reading.template or task.template
     if reading.template is None and parts.prompt is not None:

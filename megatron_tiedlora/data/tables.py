@@ -15,21 +15,21 @@ from megatron_tiedlora.base.messages import UserError, first_line
 
 _PARQUET_BRANCH = "refs%2Fconvert%2Fparquet"
 
-# Memory of a file as Python objects. Compression shrinks text 3 to 20 times, and a character takes up to 4 bytes. The
-# constant is for small files of many short rows.
+# A file's rows may need `_MEMORY` bytes plus `_RATIO` times the file's size as Python objects. Compression makes text 3
+# to 20 times smaller, and a character needs up to 4 bytes. The constant is for small files with many short rows.
 _MEMORY, _RATIO = 2**28, 100
 _ROWS = 64  # rows decoded at a time; few, since one row can be large
 
-_ARROW_FILE = b"ARROW1"  # at the start of Arrow's file format, not of its streams
+_ARROW_FILE = b"ARROW1"  # the first bytes of Arrow's file format; its stream format does not have them
 
 Row = tuple[dict[str, Any], str]
 """A row's fields and its source ("train.jsonl:12"), for messages."""
 
 
 def table_rows(path: Path) -> Iterator[Row]:
-    """Yield the rows of a parquet or an Arrow file, of Arrow's stream or file format.
+    """Yield the rows of a parquet file or of an Arrow file in Arrow's stream or file format.
 
-    Raises UserError if it is broken, or much larger as rows than as a file.
+    Raises UserError if the file is broken, or if its rows need much more memory than the file.
     """
     kind = path.suffix.lower().removeprefix(".")
     batches = _parquet_batches if kind == "parquet" else _arrow_batches
@@ -44,7 +44,7 @@ def table_rows(path: Path) -> Iterator[Row]:
         try:
             with limited(memory=memory):
                 part = next(parts, None)
-        except MemoryError:  # raised below, outside the handler, so that what was read so far is freed
+        except MemoryError:  # the error is raised below, outside the handler, so that rows read so far are freed
             reason = too_large
         except Exception as error:  # a broken file raises anything from OSError to UnicodeDecodeError
             reason = f"{path}: not a readable {kind} file ({first_line(error)})"
@@ -81,19 +81,19 @@ def _arrow_batches(path: Path) -> Iterator[Any]:
 
 
 def num_bytes(value: Any) -> int:
-    """Memory of a value and everything in it."""
+    """Return the memory of a value and all values in it, in bytes."""
     parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
     return sys.getsizeof(value) + sum(map(num_bytes, parts))
 
 
 def is_saved_folder(path: Path) -> bool:
-    """Whether `save_to_disk` of `datasets` wrote the folder."""
+    """Return whether `save_to_disk` of `datasets` wrote the folder."""
     return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
 def saved_folder_rows(path: Path, *, split: str) -> Iterator[Row]:
-    """Yield the rows of a folder that `save_to_disk` wrote, of one split if it has several. Raises UserError if it
-    cannot be read, or has no such split."""
+    """Yield the rows of a folder that `save_to_disk` wrote. If it has several splits, only `split` is read. Raises
+    UserError if the folder cannot be read, or has no such split."""
     import datasets
 
     try:
@@ -112,10 +112,10 @@ def saved_folder_rows(path: Path, *, split: str) -> Iterator[Row]:
 
 @dataclass(frozen=True)
 class HubData:
-    """One split of a hub data set, which `datasets` downloads at the first use.
+    """One split of a hub data set. The library `datasets` downloads it when it is first used.
 
-    parquet_branch: read the hub's parquet copy of the data set, whose folders are `config_name`/`split`. It is for
-        repos with a loading script, which `datasets` no longer runs since version 4.
+    parquet_branch: whether to read the hub's parquet copy of the data set, whose folders are `config_name`/`split`.
+        Repos with a loading script need it, because `datasets` does not run such scripts since version 4.
     """
 
     hub_id: str
@@ -125,7 +125,7 @@ class HubData:
 
     @cached_property
     def data(self) -> Any:
-        """The library's data set. Raises UserError with its reason if it cannot be loaded, or if it is empty."""
+        """Return the loaded data set. Raises UserError, with the reason, if it is empty or cannot be loaded."""
         import datasets
 
         hub_id, split = self.hub_id, self.split
@@ -143,18 +143,18 @@ class HubData:
         return data
 
     def rows(self) -> Iterator[Row]:
-        """Yield all rows. Raises UserError as `data` does."""
+        """Yield all rows. Raises the same UserError as `data`."""
         yield from numbered_rows(self.data, f"{self.hub_id}[{self.split}]")
 
     def sha256(self) -> str:
-        """Hash of the files to which the library has downloaded it; of the rows if there are none."""
+        """Return a hash of the files that the library has downloaded, or of the rows if there are no files."""
         files = [Path(file["filename"]) for file in getattr(self.data, "cache_files", ())]
         content = files_sha256(files) if files else rows_sha256(self.rows())
-        return f"{self.config_name} {self.split} {content}"  # splits may be parts of one file
+        return f"{self.config_name} {self.split} {content}"  # several splits may be in one file
 
 
 def files_sha256(files: Iterable[Path]) -> str:
-    """Hash of the content of files, in this order. Raises UserError if one cannot be read."""
+    """Return a hash of the contents of files, in the given order. Raises UserError if a file cannot be read."""
     digest = hashlib.sha256()
     for file in files:
         digest.update(bytes.fromhex(file_sha256(file)))
@@ -162,13 +162,13 @@ def files_sha256(files: Iterable[Path]) -> str:
 
 
 def names_and_contents(files: Iterable[Path]) -> str:
-    """Names and hash of files. Names decide how a file is read, so they are in it; folders do not."""
+    """Return the names of files, which decide how they are read, and a hash of their contents. Folders are left out."""
     files = list(files)
     return " ".join([*(file.name for file in files), files_sha256(files)])
 
 
 def rows_sha256(rows: Iterable[Row]) -> str:
-    """Hash of the fields of rows, in this order."""
+    """Return a hash of the fields of rows, in the given order."""
     digest = hashlib.sha256()
     for row, _ in rows:
         digest.update(json.dumps(row, default=str).encode() + b"\n")
@@ -176,5 +176,5 @@ def rows_sha256(rows: Iterable[Row]) -> str:
 
 
 def numbered_rows(rows: Iterable[Mapping[str, Any]], name: str) -> Iterator[Row]:
-    """The rows with sources made of a name and their numbers, from 1 on."""
+    """Return the rows, each with a source that has `name` and the row's number, from 1."""
     return ((dict(row), f"{name}: row {number}") for number, row in enumerate(rows, start=1))

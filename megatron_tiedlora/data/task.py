@@ -1,8 +1,8 @@
-"""A task is one small record: where its rows are, how a prompt is built, and how answers are scored.
+"""Defines a task as one small record: where its rows are, how a prompt is built, and how answers are scored.
 
-Owns the record's class, the choices of users about rows, and the samples as text that come of both, with the one rule
-that joins an answer to its prompt. The tasks are in `tasks`, one file each. Leaves reading splits to `splits`, file
-formats to `readers`, tokens to `encode`, and the metrics, which are only named here, to the evaluation package.
+This module has the record's class, the user's choices about rows, samples as text, and the one rule that joins an
+answer to its prompt. The tasks are in `tasks`, one file each. `splits` reads splits, `readers` reads file formats, and
+`encode` makes tokens. Metrics are only named here; they are in the evaluation package.
 """
 
 import string
@@ -18,20 +18,20 @@ from megatron_tiedlora.data.readers import is_text
 from megatron_tiedlora.data.tables import HubData, Row
 from megatron_tiedlora.data.turns import Conversation
 
-DataSettings = Settings | EvaluateSettings  # of commands that read rows
+DataSettings = Settings | EvaluateSettings  # settings of commands that read rows
 
 
 @dataclass(frozen=True)
 class Reading:
-    """The choices of users about their rows. The defaults are those of the settings.
+    """The user's choices about the rows. The defaults are the defaults of the flags.
 
-    columns: our field -> the user's field; None if rows are read as they are.
+    columns: our field -> the user's field; None if fields are not renamed.
     train_on: which answers of a chat are supervised.
-    chat_template: the file given in place of the tokenizer's template, for messages.
-    add_bos: whether the beginning-of-sequence token is put in front.
-    special_tokens: what control tokens in a row's texts mean.
-    template: --prompt_template, in which each typed \\n becomes a newline: a shell's quotes hold none.
-    trains: whether rows are trained on; else their last answers are scored, also those that are not to be trained.
+    chat_template: the file that replaces the tokenizer's template; used in messages.
+    add_bos: whether the beginning-of-sequence token is added before a text.
+    special_tokens: how control tokens in a row's texts are read.
+    template: --prompt_template, in which each typed \\n becomes a newline, because a shell does not convert it.
+    trains: whether rows are trained on. If not, the last answer of each row is scored, even if it is marked untrained.
     """
 
     columns: Mapping[str, str] | None = None
@@ -58,8 +58,7 @@ class Reading:
 
     @classmethod
     def of(cls, settings: DataSettings) -> "Reading":
-        """The choices in a command's settings. A choice that is left to an adapter's run has its default if there is
-        none."""
+        """Return the choices in a command's settings. A choice that is not set gets its default."""
         return cls(
             columns=parse_columns(settings.columns),
             train_on=settings.train_on if isinstance(settings, Settings) else "last_turn",
@@ -72,7 +71,7 @@ class Reading:
 
 
 def template_fields(template: str | None) -> tuple[str, ...]:
-    """The fields that a checked template names; none without one."""
+    """Return the field names in a checked template; empty if the template is None."""
     return tuple(name for _, name, _, _ in string.Formatter().parse(template or "") if name is not None)
 
 
@@ -83,13 +82,13 @@ Split = Literal["train", "validation", "test"]
 class Parts:
     """The parts that a task makes from one row.
 
-    fields: what a prompt template may name: the row's own fields without the answer.
-    prompt: the prompt if the task builds it itself; None: fill the template.
+    fields: fields that a prompt template may use: the row's own fields without the answer.
+    prompt: the prompt if the task builds it itself; None if the template is filled.
     answers: accepted texts, at least one; training uses the first.
     choices: all choices in the row's order, including the first answer; empty if the task has no choices.
-    endings: the choices as they follow the prompt; by default each after one space.
-    conversation: the turns of a chat, which has neither prompt nor answer of its own.
-    shape: the name of the row's shape, which all rows of a file share; '' for tasks with rows of one shape.
+    endings: the texts of the choices after the prompt; by default each choice after one space.
+    conversation: the turns of a chat; None if the row is not a chat.
+    shape: the name of the row's shape, which all rows of a file share; '' if the task has only one shape.
     """
 
     fields: Mapping[str, Any]
@@ -103,29 +102,29 @@ class Parts:
 
 @dataclass(frozen=True)
 class Task:
-    """One task.
+    """A task.
 
     name: the name of its file.
-    fields: fields that every row must have, also for messages; empty if rows have several shapes.
+    fields: fields that every row must have, also used in messages; empty if rows have several shapes.
     template: the prompt with {field} names; empty if `parts` builds the prompt itself.
-    parts: (row, source, what the user decided about rows) -> `Parts`; raises UserError naming source and field.
-    metrics: names of metrics in the evaluation package; the first is the task's own.
+    parts: (row, source, user's choices) -> `Parts`; raises UserError, which names source and field.
+    metrics: names of metrics in the evaluation package; the first is the task's main metric.
     stop: a prediction ends before this text; None: only end-of-sequence ends it.
-    hub: the task's own rows by our split, all of one data set; without validation, it is carved from train. None if
-        there are only the user's.
-    validation_rows: how many rows are carved from a large train part (from a small one, 5 %).
+    hub: the task's hub data by our split, all from one data set. If it has no validation split, validation rows are
+        taken from train. None if the task only reads the user's files.
+    validation_rows: number of validation rows taken from a large train split (5 % are taken from a small one).
     merge_by: held-out rows with the same value of this field are one sample with several references.
     unfold: (row, source) -> flat rows, for files with nested rows.
-    read_files: (argument, flag) -> a function that reads rows, for formats that only this task
-        has; None: read it like any other file.
+    read_files: (argument, flag) -> a function that reads rows, for file formats that only this task has. If it is None
+        or returns None, the file is read in one of the common formats.
     generate: split -> rows, for a task without files; independent of the run's seed, so that scores are comparable.
-    scored_rows: how many test rows are answered by default, also before and after training. None: all of them, and in
-        training only those of a file that is given.
+    scored_rows: number of test rows that are answered by default, also before and after training. None: all rows; in
+        training, only if a test file is given.
     max_new_tokens: the default of --max_new_tokens.
     micro_batch_rows: the default of --micro_batch_size, except with packing on a GPU (see `default_rows`).
     exports_merged: whether a run also merges its adapter at the end, and verifies its exports.
     fp32_on_slow_cpus: whether --dtype is fp32 by default on CPUs without instructions for bf16.
-    known_fields: every field of rows that have several shapes, which --columns must name; empty: it may name any.
+    known_fields: the only fields that --columns may name, if rows have several shapes; empty: it may name any field.
     """
 
     name: str
@@ -150,8 +149,8 @@ class Task:
 
 # Samples as text ------------------------------------------------------------------------------------------------------
 #
-# The full text of a sample is that of its segments: prompt + completion, where the completion carries its own leading
-# space, or the turns of a conversation.
+# The full text of a sample is the text of its segments. These are a prompt and a completion with its leading space, or
+# the turns of a conversation.
 
 
 @dataclass(frozen=True)
@@ -160,7 +159,7 @@ class Segment:
 
     supervised: whether its tokens are learned.
     plain: whether control tokens in it are read as plain text.
-    ends: whether an end-of-sequence token follows, which is supervised as the text is.
+    ends: whether an end-of-sequence token follows. It is supervised if the text is.
     """
 
     text: str
@@ -175,13 +174,13 @@ class Example:
 
     prompt: the model's input, without a trailing space; '' for text without a prompt.
     completion: the expected continuation, with its leading space and without the end-of-sequence token.
-    source: where it was read, for messages ("train.jsonl:12").
+    source: file and line of the row, for messages ("train.jsonl:12").
     references: stripped texts that a prediction is scored against; by default the stripped completion.
     choices: texts of a multiple-choice question, including the answer, references[0]; else empty.
-    endings: the choices as they follow the prompt; by default each after one space.
+    endings: the texts of the choices after the prompt; by default each choice after one space.
     segments: the whole text; by default prompt and completion.
-    num_prompt: number of segments before the last answer, which a model sees.
-    conversation: the turns that the segments were made of; None if it is no chat.
+    num_prompt: number of segments before the last answer; a model gets these as its prompt.
+    conversation: the turns from which the segments were made; None if the sample is not a chat.
     shape: the name of its row's shape, as in `Parts`.
     """
 
@@ -207,8 +206,8 @@ class Example:
 def join_answer(prompt: str, answer: str) -> str:
     """Return the completion that follows `prompt`: the answer after one space.
 
-    Only this function knows the convention. It adds no space if the answer starts with white space, if the prompt
-    ends with it (a chat template's generation prompt does), or if the prompt is empty.
+    Only this function adds the space. It adds none if the prompt is empty or the answer starts with white space. It
+    also adds none if the prompt ends with white space, as a chat template's generation prompt does.
     """
     if not prompt or prompt[-1].isspace() or answer[:1].isspace():
         return answer

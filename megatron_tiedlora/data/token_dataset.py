@@ -1,7 +1,7 @@
-"""The samples of a split as ids: which of the stored samples they are, with their lengths and counts.
+"""The samples of a split as ids, with their indices in the stored samples, their lengths and their counts.
 
-The arrays may be mapped files that several splits and processes share. What is made here from all samples is made block
-by block, so that it needs the memory of a block. Owns also the order in which samples are drawn.
+The arrays may be mapped files that several splits and processes share. Computations over all samples work block by
+block, so they need memory for one block only. This module also determines the order in which samples are drawn.
 """
 
 import hashlib
@@ -24,11 +24,11 @@ a chat lost. In the cache also: whether it is a chat, whether a supervised token
 the first sample of its row, the row's number by `RowStream` (rows of one number are held out together), and the
 number of its source."""
 
-_ALL = np.empty(0, np.int64)  # stands for the order in which samples are stored
+_ALL = np.empty(0, np.int64)  # marks the default order: the order in which samples are stored
 
 Indices = Sequence[int] | NDArray[np.int64] | slice
 
-_BLOCK, _BLOCK_TOKENS = 2**11, 2**18  # the most samples and tokens of a block, or one sample
+_BLOCK, _BLOCK_TOKENS = 2**11, 2**18  # maximum samples and tokens per block; a longer sample is its own block
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class TokenDataset:
 
     tokens: (N,) int32, the ids of all stored samples.
     offsets: (m + 1,) int64; stored sample i is tokens[offsets[i]:offsets[i + 1]].
-    supervised: (N,) bool, which tokens are learned; never the first of a sample.
-    facts: (m,) of `FACTS`; by default counted, of samples that lost nothing.
-    order: (n,) int64, which stored samples these are, possibly several times; by default all, once.
+    supervised: (N,) bool, which tokens are supervised; never the first token of a sample.
+    facts: (m,) of dtype `FACTS`; by default only the supervised tokens are counted.
+    order: (n,) int64, indices of the split's samples in the stored ones; may repeat. By default each one once.
     """
 
     tokens: NDArray[np.int32]
@@ -61,19 +61,19 @@ class TokenDataset:
     def after_prompts(
         cls, tokens: NDArray[np.int32], offsets: NDArray[np.int64], prompt_lengths: NDArray[np.int32]
     ) -> "TokenDataset":
-        """Samples that are supervised from their prompts' ends on. prompt_lengths: (n,) tokens of the prompts."""
+        """Return samples whose tokens after the prompt are all supervised. prompt_lengths: (n,) tokens per prompt."""
         return cls(tokens, offsets, _from(offsets[:-1] + np.maximum(prompt_lengths, 1), offsets))
 
     def __len__(self) -> int:
         return len(self.order)
 
     def lengths_of(self, indices: Indices) -> NDArray[np.int64]:
-        """Number of tokens of the given samples, (number of samples,) int64."""
+        """Return the number of tokens of each given sample, (number of samples,) int64."""
         stored = self.order[indices]
         return self.offsets[stored + 1] - self.offsets[stored]
 
     def num_supervised_of(self, indices: Indices) -> NDArray[np.int64]:
-        """Number of supervised tokens of the given samples, (number of samples,) int64."""
+        """Return the number of supervised tokens of each given sample, (number of samples,) int64."""
         return self._facts("supervised", indices).astype(np.int64)
 
     def _facts(self, name: str, indices: Indices) -> NDArray[Any]:
@@ -81,42 +81,42 @@ class TokenDataset:
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Number of tokens of each sample, (n,) int64."""
+        """Return the number of tokens of each sample, (n,) int64."""
         return self.lengths_of(slice(None))
 
     @cached_property
     def num_tokens(self) -> int:
-        """Number of tokens of all samples."""
+        """Return the total number of tokens of all samples."""
         return sum(int(self.lengths_of(block).sum()) for block in self._blocks())
 
     @cached_property
     def longest(self) -> int:
-        """Number of tokens of the longest sample; 0 without samples."""
+        """Return the number of tokens of the longest sample; 0 if there are no samples."""
         return max((int(self.lengths_of(block).max()) for block in self._blocks()), default=0)
 
     @cached_property
     def num_supervised(self) -> int:
-        """Number of supervised tokens of all samples."""
+        """Return the total number of supervised tokens of all samples."""
         return sum(int(self.num_supervised_of(block).sum()) for block in self._blocks())
 
     @cached_property
     def truncated_prompts(self) -> int:
-        """Number of prompts that lost their middle."""
+        """Return the number of prompts that lost their middle."""
         return sum(int(self._facts("cut", block).sum()) for block in self._blocks())
 
     @cached_property
     def shortened_chats(self) -> int:
-        """Number of chats that lost turns."""
+        """Return the number of chats that lost turns."""
         return sum(int((self._facts("lost_turns", block) > 0).sum()) for block in self._blocks())
 
     @cached_property
     def lost_turns(self) -> int:
-        """Number of turns that these chats lost."""
+        """Return the total number of turns that all chats lost."""
         return sum(int(self._facts("lost_turns", block).sum()) for block in self._blocks())
 
     @property
     def prompt_lengths(self) -> NDArray[np.int32] | None:
-        """Tokens before the supervised ones of each sample, (n,) int32; None if some do not all come last."""
+        """Return the tokens before the supervised ones per sample, (n,) int32; None if unsupervised ones follow."""
         whole = self._gathered(slice(None))
         starts = whole.offsets[1:] - whole.facts["supervised"]
         if not np.array_equal(whole.supervised, _from(starts, whole.offsets)):
@@ -136,7 +136,7 @@ class TokenDataset:
         return slice(self.offsets[stored], self.offsets[stored + 1])
 
     def update_digest(self, digest: "hashlib._Hash") -> None:
-        """Add ids, offsets and what is supervised to a hash, in the order of the arrays, which checkpoints keep."""
+        """Add ids, offsets and supervised positions to a hash. Checkpoints store this hash, so it must not change."""
         for block in self._blocks():
             digest.update(self._gathered(block).tokens.data)
         end = np.zeros(1, np.int64)
@@ -160,7 +160,7 @@ class TokenDataset:
             start += count
 
     def _gathered(self, block: slice) -> "TokenDataset":
-        """The samples of a block, in arrays of their own."""
+        """Return the samples of a block as a new data set with copied arrays."""
         stored = self.order[block]
         starts, lengths = self.offsets[stored], self.lengths_of(block)
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
@@ -169,22 +169,22 @@ class TokenDataset:
 
 
 def check_supervised(dataset: TokenDataset, source: str) -> None:
-    """Raise UserError if no token of the data set is supervised, so that there is no loss to compute."""
+    """Raise UserError if no token of the data set is supervised, because then there is no loss."""
     if dataset.num_supervised < 1:
         samples = count_text(len(dataset), "sample")
         raise UserError(f"{source}: no supervised token in {samples}; give samples with an answer")
 
 
 def _from(starts: NDArray[np.int64], offsets: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """(N,) bool: whether each token is at or after its sample's position in `starts`."""
+    """Return whether each token is at or after its sample's position in `starts`, (N,) bool."""
     return np.arange(offsets[-1]) >= np.repeat(starts, np.diff(offsets))
 
 
 # The order of samples -------------------------------------------------------------------------------------------------
 #
-# A pure function of seed, epoch and number of consumed samples. It uses PCG64's raw stream and a stable sort. NumPy
-# promises that both stay the same between versions, unlike `Generator.permutation`, so a run can be resumed with a
-# newer NumPy.
+# The order is a pure function of seed, epoch and number of consumed samples. It uses PCG64's raw stream and a stable
+# sort. NumPy guarantees that both are the same in all versions, unlike `Generator.permutation`. So a run can be resumed
+# with a newer NumPy.
 
 
 def permutation(num_items: int, *, seed: int, stream: int) -> NDArray[np.int64]:
@@ -196,7 +196,7 @@ def permutation(num_items: int, *, seed: int, stream: int) -> NDArray[np.int64]:
 
 @lru_cache(maxsize=1)  # consecutive steps are in the same epoch, and sorting millions of numbers takes a second
 def _epoch(num_items: int, seed: int, epoch: int) -> NDArray[np.unsignedinteger[Any]]:
-    """`permutation` in the fewest bytes, since every rank holds it."""
+    """Return `permutation` in the smallest integer type, because every rank has it in memory."""
     order = permutation(num_items, seed=seed, stream=epoch).astype(np.min_scalar_type(num_items))
     order.flags.writeable = False
     return order
@@ -205,7 +205,7 @@ def _epoch(num_items: int, seed: int, epoch: int) -> NDArray[np.unsignedinteger[
 def sample_indices(num_samples: int, *, seed: int, consumed: int, count: int) -> NDArray[np.int64]:
     """Return the `count` sample indices after the first `consumed` ones, (count,) int64.
 
-    Each epoch is its own permutation of all samples. A request may span several epochs, so a global batch may be
+    Each epoch has its own permutation of all samples. The result may span several epochs, so a global batch may be
     larger than the data set.
 
     Raises ValueError if there are no samples.

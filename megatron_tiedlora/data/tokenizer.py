@@ -1,12 +1,12 @@
-"""Loads tokenizers from an HF folder, a hub id or a bare SentencePiece file, saves them to a folder, and identifies one
-by a hash of its files. Only what loads or saves one imports transformers.
+"""Loads tokenizers from an HF folder, a hub id or a bare SentencePiece file, saves them, and computes a hash that
+identifies one. Only functions that load or save a tokenizer import transformers.
 
 If there is a `tokenizer.json`, the model was trained with it, so it is read unchanged. The class names in
-tokenizer_config.json would make transformers 5 rebuild the pre-tokenizer and lose parts of it: GPT2Tokenizer drops
-the splitting into digits, and LlamaTokenizer merges a leading space with the dummy prefix.
+tokenizer_config.json would make transformers 5 rebuild the pre-tokenizer and lose some of its rules: GPT2Tokenizer does
+not split digits, and LlamaTokenizer merges a leading space with the dummy prefix.
 
-A bare SentencePiece file gives the ids of `SentencePieceProcessor.encode`, which is checked on load. As there, text
-that spells a control piece ("</s>") is plain text. BOS and EOS are never added here; `encode` does that.
+A bare SentencePiece file must produce the same ids as `SentencePieceProcessor.encode`, which is checked on load. Text
+that looks like a control piece ("</s>") is plain text in both. BOS and EOS are not added here; `encode` adds them.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ LARGEST_TOKENIZER = 2**27  # bytes per file, since libraries read it whole; larg
 _HUB_FILES = ("tokenizer*", "*.model", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt",
               "chat_template*", "config.json")  # fmt: skip
 
-# The first release that follows a SentencePiece model's own settings. Earlier ones give other ids, and do not say so.
+# First transformers release that follows a SentencePiece model's own settings. Earlier ones silently produce wrong ids.
 _EXACT_SENTENCEPIECE = (5, 24)
 _PROBES = ("Answer: 42", " 12,345.60", "  two\n\nlines\t", "naïve 日本語 😀", "</s> <unk> a   b", "")
 
@@ -38,7 +38,7 @@ _PROBES = ("Answer: 42", " 12,345.60", "  two\n\nlines\t", "naïve 日本語 �
 def load_tokenizer(path_or_hub: str | Path) -> Tokenizer:
     """Return the tokenizer of an HF folder, of a hub id, or of a bare SentencePiece `tokenizer.model`.
 
-    Raises UserError naming the folder, file or id and `--tokenizer` if there is no readable tokenizer.
+    Raises UserError, which names the folder, file or id and `--tokenizer`, if there is no readable tokenizer.
     """
     name = str(path_or_hub)
     path = user_path(name)
@@ -59,8 +59,8 @@ def load_tokenizer(path_or_hub: str | Path) -> Tokenizer:
 
 @contextmanager
 def library_errors(source: str | Path, what: str) -> Iterator[None]:
-    """Turn any error of a tokenizer's library into one line with `source`, `what` and the library's reason. It raises
-    UserError. Ctrl-C, an exit and a run's stop pass through."""
+    """Convert any error of a tokenizer's library to a UserError of one line: `source`, `what` and the library's reason.
+    Ctrl-C, SystemExit and the stop of a run are not converted."""
     try:
         yield
     except UserError:
@@ -72,7 +72,7 @@ def library_errors(source: str | Path, what: str) -> Iterator[None]:
 
 
 def start_ids(tokenizer: Tokenizer, add_bos: str) -> list[int]:
-    """The ids in front of a text: with `auto` (--add_bos) those that the tokenizer itself puts there."""
+    """Return the ids to put before a text. If `add_bos` is "auto", they are the ids that the tokenizer itself adds."""
     bos = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
     if add_bos != "auto":
         return bos if add_bos == "true" else []
@@ -84,9 +84,9 @@ def start_ids(tokenizer: Tokenizer, add_bos: str) -> list[int]:
 
 
 def end_ids(tokenizer: Tokenizer, model_folder: Path, *, vocab_size: int) -> frozenset[int]:
-    """The ids that end a sequence: the tokenizer's, and those of the model's generation_config.json (chat models have
-    several). As in transformers, ids outside of the `vocab_size` rows of the model's embedding are ignored. Raises
-    UserError if the tokenizer has none, or the file contains something other than integers."""
+    """Return the ids that end a sequence: the tokenizer's EOS, and the ids in the model's generation_config.json (chat
+    models have several). As in transformers, ids outside the `vocab_size` rows of the embedding are ignored. Raises
+    UserError if the tokenizer has no EOS, or if the file contains something other than integers."""
     if tokenizer.eos_token_id is None:
         raise _rejection(tokenizer.name_or_path, "has no end-of-sequence token")
     file = model_folder / "generation_config.json"
@@ -101,8 +101,8 @@ def end_ids(tokenizer: Tokenizer, model_folder: Path, *, vocab_size: int) -> fro
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
     """Write the tokenizer to `folder` so that transformers 4 and 5 read the same ids from it.
 
-    The class is written as PreTrainedTokenizerFast, for which both versions read tokenizer.json unchanged. Tokens with
-    a role are removed from the extra special tokens, as version 4 rejects those as a list.
+    The class is written as PreTrainedTokenizerFast, because both versions then read tokenizer.json unchanged. BOS, EOS,
+    UNK and padding tokens are removed from the list of extra special tokens, because version 4 rejects such a list.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -122,7 +122,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
 
 
 def byte_tokenizer(max_length: int) -> Tokenizer:
-    """A tokenizer that needs no file: <unk>, <s>, </s>, then a token for each byte. <s> begins a text, as in LLaMA."""
+    """Return a tokenizer without files. Its tokens are <unk>, <s>, </s> and one per byte. A text begins with <s>."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -138,7 +138,7 @@ def byte_tokenizer(max_length: int) -> Tokenizer:
 
 
 def padding_id(tokenizer: Tokenizer) -> int:
-    """Return the padding id: the tokenizer's own, else EOS, else 0. Padding is never recognised by its id."""
+    """Return the padding id: the tokenizer's own, else EOS, else 0. No code uses this id to find padding."""
     for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token_id is not None:
             return int(token_id)
@@ -166,7 +166,7 @@ def _load_folder(folder: Path) -> Tokenizer:
             _check_size(file)
     settings = folder / "tokenizer_config.json"
     given = read_json_object(settings, kind="a tokenizer's config") if settings.is_file() else {}
-    for name in ("vocab", "merges", "fast_tokenizer_files"):  # transformers would read the file so named, anywhere
+    for name in ("vocab", "merges", "fast_tokenizer_files"):  # transformers would read any file that is named here
         if isinstance(given.get(name), str) or (name == "fast_tokenizer_files" and given.get(name)):
             raise UserError(f"{settings}: {name} {shown(given[name])} names another file; remove that key")
     if (folder / "tokenizer.json").is_file():
@@ -181,7 +181,7 @@ def _load_folder(folder: Path) -> Tokenizer:
 
 
 def check_conversion(source: str | Path) -> None:
-    """Reject a SentencePiece model where transformers is too old to give its ids. Raises UserError naming `source`."""
+    """Raise UserError, naming `source`, if transformers is too old to convert a SentencePiece model exactly."""
     from transformers import __version__
 
     if tuple(int(part) for part in __version__.split(".")[:2]) < _EXACT_SENTENCEPIECE:
@@ -191,7 +191,7 @@ def check_conversion(source: str | Path) -> None:
 
 
 def _load_sentencepiece(path: Path, *, config_folder: Path | None) -> Tokenizer:
-    """Convert a SentencePiece model. `config_folder` has a tokenizer_config.json with special tokens and template."""
+    """Convert a SentencePiece model. The config in `config_folder` has the special tokens and the chat template."""
     import sentencepiece
     from transformers import PreTrainedTokenizerFast
 
@@ -199,7 +199,7 @@ def _load_sentencepiece(path: Path, *, config_folder: Path | None) -> Tokenizer:
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
         expected = [processor.encode(text) for text in _PROBES]
     check_conversion(path)
-    # transformers finds the file by its name in a folder, so it gets a folder with nothing else.
+    # transformers looks for the file by its name in a folder, so it gets a folder with only the needed files.
     with tempfile.TemporaryDirectory() as scratch:
         shutil.copyfile(path, Path(scratch, "tokenizer.model"))
         for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"):
@@ -219,7 +219,7 @@ def _load_sentencepiece(path: Path, *, config_folder: Path | None) -> Tokenizer:
 
 
 def download_tokenizer(hub_id: str) -> Path:
-    """The local folder with a hub model's tokenizer files. Raises UserError if they cannot be downloaded."""
+    """Download a hub model's tokenizer files, and return their folder. Raises UserError if this fails."""
     import huggingface_hub
 
     try:
@@ -229,13 +229,13 @@ def download_tokenizer(hub_id: str) -> Path:
 
 
 def _guarded(source: Path, load: Callable[[], object]) -> Tokenizer:
-    """Call `load` and try its tokenizer. Any error of the library becomes one line naming `source`."""
+    """Call `load`, check that its tokenizer works, and return it. Raises UserError, naming `source`, if it fails."""
     from transformers import PreTrainedTokenizerBase
 
     with library_errors(source, "cannot be read as a tokenizer"):
         tokenizer = load()
         assert isinstance(tokenizer, PreTrainedTokenizerBase)
-        # It is used as a run will, since files with values of wrong types load, and fail only in use.
+        # The tokenizer is tried, because files with values of wrong types are loaded and fail only when they are used.
         tokenizer(list(_PROBES), add_special_tokens=False)
         named = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
         for token_id in (*tokenizer.all_special_ids, *(token_id for token_id in named if token_id is not None)):
@@ -255,15 +255,16 @@ def _rejection(source: str, reason: str) -> UserError:
 
 # Hash of a tokenizer -------------------------------------------------------------------------------------------------
 #
-# Copies have the same hash, whoever wrote their configs.
+# All copies of a tokenizer have the same hash, even if different programs wrote their configs.
 
-# The ids come from the first of these that a folder has; see `load_tokenizer`.
+# The ids are determined by the first of these files that a folder has; see `load_tokenizer`.
 _VOCABULARIES = (("tokenizer.json",), ("tokenizer.model",), ("*.model",), ("vocab.json", "merges.txt"), ("vocab.txt",))
 
 
 def tokenizer_hash(source: str | Path) -> str | None:
-    """Hash of the vocabulary, BOS, EOS, added tokens and the chat template of a folder, a SentencePiece file or a hub
-    id; None without a vocabulary. Raises UserError if a file cannot be read or downloaded."""
+    """Return a hash of the vocabulary, BOS, EOS, added tokens and chat template; None if there is no vocabulary.
+
+    `source` is a folder, a SentencePiece file or a hub id. Raises UserError if a file cannot be read or downloaded."""
     path = user_path(str(source))
     if path.is_file():
         return _hash([path], {})
@@ -276,7 +277,7 @@ def tokenizer_hash(source: str | Path) -> str | None:
 
 
 def _id_settings(folder: Path) -> dict[str, Any]:
-    """The other settings that ids depend on. Special tokens are reduced to their texts, since versions differ."""
+    """Return the other settings that ids depend on. Of special tokens only the text is used, since versions differ."""
     found: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
@@ -289,7 +290,7 @@ def _id_settings(folder: Path) -> dict[str, Any]:
 
 
 def _added(folder: Path, found: Mapping[str, Any]) -> list[str] | None:
-    """Tokens that the configs add to the vocabulary, which change how text is tokenised; None if there are none."""
+    """Return the tokens that the configs add to the vocabulary, or None. They change how text is tokenised."""
     file, known = folder / "tokenizer.json", set[str]()
     with suppress(UserError):  # the file does not exist, or its library will report the error
         listed = read_json_object(file, kind="a tokenizer", largest=LARGEST_TOKENIZER).get("added_tokens")

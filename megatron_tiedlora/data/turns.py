@@ -1,7 +1,7 @@
-"""Conversations: the turns of a row, checked, in the one form that chat templates read.
+"""Reads and checks the turns of a conversation, and converts them to the format that chat templates read.
 
-Owns roles, content parts, tool calls, which turns are trained, and the order of turns. Leaves the fields of a row to
-`shapes`, and text to `chat`. Everything but a turn's flags is passed on as the template's own variables.
+This module checks roles, content parts, tool calls, the order of turns and which turns are trained. `custom` reads the
+fields of a row, and `chat` makes the text. The template gets everything except a turn's flags.
 """
 
 import json
@@ -24,7 +24,7 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 _PASSED_ON = ("name", "tool_calls", "tool_call_id", *REASONING)
 _UNREAD = ("images", "image", "videos", "video", "audios", "audio", "documents", "refusal")
 _FLAGS = ("train", "weight", "loss")
-# Other tools' names of such flags. One that is not read would supervise what its owner did not want supervised.
+# Names of such flags in other tools. If a flag were ignored, turns could be supervised that should not be.
 _UNREAD_FLAGS = ("training", "trainable", "train_detail", "training_detail", "mask", "masked", "loss_scale")
 
 
@@ -32,9 +32,9 @@ _UNREAD_FLAGS = ("training", "trainable", "train_detail", "training_detail", "ma
 class Turn:
     """One turn of a row.
 
-    message: `role`, `content` and what else a template reads.
-    trained: whether it is supervised.
-    name: which part of the row it is, for messages: "message 2", counted as in the user's file, or "field 'system'".
+    message: `role`, `content` and other fields that a template may read.
+    trained: whether the turn is supervised.
+    name: the turn's name in messages: "message 2", with its number in the user's file, or "field 'system'".
     """
 
     message: Mapping[str, Any]
@@ -46,24 +46,24 @@ class Turn:
 class Conversation:
     """The turns of a sample.
 
-    turns: the last one is the assistant's; only the assistant's are supervised.
-    tools: JSON schemas of functions; None if there are none.
+    turns: the last turn is from the assistant; only turns of the assistant are supervised.
+    tools: JSON schemas of functions; None if there are no tools.
     """
 
     turns: tuple[Turn, ...]
     tools: tuple[Mapping[str, Any], ...] | None = None
 
     def with_last_turn_alone(self, *, scored: bool = False) -> "Conversation":
-        """These turns, of which at most the last is supervised. If it is `scored`, predictions are compared with it
-        whatever its flags say."""
+        """Return the conversation with at most the last turn supervised. If `scored`, the last turn is always marked,
+        even if its flags are false, because predictions are compared with it."""
         *before, last = self.turns
         others = [replace(turn, trained=False) for turn in before]
         return replace(self, turns=(*others, replace(last, trained=scored or last.trained)))
 
     def without_first_exchange(self) -> "Conversation | None":
-        """The turns without the first user turn and all up to the next one; None if no supervised turn would be left.
+        """Remove the first user turn and all turns up to the next user turn. Return None if no supervised turn is left.
 
-        System turns at the start stay.
+        System turns at the start are kept.
         """
         users = [index for index, turn in enumerate(self.turns) if turn.message["role"] == USER]
         if len(users) < 2 or not any(turn.trained for turn in self.turns[users[1] :]):
@@ -72,8 +72,8 @@ class Conversation:
 
 
 def read_turns(value: Any, field: str, source: str, *, prefix: str = "") -> list[Turn]:
-    """The turns of a list of messages, {role, content} or {from, value}, in a field of a row. Raises UserError, which
-    names source and message (`prefix` and its number), if one is incomplete."""
+    """Return the turns of a list of messages, {role, content} or {from, value}, in a field of a row. Raises UserError
+    if a message is not valid. The error names the source and the message (`prefix` and its number)."""
     if not isinstance(value, list | tuple) or not value:
         what = f"{source}: field {field!r} is {shown(value)}, not a list of messages"
         raise UserError(f"{what}; give at least a user's message and an answer")
@@ -89,14 +89,14 @@ def read_turns(value: Any, field: str, source: str, *, prefix: str = "") -> list
 
 
 def make_conversation(turns: Sequence[Turn], row: Mapping[str, Any], source: str) -> Conversation:
-    """The conversation of a row's turns, with the tools of its field `tools` or `functions`. Raises UserError, which
-    names source and turn, if the turns are out of order or the schemas of tools are broken."""
+    """Return a conversation with these turns and the tools in the row's field `tools` or `functions`. Raises UserError,
+    which names the source, if the turns are out of order or if the schemas of tools are broken."""
     _check_order(turns, source)
     return Conversation(tuple(turns), _tools(row, source))
 
 
 def _message(item: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """One turn with the names that templates know."""
+    """Return the message of one turn, with the role and field names that templates know."""
     role_field, content_field = ("from", "value") if "from" in item and "role" not in item else ("role", "content")
     if role_field not in item:
         raise UserError(f"{where}: 'role' is missing; the message has {describe_fields(item)}; give its role")
@@ -124,7 +124,7 @@ def _message(item: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _content(content: Any, name: str, where: str, *, may_be_empty: bool) -> str:
-    """Text, or the texts of content parts, one a line as servers of text models join them."""
+    """Return the content as text. Content parts are joined with newlines, as in servers of text models."""
     if isinstance(content, list | tuple):
         parts = []
         for part in content:
@@ -141,7 +141,7 @@ def _content(content: Any, name: str, where: str, *, may_be_empty: bool) -> str:
 
 
 def _is_trained(item: Mapping[str, Any], role: str, where: str) -> bool:
-    """Whether a turn is supervised: the assistant's, unless `train` or `loss` is false or `weight` is 0."""
+    """Return whether a turn is supervised. It is if it is from the assistant and no flag of `_FLAGS` is false or 0."""
     trained = role == ASSISTANT
     for name in _FLAGS:
         value = item.get(name)
@@ -160,7 +160,7 @@ _MAY_FOLLOW = {USER: (None, *_OPENING, ASSISTANT), ASSISTANT: (USER, TOOL), TOOL
 
 
 def _check_order(turns: Sequence[Turn], source: str) -> None:
-    """Raise UserError if the turns do not alternate. A role that is not in `ROLES` may be anywhere."""
+    """Raise UserError if the turns are not in a valid order. A role that is not in `ROLES` may be anywhere."""
     before: str | None = None
     for turn in turns:
         where, role = f"{source}, {turn.name}", turn.message["role"]
@@ -180,7 +180,7 @@ def _check_order(turns: Sequence[Turn], source: str) -> None:
 
 
 def _tools(row: Mapping[str, Any], source: str) -> tuple[Mapping[str, Any], ...] | None:
-    """Schemas of functions, each as {"type": "function", "function": ...}; a text is read as JSON."""
+    """Return function schemas, each as {"type": "function", "function": ...}, or None. A text is read as JSON."""
     if row.get("tools") and row.get("functions"):
         raise UserError(f"{source}: the row has both 'tools' and 'functions'; remove one of them")
     field = "functions" if row.get("functions") else "tools"
@@ -195,7 +195,7 @@ def _tools(row: Mapping[str, Any], source: str) -> tuple[Mapping[str, Any], ...]
 
 
 def _calls(value: Any, where: str) -> list[dict[str, Any]]:
-    """Tool calls as {"type": "function", "function": {"name", "arguments"}}, with arguments as an object."""
+    """Return tool calls as {"type": "function", "function": {"name", "arguments"}}, with arguments as an object."""
     found = _parsed(value, "tool_calls", where) if isinstance(value, str) else plain_json(value, "tool_calls", where)
     if not isinstance(found, list) or not all(isinstance(call, dict) for call in found):
         raise UserError(f"{where}: 'tool_calls' is {shown(found)}, not a list of calls; correct the row")
@@ -207,7 +207,7 @@ def _calls(value: Any, where: str) -> list[dict[str, Any]]:
         if "parameters" in function and "arguments" not in function:
             raise UserError(f"{where}: a tool call with 'parameters', {shown(call)}; name them 'arguments'")
         arguments = function.get("arguments", {})
-        if isinstance(arguments, str):  # OpenAI's form; templates expect an object, and servers parse it too
+        if isinstance(arguments, str):  # OpenAI's format; templates expect an object, as servers pass it
             arguments = _parsed(arguments, "arguments", where) if arguments.strip() else {}
         if not isinstance(arguments, dict):
             said = f"{where}: 'arguments' of the tool call are {shown(arguments)}, not an object"
@@ -225,8 +225,8 @@ def _parsed(text: str, name: str, where: str) -> Any:
 
 
 def plain_json(value: Any, name: str, where: str) -> Any:
-    """`value` without the empty fields that tables add to rows of different objects. Raises UserError if it holds
-    something other than JSON."""
+    """Return `value` without null fields, which tables add if rows have different objects. Raises UserError if `value`
+    is not JSON."""
     try:
         return json.loads(json.dumps(_without_nulls(value)))
     except (TypeError, ValueError, RecursionError) as error:

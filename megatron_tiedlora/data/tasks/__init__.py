@@ -1,4 +1,4 @@
-"""The tasks, one file each. Every module in this folder defines `TASK`, and is found under its file's name."""
+"""The tasks, one file each. Every module in this folder defines `TASK`. The name of the file is the task's name."""
 
 from collections.abc import Mapping
 from importlib import import_module
@@ -13,7 +13,7 @@ assert all(task.name == name for name, task in TASKS.items()), "a task has the n
 
 
 def get_task(name: str) -> Task:
-    """Return the task called `name`. Raises UserError with the known names."""
+    """Return the task called `name`. Raises UserError, which lists the tasks, if there is no such task."""
     if name not in TASKS:
         raise UserError(f"--task {name!r} is unknown; the tasks are {', '.join(sorted(TASKS))}")
     return TASKS[name]

@@ -1,9 +1,9 @@
-"""Your own rows: one table that says which fields a shape of rows has, and how they become turns or texts.
+"""The task for the user's own rows. A table lists the fields of each row shape, and how they become turns or texts.
 
 All rows of a file have one shape. A row of any shape may list more accepted answers in `references`.
 
-Owns the table, which shape a row has, and the rejection of fields that look like data and are not read. Leaves turns to
-`turns`, and their text to `chat`.
+This module has the table, finds the shape of a row, and rejects fields that look like data but are not read. `turns`
+checks the turns, and `chat` makes their text.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -31,10 +31,10 @@ Content = tuple[str, str] | list[Turn]
 class RowShape:
     """One shape of rows.
 
-    name: for messages and documents.
-    needs: the fields by which it is recognised. The last has the answer, which a prompt template must not see.
-    read: (row, source) -> what the row holds.
-    may: further fields that it reads.
+    name: its name in messages and documents.
+    needs: fields that a row of this shape must have. The last is the answer, which a prompt template must not use.
+    read: (row, source) -> the content of the row.
+    may: further fields that are read if a row has them.
     """
 
     name: str
@@ -44,7 +44,7 @@ class RowShape:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """Every field that it reads."""
+        """Return all fields that are read from rows of this shape."""
         return (*self.needs, *self.may)
 
 
@@ -86,7 +86,8 @@ _ALPACA = (
 
 
 def _alpaca(row: Fields, source: str) -> Content:
-    """Alpaca's own prompt; with the field `system` or `history`, even an empty one, turns of a chat."""
+    """Return a prompt in Alpaca's format and its answer. If the row has `system` or `history`, even empty, return turns
+    of a chat."""
     instruction, answer = required_text(row, "instruction", source), required_text(row, "output", source)
     context = _optional_text(row, "input", source)
     if row.get("system") is not None or row.get("history") is not None:
@@ -98,7 +99,7 @@ def _alpaca(row: Fields, source: str) -> Content:
 
 
 def _after_history(row: Fields, turns: list[Turn], source: str) -> list[Turn]:
-    """`turns` after those of the fields `system` and `history`."""
+    """Return the turns of the fields `system` and `history`, followed by `turns`."""
     history = row.get("history") or []
     if not isinstance(history, list | tuple) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in history):
         said = f"{source}: field 'history' is {shown(history)}, not a list of [question, answer] pairs"
@@ -117,7 +118,7 @@ def _system_turn(row: Fields, source: str) -> list[Turn]:
 
 
 def _turn(role: str, text: str, field: str, part: str = "") -> Turn:
-    """A turn that a text field of a row holds, or a part of it."""
+    """Return a turn with the text of a field, or with a part of that text."""
     name = f"field {field!r}" + (f", {part}" if part else "")
     return Turn({"role": role, "content": text}, role == ASSISTANT, name)
 
@@ -154,7 +155,7 @@ SHAPES = (
 )
 REFERENCES = "references"  # more accepted answers, in a row of any shape
 OUR_FIELDS = frozenset((*(name for shape in SHAPES for name in shape.fields), REFERENCES))
-# Names of fields that hold data in other tools' formats. A row that has one, and is not read for it, is rejected.
+# Names of fields with data in the formats of other tools. A row with such a field is rejected if it is not read.
 _LOOKS_LIKE_DATA = OUR_FIELDS | {
     *("question", "answer", "answers", "context", "target", "targets", "label", "labels", "choices", "options"),
     *("chosen", "rejected", "rejected_response", "rejected_messages", "solution", "reasoning", "rationale", "thinking"),
@@ -166,13 +167,13 @@ _LOOKS_LIKE_DATA = OUR_FIELDS | {
 def find_shape(
     row: Fields, source: str, *, named: Collection[str] = (), columns: Mapping[str, str] | None = None
 ) -> RowShape:
-    """The shape of a row. Raises UserError if it has no shape, several, or a field that looks like data and would not
-    be read.
+    """Return the shape of a row. Raises UserError if no shape or several shapes match, or if the row has a field that
+    looks like data but would not be read.
 
     Args:
         named: fields that the user's prompt template reads.
-        columns: our field -> the user's, of those that --columns names. The shape reads all of them. If they are all
-            that it needs, the user has chosen, and fields of other shapes are left alone.
+        columns: our field -> the user's field, from --columns. The shape must read all of them. If they include all
+            fields that a shape needs, the user has chosen this shape, and fields of other shapes are ignored.
     """
     columns = columns or {}
     found = [shape for shape in SHAPES if all(row.get(name) is not None for name in shape.needs)]
@@ -211,20 +212,20 @@ def find_shape(
 
 
 def _unread_by(shape: RowShape, columns: Collection[str]) -> list[str]:
-    """The fields that --columns names and the shape does not read."""
+    """Return the fields that --columns names but the shape does not read."""
     return [name for name in columns if name not in (*shape.fields, REFERENCES)]
 
 
 def _choice(shape: RowShape, columns: Mapping[str, str]) -> str:
-    """The value of --columns that chooses the shape."""
+    """Return the value of --columns that chooses the shape."""
     fields = {**columns, **{name: columns.get(name, name) for name in shape.needs}}
     return ",".join(f"{ours}={theirs}" for ours, theirs in fields.items())
 
 
 def _parts(row: Mapping[str, Any], source: str, reading: Reading) -> Parts:
-    """A template may use the row's fields without the answers, and `prompt`, which is the default prompt.
+    """Return the `Parts` of a row. A template may use all fields except the answers, and `prompt`, the default prompt.
 
-    Raises UserError naming the source with its fields and the shapes, or the field that is empty.
+    Raises UserError, which names the source with its fields and the shapes, or the empty field.
     """
     shape = find_shape(row, source, named=template_fields(reading.template), columns=reading.columns)
     content = shape.read(row, source)
@@ -236,13 +237,12 @@ def _parts(row: Mapping[str, Any], source: str, reading: Reading) -> Parts:
         return Parts({**fields, "prompt": prompt}, prompt, (answer, *more), shape=shape.name)
     read = row if "functions" in shape.may else without(row, "functions")
     chat = _chat(make_conversation(content, read, source), source, reading)
-    answer = chat.turns[-1].message.get("content") or ""  # '' if it only calls tools
+    answer = chat.turns[-1].message.get("content") or ""  # '' if the turn only calls tools
     return Parts(fields, None, (answer, *more), conversation=chat, shape=shape.name)
 
 
 def _chat(chat: Conversation, source: str, reading: Reading) -> Conversation:
-    """The turns with what is supervised, or scored, in them. Raises UserError, which names the turn with the flag, if
-    nothing is supervised."""
+    """Return the conversation with its supervised or scored turns marked. Raises UserError if no turn is supervised."""
     if not reading.trains:
         return chat.with_last_turn_alone(scored=True)
     if not any(turn.trained for turn in chat.turns):

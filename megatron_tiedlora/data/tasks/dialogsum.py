@@ -1,7 +1,7 @@
-"""DialogSum: a conversation and its summary in one or two sentences. Held-out ones have up to three summaries.
+"""DialogSum: a conversation and its summary in one or two sentences. Held-out samples have up to three summaries.
 
 The hub has one row with `summary` for each summary of a conversation. The original release has one row with
-`summary1`, `summary2` and `summary3`. Both give one held-out sample with all its references.
+`summary1`, `summary2` and `summary3`. In both cases a conversation becomes one held-out sample with all references.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ _ANSWERS = ("summary", "summary1", "summary2", "summary3")
 def _parts(row: Mapping[str, Any], source: str, _: Reading) -> Parts:
     required_text(row, "dialogue", source)
     names = [name for name in _ANSWERS if row.get(name) is not None] or ["summary"]
-    # Decoding would stop at a line break inside a summary. For ROUGE it is the same as a space.
+    # Generation would stop at a line break inside a summary. ROUGE reads a line break and a space in the same way.
     answers = tuple(without_line_breaks(required_text(row, name, source)) for name in names)
     return Parts(without(row, *_ANSWERS), None, answers)
 

@@ -1,4 +1,4 @@
-"""GSM8K: a word problem and its worked answer, which ends in `#### N`."""
+"""GSM8K: a word problem and its worked answer, which ends with `#### N`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from megatron_tiedlora.data.task import Parts, Reading, Task
 
 
 def question_parts(row: Mapping[str, Any], source: str, _: Reading) -> Parts:
-    """`Parts` of a row with `question` and `answer`; training uses the whole worked answer."""
+    """Return the `Parts` of a row with `question` and `answer`. Training uses the whole worked answer."""
     required_text(row, "question", source)
     return Parts(without(row, "answer"), None, (required_text(row, "answer", source),))
 
@@ -21,7 +21,7 @@ TASK = Task(
     parts=question_parts,
     metrics=("gsm8k",),
     # Worked answers have several lines, so a line break does not end them. But a model that was not trained to stop
-    # continues with another question in the form of the prompt.
+    # writes a new question after the answer, in the format of the prompt.
     stop="\nQuestion:",
     hub={split: HubData("openai/gsm8k", split, "main") for split in ("train", "test")},
     validation_rows=473,  # leaves 7,000 to train on

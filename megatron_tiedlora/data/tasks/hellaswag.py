@@ -1,8 +1,8 @@
 r"""HellaSwag: the start of a scene and four endings, one of which is correct.
 
-A prompt is `{activity_label}: {ctx_a} {ctx_b.capitalize()}`, cleaned. The answer is the text of the correct ending,
-cleaned in the same way, after one space, even where cleaning left a space at its start. The prompt does not show the
-endings, but a template can, with {context} and {endings}.
+A prompt is the cleaned text `{activity_label}: {ctx_a} {ctx_b.capitalize()}`. The answer is one space and the cleaned
+text of the correct ending, even if the cleaned text starts with a space. The prompt does not contain the endings, but a
+template can contain them with {context} and {endings}.
 """
 
 import re
@@ -14,14 +14,14 @@ from megatron_tiedlora.data.readers import checked_text, required_text, required
 from megatron_tiedlora.data.tables import HubData
 from megatron_tiedlora.data.task import Parts, Reading, Task
 
-# Headings and steps of the WikiHow articles that half of the rows come from. If a bracket is not closed on its line, no
-# later one is either. The rest of the line is then one match, which stays: a search from each would be quadratic.
+# Half of the rows come from WikiHow articles, whose headings and steps are in brackets. If a bracket is not closed on
+# its line, the rest of the line is one match, which is kept. A search from each bracket would be quadratic.
 _BRACKETS = re.compile(r"\[[^\]\n]*\]?")
 
 
 def clean(text: str) -> str:
-    """Clean a text as lm-evaluation-harness does: " [title]" ends a sentence, and other brackets and double spaces are
-    removed. White space that was beside a bracket stays at the ends."""
+    """Clean a text like lm-evaluation-harness: " [title]" becomes ". ", other brackets are removed, and two spaces
+    become one. White space next to a removed bracket is kept, even at the ends of the text."""
     text = text.strip().replace(" [title]", ". ")
     text = _BRACKETS.sub(lambda found: "" if found[0].endswith("]") else found[0], text)
     return text.replace("  ", " ")
@@ -34,19 +34,19 @@ def _parts(row: Mapping[str, Any], source: str, reading: Reading) -> Parts:
     context = query.rstrip()
     endings = required_texts(row["endings"], "endings", source)
     cleaned = (clean(ending) for ending in endings)
-    # An ending of only brackets keeps them.
+    # An ending that consists only of brackets keeps them.
     choices = tuple(text if text.strip() else ending.strip() for text, ending in zip(cleaned, endings, strict=True))
     shown_choices = tuple(choice.strip() for choice in choices)
     numbered = "\n".join(f"{number}. {choice}" for number, choice in enumerate(shown_choices, start=1))
     fields = {**without(row, "label"), "context": context, "endings": numbered}
     right = _label(row, len(choices), source)
-    # White space at the end of the prompt is scored with the ending, as the harness does.
+    # White space at the end of the prompt is scored with the ending, as in the harness.
     follow = tuple(f"{query[len(context) :]} {choice}" for choice in choices)
     return Parts(fields, None, (choices[right],), choices, follow)
 
 
 def _label(row: Mapping[str, Any], num_endings: int, source: str) -> int:
-    """The 0-based index of the correct ending: a number in the original release, a digit as text on the hub."""
+    """Return the 0-based index of the correct ending. It is a number in the original release, and a text on the hub."""
     label = row.get("label")
     if label is None or str(label).strip() in ("", "-1"):
         raise UserError(
@@ -66,7 +66,7 @@ TASK = Task(
     parts=_parts,
     metrics=("accuracy", "accuracy_loglikelihood"),
     stop="\n",  # an ending is one line
-    # The hub's test part has no labels; papers report the validation part.
+    # The hub's test split has no labels. Papers report results on the validation split.
     hub={"train": HubData("Rowan/hellaswag", "train"), "test": HubData("Rowan/hellaswag", "validation")},
     validation_rows=2000,  # 5 % of 39,905: a standard error of one point
 )

@@ -1,8 +1,8 @@
 """IWSLT 2017, German to English: one sentence of a talk and its translation.
 
 Rows are {"translation": {"de", "en"}}, as on the hub, or flat {"de", "en"}. They can also come from two text files
-with aligned lines, given as `train.de,train.en`: plain sentences, or the files of the release, `train.tags.*` and
-`*.xml`, whose sentences are the lines without a tag at their start and the `<seg>` elements.
+with aligned lines, given as `train.de,train.en`. These have plain sentences, or they are the files of the release,
+`train.tags.*` and `*.xml`. There, each `<seg>` element and each line that does not start with a tag is a sentence.
 """
 
 import re
@@ -20,11 +20,11 @@ from megatron_tiedlora.data.tables import HubData, Row
 from megatron_tiedlora.data.task import Parts, Reading, Task
 
 _LANGUAGES = ("de", "en")
-_SEGMENT = re.compile(r"<seg\b[^>]*>([^<]*)</seg>")  # with its entities, as the hub's rows have them
+_SEGMENT = re.compile(r"<seg\b[^>]*>([^<]*)</seg>")  # entities are not decoded, as in the hub's rows
 
 
 def _parts(row: Mapping[str, Any], source: str, _: Reading) -> Parts:
-    # Decoding would stop at a line break inside a sentence.
+    # Generation would stop at a line break inside a sentence.
     german, english = (without_line_breaks(required_text(row, name, source)) for name in _LANGUAGES)
     return Parts({**without(row, "en"), "de": german}, None, (english,))
 
@@ -36,9 +36,9 @@ def _unfold(row: Mapping[str, Any], source: str) -> Iterator[Row]:
 
 
 def _aligned_files(argument: str, flag: str) -> Callable[[], list[Row]] | None:
-    """A function that reads the rows of two text files, German and English; None if the argument names files of rows.
+    """Return a function that reads the rows of two text files, or None if the argument names files of rows.
 
-    The last suffix that is .de or .en tells the language of a file; without one, the order does."""
+    The last suffix .de or .en determines the language of a file. Without such a suffix, the German file is first."""
     names = [argument] if user_path(argument).exists() else [name.strip() for name in argument.split(",")]
     bare = [parse_source(name).name for name in names]
     if len(names) > 1 and all(map(_holds_rows, bare)):
@@ -73,7 +73,7 @@ def _read_aligned(german_name: str, english_name: str) -> list[Row]:
 
 
 def _holds_rows(name: str) -> bool:
-    """Whether a name is that of a file of rows, or can only be that of a data set of the hub."""
+    """Return whether a name refers to a file of rows, or can only refer to a hub data set."""
     if is_rows_file(name) or user_path(name).exists() or _language(name) or name.lower().endswith(".txt"):
         return is_rows_file(name)
     return "/" in name and readers.may_be_hub_id(name.partition(":")[0])
@@ -83,9 +83,9 @@ def _holds_rows(name: str) -> bool:
 class _Sentences:
     """The sentences of a file.
 
-    unit: what they are called.
-    lines: number and text of each.
-    blank: (number of sentences before it, number of the line) of each blank line that was left out.
+    unit: the word for a sentence in messages.
+    lines: line number and text of each sentence.
+    blank: (number of sentences before it, line number) of each blank line that was skipped.
     """
 
     name: str
@@ -95,8 +95,8 @@ class _Sentences:
 
 
 def _sentences(name: str) -> _Sentences:
-    """The sentences of a file: its lines, or in the formats of the release its segments and lines without a tag, where
-    blank lines separate them."""
+    """Return the sentences of a file. They are its lines, or, in a file of the release, its segments and its lines
+    without a tag. Blank lines of such a file are skipped."""
     lines = list(enumerate(readers.read_lines(name), start=1))
     base = Path(name.lower()).name
     if not (base.endswith(".xml") or base.startswith("train.tags.")):
@@ -109,7 +109,7 @@ def _sentences(name: str) -> _Sentences:
             raise UserError(f"{name}:{number}: a <seg> does not end on its line; put each on a line of its own")
         if text:
             found.lines.extend((number, segment) for segment in segments)
-        elif not base.endswith(".xml"):  # where a lost sentence would be an empty segment
+        elif not base.endswith(".xml"):  # in .xml files a missing sentence is an empty segment
             found.blank.append((len(found.lines), number))
     if not found.lines:
         raise UserError(f"{name}: holds no sentence, only tags; give the file of the sentences")
@@ -117,7 +117,7 @@ def _sentences(name: str) -> _Sentences:
 
 
 def _check_aligned(german: _Sentences, english: _Sentences) -> None:
-    """Raise UserError if the files have different numbers of sentences, or each lacks others."""
+    """Raise UserError if the files have different numbers of sentences, or both have blank lines that do not match."""
     if len(german.lines) != len(english.lines):
         shorter = min(german, english, key=lambda sentences: len(sentences.lines))
         blank = f" ({shorter.name}:{shorter.blank[0][1]} is blank)" if shorter.blank else ""
@@ -152,7 +152,7 @@ TASK = Task(
         split: HubData("IWSLT/iwslt2017", split, "iwslt2017-de-en", parquet_branch=True)
         for split in ("train", "validation", "test")
     },
-    validation_rows=888,  # the size of the official part
+    validation_rows=888,  # the size of the official validation split
     unfold=_unfold,
     read_files=_aligned_files,
 )

@@ -1,4 +1,4 @@
-"""SQuAD 1.1: a question about a paragraph, answered by a span of it. Several people's answers are accepted."""
+"""SQuAD 1.1: a question about a paragraph. The answer is a span of it, and several reference answers are accepted."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from megatron_tiedlora.data.task import Parts, Reading, Task
 
 
 def _parts(row: Mapping[str, Any], source: str, _: Reading) -> Parts:
-    """Answers are {"text": [...]} on the hub and [{"text": ...}, ...] in the nested JSON."""
+    """Return the `Parts` of a row. Answers are {"text": [...]} on the hub and [{"text": ...}, ...] in nested JSON."""
     required_text(row, "context", source)
     required_text(row, "question", source)
     answers = row["answers"]
@@ -47,7 +47,7 @@ TASK = Task(
     parts=_parts,
     metrics=("squad", "squad_f1"),
     stop="\n",  # answers are spans of one paragraph, and a base model continues with another paragraph
-    # The hub has no public test part; papers report the validation part.
+    # The hub has no public test split. Papers report results on the validation split.
     hub={"train": HubData("rajpurkar/squad", "train"), "test": HubData("rajpurkar/squad", "validation")},
     validation_rows=4800,
     unfold=_unfold,
