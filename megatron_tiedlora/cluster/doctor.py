@@ -34,7 +34,7 @@ _PROGRAM = ("-m", "megatron_tiedlora.cluster.doctor_rank")
 _START_SECONDS = 60.0  # for launchers, in addition to the ranks' time
 TEXT: Any = {"encoding": "utf-8", "errors": "replace", "newline": "\n"}  # for a launcher's output
 _SLOW = 0.5  # share of the median bandwidth of groups of the same kind
-_NOT_IN_THE_WAY = "output_not_writable"  # cannot explain a failure of the ranks, so that failure is reported too
+_NOT_IN_THE_WAY = "output_not_writable"  # explains no failure of the ranks, so the trial still counts
 _PACKAGE = "megatron_tiedlora"
 # Different versions of these are an error, because every rank computes with them. For others they are a warning.
 _STRICT = ("python", "torch", "deepspeed", "transformers", _PACKAGE)
