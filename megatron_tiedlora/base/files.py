@@ -156,8 +156,7 @@ def restore_interrupted(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path, *, guard: Guard = unguarded) -> None:
-    """Run `restore_interrupted`, then remove the temporary files of earlier writers. A new owner of `folder` calls
-    it."""
+    """Run `restore_interrupted`, then remove the temporary files of earlier writers. A new owner calls this."""
     restore_interrupted(folder)
     found = list(folder.glob(f"{TEMPORARY_PREFIX}*"))
     guard()  # after the glob: this process still owned the folder, so no later owner wrote these
@@ -186,8 +185,7 @@ def discard(path: Path, *, guard: Guard = unguarded) -> None:
 
 
 def make_way_for_log(file: Path) -> None:
-    """Remove the log `file` if it is a link or a pipe. Opening a link would follow it, and opening a pipe would
-    block."""
+    """Remove the log `file` if it is a link or a pipe. Opening it would follow the link or block on the pipe."""
     with suppress(FileNotFoundError):
         mode = file.lstat().st_mode
         if stat.S_ISLNK(mode) or stat.S_ISFIFO(mode):
@@ -247,8 +245,7 @@ Fields = TypeVar("Fields")
 
 
 def read_json_object(file: Path, *, kind: str, largest: int = LARGEST_TEXT) -> dict[str, Any]:
-    """Return the JSON object in `file`. Raise UserError with the file's name, and with the expected `kind` if it is
-    missing."""
+    """Return the JSON object in `file`. Raise UserError with its name, or with the expected `kind` if it is missing."""
     if not file.is_file():
         raise UserError(f"{file}: no such file; expected {kind}")
     text = read_small_text(file, kind="JSON", largest=largest)
@@ -347,14 +344,12 @@ def read_yaml_mapping(file: Path) -> dict[str, Any]:
 
 
 def read_yaml_list(file: Path) -> list[Any]:
-    """Return the list in an existing YAML file; [] if the file is empty. Raise UserError with its name if it is not
-    valid."""
+    """Return the list in an existing YAML file; [] if it is empty. Raise UserError with its name if it is not valid."""
     return parse_yaml(read_small_text(file, kind="YAML", largest=LARGEST_YAML), list, source=str(file))
 
 
 def parse_yaml(text: str, kind: type[Value], *, source: str) -> Value:
-    """Parse a YAML text into a `dict` or a `list`; empty text becomes an empty one. Raise UserError that names
-    `source`."""
+    """Parse a YAML text into a `dict` or `list`; empty text becomes an empty one. Raise UserError with `source`."""
     try:
         content = _PlainLoader(text).get_single_data()
     except yaml.YAMLError as error:

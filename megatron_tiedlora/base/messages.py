@@ -44,8 +44,7 @@ class UserError(ValueError):
 
 
 def named(name: str, line: str) -> str:
-    """Return a line about an adapter that begins with its name. The name of a single adapter is "", which adds
-    nothing."""
+    """Return a line about an adapter that begins with its name. The name "" of a single adapter adds nothing."""
     return f"{name}: {line}" if name else line
 
 
@@ -64,8 +63,7 @@ def naming(name: str) -> Iterator[None]:
 
 @contextmanager
 def os_errors(said: str, *, fix: str = "") -> Iterator[None]:
-    """Turn an `OSError` in the block into a `UserError`: the text `said`, the system's reason in brackets, and
-    `fix`."""
+    """Turn an `OSError` in the block into a `UserError` with `said`, the system's reason in brackets, and `fix`."""
     try:
         yield
     except OSError as error:
@@ -293,8 +291,7 @@ def missing_modules(*names: str) -> list[str]:
 
 
 def require_extra(*names: str, only: Collection[str] | None = None) -> None:
-    """Raise UserError if a module of `only`, or by default one of these extras that every run needs, is not
-    installed."""
+    """Raise UserError if a module of `only`, or by default one that every run needs, is not installed."""
     absent = missing_modules(*names)
     missing = [name for name in absent if (name not in _WHERE_USED if only is None else name in only)]
     if missing:

@@ -118,8 +118,7 @@ class Owner:
         return False
 
     def give_up(self) -> None:
-        """Let the next launch with --resume take the folder, even if the owner is only suspended. Errors are
-        ignored."""
+        """Let the next launch with --resume take the folder, even if the owner is only suspended. Ignore errors."""
         with suppress(OSError):
             # a host that does not see the folder does not wait
             if self.folder.is_dir() and self._has_written(OWNER_FILE):
@@ -320,8 +319,7 @@ def _is_gone(pid: int) -> bool:
 
 
 def owner_in_words(folder: Path) -> str | None:
-    """Describe the owner of the folder, and since when it owns it. Return None without an owner or if it is known to be
-    dead."""
+    """Return text about the folder's owner and since when it owns it; None if there is no owner or it is dead."""
     file = folder / OWNER_FILE
     token = read_token(file)
     return None if token is None or _is_dead(file) else f"{token} since {token.time}"
@@ -388,8 +386,7 @@ def _remove_empty(folders: Iterable[Path]) -> None:
 
 @cache
 def _machine() -> str:
-    """Return an id of the running kernel, whose locks all its processes share. Containers differ in their host
-    names."""
+    """Return an id of the running kernel, whose locks all its processes share. Containers differ in host name."""
     try:
         return _BOOT_ID.read_text().strip()
     except OSError:

@@ -47,8 +47,7 @@ class LinearScaling:
 
 @dataclass(frozen=True)
 class Llama3Scaling:
-    """RoPE scaling that divides low frequencies by `factor`, keeps high ones, and blends between; see
-    `model.attention`."""
+    """RoPE scaling that divides low frequencies by `factor` and keeps high ones; see `model.attention`."""
 
     factor: float
     low_freq_factor: float
@@ -271,8 +270,7 @@ class BlockShape:
 
     @property
     def num_weights(self) -> int:
-        """Return the number of elements of all weight matrices, which equals the number of multiplications per
-        token."""
+        """Return the number of elements of all weight matrices, which equals the multiplications per token."""
         return sum(linear.num_weights for linear in self.linears)
 
 

@@ -117,8 +117,7 @@ def examine(settings: DoctorSettings, environment: Mapping[str, str], say: Calla
 
 def find_job(settings: DoctorSettings, environment: Mapping[str, str]) -> Job:
     """Return a job on the hosts to check, with the launcher that `tiedlora run` would use. The hosts are those of the
-    hostfile, else of the allocation, else this machine with one rank per GPU. Without GPUs it has tensor x pipeline
-    ranks."""
+    hostfile, else of the allocation, else this machine with a rank per GPU, or tensor x pipeline ranks without GPUs."""
     of_job = ("launcher", "hostfile", "launcher_args", "master_port")
     launch = LaunchSettings(**{name: getattr(settings, name) for name in of_job})
     # An interactive step of Slurm has one node. Use the whole allocation.
@@ -228,8 +227,7 @@ def explain_silence(hosts: Sequence[HostReport], trial: Trial, *, route: str) ->
 
 
 def explain_output(hosts: Sequence[HostReport], trial: Trial, output_dir: str) -> list[Finding]:
-    """Judge the reports of the hosts' first ranks about the output folder and about the file that rank 0 wrote
-    there."""
+    """Judge the reports of the hosts' first ranks about the output folder and the file that rank 0 wrote there."""
     seen = {host.name: trial.first(host, "output") for host in hosts}
     blind = [name for name, wrong in seen.items() if wrong == doctor_rank.NOT_SEEN]
     closed = [name for name, wrong in seen.items() if wrong and name not in blind]
@@ -245,8 +243,7 @@ def explain_output(hosts: Sequence[HostReport], trial: Trial, output_dir: str) -
 
 
 def group_results(hosts: Sequence[HostReport], trial: Trial) -> list[GroupResult]:
-    """Return the results of all process groups whose ranks have all measured. They are sorted by kind and name the
-    hosts."""
+    """Return the results of the process groups whose ranks have all measured, sorted by kind and with hosts."""
     found = [group for _, report in sorted(trial.ranks.items()) for group in report.groups]
     found.sort(key=lambda group: get_args(doctor_rank.GroupKind).index(group.kind))
     places = {host.first_rank + index: host.name for host in hosts for index in range(host.slots)}

@@ -87,8 +87,7 @@ class ParallelConfig(Record):
     backend: Literal["nccl", "gloo"] | None = None
 
     def groups(self) -> dict[GroupKind, list[list[int]]]:
-        """Return the ranks of each tensor, pipeline and data parallel group, without kinds whose groups have one
-        rank."""
+        """Return the ranks of each tensor, pipeline and data parallel group. Groups of one rank are left out."""
         grid = Grid(0, self.num_ranks, self.tensor_parallel, self.pipeline_parallel)
         found: dict[GroupKind, dict[tuple[int, int], list[int]]] = {
             "tensor": grid.groups(lambda at: (at.pp_rank, at.dp_rank)),
@@ -200,8 +199,7 @@ class TrialRank:
         self._order, self._rank, self._report = order, rank, RankReport(rank=rank)
 
     def say(self, **news: Any) -> None:
-        """Update fields of the report and send it to the doctor. A launcher may mix its lines with those of other
-        ranks."""
+        """Update fields of the report and send it to the doctor. A launcher may mix the lines of all ranks."""
         self._report = self._report.model_copy(update=news)
         word = packed(self._report) + RANK_END
         pieces = (word[start : start + _PIECE] for start in range(0, len(word), _PIECE))

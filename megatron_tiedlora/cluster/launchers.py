@@ -80,8 +80,7 @@ class Job:
 
     @property
     def launcher_program(self) -> str:
-        """Return the launcher's program. `deepspeed` is installed beside Python, and ranks recognise it by this
-        name."""
+        """Return the launcher's program. `deepspeed` is installed beside Python; ranks recognise it by its name."""
         beside = {"deepspeed": str(Path(self.python).with_name("deepspeed")), "torchrun": self.python}
         return beside.get(self.launcher, self.launcher)
 

@@ -142,8 +142,7 @@ def choose_hosts(settings: LaunchSettings, environment: Mapping[str, str]) -> tu
 
 
 def check_num_ranks(train: Settings, ranks: int) -> None:
-    """Raise UserError if the parallel configuration or the batch does not fit the number of ranks. Nothing is started
-    yet."""
+    """Raise UserError if the parallel configuration or the batch does not fit the number of ranks."""
     grid = Grid(0, ranks, tp_size=train.tensor_parallel, pp_size=train.pipeline_parallel)
     plan_batches(train.global_batch_size, train.micro_batch_size, grid.dp_size)
 
@@ -251,8 +250,7 @@ class RunningJob:
                 process.send_signal(number)
 
     def end(self, say: Callable[[str], None]) -> None:
-        """End the remaining processes on this machine by SIGTERM, and after some seconds by SIGKILL. Print a line about
-        it."""
+        """End the remaining processes on this machine by SIGTERM, later by SIGKILL, and print a line about it."""
         if left := self.here():
             names = ", ".join(f"{process.pid} ({_read(process, 'name')})" for process in left)
             say(f"what is left of the job on this machine is ended: {names}")

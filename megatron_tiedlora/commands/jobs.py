@@ -49,8 +49,7 @@ def sweep(command: SweepCommand, *, scripts: Path = HERE) -> int:
 
 
 def plan(command: PlanCommand) -> int:
-    """Plan a cluster and print the plan. Return 0 if a layout fits, else 1. With --measure only measure this
-    machine."""
+    """Plan a cluster and print the plan. Return 0 if a layout fits, else 1. --measure only measures this machine."""
     settings = command.settings
     if settings.measure is not None:
         require_extra("train", only=["deepspeed"])

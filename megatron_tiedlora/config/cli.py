@@ -146,8 +146,7 @@ def _given(values: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_yaml(path: str, *kinds: type[fields.CommandSettings]) -> dict[str, Any]:
-    """Return the values in a YAML file by field name of the commands `kinds`. Raise UserError with the file and the
-    line."""
+    """Return the values in a YAML file by field name of the commands `kinds`. Raise UserError with file and line."""
     file = user_path(path)
     if not file.is_file():
         raise UserError(f"--config {path}: no such file")

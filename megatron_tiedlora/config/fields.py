@@ -155,8 +155,7 @@ def flag_word(name: str, kind: type[CommandSettings]) -> str:
 
 
 def names_elsewhere(*kinds: type[CommandSettings]) -> dict[str, list[str]]:
-    """Return {name in another tool: settings of these commands}. The settings are answers of
-    `other_names.name_hint`."""
+    """Return {name in another tool: settings of these commands} for `other_names.name_hint`."""
     found: dict[str, list[str]] = {}
     for kind in kinds:
         for name, own in declared(kind).items():
@@ -267,8 +266,7 @@ def _kinds_in(annotation: Any) -> set[Any]:
 
 
 def _as_meant(name: str, value: Any, kind: type[CommandSettings]) -> Any:
-    """Convert a value to its field's form: text with commas to a list, `NF4` or `4bit` to `nf4`, and `1e3` to the
-    integer 1000."""
+    """Convert a value to its field's form: text with commas to a list, `NF4` or `4bit` to `nf4`, `1e3` to 1000."""
     own, kinds = declared(kind)[name], _kinds_in(kind.model_fields[name].annotation)
     meant = _part_as_meant(value, own, kinds)
     if not any(typing.get_origin(one) is tuple for one in kinds) or meant in literal_values(kinds):
@@ -435,8 +433,7 @@ Layers = Annotated[tuple[int, ...] | None, BeforeValidator(_parse_layers)]  # No
 
 
 def profiled_steps(value: str | None) -> range:
-    """Return the steps of --profile FIRST:LAST, counted from 1; none without it. Raise ValueError for any other
-    text."""
+    """Return the steps of --profile FIRST:LAST, counted from 1; none without it. Raise ValueError for other text."""
     if value is None:
         return range(0)
     found = re.fullmatch(r"([1-9][0-9]{0,14}):([1-9][0-9]{0,14})", value)

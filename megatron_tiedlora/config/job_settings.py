@@ -398,8 +398,7 @@ class SweepCommand:
 
     @property
     def launcher(self) -> LaunchSettings:
-        """Return the settings in --launcher_args. Raise UserError if they are not valid; a study that is only read
-        needs none."""
+        """Return the settings in --launcher_args. Raise UserError if they are not valid."""
         return parse_launcher(fields.shell_words("launcher_args", self.settings.launcher_args))
 
 

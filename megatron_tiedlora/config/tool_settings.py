@@ -303,8 +303,7 @@ those that are planned. On a GPU the report also has MFU by the data sheet and t
 
     @property
     def labels(self) -> int:
-        """Return the number of labels of a made-up document. Its first token is never a label, because nothing precedes
-        it."""
+        """Return the number of labels of a made-up document. Its first token is never a label: nothing precedes it."""
         length = self.length // (self.documents or 1)
         return min(round(self.supervised * length), length - 1)
 
@@ -319,8 +318,7 @@ those that are planned. On a GPU the report also has MFU by the data sheet and t
         return self.micro_batches or (1 if self.pipeline_parallel == 1 else 2 * self.pipeline_parallel)
 
     def measured_on(self, world_size: int) -> str:
-        """Return `what`, or `layout` for a step on several ranks. Raise UserError if the measurement needs one
-        process."""
+        """Return `what`, or `layout` for a step on several ranks. Raise UserError if it needs a single process."""
         if world_size == 1 or self.what == "layout":
             return self.what
         beside = [name for name in ("against", "adapters") if getattr(self, name) is not None]
@@ -330,7 +328,6 @@ those that are planned. On a GPU the report also has MFU by the data sheet and t
         return "layout"
 
     def one_step(self, **changes: Any) -> "BenchSettings":
-        """Return settings of the step that `--what scaling` measures, with `changes`. Raise UserError for invalid
-        values."""
+        """Return settings of the step of `--what scaling`, with `changes`. Raise UserError for invalid values."""
         names = (name for name, own in fields.declared(BenchSettings).items() if own.group in ("model", "step"))
         return fields.validate_settings({**{name: getattr(self, name) for name in names}, **changes}, BenchSettings)

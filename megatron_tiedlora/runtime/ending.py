@@ -251,8 +251,7 @@ class End:
         self.leave()
 
     def leave(self) -> None:
-        """Leave the heartbeat after a good end or an agreed stop. Rank 0 leaves first, after it has written all
-        files."""
+        """Leave the heartbeat after a good end or an agreed stop. Rank 0 writes all files and leaves first."""
         if self.heartbeat is None:
             return
         if self.status and self.state == "finished":  # stopped: a launcher may end all ranks as soon as one has ended
@@ -301,8 +300,7 @@ class End:
         return REJECTED_STATUS if isinstance(error, UserError) else FAILED_STATUS
 
     def _lost(self, failure: PeerFailure) -> None:
-        """Report a peer failure and end the process. The heartbeat's thread calls it, because the main thread is
-        blocked."""
+        """Report a peer failure and end the process. The heartbeat's thread calls it: the main thread is blocked."""
         self._record_failure(failure.reason, again=self.rank == 0)
         self._show(failure, f"error: {failure.reason}")
         self._leave_folder()
@@ -310,8 +308,7 @@ class End:
         os._exit(FAILED_STATUS)
 
     def _leave_folder(self) -> None:
-        """Release the folders of this rank. If rank 0 is lost, the other ranks revoke its folders, as it may still
-        run."""
+        """Release the folders of this rank. If rank 0 is lost, other ranks revoke its folders: it may still run."""
         self.held.close()
         if self.rank and self.heartbeat is not None and self.heartbeat.main_lost:
             for owner in self.owners:
@@ -323,8 +320,7 @@ class End:
         tell(text)
 
     def _record_failure(self, reason: str, *, again: bool = False) -> bool:
-        """Write the status unless a peer has written it; with `again` write it in any case. Return whether this rank
-        did."""
+        """Write the status unless a peer has done so; with `again` always write it. Return whether this rank did."""
         if self.folder is None or (self.folder.status.exists() and not again):
             return False
         with suppress(UserError):  # the disk may be what failed; the first error is the one to report

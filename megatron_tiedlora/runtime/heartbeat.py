@@ -161,8 +161,7 @@ class Heartbeat:
         self.wait_for_others(beats=10)
 
     def wait_for_main(self, *, limit: float = 5.0) -> None:
-        """Wait at most `limit` seconds until rank 0 has written its files and left. Launchers end all ranks after the
-        first."""
+        """Wait at most `limit` seconds until rank 0 has left. Launchers end all ranks after the first one."""
         deadline = time.monotonic() + limit
         with suppress(RuntimeError):
             while self.rank and _text(self.store.get(_key(0))) != _LEFT and time.monotonic() < deadline:
@@ -197,16 +196,14 @@ class Heartbeat:
         return self._share(self._gone_line(silent) if silent else here)
 
     def leave_failed(self) -> None:
-        """Leave after a failure; call this last. Rank 0 waits a few heartbeats until the other ranks have read the
-        reason."""
+        """Leave after a failure; call this last. Rank 0 waits a few heartbeats until its peers have read the reason."""
         with suppress(RuntimeError):
             self._over.set()
             self.store.set(_key(self.rank), _FAILED)
             self.wait_for_others()
 
     def wait_for_others(self, *, beats: int = 3) -> None:
-        """Wait on rank 0 until the other ranks have left, because the store ends with rank 0. Other ranks do not
-        wait."""
+        """Wait on rank 0 until all peers have left, because the store ends with rank 0. Peers do not wait."""
         deadline = time.monotonic() + beats * self.beat_seconds
         with suppress(RuntimeError):
             while self.rank == 0 and time.monotonic() < deadline:
@@ -247,8 +244,7 @@ class Heartbeat:
         return f"{named}{more} stopped responding after step {self.step()} ({why})"
 
     def _store_gone(self, line: str = "") -> PeerFailure:
-        """Return the failure if store and rank 0 are gone. The reason is the shared one, or `line`, or that rank 0 is
-        lost."""
+        """Return the failure if store and rank 0 are gone. The reason is the shared one, `line`, or the lost rank 0."""
         self._main_gone = True
         if self._reason:
             return PeerFailure(self._reason, False)
@@ -283,8 +279,7 @@ class Heartbeat:
         return math.ceil(self.silence_seconds / self.beat_seconds)
 
     def _silent(self, heard: dict[int, tuple[str, int]], beats: Mapping[int, str]) -> frozenset[int]:
-        """Return the ranks whose heartbeat has not changed for too long. Update `heard` = {rank: (heartbeat, times
-        seen)}."""
+        """Return the ranks whose heartbeat did not change for too long. Update `heard` = {rank: (heartbeat, count)}."""
         for rank, beat in beats.items():
             before, times = heard[rank]
             heard[rank] = (beat, times + 1 if beat == before else 1)

@@ -346,16 +346,14 @@ def has_bf16_instructions(cpu_info: Path = Path("/proc/cpuinfo")) -> bool:
 
 
 def uses_gpu() -> bool:
-    """Return whether ranks of this host run on GPUs. This needs a GPU that torch sees, and DS_ACCELERATOR unset or
-    cuda."""
+    """Return whether ranks of this host run on GPUs. torch must see one, and DS_ACCELERATOR must be unset or cuda."""
     import torch
 
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
 
 
 def visible_gpus() -> tuple[str, ...]:
-    """Return the GPU numbers in CUDA_VISIBLE_DEVICES, which `--include` would override, or otherwise those of all
-    GPUs."""
+    """Return the GPU numbers in CUDA_VISIBLE_DEVICES, which `--include` would override, or else those of all GPUs."""
     import torch
 
     named = os.environ.get("CUDA_VISIBLE_DEVICES")

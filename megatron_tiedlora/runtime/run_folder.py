@@ -62,8 +62,7 @@ class RunFolder:
 
     @property
     def settings(self) -> Path:
-        """Return the path of the YAML file with resolved settings, versions and seed; adapters.yaml for several
-        adapters."""
+        """Return the path of the YAML file with resolved settings and versions; adapters.yaml for several adapters."""
         return self.path / ("adapters.yaml" if self.of_several else "run.yaml")
 
     @property
@@ -301,8 +300,7 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 
 
 def metrics_row(line: bytes) -> dict[str, Any] | None:
-    """Parse a line into a row of `step`, `split` and finite numbers including `loss`. Return None if it is
-    malformed."""
+    """Parse a line into a row of `step`, `split` and finite numbers with `loss`. Return None if it is malformed."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -344,8 +342,7 @@ def plot_losses(metrics: Path, target: Path, *, guard: Guard = unguarded) -> Non
 
 
 def plain_figures() -> None:
-    """Let matplotlib draw without a screen and with default settings. A matplotlibrc in the current folder could run
-    programs."""
+    """Let matplotlib draw without a screen and with default settings. A matplotlibrc file could run programs."""
     import matplotlib
 
     matplotlib.rcdefaults()

@@ -170,8 +170,7 @@ class StopRequests:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Only record signals inside the block. The caller checks `requested_signal()` where all ranks do so
-        together."""
+        """Only record signals inside the block. The caller checks `requested_signal()` on all ranks together."""
         self._deferred = True
         try:
             yield
