@@ -31,7 +31,7 @@ def leave_signals_to_parent() -> None:
 
 @contextmanager
 def limited(*, memory: int) -> Iterator[None]:
-    """Limit the memory that the block may allocate to `memory` more bytes. A larger allocation raises MemoryError."""
+    """Let the block allocate at most `memory` more bytes. A larger allocation raises MemoryError."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     most = psutil.Process().memory_info().vms + memory
     lower = soft == resource.RLIM_INFINITY or most < soft

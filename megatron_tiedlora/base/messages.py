@@ -143,7 +143,7 @@ class _OnStderr(logging.Handler):
 
 
 def show_messages() -> None:
-    """Show the library's log messages from level INFO on. Commands call this; a second call changes nothing."""
+    """Show the library's log messages of level INFO and above. Commands call this. A second call changes nothing."""
     logger = logging.getLogger("megatron_tiedlora")
     if not any(isinstance(handler, _OnStderr) for handler in logger.handlers):
         logger.addHandler(_OnStderr())

@@ -1,7 +1,7 @@
 """A table of the paper's methods: which tensors are tied, which are trained, and how each is initialised.
 
 The update of an adapted linear is z = W x + (alpha / r) diag(v) B diag(u) A x (Tied-LoRA, section 3), A (r, d),
-B (o, r), u (r), v (o). Layers may share each of these ("tied"). The paper's tied methods have one A and one B for all
+B (o, r), u (r), v (o). Tied tensors are shared by layers. The paper's tied methods have one A and one B for all
 adapted layers; u and v are per layer.
 """
 

@@ -116,8 +116,9 @@ def examine(settings: DoctorSettings, environment: Mapping[str, str], say: Calla
 
 
 def find_job(settings: DoctorSettings, environment: Mapping[str, str]) -> Job:
-    """Return a job on the hosts to check, with the launcher that `tiedlora run` would use. The hosts are those of the
-    hostfile, else of the allocation, else this machine with a rank per GPU, or tensor x pipeline ranks without GPUs."""
+    """Return a job on the hosts to check, with the launcher that `tiedlora run` would use. The hosts come from the
+    hostfile, else from the allocation. Otherwise it is this machine with one rank per GPU, or tensor x pipeline ranks
+    without GPUs."""
     of_job = ("launcher", "hostfile", "launcher_args", "master_port")
     launch = LaunchSettings(**{name: getattr(settings, name) for name in of_job})
     # An interactive step of Slurm has one node. Use the whole allocation.

@@ -382,7 +382,7 @@ def shell_words(name: str, text: str | None) -> list[str]:
         raise ValueError(f"--{name} {text}: {str(error).lower()}") from None
 
 
-# Types of settings, which check their own values -------------------------------------------
+# Types of settings, which check their own values ----------------------------------------------------------------------
 
 # A path, with ~ expanded. Raises UserError if it cannot name a file.
 FilePath = Annotated[Path, BeforeValidator(lambda value, info: user_path(value, flag=f"--{info.field_name}"))]

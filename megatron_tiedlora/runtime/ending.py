@@ -159,10 +159,10 @@ class End:
             and the folder is not changed.
         finished_step: returns the number of the last finished step.
         first_step: the last step of earlier launches.
-        unsaved: what to report if a signal arrives and nothing was saved.
+        unsaved: the report if a signal stops the run and nothing was saved.
         reason: why the run ended, if it did not fail.
         state, status: the state and the exit status of a run that did not raise.
-        saved: what to report if a signal stops the run after a step; by default that the step was saved.
+        saved: the report if a signal stops the run after a step; by default it says that the step was saved.
         owners: the owners of the folders that rank 0 writes to, in the order in which they were taken.
         held: releases these folders at the end of the run, in reverse order.
         gpu: the name of this rank's GPU for messages.
