@@ -1,1 +1,1 @@
-"""The ground floor: errors and words, files and folders. It imports no other package of ours."""
+"""The lowest layer: errors, messages, files and folders. It imports no other package of this library."""

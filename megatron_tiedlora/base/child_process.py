@@ -13,7 +13,7 @@ _PARENT_DEATH_SIGNAL = 1  # Linux's prctl: PR_SET_PDEATHSIG
 
 
 def end_with_parent(parent: int | None = None) -> None:
-    """Have the kernel kill this process when its parent ends for any reason.
+    """Ask the kernel to kill this process when its parent ends for any reason.
 
     Args:
         parent: the parent's process id; if it has ended already, this process ends now.
@@ -24,14 +24,14 @@ def end_with_parent(parent: int | None = None) -> None:
 
 
 def leave_signals_to_parent() -> None:
-    """Ignore what a terminal or a scheduler sends to a whole group of processes: the parent decides what it means."""
+    """Ignore SIGINT, SIGTERM and SIGUSR1, which may be sent to a whole process group: only the parent handles them."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
 def limited(*, memory: int) -> Iterator[None]:
-    """Let the block allocate at most `memory` further bytes. Raises MemoryError if it allocates more."""
+    """Let the block allocate at most `memory` more bytes. A larger allocation raises MemoryError."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     most = psutil.Process().memory_info().vms + memory
     lower = soft == resource.RLIM_INFINITY or most < soft

@@ -1,11 +1,11 @@
-"""Files: atomic writes, and the strict reading of small text files, JSON objects, YAML files and checksums.
+"""Write files atomically, and read small text files, JSON objects, YAML files and checksums strictly.
 
 A file or folder is written under a temporary name, synced, and then renamed. A `guard` is called right before the
-rename. It raises UserError if this process may no longer change the folder. `ownership` explains why nothing can change
-after that, once the temporary files were removed.
+rename. It raises UserError if this process may no longer change the folder. `ownership` explains why a process that
+lost the folder cannot change it.
 
-Every failure to read is a one-line UserError. Of YAML one document is read, without tags, duplicate names, anchors or
-aliases. Aliases can expand to more than a machine's memory.
+Every failure to read is a one-line UserError. A YAML file has one document. Tags, duplicate names, anchors and aliases
+are rejected, because aliases can expand to more than a machine's memory.
 """
 
 import ctypes
@@ -37,7 +37,7 @@ Guard = Callable[[], None]
 
 
 def unguarded() -> None:
-    """The guard of a folder that nobody else writes to."""
+    """Do nothing: the guard of a folder that no other process writes to."""
 
 
 def sync_path(path: Path) -> None:
@@ -61,7 +61,7 @@ def new_folder(path: Path, *, guard: Guard = unguarded, parent: Path | None = No
     Raises:
         UserError: the disk is full or the parent is not writable; the message names `path`.
     """
-    name = path.name if parent is None else "output"  # short, since `path` may have the longest name allowed
+    name = path.name if parent is None else "output"  # short, because `path` may have the longest allowed name
     temporary = (parent or path.parent) / f"{TEMPORARY_PREFIX}{name}-{uuid.uuid4().hex[:8]}"
     try:
         guard()  # before mkdir, which would bring back a folder that was removed
@@ -107,7 +107,7 @@ def _put_in_place(temporary: Path, path: Path, guard: Guard) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two paths in one step. Returns False if the system or the file system cannot do it."""
+    """Swap two paths in one step. Return False if the system or the file system cannot do it."""
     try:
         swap = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError):
@@ -116,7 +116,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def write_text(path: Path, text: str, *, guard: Guard = unguarded) -> None:
-    """Replace a file's content atomically. Raises UserError naming the file."""
+    """Replace a file's content atomically. Raise UserError with the file's name if it cannot be written."""
     with new_file(path, guard=guard) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -126,7 +126,7 @@ def new_file(path: Path, *, guard: Guard = unguarded) -> Iterator[Path]:
     """Yield a temporary name beside `path`. The file replaces `path` when the block ends without an error.
 
     Raises:
-        UserError: it cannot be written; the message names `path`.
+        UserError: the file cannot be written; the message names `path`.
     """
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}")
     try:
@@ -137,17 +137,17 @@ def new_file(path: Path, *, guard: Guard = unguarded) -> Iterator[Path]:
             os.replace(temporary, path)
             sync_path(path.parent)
     finally:
-        with suppress(OSError):  # it does not exist, or its name is too long
+        with suppress(OSError):  # the file does not exist, or its name is too long
             temporary.unlink()
 
 
 def write_json(path: Path, content: Any, *, guard: Guard = unguarded) -> None:
-    """Replace a JSON file atomically. Raises UserError naming the file."""
+    """Replace a JSON file atomically. Raise UserError with the file's name if it cannot be written."""
     write_text(path, json.dumps(content, indent=2) + "\n", guard=guard)
 
 
 def restore_interrupted(folder: Path) -> None:
-    """Rename back the folders that a killed writer had moved aside and not replaced yet."""
+    """Restore the names of folders that a killed writer had moved aside but not yet replaced."""
     for aside in folder.glob(f"{_ASIDE_PREFIX}*"):
         path = folder / aside.name.removeprefix(_ASIDE_PREFIX).rpartition("-")[0]
         if not path.exists():
@@ -156,21 +156,21 @@ def restore_interrupted(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path, *, guard: Guard = unguarded) -> None:
-    """Run `restore_interrupted`, then remove the temporary files of earlier writers. For a new owner of `folder`."""
+    """Run `restore_interrupted`, then remove the temporary files of earlier writers. A new owner calls this."""
     restore_interrupted(folder)
     found = list(folder.glob(f"{TEMPORARY_PREFIX}*"))
-    guard()  # after the glob: this process owned the folder while these existed, so they are no later owner's
+    guard()  # after the glob: this process still owned the folder, so no later owner wrote these
     for item in found:
         gone = folder / f"{TEMPORARY_PREFIX}gone-{uuid.uuid4().hex[:8]}"
         with suppress(OSError):
-            os.rename(item, gone)  # atomic: a writer that wakes up meanwhile finds all of it or nothing
+            os.rename(item, gone)  # atomic: a writer that resumes meanwhile finds the whole item or nothing
         remove(gone)
 
 
 def discard(path: Path, *, guard: Guard = unguarded) -> None:
-    """Remove a file or a folder if the guard allows it. What cannot be removed stays.
+    """Remove a file or a folder if the guard allows it. Ignore what cannot be removed.
 
-    It is moved into a temporary folder first. So a process that is suspended after the guard moves nothing later.
+    The path is first moved into a temporary folder. So a process that is suspended after the guard moves nothing later.
     """
     if not os.path.lexists(path):
         return
@@ -185,7 +185,7 @@ def discard(path: Path, *, guard: Guard = unguarded) -> None:
 
 
 def make_way_for_log(file: Path) -> None:
-    """Remove `file`, to which a log is appended, if it is a link or a pipe: opening it would follow or block."""
+    """Remove the log `file` if it is a link or a pipe. Opening it would follow the link or block on the pipe."""
     with suppress(FileNotFoundError):
         mode = file.lstat().st_mode
         if stat.S_ISLNK(mode) or stat.S_ISFIFO(mode):
@@ -205,12 +205,12 @@ def remove(path: Path) -> None:
 
 
 Value = TypeVar("Value")
-LARGEST_TEXT = 2**24  # bytes; the weight index of the largest models has a tenth of that
+LARGEST_TEXT = 2**24  # bytes; the weight index of the largest models needs a tenth of this
 
 
 def read_small_text(file: Path, *, kind: str = "text", largest: int = LARGEST_TEXT) -> str:
-    """The text of an existing file that should be `kind`. Raises UserError naming the file if it is unreadable, not
-    UTF-8, or too large."""
+    """Return the text of an existing file of type `kind`. Raise UserError with the file's name if it cannot be read, is
+    not UTF-8, or is too large."""
     with os_errors(f"{file}: cannot be read"), file.open("rb") as stream:
         raw = stream.read(largest + 1)
     if len(raw) > largest:
@@ -223,7 +223,7 @@ def read_small_text(file: Path, *, kind: str = "text", largest: int = LARGEST_TE
 
 
 def seen_late(read: Callable[[], Value | None], folder: Path, *, seconds: float) -> Value | None:
-    """Wait at most `seconds` for what `read` finds in `folder`: NFS caches for a while that a file was missing."""
+    """Call `read` until it finds a value in `folder`, for at most `seconds`. NFS may report a new file as missing."""
     limit = time.monotonic() + seconds
     while (found := read()) is None and time.monotonic() < limit and folder.is_dir():
         time.sleep(seconds / 10)
@@ -245,7 +245,7 @@ Fields = TypeVar("Fields")
 
 
 def read_json_object(file: Path, *, kind: str, largest: int = LARGEST_TEXT) -> dict[str, Any]:
-    """The object in `file`. Raises UserError naming the file, and `kind` (what was expected) if it does not exist."""
+    """Return the JSON object in `file`. Raise UserError with its name, or with the expected `kind` if it is missing."""
     if not file.is_file():
         raise UserError(f"{file}: no such file; expected {kind}")
     text = read_small_text(file, kind="JSON", largest=largest)
@@ -261,7 +261,7 @@ def read_json_object(file: Path, *, kind: str, largest: int = LARGEST_TEXT) -> d
 
 
 def read_json_or_none(file: Path) -> dict[str, Any] | None:
-    """The object in `file`, or None if there is none or a kill has truncated it."""
+    """Return the JSON object in `file`, or None if the file is missing, unreadable or not valid."""
     with suppress(OSError, UserError):
         return read_json_object(file, kind="a JSON object")
     return None
@@ -282,10 +282,10 @@ def read_fields(
     are ignored.
 
     Args:
-        optional: fields that may be missing and then take their default.
+        optional: fields that may be missing; they then have their default.
 
     Raises:
-        UserError: names the first field that is missing or of the wrong type.
+        UserError: a field is missing or has the wrong type; the message names the first one.
     """
     names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     for name in names:
@@ -298,7 +298,7 @@ def read_fields(
 
 
 def first_problem(error: ValidationError) -> str:
-    """The first problem in a pydantic error: the field, its value and what is wrong with it."""
+    """Return the first problem in a pydantic error as text: the field, its value and what is wrong."""
     first = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in first["loc"])
     wrong_kind = " has the wrong type" if first["type"].endswith("_type") else ""
@@ -312,7 +312,7 @@ LARGEST_YAML = 2**18  # bytes; PyYAML takes seconds for a megabyte
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """PyYAML's safe loader that rejects anchors, aliases and duplicate keys."""
+    """A safe YAML loader that also rejects anchors, aliases and duplicate keys."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
@@ -329,13 +329,13 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def write_yaml(path: Path, content: Mapping[str, Any] | list[Any], *, guard: Guard = unguarded) -> None:
-    """Replace a YAML file atomically, keeping the order of names. Raises UserError naming the file."""
+    """Replace a YAML file atomically; names keep their order. Raise UserError with the file's name if this fails."""
     plain = content if isinstance(content, list) else dict(content)
     write_text(path, yaml.safe_dump(plain, sort_keys=False), guard=guard)
 
 
 def read_yaml_mapping(file: Path) -> dict[str, Any]:
-    """The names and values of an existing file. The result is empty if the file is.
+    """Return the names and values in an existing YAML file. An empty file has an empty result.
 
     Raises:
         UserError: the file is not valid; the message names it, and the line if known.
@@ -344,12 +344,12 @@ def read_yaml_mapping(file: Path) -> dict[str, Any]:
 
 
 def read_yaml_list(file: Path) -> list[Any]:
-    """The entries of an existing file that holds a list; none if it is empty. Raises UserError naming the file."""
+    """Return the list in an existing YAML file; [] if it is empty. Raise UserError with its name if it is not valid."""
     return parse_yaml(read_small_text(file, kind="YAML", largest=LARGEST_YAML), list, source=str(file))
 
 
 def parse_yaml(text: str, kind: type[Value], *, source: str) -> Value:
-    """The content of a text, a `dict` or a `list`, which is empty if the text is. Raises UserError naming `source`."""
+    """Parse a YAML text into a `dict` or `list`; empty text becomes an empty one. Raise UserError with `source`."""
     try:
         content = _PlainLoader(text).get_single_data()
     except yaml.YAMLError as error:
@@ -372,8 +372,8 @@ def parse_yaml(text: str, kind: type[Value], *, source: str) -> Value:
 
 # Checksums ------------------------------------------------------------------------------------------------------------
 #
-# They are of files, in the JSON beside them, which also has its own, so that damage and mix-ups are found before use.
-# They are not signatures: anyone who can change the files can change them too. Files that PEFT wrote have none.
+# A JSON file holds the checksums of the files beside it and its own. So damaged or mixed-up files are found before use.
+# Checksums are not signatures: anyone who can change the files can change them too. PEFT's files have none.
 
 
 FILES_FIELD = "sha256"  # {file name: SHA-256 of its bytes}
@@ -382,19 +382,19 @@ SEAL_FIELD = "config_sha256"  # SHA-256 of the JSON's content without this field
 
 
 def file_sha256(file: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal. Raises UserError if it cannot be read."""
+    """Return the SHA-256 of a file's bytes, in hexadecimal. Raise UserError if the file cannot be read."""
     with os_errors(f"{file}: cannot be read"), file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def sealed(content: Mapping[str, Any], *, files: Iterable[Path] = ()) -> dict[str, Any]:
-    """Return `content`, a JSON object, with the checksums of `files` and its own."""
+    """Return the JSON object `content` with the checksums of `files` and of itself added."""
     whole = {**content, FILES_FIELD: {file.name: file_sha256(file) for file in files}}
     return {**whole, SEAL_FIELD: _seal(whole)}
 
 
 def check_seal(file: Path, content: Mapping[str, Any]) -> dict[str, str]:
-    """The checksums of files in a JSON object read from `file`; empty if PEFT wrote it, without any.
+    """Return the checksums of files that the JSON object from `file` holds. The result is empty if PEFT wrote the file.
 
     Raises:
         UserError: the content has changed since it was written.
@@ -410,7 +410,7 @@ def check_seal(file: Path, content: Mapping[str, Any]) -> dict[str, str]:
 
 
 def check_file(file: Path, sums: Mapping[str, str], *, found: str | None = None) -> None:
-    """Raise UserError if a file does not match the checksum for its name in `sums`, if there is one.
+    """Raise UserError if a file does not match its checksum in `sums`. A name without a checksum is not checked.
 
     Args:
         found: the file's checksum if it is known; otherwise the file is read.
@@ -421,7 +421,7 @@ def check_file(file: Path, sums: Mapping[str, str], *, found: str | None = None)
 
 
 def _seal(content: Mapping[str, Any]) -> str:
-    # Independent of spaces and order, so that a reformatted file still matches.
+    # Spaces and the order of keys have no effect, so that a reformatted file still matches.
     rest = {name: value for name, value in content.items() if name != SEAL_FIELD}
     text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()

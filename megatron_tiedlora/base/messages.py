@@ -1,8 +1,8 @@
-"""Input and messages of users: the one error type for a mistake, paths, how messages show values (short, on one line)
-and word sizes, times, counts, names and tables, the screen, and what is installed.
+"""User input and messages: `UserError`, paths, values as short text on one line, sizes, times, counts, names and tables
+as text, the screen, and installed packages.
 
-Each module of the library logs under the name `megatron_tiedlora`, and a command shows these messages on stderr. A
-program that uses the library as a package gets them by Python's `logging` alone, as it configures it.
+Each module of the library logs under the name `megatron_tiedlora`. A command shows these messages on stderr. In a
+program that imports the library, the program's own `logging` configuration decides what is shown.
 """
 
 import csv
@@ -28,13 +28,13 @@ _LONGEST_FILE_NAME, _LONGEST_PATH = 255, 4000  # bytes that Linux takes
 
 
 class UserError(ValueError):
-    """A wrong input, described in one line that names the file, the value and the fix.
+    """An error in the user's input. Its message is one line with the file, the value and the fix.
 
     Commands print the message without a traceback and exit with status 2. The message is always one line without
-    control characters, even if a broken file supplied a part of it. The middle of a very long one is left out.
+    control characters, even if it quotes a broken file. The middle of a very long message is left out.
 
     Attributes:
-        of_peer: whether another rank found it, and reports it.
+        of_peer: whether another rank found the error and reports it.
     """
 
     of_peer: bool = False
@@ -44,13 +44,13 @@ class UserError(ValueError):
 
 
 def named(name: str, line: str) -> str:
-    """A line about an adapter; it begins with its name, unless that is "", of the only one."""
+    """Return a line about an adapter that begins with its name. The name "" of a single adapter adds nothing."""
     return f"{name}: {line}" if name else line
 
 
 @contextmanager
 def naming(name: str) -> Iterator[None]:
-    """Inside, a `UserError` begins with `name`, of an adapter or a file; "" adds nothing."""
+    """Put `name`, of an adapter or a file, before the message of a `UserError` in the block; "" adds nothing."""
     try:
         yield
     except UserError as error:
@@ -63,7 +63,7 @@ def naming(name: str) -> Iterator[None]:
 
 @contextmanager
 def os_errors(said: str, *, fix: str = "") -> Iterator[None]:
-    """Inside, an `OSError` becomes a `UserError`: what is `said`, the system's reason in brackets, and `fix`."""
+    """Turn an `OSError` in the block into a `UserError` with `said`, the system's reason in brackets, and `fix`."""
     try:
         yield
     except OSError as error:
@@ -71,13 +71,13 @@ def os_errors(said: str, *, fix: str = "") -> Iterator[None]:
 
 
 def one_line(text: str) -> str:
-    """A text as one `printable` line. The middle of a very long one is left out."""
-    return _cut(printable(_cut(text)))  # shortened first, so that `printable` never goes through gigabytes
+    """Return a text as one `printable` line. The middle of a very long text is left out."""
+    return _cut(printable(_cut(text)))  # shortened first, so that `printable` never reads gigabytes
 
 
 def printable(text: str) -> str:
-    """`text` as one line that is safe to print, since names and contents of files may be another user's. New lines and
-    control characters are escaped. Letters of every script stay."""
+    """Return `text` as one line that is safe to print: another user may have written names and contents of files. New
+    lines and control characters are escaped. Letters of every script are unchanged."""
     if text.isprintable():
         return text
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
@@ -95,7 +95,7 @@ def _cut(text: str) -> str:
 
 
 class _Short(reprlib.Repr):
-    """A `repr` of bounded length: aliases in a YAML file can make a value larger than the machine's memory."""
+    """A `repr` of bounded length. Aliases in a YAML file can make a value larger than the machine's memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,20 +107,20 @@ class _Short(reprlib.Repr):
 
 
 def shown(value: object) -> str:
-    """`repr(value)` for a message, shortened if it is long. It works for any value that a file can hold."""
+    """Return `repr(value)` for a message, shortened if it is long. Any value that a file can hold is accepted."""
     return _Short().repr(value)
 
 
 def as_given(value: object) -> str:
-    """Like `shown`, but a string is returned without quotes, as the user typed it."""
+    """Return the value like `shown`, but a string without quotes, as the user typed it."""
     return value if isinstance(value, str) else shown(value)
 
 
 def user_path(given: str | Path, *, flag: str = "") -> Path:
-    """The path that `given` names, with ~ and ~USER expanded; nothing else is looked up. `flag` is for the message.
+    """Return the path `given` with ~ and ~USER expanded. The file need not exist. The message contains `flag`.
 
     Raises:
-        UserError: it cannot name a file on any system.
+        UserError: the text cannot be a path on any system.
     """
     said = f"{flag} {shown(str(given))}".lstrip()
     try:
@@ -134,16 +134,16 @@ def user_path(given: str | Path, *, flag: str = "") -> Path:
 
 
 class _OnStderr(logging.Handler):
-    """Shows messages as plain lines on what is sys.stderr at that time, since a rank's log replaces it."""
+    """A log handler that writes plain lines to the current sys.stderr, which a rank's log may replace."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Show one message; a screen that is gone changes nothing."""
+        """Show one message. Ignore a closed terminal."""
         with suppress(OSError):
             show(*self.format(record).split("\n"), file=sys.stderr)
 
 
 def show_messages() -> None:
-    """Show the library's messages from level INFO on. Commands call this; a second call changes nothing."""
+    """Show the library's log messages of level INFO and above. Commands call this. A second call changes nothing."""
     logger = logging.getLogger("megatron_tiedlora")
     if not any(isinstance(handler, _OnStderr) for handler in logger.handlers):
         logger.addHandler(_OnStderr())
@@ -155,16 +155,16 @@ Number = TypeVar("Number", int, float)
 
 _SCALES = {"P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}
 _LONGEST_NAME, _MOST_NAMES = 200, 8
-_LIKENESS = 0.6  # of a name that is suggested; below it most suggestions mislead
+_LIKENESS = 0.6  # least similarity of a suggested name; below it most suggestions are wrong
 
 
 def bytes_in_words(size: float) -> str:
-    """A number of bytes with a decimal unit, of GB at most: `1.50 GB`, `640 B`."""
+    """Return a number of bytes with a decimal unit, at most GB: `1.50 GB`, `640 B`."""
     return amount_text(size, "B", prefixes="GMk")
 
 
 def amount_text(value: float, unit: str, *, prefixes: str = "PTGMk") -> str:
-    """A number with the largest of these decimal prefixes that leaves at least 1: `1.50 TFLOP`, `640 B`."""
+    """Return a number with the largest decimal prefix for which it is at least 1: `1.50 TFLOP`, `640 B`."""
     for prefix in prefixes:
         if value >= _SCALES[prefix]:
             return f"{value / _SCALES[prefix]:,.2f} {prefix}{unit}"
@@ -172,13 +172,13 @@ def amount_text(value: float, unit: str, *, prefixes: str = "PTGMk") -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type if the message is empty."""
+    """Return the first line of an error's message, or its type if the message is empty."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str:
-    """' (did you mean X?)' with the known name nearest to `name`, or '' if none is near."""
+    """Return ' (did you mean X?)' with the known name most similar to `name`, or '' if none is similar."""
     if len(name) > _LONGEST_NAME:
         return ""
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=_LIKENESS)
@@ -186,14 +186,14 @@ def nearest_name(name: str, known: Iterable[str]) -> str:
 
 
 def enumerate_names(names: Sequence[str]) -> str:
-    """`a, b and c`; a long list is cut to its first names and the number of the others."""
+    """Return names as `a, b and c`. A long list is shortened to its first names and the number of the others."""
     if len(names) > _MOST_NAMES:
         return f"{', '.join(names[:_MOST_NAMES])} and {len(names) - _MOST_NAMES} more"
     return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
 
 
 def time_text(seconds: float) -> str:
-    """Seconds with the unit that fits: `85 us`, `3.2 ms`, `1.5 s`."""
+    """Return a time in seconds as text with a suitable unit: `85 us`, `3.2 ms`, `1.5 s`."""
     for factor, unit in ((1e6, "us"), (1e3, "ms")):
         if seconds * factor < 1000:
             return f"{seconds * factor:.3g} {unit}"
@@ -201,12 +201,12 @@ def time_text(seconds: float) -> str:
 
 
 def count_text(number: int, noun: str) -> str:
-    """`1 host`, `2 hosts`, `1,024 micro-batches`."""
+    """Return a number with its noun: `1 host`, `2 hosts`, `1,024 micro-batches`."""
     return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('ch') else 's'}"
 
 
 def range_text(values: Collection[Number], words: Callable[[Number], str] = "{:,}".format) -> str:
-    """`7`, `1 to 7`: the least and the most, or one of them if both are worded alike."""
+    """Return the smallest and the largest value as `1 to 7`, or as `7` if both have the same text."""
     return " to ".join(dict.fromkeys(map(words, (min(values), max(values)))))
 
 
@@ -214,14 +214,14 @@ def range_text(values: Collection[Number], words: Callable[[Number], str] = "{:,
 
 
 def aligned_lines(rows: Sequence[Sequence[str]], *, align: str = "<>", indent: str = "") -> list[str]:
-    """One line for each row. Columns are as wide as their longest cell and two spaces apart.
+    """Return one line of text per row. Each column is as wide as its longest cell, with two spaces between columns.
 
     Args:
-        rows: the header, if there is one, is the first. The last cells of a row may be missing. Spaces around a header
-            make its column wider.
-        align: `<` for each column that is aligned to the left and `>` for the right; the last one is for all that
-            follow, so that by default only the first column, of labels, is to the left.
-        indent: what each line begins with.
+        rows: a header, if any, is the first row. The last cells of a row may be missing. Spaces around a header make
+            its column wider.
+        align: `<` for a left-aligned column and `>` for a right-aligned one. The last character is for all further
+            columns. By default only the first column is left-aligned.
+        indent: the text before each line.
     """
     widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
     sides = align.ljust(len(widths), align[-1])
@@ -233,12 +233,12 @@ def aligned_lines(rows: Sequence[Sequence[str]], *, align: str = "<>", indent: s
 
 
 def markdown_lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A table in Markdown."""
+    """Return a table in Markdown."""
     return ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)]
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    """Rows as CSV below the names of the columns; what a row does not have is empty."""
+    """Return rows as CSV with a header of column names. A value that a row does not have is empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
@@ -248,11 +248,11 @@ def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
 
 # What is installed ----------------------------------------------------------------------------------------------------
 #
-# The extras are what a command needs that loading, merging and exporting do not. Nothing is imported to find out.
+# An extra holds packages that only some commands need; loading, merging and exporting need none. Checks import nothing.
 
 __version__ = "0.2.0"  # pyproject.toml reads it from here
 PACKAGE_FOLDER = Path(__file__).parents[1]  # of megatron_tiedlora
-# By extra: the modules that it brings, which pyproject.toml lists under their names as packages.
+# The modules of each extra. pyproject.toml lists the names of their packages.
 EXTRAS: Mapping[str, tuple[str, ...]] = {
     "train": ("deepspeed", "datasets", "pyarrow", "accelerate", "tensorboard", "matplotlib"),
     "eval": ("deepspeed", "datasets", "pyarrow", "rouge_score", "sacrebleu"),
@@ -262,12 +262,12 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "demo": ("gguf", "accelerate", "reasoning_gym", "peft", "tokenizers"),
     "mpi": ("mpi4py",),
 }
-# A run does without these: they are asked for where they are used, by --report_to and for figures.
+# A run does not need these. They are checked where they are used: by --report_to and for figures.
 _WHERE_USED = ("accelerate", "tensorboard", "matplotlib")
 
 
 def installed_versions(*libraries: str) -> dict[str, str]:
-    """Versions of this package, of Python and of those `libraries` that are installed."""
+    """Return the versions of this package, of Python and of the installed ones of `libraries`."""
     found = {"megatron_tiedlora": __version__, "python": platform.python_version()}
     for library in libraries:
         if number := _installed(library):  # the library of a metric that was not requested may be missing
@@ -277,7 +277,7 @@ def installed_versions(*libraries: str) -> dict[str, str]:
 
 @cache
 def _installed(library: str) -> str | None:
-    """The version of an installed library; looking it up parses the library's whole metadata file."""
+    """Return the version of an installed library, or None. This parses the library's whole metadata file."""
     try:
         return version(library)
     except PackageNotFoundError:
@@ -285,13 +285,13 @@ def _installed(library: str) -> str | None:
 
 
 def missing_modules(*names: str) -> list[str]:
-    """The modules of these extras that are not installed; nothing is imported."""
+    """Return the modules of these extras that are not installed. Nothing is imported."""
     modules = dict.fromkeys(module for name in names for module in EXTRAS[name])
     return [module for module in modules if find_spec(module) is None]
 
 
 def require_extra(*names: str, only: Collection[str] | None = None) -> None:
-    """Raise UserError if a module of these extras that every run needs, or one of `only`, is not installed."""
+    """Raise UserError if a module of `only`, or by default one that every run needs, is not installed."""
     absent = missing_modules(*names)
     missing = [name for name in absent if (name not in _WHERE_USED if only is None else name in only)]
     if missing:
@@ -299,17 +299,17 @@ def require_extra(*names: str, only: Collection[str] | None = None) -> None:
 
 
 def missing_module(error: ModuleNotFoundError) -> UserError | None:
-    """The error for a user who lacks an extra; None if the module belongs to none."""
+    """Return the error for a missing module that belongs to an extra; None if it belongs to none."""
     module = (error.name or "").partition(".")[0]
     names = [name for name, modules in EXTRAS.items() if module in modules]
     return UserError(f"this needs {module}; {install_hint(*names[:1])}") if names else None
 
 
 def install_hint(*names: str) -> str:
-    """The command that installs these extras, for a message.
+    """Return the command that installs these extras, for a message.
 
-    pip adds what they bring to the package that is installed. One that is not, but runs from a clone, is named by its
-    folder, because a package of the same name in an index would be somebody else's.
+    pip adds the extras' packages to the installed package. A clone that is not installed is named by its folder,
+    because an index may have an unrelated package of the same name.
     """
     what = "megatron_tiedlora" if _installed("megatron_tiedlora") else str(PACKAGE_FOLDER.parent)
     extras = ",".join(names)

@@ -1,7 +1,7 @@
-"""The paper's methods as data: this table says which tensors are tied and trained, and how each is initialised.
+"""A table of the paper's methods: which tensors are tied, which are trained, and how each is initialised.
 
 The update of an adapted linear is z = W x + (alpha / r) diag(v) B diag(u) A x (Tied-LoRA, section 3), A (r, d),
-B (o, r), u (r), v (o). Layers may share each of these ("tied"). The paper's tied methods have one A and one B for all
+B (o, r), u (r), v (o). Tied tensors are shared by layers. The paper's tied methods have one A and one B for all
 adapted layers; u and v are per layer.
 """
 
@@ -18,11 +18,12 @@ FACTORS = ("A", "B", "u", "v")
 
 @dataclass(frozen=True)
 class Factor:
-    """The use that a method makes of one of A, B, u, v.
+    """How a method uses one of the tensors A, B, u and v.
 
     Attributes:
-        shared_by: the layers that share a tensor. "all": all adapted ones; "one": each has its own; a number n of two
-            or more: n consecutive adapted ones; or groups of layers (1-based), where one in no group has its own.
+        shared_by: the layers that share a tensor. "all": all adapted layers; "one": each layer has its own; a number n
+            of two or more: n consecutive adapted layers; or lists of layers (1-based), where a layer in no list has its
+            own.
     """
 
     shared_by: Sharing
@@ -41,18 +42,18 @@ class Method:
     v: Factor
 
     def factor(self, name: str) -> Factor:
-        """The factor called A, B, u or v."""
+        """Return the factor A, B, u or v by its name."""
         found: Factor = getattr(self, name)
         return found
 
     @property
     def starts_at_base(self) -> bool:
-        """Whether the update is zero before the first step (all methods but tl1)."""
+        """Return whether the update is zero before the first step (all methods but tl1)."""
         return "zero" in (self.B.start, self.v.start)
 
 
 def _row(name: str, a: str, b: str, scale: str, b_start: InitialValue, *, shared_by: Sharing = "all") -> Method:
-    """A Method from one table row. a and b: "trained" or "frozen"; scale: which of u, v are trained."""
+    """Build a Method from one table row. a and b are "trained" or "frozen"; scale says which of u and v are trained."""
     return Method(
         name,
         A=Factor(shared_by, a == "trained", "normal"),
@@ -79,21 +80,22 @@ METHOD_NAMES = tuple(METHODS)
 
 
 def find_method(name: str) -> Method:
-    """The method called `name`. Raises UserError with the nearest known name."""
+    """Return the method `name`. Raise UserError with the most similar known name if there is none."""
     if name not in METHODS:
         raise UserError(f"unknown method {name!r}{nearest_name(name, METHODS)}; known: {', '.join(METHODS)}")
     return METHODS[name]
 
 
 def default_std_a(hidden_size: int) -> float:
-    """Init std of A: 1 / sqrt(d), so that the entries of A x are as large as those of x."""
+    """Return the init std of A: 1 / sqrt(d), so that the entries of A x are as large as those of x."""
     return 1.0 / math.sqrt(hidden_size)
 
 
 def default_std_b(method: Method, rank: int) -> float:
-    """Init std of B if B is not initialised to zero: 1 / sqrt(r), so that the entries of B A x are as large as x's.
+    """Return the init std of a B that does not start at zero: 1 / sqrt(r). The entries of B A x are then as large as
+    x's.
 
-    A method whose initial update is not zero (tl1) uses 0.3 of that. At the full std the first loss of a real model
-    was 3.5 instead of 1.43; at 0.3 it was 1.47, and training ended equally well (docs/start_widths.md).
+    A method whose initial update is not zero (tl1) uses 0.3 times this value. At the full std the first loss of a real
+    model was 3.5 instead of 1.43. At 0.3 it was 1.47, and training ended equally well (docs/start_widths.md).
     """
     return (1.0 if method.starts_at_base else 0.3) / math.sqrt(rank)

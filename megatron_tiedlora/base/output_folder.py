@@ -1,5 +1,5 @@
-"""Folders and names in them: those of one user, and a command's output folder, which is checked to be free and writable
-before any work is done."""
+"""Name and create folders of the user and output folders of commands. A command checks that its output folder is free
+and writable before any work."""
 
 import hashlib
 import itertools
@@ -18,12 +18,12 @@ from megatron_tiedlora.base.files import new_folder, remove_leftovers
 from megatron_tiedlora.base.messages import UserError, bytes_in_words, user_path
 from megatron_tiedlora.base.ownership import FolderLock, FolderTaken, take_folder
 
-_LONGEST_PART = 80  # bytes of a name that becomes a part of a longer one
+_LONGEST_PART = 80  # bytes of a name that is used inside a longer one
 
 
 @dataclass(frozen=True)
 class PathIn:
-    """A class attribute that is a path in the folder `path` of each instance: `NAME = PathIn("name")`."""
+    """A descriptor that returns a path inside an instance's folder `path`: `NAME = PathIn("name")`."""
 
     name: str
 
@@ -33,14 +33,14 @@ class PathIn:
 
 
 def last_name(given: str) -> str:
-    """The last part of a path or a hub id, for folders named after it. A very long one is cut short."""
+    """Return the last part of a path or a hub id, for a folder's name. A very long one is shortened."""
     name = given.rstrip("/").rsplit("/", 1)[-1]
     raw = os.fsencode(name)
     return name if len(raw) <= _LONGEST_PART else raw[:_LONGEST_PART].decode(errors="ignore")
 
 
 def numbered(path: Path) -> Iterator[Path]:
-    """PATH, PATH-2, PATH-3, ..."""
+    """Yield PATH, PATH-2, PATH-3, ..."""
     yield path
     yield from (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
 
@@ -49,7 +49,7 @@ CACHE_VARIABLE = "MEGATRON_TIEDLORA_CACHE"
 
 
 def user_cache() -> Path:
-    """The folder for what is downloaded or made once; it may not exist yet.
+    """Return the cache folder of this user, for downloads and converted models. It may not exist yet.
 
     `$MEGATRON_TIEDLORA_CACHE`, else `~/.cache/megatron_tiedlora`.
     """
@@ -58,10 +58,10 @@ def user_cache() -> Path:
 
 
 def make_own_folder(path: Path, *, mode: int = 0o755) -> None:
-    """Create a folder and its parents, not writable by others. An existing one is left as it is.
+    """Create a folder and its parents so that other users cannot write there. An existing folder is unchanged.
 
     Raises:
-        UserError: it exists, and anyone may write in it.
+        UserError: the folder exists, and anyone may write in it.
         OSError: it cannot be created.
     """
     path.mkdir(mode=mode & ~stat.S_IWOTH, parents=True, exist_ok=True)
@@ -70,10 +70,10 @@ def make_own_folder(path: Path, *, mode: int = 0o755) -> None:
 
 
 def make_private_folder(path: Path) -> None:
-    """Create a folder with a predictable name in one that others can write to, such as the temporary folder.
+    """Create a private folder with a predictable name inside a shared folder, such as the temporary folder.
 
     Raises:
-        UserError: it exists and is a link, another user's, or writable by anyone.
+        UserError: the path is a link, belongs to another user, or is writable by anyone.
         OSError: it cannot be created.
     """
     path.mkdir(mode=0o700, exist_ok=True)
@@ -86,7 +86,7 @@ def make_private_folder(path: Path) -> None:
 
 
 def nearest_existing(path: Path) -> Path:
-    """The path itself, or the nearest of its parents that exists."""
+    """Return the path itself if it exists, otherwise its nearest parent that exists."""
     return next(parent for parent in (path, *path.absolute().parents) if parent.exists())
 
 
@@ -100,7 +100,7 @@ def check_writable(path: Path, *, given: str, flag: str = "--output_dir") -> Non
 
 
 def output_file(given: str, *, flag: str) -> Path:
-    """The path of a file that a command writes at its end. Raises UserError if it could not be written."""
+    """Return the path of a file that a command writes at its end. Raise UserError if it is not writable."""
     path = user_path(given, flag=flag)
     if path.is_dir():
         raise UserError(f"{flag} {given}: is a folder; give a file")
@@ -109,10 +109,10 @@ def output_file(given: str, *, flag: str) -> Path:
 
 
 def output_files(given: Mapping[str, str | None]) -> dict[str, Path]:
-    """The paths of the files, by flag, that a command writes at its end; a flag that was left out has none.
+    """Return the paths of the files that a command writes at its end, by flag. Flags that were left out are omitted.
 
     Raises:
-        UserError: one could not be written, or two are the same file.
+        UserError: a file is not writable, or two are the same file.
     """
     found = {flag: output_file(value, flag=flag) for flag, value in given.items() if value is not None}
     for (one, path), (other, same) in combinations(found.items(), 2):
@@ -122,9 +122,9 @@ def output_files(given: Mapping[str, str | None]) -> dict[str, Path]:
 
 
 def reject_links(*folders: Path) -> None:
-    """Raise UserError if a subfolder of --output_dir that is written to is a link, or not a folder.
+    """Raise UserError if a subfolder of --output_dir that the command writes to is a link or not a folder.
 
-    A folder that came from somebody else may hold links to anywhere. The folder that a user names may be a link.
+    A folder from another person may hold links to anywhere. The folder that the user names may itself be a link.
     """
     for folder in folders:
         if folder.is_symlink():
@@ -136,18 +136,18 @@ def reject_links(*folders: Path) -> None:
             raise UserError(f"{folder} is not a folder, but a run writes into it; remove it, or restore the folder")
 
 
-LONGEST_NAME = 240  # bytes, so that what is put around a name still fits
+LONGEST_NAME = 240  # bytes, so that a prefix and a suffix still fit
 
 
 @dataclass(frozen=True)
 class NewOutput:
-    """An output folder that one process writes. It appears at `path` complete or not at all.
+    """An output folder that one process writes. It appears at `path` only when it is complete.
 
-    Until then it lies in PARENT/.NAME.partial, which the process owns. The next process that writes the same output
-    removes what a killed one left there.
+    Until then the files are in PARENT/.NAME.partial, which the process owns. The next process that writes the same
+    output removes the files of a killed one.
 
     Attributes:
-        reject: raises an error if what is at `path` must not be replaced.
+        reject: raises an error if the content of `path` must not be replaced.
     """
 
     path: Path
@@ -156,26 +156,26 @@ class NewOutput:
 
     @property
     def partial(self) -> Path:
-        """The folder in which the output is written."""
+        """Return the folder in which the output is written."""
         return self.lock.owner.folder
 
     @contextmanager
     def written(self) -> Iterator[Path]:
-        """Yield a temporary folder that becomes the output when the block ends. Raises UserError if it cannot."""
+        """Yield a temporary folder that becomes the output when the block ends. Raise UserError if this fails."""
         try:
             with new_folder(self.path, guard=self.guard, parent=self.partial) as temporary:
                 yield temporary
-        except UserError:  # such as a file that is gone, because another process took over the output
+        except UserError:  # for example a missing file, because another process took over the output
             self.lock.owner.check()
             raise
 
     def guard(self) -> None:
-        """Raise UserError if another process has taken over the output, or what `reject` does."""
+        """Raise UserError if another process has taken over the output. Call `reject` too, which may raise."""
         self.lock.owner.check()
         self.reject(self.path)
 
     def release(self) -> None:
-        """Give up the partial folder, and remove what is left in it."""
+        """Release the partial folder and remove its remaining files."""
         with suppress(UserError):
             remove_leftovers(self.partial, guard=self.lock.owner.check)
         self.lock.release()
@@ -189,12 +189,12 @@ def take_output(
     reject: Callable[[Path], None] | None = None,
     hint: str = "wait until it ends, give another folder, or take this one over with --take_over",
 ) -> NewOutput:
-    """Become the one process that writes the output `path`.
+    """Make this process the only one that writes the output `path`.
 
     Args:
         resumes: see `take_folder`.
-        reject: see `NewOutput`; default: nothing is replaced.
-        hint: what a user can do if another process is writing it.
+        reject: see `NewOutput`; by default nothing is replaced.
+        hint: what a user can do if another process is writing the output.
 
     Raises:
         FolderTaken: another process is writing it, and `take_over` is False.
@@ -207,14 +207,14 @@ def take_output(
 
 
 def remove_abandoned_outputs(folder: Path) -> None:
-    """Remove what killed processes have left of any output in `folder`."""
+    """Remove the partial outputs that killed processes have left in `folder`."""
     for item in folder.glob(".*.partial"):
-        with suppress(UserError):  # a process is at work there
+        with suppress(UserError):  # another process is writing there
             take_output(folder / item.name.removeprefix(".").removesuffix(".partial")).release()
 
 
 def partial_folder(path: Path) -> Path:
-    """The folder in which `path` is written: .NAME.partial, or a hash if the name is too long for a file system."""
+    """Return the folder in which `path` is written: .NAME.partial, with a hash for a name that is too long."""
     name = path.name
     if len(os.fsencode(name)) > LONGEST_NAME:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
@@ -223,7 +223,7 @@ def partial_folder(path: Path) -> Path:
 
 @contextmanager
 def new_output(path: Path, *, take_over: bool = False) -> Iterator[Path]:
-    """`take_output`, `written` and `release` in one: yield a temporary folder that becomes `path`."""
+    """Yield a temporary folder that becomes `path`. This combines `take_output`, `written` and `release`."""
     output = take_output(path, take_over=take_over)
     try:
         with output.written() as temporary:
@@ -239,17 +239,18 @@ def reject_existing(path: Path, *, flag: str) -> None:
 
 
 def require_room(folder: Path, needed: int, *, output: Path) -> None:
-    """Raise UserError if the file system of the existing `folder` has no room for the `needed` bytes of `output`."""
+    """Raise UserError if the file system of the existing `folder` has no space for the `needed` bytes of `output`."""
     if (free := shutil.disk_usage(folder).free) < needed:
         there = f"only {bytes_in_words(free)} are free in its folder's file system"
         raise UserError(f"--output {output}: needs {bytes_in_words(needed)}, but {there}")
 
 
 def take_output_folder(given: str | None, *, parent: str, name: str, take_over: bool = False) -> NewOutput:
-    """Take the folder `given` to --output_dir, new or empty; without one, the first free of PARENT/NAME, NAME-2, ...
+    """Take the new or empty folder `given` to --output_dir, or without it the first free one of PARENT/NAME, NAME-2,
+    ...
 
     Raises:
-        UserError: it holds files, is not writable, or another process is writing it.
+        UserError: the folder holds files, is not writable, or another process is writing it.
     """
     if given is not None:
         path = user_path(given)
@@ -260,7 +261,7 @@ def take_output_folder(given: str | None, *, parent: str, name: str, take_over: 
         reject_existing(path, flag=f"--output_dir {given}")
         if os.path.ismount(path):
             raise UserError(f"--output_dir {given} is a mount point, which cannot be replaced; give a folder in it")
-        check_writable(path.parent, given=given)  # the output is written beside it first
+        check_writable(path.parent, given=given)  # the output is first written beside it
         return take_output(path, take_over=take_over)
     paths = numbered(Path(parent) / name)
     while True:

@@ -1,11 +1,11 @@
-"""One writer per folder: which start (one launch of a command) may change its content.
+"""Allow one writer per folder. Its owner is one launch of a command, which the code calls a start.
 
-OWNER_FILE holds a token (start id, host, process, time). The owner keeps the file locked; the kernel frees the lock
-when the owner dies. It also renews the file's mtime, which other hosts see. A start that takes over a folder replaces
-the file without waiting, and the former owner finds the other token before its next change.
+OWNER_FILE holds a token (launch id, host, process, time). The owner keeps the file locked; the kernel frees the lock
+when the owner dies. The owner also renews the file's mtime, which other hosts see. A launch that takes over a folder
+replaces the file without waiting. The former owner sees the new token before its next change.
 
-A check comes right before each rename of a temporary file (`files`), and a new owner removes temporary files before
-it reads the folder. So an owner that is suspended between its check and its rename changes nothing when it wakes up.
+The owner checks the token right before each rename of a temporary file (`files`). A new owner removes temporary files
+before it reads the folder. So an owner that is suspended between check and rename changes nothing when it resumes.
 """
 
 import fcntl
@@ -29,30 +29,30 @@ from megatron_tiedlora.base.files import TEMPORARY_PREFIX, Count, Text, read_fie
 from megatron_tiedlora.base.messages import UserError
 
 OWNER_FILE = ".owner"
-START_ID = "MEGATRON_TIEDLORA_START"  # the variable by which `tiedlora run` recognises the tokens of its ranks
-_GIVEN_UP, _CANDIDATE = f"{OWNER_FILE}-given-up-", f"{OWNER_FILE}-new-"  # followed by a start id
-STALE_SECONDS = 60.0  # an owner counts as given up if it has not renewed its token for so long
-_MISSED_SECONDS = 20.0  # the same, if its lock is free: it has missed two renewals
+START_ID = "MEGATRON_TIEDLORA_START"  # with this variable `tiedlora run` recognises the tokens of its ranks
+_GIVEN_UP, _CANDIDATE = f"{OWNER_FILE}-given-up-", f"{OWNER_FILE}-new-"  # followed by a launch id
+STALE_SECONDS = 60.0  # an owner that has not renewed its token for this time counts as given up
+_MISSED_SECONDS = 20.0  # the same limit if its lock is free; two renewals were missed
 _BOOT_ID, _PROCESS_NAMESPACE = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
 
 
 class FolderTaken(UserError):
-    """Another start owns the folder."""
+    """Raised if another launch owns the folder."""
 
 
 class OwnerLost(UserError):
-    """This start no longer owns the folder: another took it over, its peers gave it up, or the folder is gone."""
+    """Raised if this launch lost the folder: another launch took it over, peers gave it up, or it was removed."""
 
 
 @dataclass(frozen=True)
 class Token:
-    """The content of OWNER_FILE: who owns the folder.
+    """The content of OWNER_FILE, which identifies the owner of the folder.
 
     Attributes:
-        start: unique id of the start.
-        machine: id of the running kernel, whose lock tells whether the owner lives.
-        since: when it took the folder, in seconds since 1970 by its own clock.
-        processes: id of the namespace that has process `pid`; '' if it is unknown.
+        start: unique id of the launch.
+        machine: id of the running kernel, whose lock shows whether the owner is alive.
+        since: when the owner took the folder, in seconds since 1970 by the owner's clock.
+        processes: id of the PID namespace of process `pid`; '' if it is unknown.
         job: START_ID of that process.
     """
 
@@ -69,16 +69,16 @@ class Token:
 
     @property
     def time(self) -> str:
-        """`since` in words."""
+        """Return `since` as text."""
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
 
 
 @dataclass(frozen=True)
 class Owner:
-    """A start that owns a folder, as seen by each of its ranks.
+    """A launch that owns a folder. Each rank of the launch has such an object.
 
     Attributes:
-        is_main: whether this rank holds the lock, which the other ranks may give up.
+        is_main: whether this rank holds the lock. The other ranks may only give it up.
     """
 
     folder: Path
@@ -86,7 +86,7 @@ class Owner:
     is_main: bool = True
 
     def check(self) -> None:
-        """Raise OwnerLost if this start may no longer change the folder."""
+        """Raise OwnerLost if this launch may no longer change the folder."""
         if not self._has_written(OWNER_FILE):
             token = read_token(self.folder / OWNER_FILE)
             if token is not None:
@@ -103,7 +103,7 @@ class Owner:
             )
 
     def _has_written(self, name: str) -> bool:
-        """Whether this token is this start's. It is read before every change, so only the id is checked."""
+        """Return whether the token belongs to this launch. Every change calls this, so only the id is checked."""
         for _ in range(3):
             try:
                 descriptor = os.open(self.folder / name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -113,24 +113,24 @@ class Owner:
                     os.close(descriptor)
             except (NotADirectoryError, ValueError, AttributeError):
                 return False
-            except OSError:  # a network file system may fail for a moment, and `give_back` take the file away
+            except OSError:  # a network file system may fail for a moment, or `give_back` may remove the file
                 time.sleep(0.5)
         return False
 
     def give_up(self) -> None:
-        """Let the next start with --resume take the folder, even if the lock's holder may wake up. Best effort."""
+        """Let the next launch with --resume take the folder, even if the owner is only suspended. Ignore errors."""
         with suppress(OSError):
-            # a host that does not see the folder has nothing to wait for
+            # a host that does not see the folder does not wait
             if self.folder.is_dir() and self._has_written(OWNER_FILE):
                 self._mark.touch()
 
     def give_back(self) -> None:
-        """Remove this start's files, unless a child holds the lock."""
+        """Remove this launch's owner files, unless a child holds the lock."""
         file, away = self.folder / OWNER_FILE, self.folder / f"{_CANDIDATE}{self.start}"
         if not self._has_written(file.name) or _is_unlocked(file) is False:
             return
         os.rename(file, away)
-        if not self._has_written(away.name):  # it was suspended since it looked, and another start took the folder
+        if not self._has_written(away.name):  # suspended after the check, while another launch took the folder
             os.rename(away, file)
         away.unlink(missing_ok=True)
         self._mark.unlink(missing_ok=True)
@@ -142,10 +142,10 @@ class Owner:
 
 @dataclass
 class FolderLock:
-    """A folder that this process owns until `release`.
+    """A folder that this process owns until it calls `release`.
 
     Attributes:
-        descriptor: the locked file. Children that inherit it keep the kernel's lock while they live.
+        descriptor: the locked file. Children that inherit it keep the kernel's lock until they end.
         renew_seconds: time between renewals of the token.
         lock_seconds: longest wait for a lock that processes of this machine hold only for a moment.
     """
@@ -173,7 +173,7 @@ class FolderLock:
                 os.utime(self.descriptor)
 
     def release(self) -> None:
-        """Give up the folder, unless a child still holds the lock. Folders that `take_folder` made go if empty."""
+        """Release the folder, unless a child still holds the lock. Remove empty folders that `take_folder` made."""
         if self._over.is_set():
             return
         self._over.set()
@@ -196,22 +196,22 @@ def take_folder(
     renew_seconds: float = 10.0,
     lock_seconds: float = 5.0,
 ) -> FolderLock:
-    """Become the owner of a folder, which is created if it does not exist.
+    """Make this process the owner of a folder. The folder is created if it does not exist.
 
-    A folder is free if nobody owns it, or if its owner died on this machine. It can also be taken if its owner was
+    A folder is free if it has no owner, or if its owner died on this machine. It can also be taken if its owner was
     given up (by its peers, or because the token was not renewed for STALE_SECONDS). While the kernel's lock is held,
-    only a start that resumes may do that.
+    only a launch that resumes may take a given-up folder.
 
     Args:
-        hint: what a user can do if it is owned, for the message.
+        hint: what a user can do if the folder has an owner, for the message.
         new: the folder must not exist yet.
-        take_over: take it, whoever owns it.
-        before: called before the folder is taken from an earlier start; if it raises, that start keeps the folder.
-        removed_after: `release` removes the folder if it is empty, whoever made it.
+        take_over: take the folder from any owner.
+        before: called before the folder is taken from an earlier launch; if it raises, that launch keeps the folder.
+        removed_after: `release` removes the folder if it is empty, even if another process made it.
         renew_seconds, lock_seconds: see FolderLock.
 
     Raises:
-        FolderTaken: another start owns it; the message says which one and since when.
+        FolderTaken: another launch owns the folder; the message says which one and since when.
         FileExistsError: it exists, and `new` is set.
         UserError: it cannot be created or written.
     """
@@ -222,11 +222,11 @@ def take_folder(
     try:
         while descriptor is None:
             made = _make(folder, new=new)
-            with suppress(FileNotFoundError):  # a start that gave it back has removed it since
+            with suppress(FileNotFoundError):  # a launch that gave it back has removed it meanwhile
                 descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o664)
         with suppress(OSError):  # a file system without locks: then only the token's mtime counts
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.write(descriptor, json.dumps(asdict(token)).encode())  # a token without a lock is of a dead start
+        os.write(descriptor, json.dumps(asdict(token)).encode())  # a token without a lock belongs to a dead launch
         with _one_at_a_time(folder, lock_seconds):
             _put_token(temporary, resumes=resumes, take_over=take_over, hint=hint, before=before)
         emptied = (folder, *made[1:]) if removed_after else made
@@ -243,7 +243,7 @@ def take_folder(
 
 
 def _make(folder: Path, *, new: bool) -> tuple[Path, ...]:
-    """Create the folder and its parents. Returns those that were created, the innermost first."""
+    """Create the folder and its parents. Return the created ones, the innermost first."""
     made: list[Path] = []
     for path in (*reversed(folder.parents), folder):
         is_new = new and path == folder
@@ -252,7 +252,7 @@ def _make(folder: Path, *, new: bool) -> tuple[Path, ...]:
                 path.mkdir()
                 made.insert(0, path)
             except FileExistsError:
-                if is_new or path.is_symlink():  # to nothing
+                if is_new or path.is_symlink():  # a link without a target
                     raise
     return tuple(made)
 
@@ -271,17 +271,17 @@ def _put_token(temporary: Path, *, resumes: bool, take_over: bool, hint: str, be
     else:
         temporary.unlink()
     for mark in (*folder.glob(f"{_GIVEN_UP}*"), *folder.glob(f"{_CANDIDATE}*")):
-        with suppress(OSError):  # a candidate is left by a start that was killed while it took the folder
+        with suppress(OSError):  # a launch that was killed while it took the folder leaves a candidate
             age = now - mark.stat().st_mtime
             if mark.name.startswith(_GIVEN_UP) or age > STALE_SECONDS or _is_dead(mark, age):
                 mark.unlink()
 
 
 def _reject_owned(folder: Path, *, now: float, resumes: bool, hint: str) -> None:
-    """Raise FolderTaken unless the folder's owner is dead or was given up.
+    """Raise FolderTaken if the folder has an owner that is not dead and was not given up.
 
     Args:
-        now: mtime of a file that was just written there, since the clocks of hosts differ.
+        now: mtime of a file that was just written there, because the clocks of hosts differ.
     """
     file = folder / OWNER_FILE
     token = read_token(file)
@@ -297,10 +297,10 @@ def _reject_owned(folder: Path, *, now: float, resumes: bool, hint: str) -> None
 
 
 def _is_dead(file: Path, age: float = 0.0) -> bool:
-    """Whether the process that wrote the token `file` ran on this machine and died.
+    """Return whether the process that wrote the token `file` ran on this machine and died.
 
-    Machines that were cloned have one id, and containers of one may not see each other's locks. So a free lock is not
-    enough: the process is gone too, or it has not renewed its token for `age` seconds.
+    Cloned machines share an id, and containers of one machine may not see each other's locks. So a free lock is not
+    enough: the process must also be gone, or must not have renewed its token for `age` seconds.
     """
     token = read_token(file)
     if token is None or token.machine != _machine() or _is_unlocked(file) is not True:
@@ -310,7 +310,7 @@ def _is_dead(file: Path, age: float = 0.0) -> bool:
 
 def _is_gone(pid: int) -> bool:
     try:
-        os.kill(pid, 0)  # psutil takes a process that it may not see for gone
+        os.kill(pid, 0)  # psutil treats a process that it may not see as gone
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except (ProcessLookupError, psutil.NoSuchProcess, OverflowError):
         return True
@@ -319,14 +319,14 @@ def _is_gone(pid: int) -> bool:
 
 
 def owner_in_words(folder: Path) -> str | None:
-    """The owner of the folder and since when, in words. None if nobody does, or if its owner is known to be dead."""
+    """Return text about the folder's owner and since when it owns it; None if there is no owner or it is dead."""
     file = folder / OWNER_FILE
     token = read_token(file)
     return None if token is None or _is_dead(file) else f"{token} since {token.time}"
 
 
 def read_token(file: Path) -> Token | None:
-    """The token in an OWNER_FILE, or None if there is no readable one."""
+    """Return the token in an OWNER_FILE, or None if it cannot be read."""
     try:
         return read_fields(file, read_json_object(file, kind="an owner's token"), Token, optional=["processes", "job"])
     except (UserError, OSError):
@@ -334,12 +334,12 @@ def read_token(file: Path) -> Token | None:
 
 
 def is_of_owner(name: str) -> bool:
-    """Whether a file of this name only records who owns the folder, or is temporary."""
+    """Return whether a file of this name is temporary or only records the owner of the folder."""
     return name.startswith((OWNER_FILE, TEMPORARY_PREFIX))
 
 
 def _is_unlocked(file: Path) -> bool | None:
-    """Whether no process holds the kernel's lock on the file. None if that cannot be determined."""
+    """Return whether no process holds the kernel's lock on the file; None if it is unknown."""
     for mode, lock in ((os.O_RDWR, fcntl.LOCK_EX), (os.O_RDONLY, fcntl.LOCK_SH)):
         try:
             descriptor = os.open(file, mode | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -361,10 +361,10 @@ def _is_unlocked(file: Path) -> bool | None:
 
 @contextmanager
 def _one_at_a_time(folder: Path, seconds: float) -> Iterator[None]:
-    """Exclude other processes of this machine, if the file system can lock folders (network ones may not)."""
+    """Exclude other processes of this machine inside the block, if the file system can lock folders."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        deadline = time.monotonic() + seconds  # the holder may be suspended; tokens are safe enough without it
+        deadline = time.monotonic() + seconds  # the holder may be suspended; tokens are safe enough without the lock
         with suppress(OSError):
             while time.monotonic() < deadline:
                 try:
@@ -378,7 +378,7 @@ def _one_at_a_time(folder: Path, seconds: float) -> Iterator[None]:
 
 
 def _remove_empty(folders: Iterable[Path]) -> None:
-    """Remove folders, the innermost first, as far as they are empty."""
+    """Remove those folders that are empty, the innermost first."""
     with suppress(OSError):
         for folder in folders:
             folder.rmdir()
@@ -386,7 +386,7 @@ def _remove_empty(folders: Iterable[Path]) -> None:
 
 @cache
 def _machine() -> str:
-    """An id of the running kernel, whose locks all its processes share; containers differ in host name."""
+    """Return an id of the running kernel, whose locks all its processes share. Containers differ in host name."""
     try:
         return _BOOT_ID.read_text().strip()
     except OSError:
@@ -395,7 +395,7 @@ def _machine() -> str:
 
 @cache
 def _processes() -> str:
-    """An id of the namespace of this process's id: in another one the same number is another process."""
+    """Return an id of the PID namespace of this process. In another namespace the same PID is another process."""
     try:
         return os.readlink(_PROCESS_NAMESPACE)
     except OSError:

@@ -1,4 +1,4 @@
-"""Progress bars: redrawn in place on a terminal, and plain lines now and then in a pipe or file, such as Slurm's log.
+"""Show progress bars on a terminal, and occasional plain lines in a pipe or file, such as Slurm's log.
 
 All bars of the package are made here, so that no log contains carriage returns or cursor codes.
 """
@@ -14,26 +14,26 @@ _LINE = "{l_bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}
 
 
 class _Lines(tqdm):
-    """A bar that writes its state as a line, at most one in `SECONDS_BETWEEN_LINES`, and one at its end.
+    """A progress bar that writes lines of text: at most one per `SECONDS_BETWEEN_LINES`, and one at its end.
 
-    A bar that a terminal removes at its end (`leave=False`) has a last line only if it has had another one.
+    With `leave=False` the last line is written only if an earlier line was written.
     """
 
-    monitor_interval = 0  # no thread, as nothing is redrawn
+    monitor_interval = 0  # no thread, because nothing is redrawn
 
     def __init__(self, **options: Any) -> None:
         self._line_at, self._line_n = 0.0, -1.0  # seconds since the start, and the count
-        line = _LINE if options["total"] else None  # tqdm words a count without a total by itself
-        # With `gui`, tqdm leaves all that is shown to `display`. Unsmoothed, the rate is the mean since the start.
+        line = _LINE if options["total"] else None  # tqdm has its own format without a total
+        # With `gui`, tqdm calls `display` for all output. Without smoothing, the rate is the mean since the start.
         super().__init__(**{"bar_format": line, "gui": True, "miniters": 1, "smoothing": 0, **options})
 
     def display(self, *_: Any, **__: Any) -> None:
-        """Write a line if one is due. tqdm calls this whenever something has changed."""
+        """Write a line if enough time has passed. tqdm calls this after every change."""
         if self._elapsed() - self._line_at >= SECONDS_BETWEEN_LINES:
             self._write_line()
 
     def clear(self, *_: Any, **__: Any) -> None:
-        """Do nothing: other lines are written below this one."""
+        """Do nothing, because other output is written below the last line."""
 
     def close(self) -> None:
         """Write the last line."""
@@ -60,12 +60,13 @@ def progress_bar(
     shows: bool = True,
     **options: Any,
 ) -> Any:
-    """A bar on stderr: tqdm's own on a terminal, else lines. It iterates over `items`, or counts by `update`.
+    """Return a progress bar on stderr: tqdm's own on a terminal, otherwise lines. It iterates over `items` or counts
+    calls of `update`.
 
     Args:
-        what: what is being done, in front of the bar.
+        what: the text before the bar, which says what is being done.
         unit: what is counted; "B" for bytes, which are shown as kB, MB and so on.
-        total: how many there are; the length of `items` by default. None if nobody knows.
+        total: the number of units; the length of `items` by default. None if it is unknown.
         shows: False on ranks other than the first.
         options: further arguments of `tqdm`. With `leave=True` the bar stays on a terminal after its end.
     """

@@ -1,9 +1,9 @@
-"""The one description of a decoder-only model, as plain data without torch: its sizes, how each linear is sharded, and
-the Hugging Face tensors that store it.
+"""Describe a decoder-only model as plain data without torch: sizes, how each linear is sharded, and the names of its
+Hugging Face tensors.
 
-Everything that depends on a model's shape derives from it: weight names and slices, the check of a parallel
-configuration, stage costs, FLOPs, memory and messages, merging and export. A family (`model/families.py`) builds one
-from a `config.json`.
+All code that depends on a model's shape uses this description: weight names and slices, checks of a parallel
+configuration, costs of stages, FLOPs, memory, messages, merging and export. `model/families.py` builds it from a
+`config.json`.
 """
 
 import math
@@ -13,15 +13,15 @@ from typing import Any, Literal, NamedTuple
 from megatron_tiedlora.base.messages import UserError, user_path
 
 ShardedDim = Literal["column", "row", "vocabulary"]
-# The linears of a block, in the order of their computation, as adapters call them. In files the tensors of QKV have no
+# The names that adapters use for a block's linears, in the order of computation. In files the tensors of QKV have no
 # prefix: A, B, u and v.
 TARGET_NAMES = QKV, OUTPUT, GATE_UP, DOWN = "qkv", "o_proj", "gate_up", "down_proj"
 _FIELDS = {QKV: "qkv", OUTPUT: "output", GATE_UP: "gate_up", DOWN: "down"}  # of BlockShape
-ATTENTION_TARGETS, MLP_TARGETS = (QKV,), (GATE_UP, DOWN)  # those that attention computes, and the MLP
+ATTENTION_TARGETS, MLP_TARGETS = (QKV,), (GATE_UP, DOWN)  # targets in attention and in the MLP
 
 
 class LinearSizes(NamedTuple):
-    """The sizes of a linear, and how it is sharded; see `LinearShape`."""
+    """The sizes and the sharded dimension of a linear; see `LinearShape`."""
 
     in_size: int
     blocks: tuple[int, ...]
@@ -29,7 +29,7 @@ class LinearSizes(NamedTuple):
 
 
 def linear_sizes(hidden_size: int, qkv_rows: tuple[int, int, int], intermediate_size: int) -> dict[str, LinearSizes]:
-    """The sizes of each target."""
+    """Return the sizes of each target."""
     return {
         QKV: LinearSizes(hidden_size, qkv_rows, "column"),
         OUTPUT: LinearSizes(qkv_rows[0], (hidden_size,), "row"),
@@ -40,14 +40,14 @@ def linear_sizes(hidden_size: int, qkv_rows: tuple[int, int, int], intermediate_
 
 @dataclass(frozen=True)
 class LinearScaling:
-    """All frequencies divided by `factor`."""
+    """RoPE scaling that divides all frequencies by `factor`."""
 
     factor: float
 
 
 @dataclass(frozen=True)
 class Llama3Scaling:
-    """Low frequencies divided by `factor`, high ones unchanged, and those between blended; see `model.attention`."""
+    """RoPE scaling that divides low frequencies by `factor` and keeps high ones; see `model.attention`."""
 
     factor: float
     low_freq_factor: float
@@ -57,7 +57,7 @@ class Llama3Scaling:
 
 @dataclass(frozen=True)
 class YarnScaling:
-    """As Llama 3's, with a ramp over the frequencies' indices (https://arxiv.org/abs/2309.00071).
+    """RoPE scaling like Llama 3's, but with a linear ramp over frequency indices (https://arxiv.org/abs/2309.00071).
 
     Attributes:
         beta_fast, beta_slow: rotations over the original positions at which the ramp begins and ends.
@@ -75,7 +75,8 @@ class YarnScaling:
 
 @dataclass(frozen=True)
 class LongRopeScaling:
-    """Each frequency divided by a factor of its own (https://arxiv.org/abs/2402.13753), up to the original positions.
+    """RoPE scaling that divides each frequency by its own factor (https://arxiv.org/abs/2402.13753). The factors are
+    those for at most the original positions.
 
     Attributes:
         amplitude: cos and sin are multiplied by it.
@@ -90,7 +91,7 @@ RopeScaling = LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling
 
 @dataclass(frozen=True)
 class RopeShape:
-    """Rotary position embedding: its base frequency, the share of a head that it rotates, and how it is scaled."""
+    """The base, the rotated share of a head, and the scaling of a rotary position embedding."""
 
     theta: float = 10000.0
     share: float = 1.0
@@ -99,15 +100,16 @@ class RopeShape:
 
 @dataclass(frozen=True)
 class NormShape:
-    """A norm over `size` numbers. RMS norm: y = w x / sqrt(mean(x^2) + eps).
+    """A norm over `size` elements. RMS norm computes y = w x / sqrt(mean(x^2) + eps).
 
     Attributes:
         name: name of its weight within the layer.
-        size: how many numbers it normalises together, and its weight has.
+        size: number of elements that are normalised together, which is also the size of the weight.
         source: name of the Hugging Face module that stores it, within the layer.
-        bias_name: None for RMS norm. LayerNorm, which subtracts the mean of x first and adds a bias last, has the name
-            of that bias here.
-        sharded: whether its weight is sharded like the rows of a column-parallel linear, whose output it normalises.
+        bias_name: name of the bias of a LayerNorm, which subtracts the mean of x first and adds the bias last. None for
+            RMS norm.
+        sharded: whether the norm applies to the output of a column-parallel linear and its weight is sharded like the
+            rows.
     """
 
     name: str
@@ -123,10 +125,10 @@ class HeadShape:
     """The attention heads of a block.
 
     Attributes:
-        num: number of query heads; groups of `num // num_kv` share one key and one value head.
+        num: number of query heads; each `num // num_kv` of them share one key head and one value head.
         dim: elements per head.
-        query_norm, key_norm: norms of queries and of keys before the rotation: of each head, or if they are sharded, of
-            all heads together.
+        query_norm, key_norm: norms of queries and keys before the rotation. A norm is over each head, or over all heads
+            together if it is sharded.
     """
 
     num: int
@@ -138,22 +140,22 @@ class HeadShape:
 
     @property
     def rows(self) -> tuple[int, int, int]:
-        """Output sizes of the query, key and value projections."""
+        """Return the output sizes of the query, key and value projections."""
         return self.num * self.dim, self.num_kv * self.dim, self.num_kv * self.dim
 
     @property
     def rotary_dim(self) -> int:
-        """The number of elements of a head that are rotated; they are the first ones."""
+        """Return the number of rotated elements of a head, which are the first ones."""
         return int(self.dim * self.rope.share)
 
     def local(self, tp_size: int) -> "HeadShape":
-        """The heads of one of `tp_size` ranks."""
+        """Return the heads of one of `tp_size` tensor-parallel ranks."""
         return self._of_sizes(self.num // tp_size, self.num_kv // tp_size, self.dim, self.rope)
 
     def resized(self, *, num: int, num_kv: int, dim: int) -> "HeadShape":
-        """Return this kind of heads in other numbers and another size, for code that needs heads but no weights.
+        """Return the same kind of heads with another number and size, for code that needs heads but no weights.
 
-        If part of a head is rotated, it is half of it.
+        If only a part of a head is rotated, half of the new head is.
         """
         rope = replace(self.rope, share=1.0 if self.rope.share == 1 else 0.5)
         size = int(dim * rope.share) // 2
@@ -168,18 +170,18 @@ class HeadShape:
 
     @property
     def norms(self) -> tuple[NormShape, ...]:
-        """The norms of heads, if there are any."""
+        """Return the norms of queries and keys that exist."""
         return tuple(norm for norm in (self.query_norm, self.key_norm) if norm is not None)
 
 
 @dataclass(frozen=True)
 class StoredRows:
-    """Rows of a stored Hugging Face tensor.
+    """A range of rows of a stored Hugging Face tensor.
 
     Attributes:
         module: the module that the tensor belongs to, within the layer ("self_attn.q_proj").
         start: index of the first row.
-        of: number of rows of the whole tensor; None if these rows are all of it.
+        of: number of rows of the whole tensor; None if the range has all rows.
     """
 
     module: str
@@ -189,7 +191,7 @@ class StoredRows:
 
 @dataclass(frozen=True)
 class LinearShape:
-    """y = W x + b with W of shape (out_size, in_size). An embedding is a linear whose rows are looked up.
+    """A linear y = W x + b with W of shape (out_size, in_size). An embedding looks up the rows of such a W.
 
     Attributes:
         name: module name within its entry of the flat layer list ("attention.qkv").
@@ -209,24 +211,24 @@ class LinearShape:
 
     @property
     def out_size(self) -> int:
-        """Rows of W."""
+        """Return the number of rows of W."""
         return sum(self.blocks)
 
     @property
     def num_weights(self) -> int:
-        """Number of elements of W."""
+        """Return the number of elements of W."""
         return self.in_size * self.out_size
 
 
 @dataclass(frozen=True)
 class BlockShape:
-    """x = x + norm output(attention(rotated qkv(norm x))), x = x + norm down(silu(gate) * up), with gate and up =
-    gate_up(norm x). Each of the four norms may be left out.
+    """A block: x = x + norm output(attention(rotated qkv(norm x))), then x = x + norm down(silu(gate) * up), with gate
+    and up = gate_up(norm x). Each of the four norms may be None.
 
     Attributes:
         source: name of the Hugging Face module of a block, with {index} for its 0-based number.
-        attention_norm, mlp_norm: of the input of attention and of the MLP.
-        output_norm, down_norm: of their results, before these are added.
+        attention_norm, mlp_norm: norms of the inputs of attention and MLP.
+        output_norm, down_norm: norms of the outputs of attention and MLP, before the residual addition.
     """
 
     source: str
@@ -250,34 +252,34 @@ class BlockShape:
 
     @property
     def linears(self) -> tuple[LinearShape, ...]:
-        """The linears in the order in which they are computed."""
+        """Return the linears in the order of computation."""
         return tuple(self.adaptable.values())
 
     @property
     def adaptable(self) -> dict[str, LinearShape]:
-        """The linears, by the names that users and files of adapters have for them."""
+        """Return the linears by the names that users and adapter files use."""
         linears = ((name, getattr(self, field)) for name, field in _FIELDS.items())
         return {name: linear for name, linear in linears if linear is not None}
 
     @property
     def parts(self) -> tuple[NormShape | LinearShape, ...]:
-        """The norms and linears in the order in which they are computed."""
+        """Return the norms and linears in the order of computation."""
         attention = self.attention_norm, self.qkv, *self.heads.norms, self.output, self.output_norm
         mlp = self.mlp_norm, self.gate_up, self.down, self.down_norm
         return tuple(part for part in (*attention, *mlp) if part is not None)
 
     @property
     def num_weights(self) -> int:
-        """Number of elements of all weight matrices, which is the number of multiplications per token."""
+        """Return the number of elements of all weight matrices, which equals the multiplications per token."""
         return sum(linear.num_weights for linear in self.linears)
 
 
 @dataclass(frozen=True)
 class LengthLimit:
-    """The most tokens of a row. A model with longer ones would be computed in another way.
+    """The maximum number of tokens in a row. The model computes longer rows in a way that is not implemented here.
 
     Attributes:
-        reason: a sentence's end that says why; its beginning is the model's name.
+        reason: why the limit exists, as the end of a sentence that begins with the model's name.
     """
 
     tokens: int
@@ -286,12 +288,13 @@ class LengthLimit:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A model: embedding, `num_layers` equal blocks, final norm and head.
+    """A model with an embedding, `num_layers` equal blocks, a final norm and a head.
 
     Attributes:
-        limit: the most tokens of a row, at most `max_positions`.
-        head: the head's own weight; with tied embeddings the embedding's weight under the head's name.
-        ropes: the rotation of each block's queries and keys, None for one without; empty if all have that of `heads`.
+        limit: the maximum number of tokens in a row, at most `max_positions`.
+        head: the head's linear; with tied embeddings it is the embedding's weight under the head's name.
+        ropes: the rotary embedding of each block, None for a block without one; empty if all blocks use that of
+            `heads`.
     """
 
     num_layers: int
@@ -305,33 +308,33 @@ class ModelShape:
     ropes: tuple[RopeShape | None, ...] = ()
 
     def rope_of(self, block: int) -> RopeShape | None:
-        """The rotation of a block, counted from 1; None if it has none."""
+        """Return the rotary embedding of a block, counted from 1; None if it has none."""
         return self.ropes[block - 1] if self.ropes else self.heads.rope
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids."""
+        """Return the number of token ids."""
         return self.embedding.out_size
 
     @property
     def hidden_size(self) -> int:
-        """Elements per token between layers."""
+        """Return the number of elements per token between layers."""
         return self.embedding.in_size
 
     @property
     def heads(self) -> HeadShape:
-        """The attention heads of a block."""
+        """Return the attention heads of a block."""
         return self.block.heads
 
     @property
     def intermediate_size(self) -> int:
-        """Width of the MLP."""
+        """Return the width of the MLP."""
         return self.block.down.in_size
 
     def resized(self, *, vocab_size: int, intermediate_size: int, num_layers: int, heads: HeadShape) -> "ModelShape":
-        """Return this kind of model in another size, for code that needs a model but no weights.
+        """Return the same kind of model with another size, for code that needs a model but no weights.
 
-        It has tied embeddings, and the rotation of `heads` in each block.
+        The result has tied embeddings, and each block uses the rotary embedding of `heads`.
         """
         return replace(
             self,
@@ -346,22 +349,21 @@ class ModelShape:
 
 # Storage formats of a quantised base ----------------------------------------------------------------------------------
 #
-# This table says how many bits a weight has and where scales lie. Only the weights of the blocks' linears are
-# quantised. Embedding, head, norms, biases and the adapter are not.
+# The table lists the bits per weight and the weights per scale. Only the weights of the blocks' linears are quantised.
+# Embedding, head, norms, biases and the adapter are not.
 
 
-FP8_CAPABILITY = (8, 9)  # the least compute capability of a GPU that multiplies in fp8
+FP8_CAPABILITY = (8, 9)  # the lowest compute capability of a GPU with fp8 matmuls
 
 
 @dataclass(frozen=True)
 class BaseFormat:
-    """A storage format: one row of the table.
+    """A storage format of quantised weights.
 
     Attributes:
-        bits: bits of a code.
-        block: how many weights, which follow each other in a row, have a scale in common; None for a whole row. The
-            last block of a row may be shorter. A scale belongs to the block or row of the full tensor, even if
-            tensor parallelism shards that.
+        bits: bits per code.
+        block: number of consecutive weights of a row that share a scale; None for a whole row. The last block of a row
+            may be shorter. Blocks and rows are those of the full tensor, even if tensor parallelism shards it.
     """
 
     name: str
@@ -369,18 +371,18 @@ class BaseFormat:
     block: int | None
 
     def row_bytes(self, width: int) -> int:
-        """Bytes of the codes in a row of `width` weights. Each row begins with a new byte."""
+        """Return the bytes of the codes in a row of `width` weights. Each row begins at a new byte."""
         return -(-width * self.bits // 8)
 
     def row_scales(self, width: int, *, shards_rows: bool = False) -> int:
-        """The number of scales that are stored for a row, or a shard of it, of `width` weights; see `stored_block`."""
+        """Return the number of scales stored for `width` weights, which are a row or its shard; see `stored_block`."""
         return 1 if self.block is None else -(-width // self.stored_block(width, shards_rows=shards_rows))
 
     def stored_block(self, width: int, *, shards_rows: bool = False) -> int:
-        """The number of weights that share a stored scale.
+        """Return the number of weights that share a stored scale.
 
-        A rank's shard of a row may begin within a block. Then it stores the block's scale once for each part of a size
-        that divides both the block and the shard, so that all shards are stored in the same way.
+        A rank's shard of a row may begin inside a block. So a shard stores scales for smaller blocks, whose size
+        divides both the block and the shard. All shards then have the same format.
         """
         if self.block is None:
             return width
@@ -396,11 +398,11 @@ BASE_FORMATS: dict[str, BaseFormat] = {
     )
 }
 BASE_NAMES = tuple(BASE_FORMATS)
-UNQUANTISED = "none"  # where a format that was trained with is the default
+UNQUANTISED = "none"  # the choice of no format, where the default is the format of training
 
 
 def precision_in_words(dtype: str, base_format: str | None, products: str | None = None) -> str:
-    """The dtype of a model, and the storage format of the linears of its blocks if they have one, and --products."""
+    """Return as text the dtype of a model, the storage format of its blocks' linears if any, and --products."""
     if base_format is None:
         return dtype
     return f"{dtype} with the linears in {base_format}" + ("" if products is None else f", multiplied in {products}")
@@ -408,7 +410,7 @@ def precision_in_words(dtype: str, base_format: str | None, products: str | None
 
 # Presets --------------------------------------------------------------------------------------------------------------
 #
-# Shapes of well-known models, as the fields of a Hugging Face config.json. For dry runs and random weights.
+# Shapes of well-known models as fields of a Hugging Face config.json, for dry runs and random weights.
 
 
 _LLAMA2: dict[str, Any] = {
@@ -477,8 +479,8 @@ PRESETS = {name: {**common, **dict(zip(_SIZES, row, strict=True))} for name, (co
 
 
 def is_preset(name: str) -> bool:
-    """Whether --model NAME means a preset: there is one of that name, and no such folder."""
+    """Return whether --model NAME is a preset: a preset has this name, and no folder has."""
     try:
         return name in PRESETS and not user_path(name).is_dir()
-    except UserError:  # it cannot be a path
+    except UserError:  # the name cannot be a path
         return False

@@ -1,1 +1,1 @@
-"""Start, watch and check a job on several hosts."""
+"""Start and watch jobs on several hosts, and check the hosts."""

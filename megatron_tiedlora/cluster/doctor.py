@@ -1,6 +1,7 @@
-"""The doctor: start ranks by the job's own launcher, hear what they report, compare and judge it, and say it as text.
+"""The doctor: start ranks with the job's own launcher, collect their reports, compare and judge them, and print the
+result.
 
-`doctor_rank` runs in each rank. What it prints is found in the launcher's output, whatever the launcher puts before it.
+`doctor_rank` runs in each rank. Its lines are found in the launcher's output behind any prefix of the launcher.
 """
 
 import ipaddress
@@ -30,30 +31,30 @@ from megatron_tiedlora.runtime.machine import Finding, MachineRecord, error, jud
 from megatron_tiedlora.runtime.stopping import StopSignals
 
 _PROGRAM = ("-m", "megatron_tiedlora.cluster.doctor_rank")
-_START_SECONDS = 60.0  # for launchers, beside the time that the ranks have
-TEXT: Any = {"encoding": "utf-8", "errors": "replace", "newline": "\n"}  # of what a launcher prints
-_SLOW = 0.5  # of the median bandwidth of its kind
-_NOT_IN_THE_WAY = "output_not_writable"  # explains no failure of the ranks, and so is no reason to leave that out
+_START_SECONDS = 60.0  # for launchers, in addition to the ranks' time
+TEXT: Any = {"encoding": "utf-8", "errors": "replace", "newline": "\n"}  # for a launcher's output
+_SLOW = 0.5  # share of the median bandwidth of groups of the same kind
+_NOT_IN_THE_WAY = "output_not_writable"  # explains no failure of the ranks, so the trial still counts
 _PACKAGE = "megatron_tiedlora"
-# A different version of these is an error, because every rank computes with them; of the others it is a warning.
+# Different versions of these are an error, because every rank computes with them. For others they are a warning.
 _STRICT = ("python", "torch", "deepspeed", "transformers", _PACKAGE)
 _COMPARED = (*_STRICT, "safetensors", "numpy", "bitsandbytes")
 NO_GPU = "none"
 _LEAST_SHM = 1 << 30  # for NCCL and data loaders
-_FILES_PER_RANK, _FILES_BESIDE = 4, 256  # connections to every other rank in a few groups, and other files
+_FILES_PER_RANK, _FILES_BESIDE = 4, 256  # connections to every other rank in a few process groups, and other files
 _LITTLE_SPACE = 1 << 30  # a checkpoint of a tied adapter is far smaller; logs and an exported model are not
 
 
 def examine(settings: DoctorSettings, environment: Mapping[str, str], say: Callable[[str], None]) -> DoctorReport:
-    """Examine the hosts that the settings or the allocation name.
+    """Check the hosts that the settings or the allocation name.
 
     Args:
-        environment: variables of this shell: they describe the allocation, and launchers send some to the hosts.
-        say: called with a line of progress at each step.
+        environment: variables of this shell. They describe the allocation, and launchers pass some to the hosts.
+        say: called with a progress line at each step.
 
     Raises:
-        UserError: a hostfile that names no host, a layout that does not divide the ranks, an invalid path, a launcher
-            that is not installed.
+        UserError: the hostfile names no host, the parallel configuration does not divide the ranks, a path is invalid,
+            or the launcher is not installed.
     """
     job = find_job(settings, environment)
     firsts = accumulate((host.slots for host in job.hosts), initial=0)
@@ -115,11 +116,12 @@ def examine(settings: DoctorSettings, environment: Mapping[str, str], say: Calla
 
 
 def find_job(settings: DoctorSettings, environment: Mapping[str, str]) -> Job:
-    """A job on the hosts to examine, by the launcher that `tiedlora run` would use: those of the hostfile, else all of
-    the allocation, else this machine, with a rank for each GPU, or without GPUs one for each part of the model."""
+    """Return a job on the hosts to check, with the launcher that `tiedlora run` would use. The hosts come from the
+    hostfile, else from the allocation. Otherwise it is this machine with one rank per GPU, or tensor x pipeline ranks
+    without GPUs."""
     of_job = ("launcher", "hostfile", "launcher_args", "master_port")
     launch = LaunchSettings(**{name: getattr(settings, name) for name in of_job})
-    # An interactive step of Slurm has one node: use the whole allocation.
+    # An interactive step of Slurm has one node. Use the whole allocation.
     outside = {name: value for name, value in environment.items() if "_STEP_" not in name or name.endswith("NUM_TASKS")}
     job = make_job(launch, outside)
     if job.route == "local":
@@ -130,10 +132,10 @@ def find_job(settings: DoctorSettings, environment: Mapping[str, str]) -> Job:
 
 @dataclass
 class Trial:
-    """The ranks' reports, and all else that was printed; filled while they run.
+    """The reports of the ranks and all other output. It is filled while the ranks run.
 
     Attributes:
-        ranks: the last report of each rank.
+        ranks: the latest report of each rank.
         status: the launcher's exit status; None if the time limit ended it.
         printed: all other lines.
     """
@@ -144,7 +146,7 @@ class Trial:
     _begun: dict[str, str] = field(default_factory=dict)
 
     def hear(self, line: str) -> None:
-        """Take a line of the launcher's output."""
+        """Read a line of the launcher's output."""
         _, mark, words = line.partition(doctor_rank.RANK_MARK)
         rank, _, piece = words.strip().partition(" ")
         if not mark:
@@ -154,16 +156,16 @@ class Trial:
         if not text.endswith(doctor_rank.RANK_END):
             self._begun[rank] = text
             return
-        with suppress(ValueError, zlib.error):  # another version's, or mixed lines
+        with suppress(ValueError, zlib.error):  # from another version, or mixed lines
             report = doctor_rank.unpacked(RankReport, text.removesuffix(doctor_rank.RANK_END))
             self.ranks[report.rank] = report
 
     def first(self, host: HostReport, field: str) -> Any:
-        """A field of the report of a host's first rank; None if that has reported nothing."""
+        """Return a field of the report of a host's first rank; None without a report."""
         return getattr(self.ranks.get(host.first_rank), field, None)
 
     def reached(self, ranks: Iterable[int], stage: str) -> bool:
-        """Whether all of the ranks have come to a stage."""
+        """Return whether all of the ranks have reached a stage."""
         past = doctor_rank.STAGES[doctor_rank.STAGES.index(stage) :]
         return all(rank in self.ranks and self.ranks[rank].stage in past for rank in ranks)
 
@@ -171,18 +173,18 @@ class Trial:
 def start_ranks(
     job: Job, order: doctor_rank.Order, environment: Mapping[str, str], say: Callable[[str], None]
 ) -> Trial:
-    """Run the trial to its end, or until its time is over; of what it prints the errors are heard last."""
+    """Run the trial to its end or its time limit, and return its reports. Lines of stderr are read last."""
     trial, has_met, end = Trial(), False, time.monotonic() + 2 * order.timeout + _START_SECONDS
     with tempfile.TemporaryDirectory(prefix="megatron_tiedlora-") as folder, StopSignals() as signals:
         job = replace(job, program=_PROGRAM, arguments=(doctor_rank.packed(order),), private=Path(folder))
-        # One rank of this machine needs no launcher; a plain job starts so, too.
+        # A single rank on this machine needs no launcher, as in a plain job.
         alone = StartPlan(tuple(job.command), {**environment, "PYTHONSAFEPATH": "1"})
         plan = alone if job.route == "local" and job.size == 1 else plan_start(job, environment)
         output, errors = job.private / "output", job.private / "errors"
         with output.open("wb") as stdout, errors.open("wb") as stderr, output.open(**TEXT) as reader:
             running, text, is_over = RunningJob(job, plan, stdout=stdout, stderr=stderr), "", False
             try:
-                while not is_over:  # also after the launcher's end: what it has started may still print
+                while not is_over:  # also after the launcher's end: its children may still print
                     time.sleep(POLL_SECONDS)
                     is_late = time.monotonic() > end or bool(signals.received)
                     trial.status = None if is_late else running.process.poll()
@@ -204,7 +206,7 @@ def start_ranks(
 
 
 def last_words(trial: Trial, names: Sequence[str]) -> str:
-    """Find the launcher's line about the first of `names` that it mentions, or else its last line."""
+    """Return the launcher's line about the first of `names` that it mentions, or otherwise its last line."""
     lines = [line.strip() for line in trial.printed if line.strip()]
     about = (line for name in names for line in lines if f"{name}:" in line or f" {name} " in line)
     return next(about, lines[-1] if lines else f"the launcher ended with status {trial.status}")
@@ -214,7 +216,7 @@ def last_words(trial: Trial, names: Sequence[str]) -> str:
 
 
 def explain_silence(hosts: Sequence[HostReport], trial: Trial, *, route: str) -> list[Finding]:
-    """An error for each host that has reported nothing, with what the launcher says of it."""
+    """Return an error for each host without a report, with the launcher's line about the host."""
     findings = []
     for host in hosts:
         if host.answer is None:
@@ -226,7 +228,7 @@ def explain_silence(hosts: Sequence[HostReport], trial: Trial, *, route: str) ->
 
 
 def explain_output(hosts: Sequence[HostReport], trial: Trial, output_dir: str) -> list[Finding]:
-    """Judge what the first ranks of the hosts say about the output folder, and about the file that rank 0 wrote."""
+    """Judge the reports of the hosts' first ranks about the output folder and the file that rank 0 wrote there."""
     seen = {host.name: trial.first(host, "output") for host in hosts}
     blind = [name for name, wrong in seen.items() if wrong == doctor_rank.NOT_SEEN]
     closed = [name for name, wrong in seen.items() if wrong and name not in blind]
@@ -242,7 +244,7 @@ def explain_output(hosts: Sequence[HostReport], trial: Trial, output_dir: str) -
 
 
 def group_results(hosts: Sequence[HostReport], trial: Trial) -> list[GroupResult]:
-    """Results of every group whose ranks have all measured, by kind, with the hosts of each."""
+    """Return the results of the process groups whose ranks have all measured, sorted by kind and with hosts."""
     found = [group for _, report in sorted(trial.ranks.items()) for group in report.groups]
     found.sort(key=lambda group: get_args(doctor_rank.GroupKind).index(group.kind))
     places = {host.first_rank + index: host.name for host in hosts for index in range(host.slots)}
@@ -251,7 +253,7 @@ def group_results(hosts: Sequence[HostReport], trial: Trial) -> list[GroupResult
 
 
 def explain_trial(hosts: Sequence[HostReport], layout: ParallelConfig, trial: Trial, *, limit: float) -> list[Finding]:
-    """Find out why ranks did not finish; empty if all did."""
+    """Return a finding that says why ranks did not finish; [] if all ranks finished."""
     ranks_of = {host.name: range(host.first_rank, host.first_rank + host.slots) for host in hosts}
     failed = [report.failed for report in trial.ranks.values() if report.failed is not None]
     reason = failed[0] if failed else f"not finished in {limit:.0f} s" if trial.status is None else ""
@@ -274,7 +276,7 @@ def explain_trial(hosts: Sequence[HostReport], layout: ParallelConfig, trial: Tr
 
 
 def judge_groups(results: Sequence[GroupResult]) -> list[Finding]:
-    """Wrong sums, and groups that are much slower than the others of their kind."""
+    """Return findings for wrong sums, and for process groups that are much slower than others of their kind."""
     findings = []
     for result in results:
         speeds = [other.bus_bytes_per_second for other in results if other.kind == result.kind]
@@ -292,12 +294,12 @@ def judge_groups(results: Sequence[GroupResult]) -> list[Finding]:
 
 # Comparing hosts ------------------------------------------------------------------------------------------------------
 #
-# A value is wrong if it differs from that of most hosts, where the first host decides a tie. So the odd host is named,
-# and not all the others.
+# A value is wrong if it differs from the value of most hosts; the first host decides a tie. So the finding names the
+# host that differs, and not all remaining hosts.
 
 
 def compare_hosts(hosts: Sequence[HostReport], *, max_skew: float) -> list[Finding]:
-    """All findings about the answers. max_skew: seconds that a clock may be off."""
+    """Return all findings about the answers. max_skew: the maximum clock difference in seconds."""
     return [
         *compare_machines(hosts),
         *(finding for host, answer in doctor_rank.answering(hosts) for finding in _look_at(host, answer, hosts)),
@@ -311,8 +313,8 @@ def compare_hosts(hosts: Sequence[HostReport], *, max_skew: float) -> list[Findi
 def odd_hosts(
     hosts: Sequence[HostReport], value_of: Callable[[MachineRecord], str]
 ) -> Iterator[tuple[str, list[str], str, list[str]]]:
-    """(a value, the hosts that have it, the value of most hosts, and those hosts) for each value that is not the usual
-    one. Of two that are equally frequent the first one is usual."""
+    """Yield (value, its hosts, most frequent value, its hosts) for each value that is not the most frequent. Of equally
+    frequent values the first one counts as the most frequent."""
     names: dict[str, list[str]] = {}
     for host, answer in doctor_rank.answering(hosts):
         names.setdefault(value_of(answer.machine), []).append(host.name)
@@ -321,8 +323,8 @@ def odd_hosts(
 
 
 def compare_machines(hosts: Sequence[HostReport]) -> Iterator[Finding]:
-    """Find what differs between hosts: versions of Python, packages and torch's build, code of the same version, kinds
-    of GPUs; and names of one machine, by which it would be used twice."""
+    """Yield findings about differences between hosts: versions of Python, packages and torch's build, code of the same
+    version, and kinds of GPUs. Two names of one machine, which would use it twice, are a finding too."""
 
     def differs(
         kind: Callable[..., Finding],
@@ -359,18 +361,18 @@ def compare_machines(hosts: Sequence[HostReport]) -> Iterator[Finding]:
 
 
 def count_gpus(machine: MachineRecord) -> str:
-    """The number of GPUs of each kind, in words."""
+    """Return the number of GPUs of each kind as text."""
     counts = Counter(gpu.name for gpu in machine.gpus)
     return ", ".join(f"{number} x {name}" for name, number in sorted(counts.items())) or NO_GPU
 
 
 def kind_of_gpus(machine: MachineRecord) -> str:
-    """The names of its kinds of GPUs."""
+    """Return the names of the machine's kinds of GPUs."""
     return " and ".join(sorted({gpu.name for gpu in machine.gpus})) or NO_GPU
 
 
 def compare_clocks(hosts: Sequence[HostReport], *, max_skew: float) -> Iterator[Finding]:
-    """Clocks that are certainly off by more than `max_skew` seconds."""
+    """Yield a finding for each clock that certainly differs by more than `max_skew` seconds."""
     for host in hosts:
         if host.clock is not None and abs(host.clock.skew) - host.clock.margin > max_skew:
             direction = "ahead of" if host.clock.skew > 0 else "behind"
@@ -380,7 +382,7 @@ def compare_clocks(hosts: Sequence[HostReport], *, max_skew: float) -> Iterator[
 
 
 def _look_at(host: HostReport, answer: doctor_rank.HostAnswer, hosts: Sequence[HostReport]) -> Iterator[Finding]:
-    """Find what is wrong with a host by itself, or for the ranks that it runs."""
+    """Yield the problems of a single host, also those that depend on its number of ranks."""
     machine, name, ranks = answer.machine, host.name, count_text(host.slots, "rank")
     num_ranks, here = sum(one.slots for one in hosts), [host.name]
     for finding in judge_machine(machine):
@@ -405,7 +407,7 @@ def _look_at(host: HostReport, answer: doctor_rank.HostAnswer, hosts: Sequence[H
     if answer.output_free_bytes is not None and answer.output_free_bytes < _LITTLE_SPACE:
         value = f"{name}: {bytes_in_words(answer.output_free_bytes)} free where --output_dir is"
         yield warning("disk", here, value, "free some space: a save that does not fit ends the run")
-    # gloo listens on the address that the host's own name resolves to. NCCL looks for an interface itself.
+    # gloo listens on the address of the host's own name. NCCL looks for an interface itself.
     is_named = len(hosts) == 1 or machine.variables.get("GLOO_SOCKET_IFNAME")
     if not is_named and all(map(is_loopback, machine.name_addresses)):
         addresses = ", ".join(machine.name_addresses)
@@ -416,7 +418,7 @@ def _look_at(host: HostReport, answer: doctor_rank.HostAnswer, hosts: Sequence[H
 
 
 def is_loopback(address: str) -> bool:
-    """Whether an address is only valid within its host, like Debian's 127.0.1.1 for the host's own name."""
+    """Return whether an address is only valid on its own host, like Debian's 127.0.1.1 for the host's name."""
     return ipaddress.ip_address(address).is_loopback
 
 
@@ -427,7 +429,7 @@ ODD_MARK = "*"
 
 
 def report_text(report: DoctorReport) -> str:
-    """The whole report, to print."""
+    """Return the whole report as text."""
     layout, num_hosts = report.layout, count_text(len(report.hosts), "host")
     sizes = f"tensor {layout.tensor_parallel} x pipeline {layout.pipeline_parallel} x data {layout.data_parallel}"
     ranks = f"{count_text(layout.num_ranks, 'rank')} = {sizes}"
@@ -443,7 +445,7 @@ def report_text(report: DoctorReport) -> str:
     return "\n\n".join("\n".join(map(printable, lines)) for lines in (*parts, [f"verdict: {verdict}"]) if any(lines))
 
 
-_SAME: tuple[tuple[str, Callable[[MachineRecord], str]], ...] = (  # values that should be the same on all hosts
+_SAME: tuple[tuple[str, Callable[[MachineRecord], str]], ...] = (  # values that should be equal on all hosts
     ("python", lambda machine: machine.versions.get("python", "-")),
     ("torch", lambda machine: "broken" if machine.torch_error else machine.versions.get("torch", "-")),
     ("deepspeed", lambda machine: machine.versions.get("deepspeed", "-")),
@@ -455,7 +457,7 @@ _SAME: tuple[tuple[str, Callable[[MachineRecord], str]], ...] = (  # values that
 
 
 def host_table(hosts: Sequence[HostReport]) -> list[str]:
-    """A row for each host; a value that differs from that of most hosts is marked."""
+    """Return the lines of a table with a row per host. A value that differs from that of most hosts is marked."""
     odd = {title: {name for _, where, *_ in odd_hosts(hosts, value) for name in where} for title, value in _SAME}
     rows = [["host", "ranks", *odd, "memory free", "clock"]]
     for host in hosts:
@@ -474,7 +476,7 @@ def host_table(hosts: Sequence[HostReport]) -> list[str]:
 
 
 def group_table(groups: Sequence[GroupResult]) -> list[str]:
-    """A row for each kind of group, with its slowest group and that group's hosts."""
+    """Return the lines of a table with a row per kind of process group: its slowest group and that group's hosts."""
     rows = [["all-reduce", "groups x ranks", "bytes", "time", "bus bandwidth", "slowest group"]]
     for kind in dict.fromkeys(group.kind for group in groups):
         of_kind = [group for group in groups if group.kind == kind]

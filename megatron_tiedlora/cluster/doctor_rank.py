@@ -1,10 +1,10 @@
-"""One rank of the doctor's job, which the launcher starts as it starts a job's ranks: it reports, meets, all-reduces.
+"""Run one rank of the doctor's job. The launcher starts it like a rank of a real job.
 
     python -m megatron_tiedlora.cluster.doctor_rank ORDER    (a packed record)
 
-The first rank of each host reports what the host has, before anything can fail. Then all ranks meet as a
-job's do, compare their clocks, try whether they share a folder, and all-reduce over each of their groups. Every wait,
-also in subgroups, has the order's time limit, and an alarm ends the process if everything else fails.
+The first rank of each host first reports the hardware and software of the host. Then all ranks make a process group
+like a job, compare their clocks, check whether they share a folder, and all-reduce over each process group. Every wait,
+also in subgroups, has the order's time limit. An alarm ends the process if a wait does not return.
 """
 
 from __future__ import annotations
@@ -36,29 +36,29 @@ from megatron_tiedlora.runtime.machine import Finding, MachineRecord, Record, ma
 if TYPE_CHECKING:
     import torch
 
-RANK_MARK, RANK_END = "doctor-rank ", "."  # of a report's lines, and behind the last of them
+RANK_MARK, RANK_END = "doctor-rank ", "."  # begin each line of a report, and end its last line
 NOT_SEEN, _CLOSED = "not seen", "no right to write"
 STAGES = ("reported", "started", "joined", "done")
 GroupKind = Literal["tensor", "pipeline", "data"]
-_PIECE = 2000  # letters of a line: launchers pass on lines that are not longer in one piece
+_PIECE = 2000  # characters of a line: launchers do not split lines of this length
 _SHARED_SECONDS = 5.0  # network file systems may cache a folder's content for some seconds
 _ITEM = 4  # bytes of a float32
-_PERIOD = 251  # of the pattern that is summed: a prime, so that it is not aligned with the chunks of a message
-_TURNS, _LONG_SECONDS = 5, 0.5  # that are measured; fewer if one takes so long
+_PERIOD = 251  # of the summed pattern: a prime, so that it is not aligned with the chunks of a message
+_TURNS, _LONG_SECONDS = 5, 0.5  # measured all-reduces; fewer if one takes this long
 
 
 class Clock(Record):
-    """A host's clock compared with the first host's: it is ahead by `skew` +- `margin` seconds."""
+    """The clock of a host, which is ahead of the first host's clock by `skew` +- `margin` seconds."""
 
     skew: float
     margin: float
 
 
 class HostAnswer(Record):
-    """The report of a host's first rank about its host, before anything can fail.
+    """The report of a host's first rank about the host. It is sent before anything can fail.
 
     Attributes:
-        output_free_bytes: free space where the job writes; None if the doctor was not told.
+        output_free_bytes: free space in the job's output folder; None if no folder was given.
     """
 
     machine: MachineRecord
@@ -66,7 +66,7 @@ class HostAnswer(Record):
 
 
 class HostReport(Record):
-    """A host and what it answered; `answer` is None if nothing came."""
+    """A host and its answer, which is None if it did not report."""
 
     name: str
     slots: int
@@ -76,7 +76,7 @@ class HostReport(Record):
 
 
 class ParallelConfig(Record):
-    """The parallel configuration of the ranks, and where they meet."""
+    """The parallel configuration of the ranks, and the address and port of their rendezvous."""
 
     num_ranks: int
     tensor_parallel: int
@@ -87,7 +87,7 @@ class ParallelConfig(Record):
     backend: Literal["nccl", "gloo"] | None = None
 
     def groups(self) -> dict[GroupKind, list[list[int]]]:
-        """The ranks of each tensor, pipeline and data parallel group, without kinds whose groups have one rank."""
+        """Return the ranks of each tensor, pipeline and data parallel group. Groups of one rank are left out."""
         grid = Grid(0, self.num_ranks, self.tensor_parallel, self.pipeline_parallel)
         found: dict[GroupKind, dict[tuple[int, int], list[int]]] = {
             "tensor": grid.groups(lambda at: (at.pp_rank, at.dp_rank)),
@@ -98,13 +98,13 @@ class ParallelConfig(Record):
 
 
 class Order(Record):
-    """The task of the ranks.
+    """The instructions for the ranks.
 
     Attributes:
-        first_ranks: of each host, which report about it.
-        output_dir: where the job writes.
+        first_ranks: the first rank of each host, which reports about the host.
+        output_dir: the output folder of the job.
         large_bytes: bytes per rank in the all-reduce that measures bandwidth.
-        timeout: longest time in seconds that a rank waits for the others; after twice that all ranks end.
+        timeout: maximum time in seconds that a rank waits for the others. All ranks end after twice this time.
     """
 
     layout: ParallelConfig
@@ -115,11 +115,11 @@ class Order(Record):
 
 
 class GroupResult(Record):
-    """An all-reduce over one group of ranks, as its slowest rank measured it.
+    """An all-reduce over one process group, as its slowest rank measured it.
 
     Attributes:
-        hosts: of the ranks, which do not know them.
-        bus_bytes_per_second: 2 (n - 1) / n * bytes / seconds: bandwidth per link for any n.
+        hosts: the hosts of the ranks; the doctor adds them.
+        bus_bytes_per_second: 2 (n - 1) / n * bytes / seconds, which is the bandwidth per link for any n.
     """
 
     kind: GroupKind
@@ -132,13 +132,14 @@ class GroupResult(Record):
 
 
 class RankReport(Record):
-    """Everything that a rank has to say so far; it says it again whenever there is more.
+    """All results of a rank so far. The rank sends the report again after each new result.
 
     Attributes:
-        stage: how far it is: the host's record is made, torch is imported, all ranks have met, all is measured.
-        answer, clock: of the rank's host, of which this is the first rank.
-        output: what is wrong with the output folder, or with the file that rank 0 wrote there, on this rank's host.
-        groups: results of the groups of which this is the first rank.
+        stage: the last finished stage: the host's record is made, torch is imported, all ranks have met, all is
+            measured.
+        answer, clock: results of the host; only its first rank has them.
+        output: the problem of this rank's host with the output folder or with the file that rank 0 wrote there.
+        groups: results of the process groups whose first rank this is.
         failed: why the rank failed.
     """
 
@@ -152,11 +153,11 @@ class RankReport(Record):
 
 
 class DoctorReport(Record):
-    """The whole examination, as --json writes it.
+    """The results of the doctor, as --json writes them.
 
     Attributes:
-        seconds: duration of each phase that was run.
-        groups: those whose ranks have all measured; `skipped` says why there are none.
+        seconds: duration of each phase.
+        groups: process groups whose ranks have all measured; `skipped` says why there are none.
     """
 
     verdict: Literal["ready", "not ready"]
@@ -173,32 +174,32 @@ class DoctorReport(Record):
 
 
 def answering(hosts: Sequence[HostReport]) -> list[tuple[HostReport, HostAnswer]]:
-    """The hosts that answered, with their answers."""
+    """Return the hosts that answered, with their answers."""
     return [(host, host.answer) for host in hosts if host.answer is not None]
 
 
 def packed(record: Record) -> str:
-    """A record as one word that every shell passes on."""
+    """Return a record as one word without characters that a shell changes."""
     return base64.b64encode(zlib.compress(record.model_dump_json(exclude_defaults=True).encode())).decode()
 
 
 def unpacked(kind: type[Record], word: str) -> Any:
-    """The record in a word of `packed`.
+    """Return the record in a word of `packed`.
 
     Raises:
-        ValueError, zlib.error: it is not one.
+        ValueError, zlib.error: the word is not such a record.
     """
     return kind.model_validate_json(zlib.decompress(base64.b64decode(word)))
 
 
 class TrialRank:
-    """A rank's part of the job."""
+    """The work of one rank."""
 
     def __init__(self, order: Order, rank: int) -> None:
         self._order, self._rank, self._report = order, rank, RankReport(rank=rank)
 
     def say(self, **news: Any) -> None:
-        """Send the doctor the report with these fields, in lines that a launcher may mix with those of other ranks."""
+        """Update fields of the report and send it to the doctor. A launcher may mix the lines of all ranks."""
         self._report = self._report.model_copy(update=news)
         word = packed(self._report) + RANK_END
         pieces = (word[start : start + _PIECE] for start in range(0, len(word), _PIECE))
@@ -206,7 +207,7 @@ class TrialRank:
         sys.stdout.flush()
 
     def run(self) -> None:
-        """Report, meet, measure, leave."""
+        """Report, join the process group, measure and leave."""
         order, timeout = self._order, timedelta(seconds=self._order.timeout)
         if self._rank in order.first_ranks:
             folder = None if order.output_dir is None else nearest_existing(Path(order.output_dir))
@@ -242,10 +243,10 @@ class TrialRank:
         distributed.destroy_process_group()
 
     def _compare_clocks(self) -> None:
-        """Read the clock when all ranks have just met in an exchange."""
+        """Compare the clocks, which are read right after all ranks have met in an exchange."""
         from megatron_tiedlora.parallel.agreement import max_over_ranks, sum_over_ranks
 
-        max_over_ranks([0.0])  # so that they start the next one together
+        max_over_ranks([0.0])  # so that all start the next exchange together
         begin = time.perf_counter()
         max_over_ranks([0.0])
         now, margin = time.time(), time.perf_counter() - begin
@@ -254,7 +255,7 @@ class TrialRank:
             self.say(clock=Clock(skew=now - first, margin=margin))
 
     def _share(self, folder: Path) -> None:
-        """Look for a file that rank 0 writes where the job's output will be, and that it removes again."""
+        """Look for a file that rank 0 writes into the job's output folder and removes again."""
         from megatron_tiedlora.parallel.agreement import decided_by_rank_0, max_over_ranks
 
         path = str(folder / f".doctor-{secrets.token_hex(8)}")
@@ -263,7 +264,7 @@ class TrialRank:
             if self._rank in self._order.first_ranks:
                 if self._rank == 0:
                     self.say(output=wrong)
-                elif self._report.output is None:  # it may write there
+                elif self._report.output is None:  # this rank's host may write there
                     self.say(output="" if wrong or _is_seen(path) else NOT_SEEN)
             max_over_ranks([0.0])
         finally:
@@ -272,7 +273,7 @@ class TrialRank:
                     os.unlink(path)
 
     def _measure(self, kind: GroupKind, ranks: list[int], handle: Any, device: torch.device) -> None:
-        """Time an all-reduce; groups of one kind run at the same time, as they do in a job."""
+        """Time an all-reduce. Process groups of one kind run at the same time, as in a job."""
         import torch
         from torch import distributed
 
@@ -285,7 +286,7 @@ class TrialRank:
             seconds.append(timed(lambda: distributed.all_reduce(sums, group=handle), device))
             mean = sum(seconds[1:]) / max(len(seconds) - 1, 1)
             worst = torch.tensor([mean, float(not torch.equal(sums, whole))], device=device)
-            distributed.all_reduce(worst, op=distributed.ReduceOp.MAX, group=handle)  # all go on, or none
+            distributed.all_reduce(worst, op=distributed.ReduceOp.MAX, group=handle)  # all continue, or none
             slowest, any_wrong = worst.tolist()
         if self._rank == ranks[0]:
             num_bytes = self._order.large_bytes
@@ -300,7 +301,7 @@ class TrialRank:
             self.say(groups=[*self._report.groups, group])
 
     def _pattern(self, ranks: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """(this rank's values, their sum over `ranks`): integers, which float32 adds exactly."""
+        """Return (this rank's values, their sum over `ranks`). They are integers, which float32 adds exactly."""
         import torch
 
         base = torch.arange(self._order.large_bytes // _ITEM, device=device).remainder_(_PERIOD).float()
@@ -308,7 +309,7 @@ class TrialRank:
 
 
 def _write(path: str) -> str:
-    """Write the file; returns why it cannot be written, or ''."""
+    """Write the file. Return '', or why it cannot be written."""
     try:
         Path(path).touch(mode=0o600, exist_ok=False)
         Path(path).write_text("for tiedlora doctor")
@@ -318,18 +319,18 @@ def _write(path: str) -> str:
 
 
 def _is_seen(path: str) -> bool:
-    """Whether this host sees the file, whose name no other file has; a network file system may show it late."""
+    """Return whether this host sees the file with a unique name. A network file system may show it late."""
     return seen_late(lambda: os.path.exists(path) or None, Path(path).parent, seconds=_SHARED_SECONDS) is not None
 
 
 def main() -> int:
-    """Run the rank; report a failure in an event and in the exit status."""
+    """Run the rank. A failure is reported to the doctor and by the exit status."""
     order = unpacked(Order, sys.argv[1])
     signal.alarm(math.ceil(2 * order.timeout))
     trial = TrialRank(order, rank_number())
     try:
         trial.run()
-    except Exception as error:  # gloo and NCCL raise many kinds: each means that the ranks cannot communicate
+    except Exception as error:  # gloo and NCCL raise many types, which all mean that the ranks cannot communicate
         trial.say(failed=first_line(error)[:500])
         os._exit(1)  # without waiting for the threads of a broken group
     return 0

@@ -1,6 +1,6 @@
-"""Build the command that starts a job's ranks by a launcher: words, environment and files. Starts nothing.
+"""Build the command that starts a job's ranks with a launcher: words, environment and files. Nothing is started here.
 
-| launcher | what starts the ranks | what the other hosts get of the environment |
+| launcher | what starts the ranks | variables that remote hosts get |
 |---|---|---|
 | deepspeed | `deepspeed`, here or on the hosts of a hostfile | what DeepSpeed exports, and `.deepspeed_env` |
 | mpirun | mpirun | what DeepSpeed exports, by -x NAME |
@@ -19,26 +19,26 @@ from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.ownership import START_ID
 from megatron_tiedlora.runtime.launch_env import EXPECTED_RANKS, RANK_VARIABLES, Host, num_ranks
 
-Route = Literal["ssh", "srun", "local"]  # how a launcher reaches the hosts
+Route = Literal["ssh", "srun", "local"]  # the way from a launcher to the hosts
 
-# Ask nothing, give up a silent host, and share no connection, which would hide that a host is lost.
+# Never ask, give up a silent host, and share no connection, because a shared one would hide a lost host.
 SSH_OPTIONS = (
     "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=2"
     " -o ControlMaster=no -o ControlPath=none"
 )
-_AGENTS = ("PRTE_MCA_plm_ssh_agent", "OMPI_MCA_plm_rsh_agent")  # what mpirun 5 and 4 call
-EXPORTS = ("NCCL", "PYTHON", "UCX", "MV2")  # names that begin so go to the other hosts, as DeepSpeed does it
+_AGENTS = ("PRTE_MCA_plm_ssh_agent", "OMPI_MCA_plm_rsh_agent")  # for mpirun 5 and 4
+EXPORTS = ("NCCL", "PYTHON", "UCX", "MV2")  # variables with these prefixes go to remote hosts, as in DeepSpeed
 
 
 @dataclass(frozen=True)
 class Job:
-    """A program to run, and the hosts and the launcher to run it.
+    """A program with the hosts and the launcher to run it.
 
     Attributes:
-        program: what Python runs in each rank: a script by its absolute path, or `-m` and a module.
+        program: the words after `python` in each rank: the absolute path of a script, or `-m` and a module.
         python, folder: the interpreter and the working folder, the same on every host.
-        private: a folder for the files of this start only; no other user can read it.
-        start: an id of this start, which its ranks write into the run folder; '' if they write none.
+        private: a folder for the files of this launch, which no other user can read.
+        start: an id of this launch, which its ranks write into the run folder; '' if they write none.
     """
 
     launcher: str
@@ -57,42 +57,42 @@ class Job:
 
     @property
     def size(self) -> int:
-        """Number of ranks."""
+        """Return the number of ranks."""
         return num_ranks(self.hosts)
 
     @property
     def names(self) -> str:
-        """The hosts' names, as pdsh and srun take them."""
+        """Return the hosts' names in the format of pdsh and srun."""
         return ",".join(host.name for host in self.hosts)
 
     @property
     def variables(self) -> dict[str, str]:
-        """Variables of every process of the job. PYTHONSAFEPATH keeps Python from importing modules out of the current
-        folder, where another user may have put some. Not all launchers tell their ranks where to meet."""
+        """Return the variables of every process of the job. PYTHONSAFEPATH keeps Python from importing modules from the
+        current folder, where another user may have put some. The rendezvous is set because not all launchers do so."""
         start = {START_ID: self.start} if self.start else {}
         meeting = {"MASTER_ADDR": self.master_addr, "MASTER_PORT": str(self.master_port)}
         return {EXPECTED_RANKS: str(self.size), "PYTHONSAFEPATH": "1", **start, **meeting}
 
     @property
     def hostfile(self) -> Path:
-        """A hostfile with exactly the ranks to start."""
+        """Return the path of a hostfile with exactly the ranks to start."""
         return self.private / "hostfile"
 
     @property
     def launcher_program(self) -> str:
-        """The launcher's own program; ranks recognise `deepspeed`, which is installed beside Python, by its name."""
+        """Return the launcher's program. `deepspeed` is installed beside Python; ranks recognise it by its name."""
         beside = {"deepspeed": str(Path(self.python).with_name("deepspeed")), "torchrun": self.python}
         return beside.get(self.launcher, self.launcher)
 
     @property
     def command(self) -> list[str]:
-        """The command line of a rank."""
+        """Return the command line of a rank."""
         return [self.python, "-u", *self.program, *self.arguments]
 
 
 @dataclass(frozen=True)
 class StartPlan:
-    """A launcher's command, its environment, and files to write first."""
+    """A launcher's command, its environment, and files to write before it starts."""
 
     words: tuple[str, ...]
     environment: Mapping[str, str]
@@ -100,14 +100,14 @@ class StartPlan:
 
 
 def plan_start(job: Job, environment: Mapping[str, str]) -> StartPlan:
-    """The command that starts `job` from a shell with `environment`, whose own rank, if it has one, is left out.
+    """Return the command that starts `job` from a shell with `environment`. Rank variables of the shell are removed.
 
     Raises:
         UserError: the launcher cannot pass on an argument, or the user's file of variables cannot be read.
     """
     by_launcher = {"deepspeed": _deepspeed, "mpirun": _mpirun, "srun": _srun, "torchrun": _torchrun}
     kept = {name: value for name, value in environment.items() if name not in RANK_VARIABLES[:3]}
-    if job.route == "ssh":  # DeepSpeed would export MLFLOW_*, and all users of a host could read its passwords there
+    if job.route == "ssh":  # DeepSpeed would export MLFLOW_*, whose passwords all users of a host could read
         agents = {} if any(name in kept for name in _AGENTS) else dict.fromkeys(_AGENTS, f"ssh {SSH_OPTIONS}")
         own = {name: value for name, value in kept.items() if not name.startswith("MLFLOW")}
         kept = {"PDSH_SSH_ARGS_APPEND": SSH_OPTIONS, **agents, **own}
@@ -119,14 +119,14 @@ def _hostfile(job: Job) -> dict[Path, str]:
 
 
 def _deepspeed(job: Job, environment: Mapping[str, str]) -> StartPlan:
-    # DeepSpeed itself would ask the first host for its name and its address, by an ssh without time limits.
+    # DeepSpeed would ask the first host for its name and address through an ssh without time limits.
     where = ("--master_addr", job.master_addr, "--master_port", str(job.master_port), "--no_ssh_check")
     module = ("--module",) if job.program[0] == "-m" else ()
     ranks = ("--no_local_rank", *job.launcher_args, *module, job.program[-1], *job.arguments)
     words = (job.launcher_program, "--hostfile", str(job.hostfile), *where)
     if job.route == "local":
-        # With a hostfile for this machine the launcher does not read /job/hostfile, if there is one; --include
-        # overrides CUDA_VISIBLE_DEVICES, which --num_gpus would ignore.
+        # With a hostfile for this machine the launcher does not read /job/hostfile. --include overrides
+        # CUDA_VISIBLE_DEVICES, which --num_gpus would ignore.
         slots = max(map(int, job.gpus)) + 1 if job.gpus else job.size
         include = ("--include", f"localhost:{','.join(job.gpus)}") if job.gpus else ()
         return StartPlan((*words, *include, *ranks), environment, {job.hostfile: f"localhost slots={slots}\n"})
@@ -134,18 +134,18 @@ def _deepspeed(job: Job, environment: Mapping[str, str]) -> StartPlan:
         if re.search(r"[^\w@+=:,./-]|^$", word):
             why = "deepspeed does not quote it for other hosts; put the setting into a YAML file for --config"
             raise UserError(f"{word!r}: {why}")
-    # DeepSpeed puts the current folder into PYTHONPATH; its file is read after that and overrides it.
+    # DeepSpeed adds the current folder to PYTHONPATH. Its file of variables is read later and overrides this.
     lines = [f"PYTHONPATH={environment.get('PYTHONPATH', '')}", *_users_lines(job, environment)]
     lines += [f"{name}={value}" for name, value in job.variables.items()]
     file = job.private / "deepspeed_env"
     files = {**_hostfile(job), file: "".join(f"{line}\n" for line in lines)}
-    # Also a single host of a hostfile is reached by its launcher.
+    # A single host of a hostfile is reached by its launcher too.
     return StartPlan((*words, "--force_multi", *ranks), {**environment, "DS_ENV_FILE": str(file)}, files)
 
 
 def _users_lines(job: Job, environment: Mapping[str, str]) -> list[str]:
-    """The lines of the user's `.deepspeed_env` at home and in the current folder, which it does not read beside ours.
-    DeepSpeed would crash on blank lines, comments and lines without a value."""
+    """Return the lines of the user's `.deepspeed_env` files at home and in the current folder. DeepSpeed reads only our
+    file, so they are copied into it. It would crash on blank lines, comments and lines without a value."""
     found = []
     for file in (folder / environment.get("DS_ENV_FILE", ".deepspeed_env") for folder in (Path.home(), job.folder)):
         for number, line in enumerate(read_small_text(file).splitlines() if file.is_file() else (), start=1):

@@ -1,4 +1,4 @@
-"""tiedlora run: starts the launcher that was asked for, waits, reads run_status.json, and restarts after a failure."""
+"""tiedlora run: start a launcher, wait for its end, read run_status.json, and restart the job after a failure."""
 
 import os
 import re
@@ -35,28 +35,28 @@ from megatron_tiedlora.runtime.stopping import StopSignals, alive
 
 _FIRST_PORT, _NUM_PORTS = 20000, 10000  # below the ephemeral ports of most systems
 POLL_SECONDS, _LOOK_SECONDS = 0.2, 5.0
-_NOTICE_SECONDS = 0.5  # for what a launcher has started here to end by itself after it
-LINGER_SECONDS = 30.0  # for a launcher, and for what it started on this machine, to end after the run has
-LATE_SECONDS = 3.0  # until a status that was written on another host is visible here
-_SILENT_SECONDS = 25.0  # an owner that has not renewed its token for so long is dead; it does so every 10 seconds
-_END_SECONDS = 10.0  # for what is left on this machine, from SIGTERM to SIGKILL
-_FORWARDS = ("srun", "mpirun", "prterun")  # SIGUSR1 to their ranks; on SIGTERM they give them no time to save
+_NOTICE_SECONDS = 0.5  # until processes that a launcher has started here end by themselves
+LINGER_SECONDS = 30.0  # until a launcher and its processes on this machine end after the run
+LATE_SECONDS = 3.0  # until a status from another host is visible here
+_SILENT_SECONDS = 25.0  # an owner renews its token every 10 seconds; after this time without renewal it is dead
+_END_SECONDS = 10.0  # from SIGTERM to SIGKILL for remaining processes on this machine
+_FORWARDS = ("srun", "mpirun", "prterun")  # these forward SIGUSR1 to their ranks; on SIGTERM ranks get no time to save
 
 
 def launch(command: LaunchCommand, *, scripts: Path) -> int:
-    """Start a job, wait for its end and report it; returns the exit status.
+    """Start a job, wait for its end and report it. Return the exit status.
 
     Args:
-        scripts: the folder of the script of `tiedlora train`.
+        scripts: the folder with the script of `tiedlora train`.
 
     Raises:
-        UserError: settings, hosts, layout, batch or folder do not fit; nothing has been started then.
+        UserError: settings, hosts, parallel configuration, batch or folder do not fit. Nothing was started.
     """
     settings = command.settings
     job = make_job(settings, os.environ)
     check_num_ranks(command.train, job.size)
     folder = RunFolder(choose_run_folder(command.train).path.absolute())
-    arguments = (*command.arguments, f"--output_dir={folder.path}")  # of a flag that is given twice the last one counts
+    arguments = (*command.arguments, f"--output_dir={folder.path}")  # a later flag overrides an earlier one
     # Only this user can read it.
     with tempfile.TemporaryDirectory(prefix="megatron_tiedlora-", ignore_cleanup_errors=True) as private:
         job = replace(job, program=(str(scripts / "train.py"),), arguments=arguments, private=Path(private))
@@ -92,7 +92,7 @@ def _run(job: Job, command: LaunchCommand, folder: RunFolder, signals: StopSigna
         say(verdict.line)
         if not status.is_of_another and (not verdict.state or (ended < 0 and not passed_on)):
             _say_what_may_be_left(job, folder)
-        # A run that was stopped may not go on; one that has not begun would fail again.
+        # A stopped run must not continue, and a run that has not begun would fail again.
         if verdict.status == 0 or passed_on or verdict.state == "stopped" or not status.has_begun():
             break
         if not verdict.state and status.is_awaited():
@@ -102,7 +102,7 @@ def _run(job: Job, command: LaunchCommand, folder: RunFolder, signals: StopSigna
 
 
 def _say_what_may_be_left(job: Job, folder: RunFolder) -> None:
-    """Say how to end ranks that the launcher may have left on other hosts."""
+    """Print how to end ranks that the launcher may have left on other hosts."""
     if job.route == "srun":
         say(f"ranks that still run end with: scancel {os.environ.get('SLURM_JOB_ID', 'JOB')}")
     if job.route == "ssh":
@@ -113,7 +113,7 @@ def _say_what_may_be_left(job: Job, folder: RunFolder) -> None:
 
 
 def choose_hosts(settings: LaunchSettings, environment: Mapping[str, str]) -> tuple[str, Route, tuple[Host, ...]]:
-    """Launcher, route and hosts, from a hostfile, a Slurm allocation or this machine.
+    """Return the launcher, the route and the hosts from a hostfile, a Slurm allocation or this machine.
 
     Raises:
         UserError: the hostfile or allocation does not exist, or has fewer slots than --num_gpus.
@@ -142,13 +142,13 @@ def choose_hosts(settings: LaunchSettings, environment: Mapping[str, str]) -> tu
 
 
 def check_num_ranks(train: Settings, ranks: int) -> None:
-    """Raise UserError if layout or batch do not divide the number of ranks; called before anything is started."""
+    """Raise UserError if the parallel configuration or the batch does not fit the number of ranks."""
     grid = Grid(0, ranks, tp_size=train.tensor_parallel, pp_size=train.pipeline_parallel)
     plan_batches(train.global_batch_size, train.micro_batch_size, grid.dp_size)
 
 
 def make_job(settings: LaunchSettings, environment: Mapping[str, str]) -> Job:
-    """The job that the settings describe, without its program, on a new port. Raises UserError as `choose_hosts`, or if
+    """Return the job of the settings without its program, on a new port. Raise UserError as in `choose_hosts`, or if
     this machine has fewer GPUs than --num_gpus."""
     launcher, route, hosts = choose_hosts(settings, environment)
     gpus = visible_gpus() if (launcher, route) == ("deepspeed", "local") else ()
@@ -168,12 +168,12 @@ def make_job(settings: LaunchSettings, environment: Mapping[str, str]) -> Job:
 
 
 def new_port(settings: LaunchSettings) -> int:
-    """The port of the next start's rendezvous: --master_port, or a random one, as the last one may still be in use."""
+    """Return the port of the next rendezvous: --master_port, or a random port, as the last one may still be in use."""
     return settings.master_port or _FIRST_PORT + secrets.randbelow(_NUM_PORTS)
 
 
 def check_programs(job: Job) -> None:
-    """Raise UserError if the launcher, or what it reaches other hosts by, is not installed here."""
+    """Raise UserError if the launcher, or the program with which it reaches other hosts, is not installed here."""
     require_extra("train", only=["deepspeed"])
     own = [word.partition("=")[0] for word in job.launcher_args]
     by_pdsh = (job.launcher, job.route) == ("deepspeed", "ssh") and "--launcher" not in own
@@ -183,7 +183,7 @@ def check_programs(job: Job) -> None:
 
 
 def command_lines(plan: StartPlan, job: Job, folder: RunFolder, environment: Mapping[str, str]) -> list[str]:
-    """The lines of --show_command: what would be started."""
+    """Return the lines of --show_command, which show what would be started."""
     rows = [("run folder", str(folder.path)), ("ranks", str(job.size))]
     rows += [("host", f"{host.name} slots={host.slots}") for host in job.hosts]
     for path, text in plan.files.items():
@@ -197,16 +197,16 @@ def command_lines(plan: StartPlan, job: Job, folder: RunFolder, environment: Map
 
 
 def say(line: str) -> None:
-    """Print a line of this command's own on stderr."""
+    """Print a line of this command on stderr."""
     with suppress(OSError):
         show(f"tiedlora run: {line}", file=sys.stderr)
 
 
 class RunningJob:
-    """A job whose launcher was started on this machine, in a session of its own.
+    """A job whose launcher runs on this machine in a new session.
 
     Args:
-        options: of `Popen`: where output and errors go (by default to this command's own), descriptors to keep open.
+        options: arguments of `Popen`, such as stdout, stderr and descriptors that stay open.
 
     Raises:
         UserError: the launcher cannot be started.
@@ -222,7 +222,7 @@ class RunningJob:
                 cwd=job.folder,
                 env=dict(plan.environment),
                 stdin=subprocess.DEVNULL,
-                start_new_session=True,  # a Ctrl-C in the terminal reaches the ranks only through us, once
+                start_new_session=True,  # a Ctrl-C in the terminal reaches the ranks only once, through this process
                 **options,
             )
         self._job = job
@@ -230,9 +230,9 @@ class RunningJob:
         self._seen: set[psutil.Process] = set()
 
     def here(self) -> list[psutil.Process]:
-        """The processes that run on this machine: the launcher's group, and all that was below it when last looked for.
+        """Return the running processes on this machine: the launcher's process group and all its known descendants.
 
-        pdsh gives its ssh a group of its own: that is found as its child, and after its end if it was found before.
+        pdsh puts its ssh into another process group. It is found as a child, and stays known after the end of pdsh.
         """
         for process in psutil.process_iter():
             with suppress(OSError):
@@ -244,13 +244,13 @@ class RunningJob:
         return list(self._seen)
 
     def kill(self, number: int = signal.SIGKILL) -> None:
-        """Signal the launcher and all that it has started on this machine."""
+        """Send a signal to the launcher and to all its processes on this machine."""
         for process in self.here():
             with suppress(psutil.Error):
                 process.send_signal(number)
 
     def end(self, say: Callable[[str], None]) -> None:
-        """End what is left on this machine, and say so: by SIGTERM, and after some seconds by SIGKILL."""
+        """End the remaining processes on this machine by SIGTERM, later by SIGKILL, and print a line about it."""
         if left := self.here():
             names = ", ".join(f"{process.pid} ({_read(process, 'name')})" for process in left)
             say(f"what is left of the job on this machine is ended: {names}")
@@ -259,10 +259,11 @@ class RunningJob:
             self.kill()
 
     def stop(self, number: int) -> None:
-        """Tell the ranks to save and to stop. Call it until they have: some may just be starting.
+        """Tell the ranks to save and to stop. The caller repeats it until they have stopped, as some may just be
+        starting.
 
-        srun and mpirun pass SIGUSR1 on. Ranks on this machine get the signal itself, and not what they have forked, to
-        read data or to compile. Those that ssh started stop when their connection ends.
+        srun and mpirun pass SIGUSR1 on. Ranks on this machine get the signal directly, but not their own children,
+        which read data or compile. Ranks that ssh started stop when their connection ends.
         """
         here = self.here()
         ranks = {one.pid for one in here if started_program(_read(one, "cmdline") or ()) == self._job.program[-1]}
@@ -282,7 +283,7 @@ class RunningJob:
 
 
 def _read(process: psutil.Process, name: str) -> Any:
-    """Call the method `name` of a process; None if the process is gone."""
+    """Call the method `name` of a process and return its result; None if the process is gone."""
     with suppress(psutil.Error):
         return getattr(process, name)()
 
@@ -296,15 +297,15 @@ def wait_for_end(
     on_poll: Callable[[], None] = lambda: None,
     tell: Callable[[str], None] = say,
 ) -> None:
-    """Wait until the launcher has ended, then for what it leaves on this machine, and for the owner of the run folder.
+    """Wait until the launcher has ended, then for its remaining processes here and for the owner of the run folder.
 
-    The first signal is passed on; a second Ctrl-C kills. Only Ctrl-C counts then: schedulers send SIGTERM twice.
+    The first signal is passed on. A second signal kills only if it is Ctrl-C, because schedulers send SIGTERM twice.
 
     Args:
-        status: of the run; a job that writes none ends with its launcher.
+        status: the run's status file; a job without one ends with its launcher.
         grace: seconds for ranks to save after their launcher has ended.
-        on_poll: called again and again, to show how far the job is.
-        tell: called with a line of this command's own.
+        on_poll: called repeatedly, to show the job's progress.
+        tell: called with each line of this command.
     """
     said: set[str] = set()
     run_ended = launcher_ended = float("inf")  # when, by the monotonic clock
@@ -322,12 +323,12 @@ def wait_for_end(
             if now > run_ended + LINGER_SECONDS:
                 say_once("the run has ended, but its launcher has not: killed")
                 running.kill()
-            if now > looked + _LOOK_SECONDS:  # so that what it has started is known when it has ended
+            if now > looked + _LOOK_SECONDS:  # so that its processes are known after its end
                 looked = now
                 running.here()
         else:
             launcher_ended, is_left = min(launcher_ended, now), bool(running.here())
-            is_awaited = status.is_awaited()  # asked each time, to see when the owner becomes silent
+            is_awaited = status.is_awaited()  # checked each time, to see when the owner becomes silent
             is_late = now > min(launcher_ended + grace, run_ended + LINGER_SECONDS)
             if is_late or not (is_left or (is_awaited and not is_new)):
                 return
@@ -351,7 +352,7 @@ Stamp = tuple[int, int, int]
 
 
 class Verdict(NamedTuple):
-    """The exit status of tiedlora run, the line that explains it, and the run's state; '' if its file has none."""
+    """The exit status of tiedlora run, the line that explains it, and the run's state; '' if it is unknown."""
 
     status: int
     line: str
@@ -359,36 +360,36 @@ class Verdict(NamedTuple):
 
 
 class StatusFile:
-    """run_status.json of this start; ranks remove an earlier one when they take the folder.
+    """The run_status.json of this launch. Ranks remove an earlier file when they take the folder.
 
     Args:
-        start: the START_ID of its ranks. What is written while the folder has another owner is not theirs.
+        start: the START_ID of the ranks. A file that is written while the folder has a different owner does not count.
     """
 
     def __init__(self, folder: RunFolder, start: str = "") -> None:
         self.folder, self._start = folder, start
         self._before, self.is_of_another = stamp(folder.status), False
-        self._renewed: tuple[Stamp | None, float] = (None, 0.0)  # the owner's token, and when it was seen to change
+        self._renewed: tuple[Stamp | None, float] = (None, 0.0)  # the owner's token, and when a change was last seen
         self._token()
 
     def _token(self) -> Token | None:
-        """The owner's token if it is of this start."""
+        """Return the owner's token if it belongs to this launch."""
         token = read_token(self.folder.path / OWNER_FILE)
-        if token is not None:  # of two owners the last one counts: this start takes a folder over, or loses it
+        if token is not None:  # the last owner counts: this launch may take a folder over or lose it
             self.is_of_another = token.job != self._start
         return None if self.is_of_another else token
 
     def is_new(self) -> bool:
-        """Whether this start has written the file."""
+        """Return whether this launch has written the file."""
         self._token()
         return not self.is_of_another and stamp(self.folder.status) not in (None, self._before)
 
     def has_begun(self) -> bool:
-        """Whether a rank of this start has taken the folder: the settings, the hosts and the model were right."""
+        """Return whether a rank of this launch has taken the folder. Settings, hosts and model were then valid."""
         return self.is_new() or self._token() is not None
 
     def is_awaited(self) -> bool:
-        """Whether a rank may still write it: it owns the folder, and is not known to be dead and not silent."""
+        """Return whether a rank may still write the file. It then owns the folder and is neither dead nor silent."""
         seen, now = stamp(self.folder.path / OWNER_FILE), time.monotonic()
         if seen != self._renewed[0]:
             self._renewed = seen, now
@@ -396,12 +397,12 @@ class StatusFile:
         return is_owned and now - self._renewed[1] < _SILENT_SECONDS
 
     def read(self) -> Mapping[str, Any] | None:
-        """The file's content if this start has written it; None otherwise."""
+        """Return the file's content if this launch has written it, otherwise None."""
         return read_json_or_none(self.folder.status) if self.is_new() else None
 
 
 def stamp(file: Path) -> Stamp | None:
-    """Values that change when a file is written or replaced; None if it is not there."""
+    """Return values that change when a file is written or replaced; None if the file does not exist."""
     try:
         stat = file.stat()
     except OSError:
@@ -412,12 +413,12 @@ def stamp(file: Path) -> Stamp | None:
 def judge(
     file: StatusFile, *, launcher: str, launcher_status: int, passed_on: int, late_seconds: float = LATE_SECONDS
 ) -> Verdict:
-    """Status 0 if the run finished or was stopped by the signal that was passed on; else the launcher's status, or 1.
+    """Return status 0 if the run finished or stopped by the passed-on signal; otherwise the launcher's status, or 1.
 
     Args:
         launcher_status: the launcher's exit status; -N if signal N killed it.
-        passed_on: the signal that this command received, 0 for none.
-        late_seconds: how long a status that is missing is waited for.
+        passed_on: the signal that this command received; 0 for none.
+        late_seconds: longest wait for a missing status.
     """
     path = file.folder.path
     signals = {-number: number.name for number in signal.Signals}

@@ -1,1 +1,1 @@
-"""The commands, in one module or a few together: they read settings, call the library and print their results."""
+"""The commands of tiedlora. They read settings, call the library and print results."""

@@ -1,4 +1,4 @@
-"""Checks what this machine's GPUs can do: runs the tests of `selfcheck/`, a process for each part, and reports."""
+"""Check this machine's GPUs: run the tests of `selfcheck/`, with one process per part, and report the results."""
 
 import signal
 import socket
@@ -16,16 +16,16 @@ from megatron_tiedlora.config.tool_settings import CHECK_PARTS, CheckGpuSettings
 from megatron_tiedlora.selfcheck import parts
 from megatron_tiedlora.selfcheck.parts import part_command, part_environment, part_lines, run_part, summary_lines
 
-# Seconds of 8 minutes for each part; what a part does not use goes to the next one.
+# Seconds for each part, 8 minutes in all. A part gets the unused time of earlier ones.
 SHARES = dict(zip(CHECK_PARTS, (50, 35, 85, 95, 50, 35, 30, 100), strict=True))
 RANKS_OF_SEVERAL = 340  # seconds for part ranks on several GPUs; all parts then take 12 minutes
 NO_GPU_STATUS = 2
 
 
 def main(settings: CheckGpuSettings) -> int:
-    """Run the checks and report; returns the exit status. A signal ends what the parts have started."""
+    """Run the checks, write the reports and return the exit status. A signal also ends the processes of the parts."""
     for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+        if signal.getsignal(number) != signal.SIG_IGN:  # for example under nohup
             signal.signal(number, _leave)
     require_extra("check")
     chosen = [part for part in SHARES if settings.parts is None or part in settings.parts]
@@ -60,7 +60,7 @@ def main(settings: CheckGpuSettings) -> int:
 
 
 def part_limits(chosen: Sequence[str], minutes: float | None, *, num_gpus: int) -> dict[str, float]:
-    """Seconds for each part: `minutes`, or the default time, divided over the parts in proportion to SHARES."""
+    """Return the seconds for each part. `minutes`, or the default time, is divided in proportion to SHARES."""
     shares = {**SHARES, "ranks": RANKS_OF_SEVERAL} if num_gpus > 1 else SHARES
     seconds = sum(shares.values()) if minutes is None else 60 * minutes
     given = sum(shares[part] for part in chosen)
@@ -68,7 +68,7 @@ def part_limits(chosen: Sequence[str], minutes: float | None, *, num_gpus: int) 
 
 
 def _write(folder: Path, page: Sequence[str], suites: Sequence[Element]) -> None:
-    """Write the reports. Raises UserError if the folder cannot be made or written."""
+    """Write the reports. Raise UserError if the folder cannot be created or written."""
     root = Element("testsuites")
     root.extend(suites)
     try:
@@ -80,5 +80,5 @@ def _write(folder: Path, page: Sequence[str], suites: Sequence[Element]) -> None
 
 
 def _leave(number: int, _frame: object) -> NoReturn:
-    """Exit with an exception, so that the running part is ended first."""
+    """Raise SystemExit, so that the running part is ended first."""
     sys.exit(128 + number)

@@ -25,7 +25,7 @@ from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests, exit_st
 
 
 def merge(settings: adapter_settings.MergeSettings) -> int:
-    """Merge an adapter into its base model; returns the exit status."""
+    """Merge an adapter into its base model. Return the exit status."""
     output, stop = settings.output, StopRequests(launchers=[])
     reject_existing(output, flag=f"--output {output}")
     try:
@@ -35,7 +35,7 @@ def merge(settings: adapter_settings.MergeSettings) -> int:
             )
             for note in opened.notes:
                 _show_note(note)
-            with stop.deferred():  # a signal ends the merge between two blocks, where it can clean up
+            with stop.deferred():  # a signal ends the merge between two blocks, where the merge can clean up
                 merge_adapter(
                     opened.source,
                     opened.adapter,
@@ -61,7 +61,7 @@ def merge(settings: adapter_settings.MergeSettings) -> int:
 
 
 def export(settings: adapter_settings.ExportSettings) -> int:
-    """Export one or more adapters to PEFT; returns the exit status."""
+    """Export one or more adapters to PEFT. Return the exit status."""
 
     def show_serving(source: ModelSource, exports: Mapping[str, export_peft.Export]) -> None:
         named = settings.base_name or export_peft.base_name(source)
@@ -95,7 +95,7 @@ def export(settings: adapter_settings.ExportSettings) -> int:
 
 
 def import_adapter(settings: adapter_settings.ImportSettings) -> int:
-    """Write a PEFT adapter as a native one; returns the exit status."""
+    """Write a PEFT adapter as a native adapter. Return the exit status."""
     output = settings.output
     opened = import_peft(
         settings.model,
@@ -114,7 +114,7 @@ def import_adapter(settings: adapter_settings.ImportSettings) -> int:
 
 
 def verify(settings: adapter_settings.VerifySettings) -> int:
-    """Check exports of an adapter; returns the exit status: 1 if any differ."""
+    """Check exports of an adapter. Return the exit status, which is 1 if any differ."""
     opened = open_adapter(settings.adapter, settings.model, differs=settings.base_differs)
     base = check_base(opened.source, opened.adapter, uses_tokenizer=False, differs=settings.base_differs)
     for note in (*opened.notes, *base.notes):
@@ -133,7 +133,7 @@ def verify(settings: adapter_settings.VerifySettings) -> int:
 
 
 def convert(settings: ConvertNemoSettings) -> int:
-    """Convert a .nemo file to a Hugging Face folder; returns the exit status."""
+    """Convert a .nemo file to a Hugging Face folder. Return the exit status."""
     output = settings.output
     if not settings.nemo.exists():
         raise UserError(f"--nemo {settings.nemo}: no such file")
@@ -151,7 +151,7 @@ def convert(settings: ConvertNemoSettings) -> int:
 
 
 def make_random(settings: RandomModelSettings) -> int:
-    """Write a checkpoint of random weights in the shape of a preset; returns the exit status."""
+    """Write a checkpoint of random weights in the shape of a preset. Return the exit status."""
     write_random_model(PRESETS[settings.model], settings.output, name=settings.model, seed=settings.seed)
     show(f"{settings.output}: random weights in the shape of {settings.model}")
     return 0

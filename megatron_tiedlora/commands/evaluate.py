@@ -1,10 +1,11 @@
-"""Answer a task's held-out rows by greedy decoding and score them, for a base model, adapter, merged or PEFT folder.
+"""Answer a task's held-out rows by greedy decoding and score the answers. The model is a base, an adapter, a merged or
+a PEFT folder.
 
     tiedlora evaluate                                                                  the demo model on the demo task
     deepspeed --no_python tiedlora evaluate --adapter runs/NAME/adapter --task gsm8k --tensor_parallel 2
     tiedlora evaluate --adapters runs/four --task gsm8k                                every adapter of a run of several
 
-Read top to bottom: it is the table of contents of an evaluation.
+`main` shows all steps of an evaluation in their order.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ if TYPE_CHECKING:
 
 
 def main(settings: EvaluateSettings) -> int:
-    """Run one rank; returns the exit status: 0 finished, 130, 143 or 138 stopped by a signal."""
+    """Run one rank and return the exit status: 0 finished; 130, 143 or 138 stopped by a signal."""
     require_extra("eval")
     from megatron_tiedlora.data.splits import check_files_exist
 
     check_files_exist(settings)
-    # These import torch, which takes a second: --help, a wrong flag and a missing file do not wait for it.
+    # These import torch, which takes a second. --help, a wrong flag and a missing file do not wait for this import.
     from megatron_tiedlora.runtime.ending import reported_end
     from megatron_tiedlora.runtime.stopping import StopRequests
 
@@ -89,7 +90,7 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
         return
     stop.raise_if_requested()
     found = {name: (own, answers[name], score_answers(own.task.metrics, answers[name])) for name, own in plans.items()}
-    with stop.deferred():  # this takes a moment, and is then done
+    with stop.deferred():  # this is short and must finish
         write_results(found, output)
     show(*score_table(found, output.path))
 
@@ -97,10 +98,11 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
 def take_results_folder(
     settings: EvaluateSettings, plans: EvaluationPlans, scored: Mapping[str, ScoredSet], end: End
 ) -> NewOutput | None:
-    """Take the folder of the results on rank 0, which alone gets it, and tell every rank; `end` gives it back.
+    """Take the folder of the results on rank 0 and return it there; all other ranks get None. `end` releases the
+    folder.
 
     Raises:
-        UserError: before any work is done: the folder is not free, or ranks differ in rows or precision.
+        UserError: the folder is not free, or ranks differ in rows or precision. No work has been done yet.
     """
     from megatron_tiedlora.base.output_folder import take_output_folder
     from megatron_tiedlora.base.ownership import Owner

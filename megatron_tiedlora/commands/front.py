@@ -1,7 +1,7 @@
-"""`tiedlora NAME ...`: the table of commands, their list, and the start of one. It imports no command but that one, so
-its help is quick.
+"""Run `tiedlora NAME ...` from a table of commands. Only the module of that command is imported, so that its help is
+quick.
 
-A new command is one row of the table, a class of settings and one function in commands/.
+A new command needs a row of the table, a class of settings and a function in commands/.
 """
 
 import importlib
@@ -19,14 +19,15 @@ PROGRAM = "tiedlora"
 
 @dataclass(frozen=True)
 class Command:
-    """One command.
+    """A command of tiedlora.
 
     Attributes:
-        main: its function of commands/, as MODULE:NAME, which takes the settings and returns the exit status.
-        settings: reads its command line, as MODULE:NAME of config/: a class of settings, or a function of the words.
-        about: the line in the list of `tiedlora --help`.
-        script: the script that does the same, or '' if there is none.
-        is_rank: whether a launcher starts it as several ranks, of which one reports an error for all.
+        main: its function in commands/ as MODULE:NAME. It takes the settings and returns the exit status.
+        settings: what reads its command line, as MODULE:NAME in config/: a class of settings, or a function of the
+            words.
+        about: its line in `tiedlora --help`.
+        script: the equivalent script, or '' if there is none.
+        is_rank: whether a launcher starts it as several ranks. One rank then reports an error for all.
     """
 
     name: str
@@ -74,7 +75,7 @@ COMMANDS = (
     Command("env", "jobs:env", "tool_settings:EnvSettings", "versions, devices and variables, for a bug report"),
 )
 
-# Names that other tools have for a command. Any other unknown name is guessed by its spelling.
+# Names of commands in other tools. For any other unknown name the most similar command is suggested.
 _OTHER_NAMES = {
     **dict.fromkeys(("finetune", "fine-tune", "sft", "tune", "pt", "pretrain", "fit"), "train"),
     **dict.fromkeys(("launch", "torchrun", "deepspeed", "start"), "run"),
@@ -87,12 +88,12 @@ _OTHER_NAMES = {
 
 
 def find_command(name: str) -> Command | None:
-    """The command called `name`; an underscore counts as a dash."""
+    """Return the command `name`; an underscore counts as a dash."""
     return next((command for command in COMMANDS if command.name == name.replace("_", "-")), None)
 
 
 def help_text() -> str:
-    """The text of `tiedlora --help`."""
+    """Return the text of `tiedlora --help`."""
     return "\n".join(
         [
             f"usage: {PROGRAM} COMMAND [...]      {PROGRAM} COMMAND --help      {PROGRAM} --version",
@@ -108,7 +109,7 @@ def help_text() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run the command that the first word names, and exit with its status: 2 if there is no such command."""
+    """Run the command that the first word names and exit with its status, or with 2 if it does not exist."""
     words = _without_local_rank(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["help"]:
         words = [*words[1:2], "--help"]
@@ -128,12 +129,12 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def run(name: str, argv: Sequence[str] | None = None, **options: Any) -> NoReturn:
-    """Run a command with its words, by default those of this process, and exit with its status.
+    """Run a command with `words`, by default those of this process, and exit with its status.
 
     Args:
         options: further arguments of the command's `main`.
     """
-    # These import what the help of the front does not need.
+    # `tiedlora --help` does not need these imports.
     from megatron_tiedlora.config.cli import run_command
     from megatron_tiedlora.runtime.launch_env import first_to_fail
 
@@ -144,11 +145,11 @@ def run(name: str, argv: Sequence[str] | None = None, **options: Any) -> NoRetur
 
 
 def call(name: str, argv: Sequence[str], **options: Any) -> int:
-    """Parse the words of a command and run it; returns its exit status. Its module, which may import torch, is imported
-    only after its words are right.
+    """Parse the words of a command, run it and return its exit status. Its module, which may import torch, is imported
+    only if the words are valid.
 
     Raises:
-        UserError: a word is wrong, or the command fails with one line.
+        UserError: a word is wrong, or the command raised it.
     """
     from megatron_tiedlora.config.cli import parse_settings
 
@@ -161,19 +162,19 @@ def call(name: str, argv: Sequence[str], **options: Any) -> int:
 
 
 def _of_package(where: str) -> Any:
-    """Import MODULE:NAME of this package."""
+    """Import and return MODULE:NAME of this package."""
     module, _, name = where.partition(":")
     return getattr(importlib.import_module(f"megatron_tiedlora.{module}"), name)
 
 
 def _without_local_rank(words: Sequence[str]) -> list[str]:
-    """`words` without the rank that a launcher puts before the command; ranks are read from the environment."""
+    """Return `words` without the --local_rank that a launcher puts first. Ranks are read from the environment."""
     if words and words[0].startswith(tuple(f"{name}=" for name in _LOCAL_RANK)):
         return list(words[1:])
     return list(words[2:]) if words and words[0] in _LOCAL_RANK else list(words)
 
 
 def _leave(text: str, *, status: int = 0) -> NoReturn:
-    """Show the text, on stderr if it is an error, and exit."""
+    """Show the text and exit. The text of an error is shown on stderr."""
     show(*text.split("\n"), file=sys.stderr if status else None)
     sys.exit(status)

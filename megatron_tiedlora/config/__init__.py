@@ -1,1 +1,1 @@
-"""Settings of every command (typed, frozen), the command line, and arithmetic on batches."""
+"""The typed, frozen settings of every command, the command line, and batch arithmetic."""

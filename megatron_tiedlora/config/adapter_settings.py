@@ -13,10 +13,10 @@ from megatron_tiedlora.config.fields import FILES_HELP, CommandSettings, setting
 from megatron_tiedlora.config.other_names import ADAPTER_NAMES, OTHER_DTYPES, OUTPUT_NAMES
 from megatron_tiedlora.config.settings import DEFAULT_MODEL, DEFAULT_TASK, Settings
 
-_same = partial(shared_field, Settings, shared=False)  # a setting of the same name, with a value of its own
-_train = partial(shared_field, Settings)  # of a run that is evaluated, the run's
+_same = partial(shared_field, Settings, shared=False)  # a setting with the same name but a separate value
+_train = partial(shared_field, Settings)  # the value from the evaluated run
 _flag = partial(setting_field, "")
-_plain = partial(_same, group="")  # the same in a command without groups
+_plain = partial(_same, group="")  # like `_same`, for a command without groups
 _model = partial(
     _plain,
     "model",
@@ -166,7 +166,7 @@ class EvaluateSettings(CommandSettings, command="evaluate"):
 
 
 def adapter_flags(adapter: str, settings: "MergeSettings | ExportSettings") -> str:
-    """The flags that name an adapter and its base, as they were given, for a command that may follow."""
+    """Return the given flags of an adapter and its base, for a later command in a message."""
     words = ["--adapter", adapter, *(["--model", settings.model] if settings.model else [])]
     return shlex.join([*words, *(["--base_differs"] if settings.base_differs else [])])
 
@@ -328,7 +328,7 @@ indexed. `diff` exits with 1 if the two differ. Any program can read the SQLite 
 
     @property
     def wanted(self) -> dict[str, Any]:
-        """The values that `find` compares, by column."""
+        """Return the values that `find` compares, by column."""
         return {name: value for name in FILTERS if (value := getattr(self, name)) is not None}
 
     def _check_fit(self) -> None:

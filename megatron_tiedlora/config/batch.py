@@ -1,7 +1,7 @@
-"""Batch arithmetic: global batch = micro batch x accumulation steps x data-parallel size; and the lengths of answers.
+"""Compute batch sizes and answer lengths. Global batch = micro-batch x accumulation steps x data-parallel size.
 
-Nothing else sets batch sizes. Here too are groups of parts by size: rows of a batch, samples of a pass, tensors of a
-file.
+No other module sets batch sizes. `filled` packs items by size: rows into batches, samples into passes, tensors into
+files.
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,11 +14,11 @@ Part = TypeVar("Part")
 
 
 def filled(parts: Iterable[tuple[Part, float, float]]) -> Iterator[list[Part]]:
-    """Group parts in their order: each joins the last ones if it fits.
+    """Yield lists of consecutive parts. A part is added to the current list if it fits, otherwise it begins a new list.
 
     Args:
-        parts: each with its size, and with the most that it may have together with those that join it; a larger one is
-            alone. They are read as groups are asked for.
+        parts: (part, size, limit) each. The first part of a list sets the limit of the list's total size. A part above
+            its own limit is alone. Parts are read lazily.
     """
     group: list[Part] = []
     left = 0.0
@@ -37,11 +37,11 @@ GPU_MICRO_BATCH_TOKENS = 8192  # below about 4,000, launching a layer's kernels 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The division of a global batch into micro-batches; with packing, `micro_batch_size` is the maximum.
+    """The division of a global batch into micro-batches. With packing, `micro_batch_size` is a maximum.
 
     Attributes:
-        packed_length: tokens of a packed row; None: one sample per row.
-        min_micro_batches: minimum micro-batches per rank with packing, capped at the unpacked number.
+        packed_length: tokens of a packed row; None for one sample per row.
+        min_micro_batches: minimum number of micro-batches per rank with packing, at most the number without packing.
     """
 
     global_batch_size: int
@@ -52,14 +52,14 @@ class BatchPlan:
 
     @property
     def accumulation_steps(self) -> int:
-        """Micro-batches per rank and optimizer step; with packing, the maximum."""
+        """Return the number of micro-batches per rank and optimizer step; with packing it is a maximum."""
         return self.global_batch_size // (self.micro_batch_size * self.data_parallel)
 
 
 def default_rows(*, max_length: int, packing: bool, on_gpu: bool, otherwise: int) -> int:
-    """The maximum number of rows of a micro-batch if --micro_batch_size is not given.
+    """Return the maximum number of rows of a micro-batch without --micro_batch_size.
 
-    With packing on a GPU it is as many as fit in `GPU_MICRO_BATCH_TOKENS`, else the value of `otherwise`.
+    With packing on a GPU, the rows have at most `GPU_MICRO_BATCH_TOKENS` tokens. Otherwise it is `otherwise`.
     """
     return max(1, GPU_MICRO_BATCH_TOKENS // max_length) if on_gpu and packing else otherwise
 
@@ -71,12 +71,13 @@ def plan_batches(
 
     Args:
         micro_batch_size: rows per forward pass. None: the largest divisor of a rank's samples that is at most
-            `max_rows` and leaves `min_steps` accumulation steps, if there is one.
+            `max_rows` and, if possible, leaves `min_steps` accumulation steps.
         max_rows: see `default_rows`.
         min_steps: minimum accumulation steps with the default, if a rank has enough samples.
 
     Raises:
-        UserError: the batch is not a multiple of the other two multiplied; names all three and the nearest ones.
+        UserError: the global batch is not a multiple of micro-batch x data-parallel size. The message has these values
+            and the nearest valid ones.
     """
     unit = (micro_batch_size or 1) * data_parallel
     if global_batch_size % unit:
@@ -95,12 +96,12 @@ def plan_batches(
 
 
 def resolve_max_new_tokens(value: int | None, longest: int, default: int) -> int:
-    """The maximum number of tokens to generate for one answer.
+    """Return the maximum number of tokens to generate for one answer.
 
     Args:
-        value: of --max_new_tokens. None: `default`, but at most half of the longest row.
-        longest: the most tokens of a row, prompt and answer together.
-        default: the task's.
+        value: the value of --max_new_tokens. None: `default`, but at most half of the longest row.
+        longest: maximum number of tokens in a row of prompt and answer.
+        default: the default of the task.
 
     Raises:
         UserError: the value leaves no room for a prompt.
@@ -115,9 +116,9 @@ def resolve_max_new_tokens(value: int | None, longest: int, default: int) -> int
 
 
 def longest_prompt(max_length: int | None, longest: int, max_new_tokens: int) -> int:
-    """The maximum prompt length for generation: as in training, but leaving `max_new_tokens` positions for the answer.
+    """Return the maximum prompt length for generation, which leaves `max_new_tokens` positions for the answer.
 
     Args:
-        max_length: of --max_length; None: the longest row.
+        max_length: the value of --max_length; None means `longest`.
     """
     return min(max_length or longest, longest - max_new_tokens)

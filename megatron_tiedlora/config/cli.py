@@ -1,5 +1,5 @@
-"""Makes a command's settings from its command line and YAML files, those of --config and of --adapters. argparse reads,
-pydantic checks, the command line wins."""
+"""Make a command's settings from its command line and the YAML files of --config and --adapters. argparse reads the
+words and pydantic checks them. The command line overrides the files."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from megatron_tiedlora.config.adapter_settings import EvaluateSettings, MergeSet
 from megatron_tiedlora.config.other_names import unknown_names
 from megatron_tiedlora.config.settings import Settings, make_settings
 
-HUB_NAMES = "hub_names"  # in run.yaml: the ids of data and tokenizer that come from the hub
-TEMPLATE_HASH = "chat_template_sha256"  # in run.yaml: of the content of --chat_template
-# A run's run.yaml has these beside its settings. They are ignored, so that the file can be given to --config.
+HUB_NAMES = "hub_names"  # in run.yaml: the hub ids of data and tokenizer
+TEMPLATE_HASH = "chat_template_sha256"  # in run.yaml: hash of the content of --chat_template
+# A run.yaml also has these names. They are ignored, so that the file can be given to --config.
 RECORDED_NAMES = ("ranks", "versions", HUB_NAMES, TEMPLATE_HASH)
 RECORD_MARK = "versions"
 _TRUE_OR_FALSE = "{true,false}"
-# Commands whose settings have names in other tools. One that another command lacks is not taken for a slip there.
+# Commands whose settings have names in other tools. Another command that lacks such a name does not see it as a typo.
 _NAMED = (Settings, EvaluateSettings, MergeSettings, PushSettings)
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An ArgumentParser that raises a one-line UserError instead of printing its usage and exiting."""
+    """An ArgumentParser that raises a one-line UserError instead of printing usage and exiting."""
 
     def __init__(self, **keywords: Any) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **keywords)
@@ -47,16 +47,15 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def reject_unknown(words: Sequence[str], *kinds: type[fields.CommandSettings], known: Iterable[str]) -> None:
-    """Raise UserError if there are `words` that belong to no flag of the commands `kinds`. It says which of the `known`
-    flags are meant."""
-    flags = [word.partition("=")[0] for word in words if word.startswith("-")]  # the other words may be their values
+    """Raise UserError if `words` belong to no flag of the commands `kinds`. The message suggests flags from `known`."""
+    flags = [word.partition("=")[0] for word in words if word.startswith("-")]  # other words may be values
     if words:
         meant = unknown_names("argument", flags or words, list(known), fields.names_elsewhere(*kinds, *_NAMED))
         raise UserError(f"{meant}; see --help")
 
 
 def _metavar(annotation: Any, choices: Sequence[str] | None = None) -> str:
-    """The values of a type, or its choices, as the help shows them: `N`, `X[,X...]`, `{a,b}`, `N|auto`."""
+    """Return how the help shows the values of a type or its choices: `N`, `X[,X...]`, `{a,b}`, `N|auto`."""
     arguments = typing.get_args(annotation)
     if typing.get_origin(annotation) is Annotated:
         return _metavar(arguments[0], choices)
@@ -74,7 +73,7 @@ def _metavar(annotation: Any, choices: Sequence[str] | None = None) -> str:
 
 
 def build_parser(kind: type[fields.CommandSettings]) -> CommandParser:
-    """The parser of a command, with one flag per setting, in the groups of `kind` if it has some."""
+    """Build the parser of a command with one flag per setting. The flags are in the groups of `kind`, if any."""
     usage = f"{kind.prog} {kind.usage}" if kind.groups else None
     parser = CommandParser(prog=kind.prog, usage=usage, description=kind.about, epilog=kind.examples)
     groups: dict[str, argparse._ActionsContainer] = {
@@ -82,7 +81,7 @@ def build_parser(kind: type[fields.CommandSettings]) -> CommandParser:
     }
     if groups:
         groups["run"].add_argument("--config", metavar="FILE", help="YAML file with settings under the same names")
-        # The deepspeed and torch launchers add this before the user's arguments; ranks are read from the environment.
+        # The deepspeed and torch launchers add this flag first. Ranks are read from the environment.
         parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
     for name, own in fields.declared(kind).items():
         field = kind.model_fields[name]
@@ -99,7 +98,7 @@ def build_parser(kind: type[fields.CommandSettings]) -> CommandParser:
         help_text = (field.description or "") + (f" [{default}]" if default else "")
         keywords.update(help=help_text.replace("%", "%%"))
         if not own.positional:
-            # For a command with groups, a file may have the value.
+            # For a command with groups, the value may be in a file.
             keywords.update(dest=name, required=field.is_required() and not groups)
         words = name if own.positional else f"--{own.flag or name}"
         (groups[own.group] if groups else parser).add_argument(words, **keywords)
@@ -107,12 +106,12 @@ def build_parser(kind: type[fields.CommandSettings]) -> CommandParser:
 
 
 def parse_words(argv: Sequence[str], kind: type[fields.CommandSettings]) -> dict[str, Any]:
-    """The settings of a command line by name, and `config`, as texts. Raises UserError for unknown words."""
+    """Return the settings of a command line by name, and `config`, as text. Raise UserError for unknown words."""
     parser = build_parser(kind)
     known = [option for action in parser._actions for option in action.option_strings]
-    # Before argparse says which flag is missing: an unknown one may be what the user calls it.
+    # Check this before argparse reports a missing flag, because an unknown flag may be the user's name for it.
     words = itertools.takewhile(lambda word: word != "--", argv)
-    flags = [word for word in words if word.startswith("--") and " " not in word]  # others argparse takes for values
+    flags = [word for word in words if word.startswith("--") and " " not in word]  # argparse treats others as values
     reject_unknown([word for word in flags if word.partition("=")[0] not in known], kind, known=known)
     values, others = parser.parse_known_args(list(argv))
     reject_unknown(others, kind, known=known)
@@ -122,15 +121,15 @@ def parse_words(argv: Sequence[str], kind: type[fields.CommandSettings]) -> dict
 def split_words(
     argv: Sequence[str], kind: type[fields.CommandSettings], *, more: Sequence[str] = (), without: Collection[str] = ()
 ) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-    """Divide the words of a command that also takes the flags of tiedlora train: its own settings by name; those of
-    tiedlora train by name, and `config`; and the words of the latter.
+    """Split the words of a command that also accepts the flags of tiedlora train. Return its own settings by name, the
+    settings of tiedlora train and `config` by name, and the words of the latter.
 
     Args:
-        more: further words, all of them of tiedlora train.
+        more: further words, which all belong to tiedlora train.
         without: settings of tiedlora train that the command rejects.
 
     Raises:
-        UserError: words belong to neither.
+        UserError: words belong to neither command.
     """
     own, rest = build_parser(kind).parse_known_args(list(argv))
     words = [*rest, *more]
@@ -147,8 +146,7 @@ def _given(values: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_yaml(path: str, *kinds: type[fields.CommandSettings]) -> dict[str, Any]:
-    """The values in a YAML file, by the names of fields of the commands `kinds`. Raises UserError naming the file, and
-    the line."""
+    """Return the values in a YAML file by field name of the commands `kinds`. Raise UserError with file and line."""
     file = user_path(path)
     if not file.is_file():
         raise UserError(f"--config {path}: no such file")
@@ -167,7 +165,7 @@ def read_yaml(path: str, *kinds: type[fields.CommandSettings]) -> dict[str, Any]
 
 
 def parse_settings(argv: Sequence[str], kind: type[fields.AnySettings]) -> fields.AnySettings:
-    """Settings of `kind`: the command line wins over the file of --config, which wins over the defaults.
+    """Return the settings of `kind`. The command line overrides the file of --config, which overrides the defaults.
 
     Raises:
         UserError: something is unknown or out of range.
@@ -181,7 +179,7 @@ def parse_settings(argv: Sequence[str], kind: type[fields.AnySettings]) -> field
 
 @contextmanager
 def naming_file(file: str | Path | None, names: Collection[str]) -> Iterator[None]:
-    """Add the file's name to a UserError about one of the settings `names`, which came from `file`."""
+    """Add the name of `file` to a UserError about one of the settings `names`, which it contains."""
     try:
         yield
     except UserError as error:
@@ -191,20 +189,21 @@ def naming_file(file: str | Path | None, names: Collection[str]) -> Iterator[Non
 
 
 def keep_from_others() -> None:
-    """Set the umask so that others cannot write what this process and its children create."""
+    """Set the umask so that other users cannot write the files that this process and its children create."""
     os.umask(os.umask(0o077) | 0o002)
 
 
 def run_command(
     main: Callable[[Sequence[str]], int], argv: Sequence[str], *, reports: Callable[[], bool] = lambda: True
 ) -> NoReturn:
-    """Run a command's `main(argv) -> exit status`. A UserError becomes one line on stderr and status 2; Ctrl-C is 130.
+    """Run a command's `main(argv)` and exit with its status. A UserError becomes a line on stderr and status 2. Ctrl-C
+    is 130.
 
-    If the reader of its output has ended, as `head` does, the command ends silently, with status 141 if it would have
-    been 0. Whatever the user's umask, others cannot write what the command creates.
+    If the reader of its output has ended, as `head` does, the command ends silently; a status 0 becomes 141. Other
+    users cannot write the created files, whatever the user's umask is.
 
     Args:
-        reports: whether to print the error; another rank on this host may have printed it.
+        reports: returns whether to print the error, which another rank on this host may have printed.
     """
     keep_from_others()
     show_messages()
@@ -232,7 +231,7 @@ def run_command(
 
 
 def _reader_is_gone() -> bool:
-    """Whether the reader of standard output has ended. If so, what is still buffered is discarded."""
+    """Return whether the reader of standard output has ended. If so, discard the buffered output."""
     output, poll = sys.__stdout__, select.poll()
     if output is None or sys.stdout is not output:  # closed by the caller, or replaced
         return False
@@ -249,7 +248,7 @@ def _reader_is_gone() -> bool:
 
 # The file of --adapters -----------------------------------------------------------------------------------------------
 #
-# It is a YAML list with a name and the own settings of each adapter of a run.
+# The file is a YAML list with the name and the own settings of each adapter.
 #
 #     - name: support
 #       train_file: support.jsonl
@@ -258,27 +257,27 @@ def _reader_is_gone() -> bool:
 #       train_file: legal.jsonl
 #       learning_rate: 1e-4
 #
-# What an entry leaves out is what the command line says. Settings that are not in `PER_ADAPTER` hold for all of them.
-# An entry's `output_dir` is its run folder, in place of RUN/NAME.
+# Settings that an entry leaves out come from the command line. Settings that are not in `PER_ADAPTER` hold for all
+# adapters. An entry's `output_dir` is its run folder instead of RUN/NAME.
 
 PER_ADAPTER = frozenset(fields.marked(Settings, per_adapter=True))
-# It names a folder inside the run folder, on any file system.
+# A name of an adapter is also a folder name inside the run folder, on any file system.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
-# Beside the folders of the adapters; a run of one adapter has `adapter`.
+# These are beside the folders of the adapters; `adapter` is in a run of one adapter.
 _FILES_OF_RUN = ("adapter", "logs", "profile", "adapters.yaml", "table.csv", "run_status.json")
-RUN_OF_ALL = "the run of all"  # its name beside those of adapters, which have no blanks
-# Settings of the run of all that none of them has itself.
+RUN_OF_ALL = "the run of all"  # a key beside the adapters' names, which have no blanks
+# Settings of the whole run that a single adapter does not have.
 OF_ALL = fields.marked(Settings, of_group=True)
 
 
 def read_adapters(path: str, given: Settings) -> dict[str, Settings]:
-    """The settings of each adapter in a file, by name, in the file's order.
+    """Return the settings of each adapter in a file, by name, in the file's order.
 
     Args:
-        given: the command line's settings. Those that were given there hold unless an entry says otherwise.
+        given: the settings of the command line. A given value holds unless an entry changes it.
 
     Raises:
-        UserError: the file, the entry and the setting that is wrong.
+        UserError: a setting is wrong; the message names the file, the entry and the setting.
     """
     check_together(given)
     shared = {name: getattr(given, name) for name in given.model_fields_set if name not in OF_ALL}
@@ -300,7 +299,7 @@ def read_adapters(path: str, given: Settings) -> dict[str, Settings]:
 
 
 def adapters_path(given: str) -> Path:
-    """The file that --adapters names. Raises UserError if there is none."""
+    """Return the file that --adapters names. Raise UserError if it does not exist."""
     file = user_path(given)
     if file.is_dir():
         raise UserError(f"--adapters {given}: is a folder; give a YAML list. --init_from starts from an adapter")
@@ -310,7 +309,7 @@ def adapters_path(given: str) -> Path:
 
 
 def check_together(given: Settings) -> None:
-    """Raise UserError for settings of the command line that several adapters together cannot have."""
+    """Raise UserError for settings of the command line that are not supported for several adapters."""
     if given.resume not in ("none", "auto"):
         raise UserError(f"--resume {given.resume}: each adapter has checkpoints of its own; give auto with --adapters")
     if others := [name for name in given.report_to if name != fields.TENSORBOARD]:
@@ -318,7 +317,7 @@ def check_together(given: Settings) -> None:
 
 
 def _checked_entry(entry: Any, where: str) -> tuple[str, dict[str, Any]]:
-    """(name, its own settings) of an entry."""
+    """Check an entry and return its name and own settings."""
     if not isinstance(entry, dict):
         raise UserError(f"{where}: expected 'name: value' lines, found a {type(entry).__name__}")
     name = entry.get("name")
@@ -338,9 +337,9 @@ def _checked_entry(entry: Any, where: str) -> tuple[str, dict[str, Any]]:
 
 
 def check_folders(path: str, output_dirs: Mapping[str, str]) -> None:
-    """Raise UserError if one of the folders, by name, is another's or lies in it.
+    """Raise UserError if two adapters have the same folder, or the folder of one is inside another's.
 
-    In that of RUN_OF_ALL each adapter may have a folder, but not where the run has files.
+    Inside the folder of RUN_OF_ALL each adapter may have a folder, but not at a path that the run itself uses.
     """
     given: dict[Path, str] = {}
     for name, output_dir in output_dirs.items():
@@ -360,7 +359,7 @@ def check_folders(path: str, output_dirs: Mapping[str, str]) -> None:
 
 
 def _check_shared(path: str, found: Mapping[str, Settings]) -> None:
-    """Raise UserError for a setting of all that differs by default, as the defaults of tasks do."""
+    """Raise UserError if a setting of all adapters would differ, because tasks have different defaults."""
     (first, expected), *others = found.items()
     for name, settings in others:
         for field in Settings.model_fields:
@@ -372,17 +371,17 @@ def _check_shared(path: str, found: Mapping[str, Settings]) -> None:
                 )
 
 
-HALVING_REASON = "halving: "  # begins the reason for the end of an adapter that --halving stopped
+HALVING_REASON = "halving: "  # begins the end reason of an adapter that --halving stopped
 
 
 def rivals_of(settings: Mapping[str, Settings]) -> dict[str, tuple[str, ...]]:
-    """By each adapter's name the others that differ from it only in the learning rate, and in the folder."""
+    """Return, by adapter name, the adapters that differ from it only in learning rate and folder."""
     same = {name: own.model_dump_json(exclude={"learning_rate", "output_dir"}) for name, own in settings.items()}
     return {name: tuple(other for other in same if other != name and same[other] == same[name]) for name in same}
 
 
 def check_halving(settings: Mapping[str, Settings]) -> None:
-    """Raise UserError if --halving has nothing to compare, or the best checkpoint is not chosen by the loss."""
+    """Raise UserError if --halving has no adapters to compare, or if the loss does not select the best checkpoint."""
     rivals = rivals_of(settings)
     if not any(rivals.values()):
         raise UserError("--halving: no two adapters differ only in the learning rate; remove it")

@@ -1,8 +1,8 @@
-"""The common ground of all commands' settings: a field has a name, type, default, help text and marks.
+"""Declare the fields of all commands' settings. A field has a name, type, default, help text and marks.
 
-Owns how fields are declared and how values become frozen settings. Each command declares its own settings, and
-`cli.py` turns the fields of any command into flags and YAML names. Which settings have something in common is asked of
-their marks (`marked`); docs/extending.md says which lists of names are written by hand all the same.
+This module also converts values into frozen settings. Each command declares its own settings, and `cli.py` turns the
+fields of any command into flags and YAML names. `marked` finds the settings with given marks. docs/extending.md says
+which lists of names are still written by hand.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from megatron_tiedlora.base.shapes import GATE_UP, QKV, TARGET_NAMES
 from megatron_tiedlora.config.other_names import unknown_names, value_hint, value_meant
 
 _BOUND = 2**53  # limit of numeric settings: a float represents every integer below it
-LONGEST_WAIT_MINUTES = 7 * 24 * 60  # for a rank; libraries below us count milliseconds, some in 32 bits
+LONGEST_WAIT_MINUTES = 7 * 24 * 60  # for a rank; some libraries store milliseconds in 32 bits
 
 _POWER_OF_TEN = re.compile(r"\d+(\.\d*)?e\+?1?\d", re.IGNORECASE)
 
@@ -33,37 +33,37 @@ AnySettings = TypeVar("AnySettings", bound="CommandSettings")
 
 
 Decides = Literal["data", "model", "adapter", "training", "layout", "nothing"]
-_CONSTRAINTS = ("ge", "gt", "le", "lt", "min_length")  # of pydantic, that a setting is declared with
+_CONSTRAINTS = ("ge", "gt", "le", "lt", "min_length")  # the constraints of pydantic that a setting may have
 
 
 @dataclass(frozen=True, kw_only=True)
 class Declared:
-    """The marks of a setting, beside its type, default and help text. Lists of settings are derived from them.
+    """The marks of a setting, in addition to its type, default and help text. Lists of settings follow from the marks.
 
     Attributes:
         group: a key of the class's `groups`; '' in a command without groups.
-        choices: allowed strings that are only known at run time (else let the type be a Literal).
-        flag: the field's name for users, where pydantic reserves it for an attribute.
-        metavar: what the help shows for its value (default: by the type).
+        choices: allowed strings that are only known at run time (otherwise the type is a Literal).
+        flag: the name for users, if pydantic reserves this name for an attribute.
+        metavar: the help's placeholder for the value (default: by the type).
         words: its values are separate words on the command line, and a list in a file.
         positional: it is given without a flag, in the order of declaration.
-        other_names: what other tools call it, with blanks between them; see also `other_names.py`.
-        other_values: what other tools call its values; an answer that is no value is a hint.
+        other_names: names of the setting in other tools, separated by blanks; see also `other_names.py`.
+        other_values: names of its values in other tools. An entry whose result is not a value is a hint.
         holds: "path" if the value is a path, "rows" if it names files of rows.
-        decides: what it decides in a run: the rows and their tokens; what the frozen model computes; the adapter's
-            shape and initial values; how it trains; how ranks divide the work, which changes no number but by
-            rounding; or nothing that is computed.
-        by_content: a resumed run compares what follows from it (hashes of the base, tokens of the data), not its value.
-        per_adapter: each adapter of a run has its own.
-        of_group: a run of several adapters has one for all of them.
-        of_dry_run: it belongs to a dry run.
-        derived: the default follows from other settings and the model.
-        lasts: `start`: it holds for one start, and is ignored in the file that a run has recorded; `command`: the user
-            decides it anew, so it is not read from files at all.
-        decided_by: by the name of a command that decides it itself, what to give instead.
-        shared: it means what it means in tiedlora train, and may be handed on (`shared_field`).
-        as_trained: the default is that of the run that trained the adapter.
-        constraints: of pydantic, such as `ge=1`.
+        decides: what the setting affects in a run: the rows and their tokens; the outputs of the frozen model; the
+            adapter's shape and initial values; its training; the work of each rank, which changes results only by
+            rounding; or no computation.
+        by_content: a resumed run compares the content (hashes of the base, tokens of the data), not the value.
+        per_adapter: each adapter of a run has its own value.
+        of_group: a run of several adapters has one value for all adapters.
+        of_dry_run: only a dry run uses the setting.
+        derived: the default depends on other settings and the model.
+        lasts: `start`: the value holds for one launch and is ignored in a run's run.yaml; `command`: the user gives it
+            each time, so it is never read from files.
+        decided_by: {name of a command that sets the value itself: what to give instead}.
+        shared: it has the same meaning as in tiedlora train, and its value may be passed on (`shared_field`).
+        as_trained: the default is the value of the run that trained the adapter.
+        constraints: constraints of pydantic, such as `ge=1`.
     """
 
     group: str = ""
@@ -89,7 +89,7 @@ class Declared:
 
     @property
     def compared(self) -> bool:
-        """Whether a resumed run must have the same value."""
+        """Return whether a resumed run must have the same value."""
         return self.decides not in ("layout", "nothing") and not self.by_content
 
     def __call__(self, schema: dict[str, Any]) -> None:
@@ -99,11 +99,11 @@ class Declared:
 
 
 def setting_field(group: str, help_text: str, default: Any = ..., **marks: Any) -> Any:
-    """A field of a `CommandSettings`.
+    """Return a field of a `CommandSettings`.
 
     Args:
-        group: as of `Declared`.
-        default: left out if the command requires the value, or fills it in from other values. None: it may be left out.
+        group: see `Declared`.
+        default: omitted if the command requires the value or derives it from other values. None: the value is optional.
         marks: the other attributes of `Declared`, and constraints of pydantic.
     """
     constraints = {name: marks.pop(name) for name in _CONSTRAINTS if name in marks}
@@ -112,10 +112,10 @@ def setting_field(group: str, help_text: str, default: Any = ..., **marks: Any) 
 
 
 def shared_field(kind: type[CommandSettings], name: str, help_text: str = "", **changes: Any) -> Any:
-    """A field that means what it means in the settings `kind`, where it is declared.
+    """Return a field with the same meaning as the field `name` of the settings `kind`.
 
     Args:
-        help_text: '' for the one there.
+        help_text: '' for the help text in `kind`.
         changes: the default, and attributes of `Declared`, that differ.
     """
     original, there = kind.model_fields[name], declared(kind)[name]
@@ -126,7 +126,7 @@ def shared_field(kind: type[CommandSettings], name: str, help_text: str = "", **
 
 @cache
 def declared(kind: type[CommandSettings]) -> Mapping[str, Declared]:
-    """The marks of each setting of a command, by the name of its field."""
+    """Return the marks of each setting of a command, by field name."""
     found = {}
     for name, one in kind.model_fields.items():
         assert isinstance(one.json_schema_extra, Declared), "declare settings with setting_field"
@@ -135,7 +135,7 @@ def declared(kind: type[CommandSettings]) -> Mapping[str, Declared]:
 
 
 def marked(kind: type[CommandSettings], **marks: Any) -> tuple[str, ...]:
-    """The settings of a command that have these values of `Declared`, in the order of their declaration."""
+    """Return the settings of a command that have these marks, in the order of their declaration."""
     return tuple(
         name
         for name, own in declared(kind).items()
@@ -144,18 +144,18 @@ def marked(kind: type[CommandSettings], **marks: Any) -> tuple[str, ...]:
 
 
 def decided_by(command: str, kind: type[CommandSettings]) -> dict[str, str]:
-    """The settings of `kind` that another command decides itself, by name, and what to give to it instead."""
+    """Return {setting: what to give instead} for the settings of `kind` that `command` sets itself."""
     return {name: own.decided_by[command] for name, own in declared(kind).items() if command in own.decided_by}
 
 
 def flag_word(name: str, kind: type[CommandSettings]) -> str:
-    """The flag of a field, or what stands for it if it is given without one."""
+    """Return the flag of a field, or the placeholder of a positional one."""
     own = declared(kind)[name]
     return own.metavar if own.positional else f"--{own.flag or name}"
 
 
 def names_elsewhere(*kinds: type[CommandSettings]) -> dict[str, list[str]]:
-    """By the name that another tool has, the settings of these commands as answers of `other_names.name_hint`."""
+    """Return {name in another tool: settings of these commands} for `other_names.name_hint`."""
     found: dict[str, list[str]] = {}
     for kind in kinds:
         for name, own in declared(kind).items():
@@ -183,7 +183,7 @@ class CommandSettings(BaseModel):
         extra="forbid",
         protected_namespaces=(),
         allow_inf_nan=False,
-        # of its YAML files: nothing is required, because values that are left out are filled in from others
+        # of its YAML files: nothing is required, because missing values are filled in from others
         json_schema_extra=lambda schema: schema.pop("required", None),
     )
 
@@ -201,7 +201,7 @@ class CommandSettings(BaseModel):
             cls.prog = f"tiedlora {command}"
 
     def __init__(self, **values: Any) -> None:
-        """Raises UserError in one line: all names that are unknown, or the first value that is wrong."""
+        """Validate the values. Raise a one-line UserError about all unknown names or the first wrong value."""
         if unknown := unknown_names("setting", values, type(self).model_fields, names_elsewhere(type(self))):
             raise UserError(f"{unknown}; see --help")
         try:
@@ -213,20 +213,20 @@ class CommandSettings(BaseModel):
 
     @classmethod
     def default_text(cls, name: str) -> str:
-        """The default of a field as its help shows it; '' if the help text contains it, or there is none."""
+        """Return the default of a field for the help; '' if there is none or the help text contains it."""
         field = cls.model_fields[name]
         return "" if field.is_required() or field.default is None else flag_value(field.default)
 
     @classmethod
     def combined(cls, shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-        """Values of which `own` ones win. One of a pair that excludes each other replaces the other too."""
+        """Return `shared` values overridden by `own` ones. A value in `own` also removes the field that it excludes."""
         replaced = {name for pair in cls.instead if not own.keys().isdisjoint(pair) for name in pair}
         return {**{name: value for name, value in shared.items() if name not in replaced}, **own}
 
     @field_validator("*", mode="before")
     @classmethod
     def _reject_booleans_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        """pydantic would accept true as 1."""
+        """Raise ValueError if a boolean is given for a number, because pydantic would accept true as 1."""
         kinds = _kinds_in(cls.model_fields[str(info.field_name)].annotation)
         parts = value if isinstance(value, list | tuple) else [value]
         if kinds & {int, float} and bool not in kinds and any(isinstance(part, bool) for part in parts):
@@ -246,7 +246,7 @@ class CommandSettings(BaseModel):
         return value
 
     def _check_fit(self) -> None:
-        """Raise ValueError for values that do not fit each other. It is called when the settings are made."""
+        """Raise ValueError for values that contradict each other. This is called when the settings are made."""
 
     @model_validator(mode="after")
     def _check_values(self) -> CommandSettings:
@@ -261,13 +261,12 @@ class CommandSettings(BaseModel):
 
 
 def _kinds_in(annotation: Any) -> set[Any]:
-    """A type and all types that it is made of."""
+    """Return a type and all types inside it."""
     return {annotation}.union(*map(_kinds_in, typing.get_args(annotation)))
 
 
 def _as_meant(name: str, value: Any, kind: type[CommandSettings]) -> Any:
-    """A value as its field spells it: its parts if it is a list with commas, `nf4` for `NF4` or `4bit`, and the whole
-    number 1000 for `1e3`."""
+    """Convert a value to its field's form: text with commas to a list, `NF4` or `4bit` to `nf4`, `1e3` to 1000."""
     own, kinds = declared(kind)[name], _kinds_in(kind.model_fields[name].annotation)
     meant = _part_as_meant(value, own, kinds)
     if not any(typing.get_origin(one) is tuple for one in kinds) or meant in literal_values(kinds):
@@ -285,12 +284,12 @@ def _part_as_meant(value: Any, own: Declared, kinds: set[Any]) -> Any:
 
 
 def literal_values(kinds: Collection[Any]) -> tuple[str, ...]:
-    """The values that Literal types among `kinds` allow."""
+    """Return the values that Literal types among `kinds` allow."""
     return tuple(value for kind in kinds if typing.get_origin(kind) is Literal for value in typing.get_args(kind))
 
 
 def _is_system_text(text: str) -> bool:
-    """Whether `text` can name a file. Bytes that are not UTF-8 come from the command line as surrogates."""
+    """Return whether `text` can name a file. The command line contains bytes that are not UTF-8 as surrogates."""
     try:
         os.fsencode(text)
     except UnicodeEncodeError:
@@ -299,10 +298,10 @@ def _is_system_text(text: str) -> bool:
 
 
 def validate_settings(values: Mapping[str, Any], kind: type[AnySettings]) -> AnySettings:
-    """Validate flat names and values into settings of `kind`. None stands for a value that was left out.
+    """Return settings of `kind` from flat names and values. None means that the value was left out.
 
     Raises:
-        UserError: names are unknown (the message says which are meant), or a value is out of range.
+        UserError: names are unknown (the message suggests known ones), or a value is out of range.
     """
     return kind(**{str(name): value for name, value in values.items() if value is not None})
 
@@ -313,7 +312,7 @@ def _one_line(error: pydantic.ValidationError, kind: type[CommandSettings]) -> s
     flag = flag_word(name, kind) if name in kind.model_fields else f"--{name}"
     if first["type"] == "value_error":
         found = first["ctx"]["error"]
-        # pydantic cannot carry a message with bytes that are not UTF-8 through a validator around the others
+        # pydantic cannot pass a message with bytes that are not UTF-8 through a wrapping validator
         return found.object if isinstance(found, UnicodeEncodeError) else str(found)
     if first["type"] == "missing":
         hint = kind.missing.get(name)
@@ -328,19 +327,20 @@ def _one_line(error: pydantic.ValidationError, kind: type[CommandSettings]) -> s
 
 
 def comma_separated(value: Any) -> Any:
-    """The parts of a text with commas between them, or one number, as a tuple; any other value is unchanged."""
+    """Return the comma-separated parts of a text, or one number, as a tuple. Any other value is unchanged."""
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",")) if value.strip() else ()
     return (value,) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-# Names that PEFT's users know, and the target that they are part of.
+# Names of modules in PEFT, and the target that contains each.
 _FUSED = {**dict.fromkeys(("q_proj", "k_proj", "v_proj"), QKV), **dict.fromkeys(("gate_proj", "up_proj"), GATE_UP)}
 TARGETS_HELP = f"adapted linears of each adapted layer: all, or some of {', '.join(TARGET_NAMES)}"
 
 
 def parse_targets(value: Any) -> Any:
-    """The names of `--targets` in the order of `TARGET_NAMES`. A value that is not a list of strings is unchanged.
+    """Return the names of `--targets` in the order of `TARGET_NAMES`. A value that is not a list of strings is
+    unchanged.
 
     Raises:
         ValueError: a name is unknown, or there is none.
@@ -361,14 +361,14 @@ def parse_targets(value: Any) -> Any:
 
 
 def flag_value(value: Any) -> str:
-    """A setting's value as it is written on the command line."""
+    """Return a setting's value as it is written on the command line."""
     if isinstance(value, list | tuple):
         return ",".join(map(str, value))
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def shell_words(name: str, text: str | None) -> list[str]:
-    """Split a setting that is written in shell syntax into words. The list is empty if `text` is None.
+    """Split a setting in shell syntax into words. Return [] if `text` is None.
 
     Args:
         name: the setting's name, for the message.
@@ -382,12 +382,12 @@ def shell_words(name: str, text: str | None) -> list[str]:
         raise ValueError(f"--{name} {text}: {str(error).lower()}") from None
 
 
-# Types of settings of several commands, which check their values themselves -------------------------------------------
+# Types of settings, which check their own values ----------------------------------------------------------------------
 
 # A path, with ~ expanded. Raises UserError if it cannot name a file.
 FilePath = Annotated[Path, BeforeValidator(lambda value, info: user_path(value, flag=f"--{info.field_name}"))]
 Targets = Annotated[tuple[str, ...], BeforeValidator(parse_targets)]
-# A YAML file's true or false is the word.
+# The word true or false, also from a YAML boolean.
 AddBos = Annotated[
     Literal["auto", "true", "false"],
     BeforeValidator(lambda value: str(value).lower() if isinstance(value, bool) else value),
@@ -401,10 +401,10 @@ FILES_HELP = (
 
 
 def parse_columns(text: str | None) -> Mapping[str, str] | None:
-    """Our field -> the user's field, of `--columns OURS=YOURS[,...]`; None if it is not given.
+    """Return {our field: the user's field} of `--columns OURS=YOURS[,...]`; None if it is not given.
 
     Raises:
-        ValueError: it has another form, or names one of our fields twice.
+        ValueError: the text has a different form, or names one of our fields twice.
     """
     if text is None:
         return None
@@ -421,7 +421,7 @@ def _checked_columns(text: str | None) -> str | None:
     return text
 
 
-ColumnNames = Annotated[str | None, pydantic.AfterValidator(_checked_columns)]  # as it was given
+ColumnNames = Annotated[str | None, pydantic.AfterValidator(_checked_columns)]  # the text as given
 
 
 def _parse_layers(value: Any) -> Any:
@@ -429,11 +429,11 @@ def _parse_layers(value: Any) -> Any:
     return None if whole else value
 
 
-Layers = Annotated[tuple[int, ...] | None, BeforeValidator(_parse_layers)]  # None: all
+Layers = Annotated[tuple[int, ...] | None, BeforeValidator(_parse_layers)]  # None means all
 
 
 def profiled_steps(value: str | None) -> range:
-    """The steps, counted from 1, of a --profile FIRST:LAST; none without it. Raises ValueError for any other text."""
+    """Return the steps of --profile FIRST:LAST, counted from 1; none without it. Raise ValueError for other text."""
     if value is None:
         return range(0)
     found = re.fullmatch(r"([1-9][0-9]{0,14}):([1-9][0-9]{0,14})", value)
@@ -453,12 +453,12 @@ def _checked_range(value: Any) -> Any:
 StepRange = Annotated[str | None, BeforeValidator(_checked_range)]
 
 TENSORBOARD = "tensorboard"
-# TensorBoard is written here; the others are those of accelerate.tracking, each named like its package.
+# This package writes TensorBoard. accelerate.tracking writes the others, each of which is named like its package.
 TRACKER_NAMES = (TENSORBOARD, "wandb", "mlflow", "trackio", "comet_ml", "swanlab", "clearml", "aim", "dvclive")
 
 
 def _parse_trackers(value: Any) -> Any:
-    """The names of `--report_to`, none twice. A value that is not a list of texts is unchanged.
+    """Return the names of `--report_to` without duplicates. A value that is not a list of strings is unchanged.
 
     Raises:
         ValueError: a name is unknown.

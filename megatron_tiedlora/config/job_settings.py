@@ -1,7 +1,7 @@
 """Settings of the commands that start or plan jobs: run, doctor, plan and sweep.
 
-All other flags of run, plan and sweep are those of train. A training flag that chooses a layout limits the search of a
-plan to that value. A sweep decides some training settings itself; both sets of names share a YAML file.
+run, plan and sweep also accept the flags of train. In a plan, a training flag for the layout limits the search to its
+value. A sweep sets some training settings itself. One YAML file may hold the settings of the sweep and of training.
 """
 
 import re
@@ -27,7 +27,7 @@ _train = partial(shared_field, Settings, group="job")
 
 
 def _check_launcher(settings: Any) -> None:
-    """Raise ValueError if a launcher, the hosts and its arguments do not fit each other."""
+    """Raise ValueError if a launcher, its hosts and its arguments contradict each other."""
     fields.shell_words("launcher_args", settings.launcher_args)
     if settings.launcher == "srun" and settings.hostfile is not None:
         raise ValueError("--launcher srun runs on the nodes of its Slurm allocation; remove --hostfile")
@@ -137,7 +137,7 @@ Exit status: 0 ready, 1 not ready, 2 for a wrong flag or hostfile."""
 
 @dataclass(frozen=True)
 class LaunchCommand:
-    """One start of tiedlora run: its own settings, those of tiedlora train, and the latter's arguments as given."""
+    """A command line of tiedlora run: its own settings, those of tiedlora train, and the arguments of the latter."""
 
     settings: LaunchSettings
     train: Settings
@@ -145,7 +145,7 @@ class LaunchCommand:
 
 
 def parse_launch(argv: Sequence[str]) -> LaunchCommand:
-    """Parse the settings of both commands; `--` may separate them.
+    """Parse the settings of tiedlora run and tiedlora train; `--` may separate them.
 
     Raises:
         UserError: something is unknown, out of range or contradictory.
@@ -164,7 +164,7 @@ def parse_launch(argv: Sequence[str]) -> LaunchCommand:
 
 # tiedlora plan --------------------------------------------------------------------------------------------------------
 
-# Where a flag of tiedlora train has another default here; --max_length at most the model's limit, as there.
+# Flags of tiedlora train with a different default here. --max_length is still at most the model's limit.
 PLAN_DEFAULTS = {"max_length": 4096, "global_batch_size": 128}
 FORMAT_NAMES = (UNQUANTISED, *BASE_NAMES, "fp8-products", "fp8-transposed")
 
@@ -242,14 +242,14 @@ With --adapters all layouts are of one run of several adapters, which is compare
 
 @dataclass(frozen=True)
 class PlanCommand:
-    """One start of tiedlora plan: its own settings, and those of the run that is planned."""
+    """A command line of tiedlora plan: its own settings and those of the planned run."""
 
     settings: PlanSettings
     train: Settings
 
 
 def parse_plan(argv: Sequence[str]) -> PlanCommand:
-    """Parse the settings of both.
+    """Parse the settings of tiedlora plan and of the planned run.
 
     Raises:
         UserError: something is unknown, out of range or contradictory, in the words of tiedlora train.
@@ -257,9 +257,9 @@ def parse_plan(argv: Sequence[str]) -> PlanCommand:
     own, known, words = split_words(argv, PlanSettings)
     others = [name for name in known if name not in ("model", "config")]
     others += sorted(name.removesuffix("_file") for name in own.keys() - {"measure", "measure_seconds"})
-    if "measure" in own and others:  # of a run only the model is read
+    if "measure" in own and others:  # --measure uses only the model of a run
         raise UserError(f"--measure measures this machine and plans nothing; remove --{others[0]}")
-    # As a dry run, which needs no data. That a file of --config says so, too, does no harm.
+    # Read them as a dry run, which needs no data. A file of --config may set this too.
     train = parse_settings([*words, "--dry_run"], Settings)
     for name, instead in fields.decided_by("plan", Settings).items():
         if name in known or name in train.model_fields_set - {"dry_run"}:
@@ -272,13 +272,13 @@ def parse_plan(argv: Sequence[str]) -> PlanCommand:
 
 PAPER_RANKS = (2, 4, 8, 16, 32, 64, 128)
 PAPER_LEARNING_RATES = (1e-4, 1e-5)
-GRID = ("methods", "ranks", "learning_rates")  # settings; each of their combinations is a run
-MOST_TOGETHER = 32  # of --together auto; with more the gain grows little
-SWEEP_FILE = "sweep.yaml"  # in the sweep's folder: the settings that it was started with
-# Flags of tiedlora run that a file may give, with a NUL after each word. Any other could start a program of the file's
-# author, or start it elsewhere.
+GRID = ("methods", "ranks", "learning_rates")  # each combination of these settings is a run
+MOST_TOGETHER = 32  # for --together auto; more adapters help little
+SWEEP_FILE = "sweep.yaml"  # in the sweep's folder: its settings
+# Flags of tiedlora run that a file may contain, with a NUL after each word. Other flags could run a program of the
+# file's author, or use other hosts.
 _FROM_FILE = re.compile(r"(--(num_gpus|master_port)[=\0]\d{1,6}\0)*", re.ASCII)
-_NOT_OF_SWEEP = frozenset(("max_restarts", "show_command"))  # what failed is tried again by the sweep's next start
+_NOT_OF_SWEEP = frozenset(("max_restarts", "show_command"))  # the sweep's next launch repeats failed runs
 
 
 class SweepSettings(CommandSettings, command="sweep"):
@@ -345,7 +345,7 @@ class SweepSettings(CommandSettings, command="sweep"):
 
     @classmethod
     def default_text(cls, name: str) -> str:
-        """Return the default as for every command; the help texts of the grid contain theirs."""
+        """Return the default of a field for the help; '' for the grid, whose help texts contain it."""
         return "" if name in GRID else super().default_text(name)
 
     def _check_fit(self) -> None:
@@ -375,7 +375,7 @@ class SweepSettings(CommandSettings, command="sweep"):
 
 
 def parse_launcher(words: Sequence[str]) -> LaunchSettings:
-    """The settings of tiedlora run in --launcher_args. Raises UserError."""
+    """Return the settings of tiedlora run in --launcher_args. Raise UserError if they are not valid."""
     with naming("--launcher_args"):
         found = validate_settings(parse_words(words, LaunchSettings), LaunchSettings)
         if others := found.model_fields_set & _NOT_OF_SWEEP:
@@ -385,11 +385,11 @@ def parse_launcher(words: Sequence[str]) -> LaunchSettings:
 
 @dataclass(frozen=True)
 class SweepCommand:
-    """One start of tiedlora sweep.
+    """A command line of tiedlora sweep.
 
     Attributes:
-        given: the training settings that were given, by name; the others keep train.py's defaults.
-        train: all training settings, resolved for the first point of the grid.
+        given: the given training settings by name; all others have train.py's defaults.
+        train: all training settings for the first point of the grid.
     """
 
     settings: SweepSettings
@@ -398,16 +398,16 @@ class SweepCommand:
 
     @property
     def launcher(self) -> LaunchSettings:
-        """The settings in --launcher_args. Raises UserError; a study can be read whatever it was started with."""
+        """Return the settings in --launcher_args. Raise UserError if they are not valid."""
         return parse_launcher(fields.shell_words("launcher_args", self.settings.launcher_args))
 
 
 def parse_sweep(argv: Sequence[str]) -> SweepCommand:
-    """Parse the settings of the sweep and of its runs. The command line wins over the file of --config, and both win
-    over the settings that the folder's sweep was started with. So the folder's name alone resumes it.
+    """Parse the settings of the sweep and of its runs. The command line overrides the file of --config. Both override
+    the settings in the folder of an earlier sweep, so the folder's name alone resumes it.
 
     Raises:
-        UserError: something is unknown, out of range or decided by the sweep.
+        UserError: a setting is unknown, out of range or set by the sweep itself.
     """
     decided = fields.decided_by("sweep", Settings)
     own, theirs, _ = split_words(argv, SweepSettings, without=decided)
@@ -440,14 +440,14 @@ def parse_sweep(argv: Sequence[str]) -> SweepCommand:
 
 
 def make_command(values: Mapping[str, Any]) -> SweepCommand:
-    """Make a command from the names of both sets. Raises UserError."""
+    """Make a command from settings of the sweep and of training, by name. Raise UserError if one is wrong."""
     settings = validate_settings({n: v for n, v in values.items() if n in SweepSettings.model_fields}, SweepSettings)
     given = {n: v for n, v in values.items() if n not in SweepSettings.model_fields}
     return SweepCommand(settings, given, resolve_train(settings, given))
 
 
 def resolve_train(settings: SweepSettings, given: Mapping[str, Any]) -> Settings:
-    """The training settings of the grid's first run. Raises UserError."""
+    """Return the training settings of the grid's first run. Raise UserError if one is wrong."""
     if settings.tables_from is not None:
         return make_settings({})
     first = {

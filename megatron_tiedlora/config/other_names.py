@@ -1,8 +1,8 @@
-"""Names that people know from other tools, and what they are here: of flags, of YAML keys, and of their values.
+"""Translate names of other tools into names of this one: flags, YAML keys and their values.
 
-A setting is declared with its other names; here are those whose answer is a sentence. `{name}` stands for one of our
-settings, and is written as a flag or as a key. An answer is only given by a command that has all the settings that it
-names. For a name that has no answer the nearest spelling is guessed.
+Most other names are declared with their setting. This module has the names whose answer is a sentence. In it `{name}`
+is one of our settings, which is shown as a flag or a key. A command gives an answer only if it has all settings in the
+answer. For a name without an answer, the most similar name is suggested.
 """
 
 import string
@@ -10,14 +10,14 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from megatron_tiedlora.base.messages import nearest_name, shown
 
-_MOST_NAMES = 8  # of those that are unknown, in one message
+_MOST_NAMES = 8  # unknown names in one message
 
 
 def _same(answer: str, names: str) -> dict[str, str]:
     return dict.fromkeys(names.split(), answer)
 
 
-# Names whose answer says more than the setting's name. One that is only another name is declared with the setting.
+# Names whose answer says more than the setting's name. Simple other names are declared with the setting.
 SENTENCES: Mapping[str, str] = {
     **_same(
         "{micro_batch_size}, the rows of a forward pass; {global_batch_size} sets the samples of a step",
@@ -66,12 +66,12 @@ SENTENCES: Mapping[str, str] = {
     **_same("{base} fp8", "fp8 fp8_format"),
 }
 
-ADAPTER_NAMES = (  # of commands that read one
+ADAPTER_NAMES = (  # for commands that read an adapter
     "adapters lora lora_path adapter_path adapter_name_or_path peft_model_id peft_path adapter_dir lora_dir"
 )
 OUTPUT_NAMES = "output_dir out out_dir save_dir save_path output_path export_dir output_folder"
 
-# Things that no command offers, and what there is instead.
+# Features that no command has, and what to use instead.
 NOT_OFFERED: Mapping[str, str] = {
     **_same("DoRA is not offered", "use_dora dora"),
     **_same("NEFTune is not offered", "neftune_noise_alpha neftune"),
@@ -97,7 +97,7 @@ NOT_OFFERED: Mapping[str, str] = {
     **_same("all rows are trained on, and validated on if they are a --validation_file", "do_train do_eval"),
 }
 
-# Other names for the values of some settings. An answer that is one of the values is taken; any other is a hint.
+# Other names for values of some settings. An answer that is a value replaces the name; any other answer is a hint.
 OTHER_METHODS = {
     "qlora": "here it is lora with {base} nf4",
     "rslora": "here it is lora with {alpha} lora_alpha x sqrt(rank)",
@@ -122,16 +122,17 @@ OTHER_GPUS = {**_same("a100-80", "a100-80gb"), **_same("h100", "h100-80 h100-80g
 
 
 def value_meant(given: str, choices: Sequence[str], others: Mapping[str, str]) -> str:
-    """The one of `choices` that a value means: in other letters, or by a name that other tools have for it (`others`).
+    """Return the one of `choices` that a value means. Case and `_` do not matter, and `others` has names of other
+    tools.
 
-    Any other value is returned as it was given.
+    Any other value is returned unchanged.
     """
     named = {alias: value for alias, value in others.items() if value in choices}
     return {**named, **{_plain(choice): choice for choice in choices}}.get(_plain(given), given)
 
 
 def value_hint(given: str, choices: Sequence[str], others: Mapping[str, str]) -> str:
-    """Say what an unknown value of a setting means here: ' (...)' like `name_hint`."""
+    """Return a hint for an unknown value of a setting, as ' (...)' like `name_hint`."""
     answer = others.get(_plain(given))
     return nearest_name(given, choices) if answer is None else f" ({_written(answer, '--')})"
 
@@ -143,10 +144,10 @@ def _plain(text: str) -> str:
 def unknown_names(
     kind: str, given: Iterable[object], known: Collection[str], others: Mapping[str, Sequence[str]]
 ) -> str:
-    """`unknown KINDs A, B`: the names that are not `known`, each once, with what it means here; '' if all are known.
+    """Return the text `unknown KINDs A, B` about the names that are not `known`, with hints; '' if all are known.
 
     Args:
-        others: as of `name_hint`.
+        others: see `name_hint`.
     """
     names = list(dict.fromkeys(name for name in given if name not in known))
     said = [
@@ -160,11 +161,11 @@ def unknown_names(
 
 
 def name_hint(given: str, known: Iterable[str], others: Mapping[str, Sequence[str]]) -> str:
-    """Say what an unknown name means here: ' (...)' with its answer, else with the nearest name, else ''.
+    """Return a hint for an unknown name: ' (...)' with its answer or else with the most similar name, or ''.
 
     Args:
-        given: a flag with its dashes, or a key; `known` likewise.
-        others: answers by the name that other tools have, those of this command first (`names_elsewhere`).
+        given: a flag with its dashes, or a key. `known` has the same form.
+        others: answers by the name in other tools, those of this command first (`names_elsewhere`).
     """
     names = list(known)
     dashes = "--" if given.startswith("-") else ""
@@ -178,7 +179,7 @@ def name_hint(given: str, known: Iterable[str], others: Mapping[str, Sequence[st
             return f" (here it is {_written(answer, dashes)})"
     if bare in NOT_OFFERED:
         return f" ({NOT_OFFERED[bare]})"
-    # If this command has nothing of a kind that is in the tables, a similar spelling would mislead.
+    # If the tables know the name but this command lacks the setting, a similar name would mislead.
     return "" if answers else nearest_name(given, names)
 
 

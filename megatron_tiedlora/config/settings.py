@@ -1,8 +1,8 @@
-"""Every setting of a training run, declared once: type, default, help text, group, what it decides, and other names.
+"""Declare every setting of a training run once: type, default, help text, group, effect, and other names.
 
-`cli.py` turns the declarations into flags, and a YAML file uses the same flat names. A new setting is one declaration
-here, and the place that uses it. The defaults that differ by task are in two tables. What fits together is checked
-here; checks that need the model, the world size or a file are made where those are known.
+`cli.py` turns the declarations into flags, and a YAML file uses the same flat names. A new setting needs one
+declaration here and the code that uses it. Two tables hold defaults that differ by task. This module rejects
+contradictory settings. Checks that need the model, the world size or a file are elsewhere.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import ValidationInfo, field_validator, model_validator
-from pydantic.functional_validators import ModelWrapValidatorHandler  # pydantic itself names it from 2.11 on
+from pydantic.functional_validators import ModelWrapValidatorHandler  # pydantic itself exports it since 2.11
 
 from megatron_tiedlora.base.messages import as_given, user_path
 from megatron_tiedlora.base.methods import METHOD_NAMES
@@ -20,12 +20,12 @@ from megatron_tiedlora.config import fields
 from megatron_tiedlora.config.fields import FILES_HELP, CommandSettings, flag_value, setting_field
 from megatron_tiedlora.config.other_names import OTHER_DTYPES, OTHER_FORMATS, OTHER_GPUS, OTHER_METHODS, OTHER_SCHEDULES
 
-# The tasks are in data/, which config cannot import.
+# The tasks are in data/, which config must not import.
 _FOLDER = Path(__file__).resolve().parent.parent / "data" / "tasks"
 
 TASK_NAMES: tuple[str, ...] = tuple(sorted(file.stem for file in _FOLDER.glob("[!_]*.py")))
 
-# For a command that is given neither a model nor a task.
+# For a command without a model and a task.
 DEFAULT_MODEL, DEFAULT_TASK = "demo", "demo"
 
 PAPER_DEFAULTS: Mapping[str, Any] = {
@@ -36,7 +36,7 @@ PAPER_DEFAULTS: Mapping[str, Any] = {
     "eval_interval": 30,
     "max_length": 4096,
 }
-# Defaults of tasks that do not use the paper's.
+# Defaults of tasks that differ from the paper's.
 TASK_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "demo": {
         "global_batch_size": 24,
@@ -49,8 +49,8 @@ TASK_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-Schedule = Literal["cosine", "linear", "constant"]  # training/build.py has what they are
-GPU_NAMES = ("a100-80", "h100", "h200", "b200")  # planning/machines.py has what they are
+Schedule = Literal["cosine", "linear", "constant"]  # training/build.py implements them
+GPU_NAMES = ("a100-80", "h100", "h200", "b200")  # planning/machines.py describes them
 HOW_LONG = ("epochs", "max_steps")  # settings that both say how long to train
 SMALLEST_ALPHA, LARGEST_ALPHA = 1e-6, 1e6  # wider than any range that trains
 NO_TRAIN_FILE = "--task custom needs --train_file (JSONL with prompt and completion, or a hub id)"
@@ -376,7 +376,7 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
 
     @classmethod
     def default_text(cls, name: str) -> str:
-        """Return the default as for every command, but the paper's, and those of tasks that have their own."""
+        """Return the default of a field for the help, with the paper's value and those of tasks that differ."""
         if name not in PAPER_DEFAULTS:
             return super().default_text(name)
         by_task = [f"{task} {values[name]:g}" for task, values in TASK_DEFAULTS.items() if name in values]
@@ -385,13 +385,13 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
     @model_validator(mode="wrap")
     @classmethod
     def _with_defaults(cls, values: dict[str, Any], check: "ModelWrapValidatorHandler[Settings]") -> "Settings":
-        """Fill in the defaults. `model_fields_set` holds only what was given."""
+        """Fill in the defaults. `model_fields_set` has only the given fields."""
         made = check(cls._filled(values))
         object.__setattr__(made, "__pydantic_fields_set__", set(values))
         return made
 
     def completed(self, **values: Any) -> "Settings":
-        """A copy with other defaults: `model_fields_set` still holds only what was given."""
+        """Return a copy with different defaults. `model_fields_set` still has only the given fields."""
         made = self.model_copy(update=values)
         object.__setattr__(made, "__pydantic_fields_set__", set(self.model_fields_set))
         return made
@@ -404,9 +404,9 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
         elif "task" not in filled and filled.get("model", DEFAULT_MODEL) == DEFAULT_MODEL:
             filled["task"] = DEFAULT_TASK
         elif "task" not in filled and "adapters" in filled:
-            filled["task"] = "custom"  # of no consequence: each adapter's entry is filled in by itself
+            filled["task"] = "custom"  # without effect: each adapter's entry is filled in separately
         elif "task" not in filled and (is_preset(as_given(filled["model"])) or filled.get("dry_run") in (True, "true")):
-            filled["task"] = "custom"  # a dry run without data has full rows; a preset has no tokenizer to read any
+            filled["task"] = "custom"  # a dry run without data has full rows; a preset has no tokenizer
         filled = {**PAPER_DEFAULTS, **TASK_DEFAULTS.get(as_given(filled.get("task")), {}), **filled}
         steps = as_given(filled["max_steps"])  # not checked yet
         if "warmup_steps" not in values and steps.isdecimal() and len(steps) < 16:
@@ -417,7 +417,7 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
 
     @property
     def names_data(self) -> bool:
-        """Whether there are rows to train on: those of --train_file, or the task's own."""
+        """Return whether there are rows to train on, from --train_file or the task."""
         return self.task != "custom" or self.train_file is not None
 
     @field_validator("*")
@@ -464,9 +464,9 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
 
 
 def make_settings(values: Mapping[str, Any]) -> Settings:
-    """Validate flat names and values into Settings.
+    """Return Settings from flat names and values.
 
     Raises:
-        UserError: a name is unknown (the message has the nearest known one), or a value is out of range.
+        UserError: a name is unknown (the message suggests a known one), or a value is out of range.
     """
     return fields.validate_settings(values, Settings)

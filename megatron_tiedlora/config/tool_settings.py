@@ -18,7 +18,7 @@ _flag = partial(setting_field, "")
 _output = partial(_flag, metavar="DIR", other_names=OUTPUT_NAMES)
 
 
-CHECK_PARTS = ("env", "attention", "correct", "speed", "memory", "host", "decode", "ranks")  # in their order
+CHECK_PARTS = ("env", "attention", "correct", "speed", "memory", "host", "decode", "ranks")  # in this order
 
 
 class CheckGpuSettings(CommandSettings, command="check-gpu"):
@@ -53,7 +53,7 @@ Exit status: 0 nothing failed, 1 something failed (the table says what to do), 2
     model: str = _flag(
         "whose widths are used; as many layers as fit",
         "llama2-7b",
-        choices=sorted(name for name in PRESETS if name.startswith("llama2")),  # the reference knows no other layers
+        choices=sorted(name for name in PRESETS if name.startswith("llama2")),  # the reference has only such layers
     )
     output: fields.FilePath = _output("folder", Path("runs/check_gpu"))
     device: Literal["cuda", "cpu"] = _flag("cpu: test the checks' own logic without a GPU", "cuda")
@@ -142,12 +142,12 @@ GROUPS_OF = {
     "scaling": ("run", "model", "step", "scaling"),
     "decoding": ("run", "model", "decoding"),
 }
-# Defaults of --what scaling that differ from the others'.
+# Defaults of --what scaling that differ from those of other choices.
 SCALING_DEFAULTS: dict[str, Any] = {"model": "llama2-7b", "num_layers": 2, "rows": 1, "supervised": 1.0}
 _WITHOUT_TASK = ("supervised", "documents", "micro_batches")
 _WITH_TASK = ("samples", "train_file", "padded_rows", "packing")
 
-_train = partial(shared_field, Settings)  # of the run whose step is measured
+_train = partial(shared_field, Settings)  # settings of the measured run
 
 
 class BenchSettings(CommandSettings, command="bench"):
@@ -254,7 +254,7 @@ those that are planned. On a GPU the report also has MFU by the data sheet and t
 
     @classmethod
     def default_text(cls, name: str) -> str:
-        """The default as in every command, and that of scaling."""
+        """Return the default of a field for the help, followed by that of scaling."""
         text = super().default_text(name)
         return f"{text or 'all'}; scaling {SCALING_DEFAULTS[name]}" if name in SCALING_DEFAULTS else text
 
@@ -298,27 +298,27 @@ those that are planned. On a GPU the report also has MFU by the data sheet and t
 
     @property
     def adapter_tokens(self) -> int:
-        """The tokens of one adapter's step with --adapters."""
+        """Return the number of tokens of one adapter's step with --adapters."""
         return self.rows * self.length
 
     @property
     def labels(self) -> int:
-        """Labels that count in a made-up document, whose first token has no position that could predict it."""
+        """Return the number of labels of a made-up document. Its first token is never a label: nothing precedes it."""
         length = self.length // (self.documents or 1)
         return min(round(self.supervised * length), length - 1)
 
     @property
     def packs(self) -> bool:
-        """Whether a row may hold several samples."""
+        """Return whether a row may hold several samples."""
         return self.packing if self.packing is not None else self.task is not None or self.documents is not None
 
     @property
     def step_micro_batches(self) -> int:
-        """Made-up micro-batches per rank and step."""
+        """Return the number of made-up micro-batches per rank and step."""
         return self.micro_batches or (1 if self.pipeline_parallel == 1 else 2 * self.pipeline_parallel)
 
     def measured_on(self, world_size: int) -> str:
-        """`what`, or `layout` for a step on several ranks. Raises UserError where it takes one process."""
+        """Return `what`, or `layout` for a step on several ranks. Raise UserError if it needs a single process."""
         if world_size == 1 or self.what == "layout":
             return self.what
         beside = [name for name in ("against", "adapters") if getattr(self, name) is not None]
@@ -328,6 +328,6 @@ those that are planned. On a GPU the report also has MFU by the data sheet and t
         return "layout"
 
     def one_step(self, **changes: Any) -> "BenchSettings":
-        """The step that `--what scaling` measures, with `changes`. Raises UserError for values that do not fit."""
+        """Return settings of the step of `--what scaling`, with `changes`. Raise UserError for invalid values."""
         names = (name for name, own in fields.declared(BenchSettings).items() if own.group in ("model", "step"))
         return fields.validate_settings({**{name: getattr(self, name) for name in names}, **changes}, BenchSettings)

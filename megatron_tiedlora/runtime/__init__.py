@@ -1,1 +1,1 @@
-"""How a rank starts and ends: process group, heartbeat, signals, rank logs, the run folder, the end of a run."""
+"""Start and end ranks: process group, heartbeat, signals, rank logs, run folder, and the end of a run."""

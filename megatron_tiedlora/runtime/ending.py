@@ -1,8 +1,8 @@
-"""How a run ends: run_status.json, the last line on the screen, and the exit status, which is 0 only if it finished.
+"""End a run: write run_status.json, print the last line, and exit with status 0 only if the run finished.
 
-The first rank to know why a run fails reports it, once. Its peers give the same reason, and any remaining rank that
-sees the run folder writes it down. Each rank has a log file in the run folder; rank 0 also prints to the screen, and
-the others only what they must report.
+The first rank that knows why a run fails reports the reason once. Its peers use the same reason, and any remaining rank
+that sees the run folder writes it there. Each rank has a log file in the run folder. Rank 0 also prints to the screen;
+the other ranks print only a failure that they must report.
 """
 
 import hashlib
@@ -37,9 +37,9 @@ from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests, exit_st
 
 
 class _Tee:
-    """A text stream that also writes whole lines to a log; of a progress bar, only the last state of its line.
+    """A text stream that also writes complete lines to a log. The log gets only the last state of a progress bar.
 
-    Everything else that a stream can do, such as `isatty`, is delegated to the screen.
+    All other methods, such as `isatty`, are delegated to the screen.
     """
 
     def __init__(self, screen: TextIO, log: TextIO) -> None:
@@ -65,7 +65,7 @@ class _Tee:
             self._leave_screen()
 
     def _leave_screen(self) -> None:
-        """The screen is gone, for example its ssh connection: do not fail, and continue the log."""
+        """Write only to the log from now on, because the screen is gone (for example its ssh connection)."""
         with suppress(OSError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._screen.fileno())
@@ -76,19 +76,19 @@ class _Tee:
 
 
 class RankLog:
-    """Sends a rank's output to the screen, and inside `opened` to the rank's file."""
+    """The output of a rank: it goes to the screen, and inside `opened` to the rank's log file."""
 
     def __init__(self) -> None:
         self._log: TextIO | None = None
-        self._screen: TextIO | None = None  # the screen of a rank whose output goes only to its log
+        self._screen: TextIO | None = None  # the screen, for a rank whose output goes only to its log
 
     @contextmanager
     def opened(self, folder: Path, rank: int, *, guard: Guard = unguarded) -> Iterator[None]:
-        """Inside, append the output to RUN/logs/rank_N.log; rank 0's output also goes to the screen.
+        """Append the output of the block to RUN/logs/rank_N.log; rank 0's output also goes to the screen.
 
-        An earlier start's lines are copied into a new file, so that an earlier process that still runs cannot add to
-        this start's log. Output of C libraries appears only on rank 0's screen. If the file cannot be written (a run
-        folder that only rank 0 sees may be read-only elsewhere), nothing changes.
+        The lines of an earlier launch are copied into a new file, so that a process that still runs cannot add to this
+        launch's log. On rank 0 the output of C libraries goes only to the screen. If the file cannot be written, the
+        output is unchanged. For example, a run folder that only rank 0 sees may be read-only elsewhere.
         """
         file = folder / LOGS_FOLDER / f"rank_{rank}.log"
         try:
@@ -116,9 +116,9 @@ class RankLog:
                 show(*text.split("\n"), file=self._screen)
 
     def note(self, text: str) -> None:
-        """Write `text` to the log only; without a log it is lost."""
+        """Write `text` to the log only. Without a log the text is lost."""
         if self._log is not None:
-            with suppress(OSError, ValueError):  # closed already
+            with suppress(OSError, ValueError):  # the log is already closed
                 self._log.write(f"{text}\n")
 
     @contextmanager
@@ -152,20 +152,20 @@ _RESERVED_BYTES = 1 << 16
 
 @dataclass
 class End:
-    """The facts about a running run that its end needs; filled in as they become known.
+    """The facts that the end of a run needs. They are set as soon as they are known.
 
     Attributes:
-        folder: the run folder, once this run has written its settings there and if this rank sees it; before that the
-            folder is not touched.
+        folder: the run folder, if this rank sees it and this run has written its settings there. Until then it is None
+            and the folder is not changed.
         finished_step: returns the number of the last finished step.
-        first_step: the last step of earlier starts.
-        unsaved: what to report if a signal arrives and nothing was saved.
-        reason: the reason of a good end.
+        first_step: the last step of earlier launches.
+        unsaved: the report if a signal stops the run and nothing was saved.
+        reason: why the run ended, if it did not fail.
         state, status: the state and the exit status of a run that did not raise.
-        saved: what to report if a signal arrives after a step and the step alone does not say it.
-        owners: of the folders that rank 0 writes to, as they are taken.
-        held: gives these folders back when the run ends, the one that was taken first last.
-        gpu: this rank's GPU as text.
+        saved: the report if a signal stops the run after a step; by default it says that the step was saved.
+        owners: the owners of the folders that rank 0 writes to, in the order in which they were taken.
+        held: releases these folders at the end of the run, in reverse order.
+        gpu: the name of this rank's GPU for messages.
     """
 
     rank: int
@@ -189,12 +189,12 @@ class End:
 
     @property
     def step(self) -> int:
-        """The last finished step."""
+        """Return the number of the last finished step."""
         return self.finished_step()
 
     def watch_peers(self, timeout_minutes: float) -> None:
-        """Start the heartbeat: from now on a lost rank ends the run on every host; all ranks take part."""
-        self.gpu = own_gpu()  # read now, because a failed GPU does not answer
+        """Start the heartbeat. From now on a lost rank ends the run on every host. All ranks call it together."""
+        self.gpu = own_gpu()  # read now, because a failed GPU does not respond
         if self.world_size > 1:
             limit = timedelta(minutes=timeout_minutes)
             self.heartbeat = Heartbeat(
@@ -208,9 +208,10 @@ class End:
             ).start()
 
     def enter(self, folder: RunFolder) -> None:
-        """The run folder belongs to this run now: write logs and the status there. All ranks take part.
+        """Start to write logs and the status into the run folder, which belongs to this run now. All ranks call it
+        together.
 
-        On another host it may be a different folder of the same name; the content of run.yaml tells them apart.
+        On another host the path may be a different folder. The hash of run.yaml shows whether it is the same one.
         """
 
         def digest(guard: Guard = unguarded) -> str:
@@ -219,7 +220,7 @@ class End:
 
         if decided_by_rank_0(partial(digest, folder.guard), kind=str) == digest():
             self.folder = folder
-            with suppress(OSError):  # freed before the status is written, because a full disk may be what ends the run
+            with suppress(OSError):  # freed before the status is written, because a full disk may end the run
                 space = tempfile.TemporaryFile(dir=folder.path, buffering=0)  # noqa: SIM115  # closed by _reserve
                 self._reserve.enter_context(space)
                 space.write(bytes(_RESERVED_BYTES))
@@ -227,30 +228,30 @@ class End:
         self._open.enter_context(self.log.opened(folder.path, self.rank, guard=guard))
 
     def record(self, state: State, reason: str) -> None:
-        """Write run_status.json if the folder belongs to this run; a start that fails earlier changes nothing."""
+        """Write run_status.json if the folder belongs to this run. A launch that fails earlier changes nothing."""
         if self.folder is not None:
             self._reserve.close()
             self.folder.write_status(state, step=self.step, reason=reason)
 
     def stopped(self, stop: RunStopped) -> None:
-        """All ranks have agreed to stop, or this one got a signal before the ranks could agree."""
+        """End a stopped run: all ranks agreed to stop, or this rank got a signal before they could agree."""
         self.status, reason = exit_status(stop.signal_number), str(stop)
         if stop.signal_number == signal.SIGUSR1 and self.step <= self.first_step:
-            # A job that returns to the queue without having made a step would return forever. Batch scripts see that in
-            # the status, or in the reason if torchrun's own status hides it.
+            # A job that makes no step before it returns to the queue would return forever. Batch scripts detect this by
+            # the status, or by the reason if torchrun's own status hides it.
             self.status, reason = FAILED_STATUS, f"{stop} before a step of this start"
         if self.rank == 0:
             self.record("stopped", reason)
             saved = f"{self.saved or f'saved at step {self.step}'}; continue with --resume auto"
-            # `deepspeed` stops all ranks of a host as one fails, and that one's reason is the last thing to read.
+            # `deepspeed` stops all ranks of a host when one fails, and the reason of that rank must be the last line.
             show = self.log.say if self.step or first_to_fail() else self.log.note
             show(f"stopped by {stop}, {saved if self.step else self.unsaved}")
         if self.heartbeat is not None:
-            self.heartbeat.failed(f"stopped by {stop}")  # if only this rank got a signal, its peers wait for it
+            self.heartbeat.failed(f"stopped by {stop}")  # peers wait for this rank if only it got a signal
         self.leave()
 
     def leave(self) -> None:
-        """Leave after a good end or an agreed stop; rank 0 leaves first, when it has written all files."""
+        """Leave the heartbeat after a good end or an agreed stop. Rank 0 writes all files and leaves first."""
         if self.heartbeat is None:
             return
         if self.status and self.state == "finished":  # stopped: a launcher may end all ranks as soon as one has ended
@@ -268,7 +269,7 @@ class End:
                 raise
 
     def failed(self, error: BaseException) -> int:
-        """Report why the run failed, or leave that to the rank that knows; returns the exit status."""
+        """Report why the run failed, or let the rank that knows the reason report it. Return the exit status."""
         self.stop.ignore()  # a launcher signals the other ranks as soon as one has ended
         if isinstance(error, ModuleNotFoundError):
             error = missing_module(error) or error
@@ -289,7 +290,7 @@ class End:
         if writes:
             self._record_failure(failure.reason, again=True)
         details = "" if isinstance(error, UserError) else "".join(traceback.format_exception(error))
-        if lost or not failure.reports:  # this rank's traceback says nothing about a peer's failure
+        if lost or not failure.reports:  # this rank's traceback does not explain a peer's failure
             self.log.note(details)
             details = ""
         self._show(failure, f"{details}error: {text if isinstance(error, UserError) else failure.reason}")
@@ -299,7 +300,7 @@ class End:
         return REJECTED_STATUS if isinstance(error, UserError) else FAILED_STATUS
 
     def _lost(self, failure: PeerFailure) -> None:
-        """Runs in the heartbeat's thread: the main thread waits for a lost peer and cannot be woken."""
+        """Report a peer failure and end the process. The heartbeat's thread calls it: the main thread is blocked."""
         self._record_failure(failure.reason, again=self.rank == 0)
         self._show(failure, f"error: {failure.reason}")
         self._leave_folder()
@@ -307,19 +308,19 @@ class End:
         os._exit(FAILED_STATUS)
 
     def _leave_folder(self) -> None:
-        """Rank 0 gives its folders back; if rank 0 is lost, the others revoke them, in case rank 0 still runs."""
+        """Release the folders of this rank. If rank 0 is lost, other ranks revoke its folders: it may still run."""
         self.held.close()
         if self.rank and self.heartbeat is not None and self.heartbeat.main_lost:
             for owner in self.owners:
                 owner.give_up()
 
     def _show(self, failure: PeerFailure, text: str) -> None:
-        """Show `text` on the screen if this rank reports for all; otherwise write it to its log only."""
+        """Show `text` on the screen if this rank reports for all ranks; otherwise write it only to the log."""
         tell = self.log.say if failure.reports else self.log.note
         tell(text)
 
     def _record_failure(self, reason: str, *, again: bool = False) -> bool:
-        """Write the status unless a peer has (or `again`, with a better reason); returns whether this rank did."""
+        """Write the status unless a peer has done so; with `again` always write it. Return whether this rank did."""
         if self.folder is None or (self.folder.status.exists() and not again):
             return False
         with suppress(UserError):  # the disk may be what failed; the first error is the one to report
@@ -329,7 +330,8 @@ class End:
 
 @contextmanager
 def reported_end(rank: int, world_size: int, stop: StopRequests) -> Iterator[End]:
-    """Report what ends the block: finished, or stopped by a signal (swallowed; see `End.status`), or failed.
+    """Report how the block ended: finished, stopped by a signal (the exception is swallowed; see `End.status`), or
+    failed.
 
     A failure is reported and ends the process.
 
@@ -343,7 +345,7 @@ def reported_end(rank: int, world_size: int, stop: StopRequests) -> Iterator[End
             if rank == 0:
                 end.record(end.state, end.reason)
             end.leave()
-            stop.ignore()  # a launcher that ends must not change the result any more
+            stop.ignore()  # a launcher that ends must not change the result now
             leave_process_group()
         except RunStopped as stopped:
             end.stopped(stopped)

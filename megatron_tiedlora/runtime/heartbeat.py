@@ -1,12 +1,11 @@
-"""Detect lost ranks: every rank writes a heartbeat to the process group's store, and all learn whose heartbeat stopped.
+"""Detect lost ranks. Every rank writes a heartbeat to the process group's store, and all ranks see which one stopped.
 
-A dead host or a cut link sends nothing, so its peers would wait until the groups' time limit; a missing heartbeat shows
-it within seconds. A thread of each rank sends the heartbeats over its own connection to the store that torch serves for
-the process group; this module opens no port. The first rank to know why the run fails writes the reason to the store,
-so that all report the same reason and only one shows it. The caller decides how a rank ends.
+A dead host or a cut link sends nothing. Its peers would wait until the groups' time limit, but a missing heartbeat
+shows the loss within seconds. A thread of each rank sends heartbeats over a separate connection to torch's store of the
+process group. This module opens no port. The first rank that knows why the run fails writes the reason to the store. So
+all ranks report the same reason, and only one shows it. The caller decides how a rank ends.
 
-Torch's store does not authenticate its clients. So values that cannot be parsed are ignored, and no thread fails on
-them.
+Torch's store does not authenticate its clients. So values that cannot be parsed are ignored and stop no thread.
 """
 
 import math
@@ -26,20 +25,20 @@ from megatron_tiedlora.base.messages import one_line
 
 SILENCE_SECONDS = 30.0
 BEAT_SECONDS = 1.0
-_MISSED_BEATS = 4  # after an exchange has failed, a rank that misses so many counts as lost
-_LEFT, _FAILED = "left", "failed"  # a rank's last heartbeat: after a good end, or after it has reported its failure
+_MISSED_BEATS = 4  # after a failed exchange, a rank that misses this number counts as lost
+_LEFT, _FAILED = "left", "failed"  # the last heartbeat after a good end, and after a reported failure
 _ENDED = (_LEFT, _FAILED)
 _LOST, _REASON = "lost", "reason"  # keys that rank 0 creates
-_key = "beat/{}".format  # of the heartbeat of a rank
+_key = "beat/{}".format  # the key of a rank's heartbeat
 
 
 @dataclass(frozen=True)
 class PeerFailure:
-    """The reason why a peer's failure ends the run.
+    """The reason why a failure ends the run.
 
     Attributes:
         reason: one line, with rank, host and last step.
-        reports: whether this rank was the first to know the reason, and shows it.
+        reports: whether this rank was the first that knew the reason, and therefore shows it.
     """
 
     reason: str
@@ -47,10 +46,10 @@ class PeerFailure:
 
 
 def connect(*, limit: timedelta) -> Store:
-    """Open a separate connection to the store that serves the process group.
+    """Open a separate connection to the process group's store.
 
-    Every start of the ranks has its own store. torchrun's restart count does not tell starts apart: an agent whose peer
-    came back restarts its ranks without counting it, so hosts disagree on the number.
+    Every launch of the ranks needs its own store. torchrun's restart count does not identify a launch: an agent whose
+    peer came back restarts its ranks without counting it, so hosts have different counts.
     """
     master, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = TCPStore(master, port, is_master=False, timeout=limit, wait_for_workers=False)
@@ -59,13 +58,13 @@ def connect(*, limit: timedelta) -> Store:
 
 @dataclass
 class Heartbeat:
-    """One rank's heartbeat: call `start` once the process group exists, and `leave` at a good end.
+    """The heartbeat of one rank. Call `start` when the process group exists, and `leave` at a good end.
 
     Attributes:
-        step: returns the last finished step of this rank.
-        on_failure: called once, in a thread, if ranks or the store are lost and this rank does not end by itself.
-        reports_for_host: whether this rank shows a reason that cannot be shared over the store; called at most once.
-        silence_seconds: a rank without a heartbeat for so long counts as lost.
+        step: returns the number of this rank's last finished step.
+        on_failure: called once, in a thread, if the run fails elsewhere and this rank does not end by itself.
+        reports_for_host: returns whether this rank shows a reason that the store cannot share; called at most once.
+        silence_seconds: a rank without a heartbeat for this time counts as lost.
     """
 
     store: Store
@@ -88,14 +87,14 @@ class Heartbeat:
     _main_gone: bool = False
 
     def start(self) -> "Heartbeat":
-        """Exchange host names and start the heartbeat; all ranks take part."""
+        """Exchange host names and start the heartbeat. All ranks call it together."""
         if self.rank == 0:
             self.store.set(_LOST, "")
             self.store.set(_REASON, "")
         self.store.set(_key(self.rank), "0")
         host = socket.gethostname()
         try:
-            address = socket.gethostbyname(host)  # on which gloo listens
+            address = socket.gethostbyname(host)  # gloo listens on this address
         except OSError:
             address = ""
         self.store.set(f"host/{self.rank}", f"{host} {address}")  # last: peers wait for it
@@ -111,11 +110,11 @@ class Heartbeat:
 
     @property
     def main_lost(self) -> bool:
-        """Whether rank 0 is lost, or the store has gone with it."""
+        """Return whether rank 0 is lost, and possibly the store with it."""
         return self._main_gone or 0 in self._lost
 
     def with_names(self, text: str) -> str:
-        """Replace each `[ADDRESS]` in a library's message with the rank, or the ranks, that use this address."""
+        """Replace each `[ADDRESS]` in a library's message by the ranks that use this address."""
         for address, host in dict(zip(self._addresses, self._hosts, strict=True)).items():
             there = [rank for rank, other in enumerate(self._addresses) if other == address]
             ranks = f"rank {there[0]}" if len(there) == 1 else f"one of ranks {', '.join(map(str, there))}"
@@ -123,9 +122,9 @@ class Heartbeat:
         return text
 
     def leave(self, *, limit: float = 10.0) -> None:
-        """End the heartbeat of a rank that ends well; its silence is no failure from now on.
+        """End the heartbeat of a rank that ends well. Its silence is no longer a failure.
 
-        The threads end before the interpreter does: a thread inside a store call would abort the process.
+        The threads must end before the interpreter, because a thread inside a store call would abort the process.
         """
         self._over.set()
         for thread in self._threads:
@@ -134,14 +133,14 @@ class Heartbeat:
             self.store.set(_key(self.rank), _LEFT)
 
     def leave_with_main(self) -> None:
-        """End well together: each rank leaves when rank 0 does, however long that takes.
+        """Leave after rank 0 has left, without a time limit. All ranks of a good run call it.
 
-        Rank 0 may have files to write, and launchers end the other ranks some time after the first one has ended. Then
-        rank 0 waits a moment until the others have seen it leave.
+        Rank 0 may still write files, and launchers end the remaining ranks some time after the first one has ended.
+        Rank 0 then waits a moment until the other ranks have left too.
 
         Raises:
             DistNetworkError: the store and rank 0 are lost.
-            DistError: the run has failed or been stopped meanwhile; the message is the reason.
+            DistError: meanwhile the run failed or was stopped; the message is the reason.
         """
         pause = self.beat_seconds / 20
         try:
@@ -153,7 +152,7 @@ class Heartbeat:
                     break
                 time.sleep(pause)
                 pause = min(1.5 * pause, self.beat_seconds)
-        except DistNetworkError:  # what the last heartbeat has read is still valid
+        except DistNetworkError:  # the values of the last heartbeat are still valid
             if self._reason:
                 raise DistError(self._reason) from None
             if not self._main_left:
@@ -162,21 +161,22 @@ class Heartbeat:
         self.wait_for_others(beats=10)
 
     def wait_for_main(self, *, limit: float = 5.0) -> None:
-        """Wait until rank 0 has left: it has files to write, and launchers end all ranks once one has ended."""
+        """Wait at most `limit` seconds until rank 0 has left. Launchers end all ranks after the first one."""
         deadline = time.monotonic() + limit
         with suppress(RuntimeError):
             while self.rank and _text(self.store.get(_key(0))) != _LEFT and time.monotonic() < deadline:
                 time.sleep(self.beat_seconds / 10)
 
     def failed(self, reason: str) -> PeerFailure:
-        """Tell all ranks why this one fails; an earlier reason of another rank takes precedence."""
+        """Tell all ranks why this rank fails. An earlier reason of another rank takes precedence."""
         self._ends = True
         return self._share(rank_line(self.rank, self._host(self.rank), self.step(), reason))
 
     def explain(self, symptom: str) -> PeerFailure:
-        """Find out why an exchange with peers failed: a peer's own reason, whose heartbeat has stopped, or the symptom.
+        """Find out why an exchange with peers failed, and share the reason with all ranks.
 
-        Waits a few heartbeats to find out.
+        This waits a few heartbeats. The reason is the one that a peer shared, the ranks whose heartbeat has stopped, or
+        else `symptom`.
         """
         self._ends = True
         deadline = time.monotonic() + self.beat_seconds * _MISSED_BEATS
@@ -189,21 +189,21 @@ class Heartbeat:
                 now = self._beats()
                 silent = {rank for rank in silent if now[rank] == before[rank]}
         except RuntimeError:
-            # A rank that is lost while rank 0 is there was the first: a launcher may end all as soon as one has ended.
+            # The rank in the symptom was lost before rank 0, so it is the reason: launchers then end all ranks.
             is_other = before is not None and re.search(r"\[(rank|one of ranks) [1-9]", symptom)
             return self._store_gone(here if is_other else "")
         self._main_gone = 0 in silent
         return self._share(self._gone_line(silent) if silent else here)
 
     def leave_failed(self) -> None:
-        """Call this last in a failing rank. Rank 0 waits a few heartbeats until the others have read the reason."""
+        """Leave after a failure; call this last. Rank 0 waits a few heartbeats until its peers have read the reason."""
         with suppress(RuntimeError):
             self._over.set()
             self.store.set(_key(self.rank), _FAILED)
             self.wait_for_others()
 
     def wait_for_others(self, *, beats: int = 3) -> None:
-        """On rank 0, wait until all others have ended, because the store ends with rank 0; other ranks do not wait."""
+        """Wait on rank 0 until all peers have left, because the store ends with rank 0. Peers do not wait."""
         deadline = time.monotonic() + beats * self.beat_seconds
         with suppress(RuntimeError):
             while self.rank == 0 and time.monotonic() < deadline:
@@ -212,7 +212,7 @@ class Heartbeat:
                 time.sleep(self.beat_seconds / 10)
 
     def _share(self, line: str) -> PeerFailure:
-        """Make `line` the reason for all ranks, unless there is one already."""
+        """Make `line` the reason for all ranks, unless they have one already. Return the valid reason."""
         line = one_line(line)
         mine = f"{self.rank} {line}"
         try:
@@ -225,7 +225,7 @@ class Heartbeat:
         return PeerFailure(self._line(stored) or line, stored == mine.encode())
 
     def _line(self, value: bytes) -> str:
-        """The reason that a rank has shared (`_share`); "" if there is none."""
+        """Return the reason that a rank has shared (`_share`); "" if there is none."""
         rank, _, line = _text(value).partition(" ")
         return one_line(line) if rank in map(str, range(self.world_size)) else ""
 
@@ -233,7 +233,7 @@ class Heartbeat:
         return self._hosts[rank] if self._hosts else socket.gethostname()
 
     def _beats(self) -> dict[int, str]:
-        """The last heartbeat of every rank."""
+        """Return the last heartbeat of every rank."""
         found = self.store.multi_get([_key(rank) for rank in range(self.world_size)])
         return {rank: _text(beat) for rank, beat in enumerate(found)}
 
@@ -244,7 +244,7 @@ class Heartbeat:
         return f"{named}{more} stopped responding after step {self.step()} ({why})"
 
     def _store_gone(self, line: str = "") -> PeerFailure:
-        """The store and rank 0 are gone: for the reason that was shared before, or `line`, or for an unknown one."""
+        """Return the failure if store and rank 0 are gone. The reason is the shared one, `line`, or the lost rank 0."""
         self._main_gone = True
         if self._reason:
             return PeerFailure(self._reason, False)
@@ -254,7 +254,7 @@ class Heartbeat:
     # In threads -------------------------------------------------------------------------------------------------
 
     def _beat_on(self) -> None:
-        """Send heartbeats. Rank 0 checks all ranks; the others check rank 0 and read its list of lost ranks."""
+        """Send heartbeats. Rank 0 checks all ranks. Other ranks check rank 0 and read its list of lost ranks."""
         count, heard = 0, dict.fromkeys(range(self.world_size), ("", 0))
         while not self._over.wait(self.beat_seconds):
             count += 1
@@ -274,12 +274,12 @@ class Heartbeat:
 
     @property
     def _patience(self) -> int:
-        """The number of heartbeats that may be missing. They are counted against this rank's own heartbeats and not by
-        the clock, so that a process that was suspended itself and resumes has missed none."""
+        """Return the number of heartbeats that a peer may miss. This rank's own heartbeats are the unit of time. So a
+        process that was suspended and resumes has not counted any missing ones."""
         return math.ceil(self.silence_seconds / self.beat_seconds)
 
     def _silent(self, heard: dict[int, tuple[str, int]], beats: Mapping[int, str]) -> frozenset[int]:
-        """The ranks whose heartbeat has not changed for too long; updates `heard` = {rank: (beat, times seen)}."""
+        """Return the ranks whose heartbeat did not change for too long. Update `heard` = {rank: (heartbeat, count)}."""
         for rank, beat in beats.items():
             before, times = heard[rank]
             heard[rank] = (beat, times + 1 if beat == before else 1)
@@ -300,7 +300,7 @@ class Heartbeat:
                 continue
             if self._ends and self._over.wait(self.silence_seconds):
                 return
-            # Do not use the store here: over a cut link the call would not return.
+            # Do not use the store here: on a cut link the call would not return.
             if self._reason or no_answer:
                 self.on_failure(self._store_gone())
             else:
@@ -310,12 +310,12 @@ class Heartbeat:
 
 
 def rank_line(rank: int, host: str, step: int, reason: str) -> str:
-    """A reason with the rank that reports it, its host and its last step."""
+    """Return a reason together with the rank that reports it, its host and its last step."""
     return f"rank {rank} on {host}, after step {step}: {reason}"
 
 
 def is_lost_exchange(error: BaseException) -> bool:
-    """Whether an error only says that an exchange with a peer failed, so that `explain` must find out why.
+    """Return whether an error only says that an exchange with a peer failed. `explain` then finds the reason.
 
     NCCL's errors have their own types; gloo's are RuntimeErrors and are recognised by their text.
     """
@@ -326,7 +326,7 @@ def is_lost_exchange(error: BaseException) -> bool:
 
 
 def lost_exchange_line(error: BaseException) -> str:
-    """The error of a lost exchange in one line, without source locations of the library and without gloo's advice."""
+    """Return the error of a failed exchange as one line, without the library's source locations and gloo's advice."""
     text = str(error)
     _, _, nccl = text.partition("Last error:")
     lines = (nccl.strip() or text).splitlines()
@@ -335,9 +335,9 @@ def lost_exchange_line(error: BaseException) -> str:
 
 
 def gpu_failure_line(error: BaseException) -> str:
-    """CUDA's message about a GPU that failed or is full, in one line without its advice; "" for other errors.
+    """Return CUDA's message about a failed or full GPU as one line without its advice; "" for other errors.
 
-    NCCL's errors contain it too if the GPU failed earlier and the exchange is the first to see it.
+    An error of NCCL contains this message too if the GPU failed earlier and the exchange is the first to notice.
     """
     words = r"(CUDA error: .*|Cuda failure .*|CUDA out of memory(?:.*?is free[.]|.*))"
     found = re.search(words, str(error))
@@ -345,5 +345,5 @@ def gpu_failure_line(error: BaseException) -> str:
 
 
 def _text(value: bytes) -> str:
-    """A value of the store as text; anyone can write anything there, but not more than some MB."""
+    """Return a value of the store as text. Any client may have written it, but it has at most some MB."""
     return value.decode(errors="replace")

@@ -1,7 +1,7 @@
-"""Reads what launchers say: the hosts of a job, from a hostfile or a Slurm allocation, and the ranks, from variables.
+"""Read the hosts of a job from a hostfile or a Slurm allocation, and the ranks from the launchers' variables.
 
-It also sets the variables that libraries read, and chooses who reports a host's failure. Nothing here contacts a host.
-torch is imported where it is asked for GPUs: that takes a second, for which --help and a wrong flag do not wait.
+The module also sets the variables that libraries read, and chooses the rank that reports a host's failure. It contacts
+no host. torch is imported only in functions that ask for GPUs, so that --help and a wrong flag respond at once.
 """
 
 import os
@@ -27,47 +27,47 @@ _LINE = re.compile(r"(\S+)\s+slots=([0-9]{1,6})")
 _TORCHRUN = ("torchrun", "torch.distributed.run", "torch.distributed.launch")
 _TASKS = re.compile(r"([1-9][0-9]{0,5})(?:\(x([1-9][0-9]{0,5})\))?")
 _MOST_HOSTS = 1_000_000
-RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # that torch's launchers set
-EXPECTED_RANKS = "MEGATRON_TIEDLORA_EXPECTED_RANKS"  # how many ranks the job was meant to start
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # torch's launchers set these
+EXPECTED_RANKS = "MEGATRON_TIEDLORA_EXPECTED_RANKS"  # the number of ranks that the job should start
 _FAILED, _FAILED_SECONDS = "megatron_tiedlora-failed-", 600.0
 _OPENMPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
 _SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
 _PMI = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID")
 _AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
-_CHOOSING = ("-i", "-e", "--include", "--exclude", "--num_nodes", "--num_gpus", "--num_accelerators")  # of deepspeed
-_DEFAULT_PORT = 29500  # of DeepSpeed and torch
+_CHOOSING = ("-i", "-e", "--include", "--exclude", "--num_nodes", "--num_gpus", "--num_accelerators")  # deepspeed's
+_DEFAULT_PORT = 29500  # the default of DeepSpeed and torch
 # Defaults for CUDA's libraries that suit this training, unless the user has set them.
 _CUDA_DEFAULTS = {
-    # Without it, rows of varying lengths fragment the memory and double what torch reserves.
+    # Without this, rows of varying lengths fragment the memory, and torch reserves twice as much.
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     # cuDNN's attention makes a plan for every new shape, which takes tens of milliseconds; lengths often change here.
     "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",
     # NCCL's watchdog would abort the process before it can report a reason. Let it abort only the exchange, so that the
-    # next one over the same group raises; the agreements over gloo show whether peers are there.
+    # next exchange of the same group raises. The exchanges over gloo show whether peers are still there.
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "2",
-    # Nor may the watchdog abort on a GPU error, which it sees when it checks an exchange: Python gets the error.
+    # Nor may the watchdog abort on a GPU error, which it sees when it checks an exchange. Python gets the error.
     "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",
 }
 
 
 @dataclass(frozen=True)
 class Host:
-    """A host and how many ranks it runs."""
+    """A host and its number of ranks."""
 
     name: str
     slots: int
 
 
 def rank_variables(*values: int | str) -> dict[str, str]:
-    """The environment of a rank, as torch's launchers set it, from the values of RANK_VARIABLES."""
+    """Return the environment that torch's launchers set for a rank, from the values of RANK_VARIABLES."""
     return dict(zip(RANK_VARIABLES, map(str, values), strict=True))
 
 
 def read_hostfile(path: str | Path) -> tuple[Host, ...]:
-    """The hosts of a hostfile as DeepSpeed and OpenMPI read it: `NAME slots=N` lines, comments and blank lines.
+    """Read the hosts of a hostfile as DeepSpeed and OpenMPI do: `NAME slots=N` lines, comments and blank lines.
 
     Raises:
-        UserError: the file does not exist, has no host or a malformed line, or a host twice or without slots.
+        UserError: the file does not exist, has no host, has a malformed line, or lists a host twice or without slots.
     """
     file = user_path(path, flag="--hostfile")
     try:  # a pipe or a device may never end; DeepSpeed treats one as no hostfile
@@ -97,12 +97,12 @@ def read_hostfile(path: str | Path) -> tuple[Host, ...]:
 
 
 def in_slurm_step(environment: Mapping[str, str]) -> bool:
-    """Whether `srun` started this process. The shell of a batch script is not in a step of tasks."""
+    """Return whether `srun` started this process. It did not start the shell of a batch script."""
     return "SLURM_PROCID" in environment and "SLURM_STEP_NUM_TASKS" in environment
 
 
 def slurm_hosts(environment: Mapping[str, str]) -> tuple[Host, ...]:
-    """The hosts of this process's Slurm step, or else of its allocation, with their numbers of tasks.
+    """Return the hosts and task counts of this process's Slurm step, or of its allocation outside a step.
 
     Raises:
         UserError: this process is not in an allocation, or its variables cannot be read.
@@ -119,7 +119,7 @@ def slurm_hosts(environment: Mapping[str, str]) -> tuple[Host, ...]:
 
 
 def expand_nodelist(nodelist: str) -> tuple[str, ...]:
-    """Expand a Slurm node list such as `gpu[01-03,7],login` with `scontrol`, which knows all of its forms.
+    """Expand a Slurm node list such as `gpu[01-03,7],login` with `scontrol`, which supports all forms.
 
     Raises:
         UserError: there is no `scontrol`, or it rejects the list.
@@ -154,17 +154,17 @@ def _tasks_per_node(text: str) -> list[int]:
 
 
 def started_program(words: Sequence[str]) -> str:
-    """The script or module that a Python command line runs, or ''."""
+    """Return the script or module that a Python command line runs, or ''."""
     return next((word for word in words[1:] if word not in ("-u", "-P", "-m")), "")
 
 
 def is_torchrun(words: Sequence[str]) -> bool:
-    """Whether a command line is that of torchrun's agent, which starts and restarts ranks."""
+    """Return whether a command line belongs to torchrun's agent, which starts and restarts ranks."""
     return Path(started_program(words)).name in _TORCHRUN
 
 
 def num_ranks(hosts: Sequence[Host]) -> int:
-    """The number of ranks on all hosts together."""
+    """Return the total number of ranks on these hosts."""
     return sum(host.slots for host in hosts)
 
 
@@ -172,12 +172,12 @@ def num_ranks(hosts: Sequence[Host]) -> int:
 
 
 def prepare_environment() -> None:
-    """Set the variables that DeepSpeed reads when imported and torch when it starts CUDA; call this before both.
+    """Set the variables for DeepSpeed and CUDA. Call this before DeepSpeed is imported and before torch starts CUDA.
 
-    Variables that are set already stay. Without CUDA the accelerator is named, so that DeepSpeed does not probe for
-    one. Ranks started by `srun` get their variables from Slurm's, with the step's first host as master. Under MPI they
-    are left to DeepSpeed's discovery, which asks mpi4py for the master's address, unless MASTER_ADDR is set. A plain
-    `tiedlora train` becomes a world of one rank on a free port.
+    Variables that are already set do not change. Without CUDA the accelerator is set, so that DeepSpeed does not probe
+    for one. For ranks of `srun`, the variables follow from Slurm's, and the step's first host is the master. For ranks
+    of MPI, DeepSpeed sets them and asks mpi4py for the master's address, unless MASTER_ADDR is set. A `tiedlora train`
+    without a launcher runs as one rank on a free port.
 
     Raises:
         UserError: Slurm's variables cannot be read.
@@ -187,11 +187,11 @@ def prepare_environment() -> None:
     environment = os.environ
     defaults = _CUDA_DEFAULTS if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
     for name, value in defaults.items():
-        if name != "PYTORCH_CUDA_ALLOC_CONF" or "PYTORCH_ALLOC_CONF" not in environment:  # newer torch prefers this one
+        if name != "PYTORCH_CUDA_ALLOC_CONF" or "PYTORCH_ALLOC_CONF" not in environment:  # newer torch prefers this
             environment.setdefault(name, value)
     if all(name in environment for name in RANK_VARIABLES[:2]):
         return
-    if all(name in environment for name in _OPENMPI):  # before Slurm's, because mpirun may run inside a Slurm step
+    if all(name in environment for name in _OPENMPI):  # before Slurm, because mpirun may run inside a Slurm step
         if "MASTER_ADDR" in environment:
             _set_ranks(_OPENMPI, environment["MASTER_ADDR"], _DEFAULT_PORT)
     elif in_slurm_step(environment):
@@ -208,16 +208,16 @@ def _set_ranks(names: tuple[str, str, str], master: str, port: int) -> None:
 
 
 def slurm_port(environment: Mapping[str, str]) -> int:
-    """Return the port where the ranks of a Slurm step meet; other steps on these hosts are unlikely to use it.
+    """Return the rendezvous port of a Slurm step. Other steps on these hosts are unlikely to use it.
 
-    It is below the range of ephemeral ports.
+    The port is below the range of ephemeral ports.
     """
     job, step = (int(environment.get(name, "0")) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
     return 15_000 + (16 * job + step % 16) % 15_000
 
 
 def free_port(host: str = "") -> int:
-    """A port of this machine that is free now, on `host` or on all addresses."""
+    """Return a port of this machine that is free now, on `host` or on all addresses."""
     with socket.socket() as probe:
         probe.bind((host, 0))
         port: int = probe.getsockname()[1]
@@ -225,13 +225,13 @@ def free_port(host: str = "") -> int:
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """This process's rank and the number of ranks, from its launcher's variables (torch, DeepSpeed, MPI or Slurm).
+    """Return this process's rank and the world size from its launcher's variables (torch, DeepSpeed or MPI).
 
     Raises:
-        UserError: the variables are not set, or do not fit the job. The number of ranks differs from
-            MEGATRON_TIEDLORA_EXPECTED_RANKS, or that is not a number. The file of a `deepspeed --hostfile` is missing
-            or has other slots. The `torchrun`s of one Slurm step are not connected, so that each would train alone. Or
-            a `torchrun` could not restart its ranks.
+        UserError: one of these problems. The variables are not set. MEGATRON_TIEDLORA_EXPECTED_RANKS is not a number or
+            differs from the world size. The file of `deepspeed --hostfile` is missing, or its slots differ from the
+            world size. The `torchrun`s of a Slurm step are not connected, so that each would train alone. `torchrun
+            --max_restarts` cannot restart its ranks with the present store.
     """
     (rank, world_size), environment = _rank_and_world_size(), os.environ
     expected = environment.get(EXPECTED_RANKS, "").strip()
@@ -243,7 +243,7 @@ def rank_and_world_size() -> tuple[int, int]:
             " launcher did not use all hosts and slots: see its first lines, or run `tiedlora doctor`"
         )
     if environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and environment.get(_AGENT_STORE) == "True":
-        # In the agents' store restarted ranks would find the addresses of dead ranks (torch 2.13).
+        # Restarted ranks would read the addresses of dead ranks from the agents' store (torch 2.13).
         raise UserError(
             "torchrun --max_restarts needs a new store for every start: export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
             " before torchrun, on every host"
@@ -270,7 +270,7 @@ def _rank_and_world_size() -> tuple[int, int]:
 
 
 def deepspeed_runner() -> psutil.Process | None:
-    """The `deepspeed` command that started this rank through its launcher on this host; None if there is none."""
+    """Return the `deepspeed` process that started this rank's launcher on this host; None if there is none."""
     try:
         launcher = psutil.Process().parent()
         if launcher is None or "deepspeed.launcher.launch" not in " ".join(launcher.cmdline()):
@@ -278,20 +278,20 @@ def deepspeed_runner() -> psutil.Process | None:
         runner = launcher.parent()
         is_runner = runner is not None and any(Path(word).name == "deepspeed" for word in runner.cmdline()[:3])
         return runner if is_runner else None
-    except psutil.Error:  # it died in between
+    except psutil.Error:  # it died meanwhile
         return None
 
 
 def _check_hostfile(runner: psutil.Process, world_size: int) -> None:
     """Raise UserError if the hostfile given to `deepspeed` is missing, or its slots differ from the number of ranks.
 
-    If it is missing, DeepSpeed only warns and trains on this host alone (seen in 0.19.8).
+    Without the file, DeepSpeed only warns and trains on this host alone (seen in 0.19.8).
     """
     try:
         words, folder = runner.cmdline(), Path(runner.cwd())
     except psutil.Error:
         return
-    started = ("megatron_tiedlora", "tiedlora")  # what follows the script, this package or its command belongs to it
+    started = ("megatron_tiedlora", "tiedlora")  # all later words belong to the program
     words = list(takewhile(lambda word: not (word.endswith(".py") or Path(word).name in started), words))
     for word, following in zip(words, [*words[1:], ""], strict=True):
         name, _, value = word.partition("=")
@@ -303,9 +303,9 @@ def _check_hostfile(runner: psutil.Process, world_size: int) -> None:
 
 
 def first_to_fail() -> bool:
-    """Whether this rank is the first one of its host to fail, so that it reports the reason and its peers need not.
+    """Return whether this rank is the first of its host to fail. Then it reports the reason, and its peers do not.
 
-    The first one creates an empty file in the temporary folder, named after its launcher; old files are removed.
+    The first rank creates an empty file in the temporary folder, named after its launcher. Old files are removed.
     """
     try:
         if _rank_and_world_size()[1] == 1:
@@ -321,22 +321,23 @@ def first_to_fail() -> bool:
         os.close(os.open(folder / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
     except FileExistsError:
         return False
-    except (UserError, OSError, psutil.Error):  # rather report twice than never
+    except (UserError, OSError, psutil.Error):  # a second report is better than none
         return True
     return True
 
 
 def rank_number(*, local: bool = False) -> int:
-    """This process's rank, of all or of its host's, from the launcher's variable that is set; 0 if none is."""
+    """Return this process's global or local rank from the variable of any launcher; 0 if none is set."""
     names = (each[2 if local else 0] for each in (RANK_VARIABLES, _OPENMPI, _SLURM, _PMI))
     return next((int(os.environ[name]) for name in names if name in os.environ), 0)
 
 
 @cache
 def has_bf16_instructions(cpu_info: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether this host's CPU has instructions for bf16; a bf16 matmul without them took 70 times as long as in fp32.
+    """Return whether this host's CPU has bf16 instructions. Without them a bf16 matmul took 70 times as long as in
+    fp32.
 
-    True if the system does not say.
+    The result is True if the system does not report it.
     """
     try:
         return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", cpu_info.read_text()) is not None  # the last is Arm's
@@ -345,14 +346,14 @@ def has_bf16_instructions(cpu_info: Path = Path("/proc/cpuinfo")) -> bool:
 
 
 def uses_gpu() -> bool:
-    """Whether ranks of this host run on GPUs: torch sees one, and DS_ACCELERATOR does not name another device."""
+    """Return whether ranks of this host run on GPUs. torch must see one, and DS_ACCELERATOR must be unset or cuda."""
     import torch
 
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
 
 
 def visible_gpus() -> tuple[str, ...]:
-    """The launcher's numbers of the GPUs in CUDA_VISIBLE_DEVICES (which `--include` overrides), or else of all GPUs."""
+    """Return the GPU numbers in CUDA_VISIBLE_DEVICES, which `--include` would override, or else those of all GPUs."""
     import torch
 
     named = os.environ.get("CUDA_VISIBLE_DEVICES")

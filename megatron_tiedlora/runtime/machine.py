@@ -1,7 +1,7 @@
-"""The record of a machine: `tiedlora env` prints it, the doctor compares it over hosts, and check-gpu judges it.
+"""Record the hardware and software of a machine. `tiedlora env` prints the record, the doctor compares the records of
+all hosts, and check-gpu judges it.
 
-Values of variables are recorded only for the names and prefixes listed here, none of which holds a secret. Nothing is
-written to a file.
+Values of variables are recorded only for the names and prefixes below, which hold no secrets. No file is written.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ LIBRARIES = (
     *("huggingface_hub", "numpy", "bitsandbytes", "pydantic", "triton", "flash_attn", "flash_attn_3", "mpi4py"),
     *("rouge-score", "sacrebleu"),
 )
-# Variables that change what runs: names, and prefixes that end with an underscore.
+# Variables that affect a run: names, and prefixes that end with an underscore.
 VARIABLES = (
     *("CUDA_VISIBLE_DEVICES", "CUDA_LAUNCH_BLOCKING", "NCCL_", "PYTORCH_", "TRITON_", "DS_ACCELERATOR", "DS_ENV_FILE"),
     *("GLOO_", "TORCH_NCCL_", "TORCH_CUDNN_", "TORCH_ALLOW_TF32_", "TORCH_LOGS", "TORCH_EXTENSIONS_DIR"),
@@ -43,25 +43,25 @@ _PREFIXES = tuple(name for name in VARIABLES if name.endswith("_"))
 _LONGEST = 200  # characters of a value
 OLDEST_TORCH = (2, 10)  # as in pyproject.toml
 _BF16_CAPABILITY = (8, 0)
-_FREE_SHARE = 0.9  # of a GPU's memory; with less of it another process uses the GPU
+_FREE_SHARE = 0.9  # share of a GPU's memory; with less of it free, another process uses the GPU
 
 
 class Record(BaseModel):
-    """A frozen record. A host with another version of this package may send fields that are unknown here."""
+    """A frozen record. It may have unknown fields from a host with another version of this package."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
 
 
 class Finding(Record):
-    """One thing that a check found.
+    """One result of a check.
 
     Attributes:
-        status: `error` (no job should start), `warning` (a job may start), or `skipped` (it was not looked at).
-        value: what was found, or why it was skipped.
-        expected: what it should be, or what it does not fit; '' if `value` says so.
-        fix: what to do.
-        code: kind of the doctor's finding; scripts rely on it.
-        hosts: the hosts that it concerns; empty for this machine.
+        status: `error` (no job should start), `warning` (a job may start), or `skipped` (not checked).
+        value: what was found, or why the check was skipped.
+        expected: the right value, or the value that `value` does not match; '' if `value` includes it.
+        fix: what the user can do.
+        code: the kind of the doctor's finding, for scripts.
+        hosts: the affected hosts; empty for this machine.
     """
 
     status: Literal["error", "warning", "skipped"]
@@ -73,12 +73,12 @@ class Finding(Record):
 
     @property
     def message(self) -> str:
-        """The value that was found, beside the expected one."""
+        """Return the found value together with the expected one."""
         return f"{self.value}, but {self.expected}" if self.expected else self.value
 
 
 class Gpu(Record):
-    """One GPU as torch sees it."""
+    """The properties of a GPU as torch reports them."""
 
     name: str
     total_bytes: int
@@ -87,18 +87,18 @@ class Gpu(Record):
 
 
 class MachineRecord(Record):
-    """A machine's hardware, and the software that is installed on it.
+    """The hardware and the installed software of a machine.
 
     Attributes:
-        versions: of Python, packages and the system, by name, without packages that are not installed.
-        extras: of this package: `installed`, or which modules each lacks.
-        variables: those of this process that change what runs.
-        id: the same for two names of one machine.
+        versions: versions of Python, installed packages and the system, by name.
+        extras: for each extra of this package `installed`, or its missing modules.
+        variables: the environment variables of this process that affect a run.
+        id: an id that is the same under two names of one machine.
         source_hash: hash of this package's own files, because two checkouts may have the same version number.
         torch_error: why torch cannot be imported; the fields about CUDA and GPUs are then empty.
         nofile, memlock: limits of a process (open files, locked bytes); None for unlimited.
-        name_addresses: what the machine's own name resolves to on itself.
-        interfaces: addresses by interface.
+        name_addresses: the addresses to which the machine resolves its own name.
+        interfaces: IP addresses by network interface.
     """
 
     versions: dict[str, str]
@@ -125,7 +125,7 @@ class MachineRecord(Record):
 
 
 def machine_record() -> MachineRecord:
-    """The record of this machine."""
+    """Make the record of this machine."""
     memory, host, shm = psutil.virtual_memory(), socket.gethostname(), Path("/dev/shm")
     boot, infiniband = Path("/proc/sys/kernel/random/boot_id"), Path("/sys/class/infiniband")
     return MachineRecord(
@@ -158,7 +158,7 @@ def machine_record() -> MachineRecord:
 
 
 def source_hash(folder: Path) -> str:
-    """A hash of the names and contents of the Python files below `folder`."""
+    """Return a hash of the names and contents of the Python files below `folder`."""
     digest = hashlib.sha256()
     for file in sorted(folder.rglob("*.py")):
         digest.update(f"{file.relative_to(folder)}\0".encode())
@@ -167,7 +167,7 @@ def source_hash(folder: Path) -> str:
 
 
 def _devices() -> dict[str, Any]:
-    """Fields of the record: the libraries that torch is built with, and the GPUs that it sees."""
+    """Return the record's fields about the libraries of torch's build and the GPUs that torch sees."""
     try:
         import torch
 
@@ -190,7 +190,7 @@ def _limit(name: str) -> int | None:
 
 
 def _addresses_by_interface() -> dict[str, list[str]]:
-    """The IP addresses of each interface that has any."""
+    """Return the IP addresses of each interface that has any."""
     families = (socket.AF_INET, socket.AF_INET6)
     found = {
         name: [address.address.partition("%")[0] for address in addresses if address.family in families]
@@ -200,7 +200,7 @@ def _addresses_by_interface() -> dict[str, list[str]]:
 
 
 def resolve(name: str) -> list[str]:
-    """The addresses that a host's name resolves to here, in the resolver's order; empty if it does not resolve."""
+    """Return the addresses of a host's name in the resolver's order; empty if the name does not resolve."""
     try:
         answers = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     except OSError:
@@ -209,7 +209,7 @@ def resolve(name: str) -> list[str]:
 
 
 def in_words(machine: MachineRecord) -> dict[str, dict[str, str]]:
-    """The record's values by section and name, to print."""
+    """Return the record's values as text, by section and name."""
     limits = {"open files": machine.nofile, "locked bytes": machine.memlock}
     hardware = {
         "host": machine.host,
@@ -246,12 +246,12 @@ def _finding(
     return Finding(status=status, code=code, hosts=list(hosts), value=value, expected=expected, fix=fix)
 
 
-error = partial(_finding, "error")  # a finding with which no job should start
-warning = partial(_finding, "warning")  # one that need not stop a job
+error = partial(_finding, "error")  # no job should start
+warning = partial(_finding, "warning")  # a job may start
 
 
 def judge_machine(machine: MachineRecord) -> Iterator[Finding]:
-    """Find what is wrong with a machine by itself, whatever runs on it."""
+    """Find the problems of a machine that do not depend on the job."""
     if machine.torch_error is not None:
         fix = f"run `{machine.paths['python']} -c 'import torch'` there and correct what it reports"
         yield error("torch_broken", [], f"torch cannot be imported ({machine.torch_error})", fix)

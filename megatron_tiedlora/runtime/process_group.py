@@ -1,11 +1,12 @@
-"""The process group: the ranks meet, each with its own GPU or all on CPUs, and DeepSpeed takes the group over.
+"""Make the process group. Each rank has its own GPU, or all ranks are on CPUs, and DeepSpeed then uses the group.
 
     CPU tensors  -> gloo   what ranks agree on (parallel/agreement.py), the adapter when it is saved
     GPU tensors  -> NCCL   the model's communication
 
-No device is bound to the group. DeepSpeed's own start binds cuda:LOCAL_RANK, which does not exist on a rank that sees
-only one GPU. With a bound device torch would also split the world's communicator for every group of the job, on every
-rank: 633 times at 512 ranks. Without it each group's own ranks make its communicator at their first message.
+No device is bound to the group. DeepSpeed's own initialisation binds cuda:LOCAL_RANK, which does not exist on a rank
+that sees only one GPU. With a bound device, torch would also split the world's communicator on every rank for every
+process group: 633 times at 512 ranks. Without a bound device, only the ranks of a process group make its communicator,
+at their first message.
 """
 
 import os
@@ -26,11 +27,11 @@ from megatron_tiedlora.runtime.launch_env import rank_number, uses_gpu
 
 _RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _UNIQUE = ("GPU-", "MIG-")  # prefixes of globally unique names
-_SHARED_GPUS = "NCCL_MULTI_RANK_GPU_ENABLE"  # a variable of NCCL, since 2.30
+_SHARED_GPUS = "NCCL_MULTI_RANK_GPU_ENABLE"  # a variable of NCCL since 2.30
 
 
 def choose_device() -> torch.device:
-    """This rank's GPU, or the CPU. Raises UserError if the host has fewer GPUs than ranks."""
+    """Return this rank's GPU, or the CPU. Raise UserError if the host has fewer GPUs than ranks."""
     if not uses_gpu():
         return torch.device("cpu")
     count, index = torch.cuda.device_count(), rank_number(local=True)
@@ -45,11 +46,11 @@ def choose_device() -> torch.device:
 
 
 def meet(device: torch.device, timeout: timedelta) -> None:
-    """Make torch's process group of all ranks, and check that each has its own GPU, or none has one.
+    """Make torch's process group of all ranks. Check that each rank has its own GPU or that all are on CPUs.
 
     Raises:
-        UserError: two ranks share a GPU, or only some ranks have one; on every rank.
-        RuntimeError: the ranks do not meet.
+        UserError: two ranks share a GPU, or only some ranks have one. Every rank raises it.
+        RuntimeError: the ranks cannot connect.
     """
     on_cuda = device.type == "cuda"
     if on_cuda:
@@ -63,27 +64,27 @@ def meet(device: torch.device, timeout: timedelta) -> None:
 
 
 def group_backend(device: torch.device) -> str:
-    """The backend for tensors on this kind of device: "nccl" or "gloo"."""
+    """Return the backend for tensors on this type of device: "nccl" or "gloo"."""
     return "nccl" if device.type == "cuda" else "gloo"
 
 
 def gpu_name(device: torch.device) -> str:
-    """A name of the GPU that no other GPU of its host has; "" for a CPU.
+    """Return a name of the GPU that is unique on its host; "" for a CPU.
 
-    This is its UUID (a MIG device's own one); if it has none, its name or position in CUDA_VISIBLE_DEVICES.
+    The name is the UUID of the GPU or MIG device. Without one it is the name or position in CUDA_VISIBLE_DEVICES.
     """
     if device.type != "cuda":
         return ""
     visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
     name = visible[device.index] if device.index < len(visible) and visible[device.index] else str(device.index)
-    if name.startswith("MIG-"):  # older drivers give MIG devices the UUID of the whole GPU
+    if name.startswith("MIG-"):  # older drivers report the UUID of the whole GPU for a MIG device
         return name
     uuid = str(torch.cuda.get_device_properties(device).uuid)
     return f"GPU-{uuid}" if uuid.strip("0-") else name
 
 
 def own_gpu() -> str:
-    """This process's GPU as text for an error message; "" if it has none."""
+    """Return this process's GPU as text for an error message; "" without a GPU."""
     if not torch.cuda.is_initialized():
         return ""
     device = torch.device("cuda", torch.cuda.current_device())
@@ -91,9 +92,9 @@ def own_gpu() -> str:
 
 
 def _shared_gpus(gpus: Sequence[tuple[str, str]]) -> str | None:
-    """Say in one line what is wrong with the (host, GPU) of each rank; None if each has its own or all are on CPUs.
+    """Return an error line for wrong (host, GPU) pairs of the ranks; None if each has its own GPU or all are on CPUs.
 
-    NCCL would end the first exchange with "Duplicate GPU detected", or hang.
+    On a shared GPU, NCCL would fail in the first exchange with "Duplicate GPU detected", or hang.
     """
     ranks: dict[tuple[str, str], list[int]] = {}
     for rank, (host, gpu) in enumerate(gpus):  # two containers of one host may have different host names
@@ -114,12 +115,12 @@ def _shared_gpus(gpus: Sequence[tuple[str, str]]) -> str | None:
 
 
 def join_process_group(timeout_minutes: float, *, expected_ranks: int) -> torch.device:
-    """Make the process group and let DeepSpeed take it over; returns this rank's device.
+    """Make the process group and initialise DeepSpeed with it. Return this rank's device.
 
-    Every group that DeepSpeed makes later has the same time limit.
+    Every process group that DeepSpeed makes later has the same time limit.
 
     Raises:
-        UserError: ranks do not meet in time, the port is in use, the group has another size than the launcher says,
+        UserError: the ranks cannot connect in time, the port is in use, the group's size differs from the launcher's,
             or two ranks share a GPU.
     """
     import deepspeed
@@ -130,7 +131,7 @@ def join_process_group(timeout_minutes: float, *, expected_ranks: int) -> torch.
         # The adapter's gradients are matmuls over all tokens, whose partial sums cuBLAS must add in fp32, not in bf16.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     else:
-        # DeepSpeed would compile its shared-memory operator here. That takes a minute, and a rank that dies meanwhile
+        # DeepSpeed would compile its shared-memory operator here, which takes a minute. A rank that dies meanwhile
         # leaves a lock on which every later run hangs silently. gloo suffices for the few small messages of a CPU run.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     _discover_ranks()
@@ -142,19 +143,19 @@ def join_process_group(timeout_minutes: float, *, expected_ranks: int) -> torch.
         raise UserError(_no_meeting(error, expected_ranks, timeout_minutes)) from error
     # DeepSpeed's device
     os.environ["LOCAL_RANK"] = str(device.index if device.type == "cuda" else rank_number(local=True))
-    deepspeed.init_distributed(dist_backend=group_backend(device), timeout=timeout, verbose=False)  # takes it over
+    deepspeed.init_distributed(dist_backend=group_backend(device), timeout=timeout, verbose=False)  # uses our group
     found = distributed.get_world_size()
     if found != expected_ranks:
         raise UserError(f"the process group has {found} ranks, but the launcher started {expected_ranks}")
-    # DeepSpeed makes its groups without a time limit, so torch's own of 10 (NCCL) or 30 minutes would apply to them.
-    # They only carry the model's tensors, so no second group of gloo connections is made for them.
+    # DeepSpeed gives its groups no time limit, so torch's default of 10 (NCCL) or 30 minutes would apply. The groups
+    # carry only the model's tensors, so they need no second group of gloo connections.
     backend: Any = deepspeed.comm.comm.cdb
     backend.new_group = partial(distributed.new_group, timeout=timeout, backend=group_backend(device))
     return device
 
 
 def _discover_ranks() -> None:
-    """Ask MPI for variables that are not set, as DeepSpeed does when it makes the group itself."""
+    """Set missing variables from MPI, as DeepSpeed does when it makes the process group itself."""
     from deepspeed.comm import comm
 
     if distributed.is_initialized() or all(name in os.environ for name in _RANK_VARIABLES):
@@ -168,7 +169,7 @@ def _discover_ranks() -> None:
 
 
 def _no_meeting(error: Exception, expected_ranks: int, timeout_minutes: float) -> str:
-    """Say in one line why the ranks did not meet."""
+    """Return one line that says why the ranks did not connect."""
     master = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     reason = first_line(error)
     if "EADDRINUSE" in reason or "in use" in reason:
@@ -181,7 +182,7 @@ def _no_meeting(error: Exception, expected_ranks: int, timeout_minutes: float) -
 
 
 def ranks_by_host() -> list[list[int]]:
-    """The ranks of the job on each host. All ranks call it together."""
+    """Return the ranks of the job on each host. All ranks call it together."""
     numbers = gather_numbers(zlib.crc32(socket.gethostname().encode()))
     return [[rank for rank, found in enumerate(numbers) if found == number] for number in dict.fromkeys(numbers)]
 
@@ -195,7 +196,7 @@ def leave_process_group() -> None:
 # --deterministic ------------------------------------------------------------------------------------------------------
 
 
-# The values with which sums are deterministic, by variable; the first one is the default.
+# For each variable, the values with which sums are deterministic. The first value is the default.
 VARIABLES = {
     "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
     # In this mode PyTorch sets NCCL_ALGO=^NVLS, which leaves NVLSTree; this disables both (since NCCL 2.17).
@@ -205,12 +206,12 @@ VARIABLES = {
 
 
 def make_deterministic(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Make every operation of this process deterministic, or let it raise; call this before CUDA starts.
+    """Make every operation of this process deterministic or let it raise. Call this before CUDA starts.
 
-    PyTorch's attention kernels obey this; flash_attn's get an argument in `choose_attention`.
+    PyTorch's attention kernels follow this mode; those of flash_attn get an argument in `choose_attention`.
 
     Raises:
-        UserError: an environment variable contradicts the setting; the message has its name and value.
+        UserError: an environment variable contradicts the setting; the message has the variable's name and value.
     """
     for name, values in VARIABLES.items():
         given = environment.setdefault(name, values[0])

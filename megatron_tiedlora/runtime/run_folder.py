@@ -1,4 +1,4 @@
-"""The run folder: its files, its owner, and the logs that rank 0 writes there."""
+"""The files and the owner of the run folder, and the logs that rank 0 writes there."""
 
 import importlib.util
 import json
@@ -25,19 +25,19 @@ from megatron_tiedlora.config.settings import Settings
 State = Literal["finished", "stopped", "failed"]
 _LONGEST_ROW, _MOST_ROWS = 2**14, 10**7  # bytes, and rows
 LOGS_FOLDER = "logs"
-_BOUND = 1e300  # of numbers in a log: excludes NaN and infinity, and values that cannot be drawn
+_BOUND = 1e300  # limit for numbers in a log: excludes NaN, infinity and values that cannot be plotted
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The paths of one run, and functions that write some of them.
+    """The paths of one run, with methods that write some of the files.
 
-    A run of several adapters (--adapters) has this folder and RUN/NAME, the run folder of the adapter NAME.
+    With --adapters there is also RUN/NAME, which is the run folder of the adapter NAME.
 
     Attributes:
-        owner: the start that writes; None to read only.
-        of_several: whether it is that of a run of several adapters.
-        running: the folders of the adapters that have not ended, each with its last step. They end as the run does.
+        owner: the launch that may write here; None if the folder is only read.
+        of_several: whether the folder belongs to a run of several adapters.
+        running: returns the folders of adapters that have not ended, each with its last step.
     """
 
     path: Path
@@ -45,66 +45,66 @@ class RunFolder:
     of_several: bool = False
     running: "Callable[[], Iterable[tuple[RunFolder, int]]]" = field(default=tuple, compare=False)
 
-    checkpoints = PathIn("checkpoints")  # resumable ones, and `latest`
+    checkpoints = PathIn("checkpoints")  # resumable checkpoints, and `latest`
     logs = PathIn(LOGS_FOLDER)  # the output of each rank
-    tensorboard = PathIn("tensorboard")  # the numbers of `metrics` for TensorBoard
+    tensorboard = PathIn("tensorboard")  # the values of `metrics` for TensorBoard
     profile = PathIn("profile")  # the trace of each rank, with --profile
     adapter = PathIn("adapter")  # the best adapter so far, native format
     status = PathIn("run_status.json")  # how the run ended; absent while it runs
-    table = PathIn("table.csv")  # one row per adapter, of a run of several
+    table = PathIn("table.csv")  # one row per adapter in a run of several
     metrics = PathIn("metrics.jsonl")  # one JSON object per line
-    scores = PathIn("scores.json")  # of greedy decoding before and after training
+    scores = PathIn("scores.json")  # scores of greedy decoding before and after training
 
     @staticmethod
     def of(settings: Settings, path: Path, owner: Owner | None = None) -> "RunFolder":
-        """The folder `path` of a run with these settings."""
+        """Return the folder `path` of a run with these settings."""
         return RunFolder(path, owner, of_several=settings.adapters is not None)
 
     @property
     def settings(self) -> Path:
-        """Every setting as resolved, versions and seed; of several adapters those of all and of each."""
+        """Return the path of the YAML file with resolved settings and versions; adapters.yaml for several adapters."""
         return self.path / ("adapters.yaml" if self.of_several else "run.yaml")
 
     @property
     def guard(self) -> Guard:
-        """A check that raises UserError if this start no longer owns the folder."""
+        """Return a check that raises UserError if this launch no longer owns the folder."""
         return unguarded if self.owner is None else self.owner.check
 
     @property
     def is_run(self) -> bool:
-        """Whether a run has used this folder."""
+        """Return whether a run has used this folder."""
         return self.settings.is_file()
 
     def write_settings(self, content: Mapping[str, Any], *, ranks: int) -> None:
-        """Write run.yaml, with the folder, the number of ranks and versions of libraries beside `content`, and remove
-        an earlier run_status.json. Raises UserError if the folder cannot be written."""
+        """Write the file `settings` with `content`, the folder, the number of ranks and library versions. Remove an
+        earlier run_status.json. Raise UserError if the folder cannot be written."""
         versions = installed_versions("torch", "deepspeed", "transformers")
         more = {"output_dir": str(self.path), "ranks": ranks, "versions": versions}
         files.write_yaml(self.settings, {**content, **more}, guard=self.guard)
         files.discard(self.status, guard=self.guard)
 
     def write_status(self, state: State, *, step: int, reason: str) -> None:
-        """Write run_status.json, and that of each of several adapters that has not ended."""
+        """Write run_status.json, also into the folder of each adapter of several that has not ended."""
         files.write_json(self.status, {"state": state, "step": step, "reason": reason}, guard=self.guard)
         for folder, own_step in self.running() if self.of_several else ():
             is_main = folder.owner is not None and folder.owner.is_main
             if not is_main and folder.status.exists():
-                continue  # only rank 0 knows which ones it has finished by now
-            with suppress(UserError):  # another start may have one of them by now
+                continue  # only rank 0 knows which adapters are finished
+            with suppress(UserError):  # another launch may own one of them now
                 folder.write_status(state, step=own_step, reason=reason)
 
     def write_table(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Replace table.csv of a run of several adapters. Raises UserError if it cannot be written."""
+        """Replace table.csv of a run of several adapters. Raise UserError if it cannot be written."""
         if self.of_several:
             files.write_text(self.table, messages.csv_text(list(rows[0]), rows), guard=self.guard)
 
     def new_folder(self, path: Path) -> AbstractContextManager[Path]:
-        """`files.new_folder` for a folder of the run."""
+        """Return `files.new_folder` for a folder of the run."""
         return files.new_folder(path, guard=self.guard)
 
 
 def run_name(settings: Settings) -> str:
-    """MODEL-TASK-METHOD-rRANK[-TARGETS], the name of the run folder; with --adapters FILE, MODEL-FILE."""
+    """Return the name of the run folder: MODEL-TASK-METHOD-rRANK[-TARGETS], or MODEL-FILE with --adapters FILE."""
     if settings.adapters is not None:
         return f"{last_name(settings.model)}-{Path(settings.adapters).stem}"
     targets = "all" if settings.targets == TARGET_NAMES else "+".join(settings.targets)
@@ -115,15 +115,15 @@ def run_name(settings: Settings) -> str:
 def take_run_folder(
     settings: Settings, *, before: Callable[[RunFolder], None] = lambda folder: None
 ) -> tuple[RunFolder, FolderLock]:
-    """Choose the folder of a run and become its owner; make it if it is new.
+    """Choose the folder of a run, create it if it is new, and make this process its owner.
 
-    Half-written files of earlier starts are removed at once, since from now on none of their writes can finish.
+    Unfinished files of earlier launches are removed at once, because from now on none of their writes can finish.
 
     Args:
-        before: called before an existing folder is taken from another start; if it raises, the folder is unchanged.
+        before: called before an existing folder is taken from another launch; if it raises, the folder is unchanged.
 
     Raises:
-        UserError: as of `choose_run_folder`; or another start owns the folder and --take_over was not given.
+        UserError: as in `choose_run_folder`; or another launch owns the folder and --take_over was not given.
     """
     resumes = settings.resume != "none"
     while True:
@@ -138,7 +138,7 @@ def take_run_folder(
                 before=partial(before, folder),
                 hint=f"wait until it ends, give another --output_dir, or take it over with {force}",
             )
-        except FileExistsError:  # another start was faster, so the folder is no longer free
+        except FileExistsError:  # another launch was faster, so the folder is no longer free
             if not folder.path.exists():
                 raise UserError(f"{folder.path}: is a broken link; give another --output_dir") from None
             continue
@@ -149,13 +149,13 @@ def take_run_folder(
 
 
 def choose_run_folder(settings: Settings) -> RunFolder:
-    """Choose the folder of a run. The folder may be a link, but the folders in it that the run writes to may not.
+    """Choose the folder of a run. This folder may be a link, but the subfolders that the run writes to may not.
 
-    Without --output_dir it is runs/NAME, of `run_name`: the first free one of NAME, NAME-2, NAME-3, ...; to resume, the
-    last of these, or the run of the checkpoint given to --resume.
+    Without --output_dir a new run has the first free folder of runs/NAME, NAME-2, NAME-3, ...; NAME is from `run_name`.
+    A resumed run has the last of these folders, or that of the checkpoint given to --resume.
 
     Raises:
-        UserError: the folder holds a run and --resume was not given, or holds other files or links, or is not writable.
+        UserError: the folder holds other files or links, is not writable, or holds a run without --resume.
     """
     output_dir, resume = settings.output_dir, settings.resume
     if output_dir is not None:
@@ -179,24 +179,25 @@ def choose_run_folder(settings: Settings) -> RunFolder:
 
 
 def last_run_folder(settings: Settings) -> RunFolder:
-    """The folder that --resume auto continues without --output_dir: the last of runs/NAME, NAME-2, NAME-3, ..."""
+    """Return the last folder of runs/NAME, NAME-2, NAME-3, ..., which --resume auto continues without --output_dir."""
     return RunFolder.of(settings, _last_and_next(settings)[0])
 
 
 def _last_and_next(settings: Settings) -> tuple[Path, Path]:
-    """The last of these folders, or runs/NAME if there is none; and the one that follows it."""
+    """Return the last existing folder of runs/NAME, NAME-2, ..., or runs/NAME without any; and the folder after it."""
     folders = numbered(Path("runs") / run_name(settings))
     return next(pair for pair in pairwise(folders) if not pair[1].exists())
 
 
 class MetricsLog:
-    """metrics.jsonl, and what --report_to names: TensorBoard, and on rank 0 trackers through `accelerate.tracking`.
+    """The logs of a run: metrics.jsonl and the targets of --report_to. These are TensorBoard and, through
+    `accelerate.tracking`, other trackers. Only rank 0 writes them.
 
-    After a resume, rows beyond the resumed step are removed from the first two: they are written again. Trackers get
-    every row as it comes; a resumed run is a new run of theirs. One that fails during the run is left out from there
-    on: the numbers are in metrics.jsonl.
+    After a resume, rows beyond the resumed step are removed from metrics.jsonl and TensorBoard, as they are written
+    again. For trackers a resumed run is a new run that gets every row. A tracker that fails during the run gets no
+    further rows; all values are in metrics.jsonl.
 
-    metrics.jsonl is replaced and opened once, so that a start which has lost the folder cannot add rows to it.
+    metrics.jsonl is replaced and opened once, so that a launch that has lost the folder cannot add rows to the file.
     """
 
     def __init__(
@@ -208,11 +209,11 @@ class MetricsLog:
         report_to: Sequence[str] = (TENSORBOARD,),
         settings: Mapping[str, Any] | None = None,
     ) -> None:
-        """Open the logs of a run that resumes from `resumed_step` and was last evaluated after `evaluated_step`.
+        """Open the logs of a run that resumes at `resumed_step` and was last evaluated after `evaluated_step`.
 
         Args:
-            report_to: of --report_to.
-            settings: what trackers show as the run's configuration.
+            report_to: the value of --report_to.
+            settings: the run's configuration for trackers.
 
         Raises:
             UserError: a file cannot be written, or a tracker cannot start.
@@ -238,16 +239,16 @@ class MetricsLog:
                 continue
             try:
                 self._trackers[name] = _started(name, folder.path, settings or {})
-            except Exception as error:  # a tracker's client raises what it likes
+            except Exception as error:  # a tracker's client may raise any exception
                 self.close()
                 why = f"cannot start ({first_line(error)}); set it up, or leave it out"
                 raise UserError(f"--report_to {name}: {why}") from error
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append one row: `step`, `split`, and unrounded numbers.
+        """Append one row with `step`, `split` and unrounded values.
 
         Raises:
-            UserError: the disk is full, or another start has taken over the folder.
+            UserError: the disk is full, or another launch has taken over the folder.
         """
         self._folder.guard()
         values = {f"{row['split']}/{name}": value for name, value in row.items() if name not in ("step", "split")}
@@ -255,7 +256,7 @@ class MetricsLog:
             if not os.path.samestat(os.fstat(self._stream.fileno()), self._folder.metrics.stat()):
                 raise OSError(f"{self._folder.metrics.name} was replaced")
             line = (json.dumps(dict(row)) + "\n").encode()
-            while line:  # on a full disk only a part may be written; the next write raises the reason
+            while line:  # a full disk may accept only a part; the next write raises the reason
                 line = line[self._stream.write(line) :]
             if self._board is not None:
                 for name, value in values.items():
@@ -273,7 +274,7 @@ class MetricsLog:
                 )
 
     def close(self) -> None:
-        """Close the files, and end the run of each tracker."""
+        """Close the files and end the run in each tracker."""
         self._stream.close()
         if self._board is not None:
             self._board.close()
@@ -286,7 +287,7 @@ class MetricsLog:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; malformed lines (for example truncated by a kill) are skipped.
+    """Return the rows of a metrics.jsonl. Malformed lines (for example truncated by a kill) are skipped.
 
     Raises:
         UserError: the file exists and cannot be read.
@@ -299,7 +300,7 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
 
 
 def metrics_row(line: bytes) -> dict[str, Any] | None:
-    """The row of one line: `step`, `split` and finite numbers, including `loss`; None if it is malformed."""
+    """Parse a line into a row of `step`, `split` and finite numbers with `loss`. Return None if it is malformed."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -313,12 +314,12 @@ def metrics_row(line: bytes) -> dict[str, Any] | None:
 
 
 def write_metrics(file: Path, rows: Iterable[Mapping[str, Any]], *, guard: Guard = unguarded) -> None:
-    """Replace the rows of a metrics.jsonl. Raises UserError if it cannot be written."""
+    """Replace the rows of a metrics.jsonl. Raise UserError if it cannot be written."""
     files.write_text(file, "".join(json.dumps(row) + "\n" for row in rows), guard=guard)
 
 
 def plot_losses(metrics: Path, target: Path, *, guard: Guard = unguarded) -> None:
-    """Plot training and validation loss over steps as a PNG. Raises UserError if it cannot be written."""
+    """Plot training and validation loss over steps as a PNG. Raise UserError if it cannot be written."""
     from matplotlib import pyplot
 
     plain_figures()
@@ -341,7 +342,7 @@ def plot_losses(metrics: Path, target: Path, *, guard: Guard = unguarded) -> Non
 
 
 def plain_figures() -> None:
-    """Draw without a screen and with default settings: a matplotlibrc in the current folder could start programs."""
+    """Let matplotlib draw without a screen and with default settings. A matplotlibrc file could run programs."""
     import matplotlib
 
     matplotlib.rcdefaults()
@@ -366,7 +367,7 @@ def save_figure(figure: Any, target: Path, *, guard: Guard = unguarded) -> None:
 # Trackers -------------------------------------------------------------------------------------------------------------
 
 
-PROJECT = "tiedlora"  # that the runs belong to, if the tracker's own environment variable does not name one
+PROJECT = "tiedlora"  # of the runs, if the tracker's own environment variable names none
 _PROJECT_VARIABLES = {
     "wandb": "WANDB_PROJECT",
     "trackio": "TRACKIO_PROJECT",
@@ -375,16 +376,16 @@ _PROJECT_VARIABLES = {
     "swanlab": "SWANLAB_PROJECT",
     "clearml": "CLEARML_PROJECT",
 }
-# The argument that names a run within its project, of trackers that have one.
+# The keyword for the name of a run within its project, for trackers that have one.
 _LAUNCH_VARIABLES = ("LOCAL_RANK", "RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _RUN_NAMES = {"wandb": "name", "trackio": "name", "mlflow": "run_name", "swanlab": "experiment_name"}
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raise UserError if the package of one of the trackers, or accelerate for those of others, is not installed."""
+    """Raise UserError if a tracker's package is missing, or accelerate, which all but TensorBoard need."""
     for package in (*names, *(["accelerate"] if {*names} - {TENSORBOARD} else [])):
         spec = importlib.util.find_spec(package)
-        if spec is None or spec.origin is None:  # a folder of that name, such as wandb's own, is no package
+        if spec is None or spec.origin is None:  # a plain folder of that name, such as wandb's own, is not a package
             raise UserError(
                 f"--report_to {','.join(names)}: the package {package} is not installed; pip install {package}, or"
                 " give others or none"
@@ -395,7 +396,7 @@ def _started(name: str, folder: Path, settings: Mapping[str, Any]) -> Any:
     from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-    # accelerate's log messages ask for its state. Only rank 0 reports, so it must not see that several were launched.
+    # accelerate's log messages need its state. Only rank 0 reports, so accelerate must not see the other ranks.
     hidden = {name: os.environ.pop(name) for name in _LAUNCH_VARIABLES if name in os.environ}
     try:
         PartialState(cpu=True)
@@ -408,7 +409,7 @@ def _started(name: str, folder: Path, settings: Mapping[str, Any]) -> Any:
         keywords["dir"] = str(folder)
     project = os.environ.get(_PROJECT_VARIABLES.get(name, ""), "") or PROJECT
     tracker = kind(project, *folders, **keywords)
-    getattr(tracker, "start", lambda: None)()  # earlier versions start when they are made
+    getattr(tracker, "start", lambda: None)()  # earlier versions start in their constructor
     plain = {key: value if isinstance(value, str | int | float) else str(value) for key, value in settings.items()}
     tracker.store_init_configuration(plain)
     return tracker

@@ -19,16 +19,16 @@ from megatron_tiedlora.runtime.launch_env import deepspeed_runner, is_torchrun
 
 # Slurm sends SIGUSR1 some time before a job's limit (`#SBATCH --signal=USR1@120`).
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-# After a longer step the ranks agree on stopping after every micro-batch: a signal is answered within its grace time.
+# After a longer step the ranks agree on stopping after every micro-batch, to react within a signal's grace time.
 LONG_STEP_SECONDS = 10.0
-# Parents of the ranks on each host under mpirun and srun.
+# The parent processes of ranks under mpirun and srun.
 _LAUNCHERS = ("mpirun", "mpiexec", "prterun", "prted", "orted", "slurmstepd")
 
 
 class RunStopped(BaseException):
-    """All ranks have agreed to stop; the exit status is 128 + `signal_number`.
+    """Raised when the run should stop by a signal. The exit status is 128 + `signal_number`.
 
-    Like KeyboardInterrupt it is not an Exception: it can be raised anywhere and must not look like a library's failure.
+    Like KeyboardInterrupt it is not an Exception, because it can be raised anywhere and is no failure of a library.
     """
 
     def __init__(self, signal_number: int, reason: str) -> None:
@@ -37,11 +37,12 @@ class RunStopped(BaseException):
 
 
 def launcher_processes() -> list[psutil.Process]:
-    """The launchers above this rank whose death means that the run must stop.
+    """Return the launcher processes of this rank. If one of them dies, the run must stop.
 
-    A local `deepspeed` dies at once on a signal and leaves its per-node launcher and the ranks running, so both are
-    watched. If ssh started that launcher, its sshd session is watched, which ends with the connection. The agent of
-    torchrun and the daemons of mpirun and srun are watched too. Other parents (a shell) may end without effect.
+    A local `deepspeed` dies at once on a signal, but its per-node launcher and the ranks continue. So both processes
+    are watched. If ssh started the launcher, its sshd session is watched, which ends with the connection. The agent of
+    torchrun and the daemons of mpirun and srun are watched too. The end of another parent, such as a shell, has no
+    effect.
     """
     watched = []
     try:
@@ -52,15 +53,15 @@ def launcher_processes() -> list[psutil.Process]:
             watched = [parent, *([runner] if runner else _ssh_sessions(parent))]
         elif parent and (is_torchrun(parent.cmdline()) or parent.name().startswith(_LAUNCHERS)):
             watched = [parent]
-    except psutil.Error:  # it died in between; is_running() shows that for the processes found so far
+    except psutil.Error:  # a process died meanwhile; is_running() shows this for those already found
         pass
     return watched
 
 
 def _ssh_sessions(process: psutil.Process) -> list[psutil.Process]:
-    """The sshd session whose command started `process`, but not an interactive session in which a user started it.
+    """Return the sshd session whose command started `process`, but not a session in which a user started it by hand.
 
-    sshd runs a command through the user's shell as `SHELL -c COMMAND`; a login shell has no `-c`.
+    sshd runs a command as `SHELL -c COMMAND`. A login shell has no `-c`.
     """
     for ancestor in process.parents():
         if ancestor.name().startswith("sshd"):
@@ -71,7 +72,7 @@ def _ssh_sessions(process: psutil.Process) -> list[psutil.Process]:
 
 
 class StopVotes(NamedTuple):
-    """The numbers that `StopRequests.agree` sums over all ranks, in fp64."""
+    """The values that `StopRequests.agree` sums over all ranks, in fp64."""
 
     missing: float  # ranks on which the condition does not hold
     stopping: float  # ranks that should stop
@@ -79,9 +80,9 @@ class StopVotes(NamedTuple):
 
 
 class StepVotes(NamedTuple):
-    """The numbers that a training step sums over all ranks before weights move, in fp64; two of each adapter follow."""
+    """The values that a training step sums over all ranks in fp64 before the update. Two values per adapter follow."""
 
-    seconds: float  # of the forward and backward passes
+    seconds: float  # time of the forward and backward passes
     save_due: float  # whether rank 0 wants a checkpoint after this step
     failed: float  # whether rank 0 has a failure to raise
     stopping: float  # as in StopVotes
@@ -90,9 +91,9 @@ class StepVotes(NamedTuple):
 
 @dataclass
 class StopRequests:
-    """Notes requests to stop. Outside `deferred()` a signal raises RunStopped at once.
+    """The stop requests of this rank. A signal raises RunStopped at once, except inside `deferred()`.
 
-    Only the first signal counts: an interrupted launcher sends its ranks another one while they end.
+    Only the first signal counts, because an interrupted launcher sends its ranks a second one while they end.
     """
 
     launchers: list[psutil.Process] = field(default_factory=launcher_processes)
@@ -101,13 +102,13 @@ class StopRequests:
     _stopping: bool = False
 
     def install(self) -> None:
-        """Take over SIGINT, SIGTERM and SIGUSR1 of this process."""
+        """Handle SIGINT, SIGTERM and SIGUSR1 of this process."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """`install` within the block. After a stop, signals stay ignored."""
+        """Handle the signals inside the block. After a stop they remain ignored."""
         before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         self.install()
         try:
@@ -123,30 +124,32 @@ class StopRequests:
             self.raise_if_requested()
 
     def stopped(self, number: int, reason: str) -> RunStopped:
-        """Return the exception to raise, and ignore signals from now on so that they do not interrupt the end."""
+        """Return the exception to raise. From now on signals are ignored, so that they do not interrupt the end."""
         self.ignore()
         return RunStopped(number, reason)
 
     def ignore(self) -> None:
-        """Ignore signals from now on: the run is ending already.
+        """Ignore signals from now on, because the run is already ending.
 
-        The kernel ignores them, because Python removes its handlers before the process has ended. `srun
-        --kill-on-bad-exit` signals the other ranks when one ends, and would return the status of a rank that it killed.
+        The kernel must ignore them, because Python removes its handlers before the process ends. `srun
+        --kill-on-bad-exit` signals the remaining ranks when one rank ends, and would return the status of a rank that
+        it killed.
         """
         self._stopping = True
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
     def raise_if_requested(self) -> None:
-        """Raise RunStopped if this rank should stop. Call it only where no other rank waits for this one."""
+        """Raise RunStopped if this rank should stop. Call this only where no other rank waits for this one."""
         if number := self.requested_signal():
             raise self.stopped(number, signal.Signals(number).name)
 
     def stop_if_any(self, count: float, total: float) -> None:
-        """Raise RunStopped on every rank if `count` ranks should stop, by signals whose numbers sum to `total`.
+        """Raise RunStopped if `count`, the number of ranks that should stop, is not 0. Every rank calls it with the
+        same sums; `total` is the sum of the signal numbers.
 
-        If the ranks have different signals, SIGTERM counts: then one of them is not SIGUSR1, the time limit's signal,
-        so the job must not return to the queue.
+        If the ranks got different signals, SIGTERM counts. One of them is then not SIGUSR1, the signal of the time
+        limit, so the job must not return to the queue.
         """
         if count:
             shared = next((number for number in STOP_SIGNALS if total == count * number), None)
@@ -155,10 +158,10 @@ class StopRequests:
             raise self.stopped(shared, "SIGTERM or the launcher's end" if shared == signal.SIGTERM else shared.name)
 
     def agree(self, mine: bool) -> bool:
-        """Whether `mine` is true on every rank; all ranks call it together and stop together if any of them should.
+        """Return whether `mine` is true on every rank. All ranks call it together, and all stop if one of them should.
 
         Raises:
-            RunStopped: a rank should stop; on every rank.
+            RunStopped: a rank should stop. Every rank raises it.
         """
         requested = self.requested_signal()
         votes = StopVotes(*sum_over_ranks(StopVotes(float(not mine), float(requested > 0), float(requested))))
@@ -167,7 +170,7 @@ class StopRequests:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Inside, only note signals; the caller checks `requested_signal()` where all ranks can do so together."""
+        """Only record signals inside the block. The caller checks `requested_signal()` on all ranks together."""
         self._deferred = True
         try:
             yield
@@ -175,14 +178,14 @@ class StopRequests:
             self._deferred = False
 
     def requested_signal(self) -> int:
-        """The signal that told this rank to stop (SIGTERM if its launcher died), or 0."""
+        """Return the signal that told this rank to stop (SIGTERM if its launcher died), or 0."""
         if not self._signal and any(not alive(process) for process in self.launchers):
             self._signal = signal.SIGTERM
         return int(self._signal)
 
 
 def alive(process: psutil.Process) -> bool:
-    """Whether the process still runs (a zombie does not)."""
+    """Return whether the process still runs. A zombie does not."""
     try:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.Error:
@@ -190,14 +193,14 @@ def alive(process: psutil.Process) -> bool:
 
 
 def exit_status(signal_number: int) -> int:
-    """The shell's exit status of a process stopped by a signal: 130 for SIGINT, 143 for SIGTERM, 138 for SIGUSR1."""
+    """Return the exit status for a stop by a signal: 130 for SIGINT, 143 for SIGTERM, 138 for SIGUSR1."""
     return 128 + signal_number
 
 
 class StopSignals(ExitStack):
-    """Inside `with`, record SIGINT, SIGTERM and SIGUSR1 in the order of their arrival, and do nothing else with them.
+    """A context in which SIGINT, SIGTERM and SIGUSR1 are only recorded, in the order of their arrival.
 
-    SIGHUP (the terminal has closed) counts as SIGTERM, unless it is ignored, as under nohup.
+    SIGHUP (the terminal was closed) counts as SIGTERM unless it is ignored, for example by nohup.
     """
 
     def __init__(self) -> None:
