@@ -102,7 +102,7 @@ class AdapterGroup:
         gradients are summed in one. The gradients of u stay partial sums of this rank, which are summed once per step.
 
         Args:
-            shares: the shares of the micro-batch, at most one per adapter. By default all tokens belong to the only adapter.
+            shares: the shares of the micro-batch, at most one per adapter; by default one for the only adapter.
             dtype: the base's dtype.
         """
         adapters = [self.adapters[share.adapter] for share in shares or self._only_share()]

@@ -31,7 +31,7 @@ class Target:
     Attributes:
         name: its name in `BlockShape.adaptable`.
         blocks: the output sizes of the fused matrices, in order.
-        sharded_dim: how W is sharded over tensor-parallel ranks: "column" shards the rows of each block, "row" its columns.
+        sharded_dim: how W is sharded over tensor-parallel ranks: "column": the rows of each block; "row": its columns.
     """
 
     name: str
@@ -366,7 +366,7 @@ class TiedAdapter(nn.Module):
         return self.updates(whole, dtype=dtype)
 
     def updates(self, whole: Mapping[str, Any], *, dtype: torch.dtype) -> tuple[LayerUpdate, ...]:
-        """Return the updates of each adapted layer of the stage, from `whole` factors as this rank's matmuls need them."""
+        """Return the updates of each adapted layer of the stage, from the factors that this rank's matmuls need."""
         of_layers = partial(LinearFactors, num_layers=len(self.part.layers))
         updates: dict[str, Iterable[LinearUpdate]] = {}
         for target in self.config.targets:

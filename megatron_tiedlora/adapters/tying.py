@@ -256,7 +256,7 @@ def gather_full(names: Sequence[str], local: Mapping[str, Tensor], layout: Adapt
 
     Args:
         names: the tensors to gather, the same on every rank.
-        local: this rank's shards of them (or of their moments), by name; tensors that the rank does not have are absent.
+        local: this rank's shards of them (or of their moments), by name, without tensors that it does not have.
     """
     config, grid, parts = layout.config, layout.grid, layout.parts()
     full: dict[str, Tensor] = {}

@@ -69,7 +69,7 @@ def first_message(message: str | None) -> str | None:
 
 
 def first_messages(messages: Sequence[str | None]) -> list[str | None]:
-    """Return `first_message` for each of several messages, as many on every rank. If there are none, one sum is sent."""
+    """Return `first_message` for each of several messages, as many on every rank. Without any, one sum is sent."""
     if world_size() == 1 or not messages:
         return list(messages)
     counts = sum_over_ranks([float(message is not None) for message in messages])
@@ -158,7 +158,7 @@ def raise_on_every_rank(failure: UserError | None) -> None:
 
 
 def _broadcast(message: bytearray, size: int, *, source: int, largest: int) -> bytearray | memoryview:
-    """Return the message of `source` on every rank; every rank knows its `size` in bytes. Raises UserError for the size."""
+    """Return the message of `source`, of `size` bytes, on every rank. Raises UserError if it is too large."""
     _check_size(size, sender=source, largest=largest)
     here = distributed.get_rank() == source
     data = torch.frombuffer(message, dtype=torch.uint8) if here else torch.empty(size, dtype=torch.uint8)

@@ -326,7 +326,7 @@ def run_in_parts(kernel: Callable[..., Any], arguments: tuple[Any, ...], has_row
 
 
 def scaled(tensor: Tensor, factor: Tensor) -> Tensor:
-    """Return tensor * factor, (..., n), in the tensor's dtype, computed in max(fp32, that dtype), some rows at a time."""
+    """Return tensor * factor, (..., n), in the tensor's dtype, from max(fp32, that dtype), some rows at a time."""
     rows = run_in_parts(lambda part, by: (upcast(part) * by).to(part.dtype), (as_rows(tensor), factor), [True, False])
     return cast(Tensor, rows).view(tensor.shape)
 

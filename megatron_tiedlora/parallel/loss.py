@@ -139,7 +139,7 @@ def run_with_early_backward(
     Args:
         function: it is differentiated only with respect to these inputs; other tensors that it uses get no gradient.
         inputs: any float dtype. At least one needs a gradient, and the result must depend on all that do.
-        spans: with several losses, the rows of each input that belong to each loss; a loss depends only on its own rows.
+        spans: with several losses, the rows of each input for each loss, which depends only on these.
     """
     loss: Tensor = _EarlyBackward.apply(function, spans or [None] * len(inputs), *inputs)
     return loss
@@ -252,7 +252,7 @@ def sum_token_losses(rows: Tensor, labels: Tensor, shard: VocabularyShard, spans
 
 @torch.no_grad()
 def token_losses(rows: Tensor, labels: Tensor, shard: VocabularyShard) -> Tensor:
-    """Return -log softmax(rows W^T)[label] of each row, (n,), without gradient. For arguments see `sum_token_losses`."""
+    """Return -log softmax(rows W^T)[label] of each row, (n,), without gradient. See `sum_token_losses`."""
     num_rows = len(rows)
     rows, labels = _padded_rows(rows, labels)
     losses = [

@@ -42,7 +42,7 @@ def levels_of(name: str, device: torch.device) -> Tensor:
 
 
 def quantise_blocks(values: Tensor, block: int, name: str) -> tuple[Tensor, Tensor]:
-    """Return unpacked codes (rows, width) uint8 of 0 to 15, and scales (rows, number of blocks) fp32, for rows of values.
+    """Return unpacked codes (rows, width) uint8 of 0 to 15, and scales (rows, number of blocks) fp32, for values.
 
     In nf4 the codes equal those of bitsandbytes for each row padded with zeros to whole blocks. The scales are equal
     too, except for `without_tiny`.
