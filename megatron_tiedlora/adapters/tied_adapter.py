@@ -1,9 +1,8 @@
 """The trained tensors of a run: one module with A, B, u, v of every target, for all adapted layers of a rank's stage.
 
-This module defines shapes, sharding, initial values and the factors that layers use: A and
-F = (alpha / r) diag(v) B diag(u). A tensor has one slot per set of layers that share it; `AdapterConfig.slot` returns
-the slot of a layer. `low_rank` computes z = W x + F A x and the gradients of A and F. Files are left to checkpoint/,
-and sums between stages to `tying`.
+It defines shapes, sharding, initial values and the factors for layers: A and F = (alpha / r) diag(v) B diag(u). A
+tensor has one slot per set of layers that share it (see `AdapterConfig.slot`). `low_rank` computes z = W x + F A x and
+the gradients of A and F. checkpoint/ writes files, and `tying` sums between stages.
 """
 
 import math
@@ -31,7 +30,7 @@ class Target:
     Attributes:
         name: its name in `BlockShape.adaptable`.
         blocks: the output sizes of the fused matrices, in order.
-        sharded_dim: how W is sharded over tensor-parallel ranks: "column": the rows of each block; "row": its columns.
+        sharded_dim: the sharding of W over tensor-parallel ranks: "column" shards the rows of each block, "row" columns.
     """
 
     name: str
@@ -96,7 +95,7 @@ class AdapterConfig:
 
     @cached_property
     def of_one_layer(self) -> "AdapterConfig":
-        """Return a config with only what determines a layer's computation; alpha only shows whether the scale is 1."""
+        """Return a copy with fixed values for all that does not change a layer's computation. A scale of 1 is kept."""
         alpha = self.rank * (1.0 if self.scale == 1.0 else 2.0)
         return replace(self, layers=(1,), seed=0, alpha=alpha, init_std_a=1.0, init_std_b=1.0)
 
@@ -144,11 +143,11 @@ class AdapterConfig:
         return self.factor(name).shared_by != "one"
 
     def is_stacked(self, name: str) -> bool:
-        """Return whether the first dimension of a tensor is its slots. Tied tensors of one slot have none."""
+        """Return whether the first dimension of a tensor is its slots. It is not in a tied tensor of one slot."""
         return not self.is_tied(name) or self.num_slots(name) > 1
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the full shape: A (r, in), B (out, r), u (r), v (out). If stacked, slots are the first dimension."""
+        """Return the full shape: A (r, in), B (out, r), u (r), v (out). A stacked tensor begins with its slots."""
         target, factor = self.tensors[name]
         r, out = self.rank, target.out_size
         shape = {"A": (r, target.in_size), "B": (out, r), "u": (r,), "v": (out,)}[factor]
@@ -315,8 +314,8 @@ class TiedAdapter(nn.Module):
     Parameter for all layers on every stage. An untied factor has the slots of the stage's layers.
 
     Attributes:
-            u_sum: sums the gradient of u inside the backward passes, for an engine that uses a gradient immediately
-                (see `tying.sum_of_u`). None: it is summed after them, or there is one rank.
+        u_sum: sums the gradient of u inside the backward passes, for an engine that uses a gradient immediately (see
+            `tying.sum_of_u`). None: it is summed after them, or there is one rank.
     """
 
     u_sum: StepSum | None = None

@@ -1,8 +1,8 @@
 """DeepSpeed pipeline stages made of the flat list of layers: our partition and layers, DeepSpeed's 1F1B schedule.
 
 Every stage takes (tokens or hidden states, position ids, document ids if rows are packed). With dropout, position ids
-and token indices are one tensor. Stages send hidden states to each other. The last stage's loss is the summed loss of
-its supervised tokens divided by a denominator, or the weighted sum of the losses of several adapters.
+and token indices are one tensor. Stages send hidden states to each other. The last stage divides the summed loss of
+supervised tokens by a denominator. For several adapters its loss is the weighted sum of their losses.
 """
 
 from collections.abc import Callable, Sequence

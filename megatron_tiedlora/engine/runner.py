@@ -2,8 +2,8 @@
 the gradients into a step of each adapter: sums over ranks, norm, clipping, AdamW.
 
 A micro-batch has shares of one or more adapters. Each share has its own loss, a sum over supervised tokens, which is
-divided before its backward pass. The gradients summed over micro-batches and data-parallel ranks are then those of the
-mean over the supervised tokens of the adapter's global batch, for every split (`Optimizers.divisors`).
+divided before its backward pass. The sums of gradients over micro-batches and data-parallel ranks are then gradients
+of the mean over the adapter's supervised tokens in the global batch (`Optimizers.divisors`).
 
 Usually each adapter has its own optimizer, and the engine does not step it (`Optimizers`). ZeRO-1 to 3 shard the
 optimizer of a single adapter (`EngineOptimizer`). DeepSpeed then sums, clips and steps.

@@ -164,7 +164,7 @@ def answer_all(
     """Answer the prompts of each adapter by greedy decoding.
 
     Data-parallel ranks share the prompts. All ranks run the same number of batches, so that they can agree on
-    stopping, and because every call of the model is a collective under ZeRO-3. A rank that has no prompts left decodes
+    stopping. Under ZeRO-3 every call of the model is also a collective. A rank that has no prompts left decodes
     the first prompt again and discards the result. Up to `BATCHES_AT_ONCE` batches of different adapters are decoded
     together.
 

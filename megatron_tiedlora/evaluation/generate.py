@@ -94,8 +94,8 @@ class Decoder:
             labels: for each of `rows` the labels of its tokens, (b, s) int64.
 
         Returns:
-                for the rows of all adapters in order: logits, (tokens, V) or with `wanted` (sequences, V); with
-                `labels` the loss of each token, (tokens,).
+            for the rows of all adapters in order: logits, (tokens, V) or with `wanted` (sequences, V); with `labels`
+            the loss of each token, (tokens,).
         """
         shares = tuple(Share(some.adapter, *some.tokens.shape) for some in rows)
         tokens, positions, caches, _ = rows[0]

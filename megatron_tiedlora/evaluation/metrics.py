@@ -36,8 +36,8 @@ class Answer:
 
     Attributes:
         prediction: the generated text, without the prompt, cut at the task's stop text.
-            choice_scores: the log-likelihood in nats of each of `example.choices` after the prompt, summed over its
-            tokens; empty if none were computed.
+        choice_scores: the log-likelihood in nats of each of `example.choices` after the prompt, summed over its tokens;
+            empty if none were computed.
     """
 
     prediction: str
@@ -63,8 +63,8 @@ class Metric:
     Attributes:
         name: its name in `METRICS`.
         sample: the score of one answer.
-            signature: the rule, library and version that score answers, or a function that returns these for all
-            answers. Two values are comparable only if their signatures are equal.
+        signature: the rule, library and version that score answers, or a function that returns these for all answers.
+            Two values are comparable only if their signatures are equal.
         needs_choice_scores: whether it reads `Answer.choice_scores`, which needs a model pass per choice.
         check: a function that raises UserError, before decoding, for an example that can never be scored as correct.
         corpus: functions that return a fixed number of counts per answer, and the value for the sums of the counts.

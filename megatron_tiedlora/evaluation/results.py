@@ -155,7 +155,7 @@ def _json_line(row: Mapping[str, Any]) -> str:
 
 
 def results_content(plan: EvaluationPlan, scores: Mapping[str, Score], folder: Path) -> dict[str, Any]:
-    """Return the content of results.json: task's own score, all scores, model, adapter, layout, settings and versions."""
+    """Return the content of results.json: scores (the task's own first), model, adapter, layout, settings, versions."""
     settings, grid, first = plan.settings, plan.grid, plan.task.metrics[0]
     adapter = None
     if plan.adapter is not None:

@@ -77,10 +77,10 @@ class AttentionContext:
     Attributes:
         positions: (b, s) int64.
         tables: the cos and sin of each rotation in the layers, see `rotation_table`.
-            attend: computes attention among the tokens of the call, (b, s, heads * head_dim), from queries (b, heads,
-            s, head_dim), keys and values (b, kv heads, s, head_dim). A token attends to its own document up to itself.
-            mask: 0 or -inf to be added to the scores if keys come from a cache, (b * kv, heads / kv * s, keys) in the
-                cache's dtype.
+        attend: computes attention among the tokens of the call, (b, s, heads * head_dim), from queries (b, heads, s,
+            head_dim), keys and values (b, kv heads, s, head_dim). A token attends to its own document up to itself.
+        mask: 0 or -inf to be added to the scores if keys come from a cache, (b * kv, heads / kv * s, keys) in the
+            cache's dtype.
         of_shares: a context for each share, if keys come from the caches of several shares.
     """
 
@@ -118,11 +118,10 @@ class Attention(nn.Module):
         Args:
             positions: (b, s) int64.
             dtype: the dtype of the activations.
-            documents: (b, s) int64, document ids; None: one document per row. On the host they are fastest.
+            documents: (b, s) int64, document ids; None: one document per row. They are read fastest on the host.
             shares: the adapters of the tokens; if there are several adapters, b is 1. By default there is one adapter.
-                cache: the cache of any layer before the call. The first call fills it with whole prompts, padded on the
-                right. Later tokens attend to its keys up to their own position. With several shares there is one for
-                each.
+            cache: the cache of any layer before the call. The first call fills it with whole prompts, padded on the
+                right. Later tokens attend to its keys up to their own position. With shares there is one for each.
             ropes: the rotations of all layers, if some differ from this layer's.
         """
         heads = self.qkv.heads
@@ -177,8 +176,8 @@ class Attention(nn.Module):
         Args:
             hidden: activations between layers, (b, s, d) or (1, b s / p, d).
             context: see `context`.
-                cache: the cache of this rank's key and value heads, to which new keys and values are added. With
-                several shares there is one for each.
+            cache: the cache of this rank's key and value heads, to which new keys and values are added. With several
+                shares there is one for each.
         """
         qkv_update = None if update is None else update.get(shapes.QKV)
         table = () if self.qkv.rope is None else context.tables[self.qkv.rope]

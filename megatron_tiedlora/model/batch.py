@@ -29,10 +29,10 @@ class MicroBatch:
         tokens: (b, s) int64.
         positions: (b, s) int64, the position ids, counted from 0 in each sample.
         labels: (b, s) int64, already shifted: labels[:, t] is token t + 1 if that token is supervised, else -100.
-            documents: (b, s) int64, document ids. Tokens attend only within their document. In a packed row the id is
-            the index of the token's sample in the row, and padding is one more document. None: each row is one sample.
-            token_index: (b, s) int64, the index of each token in the whole run, which determines dropout; 0 for
-            padding. None: there is no dropout.
+        documents: (b, s) int64, document ids. Tokens attend only within their document. In a packed row the id is the
+            index of the token's sample in the row, and padding is one more document. None: each row is one sample.
+        token_index: (b, s) int64, the index of each token in the whole run, which determines dropout; 0 for padding.
+            None: there is no dropout.
         shares: the share of each adapter; the micro-batches of several adapters are concatenated in one row, so b is 1.
         lengths: (rows,) int64, the number of real tokens in each row, or in each row of the shares.
         num_samples: the number of samples; 0 for a batch of padding only.

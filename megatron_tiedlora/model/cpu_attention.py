@@ -33,7 +33,7 @@ class QueryTile(NamedTuple):
     """Queries start to stop - 1 of every row, which attend to some of the keys first to stop - 1.
 
     Attributes:
-            mask: (rows, 1, queries, keys), or (1, 1, queries, keys) for all rows: 0 for keys that are attended to, else
+        mask: (rows, 1, queries, keys), or (1, 1, queries, keys) for all rows: 0 for keys that are attended to, else
             -inf. It is bf16, because a bool mask takes four times as long to read.
     """
 

@@ -121,8 +121,8 @@ def gated_decoder(
         rope: the result of `read_rope`; by default it is called with only the config.
         window: the limit that a sliding window sets, see `HfConfig.window`.
         norm_eps: the epsilon of LayerNorms, which have biases; None for RMS norms, whose epsilon is read here.
-            head_norms: "each": each head of queries and keys has an RMS norm before the rotation. "together": all heads
-            of queries have one norm, and all heads of keys have one.
+        head_norms: "each": each head of queries and keys has an RMS norm before the rotation. "together": all heads of
+            queries have one norm, and all heads of keys have one.
         norms: the norms over the hidden size.
         ropes: the rotation of each block, if they differ; see `ModelShape`.
         fused: whether q, k and v are one stored tensor, and gate and up another.
@@ -281,7 +281,7 @@ def olmo3(config: HfConfig) -> shapes.ModelShape:
     rms_norm_eps=1e-5,
 )
 def phi3(config: HfConfig) -> shapes.ModelShape:
-    """Return the shape of Phi-3, 3.5 and 4: one stored tensor for q, k and v, one for gate and up, and partly rotated heads."""
+    """Return the shape of Phi-3, 3.5 and 4: fused q, k and v, fused gate and up, and partly rotated heads."""
     original, names = config.size("original_max_position_embeddings"), {"su": "longrope", "yarn": "longrope"}
     rope = read_rope(config, partial=True, original_positions=original, other_names=names)
     return gated_decoder(config, rope=rope, window=config.window(), fused=True)

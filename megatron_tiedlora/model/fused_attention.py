@@ -64,9 +64,8 @@ def choose_attention(
     """Return the first candidate that runs on `device`. Each candidate runs forward and backward on a few tokens.
 
     Args:
-            deterministic: gradients must be bit-equal every time. flash_attn gets this as an argument and is not chosen
-            if it rejects the argument. PyTorch's kernels follow torch.use_deterministic_algorithms, which the caller
-            sets.
+        deterministic: gradients must be bit-equal every time. flash_attn gets this as an argument and is not chosen if
+            it rejects the argument. PyTorch's kernels follow torch.use_deterministic_algorithms, which the caller sets.
     """
     if device.type == "cpu":
         return AttentionRoute("tiles of queries", "a CPU", None)

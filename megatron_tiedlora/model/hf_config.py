@@ -89,7 +89,7 @@ class HfConfig:
         return bool(value)
 
     def number(self, name: str, default: float | None = None) -> float:
-        """Return a positive number, by default `default`. Raises UserError for other values, or without value and default."""
+        """Return a positive number, or `default` if it is null or absent. Raises UserError for anything else."""
         value = self.get(name)
         if value is None and default is None:
             raise UserError(f"{self.source}: {name}{self._of} is missing")

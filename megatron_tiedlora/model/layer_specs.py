@@ -249,8 +249,8 @@ class Head(nn.Module):
         If the positions belong to several adapters, it returns a summed loss for each, (adapters,).
 
         Args:
-                hidden: activations between layers, (b, s, d) or (1, b s / p, d); with `supervised` only its `rows`, (1,
-                m, d) or (1, m / p, d).
+            hidden: activations between layers, (b, s, d) or (1, b s / p, d); with `supervised` only its `rows`, (1, m,
+                d) or (1, m / p, d).
             summed: False to return the loss of each position, (n,), without a gradient.
         """
         group = tensor_parallel.group

@@ -341,7 +341,7 @@ class RowParallelLinear(nn.Module):
 
 
 class QkvLinear(NormedLinear):
-    """Computes [Q | K | V] of this rank's heads, splits it into heads, normalises them (if they have norms) and rotates them.
+    """Computes [Q | K | V] of this rank's heads and splits it into heads, which may be normalised and rotated.
 
     All of this, with the norm before it, is one autograd step with one backward pass.
     """

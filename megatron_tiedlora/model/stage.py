@@ -257,13 +257,13 @@ class Stage(nn.Module):
             labels: (b, s) int64, the next token or -100; or the result of `find_supervised`, computed on the host.
             documents: (b, s) int64, document ids; None: one document per row.
             token_index: (b, s) int64, see `MicroBatch`; None: there is no dropout.
-                shares: the adapters of the micro-batch; by default the only adapter. If there are several, b is 1, and
+            shares: the adapters of the micro-batch; by default the only adapter. If there are several, b is 1, and
                 `labels` is the result of `find_supervised`.
             prediction: a function of `predict` that is called instead of the forward pass.
 
         Returns:
-                activations between layers. If the stage has the head, it returns the summed loss over supervised
-                positions, or one loss for each of several shares, (shares,); without `labels`, the input of its `tail`.
+            activations between layers. A stage with the head returns the summed loss over supervised positions, or one
+            loss for each of several shares, (shares,). Without `labels` it returns the input of its `tail`.
         """
         if prediction is not None:
             return prediction()
@@ -306,8 +306,8 @@ class Stage(nn.Module):
             shares: as in `forward`.
             caches: one per block, for generation; with several shares one per block and share.
             updates: the result of `read_adapter`, if it was called before.
-                wanted: (b,) int64, the position in each row whose logits are returned; the result is then (b, 1, V).
-                With several shares there is one for each of their rows, as an index into all s tokens.
+            wanted: (b,) int64, the position in each row whose logits are returned; the result is then (b, 1, V). With
+                several shares there is one for each of their rows, as an index into all s tokens.
 
         Returns:
             activations between layers if the stage has no head. A loss is 0 if there is no label.

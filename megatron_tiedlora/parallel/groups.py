@@ -144,8 +144,8 @@ class ParallelGroups:
     Attributes:
         tensor: the ranks that share each layer.
         pipeline: the ranks with the same samples and the same shard of each layer, one per stage.
-            choices: the ranks of `pipeline`, for the tokens that the last stage sends to all others during generation.
-            They need their own queue, since ranks send them and the messages between stages in different orders.
+        choices: the ranks of `pipeline`, for the tokens that the last stage sends to all others during generation. They
+            need their own queue, since ranks send them and the messages between stages in different orders.
         data: the ranks that hold the same tensors and get different samples.
         tied: pipeline x data, the ranks that hold the same shard of a tied tensor.
         stage: tensor x data, the ranks that hold the same u.
@@ -221,8 +221,8 @@ def with_adjoint(function: Callable[..., Result], adjoint: Callable[..., Any], *
     """Return `function(*tensors)`, a tensor or a tuple, with a handwritten backward pass.
 
     Args:
-            adjoint: returns the gradients of the tensors (or None for one) from the gradients of the results. It must
-            not refer to the tensors, because they would then be in memory until the backward pass.
+        adjoint: returns the gradients of the tensors (or None for one) from the gradients of the results. It must not
+            refer to the tensors, because they would then be in memory until the backward pass.
     """
     result: Result = _WithAdjoint.apply(function, adjoint, *tensors)
     return result

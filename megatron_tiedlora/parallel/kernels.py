@@ -266,9 +266,9 @@ class Kernels:
         """Return these kernels, wrapped by torch.compile. Each is compiled at its first call.
 
         Args:
-                static_widths: False for one graph for all sizes. True for graphs in which every size is a constant,
-                except the number of rows if the first call goes through `marked`. A GPU then reads and writes 16 bytes
-                at once and divides by no size (estimated 1.5 to 2.5 times as fast). Each width is compiled separately.
+            static_widths: False for one graph for all sizes. True for graphs in which every size is a constant, except
+                the number of rows if the first call goes through `marked`. A GPU then reads and writes 16 bytes at once
+                and divides by no size (estimated 1.5 to 2.5 times as fast). Each width is compiled separately.
         """
         dynamic = None if static_widths else True
         names = [field.name for field in fields(self)]

@@ -243,8 +243,8 @@ def sum_token_losses(rows: Tensor, labels: Tensor, shard: VocabularyShard, spans
         spans: the adapters of the n rows, if there are several.
 
     Returns:
-            a scalar in max(fp32, dtype of `rows`), or with `spans` one per adapter, (adapters,). The gradient of `rows`
-            is the partial sum for this rank's shard of the vocabulary. No message is sent for it here.
+        a scalar in max(fp32, dtype of `rows`), or with `spans` one per adapter, (adapters,). The gradient of `rows` is
+        the partial sum for this rank's shard of the vocabulary. No message is sent for it here.
     """
     loss: Tensor = _SumTokenLosses.apply(rows, labels, shard, spans)
     return loss

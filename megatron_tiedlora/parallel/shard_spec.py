@@ -21,8 +21,8 @@ class ShardSpec:
 
     Attributes:
         dim: the sharded dimension; None for a tensor that is replicated on every rank.
-            blocks: the full sizes of the blocks along `dim`; their sum is the full size. For a replicated tensor they
-            are the sizes of the sources that are fused along dimension 0.
+        blocks: the full sizes of the blocks along `dim`; their sum is the full size. For a replicated tensor they are
+            the sizes of the sources that are fused along dimension 0.
         padded: whether a block whose size is not divisible is padded with zeros (one block only).
     """
 
