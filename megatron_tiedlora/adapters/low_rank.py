@@ -326,7 +326,7 @@ class SharedRows(AllRows):
         return {adapter: block.view(shape) for adapter, block, shape in zip(self.ranks, blocks, shapes, strict=True)}
 
     def _by_adapter(self, found: Iterator[tuple[int, Tensor]], zeros: Tensor) -> Tensor:
-        """Return the sums of each adapter's gradients, flat. `zeros` per unit of rank replace missing gradients."""
+        """Return the sums of each adapter's gradients, flat. A missing one is `zeros` repeated by the rank."""
         totals: dict[int, Tensor] = {}
         for adapter, gradient in found:
             totals[adapter] = totals[adapter] + gradient if adapter in totals else gradient

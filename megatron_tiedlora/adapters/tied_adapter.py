@@ -30,7 +30,7 @@ class Target:
     Attributes:
         name: its name in `BlockShape.adaptable`.
         blocks: the output sizes of the fused matrices, in order.
-        sharded_dim: the sharding of W over tensor-parallel ranks: "column" shards the rows of each block, "row" columns.
+        sharded_dim: how tensor-parallel ranks shard W: "column" shards the rows of each block, "row" its columns.
     """
 
     name: str
@@ -95,7 +95,7 @@ class AdapterConfig:
 
     @cached_property
     def of_one_layer(self) -> "AdapterConfig":
-        """Return a copy with fixed values for all that does not change a layer's computation. A scale of 1 is kept."""
+        """Return a copy with fixed values of fields that do not affect a layer's operations. alpha becomes r or 2 r."""
         alpha = self.rank * (1.0 if self.scale == 1.0 else 2.0)
         return replace(self, layers=(1,), seed=0, alpha=alpha, init_std_a=1.0, init_std_b=1.0)
 
@@ -143,7 +143,7 @@ class AdapterConfig:
         return self.factor(name).shared_by != "one"
 
     def is_stacked(self, name: str) -> bool:
-        """Return whether the first dimension of a tensor is its slots. It is not in a tied tensor of one slot."""
+        """Return whether a tensor's first dimension is its slots. A tied tensor of one slot has no such dimension."""
         return not self.is_tied(name) or self.num_slots(name) > 1
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -214,7 +214,7 @@ class AdapterShard:
         return tuple(self.config.slot(name, layer) - self.slots(name).start for layer in self.layers)
 
     def exists(self, name: str) -> bool:
-        """Return whether the rank holds the tensor: it is not frozen at one, and is tied or the stage is adapted."""
+        """Return whether the rank holds the tensor: it is not frozen at one, and it is tied or has slots here."""
         factor = self.config.factor(name)
         return (factor.trained or factor.start != "one") and len(self.slots(name)) > 0
 

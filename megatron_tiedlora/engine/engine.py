@@ -118,7 +118,7 @@ def initialize_engine(
 
 
 def import_muon_uncompiled() -> None:
-    """Import DeepSpeed's Muon without compiling it. No run uses it, but each launch would take a second longer.
+    """Import DeepSpeed's Muon without compiling it. No run uses it, and compiling adds a second to each launch.
 
     On import its functions are decorated with torch.compile, which imports the compiler. DeepSpeed imports it to check
     whether ZeRO supports the optimizer (seen in 0.19.8). Remove this once DeepSpeed compiles them at their first use.

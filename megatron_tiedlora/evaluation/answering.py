@@ -236,7 +236,7 @@ class _AskedSet:
 
 
 def _stop_test(tokenizer: PreTrainedTokenizerBase, stop: str | None) -> Callable[[Sequence[int]], bool]:
-    """Return a test whether new tokens contain the stop text. It runs after each token, and first reads the last."""
+    """Return a test whether new tokens contain the stop text. It runs after each token, so it first reads the last."""
     if stop is None:
         return lambda _: False
     width = len(stop.encode())  # a token is at least one byte

@@ -166,8 +166,8 @@ def _among_all(shares: Shares, wanted: RowTensors) -> Iterator[torch.Tensor]:
         start += share.num_tokens
 
 
-# Prompts computed together have at most this many tokens including padding, which bounds the memory. Each is at least
-# MIN_SHARE_OF_LONGEST as long as the longest.
+# Prompts computed together have at most this many tokens including padding, which bounds the memory. Each has at least
+# MIN_SHARE_OF_LONGEST times the length of the longest.
 PROMPT_TOKENS_AT_ONCE = 8192
 MIN_SHARE_OF_LONGEST = 0.75
 

@@ -82,7 +82,7 @@ class Metric:
 
 
 def exact_match(answer: Answer) -> float:
-    """Return 100 if the prediction equals a reference without white space at the ends, otherwise 0."""
+    """Return 100 if the prediction equals a reference, ignoring white space at the ends, otherwise 0."""
     return 100.0 * (answer.prediction.strip() in {reference.strip() for reference in answer.references})
 
 
@@ -93,7 +93,7 @@ def final_number(text: str) -> str | None:
 
 
 def gsm8k_exact_match(answer: Answer) -> float:
-    """Return 100 if the final number equals that of a reference as a string, otherwise 0."""
+    """Return 100 if the final number equals that of a reference as a string, otherwise 0, also without a number."""
     wanted = {final_number(reference) for reference in answer.references} - {None}
     return 100.0 * (final_number(answer.prediction) in wanted)
 

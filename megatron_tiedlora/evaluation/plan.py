@@ -201,7 +201,7 @@ def _base_format(settings: EvaluateSettings, source: ModelSource, adapter: Nativ
 
 
 def _as_trained(settings: EvaluateSettings) -> tuple[EvaluateSettings, list[str]]:
-    """Return the settings, with the adapter's run's rules for rows where the user gave none, and notes. There are notes
+    """Return the settings, with rules for rows from the adapter's run if the user gave none, and notes. There are notes
     if the settings in the run's file show that it was trained with different prompts. Raises UserError if the user's
     settings contradict these, or the file of the run's chat template has changed."""
     trained: dict[str, Any] = {}

@@ -53,7 +53,7 @@ class KeyValueCache:
         self.filled += length
 
     def take(self, rows: Tensor) -> "KeyValueCache":
-        """Return a copy of the sequences `rows` (n,). A sequence may occur several times, with different ends."""
+        """Return a copy of the sequences `rows` (n,). A sequence may occur several times, for several continuations."""
         return KeyValueCache(self.keys[rows], self.values[rows], self.filled)
 
 
@@ -212,8 +212,8 @@ def _by_share(ids: Tensor, shares: Shares) -> list[Tensor]:
 def _tiled_shares(shares: Shares, documents: Tensor | None, size: int) -> tuple[TiledRows, ...]:
     """Return the rows of a micro-batch for attention on a CPU. The result of a row does not depend on other rows.
 
-    Consecutive rows of one length are computed together. Packed rows are not, because a tile would contain the keys
-    that any of them attends to, and this would add other zeros to their sums.
+    Consecutive rows of one length are computed together. Packed rows of different adapters are not. A tile would
+    contain the keys that any of them attends to, so their sums would have more addends of zero.
     """
     if documents is not None:
         pairs = zip(shares, _by_share(documents, shares), strict=True)

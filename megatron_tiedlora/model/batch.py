@@ -97,7 +97,7 @@ def padded_positions(num_supervised: int) -> int:
 
 
 def find_supervised(labels: Tensor, num_parts: int = 1, shares: Shares = ()) -> Supervised:
-    """Return the supervised positions of labels (b, s) int64, which are -100 if there is no label.
+    """Return the supervised positions of labels (b, s) int64. A label of -100 means that there is none.
 
     In each shard an adapter's positions are padded to a multiple of `SIZE_MULTIPLE` with its first token there. So no
     result of one adapter depends on a token of another, not even multiplied by zero.

@@ -66,7 +66,7 @@ class _Norm(torch.autograd.Function):
 
 
 def norm_parameters(shape: NormShape, dtype: torch.dtype) -> tuple[nn.Parameter, nn.Parameter | None]:
-    """Return the uninitialised weight of a norm, and its bias, which is None if it has no bias."""
+    """Return the uninitialised weight of a norm, and its bias or None."""
     bias = None if shape.bias_name is None else frozen_parameter(shape.size, dtype=dtype)
     return frozen_parameter(shape.size, dtype=dtype), bias
 
@@ -321,7 +321,7 @@ class RowParallelLinear(nn.Module):
     def forward(
         self, local_hidden: Tensor, tensor_parallel: groups.TensorParallel, update: LinearUpdate | None = None
     ) -> Tensor:
-        """Return activations between layers, (b, s, out), or (1, b s / p, out) if sequence parallel."""
+        """Return activations between layers, (b, s, out) or (1, b s / p, out), from local features (..., local in)."""
         update = update or LinearUpdate()
         operands, projection = Operands(update.a, update.f), Projection(self.frozen, update.rows)
         (addend,) = _Projected.apply(local_hidden, update.grad_a, update.grad_f, operands, projection, None)

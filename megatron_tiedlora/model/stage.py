@@ -153,8 +153,7 @@ class Stage(nn.Module):
 
     From every stage DeepSpeed needs a trained tensor, an output with a gradient, and a gradient for its input. So a
     stage whose engine has no adapted layers has an `anchor`, one parameter that is always zero. If no earlier stage has
-    an adapted layer, the gradient of its input is zeros, and no layer before its first adapted layer has a backward
-    pass.
+    an adapted layer, the gradient of its input is zeros. Layers before its first adapted layer have no backward pass.
 
     Attributes:
         adapter_group: the adapters of the stage; None if there are none.

@@ -190,7 +190,7 @@ def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def exp_scores_(scores: Tensor, mask: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Return sums of the softmax over the last dimension, and write exp(scores + mask - largest) to `weights`.
+    """Write exp(scores + mask - largest), the softmax before its division, to `weights`, and return its sums.
 
     Args:
         scores: (c, n, m, keys), `upcast`.
