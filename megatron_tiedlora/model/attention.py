@@ -65,9 +65,7 @@ def cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else dtype
 
 
-AnyCache = (
-    KeyValueCache | tuple[KeyValueCache, ...]
-)  # one cache for a batch, or one for the tokens of each adapter
+AnyCache = KeyValueCache | tuple[KeyValueCache, ...]  # one cache for a batch, or one for the tokens of each adapter
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,7 @@ SEQUENCE_DIM = 1  # the dimension of the tokens in activations (1, b s, d)
 def all_reduce(
     tensor: Tensor, group: RankGroup, op: distributed.ReduceOp.RedOpType = distributed.ReduceOp.SUM
 ) -> Tensor:
-    """Return the sum over the group, or the reduction `op`, bit-equal on every rank. With several ranks it is a copy."""
+    """Return the sum over the group, or the reduction `op`, bit-equal on every rank. Several ranks get a copy."""
     if group.size == 1:
         return tensor
     total = tensor.clone(memory_format=torch.contiguous_format)
