@@ -99,7 +99,7 @@ class AdapterGroup:
         """Return the updates of the adapted layers of the stage, by layer, for the adapters of the micro-batch.
 
         Factors that ranks need in full are gathered in one message for all adapters of the micro-batch, and their
-        gradients are summed in one. The gradients of u stay partial sums of this rank, which are summed once per step.
+        gradients are summed in one. The gradients of u stay partial sums, which are summed once per step.
 
         Args:
             shares: the shares of the micro-batch, at most one per adapter; by default one for the only adapter.

@@ -305,8 +305,8 @@ class SharedRows(AllRows):
         """Split rows (tokens, n), and A x or its gradient, into spans. Skip adapters that do not adapt the linear.
 
         Yields:
-            the adapter's number; an `AllRows` for these rows alone, with dropout if `drops`; views of the rows and of A
-            x, (tokens, rank of the adapter), or None without `ax`.
+            the adapter's number; an `AllRows` for these rows alone, with dropout if `drops`; views of the rows and of
+            A x, (tokens, rank of the adapter), or None without `ax`.
         """
         spans, taken = self.local_spans if local else self.spans, 0
         assert len(rows) == sum(span.size for span in spans), "rows of other tokens"

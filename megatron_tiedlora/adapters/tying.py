@@ -31,9 +31,9 @@ def sum_gradients_(
     Args:
         adapters: the adapters that take a step, by name. Each of them has micro-batches on every rank.
         engine_averages: whether an engine averages the gradients over the data-parallel ranks afterwards. Then only
-            tied gradients are summed here (`sum_of_u` sums those of u). Data-parallel rank 0 of each stage gets the
-            sum, the others get zeros. So every stage gets the same bits for any order of sums or buckets. (If every
-            rank had the sum, each stage would add the copies in a different order.)
+            tied gradients are summed here (`sum_of_u` sums the gradients of u). Data-parallel rank 0 of each stage gets
+            the sum, and other ranks get zeros. So every stage gets the same bits for any order of sums or buckets. (If
+            every rank had the sum, each stage would add the copies in a different order.)
 
     Returns:
         the names of each adapter's tensors whose gradient is missing on this rank.

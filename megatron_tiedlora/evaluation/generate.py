@@ -218,7 +218,7 @@ def generate(decoder: Decoder, given: Sequence[Prompts], *, agree: Agree = bool)
         the new tokens of each prompt of each adapter, without the end token, on every rank of the pipeline.
 
     Raises:
-        Exception: whatever `agree` raises; no message is then in flight between the stages.
+        Exception: an error of `agree`; no message is then in flight between the stages.
     """
     num_steps = max(some.max_new_tokens for some in given)
     batches = [

@@ -9,7 +9,7 @@ has `acc` without normalisation, which favours short endings and is not reported
 
 BLEU is sacrebleu's with its defaults, on detokenised text. The score of a sample is its sentence BLEU (with effective
 order, as sacrebleu advises). The corpus value is not their mean, but is computed from summed n-gram counts. ROUGE-L
-is that of Google's rouge-score: F of the longest common subsequence of stemmed tokens, which are runs of a-z and 0-9 in
+follows Google's rouge-score: F of the longest common subsequence of stemmed tokens, which are runs of a-z and 0-9 in
 lower case. So text in another script has no tokens and scores 0. The library and its stemmer read no data files.
 """
 

@@ -189,8 +189,8 @@ def _plan(settings: EvaluateSettings, *, rank: int, world_size: int, identify: I
 
 
 def _base_format(settings: EvaluateSettings, source: ModelSource, adapter: NativeAdapter | None) -> str | None:
-    """Return the storage format in which the base is used: the given one, that of its folder, or that of the adapter's
-    run. Raises UserError if the adapter is to be merged into quantised weights."""
+    """Return the storage format in which the base is used: the given one, its folder's format, or the format in the
+    adapter's run. Raises UserError if the adapter is to be merged into quantised weights."""
     given = settings.base or source.stored_base or (adapter and adapter.base_identity.base_format) or UNQUANTISED
     if given == UNQUANTISED:
         return None

@@ -229,7 +229,7 @@ def _attend_to_cache(query: Tensor, cache: KeyValueCache, mask: Tensor | None) -
     The query heads that share a key-value head are stacked as tokens of one head, so that no key is copied for them.
     In fp32 (always on a CPU) two matmuls take two thirds of the time of PyTorch's fused kernel, which is made for long
     queries. In bf16 the fused kernel is used, because it computes scores in fp32. cuDNN's kernel is avoided, because it
-    makes a plan for each number of keys: `prepare_environment` gives it the last priority.
+    makes a plan for each number of keys: `prepare_environment` puts it last.
     """
     assert mask is not None, "a filled cache needs a mask"
     batch, heads, length, head_dim = query.shape

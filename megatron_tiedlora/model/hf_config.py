@@ -332,7 +332,7 @@ def read_rope(
 
     Args:
         values: the fields of the embedding; None for those of the config.
-        partial: whether the family can rotate part of a head.
+        partial: whether the family can rotate only some elements of a head.
         original_positions: the family's own field for `original_max_position_embeddings`, which takes precedence.
         other_names: the kinds of scaling, by names that only this family uses.
 

@@ -131,7 +131,7 @@ class Needs(NamedTuple):
 
 
 def gradient_dtype(*slots: Tensor | None) -> torch.dtype | None:
-    """Return the dtype of the factors' gradients, which is that of their gradient slots, or None if all are frozen."""
+    """Return the dtype of the factors' gradients and gradient slots, or None if all factors are frozen."""
     return next((tensor.dtype for tensor in slots if tensor is not None), None)
 
 
@@ -244,7 +244,7 @@ class Projection:
     def _leave(
         self, grad_normed: Tensor | None, grad_ax: Tensor | None, a: Tensor | None, *, needs_ax: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Return the gradients of x and A x. The gradient of x is summed over ranks and includes that of the update.
+        """Return the gradients of x and A x. The gradient of x is summed over ranks and includes the update.
 
         Under sequence parallelism this rank gets its shard of the sequence. With `needs_ax` the gradient of A x is
         summed in the same message, and determines A's gradient with this rank's shard of x. Without sequence

@@ -146,7 +146,7 @@ class WeightRule:
         linear: the name of the linear that it is the matrix of; None for a norm's weight or a bias.
         shape: the shape of the full tensor.
         spec: the sharding over tensor-parallel ranks.
-        parts: the stored rows, stacked along dimension 0, one for each of `spec.blocks` if these are along it.
+        parts: the stored rows, stacked along dimension 0, one for each of `spec.blocks` if these are along dimension 0.
         divides: whether the backward pass divides by it, so that it must not contain zeros.
     """
 
@@ -160,11 +160,11 @@ class WeightRule:
 
     @property
     def hf_names(self) -> tuple[str, ...]:
-        """Return the names of the Hugging Face tensors that store it, one for each entry of `parts`."""
+        """Return the names of the Hugging Face tensors that store the weight, one for each entry of `parts`."""
         return tuple(part.name for part in self.parts)
 
     def is_quantised(self, shape: ModelShape) -> bool:
-        """Return whether it is quantised in a base of fewer bits, as the matrices of the blocks' linears are."""
+        """Return whether the weight is quantised in a base of fewer bits: only the matrices of blocks' linears are."""
         return self.linear is not None and 1 <= self.layer <= shape.num_layers
 
     def by_stored_tensor(self, rows: Tensor) -> dict[str, Tensor]:

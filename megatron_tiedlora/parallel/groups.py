@@ -292,7 +292,7 @@ def enter_tensor_parallel_region(hidden: Tensor, tensor_parallel: TensorParallel
 def leave_tensor_parallel_region(hidden: Tensor, tensor_parallel: TensorParallel) -> Tensor:
     """Return the sum of the ranks' partial sums (b, s, d), in the shape of activations between layers.
 
-    The gradient of a partial sum is that of the sum, gathered if the sum is sharded along the sequence.
+    Every partial sum gets the gradient of the sum, gathered if the sum is sharded along the sequence.
     """
     group = tensor_parallel.group
     if group.size == 1:
@@ -363,7 +363,7 @@ _IGNORED = {"recv_", "recv_any_source_", "monitored_barrier_"}  # only the sende
 
 @dataclass
 class Traffic:
-    """Messages and bytes by (group, kind). Bytes are those of the whole tensor: a gather's output, a reduction's input.
+    """Messages and bytes by (group, kind). Bytes count the whole tensor: a gather's output, a reduction's input.
 
     Over a ring of n ranks, each rank sends B (n - 1) / n bytes for an all-gather or reduce-scatter of B bytes. For an
     all-reduce it sends twice as many.

@@ -1,4 +1,4 @@
-"""Frozen weights of 4 or 8 bits, stored as codes and scales. The scales are those of the full tensor, so its values do
+"""Frozen weights of 4 or 8 bits, stored as codes and scales. The scales belong to the full tensor, so its values do
 not depend on how it is sharded.
 
     y = x D(W)^T + c        dx = dy D(W)
