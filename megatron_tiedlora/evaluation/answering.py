@@ -198,7 +198,7 @@ def answer_all(
 class _AskedSet:
     """The samples of one adapter, in the batches in which all data-parallel ranks answer them.
 
-    The longest prompts come first, so that the program runs out of memory at once and not after hours.
+    The longest prompts come first. If the memory is too small, the run then fails at once and not after hours.
     """
 
     def __init__(self, adapter: str, scored: ScoredSet, grid: Grid) -> None:

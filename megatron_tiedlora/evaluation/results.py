@@ -59,8 +59,8 @@ class Score:
 def score_answers(
     metric_names: Sequence[str], answers: Sequence[Answer], *, seed: int = 0, resamples: int = 1000
 ) -> dict[str, Score]:
-    """Return the scores by metric, in the order of `metric_names`. The interval depends on the order of the answers,
-    that of their file. Raises UserError without answers, for an unknown metric, or if it cannot score an example."""
+    """Return the scores by metric, in the order of `metric_names`. The interval depends on the order of the answers
+    in the file. Raises UserError without answers, for an unknown metric, or if it cannot score an example."""
     if not answers:
         raise UserError("no answers to score; the split is empty")
     scores = {}

@@ -168,7 +168,7 @@ def rotate_normed_gradient(
     """Return the gradient of the heads before `rotate_normed`, (T, n, head_dim), from its results and their gradients.
 
     x root is not saved. It is computed from the result, which is rotated back and divided by the weight. The rotation
-    can change lengths, as cosines and sines are rounded or scaled. So it is also divided by cos^2 + sin^2.
+    can change lengths, as cosines and sines are rounded or scaled. So the result is also divided by cos^2 + sin^2.
 
     Args:
         query, key, value: gradients, each (T, heads, head_dim).
