@@ -1,1 +1,1 @@
-"""The tied adapter: its targets, tensors and low-rank update, and how ranks share, sum and gather it."""
+"""The tied adapter: its targets, tensors and low-rank update, and the communication between ranks that it needs."""

@@ -1,8 +1,8 @@
-"""The adapters of one base that are trained together. Each keeps its own tensors and is applied to its own tokens only.
+"""Adapters of one base that are trained together. Each keeps its own tensors and is applied to its own tokens only.
 
-A micro-batch of several is ONE row: their micro-batches, end to end, each as it is when that adapter is alone. So an
-adapter's part of every tensor has the shape and memory that it has alone, and nothing is padded for others.
-The group is no module: engines neither move nor sum nor step its tensors, unless a stage registers one (`Stage`).
+The micro-batches of several adapters are joined end to end into ONE row. Each is the same as when that adapter is
+trained alone. So every tensor of an adapter keeps its shape and memory, and there is no padding for other adapters.
+`AdapterGroup` is no nn.Module: an engine moves, sums or steps its tensors only if a stage registers one (`Stage`).
 """
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ ONLY = ""  # the name of an adapter that is the only one
 
 
 class Share(NamedTuple):
-    """The micro-batch of one adapter, which others may share: (rows, length) tokens, row after row.
+    """The micro-batch of one adapter, (rows, length) tokens, row after row. It can be one of several in a micro-batch.
 
     Attributes:
         adapter: the name of the adapter in the adapter group.
@@ -33,7 +33,7 @@ class Share(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
-        """The number of tokens, padding included."""
+        """Return the number of tokens, including padding."""
         return self.num_rows * self.length
 
 
@@ -41,14 +41,14 @@ Shares = Sequence[Share]
 
 
 def spans_of(shares: Shares) -> RowSpans:
-    """The span of each share's tokens, in order; none if there is a single share."""
+    """Return the span of tokens of each share, in order; return an empty tuple if there is a single share."""
     if len(shares) == 1:
         return ()
     return tuple(RowSpan(number, share.num_tokens) for number, share in enumerate(shares))
 
 
 class Dropout(NamedTuple):
-    """The dropout of one adapter's inputs (--dropout), which follows from the index of each token.
+    """The dropout of one adapter's inputs (--dropout). The index of each token decides which of its inputs are dropped.
 
     Attributes:
         probability: the probability that an input is dropped.
@@ -61,10 +61,10 @@ class Dropout(NamedTuple):
     def of_linears(
         self, part: AdapterShard, token_index: Tensor, tensor_parallel: TensorParallel
     ) -> Callable[[int, str], InputDropout]:
-        """The dropout of a layer's linear, by the layer and the name of the target.
+        """Return a function from a layer and the name of a target to the dropout of that linear.
 
         Args:
-            part: this rank's part of the adapter.
+            part: the shard of the adapter on this rank.
             token_index: (b, s) int64, see `MicroBatch`.
         """
         parts = tensor_parallel.sequence_parts
@@ -83,26 +83,26 @@ class Dropout(NamedTuple):
 
 
 class AdapterGroup:
-    """A rank's parts of one or more adapters, by name."""
+    """The shards of one or more adapters on a rank, by adapter name."""
 
     def __init__(self, adapters: Mapping[str, TiedAdapter], dropout: Mapping[str, Dropout] | None = None) -> None:
-        """`dropout`: the dropout of adapters in training steps, by name."""
+        """Take the adapters, and in `dropout` the dropout of adapters in training steps, both by name."""
         self.adapters, self.dropout = dict(adapters), dict(dropout or {})
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Every tensor of this rank, as NAME.TENSOR."""
+        """Yield every adapter tensor of this rank, with the name ADAPTER.TENSOR."""
         for name, adapter in self.adapters.items():
             for tensor, parameter in adapter.named_parameters():
                 yield f"{name}.{tensor}", parameter
 
     def updates(self, shares: Shares, tensor_parallel: TensorParallel, *, dtype: torch.dtype) -> dict[int, LayerUpdate]:
-        """The updates of the stage's layers that an adapter of the micro-batch adapts, by layer.
+        """Return the updates of the adapted layers of the stage, by layer, for the adapters of the micro-batch.
 
         Factors that ranks need in full are gathered in one message for all adapters of the micro-batch, and their
-        gradients summed in one. The gradients of u stay this rank's addends, which are summed once per step.
+        gradients are summed in one. The gradients of u stay partial sums, which are summed once per step.
 
         Args:
-            shares: the shares of the micro-batch, at most one per adapter. By default all tokens are the only one's.
+            shares: the shares of the micro-batch, at most one per adapter; by default one for the only adapter.
             dtype: the base's dtype.
         """
         adapters = [self.adapters[share.adapter] for share in shares or self._only_share()]
@@ -123,8 +123,8 @@ class AdapterGroup:
         memory: dict[Hashable, Tensor] = {}
 
         def flat(factors: Sequence[Tensor]) -> Tensor:
-            """The factors end to end, in one memory for all layers that share them; a single factor in its own."""
-            # not by address, as tensors without data have none
+            """Return the concatenated factors, in one tensor for all layers that share them, without copying one."""
+            # The key is no address, because tensors without data have none.
             key = tuple((factor.untyped_storage()._cdata, factor.storage_offset()) for factor in factors)
             if key not in memory:
                 parts = [factor.flatten() for factor in factors]
@@ -132,7 +132,7 @@ class AdapterGroup:
             return memory[key]
 
         def joined(linears: Mapping[int, LinearUpdate]) -> LinearUpdate:
-            """One update of a linear for all adapters: their factors and gradient slots, flat and end to end."""
+            """Return one update of a linear for all adapters, with flat and concatenated factors and gradient slots."""
             ranks = {number: adapters[number].config.rank for number in linears}
             a, f, grad_a, grad_f, _ = zip(*linears.values(), strict=True)
             rows = SharedRows(ranks=ranks, spans=spans, local_spans=local_spans)
@@ -149,7 +149,7 @@ class AdapterGroup:
     def with_dropout(
         self, updates: Mapping[int, LayerUpdate], token_index: Tensor, shares: Shares, tensor_parallel: TensorParallel
     ) -> dict[int, LayerUpdate]:
-        """The updates with each adapter's dropout of its own tokens; `token_index` (b, s), see `MicroBatch`."""
+        """Return the updates with each adapter's dropout for its tokens. For `token_index` (b, s) see `MicroBatch`."""
         names = (share.adapter for share in shares or self._only_share())
         dropped = {
             number: self.dropout[name].of_linears(self.adapters[name].part, token_index, tensor_parallel)
@@ -174,7 +174,7 @@ class AdapterGroup:
 
 
 def _join_slots(factors: Sequence[Tensor], slots: Sequence[Tensor | None]) -> Tensor | None:
-    """One gradient slot for several factors, some of which may be frozen; None if all are."""
+    """Return one gradient slot for several factors, of which some may be frozen; return None if all are frozen."""
     trained = [slot is not None for slot in slots]
     if not any(trained):
         return None

@@ -4,19 +4,19 @@ With ax = A x, dz the gradient of z and grad_ax = dz F:
 
     dA = grad_ax^T x        dF = dz^T ax        dx = dz W + grad_ax A
 
-With dropout D on the update's input, ax = A D(x), dA = grad_ax^T D(x), and dx = dz W + D(grad_ax A): D multiplies each
-element by a number, so it is its own adjoint. No matmul here creates a (tokens, out) tensor. Layers compute the matmuls
-with W.
+With dropout D on the update's input, ax = A D(x), dA = grad_ax^T D(x), and dx = dz W + D(grad_ax A). D multiplies each
+element by a number, so it is its own adjoint. No matmul here creates a (tokens, out) tensor. The layers themselves
+compute the matmuls with W.
 
 Layers use A and F = (alpha / r) diag(v) B diag(u) of each linear; the gradients of B, u and v follow from dF. A tensor
-has a slot for each group of layers that share it. It is stacked over slots unless there is one slot for all layers.
+has one slot per set of layers that share it. It is stacked over slots unless one slot serves all layers.
 
-A token uses the factors of its own adapter. There are two sets of tokens: all of the micro-batch, and with sequence
-parallelism this rank's part of them (`local`).
+A token uses the factors of its own adapter. There are two sets of tokens: all tokens of the micro-batch, and with
+sequence parallelism only this rank's shard of the sequence (`local`).
 
-With several adapters the factors of a linear are flat: A_i (r_i, in), one after another, and so are F_i (out, r_i),
-their gradients, and A x: (tokens, r_i) of the first span of tokens, then of the next. So an adapter's tensors have the
-shape and memory that they have when it is alone, and a token saves r_i numbers.
+With several adapters the factors of a linear are flat: A_1 (r_1, in) is followed by A_2, and so on. So are F_i (out,
+r_i), the gradients, and A x, (tokens, r_i) for each span of tokens. So an adapter's tensors have the same shape and
+memory as when it is trained alone, and r_i elements are saved per token.
 """
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -38,7 +38,7 @@ from megatron_tiedlora.parallel.shard_spec import stream_seed
 
 @cache
 def layer_slots(shared_by: Sharing, layers: tuple[int, ...]) -> dict[int, int]:
-    """The slot of each adapted layer; slots are in the order of their first layers."""
+    """Return the slot of each adapted layer. Slots are in the order of their first layers."""
     keys: list[Hashable] = list(layers) if shared_by == "one" else [None] * len(layers)
     if isinstance(shared_by, int):
         keys = [index // shared_by for index in range(len(layers))]
@@ -48,13 +48,13 @@ def layer_slots(shared_by: Sharing, layers: tuple[int, ...]) -> dict[int, int]:
     return {layer: numbers[key] for layer, key in zip(layers, keys, strict=True)}
 
 
-Slots = tuple[int, ...] | None  # for each layer of a stage, which of the rank's slots it uses; None: not stacked
+Slots = tuple[int, ...] | None  # the rank's slot that each layer of a stage uses; None: not stacked
 
 
 class LinearFactors(NamedTuple):
-    """B, u and v of a linear on a rank, their slots, and alpha / r. A tensor that is None counts as ones.
+    """The tensors B, u and v of a linear on a rank, their slots, and alpha / r. A tensor that is None counts as ones.
 
-    For A alone: A in the place of B, with a scale of 1.
+    It can also hold A: then A is stored as B, with a scale of 1.
     """
 
     tensors: tuple[Tensor | None, ...]
@@ -64,7 +64,7 @@ class LinearFactors(NamedTuple):
 
     @torch.no_grad()
     def values(self, dtype: torch.dtype) -> list[Tensor]:
-        """F of each layer, (o, r), in `dtype` and without a gradient. Layers with the same slots share one tensor."""
+        """Return F of each layer, (o, r), in `dtype` without gradient. Layers with the same slots share one tensor."""
         of_layers = list(zip(*(slots or (0,) * self.num_layers for slots in self.slots), strict=True))
         numbers = {used: number for number, used in enumerate(dict.fromkeys(of_layers))}
         used = (some and different for some, different in zip(self.slots, zip(*numbers, strict=True), strict=True))
@@ -73,7 +73,7 @@ class LinearFactors(NamedTuple):
         return [rows[numbers[used]] for used in of_layers]
 
     def gradient_slots(self) -> tuple[Tensor | None, ...]:
-        """The tensors that receive the gradient of each layer's F; None if it has none."""
+        """Return for each layer the tensor that receives the gradient of its F, or None if F has no gradient."""
         if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in self.tensors):
             return (None,) * self.num_layers
         slots: tuple[Tensor, ...] = _GradientSlots.apply(*self.tensors, *self[1:])
@@ -81,14 +81,14 @@ class LinearFactors(NamedTuple):
 
 
 def _read(tensor: Tensor | None, slots: Slots) -> Any:
-    """Some slots of a tensor, (slots, ...); the tensor itself if these are all in order, or if it is not stacked."""
+    """Return some slots of a tensor, (slots, ...), or the whole tensor if it is not stacked or needs no selection."""
     if tensor is None or slots is None or slots == tuple(range(len(tensor))):
         return tensor
     return torch.stack([tensor[slot] for slot in slots])
 
 
 def _add_up(addends: Tensor, slots: Slots, number: int) -> Tensor:
-    """The gradient of a tensor with `number` slots, from the gradients of each layer, (layers, ...)."""
+    """Return the gradient of a tensor with `number` slots, from the gradients of each layer, (layers, ...)."""
     if slots is None or slots == tuple(range(number)):
         return addends.sum(0) if slots is None else addends
     total = addends.new_zeros(number, *addends.shape[1:])
@@ -98,17 +98,17 @@ def _add_up(addends: Tensor, slots: Slots, number: int) -> Tensor:
 
 
 def fold(b: Tensor, u: Tensor | None, v: Tensor | None, scale: float) -> Tensor:
-    """scale diag(v) B diag(u), (o, r), or (n, o, r) if b (n, o, r), u (n, r) or v (n, o) is stacked."""
+    """Return scale diag(v) B diag(u), (o, r). It is (n, o, r) if b (n, o, r), u (n, r) or v (n, o) is stacked."""
     rows = b if v is None else v[..., None] * b
     scaled = rows if u is None else rows * u[..., None, :]
     return scaled if scale == 1.0 else scaled * scale
 
 
 class _GradientSlots(torch.autograd.Function):
-    """A gradient slot for each layer: a tensor, in the adapter's dtype, that receives the gradient of the layer's F.
+    """One gradient slot per layer: a tensor, in the adapter's dtype, that receives the gradient of the layer's F.
 
-    autograd casts a gradient to its tensor's dtype, and F has the base's. An fp32 gradient therefore needs an fp32
-    tensor, whose values are never read. With F = s diag(v) B diag(u) and its gradients G, for all layers at once,
+    autograd casts a gradient to its tensor's dtype, and F has the dtype of the base. An fp32 gradient therefore needs
+    an fp32 tensor; its values are never read. For F = s diag(v) B diag(u) with the gradient G, for all layers at once:
 
         dB = s diag(v) G diag(u)      dv = row sums of s G diag(u) B      du = column sums of s diag(v) G B
     """
@@ -119,7 +119,7 @@ class _GradientSlots(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         needs_b, needs_u, needs_v = ctx.needs_input_grad[:3]
         used = (b, needs_u or needs_v), (u, needs_b or needs_v), (v, needs_b or needs_u)
-        # Detached: under ZeRO-3 the Parameter is emptied when the adapter's call returns.
+        # The tensors are detached because ZeRO-3 empties the Parameter when the adapter's call returns.
         ctx.save_for_backward(*(tensor.detach() if tensor is not None and needed else None for tensor, needed in used))
         ctx.scale, ctx.slots, ctx.sizes = scale, slots, [0 if tensor is None else len(tensor) for tensor in (b, u, v)]
         return tuple(b.new_empty(1).expand(b.shape[-2:]) for _ in range(num_layers))
@@ -149,8 +149,8 @@ class SomeTokens(NamedTuple):
 
     Attributes:
         rows: (m,), indices into (b s).
-        local_rows: the rows of this rank, as indices into its (b s) or (b s / p) activations between layers.
-        spans, local_spans: their adapters, if there are several.
+        local_rows: the tokens of this rank, as indices into its (b s) or (b s / p) activations between layers.
+        spans, local_spans: the adapters of the tokens, if there are several.
     """
 
     rows: Tensor
@@ -161,7 +161,7 @@ class SomeTokens(NamedTuple):
 
 @dataclass(frozen=True)
 class AllRows:
-    """All tokens use the factors of one adapter: A (r, in) and F (out, r); A x is (..., r).
+    """Tokens that all use the factors of one adapter: A (r, in) and F (out, r); A x is (..., r).
 
     Attributes:
         dropout: the dropout of the update's input, in a training step with --dropout.
@@ -170,34 +170,34 @@ class AllRows:
     dropout: "InputDropout | None" = None
 
     def _dropped(self, rows: Tensor, *, local: bool) -> Tensor:
-        """D(rows), with rows (tokens, in)."""
+        """Return D(rows), with rows (tokens, in)."""
         return rows if self.dropout is None else self.dropout.dropped(rows, local=local)
 
     def reduce_input(self, x: Tensor, a: Tensor, *, local: bool) -> Tensor:
-        """ax = A D(x) of x (..., in)."""
+        """Return ax = A D(x) for x (..., in)."""
         rows = self._dropped(x.flatten(0, -2), local=local)
         return torch.mm(rows, a.t()).view(*x.shape[:-1], -1)
 
     def add_update_(self, z: Tensor, ax: Tensor, f: Tensor) -> None:
-        """Add F A x to z (tokens, out), in place."""
+        """Add F A x to z (tokens, out) in place."""
         torch.addmm(z, flat(ax), f.t(), out=z)
 
     def gradient_of_ax(self, grad_z: Tensor, f: Tensor) -> Tensor:
-        """grad_ax = dz F, from dz (tokens, out)."""
+        """Return grad_ax = dz F, from dz (tokens, out)."""
         return grad_z @ f
 
     def gradient_of_f(self, grad_z: Tensor, ax: Tensor, dtype: torch.dtype) -> Tensor:
-        """dF = dz^T ax in `dtype`, from dz (tokens, out)."""
+        """Return dF = dz^T ax in `dtype`, from dz (tokens, out)."""
         return wide_matmul(grad_z.t(), flat(ax), dtype)
 
     def gradient_of_a(self, grad_ax: Tensor, x: Tensor, dtype: torch.dtype, *, local: bool) -> Tensor:
-        """dA = grad_ax^T D(x) in `dtype`, from x (tokens, in)."""
+        """Return dA = grad_ax^T D(x) in `dtype`, from x (tokens, in)."""
         return wide_matmul(flat(grad_ax).t(), self._dropped(x, local=local), dtype)
 
     def add_input_gradient_(self, grad_x: Tensor, grad_ax: Tensor | None, a: Tensor | None, *, local: bool) -> Tensor:
-        """grad_x (..., in) + D(grad_ax A), in place; grad_x alone if one of the others is None.
+        """Add D(grad_ax A) to grad_x (..., in) in place and return it; add nothing if `grad_ax` or `a` is None.
 
-        Only D makes a second tensor of this size.
+        Only dropout creates a second tensor of this size.
         """
         if grad_ax is None or a is None:
             return grad_x
@@ -209,31 +209,31 @@ class AllRows:
         return grad_x
 
     def columns(self, ax: Tensor, *, local: bool) -> Tensor:
-        """A x, or its gradient, as columns for a message along the sequence, (1, tokens, r)."""
+        """Return A x, or its gradient, as columns for a message along the sequence, (1, tokens, r)."""
         return ax.view(1, -1, ax.shape[-1])
 
     def of_columns(self, columns: Tensor, *, local: bool) -> Tensor:
-        """A x, or its gradient, from columns (..., r)."""
+        """Return A x, or its gradient, from columns (..., r)."""
         return columns
 
     def at(self, some: SomeTokens) -> "AllRows":
-        """A copy that applies to some tokens only."""
+        """Return a copy that applies to some tokens only."""
         return self if self.dropout is None else replace(self, dropout=self.dropout.at(some.rows, some.local_rows))
 
     def slot_spans(self, size: int) -> RowSpans | None:
-        """The adapters to which the `size` elements of a gradient of A or F belong; None if there is one adapter."""
+        """Return the adapters that the `size` elements of a gradient of A or F belong to, or None for one adapter."""
         return None
 
 
 @dataclass(frozen=True)
 class SharedRows(AllRows):
-    """The tokens of several adapters. A token uses the factors of its adapter, if that adapts the linear.
+    """The tokens of several adapters. A token uses the factors of its adapter if that adapter adapts the linear.
 
     Attributes:
-        ranks: the rank of each adapter that adapts the linear, by its number, in the order of the factors.
+        ranks: the LoRA rank of each adapter that adapts the linear, by adapter number, in the order of the factors.
         spans: the adapters of all tokens.
-        local_spans: the adapters of the tokens in this rank's part of the sequence.
-        dropouts: the dropout of each adapter, by its number, with keys for all tokens; `dropout` is None.
+        local_spans: the adapters of the tokens in this rank's shard of the sequence.
+        dropouts: the dropout of each adapter, by adapter number, with keys for all tokens; `dropout` is None.
     """
 
     ranks: Mapping[int, int] = field(default_factory=dict)
@@ -242,34 +242,34 @@ class SharedRows(AllRows):
     dropouts: "Mapping[int, InputDropout]" = field(default_factory=dict)
 
     def reduce_input(self, x: Tensor, a: Tensor, *, local: bool) -> Tensor:
-        """As in AllRows."""
+        """See `AllRows`."""
         factors, spans = self._factors(a, by_rows=True), self._each(flat(x), local=local, drops=True)
         return _end_to_end([rows.reduce_input(own, factors[i], local=local) for i, rows, own, _ in spans], x)
 
     def add_update_(self, z: Tensor, ax: Tensor, f: Tensor) -> None:
-        """As in AllRows."""
+        """See `AllRows`."""
         factors = self._factors(f)
         for i, rows, own, narrow in self._each(z, ax):
             rows.add_update_(own, narrow, factors[i])
 
     def gradient_of_ax(self, grad_z: Tensor, f: Tensor) -> Tensor:
-        """As in AllRows."""
+        """See `AllRows`."""
         factors = self._factors(f)
         return _end_to_end([rows.gradient_of_ax(own, factors[i]) for i, rows, own, _ in self._each(grad_z)], grad_z)
 
     def gradient_of_f(self, grad_z: Tensor, ax: Tensor, dtype: torch.dtype) -> Tensor:
-        """As in AllRows."""
+        """See `AllRows`."""
         found = ((i, rows.gradient_of_f(own, narrow, dtype)) for i, rows, own, narrow in self._each(grad_z, ax))
         return self._by_adapter(found, grad_z.new_zeros(grad_z.shape[-1], dtype=dtype))
 
     def gradient_of_a(self, grad_ax: Tensor, x: Tensor, dtype: torch.dtype, *, local: bool) -> Tensor:
-        """As in AllRows."""
+        """See `AllRows`."""
         spans = self._each(x, grad_ax, local=local, drops=True)
         found = ((i, rows.gradient_of_a(narrow, own, dtype, local=local)) for i, rows, own, narrow in spans)
         return self._by_adapter(found, x.new_zeros(x.shape[-1], dtype=dtype))
 
     def add_input_gradient_(self, grad_x: Tensor, grad_ax: Tensor | None, a: Tensor | None, *, local: bool) -> Tensor:
-        """As in AllRows."""
+        """See `AllRows`."""
         if grad_ax is not None and a is not None:
             factors = self._factors(a, by_rows=True)
             for i, rows, own, narrow in self._each(flat(grad_x), grad_ax, local=local, drops=True):
@@ -277,7 +277,7 @@ class SharedRows(AllRows):
         return grad_x
 
     def columns(self, ax: Tensor, *, local: bool) -> Tensor:
-        """As in AllRows: (1, tokens, widest rank), with zeros where a token's rank is less."""
+        """See `AllRows`. The result is (1, tokens, largest rank), padded with zeros for adapters of smaller rank."""
         num_tokens = sum(span.size for span in (self.local_spans if local else self.spans))
         spread = ax.new_zeros(1, num_tokens, max(self.ranks.values()))
         for i, _, own, narrow in self._each(spread[0], ax, local=local):
@@ -285,28 +285,28 @@ class SharedRows(AllRows):
         return spread
 
     def of_columns(self, columns: Tensor, *, local: bool) -> Tensor:
-        """As in AllRows."""
+        """See `AllRows`."""
         spans = self._each(columns.flatten(0, -2), local=local)
         return _end_to_end([own[:, : self.ranks[i]] for i, _, own, _ in spans], columns)
 
     def at(self, some: SomeTokens) -> "SharedRows":
-        """As in AllRows."""
+        """See `AllRows`."""
         dropouts = {adapter: dropout.at(some.rows, some.local_rows) for adapter, dropout in self.dropouts.items()}
         return replace(self, spans=some.spans, local_spans=some.local_spans, dropouts=dropouts)
 
     def slot_spans(self, size: int) -> RowSpans:
-        """As in AllRows."""
+        """See `AllRows`."""
         width = size // sum(self.ranks.values())
         return tuple(RowSpan(adapter, rank * width) for adapter, rank in self.ranks.items())
 
     def _each(
         self, rows: Tensor, ax: Tensor | None = None, *, local: bool = False, drops: bool = False
     ) -> Iterator[tuple[int, AllRows, Tensor, Any]]:
-        """Split rows (tokens, n), and A x or its gradient, into spans, without those of adapters that skip the linear.
+        """Split rows (tokens, n), and A x or its gradient, into spans. Skip adapters that do not adapt the linear.
 
         Yields:
-            the adapter's number; what applies to these rows alone, with their dropout if `drops`; views of the rows and
-            of A x, (tokens, rank of the adapter), or None without `ax`.
+            the adapter's number; an `AllRows` for these rows alone, with dropout if `drops`; views of the rows and of
+            A x, (tokens, rank of the adapter), or None without `ax`.
         """
         spans, taken = self.local_spans if local else self.spans, 0
         assert len(rows) == sum(span.size for span in spans), "rows of other tokens"
@@ -320,13 +320,13 @@ class SharedRows(AllRows):
             yield i, AllRows() if dropout is None else AllRows(dropout.at(part, part)), rows[part], narrow
 
     def _factors(self, flat: Tensor, *, by_rows: bool = False) -> dict[int, Tensor]:
-        """F_i (out, r_i) by adapter, or A_i (r_i, in) with `by_rows`."""
+        """Return F_i (out, r_i) by adapter, or A_i (r_i, in) with `by_rows`."""
         blocks = flat.split([span.size for span in self.slot_spans(flat.numel())])
         shapes = [(rank, -1) if by_rows else (-1, rank) for rank in self.ranks.values()]
         return {adapter: block.view(shape) for adapter, block, shape in zip(self.ranks, blocks, shapes, strict=True)}
 
     def _by_adapter(self, found: Iterator[tuple[int, Tensor]], zeros: Tensor) -> Tensor:
-        """The sums of each adapter's gradients, flat. An adapter without any gets `zeros` for each unit of its rank."""
+        """Return the sums of each adapter's gradients, flat. A missing one is `zeros` repeated by the rank."""
         totals: dict[int, Tensor] = {}
         for adapter, gradient in found:
             totals[adapter] = totals[adapter] + gradient if adapter in totals else gradient
@@ -335,43 +335,43 @@ class SharedRows(AllRows):
 
 
 def flat(tensor: Tensor) -> Tensor:
-    """(..., n) -> (tokens, n), a view."""
+    """Return a view of (..., n) as (tokens, n)."""
     return tensor.view(-1, tensor.shape[-1])
 
 
 def _end_to_end(parts: Sequence[Tensor], like: Tensor) -> Tensor:
-    """All elements of the parts, flat; an empty tensor in the dtype of `like` if there are no parts."""
+    """Return all elements of the tensors, flat. Without tensors it is an empty tensor in the dtype of `like`."""
     return torch.cat([part.flatten() for part in parts]) if parts else like.new_empty(0)
 
 
 def beside(wide: Tensor, narrow: Tensor) -> Tensor:
-    """[wide | narrow | zeros] for one message. `narrow` is padded to a multiple of `SIZE_MULTIPLE` columns."""
+    """Return [wide | narrow | zeros] for one message. `narrow` is padded to a multiple of `SIZE_MULTIPLE` columns."""
     missing = padded(narrow.shape[-1]) - narrow.shape[-1]
     return torch.cat((wide, narrow, narrow.new_zeros(*narrow.shape[:-1], missing)), dim=-1)
 
 
 def apart(joined: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """`wide` and `narrow` from the result of `beside`, as views; `narrow` has `size` columns."""
+    """Return views of `wide` and `narrow` from the result of `beside`; `narrow` has `size` columns."""
     width = joined.shape[-1] - padded(size)
     return joined[..., :width], joined[..., width : width + size]
 
 
 # Dropout --------------------------------------------------------------------------------------------------------------
 #
-# x becomes x kept / (1 - p), where `kept` depends on no layout, device or packing. Whether feature j of a token is kept
-# follows from the run's seed, the token's index (which step and sample, and where in the sample, see `data/loader`),
-# the layer, the target and j. It is computed where it is used, in the forward and again in the backward pass, so
-# nothing is saved, no random state exists, and a rank computes it for its own tokens and features alone. All integers
-# are 32-bit values in int64 lanes that never overflow, so they are the same everywhere:
+# x becomes x kept / (1 - p). `kept` depends on no layout, device or packing. Whether feature j of a token is kept
+# depends on the run's seed, the token's index (step, sample and position in the sample, see `data/loader`), the layer,
+# the target and j. It is computed in the forward pass and again in the backward pass. So nothing is saved, there is no
+# random state, and a rank computes it for its own tokens and features only. All integers are 32-bit values in int64
+# elements that never overflow, so they are equal on all devices:
 #
 #     kept = mix(key(token) ^ mix(j ^ salt(layer, target))) >= p * 2^32
 
 _WORD = 2**32 - 1
-_HOST_NUMBERS_AT_ONCE = 2**16  # on a CPU the integers of a part then stay in its cache
+_HOST_NUMBERS_AT_ONCE = 2**16  # on a CPU the integers of a block then stay in its cache
 
 
 def mix_(words: Tensor) -> Tensor:
-    """Replace 32-bit values in an int64 tensor by hashed ones, one to one. (A hash of C. Wellons' prospector.)"""
+    """Replace 32-bit values in an int64 tensor by their hashes, one to one. (A hash of C. Wellons' prospector.)"""
     words ^= words >> 15
     words.mul_(0x2C1B3C6D).bitwise_and_(_WORD)  # factors below 2^30, so no product reaches 2^63
     words ^= words >> 12
@@ -381,7 +381,7 @@ def mix_(words: Tensor) -> Tensor:
 
 
 def token_keys(token_index: Tensor, *, seed: int) -> Tensor:
-    """The key of each token, 32 bits in int64, from the index of each token, int64 and not negative."""
+    """Return the key of each token, 32 bits in int64, from the index of each token, int64 and not negative."""
     salt = stream_seed(seed, "dropout")
     low = mix_((token_index & _WORD) ^ (salt & _WORD))
     return mix_(low ^ (token_index >> 32) ^ (salt >> 32))
@@ -389,13 +389,13 @@ def token_keys(token_index: Tensor, *, seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class InputDropout:
-    """The dropout of one linear's adapter, for the tokens of a micro-batch on one rank.
+    """The dropout of the adapter of one linear, for the tokens of a micro-batch on one rank.
 
     Attributes:
         keys: the keys of all tokens of the micro-batch in order, (b s,) int64.
-        local_keys: the keys of this rank's part of the sequence, (b s / p,).
-        salt: differs between layers and targets, 32 bits.
-        first: this rank's first input feature; not 0 where the linear's columns are sharded.
+        local_keys: the keys of this rank's shard of the sequence, (b s / p,).
+        salt: 32 bits, different for each layer and target.
+        first: the index of this rank's first input feature; it can be above 0 if the linear's columns are sharded.
         probability: p, the probability that an input is dropped.
     """
 
@@ -406,12 +406,12 @@ class InputDropout:
     probability: float
 
     def at(self, rows: Tensor | slice, local_rows: Tensor | slice) -> "InputDropout":
-        """A copy for some tokens only: `rows` are indices into `keys`, `local_rows` into `local_keys`."""
+        """Return a copy for some tokens only. `rows` are indices into `keys`, `local_rows` into `local_keys`."""
         return replace(self, keys=self.keys[rows], local_keys=self.local_keys[local_rows])
 
     def dropped(self, rows: Tensor, *, local: bool) -> Tensor:
-        """`rows` (b s, n) of all tokens, or (b s / p, n) of this rank's part of the sequence if `local`, with dropped
-        elements at 0 and the others divided by 1 - p."""
+        """Return `rows` with dropped elements set to 0 and the other elements divided by 1 - p. They are (b s, n) for
+        all tokens, or (b s / p, n) for this rank's shard of the sequence if `local`."""
         keys = self.local_keys if local else self.keys
         assert len(rows) == len(keys), "rows of other tokens"
         width = rows.shape[1]
@@ -427,5 +427,5 @@ class InputDropout:
 
 
 def dropout_salt(seed: int, *, layer: int, target: str) -> int:
-    """The salt of a target in a 1-based layer."""
+    """Return the salt of a target in a 1-based layer."""
     return stream_seed(seed, f"dropout.{layer}.{target}") & _WORD

@@ -1,8 +1,8 @@
 """The trained tensors of a run: one module with A, B, u, v of every target, for all adapted layers of a rank's stage.
 
-It owns shapes, sharding, initial values and what layers get from it: A and F = (alpha / r) diag(v) B diag(u). A tensor
-has a slot for each group of layers that share it; which one a layer uses is `AdapterConfig.slot`. It leaves
-z = W x + F A x and the gradients of A and F to `low_rank`, files to checkpoint/, and sums between stages to `tying`.
+It defines shapes, sharding, initial values and the factors for layers: A and F = (alpha / r) diag(v) B diag(u). A
+tensor has one slot per set of layers that share it (see `AdapterConfig.slot`). `low_rank` computes z = W x + F A x and
+the gradients of A and F. checkpoint/ writes files, and `tying` sums between stages.
 """
 
 import math
@@ -28,9 +28,9 @@ class Target:
     """A linear with weight W (out, in) in every adapted layer: z = W x + (alpha / r) diag(v) B diag(u) A x.
 
     Attributes:
-        name: its key in `BlockShape.adaptable`.
-        blocks: output sizes of the fused parts, in order.
-        sharded_dim: how W is sharded over tensor-parallel ranks: "column" by rows of each block, "row" by its columns.
+        name: its name in `BlockShape.adaptable`.
+        blocks: the output sizes of the fused matrices, in order.
+        sharded_dim: how tensor-parallel ranks shard W: "column" shards the rows of each block, "row" its columns.
     """
 
     name: str
@@ -40,17 +40,17 @@ class Target:
 
     @property
     def out_size(self) -> int:
-        """The number of rows of W."""
+        """Return the number of rows of W."""
         return sum(self.blocks)
 
     @property
     def prefix(self) -> str:
-        """The prefix of its tensors' names."""
+        """Return the prefix of the names of its tensors."""
         return "" if self.name == QKV else f"{self.name}."
 
 
 def targets_of(shape: ModelShape, names: Sequence[str] = (QKV,)) -> tuple[Target, ...]:
-    """The model's linears of these names, in the order of their computation."""
+    """Return the model's linears with these names, in the order in which they are computed."""
     adaptable = shape.block.adaptable.items()
     return tuple(
         Target(name, linear.in_size, linear.blocks, linear.sharded_dim) for name, linear in adaptable if name in names
@@ -60,7 +60,7 @@ def targets_of(shape: ModelShape, names: Sequence[str] = (QKV,)) -> tuple[Target
 def sized_targets(
     names: Sequence[str], *, hidden_size: int, qkv_rows: tuple[int, int, int], intermediate_size: int = 0
 ) -> tuple[Target, ...]:
-    """The targets from the sizes in an adapter's file, for reading it without its base.
+    """Return the targets from the sizes in an adapter's file, so that it can be read without its base.
 
     Args:
         intermediate_size: only `gate_up` and `down_proj` need it.
@@ -75,8 +75,8 @@ class AdapterConfig:
 
     Attributes:
         layers: adapted layers, 1-based, ascending.
-        targets: the linears that are adapted in each of them. Each has its own tensors A, B, u, v.
-        init_std_a: init std of A for the first target; for another it is scaled by the root of first / own inputs.
+        targets: the linears that are adapted in each of these layers. Each has its own tensors A, B, u, v.
+        init_std_a: init std of A for the first target; another target multiplies it by sqrt(first / own input size).
     """
 
     method: str
@@ -90,23 +90,23 @@ class AdapterConfig:
 
     @property
     def scale(self) -> float:
-        """alpha / r."""
+        """Return alpha / r."""
         return self.alpha / self.rank
 
     @cached_property
     def of_one_layer(self) -> "AdapterConfig":
-        """Only what decides what a layer does: not layers, seed and stds, and of alpha only whether it is the rank."""
+        """Return a copy with fixed values of fields that do not affect a layer's operations. alpha becomes r or 2 r."""
         alpha = self.rank * (1.0 if self.scale == 1.0 else 2.0)
         return replace(self, layers=(1,), seed=0, alpha=alpha, init_std_a=1.0, init_std_b=1.0)
 
     @property
     def method_spec(self) -> Method:
-        """The method's entry in the table of methods."""
+        """Return the method's entry in the table of methods."""
         return find_method(self.method)
 
     @property
     def facts(self) -> dict[str, Any]:
-        """The fields that records of runs, scores and conversions have."""
+        """Return the fields that are written to the records of runs, scores and conversions."""
         targets = [target.name for target in self.targets]
         return {
             "method": self.method,
@@ -118,47 +118,47 @@ class AdapterConfig:
 
     @cached_property
     def tensors(self) -> dict[str, tuple[Target, str]]:
-        """Every tensor by name: its target, and which of A, B, u, v it is."""
+        """Return for the name of every tensor its target, and whether it is A, B, u or v."""
         return {target.prefix + factor: (target, factor) for target in self.targets for factor in FACTORS}
 
     def factor(self, name: str) -> Factor:
-        """How the method uses a tensor: the layers that share it, whether it is trained, and how it is initialised."""
+        """Return how the method uses a tensor: which layers share it, whether it is trained, how it is initialised."""
         return self.method_spec.factor(self.tensors[name][1])
 
     def slot(self, name: str, layer: int) -> int:
-        """The slot of a tensor that an adapted layer (1-based) uses."""
+        """Return the slot of a tensor that an adapted layer (1-based) uses."""
         return layer_slots(self.factor(name).shared_by, self.layers)[layer]
 
     def num_slots(self, name: str) -> int:
-        """The number of slots of a tensor."""
+        """Return the number of slots of a tensor."""
         return len(set(layer_slots(self.factor(name).shared_by, self.layers).values()))
 
     def groups(self, name: str) -> list[list[int]]:
-        """The adapted layers that use each slot of a tensor."""
+        """Return the adapted layers that use each slot of a tensor."""
         slots = range(self.num_slots(name))
         return [[layer for layer in self.layers if self.slot(name, layer) == slot] for slot in slots]
 
     def is_tied(self, name: str) -> bool:
-        """Whether layers share a tensor: each stage then holds all slots, otherwise those of its own layers."""
+        """Return whether layers share a tensor. A stage then holds all slots, otherwise only those of its layers."""
         return self.factor(name).shared_by != "one"
 
     def is_stacked(self, name: str) -> bool:
-        """Whether the first dimension of a tensor is its slots; a tied tensor of one slot has no such dimension."""
+        """Return whether a tensor's first dimension is its slots. A tied tensor of one slot has no such dimension."""
         return not self.is_tied(name) or self.num_slots(name) > 1
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Full shape: A (r, in), B (out, r), u (r), v (out); with a leading number of slots if it is stacked."""
+        """Return the full shape: A (r, in), B (out, r), u (r), v (out). A stacked tensor begins with its slots."""
         target, factor = self.tensors[name]
         r, out = self.rank, target.out_size
         shape = {"A": (r, target.in_size), "B": (out, r), "u": (r,), "v": (out,)}[factor]
         return (self.num_slots(name), *shape) if self.is_stacked(name) else shape
 
     def spec(self, name: str) -> ShardSpec:
-        """How a tensor is sharded over tensor-parallel ranks. All other code reads this declaration.
+        """Return how a tensor is sharded over tensor-parallel ranks. All other code reads this declaration.
 
-        B and v are sharded like the rows of W, A like its columns. If W is not sharded along these, a trained tensor is
-        sharded all the same (see `gathered_dim`), and a frozen one is replicated, so that it needs no message. u is
-        replicated.
+        B and v are sharded like the rows of W, and A like its columns. If W is not sharded along this dimension, a
+        trained tensor is sharded nevertheless (see `gathered_dim`). A frozen one is then replicated, so that it needs
+        no message. u is always replicated.
         """
         target, factor = self.tensors[name]
         last = len(self.shape(name)) - 1
@@ -169,25 +169,25 @@ class AdapterConfig:
         return ShardSpec(last - 1 if factor == "B" else last, target.blocks)
 
     def gathered_dim(self, name: str) -> int | None:
-        """The dimension along which a sharded tensor is gathered before use; None if no rank needs the full tensor."""
+        """Return the dimension along which a sharded tensor is gathered before use, or None if it is not gathered."""
         return None if self._follows_weight(name) else self.spec(name).dim
 
     def _follows_weight(self, name: str) -> bool:
-        """Whether a tensor extends along the sharded dimension of W."""
+        """Return whether a tensor extends along the sharded dimension of W."""
         target, factor = self.tensors[name]
         return factor != "u" and (factor == "A") == (target.sharded_dim == "row")
 
     def num_trained(self) -> dict[str, int]:
-        """The number of trained parameters in each trained tensor."""
+        """Return the number of trained parameters in each trained tensor."""
         return {name: torch.Size(self.shape(name)).numel() for name in self.tensors if self.factor(name).trained}
 
 
 @dataclass(frozen=True)
 class AdapterShard:
-    """The part of an adapter that one rank holds: its stage's adapted layers, and its tensor-parallel shard.
+    """The shard of an adapter that one rank holds: the adapted layers of its stage, sharded by tensor parallelism.
 
     Attributes:
-        layers: adapted layers of the stage, a contiguous part of `config.layers`, which may be empty.
+        layers: the adapted layers of the stage, a contiguous range of `config.layers`, which may be empty.
     """
 
     config: AdapterConfig
@@ -197,49 +197,49 @@ class AdapterShard:
 
     @staticmethod
     def whole(config: AdapterConfig) -> "AdapterShard":
-        """The whole adapter."""
+        """Return the whole adapter."""
         return AdapterShard(config, config.layers)
 
     def slots(self, name: str) -> range:
-        """The slots of a tensor that this rank holds: all slots of a tied tensor, else the slots of its layers."""
+        """Return the slots of a tensor that this rank holds: all of a tied tensor, otherwise those of its layers."""
         if self.config.is_tied(name):
             return range(self.config.num_slots(name))
         first = self.config.slot(name, self.layers[0]) if self.layers else 0
         return range(first, first + len(self.layers))
 
     def slots_of_layers(self, name: str) -> Slots:
-        """For each layer of the stage, which of `slots` it uses; None if the rank has no tensor with slots."""
+        """Return which of `slots` each layer of the stage uses; return None if the rank has no tensor with slots."""
         if not (self.exists(name) and self.config.is_stacked(name)):
             return None
         return tuple(self.config.slot(name, layer) - self.slots(name).start for layer in self.layers)
 
     def exists(self, name: str) -> bool:
-        """Whether the rank has the tensor: it is not frozen at one, and it is tied or the stage has adapted layers."""
+        """Return whether the rank holds the tensor: it is not frozen at one, and it is tied or has slots here."""
         factor = self.config.factor(name)
         return (factor.trained or factor.start != "one") and len(self.slots(name)) > 0
 
     def names(self, *, trained: bool) -> list[str]:
-        """The tensors that the rank has: trained ones, or frozen factors."""
+        """Return the names of the tensors that the rank holds: the trained ones, or the frozen ones."""
         config = self.config
         return [name for name in config.tensors if self.exists(name) and config.factor(name).trained == trained]
 
     def local_shape(self, name: str) -> tuple[int, ...]:
-        """The shape of this rank's part."""
+        """Return the shape of this rank's shard."""
         shape = self.config.shape(name)
         if self.config.is_stacked(name):
             shape = (len(self.slots(name)), *shape[1:])
         return self.config.spec(name).local_shape(shape, self.tp_size)
 
     def local_size(self, name: str) -> int:
-        """The number of elements in this rank's part."""
+        """Return the number of elements in this rank's shard."""
         return math.prod(self.local_shape(name))
 
     def is_gathered(self, name: str) -> bool:
-        """Whether the ranks gather the tensor in each forward pass, and sum its gradient in each backward pass."""
+        """Return whether ranks gather the tensor in each forward pass and sum its gradient in each backward pass."""
         return self.tp_size > 1 and bool(self.layers) and self.config.gathered_dim(name) is not None
 
     def shard(self, name: str, full: Tensor) -> Tensor:
-        """This rank's part of a full tensor, or of anything of its shape, such as a moment."""
+        """Return this rank's shard of a full tensor, or of a tensor of the same shape, such as a moment."""
         slots = self.slots(name)
         held = full[slots.start : slots.stop] if self.config.is_stacked(name) else full
         return self.config.spec(name).split(held, self.tp_rank, self.tp_size)
@@ -256,14 +256,14 @@ def make_adapter_config(
     init_std_a: float | None = None,
     init_std_b: float | None = None,
 ) -> AdapterConfig:
-    """An AdapterConfig with defaults: alpha = rank, init stds by method. Raises UserError for an unknown method."""
+    """Return an AdapterConfig. Defaults: alpha = rank, init stds by method. Raises UserError for an unknown method."""
     std_a = default_std_a(targets[0].in_size) if init_std_a is None else init_std_a
     std_b = default_std_b(find_method(method), rank) if init_std_b is None else init_std_b
     return AdapterConfig(method, rank, float(rank if alpha is None else alpha), layers, targets, seed, std_a, std_b)
 
 
 def initial_values(config: AdapterConfig) -> dict[str, Tensor]:
-    """The full initial fp32 values of every tensor. They depend only on the config."""
+    """Return the full initial fp32 values of every tensor. They depend only on the config."""
     values = {}
     for name, (target, letter) in config.tensors.items():
         factor, shape = config.factor(name), config.shape(name)
@@ -281,14 +281,14 @@ def initial_values(config: AdapterConfig) -> dict[str, Tensor]:
 
 
 class LinearUpdate(NamedTuple):
-    """The factors of the update F A x of one linear, on one rank. Without factors there is no update.
+    """The factors of the update F A x of one linear on one rank. Without factors there is no update.
 
     Attributes:
         a: A, (r, local in), in the base's dtype; no gradient.
         f: F = (alpha / r) diag(v) B diag(u), (local out, r), in the base's dtype; no gradient.
-        grad_a: gradient slot that receives A's gradient: A's shape, the adapter's dtype, no values. None: A is frozen.
-        grad_f: gradient slot of F. None: B, u and v are frozen.
-        rows: the tokens that it is for, and the dropout of its input.
+        grad_a: the gradient slot of A, in A's shape and the adapter's dtype, without values. None: A is frozen.
+        grad_f: the gradient slot of F. None: B, u and v are frozen.
+        rows: the tokens that the update applies to, and the dropout of its input.
     """
 
     a: Tensor | None = None
@@ -302,20 +302,20 @@ LayerUpdate = Mapping[str, LinearUpdate]  # the updates of one adapted layer, by
 
 
 def update_at(update: LayerUpdate, some: SomeTokens) -> LayerUpdate:
-    """The update for some tokens only."""
+    """Return the update for some tokens only."""
     return {name: linear._replace(rows=linear.rows.at(some)) for name, linear in update.items()}
 
 
 class TiedAdapter(nn.Module):
-    """The tensors A, B, u, v of each target on one rank, fp32, with a slot for each group of layers that share one.
+    """The tensors A, B, u, v of each target on one rank, in fp32, with one slot per set of layers that share a tensor.
 
-    They are the module's parameters, by the names of `AdapterConfig.tensors`. Factors frozen at one (u and v of most
-    methods) do not exist as tensors; factors frozen at random values do, without a gradient. A tied factor is one
-    Parameter for all layers, and every stage has it; another one has the slots of the stage's layers.
+    They are the module's parameters, with the names of `AdapterConfig.tensors`. Factors frozen at one (u and v of most
+    methods) do not exist as tensors; factors frozen at random values do, without gradient. A tied factor is one
+    Parameter for all layers on every stage. An untied factor has the slots of the stage's layers.
 
     Attributes:
-        u_sum: sums u's gradient inside the backward passes, for an engine that takes a gradient as soon as it is there
-            (see `tying.sum_of_u`). None: it is summed after them, or there is one rank.
+        u_sum: sums the gradient of u inside the backward passes, for an engine that uses a gradient immediately (see
+            `tying.sum_of_u`). None: it is summed after them, or there is one rank.
     """
 
     u_sum: StepSum | None = None
@@ -335,21 +335,21 @@ class TiedAdapter(nn.Module):
 
     @property
     def config(self) -> AdapterConfig:
-        """The description of the whole adapter."""
+        """Return the description of the whole adapter."""
         return self.part.config
 
     def load_full(self, values: Mapping[str, Tensor]) -> None:
-        """Copy this rank's parts of full tensors into the parameters; shapes must agree."""
+        """Copy this rank's shards of full tensors into the parameters. The shapes must agree."""
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 parameter.copy_(self.part.shard(name, values[name]))
 
     def forward(self, tensor_group: RankGroup = ALONE, *, dtype: torch.dtype) -> tuple[LayerUpdate, ...]:
-        """The updates of each adapted layer of the stage: the parts of A and F that match this rank's shard of W.
+        """Return the updates of each adapted layer of the stage. A and F match this rank's shard of W.
 
-        With tensor parallelism, sharded factors that ranks need in full are gathered here, in one message per call,
-        whatever the targets. Each rank has an addend of their gradients, which the reduce-scatter that is the gather's
-        adjoint sums, and an addend of u's, which is summed once per step.
+        With tensor parallelism, sharded factors that ranks need in full are gathered here, in one message per call for
+        all targets. The adjoint of the gather, a reduce-scatter, sums the ranks' partial gradients. Those of u are
+        summed once per step.
 
         Args:
             dtype: the base's dtype.
@@ -365,7 +365,7 @@ class TiedAdapter(nn.Module):
         return self.updates(whole, dtype=dtype)
 
     def updates(self, whole: Mapping[str, Any], *, dtype: torch.dtype) -> tuple[LayerUpdate, ...]:
-        """The updates of each adapted layer of the stage, from every factor as this rank's matmuls need it."""
+        """Return the updates of each adapted layer of the stage, from the factors that this rank's matmuls need."""
         of_layers = partial(LinearFactors, num_layers=len(self.part.layers))
         updates: dict[str, Iterable[LinearUpdate]] = {}
         for target in self.config.targets:
@@ -378,7 +378,7 @@ class TiedAdapter(nn.Module):
         return tuple(dict(zip(updates, layer, strict=True)) for layer in zip(*updates.values(), strict=True))
 
     def factors(self) -> dict[str, Any]:
-        """Every factor as this rank holds it, by name; None if it is frozen at one."""
+        """Return every factor as this rank holds it, by name; a factor frozen at one is None."""
         return {name: getattr(self._module(target), factor) for name, (target, factor) in self.config.tensors.items()}
 
     def _module(self, target: Target) -> nn.Module:
@@ -386,7 +386,7 @@ class TiedAdapter(nn.Module):
 
 
 def whole_factors(adapters: Sequence[TiedAdapter], tensor_group: RankGroup) -> list[dict[str, Any]]:
-    """Every factor of each adapter as this rank's matmuls need it, by name, from one gather; None if frozen at one."""
+    """Return each adapter's factors as this rank's matmuls need them, by name, from one gather. None: frozen at one."""
     factors = [adapter.factors() if adapter.part.layers else {} for adapter in adapters]
     dims = [
         {name: dim for name in held if (dim := adapter.config.gathered_dim(name)) is not None}
@@ -400,10 +400,10 @@ def whole_factors(adapters: Sequence[TiedAdapter], tensor_group: RankGroup) -> l
 def lora_factors(
     config: AdapterConfig, state: Mapping[str, Tensor | None], target: Target, layer: int
 ) -> tuple[Tensor, Tensor]:
-    """The update of a target in one layer (1-based) as a plain LoRA pair, for autograd.
+    """Return the update of a target in one layer (1-based) as a plain LoRA pair that autograd can differentiate.
 
-    It is diag(u) A, (r, in), and (alpha / r) diag(v) B, (out, r). `state` holds the full tensors; u and v may be None
-    if they are frozen at one.
+    The pair is diag(u) A, (r, in), and (alpha / r) diag(v) B, (out, r). `state` holds the full tensors. u and v may be
+    None if they are frozen at one.
     """
     factors = ((name, state[name]) for name in (target.prefix + factor for factor in FACTORS))
     a, b, u, v = (

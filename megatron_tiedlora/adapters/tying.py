@@ -1,9 +1,9 @@
-"""Tied tensors across stages and ranks: one sum of their gradients per step, and the check that replicas are equal;
-and the full tensors on rank 0, from the shards of all ranks, so that files do not depend on the layout.
+"""Tied tensors across stages and ranks: the sum of their gradients in each step, and the check that replicas are equal.
+This module also gathers the full tensors on rank 0 from all ranks, so that files do not depend on the layout.
 
-A tied tensor, as A and B of most methods, is replicated on every stage and data-parallel rank. Each stage has the
-addend of its gradient from its own layers, so the gradient is summed once per step over pipeline x data, in one flat
-fp32 message. u is replicated on the tensor-parallel ranks too, and its gradient is summed over these as well.
+A tied tensor, such as A and B of most methods, is replicated on every stage and data-parallel rank. Each stage has a
+partial sum of its gradient, from its own layers. These are summed once per step over pipeline x data, in one flat fp32
+message. u is replicated on the tensor-parallel ranks too, and its gradient is summed over these as well.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,26 +19,26 @@ from megatron_tiedlora.parallel.groups import Grid, ParallelGroups, RankGroup, S
 def sum_gradients_(
     adapters: Mapping[str, TiedAdapter], groups: ParallelGroups, *, engine_averages: bool = False
 ) -> dict[str, list[str]]:
-    """Replace the gradients of adapters by their sums over the ranks with a copy of the tensor.
+    """Replace the gradients of adapters by their sums over the ranks that have a copy of the tensor.
 
-    There is one message per group, however many adapters there are. A tied tensor is on every stage and data-parallel
-    rank, u on the tensor- and data-parallel ranks of its stage, and any other tensor on the data-parallel ranks. A tied
-    u is summed over the tensor-parallel ranks first.
+    There is one message per process group for all adapters together. A tied tensor is on every stage and data-parallel
+    rank. u is on the tensor- and data-parallel ranks of its stage. Any other tensor is on the data-parallel ranks. The
+    gradient of a tied u is summed over the tensor-parallel ranks first.
 
-    A stage without layers of an adapter adds zeros. Elsewhere a missing gradient counts as zeros, so that no rank waits
-    for this one, and the caller stops the adapter.
+    A stage without layers of an adapter adds zeros. On other stages a missing gradient counts as zeros, so that no rank
+    waits for this one. The caller then stops the adapter.
 
     Args:
-        adapters: the adapters that take a step, by name. All of them have micro-batches on every rank.
+        adapters: the adapters that take a step, by name. Each of them has micro-batches on every rank.
         engine_averages: whether an engine averages the gradients over the data-parallel ranks afterwards. Then only
-            tied ones are summed here (u's are by `sum_of_u`), and data-parallel rank 0 of each stage gets the sum, the
-            others zeros. So every stage gets the same bits for any order of sums or buckets. (If every rank had the
-            sum, each stage would add the copies in another order.)
+            tied gradients are summed here (`sum_of_u` sums the gradients of u). Data-parallel rank 0 of each stage gets
+            the sum, and other ranks get zeros. So every stage gets the same bits for any order of sums or buckets. (If
+            every rank had the sum, each stage would add the copies in a different order.)
 
     Returns:
-        the tensors of each adapter whose gradient is missing on this rank.
+        the names of each adapter's tensors whose gradient is missing on this rank.
     """
-    # In one order on every rank; groups of the same ranks are one.
+    # The order is the same on every rank. Process groups of the same ranks are equal keys.
     by_group = {group: list[nn.Parameter]() for group in (groups.tensor, groups.stage, groups.tied, groups.data)}
     missing: dict[str, list[str]] = {}
     for name, adapter in adapters.items():
@@ -58,7 +58,7 @@ def sum_gradients_(
 
 
 def _sum_together_(parameters: Sequence[nn.Parameter], group: RankGroup, *, keeps: bool) -> None:
-    """Sum these gradients in one message; a missing one counts as zeros. Without `keeps` this rank gets zeros."""
+    """Sum these gradients in one message. A missing gradient counts as zeros. Without `keeps` this rank gets zeros."""
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -74,17 +74,17 @@ def _sum_together_(parameters: Sequence[nn.Parameter], group: RankGroup, *, keep
 
 
 def sum_of_u(groups: ParallelGroups) -> StepSum:
-    """The sum of u's gradient inside the last backward pass of a step; only data-parallel rank 0 of a stage gets it.
+    """Return the sum of u's gradient in a step's last backward pass. Only data-parallel rank 0 of a stage gets the sum.
 
-    ZeRO-2 and 3 take a gradient as soon as it is there, so it cannot be summed later, as `sum_gradients_` does. The
-    engine's mean over the data-parallel ranks, which follows, adds zeros to it, as there.
+    ZeRO-2 and 3 use a gradient as soon as it exists, so it cannot be summed later, as in `sum_gradients_`. The engine
+    then averages over the data-parallel ranks, of which the others add zeros.
     """
     return StepSum(groups.stage, keeps=groups.data.rank == 0)
 
 
 @dataclass(frozen=True)
 class Mismatch:
-    """A tensor whose replicas differ: the group's first rank, the ranks that differ from it, the largest difference."""
+    """A tensor whose replicas differ: the group's first rank, the ranks that differ, and the largest difference."""
 
     tensor: str
     across: str
@@ -99,12 +99,12 @@ class Mismatch:
 
 
 def find_mismatches(adapters: Sequence[TiedAdapter], groups: ParallelGroups) -> list[Mismatch | None]:
-    """Compare every replicated tensor bit by bit. Returns for each adapter the first that differs, or None.
+    """Compare every replicated tensor bit by bit. Return for each adapter the first tensor that differs, or None.
 
-    Collective: every rank calls it, and sends one message per group, whatever it finds. The largest and smallest bit
-    patterns of a group are equal only if all are equal.
+    This is a collective: every rank calls it and sends one message per group, also if it finds nothing. Bit patterns of
+    a group are equal only if the largest and the smallest are equal.
     """
-    # In one order on every rank, of which some have no tensor of a kind.
+    # The order is the same on every rank, also on ranks that have no tensor of a kind.
     copies: dict[str, tuple[RankGroup, list[tuple[int, str, Tensor]]]] = {
         "stages and data-parallel ranks": (groups.tied, []),
         "data-parallel ranks": (groups.data, []),
@@ -127,14 +127,14 @@ def find_mismatches(adapters: Sequence[TiedAdapter], groups: ParallelGroups) -> 
         distributed.all_reduce(ends, op=distributed.ReduceOp.MAX, group=group.handle)
         differs = (ends[0] != ~ends[1]).split([tensor.numel() for _, _, tensor in tensors])
         for (number, name, tensor), part in zip(tensors, differs, strict=True):
-            if bool(part.any()):  # on all ranks of the group, so that these can describe it together
+            if bool(part.any()):  # true on all ranks of the group, so they call _describe together
                 found[number].setdefault(name, Mismatch(name, across, *_describe(tensor, group)))
     names = [[name for name, _ in adapter.named_parameters()] for adapter in adapters]
     return [next((own[name] for name in order if name in own), None) for own, order in zip(found, names, strict=True)]
 
 
 def _describe(tensor: Tensor, group: RankGroup) -> tuple[int, tuple[int, ...], float]:
-    """(first rank, ranks that differ from it, largest difference); all ranks of the group call it together."""
+    """Return (first rank, ranks that differ from it, largest difference). All ranks of the group call it together."""
     copies = all_gather(tensor[None], group, dim=0)
     bits = copies.view(torch.int32)  # compared as bits: a nan equals itself, and -0 is not 0
     differing = [number for number in range(group.size) if not torch.equal(bits[number], bits[0])]
@@ -144,18 +144,18 @@ def _describe(tensor: Tensor, group: RankGroup) -> tuple[int, tuple[int, ...], f
 
 
 class GradientGuard:
-    """Watches the gradients of a run's first steps with autograd hooks on the parameters.
+    """Observes the gradients in a run's first steps with autograd hooks on the parameters.
 
-    At step 1 every trained tensor of a stage with adapted layers must have a gradient. By step 2 it must be non-zero on
-    at least one rank that holds the tensor, in each of its slots. (If v or B starts at zero, the gradient of its
-    partner is exactly zero at step 1.)
+    At step 1 every trained tensor of a stage with adapted layers must have a gradient. By step 2, each slot of its
+    gradient must have been non-zero on at least one rank that holds the tensor. (If v or B starts at zero, the gradient
+    of the other factors is exactly zero at step 1.)
     """
 
     def __init__(self, adapter: TiedAdapter) -> None:
         self._part = adapter.part
         self._trained = {name: tensor for name, tensor in adapter.named_parameters() if tensor.requires_grad}
         self._largest: dict[str, Tensor] = {}
-        self._of_step: dict[str, Tensor] = {}  # the same of the gradients of this step
+        self._of_step: dict[str, Tensor] = {}  # the largest gradients of this step only
         self._hooks = [
             parameter.register_hook(lambda gradient, name=name: self._look(name, gradient))
             for name, parameter in self._trained.items()
@@ -169,24 +169,24 @@ class GradientGuard:
             seen[name] = torch.maximum(seen[name], largest) if name in seen else largest
 
     def missing(self) -> list[str]:
-        """The trained tensors of this rank that have had no gradient so far."""
+        """Return the trained tensors of this rank that have had no gradient so far."""
         return [name for name in self._trained if name not in self._largest] if self._part.layers else []
 
     def begin_step(self) -> None:
-        """The gradients from now on are those of the next step."""
+        """Begin a new step: gradients from now on belong to it."""
         self._of_step.clear()
 
     def sizes(self) -> tuple[float, float]:
-        """The largest absolute gradient of this step on this rank, and the largest absolute value of a trained tensor.
+        """Return the largest absolute gradient of the step and the largest absolute trained value on this rank.
 
-        The second is 0 where another rank holds the tensors, as under ZeRO-3.
+        The second is 0 if another rank holds the tensors, as under ZeRO-3.
         """
         gradients = (float(largest.max()) for largest in self._of_step.values())
         values = (float(tensor.detach().abs().max()) for tensor in self._trained.values() if tensor.numel())
         return max(gradients, default=0.0), max(values, default=0.0)
 
     def labels(self) -> list[str]:
-        """The names for the numbers of `largest`: tensors, stacked ones by layers; the same on every rank."""
+        """Return names for the values of `largest`: the tensor, and its layers if stacked; equal on every rank."""
         config, found = self._part.config, []
         for name in config.num_trained():
             for layers in config.groups(name):
@@ -195,7 +195,7 @@ class GradientGuard:
         return found
 
     def largest(self) -> list[float]:
-        """The largest absolute gradient seen on this rank for each of `labels`; 0 for tensors of other ranks."""
+        """Return the largest absolute gradient on this rank so far for each of `labels`; 0 for other ranks' tensors."""
         config, numbers = self._part.config, []
         for name in config.num_trained():
             full, held = [0.0] * config.num_slots(name), self._part.slots(name)
@@ -205,13 +205,13 @@ class GradientGuard:
         return numbers
 
     def remove(self) -> None:
-        """Stop watching."""
+        """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
 
 
 def gradient_norm_counts(adapter: TiedAdapter, groups: ParallelGroups) -> Sequence[str]:
-    """The trained tensors that this rank counts in the gradient norm: every replicated tensor once, every shard."""
+    """Return the trained tensors that this rank counts in the gradient norm: each replica once, and every shard."""
     part = adapter.part
     return [
         name
@@ -225,16 +225,16 @@ def gradient_norm_counts(adapter: TiedAdapter, groups: ParallelGroups) -> Sequen
 # Full tensors ---------------------------------------------------------------------------------------------------------
 
 
-# The state of AdamW for each trained tensor, by torch's names: means of its gradients and of their squares.
+# The names of AdamW's state for each trained tensor in torch: the means of its gradients and of their squares.
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
 class AdapterLayout:
-    """The parts of an adapter that the ranks hold.
+    """The distribution of an adapter's shards over the ranks.
 
     Attributes:
-        stage_layers: adapted layers by pipeline stage.
+        stage_layers: the adapted layers of each pipeline stage.
     """
 
     config: AdapterConfig
@@ -242,7 +242,7 @@ class AdapterLayout:
     stage_layers: tuple[tuple[int, ...], ...]
 
     def parts(self) -> dict[int, AdapterShard]:
-        """The parts of the ranks with data-parallel rank 0, by rank. Together they are the whole adapter."""
+        """Return the shards of the ranks with data-parallel rank 0, by rank. Together they are the whole adapter."""
         tp_size = self.grid.tp_size
         return {
             self.grid.rank_of(pp_rank=pp_rank, tp_rank=tp_rank): AdapterShard(self.config, layers, tp_rank, tp_size)
@@ -252,11 +252,11 @@ class AdapterLayout:
 
 
 def gather_full(names: Sequence[str], local: Mapping[str, Tensor], layout: AdapterLayout) -> dict[str, Tensor]:
-    """Full fp32 CPU tensors on rank 0, nothing on the others. They are sent as CPU tensors. Every rank calls it.
+    """Return full fp32 CPU tensors on rank 0, and nothing on other ranks. CPU tensors are sent. Every rank calls it.
 
     Args:
         names: the tensors to gather, the same on every rank.
-        local: this rank's parts of them (or of their moments), by name; tensors that it does not have are absent.
+        local: this rank's shards of them (or of their moments), by name, without tensors that it does not have.
     """
     config, grid, parts = layout.config, layout.grid, layout.parts()
     full: dict[str, Tensor] = {}
@@ -285,7 +285,7 @@ def gather_full(names: Sequence[str], local: Mapping[str, Tensor], layout: Adapt
 
 
 def gather_state(local: Mapping[str, Tensor], layout: AdapterLayout) -> dict[str, Tensor]:
-    """All full tensors on rank 0, with ones for those frozen at one; nothing on the others. Every rank calls it."""
+    """Return all full tensors on rank 0, with ones for those frozen at one, and {} elsewhere. Every rank calls it."""
     config = layout.config
     stored = [name for name in config.tensors if config.factor(name).trained or config.factor(name).start != "one"]
     full = gather_full(stored, local, layout)

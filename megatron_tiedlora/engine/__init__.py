@@ -1,1 +1,1 @@
-"""DeepSpeed: its JSON, topology, the plain and the pipeline runner, and its optimizer states."""
+"""The DeepSpeed integration: its JSON, its topology, the plain and the pipeline runner, and its optimizer states."""

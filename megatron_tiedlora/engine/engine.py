@@ -1,7 +1,7 @@
-"""The model as a DeepSpeed engine: built under ZeRO-3, marked for the gradient norm, initialised with our optimizer;
-and the process groups of the (pp, dp, tp) grid: DeepSpeed's topology makes most of them, this module a few more.
+"""The model as a DeepSpeed engine: built under ZeRO-3, marked for the gradient norm, initialised with our optimizer.
+It also makes the process groups of the (pp, dp, tp) grid. DeepSpeed's topology makes most of them.
 
-The engine's JSON has no precision section, so DeepSpeed treats the model as fp32: the frozen base keeps its own dtype,
+The engine's JSON has no precision section, so DeepSpeed treats the model as fp32. The frozen base keeps its own dtype,
 and the adapter's gradients, their sums and the optimizer stay fp32 at every ZeRO stage.
 """
 
@@ -30,9 +30,9 @@ _LARGEST_SQUARE = torch.finfo(torch.float32).max
 def base_construction(
     config: EngineConfig, *, dtype: torch.dtype, device: torch.device, process_grid: Any
 ) -> Iterator[None]:
-    """Build the frozen base inside this block: its weights are created on `device` without values.
+    """Build the frozen base inside this block. Its weights are created on `device` without values.
 
-    Under ZeRO-3 they are partitioned at once over the data-parallel ranks of DeepSpeed's grid.
+    Under ZeRO-3 they are partitioned immediately over the data-parallel ranks of DeepSpeed's grid.
     """
     if config.zero_stage < 3:
         with device:
@@ -40,8 +40,8 @@ def base_construction(
         return
     import deepspeed
 
-    # Without a precision section zero.Init makes fp32 weights, so bf16 is passed. fp32 must not be passed: on devices
-    # without fp16 (CPUs), zero.Init treats any given dtype as bf16 (seen in 0.19.8).
+    # Without a precision section zero.Init makes fp32 weights, so bf16 is passed explicitly. fp32 must not be passed:
+    # on devices without fp16 (CPUs), zero.Init treats any given dtype as bf16 (seen in 0.19.8).
     with deepspeed.zero.Init(
         config_dict_or_path=dict(config.values),
         dtype=None if dtype == torch.float32 else dtype,
@@ -52,9 +52,9 @@ def base_construction(
 
 
 def parameter_access(config: EngineConfig) -> Callable[[list[nn.Parameter]], AbstractContextManager[Any]]:
-    """Return a function that opens parameters for writing: gathered under ZeRO-3, unchanged otherwise.
+    """Return a function that opens parameters for writing. Under ZeRO-3 it gathers them, otherwise it changes nothing.
 
-    Under ZeRO-3 the data-parallel ranks must open the same parameters in the same order; the first one's values count.
+    Under ZeRO-3 the data-parallel ranks must open the same parameters in the same order; the first rank's values count.
     """
     if config.zero_stage < 3:
         return nullcontext
@@ -64,16 +64,16 @@ def parameter_access(config: EngineConfig) -> Callable[[list[nn.Parameter]], Abs
 
 
 def stored_bytes(module: nn.Module) -> int:
-    """The bytes of the frozen parameters of `module` that this rank stores: under ZeRO-3 a part of each."""
+    """Return how many bytes of frozen parameters of `module` this rank stores; under ZeRO-3 only a shard of each."""
     frozen = (parameter for parameter in module.parameters() if not parameter.requires_grad)
     return sum(getattr(parameter, "ds_tensor", parameter).nbytes for parameter in frozen)
 
 
 def mark_parameters(adapter: TiedAdapter, groups: ParallelGroups) -> None:
-    """Mark for DeepSpeed's norm the parameters that are copies (on later stages) and those that are shards.
+    """Mark for DeepSpeed's norm the parameters that are copies (on later stages) and the parameters that are shards.
 
-    The norm then counts tied and replicated tensors once and each shard once. Constructing a PipelineModule resets the
-    marks, so set them after it. They derive from the declarations by which the tensors are sharded.
+    The norm then counts each tied or replicated tensor once and each shard once. The marks follow from the declarations
+    by which the tensors are sharded. Constructing a PipelineModule resets the marks, so set them after it.
     """
     config = adapter.part.config
     for name, parameter in adapter.named_parameters():
@@ -89,10 +89,10 @@ def initialize_engine(
     scheduler: torch.optim.lr_scheduler.LRScheduler | None,
     process_grid: Any,
 ) -> Any:
-    """Call `deepspeed.initialize` with a client optimizer and schedule; the optimizer holds the trained parameters.
+    """Call `deepspeed.initialize` with our optimizer and schedule. The optimizer holds the trained parameters.
 
-    At ZeRO-0 DeepSpeed's clipping would leave the untied tensors of later stages out of the norm if there are several
-    stages (seen in 0.19.8), so an engine without ZeRO steps no adapter (`runner.Optimizers`).
+    With several stages, DeepSpeed's clipping at ZeRO-0 would leave the untied tensors of later stages out of the norm
+    (seen in 0.19.8). So an engine without ZeRO does not step an adapter (`runner.Optimizers` does).
     """
     import deepspeed
     from deepspeed.runtime.pipe.module import PipelineModule
@@ -101,7 +101,7 @@ def initialize_engine(
     import_muon_uncompiled()
     deepspeed_groups.mpu = None  # an earlier pipeline engine of this process may have left its own here
     values = dict(config.values)
-    if config.zero_stage == 3:  # an MLP reads the weights of its linears itself, so they are gathered for all of it
+    if config.zero_stage == 3:  # an MLP reads its linears' weights itself, so they are gathered together
         deepspeed.utils.set_z3_leaf_modules(model, [SwiGlu])
     pipelined = isinstance(model, PipelineModule)
     if pipelined:
@@ -118,17 +118,17 @@ def initialize_engine(
 
 
 def import_muon_uncompiled() -> None:
-    """Import DeepSpeed's Muon, which no run here uses, without compiling it: else every start takes a second longer.
+    """Import DeepSpeed's Muon without compiling it. No run uses it, and compiling adds a second to each launch.
 
-    As it is imported, its functions are decorated with torch.compile, which imports the compiler. DeepSpeed imports it
-    to see whether ZeRO knows the optimizer (seen in 0.19.8); needless once its functions are compiled where it is used.
+    On import its functions are decorated with torch.compile, which imports the compiler. DeepSpeed imports it to check
+    whether ZeRO supports the optimizer (seen in 0.19.8). Remove this once DeepSpeed compiles them at their first use.
     """
-    importlib.import_module("torch._dynamo")  # before the switch is on, of which it might keep a copy
+    importlib.import_module("torch._dynamo")  # before the switch is on, because it might keep a copy of the switch
     switch = "TORCHDYNAMO_DISABLE"
     before = os.environ.get(switch)
     os.environ[switch] = "1"
     try:
-        with suppress(ImportError):  # DeepSpeed does without it too
+        with suppress(ImportError):  # DeepSpeed also works without it
             importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
     finally:
         os.environ.pop(switch)
@@ -137,12 +137,12 @@ def import_muon_uncompiled() -> None:
 
 
 def trained_parameters(adapter: TiedAdapter) -> dict[str, nn.Parameter]:
-    """The trained parameters, by name."""
+    """Return the trained parameters by name."""
     return {name: parameter for name, parameter in adapter.named_parameters() if parameter.requires_grad}
 
 
 def gradient_norms(adapters: Sequence[TiedAdapter], groups: ParallelGroups, device: torch.device) -> list[float]:
-    """The 2-norm of each adapter's gradients over the whole model, from one message; the same on every rank.
+    """Return the 2-norm of each adapter's gradients over the whole model, from one message. All ranks return the same.
 
     Each tied or replicated tensor and each shard counts once.
     """
@@ -159,10 +159,10 @@ def gradient_norms(adapters: Sequence[TiedAdapter], groups: ParallelGroups, devi
 
 
 def reported_norm(norm: float) -> float:
-    """A gradient norm as a step reports it: inf or nan if its square is not finite in fp32, the second moments' dtype.
+    """Return the gradient norm to report: inf or nan if its square is not finite in fp32, the dtype of second moments.
 
-    Such a step must not be saved. This rule holds for all ZeRO stages. ZeRO 1 and 2 sum squares in fp32, skip the step
-    and report inf (0.19.8) or -1 (earlier versions); others sum them in fp64.
+    A step with inf or nan must not be saved. This rule holds for all ZeRO stages. ZeRO-1 and 2 sum squares in fp32,
+    skip the step and report inf (0.19.8) or -1 (earlier versions). The others sum squares in fp64.
     """
     if not norm >= 0:
         return math.nan
@@ -173,12 +173,12 @@ def reported_norm(norm: float) -> float:
 
 
 def quiet() -> AbstractContextManager[Any]:
-    """Suppress stdout: DeepSpeed prints its topology, seeds and partition on rank 0, which our own report replaces."""
+    """Suppress stdout. DeepSpeed prints its topology, seeds and partition on rank 0; our own report replaces this."""
     return redirect_stdout(io.StringIO())
 
 
 def make_topology(grid: Grid) -> Any:
-    """DeepSpeed's topology of the same axes and sizes: rank = (pp * dp_size + dp) * tp_size + tp in both."""
+    """Return DeepSpeed's topology of the same axes and sizes. In both, rank = (pp * dp_size + dp) * tp_size + tp."""
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
     topology = PipeModelDataParallelTopology(num_pp=grid.pp_size, num_mp=grid.tp_size, num_dp=grid.dp_size)
@@ -188,7 +188,7 @@ def make_topology(grid: Grid) -> Any:
 
 
 def make_process_grid(grid: Grid) -> Any:
-    """DeepSpeed's grid of process groups (its `mpu`); every rank calls it."""
+    """Return DeepSpeed's grid of process groups (its `mpu`). Every rank calls it."""
     from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 
     with quiet():
@@ -196,7 +196,7 @@ def make_process_grid(grid: Grid) -> Any:
 
 
 def make_groups(grid: Grid, process_grid: Any) -> ParallelGroups:
-    """The groups of this rank: those of DeepSpeed's grid, and those for tied sums and choices; every rank calls it.
+    """Return the groups of this rank: DeepSpeed's, and those for tied sums and choices. Every rank calls it.
 
     A group is made only if no existing group has the same ranks.
     """
@@ -219,7 +219,7 @@ def make_groups(grid: Grid, process_grid: Any) -> ParallelGroups:
 
 
 def _new_groups(grid: Grid, key: Callable[[Grid], Any]) -> Any:
-    """Make a group of the ranks with the same `key`, for each value of it; returns this rank's group."""
+    """Make a process group for each value of `key`, of the ranks with this value. Return the group of this rank."""
     import deepspeed
 
     made = grid.groups(key).items()

@@ -1,7 +1,7 @@
-"""Find the DeepSpeed JSON, check it, and complete it with the values that the settings own.
+"""Find and check the DeepSpeed JSON, and complete it with the values that the settings define.
 
-DeepSpeed ignores unknown keys at its top level, clips at 1.0 when `gradient_clipping` is absent, and casts the adapters
-when a precision section is present, so every key is checked here before an engine sees it.
+DeepSpeed ignores unknown keys at its top level and clips at 1.0 when `gradient_clipping` is absent. It casts the
+adapters when there is a precision section. So every key is checked here before an engine gets it.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from megatron_tiedlora.config.batch import BatchPlan
 # In a clone this is a link to the top-level ds_configs/; a wheel has copies of its files.
 SHIPPED_CONFIGS = (Path(__file__).resolve().parents[1] / "ds_configs").resolve()
 
-# Sections that would silently override the settings' numerics, and what to use instead.
+# Sections that would silently override the numerics of the settings, and what to use instead.
 REJECTED_SECTIONS = {
     "bf16": "--dtype (the base's precision; adapters, gradients and optimizer are always fp32)",
     "bfloat16": "--dtype",
@@ -34,8 +34,8 @@ REJECTED_SECTIONS = {
     "scheduler": "--learning_rate, --schedule, --warmup_steps and --max_steps",
 }
 
-# The keys of DeepSpeed's section (0.19.8) that are read, with their types: all but deprecated and second names,
-# `zenflow`, which changes how AdamW steps, and `leaf_module`. The table is here because a plan must not need DeepSpeed.
+# The keys of DeepSpeed's section (0.19.8) that are read, with their types. Left out are deprecated keys, second names,
+# `zenflow` (it changes how AdamW steps) and `leaf_module`. The table is here because a plan must not need DeepSpeed.
 _Count, _Bucket = Annotated[int, Field(ge=0)], Annotated[int, Field(gt=0)]  # DeepSpeed divides by a bucket's size
 _Fraction = Annotated[float, Field(ge=0, le=1)]
 _OFFLOAD: dict[str, Any] = {
@@ -47,7 +47,7 @@ _OFFLOAD: dict[str, Any] = {
 
 
 def _section(name: str, fields: Mapping[str, Any]) -> type[BaseModel]:
-    """A section of a JSON. `fields` has a type and a default for one or more keys, which are separated by spaces."""
+    """Return a model of a JSON section. Each entry of `fields` has a type and a default for space-separated keys."""
     by_key: dict[str, Any] = {key: field for keys, field in fields.items() for key in keys.split()}
     made: type[BaseModel] = create_model(name, __config__=ConfigDict(extra="forbid"), **by_key)
     return made
@@ -118,22 +118,22 @@ class EngineConfig:
 
     @property
     def zero_stage(self) -> int:
-        """The ZeRO stage, 0 to 3."""
+        """Return the ZeRO stage, 0 to 3."""
         return int(self.values.get("zero_optimization", {}).get("stage", 0))
 
     @property
     def live_parameters(self) -> int:
-        """The number of elements at which ZeRO-3 stops gathering weights."""
+        """Return the number of elements at which ZeRO-3 stops gathering weights."""
         return int(self.values.get("zero_optimization", {}).get("stage3_max_live_parameters", 1_000_000_000))
 
     @property
     def overlaps_gathers(self) -> bool:
-        """Whether ZeRO-3 has a stream of its own for gathering weights: by default, but not in zero3.json."""
+        """Return whether ZeRO-3 gathers weights on a stream of its own. It does by default, but not in zero3.json."""
         return self.zero_stage == 3 and bool(self.values["zero_optimization"].get("overlap_comm", True))
 
 
 def find_engine_json(name: str) -> Path:
-    """The file that --ds_config names: as given, or else in this package's ds_configs/. Raises UserError."""
+    """Return the file that --ds_config names, as given or in this package's ds_configs/. Raises UserError."""
     for path in (user_path(name), SHIPPED_CONFIGS / name):
         if path.is_file():
             return path
@@ -145,8 +145,8 @@ def load_engine_config(name: str, *, batches: BatchPlan, gradient_clipping: floa
     """Read, check and complete a DeepSpeed JSON.
 
     Args:
-        name: value of --ds_config.
-        batches: the batch arithmetic of the settings; the JSON may say "auto" or the same numbers.
+        name: the value of --ds_config.
+        batches: the batch arithmetic of the settings; the JSON may say "auto" or the same values.
         gradient_clipping: the settings' value, written explicitly because DeepSpeed's default is 1.0.
 
     Raises:
@@ -170,7 +170,7 @@ def load_engine_config(name: str, *, batches: BatchPlan, gradient_clipping: floa
             flag = flags.get(key, "--micro_batch_size")
             found = as_given(kept[key])
             raise UserError(f'{path}: {key} is {found} but the settings make it {value:g}; write "auto" or set {flag}')
-    if (profile := kept.get("flops_profiler", {}).get("output_file")) is not None:  # DeepSpeed overwrites what is there
+    if (profile := kept.get("flops_profiler", {}).get("output_file")) is not None:  # DeepSpeed overwrites this file
         raise UserError(
             f"{path}: flops_profiler.output_file is {shown(profile)}; remove it: the profile is printed, and rank 0's"
             " is also in the run's logs/"
@@ -185,7 +185,7 @@ def load_engine_config(name: str, *, batches: BatchPlan, gradient_clipping: floa
     for section in _OFFLOADS:
         offload = zero.get(section)
         if isinstance(offload, dict) and (offload.get("device") == "nvme" or offload.get("nvme_path") is not None):
-            # DeepSpeed makes folders at that path and removes what is in them.
+            # DeepSpeed creates folders at that path and removes their contents.
             raise UserError(
                 f'{path}: zero_optimization.{section} writes outside the run folder (device "nvme" or nvme_path); use'
                 ' "device": "cpu" without nvme_path'
@@ -199,8 +199,8 @@ def load_engine_config(name: str, *, batches: BatchPlan, gradient_clipping: floa
 
 
 def _checked(path: Path, content: Mapping[str, Any], kind: type[BaseModel], *, within: str = "") -> dict[str, Any]:
-    """The content of a section but for "auto", which is DeepSpeed's default. Raises UserError for an unknown key, or a
-    value on which DeepSpeed would fail much later."""
+    """Return the content of a section without "auto" values, for which DeepSpeed has defaults. Raises UserError for an
+    unknown key, or for a value on which DeepSpeed would fail much later."""
     names = kind.model_fields
     for key in content:
         if key not in names:

@@ -1,8 +1,8 @@
-"""The flat list of layers as DeepSpeed pipeline stages: our partition and layers, DeepSpeed's 1F1B schedule.
+"""DeepSpeed pipeline stages made of the flat list of layers: our partition and layers, DeepSpeed's 1F1B schedule.
 
 Every stage takes (tokens or hidden states, position ids, document ids if rows are packed). With dropout, position ids
-and token indices are one tensor. Stages send hidden states to each other. The last stage's loss is the summed loss of
-its supervised tokens divided by a denominator, or the weighted sum of the losses of several adapters.
+and token indices are one tensor. Stages send hidden states to each other. The last stage divides the summed loss of
+supervised tokens by a denominator. For several adapters its loss is the weighted sum of their losses.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,19 +22,19 @@ BuildStage = Callable[[ParallelGroups, Sequence[LayerSpec]], Stage]
 
 
 class PipelinedModel(PipelineModule):
-    """This rank's stage of the list, in the form that DeepSpeed's pipeline engine expects."""
+    """The stage of the model on this rank, in the form that DeepSpeed's pipeline engine expects."""
 
     stage: Stage
     groups: ParallelGroups
-    shares: Shares = ()  # of the micro-batch of the next forward pass
+    shares: Shares = ()  # the shares of the next forward pass's micro-batch
 
     def __init__(
         self, specs: Sequence[LayerSpec], stages: Sequence[range], *, grid: Grid, build_stage: BuildStage
     ) -> None:
-        """Build this rank's part of `specs`.
+        """Build the layers of `specs` that belong to this rank's stage.
 
         Args:
-            stages: the layers of each.
+            stages: the layers of each stage.
             build_stage: builds the stage from this rank's process groups and the stage's specs.
         """
         self._stages = stages
@@ -45,17 +45,17 @@ class PipelinedModel(PipelineModule):
             super().__init__(layers=list(specs), topology=make_topology(grid), loss_fn=self._loss, dynamic_shape=True)
 
     def _partition_layers(self, method: str = "") -> None:
-        """Called by the base class, whose own methods balance trained parameters; ours balances work."""
+        """Use our partition, which balances work. The base class calls this; its methods balance trained parameters."""
         self.parts = [stage.start for stage in self._stages] + [self._stages[-1].stop]
         self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
 
     def _build(self) -> None:
-        """Called by the base class once its process groups exist."""
+        """Build the stage. The base class calls it once its process groups exist."""
         self.groups = make_groups(self._parallel_grid, self._grid)
         self.stage = self._build_stage(self.groups, self._layer_specs[self._local_start : self._local_stop])
 
     def forward(self, inputs: tuple[Tensor, ...]) -> Tensor | Attended:
-        """(tokens or hidden, position ids, document ids if any) -> hidden; on the last stage the input of the loss."""
+        """Return hidden states, or on the last stage the input of the loss. `inputs` may have no document ids."""
         tokens_or_hidden, positions, *documents = inputs
         positions, token_index = positions.unbind() if positions.ndim == 3 else (positions, None)
         output: Tensor | Attended = self.stage(

@@ -1,16 +1,16 @@
-"""A step's forward and backward passes on an engine, with one interface for one stage and for several; and how its
-gradients become a step of each adapter: sums over ranks, norm, clipping, AdamW.
+"""Run the forward and backward passes of a step on an engine, with one interface for one or several stages. Then turn
+the gradients into a step of each adapter: sums over ranks, norm, clipping, AdamW.
 
-A micro-batch has shares of one or more adapters, and each share its own loss: a sum over supervised tokens, which is
-divided before its backward pass so that the gradients that are summed over micro-batches and data-parallel ranks are
-those of the mean over the supervised tokens of the adapter's global batch, whatever the split (`Optimizers.divisors`).
+A micro-batch has shares of one or more adapters. Each share has its own loss, a sum over supervised tokens, which is
+divided before its backward pass. The sums of gradients over micro-batches and data-parallel ranks are then gradients
+of the mean over the adapter's supervised tokens in the global batch (`Optimizers.divisors`).
 
-Usually each adapter has an optimizer of its own, and the engine takes no part (`Optimizers`). ZeRO-1 to 3 shard the
-optimizer of a single adapter (`EngineOptimizer`); DeepSpeed then sums, clips and steps.
+Usually each adapter has its own optimizer, and the engine does not step it (`Optimizers`). ZeRO-1 to 3 shard the
+optimizer of a single adapter (`EngineOptimizer`). DeepSpeed then sums, clips and steps.
 
-The moments of an adapter are read by name from any ZeRO stage and written into any other: fp32 tensors of the rank's
-parameters, gathered over its data-parallel ranks. Without an engine's optimizer they are in torch's, else this module
-knows where DeepSpeed's stores them; adapters/tying joins the shards of tensor and pipeline parallelism.
+The moments of an adapter are read by name from any ZeRO stage and written into any other. They are fp32 tensors of the
+rank's parameters, gathered over its data-parallel ranks. They are torch's if each adapter has its own optimizer;
+otherwise this module reads DeepSpeed's. adapters/tying joins the shards of tensor and pipeline parallelism.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -33,8 +33,8 @@ from megatron_tiedlora.model.batch import MicroBatch, Supervised
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.groups import ParallelGroups
 
-Missing = Mapping[str, Sequence[str]]  # by adapter, the tensors whose gradient is missing on this rank
-Moments = Mapping[str, Mapping[str, Tensor]]  # by moment and tensor, in the shapes of this rank's tensors
+Missing = Mapping[str, Sequence[str]]  # the tensors whose gradient is missing on this rank, by adapter
+Moments = Mapping[str, Mapping[str, Tensor]]  # in the shapes of this rank's tensors, by moment and tensor
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class OwnOptimizer:
     """The optimizer of one adapter, its schedule and its clipping.
 
     Attributes:
-        optimizer: for the trained tensors of this rank's part; if there are none, for one number.
-        max_norm: the largest norm of its gradients; 0: they are not clipped.
+        optimizer: steps the trained tensors of this rank; without any, it steps one number.
+        max_norm: the norm to which the gradients are clipped; 0: they are not clipped.
     """
 
     optimizer: Optimizer
@@ -53,10 +53,10 @@ class OwnOptimizer:
 
 @dataclass
 class Optimizers:
-    """An optimizer for each adapter of a run on one rank, of which an engine knows nothing.
+    """The optimizers of a run's adapters on one rank, one per adapter. No engine knows them.
 
-    All ranks call each method together, for the same adapters. The sums and the norms of all adapters are one message
-    per group. Then each adapter is stepped by itself.
+    All ranks call each method together, for the same adapters. The gradients of all adapters are summed in one message
+    per group, and so are the norms. Then each adapter is stepped by itself.
     """
 
     adapter_group: AdapterGroup
@@ -67,22 +67,22 @@ class Optimizers:
     engine_steps: ClassVar[bool] = False  # whether the engine holds the optimizer
 
     def optimizer(self, name: str) -> Any:
-        """The optimizer of an adapter."""
+        """Return the optimizer of an adapter."""
         return self.own[name].optimizer
 
     def begin(self, num_micro_batches: int) -> None:
         """Begin a step of `num_micro_batches` backward passes on this rank."""
 
     def sum_tied(self) -> None:
-        """Sum tied gradients, in a pipeline whose engine sums over data-parallel ranks afterwards."""
+        """Sum tied gradients, in a pipeline whose engine averages over data-parallel ranks afterwards."""
 
     def divisors(self, num_supervised: int, *, accumulation_steps: int, dp_size: int) -> tuple[float, ...]:
-        """The divisors of a micro-batch's summed loss before its backward pass, one after the other.
+        """Return the divisors of a micro-batch's summed loss. They are applied one by one before its backward pass.
 
-        It is divided twice, as by DeepSpeed, which gives the same bits.
+        DeepSpeed also divides twice. So the bits are the same.
 
         Args:
-            num_supervised: supervised tokens of the adapter's global batch.
+            num_supervised: the number of supervised tokens in the adapter's global batch.
         """
         count = accumulation_steps * dp_size
         return num_supervised / count, count
@@ -93,12 +93,12 @@ class Optimizers:
         return sum_gradients_(adapters, self.groups)
 
     def norms(self, taking: Sequence[str]) -> dict[str, float]:
-        """The norm of each adapter's gradients before clipping; there is none if only the engine's step finds it."""
+        """Return the norm of each adapter's gradients before clipping, or {} if the engine finds it in its step."""
         found = gradient_norms([self.adapter_group.adapters[name] for name in taking], self.groups, self.device)
         return {name: reported_norm(norm) for name, norm in zip(taking, found, strict=True)}
 
     def take(self, name: str, norm: float | None) -> float:
-        """Clip the gradients of one adapter and take its step. Returns the norm before clipping (`reported_norm`)."""
+        """Clip the gradients of one adapter and step it. Return the norm before clipping (see `reported_norm`)."""
         assert norm is not None, "the norms are found before the steps"
         own = self.own[name]
         if own.max_norm and norm > own.max_norm:
@@ -110,21 +110,21 @@ class Optimizers:
         return norm
 
     def learning_rate(self, name: str) -> float:
-        """The learning rate of the next step."""
+        """Return the learning rate of the next step."""
         rate: float = self.optimizer(name).param_groups[0]["lr"]
         return rate
 
     def clear(self) -> None:
-        """Drop all gradients, also of adapters that took no step."""
+        """Drop all gradients, including those of adapters that took no step."""
         for _, parameter in self.adapter_group.named_parameters():
             parameter.grad = None
 
     def opened(self, name: str) -> AbstractContextManager[None]:
-        """Inside, the tensors of an adapter are whole on this rank, for reading or writing."""
+        """Return a context in which the tensors of an adapter are whole on this rank, for reading or writing."""
         return nullcontext()
 
     def moments(self, name: str) -> dict[str, dict[str, Tensor]]:
-        """The moments of an adapter that has taken a step, by moment and tensor: fp32 copies, this rank's part."""
+        """Return fp32 copies of this rank's moments of an adapter that has taken a step, by moment and tensor."""
         parameters = trained_parameters(self.adapter_group.adapters[name]).items()
         return {
             moment: {
@@ -139,9 +139,9 @@ class Optimizers:
         return found
 
     def restore(self, name: str, moments: Moments, *, step: int) -> None:
-        """Set the optimizer of an adapter, which has taken no step yet, to its state after `step`.
+        """Set the optimizer of an adapter that has taken no step to its state after `step`.
 
-        torch's AdamW creates its state at the first step, so it is created here, in the layout of its tensors.
+        torch's AdamW creates its state at the first step, so the state is created here, in the layout of the tensors.
         """
         state = self.optimizer(name).state
         for tensor, parameter in trained_parameters(self.adapter_group.adapters[name]).items():
@@ -151,7 +151,7 @@ class Optimizers:
 
 
 class EngineOptimizer(Optimizers):
-    """The sharded optimizer of ZeRO-1 to 3 for one adapter, which is a part of the engine's module."""
+    """The sharded optimizer of ZeRO-1 to 3 for one adapter that is registered in the engine's module."""
 
     engine_steps = True
 
@@ -164,11 +164,11 @@ class EngineOptimizer(Optimizers):
         self._step = engine._exec_optimizer_step if pipelined else engine.step
 
     def optimizer(self, name: str) -> Any:
-        """See Optimizers."""
+        """See `Optimizers`."""
         return self._engine.optimizer
 
     def begin(self, num_micro_batches: int) -> None:
-        """See Optimizers."""
+        """See `Optimizers`."""
         if self._adapter.u_sum is not None:
             self._adapter.u_sum.start(num_micro_batches)
 
@@ -177,27 +177,27 @@ class EngineOptimizer(Optimizers):
         self._missing = sum_gradients_({ONLY: self._adapter}, self.groups, engine_averages=True)
 
     def divisors(self, num_supervised: int, *, accumulation_steps: int, dp_size: int) -> tuple[float, ...]:
-        """See Optimizers. DeepSpeed divides by the rest: accumulation steps x data-parallel ranks."""
+        """See `Optimizers`. DeepSpeed divides by the other factor: accumulation steps x data-parallel ranks."""
         return (num_supervised / (accumulation_steps * dp_size),)
 
     def sum_gradients(self, taking: Collection[str]) -> Missing:
-        """See Optimizers."""
+        """See `Optimizers`."""
         return self._missing
 
     def norms(self, taking: Sequence[str]) -> dict[str, float]:
-        """See Optimizers."""
+        """See `Optimizers`."""
         return {}
 
     def take(self, name: str, norm: float | None) -> float:
-        """See Optimizers. ZeRO-1 and 2 skip a step whose norm is not finite in fp32; ZeRO-3 takes it."""
+        """See `Optimizers`. ZeRO-1 and 2 skip a step whose norm is not finite in fp32; ZeRO-3 takes it."""
         self._step()
         return reported_norm(float(self._engine.get_global_grad_norm()))
 
     def clear(self) -> None:
-        """See Optimizers. The engine has dropped them."""
+        """See `Optimizers`. The engine has already dropped the gradients."""
 
     def opened(self, name: str) -> AbstractContextManager[None]:
-        """See Optimizers. Under ZeRO-3 data-parallel ranks hold shards."""
+        """See `Optimizers`. Under ZeRO-3 data-parallel ranks hold shards."""
         return parameter_access(self._config)(list(self._adapter.parameters()))
 
     def _moment(self, name: str, parameter: nn.Parameter, moment: str) -> Tensor:
@@ -207,7 +207,7 @@ class EngineOptimizer(Optimizers):
         return found
 
     def restore(self, name: str, moments: Moments, *, step: int) -> None:
-        """See Optimizers."""
+        """See `Optimizers`."""
         from deepspeed.utils import safe_set_full_optimizer_state
 
         optimizer, sharded = self._engine.optimizer, self._config.zero_stage == 3
@@ -222,7 +222,7 @@ class EngineOptimizer(Optimizers):
                 if not sharded:
                     safe_set_full_optimizer_state(parameter, value.to(parameter.device), moment)
                     continue
-                # DeepSpeed's setter fails if the ranks do not divide a parameter, whose last partition is then padded.
+                # DeepSpeed's setter fails if it has to pad a parameter's last partition, so partitions are set here.
                 partition, _ = optimizer._get_fp32_opt_state_partition(
                     parameter, release_swap_buffers=False, optim_state_key=moment
                 )
@@ -241,7 +241,7 @@ def _fresh_state(parameter: Tensor, step: int) -> dict[str, Tensor]:
 
 
 def inputs_to_fill(num_stages: int) -> int:
-    """How many micro-batches keep the stages busy: with four per stage the pipeline bubble is a fifth of the time."""
+    """Return how many micro-batches keep the stages busy. Four per stage leave a pipeline bubble of a fifth."""
     return 4 * num_stages if num_stages > 1 else 1
 
 
@@ -250,13 +250,13 @@ Divisors = tuple[float, ...]  # the summed loss of a micro-batch is divided by t
 
 @dataclass
 class Losses:
-    """The losses of some micro-batches, by adapter: what to differentiate of each, and the sums."""
+    """The losses of some micro-batches, by adapter: the scalars to differentiate, and the sums."""
 
-    divisors: Mapping[str, Divisors]  # of every adapter that has a loss
+    divisors: Mapping[str, Divisors]  # for every adapter that has a loss
     found: list[tuple[str, Tensor]] = field(default_factory=list)
 
     def weighted(self, losses: Tensor, shares: Shares) -> Tensor:
-        """The scalar whose gradient is each loss's own weight; notes the losses, (shares,) or () of a single one."""
+        """Return the sum of the divided losses to differentiate, and record the losses, (shares,) or () for one."""
         total: Tensor | None = None
         for share, loss in zip(shares, losses.unbind() if losses.ndim else (losses,), strict=True):
             self.found.append((share.adapter, loss.detach()))
@@ -267,7 +267,7 @@ class Losses:
         return total
 
     def sums(self, *, counted: bool) -> dict[str, float]:
-        """The summed loss of each adapter, in fp64; 0 if another rank counts it. Waits for the device."""
+        """Return the summed loss of each adapter, in fp64; 0 if another rank counts it. Waits for the device."""
         sums = dict.fromkeys(self.divisors, 0.0)
         if counted and self.found:
             values = torch.stack([loss for _, loss in self.found]).tolist()
@@ -278,7 +278,7 @@ class Losses:
 
 @dataclass
 class Runner:
-    """An engine with this rank's stage and groups: of one stage, any ZeRO stage. `PipelineRunner` is of several."""
+    """An engine with one stage and the groups of this rank, for any ZeRO stage. `PipelineRunner` has several stages."""
 
     engine: Any
     stage: Stage
@@ -289,27 +289,27 @@ class Runner:
 
     @property
     def adapters(self) -> dict[str, TiedAdapter]:
-        """The adapters' parts on this rank, by name."""
+        """Return the shards of the adapters on this rank, by name."""
         assert self.stage.adapter_group is not None
         return self.stage.adapter_group.adapters
 
     @property
     def counts_loss(self) -> bool:
-        """Whether a sum over all ranks includes this rank's loss, which is equal within a tensor-parallel group."""
+        """Return whether a sum over all ranks includes this rank's loss. Tensor-parallel ranks have the same loss."""
         return self.stage.head is not None and self.groups.tensor.rank == 0
 
     def full_state(self, name: str, layout: AdapterLayout) -> dict[str, Tensor]:
-        """Full fp32 A, B, u, v of an adapter on rank 0's CPU, nothing on the others. All ranks call it."""
+        """Return full fp32 A, B, u, v of an adapter on rank 0's CPU, and nothing on other ranks. All ranks call it."""
         with self.optimizers.opened(name):
             return gather_state(dict(self.adapters[name].named_parameters()), layout)
 
     def accumulate(
         self, batches: Sequence[MicroBatch], divisors: Mapping[str, Divisors], between: Callable[[], None]
     ) -> dict[str, float]:
-        """Run a step's forward and backward passes: accumulates gradients, and changes no parameter.
+        """Run the forward and backward passes of a step. Gradients are accumulated, and no parameter changes.
 
         Args:
-            divisors: for every adapter that takes a step.
+            divisors: the divisors of every adapter that takes a step.
             between: called after a micro-batch if all ranks can stop together there; may raise.
 
         Returns:
@@ -323,14 +323,14 @@ class Runner:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[MicroBatch]) -> list[dict[str, float]]:
-        """The summed loss of each micro-batch's adapters without gradients; 0 if another rank counts it."""
+        """Return the summed loss of each adapter per micro-batch, without gradients; 0 if another rank counts it."""
         self.engine.eval()
         found = [Losses({share.adapter: () for share in batch.shares}) for batch in batches]  # not differentiated
         self._score(batches, found)
         return [losses.sums(counted=self.counts_loss) for losses in found]
 
     def _supervised(self, batch: MicroBatch) -> Supervised:
-        """The batch's supervised positions, computed on the host, for the last layers of this rank's stage."""
+        """Return the supervised positions of a micro-batch, computed on the host, for the last layers of the stage."""
         return batch.supervised(self.stage.tensor_parallel.sequence_parts).moved(self._on_device)
 
     def _on_device(self, tensor: Tensor) -> Tensor:
@@ -339,7 +339,7 @@ class Runner:
         return tensor.pin_memory().to(self.device, non_blocking=True)  # from unpinned memory a copy blocks
 
     def forward(self, batch: MicroBatch) -> Tensor:
-        """The summed loss of a micro-batch, a scalar; if several adapters share it, one loss for each, (shares,)."""
+        """Return the summed loss of a micro-batch, a scalar, or one loss per adapter if several share it, (shares,)."""
         supervised = self._supervised(batch)
         tokens, positions = self._on_device(batch.tokens), self._on_device(batch.positions)
         token_index = None if batch.token_index is None else self._on_device(batch.token_index)
@@ -350,10 +350,10 @@ class Runner:
         return loss
 
     def _train(self, batches: Sequence[MicroBatch], losses: Losses, between: Callable[[], None]) -> None:
-        """The forward and backward passes of a step, which note their losses."""
+        """Run the forward and backward passes of a step, and record their losses."""
         for index, batch in enumerate(batches, start=1):
-            # An engine that steps does so at the last micro-batch. Their number varies between packed steps, so
-            # DeepSpeed cannot count them itself.
+            # An engine with an optimizer steps at the last micro-batch. The number of micro-batches varies between
+            # packed steps, so DeepSpeed cannot count them itself.
             steps = self.optimizers.engine_steps and index == len(batches)
             self.engine.set_gradient_accumulation_boundary(steps)
             self.engine.backward(losses.weighted(self.forward(batch), batch.shares))
@@ -365,18 +365,18 @@ class Runner:
             self.engine.global_steps += 1  # DeepSpeed's flops_profiler counts steps by it
 
     def _score(self, batches: Sequence[MicroBatch], losses: Sequence[Losses]) -> None:
-        """Forward passes, each of which notes its losses in its own place."""
+        """Run the forward pass of each micro-batch and record its losses in the matching element of `losses`."""
         for found, batch in zip(losses, batches, strict=True):
             found.weighted(self.forward(batch), batch.shares)
 
 
 class PipelineRunner(Runner):
-    """Several stages: DeepSpeed's PipelineEngine, its 1F1B schedule with our tied sum.
+    """A runner for several stages: DeepSpeed's PipelineEngine and 1F1B schedule, with our sum of tied gradients.
 
     The schedule's optimizer step is deferred to `Optimizers.take`, so that all ranks can agree on the loss before
-    weights change. Every rank of a pipeline has the micro-batches, so stages exchange only hidden states and know their
-    shapes; the engine would send the shapes first and wait for them (0.19.8). The engine looks up its instructions in a
-    map, in which they are replaced.
+    weights change. Every rank of a pipeline has the micro-batches. So stages exchange only hidden states and know their
+    shapes. (The engine would send the shapes first and wait for them in 0.19.8.) The engine looks up its instructions
+    in a map, and this class replaces entries of that map.
     """
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
@@ -384,7 +384,7 @@ class PipelineRunner(Runner):
         from deepspeed.runtime.pipe import p2p, schedule
 
         self._messages, self._schedule = p2p, schedule
-        self._losses: Iterator[Losses] = iter(())  # where those of the next micro-batch that is loaded go
+        self._losses: Iterator[Losses] = iter(())  # where the losses of the next loaded micro-batches are recorded
         self.engine._INSTRUCTION_MAP = {
             **type(self.engine)._INSTRUCTION_MAP,
             schedule.LoadMicroBatch: lambda _engine, buffer_id: self._load(buffer_id),
@@ -398,7 +398,7 @@ class PipelineRunner(Runner):
             self.engine._INSTRUCTION_MAP[schedule.ReduceGrads] = lambda _engine: None
 
     def _train(self, batches: Sequence[MicroBatch], losses: Losses, between: Callable[[], None]) -> None:
-        """See Runner; stages run different micro-batches at a time, so `between` is never called."""
+        """See `Runner`. Stages run different micro-batches at a time, so `between` is never called."""
         self._run(self._schedule.TrainSchedule, batches, repeat(losses))
 
     def _score(self, batches: Sequence[MicroBatch], losses: Sequence[Losses]) -> None:
@@ -425,10 +425,10 @@ class PipelineRunner(Runner):
             self.engine.pipe_buffers["labels"][buffer_id] = labels
 
     def _positions(self, batch: MicroBatch) -> tuple[Tensor, ...]:
-        """Position ids, and document ids if rows are packed; these stay on the host for computing their boundaries.
+        """Return position ids, and document ids if rows are packed. Document ids stay on the host to find boundaries.
 
-        With dropout, position ids (b, s) and token indices are one tensor, (2, b, s): an engine's inputs are tensors,
-        and only the last may be missing.
+        With dropout, position ids (b, s) and token indices are one tensor, (2, b, s). The engine's inputs must be
+        tensors, and only the last may be missing.
         """
         positions = batch.positions
         if batch.token_index is not None:
@@ -442,7 +442,7 @@ class PipelineRunner(Runner):
             self.engine._exec_forward_pass(buffer_id)
 
     def _receive(self, buffer_id: int) -> None:
-        """Receive the next micro-batch's hidden states, whose shape follows from that of its tokens."""
+        """Receive the hidden states of the next micro-batch. Their shape follows from the shape of its tokens."""
         batch = next(self._to_receive)
         self._shares[buffer_id] = batch.shares
         hidden = self.stage.empty_hidden(*batch.tokens.shape)

@@ -1,1 +1,1 @@
-"""Greedy decoding and the tasks' metrics."""
+"""Greedy decoding, and the metrics of the tasks."""

@@ -1,5 +1,5 @@
-"""The held-out samples that are answered, as ids, and their answers: divides them over ranks, and puts the answers back
-in order. Every rank reads and tokenises the rows, and all must get the same."""
+"""Reads the held-out samples as token ids, divides them over ranks, generates answers and puts these back in order.
+Every rank reads and tokenises the rows, and all ranks must get the same ids."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ if TYPE_CHECKING:
 
     from megatron_tiedlora.evaluation.plan import EvaluationPlan, EvaluationPlans
 
-# Settings that do not decide which rows are answered, and how.
+# The settings that decide neither which rows are answered nor how.
 _OWN = marked(EvaluateSettings, per_adapter=True)
 _decoded = partial(decode_ids, skip_special=True)
-# Rows of several adapters that are decoded together are at most those of so many batches, which bounds the memory.
+# Rows of several adapters that are decoded together are at most those of this many batches, which bounds the memory.
 BATCHES_AT_ONCE = 4
-_Answers = dict[int, tuple[str, tuple[float, ...]]]  # an answer's text and the scores of its choices, by sample
+_Answers = dict[int, tuple[str, tuple[float, ...]]]  # the text of an answer and the scores of its choices, by sample
 
 
 @dataclass(frozen=True)
 class ScoredSet:
-    """Held-out samples as ids, which an adapter is to answer.
+    """Held-out samples as token ids, for an adapter to answer.
 
     Attributes:
-        prompts: ids of BOS and prompt, by sample.
-        endings: ids of each choice as it follows the prompt, by sample; empty if a sample has no choices.
-        num_truncated: how many prompts lost their middle.
-        end_ids: tokens that end an answer.
-        max_new_tokens: the longest answer, for which prompts leave room.
-        batch_size: samples that a data-parallel rank decodes together.
-        chat_note: what wrote the text of chats; '' if the rows are no chats.
+        prompts: the token ids of BOS and the prompt, by sample.
+        endings: the token ids of each choice after the prompt, by sample; empty if a sample has no choices.
+        num_truncated: the number of prompts that lost their middle.
+        end_ids: the token ids that end an answer.
+        max_new_tokens: the length of the longest answer, for which prompts leave room.
+        batch_size: the number of samples that a data-parallel rank decodes together.
+        chat_note: the template that wrote the text of chats; '' if the rows are no chats.
     """
 
     task: Task
@@ -68,7 +68,7 @@ class ScoredSet:
 
     @property
     def sha256(self) -> str:
-        """Hash of prompts, references and choices, which must be the same on all ranks."""
+        """Return a hash of prompts, references and choices, which must be equal on all ranks."""
         digest = hashlib.sha256()
         for example, prompt in zip(self.examples, self.prompts, strict=True):
             digest.update(repr((prompt.tolist(), example.references, example.choices)).encode())
@@ -91,9 +91,9 @@ def encode_scored(
     tokenizer has no end token, the task's metrics cannot score an example, or a choice has no token.
 
     Args:
-        reading: what the user decided about rows.
-        model_folder: its files name tokens that end a sequence, in addition to the tokenizer's.
-        vocab_size: rows of the model's embedding.
+        reading: the user's choices for reading rows.
+        model_folder: a folder whose files name tokens that end a sequence, in addition to the tokenizer's.
+        vocab_size: the number of rows of the model's embedding.
     """
     ends = end_ids(tokenizer, model_folder, vocab_size=vocab_size)
     metrics = [find_metric(name) for name in task.metrics]
@@ -105,7 +105,7 @@ def encode_scored(
             raise UserError(f"{example.source}: is text without a prompt, which cannot be answered; give other rows")
     prompts, num_truncated = encode_prompts(tokenizer, examples, max_length=longest_prompt, reading=reading)
     reads_choices, plain = any(metric.needs_choice_scores for metric in metrics), reading.special_tokens == "plain"
-    choices = [  # the texts of choices after the prompt
+    choices = [  # the texts of the choices as they follow the prompt
         (example.endings or tuple(join_answer(example.prompt, choice) for choice in example.choices))
         if reads_choices
         else ()
@@ -122,8 +122,8 @@ def encode_scored(
 
 
 def read_scored(plans: EvaluationPlans) -> dict[str, ScoredSet]:
-    """The samples that each adapter is to answer. Rows that several answer in the same way are read once. Raises
-    UserError, which names the files, rows, tokenizer or vocabulary that do not fit."""
+    """Return the samples that each adapter answers. Adapters that answer the same rows in the same way share one
+    reading. Raises UserError, which names the files, rows, tokenizer or vocabulary that do not fit."""
     read: dict[str, ScoredSet] = {}
     found = {}
     for name, plan in plans.items():
@@ -153,7 +153,7 @@ def _read(plan: EvaluationPlan) -> ScoredSet:
 
 
 def check_same_rows(scored: Sequence[ScoredSet]) -> None:
-    """Raise UserError if a rank has read other rows than rank 0, since every rank reads them itself."""
+    """Raise UserError if a rank has read different rows from rank 0. Every rank reads the rows itself."""
     if differing := num_differing(" ".join(some.sha256 for some in scored)):
         raise UserError(f"{count_text(differing, 'rank')} read other rows than rank 0; give every host the same files")
 
@@ -164,17 +164,17 @@ def answer_all(
     """Answer the prompts of each adapter by greedy decoding.
 
     Data-parallel ranks share the prompts. All ranks run the same number of batches, so that they can agree on
-    stopping, and because every call of the model is a collective under ZeRO-3. A rank without prompts left decodes
+    stopping. Under ZeRO-3 every call of the model is also a collective. A rank that has no prompts left decodes
     the first prompt again and discards the result. Up to `BATCHES_AT_ONCE` batches of different adapters are decoded
     together.
 
     Args:
-        scored: by the adapter's name in the stage's adapter group; ONLY if the stage has one adapter at most.
-        agree: maps "this rank's sequences are done" to "those of all ranks are"; may raise.
+        scored: the samples by the adapter's name on the stage, or by ONLY if the stage has at most one adapter.
+        agree: returns whether the sequences of all ranks are done, given whether this rank's are; may raise.
         progress: show a progress bar.
 
     Returns:
-        by the same names all answers in the samples' order on rank 0, none elsewhere.
+        all answers in the order of the samples, by the same names, on rank 0; no answers on other ranks.
     """
     sets = [_AskedSet(name, own, grid) for name, own in scored.items()]
     # Tensor-parallel ranks have the same answers, and only the last stage has log-likelihoods.
@@ -196,9 +196,9 @@ def answer_all(
 
 
 class _AskedSet:
-    """The samples of one adapter in the batches in which all data-parallel ranks answer them.
+    """The samples of one adapter, in the batches in which all data-parallel ranks answer them.
 
-    The longest come first, so that running out of memory shows at once and not after hours.
+    The longest prompts come first. If the memory is too small, the run then fails at once and not after hours.
     """
 
     def __init__(self, adapter: str, scored: ScoredSet, grid: Grid) -> None:
@@ -209,18 +209,18 @@ class _AskedSet:
         whole = self.batch_size * grid.dp_size
         self.batches = [self.order[start : start + whole] for start in range(0, len(self.order), whole)]
         self.is_end = _stop_test(scored.tokenizer, scored.task.stop)
-        self.asked: list[int] = []  # this rank's samples in the batch that is decoded; there may be none
+        self.asked: list[int] = []  # this rank's samples in the current batch; it may be empty
         self.mine: _Answers = {}
 
     def ask(self, number: int) -> Prompts:
-        """The prompts of this rank's samples in a batch; without any, the first prompt of all."""
+        """Return the prompts of this rank's samples in a batch, or the first prompt of all samples if it has none."""
         scored, start = self.scored, self.grid.dp_rank * self.batch_size
         self.asked = self.batches[number][start : start + self.batch_size]
         ids = [scored.prompts[index].tolist() for index in self.asked or self.order[:1]]
         return Prompts(ids, scored.end_ids, scored.max_new_tokens, self.is_end, self.adapter)
 
     def take(self, decoder: Decoder, rows: Sequence[Sequence[int]]) -> None:
-        """Keep the answers of the batch, and score the choices of its samples."""
+        """Store the answers of the batch, and score the choices of its samples."""
         scored = self.scored
         choice_scores: list[list[float]] = [[] for _ in rows]
         if any(scored.endings):
@@ -230,13 +230,13 @@ class _AskedSet:
             self.mine[index] = (_text(scored.tokenizer, row, scored.task.stop), tuple(scores))
 
     def answers(self, gathered: Sequence[_Answers]) -> list[Answer]:
-        """All answers in the samples' order, from those of all ranks."""
+        """Return all answers in the order of the samples, from the answers of all ranks."""
         found = {index: answer for part in gathered for index, answer in part.items()}
         return [Answer(found[i][0], example, found[i][1]) for i, example in enumerate(self.scored.examples)]
 
 
 def _stop_test(tokenizer: PreTrainedTokenizerBase, stop: str | None) -> Callable[[Sequence[int]], bool]:
-    """A test whether new tokens contain the stop text. It runs after each token, so it looks at the last ones first."""
+    """Return a test whether new tokens contain the stop text. It runs after each token, so it first reads the last."""
     if stop is None:
         return lambda _: False
     width = len(stop.encode())  # a token is at least one byte
@@ -255,10 +255,10 @@ def _text(tokenizer: PreTrainedTokenizerBase, row: Sequence[int], stop: str | No
 
 
 def _cut(text: str, stop: str) -> int | None:
-    """The position of the stop text; None if the text does not contain it.
+    """Return the position of the stop text, or None if the text does not contain it.
 
-    A stop text of white space counts only after something visible: models that were not trained on the task often
-    write a line break before their answer.
+    A stop text of white space counts only after visible text. Models that were not trained on the task often write a
+    line break before their answer.
     """
     first = 0 if stop.strip() else len(text) - len(text.lstrip())
     position = text.find(stop, first)

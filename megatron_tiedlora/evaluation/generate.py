@@ -1,9 +1,9 @@
-"""Greedy decoding with a key-value cache, for prompts of different lengths in one batch, in any layout; and log-
-likelihoods of several endings of one prompt, which is computed only once.
+"""Greedy decoding with a key-value cache, for prompts of different lengths in one batch, in any layout. It also
+computes log-likelihoods of several endings of one prompt, with the prompt computed only once.
 
-A decoder calls this rank's stage with its caches. It takes the rows of one adapter, or of a group of them in one call.
-Each adapter's rows have the caches and the attention of a batch of their own; the base's matmuls are over the rows of
-all. A batch is divided into as many parts as there are stages, so that the stages work on different parts at the same
+A decoder calls this rank's stage with its caches, with rows of one adapter or of several in one call. Each adapter's
+rows have the caches and the attention of a batch of their own; the base's matmuls are over the rows of all adapters. A
+batch is divided into at most as many chunks as there are stages, so that stages work on different chunks at the same
 time. Hidden states go from stage to stage. The last stage sends the tokens it chose to the other stages.
 
 Prompts are padded on the right, and every sequence writes its next token at its own position. So no token attends to
@@ -35,8 +35,8 @@ RowTensors = Sequence[torch.Tensor]
 
 
 class AdapterRows(NamedTuple):
-    """The input of a call for one adapter: tokens and their positions, (b, s) int64, and one cache per block. `adapter`
-    is its name on the stage, or ONLY if the stage has at most one adapter."""
+    """The input of a call for one adapter: tokens and positions, (b, s) int64, and one cache per block. `adapter` is
+    its name on the stage, or ONLY if the stage has at most one adapter."""
 
     tokens: torch.Tensor
     positions: torch.Tensor
@@ -47,15 +47,15 @@ class AdapterRows(NamedTuple):
 class Decoder:
     """Calls one stage with caches. All ranks of a tensor-parallel group and of a pipeline make the same calls.
 
-    The adapters of a call are read and folded once, when they change. Build a new decoder after an optimizer step: F is
-    a copy, but A may share the parameter's memory (in fp32, where nothing is cast or gathered), so the two would no
-    longer match.
+    The adapters of a call are read and folded only when they change. Build a new decoder after an optimizer step, or
+    the factors would no longer match: F is a copy, but A may share the parameter's memory (in fp32, where nothing is
+    cast or gathered).
     """
 
     def __init__(
         self, stage: Stage, groups: ParallelGroups, shape: ModelShape, *, calls_together: bool = False
     ) -> None:
-        """The stage must be in evaluation mode. With `calls_together`, all ranks must call the model equally often, as
+        """Take a stage in evaluation mode. With `calls_together`, all ranks must call the model equally often, because
         ZeRO-3 gathers weights in each call."""
         self.stage = stage
         self.pipeline, self.choices = groups.pipeline, groups.choices
@@ -64,16 +64,16 @@ class Decoder:
         weight = next(stage.layers.parameters())
         self.device, self.dtype = weight.device, weight.dtype
         self._updates: dict[int, LayerUpdate] = {}
-        self._read: tuple[str, ...] = ()  # the adapters of these updates
+        self._read: tuple[str, ...] = ()  # the adapters that these updates belong to
         self._in_flight: deque[tuple[Any, torch.Tensor]] = deque()
 
     @property
     def is_last(self) -> bool:
-        """Whether this rank's stage has the head."""
+        """Return whether this rank's stage has the head."""
         return self.pipeline.rank == self.pipeline.size - 1
 
     def new_caches(self, batch: int, capacity: int) -> list[KeyValueCache]:
-        """Empty caches for the blocks of the stage, with `capacity` tokens per sequence."""
+        """Return empty caches for the blocks of the stage, with `capacity` tokens per sequence."""
         like = torch.empty(0, dtype=cache_dtype(self.dtype, self.device), device=self.device)
         heads = self.shape.heads
         local_kv_heads = heads.num_kv // self.stage.tensor_parallel.group.size
@@ -83,19 +83,19 @@ class Decoder:
     def forward(
         self, rows: Sequence[AdapterRows], *, wanted: RowTensors | None = None, labels: RowTensors | None = None
     ) -> torch.Tensor | None:
-        """Call the stage on a part of the batch: some sequences of each of several adapters, or of one.
+        """Call the stage on some sequences of the batch, for one or several adapters.
 
-        Only the last stage returns something; the others send hidden states to the next stage and return None. Every
-        stage gets tokens, for their shape.
+        The last stage returns the result. The others send hidden states to the next stage and return None. Every stage
+        gets tokens, because it needs their shape.
 
         Args:
             rows: the input of each adapter.
-            wanted: for each of `rows` the position, (b,) int64, of each sequence whose logits are wanted.
-            labels: for each of `rows` those of its tokens, (b, s) int64.
+            wanted: for each of `rows` the position in each sequence whose logits are returned, (b,) int64.
+            labels: for each of `rows` the labels of its tokens, (b, s) int64.
 
         Returns:
-            for the rows of one adapter after the other: logits, (tokens, V) or with `wanted` (sequences, V); with
-            `labels` the loss of each token, (tokens,).
+            for the rows of all adapters in order: logits, (tokens, V) or with `wanted` (sequences, V); with `labels`
+            the loss of each token, (tokens,).
         """
         shares = tuple(Share(some.adapter, *some.tokens.shape) for some in rows)
         tokens, positions, caches, _ = rows[0]
@@ -130,8 +130,8 @@ class Decoder:
         return {layer: update_at(update, some) for layer, update in self._updates.items()}
 
     def share(self, chosen: torch.Tensor | None, batch: int) -> Callable[[], torch.Tensor]:
-        """Send the last stage's tokens, (batch,) int64, to every stage; `chosen` is None on the other stages. Returns a
-        function that waits for the tokens. These functions must be called in the order in which they were made."""
+        """Send the last stage's tokens, (batch,) int64, to every stage; `chosen` is None on the other stages. Return a
+        function that waits for the tokens. Call these functions in the order in which they were made."""
         from_last: dict[str, Any] = {"group": self.choices.handle, "group_src": self.choices.size - 1}
 
         def receive() -> torch.Tensor:
@@ -146,19 +146,19 @@ class Decoder:
         return lambda: chosen
 
     def _keep(self, work: Any, tensor: torch.Tensor) -> None:
-        """Hold a tensor while it is sent. An entry two rounds old was received, or nothing could have followed it."""
+        """Keep a tensor alive while it is sent. An entry that is two rounds old has been received."""
         self._in_flight.append((work, tensor))
         while len(self._in_flight) > 2 * self.pipeline.size:
             self._in_flight.popleft()[0].wait()
 
     def finish(self) -> None:
-        """Wait until everything that was sent has been received."""
+        """Wait until every message has been received."""
         while self._in_flight:
             self._in_flight.popleft()[0].wait()
 
 
 def _among_all(shares: Shares, wanted: RowTensors) -> Iterator[torch.Tensor]:
-    """Positions of each share's sequences, as indices into the tokens of all shares."""
+    """Yield the positions of each share's sequences, as indices into the tokens of all shares."""
     start = 0
     for share, positions in zip(shares, wanted, strict=True):
         first = start + torch.arange(share.num_rows, device=positions.device) * share.length
@@ -166,12 +166,12 @@ def _among_all(shares: Shares, wanted: RowTensors) -> Iterator[torch.Tensor]:
         start += share.num_tokens
 
 
-# Prompts computed together have at most this many tokens including padding, which bounds the memory. None is shorter
-# than this share of the longest.
+# Prompts computed together have at most this many tokens including padding, which bounds the memory. Each has at least
+# MIN_SHARE_OF_LONGEST times the length of the longest.
 PROMPT_TOKENS_AT_ONCE = 8192
 MIN_SHARE_OF_LONGEST = 0.75
 
-# Ranks that decode independently agree on stopping only this often, since a sum over all ranks waits for the slowest.
+# Ranks that decode independently agree on stopping only this often, because a sum over all ranks waits for the slowest.
 TOKENS_BETWEEN_AGREEMENTS = 8
 
 Item = TypeVar("Item")
@@ -179,7 +179,7 @@ Item = TypeVar("Item")
 Agree = Callable[[bool], bool]
 """Maps "this rank's sequences are done" to "those of all ranks are". All ranks call it together, and it may raise."""
 
-# Maximum tokens in the caches at one time: prompts and endings, where each ending has a copy of its prompt.
+# The maximum number of tokens in the caches: prompts and endings, where each ending has a copy of its prompt.
 ENDING_TOKENS_AT_ONCE = 32768
 
 Sample = tuple[Sequence[int], Sequence[Sequence[int]]]
@@ -188,13 +188,13 @@ Sample = tuple[Sequence[int], Sequence[Sequence[int]]]
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts of one adapter, and when their answers end.
+    """The prompts of one adapter, and the conditions that end their answers.
 
     Attributes:
-        prompts: non-empty token ids of any lengths, the same on all ranks of a pipeline and tensor group.
-        end_ids: tokens that end a sequence.
-        is_end: called with all new tokens of a sequence after each of them.
-        adapter: its name in the stage's adapter group; ONLY if the stage has one adapter at most.
+        prompts: non-empty lists of token ids, the same on all ranks of a pipeline and tensor group.
+        end_ids: the token ids that end a sequence.
+        is_end: a test that is called with all new tokens of a sequence after each new token.
+        adapter: the name of the adapter on the stage, or ONLY if the stage has at most one adapter.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -208,17 +208,17 @@ class Prompts:
 def generate(decoder: Decoder, given: Sequence[Prompts], *, agree: Agree = bool) -> list[list[list[int]]]:
     """Continue each prompt with its most likely tokens until one of `end_ids`, `is_end` or `max_new_tokens`.
 
-    An adapter's prompts have the batch that they have alone: its order, caches and calls of attention. Only the base's
-    matmuls are over the rows of all adapters. An adapter whose sequences have all ended leaves.
+    Each adapter's prompts keep the order, caches and attention calls of a batch of that adapter alone. Only the base's
+    matmuls are over the rows of all adapters. An adapter is left out once all of its sequences have ended.
 
     Args:
-        given: the prompts of each adapter of the decoder's adapter group; of one adapter at most if it has none.
+        given: the prompts of each adapter; of at most one adapter if the stage has no adapter group.
 
     Returns:
-        for each adapter the new tokens of each prompt without the end token, on every rank of the pipeline.
+        the new tokens of each prompt of each adapter, without the end token, on every rank of the pipeline.
 
     Raises:
-        whatever `agree` raises; then no message is in flight between the stages.
+        Exception: an error of `agree`; no message is then in flight between the stages.
     """
     num_steps = max(some.max_new_tokens for some in given)
     batches = [
@@ -232,7 +232,7 @@ def generate(decoder: Decoder, given: Sequence[Prompts], *, agree: Agree = bool)
             part.advance()
         if step % every and step < num_steps:
             continue
-        for part in parts:  # no message may be in flight when all ranks meet, or stages would wait for each other
+        for part in parts:  # no message may be in flight when all ranks agree, or stages would deadlock
             part.collect()
         decoder.finish()
         if agree(all(part.is_done for part in parts)):
@@ -241,14 +241,14 @@ def generate(decoder: Decoder, given: Sequence[Prompts], *, agree: Agree = bool)
 
 
 def split_evenly(items: Sequence[Item], num_parts: int) -> list[Sequence[Item]]:
-    """Split `items` into at most `num_parts` non-empty runs, whose lengths differ by at most one."""
+    """Split `items` into at most `num_parts` non-empty slices whose lengths differ by at most one."""
     count = min(num_parts, len(items))
     boundaries = [len(items) * index // count for index in range(count + 1)]
     return [items[start:stop] for start, stop in itertools.pairwise(boundaries)]
 
 
 def similar_lengths(lengths: Sequence[int]) -> list[slice]:
-    """Split descending `lengths` into runs that are computed together; see the constants above."""
+    """Split descending `lengths` into slices that are computed together; see the constants above."""
     runs, start = [], 0
     for stop in range(1, len(lengths) + 1):
         longest = lengths[start]
@@ -263,16 +263,16 @@ def similar_lengths(lengths: Sequence[int]) -> list[slice]:
 
 
 def pad_right(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> torch.Tensor:
-    """Pad rows of different lengths with `fill` to one (b, longest) int64 tensor."""
+    """Pad rows of different lengths with `fill` and return one (b, longest) int64 tensor."""
     ids = [torch.tensor(row, dtype=torch.long) for row in rows]
     return pad_sequence(ids, batch_first=True, padding_value=fill).to(device)
 
 
 class _Batch:
-    """The sequences of one adapter in a part of the batch, longest first."""
+    """Some sequences of one adapter in a batch, longest first."""
 
     def __init__(self, decoder: Decoder, given: Prompts, prompts: Sequence[Sequence[int]], num_steps: int) -> None:
-        """An empty cache for `prompts`, which are some of the adapter's. At most `num_steps` tokens are computed, and
+        """Make empty caches for `prompts`, some of the adapter's prompts. At most `num_steps` tokens are computed, and
         at most the adapter's own maximum is used."""
         self.given = given
         self.order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
@@ -281,32 +281,32 @@ class _Batch:
         self.most = num_steps if decoder.calls_together else given.max_new_tokens
         self.caches = decoder.new_caches(len(prompts), len(self.prompts[0]) + self.most)
         self.rows: list[list[int]] = [[] for _ in prompts]
-        self.tokens = torch.empty(0)  # the newest token of each sequence, (b, 1), once there is one
+        self.tokens = torch.empty(0)  # the newest token of each sequence, (b, 1), once it exists
         self.ended = [False] * len(prompts)
         self.num_chosen = 0
 
     @property
     def is_done(self) -> bool:
-        """Whether every sequence has ended, judging by the tokens collected so far."""
+        """Return whether every sequence has ended, according to the tokens collected so far."""
         return all(self.ended) or self.num_chosen >= self.most
 
     def runs(self, *, whole: bool) -> list[slice]:
-        """Prompts that are computed together; with `whole`, all of them."""
+        """Return slices of prompts that are computed together; with `whole`, one slice of all prompts."""
         return [slice(0, len(self.prompts))] if whole else similar_lengths([len(prompt) for prompt in self.prompts])
 
     def prompt_rows(self, some: slice, device: torch.device) -> AdapterRows:
-        """Some prompts, whose keys and values the caches get."""
+        """Return the input for some prompts. Its caches are views of this batch's caches."""
         tokens = pad_right(self.prompts[some], 0, device)
         positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
         caches = [KeyValueCache(cache.keys[some], cache.values[some]) for cache in self.caches]
         return AdapterRows(tokens, positions, caches, self.given.adapter)
 
     def newest_rows(self) -> AdapterRows:
-        """The newest token of each sequence."""
+        """Return the input for the newest token of each sequence."""
         return AdapterRows(self.tokens, (self.lengths + self.num_chosen - 1)[:, None], self.caches, self.given.adapter)
 
     def take(self, chosen: torch.Tensor) -> None:
-        """Add a token to each sequence that has not ended, (b,)."""
+        """Append one of the tokens `chosen`, (b,), to each sequence that has not ended."""
         self.tokens = chosen[:, None]
         for index, token in enumerate(chosen.tolist()):
             if self.ended[index] or self.num_chosen > self.given.max_new_tokens:
@@ -318,27 +318,27 @@ class _Batch:
                 self.ended[index] = self.given.is_end(self.rows[index])
 
     def in_given_order(self) -> list[list[int]]:
-        """The new tokens of each prompt, in the order of the prompts."""
+        """Return the new tokens of each prompt, in the order of the prompts."""
         found = dict(zip(self.order, self.rows, strict=True))
         return [found[index] for index in range(len(found))]
 
 
 class _Part:
-    """A part of the batch: sequences that go through the stages together, some of each adapter."""
+    """Sequences that go through the stages together, some of each adapter."""
 
     def __init__(self, decoder: Decoder, batches: Sequence[_Batch]) -> None:
         self.decoder = decoder
         self.batches = list(batches)
-        self.computed: list[_Batch] = []  # batches whose newest tokens are not received yet
+        self.computed: list[_Batch] = []  # batches whose newest tokens have not been received
         self.waiting: Callable[[], torch.Tensor] | None = None
 
     @property
     def is_done(self) -> bool:
-        """Whether every sequence has ended, judging by the tokens collected so far."""
+        """Return whether every sequence has ended, according to the tokens collected so far."""
         return all(batch.is_done for batch in self.batches)
 
     def advance(self) -> None:
-        """Compute one more token for every sequence. It is collected at the next call, so that stages run ahead."""
+        """Compute one more token for every sequence. The next call collects it, so that stages can run ahead."""
         self.collect()
         self.computed = [batch for batch in self.batches if self.decoder.calls_together or not batch.is_done]
         if not self.computed:
@@ -354,9 +354,9 @@ class _Part:
             self.collect()
 
     def _read_prompts(self) -> torch.Tensor | None:
-        """Fill the caches and choose the first token of every sequence, (b,) on the last stage."""
+        """Fill the caches. Return the first token of every sequence, (b,), on the last stage, and None elsewhere."""
         found: dict[_Batch, list[torch.Tensor]] = {batch: [] for batch in self.computed}
-        whole = self.decoder.calls_together  # the number of calls must not depend on a rank's own prompts
+        whole = self.decoder.calls_together  # the number of calls must not depend on the prompts of a rank
         for turn in zip_longest(*(batch.runs(whole=whole) for batch in self.computed)):
             present = [(batch, run) for batch, run in zip(self.computed, turn, strict=True) if run is not None]
             sizes = [len(batch.prompts[run.start]) * (run.stop - run.start) for batch, run in present]
@@ -375,7 +375,7 @@ class _Part:
         return torch.cat([part for parts in found.values() for part in parts]) if self.decoder.is_last else None
 
     def collect(self) -> None:
-        """Receive the tokens that the last stage chose, if there are any."""
+        """Receive the tokens that the last stage chose, if some are expected."""
         if self.waiting is None:
             return
         chosen = self.waiting()
@@ -390,8 +390,8 @@ def _most_likely(logits: torch.Tensor | None) -> torch.Tensor | None:
 
 @torch.no_grad()
 def ending_log_likelihoods(decoder: Decoder, samples: Sequence[Sample], *, adapter: str = ONLY) -> list[list[float]]:
-    """Summed log-likelihood of each ending after its prompt, in nats, with an adapter as in `AdapterRows`: by sample
-    and ending on ranks of the last stage; elsewhere one empty list per sample.
+    """Return the summed log-likelihood of each ending after its prompt, in nats, by sample and ending. Ranks of earlier
+    stages return one empty list per sample. For `adapter` see `AdapterRows`.
 
     The last token of a prompt predicts the first token of an ending, so it is computed with the endings. The tokens
     before it go through the model once, and stay in the cache."""
@@ -404,7 +404,7 @@ def ending_log_likelihoods(decoder: Decoder, samples: Sequence[Sample], *, adapt
 
 
 def _groups(samples: Sequence[Sample], *, whole: bool) -> Iterator[Sequence[Sample]]:
-    """Split samples into runs whose caches, with a copy per ending, have a bounded size; with `whole`, into one run."""
+    """Yield slices of samples whose caches, with a copy per ending, have a bounded size; with `whole`, all samples."""
     start, rows, longest = 0, 0, 0
     for index, (prompt, endings) in enumerate(samples):
         grown = max(longest, len(prompt) + max(map(len, endings)))
@@ -426,7 +426,7 @@ def _score(decoder: Decoder, samples: Sequence[Sample], adapter: str) -> list[li
     if longest:
         prompts = pad_right(before, 0, device)
         positions = torch.arange(longest, device=device).expand_as(prompts)
-        # The head needs at least one position; these logits are not used.
+        # The head needs at least one position. These logits are not used.
         unused = torch.zeros(len(samples), dtype=torch.int64, device=device)
         decoder.forward([AdapterRows(prompts, positions, caches, adapter)], wanted=[unused])
     tokens = pad_right([row[:-1] for row in after], 0, device)

@@ -1,16 +1,16 @@
-"""A model's answer, a metric, and the metrics by name. Nothing is downloaded.
+"""The answer of a model, metrics, and the table of metrics by name. Nothing is downloaded.
 
-Their definitions come from the tasks or from reference libraries, which are imported when the first answer is scored,
-since many runs never score one. Exact match and F1 take the best of the references.
+The definitions come from the tasks or from reference libraries. The libraries are imported when the first answer is
+scored, since many runs never score one. Exact match and F1 use the best of the references.
 
-`accuracy` finds the ending in the generated text, where the first reference is the correct one.
-`accuracy_loglikelihood` takes the ending with the highest log-likelihood per character. The variant without
-normalisation, `acc` of lm-evaluation-harness, favours short endings and is not reported.
+`accuracy` finds the ending that the generated text means. The first reference is the correct ending.
+`accuracy_loglikelihood` chooses the ending with the highest log-likelihood per character. lm-evaluation-harness also
+has `acc` without normalisation, which favours short endings and is not reported.
 
 BLEU is sacrebleu's with its defaults, on detokenised text. The score of a sample is its sentence BLEU (with effective
-order, as sacrebleu advises); the corpus value is not the mean of these, but comes from summed n-gram counts.
-ROUGE-L is that of Google's rouge-score: F of the longest common subsequence of stemmed tokens, which are runs of a-z
-and 0-9 in lower case. So text in another script has none and scores 0. The library and its stemmer read no data files.
+order, as sacrebleu advises). The corpus value is not their mean, but is computed from summed n-gram counts. ROUGE-L
+follows Google's rouge-score: F of the longest common subsequence of stemmed tokens, which are runs of a-z and 0-9 in
+lower case. So text in another script has no tokens and scores 0. The library and its stemmer read no data files.
 """
 
 import math
@@ -32,11 +32,11 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 @dataclass(frozen=True)
 class Answer:
-    """One answered example.
+    """One example with the answer of a model.
 
     Attributes:
         prediction: the generated text, without the prompt, cut at the task's stop text.
-        choice_scores: log-likelihood in nats of each of `example.choices` after the prompt, summed over its tokens;
+        choice_scores: the log-likelihood in nats of each of `example.choices` after the prompt, summed over its tokens;
             empty if none were computed.
     """
 
@@ -46,7 +46,7 @@ class Answer:
 
     @property
     def references(self) -> tuple[str, ...]:
-        """The texts that the prediction is scored against: the example's references that are not blank. Raises
+        """Return the texts that the prediction is scored against: the example's references that are not blank. Raises
         UserError if the example has none."""
         found = tuple(text for text in self.example.references if text.strip())
         if not found:
@@ -58,16 +58,16 @@ class Answer:
 class Metric:
     """One metric. Every score is in per cent, 0 to 100, and higher is better.
 
-    The value of many answers is the mean of `sample`, or that of `corpus`.
+    The value of many answers is the mean of `sample`, or is computed by `corpus`.
 
     Attributes:
-        name: its key in `METRICS`.
+        name: its name in `METRICS`.
         sample: the score of one answer.
-        signature: the rule, library and version by which answers are scored; if it depends on them, a function of
-            all of them. Two values are comparable only if their signatures are equal.
-        needs_choice_scores: whether it reads `Answer.choice_scores`, which cost a model pass per choice.
-        check: raises UserError, before decoding, for an example that the metric can never score as correct.
-        corpus: functions that give a fixed number of counts of one answer, and the value of their sums over answers.
+        signature: the rule, library and version that score answers, or a function that returns these for all answers.
+            Two values are comparable only if their signatures are equal.
+        needs_choice_scores: whether it reads `Answer.choice_scores`, which needs a model pass per choice.
+        check: a function that raises UserError, before decoding, for an example that can never be scored as correct.
+        corpus: functions that return a fixed number of counts per answer, and the value for the sums of the counts.
     """
 
     name: str
@@ -82,18 +82,18 @@ class Metric:
 
 
 def exact_match(answer: Answer) -> float:
-    """100 if the prediction equals a reference, ignoring white space at the ends, else 0."""
+    """Return 100 if the prediction equals a reference, ignoring white space at the ends, otherwise 0."""
     return 100.0 * (answer.prediction.strip() in {reference.strip() for reference in answer.references})
 
 
 def final_number(text: str) -> str | None:
-    """The first number after `#### `, without commas, as GSM8K's own script extracts it; None if there is none."""
+    """Return the first number after `#### `, without commas, as GSM8K's own script extracts it, or None without one."""
     match = _FINAL_NUMBER.search(text)
     return match.group(1).replace(",", "") if match else None
 
 
 def gsm8k_exact_match(answer: Answer) -> float:
-    """100 if the final number equals a reference's as a string, else 0; also 0 if the prediction has none."""
+    """Return 100 if the final number equals that of a reference as a string, otherwise 0, also without a number."""
     wanted = {final_number(reference) for reference in answer.references} - {None}
     return 100.0 * (final_number(answer.prediction) in wanted)
 
@@ -105,21 +105,21 @@ def has_final_number(example: Example) -> None:
 
 
 def normalise_squad(text: str) -> str:
-    """SQuAD v1.1: lower the case, then remove (ASCII) punctuation, then articles, then repeated spaces."""
+    """Normalise as SQuAD v1.1: lower the case, then remove (ASCII) punctuation, then articles, then repeated spaces."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def squad_exact_match(answer: Answer) -> float:
-    """100 if the normalised prediction equals any normalised reference, else 0."""
+    """Return 100 if the normalised prediction equals any normalised reference, otherwise 0."""
     found = normalise_squad(answer.prediction)
     return 100.0 * any(found == normalise_squad(reference) for reference in answer.references)
 
 
 def token_f1(prediction: str, reference: str) -> float:
-    """F1 in 0..1 of the two bags of normalised tokens, 2 |common| / (|prediction| + |reference|).
+    """Return the F1 (0 to 1) of two multisets of normalised tokens, 2 |common| / (|prediction| + |reference|).
 
-    It equals SQuAD's 2 p r / (p + r), but with one division, so that equal F1 are equal floats. Without a common token
-    it is 0, even if both texts are empty after normalisation, as in the v1.1 script (v2.0 differs there).
+    It equals SQuAD's 2 p r / (p + r), but uses one division, so that equal F1 are equal floats. Without a common token
+    it is 0, even if both texts are empty after normalisation, as in the v1.1 script (v2.0 differs here).
     """
     found, wanted = normalise_squad(prediction).split(), normalise_squad(reference).split()
     common = sum((Counter(found) & Counter(wanted)).values())
@@ -127,7 +127,7 @@ def token_f1(prediction: str, reference: str) -> float:
 
 
 def squad_f1(answer: Answer) -> float:
-    """100 times the best F1 over the references."""
+    """Return 100 times the best F1 over the references."""
     return 100.0 * max(token_f1(answer.prediction, reference) for reference in answer.references)
 
 
@@ -135,7 +135,7 @@ def squad_f1(answer: Answer) -> float:
 
 
 def checked_choices(answer: Answer) -> tuple[str, ...]:
-    """The endings. Raises UserError if there are none, one is blank, or the correct one is not among them."""
+    """Return the endings. Raises UserError if there are none, one is blank, or the correct one is not among them."""
     example = answer.example
     if not example.choices:
         raise UserError(f"{example.source}: no endings to choose from; accuracy needs several endings per row")
@@ -147,15 +147,15 @@ def checked_choices(answer: Answer) -> tuple[str, ...]:
 
 
 def _plain(text: str) -> str:
-    """The text in lower case with single spaces."""
+    """Return the text in lower case with single spaces."""
     return " ".join(text.lower().split())
 
 
 def chosen_ending(prediction: str, choices: Sequence[str]) -> str | None:
-    """The ending that a generated text means, in lower case with single spaces; None if it means no ending.
+    """Return the ending that a generated text means, in lower case with single spaces, or None if it means no ending.
 
-    It is the ending that equals the text, ignoring case and white space; otherwise the ending with the highest SQuAD
-    F1. It is None if two different endings share the highest F1, or if all have 0 (for example with an empty text).
+    It is the ending that equals the text, ignoring case and white space, or else the ending with the highest SQuAD F1.
+    It is None if two different endings share the highest F1, or if all have F1 0 (for example with an empty text).
     """
     text = _plain(prediction)
     endings = list(dict.fromkeys(map(_plain, choices)))
@@ -167,12 +167,12 @@ def chosen_ending(prediction: str, choices: Sequence[str]) -> str | None:
 
 
 def accuracy(answer: Answer) -> float:
-    """100 if the generated text means the correct ending, else 0."""
+    """Return 100 if the generated text means the correct ending, otherwise 0."""
     return 100.0 * (chosen_ending(answer.prediction, checked_choices(answer)) == _plain(answer.references[0]))
 
 
 def accuracy_loglikelihood(answer: Answer) -> float:
-    """100 if the correct ending has the highest log-likelihood per character (the first of equals), else 0.
+    """Return 100 if the correct ending has the highest log-likelihood per character (the first if equal), otherwise 0.
 
     Characters are the Unicode code points of the cleaned ending, without the space that joins it to the prompt, as in
     `acc_norm` of lm-evaluation-harness. If a score is NaN, the result is 0.
@@ -189,20 +189,20 @@ def accuracy_loglikelihood(answer: Answer) -> float:
 
 
 def sentence_bleu(answer: Answer) -> Any:
-    """sacrebleu's sentence BLEU, with the counts of which it consists."""
+    """Return sacrebleu's sentence BLEU, including the counts from which it is computed."""
     from sacrebleu.metrics import BLEU
 
     return BLEU(effective_order=True).sentence_score(answer.prediction, list(answer.references))
 
 
 def bleu_statistics(answer: Answer) -> tuple[int, ...]:
-    """Lengths of prediction and closest reference, then matched and predicted n-grams, both for each order."""
+    """Return the lengths of prediction and closest reference, then matched and predicted n-grams of each order."""
     found = sentence_bleu(answer)
     return (found.sys_len, found.ref_len, *found.counts, *found.totals)
 
 
 def corpus_bleu(sums: Sequence[int]) -> float:
-    """sacrebleu's corpus BLEU of summed statistics, bit-identical to its `corpus_score`."""
+    """Return sacrebleu's corpus BLEU from summed statistics, bit-identical to its `corpus_score`."""
     from sacrebleu.metrics import BLEU
 
     corpus, orders = BLEU(), len(sums) // 2 - 1
@@ -220,12 +220,12 @@ def corpus_bleu(sums: Sequence[int]) -> float:
 
 
 def bleu_signature(answers: Sequence[Answer]) -> str:
-    """sacrebleu's own signature. It depends only on the numbers of references of the answers."""
+    """Return sacrebleu's own signature. It depends only on how many references the answers have."""
     from sacrebleu.metrics import BLEU
 
     counts = [len(answer.references) for answer in answers]
     fewest, most = min(counts), max(counts)
-    # sacrebleu knows its signature only after scoring; two sentences with the extreme numbers are enough.
+    # sacrebleu knows its signature only after scoring. Two sentences with the fewest and most references are enough.
     streams: list[Any] = [["x", "x" if number < fewest else None] for number in range(most)]
     scorer = BLEU()
     scorer.corpus_score(["x", "x"], streams)
@@ -236,10 +236,10 @@ def bleu_signature(answers: Sequence[Answer]) -> str:
 
 
 def rouge_l(answer: Answer) -> float:
-    """100 times the F of ROUGE-L for the best reference.
+    """Return 100 times the F of ROUGE-L for the best reference.
 
-    Tokens and definition are the library's. Its own search fills a table of all pairs of tokens, which takes minutes
-    and gigabytes for a long text.
+    Tokens and definition are the library's. The library's own search fills a table of all pairs of tokens, which takes
+    minutes and gigabytes for a long text.
     """
     from rouge_score.tokenizers import DefaultTokenizer
 
@@ -254,7 +254,7 @@ def rouge_l(answer: Answer) -> float:
 
 
 def common_length(one: Sequence[str], other: Sequence[str]) -> int:
-    """Length of the longest common subsequence of two sequences.
+    """Return the length of the longest common subsequence of two sequences.
 
     An integer has one bit per token of `one`. Each token of `other` takes one step of additions and masks (Crochemore
     et al., "A fast and practical bit-vector algorithm for the longest common subsequence problem", 2001). A zero bit
@@ -309,7 +309,7 @@ METRICS: Mapping[str, Metric] = {
 
 
 def find_metric(name: str) -> Metric:
-    """The metric called `name`. Raises UserError with the known names."""
+    """Return the metric called `name`. Raises UserError with the known names."""
     if name not in METRICS:
         raise UserError(f"metric {name!r} is unknown; the metrics are {', '.join(METRICS)}")
     return METRICS[name]

@@ -1,4 +1,4 @@
-"""The plan of an evaluation, of one model or of several adapters of it: decided and checked before weights are read."""
+"""The plan of an evaluation of one model or of several adapters. It is made and checked before weights are read."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -42,13 +42,13 @@ _READING = marked(EvaluateSettings, as_trained=True)
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """A checked evaluation: its settings, and what follows from them, the model and the number of ranks.
+    """A checked evaluation: its settings, and the values that follow from them, the model and the number of ranks.
 
     Attributes:
-        kind: kind of model: base, merged (a folder with a merged adapter), native or peft.
-        longest_prompt: maximum prompt tokens; a longer prompt loses its middle.
-        limit: maximum number of samples; None: all.
-        notes: what a user should know before trusting the scores.
+        kind: the kind of model: base, merged (a folder with a merged adapter), native or peft.
+        longest_prompt: the maximum number of prompt tokens; a longer prompt loses its middle.
+        limit: the maximum number of samples; None: all.
+        notes: messages that a user should know before trusting the scores.
     """
 
     settings: EvaluateSettings
@@ -66,24 +66,24 @@ class EvaluationPlan:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the base."""
+        """Return the dtype of the base."""
         return DTYPES[self.dtype_name]
 
     @property
     def base_format(self) -> str | None:
-        """The storage format of the blocks' linears; None for `dtype`."""
+        """Return the storage format of the blocks' linears, or None if they are stored in `dtype`."""
         return _base_format(self.settings, self.source, self.adapter)
 
     @property
     def adapter_name(self) -> str:
-        """METHOD-rRANK, or the kind of model if there is no adapter."""
+        """Return METHOD-rRANK, or the kind of model if there is no adapter."""
         if self.adapter is None:
             return self.kind
         method = "peft" if self.kind == "peft" else self.adapter.config.method
         return f"{method}-r{self.adapter.config.rank}"
 
     def resolved_settings(self, output_dir: Path) -> dict[str, Any]:
-        """Every setting as a plain value, including those that depend on the model, the task and the ranks."""
+        """Return every setting as a plain value, including those that depend on the model, the task and the ranks."""
         return {
             **self.settings.model_dump(),
             "output_dir": str(output_dir),
@@ -96,13 +96,13 @@ class EvaluationPlan:
         }
 
 
-EvaluationPlans = Mapping[str, EvaluationPlan]  # by the adapter's name; they differ in it and in what follows from it
+EvaluationPlans = Mapping[str, EvaluationPlan]  # by adapter name; equal but for the adapter and its values
 
 
 def plan_evaluations(settings: EvaluateSettings, *, rank: int, world_size: int) -> dict[str, EvaluationPlan]:
-    """The plan of each of --adapters; without them one plan, whose name is ONLY. Raises UserError, which names the
-    first thing of settings, model and number of ranks that does not fit, with the fix; or the adapter that does not
-    fit, or is of another base than the others."""
+    """Return the plan of each adapter in --adapters, or without them one plan with the name ONLY. Raises UserError,
+    which names the first setting, model or number of ranks that does not fit, with the fix. It also names an adapter
+    that does not fit or has a different base from the others."""
     own = {ONLY: settings}
     if settings.adapters is not None:
         found = named_adapters(settings.adapters).items()
@@ -117,7 +117,7 @@ def plan_evaluations(settings: EvaluateSettings, *, rank: int, world_size: int) 
 
 
 def output_name(plans: EvaluationPlans) -> str:
-    """MODEL-TASK-ADAPTER, or MODEL-TASK-N-adapters of --adapters, for the output folder's name."""
+    """Return MODEL-TASK-ADAPTER, or MODEL-TASK-N-adapters for --adapters, as the name of the output folder."""
     plan = next(iter(plans.values()))
     model = last_name(plan.source.name)
     adapter = plan.adapter_name if ONLY in plans else count_text(len(plans), "adapter").replace(" ", "-")
@@ -125,9 +125,9 @@ def output_name(plans: EvaluationPlans) -> str:
 
 
 def named_adapters(given: Sequence[str]) -> dict[str, Path]:
-    """The folders that the values of --adapters name, by the adapter's name: NAME of NAME=FOLDER, or the run's. Raises
-    UserError if a value names no adapter, two have one name, or a name cannot be that of a folder beside the table. A
-    folder that is no adapter is found when it is read."""
+    """Return the folders in --adapters by the adapter's name, which is NAME of NAME=FOLDER, or the run's name. Raises
+    UserError if a value names no adapter, two have the same name, or a name cannot be a folder beside the table. A
+    folder without an adapter is found when it is read."""
     found: dict[str, Path] = {}
     for value in given:
         name, is_named, path = value.partition("=")
@@ -170,8 +170,8 @@ def _plan(settings: EvaluateSettings, *, rank: int, world_size: int, identify: I
     max_new_tokens = resolve_max_new_tokens(settings.max_new_tokens, model_shape.limit.tokens, task.max_new_tokens)
     prompt = longest_prompt(settings.max_length, model_shape.limit.tokens, max_new_tokens)
     if adapter is None:
-        source = find_model(source.name)  # so far a hub model's weights were not downloaded
-        source.weights_folder()  # rejects a preset, which has no weights
+        source = find_model(source.name)  # this downloads the weights of a hub model
+        source.weights_folder()  # this rejects a preset, which has no weights
     return EvaluationPlan(
         settings=settings,
         task=task,
@@ -189,8 +189,8 @@ def _plan(settings: EvaluateSettings, *, rank: int, world_size: int, identify: I
 
 
 def _base_format(settings: EvaluateSettings, source: ModelSource, adapter: NativeAdapter | None) -> str | None:
-    """The storage format in which the base is used: as it was given, that of its folder, or of the adapter's run.
-    Raises UserError if the adapter is to be merged into quantised weights."""
+    """Return the storage format in which the base is used: the given one, its folder's format, or the format in the
+    adapter's run. Raises UserError if the adapter is to be merged into quantised weights."""
     given = settings.base or source.stored_base or (adapter and adapter.base_identity.base_format) or UNQUANTISED
     if given == UNQUANTISED:
         return None
@@ -201,9 +201,9 @@ def _base_format(settings: EvaluateSettings, source: ModelSource, adapter: Nativ
 
 
 def _as_trained(settings: EvaluateSettings) -> tuple[EvaluateSettings, list[str]]:
-    """The settings, with the rules by which the adapter's run made tokens of rows where the user gives none; and notes
-    if the run's settings, in a file beside the adapter, show that it was trained with other prompts. Raises UserError
-    if the user's contradict them, or the file of the run's chat template has changed."""
+    """Return the settings, with rules for rows from the adapter's run if the user gave none, and notes. There are notes
+    if the settings in the run's file show that it was trained with different prompts. Raises UserError if the user's
+    settings contradict these, or the file of the run's chat template has changed."""
     trained: dict[str, Any] = {}
     run_file = None if settings.adapter is None else user_path(settings.adapter).parent / "run.yaml"
     if run_file is not None and run_file.is_file():
@@ -239,8 +239,8 @@ def _check_trained_template(file: str, trained: Any) -> None:
 def _find_model(
     settings: EvaluateSettings, identify: Identify
 ) -> tuple[ModelSource, NativeAdapter | None, str, tuple[str, ...]]:
-    """(base, adapter, kind of model, notes). Raises UserError if one is missing, they do not belong together, or they
-    need another tokenizer."""
+    """Return (base, adapter, kind of model, notes). Raises UserError if one is missing, they do not belong together, or
+    they need a different tokenizer."""
     longest = settings.max_length or 0  # checked before a weight is read
     if settings.adapter is None:
         source = find_model(settings.model or DEFAULT_MODEL, weights=False)
@@ -255,7 +255,7 @@ def _find_model(
         opened.adapter,
         tokenizer=settings.tokenizer,
         differs=settings.base_differs,
-        base_format=trained if opened.trained_on is None else used,  # nobody knows on what it was trained otherwise
+        base_format=trained if opened.trained_on is None else used,  # otherwise the base of its training is unknown
         identify=identify,
     )
     return opened.source, opened.adapter, opened.kind, (*opened.notes, *base.notes)

@@ -1,8 +1,8 @@
-"""Scores of many answers: each metric's value with a 95 % bootstrap interval over the samples; and what an evaluation
-shows and writes: its headline, predictions.jsonl (one line per sample), results.json, scores.
+"""Scores of many answers: each metric's value with a 95 % bootstrap interval over the samples. This module also writes
+the output of an evaluation: its headline, predictions.jsonl (one line per sample), results.json and scores.
 
 Resample i of n answers is row i of `numpy.random.default_rng(seed).integers(n, size=(resamples, n))`. It depends on
-nothing else, so all metrics, and all models that are scored on one test set, use the same resamples.
+nothing else. So all metrics and models that are scored on one test set use the same resamples.
 """
 
 import json
@@ -25,7 +25,7 @@ from megatron_tiedlora.evaluation.plan import TABLE_FILE, EvaluationPlan, Evalua
 from megatron_tiedlora.model.fused_attention import AttentionRoute
 
 _PERCENTILES = (2.5, 97.5)
-# Random numbers drawn at a time; this bounds the memory.
+# The number of random numbers that are drawn at a time. It bounds the memory.
 _DRAWN_AT_ONCE = 2_000_000
 PREDICTIONS_FILE = "predictions.jsonl"
 RESULTS_FILE = "results.json"
@@ -35,11 +35,11 @@ _LIBRARIES = ("torch", "deepspeed", "transformers", "rouge-score", "sacrebleu")
 
 @dataclass(frozen=True)
 class Score:
-    """A metric's value over `num_samples` answers.
+    """The value of a metric over `num_samples` answers.
 
     Attributes:
-        value: in per cent.
-        low, high: ends of the 95 % percentile bootstrap interval, in per cent.
+        value: the value in per cent.
+        low, high: the ends of the 95 % percentile bootstrap interval, in per cent.
         signature: the rule, library and version of the metric.
     """
 
@@ -51,7 +51,7 @@ class Score:
     signature: Text
 
     def plain(self) -> dict[str, Any]:
-        """The score as it is written to files."""
+        """Return the score as it is written to files."""
         values = {"score": self.value, "n": self.num_samples, "confidence_interval": [self.low, self.high]}
         return {**values, "signature": self.signature}
 
@@ -59,8 +59,8 @@ class Score:
 def score_answers(
     metric_names: Sequence[str], answers: Sequence[Answer], *, seed: int = 0, resamples: int = 1000
 ) -> dict[str, Score]:
-    """The scores by metric, in the order of `metric_names`. The answers are in the order of their file, on which the
-    interval depends. Raises UserError if there are no answers, a metric is unknown, or it cannot score an example."""
+    """Return the scores by metric, in the order of `metric_names`. The interval depends on the order of the answers
+    in the file. Raises UserError without answers, for an unknown metric, or if it cannot score an example."""
     if not answers:
         raise UserError("no answers to score; the split is empty")
     scores = {}
@@ -73,7 +73,7 @@ def score_answers(
 
 
 def _bootstrap(metric: Metric, answers: Sequence[Answer], *, seed: int, resamples: int) -> tuple[float, Any]:
-    """The metric's value, and its values on the resamples, (resamples,)."""
+    """Return the metric's value, and its values on the resamples, (resamples,)."""
     num = len(answers)
     if metric.corpus is None:
         samples = [metric.sample(answer) for answer in answers]
@@ -99,8 +99,8 @@ def _resampled_sums(table: Any, *, seed: int, resamples: int) -> Iterator[Any]:
 
 
 def headline(plans: EvaluationPlans, scored_sets: Mapping[str, ScoredSet], attention: AttentionRoute) -> list[str]:
-    """A few lines about the evaluation, to print before its progress bar; with --adapters a line for each. `attention`
-    says which kernels compute the attention of prompts."""
+    """Return a few lines about the evaluation, to print before its progress bar, with a line for each of --adapters.
+    `attention` names the kernels that compute the attention of prompts."""
     name, plan = next(iter(plans.items()))
     settings, grid, scored = plan.settings, plan.grid, scored_sets[name]
     dtype = describe_dtype(settings.dtype, plan.dtype_name)
@@ -131,7 +131,7 @@ def headline(plans: EvaluationPlans, scored_sets: Mapping[str, ScoredSet], atten
 
 
 def prediction_row(answer: Answer, metrics: Sequence[str]) -> dict[str, Any]:
-    """One line of predictions.jsonl: the texts, `score` by the task's own (first) metric, and other metrics by name."""
+    """Return a line of predictions.jsonl: the texts, `score` by the task's own (first) metric, and other metrics."""
     first, *others = metrics
     example = answer.example
     row: dict[str, Any] = {
@@ -147,7 +147,7 @@ def prediction_row(answer: Answer, metrics: Sequence[str]) -> dict[str, Any]:
 
 
 def _json_line(row: Mapping[str, Any]) -> str:
-    """The row as JSON with readable non-ASCII text. Characters that some readers treat as line ends are escaped."""
+    """Return the row as JSON with readable non-ASCII text. It escapes what some readers take as line ends."""
     text = json.dumps(row, ensure_ascii=False)
     for separator in ("\x85", "\u2028", "\u2029"):
         text = text.replace(separator, f"\\u{ord(separator):04x}")
@@ -155,7 +155,7 @@ def _json_line(row: Mapping[str, Any]) -> str:
 
 
 def results_content(plan: EvaluationPlan, scores: Mapping[str, Score], folder: Path) -> dict[str, Any]:
-    """The content of results.json: the task's own score, all scores, model, adapter, layout, settings and versions."""
+    """Return the content of results.json: scores (the task's own first), model, adapter, layout, settings, versions."""
     settings, grid, first = plan.settings, plan.grid, plan.task.metrics[0]
     adapter = None
     if plan.adapter is not None:
@@ -186,9 +186,9 @@ EvaluationResult = tuple[EvaluationPlan, Sequence[Answer], Mapping[str, Score]]
 
 
 def write_results(evaluations: Mapping[str, EvaluationResult], output: NewOutput) -> None:
-    """Write the files atomically: the folder appears complete or not at all. Several evaluations have the names of
-    their adapters, which become folders beside the table of all; a single one has the name ONLY. Raises UserError if
-    another process has taken over the folder meanwhile, or it cannot be written."""
+    """Write the files atomically, so that the folder appears complete or not at all. Several evaluations have the names
+    of their adapters, which become folders beside the table of all. A single one has the name ONLY. Raises UserError if
+    a different process has taken over the folder meanwhile, or if it cannot be written."""
     with output.written() as temporary:
         for name, (plan, answers, scores) in evaluations.items():
             folder = temporary / name
@@ -201,7 +201,7 @@ def write_results(evaluations: Mapping[str, EvaluationResult], output: NewOutput
 
 
 def _table(evaluations: Mapping[str, EvaluationResult]) -> str:
-    """The scores of all adapters as CSV, a row for each."""
+    """Return the scores of all adapters as CSV, with one row per adapter."""
     rows: list[dict[str, Any]] = []
     for name, (plan, answers, scores) in evaluations.items():
         rows.append({"name": name, "adapter": plan.settings.adapter, "kind": plan.adapter_name, "n": len(answers)})
@@ -211,9 +211,9 @@ def _table(evaluations: Mapping[str, EvaluationResult]) -> str:
 
 
 def score_table(evaluations: Mapping[str, EvaluationResult], folder: Path) -> list[str]:
-    """The lines that a user sees at the end: scores with intervals, and the files.
+    """Return the lines that a user sees at the end: scores with intervals, and the files.
 
-    Of one alone there is a row for each metric, with its signature; of several a row for each adapter.
+    One evaluation has a row for each metric, with its signature. Several evaluations have a row for each adapter.
     """
     plan, answers, first = next(iter(evaluations.values()))
     rows = f"{plan.task.name}, {count_text(len(answers), f'{plan.settings.split} row')}, scores in per cent"

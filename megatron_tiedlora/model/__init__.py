@@ -1,1 +1,1 @@
-"""The base model as one flat list of layers, its families, and the stages made of it."""
+"""The base model as one flat list of layers, the model families, and the pipeline stages."""

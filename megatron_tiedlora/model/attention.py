@@ -24,10 +24,10 @@ from megatron_tiedlora.parallel.kernels import Kernels
 
 @dataclass
 class KeyValueCache:
-    """Keys and values of one layer during generation, each (b, kv, capacity, head_dim).
+    """The keys and values of one layer during generation, each (b, kv, capacity, head_dim).
 
     Sequences of a batch may have different lengths. The next token of each sequence is written at its own position, so
-    there is never padding between tokens. `filled` is the length of the longest sequence; nothing beyond it is read.
+    there is never padding between tokens. `filled` is the length of the longest sequence; nothing after it is read.
     """
 
     keys: Tensor
@@ -36,7 +36,7 @@ class KeyValueCache:
 
     @staticmethod
     def empty(batch: int, local_kv_heads: int, capacity: int, head_dim: int, like: Tensor) -> "KeyValueCache":
-        """An empty cache for `capacity` tokens per sequence, in the dtype and on the device of `like`."""
+        """Return an empty cache for `capacity` tokens per sequence, in the dtype and on the device of `like`."""
         shape = (batch, local_kv_heads, capacity, head_dim)
         return KeyValueCache(like.new_zeros(shape), like.new_zeros(shape))
 
@@ -53,35 +53,33 @@ class KeyValueCache:
         self.filled += length
 
     def take(self, rows: Tensor) -> "KeyValueCache":
-        """A copy of the sequences `rows` (n,); a sequence may occur several times, to be continued in several ways."""
+        """Return a copy of the sequences `rows` (n,). A sequence may occur several times, for several continuations."""
         return KeyValueCache(self.keys[rows], self.values[rows], self.filled)
 
 
 def cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of keys and values for a base in `dtype`.
+    """Return the dtype of keys and values for a base in `dtype`.
 
     On a CPU, PyTorch's masked attention is ten times slower in bf16 than in fp32 (7.6 ms against 0.7 at 24 x 450).
     """
     return torch.float32 if device.type == "cpu" else dtype
 
 
-AnyCache = (
-    KeyValueCache | tuple[KeyValueCache, ...]
-)  # one for a batch, or one for the tokens of each of several adapters
+AnyCache = KeyValueCache | tuple[KeyValueCache, ...]  # one cache for a batch, or one for the tokens of each adapter
 
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """The tokens of a call, as attention needs to know them; the same object serves all layers.
+    """The data about a call's tokens that attention needs. All layers use the same object.
 
     Attributes:
         positions: (b, s) int64.
-        tables: cos and sin of each rotation that the layers have, see `rotation_table`.
+        tables: the cos and sin of each rotation in the layers, see `rotation_table`.
         attend: computes attention among the tokens of the call, (b, s, heads * head_dim), from queries (b, heads, s,
-            head_dim), keys and values (b, kv heads, s, head_dim); a token sees its own document up to itself.
-        mask: if keys come from a cache, 0 or -inf that is added to the scores, (b * kv, heads / kv * s, keys) in the
+            head_dim), keys and values (b, kv heads, s, head_dim). A token attends to its own document up to itself.
+        mask: 0 or -inf to be added to the scores if keys come from a cache, (b * kv, heads / kv * s, keys) in the
             cache's dtype.
-        of_shares: if keys come from the caches of several shares, a context for each.
+        of_shares: a context for each share, if keys come from the caches of several shares.
     """
 
     positions: Tensor
@@ -92,7 +90,7 @@ class AttentionContext:
 
 
 class Attention(nn.Module):
-    """z = W_o attention(Q, K, V); `qkv` computes Q, K and V. Call `attend` first, then `output`."""
+    """Attention, z = W_o attention(Q, K, V). `qkv` computes Q, K and V. Call `attend` first, then `output`."""
 
     def __init__(
         self, qkv: QkvLinear, output: RowParallelLinear, *, kernels: Kernels, deterministic: bool = False
@@ -113,16 +111,16 @@ class Attention(nn.Module):
         shares: Shares = (),
         ropes: Iterable[shapes.RopeShape | None] | None = None,
     ) -> AttentionContext:
-        """The tokens, as `attend` of every layer needs to know them; computed once for all layers.
+        """Return the data about the tokens that `attend` needs. It is computed once for all layers.
 
         Args:
             positions: (b, s) int64.
             dtype: the dtype of the activations.
-            documents: (b, s) int64, document ids; None: one document per row. Best on the host.
-            shares: the adapters of the tokens; if there are several, b is 1. By default there is one adapter.
+            documents: (b, s) int64, document ids; None: one document per row. They are read fastest on the host.
+            shares: the adapters of the tokens; if there are several adapters, b is 1. By default there is one adapter.
             cache: the cache of any layer before the call. The first call fills it with whole prompts, padded on the
-                right; later tokens see its keys up to their own position. With shares there is one for each.
-            ropes: the rotations of all layers, if layers have other rotations than this one.
+                right. Later tokens attend to its keys up to their own position. With shares there is one for each.
+            ropes: the rotations of all layers, if some differ from this layer's.
         """
         heads = self.qkv.heads
         rotations = filter(None, [self.qkv.rope] if ropes is None else ropes)
@@ -149,7 +147,7 @@ class Attention(nn.Module):
         return replace(context, attend=partial(attend_within, documents=found, attend=route.attend))
 
     def route(self, device: torch.device, dtype: torch.dtype) -> AttentionRoute:
-        """The kernel for attention among the tokens of one call, on `device` and in the dtype of activations."""
+        """Return the kernel for attention among the tokens of one call, on `device` and in the activations' dtype."""
         return choose_attention(device, dtype, self.qkv.heads.dim, deterministic=self.deterministic)
 
     def _cache_mask(self, positions: Tensor, cache: KeyValueCache) -> Tensor:
@@ -160,7 +158,7 @@ class Attention(nn.Module):
         hidden = keys > positions[:, :, None]  # (b, s, padded keys)
         added = cache.keys.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
         rows = added[:, None].expand(batch, kv_heads * group, length, len(keys)).reshape(-1, group * length, len(keys))
-        return rows[..., :num_keys]  # rows start at multiples of 8, or CUDA's kernel would copy the mask in every layer
+        return rows[..., :num_keys]  # rows start at multiples of 8; else CUDA's kernel copies the mask in every layer
 
     def attend(
         self,
@@ -171,13 +169,13 @@ class Attention(nn.Module):
         update: LayerUpdate | None = None,
         cache: AnyCache | None = None,
     ) -> Tensor:
-        """The attention output of this rank's heads, (b, s, local heads * head_dim), for `output`.
+        """Return the attention output of this rank's heads, (b, s, local heads * head_dim), as input of `output`.
 
         Args:
             hidden: activations between layers, (b, s, d) or (1, b s / p, d).
             context: see `context`.
-            cache: for this rank's key and value heads; the new keys and values are added to it. With shares there is
-                one for each.
+            cache: the cache of this rank's key and value heads, to which new keys and values are added. With several
+                shares there is one for each.
         """
         qkv_update = None if update is None else update.get(shapes.QKV)
         table = () if self.qkv.rope is None else context.tables[self.qkv.rope]
@@ -193,7 +191,7 @@ class Attention(nn.Module):
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, cache: KeyValueCache | None
     ) -> Tensor:
-        """(b, heads, s, head_dim) -> (b, s, heads * head_dim)."""
+        """Return attention outputs (b, s, heads * head_dim) from heads (b, heads, s, head_dim)."""
         if cache is not None:
             has_earlier = cache.filled > 0
             cache.update(key, value, context.positions)
@@ -210,10 +208,10 @@ def _by_share(ids: Tensor, shares: Shares) -> list[Tensor]:
 
 
 def _tiled_shares(shares: Shares, documents: Tensor | None, size: int) -> tuple[TiledRows, ...]:
-    """The rows of a shared micro-batch for attention on a CPU. Each row gets the bits that it would get alone.
+    """Return the rows of a micro-batch for attention on a CPU. The result of a row does not depend on other rows.
 
-    Rows of one length that follow each other are computed together. Packed ones are not, as a tile would get the keys
-    that one of them sees, and their sums would have other addends of zero.
+    Consecutive rows of one length are computed together. Packed rows of different adapters are not. A tile would
+    contain the keys that any of them attends to, so their sums would have more addends of zero.
     """
     if documents is not None:
         pairs = zip(shares, _by_share(documents, shares), strict=True)
@@ -226,12 +224,12 @@ def _tiled_shares(shares: Shares, documents: Tensor | None, size: int) -> tuple[
 
 
 def _attend_to_cache(query: Tensor, cache: KeyValueCache, mask: Tensor | None) -> Tensor:
-    """Attention of new tokens, (b, heads, s, head_dim), to the cache, which holds them and all earlier tokens.
+    """Return the attention of new tokens, (b, heads, s, head_dim), to the cache, which has them and earlier tokens.
 
     The query heads that share a key-value head are stacked as tokens of one head, so that no key is copied for them.
     In fp32 (always on a CPU) two matmuls take two thirds of the time of PyTorch's fused kernel, which is made for long
-    queries. In bf16 the fused kernel is used, as it computes scores in fp32. cuDNN's kernel is avoided, since it makes
-    a plan for each number of keys: `prepare_environment` puts it last.
+    queries. In bf16 the fused kernel is used, because it computes scores in fp32. cuDNN's kernel is avoided, because it
+    makes a plan for each number of keys: `prepare_environment` puts it last.
     """
     assert mask is not None, "a filled cache needs a mask"
     batch, heads, length, head_dim = query.shape
@@ -249,7 +247,7 @@ def _attend_to_cache(query: Tensor, cache: KeyValueCache, mask: Tensor | None) -
 
 # Rotary embedding -----------------------------------------------------------------------------------------------------
 #
-# It has the half-rotation convention of Hugging Face.
+# It follows the half-rotation convention of Hugging Face:
 #
 #     angle(p, i) = p * f_i, f_i = theta^(-2 i / n); (x1, x2) -> a (x1 cos - x2 sin, x2 cos + x1 sin)
 #
@@ -258,7 +256,7 @@ def _attend_to_cache(query: Tensor, cache: KeyValueCache, mask: Tensor | None) -
 
 
 def inverse_frequencies(heads: shapes.HeadShape, device: torch.device | None = None) -> Tensor:
-    """f_i, (rotary_dim / 2,) fp32."""
+    """Return f_i, (rotary_dim / 2,) fp32."""
     exponents = torch.arange(0, heads.rotary_dim, 2, dtype=torch.int64, device=device).float() / heads.rotary_dim
     powers, scaling = heads.rope.theta**exponents, heads.rope.scaling
     match scaling:
@@ -274,20 +272,20 @@ def inverse_frequencies(heads: shapes.HeadShape, device: torch.device | None = N
 
 
 def amplitude(scaling: shapes.RopeScaling | None) -> float:
-    """a: the factor of cos and sin."""
+    """Return a, the factor of cos and sin."""
     return scaling.amplitude if isinstance(scaling, shapes.YarnScaling | shapes.LongRopeScaling) else 1.0
 
 
 def rotation_table(positions: Tensor, heads: shapes.HeadShape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """a cos and a sin of the angles of all positions (b, s), each (b s, 1, rotary_dim / 2) in `dtype`."""
+    """Return a cos and a sin of the angles of all positions (b, s), each (b s, 1, rotary_dim / 2) in `dtype`."""
     angles = positions.reshape(-1, 1, 1).float() * inverse_frequencies(heads, positions.device)
     factor = amplitude(heads.rope.scaling)
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
 
 
 def _llama3(scaling: shapes.Llama3Scaling, frequencies: Tensor) -> Tensor:
-    """Wavelengths above original / low_freq_factor are stretched by `factor`, those below original / high_freq_factor
-    stay unchanged, and between them the two are blended linearly."""
+    """Return frequencies for Llama 3. Wavelengths above original / low_freq_factor are multiplied by `factor`. Those
+    below original / high_freq_factor do not change, and between these limits the two are blended linearly."""
     wavelengths = 2 * math.pi / frequencies
     blend = (scaling.original_max_positions / wavelengths - scaling.low_freq_factor) / (
         scaling.high_freq_factor - scaling.low_freq_factor
@@ -300,8 +298,8 @@ def _llama3(scaling: shapes.Llama3Scaling, frequencies: Tensor) -> Tensor:
 
 
 def _yarn(scaling: shapes.YarnScaling, powers: Tensor, heads: shapes.HeadShape) -> Tensor:
-    """Frequencies that turn more than `beta_fast` times over the original positions stay, those that turn less than
-    `beta_slow` times are divided by `factor`, and between them a ramp over the indices blends the two."""
+    """Return frequencies for YaRN. Those with more than `beta_fast` rotations over the original positions do not
+    change. Those with less than `beta_slow` are divided by `factor`, and a ramp over the indices blends the others."""
     size, theta = heads.rotary_dim, heads.rope.theta
 
     def index_of(rotations: float) -> float:

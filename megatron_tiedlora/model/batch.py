@@ -1,8 +1,8 @@
-"""A micro-batch as the loader gives it to the engine, its positions that have a label, and the documents packed in it.
+"""A micro-batch from the loader, its supervised positions, and the documents that are packed in it.
 
-Its tensors keep their names from the loader to the loss: tokens, positions, labels, documents, token_index. The layers
-after the last attention compute only supervised positions. These are found on the host, so that no step waits for the
-device to count them.
+Its tensors have the same names from the loader to the loss: tokens, positions, labels, documents, token_index. The
+layers after the last attention compute only supervised positions. These are found on the host, so that no step waits
+for the device to count them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,19 +23,19 @@ PAD_MULTIPLE = 8
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """b rows, padded on the right to one length s, on the host. Causal attention needs no mask for the padding.
+    """A micro-batch of b rows on the host, padded on the right to one length s. Causal attention needs no padding mask.
 
     Attributes:
         tokens: (b, s) int64.
-        positions: (b, s) int64, position ids, counted from 0 in each sample.
-        labels: (b, s) int64, already shifted: labels[:, t] is token t + 1 if that is supervised, else -100.
-        documents: (b, s) int64, document ids: tokens attend only within their document. In a packed row it is the index
-            of each token's sample in the row, with padding as one more document. None: each row is one sample.
-        token_index: (b, s) int64, the index of each token in the whole run, from which dropout follows; 0 for padding.
+        positions: (b, s) int64, the position ids, counted from 0 in each sample.
+        labels: (b, s) int64, already shifted: labels[:, t] is token t + 1 if that token is supervised, else -100.
+        documents: (b, s) int64, document ids. Tokens attend only within their document. In a packed row the id is the
+            index of the token's sample in the row, and padding is one more document. None: each row is one sample.
+        token_index: (b, s) int64, the index of each token in the whole run, which determines dropout; 0 for padding.
             None: there is no dropout.
-        shares: the adapters' parts; the micro-batches of several adapters are end to end in one row: b is 1.
-        lengths: (rows,) int64, real tokens of each row, or of each row of the shares.
-        num_samples: 0 for a batch of padding alone.
+        shares: the share of each adapter; the micro-batches of several adapters are concatenated in one row, so b is 1.
+        lengths: (rows,) int64, the number of real tokens in each row, or in each row of the shares.
+        num_samples: the number of samples; 0 for a batch of padding only.
     """
 
     tokens: Tensor
@@ -49,30 +49,30 @@ class MicroBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Real tokens."""
+        """Return the number of real tokens."""
         return int(self.lengths.sum())
 
     @property
     def num_supervised(self) -> int:
-        """Labels that are not -100."""
+        """Return the number of labels that are not -100."""
         return int((self.labels != IGNORED_LABEL).sum())
 
     def supervised(self, num_parts: int = 1) -> "Supervised":
-        """The result of `find_supervised`."""
+        """Return the result of `find_supervised`."""
         return find_supervised(self.labels, num_parts, self.shares)
 
 
 class Supervised(NamedTuple):
-    """The supervised positions of labels (b, s), n of them.
+    """The n supervised positions of labels (b, s).
 
-    With activations sharded along the sequence, each of the p ranks computes positions of its own part. All ranks
-    compute the same number, m / p, a multiple of `SIZE_MULTIPLE`, since messages have equal parts. A part with fewer
-    positions is padded with positions whose results are not used. Each part has at least one position.
+    With activations sharded along the sequence, each of the p ranks computes the positions of its own shard. All ranks
+    compute the same number, m / p, a multiple of `SIZE_MULTIPLE`, because shards of messages are equal. A shard with
+    fewer positions is padded with positions whose results are not used. Each shard has at least one position.
 
     Attributes:
-        rows: (m,) int64, indices into (b s), part by part.
-        local_rows: (m,) int64, `rows` as indices into the (b s / p) of their part.
-        supervised: (n,) int64, which of `rows` have a label.
+        rows: (m,) int64, indices into (b s), one shard after another.
+        local_rows: (m,) int64, `rows` as indices into the (b s / p) tokens of their shard.
+        supervised: (n,) int64, the indices of the `rows` that have a label.
         labels: (n,) int64, the labels of `supervised`.
         spans: the adapters of `rows`, if there are several.
         supervised_spans: the adapters of `supervised`.
@@ -86,25 +86,25 @@ class Supervised(NamedTuple):
     supervised_spans: RowSpans = ()
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "Supervised":
-        """A copy with `move` applied to every tensor."""
+        """Return a copy with `move` applied to every tensor."""
         rows, local_rows, supervised, labels = map(move, (self.rows, self.local_rows, self.supervised, self.labels))
         return self._replace(rows=rows, local_rows=local_rows, supervised=supervised, labels=labels)
 
 
 def padded_positions(num_supervised: int) -> int:
-    """m / p, from the number of supervised positions in the part that has most."""
+    """Return m / p, from the number of supervised positions in the shard that has the most."""
     return padded(max(1, num_supervised))
 
 
 def find_supervised(labels: Tensor, num_parts: int = 1, shares: Shares = ()) -> Supervised:
-    """The supervised positions of labels (b, s) int64, -100 where there is no label.
+    """Return the supervised positions of labels (b, s) int64. A label of -100 means that there is none.
 
-    In each part an adapter's positions are padded to a multiple of `SIZE_MULTIPLE` with the first of its own tokens
-    there, as if it were alone: no result of one adapter depends on a token of another, not even by a factor of zero.
+    In each shard an adapter's positions are padded to a multiple of `SIZE_MULTIPLE` with its first token there. So no
+    result of one adapter depends on a token of another, not even multiplied by zero.
 
     Args:
-        num_parts: ranks over which activations are sharded along the sequence; it divides b s.
-        shares: the adapters of the micro-batch; if there are several, b is 1.
+        num_parts: the number of shards of activations along the sequence; it must divide b s.
+        shares: the adapters of the micro-batch; if there are several adapters, b is 1.
     """
     spans, by_part = spans_of(shares), labels.reshape(num_parts, -1)
     length = by_part.shape[1]
@@ -131,7 +131,7 @@ def find_supervised(labels: Tensor, num_parts: int = 1, shares: Shares = ()) -> 
 
 
 def _by_span(labels: Tensor, spans: Sequence[RowSpan]) -> Iterator[tuple[int, Tensor, int]]:
-    """The adapter of each span of labels (s / p,), its positions with a label, and its first position."""
+    """Yield for each span of labels (s / p,) its adapter, its positions with a label, and its first position."""
     for (adapter, size), start in zip(spans, span_starts(spans), strict=True):
         yield adapter, (labels[start : start + size] != IGNORED_LABEL).nonzero()[:, 0] + start, start
 
@@ -140,7 +140,7 @@ def _by_span(labels: Tensor, spans: Sequence[RowSpan]) -> Iterator[tuple[int, Te
 
 
 class Documents(NamedTuple):
-    """The n documents of concatenated rows (b s): document i is tokens bounds[i] to bounds[i + 1] - 1.
+    """The n documents of concatenated rows (b s). Document i has the tokens bounds[i] to bounds[i + 1] - 1.
 
     Attributes:
         bounds: n + 1 indices on the host, from 0 to b s.
@@ -154,9 +154,9 @@ class Documents(NamedTuple):
 
 
 def find_documents(ids: Sequence[Tensor], device: torch.device) -> Documents:
-    """The documents of blocks of rows, which follow one another; a document begins with each new id and each new row.
+    """Return the documents of consecutive blocks of rows. A document begins with each new id and each new row.
 
-    It does not synchronise with the device if the ids are on the host.
+    If the ids are on the host, it does not synchronise with the device.
 
     Args:
         ids: (b, s) int64, one tensor for each block.
@@ -168,14 +168,14 @@ def find_documents(ids: Sequence[Tensor], device: torch.device) -> Documents:
 
 
 def document_begins(ids: Tensor) -> Tensor:
-    """Whether a document begins at each token of (b, s) ids."""
+    """Return whether a document begins at each token of (b, s) ids."""
     begins = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
     begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
     return begins
 
 
 def whole_rows(size: int, length: int, device: torch.device) -> Documents:
-    """The documents of rows (size, length) that hold one document each."""
+    """Return the documents of rows (size, length) that contain one document each."""
     bounds = list(range(0, (size + 1) * length, length))
     offsets = torch.arange(0, (size + 1) * length, length, dtype=torch.int32, device=device)
     return Documents(bounds, offsets, length)

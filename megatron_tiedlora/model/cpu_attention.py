@@ -1,13 +1,13 @@
-"""Causal attention on CPUs, by tiles of queries. Each tile is multiplied with the keys that its queries see.
+"""Causal attention on CPUs, by tiles of queries. Each tile is multiplied with the keys that its queries attend to.
 
 In 16 bits it takes half of the time of PyTorch's fused kernel, and keys of other packed documents take no time.
-With S = scale Q K^T where a query sees a key, P = softmax(S), O = P V, and delta = sum of dO * O of each query,
+With S = scale Q K^T for allowed keys, P = softmax(S), O = P V, and delta = sum of dO * O of each query,
 
     dV = P^T dO        dS = P (dO V^T - delta)        dQ = scale dS K        dK = scale dS^T Q
 
-It saves Q, K, V, O and log sum exp(S), one number per query and head, as fused kernels on GPUs do. S, its exponentials
-and the sums dK and dV are in max(fp32, input dtype); matmul operands are in the input dtype. The query heads that share
-a key head are stacked as queries of one head, so that no key is copied for them.
+It saves Q, K, V, O and log sum exp(S), one element per query and head, as fused kernels on GPUs do. S, its exponentials
+and the sums dK and dV are in max(fp32, input dtype). Operands of matmuls are in the input dtype. The query heads that
+share a key head are stacked as queries of one head, so that no key is copied for them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,19 +22,19 @@ from megatron_tiedlora.parallel.loss import first_derivative_only
 
 
 def tile_size(num_heads: int, num_kv_heads: int) -> int:
-    """Queries per tile: 64, or 128 where no heads share keys, so that matmuls have enough rows.
+    """Return the number of queries per tile: 64, or 128 if no heads share keys, so that matmuls have enough rows.
 
-    Smaller tiles need more calls; larger ones multiply with keys that their first queries do not see.
+    Smaller tiles need more calls. Larger tiles multiply with keys that their first queries do not attend to.
     """
     return 64 if num_heads > num_kv_heads else 128
 
 
 class QueryTile(NamedTuple):
-    """Queries start to stop - 1 of every row, which see some of the keys first to stop - 1.
+    """Queries start to stop - 1 of every row, which attend to some of the keys first to stop - 1.
 
     Attributes:
-        mask: (rows, 1, queries, keys), or (1, 1, queries, keys) for all rows: 0 where a key is seen, else -inf.
-            It is bf16: a bool mask takes four times as long to read.
+        mask: (rows, 1, queries, keys), or (1, 1, queries, keys) for all rows: 0 for keys that are attended to, else
+            -inf. It is bf16, because a bool mask takes four times as long to read.
     """
 
     start: int
@@ -44,16 +44,16 @@ class QueryTile(NamedTuple):
 
 
 def find_query_tiles(ids: Tensor | None, length: int, *, size: int) -> tuple[QueryTile, ...]:
-    """The tiles of rows of `length` tokens, the last tile first.
+    """Return the tiles of rows of `length` tokens, the last tile first.
 
     Args:
         ids: (b, length) int64, document ids; a document begins where the id changes. None: one document per row.
-        size: queries per tile, see `tile_size`.
+        size: the number of queries per tile, see `tile_size`.
     """
     if ids is None:
         ids = torch.zeros(1, length, dtype=torch.int64)
     positions = torch.arange(length)
-    # The first token of each token's document.
+    # This is the first token of each token's document.
     first_keys = torch.where(document_begins(ids), positions, 0).cummax(dim=1).values
     tiles = []
     for start in reversed(range(0, length, size)):
@@ -67,7 +67,7 @@ def find_query_tiles(ids: Tensor | None, length: int, *, size: int) -> tuple[Que
 
 
 class TiledRows(NamedTuple):
-    """Consecutive rows of one length, and the tiles of their queries."""
+    """Consecutive rows of one length, with the tiles of their queries."""
 
     num_rows: int
     length: int
@@ -75,13 +75,13 @@ class TiledRows(NamedTuple):
 
 
 def attend_by_tiles(query: Tensor, key: Tensor, value: Tensor, parts: Sequence[TiledRows], kernels: Kernels) -> Tensor:
-    """Attention of each token to the keys that its tile's mask shows it, scaled by 1 / sqrt(head_dim).
+    """Return the attention of each token to the keys that its tile's mask allows, scaled by 1 / sqrt(head_dim).
 
-    The result is written to one memory, so that it is saved once.
+    The result is one tensor for all rows, so that it is saved once.
 
     Args:
         query: (b, heads, s, head_dim); key and value: (b, kv heads, s, head_dim).
-        parts: sets of rows, which follow each other in memory; the b s tokens are those of all parts.
+        parts: sets of rows that are consecutive in memory and together have the b s tokens.
 
     Returns:
         (b, s, heads * head_dim).
@@ -102,22 +102,22 @@ class _Operands:
         self._scores = self.memory(self._wide_keys.dtype)
 
     def memory(self, dtype: torch.dtype) -> Tensor:
-        """Memory for the scores of the largest tile, one number per query head, query and key."""
+        """Return memory for the scores of the largest tile, one element per query head, query and key."""
         size, num_heads = self.query.shape[:2]
         return self.query.new_empty(size * num_heads * self._size, dtype=dtype)
 
     def of_tile(self, memory: Tensor, tile: QueryTile) -> Tensor:
-        """The part of the memory that a tile uses, (b kv, heads / kv * queries, keys)."""
+        """Return the slice of the memory that a tile uses, (b kv, heads / kv * queries, keys)."""
         num_keys, queries = tile.stop - tile.first, tile.stop - tile.start
         folded = self.query.shape[0] * self.query.shape[1] * queries // len(self.keys)
         return memory[: len(self.keys) * folded * num_keys].view(len(self.keys), folded, num_keys)
 
     def fold(self, heads: Tensor, tile: QueryTile, dtype: torch.dtype) -> Tensor:
-        """(b, heads, s, head_dim) -> the tile's queries, (b kv, heads / kv * queries, head_dim)."""
+        """Return the tile's queries, (b kv, heads / kv * queries, head_dim), from (b, heads, s, head_dim)."""
         return heads[:, :, tile.start : tile.stop].to(dtype).reshape(len(self.keys), -1, heads.shape[-1])
 
     def scores(self, tile: QueryTile) -> Tensor:
-        """scale Q K^T of a tile, (b kv, heads / kv * queries, keys), `upcast`."""
+        """Return scale Q K^T of a tile, (b kv, heads / kv * queries, keys), `upcast`."""
         queries = self.fold(self.query, tile, self._wide_keys.dtype)
         keys = self._wide_keys[:, tile.first : tile.stop].transpose(1, 2)
         scores = self.of_tile(self._scores, tile)
@@ -125,9 +125,9 @@ class _Operands:
 
 
 def _lines(tensor: Tensor, tile: QueryTile) -> Tensor:
-    """(b kv, heads / kv * queries, n) or (b, heads, queries, n), reshaped to broadcast with the tile's mask.
+    """Reshape (b kv, heads / kv * queries, n) or (b, heads, queries, n) to broadcast with the tile's mask.
 
-    The result is contiguous: torch.compile makes a kernel for each memory layout.
+    The result is contiguous, because torch.compile makes a kernel for each memory layout.
     """
     return tensor.reshape(len(tile.mask), -1, tile.stop - tile.start, tensor.shape[-1]).contiguous().detach()
 
@@ -159,13 +159,13 @@ class _TiledAttention(torch.autograd.Function):
 
 
 def _tokens_first(heads: Tensor) -> Tensor:
-    """Memory for (b, heads, s, head_dim) in the order of (b, s, heads, head_dim), as matmuls over all heads read it."""
+    """Return memory for (b, heads, s, head_dim) in the order of (b, s, heads, head_dim), in which matmuls read it."""
     size, num_heads, length, head_dim = heads.shape
     return heads.new_empty(size, length, num_heads, head_dim).transpose(1, 2)
 
 
 def split_rows(tensors: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> Iterator[tuple[Tensor, ...]]:
-    """(b, heads, s, head_dim) each -> the (rows, heads, length, head_dim) of each of (rows, length), as views."""
+    """Yield for each (rows, length) views (rows, heads, length, head_dim) of the tensors (b, heads, s, head_dim)."""
     if len(shapes) == 1 and len(tensors[0]) == shapes[0][0]:
         yield tuple(tensors)
         return
@@ -176,7 +176,7 @@ def split_rows(tensors: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> 
 
 
 def _attend_(tensors: Sequence[Tensor], tiles: Sequence[QueryTile], kernels: Kernels) -> Tensor:
-    """Write O and return log sum exp(S), (b, heads, s, 1); `tensors` are Q, K, V and O, (b, heads, s, head_dim)."""
+    """Write O and return log sum exp(S), (b, heads, s, 1). `tensors` are Q, K, V and O, (b, heads, s, head_dim)."""
     query, key, value, output = tensors
     size, num_heads, length, _ = query.shape
     operands = _Operands(query, key, tiles)
@@ -197,7 +197,7 @@ def _attend_(tensors: Sequence[Tensor], tiles: Sequence[QueryTile], kernels: Ker
 def _attention_gradients_(
     tensors: Sequence[Tensor], log_sums: Tensor, tiles: Sequence[QueryTile], kernels: Kernels
 ) -> None:
-    """Write dQ, dK and dV; `tensors` are Q, K, V, O, dO, dQ, dK and dV, each (b, heads, s, head_dim)."""
+    """Write dQ, dK and dV. `tensors` are Q, K, V, O, dO, dQ, dK and dV, each (b, heads, s, head_dim)."""
     query, key, value, output, gradient, grad_query, grad_key, grad_value = tensors
     operands = _Operands(query, key, tiles)
     keys, values = operands.keys, value.reshape(operands.keys.shape)

@@ -1,8 +1,8 @@
-"""Families of models, by the `model_type` of their `config.json`, and the decoder that all of them share.
+"""The families of models, by the `model_type` of their `config.json`, and the decoder that all of them share.
 
-A family is a function that makes a `ModelShape` of an `HfConfig`, and raises UserError for features that are not
-implemented. `family` takes what an absent field means where that is not what it means to LLaMA. A function says what
-its layers have beside the shared decoder's: grouped queries, rotary embedding, SwiGLU, and transformers' names.
+A family is a function that returns a `ModelShape` for an `HfConfig`, and raises UserError for features that are not
+implemented. `family` takes the values of absent fields that differ from LLaMA's. A function adds only what its layers
+have beside the shared decoder's: grouped queries, rotary embedding, SwiGLU, and the names in transformers.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +24,7 @@ Reader = Callable[[HfConfig], shapes.ModelShape]
 
 
 class Family(NamedTuple):
-    """The function that reads a config, and what fields mean that it does not have."""
+    """The function that reads a config, and the values of fields that the config does not have."""
 
     read: Reader
     defaults: Mapping[str, Any]
@@ -39,7 +39,7 @@ _QWEN_DEFAULTS: dict[str, Any] = {
     "sliding_window": 4096,
     "max_window_layers": 28,
 }
-# Why a model of another type is out of reach, by a field that only such models have.
+# The reasons why models of another type cannot be trained, by a field that only such models have.
 _REASONS = {
     **dict.fromkeys(("text_config", "vision_config"), "its text model is part of a multimodal one"),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), "it is a mixture of experts"),
@@ -57,10 +57,10 @@ _OTHER_TYPES = {
 
 
 def shape_from_hf(values: Mapping[str, Any], *, source: str = "config.json") -> shapes.ModelShape:
-    """The shape that the fields of a Hugging Face config describe.
+    """Return the shape that the fields of a Hugging Face config describe.
 
     Raises:
-        UserError: the name of a model type, feature or field that is not implemented.
+        UserError: a model type, feature or field is not implemented; the message names it.
     """
     kind = values.get("model_type")
     family_of_kind = FAMILIES.get(str(kind))
@@ -77,7 +77,7 @@ def shape_from_hf(values: Mapping[str, Any], *, source: str = "config.json") -> 
 
 
 def family(**defaults: Any) -> Callable[[Reader], Reader]:
-    """Register a family by its function's name, in alphabetical order; `defaults` are its values of absent fields."""
+    """Return a decorator that registers a family by its function's name; `defaults` are its values of absent fields."""
 
     def register(read: Reader) -> Reader:
         FAMILIES[read.__name__] = Family(read, defaults)
@@ -90,7 +90,7 @@ def family(**defaults: Any) -> Callable[[Reader], Reader]:
 
 
 class Norms(NamedTuple):
-    """The modules of a block's norms: of the inputs of attention and MLP, and of their results; None: there is none."""
+    """The names of a block's norms, before and after attention and MLP. None: the block has no such norm."""
 
     attention: str | None = "input_layernorm"
     output: str | None = None
@@ -115,20 +115,20 @@ def gated_decoder(
     fused: bool = False,
     ropes: Sequence[shapes.RopeShape | None] = (),
 ) -> shapes.ModelShape:
-    """The shape that the fields common to these families describe.
+    """Return the shape that the fields common to these families describe.
 
     Args:
-        rope: the result of `read_rope`; by default it is called with the config alone.
+        rope: the result of `read_rope`; by default it is called with only the config.
         window: the limit that a sliding window sets, see `HfConfig.window`.
-        norm_eps: epsilon of LayerNorms, which have biases; None for RMS norms, whose field is read here.
-        head_norms: "each": each head of queries and keys has an RMS norm before the rotation; "together": all heads of
-            queries have one, and all heads of keys.
-        norms: the norms of the hidden size.
+        norm_eps: the epsilon of LayerNorms, which have biases; None for RMS norms, whose epsilon is read here.
+        head_norms: "each": each head of queries and keys has an RMS norm before the rotation. "together": all heads of
+            queries have one norm, and all heads of keys have one.
+        norms: the norms over the hidden size.
         ropes: the rotation of each block, if they differ; see `ModelShape`.
         fused: whether q, k and v are one stored tensor, and gate and up another.
 
     Raises:
-        UserError: the name of a field that is missing or wrong.
+        UserError: a field is missing or wrong; the message names it.
     """
     rope = read_rope(config) if rope is None else rope
     config.reject_other_layers("full_attention", *(() if window is None else ("sliding_attention",)))
@@ -190,7 +190,7 @@ def gated_decoder(
 
 
 def _rows_of(module: str, sizes: tuple[int, ...]) -> tuple[shapes.StoredRows, ...]:
-    """Blocks of these sizes that follow each other in one stored tensor."""
+    """Return consecutive blocks of these sizes in one stored tensor."""
     return tuple(shapes.StoredRows(module, sum(sizes[:index]), sum(sizes)) for index in range(len(sizes)))
 
 
@@ -231,27 +231,27 @@ def _check_rotation(config: HfConfig, heads: shapes.HeadShape) -> None:
     rms_norm_eps=1e-6,
 )
 def llama(config: HfConfig) -> shapes.ModelShape:
-    """LLaMA 1 to 3, and models of the same shape."""
+    """Return the shape of LLaMA 1 to 3, and of models with the same layers."""
     bias = config.flag("attention_bias")
     return gated_decoder(config, qkv_bias=bias, output_bias=bias)
 
 
 @family(intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=4096 * 32, sliding_window=4096)
 def mistral(config: HfConfig) -> shapes.ModelShape:
-    """Mistral 7B, Nemo and Small: LLaMA's layers, with a sliding window in the oldest models."""
+    """Return the shape of Mistral 7B, Nemo and Small: LLaMA's layers, with a sliding window in the oldest models."""
     return gated_decoder(config, window=config.window())
 
 
 @family(vocab_size=50304, rms_norm_eps=1e-5)
 def olmo2(config: HfConfig) -> shapes.ModelShape:
-    """OLMo 2: norms after attention and MLP in place of those before, and norms of all heads of queries and of keys."""
+    """Return the shape of OLMo 2: norms after attention and MLP, not before, and over all heads of queries and keys."""
     bias = config.flag("attention_bias")
     return gated_decoder(config, qkv_bias=bias, output_bias=bias, norms=BEHIND, head_norms="together")
 
 
 @family(vocab_size=50304, rms_norm_eps=1e-5, sliding_window=4096)
 def olmo3(config: HfConfig) -> shapes.ModelShape:
-    """OLMo 3: OLMo 2's layers, most of them with a sliding window and a rotation of their own."""
+    """Return the shape of OLMo 3: OLMo 2's layers, most with a sliding window and a different rotation."""
     bias, num_layers = config.flag("attention_bias"), config.size("num_hidden_layers")
     kinds = config.get("layer_types")
     if kinds is None:
@@ -281,7 +281,7 @@ def olmo3(config: HfConfig) -> shapes.ModelShape:
     rms_norm_eps=1e-5,
 )
 def phi3(config: HfConfig) -> shapes.ModelShape:
-    """Phi-3, Phi-3.5 and Phi-4: q, k and v in one stored tensor, gate and up in another, and part of a head rotated."""
+    """Return the shape of Phi-3, 3.5 and 4: fused q, k and v, fused gate and up, and partly rotated heads."""
     original, names = config.size("original_max_position_embeddings"), {"su": "longrope", "yarn": "longrope"}
     rope = read_rope(config, partial=True, original_positions=original, other_names=names)
     return gated_decoder(config, rope=rope, window=config.window(), fused=True)
@@ -289,13 +289,13 @@ def phi3(config: HfConfig) -> shapes.ModelShape:
 
 @family(**_QWEN_DEFAULTS)
 def qwen2(config: HfConfig) -> shapes.ModelShape:
-    """Qwen1.5, Qwen2 and Qwen2.5: a bias on query, key and value and none on the output."""
+    """Return the shape of Qwen1.5, Qwen2 and Qwen2.5: a bias on query, key and value, and none on the output."""
     return gated_decoder(config, window=window_of_last_layers(config), qkv_bias=True)
 
 
 @family(**_QWEN_DEFAULTS, head_dim=128)
 def qwen3(config: HfConfig) -> shapes.ModelShape:
-    """Qwen3, the dense models: an RMS norm of each head of queries and keys before the rotation."""
+    """Return the shape of dense Qwen3 models: an RMS norm of each head of queries and keys before the rotation."""
     bias, window = config.flag("attention_bias"), window_of_last_layers(config)
     return gated_decoder(config, window=window, qkv_bias=bias, output_bias=bias, head_norms="each")
 
@@ -312,10 +312,10 @@ def qwen3(config: HfConfig) -> shapes.ModelShape:
     tie_word_embeddings=True,
 )
 def smollm3(config: HfConfig) -> shapes.ModelShape:
-    """SmolLM3: LLaMA's layers, in some of which queries and keys are not rotated."""
+    """Return the shape of SmolLM3: LLaMA's layers, some of which do not rotate queries and keys."""
     bias = config.flag("attention_bias")
     num_layers, interval = config.size("num_hidden_layers"), config.size("no_rope_layer_interval")
-    rotates = config.get("no_rope_layers")  # 1 for a layer with rotation, whatever the field's name says
+    rotates = config.get("no_rope_layers")  # 1 is a layer with rotation, despite the name of the field
     if rotates is None:
         rotates = [int(layer % interval != 0) for layer in range(1, num_layers + 1)]
     if not isinstance(rotates, list) or len(rotates) != num_layers or not {*map(repr, rotates)} <= {"0", "1"}:
@@ -337,6 +337,6 @@ def smollm3(config: HfConfig) -> shapes.ModelShape:
     partial_rotary_factor=0.25,
 )
 def stablelm(config: HfConfig) -> shapes.ModelShape:
-    """StableLM 2, and NVIDIA's GPT-2B-001: LayerNorms with biases, and part of a head rotated."""
+    """Return the shape of StableLM 2 and NVIDIA's GPT-2B-001: LayerNorms with biases, and partly rotated heads."""
     rope, eps = read_rope(config, partial=True), config.small_number("layer_norm_eps")
     return gated_decoder(config, rope=rope, norm_eps=eps, qkv_bias=config.flag("use_qkv_bias"))

@@ -1,8 +1,8 @@
-"""Causal attention on GPUs: one call of a fused kernel for all documents of all rows, and the choice of that kernel.
+"""Causal attention on GPUs: one call of a fused kernel for all documents of all rows, and the choice of the kernel.
 
 A row that is not packed is one document, so packed and unpacked rows take the same path. cuDNN, which PyTorch prefers
-for rows on Hopper, is not a candidate, since it makes a plan for each new length. The first kernel in this order is
-used that runs on the device with the dtype and the head dim:
+for rows on Hopper, is not a candidate, because it makes a plan for each new length. The first kernel in this list that
+runs on the device with the dtype and the head dim is used:
 
     FlashAttention 3            16 bits, compute capability 9.x, if `flash_attn_interface` is installed
     flash_attn                  16 bits, from 8.0 on, if FlashAttention 2 is installed
@@ -36,7 +36,7 @@ Attend = Callable[[Tensor, Tensor, Tensor, Documents, float], Tensor]
 Queries are (tokens, heads, head_dim), keys and values (tokens, kv heads, head_dim)."""
 
 HALF = (torch.bfloat16, torch.float16)
-_CAUSAL = 1  # the memory-efficient kernel's mask type: a query sees keys up to its own position
+_CAUSAL = 1  # the memory-efficient kernel's mask type: a query attends to keys up to its own position
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class AttentionRoute:
     """The kernel that computes attention on a device.
 
     Attributes:
-        name: as shown to the user.
-        reason: why no earlier candidate was chosen.
-        attend: None on a CPU, where `cpu_attention.attend_by_tiles` is used.
+        name: the name that is shown to the user.
+        reason: the reason why no earlier candidate was chosen.
+        attend: the function; None on a CPU, where `cpu_attention.attend_by_tiles` is used.
     """
 
     name: str
@@ -61,11 +61,11 @@ class AttentionRoute:
 def choose_attention(
     device: torch.device, dtype: torch.dtype, head_dim: int, *, deterministic: bool = False
 ) -> AttentionRoute:
-    """The first candidate that runs on `device`. Each is tried forwards and backwards on a few tokens.
+    """Return the first candidate that runs on `device`. Each candidate runs forward and backward on a few tokens.
 
     Args:
         deterministic: gradients must be bit-equal every time. flash_attn gets this as an argument and is not chosen if
-            it rejects it. PyTorch's kernels obey torch.use_deterministic_algorithms(True), which the caller sets.
+            it rejects the argument. PyTorch's kernels follow torch.use_deterministic_algorithms, which the caller sets.
     """
     if device.type == "cpu":
         return AttentionRoute("tiles of queries", "a CPU", None)
@@ -77,7 +77,7 @@ def choose_attention(
                 attend = candidate.make(deterministic)
                 _try(attend, device, dtype, head_dim)
                 return AttentionRoute(candidate.name, "; ".join(rejected) or "the first choice", attend)
-            except torch.OutOfMemoryError:  # says nothing about the kernel
+            except torch.OutOfMemoryError:  # this is no fault of the kernel
                 raise
             except Exception as error:  # a library built for another torch or GPU can raise anything
                 obstacle = f"does not run here: {type(error).__name__}: {first_line(error)}"
@@ -87,17 +87,17 @@ def choose_attention(
 
 
 def attend_within(query: Tensor, key: Tensor, value: Tensor, documents: Documents, attend: Attend) -> Tensor:
-    """Causal attention within each document, scaled by 1 / sqrt(head_dim).
+    """Return causal attention within each document, scaled by 1 / sqrt(head_dim).
 
     Args:
         query: (b, heads, s, head_dim); key and value: (b, kv heads, s, head_dim).
-        attend: the function of an AttentionRoute.
+        attend: the function in an AttentionRoute.
 
     Returns:
         (b, s, heads * head_dim).
     """
     size, _, length, head_dim = query.shape
-    missing = padded(head_dim) - head_dim  # kernels load 8 elements at once
+    missing = padded(head_dim) - head_dim  # kernels load 8 elements at a time
 
     def by_tokens(heads: Tensor) -> Tensor:
         rows = heads.transpose(1, 2).flatten(0, 1)
@@ -108,7 +108,7 @@ def attend_within(query: Tensor, key: Tensor, value: Tensor, documents: Document
 
 
 def one_by_one(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scale: float) -> Tensor:
-    """PyTorch's attention for one document at a time, or for all at once if they have the same length."""
+    """Return PyTorch's attention for one document at a time, or for all at once if they have the same length."""
     grouped = query.shape[1] != key.shape[1]
 
     def within(length: int, *rows: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ def one_by_one(query: Tensor, key: Tensor, value: Tensor, documents: Documents, 
 
 @dataclass(frozen=True)
 class FusedKernel:
-    """A fused kernel, and where it runs.
+    """A fused kernel, and the devices and dtypes with which it runs.
 
     Attributes:
         kernel: a function of PyTorch, or the Python module of a library, which must be installed.
@@ -145,11 +145,11 @@ class FusedKernel:
     max_head_dim: int | None = None
 
     def make(self, deterministic: bool) -> Attend:
-        """The function. PyTorch's kernels obey torch.use_deterministic_algorithms instead of the argument."""
+        """Return the kernel's function. PyTorch's kernels use torch.use_deterministic_algorithms, not the argument."""
         return _from_library(self.kernel, deterministic) if isinstance(self.kernel, str) else self.kernel
 
     def obstacle(self, capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> str | None:
-        """Why it cannot run, in words that follow its name; None if it can."""
+        """Return why the kernel cannot run, in words that follow its name, or None if it can."""
         if dtype not in self.min_capability:
             return f"has no {str(dtype).removeprefix('torch.')}"
         if capability < self.min_capability[dtype] or (self.below is not None and capability >= self.below):
@@ -162,7 +162,7 @@ class FusedKernel:
 
 
 def _from_library(module: str, deterministic: bool) -> Attend:
-    """`flash_attn_varlen_func` of a library: FlashAttention 2 and 3 use the same names for these arguments."""
+    """Return `flash_attn_varlen_func` of a library. FlashAttention 2 and 3 have the same names for these arguments."""
     function = importlib.import_module(module).flash_attn_varlen_func
     options = {"deterministic": True} if deterministic else {}
 
@@ -179,7 +179,7 @@ def _from_library(module: str, deterministic: bool) -> Attend:
             causal=True,
             **options,
         )
-        output: Tensor = result[0] if isinstance(result, tuple) else result  # early versions of 3 add log sums
+        output: Tensor = result[0] if isinstance(result, tuple) else result  # early versions of 3 also return log sums
         return output
 
     return attend
@@ -216,7 +216,7 @@ CANDIDATES = (
 
 
 def _try(attend: Attend, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
-    """Run forwards and backwards on two short documents with grouped queries; any error is raised."""
+    """Run the forward and backward pass on two short documents with grouped queries. All errors are raised."""
     documents = Documents([0, 3, 8], torch.tensor([0, 3, 8], dtype=torch.int32, device=device), 5)
     with torch.enable_grad():
         query, key, value = (

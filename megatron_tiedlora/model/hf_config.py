@@ -1,8 +1,8 @@
-"""A Hugging Face `config.json`, read field by field: a field is used, known to be harmless, or rejected by name.
+"""A Hugging Face `config.json`, read field by field. A field is used, known to be harmless, or rejected by name.
 
-Its quantization_config says which storage format the weights have. Read are 4-bit folders of bitsandbytes (nf4) and fp8
-folders with a scale for each row or tensor (compressed-tensors and fbgemm_fp8). Their weights alone count: how another
-program rounds activations is no part of the model here.
+Its quantization_config names the storage format of the weights. This module reads 4-bit folders of bitsandbytes (nf4)
+and fp8 folders with a scale for each row or tensor (compressed-tensors and fbgemm_fp8). Only their weights are used.
+The way in which other programs round activations is not a property of the model here.
 """
 
 import math
@@ -16,7 +16,7 @@ from megatron_tiedlora.base.files import read_json_object
 from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.base.shapes import LengthLimit, LongRopeScaling, RopeScaling, RopeShape, YarnScaling
 
-# Fields that do not change the computation: transformers writes them, or they concern tokens, generation or training.
+# Fields that do not change the computation: transformers writes them, or they are about tokens, generation or training.
 _HARMLESS_FIELDS = """
 _attn_implementation _attn_implementation_autoset _name_or_path add_cross_attention architectures attn_implementation
 auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward cross_attention_hidden_size
@@ -31,7 +31,7 @@ tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transfor
 typical_p unk_token_id unsloth_fixed unsloth_version use_bfloat16 use_cache use_safetensors
 """
 _HARMLESS = frozenset(_HARMLESS_FIELDS.split())
-# Features that are not implemented, by the values that switch them off; null does too.
+# Features that are not implemented, with the values that switch them off; null also switches them off.
 _OFF: dict[str, Any] = {
     **dict.fromkeys(("attention_bias", "lm_head_bias", "mlp_bias", "rope_interleaved"), False),
     **dict.fromkeys(("qk_layernorm", "use_mrope", "use_parallel_residual", "use_qk_norm", "use_sliding_window"), False),
@@ -41,9 +41,9 @@ _OFF: dict[str, Any] = {
     **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "num_local_experts", "sliding_window"), None),
     "quantization_config": None,
 }
-# Larger than any model. The limits keep the name table and numbers of weights within bounds.
+# These sizes are larger than any model. They limit the size of the name table and the number of weights.
 _LARGEST_SIZE, _LARGEST = 2**28, {"num_hidden_layers": 4096}
-_LARGEST_NUMBER = 1e30  # fp32 can hold it
+_LARGEST_NUMBER = 1e30  # fp32 can represent it
 
 
 class HfConfig:
@@ -54,19 +54,19 @@ class HfConfig:
     """
 
     def __init__(self, values: Mapping[str, Any], source: str, defaults: Mapping[str, Any], of: str = "") -> None:
-        """`defaults` are the family's values for absent fields; `of` follows a field's name in error messages."""
+        """Take the family's `defaults` for absent fields, and `of`, which follows a field's name in error messages."""
         self.source, self._of = source, of
         self._values = values
         self._defaults = defaults
         self._read = {"model_type"}
 
     def get(self, name: str) -> Any:
-        """The value of a field; if it is absent the family's default, or None if there is none."""
+        """Return the value of a field. If it is absent, return the family's default, or None if there is none."""
         self._read.add(name)
         return self._values.get(name, self._defaults.get(name))
 
     def size(self, name: str, otherwise: int | None = None) -> int:
-        """A positive integer, or `otherwise` if the value is null. Raises UserError."""
+        """Return a positive integer, or `otherwise` if the value is null. Raises UserError."""
         value = self.get(name)
         value = otherwise if value is None else value
         largest = _LARGEST.get(name, _LARGEST_SIZE)
@@ -75,32 +75,32 @@ class HfConfig:
         return value
 
     def small_number(self, name: str) -> float:
-        """A number from 0 to 1. Raises UserError."""
+        """Return a number from 0 to 1. Raises UserError."""
         value = self.get(name)
         if type(value) not in (int, float) or not 0 <= value <= 1:
             raise UserError(f"{self.source}: {name} = {shown(value)} is not a number from 0 to 1")
         return float(value)
 
     def flag(self, name: str) -> bool:
-        """True or false; null is false. Raises UserError."""
+        """Return true or false; null is false. Raises UserError."""
         value = self.get(name)
         if value is not None and not isinstance(value, bool):
             raise UserError(f"{self.source}: {name} = {shown(value)}{self._of} is neither true nor false")
         return bool(value)
 
     def number(self, name: str, default: float | None = None) -> float:
-        """A positive number; null is absent. Raises UserError for another one, or if it is absent without a default."""
+        """Return a positive number, or `default` if it is null or absent. Raises UserError for anything else."""
         value = self.get(name)
         if value is None and default is None:
             raise UserError(f"{self.source}: {name}{self._of} is missing")
         return self._positive(name, default if value is None else value)
 
     def optional(self, name: str) -> float | None:
-        """A positive number; None if it is absent, null or 0. Raises UserError."""
+        """Return a positive number, or None if it is absent, null or 0. Raises UserError."""
         return self._positive(name, value) if (value := self.get(name)) else None
 
     def row(self, name: str) -> tuple[float, ...]:
-        """A list of positive numbers. Raises UserError."""
+        """Return a list of positive numbers as a tuple. Raises UserError."""
         values = self.get(name)
         if not isinstance(values, list):
             raise UserError(f"{self.source}: {name} = {shown(values)}{self._of} is not a list of numbers")
@@ -112,7 +112,7 @@ class HfConfig:
         return float(value)
 
     def reject_other_layers(self, *known: str) -> None:
-        """Reject layers with another kind of attention than the `known` ones. Raises UserError."""
+        """Reject layers whose kind of attention is not `known`. Raises UserError."""
         kinds = self.get("layer_types") or []
         for kind in kinds if isinstance(kinds, list) else [kinds]:
             if kind not in known:
@@ -122,7 +122,7 @@ class HfConfig:
         """Reject fields that have not been read and are not known to be harmless, and features that are switched on.
 
         Raises:
-            UserError: the name of the first such field.
+            UserError: there is such a field; the message names the first one.
         """
         for name, value in self._values.items():
             if name in self._read or name in _HARMLESS or (name in _OFF and (value is None or value == _OFF[name])):
@@ -138,7 +138,7 @@ class HfConfig:
             )
 
     def window(self, *, used: bool = True) -> LengthLimit | None:
-        """The limit that a sliding window sets: up to its size it changes nothing. Longer rows are not implemented.
+        """Return the longest rows for which a sliding window changes nothing. Longer rows are not implemented.
 
         Args:
             used: False if another field switches the window off.
@@ -150,7 +150,7 @@ class HfConfig:
 
 
 def window_of_last_layers(config: HfConfig) -> LengthLimit | None:
-    """The limit of Qwen's windows, which layers have from `max_window_layers` on, or where `layer_types` says so."""
+    """Return the limit of Qwen's windows, for layers from `max_window_layers` on or marked in `layer_types`."""
     kinds, first = config.get("layer_types"), config.get("max_window_layers")
     if kinds:
         some = "sliding_attention" in kinds
@@ -160,7 +160,7 @@ def window_of_last_layers(config: HfConfig) -> LengthLimit | None:
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
-    """The fields of `folder/config.json`. Raises UserError naming the file."""
+    """Return the fields of `folder/config.json`. Raises UserError, which names the file."""
     return read_json_object(folder / "config.json", kind="a Hugging Face model folder or a hub id in --model")
 
 
@@ -175,10 +175,10 @@ _WHAT_TO_DO = (
 
 @dataclass(frozen=True)
 class StoredFormat:
-    """How the linears of a folder's blocks are stored.
+    """The way in which the linears of a folder's blocks are stored.
 
     Attributes:
-        method: the quant_method of its config.
+        method: the quant_method in the folder's config.
         base_format: the storage format, a name of `BASE_FORMATS`.
     """
 
@@ -187,21 +187,21 @@ class StoredFormat:
 
     @property
     def in_words(self) -> str:
-        """The format and who wrote it."""
+        """Return the format and the program that wrote it."""
         return f"{self.base_format} (by {self.method})"
 
 
 def format_in_use(
     stored: StoredFormat | None, given: str | None, products: str | None = None, *, source: str
 ) -> str | None:
-    """The storage format that the blocks' linears have in a run: `given`, or that of the folder if it has one.
+    """Return the storage format of the blocks' linears in a run: `given`, or the folder's format if it has one.
 
     Args:
-        given: --base. products: --products.
-        source: the model's name in messages.
+        given: the value of --base. products: the value of --products.
+        source: the name of the model in messages.
 
     Raises:
-        UserError: another one was given than that of the folder, or `products` needs another one.
+        UserError: the given format differs from the folder's, or `products` needs a different one.
     """
     if stored is not None and given not in (None, stored.base_format):
         raise UserError(
@@ -216,13 +216,13 @@ def format_in_use(
 
 
 def stored_format(values: Mapping[str, Any], *, source: str) -> StoredFormat | None:
-    """The storage format of a folder by the fields of its config; None if nothing there is quantised.
+    """Return the storage format of a folder according to its config, or None if nothing is quantised.
 
     Args:
-        source: the config's name in messages.
+        source: the name of the config in messages.
 
     Raises:
-        UserError: it is one that is not read.
+        UserError: the format is one that cannot be read.
     """
     config = values.get("quantization_config")
     if config is None:
@@ -240,7 +240,7 @@ def stored_format(values: Mapping[str, Any], *, source: str) -> StoredFormat | N
 
 
 def _bitsandbytes(config: Mapping[str, Any]) -> tuple[str, str]:
-    """(format, why it cannot be read)."""
+    """Return (format, reason why it cannot be read)."""
     kind, storage = config.get("bnb_4bit_quant_type"), config.get("bnb_4bit_quant_storage") or "uint8"
     if not config.get("load_in_4bit"):
         return "", "load_in_4bit is not true"
@@ -250,7 +250,7 @@ def _bitsandbytes(config: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _compressed(config: Mapping[str, Any]) -> tuple[str, str]:
-    """(format, why it cannot be read)."""
+    """Return (format, reason why it cannot be read)."""
     groups, sparsity = config.get("config_groups"), config.get("sparsity_config") or {}
     if not isinstance(groups, Mapping) or not groups:
         return "", "it has no config_groups"
@@ -275,15 +275,15 @@ def _compressed(config: Mapping[str, Any]) -> tuple[str, str]:
 _CHECKS: dict[str, Callable[[Mapping[str, Any]], tuple[str, str]]] = {
     BITSANDBYTES: _bitsandbytes,
     COMPRESSED: _compressed,
-    FBGEMM: lambda config: ("fp8", ""),  # it has one scheme alone
+    FBGEMM: lambda config: ("fp8", ""),  # it has only one scheme
 }
 
 
 # Rotary embedding -----------------------------------------------------------------------------------------------------
 #
-# Its kind, its numbers, and how far it reaches: in `rope_parameters` (transformers 5), or `rope_theta` and
-# `rope_scaling` (before 5), which take precedence. What an absent number means is what transformers'
-# `modeling_rope_utils` means by it.
+# The kind, numbers and limits of the rotary embedding are in `rope_parameters` (transformers 5), or in `rope_theta` and
+# `rope_scaling` (before 5), which take precedence. An absent number means the same as in transformers'
+# `modeling_rope_utils`.
 
 
 FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers
@@ -297,12 +297,12 @@ _KNOWN = frozenset(
 
 
 def read_ropes_by_kind(config: HfConfig, *, theta: float) -> dict[str, tuple[RopeShape, LengthLimit | None]]:
-    """The rotary embeddings of `full_attention` and of `sliding_attention` layers, each as `read_rope` returns it.
+    """Return the rotary embeddings of `full_attention` and `sliding_attention` layers, as `read_rope` returns them.
 
-    `rope_parameters` has one for each. `rope_theta` and `rope_scaling` are those of full attention.
+    `rope_parameters` has one for each kind. `rope_theta` and `rope_scaling` belong to full attention.
 
     Args:
-        theta: where a kind has none.
+        theta: the theta of a kind that has none.
 
     Raises:
         UserError: as `read_rope` does.
@@ -314,7 +314,7 @@ def read_ropes_by_kind(config: HfConfig, *, theta: float) -> dict[str, tuple[Rop
 
 
 def _fields(config: HfConfig, values: Any) -> dict[str, Any]:
-    """The fields of an object; of null none. Raises UserError for anything else."""
+    """Return the fields of an object, or {} for null. Raises UserError for other values."""
     if not isinstance(values or {}, Mapping):
         raise UserError(f"{config.source}: rope_parameters or rope_scaling is {shown(values)}, not an object")
     return dict(values or {})
@@ -328,13 +328,13 @@ def read_rope(
     original_positions: int | None = None,
     other_names: Mapping[str, str] | None = None,
 ) -> tuple[RopeShape, LengthLimit | None]:
-    """The rotary embedding, and the length beyond which transformers would use other frequencies.
+    """Return the rotary embedding, and the length after which transformers would use different frequencies.
 
     Args:
-        values: its fields; None for those of the config.
-        partial: whether the family can rotate part of a head.
+        values: the fields of the embedding; None for those of the config.
+        partial: whether the family can rotate only some elements of a head.
         original_positions: the family's own field for `original_max_position_embeddings`, which takes precedence.
-        other_names: kinds of scaling by names that only this family has for them.
+        other_names: the kinds of scaling, by names that only this family uses.
 
     Raises:
         UserError: the kind of scaling is not implemented, or numbers do not define frequencies.
@@ -353,7 +353,7 @@ def read_rope(
         raise UserError(f"{config.source}: partial_rotary_factor = {fraction:g} is not implemented")
     kind = values.get("rope_type", values.get("type")) or "default"
     kind = (other_names or {}).get(str(kind), kind)
-    if kind in ("default", "dynamic"):  # dynamic scaling begins beyond the trained length, where no row is accepted
+    if kind in ("default", "dynamic"):  # dynamic scaling begins after the trained length, and longer rows are rejected
         return RopeShape(theta, fraction), None
     reader = _READERS.get(str(kind))
     if reader is None:
@@ -399,7 +399,7 @@ def _yarn(numbers: HfConfig, max_positions: int, original: int) -> RopeScaling:
 
 def _longrope(numbers: HfConfig, max_positions: int, original: int) -> RopeScaling:
     factor = numbers.number("factor", max_positions / original)
-    numbers.row("long_factor")  # for rows beyond the original length, which are rejected
+    numbers.row("long_factor")  # for rows over the original length, which are rejected
     derived = 1.0 if factor <= 1 or original == 1 else math.sqrt(1 + math.log(factor) / math.log(original))
     return LongRopeScaling(numbers.row("short_factor"), numbers.number("attention_factor", derived))
 

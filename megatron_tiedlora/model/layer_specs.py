@@ -1,8 +1,8 @@
-"""The model as ONE flat list of layers: embedding, L blocks, head. Everything that builds a model builds this list.
+"""The model as ONE flat list of layers: embedding, L blocks, head. All code that builds a model builds this list.
 
-A block's MLP is here too. It is SwiGLU behind its norm: y = W_down (silu(W_gate x) * (W_up x)), x = norm(hidden), with
+It also has a block's MLP. This is SwiGLU after a norm: y = W_down (silu(W_gate x) * (W_up x)), x = norm(hidden), with
 gate and up in one matmul. The norm and both linears with their updates are one autograd step with one backward pass.
-It saves the norm's input, gate and up, and A x of each adapted linear, r numbers per token; silu(gate) * up is
+The step saves the norm's input, gate and up, and A x of each adapted linear, r elements per token. silu(gate) * up is
 computed again.
 """
 
@@ -39,7 +39,7 @@ from megatron_tiedlora.parallel.shard_spec import bias_spec, weight_spec
 
 
 class SwiGlu(nn.Module):
-    """The feed-forward part of a block."""
+    """The feed-forward network of a block."""
 
     def __init__(self, gate_up: NormedLinear, down: RowParallelLinear, *, kernels: Kernels) -> None:
         super().__init__()
@@ -55,11 +55,11 @@ class SwiGlu(nn.Module):
         *,
         recomputes: bool = False,
     ) -> Tensor:
-        """Activations between layers, (b, s, d) or (1, b s / p, d), to the same shape.
+        """Return activations between layers in the shape of `hidden`, (b, s, d) or (1, b s / p, d).
 
         Args:
-            update: the updates of the layer, of which gate_up and down_proj are used.
-            recomputes: do not save gate and up, but compute them again in the backward pass.
+            update: the updates of the layer; only gate_up and down_proj are used.
+            recomputes: whether gate and up are computed again in the backward pass and not saved.
         """
         gate_up, down = ((update or {}).get(name, LinearUpdate()) for name in (GATE_UP, DOWN))
         projection, operands = self.gate_up.projection(tensor_parallel, gate_up, num_rows=len(hidden))
@@ -80,7 +80,7 @@ class _Step:
 
 
 class _SwiGlu(torch.autograd.Function):
-    """This rank's addend of y, (b, s, d)."""
+    """Computes this rank's partial sum of y, (b, s, d)."""
 
     @staticmethod
     def forward(
@@ -99,7 +99,7 @@ class _SwiGlu(torch.autograd.Function):
         reads_gate_up = down_needs.x or down_needs.a
         gated, shape = step.kernels.gate(as_rows(gate_up)), gate_up.shape[:-1]
         saved_gate_up = gate_up if reads_gate_up and not step.recomputes else None
-        del gate_up  # before the matmul, if it is not saved
+        del gate_up  # freed before the matmul if it is not saved
         z, _, down_ax = step.down.forward(gated, of_down)
         reads_norm = step.gate_up.reads_input(needs)
         ctx.step = step
@@ -118,7 +118,7 @@ class _SwiGlu(torch.autograd.Function):
     @first_derivative_only
     def backward(ctx: Any, grad_z: Tensor) -> tuple[Tensor | None, ...]:
         hidden, root, gate_up, ax, down_ax, down_a, down_f, *others = ctx.saved_tensors
-        ctx.maybe_clear_saved_tensors()  # so that gate and up are freed below; autograd holds them until this returns
+        ctx.maybe_clear_saved_tensors()  # so that gate and up can be freed below; else autograd holds them to the end
         needs, down_needs = _needs(ctx)
         step: _Step = ctx.step
         operands = Operands(*others)
@@ -130,7 +130,7 @@ class _SwiGlu(torch.autograd.Function):
         )
         del gated
         if step.gate_up.tensor_parallel.sequence_parts > 1:
-            # It was gathered for this function alone, but autograd would hold all of its d numbers per token.
+            # It was gathered only for this function, but autograd would hold all of its d elements per token.
             grad_z.untyped_storage().resize_(0)
         found: tuple[Tensor | None, ...] = (None, None, None)
         if grad_gated is not None:
@@ -141,18 +141,18 @@ class _SwiGlu(torch.autograd.Function):
 
 
 def _needs(ctx: Any) -> tuple[Needs, Needs]:
-    """The gradients that gate-up and down need. The input of down needs one if anything before it does."""
+    """Return the gradients that gate-up and down need. Down's input needs one if anything before it needs one."""
     hidden, a, f, down_a, down_f = ctx.needs_input_grad[:5]
     needs = Needs(hidden, a, f)
     return needs, Needs(any(needs), down_a, down_f)
 
 
-# Supervised rows whose logits exist at one time (1,024 rows of a 49,152-word vocabulary are 0.2 GB in fp32).
+# The number of supervised rows with logits in memory (1,024 rows of a 49,152-word vocabulary are 0.2 GB in fp32).
 HEAD_ROWS = 1024
 
 
 class Block(nn.Module):
-    """x = x + attention(x); x = x + mlp(x). Norms belong to the linears that they precede or follow.
+    """A block, x = x + attention(x); x = x + mlp(x). Each norm belongs to the linear before or after it.
 
     Attributes:
         recomputes_gate: whether gate and up, and the norm before them, are computed again in the backward pass instead
@@ -175,7 +175,7 @@ class Block(nn.Module):
         update: LayerUpdate | None = None,
         cache: AnyCache | None = None,
     ) -> Tensor:
-        """Activations between layers, (b, s, d) or (1, b s / p, d), to the same shape. See `Attention.attend`."""
+        """Return activations between layers as `hidden`, (b, s, d) or (1, b s / p, d). See `Attention.attend`."""
         attention_output = self.attention.attend(hidden, context, tensor_parallel, update=update, cache=cache)
         joined = self.add_attention(hidden, attention_output, tensor_parallel, update)
         return self.add_mlp(joined, tensor_parallel, update)
@@ -187,7 +187,7 @@ class Block(nn.Module):
         tensor_parallel: groups.TensorParallel,
         update: LayerUpdate | None = None,
     ) -> Tensor:
-        """x + output projection(attention output), for all positions or some.
+        """Return x + output projection(attention output), for all positions or some.
 
         Args:
             hidden: the block's input, (b, s, d) or (1, b s / p, d).
@@ -203,20 +203,20 @@ class Block(nn.Module):
         *,
         recomputes: bool = True,
     ) -> Tensor:
-        """x + mlp(x), where x is the result of `add_attention`; the same shape.
+        """Return x + mlp(x), where x is the result of `add_attention`, in the same shape.
 
         Args:
-            recomputes: False to save gate and up in any case, for a backward pass that follows immediately.
+            recomputes: False to save gate and up always, for a backward pass that follows immediately.
         """
         recomputes = recomputes and self.recomputes_gate
         return hidden + self.mlp(hidden, tensor_parallel, update, recomputes=recomputes)
 
 
 class Head(nn.Module):
-    """Final norm, vocabulary projection and loss.
+    """The final norm, vocabulary projection and loss.
 
-    With tied embeddings the stage gives it the embedding's weight (`take_weight`), or a copy of its own if the
-    embedding is on another stage.
+    With tied embeddings the stage passes the embedding's weight to `take_weight`, or a copy of it if the embedding is
+    on a different stage.
     """
 
     frozen: frozen_weight.FrozenWeight
@@ -229,11 +229,11 @@ class Head(nn.Module):
         self.vocab_size = vocab_size
         self.kernels = kernels
         self.rows_at_once = HEAD_ROWS
-        if weight is not None:  # here, as ZeRO-3 partitions what a module has when its __init__ ends
+        if weight is not None:  # here, because ZeRO-3 partitions a module's weights when its __init__ ends
             self.take_weight(weight)
 
     def take_weight(self, weight: frozen_weight.FrozenWeight) -> None:
-        """Use `weight`, (local vocabulary, d)."""
+        """Use `weight`, (local vocabulary, d), as the vocabulary projection."""
         self.frozen = frozen_weight.register(self, weight)
 
     def forward(
@@ -244,14 +244,14 @@ class Head(nn.Module):
         *,
         summed: bool = True,
     ) -> Tensor:
-        """Logits, (b, s, V) or (1, b s, V); with `supervised` the summed loss of its positions. Equal on every rank.
+        """Return logits, (b, s, V) or (1, b s, V), or with `supervised` its summed loss, equal on every rank.
 
-        If the positions belong to several adapters, there is a summed loss for each, (adapters,).
+        If the positions belong to several adapters, it returns a summed loss for each, (adapters,).
 
         Args:
-            hidden: activations between layers, (b, s, d) or (1, b s / p, d); with `supervised` only those of its
-                `rows`, (1, m, d) or (1, m / p, d).
-            summed: False for the loss of each position, (n,), without a gradient.
+            hidden: activations between layers, (b, s, d) or (1, b s / p, d); with `supervised` only its `rows`, (1, m,
+                d) or (1, m / p, d).
+            summed: False to return the loss of each position, (n,), without a gradient.
         """
         group = tensor_parallel.group
         hidden = groups.enter_tensor_parallel_region(self.norm(hidden), tensor_parallel)
@@ -287,11 +287,11 @@ def layer_specs(
     deterministic: bool = False,
     make_weight: frozen_weight.WeightMaker = frozen_weight.FrozenWeight.empty,
 ) -> tuple[LayerSpec, ...]:
-    """The flat list: layer 0 the embedding, layers 1 to L the blocks (1-based as in the paper), layer L + 1 the head.
+    """Return the flat list: layer 0 is the embedding, 1 to L the blocks (1-based as in the paper), L + 1 the head.
 
-    Building makes empty weights of one tensor-parallel rank's sizes on the default device; the checkpoint reader fills
-    them. `tp_size` must divide heads, key-value heads and the feed-forward width. For `deterministic`
-    see `choose_attention`. `make_weight` makes the weights of the blocks' linears (see `weight_maker`); embedding and
+    Building creates empty weights of one tensor-parallel rank's sizes on the default device, which the checkpoint
+    reader fills. `tp_size` must divide heads, key-value heads and the feed-forward width. For `deterministic` see
+    `choose_attention`. `make_weight` creates the weights of the blocks' linears (see `weight_maker`). Embedding and
     head are plain.
     """
 
@@ -342,7 +342,7 @@ def layer_specs(
 
 
 class StoredTensor(NamedTuple):
-    """A parameter of a base: its elements, the bytes of each, and whether it belongs to a quantised weight."""
+    """A parameter of a base: number of elements, bytes per element, and whether it belongs to a quantised weight."""
 
     size: int
     itemsize: int
@@ -350,7 +350,7 @@ class StoredTensor(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """The bytes of all elements."""
+        """Return the number of bytes of all elements."""
         return self.size * self.itemsize
 
 
@@ -358,7 +358,7 @@ class StoredTensor(NamedTuple):
 def stored_tensors(
     shape: ModelShape, dtype: torch.dtype, tp_size: int, base_format: str | None, products: str | None, transposed: bool
 ) -> Mapping[str, Counter[StoredTensor]]:
-    """The parameters that a rank holds of the embedding, of a block and of the head: how many of each size.
+    """Return the parameters of the embedding, a block and the head on a rank, with a count for each size.
 
     They are counted on modules that are built without memory. All blocks have the same parameters.
     """

@@ -1,16 +1,16 @@
-"""Frozen linears with their low-rank update, with a handwritten backward pass; and norms alone.
+"""Frozen linears with their low-rank updates and a handwritten backward pass; and norms without a linear.
 
-    column-parallel, behind a norm    z = W x + c + F A x                x = norm(hidden), or hidden without a norm
+    column-parallel, after a norm     z = W x + c + F A x                x = norm(hidden), or hidden without a norm
     row-parallel, before a norm       y = norm(sum_i z_i + c)            z_i = W_i x_i + F A_i x_i
 
-For the backward pass they need the norm's input, one number per token for the norm, and A x, r numbers per token; x is
-computed again. Gradients of frozen factors are not computed. The algebra of the update is in `adapters/low_rank.py`;
-A and F come from the adapter. The MLP, whose linears are one autograd step, is in `layer_specs.py`.
+The backward pass needs the norm's input, one element per token for the norm, and A x, r elements per token. x is
+computed again. Gradients of frozen factors are not computed. The algebra of the update is in `adapters/low_rank.py`,
+and the adapter provides A and F. The MLP, whose linears are one autograd step, is in `layer_specs.py`.
 
-Under sequence parallelism each rank computes A x of a column-parallel linear from its part of the sequence. A x is sent
-in the same message as x, and its gradient in the same message as the gradient of x. In a row-parallel linear every rank
-has its own features x_i. The update is part of its addend of the sum, so it adds no message: A is sharded like the
-columns of W, and its gradient is complete on its rank; F is whole on every rank, which has an addend of its gradient.
+Under sequence parallelism each rank computes A x of a column-parallel linear from its shard of the sequence. A x is
+sent in the same message as x, and its gradient in the same message as the gradient of x. In a row-parallel linear every
+rank has its own features x_i. The update is included in its partial sum, so it adds no message. A is sharded like the
+columns of W, so its rank has the complete gradient. F is whole on every rank, which has a partial sum of its gradient.
 """
 
 from collections.abc import Sequence
@@ -30,9 +30,9 @@ from megatron_tiedlora.parallel.loss import first_derivative_only
 
 
 class Norm(nn.Module):
-    """RMS norm, y = weight * x / sqrt(mean(x^2) + eps), or LayerNorm: the RMS norm of x - mean(x) plus a bias.
+    """An RMS norm, y = weight * x / sqrt(mean(x^2) + eps), or LayerNorm, the RMS norm of x - mean(x) plus a bias.
 
-    It saves its input and one number per token for the backward pass.
+    It saves its input and one element per token for the backward pass.
     """
 
     def __init__(self, shape: NormShape, *, dtype: torch.dtype, kernels: Kernels) -> None:
@@ -43,7 +43,7 @@ class Norm(nn.Module):
         self.kernels = kernels
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(..., d) -> (..., d) in the input's dtype."""
+        """Return the norm of (..., d) in the shape and dtype of the input."""
         normed: Tensor = _Norm.apply(hidden, self.weight, self.bias, self.eps, self.kernels)
         return normed
 
@@ -66,13 +66,13 @@ class _Norm(torch.autograd.Function):
 
 
 def norm_parameters(shape: NormShape, dtype: torch.dtype) -> tuple[nn.Parameter, nn.Parameter | None]:
-    """The uninitialised weight of a norm, and its bias if it has one."""
+    """Return the uninitialised weight of a norm, and its bias or None."""
     bias = None if shape.bias_name is None else frozen_parameter(shape.size, dtype=dtype)
     return frozen_parameter(shape.size, dtype=dtype), bias
 
 
 class NormedLinear(nn.Module):
-    """The weight and bias of the norm, if there is one, and this rank's shard of W and its bias."""
+    """This rank's shard of W and its bias, with the weight and bias of the norm before it if there is one."""
 
     norm: nn.Parameter | None
     norm_bias: nn.Parameter | None
@@ -87,7 +87,7 @@ class NormedLinear(nn.Module):
         dtype: torch.dtype,
         kernels: Kernels,
     ) -> None:
-        """`weight` is W, (local out, in); `dtype` is the dtype of the activations."""
+        """Take `weight`, which is W (local out, in), and `dtype`, the dtype of the activations."""
         super().__init__()
         self.eps = None if norm is None else norm.eps
         self.dtype = dtype
@@ -101,13 +101,13 @@ class NormedLinear(nn.Module):
     def projection(
         self, tensor_parallel: groups.TensorParallel, update: LinearUpdate, *, num_rows: int
     ) -> "tuple[Projection, Operands]":
-        """The linear for one call of (num_rows, s) tokens, and what goes to autograd beside it."""
+        """Return the linear for one call of (num_rows, s) tokens, and its operands for autograd."""
         projection = Projection(self.frozen, update.rows, self.eps, num_rows, tensor_parallel, self.kernels)
         return projection, Operands(update.a, update.f, self.norm, self.norm_bias, self.bias)
 
 
 class Operands(NamedTuple):
-    """The tensors of a projection beside W; None if there is no such tensor.
+    """The tensors of a projection except W. A tensor that does not exist is None.
 
     Attributes:
         a, f: the factors of the update, A (r, local in) and F (local out, r).
@@ -123,7 +123,7 @@ class Operands(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """The gradients that a backward pass returns: for the input, A and F."""
+    """Whether a backward pass returns the gradients for the input, A and F."""
 
     x: bool
     a: bool
@@ -131,7 +131,7 @@ class Needs(NamedTuple):
 
 
 def gradient_dtype(*slots: Tensor | None) -> torch.dtype | None:
-    """The dtype of the factors' gradients, which is that of their gradient slots; None if no factor is trained."""
+    """Return the dtype of the factors' gradients and gradient slots, or None if all factors are frozen."""
     return next((tensor.dtype for tensor in slots if tensor is not None), None)
 
 
@@ -140,10 +140,10 @@ class Projection:
     """Computes z from the hidden states, and the gradients from dz. Autograd does not record it.
 
     Attributes:
-        rows: the tokens that the factors of the update are for.
-        eps: epsilon of the norm; None if there is no norm.
+        rows: the tokens to which the factors of the update apply.
+        eps: the epsilon of the norm; None if there is no norm.
         num_rows: b of (b, s) tokens, for activations that are sharded along the sequence.
-        tensor_parallel: ranks that have the same hidden states, or parts of them; by default this rank has its own.
+        tensor_parallel: the ranks that have the same hidden states, or shards of them; by default only this rank.
     """
 
     weight: FrozenWeight
@@ -155,21 +155,21 @@ class Projection:
 
     @property
     def _in_parts(self) -> bool:
-        """Whether the hidden states are sharded along the sequence."""
+        """Return whether the hidden states are sharded along the sequence."""
         return self.tensor_parallel.sequence_parts > 1
 
     def reads_input(self, needs: Needs) -> bool:
-        """Whether `backward` needs the hidden states, and the norm's root if there is a norm."""
+        """Return whether `backward` needs the hidden states, and the norm's root if there is a norm."""
         return needs.a or (needs.x and self.eps is not None)
 
     def forward(
         self, hidden: Tensor, operands: Operands, *, ax: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """z (b, s, local out), the norm's root (..., 1), and A x (b, s, r).
+        """Return z (b, s, local out), the norm's root (..., 1), and A x (b, s, r).
 
         Args:
-            hidden: activations between layers, (b, s, d) or (1, b s / p, d); or a rank's own features, (..., local in).
-            ax: A x, if it is known from an earlier call.
+            hidden: activations between layers, (b, s, d) or (1, b s / p, d); or this rank's features, (..., local in).
+            ax: A x, if an earlier call returned it.
         """
         a, f, norm, norm_bias, bias = operands
         normed, root = hidden, None
@@ -196,12 +196,12 @@ class Projection:
         needs: Needs,
         wide: torch.dtype | None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The gradients of hidden, A and F.
+        """Return the gradients of hidden, A and F.
 
         Args:
             hidden, root: see `reads_input`.
-            ax: needed for the gradient of F.
-            wide: dtype of the gradients of A and F.
+            ax: A x; needed for the gradient of F.
+            wide: the dtype of the gradients of A and F.
         """
         a, f, norm, norm_bias, _ = operands
         rows = grad_projected.flatten(0, -2)
@@ -227,7 +227,7 @@ class Projection:
         return grad_hidden, grad_a, grad_f
 
     def _enter(self, normed: Tensor, ax: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """x and A x of whole sequences, (b, s, n), on every rank; gathered in one message if sequences are sharded."""
+        """Return x and A x of whole sequences, (b, s, n), on every rank, from one gather if sequences are sharded."""
         if not self._in_parts:
             return normed, ax
         narrow = None if ax is None else self.rows.columns(ax, local=True)
@@ -238,18 +238,18 @@ class Projection:
         if narrow is None:
             return whole, None
         whole, narrow = apart(whole, narrow.shape[-1])
-        # A copy: A x is saved, and a view would keep x in memory.
+        # This is a copy, because A x is saved, and a view would keep x in memory.
         return whole, self.rows.of_columns(narrow.contiguous(), local=False)
 
     def _leave(
         self, grad_normed: Tensor | None, grad_ax: Tensor | None, a: Tensor | None, *, needs_ax: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The gradients of x and A x. The gradient of x is summed over the ranks and includes the update's part.
+        """Return the gradients of x and A x. The gradient of x is summed over ranks and includes the update.
 
-        Under sequence parallelism this rank gets its part of the sequence. With `needs_ax` the gradient of A x is
-        summed in the same message, and A's gradient follows from it and this rank's part of x. Without sequence
-        parallelism A's gradient is this rank's addend, from all of x. In both cases it is summed over ranks where A was
-        gathered.
+        Under sequence parallelism this rank gets its shard of the sequence. With `needs_ax` the gradient of A x is
+        summed in the same message, and determines A's gradient with this rank's shard of x. Without sequence
+        parallelism A's gradient is this rank's partial sum, from all of x. In both cases it is summed over ranks where
+        A was gathered.
         """
         group, in_parts = self.tensor_parallel.group, self._in_parts
         if in_parts and grad_normed is not None:
@@ -272,7 +272,7 @@ class Projection:
 
 
 class _Projected(torch.autograd.Function):
-    """z, or with `split` queries, keys and values from it."""
+    """Computes z, or with `split` the queries, keys and values from z."""
 
     @staticmethod
     def forward(
@@ -307,12 +307,12 @@ class _Projected(torch.autograd.Function):
 
 
 class RowParallelLinear(nn.Module):
-    """This rank's columns of W, the bias and the norm."""
+    """This rank's columns of W, with the bias and the norm."""
 
     bias: nn.Parameter | None
 
     def __init__(self, weight: FrozenWeight, *, bias: nn.Parameter | None = None, norm: Norm | None = None) -> None:
-        """`weight` is W_i, (out, local in)."""
+        """Take `weight`, which is W_i (out, local in)."""
         super().__init__()
         self.frozen = register(self, weight)
         self.register_parameter("bias", bias)
@@ -321,16 +321,16 @@ class RowParallelLinear(nn.Module):
     def forward(
         self, local_hidden: Tensor, tensor_parallel: groups.TensorParallel, update: LinearUpdate | None = None
     ) -> Tensor:
-        """(..., local_in) -> activations between layers, (b, s, out), or (1, b s / p, out) if sequence parallel."""
+        """Return activations between layers, (b, s, out) or (1, b s / p, out), from local features (..., local in)."""
         update = update or LinearUpdate()
         operands, projection = Operands(update.a, update.f), Projection(self.frozen, update.rows)
         (addend,) = _Projected.apply(local_hidden, update.grad_a, update.grad_f, operands, projection, None)
         return self.total(addend, tensor_parallel)
 
     def total(self, addend: Tensor, tensor_parallel: groups.TensorParallel) -> Tensor:
-        """y from the ranks' addends (b, s, out), as activations between layers. The bias is added once.
+        """Return y from the ranks' partial sums (b, s, out), as activations between layers. The bias is added once.
 
-        Under sequence parallelism the norm is that of this rank's part of the sequence.
+        Under sequence parallelism the norm is computed for this rank's shard of the sequence.
         """
         output = groups.leave_tensor_parallel_region(addend, tensor_parallel)
         output = output if self.bias is None else output + self.bias
@@ -341,9 +341,9 @@ class RowParallelLinear(nn.Module):
 
 
 class QkvLinear(NormedLinear):
-    """[Q | K | V] of this rank's heads, split into heads, which are normalised if they have norms and then rotated.
+    """Computes [Q | K | V] of this rank's heads and splits it into heads, which may be normalised and rotated.
 
-    All of it, with the norm before it, is one autograd step with one backward pass.
+    All of this, with the norm before it, is one autograd step with one backward pass.
     """
 
     query_norm: nn.Parameter | None
@@ -352,7 +352,7 @@ class QkvLinear(NormedLinear):
     def __init__(
         self, weight: FrozenWeight, local_heads: HeadShape, *, rope: RopeShape | None, dtype: torch.dtype, **others: Any
     ) -> None:
-        """Without `rope` queries and keys are not rotated.
+        """Take the weight and heads of this rank. Without `rope` queries and keys are not rotated.
 
         Args:
             others: the other arguments of `NormedLinear`.
@@ -373,12 +373,12 @@ class QkvLinear(NormedLinear):
         num_rows: int,
         table: tuple[Tensor, ...] = (),
     ) -> tuple[Tensor, ...]:
-        """Queries, keys and values, (b, heads, s, head_dim), in one storage.
+        """Return queries, keys and values, (b, heads, s, head_dim), in one storage.
 
         Args:
             hidden: activations between layers, (b, s, d) or (1, b s / p, d).
-            num_rows: b.
-            table: cos and sin of the tokens' positions, if it rotates; see `rotation_table`.
+            num_rows: b, the number of rows.
+            table: the cos and sin of the tokens' positions if heads are rotated; see `rotation_table`.
         """
         update = update or LinearUpdate()
         projection, operands = self.projection(tensor_parallel, update, num_rows=num_rows)
@@ -390,17 +390,17 @@ class QkvLinear(NormedLinear):
 
 @dataclass(frozen=True)
 class SplitHeads:
-    """[Q | K | V], (b, s, o) -> queries, keys and values, (b, heads, s, head_dim), in one storage.
+    """Splits [Q | K | V], (b, s, o), into queries, keys and values, (b, heads, s, head_dim), in one storage.
 
-    With a table queries and keys are rotated. With norms each head of them has an RMS norm before the rotation, or all
-    heads together have one. A norm saves its result, which attention saves too, and one number per token. All heads
-    together are those of all ranks: the means of the ranks' equally many heads are summed over the group, two numbers
-    per token, in one message in each pass.
+    With a table queries and keys are rotated. With norms each of their heads has an RMS norm before the rotation, or
+    all heads together have one. A norm saves its result, which attention saves too, and one element per token. "All
+    heads together" includes the heads of all ranks: the means of the ranks' equally many heads are summed over the
+    group, two elements per token, in one message in each pass.
 
     Attributes:
         heads: the heads of this rank.
-        table: cos and sin of the s tokens' positions; () if there is no rotation.
-        norms: weights of the norms of queries and of keys, (head_dim,), or (heads * head_dim,) of all heads; or ().
+        table: the cos and sin of the s tokens' positions; () if there is no rotation.
+        norms: the weights of the norms of queries and of keys, (head_dim,), or (heads * head_dim,) of all; or ().
         group: the ranks that share the heads.
     """
 
@@ -411,8 +411,8 @@ class SplitHeads:
     group: groups.RankGroup
 
     def forward(self, projected: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Queries, keys and values; and what `backward` needs: the table, or the heads, the norms' roots, the table and
-        the norms' weights. It may overwrite `projected`."""
+        """Return queries, keys and values, and the tensors that `backward` needs: the table, or the heads, the norms'
+        roots, the table and the norms' weights. `projected` may be overwritten."""
         counts = (self.heads.num, self.heads.num_kv, self.heads.num_kv)
         heads, saved = projected.view(-1, sum(counts), self.heads.dim).detach(), self.table
         if self.norms:
@@ -425,9 +425,9 @@ class SplitHeads:
         return by_token.transpose(1, 2).split(counts, dim=1), saved
 
     def backward(self, gradients: Sequence[Tensor], *saved: Tensor) -> Tensor:
-        """The gradient of [Q | K | V] from the gradients of the results."""
+        """Return the gradient of [Q | K | V] from the gradients of the results."""
         batch, _, length, _ = gradients[0].shape
-        # (b, heads, s, head_dim) -> (b s, heads, head_dim): kernels for GPUs return this order, then nothing is copied.
+        # (b, heads, s, head_dim) -> (b s, heads, head_dim). GPU kernels return this order; then nothing is copied.
         by_token = [gradient.transpose(1, 2).flatten(0, 1).contiguous().detach() for gradient in gradients]
         if self.norms:
             found = self._normed_gradient(*by_token, *saved)
@@ -436,7 +436,7 @@ class SplitHeads:
         return found.view(batch, length, -1)
 
     def _rotate_normed(self, heads: Tensor) -> tuple[Tensor, Tensor]:
-        """The heads behind the norms and the rotation, and the norms' roots."""
+        """Return the heads after the norms and the rotation, and the norms' roots."""
         norm, weight = self.heads.norms[0], self._weight(self.norms)
         if not norm.sharded:
             return self.kernels.rotate_normed(heads, *self.table, weight, norm.eps)
@@ -455,7 +455,7 @@ class SplitHeads:
         return self.kernels.rotate_normed_gradient(query, key, value, *numbers)
 
     def _weight(self, norms: Sequence[Tensor]) -> Tensor:
-        """The norm's weight of each head, (num + num_kv, head_dim)."""
+        """Return the norm's weight of each head, (num + num_kv, head_dim)."""
         counts = self.heads.num, self.heads.num_kv
         by_head = (norm.detach().view(-1, self.heads.dim) for norm in norms)
         return torch.cat([norm.expand(count, -1) for norm, count in zip(by_head, counts, strict=True)])
@@ -464,6 +464,6 @@ class SplitHeads:
         return groups.all_reduce(means, self.group) / self.group.size
 
     def _by_head(self, numbers: Tensor) -> Tensor:
-        """Expand a number for queries and one for keys, (T, 2), to all of their heads, (T, num + num_kv, 1)."""
+        """Expand a value for queries and one for keys, (T, 2), to all of their heads, (T, num + num_kv, 1)."""
         counts = self.heads.num, self.heads.num_kv
         return torch.cat([numbers[:, i : i + 1].expand(-1, count) for i, count in enumerate(counts)], dim=1)[..., None]

@@ -1,12 +1,12 @@
-"""A contiguous part of the flat list with its part of the adapters: one pipeline stage, or the whole model.
+"""Contiguous layers of the flat list with the adapters' shards for them: one pipeline stage, or the whole model.
 
-It owns the order of calls, recompute, and the zero gradients that DeepSpeed needs from stages without trained tensors.
-It leaves schedules and messages between stages to DeepSpeed.
+It defines the order of calls, recompute, and the zero gradients that DeepSpeed needs from stages without trained
+tensors. It leaves schedules and messages between stages to DeepSpeed.
 
-`SupervisedTail` is what follows the last attention: the last block's output projection and MLP, the final norm, head
-and loss. Only supervised positions go through it. From the MLP on, the backward pass of the summed loss runs inside
-its forward pass. So whatever is recomputed, only gradients are saved: d numbers per supervised position, and those of
-the factors.
+`SupervisedTail` has the layers after the last attention: the last block's output projection and MLP, the final norm,
+head and loss. They compute only supervised positions. From the MLP on, the backward pass of the summed loss runs inside
+its forward pass. So with any recompute, only gradients are saved: d elements per supervised position, and the factors'
+gradients.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,13 +31,13 @@ from megatron_tiedlora.parallel.loss import RowSpan, run_with_early_backward, sp
 
 
 class Attended(NamedTuple):
-    """The last block after its attention. The rest of it is computed for supervised positions only.
+    """The state of the last block after its attention. Later layers are computed for supervised positions only.
 
     Attributes:
         hidden: the input of the block, (b, s, d) or (1, b s / p, d).
         attention_output: (b, s, local heads * head_dim).
         update: the update of the block, if it is adapted.
-        zero_gradients: the tensors to which the backward pass of the loss gives zeros.
+        zero_gradients: the tensors whose gradients in the backward pass of the loss are zeros.
     """
 
     hidden: Tensor
@@ -48,14 +48,14 @@ class Attended(NamedTuple):
 
 @dataclass(frozen=True)
 class SupervisedTail:
-    """The last block and the head, after the attention. The stage owns their modules and parameters."""
+    """The layers after the last block's attention, and the head. The stage owns their modules and parameters."""
 
     block: Block
     head: Head
     tensor_parallel: TensorParallel
 
     def logits(self, attended: Attended, *, wanted: Tensor | None = None, shares: Shares = ()) -> Tensor:
-        """(b, s, V), equal on every rank. With `wanted`, (b,) int64, only one position of each row: (b, 1, V).
+        """Return logits (b, s, V), equal on every rank; with `wanted`, (b,) int64, of one position per row, (b, 1, V).
 
         With several shares, the rows are the rows of all shares, and positions are indices into all tokens (1, s).
         """
@@ -70,9 +70,9 @@ class SupervisedTail:
         return logits.view(size, length, -1) if some is None else logits.transpose(0, 1)
 
     def loss(self, attended: Attended, labels: Tensor | Supervised) -> Tensor:
-        """The summed loss over supervised positions; `labels`: (b, s) int64 or a `Supervised`.
+        """Return the summed loss over supervised positions. `labels` is (b, s) int64 or a `Supervised`.
 
-        If they belong to several adapters, there is one for each, (adapters,).
+        If the positions belong to several adapters, there is one loss for each, (adapters,).
         """
         supervised, some = self._supervised(labels)
         joined, update = self._join(attended, some)
@@ -100,7 +100,7 @@ class SupervisedTail:
         return _with_zero_gradients(loss, attended.zero_gradients)
 
     def position_losses(self, attended: Attended, labels: Tensor, shares: Shares = ()) -> Tensor:
-        """The loss of each position, (b, s), 0 where there is no label, without a gradient."""
+        """Return the loss of each position, (b, s), without a gradient; it is 0 if there is no label."""
         supervised, some = self._supervised(labels, shares)
         joined, update = self._join(attended, some)
         hidden = self.block.add_mlp(joined, self.tensor_parallel, update, recomputes=False)
@@ -109,7 +109,7 @@ class SupervisedTail:
         return spread.index_put_((supervised.rows[supervised.supervised],), losses.float()).view(labels.shape)
 
     def _supervised(self, labels: Tensor | Supervised, shares: Shares = ()) -> tuple[Supervised, SomeTokens]:
-        """The supervised positions, and this rank's tokens there."""
+        """Return the supervised positions, and the tokens of this rank at these positions."""
         num_parts, supervised = self.tensor_parallel.sequence_parts, labels
         if not isinstance(supervised, Supervised):
             supervised = find_supervised(supervised, num_parts, shares)
@@ -119,7 +119,7 @@ class SupervisedTail:
         return supervised, SomeTokens(supervised.rows, supervised.local_rows[start:stop], supervised.spans, local_spans)
 
     def _join(self, attended: Attended, some: SomeTokens | None) -> tuple[Tensor, LayerUpdate]:
-        """The last block's result up to its MLP, and the block's update: for all tokens, or for `some`.
+        """Return the input of the last block's MLP, and the block's update, for all tokens or for `some`.
 
         With `some` the result is (1, m, d) or (1, m / p, d).
         """
@@ -133,7 +133,7 @@ class SupervisedTail:
 
 
 def _with_zero_gradients(result: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    """The result with a backward pass that also gives zeros to these tensors."""
+    """Return the result with a backward pass that also returns zeros for these tensors."""
     if not tensors:
         return result
     zeros = _zeros_like(tensors)
@@ -141,24 +141,23 @@ def _with_zero_gradients(result: Tensor, tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _zeros_like(tensors: Sequence[Tensor]) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """An adjoint that gives zeros to these tensors, without a reference to them."""
+    """Return an adjoint that returns zeros for these tensors, without a reference to them."""
     makers = [partial(torch.zeros, tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in tensors]
     return lambda _gradient: tuple(make() for make in makers)
 
 
 class Stage(nn.Module):
-    """Some consecutive layers of the list, called in order, with their part of the adapters.
+    """Some consecutive layers of the list, called in order, with the adapters' shards for them.
 
     The adapters are read once per call, outside recompute, so their gradients take one autograd path per call.
 
-    DeepSpeed needs from every stage a trained tensor, an output with a gradient, and a gradient for its input. A stage
-    whose engine sees no adapted layers therefore has an `anchor`, one number that is always zero. If no earlier stage
-    has an adapted layer, the gradient of its input is zeros, and no layer before its first adapted one has a backward
-    pass.
+    From every stage DeepSpeed needs a trained tensor, an output with a gradient, and a gradient for its input. So a
+    stage whose engine has no adapted layers has an `anchor`, one parameter that is always zero. If no earlier stage has
+    an adapted layer, the gradient of its input is zeros. Layers before its first adapted layer have no backward pass.
 
     Attributes:
-        adapter_group: the adapters; None if there are none.
-        adapter: the only one, if an engine sums, shards and steps its tensors, so that it is a part of this module.
+        adapter_group: the adapters of the stage; None if there are none.
+        adapter: the only adapter, if an engine sums, shards and steps its tensors; it is then a submodule.
     """
 
     anchor: nn.Parameter | None
@@ -175,8 +174,8 @@ class Stage(nn.Module):
         """Build the layers.
 
         Args:
-            adapters: the adapters of the stage. A single one without a group is a part of this module.
-            is_engines: whether the only adapter of a group is a part of this module, so that an engine steps it.
+            adapters: the adapters of the stage. A single adapter without a group becomes a submodule.
+            is_engines: whether the only adapter of a group becomes a submodule, so that an engine steps it.
         """
         super().__init__()
         self.tensor_parallel = tensor_parallel or TensorParallel()
@@ -197,12 +196,12 @@ class Stage(nn.Module):
         self.adapter: TiedAdapter | None = None
         if adapters is not None and is_engines:
             (self.adapter,) = adapters.adapters.values()
-        # Engines do not see the tensors of an adapter group, so they need one of their own on every stage.
+        # Engines do not see the tensors of an adapter group, so they need a tensor of their own on every stage.
         anchored = self.adapter_group is not None and (self.adapter is None or not self.adapter.part.layers)
         self.register_parameter("anchor", nn.Parameter(torch.zeros(1)) if anchored else None)
 
     def set_recompute(self, how: str) -> None:
-        """Recompute nothing (`none`), gate and up (`selective`) or whole blocks (`full`) from the next call on."""
+        """Set what is recomputed from the next call on: `none`, `selective` (gate and up) or `full` (whole blocks)."""
         self.recompute = how
         for index in self.blocks:
             block: Any = self.layers[str(index)]
@@ -220,21 +219,21 @@ class Stage(nn.Module):
 
     @property
     def tail(self) -> SupervisedTail:
-        """The part after the last attention, on the stage that has the head."""
+        """Return the layers after the last attention, on the stage that has the head."""
         block: Any = self.layers[str(self.blocks[-1])]
         head: Any = self.layers[str(self.head)]
         return SupervisedTail(block, head, self.tensor_parallel)
 
     @property
     def attention(self) -> Attention:
-        """The attention of the first block; the other blocks differ from it only in weights and rotation."""
+        """Return the attention of the first block. Other blocks differ from it only in weights and rotation."""
         block: Any = self.layers[str(self.blocks[0])]
         attention: Attention = block.attention
         return attention
 
     @property
     def needs_input_gradient(self) -> bool:
-        """Whether an earlier stage has an adapted layer."""
+        """Return whether an earlier stage has an adapted layer."""
         adapters = () if self.adapter_group is None else self.adapter_group.adapters.values()
         return any(adapter.config.layers[0] < self.blocks[0] for adapter in adapters)
 
@@ -249,21 +248,21 @@ class Stage(nn.Module):
         shares: Shares = (),
         prediction: Callable[[], Tensor] | None = None,
     ) -> Tensor | Attended:
-        """The forward pass for training; for predictions call `predict`.
+        """Run the forward pass for training; for predictions call `predict`.
 
         Args:
-            inputs: tokens (b, s) int64 if the stage has the embedding, else activations between layers.
+            inputs: tokens (b, s) int64 if the stage has the embedding, otherwise activations between layers.
             positions: (b, s) int64.
-            labels: (b, s) int64, the next token or -100; or the result of `find_supervised`, found on the host.
+            labels: (b, s) int64, the next token or -100; or the result of `find_supervised`, computed on the host.
             documents: (b, s) int64, document ids; None: one document per row.
             token_index: (b, s) int64, see `MicroBatch`; None: there is no dropout.
-            shares: the adapters of the micro-batch; by default the only one. If there are several, b is 1, and `labels`
-                is the result of `find_supervised`.
-            prediction: a function of `predict`, which is called in place of all this.
+            shares: the adapters of the micro-batch; by default the only adapter. If there are several, b is 1, and
+                `labels` is the result of `find_supervised`.
+            prediction: a function of `predict` that is called instead of the forward pass.
 
         Returns:
-            activations between layers. If the stage has the head: the summed loss over supervised positions, or one
-            for each of several shares, (shares,); without `labels` the input of its `tail`.
+            activations between layers. A stage with the head returns the summed loss over supervised positions, or one
+            loss for each of several shares, (shares,). Without `labels` it returns the input of its `tail`.
         """
         if prediction is not None:
             return prediction()
@@ -282,7 +281,7 @@ class Stage(nn.Module):
         unused = unused if torch.is_grad_enabled() else ()
         if isinstance(output, Tensor):
             return _with_zero_gradients(output, unused)
-        if unused:  # an empty tensor in their place, so that the pipeline's buffer of outputs does not keep them
+        if unused:  # an empty tensor, so that the pipeline's buffer of outputs does not keep them
             zero = with_adjoint(lambda first, *_: first.new_zeros(0), _zeros_like(unused), *unused)
             output = output._replace(zero_gradients=(zero,))
         return output if labels is None else self.tail.loss(output, labels)
@@ -299,18 +298,18 @@ class Stage(nn.Module):
         updates: Mapping[int, LayerUpdate] | None = None,
         wanted: Tensor | None = None,
     ) -> Tensor:
-        """Logits (b, s, V), or with `labels` the loss of each position (b, s), which has no gradient.
+        """Return logits (b, s, V), or with `labels` the loss of each position (b, s), which has no gradient.
 
         Args:
             inputs, positions, labels, documents: as in `forward`.
             shares: as in `forward`.
             caches: one per block, for generation; with several shares one per block and share.
             updates: the result of `read_adapter`, if it was called before.
-            wanted: (b,) int64, the position of each row whose logits are wanted; the result is then (b, 1, V). With
-                several shares there is one for each of their rows, among all s tokens.
+            wanted: (b,) int64, the position in each row whose logits are returned; the result is then (b, 1, V). With
+                several shares there is one for each of their rows, as an index into all s tokens.
 
         Returns:
-            activations between layers if the stage has no head. A loss is 0 where there is no label.
+            activations between layers if the stage has no head. A loss is 0 if there is no label.
         """
 
         def logits_or_losses() -> Tensor:
@@ -326,18 +325,18 @@ class Stage(nn.Module):
                 return tail.position_losses(output, labels, shares)
             return tail.logits(output, wanted=wanted, shares=shares)
 
-        # It calls the module, since engines need its hooks (ZeRO-3 starts a new trace of its parameters there).
+        # The module is called, since engines need its hooks (ZeRO-3 starts a new trace of its parameters there).
         predicted: Tensor = self(inputs, positions, prediction=logits_or_losses)
         return predicted
 
     def empty_hidden(self, num_rows: int, length: int) -> Tensor:
-        """Uninitialised activations between layers on this rank, for rows (num_rows, length)."""
+        """Return uninitialised activations between layers on this rank, for rows (num_rows, length)."""
         qkv, parts = self.attention.qkv, self.tensor_parallel.sequence_parts
         shape = (num_rows, length) if parts == 1 else (1, num_rows * length // parts)
         return qkv.frozen.tensor.new_empty(*shape, qkv.frozen.local_shape[1], dtype=qkv.dtype)
 
     def read_adapter(self, shares: Shares = ()) -> dict[int, LayerUpdate]:
-        """The updates of the stage's adapted layers, by layer. Factors that ranks need in full are gathered.
+        """Return the updates of the stage's adapted layers, by layer. Factors that ranks need in full are gathered.
 
         Args:
             shares: as in `forward`.
@@ -347,7 +346,7 @@ class Stage(nn.Module):
         return self.adapter_group.updates(shares, self.tensor_parallel, dtype=self.attention.qkv.dtype)
 
     def embed(self, tokens: Tensor, tensor_parallel: TensorParallel) -> Tensor:
-        """Tokens (b, s) int64 -> activations between layers."""
+        """Return activations between layers from tokens (b, s) int64."""
         hidden: Tensor = self.layers[str(self.embedding)](tokens, tensor_parallel)
         return hidden
 
@@ -360,7 +359,7 @@ class Stage(nn.Module):
         caches: Sequence[AnyCache] | None = None,
         shares: Shares = (),
     ) -> AttentionContext:
-        """The tokens, as the attention of every block needs to know them; see `Attention.context`."""
+        """Return the data about the tokens that attention needs in every block; see `Attention.context`."""
         cache = caches[0] if caches else None
         blocks: list[Any] = [self.layers[str(index)] for index in self.blocks]
         ropes = dict.fromkeys(block.attention.qkv.rope for block in blocks)
@@ -375,7 +374,7 @@ class Stage(nn.Module):
         *,
         caches: Sequence[AnyCache] | None = None,
     ) -> Tensor | Attended:
-        """Run every block of the stage in order; if the stage has the head, the last one only up to its attention.
+        """Run every block of the stage in order. If the stage has the head, run only the attention of the last block.
 
         Args:
             updates: the result of `read_adapter`.
@@ -389,7 +388,7 @@ class Stage(nn.Module):
                 linears = [linear for name, linear in (update or {}).items() if name in targets]
                 slots = [slot for linear in linears for slot in (linear.grad_a, linear.grad_f)]
                 if hidden.requires_grad or any(slot is not None for slot in slots):
-                    call = partial(checkpoint, call, use_reentrant=False)  # it saves only its arguments
+                    call = partial(checkpoint, call, use_reentrant=False)  # this saves only the arguments of the call
             cache = caches[number] if caches else None
             result = call(hidden, context, tensor_parallel, update=update, cache=cache)
             if stops:

@@ -1,7 +1,7 @@
-"""How a model is partitioned over ranks, and the name table: every parameter and its Hugging Face rows.
+"""The partition of a model over ranks, and the name table, which has every parameter and its Hugging Face rows.
 
-The partition says which layers a pipeline stage has, and what tensor parallelism must divide. The name table is derived
-from a `ModelShape`. Loading, merging, exporting and comparing all read it.
+The partition defines the layers of each pipeline stage, and the sizes that tensor parallelism must divide. The name
+table follows from a `ModelShape`. Loading, merging, exporting and comparing all read it.
 """
 
 import math
@@ -21,14 +21,14 @@ Stages = tuple[range, ...]
 
 
 def layer_costs(shape: ModelShape, *, length: int, first_adapted: int | None) -> tuple[float, ...]:
-    """The multiplications per token of every layer of the flat list (embedding, blocks, head), both passes together.
+    """Return the multiplications per token in both passes of each layer of the flat list (embedding, blocks, head).
 
-    A block has P = the numbers in its matrices, for matmuls, and A = s h for causal attention over s tokens (h: width
-    of the queries). Its forward pass costs P + A, its backward pass P + 2A from the first adapted layer on. The head
-    costs V d each way, as if every position were supervised. The embedding costs nothing.
+    A block has P elements in its matrices, for matmuls, and A = s h for causal attention over s tokens (h is the width
+    of the queries). Its forward pass costs P + A. From the first adapted layer on, its backward pass costs P + 2A. The
+    head costs V d in each pass, as if every position were supervised. The embedding costs nothing.
 
     Args:
-        first_adapted: 1-based; None: nothing is trained, and no layer has a backward pass.
+        first_adapted: the first adapted layer, 1-based; None: nothing is trained, and no layer has a backward pass.
     """
     matmuls = shape.block.num_weights
     attention = length * shape.heads.rows[0]
@@ -41,12 +41,12 @@ def layer_costs(shape: ModelShape, *, length: int, first_adapted: int | None) ->
 
 @cache
 def partition(costs: tuple[float, ...], num_stages: int) -> Stages:
-    """Partition layers 0 to len(costs) - 1 into `num_stages` ranges, each with a block (no stage is the head alone).
+    """Partition layers 0 to len(costs) - 1 into `num_stages` ranges, each with a block (no stage is only the head).
 
-    It minimises the largest cost of a stage and, among the partitions that do, the sum of squares.
+    It minimises the largest cost of a stage and, among the partitions with this cost, the sum of squares.
 
     Raises:
-        ValueError: fewer blocks than stages.
+        ValueError: there are fewer blocks than stages.
     """
     num_blocks = len(costs) - 2
     if num_stages > num_blocks:
@@ -54,7 +54,7 @@ def partition(costs: tuple[float, ...], num_stages: int) -> Stages:
     total = [0.0]
     for cost in costs:
         total.append(total[-1] + cost)
-    # Two passes: the smallest largest cost, then the smallest sum of squares that does not exceed it.
+    # Two passes find the smallest largest cost, then the smallest sum of squares that does not exceed this cost.
     least, _ = _best_cuts(total, num_stages, lambda before, cost: max(before, cost))
     _, cuts = _best_cuts(total, num_stages, lambda before, cost: before + cost * cost, largest=least)
     return tuple(range(start, stop) for start, stop in zip((0, *cuts), cuts, strict=False))
@@ -63,14 +63,14 @@ def partition(costs: tuple[float, ...], num_stages: int) -> Stages:
 def _best_cuts(
     total: Sequence[float], num_stages: int, add: Callable[[float, float], float], *, largest: float = math.inf
 ) -> tuple[float, tuple[int, ...]]:
-    """The least value of a partition, and its cuts. `add` adds a stage's cost to the value of the stages before it.
+    """Return the least value of a partition, and its cuts. `add` adds a stage's cost to the value of earlier stages.
 
     Args:
-        total: for each layer, the cost of the layers before it.
-        largest: no stage may cost more.
+        total: the cost of the layers before each layer.
+        largest: the largest cost that a stage may have.
     """
     num_layers = len(total) - 1
-    # best[stop]: (value, cuts) of layers 0 to stop - 1 in the stages so far; a cut lies after a block.
+    # best[stop] is (value, cuts) of layers 0 to stop - 1 in the stages so far; a cut is after a block.
     best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
     for stage in range(num_stages):
         left = num_stages - stage - 1
@@ -92,11 +92,11 @@ def check_layout(shape: ModelShape, grid: Grid, *, zero_stage: int = 0, ds_confi
     """Check that the grid can partition the model, and that the ZeRO stage of `ds_config` can be used with it.
 
     Raises:
-        UserError: the first thing that does not fit, with the numbers that do.
+        UserError: the first value that does not fit, with the values that fit.
     """
     tp, pp = grid.tp_size, grid.pp_size
-    # What tensor parallelism must divide: whole heads, and what linears are sharded along. A linear that can be adapted
-    # also has its A, which is sharded along the linear's input.
+    # Tensor parallelism must divide whole heads, and the sizes along which linears are sharded. A linear that can be
+    # adapted also has its A, which is sharded along the linear's input.
     names = {shape.hidden_size: "hidden size", shape.intermediate_size: "feed-forward width"}
     sizes = [("attention heads", shape.heads.num), ("key-value heads", shape.heads.num_kv)]
     for linear in shape.block.linears:
@@ -128,7 +128,7 @@ def check_layout(shape: ModelShape, grid: Grid, *, zero_stage: int = 0, ds_confi
 
 @dataclass(frozen=True)
 class StoredPart:
-    """Rows `start` to `start + size - 1` of the Hugging Face tensor `name`, whose shape is `shape`."""
+    """Rows `start` to `start + size - 1` of the Hugging Face tensor `name`, which has the shape `shape`."""
 
     name: str
     shape: tuple[int, ...]
@@ -138,16 +138,16 @@ class StoredPart:
 
 @dataclass(frozen=True)
 class WeightRule:
-    """One parameter of the base.
+    """The entry of the name table for one parameter of the base.
 
     Attributes:
         name: the name of the parameter, "layers.INDEX.REST".
-        layer: its entry of the flat list: 0 the embedding, 1 to L the blocks, L + 1 the head.
-        linear: the name of the linear whose matrix it is; None for a norm's weight or a bias.
+        layer: its index in the flat list: 0 the embedding, 1 to L the blocks, L + 1 the head.
+        linear: the name of the linear that it is the matrix of; None for a norm's weight or a bias.
         shape: the shape of the full tensor.
-        spec: how it is sharded over tensor-parallel ranks.
-        parts: stacked along dimension 0, one for each of `spec.blocks` if these run along it.
-        divides: whether the backward pass divides by it, so that it must have no zero.
+        spec: the sharding over tensor-parallel ranks.
+        parts: the stored rows, stacked along dimension 0, one for each of `spec.blocks` if these are along dimension 0.
+        divides: whether the backward pass divides by it, so that it must not contain zeros.
     """
 
     name: str
@@ -160,17 +160,17 @@ class WeightRule:
 
     @property
     def hf_names(self) -> tuple[str, ...]:
-        """The names of the Hugging Face tensors that store it, one for each part."""
+        """Return the names of the Hugging Face tensors that store the weight, one for each entry of `parts`."""
         return tuple(part.name for part in self.parts)
 
     def is_quantised(self, shape: ModelShape) -> bool:
-        """Whether it is quantised in a base of fewer bits: the matrix of a block's linear is."""
+        """Return whether the weight is quantised in a base of fewer bits: only the matrices of blocks' linears are."""
         return self.linear is not None and 1 <= self.layer <= shape.num_layers
 
     def by_stored_tensor(self, rows: Tensor) -> dict[str, Tensor]:
-        """Split rows (out_size, ...), stacked as in this weight, by the stored tensor that they belong to.
+        """Split rows (out_size, ...), stacked as in this weight, by the stored tensor to which they belong.
 
-        In a fused stored tensor they have its order; rows that belong to another weight are zeros.
+        In a fused stored tensor they have the order of that tensor. Rows that belong to a different weight are zeros.
         """
         found: dict[str, Tensor] = {}
         for part, values in zip(self.parts, rows.split([part.size for part in self.parts]), strict=True):
@@ -183,7 +183,7 @@ class WeightRule:
 
 
 def weight_rules(shape: ModelShape) -> tuple[WeightRule, ...]:
-    """The name table, in the order of the flat list of layers. With tied embeddings the head has no entry."""
+    """Return the name table, in the order of the flat list of layers. With tied embeddings the head has no entry."""
     found = list(_linear(shape.embedding, layer=0, stored=""))
     for index in range(shape.num_layers):
         stored = shape.block.source.format(index=index) + "."
@@ -199,17 +199,17 @@ def weight_rules(shape: ModelShape) -> tuple[WeightRule, ...]:
 
 
 def stored_shapes(rules: Iterable[WeightRule]) -> dict[str, tuple[int, ...]]:
-    """The shapes of the Hugging Face tensors that store some weights, by name."""
+    """Return the shapes of the Hugging Face tensors that store some weights, by name."""
     return {part.name: part.shape for rule in rules for part in rule.parts}
 
 
 def quantised_rules(shape: ModelShape) -> Iterator[WeightRule]:
-    """The weights that are quantised in a base of fewer bits: the linears of all blocks."""
+    """Yield the weights that are quantised in a base of fewer bits, the linears of all blocks."""
     return (rule for rule in weight_rules(shape) if rule.is_quantised(shape))
 
 
 def stage_weight_rules(shape: ModelShape, *, has_embedding: bool) -> tuple[WeightRule, ...]:
-    """The name table for a pipeline stage: with tied embeddings, a head without the embedding has its own copy."""
+    """Return a stage's name table. With tied embeddings, a head without the embedding on its stage has its own copy."""
     found = weight_rules(shape)
     if shape.tied_embeddings and not has_embedding:
         last = shape.num_layers + 1
@@ -218,7 +218,7 @@ def stage_weight_rules(shape: ModelShape, *, has_embedding: bool) -> tuple[Weigh
 
 
 def num_base_parameters(shape: ModelShape) -> int:
-    """The number of parameters of the base model; a tied embedding counts once."""
+    """Return the number of parameters of the base model. A tied embedding counts once."""
     return sum(math.prod(weight.shape) for weight in weight_rules(shape))
 
 

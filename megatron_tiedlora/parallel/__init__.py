@@ -1,1 +1,1 @@
-"""The parts that depend on ranks: the grid of ranks, shard declarations, collectives, frozen weights and the loss."""
+"""Everything that depends on ranks: the grid of ranks, shard declarations, collectives, frozen weights and the loss."""

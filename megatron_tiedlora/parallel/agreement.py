@@ -1,12 +1,12 @@
-"""Agreement of all ranks outside the model: sums of a few numbers and rank 0's decisions. A single rank sends nothing.
+"""Agreement of all ranks outside the model: sums of a few numbers, and rank 0's decisions. A single rank sends nothing.
 
-Everything is sent as CPU tensors over gloo: no rank waits for a GPU, and an exchange with a dead peer raises at once.
-The size is sent first, then the value as bytes: JSON for fields, texts and numbers, safetensors for tensors.
+Everything is sent as CPU tensors over gloo, so no rank waits for a GPU, and an exchange with a dead peer raises at
+once. The size is sent first, then the value as bytes: JSON for fields, texts and numbers, safetensors for tensors.
 
     message = length of the JSON (8 bytes) | JSON | safetensors, if there are tensors
 
-The receiver names the type of the value and rejects anything else: nothing in a message names code or a type, and no
-rank unpickles what a peer has sent.
+The receiver knows the type of the value and rejects anything else. Nothing in a message names code or a type, and no
+rank unpickles a message of a peer.
 """
 
 import dataclasses
@@ -28,17 +28,17 @@ Value = TypeVar("Value")
 
 
 def world_size() -> int:
-    """Number of ranks in the process group; 1 without a group."""
+    """Return the number of ranks in the process group, or 1 without a group."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def sum_over_ranks(values: Sequence[float]) -> list[float]:
-    """Elementwise fp64 sum of a few numbers over all ranks, the same on each."""
+    """Return the elementwise fp64 sum of a few numbers over all ranks, the same on each rank."""
     return _reduced(values, distributed.ReduceOp.SUM)
 
 
 def max_over_ranks(values: Sequence[float]) -> list[float]:
-    """Elementwise fp64 maximum of a few numbers over all ranks, the same on each."""
+    """Return the elementwise fp64 maximum of a few numbers over all ranks, the same on each rank."""
     return _reduced(values, distributed.ReduceOp.MAX)
 
 
@@ -52,7 +52,7 @@ def _reduced(values: Sequence[float], op: distributed.ReduceOp.RedOpType) -> lis
 
 
 def gather_numbers(value: int) -> list[int]:
-    """Every rank's whole number (up to 2^63), in rank order, on every rank."""
+    """Return the whole numbers (up to 2^63) of all ranks, in rank order, on every rank."""
     if world_size() == 1:
         return [value]
     numbers = torch.zeros(world_size(), dtype=torch.int64)
@@ -63,13 +63,13 @@ def gather_numbers(value: int) -> list[int]:
 
 
 def first_message(message: str | None) -> str | None:
-    """The message of the lowest rank that has one, on every rank; None if no rank has one."""
+    """Return on every rank the message of the lowest rank that has one, or None if no rank has one."""
     (found,) = first_messages([message])
     return found
 
 
 def first_messages(messages: Sequence[str | None]) -> list[str | None]:
-    """`first_message` for equally many messages of each rank. If no rank has any, only one sum is sent."""
+    """Return `first_message` for each of several messages, as many on every rank. Without any, one sum is sent."""
     if world_size() == 1 or not messages:
         return list(messages)
     counts = sum_over_ranks([float(message is not None) for message in messages])
@@ -77,7 +77,7 @@ def first_messages(messages: Sequence[str | None]) -> list[str | None]:
 
 
 def _sent_by_first(message: str | None) -> str:
-    # A text that is not Unicode is sent with escapes: an encoding error here would hide the message.
+    # A text that is not Unicode is sent with escapes, because an encoding error here would hide the message.
     mine = bytearray() if message is None else packed(message.encode(errors="backslashreplace").decode())
     sizes = gather_numbers(len(mine))
     speaker = next(rank for rank, size in enumerate(sizes) if size)
@@ -87,10 +87,10 @@ def _sent_by_first(message: str | None) -> str:
 
 
 def gather_on_rank_0(value: Value, *, kind: Any) -> list[Value] | None:
-    """Every rank's value, of type `kind`, in rank order on rank 0; None on the others.
+    """Return the values of all ranks, of type `kind`, in rank order on rank 0, and None on the others.
 
     Raises:
-        UserError: a value is too large (on every rank), or not of type `kind` (on rank 0).
+        UserError: a value is too large (raised on every rank), or not of type `kind` (raised on rank 0).
     """
     if world_size() == 1:
         return [value]
@@ -111,19 +111,19 @@ def gather_on_rank_0(value: Value, *, kind: Any) -> list[Value] | None:
 
 
 def num_differing(value: str) -> int:
-    """The number of ranks whose value differs from rank 0's, on every rank."""
+    """Return on every rank the number of ranks whose value differs from rank 0's."""
     first = decided_by_rank_0(lambda: value, kind=str)
     return round(sum_over_ranks([float(value != first)])[0])
 
 
 def decided_by_rank_0(decide: Callable[[], Value], *, kind: Any = None) -> Value:
-    """Call `decide` on rank 0 alone, and return its result on every rank.
+    """Call `decide` on rank 0 only, and return its result on every rank.
 
     Args:
-        kind: the type of the result, which `packed` must be able to send; None if the result is None.
+        kind: the type of the result, which must be one that `packed` can send; None if the result is None.
 
     Raises:
-        UserError: rank 0's own error, on every rank, so that no rank waits for it; or the value is not of type `kind`.
+        UserError: `decide` raised it on rank 0, or the value is not of type `kind`. All ranks raise it, so none waits.
     """
     if world_size() == 1:
         return decide()
@@ -158,7 +158,7 @@ def raise_on_every_rank(failure: UserError | None) -> None:
 
 
 def _broadcast(message: bytearray, size: int, *, source: int, largest: int) -> bytearray | memoryview:
-    """The message of `source`, on every rank. Every rank knows its `size` in bytes. Raises UserError for the size."""
+    """Return the message of `source`, of `size` bytes, on every rank. Raises UserError if it is too large."""
     _check_size(size, sender=source, largest=largest)
     here = distributed.get_rank() == source
     data = torch.frombuffer(message, dtype=torch.uint8) if here else torch.empty(size, dtype=torch.uint8)
@@ -174,12 +174,12 @@ def _check_size(size: int, *, sender: int, largest: int) -> None:
 # Values as bytes ------------------------------------------------------------------------------------------------------
 
 LARGEST_JSON = 1 << 30  # bytes of JSON
-LARGEST_MESSAGE = 1 << 36  # with tensors: three times the largest adapter that a node's memory holds
+LARGEST_MESSAGE = 1 << 36  # bytes with tensors: three times the largest adapter that a node's memory can hold
 _LENGTH_BYTES = 8
 
 
 def _sent_tensor(name: object, info: ValidationInfo) -> Tensor:
-    """The tensor called `name` in the message."""
+    """Return the tensor called `name` in the message."""
     sent: Any = info.context
     if not isinstance(name, str) or name not in sent:
         raise ValueError("no tensor of that name was sent")
@@ -192,7 +192,7 @@ SentTensor = Annotated[Tensor, PlainValidator(_sent_tensor)]
 
 
 def packed(value: object) -> bytearray:
-    """A value as a message. No bit of a number is lost.
+    """Return a value as a message. No bit of a number is lost.
 
     Args:
         value: None, a text, number, path or tensor, or lists, tuples, mappings and dataclasses of these.
@@ -228,7 +228,7 @@ def packed(value: object) -> bytearray:
 
 
 def unpacked(kind: Any, message: bytes | bytearray | memoryview, *, sender: int) -> Any:
-    """The value of type `kind` in a message of rank `sender`. Mappings become dicts; no type is converted.
+    """Return the value of type `kind` in a message of rank `sender`. Mappings become dicts; no type is converted.
 
     Raises:
         UserError: the message does not hold such a value.
@@ -249,5 +249,5 @@ def unpacked(kind: Any, message: bytes | bytearray | memoryview, *, sender: int)
 
 
 def unreadable(sender: int, problem: str) -> UserError:
-    """The error for a message that does not hold a value of the expected type."""
+    """Return the error for a message that does not hold a value of the expected type."""
     return UserError(f"the message of rank {sender} cannot be read ({problem}). Start all ranks from one installation")

@@ -1,7 +1,7 @@
-"""A weight that is never trained: how a rank stores its shard, and every matmul with it; and the embedding.
+"""A weight that is never trained: how a rank stores its shard, every matmul with it, and the embedding.
 
-The forward pass computes x W^T + c, the backward pass dy W, which does not need x. Layers do both through
-`FrozenWeight`, so that another storage format is just a subclass. Linears with an adapter are in `model/linears.py`.
+The forward pass computes x W^T + c. The backward pass computes dy W, which does not need x. Layers do both through
+`FrozenWeight`, so another storage format is only a subclass. Linears with an adapter are in `model/linears.py`.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,16 +17,16 @@ from megatron_tiedlora.parallel.groups import TensorParallel, leave_tensor_paral
 
 
 def frozen_parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
-    """An uninitialised parameter without a gradient, on the current default device."""
+    """Return an uninitialised parameter without a gradient, on the current default device."""
     return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Columns `start` to `stop - 1` of the `full` ones of a tensor: a shard of its rows.
+    """Columns `start` to `stop - 1` of a tensor with `full` columns: the shard of its rows on this rank.
 
     Attributes:
-        largest: returns the elementwise maximum over the ranks that have the other columns; None without such ranks.
+        largest: returns the elementwise maximum over the ranks that hold the other columns; None if there are none.
     """
 
     start: int
@@ -36,9 +36,9 @@ class Columns:
 
 
 class FrozenWeight:
-    """W (out, in) of a linear, or a vector, in one tensor of the activations' dtype.
+    """The weight W (out, in) of a linear, or a vector, as one tensor in the dtype of the activations.
 
-    It is not a module: the layer that uses it registers its `parameters`, so that engines move and partition them.
+    It is no module. The layer that uses it registers its `parameters`, so that engines move and partition them.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -46,56 +46,56 @@ class FrozenWeight:
 
     @classmethod
     def empty(cls, *local_shape: int, dtype: torch.dtype, shards_rows: bool = False) -> "FrozenWeight":
-        """Uninitialised memory on the current default device.
+        """Return a weight with uninitialised memory on the current default device.
 
         Args:
             dtype: the dtype of the activations.
-            shards_rows: whether the shard has only some of the full tensor's columns.
+            shards_rows: whether the shard has only some columns of the full tensor.
         """
         return cls(frozen_parameter(*local_shape, dtype=dtype))
 
     @property
     def parameters(self) -> Mapping[str, nn.Parameter]:
-        """The parameters that store it, by the name under which the layer registers them."""
+        """Return the parameters that store the weight, by the names under which the layer registers them."""
         assert isinstance(self.tensor, nn.Parameter), "a view is never registered"
         return {"weight": self.tensor}
 
     @property
     def local_shape(self) -> tuple[int, ...]:
-        """The shape of this rank's shard."""
+        """Return the shape of this rank's shard."""
         return tuple(self.tensor.shape)
 
     def times_transposed(self, x: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
-        """x W^T + bias, (tokens, out), from x (tokens, in); written to `out` if given. Autograd does not record it.
+        """Return x W^T + bias, (tokens, out), for x (tokens, in), in `out` if given. Autograd does not record it.
 
-        It avoids `functional.linear`, which DeepSpeed's zero.Init replaces by its own function (seen in 0.19.8).
+        It does not use `functional.linear`, which DeepSpeed's zero.Init replaces by its own function (seen in 0.19.8).
         """
         transposed = self.tensor.detach().t()
         return torch.mm(x, transposed, out=out) if bias is None else torch.addmm(bias, x, transposed, out=out)
 
     def times(self, grad_y: Tensor, *, out: Tensor | None = None) -> Tensor:
-        """dy W, (tokens, in), from dy (tokens, out); written to `out` if given. Autograd does not record it."""
+        """Return dy W, (tokens, in), for dy (tokens, out), in `out` if given. Autograd does not record it."""
         return torch.mm(grad_y, self.tensor.detach(), out=out)
 
     def empty_values(self) -> Tensor:
-        """Uninitialised memory for the values of this rank's shard, to be passed to `load`."""
+        """Return uninitialised memory for the values of this rank's shard, to be passed to `load`."""
         return torch.empty_like(self.tensor)
 
     def columns_to_read(self, columns: Columns) -> slice:
-        """The columns of the full tensor that `load` needs for a shard with these columns."""
+        """Return which columns of the full tensor `load` needs for a shard with these columns."""
         return slice(columns.start, columns.stop)
 
     def load(self, values: Tensor, *, dim: int = 0, start: int = 0, columns: Columns | None = None) -> None:
-        """Store `values`, of any float dtype and device, in dimension `dim` from index `start` on.
+        """Store `values`, of any float dtype and device, along dimension `dim` from index `start` on.
 
         Args:
-            columns: the columns of a shard of rows in the full tensor. `values` has the columns `columns_to_read`.
+            columns: the shard's columns of the full tensor; then `values` has the columns `columns_to_read`.
         """
         self.tensor.data.narrow(dim, start, values.shape[dim]).copy_(values)
 
 
 class WeightMaker(Protocol):
-    """Makes an empty weight; see `FrozenWeight.empty`."""
+    """A function that makes an empty weight; see `FrozenWeight.empty`."""
 
     def __call__(self, *local_shape: int, dtype: torch.dtype, shards_rows: bool = False) -> FrozenWeight: ...
 
@@ -108,7 +108,7 @@ def register(module: nn.Module, weight: FrozenWeight) -> FrozenWeight:
 
 
 def frozen_weights(module: nn.Module) -> dict[str, FrozenWeight]:
-    """Every frozen weight and vector inside `module`, by its name in the name table (`model/weights.py`).
+    """Return every frozen weight and vector inside `module`, by its name in the name table (`model/weights.py`).
 
     A layer stores the FrozenWeight of its matrix in the attribute `frozen`. Biases and norms are plain parameters.
     """
@@ -127,22 +127,22 @@ def frozen_weights(module: nn.Module) -> dict[str, FrozenWeight]:
 # Matmuls and the embedding --------------------------------------------------------------------------------------------
 
 
-# Rows of matmuls, and columns sent beside others, are padded to multiples of this: fast kernels want rows of
-# 16-bit numbers to start at multiples of 16 bytes, and a CPU takes a third longer for 511 rows than for 512.
+# Rows of matmuls, and columns sent in the same message as others, are padded to a multiple of this. Fast kernels need
+# rows of 16-bit numbers that start at multiples of 16 bytes, and a CPU takes a third longer for 511 rows than for 512.
 SIZE_MULTIPLE = 8
 _HALF = (torch.bfloat16, torch.float16)
 
 
 def padded(size: int, multiple: int = SIZE_MULTIPLE) -> int:
-    """`size`, rounded up to the next multiple."""
+    """Return `size` rounded up to the next multiple."""
     return -(-size // multiple) * multiple
 
 
 def wide_matmul(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """left @ right in `dtype`, from matrices of one dtype, which is not wider than `dtype`.
+    """Return left @ right in `dtype`, from matrices of one dtype that is not wider than `dtype`.
 
-    From 16 bits to fp32, on CUDA, the sums are returned unrounded. With any other pair of dtypes
-    they are first rounded to the dtype of the matrices.
+    From 16 bits to fp32, on CUDA, the sums are not rounded. For any other pair of dtypes, or on a CPU, they are first
+    rounded to the dtype of the matrices.
     """
     if left.is_cuda and left.dtype in _HALF and dtype == torch.float32:
         return torch.mm(left, right, out_dtype=dtype)
@@ -150,7 +150,7 @@ def wide_matmul(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def frozen_linear(x: Tensor, weight: FrozenWeight) -> Tensor:
-    """x W^T, (..., out), from x (..., in) and W (out, in). It saves nothing for the backward pass, dX = dY W."""
+    """Return x W^T, (..., out), for x (..., in) and W (out, in). Nothing is saved for the backward pass, dX = dY W."""
 
     def of_rows(matmul: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
         return matmul(tensor.flatten(0, -2)).view(*tensor.shape[:-1], -1)
@@ -159,17 +159,17 @@ def frozen_linear(x: Tensor, weight: FrozenWeight) -> Tensor:
 
 
 class VocabularyParallelEmbedding(nn.Module):
-    """Looks token ids up in a (vocabulary, d) table. A rank adds zeros for tokens whose rows other ranks hold."""
+    """The embedding of token ids, a (vocabulary, d) table. A rank adds zeros for tokens whose rows other ranks hold."""
 
     weight: nn.Parameter
 
     def __init__(self, weight: FrozenWeight) -> None:
-        """`weight`: (local vocabulary, d), stored as one tensor."""
+        """Take `weight`, (local vocabulary, d), stored as one tensor."""
         super().__init__()
         self.frozen = register(self, weight)
 
     def forward(self, tokens: Tensor, tensor_parallel: TensorParallel) -> Tensor:
-        """Tokens (b, s) int64 -> activations between layers, (b, s, d) or (1, b s / p, d)."""
+        """Return activations between layers, (b, s, d) or (1, b s / p, d), from tokens (b, s) int64."""
         if tensor_parallel.group.size == 1:
             return functional.embedding(tokens, self.weight)
         local_vocabulary = self.weight.shape[0]

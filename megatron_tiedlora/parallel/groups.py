@@ -1,10 +1,10 @@
-"""Groups of ranks that send each other messages, the collectives of tensor parallelism, and counts of messages.
+"""Groups of ranks that send each other messages, the collectives of tensor parallelism, and counters of messages.
 
-Groups are made elsewhere and passed as arguments, never read from globals. Entering a region and leaving it are
-adjoint: identity (backward all-reduce) and all-reduce (backward identity), or with sequence parallelism all-gather
-(backward reduce-scatter) and reduce-scatter (backward all-gather). The gradients that arrive in the backward pass of a
-gather are partial sums, one per rank, so they are summed and never just sliced. No function changes its input. In a
-group of one rank none sends anything.
+Groups are made elsewhere and passed as arguments, never read from globals. Entering and leaving a region are adjoint:
+identity (backward all-reduce) and all-reduce (backward identity). With sequence parallelism they are all-gather
+(backward reduce-scatter) and reduce-scatter (backward all-gather). The gradients in the backward pass of a gather are
+partial sums, one per rank, so they are summed and not only sliced. No function changes its input. In a group of one
+rank nothing is sent.
 """
 
 from collections import Counter
@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Grid:
-    """The grid over (pp, dp, tp); the ranks of a tensor-parallel group are adjacent.
+    """The grid of ranks over (pp, dp, tp). The ranks of a tensor-parallel group are adjacent.
 
     rank = (pp_rank * dp_size + dp_rank) * tp_size + tp_rank
     """
@@ -49,34 +49,34 @@ class Grid:
 
     @property
     def dp_size(self) -> int:
-        """Data-parallel size = world size / (tensor x pipeline)."""
+        """Return the data-parallel size = world size / (tensor x pipeline)."""
         return self.world_size // (self.tp_size * self.pp_size)
 
     @property
     def tp_rank(self) -> int:
-        """Index in the tensor-parallel group, whose ranks share each layer."""
+        """Return the index in the tensor-parallel group, whose ranks share each layer."""
         return self.rank % self.tp_size
 
     @property
     def dp_rank(self) -> int:
-        """Index in the data-parallel group, whose ranks see different samples."""
+        """Return the index in the data-parallel group, whose ranks get different samples."""
         return self.rank // self.tp_size % self.dp_size
 
     @property
     def pp_rank(self) -> int:
-        """Pipeline stage."""
+        """Return the index of the pipeline stage."""
         return self.rank // (self.tp_size * self.dp_size)
 
     def rank_of(self, *, pp_rank: int = 0, dp_rank: int = 0, tp_rank: int = 0) -> int:
-        """The rank with these coordinates."""
+        """Return the rank with these coordinates."""
         return (pp_rank * self.dp_size + dp_rank) * self.tp_size + tp_rank
 
     def at(self, rank: int) -> "Grid":
-        """This grid for another rank."""
+        """Return this grid for a different rank."""
         return replace(self, rank=rank)
 
     def groups(self, key: "Callable[[Grid], Key]") -> dict[Key, list[int]]:
-        """The ranks whose coordinates have the same `key`, by its value."""
+        """Return lists of the ranks whose coordinates have the same `key`, by the key's value."""
         members: dict[Key, list[int]] = {}
         for rank in range(self.world_size):
             members.setdefault(key(self.at(rank)), []).append(rank)
@@ -90,9 +90,9 @@ _reduce_scatter_into = getattr(distributed, "reduce_scatter_single", None) or di
 
 @dataclass(frozen=True)
 class RankGroup:
-    """Some ranks, and this rank's index among them. A group of one rank has no handle and sends nothing.
+    """Some ranks, and the index of this rank among them. A group of one rank has no handle and sends nothing.
 
-    The collectives of tensor parallelism are sent here. Code that only counts them has a group of its own class.
+    It sends the collectives of tensor parallelism. Code that only counts them has its own class of group.
     """
 
     handle: ProcessGroup | None = None
@@ -100,15 +100,15 @@ class RankGroup:
     size: int = 1
 
     def all_reduce_(self, tensor: Tensor, op: distributed.ReduceOp.RedOpType = distributed.ReduceOp.SUM) -> None:
-        """Replace a contiguous tensor by the sum over the group, or what `op` says."""
+        """Replace a contiguous tensor by its sum over the group, or by the reduction `op`."""
         distributed.all_reduce(tensor, op=op, group=self.handle)
 
     def all_gather_into(self, gathered: Tensor, tensor: Tensor) -> None:
-        """Write the ranks' contiguous tensors to `gathered`, one after another along the first dimension."""
+        """Write the contiguous tensors of all ranks to `gathered`, concatenated along the first dimension."""
         _all_gather_into(gathered, tensor, group=self.handle)
 
     def reduce_scatter_into(self, mine: Tensor, parts: Tensor) -> None:
-        """Write this rank's part of the sum of `parts` to `mine`; the parts follow each other along dimension 0."""
+        """Write this rank's slice of the sum of `parts` to `mine`. The slices are concatenated along dimension 0."""
         _reduce_scatter_into(mine, parts, group=self.handle)
 
 
@@ -120,8 +120,8 @@ class TensorParallel:
     """The ranks that share each layer, and whether activations between layers are sharded along the sequence.
 
     With sequence parallelism, norms and residual sums run on (1, b s / size, d): the b sequences are concatenated and
-    each rank has an equal, contiguous part, so that messages need no copy. A layer gathers on entry and reduce-scatters
-    on exit. Without it every rank holds (b, s, d), and a layer all-reduces on exit.
+    each rank has an equal, contiguous shard, so that messages need no copy. A layer gathers at its start and
+    reduce-scatters at its end. Without it every rank holds (b, s, d), and a layer all-reduces at its end.
     """
 
     group: RankGroup = ALONE
@@ -129,27 +129,27 @@ class TensorParallel:
 
     @property
     def sequence_parts(self) -> int:
-        """The number of parts into which activations between layers are sharded along the sequence."""
+        """Return the number of shards of activations between layers along the sequence."""
         return self.group.size if self.sequence_parallel else 1
 
     def whole_sequences(self) -> "TensorParallel":
-        """These ranks without sequence parallelism: for generation, where a step is one token long."""
+        """Return these ranks without sequence parallelism, for generation, where a step is one token long."""
         return replace(self, sequence_parallel=False)
 
 
 @dataclass(frozen=True)
 class ParallelGroups:
-    """Every group that this rank belongs to.
+    """All process groups of this rank.
 
     Attributes:
-        tensor: ranks that share each layer.
-        pipeline: ranks with the other stages of the same samples and the same part of each layer.
+        tensor: the ranks that share each layer.
+        pipeline: the ranks with the same samples and the same shard of each layer, one per stage.
         choices: the ranks of `pipeline`, for the tokens that the last stage sends to all others during generation. They
-            need a queue of their own, since ranks send them and the messages between stages in different orders.
-        data: ranks that hold the same tensors and see other samples.
-        tied: pipeline x data: ranks that hold the same shard of a tied tensor.
-        stage: tensor x data: ranks that hold the same u.
-        model: tensor x pipeline: ranks that together hold the model once.
+            need their own queue, since ranks send them and the messages between stages in different orders.
+        data: the ranks that hold the same tensors and get different samples.
+        tied: pipeline x data, the ranks that hold the same shard of a tied tensor.
+        stage: tensor x data, the ranks that hold the same u.
+        model: tensor x pipeline, the ranks that together hold one copy of the model.
     """
 
     tensor: RankGroup = ALONE
@@ -164,13 +164,13 @@ class ParallelGroups:
 # Collectives of tensor parallelism, which autograd can differentiate --------------------------------------------------
 
 
-SEQUENCE_DIM = 1  # of activations (1, b s, d)
+SEQUENCE_DIM = 1  # the dimension of the tokens in activations (1, b s, d)
 
 
 def all_reduce(
     tensor: Tensor, group: RankGroup, op: distributed.ReduceOp.RedOpType = distributed.ReduceOp.SUM
 ) -> Tensor:
-    """The sum over the group, or what `op` says: bit-equal on every rank, a new tensor unless it is the only one."""
+    """Return the sum over the group, or the reduction `op`, bit-equal on every rank. Several ranks get a copy."""
     if group.size == 1:
         return tensor
     total = tensor.clone(memory_format=torch.contiguous_format)
@@ -179,12 +179,12 @@ def all_reduce(
 
 
 def largest_of_all(tensor: Tensor, group: RankGroup) -> Tensor:
-    """The elementwise maximum over the group; a new tensor unless the group has one rank."""
+    """Return the elementwise maximum over the group. It is a new tensor unless the group has one rank."""
     return all_reduce(tensor, group, distributed.ReduceOp.MAX)
 
 
 def all_gather(tensor: Tensor, group: RankGroup, dim: int) -> Tensor:
-    """The ranks' tensors, of equal shapes, concatenated along `dim` in rank order."""
+    """Return the tensors of all ranks, of equal shapes, concatenated along `dim` in rank order."""
     if group.size == 1:
         return tensor
     dim %= tensor.ndim
@@ -194,7 +194,7 @@ def all_gather(tensor: Tensor, group: RankGroup, dim: int) -> Tensor:
 
 
 def reduce_scatter(tensor: Tensor, group: RankGroup, dim: int) -> Tensor:
-    """This rank's equal part along `dim` of the sum over the group. The group's size must divide `dim`."""
+    """Return this rank's equal slice along `dim` of the sum over the group. The group's size must divide `dim`."""
     if group.size == 1:
         return tensor
     dim %= tensor.ndim
@@ -218,11 +218,11 @@ class _WithAdjoint(torch.autograd.Function):
 
 
 def with_adjoint(function: Callable[..., Result], adjoint: Callable[..., Any], *tensors: Tensor | None) -> Result:
-    """`function(*tensors)`, a tensor or a tuple, with a handwritten backward pass.
+    """Return `function(*tensors)`, a tensor or a tuple, with a handwritten backward pass.
 
     Args:
-        adjoint: returns the gradients of the tensors, or None for one, from those of the results. It must not refer to
-            the tensors, or they would be in memory until the backward pass.
+        adjoint: returns the gradients of the tensors (or None for one) from the gradients of the results. It must not
+            refer to the tensors, because they would then be in memory until the backward pass.
     """
     result: Result = _WithAdjoint.apply(function, adjoint, *tensors)
     return result
@@ -233,12 +233,12 @@ def _itself(tensor: Tensor) -> Tensor:
 
 
 def concatenated(tensors: Sequence[Tensor]) -> Tensor:
-    """All values of the tensors, one after another in one dimension."""
+    """Return all elements of the tensors, concatenated in one dimension."""
     return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def gather_from_tensor_parallel_region(tensor: Tensor, group: RankGroup, dim: int) -> Tensor:
-    """The ranks' parts, concatenated along `dim`. The gradient is summed over the group; each rank gets its part."""
+    """Return the ranks' shards, concatenated along `dim`. Each rank gets its shard of the summed gradient."""
     if group.size == 1:
         return tensor
     gathers, scatters = (partial(function, group=group, dim=dim) for function in (all_gather, reduce_scatter))
@@ -246,9 +246,9 @@ def gather_from_tensor_parallel_region(tensor: Tensor, group: RankGroup, dim: in
 
 
 def gather_together(tensors: Sequence[Tensor], group: RankGroup, dims: Sequence[int]) -> tuple[Tensor, ...]:
-    """The ranks' parts of several tensors of one dtype in one message, each concatenated along its own dimension.
+    """Return several tensors of one dtype, each gathered along its own dimension, from one message for all of them.
 
-    Their gradients are summed in one message too; a tensor without a gradient counts as one with zeros.
+    Their gradients are summed in one message too. A tensor without a gradient counts as having a gradient of zeros.
     """
     if group.size == 1 or not tensors:
         return tuple(tensors)
@@ -274,14 +274,14 @@ def gather_together(tensors: Sequence[Tensor], group: RankGroup, dims: Sequence[
 
 
 def end_to_end(hidden: Tensor) -> Tensor:
-    """(b, s, d) -> (1, b s, d): rows are concatenated, so that each rank's part is contiguous."""
+    """Reshape (b, s, d) to (1, b s, d). The rows are concatenated, so that each rank's shard is contiguous."""
     return hidden.flatten(0, 1)[None]
 
 
 def enter_tensor_parallel_region(hidden: Tensor, tensor_parallel: TensorParallel) -> Tensor:
-    """Activations between layers -> (b, s, d) or (1, b s, d) on every rank, for column-parallel layers.
+    """Return (b, s, d) or (1, b s, d) on every rank from activations between layers, for column-parallel layers.
 
-    Each rank has an addend of the result's gradient; these are summed over the group.
+    Each rank has a partial sum of the result's gradient. The backward pass sums these over the group.
     """
     group = tensor_parallel.group
     if group.size > 1 and not tensor_parallel.sequence_parallel:
@@ -290,9 +290,9 @@ def enter_tensor_parallel_region(hidden: Tensor, tensor_parallel: TensorParallel
 
 
 def leave_tensor_parallel_region(hidden: Tensor, tensor_parallel: TensorParallel) -> Tensor:
-    """Addends (b, s, d) of the ranks -> their sum, in the shape of activations between layers.
+    """Return the sum of the ranks' partial sums (b, s, d), in the shape of activations between layers.
 
-    The gradient of the sum is that of each addend; of a part of the sequence it is gathered.
+    Every partial sum gets the gradient of the sum, gathered if the sum is sharded along the sequence.
     """
     group = tensor_parallel.group
     if group.size == 1:
@@ -304,17 +304,17 @@ def leave_tensor_parallel_region(hidden: Tensor, tensor_parallel: TensorParallel
 
 
 class StepSum:
-    """Accumulates a tensor's gradients; the last backward pass of the step returns their sum over the group.
+    """Accumulates the gradients of a tensor. The last backward pass of the step returns their sum over the group.
 
-    Earlier backward passes return zeros, so that an engine that adds up the gradients of all passes gets the sum once.
-    Until `start` is called, each backward pass is a step of its own.
+    Earlier backward passes return zeros. So an engine that adds up the gradients of all passes gets the sum once.
+    Until `start` is called, each backward pass is its own step.
     """
 
     def __init__(self, group: RankGroup = ALONE, *, keeps: bool = True) -> None:
-        """Sum over `group`.
+        """Prepare to sum over `group`.
 
         Args:
-            keeps: whether this rank gets the sum; if not, it gets zeros. Among ranks whose gradients are summed or
+            keeps: whether this rank gets the sum; otherwise it gets zeros. Among ranks whose gradients are summed or
                 averaged later, only one may get it: adding zeros gives the same bits in any order of sums.
         """
         self.group = group
@@ -322,16 +322,16 @@ class StepSum:
         self.start(1)
 
     def start(self, num_passes: int) -> None:
-        """Begin a step of `num_passes` backward passes; gradients of an unfinished step are dropped."""
+        """Begin a step of `num_passes` backward passes. The gradients of an unfinished step are dropped."""
         self._left = num_passes
         self._parts: Tensor | None = None
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The tensor itself, with its gradient summed. All ranks of the group run equally many backward passes."""
+        """Return the tensor with a summed gradient. All ranks of the group must run equally many backward passes."""
         return with_adjoint(_itself, self.take, tensor)
 
     def take(self, gradient: Tensor) -> Tensor:
-        """The gradient that a backward pass returns, from this rank's addend; the same shape and dtype."""
+        """Return the gradient of a backward pass, from this rank's partial sum, in the same shape and dtype."""
         self._parts = gradient if self._parts is None else self._parts + gradient
         self._left -= 1
         if self._left:
@@ -358,15 +358,15 @@ _KINDS = {
     "send": ("send", 0),
     "barrier": ("barrier", 0),
 }
-_IGNORED = {"recv_", "recv_any_source_", "monitored_barrier_"}  # a message is counted by its sender
+_IGNORED = {"recv_", "recv_any_source_", "monitored_barrier_"}  # only the sender counts a message
 
 
 @dataclass
 class Traffic:
-    """Messages and bytes by (group, kind). Bytes are of the whole tensor: a gather's output, a reduction's input.
+    """Messages and bytes by (group, kind). Bytes count the whole tensor: a gather's output, a reduction's input.
 
-    Over a ring of n ranks, each rank sends B (n - 1) / n bytes for an all-gather or reduce-scatter of B bytes, and
-    twice that for an all-reduce.
+    Over a ring of n ranks, each rank sends B (n - 1) / n bytes for an all-gather or reduce-scatter of B bytes. For an
+    all-reduce it sends twice as many.
     """
 
     messages: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -379,13 +379,13 @@ class Traffic:
             self.bytes[group, kind] += count * size
 
     def include(self, other: "Traffic", *, times: int = 1) -> None:
-        """Count the messages of another, `times` times."""
+        """Add the counts of a different object, `times` times."""
         for key, count in other.messages.items():
             self.messages[key] += times * count
             self.bytes[key] += times * other.bytes[key]
 
     def of_group(self, group: str) -> tuple[int, int]:
-        """(messages, bytes) of a group, summed over all kinds."""
+        """Return (messages, bytes) of a group, summed over all kinds."""
         return (
             sum(count for (name, _), count in self.messages.items() if name == group),
             sum(size for (name, _), size in self.bytes.items() if name == group),
@@ -393,10 +393,10 @@ class Traffic:
 
 
 def named_handles(groups: ParallelGroups) -> dict[str, ProcessGroup | None]:
-    """The handles of a rank's groups by name; groups of the same ranks appear once.
+    """Return the handles of a rank's groups by name. Groups of the same ranks appear once.
 
     With one stage, `tied` is the data-parallel group and `stage` the world. Without data parallelism `stage` is the
-    tensor group, without tensor parallelism the data-parallel group.
+    tensor group; without tensor parallelism it is the data-parallel group.
     """
     handles = {name: getattr(groups, name).handle for name in (TENSOR, PIPELINE, DATA, MODEL)}
     for name, handle in ((TIED, groups.tied.handle), (STAGE, groups.stage.handle)):
@@ -406,25 +406,25 @@ def named_handles(groups: ParallelGroups) -> dict[str, ProcessGroup | None]:
 
 
 class TrafficCounter(TorchDispatchMode):
-    """Counts what this rank sends inside the `with` block: our messages, DeepSpeed's, and point to point.
+    """Counts the messages that this rank sends inside the `with` block: ours, DeepSpeed's, and point to point.
 
         with TrafficCounter(named_handles(groups)) as counter:
             ...
         counter.traffic
 
-    Collectives are dispatcher operations of the `c10d` namespace, so a dispatch mode sees all of them, also in the
-    backward pass. Counting takes time, so it is for tests and benchmarks. Calls in a group of one rank do not count as
-    messages.
+    Collectives are dispatcher operations of the `c10d` namespace, so a dispatch mode intercepts all of them, also in
+    the backward pass. Counting takes time, so it is for tests and benchmarks. Calls in a group of one rank are not
+    counted as messages.
     """
 
     def __init__(self, groups: Mapping[str, ProcessGroup | None]) -> None:
-        """`groups`: names of groups, by their handles; messages of any other group are counted as `world`."""
+        """Take in `groups` the handles of groups by name. Messages of any other group are counted as `world`."""
         super().__init__()
         self.traffic = Traffic()
         self._names = {handle.group_name: name for name, handle in groups.items() if handle is not None}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count a collective, and run every operation."""
+        """Count the operation if it is a collective, and run it."""
         if func.namespace == "c10d":
             self._count(func.overloadpacket.__name__, args)
         return func(*args, **(kwargs or {}))
@@ -439,7 +439,7 @@ class TrafficCounter(TorchDispatchMode):
             for argument in args
             if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in argument._type().qualified_name()
         )
-        if group.size() == 1:  # DeepSpeed sums over groups of one rank too
+        if group.size() == 1:  # DeepSpeed also sums over groups of one rank
             return
         label = self._names.get(group.group_name, WORLD) if kind != "send" else PIPELINE
         self.traffic.add(label, kind, _num_bytes(args[position]))

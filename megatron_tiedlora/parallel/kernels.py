@@ -1,7 +1,7 @@
-"""The elementwise and row-wise parts of the model, as pure functions that can be compiled.
+"""The elementwise and row-wise operations of the model, as pure functions that can be compiled.
 
-Elementwise kernels are bound by memory traffic. Uncompiled, each function reads and writes its tensors several times;
-compiled, once. Layers get `Kernels`, compiled or not, when they are built. Uncompiled kernels on a GPU process some
+Elementwise kernels are bound by memory traffic. An uncompiled function reads and writes its tensors several times, a
+compiled one once. Layers get `Kernels`, compiled or not, when they are built. Uncompiled kernels on a GPU process some
 rows at a time (`by_rows`), since their fp32 temporaries would be several times as large as their results.
 """
 
@@ -17,45 +17,45 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# Elements of its widest argument that an uncompiled kernel processes at one time on a GPU: 64 MiB in fp32.
+# The number of elements of its widest argument that an uncompiled kernel processes at a time on a GPU: 64 MiB in fp32.
 NUMBERS_AT_ONCE = 2**24
-# Memory that compiled kernels need on a CPU, in copies of their widest argument; the others need none.
+# The memory that compiled kernels need on a CPU, in copies of their widest argument. Other kernels need none.
 COPIES_ON_CPU = {"gate_gradient": 1}  # it joins the gradients of gate and up in one more tensor
 
 
 def upcast(tensor: Tensor) -> Tensor:
-    """`tensor` in max(fp32, its own dtype): the precision of norms, softmax and loss."""
+    """Return `tensor` in max(fp32, its own dtype), the precision of norms, softmax and loss."""
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
 
 
 def as_rows(tensor: Tensor) -> Tensor:
-    """(..., n) -> (T, n), detached from autograd.
+    """Reshape (..., n) to (T, n), detached from autograd.
 
     Kernels always get two dimensions and never a view (a detached tensor is not one), since torch.compile makes a
-    kernel for each form.
+    separate kernel for each form.
     """
     return tensor.reshape(-1, tensor.shape[-1]).detach()
 
 
 def detached(tensor: Tensor | None) -> Tensor | None:
-    """`tensor` without autograd, or None."""
+    """Return `tensor` without autograd, or None."""
     return None if tensor is None else tensor.detach()
 
 
 def normalise(hidden: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """The norm of rows (..., d), and root = 1 / sqrt(mean(x^2) + eps), (..., 1) `upcast`.
+    """Return the norm of rows (..., d), and root = 1 / sqrt(mean(x^2) + eps), (..., 1) `upcast`.
 
-    Without a bias it is the RMS norm, weight * x * root; with one it is LayerNorm, which is the RMS norm of x - mean(x)
-    plus the bias.
+    Without a bias it is the RMS norm, weight * x * root. With a bias it is LayerNorm, which is the RMS norm of
+    x - mean(x) plus the bias.
     """
     root = torch.rsqrt(_centred(hidden, bias).square().mean(-1, keepdim=True) + eps)
     return apply_norm(hidden, weight, bias, root), root
 
 
 def apply_norm(hidden: Tensor, weight: Tensor, bias: Tensor | None, root: Tensor) -> Tensor:
-    """The norm of rows with a known root. It is rounded as in transformers, unless a compiler leaves values in fp32.
+    """Return the norm of rows with a known root, rounded as in transformers unless a compiler keeps values in fp32.
 
-    There the RMS norm rounds x * root first, and LayerNorm only its result.
+    In transformers the RMS norm rounds x * root first, and LayerNorm rounds only its result.
     """
     normed = _centred(hidden, bias) * root
     if bias is None:
@@ -64,10 +64,10 @@ def apply_norm(hidden: Tensor, weight: Tensor, bias: Tensor | None, root: Tensor
 
 
 def norm_gradient(gradient: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, root: Tensor) -> Tensor:
-    """The gradient of x, (T, d), from the gradient of the norm's output.
+    """Return the gradient of x, (T, d), from the gradient of the norm's output.
 
-    With n = x root and g = weight * dy: dx = (g - n mean(g n)) root. For LayerNorm n is (x - mean(x)) root, and the
-    mean of dx is subtracted.
+    With n = x root and g = weight * dy, it is dx = (g - n mean(g n)) root. For LayerNorm n is (x - mean(x)) root, and
+    the mean of dx is subtracted.
     """
     return _norm_gradient(upcast(gradient) * weight, _centred(hidden, bias) * root, root, bias).to(hidden.dtype)
 
@@ -86,13 +86,13 @@ def _centred(hidden: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def gate(gate_up: Tensor) -> Tensor:
-    """silu(gate) * up, (T, f), from [gate | up], (T, 2 f)."""
+    """Return silu(gate) * up, (T, f), from [gate | up], (T, 2 f)."""
     gates, up = gate_up.chunk(2, dim=-1)
     return functional.silu(gates) * up
 
 
 def gate_gradient(gradient: Tensor, gate_up: Tensor) -> Tensor:
-    """The gradient of [g | u], (T, 2 f), from the gradient of `gate`'s result, (T, f).
+    """Return the gradient of [g | u], (T, 2 f), from the gradient of `gate`'s result, (T, f).
 
     With s = sigmoid(g): dg = dy u s (1 + g (1 - s)), du = dy g s, both computed in max(fp32, input dtype).
     """
@@ -103,16 +103,16 @@ def gate_gradient(gradient: Tensor, gate_up: Tensor) -> Tensor:
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor, num_rotated: int) -> Tensor:
-    """Heads (T, n, head_dim) with the first `num_rotated` of them rotated; a new tensor.
+    """Return heads (T, n, head_dim) as a new tensor in which the first `num_rotated` heads are rotated.
 
-    (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin) over the two halves of the first m elements of a head; cos and sin
-    (T, 1, m / 2). The elements after them stay as they are.
+    (x1, x2) becomes (x1 cos - x2 sin, x2 cos + x1 sin) over the two halves of the first m elements of a head. cos and
+    sin are (T, 1, m / 2). The elements after the first m do not change.
     """
     return torch.cat((_rotated(heads[:, :num_rotated], cos, sin), heads[:, num_rotated:]), dim=1)
 
 
 def rotate_gradient(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The gradient of the heads before `rotate`, (T, n, head_dim).
+    """Return the gradient of the heads before `rotate`, (T, n, head_dim).
 
     It takes the gradients of queries, keys and values, each (T, heads, head_dim). Values are not rotated.
     """
@@ -120,31 +120,31 @@ def rotate_gradient(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin:
 
 
 def rotate_normed(heads: Tensor, cos: Tensor, sin: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """`rotate` of heads whose first m have gone through an RMS norm; weight (m, head_dim), each head's own.
+    """Return heads after an RMS norm of the first m heads and `rotate`; weight (m, head_dim) has a row per head.
 
     Returns:
-        The heads (T, n, head_dim), and the root of each norm, (T, m, 1) `upcast`; see `normalise`.
+        the heads (T, n, head_dim), and the root of each norm, (T, m, 1) `upcast`; see `normalise`.
     """
     root = torch.rsqrt(upcast(heads[:, : len(weight)]).square().mean(-1, keepdim=True) + eps)
     return rotate_with_root(heads, cos, sin, root, weight), root
 
 
 def rotate_with_root(heads: Tensor, cos: Tensor, sin: Tensor, root: Tensor, weight: Tensor) -> Tensor:
-    """The heads of `rotate_normed`, if the roots of the norms are known."""
+    """Return the heads of `rotate_normed` from known roots of the norms."""
     count = len(weight)
     normed = apply_norm(heads[:, :count], weight, None, root)
     return torch.cat((_rotated(normed, cos, sin), heads[:, count:]), dim=1)
 
 
 def square_means(heads: Tensor, num: int, num_kv: int) -> Tensor:
-    """The means of x^2 over all of the first `num` heads, and over the next `num_kv`: (T, 2) `upcast`."""
+    """Return the means of x^2 over the first `num` heads together, and over the next `num_kv`: (T, 2) `upcast`."""
     return _means(upcast(heads[:, : num + num_kv]).square(), num)
 
 
 def product_means(query: Tensor, key: Tensor, rotated: Tensor) -> Tensor:
-    """The means of g n over all queries and over all keys, (T, 2) `upcast`, for the gradient of a norm of all heads.
+    """Return the means of g n over all queries and all keys, (T, 2) `upcast`, for the gradient of a norm of all heads.
 
-    g and n are as in `norm_gradient`; g n is a rotated head, `rotated`, times its gradient, `query` or `key`.
+    g and n are as in `norm_gradient`. g n is a rotated head in `rotated` times its gradient in `query` or `key`.
     """
     gradient = upcast(torch.cat((query, key), dim=1))
     return _means(gradient * rotated[:, : gradient.shape[1]], query.shape[1])
@@ -165,15 +165,15 @@ def rotate_normed_gradient(
     sin: Tensor,
     weight: Tensor,
 ) -> Tensor:
-    """The gradient of the heads before `rotate_normed`, (T, n, head_dim), from its results and their gradients.
+    """Return the gradient of the heads before `rotate_normed`, (T, n, head_dim), from its results and their gradients.
 
-    x root is not saved: it is the result rotated back and divided by the weight. Rounded cosines
-    and sines turn by a length that is not exactly 1, or a scaled rotation's, so it is also divided by its square.
+    x root is not saved. It is computed from the result, which is rotated back and divided by the weight. The rotation
+    can change lengths, as cosines and sines are rounded or scaled. So the result is also divided by cos^2 + sin^2.
 
     Args:
         query, key, value: gradients, each (T, heads, head_dim).
         rotated, root: the results of `rotate_normed`.
-        mean: the mean of g n (see `norm_gradient`), if it is not each head's own, (T, m, 1); see `product_means`.
+        mean: the mean of g n (see `norm_gradient`), (T, m, 1), from `product_means`; None: each head has its own.
     """
     weighted = upcast(torch.cat((_rotated(query, cos, -sin), _rotated(key, cos, -sin)), dim=1)) * weight
     wide_cos, wide_sin = upcast(cos), upcast(sin)
@@ -190,11 +190,11 @@ def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def exp_scores_(scores: Tensor, mask: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(scores + mask - largest) over the last dimension: the softmax before its division.
+    """Write exp(scores + mask - largest), the softmax before its division, to `weights`, and return its sums.
 
     Args:
         scores: (c, n, m, keys), `upcast`.
-        mask: (c, 1, m, keys), 0 or -inf in any dtype; no row is all -inf.
+        mask: (c, 1, m, keys), 0 or -inf in any dtype; no row is completely -inf.
         weights: the shape of the scores, any dtype; filled with exp(score - largest).
 
     Returns:
@@ -211,13 +211,13 @@ def exp_scores_(scores: Tensor, mask: Tensor, weights: Tensor) -> tuple[Tensor, 
 def score_gradient_(
     scores: Tensor, mask: Tensor, log_sums: Tensor, deltas: Tensor, grad_weights: Tensor, weights: Tensor
 ) -> None:
-    """Write the softmax p = exp(score + mask - log_sums) to `weights`, and replace p's gradient by that of the scores.
+    """Write the softmax p = exp(score + mask - log_sums) to `weights`, and turn p's gradient into the scores' gradient.
 
     The gradient of the scores is p (grad_weights - deltas).
 
     Args:
         scores, mask: as in `exp_scores_`.
-        log_sums: (c, n, m, 1), its first result.
+        log_sums: (c, n, m, 1), the first result of `exp_scores_`.
         deltas: (c, n, m, 1), the sum over keys of p * grad_weights.
         grad_weights: (c, n, m, keys), the gradient of p; replaced by the gradient of the scores.
         weights: the shape of `grad_weights`.
@@ -228,12 +228,12 @@ def score_gradient_(
 
 
 def row_log_sums(logits: Tensor) -> Tensor:
-    """log of the sum of exp(logit) in each row, (n,) `upcast`, from logits (n, V)."""
+    """Return the log of the sum of exp(logit) in each row, (n,) `upcast`, from logits (n, V)."""
     return torch.logsumexp(upcast(logits), dim=-1)
 
 
 def exp_logits_(logits: Tensor, total: Tensor) -> None:
-    """Replace logits (n, V) by exp(logit - total); total (n,), `upcast`."""
+    """Replace logits (n, V) by exp(logit - total) in place, with `total` (n,), `upcast`."""
     logits.copy_((upcast(logits) - total[:, None]).exp())
 
 
@@ -259,34 +259,34 @@ class Kernels:
     exp_logits_: Callable[[Tensor, Tensor], None] = exp_logits_
 
     def by_rows(self) -> Kernels:
-        """These kernels, uncompiled, with bounded temporaries on a GPU."""
+        """Return these kernels, uncompiled, with bounded temporaries on a GPU."""
         return self._of_rows(_in_parts)
 
     def compiled(self, *, static_widths: bool = False) -> Kernels:
-        """These kernels, wrapped by torch.compile. Each is compiled when it is first called.
+        """Return these kernels, wrapped by torch.compile. Each is compiled at its first call.
 
         Args:
             static_widths: False for one graph for all sizes. True for graphs in which every size is a constant, except
                 the number of rows if the first call goes through `marked`. A GPU then reads and writes 16 bytes at once
-                and divides by no size (estimated 1.5 to 2.5 times as fast); another width is compiled separately.
+                and divides by no size (estimated 1.5 to 2.5 times as fast). Each width is compiled separately.
         """
         dynamic = None if static_widths else True
         names = [field.name for field in fields(self)]
         return Kernels(**{name: torch.compile(getattr(self, name), dynamic=dynamic) for name in names})
 
     def marked(self) -> Kernels:
-        """These kernels; they tell torch.compile that the number of rows will change. For first calls."""
+        """Return these kernels for first calls. They tell torch.compile that the number of rows will change."""
         return self._of_rows(_marking)
 
     def _of_rows(self, change: Callable[[Callable[..., Any], list[bool]], Callable[..., Any]]) -> Kernels:
-        # The two that are left out are for the tiles of attention on CPUs, whose first dimension is not rows.
+        # The two kernels that are left out are for the tiles of attention on CPUs, whose first dimension is not rows.
         names = [field.name for field in fields(self) if field.name not in ("exp_scores_", "score_gradient_")]
         plain = Kernels()
         return replace(self, **{name: change(getattr(self, name), has_rows(getattr(plain, name))) for name in names})
 
 
 def has_rows(function: Callable[..., Any]) -> list[bool]:
-    """For each argument of a kernel: whether its first dimension is the rows, if it is a tensor."""
+    """Return for each argument of a kernel whether its first dimension is the rows, if the argument is a tensor."""
     parameters = inspect.signature(function).parameters.values()
     return [p.annotation.startswith("Tensor") and p.name not in ("weight", "bias") for p in parameters]
 
@@ -300,9 +300,9 @@ def _in_parts(kernel: Callable[..., Any], has_rows: list[bool]) -> Callable[...,
 
 
 def run_in_parts(kernel: Callable[..., Any], arguments: tuple[Any, ...], has_rows: list[bool]) -> Any:
-    """`kernel(*arguments)`, some rows at a time; the results are the same.
+    """Return `kernel(*arguments)`, computed for some rows at a time; the results are the same.
 
-    A part has as many rows as hold NUMBERS_AT_ONCE elements of the widest argument.
+    At most NUMBERS_AT_ONCE elements of the widest argument are processed at a time.
     """
     has_rows = [mine and argument is not None for argument, mine in zip(arguments, has_rows, strict=True)]
     wide = [argument for argument, mine in zip(arguments, has_rows, strict=True) if mine]
@@ -314,7 +314,7 @@ def run_in_parts(kernel: Callable[..., Any], arguments: tuple[Any, ...], has_row
     for start in range(0, num_rows, size):
         part = slice(start, start + size)
         found = kernel(*(a[part] if mine else a for a, mine in zip(arguments, has_rows, strict=True)))
-        if found is None:  # it works in place
+        if found is None:  # it changes its arguments in place
             continue
         found = found if isinstance(found, tuple) else (found,)
         results = results or [tensor.new_empty((num_rows, *tensor.shape[1:])) for tensor in found]
@@ -326,7 +326,7 @@ def run_in_parts(kernel: Callable[..., Any], arguments: tuple[Any, ...], has_row
 
 
 def scaled(tensor: Tensor, factor: Tensor) -> Tensor:
-    """tensor * factor in the tensor's dtype, (..., n); the product is in max(fp32, that dtype), some rows at a time."""
+    """Return tensor * factor, (..., n), in the tensor's dtype, from max(fp32, that dtype), some rows at a time."""
     rows = run_in_parts(lambda part, by: (upcast(part) * by).to(part.dtype), (as_rows(tensor), factor), [True, False])
     return cast(Tensor, rows).view(tensor.shape)
 

@@ -1,10 +1,10 @@
-"""The loss: the cross entropy of the next token, summed over each adapter's tokens.
+"""The loss: the cross entropy of the next token, summed over the tokens of each adapter.
 
-Its backward pass cannot be differentiated again. The backward pass of a loss runs inside its forward pass. Later only
-a factor comes, which scales the gradients, so only the gradients are saved.
+Its backward pass cannot be differentiated again. The backward pass of a loss runs inside its forward pass. The later
+backward pass only scales the gradients by a factor, so only the gradients are saved.
 
-Rows of several adapters are consecutive in one tensor, a span for each. A sum over one adapter's rows, or a factor for
-them, is computed as if the tensor had no other rows.
+The rows of several adapters are consecutive in one tensor, one span per adapter. A sum over one adapter's rows, or
+their product with a factor, is computed as if the tensor had no other rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,10 +22,10 @@ from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_rows, scaled, 
 
 
 class RowSpan(NamedTuple):
-    """Consecutive rows of one adapter.
+    """Consecutive rows that belong to one adapter.
 
     Attributes:
-        adapter: its index among the adapters of the micro-batch.
+        adapter: the index of the adapter in the micro-batch.
         size: the number of rows.
     """
 
@@ -37,12 +37,12 @@ RowSpans = tuple[RowSpan, ...]
 
 
 def span_starts(spans: Sequence[RowSpan]) -> list[int]:
-    """The first row of each span."""
+    """Return the first row of each span."""
     return [0, *accumulate(span.size for span in spans)][: len(spans)]
 
 
 def spans_between(spans: Sequence[RowSpan], start: int, stop: int) -> RowSpans:
-    """The spans of rows `start` to `stop` - 1."""
+    """Return the spans of rows `start` to `stop` - 1."""
     found = []
     for span, first in zip(spans, span_starts(spans), strict=True):
         size = min(stop, first + span.size) - max(start, first)
@@ -52,7 +52,7 @@ def spans_between(spans: Sequence[RowSpan], start: int, stop: int) -> RowSpans:
 
 
 def scaled_by_adapter(tensor: Tensor, factors: Tensor, spans: Sequence[RowSpan] | None) -> Tensor:
-    """`scaled` with a factor for each adapter; without spans there is one adapter, and one factor ().
+    """Return `scaled` with one factor per adapter. Without spans there is one adapter, and one factor ().
 
     Args:
         tensor: (..., n), with spans of its rows; or (n,), with spans of its elements.
@@ -66,7 +66,7 @@ def scaled_by_adapter(tensor: Tensor, factors: Tensor, spans: Sequence[RowSpan] 
 
 
 def sums_by_adapter(numbers: Tensor, spans: Sequence[RowSpan], *, at_once: int) -> Tensor:
-    """The sum of each adapter's elements, (adapters,), added up in chunks of `at_once` elements of each span.
+    """Return the sum of each adapter's elements, (adapters,), added up in chunks of `at_once` elements of each span.
 
     Args:
         numbers: (n,).
@@ -79,10 +79,10 @@ def sums_by_adapter(numbers: Tensor, spans: Sequence[RowSpan], *, at_once: int) 
 
 
 def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """A Function's `backward` that raises an error if it is differentiated again.
+    """Return a Function's `backward` that raises an error if it is differentiated again.
 
     torch's `once_differentiable` raises only if the incoming gradient has a graph. The gradient of a loss has none, so
-    autograd would silently treat what is computed from it as a constant.
+    autograd would silently treat values computed from it as constants.
 
     Raises:
         RuntimeError: in a backward pass with `create_graph=True`.
@@ -108,10 +108,10 @@ class _EarlyBackward(torch.autograd.Function):
             for tensor, needs in zip(inputs, ctx.needs, strict=True)
         ]
         wanted = [tensor for tensor, needs in zip(inner, ctx.needs, strict=True) if tensor is not None and needs]
-        # A caller's hooks are for tensors saved until the backward pass; these are not.
+        # A caller's hooks are for tensors that are saved until the backward pass, and these tensors are not.
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
             loss = function(*inner)
-        # Not autograd.grad, inside of which torch's hooks for several gradients fail (seen in 2.13).
+        # autograd.grad is not used, because torch's hooks for several gradients fail inside it (seen in 2.13).
         loss.backward(torch.ones_like(loss), inputs=wanted)
         ctx.save_for_backward(*(tensor.grad for tensor in wanted))
         return loss.detach()
@@ -132,14 +132,14 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 def run_with_early_backward(
     function: Callable[..., Tensor], *inputs: Tensor | None, spans: Sequence[RowSpans | None] | None = None
 ) -> Tensor:
-    """`function(*inputs)`, a scalar, or the losses of several adapters, (adapters,).
+    """Return `function(*inputs)`, a scalar, or the losses of several adapters, (adapters,).
 
     Only the gradients of the inputs that need one are saved for backward.
 
     Args:
-        function: it is differentiated for these inputs alone; other tensors that it uses get no gradient.
+        function: it is differentiated only with respect to these inputs; other tensors that it uses get no gradient.
         inputs: any float dtype. At least one needs a gradient, and the result must depend on all that do.
-        spans: with several losses, the rows of each input that belong to each loss, which depends on these alone.
+        spans: with several losses, the rows of each input for each loss, which depends only on these.
     """
     loss: Tensor = _EarlyBackward.apply(function, spans or [None] * len(inputs), *inputs)
     return loss
@@ -148,28 +148,28 @@ def run_with_early_backward(
 # Summed cross entropy -------------------------------------------------------------------------------------------------
 #
 # -log softmax(z)[y] = logsumexp_i(l_i) - sum_i t_i, in at least fp32, over a vocabulary that is sharded over the ranks.
-# Rank i has l_i, the logsumexp of its own logits, and t_i, the label's logit if the rank has it, else 0. One message
-# carries these two numbers per token.
+# Rank i has l_i, the logsumexp of its own logits, and t_i, the label's logit if the rank has it, otherwise 0. One
+# message sends these two numbers per token.
 
 IGNORED_LABEL = -100
 
 
 class VocabularyShard(NamedTuple):
-    """A rank's rows of the frozen vocabulary projection W, and how losses are computed from them."""
+    """The rows of the frozen vocabulary projection W on a rank, and how losses are computed from them."""
 
     weight: FrozenWeight  # (V_local, d), the rows of ids first_id to first_id + V_local - 1, without padding
     first_id: int
     group: RankGroup
-    rows_at_once: int  # rows whose logits are in memory at one time, a multiple of `SIZE_MULTIPLE`
+    rows_at_once: int  # the number of rows whose logits are in memory at a time, a multiple of `SIZE_MULTIPLE`
     kernels: Kernels = EAGER
 
 
 class _Found(NamedTuple):
-    """The result for n rows, each (n,)."""
+    """The results for n rows, each (n,)."""
 
     losses: Tensor
     total: Tensor  # logsumexp over all ids
-    columns: Tensor  # of the labels among this rank's logits, 0 if another rank has the label
+    columns: Tensor  # the column of the label in this rank's logits, 0 if another rank has it
     own: Tensor  # whether this rank has the label
     picked: Tensor  # the label's logit, 0 if another rank has it
 
@@ -194,7 +194,7 @@ class _SumTokenLosses(torch.autograd.Function):
         gradient = torch.empty_like(rows) if needs_rows else None
         loss = torch.zeros((), dtype=upcast(rows[:0]).dtype, device=rows.device)
         by_row = [loss.new_empty(0)]  # losses of rows of several adapters
-        logits = rows.new_empty(min(rows_at_once, len(rows)), weight.local_shape[0])  # one memory for all parts
+        logits = rows.new_empty(min(rows_at_once, len(rows)), weight.local_shape[0])  # the same memory for all chunks
         for start in range(0, len(rows), rows_at_once):
             part = slice(start, start + rows_at_once)
             local_logits = as_rows(weight.times_transposed(rows[part], out=logits[: len(rows[part])]))
@@ -206,10 +206,10 @@ class _SumTokenLosses(torch.autograd.Function):
                 by_row.append(losses)
             if gradient is not None:
                 kernels.exp_logits_(local_logits, found.total)
-                # Subtract 1 from the probability of each label that this rank has; expm1 avoids the rounding of bf16.
+                # Subtract 1 from the probability of each label on this rank; expm1 avoids the rounding of bf16.
                 index = (torch.arange(len(local_logits), device=local_logits.device), found.columns)
                 missing = torch.expm1(found.picked - found.total).to(local_logits.dtype)
-                # Not scatter_, which would visit every element.
+                # scatter_ is not used, because it would visit every element.
                 local_logits.index_put_(index, torch.where(found.own, missing, local_logits[index]))
                 weight.times(local_logits, out=gradient[part])
         ctx.spans = spans
@@ -224,7 +224,7 @@ class _SumTokenLosses(torch.autograd.Function):
 
 
 def _padded_rows(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (n, d) and labels (n,), padded with zeros and ignored labels to n = `padded(n)`."""
+    """Return rows (n, d) and labels (n,), padded with zeros and ignored labels to n = `padded(n)`."""
     missing = padded(len(rows)) - len(rows)
     if not missing:
         return rows, labels
@@ -232,10 +232,10 @@ def _padded_rows(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sum_token_losses(rows: Tensor, labels: Tensor, shard: VocabularyShard, spans: RowSpans | None = None) -> Tensor:
-    """Sum over rows of -log softmax(rows W^T)[label], the same on every rank.
+    """Return the sum over rows of -log softmax(rows W^T)[label], the same on every rank.
 
     W is frozen, so the forward pass also computes the gradient of `rows`, some rows at a time. Only this gradient is
-    saved for backward, no logits.
+    saved for backward, and no logits.
 
     Args:
         rows: (n, d), any float dtype, the same on every rank.
@@ -243,8 +243,8 @@ def sum_token_losses(rows: Tensor, labels: Tensor, shard: VocabularyShard, spans
         spans: the adapters of the n rows, if there are several.
 
     Returns:
-        a scalar in max(fp32, dtype of `rows`), or with `spans` one per adapter, (adapters,). The gradient of `rows`
-        is the addend of this rank's part of the vocabulary; no message is sent for it here.
+        a scalar in max(fp32, dtype of `rows`), or with `spans` one per adapter, (adapters,). The gradient of `rows` is
+        the partial sum for this rank's shard of the vocabulary. No message is sent for it here.
     """
     loss: Tensor = _SumTokenLosses.apply(rows, labels, shard, spans)
     return loss
@@ -252,7 +252,7 @@ def sum_token_losses(rows: Tensor, labels: Tensor, shard: VocabularyShard, spans
 
 @torch.no_grad()
 def token_losses(rows: Tensor, labels: Tensor, shard: VocabularyShard) -> Tensor:
-    """-log softmax(rows W^T)[label] of each row, (n,), without a gradient. Arguments as in `sum_token_losses`."""
+    """Return -log softmax(rows W^T)[label] of each row, (n,), without gradient. See `sum_token_losses`."""
     num_rows = len(rows)
     rows, labels = _padded_rows(rows, labels)
     losses = [

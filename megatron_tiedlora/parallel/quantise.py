@@ -1,10 +1,10 @@
-"""Quantises rows of a weight and dequantises them, in plain torch: the same bits on every device; and bitsandbytes'
-kernels that dequantise nf4, where they are installed and give the same bits.
+"""Quantises rows of a weight and dequantises them, in plain torch, with the same bits on every device. It uses the nf4
+kernels of bitsandbytes to dequantise if they are installed and return the same bits.
 
     value = scale * level(code)        scale = largest |value| of the block or row / largest level
 
 A format with a scale for each block has up to 16 levels, in `LEVELS`, and two codes in a byte, the first in its upper
-half. int8 has the levels -127 to 127, fp8 those of float8_e4m3fn, of which the largest is 448.
+half. int8 has the levels -127 to 127. fp8 has the levels of float8_e4m3fn, of which the largest is 448.
 """
 
 import ctypes
@@ -22,30 +22,30 @@ from torch.nn import functional
 from megatron_tiedlora.base.messages import install_hint
 from megatron_tiedlora.base.shapes import BaseFormat
 
-# The quantiles of a normal distribution (QLoRA, arXiv 2305.14314, appendix E), as fp32 numbers of bitsandbytes.
+# The quantiles of a normal distribution (QLoRA, arXiv 2305.14314, appendix E), as the fp32 numbers in bitsandbytes.
 NF4_LEVELS = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
     *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
     *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
-LEVELS = {"nf4": NF4_LEVELS}  # of each format with a scale for each block, in ascending order
+LEVELS = {"nf4": NF4_LEVELS}  # for each format with a scale for each block, in ascending order
 LARGEST_LEVEL = {"int8": 127.0, "fp8": 448.0}
 CODE_TYPE = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
-_LEAST_DIVISOR = 1e-38  # of bitsandbytes
+_LEAST_DIVISOR = 1e-38  # the constant of bitsandbytes
 _LEAST_SCALE = 2.0**-120
 
 
-@cache  # a copy to a GPU would wait for it at every weight
+@cache  # without a cache, each weight would wait for a copy to the GPU
 def levels_of(name: str, device: torch.device) -> Tensor:
-    """The levels of a format by code, fp32."""
+    """Return the levels of a format in fp32, indexed by code."""
     return torch.tensor(LEVELS[name], dtype=torch.float32, device=device)
 
 
 def quantise_blocks(values: Tensor, block: int, name: str) -> tuple[Tensor, Tensor]:
-    """Codes (rows, width) uint8 of 0 to 15, not packed, and scales (rows, number of blocks) fp32, from rows of values.
+    """Return unpacked codes (rows, width) uint8 of 0 to 15, and scales (rows, number of blocks) fp32, for values.
 
-    In nf4 the codes are those of bitsandbytes for each row padded with zeros to whole blocks. The scales are too, but
-    `without_tiny` ones.
+    In nf4 the codes equal those of bitsandbytes for each row padded with zeros to whole blocks. The scales are equal
+    too, except for `without_tiny`.
     """
     rows, width = values.shape
     blocks = functional.pad(values.float(), (0, -width % block)).view(rows, -1, block)
@@ -58,26 +58,26 @@ def quantise_blocks(values: Tensor, block: int, name: str) -> tuple[Tensor, Tens
 
 
 def without_tiny(scales: Tensor) -> Tensor:
-    """Scales of blocks, with 0 for those below 2^-120.
+    """Return the scales of blocks, with 0 in place of those below 2^-120.
 
-    Values of such a block can be subnormal, and some CPUs make zeros of these as they round to bf16, others do not.
+    Values of such a block can be subnormal. Some CPUs flush subnormal values to zero when they round to bf16.
     """
     return torch.where(scales.abs() < _LEAST_SCALE, 0.0, scales)
 
 
 def pack_codes(codes: Tensor) -> Tensor:
-    """Codes (rows, width) of 0 to 15, two in a byte: (rows, ceil(width / 2)). An odd row ends with code 0."""
+    """Return codes (rows, width) of 0 to 15, two per byte: (rows, ceil(width / 2)). An odd row ends with code 0."""
     pairs = functional.pad(codes, (0, codes.shape[1] % 2)).unflatten(1, (-1, 2))
     return (pairs[..., 0] << 4) | pairs[..., 1]
 
 
 def unpack_codes(packed: Tensor, width: int) -> Tensor:
-    """The inverse of `pack_codes`, (rows, width) uint8."""
+    """Return the codes that `pack_codes` packed, (rows, width) uint8."""
     return torch.stack((packed >> 4, packed & 15), dim=-1).flatten(1)[:, :width]
 
 
 def dequantise_blocks(packed: Tensor, scales: Tensor, width: int, block: int, name: str) -> Tensor:
-    """Values (rows, width) fp32 of packed codes whose scales (rows, number of blocks) are each for `block` codes."""
+    """Return values (rows, width) fp32 from packed codes and scales (rows, number of blocks), one per `block` codes."""
     values = levels_of(name, packed.device)[unpack_codes(packed, width).int()]
     whole = width - width % block
     values[:, :whole].unflatten(1, (-1, block)).mul_(scales[:, : whole // block, None])
@@ -86,7 +86,7 @@ def dequantise_blocks(packed: Tensor, scales: Tensor, width: int, block: int, na
 
 
 def quantised_rows(values: Tensor, storage: BaseFormat) -> Tensor:
-    """Whole rows quantised and dequantised, (rows, width) fp32: D(W) for W."""
+    """Return whole rows quantised and dequantised, (rows, width) fp32, which is D(W) for W."""
     if storage.block is None:
         return dequantise_rows(*quantise_rows(values, row_maxima(values), storage.name))
     codes, scales = quantise_blocks(values, storage.block, storage.name)
@@ -94,12 +94,12 @@ def quantised_rows(values: Tensor, storage: BaseFormat) -> Tensor:
 
 
 def row_maxima(values: Tensor) -> Tensor:
-    """The largest |value| of each row, (rows,) fp32."""
+    """Return the largest |value| of each row, (rows,) fp32."""
     return values.abs().amax(1).float()
 
 
 def quantise_rows(values: Tensor, maxima: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """Codes (rows, width) of the format `name`, int8 or fp8, and scales (rows,) fp32, from rows of values.
+    """Return codes (rows, width) of the format `name`, int8 or fp8, and scales (rows,) fp32, for rows of values.
 
     Args:
         maxima: the largest |value| of each full row, (rows,) fp32.
@@ -112,40 +112,40 @@ def quantise_rows(values: Tensor, maxima: Tensor, name: str) -> tuple[Tensor, Te
 
 
 def dequantise_rows(codes: Tensor, scales: Tensor) -> Tensor:
-    """Values (rows, width) fp32 of int8 or fp8 codes and scales (rows,)."""
+    """Return values (rows, width) fp32 from int8 or fp8 codes and scales (rows,)."""
     return codes.float() * scales[:, None]
 
 
 def has_nan(codes: Tensor, name: str) -> bool:
-    """Whether a code, uint8, of the format `name`, int8 or fp8, is no number."""
+    """Return whether some uint8 code of the format `name`, int8 or fp8, is NaN."""
     return name == "fp8" and bool((codes & 127 == 127).any())
 
 
 def fp8_numbers(codes: Tensor) -> Tensor:
-    """uint8 codes as the e4m3 numbers that they are, in the same memory."""
+    """Return a view of uint8 codes as e4m3 numbers."""
     return codes.view(CODE_TYPE["fp8"])
 
 
 # Kernels of bitsandbytes ----------------------------------------------------------------------------------------------
 #
-# They are right only if rows are whole blocks: elsewhere the CPU's (0.50.2) returns other numbers without an error. So
-# a kernel is compared once with plain torch before it is used.
+# They are correct only if rows are whole blocks; otherwise the CPU kernel (0.50.2) returns wrong numbers without an
+# error. So a kernel is compared once with plain torch before it is used.
 
-# (packed codes (rows, width / 2), scales (rows, blocks) fp32, codes for each scale, result (rows, width)) -> None
+# (packed codes (rows, width / 2), scales (rows, blocks) fp32, codes per scale, result (rows, width)) -> None
 Nf4Kernel = Callable[[Tensor, Tensor, int, Tensor], None]
 PACKAGE = "bitsandbytes"
 _LEAST_GPU_BLOCK = 32
 
 
 def nf4_kernel(out: Tensor, block: int) -> Nf4Kernel | None:
-    """The kernel that can fill `out` (rows, width) from codes with a scale for each `block`; None if there is none."""
+    """Return the kernel that fills `out` (rows, width) from codes with one scale per `block`, or None if none can."""
     if out.shape[1] % block or out.shape[1] % 2 or (out.is_cuda and block < _LEAST_GPU_BLOCK):
         return None
     return _checked_kernel(out.device.type, out.dtype)
 
 
 def slow_nf4(device: torch.device, dtype: torch.dtype) -> str:
-    """Why no kernel dequantises nf4 on a device, and what to do; '' if one does."""
+    """Return why no kernel dequantises nf4 on a device, and what to do; return '' if one does."""
     if _checked_kernel(device.type, dtype) is not None:
         return ""
     why = f"{PACKAGE} is not installed; {install_hint('quantised')}"
@@ -161,8 +161,8 @@ def _checked_kernel(device_type: str, dtype: torch.dtype) -> Nf4Kernel | None:
 
 
 def _cpu_kernel(dtype: torch.dtype) -> Nf4Kernel | None:
-    # Not by an import of the package: that takes a second, writes to the log, and may ask the hub for more kernels.
-    # And its Python functions make a new tensor for each result.
+    # The package is not imported, because that takes a second, writes to the log, and may ask the hub for more kernels.
+    # Its Python functions also make a new tensor for each result.
     spec = find_spec(PACKAGE)
     suffix = {torch.bfloat16: "bf16", torch.float32: "fp32"}.get(dtype)
     if spec is None or spec.origin is None or suffix is None:
@@ -187,8 +187,8 @@ def _gpu_kernel(dtype: torch.dtype) -> Nf4Kernel | None:
     if find_spec(PACKAGE) is None or dtype not in (torch.bfloat16, torch.float32):
         return None
     try:
-        import bitsandbytes  # noqa: F401 - it registers its operators
-    except Exception:  # whatever fails in it, plain torch gives the same values
+        import bitsandbytes  # noqa: F401 - the import registers its operators
+    except Exception:  # plain torch computes the same values
         return None
 
     def run(codes: Tensor, scales: Tensor, block: int, out: Tensor) -> None:
@@ -199,7 +199,7 @@ def _gpu_kernel(dtype: torch.dtype) -> Nf4Kernel | None:
 
 
 def _is_right(kernel: Nf4Kernel, device_type: str, dtype: torch.dtype) -> bool:
-    """Whether a kernel gives the bits of plain torch, for every code and blocks of two sizes."""
+    """Return whether a kernel returns the same bits as plain torch, for every code and two block sizes."""
     for block in (64, 32):
         width = 5 * block
         codes = torch.arange(256, dtype=torch.uint8).repeat(5 * block // 16).view(-1, width // 2)

@@ -1,10 +1,10 @@
-"""Frozen weights of 4 or 8 bits: codes, and scales that belong to the full tensor, so that its values are the same
-however it is sharded.
+"""Frozen weights of 4 or 8 bits, stored as codes and scales. The scales belong to the full tensor, so its values do
+not depend on how it is sharded.
 
     y = x D(W)^T + c        dx = dy D(W)
 
-D(W), the dequantised weight, exists during the matmul only, in memory that all weights of a rank share. Its values are
-fp32 numbers, rounded once more to the activations' dtype. FP8 matmuls use the codes as they are. `weight_maker` chooses
+D(W), the dequantised weight, exists only during the matmul, in memory that all weights of a rank share. Its values are
+fp32 numbers, rounded once more to the activations' dtype. FP8 matmuls use the codes directly. `weight_maker` chooses
 the class of a rank's weights.
 """
 
@@ -23,15 +23,15 @@ from megatron_tiedlora.parallel import quantise
 from megatron_tiedlora.parallel.frozen_weight import Columns, FrozenWeight, WeightMaker, frozen_parameter
 from megatron_tiedlora.parallel.kernels import NUMBERS_AT_ONCE
 
-# Numbers that are processed at one time on a CPU: their temporaries stay in its cache.
+# The number of elements that are processed at a time on a CPU, so that their temporaries stay in its cache.
 _AT_ONCE = 2**19
-_QUANTISED_AT_ONCE = 2**17  # in blocks, which needs more of them
+_QUANTISED_AT_ONCE = 2**17  # for block formats, which need more temporaries
 
 
 class Workspace:
-    """Memory for one weight, which all weights of a rank share: each is dequantised into it just before its matmul.
+    """Memory for one weight, which all weights of a rank share. Each is dequantised into it just before its matmul.
 
-    Fresh memory would cost a seventh of the matmul at 7B's width, as the operating system has to provide its pages.
+    Fresh memory would cost a seventh of the matmul at 7B's width, since the operating system has to provide its pages.
     """
 
     def __init__(self) -> None:
@@ -39,11 +39,11 @@ class Workspace:
         self._memory = torch.empty(0)
 
     def reserve(self, size: int) -> None:
-        """Have room for a weight of `size` elements."""
+        """Make room for a weight of `size` elements."""
         self._size = max(self._size, size)
 
     def take(self, *shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The memory as a tensor of `shape`. It is valid until the next call."""
+        """Return the memory as a tensor of `shape`. It is valid until the next call."""
         memory = self._memory
         if len(memory) < self._size or memory.dtype != dtype or memory.device != device:
             self._memory = memory = torch.empty(0)  # free the old one first
@@ -52,10 +52,10 @@ class Workspace:
 
 
 class QuantisedWeight(FrozenWeight):
-    """W (out, in), or a shard of it, as codes (out, bytes of a row) uint8 and scales (out, n).
+    """The weight W (out, in), or a shard of it, as codes (out, bytes of a row) uint8 and scales (out, n).
 
-    The parameter of the scales holds the bits of fp32 numbers as int32: DeepSpeed's zero.Init rounds every fp32
-    parameter to bf16 (seen in 0.19.8).
+    The parameter of the scales stores the bits of fp32 numbers as int32, because DeepSpeed's zero.Init rounds every
+    fp32 parameter to bf16 (seen in 0.19.8).
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class QuantisedWeight(FrozenWeight):
         storage: BaseFormat,
         workspace: Workspace,
     ) -> None:
-        """Uninitialised memory on the current default device. For the arguments see `FrozenWeight.empty`."""
+        """Create the weight in uninitialised memory on the default device. See `FrozenWeight.empty` for arguments."""
         rows, width = self._local_shape = local_shape
         super().__init__(frozen_parameter(rows, storage.row_bytes(width), dtype=torch.uint8))
         num_scales = storage.row_scales(width, shards_rows=shards_rows)
@@ -77,29 +77,29 @@ class QuantisedWeight(FrozenWeight):
 
     @property
     def parameters(self) -> Mapping[str, nn.Parameter]:
-        """The parameters that store it, by the name under which the layer registers them."""
+        """Return the parameters that store the weight, by the names under which the layer registers them."""
         (codes,) = super().parameters.values()
         return {"codes": codes, "scale_bits": self.scale_bits}
 
     @property
     def local_shape(self) -> tuple[int, ...]:
-        """The shape of this rank's shard."""
+        """Return the shape of this rank's shard."""
         return self._local_shape
 
     @property
     def scales(self) -> Tensor:
-        """(out, n) fp32, in the memory of the parameter."""
+        """Return the scales (out, n) fp32, in the memory of the parameter."""
         return self.scale_bits.detach().view(torch.float32)
 
     def empty_values(self) -> Tensor:
-        """Uninitialised memory for the values of this rank's shard, to be passed to `load`."""
+        """Return uninitialised memory for the values of this rank's shard, to be passed to `load`."""
         return torch.empty(self._local_shape, dtype=self.dtype, device=self.tensor.device)
 
     def load(self, values: Tensor, *, dim: int = 0, start: int = 0, columns: Columns | None = None) -> None:
         """Quantise and store `values`, of any float dtype and device: rows from `start` on, or all rows if `dim` is 1.
 
         Args:
-            columns: the columns of a shard of rows in the full tensor. `values` has the columns `columns_to_read`.
+            columns: the shard's columns of the full tensor; then `values` has the columns `columns_to_read`.
 
         Raises:
             ValueError: a value is not finite.
@@ -116,11 +116,11 @@ class QuantisedWeight(FrozenWeight):
 
     @abstractmethod
     def load_stored(self, codes: Tensor, scales: Tensor, *, start: int, columns: Columns | None) -> None:
-        """Store codes and scales that are there already: rows from `start` on.
+        """Store codes and scales that already exist as rows from `start` on.
 
         Args:
-            codes: (rows, bytes) uint8, of all columns `columns_to_read`.
-            scales: (rows, blocks) fp32, one for each whole block of these.
+            codes: (rows, bytes) uint8, for all columns `columns_to_read`.
+            scales: (rows, blocks) fp32, one for each whole block of these columns.
             columns: as in `load`.
 
         Raises:
@@ -129,7 +129,7 @@ class QuantisedWeight(FrozenWeight):
 
     @abstractmethod
     def _dequantise(self, out: Tensor) -> None:
-        """Write D(W) to `out`, of any float dtype."""
+        """Write D(W) to `out`, which can have any float dtype."""
 
     def _dequantised(self) -> FrozenWeight:
         out = self.workspace.take(*self._local_shape, dtype=self.dtype, device=self.tensor.device)
@@ -151,26 +151,26 @@ class QuantisedWeight(FrozenWeight):
         self.scale_bits.data[rows].copy_(scales.view(torch.int32))
 
     def _moved(self, values: Tensor) -> Tensor:
-        """The values on the device of the weight, where they are quantised: groups of GPUs send no CPU tensors."""
+        """Return the values on the weight's device, to be quantised there. Groups of GPUs send no CPU tensors."""
         return values.to(self.tensor.device)
 
     def _parts(self, num_rows: int | None = None, at_once: int = _AT_ONCE) -> Iterator[slice]:
-        """Slices of the first `num_rows` rows, or all. A CPU processes `at_once` elements at one time, a GPU more."""
+        """Return slices of the first `num_rows` rows, or of all. A CPU has `at_once` elements at a time, a GPU more."""
         rows, width = self._local_shape
         return _row_parts(rows if num_rows is None else num_rows, width, at_once, on_gpu=self.tensor.is_cuda)
 
 
 def _row_parts(num_rows: int, width: int, at_once: int, *, on_gpu: bool) -> Iterator[slice]:
-    """Slices of rows with at most `at_once` numbers each, on a GPU with at most `NUMBERS_AT_ONCE`; at least one row."""
+    """Return slices of rows of at most `at_once` elements, on a GPU at most `NUMBERS_AT_ONCE`, but at least one row."""
     size = max((NUMBERS_AT_ONCE if on_gpu else at_once) // max(width, 1), 1)
     return (slice(first, min(first + size, num_rows)) for first in range(0, num_rows, size))
 
 
 class BlockScaledWeight(QuantisedWeight):
-    """nf4 and other formats of 4 bits with a scale for each block of a row, which differ in their levels."""
+    """A weight in nf4 or another 4-bit format with a scale for each block of a row. Formats differ in their levels."""
 
     def columns_to_read(self, columns: Columns) -> slice:
-        """The columns of the full tensor that make up whole blocks around a shard's own."""
+        """Return the columns of the full tensor that form whole blocks around the shard's own columns."""
         block = self.storage.block
         assert block is not None
         return slice(columns.start // block * block, min(-(-columns.stop // block) * block, columns.full))
@@ -184,7 +184,7 @@ class BlockScaledWeight(QuantisedWeight):
 
     @torch.no_grad()
     def load_stored(self, codes: Tensor, scales: Tensor, *, start: int, columns: Columns | None) -> None:
-        """See QuantisedWeight."""
+        """See `QuantisedWeight`."""
         columns = columns or Columns(0, self._local_shape[1], self._local_shape[1])
         read = self.columns_to_read(columns)
         for rows in self._parts(num_rows=len(codes)):
@@ -193,11 +193,11 @@ class BlockScaledWeight(QuantisedWeight):
             self._store_own(slice(start + rows.start, start + rows.stop), unpacked, kept, columns)
 
     def _store_own(self, rows: slice, codes: Tensor, scales: Tensor, columns: Columns) -> None:
-        """Store this rank's columns of whole blocks."""
+        """Store this rank's columns from codes and scales of whole blocks."""
         width, block = self._local_shape[1], self.storage.block
         assert block is not None
         before = columns.start - self.columns_to_read(columns).start
-        # The block of the full tensor in which each stored block lies.
+        # The full tensor's block to which each stored block belongs.
         blocks = (before + torch.arange(self.scale_bits.shape[1], device=self.tensor.device) * self.block) // block
         self._store(rows, quantise.pack_codes(codes[:, before : before + width]), scales[:, blocks])
 
@@ -214,13 +214,13 @@ class BlockScaledWeight(QuantisedWeight):
 
 
 class RowScaledWeight(QuantisedWeight):
-    """int8 and fp8: a scale for each row of the full tensor."""
+    """A weight in int8 or fp8, with a scale for each row of the full tensor."""
 
     def _load(self, values: Tensor, start: int, columns: Columns) -> None:
         maxima = torch.cat(
             [quantise.row_maxima(self._moved(values[rows])) for rows in self._parts(num_rows=len(values))]
         )
-        if columns.largest is not None:  # infinite, not NaN: all ranks of the group raise the error, and none waits
+        if columns.largest is not None:  # NaN becomes infinite, so that all ranks raise the error and none waits
             maxima = columns.largest(maxima.nan_to_num(nan=torch.inf, posinf=torch.inf))
         else:
             assert columns.stop - columns.start == columns.full, "a row's scale is that of the whole row"
@@ -230,7 +230,7 @@ class RowScaledWeight(QuantisedWeight):
 
     @torch.no_grad()
     def load_stored(self, codes: Tensor, scales: Tensor, *, start: int, columns: Columns | None) -> None:
-        """See QuantisedWeight."""
+        """See `QuantisedWeight`."""
         codes = self._moved(codes)
         if quantise.has_nan(codes, self.storage.name):
             raise ValueError("numbers that are not finite")
@@ -251,11 +251,11 @@ class RowScaledWeight(QuantisedWeight):
 
 
 def _look_up_fp8(codes: Tensor, out: Tensor, parts: Iterable[slice], *, scales: Tensor | None = None) -> None:
-    """Write fp8's levels to `out`, or its values, by a table: on a CPU 4 times as fast as the conversion (torch 2.13).
+    """Write fp8's levels to `out`, or scaled values, by a table. On a CPU it is 4 times as fast as a cast (torch 2.13).
 
     Args:
         codes: uint8.
-        scales: (rows, 1), by which levels are multiplied.
+        scales: (rows, 1), which multiply the levels.
     """
     levels = torch.arange(256, dtype=torch.uint8).view(quantise.CODE_TYPE["fp8"]).to(out.dtype)
     for rows in parts:
@@ -267,26 +267,26 @@ def _look_up_fp8(codes: Tensor, out: Tensor, parts: Iterable[slice], *, scales: 
 
 # FP8 matmuls ----------------------------------------------------------------------------------------------------------
 #
-# An fp8 weight times activations, or gradients, that are rounded to fp8 row by row:
+# An fp8 weight is multiplied with activations, or gradients, that are rounded to fp8 row by row:
 #
 #     y  = D(Q(x)) D(W)^T + c        dx = D(Q(dy s)) W_codes
 #
-# Q gives each row (token) the scale largest |number| / 448. Going forward the weight's scales s, one per output row,
-# are applied to y; going back they are folded into dy before it is rounded, so that one copy of the codes and one
-# vector of scales serve both. In row-parallel layers a rank has a part of x's row, and in column-parallel ones of dy's,
-# so that its scale depends on the tensor-parallel size.
+# Q uses the scale largest |number| / 448 for each row (token). In the forward pass the weight's scales s, one per
+# output row, multiply y. In the backward pass they multiply dy before it is rounded, so that one copy of the codes and
+# one vector of scales are enough. In row-parallel layers a rank has only a shard of x's row, and in column-parallel
+# layers a shard of dy's row, so the scales depend on the tensor-parallel size.
 
-_MULTIPLE = 16  # of both sizes of a weight in the GPU's kernels
+_MULTIPLE = 16  # both sizes of a weight must be multiples of this in the GPU's kernels
 
 
 def check_fp8_device(device: torch.device) -> None:
-    """Raise UserError if `device` is a GPU that cannot multiply in fp8. A CPU emulates it."""
+    """Raise UserError if `device` is a GPU that has no FP8 matmuls. A CPU emulates them."""
     if device.type != "cuda":
         return
     check_fp8_capability(torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device))
     try:
         _multiply_by_row(device)
-    except RuntimeError as error:  # some GPUs and versions of torch have a scale for the whole tensor alone
+    except RuntimeError as error:  # some GPUs and versions of torch only support one scale per tensor
         name = torch.cuda.get_device_name(device)
         raise UserError(
             f"--products fp8: {name} cannot multiply with a scale for each row by torch {torch.__version__}"
@@ -295,7 +295,7 @@ def check_fp8_device(device: torch.device) -> None:
 
 
 def check_fp8_capability(name: str, found: tuple[int, int]) -> None:
-    """Raise UserError if a GPU of that name and compute capability cannot multiply in fp8."""
+    """Raise UserError if a GPU of this name and compute capability has no FP8 matmuls."""
     if found < FP8_CAPABILITY:
         raise UserError(
             f"--products fp8 needs a GPU of compute capability {'.'.join(map(str, FP8_CAPABILITY))} or more, and {name}"
@@ -310,7 +310,7 @@ def _multiply_by_row(device: torch.device) -> None:
 
 
 def check_gpu_products(linears: Iterable[LinearShape], *, tp_size: int, dtype: torch.dtype) -> None:
-    """Raise UserError if GPUs have no kernel for the FP8 matmuls of these linears' shards: they would be emulated."""
+    """Raise UserError if GPUs have no kernel for the FP8 matmuls of these linears' shards and would emulate them."""
     if dtype != torch.bfloat16:
         raise UserError("--products fp8 needs --dtype bf16 on a GPU")
     for linear in linears:
@@ -324,14 +324,14 @@ def check_gpu_products(linears: Iterable[LinearShape], *, tp_size: int, dtype: t
 
 
 class Fp8MatmulWeight(RowScaledWeight):
-    """fp8 codes that are multiplied as they are.
+    """A weight whose fp8 codes are the operands of FP8 matmuls.
 
-    GPUs of capability 9.0 want the second matrix with its columns in memory one after another. Those of W^T are; for
-    dy W a transposed copy is made just before the matmul, in the memory that all weights of a rank share, or kept.
+    GPUs of capability 9.0 need each column of the second matrix to be contiguous. Those of W^T are. For dy W a
+    transposed copy is made just before the matmul, in the memory that all weights of a rank share, or it is kept.
     """
 
     def __init__(self, *local_shape: int, keep_transposed: bool = False, **others: Any) -> None:
-        """Uninitialised memory; see `QuantisedWeight`."""
+        """Create the weight in uninitialised memory; see `QuantisedWeight`."""
         super().__init__(*local_shape, **others)
         made = frozen_parameter(*reversed(local_shape), dtype=torch.uint8) if keep_transposed else None
         self.transposed = made
@@ -379,12 +379,12 @@ class Fp8MatmulWeight(RowScaledWeight):
         return dx if out is None else out.copy_(dx)
 
     def _runs_in_fp8(self, x: Tensor) -> bool:
-        """Whether the device's own kernel can: it wants 16-bit results, and sizes that are multiples of 16."""
+        """Return whether the device's kernel can be used. It needs bf16 inputs, and sizes that are multiples of 16."""
         fits = all(size % _MULTIPLE == 0 for size in self._local_shape)
         return x.is_cuda and x.dtype == torch.bfloat16 and fits
 
     def _transposed_codes(self) -> Tensor:
-        """(in, out) uint8, kept or made in the shared memory."""
+        """Return the transposed codes (in, out) uint8, either kept or made in the shared memory."""
         if self.transposed is not None:
             return self.transposed.detach()
         rows, width = self._local_shape
@@ -392,7 +392,7 @@ class Fp8MatmulWeight(RowScaledWeight):
         return out.copy_(self.tensor.detach().t())
 
     def _levels(self, dtype: torch.dtype) -> Tensor:
-        """The codes as numbers of `dtype`, which holds them exactly, in the shared memory."""
+        """Return the codes as numbers of `dtype`, which represents them exactly, in the shared memory."""
         out = self.workspace.take(*self._local_shape, dtype=dtype, device=self.tensor.device)
         if self.tensor.is_cuda:
             return out.copy_(quantise.fp8_numbers(self.tensor.detach()))
@@ -401,10 +401,10 @@ class Fp8MatmulWeight(RowScaledWeight):
 
 
 def _rounded(rows: Tensor, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """fp8 numbers (n, width), and the scale of each row (n,) fp32; some rows at a time, as they are computed in fp32.
+    """Return rows as fp8 numbers (n, width) and each row's scale (n,) fp32. Some rows at a time are computed, in fp32.
 
     Args:
-        factors: (1, width) fp32, by which the columns are multiplied first.
+        factors: (1, width) fp32, which multiply the columns first.
     """
     codes = torch.empty(rows.shape, dtype=quantise.CODE_TYPE["fp8"], device=rows.device)
     scales = torch.empty(len(rows), device=rows.device)
@@ -416,12 +416,12 @@ def _rounded(rows: Tensor, factors: Tensor | None = None) -> tuple[Tensor, Tenso
 
 
 def weight_maker(name: str | None, *, products: str | None = None, keep_transposed: bool = False) -> WeightMaker:
-    """A function that makes empty weights of a format of the table, or plain ones (None).
+    """Return a function that makes empty weights of the format `name`, or plain weights (None).
 
-    The weights that it makes share a workspace, so a rank needs one function for its whole part of the model.
+    The weights that it makes share a workspace, so a rank needs one function for its whole shard of the model.
 
     Args:
-        products: "fp8" if activations and gradients are rounded to fp8 too; with the format fp8 alone.
+        products: "fp8" if activations and gradients are rounded to fp8 too; only for the format fp8.
         keep_transposed: whether such weights keep a transposed copy of their codes.
     """
     if name is None:

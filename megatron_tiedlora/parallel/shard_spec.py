@@ -1,6 +1,6 @@
 """How a full tensor is sharded over tensor-parallel ranks. Loading, saving, merging and checks all read this.
 
-A tensor is sharded along one dimension, which is made of blocks (fused QKV: [Q rows | K rows | V rows]). Every rank
+A tensor is sharded along one dimension, which consists of blocks (fused QKV: [Q rows | K rows | V rows]). Every rank
 holds the same contiguous fraction of each block, in the order of the blocks. A vocabulary may be padded with zero rows
 at its end, so that all shards have the same size; a full tensor never has padding.
 """
@@ -17,12 +17,12 @@ from megatron_tiedlora.base.shapes import LinearShape
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """How one tensor is sharded.
+    """The way in which one tensor is sharded.
 
     Attributes:
-        dim: the dimension that is sharded; None for a tensor that every rank holds whole.
-        blocks: full sizes of the blocks along `dim`; their sum is the full size. For a replicated tensor they only say
-            how it is fused from several sources along dimension 0.
+        dim: the sharded dimension; None for a tensor that is replicated on every rank.
+        blocks: the full sizes of the blocks along `dim`; their sum is the full size. For a replicated tensor they are
+            the sizes of the sources that are fused along dimension 0.
         padded: whether a block whose size is not divisible is padded with zeros (one block only).
     """
 
@@ -39,7 +39,7 @@ class ShardSpec:
         return -(-size // tp_size)
 
     def block_slices(self, tp_rank: int = 0, tp_size: int = 1) -> tuple[slice, ...]:
-        """The slice of each block (in the block's own coordinates, without padding) that a rank holds."""
+        """Return the slice of each block (in the block's own coordinates, without padding) that a rank holds."""
         if self.dim is None:
             return tuple(slice(0, size) for size in self.blocks)
         slices = []
@@ -49,7 +49,7 @@ class ShardSpec:
         return tuple(slices)
 
     def local_shape(self, full_shape: Sequence[int], tp_size: int) -> tuple[int, ...]:
-        """The shape of one rank's shard, padding included."""
+        """Return the shape of one rank's shard, including padding."""
         if self.dim is None:
             return tuple(full_shape)
         local = list(full_shape)
@@ -57,7 +57,7 @@ class ShardSpec:
         return tuple(local)
 
     def split(self, full: Tensor, tp_rank: int, tp_size: int) -> Tensor:
-        """The shard of `full` that `tp_rank` of `tp_size` holds; a view if it is contiguous and without padding."""
+        """Return the shard of `full` on `tp_rank` of `tp_size`. It is a view if it is contiguous and not padded."""
         if self.dim is None or tp_size == 1:
             return full
         parts = [
@@ -72,7 +72,7 @@ class ShardSpec:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=self.dim)
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
-        """The full tensor, without padding, from the shards of all ranks in rank order: the inverse of `split`."""
+        """Return the full tensor, without padding, from the shards of all ranks in rank order. This inverts `split`."""
         if self.dim is None or len(parts) == 1:
             return parts[0]
         sizes = [self._shard_size(size, len(parts)) for size in self.blocks]
@@ -85,24 +85,24 @@ class ShardSpec:
 
 
 def weight_spec(linear: LinearShape) -> ShardSpec:
-    """How a linear's matrix (out_size, in_size) is sharded."""
+    """Return how a linear's matrix (out_size, in_size) is sharded."""
     if linear.sharded_dim == "row":
         return ShardSpec(1, (linear.in_size,))
     return ShardSpec(0, linear.blocks, padded=linear.sharded_dim == "vocabulary")
 
 
 def bias_spec(linear: LinearShape) -> ShardSpec:
-    """How a linear's bias (out_size,) is sharded."""
+    """Return how a linear's bias (out_size,) is sharded."""
     return ShardSpec(None, linear.blocks) if linear.sharded_dim == "row" else weight_spec(linear)
 
 
 def stream_seed(seed: int, name: str) -> int:
-    """A 63-bit seed for the random stream `name` of a run with `seed`."""
+    """Return a 63-bit seed for the random stream `name` of a run with `seed`."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 def draw_normal(shape: Sequence[int], *, std: float, seed: int, name: str) -> Tensor:
-    """A full fp32 tensor of N(0, std^2) on the CPU; equal arguments give equal bits for every layout and device."""
+    """Return a full fp32 CPU tensor of N(0, std^2). Equal arguments return equal bits for every layout and device."""
     generator = torch.Generator(device="cpu").manual_seed(stream_seed(seed, name))
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float32) * std
