@@ -18,7 +18,7 @@ from megatron_tiedlora.runtime.run_folder import RunFolder
 
 
 def read_entry(root: Path, folder: Path) -> index.Entry:
-    """The row of the native adapter in `folder`, which is `root` or below it.
+    """Return the row of the native adapter in `folder`, which is `root` or below it.
 
     Raises:
         UserError: its config, or the files of its run, cannot be read, or hold what no row can.
@@ -57,8 +57,9 @@ def read_entry(root: Path, folder: Path) -> index.Entry:
 
 
 def find_folders(root: Path) -> Iterator[Path]:
-    """The folders of adapters in `root` and below, native or not, without those that a run has besides: checkpoints and
-    exports. Hidden folders, in which something is being written, are left out, and links are not followed."""
+    """Yield the folders of adapters in `root` and below, native or not, without those that a run has besides:
+    checkpoints and exports. Hidden folders, in which something is being written, are left out, and links are not
+    followed."""
     for file in sorted(root.rglob(native_adapter.CONFIG_FILE)):
         folder = file.parent
         if any(part.startswith(".") for part in folder.relative_to(root).parts):
@@ -92,13 +93,13 @@ def build_index(root: Path, *, progress: bool = False) -> tuple[int, list[str]]:
 
 
 def _identity(entry: index.Entry) -> index.Entry:
-    """The row without what may change although the adapter does not."""
+    """Return the row without what may change although the adapter does not."""
     return replace(entry, scores=None, task=None, run=None, date="", size=0)
 
 
 def verify_entries(root: Path, entries: Sequence[index.Entry], *, progress: bool = False) -> list[str]:
-    """A sentence for each adapter that cannot be read, has another checksum than its config, or has changed since it
-    was indexed."""
+    """Return a sentence for each adapter that cannot be read, has another checksum than its config, or has changed
+    since it was indexed."""
     problems = []
     for entry in progress_bar("verify", "adapter", entries, shows=progress):
         try:
@@ -112,7 +113,7 @@ def verify_entries(root: Path, entries: Sequence[index.Entry], *, progress: bool
 
 
 def compare_adapters(one: Path, other: Path) -> list[str]:
-    """A line for each field and each tensor that differs; empty if the adapters are the same.
+    """Return a line for each field and each tensor that differs; empty if the adapters are the same.
 
     Raises:
         UserError: one of them cannot be read.

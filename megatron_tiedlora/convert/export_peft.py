@@ -46,7 +46,7 @@ class Export(NamedTuple):
 def peft_tensors(
     source: ModelSource, adapter: native_adapter.NativeAdapter, *, rank: int, dtype: torch.dtype = torch.float32
 ) -> dict[str, torch.Tensor]:
-    """The tensors of the PEFT file by name: lora_A (rank, d), lora_B (rows, rank), zero-padded to `rank`.
+    """Return the tensors of the PEFT file by name: lora_A (rank, d), lora_B (rows, rank), zero-padded to `rank`.
 
     They are computed in fp32 and cast to `dtype` once.
     """
@@ -64,12 +64,12 @@ def peft_tensors(
 
 
 def base_location(source: ModelSource) -> str:
-    """The hub id or the absolute folder from which other programs load the base on this host."""
+    """Return the hub id or the absolute folder from which other programs load the base on this host."""
     return source.name if source.from_hub or source.folder is None else str(source.folder.resolve())
 
 
 def base_name(source: ModelSource) -> str:
-    """The base's name that has no path of this host: its hub id, or else the last part of its folder's name."""
+    """Return the base's name that has no path of this host: its hub id, or else the last part of its folder's name."""
     return last_name(base_location(source)) if source.folder is not None and not source.from_hub else source.name
 
 
@@ -80,7 +80,8 @@ def target_modules(block: BlockShape, linears: Iterable[str]) -> list[str]:
 
 
 def peft_config(source: ModelSource, adapter: native_adapter.NativeAdapter, *, rank: int, base: str) -> dict[str, Any]:
-    """The fields of PEFT's adapter_config.json; lora_alpha equals r, so PEFT scales by 1. `base` names the base."""
+    """Return the fields of PEFT's adapter_config.json; lora_alpha equals r, so PEFT scales by 1. `base` names the
+    base."""
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -159,7 +160,7 @@ def export_peft(
 
 
 def find_adapters(given: Sequence[str], *, flag: str = "--adapter", runs: bool = False) -> list[Path]:
-    """The folders that the values of --adapter name; a value may be a pattern such as `runs/*/adapter`.
+    """Return the folders that the values of --adapter name; a value may be a pattern such as `runs/*/adapter`.
 
     Args:
         runs: a value may also name runs, or folders of runs; their adapters are then found.
@@ -181,18 +182,18 @@ def find_adapters(given: Sequence[str], *, flag: str = "--adapter", runs: bool =
 
 
 def _in_runs(folder: Path) -> list[Path]:
-    """The adapters of a folder: itself, that of a run, or those of the runs in it; none if it has none."""
+    """Return the adapters of a folder: itself, that of a run, or those of the runs in it; none if it has none."""
     folders = [folder] if _adapter_of(folder) or not folder.is_dir() else sorted(folder.iterdir())
     return [adapter for path in folders if (adapter := _adapter_of(path)) is not None]
 
 
 def _adapter_of(folder: Path) -> Path | None:
-    """The folder itself, or `adapter` in it; None if neither holds an adapter."""
+    """Return the folder itself, or `adapter` in it; None if neither holds an adapter."""
     return next((path for path in (folder, folder / "adapter") if (path / native_adapter.CONFIG_FILE).is_file()), None)
 
 
 def adapter_name(adapter: Path) -> str:
-    """The name of an adapter's folder, or of the run around `adapter`."""
+    """Return the name of an adapter's folder, or of the run around `adapter`."""
     named = Path(os.path.abspath(adapter))  # without '..', which names no folder
     while named.name in _UNNAMED:
         named = named.parent
@@ -251,7 +252,8 @@ def export_all(
 
 
 def serve_hints(exports: Mapping[str, Export], base: str, shape: ModelShape, *, named: str | None = None) -> list[str]:
-    """The commands that serve exported adapters of one base by name, each after a comment that names the program.
+    """Return the commands that serve exported adapters of one base by name, each after a comment that names the
+    program.
 
     SGLang and llama.cpp are left out if there are several.
 

@@ -112,7 +112,7 @@ def write_index(root: Path, entries: Sequence[Entry]) -> None:
 
 
 def find_entries(root: Path, wanted: Mapping[str, Any]) -> list[Entry]:
-    """The rows of the index of `root` in which every column of `wanted` matches, ordered by path.
+    """Return the rows of the index of `root` in which every column of `wanted` matches, ordered by path.
 
     Texts are patterns with `*` and `?`. Targets must be the same set.
 
@@ -128,7 +128,7 @@ def _matches(value: object, wanted: object) -> bool:
 
 
 def find_entry(root: Path, name: str) -> Entry:
-    """The row of one adapter, by its path or its name. Raises UserError if there is none, or more than one."""
+    """Return the row of one adapter, by its path or its name. Raises UserError if there is none, or more than one."""
     entries = list(_entries(root))
     found = [entry for entry in entries if entry.path == name] or [entry for entry in entries if entry.name == name]
     if len(found) != 1:
@@ -138,7 +138,7 @@ def find_entry(root: Path, name: str) -> Entry:
 
 
 def entry_folder(root: Path, entry: Entry) -> Path:
-    """The folder of an adapter. Raises UserError if a link leads out of `root`, the indexed folder."""
+    """Return the folder of an adapter. Raises UserError if a link leads out of `root`, the indexed folder."""
     folder = root / entry.path
     if not Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(root)):
         raise UserError(f"{folder}: a link leads out of {root}; copy the adapter to its place")
@@ -146,7 +146,7 @@ def entry_folder(root: Path, entry: Entry) -> Path:
 
 
 def _entries(root: Path) -> Iterator[Entry]:
-    """The rows of the index of `root`. Raises UserError as `find_entries`."""
+    """Yield the rows of the index of `root`. Raises UserError as `find_entries`."""
     file = root / INDEX_FILE
     try:
         if file.is_symlink() or not file.is_file():
@@ -163,7 +163,7 @@ def _entries(root: Path) -> Iterator[Entry]:
 
 
 def _checked_rows(database: sqlite3.Connection, *, most_text: int) -> Iterator[Entry]:
-    """The rows of a database that has the schema of an index and nothing else.
+    """Yield the rows of a database that has the schema of an index and nothing else.
 
     Its pages may refer to one page many times, and so hold any number of rows. As a row has some text, the rows of an
     index end where there would be more text than the file has bytes, `most_text`. Raises ValueError or SQLite's errors.

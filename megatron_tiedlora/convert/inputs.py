@@ -24,7 +24,7 @@ _GIVE = "give the base, or a folder of models that holds it: it is found there b
 
 
 def adapter_kind(folder: Path | str, *, flag: str | None = None) -> Literal["native", "peft"]:
-    """The kind of adapter that a folder holds. `flag` is the flag with its value, as given [--adapter FOLDER].
+    """Return the kind of adapter that a folder holds. `flag` is the flag with its value, as given [--adapter FOLDER].
 
     Raises:
         UserError: it holds no adapter; for a run or model folder the message says what to give instead.
@@ -51,12 +51,12 @@ def adapter_kind(folder: Path | str, *, flag: str | None = None) -> Literal["nat
 
 
 def is_peft(content: Mapping[str, Any]) -> bool:
-    """Whether the fields of an adapter_config.json are those of a PEFT adapter."""
+    """Return whether the fields of an adapter_config.json are those of a PEFT adapter."""
     return content.get("peft_type", PEFT_TYPE) != PEFT_TYPE
 
 
 def find_base(folder: Path, model: ModelSource | str | None, named: str, hashes: Mapping[str, Any]) -> ModelSource:
-    """The base of the adapter in `folder`: the one that `model` names, or else the one that the adapter names.
+    """Return the base of the adapter in `folder`: the one that `model` names, or else the one that the adapter names.
 
     Args:
         model: value of --model, or what it has been found to be. It may name a folder of models, among which the base
@@ -79,7 +79,7 @@ def find_base(folder: Path, model: ModelSource | str | None, named: str, hashes:
 
 
 def _models_under(model: str) -> list[Path] | None:
-    """The folders of models below the folder `model`; None if it is a model itself, or not a folder.
+    """Return the folders of models below the folder `model`; None if it is a model itself, or not a folder.
 
     Raises:
         UserError: the folder holds no models.
@@ -110,7 +110,7 @@ def _find_by_hash(folder: Path, model: str, models: list[Path], hashes: Mapping[
 
 
 def is_merged(source: ModelSource) -> bool:
-    """Whether an adapter was merged into a model."""
+    """Return whether an adapter was merged into a model."""
     return source.folder is not None and (source.folder / base_identity.MERGE_RECORD).is_file()
 
 

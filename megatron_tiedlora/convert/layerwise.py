@@ -41,7 +41,8 @@ Weights = tuple[ReadRows, Mapping[str, NativeAdapter | None]]
 def layerwise_logits(
     shape: ModelShape, models: Sequence[Weights], tokens: torch.Tensor, *, dtype: torch.dtype, progress: bool = False
 ) -> dict[str, torch.Tensor]:
-    """fp32 logits (b, s, V) by the names in `models`, which are all of the same shape. Layers compute in `dtype`."""
+    """Return fp32 logits (b, s, V) by the names in `models`, which are all of the same shape. Layers compute in
+    `dtype`."""
     layers = _Layers(shape, dtype, _CPU)
     size = max(_HEAD_ELEMENTS // shape.hidden_size, 1)
     logits: dict[str, list[torch.Tensor]] = {}
@@ -68,7 +69,7 @@ def layerwise_loss(
     between: Callable[[], object] = lambda: None,
     progress: bool = False,
 ) -> float:
-    """The summed loss over the supervised positions of `batches`, none of them packed.
+    """Return the summed loss over the supervised positions of `batches`, none of them packed.
 
     Args:
         read: reads rows of a stored tensor, in any float dtype.
@@ -105,7 +106,8 @@ class _Layers:
     between: Callable[[], object] = lambda: None
 
     def hidden(self, models: Sequence[Weights], inputs: Sequence[Inputs], bar: Any) -> dict[str, list[torch.Tensor]]:
-        """Results (b, s, d) of the last block for each of `inputs`, in the host's memory, by the names in `models`."""
+        """Return results (b, s, d) of the last block for each of `inputs`, in the host's memory, by the names in
+        `models`."""
         hidden: dict[str, list[torch.Tensor]] = {}
         for read, adapters in models:
             embedded = self._embedded(read, inputs)
@@ -133,7 +135,7 @@ class _Layers:
         return hidden
 
     def head(self, read: ReadRows, start: int, stop: int) -> Any:
-        """The last layer with rows `start` to `stop - 1` of the head's weight."""
+        """Return the last layer with rows `start` to `stop - 1` of the head's weight."""
         last = self.shape.num_layers + 1
         with self.device:
             head: Any = layer_specs(self._with_vocabulary(stop - start), dtype=self.dtype)[-1].build()
@@ -147,7 +149,7 @@ class _Layers:
         return head
 
     def _embedded(self, read: ReadRows, inputs: Sequence[Inputs]) -> list[torch.Tensor]:
-        """The inputs of the first block, (b, s, d) each, by an embedding of the rows that occur."""
+        """Return the inputs of the first block, (b, s, d) each, by an embedding of the rows that occur."""
         ids = torch.cat([tokens.flatten() for tokens, _ in inputs]).unique()
         with self.device:
             embedding: Any = layer_specs(self._with_vocabulary(len(ids)), dtype=self.dtype)[0].build()
@@ -161,12 +163,12 @@ class _Layers:
         return [embedding(tokens, TensorParallel()).cpu() for tokens in renumbered]
 
     def _with_vocabulary(self, size: int) -> ModelShape:
-        """The model's shape with a vocabulary of `size` tokens."""
+        """Return the model's shape with a vocabulary of `size` tokens."""
         embedding, head = (replace(linear, blocks=(size,)) for linear in (self.shape.embedding, self.shape.head))
         return replace(self.shape, embedding=embedding, head=head)
 
     def _stored_name(self, layer: int) -> str:
-        """The stored tensor of the embedding (layer 0), or of the head."""
+        """Return the stored tensor of the embedding (layer 0), or of the head."""
         linear = self.shape.embedding if layer == 0 or self.shape.tied_embeddings else self.shape.head
         return f"{linear.sources[0].module}.weight"
 

@@ -156,8 +156,8 @@ class _MergedFiles:
     between: Callable[[], object]
 
     def of_file(self, file: Path) -> tensor_files.StreamedFile:
-        """One file of a base that is not quantised, merged: it keeps its name and its tensors' order, and with their
-        dtypes its whole header.
+        """Return one file of a base that is not quantised, merged: it keeps its name and its tensors' order, and with
+        their dtypes its whole header.
 
         Raises:
             UserError: it is not a whole safetensors file, or has a tensor that belongs to another file.
@@ -190,7 +190,7 @@ class _MergedFiles:
         return tensor_files.StreamedFile(file.name, head, [found[name] for name in ordered])
 
     def _of_stored(self, file: Path, name: str, stored: Any) -> tensor_files.StreamedTensor:
-        """A tensor of a file that is not quantised; one that is neither changed nor cast keeps its bytes."""
+        """Return a tensor of a file that is not quantised; one that is neither changed nor cast keeps its bytes."""
         shape, changed = tuple(stored.get_shape()), name in self.weights.changed
         kind = stored[:0].dtype if shape else stored[...].dtype
         cast = self.dtype if kind in tensor_files.TYPE_NAMES else None
@@ -199,7 +199,7 @@ class _MergedFiles:
         return self._streamed(file, name, shape, cast or kind, read, checked=changed or cast is not None)
 
     def of_quantised(self) -> list[tensor_files.StreamedTensor]:
-        """Every tensor of a merge onto a folder that is quantised.
+        """Return every tensor of a merge onto a folder that is quantised.
 
         They have new files with new names: the folder's own do not fit, because its tensors have other sizes and names.
         Without a dtype each is as stored, and those that are quantised as the embedding is.
@@ -215,7 +215,8 @@ class _MergedFiles:
     def _streamed(
         self, file: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype, read: ReadRows, *, checked: bool
     ) -> tensor_files.StreamedTensor:
-        """A tensor of which `read` gives some rows. If `checked`, a number that is not finite raises UserError."""
+        """Return a tensor of which `read` gives some rows. If `checked`, a number that is not finite raises
+        UserError."""
         size, source = file.stat().st_size, self.source.name if self.source.stored is not None else str(file)
 
         def blocks() -> Iterator[torch.Tensor]:
@@ -246,13 +247,13 @@ def reject_quantised(source: sources.ModelSource) -> None:
 
 
 def is_merge_of(folder: Path, adapter: native_adapter.NativeAdapter) -> bool:
-    """Whether `folder` is a model into which this adapter was merged, as its record says."""
+    """Return whether `folder` is a model into which this adapter was merged, as its record says."""
     record = read_json_or_none(folder / base_identity.MERGE_RECORD) or {}
     return record.get("adapter_sha256") == adapter.sha256
 
 
 def merged_onto(folder: Path) -> str | None:
-    """The storage format of the base onto which a folder's adapter was merged; None for the stored one.
+    """Return the storage format of the base onto which a folder's adapter was merged; None for the stored one.
 
     Raises:
         UserError: the folder's record is not one of this version.
@@ -265,7 +266,7 @@ def merged_onto(folder: Path) -> str | None:
 
 
 def side_files(folder: Path, patterns: Iterable[str]) -> list[Path]:
-    """The sorted files of a model folder that match one of `patterns`. Folders are ignored.
+    """Return the sorted files of a model folder that match one of `patterns`. Folders are ignored.
 
     Raises:
         UserError: a file is a link that leads out of the model, or a pipe, a socket or a device.

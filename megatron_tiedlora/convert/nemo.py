@@ -82,7 +82,7 @@ def convert_nemo(
 
 
 def _read_tokenizer(raw: bytes) -> tuple[int, dict[str, int | None], dict[str, Any]]:
-    """The number of pieces of a SentencePiece model, its special ids as fields of a model's config, and a
+    """Return the number of pieces of a SentencePiece model, its special ids as fields of a model's config, and a
     `tokenizer_config.json` with which transformers gives its ids.
 
     Raises:
@@ -110,7 +110,7 @@ def _read_tokenizer(raw: bytes) -> tuple[int, dict[str, int | None], dict[str, A
 
 
 def stablelm_tensors(archive: NemoArchive, model: NemoModel, folder: Path, *, vocab_size: int) -> list[StreamedTensor]:
-    """The tensors of a `StableLmForCausalLM` in the order of its layers. Norms are fp32; others are as stored.
+    """Return the tensors of a `StableLmForCausalLM` in the order of its layers. Norms are fp32; others are as stored.
 
     A number that is not finite raises UserError as it is written.
 
@@ -151,7 +151,7 @@ def _check_members(archive: NemoArchive, model: NemoModel) -> None:
 
 
 def _read_rank(archive: NemoArchive, model: NemoModel, folder: Path, pp_rank: int, tp_rank: int) -> Rank:
-    """The tensors of a rank by NeMo's names without their prefix, with their shapes checked."""
+    """Return the tensors of a rank by NeMo's names without their prefix, with their shapes checked."""
     member = model.rank_member(pp_rank, tp_rank)
     found: Rank = {}
     for name, tensor in archive.tensors(member, folder).items():
@@ -170,7 +170,8 @@ def _read_rank(archive: NemoArchive, model: NemoModel, folder: Path, pp_rank: in
 def _expected_shapes(
     model: NemoModel, pp_rank: int, stored: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
-    """The shapes of a rank's tensors; the number of vocabulary rows, some of them padding, is that of `stored`."""
+    """Return the shapes of a rank's tensors; the number of vocabulary rows, some of them padding, is that of
+    `stored`."""
     hidden, ffn, ranks = model.hidden_size, model.ffn_size, model.tp_size
     embedding, head = ((*stored.get(name, ())[:1], hidden) for name in (_EMBEDDING, _HEAD))
     shapes: dict[str, tuple[int, ...]] = {_EMBEDDING: embedding} if pp_rank == 0 else {}
@@ -218,7 +219,7 @@ def _tensors(stages: Sequence[Sequence[Rank]], model: NemoModel, vocab_size: int
 
 
 def _finite(tensor: StreamedTensor, source: str) -> StreamedTensor:
-    """The tensor, of which a number that is not finite raises UserError."""
+    """Return the tensor, of which a number that is not finite raises UserError."""
 
     def blocks() -> Iterator[torch.Tensor]:
         for block in tensor.blocks():
@@ -230,7 +231,7 @@ def _finite(tensor: StreamedTensor, source: str) -> StreamedTensor:
 
 
 def _norm(name: str, rank: Rank, theirs: str) -> Iterator[StreamedTensor]:
-    """Weight and bias of a norm. NeMo computes with weight + 1, in fp32."""
+    """Yield weight and bias of a norm. NeMo computes with weight + 1, in fp32."""
     weight, bias = (rank[f"{theirs}.{part}"].float() for part in ("weight", "bias"))
     yield _rows(f"{name}.weight", [weight + 1])
     yield _rows(f"{name}.bias", [bias])
@@ -348,13 +349,13 @@ class NemoModel(BaseModel):
         return int(self.head_dim * self.rotary_share)
 
     def rank_member(self, pp_rank: int, tp_rank: int) -> str:
-        """The file in the archive that holds a rank's tensors."""
+        """Return the file in the archive that holds a rank's tensors."""
         if self.pp_size > 1:
             return f"tp_rank_{tp_rank:02d}_pp_rank_{pp_rank:03d}/{WEIGHTS_MEMBER}"
         return f"mp_rank_{tp_rank:02d}/{WEIGHTS_MEMBER}" if self.tp_size > 1 else WEIGHTS_MEMBER
 
     def hf_config(self, *, vocab_size: int) -> dict[str, Any]:
-        """The fields of a Hugging Face `config.json`, without the ids of special tokens and the dtype."""
+        """Return the fields of a Hugging Face `config.json`, without the ids of special tokens and the dtype."""
         return {
             "architectures": ["StableLmForCausalLM"],
             "model_type": "stablelm",
@@ -379,7 +380,7 @@ class NemoModel(BaseModel):
 
 
 def nemo_model(values: Mapping[str, Any], *, source: str) -> NemoModel:
-    """The model of the settings `values`.
+    """Return the model of the settings `values`.
 
     Raises:
         UserError: a setting is missing, cannot be used, or computes something else; the message names it and `source`.
@@ -414,7 +415,8 @@ def nemo_model(values: Mapping[str, Any], *, source: str) -> NemoModel:
 
 
 def _resolved(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with numbers that YAML takes for text, and in which the value of `${.other}` is that of the other."""
+    """Return settings with numbers that YAML takes for text, and in which the value of `${.other}` is that of the
+    other."""
     found = {}
     for name, value in values.items():
         sister = _SISTER.fullmatch(value) if isinstance(value, str) else None

@@ -44,7 +44,8 @@ class NemoArchive:
             self.members = {str(PurePosixPath(member.name)): member for member in _tar_members(path)}
 
     def read(self, member: str, *, largest: int) -> bytes:
-        """The content of a file in the archive. Raises UserError if there is none, or it is larger than `largest`."""
+        """Return the content of a file in the archive. Raises UserError if there is none, or it is larger than
+        `largest`."""
         if member not in self.members:
             raise UserError(f"{self.path}: holds no {member}")
         if self.members[member].size > largest:
@@ -59,7 +60,7 @@ class NemoArchive:
                 yield stream.read(min(left, _PIECE))
 
     def tensors(self, member: str, folder: Path) -> dict[str, torch.Tensor]:
-        """The tensors of a `.ckpt` by their names, mapped from a copy in `folder`.
+        """Return the tensors of a `.ckpt` by their names, mapped from a copy in `folder`.
 
         The copy has no name any more; the system frees its room when no tensor is left.
 
@@ -137,7 +138,7 @@ class _Bounded(io.FileIO):
     left = _LARGEST_LIST
 
     def read(self, size: int | None = -1) -> bytes:
-        """Some bytes, or the rest. Raises ValueError beyond the bound."""
+        """Return some bytes, or the rest. Raises ValueError beyond the bound."""
         most = self.left + 1
         found = super().read(most if size is None or size < 0 else min(size, most)) or b""
         self.left -= len(found)
@@ -147,7 +148,7 @@ class _Bounded(io.FileIO):
 
 
 def _tar_members(file: Path) -> Iterator[tarfile.TarInfo]:
-    """The files in a tar. Raises ValueError, or tarfile's errors, as for a truncated file."""
+    """Yield the files in a tar. Raises ValueError, or tarfile's errors, as for a truncated file."""
     seen: set[str] = set()
     with _Bounded(file) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
         for member in tar:
@@ -210,7 +211,7 @@ def _check_pickle(pickled: bytes) -> None:
 
 
 def _checked_tensors(table: Any, sizes: list[int]) -> dict[str, torch.Tensor]:
-    """The tensors of a loaded state dict, whose files of values have these sizes, as they lie in the file.
+    """Return the tensors of a loaded state dict, whose files of values have these sizes, as they lie in the file.
 
     `torch.load` does not compare the size of a mapped file of values with that in the pickle.
 

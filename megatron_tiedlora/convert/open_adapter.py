@@ -90,7 +90,7 @@ def open_adapter(
     longest: int = 0,
     differs: bool = False,
 ) -> OpenedAdapter:
-    """The adapter in the folder `given`, and its base: `model`, or else the one that the adapter names.
+    """Return the adapter in the folder `given`, and its base: `model`, or else the one that the adapter names.
 
     Args:
         given: value of `flag`.
@@ -164,7 +164,8 @@ def import_peft(
 
 
 def _peft_base(folder: Path, model: ModelSource | str | None, *, differs: bool) -> tuple[ModelSource, tuple[str, ...]]:
-    """The base of a PEFT adapter: `model`, or else the one that it names; and notes if its files name another one.
+    """Return the base of a PEFT adapter: `model`, or else the one that it names; and notes if its files name another
+    one.
 
     That name is all that is known of the base if this package did not write the folder.
 
@@ -190,7 +191,7 @@ def _peft_base(folder: Path, model: ModelSource | str | None, *, differs: bool) 
 
 
 def read_peft_config(folder: Path) -> dict[str, Any]:
-    """The fields of a PEFT adapter's config. Raises UserError if the folder holds no PEFT adapter."""
+    """Return the fields of a PEFT adapter's config. Raises UserError if the folder holds no PEFT adapter."""
     file = folder / native_adapter.CONFIG_FILE
     content = read_json_object(file, kind="a PEFT adapter folder")
     if not inputs.is_peft(content):
@@ -236,7 +237,7 @@ def read_peft(folder: Path, source: ModelSource, *, tied: bool = True) -> Opened
 def _travelled(
     folder: Path, lora: Lora, source: ModelSource
 ) -> tuple[native_adapter.NativeAdapter | None, tuple[str, ...]]:
-    """The native adapter in a PEFT folder, if it gives the tensors of the folder bit for bit; and notes."""
+    """Return the native adapter in a PEFT folder, if it gives the tensors of the folder bit for bit; and notes."""
     inside = folder / inputs.NATIVE_FOLDER
     because, name = f"{folder}: only its PEFT files are used, since", f"{inputs.NATIVE_FOLDER}/"
     if not os.path.lexists(inside):
@@ -255,7 +256,7 @@ def _travelled(
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype of the tensors in a PEFT folder: fp32 if they have several."""
+    """Return the dtype of the tensors in a PEFT folder: fp32 if they have several."""
     names = {entry["dtype"] for entry in read_header(folder / native_adapter.WEIGHTS_FILE).entries.values()}
     return FLOAT_TYPES.get(names.pop(), torch.float32) if len(names) == 1 else torch.float32
 
@@ -263,7 +264,8 @@ def stored_dtype(folder: Path) -> torch.dtype:
 def _unlike_export(
     lora: Lora, source: ModelSource, native: native_adapter.NativeAdapter, dtype: torch.dtype
 ) -> tuple[str, ...]:
-    """A sentence for everything in which a LoRA differs from the export of a native adapter in `dtype`, bit by bit."""
+    """Return a sentence for everything in which a LoRA differs from the export of a native adapter in `dtype`, bit by
+    bit."""
     config, block = native.config, source.shape.block
     fits = config.targets == targets_of(source.shape, [target.name for target in config.targets])
     rank, scales = max(len(pair.a) for pair in lora.values()), {pair.scale for pair in lora.values()}
@@ -284,8 +286,8 @@ def _unlike_export(
 
 
 def compare_export(folder: Path, source: ModelSource, adapter: native_adapter.NativeAdapter) -> tuple[str, ...] | None:
-    """A sentence for everything in which the PEFT files in `folder` differ from the export of `adapter`, bit by bit;
-    None if this package did not export them.
+    """Return a sentence for everything in which the PEFT files in `folder` differ from the export of `adapter`, bit by
+    bit; None if this package did not export them.
 
     Raises:
         UserError: it is not a PEFT LoRA of `source`.
@@ -298,7 +300,7 @@ def compare_export(folder: Path, source: ModelSource, adapter: native_adapter.Na
 
 
 def exported_base(folder: Path, like: BaseIdentity) -> BaseIdentity | None:
-    """The base that the PEFT adapter in `folder` was exported for; None if this package did not export it.
+    """Return the base that the PEFT adapter in `folder` was exported for; None if this package did not export it.
 
     Args:
         like: a base of the same shape.

@@ -90,7 +90,7 @@ def modules_of(block: BlockShape) -> dict[str, tuple[int, int]]:
 
 
 def adapted_linears(adapted: Collection[Module], source: ModelSource) -> dict[str, LinearShape]:
-    """The adaptable linears, by target name, of which one of the modules `adapted` is a part."""
+    """Return the adaptable linears, by target name, of which one of the modules `adapted` is a part."""
     names = {module.name for module in adapted}
     return {
         target: linear
@@ -112,7 +112,7 @@ def reject_other_fields(file: Path, content: Mapping[str, Any], *, kind: str, ha
 
 
 def read_rank(rank: Any, what: str) -> int:
-    """The rank that is called `what` in messages. Raises UserError if it is none."""
+    """Return the rank that is called `what` in messages. Raises UserError if it is none."""
     if type(rank) is not int or not 1 <= rank <= _LARGEST_RANK:
         raise UserError(f"{what} = {shown(rank)} is not an integer from 1 to {_LARGEST_RANK:,}")
     return rank
@@ -125,8 +125,9 @@ def read_by_pattern(
     chosen: Mapping[str, Module],
     read: Callable[[Any, str], T],
 ) -> tuple[dict[Module, T], tuple[str, ...]]:
-    """The value that PEFT takes for each chosen module: that of the first pattern that matches its name or an ending of
-    it, in the order of the file (PEFT sorts them as it saves). Also returns a note if a pattern decides for no module.
+    """Return the value that PEFT takes for each chosen module: that of the first pattern that matches its name or an
+    ending of it, in the order of the file (PEFT sorts them as it saves). Also returns a note if a pattern decides for
+    no module.
 
     Args:
         fields: names of the value for all other modules, and of the object {pattern: value}.
@@ -149,7 +150,7 @@ def read_by_pattern(
 
 
 def chosen_modules(file: Path, content: Mapping[str, Any], source: ModelSource) -> dict[str, Module]:
-    """The modules that the config adapts, by their whole names. PEFT's own rules decide.
+    """Return the modules that the config adapts, by their whole names. PEFT's own rules decide.
 
     Raises:
         UserError: it adapts others, layers that `source` does not have, or none.
@@ -199,7 +200,7 @@ def read_factors(
     kind: str,
     shared: Mapping[str, tuple[int, ...]],
 ) -> tuple[dict[Module, tuple[Tensor, ...]], list[Tensor]]:
-    """The fp32 tensors of each chosen module and the shared ones, in the order of `of_module` and `shared`.
+    """Return the fp32 tensors of each chosen module and the shared ones, in the order of `of_module` and `shared`.
 
     Args:
         kind: the name of the kind of adapter, for messages.
@@ -236,7 +237,7 @@ def read_factors(
 
 
 def _why_not_read(key: str, factors: Collection[str], source: ModelSource, *, kind: str) -> str:
-    """Why the tensor `key` belongs to no chosen module."""
+    """Return why the tensor `key` belongs to no chosen module."""
     block, num_layers = source.shape.block, source.shape.num_layers
     layers = re.escape(block.source).replace(re.escape("{index}"), r"(\d+)")
     names, ends = ("|".join(map(re.escape, words)) for words in (modules_of(block), factors))
@@ -253,7 +254,7 @@ def _why_not_read(key: str, factors: Collection[str], source: ModelSource, *, ki
 
 
 def name_matcher(modules: Any, *, what: str) -> Callable[[str], bool]:
-    """A function that tells whether a module's dotted name matches `modules`, by PEFT's rules.
+    """Return a function that tells whether a module's dotted name matches `modules`, by PEFT's rules.
 
     Args:
         modules: a pattern for the whole name, or a list of names or their endings after a dot.
@@ -276,8 +277,8 @@ def name_matcher(modules: Any, *, what: str) -> Callable[[str], bool]:
 
 
 def pattern_finder(patterns: Collection[str], *, what: str) -> Callable[[str], str | None]:
-    """A function that returns the first pattern that matches a module's dotted name, or an ending of it after a dot;
-    None if none does.
+    """Return a function that returns the first pattern that matches a module's dotted name, or an ending of it after a
+    dot; None if none does.
 
     Args:
         what: the file and the field, for messages.
@@ -293,7 +294,7 @@ def pattern_finder(patterns: Collection[str], *, what: str) -> Callable[[str], s
 
 
 def _matcher(pattern: str, what: str, instead: str, *, start: str) -> Callable[[str], bool]:
-    """A function that tells whether a name is something that `start` matches, and then the pattern.
+    """Return a function that tells whether a name is something that `start` matches, and then the pattern.
 
     `instead` says what to write if the pattern is rejected.
     """
@@ -367,8 +368,8 @@ class Native(NamedTuple):
 
 
 def native_lora(lora: Lora, source: ModelSource) -> Native:
-    """The native `lora` that is equal to a PEFT LoRA of `source`, with one A for all modules that are fused in a linear
-    here, and one scale. Its targets are the linears of which a module is adapted in some layer."""
+    """Return the native `lora` that is equal to a PEFT LoRA of `source`, with one A for all modules that are fused in a
+    linear here, and one scale. Its targets are the linears of which a module is adapted in some layer."""
     layers = tuple(sorted({layer for layer, _ in lora}))
     scale = max(pair.scale for pair in lora.values())
     adapted, joined = adapted_linears(lora, source), {}
@@ -390,7 +391,7 @@ def native_lora(lora: Lora, source: ModelSource) -> Native:
 
 
 def read_alpha(alpha: Any, what: str) -> float:
-    """The alpha that is called `what` in messages. Raises UserError if a native adapter cannot have it."""
+    """Return the alpha that is called `what` in messages. Raises UserError if a native adapter cannot have it."""
     if type(alpha) not in (int, float):
         raise UserError(f"{what} = {shown(alpha)} is not a number")
     if not SMALLEST_ALPHA <= alpha <= LARGEST_ALPHA:
@@ -400,9 +401,9 @@ def read_alpha(alpha: Any, what: str) -> float:
 
 
 def _joined(lora: Lora, layers: tuple[int, ...], *, scale: float, linear: LinearShape) -> tuple[Tensor, Tensor, bool]:
-    """The native A (n, R, in) and B (n, out, R) of a fused linear, and whether in each layer either none of its modules
-    has an adapter, or all have one with the same A. A layer needs the rank of its modules if they have one A, else the
-    sum of their ranks; R is the largest of these."""
+    """Return the native A (n, R, in) and B (n, out, R) of a fused linear, and whether in each layer either none of its
+    modules has an adapter, or all have one with the same A. A layer needs the rank of its modules if they have one A,
+    else the sum of their ranks; R is the largest of these."""
     modules = list(dict.fromkeys(stored.module for stored in linear.sources))
     by_layer = [{name: lora[Module(layer, name)] for name in modules if (layer, name) in lora} for layer in layers]
     shared = [all(torch.equal(pair.a, next(iter(here.values())).a) for pair in here.values()) for here in by_layer]
@@ -426,7 +427,7 @@ def _joined(lora: Lora, layers: tuple[int, ...], *, scale: float, linear: Linear
 
 
 def read_vera(folder: Path, content: Mapping[str, Any], source: ModelSource) -> Native:
-    """The native `vera` or `lora` that equals a PEFT VeRA of `source`.
+    """Return the native `vera` or `lora` that equals a PEFT VeRA of `source`.
 
     Raises:
         UserError: its A and B are not saved, it has a feature beyond plain VeRA, adapts other modules, or its tensors

@@ -50,7 +50,7 @@ class BitComparison:
     differences: tuple[str, ...]
 
     def lines(self) -> list[str]:
-        """The result for a user: what was compared, with the verdict; and what differs."""
+        """Return the result for a user: what was compared, with the verdict; and what differs."""
         verdict = f"FAILED: {len(self.differences)} differ" if self.differences else "ok"
         shown_first = [f"  {difference}" for difference in self.differences[:_MOST_LINES]]
         left = len(self.differences) - len(shown_first)
@@ -114,7 +114,7 @@ class Verification:
         return not any(bits.differences for bits in self.bits) and all(row.passed for row in self.logits)
 
     def report(self) -> str:
-        """The result for a user: a line about the bits with what differs, the table of logits, and the notes."""
+        """Return the result for a user: a line about the bits with what differs, the table of logits, and the notes."""
         bits = [line for compared in self.bits for line in compared.lines()]
         return "\n".join([*bits, format_comparisons(self.logits), *(printable(f"note: {note}") for note in self.notes)])
 
@@ -122,7 +122,7 @@ class Verification:
 def choose_runtimes(
     source: ModelSource, given: str | None, *, merged: Path | None, peft: Path | None, dtype: torch.dtype
 ) -> tuple[tuple[str, ...], str]:
-    """The ones of `RUNTIMES` that load the exports too, and a note if some are left out.
+    """Return the ones of `RUNTIMES` that load the exports too, and a note if some are left out.
 
     Args:
         given: the value of --in; None for each that has an export, if the model is small.
@@ -249,7 +249,7 @@ def verify_export(
 
 
 def _stored_types(source: ModelSource, merged: Path) -> dict[str, torch.dtype]:
-    """The dtype of every tensor of the merged folder, whose names and shapes must be the base's."""
+    """Return the dtype of every tensor of the merged folder, whose names and shapes must be the base's."""
     file = merged / "config.json"
     found = replace(source, shape=families.shape_from_hf(hf_config.read_hf_config(merged), source=str(file)))
     if found.shape != source.shape:
@@ -280,7 +280,7 @@ def compare_logits(name: str, native: Tensor, other: Tensor, wanted: Wanted) -> 
 
 
 def format_comparisons(results: Sequence[LogitComparison]) -> str:
-    """A table of comparisons, one per line under a heading."""
+    """Return a table of comparisons, one per line under a heading."""
     heading = ("logits against base + adapter", "max diff", "mean diff", "KL", "top-1", "verdict")
     rows = []
     for row in results:
@@ -290,12 +290,12 @@ def format_comparisons(results: Sequence[LogitComparison]) -> str:
 
 
 def has_peft() -> bool:
-    """Whether PEFT is installed."""
+    """Return whether PEFT is installed."""
     return importlib.util.find_spec("peft") is not None
 
 
 def transformers_logits(folder: Path, tokens: Tensor, wrap: Callable[[Any], Any] = lambda model: model) -> Tensor:
-    """Logits (b, s, V) of the model in `folder`, put into `wrap`. Raises UserError if it does not load."""
+    """Return logits (b, s, V) of the model in `folder`, put into `wrap`. Raises UserError if it does not load."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -367,12 +367,13 @@ def compare_merged(
 
 
 def _entry(files: WeightFiles, name: str) -> Mapping[str, Any] | None:
-    """The tensor's entry in the header of its file; None if there is none."""
+    """Return the tensor's entry in the header of its file; None if there is none."""
     return files.header(files.file_of[name]).entries.get(name) if name in files.file_of else None
 
 
 def _merge_dtype(base: WeightFiles, written: WeightFiles, names: Collection[str]) -> str | None:
-    """The dtype of a merge to one dtype, or None if tensors keep their own: what fits most of the model's `names`."""
+    """Return the dtype of a merge to one dtype, or None if tensors keep their own: what fits most of the model's
+    `names`."""
     found = {name: entry["dtype"] for name in names if (entry := _entry(written, name)) is not None}
     own = {name: entry["dtype"] for name in names if (entry := _entry(base, name)) is not None}
 
@@ -385,7 +386,7 @@ def _merge_dtype(base: WeightFiles, written: WeightFiles, names: Collection[str]
 def _why_unlike(
     entry: Mapping[str, Any], base: Mapping[str, Any] | None, dtype: str | None, *, of_model: bool
 ) -> str | None:
-    """Why the values of a tensor cannot be compared with those of the base; None if they can.
+    """Return why the values of a tensor cannot be compared with those of the base; None if they can.
 
     Args:
         dtype: the result of `_merge_dtype`.
@@ -405,7 +406,7 @@ def _why_unlike(
 def _compare_values(
     base: MergedWeights, written: Any, name: str, entry: Mapping[str, Any], like: str, compared: Callable[[int], object]
 ) -> str | None:
-    """How the values of a tensor differ from what they must be; None if they do not.
+    """Return how the values of a tensor differ from what they must be; None if they do not.
 
     Args:
         written: the opened file that has it.

@@ -53,7 +53,7 @@ def load_adapter(path: str | Path) -> NativeAdapter:
 def load_base(
     adapter: NativeAdapter, model: str | None = None, *, dtype: torch.dtype | None = None, **keywords: Any
 ) -> Any:
-    """The base of an adapter as a model of transformers, in evaluation mode.
+    """Return the base of an adapter as a model of transformers, in evaluation mode.
 
     Args:
         model: its folder or hub id (default: the one that the adapter names).
@@ -129,7 +129,7 @@ def generate(model: Any, prompts: str, *, tokenizer: Any = None, **keywords: Any
 @overload
 def generate(model: Any, prompts: Sequence[str], *, tokenizer: Any = None, **keywords: Any) -> list[str]: ...
 def generate(model: Any, prompts: str | Sequence[str], *, tokenizer: Any = None, **keywords: Any) -> str | list[str]:
-    """The model's answers to texts by greedy decoding, without the prompts.
+    """Return the model's answers to texts by greedy decoding, without the prompts.
 
     Args:
         prompts: a text, or several.
@@ -175,7 +175,7 @@ def _attach(model: Any, adapter: NativeAdapter) -> None:
 def _add_update(
     update: TiedAdapter, place: AdaptedTensor, module: nn.Module, inputs: tuple[torch.Tensor, ...], z: torch.Tensor
 ) -> torch.Tensor:
-    """A hook, at the module's level so that an adapted model can be copied and pickled."""
+    """Return a hook, at the module's level so that an adapted model can be copied and pickled."""
     return load_model.with_update(z, inputs[0], update, place)
 
 
@@ -189,7 +189,7 @@ def _merge(model: Any, adapter: NativeAdapter) -> None:
 
 
 def _on(model: Any, adapter: NativeAdapter) -> tuple[TiedAdapter, dict[str, AdaptedTensor]]:
-    """The factors on the model's device, and the modules that they change."""
+    """Return the factors on the model's device, and the modules that they change."""
     update = TiedAdapter(AdapterShard.whole(adapter.config)).requires_grad_(False)
     update.load_full(adapter.state)
     places = dict(load_model.find_places(model_source(model).shape, adapter.config))

@@ -92,7 +92,7 @@ class TiedLoraConfig(PeftConfig):
 
 
 def native_arguments(folder: Path) -> dict[str, Any]:
-    """The arguments of `TiedLoraConfig` for a native adapter folder.
+    """Return the arguments of `TiedLoraConfig` for a native adapter folder.
 
     Raises:
         UserError: its config is not valid, or a checksum does not match.
@@ -139,7 +139,7 @@ class TiedLoraLinear(nn.Module, BaseTunerLayer):
         return self._shared[0]
 
     def forward(self, x: torch.Tensor, *args: Any, **keywords: Any) -> torch.Tensor:
-        """The module's result with the updates of the active adapters, in the result's dtype."""
+        """Return the module's result with the updates of the active adapters, in the result's dtype."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         z: torch.Tensor = self.base_layer(x, *args, **keywords)
@@ -247,7 +247,7 @@ class TiedLoraModel(BaseTuner):
     def _new_adapter(
         self, config: TiedLoraConfig
     ) -> tuple[tied_adapter.TiedAdapter, Mapping[str, native_adapter.AdaptedTensor]]:
-        """An adapter with the initial values of its config, and its places in the model."""
+        """Return an adapter with the initial values of its config, and its places in the model."""
         if config.base:
             trained = BaseIdentity(**config.base)
             for note in check_same_base(trained, self._found, source="the adapter", differs=True, in_memory=True):
@@ -292,7 +292,7 @@ class TiedLoraModel(BaseTuner):
         state_dict: Mapping[str, torch.Tensor],
         unwanted_adapter_names: Any = (),
     ) -> dict[str, torch.Tensor]:
-        """The tensors of a native folder: all four factors, fp32."""
+        """Return the tensors of a native folder: all four factors, fp32."""
         described = cls._adapter_of(model, adapter_name).config
         prefix = f"tied_lora_adapters.{adapter_name}."
         held = {key.rpartition(prefix)[2]: value for key, value in state_dict.items() if prefix in key}
@@ -312,7 +312,7 @@ class TiedLoraModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: Any, config: Any, adapter_name: str, state_dict: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """The parameters of an adapter by their names in the model.
+        """Return the parameters of an adapter by their names in the model.
 
         Raises:
             UserError: a tensor is missing, unknown or of the wrong shape, or its values are not valid.

@@ -141,7 +141,7 @@ class CardFacts:
 
 
 def model_card(facts: CardFacts) -> str:
-    """The text of README.md, with the metadata in front that the hub reads."""
+    """Return the text of README.md, with the metadata in front that the hub reads."""
     config = facts.adapter.config
     targets = ", ".join(target.name for target in config.targets)
     trained = sum(config.num_trained().values())
@@ -244,7 +244,7 @@ def _training_section(facts: CardFacts) -> Iterator[str]:
 
 
 def _derived(chosen: Mapping[str, Any], facts: CardFacts) -> dict[str, Any]:
-    """Settings that a run with `chosen` would derive itself, by name; empty if it would reject them."""
+    """Return settings that a run with `chosen` would derive itself, by name; empty if it would reject them."""
     # The adapter of --init_from decides what is recorded here too, and need not be there any more.
     left_out = (*_DERIVED, "init_from", "epochs")
     given = {name: value for name, value in chosen.items() if name not in left_out}
@@ -260,7 +260,7 @@ def _derived(chosen: Mapping[str, Any], facts: CardFacts) -> dict[str, Any]:
 
 
 def without_folders(given: str, settings: Mapping[str, Any]) -> str:
-    """The value of a flag for files without folders: each of its names is shortened to its last part.
+    """Return the value of a flag for files without folders: each of its names is shortened to its last part.
 
     Hub ids stay if `settings`, the content of run.yaml, says that they were some. Nothing is looked up here: what a
     name means on this host, in this folder, is not what it meant to the run.
@@ -272,6 +272,7 @@ def without_folders(given: str, settings: Mapping[str, Any]) -> str:
 
 
 def _code(text: str) -> str:
-    """A text of a stranger as a code span, in which neither Markdown nor HTML means anything; also in a table."""
+    """Return a text of a stranger as a code span, in which neither Markdown nor HTML means anything; also in a
+    table."""
     shown = printable(text).replace("`", "'").replace("|", "/")
     return f"`{shown or ' '}`"

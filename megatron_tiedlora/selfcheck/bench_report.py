@@ -13,7 +13,7 @@ Figures = Mapping[str, Any]
 
 
 def report_lines(report: Figures, planned: Planned | None = None) -> list[str]:
-    """The report of any --what as text.
+    """Return the report of any --what as text.
 
     Args:
         planned: the step of --what layout.
@@ -45,13 +45,13 @@ def _matmul(report: Figures) -> str:
 
 
 def _sides(name: str, report: Figures, sides: Iterable[tuple[str, Figures]]) -> list[str]:
-    """The table of the sides, each with its figures and those of the report; `name` is over their names."""
+    """Return the table of the sides, each with its figures and those of the report; `name` is over their names."""
     cells = [(side, _cells({**report, **own})) for side, own in sides]
     return aligned_lines([(name, *cells[0][1]), *((side, *own.values()) for side, own in cells)])
 
 
 def _cells(figures: Figures) -> dict[str, str]:
-    """The cells of a side by their headers. Columns whose figures are not there are left out."""
+    """Return the cells of a side by their headers. Columns whose figures are not there are left out."""
     middle = median(figures["seconds"])
     cells = {"tokens": str(figures["tokens"])} if "value" in figures else {}
     cells |= {
@@ -72,7 +72,7 @@ def _cells(figures: Figures) -> dict[str, str]:
 
 
 def _step(report: Figures) -> list[str]:
-    """The report of --what step. Ratios compare our side with another one."""
+    """Return the report of --what step. Ratios compare our side with another one."""
     sides = report["sides"]
     ours, *others = sides
     lines = [
@@ -91,7 +91,7 @@ def _step(report: Figures) -> list[str]:
 
 
 def _adapters(report: Figures) -> list[str]:
-    """The report of several adapters, in turn and together."""
+    """Return the report of several adapters, in turn and together."""
     before, after = report["load"]
     first, setup = _head(report, f"recompute {report['recompute']}; kernels {report['kernels']}")
     return [
@@ -106,7 +106,8 @@ def _adapters(report: Figures) -> list[str]:
 
 
 def _scaling(report: Figures) -> list[str]:
-    """The report of --what scaling; the last column has the additional seconds per unit since the value before."""
+    """Return the report of --what scaling; the last column has the additional seconds per unit since the value
+    before."""
     lines = _head(report, f"kernels {report['kernels']}")
     for name, measured in report["axes"].items():
         slopes = [""]
@@ -119,7 +120,7 @@ def _scaling(report: Figures) -> list[str]:
 
 
 def _decoding(report: Figures) -> list[str]:
-    """The report of decoding, here and in transformers."""
+    """Return the report of decoding, here and in transformers."""
     ours, theirs = (median(taken) for taken in report["seconds"].values())
     tokens = report["batch_size"] * report["new_tokens"]
     return [
@@ -133,7 +134,7 @@ def _decoding(report: Figures) -> list[str]:
 
 
 def _layout(report: Figures, planned: Planned) -> list[str]:
-    """The report of a layout: the step, then the sections of its plan, each with what was measured."""
+    """Return the report of a layout: the step, then the sections of its plan, each with what was measured."""
     on_card = report["planned"] is not None  # else no machine was named
     partition, memory, messages, *time = layout_sections(planned, on_card=on_card)
     stages = [[member for member in report["ranks"] if member["stage"] == stage.index] for stage in planned.stages]
@@ -182,7 +183,8 @@ def _measured_memory(stages: Sequence[Sequence[Figures]]) -> list[str]:
 
 
 def _counted_messages(stages: Sequence[Sequence[Figures]]) -> list[str]:
-    """The messages of the first rank of each stage, and the ranks that send something else than was predicted."""
+    """Return the messages of the first rank of each stage, and the ranks that send something else than was
+    predicted."""
     counted = []
     for first, *_ in stages:
         texts = {group: messages_text(of["messages"], of["bytes"]) for group, of in first["traffic"].items()}

@@ -84,7 +84,7 @@ class Side:
                 optimizer.zero_grad()
 
     def saved_bytes(self) -> int:
-        """The total bytes that autograd saves for the micro-batches of a turn, without parameters."""
+        """Return the total bytes that autograd saves for the micro-batches of a turn, without parameters."""
         total = 0
         for batch in self.batches:
             with timing.saved_by_autograd(self.model) as saved:
@@ -101,7 +101,7 @@ def _optimizer(module: torch.nn.Module) -> torch.optim.Optimizer:
 def make_sides(
     plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | None = None
 ) -> dict[str, Callable[[], Side]]:
-    """The functions that build the sides, by name. All have the same samples.
+    """Return the functions that build the sides, by name. All have the same samples.
 
     Args:
         chosen: our kernels; None: they are chosen by --compile when a side is built.
@@ -160,7 +160,7 @@ def _our_sides(plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | N
 
 
 def _stacked(name: str, batches: Sequence[MicroBatch]) -> MicroBatch:
-    """The rows of several micro-batches, all of one length and not packed, as those of one adapter."""
+    """Return the rows of several micro-batches, all of one length and not packed, as those of one adapter."""
     arrays = ("tokens", "positions", "labels", "lengths")
     joined = {array: torch.cat([getattr(batch, array) for batch in batches]) for array in arrays}
     shares = (Share(name, *joined["tokens"].shape),)
@@ -176,7 +176,7 @@ def random_stage(
     device: torch.device,
     kernels: Kernels = EAGER,
 ) -> Stage:
-    """The whole model with random weights, which are drawn in place, and the adapter with its initial values."""
+    """Return the whole model with random weights, which are drawn in place, and the adapter with its initial values."""
     with device:
         stage = Stage(layer_specs(shape, dtype=dtype, kernels=kernels, make_weight=make_weight), None)
     load_base_weights(RandomWeights(weight_rules(shape)), frozen_weight.frozen_weights(stage))
@@ -185,7 +185,7 @@ def random_stage(
 
 
 def whole_adapter(config: AdapterConfig, device: torch.device) -> TiedAdapter:
-    """An adapter of the whole model with its initial values."""
+    """Return an adapter of the whole model with its initial values."""
     adapter = TiedAdapter(AdapterShard.whole(config)).to(device)
     adapter.load_full(initial_values(config))
     return adapter
@@ -242,7 +242,7 @@ def _peft(plan: RunPlan, settings: BenchSettings, *, packed: bool) -> Side:
 
 
 def measure_sides(settings: BenchSettings) -> dict[str, Any]:
-    """The report of one process.
+    """Return the report of one process.
 
     Raises:
         UserError: a value does not fit. The message names its flag. Nothing has been measured yet.
@@ -253,7 +253,7 @@ def measure_sides(settings: BenchSettings) -> dict[str, Any]:
 def _seconds(
     steps: Mapping[str, Callable[[], object]], device: torch.device, settings: BenchSettings, *, uncounted: int = 1
 ) -> dict[str, list[float]]:
-    """The seconds of the steps, which take turns, by name."""
+    """Return the seconds of the steps, which take turns, by name."""
     timers = {name: partial(timed, step, device) for name, step in steps.items()}
     return timing.take_turns(timers, repeats=settings.repeats, uncounted=uncounted)
 
@@ -300,7 +300,8 @@ def _measure_step(settings: BenchSettings) -> dict[str, Any]:
 
 
 def _step_memory(plan: RunPlan, settings: BenchSettings, name: str) -> dict[str, Any]:
-    """The bytes `peak` of a side's first turn beside those held before it, and without --adapters those `saved` in it.
+    """Return the bytes `peak` of a side's first turn beside those held before it, and without --adapters those `saved`
+    in it.
 
     Call it in a fresh process, because an allocator other than glibc's may reuse memory of earlier turns.
     """
@@ -335,7 +336,7 @@ def _measure_scaling(settings: BenchSettings) -> dict[str, Any]:
 
 
 def _one_step(settings: BenchSettings, flag: str, value: Any) -> tuple[RunPlan, BenchSettings]:
-    """The step in which one quantity has another value, which `flag` gave."""
+    """Return the step in which one quantity has another value, which `flag` gave."""
     name = AXES[flag]
     try:
         step = settings.one_step(**{name: value})
@@ -392,7 +393,8 @@ def _generate_there(model: Any, prompts: TokenRows, new_tokens: int) -> TokenRow
 
 
 def share_of_equal_tokens(ours: TokenRows, theirs: TokenRows) -> float:
-    """The share of new tokens that are equal up to each sequence's first difference. In fp32 it is 1.0 but for ties."""
+    """Return the share of new tokens that are equal up to each sequence's first difference. In fp32 it is 1.0 but for
+    ties."""
     equal = 0
     for mine, other in zip(ours, theirs, strict=True):
         equal += next((i for i, (a, b) in enumerate(zip(mine, other, strict=True)) if a != b), len(mine))

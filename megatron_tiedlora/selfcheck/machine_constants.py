@@ -64,7 +64,7 @@ _NOTHING = Constant(0.0, "not measured yet")
 
 
 def measure_machine(source: ModelSource, device: torch.device, *, seconds: float, tokens: int | None = None) -> Machine:
-    """The constants of the machine that this process runs on; of rank 0's if several ranks measure together.
+    """Return the constants of the machine that this process runs on; of rank 0's if several ranks measure together.
 
     Args:
         source: the model, for the widths of its linears and heads.
@@ -107,7 +107,7 @@ class _Measure:
         return CPU if self.device.type == "cpu" else self.preset or GPUS[DEFAULT_GPU]
 
     def constants(self) -> Iterator[tuple[str, Constant]]:
-        """Each constant that can be measured, with how it was."""
+        """Yield each constant that can be measured, with how it was."""
         on_gpu = self.device.type == "cuda"
         size, words = psutil.virtual_memory().total, "memory of the machine"
         if on_gpu:
@@ -138,7 +138,8 @@ class _Measure:
         return self._constant(rate / peak.value, f"{what} of {self.source.name} over {self.tokens:,} tokens")
 
     def _time(self, step: Callable[[], object], seconds: float, group: Any = None) -> float:
-        """The median of what one call takes, of as many as fit in `seconds`. All ranks of a group make as many."""
+        """Return the median of what one call takes, of as many as fit in `seconds`. All ranks of a group make as
+        many."""
         step()
         taken = [timed(step, self.device)]
         first = torch.tensor(taken, device=self.device)
@@ -151,21 +152,22 @@ class _Measure:
         return torch.randn(*shape, device=self.device).to(dtype)
 
     def context(self) -> Constant:
-        """The bytes that a process holds on a GPU beside PyTorch's allocator."""
+        """Return the bytes that a process holds on a GPU beside PyTorch's allocator."""
         torch.zeros(1, device=self.device)
         free, total = torch.cuda.mem_get_info(self.device)
         used = total - free - torch.cuda.memory_reserved(self.device)
         return self._constant(float(used), "used beside PyTorch's allocator, of other processes too")
 
     def _matmul_line(self, name: str, peak: Constant, seconds: float) -> Iterator[tuple[str, Constant]]:
-        """The share of the peak, and on a CPU the weights that are read each second beside that."""
+        """Yield the share of the peak, and on a CPU the weights that are read each second beside that."""
         weights, measure = 2 * self.source.shape.block.num_weights, partial(self._matmuls, _DTYPES[name])
         many, begins = self._two_terms(measure, 1, seconds)
         yield f"matmul.{name}", self._share(2 * self.tokens * weights / many, peak, "matmuls")
         yield f"weights.{name}", self._read(weights, begins, "matmuls")
 
     def _attention_line(self, name: str, peak: Constant, seconds: float) -> Iterator[tuple[str, Constant]]:
-        """The share of the peak by necessary FLOPs, as the planner counts; on a CPU also the queries that are read."""
+        """Yield the share of the peak by necessary FLOPs, as the planner counts; on a CPU also the queries that are
+        read."""
         width, measure = self.source.shape.heads.rows[0], partial(self._attention, _DTYPES[name])
         many, begins = self._two_terms(measure, 2, seconds)
         rate = 3 * 2 * self.tokens**2 * width / many
@@ -173,7 +175,7 @@ class _Measure:
         yield f"queries.{name}", self._read(3 * self.tokens * width, begins, "attention")
 
     def _two_terms(self, measure: Callable[[int, float], float], power: int, seconds: float) -> tuple[float, float]:
-        """The seconds of all tokens n that grow as n^power, and those that grow with one power less.
+        """Return the seconds of all tokens n that grow as n^power, and those that grow with one power less.
 
         The latter are what a CPU spends on reading; 0 if it is hidden by computation, and on a GPU.
         """
@@ -187,7 +189,7 @@ class _Measure:
         return many, 0.0
 
     def _read(self, numbers: float, seconds: float, what: str) -> Constant:
-        """The numbers that are read each second beside computation."""
+        """Return the numbers that are read each second beside computation."""
         if not seconds:
             return Constant(0.0, "while it computes")
         words = f"{what} of {self.source.name} over {self.tokens // _FEWER} and {self.tokens:,} tokens"
@@ -201,7 +203,7 @@ class _Measure:
         base_format: str | None = None,
         products: str | None = None,
     ) -> float:
-        """The seconds of all linears of a block, forward and for the gradient of their inputs."""
+        """Return the seconds of all linears of a block, forward and for the gradient of their inputs."""
         taken, linears = 0.0, self.source.shape.block.linears
         for linear in linears:
             with self.device:
@@ -215,7 +217,7 @@ class _Measure:
         return taken
 
     def _attention(self, dtype: torch.dtype, tokens: int, seconds: float) -> float:
-        """The seconds of attention over a sample, forward and back."""
+        """Return the seconds of attention over a sample, forward and back."""
         heads = self.source.shape.heads
         query, key, value = (
             self._random(1, num, tokens, heads.dim, dtype=dtype).requires_grad_()
@@ -302,7 +304,8 @@ class _Measure:
     # Steps of an engine ----------------------------------------------------------------------------------------------
 
     def alone(self, machine: Machine) -> Machine:
-        """The machine with what tiny steps show; before anything else is measured, so that the process is idle."""
+        """Return the machine with what tiny steps show; before anything else is measured, so that the process is
+        idle."""
         unknown = machine.changed(dict.fromkeys(_UNKNOWN, _NOTHING))
         one, many = (_tiny_step(unknown, num_layers=number) for number in (1, _LAYERS))
         block = max(0.0, many.seconds - one.seconds) / (2 * (_LAYERS - 1))
@@ -315,7 +318,7 @@ class _Measure:
         return machine.changed(found)
 
     def beside(self, machine: Machine) -> Machine:
-        """The machine with what is left of steps that all other constants explain in part."""
+        """Return the machine with what is left of steps that all other constants explain in part."""
         if distributed.get_world_size() % 2 == 0:
             known = machine.changed({"instruction": _NOTHING})
             two = _tiny_step(known, num_layers=2, pipeline_parallel=2, micro_batches=_MICRO_BATCHES)

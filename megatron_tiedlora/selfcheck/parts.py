@@ -44,7 +44,7 @@ STUCK_FIX = (
 
 
 def option(config: Any, name: str) -> Any:
-    """One of OPTIONS of a session of pytest."""
+    """Return one of OPTIONS of a session of pytest."""
     return config.getoption(f"--check-{name}", OPTIONS[name])
 
 
@@ -65,7 +65,7 @@ def report(findings: Iterable[Finding], tell: Tell) -> None:
 
 
 def why_no_gpu() -> str | None:
-    """Why ranks would use no GPU, in one line; None if they use one."""
+    """Return why ranks would use no GPU, in one line; None if they use one."""
     if torch.cuda.is_available():
         accelerator = os.environ.get("DS_ACCELERATOR", "cuda")
         return None if accelerator == "cuda" else f"DS_ACCELERATOR is {accelerator}, so ranks use no GPU; unset it"
@@ -81,13 +81,14 @@ def why_no_gpu() -> str | None:
 
 
 def part_command(part: str, *options: str) -> list[str]:
-    """The command of a part: pytest reads no settings, fixtures or plugins of other folders, and hides no output."""
+    """Return the command of a part: pytest reads no settings, fixtures or plugins of other folders, and hides no
+    output."""
     ours = ("-c", os.devnull, f"--rootdir={FOLDER}", f"--confcutdir={FOLDER}", "-p", "no:cacheprovider", "-v", "-s")
     return [sys.executable, "-P", "-m", "pytest", str(FOLDER / f"test_{part}.py"), *ours, *options]
 
 
 def part_environment(part: str, device: str) -> dict[str, str]:
-    """The variables of a part: a world of one rank, even in a pod, a Slurm step or under a launcher."""
+    """Return the variables of a part: a world of one rank, even in a pod, a Slurm step or under a launcher."""
     foreign = _FOREIGN if part == "env" else (*_FOREIGN, _TF32)
     own = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     hidden = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if device == "cpu" else {}
@@ -146,7 +147,7 @@ def _properties(case: Element) -> list[tuple[str, str]]:
 
 
 def problems(case: Element) -> Iterator[Finding]:
-    """The errors and warnings of a test, or why it was skipped."""
+    """Yield the errors and warnings of a test, or why it was skipped."""
     for problem in (each for each in case if each.tag in ("failure", "error", "skipped")):
         said, _, seen = (problem.get("message") or "").partition("\n")
         if problem.tag == "skipped":
@@ -162,18 +163,19 @@ _ENDS = {"error": "failed", "warning": "warned", "skipped": "skipped"}  # the wo
 
 
 def verdict(case: Element) -> str:
-    """How a test ended: passed, warned, failed or skipped."""
+    """Return how a test ended: passed, warned, failed or skipped."""
     found = {_ENDS[problem.status] for problem in problems(case)}
     return next((how for how in _ENDS.values() if how in found), "passed")
 
 
 def verdicts(suites: Sequence[Element]) -> Counter[str]:
-    """How many tests ended in each way."""
+    """Return how many tests ended in each way."""
     return Counter(verdict(case) for suite in suites for case in suite.iter("testcase"))
 
 
 def part_lines(suite: Element) -> Iterator[str]:
-    """A part's tests in Markdown: how each ended, its figures, and what was seen; skipped ones by their reasons."""
+    """Yield a part's tests in Markdown: how each ended, its figures, and what was seen; skipped ones by their
+    reasons."""
     yield from ("", f"## {suite.get('name')}", "")
     skipped: Counter[str] = Counter()
     for case in suite.iter("testcase"):
@@ -192,7 +194,7 @@ def _name(case: Element) -> str:
 
 
 def _short(value: str) -> str:
-    """A figure with few digits; other text as it is."""
+    """Return a figure with few digits; other text as it is."""
     try:
         number = float(value)
     except ValueError:
@@ -201,7 +203,7 @@ def _short(value: str) -> str:
 
 
 def summary_lines(suites: Sequence[Element]) -> Iterator[str]:
-    """How many tests ended in each way, and what to do about each failure and warning, in Markdown."""
+    """Yield how many tests ended in each way, and what to do about each failure and warning, in Markdown."""
     yield f"{', '.join(f'{count} {how}' for how, count in verdicts(suites).items())}."
     tests = [(f"**{suite.get('name')}: {_name(case)}**", case) for suite in suites for case in suite.iter("testcase")]
     found = [(problem.fix, name) for name, case in tests for problem in problems(case) if problem.fix]

@@ -34,7 +34,7 @@ def loss_and_gradients(
     trained: Sequence[str],
     documents: Sequence[Document],
 ) -> tuple[float, dict[str, Tensor]]:
-    """The summed loss of all documents, and the gradients of the trained factors.
+    """Return the summed loss of all documents, and the gradients of the trained factors.
 
     Args:
         scale: alpha / r.
@@ -54,7 +54,7 @@ def loss_and_gradients(
 
 
 def document_logits(shape: ModelShape, scale: float, weights: Tensors, factors: Tensors, tokens: Tensor) -> Tensor:
-    """The logits of each token, (s, V), in max(fp32, dtype)."""
+    """Return the logits of each token, (s, V), in max(fp32, dtype)."""
     hidden = weights["layers.0.weight"][tokens]
     dims = {"A": 2, "B": 2, "u": 1, "v": 1}  # of a factor of one layer; another one is stacked over layers
     for layer in range(1, shape.num_layers + 1):
@@ -145,5 +145,5 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 def worst_of(errors: Mapping[str, float]) -> str:
-    """The name with the largest error; nan counts as the largest."""
+    """Return the name with the largest error; nan counts as the largest."""
     return max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])

@@ -43,12 +43,12 @@ SMALL: dict[str, Any] = {
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of a model on the device: bf16 on a GPU, fp32 on a CPU, which may have no fast bf16."""
+    """Return the dtype of a model on the device: bf16 on a GPU, fp32 on a CPU, which may have no fast bf16."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def small_shape(**changes: int) -> ModelShape:
-    """The shape of SMALL with changed fields."""
+    """Return the shape of SMALL with changed fields."""
     return shape_from_hf({**SMALL, **changes}, source="small")
 
 
@@ -59,19 +59,19 @@ def write_small(folder: Path) -> str:
 
 
 def step_settings(model: str, *flags: str) -> tool_settings.BenchSettings:
-    """The settings of bench_step.py, parsed as from its command line, for a step with an engine."""
+    """Return the settings of bench_step.py, parsed as from its command line, for a step with an engine."""
     return cli.parse_settings(["--what=layout", f"--model={model}", *flags], tool_settings.BenchSettings)
 
 
 def planned_bytes(plan: RunPlan) -> float:
-    """The bytes that the dry run plans for this rank's tensors: at most what torch's allocator holds."""
+    """Return the bytes that the dry run plans for this rank's tensors: at most what torch's allocator holds."""
     tokens = plan.layout.rows * plan.layout.length
     step = step_memory(plan.stage, LargestMicroBatch(tokens, 1, tokens))
     return held_memory(plan.stage).plus(step).total
 
 
 def layers_that_fit(model: str, *flags: str, share: float = 0.85) -> int:
-    """How many layers of a preset fit into `share` of the GPU's free memory, by the dry run's plan.
+    """Return how many layers of a preset fit into `share` of the GPU's free memory, by the dry run's plan.
 
     Raises:
         UserError: not even one layer fits.
@@ -105,7 +105,7 @@ def started_to_fit(model: str, flags: Sequence[str], *others: str) -> Iterator[t
 
 
 def loader_of(run: Started, lengths: NDArray[np.int64]) -> Iterator[TrainingStep]:
-    """A loader of the run's steps over random samples of these lengths."""
+    """Return a loader of the run's steps over random samples of these lengths."""
     return run.plan.training_loader(made_up(run.plan.source.shape.vocab_size, lengths), pad_id=0)
 
 
@@ -152,7 +152,7 @@ class Judge:
         return _computed(*loss_and_gradients(self.shape, self.adapter.scale, weights, factors, trained, flat))
 
     def package(self, *, packed: bool = True, how: str = "none", kernels: Kernels = EAGER) -> Computed:
-        """The package's result, with packed rows or one document per row."""
+        """Return the package's result, with packed rows or one document per row."""
         stage, adapter = self.stage, self.stage.adapter
         assert adapter is not None
         for module in stage.modules():
@@ -178,7 +178,7 @@ def _computed(loss: float, gradients: Mapping[str, Tensor]) -> Computed:
 
 
 def plain_tensors(stage: Stage, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The stage's weights in `dtype`, and its adapter's factors in at least fp32, by name."""
+    """Return the stage's weights in `dtype`, and its adapter's factors in at least fp32, by name."""
     weights = {name: weight.detach().to(dtype) for name, weight in stage.named_parameters() if "layers" in name}
     assert stage.adapter is not None
     wide = torch.promote_types(dtype, torch.float32)
@@ -186,7 +186,7 @@ def plain_tensors(stage: Stage, dtype: torch.dtype) -> tuple[dict[str, Tensor], 
 
 
 def adapter_of(shape: ModelShape, method: str) -> AdapterConfig:
-    """An adapter of all linears of all layers, whose alpha is not its rank."""
+    """Return an adapter of all linears of all layers, whose alpha is not its rank."""
     return make_adapter_config(
         method,
         rank=RANK,
@@ -213,7 +213,7 @@ def unsettle(stage: Stage) -> None:
 
 
 def random_documents(vocab_size: int, device: torch.device) -> list[list[Document]]:
-    """Rows of documents with random tokens; the first third of each and its last token have no labels."""
+    """Return rows of documents with random tokens; the first third of each and its last token have no labels."""
     draw = torch.Generator().manual_seed(2)
 
     def document(length: int) -> Document:

@@ -55,7 +55,7 @@ LEAST_LENGTH = 8  # that the settings of a run accept
 def plan_benchmark(
     settings: BenchSettings, *, rank: int = 0, world_size: int = 1, source: ModelSource | None = None, **changes: Any
 ) -> RunPlan:
-    """The plan of a training run that takes the step described by the settings.
+    """Return the plan of a training run that takes the step described by the settings.
 
     Args:
         source: a model with random weights in place of --model.
@@ -97,7 +97,7 @@ def plan_benchmark(
 
 
 def random_config(settings: BenchSettings) -> dict[str, Any] | None:
-    """The config.json of a model whose weights are random; None if its weights are read.
+    """Return the config.json of a model whose weights are random; None if its weights are read.
 
     Raises:
         UserError: a setting does not go with random weights, or only with them.
@@ -120,7 +120,7 @@ def random_config(settings: BenchSettings) -> dict[str, Any] | None:
 
 
 def read_samples(plan: RunPlan, settings: BenchSettings) -> tuple[TokenDataset, int]:
-    """The samples of a step on all ranks and the token that pads them. They are the task's first, or made up.
+    """Return the samples of a step on all ranks and the token that pads them. They are the task's first, or made up.
 
     Raises:
         UserError: the data cannot be read, or there is too little of it.
@@ -147,14 +147,15 @@ def made_up(vocab_size: int, lengths: NDArray[np.int64], *, num_labels: int | No
 
 
 def planned_saved_bytes(plan: RunPlan, batches: Sequence[MicroBatch]) -> float:
-    """The bytes that a rank saves for the backward pass of all its micro-batches, by the traces of its plan."""
+    """Return the bytes that a rank saves for the backward pass of all its micro-batches, by the traces of its plan."""
     parts = plan.layout.sequence_parts
     sizes = ((batch.labels.numel(), len(batch.supervised(parts).rows)) for batch in batches)
     return sum(saved_bytes(plan.stage, MicroBatchShape((0,), (tokens,), (after,), after)) for tokens, after in sizes)
 
 
 def base_matmul_rate(plan: RunPlan, stage: Stage, batches: Sequence[MicroBatch], device: torch.device) -> float:
-    """The FLOP/s of a bare matmul of a micro-batch's tokens with this rank's largest base matrix, the best of several.
+    """Return the FLOP/s of a bare matmul of a micro-batch's tokens with this rank's largest base matrix, the best of
+    several.
 
     The matrix has the size that it has before ZeRO-3 partitions it over data-parallel ranks.
     """
@@ -196,7 +197,7 @@ class Started:
         return longest
 
     def planned(self, step: TrainingStep, machine: machines.Machine) -> Planned:
-        """The plan of the step that follows, on a machine of this one's hosts. All ranks call it together."""
+        """Return the plan of the step that follows, on a machine of this one's hosts. All ranks call it together."""
         batch = self.plan.global_batch(self.dataset, consumed_samples=step.consumed_samples)
         plan = planned.StepPlan({ONLY: self.plan}, samples={ONLY: (self.dataset, batch)})
         here = next(ranks for ranks in process_group.ranks_by_host() if self.plan.grid.rank in ranks)
@@ -252,7 +253,7 @@ def start(plan: RunPlan, settings: BenchSettings) -> Started:
 
 
 def _rank_figures(run: Started, step: TrainingStep, planned: Planned) -> dict[str, Any]:
-    """The figures of this rank alone, from more steps after the timed ones. `step` is the last timed one.
+    """Return the figures of this rank alone, from more steps after the timed ones. `step` is the last timed one.
 
     Messages are counted in the step after it, which is `planned`.
     """
@@ -319,7 +320,7 @@ def compare_traffic(counted: groups.Traffic, predicted: groups.Traffic, data_byt
 
 
 def _saved_bytes(run: Started, step: TrainingStep) -> int:
-    """The total bytes that autograd saves for this rank's micro-batches, in one more step."""
+    """Return the total bytes that autograd saves for this rank's micro-batches, in one more step."""
     total = 0
 
     @contextmanager
@@ -338,7 +339,7 @@ def _saved_bytes(run: Started, step: TrainingStep) -> int:
 def _report(
     run: Started, bench: BenchSettings, step: TrainingStep, seconds: Sequence[float], ranks: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """The layout, and the figures of the step on all ranks together."""
+    """Return the layout, and the figures of the step on all ranks together."""
     plan, settings, grid, device = run.plan, run.plan.settings, run.plan.grid, run.runner.device
     counts, middle = (step.num_tokens, step.squared_lengths, step.num_supervised), median(seconds)
     flops = step_flops(plan.source.shape, plan.adapter, *counts).total()

@@ -146,7 +146,7 @@ def random_heads(case: Heads, length: int, *, device: torch.device, dtype: torch
 
 
 def results(route: AttentionCall, heads: Sequence[Tensor], ids: Tensor | None, weight: Tensor) -> list[Tensor]:
-    """The output and the gradients of query, key and value for the loss sum(output * weight)."""
+    """Return the output and the gradients of query, key and value for the loss sum(output * weight)."""
     query, key, value = heads
     output = route(query, key, value, ids)
     return [output.detach(), *torch.autograd.grad(output, (query, key, value), weight)]
@@ -188,7 +188,7 @@ def _seconds(route: AttentionCall, length: int, ids: Tensor | None, device: torc
 
 
 def attention_routes(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, AttentionCall]:
-    """Every attention route that works on the device, by name; the first is the package's choice."""
+    """Return every attention route that works on the device, by name; the first is the package's choice."""
     chosen = choose_attention(device, dtype, head_dim)
     if chosen.attend is None:
         return {CHOSEN: _by_blocks, ONE_BY_ONE: _within(one_by_one)}
@@ -201,7 +201,7 @@ def attention_routes(device: torch.device, dtype: torch.dtype, head_dim: int) ->
 
 
 def attention_obstacles(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, str]:
-    """The kernels that cannot run on the device, by name, with the reason as text that follows "it"."""
+    """Return the kernels that cannot run on the device, by name, with the reason as text that follows "it"."""
     if device.type == "cpu":
         return {}
     capability = torch.cuda.get_device_capability(device)
@@ -224,7 +224,7 @@ def _within(attend: Attend) -> AttentionCall:
 
 
 def _by_cudnn(query: Tensor, key: Tensor, value: Tensor, ids: Tensor | None) -> Tensor:
-    """The kernel that PyTorch itself would choose on Hopper, for comparison; the package excludes it."""
+    """Return the kernel that PyTorch itself would choose on Hopper, for comparison; the package excludes it."""
     assert ids is None
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         output = functional.scaled_dot_product_attention(

@@ -145,7 +145,7 @@ def test_products_in_fp8(keep_transposed: bool, joined: torch.device, tell: part
 
 
 def loaded(width: int, device: torch.device, dtype: torch.dtype, name: str, **products: object) -> FrozenWeight:
-    """A weight in a format, with the same random numbers on every device."""
+    """Return a weight in a format, with the same random numbers on every device."""
     values = torch.randn(ROWS, width, generator=torch.Generator().manual_seed(3)).bfloat16()
     with device:
         weight = weight_maker(name, **products)(*values.shape, dtype=dtype)  # type: ignore[arg-type]
@@ -154,7 +154,7 @@ def loaded(width: int, device: torch.device, dtype: torch.dtype, name: str, **pr
 
 
 def _contents(weight: FrozenWeight) -> list[torch.Tensor]:
-    """The stored tensors, and the values in 16 bits, as a matmul with ones reads them."""
+    """Return the stored tensors, and the values in 16 bits, as a matmul with ones reads them."""
     device = next(iter(weight.parameters.values())).device
     ones = torch.eye(weight.local_shape[0], dtype=torch.bfloat16, device=device)
     return [*(stored.detach().cpu() for stored in weight.parameters.values()), weight.times(ones).cpu()]
@@ -195,7 +195,7 @@ def test_steps_of_adamw(stage: int, expected_change: dict[str, torch.Tensor], tm
 
 
 def adapter_values(run: Started) -> dict[str, torch.Tensor]:
-    """The adapter's full tensors."""
+    """Return the adapter's full tensors."""
     (name,) = run.runner.adapters
     with run.runner.optimizers.opened(name):
         named = run.runner.adapters[name].named_parameters()
@@ -203,7 +203,7 @@ def adapter_values(run: Started) -> dict[str, torch.Tensor]:
 
 
 def plain_steps(run: Started, start: dict[str, torch.Tensor], steps: list[TrainingStep]) -> dict[str, torch.Tensor]:
-    """The change of each trained factor with torch's AdamW on the reference's gradients, in fp64."""
+    """Return the change of each trained factor with torch's AdamW on the reference's gradients, in fp64."""
     settings, adapter, shape = run.plan.settings, run.plan.adapter, run.plan.source.shape
     layers = run.runner.stage.named_parameters()
     weights = {name: weight.detach().double() for name, weight in layers if name.startswith("layers")}

@@ -35,7 +35,7 @@ def prompts_of(lengths: Sequence[int], vocab_size: int) -> list[list[int]]:
 
 
 def answers(stage: Stage, shape: ModelShape, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
-    """The package's answers; no token ends an answer."""
+    """Return the package's answers; no token ends an answer."""
     decoder = Decoder(stage.eval(), ParallelGroups(), shape)
     return generate(decoder, [Prompts(prompts, (), num_tokens)])[0]
 

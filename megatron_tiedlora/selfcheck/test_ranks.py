@@ -84,7 +84,7 @@ class Case(NamedTuple):
     sp: bool = True
 
     def named(self, world_size: int) -> str:
-        """The case as short text."""
+        """Return the case as short text."""
         words = [f"TP{self.tp}", f"PP{self.pp}", f"DP{world_size // (self.tp * self.pp)}", f"ZeRO-{self.zero}"]
         return f"{' '.join(words)}, {self.dtype}{'' if self.sp or self.tp == 1 else ', whole sequences'}"
 
@@ -106,7 +106,7 @@ def possible_ranks(device: str) -> tuple[int, dict[str, str], str]:
 
 
 def loaded_nccl() -> tuple[int, ...]:
-    """The version of the NCCL in this process, including a preloaded one; () if it cannot be found."""
+    """Return the version of the NCCL in this process, including a preloaded one; () if it cannot be found."""
     torch.cuda.is_available()  # torch has loaded its libraries
     paths = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libnccl" in line}
     for name in (None, *sorted(paths)):
@@ -120,7 +120,7 @@ def loaded_nccl() -> tuple[int, ...]:
 
 
 def cases_of(world_size: int, device: str) -> tuple[Case, ...]:
-    """Every layout that fits; the other ZeRO stages; and without sequence parallelism and, on a GPU, in bf16."""
+    """Return every layout that fits; the other ZeRO stages; and without sequence parallelism and, on a GPU, in bf16."""
     pairs = [(tp, pp) for tp in SIZES for pp in SIZES if world_size % (tp * pp) == 0]
     layouts = [Case(tp, pp) for tp, pp in pairs]
     engines = [Case(zero=zero) for zero in (0, 2, 3)]
@@ -140,7 +140,7 @@ class EndedRanks(NamedTuple):
     seconds: float
 
     def why(self) -> str:
-        """The last error of the first rank that failed, or that did not end; "" if all succeeded."""
+        """Return the last error of the first rank that failed, or that did not end; "" if all succeeded."""
         wrong = [rank for rank, status in enumerate(self.statuses) if status]
         slow = [rank for rank, status in enumerate(self.statuses) if status is None]
         if not wrong and slow:
@@ -213,7 +213,7 @@ class Ranks:
         return self.run(first, self.cases[first : first + CASES_OF_A_START], size, share).why()
 
     def results(self, number: int, size: int) -> Path:
-        """The folder with a case's results; fails the test if there are none."""
+        """Return the folder with a case's results; fails the test if there are none."""
         why = self.train(0 if size == 1 else number - number % CASES_OF_A_START, size)
         found = self.folder / f"{size}-{number}"
         said = sorted(file.read_text().strip().splitlines()[-1] for file in found.glob("error*"))
@@ -222,13 +222,13 @@ class Ranks:
 
 
 def naming_line(output: str, victim: int) -> str | None:
-    """The line in which a rank reports that the victim is lost."""
+    """Return the line in which a rank reports that the victim is lost."""
     lines = output.splitlines()
     return next((line.strip() for line in lines if re.search(rf"error: .*\brank {victim}\b", line)), None)
 
 
 def last_error(output: str) -> str:
-    """The last line of a rank's output that names an error, or else its last line."""
+    """Return the last line of a rank's output that names an error, or else its last line."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     named = [line for line in lines if re.search(r"error|exception", line, re.IGNORECASE)]
     return (named or lines or ["nothing was printed"])[-1][:600]
@@ -322,7 +322,7 @@ def test_doctor(ranks: Ranks, gpu: torch.device, tell: parts.Tell) -> None:
 
 
 def started(case: Case, folder: Path, rank: int, world_size: int, **changes: Any) -> step_bench.Started:
-    """A run of a case, with the same samples at every layout; `changes` as in `plan_benchmark`."""
+    """Return a run of a case, with the same samples at every layout; `changes` as in `plan_benchmark`."""
     rows = SAMPLES // (world_size // (case.tp * case.pp))
     settings = running.step_settings(
         str(folder / MODEL),

@@ -41,7 +41,7 @@ _PATTERNS = (
 def take_turns(
     timers: Mapping[str, Callable[[], float]], *, repeats: int, uncounted: int = 1, shows: bool = True
 ) -> dict[str, list[float]]:
-    """The seconds that each timer returns, by name. The first `uncounted` turns are left out."""
+    """Return the seconds that each timer returns, by name. The first `uncounted` turns are left out."""
     seconds: dict[str, list[float]] = {name: [] for name in timers}
     for turn in progress_bar("turns", "turn", range(uncounted + repeats), shows=shows):
         for name, timer in timers.items():
@@ -52,14 +52,14 @@ def take_turns(
 
 
 def default_device() -> torch.device:
-    """The GPU that a process without an engine uses; the CPU if there is none."""
+    """Return the GPU that a process without an engine uses; the CPU if there is none."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def about(
     settings: BenchSettings, base_format: str | None, device: torch.device, *names: str, **more: Any
 ) -> dict[str, Any]:
-    """The beginning of every report: these settings, precision, `more`, device, allocator and versions.
+    """Return the beginning of every report: these settings, precision, `more`, device, allocator and versions.
 
     Args:
         base_format: in which the base is held.
@@ -77,7 +77,7 @@ def about(
 
 
 def describe_allocator(environment: Mapping[str, str]) -> str:
-    """The allocator that the environment asks for, as the name of a preloaded library and its settings."""
+    """Return the allocator that the environment asks for, as the name of a preloaded library and its settings."""
     libraries = environment.get("LD_PRELOAD", "").replace(":", " ").split()
     found = [f"LD_PRELOAD {Path(library).name}" for library in libraries]
     found += [f"{name} {environment[name]}" for name in _ALLOCATOR_SETTINGS if environment.get(name)]
@@ -85,12 +85,12 @@ def describe_allocator(environment: Mapping[str, str]) -> str:
 
 
 def kernel_class(name: str) -> str:
-    """The class of `CLASSES` that a kernel of this name belongs to. Reductions count as elementwise."""
+    """Return the class of `CLASSES` that a kernel of this name belongs to. Reductions count as elementwise."""
     return next((kind for kind, pattern in _PATTERNS if re.search(pattern, name, re.IGNORECASE)), "other")
 
 
 def profiled(step: Callable[[], object]) -> list[Any]:
-    """The events of `step`, which is run once under torch's profiler until the GPU has finished."""
+    """Return the events of `step`, which is run once under torch's profiler until the GPU has finished."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         step()
         torch.cuda.synchronize()
@@ -98,7 +98,8 @@ def profiled(step: Callable[[], object]) -> list[Any]:
 
 
 def kernel_seconds(step: Callable[[], object]) -> dict[str, float]:
-    """The seconds that a GPU spends in kernels of each class during `step`, which is run once under torch's profiler.
+    """Return the seconds that a GPU spends in kernels of each class during `step`, which is run once under torch's
+    profiler.
 
     Kernels that run at the same time each count in full.
     """
@@ -142,7 +143,7 @@ def saved_by_autograd(model: torch.nn.Module) -> Iterator[dict[int, torch.Tensor
 
 
 def storage_bytes(saved: Mapping[int, torch.Tensor]) -> int:
-    """The total bytes of the storages."""
+    """Return the total bytes of the storages."""
     return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 
@@ -160,7 +161,7 @@ def restart_peak(device: torch.device) -> int | None:
 
 
 def idle_bytes() -> int | None:
-    """The anonymous memory of this process now; None if the system does not tell.
+    """Return the anonymous memory of this process now; None if the system does not tell.
 
     Memory that is free but still resident would be used by a step without a rise of the peak. It is returned to the
     system first where malloc is glibc's; another allocator, which a report's header names, keeps by its own rules.
@@ -173,7 +174,7 @@ def idle_bytes() -> int | None:
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """The peak memory since `restart_peak`: allocated by torch on CUDA, else anonymous; None if unknown.
+    """Return the peak memory since `restart_peak`: allocated by torch on CUDA, else anonymous; None if unknown.
 
     Linux tells the peak of all resident memory. Files and shared memory are in it as they are now.
     """

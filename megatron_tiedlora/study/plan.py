@@ -57,11 +57,11 @@ class SweepPlan:
         return next(iter(self.runs.values())).source
 
     def is_finished(self, run: record.Run) -> bool:
-        """Whether an earlier start has finished a run, or it has ended meanwhile."""
+        """Return whether an earlier start has finished a run, or it has ended meanwhile."""
         return record.read_run(self.folder.run(run.name)).state == "finished"
 
     def groups(self) -> list[Group]:
-        """The runs of all points that have an unfinished one, in groups that follow each other.
+        """Return the runs of all points that have an unfinished one, in groups that follow each other.
 
         The runs of a point are compared and scored together, so they stay together if they fit. Those that are finished
         are left as they are by the group's start, and with --halving the others are compared with them.
@@ -77,7 +77,7 @@ class SweepPlan:
         return list(filter(is_left, _packed(list(points), self._may_share)))
 
     def _may_share(self, runs: Group) -> bool:
-        """Whether runs may be a group."""
+        """Return whether runs may be a group."""
         most = self.command.settings.together
         if most != "auto":
             return len(runs) <= most
@@ -86,8 +86,8 @@ class SweepPlan:
         return len(runs) <= job_settings.MOST_TOGETHER and self.needed_bytes(runs) <= self.free_bytes
 
     def needed_bytes(self, runs: Group) -> float:
-        """The bytes that a group needs on the rank that needs most: what its runs hold, and the passes of a micro-batch
-        of the widest run of the sweep."""
+        """Return the bytes that a group needs on the rank that needs most: what its runs hold, and the passes of a
+        micro-batch of the widest run of the sweep."""
         step = planned.StepPlan({run.name: self.runs[run] for run in runs})
         machine = step.shared.machine
         parts = zip(step.stages, self._passes, strict=True)
@@ -156,7 +156,8 @@ def _packed(parts: Sequence[Group], may_share: Callable[[Group], bool]) -> list[
 
 
 def _free_gpu_bytes() -> float:
-    """The free bytes of the GPU with least. Another process asks, as its context would stay in this one's memory."""
+    """Return the free bytes of the GPU with least. Another process asks, as its context would stay in this one's
+    memory."""
     free = "min(cuda.mem_get_info(index)[0] for index in range(cuda.device_count()))"
     code = f"import sys; from torch import cuda; sys.stdout.write(str({free}))"
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}

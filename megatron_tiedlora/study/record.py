@@ -86,7 +86,7 @@ class SweepGrid:
         return tuple(dict.fromkeys((*self.table, *self.table3)))
 
     def runs(self, point: Point) -> tuple[Run, ...]:
-        """The runs of a point, one per learning rate, in the order given."""
+        """Return the runs of a point, one per learning rate, in the order given."""
         return tuple(Run(point, rate) for rate in self.learning_rates)
 
     @property
@@ -96,7 +96,7 @@ class SweepGrid:
 
 
 def make_grid(settings: SweepSettings, num_layers: int) -> SweepGrid:
-    """The grid of `settings` for a model with `num_layers` layers.
+    """Return the grid of `settings` for a model with `num_layers` layers.
 
     Raises:
         UserError: the model does not have a layer.
@@ -111,7 +111,7 @@ def make_grid(settings: SweepSettings, num_layers: int) -> SweepGrid:
 
 
 def single_layers(wanted: Sequence[int] | str | None, num_layers: int) -> tuple[int, ...]:
-    """The layers to adapt one at a time: none, those given, or for `paper` 1, 4, 8, ... and the last."""
+    """Return the layers to adapt one at a time: none, those given, or for `paper` 1, 4, 8, ... and the last."""
     if wanted is None:
         return ()
     if isinstance(wanted, str):
@@ -122,7 +122,7 @@ def single_layers(wanted: Sequence[int] | str | None, num_layers: int) -> tuple[
 
 
 def rate_text(rate: float) -> str:
-    """A learning rate as it is written in names: 1e-4, 2.5e-5, 3e-2. Different rates have different texts."""
+    """Return a learning rate as it is written in names: 1e-4, 2.5e-5, 3e-2. Different rates have different texts."""
     sign, digits, exponent = Decimal(repr(rate)).normalize().as_tuple()
     assert not sign and isinstance(exponent, int)
     text = "".join(map(str, digits))
@@ -154,19 +154,19 @@ class StudyFolder:
         return unguarded if self.owner is None else self.owner.check
 
     def run(self, name: str) -> Path:
-        """The run folder of the run called `name`."""
+        """Return the run folder of the run called `name`."""
         return self.path / RUNS / name
 
     def group(self, name: str) -> Path:
-        """The folder of all of the runs that train together, of which `name` is the first."""
+        """Return the folder of all of the runs that train together, of which `name` is the first."""
         return self.path / GROUPS / name
 
     def score(self, name: str) -> Path:
-        """The folder that tiedlora evaluate writes for the run called `name`, or for `base`."""
+        """Return the folder that tiedlora evaluate writes for the run called `name`, or for `base`."""
         return self.path / SCORES / name
 
     def log(self, name: str) -> Path:
-        """The output of the command called `name`."""
+        """Return the output of the command called `name`."""
         return self.path / LOGS / f"{name}.log"
 
 
@@ -264,7 +264,7 @@ def write_record(folder: StudyFolder, command: SweepCommand, base: BaseRecord) -
 
 
 def read_command(folder: StudyFolder) -> SweepCommand:
-    """The settings of the study in the folder. Raises UserError."""
+    """Return the settings of the study in the folder. Raises UserError."""
     values = read_yaml(str(folder.settings), Settings, SweepSettings)
     with naming_file(folder.settings, values):
         return make_command({**values, "output_dir": str(folder.path)})
@@ -299,7 +299,7 @@ class RunEnd:
         return self.reason if self.state == "finished" and self.reason.startswith(HALVING_REASON) else ""
 
     def in_words(self, metric: str) -> str:
-        """How a finished run ended, by the value of --eval_metric."""
+        """Return how a finished run ended, by the value of --eval_metric."""
         why = f" ({self.halved})" if self.halved else ""
         return f"best validation {metric} {self.best:.4f}, ended at step {self.step}{why}"
 
@@ -339,7 +339,7 @@ class Study:
     own_rows: tuple[str, ...] = ()
 
     def result(self, point: Point) -> Result:
-        """The result of a point of the grid."""
+        """Return the result of a point of the grid."""
         return next(result for result in self.results if result.point == point)
 
     @property
@@ -349,7 +349,7 @@ class Study:
 
 
 def read_run(folder: Path) -> RunEnd:
-    """The state of the run in a folder."""
+    """Return the state of the run in a folder."""
     run = RunFolder(folder)
     if not run.is_run:
         return RunEnd("to do")
@@ -370,12 +370,12 @@ def read_run(folder: Path) -> RunEnd:
 
 
 def _number(value: Any) -> float | None:
-    """A finite number, or None."""
+    """Return a finite number, or None."""
     return float(value) if type(value) in (int, float) and abs(value) < 1e300 else None
 
 
 def best_run(folder: StudyFolder, runs: Sequence[Run], *, metric: str) -> Run | None:
-    """The finished run that is best on validation, the first of equals. None if no run is finished.
+    """Return the finished run that is best on validation, the first of equals. None if no run is finished.
 
     Args:
         metric: the value of --eval_metric: `loss`, where less is better, or a score.
@@ -387,7 +387,7 @@ def best_run(folder: StudyFolder, runs: Sequence[Run], *, metric: str) -> Run | 
 
 
 def read_score(folder: Path) -> Score | None:
-    """The score that tiedlora evaluate wrote to `folder`, or None if there is none yet.
+    """Return the score that tiedlora evaluate wrote to `folder`, or None if there is none yet.
 
     Raises:
         UserError: results.json has other content.
@@ -406,7 +406,7 @@ def read_score(folder: Path) -> Score | None:
 
 
 def read_study(path: Path) -> Study:
-    """A study with its results so far, from its folder.
+    """Return a study with its results so far, from its folder.
 
     Raises:
         UserError: there is no study, or a file is broken.

@@ -157,13 +157,13 @@ class Sweep:
         self._bar.update(done - self._bar.n)
 
     def _part(self, run: record.Run) -> float:
-        """The part of a run's steps that it has taken, 0 to 1."""
+        """Return the part of a run's steps that it has taken, 0 to 1."""
         steps = self.plan.runs[run].settings.max_steps
         row = last_row(run_folder.RunFolder(self.folder.run(run.name)).metrics)
         return 0.0 if row is None else min(row["step"] / steps, 1.0)
 
     def _best(self) -> dict[str, str]:
-        """The best run of each point that has a finished one, by the name of the score."""
+        """Return the best run of each point that has a finished one, by the name of the score."""
         grid, metric = self.plan.grid, self.command.train.eval_metric
         found = {point: record.best_run(self.folder, grid.runs(point), metric=metric) for point in grid.points}
         return {f"score {point.name}": run.name for point, run in found.items() if run is not None}
@@ -327,7 +327,7 @@ class Sweep:
 
 
 def last_row(metrics: Path) -> dict[str, Any] | None:
-    """The last complete row of a metrics.jsonl that is still being written."""
+    """Return the last complete row of a metrics.jsonl that is still being written."""
     try:
         with metrics.open("rb") as stream:
             stream.seek(max(0, metrics.stat().st_size - 4096))
@@ -338,7 +338,7 @@ def last_row(metrics: Path) -> dict[str, Any] | None:
 
 
 def last_lines(log: Path, count: int = 12, *, bars: bool = False) -> list[str]:
-    """The last lines of output of a command's last start, with progress bars or without."""
+    """Return the last lines of output of a command's last start, with progress bars or without."""
     if not log.is_file():
         return []
     with log.open("rb") as stream:

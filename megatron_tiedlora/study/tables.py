@@ -42,7 +42,7 @@ EXACT_MATCH = ("squad", "gsm8k", "exact_match")  # our metrics that are the pape
 
 
 def paper_model(name: str, shape: ModelShape) -> str | None:
-    """The paper's model that a base is, if any: by its shape, or GPT-2B-001 by its name without folders."""
+    """Return the paper's model that a base is, if any: by its shape, or GPT-2B-001 by its name without folders."""
     for title in MODEL_TITLES:
         if shape == shape_from_hf(PRESETS[title], source=title):
             return title
@@ -50,8 +50,8 @@ def paper_model(name: str, shape: ModelShape) -> str | None:
 
 
 def table2_cell(base: BaseRecord, section: str, method: str) -> TableRow:
-    """The columns of a record that show the paper's cell for a method; {} if it has none. LoRA is in the first section
-    only."""
+    """Return the columns of a record that show the paper's cell for a method; {} if it has none. LoRA is in the first
+    section only."""
     key = {"model": base.paper_model, "section": section, "method": method, **_task_and_metric(base)}
     for row in _rows("table2.csv"):
         if key.items() <= row.items():
@@ -61,13 +61,13 @@ def table2_cell(base: BaseRecord, section: str, method: str) -> TableRow:
 
 
 def table2_points(base: BaseRecord, method: str) -> dict[int, float]:
-    """All scores of a method on a study's task in the paper's Table 2, by rank."""
+    """Return all scores of a method on a study's task in the paper's Table 2, by rank."""
     cells = (table2_cell(base, section, method) for section in (LORA_RANK, BEST_RANK))
     return dict(sorted((cell["paper_rank"], cell["paper_score"]) for cell in cells if cell))
 
 
 def table3_scores(base: BaseRecord) -> dict[str, float]:
-    """The paper's row of Table 3, by column (`layer_8`, `tl5`); {} if it has none."""
+    """Return the paper's row of Table 3, by column (`layer_8`, `tl5`); {} if it has none."""
     for row in _rows("table3.csv") if base.paper_model == TABLE3_MODEL else ():
         if _task_and_metric(base).items() <= row.items():
             return {column: float(score) for column, score in row.items() if column not in ("task", "metric")}
@@ -103,7 +103,7 @@ TABLE3_COLUMNS = (
 
 
 def metric_title(study: Study) -> str:
-    """The metric as tables name it."""
+    """Return the metric as tables name it."""
     return METRIC_TITLES.get(study.base.metric, study.base.metric)
 
 
@@ -113,7 +113,7 @@ def title(study: Study) -> str:
 
 
 def model_title(study: Study) -> str:
-    """The base model's name as the user gave it, without its folder."""
+    """Return the base model's name as the user gave it, without its folder."""
     return study.base.model.rstrip("/").rsplit("/", 1)[-1]
 
 
@@ -137,7 +137,7 @@ def _of_result(result: Result) -> TableRow:
 
 
 def table2(studies: Sequence[Study]) -> list[TableRow]:
-    """The records of Table 2: all methods at LoRA's best rank, then each method but LoRA at its own best rank.
+    """Return the records of Table 2: all methods at LoRA's best rank, then each method but LoRA at its own best rank.
 
     The best rank has the best score on the test set, as in the paper. Of equal scores it is the smaller rank. A method
     has a record for each task, and for the average of several if all have a score.
@@ -153,7 +153,7 @@ def table2(studies: Sequence[Study]) -> list[TableRow]:
 
 
 def _table2_row(studies: Sequence[Study], section: str, method: str) -> Iterator[TableRow]:
-    """The records of a method, if a study has a score of it."""
+    """Yield the records of a method, if a study has a score of it."""
     best_lora, where = [best_result(study, LORA) for study in studies], {"section": section, "method": method}
     results = [best_result(study, method) for study in studies]
     if section == LORA_RANK:
@@ -183,18 +183,19 @@ def _value(result: Result) -> float:
 
 
 def best_result(study: Study, method: str, *, rank: int | None = None) -> Result | None:
-    """The method's result with the best test score, at `rank` or at any rank; None if there is no score."""
+    """Return the method's result with the best test score, at `rank` or at any rank; None if there is no score."""
     found = [r for r in study.table_results if r.point.method == method and rank in (None, r.point.rank)]
     return max(found, key=lambda r: (_value(r), -r.point.rank)) if found else None
 
 
 def decline(lora: Sequence[float], scores: Sequence[float]) -> float | None:
-    """The average decline of `scores` against LoRA's on the same tasks, in per cent; None if LoRA's are all zero."""
+    """Return the average decline of `scores` against LoRA's on the same tasks, in per cent; None if LoRA's are all
+    zero."""
     return 100 * (sum(lora) - sum(scores)) / sum(lora) if sum(lora) > 0 else None
 
 
 def mean_base(studies: Sequence[Study]) -> float | None:
-    """The mean score of the base model over the tasks; None if one has none."""
+    """Return the mean score of the base model over the tasks; None if one has none."""
     values = [study.base_score.value for study in studies if study.base_score is not None]
     return sum(values) / len(values) if len(values) == len(studies) else None
 
@@ -242,7 +243,7 @@ def table2_markdown(studies: Sequence[Study]) -> str:
 
 
 def _cells(record: TableRow, *, with_paper: bool) -> list[str]:
-    """The cells of a task in a row: score, interval, rank, P% and decline; the paper's score, rank and P%."""
+    """Return the cells of a task in a row: score, interval, rank, P% and decline; the paper's score, rank and P%."""
     ranks = [str(record.get(name, NONE)) for name in ("rank", "paper_rank")]
     shares = [_number(record.get(name), 1) for name in ("params_percent_of_best_lora", "paper_params_percent")]
     cells = [*_score_texts(record), ranks[0], shares[0], _number(record.get("decline_percent"))]
@@ -250,7 +251,7 @@ def _cells(record: TableRow, *, with_paper: bool) -> list[str]:
 
 
 def _score_texts(record: TableRow) -> tuple[str, str]:
-    """A score, with a mark if not all learning rates are finished, and its interval."""
+    """Return a score, with a mark if not all learning rates are finished, and its interval."""
     if "score" not in record:
         return NONE, NONE
     mark = INCOMPLETE if record.get("all_rates_finished") == "false" else ""
@@ -289,7 +290,8 @@ def _notes2(studies: Sequence[Study], records: Sequence[TableRow]) -> list[str]:
 
 
 def table3(studies: Sequence[Study]) -> list[TableRow]:
-    """The records of Table 3: LoRA on single layers and the tied method at the same rank, of studies that have them."""
+    """Return the records of Table 3: LoRA on single layers and the tied method at the same rank, of studies that have
+    them."""
     found = []
     for study in studies:
         published = table3_scores(study.base)
@@ -380,7 +382,7 @@ class PlotPoint(NamedTuple):
 
 
 def lines(studies: Sequence[Study]) -> dict[str, list[PlotPoint]]:
-    """The mean over the studies, by method and rank, for the ranks at which all studies have a score.
+    """Return the mean over the studies, by method and rank, for the ranks at which all studies have a score.
 
     The test sets of the tasks are independent, so the squares of their error bars add up.
     """
