@@ -1,7 +1,7 @@
-"""Runs a study from its settings to its tables: the base's score, the groups of runs, the scores of the best, tables.
+"""Runs a study: scores the base, trains the runs, scores the best run of each point, and writes tables and figures.
 
-A start is tiedlora train or tiedlora evaluate by the launcher of tiedlora run. How it ended is told by the files that
-it writes, not by its exit status, which a launcher may lose.
+The launcher of tiedlora run launches tiedlora train and tiedlora evaluate. The files that they write say how they
+ended, because a launcher may lose the exit status.
 """
 
 import os
@@ -29,7 +29,7 @@ from megatron_tiedlora.runtime import run_folder, stopping
 from megatron_tiedlora.study import record, tables
 from megatron_tiedlora.study.plan import Group, SweepPlan, plan_sweep
 
-LOG_MARK = "$ "  # precedes the command line of each start in a log
+LOG_MARK = "$ "  # precedes the command line of each launch in a log
 _TERMINAL_CODE, _BAR_MARK = re.compile(r"\x1b\[[0-9;]*[A-Za-z]"), "%|"
 _SHOWN_FAILURES, _SHOWN_CHARACTERS = 3, 120
 
@@ -41,7 +41,8 @@ def begin_job(job: launchers.Job, log: Path, lock: int) -> start.RunningJob:
     """Start a job whose output is appended to a log.
 
     Args:
-        lock: a descriptor that the launcher keeps open: one that outlives a killed sweep still holds its folder.
+        lock: the file descriptor of the folder's lock. The launcher keeps it open, so that a launcher that outlives a
+            killed sweep still holds the folder.
 
     Raises:
         UserError: the log cannot be written, or the launcher cannot be started.
@@ -52,7 +53,7 @@ def begin_job(job: launchers.Job, log: Path, lock: int) -> start.RunningJob:
         make_way_for_log(log)
         with log.open("a+b", buffering=0) as stream:
             stream.seek(max(0, stream.seek(0, os.SEEK_END) - 1))
-            cut = stream.read(1) not in (b"", b"\n")  # a kill may leave a part of a line
+            cut = stream.read(1) not in (b"", b"\n")  # a killed process may leave an incomplete line
             mark = f"\n{LOG_MARK}" if cut else LOG_MARK
             stream.write(f"{mark}{shlex.join(plan.words)}\n".encode())
             return start.RunningJob(job, plan, stdout=stream, stderr=stream, pass_fds=(lock,))
@@ -65,8 +66,8 @@ def sweep(command: job_settings.SweepCommand, *, scripts: Path, begin: Begin = b
         scripts: the folder of the scripts of tiedlora train and tiedlora evaluate.
 
     Raises:
-        UserError: settings, model, task or folder do not fit, before anything is started; or a file or launcher cannot
-            be written or started.
+        UserError: settings, model, task or folder do not fit; or a file cannot be written, or a launcher cannot be
+            started. The first four are checked before anything is launched.
     """
     settings = command.settings
     if settings.tables_from is not None:
@@ -92,10 +93,10 @@ def sweep(command: job_settings.SweepCommand, *, scripts: Path, begin: Begin = b
 
 
 def lock_study(folder: Path, *, take_over: bool = False) -> ownership.FolderLock:
-    """Become the owner of a study's folder, which is created if it does not exist.
+    """Lock a study's folder for this sweep. The folder is created if it does not exist.
 
     Raises:
-        UserError: another sweep, or a launcher of a killed one, is writing here.
+        UserError: another sweep, or the launcher of a killed sweep, writes to the folder.
     """
     hint = "it is another sweep, or a run of a killed sweep; wait until it ends, or end it"
     return ownership.take_folder(folder, take_over=take_over, hint=f"{hint} (--take_over takes the folder anyway)")
@@ -103,13 +104,13 @@ def lock_study(folder: Path, *, take_over: bool = False) -> ownership.FolderLock
 
 @dataclass
 class Sweep:
-    """A study at work: its starts follow each other.
+    """A running study. Its commands are launched one after another.
 
     Attributes:
         private: a folder for files of the launchers; no other user can read it.
-        scripts: the folder of the scripts that are started.
-        lock: the descriptor that holds the study's folder.
-        failures: by the name of a run or score that failed, why, and the log of its start.
+        scripts: the folder of the scripts that are launched.
+        lock: the file descriptor of the lock on the study's folder.
+        failures: for each failed run or score the reason and the log of its launch, by name.
     """
 
     plan: SweepPlan
@@ -129,11 +130,11 @@ class Sweep:
 
     @property
     def given_up(self) -> bool:
-        """Whether nothing else was started, as without the base's score there is nothing to compare with."""
+        """Whether nothing was trained because the base could not be scored, so that nothing can be compared with it."""
         return f"score {record.BASE_NAME}" in self.failures
 
     def run(self) -> None:
-        """Score the base, train the groups, and score the best run of each point. After a signal nothing is started.
+        """Score the base, train the runs, and score the best run of each point. After a signal nothing is launched.
 
         Raises:
             UserError: a file cannot be written, or a launcher cannot be started.
@@ -149,7 +150,7 @@ class Sweep:
             self._count()
 
     def _count(self) -> None:
-        """Show how many runs and scores of the study are done."""
+        """Show the number of finished runs and scores of the study."""
         done = sum(map(self.plan.is_finished, self.plan.runs))
         names = (record.BASE_NAME, *self._best().values())
         done += sum(record.read_score(self.folder.score(name)) is not None for name in names)
@@ -157,27 +158,27 @@ class Sweep:
         self._bar.update(done - self._bar.n)
 
     def _part(self, run: record.Run) -> float:
-        """Return the part of a run's steps that it has taken, 0 to 1."""
+        """Return the fraction of the run's steps that are done, from 0 to 1."""
         steps = self.plan.runs[run].settings.max_steps
         row = last_row(run_folder.RunFolder(self.folder.run(run.name)).metrics)
         return 0.0 if row is None else min(row["step"] / steps, 1.0)
 
     def _best(self) -> dict[str, str]:
-        """Return the best run of each point that has a finished one, by the name of the score."""
+        """Return the best run of each point that has a finished run, by the name of its score."""
         grid, metric = self.plan.grid, self.command.train.eval_metric
         found = {point: record.best_run(self.folder, grid.runs(point), metric=metric) for point in grid.points}
         return {f"score {point.name}": run.name for point, run in found.items() if run is not None}
 
     def _train(self, runs: Group) -> None:
-        """Train a group, each run in the folder of its own."""
+        """Train runs together. Each run has its own folder."""
         if self.stop.received:
             return
         folder, first, several = self.folder, runs[0].name, len({run.point for run in runs}) < len(runs)
         left = [run for run in runs if not self.plan.is_finished(run)]
-        for run in left:  # if the start fails, how an earlier one ended is not why
+        for run in left:  # if this launch fails, an old status must not be read as its reason
             discard(run_folder.RunFolder(folder.run(run.name)).status, guard=folder.guard)
         file, output = folder.group(f"{first}.yaml"), folder.group(first)
-        with suppress(OSError):  # the next lines say what is wrong
+        with suppress(OSError):  # the next lines report what is wrong
             file.parent.mkdir(exist_ok=True)
         entries = [{"name": run.name, **run.settings, "output_dir": str(folder.run(run.name))} for run in runs]
         files.write_yaml(file, entries, guard=folder.guard)
@@ -195,7 +196,11 @@ class Sweep:
             self._note(run.name, words, f"group {first}", end.reason)
 
     def _score(self, wanted: Mapping[str, str]) -> None:
-        """Score the base model alone, or the adapters of runs together; by the names of the scores."""
+        """Score the base model alone, or the adapters of several runs together. `wanted` is by the names of scores."""
+        """
+-----
+  # it has no result
+        """
         folder, train, settings = self.folder, self.command.train, self.command.settings
         left = {item: name for item, name in wanted.items() if record.read_score(folder.score(name)) is None}
         if not left or self.stop.received:
