@@ -146,7 +146,7 @@ def generate(model: Any, prompts: str | Sequence[str], *, tokenizer: Any = None,
         tokenizer = load_tokenizer(own or model.config.name_or_path)
     options = {"max_new_tokens": 256, "do_sample": False, "pad_token_id": tokenizer.eos_token_id, **keywords}
     answers = []
-    for prompt in [prompts] if isinstance(prompts, str) else prompts:  # one by one, because padding may change the last bits
+    for prompt in [prompts] if isinstance(prompts, str) else prompts:  # one by one, as padding may change the last bits
         tokens = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
         with torch.no_grad():
             found = model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)

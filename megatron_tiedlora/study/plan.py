@@ -230,6 +230,6 @@ def plan_sweep(command: job_settings.SweepCommand) -> SweepPlan:
     for name in splits.local_names(train):
         readers.read_rows(name, limit=1)
     limit = settings.test_limit
-    if limit is None and task.scored_rows is not None:  # tiedlora evaluate scores some of the rows, and a sweep scores all
+    if limit is None and task.scored_rows is not None:  # tiedlora evaluate scores some rows, a sweep all
         limit = len(splits.load_split(train.task, "test", files={"test": train.test_file}, seed=train.seed))
     return SweepPlan(command, folder, base, grid, runs, job, limit)

@@ -269,7 +269,7 @@ def write_record(folder: StudyFolder, command: SweepCommand, base: BaseRecord) -
     own, train = command.settings.model_dump(mode="json"), command.train.model_dump(mode="json")
     found = {**{name: own[name] for name in marked(SweepSettings, lasts="")}, **{n: train[n] for n in command.given}}
     content = {name: value for name, value in found.items() if value is not None}
-    files.write_json(folder.base, asdict(base), guard=folder.guard)  # written first, so that it always has all points of the settings
+    files.write_json(folder.base, asdict(base), guard=folder.guard)  # first, so that it has all points of the settings
     files.write_yaml(folder.settings, content, guard=folder.guard)
     discard(folder.status, guard=folder.guard)
 

@@ -197,10 +197,6 @@ class Sweep:
 
     def _score(self, wanted: Mapping[str, str]) -> None:
         """Score the base model alone, or the adapters of several runs together. `wanted` is by the names of scores."""
-        """
------
-  # it has no result
-        """
         folder, train, settings = self.folder, self.command.train, self.command.settings
         left = {item: name for item, name in wanted.items() if record.read_score(folder.score(name)) is None}
         if not left or self.stop.received:
@@ -226,24 +222,24 @@ class Sweep:
             self._note(item, words_of, log)
 
     def _take_scores(self) -> None:
-        """Move each score that was made beside others to its place. A sweep that was killed may have left some."""
+        """Move each score that was computed together with others to its folder, including those of a killed sweep."""
         made = self.folder.group(record.SCORES)
         for found in sorted(made.glob(f"*/{RESULTS_FILE}")):
             target = self.folder.score(found.parent.name)
-            discard(target, guard=self.folder.guard)  # it has no result, or this one
+            discard(target, guard=self.folder.guard)  # it has no result, or the same one
             with os_errors(f"{target}: cannot be written"):
                 target.parent.mkdir(exist_ok=True)
                 found.parent.replace(target)
         discard(made, guard=self.folder.guard)
 
-    # One start --------------------------------------------------------------------------------------------------------
+    # One launch -------------------------------------------------------------------------------------------------------
 
     def _start(self, name: str, script: str, settings: Mapping[str, Any], words: Sequence[str] = ()) -> bool:
-        """Start a script and wait for its end. False if a signal has come meanwhile.
+        """Launch a script and wait until it ends. Returns False if a signal was received meanwhile.
 
         Args:
-            name: of its log.
-            settings: its flags, by name; those that are None are left out.
+            name: the name of its log.
+            settings: values of its flags by name; None values are left out.
             words: further words of its command line.
         """
         self.folder.guard()
@@ -262,15 +258,15 @@ class Sweep:
             start.wait_for_end(running, status, self.stop, grace=grace, on_poll=self._show, tell=self._say)
             running.end(self._say)
         finally:
-            running.kill()  # nothing is left, unless this sweep cannot go on
+            running.kill()  # has an effect only if this sweep was interrupted
         return not self.stop.received
 
     def _note(self, item: str, words: str | None, log: str, recorded: str = "") -> None:
-        """Show how a run or score has ended, and keep why it failed.
+        """Show how a run or score ended, and store the reason if it failed.
 
         Args:
-            words: how it ended; None: it failed.
-            recorded: why, as far as its folder says. The log of several has the errors of all.
+            words: a description of how it ended; None if it failed.
+            recorded: the reason in its folder; '' if there is none. A log of several runs has the errors of all.
         """
         if words is None:
             lines = last_lines(self.folder.log(log), 40)
@@ -288,8 +284,8 @@ class Sweep:
             self._bar.write(printable(f"tiedlora sweep: {line}"))
 
     def _show(self) -> None:
-        """Show which part of the running start is done, and its last line, which is mostly its own progress."""
-        with suppress(OSError):  # a full disk or a lost screen is no reason to stop
+        """Show the progress of the running launch and its last line of output, usually its own progress bar."""
+        with suppress(OSError):  # the sweep continues if the disk is full or the terminal is closed
             self._bar.update(self._done + sum(map(self._part, self._training)) - self._bar.n)
             line = "".join(last_lines(self._log, 1, bars=True))
             self._bar.set_postfix_str(printable(f"{self._log.stem}: {line}"[:_SHOWN_CHARACTERS]))
@@ -297,10 +293,10 @@ class Sweep:
     # The end ----------------------------------------------------------------------------------------------------------
 
     def write_status(self, state: str, *, reason: str | None = None) -> None:
-        """Write sweep_status.json: how this start ended, and why each failure did, with the last lines of its log.
+        """Write sweep_status.json: how this launch ended, and each failure with its reason and the end of its log.
 
         Args:
-            reason: why the sweep itself failed.
+            reason: the reason if the sweep itself failed.
         """
         failed = [
             {"name": name, "reason": why, "log": str(log), "last_lines": last_lines(log)}
@@ -310,7 +306,7 @@ class Sweep:
         write_json(self.folder.status, {"state": state, **own, "failed": failed}, guard=self.folder.guard)
 
     def end(self) -> int:
-        """Write status, tables and figures, and show what failed. Returns the exit status."""
+        """Write the status, tables and figures, and show the failures. Returns the exit status."""
         folder, failures = self.folder, self.failures
         if self.stop.received:
             self.write_status("stopped")
@@ -343,7 +339,7 @@ def last_row(metrics: Path) -> dict[str, Any] | None:
 
 
 def last_lines(log: Path, count: int = 12, *, bars: bool = False) -> list[str]:
-    """Return the last lines of output of a command's last start, with progress bars or without."""
+    """Return the last lines of output of a command's last launch. `bars` includes progress bars."""
     if not log.is_file():
         return []
     with log.open("rb") as stream:
@@ -359,7 +355,7 @@ def join_studies(folders: Sequence[str], target: Path, *, take_over: bool = Fals
     """Write tables and figures of several studies, one per task, to the folder `target`. Returns exit status 0.
 
     Raises:
-        UserError: a folder holds no study, a task appears twice, or the base models differ.
+        UserError: a folder has no study, a task appears twice, or the base models differ.
     """
     studies = [record.read_study(user_path(folder)) for folder in folders]
     for index, study in enumerate(studies):
