@@ -23,7 +23,7 @@ from megatron_tiedlora.runtime.launch_env import EXPECTED_RANKS
 from megatron_tiedlora.runtime.machine import Finding
 
 FOLDER = Path(__file__).parent
-# Options that the command passes to a part as --check-NAME, and their values for `pytest -m gpu`. `folder` is for output.
+# Options that the command passes to a part as --check-NAME, and the values for `pytest -m gpu`. `folder`: for output.
 OPTIONS = {"device": "cuda", "model": "llama2-7b", "seconds": 480.0, "folder": ""}
 WARNING = "warning"  # the name of a property that is a warning, not a measured value
 Tell = Callable[[str, object], None]  # pytest's record_property: a name and a value
