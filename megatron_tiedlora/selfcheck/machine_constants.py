@@ -254,7 +254,7 @@ class _Measure:
         with self.device:
             weight = weight_maker(name)(linear.out_size, linear.in_size, dtype=torch.bfloat16)
         weight.load(self._random(linear.out_size, linear.in_size, dtype=torch.bfloat16))
-        x = self._random(1, linear.in_size, dtype=torch.bfloat16)  # with one token, dequantising takes nearly all the time
+        x = self._random(1, linear.in_size, dtype=torch.bfloat16)  # with one token, most of the time is dequantising
         taken = self._time(lambda: weight.times_transposed(x), seconds)
         return self._constant(linear.num_weights / taken, f"the output projection of {self.source.name}")
 

@@ -56,7 +56,7 @@ def loss_and_gradients(
 def document_logits(shape: ModelShape, scale: float, weights: Tensors, factors: Tensors, tokens: Tensor) -> Tensor:
     """Return the logits of each token, (s, V), in max(fp32, dtype)."""
     hidden = weights["layers.0.weight"][tokens]
-    dims = {"A": 2, "B": 2, "u": 1, "v": 1}  # of a factor of one layer; more dimensions mean that it is stacked over layers
+    dims = {"A": 2, "B": 2, "u": 1, "v": 1}  # of a tied factor; others are stacked over layers
     for layer in range(1, shape.num_layers + 1):
         own = {name.split(".", 2)[2]: tensor for name, tensor in weights.items() if name.startswith(f"layers.{layer}.")}
         of_layer = {name: f if f.ndim == dims[name[-1]] else f[layer - 1] for name, f in factors.items()}

@@ -64,7 +64,7 @@ def step_settings(model: str, *flags: str) -> tool_settings.BenchSettings:
 
 
 def planned_bytes(plan: RunPlan) -> float:
-    """Return the dry run's plan of the most bytes that torch's allocator holds on this rank."""
+    """Return the bytes that the dry run plans for torch's allocator on this rank."""
     tokens = plan.layout.rows * plan.layout.length
     step = step_memory(plan.stage, LargestMicroBatch(tokens, 1, tokens))
     return held_memory(plan.stage).plus(step).total
@@ -125,7 +125,7 @@ SCALES = {"A": 0.05, "B": 0.1}  # standard deviations: the update is visible but
 LENGTHS = ((100, 31, 69), (140, 60))  # of the documents in two packed rows of 200 tokens
 
 
-Computed = dict[str, Tensor]  # the loss in fp64 and the gradient of each trained factor; a factor's key is d and its name
+Computed = dict[str, Tensor]  # the loss in fp64, and the gradients of trained factors by d and their names
 
 
 class Judge:
