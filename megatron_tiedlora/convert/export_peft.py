@@ -125,7 +125,7 @@ def export_peft(
         named: name of the base in PEFT's config [`base_name`].
         native: the folder from which `adapter` was read. Its two files are copied to `NATIVE_FOLDER`. An import finds
             them there, with the tie that PEFT's files cannot express.
-        base_differs: export for this base although the adapter was trained on another; the record says so.
+        base_differs: export even if the adapter was trained on a different base. The record names the differences.
         say: called with each note about the base.
         new: makes the output folder.
         identify: computes the base's identity; a caller that exports many adapters of one base passes a cached one.

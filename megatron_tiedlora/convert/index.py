@@ -1,6 +1,6 @@
 """Writes and reads the index of the native adapters in a folder: one SQLite file, which other programs can read too.
 
-The file may come from a stranger. So it is read only if its schema is the one that is written here, its size limits the
+The file may come from a stranger. So it is read only if it has the same schema as a written index. Its size limits the
 time and memory of reading, and every row is checked. SQLite's own check overflows the stack on deep trees, so it is not
 used.
 """
@@ -90,7 +90,7 @@ def _column(name: str, kind: Any) -> str:
     return f"{name} {sql_type}{'' if optional else ' NOT NULL'}{' PRIMARY KEY' if name == 'path' else ''}"
 
 
-# The statements that make the file. It has an index for each column by which other programs may want to search.
+# The statements that create the file. It has an index for each column that other programs may search.
 _SCHEMA = (
     f"CREATE TABLE adapters ({', '.join(_column(*item) for item in typing.get_type_hints(Entry).items())})",
     *(f"CREATE INDEX adapters_{name} ON adapters ({name})" for name in FILTERS),

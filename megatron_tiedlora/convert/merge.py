@@ -36,7 +36,7 @@ _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "chat_template.json", "*.jinja"),
 )
-# The files from which transformers reads a tokenizer, including chat templates, whose texts it saves again.
+# The files from which transformers reads a tokenizer. They include chat templates, because it saves their texts again.
 _TOKENIZER_SOURCES = (
     *("tokenizer*", "*.model", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json"),
     *("*.txt", "*.spm", "*.codes", "chat_template*", "*.jinja", "additional_chat_templates"),
@@ -160,7 +160,7 @@ class _MergedFiles:
         Its name and the order of its tensors stay the same. If the dtypes stay the same, so does the whole header.
 
         Raises:
-            UserError: it is not a whole safetensors file, or has a tensor that belongs to another file.
+            UserError: it is not a complete safetensors file, or has a tensor that belongs to a different file.
         """
         reader = self.weights.reader(file)  # checks that shapes and sizes agree and that the tensors lie side by side
         header = self.weights.header(file)
@@ -194,7 +194,7 @@ class _MergedFiles:
         shape, changed = tuple(stored.get_shape()), name in self.weights.changed
         kind = stored[:0].dtype if shape else stored[...].dtype
         cast = self.dtype if kind in tensor_files.TYPE_NAMES else None
-        # Files may hold tensors that the index does not name, or names for another file.
+        # A file may hold tensors that the index does not name, or for which it names a different file.
         read = self.weights.read if changed else lambda _, rows: stored[rows]
         return self._streamed(file, name, shape, cast or kind, read, checked=changed or cast is not None)
 

@@ -82,8 +82,9 @@ def convert_nemo(
 
 
 def _read_tokenizer(raw: bytes) -> tuple[int, dict[str, int | None], dict[str, Any]]:
-    """Return the vocabulary size of a SentencePiece model, its special ids as fields of a model's config, and the
-    content of a `tokenizer_config.json` with which transformers returns the same ids.
+    """Return the vocabulary size of a SentencePiece model, its special ids, and the content of its config.
+
+    The ids are fields of a model's config. With the returned `tokenizer_config.json` transformers returns the same ids.
 
     Raises:
         ValueError: transformers returns different ids.

@@ -188,7 +188,7 @@ def _check_pickle(pickled: bytes) -> None:
     """Raise ValueError if a pickle has an operation or a name that a state dict does not need.
 
     `torch.load` accepts more of both. It also hashes the keys of dicts. The hash of a tuple needs stack for each level
-    and time for each element, so the number of tuples is limited, and no tuple may be used twice.
+    and time for each element. So the number of tuples is limited, and no tuple may be used twice.
     """
     before, num_tuples, tuples = "", 0, set()
     operations: Iterable[tuple[Any, Any, Any]] = pickletools.genops(pickled)

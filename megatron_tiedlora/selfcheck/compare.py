@@ -1,10 +1,10 @@
 """Compares implementations, called sides, in one process in which they take turns. Memory is measured in a separate
 process for each side.
 
-The sides of a step are this package and Hugging Face + PEFT LoRA. With --adapters they are several adapters that take
-their steps in turn, the same adapters together in shared micro-batches, and one adapter with as many tokens in as many
-micro-batches. The last one is the upper bound for shared micro-batches. `measure_sides` makes the report of --what
-step, scaling and decoding; `bench_report` converts it to text.
+The sides of a step are this package and Hugging Face + PEFT LoRA. With --adapters there are three sides: the adapters
+take their steps in turn; they are trained together in shared micro-batches; or one adapter is trained with the same
+number of tokens and micro-batches. The last side is an upper bound for the second one. `measure_sides` makes the report
+of --what step, scaling and decoding. `bench_report` converts it to text.
 """
 
 import os

@@ -9,8 +9,8 @@ source from a preset: that of the same GPU, else of the H100; or that of CPUs.
 
 Some constants are measured with steps of a run's own engine:
 
-    block        seconds of a step of many tiny layers - of one, over the passes through them
-    step         seconds of a step of one tiny layer beside its passes
+    block        (seconds of a step of many tiny layers - seconds of a step of one) / (passes through the others)
+    step         seconds of a step of one tiny layer without its passes
     instruction  unexplained seconds of a step of two tiny stages
     context      anonymous memory of an idle process on a CPU after these steps
     elementwise  unexplained seconds of a step of two layers of the model's own widths

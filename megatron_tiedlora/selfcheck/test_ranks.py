@@ -202,7 +202,7 @@ class Ranks:
         seconds = 0.0 if failed is None else time.monotonic() - failed
         return EndedRanks(statuses, [log.read_text(errors="replace") for log in logs], seconds)
 
-    @cache  # noqa: B019 - it lives as long as the part
+    @cache  # noqa: B019 - the object lives until the part ends
     def train(self, first: int, size: int) -> str:
         """Train the cases of a launch. Returns why ranks did not finish them, or ""."""
         if size == 1:

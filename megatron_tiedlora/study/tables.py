@@ -2,9 +2,9 @@
 
 It also draws figures 2 and 3, which show scores by rank, with 95 % intervals and the paper's scores as hollow marks.
 
-P% is a method's trained parameters in per cent of LoRA's at LoRA's best rank. The average decline of a method against
-LoRA is 100 (mean of LoRA's scores - mean of its scores) / mean of LoRA's scores over the tasks, with LoRA at its best
-rank. Among the possible definitions only this one matches the paper's values for tl6 at LoRA's best rank. These are
+P% is a method's trained parameters in per cent of LoRA's at LoRA's best rank. The average decline of a method is
+100 (mean of LoRA's scores - mean of its scores) / mean of LoRA's scores. Means are over the tasks, with LoRA at its
+best rank. Among the possible definitions only this one matches the paper's values for tl6 at LoRA's best rank. These are
 1.95 % with GPT-2B-001 (its cells of Table 2 result in 1.956) and 1.36 % with LLaMA-2 7B (its cells result in 1.300).
 The mean of the tasks' declines would be 5.07 and 1.63. For one task it is the decline in per cent of LoRA's score.
 
@@ -38,7 +38,7 @@ TableRow = Mapping[str, Any]  # a line of a CSV file by its columns; a missing v
 LORA_RANK, BEST_RANK = "rank_of_best_lora", "best_rank"
 TABLE3_MODEL, TABLE3_RANK = "llama2-7b", 16
 MODEL_TITLES = {"llama2-7b": "LLaMA-2 7B", "gpt-2b-001": "GPT-2B-001"}
-EXACT_MATCH = ("squad", "gsm8k", "exact_match")  # our metrics that are the paper's em; its other metrics have our names
+EXACT_MATCH = ("squad", "gsm8k", "exact_match")  # our names for the paper's em; the paper's other metrics have the same names here
 
 
 def paper_model(name: str, shape: ModelShape) -> str | None:
