@@ -98,8 +98,7 @@ def _identity(entry: index.Entry) -> index.Entry:
 
 
 def verify_entries(root: Path, entries: Sequence[index.Entry], *, progress: bool = False) -> list[str]:
-    """Return a sentence for each adapter that cannot be read, does not match the checksum in its config, or has changed
-    since it was indexed."""
+    """Return a sentence for each adapter that is damaged, or has changed since it was indexed."""
     problems = []
     for entry in progress_bar("verify", "adapter", entries, shows=progress):
         try:

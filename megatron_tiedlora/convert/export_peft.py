@@ -81,8 +81,7 @@ def target_modules(block: BlockShape, linears: Iterable[str]) -> list[str]:
 
 
 def peft_config(source: ModelSource, adapter: native_adapter.NativeAdapter, *, rank: int, base: str) -> dict[str, Any]:
-    """Return the fields of PEFT's adapter_config.json, which names the base `base`. lora_alpha is r, so PEFT scales by
-    1."""
+    """Return the fields of PEFT's adapter_config.json. lora_alpha is r, so PEFT scales by 1. `base` names the base."""
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -209,9 +208,7 @@ def export_all(
     say: Callable[[str], object] = str,
     options: Mapping[str, Any],
 ) -> list[tuple[ModelSource, dict[str, Export]]]:
-    """Export each adapter into its own folder in `output`, and show a progress bar.
-
-    Returns the exports of each base by their names; see `adapter_name`.
+    """Export each adapter into its own folder in `output`. Returns the exports of each base by their `adapter_name`.
 
     Args:
         model: value of --model.

@@ -41,8 +41,7 @@ Weights = tuple[ReadRows, Mapping[str, NativeAdapter | None]]
 def layerwise_logits(
     shape: ModelShape, models: Sequence[Weights], tokens: torch.Tensor, *, dtype: torch.dtype, progress: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Return fp32 logits (b, s, V) by the names in `models`. All models have the same shape. Layers compute in
-    `dtype`."""
+    """Return fp32 logits (b, s, V) by the names in `models`, which have one shape. Layers compute in `dtype`."""
     layers = _Layers(shape, dtype, _CPU)
     size = max(_HEAD_ELEMENTS // shape.hidden_size, 1)
     logits: dict[str, list[torch.Tensor]] = {}

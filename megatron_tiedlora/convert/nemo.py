@@ -171,8 +171,7 @@ def _read_rank(archive: NemoArchive, model: NemoModel, folder: Path, pp_rank: in
 def _expected_shapes(
     model: NemoModel, pp_rank: int, stored: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a rank's tensors. The number of vocabulary rows, including padding, is read from
-    `stored`."""
+    """Return the shapes of a rank's tensors. The number of vocabulary rows, with padding, is read from `stored`."""
     hidden, ffn, ranks = model.hidden_size, model.ffn_size, model.tp_size
     embedding, head = ((*stored.get(name, ())[:1], hidden) for name in (_EMBEDDING, _HEAD))
     shapes: dict[str, tuple[int, ...]] = {_EMBEDDING: embedding} if pp_rank == 0 else {}
@@ -416,8 +415,7 @@ def nemo_model(values: Mapping[str, Any], *, source: str) -> NemoModel:
 
 
 def _resolved(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings, with numbers that YAML reads as text converted, and each `${.name}` replaced by that
-    setting."""
+    """Return the settings with `${.name}` replaced by that setting, and numbers that YAML reads as text converted."""
     found = {}
     for name, value in values.items():
         sister = _SISTER.fullmatch(value) if isinstance(value, str) else None

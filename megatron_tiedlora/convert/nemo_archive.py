@@ -44,8 +44,7 @@ class NemoArchive:
             self.members = {str(PurePosixPath(member.name)): member for member in _tar_members(path)}
 
     def read(self, member: str, *, largest: int) -> bytes:
-        """Return the content of a file in the archive. Raises UserError if it is missing or has more than `largest`
-        bytes."""
+        """Return a file's content. Raises UserError if the file is missing or has more than `largest` bytes."""
         if member not in self.members:
             raise UserError(f"{self.path}: holds no {member}")
         if self.members[member].size > largest:

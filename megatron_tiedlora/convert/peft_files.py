@@ -280,9 +280,7 @@ def name_matcher(modules: Any, *, what: str) -> Callable[[str], bool]:
 
 
 def pattern_finder(patterns: Collection[str], *, what: str) -> Callable[[str], str | None]:
-    """Return a function that returns the first pattern for a module's dotted name, or None.
-
-    A pattern matches the whole name, or an ending of it after a dot.
+    """Return a function that returns the first pattern that matches a dotted name or its end after a dot, or None.
 
     Args:
         what: the file and the field, for messages.
@@ -363,7 +361,7 @@ def read_lora(folder: Path, content: Mapping[str, Any], source: ModelSource) -> 
 
 
 class Native(NamedTuple):
-    """The config and the full fp32 tensors of a native adapter that equals a PEFT adapter.
+    """The config and full fp32 tensors of a native adapter that equals a PEFT adapter.
 
     `apart` is the reason why further training differs from PEFT's; None if it does not differ."""
 
@@ -375,8 +373,7 @@ class Native(NamedTuple):
 def native_lora(lora: Lora, source: ModelSource) -> Native:
     """Return the native `lora` that equals a PEFT LoRA of `source`.
 
-    It has one scale, and one A for all modules that are fused in a linear. Its targets are all linears with an adapted
-    module."""
+    It has one scale, and one A per linear and layer. Its targets are all linears with an adapted module."""
     layers = tuple(sorted({layer for layer, _ in lora}))
     scale = max(pair.scale for pair in lora.values())
     adapted, joined = adapted_linears(lora, source), {}

@@ -372,8 +372,7 @@ def _entry(files: WeightFiles, name: str) -> Mapping[str, Any] | None:
 
 
 def _merge_dtype(base: WeightFiles, written: WeightFiles, names: Collection[str]) -> str | None:
-    """Return the dtype to which a merge cast all tensors, or None if each kept its own, whichever fits most of
-    `names`."""
+    """Return the dtype to which a merge probably cast all tensors of `names`, or None if each kept its own."""
     found = {name: entry["dtype"] for name in names if (entry := _entry(written, name)) is not None}
     own = {name: entry["dtype"] for name in names if (entry := _entry(base, name)) is not None}
 

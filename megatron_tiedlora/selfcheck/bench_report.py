@@ -106,8 +106,7 @@ def _adapters(report: Figures) -> list[str]:
 
 
 def _scaling(report: Figures) -> list[str]:
-    """Return the report of --what scaling. The last column has the additional seconds per unit since the last value.
-    """
+    """Return the report of --what scaling. Its last column has the additional seconds per unit."""
     lines = _head(report, f"kernels {report['kernels']}")
     for name, measured in report["axes"].items():
         slopes = [""]
@@ -183,8 +182,7 @@ def _measured_memory(stages: Sequence[Sequence[Figures]]) -> list[str]:
 
 
 def _counted_messages(stages: Sequence[Sequence[Figures]]) -> list[str]:
-    """Return lines about the messages of each stage's first rank, and about ranks whose messages differ from the
-    plan."""
+    """Return lines on the messages of each stage's first rank, and on ranks with other messages than planned."""
     counted = []
     for first, *_ in stages:
         texts = {group: messages_text(of["messages"], of["bytes"]) for group, of in first["traffic"].items()}

@@ -165,8 +165,7 @@ class _Measure:
         yield f"weights.{name}", self._read(weights, begins, "matmuls")
 
     def _attention_line(self, name: str, peak: Constant, seconds: float) -> Iterator[tuple[str, Constant]]:
-        """Yield the share of the peak in attention, by the FLOPs of the planner, and the queries that a CPU reads per
-        second."""
+        """Yield attention's share of the peak by the planner's FLOPs, and the queries that a CPU reads per second."""
         width, measure = self.source.shape.heads.rows[0], partial(self._attention, _DTYPES[name])
         many, begins = self._two_terms(measure, 2, seconds)
         rate = 3 * 2 * self.tokens**2 * width / many

@@ -81,8 +81,7 @@ def why_no_gpu() -> str | None:
 
 
 def part_command(part: str, *options: str) -> list[str]:
-    """Return the command of a part. Its pytest ignores settings, fixtures and plugins of other folders, and shows all
-    output."""
+    """Return the command of a part. Its pytest ignores settings and plugins of other folders, and shows all output."""
     ours = ("-c", os.devnull, f"--rootdir={FOLDER}", f"--confcutdir={FOLDER}", "-p", "no:cacheprovider", "-v", "-s")
     return [sys.executable, "-P", "-m", "pytest", str(FOLDER / f"test_{part}.py"), *ours, *options]
 
@@ -176,8 +175,7 @@ def verdicts(suites: Sequence[Element]) -> Counter[str]:
 
 
 def part_lines(suite: Element) -> Iterator[str]:
-    """Yield a part's tests in Markdown, each with its verdict, values and problems. Skipped tests are counted by
-    reason."""
+    """Yield a part's tests in Markdown with verdicts, values and problems. Skipped tests are counted by reason."""
     yield from ("", f"## {suite.get('name')}", "")
     skipped: Counter[str] = Counter()
     for case in suite.iter("testcase"):

@@ -114,8 +114,7 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, ids: Tensor | Non
 
 
 def _rotate(heads: Tensor, theta: float) -> Tensor:
-    """Apply rotary embeddings to (heads, s, head_dim). Each element of a head's first half is paired with its second.
-    """
+    """Apply rotary embeddings to (heads, s, head_dim), over the two halves of each head."""
     half = heads.shape[-1] // 2
     exponents = torch.arange(half, device=heads.device, dtype=torch.float32) / half
     angles = torch.arange(heads.shape[1], device=heads.device, dtype=torch.float32)[:, None] / theta**exponents

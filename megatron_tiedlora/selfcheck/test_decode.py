@@ -61,8 +61,7 @@ def test_tokens(kv_heads: int, joined: torch.device, tell: parts.Tell) -> None:
 
 
 def test_time(joined: torch.device, gpu: torch.device, model: str, tell: parts.Tell) -> None:
-    """Measure the milliseconds per token, and the time of a first answer relative to a second one of the same lengths.
-    """
+    """Measure the milliseconds per token, and how much longer a first answer takes than a second one."""
     layers = running.layers_that_fit(model, "--rows=1", "--length=4096", "--supervised=1")
     shape = shape_from_hf({**PRESETS[model], "num_hidden_layers": layers}, source=model)
     stage = compare.random_stage(shape, running.adapter_of(shape, "tl6"), dtype=running.compute_dtype(gpu), device=gpu)

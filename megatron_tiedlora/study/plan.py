@@ -87,9 +87,9 @@ class SweepPlan:
         return len(runs) <= job_settings.MOST_TOGETHER and self.needed_bytes(runs) <= self.free_bytes
 
     def needed_bytes(self, runs: Group) -> float:
-        """Return the bytes that runs trained together need on the rank that needs most.
+        """Return the most bytes that a rank needs to train the runs together.
 
-        These are the tensors of all runs, and the passes of a micro-batch of the run with the largest adapter."""
+        They hold the tensors of all runs, and the passes of a micro-batch of the run with the largest adapter."""
         step = planned.StepPlan({run.name: self.runs[run] for run in runs})
         machine = step.shared.machine
         parts = zip(step.stages, self._passes, strict=True)

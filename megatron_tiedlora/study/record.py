@@ -116,8 +116,7 @@ def make_grid(settings: SweepSettings, num_layers: int) -> SweepGrid:
 
 
 def single_layers(wanted: Sequence[int] | str | None, num_layers: int) -> tuple[int, ...]:
-    """Return the layers that are adapted one at a time: none, the given ones, or for `paper` 1, 4, 8, ... and the last.
-    """
+    """Return the layers to adapt one at a time: none, the given ones, or for `paper` 1, 4, 8, ... and the last."""
     if wanted is None:
         return ()
     if isinstance(wanted, str):
@@ -196,7 +195,7 @@ class BaseRecord:
 
 
 def check_folder(folder: StudyFolder) -> None:
-    """Raise UserError if the path is a file, or the folder has links or is not a study's.
+    """Raise UserError if the path is a file, or a folder that has links or files of other programs.
 
     A folder is accepted if a launch was killed before it wrote its settings."""
     path = folder.path
@@ -259,11 +258,7 @@ def _check_extended(before: SweepSettings, now: SweepSettings, num_layers: int, 
 
 
 def write_record(folder: StudyFolder, command: SweepCommand, base: BaseRecord) -> None:
-    """Write the study's settings and base before its first command is launched.
-
-    Raises:
-        UserError: a file cannot be written.
-    """
+    """Write the study's settings and base before the first launch. Raises UserError if a file cannot be written."""
     for path in (folder.path, folder.path / GROUPS):
         files.remove_leftovers(path, guard=folder.guard)
     own, train = command.settings.model_dump(mode="json"), command.train.model_dump(mode="json")

@@ -4,7 +4,7 @@ It also draws figures 2 and 3, which show scores by rank, with 95 % intervals an
 
 P% is a method's trained parameters in per cent of LoRA's at LoRA's best rank. The average decline of a method is
 100 (mean of LoRA's scores - mean of its scores) / mean of LoRA's scores. Means are over the tasks, with LoRA at its
-best rank. Among the possible definitions only this one matches the paper's values for tl6 at LoRA's best rank. These are
+best rank. Of the possible definitions only this one matches the paper's values for tl6 at LoRA's best rank. They are
 1.95 % with GPT-2B-001 (its cells of Table 2 result in 1.956) and 1.36 % with LLaMA-2 7B (its cells result in 1.300).
 The mean of the tasks' declines would be 5.07 and 1.63. For one task it is the decline in per cent of LoRA's score.
 
@@ -38,7 +38,7 @@ TableRow = Mapping[str, Any]  # a line of a CSV file by its columns; a missing v
 LORA_RANK, BEST_RANK = "rank_of_best_lora", "best_rank"
 TABLE3_MODEL, TABLE3_RANK = "llama2-7b", 16
 MODEL_TITLES = {"llama2-7b": "LLaMA-2 7B", "gpt-2b-001": "GPT-2B-001"}
-EXACT_MATCH = ("squad", "gsm8k", "exact_match")  # our names for the paper's em; the paper's other metrics have the same names here
+EXACT_MATCH = ("squad", "gsm8k", "exact_match")  # our names for the paper's em; its other metrics keep their names
 
 
 def paper_model(name: str, shape: ModelShape) -> str | None:
@@ -288,9 +288,7 @@ def _notes2(studies: Sequence[Study], records: Sequence[TableRow]) -> list[str]:
 
 
 def table3(studies: Sequence[Study]) -> list[TableRow]:
-    """Return the records of Table 3: LoRA on single layers, and the tied method at the same rank.
-
-    Studies without such points are left out."""
+    """Return the records of Table 3: LoRA on single layers, and the tied method at the same rank, if they exist."""
     found = []
     for study in studies:
         published = table3_scores(study.base)
