@@ -145,8 +145,7 @@ def check_base(
 
     Args:
         tokenizer: the tokenizer in use, if it is not the base's own.
-        uses_tokenizer: False if nothing is tokenised. The tokenizer that the adapter was trained with is then not
-            compared.
+        uses_tokenizer: False if nothing is tokenised. An adapter's own tokenizer is then not compared.
         differs: value of --base_differs.
         base_format: the storage format in which the base is used; None if it is used in --dtype.
         flag: the adapter's name in messages.

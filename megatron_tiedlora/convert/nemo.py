@@ -82,9 +82,9 @@ def convert_nemo(
 
 
 def _read_tokenizer(raw: bytes) -> tuple[int, dict[str, int | None], dict[str, Any]]:
-    """Return the vocabulary size of a SentencePiece model, its special ids, and the content of its config.
+    """Return a SentencePiece model's vocabulary size, its special ids, and the content of its `tokenizer_config.json`.
 
-    The ids are fields of a model's config. With the returned `tokenizer_config.json` transformers returns the same ids.
+    The special ids are fields of a model's config. With the `tokenizer_config.json` transformers returns equal ids.
 
     Raises:
         ValueError: transformers returns different ids.

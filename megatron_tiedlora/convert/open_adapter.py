@@ -167,8 +167,8 @@ def _peft_base(folder: Path, model: ModelSource | str | None, *, differs: bool) 
     The base is `model`, or else the one that the files name. Folders of other programs record only the base's name.
 
     Raises:
-        UserError: no base is given or named; or an adapter is already merged into `model`, the files do not name that
-            model, and `differs` (--base_differs) is False.
+        UserError: no base is given or named; or an adapter is already merged into the base, the files do not name that
+            base, and `differs` (--base_differs) is False.
     """
     record, in_config = read_json_or_none(folder / inputs.EXPORT_RECORD) or {}, read_peft_config(folder).get(_BASE_NAME)
     path, named = record.get(inputs.BASE_PATH), in_config if isinstance(in_config, str) else ""

@@ -123,7 +123,7 @@ class TiedLoraLinear(nn.Module, BaseTunerLayer):
     The adapters belong to the `TiedLoraModel`.
 
     Attributes:
-        places: for each adapter that changes this module, which of its tensors and layers apply.
+        places: for each adapter that changes this module, the tensors of the adapter that are used here.
     """
 
     adapter_layer_names = ("tied_lora_adapters",)

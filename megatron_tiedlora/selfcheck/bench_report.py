@@ -182,7 +182,7 @@ def _measured_memory(stages: Sequence[Sequence[Figures]]) -> list[str]:
 
 
 def _counted_messages(stages: Sequence[Sequence[Figures]]) -> list[str]:
-    """Return lines on the messages of each stage's first rank, and on ranks with other messages than planned."""
+    """Return lines on the messages of each stage's first rank, and on ranks that differ from the plan."""
     counted = []
     for first, *_ in stages:
         texts = {group: messages_text(of["messages"], of["bytes"]) for group, of in first["traffic"].items()}

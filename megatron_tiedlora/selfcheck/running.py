@@ -226,7 +226,7 @@ def random_documents(vocab_size: int, device: torch.device) -> list[list[Documen
 
 
 def rows_of(documents: Sequence[Sequence[Document]], *, packed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return tokens, position ids, labels and (if packed) document ids on the CPU, each (b, s). Others are padded."""
+    """Return tokens, position ids, labels and, if packed, document ids (b, s) on the CPU. Unpacked rows are padded."""
     rows = documents if packed else [[document] for row in documents for document in row]
     longest = max(sum(len(document.tokens) for document in row) for row in rows)
     device = rows[0][0].tokens.device

@@ -181,7 +181,7 @@ class BaseRecord:
 
     Attributes:
         trained: number of trained parameters of each point, by the point's name.
-        file_sha256: SHA-256 of each local file of rows, by the setting that names it.
+        file_sha256: SHA-256 of each local file of rows, by the file's name.
     """
 
     model: Text
@@ -291,7 +291,7 @@ BASE_NAME = "base"
 class RunEnd:
     """The state of a run: `finished`, `failed`, `stopped`, `cut off` (killed, or still running) or `to do`.
 
-    A run without a finite validation result has failed, because it cannot be compared.
+    A run that ended without a finite validation result has failed, because it cannot be compared.
     """
 
     state: str
