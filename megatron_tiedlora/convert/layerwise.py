@@ -2,8 +2,8 @@
 
 This needs the memory of one layer. A layer is built, loaded with the weights of each model in turn, run on all rows,
 and freed. Only the embedding rows of the tokens are loaded. Logits are computed with some rows of the head at a time.
-For a loss, as many batches are processed together as have activations that fit into the host's memory. The weights are
-read once for these batches.
+For a loss, batches are processed together until their activations fill a part of the host's memory. The weights are
+read once for all of these batches.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -32,8 +32,8 @@ _HEAD_ELEMENTS = 2**24  # elements of the head that are loaded at a time for log
 _SHARE = 0.25  # the part of the host's free memory that stored activations may use
 _CPU = torch.device("cpu")
 Inputs = tuple[torch.Tensor, torch.Tensor]  # tokens (b, s) and position ids (b, s)
-# A function that reads rows of a model's stored tensors, in any float dtype; and by the name of each result the adapter
-# that is used for it, or None for the weights alone.
+# A function that reads rows of a model's stored tensors in any float dtype, and the adapters by the names of results.
+# None means that a result has no adapter.
 Weights = tuple[ReadRows, Mapping[str, NativeAdapter | None]]
 
 
@@ -77,7 +77,7 @@ def layerwise_loss(
         progress: whether to show a progress bar.
     """
     layers, total = _Layers(shape, dtype, device, between), 0.0
-    # At least one batch is processed at a time, and as many as have activations that fit into memory together.
+    # Batches are processed together if their activations fit into memory, and otherwise one at a time.
     most, of_token = _SHARE * psutil.virtual_memory().available, shape.hidden_size * dtype.itemsize
     for group in filled((batch, batch.tokens.numel() * of_token, most) for batch in batches):
         with progress_bar("loss", "layer", total=shape.num_layers + 2, shows=progress) as bar:

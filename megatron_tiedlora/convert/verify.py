@@ -36,7 +36,7 @@ _PROBED = (2, 48)  # rows of the input and tokens of a row
 LARGEST_WHOLE = 8_000_000_000  # most bytes of an fp32 model that is loaded whole by default
 RUNTIMES = {"transformers": "--merged", "peft": "--peft"}  # the values of --in, and the flag of the export they load
 TOLERANCE = 1e-4  # as a share of the largest logit
-_MOST_LINES = 8  # the most tensors that differ that are listed
+_MOST_LINES = 8  # largest number of listed differences
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
 
 Wanted = Literal["equal", "different", "rounded"]

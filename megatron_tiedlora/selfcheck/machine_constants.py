@@ -49,7 +49,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 _LAYERS = 33  # so many that their launches are visible in the noise of a busy machine
 _LENGTH = 64
-_MICRO_BATCHES = 8  # of the step of two stages
+_MICRO_BATCHES = 8  # in the step of two stages
 _TINY_REPEATS, _REPEATS = 20, 5
 _TINY = {
     **PRESETS["llama2-7b"],
@@ -296,7 +296,7 @@ class _Measure:
             steps = (partial(distributed.all_reduce, whole, group=group), gather)
             taken.append(sum(self._time(step, seconds / 4, group) for step in steps))
         small, large = taken
-        carried = 3 * (size - 1) * length  # over a ring: twice for the all-reduce
+        carried = 3 * (size - 1) * length  # over a ring; an all-reduce sends everything twice
         return small / 2, carried / max(large - small, 1e-9)
 
     # Steps of an engine ----------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from megatron_tiedlora.planning import adapter_plans, planned, run_plan
 from megatron_tiedlora.planning.memory import StageMemory, held_memory, step_memory, with_reserves
 from megatron_tiedlora.study import record, tables
 
-_SHARE = 0.8  # the usable part of the free memory; the planner does not know what else needs memory
+_SHARE = 0.8  # usable fraction of the free memory; the rest is for needs that the planner does not know
 
 Group = tuple[record.Run, ...]  # runs that are trained together in one launch
 
@@ -110,7 +110,7 @@ class SweepPlan:
         return _SHARE * psutil.virtual_memory().available / self.job.hosts[0].slots
 
     def dry_run_lines(self) -> list[str]:
-        """Return a table of all runs with states and trained parameters, and one of the groups with their memory."""
+        """Return the lines of two tables: all runs with their states, and runs trained together with their memory."""
         base, metric, states = self.base, self.command.train.eval_metric, list[str]()
         rows = [("run", "trained parameters", "state")]
         for run in self.runs:
