@@ -1,14 +1,14 @@
-"""Tied-LoRA as a method of PEFT. Importing this module registers it, so that PEFT's own functions know it:
+"""Tied-LoRA as a method of PEFT. Importing this module registers the method, so that PEFT's own functions can use it:
 
     import megatron_tiedlora.peft
     model = PeftModel.from_pretrained(base, "RUN/adapter")
 
-A native adapter folder is this method's format, and its tensors A, B, u and v are the method's state dict.
+The method's format is a native adapter folder, and its state dict has the tensors A, B, u and v.
 
-PEFT's `register_peft_method` accepts only names that its enumeration `PeftType` has, so the name is added there first.
-Native folders call the rank `rank`; PEFT's reader of `adapter_config.json` is therefore wrapped, so that it reads
-native folders as this package does. Other folders are read as before. Both can go when PEFT has the method, or lets
-packages add names.
+PEFT's `register_peft_method` accepts only names in its enumeration `PeftType`, so the name is first added there. Native
+folders call the rank `rank`, so PEFT's reader of `adapter_config.json` is wrapped to read native folders as this
+package does. Other folders are read as before. Both changes can be removed when PEFT has the method, or allows packages
+to add names.
 """
 
 from pathlib import Path
@@ -16,12 +16,12 @@ from typing import Any
 
 from megatron_tiedlora.checkpoint.native_adapter import PEFT_TYPE
 
-_NEEDED = "_remap_adapter_state_dict_for_load"  # of tuners: how a method maps its own tensors
-_FIRST_RELEASE = "0.21"  # that has it
+_NEEDED = "_remap_adapter_state_dict_for_load"  # the tuner's method that maps its own tensors
+_FIRST_RELEASE = "0.21"  # the first PEFT version that has it
 
 
 def register() -> None:
-    """Register the method, once. Raises ImportError if PEFT is missing, too old, or does not allow it."""
+    """Register the method once. Raises ImportError if PEFT is missing, too old, or does not allow it."""
     try:
         import peft
         from peft.tuners.tuners_utils import BaseTuner
@@ -47,7 +47,7 @@ def register() -> None:
 
 
 def _add_type(kind: Any, name: str, *, version: str) -> None:
-    """Add `name` to PEFT's enumeration of types. Raises ImportError if it does not behave as a member then."""
+    """Add `name` to PEFT's enumeration of types. Raises ImportError if it then does not behave like a member."""
     if name in kind.__members__:
         return
     try:
@@ -64,7 +64,7 @@ def _add_type(kind: Any, name: str, *, version: str) -> None:
 
 
 def _read_native_folders(mixin: Any) -> None:
-    """Let PEFT's reader of `adapter_config.json` read native folders."""
+    """Wrap PEFT's reader of `adapter_config.json` so that it can read native folders."""
     from megatron_tiedlora.integrations.peft_method import native_arguments
 
     read = mixin.from_json_file.__func__

@@ -1,1 +1,1 @@
-"""Converts adapters to and from other tools' formats: merged checkpoints, PEFT adapters, and the check of both."""
+"""Converts adapters to and from the formats of other tools (merged checkpoints, PEFT adapters), and checks exports."""

@@ -1,4 +1,4 @@
-"""Reads the native adapters of a folder: makes the rows of their index, verifies and compares them."""
+"""Reads the native adapters below a folder, to index, verify and compare them."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -18,10 +18,10 @@ from megatron_tiedlora.runtime.run_folder import RunFolder
 
 
 def read_entry(root: Path, folder: Path) -> index.Entry:
-    """The row of the native adapter in `folder`, which is `root` or below it.
+    """Return the row of the native adapter in `folder`, which is `root` or below it.
 
     Raises:
-        UserError: its config, or the files of its run, cannot be read, or hold what no row can.
+        UserError: its config or the files of its run cannot be read, or a value is not valid in a row.
     """
     config, base, sums = native_adapter.read_config(folder)
     weights, run = folder / native_adapter.WEIGHTS_FILE, RunFolder(folder.parent)
@@ -52,13 +52,14 @@ def read_entry(root: Path, folder: Path) -> index.Entry:
         )
     except ValidationError as error:
         raise UserError(f"{folder}: {first_problem(error)}") from None
-    except (OSError, OverflowError, ValueError) as error:  # the last two by a time of no calendar
+    except (OSError, OverflowError, ValueError) as error:  # the last two: the file's time is not a valid date
         raise UserError(f"{folder}: cannot be read ({error})") from None
 
 
 def find_folders(root: Path) -> Iterator[Path]:
-    """The folders of adapters in `root` and below, native or not, without those that a run has besides: checkpoints and
-    exports. Hidden folders, in which something is being written, are left out, and links are not followed."""
+    """Yield the adapter folders in `root` and below it, native or not, without the checkpoints and exports of runs.
+
+    Hidden folders are left out, because they are still being written. Links are not followed."""
     for file in sorted(root.rglob(native_adapter.CONFIG_FILE)):
         folder = file.parent
         if any(part.startswith(".") for part in folder.relative_to(root).parts):
@@ -70,10 +71,10 @@ def find_folders(root: Path) -> Iterator[Path]:
 
 
 def build_index(root: Path, *, progress: bool = False) -> tuple[int, list[str]]:
-    """Write the index of the adapters below `root` atomically, in place of an earlier one.
+    """Write the index of the adapters below `root` atomically. It replaces an earlier index.
 
     Returns:
-        how many adapters it has, and a sentence for each that could not be read.
+        the number of adapters in the index, and a sentence for each adapter that could not be read.
 
     Raises:
         UserError: `root` is not a folder, or cannot be written.
@@ -92,13 +93,12 @@ def build_index(root: Path, *, progress: bool = False) -> tuple[int, list[str]]:
 
 
 def _identity(entry: index.Entry) -> index.Entry:
-    """The row without what may change although the adapter does not."""
+    """Return the row without the fields that may change while the adapter stays the same."""
     return replace(entry, scores=None, task=None, run=None, date="", size=0)
 
 
 def verify_entries(root: Path, entries: Sequence[index.Entry], *, progress: bool = False) -> list[str]:
-    """A sentence for each adapter that cannot be read, has another checksum than its config, or has changed since it
-    was indexed."""
+    """Return a sentence for each adapter that is damaged, or has changed since it was indexed."""
     problems = []
     for entry in progress_bar("verify", "adapter", entries, shows=progress):
         try:
@@ -112,10 +112,10 @@ def verify_entries(root: Path, entries: Sequence[index.Entry], *, progress: bool
 
 
 def compare_adapters(one: Path, other: Path) -> list[str]:
-    """A line for each field and each tensor that differs; empty if the adapters are the same.
+    """Return a line for each field and each tensor that differs. The list is empty if the adapters are the same.
 
     Raises:
-        UserError: one of them cannot be read.
+        UserError: one of the adapters cannot be read.
     """
     first, second = native_adapter.load_native_adapter(one), native_adapter.load_native_adapter(other)
     mine, yours = _facts(first), _facts(second)

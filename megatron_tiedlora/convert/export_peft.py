@@ -1,9 +1,10 @@
-"""Exports the exact PEFT LoRA adapter: A' = diag(u) A, B' = (alpha / r) diag(v) B, split into the rows of q, k and v
-(and of gate and up), which share A'; one, or many with what their bases have in common read once. It also gives the
-commands of vLLM, SGLang and llama.cpp that serve exports, as lines for a shell.
+"""Exports one or many native adapters as PEFT LoRA adapters, and writes the shell commands that serve them.
 
-diag(v) B diag(u) A is a rank-r LoRA per layer and linear, so the export is exact. PEFT's files cannot express the tie,
-so the native ones travel along. PEFT's config names the base without a path of this host, which the record has.
+The factors are A' = diag(u) A and B' = (alpha / r) diag(v) B. B' is split into the rows of q, k and v (and of gate and
+up), which share A'. diag(v) B diag(u) A is a rank-r LoRA per layer and linear, so the export is exact.
+
+PEFT's files cannot express the tie, so the native files are copied into the export. PEFT's config names the base
+without a path of this host; the export's record has the path.
 """
 
 import glob
@@ -29,14 +30,14 @@ from megatron_tiedlora.checkpoint.base_identity import FORMAT_FIELDS, identify_m
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.convert import inputs
 
-_UNNAMED = ("adapter", inputs.NATIVE_FOLDER)  # folders of adapters that are named after the folder around them
+_UNNAMED = ("adapter", inputs.NATIVE_FOLDER)  # adapters in folders with these names are named after the parent folder
 # The values that vLLM accepts for --max-lora-rank, the maximum rank that it serves (default 16).
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-_LARGEST_BATCH = 8  # adapters in one batch of vLLM: each takes a slot of GPU memory
+_LARGEST_BATCH = 8  # adapters in one batch of vLLM; each needs a slot of GPU memory
 
 
 class Export(NamedTuple):
-    """An exported adapter: its folder and rank, and the names of the adapted linears."""
+    """The folder and the rank of an exported adapter, and the names of the adapted linears."""
 
     folder: Path
     rank: int
@@ -46,7 +47,7 @@ class Export(NamedTuple):
 def peft_tensors(
     source: ModelSource, adapter: native_adapter.NativeAdapter, *, rank: int, dtype: torch.dtype = torch.float32
 ) -> dict[str, torch.Tensor]:
-    """The tensors of the PEFT file by name: lora_A (rank, d), lora_B (rows, rank), zero-padded to `rank`.
+    """Return the tensors of the PEFT file by name: lora_A (rank, d), lora_B (rows, rank), zero-padded to `rank`.
 
     They are computed in fp32 and cast to `dtype` once.
     """
@@ -64,23 +65,23 @@ def peft_tensors(
 
 
 def base_location(source: ModelSource) -> str:
-    """The hub id or the absolute folder from which other programs load the base on this host."""
+    """Return the hub id or the absolute folder from which other programs load the base on this host."""
     return source.name if source.from_hub or source.folder is None else str(source.folder.resolve())
 
 
 def base_name(source: ModelSource) -> str:
-    """The base's name that has no path of this host: its hub id, or else the last part of its folder's name."""
+    """Return the base's hub id, or the last part of its folder's name: a name without a path of this host."""
     return last_name(base_location(source)) if source.folder is not None and not source.from_hub else source.name
 
 
 def target_modules(block: BlockShape, linears: Iterable[str]) -> list[str]:
-    """PEFT's names for linears of `block.adaptable`: the last part of each stored module's name."""
+    """Return PEFT's names of linears of `block.adaptable`: the last part of each stored module's name."""
     modules = (rows.module.rpartition(".")[2] for name in linears for rows in block.adaptable[name].sources)
     return list(dict.fromkeys(modules))
 
 
 def peft_config(source: ModelSource, adapter: native_adapter.NativeAdapter, *, rank: int, base: str) -> dict[str, Any]:
-    """The fields of PEFT's adapter_config.json; lora_alpha equals r, so PEFT scales by 1. `base` names the base."""
+    """Return the fields of PEFT's adapter_config.json. lora_alpha is r, so PEFT scales by 1. `base` names the base."""
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -119,18 +120,18 @@ def export_peft(
     """Write a PEFT adapter folder atomically.
 
     Args:
-        dtype: of the tensors. Other programs compute the adapter's values exactly in fp32 only.
+        dtype: dtype of the tensors. Other programs compute the adapter's values exactly in fp32 only.
         named: name of the base in PEFT's config [`base_name`].
-        native: the folder from which `adapter` was read. Its two files travel along in `NATIVE_FOLDER`, and an import
-            finds them there, with the tie that PEFT's files cannot express.
-        base_differs: export for this base although the adapter was trained on another; the record says so.
+        native: the folder from which `adapter` was read. Its two files are copied to `NATIVE_FOLDER`. An import finds
+            them there, with the tie that PEFT's files cannot express.
+        base_differs: export even if the adapter was trained on a different base. The record names the differences.
         say: called with each note about the base.
         new: makes the output folder.
-        identify: for a caller that exports many adapters of one base.
+        identify: computes the base's identity; a caller that exports many adapters of one base passes a cached one.
 
     Raises:
-        UserError: the adapter is for another base, the padded rank is below the adapter's, the output exists, a factor
-            is not finite (the message names it), or the files in `native` have changed.
+        UserError: the adapter was trained on a different base, the padded rank is less than the adapter's rank, the
+            output exists, a factor is not finite (the message names it), or the files in `native` have changed.
     """
     rank = adapter.config.rank if pad_rank_to is None else pad_rank_to
     if rank < adapter.config.rank:
@@ -159,13 +160,13 @@ def export_peft(
 
 
 def find_adapters(given: Sequence[str], *, flag: str = "--adapter", runs: bool = False) -> list[Path]:
-    """The folders that the values of --adapter name; a value may be a pattern such as `runs/*/adapter`.
+    """Return the folders that the values of --adapter name; a value may be a pattern such as `runs/*/adapter`.
 
     Args:
-        runs: a value may also name runs, or folders of runs; their adapters are then found.
+        runs: whether a value may also name a run, or a folder of runs, whose adapters are returned.
 
     Raises:
-        UserError: a pattern matches no adapter. A folder that is no adapter is found when it is read.
+        UserError: a pattern matches no adapter. Other folders are not checked here, but when they are read.
     """
     found: dict[Path, None] = {}
     for value in given:
@@ -181,19 +182,19 @@ def find_adapters(given: Sequence[str], *, flag: str = "--adapter", runs: bool =
 
 
 def _in_runs(folder: Path) -> list[Path]:
-    """The adapters of a folder: itself, that of a run, or those of the runs in it; none if it has none."""
+    """Return the adapter that `folder` is or contains, or the adapters of the runs in it; empty if there are none."""
     folders = [folder] if _adapter_of(folder) or not folder.is_dir() else sorted(folder.iterdir())
     return [adapter for path in folders if (adapter := _adapter_of(path)) is not None]
 
 
 def _adapter_of(folder: Path) -> Path | None:
-    """The folder itself, or `adapter` in it; None if neither holds an adapter."""
+    """Return `folder` or its subfolder `adapter`, whichever holds an adapter; None if neither does."""
     return next((path for path in (folder, folder / "adapter") if (path / native_adapter.CONFIG_FILE).is_file()), None)
 
 
 def adapter_name(adapter: Path) -> str:
-    """The name of an adapter's folder, or of the run around `adapter`."""
-    named = Path(os.path.abspath(adapter))  # without '..', which names no folder
+    """Return the name of the adapter's folder, or of the run's folder if the adapter's folder is called `adapter`."""
+    named = Path(os.path.abspath(adapter))  # without '..', which is not a name
     while named.name in _UNNAMED:
         named = named.parent
     return named.name
@@ -207,17 +208,16 @@ def export_all(
     say: Callable[[str], object] = str,
     options: Mapping[str, Any],
 ) -> list[tuple[ModelSource, dict[str, Export]]]:
-    """Export each adapter into a folder of its own in `output`, with a bar. Returns the exports of each base, by name,
-    which is that of the adapter's folder, or of the run around `adapter`.
+    """Export each adapter into its own folder in `output`. Returns the exports of each base by their `adapter_name`.
 
     Args:
         model: value of --model.
         say: called with each note, which names its adapter.
-        options: arguments of `export_peft` that hold for all.
+        options: arguments of `export_peft` for all adapters.
 
     Raises:
-        UserError: as `export_peft`; or two adapters have one name, or an output exists, before anything is written. The
-            exports before an error stay.
+        UserError: as `export_peft`; or two adapters have the same name or an output exists, before anything is written.
+            Exports that were written before an error are not removed.
     """
     folders: dict[str, Path] = {}
     for adapter in adapters:
@@ -251,12 +251,12 @@ def export_all(
 
 
 def serve_hints(exports: Mapping[str, Export], base: str, shape: ModelShape, *, named: str | None = None) -> list[str]:
-    """The commands that serve exported adapters of one base by name, each after a comment that names the program.
+    """Return the shell commands that serve exported adapters of one base, each after a comment that names the program.
 
-    SGLang and llama.cpp are left out if there are several.
+    With several adapters, only the command of vLLM is returned.
 
     Args:
-        exports: by the name of the adapter in requests.
+        exports: the exports by the name of the adapter in requests.
         base: hub id or folder of the base.
         named: name of the base in PEFT's config, for a note if it is not `base`.
     """
@@ -285,7 +285,7 @@ def _vllm(exports: Mapping[str, Export], base: str, shape: ModelShape, named: st
         return lines
     adapted = {target for export in served.values() for target in export.targets}
     words = ["vllm", "serve", base, "--enable-lora", "--max-lora-rank", str(max(ranks.values()))]
-    # Without it, each slot has room for every linear, the embedding and the head. vLLM fuses what a target does.
+    # Without this flag each slot has memory for every linear, the embedding and the head. vLLM fuses the same linears.
     modules = (f"{name.removesuffix('_proj')}_proj" for name in TARGET_NAMES if name in adapted)
     words += ["--lora-target-modules", *modules]
     lines.append("# serve with vLLM 0.26 or later")

@@ -1,7 +1,8 @@
-"""The index of the native adapters in a folder: one SQLite file, which other programs can read too.
+"""Writes and reads the index of the native adapters in a folder: one SQLite file, which other programs can read too.
 
-It may come from a stranger, so it is read only if its schema is the one written here, in time and memory that its size
-limits, and every row is checked. SQLite's own check of a file is not used: it overflows the stack on deep trees.
+The file may come from a stranger. So it is read only if it has the same schema as a written index. Its size limits the
+time and memory of reading, and every row is checked. SQLite's own check overflows the stack on deep trees, so it is not
+used.
 """
 
 import os
@@ -25,8 +26,8 @@ from megatron_tiedlora.config.adapter_settings import FILTERS
 INDEX_FILE = "adapters.sqlite"
 FORMAT = 2  # of the file, its `user_version`
 _LARGEST = 2**26  # bytes of the file: about 80,000 adapters with scores
-_LONGEST_ROW = 2**18  # bytes, also of the schema's; the limits of an entry's fields stay below it
-_SCHEMA_STEPS = 10_000  # of SQLite's machine, to read the schema; ours takes a few hundred
+_LONGEST_ROW = 2**18  # bytes, also for rows of the schema; the limits of an entry's fields are below it
+_SCHEMA_STEPS = 10_000  # steps of SQLite's virtual machine to read the schema; ours needs a few hundred
 
 
 def _inside(path: str) -> str:
@@ -46,18 +47,18 @@ _Hash = Annotated[str, Field(strict=True, min_length=64, max_length=64)]
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A row of the index. Values of other types are a ValidationError.
+    """A row of the index. A value of a wrong type raises ValidationError.
 
     Attributes:
-        path: the adapter's folder, relative to the indexed one.
-        name: the run's name, or the folder's.
-        base_hash, weights_hash: of its base's config and weights; the second is None if it is unknown.
-        targets: names, with commas.
-        parameters: how many are trained.
-        task: of its run; None if it lies outside of one.
-        scores: of its run after training, as JSON.
-        sha256: of the file of its tensors, as its config says.
-        size: of its files, in bytes.
+        path: the adapter's folder, relative to the indexed folder.
+        name: the name of the adapter's run, or of its folder.
+        base_hash, weights_hash: hashes of the base's config and weights; the second is None if it is unknown.
+        targets: names of the targets, separated by commas.
+        parameters: number of trained parameters.
+        task: task of the adapter's run; None if the adapter is not in a run.
+        scores: scores of its run after training, as JSON.
+        sha256: hash of its tensor file, as recorded in its config.
+        size: size of its files in bytes.
         date: when its config was written, in ISO 8601 and UTC.
     """
 
@@ -89,7 +90,7 @@ def _column(name: str, kind: Any) -> str:
     return f"{name} {sql_type}{'' if optional else ' NOT NULL'}{' PRIMARY KEY' if name == 'path' else ''}"
 
 
-# The statements that make the file. It has an index for each column by which other programs may want to search.
+# The statements that create the file. It has an index for each column that other programs may search.
 _SCHEMA = (
     f"CREATE TABLE adapters ({', '.join(_column(*item) for item in typing.get_type_hints(Entry).items())})",
     *(f"CREATE INDEX adapters_{name} ON adapters ({name})" for name in FILTERS),
@@ -97,7 +98,7 @@ _SCHEMA = (
 
 
 def write_index(root: Path, entries: Sequence[Entry]) -> None:
-    """Write the index of `root` atomically, in place of an earlier one. Raises UserError if it cannot be written."""
+    """Write the index of `root` atomically, over an earlier one. Raises UserError if it cannot be written."""
     file = root / INDEX_FILE
     try:
         with new_file(file) as temporary, closing(sqlite3.connect(temporary)) as database:
@@ -112,12 +113,12 @@ def write_index(root: Path, entries: Sequence[Entry]) -> None:
 
 
 def find_entries(root: Path, wanted: Mapping[str, Any]) -> list[Entry]:
-    """The rows of the index of `root` in which every column of `wanted` matches, ordered by path.
+    """Return the rows of the index of `root` in which every column of `wanted` matches, ordered by path.
 
-    Texts are patterns with `*` and `?`. Targets must be the same set.
+    A text in `wanted` is a pattern with `*` and `?`. The targets must be the same set.
 
     Raises:
-        UserError: there is no index, or it is not one that `write_index` writes.
+        UserError: there is no index, or its format is not that of `write_index`.
     """
     found = (entry for entry in _entries(root) if all(_matches(getattr(entry, name), wanted[name]) for name in wanted))
     return sorted(found, key=lambda entry: entry.path)
@@ -128,7 +129,7 @@ def _matches(value: object, wanted: object) -> bool:
 
 
 def find_entry(root: Path, name: str) -> Entry:
-    """The row of one adapter, by its path or its name. Raises UserError if there is none, or more than one."""
+    """Return the row of the adapter with this path or name. Raises UserError if not exactly one row has it."""
     entries = list(_entries(root))
     found = [entry for entry in entries if entry.path == name] or [entry for entry in entries if entry.name == name]
     if len(found) != 1:
@@ -138,7 +139,7 @@ def find_entry(root: Path, name: str) -> Entry:
 
 
 def entry_folder(root: Path, entry: Entry) -> Path:
-    """The folder of an adapter. Raises UserError if a link leads out of `root`, the indexed folder."""
+    """Return the folder of an adapter. Raises UserError if a link leads out of the indexed folder `root`."""
     folder = root / entry.path
     if not Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(root)):
         raise UserError(f"{folder}: a link leads out of {root}; copy the adapter to its place")
@@ -146,14 +147,14 @@ def entry_folder(root: Path, entry: Entry) -> Path:
 
 
 def _entries(root: Path) -> Iterator[Entry]:
-    """The rows of the index of `root`. Raises UserError as `find_entries`."""
+    """Yield the rows of the index of `root`. Raises UserError as `find_entries` does."""
     file = root / INDEX_FILE
     try:
         if file.is_symlink() or not file.is_file():
             raise ValueError("is not a plain file" if os.path.lexists(file) else "no such file")
         if (size := file.stat().st_size) > _LARGEST:
             raise ValueError(f"is larger than {_LARGEST:,} bytes")
-        # Of an immutable file SQLite opens neither a journal nor a log beside it.
+        # With immutable=1 SQLite opens no journal and no log next to the file.
         address = f"{file.absolute().as_uri()}?mode=ro&immutable=1"
         with closing(sqlite3.connect(address, uri=True)) as database:
             yield from _checked_rows(database, most_text=size)
@@ -163,10 +164,10 @@ def _entries(root: Path) -> Iterator[Entry]:
 
 
 def _checked_rows(database: sqlite3.Connection, *, most_text: int) -> Iterator[Entry]:
-    """The rows of a database that has the schema of an index and nothing else.
+    """Yield the rows of a database that has only the schema of an index.
 
-    Its pages may refer to one page many times, and so hold any number of rows. As a row has some text, the rows of an
-    index end where there would be more text than the file has bytes, `most_text`. Raises ValueError or SQLite's errors.
+    A malicious file can refer to one page many times, so it can have any number of rows. Every row has some text, so an
+    index cannot have more text than the file has bytes (`most_text`). Raises ValueError or SQLite's errors.
     """
     database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST_ROW)
     database.set_progress_handler(lambda: True, _SCHEMA_STEPS)

@@ -1,5 +1,5 @@
-"""The inputs of every conversion: which kind of adapter a folder holds, its base, which is found by name or by hash
-among the models in a folder, and whether a model is that base."""
+"""Finds the inputs of conversions: the kind of an adapter, and its base, by name or by hash among the models in a
+folder. Also checks whether a model is an adapter's base."""
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -14,20 +14,20 @@ from megatron_tiedlora.checkpoint import base_identity, base_weights, resume
 from megatron_tiedlora.checkpoint.native_adapter import CONFIG_FILE, PEFT_TYPE, NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 
-EXPORT_RECORD = "tiedlora_export.json"  # in an exported PEFT folder: what its native adapter is, and the base
+EXPORT_RECORD = "tiedlora_export.json"  # in an exported PEFT folder: describes the native adapter and the base
 BASE_PATH = "base_path"  # in that record: the base's folder on the host that exported
-NATIVE_FOLDER = "native"  # in an exported PEFT folder: the two files of that adapter
-_DEPTH = 4  # of a model below the folder; the hub's cache has models--OWNER--NAME/snapshots/REVISION
+NATIVE_FOLDER = "native"  # in an exported PEFT folder: the two files of the native adapter
+_DEPTH = 4  # levels that are searched for models; the hub's cache has models--OWNER--NAME/snapshots/REVISION
 _MODEL_CONFIG = "config.json"
 _WEIGHT_HASHES = ("base_weights_hash", "base_sample")
 _GIVE = "give the base, or a folder of models that holds it: it is found there by its hashes"
 
 
 def adapter_kind(folder: Path | str, *, flag: str | None = None) -> Literal["native", "peft"]:
-    """The kind of adapter that a folder holds. `flag` is the flag with its value, as given [--adapter FOLDER].
+    """Return the kind of adapter that a folder holds. `flag` is the flag with its value, as given [--adapter FOLDER].
 
     Raises:
-        UserError: it holds no adapter; for a run or model folder the message says what to give instead.
+        UserError: the folder holds no adapter. For a run or model folder the message says what to give instead.
     """
     path, flag = user_path(folder), flag or f"--adapter {folder}"
     if path.is_file() and path.name == resume.LATEST_FILE:
@@ -51,20 +51,21 @@ def adapter_kind(folder: Path | str, *, flag: str | None = None) -> Literal["nat
 
 
 def is_peft(content: Mapping[str, Any]) -> bool:
-    """Whether the fields of an adapter_config.json are those of a PEFT adapter."""
+    """Return whether `content`, an adapter_config.json, describes a PEFT adapter."""
     return content.get("peft_type", PEFT_TYPE) != PEFT_TYPE
 
 
 def find_base(folder: Path, model: ModelSource | str | None, named: str, hashes: Mapping[str, Any]) -> ModelSource:
-    """The base of the adapter in `folder`: the one that `model` names, or else the one that the adapter names.
+    """Return the base of the adapter in `folder`: the model that `model` names, or else the one that the adapter names.
 
     Args:
-        model: value of --model, or what it has been found to be. It may name a folder of models, among which the base
-            is found by its hashes.
-        hashes: `base_hash`, `base_weights_hash` and `base_sample` of the adapter's base, as far as they are known.
+        model: value of --model, or the model that was found for it. It may name a folder of models; the base is then
+            found among them by its hashes.
+        named: the base's name in the adapter's files.
+        hashes: the known ones of `base_hash`, `base_weights_hash` and `base_sample` of the adapter's base.
 
     Raises:
-        UserError: it does not exist.
+        UserError: the base does not exist.
     """
     if isinstance(model, ModelSource):
         return model
@@ -79,7 +80,7 @@ def find_base(folder: Path, model: ModelSource | str | None, named: str, hashes:
 
 
 def _models_under(model: str) -> list[Path] | None:
-    """The folders of models below the folder `model`; None if it is a model itself, or not a folder.
+    """Return the model folders below the folder `model`; None if `model` is a model itself, or not a folder.
 
     Raises:
         UserError: the folder holds no models.
@@ -100,7 +101,7 @@ def _find_by_hash(folder: Path, model: str, models: list[Path], hashes: Mapping[
     if not wanted or "base_hash" not in hashes:
         raise UserError(f"--model {model}: {folder} does not record its base's hashes; give the base's own folder")
     for path in models:
-        with suppress(UserError):  # not a model that is known here
+        with suppress(UserError):  # not a supported model
             source = find_model(str(path))
             if source.base_hash == hashes["base_hash"]:
                 found = base_identity.identify_model(source, "fp32")
@@ -110,7 +111,7 @@ def _find_by_hash(folder: Path, model: str, models: list[Path], hashes: Mapping[
 
 
 def is_merged(source: ModelSource) -> bool:
-    """Whether an adapter was merged into a model."""
+    """Return whether an adapter was merged into the model."""
     return source.folder is not None and (source.folder / base_identity.MERGE_RECORD).is_file()
 
 
@@ -118,11 +119,11 @@ Identify = Callable[[ModelSource, str, str | None], base_identity.BaseIdentity]
 
 
 class CheckedBase(NamedTuple):
-    """The base that an adapter belongs to, or is used with nevertheless (--base_differs).
+    """An adapter's base, or a different model that it is used with (--base_differs).
 
     Attributes:
-        record: the fields that describe it in the record of a converted adapter or model.
-        notes: what a user should know about it.
+        record: the fields that describe the base in the record of a converted adapter or model.
+        notes: notes about the base for the user.
     """
 
     record: dict[str, Any]
@@ -144,15 +145,14 @@ def check_base(
 
     Args:
         tokenizer: the tokenizer in use, if it is not the base's own.
-        uses_tokenizer: False if nothing is tokenised; an adapter that was trained with its own tokenizer then fits
-            any.
+        uses_tokenizer: False if nothing is tokenised. An adapter's own tokenizer is then not compared.
         differs: value of --base_differs.
-        base_format: the storage format in which the base is used; None for that of --dtype.
+        base_format: the storage format in which the base is used; None if it is used in --dtype.
         flag: the adapter's name in messages.
-        identify: for a caller that checks many adapters of one base.
+        identify: computes the base's identity; a caller that checks many adapters of one base passes a cached one.
 
     Raises:
-        UserError: config, weights or tokenizer differ without `differs`, are missing, or are incomplete.
+        UserError: config, weights or tokenizer differ and `differs` is False, or one is missing or incomplete.
     """
     trained, used = adapter.base_identity, base_format or source.stored_base
     stored = stored_precision(source) if used is not None and trained.base_stored is not None else None
@@ -171,7 +171,7 @@ def check_base(
 
 
 def stored_precision(source: ModelSource) -> str | None:
-    """`linears_dtype` of a model on the disk; None if it is quantised there. Raises UserError if it cannot be read."""
+    """Return `linears_dtype` of a stored model, or None if it is quantised. Raises UserError if it cannot be read."""
     if source.stored is not None:
         return None
     with base_weights.BaseWeights(source.weights_folder(), source.shape) as weights:
@@ -179,9 +179,9 @@ def stored_precision(source: ModelSource) -> str | None:
 
 
 def trained_otherwise(source: ModelSource, adapter: NativeAdapter) -> str:
-    """Says, with what to do, that `source` is quantised to other values than training saw; '' if not, or if unknown.
+    """Return a message if `source` is quantised to different values than training used; '' if not, or if unknown.
 
-    `source` has passed `check_base`.
+    The message also says what to do. The caller has checked `source` with `check_base`.
     """
     trained = adapter.base_identity
     if trained.base_stored is None:

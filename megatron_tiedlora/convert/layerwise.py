@@ -1,9 +1,9 @@
-"""Logits and losses of whole models, computed one layer at a time by the package's own layers.
+"""Computes logits and losses of whole models one layer at a time, with the package's own layers.
 
-It needs the memory of one layer, whatever the model: a layer is built, filled for one model after another, run on all
-rows, and freed. Of the embedding only the rows of the tokens are kept. Logits are computed by some rows of the head at
-a time. For a loss, rows are processed in groups whose activations fit into the host's memory, and weights are read once
-for each group.
+This needs the memory of one layer. A layer is built, loaded with the weights of each model in turn, run on all rows,
+and freed. Only the embedding rows of the tokens are loaded. Logits are computed with some rows of the head at a time.
+For a loss, batches are processed together until their activations fill a part of the host's memory. The weights are
+read once for all of these batches.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,12 +28,12 @@ from megatron_tiedlora.model.weights import WeightRule, weight_rules
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_weights
 from megatron_tiedlora.parallel.groups import ALONE, Grid, TensorParallel
 
-_HEAD_ELEMENTS = 2**24  # of the head at a time, for logits; 64 MiB in fp32
-_SHARE = 0.25  # of the host's free memory, for activations that wait
+_HEAD_ELEMENTS = 2**24  # elements of the head that are loaded at a time for logits; 64 MiB in fp32
+_SHARE = 0.25  # the part of the host's free memory that stored activations may use
 _CPU = torch.device("cpu")
 Inputs = tuple[torch.Tensor, torch.Tensor]  # tokens (b, s) and position ids (b, s)
-# What reads rows of a model's stored tensors, in any float dtype; and the adapters with which it is computed by the
-# names of the results, None for the weights alone.
+# A function that reads rows of a model's stored tensors in any float dtype, and the adapters by the names of results.
+# None means that a result has no adapter.
 Weights = tuple[ReadRows, Mapping[str, NativeAdapter | None]]
 
 
@@ -41,7 +41,7 @@ Weights = tuple[ReadRows, Mapping[str, NativeAdapter | None]]
 def layerwise_logits(
     shape: ModelShape, models: Sequence[Weights], tokens: torch.Tensor, *, dtype: torch.dtype, progress: bool = False
 ) -> dict[str, torch.Tensor]:
-    """fp32 logits (b, s, V) by the names in `models`, which are all of the same shape. Layers compute in `dtype`."""
+    """Return fp32 logits (b, s, V) by the names in `models`, which have one shape. Layers compute in `dtype`."""
     layers = _Layers(shape, dtype, _CPU)
     size = max(_HEAD_ELEMENTS // shape.hidden_size, 1)
     logits: dict[str, list[torch.Tensor]] = {}
@@ -68,16 +68,16 @@ def layerwise_loss(
     between: Callable[[], object] = lambda: None,
     progress: bool = False,
 ) -> float:
-    """The summed loss over the supervised positions of `batches`, none of them packed.
+    """Return the summed loss over the supervised positions of `batches`, which must not be packed.
 
     Args:
         read: reads rows of a stored tensor, in any float dtype.
-        dtype: of the layers' computation.
-        between: called before each block; it may raise to end the computation.
-        progress: show a bar.
+        dtype: the dtype in which layers compute.
+        between: called before each block; it may raise an exception to end the computation.
+        progress: whether to show a progress bar.
     """
     layers, total = _Layers(shape, dtype, device, between), 0.0
-    # Groups of batches whose activations fit into memory together, at least one, made as they are needed.
+    # Batches are processed together if their activations fit into memory, and otherwise one at a time.
     most, of_token = _SHARE * psutil.virtual_memory().available, shape.hidden_size * dtype.itemsize
     for group in filled((batch, batch.tokens.numel() * of_token, most) for batch in batches):
         with progress_bar("loss", "layer", total=shape.num_layers + 2, shows=progress) as bar:
@@ -105,7 +105,7 @@ class _Layers:
     between: Callable[[], object] = lambda: None
 
     def hidden(self, models: Sequence[Weights], inputs: Sequence[Inputs], bar: Any) -> dict[str, list[torch.Tensor]]:
-        """Results (b, s, d) of the last block for each of `inputs`, in the host's memory, by the names in `models`."""
+        """Return the outputs (b, s, d) of the last block for each of `inputs` by the names in `models`, on the CPU."""
         hidden: dict[str, list[torch.Tensor]] = {}
         for read, adapters in models:
             embedded = self._embedded(read, inputs)
@@ -133,7 +133,7 @@ class _Layers:
         return hidden
 
     def head(self, read: ReadRows, start: int, stop: int) -> Any:
-        """The last layer with rows `start` to `stop - 1` of the head's weight."""
+        """Return the last layer with rows `start` to `stop - 1` of the head's weight."""
         last = self.shape.num_layers + 1
         with self.device:
             head: Any = layer_specs(self._with_vocabulary(stop - start), dtype=self.dtype)[-1].build()
@@ -147,7 +147,7 @@ class _Layers:
         return head
 
     def _embedded(self, read: ReadRows, inputs: Sequence[Inputs]) -> list[torch.Tensor]:
-        """The inputs of the first block, (b, s, d) each, by an embedding of the rows that occur."""
+        """Return the inputs of the first block, (b, s, d) each. Only the embedding rows of the tokens are loaded."""
         ids = torch.cat([tokens.flatten() for tokens, _ in inputs]).unique()
         with self.device:
             embedding: Any = layer_specs(self._with_vocabulary(len(ids)), dtype=self.dtype)[0].build()
@@ -161,18 +161,18 @@ class _Layers:
         return [embedding(tokens, TensorParallel()).cpu() for tokens in renumbered]
 
     def _with_vocabulary(self, size: int) -> ModelShape:
-        """The model's shape with a vocabulary of `size` tokens."""
+        """Return the model's shape with a vocabulary of `size` tokens."""
         embedding, head = (replace(linear, blocks=(size,)) for linear in (self.shape.embedding, self.shape.head))
         return replace(self.shape, embedding=embedding, head=head)
 
     def _stored_name(self, layer: int) -> str:
-        """The stored tensor of the embedding (layer 0), or of the head."""
+        """Return the name of the stored tensor of the embedding (layer 0) or the head."""
         linear = self.shape.embedding if layer == 0 or self.shape.tied_embeddings else self.shape.head
         return f"{linear.sources[0].module}.weight"
 
 
 def _fill(module: nn.Module, rules: Iterable[WeightRule], read: ReadRows) -> None:
-    """Read weights of the name table into the module, some rows at a time: a whole tensor in fp32 would be large."""
+    """Read the weights of `rules` into the module some rows at a time, since a whole tensor in fp32 would be large."""
     targets = frozen_weights(module)
     for rule in rules:
         offset = 0

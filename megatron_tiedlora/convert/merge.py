@@ -1,12 +1,11 @@
 """Writes merged Hugging Face checkpoints: W' = W + (alpha / r) diag(v) B diag(u) A, added in fp32 and cast once.
 
-Every tensor is read, computed and written some rows at a time (`MergedWeights`). So it needs little memory, whatever
-the model. Of a folder that is quantised the values D(W), which training saw, take the place of W, and all tensors are
-computed.
+Every tensor is read, computed and written some rows at a time (`MergedWeights`), so a merge needs little memory. If the
+folder is quantised, W is replaced by the dequantised values D(W) that training used, and all tensors are computed.
 
-Only files of the folder itself are copied: one that came from somebody else may hold links to anywhere, and outputs are
-shared with others. Links of the hub's cache, from `models--X/snapshots/REVISION/` into `models--X/blobs/`, count as its
-own files.
+Only files inside the folder are copied. A folder from a stranger may have links to private files, and outputs are
+shared with others. Links in the hub's cache, from `models--X/snapshots/REVISION/` to `models--X/blobs/`, count as
+files inside the folder.
 """
 
 import os
@@ -31,13 +30,13 @@ from megatron_tiedlora.data.tokenizer import load_tokenizer, save_tokenizer
 from megatron_tiedlora.model.weights import quantised_rules, stored_shapes
 
 MERGED_ONTO = "merged_onto"  # in the record of a merge onto a dequantised base
-# Files that are copied from the base besides its weights; others there are not part of the model.
+# Files that are copied from the base besides its weights; its other files are not part of the model.
 _MODEL_FILES = ("config.json", "generation_config.json", "LICENSE*", "NOTICE*")
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "chat_template.json", "*.jinja"),
 )
-# The files from which transformers reads a tokenizer, including chat templates, whose texts it saves again.
+# The files from which transformers reads a tokenizer. They include chat templates, because it saves their texts again.
 _TOKENIZER_SOURCES = (
     *("tokenizer*", "*.model", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json"),
     *("*.txt", "*.spm", "*.codes", "chat_template*", "*.jinja", "additional_chat_templates"),
@@ -61,22 +60,22 @@ def merge_adapter(
 ) -> None:
     """Write a merged Hugging Face checkpoint folder atomically.
 
-    File names, index, and the bytes of tensors that the adapter does not change are the base's own. With `dtype` the
-    values of all tensors are cast to it once.
+    File names, the index, and the bytes of tensors that the adapter does not change are copied from the base. With
+    `dtype` the values of all tensors are cast once.
 
     Args:
         dtype: dtype of the written weights (default: each as it is stored in the base).
         tokenizer: folder, hub id or SentencePiece file of the tokenizer to save instead of the base's own.
-        base_differs: merge into this base although the adapter was trained on another; the record says so.
-        onto_trained: merge onto the base that training saw, dequantised, in place of the stored one.
+        base_differs: merge even if the adapter was trained on a different base. The record then names the differences.
+        onto_trained: merge onto the dequantised base that training used, instead of the stored base.
         say: called with each note about the base.
         new: makes the output folder.
-        between: called many times a second; it may raise to end the merge.
+        between: called many times a second; it may raise an exception to end the merge.
 
     Raises:
-        UserError: the adapter is for another base, or one that is quantised to other values than training saw; the
+        UserError: the adapter was trained on a different base, or on one that is quantised to different values; the
             base is quantised or already merged, the output exists, the tokenizer cannot be read, the disk has too
-            little room, a computed weight is not finite (the message names it), or a file is a link out of the folder.
+            little space, a computed weight is not finite (the message names it), or a link leads out of the folder.
     """
     folder = source.weights_folder()
     if not onto_trained:
@@ -84,7 +83,7 @@ def merge_adapter(
     output_folder.reject_existing(output, flag=f"--output {output}")
     model_files = side_files(folder, _MODEL_FILES)
     own_files = [] if tokenizer is not None else side_files(folder, _TOKENIZER_FILES)
-    # The base's tokenizer is saved again over its copy: transformers would rebuild some from their class names.
+    # The base's tokenizer is saved again over its copy, because transformers would rebuild some by their class names.
     saved = None
     if tokenizer is not None or own_files:
         if (named := user_path(tokenizer or folder)).is_dir():
@@ -112,7 +111,7 @@ def merge_adapter(
     for note in base.notes:
         say(note)
     record = {**adapter.record(), **base.record, **({} if onto is None else {MERGED_ONTO: onto})}
-    # Of a folder that is quantised the values are there as training saw them.
+    # A quantised folder already has the values that training used.
     quantised = source.stored is not None
     copied = [*model_files, *own_files]
     with MergedWeights(source, adapter, base_format=None if quantised else onto) as weights:
@@ -120,14 +119,14 @@ def merge_adapter(
         if quantised:
             files = tensor_files.sharded(merged.of_quantised())
         else:
-            side_files(folder, sorted({file.name for file in weights.file_of.values()}))  # and here
+            side_files(folder, sorted({file.name for file in weights.file_of.values()}))  # rejects links here too
             files = [merged.of_file(file) for file in sorted(set(weights.file_of.values()))]
             copied += side_files(folder, [tensor_files.INDEX_FILE])
         needed = sum(len(file.head) + file.value_bytes for file in files) + sum(file.stat().st_size for file in copied)
         with new(output) as temporary:
             output_folder.require_room(temporary, needed, output=output)
             tensor_files.write_files(temporary, files, bar="weights" if quantised else "merge", progress=progress)
-            for file in copied:  # with the index of a base that is not quantised, which may say more
+            for file in copied:  # includes the index of a base that is not quantised, which may have more metadata
                 shutil.copyfile(file, temporary / file.name)
             if quantised or dtype is not None:
                 _restate_config(temporary / "config.json", dtype, dequantised=quantised)
@@ -143,10 +142,10 @@ def merge_adapter(
 
 @dataclass(frozen=True)
 class _MergedFiles:
-    """The files of a merged folder, whose values are read from `weights` as they are written.
+    """The files of a merged folder. Their values are read from `weights` while they are written.
 
     Attributes:
-        dtype: of all floating-point tensors; None if each keeps its own.
+        dtype: the dtype of all floating-point tensors; None if each keeps its own.
         between: called for each block of rows.
     """
 
@@ -156,11 +155,12 @@ class _MergedFiles:
     between: Callable[[], object]
 
     def of_file(self, file: Path) -> tensor_files.StreamedFile:
-        """One file of a base that is not quantised, merged: it keeps its name and its tensors' order, and with their
-        dtypes its whole header.
+        """Return the merged version of a file of a base that is not quantised.
+
+        Its name and the order of its tensors stay the same. If the dtypes stay the same, so does the whole header.
 
         Raises:
-            UserError: it is not a whole safetensors file, or has a tensor that belongs to another file.
+            UserError: it is not a complete safetensors file, or has a tensor that belongs to a different file.
         """
         reader = self.weights.reader(file)  # checks that shapes and sizes agree and that the tensors lie side by side
         header = self.weights.header(file)
@@ -179,7 +179,7 @@ class _MergedFiles:
             with file.open("rb") as stream:
                 head = stream.read(header.begin)
         else:
-            # Readers want every tensor at a multiple of its item's size.
+            # Readers need every tensor at an offset that is a multiple of its element size.
             ordered.sort(key=lambda name: -found[name].dtype.itemsize if found[name].num_bytes else 0)
             kinds = {
                 name: tensor_files.TYPE_NAMES.get(found[name].dtype, header.entries[name]["dtype"]) for name in ordered
@@ -190,19 +190,19 @@ class _MergedFiles:
         return tensor_files.StreamedFile(file.name, head, [found[name] for name in ordered])
 
     def _of_stored(self, file: Path, name: str, stored: Any) -> tensor_files.StreamedTensor:
-        """A tensor of a file that is not quantised; one that is neither changed nor cast keeps its bytes."""
+        """Return a merged tensor of a file that is not quantised. Without a change or a cast it keeps its bytes."""
         shape, changed = tuple(stored.get_shape()), name in self.weights.changed
         kind = stored[:0].dtype if shape else stored[...].dtype
         cast = self.dtype if kind in tensor_files.TYPE_NAMES else None
-        # Files may hold tensors that the index does not name, or names for another file.
+        # A file may hold tensors that the index does not name, or for which it names a different file.
         read = self.weights.read if changed else lambda _, rows: stored[rows]
         return self._streamed(file, name, shape, cast or kind, read, checked=changed or cast is not None)
 
     def of_quantised(self) -> list[tensor_files.StreamedTensor]:
-        """Every tensor of a merge onto a folder that is quantised.
+        """Return every tensor of a merge onto a quantised folder.
 
-        They have new files with new names: the folder's own do not fit, because its tensors have other sizes and names.
-        Without a dtype each is as stored, and those that are quantised as the embedding is.
+        They are written to files with new names, because the folder's tensors have different sizes and names. Without
+        `dtype` each keeps its stored dtype, and tensors that were quantised get the embedding's dtype.
         """
         weights, quantised = self.weights, stored_shapes(quantised_rules(self.source.shape))
         embedding = weights.rules[0].hf_names[0]
@@ -215,7 +215,7 @@ class _MergedFiles:
     def _streamed(
         self, file: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype, read: ReadRows, *, checked: bool
     ) -> tensor_files.StreamedTensor:
-        """A tensor of which `read` gives some rows. If `checked`, a number that is not finite raises UserError."""
+        """Return a tensor whose rows `read` reads. If `checked`, a value that is not finite raises UserError."""
         size, source = file.stat().st_size, self.source.name if self.source.stored is not None else str(file)
 
         def blocks() -> Iterator[torch.Tensor]:
@@ -223,7 +223,7 @@ class _MergedFiles:
                 self.between()
                 if file.stat().st_size < size:  # reading the lost part of a mapped file would end the process
                     raise UserError(f"{file}: not a whole safetensors file (it became shorter meanwhile)")
-                part: Any = rows if shape else ...  # a number has no rows
+                part: Any = rows if shape else ...  # a scalar has no rows
                 values = read(name, part).to(dtype)
                 if checked and not tensor_files.all_finite(values):
                     base = self.weights.read_base(name, part) if name in self.weights.changed else read(name, part)
@@ -246,16 +246,16 @@ def reject_quantised(source: sources.ModelSource) -> None:
 
 
 def is_merge_of(folder: Path, adapter: native_adapter.NativeAdapter) -> bool:
-    """Whether `folder` is a model into which this adapter was merged, as its record says."""
+    """Return whether the record in `folder` says that this adapter was merged into it."""
     record = read_json_or_none(folder / base_identity.MERGE_RECORD) or {}
     return record.get("adapter_sha256") == adapter.sha256
 
 
 def merged_onto(folder: Path) -> str | None:
-    """The storage format of the base onto which a folder's adapter was merged; None for the stored one.
+    """Return the storage format of the base onto which a folder's adapter was merged; None for the stored base.
 
     Raises:
-        UserError: the folder's record is not one of this version.
+        UserError: the folder's record has an unknown format.
     """
     file = folder / base_identity.MERGE_RECORD
     onto = read_json_object(file, kind="the record of a merge").get(MERGED_ONTO) if file.is_file() else None
@@ -265,7 +265,7 @@ def merged_onto(folder: Path) -> str | None:
 
 
 def side_files(folder: Path, patterns: Iterable[str]) -> list[Path]:
-    """The sorted files of a model folder that match one of `patterns`. Folders are ignored.
+    """Return the sorted files of a model folder that match one of `patterns`. Folders are ignored.
 
     Raises:
         UserError: a file is a link that leads out of the model, or a pipe, a socket or a device.
@@ -287,7 +287,7 @@ def side_files(folder: Path, patterns: Iterable[str]) -> list[Path]:
 
 
 def _restate_config(config_file: Path, dtype: torch.dtype | None, *, dequantised: bool) -> None:
-    """Make a config name `dtype`, if one was given, and no longer say that the weights are quantised."""
+    """Write `dtype`, if it is given, to a config, and if `dequantised` remove the entry that says it is quantised."""
     values = read_json_object(config_file, kind="a model's config")
     if dequantised:
         values.pop("quantization_config", None)

@@ -1,10 +1,10 @@
 """Converts a NeMo 1 model such as GPT-2B-001 from its `.nemo` to a Hugging Face folder, row by row.
 
 The architecture is Hugging Face's StableLM: LayerNorms with bias, part of each head rotated, SwiGLU, no other biases.
-Its tensors are views of those of NeMo's ranks. This module owns NeMo's settings, names and orders of rows. With T
-tensor-parallel ranks of a stage, [..; ..] rows below each other:
+Its tensors are views of the tensors of NeMo's ranks. This module defines NeMo's settings, names and orders of rows. A
+stage has T tensor-parallel ranks, and [..; ..] are rows below each other:
 
-    query_key_value   rank t holds heads t H/T .. (t + 1) H/T, and of each head its rows [q; k; v]
+    query_key_value   rank t holds heads t H/T .. (t + 1) H/T, each as rows [q; k; v]
     dense_h_to_4h     rank t holds [gate_t; up_t], and gate = [gate_1; ..; gate_T]
     dense, dense_4h_to_h    rank t holds columns; norms are on every rank, with weight - 1 in the file
     word_embeddings, output_layer    rank t holds rows, and rows beyond the vocabulary are padding
@@ -35,9 +35,9 @@ from megatron_tiedlora.checkpoint.tensor_files import (
 from megatron_tiedlora.convert.nemo_archive import NemoArchive, readable
 from megatron_tiedlora.data.tokenizer import LARGEST_TOKENIZER, check_conversion
 
-# Ordinary texts, for which transformers must give SentencePiece's ids.
+# Texts for which transformers must return the same token ids as SentencePiece.
 _PROBES = ("Answer: 42", " 12,345.60", "  two\n\nlines\t", "naïve 日本語 😀", "a   b ")
-_BLOCK_ROWS = 256  # of a tensor, at a time
+_BLOCK_ROWS = 256  # rows of a tensor that are written at a time
 _EMBEDDING, _HEAD, _FINAL_NORM = "embedding.word_embeddings.weight", "output_layer.weight", "encoder.final_layernorm"
 _FREQUENCIES = "rotary_pos_emb.inv_freq"
 _PREFIXES = ("model.language_model.", "model.module.language_model.")  # the second one with megatron_amp_O2
@@ -55,10 +55,10 @@ def convert_nemo(
 ) -> dict[str, Any]:
     """Write the model of the file `nemo` as a `stablelm` folder atomically, and return its config.
 
-    Weights keep their dtype, except norms, which are fp32. Rows beyond the tokenizer's pieces are left out.
+    Weights keep their dtype, but norms are fp32. Padding rows beyond the tokenizer's vocabulary are left out.
 
     Raises:
-        UserError: the archive is broken or hostile, its model computes something else, or the output exists.
+        UserError: the archive is broken or malicious, its model is not computed as StableLM is, or the output exists.
     """
     output_folder.reject_existing(output, flag=f"--output {output}")
     archive, source = NemoArchive(nemo), f"{nemo}: {CONFIG_MEMBER}"
@@ -82,11 +82,12 @@ def convert_nemo(
 
 
 def _read_tokenizer(raw: bytes) -> tuple[int, dict[str, int | None], dict[str, Any]]:
-    """The number of pieces of a SentencePiece model, its special ids as fields of a model's config, and a
-    `tokenizer_config.json` with which transformers gives its ids.
+    """Return a SentencePiece model's vocabulary size, its special ids, and the content of its `tokenizer_config.json`.
+
+    The special ids are fields of a model's config. With the `tokenizer_config.json` transformers returns equal ids.
 
     Raises:
-        ValueError: transformers gives other ids.
+        ValueError: transformers returns different ids.
         Exception: any error of the libraries.
     """
     import sentencepiece
@@ -94,7 +95,7 @@ def _read_tokenizer(raw: bytes) -> tuple[int, dict[str, int | None], dict[str, A
 
     processor = sentencepiece.SentencePieceProcessor(model_proto=raw)
     found = {role: getattr(processor, f"{role}_id")() for role in ("bos", "eos", "unk", "pad")}
-    roles = {role: token for role, token in found.items() if token >= 0}  # -1: it has none
+    roles = {role: token for role, token in found.items() if token >= 0}  # -1: there is no such token
     # The class that reads SentencePiece files unchanged; as in SentencePiece, "</s>" in a text is plain text.
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "split_special_tokens": True}
     settings |= {f"{role}_token": processor.id_to_piece(token) for role, token in roles.items()}
@@ -110,15 +111,15 @@ def _read_tokenizer(raw: bytes) -> tuple[int, dict[str, int | None], dict[str, A
 
 
 def stablelm_tensors(archive: NemoArchive, model: NemoModel, folder: Path, *, vocab_size: int) -> list[StreamedTensor]:
-    """The tensors of a `StableLmForCausalLM` in the order of its layers. Norms are fp32; others are as stored.
+    """Return the tensors of a `StableLmForCausalLM` in the order of its layers. Norms are fp32; others are as stored.
 
-    A number that is not finite raises UserError as it is written.
+    A value that is not finite raises UserError when it is written.
 
     Args:
-        folder: for copies of the ranks' files; see `NemoArchive.tensors`.
+        folder: the folder for copies of the ranks' files; see `NemoArchive.tensors`.
 
     Raises:
-        UserError: a rank's file is missing or too much, or a tensor is missing, unknown, or of another shape or dtype.
+        UserError: a rank's file is missing or unknown, or a tensor is missing, unknown, or has a wrong shape or dtype.
     """
     _check_members(archive, model)
     stages = [
@@ -136,7 +137,7 @@ def stablelm_tensors(archive: NemoArchive, model: NemoModel, folder: Path, *, vo
 
 
 def _check_members(archive: NemoArchive, model: NemoModel) -> None:
-    """Raise UserError unless the archive holds the file of every rank, and no other ones."""
+    """Raise UserError unless the archive holds exactly one file of weights for every rank."""
     wanted = {
         model.rank_member(pp_rank, tp_rank) for pp_rank in range(model.pp_size) for tp_rank in range(model.tp_size)
     }
@@ -151,7 +152,7 @@ def _check_members(archive: NemoArchive, model: NemoModel) -> None:
 
 
 def _read_rank(archive: NemoArchive, model: NemoModel, folder: Path, pp_rank: int, tp_rank: int) -> Rank:
-    """The tensors of a rank by NeMo's names without their prefix, with their shapes checked."""
+    """Return the tensors of a rank by NeMo's names without the prefix, after a check of their shapes."""
     member = model.rank_member(pp_rank, tp_rank)
     found: Rank = {}
     for name, tensor in archive.tensors(member, folder).items():
@@ -170,7 +171,7 @@ def _read_rank(archive: NemoArchive, model: NemoModel, folder: Path, pp_rank: in
 def _expected_shapes(
     model: NemoModel, pp_rank: int, stored: Mapping[str, tuple[int, ...]]
 ) -> dict[str, tuple[int, ...]]:
-    """The shapes of a rank's tensors; the number of vocabulary rows, some of them padding, is that of `stored`."""
+    """Return the shapes of a rank's tensors. The number of vocabulary rows, with padding, is read from `stored`."""
     hidden, ffn, ranks = model.hidden_size, model.ffn_size, model.tp_size
     embedding, head = ((*stored.get(name, ())[:1], hidden) for name in (_EMBEDDING, _HEAD))
     shapes: dict[str, tuple[int, ...]] = {_EMBEDDING: embedding} if pp_rank == 0 else {}
@@ -187,11 +188,11 @@ def _expected_shapes(
 
 
 def _check_frequencies(stored: torch.Tensor | None, model: NemoModel, where: str) -> None:
-    """Raise UserError if the rotary frequencies in the file are not those of the settings."""
+    """Raise UserError if the rotary frequencies in the file do not match the settings."""
     if stored is None:
         return
     half = model.rotary_dim // 2
-    # In 16 bits with megatron_amp_O2. `half` is of a stranger's settings: nothing so large is made before it fits.
+    # They have 16 bits with megatron_amp_O2. `half` comes from a stranger's settings, so the shape is checked first.
     fits = stored.shape == (half,)
     if not fits or not torch.allclose(stored.float(), ROPE_BASE ** (-torch.arange(half) / half), rtol=1e-2):
         raise UserError(f"{where}: {_FREQUENCIES} is not that of base {ROPE_BASE:g} and {2 * half} rotated numbers")
@@ -218,7 +219,7 @@ def _tensors(stages: Sequence[Sequence[Rank]], model: NemoModel, vocab_size: int
 
 
 def _finite(tensor: StreamedTensor, source: str) -> StreamedTensor:
-    """The tensor, of which a number that is not finite raises UserError."""
+    """Return the tensor with a check that raises UserError for a value that is not finite."""
 
     def blocks() -> Iterator[torch.Tensor]:
         for block in tensor.blocks():
@@ -230,7 +231,7 @@ def _finite(tensor: StreamedTensor, source: str) -> StreamedTensor:
 
 
 def _norm(name: str, rank: Rank, theirs: str) -> Iterator[StreamedTensor]:
-    """Weight and bias of a norm. NeMo computes with weight + 1, in fp32."""
+    """Yield the weight and the bias of a norm. NeMo computes with weight + 1 in fp32."""
     weight, bias = (rank[f"{theirs}.{part}"].float() for part in ("weight", "bias"))
     yield _rows(f"{name}.weight", [weight + 1])
     yield _rows(f"{name}.bias", [bias])
@@ -245,7 +246,7 @@ def _first_rows(parts: Iterable[torch.Tensor], count: int) -> list[torch.Tensor]
 
 
 def _rows(name: str, parts: Sequence[torch.Tensor]) -> StreamedTensor:
-    """`parts` below each other."""
+    """Return `parts` concatenated along the rows."""
     shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
     return StreamedTensor(
         name, parts[0].dtype, shape, lambda: (block for part in parts for block in part.split(_BLOCK_ROWS))
@@ -253,7 +254,7 @@ def _rows(name: str, parts: Sequence[torch.Tensor]) -> StreamedTensor:
 
 
 def _columns(name: str, parts: Sequence[torch.Tensor]) -> StreamedTensor:
-    """`parts` beside each other."""
+    """Return `parts` concatenated along the columns."""
     shape = (len(parts[0]), sum(part.shape[1] for part in parts))
     rows = list(zip(*(part.split(_BLOCK_ROWS) for part in parts), strict=True))  # views
     return StreamedTensor(name, parts[0].dtype, shape, lambda: (torch.cat(row, dim=1) for row in rows))
@@ -263,9 +264,9 @@ def _columns(name: str, parts: Sequence[torch.Tensor]) -> StreamedTensor:
 
 
 CONFIG_MEMBER, WEIGHTS_MEMBER = "model_config.yaml", "model_weights.ckpt"
-ROPE_BASE = 10_000.0  # it stands in NeMo's code; later versions have it as a setting too
+ROPE_BASE = 10_000.0  # a constant in NeMo's code; later versions also have a setting for it
 _SISTER = re.compile(r"\$\{\.(\w+)\}")
-_SMALL = re.compile(r"\d+e-\d+")  # such as 1e-5, which YAML takes for text
+_SMALL = re.compile(r"\d+e-\d+")  # such as 1e-5, which YAML reads as text
 _CONVERTERS = "NeMo's own scripts/checkpoint_converters convert those"
 _Size = Annotated[int, Field(strict=True, ge=1, le=2**28)]
 _LayerCount = Annotated[int, Field(strict=True, ge=1, le=4096)]
@@ -275,11 +276,11 @@ _Off = Literal[False] | None
 
 
 class NemoTokenizer(BaseModel):
-    """The settings of a tokenizer that is read.
+    """The settings of a supported tokenizer.
 
     Attributes:
-        sentencepiece_legacy: the legacy wrapper adds tokens.
-        model: nemo:NAME, the SentencePiece model's file in the archive.
+        sentencepiece_legacy: must be off, because the legacy wrapper adds tokens.
+        model: nemo:NAME, where NAME is the file of the SentencePiece model in the archive.
     """
 
     library: Literal["sentencepiece"]
@@ -288,14 +289,14 @@ class NemoTokenizer(BaseModel):
 
 
 class NemoModel(BaseModel):
-    """The settings of a model that is computed as Hugging Face's StableLM.
+    """The settings of a NeMo model that Hugging Face's StableLM can compute.
 
-    Each setting that would change the computation is a field, by NeMo's name; those of training, kernels and precision
-    change no result beyond rounding, so they are ignored.
+    Each setting that would change the computation is a field with NeMo's name. Settings of training, kernels and
+    precision change results only by rounding, so they are ignored.
 
     Attributes:
-        rotary_share: the share of each head that is rotated.
-        megatron_legacy: another order of QKV's rows.
+        rotary_share: the fraction of each head that is rotated.
+        megatron_legacy: must be off, because it changes the order of QKV's rows.
     """
 
     num_layers: _LayerCount
@@ -310,7 +311,7 @@ class NemoModel(BaseModel):
     num_query_groups: Any = None
     kv_channels: Any = None
     tokenizer: NemoTokenizer
-    # Their absence means something else in NeMo.
+    # These must be present, because NeMo's defaults differ.
     normalization: Literal["layernorm1p"]
     activation: Literal["fast-swiglu"]
     position_embedding_type: Literal["rope"]
@@ -339,22 +340,22 @@ class NemoModel(BaseModel):
 
     @property
     def head_dim(self) -> int:
-        """The size of a head."""
+        """The number of elements of a head."""
         return self.hidden_size // self.num_heads
 
     @property
     def rotary_dim(self) -> int:
-        """How much of a head is rotated."""
+        """The number of elements of a head that are rotated."""
         return int(self.head_dim * self.rotary_share)
 
     def rank_member(self, pp_rank: int, tp_rank: int) -> str:
-        """The file in the archive that holds a rank's tensors."""
+        """Return the name of the file in the archive that holds a rank's tensors."""
         if self.pp_size > 1:
             return f"tp_rank_{tp_rank:02d}_pp_rank_{pp_rank:03d}/{WEIGHTS_MEMBER}"
         return f"mp_rank_{tp_rank:02d}/{WEIGHTS_MEMBER}" if self.tp_size > 1 else WEIGHTS_MEMBER
 
     def hf_config(self, *, vocab_size: int) -> dict[str, Any]:
-        """The fields of a Hugging Face `config.json`, without the ids of special tokens and the dtype."""
+        """Return the fields of a Hugging Face `config.json`, without the ids of special tokens and the dtype."""
         return {
             "architectures": ["StableLmForCausalLM"],
             "model_type": "stablelm",
@@ -379,16 +380,16 @@ class NemoModel(BaseModel):
 
 
 def nemo_model(values: Mapping[str, Any], *, source: str) -> NemoModel:
-    """The model of the settings `values`.
+    """Return the checked model settings of `values`.
 
     Raises:
-        UserError: a setting is missing, cannot be used, or computes something else; the message names it and `source`.
+        UserError: a setting is missing, not supported, or changes the computation. The message names it and `source`.
     """
     settings = _resolved(values)
     if settings.get("mcore_gpt", False) is not False:
         raise UserError(f"{source}: mcore_gpt is set, so it is a Megatron-Core model; {_CONVERTERS}")
     if isinstance(named := settings.get("tokenizer"), dict):
-        named = _resolved(named)  # it may name its file twice; the first one is used
+        named = _resolved(named)  # two settings may name its file; `model` is preferred
         settings["tokenizer"] = {**named, "model": named.get("model") or named.get("tokenizer_model")}
     try:
         model = NemoModel.model_validate(settings)
@@ -414,7 +415,7 @@ def nemo_model(values: Mapping[str, Any], *, source: str) -> NemoModel:
 
 
 def _resolved(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with numbers that YAML takes for text, and in which the value of `${.other}` is that of the other."""
+    """Return the settings with `${.name}` replaced by that setting, and numbers that YAML reads as text converted."""
     found = {}
     for name, value in values.items():
         sister = _SISTER.fullmatch(value) if isinstance(value, str) else None

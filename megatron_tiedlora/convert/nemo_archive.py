@@ -1,8 +1,8 @@
-"""Finds the files and tensors in a NeMo 1 `.nemo` archive. Nothing in it is executed.
+"""Reads the files and tensors in a NeMo 1 `.nemo` archive. Nothing in it is executed.
 
-A `.nemo` is a tar: settings, a tokenizer and one `.ckpt` for each rank. A `.ckpt` is a zip by `torch.save`: a pickle
-that describes a state dict, and the uncompressed values. A copy of it is checked, and then loaded by `torch.load` with
-`weights_only`, whose tensors are mapped.
+A `.nemo` file is a tar of settings, a tokenizer and one `.ckpt` file for each rank. A `.ckpt` file is a zip that
+`torch.save` wrote: a pickle that describes a state dict, and the uncompressed values. A copy of it is checked, and then
+`torch.load` maps its tensors with `weights_only`.
 """
 
 import io
@@ -19,10 +19,10 @@ import torch
 
 from megatron_tiedlora.base.messages import UserError, first_line, shown
 
-# Bytes of a pickle, and of the list of an archive's files. A model of 96 layers needs a fifth of that.
+# Most bytes of a pickle and of the list of an archive's files. A model of 96 layers needs a fifth of them.
 _LARGEST_PICKLE, _LARGEST_LIST = 2**20, 2**22
 _MOST_PAX_FIELDS = 64
-_MOST_TUPLES = 20_000  # of a pickle; a model of 96 layers has 4,000. A nest of so many can be hashed
+_MOST_TUPLES = 20_000  # in a pickle; a model of 96 layers has 4,000. This many nested ones can be hashed
 _PIECE = 2**24  # bytes that are copied at a time
 
 
@@ -30,12 +30,12 @@ class NemoArchive:
     """A `.nemo` file.
 
     Attributes:
-        path: the file, as messages name it.
-        members: the files in it by their names without a leading `./`.
+        path: the path of the file, which messages name.
+        members: the files in the archive by their names without a leading `./`.
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises UserError: it is not a whole tar of plain files."""
+        """Read the list of files. Raises UserError if the file is not a complete tar of regular files."""
         self.path = path
         with readable(path, "cannot be read as a .nemo archive"):
             with path.open("rb") as stream:
@@ -44,7 +44,7 @@ class NemoArchive:
             self.members = {str(PurePosixPath(member.name)): member for member in _tar_members(path)}
 
     def read(self, member: str, *, largest: int) -> bytes:
-        """The content of a file in the archive. Raises UserError if there is none, or it is larger than `largest`."""
+        """Return a file's content. Raises UserError if the file is missing or has more than `largest` bytes."""
         if member not in self.members:
             raise UserError(f"{self.path}: holds no {member}")
         if self.members[member].size > largest:
@@ -59,12 +59,12 @@ class NemoArchive:
                 yield stream.read(min(left, _PIECE))
 
     def tensors(self, member: str, folder: Path) -> dict[str, torch.Tensor]:
-        """The tensors of a `.ckpt` by their names, mapped from a copy in `folder`.
+        """Return the tensors of a `.ckpt` file by their names. They are mapped from a copy in `folder`.
 
-        The copy has no name any more; the system frees its room when no tensor is left.
+        The copy is already unlinked. The system frees its disk space after the last tensor is deleted.
 
         Raises:
-            UserError: it is not a state dict, or a tensor does not lie in the file.
+            UserError: the file is not a state dict, or the values of a tensor are not complete.
             OSError: the copy cannot be written.
         """
         with tempfile.NamedTemporaryFile(dir=folder) as copy:
@@ -77,16 +77,16 @@ class NemoArchive:
                 except Exception as error:
                     if type(error).__name__ != "UnpicklingError":
                         raise
-                    # Its own text tells how to load the file all the same.
+                    # PyTorch's message explains how to load the file without the check, so it is not shown.
                     raise ValueError("its pickle is not that of a state dict") from None
                 return _checked_tensors(found, sizes)
 
 
 def _check_ckpt(file: str) -> list[int]:
-    """Check the files and the pickle in a `.ckpt`. Returns the sizes of its files of values, as they lie in it.
+    """Check the files and the pickle in a `.ckpt`. Returns the sizes of its files of values in their order.
 
     Raises:
-        ValueError, or zipfile's own errors: it is not what `torch.save` writes of a state dict.
+        ValueError, or zipfile's own errors: `torch.save` does not write a state dict like this.
     """
     archive = zipfile.ZipFile(_Bounded(file))
     files = {entry.filename: entry for entry in archive.infolist()}
@@ -112,7 +112,7 @@ def _check_ckpt(file: str) -> list[int]:
 
 @contextmanager
 def readable(path: Path, what: str) -> Iterator[None]:
-    """Turn an error about broken content into one line: the file, `what` cannot be done, and the reason."""
+    """Convert an error about broken content to a UserError of one line with the file, `what`, and the reason."""
     try:
         yield
     except UserError:
@@ -129,15 +129,15 @@ def readable(path: Path, what: str) -> Iterator[None]:
 
 
 class _Bounded(io.FileIO):
-    """A file from which tarfile and zipfile read the lists of members.
+    """A file from which tarfile and zipfile read lists of members.
 
-    What lists say of their own size may be anything, so the bytes read in all are bounded.
+    A malicious list may claim any size, so the total number of bytes that are read is limited.
     """
 
     left = _LARGEST_LIST
 
     def read(self, size: int | None = -1) -> bytes:
-        """Some bytes, or the rest. Raises ValueError beyond the bound."""
+        """Return `size` bytes, or the rest of the file. Raises ValueError beyond the limit."""
         most = self.left + 1
         found = super().read(most if size is None or size < 0 else min(size, most)) or b""
         self.left -= len(found)
@@ -147,12 +147,12 @@ class _Bounded(io.FileIO):
 
 
 def _tar_members(file: Path) -> Iterator[tarfile.TarInfo]:
-    """The files in a tar. Raises ValueError, or tarfile's errors, as for a truncated file."""
+    """Yield the files in a tar. Raises ValueError or tarfile's errors, for example if the file is truncated."""
     seen: set[str] = set()
     with _Bounded(file) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
         for member in tar:
             path = PurePosixPath(member.name)
-            if len(member.pax_headers) > _MOST_PAX_FIELDS:  # each member would get a copy of global ones
+            if len(member.pax_headers) > _MOST_PAX_FIELDS:  # each member would have a copy of the global ones
                 raise ValueError(f"{shown(member.name)} has {len(member.pax_headers):,} extended fields")
             if path.is_absolute() or ".." in path.parts:
                 raise ValueError(f"the name {shown(member.name)} leads out of it")
@@ -173,7 +173,7 @@ _NAMES = {
     *("torch FloatStorage", "torch HalfStorage", "torch BFloat16Storage"),
 }
 _TUPLES = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}
-_SHARED = {"GLOBAL", "BINUNICODE", "EMPTY_DICT", "REDUCE"}  # what they make may be used again
+_SHARED = {"GLOBAL", "BINUNICODE", "EMPTY_DICT", "REDUCE"}  # a pickle may use their results more than once
 _KEPT, _FETCHED = {"BINPUT", "LONG_BINPUT"}, {"BINGET", "LONG_BINGET"}
 _OPERATIONS = {
     *("PROTO", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1"),
@@ -184,10 +184,10 @@ _OPERATIONS = {
 
 
 def _check_pickle(pickled: bytes) -> None:
-    """Raise ValueError unless a pickle has only the operations and the names that a state dict needs.
+    """Raise ValueError if a pickle has an operation or a name that a state dict does not need.
 
-    `torch.load` knows more of both. It also hashes the keys of tables, and the hash of a tuple takes stack for each
-    level and time for each part. So tuples may be neither many nor used twice.
+    `torch.load` accepts more of both. It also hashes the keys of dicts. The hash of a tuple needs stack for each level
+    and time for each element. So the number of tuples is limited, and no tuple may be used twice.
     """
     before, num_tuples, tuples = "", 0, set()
     operations: Iterable[tuple[Any, Any, Any]] = pickletools.genops(pickled)
@@ -210,12 +210,13 @@ def _check_pickle(pickled: bytes) -> None:
 
 
 def _checked_tensors(table: Any, sizes: list[int]) -> dict[str, torch.Tensor]:
-    """The tensors of a loaded state dict, whose files of values have these sizes, as they lie in the file.
+    """Return the tensors of a loaded state dict after a check of their sizes.
 
-    `torch.load` does not compare the size of a mapped file of values with that in the pickle.
+    `torch.load` does not compare the size of a mapped file of values with the size in the pickle. `sizes` are the
+    sizes of these files in their order.
 
     Raises:
-        ValueError: it is no table of row-major tensors, or one is larger than its file of values.
+        ValueError: `table` is not a dict of row-major tensors, or a tensor is larger than its file of values.
     """
     if not isinstance(table, dict):
         raise ValueError("its pickle is not a table")

@@ -1,8 +1,6 @@
-"""Opens what a user names as an adapter, with its base: a native adapter, a checkpoint of a run, or a PEFT folder; and
-writes the last as a native adapter.
+"""Opens a native adapter, a checkpoint of a run, or a PEFT folder, with its base, and imports PEFT folders.
 
-A PEFT folder is read as the exactly equal native adapter by `peft_files`. In our own exports the native adapter
-travels along.
+`peft_files` reads a PEFT folder as an exactly equal native adapter. Our own exports also contain the native adapter.
 """
 
 import os
@@ -40,19 +38,19 @@ _BASE_NAME = "base_model_name_or_path"  # in PEFT's config
 
 @dataclass(frozen=True)
 class OpenedAdapter:
-    """An adapter, and the model that it is used with; `check_base` checks whether that is its base.
+    """An adapter, and the model that it is used with. `check_base` checks whether the model is its base.
 
     Attributes:
         source: the model.
-        kind: what the adapter's folder holds.
-        state: full fp32 tensors.
-        native: the native adapter, also one that was exported, travelled along in a PEFT folder and is the same; None
-            for any other PEFT adapter.
+        kind: the kind of the adapter's folder.
+        state: the full tensors in fp32.
+        native: the native adapter, or the native adapter inside an export if both are equal; None for any other PEFT
+            adapter.
         exported_for: the base for which a PEFT folder was exported; None if its files do not record one.
-        apart: says why training continues differently from PEFT's, even if PEFT has one A for modules that are fused
-            here; None if it does not.
+        apart: the reason why further training differs from PEFT's; None if it does not differ. PEFT's separate A
+            matrices of fused modules are one reason.
         tokenizer: the tokenizer in use, if it is not the base's own.
-        notes: what else a user should know.
+        notes: further notes for the user.
     """
 
     source: ModelSource
@@ -67,13 +65,13 @@ class OpenedAdapter:
 
     @property
     def trained_on(self) -> BaseIdentity | None:
-        """The base that the adapter's files record; None if they do not."""
+        """The base that the adapter's files record; None if they record none."""
         return self.exported_for if self.native is None else self.native.base_identity
 
     @cached_property
     def adapter(self) -> native_adapter.NativeAdapter:
-        """The native adapter. Its base is the one that it was exported for, or else its own. If its files record none,
-        it is the model, which is read for it."""
+        """The native adapter. Its base is the one for which it was exported, or else the one that it records. If the
+        files record no base, the model is read and becomes the base."""
         if self.native is None:
             base = self.exported_for or identify_model(self.source, "fp32", self.tokenizer)
             return native_adapter.NativeAdapter(self.config, base, self.state)
@@ -90,18 +88,18 @@ def open_adapter(
     longest: int = 0,
     differs: bool = False,
 ) -> OpenedAdapter:
-    """The adapter in the folder `given`, and its base: `model`, or else the one that the adapter names.
+    """Return the adapter in the folder `given`, and its base: `model`, or else the one that the adapter names.
 
     Args:
         given: value of `flag`.
-        model: value of --model, or what it has been found to be.
-        kind: what the folder must hold; None for either.
+        model: value of --model, or the model that was found for it.
+        kind: the kind of adapter that the folder must hold; None if both are allowed.
         tokenizer: the tokenizer in use, if it is not the base's own.
-        longest: value of --max_length, checked before a weight is read; 0 if there is none.
+        longest: value of --max_length, which is checked before weights are read; 0 if it is not given.
         differs: value of --base_differs.
 
     Raises:
-        UserError: the adapter or the base does not exist, cannot be read, or does not fit the other.
+        UserError: the adapter or the base does not exist or cannot be read, or they do not fit together.
     """
     folder = user_path(given)
     found = kind if kind == "peft" else inputs.adapter_kind(given, flag=f"{flag} {given}")
@@ -129,16 +127,16 @@ def import_peft(
 ) -> OpenedAdapter:
     """Write the PEFT adapter in `folder` as a native adapter folder of `model` atomically, and return it.
 
-    A native adapter that travelled along, and is the same, is copied byte for byte.
+    If the folder contains an equal native adapter, that one is copied byte for byte.
 
     Args:
         model: as for `open_adapter`.
-        base_differs: write it although the adapter was trained on another base; a copied one keeps its own.
+        base_differs: import even if the adapter was trained on a different base. A copied adapter keeps its own base.
         say: called with each note.
         new: makes the output folder.
 
     Raises:
-        UserError: the adapter cannot be read or is for another base, or the output exists.
+        UserError: the adapter cannot be read or has a different base, or the output exists.
     """
     reject_existing(output, flag=f"--output {output}")
     opened = open_adapter(folder, model, kind="peft", differs=base_differs)
@@ -164,17 +162,17 @@ def import_peft(
 
 
 def _peft_base(folder: Path, model: ModelSource | str | None, *, differs: bool) -> tuple[ModelSource, tuple[str, ...]]:
-    """The base of a PEFT adapter: `model`, or else the one that it names; and notes if its files name another one.
+    """Return the base of a PEFT adapter, and a note if its files name a different model.
 
-    That name is all that is known of the base if this package did not write the folder.
+    The base is `model`, or else the one that the files name. Folders of other programs record only the base's name.
 
     Raises:
-        UserError: there is none; or an adapter is merged into it, which the files do not name, and `differs`
-            (--base_differs) is False.
+        UserError: no base is given or named; or an adapter is already merged into the base, the files do not name that
+            base, and `differs` (--base_differs) is False.
     """
     record, in_config = read_json_or_none(folder / inputs.EXPORT_RECORD) or {}, read_peft_config(folder).get(_BASE_NAME)
     path, named = record.get(inputs.BASE_PATH), in_config if isinstance(in_config, str) else ""
-    with suppress(UserError):  # it cannot be a path
+    with suppress(UserError):  # `path` is not a valid path
         if isinstance(path, str) and (user_path(path).is_dir() or not isinstance(in_config, str)):
             named = path
     if not (model or named):
@@ -190,7 +188,7 @@ def _peft_base(folder: Path, model: ModelSource | str | None, *, differs: bool) 
 
 
 def read_peft_config(folder: Path) -> dict[str, Any]:
-    """The fields of a PEFT adapter's config. Raises UserError if the folder holds no PEFT adapter."""
+    """Return the fields of a PEFT adapter's config. Raises UserError if the folder holds no PEFT adapter."""
     file = folder / native_adapter.CONFIG_FILE
     content = read_json_object(file, kind="a PEFT adapter folder")
     if not inputs.is_peft(content):
@@ -200,17 +198,17 @@ def read_peft_config(folder: Path) -> dict[str, Any]:
 
 
 def read_peft(folder: Path, source: ModelSource, *, tied: bool = True) -> OpenedAdapter:
-    """Read a PEFT LoRA or VeRA adapter for `source`, of which only the shapes are used; its own base is not looked up.
+    """Read a PEFT LoRA or VeRA adapter for `source`. Only the shapes of `source` are used, and no base is searched for.
 
-    PEFT's files count. If the folder has a native adapter that gives their tensors bit for bit, that adapter is taken,
-    because it is the same and tied, and not rounded to 16 bits as PEFT's tensors may be.
+    PEFT's files decide. If the folder also contains a native adapter whose export equals them bit for bit, the native
+    adapter is returned. It has the tie, and it is not rounded to 16 bits as PEFT's tensors may be.
 
     Args:
-        tied: False to take PEFT's tensors in any case.
+        tied: False to use PEFT's tensors in any case.
 
     Raises:
-        UserError: it is not a PEFT LoRA or VeRA adapter of adaptable linears; it has a feature beyond the plain kind;
-            or tensors are missing, unknown, not finite, or do not have the shapes of `source`.
+        UserError: the folder is not a plain PEFT LoRA or VeRA adapter of adaptable linears; or tensors are missing,
+            unknown or not finite, or their shapes do not fit `source`.
     """
     file, content = folder / native_adapter.CONFIG_FILE, read_peft_config(folder)
     native: native_adapter.NativeAdapter | None = None
@@ -236,7 +234,7 @@ def read_peft(folder: Path, source: ModelSource, *, tied: bool = True) -> Opened
 def _travelled(
     folder: Path, lora: Lora, source: ModelSource
 ) -> tuple[native_adapter.NativeAdapter | None, tuple[str, ...]]:
-    """The native adapter in a PEFT folder, if it gives the tensors of the folder bit for bit; and notes."""
+    """Return the native adapter in a PEFT folder if its export equals the folder's tensors bit for bit; and notes."""
     inside = folder / inputs.NATIVE_FOLDER
     because, name = f"{folder}: only its PEFT files are used, since", f"{inputs.NATIVE_FOLDER}/"
     if not os.path.lexists(inside):
@@ -255,7 +253,7 @@ def _travelled(
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The dtype of the tensors in a PEFT folder: fp32 if they have several."""
+    """Return the dtype of the tensors in a PEFT folder, or fp32 if they have different ones."""
     names = {entry["dtype"] for entry in read_header(folder / native_adapter.WEIGHTS_FILE).entries.values()}
     return FLOAT_TYPES.get(names.pop(), torch.float32) if len(names) == 1 else torch.float32
 
@@ -263,7 +261,7 @@ def stored_dtype(folder: Path) -> torch.dtype:
 def _unlike_export(
     lora: Lora, source: ModelSource, native: native_adapter.NativeAdapter, dtype: torch.dtype
 ) -> tuple[str, ...]:
-    """A sentence for everything in which a LoRA differs from the export of a native adapter in `dtype`, bit by bit."""
+    """Return a sentence for each difference between a LoRA and the export of `native` in `dtype`, bit by bit."""
     config, block = native.config, source.shape.block
     fits = config.targets == targets_of(source.shape, [target.name for target in config.targets])
     rank, scales = max(len(pair.a) for pair in lora.values()), {pair.scale for pair in lora.values()}
@@ -284,11 +282,12 @@ def _unlike_export(
 
 
 def compare_export(folder: Path, source: ModelSource, adapter: native_adapter.NativeAdapter) -> tuple[str, ...] | None:
-    """A sentence for everything in which the PEFT files in `folder` differ from the export of `adapter`, bit by bit;
-    None if this package did not export them.
+    """Return a sentence for each difference between the PEFT files in `folder` and the export of `adapter`, bit by bit.
+
+    Returns None if this package did not export the files.
 
     Raises:
-        UserError: it is not a PEFT LoRA of `source`.
+        UserError: the folder is not a PEFT LoRA of `source`.
     """
     if not (folder / inputs.EXPORT_RECORD).is_file():
         return None
@@ -298,10 +297,10 @@ def compare_export(folder: Path, source: ModelSource, adapter: native_adapter.Na
 
 
 def exported_base(folder: Path, like: BaseIdentity) -> BaseIdentity | None:
-    """The base that the PEFT adapter in `folder` was exported for; None if this package did not export it.
+    """Return the base for which the PEFT adapter in `folder` was exported; None if this package did not export it.
 
     Args:
-        like: a base of the same shape.
+        like: a base with the same shape, whose shape and dtype are used.
 
     Raises:
         UserError: the record cannot be read, or its storage format or precision is unknown.

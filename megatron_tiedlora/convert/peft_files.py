@@ -1,28 +1,29 @@
-r"""Reads PEFT's LoRA and VeRA as exactly equal native adapters: nothing is fitted.
+r"""Reads PEFT's LoRA and VeRA adapters as exactly equal native adapters.
 
-PEFT's LoRA adds s_p B_p A_p to module p, with s_p = alpha_p / r_p (/ sqrt(r_p) with use_rslora). `rank_pattern` and
-`alpha_pattern` give some modules another r or alpha. The native scale is the largest s_p. Where s_p is smaller, B is
-multiplied by s_p / scale in fp64 and rounded to fp32 once, which is exact if that is a power of two.
+PEFT's LoRA adds s_p B_p A_p to module p, with s_p = alpha_p / r_p, or alpha_p / sqrt(r_p) with use_rslora.
+`rank_pattern` and `alpha_pattern` set a different r or alpha for some modules. The native scale is the largest s_p. If
+s_p is smaller, B is multiplied by s_p / scale in fp64 and rounded to fp32 once. This is exact for a power of two.
 
-If all modules of a layer that are fused in one linear here have the same A, the native adapter has that A and the
+Some modules of a layer are fused in one linear here. If they all have the same A, the native adapter has that A and the
 stacked rows of B. Otherwise it stacks the A_p, B is block-diagonal, and the rank is the sum. The native rank is the
-largest one of a linear and layer; others are padded with zeros. Modules and layers without an adapter get zero rows.
+largest rank of any linear and layer; the rest is padded with zeros. Modules and layers without an adapter get zero
+rows of B.
 
-Zero rows of A that meet zero columns of B have no gradient, so padding stays zero in training. But a zero row of B
-beside a non-zero A is trained, and so are the zero blocks of a block-diagonal B; and a step of AdamW is larger relative
-to a B that was made smaller. `Native.apart` tells.
+Padding has zero rows of A and zero columns of B, so it has no gradient and stays zero in training. But training changes
+a zero row of B next to a non-zero A, and the zero blocks of a block-diagonal B. If B was made smaller, a step of AdamW
+is relatively larger. `Native.apart` says whether one of these is the case.
 
-PEFT's VeRA adds diag(v_p) B[:out_p] diag(u_p) A[:, :in_p] to module p. Its vectors lambda_b and lambda_d are v and u;
-all modules share A and B. If each adapted linear is one module here, that is the native `vera`, tensor by tensor. If
-the modules are parts of fused linears, it is a native `lora` of the same rank: its A is A[:, :in_p], and its B has the
-rows diag(v_p) B[:out_p] diag(u_p) of each module, rounded to fp32 once. It is also a `lora` if a linear is adapted in
-some of the layers only, since a `vera` would train the others too.
+PEFT's VeRA adds diag(v_p) B[:out_p] diag(u_p) A[:, :in_p] to module p. Its vectors lambda_b and lambda_d are v and u,
+and all modules share A and B. If each adapted linear is one module here, it becomes the native `vera` without a
+computation. If modules are fused, it becomes a native `lora` of the same rank. The A of this lora is A[:, :in_p], and
+its B has the rows diag(v_p) B[:out_p] diag(u_p) of each module, rounded to fp32 once. It also becomes a `lora` if a
+linear is adapted only in some of the layers, since a `vera` would train all of them.
 
-Which modules a config adapts follows PEFT's rules. `target_modules` and `exclude_modules` are a list of names or name
+PEFT's rules decide which modules a config adapts. `target_modules` and `exclude_modules` are a list of names or name
 endings, or a pattern for whole names. The patterns of `rank_pattern` and `alpha_pattern` match whole names or their
-endings after a dot. PEFT matches a pattern with `re`, which can take exponential time. Here the pattern engine of
-pydantic matches it, which never backtracks. Only pieces that mean the same there are accepted, and none of them repeats
-a group. For one-line ASCII names the result is that of `re`.
+endings after a dot. PEFT matches a pattern with `re`, which can take exponential time. Here pydantic's engine matches
+it, which never backtracks. Only pieces with the same meaning in both engines are accepted, and no piece repeats a
+group. For one-line ASCII names the result is the same as with `re`.
 """
 
 import math
@@ -53,10 +54,10 @@ _LARGEST_RANK = 2**20
 _HARMLESS = {
     *("peft_type", "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "task_type"),
     *("inference_mode", "runtime_config", "r", "bias", "target_modules", "layers_to_transform", "layers_pattern"),
-    "fan_in_fan_out",  # PEFT itself drops it for linear layers
+    "fan_in_fan_out",  # PEFT ignores it for linear layers
 }
 _LONGEST_PATTERN = 1000
-_DEEPEST = 50  # of the groups in a pattern
+_DEEPEST = 50  # the deepest nesting of groups in a pattern
 _LONGEST_PATTERNS = 50_000  # all patterns of a field together; 126 layers of 7 whole names have 30,000
 _PIECE = re.compile(r"[A-Za-z0-9_|)^$]|\(\?:|\(|\\\.|(?:\.|\[0-9\])[*+]?")
 _ACCEPTED = (
@@ -77,11 +78,11 @@ class Module(NamedTuple):
     name: str
 
 
-Shapes = Mapping[str, Callable[[Module], tuple[int, ...]]]  # of a module's tensors, by their names below it
+Shapes = Mapping[str, Callable[[Module], tuple[int, ...]]]  # shapes of a module's tensors by their names below it
 
 
 def modules_of(block: BlockShape) -> dict[str, tuple[int, int]]:
-    """(in, out) of the stored modules that are adaptable linears or parts of one, by their names below the block."""
+    """Return (in, out) of the stored modules that form adaptable linears, by their names below the block."""
     return {
         stored.module: (linear.in_size, stored.of or size)
         for linear in block.adaptable.values()
@@ -90,7 +91,7 @@ def modules_of(block: BlockShape) -> dict[str, tuple[int, int]]:
 
 
 def adapted_linears(adapted: Collection[Module], source: ModelSource) -> dict[str, LinearShape]:
-    """The adaptable linears, by target name, of which one of the modules `adapted` is a part."""
+    """Return the adaptable linears that contain one of the modules `adapted`, by target name."""
     names = {module.name for module in adapted}
     return {
         target: linear
@@ -100,9 +101,9 @@ def adapted_linears(adapted: Collection[Module], source: ModelSource) -> dict[st
 
 
 def reject_other_fields(file: Path, content: Mapping[str, Any], *, kind: str, harmless: Collection[str]) -> None:
-    """Raise UserError if biases are trained, or if a field is set that is neither harmless nor read.
+    """Raise UserError if biases are trained, or if an unknown field is set.
 
-    Such a field changes the computation, or may change it in a future version of PEFT.
+    An unknown field changes the computation, or may change it in a future version of PEFT.
     """
     if content.get("bias") not in (None, "none"):
         raise UserError(f"{file}: bias = {shown(content['bias'])} trains biases; only 'none' is supported")
@@ -112,7 +113,7 @@ def reject_other_fields(file: Path, content: Mapping[str, Any], *, kind: str, ha
 
 
 def read_rank(rank: Any, what: str) -> int:
-    """The rank that is called `what` in messages. Raises UserError if it is none."""
+    """Return `rank`, which messages call `what`. Raises UserError if it is not a valid rank."""
     if type(rank) is not int or not 1 <= rank <= _LARGEST_RANK:
         raise UserError(f"{what} = {shown(rank)} is not an integer from 1 to {_LARGEST_RANK:,}")
     return rank
@@ -125,12 +126,14 @@ def read_by_pattern(
     chosen: Mapping[str, Module],
     read: Callable[[Any, str], T],
 ) -> tuple[dict[Module, T], tuple[str, ...]]:
-    """The value that PEFT takes for each chosen module: that of the first pattern that matches its name or an ending of
-    it, in the order of the file (PEFT sorts them as it saves). Also returns a note if a pattern decides for no module.
+    """Return the value that PEFT uses for each chosen module, and a note about unused patterns.
+
+    It is the value of the first pattern in the file that matches the module's name or an ending of it. (PEFT sorts the
+    patterns when it saves them.)
 
     Args:
-        fields: names of the value for all other modules, and of the object {pattern: value}.
-        read: checks a value, which the second argument names in messages.
+        fields: the names of the default value's field and of the field {pattern: value}.
+        read: checks a value; its second argument is the value's name in messages.
 
     Raises:
         UserError: a value or a pattern is not accepted.
@@ -149,10 +152,10 @@ def read_by_pattern(
 
 
 def chosen_modules(file: Path, content: Mapping[str, Any], source: ModelSource) -> dict[str, Module]:
-    """The modules that the config adapts, by their whole names. PEFT's own rules decide.
+    """Return the modules that the config adapts by PEFT's rules, by their full names.
 
     Raises:
-        UserError: it adapts others, layers that `source` does not have, or none.
+        UserError: the config names unsupported modules or layers that `source` does not have, or adapts no module.
     """
     block, modules = source.shape.block, modules_of(source.shape.block)
     words = target_modules(block, block.adaptable)
@@ -199,14 +202,15 @@ def read_factors(
     kind: str,
     shared: Mapping[str, tuple[int, ...]],
 ) -> tuple[dict[Module, tuple[Tensor, ...]], list[Tensor]]:
-    """The fp32 tensors of each chosen module and the shared ones, in the order of `of_module` and `shared`.
+    """Return the fp32 tensors of each chosen module, and the shared ones, in the order of `of_module` and `shared`.
 
     Args:
-        kind: the name of the kind of adapter, for messages.
+        of_module: functions that return the shape of a module's tensor, by the tensor's name below the module.
+        kind: the kind of adapter in messages.
         shared: shapes of the tensors that all modules share, by name.
 
     Raises:
-        UserError: a tensor is missing, does not belong to a chosen module, or has another shape than `source` needs.
+        UserError: a tensor is missing, does not belong to a chosen module, or its shape does not fit `source`.
     """
     file = folder / WEIGHTS_FILE
     if not file.is_file() and (folder / "adapter_model.bin").is_file():
@@ -236,7 +240,7 @@ def read_factors(
 
 
 def _why_not_read(key: str, factors: Collection[str], source: ModelSource, *, kind: str) -> str:
-    """Why the tensor `key` belongs to no chosen module."""
+    """Return why the tensor `key` belongs to no chosen module."""
     block, num_layers = source.shape.block, source.shape.num_layers
     layers = re.escape(block.source).replace(re.escape("{index}"), r"(\d+)")
     names, ends = ("|".join(map(re.escape, words)) for words in (modules_of(block), factors))
@@ -253,14 +257,14 @@ def _why_not_read(key: str, factors: Collection[str], source: ModelSource, *, ki
 
 
 def name_matcher(modules: Any, *, what: str) -> Callable[[str], bool]:
-    """A function that tells whether a module's dotted name matches `modules`, by PEFT's rules.
+    """Return a function that tells whether a module's dotted name matches `modules`, by PEFT's rules.
 
     Args:
         modules: a pattern for the whole name, or a list of names or their endings after a dot.
         what: the file and the field, for messages.
 
     Raises:
-        UserError: the pattern has other pieces or is too long, or it is not a list of strings.
+        UserError: the pattern has unsupported pieces or is too long, or `modules` is not a list of strings.
     """
     if isinstance(modules, str):
         return _matcher(modules, what, "Write a list of names", start="^")
@@ -276,14 +280,13 @@ def name_matcher(modules: Any, *, what: str) -> Callable[[str], bool]:
 
 
 def pattern_finder(patterns: Collection[str], *, what: str) -> Callable[[str], str | None]:
-    """A function that returns the first pattern that matches a module's dotted name, or an ending of it after a dot;
-    None if none does.
+    """Return a function that returns the first pattern that matches a dotted name or its end after a dot, or None.
 
     Args:
         what: the file and the field, for messages.
 
     Raises:
-        UserError: a pattern has other pieces, or they are too long.
+        UserError: a pattern has unsupported pieces, or the patterns are too long.
     """
     if (length := sum(map(len, patterns))) > _LONGEST_PATTERNS:
         too_long = f"its patterns have {length:,} characters; at most {_LONGEST_PATTERNS:,} are read"
@@ -293,9 +296,9 @@ def pattern_finder(patterns: Collection[str], *, what: str) -> Callable[[str], s
 
 
 def _matcher(pattern: str, what: str, instead: str, *, start: str) -> Callable[[str], bool]:
-    """A function that tells whether a name is something that `start` matches, and then the pattern.
+    """Return a function that tells whether the whole name matches `start` followed by the pattern.
 
-    `instead` says what to write if the pattern is rejected.
+    If the pattern is rejected, the message ends with `instead`, which says what to write.
     """
     plain = pattern.replace(r"\d", "[0-9]") if len(pattern) <= _LONGEST_PATTERN else ""
     pieces = _PIECE.findall(plain)
@@ -314,14 +317,14 @@ _HARMLESS_OF_LORA = {
     *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config"),
     *("megatron_core", "qalora_group_size", "ensure_weight_tying"),
 }
-# They give initial values, which the file's tensors replace, or act in training alone.
+# They set initial values, which the file's tensors replace, or are used only in training.
 _HARMLESS_OF_VERA = {"projection_prng_key", "save_projection", "vera_dropout", "d_initial", "init_weights"}
-# With the others (pissa, olora, corda, loftq, lora_ga) PEFT changes the base weights when it loads the adapter.
+# With other values (pissa, olora, corda, loftq, lora_ga) PEFT changes the base weights when it loads the adapter.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 class Pair(NamedTuple):
-    """PEFT's update of one module: scale B A, with the fp32 A (r, in) and B (rows, r)."""
+    """The factors and the scale of PEFT's update scale B A of one module, with A (r, in) and B (rows, r) in fp32."""
 
     a: Tensor
     b: Tensor
@@ -332,10 +335,10 @@ Lora = Mapping[Module, Pair]
 
 
 def read_lora(folder: Path, content: Mapping[str, Any], source: ModelSource) -> tuple[Lora, tuple[str, ...]]:
-    """Read a PEFT LoRA of `source`; also returns notes for a user.
+    """Read a PEFT LoRA of `source`. Returns it and notes for the user.
 
     Raises:
-        UserError: it has a feature beyond plain LoRA, adapts other modules, or its tensors do not fit.
+        UserError: it is not a plain LoRA, adapts unsupported modules, or its tensors do not fit.
     """
     file = folder / CONFIG_FILE
     if (start := content.get("init_lora_weights")) not in _PLAIN_STARTS:
@@ -358,8 +361,9 @@ def read_lora(folder: Path, content: Mapping[str, Any], source: ModelSource) -> 
 
 
 class Native(NamedTuple):
-    """Config and full fp32 tensors of a native adapter that is equal to one of PEFT, and why training continues
-    differently from PEFT's; None if it does not."""
+    """The config and full fp32 tensors of a native adapter that equals a PEFT adapter.
+
+    `apart` is the reason why further training differs from PEFT's; None if it does not differ."""
 
     config: AdapterConfig
     state: Mapping[str, SentTensor]
@@ -367,8 +371,9 @@ class Native(NamedTuple):
 
 
 def native_lora(lora: Lora, source: ModelSource) -> Native:
-    """The native `lora` that is equal to a PEFT LoRA of `source`, with one A for all modules that are fused in a linear
-    here, and one scale. Its targets are the linears of which a module is adapted in some layer."""
+    """Return the native `lora` that equals a PEFT LoRA of `source`.
+
+    It has one scale, and one A per linear and layer. Its targets are all linears with an adapted module."""
     layers = tuple(sorted({layer for layer, _ in lora}))
     scale = max(pair.scale for pair in lora.values())
     adapted, joined = adapted_linears(lora, source), {}
@@ -390,7 +395,7 @@ def native_lora(lora: Lora, source: ModelSource) -> Native:
 
 
 def read_alpha(alpha: Any, what: str) -> float:
-    """The alpha that is called `what` in messages. Raises UserError if a native adapter cannot have it."""
+    """Return `alpha`, which messages call `what`. Raises UserError if a native adapter cannot have this value."""
     if type(alpha) not in (int, float):
         raise UserError(f"{what} = {shown(alpha)} is not a number")
     if not SMALLEST_ALPHA <= alpha <= LARGEST_ALPHA:
@@ -400,9 +405,10 @@ def read_alpha(alpha: Any, what: str) -> float:
 
 
 def _joined(lora: Lora, layers: tuple[int, ...], *, scale: float, linear: LinearShape) -> tuple[Tensor, Tensor, bool]:
-    """The native A (n, R, in) and B (n, out, R) of a fused linear, and whether in each layer either none of its modules
-    has an adapter, or all have one with the same A. A layer needs the rank of its modules if they have one A, else the
-    sum of their ranks; R is the largest of these."""
+    """Return the native A (n, R, in) and B (n, out, R) of a fused linear, and whether its modules have a common A.
+
+    The last is True if in each layer either no module or every module has an adapter, with the same A. A layer needs
+    the rank of its modules if they have one A, else the sum of their ranks. R is the largest of these."""
     modules = list(dict.fromkeys(stored.module for stored in linear.sources))
     by_layer = [{name: lora[Module(layer, name)] for name in modules if (layer, name) in lora} for layer in layers]
     shared = [all(torch.equal(pair.a, next(iter(here.values())).a) for pair in here.values()) for here in by_layer]
@@ -426,11 +432,11 @@ def _joined(lora: Lora, layers: tuple[int, ...], *, scale: float, linear: Linear
 
 
 def read_vera(folder: Path, content: Mapping[str, Any], source: ModelSource) -> Native:
-    """The native `vera` or `lora` that equals a PEFT VeRA of `source`.
+    """Return the native `vera` or `lora` that equals a PEFT VeRA of `source`.
 
     Raises:
-        UserError: its A and B are not saved, it has a feature beyond plain VeRA, adapts other modules, or its tensors
-            do not fit.
+        UserError: its A and B are not saved, it is not a plain VeRA, adapts unsupported modules, or its tensors do not
+            fit.
     """
     file = folder / CONFIG_FILE
     if not content.get("save_projection", True):
@@ -462,7 +468,7 @@ def read_vera(folder: Path, content: Mapping[str, Any], source: ModelSource) -> 
             rows = torch.cat([torch.arange(part.start, part.start + size) for part, size in parts])
             of_layers = [vectors[Module(layer, name)] for layer in layers]
             state |= {
-                f"{target.prefix}A": a[:, : linear.in_size].clone(),  # a file holds no tensor twice
+                f"{target.prefix}A": a[:, : linear.in_size].clone(),  # safetensors rejects tensors that share storage
                 f"{target.prefix}B": b[rows],
                 f"{target.prefix}u": torch.stack([u for _, u in of_layers]),
                 f"{target.prefix}v": torch.stack([v[rows] for v, _ in of_layers]),

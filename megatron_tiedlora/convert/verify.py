@@ -1,10 +1,10 @@
-"""Checks that exports compute what the adapter computes: the bits of a merged folder, and logits of every export.
+"""Checks that exports compute the same as the adapter, by the bits of a merged folder and the logits of every export.
 
-A merged folder in 16 bits cannot have the adapter's logits. So it is compared with base + adapter rounded to the same
-dtype, where the difference must vanish. The difference from the unrounded adapter is only shown.
+A merged folder in 16 bits cannot have the adapter's exact logits. So it is compared with base + adapter rounded to the
+same dtype, and must be equal to that. The difference from the unrounded adapter is only shown.
 
-Bits are compared, and logits computed by `layerwise`, in the memory of one layer. Where the whole
-model fits, they are also computed in the software that users load the exports with: transformers and PEFT, in fp32.
+Bits are compared, and logits are computed by `layerwise`, in the memory of one layer. If the whole model fits in
+memory, transformers and PEFT, with which users load the exports, compute the logits too, in fp32.
 """
 
 import importlib.util
@@ -32,11 +32,11 @@ from megatron_tiedlora.convert import inputs, layerwise, merge
 from megatron_tiedlora.convert.open_adapter import compare_export, read_peft, stored_dtype
 from megatron_tiedlora.model import families, hf_config, weights
 
-_PROBED = (2, 48)  # rows and tokens of the input
-LARGEST_WHOLE = 8_000_000_000  # bytes of a model in fp32 that is loaded whole without being asked for
-RUNTIMES = {"transformers": "--merged", "peft": "--peft"}  # what --in names, and the flag of the export it loads
+_PROBED = (2, 48)  # rows of the input and tokens of a row
+LARGEST_WHOLE = 8_000_000_000  # most bytes of an fp32 model that is loaded whole by default
+RUNTIMES = {"transformers": "--merged", "peft": "--peft"}  # the values of --in, and the flag of the export they load
 TOLERANCE = 1e-4  # as a share of the largest logit
-_MOST_LINES = 8  # about tensors that differ
+_MOST_LINES = 8  # largest number of listed differences
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
 
 Wanted = Literal["equal", "different", "rounded"]
@@ -44,13 +44,13 @@ Wanted = Literal["equal", "different", "rounded"]
 
 @dataclass(frozen=True)
 class BitComparison:
-    """A comparison bit by bit: what was compared, in words, and a sentence for each tensor that is wrong."""
+    """The result of a comparison bit by bit: what was compared, and a sentence for each tensor that differs."""
 
     compared: str
     differences: tuple[str, ...]
 
     def lines(self) -> list[str]:
-        """The result for a user: what was compared, with the verdict; and what differs."""
+        """Return the result for a user: what was compared, the verdict, and the differences."""
         verdict = f"FAILED: {len(self.differences)} differ" if self.differences else "ok"
         shown_first = [f"  {difference}" for difference in self.differences[:_MOST_LINES]]
         left = len(self.differences) - len(shown_first)
@@ -59,13 +59,13 @@ class BitComparison:
 
 @dataclass(frozen=True)
 class LogitComparison:
-    """How much logits differ from the native adapter's.
+    """The differences of logits from the native adapter's logits.
 
     Attributes:
-        largest, mean: maximum and mean of |difference|, as a share of the largest |logit|.
+        largest, mean: maximum and mean of |difference|, relative to the largest |logit|.
         divergence: mean KL(native || other), in nats per position.
-        agreement: share of positions with the same most likely token.
-        wanted: "equal" within TOLERANCE, "different" at all, or "rounded": only shown, as the next row is judged.
+        agreement: fraction of positions with the same most likely token.
+        wanted: "equal": within TOLERANCE; "different": not all equal; "rounded": only shown, and the next row decides.
     """
 
     name: str
@@ -77,14 +77,14 @@ class LogitComparison:
 
     @property
     def passed(self) -> bool:
-        """Whether the difference is as wanted; NaN never is."""
+        """Whether the difference is as `wanted` says. NaN does not pass."""
         if self.wanted == "different":
             return self.largest > 0
         return self.largest <= (TOLERANCE if self.wanted == "equal" else float("inf"))
 
     @property
     def verdict(self) -> str:
-        """The last column of the table."""
+        """The text of the last column of the table."""
         if self.wanted == "different":
             if not self.passed:
                 return "FAILED: the adapter changes nothing"
@@ -99,9 +99,9 @@ class Verification:
     """The result of all checks.
 
     Attributes:
-        bits: of the files of the merged folder, and of those of a PEFT folder that this package exported.
-        logits: the comparisons of logits.
-        notes: what a user should know about the checks.
+        bits: comparisons of the files of the merged folder and of a PEFT folder that this package exported.
+        logits: comparisons of logits.
+        notes: notes about the checks for the user.
     """
 
     bits: tuple[BitComparison, ...]
@@ -114,7 +114,7 @@ class Verification:
         return not any(bits.differences for bits in self.bits) and all(row.passed for row in self.logits)
 
     def report(self) -> str:
-        """The result for a user: a line about the bits with what differs, the table of logits, and the notes."""
+        """Return the result for a user: the bit comparisons, the table of logits, and the notes."""
         bits = [line for compared in self.bits for line in compared.lines()]
         return "\n".join([*bits, format_comparisons(self.logits), *(printable(f"note: {note}") for note in self.notes)])
 
@@ -122,14 +122,14 @@ class Verification:
 def choose_runtimes(
     source: ModelSource, given: str | None, *, merged: Path | None, peft: Path | None, dtype: torch.dtype
 ) -> tuple[tuple[str, ...], str]:
-    """The ones of `RUNTIMES` that load the exports too, and a note if some are left out.
+    """Return the names in `RUNTIMES` that load the exports too, and a note if some are left out.
 
     Args:
-        given: the value of --in; None for each that has an export, if the model is small.
-        dtype: of our own layers. These runtimes compute in fp32.
+        given: the value of --in; None for every runtime that has an export, if the model is small.
+        dtype: the dtype of our own layers. These runtimes compute in fp32.
 
     Raises:
-        UserError: `given` names an unknown one, one whose export is missing, or any beside bf16.
+        UserError: `given` names an unknown runtime or one without an export, or names one and `dtype` is bf16.
     """
     exports = {"transformers": merged, "peft": peft}
     there = tuple(name for name in RUNTIMES if exports[name] is not None)
@@ -168,22 +168,22 @@ def verify_export(
 ) -> Verification:
     """Compare the plain base, the merged folder and the PEFT adapter with base + native adapter.
 
-    It holds one layer at a time, except in `RUNTIMES`. The caller checks whether `source` is the adapter's base.
+    One layer is in memory at a time, except in `RUNTIMES`. The caller checks whether `source` is the adapter's base.
 
     Args:
-        dtype: of our own layers, fp32 or bf16. A PEFT adapter is only compared in fp32.
+        dtype: the dtype of our own layers, fp32 or bf16. A PEFT adapter is only compared in fp32.
         inside: the value of --in, see `choose_runtimes`.
 
     Raises:
-        UserError: a folder does not load or has another shape, PEFT is needed and not installed, or a merge onto what
-            training saw cannot be computed from `source`, which is quantised to other values.
+        UserError: a folder does not load or has a different shape, PEFT is needed and not installed, or a merge onto
+            the trained base cannot be computed from `source`, because its quantised values differ.
     """
     if peft is not None and dtype != torch.float32:
         raise UserError("--dtype bf16: a PEFT adapter is compared in fp32 only; leave --peft or --dtype out")
     onto, trained = None if merged is None else merge.merged_onto(merged), adapter.base_identity.base_format
     if merged is not None and (onto is None or (source.stored is not None and source.stored.base_format != onto)):
         merge.reject_quantised(source)
-    # Of a folder that is quantised the values are there as training saw them.
+    # A quantised folder already has the values that training used.
     made_onto = None if source.stored is not None else onto
     otherwise = inputs.trained_otherwise(source, adapter)
     if otherwise and made_onto is not None:
@@ -201,7 +201,7 @@ def verify_export(
         bits.append(compare_merged(source, adapter, merged, base_format=made_onto, progress=progress))
     if exported is not None:
         bits.append(BitComparison("PEFT files, bit by bit: the adapter's export", exported))
-    # Equality must hold for any input, so it need not be text.
+    # The logits must be equal for any input, so random tokens are enough.
     probed = (_PROBED[0], min(_PROBED[1], source.shape.limit.tokens))
     tokens = torch.randint(0, source.shape.vocab_size, probed, generator=torch.Generator().manual_seed(0))
     rounds = any(kind.itemsize < 4 for kind in (dtype, *stored.values()))
@@ -249,7 +249,7 @@ def verify_export(
 
 
 def _stored_types(source: ModelSource, merged: Path) -> dict[str, torch.dtype]:
-    """The dtype of every tensor of the merged folder, whose names and shapes must be the base's."""
+    """Return the dtype of every tensor of the merged folder. Its names and shapes must be the same as the base's."""
     file = merged / "config.json"
     found = replace(source, shape=families.shape_from_hf(hf_config.read_hf_config(merged), source=str(file)))
     if found.shape != source.shape:
@@ -265,7 +265,7 @@ def _stored_types(source: ModelSource, merged: Path) -> dict[str, torch.dtype]:
 
 
 def compare_logits(name: str, native: Tensor, other: Tensor, wanted: Wanted) -> LogitComparison:
-    """Compare two sets of logits (b, s, V)."""
+    """Compare logits (b, s, V) with the native adapter's."""
     scale = native.abs().max().item()
     difference = (native - other).abs()
     log_p, log_q = native.log_softmax(-1), other.log_softmax(-1)
@@ -280,7 +280,7 @@ def compare_logits(name: str, native: Tensor, other: Tensor, wanted: Wanted) -> 
 
 
 def format_comparisons(results: Sequence[LogitComparison]) -> str:
-    """A table of comparisons, one per line under a heading."""
+    """Return a table of comparisons, one per line under a heading."""
     heading = ("logits against base + adapter", "max diff", "mean diff", "KL", "top-1", "verdict")
     rows = []
     for row in results:
@@ -290,16 +290,16 @@ def format_comparisons(results: Sequence[LogitComparison]) -> str:
 
 
 def has_peft() -> bool:
-    """Whether PEFT is installed."""
+    """Return whether PEFT is installed."""
     return importlib.util.find_spec("peft") is not None
 
 
 def transformers_logits(folder: Path, tokens: Tensor, wrap: Callable[[Any], Any] = lambda model: model) -> Tensor:
-    """Logits (b, s, V) of the model in `folder`, put into `wrap`. Raises UserError if it does not load."""
+    """Return logits (b, s, V) of `wrap` applied to the model in `folder`. Raises UserError if it does not load."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    # Without transformers' progress bar for each model (ours counts models), and its warning about PEFT's calls.
+    # Hide transformers' progress bar for each model, since ours counts models, and its warning about PEFT's calls.
     with ExitStack() as quiet:
         if logging.is_progress_bar_enabled():
             logging.disable_progress_bar()
@@ -314,7 +314,7 @@ def transformers_logits(folder: Path, tokens: Tensor, wrap: Callable[[Any], Any]
                 attn_implementation="sdpa",  # ignore the config's, which may name code on the hub
             )
             model = wrap(loaded).eval()
-        except Exception as error:  # of many types; whatever it is, users of transformers could not load it either
+        except Exception as error:  # of many types; users of transformers could not load it either
             raise UserError(f"{folder}: does not load in transformers ({first_line(error)})") from error
     with torch.no_grad():
         logits: Tensor = model(tokens).logits
@@ -327,16 +327,16 @@ def transformers_logits(folder: Path, tokens: Tensor, wrap: Callable[[Any], Any]
 def compare_merged(
     source: ModelSource, adapter: NativeAdapter, merged: Path, *, base_format: str | None = None, progress: bool = False
 ) -> BitComparison:
-    """Compare every tensor in the files of the folder `merged` with base and adapter, in the memory of some rows.
+    """Compare every tensor in the files of the folder `merged` with base and adapter, some rows at a time.
 
-    A merge writes what `MergedWeights` reads, and here the same blocks of rows are read again. Tensors that an adapter
-    does not change have the bytes that they have in the base, or their values cast once to the dtype of the merge.
+    A merge writes the values that `MergedWeights` reads. Here the same blocks of rows are read again. Tensors that the
+    adapter does not change must have the base's bytes, or the base's values cast once to the dtype of the merge.
 
     Args:
-        base_format: of the base that it was merged onto; None for the stored one.
+        base_format: storage format of the base that the adapter was merged onto; None for the stored base.
 
     Raises:
-        UserError: a file is missing or not whole.
+        UserError: a file is missing or not complete.
     """
     differences, counts = [], {True: 0, False: 0}
     with ExitStack() as opened:
@@ -355,7 +355,7 @@ def compare_merged(
             counts[name in base.changed] += 1
             if source.stored is None:
                 why = _why_unlike(entry, _entry(base, name), dtype, of_model=name in names)
-            else:  # its stored tensors have other sizes and dtypes than those of the merge
+            else:  # its stored tensors have different sizes and dtypes than the merged ones
                 why = None if name in names else "is not in the base"
             if why is None:
                 like = "base + adapter" if name in base.changed else "the base"
@@ -367,12 +367,12 @@ def compare_merged(
 
 
 def _entry(files: WeightFiles, name: str) -> Mapping[str, Any] | None:
-    """The tensor's entry in the header of its file; None if there is none."""
+    """Return the tensor's entry in the header of its file; None if it is missing."""
     return files.header(files.file_of[name]).entries.get(name) if name in files.file_of else None
 
 
 def _merge_dtype(base: WeightFiles, written: WeightFiles, names: Collection[str]) -> str | None:
-    """The dtype of a merge to one dtype, or None if tensors keep their own: what fits most of the model's `names`."""
+    """Return the dtype to which a merge probably cast all tensors of `names`, or None if each kept its own."""
     found = {name: entry["dtype"] for name in names if (entry := _entry(written, name)) is not None}
     own = {name: entry["dtype"] for name in names if (entry := _entry(base, name)) is not None}
 
@@ -385,12 +385,12 @@ def _merge_dtype(base: WeightFiles, written: WeightFiles, names: Collection[str]
 def _why_unlike(
     entry: Mapping[str, Any], base: Mapping[str, Any] | None, dtype: str | None, *, of_model: bool
 ) -> str | None:
-    """Why the values of a tensor cannot be compared with those of the base; None if they can.
+    """Return why the values of a tensor cannot be compared with the base's values; None if they can.
 
     Args:
         dtype: the result of `_merge_dtype`.
-        of_model: False for a tensor that the model does not use, such as a copy of a tied head. It may also keep the
-            dtype that it has in the base.
+        of_model: False for a tensor that the model does not use, such as a copy of a tied head. Such a tensor may also
+            have its dtype in the base.
     """
     if base is None:
         return "is not in the base"
@@ -405,17 +405,17 @@ def _why_unlike(
 def _compare_values(
     base: MergedWeights, written: Any, name: str, entry: Mapping[str, Any], like: str, compared: Callable[[int], object]
 ) -> str | None:
-    """How the values of a tensor differ from what they must be; None if they do not.
+    """Return how the values of a tensor differ from the expected values; None if they do not differ.
 
     Args:
-        written: the opened file that has it.
-        like: what it must be, in words.
-        compared: called with numbers of bytes.
+        written: the opened file that holds the tensor.
+        like: a description of the expected values.
+        compared: called with the number of bytes after each block is compared.
     """
     count, first_row, furthest = 0, 0, 0
     stored = written.get_slice(name)
     for rows in row_blocks(tuple(entry["shape"]) or (1,)):
-        part: Any = rows if entry["shape"] else ...  # a number has no rows
+        part: Any = rows if entry["shape"] else ...  # a scalar has no rows
         found = stored[part]
         wanted = base.read(name, part).to(found.dtype)
         compared(found.nbytes)
@@ -427,7 +427,7 @@ def _compare_values(
         if not count:
             first_row = rows.start + int(different.any(1).nonzero()[0])
         count += int(different.sum())
-        # The bits of positive numbers grow with them, and those of negative ones have a sign bit.
+        # The bits of positive numbers are ordered as the numbers are. Negative numbers also have a sign bit.
         lowest = torch.iinfo(found.dtype).min
         first, second = (torch.where(one < 0, lowest - one, one).double() for one in (found, wanted))
         furthest = max(furthest, int((first - second).abs().max()))

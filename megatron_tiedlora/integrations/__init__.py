@@ -1,1 +1,1 @@
-"""The interfaces for other programs: in Python, the method for PEFT, and uploads to the hub."""
+"""The interfaces for other programs: the Python interface, the PEFT method, and uploads to the hub."""

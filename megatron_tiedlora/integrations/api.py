@@ -1,4 +1,5 @@
-"""The Python interface: load, attach, detach, merge and generate on transformers' models, and train in this process."""
+"""The Python interface: functions to load, attach, detach and merge adapters of transformers' models, to generate, and
+to train in this process."""
 
 import os
 import signal
@@ -29,21 +30,21 @@ from megatron_tiedlora.training.run import train_rank
 
 @dataclass
 class _Attachment:
-    """The adapter that is attached to a model or merged into it, and the hooks of an attached one."""
+    """The adapter that is attached to a model or merged into it, and the hooks of an attached adapter."""
 
     adapter: NativeAdapter
     merged: bool = False
     hooks: list[RemovableHandle] = field(default_factory=list)
 
 
-_STATE = "_tiedlora_state"  # the attribute of a model that holds it
+_STATE = "_tiedlora_state"  # the attribute of a model that holds its `_Attachment`
 
 
 def load_adapter(path: str | Path) -> NativeAdapter:
     """Load a native adapter: a run's adapter/ folder, a checkpoint, or the native/ folder of an export.
 
     Raises:
-        UserError: it is not a native adapter, or its files are damaged.
+        UserError: the folder is not a native adapter, or its files are damaged.
     """
     if adapter_kind(path, flag=str(path)) == "peft":
         raise UserError(f"{path}: this is a PEFT adapter; load it with PEFT, or import it with tiedlora import")
@@ -53,15 +54,15 @@ def load_adapter(path: str | Path) -> NativeAdapter:
 def load_base(
     adapter: NativeAdapter, model: str | None = None, *, dtype: torch.dtype | None = None, **keywords: Any
 ) -> Any:
-    """The base of an adapter as a model of transformers, in evaluation mode.
+    """Return the base of an adapter as a transformers model in evaluation mode.
 
     Args:
-        model: its folder or hub id (default: the one that the adapter names).
-        dtype: of the weights (default: as in training).
+        model: the base's folder or hub id (default: the one that the adapter names).
+        dtype: dtype of the weights (default: as in training).
         keywords: further arguments of transformers' `from_pretrained`, such as `device_map`.
 
     Raises:
-        UserError: it cannot be found, or is not of an implemented family.
+        UserError: the base cannot be found, or its model family is not supported.
     """
     from transformers import AutoModelForCausalLM
 
@@ -74,16 +75,16 @@ def load_base(
 
 
 def attach(model: Any, adapter: NativeAdapter, *, base_differs: bool = False) -> Any:
-    """Add an adapter's update to a causal language model of transformers, and return the model.
+    """Attach an adapter to a causal language model of transformers, and return the model.
 
-    The factors are not expanded: all layers use one A and one B. The model's modules and weights stay as they are, and
-    `detach` takes the adapter off. The results are those of the exported PEFT adapter.
+    The factors are not expanded, so all layers use one A and one B. The model's modules and weights do not change, and
+    `detach` removes the adapter. The results equal the results of the exported PEFT adapter.
 
     Args:
-        base_differs: accept another model of the same shape than the adapter was trained on.
+        base_differs: accept a different model with the same shape as the adapter's base.
 
     Raises:
-        UserError: the model has an adapter already, or is not the adapter's base.
+        UserError: the model already has an adapter, or is not the adapter's base.
     """
     _check(model, adapter, base_differs=base_differs)
     _attach(model, adapter)
@@ -91,7 +92,7 @@ def attach(model: Any, adapter: NativeAdapter, *, base_differs: bool = False) ->
 
 
 def detach(model: Any) -> Any:
-    """Take the attached adapter off a model, and return the model. Raises UserError if none is attached."""
+    """Remove the attached adapter from a model, and return the model. Raises UserError if none is attached."""
     for hook in _attached(model).hooks:
         hook.remove()
     delattr(model, _STATE)
@@ -99,16 +100,16 @@ def detach(model: Any) -> Any:
 
 
 def merge(model: Any, adapter: NativeAdapter | None = None, *, base_differs: bool = False) -> Any:
-    """Add an adapter to the weights of a causal language model in place, and return the model.
+    """Merge an adapter into the weights of a causal language model in place, and return the model.
 
-    The weights have the bits of a folder that `tiedlora merge` writes from this model in this precision.
+    The weights are bit for bit the same as `tiedlora merge` writes for this model in this dtype.
 
     Args:
         adapter: the adapter (default: the attached one, which is detached).
         base_differs: as for `attach`.
 
     Raises:
-        UserError: as `attach`; or the weights are quantised, offloaded or sharded.
+        UserError: as for `attach`; or the weights are quantised, offloaded or sharded.
     """
     if adapter is None:
         attached = _attached(model).adapter  # it was checked when it was attached
@@ -129,12 +130,12 @@ def generate(model: Any, prompts: str, *, tokenizer: Any = None, **keywords: Any
 @overload
 def generate(model: Any, prompts: Sequence[str], *, tokenizer: Any = None, **keywords: Any) -> list[str]: ...
 def generate(model: Any, prompts: str | Sequence[str], *, tokenizer: Any = None, **keywords: Any) -> str | list[str]:
-    """The model's answers to texts by greedy decoding, without the prompts.
+    """Return the model's answers to prompts by greedy decoding. The answers do not include the prompts.
 
     Args:
-        prompts: a text, or several.
-        tokenizer: a tokenizer of transformers (default: the one that the attached adapter was trained with, or else the
-            one of the model's folder).
+        prompts: one text, or several.
+        tokenizer: a transformers tokenizer (default: the tokenizer with which the attached adapter was trained, or else
+            the tokenizer in the model's folder).
         keywords: further arguments of transformers' `generate` [max_new_tokens=256, do_sample=False].
     """
     if tokenizer is None:
@@ -145,7 +146,7 @@ def generate(model: Any, prompts: str | Sequence[str], *, tokenizer: Any = None,
         tokenizer = load_tokenizer(own or model.config.name_or_path)
     options = {"max_new_tokens": 256, "do_sample": False, "pad_token_id": tokenizer.eos_token_id, **keywords}
     answers = []
-    for prompt in [prompts] if isinstance(prompts, str) else prompts:  # one by one, so that no padding changes a bit
+    for prompt in [prompts] if isinstance(prompts, str) else prompts:  # one by one, as padding may change the last bits
         tokens = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
         with torch.no_grad():
             found = model.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
@@ -154,14 +155,14 @@ def generate(model: Any, prompts: str | Sequence[str], *, tokenizer: Any = None,
 
 
 def _check(model: Any, adapter: NativeAdapter, *, base_differs: bool) -> None:
-    """Raise UserError as `attach`, and warn of what a user should know about the base."""
+    """Raise UserError as `attach` does, and show notes about the base as warnings."""
     state = getattr(model, _STATE, None)
     if state is not None:
         is_merged = "an adapter is merged into the model already; load the model again"
         raise UserError(is_merged if state.merged else "the model has an adapter already; detach(model) first")
     trained, found = adapter.base_identity, identify_in_memory(model, model_source(model))
     for note in check_same_base(trained, found, source="the adapter", differs=base_differs, in_memory=True):
-        warnings.warn(note, stacklevel=3)  # of the caller of attach or merge
+        warnings.warn(note, stacklevel=3)  # points to the caller of attach or merge
 
 
 def _attach(model: Any, adapter: NativeAdapter) -> None:
@@ -175,13 +176,13 @@ def _attach(model: Any, adapter: NativeAdapter) -> None:
 def _add_update(
     update: TiedAdapter, place: AdaptedTensor, module: nn.Module, inputs: tuple[torch.Tensor, ...], z: torch.Tensor
 ) -> torch.Tensor:
-    """A hook, at the module's level so that an adapted model can be copied and pickled."""
+    """Return the output z of a module plus the adapter's update: a forward hook that can be copied and pickled."""
     return load_model.with_update(z, inputs[0], update, place)
 
 
 def _merge(model: Any, adapter: NativeAdapter) -> None:
     update, places = _on(model, adapter)
-    for name, place in places.items():  # before any weight is changed
+    for name, place in places.items():  # check all before any weight is changed
         load_model.check_whole(model.get_submodule(name).weight.data, place)
     for name, place in places.items():
         load_model.merge_(model.get_submodule(name).weight.data, update, place)
@@ -189,7 +190,7 @@ def _merge(model: Any, adapter: NativeAdapter) -> None:
 
 
 def _on(model: Any, adapter: NativeAdapter) -> tuple[TiedAdapter, dict[str, AdaptedTensor]]:
-    """The factors on the model's device, and the modules that they change."""
+    """Return the adapter on the model's device, and the modules that it changes."""
     update = TiedAdapter(AdapterShard.whole(adapter.config)).requires_grad_(False)
     update.load_full(adapter.state)
     places = dict(load_model.find_places(model_source(model).shape, adapter.config))
@@ -223,16 +224,16 @@ class TrainedRun:
 
 
 def train(settings: Settings) -> TrainedRun:
-    """Train in this process: the run of `tiedlora train`, with the same output and the same files.
+    """Train in this process, with the same output and files as `tiedlora train`.
 
-    Without a launcher it is one rank; under one, every rank calls it. Variables that start a rank and the handlers of
-    signals are as before when it returns.
+    Without a launcher the run has one rank. Under a launcher every rank calls this function. When it returns, the
+    environment variables of a rank and the signal handlers are restored.
 
     Raises:
         UserError: a setting does not fit, or the run was rejected.
         KeyboardInterrupt: the run was stopped by Ctrl-C; it can be resumed.
-        RuntimeError: it was stopped by another signal.
-        Exception: whatever else ended it.
+        RuntimeError: the run was stopped by another signal.
+        Exception: any other error that ended the run.
     """
     require_extra("train")
     if settings.dry_run:
@@ -246,7 +247,7 @@ def train(settings: Settings) -> TrainedRun:
         except SystemExit as failed:
             if failed.__context__ is None:
                 raise
-            raise failed.__context__ from None  # it was reported, and the command would end with its status
+            raise failed.__context__ from None  # it was reported already, and only the command needs the exit status
     if end.status == 128 + signal.SIGINT:
         raise KeyboardInterrupt
     if end.status or end.folder is None:
@@ -256,7 +257,7 @@ def train(settings: Settings) -> TrainedRun:
 
 @contextmanager
 def _restored_process() -> Iterator[None]:
-    """Undo what a run changes in its process: the variables of a rank, the handlers of signals, the process group."""
+    """After the block, leave the process group, and restore environment variables and signal handlers."""
     variables = {name: os.environ.get(name) for name in RANK_VARIABLES}
     handlers = {number: signal.getsignal(number) for number in stopping.STOP_SIGNALS}
     try:

@@ -1,6 +1,6 @@
-"""Tied-LoRA on a transformers model in PEFT: its configuration, which saved is the adapter_config.json of a native
-adapter folder; the adapters, each a `TiedAdapter`, and how they are saved; and the linear modules with the updates of
-the adapters that change them."""
+"""Implements Tied-LoRA as a method of PEFT: its config, the model with the adapters, and the adapted linear modules.
+
+A saved config is the adapter_config.json of a native adapter folder. Each adapter is a `TiedAdapter`."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -23,20 +23,20 @@ from megatron_tiedlora.checkpoint.base_identity import BaseIdentity, check_same_
 from megatron_tiedlora.checkpoint.tensor_files import check_finite, check_tensors
 from megatron_tiedlora.config.fields import TARGETS_HELP, parse_targets
 
-# Fields that have one name in PEFT's config and in ours, which has some for PEFT alone.
+# Fields with the same name in PEFT's config and in ours; and fields of ours that only PEFT uses.
 _SAME_NAMES = ("method", "alpha", "layers", "targets", "seed", "init_std_a", "init_std_b")
 _FOR_PEFT = ("peft_type", "task_type", "base_model_name_or_path", "inference_mode")
 
 
 @dataclass
 class TiedLoraConfig(PeftConfig):
-    """Tied-LoRA, VeRA or LoRA by the paper's table of methods.
+    """The config of a Tied-LoRA, VeRA or LoRA adapter, by the paper's table of methods.
 
-    PEFT fills in what is left out when it puts the adapter on a model.
+    Values that are not given are filled in when PEFT adds the adapter to a model.
 
     Attributes:
-        base: fields of the model that the adapter belongs to.
-        unchecked: the folder of this config, if its weights were not there yet when it was read.
+        base: fields of the adapter's base model.
+        unchecked: the folder of this config, if its weights did not exist yet when the config was read.
     """
 
     method: str = field(default="tl6", metadata={"help": f"which of the paper's methods: {', '.join(METHOD_NAMES)}"})
@@ -69,7 +69,7 @@ class TiedLoraConfig(PeftConfig):
             raise UserError(str(error).removeprefix("--")) from None
 
     def resolve(self, shape: ModelShape, base: BaseIdentity) -> tied_adapter.AdapterConfig:
-        """Fill in what was left out, for a model of this shape and identity. Raises UserError if they do not fit."""
+        """Fill in missing values for a model of this shape and identity. Raises UserError if a value does not fit."""
         layers = list(range(1, shape.num_layers + 1) if self.layers is None else self.layers)
         native_adapter.check_layers(layers, shape.num_layers)
         own: dict[str, Any] = {name: getattr(self, name) for name in ("seed", "alpha", "init_std_a", "init_std_b")}
@@ -92,10 +92,10 @@ class TiedLoraConfig(PeftConfig):
 
 
 def native_arguments(folder: Path) -> dict[str, Any]:
-    """The arguments of `TiedLoraConfig` for a native adapter folder.
+    """Return the arguments of `TiedLoraConfig` for a native adapter folder.
 
     Raises:
-        UserError: its config is not valid, or a checksum does not match.
+        UserError: the folder's config is not valid, or a checksum does not match.
     """
     config, base, _ = native_adapter.read_config(folder)
     content = native_adapter.StoredAdapter.of(config, base).fields()
@@ -105,10 +105,10 @@ def native_arguments(folder: Path) -> dict[str, Any]:
 
 
 def weights_match(folder: Path) -> bool:
-    """Compare the weights of a native folder with their checksum; False if they are not there.
+    """Check the weights of a native folder against their checksum. Returns False if the file does not exist.
 
     Raises:
-        UserError: they differ, or the config is not valid.
+        UserError: the checksum differs, or the config is not valid.
     """
     weights, (*_, sums) = folder / native_adapter.WEIGHTS_FILE, native_adapter.read_config(folder)
     if not weights.is_file():
@@ -118,10 +118,12 @@ def weights_match(folder: Path) -> bool:
 
 
 class TiedLoraLinear(nn.Module, BaseTunerLayer):
-    """z = W x + sum over active adapters of B' A' x, see `load_model`. The adapters belong to the `TiedLoraModel`.
+    """A linear that computes W x + the sum of B' A' x over the active adapters, see `load_model`.
+
+    The adapters belong to the `TiedLoraModel`.
 
     Attributes:
-        places: this module's place in each adapter that changes it.
+        places: for each adapter that changes this module, the tensors of the adapter that are used here.
     """
 
     adapter_layer_names = ("tied_lora_adapters",)
@@ -135,11 +137,11 @@ class TiedLoraLinear(nn.Module, BaseTunerLayer):
 
     @property
     def tied_lora_adapters(self) -> nn.ModuleDict:
-        """All adapters of the model by name."""
+        """The model's adapters by name."""
         return self._shared[0]
 
     def forward(self, x: torch.Tensor, *args: Any, **keywords: Any) -> torch.Tensor:
-        """The module's result with the updates of the active adapters, in the result's dtype."""
+        """Return the output of the base module plus the updates of the active adapters, in the output's dtype."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         z: torch.Tensor = self.base_layer(x, *args, **keywords)
@@ -154,7 +156,7 @@ class TiedLoraLinear(nn.Module, BaseTunerLayer):
         """Add the updates of adapters (default: the active ones) to the weight.
 
         Args:
-            safe_merge: raise UserError, and change nothing, if the sum is not finite.
+            safe_merge: raise UserError if the sum is not finite, and leave the weight unchanged.
         """
         for name in check_adapters_to_merge(self, adapter_names):
             if name in self.places:
@@ -162,14 +164,14 @@ class TiedLoraLinear(nn.Module, BaseTunerLayer):
                 self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
-        """Subtract what was merged; this may change the last bits of the weight."""
+        """Subtract the merged updates. This may change the last bits of the weight."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         while self.merged_adapters:
             self._add(self.merged_adapters.pop(), sign=-1)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Forget an adapter."""
+        """Remove an adapter from this module."""
         self.places.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
@@ -186,14 +188,14 @@ class TiedLoraLinear(nn.Module, BaseTunerLayer):
         weight.copy_(merged)
 
     def _freeze_non_trainable_peft_weights(self, adapter_names: str | Sequence[str] | None = None) -> None:
-        # PEFT has set requires_grad of whole adapters; the table of methods says which tensors are trained.
+        # PEFT has set requires_grad of whole adapters, but the table of methods decides which tensors are trained.
         for adapter in map(self._adapter, self.tied_lora_adapters):
             for name, parameter in adapter.named_parameters():
                 if not adapter.config.factor(name).trained:
                     parameter.requires_grad_(False)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # PEFT's own would cast to the base's dtype too; adapters stay in fp32.
+        # PEFT's own method would also cast to the base's dtype, but adapters stay in fp32.
         adapter, base = self._adapter(adapter_name), self.get_base_layer()
         target = device or next(base.parameters()).device
         if not next(adapter.parameters()).is_meta and target.type != "meta":  # meta: an offloaded module
@@ -222,10 +224,10 @@ class TiedLoraModel(BaseTuner):
         self._places: Mapping[str, native_adapter.AdaptedTensor] = {}
 
     def inject_adapter(self, model: Any, adapter_name: str, *args: Any, **keywords: Any) -> None:
-        """Put the adapter of `self.peft_config[adapter_name]` on the model.
+        """Add the adapter of `self.peft_config[adapter_name]` to the model.
 
         Raises:
-            UserError: it does not fit the model, or its name is a tensor's.
+            UserError: the adapter does not fit the model, or its name is the name of a tensor.
         """
         if adapter_name in {*TARGET_NAMES, *FACTORS}:
             raise UserError(f"adapter name {adapter_name!r} is a tensor's name; choose another")
@@ -239,7 +241,7 @@ class TiedLoraModel(BaseTuner):
         except Exception:
             del self.tied_lora_adapters[adapter_name]
             raise
-        for weight, trained in trained_before:  # PEFT has set the active adapter's to what the new one's are
+        for weight, trained in trained_before:  # PEFT has changed requires_grad of the active adapter
             weight.requires_grad_(trained)
         if adapter_name not in self.active_adapters:
             adapter.requires_grad_(False)
@@ -247,7 +249,7 @@ class TiedLoraModel(BaseTuner):
     def _new_adapter(
         self, config: TiedLoraConfig
     ) -> tuple[tied_adapter.TiedAdapter, Mapping[str, native_adapter.AdaptedTensor]]:
-        """An adapter with the initial values of its config, and its places in the model."""
+        """Return an adapter with the initial values of its config, and the modules of the model that it changes."""
         if config.base:
             trained = BaseIdentity(**config.base)
             for note in check_same_base(trained, self._found, source="the adapter", differs=True, in_memory=True):
@@ -292,7 +294,7 @@ class TiedLoraModel(BaseTuner):
         state_dict: Mapping[str, torch.Tensor],
         unwanted_adapter_names: Any = (),
     ) -> dict[str, torch.Tensor]:
-        """The tensors of a native folder: all four factors, fp32."""
+        """Return the tensors of a native folder: all four factors, in fp32."""
         described = cls._adapter_of(model, adapter_name).config
         prefix = f"tied_lora_adapters.{adapter_name}."
         held = {key.rpartition(prefix)[2]: value for key, value in state_dict.items() if prefix in key}
@@ -312,12 +314,12 @@ class TiedLoraModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: Any, config: Any, adapter_name: str, state_dict: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """The parameters of an adapter by their names in the model.
+        """Return the parameters of an adapter by their names in the model.
 
         Raises:
-            UserError: a tensor is missing, unknown or of the wrong shape, or its values are not valid.
+            UserError: a tensor is missing or unknown, has a wrong shape, or has invalid values.
         """
-        if config.unchecked is not None:  # the hub's cache has its config and, by now, its weights in one folder
+        if config.unchecked is not None:  # by now the weights are in the hub's cache, next to the config
             weights_match(Path(config.unchecked))
             config.unchecked = None
         adapter = cls._adapter_of(model, adapter_name)
@@ -332,10 +334,10 @@ class TiedLoraModel(BaseTuner):
 
 
 def _reject_dispatch(model: nn.Module) -> None:
-    """Raise UserError if PEFT is about to distribute a model over devices again, of which a part is offloaded.
+    """Raise UserError if PEFT is about to distribute a partly offloaded model over devices again.
 
-    Its `from_pretrained` has taken off accelerate's hooks then. It would put the adapter's tensors, which belong to no
-    module that is called, where no hook loads them.
+    PEFT's `from_pretrained` has then removed accelerate's hooks. It would offload the adapter's tensors too. No hook
+    would load them, because they do not belong to a module that is called.
     """
     devices = set((getattr(model, "hf_device_map", None) or {}).values())
     offloads = "disk" in devices or ("cpu" in devices and len(devices) > 1)

@@ -1,7 +1,7 @@
-"""Writes the folder of a run that is published, and uploads it to the Hugging Face hub: the export with a model card of
-its base, method, scores, the command that trained it, and versions.
+"""Writes the published folder of a run, and uploads it to the Hugging Face hub.
 
-The folder has no path of this host: the base and the tokenizer are named, and files by the last part of their names.
+The folder has the PEFT export and a model card with the base, method, scores, training command and versions. It has no
+path of this host: the base and the tokenizer are named, and files by the last part of their names.
 """
 
 import html
@@ -31,12 +31,12 @@ from megatron_tiedlora.runtime.run_folder import RunFolder
 _TIED = "[Tied-LoRA](https://arxiv.org/abs/2311.09578)"
 _OTHERS = {"lora": "[LoRA](https://arxiv.org/abs/2106.09685)", "vera": "[VeRA](https://arxiv.org/abs/2310.11454)"}
 _MARKS = declared(Settings)
-# Settings that a run derives from others and from its model, if they are not given.
+# Settings that a run derives from other settings and from its model, if they are not given.
 _DERIVED = marked(Settings, derived=True)
 
 
 def check_hub_id(name: str, *, flag: str, owned: bool = False) -> None:
-    """Raise UserError if `name`, the value of `flag`, is no id that the hub accepts, or, if `owned`, not OWNER/NAME."""
+    """Raise UserError if `name`, the value of `flag`, is not a valid hub id, or has no OWNER/ although `owned`."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -49,7 +49,7 @@ def check_hub_id(name: str, *, flag: str, owned: bool = False) -> None:
 
 
 def write_published(settings: PushSettings, output: Path, *, say: Callable[[str], object]) -> None:
-    """Write what a repository is to hold: the PEFT export, the native adapter, the model card, the plot of the losses.
+    """Write the files of a repository: the PEFT export, the native adapter, the model card, and the plot of the losses.
 
     Args:
         say: called with each note.
@@ -82,7 +82,7 @@ def write_published(settings: PushSettings, output: Path, *, say: Callable[[str]
         _hide_paths(temporary, facts)
         try:
             card = model_card(facts)
-        except (AttributeError, KeyError, TypeError, ValueError):  # the files of a run may be anybody's
+        except (AttributeError, KeyError, TypeError, ValueError):  # the files may not be those of a run
             raise UserError(f"{run.scores}: is not a file of scores that a run writes; move it away") from None
         (temporary / "README.md").write_text(card, encoding="utf-8")
         if run.is_run and plot.is_file() and not plot.is_symlink():
@@ -102,10 +102,10 @@ def _hide_paths(folder: Path, facts: "CardFacts") -> None:
 
 
 def upload(folder: Path, repo: str, *, private: bool) -> str:
-    """Upload a folder to the hub, which makes the repository if there is none; returns its address.
+    """Upload a folder to the hub, and return the repository's address. A missing repository is created.
 
     Raises:
-        UserError: the hub rejects it, or cannot be reached.
+        UserError: the hub rejects the upload, or cannot be reached.
     """
     from huggingface_hub import HfApi
 
@@ -113,7 +113,7 @@ def upload(folder: Path, repo: str, *, private: bool) -> str:
     try:
         address = hub.create_repo(repo, private=private, exist_ok=True)
         hub.upload_folder(folder_path=folder, repo_id=repo, commit_message="Upload an adapter")
-    except Exception as error:  # the hub's client raises many kinds; each means that the upload is not complete
+    except Exception as error:  # the client raises many types; each means that the upload is not complete
         raise UserError(f"--repo {repo}: the hub has not taken it ({first_line(error)})") from None
     return str(address)
 
@@ -124,11 +124,11 @@ class CardFacts:
 
     Attributes:
         repo: OWNER/NAME.
-        source: the base itself.
+        source: the base model.
         base: hub id or name of the base.
         base_on_hub: whether `base` is a hub id.
-        settings: content of run.yaml; empty if there is none.
-        scores: content of scores.json.
+        settings: content of run.yaml; empty if the file is missing.
+        scores: content of scores.json; empty if the file is missing.
     """
 
     repo: str
@@ -141,7 +141,7 @@ class CardFacts:
 
 
 def model_card(facts: CardFacts) -> str:
-    """The text of README.md, with the metadata in front that the hub reads."""
+    """Return the text of README.md. It begins with the metadata that the hub reads."""
     config = facts.adapter.config
     targets = ", ".join(target.name for target in config.targets)
     trained = sum(config.num_trained().values())
@@ -218,24 +218,24 @@ def _score_section(facts: CardFacts) -> Iterator[str]:
 def _training_section(facts: CardFacts) -> Iterator[str]:
     chosen = {}
     for name, value in facts.settings.items():
-        # The base is named otherwise, and test rows train nothing.
+        # The command names the base separately, and test rows are not used in training.
         if name in _MARKS and _MARKS[name].decides not in ("layout", "nothing") and name not in ("model", "test_file"):
             default = Settings.model_fields[name].default  # None if it depends on others
             if value not in (None, list(default) if isinstance(default, tuple) else default):
                 chosen[name] = value
     if not chosen:
         return
-    if "epochs" in chosen:  # the steps were counted from them, and a run takes only one of both
+    if "epochs" in chosen:  # max_steps was computed from epochs, and a run accepts only one of them
         chosen.pop("max_steps", None)
     derived = _derived(chosen, facts)
     chosen = {name: value for name, value in chosen.items() if name not in derived or value != derived[name]}
     chosen |= {name: without_folders(str(chosen[name]), facts.settings) for name in chosen if _MARKS[name].holds}
     words = []
-    for name, value in chosen.items():  # `=` joins a value that would be taken for a flag itself
+    for name, value in chosen.items():  # `=` joins a value that begins with a dash, so that it is not parsed as a flag
         word = flag_value(value)
         words.append(shlex.quote(f"--{name}={word}") if word.startswith("-") else f"--{name} {shlex.quote(word)}")
     command = f"tiedlora train --model {shlex.quote(facts.base)} {' '.join(words)}"
-    # A template of prompts may have lines and marks of its own.
+    # A prompt template may contain newlines and backticks.
     marks = "`" * max(4, 1 + max(map(len, re.findall("`+", command)), default=0))
     yield from ("", "## Training", "", marks, *map(printable, command.split("\n")), marks)
     versions = facts.settings.get("versions")
@@ -244,8 +244,8 @@ def _training_section(facts: CardFacts) -> Iterator[str]:
 
 
 def _derived(chosen: Mapping[str, Any], facts: CardFacts) -> dict[str, Any]:
-    """Settings that a run with `chosen` would derive itself, by name; empty if it would reject them."""
-    # The adapter of --init_from decides what is recorded here too, and need not be there any more.
+    """Return the settings that a run with `chosen` would derive, by name; empty if the run would be rejected."""
+    # The settings from the adapter of --init_from are recorded here too, and that adapter may not exist any more.
     left_out = (*_DERIVED, "init_from", "epochs")
     given = {name: value for name, value in chosen.items() if name not in left_out}
     if "max_steps" in facts.settings:
@@ -253,17 +253,17 @@ def _derived(chosen: Mapping[str, Any], facts: CardFacts) -> dict[str, Any]:
     try:
         settings = make_settings({**given, "report_to": "none"})
         plan = plan_run(settings, rank=0, world_size=1, weights=False, source=facts.source)
-    except UserError:  # run.yaml may be of another version
+    except UserError:  # run.yaml may be from a different version
         return {}
     resolved = plan.resolved_settings()
     return {name: resolved[name] for name in _DERIVED}
 
 
 def without_folders(given: str, settings: Mapping[str, Any]) -> str:
-    """The value of a flag for files without folders: each of its names is shortened to its last part.
+    """Return the value of a flag for files with each path shortened to its last part.
 
-    Hub ids stay if `settings`, the content of run.yaml, says that they were some. Nothing is looked up here: what a
-    name means on this host, in this folder, is not what it meant to the run.
+    Hub ids stay unchanged if `settings`, the content of run.yaml, records them as such. Nothing is looked up, because a
+    name may have a different meaning on this host and in this folder than in the run.
     """
     from_hub = settings.get(cli.HUB_NAMES)
     ids = from_hub if isinstance(from_hub, list) else []  # a run.yaml may be edited
@@ -272,6 +272,6 @@ def without_folders(given: str, settings: Mapping[str, Any]) -> str:
 
 
 def _code(text: str) -> str:
-    """A text of a stranger as a code span, in which neither Markdown nor HTML means anything; also in a table."""
+    """Return a stranger's text as a code span without active Markdown or HTML. It also works in a table."""
     shown = printable(text).replace("`", "'").replace("|", "/")
     return f"`{shown or ' '}`"

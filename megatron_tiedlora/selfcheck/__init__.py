@@ -1,5 +1,5 @@
-"""The tests that `tiedlora check-gpu` runs, a module `test_PART.py` for each part; `pytest -m gpu` runs them too.
+"""The tests that `tiedlora check-gpu` and `pytest -m gpu` run. Each part has a module `test_PART.py`.
 
-What they find are properties of pytest's report: figures, and under WARNING what is slower or larger than it should be.
-An assertion's message says what to do.
+Results are stored as properties of pytest's report: measured values, and under WARNING what to do if a value is slower
+or larger than expected. An assertion's message also says what to do.
 """

@@ -1,9 +1,10 @@
-"""Compares sides in one process: they take turns, and what needs much memory is measured in a process of its own.
+"""Compares implementations, called sides, in one process in which they take turns. Memory is measured in a separate
+process for each side.
 
-A side of a step is ours, Hugging Face + PEFT LoRA, or one of several adapters of one base: these take their steps one
-after another, and together in shared micro-batches. A third side is one adapter with as many tokens in as many
-micro-batches. No sharing can be faster. `measure_sides` has the report of --what step, scaling and decoding; `report`
-makes it text.
+The sides of a step are this package and Hugging Face + PEFT LoRA. With --adapters there are three sides: the adapters
+take their steps in turn; they are trained together in shared micro-batches; or one adapter is trained with the same
+number of tokens and micro-batches. The last side is an upper bound for the second one. `measure_sides` makes the report
+of --what step, scaling and decoding. `bench_report` converts it to text.
 """
 
 import os
@@ -42,23 +43,23 @@ from megatron_tiedlora.training.throughput import ChosenKernels, choose_kernels,
 
 OURS, PADDED, PACKED = "megatron_tiedlora", "PEFT LoRA", "PEFT LoRA, packed"
 IN_TURN, TOGETHER, ONE = "in turn", "together", "one adapter, all tokens"
-# The micro-batches of a step, and the optimizers that take it.
+# The micro-batches of a step, and the optimizers that update the parameters after it.
 TimedStep = tuple[Sequence[MicroBatch], Sequence[torch.optim.Optimizer]]
 TokenRows = list[list[int]]
-# The setting of a step that each flag of --what scaling gives values for.
+# The setting of a step that each flag of --what scaling changes.
 AXES = {"layers": "num_layers", "lengths": "length", "ranks": "rank", "shares": "supervised"}
-_STEP = ("model", "method", "targets", "rank", "recompute")  # settings that the report of a step shows
+_STEP = ("model", "method", "targets", "rank", "recompute")  # settings in the report of a step
 
 
 @dataclass
 class Side:
-    """One side: a model, and the steps that it takes at each of its turns.
+    """A side of the comparison: a model, and the steps that it takes in each turn.
 
     Attributes:
-        steps: one, or several that are taken one after another.
-        forward: the loss of a micro-batch, divided by the supervised tokens of its step.
-        flops: the FLOPs of the step's samples on our side; None on others.
-        kernels: how our kernels were made, in a few words; None on others.
+        steps: one step, or several that are taken one after another.
+        forward: returns the loss of a micro-batch, divided by the number of supervised tokens of its step.
+        flops: the FLOPs of the step's samples for our side; None for others.
+        kernels: a short description of our kernels; None for others.
     """
 
     model: torch.nn.Module
@@ -75,7 +76,7 @@ class Side:
         self.num_positions = sum(batch.tokens.numel() for batch in self.batches)
 
     def step(self) -> None:
-        """Take a turn: run forward and backward over the micro-batches of a step, then AdamW."""
+        """Take a turn: for each step, run forward and backward over its micro-batches, and then AdamW."""
         for batches, optimizers in self.steps:
             for batch in batches:
                 self.forward(batch).backward()
@@ -84,7 +85,7 @@ class Side:
                 optimizer.zero_grad()
 
     def saved_bytes(self) -> int:
-        """The total bytes that autograd saves for the micro-batches of a turn, without parameters."""
+        """Return the total bytes that autograd saves for the micro-batches of a turn. Parameters are not counted."""
         total = 0
         for batch in self.batches:
             with timing.saved_by_autograd(self.model) as saved:
@@ -101,10 +102,10 @@ def _optimizer(module: torch.nn.Module) -> torch.optim.Optimizer:
 def make_sides(
     plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | None = None
 ) -> dict[str, Callable[[], Side]]:
-    """The functions that build the sides, by name. All have the same samples.
+    """Return the functions that build the sides, by name. All sides have the same samples.
 
     Args:
-        chosen: our kernels; None: they are chosen by --compile when a side is built.
+        chosen: our kernels; None to choose them by --compile when a side is built.
     """
     ours = cache(partial(_our_sides, plan, settings, chosen))
     names = (OURS,) if settings.adapters is None else (IN_TURN, TOGETHER, ONE)
@@ -117,7 +118,7 @@ def make_sides(
 
 
 def _our_sides(plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | None) -> dict[str, Side]:
-    """Our side with one adapter; or the sides of several adapters, which differ in their seeds and share a model."""
+    """Return our side with one adapter, or the sides of several adapters. They have different seeds and one model."""
     device, source = timing.default_device(), plan.source
     chosen = chosen or choose_kernels(plan, device)
     given: dict[str, Any] = {"dtype": plan.dtype, "make_weight": plan.weight_maker(device), "device": device}
@@ -137,7 +138,7 @@ def _our_sides(plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | N
         supervised = batch.supervised().moved(lambda tensor: tensor.to(device))
         tokens, positions = batch.tokens.to(device), batch.positions.to(device)
         losses: torch.Tensor = stage(tokens, positions, supervised, documents=batch.documents, shares=batch.shares)
-        divisors = {share.adapter: (first.num_supervised,) for share in batch.shares}  # every step has as many
+        divisors = {share.adapter: (first.num_supervised,) for share in batch.shares}  # the same in every step
         return Losses(divisors).weighted(losses, batch.shares)
 
     optimizers = {name: _optimizer(adapter) for name, adapter in adapters.items()}
@@ -160,7 +161,7 @@ def _our_sides(plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | N
 
 
 def _stacked(name: str, batches: Sequence[MicroBatch]) -> MicroBatch:
-    """The rows of several micro-batches, all of one length and not packed, as those of one adapter."""
+    """Join micro-batches of one row length without packing into one micro-batch of the adapter `name`."""
     arrays = ("tokens", "positions", "labels", "lengths")
     joined = {array: torch.cat([getattr(batch, array) for batch in batches]) for array in arrays}
     shares = (Share(name, *joined["tokens"].shape),)
@@ -176,7 +177,7 @@ def random_stage(
     device: torch.device,
     kernels: Kernels = EAGER,
 ) -> Stage:
-    """The whole model with random weights, which are drawn in place, and the adapter with its initial values."""
+    """Return the whole model with random weights and an adapter with its initial values. Weights are drawn in place."""
     with device:
         stage = Stage(layer_specs(shape, dtype=dtype, kernels=kernels, make_weight=make_weight), None)
     load_base_weights(RandomWeights(weight_rules(shape)), frozen_weight.frozen_weights(stage))
@@ -185,7 +186,7 @@ def random_stage(
 
 
 def whole_adapter(config: AdapterConfig, device: torch.device) -> TiedAdapter:
-    """An adapter of the whole model with its initial values."""
+    """Return an unsharded adapter with its initial values."""
     adapter = TiedAdapter(AdapterShard.whole(config)).to(device)
     adapter.load_full(initial_values(config))
     return adapter
@@ -199,7 +200,7 @@ def _peft(plan: RunPlan, settings: BenchSettings, *, packed: bool) -> Side:
     device, values = timing.default_device(), step_bench.random_config(settings)
     base: Any
     if values is not None:
-        with device:  # no copy of another dtype or device, whose freed pages the step would use
+        with device:  # no copy in another dtype or on another device; the step would use its freed pages
             base = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values), dtype=plan.dtype)
     else:
         folder = plan.source.weights_folder()
@@ -212,7 +213,7 @@ def _peft(plan: RunPlan, settings: BenchSettings, *, packed: bool) -> Side:
     step = next(plan.training_loader(dataset, pad_id=pad_id))
     batches = list(step.micro_batches)
     if settings.task is not None and not packed:
-        size = settings.padded_rows  # the samples come in their order, as a trainer takes them that does not sort
+        size = settings.padded_rows  # the samples keep their order, as in a trainer that does not sort them
         starts = range(0, len(dataset), size)
         batches = [loader.collate(dataset, [[start + row] for row in range(size)], pad_id=pad_id) for start in starts]
 
@@ -242,10 +243,10 @@ def _peft(plan: RunPlan, settings: BenchSettings, *, packed: bool) -> Side:
 
 
 def measure_sides(settings: BenchSettings) -> dict[str, Any]:
-    """The report of one process.
+    """Measure the sides in one process, and return the report.
 
     Raises:
-        UserError: a value does not fit. The message names its flag. Nothing has been measured yet.
+        UserError: a value does not fit. The message names its flag. This is raised before anything is measured.
     """
     return {"step": _measure_step, "scaling": _measure_scaling, "decoding": _measure_decoding}[settings.what](settings)
 
@@ -253,7 +254,7 @@ def measure_sides(settings: BenchSettings) -> dict[str, Any]:
 def _seconds(
     steps: Mapping[str, Callable[[], object]], device: torch.device, settings: BenchSettings, *, uncounted: int = 1
 ) -> dict[str, list[float]]:
-    """The seconds of the steps, which take turns, by name."""
+    """Return the seconds of the steps by name. The steps take turns."""
     timers = {name: partial(timed, step, device) for name, step in steps.items()}
     return timing.take_turns(timers, repeats=settings.repeats, uncounted=uncounted)
 
@@ -264,7 +265,7 @@ def _measure_step(settings: BenchSettings) -> dict[str, Any]:
     memory = {name: timing.in_own_process(name, _step_memory, plan, settings, name) for name in makers}
     sides = {name: make() for name, make in makers.items()}
     first, *_ = sides.values()
-    before = os.getloadavg()[0]  # of the last minute; figures on a shared machine depend on it
+    before = os.getloadavg()[0]  # of the last minute; times on a shared machine depend on it
     seconds = _seconds({name: side.step for name, side in sides.items()}, first.device, settings)
     load = [before, os.getloadavg()[0]]
     figures = {name: {"seconds": seconds[name], **memory[name]} for name in sides}
@@ -300,9 +301,9 @@ def _measure_step(settings: BenchSettings) -> dict[str, Any]:
 
 
 def _step_memory(plan: RunPlan, settings: BenchSettings, name: str) -> dict[str, Any]:
-    """The bytes `peak` of a side's first turn beside those held before it, and without --adapters those `saved` in it.
+    """Return `peak`, the additional bytes of a side's first turn, and without --adapters `saved`, its saved bytes.
 
-    Call it in a fresh process, because an allocator other than glibc's may reuse memory of earlier turns.
+    Call this in a new process, because an allocator other than glibc's may reuse memory of earlier turns.
     """
     side = make_sides(plan, settings)[name]()
     held = timing.restart_peak(side.device)
@@ -335,7 +336,7 @@ def _measure_scaling(settings: BenchSettings) -> dict[str, Any]:
 
 
 def _one_step(settings: BenchSettings, flag: str, value: Any) -> tuple[RunPlan, BenchSettings]:
-    """The step in which one quantity has another value, which `flag` gave."""
+    """Return the plan and the settings of a step in which the quantity of `flag` is `value`."""
     name = AXES[flag]
     try:
         step = settings.one_step(**{name: value})
@@ -348,7 +349,7 @@ def _one_step(settings: BenchSettings, flag: str, value: Any) -> tuple[RunPlan, 
 
 
 def _measure_decoding(settings: BenchSettings) -> dict[str, Any]:
-    """Greedy decoding here and in transformers, on the same weights and prompts. No token ends a sequence."""
+    """Measure greedy decoding here and in transformers, with the same weights and prompts. No token ends a sequence."""
     from transformers import AutoModelForCausalLM
 
     source, dtype, device = find_model(settings.model), DTYPES[settings.dtype], timing.default_device()
@@ -379,7 +380,7 @@ def _measure_decoding(settings: BenchSettings) -> dict[str, Any]:
 
 
 def _generate_there(model: Any, prompts: TokenRows, new_tokens: int) -> TokenRows:
-    """Let transformers generate. It needs prompts that are padded on the left."""
+    """Generate with transformers, which needs prompts that are padded on the left."""
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
@@ -392,7 +393,7 @@ def _generate_there(model: Any, prompts: TokenRows, new_tokens: int) -> TokenRow
 
 
 def share_of_equal_tokens(ours: TokenRows, theirs: TokenRows) -> float:
-    """The share of new tokens that are equal up to each sequence's first difference. In fp32 it is 1.0 but for ties."""
+    """Return the fraction of new tokens before each sequence's first difference. In fp32 it is 1.0 except for ties."""
     equal = 0
     for mine, other in zip(ours, theirs, strict=True):
         equal += next((i for i, (a, b) in enumerate(zip(mine, other, strict=True)) if a != b), len(mine))

@@ -1,21 +1,21 @@
 """Measures a machine's constants: matmuls of a model's linears, attention, copies, dequantising, and messages by size.
 
-    share = FLOP / seconds / peak        message: an all-reduce or a gather of one page takes it
+    share = FLOP / seconds / peak        message = seconds of an all-reduce or a gather of one page
     bandwidth = bytes over a ring / (seconds of a large message - message)
 
-Seconds are the median of what fits in the time for each of these. On a CPU the seconds for few and for many tokens make
-a curve whose other term is the time to read weights or queries. What cannot be measured keeps the value and the source
-of the machine that it starts from: a preset for a card that is known, else the H100's; or those of CPUs.
+Each time is the median of as many repetitions as fit in the time limit. On a CPU, few and many tokens are timed, to
+separate computation from the time to read weights or queries. A constant that cannot be measured keeps its value and
+source from a preset: that of the same GPU, else of the H100; or that of CPUs.
 
-Some constants only a step of a run's own engine shows:
+Some constants are measured with steps of a run's own engine:
 
-    block        seconds of a step of many tiny layers - of one, over the passes through them
-    step         seconds of a step of one tiny layer beside its passes
-    instruction  what is left of a step of two tiny stages
-    context      what an idle process on a CPU holds: the anonymous memory after these steps
-    elementwise  what is left of a step of two layers of the model's own widths
+    block        (seconds of a step of many tiny layers - seconds of a step of one) / (passes through the others)
+    step         seconds of a step of one tiny layer without its passes
+    instruction  unexplained seconds of a step of two tiny stages
+    context      anonymous memory of an idle process on a CPU after these steps
+    elementwise  unexplained seconds of a step of two layers of the model's own widths
 
-A tiny layer is so narrow that its matmuls and messages of bytes take nearly no time.
+A tiny layer is so narrow that its matmuls and the bytes of its messages take nearly no time.
 """
 
 from collections.abc import Callable, Iterator
@@ -40,16 +40,16 @@ from megatron_tiedlora.selfcheck.step_bench import MeasuredStep, measured_step
 from megatron_tiedlora.selfcheck.timing import idle_bytes
 from megatron_tiedlora.training.throughput import measured_peak, timed
 
-TOKENS = {"cpu": 512, "cuda": 4096}  # of a matmul and of an attention
+TOKENS = {"cpu": 512, "cuda": 4096}  # of a matmul and of an attention call
 _COPIED = {"cpu": 2**26, "cuda": 2**30}  # bytes
-_MESSAGES = {"cpu": (2**12, 2**24), "cuda": (2**12, 2**28)}  # bytes of a rank's part
-_FEWER = 8  # times fewer tokens, for the other end of a line
+_MESSAGES = {"cpu": (2**12, 2**24), "cuda": (2**12, 2**28)}  # bytes of a rank's shard
+_FEWER = 8  # times fewer tokens for the second measurement
 _MOST = 200  # repetitions
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
-_LAYERS = 33  # so many that the launches of their passes stand out of the noise of a busy machine
+_LAYERS = 33  # so many that their launches are visible in the noise of a busy machine
 _LENGTH = 64
-_MICRO_BATCHES = 8  # of the step of two stages
+_MICRO_BATCHES = 8  # in the step of two stages
 _TINY_REPEATS, _REPEATS = 20, 5
 _TINY = {
     **PRESETS["llama2-7b"],
@@ -64,16 +64,16 @@ _NOTHING = Constant(0.0, "not measured yet")
 
 
 def measure_machine(source: ModelSource, device: torch.device, *, seconds: float, tokens: int | None = None) -> Machine:
-    """The constants of the machine that this process runs on; of rank 0's if several ranks measure together.
+    """Return the constants of this process's machine. If several ranks measure together, rank 0's result counts.
 
     Args:
-        source: the model, for the widths of its linears and heads.
-        seconds: about how long it takes.
-        tokens: of a matmul and of an attention.
+        source: the model whose widths of linears and heads are used.
+        seconds: the approximate time that the measurement takes.
+        tokens: number of tokens of a matmul and of an attention call.
     """
     measure = _Measure(source, device, tokens or min(TOKENS[device.type], source.shape.limit.tokens), seconds)
     start = measure.start
-    if device.type == "cuda":  # before there is a communicator, which a plan counts too
+    if device.type == "cuda":  # before a communicator exists, because a plan counts its memory separately
         start = start.changed({"context": measure.context()})
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     own = {"name": "measured", "title": _title(device), "capability": capability}
@@ -93,7 +93,7 @@ class _Measure:
 
     @cached_property
     def preset(self) -> Machine | None:
-        """The preset of a card whose data sheet is known; None for other cards and for CPUs."""
+        """The preset of this GPU; None if there is no preset, and for CPUs."""
         if self.device.type == "cpu":
             return None
         name = torch.cuda.get_device_name(self.device)
@@ -103,18 +103,18 @@ class _Measure:
 
     @property
     def start(self) -> Machine:
-        """The machine that keeps its values where nothing is measured."""
+        """The machine whose values are used for constants that are not measured."""
         return CPU if self.device.type == "cpu" else self.preset or GPUS[DEFAULT_GPU]
 
     def constants(self) -> Iterator[tuple[str, Constant]]:
-        """Each constant that can be measured, with how it was."""
+        """Yield the name and value of each constant that can be measured without an engine."""
         on_gpu = self.device.type == "cuda"
         size, words = psutil.virtual_memory().total, "memory of the machine"
         if on_gpu:
             size, words = torch.cuda.get_device_properties(self.device).total_memory, "as PyTorch reports it"
         yield "memory", self._constant(float(size), words)
         has_fp8 = not on_gpu or torch.cuda.get_device_capability(self.device) >= FP8_CAPABILITY
-        share = self.seconds / (4 + has_fp8 + 1 + len(BASE_NAMES) + 2)  # of the time, for each of the following
+        share = self.seconds / (4 + has_fp8 + 1 + len(BASE_NAMES) + 2)  # seconds for each of the following measurements
         for name in _DTYPES:
             if self.preset is not None:
                 peak = self.preset.constants[f"peak.{name}"]
@@ -138,7 +138,7 @@ class _Measure:
         return self._constant(rate / peak.value, f"{what} of {self.source.name} over {self.tokens:,} tokens")
 
     def _time(self, step: Callable[[], object], seconds: float, group: Any = None) -> float:
-        """The median of what one call takes, of as many as fit in `seconds`. All ranks of a group make as many."""
+        """Return the median seconds of as many calls as fit in `seconds`. All ranks of a group make equally many."""
         step()
         taken = [timed(step, self.device)]
         first = torch.tensor(taken, device=self.device)
@@ -151,21 +151,21 @@ class _Measure:
         return torch.randn(*shape, device=self.device).to(dtype)
 
     def context(self) -> Constant:
-        """The bytes that a process holds on a GPU beside PyTorch's allocator."""
+        """Return the bytes in use on a GPU outside of PyTorch's allocator."""
         torch.zeros(1, device=self.device)
         free, total = torch.cuda.mem_get_info(self.device)
         used = total - free - torch.cuda.memory_reserved(self.device)
         return self._constant(float(used), "used beside PyTorch's allocator, of other processes too")
 
     def _matmul_line(self, name: str, peak: Constant, seconds: float) -> Iterator[tuple[str, Constant]]:
-        """The share of the peak, and on a CPU the weights that are read each second beside that."""
+        """Yield the share of the peak in matmuls, and the weights that a CPU reads per second in addition."""
         weights, measure = 2 * self.source.shape.block.num_weights, partial(self._matmuls, _DTYPES[name])
         many, begins = self._two_terms(measure, 1, seconds)
         yield f"matmul.{name}", self._share(2 * self.tokens * weights / many, peak, "matmuls")
         yield f"weights.{name}", self._read(weights, begins, "matmuls")
 
     def _attention_line(self, name: str, peak: Constant, seconds: float) -> Iterator[tuple[str, Constant]]:
-        """The share of the peak by necessary FLOPs, as the planner counts; on a CPU also the queries that are read."""
+        """Yield attention's share of the peak by the planner's FLOPs, and the queries that a CPU reads per second."""
         width, measure = self.source.shape.heads.rows[0], partial(self._attention, _DTYPES[name])
         many, begins = self._two_terms(measure, 2, seconds)
         rate = 3 * 2 * self.tokens**2 * width / many
@@ -173,9 +173,9 @@ class _Measure:
         yield f"queries.{name}", self._read(3 * self.tokens * width, begins, "attention")
 
     def _two_terms(self, measure: Callable[[int, float], float], power: int, seconds: float) -> tuple[float, float]:
-        """The seconds of all tokens n that grow as n^power, and those that grow with one power less.
+        """Return the part of the seconds that grows as tokens^power, and the part that grows with one power less.
 
-        The latter are what a CPU spends on reading; 0 if it is hidden by computation, and on a GPU.
+        A CPU needs the second part for reading. It is 0 on a GPU, or if computation hides it.
         """
         many = measure(self.tokens, seconds / 2)
         if self.device.type == "cpu":
@@ -187,7 +187,7 @@ class _Measure:
         return many, 0.0
 
     def _read(self, numbers: float, seconds: float, what: str) -> Constant:
-        """The numbers that are read each second beside computation."""
+        """Return the rate of reading elements in addition to computation, per second."""
         if not seconds:
             return Constant(0.0, "while it computes")
         words = f"{what} of {self.source.name} over {self.tokens // _FEWER} and {self.tokens:,} tokens"
@@ -201,11 +201,11 @@ class _Measure:
         base_format: str | None = None,
         products: str | None = None,
     ) -> float:
-        """The seconds of all linears of a block, forward and for the gradient of their inputs."""
+        """Return the seconds of all linears of a block, for the forward pass and the gradient of their inputs."""
         taken, linears = 0.0, self.source.shape.block.linears
         for linear in linears:
             with self.device:
-                # Transposing is not a part of a matmul on a GPU, where it is a term of its own.
+                # On a GPU, transposing has its own term in the plan, so it is not measured here.
                 made = weight_maker(base_format, products=products, keep_transposed=products is not None)
                 weight = made(linear.out_size, linear.in_size, dtype=dtype)
             weight.load(self._random(linear.out_size, linear.in_size, dtype=dtype))
@@ -215,7 +215,7 @@ class _Measure:
         return taken
 
     def _attention(self, dtype: torch.dtype, tokens: int, seconds: float) -> float:
-        """The seconds of attention over a sample, forward and back."""
+        """Return the seconds of attention over a sample, forward and backward."""
         heads = self.source.shape.heads
         query, key, value = (
             self._random(1, num, tokens, heads.dim, dtype=dtype).requires_grad_()
@@ -253,14 +253,14 @@ class _Measure:
         with self.device:
             weight = weight_maker(name)(linear.out_size, linear.in_size, dtype=torch.bfloat16)
         weight.load(self._random(linear.out_size, linear.in_size, dtype=torch.bfloat16))
-        x = self._random(1, linear.in_size, dtype=torch.bfloat16)  # one token: dequantising is nearly all
+        x = self._random(1, linear.in_size, dtype=torch.bfloat16)  # with one token, most of the time is dequantising
         taken = self._time(lambda: weight.times_transposed(x), seconds)
         return self._constant(linear.num_weights / taken, f"the output projection of {self.source.name}")
 
     # Messages --------------------------------------------------------------------------------------------------------
 
     def _messages(self, seconds: float) -> Iterator[tuple[str, Constant]]:
-        """Over the ranks of this host, and over all ranks if they are on several hosts."""
+        """Yield the constants of messages between the ranks of this host, and between all ranks of several hosts."""
         if not distributed.is_initialized() or distributed.get_world_size() == 1:
             return
         groups = ranks_by_host()
@@ -287,7 +287,7 @@ class _Measure:
         yield "message", self._constant(message, what)
 
     def _links(self, group: Any, size: int, seconds: float) -> tuple[float, float]:
-        """Seconds of the smallest message, and bytes per second of the largest one beyond these."""
+        """Return the seconds of the smallest message, and the bytes per second of the largest one beyond these."""
         taken: list[float] = []
         for length in _MESSAGES[self.device.type]:
             part = torch.zeros(length // 4, device=self.device)
@@ -296,13 +296,13 @@ class _Measure:
             steps = (partial(distributed.all_reduce, whole, group=group), gather)
             taken.append(sum(self._time(step, seconds / 4, group) for step in steps))
         small, large = taken
-        carried = 3 * (size - 1) * length  # over a ring: twice for the all-reduce
+        carried = 3 * (size - 1) * length  # over a ring; an all-reduce sends everything twice
         return small / 2, carried / max(large - small, 1e-9)
 
     # Steps of an engine ----------------------------------------------------------------------------------------------
 
     def alone(self, machine: Machine) -> Machine:
-        """The machine with what tiny steps show; before anything else is measured, so that the process is idle."""
+        """Return the machine with the constants from tiny steps. Call this first, while the process is idle."""
         unknown = machine.changed(dict.fromkeys(_UNKNOWN, _NOTHING))
         one, many = (_tiny_step(unknown, num_layers=number) for number in (1, _LAYERS))
         block = max(0.0, many.seconds - one.seconds) / (2 * (_LAYERS - 1))
@@ -315,7 +315,7 @@ class _Measure:
         return machine.changed(found)
 
     def beside(self, machine: Machine) -> Machine:
-        """The machine with what is left of steps that all other constants explain in part."""
+        """Return the machine with the constants from seconds that all other constants do not explain."""
         if distributed.get_world_size() % 2 == 0:
             known = machine.changed({"instruction": _NOTHING})
             two = _tiny_step(known, num_layers=2, pipeline_parallel=2, micro_batches=_MICRO_BATCHES)

@@ -1,6 +1,6 @@
-"""Runs each part, a module of tests, in a process of its own with a time limit, and writes its junit XML as a page.
+"""Runs each part (a module of tests) in its own process with a time limit, and converts its junit XML to Markdown.
 
-A part that hangs, crashes or breaks its device loses its own findings alone.
+If a part hangs, crashes or breaks its device, only its own results are lost.
 """
 
 import os
@@ -23,11 +23,11 @@ from megatron_tiedlora.runtime.launch_env import EXPECTED_RANKS
 from megatron_tiedlora.runtime.machine import Finding
 
 FOLDER = Path(__file__).parent
-# What the command tells a part as --check-NAME, with the values for `pytest -m gpu`; the folder is for its output.
+# Options that the command passes to a part as --check-NAME, and the values for `pytest -m gpu`. `folder`: for output.
 OPTIONS = {"device": "cuda", "model": "llama2-7b", "seconds": 480.0, "folder": ""}
-WARNING = "warning"  # the name of a property that is no figure
+WARNING = "warning"  # the name of a property that is a warning, not a measured value
 Tell = Callable[[str, object], None]  # pytest's record_property: a name and a value
-# Variables of a job around the command, of which a part is no rank; of pytest; and one that removes assertions.
+# Prefixes of variables of a surrounding job (a part is not one of its ranks) and of pytest; one disables assertions.
 _FOREIGN = (
     *("SLURM_", "TORCHELASTIC_", "GROUP_", "OMPI_", "PMI_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_"),
     *(EXPECTED_RANKS, "PYTEST_", "PYTHONOPTIMIZE"),
@@ -44,18 +44,18 @@ STUCK_FIX = (
 
 
 def option(config: Any, name: str) -> Any:
-    """One of OPTIONS of a session of pytest."""
+    """Return the value of one of OPTIONS in a pytest session."""
     return config.getoption(f"--check-{name}", OPTIONS[name])
 
 
 def warn_unless(good: bool, tell: Tell, fix: str) -> None:
-    """Tell what to do unless the value that was told last is good."""
+    """Record the warning `fix`, which says what to do, unless the last recorded value is good."""
     if not good:
         tell(WARNING, fix)
 
 
 def report(findings: Iterable[Finding], tell: Tell) -> None:
-    """Tell what was found, with what to do about each warning; a first error fails the test."""
+    """Record all findings, and what to do about each warning. The first error fails the test."""
     found = list(findings)
     for finding in found:
         tell(finding.code, finding.message)
@@ -65,7 +65,7 @@ def report(findings: Iterable[Finding], tell: Tell) -> None:
 
 
 def why_no_gpu() -> str | None:
-    """Why ranks would use no GPU, in one line; None if they use one."""
+    """Return in one line why ranks would not use a GPU; None if they use one."""
     if torch.cuda.is_available():
         accelerator = os.environ.get("DS_ACCELERATOR", "cuda")
         return None if accelerator == "cuda" else f"DS_ACCELERATOR is {accelerator}, so ranks use no GPU; unset it"
@@ -81,13 +81,13 @@ def why_no_gpu() -> str | None:
 
 
 def part_command(part: str, *options: str) -> list[str]:
-    """The command of a part: pytest reads no settings, fixtures or plugins of other folders, and hides no output."""
+    """Return the command of a part. Its pytest ignores settings and plugins of other folders, and shows all output."""
     ours = ("-c", os.devnull, f"--rootdir={FOLDER}", f"--confcutdir={FOLDER}", "-p", "no:cacheprovider", "-v", "-s")
     return [sys.executable, "-P", "-m", "pytest", str(FOLDER / f"test_{part}.py"), *ours, *options]
 
 
 def part_environment(part: str, device: str) -> dict[str, str]:
-    """The variables of a part: a world of one rank, even in a pod, a Slurm step or under a launcher."""
+    """Return the environment of a part. It has one rank, even in a pod, in a Slurm step or under a launcher."""
     foreign = _FOREIGN if part == "env" else (*_FOREIGN, _TF32)
     own = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     hidden = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if device == "cpu" else {}
@@ -103,11 +103,13 @@ def run_part(
     seconds: float,
     end_seconds: float = 10.0,
 ) -> Element:
-    """Run a part to its end or its time limit; returns its tests as junit's suite, and a failure if it did not finish.
+    """Run a part until it ends or reaches its time limit, and return its results as a junit test suite.
+
+    If the part did not finish, the suite also has a failure of the part's process.
 
     Args:
-        command: starts the part, which writes its tests to PART.xml in the folder.
-        end_seconds: how long a process may take to end after SIGKILL.
+        command: the command that starts the part, which writes its results to PART.xml in the folder.
+        end_seconds: the time in which a process must end after SIGKILL.
     """
     file, log = folder / f"{part}.xml", folder / f"{part}.log"
     file.unlink(missing_ok=True)
@@ -120,7 +122,7 @@ def run_part(
         except subprocess.TimeoutExpired:
             hangs = True
         finally:
-            with suppress(ProcessLookupError, PermissionError):  # all that it has started, too
+            with suppress(ProcessLookupError, PermissionError):  # also its child processes
                 os.killpg(process.pid, signal.SIGKILL)
             with suppress(subprocess.TimeoutExpired):  # a process that hangs in the driver does not end
                 process.wait(end_seconds)
@@ -146,7 +148,7 @@ def _properties(case: Element) -> list[tuple[str, str]]:
 
 
 def problems(case: Element) -> Iterator[Finding]:
-    """The errors and warnings of a test, or why it was skipped."""
+    """Yield the errors and warnings of a test, or why it was skipped."""
     for problem in (each for each in case if each.tag in ("failure", "error", "skipped")):
         said, _, seen = (problem.get("message") or "").partition("\n")
         if problem.tag == "skipped":
@@ -162,18 +164,18 @@ _ENDS = {"error": "failed", "warning": "warned", "skipped": "skipped"}  # the wo
 
 
 def verdict(case: Element) -> str:
-    """How a test ended: passed, warned, failed or skipped."""
+    """Return how a test ended: passed, warned, failed or skipped."""
     found = {_ENDS[problem.status] for problem in problems(case)}
     return next((how for how in _ENDS.values() if how in found), "passed")
 
 
 def verdicts(suites: Sequence[Element]) -> Counter[str]:
-    """How many tests ended in each way."""
+    """Return the number of tests by verdict."""
     return Counter(verdict(case) for suite in suites for case in suite.iter("testcase"))
 
 
 def part_lines(suite: Element) -> Iterator[str]:
-    """A part's tests in Markdown: how each ended, its figures, and what was seen; skipped ones by their reasons."""
+    """Yield a part's tests in Markdown with verdicts, values and problems. Skipped tests are counted by reason."""
     yield from ("", f"## {suite.get('name')}", "")
     skipped: Counter[str] = Counter()
     for case in suite.iter("testcase"):
@@ -192,7 +194,7 @@ def _name(case: Element) -> str:
 
 
 def _short(value: str) -> str:
-    """A figure with few digits; other text as it is."""
+    """Return a number with few digits, or other text unchanged."""
     try:
         number = float(value)
     except ValueError:
@@ -201,7 +203,7 @@ def _short(value: str) -> str:
 
 
 def summary_lines(suites: Sequence[Element]) -> Iterator[str]:
-    """How many tests ended in each way, and what to do about each failure and warning, in Markdown."""
+    """Yield Markdown lines with the number of tests by verdict, and what to do about each failure and warning."""
     yield f"{', '.join(f'{count} {how}' for how, count in verdicts(suites).items())}."
     tests = [(f"**{suite.get('name')}: {_name(case)}**", case) for suite in suites for case in suite.iter("testcase")]
     found = [(problem.fix, name) for name, case in tests for problem in problems(case) if problem.fix]

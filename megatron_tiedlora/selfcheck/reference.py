@@ -1,7 +1,7 @@
 """The reference implementation: the model and its adapter in plain PyTorch, one document at a time, in any dtype.
 
-It shares only data with the package: a model's shape and the names of weights. Norms, softmax and loss are in
-max(fp32, dtype), angles in fp32, as in transformers.
+It uses only data of the package: a model's shape and the names of weights. Norms, softmax and loss are computed in
+max(fp32, dtype), and rotary angles in fp32, as in transformers.
 """
 
 import math
@@ -16,11 +16,11 @@ from torch.nn import functional
 from megatron_tiedlora.base.shapes import ModelShape
 
 Tensors = Mapping[str, Tensor]
-Linear = Callable[[str, str, Tensor], Tensor]  # from a weight's name, a target's prefix and the input
+Linear = Callable[[str, str, Tensor], Tensor]  # arguments: a weight's name, a target's prefix, the input
 
 
 class Document(NamedTuple):
-    """Tokens and labels (the next token or -100) of one document, each (s,) int64."""
+    """The tokens and labels of one document, each (s,) int64. A label is the next token, or -100."""
 
     tokens: Tensor
     labels: Tensor
@@ -34,12 +34,12 @@ def loss_and_gradients(
     trained: Sequence[str],
     documents: Sequence[Document],
 ) -> tuple[float, dict[str, Tensor]]:
-    """The summed loss of all documents, and the gradients of the trained factors.
+    """Return the summed loss of all documents, and the gradients of the trained factors.
 
     Args:
         scale: alpha / r.
-        weights: by the package's names, in the dtype of the computation.
-        factors: the existing ones of A, B, u, v of each target, tied or stacked over layers.
+        weights: weights by the package's names, in the dtype of the computation.
+        factors: the factors A, B, u and v that each target has, tied or stacked over layers.
     """
     leaves = {name: tensor.detach().clone().requires_grad_(name in trained) for name, tensor in factors.items()}
     total, gradients = 0.0, {name: torch.zeros_like(leaves[name]) for name in trained}
@@ -54,9 +54,9 @@ def loss_and_gradients(
 
 
 def document_logits(shape: ModelShape, scale: float, weights: Tensors, factors: Tensors, tokens: Tensor) -> Tensor:
-    """The logits of each token, (s, V), in max(fp32, dtype)."""
+    """Return the logits of each token, (s, V), in max(fp32, dtype)."""
     hidden = weights["layers.0.weight"][tokens]
-    dims = {"A": 2, "B": 2, "u": 1, "v": 1}  # of a factor of one layer; another one is stacked over layers
+    dims = {"A": 2, "B": 2, "u": 1, "v": 1}  # of a tied factor; others are stacked over layers
     for layer in range(1, shape.num_layers + 1):
         own = {name.split(".", 2)[2]: tensor for name, tensor in weights.items() if name.startswith(f"layers.{layer}.")}
         of_layer = {name: f if f.ndim == dims[name[-1]] else f[layer - 1] for name, f in factors.items()}
@@ -71,7 +71,7 @@ def document_logits(shape: ModelShape, scale: float, weights: Tensors, factors: 
 
 
 def _linear(scale: float, weights: Tensors, factors: Tensors, name: str, target: str, hidden: Tensor) -> Tensor:
-    """W x + scale diag(v) B diag(u) A x of one linear, with factors whose names begin with `target`; W x without."""
+    """Return W x + scale diag(v) B diag(u) A x of one linear with the factors of `target`, or W x if it has none."""
     own = {factor: factors[f"{target}{factor}"].to(hidden.dtype) for factor in "ABuv" if f"{target}{factor}" in factors}
     if not own:
         return hidden @ weights[f"{name}.weight"].t()
@@ -94,7 +94,7 @@ def _attention(shape: ModelShape, linear: Linear, normed: Tensor) -> Tensor:
 
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor, ids: Tensor | None) -> Tensor:
-    """Causal attention within documents, written out.
+    """Compute causal attention within documents by its formula.
 
     Args:
         query, key, value: (b, heads or kv heads, s, head_dim).
@@ -114,7 +114,7 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, ids: Tensor | Non
 
 
 def _rotate(heads: Tensor, theta: float) -> Tensor:
-    """Rotary embedding of (heads, s, head_dim), over the halves of each head."""
+    """Apply rotary embeddings to (heads, s, head_dim), over the two halves of each head."""
     half = heads.shape[-1] // 2
     exponents = torch.arange(half, device=heads.device, dtype=torch.float32) / half
     angles = torch.arange(heads.shape[1], device=heads.device, dtype=torch.float32)[:, None] / theta**exponents
@@ -136,14 +136,14 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
-    """||found - expected|| / ||expected||, nan if `expected` is zero.
+    """Return ||found - expected|| / ||expected||, or nan if `expected` is zero.
 
-    Computed on the CPU, because the device under test may compute nothing.
+    It is computed on the CPU, because the tested device may be broken.
     """
     found, expected = found.detach().cpu().double(), expected.detach().cpu().double()
     return float((found - expected).norm() / expected.norm())
 
 
 def worst_of(errors: Mapping[str, float]) -> str:
-    """The name with the largest error; nan counts as the largest."""
+    """Return the name with the largest error. NaN counts as the largest."""
     return max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])

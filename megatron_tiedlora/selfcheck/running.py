@@ -1,4 +1,4 @@
-"""Runs for several parts, made as in tiedlora bench, whose steps the caller chooses."""
+"""Builds runs for several parts of the checks as tiedlora bench does. The caller chooses their steps."""
 
 import gc
 import json
@@ -29,7 +29,7 @@ from megatron_tiedlora.selfcheck.compare import random_stage
 from megatron_tiedlora.selfcheck.reference import Document, loss_and_gradients, relative
 from megatron_tiedlora.selfcheck.step_bench import Started, made_up, plan_benchmark, start
 
-MOST_LAYERS = 8  # of the runs of parts host and memory
+MOST_LAYERS = 8  # in the runs of the parts host and memory
 # The config.json of a small LLaMA whose heads have sizes that kernels support.
 SMALL: dict[str, Any] = {
     **shapes.PRESETS["llama2-7b"],
@@ -43,35 +43,35 @@ SMALL: dict[str, Any] = {
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """The dtype of a model on the device: bf16 on a GPU, fp32 on a CPU, which may have no fast bf16."""
+    """Return the dtype of a model: bf16 on a GPU, and fp32 on a CPU, which may have no fast bf16."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def small_shape(**changes: int) -> ModelShape:
-    """The shape of SMALL with changed fields."""
+    """Return the shape of the model SMALL with changed fields."""
     return shape_from_hf({**SMALL, **changes}, source="small")
 
 
 def write_small(folder: Path) -> str:
-    """Write the config.json of SMALL for --random_weights; returns the folder as a value for --model."""
+    """Write the config.json of SMALL for --random_weights, and return the folder as a value of --model."""
     (folder / "config.json").write_text(json.dumps(SMALL), encoding="utf-8")
     return str(folder)
 
 
 def step_settings(model: str, *flags: str) -> tool_settings.BenchSettings:
-    """The settings of bench_step.py, parsed as from its command line, for a step with an engine."""
+    """Return the settings of a step with an engine, parsed from `flags` as by bench_step.py."""
     return cli.parse_settings(["--what=layout", f"--model={model}", *flags], tool_settings.BenchSettings)
 
 
 def planned_bytes(plan: RunPlan) -> float:
-    """The bytes that the dry run plans for this rank's tensors: at most what torch's allocator holds."""
+    """Return the bytes that the dry run plans for torch's allocator on this rank."""
     tokens = plan.layout.rows * plan.layout.length
     step = step_memory(plan.stage, LargestMicroBatch(tokens, 1, tokens))
     return held_memory(plan.stage).plus(step).total
 
 
 def layers_that_fit(model: str, *flags: str, share: float = 0.85) -> int:
-    """How many layers of a preset fit into `share` of the GPU's free memory, by the dry run's plan.
+    """Return the number of layers of a preset that fit into `share` of the GPU's free memory, by the dry run's plan.
 
     Raises:
         UserError: not even one layer fits.
@@ -87,7 +87,7 @@ def layers_that_fit(model: str, *flags: str, share: float = 0.85) -> int:
 
 @contextmanager
 def started(settings: tool_settings.BenchSettings, **changes: Any) -> Iterator[Started]:
-    """One rank's run inside the block; `changes` as in `plan_benchmark`. The next one frees its memory."""
+    """Yield one rank's run for the block. `changes` is as in `plan_benchmark`. The next run frees its memory."""
     release()
     run = start(plan_benchmark(settings, **changes), settings)
     try:
@@ -98,14 +98,14 @@ def started(settings: tool_settings.BenchSettings, **changes: Any) -> Iterator[S
 
 @contextmanager
 def started_to_fit(model: str, flags: Sequence[str], *others: str) -> Iterator[tuple[Started, int]]:
-    """A run with as many layers as fit by its `flags`, but at most `MOST_LAYERS`, and their number."""
+    """Yield a run and its number of layers: as many as fit with `flags`, but at most `MOST_LAYERS`."""
     layers = min(MOST_LAYERS, layers_that_fit(model, *flags))
     with started(step_settings(model, *flags, f"--num_layers={layers}", *others)) as run:
         yield run, layers
 
 
 def loader_of(run: Started, lengths: NDArray[np.int64]) -> Iterator[TrainingStep]:
-    """A loader of the run's steps over random samples of these lengths."""
+    """Return a loader of training steps over random samples with these lengths."""
     return run.plan.training_loader(made_up(run.plan.source.shape.vocab_size, lengths), pad_id=0)
 
 
@@ -117,19 +117,19 @@ def release() -> None:
         torch.cuda.reset_peak_memory_stats()
 
 
-# A model with an adapter, and what plain PyTorch says of it -----------------------------------------------------------
+# A model with an adapter, and plain PyTorch's result ------------------------------------------------------------------
 
 
 RANK = 8
 SCALES = {"A": 0.05, "B": 0.1}  # standard deviations: the update is visible but does not dominate the base
-LENGTHS = ((100, 31, 69), (140, 60))  # of the documents of two packed rows, 200 tokens each
+LENGTHS = ((100, 31, 69), (140, 60))  # of the documents in two packed rows of 200 tokens
 
 
-Computed = dict[str, Tensor]  # a loss in fp64, and by d and its name the gradient of each trained factor
+Computed = dict[str, Tensor]  # the loss in fp64, and the gradients of trained factors by d and their names
 
 
 class Judge:
-    """One model with an adapter, and plain PyTorch's result for it."""
+    """A model with an adapter, and plain PyTorch's results for it."""
 
     def __init__(self, shape: ModelShape, method: str, *, dtype: torch.dtype, device: torch.device) -> None:
         self.shape, self.device = shape, device
@@ -141,18 +141,18 @@ class Judge:
 
     @cached_property
     def plain_errors(self) -> dict[str, float]:
-        """Plain PyTorch's own errors in bf16."""
+        """The errors of plain PyTorch itself in bf16."""
         return self.errors(self.plain(torch.bfloat16))
 
     def plain(self, dtype: torch.dtype) -> Computed:
-        """Plain PyTorch's result in this dtype, from the stage's own weights."""
+        """Return plain PyTorch's result in this dtype with the stage's own weights."""
         trained = list(self.adapter.num_trained())
         weights, factors = plain_tensors(self.stage, dtype)
         flat = [document for row in self.documents for document in row]
         return _computed(*loss_and_gradients(self.shape, self.adapter.scale, weights, factors, trained, flat))
 
     def package(self, *, packed: bool = True, how: str = "none", kernels: Kernels = EAGER) -> Computed:
-        """The package's result, with packed rows or one document per row."""
+        """Return the package's result with packed rows, or with one document per row."""
         stage, adapter = self.stage, self.stage.adapter
         assert adapter is not None
         for module in stage.modules():
@@ -167,7 +167,7 @@ class Judge:
         return _computed(float(loss.detach()), gradients)
 
     def errors(self, answer: Computed) -> dict[str, float]:
-        """Relative errors of loss and gradients; the error of a missing gradient is infinite."""
+        """Return the relative errors of the loss and the gradients. A missing gradient has an infinite error."""
         pairs = {name: (answer.get(name), expected) for name, expected in self.expected.items()}
         return {name: math.inf if found is None else relative(found, of) for name, (found, of) in pairs.items()}
 
@@ -178,7 +178,7 @@ def _computed(loss: float, gradients: Mapping[str, Tensor]) -> Computed:
 
 
 def plain_tensors(stage: Stage, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The stage's weights in `dtype`, and its adapter's factors in at least fp32, by name."""
+    """Return the stage's weights in `dtype`, and its adapter's factors in at least fp32, by name."""
     weights = {name: weight.detach().to(dtype) for name, weight in stage.named_parameters() if "layers" in name}
     assert stage.adapter is not None
     wide = torch.promote_types(dtype, torch.float32)
@@ -186,7 +186,7 @@ def plain_tensors(stage: Stage, dtype: torch.dtype) -> tuple[dict[str, Tensor], 
 
 
 def adapter_of(shape: ModelShape, method: str) -> AdapterConfig:
-    """An adapter of all linears of all layers, whose alpha is not its rank."""
+    """Return the config of an adapter on all linears of all layers, with alpha different from the rank."""
     return make_adapter_config(
         method,
         rank=RANK,
@@ -198,7 +198,7 @@ def adapter_of(shape: ModelShape, method: str) -> AdapterConfig:
 
 
 def unsettle(stage: Stage) -> None:
-    """Move norms away from one and the adapter from its initial values, so that a missing term is detected."""
+    """Change the norms and the adapter from their initial values, so that a missing term is detected."""
     draw = torch.Generator().manual_seed(1)
     adapter = stage.adapter
     assert adapter is not None
@@ -213,7 +213,7 @@ def unsettle(stage: Stage) -> None:
 
 
 def random_documents(vocab_size: int, device: torch.device) -> list[list[Document]]:
-    """Rows of documents with random tokens; the first third of each and its last token have no labels."""
+    """Return rows of random documents. The first third and the last token of each document have no labels."""
     draw = torch.Generator().manual_seed(2)
 
     def document(length: int) -> Document:
@@ -226,7 +226,7 @@ def random_documents(vocab_size: int, device: torch.device) -> list[list[Documen
 
 
 def rows_of(documents: Sequence[Sequence[Document]], *, packed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Tokens, position ids, labels and, if packed, document ids on the host, each (b, s); unpacked rows are padded."""
+    """Return tokens, position ids, labels and, if packed, document ids (b, s) on the CPU. Unpacked rows are padded."""
     rows = documents if packed else [[document] for row in documents for document in row]
     longest = max(sum(len(document.tokens) for document in row) for row in rows)
     device = rows[0][0].tokens.device

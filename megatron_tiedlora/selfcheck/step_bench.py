@@ -1,9 +1,8 @@
-"""Plans a training run whose step is measured, and measures it with the build, engine and steps of training.
+"""Plans a benchmark as a training run, and measures its steps with the model, engine and steps of training.
 
-The sides of `compare` have its plan, model and samples too, without an engine. All ranks of a layout start the run.
-Its steps are those of `training/step.py`, on samples that are handed in. The first ones check gradients and are not
-counted. Timed steps follow, then a step that counts messages, one that counts saved bytes, and on a GPU one under
-torch's profiler.
+`compare` uses the same plan, model and samples without an engine. All ranks of a layout start the run. It takes the
+steps of `training/step.py` on given samples. The first steps check gradients and are not counted. Then follow the timed
+steps, a step that counts messages, one that counts saved bytes, and on a GPU one under torch's profiler.
 """
 
 import math
@@ -47,22 +46,22 @@ from megatron_tiedlora.training.step import GUARDED_STEPS, AdapterStep, TrainSte
 from megatron_tiedlora.training.throughput import choose_kernels, find_peak, matmul_rate, timed
 
 LEARNING_RATE = 1e-4
-# So many that the schedule stays near its peak, and that --compile auto takes the run for a long one.
+# So many that the learning rate stays near its peak, and that --compile auto assumes a long run.
 MAX_STEPS = 1_000_000
-LEAST_LENGTH = 8  # that the settings of a run accept
+LEAST_LENGTH = 8  # the least that the settings of a run accept
 
 
 def plan_benchmark(
     settings: BenchSettings, *, rank: int = 0, world_size: int = 1, source: ModelSource | None = None, **changes: Any
 ) -> RunPlan:
-    """The plan of a training run that takes the step described by the settings.
+    """Return the plan of a training run with the step that the settings describe.
 
     Args:
-        source: a model with random weights in place of --model.
-        changes: values of the run's settings that a benchmark does not have.
+        source: a model with random weights to use instead of --model.
+        changes: values of settings that a run has and a benchmark does not have.
 
     Raises:
-        UserError: names the first thing that does not fit.
+        UserError: a setting does not fit. The message names the first one.
     """
     grid = groups.Grid(rank, world_size, tp_size=settings.tensor_parallel, pp_size=settings.pipeline_parallel)
     unit = settings.rows * grid.dp_size
@@ -82,7 +81,7 @@ def plan_benchmark(
     values = {
         **{name: getattr(settings, name) for name in marked(BenchSettings, shared=True)},
         "packing": settings.packs,
-        "task": settings.task or DEFAULT_TASK,  # made-up tokens have none; the demo asks for no file
+        "task": settings.task or DEFAULT_TASK,  # random tokens have no task; the default one needs no file
         "max_length": max(settings.length, LEAST_LENGTH),
         "micro_batch_size": settings.rows,
         "global_batch_size": made_up if settings.task is None else settings.samples,
@@ -97,10 +96,10 @@ def plan_benchmark(
 
 
 def random_config(settings: BenchSettings) -> dict[str, Any] | None:
-    """The config.json of a model whose weights are random; None if its weights are read.
+    """Return the config.json of a model with random weights, or None if the weights are read from a folder.
 
     Raises:
-        UserError: a setting does not go with random weights, or only with them.
+        UserError: a setting is not allowed with random weights, or only with them.
     """
     if shapes.is_preset(settings.model):
         values = dict(shapes.PRESETS[settings.model])
@@ -120,10 +119,10 @@ def random_config(settings: BenchSettings) -> dict[str, Any] | None:
 
 
 def read_samples(plan: RunPlan, settings: BenchSettings) -> tuple[TokenDataset, int]:
-    """The samples of a step on all ranks and the token that pads them. They are the task's first, or made up.
+    """Return the samples of a step on all ranks, and the padding token. They are the task's first samples, or random.
 
     Raises:
-        UserError: the data cannot be read, or there is too little of it.
+        UserError: the data cannot be read, or has too few samples.
     """
     if settings.task is None:
         lengths = np.full(plan.batches.global_batch_size, settings.length // (settings.documents or 1))
@@ -137,7 +136,7 @@ def read_samples(plan: RunPlan, settings: BenchSettings) -> tuple[TokenDataset, 
 
 
 def made_up(vocab_size: int, lengths: NDArray[np.int64], *, num_labels: int | None = None) -> TokenDataset:
-    """Samples of random tokens. The last `num_labels` of each have a label; None: all but the first."""
+    """Return samples of random tokens. The last `num_labels` tokens of each have a label; None: all but the first."""
     labels = lengths - 1 if num_labels is None else num_labels
     return TokenDataset.after_prompts(
         tokens=np.random.default_rng(0).integers(3, vocab_size, int(lengths.sum())).astype(np.int32),
@@ -147,16 +146,16 @@ def made_up(vocab_size: int, lengths: NDArray[np.int64], *, num_labels: int | No
 
 
 def planned_saved_bytes(plan: RunPlan, batches: Sequence[MicroBatch]) -> float:
-    """The bytes that a rank saves for the backward pass of all its micro-batches, by the traces of its plan."""
+    """Return the planned bytes that a rank saves for the backward pass of all its micro-batches."""
     parts = plan.layout.sequence_parts
     sizes = ((batch.labels.numel(), len(batch.supervised(parts).rows)) for batch in batches)
     return sum(saved_bytes(plan.stage, MicroBatchShape((0,), (tokens,), (after,), after)) for tokens, after in sizes)
 
 
 def base_matmul_rate(plan: RunPlan, stage: Stage, batches: Sequence[MicroBatch], device: torch.device) -> float:
-    """The FLOP/s of a bare matmul of a micro-batch's tokens with this rank's largest base matrix, the best of several.
+    """Return the best FLOP/s of a plain matmul of a micro-batch's tokens with this rank's largest base matrix.
 
-    The matrix has the size that it has before ZeRO-3 partitions it over data-parallel ranks.
+    The size of the matrix is the size before ZeRO-3 partitions it over data-parallel ranks.
     """
     held = frozen_weight.frozen_weights(stage)
     rules = weights.stage_weight_rules(plan.source.shape, has_embedding=stage.embedding is not None)
@@ -171,11 +170,11 @@ def base_matmul_rate(plan: RunPlan, stage: Stage, batches: Sequence[MicroBatch],
 
 @dataclass(frozen=True)
 class Started:
-    """One rank of a run, whose caller chooses the steps.
+    """One rank of a run. The caller chooses its steps.
 
     Attributes:
         dataset: the samples of `loader`.
-        kernels: how they were made, in a few words.
+        kernels: a short description of the kernels.
     """
 
     plan: RunPlan
@@ -186,17 +185,17 @@ class Started:
     kernels: str
 
     def take(self, step: TrainingStep) -> AdapterStep:
-        """Take a step; all ranks call it together. Raises RunFailed if it cannot be taken."""
+        """Take a training step. All ranks call this together. Raises RunFailed if the step fails."""
         return self.train_step.run({ONLY: step}).only
 
     def seconds_of(self, step: TrainingStep) -> float:
-        """Take a step that all ranks start together; returns the seconds of the slowest rank."""
+        """Take a step that all ranks start together, and return the seconds of the slowest rank."""
         self.train_step.stop.agree(True)
         (longest,) = agreement.max_over_ranks([timed(lambda: self.take(step), self.runner.device)])
         return longest
 
     def planned(self, step: TrainingStep, machine: machines.Machine) -> Planned:
-        """The plan of the step that follows, on a machine of this one's hosts. All ranks call it together."""
+        """Return the plan of `step` for `machine`, with the hosts of this run. All ranks call this together."""
         batch = self.plan.global_batch(self.dataset, consumed_samples=step.consumed_samples)
         plan = planned.StepPlan({ONLY: self.plan}, samples={ONLY: (self.dataset, batch)})
         here = next(ranks for ranks in process_group.ranks_by_host() if self.plan.grid.rank in ranks)
@@ -206,10 +205,10 @@ class Started:
 def measure_layout(
     settings: BenchSettings, *, rank: int = 0, world_size: int = 1
 ) -> tuple[dict[str, Any] | None, Planned]:
-    """Measure the layout on all ranks, which call this together; returns the report on rank 0, and the planned step.
+    """Measure a layout. All ranks call this together. Returns the report on rank 0 (else None), and the planned step.
 
     Raises:
-        UserError: names the first thing that does not fit, before anything starts; on every rank.
+        UserError: a setting does not fit. Every rank raises it before anything starts.
         RunStopped: the launcher has died.
     """
     file = settings.constants
@@ -227,7 +226,7 @@ def measure_layout(
     record = None
     if machine is not None:
         memory = planned.memory(run.plan.grid.pp_rank)
-        # On a CPU with the reserve for an idle process, but none for what an allocator keeps.
+        # On a CPU this includes the reserve for an idle process, but no reserve for the allocator's free memory.
         mine["planned_peak"] = memory.allocated + (0.0 if run.plan.on_gpu else memory.libraries)
         record = {"machine": machine.title, "seconds": planned.seconds._asdict()}
     ranks = agreement.gather_on_rank_0(mine, kind=dict[str, Any])
@@ -236,7 +235,7 @@ def measure_layout(
 
 
 def start(plan: RunPlan, settings: BenchSettings) -> Started:
-    """Meet the other ranks and build what the plan's steps need. All ranks call it together.
+    """Join the process group, and build the model, engine and loader of the plan. All ranks call this together.
 
     Raises:
         UserError: data or ranks are missing, or kernels cannot be compiled.
@@ -252,20 +251,20 @@ def start(plan: RunPlan, settings: BenchSettings) -> Started:
 
 
 def _rank_figures(run: Started, step: TrainingStep, planned: Planned) -> dict[str, Any]:
-    """The figures of this rank alone, from more steps after the timed ones. `step` is the last timed one.
+    """Return this rank's measurements from further steps after the last timed step `step`.
 
-    Messages are counted in the step after it, which is `planned`.
+    Messages are counted in the next step and compared with `planned`.
     """
     plan, runner, device = run.plan, run.runner, run.runner.device
-    run.train_step.stop.agree(True)  # start together, so that ranks that share a processor measure their share of it
+    run.train_step.stop.agree(True)  # start together, so that ranks on the same processor compete for it
     rate = base_matmul_rate(plan, runner.stage, step.micro_batches, device)
-    run.train_step.long_seconds = math.inf  # the prediction leaves out what ranks send only in long steps
+    run.train_step.long_seconds = math.inf  # the prediction does not include messages that only long steps send
     with groups.TrafficCounter(groups.named_handles(runner.groups)) as counter:
         run.take(next(run.loader))
     _, data_bytes = engine_traffic(plan.stage, num_micro_batches=len(planned.step.batches)).of_group(groups.DATA)
     traffic = compare_traffic(counter.traffic, planned.traffic(plan.grid.pp_rank, of_engine=False), data_bytes)
     watched = next(run.loader)
-    # Parameters are left out, and under ZeRO-3 they are other tensors in each pass.
+    # Parameters must not be counted, but under ZeRO-3 they are different tensors in each pass.
     saved = None if plan.engine.zero_stage == 3 else _saved_bytes(run, watched)
     planned_saved = planned_saved_bytes(plan, watched.micro_batches)
     on_gpu = device.type == "cuda"
@@ -286,12 +285,14 @@ def _rank_figures(run: Started, step: TrainingStep, planned: Planned) -> dict[st
 
 
 def compare_traffic(counted: groups.Traffic, predicted: groups.Traffic, data_bytes: int) -> dict[str, dict[str, Any]]:
-    """Both figures of each group that has a message, and a verdict. They are equal only if all kinds of messages are.
+    """Return counted and predicted messages of each process group that has messages, and a verdict.
+
+    The verdict is positive only if the messages of every kind are equal.
 
     Args:
         counted, predicted: the messages of one rank in one step.
-        data_bytes: the most bytes that DeepSpeed may send in the data-parallel group, in any number of messages; 0: it
-            sends nothing.
+        data_bytes: the most bytes that DeepSpeed may send in the data-parallel group, in any number of messages; 0 if
+            it sends nothing.
     """
     compared = {}
     for group in groups.GROUPS:
@@ -319,7 +320,7 @@ def compare_traffic(counted: groups.Traffic, predicted: groups.Traffic, data_byt
 
 
 def _saved_bytes(run: Started, step: TrainingStep) -> int:
-    """The total bytes that autograd saves for this rank's micro-batches, in one more step."""
+    """Take one more step, and return the total bytes that autograd saves for this rank's micro-batches."""
     total = 0
 
     @contextmanager
@@ -338,7 +339,7 @@ def _saved_bytes(run: Started, step: TrainingStep) -> int:
 def _report(
     run: Started, bench: BenchSettings, step: TrainingStep, seconds: Sequence[float], ranks: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """The layout, and the figures of the step on all ranks together."""
+    """Return the report: the layout, and the measurements of the step on all ranks."""
     plan, settings, grid, device = run.plan, run.plan.settings, run.plan.grid, run.runner.device
     counts, middle = (step.num_tokens, step.squared_lengths, step.num_supervised), median(seconds)
     flops = step_flops(plan.source.shape, plan.adapter, *counts).total()
@@ -380,26 +381,26 @@ def _report(
 
 @dataclass(frozen=True)
 class MeasuredStep:
-    """A step that was measured: its seconds, and what is planned for them without what is unknown."""
+    """The measured seconds of a step, and the planned seconds without the unknown constants."""
 
     seconds: float
     planned: step_time.Seconds
 
     @property
     def left(self) -> float:
-        """The seconds that no known constant explains."""
+        """The seconds that the known constants do not explain."""
         return max(0.0, self.seconds - self.planned.total)
 
 
 def measured_step(
     machine: machines.Machine, values: dict[str, Any], *, repeats: int, source: ModelSource | None = None
 ) -> MeasuredStep:
-    """Measure a step of one row a micro-batch, without ZeRO, planned for a machine. All ranks call it together.
+    """Measure a step with one row per micro-batch and without ZeRO, and plan it for `machine`. All ranks call this.
 
     Args:
-        values: more settings of the benchmark.
-        repeats: timed steps, of which the median counts.
-        source: a model with random weights in place of --model.
+        values: further settings of the benchmark.
+        repeats: number of timed steps; the median is used.
+        source: a model with random weights to use instead of --model.
     """
     rank, world_size = distributed.get_rank(), distributed.get_world_size()
     settings = validate_settings({"what": "layout", "rows": 1, "ds_config": "zero0.json", **values}, BenchSettings)

@@ -1,4 +1,4 @@
-"""Part attention: every route against plain attention in fp64, forward and backward; its time; its first call."""
+"""Part attention: compares every attention kernel with plain attention in fp64, and measures its time."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,9 +29,9 @@ AttentionCall = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 """From queries (b, heads, s, head_dim), keys and values (b, kv heads, s, head_dim), and document ids (b, s) int64 on
 the host or None, to (b, s, heads * head_dim)."""
 
-CHOSEN = "chosen by the package"  # the only route that must be correct
+CHOSEN = "chosen by the package"  # only this kernel must be correct
 ONE_BY_ONE, CUDNN = "one document after another", "PyTorch's cuDNN, for comparison"
-# Relative errors (2-norms) due to rounding; a mask that is off by one token gives 0.3 and more.
+# Relative errors (2-norms) due to rounding. A mask that is wrong by one token has an error of at least 0.3.
 BOUNDS = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
 LEAST_SEEN = 0.05
 WRONG_FIX = (
@@ -41,7 +41,7 @@ WRONG_FIX = (
 SLOW_FIX = (
     "a plan is built for every new shape, as cuDNN does: export TORCH_CUDNN_SDPA_DEPRIORITIZED=1, or install flash_attn"
 )
-NEW_SHAPE_SECONDS = 5e-3  # by which a first call may take longer than a second one
+NEW_SHAPE_SECONDS = 5e-3  # a first call may take this much longer than a second one
 TIMED = (1, 32, 4096, 128)  # b, heads, s, head_dim
 DOCUMENT_LENGTH = 200  # of the timed packed row
 
@@ -56,7 +56,7 @@ class Heads(NamedTuple):
 
 
 CASES = (Heads("MHA", 4, 4, 128), Heads("GQA", 8, 2, 128), Heads("MHA d64", 4, 4, 64), Heads("GQA d80", 4, 2, 80))
-_NONE = "No available kernel"  # torch's message if a backend supports none of the shapes
+_NONE = "No available kernel"  # torch's message if a backend does not support the shapes
 LENGTHS = (1, 130, 64, 333, 7, 200, 33)  # of the documents of a packed row
 
 
@@ -64,7 +64,7 @@ LENGTHS = (1, 130, 64, 333, 7, 200, 33)  # of the documents of a packed row
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("dtype", BOUNDS, ids=["bf16", "fp32"])
 def test_routes(dtype: torch.dtype, case: Heads, packed: bool, device: torch.device, tell: Tell) -> None:
-    """Every route against plain attention in fp64; the package's choice comes last, because only it can fail."""
+    """Compare every kernel with plain attention in fp64. The package's choice is last, since only it fails the test."""
     if dtype == torch.bfloat16 and device.type == "cpu":
         pytest.skip("a CPU may have no fast bf16")
     lengths = LENGTHS if packed else (sum(LENGTHS),)
@@ -73,7 +73,7 @@ def test_routes(dtype: torch.dtype, case: Heads, packed: bool, device: torch.dev
 
 
 def test_control(device: torch.device, tell: Tell) -> None:
-    """The comparison detects a mask that hides one token too many."""
+    """Check that the comparison detects a mask that hides one token too many."""
     case, ids = CASES[1], torch.zeros(2, 256, dtype=torch.int64)
     query, key, value = random_heads(case, ids.shape[1], device=device, dtype=torch.float64)
     shifted = ids.clone()
@@ -85,7 +85,7 @@ def test_control(device: torch.device, tell: Tell) -> None:
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=["bf16", "fp32"])
 def test_kernels(dtype: torch.dtype, gpu: torch.device, tell: Tell) -> None:
-    """Lists the kernels that can run here, and why others cannot."""
+    """List the kernels that can run here, and the reasons why others cannot run."""
     obstacles = attention_obstacles(gpu, dtype, TIMED[-1])
     for candidate in CANDIDATES:
         obstacle = obstacles.get(candidate.name)
@@ -102,7 +102,7 @@ def compare(
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
-    """Compare output and gradients of one route with fp64, for two rows of documents of `lengths`."""
+    """Compare the output and the gradients of one kernel with fp64, for two rows of documents of `lengths`."""
     packed = len(lengths) > 1
     if packed and name == CUDNN:  # it does not support packed rows
         return
@@ -125,7 +125,7 @@ def compare(
 
 @contextmanager
 def optional(tell: Tell, name: str, device: torch.device) -> Iterator[None]:
-    """A kernel that the package does not use may not support these shapes, or fail: that is only told."""
+    """Only report an error in the block, unless the package uses the kernel `name`."""
     try:
         yield
     except Exception as error:
@@ -137,7 +137,7 @@ def optional(tell: Tell, name: str, device: torch.device) -> Iterator[None]:
 
 
 def random_heads(case: Heads, length: int, *, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """Queries, keys and values of two rows, with gradients."""
+    """Return random queries, keys and values of two rows, which require gradients."""
     draw = torch.Generator(device).manual_seed(length)
     return [
         torch.randn(2, heads, length, case.head_dim, generator=draw, device=device, dtype=dtype).requires_grad_()
@@ -146,7 +146,7 @@ def random_heads(case: Heads, length: int, *, device: torch.device, dtype: torch
 
 
 def results(route: AttentionCall, heads: Sequence[Tensor], ids: Tensor | None, weight: Tensor) -> list[Tensor]:
-    """The output and the gradients of query, key and value for the loss sum(output * weight)."""
+    """Return the output and the gradients of query, key and value for the loss sum(output * weight)."""
     query, key, value = heads
     output = route(query, key, value, ids)
     return [output.detach(), *torch.autograd.grad(output, (query, key, value), weight)]
@@ -154,7 +154,7 @@ def results(route: AttentionCall, heads: Sequence[Tensor], ids: Tensor | None, w
 
 @pytest.mark.parametrize("packed", [False, True], ids=["causal", "documents of 200"])
 def test_time(packed: bool, gpu: torch.device, tell: Tell) -> None:
-    """Milliseconds of forward and backward at a 7B layer's size: 32 heads of 128, 4,096 tokens."""
+    """Measure the milliseconds of forward and backward for a layer of a 7B model: 32 heads, 4,096 tokens."""
     length = TIMED[2]
     ids = torch.arange(length)[None] // DOCUMENT_LENGTH if packed else None
     for name, route in attention_routes(gpu, compute_dtype(gpu), TIMED[-1]).items():
@@ -164,7 +164,7 @@ def test_time(packed: bool, gpu: torch.device, tell: Tell) -> None:
 
 
 def test_first_call_on_a_new_length(gpu: torch.device, tell: Tell) -> None:
-    """A first call's additional time, compared with a second one; the median of several lengths."""
+    """Measure how much longer a first call takes than a second one, as the median of several lengths."""
     for name, route in attention_routes(gpu, compute_dtype(gpu), TIMED[-1]).items():
         with optional(tell, name, gpu):
             started, costs = time.perf_counter(), []
@@ -178,7 +178,7 @@ def test_first_call_on_a_new_length(gpu: torch.device, tell: Tell) -> None:
 
 
 def _seconds(route: AttentionCall, length: int, ids: Tensor | None, device: torch.device) -> float:
-    """Seconds of one forward and backward pass in bf16."""
+    """Return the seconds of one forward and backward pass in bf16."""
     size, heads, _, head_dim = TIMED
     draw = partial(torch.randn, device=device, dtype=torch.bfloat16)
     query_key_value = [draw(size, heads, length, head_dim).requires_grad_() for _ in range(3)]
@@ -188,20 +188,20 @@ def _seconds(route: AttentionCall, length: int, ids: Tensor | None, device: torc
 
 
 def attention_routes(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, AttentionCall]:
-    """Every attention route that works on the device, by name; the first is the package's choice."""
+    """Return every attention kernel that works on the device, by name. The first is the package's choice."""
     chosen = choose_attention(device, dtype, head_dim)
     if chosen.attend is None:
         return {CHOSEN: _by_blocks, ONE_BY_ONE: _within(one_by_one)}
     routes = {CHOSEN: _within(chosen.attend), ONE_BY_ONE: _within(one_by_one)}
     for candidate in CANDIDATES:
         if candidate.name != chosen.name and candidate.name not in attention_obstacles(device, dtype, head_dim):
-            # made when it is called, as its library may fail
+            # created when it is called, because its library may fail
             routes[candidate.name] = lambda *heads, make=candidate.make: _within(make(False))(*heads)
     return {**routes, CUDNN: _by_cudnn}
 
 
 def attention_obstacles(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, str]:
-    """The kernels that cannot run on the device, by name, with the reason as text that follows "it"."""
+    """Return the reason for each kernel that cannot run on the device, by name, as text that continues "it"."""
     if device.type == "cpu":
         return {}
     capability = torch.cuda.get_device_capability(device)
@@ -224,7 +224,7 @@ def _within(attend: Attend) -> AttentionCall:
 
 
 def _by_cudnn(query: Tensor, key: Tensor, value: Tensor, ids: Tensor | None) -> Tensor:
-    """The kernel that PyTorch itself would choose on Hopper, for comparison; the package excludes it."""
+    """Compute attention with cuDNN, PyTorch's own choice on Hopper. The package excludes it; it is only compared."""
     assert ids is None
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         output = functional.scaled_dot_product_attention(

@@ -1,5 +1,6 @@
-"""Part correct: the model's losses and gradients against plain PyTorch in fp64, in all forms that training uses; the
-bits of quantised weights and products in fp8 against a CPU's; and the engine's steps against torch's AdamW."""
+"""Part correct: compares losses and gradients with plain PyTorch in fp64, in all forms that training uses.
+
+It also compares quantised weights and FP8 matmuls with a CPU's, and the engine's steps with torch's AdamW."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,12 +24,12 @@ from megatron_tiedlora.training.throughput import compiled_kernels
 
 pytestmark = pytest.mark.gpu
 
-# Relative errors of fp32 against fp64; with TF32, or with a missing term, they are far larger.
+# Relative errors of fp32 compared with fp64. With TF32, or with a missing term, they are much larger.
 LOSS_BOUND, GRADIENT_BOUND = 1e-5, 1e-4
-# In bf16 both have rounding errors of the same kind, in another order. The package's error may be MULTIPLE times plain
-# PyTorch's measured error plus BEYOND.
+# In bf16 both have rounding errors of the same kind in a different order. The package's error may be MULTIPLE times
+# plain PyTorch's measured error plus BEYOND.
 MULTIPLE, BEYOND = 2.0, 2e-3
-PLAIN_BOUND = 0.1  # on plain PyTorch's own error, above which its multiple is meaningless; 0.025 on a CPU
+PLAIN_BOUND = 0.1  # if plain PyTorch's own error is above this, its multiple means nothing; 0.025 on a CPU
 PLAIN_FIX = (
     "PyTorch's own bf16 is wrong here, without this package: check part attention and `matmul ceiling` of part env; do"
     " not train with this torch or driver"
@@ -38,7 +39,7 @@ WRONG_FIX = (
     " not train with this torch or driver"
 )
 
-ROWS, WIDTHS = 192, (1024, 1040)  # the second is no multiple of nf4's block, which bitsandbytes cannot dequantise
+ROWS, WIDTHS = 192, (1024, 1040)  # the second is not a multiple of nf4's block; bitsandbytes cannot dequantise it
 TOKENS = 64
 PRODUCT_BOUND = 0.01  # bf16 rounds by up to 0.004; without a scale the error is over 0.1
 BITS_FIX = "a base in this format has other values here than on a CPU: report the versions of part env"
@@ -52,12 +53,12 @@ ENGINE_FIX = "DeepSpeed's engine gives other results here: try another ZeRO stag
 
 @pytest.mark.parametrize("method", METHOD_NAMES)
 def test_fp32(method: str, joined: torch.device, tell: parts.Tell) -> None:
-    """Every method in packed rows."""
+    """Check every method with packed rows in fp32."""
     compare_fp32(running.Judge(running.small_shape(), method, dtype=torch.float32, device=joined), tell)
 
 
 def compare_fp32(judge: running.Judge, tell: parts.Tell) -> None:
-    """Loss and gradients of packed rows are within rounding errors."""
+    """Check that the errors of loss and gradients with packed rows are rounding errors."""
     errors = judge.errors(judge.package())
     tell("errors", in_words(errors))
     loss = errors.pop("loss")
@@ -66,7 +67,7 @@ def compare_fp32(judge: running.Judge, tell: parts.Tell) -> None:
 
 @pytest.fixture(scope="module", params=["small", "wide"])
 def judge(request: pytest.FixtureRequest, joined: torch.device, model: str) -> Iterator[running.Judge]:
-    """A judge in bf16 of a small model and, on a GPU, of two layers of --model."""
+    """Yield a bf16 judge for a small model and, on a GPU, for two layers of --model."""
     if request.param == "wide" and joined.type == "cpu":
         pytest.skip("two layers of a large model are too slow on a CPU")
     wide = replace(shape_from_hf(PRESETS[model], source=model), num_layers=2)
@@ -77,12 +78,12 @@ def judge(request: pytest.FixtureRequest, joined: torch.device, model: str) -> I
 
 @cache
 def compiled(shape: ModelShape, device: torch.device) -> Kernels:
-    """Compiled kernels of a shape in bf16."""
+    """Return compiled kernels for a shape in bf16."""
     return compiled_kernels(shape, dtype=torch.bfloat16, device=device)
 
 
 def test_bf16_of_plain_pytorch(judge: running.Judge, tell: parts.Tell) -> None:
-    """PyTorch's own errors are small enough to be a measure."""
+    """Check that plain PyTorch's own errors are small enough to compare with."""
     tell("errors", in_words(judge.plain_errors))
     assert judge.plain_errors[reference.worst_of(judge.plain_errors)] <= PLAIN_BOUND, PLAIN_FIX
 
@@ -91,7 +92,7 @@ def test_bf16_of_plain_pytorch(judge: running.Judge, tell: parts.Tell) -> None:
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "one a row"])
 @pytest.mark.parametrize("kind", ["eager", "compiled"])
 def test_bf16(kind: str, packed: bool, how: str, judge: running.Judge, tell: parts.Tell) -> None:
-    """Packed or not, eager or compiled, with each recompute, against plain PyTorch in bf16."""
+    """Compare packed and unpacked rows, eager and compiled kernels, and each recompute with plain PyTorch in bf16."""
     if kind == "compiled" and judge.device.type == "cpu":
         pytest.skip("a CPU's compiler takes minutes, and is not checked")
     if not packed and judge.shape != running.small_shape():
@@ -101,7 +102,7 @@ def test_bf16(kind: str, packed: bool, how: str, judge: running.Judge, tell: par
 
 
 def compare_bf16(judge: running.Judge, answer: running.Computed, tell: parts.Tell) -> None:
-    """The errors are within their multiple of plain PyTorch's in bf16."""
+    """Check that the errors are at most the allowed multiple of plain PyTorch's errors in bf16."""
     errors = judge.errors(answer)
     shares = {name: error / (MULTIPLE * judge.plain_errors[name] + BEYOND) for name, error in errors.items()}
     worst = reference.worst_of(shares)
@@ -111,7 +112,7 @@ def compare_bf16(judge: running.Judge, answer: running.Computed, tell: parts.Tel
 
 
 def in_words(errors: Mapping[str, float]) -> str:
-    """Errors by name, in short."""
+    """Return a short text with the errors by name."""
     return ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
 
 
@@ -121,7 +122,7 @@ def in_words(errors: Mapping[str, float]) -> str:
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("name", BASE_FORMATS)
 def test_bits(name: str, width: int, joined: torch.device, tell: parts.Tell) -> None:
-    """The stored bits and dequantised values of a format are those of a CPU."""
+    """Check that the stored bits and the dequantised values of a format are the same as on a CPU."""
     weights = [loaded(width, on, torch.bfloat16, name) for on in (torch.device("cpu"), joined)]
     wrong = sum(int((a != b).sum()) for a, b in zip(*map(_contents, weights), strict=True))
     tell("numbers that differ", wrong)
@@ -130,7 +131,7 @@ def test_bits(name: str, width: int, joined: torch.device, tell: parts.Tell) -> 
 
 @pytest.mark.parametrize("keep_transposed", [False, True], ids=["", "transposed copies kept"])
 def test_products_in_fp8(keep_transposed: bool, joined: torch.device, tell: parts.Tell) -> None:
-    """Both passes are those of a CPU in fp64 with the same 8-bit numbers."""
+    """Compare both passes with a CPU's in fp64 with the same 8-bit values."""
     if joined.type == "cuda" and torch.cuda.get_device_capability(joined) < FP8_CAPABILITY:
         pytest.skip(f"the GPU's compute capability is below {'.'.join(map(str, FP8_CAPABILITY))}")
     width = WIDTHS[0]
@@ -145,7 +146,7 @@ def test_products_in_fp8(keep_transposed: bool, joined: torch.device, tell: part
 
 
 def loaded(width: int, device: torch.device, dtype: torch.dtype, name: str, **products: object) -> FrozenWeight:
-    """A weight in a format, with the same random numbers on every device."""
+    """Return a weight in a format, with the same random values on every device."""
     values = torch.randn(ROWS, width, generator=torch.Generator().manual_seed(3)).bfloat16()
     with device:
         weight = weight_maker(name, **products)(*values.shape, dtype=dtype)  # type: ignore[arg-type]
@@ -154,7 +155,7 @@ def loaded(width: int, device: torch.device, dtype: torch.dtype, name: str, **pr
 
 
 def _contents(weight: FrozenWeight) -> list[torch.Tensor]:
-    """The stored tensors, and the values in 16 bits, as a matmul with ones reads them."""
+    """Return the stored tensors, and the values in 16 bits that a matmul with the identity matrix returns."""
     device = next(iter(weight.parameters.values())).device
     ones = torch.eye(weight.local_shape[0], dtype=torch.bfloat16, device=device)
     return [*(stored.detach().cpu() for stored in weight.parameters.values()), weight.times(ones).cpu()]
@@ -165,7 +166,7 @@ def _contents(weight: FrozenWeight) -> list[torch.Tensor]:
 
 @contextmanager
 def engine_run(stage: int, folder: Path) -> Iterator[tuple[Started, list[TrainingStep]]]:
-    """A small run in fp32 at a ZeRO stage, and its first steps."""
+    """Yield a small run in fp32 with a ZeRO stage, and its first steps."""
     flags = ("--random_weights", "--dtype=fp32", f"--ds_config=zero{stage}.json", "--rows=2", "--length=64")
     settings = running.step_settings(running.write_small(folder), *flags, "--compile=false", "--micro_batches=2")
     # No clipping and an almost constant schedule, so that the reference is plain AdamW.
@@ -175,14 +176,14 @@ def engine_run(stage: int, folder: Path) -> Iterator[tuple[Started, list[Trainin
 
 @pytest.fixture(scope="module")
 def expected_change(device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    """The change of the adapter with torch's AdamW; it is the same at every stage."""
+    """Return the change of the adapter with torch's AdamW, which is the same for every ZeRO stage."""
     with engine_run(0, tmp_path_factory.mktemp("model")) as (run, steps):
         return plain_steps(run, adapter_values(run), steps)
 
 
 @pytest.mark.parametrize("stage", range(4), ids="ZeRO-{}".format)
 def test_steps_of_adamw(stage: int, expected_change: dict[str, torch.Tensor], tmp_path: Path, tell: parts.Tell) -> None:
-    """The adapter's change over some steps in fp32, with the gradients of plain PyTorch in fp64."""
+    """Compare the adapter's change over some steps in fp32 with AdamW on plain PyTorch's gradients in fp64."""
     with engine_run(stage, tmp_path) as (run, steps):
         before = adapter_values(run)
         for step in steps:
@@ -195,7 +196,7 @@ def test_steps_of_adamw(stage: int, expected_change: dict[str, torch.Tensor], tm
 
 
 def adapter_values(run: Started) -> dict[str, torch.Tensor]:
-    """The adapter's full tensors."""
+    """Return the adapter's full tensors."""
     (name,) = run.runner.adapters
     with run.runner.optimizers.opened(name):
         named = run.runner.adapters[name].named_parameters()
@@ -203,7 +204,7 @@ def adapter_values(run: Started) -> dict[str, torch.Tensor]:
 
 
 def plain_steps(run: Started, start: dict[str, torch.Tensor], steps: list[TrainingStep]) -> dict[str, torch.Tensor]:
-    """The change of each trained factor with torch's AdamW on the reference's gradients, in fp64."""
+    """Return the change of each trained factor by torch's AdamW with the reference's gradients in fp64."""
     settings, adapter, shape = run.plan.settings, run.plan.adapter, run.plan.source.shape
     layers = run.runner.stage.named_parameters()
     weights = {name: weight.detach().double() for name, weight in layers if name.startswith("layers")}

@@ -1,4 +1,4 @@
-"""Part decode: greedy decoding with a cache gives the same tokens as without one, and its time per token."""
+"""Part decode: checks that greedy decoding returns the same tokens with a cache as without, and measures its time."""
 
 import random
 from collections.abc import Sequence
@@ -17,10 +17,10 @@ from megatron_tiedlora.training.throughput import timed
 
 pytestmark = pytest.mark.gpu
 
-LENGTHS = (3, 17, 40, 41)  # of the prompts whose answers are compared
+LENGTHS = (3, 17, 40, 41)  # lengths of the prompts whose answers are compared
 NEW_TOKENS = 24
 BATCHES, PROMPTS, WARM_UP, TIMED_TOKENS = (1, 16), (128, 200), 64, 32
-MOST_REPEATED = 1.5  # time of a first answer relative to a second one with the same lengths
+MOST_REPEATED = 1.5  # largest time of a first answer relative to a second one with the same lengths
 TOKENS_FIX = "decoding is wrong here, so scores are too: check part attention, and report the versions of part env"
 PLAN_FIX = (
     "a plan is built for every length of the cache, as cuDNN does: check in part env that"
@@ -29,20 +29,20 @@ PLAN_FIX = (
 
 
 def prompts_of(lengths: Sequence[int], vocab_size: int) -> list[list[int]]:
-    """Random prompts."""
+    """Return random prompts of these lengths."""
     draw = random.Random(3)
     return [[draw.randrange(3, vocab_size) for _ in range(length)] for length in lengths]
 
 
 def answers(stage: Stage, shape: ModelShape, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
-    """The package's answers; no token ends an answer."""
+    """Return the package's answers. No token ends an answer."""
     decoder = Decoder(stage.eval(), ParallelGroups(), shape)
     return generate(decoder, [Prompts(prompts, (), num_tokens)])[0]
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2], ids=["MHA", "GQA"])
 def test_tokens(kv_heads: int, joined: torch.device, tell: parts.Tell) -> None:
-    """In fp32 each token is the reference's most likely one after the tokens before it, in fp64 without a cache."""
+    """Check that each token in fp32 is the most likely next token of the reference in fp64 without a cache."""
     shape, device = running.small_shape(num_key_value_heads=kv_heads), joined
     adapter = running.adapter_of(shape, "tl6")
     stage = compare.random_stage(shape, adapter, dtype=torch.float32, device=device)
@@ -57,18 +57,18 @@ def test_tokens(kv_heads: int, joined: torch.device, tell: parts.Tell) -> None:
         equal += int((logits[len(prompt) - 1 : -1].argmax(-1).cpu() == torch.tensor(row)).sum())
     share = equal / (len(prompts) * NEW_TOKENS)
     tell("share of tokens that are those without a cache", share)
-    assert share >= 0.98, TOKENS_FIX  # two logits may differ by less than fp32's rounding error
+    assert share >= 0.98, TOKENS_FIX  # the two largest logits may differ by less than fp32's rounding error
 
 
 def test_time(joined: torch.device, gpu: torch.device, model: str, tell: parts.Tell) -> None:
-    """Milliseconds per token, and what a first answer costs more than a second one with the same lengths."""
+    """Measure the milliseconds per token, and how much longer a first answer takes than a second one."""
     layers = running.layers_that_fit(model, "--rows=1", "--length=4096", "--supervised=1")
     shape = shape_from_hf({**PRESETS[model], "num_hidden_layers": layers}, source=model)
     stage = compare.random_stage(shape, running.adapter_of(shape, "tl6"), dtype=running.compute_dtype(gpu), device=gpu)
     base = sum(weight.numel() * weight.element_size() for weight in stage.parameters())
     tell(f"GB of weights of {layers} layers, which each token reads once", base / 1e9)
     for batch in BATCHES:
-        # Warm up with another length: a kernel's very first call costs more than a new length.
+        # Warm up with a different length, because a kernel's very first call takes longer than a new length.
         answers(stage, shape, prompts_of([WARM_UP] * batch, shape.vocab_size), TIMED_TOKENS)
         ratios = []
         for length in PROMPTS:
@@ -79,5 +79,5 @@ def test_time(joined: torch.device, gpu: torch.device, model: str, tell: parts.T
         tell(f"batch {batch}: ms per token of all answers, prompts included", 1e3 * again / TIMED_TOKENS)
         tell(f"batch {batch}: tokens/s", batch * TIMED_TOKENS / again)
         tell(f"batch {batch}: first answer per second one", min(ratios))
-        # A plan costs time at every length, other work of the host does not.
+        # A plan takes time for every length, but other work of the host does not.
         parts.warn_unless(min(ratios) <= MOST_REPEATED, tell, PLAN_FIX)

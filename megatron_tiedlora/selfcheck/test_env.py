@@ -1,4 +1,4 @@
-"""Part env: what is installed, what the package will use and why, and the device's peak matmul and copy rates."""
+"""Part env: records the installed software and the package's choices, and measures peak matmul and copy rates."""
 
 import shutil
 import subprocess
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.gpu
 
 SIZE, COPIED = 8192, 2**30  # size of the matmul, and bytes of the copy
 HEAD_DIM = 128
-# Shares of a data sheet's matmul FLOP/s, and bytes/s of a copy: a faster device has not computed anything.
+# Bounds on the fraction of a data sheet's matmul FLOP/s, and on bytes/s of a copy. A faster device computed nothing.
 GOOD_SHARE, MOST_SHARE, MOST_COPIED = 0.6, 1.2, 40e12
 SMI_FIELDS = "driver_version,power.limit,clocks.max.sm,mig.mode.current,ecc.errors.uncorrected.volatile.total"
 TF32_FIX = (
@@ -37,13 +37,13 @@ CLOCKS_FIX = "check nvidia-smi -q -d CLOCK,POWER,TEMPERATURE: clocks, power limi
 
 
 def test_gpu(pytestconfig: pytest.Config) -> None:
-    """Ranks would use a GPU."""
+    """Check that ranks would use a GPU."""
     missing = why_no_gpu() if option(pytestconfig, "device") == "cuda" else None
     assert missing is None, f"{missing}; docs/gpu.md lists what a GPU machine needs"
 
 
 def test_machine(tell: Tell) -> None:
-    """The record of `tiedlora env`, with the variables of a run, and what is wrong with it."""
+    """Record the output of `tiedlora env` with the variables of a run, and its problems."""
     machine = machine_record()
     for section, values in in_words(machine).items():
         if section in ("versions", "machine", "variables"):
@@ -53,28 +53,28 @@ def test_machine(tell: Tell) -> None:
 
 
 def test_fp32_matmuls(tell: Tell) -> None:
-    """Matmuls in fp32 are not rounded to TF32."""
+    """Check that matmuls in fp32 are not rounded to TF32."""
     precision = torch.get_float32_matmul_precision()
     tell("precision", precision)
     warn_unless(precision == "highest", tell, TF32_FIX)
 
 
 def test_driver(gpu: torch.device, tell: Tell) -> None:
-    """Tells what the driver reports about the first GPU."""
+    """Record what the driver reports about the first GPU."""
     tell("driver, power limit, SM clock, MIG, ECC errors", _nvidia_smi(SMI_FIELDS) or "unknown")
 
 
 def _nvidia_smi(fields: str) -> str:
-    """nvidia-smi's values for torch's first GPU; '' if it gives none."""
+    """Return nvidia-smi's values of `fields` for torch's first GPU, or '' if there are none."""
     gpu = gpu_name(torch.device("cuda", 0))
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", f"--id={gpu}"]
-    with suppress(OSError, subprocess.SubprocessError):  # there is no such program, or it fails or hangs
+    with suppress(OSError, subprocess.SubprocessError):  # the program is missing, fails or hangs
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     return ""
 
 
 def test_attention(device: torch.device, tell: Tell) -> None:
-    """The attention that the package chooses on this device is one call for all documents."""
+    """Check that the attention kernel for this device needs one call for all documents."""
     for dtype in dict.fromkeys((compute_dtype(device), torch.float32)):
         route = choose_attention(device, dtype, HEAD_DIM)
         tell(str(dtype), f"{route.name} ({route.reason})")
@@ -82,7 +82,7 @@ def test_attention(device: torch.device, tell: Tell) -> None:
 
 
 def test_compiled_kernels(gpu: torch.device, tell: Tell) -> None:
-    """Kernels can be compiled."""
+    """Check that kernels can be compiled."""
     try:
         compiled_kernels(small_shape(), dtype=compute_dtype(gpu), device=gpu)
     except UserError as error:
@@ -96,13 +96,13 @@ def test_compiled_kernels(gpu: torch.device, tell: Tell) -> None:
 
 
 def test_matmul_ceiling(gpu: torch.device, tell: Tell) -> None:
-    """The rate of a large matmul of random numbers: zeros take less power and would be faster."""
+    """Measure the rate of a large matmul with random values. Zeros need less power and would be faster."""
     rate = matmul_rate(SIZE, SIZE, SIZE, dtype=torch.bfloat16, device=gpu, repeats=10)
     judge_rate(tell, rate, listed_peak(torch.cuda.get_device_name(gpu)))
 
 
 def judge_rate(tell: Tell, rate: float, listed: float | None) -> None:
-    """Compare the matmul rate in FLOP/s with the data sheet's, if that is known."""
+    """Compare the matmul rate in FLOP/s with the data sheet's rate if it is known."""
     tell("TFLOP/s in bf16", rate / 1e12)
     if listed is not None:
         tell("share of the data sheet's", rate / listed)
@@ -111,7 +111,7 @@ def judge_rate(tell: Tell, rate: float, listed: float | None) -> None:
 
 
 def test_copy_ceiling(gpu: torch.device, tell: Tell) -> None:
-    """The rate of a large copy of random numbers."""
+    """Measure the rate of a large copy of random values."""
     source = torch.randint(-(2**31), 2**31 - 1, (COPIED // 4,), dtype=torch.int32, device=gpu)
     target = torch.empty_like(source)
     rate = 2 * COPIED / min(timed(lambda: target.copy_(source), gpu) for _ in range(10))

@@ -1,4 +1,4 @@
-"""Part host: launches and waits per micro-batch, and up to how many tokens the GPU waits for the host."""
+"""Part host: counts kernel launches and waits per micro-batch, and finds the tokens up to which the GPU waits."""
 
 import sys
 import warnings
@@ -29,7 +29,7 @@ SYNC_FIX = "a wait in a micro-batch leaves the GPU idle: report these lines"
 
 @pytest.mark.parametrize("compiles", ["auto", "false"], ids=["compiled", "eager"])
 def test_host(compiles: str, gpu: torch.device, model: str, tell: parts.Tell) -> None:
-    """Launches and waits per micro-batch, and the seconds of micro-batches of several lengths."""
+    """Count launches and waits per micro-batch, and measure micro-batches of several lengths."""
     flags = ("--rows=1", f"--length={LENGTHS[-1]}", "--supervised=1", f"--micro_batches={MICRO_BATCHES}")
     with running.started_to_fit(model, flags, f"--compile={compiles}") as (run, layers):
         loaders = {length: running.loader_of(run, np.full(MICRO_BATCHES, length)) for length in LENGTHS}
@@ -46,19 +46,19 @@ def test_host(compiles: str, gpu: torch.device, model: str, tell: parts.Tell) ->
 
 
 def micro_batches(run: step_bench.Started, step: TrainingStep) -> Callable[[], Any]:
-    """Only the forward and backward passes of a step."""
+    """Return a function that runs only the forward and backward passes of a step."""
     inputs = [shared_micro_batch([(ONLY, batch)]) for batch in step.micro_batches]
     return lambda: run.runner.accumulate(inputs, {ONLY: (float(step.num_supervised),)}, lambda: None)
 
 
 def use_up(run: step_bench.Started) -> None:
-    """Take a step with the gradients that there are, as an engine expects."""
+    """Update with the existing gradients and clear them, as the engine expects after a backward pass."""
     run.runner.optimizers.take(ONLY, 0.0)
     run.runner.optimizers.clear()
 
 
 def _seconds(run: step_bench.Started, loader: Iterator[TrainingStep]) -> float:
-    """Seconds of one micro-batch in a step of several, until the GPU has finished."""
+    """Return the seconds of one micro-batch in a step of several, until the GPU has finished."""
     step = next(loader)
     work = micro_batches(run, step)
     torch.cuda.synchronize()
@@ -68,13 +68,13 @@ def _seconds(run: step_bench.Started, loader: Iterator[TrainingStep]) -> float:
 
 
 def _counts(tell: parts.Tell, run: step_bench.Started, loader: Iterator[TrainingStep], layers: int) -> None:
-    """Launches and waits of the micro-batches of one step."""
+    """Record the launches and waits of the micro-batches of one step."""
     step = next(loader)
     work, number = micro_batches(run, step), len(step.micro_batches)
     with waits() as seen:
         work()
     use_up(run)
-    # One wait belongs to the step: its loss is read after all micro-batches.
+    # One wait belongs to the step, because its loss is read after all micro-batches.
     inside = sum(seen.values()) - 1
     tell(f"waits in {number} micro-batches", f"{inside} ({', '.join(seen)})")
     parts.warn_unless(inside <= 0, tell, SYNC_FIX)
@@ -86,7 +86,7 @@ def _counts(tell: parts.Tell, run: step_bench.Started, loader: Iterator[Training
 
 @contextmanager
 def waits() -> Iterator[Counter[str]]:
-    """Count where the block waits for the GPU, by line: from torch's warnings and from calls of `synchronize`."""
+    """Count by source line how often the block waits for the GPU, from torch's warnings and calls of `synchronize`."""
     seen: Counter[str] = Counter()
     real = torch.cuda.synchronize
 

@@ -1,4 +1,4 @@
-"""Part memory: what steps allocate compared with the dry run's plan, and what rows of varying lengths reserve."""
+"""Part memory: compares the allocated memory of steps with the dry run's plan, and with the reserved memory."""
 
 from collections.abc import Mapping
 
@@ -11,9 +11,9 @@ from megatron_tiedlora.selfcheck import parts, running
 
 pytestmark = pytest.mark.gpu
 
-# Relative to the plan: too low a plan accepts a run that does not fit, too high a plan rejects one that does.
+# Relative to the plan. A plan that is too low accepts runs that do not fit; one that is too high rejects runs that do.
 CLOSE, TOO_MUCH = 0.07, 1.15
-RECOMPUTES = {"none": 1, "selective": 2, "full": 4}  # rows of 4,096 tokens, more if fewer activations are saved
+RECOMPUTES = {"none": 1, "selective": 2, "full": 4}  # rows of 4,096 tokens; more rows if fewer activations are saved
 LENGTH = 4096
 NUM_STEPS, ROWS, SHORTEST = 100, 4, 128
 MOST_RESERVED = 1.3  # relative to the allocated memory
@@ -27,7 +27,7 @@ FRAGMENTS_FIX = (
 @pytest.mark.parametrize("how", RECOMPUTES)
 @pytest.mark.parametrize("compiles", ["auto", "false"], ids=["compiled", "eager"])
 def test_plan(compiles: str, how: str, gpu: torch.device, model: str, tell: parts.Tell) -> None:
-    """Steps allocate the bytes that the plan has."""
+    """Check that steps allocate the planned bytes."""
     rows = RECOMPUTES[how]
     flags = (f"--rows={rows}", f"--length={LENGTH}", "--supervised=1", f"--recompute={how}", f"--compile={compiles}")
     with running.started_to_fit(model, flags, "--micro_batches=1") as (run, layers):
@@ -49,7 +49,7 @@ def judge_plan(tell: parts.Tell, layers: int, sizes: Mapping[str, float]) -> Non
 
 
 def test_rows_of_many_lengths(gpu: torch.device, model: str, tell: parts.Tell) -> None:
-    """Compares reserved with allocated bytes over 100 micro-batches of 4 x 128 to 2,048 tokens."""
+    """Compare the reserved with the allocated bytes of 100 micro-batches of 4 x 128 to 4 x 2,048 tokens."""
     flags = (f"--rows={ROWS}", "--length=2048", "--supervised=1", "--micro_batches=1")
     with running.started_to_fit(model, flags, "--compile=false") as (run, layers):
         torch.cuda.reset_peak_memory_stats()

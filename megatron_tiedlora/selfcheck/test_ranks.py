@@ -1,10 +1,10 @@
-"""Part ranks: every layout that fits on this host against one rank, the network, and a killed rank.
+"""Part ranks: compares every layout that fits on this host with one rank, checks the network, and kills a rank.
 
 A rank is started as   python -m megatron_tiedlora.selfcheck.test_ranks FOLDER FIRST CASES
 
-FOLDER has a small model, and gets the results of each case, of which FIRST is the first one's number and CASES has all
-as JSON. Rank 0 writes losses and adapter. Ranks and master come from the environment. If FIRST is "killed", the ranks
-train the first case until the last one kills itself.
+FOLDER has a small model, and rank 0 writes the losses and the adapter of each case there. CASES is a JSON list of the
+cases, and FIRST is the number of the first case. The environment defines the ranks and the master address. If FIRST is
+"killed", the ranks train the first case until the last rank kills itself.
 """
 
 import ctypes
@@ -39,12 +39,12 @@ from megatron_tiedlora.selfcheck import parts, reference, running, step_bench
 pytestmark = pytest.mark.gpu
 
 ADAPTER, RESULT, MODEL, KILLED = "adapter.safetensors", "result.json", "model", "killed"
-STEPS, SAMPLES, RATE = 3, 16, 1e-3  # steps of a case, samples of a step over all ranks, and the learning rate
+STEPS, SAMPLES, RATE = 3, 16, 1e-3  # steps of a case, samples of a step on all ranks, and the learning rate
 SIZES = (1, 2, 4, 8)
-# A model that eight ranks can share in any layout, whose vocabulary size none of these numbers divides.
+# A model that eight ranks can partition in any layout. Its vocabulary size is odd.
 SHAPE: dict[str, Any] = {
     **shapes.PRESETS["llama2-7b"],
-    "architectures": ["LlamaForCausalLM"],  # so that transformers is not asked: a bare machine has none
+    "architectures": ["LlamaForCausalLM"],  # so that transformers is not needed
     "vocab_size": 1003,
     "hidden_size": 512,
     "intermediate_size": 768,
@@ -52,20 +52,20 @@ SHAPE: dict[str, Any] = {
     "num_attention_heads": 16,
     "num_key_value_heads": 8,
 }
-# Relative errors of losses and of the adapter's change, in which elements with tiny gradients may have either sign.
+# Relative errors of losses and of the adapter's change. Elements of it with tiny gradients may have either sign.
 LOSS_BOUNDS = {"fp32": 1e-5, "bf16": 2e-2}
 CHANGE_BOUND = 5e-3
-# Few cases per start, so that a crash loses only these, and so that their communicators fit in memory: only the end of
-# the process frees them (0.3 to 0.7 GB each on NVLink, six per layout).
+# Few cases per launch, so that a crash loses only these, and so that their communicators fit in memory. They are freed
+# only when the process ends (0.3 to 0.7 GB each on NVLink, six per layout).
 CASES_OF_A_START = 6
-SHARING = (2, 30)  # since this version NCCL lets several ranks share a GPU
+SHARING = (2, 30)  # the first version of NCCL in which several ranks can share a GPU
 SHARING_VARIABLE = "NCCL_MULTI_RANK_GPU_ENABLE"
 NOTICED_SECONDS = 45.0  # after a rank's death; 30 of them are the heartbeat's limit (docs/clusters.md)
-# Shares of the part's time: one rank must have finished by the first, all layouts by the second, and the ranks of which
-# one is killed must be training by the third.
+# Fractions of the part's time. One rank must have finished by the first, and all layouts by the second. The ranks of
+# the test that kills one must be training by the third.
 ALONE, LAYOUTS, WORKING = 0.25, 0.75, 0.9
 _POLL_SECONDS = 0.1
-DOCTOR_SECONDS = 30.0  # for ranks to meet, and for an answer; twice as much in total, and a few for its own start
+DOCTOR_SECONDS = 30.0  # limit for the ranks to connect, and for each answer
 DIFFERS_FIX = (
     "several ranks give other results: run `tiedlora doctor`, and this part again with NCCL_DEBUG=INFO and with"
     " NCCL_P2P_DISABLE=1; if that corrects it, the hosts' PCIe settings (IOMMU, ACS) break copies between GPUs"
@@ -84,13 +84,13 @@ class Case(NamedTuple):
     sp: bool = True
 
     def named(self, world_size: int) -> str:
-        """The case as short text."""
+        """Return the case as short text."""
         words = [f"TP{self.tp}", f"PP{self.pp}", f"DP{world_size // (self.tp * self.pp)}", f"ZeRO-{self.zero}"]
         return f"{' '.join(words)}, {self.dtype}{'' if self.sp or self.tp == 1 else ', whole sequences'}"
 
 
 def possible_ranks(device: str) -> tuple[int, dict[str, str], str]:
-    """(the number of ranks that can be started here, variables that they need, why this number)."""
+    """Return the number of ranks that can be started here, the variables that they need, and the reason."""
     if device == "cpu":
         return 2, {}, "two on a CPU, over gloo"
     count = torch.cuda.device_count()
@@ -106,7 +106,7 @@ def possible_ranks(device: str) -> tuple[int, dict[str, str], str]:
 
 
 def loaded_nccl() -> tuple[int, ...]:
-    """The version of the NCCL in this process, including a preloaded one; () if it cannot be found."""
+    """Return the version of NCCL in this process, even if it is preloaded; () if it cannot be found."""
     torch.cuda.is_available()  # torch has loaded its libraries
     paths = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libnccl" in line}
     for name in (None, *sorted(paths)):
@@ -120,7 +120,7 @@ def loaded_nccl() -> tuple[int, ...]:
 
 
 def cases_of(world_size: int, device: str) -> tuple[Case, ...]:
-    """Every layout that fits; the other ZeRO stages; and without sequence parallelism and, on a GPU, in bf16."""
+    """Return cases for every layout that fits, each ZeRO stage, no sequence parallelism and, on a GPU, bf16."""
     pairs = [(tp, pp) for tp in SIZES for pp in SIZES if world_size % (tp * pp) == 0]
     layouts = [Case(tp, pp) for tp, pp in pairs]
     engines = [Case(zero=zero) for zero in (0, 2, 3)]
@@ -129,10 +129,10 @@ def cases_of(world_size: int, device: str) -> tuple[Case, ...]:
 
 
 class EndedRanks(NamedTuple):
-    """Ranks that were run: their exit statuses (None: killed at the end of their time) and outputs.
+    """The exit statuses and outputs of ranks that have ended. The status is None if a rank exceeded its time limit.
 
     Attributes:
-        seconds: from the first failure to the end of the last rank; 0 if none failed.
+        seconds: time from the first failure to the end of the last rank; 0 if no rank failed.
     """
 
     statuses: list[int | None]
@@ -140,7 +140,7 @@ class EndedRanks(NamedTuple):
     seconds: float
 
     def why(self) -> str:
-        """The last error of the first rank that failed, or that did not end; "" if all succeeded."""
+        """Return the last error of the first rank that failed or did not end; "" if all succeeded."""
         wrong = [rank for rank, status in enumerate(self.statuses) if status]
         slow = [rank for rank, status in enumerate(self.statuses) if status is None]
         if not wrong and slow:
@@ -154,8 +154,8 @@ class Ranks:
 
     Attributes:
         variables: environment variables that the ranks need here.
-        folder: has a small model, and gets results; `logs` gets the ranks' output.
-        seconds: of the whole part, which began at `began`.
+        folder: the folder of a small model and the results; the ranks' output is written to `logs`.
+        seconds: time limit of the whole part, which began at `began`.
     """
 
     world_size: int
@@ -168,14 +168,14 @@ class Ranks:
 
     @cached_property
     def alone(self) -> list[Case]:
-        """The cases that one rank trains for the comparison: one for each dtype."""
+        """The cases that one rank trains for the comparison, one for each dtype."""
         return [Case(dtype=dtype) for dtype in dict.fromkeys(case.dtype for case in self.cases)]
 
     def run(self, first: int | str, cases: Sequence[Case], size: int, share: float, grace: float = 5.0) -> EndedRanks:
-        """Run ranks until they end, until a share of the part's time is over, or until `grace` seconds after a failure.
+        """Run ranks until they end, `share` of the part's time is over, or `grace` seconds have passed since a failure.
 
         Args:
-            first, cases: as for `rank`.
+            first, cases: FIRST and CASES of the ranks' command line.
         """
         port, deadline = launch_env.free_port("127.0.0.1"), self.began + share * self.seconds
         command = [sys.executable, "-P", "-m", __name__, str(self.folder), str(first), json.dumps(cases)]
@@ -202,9 +202,9 @@ class Ranks:
         seconds = 0.0 if failed is None else time.monotonic() - failed
         return EndedRanks(statuses, [log.read_text(errors="replace") for log in logs], seconds)
 
-    @cache  # noqa: B019 - it lives as long as the part
+    @cache  # noqa: B019 - the object lives until the part ends
     def train(self, first: int, size: int) -> str:
-        """Train the cases of a start; returns why ranks did not finish them, or ""."""
+        """Train the cases of a launch. Returns why ranks did not finish them, or ""."""
         if size == 1:
             return self.run(first, self.alone, 1, ALONE).why()
         starts = range(first, len(self.cases), CASES_OF_A_START)
@@ -213,7 +213,7 @@ class Ranks:
         return self.run(first, self.cases[first : first + CASES_OF_A_START], size, share).why()
 
     def results(self, number: int, size: int) -> Path:
-        """The folder with a case's results; fails the test if there are none."""
+        """Return the folder with a case's results. The test fails if there are none."""
         why = self.train(0 if size == 1 else number - number % CASES_OF_A_START, size)
         found = self.folder / f"{size}-{number}"
         said = sorted(file.read_text().strip().splitlines()[-1] for file in found.glob("error*"))
@@ -222,20 +222,20 @@ class Ranks:
 
 
 def naming_line(output: str, victim: int) -> str | None:
-    """The line in which a rank reports that the victim is lost."""
+    """Return the line in which a rank reports that the victim is lost."""
     lines = output.splitlines()
     return next((line.strip() for line in lines if re.search(rf"error: .*\brank {victim}\b", line)), None)
 
 
 def last_error(output: str) -> str:
-    """The last line of a rank's output that names an error, or else its last line."""
+    """Return the last line of a rank's output that names an error, or else its last line."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     named = [line for line in lines if re.search(r"error|exception", line, re.IGNORECASE)]
     return (named or lines or ["nothing was printed"])[-1][:600]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test for each case of this machine; one that is skipped if it can start no ranks."""
+    """Generate a test for each case of this machine, or one skipped test if only one rank can be started."""
     if "case" in metafunc.fixturenames:
         device = parts.option(metafunc.config, "device")
         size = possible_ranks(device)[0]
@@ -245,7 +245,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(pytestconfig: pytest.Config, device: torch.device) -> Iterator[Ranks]:
-    """The ranks that can be started on this machine, if they are more than one."""
+    """Yield the ranks that can be started on this machine, or skip the test if only one can."""
     size, variables, why = possible_ranks(device.type)
     if size == 1:
         pytest.skip(why)
@@ -258,7 +258,7 @@ def ranks(pytestconfig: pytest.Config, device: torch.device) -> Iterator[Ranks]:
 
 
 def test_layout(case: Case, ranks: Ranks, tell: parts.Tell) -> None:
-    """Losses and adapter of a layout are those of one rank; the ranks compare their replicas bit by bit."""
+    """Compare the losses and the adapter of a layout with one rank's. The ranks compare their replicas bit by bit."""
     expected = ranks.results(ranks.alone.index(Case(dtype=case.dtype)), 1)
     compare(tell, case, ranks.results(ranks.cases.index(case), ranks.world_size), expected)
 
@@ -286,7 +286,7 @@ def compare(tell: parts.Tell, case: Case, found: Path, expected: Path) -> None:
 
 
 def test_killed_rank(ranks: Ranks, tell: parts.Tell) -> None:
-    """The last rank is killed during training: the others end in time and name it."""
+    """Kill the last rank during training, and check that the others end in time and name it."""
     victim = ranks.world_size - 1
     ended = ranks.run(KILLED, [Case(tp=2)], ranks.world_size, WORKING, grace=NOTICED_SECONDS + 15)
     assert ended.statuses[victim] == -signal.SIGKILL, f"{FAILED_FIX}\n{ended.why()}"
@@ -297,7 +297,7 @@ def test_killed_rank(ranks: Ranks, tell: parts.Tell) -> None:
 
 
 def test_doctor(ranks: Ranks, gpu: torch.device, tell: parts.Tell) -> None:
-    """The doctor's all-reduces over all GPUs of this host."""
+    """Run the doctor's all-reduces on all GPUs of this host."""
     count = torch.cuda.device_count()
     if count == 1:
         pytest.skip("there is one GPU")
@@ -322,7 +322,7 @@ def test_doctor(ranks: Ranks, gpu: torch.device, tell: parts.Tell) -> None:
 
 
 def started(case: Case, folder: Path, rank: int, world_size: int, **changes: Any) -> step_bench.Started:
-    """A run of a case, with the same samples at every layout; `changes` as in `plan_benchmark`."""
+    """Return a run of a case, with the same samples for every layout. `changes` is as in `plan_benchmark`."""
     rows = SAMPLES // (world_size // (case.tp * case.pp))
     settings = running.step_settings(
         str(folder / MODEL),
@@ -341,7 +341,7 @@ def started(case: Case, folder: Path, rank: int, world_size: int, **changes: Any
 
 
 def run_case(case: Case, folder: Path, rank: int, world_size: int, results: Path) -> None:
-    """Train the steps; rank 0 writes the results."""
+    """Train the steps of a case. Rank 0 writes the results."""
     run = started(case, folder, rank, world_size, learning_rate=RATE, replica_check_steps=STEPS)
     losses = [run.take(next(run.loader)).loss for _ in range(STEPS)]
     state = run.runner.full_state(ONLY, run.plan.layout_of(run.plan.adapter))
@@ -352,7 +352,7 @@ def run_case(case: Case, folder: Path, rank: int, world_size: int, results: Path
 
 
 def run_until_killed(case: Case, folder: Path, rank: int, world_size: int) -> int:
-    """Train with a heartbeat, as tiedlora train does, until the last rank kills itself; returns the exit status."""
+    """Train with a heartbeat, as tiedlora train does, until the last rank kills itself. Returns the exit status."""
     with ending.reported_end(rank, world_size, stopping.StopRequests()) as end:
         run = started(case, folder, rank, world_size)
         end.watch_peers(1.0)
@@ -365,7 +365,7 @@ def run_until_killed(case: Case, folder: Path, rank: int, world_size: int) -> in
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train the cases; returns the exit status."""
+    """Train the cases of the command line. Returns the exit status."""
     end_with_parent()
     folder, cases = Path(argv[0]), [Case(*case) for case in json.loads(argv[2])]
     launch_env.prepare_environment()
@@ -382,7 +382,7 @@ def main(argv: Sequence[str]) -> int:
         except Exception:
             (results / f"error{rank}").write_text(traceback.format_exc())
             traceback.print_exc()
-            os._exit(1)  # at once: peers may wait for this rank, and ending the group would wait for them
+            os._exit(1)  # at once, because peers may wait for this rank, and it would wait for them
     process_group.leave_process_group()
     return 0
 

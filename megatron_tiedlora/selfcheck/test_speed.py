@@ -1,4 +1,4 @@
-"""Part speed: training steps measured as in tiedlora bench, in the forms that determine a run's speed."""
+"""Part speed: measures training steps as tiedlora bench does, with the options that determine a run's speed."""
 
 from statistics import median
 
@@ -10,7 +10,7 @@ from megatron_tiedlora.selfcheck import parts, running, step_bench
 pytestmark = pytest.mark.gpu
 
 LENGTH = 4096
-# Forms of a step with their flags; the others are compared with the first.
+# Kinds of steps with their flags. The first one is compared with the others.
 FORMS: dict[str, tuple[str, ...]] = {
     "1 x 4,096 tokens": (),
     "not compiled": ("--compile=false",),
@@ -18,7 +18,7 @@ FORMS: dict[str, tuple[str, ...]] = {
     "2 x 4,096 tokens": ("--rows=2",),
 }
 LEAST_MFU = 0.35  # of the data sheet's rate; about 0.5 was predicted for 7B on one H100 (docs/gpu.md)
-MOST_PACKED = 1.1  # time of a packed step relative to an unpacked one
+MOST_PACKED = 1.1  # largest time of a packed step relative to an unpacked one
 SLOW_FIX = (
     "check `matmul ceiling` of part env (clocks, another process), then the shares of the kernels in this part: if"
     " attention is far above 15 %, install flash_attn; if elementwise is above 20 %, compile the kernels; part host"
@@ -29,19 +29,19 @@ PACKED_FIX = "documents should cost nothing: see the attention for packed rows i
 
 @pytest.fixture(scope="module")
 def layers(gpu: torch.device, model: str) -> int:
-    """As many layers as fit, by the dry run's plan for 2 x 4,096 tokens."""
+    """Return the number of layers that fit by the dry run's plan for 2 x 4,096 tokens."""
     return running.layers_that_fit(model, "--rows=2", f"--length={LENGTH}", "--supervised=1")
 
 
 @pytest.fixture(scope="module")
 def token_seconds() -> dict[str, float]:
-    """Seconds per token of each form that was measured."""
+    """Return a dict for the measured seconds per token of each kind of step."""
     return {}
 
 
 @pytest.mark.parametrize("name", FORMS)
 def test_step(name: str, layers: int, token_seconds: dict[str, float], model: str, tell: parts.Tell) -> None:
-    """A form's tokens/s, MFU and shares of the GPU's time, measured as by bench_step.py."""
+    """Measure tokens/s, MFU and the shares of the GPU's time for a kind of step, as bench_step.py does."""
     running.release()
     base = ("--rows=1", f"--length={LENGTH}", "--supervised=1", "--micro_batches=2", "--compile=auto", "--repeats=5")
     settings = running.step_settings(model, f"--num_layers={layers}", *base, *FORMS[name])

@@ -1,4 +1,4 @@
-"""Measures the times of steps that take turns, of their kernels by class, and the memory of a step that runs alone."""
+"""Measures the times of steps that take turns, the times of their kernels by class, and the memory of a single step."""
 
 import ctypes
 import gc
@@ -26,8 +26,8 @@ Value = TypeVar("Value")
 _ALLOCATOR_SETTINGS = ("MALLOC_CONF", "MALLOC_MMAP_THRESHOLD_", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 CLASSES = ("matmul", "attention", "elementwise", "communication", "copies", "other")
 
-# The first pattern that is found in a name decides. The order matters: attention kernels contain CUTLASS too, a matmul
-# split along its inner dimension ends in a reduction, and Inductor names a fused kernel after everything in it.
+# The first pattern that is found in a name decides. The order matters, because names of attention kernels also contain
+# CUTLASS, a matmul split along its inner dimension ends in a reduction, and Inductor's names list all fused operations.
 _PATTERNS = (
     ("communication", r"nccl"),
     ("copies", r"^mem(cpy|set)\b"),
@@ -41,7 +41,7 @@ _PATTERNS = (
 def take_turns(
     timers: Mapping[str, Callable[[], float]], *, repeats: int, uncounted: int = 1, shows: bool = True
 ) -> dict[str, list[float]]:
-    """The seconds that each timer returns, by name. The first `uncounted` turns are left out."""
+    """Call the timers in turn, and return their seconds by name. The first `uncounted` turns are left out."""
     seconds: dict[str, list[float]] = {name: [] for name in timers}
     for turn in progress_bar("turns", "turn", range(uncounted + repeats), shows=shows):
         for name, timer in timers.items():
@@ -52,17 +52,17 @@ def take_turns(
 
 
 def default_device() -> torch.device:
-    """The GPU that a process without an engine uses; the CPU if there is none."""
+    """Return the GPU that a process without an engine uses, or the CPU if there is no GPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def about(
     settings: BenchSettings, base_format: str | None, device: torch.device, *names: str, **more: Any
 ) -> dict[str, Any]:
-    """The beginning of every report: these settings, precision, `more`, device, allocator and versions.
+    """Return the first entries of every report: the named settings, dtype, `more`, device, allocator and versions.
 
     Args:
-        base_format: in which the base is held.
+        base_format: the storage format of the base.
     """
     return {
         **{name: getattr(settings, name) for name in names},
@@ -77,7 +77,7 @@ def about(
 
 
 def describe_allocator(environment: Mapping[str, str]) -> str:
-    """The allocator that the environment asks for, as the name of a preloaded library and its settings."""
+    """Return a text with the preloaded allocator in the environment and its settings."""
     libraries = environment.get("LD_PRELOAD", "").replace(":", " ").split()
     found = [f"LD_PRELOAD {Path(library).name}" for library in libraries]
     found += [f"{name} {environment[name]}" for name in _ALLOCATOR_SETTINGS if environment.get(name)]
@@ -85,12 +85,12 @@ def describe_allocator(environment: Mapping[str, str]) -> str:
 
 
 def kernel_class(name: str) -> str:
-    """The class of `CLASSES` that a kernel of this name belongs to. Reductions count as elementwise."""
+    """Return the class in `CLASSES` of the kernel with this name. Reductions count as elementwise."""
     return next((kind for kind, pattern in _PATTERNS if re.search(pattern, name, re.IGNORECASE)), "other")
 
 
 def profiled(step: Callable[[], object]) -> list[Any]:
-    """The events of `step`, which is run once under torch's profiler until the GPU has finished."""
+    """Run `step` once under torch's profiler until the GPU has finished, and return the events."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         step()
         torch.cuda.synchronize()
@@ -98,20 +98,20 @@ def profiled(step: Callable[[], object]) -> list[Any]:
 
 
 def kernel_seconds(step: Callable[[], object]) -> dict[str, float]:
-    """The seconds that a GPU spends in kernels of each class during `step`, which is run once under torch's profiler.
+    """Run `step` once under torch's profiler, and return the seconds of GPU kernels by class.
 
-    Kernels that run at the same time each count in full.
+    The times of kernels that run at the same time are added.
     """
     spent = dict.fromkeys(CLASSES, 0.0)
     for event in profiled(step):
-        # An annotation spans the kernels that it is about.
+        # An annotation spans other kernels, so it is not counted.
         if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False):
             spent[kernel_class(event.name)] += event.time_range.elapsed_us() / 1e6
     return spent
 
 
 def in_own_process(name: str, measure: Callable[..., Value], *arguments: Any) -> Value:
-    """Return what `measure` returns in a process that has done nothing else. Messages use `name` for what it measures.
+    """Call `measure` in a new process, and return its result. Messages call the measurement `name`.
 
     Raises:
         UserError: the process ended without a result, for example because the system ran out of memory and killed it.
@@ -128,7 +128,7 @@ def in_own_process(name: str, measure: Callable[..., Value], *arguments: Any) ->
 
 @contextmanager
 def saved_by_autograd(model: torch.nn.Module) -> Iterator[dict[int, torch.Tensor]]:
-    """Collect the tensors that autograd saves inside the block, by storage. The model's parameters are left out."""
+    """Collect the tensors that autograd saves inside the block, by storage. The model's parameters are excluded."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved: dict[int, torch.Tensor] = {}
 
@@ -142,12 +142,12 @@ def saved_by_autograd(model: torch.nn.Module) -> Iterator[dict[int, torch.Tensor
 
 
 def storage_bytes(saved: Mapping[int, torch.Tensor]) -> int:
-    """The total bytes of the storages."""
+    """Return the total bytes of the storages of `saved`."""
     return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 
 def restart_peak(device: torch.device) -> int | None:
-    """Let `peak_bytes` start again. Returns the bytes that are held now, or None if that is not known."""
+    """Reset the peak that `peak_bytes` returns. Returns the bytes in use now, or None if they are not known."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return int(torch.cuda.memory_allocated(device))
@@ -160,10 +160,10 @@ def restart_peak(device: torch.device) -> int | None:
 
 
 def idle_bytes() -> int | None:
-    """The anonymous memory of this process now; None if the system does not tell.
+    """Return the current anonymous memory of this process; None if the system does not report it.
 
-    Memory that is free but still resident would be used by a step without a rise of the peak. It is returned to the
-    system first where malloc is glibc's; another allocator, which a report's header names, keeps by its own rules.
+    A step could use freed memory that is still resident without a higher peak. So glibc's malloc first returns such
+    memory to the system. Other allocators, which a report's header names, may keep it.
     """
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -173,9 +173,9 @@ def idle_bytes() -> int | None:
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """The peak memory since `restart_peak`: allocated by torch on CUDA, else anonymous; None if unknown.
+    """Return the peak memory since `restart_peak`: allocated by torch on CUDA, else anonymous; None if unknown.
 
-    Linux tells the peak of all resident memory. Files and shared memory are in it as they are now.
+    Linux reports only the peak of all resident memory. The current size of files and shared memory is subtracted.
     """
     if device.type == "cuda":
         return peak_memory_bytes(device)

@@ -1,6 +1,7 @@
-"""The plan of a study: its checked settings, the groups of runs that train together, and what a dry run shows of it.
+"""Plans a study: checks its settings, and decides which runs are trained together. Makes the text of its dry run.
 
-All runs of a study have one base, layout and data, so any of them may share a group. Memory decides how many do.
+All runs of a study have the same base, layout and data, so any runs can be trained together. Memory limits their
+number.
 """
 
 import os
@@ -28,9 +29,9 @@ from megatron_tiedlora.planning import adapter_plans, planned, run_plan
 from megatron_tiedlora.planning.memory import StageMemory, held_memory, step_memory, with_reserves
 from megatron_tiedlora.study import record, tables
 
-_SHARE = 0.8  # of the free memory; the rest is for what the planner does not know
+_SHARE = 0.8  # usable fraction of the free memory; the rest is for needs that the planner does not know
 
-Group = tuple[record.Run, ...]  # runs that train in one start
+Group = tuple[record.Run, ...]  # runs that are trained together in one launch
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class SweepPlan:
 
     Attributes:
         runs: the plan of each run, in training order.
-        job: how and where each start is made, without its program.
-        test_limit: how many test rows are scored, from the first on; None: all.
+        job: the launcher, hosts and ranks of each launch, without the program.
+        test_limit: number of test rows that are scored, from the first row; None for all.
     """
 
     command: job_settings.SweepCommand
@@ -57,14 +58,14 @@ class SweepPlan:
         return next(iter(self.runs.values())).source
 
     def is_finished(self, run: record.Run) -> bool:
-        """Whether an earlier start has finished a run, or it has ended meanwhile."""
+        """Return whether the run is finished, in this launch or an earlier one."""
         return record.read_run(self.folder.run(run.name)).state == "finished"
 
     def groups(self) -> list[Group]:
-        """The runs of all points that have an unfinished one, in groups that follow each other.
+        """Return the runs of all points with an unfinished run, in groups of runs that are trained together.
 
-        The runs of a point are compared and scored together, so they stay together if they fit. Those that are finished
-        are left as they are by the group's start, and with --halving the others are compared with them.
+        The runs of a point are compared and scored together, so they stay in one group if they fit. Finished runs are
+        not trained again, but with --halving the others are compared with them.
 
         Raises:
             UserError: the free memory of the GPUs cannot be read.
@@ -77,17 +78,18 @@ class SweepPlan:
         return list(filter(is_left, _packed(list(points), self._may_share)))
 
     def _may_share(self, runs: Group) -> bool:
-        """Whether runs may be a group."""
+        """Return whether the runs may be trained together."""
         most = self.command.settings.together
         if most != "auto":
             return len(runs) <= most
         if self.command.settings.halving and len({run.point for run in runs}) == 1:
-            return True  # they are compared step by step, even if they need more than is free
+            return True  # runs of one point are compared step by step, even if they need more than the free memory
         return len(runs) <= job_settings.MOST_TOGETHER and self.needed_bytes(runs) <= self.free_bytes
 
     def needed_bytes(self, runs: Group) -> float:
-        """The bytes that a group needs on the rank that needs most: what its runs hold, and the passes of a micro-batch
-        of the widest run of the sweep."""
+        """Return the most bytes that a rank needs to train the runs together.
+
+        They hold the tensors of all runs, and the passes of a micro-batch of the run with the largest adapter."""
         step = planned.StepPlan({run.name: self.runs[run] for run in runs})
         machine = step.shared.machine
         parts = zip(step.stages, self._passes, strict=True)
@@ -95,20 +97,20 @@ class SweepPlan:
 
     @cached_property
     def _passes(self) -> list[StageMemory]:
-        """By stage, what the widest run of the sweep needs in the passes of a micro-batch."""
+        """The memory of each stage for the passes of a micro-batch of the run with the largest adapter."""
         run = max(self.runs, key=lambda run: self.runs[run].adapter.rank * len(self.runs[run].adapter.targets))
         step = planned.StepPlan({run.name: self.runs[run]})
         return [step_memory(stage, step.largest) for stage in step.stages]
 
     @cached_property
     def free_bytes(self) -> float:
-        """The bytes for each rank that a group of --together auto may need. Ranks on CPUs share their machine's."""
+        """The bytes that each rank may use with --together auto. Ranks on CPUs share the memory of their machine."""
         if next(iter(self.runs.values())).on_gpu:
             return _SHARE * _free_gpu_bytes()
         return _SHARE * psutil.virtual_memory().available / self.job.hosts[0].slots
 
     def dry_run_lines(self) -> list[str]:
-        """Tables of all runs with their states and trained parameters, and of the groups with their memory."""
+        """Return the lines of two tables: all runs with their states, and runs trained together with their memory."""
         base, metric, states = self.base, self.command.train.eval_metric, list[str]()
         rows = [("run", "trained parameters", "state")]
         for run in self.runs:
@@ -143,7 +145,7 @@ class SweepPlan:
 
 
 def _packed(parts: Sequence[Group], may_share: Callable[[Group], bool]) -> list[Group]:
-    """Groups of parts that follow each other, each as large as it may be. A part that may be no group is divided."""
+    """Join consecutive parts into groups, each as large as allowed. A part that is too large alone is divided."""
     groups: list[Group] = []
     for part in parts:
         if groups and may_share((*groups[-1], *part)):
@@ -156,7 +158,9 @@ def _packed(parts: Sequence[Group], may_share: Callable[[Group], bool]) -> list[
 
 
 def _free_gpu_bytes() -> float:
-    """The free bytes of the GPU with least. Another process asks, as its context would stay in this one's memory."""
+    """Return the free bytes of the GPU with the least free memory.
+
+    A separate process asks CUDA, because a CUDA context would stay in the memory of this process."""
     free = "min(cuda.mem_get_info(index)[0] for index in range(cuda.device_count()))"
     code = f"import sys; from torch import cuda; sys.stdout.write(str({free}))"
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
@@ -169,9 +173,9 @@ def _free_gpu_bytes() -> float:
 
 @contextmanager
 def _no_accelerator_needed() -> Iterator[None]:
-    """Tell DeepSpeed, whose schema checks the engine's JSON, that there is no GPU; otherwise it prints a warning.
+    """Tell DeepSpeed that there is no GPU, because its check of the engine's JSON prints a warning otherwise.
 
-    This holds for this process alone, since a command may start on another host.
+    This affects only this process, since commands may be launched on other hosts.
     """
     told = "DS_ACCELERATOR" in os.environ or torch.cuda.is_available()
     if not told:
@@ -185,10 +189,10 @@ def _no_accelerator_needed() -> Iterator[None]:
 
 @_no_accelerator_needed()
 def plan_sweep(command: job_settings.SweepCommand) -> SweepPlan:
-    """Check everything that can be checked before a start: folder, model, grid, task and every run.
+    """Check the folder, model, grid, task and every run before anything is launched, and return the plan.
 
     Raises:
-        UserError: names the first thing that does not fit.
+        UserError: something does not fit. The message names the first problem.
     """
     settings, train = command.settings, command.train
     folder = record.StudyFolder(user_path(settings.output_dir))
@@ -212,7 +216,7 @@ def plan_sweep(command: job_settings.SweepCommand) -> SweepPlan:
         base_hash=source.base_hash,
         num_layers=source.shape.num_layers,
         trained=counts,
-        # the paper adapts nothing else
+        # the paper adapts only QKV
         paper_model=tables.paper_model(source.name, source.shape) if train.targets == (QKV,) else None,
         task=task.name,
         metric=task.metrics[0],
@@ -226,6 +230,6 @@ def plan_sweep(command: job_settings.SweepCommand) -> SweepPlan:
     for name in splits.local_names(train):
         readers.read_rows(name, limit=1)
     limit = settings.test_limit
-    if limit is None and task.scored_rows is not None:  # tiedlora evaluate scores some rows of it, and a sweep all
+    if limit is None and task.scored_rows is not None:  # tiedlora evaluate scores some rows, a sweep all
         limit = len(splits.load_split(train.task, "test", files={"test": train.test_file}, seed=train.seed))
     return SweepPlan(command, folder, base, grid, runs, job, limit)

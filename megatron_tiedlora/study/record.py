@@ -1,10 +1,10 @@
-"""A study's points and their runs, the settings that its folder records, and its results.
+"""Defines the points and runs of a study, and reads and writes the settings and results in its folder.
 
-A study has points (adapters that are scored), and for each point one run per learning rate. `sweep.yaml` holds the
-settings (and can be given to --config), so that a later start resumes the same study or is rejected. `base.json`
-describes the base model and the task, so that tables need neither, and has the hashes of the row files.
-`sweep_status.json` says how the last start ended. Results are read from the files that tiedlora train and tiedlora
-evaluate wrote: how each run ended, the best learning rate, and the test scores in per cent.
+A point is an adapter that is scored. It has one run per learning rate. `sweep.yaml` has the settings, and can be given
+to --config. A later launch resumes the same study, or is rejected. `base.json` describes the base model and the task,
+so that tables can be made without them, and has the hashes of the files of rows. `sweep_status.json` says how the last
+launch ended. Results are read from the files of tiedlora train and tiedlora evaluate: how each run ended, the best
+learning rate, and the test scores in per cent.
 """
 
 import typing
@@ -43,12 +43,12 @@ class Point:
 
     @property
     def name(self) -> str:
-        """METHOD-rRANK[-layerN]."""
+        """The point's name, METHOD-rRANK[-layerN]."""
         return f"{self.method}-r{self.rank}{self.layer_part}"
 
     @property
     def layer_part(self) -> str:
-        """-layerN in names; '' if all layers are adapted."""
+        """The suffix -layerN of names; '' if all layers are adapted."""
         return "" if self.layer is None else f"-layer{self.layer}"
 
 
@@ -61,20 +61,25 @@ class Run:
 
     @property
     def name(self) -> str:
-        """METHOD-rRANK-lrRATE[-layerN], the name of its folder."""
+        """The name of the run's folder, METHOD-rRANK-lrRATE[-layerN]."""
         point = self.point
         return f"{point.method}-r{point.rank}-lr{rate_text(self.learning_rate)}{point.layer_part}"
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The training settings that the grid decides."""
+        """The training settings that the grid determines."""
         point, layers = self.point, {} if self.point.layer is None else {"layers": self.point.layer}
         return {"method": point.method, "rank": point.rank, "learning_rate": self.learning_rate, **layers}
 
 
 @dataclass(frozen=True)
 class SweepGrid:
-    """The points of a study: those of Table 2 and the figures, and those of Table 3, of which the last is no LoRA."""
+    """The points of a study.
+
+    Attributes:
+        table: points for Table 2 and the figures.
+        table3: points for Table 3: LoRA on single layers, and then the tied method.
+    """
 
     table: tuple[Point, ...]
     table3: tuple[Point, ...]
@@ -86,7 +91,7 @@ class SweepGrid:
         return tuple(dict.fromkeys((*self.table, *self.table3)))
 
     def runs(self, point: Point) -> tuple[Run, ...]:
-        """The runs of a point, one per learning rate, in the order given."""
+        """Return the runs of a point, one per learning rate, in the given order."""
         return tuple(Run(point, rate) for rate in self.learning_rates)
 
     @property
@@ -96,10 +101,10 @@ class SweepGrid:
 
 
 def make_grid(settings: SweepSettings, num_layers: int) -> SweepGrid:
-    """The grid of `settings` for a model with `num_layers` layers.
+    """Return the grid of `settings` for a model with `num_layers` layers.
 
     Raises:
-        UserError: the model does not have a layer.
+        UserError: the model does not have one of the given layers.
     """
     rank, layers = settings.single_layer_rank, single_layers(settings.single_layers, num_layers)
     single = tuple(Point(SINGLE_LAYER_METHOD, rank, layer) for layer in layers)
@@ -111,7 +116,7 @@ def make_grid(settings: SweepSettings, num_layers: int) -> SweepGrid:
 
 
 def single_layers(wanted: Sequence[int] | str | None, num_layers: int) -> tuple[int, ...]:
-    """The layers to adapt one at a time: none, those given, or for `paper` 1, 4, 8, ... and the last."""
+    """Return the layers to adapt one at a time: none, the given ones, or for `paper` 1, 4, 8, ... and the last."""
     if wanted is None:
         return ()
     if isinstance(wanted, str):
@@ -122,7 +127,7 @@ def single_layers(wanted: Sequence[int] | str | None, num_layers: int) -> tuple[
 
 
 def rate_text(rate: float) -> str:
-    """A learning rate as it is written in names: 1e-4, 2.5e-5, 3e-2. Different rates have different texts."""
+    """Return the text of a learning rate in names: 1e-4, 2.5e-5, 3e-2. Different rates have different texts."""
     sign, digits, exponent = Decimal(repr(rate)).normalize().as_tuple()
     assert not sign and isinstance(exponent, int)
     text = "".join(map(str, digits))
@@ -135,10 +140,10 @@ RUNS, GROUPS, SCORES, LOGS = "runs", "groups", "scores", "logs"
 
 @dataclass(frozen=True)
 class StudyFolder:
-    """Paths of a study.
+    """The paths in a study's folder.
 
     Attributes:
-        owner: the sweep that writes; None for a reader.
+        owner: the sweep that writes to the folder; None for a reader.
     """
 
     path: Path
@@ -146,7 +151,7 @@ class StudyFolder:
 
     settings = PathIn(SWEEP_FILE)
     base = PathIn("base.json")  # describes the base model and the task
-    status = PathIn("sweep_status.json")  # how the last start ended; absent while a sweep runs
+    status = PathIn("sweep_status.json")  # how the last launch ended; missing while a sweep runs
 
     @property
     def guard(self) -> Guard:
@@ -154,19 +159,19 @@ class StudyFolder:
         return unguarded if self.owner is None else self.owner.check
 
     def run(self, name: str) -> Path:
-        """The run folder of the run called `name`."""
+        """Return the run folder of the run called `name`."""
         return self.path / RUNS / name
 
     def group(self, name: str) -> Path:
-        """The folder of all of the runs that train together, of which `name` is the first."""
+        """Return the folder of runs that are trained together. `name` is the first of them."""
         return self.path / GROUPS / name
 
     def score(self, name: str) -> Path:
-        """The folder that tiedlora evaluate writes for the run called `name`, or for `base`."""
+        """Return the folder that tiedlora evaluate writes for the run called `name`, or for `base`, the base model."""
         return self.path / SCORES / name
 
     def log(self, name: str) -> Path:
-        """The output of the command called `name`."""
+        """Return the log file of the command called `name`."""
         return self.path / LOGS / f"{name}.log"
 
 
@@ -175,26 +180,27 @@ class BaseRecord:
     """The base model and the task of a study.
 
     Attributes:
-        trained: the trained parameters of each point, by its name.
-        file_sha256: hashes of the local row files, by name.
+        trained: number of trained parameters of each point, by the point's name.
+        file_sha256: SHA-256 of each local file of rows, by the file's name.
     """
 
     model: Text
     base_hash: Text
     num_layers: Size
     trained: dict[Text, Size]
-    paper_model: Text | None  # the paper's model, whose published numbers are shown beside the study's
+    paper_model: Text | None  # the paper's model whose published scores are shown with the study's
     task: Text
     metric: Text
     file_sha256: dict[Text, Text]
 
 
 def check_folder(folder: StudyFolder) -> None:
-    """Raise UserError if the path is a file, or the folder holds something other than a study, or links. A start that
-    was killed before it wrote its settings is no obstacle."""
+    """Raise UserError if the path is a file, or a folder that has links or files of other programs.
+
+    A folder is accepted if a launch was killed before it wrote its settings."""
     path = folder.path
     folders = (RUNS, GROUPS, SCORES, LOGS)
-    # Beside the lists of their adapters, of which a kill may leave a temporary file.
+    # The folder also has YAML lists of adapters, and temporary files of them if a sweep was killed.
     found = (item for item in (path / GROUPS).glob("*") if not item.name.startswith(files.TEMPORARY_PREFIX))
     groups = (item for item in found if item.suffix != ".yaml")
     reject_links(*(path / name for name in folders), *(path / RUNS).glob("*"), *groups)
@@ -214,10 +220,10 @@ def check_resumable(folder: StudyFolder, now: SweepCommand, base: BaseRecord) ->
     _check_extended(before.settings, now.settings, base.num_layers, where)
     if before.settings.test_limit != now.settings.test_limit:
         raise UserError(f"{where} --test_limit {before.settings.test_limit}, now it is {now.settings.test_limit}")
-    # Both are resolved for the same point, so that alpha, which follows the rank, only differs if it was given.
+    # Both are resolved for the same point, so that alpha, which depends on the rank, differs only if it was given.
     theirs, ours = job_settings.resolve_train(now.settings, before.given), now.train
     for name, own in declared(Settings).items():
-        # A resumed run may name its files otherwise, but a resumed study may not.
+        # A resumed run may name its files differently, but a resumed study may not.
         same = (own.compared or own.by_content) and "sweep" not in own.decided_by
         if same and getattr(theirs, name) != getattr(ours, name):
             old, new = (flag_value(getattr(settings, name)) for settings in (theirs, ours))
@@ -252,26 +258,26 @@ def _check_extended(before: SweepSettings, now: SweepSettings, num_layers: int, 
 
 
 def write_record(folder: StudyFolder, command: SweepCommand, base: BaseRecord) -> None:
-    """Write the study's record, before its first command starts. Raises UserError if it cannot be written."""
+    """Write the study's settings and base before the first launch. Raises UserError if a file cannot be written."""
     for path in (folder.path, folder.path / GROUPS):
         files.remove_leftovers(path, guard=folder.guard)
     own, train = command.settings.model_dump(mode="json"), command.train.model_dump(mode="json")
     found = {**{name: own[name] for name in marked(SweepSettings, lasts="")}, **{n: train[n] for n in command.given}}
     content = {name: value for name, value in found.items() if value is not None}
-    files.write_json(folder.base, asdict(base), guard=folder.guard)  # first: it has all points of the settings, or more
+    files.write_json(folder.base, asdict(base), guard=folder.guard)  # first, so that it has all points of the settings
     files.write_yaml(folder.settings, content, guard=folder.guard)
     discard(folder.status, guard=folder.guard)
 
 
 def read_command(folder: StudyFolder) -> SweepCommand:
-    """The settings of the study in the folder. Raises UserError."""
+    """Return the settings of the study in the folder. Raises UserError if they are not valid."""
     values = read_yaml(str(folder.settings), Settings, SweepSettings)
     with naming_file(folder.settings, values):
         return make_command({**values, "output_dir": str(folder.path)})
 
 
 def read_base(folder: StudyFolder) -> BaseRecord:
-    """Read base.json. Raises UserError naming what is broken."""
+    """Read base.json. Raises UserError if it is not valid; the message names the problem."""
     content = read_json_object(folder.base, kind="a sweep's folder")
     if "num_layers" not in content:
         raise UserError(f"{folder.base}: was not written by this version; give another --output_dir")
@@ -285,7 +291,7 @@ BASE_NAME = "base"
 class RunEnd:
     """The state of a run: `finished`, `failed`, `stopped`, `cut off` (killed, or still running) or `to do`.
 
-    A run that ended without a finite value on validation has failed, since it cannot be compared.
+    A run that ended without a finite validation result has failed, because it cannot be compared.
     """
 
     state: str
@@ -295,11 +301,11 @@ class RunEnd:
 
     @property
     def halved(self) -> str:
-        """Why --halving stopped it; '' if it did not."""
+        """The reason why --halving stopped the run; '' if it did not."""
         return self.reason if self.state == "finished" and self.reason.startswith(HALVING_REASON) else ""
 
     def in_words(self, metric: str) -> str:
-        """How a finished run ended, by the value of --eval_metric."""
+        """Return a description of how a finished run ended. `metric` is the value of --eval_metric."""
         why = f" ({self.halved})" if self.halved else ""
         return f"best validation {metric} {self.best:.4f}, ended at step {self.step}{why}"
 
@@ -309,8 +315,8 @@ class Result:
     """The result of a point of a study.
 
     Attributes:
-        run: the run whose learning rate is best on validation; None if no run of the point is finished.
-        missing: unfinished runs of other learning rates, which may still be better.
+        run: the run with the best learning rate on validation; None if no run of the point is finished.
+        missing: unfinished runs of other learning rates, which may turn out better.
         stopped: the runs that --halving stopped before their last step, and why.
     """
 
@@ -328,7 +334,7 @@ class Study:
 
     Attributes:
         base_score: the score of the model without an adapter.
-        own_rows: settings that were given and may make rows or prompts differ from the paper's.
+        own_rows: names of given settings that may change rows or prompts compared with the paper.
     """
 
     folder: Path
@@ -339,17 +345,17 @@ class Study:
     own_rows: tuple[str, ...] = ()
 
     def result(self, point: Point) -> Result:
-        """The result of a point of the grid."""
+        """Return the result of a point of the grid."""
         return next(result for result in self.results if result.point == point)
 
     @property
     def table_results(self) -> tuple[Result, ...]:
-        """The results for Table 2 and the figures that have a score."""
+        """The results with a score, for Table 2 and the figures."""
         return tuple(r for r in map(self.result, self.grid.table) if r.score is not None)
 
 
 def read_run(folder: Path) -> RunEnd:
-    """The state of the run in a folder."""
+    """Return the state of the run in a folder."""
     run = RunFolder(folder)
     if not run.is_run:
         return RunEnd("to do")
@@ -370,15 +376,15 @@ def read_run(folder: Path) -> RunEnd:
 
 
 def _number(value: Any) -> float | None:
-    """A finite number, or None."""
+    """Return `value` as a float if it is a finite number, else None."""
     return float(value) if type(value) in (int, float) and abs(value) < 1e300 else None
 
 
 def best_run(folder: StudyFolder, runs: Sequence[Run], *, metric: str) -> Run | None:
-    """The finished run that is best on validation, the first of equals. None if no run is finished.
+    """Return the finished run that is best on validation, or None if no run is finished. The first of equal runs wins.
 
     Args:
-        metric: the value of --eval_metric: `loss`, where less is better, or a score.
+        metric: the value of --eval_metric: `loss`, for which lower is better, or a score.
     """
     ends = {run: read_run(folder.run(run.name)) for run in runs}
     sign = 1.0 if metric == "loss" else -1.0
@@ -387,10 +393,10 @@ def best_run(folder: StudyFolder, runs: Sequence[Run], *, metric: str) -> Run | 
 
 
 def read_score(folder: Path) -> Score | None:
-    """The score that tiedlora evaluate wrote to `folder`, or None if there is none yet.
+    """Return the score that tiedlora evaluate wrote to `folder`, or None if there is none yet.
 
     Raises:
-        UserError: results.json has other content.
+        UserError: results.json does not have the expected content.
     """
     file = folder / RESULTS_FILE
     if not file.is_file():
@@ -406,10 +412,10 @@ def read_score(folder: Path) -> Score | None:
 
 
 def read_study(path: Path) -> Study:
-    """A study with its results so far, from its folder.
+    """Read the study in a folder with its results so far.
 
     Raises:
-        UserError: there is no study, or a file is broken.
+        UserError: the folder has no study, or a file is broken.
     """
     folder = StudyFolder(path)
     if not folder.settings.is_file():

@@ -1,7 +1,7 @@
-"""Runs a study from its settings to its tables: the base's score, the groups of runs, the scores of the best, tables.
+"""Runs a study: scores the base, trains the runs, scores the best run of each point, and writes tables and figures.
 
-A start is tiedlora train or tiedlora evaluate by the launcher of tiedlora run. How it ended is told by the files that
-it writes, not by its exit status, which a launcher may lose.
+The launcher of tiedlora run launches tiedlora train and tiedlora evaluate. The files that they write say how they
+ended, because a launcher may lose the exit status.
 """
 
 import os
@@ -29,7 +29,7 @@ from megatron_tiedlora.runtime import run_folder, stopping
 from megatron_tiedlora.study import record, tables
 from megatron_tiedlora.study.plan import Group, SweepPlan, plan_sweep
 
-LOG_MARK = "$ "  # precedes the command line of each start in a log
+LOG_MARK = "$ "  # precedes the command line of each launch in a log
 _TERMINAL_CODE, _BAR_MARK = re.compile(r"\x1b\[[0-9;]*[A-Za-z]"), "%|"
 _SHOWN_FAILURES, _SHOWN_CHARACTERS = 3, 120
 
@@ -41,7 +41,8 @@ def begin_job(job: launchers.Job, log: Path, lock: int) -> start.RunningJob:
     """Start a job whose output is appended to a log.
 
     Args:
-        lock: a descriptor that the launcher keeps open: one that outlives a killed sweep still holds its folder.
+        lock: the file descriptor of the folder's lock. The launcher keeps it open, so that a launcher that outlives a
+            killed sweep still holds the folder.
 
     Raises:
         UserError: the log cannot be written, or the launcher cannot be started.
@@ -52,7 +53,7 @@ def begin_job(job: launchers.Job, log: Path, lock: int) -> start.RunningJob:
         make_way_for_log(log)
         with log.open("a+b", buffering=0) as stream:
             stream.seek(max(0, stream.seek(0, os.SEEK_END) - 1))
-            cut = stream.read(1) not in (b"", b"\n")  # a kill may leave a part of a line
+            cut = stream.read(1) not in (b"", b"\n")  # a killed process may leave an incomplete line
             mark = f"\n{LOG_MARK}" if cut else LOG_MARK
             stream.write(f"{mark}{shlex.join(plan.words)}\n".encode())
             return start.RunningJob(job, plan, stdout=stream, stderr=stream, pass_fds=(lock,))
@@ -65,8 +66,8 @@ def sweep(command: job_settings.SweepCommand, *, scripts: Path, begin: Begin = b
         scripts: the folder of the scripts of tiedlora train and tiedlora evaluate.
 
     Raises:
-        UserError: settings, model, task or folder do not fit, before anything is started; or a file or launcher cannot
-            be written or started.
+        UserError: settings, model, task or folder do not fit; or a file cannot be written, or a launcher cannot be
+            started. The first four are checked before anything is launched.
     """
     settings = command.settings
     if settings.tables_from is not None:
@@ -92,10 +93,10 @@ def sweep(command: job_settings.SweepCommand, *, scripts: Path, begin: Begin = b
 
 
 def lock_study(folder: Path, *, take_over: bool = False) -> ownership.FolderLock:
-    """Become the owner of a study's folder, which is created if it does not exist.
+    """Lock a study's folder for this sweep. The folder is created if it does not exist.
 
     Raises:
-        UserError: another sweep, or a launcher of a killed one, is writing here.
+        UserError: another sweep, or the launcher of a killed sweep, writes to the folder.
     """
     hint = "it is another sweep, or a run of a killed sweep; wait until it ends, or end it"
     return ownership.take_folder(folder, take_over=take_over, hint=f"{hint} (--take_over takes the folder anyway)")
@@ -103,13 +104,13 @@ def lock_study(folder: Path, *, take_over: bool = False) -> ownership.FolderLock
 
 @dataclass
 class Sweep:
-    """A study at work: its starts follow each other.
+    """A running study. Its commands are launched one after another.
 
     Attributes:
         private: a folder for files of the launchers; no other user can read it.
-        scripts: the folder of the scripts that are started.
-        lock: the descriptor that holds the study's folder.
-        failures: by the name of a run or score that failed, why, and the log of its start.
+        scripts: the folder of the scripts that are launched.
+        lock: the file descriptor of the lock on the study's folder.
+        failures: for each failed run or score the reason and the log of its launch, by name.
     """
 
     plan: SweepPlan
@@ -129,11 +130,11 @@ class Sweep:
 
     @property
     def given_up(self) -> bool:
-        """Whether nothing else was started, as without the base's score there is nothing to compare with."""
+        """Whether nothing was trained because the base could not be scored, so that nothing can be compared with it."""
         return f"score {record.BASE_NAME}" in self.failures
 
     def run(self) -> None:
-        """Score the base, train the groups, and score the best run of each point. After a signal nothing is started.
+        """Score the base, train the runs, and score the best run of each point. After a signal nothing is launched.
 
         Raises:
             UserError: a file cannot be written, or a launcher cannot be started.
@@ -149,7 +150,7 @@ class Sweep:
             self._count()
 
     def _count(self) -> None:
-        """Show how many runs and scores of the study are done."""
+        """Show the number of finished runs and scores of the study."""
         done = sum(map(self.plan.is_finished, self.plan.runs))
         names = (record.BASE_NAME, *self._best().values())
         done += sum(record.read_score(self.folder.score(name)) is not None for name in names)
@@ -157,27 +158,27 @@ class Sweep:
         self._bar.update(done - self._bar.n)
 
     def _part(self, run: record.Run) -> float:
-        """The part of a run's steps that it has taken, 0 to 1."""
+        """Return the fraction of the run's steps that are done, from 0 to 1."""
         steps = self.plan.runs[run].settings.max_steps
         row = last_row(run_folder.RunFolder(self.folder.run(run.name)).metrics)
         return 0.0 if row is None else min(row["step"] / steps, 1.0)
 
     def _best(self) -> dict[str, str]:
-        """The best run of each point that has a finished one, by the name of the score."""
+        """Return the best run of each point that has a finished run, by the name of its score."""
         grid, metric = self.plan.grid, self.command.train.eval_metric
         found = {point: record.best_run(self.folder, grid.runs(point), metric=metric) for point in grid.points}
         return {f"score {point.name}": run.name for point, run in found.items() if run is not None}
 
     def _train(self, runs: Group) -> None:
-        """Train a group, each run in the folder of its own."""
+        """Train runs together. Each run has its own folder."""
         if self.stop.received:
             return
         folder, first, several = self.folder, runs[0].name, len({run.point for run in runs}) < len(runs)
         left = [run for run in runs if not self.plan.is_finished(run)]
-        for run in left:  # if the start fails, how an earlier one ended is not why
+        for run in left:  # if this launch fails, an old status must not be read as its reason
             discard(run_folder.RunFolder(folder.run(run.name)).status, guard=folder.guard)
         file, output = folder.group(f"{first}.yaml"), folder.group(first)
-        with suppress(OSError):  # the next lines say what is wrong
+        with suppress(OSError):  # the next lines report what is wrong
             file.parent.mkdir(exist_ok=True)
         entries = [{"name": run.name, **run.settings, "output_dir": str(folder.run(run.name))} for run in runs]
         files.write_yaml(file, entries, guard=folder.guard)
@@ -195,7 +196,7 @@ class Sweep:
             self._note(run.name, words, f"group {first}", end.reason)
 
     def _score(self, wanted: Mapping[str, str]) -> None:
-        """Score the base model alone, or the adapters of runs together; by the names of the scores."""
+        """Score the base model alone, or the adapters of several runs together. `wanted` is by the names of scores."""
         folder, train, settings = self.folder, self.command.train, self.command.settings
         left = {item: name for item, name in wanted.items() if record.read_score(folder.score(name)) is None}
         if not left or self.stop.received:
@@ -221,24 +222,24 @@ class Sweep:
             self._note(item, words_of, log)
 
     def _take_scores(self) -> None:
-        """Move each score that was made beside others to its place. A sweep that was killed may have left some."""
+        """Move each score that was computed together with others to its folder, including those of a killed sweep."""
         made = self.folder.group(record.SCORES)
         for found in sorted(made.glob(f"*/{RESULTS_FILE}")):
             target = self.folder.score(found.parent.name)
-            discard(target, guard=self.folder.guard)  # it has no result, or this one
+            discard(target, guard=self.folder.guard)  # it has no result, or the same one
             with os_errors(f"{target}: cannot be written"):
                 target.parent.mkdir(exist_ok=True)
                 found.parent.replace(target)
         discard(made, guard=self.folder.guard)
 
-    # One start --------------------------------------------------------------------------------------------------------
+    # One launch -------------------------------------------------------------------------------------------------------
 
     def _start(self, name: str, script: str, settings: Mapping[str, Any], words: Sequence[str] = ()) -> bool:
-        """Start a script and wait for its end. False if a signal has come meanwhile.
+        """Launch a script and wait until it ends. Returns False if a signal was received meanwhile.
 
         Args:
-            name: of its log.
-            settings: its flags, by name; those that are None are left out.
+            name: the name of its log.
+            settings: values of its flags by name; None values are left out.
             words: further words of its command line.
         """
         self.folder.guard()
@@ -257,15 +258,15 @@ class Sweep:
             start.wait_for_end(running, status, self.stop, grace=grace, on_poll=self._show, tell=self._say)
             running.end(self._say)
         finally:
-            running.kill()  # nothing is left, unless this sweep cannot go on
+            running.kill()  # has an effect only if this sweep was interrupted
         return not self.stop.received
 
     def _note(self, item: str, words: str | None, log: str, recorded: str = "") -> None:
-        """Show how a run or score has ended, and keep why it failed.
+        """Show how a run or score ended, and store the reason if it failed.
 
         Args:
-            words: how it ended; None: it failed.
-            recorded: why, as far as its folder says. The log of several has the errors of all.
+            words: a description of how it ended; None if it failed.
+            recorded: the reason in its folder; '' if there is none. A log of several runs has the errors of all.
         """
         if words is None:
             lines = last_lines(self.folder.log(log), 40)
@@ -283,8 +284,8 @@ class Sweep:
             self._bar.write(printable(f"tiedlora sweep: {line}"))
 
     def _show(self) -> None:
-        """Show which part of the running start is done, and its last line, which is mostly its own progress."""
-        with suppress(OSError):  # a full disk or a lost screen is no reason to stop
+        """Show the progress of the running launch and its last line of output, usually its own progress bar."""
+        with suppress(OSError):  # the sweep continues if the disk is full or the terminal is closed
             self._bar.update(self._done + sum(map(self._part, self._training)) - self._bar.n)
             line = "".join(last_lines(self._log, 1, bars=True))
             self._bar.set_postfix_str(printable(f"{self._log.stem}: {line}"[:_SHOWN_CHARACTERS]))
@@ -292,10 +293,10 @@ class Sweep:
     # The end ----------------------------------------------------------------------------------------------------------
 
     def write_status(self, state: str, *, reason: str | None = None) -> None:
-        """Write sweep_status.json: how this start ended, and why each failure did, with the last lines of its log.
+        """Write sweep_status.json: how this launch ended, and each failure with its reason and the end of its log.
 
         Args:
-            reason: why the sweep itself failed.
+            reason: the reason if the sweep itself failed.
         """
         failed = [
             {"name": name, "reason": why, "log": str(log), "last_lines": last_lines(log)}
@@ -305,7 +306,7 @@ class Sweep:
         write_json(self.folder.status, {"state": state, **own, "failed": failed}, guard=self.folder.guard)
 
     def end(self) -> int:
-        """Write status, tables and figures, and show what failed. Returns the exit status."""
+        """Write the status, tables and figures, and show the failures. Returns the exit status."""
         folder, failures = self.folder, self.failures
         if self.stop.received:
             self.write_status("stopped")
@@ -327,7 +328,7 @@ class Sweep:
 
 
 def last_row(metrics: Path) -> dict[str, Any] | None:
-    """The last complete row of a metrics.jsonl that is still being written."""
+    """Return the last complete row of a metrics.jsonl that is still being written."""
     try:
         with metrics.open("rb") as stream:
             stream.seek(max(0, metrics.stat().st_size - 4096))
@@ -338,7 +339,7 @@ def last_row(metrics: Path) -> dict[str, Any] | None:
 
 
 def last_lines(log: Path, count: int = 12, *, bars: bool = False) -> list[str]:
-    """The last lines of output of a command's last start, with progress bars or without."""
+    """Return the last lines of output of a command's last launch. `bars` includes progress bars."""
     if not log.is_file():
         return []
     with log.open("rb") as stream:
@@ -354,7 +355,7 @@ def join_studies(folders: Sequence[str], target: Path, *, take_over: bool = Fals
     """Write tables and figures of several studies, one per task, to the folder `target`. Returns exit status 0.
 
     Raises:
-        UserError: a folder holds no study, a task appears twice, or the base models differ.
+        UserError: a folder has no study, a task appears twice, or the base models differ.
     """
     studies = [record.read_study(user_path(folder)) for folder in folders]
     for index, study in enumerate(studies):

@@ -1,15 +1,15 @@
-"""The paper's Table 2 and Table 3 from studies of one task each: as records for CSV, and from these as Markdown.
+"""Makes the paper's Table 2 and Table 3 from studies of one task each, as records for CSV and as Markdown.
 
-Figures 2 and 3 show scores by rank, with 95 % intervals and the paper's scores as hollow marks.
+It also draws figures 2 and 3, which show scores by rank, with 95 % intervals and the paper's scores as hollow marks.
 
-P% is a method's trained parameters in per cent of LoRA's at LoRA's best rank. The average decline of a method against
-LoRA is 100 (mean of LoRA's scores - mean of its scores) / mean of LoRA's scores over the tasks, with LoRA at its best
-rank. Among the possible definitions only this one matches the paper's figures for tl6 at LoRA's best rank: 1.95 % with
-GPT-2B-001 (the cells of its Table 2 give 1.956) and nearly 1.36 % with LLaMA-2 7B (they give 1.300). The mean of the
-tasks' declines would be 5.07 and 1.63. For one task it is the decline in per cent of LoRA's score.
+P% is a method's trained parameters in per cent of LoRA's at LoRA's best rank. The average decline of a method is
+100 (mean of LoRA's scores - mean of its scores) / mean of LoRA's scores. Means are over the tasks, with LoRA at its
+best rank. Of the possible definitions only this one matches the paper's values for tl6 at LoRA's best rank. They are
+1.95 % with GPT-2B-001 (its cells of Table 2 result in 1.956) and 1.36 % with LLaMA-2 7B (its cells result in 1.300).
+The mean of the tasks' declines would be 5.07 and 1.63. For one task it is the decline in per cent of LoRA's score.
 
-The CSV files have unrounded numbers, a cell per line, and begin with the columns of the package's files of the numbers
-that the paper published, which a study of the same model, task and metric is shown beside.
+The CSV files have unrounded numbers and one line per cell. Their first columns are those of the package's files of the
+paper's scores. A study is shown with the paper's scores for the same model, task and metric.
 """
 
 import csv
@@ -31,18 +31,18 @@ from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.runtime.run_folder import plain_figures, save_figure
 from megatron_tiedlora.study.record import BASE_NAME, BaseRecord, Point, Result, Study, rate_text
 
-TableRow = Mapping[str, Any]  # a line of a CSV file by its columns; what it does not have is unknown
+TableRow = Mapping[str, Any]  # a line of a CSV file by its columns; a missing value is unknown
 
 # The paper's numbers --------------------------------------------------------------------------------------------------
 
 LORA_RANK, BEST_RANK = "rank_of_best_lora", "best_rank"
 TABLE3_MODEL, TABLE3_RANK = "llama2-7b", 16
 MODEL_TITLES = {"llama2-7b": "LLaMA-2 7B", "gpt-2b-001": "GPT-2B-001"}
-EXACT_MATCH = ("squad", "gsm8k", "exact_match")  # our metrics that are the paper's em; its others are called as ours
+EXACT_MATCH = ("squad", "gsm8k", "exact_match")  # our names for the paper's em; its other metrics keep their names
 
 
 def paper_model(name: str, shape: ModelShape) -> str | None:
-    """The paper's model that a base is, if any: by its shape, or GPT-2B-001 by its name without folders."""
+    """Return the paper's model with this shape, or for GPT-2B-001 with this name; None if there is none."""
     for title in MODEL_TITLES:
         if shape == shape_from_hf(PRESETS[title], source=title):
             return title
@@ -50,8 +50,7 @@ def paper_model(name: str, shape: ModelShape) -> str | None:
 
 
 def table2_cell(base: BaseRecord, section: str, method: str) -> TableRow:
-    """The columns of a record that show the paper's cell for a method; {} if it has none. LoRA is in the first section
-    only."""
+    """Return the columns with the paper's values for a method; {} if it has none. LoRA is only in the first section."""
     key = {"model": base.paper_model, "section": section, "method": method, **_task_and_metric(base)}
     for row in _rows("table2.csv"):
         if key.items() <= row.items():
@@ -61,13 +60,13 @@ def table2_cell(base: BaseRecord, section: str, method: str) -> TableRow:
 
 
 def table2_points(base: BaseRecord, method: str) -> dict[int, float]:
-    """All scores of a method on a study's task in the paper's Table 2, by rank."""
+    """Return all scores of a method on a study's task in the paper's Table 2 by rank."""
     cells = (table2_cell(base, section, method) for section in (LORA_RANK, BEST_RANK))
     return dict(sorted((cell["paper_rank"], cell["paper_score"]) for cell in cells if cell))
 
 
 def table3_scores(base: BaseRecord) -> dict[str, float]:
-    """The paper's row of Table 3, by column (`layer_8`, `tl5`); {} if it has none."""
+    """Return the paper's row of Table 3 by column (`layer_8`, `tl5`); {} if it has no such row."""
     for row in _rows("table3.csv") if base.paper_model == TABLE3_MODEL else ():
         if _task_and_metric(base).items() <= row.items():
             return {column: float(score) for column, score in row.items() if column not in ("task", "metric")}
@@ -103,17 +102,17 @@ TABLE3_COLUMNS = (
 
 
 def metric_title(study: Study) -> str:
-    """The metric as tables name it."""
+    """Return the metric's name in tables."""
     return METRIC_TITLES.get(study.base.metric, study.base.metric)
 
 
 def title(study: Study) -> str:
-    """`task (metric)`."""
+    """Return the title `task (metric)`."""
     return f"{study.base.task} ({metric_title(study)})"
 
 
 def model_title(study: Study) -> str:
-    """The base model's name as the user gave it, without its folder."""
+    """Return the last part of the base model's name."""
     return study.base.model.rstrip("/").rsplit("/", 1)[-1]
 
 
@@ -137,10 +136,10 @@ def _of_result(result: Result) -> TableRow:
 
 
 def table2(studies: Sequence[Study]) -> list[TableRow]:
-    """The records of Table 2: all methods at LoRA's best rank, then each method but LoRA at its own best rank.
+    """Return the records of Table 2: all methods at LoRA's best rank, then each method but LoRA at its own best rank.
 
-    The best rank has the best score on the test set, as in the paper. Of equal scores it is the smaller rank. A method
-    has a record for each task, and for the average of several if all have a score.
+    The best rank has the best score on the test set, as in the paper. If scores are equal, it is the smallest rank. A
+    method has a record for each task, and one for the average of several tasks if all of them have a score.
     """
     of_base = {"section": BASE_NAME, "method": BASE_NAME}
     found = [_record(study, study.base_score, **of_base) for study in studies if study.base_score is not None]
@@ -153,7 +152,7 @@ def table2(studies: Sequence[Study]) -> list[TableRow]:
 
 
 def _table2_row(studies: Sequence[Study], section: str, method: str) -> Iterator[TableRow]:
-    """The records of a method, if a study has a score of it."""
+    """Yield the records of a method, if a study has a score for it."""
     best_lora, where = [best_result(study, LORA) for study in studies], {"section": section, "method": method}
     results = [best_result(study, method) for study in studies]
     if section == LORA_RANK:
@@ -183,24 +182,24 @@ def _value(result: Result) -> float:
 
 
 def best_result(study: Study, method: str, *, rank: int | None = None) -> Result | None:
-    """The method's result with the best test score, at `rank` or at any rank; None if there is no score."""
+    """Return the method's result with the best test score, at `rank` or at any rank; None if there is no score."""
     found = [r for r in study.table_results if r.point.method == method and rank in (None, r.point.rank)]
     return max(found, key=lambda r: (_value(r), -r.point.rank)) if found else None
 
 
 def decline(lora: Sequence[float], scores: Sequence[float]) -> float | None:
-    """The average decline of `scores` against LoRA's on the same tasks, in per cent; None if LoRA's are all zero."""
+    """Return the average decline of `scores` against LoRA's on the same tasks, in per cent; None if LoRA's are 0."""
     return 100 * (sum(lora) - sum(scores)) / sum(lora) if sum(lora) > 0 else None
 
 
 def mean_base(studies: Sequence[Study]) -> float | None:
-    """The mean score of the base model over the tasks; None if one has none."""
+    """Return the mean score of the base model over the tasks; None if a task has no score."""
     values = [study.base_score.value for study in studies if study.base_score is not None]
     return sum(values) / len(values) if len(values) == len(studies) else None
 
 
 def tensors_text(method: str) -> str:
-    """Says how a method trains, ties and freezes tensors: `A tied; B tied, frozen; u, v`. Frozen u, v are omitted."""
+    """Describe which tensors a method ties and freezes, as `A tied; B tied, frozen; u, v`. Omits frozen u and v."""
     spec = find_method(method)
 
     def state(name: str) -> str:
@@ -215,7 +214,7 @@ def tensors_text(method: str) -> str:
 
 
 def table2_markdown(studies: Sequence[Study]) -> str:
-    """Table 2 as Markdown."""
+    """Return Table 2 as Markdown."""
     records, several = table2(studies), len(studies) > 1
     of_paper = {record["task"] for record in records if "paper_score" in record}
     header = ["method", "tensors"]
@@ -242,7 +241,7 @@ def table2_markdown(studies: Sequence[Study]) -> str:
 
 
 def _cells(record: TableRow, *, with_paper: bool) -> list[str]:
-    """The cells of a task in a row: score, interval, rank, P% and decline; the paper's score, rank and P%."""
+    """Return a task's cells: score, interval, rank, P% and decline, then the paper's score, rank and P%."""
     ranks = [str(record.get(name, NONE)) for name in ("rank", "paper_rank")]
     shares = [_number(record.get(name), 1) for name in ("params_percent_of_best_lora", "paper_params_percent")]
     cells = [*_score_texts(record), ranks[0], shares[0], _number(record.get("decline_percent"))]
@@ -250,7 +249,7 @@ def _cells(record: TableRow, *, with_paper: bool) -> list[str]:
 
 
 def _score_texts(record: TableRow) -> tuple[str, str]:
-    """A score, with a mark if not all learning rates are finished, and its interval."""
+    """Return the texts of a score and its interval. A mark means that not all learning rates are finished."""
     if "score" not in record:
         return NONE, NONE
     mark = INCOMPLETE if record.get("all_rates_finished") == "false" else ""
@@ -289,7 +288,7 @@ def _notes2(studies: Sequence[Study], records: Sequence[TableRow]) -> list[str]:
 
 
 def table3(studies: Sequence[Study]) -> list[TableRow]:
-    """The records of Table 3: LoRA on single layers and the tied method at the same rank, of studies that have them."""
+    """Return the records of Table 3: LoRA on single layers, and the tied method at the same rank, if they exist."""
     found = []
     for study in studies:
         published = table3_scores(study.base)
@@ -302,7 +301,7 @@ def table3(studies: Sequence[Study]) -> list[TableRow]:
 
 
 def table3_markdown(studies: Sequence[Study]) -> str:
-    """Table 3 as Markdown: a row per task, with the paper's row below it if there is one."""
+    """Return Table 3 as Markdown, with a row per task and the paper's row below it if there is one."""
     records = table3(studies)
     layers = {record["adapter"] for record in records if record["adapter"].startswith("layer_")}
     columns = sorted(layers, key=lambda name: int(name[6:]))
@@ -335,7 +334,7 @@ def _incomplete_notes(records: Iterable[TableRow]) -> list[str]:
 
 
 def _study_notes(points: Sequence[tuple[Study, Sequence[Point]]]) -> list[str]:
-    """Notes on runs of these points that --halving stopped, and on rows and prompts that may not be the paper's."""
+    """Return notes on runs that --halving stopped, and on rows and prompts that may differ from the paper's."""
     notes = []
     for study, own in points:
         stopped = [f"  - {run.name}: {why}" for point in own for run, why in study.result(point).stopped]
@@ -361,7 +360,7 @@ def _number(value: float | None, digits: int = 2) -> str:
 
 
 BEST_METHODS = ("lora", "vera", "tl5", "tl6")
-# Colours that red-green colour-blind readers can distinguish, with different marks; by the order of the methods.
+# Colours that red-green colour-blind readers can distinguish, in the order of the methods. The marks differ too.
 _COLOURS = ("#000000", "#999999", "#56B4E9", "#0072B2", "#F0C419", "#CC79A7", "#009E73", "#D55E00")
 STYLES: Mapping[str, Sequence[str]] = {
     method: style for method, *style in zip(METHOD_NAMES, cycle(_COLOURS), cycle("osv^<>DP"), strict=False)
@@ -371,7 +370,7 @@ NAMES = {name: {"lora": "LoRA", "vera": "VeRA"}.get(name, name.upper()) for name
 
 
 class PlotPoint(NamedTuple):
-    """A score at a rank, with the lengths of its error bar below and above, in per cent."""
+    """A score at a rank, with the lengths of its error bar below and above it, in per cent."""
 
     rank: int
     value: float
@@ -380,9 +379,9 @@ class PlotPoint(NamedTuple):
 
 
 def lines(studies: Sequence[Study]) -> dict[str, list[PlotPoint]]:
-    """The mean over the studies, by method and rank, for the ranks at which all studies have a score.
+    """Return the mean score over the studies by method and rank, for the ranks at which all studies have a score.
 
-    The test sets of the tasks are independent, so the squares of their error bars add up.
+    The test sets of the tasks are independent, so the squares of their error bars are added.
     """
     found: dict[str, list[PlotPoint]] = {}
     for method in METHOD_NAMES:
@@ -402,9 +401,9 @@ def _mean(rank: int, scores: Sequence[Score]) -> PlotPoint:
 
 
 def draw_figures(studies: Sequence[Study], folder: Path, *, guard: Guard = unguarded) -> list[Path]:
-    """Draw Figure 2, with all methods and with the best, and Figure 3, with a panel per task; returns the files.
+    """Draw figure 2 (a panel of all methods, one of the best) and figure 3 (a panel per task), and return the files.
 
-    Raises UserError if one cannot be written.
+    Raises UserError if a file cannot be written.
     """
     label = f"mean score of {len(studies)} tasks" if len(studies) > 1 else metric_title(studies[0])
     panels = {"figure2.png": list[Callable[[Any], None]](), "figure3.png": list[Callable[[Any], None]]()}
@@ -451,7 +450,7 @@ def _draw(
     methods: Collection[str] = METHOD_NAMES,
     published: bool = False,
 ) -> None:
-    """Draw the mean scores of some methods, with the paper's if they are `published` for one study."""
+    """Draw the mean scores of some methods. If `published`, also draw the paper's scores for the only study."""
     data, base = {name: points for name, points in lines(studies).items() if name in methods}, mean_base(studies)
     ranks = {point.rank for points in data.values() for point in points}
     for index, (method, points) in enumerate(data.items()):
