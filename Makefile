@@ -8,7 +8,7 @@ TESTS ?= tests
 PYTEST_ARGS ?=
 # Tests run in this many processes, a file in one of them; more than there are cores, because many tests wait. -s shows what
 # tests print, which takes one process.
-WORKERS ?= $(if $(filter -s,$(PYTEST_ARGS)),0,5)
+WORKERS ?= $(if $(filter -s,$(PYTEST_ARGS)),0,4)
 DEEPSPEED_ARGS ?=
 
 BIN := $(abspath $(VENV))/bin
