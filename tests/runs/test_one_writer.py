@@ -151,8 +151,11 @@ def stop_at_call(module: str, name: str, *, call: int = 1) -> None:
 
 
 def is_stopped(world: World) -> bool:
-    """Whether rank 0 stands still."""
-    return psutil.Process(world.processes[0].pid).status() == psutil.STATUS_STOPPED
+    """Whether rank 0 stands still; it does not if it has ended."""
+    try:
+        return psutil.Process(world.processes[0].pid).status() == psutil.STATUS_STOPPED
+    except psutil.NoSuchProcess:
+        return False
 
 
 def stopped_at(base: Base, folder: Path, place: tuple[str, str, int], **changes: Any) -> World:
