@@ -8,7 +8,7 @@ share. `sources` finds and reads files, the task interprets a row, `chat` makes 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import partial
-from itertools import islice
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from megatron_tiedlora.base.messages import UserError, shown, user_path
 from megatron_tiedlora.data.chat import Chat, read_chat_template, with_marks, without_marks
 from megatron_tiedlora.data.readers import checked_files, checked_text, describe_fields, looks_like_path
-from megatron_tiedlora.data.sources import Files, NumberedRow, RowStream, mixed, parse_sources, row_stream, source_kind
+from megatron_tiedlora.data.sources import Files, RowStream, mixed, parse_sources, row_stream, source_kind
 from megatron_tiedlora.data.tables import Row
 from megatron_tiedlora.data.task import DataSettings, Example, Parts, Reading, Split, Task, join_answer, template_fields
 from megatron_tiedlora.data.tasks import get_task
@@ -113,18 +113,18 @@ def _samples(task: Task, split: Split, *, files: Files, seed: int, reading: Read
     sample of its own, and is repeated if the files have weights."""
     carves = split != "test" and source_kind(task, "validation", files) == "carve"
     stream = row_stream(task, "train" if carves else split, files=files, reading=reading)
-    rows: Iterable[NumberedRow] = list(stream) if split == "train" else stream
+    found = list(stream) if split == "train" else None
+    held_out: NDArray[np.bool_] | None = None
     if carves:
-        numbers = np.array([number for _, number, _ in rows])
-        held_out = held_out_rows(stream, numbers, seed=seed, required=split != "train")
-    if split == "train":
-        found = list(rows)
+        numbers = np.array([number for _, number, _ in (stream if found is None else found)])
+        held_out = held_out_rows(stream, numbers, seed=seed, required=found is None)
+    if found is not None:
         sizes = np.bincount([source for source, _, _ in found], minlength=len(stream.sources)).tolist()
-        order, _ = mixed(stream.sources, sizes, held_out if carves else np.zeros(len(found), dtype=bool), seed=seed)
+        order, _ = mixed(stream.sources, sizes, np.zeros(len(found), bool) if held_out is None else held_out, seed=seed)
         return ([found[row][-1]] for row in order.tolist())
     samples = dict[int, list[Row]]()
     # With strict=True, a file whose length has changed since the first reading is an error.
-    for (_, number, row), taken in zip(rows, held_out, strict=True) if carves else ((row, True) for row in rows):
+    for (_, number, row), taken in zip(stream, repeat(True) if held_out is None else held_out, strict=carves):
         if taken:
             samples.setdefault(number, []).append(row)
     return samples.values()
