@@ -1,1 +1,1 @@
-"""The tied adapter: its targets, tensors and low-rank update, and the communication between ranks that it needs."""
+"""This package defines the adapter: its targets, tensors and low-rank update, and the communication between ranks."""

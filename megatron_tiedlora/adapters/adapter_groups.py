@@ -1,8 +1,8 @@
-"""Adapters of one base that are trained together. Each keeps its own tensors and is applied to its own tokens only.
+"""Apply several adapters of one base in the same step. Each has its own tensors and is applied to its own tokens only.
 
-The micro-batches of several adapters are joined end to end into ONE row. Each is the same as when that adapter is
-trained alone. So every tensor of an adapter keeps its shape and memory, and there is no padding for other adapters.
-`AdapterGroup` is no nn.Module: an engine moves, sums or steps its tensors only if a stage registers one (`Stage`).
+The micro-batches of several adapters are concatenated into one row of tokens. Each of them is the same as when its
+adapter is trained alone. So an adapter's tensors have the same shapes and memory, and no adapter is padded for another.
+`AdapterGroup` is not an nn.Module, so an engine uses an adapter's tensors only if `Stage` registers the adapter.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -17,11 +17,11 @@ from megatron_tiedlora.adapters.tied_adapter import AdapterShard, LayerUpdate, L
 from megatron_tiedlora.parallel.groups import TensorParallel, with_adjoint
 from megatron_tiedlora.parallel.loss import RowSpan, RowSpans, spans_between
 
-ONLY = ""  # the name of an adapter that is the only one
+ONLY = ""  # the name of an adapter that is trained or evaluated alone
 
 
 class Share(NamedTuple):
-    """The micro-batch of one adapter, (rows, length) tokens, row after row. It can be one of several in a micro-batch.
+    """The tokens of one adapter in a micro-batch: `num_rows` rows of `length` tokens, flattened.
 
     Attributes:
         adapter: the name of the adapter in the adapter group.
@@ -33,7 +33,7 @@ class Share(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
-        """Return the number of tokens, including padding."""
+        """Return the adapter's number of tokens in the micro-batch, including padding."""
         return self.num_rows * self.length
 
 
@@ -41,17 +41,17 @@ Shares = Sequence[Share]
 
 
 def spans_of(shares: Shares) -> RowSpans:
-    """Return the span of tokens of each share, in order; return an empty tuple if there is a single share."""
+    """Return the span of tokens of each `Share`, in order, or an empty tuple if there is only one `Share`."""
     if len(shares) == 1:
         return ()
     return tuple(RowSpan(number, share.num_tokens) for number, share in enumerate(shares))
 
 
 class Dropout(NamedTuple):
-    """The dropout of one adapter's inputs (--dropout). The index of each token decides which of its inputs are dropped.
+    """The dropout of one adapter's inputs (--dropout). The index of a token determines which of its inputs are dropped.
 
     Attributes:
-        probability: the probability that an input is dropped.
+        probability: the probability that an input element is dropped.
         seed: the seed of the run.
     """
 
@@ -61,11 +61,11 @@ class Dropout(NamedTuple):
     def of_linears(
         self, part: AdapterShard, token_index: Tensor, tensor_parallel: TensorParallel
     ) -> Callable[[int, str], InputDropout]:
-        """Return a function from a layer and the name of a target to the dropout of that linear.
+        """Return a function that takes a layer and a target's name and returns the dropout of that linear.
 
         Args:
             part: the shard of the adapter on this rank.
-            token_index: (b, s) int64, see `MicroBatch`.
+            token_index: the token indices, (b, s) int64, see `MicroBatch`.
         """
         parts = tensor_parallel.sequence_parts
         keys = token_keys(token_index.flatten(), seed=self.seed)
@@ -86,27 +86,27 @@ class AdapterGroup:
     """The shards of one or more adapters on a rank, by adapter name."""
 
     def __init__(self, adapters: Mapping[str, TiedAdapter], dropout: Mapping[str, Dropout] | None = None) -> None:
-        """Take the adapters, and in `dropout` the dropout of adapters in training steps, both by name."""
+        """Create the group from its adapters and from their dropout in training steps, both by adapter name."""
         self.adapters, self.dropout = dict(adapters), dict(dropout or {})
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield every adapter tensor of this rank, with the name ADAPTER.TENSOR."""
+        """Yield the name ADAPTER.TENSOR and the parameter for every adapter tensor on this rank."""
         for name, adapter in self.adapters.items():
             for tensor, parameter in adapter.named_parameters():
                 yield f"{name}.{tensor}", parameter
 
     def updates(self, shares: Shares, tensor_parallel: TensorParallel, *, dtype: torch.dtype) -> dict[int, LayerUpdate]:
-        """Return the updates of the adapted layers of the stage, by layer, for the adapters of the micro-batch.
+        """Return the updates of the stage's adapted layers, by layer, for the adapters of the micro-batch.
 
-        Factors that ranks need in full are gathered in one message for all adapters of the micro-batch, and their
-        gradients are summed in one. The gradients of u stay partial sums, which are summed once per step.
+        Factors that ranks need in full are gathered in one message for all adapters of the micro-batch. Another message
+        sums their gradients. The gradients of u stay partial sums on each rank, which are summed once per step.
 
         Args:
-            shares: the shares of the micro-batch, at most one per adapter; by default one for the only adapter.
+            shares: the tokens of each adapter in the micro-batch. It may be empty if the group has only one adapter.
             dtype: the base's dtype.
         """
         adapters = [self.adapters[share.adapter] for share in shares or self._only_share()]
-        assert len(set(map(id, adapters))) == len(adapters), "an adapter has two shares of a micro-batch"
+        assert len(set(map(id, adapters))) == len(adapters), "an adapter occurs twice in one micro-batch"
         if len(adapters) == 1:  # all tokens use the same factors; ZeRO-3 gathers those that it shards in this call
             updates = adapters[0](tensor_parallel.group, dtype=dtype)
             return dict(zip(adapters[0].part.layers, updates, strict=True))
@@ -123,8 +123,8 @@ class AdapterGroup:
         memory: dict[Hashable, Tensor] = {}
 
         def flat(factors: Sequence[Tensor]) -> Tensor:
-            """Return the concatenated factors, in one tensor for all layers that share them, without copying one."""
-            # The key is no address, because tensors without data have none.
+            """Return the factors concatenated in a flat tensor, which layers with equal factors share."""
+            # The key is not an address, because tensors without data have none.
             key = tuple((factor.untyped_storage()._cdata, factor.storage_offset()) for factor in factors)
             if key not in memory:
                 parts = [factor.flatten() for factor in factors]
@@ -132,7 +132,7 @@ class AdapterGroup:
             return memory[key]
 
         def joined(linears: Mapping[int, LinearUpdate]) -> LinearUpdate:
-            """Return one update of a linear for all adapters, with flat and concatenated factors and gradient slots."""
+            """Return one update of a linear for all adapters. Its factors and gradient slots are flat tensors."""
             ranks = {number: adapters[number].config.rank for number in linears}
             a, f, grad_a, grad_f, _ = zip(*linears.values(), strict=True)
             rows = SharedRows(ranks=ranks, spans=spans, local_spans=local_spans)
@@ -149,7 +149,7 @@ class AdapterGroup:
     def with_dropout(
         self, updates: Mapping[int, LayerUpdate], token_index: Tensor, shares: Shares, tensor_parallel: TensorParallel
     ) -> dict[int, LayerUpdate]:
-        """Return the updates with each adapter's dropout for its tokens. For `token_index` (b, s) see `MicroBatch`."""
+        """Return the updates with dropout for adapters that use it. For `token_index`, (b, s), see `MicroBatch`."""
         names = (share.adapter for share in shares or self._only_share())
         dropped = {
             number: self.dropout[name].of_linears(self.adapters[name].part, token_index, tensor_parallel)
@@ -174,7 +174,7 @@ class AdapterGroup:
 
 
 def _join_slots(factors: Sequence[Tensor], slots: Sequence[Tensor | None]) -> Tensor | None:
-    """Return one gradient slot for several factors, of which some may be frozen; return None if all are frozen."""
+    """Return one gradient slot for several factors, some of which may be frozen, or None if all are frozen."""
     trained = [slot is not None for slot in slots]
     if not any(trained):
         return None

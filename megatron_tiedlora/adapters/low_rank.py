@@ -1,22 +1,22 @@
-"""The low-rank update of a linear, z = W x + F A x, for the tokens of a micro-batch of one or more adapters.
+"""Compute the low-rank update F A x of a linear, z = W x + F A x, for the micro-batches of one or more adapters.
 
-With ax = A x, dz the gradient of z and grad_ax = dz F:
+The gradients are these, where ax = A x, dz is the gradient of z, and grad_ax = dz F:
 
     dA = grad_ax^T x        dF = dz^T ax        dx = dz W + grad_ax A
 
 With dropout D on the update's input, ax = A D(x), dA = grad_ax^T D(x), and dx = dz W + D(grad_ax A). D multiplies each
-element by a number, so it is its own adjoint. No matmul here creates a (tokens, out) tensor. The layers themselves
+element by a number, so D is its own adjoint. No matmul here creates a (tokens, out) tensor. The layers themselves
 compute the matmuls with W.
 
-Layers use A and F = (alpha / r) diag(v) B diag(u) of each linear; the gradients of B, u and v follow from dF. A tensor
-has one slot per set of layers that share it. It is stacked over slots unless one slot serves all layers.
+Layers use A and F = (alpha / r) diag(v) B diag(u) of each linear. The gradients of B, u and v are computed from dF. A
+tensor has one slot per set of layers that share it. It is stacked over slots unless all layers use the same slot.
 
-A token uses the factors of its own adapter. There are two sets of tokens: all tokens of the micro-batch, and with
-sequence parallelism only this rank's shard of the sequence (`local`).
+A token uses the factors of its own adapter. Functions take either all tokens of the micro-batch or, with `local`, this
+rank's shard of the sequence (sequence parallelism).
 
-With several adapters the factors of a linear are flat: A_1 (r_1, in) is followed by A_2, and so on. So are F_i (out,
-r_i), the gradients, and A x, (tokens, r_i) for each span of tokens. So an adapter's tensors have the same shape and
-memory as when it is trained alone, and r_i elements are saved per token.
+With several adapters, the factors of a linear are flattened and concatenated: A_1 (r_1, in) is followed by A_2, and so
+on. The same holds for F_i (out, r_i), the gradients, and A x, which is (tokens, r_i) for the tokens of adapter i. So an
+adapter's tensors have the same shape and memory as when it is trained alone, and r_i elements are saved per token.
 """
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -38,7 +38,7 @@ from megatron_tiedlora.parallel.shard_spec import stream_seed
 
 @cache
 def layer_slots(shared_by: Sharing, layers: tuple[int, ...]) -> dict[int, int]:
-    """Return the slot of each adapted layer. Slots are in the order of their first layers."""
+    """Return the slot that each adapted layer uses. Slots are numbered in the order of their first layers."""
     keys: list[Hashable] = list(layers) if shared_by == "one" else [None] * len(layers)
     if isinstance(shared_by, int):
         keys = [index // shared_by for index in range(len(layers))]
@@ -48,13 +48,13 @@ def layer_slots(shared_by: Sharing, layers: tuple[int, ...]) -> dict[int, int]:
     return {layer: numbers[key] for layer, key in zip(layers, keys, strict=True)}
 
 
-Slots = tuple[int, ...] | None  # the rank's slot that each layer of a stage uses; None: not stacked
+Slots = tuple[int, ...] | None  # the index of the slot that each layer of a stage uses; None: not stacked
 
 
 class LinearFactors(NamedTuple):
-    """The tensors B, u and v of a linear on a rank, their slots, and alpha / r. A tensor that is None counts as ones.
+    """The tensors B, u and v of a linear on a rank, their slots, and alpha / r. None stands for a tensor of ones.
 
-    It can also hold A: then A is stored as B, with a scale of 1.
+    An instance can also hold A: then A is stored in the place of B, and the scale is 1.
     """
 
     tensors: tuple[Tensor | None, ...]
@@ -64,7 +64,7 @@ class LinearFactors(NamedTuple):
 
     @torch.no_grad()
     def values(self, dtype: torch.dtype) -> list[Tensor]:
-        """Return F of each layer, (o, r), in `dtype` without gradient. Layers with the same slots share one tensor."""
+        """Return F of each layer, (o, r), in `dtype`, detached. Layers with the same slots share one tensor."""
         of_layers = list(zip(*(slots or (0,) * self.num_layers for slots in self.slots), strict=True))
         numbers = {used: number for number, used in enumerate(dict.fromkeys(of_layers))}
         used = (some and different for some, different in zip(self.slots, zip(*numbers, strict=True), strict=True))
@@ -73,7 +73,7 @@ class LinearFactors(NamedTuple):
         return [rows[numbers[used]] for used in of_layers]
 
     def gradient_slots(self) -> tuple[Tensor | None, ...]:
-        """Return for each layer the tensor that receives the gradient of its F, or None if F has no gradient."""
+        """Return the gradient slot of each layer's F, or None for each layer if F needs no gradient."""
         if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in self.tensors):
             return (None,) * self.num_layers
         slots: tuple[Tensor, ...] = _GradientSlots.apply(*self.tensors, *self[1:])
@@ -81,14 +81,14 @@ class LinearFactors(NamedTuple):
 
 
 def _read(tensor: Tensor | None, slots: Slots) -> Any:
-    """Return some slots of a tensor, (slots, ...), or the whole tensor if it is not stacked or needs no selection."""
+    """Return these slots of a stacked tensor, (slots, ...), or the tensor itself if `slots` is None or all slots."""
     if tensor is None or slots is None or slots == tuple(range(len(tensor))):
         return tensor
     return torch.stack([tensor[slot] for slot in slots])
 
 
 def _add_up(addends: Tensor, slots: Slots, number: int) -> Tensor:
-    """Return the gradient of a tensor with `number` slots, from the gradients of each layer, (layers, ...)."""
+    """Sum the gradients of the layers, (layers, ...), into the gradient of a tensor with `number` slots."""
     if slots is None or slots == tuple(range(number)):
         return addends.sum(0) if slots is None else addends
     total = addends.new_zeros(number, *addends.shape[1:])
@@ -98,17 +98,17 @@ def _add_up(addends: Tensor, slots: Slots, number: int) -> Tensor:
 
 
 def fold(b: Tensor, u: Tensor | None, v: Tensor | None, scale: float) -> Tensor:
-    """Return scale diag(v) B diag(u), (o, r). It is (n, o, r) if b (n, o, r), u (n, r) or v (n, o) is stacked."""
+    """Return scale diag(v) B diag(u), (o, r), or (n, o, r) if b (n, o, r), u (n, r) or v (n, o) is stacked."""
     rows = b if v is None else v[..., None] * b
     scaled = rows if u is None else rows * u[..., None, :]
     return scaled if scale == 1.0 else scaled * scale
 
 
 class _GradientSlots(torch.autograd.Function):
-    """One gradient slot per layer: a tensor, in the adapter's dtype, that receives the gradient of the layer's F.
+    """Create one gradient slot per layer: a tensor in the adapter's dtype that receives the gradient of the layer's F.
 
     autograd casts a gradient to its tensor's dtype, and F has the dtype of the base. An fp32 gradient therefore needs
-    an fp32 tensor; its values are never read. For F = s diag(v) B diag(u) with the gradient G, for all layers at once:
+    an fp32 tensor, whose values are never read. If G is the gradient of F = s diag(v) B diag(u), for all layers:
 
         dB = s diag(v) G diag(u)      dv = row sums of s G diag(u) B      du = column sums of s diag(v) G B
     """
@@ -148,9 +148,9 @@ class SomeTokens(NamedTuple):
     """Some tokens of a micro-batch.
 
     Attributes:
-        rows: (m,), indices into (b s).
+        rows: the tokens as indices into the (b s) tokens of the micro-batch, (m,).
         local_rows: the tokens of this rank, as indices into its (b s) or (b s / p) activations between layers.
-        spans, local_spans: the adapters of the tokens, if there are several.
+        spans, local_spans: the spans of tokens of each adapter, if there are several adapters.
     """
 
     rows: Tensor
@@ -161,7 +161,7 @@ class SomeTokens(NamedTuple):
 
 @dataclass(frozen=True)
 class AllRows:
-    """Tokens that all use the factors of one adapter: A (r, in) and F (out, r); A x is (..., r).
+    """The tokens of a micro-batch that has one adapter, with factors A (r, in) and F (out, r). A x is (..., r).
 
     Attributes:
         dropout: the dropout of the update's input, in a training step with --dropout.
@@ -170,7 +170,7 @@ class AllRows:
     dropout: "InputDropout | None" = None
 
     def _dropped(self, rows: Tensor, *, local: bool) -> Tensor:
-        """Return D(rows), with rows (tokens, in)."""
+        """Return D(rows), where rows are (tokens, in)."""
         return rows if self.dropout is None else self.dropout.dropped(rows, local=local)
 
     def reduce_input(self, x: Tensor, a: Tensor, *, local: bool) -> Tensor:
@@ -179,7 +179,7 @@ class AllRows:
         return torch.mm(rows, a.t()).view(*x.shape[:-1], -1)
 
     def add_update_(self, z: Tensor, ax: Tensor, f: Tensor) -> None:
-        """Add F A x to z (tokens, out) in place."""
+        """Add the update F A x to z, (tokens, out), in place."""
         torch.addmm(z, flat(ax), f.t(), out=z)
 
     def gradient_of_ax(self, grad_z: Tensor, f: Tensor) -> Tensor:
@@ -195,9 +195,9 @@ class AllRows:
         return wide_matmul(flat(grad_ax).t(), self._dropped(x, local=local), dtype)
 
     def add_input_gradient_(self, grad_x: Tensor, grad_ax: Tensor | None, a: Tensor | None, *, local: bool) -> Tensor:
-        """Add D(grad_ax A) to grad_x (..., in) in place and return it; add nothing if `grad_ax` or `a` is None.
+        """Add D(grad_ax A) to grad_x (..., in) in place, unless `grad_ax` or `a` is None, and return grad_x.
 
-        Only dropout creates a second tensor of this size.
+        A temporary tensor of the size of grad_x is created only with dropout.
         """
         if grad_ax is None or a is None:
             return grad_x
@@ -209,31 +209,31 @@ class AllRows:
         return grad_x
 
     def columns(self, ax: Tensor, *, local: bool) -> Tensor:
-        """Return A x, or its gradient, as columns for a message along the sequence, (1, tokens, r)."""
+        """Reshape A x or its gradient to (1, tokens, r), so that it can be sent along with activations."""
         return ax.view(1, -1, ax.shape[-1])
 
     def of_columns(self, columns: Tensor, *, local: bool) -> Tensor:
-        """Return A x, or its gradient, from columns (..., r)."""
+        """Return A x or its gradient in this class's own shape from the columns of a message, (..., r)."""
         return columns
 
     def at(self, some: SomeTokens) -> "AllRows":
-        """Return a copy that applies to some tokens only."""
+        """Return a copy for the given tokens only."""
         return self if self.dropout is None else replace(self, dropout=self.dropout.at(some.rows, some.local_rows))
 
     def slot_spans(self, size: int) -> RowSpans | None:
-        """Return the adapters that the `size` elements of a gradient of A or F belong to, or None for one adapter."""
+        """Return each adapter's span in a flat gradient of A or F with `size` elements, or None for one adapter."""
         return None
 
 
 @dataclass(frozen=True)
 class SharedRows(AllRows):
-    """The tokens of several adapters. A token uses the factors of its adapter if that adapter adapts the linear.
+    """The tokens of a micro-batch that has several adapters. Tokens of adapters without this target have no update.
 
     Attributes:
         ranks: the LoRA rank of each adapter that adapts the linear, by adapter number, in the order of the factors.
-        spans: the adapters of all tokens.
-        local_spans: the adapters of the tokens in this rank's shard of the sequence.
-        dropouts: the dropout of each adapter, by adapter number, with keys for all tokens; `dropout` is None.
+        spans: the span of each adapter in all tokens of the micro-batch.
+        local_spans: the span of each adapter in this rank's shard of the sequence.
+        dropouts: the dropout of each adapter, by adapter number, with keys for all tokens. `dropout` is then None.
     """
 
     ranks: Mapping[int, int] = field(default_factory=dict)
@@ -302,11 +302,11 @@ class SharedRows(AllRows):
     def _each(
         self, rows: Tensor, ax: Tensor | None = None, *, local: bool = False, drops: bool = False
     ) -> Iterator[tuple[int, AllRows, Tensor, Any]]:
-        """Split rows (tokens, n), and A x or its gradient, into spans. Skip adapters that do not adapt the linear.
+        """Split rows (tokens, n), and A x or its gradient, by adapter. Skip adapters that do not adapt the linear.
 
         Yields:
-            the adapter's number; an `AllRows` for these rows alone, with dropout if `drops`; views of the rows and of
-            A x, (tokens, rank of the adapter), or None without `ax`.
+            the adapter's number; an `AllRows` for the adapter's rows, with dropout if `drops`; a view of these rows; a
+            view of their A x, (tokens, rank of the adapter), or None without `ax`.
         """
         spans, taken = self.local_spans if local else self.spans, 0
         assert len(rows) == sum(span.size for span in spans), "rows of other tokens"
@@ -320,13 +320,13 @@ class SharedRows(AllRows):
             yield i, AllRows() if dropout is None else AllRows(dropout.at(part, part)), rows[part], narrow
 
     def _factors(self, flat: Tensor, *, by_rows: bool = False) -> dict[int, Tensor]:
-        """Return F_i (out, r_i) by adapter, or A_i (r_i, in) with `by_rows`."""
+        """Return views of F_i (out, r_i) in the flat tensor, by adapter, or of A_i (r_i, in) with `by_rows`."""
         blocks = flat.split([span.size for span in self.slot_spans(flat.numel())])
         shapes = [(rank, -1) if by_rows else (-1, rank) for rank in self.ranks.values()]
         return {adapter: block.view(shape) for adapter, block, shape in zip(self.ranks, blocks, shapes, strict=True)}
 
     def _by_adapter(self, found: Iterator[tuple[int, Tensor]], zeros: Tensor) -> Tensor:
-        """Return the sums of each adapter's gradients, flat. A missing one is `zeros` repeated by the rank."""
+        """Sum each adapter's gradients and concatenate the sums. Without gradients, a sum is zeros."""
         totals: dict[int, Tensor] = {}
         for adapter, gradient in found:
             totals[adapter] = totals[adapter] + gradient if adapter in totals else gradient
@@ -335,43 +335,43 @@ class SharedRows(AllRows):
 
 
 def flat(tensor: Tensor) -> Tensor:
-    """Return a view of (..., n) as (tokens, n)."""
+    """Return a view of a (..., n) tensor with shape (tokens, n)."""
     return tensor.view(-1, tensor.shape[-1])
 
 
 def _end_to_end(parts: Sequence[Tensor], like: Tensor) -> Tensor:
-    """Return all elements of the tensors, flat. Without tensors it is an empty tensor in the dtype of `like`."""
+    """Flatten and concatenate the tensors. Without tensors, return an empty tensor in the dtype of `like`."""
     return torch.cat([part.flatten() for part in parts]) if parts else like.new_empty(0)
 
 
 def beside(wide: Tensor, narrow: Tensor) -> Tensor:
-    """Return [wide | narrow | zeros] for one message. `narrow` is padded to a multiple of `SIZE_MULTIPLE` columns."""
+    """Concatenate `wide` and `narrow` for one message, and pad `narrow` to a multiple of `SIZE_MULTIPLE` columns."""
     missing = padded(narrow.shape[-1]) - narrow.shape[-1]
     return torch.cat((wide, narrow, narrow.new_zeros(*narrow.shape[:-1], missing)), dim=-1)
 
 
 def apart(joined: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Return views of `wide` and `narrow` from the result of `beside`; `narrow` has `size` columns."""
+    """Return views of `wide` and `narrow` in a result of `beside`, where `narrow` has `size` columns."""
     width = joined.shape[-1] - padded(size)
     return joined[..., :width], joined[..., width : width + size]
 
 
 # Dropout --------------------------------------------------------------------------------------------------------------
 #
-# x becomes x kept / (1 - p). `kept` depends on no layout, device or packing. Whether feature j of a token is kept
-# depends on the run's seed, the token's index (step, sample and position in the sample, see `data/loader`), the layer,
-# the target and j. It is computed in the forward pass and again in the backward pass. So nothing is saved, there is no
-# random state, and a rank computes it for its own tokens and features only. All integers are 32-bit values in int64
-# elements that never overflow, so they are equal on all devices:
+# x becomes x kept / (1 - p). `kept` does not depend on the layout, device or packing. Whether feature j of a token is
+# kept depends on the run's seed, the token's index (step, sample and position in the sample, see `data/loader`), the
+# layer, the target and j. The mask is computed in the forward pass and again in the backward pass. So nothing is saved,
+# there is no random state, and a rank computes the mask for its own tokens and features only. All integers are 32-bit
+# values in int64 elements that never overflow, so they are equal on all devices:
 #
 #     kept = mix(key(token) ^ mix(j ^ salt(layer, target))) >= p * 2^32
 
 _WORD = 2**32 - 1
-_HOST_NUMBERS_AT_ONCE = 2**16  # on a CPU the integers of a block then stay in its cache
+_HOST_NUMBERS_AT_ONCE = 2**16  # small enough that the integers of a block stay in a CPU's cache
 
 
 def mix_(words: Tensor) -> Tensor:
-    """Replace 32-bit values in an int64 tensor by their hashes, one to one. (A hash of C. Wellons' prospector.)"""
+    """Replace each 32-bit value in an int64 tensor by its hash, a bijection (from C. Wellons' hash-prospector)."""
     words ^= words >> 15
     words.mul_(0x2C1B3C6D).bitwise_and_(_WORD)  # factors below 2^30, so no product reaches 2^63
     words ^= words >> 12
@@ -381,7 +381,7 @@ def mix_(words: Tensor) -> Tensor:
 
 
 def token_keys(token_index: Tensor, *, seed: int) -> Tensor:
-    """Return the key of each token, 32 bits in int64, from the index of each token, int64 and not negative."""
+    """Return a 32-bit key in int64 for each token. The token indices are int64 and not negative."""
     salt = stream_seed(seed, "dropout")
     low = mix_((token_index & _WORD) ^ (salt & _WORD))
     return mix_(low ^ (token_index >> 32) ^ (salt >> 32))
@@ -394,9 +394,9 @@ class InputDropout:
     Attributes:
         keys: the keys of all tokens of the micro-batch in order, (b s,) int64.
         local_keys: the keys of this rank's shard of the sequence, (b s / p,).
-        salt: 32 bits, different for each layer and target.
+        salt: a 32-bit value that is different for each layer and target.
         first: the index of this rank's first input feature; it can be above 0 if the linear's columns are sharded.
-        probability: p, the probability that an input is dropped.
+        probability: p, the probability that an input element is dropped.
     """
 
     keys: Tensor
@@ -406,11 +406,11 @@ class InputDropout:
     probability: float
 
     def at(self, rows: Tensor | slice, local_rows: Tensor | slice) -> "InputDropout":
-        """Return a copy for some tokens only. `rows` are indices into `keys`, `local_rows` into `local_keys`."""
+        """Return a copy for some tokens only. `rows` selects from `keys`, and `local_rows` from `local_keys`."""
         return replace(self, keys=self.keys[rows], local_keys=self.local_keys[local_rows])
 
     def dropped(self, rows: Tensor, *, local: bool) -> Tensor:
-        """Return `rows` with dropped elements set to 0 and the other elements divided by 1 - p. They are (b s, n) for
+        """Return `rows` with dropped elements set to 0 and the other elements divided by 1 - p. `rows` is (b s, n) for
         all tokens, or (b s / p, n) for this rank's shard of the sequence if `local`."""
         keys = self.local_keys if local else self.keys
         assert len(rows) == len(keys), "rows of other tokens"
@@ -427,5 +427,5 @@ class InputDropout:
 
 
 def dropout_salt(seed: int, *, layer: int, target: str) -> int:
-    """Return the salt of a target in a 1-based layer."""
+    """Return the 32-bit salt of a target in a layer (1-based)."""
     return stream_seed(seed, f"dropout.{layer}.{target}") & _WORD

@@ -1,8 +1,8 @@
-"""The trained tensors of a run: one module with A, B, u, v of every target, for all adapted layers of a rank's stage.
+"""Define the adapter: a module with A, B, u, v of every target, for all adapted layers of a rank's stage.
 
-It defines shapes, sharding, initial values and the factors for layers: A and F = (alpha / r) diag(v) B diag(u). A
-tensor has one slot per set of layers that share it (see `AdapterConfig.slot`). `low_rank` computes z = W x + F A x and
-the gradients of A and F. checkpoint/ writes files, and `tying` sums between stages.
+This module defines shapes, sharding, initial values and the factors A and F = (alpha / r) diag(v) B diag(u). A tensor
+has one slot per set of layers that share it (see `AdapterConfig.slot`). `low_rank` computes F A x and the gradients of
+A and F. checkpoint/ writes files, and `tying` sums gradients over stages.
 """
 
 import math
@@ -28,7 +28,7 @@ class Target:
     """A linear with weight W (out, in) in every adapted layer: z = W x + (alpha / r) diag(v) B diag(u) A x.
 
     Attributes:
-        name: its name in `BlockShape.adaptable`.
+        name: the linear's name in `BlockShape.adaptable`.
         blocks: the output sizes of the fused matrices, in order.
         sharded_dim: how tensor-parallel ranks shard W: "column" shards the rows of each block, "row" its columns.
     """
@@ -45,12 +45,12 @@ class Target:
 
     @property
     def prefix(self) -> str:
-        """Return the prefix of the names of its tensors."""
+        """Return the prefix of the names of the target's tensors: "" for qkv, otherwise the target's name and a dot."""
         return "" if self.name == QKV else f"{self.name}."
 
 
 def targets_of(shape: ModelShape, names: Sequence[str] = (QKV,)) -> tuple[Target, ...]:
-    """Return the model's linears with these names, in the order in which they are computed."""
+    """Return the targets for the model's linears with these names, in the order of computation."""
     adaptable = shape.block.adaptable.items()
     return tuple(
         Target(name, linear.in_size, linear.blocks, linear.sharded_dim) for name, linear in adaptable if name in names
@@ -60,10 +60,10 @@ def targets_of(shape: ModelShape, names: Sequence[str] = (QKV,)) -> tuple[Target
 def sized_targets(
     names: Sequence[str], *, hidden_size: int, qkv_rows: tuple[int, int, int], intermediate_size: int = 0
 ) -> tuple[Target, ...]:
-    """Return the targets from the sizes in an adapter's file, so that it can be read without its base.
+    """Return the targets from the sizes in an adapter record, so that an adapter can be loaded without its base.
 
     Args:
-        intermediate_size: only `gate_up` and `down_proj` need it.
+        intermediate_size: the width of the MLP, which only `gate_up` and `down_proj` need.
     """
     known = linear_sizes(hidden_size, qkv_rows, intermediate_size)
     return tuple(Target(name, *sizes) for name, sizes in known.items() if name in names)
@@ -75,8 +75,8 @@ class AdapterConfig:
 
     Attributes:
         layers: adapted layers, 1-based, ascending.
-        targets: the linears that are adapted in each of these layers. Each has its own tensors A, B, u, v.
-        init_std_a: init std of A for the first target; another target multiplies it by sqrt(first / own input size).
+        targets: the linears that are adapted in each of these layers. Each target has its own tensors A, B, u, v.
+        init_std_a: init std of A for the first target; other targets multiply it by sqrt(first / own input size).
     """
 
     method: str
@@ -95,18 +95,18 @@ class AdapterConfig:
 
     @cached_property
     def of_one_layer(self) -> "AdapterConfig":
-        """Return a copy with fixed values of fields that do not affect a layer's operations. alpha becomes r or 2 r."""
+        """Return a copy for one layer, with fixed values of fields that do not change the operations. alpha is r or 2 r."""
         alpha = self.rank * (1.0 if self.scale == 1.0 else 2.0)
         return replace(self, layers=(1,), seed=0, alpha=alpha, init_std_a=1.0, init_std_b=1.0)
 
     @property
     def method_spec(self) -> Method:
-        """Return the method's entry in the table of methods."""
+        """Return the entry of `method` in `METHODS`."""
         return find_method(self.method)
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Return the fields that are written to the records of runs, scores and conversions."""
+        """Return the fields that are written to the JSON files of runs, evaluations and conversions."""
         targets = [target.name for target in self.targets]
         return {
             "method": self.method,
@@ -118,11 +118,11 @@ class AdapterConfig:
 
     @cached_property
     def tensors(self) -> dict[str, tuple[Target, str]]:
-        """Return for the name of every tensor its target, and whether it is A, B, u or v."""
+        """Return the target and the factor ("A", "B", "u" or "v") of every tensor, by tensor name."""
         return {target.prefix + factor: (target, factor) for target in self.targets for factor in FACTORS}
 
     def factor(self, name: str) -> Factor:
-        """Return how the method uses a tensor: which layers share it, whether it is trained, how it is initialised."""
+        """Return which layers share a tensor, whether it is trained, and how it is initialised."""
         return self.method_spec.factor(self.tensors[name][1])
 
     def slot(self, name: str, layer: int) -> int:
@@ -139,26 +139,26 @@ class AdapterConfig:
         return [[layer for layer in self.layers if self.slot(name, layer) == slot] for slot in slots]
 
     def is_tied(self, name: str) -> bool:
-        """Return whether layers share a tensor. A stage then holds all slots, otherwise only those of its layers."""
+        """Return whether layers share a tensor. A stage holds all slots of a tied tensor, and otherwise its layers'."""
         return self.factor(name).shared_by != "one"
 
     def is_stacked(self, name: str) -> bool:
-        """Return whether a tensor's first dimension is its slots. A tied tensor of one slot has no such dimension."""
+        """Return whether a tensor's first dimension is its slots. A tied tensor with one slot has no such dimension."""
         return not self.is_tied(name) or self.num_slots(name) > 1
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the full shape: A (r, in), B (out, r), u (r), v (out). A stacked tensor begins with its slots."""
+        """Return the full shape: A (r, in), B (out, r), u (r), v (out). For a stacked tensor, slots come first."""
         target, factor = self.tensors[name]
         r, out = self.rank, target.out_size
         shape = {"A": (r, target.in_size), "B": (out, r), "u": (r,), "v": (out,)}[factor]
         return (self.num_slots(name), *shape) if self.is_stacked(name) else shape
 
     def spec(self, name: str) -> ShardSpec:
-        """Return how a tensor is sharded over tensor-parallel ranks. All other code reads this declaration.
+        """Return how a tensor is sharded over tensor-parallel ranks. Only this function decides it.
 
         B and v are sharded like the rows of W, and A like its columns. If W is not sharded along this dimension, a
-        trained tensor is sharded nevertheless (see `gathered_dim`). A frozen one is then replicated, so that it needs
-        no message. u is always replicated.
+        trained tensor is sharded nevertheless (see `gathered_dim`). A frozen tensor is then replicated, so that no
+        message is needed. u is always replicated.
         """
         target, factor = self.tensors[name]
         last = len(self.shape(name)) - 1
@@ -173,7 +173,7 @@ class AdapterConfig:
         return None if self._follows_weight(name) else self.spec(name).dim
 
     def _follows_weight(self, name: str) -> bool:
-        """Return whether a tensor extends along the sharded dimension of W."""
+        """Return whether a tensor has the sharded dimension of W: A has its columns, and B and v have its rows."""
         target, factor = self.tensors[name]
         return factor != "u" and (factor == "A") == (target.sharded_dim == "row")
 
@@ -197,41 +197,41 @@ class AdapterShard:
 
     @staticmethod
     def whole(config: AdapterConfig) -> "AdapterShard":
-        """Return the whole adapter."""
+        """Return the shard that contains the full adapter."""
         return AdapterShard(config, config.layers)
 
     def slots(self, name: str) -> range:
-        """Return the slots of a tensor that this rank holds: all of a tied tensor, otherwise those of its layers."""
+        """Return the slots of a tensor that this rank holds: all slots if it is tied, otherwise one per layer here."""
         if self.config.is_tied(name):
             return range(self.config.num_slots(name))
         first = self.config.slot(name, self.layers[0]) if self.layers else 0
         return range(first, first + len(self.layers))
 
     def slots_of_layers(self, name: str) -> Slots:
-        """Return which of `slots` each layer of the stage uses; return None if the rank has no tensor with slots."""
+        """Return the index in `slots` that each layer of the stage uses, or None without a stacked tensor here."""
         if not (self.exists(name) and self.config.is_stacked(name)):
             return None
         return tuple(self.config.slot(name, layer) - self.slots(name).start for layer in self.layers)
 
     def exists(self, name: str) -> bool:
-        """Return whether the rank holds the tensor: it is not frozen at one, and it is tied or has slots here."""
+        """Return whether the rank holds the tensor. It does not if the tensor is frozen at one or has no slots here."""
         factor = self.config.factor(name)
         return (factor.trained or factor.start != "one") and len(self.slots(name)) > 0
 
     def names(self, *, trained: bool) -> list[str]:
-        """Return the names of the tensors that the rank holds: the trained ones, or the frozen ones."""
+        """Return the names of the trained or of the frozen tensors that the rank holds."""
         config = self.config
         return [name for name in config.tensors if self.exists(name) and config.factor(name).trained == trained]
 
     def local_shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of this rank's shard."""
+        """Return the shape of this rank's shard of a tensor."""
         shape = self.config.shape(name)
         if self.config.is_stacked(name):
             shape = (len(self.slots(name)), *shape[1:])
         return self.config.spec(name).local_shape(shape, self.tp_size)
 
     def local_size(self, name: str) -> int:
-        """Return the number of elements in this rank's shard."""
+        """Return the number of elements in this rank's shard of a tensor."""
         return math.prod(self.local_shape(name))
 
     def is_gathered(self, name: str) -> bool:
@@ -239,7 +239,7 @@ class AdapterShard:
         return self.tp_size > 1 and bool(self.layers) and self.config.gathered_dim(name) is not None
 
     def shard(self, name: str, full: Tensor) -> Tensor:
-        """Return this rank's shard of a full tensor, or of a tensor of the same shape, such as a moment."""
+        """Return this rank's shard of a full tensor. A moment of the tensor is sharded in the same way."""
         slots = self.slots(name)
         held = full[slots.start : slots.stop] if self.config.is_stacked(name) else full
         return self.config.spec(name).split(held, self.tp_rank, self.tp_size)
@@ -256,14 +256,14 @@ def make_adapter_config(
     init_std_a: float | None = None,
     init_std_b: float | None = None,
 ) -> AdapterConfig:
-    """Return an AdapterConfig. Defaults: alpha = rank, init stds by method. Raises UserError for an unknown method."""
+    """Return an AdapterConfig. alpha is the rank by default. Raise UserError if the method is unknown."""
     std_a = default_std_a(targets[0].in_size) if init_std_a is None else init_std_a
     std_b = default_std_b(find_method(method), rank) if init_std_b is None else init_std_b
     return AdapterConfig(method, rank, float(rank if alpha is None else alpha), layers, targets, seed, std_a, std_b)
 
 
 def initial_values(config: AdapterConfig) -> dict[str, Tensor]:
-    """Return the full initial fp32 values of every tensor. They depend only on the config."""
+    """Return the initial values of every full tensor, in fp32. They depend only on the config."""
     values = {}
     for name, (target, letter) in config.tensors.items():
         factor, shape = config.factor(name), config.shape(name)
@@ -273,7 +273,7 @@ def initial_values(config: AdapterConfig) -> dict[str, Tensor]:
         wider = target.in_size / config.targets[0].in_size
         std = config.init_std_a / math.sqrt(wider) if letter == "A" else config.init_std_b
         draw = partial(draw_normal, std=std, seed=config.seed)
-        if config.is_stacked(name):  # a slot is named by its first layer
+        if config.is_stacked(name):  # the first layer that uses a slot gives the slot its name
             values[name] = torch.stack([draw(shape[1:], name=f"{name}.{first}") for first, *_ in config.groups(name)])
         else:
             values[name] = draw(shape, name=name)
@@ -281,12 +281,12 @@ def initial_values(config: AdapterConfig) -> dict[str, Tensor]:
 
 
 class LinearUpdate(NamedTuple):
-    """The factors of the update F A x of one linear on one rank. Without factors there is no update.
+    """The factors of the update F A x of one linear on one rank, which may be None if there is no update.
 
     Attributes:
         a: A, (r, local in), in the base's dtype; no gradient.
         f: F = (alpha / r) diag(v) B diag(u), (local out, r), in the base's dtype; no gradient.
-        grad_a: the gradient slot of A, in A's shape and the adapter's dtype, without values. None: A is frozen.
+        grad_a: the gradient slot of A, in A's shape and the adapter's dtype. None: A is frozen.
         grad_f: the gradient slot of F. None: B, u and v are frozen.
         rows: the tokens that the update applies to, and the dropout of its input.
     """
@@ -302,20 +302,20 @@ LayerUpdate = Mapping[str, LinearUpdate]  # the updates of one adapted layer, by
 
 
 def update_at(update: LayerUpdate, some: SomeTokens) -> LayerUpdate:
-    """Return the update for some tokens only."""
+    """Return a layer's updates for the given tokens only."""
     return {name: linear._replace(rows=linear.rows.at(some)) for name, linear in update.items()}
 
 
 class TiedAdapter(nn.Module):
     """The tensors A, B, u, v of each target on one rank, in fp32, with one slot per set of layers that share a tensor.
 
-    They are the module's parameters, with the names of `AdapterConfig.tensors`. Factors frozen at one (u and v of most
-    methods) do not exist as tensors; factors frozen at random values do, without gradient. A tied factor is one
-    Parameter for all layers on every stage. An untied factor has the slots of the stage's layers.
+    The tensors are the module's parameters, with the names of `AdapterConfig.tensors`. Factors frozen at one (u and v
+    of most methods) do not exist as tensors. Factors frozen at random values are parameters without gradient. A tied
+    factor is one Parameter for all layers on every stage. An untied factor has the slots of the stage's layers.
 
     Attributes:
-        u_sum: sums the gradient of u inside the backward passes, for an engine that uses a gradient immediately (see
-            `tying.sum_of_u`). None: it is summed after them, or there is one rank.
+        u_sum: the operation that sums the gradient of u inside the backward passes, for an engine that uses a gradient
+            immediately (see `tying.sum_of_u`). None: the gradient is summed after the backward passes, if at all.
     """
 
     u_sum: StepSum | None = None
@@ -335,11 +335,11 @@ class TiedAdapter(nn.Module):
 
     @property
     def config(self) -> AdapterConfig:
-        """Return the description of the whole adapter."""
+        """Return the description of the full adapter."""
         return self.part.config
 
     def load_full(self, values: Mapping[str, Tensor]) -> None:
-        """Copy this rank's shards of full tensors into the parameters. The shapes must agree."""
+        """Copy this rank's shards of the full tensors in `values` into the parameters. The shapes must match."""
         with torch.no_grad():
             for name, parameter in self.named_parameters():
                 parameter.copy_(self.part.shard(name, values[name]))
@@ -348,8 +348,8 @@ class TiedAdapter(nn.Module):
         """Return the updates of each adapted layer of the stage. A and F match this rank's shard of W.
 
         With tensor parallelism, sharded factors that ranks need in full are gathered here, in one message per call for
-        all targets. The adjoint of the gather, a reduce-scatter, sums the ranks' partial gradients. Those of u are
-        summed once per step.
+        all targets. The adjoint of the gather, a reduce-scatter, sums the ranks' partial gradients. The partial
+        gradients of u are summed once per step.
 
         Args:
             dtype: the base's dtype.
@@ -378,7 +378,7 @@ class TiedAdapter(nn.Module):
         return tuple(dict(zip(updates, layer, strict=True)) for layer in zip(*updates.values(), strict=True))
 
     def factors(self) -> dict[str, Any]:
-        """Return every factor as this rank holds it, by name; a factor frozen at one is None."""
+        """Return this rank's shard of every factor, by name. A factor frozen at one is None."""
         return {name: getattr(self._module(target), factor) for name, (target, factor) in self.config.tensors.items()}
 
     def _module(self, target: Target) -> nn.Module:
@@ -386,7 +386,7 @@ class TiedAdapter(nn.Module):
 
 
 def whole_factors(adapters: Sequence[TiedAdapter], tensor_group: RankGroup) -> list[dict[str, Any]]:
-    """Return each adapter's factors as this rank's matmuls need them, by name, from one gather. None: frozen at one."""
+    """Gather each adapter's factors in one message, as this rank's matmuls need them. A factor frozen at one is None."""
     factors = [adapter.factors() if adapter.part.layers else {} for adapter in adapters]
     dims = [
         {name: dim for name in held if (dim := adapter.config.gathered_dim(name)) is not None}
@@ -400,7 +400,7 @@ def whole_factors(adapters: Sequence[TiedAdapter], tensor_group: RankGroup) -> l
 def lora_factors(
     config: AdapterConfig, state: Mapping[str, Tensor | None], target: Target, layer: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the update of a target in one layer (1-based) as a plain LoRA pair that autograd can differentiate.
+    """Return the update of a target in one layer (1-based) as a plain, differentiable LoRA pair.
 
     The pair is diag(u) A, (r, in), and (alpha / r) diag(v) B, (out, r). `state` holds the full tensors. u and v may be
     None if they are frozen at one.

@@ -1,9 +1,9 @@
-"""Tied tensors across stages and ranks: the sum of their gradients in each step, and the check that replicas are equal.
+"""Sum the gradients of tied tensors over stages and ranks in each step, and check that their replicas are equal.
 This module also gathers the full tensors on rank 0 from all ranks, so that files do not depend on the layout.
 
 A tied tensor, such as A and B of most methods, is replicated on every stage and data-parallel rank. Each stage has a
-partial sum of its gradient, from its own layers. These are summed once per step over pipeline x data, in one flat fp32
-message. u is replicated on the tensor-parallel ranks too, and its gradient is summed over these as well.
+partial sum of its gradient, from its own layers. The partial sums are added once per step over pipeline x data, in one
+flat fp32 message. u is replicated on the tensor-parallel ranks too, so its gradient is summed over these ranks as well.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,14 +19,14 @@ from megatron_tiedlora.parallel.groups import Grid, ParallelGroups, RankGroup, S
 def sum_gradients_(
     adapters: Mapping[str, TiedAdapter], groups: ParallelGroups, *, engine_averages: bool = False
 ) -> dict[str, list[str]]:
-    """Replace the gradients of adapters by their sums over the ranks that have a copy of the tensor.
+    """Replace each gradient of the adapters by its sum over the ranks that have a replica of the tensor.
 
-    There is one message per process group for all adapters together. A tied tensor is on every stage and data-parallel
-    rank. u is on the tensor- and data-parallel ranks of its stage. Any other tensor is on the data-parallel ranks. The
-    gradient of a tied u is summed over the tensor-parallel ranks first.
+    Each process group has one message for all adapters together. A tied tensor is on every stage and data-parallel
+    rank. u is on the tensor- and data-parallel ranks of its stage. Every other tensor is on the data-parallel ranks.
+    The gradient of a tied u is summed over the tensor-parallel ranks first.
 
-    A stage without layers of an adapter adds zeros. On other stages a missing gradient counts as zeros, so that no rank
-    waits for this one. The caller then stops the adapter.
+    A stage without layers of an adapter adds zeros. A gradient that is missing on another stage also counts as zeros,
+    so that no rank waits. The caller then stops the adapter.
 
     Args:
         adapters: the adapters that take a step, by name. Each of them has micro-batches on every rank.
@@ -36,7 +36,7 @@ def sum_gradients_(
             every rank had the sum, each stage would add the copies in a different order.)
 
     Returns:
-        the names of each adapter's tensors whose gradient is missing on this rank.
+        the names of the tensors whose gradient is missing on this rank, by adapter.
     """
     # The order is the same on every rank. Process groups of the same ranks are equal keys.
     by_group = {group: list[nn.Parameter]() for group in (groups.tensor, groups.stage, groups.tied, groups.data)}
@@ -58,7 +58,7 @@ def sum_gradients_(
 
 
 def _sum_together_(parameters: Sequence[nn.Parameter], group: RankGroup, *, keeps: bool) -> None:
-    """Sum these gradients in one message. A missing gradient counts as zeros. Without `keeps` this rank gets zeros."""
+    """Sum these gradients over the group in one message. A rank without `keeps` gets zeros instead of the sums."""
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -74,17 +74,17 @@ def _sum_together_(parameters: Sequence[nn.Parameter], group: RankGroup, *, keep
 
 
 def sum_of_u(groups: ParallelGroups) -> StepSum:
-    """Return the sum of u's gradient in a step's last backward pass. Only data-parallel rank 0 of a stage gets the sum.
+    """Return the operation that sums the gradient of u in a step's last backward pass.
 
-    ZeRO-2 and 3 use a gradient as soon as it exists, so it cannot be summed later, as in `sum_gradients_`. The engine
-    then averages over the data-parallel ranks, of which the others add zeros.
+    ZeRO-2 and 3 use a gradient as soon as it exists, so `sum_gradients_` would be too late. Data-parallel rank 0 of a
+    stage gets the sum and the other ranks get zeros, because the engine averages over the data-parallel ranks.
     """
     return StepSum(groups.stage, keeps=groups.data.rank == 0)
 
 
 @dataclass(frozen=True)
 class Mismatch:
-    """A tensor whose replicas differ: the group's first rank, the ranks that differ, and the largest difference."""
+    """A tensor whose replicas differ: the first rank of its group, the ranks that differ, and the maximum difference."""
 
     tensor: str
     across: str
@@ -99,12 +99,12 @@ class Mismatch:
 
 
 def find_mismatches(adapters: Sequence[TiedAdapter], groups: ParallelGroups) -> list[Mismatch | None]:
-    """Compare every replicated tensor bit by bit. Return for each adapter the first tensor that differs, or None.
+    """Compare all replicas of each tensor bit by bit. Return the first tensor that differs, or None, for each adapter.
 
-    This is a collective: every rank calls it and sends one message per group, also if it finds nothing. Bit patterns of
-    a group are equal only if the largest and the smallest are equal.
+    All ranks must call this function, which sends one message per process group. The bit patterns on all ranks of a
+    group are equal if and only if the largest and the smallest are equal.
     """
-    # The order is the same on every rank, also on ranks that have no tensor of a kind.
+    # The order is the same on every rank, even on a rank that has no such tensors.
     copies: dict[str, tuple[RankGroup, list[tuple[int, str, Tensor]]]] = {
         "stages and data-parallel ranks": (groups.tied, []),
         "data-parallel ranks": (groups.data, []),
@@ -134,7 +134,7 @@ def find_mismatches(adapters: Sequence[TiedAdapter], groups: ParallelGroups) -> 
 
 
 def _describe(tensor: Tensor, group: RankGroup) -> tuple[int, tuple[int, ...], float]:
-    """Return (first rank, ranks that differ from it, largest difference). All ranks of the group call it together."""
+    """Return (first rank, ranks that differ from it, largest difference). All ranks of the group must call this."""
     copies = all_gather(tensor[None], group, dim=0)
     bits = copies.view(torch.int32)  # compared as bits: a nan equals itself, and -0 is not 0
     differing = [number for number in range(group.size) if not torch.equal(bits[number], bits[0])]
@@ -144,11 +144,11 @@ def _describe(tensor: Tensor, group: RankGroup) -> tuple[int, tuple[int, ...], f
 
 
 class GradientGuard:
-    """Observes the gradients in a run's first steps with autograd hooks on the parameters.
+    """Autograd hooks on the parameters that record the gradients in a run's first steps.
 
     At step 1 every trained tensor of a stage with adapted layers must have a gradient. By step 2, each slot of its
-    gradient must have been non-zero on at least one rank that holds the tensor. (If v or B starts at zero, the gradient
-    of the other factors is exactly zero at step 1.)
+    gradient must have been non-zero on at least one rank that holds the tensor. (If v or B is initialised to zero, the
+    gradients of the other factors are exactly zero at step 1.)
     """
 
     def __init__(self, adapter: TiedAdapter) -> None:
@@ -164,7 +164,7 @@ class GradientGuard:
 
     def _look(self, name: str, gradient: Tensor) -> None:
         by_slot = gradient.detach().abs() if self._part.config.is_stacked(name) else gradient.detach().abs()[None]
-        largest = by_slot.flatten(1).amax(dim=1).nan_to_num(nan=torch.inf)  # a maximum over ranks may lose a nan
+        largest = by_slot.flatten(1).amax(dim=1).nan_to_num(nan=torch.inf)  # the maximum over ranks may ignore a nan
         for seen in (self._largest, self._of_step):
             seen[name] = torch.maximum(seen[name], largest) if name in seen else largest
 
@@ -173,20 +173,20 @@ class GradientGuard:
         return [name for name in self._trained if name not in self._largest] if self._part.layers else []
 
     def begin_step(self) -> None:
-        """Begin a new step: gradients from now on belong to it."""
+        """Forget the gradients of the previous step in `sizes`."""
         self._of_step.clear()
 
     def sizes(self) -> tuple[float, float]:
         """Return the largest absolute gradient of the step and the largest absolute trained value on this rank.
 
-        The second is 0 if another rank holds the tensors, as under ZeRO-3.
+        The second value is 0 if another rank holds the tensors, as under ZeRO-3.
         """
         gradients = (float(largest.max()) for largest in self._of_step.values())
         values = (float(tensor.detach().abs().max()) for tensor in self._trained.values() if tensor.numel())
         return max(gradients, default=0.0), max(values, default=0.0)
 
     def labels(self) -> list[str]:
-        """Return names for the values of `largest`: the tensor, and its layers if stacked; equal on every rank."""
+        """Return names for the values of `largest`: a tensor's name, and the layers that use the slot if stacked."""
         config, found = self._part.config, []
         for name in config.num_trained():
             for layers in config.groups(name):
@@ -195,7 +195,7 @@ class GradientGuard:
         return found
 
     def largest(self) -> list[float]:
-        """Return the largest absolute gradient on this rank so far for each of `labels`; 0 for other ranks' tensors."""
+        """Return the largest absolute gradient so far for each of `labels`, or 0 if this rank has no such slot."""
         config, numbers = self._part.config, []
         for name in config.num_trained():
             full, held = [0.0] * config.num_slots(name), self._part.slots(name)
@@ -205,13 +205,13 @@ class GradientGuard:
         return numbers
 
     def remove(self) -> None:
-        """Remove the hooks."""
+        """Remove the hooks from the parameters."""
         for hook in self._hooks:
             hook.remove()
 
 
 def gradient_norm_counts(adapter: TiedAdapter, groups: ParallelGroups) -> Sequence[str]:
-    """Return the trained tensors that this rank counts in the gradient norm: each replica once, and every shard."""
+    """Return the trained tensors that this rank adds to the gradient norm, so that each element is added only once."""
     part = adapter.part
     return [
         name
@@ -225,7 +225,7 @@ def gradient_norm_counts(adapter: TiedAdapter, groups: ParallelGroups) -> Sequen
 # Full tensors ---------------------------------------------------------------------------------------------------------
 
 
-# The names of AdamW's state for each trained tensor in torch: the means of its gradients and of their squares.
+# torch's names for AdamW's running means of a trained tensor's gradient and of its square.
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -242,7 +242,7 @@ class AdapterLayout:
     stage_layers: tuple[tuple[int, ...], ...]
 
     def parts(self) -> dict[int, AdapterShard]:
-        """Return the shards of the ranks with data-parallel rank 0, by rank. Together they are the whole adapter."""
+        """Return the shards on the ranks with data-parallel rank 0, by rank. Together they are the full adapter."""
         tp_size = self.grid.tp_size
         return {
             self.grid.rank_of(pp_rank=pp_rank, tp_rank=tp_rank): AdapterShard(self.config, layers, tp_rank, tp_size)
@@ -252,11 +252,11 @@ class AdapterLayout:
 
 
 def gather_full(names: Sequence[str], local: Mapping[str, Tensor], layout: AdapterLayout) -> dict[str, Tensor]:
-    """Return full fp32 CPU tensors on rank 0, and nothing on other ranks. CPU tensors are sent. Every rank calls it.
+    """Return full fp32 CPU tensors on rank 0, and {} on other ranks. All ranks must call this and send CPU tensors.
 
     Args:
         names: the tensors to gather, the same on every rank.
-        local: this rank's shards of them (or of their moments), by name, without tensors that it does not have.
+        local: this rank's shards of these tensors, or of their moments, by name.
     """
     config, grid, parts = layout.config, layout.grid, layout.parts()
     full: dict[str, Tensor] = {}
@@ -285,7 +285,7 @@ def gather_full(names: Sequence[str], local: Mapping[str, Tensor], layout: Adapt
 
 
 def gather_state(local: Mapping[str, Tensor], layout: AdapterLayout) -> dict[str, Tensor]:
-    """Return all full tensors on rank 0, with ones for those frozen at one, and {} elsewhere. Every rank calls it."""
+    """Return all full tensors on rank 0, including those frozen at one, and {} on other ranks. All ranks call this."""
     config = layout.config
     stored = [name for name in config.tensors if config.factor(name).trained or config.factor(name).start != "one"]
     full = gather_full(stored, local, layout)

@@ -1,1 +1,1 @@
-"""The lowest layer: errors, messages, files and folders. It imports no other package of this library."""
+"""This package has the code for errors, messages, files and folders. It imports no other package of this library."""

@@ -1,4 +1,4 @@
-"""The first steps of a child process, and a limit on the memory that a block may allocate."""
+"""Tie a child process to its parent and its signals, and limit the memory that a block of code may allocate."""
 
 import ctypes
 import os
@@ -16,7 +16,7 @@ def end_with_parent(parent: int | None = None) -> None:
     """Ask the kernel to kill this process when its parent ends for any reason.
 
     Args:
-        parent: the parent's process id; if it has ended already, this process ends now.
+        parent: the parent's process id. If the parent has already ended, this process exits with status 1.
     """
     ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, int(signal.SIGKILL))
     if parent is not None and os.getppid() != parent:
@@ -24,14 +24,14 @@ def end_with_parent(parent: int | None = None) -> None:
 
 
 def leave_signals_to_parent() -> None:
-    """Ignore SIGINT, SIGTERM and SIGUSR1, which may be sent to a whole process group: only the parent handles them."""
+    """Ignore SIGINT, SIGTERM and SIGUSR1. They may be sent to a process group in which only the parent handles them."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
 def limited(*, memory: int) -> Iterator[None]:
-    """Let the block allocate at most `memory` more bytes. A larger allocation raises MemoryError."""
+    """Let the `with` block allocate at most `memory` more bytes. A larger allocation raises MemoryError."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     most = psutil.Process().memory_info().vms + memory
     lower = soft == resource.RLIM_INFINITY or most < soft

@@ -1,6 +1,6 @@
-"""Show progress bars on a terminal, and occasional plain lines in a pipe or file, such as Slurm's log.
+"""Show progress as bars on a terminal, and as plain lines in a pipe or a file, such as Slurm's log.
 
-All bars of the package are made here, so that no log contains carriage returns or cursor codes.
+All progress bars of the library are created here, so that no log contains carriage returns or cursor codes.
 """
 
 import sys
@@ -14,7 +14,7 @@ _LINE = "{l_bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}
 
 
 class _Lines(tqdm):
-    """A progress bar that writes lines of text: at most one per `SECONDS_BETWEEN_LINES`, and one at its end.
+    """A progress bar that writes at most one line of text per `SECONDS_BETWEEN_LINES`, and one line at its end.
 
     With `leave=False` the last line is written only if an earlier line was written.
     """
@@ -33,10 +33,10 @@ class _Lines(tqdm):
             self._write_line()
 
     def clear(self, *_: Any, **__: Any) -> None:
-        """Do nothing, because other output is written below the last line."""
+        """Do nothing. Other output can be written below the last line without clearing it."""
 
     def close(self) -> None:
-        """Write the last line."""
+        """Close the progress bar and write its last line."""
         has_begun = not self.disable and self._elapsed() >= (self.delay or 0)
         super().close()
         if has_begun and (self.leave or self._line_at) and self.n != self._line_n:
@@ -60,15 +60,15 @@ def progress_bar(
     shows: bool = True,
     **options: Any,
 ) -> Any:
-    """Return a progress bar on stderr: tqdm's own on a terminal, otherwise lines. It iterates over `items` or counts
-    calls of `update`.
+    """Return a progress bar on stderr: tqdm's own bar on a terminal, and otherwise lines of text. The bar iterates over
+    `items` or counts calls of `update`.
 
     Args:
-        what: the text before the bar, which says what is being done.
-        unit: what is counted; "B" for bytes, which are shown as kB, MB and so on.
-        total: the number of units; the length of `items` by default. None if it is unknown.
-        shows: False on ranks other than the first.
-        options: further arguments of `tqdm`. With `leave=True` the bar stays on a terminal after its end.
+        what: the text before the bar, which describes the task.
+        unit: the name of the unit that is counted; "B" for bytes, which are shown as kB, MB and so on.
+        total: the number of units, by default the length of `items`; None if it is unknown.
+        shows: whether the bar is shown; False on all ranks but the first.
+        options: more arguments for `tqdm`. With `leave=True` the bar stays on the terminal after its end.
     """
     if isinstance(items, Sized):
         total = len(items)
