@@ -95,7 +95,7 @@ class AdapterConfig:
 
     @cached_property
     def of_one_layer(self) -> "AdapterConfig":
-        """Return a copy for one layer, with fixed values of fields that do not change the operations. alpha is r or 2 r."""
+        """Return a copy with fixed values of fields that do not affect a layer's operations. alpha becomes r or 2 r."""
         alpha = self.rank * (1.0 if self.scale == 1.0 else 2.0)
         return replace(self, layers=(1,), seed=0, alpha=alpha, init_std_a=1.0, init_std_b=1.0)
 
@@ -386,7 +386,7 @@ class TiedAdapter(nn.Module):
 
 
 def whole_factors(adapters: Sequence[TiedAdapter], tensor_group: RankGroup) -> list[dict[str, Any]]:
-    """Gather each adapter's factors in one message, as this rank's matmuls need them. A factor frozen at one is None."""
+    """Gather the factors that this rank's matmuls need, by name for each adapter. A factor frozen at one is None."""
     factors = [adapter.factors() if adapter.part.layers else {} for adapter in adapters]
     dims = [
         {name: dim for name in held if (dim := adapter.config.gathered_dim(name)) is not None}

@@ -84,7 +84,8 @@ def sum_of_u(groups: ParallelGroups) -> StepSum:
 
 @dataclass(frozen=True)
 class Mismatch:
-    """A tensor whose replicas differ: the first rank of its group, the ranks that differ, and the maximum difference."""
+    """A tensor whose replicas differ, with its first rank, the ranks that differ from it, and the largest difference.
+    """
 
     tensor: str
     across: str

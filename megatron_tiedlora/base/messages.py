@@ -1,5 +1,5 @@
-"""User input and messages: `UserError`, paths, values as short text on one line, sizes, times, counts, names and tables
-as text, the screen, and installed packages.
+"""Define `UserError`, format values, sizes, times, names and tables as text, print messages, and check which packages
+are installed.
 
 Each module of the library logs under the name `megatron_tiedlora`. A command shows these messages on stderr. In a
 program that imports the library, the program's own `logging` configuration decides what is shown.
@@ -24,17 +24,17 @@ from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 _LONGEST = 1200  # characters of a message
-_LONGEST_FILE_NAME, _LONGEST_PATH = 255, 4000  # bytes that Linux takes
+_LONGEST_FILE_NAME, _LONGEST_PATH = 255, 4000  # limits in bytes on Linux
 
 
 class UserError(ValueError):
     """An error in the user's input. Its message is one line with the file, the value and the fix.
 
     Commands print the message without a traceback and exit with status 2. The message is always one line without
-    control characters, even if it quotes a broken file. The middle of a very long message is left out.
+    control characters, even if it quotes a broken file. The middle of a very long message is replaced by "...".
 
     Attributes:
-        of_peer: whether another rank found the error and reports it.
+        of_peer: whether another rank found the error and will report it.
     """
 
     of_peer: bool = False
@@ -44,13 +44,13 @@ class UserError(ValueError):
 
 
 def named(name: str, line: str) -> str:
-    """Return a line about an adapter that begins with its name. The name "" of a single adapter adds nothing."""
+    """Return a message with the name of its adapter or file before it. An empty name adds nothing."""
     return f"{name}: {line}" if name else line
 
 
 @contextmanager
 def naming(name: str) -> Iterator[None]:
-    """Put `name`, of an adapter or a file, before the message of a `UserError` in the block; "" adds nothing."""
+    """Add the name of an adapter or a file to the message of a `UserError` in the block. An empty name adds nothing."""
     try:
         yield
     except UserError as error:
@@ -63,7 +63,7 @@ def naming(name: str) -> Iterator[None]:
 
 @contextmanager
 def os_errors(said: str, *, fix: str = "") -> Iterator[None]:
-    """Turn an `OSError` in the block into a `UserError` with `said`, the system's reason in brackets, and `fix`."""
+    """Convert an `OSError` in the block into a `UserError` with the text `said`, the system's reason, and `fix`."""
     try:
         yield
     except OSError as error:
@@ -71,13 +71,13 @@ def os_errors(said: str, *, fix: str = "") -> Iterator[None]:
 
 
 def one_line(text: str) -> str:
-    """Return a text as one `printable` line. The middle of a very long text is left out."""
+    """Return a text as one `printable` line. The middle of a very long text is replaced by "..."."""
     return _cut(printable(_cut(text)))  # shortened first, so that `printable` never reads gigabytes
 
 
 def printable(text: str) -> str:
-    """Return `text` as one line that is safe to print: another user may have written names and contents of files. New
-    lines and control characters are escaped. Letters of every script are unchanged."""
+    """Return `text` as one line that is safe to print, even if it comes from another user's file. Line breaks and
+    control characters are escaped. Letters of all scripts are unchanged."""
     if text.isprintable():
         return text
     return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
@@ -95,7 +95,7 @@ def _cut(text: str) -> str:
 
 
 class _Short(reprlib.Repr):
-    """A `repr` of bounded length. Aliases in a YAML file can make a value larger than the machine's memory."""
+    """A `repr` of limited length. Aliases in a YAML file can make a value larger than the machine's memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,43 +107,43 @@ class _Short(reprlib.Repr):
 
 
 def shown(value: object) -> str:
-    """Return `repr(value)` for a message, shortened if it is long. Any value that a file can hold is accepted."""
+    """Return `repr(value)` for a message, shortened if it is long. The value can be any value read from a file."""
     return _Short().repr(value)
 
 
 def as_given(value: object) -> str:
-    """Return the value like `shown`, but a string without quotes, as the user typed it."""
+    """Return a string unchanged, as the user typed it, and any other value as `shown`."""
     return value if isinstance(value, str) else shown(value)
 
 
 def user_path(given: str | Path, *, flag: str = "") -> Path:
-    """Return the path `given` with ~ and ~USER expanded. The file need not exist. The message contains `flag`.
+    """Return the path `given` with ~ and ~USER expanded. The file need not exist.
 
     Raises:
-        UserError: the text cannot be a path on any system.
+        UserError: the text cannot be a path on any system; the message contains `flag`.
     """
     said = f"{flag} {shown(str(given))}".lstrip()
     try:
         path = Path(given).expanduser()
         raw = os.fsencode(path)
     except (RuntimeError, UnicodeEncodeError) as error:
-        raise UserError(f"{said}: is not a path ({error})") from None
+        raise UserError(f"{said}: is not a path ({error}); give another path") from None
     if b"\0" in raw or len(raw) > _LONGEST_PATH or any(len(part) > _LONGEST_FILE_NAME for part in raw.split(b"/")):
-        raise UserError(f"{said}: is not a path (too long, or with characters that a file name cannot have)")
+        raise UserError(f"{said}: is not a path (too long, or with characters that no file name has); give another")
     return path
 
 
 class _OnStderr(logging.Handler):
-    """A log handler that writes plain lines to the current sys.stderr, which a rank's log may replace."""
+    """A log handler that writes plain lines to the current `sys.stderr`, which may be replaced while a rank runs."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Show one message. Ignore a closed terminal."""
+        """Show one log message, and ignore the error if the terminal is closed."""
         with suppress(OSError):
             show(*self.format(record).split("\n"), file=sys.stderr)
 
 
 def show_messages() -> None:
-    """Show the library's log messages of level INFO and above. Commands call this. A second call changes nothing."""
+    """Show the library's log messages of level INFO and above on stderr. A second call has no effect."""
     logger = logging.getLogger("megatron_tiedlora")
     if not any(isinstance(handler, _OnStderr) for handler in logger.handlers):
         logger.addHandler(_OnStderr())
@@ -155,7 +155,7 @@ Number = TypeVar("Number", int, float)
 
 _SCALES = {"P": 1e15, "T": 1e12, "G": 1e9, "M": 1e6, "k": 1e3}
 _LONGEST_NAME, _MOST_NAMES = 200, 8
-_LIKENESS = 0.6  # least similarity of a suggested name; below it most suggestions are wrong
+_LIKENESS = 0.6  # minimum similarity of a suggested name; most suggestions below it are wrong
 
 
 def bytes_in_words(size: float) -> str:
@@ -164,7 +164,7 @@ def bytes_in_words(size: float) -> str:
 
 
 def amount_text(value: float, unit: str, *, prefixes: str = "PTGMk") -> str:
-    """Return a number with the largest decimal prefix for which it is at least 1: `1.50 TFLOP`, `640 B`."""
+    """Return a value as text with the largest decimal prefix for which it is at least 1: `1.50 TFLOP`, `640 B`."""
     for prefix in prefixes:
         if value >= _SCALES[prefix]:
             return f"{value / _SCALES[prefix]:,.2f} {prefix}{unit}"
@@ -172,7 +172,7 @@ def amount_text(value: float, unit: str, *, prefixes: str = "PTGMk") -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type if the message is empty."""
+    """Return the first line of an error's message, or the name of the error's type if the message is empty."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
@@ -186,7 +186,7 @@ def nearest_name(name: str, known: Iterable[str]) -> str:
 
 
 def enumerate_names(names: Sequence[str]) -> str:
-    """Return names as `a, b and c`. A long list is shortened to its first names and the number of the others."""
+    """Return names as `a, b and c`. A long list is shortened to its first names and the number of remaining names."""
     if len(names) > _MOST_NAMES:
         return f"{', '.join(names[:_MOST_NAMES])} and {len(names) - _MOST_NAMES} more"
     return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
@@ -206,7 +206,7 @@ def count_text(number: int, noun: str) -> str:
 
 
 def range_text(values: Collection[Number], words: Callable[[Number], str] = "{:,}".format) -> str:
-    """Return the smallest and the largest value as `1 to 7`, or as `7` if both have the same text."""
+    """Return the smallest and the largest value as text, such as `1 to 7`, or `7` if their texts are the same."""
     return " to ".join(dict.fromkeys(map(words, (min(values), max(values)))))
 
 
@@ -217,10 +217,10 @@ def aligned_lines(rows: Sequence[Sequence[str]], *, align: str = "<>", indent: s
     """Return one line of text per row. Each column is as wide as its longest cell, with two spaces between columns.
 
     Args:
-        rows: a header, if any, is the first row. The last cells of a row may be missing. Spaces around a header make
-            its column wider.
-        align: `<` for a left-aligned column and `>` for a right-aligned one. The last character is for all further
-            columns. By default only the first column is left-aligned.
+        rows: the cells of each row. A header, if any, is the first row. The last cells of a row may be missing. Spaces
+            around a header make its column wider.
+        align: one character per column: `<` for left-aligned and `>` for right-aligned. The last character applies to
+            all further columns. By default only the first column is left-aligned.
         indent: the text before each line.
     """
     widths = [max(map(len, column)) for column in zip_longest(*rows, fillvalue="")]
@@ -233,12 +233,12 @@ def aligned_lines(rows: Sequence[Sequence[str]], *, align: str = "<>", indent: s
 
 
 def markdown_lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return a table in Markdown."""
+    """Return the lines of a table in Markdown."""
     return ["| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *rows)]
 
 
 def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
-    """Return rows as CSV with a header of column names. A value that a row does not have is empty."""
+    """Return rows as CSV with a header of column names. Values that are missing in a row are empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
@@ -248,10 +248,10 @@ def csv_text(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
 
 # What is installed ----------------------------------------------------------------------------------------------------
 #
-# An extra holds packages that only some commands need; loading, merging and exporting need none. Checks import nothing.
+# Only some commands need the packages of an extra; loading, merging and exporting need none. Checks import no package.
 
 __version__ = "0.2.0"  # pyproject.toml reads it from here
-PACKAGE_FOLDER = Path(__file__).parents[1]  # of megatron_tiedlora
+PACKAGE_FOLDER = Path(__file__).parents[1]  # the folder megatron_tiedlora
 # The modules of each extra. pyproject.toml lists the names of their packages.
 EXTRAS: Mapping[str, tuple[str, ...]] = {
     "train": ("deepspeed", "datasets", "pyarrow", "accelerate", "tensorboard", "matplotlib"),
@@ -262,12 +262,12 @@ EXTRAS: Mapping[str, tuple[str, ...]] = {
     "demo": ("gguf", "accelerate", "reasoning_gym", "peft", "tokenizers"),
     "mpi": ("mpi4py",),
 }
-# A run does not need these. They are checked where they are used: by --report_to and for figures.
+# A run does not need these packages. They are checked only where they are used: for --report_to and for figures.
 _WHERE_USED = ("accelerate", "tensorboard", "matplotlib")
 
 
 def installed_versions(*libraries: str) -> dict[str, str]:
-    """Return the versions of this package, of Python and of the installed ones of `libraries`."""
+    """Return the versions of this package, Python, and those of `libraries` that are installed."""
     found = {"megatron_tiedlora": __version__, "python": platform.python_version()}
     for library in libraries:
         if number := _installed(library):  # the library of a metric that was not requested may be missing
@@ -277,7 +277,7 @@ def installed_versions(*libraries: str) -> dict[str, str]:
 
 @cache
 def _installed(library: str) -> str | None:
-    """Return the version of an installed library, or None. This parses the library's whole metadata file."""
+    """Return the version of a library, or None if it is not installed. The result is cached because this is slow."""
     try:
         return version(library)
     except PackageNotFoundError:
@@ -285,13 +285,13 @@ def _installed(library: str) -> str | None:
 
 
 def missing_modules(*names: str) -> list[str]:
-    """Return the modules of these extras that are not installed. Nothing is imported."""
+    """Return the modules of these extras that are not installed, without importing any module."""
     modules = dict.fromkeys(module for name in names for module in EXTRAS[name])
     return [module for module in modules if find_spec(module) is None]
 
 
 def require_extra(*names: str, only: Collection[str] | None = None) -> None:
-    """Raise UserError if a module of `only`, or by default one that every run needs, is not installed."""
+    """Raise UserError if a module of these extras that every run needs, or a module of `only`, is not installed."""
     absent = missing_modules(*names)
     missing = [name for name in absent if (name not in _WHERE_USED if only is None else name in only)]
     if missing:
@@ -299,17 +299,17 @@ def require_extra(*names: str, only: Collection[str] | None = None) -> None:
 
 
 def missing_module(error: ModuleNotFoundError) -> UserError | None:
-    """Return the error for a missing module that belongs to an extra; None if it belongs to none."""
+    """Return a UserError that names the extra with the missing module, or None if no extra has it."""
     module = (error.name or "").partition(".")[0]
     names = [name for name, modules in EXTRAS.items() if module in modules]
     return UserError(f"this needs {module}; {install_hint(*names[:1])}") if names else None
 
 
 def install_hint(*names: str) -> str:
-    """Return the command that installs these extras, for a message.
+    """Return text for a message with the pip command that installs these extras.
 
-    pip adds the extras' packages to the installed package. A clone that is not installed is named by its folder,
-    because an index may have an unrelated package of the same name.
+    If this package is not installed, the command names the folder of the clone, because an index may have an unrelated
+    package of the same name.
     """
     what = "megatron_tiedlora" if _installed("megatron_tiedlora") else str(PACKAGE_FOLDER.parent)
     extras = ",".join(names)

@@ -1,8 +1,8 @@
-"""A table of the paper's methods: which tensors are tied, which are trained, and how each is initialised.
+"""Define the paper's methods: which tensors are tied, which are trained, and how each tensor is initialised.
 
-The update of an adapted linear is z = W x + (alpha / r) diag(v) B diag(u) A x (Tied-LoRA, section 3), A (r, d),
-B (o, r), u (r), v (o). Tied tensors are shared by layers. The paper's tied methods have one A and one B for all
-adapted layers; u and v are per layer.
+An adapted linear computes z = W x + (alpha / r) diag(v) B diag(u) A x (Tied-LoRA, section 3), with A (r, d), B (o, r),
+u (r) and v (o). Layers share tied tensors. The paper's tied methods have one A and one B for all adapted layers, and
+each layer has its own u and v.
 """
 
 import math
@@ -18,12 +18,12 @@ FACTORS = ("A", "B", "u", "v")
 
 @dataclass(frozen=True)
 class Factor:
-    """How a method uses one of the tensors A, B, u and v.
+    """The sharing, training and initial value of one of the tensors A, B, u and v in a method.
 
     Attributes:
-        shared_by: the layers that share a tensor. "all": all adapted layers; "one": each layer has its own; a number n
-            of two or more: n consecutive adapted layers; or lists of layers (1-based), where a layer in no list has its
-            own.
+        shared_by: the layers that share a tensor. "all": all adapted layers. "one": each layer has its own tensor. A
+            number n of two or more: n consecutive adapted layers. Lists of layers (1-based): the layers of each list; a
+            layer that is in no list has its own tensor.
     """
 
     shared_by: Sharing
@@ -33,7 +33,7 @@ class Factor:
 
 @dataclass(frozen=True)
 class Method:
-    """A method: one row of the paper's table."""
+    """A method of the paper: how it uses A, B, u and v."""
 
     name: str
     A: Factor
@@ -42,7 +42,7 @@ class Method:
     v: Factor
 
     def factor(self, name: str) -> Factor:
-        """Return the factor A, B, u or v by its name."""
+        """Return the factor with the name A, B, u or v."""
         found: Factor = getattr(self, name)
         return found
 
@@ -53,7 +53,7 @@ class Method:
 
 
 def _row(name: str, a: str, b: str, scale: str, b_start: InitialValue, *, shared_by: Sharing = "all") -> Method:
-    """Build a Method from one table row. a and b are "trained" or "frozen"; scale says which of u and v are trained."""
+    """Return the method of one table row. a and b are "trained" or "frozen", and scale names the trained vectors."""
     return Method(
         name,
         A=Factor(shared_by, a == "trained", "normal"),
@@ -80,22 +80,22 @@ METHOD_NAMES = tuple(METHODS)
 
 
 def find_method(name: str) -> Method:
-    """Return the method `name`. Raise UserError with the most similar known name if there is none."""
+    """Return the method `name`. If it is unknown, raise a UserError that suggests the most similar name."""
     if name not in METHODS:
         raise UserError(f"unknown method {name!r}{nearest_name(name, METHODS)}; known: {', '.join(METHODS)}")
     return METHODS[name]
 
 
 def default_std_a(hidden_size: int) -> float:
-    """Return the init std of A: 1 / sqrt(d), so that the entries of A x are as large as those of x."""
+    """Return the init std of A, 1 / sqrt(d). The elements of A x then have the same magnitude as the elements of x."""
     return 1.0 / math.sqrt(hidden_size)
 
 
 def default_std_b(method: Method, rank: int) -> float:
-    """Return the init std of a B that does not start at zero: 1 / sqrt(r). The entries of B A x are then as large as
-    x's.
+    """Return the init std of a B that is not initialised to zero, 1 / sqrt(r). The elements of B A x then have the same
+    magnitude as the elements of x.
 
-    A method whose initial update is not zero (tl1) uses 0.3 times this value. At the full std the first loss of a real
-    model was 3.5 instead of 1.43. At 0.3 it was 1.47, and training ended equally well (docs/start_widths.md).
+    A method whose initial update is not zero (tl1) uses 0.3 times this value. With the full std, the first loss of a
+    real model was 3.5 instead of 1.43. With 0.3 it was 1.47, and the final loss was as good (docs/start_widths.md).
     """
     return (1.0 if method.starts_at_base else 0.3) / math.sqrt(rank)

@@ -1,5 +1,5 @@
-"""Name and create folders of the user and output folders of commands. A command checks that its output folder is free
-and writable before any work."""
+"""Name and create a user's folders and the output folders of commands. Before a command does any work, it checks that
+its output folder is free and writable."""
 
 import hashlib
 import itertools
@@ -18,7 +18,7 @@ from megatron_tiedlora.base.files import new_folder, remove_leftovers
 from megatron_tiedlora.base.messages import UserError, bytes_in_words, user_path
 from megatron_tiedlora.base.ownership import FolderLock, FolderTaken, take_folder
 
-_LONGEST_PART = 80  # bytes of a name that is used inside a longer one
+_LONGEST_PART = 80  # the maximum bytes of a name that is used inside a longer name
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,14 @@ class PathIn:
 
 
 def last_name(given: str) -> str:
-    """Return the last part of a path or a hub id, for a folder's name. A very long one is shortened."""
+    """Return the last component of a path or a Hub id, for use in a folder's name. A very long name is shortened."""
     name = given.rstrip("/").rsplit("/", 1)[-1]
     raw = os.fsencode(name)
     return name if len(raw) <= _LONGEST_PART else raw[:_LONGEST_PART].decode(errors="ignore")
 
 
 def numbered(path: Path) -> Iterator[Path]:
-    """Yield PATH, PATH-2, PATH-3, ..."""
+    """Yield the paths PATH, PATH-2, PATH-3 and so on, without an end."""
     yield path
     yield from (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
 
@@ -49,24 +49,24 @@ CACHE_VARIABLE = "MEGATRON_TIEDLORA_CACHE"
 
 
 def user_cache() -> Path:
-    """Return the cache folder of this user, for downloads and converted models. It may not exist yet.
+    """Return this user's cache folder for downloads and converted models. It may not exist yet.
 
-    `$MEGATRON_TIEDLORA_CACHE`, else `~/.cache/megatron_tiedlora`.
+    The folder is `$MEGATRON_TIEDLORA_CACHE` if this is set, and otherwise `~/.cache/megatron_tiedlora`.
     """
     configured = os.environ.get(CACHE_VARIABLE)
     return user_path(configured).absolute() if configured else Path.home() / ".cache" / "megatron_tiedlora"
 
 
 def make_own_folder(path: Path, *, mode: int = 0o755) -> None:
-    """Create a folder and its parents so that other users cannot write there. An existing folder is unchanged.
+    """Create a folder and its parents. Users outside its group cannot write there. An existing folder is unchanged.
 
     Raises:
-        UserError: the folder exists, and anyone may write in it.
-        OSError: it cannot be created.
+        UserError: the folder exists and is writable by anyone.
+        OSError: the folder cannot be created.
     """
     path.mkdir(mode=mode & ~stat.S_IWOTH, parents=True, exist_ok=True)
     if path.stat().st_mode & stat.S_IWOTH:
-        raise UserError(f"{path}: anyone may write files there, and they would be trusted; run chmod o-w on it")
+        raise UserError(f"{path}: is writable by anyone, so its files cannot be trusted; run chmod o-w on it")
 
 
 def make_private_folder(path: Path) -> None:
@@ -74,24 +74,24 @@ def make_private_folder(path: Path) -> None:
 
     Raises:
         UserError: the path is a link, belongs to another user, or is writable by anyone.
-        OSError: it cannot be created.
+        OSError: the folder cannot be created.
     """
     path.mkdir(mode=0o700, exist_ok=True)
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & stat.S_IWOTH:
-        raise UserError(f"{path}: is not this user's own folder, so its content is not trusted; remove it")
+        raise UserError(f"{path}: is not a private folder of this user, so its content is not trusted; remove it")
 
 
 # Outputs of commands --------------------------------------------------------------------------------------------------
 
 
 def nearest_existing(path: Path) -> Path:
-    """Return the path itself if it exists, otherwise its nearest parent that exists."""
+    """Return the path itself if it exists, and otherwise its nearest existing parent."""
     return next(parent for parent in (path, *path.absolute().parents) if parent.exists())
 
 
 def check_writable(path: Path, *, given: str, flag: str = "--output_dir") -> None:
-    """Raise UserError if the folder `path` cannot be created or written. `given` is the value of the flag."""
+    """Raise UserError if the folder `path` cannot be created or is not writable. `given` is the value of the flag."""
     existing = nearest_existing(path)
     if not existing.is_dir():
         raise UserError(f"{flag} {given}: {existing} is a file; give a folder")
@@ -100,7 +100,7 @@ def check_writable(path: Path, *, given: str, flag: str = "--output_dir") -> Non
 
 
 def output_file(given: str, *, flag: str) -> Path:
-    """Return the path of a file that a command writes at its end. Raise UserError if it is not writable."""
+    """Return the path of a file that a command will write at its end. Raise UserError if the path is not writable."""
     path = user_path(given, flag=flag)
     if path.is_dir():
         raise UserError(f"{flag} {given}: is a folder; give a file")
@@ -109,10 +109,10 @@ def output_file(given: str, *, flag: str) -> Path:
 
 
 def output_files(given: Mapping[str, str | None]) -> dict[str, Path]:
-    """Return the paths of the files that a command writes at its end, by flag. Flags that were left out are omitted.
+    """Return the paths of the files that a command will write at its end, by flag. Flags without a value are omitted.
 
     Raises:
-        UserError: a file is not writable, or two are the same file.
+        UserError: a file is not writable, or two flags name the same file.
     """
     found = {flag: output_file(value, flag=flag) for flag, value in given.items() if value is not None}
     for (one, path), (other, same) in combinations(found.items(), 2):
@@ -122,32 +122,32 @@ def output_files(given: Mapping[str, str | None]) -> dict[str, Path]:
 
 
 def reject_links(*folders: Path) -> None:
-    """Raise UserError if a subfolder of --output_dir that the command writes to is a link or not a folder.
+    """Raise UserError if one of these subfolders of --output_dir is a link or not a folder.
 
-    A folder from another person may hold links to anywhere. The folder that the user names may itself be a link.
+    A folder from another person may contain links to any place. The folder --output_dir itself may be a link.
     """
     for folder in folders:
         if folder.is_symlink():
             raise UserError(
-                f"{folder} is a link, so files written there would lie outside of --output_dir; replace it with a"
+                f"{folder} is a link, so files written there would be outside of --output_dir; replace it with a"
                 " folder, or move all of --output_dir to the link's target"
             )
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is not a folder, but a run writes into it; remove it, or restore the folder")
 
 
-LONGEST_NAME = 240  # bytes, so that a prefix and a suffix still fit
+LONGEST_NAME = 240  # the maximum bytes of a name to which a prefix and a suffix are added
 
 
 @dataclass(frozen=True)
 class NewOutput:
     """An output folder that one process writes. It appears at `path` only when it is complete.
 
-    Until then the files are in PARENT/.NAME.partial, which the process owns. The next process that writes the same
-    output removes the files of a killed one.
+    Until then the files are in PARENT/.NAME.partial, which only this process may change. If this process is killed, the
+    next process that writes the same output removes these files.
 
     Attributes:
-        reject: raises an error if the content of `path` must not be replaced.
+        reject: a function that raises an error if the content of `path` must not be replaced.
     """
 
     path: Path
@@ -161,7 +161,7 @@ class NewOutput:
 
     @contextmanager
     def written(self) -> Iterator[Path]:
-        """Yield a temporary folder that becomes the output when the block ends. Raise UserError if this fails."""
+        """Yield a temporary folder that becomes the output at the end of the block. Raise UserError if this fails."""
         try:
             with new_folder(self.path, guard=self.guard, parent=self.partial) as temporary:
                 yield temporary
@@ -170,7 +170,7 @@ class NewOutput:
             raise
 
     def guard(self) -> None:
-        """Raise UserError if another process has taken over the output. Call `reject` too, which may raise."""
+        """Raise UserError if another process has taken over the output, or an error of `reject`."""
         self.lock.owner.check()
         self.reject(self.path)
 
@@ -192,13 +192,13 @@ def take_output(
     """Make this process the only one that writes the output `path`.
 
     Args:
-        resumes: see `take_folder`.
-        reject: see `NewOutput`; by default nothing is replaced.
-        hint: what a user can do if another process is writing the output.
+        resumes: as in `take_folder`.
+        reject: as in `NewOutput`; by default only an empty folder is replaced.
+        hint: what the user can do if another process is writing the output.
 
     Raises:
-        FolderTaken: another process is writing it, and `take_over` is False.
-        UserError: it is not writable.
+        FolderTaken: another process is writing the output, and `take_over` is False.
+        UserError: the output is not writable.
     """
     folder = partial_folder(path)
     lock = take_folder(folder, resumes=resumes, take_over=take_over, hint=hint, removed_after=True)
@@ -214,7 +214,7 @@ def remove_abandoned_outputs(folder: Path) -> None:
 
 
 def partial_folder(path: Path) -> Path:
-    """Return the folder in which `path` is written: .NAME.partial, with a hash for a name that is too long."""
+    """Return the folder .NAME.partial, in which `path` is written. A hash replaces a name that is too long."""
     name = path.name
     if len(os.fsencode(name)) > LONGEST_NAME:
         name = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
@@ -223,7 +223,7 @@ def partial_folder(path: Path) -> Path:
 
 @contextmanager
 def new_output(path: Path, *, take_over: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `path`. This combines `take_output`, `written` and `release`."""
+    """Yield a temporary folder that becomes `path` at the end of the block, and release it (see `take_output`)."""
     output = take_output(path, take_over=take_over)
     try:
         with output.written() as temporary:
@@ -233,7 +233,7 @@ def new_output(path: Path, *, take_over: bool = False) -> Iterator[Path]:
 
 
 def reject_existing(path: Path, *, flag: str) -> None:
-    """Raise UserError if `path` is anything but an empty folder. `flag` is the flag with its value, as given."""
+    """Raise UserError if `path` exists and is not an empty folder. `flag` is the flag with its value, as given."""
     if path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir()))):
         raise UserError(f"{flag} exists; give a new folder")
 
@@ -246,11 +246,11 @@ def require_room(folder: Path, needed: int, *, output: Path) -> None:
 
 
 def take_output_folder(given: str | None, *, parent: str, name: str, take_over: bool = False) -> NewOutput:
-    """Take the new or empty folder `given` to --output_dir, or without it the first free one of PARENT/NAME, NAME-2,
-    ...
+    """Make this process the owner of the --output_dir `given`, which must be new or empty. Without --output_dir, use
+    the first free folder of PARENT/NAME, PARENT/NAME-2 and so on.
 
     Raises:
-        UserError: the folder holds files, is not writable, or another process is writing it.
+        UserError: the folder contains files, is not writable, or is being written by another process.
     """
     if given is not None:
         path = user_path(given)
@@ -261,7 +261,7 @@ def take_output_folder(given: str | None, *, parent: str, name: str, take_over: 
         reject_existing(path, flag=f"--output_dir {given}")
         if os.path.ismount(path):
             raise UserError(f"--output_dir {given} is a mount point, which cannot be replaced; give a folder in it")
-        check_writable(path.parent, given=given)  # the output is first written beside it
+        check_writable(path.parent, given=given)  # the output is first written in the parent folder
         return take_output(path, take_over=take_over)
     paths = numbered(Path(parent) / name)
     while True:

@@ -1,8 +1,8 @@
-"""Allow one writer per folder. Its owner is one launch of a command, which the code calls a start.
+"""Let only one launch of a command write to a folder at a time. This launch is the owner of the folder.
 
-OWNER_FILE holds a token (launch id, host, process, time). The owner keeps the file locked; the kernel frees the lock
-when the owner dies. The owner also renews the file's mtime, which other hosts see. A launch that takes over a folder
-replaces the file without waiting. The former owner sees the new token before its next change.
+OWNER_FILE contains a token (launch id, host, process, time). The owner keeps the file locked, and the kernel frees the
+lock when the owner dies. The owner also renews the file's mtime, which other hosts see. A launch that takes over a
+folder replaces the file without waiting. The previous owner sees the new token before its next change.
 
 The owner checks the token right before each rename of a temporary file (`files`). A new owner removes temporary files
 before it reads the folder. So an owner that is suspended between check and rename changes nothing when it resumes.
@@ -29,19 +29,22 @@ from megatron_tiedlora.base.files import TEMPORARY_PREFIX, Count, Text, read_fie
 from megatron_tiedlora.base.messages import UserError
 
 OWNER_FILE = ".owner"
-START_ID = "MEGATRON_TIEDLORA_START"  # with this variable `tiedlora run` recognises the tokens of its ranks
+START_ID = "MEGATRON_TIEDLORA_START"  # `tiedlora run` recognises the tokens of its ranks by this variable's value
 _GIVEN_UP, _CANDIDATE = f"{OWNER_FILE}-given-up-", f"{OWNER_FILE}-new-"  # followed by a launch id
-STALE_SECONDS = 60.0  # an owner that has not renewed its token for this time counts as given up
-_MISSED_SECONDS = 20.0  # the same limit if its lock is free; two renewals were missed
+STALE_SECONDS = 60.0  # after this time without a renewal of its token, an owner has lost its claim to the folder
+_MISSED_SECONDS = 20.0  # the limit for an owner whose lock is free: it has missed two renewals
 _BOOT_ID, _PROCESS_NAMESPACE = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
 
 
 class FolderTaken(UserError):
-    """Raised if another launch owns the folder."""
+    """The error that is raised if another launch owns the folder."""
 
 
 class OwnerLost(UserError):
-    """Raised if this launch lost the folder: another launch took it over, peers gave it up, or it was removed."""
+    """The error that is raised if this launch no longer owns the folder.
+
+    Another launch took it over, other ranks gave it up, or it was removed.
+    """
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,10 @@ class Token:
 
     Attributes:
         start: unique id of the launch.
-        machine: id of the running kernel, whose lock shows whether the owner is alive.
-        since: when the owner took the folder, in seconds since 1970 by the owner's clock.
+        machine: id of the running kernel. Its lock shows whether the owner is alive.
+        since: time when the owner took the folder, in seconds since 1970 by the owner's clock.
         processes: id of the PID namespace of process `pid`; '' if it is unknown.
-        job: START_ID of that process.
+        job: value of the variable START_ID in process `pid`.
     """
 
     start: Text
@@ -65,20 +68,20 @@ class Token:
     job: Text = ""
 
     def __str__(self) -> str:
-        return f"a start on {self.host} (process {self.pid})"
+        return f"a launch on {self.host} (process {self.pid})"
 
     @property
     def time(self) -> str:
-        """Return `since` as text."""
+        """Return `since` as text in local time, such as 2025-01-31 12:00:00."""
         return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
 
 
 @dataclass(frozen=True)
 class Owner:
-    """A launch that owns a folder. Each rank of the launch has such an object.
+    """A launch that owns a folder. Each rank of the launch has an instance.
 
     Attributes:
-        is_main: whether this rank holds the lock. The other ranks may only give it up.
+        is_main: whether this rank holds the lock. The other ranks can only give the folder up.
     """
 
     folder: Path
@@ -92,18 +95,20 @@ class Owner:
             if token is not None:
                 why = f"{token} took it over at {token.time}"
             elif self.folder.is_dir():
-                why = f"its file {OWNER_FILE} is gone"
+                why = f"its file {OWNER_FILE} is missing"
             else:
                 why = "the folder was removed, moved or replaced"
-            raise OwnerLost(f"{self.folder}: {why}; this start changed nothing more there")
+            raise OwnerLost(
+                f"{self.folder}: {why}, so this launch made no further changes there; start again in another folder"
+            )
         if self.is_main and self._mark.exists():
             raise OwnerLost(
-                f"{self.folder}: the other ranks gave this one up because it was silent; this start changed nothing"
-                " more there"
+                f"{self.folder}: the other ranks no longer received this rank's heartbeat, so this launch made no"
+                " further changes there; start it again"
             )
 
     def _has_written(self, name: str) -> bool:
-        """Return whether the token belongs to this launch. Every change calls this, so only the id is checked."""
+        """Return whether the token in file `name` is this launch's own. Only the id is compared, to save time."""
         for _ in range(3):
             try:
                 descriptor = os.open(self.folder / name, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -118,14 +123,14 @@ class Owner:
         return False
 
     def give_up(self) -> None:
-        """Let the next launch with --resume take the folder, even if the owner is only suspended. Ignore errors."""
+        """Let the next launch with --resume take the folder, even if its owner is only suspended. Ignore errors."""
         with suppress(OSError):
-            # a host that does not see the folder does not wait
+            # checked first, so that a host that does not see the folder does not wait
             if self.folder.is_dir() and self._has_written(OWNER_FILE):
                 self._mark.touch()
 
     def give_back(self) -> None:
-        """Remove this launch's owner files, unless a child holds the lock."""
+        """Remove the owner files of this launch, unless a child process still holds the lock."""
         file, away = self.folder / OWNER_FILE, self.folder / f"{_CANDIDATE}{self.start}"
         if not self._has_written(file.name) or _is_unlocked(file) is False:
             return
@@ -145,9 +150,9 @@ class FolderLock:
     """A folder that this process owns until it calls `release`.
 
     Attributes:
-        descriptor: the locked file. Children that inherit it keep the kernel's lock until they end.
-        renew_seconds: time between renewals of the token.
-        lock_seconds: longest wait for a lock that processes of this machine hold only for a moment.
+        descriptor: descriptor of the locked file. Child processes that inherit it keep the lock until they end.
+        renew_seconds: seconds between renewals of the token.
+        lock_seconds: maximum seconds to wait for the lock on the folder itself, which processes hold only briefly.
     """
 
     owner: Owner
@@ -173,7 +178,8 @@ class FolderLock:
                 os.utime(self.descriptor)
 
     def release(self) -> None:
-        """Release the folder, unless a child still holds the lock. Remove empty folders that `take_folder` made."""
+        """Release the folder, unless a child process holds the lock. Remove empty folders that `take_folder` created.
+        """
         if self._over.is_set():
             return
         self._over.set()
@@ -198,22 +204,23 @@ def take_folder(
 ) -> FolderLock:
     """Make this process the owner of a folder. The folder is created if it does not exist.
 
-    A folder is free if it has no owner, or if its owner died on this machine. It can also be taken if its owner was
-    given up (by its peers, or because the token was not renewed for STALE_SECONDS). While the kernel's lock is held,
-    only a launch that resumes may take a given-up folder.
+    A folder is free if it has no owner, or if its owner died on this machine. A folder can also be taken if other ranks
+    gave it up, or if its token was not renewed for STALE_SECONDS. If the owner still holds the kernel's lock, only a
+    launch that resumes may take such a folder.
 
     Args:
-        hint: what a user can do if the folder has an owner, for the message.
-        new: the folder must not exist yet.
-        take_over: take the folder from any owner.
-        before: called before the folder is taken from an earlier launch; if it raises, that launch keeps the folder.
-        removed_after: `release` removes the folder if it is empty, even if another process made it.
-        renew_seconds, lock_seconds: see FolderLock.
+        hint: what the user can do if the folder has an owner. It ends the error message.
+        new: whether the folder must not exist yet.
+        resumes: whether this launch continues a run.
+        take_over: whether to take the folder from any owner.
+        before: called before the folder is taken from an earlier launch. If it raises, that launch keeps the folder.
+        removed_after: whether `release` removes the folder if it is empty, even if another process created it.
+        renew_seconds, lock_seconds: as in `FolderLock`.
 
     Raises:
-        FolderTaken: another launch owns the folder; the message says which one and since when.
-        FileExistsError: it exists, and `new` is set.
-        UserError: it cannot be created or written.
+        FolderTaken: another launch owns the folder. The message names its host, process and start time.
+        FileExistsError: the folder exists, and `new` is true.
+        UserError: the folder cannot be created or written.
     """
     ids, job = (uuid.uuid4().hex[:16], socket.gethostname(), os.getpid(), _machine()), os.environ.get(START_ID, "")
     token = Token(*ids, time.time(), _processes(), job)
@@ -222,9 +229,9 @@ def take_folder(
     try:
         while descriptor is None:
             made = _make(folder, new=new)
-            with suppress(FileNotFoundError):  # a launch that gave it back has removed it meanwhile
+            with suppress(FileNotFoundError):  # its previous owner has just removed the folder
                 descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o664)
-        with suppress(OSError):  # a file system without locks: then only the token's mtime counts
+        with suppress(OSError):  # on a file system without locks, only the token's mtime counts
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.write(descriptor, json.dumps(asdict(token)).encode())  # a token without a lock belongs to a dead launch
         with _one_at_a_time(folder, lock_seconds):
@@ -238,12 +245,12 @@ def take_folder(
             os.close(descriptor)
         _remove_empty((folder, *made[1:]) if removed_after else made)
         if isinstance(error, OSError) and not (new and isinstance(error, FileExistsError)):
-            raise UserError(f"{folder}: cannot be written ({error.strerror or error})") from error
+            raise UserError(f"{folder}: cannot be written ({error.strerror or error}); give another folder") from error
         raise
 
 
 def _make(folder: Path, *, new: bool) -> tuple[Path, ...]:
-    """Create the folder and its parents. Return the created ones, the innermost first."""
+    """Create the folder and its parents. Return the folders that were created, innermost first."""
     made: list[Path] = []
     for path in (*reversed(folder.parents), folder):
         is_new = new and path == folder
@@ -278,10 +285,10 @@ def _put_token(temporary: Path, *, resumes: bool, take_over: bool, hint: str, be
 
 
 def _reject_owned(folder: Path, *, now: float, resumes: bool, hint: str) -> None:
-    """Raise FolderTaken if the folder has an owner that is not dead and was not given up.
+    """Raise FolderTaken if the folder has a living owner that has not lost its claim to the folder.
 
     Args:
-        now: mtime of a file that was just written there, because the clocks of hosts differ.
+        now: mtime of a file that was just written in the folder. It replaces this host's clock, because clocks differ.
     """
     file = folder / OWNER_FILE
     token = read_token(file)
@@ -292,15 +299,16 @@ def _reject_owned(folder: Path, *, now: float, resumes: bool, hint: str) -> None
     silent = age > STALE_SECONDS or (token is not None and (folder / f"{_GIVEN_UP}{token.start}").exists())
     if _is_dead(file, age) or (silent and (resumes or _is_unlocked(file) is not False)):
         return
-    who = "another start" if token is None else f"{token} since {token.time}"
-    raise FolderTaken(f"{folder}: {who} is at work here (last seen {max(0.0, age):.0f} s ago); {hint}")
+    who = "another launch" if token is None else f"{token} since {token.time}"
+    raise FolderTaken(f"{folder}: {who} is using this folder (last seen {max(0.0, age):.0f} s ago); {hint}")
 
 
 def _is_dead(file: Path, age: float = 0.0) -> bool:
     """Return whether the process that wrote the token `file` ran on this machine and died.
 
-    Cloned machines share an id, and containers of one machine may not see each other's locks. So a free lock is not
-    enough: the process must also be gone, or must not have renewed its token for `age` seconds.
+    Cloned machines have the same id, and containers on one machine may not see each other's locks. So a free lock is
+    not enough. The process must also have ended, or its token must be older than a limit. `age` is the token's age in
+    seconds.
     """
     token = read_token(file)
     if token is None or token.machine != _machine() or _is_unlocked(file) is not True:
@@ -319,14 +327,14 @@ def _is_gone(pid: int) -> bool:
 
 
 def owner_in_words(folder: Path) -> str | None:
-    """Return text about the folder's owner and since when it owns it; None if there is no owner or it is dead."""
+    """Return text with the folder's owner and the time when it took the folder, or None without a living owner."""
     file = folder / OWNER_FILE
     token = read_token(file)
     return None if token is None or _is_dead(file) else f"{token} since {token.time}"
 
 
 def read_token(file: Path) -> Token | None:
-    """Return the token in an OWNER_FILE, or None if it cannot be read."""
+    """Return the token in an OWNER_FILE, or None if the file cannot be read."""
     try:
         return read_fields(file, read_json_object(file, kind="an owner's token"), Token, optional=["processes", "job"])
     except (UserError, OSError):
@@ -334,12 +342,12 @@ def read_token(file: Path) -> Token | None:
 
 
 def is_of_owner(name: str) -> bool:
-    """Return whether a file of this name is temporary or only records the owner of the folder."""
+    """Return whether a file with this name is temporary or belongs to the code that records a folder's owner."""
     return name.startswith((OWNER_FILE, TEMPORARY_PREFIX))
 
 
 def _is_unlocked(file: Path) -> bool | None:
-    """Return whether no process holds the kernel's lock on the file; None if it is unknown."""
+    """Return whether no process holds the kernel's lock on the file, or None if this is unknown."""
     for mode, lock in ((os.O_RDWR, fcntl.LOCK_EX), (os.O_RDONLY, fcntl.LOCK_SH)):
         try:
             descriptor = os.open(file, mode | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -361,10 +369,10 @@ def _is_unlocked(file: Path) -> bool | None:
 
 @contextmanager
 def _one_at_a_time(folder: Path, seconds: float) -> Iterator[None]:
-    """Exclude other processes of this machine inside the block, if the file system can lock folders."""
+    """Let only one process of this machine at a time run the block, if the file system can lock folders."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        deadline = time.monotonic() + seconds  # the holder may be suspended; tokens are safe enough without the lock
+        deadline = time.monotonic() + seconds  # the process with the lock may be suspended; tokens alone are safe enough
         with suppress(OSError):
             while time.monotonic() < deadline:
                 try:
@@ -378,7 +386,7 @@ def _one_at_a_time(folder: Path, seconds: float) -> Iterator[None]:
 
 
 def _remove_empty(folders: Iterable[Path]) -> None:
-    """Remove those folders that are empty, the innermost first."""
+    """Remove the folders in order, and stop at the first folder that is not empty."""
     with suppress(OSError):
         for folder in folders:
             folder.rmdir()
@@ -386,7 +394,7 @@ def _remove_empty(folders: Iterable[Path]) -> None:
 
 @cache
 def _machine() -> str:
-    """Return an id of the running kernel, whose locks all its processes share. Containers differ in host name."""
+    """Return an id of the running kernel. Processes with the same id see the same locks, even in containers."""
     try:
         return _BOOT_ID.read_text().strip()
     except OSError:
@@ -395,7 +403,7 @@ def _machine() -> str:
 
 @cache
 def _processes() -> str:
-    """Return an id of the PID namespace of this process. In another namespace the same PID is another process."""
+    """Return an id of this process's PID namespace. A PID identifies a process only within its namespace."""
     try:
         return os.readlink(_PROCESS_NAMESPACE)
     except OSError:

@@ -1,9 +1,9 @@
-"""Describe a decoder-only model as plain data without torch: sizes, how each linear is sharded, and the names of its
-Hugging Face tensors.
+"""Describe a decoder-only model as plain data without torch: its sizes, the sharding of each linear, and the names of
+its Hugging Face tensors.
 
 All code that depends on a model's shape uses this description: weight names and slices, checks of a parallel
-configuration, costs of stages, FLOPs, memory, messages, merging and export. `model/families.py` builds it from a
-`config.json`.
+configuration, costs of stages, FLOPs, memory, communication, merging and export. `model/families.py` builds the
+description from a `config.json`.
 """
 
 import math
@@ -13,15 +13,15 @@ from typing import Any, Literal, NamedTuple
 from megatron_tiedlora.base.messages import UserError, user_path
 
 ShardedDim = Literal["column", "row", "vocabulary"]
-# The names that adapters use for a block's linears, in the order of computation. In files the tensors of QKV have no
-# prefix: A, B, u and v.
+# The names of a block's linears in adapters, in the order of computation. In files, the tensors of QKV have no prefix:
+# A, B, u and v.
 TARGET_NAMES = QKV, OUTPUT, GATE_UP, DOWN = "qkv", "o_proj", "gate_up", "down_proj"
-_FIELDS = {QKV: "qkv", OUTPUT: "output", GATE_UP: "gate_up", DOWN: "down"}  # of BlockShape
+_FIELDS = {QKV: "qkv", OUTPUT: "output", GATE_UP: "gate_up", DOWN: "down"}  # the fields of BlockShape
 ATTENTION_TARGETS, MLP_TARGETS = (QKV,), (GATE_UP, DOWN)  # targets in attention and in the MLP
 
 
 class LinearSizes(NamedTuple):
-    """The sizes and the sharded dimension of a linear; see `LinearShape`."""
+    """The sizes and the sharded dimension of a linear, as in `LinearShape`."""
 
     in_size: int
     blocks: tuple[int, ...]
@@ -29,7 +29,7 @@ class LinearSizes(NamedTuple):
 
 
 def linear_sizes(hidden_size: int, qkv_rows: tuple[int, int, int], intermediate_size: int) -> dict[str, LinearSizes]:
-    """Return the sizes of each target."""
+    """Return the sizes and the sharded dimension of each target, by name."""
     return {
         QKV: LinearSizes(hidden_size, qkv_rows, "column"),
         OUTPUT: LinearSizes(qkv_rows[0], (hidden_size,), "row"),
@@ -47,7 +47,7 @@ class LinearScaling:
 
 @dataclass(frozen=True)
 class Llama3Scaling:
-    """RoPE scaling that divides low frequencies by `factor` and keeps high ones; see `model.attention`."""
+    """RoPE scaling that divides low frequencies by `factor` and keeps high frequencies (see `model.attention`)."""
 
     factor: float
     low_freq_factor: float
@@ -60,9 +60,9 @@ class YarnScaling:
     """RoPE scaling like Llama 3's, but with a linear ramp over frequency indices (https://arxiv.org/abs/2309.00071).
 
     Attributes:
-        beta_fast, beta_slow: rotations over the original positions at which the ramp begins and ends.
-        truncate: whether the ramp's ends are rounded to whole indices.
-        amplitude: cos and sin are multiplied by it.
+        beta_fast, beta_slow: numbers of rotations over the original positions at which the ramp begins and ends.
+        truncate: whether the ends of the ramp are rounded to integer indices.
+        amplitude: the factor by which cos and sin are multiplied.
     """
 
     factor: float
@@ -75,11 +75,11 @@ class YarnScaling:
 
 @dataclass(frozen=True)
 class LongRopeScaling:
-    """RoPE scaling that divides each frequency by its own factor (https://arxiv.org/abs/2402.13753). The factors are
-    those for at most the original positions.
+    """RoPE scaling that divides each frequency by its own factor (https://arxiv.org/abs/2402.13753).
 
     Attributes:
-        amplitude: cos and sin are multiplied by it.
+        factors: the model's factors for sequences that are not longer than the original positions.
+        amplitude: the factor by which cos and sin are multiplied.
     """
 
     factors: tuple[float, ...]
@@ -91,7 +91,7 @@ RopeScaling = LinearScaling | Llama3Scaling | YarnScaling | LongRopeScaling
 
 @dataclass(frozen=True)
 class RopeShape:
-    """The base, the rotated share of a head, and the scaling of a rotary position embedding."""
+    """The base `theta`, the rotated fraction `share` of a head, and the scaling of a rotary position embedding."""
 
     theta: float = 10000.0
     share: float = 1.0
@@ -103,13 +103,13 @@ class NormShape:
     """A norm over `size` elements. RMS norm computes y = w x / sqrt(mean(x^2) + eps).
 
     Attributes:
-        name: name of its weight within the layer.
+        name: name of the norm's weight within the layer.
         size: number of elements that are normalised together, which is also the size of the weight.
-        source: name of the Hugging Face module that stores it, within the layer.
+        source: name of the Hugging Face module of the norm, within the layer.
         bias_name: name of the bias of a LayerNorm, which subtracts the mean of x first and adds the bias last. None for
             RMS norm.
-        sharded: whether the norm applies to the output of a column-parallel linear and its weight is sharded like the
-            rows.
+        sharded: whether the norm applies to the sharded output of a column-parallel linear. Its weight is then sharded
+            in the same way.
     """
 
     name: str
@@ -125,8 +125,8 @@ class HeadShape:
     """The attention heads of a block.
 
     Attributes:
-        num: number of query heads; each `num // num_kv` of them share one key head and one value head.
-        dim: elements per head.
+        num: number of query heads. `num // num_kv` query heads share one key head and one value head.
+        dim: number of elements per head.
         query_norm, key_norm: norms of queries and keys before the rotation. A norm is over each head, or over all heads
             together if it is sharded.
     """
@@ -145,17 +145,17 @@ class HeadShape:
 
     @property
     def rotary_dim(self) -> int:
-        """Return the number of rotated elements of a head, which are the first ones."""
+        """Return the number of elements of a head that are rotated. They are the first elements."""
         return int(self.dim * self.rope.share)
 
     def local(self, tp_size: int) -> "HeadShape":
-        """Return the heads of one of `tp_size` tensor-parallel ranks."""
+        """Return the heads on one rank if there are `tp_size` tensor-parallel ranks."""
         return self._of_sizes(self.num // tp_size, self.num_kv // tp_size, self.dim, self.rope)
 
     def resized(self, *, num: int, num_kv: int, dim: int) -> "HeadShape":
-        """Return the same kind of heads with another number and size, for code that needs heads but no weights.
+        """Return the same kind of heads with a different number and size, for code that does not use real weights.
 
-        If only a part of a head is rotated, half of the new head is.
+        If only some elements of a head are rotated, half of the new head is rotated.
         """
         rope = replace(self.rope, share=1.0 if self.rope.share == 1 else 0.5)
         size = int(dim * rope.share) // 2
@@ -181,7 +181,7 @@ class StoredRows:
     Attributes:
         module: the module that the tensor belongs to, within the layer ("self_attn.q_proj").
         start: index of the first row.
-        of: number of rows of the whole tensor; None if the range has all rows.
+        of: number of rows of the stored tensor; None if the range has all rows.
     """
 
     module: str
@@ -191,15 +191,15 @@ class StoredRows:
 
 @dataclass(frozen=True)
 class LinearShape:
-    """A linear y = W x + b with W of shape (out_size, in_size). An embedding looks up the rows of such a W.
+    """A linear y = W x + b with W of shape (out_size, in_size), or an embedding that looks up the rows of W.
 
     Attributes:
         name: module name within its entry of the flat layer list ("attention.qkv").
         blocks: output sizes of the fused parts, in order (query, key, value).
         sharded_dim: how W is sharded over tensor-parallel ranks. "column": the rows of each block; "row": its columns;
             "vocabulary": the rows, padded with zeros so that all ranks have equally many.
-        sources: where each block is stored.
-        bias: whether b exists; it is sharded like the rows of W.
+        sources: the stored rows of each block.
+        bias: whether b exists. It is sharded like the rows of W.
     """
 
     name: str
@@ -226,7 +226,7 @@ class BlockShape:
     and up = gate_up(norm x). Each of the four norms may be None.
 
     Attributes:
-        source: name of the Hugging Face module of a block, with {index} for its 0-based number.
+        source: name of the Hugging Face module of a block, with {index} for the block's 0-based index.
         attention_norm, mlp_norm: norms of the inputs of attention and MLP.
         output_norm, down_norm: norms of the outputs of attention and MLP, before the residual addition.
     """
@@ -243,7 +243,7 @@ class BlockShape:
     down_norm: NormShape | None
 
     def resized(self, heads: HeadShape, intermediate_size: int) -> "BlockShape":
-        """Return this block with other heads and another MLP width."""
+        """Return a copy of this block with different heads and a different MLP width."""
         sizes = linear_sizes(self.qkv.in_size, heads.rows, intermediate_size)
         linears: dict[str, Any] = {
             _FIELDS[name]: replace(linear, **sizes[name]._asdict()) for name, linear in self.adaptable.items()
@@ -257,7 +257,7 @@ class BlockShape:
 
     @property
     def adaptable(self) -> dict[str, LinearShape]:
-        """Return the linears by the names that users and adapter files use."""
+        """Return the linears by target name, such as `qkv`."""
         linears = ((name, getattr(self, field)) for name, field in _FIELDS.items())
         return {name: linear for name, linear in linears if linear is not None}
 
@@ -270,16 +270,17 @@ class BlockShape:
 
     @property
     def num_weights(self) -> int:
-        """Return the number of elements of all weight matrices, which equals the multiplications per token."""
+        """Return the number of elements of all weight matrices. It equals the number of multiplications per token."""
         return sum(linear.num_weights for linear in self.linears)
 
 
 @dataclass(frozen=True)
 class LengthLimit:
-    """The maximum number of tokens in a row. The model computes longer rows in a way that is not implemented here.
+    """The maximum sequence length. For longer sequences the model uses a computation that is not implemented here.
 
     Attributes:
-        reason: why the limit exists, as the end of a sentence that begins with the model's name.
+        tokens: the maximum number of tokens.
+        reason: the reason for the limit, as the end of a sentence that begins with the model's name.
     """
 
     tokens: int
@@ -291,10 +292,10 @@ class ModelShape:
     """A model with an embedding, `num_layers` equal blocks, a final norm and a head.
 
     Attributes:
-        limit: the maximum number of tokens in a row, at most `max_positions`.
-        head: the head's linear; with tied embeddings it is the embedding's weight under the head's name.
-        ropes: the rotary embedding of each block, None for a block without one; empty if all blocks use that of
-            `heads`.
+        limit: the maximum sequence length, at most `max_positions`.
+        head: the head's linear. With tied embeddings, it is the embedding's weight under the head's name.
+        ropes: the rotary embedding of each block, or None for a block that has none. It is empty if all blocks use
+            `heads.rope`.
     """
 
     num_layers: int
@@ -308,12 +309,12 @@ class ModelShape:
     ropes: tuple[RopeShape | None, ...] = ()
 
     def rope_of(self, block: int) -> RopeShape | None:
-        """Return the rotary embedding of a block, counted from 1; None if it has none."""
+        """Return the rotary embedding of a block (1-based), or None if the block has none."""
         return self.ropes[block - 1] if self.ropes else self.heads.rope
 
     @property
     def vocab_size(self) -> int:
-        """Return the number of token ids."""
+        """Return the number of token ids in the vocabulary."""
         return self.embedding.out_size
 
     @property
@@ -332,7 +333,7 @@ class ModelShape:
         return self.block.down.in_size
 
     def resized(self, *, vocab_size: int, intermediate_size: int, num_layers: int, heads: HeadShape) -> "ModelShape":
-        """Return the same kind of model with another size, for code that needs a model but no weights.
+        """Return the same kind of model with different sizes, for code that does not use real weights.
 
         The result has tied embeddings, and each block uses the rotary embedding of `heads`.
         """
@@ -350,7 +351,7 @@ class ModelShape:
 # Storage formats of a quantised base ----------------------------------------------------------------------------------
 #
 # The table lists the bits per weight and the weights per scale. Only the weights of the blocks' linears are quantised.
-# Embedding, head, norms, biases and the adapter are not.
+# The embedding, the head, norms, biases and the adapter are not quantised.
 
 
 FP8_CAPABILITY = (8, 9)  # the lowest compute capability of a GPU with fp8 matmuls
@@ -361,9 +362,9 @@ class BaseFormat:
     """A storage format of quantised weights.
 
     Attributes:
-        bits: bits per code.
-        block: number of consecutive weights of a row that share a scale; None for a whole row. The last block of a row
-            may be shorter. Blocks and rows are those of the full tensor, even if tensor parallelism shards it.
+        bits: number of bits per quantised weight.
+        block: number of consecutive weights of a row that share a scale; None if all weights of a row share one. The
+            last block of a row may be shorter. Blocks are counted in the full tensor, even if it is sharded.
     """
 
     name: str
@@ -371,15 +372,15 @@ class BaseFormat:
     block: int | None
 
     def row_bytes(self, width: int) -> int:
-        """Return the bytes of the codes in a row of `width` weights. Each row begins at a new byte."""
+        """Return the number of bytes of a quantised row of `width` weights. Each row begins at a new byte."""
         return -(-width * self.bits // 8)
 
     def row_scales(self, width: int, *, shards_rows: bool = False) -> int:
-        """Return the number of scales stored for `width` weights, which are a row or its shard; see `stored_block`."""
+        """Return the number of scales that are stored for a row of `width` weights, or for a rank's shard of a row."""
         return 1 if self.block is None else -(-width // self.stored_block(width, shards_rows=shards_rows))
 
     def stored_block(self, width: int, *, shards_rows: bool = False) -> int:
-        """Return the number of weights that share a stored scale.
+        """Return the number of weights that share a stored scale, in a row of `width` weights or a shard of a row.
 
         A rank's shard of a row may begin inside a block. So a shard stores scales for smaller blocks, whose size
         divides both the block and the shard. All shards then have the same format.
@@ -398,11 +399,11 @@ BASE_FORMATS: dict[str, BaseFormat] = {
     )
 }
 BASE_NAMES = tuple(BASE_FORMATS)
-UNQUANTISED = "none"  # the choice of no format, where the default is the format of training
+UNQUANTISED = "none"  # the value of a flag for no quantisation, where the default is the format that training used
 
 
 def precision_in_words(dtype: str, base_format: str | None, products: str | None = None) -> str:
-    """Return as text the dtype of a model, the storage format of its blocks' linears if any, and --products."""
+    """Return text with a model's dtype, the storage format of its linears if they are quantised, and --products."""
     if base_format is None:
         return dtype
     return f"{dtype} with the linears in {base_format}" + ("" if products is None else f", multiplied in {products}")
@@ -479,7 +480,7 @@ PRESETS = {name: {**common, **dict(zip(_SIZES, row, strict=True))} for name, (co
 
 
 def is_preset(name: str) -> bool:
-    """Return whether --model NAME is a preset: a preset has this name, and no folder has."""
+    """Return whether --model NAME is a preset and not a folder with the same name."""
     try:
         return name in PRESETS and not user_path(name).is_dir()
     except UserError:  # the name cannot be a path
