@@ -1,11 +1,11 @@
-"""Write files atomically, and read small text files, JSON objects, YAML files and checksums strictly.
+"""Write files atomically, and read and check small text files, JSON objects, YAML files and checksums.
 
 A file or folder is written under a temporary name, synced, and then renamed. A `guard` is called right before the
 rename. It raises UserError if this process may no longer change the folder. `ownership` explains why a process that
 lost the folder cannot change it.
 
-Every failure to read is a one-line UserError. A YAML file has one document. Tags, duplicate names, anchors and aliases
-are rejected, because aliases can expand to more than a machine's memory.
+A file that cannot be read raises a UserError of one line. A YAML file has one document. Tags, duplicate names, anchors
+and aliases are rejected, because aliases can expand to more than a machine's memory.
 """
 
 import ctypes
@@ -37,11 +37,11 @@ Guard = Callable[[], None]
 
 
 def unguarded() -> None:
-    """Do nothing: the guard of a folder that no other process writes to."""
+    """Do nothing. This is the guard for a folder that no other process writes to."""
 
 
 def sync_path(path: Path) -> None:
-    """Flush a file's or a folder's entries to the disk."""
+    """Flush a file's content, or a folder's list of files, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -51,12 +51,13 @@ def sync_path(path: Path) -> None:
 
 @contextmanager
 def new_folder(path: Path, *, guard: Guard = unguarded, parent: Path | None = None) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`. It replaces `path` when the block ends without an error.
+    """Yield a temporary folder that replaces `path` when the block ends without an error.
 
     If the process is killed before that, the folder at `path` is unchanged. An error removes the temporary folder.
 
     Args:
-        parent: existing folder that holds the temporary one (default: the parent of `path`, which is created).
+        parent: an existing folder in which the temporary folder is created. By default this is the parent of `path`,
+            which is created if necessary.
 
     Raises:
         UserError: the disk is full or the parent is not writable; the message names `path`.
@@ -78,22 +79,24 @@ def new_folder(path: Path, *, guard: Guard = unguarded, parent: Path | None = No
     except (OSError, SafetensorError) as error:  # safetensors raises its own error if the disk is full
         shutil.rmtree(temporary, ignore_errors=True)
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{path}: cannot be written ({reason}); nothing was changed") from error
+        raise UserError(
+            f"{path}: cannot be written ({reason}); nothing was changed; check the disk space and the permissions"
+        ) from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
 def _put_in_place(temporary: Path, path: Path, guard: Guard) -> None:
-    """Rename `temporary` to `path`. A folder that is already there is swapped out in one step, then removed."""
+    """Rename `temporary` to `path`. An existing folder at `path` is exchanged in one step and then removed."""
     if not os.path.lexists(path):
         os.rename(temporary, path)
         sync_path(path.parent)
         return
     old = temporary
     if not _exchange(temporary, path):
-        # Some network file systems cannot swap, and a folder cannot be renamed over a non-empty one. So the old one is
-        # moved aside first. After a kill between the two renames, `restore_interrupted` moves it back.
+        # Some network file systems cannot exchange paths, and a folder cannot be renamed over a non-empty one. So the
+        # old folder is first moved aside. After a kill between the two renames, `restore_interrupted` moves it back.
         old = path.parent / f"{_ASIDE_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}"
         guard()
         os.rename(path, old)
@@ -107,7 +110,7 @@ def _put_in_place(temporary: Path, path: Path, guard: Guard) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two paths in one step. Return False if the system or the file system cannot do it."""
+    """Exchange two paths in one step. Return False if the system or the file system cannot do this."""
     try:
         swap = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError):
@@ -123,14 +126,14 @@ def write_text(path: Path, text: str, *, guard: Guard = unguarded) -> None:
 
 @contextmanager
 def new_file(path: Path, *, guard: Guard = unguarded) -> Iterator[Path]:
-    """Yield a temporary name beside `path`. The file replaces `path` when the block ends without an error.
+    """Yield a temporary path. The file written there replaces `path` when the block ends without an error.
 
     Raises:
         UserError: the file cannot be written; the message names `path`.
     """
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}")
     try:
-        with os_errors(f"{path}: cannot be written", fix="; nothing was changed"):
+        with os_errors(f"{path}: cannot be written", fix="; nothing was changed; check the disk space and the permissions"):
             yield temporary
             sync_path(temporary)
             guard()
@@ -147,7 +150,7 @@ def write_json(path: Path, content: Any, *, guard: Guard = unguarded) -> None:
 
 
 def restore_interrupted(folder: Path) -> None:
-    """Restore the names of folders that a killed writer had moved aside but not yet replaced."""
+    """Move back the folders in `folder` that a killed process had moved aside and not yet replaced."""
     for aside in folder.glob(f"{_ASIDE_PREFIX}*"):
         path = folder / aside.name.removeprefix(_ASIDE_PREFIX).rpartition("-")[0]
         if not path.exists():
@@ -156,10 +159,10 @@ def restore_interrupted(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path, *, guard: Guard = unguarded) -> None:
-    """Run `restore_interrupted`, then remove the temporary files of earlier writers. A new owner calls this."""
+    """Run `restore_interrupted`, then remove temporary files of earlier processes. A new owner must call this."""
     restore_interrupted(folder)
     found = list(folder.glob(f"{TEMPORARY_PREFIX}*"))
-    guard()  # after the glob: this process still owned the folder, so no later owner wrote these
+    guard()  # after the glob: this process still owns the folder, so no later owner wrote these files
     for item in found:
         gone = folder / f"{TEMPORARY_PREFIX}gone-{uuid.uuid4().hex[:8]}"
         with suppress(OSError):
@@ -168,9 +171,10 @@ def remove_leftovers(folder: Path, *, guard: Guard = unguarded) -> None:
 
 
 def discard(path: Path, *, guard: Guard = unguarded) -> None:
-    """Remove a file or a folder if the guard allows it. Ignore what cannot be removed.
+    """Remove a file or a folder unless the guard raises. Ignore errors of the file system.
 
-    The path is first moved into a temporary folder. So a process that is suspended after the guard moves nothing later.
+    The path is first moved into a temporary folder, which a new owner removes. So a process that was suspended after
+    the guard cannot move the path later.
     """
     if not os.path.lexists(path):
         return
@@ -185,7 +189,7 @@ def discard(path: Path, *, guard: Guard = unguarded) -> None:
 
 
 def make_way_for_log(file: Path) -> None:
-    """Remove the log `file` if it is a link or a pipe. Opening it would follow the link or block on the pipe."""
+    """Remove the log `file` if it is a link or a pipe, because opening it would follow the link or block."""
     with suppress(FileNotFoundError):
         mode = file.lstat().st_mode
         if stat.S_ISLNK(mode) or stat.S_ISFIFO(mode):
@@ -193,7 +197,7 @@ def make_way_for_log(file: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link (not its target) or a folder with its content, as far as possible."""
+    """Remove a file, a link (not its target), or a folder with its content. Ignore errors."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
         return
@@ -205,25 +209,25 @@ def remove(path: Path) -> None:
 
 
 Value = TypeVar("Value")
-LARGEST_TEXT = 2**24  # bytes; the weight index of the largest models needs a tenth of this
+LARGEST_TEXT = 2**24  # bytes; the weight index of the largest models has a tenth of this size
 
 
 def read_small_text(file: Path, *, kind: str = "text", largest: int = LARGEST_TEXT) -> str:
-    """Return the text of an existing file of type `kind`. Raise UserError with the file's name if it cannot be read, is
-    not UTF-8, or is too large."""
-    with os_errors(f"{file}: cannot be read"), file.open("rb") as stream:
+    """Return the text of an existing file. Raise UserError if the file cannot be read, is not UTF-8, or is larger than
+    `largest` bytes. `kind` is the file's type in the message."""
+    with os_errors(f"{file}: cannot be read", fix="; check its permissions"), file.open("rb") as stream:
         raw = stream.read(largest + 1)
     if len(raw) > largest:
-        raise UserError(f"{file}: is larger than {largest:,} bytes, which is too large for {kind}")
+        raise UserError(f"{file}: is larger than {largest:,} bytes, which is too large for {kind}; give a smaller file")
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         where = f"byte {raw[error.start]:#04x} at byte {error.start + 1}"
-        raise UserError(f"{file}: not valid {kind} (not UTF-8: {where})") from None
+        raise UserError(f"{file}: not valid {kind} (not UTF-8: {where}); save it as UTF-8") from None
 
 
 def seen_late(read: Callable[[], Value | None], folder: Path, *, seconds: float) -> Value | None:
-    """Call `read` until it finds a value in `folder`, for at most `seconds`. NFS may report a new file as missing."""
+    """Return the first value from `read` that is not None, or None after `seconds`. NFS may show a new file late."""
     limit = time.monotonic() + seconds
     while (found := read()) is None and time.monotonic() < limit and folder.is_dir():
         time.sleep(seconds / 10)
@@ -235,7 +239,7 @@ def seen_late(read: Callable[[], Value | None], folder: Path, *, seconds: float)
 # JSON -----------------------------------------------------------------------------------------------------------------
 
 
-# Field types for `read_fields`: no value is converted, and numbers are finite.
+# Field types for `read_fields`. Values are not converted to these types, and numbers must be finite.
 Count = Annotated[int, Field(strict=True, ge=0, lt=2**53)]
 Size = Annotated[int, Field(strict=True, ge=1, lt=2**31)]
 Real = Annotated[float, Field(strict=True, allow_inf_nan=False)]
@@ -245,18 +249,18 @@ Fields = TypeVar("Fields")
 
 
 def read_json_object(file: Path, *, kind: str, largest: int = LARGEST_TEXT) -> dict[str, Any]:
-    """Return the JSON object in `file`. Raise UserError with its name, or with the expected `kind` if it is missing."""
+    """Return the JSON object in `file`. Raise UserError if the file is not one, or with `kind` if it is missing."""
     if not file.is_file():
         raise UserError(f"{file}: no such file; expected {kind}")
     text = read_small_text(file, kind="JSON", largest=largest)
     try:
         content = json.loads(text, object_pairs_hook=_object)
     except RecursionError:
-        raise UserError(f"{file}: not valid JSON (nested too deeply)") from None
+        raise UserError(f"{file}: not valid JSON (nested too deeply); correct it or copy it again") from None
     except ValueError as error:
-        raise UserError(f"{file}: not valid JSON ({error})") from None
+        raise UserError(f"{file}: not valid JSON ({error}); correct it or copy it again") from None
     if not isinstance(content, dict):
-        raise UserError(f"{file}: expected a JSON object")
+        raise UserError(f"{file}: expected a JSON object; correct it or copy it again")
     return content
 
 
@@ -278,27 +282,27 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def read_fields(
     file: Path, content: Mapping[str, Any], kind: type[Fields], *, optional: Collection[str] = ()
 ) -> Fields:
-    """Build the dataclass `kind` from the content of `file`. Each field is checked against its type, and other keys
-    are ignored.
+    """Return an instance of the dataclass `kind` from the content of `file`. Each field's type is checked, and keys
+    that are not fields are ignored.
 
     Args:
-        optional: fields that may be missing; they then have their default.
+        optional: fields that may be missing. A missing field has its default value.
 
     Raises:
-        UserError: a field is missing or has the wrong type; the message names the first one.
+        UserError: a field is missing or has the wrong type. The message names the first such field.
     """
     names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     for name in names:
         if name not in content and name not in optional:
-            raise UserError(f"{file}: {name} is missing")
+            raise UserError(f"{file}: {name} is missing; correct it or copy it again")
     try:
         return TypeAdapter(kind).validate_python({name: content[name] for name in names if name in content})
     except ValidationError as error:
-        raise UserError(f"{file}: {first_problem(error)}") from None
+        raise UserError(f"{file}: {first_problem(error)}; correct it or copy it again") from None
 
 
 def first_problem(error: ValidationError) -> str:
-    """Return the first problem in a pydantic error as text: the field, its value and what is wrong."""
+    """Return the first problem of a pydantic error as text with the field, its value and the reason."""
     first = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in first["loc"])
     wrong_kind = " has the wrong type" if first["type"].endswith("_type") else ""
@@ -329,51 +333,51 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def write_yaml(path: Path, content: Mapping[str, Any] | list[Any], *, guard: Guard = unguarded) -> None:
-    """Replace a YAML file atomically; names keep their order. Raise UserError with the file's name if this fails."""
+    """Replace a YAML file atomically. Keys keep their order. Raise UserError if the file cannot be written."""
     plain = content if isinstance(content, list) else dict(content)
     write_text(path, yaml.safe_dump(plain, sort_keys=False), guard=guard)
 
 
 def read_yaml_mapping(file: Path) -> dict[str, Any]:
-    """Return the names and values in an existing YAML file. An empty file has an empty result.
+    """Return the mapping in an existing YAML file, or {} for an empty file.
 
     Raises:
-        UserError: the file is not valid; the message names it, and the line if known.
+        UserError: the file is not valid. The message has the file's name and, if possible, the line.
     """
     return parse_yaml(read_small_text(file, kind="YAML", largest=LARGEST_YAML), dict, source=str(file))
 
 
 def read_yaml_list(file: Path) -> list[Any]:
-    """Return the list in an existing YAML file; [] if it is empty. Raise UserError with its name if it is not valid."""
+    """Return the list in an existing YAML file, or [] for an empty file. Raise UserError if the file is not valid."""
     return parse_yaml(read_small_text(file, kind="YAML", largest=LARGEST_YAML), list, source=str(file))
 
 
 def parse_yaml(text: str, kind: type[Value], *, source: str) -> Value:
-    """Parse a YAML text into a `dict` or `list`; empty text becomes an empty one. Raise UserError with `source`."""
+    """Return the `dict` or `list` in a YAML text, empty for an empty text. Raise UserError with `source` if invalid."""
     try:
         content = _PlainLoader(text).get_single_data()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or first_line(error)
-        raise UserError(f"{source}{where}: not valid YAML ({problem})") from None
+        raise UserError(f"{source}{where}: not valid YAML ({problem}); correct it") from None
     except RecursionError:
-        raise UserError(f"{source}: not valid YAML (nested too deeply)") from None
+        raise UserError(f"{source}: not valid YAML (nested too deeply); correct it") from None
     # PyYAML converts text that looks like a date or carries a tag, whether or not it is valid.
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
-        raise UserError(f"{source}: holds a value that cannot be read ({error}); put text in quotes") from None
+        raise UserError(f"{source}: contains a value that cannot be read ({error}); put text in quotes") from None
     if content is None:
         return kind()
     if not isinstance(content, kind):
         wanted = "'name: value' lines" if kind is dict else "a list, whose entries begin with '- '"
-        raise UserError(f"{source}: expected {wanted}, found a {type(content).__name__}")
+        raise UserError(f"{source}: expected {wanted}, found a {type(content).__name__}; correct it")
     return content
 
 
 # Checksums ------------------------------------------------------------------------------------------------------------
 #
-# A JSON file holds the checksums of the files beside it and its own. So damaged or mixed-up files are found before use.
-# Checksums are not signatures: anyone who can change the files can change them too. PEFT's files have none.
+# A JSON file contains its own checksum and those of other files in its folder, so that damaged files are detected.
+# Checksums are not signatures: anyone who can change the files can change the checksums. PEFT's files have none.
 
 
 FILES_FIELD = "sha256"  # {file name: SHA-256 of its bytes}
@@ -383,18 +387,20 @@ SEAL_FIELD = "config_sha256"  # SHA-256 of the JSON's content without this field
 
 def file_sha256(file: Path) -> str:
     """Return the SHA-256 of a file's bytes, in hexadecimal. Raise UserError if the file cannot be read."""
-    with os_errors(f"{file}: cannot be read"), file.open("rb") as stream:
+    with os_errors(f"{file}: cannot be read", fix="; check its permissions"), file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def sealed(content: Mapping[str, Any], *, files: Iterable[Path] = ()) -> dict[str, Any]:
-    """Return the JSON object `content` with the checksums of `files` and of itself added."""
+    """Return a copy of the JSON object `content` with the checksums of `files` and its own checksum."""
     whole = {**content, FILES_FIELD: {file.name: file_sha256(file) for file in files}}
     return {**whole, SEAL_FIELD: _seal(whole)}
 
 
 def check_seal(file: Path, content: Mapping[str, Any]) -> dict[str, str]:
-    """Return the checksums of files that the JSON object from `file` holds. The result is empty if PEFT wrote the file.
+    """Check that a JSON object from `file` matches its own checksum. Return the checksums of the other files, by name.
+
+    The result is empty if PEFT wrote the file.
 
     Raises:
         UserError: the content has changed since it was written.
@@ -410,14 +416,14 @@ def check_seal(file: Path, content: Mapping[str, Any]) -> dict[str, str]:
 
 
 def check_file(file: Path, sums: Mapping[str, str], *, found: str | None = None) -> None:
-    """Raise UserError if a file does not match its checksum in `sums`. A name without a checksum is not checked.
+    """Raise UserError if a file does not match its checksum in `sums`. A file without a checksum is not checked.
 
     Args:
-        found: the file's checksum if it is known; otherwise the file is read.
+        found: the file's checksum if it is known. By default the file is read.
     """
     wanted = sums.get(file.name)
     if wanted is not None and (file_sha256(file) if found is None else found) != wanted:
-        raise UserError(f"{file}: does not match its checksum: it was damaged, or is another folder's; copy it again")
+        raise UserError(f"{file}: does not match its checksum: it is damaged or from a different folder; copy it again")
 
 
 def _seal(content: Mapping[str, Any]) -> str:

@@ -37,14 +37,11 @@ _BOOT_ID, _PROCESS_NAMESPACE = Path("/proc/sys/kernel/random/boot_id"), Path("/p
 
 
 class FolderTaken(UserError):
-    """The error that is raised if another launch owns the folder."""
+    """The error if another launch owns the folder."""
 
 
 class OwnerLost(UserError):
-    """The error that is raised if this launch no longer owns the folder.
-
-    Another launch took it over, other ranks gave it up, or it was removed.
-    """
+    """The error if another launch took the folder over, if other ranks gave it up, or if it was removed."""
 
 
 @dataclass(frozen=True)
@@ -372,7 +369,7 @@ def _one_at_a_time(folder: Path, seconds: float) -> Iterator[None]:
     """Let only one process of this machine at a time run the block, if the file system can lock folders."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        deadline = time.monotonic() + seconds  # the process with the lock may be suspended; tokens alone are safe enough
+        deadline = time.monotonic() + seconds  # a suspended process may hold the lock, and tokens alone are safe
         with suppress(OSError):
             while time.monotonic() < deadline:
                 try:

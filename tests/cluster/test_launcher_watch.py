@@ -399,7 +399,7 @@ def test_a_run_whose_owner_lives_elsewhere_is_not_restarted(start: Launch) -> No
     rank = {"status": 7, "owns": True, "token": {"machine": "elsewhere"}}
     ended = start(rank, grace=1.0, arguments=("--max_restarts=2",))
     assert ended.status == 7 and "restart 1" not in ended.said
-    assert "no restart: a start on b (process " in ended.said
+    assert "no restart: a launch on b (process " in ended.said
 
 
 def test_a_run_that_finishes_at_its_second_start_is_a_success(start: Launch) -> None:

@@ -268,7 +268,7 @@ def test_an_entry_names_a_run_folder(base: Base, tmp_path: Path, folder: Path, a
     lock = take_folder(begun, hint="wait")
     line = run(base, tmp_path / "again", adapters=own, resume="auto", expect=2).error_line()
     lock.release()
-    assert "a: " in line and "is at work here" in line and not (tmp_path / "again").exists()
+    assert "a: " in line and "is using this folder" in line and not (tmp_path / "again").exists()
 
 
 def test_a_profile_records_turns_of_all(base: Base, folder: Path) -> None:
@@ -309,13 +309,13 @@ def test_the_folder_of_each_has_one_writer(base: Base, folder: Path) -> None:
     line = run(base, folder, adapters=other, resume="auto", take_over=True, expect=2).error_line()
     assert line.startswith("error: b: ") and "but now it is 4" in line, "the run is not taken over"
     line = run(base, folder / "b", resume="auto", expect=2, **own).error_line()
-    assert "is at work here" in line
+    assert "is using this folder" in line
     run(base, folder / "b", resume="auto", take_over=True, **own)
     together.wait().expect(1)
     assert state(folder / "a") == ("finished", 16, "max_steps") == state(folder / "b")
     found = table(folder)
     assert found["a"]["state"] == "finished" and found["b"]["state"] == "failed"
-    assert "changed nothing more there" in found["b"]["reason"]
+    assert "made no further changes there" in found["b"]["reason"]
 
 
 def test_an_adapter_without_a_log_takes_no_further_step(base: Base, tmp_path: Path, folder: Path) -> None:

@@ -27,7 +27,7 @@ from megatron_tiedlora.base.ownership import STALE_SECONDS
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, save_adapter
 
 RESUME = "megatron_tiedlora.checkpoint.resume"
-HELD = "is at work here (last seen"
+HELD = "is using this folder (last seen"
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("own_cache")]
 
@@ -68,7 +68,7 @@ def test_two_starts_with_one_folder(
     winner = statuses.index(0)
     line = ends[1 - winner].error_line()
     assert f"(process {worlds[winner].processes[0].pid}) since " in line and str(folder) in line
-    assert HELD in line or (resume == "none" and "holds the run of a start on " in line)
+    assert HELD in line or (resume == "none" and "holds the run of a launch on " in line)
     assert ("with --resume auto --take_over" if resume == "none" else "with --take_over") in line or HELD not in line
     assert run_settings(folder)["learning_rate"] == (2e-2, 1e-3)[winner] and is_free(folder)
     if winner == 0:
@@ -102,7 +102,7 @@ def test_a_resume_beside_a_live_run(base: Base, whole: Path, folder: Path) -> No
     ]
     for resumed, new in (elsewhere, [refused(base, folder, resume=how) for how in ("auto", "none")]):
         assert owner in resumed and "--take_over" in resumed
-        assert f"holds the run of a start on {socket.gethostname()} {owner} since" in new
+        assert f"holds the run of a launch on {socket.gethostname()} {owner} since" in new
     assert world.wait().status == 0
     assert_same_run(folder, whole)
 

@@ -46,7 +46,7 @@ def test_stopped_killed_and_ended_under_the_launcher(tmp_path: Path) -> None:
     killed.kill()  # its own group alone: the run is in a session of its own, and lives on
     assert any(psutil.pid_exists(process.pid) for process in left)
     refused = start(base, again, tmp_path / "c").wait().expect(2)
-    assert "is at work here" in refused.error_line()
+    assert "is using this folder" in refused.error_line()
     for process in left:
         if process.is_running():
             process.kill()

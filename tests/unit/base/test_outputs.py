@@ -106,7 +106,7 @@ def test_an_output_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     with new_output(output) as folder:
         (folder / "file").write_text("x")
         assert names(tmp_path / "parent") == {".out.partial"}
-        with pytest.raises(FolderTaken, match=r"\.out\.partial: a start on .* is at work here"):
+        with pytest.raises(FolderTaken, match=r"\.out\.partial: a launch on .* is using this folder"):
             take_output(output)
     assert names(output.parent) == {"out"} and names(output) == {"file"}
     with pytest.raises(ZeroDivisionError), new_output(tmp_path / "other" / "out") as folder:
@@ -156,7 +156,7 @@ def test_the_longest_names(tmp_path: Path, length: int) -> None:
     output = tmp_path / ("x" * length)
     with new_output(output) as folder:
         (folder / "file").touch()
-        assert "is at work here" in refusal(take_output, output)
+        assert "is using this folder" in refusal(take_output, output)
     assert names(tmp_path) == {output.name}
 
 
@@ -180,7 +180,7 @@ def test_default_names_pass_over_one_that_is_being_made(tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     first, second = (take_output_folder(None, parent="out", name="x") for _ in range(2))
     assert (str(first.path), str(second.path)) == ("out/x", "out/x-2")
-    assert "is at work here" in refusal(take_output_folder, "out/x", parent="out", name="x")
+    assert "is using this folder" in refusal(take_output_folder, "out/x", parent="out", name="x")
     second.release()
     first.release()
     assert names(tmp_path) == set()

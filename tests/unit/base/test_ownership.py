@@ -31,8 +31,8 @@ def test_a_folder_has_one_owner_and_is_given_back(tmp_path: Path) -> None:
     lock = take(folder)
     for keywords in ({}, {"resumes": True}):
         said = refusal(take, folder, **keywords)
-        assert said.startswith(f"{folder}: a start on {socket.gethostname()} (process {os.getpid()}) since ")
-        assert said.endswith(f"is at work here (last seen 0 s ago); {HINT}")
+        assert said.startswith(f"{folder}: a launch on {socket.gethostname()} (process {os.getpid()}) since ")
+        assert said.endswith(f"is using this folder (last seen 0 s ago); {HINT}")
         assert re.search(r"since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d", said)
     lock.owner.check()
     assert names(folder) == {OWNER_FILE}
@@ -109,11 +109,12 @@ def test_an_owner_that_is_silent_is_replaced_by_a_start_that_resumes(tmp_path: P
         peer = ownership.Owner(tmp_path, first.owner.start, is_main=False)
         peer.give_up()
         peer.check()  # its peers may still write down why
-        assert "gave this one up because it was silent; this start changed nothing more" in refusal(first.owner.check)
-    assert "is at work here" in refusal(take, tmp_path)
+        said = refusal(first.owner.check)
+        assert "no longer received this rank's heartbeat, so this launch made no further changes" in said
+    assert "is using this folder" in refusal(take, tmp_path)
     second = take(tmp_path, resumes=True)
     second.owner.check()
-    by = f"a start on {socket.gethostname()} (process {os.getpid()})"
+    by = f"a launch on {socket.gethostname()} (process {os.getpid()})"
     assert refusal(first.owner.check).startswith(f"{tmp_path}: {by} took it over at ")
     first.owner.give_up()  # too late: the folder is another's
     first.release()
@@ -125,7 +126,7 @@ def test_an_owner_that_is_silent_is_replaced_by_a_start_that_resumes(tmp_path: P
 def test_a_folder_that_is_gone_or_emptied(tmp_path: Path) -> None:
     lock = take(tmp_path / "run")
     (tmp_path / "run" / OWNER_FILE).unlink()
-    assert f"its file {OWNER_FILE} is gone" in refusal(lock.owner.check)
+    assert f"its file {OWNER_FILE} is missing" in refusal(lock.owner.check)
     (tmp_path / "run").rmdir()
     assert "the folder was removed, moved or replaced" in refusal(lock.owner.check)
     lock.release()
@@ -144,7 +145,7 @@ def test_an_owner_renews_its_time(tmp_path: Path) -> None:
 def test_a_child_that_has_the_lock_keeps_the_folder(tmp_path: Path) -> None:
     with take(tmp_path) as lock:
         child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=(lock.descriptor,))
-    assert "is at work here" in refusal(take, tmp_path, resumes=True)
+    assert "is using this folder" in refusal(take, tmp_path, resumes=True)
     child.communicate(b"\n")
     grow_old(tmp_path, 25)  # the process that took the folder lives
     take(tmp_path).release()
@@ -159,7 +160,7 @@ def _refuse(*_: Any) -> None:
 def test_file_systems_that_lack_something(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacking: str) -> None:
     monkeypatch.setattr(*((os, "link") if lacking == "links" else (fcntl, "flock")), _refuse)
     first = take(tmp_path)
-    assert "is at work here" in refusal(take, tmp_path, resumes=True)
+    assert "is using this folder" in refusal(take, tmp_path, resumes=True)
     grow_old(tmp_path, STALE_SECONDS + 5)
     second = take(tmp_path, resumes=True)
     second.owner.check()
@@ -267,7 +268,7 @@ def test_a_folder_that_somebody_else_has_locked(tmp_path: Path) -> None:
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     started = time.monotonic()
     with take(tmp_path, lock_seconds=0.2):
-        assert "is at work here" in refusal(take, tmp_path, resumes=True, lock_seconds=0.2)
+        assert "is using this folder" in refusal(take, tmp_path, resumes=True, lock_seconds=0.2)
     assert time.monotonic() - started < 5
     os.close(descriptor)
     assert names(tmp_path) == set()
@@ -284,7 +285,7 @@ UNREADABLE = ("", "[]", "{}", "x" * 100_000, '{"start": 1}', "\0")
 def test_a_token_that_says_nothing(tmp_path: Path, content: str) -> None:
     """A start that was killed as it took the folder, or a stranger's file: free once it is old."""
     (tmp_path / OWNER_FILE).write_text(content)
-    assert "another start is at work here" in refusal(take, tmp_path, resumes=True)
+    assert "another launch is using this folder" in refusal(take, tmp_path, resumes=True)
     assert ownership.owner_in_words(tmp_path) is None
     grow_old(tmp_path, STALE_SECONDS + 5)
     take(tmp_path, resumes=True).release()

@@ -153,7 +153,7 @@ def test_a_start_that_waits_says_for_what_and_gives_up(
     _clock(monkeypatch, write)
     caplog.set_level(logging.INFO)
     message = refusal(lambda: store.start(files[0], timeout_minutes=3.0))
-    who = rf"a start on {socket.gethostname()} \(process {writer.pid}\) since \S+ \S+"
+    who = rf"a launch on {socket.gethostname()} \(process {writer.pid}\) since \S+ \S+"
     way_out = "end that process, give a longer --timeout_minutes, or set MEGATRON_TIEDLORA_CACHE to another folder"
     assert re.fullmatch(
         rf"{files[0]}: {who} tokenises it, and has written nothing for 3 minutes; {way_out}", message

@@ -189,7 +189,7 @@ def test_a_cache_that_anyone_may_fill_is_refused(tmp_path: Path) -> None:
     make_own_folder(cache)
     assert stat.S_IMODE(cache.stat().st_mode) == 0o2770
     cache.chmod(0o777)
-    assert "new/cache: anyone may write files there" in refusal(make_own_folder, cache)
+    assert "new/cache: is writable by anyone" in refusal(make_own_folder, cache)
 
 
 def test_a_folder_in_a_shared_place_is_this_user_s_own(tmp_path: Path) -> None:
