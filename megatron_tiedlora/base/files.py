@@ -133,7 +133,8 @@ def new_file(path: Path, *, guard: Guard = unguarded) -> Iterator[Path]:
     """
     temporary = path.with_name(f"{TEMPORARY_PREFIX}{path.name}-{uuid.uuid4().hex[:8]}")
     try:
-        with os_errors(f"{path}: cannot be written", fix="; nothing was changed; check the disk space and the permissions"):
+        fix = "; nothing was changed; check the disk space and the permissions"
+        with os_errors(f"{path}: cannot be written", fix=fix):
             yield temporary
             sync_path(temporary)
             guard()

@@ -54,7 +54,7 @@ def read_tensors(file: Path, shapes: TensorShapes, *, sums: Mapping[str, str] | 
         sums: checksums by file name; see `files.check_file`.
 
     Raises:
-        UserError: the file is not a whole safetensors file or has a different checksum; or a tensor is missing or
+        UserError: the file is not a complete safetensors file or has a different checksum; or a tensor is missing or
             unknown, has a different shape, or is not floating point or not finite.
     """
     with _opened(file) as stream:
@@ -72,12 +72,12 @@ def read_tensors(file: Path, shapes: TensorShapes, *, sums: Mapping[str, str] | 
         raw = stream.read(expected + 1)
     if len(raw) != expected:
         much = "is longer than" if len(raw) > expected else "ends before"
-        raise UserError(f"{file}: not a whole safetensors file (it {much} the {expected:,} bytes that its header says)")
+        raise UserError(f"{file}: not a complete safetensors file (it {much} the {expected:,} bytes that its header says)")
     check_file(file, sums or {}, found=hashlib.sha256(raw).hexdigest())
     try:
         stored = load(raw)
     except SafetensorError as error:
-        raise UserError(f"{file}: not a whole safetensors file ({error})") from None
+        raise UserError(f"{file}: not a complete safetensors file ({error})") from None
     # The tensors are copied, because views would keep the buffer of the whole file in memory.
     values = {name: stored[name].to(torch.float32, copy=True) for name in shapes}
     for name in shapes:
@@ -131,7 +131,7 @@ def read_header(file: Path) -> Header:
         header = _read_header(file, stream)
         end = header.begin + max((entry["data_offsets"][1] for entry in header.entries.values()), default=0)
         if (size := os.fstat(stream.fileno()).st_size) != end:
-            raise UserError(f"{file}: not a whole safetensors file ({size:,} of {end:,} bytes are there)")
+            raise UserError(f"{file}: not a complete safetensors file ({size:,} of {end:,} bytes are there)")
     return header
 
 
@@ -140,7 +140,7 @@ def read_runs(file: Path, header: Header, name: str) -> torch.Tensor:
     to its last. A tensor with fewer values is returned whole.
 
     Only these values are read. Codes of quantised weights are returned as bytes. A memory map would read ahead, by
-    megabytes for each run on some systems. Raises UserError if the file is not a whole safetensors file, or if it has
+    megabytes for each run on some systems. Raises UserError if the file is not a complete safetensors file, or if it has
     no tensor `name` of floats or codes.
     """
     entry, begin = header.entries.get(name), header.begin
@@ -155,7 +155,7 @@ def read_runs(file: Path, header: Header, name: str) -> torch.Tensor:
         runs = [os.pread(stream.fileno(), length * dtype.itemsize, begin + start * dtype.itemsize) for start in starts]
     raw = bytearray().join(runs)
     if len(raw) != len(starts) * length * dtype.itemsize:
-        raise UserError(f"{file}: not a whole safetensors file (it ends within {name})")
+        raise UserError(f"{file}: not a complete safetensors file (it ends within {name})")
     return torch.frombuffer(raw, dtype=dtype) if raw else torch.zeros(0, dtype=dtype)
 
 
@@ -169,8 +169,8 @@ def run_starts(size: int) -> tuple[list[int], int]:
 @contextmanager
 def _opened(file: Path) -> Iterator[BinaryIO]:
     if not file.is_file():
-        raise UserError(f"{file}: not a whole safetensors file (no such file)")
-    with os_errors(f"{file}: not a whole safetensors file"), file.open("rb") as stream:
+        raise UserError(f"{file}: not a complete safetensors file (no such file)")
+    with os_errors(f"{file}: not a complete safetensors file"), file.open("rb") as stream:
         yield stream
 
 
@@ -193,7 +193,7 @@ def _read_header(file: Path, stream: BinaryIO) -> Header:
             if not isinstance(entry["dtype"], str) or not in_range:
                 raise ValueError(f"the header's entry {shown(name)} has the wrong type")
     except (ValueError, TypeError, LookupError, RecursionError) as error:
-        raise UserError(f"{file}: not a whole safetensors file ({error or type(error).__name__})") from None
+        raise UserError(f"{file}: not a complete safetensors file ({error or type(error).__name__})") from None
     return Header(content, 8 + length)
 
 

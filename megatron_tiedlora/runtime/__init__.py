@@ -1,1 +1,1 @@
-"""Start and end ranks: process group, heartbeat, signals, rank logs, run folder, and the end of a run."""
+"""This package starts and ends ranks: process group, heartbeat, signals, rank logs, run folder, and end of a run."""

@@ -1,8 +1,8 @@
 """End a run: write run_status.json, print the last line, and exit with status 0 only if the run finished.
 
-The first rank that knows why a run fails reports the reason once. Its peers use the same reason, and any remaining rank
-that sees the run folder writes it there. Each rank has a log file in the run folder. Rank 0 also prints to the screen;
-the other ranks print only a failure that they must report.
+The first rank that knows why a run fails reports the reason once. The other ranks use the same reason, and every rank
+that can access the run folder may write the reason there. Each rank has a log file in the run folder. Rank 0 also
+prints to the terminal. The other ranks print only a failure that they must report.
 """
 
 import hashlib
@@ -37,16 +37,16 @@ from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests, exit_st
 
 
 class _Tee:
-    """A text stream that also writes complete lines to a log. The log gets only the last state of a progress bar.
+    """A text stream that also writes complete lines to a log, where only the last state of a progress bar appears.
 
-    All other methods, such as `isatty`, are delegated to the screen.
+    All other methods, such as `isatty`, are delegated to the terminal's stream.
     """
 
     def __init__(self, screen: TextIO, log: TextIO) -> None:
         self._screen, self._log, self._line = screen, log, ""
 
     def write(self, text: str) -> int:
-        """Write to the screen, and write complete lines to the log."""
+        """Write text to the terminal, and write complete lines to the log. Return the length of the text."""
         *lines, self._line = (self._line + text).split("\n")
         self._line = self._line.rpartition("\r")[2] if len(self._line) > 1 << 16 else self._line
         with suppress(OSError, ValueError):  # a full disk must not end the run because of a log line
@@ -58,14 +58,14 @@ class _Tee:
         return len(text)
 
     def flush(self) -> None:
-        """Flush the screen; the log is written line by line."""
+        """Flush the terminal. The log needs no flush, because it is written line by line."""
         try:
             self._screen.flush()
         except OSError:
             self._leave_screen()
 
     def _leave_screen(self) -> None:
-        """Write only to the log from now on, because the screen is gone (for example its ssh connection)."""
+        """Write only to the log from now on, because the terminal is closed (for example its ssh connection)."""
         with suppress(OSError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._screen.fileno())
@@ -76,19 +76,19 @@ class _Tee:
 
 
 class RankLog:
-    """The output of a rank: it goes to the screen, and inside `opened` to the rank's log file."""
+    """The output of a rank, which goes to the terminal, and inside `opened` to the rank's log file."""
 
     def __init__(self) -> None:
         self._log: TextIO | None = None
-        self._screen: TextIO | None = None  # the screen, for a rank whose output goes only to its log
+        self._screen: TextIO | None = None  # the terminal, for a rank whose output goes only to its log
 
     @contextmanager
     def opened(self, folder: Path, rank: int, *, guard: Guard = unguarded) -> Iterator[None]:
-        """Append the output of the block to RUN/logs/rank_N.log; rank 0's output also goes to the screen.
+        """Append the output of the block to RUN/logs/rank_N.log. The output of rank 0 also goes to the terminal.
 
-        The lines of an earlier launch are copied into a new file, so that a process that still runs cannot add to this
-        launch's log. On rank 0 the output of C libraries goes only to the screen. If the file cannot be written, the
-        output is unchanged. For example, a run folder that only rank 0 sees may be read-only elsewhere.
+        The lines of an earlier launch are copied into a new file, so that a process of that launch cannot write to this
+        log. On rank 0 the output of C libraries goes only to the terminal. If the file cannot be written, for example
+        on a host without the run folder, the output goes only to the terminal.
         """
         file = folder / LOGS_FOLDER / f"rank_{rank}.log"
         try:
@@ -108,15 +108,15 @@ class RankLog:
             yield
 
     def say(self, text: str) -> None:
-        """Show `text` on the screen and write it to the log."""
-        with suppress(OSError):  # the screen may be gone
+        """Show `text` on the terminal and write it to the log."""
+        with suppress(OSError):  # the terminal may be closed
             show(*text.split("\n"), file=sys.stderr)
         if self._screen is not None:
             with suppress(OSError):
                 show(*text.split("\n"), file=self._screen)
 
     def note(self, text: str) -> None:
-        """Write `text` to the log only. Without a log the text is lost."""
+        """Write `text` only to the log. Without a log, the text is discarded."""
         if self._log is not None:
             with suppress(OSError, ValueError):  # the log is already closed
                 self._log.write(f"{text}\n")
@@ -152,20 +152,21 @@ _RESERVED_BYTES = 1 << 16
 
 @dataclass
 class End:
-    """The facts that the end of a run needs. They are set as soon as they are known.
+    """The state of a run that is needed to end it. Fields are set as soon as their values are known.
 
     Attributes:
-        folder: the run folder, if this rank sees it and this run has written its settings there. Until then it is None
-            and the folder is not changed.
-        finished_step: returns the number of the last finished step.
+        folder: the run folder if this rank can access it and this run has written its settings there, else None. While
+            it is None, the folder is not changed.
+        finished_step: a function that returns the number of the last finished step.
         first_step: the last step of earlier launches.
-        unsaved: the report if a signal stops the run and nothing was saved.
+        unsaved: the end of the last line if a signal stops the run and nothing was saved.
         reason: why the run ended, if it did not fail.
         state, status: the state and the exit status of a run that did not raise.
-        saved: the report if a signal stops the run after a step; by default it says that the step was saved.
-        owners: the owners of the folders that rank 0 writes to, in the order in which they were taken.
-        held: releases these folders at the end of the run, in reverse order.
-        gpu: the name of this rank's GPU for messages.
+        saved: the end of the last line if a signal stops the run after a step. By default it says that the step was
+            saved.
+        owners: the owners of the folders that rank 0 writes to, in the order in which the folders were taken.
+        held: the exit stack that releases these folders at the end of the run, in reverse order.
+        gpu: the name of this rank's GPU in messages.
     """
 
     rank: int
@@ -193,7 +194,7 @@ class End:
         return self.finished_step()
 
     def watch_peers(self, timeout_minutes: float) -> None:
-        """Start the heartbeat. From now on a lost rank ends the run on every host. All ranks call it together."""
+        """Start the heartbeat. From now on, a lost rank ends the run on every host. All ranks must call this."""
         self.gpu = own_gpu()  # read now, because a failed GPU does not respond
         if self.world_size > 1:
             limit = timedelta(minutes=timeout_minutes)
@@ -208,10 +209,9 @@ class End:
             ).start()
 
     def enter(self, folder: RunFolder) -> None:
-        """Start to write logs and the status into the run folder, which belongs to this run now. All ranks call it
-        together.
+        """Start to write logs and the status into the run folder, which this run now owns. All ranks must call this.
 
-        On another host the path may be a different folder. The hash of run.yaml shows whether it is the same one.
+        On a different host, the path may be a different folder. The hash of run.yaml shows whether it is the same.
         """
 
         def digest(guard: Guard = unguarded) -> str:
@@ -228,17 +228,17 @@ class End:
         self._open.enter_context(self.log.opened(folder.path, self.rank, guard=guard))
 
     def record(self, state: State, reason: str) -> None:
-        """Write run_status.json if the folder belongs to this run. A launch that fails earlier changes nothing."""
+        """Write run_status.json if `folder` is set, so that a launch that fails early does not change the folder."""
         if self.folder is not None:
             self._reserve.close()
             self.folder.write_status(state, step=self.step, reason=reason)
 
     def stopped(self, stop: RunStopped) -> None:
-        """End a stopped run: all ranks agreed to stop, or this rank got a signal before they could agree."""
+        """End a run after all ranks agreed to stop, or after this rank got a signal before they could agree."""
         self.status, reason = exit_status(stop.signal_number), str(stop)
         if stop.signal_number == signal.SIGUSR1 and self.step <= self.first_step:
-            # A job that makes no step before it returns to the queue would return forever. Batch scripts detect this by
-            # the status, or by the reason if torchrun's own status hides it.
+            # A job that is queued again without having made a step would be queued forever. Batch scripts detect this
+            # by the status, or by the reason if torchrun's own status hides it.
             self.status, reason = FAILED_STATUS, f"{stop} before a step of this start"
         if self.rank == 0:
             self.record("stopped", reason)
@@ -251,7 +251,8 @@ class End:
         self.leave()
 
     def leave(self) -> None:
-        """Leave the heartbeat after a good end or an agreed stop. Rank 0 writes all files and leaves first."""
+        """Stop the heartbeat after the run finished or all ranks agreed to stop. Rank 0 writes all files and is first.
+        """
         if self.heartbeat is None:
             return
         if self.status and self.state == "finished":  # stopped: a launcher may end all ranks as soon as one has ended
@@ -269,7 +270,7 @@ class End:
                 raise
 
     def failed(self, error: BaseException) -> int:
-        """Report why the run failed, or let the rank that knows the reason report it. Return the exit status."""
+        """Report why the run failed, unless another rank reports it. Return the exit status."""
         self.stop.ignore()  # a launcher signals the other ranks as soon as one has ended
         if isinstance(error, ModuleNotFoundError):
             error = missing_module(error) or error
@@ -300,7 +301,8 @@ class End:
         return REJECTED_STATUS if isinstance(error, UserError) else FAILED_STATUS
 
     def _lost(self, failure: PeerFailure) -> None:
-        """Report a peer failure and end the process. The heartbeat's thread calls it: the main thread is blocked."""
+        """Report a peer failure and end the process. The heartbeat's thread calls this, as the main thread is blocked.
+        """
         self._record_failure(failure.reason, again=self.rank == 0)
         self._show(failure, f"error: {failure.reason}")
         self._leave_folder()
@@ -308,19 +310,20 @@ class End:
         os._exit(FAILED_STATUS)
 
     def _leave_folder(self) -> None:
-        """Release the folders of this rank. If rank 0 is lost, other ranks revoke its folders: it may still run."""
+        """Release the folders of this rank. If rank 0 is lost, give up its folders, because its process may still run.
+        """
         self.held.close()
         if self.rank and self.heartbeat is not None and self.heartbeat.main_lost:
             for owner in self.owners:
                 owner.give_up()
 
     def _show(self, failure: PeerFailure, text: str) -> None:
-        """Show `text` on the screen if this rank reports for all ranks; otherwise write it only to the log."""
+        """Show `text` on the terminal if this rank reports for all ranks. Otherwise write it only to the log."""
         tell = self.log.say if failure.reports else self.log.note
         tell(text)
 
     def _record_failure(self, reason: str, *, again: bool = False) -> bool:
-        """Write the status unless a peer has done so; with `again` always write it. Return whether this rank did."""
+        """Write the status, unless it exists and `again` is false. Return whether this rank may write the status."""
         if self.folder is None or (self.folder.status.exists() and not again):
             return False
         with suppress(UserError):  # the disk may be what failed; the first error is the one to report
@@ -330,13 +333,12 @@ class End:
 
 @contextmanager
 def reported_end(rank: int, world_size: int, stop: StopRequests) -> Iterator[End]:
-    """Report how the block ended: finished, stopped by a signal (the exception is swallowed; see `End.status`), or
-    failed.
+    """Report how the block ended: it finished, was stopped by a signal, or failed.
 
-    A failure is reported and ends the process.
+    After a stop, no exception is raised (see `End.status`). A failure ends the process.
 
     Raises:
-        SystemExit: the run failed and this is its only rank.
+        SystemExit: the run failed, and this is its only rank.
     """
     end = End(rank, world_size, stop)
     with end.held, end._open, end._reserve:

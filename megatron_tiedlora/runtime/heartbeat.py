@@ -1,11 +1,11 @@
-"""Detect lost ranks. Every rank writes a heartbeat to the process group's store, and all ranks see which one stopped.
+"""Detect lost ranks. Every rank writes a heartbeat to the process group's store, so all ranks see which heartbeat stops.
 
-A dead host or a cut link sends nothing. Its peers would wait until the groups' time limit, but a missing heartbeat
-shows the loss within seconds. A thread of each rank sends heartbeats over a separate connection to torch's store of the
-process group. This module opens no port. The first rank that knows why the run fails writes the reason to the store. So
-all ranks report the same reason, and only one shows it. The caller decides how a rank ends.
+If a host or its network fails, other ranks would wait until the time limit of the process group. A missing heartbeat
+shows the failure within seconds. A thread of each rank sends heartbeats over a separate connection to torch's store of
+the process group. This module does not open a port. The first rank that knows why the run fails writes the reason to
+the store. So all ranks have the same reason, and only one rank shows it. The caller decides how a rank ends.
 
-Torch's store does not authenticate its clients. So values that cannot be parsed are ignored and stop no thread.
+torch's store does not authenticate its clients. So values that cannot be parsed are ignored and do not end a thread.
 """
 
 import math
@@ -25,20 +25,20 @@ from megatron_tiedlora.base.messages import one_line
 
 SILENCE_SECONDS = 30.0
 BEAT_SECONDS = 1.0
-_MISSED_BEATS = 4  # after a failed exchange, a rank that misses this number counts as lost
-_LEFT, _FAILED = "left", "failed"  # the last heartbeat after a good end, and after a reported failure
+_MISSED_BEATS = 4  # after a failed message, a rank that misses this many heartbeats is lost
+_LEFT, _FAILED = "left", "failed"  # the last heartbeat of a rank that finished, and of a rank that failed
 _ENDED = (_LEFT, _FAILED)
-_LOST, _REASON = "lost", "reason"  # keys that rank 0 creates
+_LOST, _REASON = "lost", "reason"  # keys of the store that rank 0 creates
 _key = "beat/{}".format  # the key of a rank's heartbeat
 
 
 @dataclass(frozen=True)
 class PeerFailure:
-    """The reason why a failure ends the run.
+    """The failure that ends a run.
 
     Attributes:
-        reason: one line, with rank, host and last step.
-        reports: whether this rank was the first that knew the reason, and therefore shows it.
+        reason: the reason as one line, with rank, host and last step.
+        reports: whether this rank shows the reason, because it was the first rank that knew it.
     """
 
     reason: str
@@ -46,10 +46,10 @@ class PeerFailure:
 
 
 def connect(*, limit: timedelta) -> Store:
-    """Open a separate connection to the process group's store.
+    """Open a separate connection to the process group's store, and return it.
 
-    Every launch of the ranks needs its own store. torchrun's restart count does not identify a launch: an agent whose
-    peer came back restarts its ranks without counting it, so hosts have different counts.
+    Every launch of the ranks needs its own store. torchrun's restart count does not identify a launch. If an agent
+    reconnects, the other agents restart their ranks without increasing the count, so hosts have different counts.
     """
     master, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = TCPStore(master, port, is_master=False, timeout=limit, wait_for_workers=False)
@@ -58,13 +58,14 @@ def connect(*, limit: timedelta) -> Store:
 
 @dataclass
 class Heartbeat:
-    """The heartbeat of one rank. Call `start` when the process group exists, and `leave` at a good end.
+    """The heartbeat of one rank. Call `start` when the process group exists, and `leave` when the run has finished.
 
     Attributes:
-        step: returns the number of this rank's last finished step.
-        on_failure: called once, in a thread, if the run fails elsewhere and this rank does not end by itself.
-        reports_for_host: returns whether this rank shows a reason that the store cannot share; called at most once.
-        silence_seconds: a rank without a heartbeat for this time counts as lost.
+        step: a function that returns the number of this rank's last finished step.
+        on_failure: a function that is called once, in a thread, if another rank fails and this rank does not end.
+        reports_for_host: a function that returns whether this rank shows the reason if the store is lost. It is called
+            at most once.
+        silence_seconds: the time without a heartbeat after which a rank is considered lost.
     """
 
     store: Store
@@ -80,14 +81,14 @@ class Heartbeat:
     _threads: tuple[threading.Thread, ...] = ()
     _over: threading.Event = field(default_factory=threading.Event)
     _ends: bool = False  # whether the main thread knows that the run ends
-    _unanswered: int = 0  # checks by `_watch` since the store last answered
+    _unanswered: int = 0  # number of checks by `_watch` since the store last answered
     _lost: frozenset[int] = frozenset()
     _reason: str = ""
     _main_left: bool = False
     _main_gone: bool = False
 
     def start(self) -> "Heartbeat":
-        """Exchange host names and start the heartbeat. All ranks call it together."""
+        """Exchange host names between ranks, start the heartbeat and return it. All ranks must call this."""
         if self.rank == 0:
             self.store.set(_LOST, "")
             self.store.set(_REASON, "")
@@ -110,11 +111,11 @@ class Heartbeat:
 
     @property
     def main_lost(self) -> bool:
-        """Return whether rank 0 is lost, and possibly the store with it."""
+        """Return whether rank 0 is lost. The store, which rank 0 may host, may then be lost too."""
         return self._main_gone or 0 in self._lost
 
     def with_names(self, text: str) -> str:
-        """Replace each `[ADDRESS]` in a library's message by the ranks that use this address."""
+        """Return a library's message with each `[ADDRESS]` replaced by the ranks that use this address."""
         for address, host in dict(zip(self._addresses, self._hosts, strict=True)).items():
             there = [rank for rank, other in enumerate(self._addresses) if other == address]
             ranks = f"rank {there[0]}" if len(there) == 1 else f"one of ranks {', '.join(map(str, there))}"
@@ -122,7 +123,7 @@ class Heartbeat:
         return text
 
     def leave(self, *, limit: float = 10.0) -> None:
-        """End the heartbeat of a rank that ends well. Its silence is no longer a failure.
+        """Stop the heartbeat of a rank that has finished, so that the other ranks do not consider it lost.
 
         The threads must end before the interpreter, because a thread inside a store call would abort the process.
         """
@@ -133,14 +134,14 @@ class Heartbeat:
             self.store.set(_key(self.rank), _LEFT)
 
     def leave_with_main(self) -> None:
-        """Leave after rank 0 has left, without a time limit. All ranks of a good run call it.
+        """Wait until rank 0 has stopped its heartbeat, without a time limit, and then stop this rank's heartbeat.
 
-        Rank 0 may still write files, and launchers end the remaining ranks some time after the first one has ended.
-        Rank 0 then waits a moment until the other ranks have left too.
+        All ranks of a finished run call this. Rank 0 may still write files, and launchers end the other ranks some time
+        after the first rank has ended. Rank 0 then waits briefly until the heartbeats of all other ranks have stopped.
 
         Raises:
             DistNetworkError: the store and rank 0 are lost.
-            DistError: meanwhile the run failed or was stopped; the message is the reason.
+            DistError: the run failed or was stopped while this rank waited. The message is the reason.
         """
         pause = self.beat_seconds / 20
         try:
@@ -161,22 +162,24 @@ class Heartbeat:
         self.wait_for_others(beats=10)
 
     def wait_for_main(self, *, limit: float = 5.0) -> None:
-        """Wait at most `limit` seconds until rank 0 has left. Launchers end all ranks after the first one."""
+        """Wait at most `limit` seconds until rank 0 has stopped its heartbeat. Launchers end all ranks after the first.
+        """
         deadline = time.monotonic() + limit
         with suppress(RuntimeError):
             while self.rank and _text(self.store.get(_key(0))) != _LEFT and time.monotonic() < deadline:
                 time.sleep(self.beat_seconds / 10)
 
     def failed(self, reason: str) -> PeerFailure:
-        """Tell all ranks why this rank fails. An earlier reason of another rank takes precedence."""
+        """Share with all ranks the reason why this rank fails. Return the failure, with an earlier reason if there is one.
+        """
         self._ends = True
         return self._share(rank_line(self.rank, self._host(self.rank), self.step(), reason))
 
     def explain(self, symptom: str) -> PeerFailure:
-        """Find out why an exchange with peers failed, and share the reason with all ranks.
+        """Find the reason why a message between ranks failed, share it with all ranks, and return the failure.
 
-        This waits a few heartbeats. The reason is the one that a peer shared, the ranks whose heartbeat has stopped, or
-        else `symptom`.
+        This waits for a few heartbeats. The reason is the one that another rank shared, or the ranks whose heartbeats
+        have stopped. Without either, it is `symptom`.
         """
         self._ends = True
         deadline = time.monotonic() + self.beat_seconds * _MISSED_BEATS
@@ -196,14 +199,15 @@ class Heartbeat:
         return self._share(self._gone_line(silent) if silent else here)
 
     def leave_failed(self) -> None:
-        """Leave after a failure; call this last. Rank 0 waits a few heartbeats until its peers have read the reason."""
+        """Stop the heartbeat after a failure. Rank 0 waits for a few heartbeats, until the others have read the reason.
+        """
         with suppress(RuntimeError):
             self._over.set()
             self.store.set(_key(self.rank), _FAILED)
             self.wait_for_others()
 
     def wait_for_others(self, *, beats: int = 3) -> None:
-        """Wait on rank 0 until all peers have left, because the store ends with rank 0. Peers do not wait."""
+        """Wait on rank 0 until all other ranks have stopped their heartbeats, because the store may end with rank 0."""
         deadline = time.monotonic() + beats * self.beat_seconds
         with suppress(RuntimeError):
             while self.rank == 0 and time.monotonic() < deadline:
@@ -212,7 +216,7 @@ class Heartbeat:
                 time.sleep(self.beat_seconds / 10)
 
     def _share(self, line: str) -> PeerFailure:
-        """Make `line` the reason for all ranks, unless they have one already. Return the valid reason."""
+        """Share `line` as the reason, unless another rank has already shared a reason. Return the failure."""
         line = one_line(line)
         mine = f"{self.rank} {line}"
         try:
@@ -225,7 +229,7 @@ class Heartbeat:
         return PeerFailure(self._line(stored) or line, stored == mine.encode())
 
     def _line(self, value: bytes) -> str:
-        """Return the reason that a rank has shared (`_share`); "" if there is none."""
+        """Return the reason in a value that `_share` has stored, or "" if there is none."""
         rank, _, line = _text(value).partition(" ")
         return one_line(line) if rank in map(str, range(self.world_size)) else ""
 
@@ -244,7 +248,7 @@ class Heartbeat:
         return f"{named}{more} stopped responding after step {self.step()} ({why})"
 
     def _store_gone(self, line: str = "") -> PeerFailure:
-        """Return the failure if store and rank 0 are gone. The reason is the shared one, `line`, or the lost rank 0."""
+        """Return the failure if the store is lost. Its reason is the shared reason, `line`, or that rank 0 is lost."""
         self._main_gone = True
         if self._reason:
             return PeerFailure(self._reason, False)
@@ -254,7 +258,7 @@ class Heartbeat:
     # In threads -------------------------------------------------------------------------------------------------
 
     def _beat_on(self) -> None:
-        """Send heartbeats. Rank 0 checks all ranks. Other ranks check rank 0 and read its list of lost ranks."""
+        """Send heartbeats. Rank 0 checks the heartbeats of all ranks. Other ranks read its list and check rank 0."""
         count, heard = 0, dict.fromkeys(range(self.world_size), ("", 0))
         while not self._over.wait(self.beat_seconds):
             count += 1
@@ -269,17 +273,17 @@ class Heartbeat:
                     self._lost = known | {rank for rank in heard if rank != self.rank and str(rank) in named}
                 self._unanswered = 0
                 self._main_left, self._reason = _text(main) == _LEFT, self._line(reason)
-            except RuntimeError:  # no answer: `_watch` counts these
+            except RuntimeError:  # the store did not answer, which `_watch` counts
                 continue
 
     @property
     def _patience(self) -> int:
-        """Return the number of heartbeats that a peer may miss. This rank's own heartbeats are the unit of time. So a
-        process that was suspended and resumes has not counted any missing ones."""
+        """Return the number of heartbeats that another rank may miss. Time is measured in this rank's own heartbeats,
+        so a process that was suspended does not count heartbeats as missing when it resumes."""
         return math.ceil(self.silence_seconds / self.beat_seconds)
 
     def _silent(self, heard: dict[int, tuple[str, int]], beats: Mapping[int, str]) -> frozenset[int]:
-        """Return the ranks whose heartbeat did not change for too long. Update `heard` = {rank: (heartbeat, count)}."""
+        """Return the ranks whose heartbeat has not changed for too long. Update `heard`, {rank: (heartbeat, count)}."""
         for rank, beat in beats.items():
             before, times = heard[rank]
             heard[rank] = (beat, times + 1 if beat == before else 1)
@@ -290,7 +294,7 @@ class Heartbeat:
         )
 
     def _watch(self) -> None:
-        """Call `on_failure` if the run fails elsewhere and the main thread does not end by itself."""
+        """Call `on_failure` if another rank fails and this rank's main thread does not end."""
         failing = 0
         while not self._over.wait(self.beat_seconds) and not self._main_left:
             self._unanswered += 1
@@ -300,7 +304,7 @@ class Heartbeat:
                 continue
             if self._ends and self._over.wait(self.silence_seconds):
                 return
-            # Do not use the store here: on a cut link the call would not return.
+            # Do not use the store here: without a network connection the call would not return.
             if self._reason or no_answer:
                 self.on_failure(self._store_gone())
             else:
@@ -310,14 +314,14 @@ class Heartbeat:
 
 
 def rank_line(rank: int, host: str, step: int, reason: str) -> str:
-    """Return a reason together with the rank that reports it, its host and its last step."""
+    """Return one line with the rank that reports a reason, its host, its last step and the reason."""
     return f"rank {rank} on {host}, after step {step}: {reason}"
 
 
 def is_lost_exchange(error: BaseException) -> bool:
-    """Return whether an error only says that an exchange with a peer failed. `explain` then finds the reason.
+    """Return whether an error only says that a message between ranks failed. `explain` then finds the reason.
 
-    NCCL's errors have their own types; gloo's are RuntimeErrors and are recognised by their text.
+    NCCL's errors have their own types. gloo's errors are RuntimeErrors and are recognised by their text.
     """
     if isinstance(error, DistError):
         return True
@@ -326,7 +330,7 @@ def is_lost_exchange(error: BaseException) -> bool:
 
 
 def lost_exchange_line(error: BaseException) -> str:
-    """Return the error of a failed exchange as one line, without the library's source locations and gloo's advice."""
+    """Return the error of a failed message as one line, without source locations and gloo's advice."""
     text = str(error)
     _, _, nccl = text.partition("Last error:")
     lines = (nccl.strip() or text).splitlines()
@@ -335,9 +339,9 @@ def lost_exchange_line(error: BaseException) -> str:
 
 
 def gpu_failure_line(error: BaseException) -> str:
-    """Return CUDA's message about a failed or full GPU as one line without its advice; "" for other errors.
+    """Return CUDA's message about a failed or full GPU as one line without its advice, or "" for other errors.
 
-    An error of NCCL contains this message too if the GPU failed earlier and the exchange is the first to notice.
+    An error of NCCL also contains this message if the GPU failed earlier and NCCL detects the failure first.
     """
     words = r"(CUDA error: .*|Cuda failure .*|CUDA out of memory(?:.*?is free[.]|.*))"
     found = re.search(words, str(error))
@@ -345,5 +349,5 @@ def gpu_failure_line(error: BaseException) -> str:
 
 
 def _text(value: bytes) -> str:
-    """Return a value of the store as text. Any client may have written it, but it has at most some MB."""
+    """Return a value of the store as text. The value may be invalid UTF-8, because any client can write it."""
     return value.decode(errors="replace")

@@ -1,7 +1,7 @@
 """Read the hosts of a job from a hostfile or a Slurm allocation, and the ranks from the launchers' variables.
 
-The module also sets the variables that libraries read, and chooses the rank that reports a host's failure. It contacts
-no host. torch is imported only in functions that ask for GPUs, so that --help and a wrong flag respond at once.
+This module also sets the variables that libraries read, and chooses the rank that reports a host's failure. It does not
+contact any host. Only functions that need GPUs import torch, so that --help and a wrong flag respond quickly.
 """
 
 import os
@@ -28,7 +28,7 @@ _TORCHRUN = ("torchrun", "torch.distributed.run", "torch.distributed.launch")
 _TASKS = re.compile(r"([1-9][0-9]{0,5})(?:\(x([1-9][0-9]{0,5})\))?")
 _MOST_HOSTS = 1_000_000
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # torch's launchers set these
-EXPECTED_RANKS = "MEGATRON_TIEDLORA_EXPECTED_RANKS"  # the number of ranks that the job should start
+EXPECTED_RANKS = "MEGATRON_TIEDLORA_EXPECTED_RANKS"  # a variable with the number of ranks that the job should start
 _FAILED, _FAILED_SECONDS = "megatron_tiedlora-failed-", 600.0
 _OPENMPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
 _SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
@@ -40,12 +40,12 @@ _DEFAULT_PORT = 29500  # the default of DeepSpeed and torch
 _CUDA_DEFAULTS = {
     # Without this, rows of varying lengths fragment the memory, and torch reserves twice as much.
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-    # cuDNN's attention makes a plan for every new shape, which takes tens of milliseconds; lengths often change here.
+    # For every new shape, cuDNN's attention makes a plan, which takes tens of milliseconds. Lengths often change here.
     "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",
-    # NCCL's watchdog would abort the process before it can report a reason. Let it abort only the exchange, so that the
-    # next exchange of the same group raises. The exchanges over gloo show whether peers are still there.
+    # NCCL's watchdog would abort the process before it can report a reason. With this value it aborts only the
+    # collective, and the next collective of the same process group raises. Messages over gloo show lost ranks.
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "2",
-    # Nor may the watchdog abort on a GPU error, which it sees when it checks an exchange. Python gets the error.
+    # With this value the watchdog does not abort the process on a GPU error, and Python gets the error.
     "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",
 }
 
@@ -59,18 +59,18 @@ class Host:
 
 
 def rank_variables(*values: int | str) -> dict[str, str]:
-    """Return the environment that torch's launchers set for a rank, from the values of RANK_VARIABLES."""
+    """Return the environment variables that torch's launchers set for a rank, with the values of RANK_VARIABLES."""
     return dict(zip(RANK_VARIABLES, map(str, values), strict=True))
 
 
 def read_hostfile(path: str | Path) -> tuple[Host, ...]:
-    """Read the hosts of a hostfile as DeepSpeed and OpenMPI do: `NAME slots=N` lines, comments and blank lines.
+    """Return the hosts in a hostfile of DeepSpeed or OpenMPI, with `NAME slots=N` lines, comments and blank lines.
 
     Raises:
         UserError: the file does not exist, has no host, has a malformed line, or lists a host twice or without slots.
     """
     file = user_path(path, flag="--hostfile")
-    try:  # a pipe or a device may never end; DeepSpeed treats one as no hostfile
+    try:  # a pipe or a device may never end, and DeepSpeed does not accept one as a hostfile
         reason = None if stat.S_ISREG(file.stat().st_mode) else "not a regular file"
     except OSError as error:
         reason = error.strerror or str(error)
@@ -84,7 +84,8 @@ def read_hostfile(path: str | Path) -> tuple[Host, ...]:
         match = _LINE.fullmatch(content)
         if match is None or int(match[2]) < 1 or match[1].startswith("-") or not match[1].isprintable():
             raise UserError(
-                f"{file}:{number}: {shown(content)} does not have the form `NAME slots=N` with N from 1 to 999999"
+                f"{file}:{number}: {shown(content)} does not have the form `NAME slots=N` with N from 1 to 999999;"
+                " correct this line"
             )
         if match[1] in hosts:
             raise UserError(
@@ -97,15 +98,15 @@ def read_hostfile(path: str | Path) -> tuple[Host, ...]:
 
 
 def in_slurm_step(environment: Mapping[str, str]) -> bool:
-    """Return whether `srun` started this process. It did not start the shell of a batch script."""
+    """Return whether `srun` started this process. The shell of a batch script is not started by `srun`."""
     return "SLURM_PROCID" in environment and "SLURM_STEP_NUM_TASKS" in environment
 
 
 def slurm_hosts(environment: Mapping[str, str]) -> tuple[Host, ...]:
-    """Return the hosts and task counts of this process's Slurm step, or of its allocation outside a step.
+    """Return the hosts and the number of tasks per host of the Slurm step, or of the allocation outside a step.
 
     Raises:
-        UserError: this process is not in an allocation, or its variables cannot be read.
+        UserError: this process is not in an allocation, or Slurm's variables cannot be read.
     """
     step = in_slurm_step(environment)
     names = environment.get("SLURM_STEP_NODELIST" if step else "SLURM_JOB_NODELIST")
@@ -114,7 +115,8 @@ def slurm_hosts(environment: Mapping[str, str]) -> tuple[Host, ...]:
         raise UserError("not in a Slurm allocation: SLURM_JOB_NODELIST is not set; start with sbatch or salloc")
     hosts, slots = expand_nodelist(names), _tasks_per_node(tasks)
     if len(hosts) != len(slots):
-        raise UserError(f"Slurm names {len(hosts)} nodes ({names}), but tasks for {len(slots)} ({tasks})")
+        counts = f"{len(hosts)} nodes ({names}), but tasks for {len(slots)} ({tasks})"
+        raise UserError(f"Slurm names {counts}; start with sbatch or salloc")
     return tuple(Host(name, count) for name, count in zip(hosts, slots, strict=True))
 
 
@@ -139,7 +141,7 @@ def expand_nodelist(nodelist: str) -> tuple[str, ...]:
 
 
 def _tasks_per_node(text: str) -> list[int]:
-    """Expand Slurm's `2(x3),1` to 2, 2, 2, 1."""
+    """Return the number of tasks on each node from Slurm's text, such as [2, 2, 2, 1] for `2(x3),1`."""
     counts: list[int] = []
     for part in text.split(","):
         match = _TASKS.fullmatch(part.strip())
@@ -154,12 +156,12 @@ def _tasks_per_node(text: str) -> list[int]:
 
 
 def started_program(words: Sequence[str]) -> str:
-    """Return the script or module that a Python command line runs, or ''."""
+    """Return the script or module that a Python command line runs, or '' if there is none."""
     return next((word for word in words[1:] if word not in ("-u", "-P", "-m")), "")
 
 
 def is_torchrun(words: Sequence[str]) -> bool:
-    """Return whether a command line belongs to torchrun's agent, which starts and restarts ranks."""
+    """Return whether a command line is the command line of torchrun's agent, which starts and restarts ranks."""
     return Path(started_program(words)).name in _TORCHRUN
 
 
@@ -172,12 +174,12 @@ def num_ranks(hosts: Sequence[Host]) -> int:
 
 
 def prepare_environment() -> None:
-    """Set the variables for DeepSpeed and CUDA. Call this before DeepSpeed is imported and before torch starts CUDA.
+    """Set environment variables for DeepSpeed and CUDA. Call this before importing DeepSpeed and initialising CUDA.
 
-    Variables that are already set do not change. Without CUDA the accelerator is set, so that DeepSpeed does not probe
-    for one. For ranks of `srun`, the variables follow from Slurm's, and the step's first host is the master. For ranks
-    of MPI, DeepSpeed sets them and asks mpi4py for the master's address, unless MASTER_ADDR is set. A `tiedlora train`
-    without a launcher runs as one rank on a free port.
+    Variables that are already set do not change. Without CUDA, DS_ACCELERATOR is set so that DeepSpeed does not search
+    for an accelerator. For ranks of `srun`, the values come from Slurm's variables, and the step's first host is the
+    master. For ranks of MPI, DeepSpeed sets the variables and gets the master's address from mpi4py, unless MASTER_ADDR
+    is set. `tiedlora train` without a launcher runs as one rank on a free port.
 
     Raises:
         UserError: Slurm's variables cannot be read.
@@ -202,13 +204,13 @@ def prepare_environment() -> None:
 
 
 def _set_ranks(names: tuple[str, str, str], master: str, port: int) -> None:
-    """Set torch's variables from a launcher's own (rank, size, local rank)."""
+    """Set torch's variables from a launcher's variables for (rank, world size, local rank)."""
     values = (*(os.environ[name] for name in names), master, os.environ.get("MASTER_PORT", port))
     os.environ.update(rank_variables(*values))
 
 
 def slurm_port(environment: Mapping[str, str]) -> int:
-    """Return the rendezvous port of a Slurm step. Other steps on these hosts are unlikely to use it.
+    """Return the rendezvous port of a Slurm step. It is unlikely that another step on these hosts has the same port.
 
     The port is below the range of ephemeral ports.
     """
@@ -217,7 +219,7 @@ def slurm_port(environment: Mapping[str, str]) -> int:
 
 
 def free_port(host: str = "") -> int:
-    """Return a port of this machine that is free now, on `host` or on all addresses."""
+    """Return a port of this machine that is free now, on the address `host` or on all addresses."""
     with socket.socket() as probe:
         probe.bind((host, 0))
         port: int = probe.getsockname()[1]
@@ -228,10 +230,10 @@ def rank_and_world_size() -> tuple[int, int]:
     """Return this process's rank and the world size from its launcher's variables (torch, DeepSpeed or MPI).
 
     Raises:
-        UserError: one of these problems. The variables are not set. MEGATRON_TIEDLORA_EXPECTED_RANKS is not a number or
-            differs from the world size. The file of `deepspeed --hostfile` is missing, or its slots differ from the
-            world size. The `torchrun`s of a Slurm step are not connected, so that each would train alone. `torchrun
-            --max_restarts` cannot restart its ranks with the present store.
+        UserError: the variables are not set; MEGATRON_TIEDLORA_EXPECTED_RANKS is not a number or differs from the world
+            size; the file of `deepspeed --hostfile` is missing, or its slots differ from the world size; the `torchrun`
+            processes of a Slurm step are not connected, so that each would train alone; or `torchrun --max_restarts`
+            cannot restart its ranks with the present store.
     """
     (rank, world_size), environment = _rank_and_world_size(), os.environ
     expected = environment.get(EXPECTED_RANKS, "").strip()
@@ -245,7 +247,7 @@ def rank_and_world_size() -> tuple[int, int]:
     if environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and environment.get(_AGENT_STORE) == "True":
         # Restarted ranks would read the addresses of dead ranks from the agents' store (torch 2.13).
         raise UserError(
-            "torchrun --max_restarts needs a new store for every start: export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+            "torchrun --max_restarts needs a new store for every restart: export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
             " before torchrun, on every host"
         )
     agents, tasks = environment.get("GROUP_WORLD_SIZE"), environment.get("SLURM_STEP_NUM_TASKS", "1")
@@ -265,12 +267,13 @@ def _rank_and_world_size() -> tuple[int, int]:
         if rank in os.environ and size in os.environ:
             return int(os.environ[rank]), int(os.environ[size])
     raise UserError(
-        "no rank in the environment; start with `deepspeed`, `torchrun`, `srun` or `mpirun`, or plain python for one"
+        "no variable has this process's rank; start with `deepspeed`, `torchrun`, `srun` or `mpirun`, or with plain"
+        " python for one rank"
     )
 
 
 def deepspeed_runner() -> psutil.Process | None:
-    """Return the `deepspeed` process that started this rank's launcher on this host; None if there is none."""
+    """Return the `deepspeed` process that started this rank's launcher on this host, or None if there is none."""
     try:
         launcher = psutil.Process().parent()
         if launcher is None or "deepspeed.launcher.launch" not in " ".join(launcher.cmdline()):
@@ -278,7 +281,7 @@ def deepspeed_runner() -> psutil.Process | None:
         runner = launcher.parent()
         is_runner = runner is not None and any(Path(word).name == "deepspeed" for word in runner.cmdline()[:3])
         return runner if is_runner else None
-    except psutil.Error:  # it died meanwhile
+    except psutil.Error:  # the process has just died
         return None
 
 
@@ -303,7 +306,7 @@ def _check_hostfile(runner: psutil.Process, world_size: int) -> None:
 
 
 def first_to_fail() -> bool:
-    """Return whether this rank is the first of its host to fail. Then it reports the reason, and its peers do not.
+    """Return whether this rank is the first rank to fail on its host. Only this rank then reports the reason.
 
     The first rank creates an empty file in the temporary folder, named after its launcher. Old files are removed.
     """
@@ -334,10 +337,9 @@ def rank_number(*, local: bool = False) -> int:
 
 @cache
 def has_bf16_instructions(cpu_info: Path = Path("/proc/cpuinfo")) -> bool:
-    """Return whether this host's CPU has bf16 instructions. Without them a bf16 matmul took 70 times as long as in
-    fp32.
+    """Return whether this host's CPU has bf16 instructions, or True if this is unknown.
 
-    The result is True if the system does not report it.
+    On a CPU without them, a bf16 matmul took 70 times as long as an fp32 matmul.
     """
     try:
         return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", cpu_info.read_text()) is not None  # the last is Arm's
@@ -346,14 +348,14 @@ def has_bf16_instructions(cpu_info: Path = Path("/proc/cpuinfo")) -> bool:
 
 
 def uses_gpu() -> bool:
-    """Return whether ranks of this host run on GPUs. torch must see one, and DS_ACCELERATOR must be unset or cuda."""
+    """Return whether ranks of this host run on GPUs: torch finds a GPU, and DS_ACCELERATOR is unset or cuda."""
     import torch
 
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
 
 
 def visible_gpus() -> tuple[str, ...]:
-    """Return the GPU numbers in CUDA_VISIBLE_DEVICES, which `--include` would override, or else those of all GPUs."""
+    """Return the GPU indices in CUDA_VISIBLE_DEVICES, or the indices of all GPUs. `--include` would override them."""
     import torch
 
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -362,5 +364,5 @@ def visible_gpus() -> tuple[str, ...]:
         return tuple(str(index) for index in range(count))
     names = tuple(name.strip() for name in named.split(","))[:count]
     if not all(name.isdigit() for name in names):
-        raise UserError(f"CUDA_VISIBLE_DEVICES={named}: only GPU numbers are supported; write them as in 0,1")
+        raise UserError(f"CUDA_VISIBLE_DEVICES={named}: only GPU numbers are supported; give numbers such as 0,1")
     return names

@@ -1,7 +1,7 @@
-"""Record the hardware and software of a machine. `tiedlora env` prints the record, the doctor compares the records of
-all hosts, and check-gpu judges it.
+"""Record the hardware and software of a machine. `tiedlora env` prints the record, `tiedlora doctor` compares the
+records of all hosts, and `tiedlora check-gpu` checks the record for problems.
 
-Values of variables are recorded only for the names and prefixes below, which hold no secrets. No file is written.
+Only variables with the names and prefixes below are recorded, because their values are not secret. No file is written.
 """
 
 import hashlib
@@ -43,24 +43,24 @@ _PREFIXES = tuple(name for name in VARIABLES if name.endswith("_"))
 _LONGEST = 200  # characters of a value
 OLDEST_TORCH = (2, 10)  # as in pyproject.toml
 _BF16_CAPABILITY = (8, 0)
-_FREE_SHARE = 0.9  # share of a GPU's memory; with less of it free, another process uses the GPU
+_FREE_SHARE = 0.9  # fraction of a GPU's memory; if less is free, another process uses the GPU
 
 
 class Record(BaseModel):
-    """A frozen record. It may have unknown fields from a host with another version of this package."""
+    """A frozen record. Unknown fields, from a host with a different version of this package, are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", protected_namespaces=())
 
 
 class Finding(Record):
-    """One result of a check.
+    """A problem that a check found, or a check that was skipped.
 
     Attributes:
         status: `error` (no job should start), `warning` (a job may start), or `skipped` (not checked).
         value: what was found, or why the check was skipped.
-        expected: the right value, or the value that `value` does not match; '' if `value` includes it.
+        expected: the correct value, or the value that `value` does not match; '' if `value` includes it.
         fix: what the user can do.
-        code: the kind of the doctor's finding, for scripts.
+        code: an identifier of the kind of problem, for scripts.
         hosts: the affected hosts; empty for this machine.
     """
 
@@ -73,7 +73,7 @@ class Finding(Record):
 
     @property
     def message(self) -> str:
-        """Return the found value together with the expected one."""
+        """Return text with the value that was found and the expected value."""
         return f"{self.value}, but {self.expected}" if self.expected else self.value
 
 
@@ -91,14 +91,14 @@ class MachineRecord(Record):
 
     Attributes:
         versions: versions of Python, installed packages and the system, by name.
-        extras: for each extra of this package `installed`, or its missing modules.
+        extras: `installed`, or the missing modules, for each extra of this package.
         variables: the environment variables of this process that affect a run.
-        id: an id that is the same under two names of one machine.
-        source_hash: hash of this package's own files, because two checkouts may have the same version number.
-        torch_error: why torch cannot be imported; the fields about CUDA and GPUs are then empty.
-        nofile, memlock: limits of a process (open files, locked bytes); None for unlimited.
+        id: the host name and the id of the running kernel, which two records of one machine share.
+        source_hash: hash of this package's source files, because two checkouts may have the same version number.
+        torch_error: the reason why torch cannot be imported. The fields about CUDA and GPUs are then empty.
+        nofile, memlock: limits of a process (open files, locked bytes); None if unlimited.
         name_addresses: the addresses to which the machine resolves its own name.
-        interfaces: IP addresses by network interface.
+        interfaces: the IP addresses of each network interface.
     """
 
     versions: dict[str, str]
@@ -125,7 +125,7 @@ class MachineRecord(Record):
 
 
 def machine_record() -> MachineRecord:
-    """Make the record of this machine."""
+    """Return the record of this machine."""
     memory, host, shm = psutil.virtual_memory(), socket.gethostname(), Path("/dev/shm")
     boot, infiniband = Path("/proc/sys/kernel/random/boot_id"), Path("/sys/class/infiniband")
     return MachineRecord(
@@ -167,7 +167,7 @@ def source_hash(folder: Path) -> str:
 
 
 def _devices() -> dict[str, Any]:
-    """Return the record's fields about the libraries of torch's build and the GPUs that torch sees."""
+    """Return the record's fields about CUDA, NCCL, cuDNN and the GPUs, as torch reports them."""
     try:
         import torch
 
@@ -180,7 +180,7 @@ def _devices() -> dict[str, Any]:
             gpus.append(Gpu(name=name, total_bytes=total, free_bytes=free, capability=capability))
         nccl = ".".join(map(str, torch.cuda.nccl.version()))
         return {"cuda": torch.version.cuda, "nccl": nccl, "cudnn": torch.backends.cudnn.version(), "gpus": gpus}
-    except Exception as error:  # a missing library, a driver that is too old: the record holds any reason
+    except Exception as error:  # for example a missing library or an old driver
         return {"torch_error": f"{type(error).__name__}: {first_line(error)}"}
 
 
@@ -190,7 +190,7 @@ def _limit(name: str) -> int | None:
 
 
 def _addresses_by_interface() -> dict[str, list[str]]:
-    """Return the IP addresses of each interface that has any."""
+    """Return the IP addresses of each network interface that has an address."""
     families = (socket.AF_INET, socket.AF_INET6)
     found = {
         name: [address.address.partition("%")[0] for address in addresses if address.family in families]
@@ -200,7 +200,7 @@ def _addresses_by_interface() -> dict[str, list[str]]:
 
 
 def resolve(name: str) -> list[str]:
-    """Return the addresses of a host's name in the resolver's order; empty if the name does not resolve."""
+    """Return the addresses of a host's name in the resolver's order, or [] if the name does not resolve."""
     try:
         answers = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     except OSError:
@@ -209,7 +209,7 @@ def resolve(name: str) -> list[str]:
 
 
 def in_words(machine: MachineRecord) -> dict[str, dict[str, str]]:
-    """Return the record's values as text, by section and name."""
+    """Return the values of a record as text, by section and name."""
     limits = {"open files": machine.nofile, "locked bytes": machine.memlock}
     hardware = {
         "host": machine.host,
@@ -251,15 +251,15 @@ warning = partial(_finding, "warning")  # a job may start
 
 
 def judge_machine(machine: MachineRecord) -> Iterator[Finding]:
-    """Find the problems of a machine that do not depend on the job."""
+    """Yield the problems of a machine that do not depend on the job."""
     if machine.torch_error is not None:
-        fix = f"run `{machine.paths['python']} -c 'import torch'` there and correct what it reports"
+        fix = f"run `{machine.paths['python']} -c 'import torch'` there and fix the error that it prints"
         yield error("torch_broken", [], f"torch cannot be imported ({machine.torch_error})", fix)
     used = [index for index, gpu in enumerate(machine.gpus) if gpu.free_bytes < _FREE_SHARE * gpu.total_bytes]
     if used:
         least = bytes_in_words(min(machine.gpus[index].free_bytes for index in used))
         value = f"memory of GPU {', '.join(map(str, used))} is in use, {least} free"
-        fix = "find the process with nvidia-smi and end it; speeds of a shared GPU mislead"
+        fix = "find the process with nvidia-smi and end it; speeds on a shared GPU are misleading"
         yield warning("gpu_memory_used", [], value, fix)
     if old := sorted({gpu.name for gpu in machine.gpus if gpu.capability < _BF16_CAPABILITY}):
         value = f"{' and '.join(old)}: GPUs before Ampere have no fast bf16"

@@ -1,12 +1,12 @@
-"""Make the process group. Each rank has its own GPU, or all ranks are on CPUs, and DeepSpeed then uses the group.
+"""Create the process group and let DeepSpeed use it. Each rank has its own GPU, or all ranks are on CPUs.
 
-    CPU tensors  -> gloo   what ranks agree on (parallel/agreement.py), the adapter when it is saved
+    CPU tensors  -> gloo   agreement between ranks (parallel/agreement.py), the adapter when it is saved
     GPU tensors  -> NCCL   the model's communication
 
-No device is bound to the group. DeepSpeed's own initialisation binds cuda:LOCAL_RANK, which does not exist on a rank
-that sees only one GPU. With a bound device, torch would also split the world's communicator on every rank for every
-process group: 633 times at 512 ranks. Without a bound device, only the ranks of a process group make its communicator,
-at their first message.
+No device is bound to the process group. DeepSpeed's own initialisation binds cuda:LOCAL_RANK, which does not exist on a
+rank that sees only one GPU. With a bound device, torch would also split the world's communicator on every rank for
+every process group: 633 times at 512 ranks. Without a bound device, only the ranks of a process group create its
+communicator, at their first message.
 """
 
 import os
@@ -31,7 +31,7 @@ _SHARED_GPUS = "NCCL_MULTI_RANK_GPU_ENABLE"  # a variable of NCCL since 2.30
 
 
 def choose_device() -> torch.device:
-    """Return this rank's GPU, or the CPU. Raise UserError if the host has fewer GPUs than ranks."""
+    """Return this rank's GPU, or the CPU if GPUs are not used. Raise UserError if the host has fewer GPUs than ranks."""
     if not uses_gpu():
         return torch.device("cpu")
     count, index = torch.cuda.device_count(), rank_number(local=True)
@@ -46,10 +46,10 @@ def choose_device() -> torch.device:
 
 
 def meet(device: torch.device, timeout: timedelta) -> None:
-    """Make torch's process group of all ranks. Check that each rank has its own GPU or that all are on CPUs.
+    """Create torch's process group of all ranks. Check that each rank has its own GPU or that all are on CPUs.
 
     Raises:
-        UserError: two ranks share a GPU, or only some ranks have one. Every rank raises it.
+        UserError: two ranks share a GPU, or only some ranks have one. All ranks raise this error.
         RuntimeError: the ranks cannot connect.
     """
     on_cuda = device.type == "cuda"
@@ -64,27 +64,27 @@ def meet(device: torch.device, timeout: timedelta) -> None:
 
 
 def group_backend(device: torch.device) -> str:
-    """Return the backend for tensors on this type of device: "nccl" or "gloo"."""
+    """Return the backend, "nccl" or "gloo", for tensors on this type of device."""
     return "nccl" if device.type == "cuda" else "gloo"
 
 
 def gpu_name(device: torch.device) -> str:
-    """Return a name of the GPU that is unique on its host; "" for a CPU.
+    """Return a name of the GPU that is unique on its host, or "" for a CPU.
 
-    The name is the UUID of the GPU or MIG device. Without one it is the name or position in CUDA_VISIBLE_DEVICES.
+    The name is the UUID of the GPU or MIG device. Without a UUID, it is the entry in CUDA_VISIBLE_DEVICES or the index.
     """
     if device.type != "cuda":
         return ""
     visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
     name = visible[device.index] if device.index < len(visible) and visible[device.index] else str(device.index)
-    if name.startswith("MIG-"):  # older drivers report the UUID of the whole GPU for a MIG device
+    if name.startswith("MIG-"):  # older drivers report the UUID of the physical GPU for a MIG device
         return name
     uuid = str(torch.cuda.get_device_properties(device).uuid)
     return f"GPU-{uuid}" if uuid.strip("0-") else name
 
 
 def own_gpu() -> str:
-    """Return this process's GPU as text for an error message; "" without a GPU."""
+    """Return the name of this process's GPU for an error message, or "" without a GPU."""
     if not torch.cuda.is_initialized():
         return ""
     device = torch.device("cuda", torch.cuda.current_device())
@@ -92,9 +92,10 @@ def own_gpu() -> str:
 
 
 def _shared_gpus(gpus: Sequence[tuple[str, str]]) -> str | None:
-    """Return an error line for wrong (host, GPU) pairs of the ranks; None if each has its own GPU or all are on CPUs.
+    """Return an error message if ranks share a GPU or only some ranks have a GPU, else None.
 
-    On a shared GPU, NCCL would fail in the first exchange with "Duplicate GPU detected", or hang.
+    `gpus` has the (host, GPU) pair of each rank. On a shared GPU, NCCL would fail in the first message with "Duplicate
+    GPU detected", or hang.
     """
     ranks: dict[tuple[str, str], list[int]] = {}
     for rank, (host, gpu) in enumerate(gpus):  # two containers of one host may have different host names
@@ -105,7 +106,7 @@ def _shared_gpus(gpus: Sequence[tuple[str, str]]) -> str | None:
         host = " and ".join(dict.fromkeys(gpus[rank][0] for rank in there))
         named = f"{'ranks' if len(there) > 1 else 'rank'} {', '.join(map(str, there[:8]))} on host {host}"
         if not gpu:
-            return f"{named}: no GPU, but other ranks have one; run `nvidia-smi` there, or leave the host out"
+            return f"{named}: no GPU, but other ranks have one; run `nvidia-smi` there, or do not use this host"
         if len(there) > 1 and os.environ.get(_SHARED_GPUS) != "1":
             return (
                 f"{named} share one GPU, {gpu}; start one rank per GPU (slots in the hostfile, --ntasks-per-node,"
@@ -115,12 +116,12 @@ def _shared_gpus(gpus: Sequence[tuple[str, str]]) -> str | None:
 
 
 def join_process_group(timeout_minutes: float, *, expected_ranks: int) -> torch.device:
-    """Make the process group and initialise DeepSpeed with it. Return this rank's device.
+    """Create the process group, initialise DeepSpeed with it, and return this rank's device.
 
-    Every process group that DeepSpeed makes later has the same time limit.
+    All process groups that DeepSpeed creates later have the same time limit.
 
     Raises:
-        UserError: the ranks cannot connect in time, the port is in use, the group's size differs from the launcher's,
+        UserError: the ranks cannot connect in time, the port is in use, the group does not have `expected_ranks` ranks,
             or two ranks share a GPU.
     """
     import deepspeed
@@ -131,8 +132,8 @@ def join_process_group(timeout_minutes: float, *, expected_ranks: int) -> torch.
         # The adapter's gradients are matmuls over all tokens, whose partial sums cuBLAS must add in fp32, not in bf16.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     else:
-        # DeepSpeed would compile its shared-memory operator here, which takes a minute. A rank that dies meanwhile
-        # leaves a lock on which every later run hangs silently. gloo suffices for the few small messages of a CPU run.
+        # DeepSpeed would compile its shared-memory operator here, which takes a minute. If a rank dies during this
+        # time, its lock remains and every later run hangs. gloo suffices for the few small messages of a CPU run.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     _discover_ranks()
     try:
@@ -141,12 +142,14 @@ def join_process_group(timeout_minutes: float, *, expected_ranks: int) -> torch.
         if not is_lost_exchange(error):
             raise
         raise UserError(_no_meeting(error, expected_ranks, timeout_minutes)) from error
-    # DeepSpeed's device
+    # DeepSpeed uses the device with this index
     os.environ["LOCAL_RANK"] = str(device.index if device.type == "cuda" else rank_number(local=True))
     deepspeed.init_distributed(dist_backend=group_backend(device), timeout=timeout, verbose=False)  # uses our group
     found = distributed.get_world_size()
     if found != expected_ranks:
-        raise UserError(f"the process group has {found} ranks, but the launcher started {expected_ranks}")
+        raise UserError(
+            f"the process group has {found} ranks, but the launcher started {expected_ranks}; run `tiedlora doctor`"
+        )
     # DeepSpeed gives its groups no time limit, so torch's default of 10 (NCCL) or 30 minutes would apply. The groups
     # carry only the model's tensors, so they need no second group of gloo connections.
     backend: Any = deepspeed.comm.comm.cdb
@@ -155,7 +158,7 @@ def join_process_group(timeout_minutes: float, *, expected_ranks: int) -> torch.
 
 
 def _discover_ranks() -> None:
-    """Set missing variables from MPI, as DeepSpeed does when it makes the process group itself."""
+    """Set missing variables from MPI, as DeepSpeed does if it creates the process group itself."""
     from deepspeed.comm import comm
 
     if distributed.is_initialized() or all(name in os.environ for name in _RANK_VARIABLES):
@@ -169,26 +172,26 @@ def _discover_ranks() -> None:
 
 
 def _no_meeting(error: Exception, expected_ranks: int, timeout_minutes: float) -> str:
-    """Return one line that says why the ranks did not connect."""
+    """Return an error message of one line that explains why the ranks did not connect."""
     master = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     reason = first_line(error)
     if "EADDRINUSE" in reason or "in use" in reason:
-        return f"port {master} is in use; end the process that uses it, or give another (--master_port, MASTER_PORT)"
+        return f"port {master} is in use; end its process, or give another port (--master_port, MASTER_PORT)"
     return (
-        f"the {expected_ranks} ranks did not meet at {master} within {timeout_minutes:g} minutes (rank"
+        f"the {expected_ranks} ranks did not connect to {master} within {timeout_minutes:g} minutes (rank"
         f" {os.environ.get('RANK')} on {socket.gethostname()}: {reason}); check which hosts started, and run"
         " `tiedlora doctor`"
     )
 
 
 def ranks_by_host() -> list[list[int]]:
-    """Return the ranks of the job on each host. All ranks call it together."""
+    """Return the list of ranks on each host of the job. All ranks must call this."""
     numbers = gather_numbers(zlib.crc32(socket.gethostname().encode()))
     return [[rank for rank, found in enumerate(numbers) if found == number] for number in dict.fromkeys(numbers)]
 
 
 def leave_process_group() -> None:
-    """Destroy the process group if there is one."""
+    """Destroy the process group if it exists."""
     if distributed.is_initialized():
         distributed.destroy_process_group()
 
@@ -196,28 +199,29 @@ def leave_process_group() -> None:
 # --deterministic ------------------------------------------------------------------------------------------------------
 
 
-# For each variable, the values with which sums are deterministic. The first value is the default.
+# The values of each variable with which sums are deterministic. The first value is the default.
 VARIABLES = {
     "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
-    # In this mode PyTorch sets NCCL_ALGO=^NVLS, which leaves NVLSTree; this disables both (since NCCL 2.17).
+    # In this mode PyTorch sets NCCL_ALGO=^NVLS, which does not disable NVLSTree. This disables both (since NCCL 2.17).
     "NCCL_NVLS_ENABLE": ("0",),
     "NCCL_COLLNET_ENABLE": ("0",),
 }
 
 
 def make_deterministic(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Make every operation of this process deterministic or let it raise. Call this before CUDA starts.
+    """Make every operation of this process deterministic. Call this before CUDA is initialised.
 
-    PyTorch's attention kernels follow this mode; those of flash_attn get an argument in `choose_attention`.
+    An operation without a deterministic implementation raises. PyTorch's attention kernels follow this mode, and
+    kernels of flash_attn get an argument in `choose_attention`.
 
     Raises:
-        UserError: an environment variable contradicts the setting; the message has the variable's name and value.
+        UserError: an environment variable has a value with which sums are not deterministic.
     """
     for name, values in VARIABLES.items():
         given = environment.setdefault(name, values[0])
         if given not in values:
             raise UserError(
-                f"--deterministic: {name} is {shown(given)}, so sums would change from run to run; unset it, or set"
+                f"--deterministic: {name} is {shown(given)}, so sums would differ between runs; unset it, or set"
                 f" it to {' or '.join(values)}"
             )
     torch.use_deterministic_algorithms(True)

@@ -1,7 +1,7 @@
 """Stop all ranks together, on a signal or when a launcher has died.
 
-A rank that should stop must not leave while its peers wait for it in a collective. So a stop request is only noted
-here, and the ranks act on it after they have agreed in a reduction.
+A rank that should stop must not exit while other ranks wait for it in a collective. So a stop request is only recorded
+here, and the ranks stop after they have agreed in a reduction.
 """
 
 import os
@@ -26,9 +26,9 @@ _LAUNCHERS = ("mpirun", "mpiexec", "prterun", "prted", "orted", "slurmstepd")
 
 
 class RunStopped(BaseException):
-    """Raised when the run should stop by a signal. The exit status is 128 + `signal_number`.
+    """The exception that stops a run after a signal. The exit status is 128 + `signal_number`.
 
-    Like KeyboardInterrupt it is not an Exception, because it can be raised anywhere and is no failure of a library.
+    Like KeyboardInterrupt, it is not an Exception, so that code that handles errors does not catch it.
     """
 
     def __init__(self, signal_number: int, reason: str) -> None:
@@ -39,10 +39,9 @@ class RunStopped(BaseException):
 def launcher_processes() -> list[psutil.Process]:
     """Return the launcher processes of this rank. If one of them dies, the run must stop.
 
-    A local `deepspeed` dies at once on a signal, but its per-node launcher and the ranks continue. So both processes
-    are watched. If ssh started the launcher, its sshd session is watched, which ends with the connection. The agent of
-    torchrun and the daemons of mpirun and srun are watched too. The end of another parent, such as a shell, has no
-    effect.
+    A local `deepspeed` process dies on a signal, but its per-node launcher and the ranks continue. So both processes
+    are returned. If ssh started the launcher, its sshd session is returned, because it ends with the connection. The
+    agent of torchrun and the daemons of mpirun and srun are returned too. Other parents, such as a shell, are not.
     """
     watched = []
     try:
@@ -53,13 +52,13 @@ def launcher_processes() -> list[psutil.Process]:
             watched = [parent, *([runner] if runner else _ssh_sessions(parent))]
         elif parent and (is_torchrun(parent.cmdline()) or parent.name().startswith(_LAUNCHERS)):
             watched = [parent]
-    except psutil.Error:  # a process died meanwhile; is_running() shows this for those already found
+    except psutil.Error:  # a process has just died; is_running() then shows it for the processes already found
         pass
     return watched
 
 
 def _ssh_sessions(process: psutil.Process) -> list[psutil.Process]:
-    """Return the sshd session whose command started `process`, but not a session in which a user started it by hand.
+    """Return the sshd session whose command started `process`, or [] if a user started it in a login shell.
 
     sshd runs a command as `SHELL -c COMMAND`. A login shell has no `-c`.
     """
@@ -74,13 +73,13 @@ def _ssh_sessions(process: psutil.Process) -> list[psutil.Process]:
 class StopVotes(NamedTuple):
     """The values that `StopRequests.agree` sums over all ranks, in fp64."""
 
-    missing: float  # ranks on which the condition does not hold
-    stopping: float  # ranks that should stop
-    signals: float  # sum of their signal numbers
+    missing: float  # number of ranks on which the condition is false
+    stopping: float  # number of ranks that should stop
+    signals: float  # sum of these ranks' signal numbers
 
 
 class StepVotes(NamedTuple):
-    """The values that a training step sums over all ranks in fp64 before the update. Two values per adapter follow."""
+    """The values that a training step sums over all ranks in fp64 before the update, besides two values per adapter."""
 
     seconds: float  # time of the forward and backward passes
     save_due: float  # whether rank 0 wants a checkpoint after this step
@@ -91,9 +90,9 @@ class StepVotes(NamedTuple):
 
 @dataclass
 class StopRequests:
-    """The stop requests of this rank. A signal raises RunStopped at once, except inside `deferred()`.
+    """The stop requests of this rank. A signal raises RunStopped immediately, except inside `deferred()`.
 
-    Only the first signal counts, because an interrupted launcher sends its ranks a second one while they end.
+    Only the first signal counts, because an interrupted launcher sends a second signal while its ranks end.
     """
 
     launchers: list[psutil.Process] = field(default_factory=launcher_processes)
@@ -102,13 +101,13 @@ class StopRequests:
     _stopping: bool = False
 
     def install(self) -> None:
-        """Handle SIGINT, SIGTERM and SIGUSR1 of this process."""
+        """Install the handlers for SIGINT, SIGTERM and SIGUSR1 in this process."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Handle the signals inside the block. After a stop they remain ignored."""
+        """Handle the signals inside the block, and then restore the previous handlers, unless the run was stopped."""
         before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         self.install()
         try:
@@ -124,32 +123,31 @@ class StopRequests:
             self.raise_if_requested()
 
     def stopped(self, number: int, reason: str) -> RunStopped:
-        """Return the exception to raise. From now on signals are ignored, so that they do not interrupt the end."""
+        """Return the exception that stops the run, and ignore further signals so that the run can end."""
         self.ignore()
         return RunStopped(number, reason)
 
     def ignore(self) -> None:
         """Ignore signals from now on, because the run is already ending.
 
-        The kernel must ignore them, because Python removes its handlers before the process ends. `srun
-        --kill-on-bad-exit` signals the remaining ranks when one rank ends, and would return the status of a rank that
-        it killed.
+        The kernel must ignore them, because Python removes its handlers before the process ends. When a rank fails,
+        `srun --kill-on-bad-exit` sends a signal to the other ranks, and would return the status of a killed rank.
         """
         self._stopping = True
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
     def raise_if_requested(self) -> None:
-        """Raise RunStopped if this rank should stop. Call this only where no other rank waits for this one."""
+        """Raise RunStopped if this rank should stop. Call this only where no other rank waits for this rank."""
         if number := self.requested_signal():
             raise self.stopped(number, signal.Signals(number).name)
 
     def stop_if_any(self, count: float, total: float) -> None:
-        """Raise RunStopped if `count`, the number of ranks that should stop, is not 0. Every rank calls it with the
-        same sums; `total` is the sum of the signal numbers.
+        """Raise RunStopped if `count`, the number of ranks that should stop, is not 0. `total` is the sum of their
+        signal numbers. All ranks must call this with the same values.
 
-        If the ranks got different signals, SIGTERM counts. One of them is then not SIGUSR1, the signal of the time
-        limit, so the job must not return to the queue.
+        If the ranks got different signals, SIGTERM is used. At least one signal was then not SIGUSR1, the signal for
+        the time limit, so the job must not be queued again.
         """
         if count:
             shared = next((number for number in STOP_SIGNALS if total == count * number), None)
@@ -158,10 +156,10 @@ class StopRequests:
             raise self.stopped(shared, "SIGTERM or the launcher's end" if shared == signal.SIGTERM else shared.name)
 
     def agree(self, mine: bool) -> bool:
-        """Return whether `mine` is true on every rank. All ranks call it together, and all stop if one of them should.
+        """Return whether `mine` is true on every rank. All ranks must call this.
 
         Raises:
-            RunStopped: a rank should stop. Every rank raises it.
+            RunStopped: at least one rank should stop. All ranks raise it.
         """
         requested = self.requested_signal()
         votes = StopVotes(*sum_over_ranks(StopVotes(float(not mine), float(requested > 0), float(requested))))
@@ -170,7 +168,7 @@ class StopRequests:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Only record signals inside the block. The caller checks `requested_signal()` on all ranks together."""
+        """Only record signals inside the block. The ranks must then agree on `requested_signal()`."""
         self._deferred = True
         try:
             yield
@@ -178,14 +176,14 @@ class StopRequests:
             self._deferred = False
 
     def requested_signal(self) -> int:
-        """Return the signal that told this rank to stop (SIGTERM if its launcher died), or 0."""
+        """Return the signal that requested a stop (SIGTERM if the rank's launcher died), or 0 if there is none."""
         if not self._signal and any(not alive(process) for process in self.launchers):
             self._signal = signal.SIGTERM
         return int(self._signal)
 
 
 def alive(process: psutil.Process) -> bool:
-    """Return whether the process still runs. A zombie does not."""
+    """Return whether the process still runs. A zombie process does not run."""
     try:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.Error:
@@ -200,7 +198,7 @@ def exit_status(signal_number: int) -> int:
 class StopSignals(ExitStack):
     """A context in which SIGINT, SIGTERM and SIGUSR1 are only recorded, in the order of their arrival.
 
-    SIGHUP (the terminal was closed) counts as SIGTERM unless it is ignored, for example by nohup.
+    SIGHUP, which is sent when the terminal is closed, is recorded as SIGTERM. It is ignored under nohup.
     """
 
     def __init__(self) -> None:

@@ -69,5 +69,5 @@ def test_the_checkpoint_goes_on_to_the_adapter_of_then(tmp_path: Path) -> None:
 def test_a_kept_adapter_on_a_damaged_base_is_rejected(tmp_path: Path) -> None:
     shutil.copytree(KEPT / "base", tmp_path / "base")
     truncate(tmp_path / "base/model.safetensors")
-    with pytest.raises(UserError, match="not a whole safetensors file"):
+    with pytest.raises(UserError, match="not a complete safetensors file"):
         merge_adapter(find_model(str(tmp_path / "base")), load_native_adapter(KEPT / "adapter"), tmp_path / "merged")

@@ -80,7 +80,8 @@ def test_a_failing_disk_is_one_line_and_leaves_what_was_there(
         monkeypatch.setattr(os, "fsync", sync)
     with pytest.raises(UserError) as error, new_folder(kept) as folder:
         (folder / "new").write_text("new")
-    assert str(error.value) == f"{kept}: cannot be written (Input/output error); nothing was changed; check the disk space and the permissions"
+    fix = "nothing was changed; check the disk space and the permissions"
+    assert str(error.value) == f"{kept}: cannot be written (Input/output error); {fix}"
     assert names(kept.parent) == {"kept"} and names(kept) == {"old"}
 
 

@@ -75,10 +75,10 @@ MODELS: dict[str, tuple[Break, list[str]]] = {
     "window": (lambda m: edit_json(m / "config.json", sliding_window=64), ["config.json", "sliding_window = 64"]),
     "activation": (lambda m: edit_json(m / "config.json", hidden_act="gelu"), ["config.json", "'gelu'"]),
     "no weights": (lambda m: (m / "model.safetensors").unlink(), ["model", "model.safetensors", "has neither"]),
-    "truncated": (lambda m: truncate(m / "model.safetensors"), ["model.safetensors", "not a whole safetensors file"]),
+    "truncated": (lambda m: truncate(m / "model.safetensors"), ["model.safetensors", "not a complete safetensors file"]),
     "corrupt": (lambda m: (m / "model.safetensors").write_bytes(b"no weights"), ["model.safetensors", "not a whole"]),
     "lost shard": (lambda m: _shard(m, Path.unlink), ["model-2.safetensors", "no such file"]),
-    "truncated shard": (lambda m: _shard(m, truncate), ["model-2.safetensors", "not a whole safetensors file"]),
+    "truncated shard": (lambda m: _shard(m, truncate), ["model-2.safetensors", "not a complete safetensors file"]),
     "lost tensor": (lambda m: _edit_norm(m, lambda t: t.pop(NORM)), [f"{NORM} is missing"]),
     "shape": (lambda m: _edit_norm(m, lambda t: t.update({NORM: torch.ones(7)})), [f"{NORM} has shape (7,)", "(32,)"]),
     "no tokenizer": (lambda m: (m / "tokenizer.json").unlink(), ["model", "tokenizer", "--tokenizer"]),
@@ -246,7 +246,7 @@ def test_a_failed_start_leaves_an_empty_folder_empty(copy: Base, folder: Path) -
     """Weights are read after the folder was chosen; the same folder can be given again."""
     truncate(copy.model / "model.safetensors")
     folder.mkdir()
-    refused_in(copy, folder, "not a whole safetensors file", ranks=2)
+    refused_in(copy, folder, "not a complete safetensors file", ranks=2)
     assert not any(folder.iterdir())
 
 

@@ -57,8 +57,8 @@ def copy(checkpoints: Path, *names: str) -> None:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {  # to the checkpoints, and what is said of it
-    "cut": (lambda c: truncate(c / "step_6" / STATE), "not a whole safetensors file"),
-    "zeroed": (lambda c: (c / "step_6" / ADAPTER).write_bytes(bytes(1000)), "not a whole safetensors file"),
+    "cut": (lambda c: truncate(c / "step_6" / STATE), "not a complete safetensors file"),
+    "zeroed": (lambda c: (c / "step_6" / ADAPTER).write_bytes(bytes(1000)), "not a complete safetensors file"),
     "a flip in a factor": (lambda c: flip(c / "step_6" / ADAPTER, -5), "does not match its checksum"),
     "a flip in a moment": (lambda c: flip(c / "step_6" / STATE, -1, bit=6), "does not match its checksum"),
     "the progress": (lambda c: edit_plainly(c / "step_6" / PROGRESS, best_metric=0.25), "not match its own checksum"),

@@ -256,7 +256,8 @@ def test_last_lines_are_what_was_printed_and_not_the_bars(tmp_path: Path) -> Non
 def test_a_study_and_a_run_in_one_folder(study: tuple[Base, Path], tmp_path: Path) -> None:
     """Whoever comes second is told who is there: a sweep beside a run that has just begun, and a run beside a sweep."""
     folder = tmp_path / "out"
-    with take_folder(folder, hint="") as run_s, pytest.raises(UserError, match=r"out: a launch on .* is using this folder"):
+    using = r"out: a launch on .* is using this folder"
+    with take_folder(folder, hint="") as run_s, pytest.raises(UserError, match=using):
         sweep(parse_sweep(study_arguments(*study, folder)), scripts=LAUNCH, begin=no_start)
     assert not folder.exists() and run_s.owner.folder == folder
     with lock_study(folder), pytest.raises(UserError, match=r"out: a launch on .* is using this folder .* --take_over"):

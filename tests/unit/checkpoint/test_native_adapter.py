@@ -193,10 +193,10 @@ def retensor(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "no config": (lambda folder: (folder / CONFIG).unlink(), CONFIG, "no such file; expected a native Tied-LoRA"),
-    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), WEIGHTS, "not a whole safetensors file"),
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), WEIGHTS, "not a complete safetensors file"),
     "not json": (lambda folder: (folder / CONFIG).write_text("{"), CONFIG, "not valid JSON"),
     "no object": (lambda folder: (folder / CONFIG).write_text("[]"), CONFIG, "expected a JSON object"),
-    "truncated": (lambda folder: truncate(folder / WEIGHTS), WEIGHTS, "not a whole safetensors file"),
+    "truncated": (lambda folder: truncate(folder / WEIGHTS), WEIGHTS, "not a complete safetensors file"),
     "version": (edit(format_version=3), CONFIG, "is not 2, which is read; train"),
     "method": (edit(method="tl7"), CONFIG, "method 'tl7'"),
     "layout": (edit(qkv_layout="interleaved"), CONFIG, "'interleaved'"),

@@ -147,7 +147,7 @@ def test_folders_that_hold_no_peft_adapter(separate: Path, given: Path, tmp_path
     (tmp_path / CONFIG).write_text("{}")
     assert rejection(separate, tmp_path) == f"{CONFIG}: not a PEFT adapter (it has no peft_type); give another folder"
     shutil.copy(given / "plain" / CONFIG, tmp_path)
-    assert rejection(separate, tmp_path).startswith(f"{WEIGHTS}: not a whole safetensors file")
+    assert rejection(separate, tmp_path).startswith(f"{WEIGHTS}: not a complete safetensors file")
     (tmp_path / "adapter_model.bin").write_bytes(b"")
     assert rejection(separate, tmp_path).startswith("adapter_model.bin: pickled weights are not read")
 

@@ -161,7 +161,7 @@ def test_other_modules_and_layers_count_too(separate: Path, tmp_path: Path) -> N
 
 # What is wrong with native/: the PEFT files are whole, so they are used, and the note says why.
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "cut": (lambda f: truncate(f / WEIGHTS), "not a whole safetensors file"),
+    "cut": (lambda f: truncate(f / WEIGHTS), "not a complete safetensors file"),
     "no config": (lambda f: (f / CONFIG).unlink(), "no such file"),
     "missing": (shutil.rmtree, "native/, what was exported, is missing"),
     "edited": (lambda f: edit_json(f / CONFIG, alpha=3.0, seals=False), "does not match its own checksum"),

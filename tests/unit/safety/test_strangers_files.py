@@ -262,7 +262,7 @@ def test_a_header_of_many_tensors_is_read_once(model: Path, tmp_path: Path) -> N
 def test_a_header_of_endless_numbers_is_one_line(tmp_path: Path) -> None:
     text = b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, %s]}}' % (b"9" * 4300)
     (tmp_path / "x").write_bytes(len(text).to_bytes(8, "little") + text)
-    assert "not a whole safetensors file" in refusal(read_header, tmp_path / "x")
+    assert "not a complete safetensors file" in refusal(read_header, tmp_path / "x")
 
 
 def test_metrics_of_a_huge_line(tmp_path: Path) -> None:
