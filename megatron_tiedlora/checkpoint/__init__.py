@@ -1,1 +1,1 @@
-"""Base weights from safetensors, the native adapter, and the checkpoints from which a run resumes."""
+"""This package reads base weights, reads and writes native adapters, and saves and loads the checkpoints of runs."""

@@ -1,7 +1,8 @@
-"""The native adapter format: a folder with the full fp32 A, B, u and v, the adapter's config and its base identity.
+"""Read and write native adapters. A native adapter is a folder with the full A, B, u and v in fp32, and the adapter
+record with the adapter's config and its base identity.
 
-It does not depend on the parallel layout. The PEFT method TIED_LORA (`megatron_tiedlora.peft`) uses the same format, so
-it has the fields that PEFT's loaders need for every method.
+The format does not depend on the parallel layout. The PEFT method TIED_LORA (`megatron_tiedlora.peft`) uses the same
+format, so the record also has the fields that PEFT's loaders need for every method.
 """
 
 import hashlib
@@ -32,16 +33,16 @@ FORMAT_VERSION = 2
 PEFT_TYPE = "TIED_LORA"  # the value of peft_type in a native adapter
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
-_LARGEST_UPDATE = 1e30  # largest absolute value; above it the update, and sums with it, may not be finite in fp32
-_LARGEST_STD = 1e3  # init std
+_LARGEST_UPDATE = 1e30  # maximum absolute value; larger updates, and sums with them, may not be finite in fp32
+_LARGEST_STD = 1e3  # maximum init std
 
-StateDict = Mapping[str, Tensor]  # by name
+StateDict = Mapping[str, Tensor]  # tensors by name
 
 
 @dataclass(frozen=True)
 class NativeAdapter:
-    """A loaded adapter: its config, its base identity, and its full fp32 tensors. `sealed` is False if the files have
-    no checksums."""
+    """A loaded adapter with its config, its base identity and its full fp32 tensors. `sealed` is True if its files have
+    checksums."""
 
     config: AdapterConfig
     base_identity: BaseIdentity
@@ -49,30 +50,30 @@ class NativeAdapter:
     sealed: bool = True
 
     def updates(self, shape: ModelShape) -> Iterator[tuple[WeightRule, Tensor, Tensor]]:
-        """Yield each changed weight, layer by layer, with A' (r, in) and B' (out, r), where W' = W + B' A'."""
+        """Yield each weight W that the adapter changes, with A' (r, in) and B' (out, r) for W' = W + B' A'."""
         for rule, target in changed_weights(self.config, shape):
             yield rule, *lora_factors(self.config, self.state, target, rule.layer)
 
     def equals(self, other: "NativeAdapter") -> bool:
-        """Return whether both adapters have the same config, base and values."""
+        """Return whether both adapters have the same config, base identity and tensor values."""
         same = (self.config, self.base_identity) == (other.config, other.base_identity)
         return same and all(torch.equal(self.state[name], other.state[name]) for name in self.config.tensors)
 
     @property
     def sha256(self) -> str:
-        """Return a hash of the tensors, in hexadecimal."""
+        """Return the SHA-256 of the tensors' values, in hexadecimal."""
         digest = hashlib.sha256()
         for name in self.config.tensors:
             digest.update(self.state[name].contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     def record(self) -> dict[str, Any]:
-        """Return the record of this adapter that is written into adapters and models converted from it."""
+        """Return the fields about this adapter that are written into adapters and models converted from it."""
         return {**self.config.facts, "base_model": self.base_identity.base_model, "adapter_sha256": self.sha256}
 
 
 def changed_weights(config: AdapterConfig, shape: ModelShape) -> Iterator[tuple[WeightRule, Target]]:
-    """Yield each base weight that an adapter with `config` changes, and its target, layer by layer."""
+    """Yield the rule and the target of each base weight that an adapter with `config` changes, layer by layer."""
     targets = {shape.block.adaptable[target.name].name: target for target in config.targets}
     for rule in weight_rules(shape):
         if rule.linear in targets and rule.layer in config.layers:
@@ -80,10 +81,10 @@ def changed_weights(config: AdapterConfig, shape: ModelShape) -> Iterator[tuple[
 
 
 class AdaptedTensor(NamedTuple):
-    """A stored tensor that an adapter changes: a base weight, or some rows of a weight that this package fuses.
+    """A stored tensor that an adapter changes. It can be only some rows of a weight, because this package fuses weights.
 
     Attributes:
-        rule: the rule of the weight in the name table.
+        rule: the rule of the weight in the name table (`weight_rules`).
         stored: the name of the stored tensor.
     """
 
@@ -92,7 +93,7 @@ class AdaptedTensor(NamedTuple):
     stored: str
 
     def factors(self, config: AdapterConfig, state: Mapping[str, Tensor | None]) -> tuple[Tensor, Tensor]:
-        """Return A' (r, in) and the tensor's rows (rows, r) of B', both from `lora_factors`."""
+        """Return A' (r, in) and the rows of B' for this tensor, (rows, r), both from `lora_factors`."""
         a, b = lora_factors(config, state, self.target, self.rule.layer)
         return a, self.rule.by_stored_tensor(b)[self.stored]
 
@@ -104,7 +105,7 @@ def changed_tensors(config: AdapterConfig, shape: ModelShape) -> dict[str, Adapt
 
 
 def write_adapter_files(folder: Path, config: AdapterConfig, base_identity: BaseIdentity, state: StateDict) -> None:
-    """Write the two adapter files into an existing folder. `save_adapter` writes a whole folder atomically."""
+    """Write the two files of an adapter into an existing folder. `save_adapter` writes a new folder atomically."""
     save_file({name: state[name].contiguous() for name in config.tensors}, folder / WEIGHTS_FILE)
     content = {**StoredAdapter.of(config, base_identity).fields(), "version": __version__}
     write_json(folder / CONFIG_FILE, sealed(content, files=[folder / WEIGHTS_FILE]))
@@ -113,14 +114,14 @@ def write_adapter_files(folder: Path, config: AdapterConfig, base_identity: Base
 def save_adapter(
     folder: Path, config: AdapterConfig, base_identity: BaseIdentity, state: StateDict, *, guard: Guard = unguarded
 ) -> None:
-    """Write an adapter folder atomically and replace an earlier one. Raises UserError if it cannot be written."""
+    """Write or replace an adapter folder atomically. Raise UserError if the folder cannot be written."""
     with new_folder(folder, guard=guard) as temporary:
         write_adapter_files(temporary, config, base_identity, state)
 
 
 def copy_adapter_files(source: Path, target: Path, adapter: NativeAdapter) -> None:
-    """Copy the two files of `adapter` from `source`, where it was read, into the existing folder `target`. Raises
-    UserError if the files have changed since they were read."""
+    """Copy the two files of `adapter` from the folder `source` to the existing folder `target`. Raise UserError if the
+    files have changed since `adapter` was read from them."""
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         shutil.copyfile(source / name, target / name)
     try:
@@ -128,12 +129,12 @@ def copy_adapter_files(source: Path, target: Path, adapter: NativeAdapter) -> No
     except UserError:  # one of the files belongs to a different adapter
         copy = None
     if copy is None or not copy.equals(adapter):
-        raise UserError(f"{source}: was replaced while it was read; give the command again")
+        raise UserError(f"{source}: was replaced while it was read; run the command again")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoredAdapter(BaseIdentity):
-    """The content of adapter_config.json: an adapter's config and the identity of its base."""
+    """The content of `adapter_config.json`: an adapter's config and its base identity."""
 
     method: Text
     rank: Size
@@ -148,12 +149,12 @@ class StoredAdapter(BaseIdentity):
 
     @staticmethod
     def of(config: AdapterConfig, base_identity: BaseIdentity) -> "StoredAdapter":
-        """Return the record of an adapter with this config and base."""
+        """Return the content of `adapter_config.json` for an adapter with this config and base identity."""
         own = {name: getattr(config, name) for name in ("seed", "init_std_a", "init_std_b")}
         return StoredAdapter(**asdict(base_identity), **config.facts, **own, qkv_layout=_LAYOUT)
 
     def fields(self) -> dict[str, Any]:
-        """Return the fields that are written to the file, without unknown (None) ones."""
+        """Return the fields that are written to the file. Fields that are None are omitted."""
         values = {name: value for name in _ORDER if (value := getattr(self, name)) is not None}
         for_peft = {"peft_type": PEFT_TYPE, "task_type": "CAUSAL_LM", "base_model_name_or_path": self.base_model}
         return {"format_version": FORMAT_VERSION, **for_peft, "inference_mode": True, **values}
@@ -169,40 +170,41 @@ class StoredAdapter(BaseIdentity):
 
     @property
     def base_identity(self) -> BaseIdentity:
-        """Return the identity of the adapter's base."""
+        """Return the adapter's base identity."""
         return BaseIdentity(**{field.name: getattr(self, field.name) for field in fields(BaseIdentity)})
 
     def check(self, file: Path) -> None:
-        """Raise UserError, naming `file`, if a value is invalid."""
+        """Raise UserError with the name of `file` if a value is invalid."""
         check_ranges(self, source=f"{file}: ")
         for name in ("base_model", "base_hash", "base_weights_hash", *OPTIONAL_FIELDS):
             if not (getattr(self, name) or "").isprintable():
-                raise UserError(f"{file}: {name} = {shown(getattr(self, name))} holds control characters")
+                raise UserError(f"{file}: {name} = {shown(getattr(self, name))} holds control characters; remove them")
         self.check_formats(file)
         if self.method not in METHODS or self.qkv_layout != _LAYOUT:
-            raise UserError(f"{file}: method {self.method!r} with layout {self.qkv_layout!r} is unknown")
+            said = f"method {self.method!r} with layout {self.qkv_layout!r} is unknown"
+            raise UserError(f"{file}: {said}; copy the file again, or install a later version of this package")
         check_layers(self.layers, self.num_layers, source=f"{file}: ")
         if not self.targets or self.targets != [name for name in TARGET_NAMES if name in self.targets]:
             known = ", ".join(TARGET_NAMES)
-            raise UserError(f"{file}: targets {shown(self.targets)} are not some of {known}, in this order")
+            raise UserError(f"{file}: targets {shown(self.targets)} are not some of {known}, in this order; correct it")
 
 
 def check_layers(layers: list[Any], num_layers: int, *, source: str = "") -> None:
-    """Raise UserError unless `layers` are ascending layers of a model. Its text begins with `source`."""
+    """Raise UserError unless `layers` are ascending layer numbers of a model. The message begins with `source`."""
     numbers = all(type(layer) is int and 1 <= layer <= num_layers for layer in layers)
     if not layers or not numbers or layers != sorted({*layers}):
-        raise UserError(f"{source}layers {shown(layers)} are not ascending numbers from 1 to {num_layers}")
+        raise UserError(f"{source}layers {shown(layers)} are not ascending numbers from 1 to {num_layers}; correct them")
 
 
 def check_ranges(values: Any, *, source: str = "") -> None:
     """Raise UserError if `values.alpha` or an init std of `values` is outside its range. None is always allowed. The
-    error's text begins with `source`."""
+    message begins with `source`."""
     std = (0, _LARGEST_STD)
     bounds = {"alpha": (SMALLEST_ALPHA, LARGEST_ALPHA), "init_std_a": std, "init_std_b": std}
     for name, (smallest, largest) in bounds.items():
         value = getattr(values, name)
         if value is not None and not smallest <= value <= largest:
-            raise UserError(f"{source}{name} = {value:g} is not between {smallest:g} and {largest:g}")
+            raise UserError(f"{source}{name} = {value:g} is not between {smallest:g} and {largest:g}; correct it")
 
 
 _LAYOUT = "q|k|v"
@@ -213,11 +215,11 @@ _ORDER = (  # order of the fields in the file
 
 
 def load_native_adapter(folder: Path) -> NativeAdapter:
-    """Read an adapter folder. A checkpoint of a run is also an adapter folder.
+    """Return the native adapter in a folder. A checkpoint of a run is also such a folder.
 
     Raises:
-        UserError: the folder has no native adapter or a different format version; a field is missing or has the wrong
-            type; a tensor is missing, has the wrong shape, or is not floating point or not finite; values are too
+        UserError: the folder has no native adapter, or one of a different format version; a field is missing or has the
+            wrong type; a tensor is missing, has the wrong shape, or is not floating point or not finite; values are too
             large; or a checksum does not match.
     """
     config, base, sums = read_config(folder)
@@ -239,7 +241,7 @@ def check_values(config: AdapterConfig, state: StateDict, *, source: Path | str)
     for name in config.tensors:
         factor = config.factor(name)
         if factor.start == "one" and not factor.trained and not bool((state[name] == 1).all()):
-            raise UserError(f"{source}: {name} is not all ones, but method {config.method} does not train it")
+            raise UserError(f"{source}: {name} is not all ones, but method {config.method} does not train it; copy it again")
     check_update(config, state, source=source)
 
 
@@ -249,21 +251,21 @@ def check_update(config: AdapterConfig, state: StateDict, *, source: Path | str)
         largest = {name: float(state[name].abs().max()) for name, (of, _) in config.tensors.items() if of is target}
         if (bound := abs(config.alpha) * math.prod(largest.values())) > _LARGEST_UPDATE:
             name = max(largest, key=lambda name: largest[name])
-            said = f"{source}: its update may reach {bound:.1e} (the largest value of {name} is {largest[name]:.1e})"
+            said = f"{source}: its update can be {bound:.1e} (the largest value of {name} is {largest[name]:.1e})"
             raise UserError(f"{said}, so the file is damaged; copy it again")
 
 
 def read_config(folder: Path) -> tuple[AdapterConfig, BaseIdentity, dict[str, str]]:
-    """Return (config, base, checksums of the other files) of the adapter in `folder`. Does not read its tensors. Raises
-    UserError if `load_native_adapter` would reject the config file."""
+    """Return the config, the base identity and the checksums of the adapter in `folder`, without reading its tensors.
+    Raise UserError if `adapter_config.json` is not valid (see `load_native_adapter`)."""
     file = folder / CONFIG_FILE
     content = files.read_json_object(file, kind="a native Tied-LoRA adapter folder")
     if content.get("peft_type", PEFT_TYPE) != PEFT_TYPE:
         raise UserError(f"{folder}: this is a PEFT adapter; give the native one (the run's adapter/ folder)")
     version = content.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
-        said = f"{file}: format_version {shown(version)}, of version {shown(content.get('version'))} of this package"
-        raise UserError(f"{said}, is not {FORMAT_VERSION}, which is read; train the adapter again")
+        said = f"{file}: format_version is {shown(version)}, from version {shown(content.get('version'))} of this package"
+        raise UserError(f"{said}, but only {FORMAT_VERSION} can be read; train the adapter again")
     sums = files.check_seal(file, content)
     stored = files.read_fields(file, content, StoredAdapter, optional=OPTIONAL_FIELDS)
     stored.check(file)

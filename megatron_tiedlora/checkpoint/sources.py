@@ -1,4 +1,4 @@
-"""The base model that --model names: a folder on disk, the demo model, a hub id, or a preset shape without weights."""
+"""Find the base model of --model: a folder on disk, the demo model, a Hub id, or a preset shape without weights."""
 
 import hashlib
 import json
@@ -26,8 +26,8 @@ class ModelSource:
     Attributes:
         name: the value that the user gave to --model.
         folder: the Hugging Face folder, or None for a preset shape.
-        from_hub: whether `name` is a hub id; then `folder` is in the hub's cache.
-        stored: the format of the blocks' linears, if the folder quantises them; else None.
+        from_hub: whether `name` is a Hub id. `folder` is then in the Hub's cache.
+        stored: the storage format of the blocks' linears if they are quantised in the folder, else None.
     """
 
     name: str
@@ -40,8 +40,8 @@ class ModelSource:
     def base_hash(self) -> str:
         """Return a hash of the config's fields that determine the computation.
 
-        It is stored with every adapter and checkpoint, so it must never change. Fields keep their first names. A field
-        that was added later is hashed only if its value differs from the value of all earlier models.
+        The hash is stored with every adapter and checkpoint, so it must never change. Fields keep their first names. A
+        field that was added later is hashed only if its value differs from the value that all earlier models have.
         """
         shape, block = self.shape, self.shape.block
         same_names = "vocab_size", "hidden_size", "intermediate_size", "num_layers", "max_positions", "tied_embeddings"
@@ -73,31 +73,31 @@ class ModelSource:
 
     @property
     def stored_base(self) -> str | None:
-        """Return the storage format of the blocks' linears in the folder, a name of `BASE_FORMATS`, or None."""
+        """Return the storage format of the blocks' linears in the folder, a key of `BASE_FORMATS`, or None."""
         return None if self.stored is None else self.stored.base_format
 
     def base_format(self, given: str | None, products: str | None = None) -> str | None:
-        """Return the storage format of the blocks' linears in a run; see `format_in_use`."""
+        """Return the storage format of the blocks' linears in a run (see `format_in_use`)."""
         return format_in_use(self.stored, given, products, source=self.name)
 
     def check_length(self, flag: str, length: int) -> None:
-        """Raise UserError if rows of `length` tokens, the value of `flag`, are too long for the model."""
+        """Raise UserError if `length`, the value of `flag` in tokens, is too long for the model."""
         limit = self.shape.limit
         if length > limit.tokens:
             raise UserError(f"{flag} {length}: {self.name} {limit.reason}. Give at most {limit.tokens}")
 
     def weights_folder(self) -> Path:
-        """Return the folder with the weights and the tokenizer. Raises UserError for a preset."""
+        """Return the folder with the weights and the tokenizer. Raise UserError if the model is a preset."""
         if self.folder is None:
             raise UserError(
                 f"--model {self.name} is a shape without weights, for --dry_run and benchmarks; give a Hugging Face"
-                " folder or a hub id, or write random weights with `tiedlora random-model`"
+                " folder or a Hub id, or write random weights with `tiedlora random-model`"
             )
         return self.folder
 
 
 def _hashed_rope(rope: shapes.RopeShape) -> dict[str, Any]:
-    """Return the fields of the rotary embedding that `base_hash` hashes. The first five are in every hash."""
+    """Return the fields of a rotary embedding that `base_hash` includes. The first five fields are always included."""
     fields: dict[str, Any] = {
         "theta": rope.theta,
         "factor": None,
@@ -115,8 +115,8 @@ def _hashed_rope(rope: shapes.RopeShape) -> dict[str, Any]:
 
 
 def find_model(name: str, *, weights: bool = True) -> ModelSource:
-    """Return the model that --model names. A hub id is downloaded once into the hub's cache. Raises UserError if the
-    model does not exist, if its config is not readable, or if it has a feature that is not implemented."""
+    """Return the base model of --model. A Hub id is downloaded once into the Hub's cache. Raise UserError if the model
+    does not exist, if its config cannot be read, or if it has a feature that is not implemented."""
     if is_preset(name):
         return ModelSource(name, None, shape_from_hf(PRESETS[name], source=name))
     local = local_folder(name)
@@ -126,28 +126,28 @@ def find_model(name: str, *, weights: bool = True) -> ModelSource:
         files = [*_SIDE_FILES, *(["*.safetensors"] if weights else [])]
         try:
             folder = Path(snapshot_download(name, allow_patterns=files))
-        except Exception as error:  # the hub's client raises many types; each means that the model cannot be found
-            said = f"--model {name}: no such folder, and the hub has not sent it ({first_line(error)})"
-            raise UserError(said) from None
+        except Exception as error:  # the Hub's client raises many types; each means that the model cannot be found
+            said = f"--model {name}: no such folder, and the Hub has not sent it ({first_line(error)})"
+            raise UserError(f"{said}; check the name and the network") from None
     values, file = read_hf_config(folder), str(folder / "config.json")
     stored = stored_format(values, source=file)
     return ModelSource(name, folder, shape_from_hf(values, source=file), from_hub=local is None, stored=stored)
 
 
 def demo_model_path() -> Path:
-    """Return the folder that `tiedlora prepare-demo` writes and `--model demo` reads. It may not exist yet."""
+    """Return the folder of the demo model, which `tiedlora prepare-demo` writes. It may not exist yet."""
     return user_cache() / "demo_model"
 
 
 def local_folder(name: str) -> Path | None:
-    """Return the folder that --model names, or None for a hub id. Raises UserError if `name` is neither."""
+    """Return the folder that --model names, or None for a Hub id. Raise UserError if `name` is neither."""
     folder = demo_model_path() if name == "demo" else user_path(name)
     if folder.is_dir():
         return folder
     if name == "demo":
-        raise UserError(f"{folder}: the demo model is not prepared; run `tiedlora prepare-demo` (make train does)")
+        raise UserError(f"{folder}: the demo model does not exist; run `tiedlora prepare-demo` (make train does this)")
     if folder.exists():
-        raise UserError(f"--model {name} is a file; give the folder that holds config.json and the safetensors files")
+        raise UserError(f"--model {name} is a file; give the folder with config.json and the safetensors files")
     if "/" not in name or not may_be_hub_id(name):
-        raise UserError(f"--model {name}: no such folder")
+        raise UserError(f"--model {name}: no such folder; give a folder, a Hub id, or a preset")
     return None

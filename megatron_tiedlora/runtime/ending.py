@@ -251,8 +251,7 @@ class End:
         self.leave()
 
     def leave(self) -> None:
-        """Stop the heartbeat after the run finished or all ranks agreed to stop. Rank 0 writes all files and is first.
-        """
+        """Stop the heartbeat after a run that did not fail. Rank 0 writes all files and stops its heartbeat first."""
         if self.heartbeat is None:
             return
         if self.status and self.state == "finished":  # stopped: a launcher may end all ranks as soon as one has ended
@@ -301,8 +300,7 @@ class End:
         return REJECTED_STATUS if isinstance(error, UserError) else FAILED_STATUS
 
     def _lost(self, failure: PeerFailure) -> None:
-        """Report a peer failure and end the process. The heartbeat's thread calls this, as the main thread is blocked.
-        """
+        """Report a peer failure and end the process. The heartbeat's thread calls this, as the main thread may wait."""
         self._record_failure(failure.reason, again=self.rank == 0)
         self._show(failure, f"error: {failure.reason}")
         self._leave_folder()
@@ -310,8 +308,7 @@ class End:
         os._exit(FAILED_STATUS)
 
     def _leave_folder(self) -> None:
-        """Release the folders of this rank. If rank 0 is lost, give up its folders, because its process may still run.
-        """
+        """Release this rank's folders. If rank 0 is lost, give its folders up, because its process may still run."""
         self.held.close()
         if self.rank and self.heartbeat is not None and self.heartbeat.main_lost:
             for owner in self.owners:

@@ -1,4 +1,4 @@
-"""Detect lost ranks. Every rank writes a heartbeat to the process group's store, so all ranks see which heartbeat stops.
+"""Detect lost ranks. Every rank writes a heartbeat to the process group's store, so all ranks see which one stops.
 
 If a host or its network fails, other ranks would wait until the time limit of the process group. A missing heartbeat
 shows the failure within seconds. A thread of each rank sends heartbeats over a separate connection to torch's store of
@@ -162,16 +162,14 @@ class Heartbeat:
         self.wait_for_others(beats=10)
 
     def wait_for_main(self, *, limit: float = 5.0) -> None:
-        """Wait at most `limit` seconds until rank 0 has stopped its heartbeat. Launchers end all ranks after the first.
-        """
+        """Wait at most `limit` seconds for the last heartbeat of rank 0. Launchers end all ranks after the first."""
         deadline = time.monotonic() + limit
         with suppress(RuntimeError):
             while self.rank and _text(self.store.get(_key(0))) != _LEFT and time.monotonic() < deadline:
                 time.sleep(self.beat_seconds / 10)
 
     def failed(self, reason: str) -> PeerFailure:
-        """Share with all ranks the reason why this rank fails. Return the failure, with an earlier reason if there is one.
-        """
+        """Share the reason why this rank fails, and return the failure. An earlier shared reason takes precedence."""
         self._ends = True
         return self._share(rank_line(self.rank, self._host(self.rank), self.step(), reason))
 
@@ -199,8 +197,7 @@ class Heartbeat:
         return self._share(self._gone_line(silent) if silent else here)
 
     def leave_failed(self) -> None:
-        """Stop the heartbeat after a failure. Rank 0 waits for a few heartbeats, until the others have read the reason.
-        """
+        """Stop the heartbeat after a failure. Rank 0 then waits briefly, so that other ranks can read the reason."""
         with suppress(RuntimeError):
             self._over.set()
             self.store.set(_key(self.rank), _FAILED)

@@ -31,7 +31,7 @@ _SHARED_GPUS = "NCCL_MULTI_RANK_GPU_ENABLE"  # a variable of NCCL since 2.30
 
 
 def choose_device() -> torch.device:
-    """Return this rank's GPU, or the CPU if GPUs are not used. Raise UserError if the host has fewer GPUs than ranks."""
+    """Return this rank's GPU, or the CPU without GPUs. Raise UserError if the host has fewer GPUs than ranks."""
     if not uses_gpu():
         return torch.device("cpu")
     count, index = torch.cuda.device_count(), rank_number(local=True)

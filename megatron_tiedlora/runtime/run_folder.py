@@ -1,4 +1,4 @@
-"""The files and the owner of the run folder, and the logs that rank 0 writes there."""
+"""Choose a run folder, take it for this launch, and write its settings, status and logs."""
 
 import importlib.util
 import json
@@ -25,19 +25,19 @@ from megatron_tiedlora.config.settings import Settings
 State = Literal["finished", "stopped", "failed"]
 _LONGEST_ROW, _MOST_ROWS = 2**14, 10**7  # bytes, and rows
 LOGS_FOLDER = "logs"
-_BOUND = 1e300  # limit for numbers in a log: excludes NaN, infinity and values that cannot be plotted
+_BOUND = 1e300  # limit for numbers in a log, which excludes NaN, infinity and values that cannot be plotted
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The paths of one run, with methods that write some of the files.
+    """The folder of a run: the paths of its files, and methods that write some of them.
 
-    With --adapters there is also RUN/NAME, which is the run folder of the adapter NAME.
+    With --adapters, RUN/NAME is the run folder of the adapter NAME.
 
     Attributes:
-        owner: the launch that may write here; None if the folder is only read.
+        owner: the launch that may write to the folder; None if the folder is only read.
         of_several: whether the folder belongs to a run of several adapters.
-        running: returns the folders of adapters that have not ended, each with its last step.
+        running: a function that returns the folders of adapters that have not ended, each with its last step.
     """
 
     path: Path
@@ -49,25 +49,25 @@ class RunFolder:
     logs = PathIn(LOGS_FOLDER)  # the output of each rank
     tensorboard = PathIn("tensorboard")  # the values of `metrics` for TensorBoard
     profile = PathIn("profile")  # the trace of each rank, with --profile
-    adapter = PathIn("adapter")  # the best adapter so far, native format
-    status = PathIn("run_status.json")  # how the run ended; absent while it runs
-    table = PathIn("table.csv")  # one row per adapter in a run of several
+    adapter = PathIn("adapter")  # the best adapter so far, in the native format
+    status = PathIn("run_status.json")  # how the run ended; missing while the run continues
+    table = PathIn("table.csv")  # one row per adapter in a run of several adapters
     metrics = PathIn("metrics.jsonl")  # one JSON object per line
     scores = PathIn("scores.json")  # scores of greedy decoding before and after training
 
     @staticmethod
     def of(settings: Settings, path: Path, owner: Owner | None = None) -> "RunFolder":
-        """Return the folder `path` of a run with these settings."""
+        """Return the `RunFolder` at `path` for a run with these settings."""
         return RunFolder(path, owner, of_several=settings.adapters is not None)
 
     @property
     def settings(self) -> Path:
-        """Return the path of the YAML file with resolved settings and versions; adapters.yaml for several adapters."""
+        """Return the path of the YAML file with settings and versions: run.yaml, or adapters.yaml with --adapters."""
         return self.path / ("adapters.yaml" if self.of_several else "run.yaml")
 
     @property
     def guard(self) -> Guard:
-        """Return a check that raises UserError if this launch no longer owns the folder."""
+        """Return a function that raises UserError if this launch no longer owns the folder."""
         return unguarded if self.owner is None else self.owner.check
 
     @property
@@ -76,7 +76,7 @@ class RunFolder:
         return self.settings.is_file()
 
     def write_settings(self, content: Mapping[str, Any], *, ranks: int) -> None:
-        """Write the file `settings` with `content`, the folder, the number of ranks and library versions. Remove an
+        """Write `content`, the folder, the number of ranks and library versions to the file `settings`. Remove an
         earlier run_status.json. Raise UserError if the folder cannot be written."""
         versions = installed_versions("torch", "deepspeed", "transformers")
         more = {"output_dir": str(self.path), "ranks": ranks, "versions": versions}
@@ -84,13 +84,13 @@ class RunFolder:
         files.discard(self.status, guard=self.guard)
 
     def write_status(self, state: State, *, step: int, reason: str) -> None:
-        """Write run_status.json, also into the folder of each adapter of several that has not ended."""
+        """Write run_status.json to this folder, and to the folders of a run's adapters that have not ended."""
         files.write_json(self.status, {"state": state, "step": step, "reason": reason}, guard=self.guard)
         for folder, own_step in self.running() if self.of_several else ():
             is_main = folder.owner is not None and folder.owner.is_main
             if not is_main and folder.status.exists():
                 continue  # only rank 0 knows which adapters are finished
-            with suppress(UserError):  # another launch may own one of them now
+            with suppress(UserError):  # a different launch may own one of these folders now
                 folder.write_status(state, step=own_step, reason=reason)
 
     def write_table(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -99,12 +99,12 @@ class RunFolder:
             files.write_text(self.table, messages.csv_text(list(rows[0]), rows), guard=self.guard)
 
     def new_folder(self, path: Path) -> AbstractContextManager[Path]:
-        """Return `files.new_folder` for a folder of the run."""
+        """Return the context of `files.new_folder` with this folder's guard."""
         return files.new_folder(path, guard=self.guard)
 
 
 def run_name(settings: Settings) -> str:
-    """Return the name of the run folder: MODEL-TASK-METHOD-rRANK[-TARGETS], or MODEL-FILE with --adapters FILE."""
+    """Return a run folder's name: MODEL-TASK-METHOD-rRANK[-TARGETS], or MODEL-FILE with --adapters FILE."""
     if settings.adapters is not None:
         return f"{last_name(settings.model)}-{Path(settings.adapters).stem}"
     targets = "all" if settings.targets == TARGET_NAMES else "+".join(settings.targets)
@@ -115,15 +115,15 @@ def run_name(settings: Settings) -> str:
 def take_run_folder(
     settings: Settings, *, before: Callable[[RunFolder], None] = lambda folder: None
 ) -> tuple[RunFolder, FolderLock]:
-    """Choose the folder of a run, create it if it is new, and make this process its owner.
+    """Choose the folder of a run, create it if it is new, make this process its owner, and return both.
 
-    Unfinished files of earlier launches are removed at once, because from now on none of their writes can finish.
+    Unfinished files of earlier launches are removed, because earlier launches can no longer complete them.
 
     Args:
-        before: called before an existing folder is taken from another launch; if it raises, the folder is unchanged.
+        before: called before an existing folder is taken from another launch. If it raises, the folder is unchanged.
 
     Raises:
-        UserError: as in `choose_run_folder`; or another launch owns the folder and --take_over was not given.
+        UserError: as in `choose_run_folder`, or if another launch owns the folder and --take_over was not given.
     """
     resumes = settings.resume != "none"
     while True:
@@ -138,7 +138,7 @@ def take_run_folder(
                 before=partial(before, folder),
                 hint=f"wait until it ends, give another --output_dir, or take it over with {force}",
             )
-        except FileExistsError:  # another launch was faster, so the folder is no longer free
+        except FileExistsError:  # another launch has just created the folder
             if not folder.path.exists():
                 raise UserError(f"{folder.path}: is a broken link; give another --output_dir") from None
             continue
@@ -149,13 +149,13 @@ def take_run_folder(
 
 
 def choose_run_folder(settings: Settings) -> RunFolder:
-    """Choose the folder of a run. This folder may be a link, but the subfolders that the run writes to may not.
+    """Return the folder of a run. This folder may be a link, but the subfolders that the run writes to may not.
 
-    Without --output_dir a new run has the first free folder of runs/NAME, NAME-2, NAME-3, ...; NAME is from `run_name`.
-    A resumed run has the last of these folders, or that of the checkpoint given to --resume.
+    Without --output_dir, a new run uses the first free folder of runs/NAME, runs/NAME-2 and so on (see `run_name`). A
+    resumed run uses the last of these folders, or the folder of the checkpoint that is given to --resume.
 
     Raises:
-        UserError: the folder holds other files or links, is not writable, or holds a run without --resume.
+        UserError: the folder contains other files or links, is not writable, or contains a run without --resume.
     """
     output_dir, resume = settings.output_dir, settings.resume
     if output_dir is not None:
@@ -165,7 +165,7 @@ def choose_run_folder(settings: Settings) -> RunFolder:
         foreign = not folder.is_run and not all(is_of_owner(item.name) for item in items)
         if foreign or (resume == "none" and folder.is_run):
             owner = owner_in_words(folder.path)
-            what = f"the run of {owner or 'an earlier start'}" if folder.is_run else "other files"
+            what = f"the run of {owner or 'an earlier launch'}" if folder.is_run else "other files"
             advice = "" if resume != "none" else ", or --resume auto to continue a run"
             raise UserError(f"--output_dir {output_dir} holds {what}; give a new folder{advice}")
     else:
@@ -179,25 +179,25 @@ def choose_run_folder(settings: Settings) -> RunFolder:
 
 
 def last_run_folder(settings: Settings) -> RunFolder:
-    """Return the last folder of runs/NAME, NAME-2, NAME-3, ..., which --resume auto continues without --output_dir."""
+    """Return the last folder of runs/NAME, runs/NAME-2 and so on, which --resume auto uses without --output_dir."""
     return RunFolder.of(settings, _last_and_next(settings)[0])
 
 
 def _last_and_next(settings: Settings) -> tuple[Path, Path]:
-    """Return the last existing folder of runs/NAME, NAME-2, ..., or runs/NAME without any; and the folder after it."""
+    """Return the last existing folder of runs/NAME, runs/NAME-2 and so on (runs/NAME if none exists), and the next."""
     folders = numbered(Path("runs") / run_name(settings))
     return next(pair for pair in pairwise(folders) if not pair[1].exists())
 
 
 class MetricsLog:
-    """The logs of a run: metrics.jsonl and the targets of --report_to. These are TensorBoard and, through
-    `accelerate.tracking`, other trackers. Only rank 0 writes them.
+    """The logs of a run, which only rank 0 writes: metrics.jsonl, TensorBoard, and the other trackers in --report_to.
+    The other trackers are used through `accelerate.tracking`.
 
-    After a resume, rows beyond the resumed step are removed from metrics.jsonl and TensorBoard, as they are written
-    again. For trackers a resumed run is a new run that gets every row. A tracker that fails during the run gets no
-    further rows; all values are in metrics.jsonl.
+    After a resume, rows of later steps are removed from metrics.jsonl and TensorBoard, because they are written again.
+    Trackers show a resumed run as a new run, which gets only new rows. A tracker that fails during the run gets no more
+    rows. metrics.jsonl always has all rows.
 
-    metrics.jsonl is replaced and opened once, so that a launch that has lost the folder cannot add rows to the file.
+    metrics.jsonl is replaced and opened once, so that a launch that no longer owns the folder cannot add rows to it.
     """
 
     def __init__(
@@ -209,11 +209,11 @@ class MetricsLog:
         report_to: Sequence[str] = (TENSORBOARD,),
         settings: Mapping[str, Any] | None = None,
     ) -> None:
-        """Open the logs of a run that resumes at `resumed_step` and was last evaluated after `evaluated_step`.
+        """Open the logs of a run that resumes after `resumed_step` and was last evaluated after `evaluated_step`.
 
         Args:
             report_to: the value of --report_to.
-            settings: the run's configuration for trackers.
+            settings: the run's settings, which trackers show as its configuration.
 
         Raises:
             UserError: a file cannot be written, or a tracker cannot start.
@@ -222,7 +222,7 @@ class MetricsLog:
         last = {"train": resumed_step, "validation": evaluated_step or 0}
         rows = read_metrics(folder.metrics) if resumed_step else []
         write_metrics(folder.metrics, [r for r in rows if r["step"] <= last[r["split"]]], guard=folder.guard)
-        with os_errors(f"{folder.metrics}: cannot be written"):
+        with os_errors(f"{folder.metrics}: cannot be written", fix="; check the disk space and the permissions"):
             self._stream = folder.metrics.open("ab", buffering=0)
         folder.guard()  # checked first: TensorBoard's file has a unique name, which no later check can undo
         self._board: Any = None
@@ -241,22 +241,22 @@ class MetricsLog:
                 self._trackers[name] = _started(name, folder.path, settings or {})
             except Exception as error:  # a tracker's client may raise any exception
                 self.close()
-                why = f"cannot start ({first_line(error)}); set it up, or leave it out"
+                why = f"cannot start ({first_line(error)}); set up the tracker, or remove it from --report_to"
                 raise UserError(f"--report_to {name}: {why}") from error
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append one row with `step`, `split` and unrounded values.
+        """Append one row, with `step`, `split` and unrounded values, to all logs.
 
         Raises:
             UserError: the disk is full, or another launch has taken over the folder.
         """
         self._folder.guard()
         values = {f"{row['split']}/{name}": value for name, value in row.items() if name not in ("step", "split")}
-        with os_errors(f"{self._folder.path}: its logs cannot be written"):
+        with os_errors(f"{self._folder.path}: its logs cannot be written", fix="; check the disk space"):
             if not os.path.samestat(os.fstat(self._stream.fileno()), self._folder.metrics.stat()):
                 raise OSError(f"{self._folder.metrics.name} was replaced")
             line = (json.dumps(dict(row)) + "\n").encode()
-            while line:  # a full disk may accept only a part; the next write raises the reason
+            while line:  # a full disk may accept only some bytes; the next write then raises
                 line = line[self._stream.write(line) :]
             if self._board is not None:
                 for name, value in values.items():
@@ -274,7 +274,7 @@ class MetricsLog:
                 )
 
     def close(self) -> None:
-        """Close the files and end the run in each tracker."""
+        """Close the files, and end the run in each tracker."""
         self._stream.close()
         if self._board is not None:
             self._board.close()
@@ -287,20 +287,20 @@ class MetricsLog:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Return the rows of a metrics.jsonl. Malformed lines (for example truncated by a kill) are skipped.
+    """Return the rows of a metrics.jsonl. Malformed lines, such as the last line of a killed run, are skipped.
 
     Raises:
-        UserError: the file exists and cannot be read.
+        UserError: the file exists but cannot be read.
     """
     if not file.is_file():
         return []
-    with os_errors(f"{file}: cannot be read"), file.open("rb") as stream:
-        lines = iter(lambda: stream.readline(_LONGEST_ROW), b"")  # pieces of a longer line are malformed
+    with os_errors(f"{file}: cannot be read", fix="; check its permissions"), file.open("rb") as stream:
+        lines = iter(lambda: stream.readline(_LONGEST_ROW), b"")  # a longer line is read as malformed lines
         return [row for row in map(metrics_row, islice(lines, _MOST_ROWS)) if row is not None]
 
 
 def metrics_row(line: bytes) -> dict[str, Any] | None:
-    """Parse a line into a row of `step`, `split` and finite numbers with `loss`. Return None if it is malformed."""
+    """Return the row in a line: `step`, `split`, and finite numbers with `loss`. Return None if it is malformed."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -314,18 +314,18 @@ def metrics_row(line: bytes) -> dict[str, Any] | None:
 
 
 def write_metrics(file: Path, rows: Iterable[Mapping[str, Any]], *, guard: Guard = unguarded) -> None:
-    """Replace the rows of a metrics.jsonl. Raise UserError if it cannot be written."""
+    """Replace the rows of a metrics.jsonl. Raise UserError if the file cannot be written."""
     files.write_text(file, "".join(json.dumps(row) + "\n" for row in rows), guard=guard)
 
 
 def plot_losses(metrics: Path, target: Path, *, guard: Guard = unguarded) -> None:
-    """Plot training and validation loss over steps as a PNG. Raise UserError if it cannot be written."""
+    """Plot training and validation loss over steps to a PNG file. Raise UserError if it cannot be written."""
     from matplotlib import pyplot
 
     plain_figures()
     rows = read_metrics(metrics)
     figure, axes = pyplot.subplots(figsize=(7, 4.2), dpi=120)
-    figure.subplots_adjust(left=0.11, right=0.98, bottom=0.12, top=0.97)  # tight_layout would draw all of it once more
+    figure.subplots_adjust(left=0.11, right=0.98, bottom=0.12, top=0.97)  # tight_layout would draw the figure again
     for split, style in (
         ("train", {"color": "#7aa6c2", "linewidth": 1.2}),
         ("validation", {"color": "#b5401f", "marker": "o"}),
@@ -342,7 +342,7 @@ def plot_losses(metrics: Path, target: Path, *, guard: Guard = unguarded) -> Non
 
 
 def plain_figures() -> None:
-    """Let matplotlib draw without a screen and with default settings. A matplotlibrc file could run programs."""
+    """Make matplotlib draw without a display and without the user's matplotlibrc file, which could run programs."""
     import matplotlib
 
     matplotlib.rcdefaults()
@@ -350,10 +350,10 @@ def plain_figures() -> None:
 
 
 def save_figure(figure: Any, target: Path, *, guard: Guard = unguarded) -> None:
-    """Write a matplotlib figure as a PNG atomically, with the same bytes for the same figure, and close it.
+    """Write a matplotlib figure to a PNG file atomically and close it. Equal figures give files with equal bytes.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: the file cannot be written.
     """
     from matplotlib import pyplot
 
@@ -367,7 +367,7 @@ def save_figure(figure: Any, target: Path, *, guard: Guard = unguarded) -> None:
 # Trackers -------------------------------------------------------------------------------------------------------------
 
 
-PROJECT = "tiedlora"  # of the runs, if the tracker's own environment variable names none
+PROJECT = "tiedlora"  # the default project, if the tracker's own environment variable names none
 _PROJECT_VARIABLES = {
     "wandb": "WANDB_PROJECT",
     "trackio": "TRACKIO_PROJECT",
@@ -382,13 +382,13 @@ _RUN_NAMES = {"wandb": "name", "trackio": "name", "mlflow": "run_name", "swanlab
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Raise UserError if a tracker's package is missing, or accelerate, which all but TensorBoard need."""
+    """Raise UserError if a tracker's package, or accelerate for trackers other than TensorBoard, is not installed."""
     for package in (*names, *(["accelerate"] if {*names} - {TENSORBOARD} else [])):
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:  # a plain folder of that name, such as wandb's own, is not a package
             raise UserError(
                 f"--report_to {','.join(names)}: the package {package} is not installed; pip install {package}, or"
-                " give others or none"
+                " give other trackers or none"
             )
 
 

@@ -439,7 +439,7 @@ def test_show_command_starts_nothing(start: Launch, capfd: pytest.CaptureFixture
         (["--num_gpus=3", "--tensor_parallel=2"], "3 ranks are not a multiple of --tensor_parallel 2"),
         (["--num_gpus=5"], "--global_batch_size 24 is not a multiple of data parallel 5"),
         (["--num_gpus=1", "--max_steps=0"], "--max_steps 0"),
-        (["--num_gpus=1"], "holds the run of an earlier start"),
+        (["--num_gpus=1"], "holds the run of an earlier launch"),
     ],
 )
 def test_what_does_not_fit_starts_nothing(start: Launch, tmp_path: Path, flags: list[str], said: str) -> None:

@@ -151,7 +151,7 @@ def test_ranks_that_do_not_come_are_told_of_in_one_line(base: Base, tmp_path: Pa
     environment = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
     arguments = base.arguments(output_dir=tmp_path / "run", timeout_minutes=0.05)
     ended = run_ranks(arguments, folder=tmp_path, cache=base.cache, environment=environment).expect(2)
-    assert "the 2 ranks did not meet at 127.0.0.1:9 within 0.05 minutes (rank 1 on " in ended.error_line()
+    assert "the 2 ranks did not connect to 127.0.0.1:9 within 0.05 minutes (rank 1 on " in ended.error_line()
     assert not (tmp_path / "run").exists() and time.monotonic() - started < 60
 
 
