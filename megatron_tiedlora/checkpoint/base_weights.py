@@ -1,7 +1,7 @@
-"""Loads base weights from safetensors, tensor by tensor and slice by slice, into existing parameters.
+"""Load base weights from safetensors files into existing parameters, one tensor or slice at a time.
 
 Files are memory-mapped, so reading uses the page cache and no anonymous memory. Benchmarks use random weights instead.
-Checkpoints of random weights are also written, so that memory and speed can be tested without a model.
+This module also writes checkpoints with random weights, so that memory and speed can be tested without a model.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,22 +30,23 @@ from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight
 from megatron_tiedlora.parallel.shard_spec import stream_seed
 
 _LONGEST_NAME = 60  # maximum characters of a file name; model-00001-of-00030.safetensors has half as many
-_COMPARED_ROWS = 4096  # this many rows of two tensors are compared at a time
+_COMPARED_ROWS = 4096  # number of rows of two tensors that are compared at a time
 Access = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
 Largest = Callable[[torch.Tensor], torch.Tensor] | None
 
 
 def weight_map(folder: Path) -> dict[str, Path]:
-    """Return the file of each tensor of a Hugging Face folder, from its index or its single file. Raises UserError if
-    there are no safetensors weights, or if a file that the index names is missing or incomplete."""
+    """Return the file of each tensor in a Hugging Face folder, from its index or its single file. Raise UserError if
+    there are no safetensors files, or if the index is not valid or names a missing file."""
     index = folder / tensor_files.INDEX_FILE
     if index.is_file():
         entries = read_json_object(index, kind="a safetensors index").get("weight_map")
         if not isinstance(entries, dict) or not all(isinstance(file, str) for file in entries.values()):
-            raise UserError(f"{index}: not a safetensors index (weight_map is not a table of tensors and files)")
+            said = f"{index}: not a safetensors index (weight_map is not a table of tensors and files)"
+            raise UserError(f"{said}; download the model again")
         for name in sorted(set(entries.values())):
             if name in ("", "..") or Path(name).name != name or len(name) > _LONGEST_NAME:
-                raise UserError(f"{index}: names a file outside its folder: {shown(name)}")
+                raise UserError(f"{index}: names a file outside its folder: {shown(name)}; download the model again")
             if not (folder / name).is_file():
                 said = f"{folder / name}: no such file, but {tensor_files.INDEX_FILE} names it"
                 raise UserError(f"{said}; download the model again")
@@ -53,18 +54,19 @@ def weight_map(folder: Path) -> dict[str, Path]:
     single = folder / tensor_files.SINGLE_FILE
     if not single.is_file():
         other = next((f.name for f in folder.glob("pytorch_model*.bin")), None)
-        hint = f" (found {other}: save the model with safe_serialization first)" if other else ""
+        hint = f"; found {other}: save the model with safe_serialization first" if other else "; give a model's folder"
         raise UserError(f"{folder}: has neither {tensor_files.SINGLE_FILE} nor {tensor_files.INDEX_FILE}{hint}")
     with open_weights(single) as reader:
         return dict.fromkeys(reader.keys(), single)
 
 
 def open_weights(file: Path) -> Any:
-    """Open a file with `safe_open` on the CPU. Raises UserError if it is truncated or corrupt."""
+    """Open a file with `safe_open` on the CPU and return it. Raise UserError if the file is truncated or damaged."""
     try:
         with file.open("rb") as stream:
             if (header := int.from_bytes(stream.read(8), "little")) > tensor_files.LARGEST_HEADER:
-                raise UserError(f"{file}: not a complete safetensors file (a header of {header:,} bytes)")
+                said = f"{file}: not a complete safetensors file (a header of {header:,} bytes)"
+                raise UserError(f"{said}; download or copy it again")
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError, MemoryError) as error:  # MemoryError: the file cannot be mapped
         raise UserError(f"{file}: not a complete safetensors file ({error}); download or copy it again") from None
@@ -75,7 +77,7 @@ class WeightFiles(ExitStack):
 
     Attributes:
         file_of: the file of each tensor, by the tensor's name.
-        header: returns the header of a file; see `read_header`.
+        header: a cached function that returns the header of a file (`read_header`).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -86,29 +88,29 @@ class WeightFiles(ExitStack):
         self._readers: dict[Path, Any] = {}
 
     def reader(self, file: Path) -> Any:
-        """Return the opened file; see `open_weights`."""
+        """Return the opened file (see `open_weights`), which stays open."""
         if file not in self._readers:
             self._readers[file] = self.enter_context(open_weights(file))
         return self._readers[file]
 
     def stored(self, name: str) -> Any:
-        """Return the stored tensor `name`, from which slices can be read; None if it does not exist."""
+        """Return the stored tensor `name`, from which slices can be read, or None if it does not exist."""
         file = self.file_of.get(name)
         return None if file is None else self.reader(file).get_slice(name)
 
 
 class BaseWeights(WeightFiles):
-    """A base checkpoint. Opening it checks the names and shapes of its tensors against the model's name table.
+    """A base checkpoint. Its constructor checks the names and shapes of the tensors against the model's name table.
 
     Attributes:
-        rules: the name table.
-        bytes_read: bytes of the stored tensors that this process has read so far.
+        rules: the name table: a `WeightRule` for each weight of the model.
+        bytes_read: the number of bytes of stored tensors that this process has read so far.
     """
 
     kind: ClassVar[str] = "base weights"
 
     def __init__(self, folder: Path, shape: ModelShape, stored: StoredFormat | None = None) -> None:
-        """Open the files of `folder`. `stored` is the format of the blocks' linears, if the folder quantises them."""
+        """Open the files of `folder`. `stored` is the storage format of the blocks' linears if they are quantised."""
         super().__init__(folder)
         self.rules = weight_rules(shape)
         self.bytes_read = 0
@@ -127,24 +129,27 @@ class BaseWeights(WeightFiles):
     def _check(self) -> None:
         for name, expected in stored_shapes(self.rules).items():
             if name not in self.file_of:
-                raise UserError(f"{self.folder}: tensor {name} is missing from the safetensors files")
+                said = f"{self.folder}: tensor {name} is missing from the safetensors files"
+                raise UserError(f"{said}; download the model again")
             file = self.file_of[name]
             try:
                 stored = self.stored(name)
             except SafetensorError as error:
-                raise UserError(f"{file}: {error}, although the index names it") from None
+                raise UserError(f"{file}: {error}, but the index names it; download the model again") from None
             if self._stored is not None and name in self._quantised:
                 with naming(str(file)):
                     self._stored.check(name, expected)
                 continue
             shape = tuple(stored.get_shape())
             if shape != expected:
-                raise UserError(f"{file}: {name} has shape {shape}, but config.json makes it {expected}")
+                said = f"{name} has shape {shape}, but config.json makes it {expected}"
+                raise UserError(f"{file}: {said}; download the model again")
             if stored.get_dtype() not in tensor_files.FLOAT_TYPES:
-                raise UserError(f"{file}: {name} is {stored.get_dtype()}; only linears of blocks may be quantised")
+                said = f"{name} is {stored.get_dtype()}, but only linears of blocks may be quantised"
+                raise UserError(f"{file}: {said}; give a model in which it is bf16, fp16 or fp32")
 
     def _check_tied_head(self, head: str, embedding: str) -> None:
-        """Raise UserError if a stored head differs from the embedding, because transformers would then not tie them."""
+        """Raise UserError if a stored head differs from the embedding. transformers would then not tie the two."""
         ours, theirs = self.stored(head), self.stored(embedding)
         same = ours.get_shape() == theirs.get_shape()
         for start in range(0, ours.get_shape()[0] if same else 0, _COMPARED_ROWS):
@@ -155,9 +160,9 @@ class BaseWeights(WeightFiles):
             raise UserError(f"{said}, so that transformers would not tie them; set it to false")
 
     def sample(self, name: str) -> torch.Tensor:
-        """Return all or some thousand values of the stored tensor `name`, at positions that depend only on its shape.
+        """Return a few thousand values of the stored tensor `name`, or all, at positions that depend only on its shape.
 
-        They are used for comparisons and are not counted in `bytes_read`.
+        The values are used for comparisons and are not counted in `bytes_read`.
         """
         if self._stored is not None and name in self._quantised:  # its codes and its scales are sampled
             return torch.cat([self._sample(part).float() for part in self._stored.names(name)])
@@ -168,11 +173,11 @@ class BaseWeights(WeightFiles):
         return tensor_files.read_runs(file, self.header(file), name)
 
     def dtype(self, name: str) -> torch.dtype:
-        """Return the dtype of the tensor `name` of the name table, which is not quantised."""
+        """Return the dtype of the stored tensor `name`, which must not be quantised."""
         return tensor_files.FLOAT_TYPES[self.stored(name).get_dtype()]
 
     def read(self, name: str, part: slice | None = None, dim: int = 0) -> torch.Tensor:
-        """Return the tensor `name`, or a slice of it along `dim`, in its stored dtype; in fp32 if it is quantised."""
+        """Return the tensor `name`, or a slice of it along `dim`, in its stored dtype, or in fp32 if it is quantised."""
         if self._stored is not None and name in self._quantised:
             rows, columns = (part or slice(None), slice(None)) if dim == 0 else (slice(None), part or slice(None))
             with naming(str(self.file_of[name])):
@@ -188,9 +193,8 @@ class BaseWeights(WeightFiles):
     def fill(
         self, rule: WeightRule, target: FrozenWeight, *, tp_rank: int = 0, tp_size: int = 1, largest: Largest = None
     ) -> None:
-        """Read this rank's shard of one weight into `target`, block by block. `largest`: see `load_base_weights`.
-        Raises UserError if the backward pass divides by a weight that has a zero, or if a weight cannot be quantised.
-        """
+        """Read this rank's shard of one weight into `target`, block by block. For `largest` see `load_base_weights`.
+        Raise UserError if a weight has a zero by which the backward pass divides, or if it cannot be quantised."""
         dim = rule.spec.dim or 0
         offset = 0
         for stored, block in zip(rule.parts, rule.spec.block_slices(tp_rank, tp_size), strict=True):
@@ -205,12 +209,12 @@ class BaseWeights(WeightFiles):
                 continue
             values = self.read(stored.name, part, dim)
             if rule.divides and not values.all():
-                why = f"{stored.name} has a zero, by which training would divide"
+                why = f"{stored.name} has a zero, by which training would divide; use a different model"
                 raise UserError(f"{self.file_of[stored.name]}: {why}")
             try:
                 target.load(values, dim=dim, start=offset, columns=columns)
             except ValueError as error:
-                why = f"{stored.name} has {error}, which cannot be quantised; leave --base out"
+                why = f"{stored.name} has {error}, which cannot be quantised; remove --base"
                 raise UserError(f"{self.file_of[stored.name]}: {why}") from None
             offset += size
         padding = list(target.local_shape)
@@ -221,7 +225,7 @@ class BaseWeights(WeightFiles):
     def _copy_codes(
         self, name: str, target: QuantisedWeight, part: slice, dim: int, *, start: int, columns: Columns | None
     ) -> None:
-        """Read the codes and scales of a quantised tensor into `target` without a change."""
+        """Copy the codes and scales of a quantised tensor into `target`, without dequantising them."""
         assert self._stored is not None and target.storage.name == self._stored.kind.base_format
         shape = self._quantised[name]
         rows, read = (part, slice(0, shape[1])) if dim == 0 else (slice(0, shape[0]), part)
@@ -248,11 +252,11 @@ def load_base_weights(
     """Load this rank's shard of every frozen weight in `targets`.
 
     Args:
-        targets: the weights by the names of their rules; see `frozen_weights`.
+        targets: the weights, by the names of their rules (see `frozen_weights`).
         rules: the name table of the stage; None for all rules of `weights`.
-        access: opens a weight's parameters for writing (it gathers them under ZeRO-3).
-        largest: the elementwise maximum over the tensor-parallel ranks, for scales of rows that several ranks share.
-        reads: False on ranks that only take part in `access`.
+        access: returns a context in which a weight's parameters can be written (it gathers them under ZeRO-3).
+        largest: returns the elementwise maximum over the tensor-parallel ranks, for the scales of sharded rows.
+        reads: whether this rank reads the weights; False on ranks that only call `access`.
         progress: whether to show a progress bar.
     """
     mine = [rule for rule in (weights.rules if rules is None else rules) if rule.name in targets]
@@ -266,8 +270,8 @@ def load_base_weights(
 
 @dataclass(frozen=True)
 class RandomWeights:
-    """Random weights for the name table `rules`, used in place of a checkpoint. Each shard is drawn on its own device,
-    so the values depend on the parallel configuration."""
+    """Random weights for the name table `rules`, used instead of a checkpoint. Each rank draws its shards on its own
+    device, so the values depend on the parallel configuration."""
 
     rules: Sequence[WeightRule]
     seed: int = 0
@@ -277,15 +281,15 @@ class RandomWeights:
     def fill(self, rule: WeightRule, target: FrozenWeight, *, tp_rank: int = 0, **_: object) -> None:
         """Fill `target` with random values for this rank's shard of one weight."""
         name = rule.hf_names[0]
-        seed = stream_seed(self.seed, f"{name}/{tp_rank}")  # so that copies of a tied embedding are equal
+        seed = stream_seed(self.seed, f"{name}/{tp_rank}")  # by stored name, so that copies of a tied embedding are equal
         target.load(draw_(target.empty_values(), name=name, full_shape=rule.shape, seed=seed))
 
 
 def draw_(target: torch.Tensor, *, name: str, full_shape: Sequence[int], seed: int) -> torch.Tensor:
     """Fill `target` with random values that preserve the scale of activations, and return it.
 
-    It may be a shard of a tensor of `full_shape`. Biases (by their stored name) become zero, other vectors (norms)
-    become one. Other values are drawn from N(0, 1 / the full last dimension)."""
+    `target` can be a shard of a tensor of `full_shape`. Biases (by their stored name) are set to zero, and other vectors
+    (norms) to one. Matrices are drawn from a normal distribution with variance 1 / (last dimension of `full_shape`)."""
     if len(full_shape) == 1:
         return target.fill_(0.0 if name.endswith(".bias") else 1.0)
     generator = torch.Generator(target.device).manual_seed(seed)
@@ -296,7 +300,7 @@ def draw_(target: torch.Tensor, *, name: str, full_shape: Sequence[int], seed: i
 
 
 def write_random_model(values: Mapping[str, Any], output: Path, *, name: str, seed: int) -> None:
-    """Write config.json, shards and index of a model into `output`, and for the preset `tiny` also a tokenizer. Raises
+    """Write config.json, shards and index of a model into `output`, and for the preset `tiny` also a tokenizer. Raise
     UserError if `output` exists, or if the disk has too little space.
 
     Args:

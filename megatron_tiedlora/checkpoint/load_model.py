@@ -1,17 +1,17 @@
-"""Loads a base model with an adapter, without an engine: the whole model or one rank's shard, to check exports and to
-generate. Also computes merged weights while the base is read: W' = D(W) + B' A', added in fp32.
+"""Load a base model with an adapter, without an engine: the full model or one rank's shard, to check exports and to
+generate. This module also computes merged weights while the base is read: W' = D(W) + B' A', added in fp32.
 
 Usually D(W) is W. For a merge onto a quantised base, D(W) is W quantised to the base's storage format and dequantised.
 A merge writes the values that are read here, and the check of a merged folder reads them again. The last bits of a
 matmul can depend on its number of rows, so merge and check use the same `row_blocks`.
 
-A linear module of a transformers model in memory can also compute the update beside its weight. A and B are then not
-expanded: all adapted layers share one pair.
+A linear module of a transformers model in memory can also compute the update separately from its weight. A and B are
+then not copied per layer: all adapted layers share one pair.
 
     z = W x + B' A' x    with    A' = diag(u) A,    B' = the module's rows of (alpha / r) diag(v) B
 
 A module of a fused target (q, k and v; gate and up) uses its own rows of B and v. A', B' and the update are computed in
-each forward pass, in the adapter's dtype. The results are equal to those of the exported PEFT LoRA.
+each forward pass, in the adapter's dtype. The results are equal to the results of the exported PEFT LoRA.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,13 +42,13 @@ from megatron_tiedlora.parallel.quantised_weight import weight_maker
 from megatron_tiedlora.runtime.launch_env import has_bf16_instructions
 
 BLOCK_ELEMENTS = 2**19  # elements per block of rows: 2 MiB in fp32 plus 2 MiB for the update fit in the caches
-_FEWEST_ROWS = 16  # rows per block: a matmul with few rows sums in a different order than one with many
+_FEWEST_ROWS = 16  # minimum rows per block: a matmul with few rows sums in a different order from a matmul with many rows
 
-ReadRows = Callable[[str, slice], Tensor]  # reads rows of a stored tensor, by its name
+ReadRows = Callable[[str, slice], Tensor]  # returns rows of the stored tensor with this name
 
 
 def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Yield slices of about `BLOCK_ELEMENTS` elements that together cover all rows of a tensor of this shape.
+    """Yield slices of rows, of about `BLOCK_ELEMENTS` elements each, that together cover a tensor of this shape.
 
     Each slice has at least 16 rows, unless the tensor has fewer.
     """
@@ -62,8 +62,8 @@ def row_blocks(shape: tuple[int, ...]) -> Iterator[slice]:
 
 
 def merged_rows(rows: Tensor, a: Tensor, b_rows: Tensor) -> Tensor:
-    """Return rows (n, in) of W', from the same rows of the stored W, A' (r, in) and the same rows (n, r) of B'. The
-    result is in fp32, or in fp64 if W is in fp64."""
+    """Return rows (n, in) of W' from the same rows of W, A' (r, in), and the same rows (n, r) of B'. The result is in
+    fp32, or in fp64 if W is in fp64."""
     wide = torch.promote_types(rows.dtype, torch.float32)
     return rows.to(wide, copy=True).add_(b_rows @ a)
 
@@ -72,15 +72,15 @@ class MergedWeights(BaseWeights):
     """A base checkpoint that is read with an adapter merged into it. `changed` has the names of the stored tensors
     whose values the merge changes.
 
-    It caches only the factors of the last tensor, so that memory does not grow with the number of layers. So the rows
-    of one tensor should be read one after another."""
+    Only the factors of the last tensor are cached, so that memory does not grow with the number of layers. So all rows
+    of a tensor should be read before the next tensor is read."""
 
     def __init__(self, source: ModelSource, adapter: NativeAdapter | None, *, base_format: str | None = None) -> None:
         """Open the files of `source`.
 
         Args:
             adapter: the adapter to merge; None if only `base_format` changes the values.
-            base_format: storage format of the base that the adapter is merged onto; None for the stored format.
+            base_format: the storage format to which the base is quantised before the merge; None: it is not quantised.
         """
         super().__init__(source.weights_folder(), source.shape, source.stored)
         self._adapter, self._base_format = adapter, None if base_format is None else BASE_FORMATS[base_format]
@@ -90,8 +90,8 @@ class MergedWeights(BaseWeights):
         self._last: tuple[str, Tensor, Tensor] | None = None  # name, A' (r, in), and the tensor's rows of B'
 
     def read(self, name: str, part: slice | None = None, dim: int = 0) -> Tensor:
-        """Return the tensor `name` of the merged model, or a slice of it along `dim`. It is in fp32 or fp64 if the
-        merge changes it, else in the dtype that `BaseWeights.read` returns."""
+        """Return the tensor `name` of the merged model, or a slice of it along `dim`. The result is in fp32 or fp64 if
+        the merge changes the tensor, and otherwise in the dtype that `BaseWeights.read` returns."""
         values = super().read(name, part, dim)
         if name in self._requantised:
             assert self._base_format is not None and dim == 0, "scales are those of whole rows"
@@ -115,12 +115,12 @@ class MergedWeights(BaseWeights):
 
 
 def find_places(shape: ModelShape, config: AdapterConfig) -> Mapping[str, AdaptedTensor]:
-    """Return the tensors that an adapter changes, by the names of their modules in the causal model."""
+    """Return the stored tensors that an adapter changes, by the name of their module in the transformers model."""
     return {name.removesuffix(".weight"): tensor for name, tensor in changed_tensors(config, shape).items()}
 
 
 def with_update(z: Tensor, x: Tensor, adapter: TiedAdapter, place: AdaptedTensor) -> Tensor:
-    """Return z + B' A' x in z's dtype. The inputs are z = W x, (..., out), and x (..., in)."""
+    """Return z + B' A' x in the dtype of z, from z = W x, (..., out), and x, (..., in)."""
     a, b = (factor.to(x.device) for factor in place.factors(adapter.config, adapter.factors()))
     return (z + linear(linear(x.to(a.dtype), a), b)).to(z.dtype)
 
@@ -129,13 +129,13 @@ def check_whole(weight: Tensor, place: AdaptedTensor) -> None:
     """Raise UserError if a weight is quantised, offloaded or sharded, so that it cannot be changed in place."""
     shape = stored_shapes([place.rule])[place.stored]
     if not is_plain(weight) or tuple(weight.shape) != tuple(shape):
-        raise UserError(f"{place.stored} is quantised, offloaded or sharded; merge with tiedlora merge")
+        raise UserError(f"{place.stored} is quantised, offloaded or sharded; run `tiedlora merge` instead")
 
 
 @torch.no_grad()
 def merge_(weight: Tensor, adapter: TiedAdapter, place: AdaptedTensor, *, sign: int = 1) -> None:
-    """Add sign B' A' to W in place; the result is bitwise equal to a merged checkpoint. Raises UserError if the weight
-    is quantised, offloaded or sharded."""
+    """Add sign B' A' to W in place. The result is bitwise equal to a merged checkpoint. Raise UserError if the weight is
+    quantised, offloaded or sharded."""
     check_whole(weight, place)
     a, b = (factor.to(weight.device) for factor in place.factors(adapter.config, adapter.factors()))
     for rows in row_blocks(tuple(weight.shape)):
@@ -146,13 +146,13 @@ def merge_(weight: Tensor, adapter: TiedAdapter, place: AdaptedTensor, *, sign: 
 
 
 def resolve_dtype(given: str | None, task: Task, *, on_gpu: bool) -> str:
-    """Return the value of --dtype, or its default for the task on this host: bf16 or fp32."""
+    """Return the value of --dtype, or its default value for the task on this host: bf16 or fp32."""
     slow = task.fp32_on_slow_cpus and not on_gpu and not has_bf16_instructions()
     return given or ("fp32" if slow else "bf16")
 
 
 def describe_dtype(given: str | None, resolved: str) -> str:
-    """Return the precision for a log line, with the reason if fp32 is the default on this CPU."""
+    """Return the dtype as text for a log line, with the reason if fp32 is the default on this CPU."""
     by_default = given is None and resolved == "fp32"
     return f"{resolved} (this CPU has no bf16 instructions)" if by_default else resolved
 
@@ -160,7 +160,7 @@ def describe_dtype(given: str | None, resolved: str) -> str:
 def check_same_dtype(resolved: str) -> None:
     """Raise UserError on every rank if the default of --dtype differs between hosts."""
     if differing := num_differing(resolved):
-        said = f"--dtype: the default of {count_text(differing, 'rank')} is not that of rank 0"
+        said = f"--dtype: the default of {count_text(differing, 'rank')} differs from rank 0's"
         raise UserError(f"{said}, because their CPUs differ; give --dtype fp32")
 
 
@@ -181,16 +181,16 @@ def load_model(
 ) -> Stage:
     """Return this rank's shard of the model in evaluation mode, with the base in `dtype` and the adapter in fp32.
 
-    It does not check that the adapter belongs to the base; `convert.inputs.check_base` does. Raises UserError if
-    weights are missing or have the wrong shape.
+    This function does not check that the adapter was trained on this base (see `convert.inputs.check_base`). Raise
+    UserError if weights are missing or have the wrong shape.
 
     Args:
-        adapter: one adapter, or several by name, which the stage then computes together.
+        adapter: one adapter, or several by name, which the stage then computes in the same forward pass.
         base_format: the storage format of the blocks' linears; None for `dtype`.
-        make_weight: makes the weights of the blocks' linears, in place of `base_format`.
-        grid, groups, stages: the parallel layout, its process groups and the layers per stage; default: one process.
-        merged: merge the adapter into the weights (added in fp32, cast once) instead of keeping it separate.
-        kernels: kernels of the layers, eager or compiled.
+        make_weight: a function that creates the weights of the blocks' linears; it replaces `base_format`.
+        grid, groups, stages: the parallel layout, its process groups and the layers per stage; by default one process.
+        merged: whether to merge the adapter into the weights (added in fp32, cast once).
+        kernels: the kernels of the layers, eager or compiled.
         progress: whether to show a progress bar.
     """
     grid, groups = grid or Grid(0, 1), groups or ParallelGroups()
@@ -222,7 +222,7 @@ def load_model(
 
 
 def adapter_shard(adapter: NativeAdapter, layers: range, grid: Grid, device: torch.device | str) -> TiedAdapter:
-    """Return this rank's shard of an adapter, for a stage with these layers."""
+    """Return this rank's shard of an adapter for a stage with these layers, on `device`."""
     adapted = tuple(layer for layer in adapter.config.layers if layer in layers)
     part = TiedAdapter(AdapterShard(adapter.config, adapted, grid.tp_rank, grid.tp_size)).to(device)
     part.load_full(adapter.state)

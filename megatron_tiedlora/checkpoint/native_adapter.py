@@ -81,7 +81,7 @@ def changed_weights(config: AdapterConfig, shape: ModelShape) -> Iterator[tuple[
 
 
 class AdaptedTensor(NamedTuple):
-    """A stored tensor that an adapter changes. It can be only some rows of a weight, because this package fuses weights.
+    """A stored tensor that an adapter changes: a base weight, or some rows of a weight that this package fuses.
 
     Attributes:
         rule: the rule of the weight in the name table (`weight_rules`).
@@ -193,7 +193,7 @@ def check_layers(layers: list[Any], num_layers: int, *, source: str = "") -> Non
     """Raise UserError unless `layers` are ascending layer numbers of a model. The message begins with `source`."""
     numbers = all(type(layer) is int and 1 <= layer <= num_layers for layer in layers)
     if not layers or not numbers or layers != sorted({*layers}):
-        raise UserError(f"{source}layers {shown(layers)} are not ascending numbers from 1 to {num_layers}; correct them")
+        raise UserError(f"{source}layers {shown(layers)} are not ascending numbers from 1 to {num_layers}; fix them")
 
 
 def check_ranges(values: Any, *, source: str = "") -> None:
@@ -241,7 +241,8 @@ def check_values(config: AdapterConfig, state: StateDict, *, source: Path | str)
     for name in config.tensors:
         factor = config.factor(name)
         if factor.start == "one" and not factor.trained and not bool((state[name] == 1).all()):
-            raise UserError(f"{source}: {name} is not all ones, but method {config.method} does not train it; copy it again")
+            said = f"{source}: {name} is not all ones, but method {config.method} does not train it"
+            raise UserError(f"{said}; copy the file again")
     check_update(config, state, source=source)
 
 
@@ -251,7 +252,7 @@ def check_update(config: AdapterConfig, state: StateDict, *, source: Path | str)
         largest = {name: float(state[name].abs().max()) for name, (of, _) in config.tensors.items() if of is target}
         if (bound := abs(config.alpha) * math.prod(largest.values())) > _LARGEST_UPDATE:
             name = max(largest, key=lambda name: largest[name])
-            said = f"{source}: its update can be {bound:.1e} (the largest value of {name} is {largest[name]:.1e})"
+            said = f"{source}: its update may reach {bound:.1e} (the largest value of {name} is {largest[name]:.1e})"
             raise UserError(f"{said}, so the file is damaged; copy it again")
 
 
@@ -264,8 +265,8 @@ def read_config(folder: Path) -> tuple[AdapterConfig, BaseIdentity, dict[str, st
         raise UserError(f"{folder}: this is a PEFT adapter; give the native one (the run's adapter/ folder)")
     version = content.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
-        said = f"{file}: format_version is {shown(version)}, from version {shown(content.get('version'))} of this package"
-        raise UserError(f"{said}, but only {FORMAT_VERSION} can be read; train the adapter again")
+        said = f"{file}: format_version {shown(version)}, of version {shown(content.get('version'))} of this package"
+        raise UserError(f"{said}, is not {FORMAT_VERSION}, which this version reads; train the adapter again")
     sums = files.check_seal(file, content)
     stored = files.read_fields(file, content, StoredAdapter, optional=OPTIONAL_FIELDS)
     stored.check(file)

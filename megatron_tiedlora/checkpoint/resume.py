@@ -1,7 +1,8 @@
-"""Resumable checkpoints: a native adapter, the optimizer's moments and the run's progress, independent of the layout.
+"""Save and load resumable checkpoints: a native adapter, the optimizer's moments and the progress of the run.
 
-A folder `checkpoints/step_N` is written atomically. Then the text file `checkpoints/latest` is updated. A JSON file in
-the folder has the checksums of the other files. If they do not match, the checkpoint before this one is used.
+A checkpoint does not depend on the parallel layout. The folder `checkpoints/step_N` is written atomically, and then the
+text file `checkpoints/latest` is updated. A JSON file in the folder has the checksums of the other files. If a checksum
+does not match, the previous checkpoint is used.
 """
 
 import errno
@@ -35,7 +36,7 @@ _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 
 def moment_name(moment: str, name: str) -> str:
-    """Return the stored name of the moment (`exp_avg` or `exp_avg_sq`) of the adapter's tensor `name`."""
+    """Return the name in the file of a moment (`exp_avg` or `exp_avg_sq`) of the adapter's tensor `name`."""
     return f"{moment}.adapter.{name}"
 
 
@@ -43,7 +44,7 @@ def moment_name(moment: str, name: str) -> str:
 class Progress:
     """The progress of a run after `step` optimizer steps.
 
-    The order of samples, dropout and the learning rate are functions of the settings, the seed and these numbers, so
+    The order of samples, the dropout and the learning rate depend only on the settings, the seed and these numbers. So
     there is no random state to save.
     """
 
@@ -57,8 +58,8 @@ class Progress:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A loaded checkpoint: progress, adapter, moments by name, and the settings of the run that wrote it. `notes` tell
-    the user how it was chosen."""
+    """A loaded checkpoint: progress, adapter, moments by name, and the settings of the run that wrote it. `notes` are
+    messages for the user about how the checkpoint was chosen."""
 
     folder: Path
     progress: Progress
@@ -80,10 +81,11 @@ def save_checkpoint(
     keep: int = 1,
     guard: Guard = unguarded,
 ) -> Path:
-    """Write `step_N` and return its folder. Then update `latest`, and keep only the newest `keep` and the best.
+    """Write the checkpoint `step_N`, update `latest`, remove superseded checkpoints, and return the new folder.
 
-    Checkpoints of later steps are also removed, because the run was resumed from an earlier step. Raises UserError if
-    the checkpoint cannot be written. Then the previous checkpoint and `latest` are unchanged.
+    The newest `keep` checkpoints and the best one are kept. Checkpoints of later steps, from which the run was not
+    resumed, are also removed. Raise UserError if the checkpoint cannot be written. The previous checkpoint and `latest`
+    are then unchanged.
     """
     folder = checkpoints / f"step_{progress.step}"
     with new_folder(folder, guard=guard) as temporary:
@@ -100,9 +102,9 @@ def save_checkpoint(
 def remove_superseded(
     checkpoints: Path, progress: Progress, *, keep: int, later: bool = False, guard: Guard = unguarded
 ) -> None:
-    """Remove earlier checkpoints except the newest `keep` and the best. With `later`, remove later ones too.
+    """Remove earlier checkpoints except the newest `keep` and the best. With `later`, also remove later checkpoints.
 
-    A process that is killed between a save and this call leaves one checkpoint too many. So a resumed run calls it too.
+    A process that is killed between a save and this call leaves an extra checkpoint. So a resumed run calls this too.
     """
     newest = [other for other in _checkpoints(checkpoints) if _step(other) <= progress.step][:keep]
     kept = {f"step_{progress.best_step}", *(other.name for other in newest)}
@@ -112,7 +114,7 @@ def remove_superseded(
 
 
 def move_latest(checkpoints: Path, step: int, *, guard: Guard = unguarded) -> None:
-    """Write the name of the checkpoint of `step` into `latest`. Raises UserError if it cannot be written."""
+    """Write the name of the checkpoint of `step` into `latest`. Raise UserError if the file cannot be written."""
     pointer = checkpoints / LATEST_FILE
     if pointer.is_dir() and not pointer.is_symlink():  # a file cannot replace a folder
         discard(pointer, guard=guard)
@@ -131,19 +133,19 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def find_newest_checkpoint(checkpoints: Path) -> Checkpoint | None:
-    """Return the checkpoint that `latest` names, or else the newest intact one; None if the folder has no checkpoint.
+    """Return the checkpoint that `latest` names, or the newest intact checkpoint, or None if there is no checkpoint.
 
-    Its notes say which newer ones were skipped and why. Changes no files. Raises UserError if there are checkpoints, or
-    `latest` names one, but none is intact; or if one cannot be read now but may be intact."""
+    The result's notes say which newer checkpoints were skipped and why. No file is changed. Raise UserError if no
+    checkpoint is intact, or if a checkpoint that may be intact cannot be read now."""
     found, pointer = _checkpoints(checkpoints), checkpoints / LATEST_FILE
     notes: list[str] = []
     try:
         named = named_checkpoint(checkpoints)
         if named is None and found:
-            notes.append(f"{pointer}: is missing or not a plain file")
+            notes.append(f"{pointer}: is missing or not a regular file")
     except UserError as error:
         if not found:
-            raise UserError(f"{error}; remove it to start from the beginning, or put a checkpoint back") from None
+            raise UserError(f"{error}; remove it to start from the beginning, or restore a checkpoint") from None
         named = None
         notes.append(str(error))
     if named is not None:  # a resumed run may not have removed later checkpoints yet
@@ -169,7 +171,8 @@ def find_newest_checkpoint(checkpoints: Path) -> Checkpoint | None:
 
 
 def named_checkpoint(checkpoints: Path) -> Path | None:
-    """Return the folder that `latest` names, or None without that file. Raises UserError if it names no checkpoint."""
+    """Return the folder that `latest` names, or None if that file is missing. Raise UserError if there is no such folder.
+    """
     pointer = checkpoints / LATEST_FILE
     if pointer.is_symlink() or not pointer.is_file():
         return None
@@ -180,8 +183,8 @@ def named_checkpoint(checkpoints: Path) -> Path | None:
 
 
 def recorded_settings(folders: Iterable[Path]) -> Mapping[str, Any] | None:
-    """Return the settings of the run that wrote the first readable one of these checkpoint folders, or None. Reads
-    nothing else of a checkpoint."""
+    """Return the settings in the first of these checkpoint folders whose progress file can be read, or None. No other
+    file is read."""
     for folder in folders:
         content = None if folder.is_symlink() else files.read_json_or_none(folder / PROGRESS_FILE)
         if isinstance(settings := (content or {}).get("settings"), dict):
@@ -190,23 +193,24 @@ def recorded_settings(folders: Iterable[Path]) -> Mapping[str, Any] | None:
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """Read a checkpoint folder. Raises UserError if a file is missing, broken or from a different checkpoint."""
+    """Return the checkpoint in a folder. Raise UserError if a file is missing, damaged or from another checkpoint."""
     file = folder / PROGRESS_FILE
     content = files.read_json_object(file, kind="a checkpoint of a run (checkpoints/step_N)")
     sums = files.check_seal(file, content)
     progress = files.read_fields(file, content, Progress)
     if "settings" not in content or not isinstance(content["settings"], dict):
-        raise UserError(f"{file}: settings is {'not an object' if 'settings' in content else 'missing'}")
+        what = "not an object" if "settings" in content else "missing"
+        raise UserError(f"{file}: settings is {what}; copy the file again")
     _check_steps(file, progress, content["settings"])
     adapter, state = native_adapter.load_native_adapter(folder), folder / STATE_FILE
     for name in (native_adapter.CONFIG_FILE, native_adapter.WEIGHTS_FILE):
-        files.check_file(folder / name, sums)  # intact files may still be from a different step
+        files.check_file(folder / name, sums)  # undamaged files may still be from a different step
     trained = adapter.config.num_trained()
     shapes = {moment_name(moment, name): adapter.config.shape(name) for moment in MOMENTS for name in trained}
     moments = read_tensors(state, shapes, sums=sums)
     for name, values in moments.items():
         if name.startswith(f"{_MEAN_OF_SQUARES}.") and bool((values < 0).any()):
-            raise UserError(f"{state}: {name} holds negative numbers, but it is a mean of squares")
+            raise UserError(f"{state}: {name} holds negative numbers, but it is a mean of squares; copy the file again")
     return Checkpoint(folder, progress, adapter, moments, content["settings"])
 
 
@@ -214,26 +218,28 @@ def _check_steps(file: Path, progress: Progress, settings: Mapping[str, Any]) ->
     for name in ("best_step", "evaluated_step"):
         step = getattr(progress, name)
         if step is not None and step > progress.step:
-            raise UserError(f"{file}: {name} = {step} is after its step {progress.step}")
+            raise UserError(f"{file}: {name} = {step} is after its step {progress.step}; copy the file again")
     best, since_best = progress.best_step, progress.evaluations_since_best
     if (best is None) != (progress.best_metric is None):
-        raise UserError(f"{file}: it has one of best_step and best_metric, not both")
+        raise UserError(f"{file}: it has one of best_step and best_metric, not both; copy the file again")
     if since_best > progress.step - (best or 0):
-        raise UserError(f"{file}: evaluations_since_best = {since_best} is more than the steps since its best")
+        said = f"evaluations_since_best = {since_best} is more than the steps since its best"
+        raise UserError(f"{file}: {said}; copy the file again")
     if _STEP_NAME.fullmatch(file.parent.name) and file.parent.name != f"step_{progress.step}":
         raise UserError(f"{file}: its step is {progress.step}, but its folder is {file.parent.name}; rename the folder")
     samples, step = progress.consumed_samples, progress.step
     a_step = settings.get("global_batch_size", samples // step if step else 0)
     if samples != step * a_step or samples < step:
-        raise UserError(f"{file}: consumed_samples = {samples} does not fit {step} steps of {shown(a_step)} samples")
+        said = f"consumed_samples = {samples} does not fit {step} steps of {shown(a_step)} samples"
+        raise UserError(f"{file}: {said}; copy the file again")
 
 
 def copy_checkpoint(source: Path, target: Path, *, guard: Guard = unguarded) -> None:
-    """Copy only the checkpoint files in `source` to `target`, atomically. Raises UserError if a file is missing or is
-    a symbolic link, or if `target` cannot be written."""
+    """Copy the checkpoint files in the folder `source` to `target`, atomically. Raise UserError if a file is missing or
+    is a symbolic link, or if `target` cannot be written."""
     for name in CHECKPOINT_FILES:
         if (source / name).is_symlink() or not (source / name).is_file():
-            raise UserError(f"{source / name}: is not a plain file; give a checkpoint that has its own files")
+            raise UserError(f"{source / name}: is not a regular file; give a checkpoint that has its own files")
     with new_folder(target, guard=guard) as unfinished:
         for name in CHECKPOINT_FILES:
             shutil.copyfile(source / name, unfinished / name)

@@ -118,7 +118,7 @@ def test_vocabulary_larger_than_the_embedding(copy: Base) -> None:
     ("changes", "parts"),
     [
         ({"tokenizer": "/nowhere"}, ["/nowhere", "--tokenizer"]),
-        ({"model": "nobody/nothing"}, ["--model nobody/nothing", "no such folder", "hub"]),
+        ({"model": "nobody/nothing"}, ["--model nobody/nothing", "no such folder", "Hub"]),
         ({"model": "llama2-7b"}, ["--model llama2-7b", "--dry_run"]),
         ({"layers": "2,4"}, ["--layers 4", "1 to 3"]),
         ({"max_length": 257}, ["--max_length 257", "256 positions"]),

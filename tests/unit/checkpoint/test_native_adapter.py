@@ -197,7 +197,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "not json": (lambda folder: (folder / CONFIG).write_text("{"), CONFIG, "not valid JSON"),
     "no object": (lambda folder: (folder / CONFIG).write_text("[]"), CONFIG, "expected a JSON object"),
     "truncated": (lambda folder: truncate(folder / WEIGHTS), WEIGHTS, "not a complete safetensors file"),
-    "version": (edit(format_version=3), CONFIG, "is not 2, which is read; train"),
+    "version": (edit(format_version=3), CONFIG, "is not 2, which this version reads; train"),
     "method": (edit(method="tl7"), CONFIG, "method 'tl7'"),
     "layout": (edit(qkv_layout="interleaved"), CONFIG, "'interleaved'"),
     "no rank": (edit(without=["rank"]), CONFIG, "rank is missing"),
@@ -258,8 +258,8 @@ def test_a_folder_of_another_format_names_the_version_that_wrote_it(base: Path, 
     write_native(tmp_path / "adapter", base, values(base))
     edit(without=["peft_type", "targets", "intermediate_size"], format_version=1, version="0.1.0")(tmp_path / "adapter")
     assert refusal(load_native_adapter, tmp_path / "adapter") == (
-        f"{tmp_path / 'adapter' / CONFIG}: format_version 1, of version '0.1.0' of this package, is not 2, which is"
-        " read; train the adapter again"
+        f"{tmp_path / 'adapter' / CONFIG}: format_version 1, of version '0.1.0' of this package, is not 2, which"
+        " this version reads; train the adapter again"
     )
 
 

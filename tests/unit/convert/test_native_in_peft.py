@@ -105,7 +105,7 @@ def test_an_adapter_that_is_replaced_during_the_export_is_found(separate: Path, 
     other = {name: -tensor for name, tensor in native.state.items()}
     save_adapter(tmp_path / "adapter", native.config, native.base_identity, other)
     said = refusal(export_peft, source, native, tmp_path / "peft", native=tmp_path / "adapter")
-    assert "adapter: was replaced while it was read; give the command again" in said
+    assert "adapter: was replaced while it was read; run the command again" in said
     assert not (tmp_path / "peft").exists()
 
 
