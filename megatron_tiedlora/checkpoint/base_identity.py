@@ -1,10 +1,10 @@
-"""The base model and tokenizer of an adapter, identified by hashes that are equal for all copies of a model.
+"""Identify the base model and the tokenizer of an adapter by hashes that are equal for all copies of a model.
 
-A hash of the config identifies shape and computation; a hash of values at fixed positions of every tensor identifies
-the weights. Values are hashed as bf16, so a copy in another precision is the same base. A change below the precision
-of bf16, or between the positions, is not detected. Very small values are first rounded to fp16.
+A hash of the config identifies the shape and the computation. A hash of values at fixed positions of every tensor
+identifies the weights. Values are hashed as bf16, so a copy in a different precision is the same base. A change below
+the precision of bf16, or at other positions, is not detected. Very small values are also rounded to fp16.
 
-But a copy in another precision quantises to different values. So if a base was quantised while it was loaded, its
+A copy in a different precision is quantised to different values. So if a base was quantised while it was loaded, its
 identity also has the precision of the unquantised weights. A transformers model in memory is identified the same way.
 """
 
@@ -29,7 +29,7 @@ from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.hf_config import stored_format
 from megatron_tiedlora.model.weights import WeightRule, quantised_rules, stored_shapes, weight_rules
 
-MERGE_RECORD = "tiedlora_merge.json"  # this file of a model folder says which adapter is merged into the model
+MERGE_RECORD = "tiedlora_merge.json"  # a file in a model's folder that describes the merged adapter
 
 SHAPE_FIELDS = (
     *("num_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
@@ -37,28 +37,28 @@ SHAPE_FIELDS = (
 )
 HASH_FIELDS = ("base_hash", "base_weights_hash", "base_sample", "tokenizer", "tokenizer_hash")
 FORMAT_FIELDS = ("base_format", "base_stored")
-# These are None if weights in memory are quantised or offloaded, if the tokenizer is the base's own or its files are
-# unknown, or if the base is not quantised.
+# These fields are None if weights in memory are quantised or offloaded, if the tokenizer is the base's own or its files
+# are unknown, or if the base is not quantised.
 OPTIONAL_FIELDS = ("base_sample", "tokenizer", "tokenizer_hash", *FORMAT_FIELDS)
-_NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}  # dtypes of stored linears, beside fp32
+_NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}  # the possible dtypes of stored linears besides fp32
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseIdentity:
-    """The base model on which an adapter was trained. Its fields have the same names as in files.
+    """The identity of the base model on which an adapter was trained. Its fields have the same names as in files.
 
     Attributes:
         base_model: the value that the user gave to --model.
-        base_hash: hash of the shape, `ModelSource.base_hash`.
+        base_hash: hash of the config, `ModelSource.base_hash`.
         base_weights_hash: hash of the final norm's weight in bf16 and of the merge record, because a merge changes few
             of the hashed values.
         base_sample: hash of `BaseWeights.sample` of every tensor; None if weights were quantised or offloaded.
         tokenizer: the value that the user gave to --tokenizer; None for the base's own tokenizer.
         tokenizer_hash: hash of the tokenizer's files; None if unknown.
-        dtype: precision of the base in training.
-        base_format: storage format of the blocks' linears, a name of `BASE_FORMATS`; None if they are in `dtype`.
+        dtype: dtype of the base in training.
+        base_format: storage format of the blocks' linears, a key of `BASE_FORMATS`; None if they are in `dtype`.
         base_stored: `linears_dtype` of the original weights if the linears were quantised while they were loaded; None
-            if they were not, or if it is unknown.
+            if they were not quantised then, or if the dtype is unknown.
     """
 
     num_layers: Size
@@ -79,22 +79,22 @@ class BaseIdentity:
 
     @property
     def precision(self) -> str:
-        """Return the storage format of the blocks' linears, or `dtype` if they have none."""
+        """Return the storage format of the blocks' linears, or `dtype` if they are not quantised."""
         return self.base_format or self.dtype
 
     def check_formats(self, file: Path) -> None:
-        """Raise UserError, naming `file`, if a storage format or precision is unknown."""
+        """Raise UserError with the name of `file` if a storage format or a dtype is unknown."""
         for name, known in (("base_format", (*BASE_FORMATS,)), ("base_stored", (*_NARROW, "fp32"))):
             value = getattr(self, name)
             if value is not None and value not in known:
-                raise UserError(f"{file}: {name} {shown(value)} is not one of {', '.join(known)}")
+                raise UserError(f"{file}: {name} {shown(value)} is not one of {', '.join(known)}; correct it")
 
 
 def identify_base(
     source: ModelSource, weights: "BaseWeights | WeightsInMemory", dtype: str, *, tokenizer: str | None = None
 ) -> BaseIdentity:
-    """Return the identity of a base model. Reads some KB of every tensor. `tokenizer` is the value of --tokenizer.
-    Raises UserError if the tokenizer's files cannot be read."""
+    """Return the identity of a base model, after reading a few KB of every tensor. `tokenizer` is the value of
+    --tokenizer. Raise UserError if the tokenizer's files cannot be read."""
     tokens = tokenizer or source.folder
     return replace(
         identify_shape(source, dtype, weights_hash=weights_hash(source, weights)),
@@ -115,29 +115,28 @@ def weights_hash(source: ModelSource, weights: "BaseWeights | WeightsInMemory") 
 
 
 def identify_model(source: ModelSource, dtype: str, tokenizer: str | None = None) -> BaseIdentity:
-    """Return the identity of a base model as it is stored on disk; see `identify_base`. Raises UserError if its files
-    cannot be read."""
+    """Return the identity of a base model on disk (`identify_base`). Raise UserError if its files cannot be read."""
     with BaseWeights(source.weights_folder(), source.shape, source.stored) as weights:
         found = identify_base(source, weights, dtype, tokenizer=tokenizer)
     return replace(found, base_format=source.stored_base)
 
 
 def sample_hash(weights: "BaseWeights | WeightsInMemory") -> str:
-    """Return a hash of the names, shapes and sampled values of all tensors in the name table of `weights`."""
+    """Return a hash of the names, the shapes and a sample of the values of all tensors in `weights`."""
     digest = hashlib.sha256()
     shapes = stored_shapes(weights.rules)
     for name in sorted(shapes):
         digest.update(f"{name} {list(shapes[name])}\n".encode())
-        # Below 2^-17 fp16 is coarser than bf16. So values are also rounded to fp16: a copy in fp16 has the same hash.
+        # Below 2^-17, fp16 is coarser than bf16. Values are also rounded to fp16, so that a copy in fp16 has this hash.
         digest.update(_bits(weights.sample(name).to(torch.bfloat16).to(torch.float16)))
     return digest.hexdigest()
 
 
 def linears_dtype(weights: "BaseWeights | WeightsInMemory", shape: ModelShape) -> str:
-    """Return the narrowest of bf16, fp16 and fp32 that holds the sampled values of the blocks' linears exactly.
+    """Return the first of bf16, fp16 and fp32 that represents a sample of the values of the blocks' linears exactly.
 
-    So the result for a copy in a wider precision is the original precision, as the values and codes are the same. For
-    a folder with several precisions the result is one that holds the values of all linears.
+    For a copy in a wider dtype, the result is the original dtype, because the values and codes are the same. For a
+    folder with several dtypes, the result represents the values of all linears.
     """
     fitting = list(_NARROW)
     for name in stored_shapes(quantised_rules(shape)):
@@ -147,15 +146,15 @@ def linears_dtype(weights: "BaseWeights | WeightsInMemory", shape: ModelShape) -
 
 
 def quantised_otherwise(trained: BaseIdentity, found: BaseIdentity) -> str:
-    """Return a text which says that a base was quantised to different values than in training.
+    """Return a message if a base is quantised to different values from those in training, else ''.
 
-    It is '' if the values are equal, if the storage formats differ, or if a precision is unknown.
+    The result is also '' if the storage formats differ or if a dtype is unknown.
     """
     if trained.base_format != found.base_format or not _differ(trained.base_stored, found.base_stored):
         return ""
     return (
         f"trained on {trained.base_model}, quantised to {trained.base_format} from {trained.base_stored}, but"
-        f" {found.base_model} has its linears in {found.base_stored}, which is quantised to other values"
+        f" {found.base_model} has its linears in {found.base_stored}, which is quantised to different values"
     )
 
 
@@ -164,7 +163,7 @@ def _bits(values: torch.Tensor) -> bytes:
 
 
 def identify_shape(source: ModelSource, dtype: str, *, weights_hash: str) -> BaseIdentity:
-    """Return the identity of a base model whose weights' hash is known. The tokenizer is not identified."""
+    """Return the identity of a base model with a known hash of its weights, without the tokenizer's fields."""
     shape = source.shape
     return BaseIdentity(
         num_layers=shape.num_layers,
@@ -181,7 +180,7 @@ def identify_shape(source: ModelSource, dtype: str, *, weights_hash: str) -> Bas
 
 
 def base_differences(trained: BaseIdentity, found: BaseIdentity) -> tuple[str, ...]:
-    """Return which of config, weights and tokenizer differ from training. Unknown hashes count as equal."""
+    """Return which of config, weights and tokenizer differ from training. An unknown hash is equal to any hash."""
     differ = {
         "config": _differ(trained.base_hash, found.base_hash),
         "weights": _differ(trained.base_weights_hash, found.base_weights_hash)
@@ -198,13 +197,13 @@ def _differ(one: str | int | None, other: str | int | None) -> bool:
 def check_same_base(
     trained: BaseIdentity, found: BaseIdentity, *, source: str, differs: bool = False, in_memory: bool = False
 ) -> tuple[str, ...]:
-    """Compare the base in use with the adapter's base in training, and return notes for the user. Raises UserError if
-    the base or its tokenizer is a different one.
+    """Compare the base in use with the base on which an adapter was trained. Return messages for the user. Raise
+    UserError if the base or its tokenizer is different.
 
     Args:
         source: the adapter's name in messages.
-        differs: value of --base_differs; if true, only the shape must be the same.
-        in_memory: whether the base in use is a model in memory, which has no tokenizer and no flags.
+        differs: the value of --base_differs. If it is true, only the shape must be the same.
+        in_memory: whether the base in use is a model in memory, for which there is no tokenizer and there are no flags.
     """
     own = "use its own base" if in_memory else "give its own base with --model"
     for field in SHAPE_FIELDS:
@@ -214,7 +213,7 @@ def check_same_base(
             raise UserError(f"{said}; {own}")
     notes: tuple[str, ...] = ()
     if trained.base_sample is None and found.base_sample is not None:
-        why = "saved where its base's weights were quantised or offloaded"
+        why = "saved when its base's weights were quantised or offloaded"
         notes += (f"{source}: {why}, so the base is compared only by config and final norm",)
     if trained.base_format != found.base_format:
         kinds = f"in {trained.precision}, but this uses it in {found.precision}; its losses differ between them"
@@ -231,33 +230,33 @@ def check_same_base(
         own = "its base's own" if trained.tokenizer is None else trained.tokenizer
         used = f"the one of {found.base_model}" if found.tokenizer is None else found.tokenizer
         raise UserError(
-            f"{source}: trained with another tokenizer ({own}) than {used}; give that one with --tokenizer or with its"
-            " model, or --base_differs to use this one anyway"
+            f"{source}: trained with a different tokenizer ({own}) from {used}; give the first one with --tokenizer or"
+            " with its model, or give --base_differs to use this one"
         )
     anyway = "base_differs=True" if in_memory else "--base_differs"
-    raise UserError(f"{source}: {what}; {own}, or {anyway} to use this one anyway")
+    raise UserError(f"{source}: {what}; {own}, or give {anyway} to use this one")
 
 
 # A model in memory ----------------------------------------------------------------------------------------------------
 
 
 def model_source(model: Any) -> ModelSource:
-    """Return the `ModelSource` of a transformers model in memory. Raises UserError if it is not a causal language model
+    """Return the `ModelSource` of a transformers model in memory. Raise UserError if it is not a causal language model
     of an implemented family."""
     if not hasattr(getattr(model, "config", None), "to_json_string"):
-        raise UserError(f"{type(model).__name__} is not a model of transformers: it has no config")
+        raise UserError(f"{type(model).__name__} is not a transformers model: it has no config; give a causal model")
     fields = json.loads(model.config.to_json_string())  # the fields that save_pretrained writes
     stored = None
-    with suppress(UserError):  # this package does not read the storage format
+    with suppress(UserError):  # this package cannot read this storage format
         stored = stored_format(fields, source="its config")
-    fields.pop("quantization_config", None)  # concerns only the frozen weights; the adapter does not depend on it
+    fields.pop("quantization_config", None)  # it affects only the frozen weights, and not the adapter
     name = model.config.name_or_path or type(model).__name__
     folder = Path(name) if Path(name).is_dir() else None
     return ModelSource(name, folder, shape_from_hf(fields, source=f"the config of {name}"), stored=stored)
 
 
 def base_layer_of(module: Any) -> Any:
-    """Return the module that PEFT adapters wrap; the module itself if it has no adapter."""
+    """Return the module that PEFT adapters wrap, or the module itself if it has no adapter."""
     while hasattr(module, "base_layer"):
         module = module.base_layer
     return module
@@ -265,18 +264,18 @@ def base_layer_of(module: Any) -> Any:
 
 @dataclass(frozen=True)
 class WeightsInMemory:
-    """The weights of a transformers model in memory, read by `identify_base`."""
+    """The weights of a transformers model in memory, for `identify_base`."""
 
     model: Any
     source: ModelSource
 
     @cached_property
     def rules(self) -> tuple[WeightRule, ...]:
-        """Return the model's name table."""
+        """Return the model's name table (see `weight_rules`)."""
         return weight_rules(self.source.shape)
 
     def read(self, name: str) -> torch.Tensor:
-        """Return the tensor `name`, even if accelerate has offloaded it. Raises UserError if it does not exist."""
+        """Return the tensor `name`, even if accelerate has offloaded it. Raise UserError if it does not exist."""
         module, tensor = self.held(name)
         offloaded = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
         if tensor.is_meta and offloaded is not None:
@@ -284,13 +283,13 @@ class WeightsInMemory:
         return tensor.detach()
 
     def held(self, name: str) -> tuple[Any, torch.Tensor]:
-        """Return the module that has the tensor `name`, and the tensor; an offloaded one is on the meta device."""
+        """Return the module with the tensor `name`, and the tensor. An offloaded tensor is on the meta device."""
         path, _, kind = name.rpartition(".")
         try:
             module = base_layer_of(self.model.get_submodule(path))
             return module, getattr(module, kind)
         except AttributeError:
-            raise UserError(f"{self.source.name}: the model has no {name}; give the whole causal model") from None
+            raise UserError(f"{self.source.name}: the model has no {name}; give a complete causal model") from None
 
     def sample(self, name: str) -> torch.Tensor:
         """Return the same values as `BaseWeights.sample`."""
@@ -305,12 +304,12 @@ def is_plain(tensor: torch.Tensor) -> bool:
 
 
 def identify_in_memory(model: Any, source: ModelSource) -> BaseIdentity:
-    """Return the identity of a model in memory. If weights are quantised or offloaded, `base_sample` is None. Raises
-    UserError if the model lacks a module, or if its final norm is not whole."""
+    """Return the identity of a model in memory. If weights are quantised or offloaded, `base_sample` is None. Raise
+    UserError if the model lacks a module, or if its final norm is sharded or offloaded."""
     weights, norm = WeightsInMemory(model, source), source.shape.final_norm
     values = weights.read(f"{norm.source}.weight")
     if values.shape != (norm.size,) or not is_plain(values):
-        raise UserError(f"{source.name}: the weights of the model are sharded or offloaded; load it whole")
+        raise UserError(f"{source.name}: the weights of the model are sharded or offloaded; load the full model")
     dtype = "fp32" if values.dtype == torch.float32 else "bf16"
     held = ((weights.held(name)[1], shape) for name, shape in stored_shapes(weights.rules).items())
     # No weight was changed, so all values are equal to those of the files.

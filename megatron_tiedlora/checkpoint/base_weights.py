@@ -177,7 +177,7 @@ class BaseWeights(WeightFiles):
         return tensor_files.FLOAT_TYPES[self.stored(name).get_dtype()]
 
     def read(self, name: str, part: slice | None = None, dim: int = 0) -> torch.Tensor:
-        """Return the tensor `name`, or a slice of it along `dim`, in its stored dtype, or in fp32 if it is quantised."""
+        """Return the tensor `name`, or a slice along `dim`, in its stored dtype, or in fp32 if it is quantised."""
         if self._stored is not None and name in self._quantised:
             rows, columns = (part or slice(None), slice(None)) if dim == 0 else (slice(None), part or slice(None))
             with naming(str(self.file_of[name])):
@@ -281,15 +281,15 @@ class RandomWeights:
     def fill(self, rule: WeightRule, target: FrozenWeight, *, tp_rank: int = 0, **_: object) -> None:
         """Fill `target` with random values for this rank's shard of one weight."""
         name = rule.hf_names[0]
-        seed = stream_seed(self.seed, f"{name}/{tp_rank}")  # by stored name, so that copies of a tied embedding are equal
+        seed = stream_seed(self.seed, f"{name}/{tp_rank}")  # equal for copies of a tied embedding
         target.load(draw_(target.empty_values(), name=name, full_shape=rule.shape, seed=seed))
 
 
 def draw_(target: torch.Tensor, *, name: str, full_shape: Sequence[int], seed: int) -> torch.Tensor:
     """Fill `target` with random values that preserve the scale of activations, and return it.
 
-    `target` can be a shard of a tensor of `full_shape`. Biases (by their stored name) are set to zero, and other vectors
-    (norms) to one. Matrices are drawn from a normal distribution with variance 1 / (last dimension of `full_shape`)."""
+    `target` can be a shard of a tensor of `full_shape`. Biases (by their stored name) are zero, and other vectors
+    (norms) are one. Matrices have a normal distribution with variance 1 / (last dimension of `full_shape`)."""
     if len(full_shape) == 1:
         return target.fill_(0.0 if name.endswith(".bias") else 1.0)
     generator = torch.Generator(target.device).manual_seed(seed)

@@ -42,7 +42,7 @@ from megatron_tiedlora.parallel.quantised_weight import weight_maker
 from megatron_tiedlora.runtime.launch_env import has_bf16_instructions
 
 BLOCK_ELEMENTS = 2**19  # elements per block of rows: 2 MiB in fp32 plus 2 MiB for the update fit in the caches
-_FEWEST_ROWS = 16  # minimum rows per block: a matmul with few rows sums in a different order from a matmul with many rows
+_FEWEST_ROWS = 16  # minimum rows per block, because a matmul with few rows sums in a different order
 
 ReadRows = Callable[[str, slice], Tensor]  # returns rows of the stored tensor with this name
 
@@ -134,7 +134,7 @@ def check_whole(weight: Tensor, place: AdaptedTensor) -> None:
 
 @torch.no_grad()
 def merge_(weight: Tensor, adapter: TiedAdapter, place: AdaptedTensor, *, sign: int = 1) -> None:
-    """Add sign B' A' to W in place. The result is bitwise equal to a merged checkpoint. Raise UserError if the weight is
+    """Add sign B' A' to W in place. The result is bitwise equal to a merged checkpoint. Raise UserError if W is
     quantised, offloaded or sharded."""
     check_whole(weight, place)
     a, b = (factor.to(weight.device) for factor in place.factors(adapter.config, adapter.factors()))

@@ -171,14 +171,13 @@ def find_newest_checkpoint(checkpoints: Path) -> Checkpoint | None:
 
 
 def named_checkpoint(checkpoints: Path) -> Path | None:
-    """Return the folder that `latest` names, or None if that file is missing. Raise UserError if there is no such folder.
-    """
+    """Return the folder that `latest` names, or None without that file. Raise UserError if there is no such folder."""
     pointer = checkpoints / LATEST_FILE
     if pointer.is_symlink() or not pointer.is_file():
         return None
     name = files.read_small_text(pointer).strip()
     if not _STEP_NAME.fullmatch(name) or not (checkpoints / name).is_dir():
-        raise UserError(f"{pointer}: names {shown(name)}, which is not a checkpoint in {checkpoints}")
+        raise UserError(f"{pointer}: names {shown(name)}, which is not a checkpoint in {checkpoints}; correct it")
     return checkpoints / name
 
 

@@ -1,12 +1,12 @@
-"""Reads safetensors files with known content, and writes safetensors files from tensors that are made block by block.
+"""Read and check safetensors files, and write safetensors files from tensors that are computed block by block.
 
-Names, shapes and sizes are checked before a tensor is read. So a wrong file is rejected by its header alone, and a
-small file that claims to be huge costs no time or memory. Writing needs memory for one block only, while
-`safetensors.torch.save_file` needs all tensors of a file at once. Both write a header and then the values.
+Names, shapes and sizes are checked before a tensor is read. So a wrong file is rejected after reading only its header,
+and a small file whose header claims a huge size costs no time or memory. Writing needs memory for one block only, while
+`safetensors.torch.save_file` needs all tensors of a file. Both write a header and then the values.
 
-Linears that a folder stores in nf4 or fp8 are read as codes, with one fp32 scale per block or row. A rank reads only
-the rows that it needs. For a column shard in nf4 it reads whole rows, because bitsandbytes stores a tensor as one
-sequence of bytes. Quantised scales (bitsandbytes' double quantisation) are dequantised here; values do not change.
+Linears that are stored in nf4 or fp8 are read as codes, with one fp32 scale per block or row. A rank reads only the
+rows that it needs. For a column shard in nf4, it reads all columns, because bitsandbytes stores a tensor as one
+sequence of bytes. Quantised scales (bitsandbytes' double quantisation) are dequantised here without changing values.
 """
 
 import hashlib
@@ -34,24 +34,24 @@ from megatron_tiedlora.parallel.quantise import NF4_LEVELS, dequantise_blocks, d
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
-LARGEST_HEADER = 2**23  # bytes; an adapter on every linear of the deepest model needs a tenth of it
+LARGEST_HEADER = 2**23  # bytes; an adapter on every linear of the deepest model has a tenth of this size
 _MOST_TENSORS, _LARGEST_SIZE = 100_000, 2**62
 FLOAT_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 BYTE_TYPES = {"U8": torch.uint8, "F8_E4M3": torch.uint8}  # codes of quantised weights
 TYPE_NAMES = {dtype: name for name, dtype in FLOAT_TYPES.items()}
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # by their names in flags
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # dtypes by their names in flags
 SHARD_BYTES = 2 * 10**9
 SAMPLED_RUNS, RUN_LENGTH = 8, 512  # number and length of the runs of consecutive values that identify a tensor
 
 TensorShape = tuple[int, ...]
-TensorShapes = Mapping[str, TensorShape]  # by tensor name
+TensorShapes = Mapping[str, TensorShape]  # shapes by tensor name
 
 
 def read_tensors(file: Path, shapes: TensorShapes, *, sums: Mapping[str, str] | None = None) -> dict[str, torch.Tensor]:
-    """Return the tensors of a file in fp32. The file must contain exactly the tensors of `shapes`.
+    """Return the tensors of a file in fp32. The file must contain exactly the tensors in `shapes`.
 
     Args:
-        sums: checksums by file name; see `files.check_file`.
+        sums: checksums by file name (see `files.check_file`).
 
     Raises:
         UserError: the file is not a complete safetensors file or has a different checksum; or a tensor is missing or
@@ -63,7 +63,8 @@ def read_tensors(file: Path, shapes: TensorShapes, *, sums: Mapping[str, str] | 
 
         def check_type(name: str) -> None:
             if entries[name]["dtype"] not in FLOAT_TYPES:
-                raise UserError(f"{file}: {name} is {as_given(entries[name]['dtype'])}, not floating point")
+                said = f"{file}: {name} is {as_given(entries[name]['dtype'])}, not floating point"
+                raise UserError(f"{said}; copy the file again")
 
         check_tensors(file, header.shapes, shapes, check_type)
         sizes = (FLOAT_TYPES[entry["dtype"]].itemsize * math.prod(entry["shape"]) for entry in entries.values())
@@ -72,13 +73,14 @@ def read_tensors(file: Path, shapes: TensorShapes, *, sums: Mapping[str, str] | 
         raw = stream.read(expected + 1)
     if len(raw) != expected:
         much = "is longer than" if len(raw) > expected else "ends before"
-        raise UserError(f"{file}: not a complete safetensors file (it {much} the {expected:,} bytes that its header says)")
+        said = f"it {much} the {expected:,} bytes that its header says"
+        raise UserError(f"{file}: not a complete safetensors file ({said}); copy it again")
     check_file(file, sums or {}, found=hashlib.sha256(raw).hexdigest())
     try:
         stored = load(raw)
     except SafetensorError as error:
-        raise UserError(f"{file}: not a complete safetensors file ({error})") from None
-    # The tensors are copied, because views would keep the buffer of the whole file in memory.
+        raise UserError(f"{file}: not a complete safetensors file ({error}); copy it again") from None
+    # The tensors are copied, because views would keep all bytes of the file in memory.
     values = {name: stored[name].to(torch.float32, copy=True) for name in shapes}
     for name in shapes:
         check_finite(file, name, values[name])
@@ -88,23 +90,23 @@ def read_tensors(file: Path, shapes: TensorShapes, *, sums: Mapping[str, str] | 
 def check_tensors(
     source: Path | str, found: TensorShapes, wanted: TensorShapes, check: Callable[[str], object] = str
 ) -> None:
-    """Raise UserError, naming `source`, unless `found` has the names and shapes of `wanted`. `check` is called with
-    each name for a further check."""
+    """Raise UserError unless `found` has the names and shapes in `wanted`. `check` is called with each name for a
+    further check. The message begins with `source`."""
     for name, shape in wanted.items():
         if name not in found:
-            raise UserError(f"{source}: tensor {name} is missing")
+            raise UserError(f"{source}: tensor {name} is missing; copy the file again")
         if found[name] != shape:
-            raise UserError(f"{source}: {name} has shape {shown(found[name])}, expected {shape}")
+            raise UserError(f"{source}: {name} has shape {shown(found[name])}, expected {shape}; copy the file again")
         check(name)
     for name in found:
         if name not in wanted:
-            raise UserError(f"{source}: holds a tensor {shown(name)} that does not belong there")
+            raise UserError(f"{source}: holds a tensor {shown(name)} that does not belong there; copy the file again")
 
 
 def check_finite(source: Path | str, name: str, values: torch.Tensor) -> None:
-    """Raise UserError, naming `source` and the tensor, if a value is not finite."""
+    """Raise UserError with `source` and the tensor's name if a value is not finite."""
     if not all_finite(values):
-        raise UserError(f"{source}: {name} holds numbers that are not finite")
+        raise UserError(f"{source}: {name} holds numbers that are not finite; copy the file again")
 
 
 @dataclass(frozen=True)
@@ -112,8 +114,8 @@ class Header:
     """The header of a safetensors file.
 
     Attributes:
-        entries: `dtype`, `shape` and `data_offsets` (in bytes from `begin`), by tensor name.
-        begin: offset of the values in the file, in bytes.
+        entries: the `dtype`, `shape` and `data_offsets` (in bytes from `begin`) of each tensor, by name.
+        begin: offset of the first value in the file, in bytes.
     """
 
     entries: Mapping[str, Any]
@@ -126,28 +128,29 @@ class Header:
 
 
 def read_header(file: Path) -> Header:
-    """Return the header of a file. Raises UserError if the header is invalid, or if the file has the wrong size."""
+    """Return the header of a file. Raise UserError if the header is invalid, or if the file has the wrong size."""
     with _opened(file) as stream:
         header = _read_header(file, stream)
         end = header.begin + max((entry["data_offsets"][1] for entry in header.entries.values()), default=0)
         if (size := os.fstat(stream.fileno()).st_size) != end:
-            raise UserError(f"{file}: not a complete safetensors file ({size:,} of {end:,} bytes are there)")
+            said = f"it has {size:,} of {end:,} bytes"
+            raise UserError(f"{file}: not a complete safetensors file ({said}); copy it again")
     return header
 
 
 def read_runs(file: Path, header: Header, name: str) -> torch.Tensor:
-    """Return `SAMPLED_RUNS` runs of `RUN_LENGTH` consecutive values of one tensor, spread evenly from its first value
-    to its last. A tensor with fewer values is returned whole.
+    """Return `SAMPLED_RUNS` runs of `RUN_LENGTH` consecutive values of a tensor, evenly spaced from its first value to
+    its last, or all values of a smaller tensor.
 
-    Only these values are read. Codes of quantised weights are returned as bytes. A memory map would read ahead, by
-    megabytes for each run on some systems. Raises UserError if the file is not a complete safetensors file, or if it has
-    no tensor `name` of floats or codes.
+    Only these values are read, while a memory map would read megabytes more for each run on some systems. Codes of
+    quantised weights are returned as bytes. Raise UserError if the file is not a complete safetensors file, or if it
+    has no tensor `name` of floats or codes.
     """
     entry, begin = header.entries.get(name), header.begin
     with _opened(file) as stream:
         dtype = None if entry is None else (FLOAT_TYPES | BYTE_TYPES).get(entry["dtype"])
         if entry is None or dtype is None:
-            raise UserError(f"{file}: {name} is missing, or not floating point")
+            raise UserError(f"{file}: {name} is missing, or not floating point; copy the file again")
         size = math.prod(entry["shape"])
         begin += entry["data_offsets"][0]
         starts, length = run_starts(size)
@@ -155,12 +158,12 @@ def read_runs(file: Path, header: Header, name: str) -> torch.Tensor:
         runs = [os.pread(stream.fileno(), length * dtype.itemsize, begin + start * dtype.itemsize) for start in starts]
     raw = bytearray().join(runs)
     if len(raw) != len(starts) * length * dtype.itemsize:
-        raise UserError(f"{file}: not a complete safetensors file (it ends within {name})")
+        raise UserError(f"{file}: not a complete safetensors file (it ends within {name}); copy it again")
     return torch.frombuffer(raw, dtype=dtype) if raw else torch.zeros(0, dtype=dtype)
 
 
 def run_starts(size: int) -> tuple[list[int], int]:
-    """Return the start positions and the length of the runs that `read_runs` reads from a tensor of `size` values."""
+    """Return the first indices and the length of the runs that `read_runs` reads from a tensor of `size` values."""
     if size <= SAMPLED_RUNS * RUN_LENGTH:
         return [0], size
     return [index * (size - RUN_LENGTH) // (SAMPLED_RUNS - 1) for index in range(SAMPLED_RUNS)], RUN_LENGTH
@@ -169,8 +172,8 @@ def run_starts(size: int) -> tuple[list[int], int]:
 @contextmanager
 def _opened(file: Path) -> Iterator[BinaryIO]:
     if not file.is_file():
-        raise UserError(f"{file}: not a complete safetensors file (no such file)")
-    with os_errors(f"{file}: not a complete safetensors file"), file.open("rb") as stream:
+        raise UserError(f"{file}: not a complete safetensors file (no such file); copy it again")
+    with os_errors(f"{file}: not a complete safetensors file", fix="; copy it again"), file.open("rb") as stream:
         yield stream
 
 
@@ -193,18 +196,19 @@ def _read_header(file: Path, stream: BinaryIO) -> Header:
             if not isinstance(entry["dtype"], str) or not in_range:
                 raise ValueError(f"the header's entry {shown(name)} has the wrong type")
     except (ValueError, TypeError, LookupError, RecursionError) as error:
-        raise UserError(f"{file}: not a complete safetensors file ({error or type(error).__name__})") from None
+        said = f"{file}: not a complete safetensors file ({error or type(error).__name__})"
+        raise UserError(f"{said}; copy it again") from None
     return Header(content, 8 + length)
 
 
 def all_finite(values: torch.Tensor) -> bool:
-    """Return whether no value is infinite or NaN. It needs one pass: with a NaN, minimum and maximum are NaN."""
+    """Return whether all values are finite, in one pass. If a value is NaN, the minimum and the maximum are NaN."""
     return not values.numel() or all(math.isfinite(bound.item()) for bound in values.aminmax())
 
 
 @dataclass(frozen=True)
 class StreamedTensor:
-    """A tensor of `shape` that is made block by block. `blocks` returns its values in row-major order."""
+    """A tensor of `shape` that is computed block by block. `blocks` returns its values in row-major order."""
 
     name: str
     dtype: torch.dtype
@@ -218,10 +222,10 @@ class StreamedTensor:
 
 
 class StreamedFile(NamedTuple):
-    """A weights file of a model folder.
+    """A weights file of a model's folder.
 
     Attributes:
-        head: the bytes before the values; see `file_head`.
+        head: the bytes before the values (see `file_head`).
         tensors: the tensors of the file, in the order of their values.
     """
 
@@ -231,14 +235,14 @@ class StreamedFile(NamedTuple):
 
     @property
     def value_bytes(self) -> int:
-        """Return the size of all values of the file in bytes."""
+        """Return the size in bytes of all values in the file."""
         return sum(tensor.num_bytes for tensor in self.tensors)
 
 
 def sharded(tensors: Sequence[StreamedTensor], shard_bytes: int = SHARD_BYTES) -> list[StreamedFile]:
-    """Return the weights files of a Hugging Face folder: one file, or several of at most `shard_bytes`.
+    """Return the weights files of a Hugging Face folder: one file, or several files of at most `shard_bytes` each.
 
-    A tensor is never divided, so a tensor that is larger than `shard_bytes` gets its own file.
+    A tensor is never divided, so a tensor that is larger than `shard_bytes` has its own file.
     """
     shards = list(filled((tensor, tensor.num_bytes, shard_bytes) for tensor in tensors))
     files = []
@@ -250,8 +254,8 @@ def sharded(tensors: Sequence[StreamedTensor], shard_bytes: int = SHARD_BYTES) -
 
 
 def write_files(folder: Path, files: Sequence[StreamedFile], *, bar: str = "weights", progress: bool = False) -> None:
-    """Write weights files, and an index if there are several. Tensors are made while they are written. `bar` is the
-    text of the progress bar."""
+    """Write weights files, and an index if there are several files. Tensors are computed while they are written. `bar`
+    is the text of the progress bar."""
     total = sum(file.value_bytes for file in files)
     with progress_bar(bar, "B", total=total, shows=progress) as shown, ThreadPoolExecutor(1) as thread:
         flushed = []
@@ -266,8 +270,8 @@ def write_files(folder: Path, files: Sequence[StreamedFile], *, bar: str = "weig
 
 
 def file_head(tensors: Iterable[tuple[str, str, Sequence[int], int]]) -> bytes:
-    """Return the bytes before the values of a file: the length of the header, and the header. `tensors` has (name,
-    safetensors type name, shape, number of bytes) of each tensor, in the order of the values."""
+    """Return the bytes before the values of a file: the length of the header, and the header. `tensors` has the name,
+    safetensors type name, shape and number of bytes of each tensor, in the order of the values."""
     entries, end = {}, 0
     for name, kind, shape, size in tensors:
         start, end = end, end + size
@@ -292,56 +296,63 @@ def _write_file(path: Path, file: StreamedFile, wrote: Callable[[int], object]) 
 # Linears that are stored in nf4 or fp8 --------------------------------------------------------------------------------
 
 
-# Suffixes of the tensors that are stored beside X.weight: their names are X.weight plus a suffix.
+# Suffixes of the tensors that are stored in addition to X.weight. Their names are X.weight plus a suffix.
 _STATE = ".quant_state.bitsandbytes__nf4"
 _ABSMAX, _LEVELS, _NESTED_ABSMAX, _NESTED_LEVELS = ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map"
 _ROW_SCALE = "_scale"
 _LARGEST_STATE = 2**16  # bytes of JSON
 _LARGEST_BLOCK, _LARGEST_OFFSET = 2**30, 1e30  # largest values in that JSON
 
-SliceOf = Callable[[str], Any]  # name -> stored tensor, from which slices can be read; None if it does not exist
+SliceOf = Callable[[str], Any]  # returns the stored tensor with this name, or None if it does not exist
 QuantisedRows = tuple[torch.Tensor, torch.Tensor, int]  # codes, scales, number of bytes that were read
 
 
 class _Nf4State(NamedTuple):
-    """The JSON state of a bitsandbytes tensor. `nested` is (size of a block of scales, offset of the scales)."""
+    """The quantisation state of a bitsandbytes tensor, with the size of its blocks.
+
+    `nested` is None, or for quantised scales (size of a block of scales, offset of the scales).
+    """
 
     block: int
     nested: tuple[int, float] | None
 
 
 class StoredWeights:
-    """The quantised tensors of a folder. Errors name the tensor. The caller adds the name of the file."""
+    """The quantised tensors of a folder. Error messages name the tensor, and the caller adds the name of the file."""
 
     def __init__(self, kind: StoredFormat, slice_of: SliceOf) -> None:
         self.kind, self._slice_of = kind, slice_of
         self._block = BASE_FORMATS[kind.base_format].block or 0  # weights that share a scale; 0: one scale per row
 
     def names(self, name: str) -> tuple[str, ...]:
-        """Return the names of the stored tensors with the codes and scales of the linear `name`."""
+        """Return the names of the stored tensors that contain the codes and scales of the linear `name`."""
         if self.kind.method != BITSANDBYTES:
             return name, name + _ROW_SCALE
         nested = self._slice_of(name + _NESTED_ABSMAX) is not None
         return name, name + _ABSMAX, *([name + _NESTED_ABSMAX] if nested else [])
 
     def check(self, name: str, shape: TensorShape) -> None:
-        """Raise UserError if the linear `name` of this shape is not stored in the folder's format."""
+        """Raise UserError if the linear `name` is not stored in the folder's format with this shape."""
         if self.kind.method == BITSANDBYTES:
             self._check_nf4(name, shape)
             return
         stored = self._slice_of(name)
         if stored.get_dtype() != "F8_E4M3":
-            raise UserError(f"{name} is {as_given(stored.get_dtype())}, but other linears of the blocks are fp8")
+            raise UserError(f"{name} is {as_given(stored.get_dtype())}, but other linears are fp8; download the model again")
         if tuple(stored.get_shape()) != shape:
-            raise UserError(f"{name} has shape {tuple(stored.get_shape())}, but config.json makes it {shape}")
+            said = f"{name} has shape {tuple(stored.get_shape())}, but config.json makes it {shape}"
+            raise UserError(f"{said}; download the model again")
         scale = self._needed(name, _ROW_SCALE)
         by_row, found = ((shape[0], 1), (shape[0],)), tuple(scale.get_shape())
         if found not in ((), (1,), (1, 1), *by_row) or scale.get_dtype() not in FLOAT_TYPES:
             said = f"{name}{_ROW_SCALE} is {as_given(scale.get_dtype())} {found}"
-            raise UserError(f"{said}, not one number, or one for each row")
+            raise UserError(f"{said}, not one number, or one for each row; download the model again")
 
     def read(self, name: str, shape: TensorShape, rows: slice, columns: slice) -> QuantisedRows:
-        """Return codes, scales and bytes read for a range of rows and columns. In nf4, columns must be whole blocks."""
+        """Return the codes and scales of a range of rows and columns, and the number of bytes that were read.
+
+        In nf4, the columns must begin and end at the ends of blocks.
+        """
         if self.kind.method == BITSANDBYTES:
             return self._read_nf4(name, shape, rows, columns)
         codes = self._slice_of(name)[rows, columns].view(torch.uint8)
@@ -352,10 +363,10 @@ class StoredWeights:
         return codes, scales.contiguous(), codes.nbytes + scales.shape[0] * whole.element_size()
 
     def values(self, name: str, shape: TensorShape, rows: slice) -> tuple[torch.Tensor, int]:
-        """Return (whole rows of dequantised values in fp32, number of bytes that were read)."""
+        """Return all columns of these rows, dequantised to fp32, and the number of bytes that were read."""
         codes, scales, num_bytes = self.read(name, shape, rows, slice(0, shape[1]))
         if has_nan(codes, self.kind.base_format) or not scales.isfinite().all():
-            raise UserError(f"{name} has numbers that are not finite")
+            raise UserError(f"{name} has numbers that are not finite; download the model again")
         if not self._block:
             return dequantise_rows(fp8_numbers(codes), scales[:, 0]), num_bytes
         return dequantise_blocks(codes, scales, shape[1], self._block, self.kind.base_format), num_bytes
@@ -363,13 +374,14 @@ class StoredWeights:
     def _needed(self, name: str, part: str) -> Any:
         found = self._slice_of(name + part)
         if found is None:
-            raise UserError(f"{name} is quantised, but tensor {name}{part} is missing")
+            raise UserError(f"{name} is quantised, but tensor {name}{part} is missing; download the model again")
         return found
 
     def _check_nf4(self, name: str, shape: TensorShape) -> None:
         stored = self._slice_of(name)
         if stored.get_dtype() != "U8":
-            raise UserError(f"{name} is {as_given(stored.get_dtype())}, but other linears of the blocks are nf4")
+            said = f"{name} is {as_given(stored.get_dtype())}, but other linears are nf4"
+            raise UserError(f"{said}; download the model again")
         state = self._state(name, shape)
         size = shape[0] * shape[1]
         counts = [("", "U8", size // 2), (_ABSMAX, "F32" if state.nested is None else "U8", size // state.block)]
@@ -382,13 +394,14 @@ class StoredWeights:
             found = torch.Size(tensor.get_shape()).numel()
             if tensor.get_dtype() != dtype or found != count:
                 said = f"{name}{part} is {as_given(tensor.get_dtype())} of {found:,} numbers"
-                raise UserError(f"{said}, not {dtype} of {count:,}")
+                raise UserError(f"{said}, not {dtype} of {count:,}; download the model again")
             # Codes may be stored as one column or one row. Rows are sliced from this sequence of codes.
             sizes = list(tensor.get_shape())
             if sizes not in ([count], *([] if part else ([count, 1], [1, count]))):
-                raise UserError(f"{name}{part} has shape {sizes}, not [{count}]{'' if part else f' or [{count}, 1]'}")
+                said = f"{name}{part} has shape {sizes}, not [{count}]{'' if part else f' or [{count}, 1]'}"
+                raise UserError(f"{said}; download the model again")
         if not torch.equal(self._needed(name, _LEVELS)[:], torch.tensor(NF4_LEVELS)):
-            raise UserError(f"{name}{_LEVELS} has other levels than those of nf4")
+            raise UserError(f"{name}{_LEVELS} does not have the levels of nf4; give a model in nf4 or in bf16")
 
     def _state(self, name: str, shape: TensorShape) -> _Nf4State:
         raw = self._needed(name, _STATE)
@@ -400,15 +413,18 @@ class StoredWeights:
             nested = (fields["nested_blocksize"], fields["nested_offset"]) if "nested_blocksize" in fields else None
             sizes = [block, *([] if nested is None else nested[:1])]
             if any(type(number) is not int or not 1 <= number <= _LARGEST_BLOCK for number in sizes):
-                raise ValueError(f"its sizes of blocks are no integers from 1 to {_LARGEST_BLOCK:,}")
+                raise ValueError(f"its block sizes are not integers from 1 to {_LARGEST_BLOCK:,}")
             if nested is not None and (type(nested[1]) not in (int, float) or not abs(nested[1]) < _LARGEST_OFFSET):
-                raise ValueError("its nested_offset is no number, or too large")
+                raise ValueError("its nested_offset is not a number, or too large")
         except (ValueError, TypeError, LookupError, RecursionError) as error:
-            raise UserError(f"{name}{_STATE} is not the state of an nf4 tensor ({error})") from None
+            said = f"{name}{_STATE} is not the state of an nf4 tensor ({error})"
+            raise UserError(f"{said}; download the model again") from None
         if kind != "nf4" or found != list(shape):
-            raise UserError(f"{name} is {shown(kind)} of shape {shown(found)}, not 'nf4' of shape {list(shape)}")
+            said = f"{name} is {shown(kind)} of shape {shown(found)}, not 'nf4' of shape {list(shape)}"
+            raise UserError(f"{said}; download the model again")
         if block % self._block:
-            raise UserError(f"{name} has blocks of {block}, which are not whole blocks of {self._block}")
+            said = f"{name} has blocks of {block} weights, which is not a multiple of {self._block}"
+            raise UserError(f"{said}; give the model with weights in bf16, fp16 or fp32, and --base nf4")
         if shape[1] % block:
             said = f"{name} has blocks of {block} that cross its rows of {shape[1]} weights, so it cannot be sharded"
             raise UserError(f"{said}; give the model with weights in bf16, fp16 or fp32, and --base nf4")

@@ -133,7 +133,7 @@ def test_a_tied_adapter_in_peft_is_of_nf4(folder: Path, theirs: Any, tmp_path: P
     base = load_native_adapter(tmp_path / "adapter").base_identity
     assert base.base_format == "nf4" and base.base_sample is None
     (note,) = check_same_base(base, replace(base, base_sample="known"), source="adapter")
-    assert note.startswith("adapter: saved where its base's weights were quantised or offloaded, so the base is ")
+    assert note.startswith("adapter: saved when its base's weights were quantised or offloaded, so the base is ")
 
 
 def test_a_model_in_another_format_than_in_training_is_said(folder: Path, theirs: Any) -> None:

@@ -201,7 +201,7 @@ def test_links_in_a_checkpoint_are_not_copied(native: NativeAdapter, area: Path,
     shutil.copy(theirs.checkpoints / f"step_{step}" / name, real)
     _link(theirs.checkpoints / f"step_{step}" / name, real)
     loaded = load_checkpoint(theirs.checkpoints / "step_4")
-    with pytest.raises(UserError, match=f"step_{step}/{name}: is not a plain file"):
+    with pytest.raises(UserError, match=f"step_{step}/{name}: is not a regular file"):
         adopt_checkpoint(RunFolder(area / "mine"), loaded)
     assert not list((area / "mine").rglob(f"step_{step}/*"))
 

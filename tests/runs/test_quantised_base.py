@@ -134,7 +134,7 @@ def narrow(base: Base) -> Path:
     return copy
 
 
-OTHER_VALUES = "has its linears in bf16, which is quantised to other values"
+OTHER_VALUES = "has its linears in bf16, which is quantised to different values"
 
 
 def test_a_copy_in_another_precision(

@@ -81,6 +81,6 @@ def test_runs_and_evaluations_record_the_dtype_that_they_took(
 def test_hosts_with_other_cpus_are_told_to_choose(monkeypatch: pytest.MonkeyPatch) -> None:
     check_same_dtype("fp32")
     monkeypatch.setattr(load_model, "num_differing", lambda value: {"bf16": 2}[value])
-    expected = "--dtype: the default of 2 ranks is not that of rank 0, because their CPUs differ; give --dtype fp32"
+    expected = "--dtype: the default of 2 ranks differs from rank 0's, because their CPUs differ; give --dtype fp32"
     with pytest.raises(UserError, match=f"^{expected}$"):
         check_same_dtype("bf16")

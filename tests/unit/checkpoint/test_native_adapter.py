@@ -85,7 +85,7 @@ def test_only_a_model_in_memory_may_have_another_tokenizer(base: Path) -> None:
     found = replace(trained, tokenizer_hash="another")
     trained = replace(trained, tokenizer_hash="its")
     assert check_same_base(trained, found, source="x", in_memory=True) == ()
-    assert refusal(check_same_base, trained, found, source="x").startswith("x: trained with another tokenizer")
+    assert refusal(check_same_base, trained, found, source="x").startswith("x: trained with a different tokenizer")
 
 
 @pytest.mark.parametrize("method", METHODS)

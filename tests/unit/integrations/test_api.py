@@ -99,9 +99,9 @@ def test_what_does_not_fit_is_one_line(bases: dict[str, Path], tmp_path: Path) -
     tiedlora.detach(tiedlora.attach(other, native, base_differs=True))
     with pytest.raises(tiedlora.UserError, match="has 8; use its own base"):
         tiedlora.attach(hf_model(bases["phi3"]), native, base_differs=True)
-    with pytest.raises(tiedlora.UserError, match="Linear is not a model of transformers"):
+    with pytest.raises(tiedlora.UserError, match="Linear is not a transformers model"):
         tiedlora.attach(torch.nn.Linear(2, 2), native)
-    with pytest.raises(tiedlora.UserError, match=r"the model has no model.norm.weight; give the whole causal model"):
+    with pytest.raises(tiedlora.UserError, match=r"the model has no model.norm.weight; give a complete causal model"):
         tiedlora.attach(hf_model(bases["llama"]).model, native)
     export_peft(find_model(str(bases["llama"])), native, tmp_path / "peft")
     with pytest.raises(tiedlora.UserError, match="this is a PEFT adapter; load it with PEFT, or import it"):
@@ -165,7 +165,7 @@ def test_attached_to_an_offloaded_model_it_gives_the_same_bits(
     assert torch.equal(logits_of(tiedlora.attach(offloaded, native)), expected)
     answers = [tiedlora.generate(model, "The sky is", max_new_tokens=5) for model in (offloaded, whole)]
     assert answers[0] == answers[1]
-    with pytest.raises(tiedlora.UserError, match=r"q_proj.weight is quantised, offloaded or sharded; merge with"):
+    with pytest.raises(tiedlora.UserError, match=r"q_proj.weight is quantised, offloaded or sharded; run"):
         tiedlora.merge(offloaded)
     assert torch.equal(logits_of(offloaded), expected)  # it is attached still
     assert torch.equal(logits_of(tiedlora.detach(offloaded)), plain)
