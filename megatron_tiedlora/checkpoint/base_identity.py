@@ -230,8 +230,8 @@ def check_same_base(
         own = "its base's own" if trained.tokenizer is None else trained.tokenizer
         used = f"the one of {found.base_model}" if found.tokenizer is None else found.tokenizer
         raise UserError(
-            f"{source}: trained with a different tokenizer ({own}) from {used}; give the first one with --tokenizer or"
-            " with its model, or give --base_differs to use this one"
+            f"{source}: trained with a different tokenizer ({own}), not {used}; give that tokenizer with --tokenizer"
+            " or with its model, or give --base_differs to use this one"
         )
     anyway = "base_differs=True" if in_memory else "--base_differs"
     raise UserError(f"{source}: {what}; {own}, or give {anyway} to use this one")

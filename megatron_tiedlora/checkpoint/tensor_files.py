@@ -338,7 +338,8 @@ class StoredWeights:
             return
         stored = self._slice_of(name)
         if stored.get_dtype() != "F8_E4M3":
-            raise UserError(f"{name} is {as_given(stored.get_dtype())}, but other linears are fp8; download the model again")
+            said = f"{name} is {as_given(stored.get_dtype())}, but other linears are fp8"
+            raise UserError(f"{said}; download the model again")
         if tuple(stored.get_shape()) != shape:
             said = f"{name} has shape {tuple(stored.get_shape())}, but config.json makes it {shape}"
             raise UserError(f"{said}; download the model again")

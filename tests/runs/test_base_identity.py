@@ -80,7 +80,7 @@ CHANGES: dict[str, tuple[Change, str]] = {  # and what is said of it
     "all but the norm": (lambda t: [t[name].normal_() for name in t if name != NORM], DIFFER),
     "one tensor": (lambda t: t[UP].normal_(), DIFFER),
     "one bit": (lambda t: flip(t[VALUE], HELD_BIT), DIFFER),
-    "another tokenizer": (None, "another tokenizer"),
+    "another tokenizer": (None, "a different tokenizer"),
 }
 
 
@@ -303,12 +303,13 @@ def test_a_run_with_a_tokenizer_of_its_own(base: Base, made: Path, tmp_path: Pat
         del content[name]
     file.write_text(json.dumps(content))
     for command in (merge, evaluate):
-        with pytest.raises(UserError, match=f"trained with another tokenizer .{own}.* give that one with --tokenizer"):
+        said = f"trained with a different tokenizer .{own}.* give that tokenizer with --tokenizer"
+        with pytest.raises(UserError, match=said):
             command(tmp_path, base.model, tmp_path / "output")
     merge(tmp_path, base.model, tmp_path / "output", "--tokenizer", str(own))
     assert tokenizer_hash(tmp_path / "output") != tokenizer_hash(base.model)
     export(tmp_path, base.model, tmp_path / "peft")
-    with pytest.raises(UserError, match=f"trained with another tokenizer .{own}"):
+    with pytest.raises(UserError, match=f"trained with a different tokenizer .{own}"):
         evaluate(tmp_path, base.model, tmp_path / "output", kind="peft")
     verify(tmp_path, base.model, tmp_path / "none")
 

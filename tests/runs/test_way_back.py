@@ -133,7 +133,8 @@ def test_a_latest_that_is_gone_is_rebuilt(base: Base, stopped: Path, tmp_path: P
         assert latest.read_text() == "step_12\n" and "step_12" not in (folder / "run.yaml").read_text()
         return
     ended = run(base, folder, resume="auto")
-    assert f"{latest}: is missing or not a regular file" in ended.outputs[0] and "resumed from step 6" in ended.outputs[0]
+    said = ended.outputs[0]
+    assert f"{latest}: is missing or not a regular file" in said and "resumed from step 6" in said
     whole = Path(shutil.copytree(stopped, tmp_path / "whole"))
     run(base, whole, resume="auto")
     assert_same_run(folder, whole)

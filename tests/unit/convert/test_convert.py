@@ -165,7 +165,8 @@ def test_another_tokenizer_replaces_the_base_s(base: Path, tmp_path: Path) -> No
     other.save_pretrained(tmp_path / "other")
     source, adapter, _ = with_adapter(base, "tl6")
     own = str(tmp_path / "other")
-    assert "trained with a different tokenizer" in refusal(merge_adapter, source, adapter, tmp_path / "m", tokenizer=own)
+    said = refusal(merge_adapter, source, adapter, tmp_path / "m", tokenizer=own)
+    assert "trained with a different tokenizer" in said
     notes: list[str] = []
     merge_adapter(source, adapter, tmp_path / "merged", tokenizer=own, base_differs=True, say=notes.append)
     assert len(notes) == 1 and "whose tokenizer differ" in notes[0]
