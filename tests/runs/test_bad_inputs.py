@@ -76,7 +76,7 @@ MODELS: dict[str, tuple[Break, list[str]]] = {
     "activation": (lambda m: edit_json(m / "config.json", hidden_act="gelu"), ["config.json", "'gelu'"]),
     "no weights": (lambda m: (m / "model.safetensors").unlink(), ["model", "model.safetensors", "has neither"]),
     "truncated": (lambda m: truncate(m / "model.safetensors"), ["model.safetensors", "not a complete safetensors"]),
-    "corrupt": (lambda m: (m / "model.safetensors").write_bytes(b"no weights"), ["model.safetensors", "not a whole"]),
+    "corrupt": (lambda m: (m / "model.safetensors").write_bytes(b"no weights"), ["model.safetensors", "not a complete"]),
     "lost shard": (lambda m: _shard(m, Path.unlink), ["model-2.safetensors", "no such file"]),
     "truncated shard": (lambda m: _shard(m, truncate), ["model-2.safetensors", "not a complete safetensors file"]),
     "lost tensor": (lambda m: _edit_norm(m, lambda t: t.pop(NORM)), [f"{NORM} is missing"]),
@@ -284,9 +284,9 @@ def test_resume_on_other_data(copy: Base, stopped: Path) -> None:
 
 
 CHECKPOINTS: dict[str, tuple[Break, list[str]]] = {
-    "state": (lambda c: truncate(c / "trainer_state.safetensors"), ["trainer_state.safetensors", "not a whole"]),
-    "no state": (lambda c: (c / "trainer_state.safetensors").unlink(), ["trainer_state.safetensors", "not a whole"]),
-    "adapter": (lambda c: truncate(c / "adapter_model.safetensors"), ["adapter_model.safetensors", "not a whole"]),
+    "state": (lambda c: truncate(c / "trainer_state.safetensors"), ["trainer_state.safetensors", "not a complete"]),
+    "no state": (lambda c: (c / "trainer_state.safetensors").unlink(), ["trainer_state.safetensors", "not a complete"]),
+    "adapter": (lambda c: truncate(c / "adapter_model.safetensors"), ["adapter_model.safetensors", "not a complete"]),
     "broken progress": (lambda c: (c / "trainer_state.json").write_text("{"), ["trainer_state.json", "not valid JSON"]),
     "no progress": (lambda c: (c / "trainer_state.json").unlink(), ["trainer_state.json", "no such file"]),
     "empty progress": (lambda c: (c / "trainer_state.json").write_text("{}"), ["trainer_state.json", "is missing"]),
@@ -344,7 +344,7 @@ def test_a_rank_that_cannot_resume_changes_nothing(base: Base, stopped: Path, fo
     shutil.copytree(stopped, folder)
     last = folder / "checkpoints" / "step_3"
     truncate(last / "adapter_model.safetensors")
-    refused_in(base, folder, "not a whole", ranks=None, resume=last)
+    refused_in(base, folder, "not a complete", ranks=None, resume=last)
 
 
 @pytest.mark.distributed

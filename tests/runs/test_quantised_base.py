@@ -205,7 +205,7 @@ def test_a_folder_that_is_quantised_already(
     words = ["--adapter", str(tmp_path / "run/adapter"), "--output", str(tmp_path / "merged")]
     with pytest.raises(UserError, match=r"into so few bits: rounding .* or --onto trained to write"):
         call("merge", words)
-    with pytest.raises(UserError, match="give its own base with --model, or --base_differs"):
+    with pytest.raises(UserError, match="give its own base with --model, or give --base_differs"):
         call("merge", [*words, "--model", str(original.model)])
     onto = [*words[:3], str(tmp_path / "onto"), "--onto", "trained"]
     assert call("merge", onto) == 0

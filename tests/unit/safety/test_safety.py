@@ -205,7 +205,7 @@ def test_a_folder_in_a_shared_place_is_this_user_s_own(tmp_path: Path) -> None:
         os.chown(tmp_path / "theirs", 65534, 65534)
         taken.append("theirs")
     for name in taken:
-        assert "is not this user's own folder" in refusal(make_private_folder, tmp_path / name)
+        assert "is not a private folder of this user" in refusal(make_private_folder, tmp_path / name)
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):
         make_private_folder(tmp_path / "file")
