@@ -1,7 +1,7 @@
 """Apply several adapters of one base in the same step. Each has its own tensors and is applied to its own tokens only.
 
-The micro-batches of several adapters are concatenated into one row of tokens. Each of them is the same as when its
-adapter is trained alone. So an adapter's tensors have the same shapes and memory, and no adapter is padded for another.
+The micro-batches of several adapters are concatenated into one row of tokens. The micro-batch of an adapter is the same
+as when it is trained alone. So its tensors have the same shapes and memory, and no tokens are added as padding.
 `AdapterGroup` is not an nn.Module, so an engine uses an adapter's tensors only if `Stage` registers the adapter.
 """
 
@@ -98,11 +98,11 @@ class AdapterGroup:
     def updates(self, shares: Shares, tensor_parallel: TensorParallel, *, dtype: torch.dtype) -> dict[int, LayerUpdate]:
         """Return the updates of the stage's adapted layers, by layer, for the adapters of the micro-batch.
 
-        Factors that ranks need in full are gathered in one message for all adapters of the micro-batch. Another message
-        sums their gradients. The gradients of u stay partial sums on each rank, which are summed once per step.
+        Factors that ranks need in full are gathered in one message for all adapters of the micro-batch. The gradients
+        of these factors are summed in one message. Each rank's partial gradients of u are summed only once per step.
 
         Args:
-            shares: the tokens of each adapter in the micro-batch. It may be empty if the group has only one adapter.
+            shares: the tokens of each adapter in the micro-batch; may be empty if the group has only one adapter.
             dtype: the base's dtype.
         """
         adapters = [self.adapters[share.adapter] for share in shares or self._only_share()]
@@ -123,7 +123,7 @@ class AdapterGroup:
         memory: dict[Hashable, Tensor] = {}
 
         def flat(factors: Sequence[Tensor]) -> Tensor:
-            """Return the factors concatenated in a flat tensor, which layers with equal factors share."""
+            """Return the factors, flattened and concatenated. Layers with the same factors share the result."""
             # The key is not an address, because tensors without data have none.
             key = tuple((factor.untyped_storage()._cdata, factor.storage_offset()) for factor in factors)
             if key not in memory:

@@ -1,6 +1,6 @@
 """Compute the low-rank update F A x of a linear, z = W x + F A x, for the micro-batches of one or more adapters.
 
-The gradients are these, where ax = A x, dz is the gradient of z, and grad_ax = dz F:
+The backward pass computes these gradients, where ax = A x, dz is the gradient of z, and grad_ax = dz F:
 
     dA = grad_ax^T x        dF = dz^T ax        dx = dz W + grad_ax A
 
@@ -9,7 +9,7 @@ element by a number, so D is its own adjoint. No matmul here creates a (tokens, 
 compute the matmuls with W.
 
 Layers use A and F = (alpha / r) diag(v) B diag(u) of each linear. The gradients of B, u and v are computed from dF. A
-tensor has one slot per set of layers that share it. It is stacked over slots unless all layers use the same slot.
+tensor has one slot per set of layers that share it. Slots are its first dimension, unless all layers share the tensor.
 
 A token uses the factors of its own adapter. Functions take either all tokens of the micro-batch or, with `local`, this
 rank's shard of the sequence (sequence parallelism).
@@ -54,7 +54,7 @@ Slots = tuple[int, ...] | None  # the index of the slot that each layer of a sta
 class LinearFactors(NamedTuple):
     """The tensors B, u and v of a linear on a rank, their slots, and alpha / r. None stands for a tensor of ones.
 
-    An instance can also hold A: then A is stored in the place of B, and the scale is 1.
+    An instance can also hold A in place of B, with a scale of 1.
     """
 
     tensors: tuple[Tensor | None, ...]
@@ -108,7 +108,7 @@ class _GradientSlots(torch.autograd.Function):
     """Create one gradient slot per layer: a tensor in the adapter's dtype that receives the gradient of the layer's F.
 
     autograd casts a gradient to its tensor's dtype, and F has the dtype of the base. An fp32 gradient therefore needs
-    an fp32 tensor, whose values are never read. If G is the gradient of F = s diag(v) B diag(u), for all layers:
+    an fp32 tensor, whose values are never read. The gradient G of F = s diag(v) B diag(u) gives, for all layers:
 
         dB = s diag(v) G diag(u)      dv = row sums of s G diag(u) B      du = column sums of s diag(v) G B
     """
@@ -145,7 +145,7 @@ class _GradientSlots(torch.autograd.Function):
 
 
 class SomeTokens(NamedTuple):
-    """Some tokens of a micro-batch.
+    """A selection of the tokens of a micro-batch.
 
     Attributes:
         rows: the tokens as indices into the (b s) tokens of the micro-batch, (m,).
@@ -209,11 +209,11 @@ class AllRows:
         return grad_x
 
     def columns(self, ax: Tensor, *, local: bool) -> Tensor:
-        """Reshape A x or its gradient to (1, tokens, r), so that it can be sent along with activations."""
+        """Reshape A x or its gradient to (1, tokens, r), so that it can be sent in one message with activations."""
         return ax.view(1, -1, ax.shape[-1])
 
     def of_columns(self, columns: Tensor, *, local: bool) -> Tensor:
-        """Return A x or its gradient in this class's own shape from the columns of a message, (..., r)."""
+        """Return A x or its gradient from the columns of a message, (..., r). This is the inverse of `columns`."""
         return columns
 
     def at(self, some: SomeTokens) -> "AllRows":
@@ -233,7 +233,7 @@ class SharedRows(AllRows):
         ranks: the LoRA rank of each adapter that adapts the linear, by adapter number, in the order of the factors.
         spans: the span of each adapter in all tokens of the micro-batch.
         local_spans: the span of each adapter in this rank's shard of the sequence.
-        dropouts: the dropout of each adapter, by adapter number, with keys for all tokens. `dropout` is then None.
+        dropouts: the dropout of each adapter, by adapter number, with keys for all tokens; it replaces `dropout`.
     """
 
     ranks: Mapping[int, int] = field(default_factory=dict)
@@ -326,7 +326,7 @@ class SharedRows(AllRows):
         return {adapter: block.view(shape) for adapter, block, shape in zip(self.ranks, blocks, shapes, strict=True)}
 
     def _by_adapter(self, found: Iterator[tuple[int, Tensor]], zeros: Tensor) -> Tensor:
-        """Sum each adapter's gradients and concatenate the sums. Without gradients, a sum is zeros."""
+        """Sum each adapter's gradients and concatenate the sums. Add zeros for an adapter without gradients."""
         totals: dict[int, Tensor] = {}
         for adapter, gradient in found:
             totals[adapter] = totals[adapter] + gradient if adapter in totals else gradient

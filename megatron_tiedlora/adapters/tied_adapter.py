@@ -139,7 +139,7 @@ class AdapterConfig:
         return [[layer for layer in self.layers if self.slot(name, layer) == slot] for slot in slots]
 
     def is_tied(self, name: str) -> bool:
-        """Return whether layers share a tensor. A stage holds all slots of a tied tensor, and otherwise its layers'."""
+        """Return whether layers share a tensor. Every stage holds all slots of a tied tensor."""
         return self.factor(name).shared_by != "one"
 
     def is_stacked(self, name: str) -> bool:
@@ -154,7 +154,7 @@ class AdapterConfig:
         return (self.num_slots(name), *shape) if self.is_stacked(name) else shape
 
     def spec(self, name: str) -> ShardSpec:
-        """Return how a tensor is sharded over tensor-parallel ranks. Only this function decides it.
+        """Return how a tensor is sharded over tensor-parallel ranks. All other code uses this result.
 
         B and v are sharded like the rows of W, and A like its columns. If W is not sharded along this dimension, a
         trained tensor is sharded nevertheless (see `gathered_dim`). A frozen tensor is then replicated, so that no
@@ -201,20 +201,20 @@ class AdapterShard:
         return AdapterShard(config, config.layers)
 
     def slots(self, name: str) -> range:
-        """Return the slots of a tensor that this rank holds: all slots if it is tied, otherwise one per layer here."""
+        """Return the slots of a tensor that this rank holds: all slots if it is tied, otherwise its layers' slots."""
         if self.config.is_tied(name):
             return range(self.config.num_slots(name))
         first = self.config.slot(name, self.layers[0]) if self.layers else 0
         return range(first, first + len(self.layers))
 
     def slots_of_layers(self, name: str) -> Slots:
-        """Return the index in `slots` that each layer of the stage uses, or None without a stacked tensor here."""
+        """Return the index in `slots` that each layer of the stage uses, or None if the tensor is not stacked here."""
         if not (self.exists(name) and self.config.is_stacked(name)):
             return None
         return tuple(self.config.slot(name, layer) - self.slots(name).start for layer in self.layers)
 
     def exists(self, name: str) -> bool:
-        """Return whether the rank holds the tensor. It does not if the tensor is frozen at one or has no slots here."""
+        """Return whether the rank holds the tensor: the tensor is not frozen at one, and some of its slots are here."""
         factor = self.config.factor(name)
         return (factor.trained or factor.start != "one") and len(self.slots(name)) > 0
 
@@ -263,7 +263,7 @@ def make_adapter_config(
 
 
 def initial_values(config: AdapterConfig) -> dict[str, Tensor]:
-    """Return the initial values of every full tensor, in fp32. They depend only on the config."""
+    """Return the initial values of every full tensor, in fp32. The values depend only on the config."""
     values = {}
     for name, (target, letter) in config.tensors.items():
         factor, shape = config.factor(name), config.shape(name)
@@ -286,8 +286,8 @@ class LinearUpdate(NamedTuple):
     Attributes:
         a: A, (r, local in), in the base's dtype; no gradient.
         f: F = (alpha / r) diag(v) B diag(u), (local out, r), in the base's dtype; no gradient.
-        grad_a: the gradient slot of A, in A's shape and the adapter's dtype. None: A is frozen.
-        grad_f: the gradient slot of F. None: B, u and v are frozen.
+        grad_a: the gradient slot of A, in A's shape and the adapter's dtype; None if A is frozen.
+        grad_f: the gradient slot of F; None if B, u and v are frozen.
         rows: the tokens that the update applies to, and the dropout of its input.
     """
 
@@ -315,7 +315,7 @@ class TiedAdapter(nn.Module):
 
     Attributes:
         u_sum: the operation that sums the gradient of u inside the backward passes, for an engine that uses a gradient
-            immediately (see `tying.sum_of_u`). None: the gradient is summed after the backward passes, if at all.
+            immediately (see `tying.sum_of_u`); None if the gradient is summed after the backward passes, or not at all.
     """
 
     u_sum: StepSum | None = None
@@ -386,7 +386,7 @@ class TiedAdapter(nn.Module):
 
 
 def whole_factors(adapters: Sequence[TiedAdapter], tensor_group: RankGroup) -> list[dict[str, Any]]:
-    """Gather the factors that this rank's matmuls need, by name for each adapter. A factor frozen at one is None."""
+    """Gather and return the factors that this rank's matmuls need, by name. A factor frozen at one is None."""
     factors = [adapter.factors() if adapter.part.layers else {} for adapter in adapters]
     dims = [
         {name: dim for name in held if (dim := adapter.config.gathered_dim(name)) is not None}

@@ -26,7 +26,7 @@ def sum_gradients_(
     The gradient of a tied u is summed over the tensor-parallel ranks first.
 
     A stage without layers of an adapter adds zeros. A gradient that is missing on another stage also counts as zeros,
-    so that no rank waits. The caller then stops the adapter.
+    so that no rank waits. The caller then stops an adapter with a missing gradient.
 
     Args:
         adapters: the adapters that take a step, by name. Each of them has micro-batches on every rank.
@@ -84,8 +84,7 @@ def sum_of_u(groups: ParallelGroups) -> StepSum:
 
 @dataclass(frozen=True)
 class Mismatch:
-    """A tensor whose replicas differ, with its first rank, the ranks that differ from it, and the largest difference.
-    """
+    """A tensor whose replicas differ, with the first rank, the other ranks that differ, and the largest difference."""
 
     tensor: str
     across: str
@@ -174,7 +173,7 @@ class GradientGuard:
         return [name for name in self._trained if name not in self._largest] if self._part.layers else []
 
     def begin_step(self) -> None:
-        """Forget the gradients of the previous step in `sizes`."""
+        """Begin a new step, so that `sizes` does not use gradients of earlier steps."""
         self._of_step.clear()
 
     def sizes(self) -> tuple[float, float]:
@@ -187,7 +186,7 @@ class GradientGuard:
         return max(gradients, default=0.0), max(values, default=0.0)
 
     def labels(self) -> list[str]:
-        """Return names for the values of `largest`: a tensor's name, and the layers that use the slot if stacked."""
+        """Return a name for each value of `largest`: the tensor's name and, if it is stacked, the layers of the slot."""
         config, found = self._part.config, []
         for name in config.num_trained():
             for layers in config.groups(name):
@@ -243,7 +242,7 @@ class AdapterLayout:
     stage_layers: tuple[tuple[int, ...], ...]
 
     def parts(self) -> dict[int, AdapterShard]:
-        """Return the shards on the ranks with data-parallel rank 0, by rank. Together they are the full adapter."""
+        """Return the shards on the ranks with data-parallel rank 0, by rank. They contain the full adapter."""
         tp_size = self.grid.tp_size
         return {
             self.grid.rank_of(pp_rank=pp_rank, tp_rank=tp_rank): AdapterShard(self.config, layers, tp_rank, tp_size)
@@ -253,7 +252,7 @@ class AdapterLayout:
 
 
 def gather_full(names: Sequence[str], local: Mapping[str, Tensor], layout: AdapterLayout) -> dict[str, Tensor]:
-    """Return full fp32 CPU tensors on rank 0, and {} on other ranks. All ranks must call this and send CPU tensors.
+    """Gather full fp32 tensors on the CPU of rank 0 and return them there. Other ranks return {}. All ranks call this.
 
     Args:
         names: the tensors to gather, the same on every rank.

@@ -1,4 +1,4 @@
-"""Tie a child process to its parent and its signals, and limit the memory that a block of code may allocate."""
+"""Make a child process end with its parent, and limit the memory that a block of code may allocate."""
 
 import ctypes
 import os
@@ -24,7 +24,7 @@ def end_with_parent(parent: int | None = None) -> None:
 
 
 def leave_signals_to_parent() -> None:
-    """Ignore SIGINT, SIGTERM and SIGUSR1. They may be sent to a process group in which only the parent handles them."""
+    """Ignore SIGINT, SIGTERM and SIGUSR1, so that only the parent handles signals to the whole process group."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 

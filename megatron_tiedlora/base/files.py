@@ -1,8 +1,8 @@
 """Write files atomically, and read and check small text files, JSON objects, YAML files and checksums.
 
 A file or folder is written under a temporary name, synced, and then renamed. A `guard` is called right before the
-rename. It raises UserError if this process may no longer change the folder. `ownership` explains why a process that
-lost the folder cannot change it.
+rename. A guard raises UserError if this process may no longer change the folder. `ownership` explains how processes
+that no longer own a folder are kept from changing it.
 
 A file that cannot be read raises a UserError of one line. A YAML file has one document. Tags, duplicate names, anchors
 and aliases are rejected, because aliases can expand to more than a machine's memory.
@@ -53,7 +53,7 @@ def sync_path(path: Path) -> None:
 def new_folder(path: Path, *, guard: Guard = unguarded, parent: Path | None = None) -> Iterator[Path]:
     """Yield a temporary folder that replaces `path` when the block ends without an error.
 
-    If the process is killed before that, the folder at `path` is unchanged. An error removes the temporary folder.
+    If the process is killed before that, the folder at `path` is unchanged. If the block raises, the temporary folder is removed.
 
     Args:
         parent: an existing folder in which the temporary folder is created. By default this is the parent of `path`,
@@ -198,7 +198,7 @@ def make_way_for_log(file: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link (not its target), or a folder with its content. Ignore errors."""
+    """Remove a file, a link (not its target), or a folder with its content, and ignore errors."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
         return
@@ -228,7 +228,7 @@ def read_small_text(file: Path, *, kind: str = "text", largest: int = LARGEST_TE
 
 
 def seen_late(read: Callable[[], Value | None], folder: Path, *, seconds: float) -> Value | None:
-    """Return the first value from `read` that is not None, or None after `seconds`. NFS may show a new file late."""
+    """Call `read` until the result is not None, for at most `seconds`, and return it. NFS may show a new file late."""
     limit = time.monotonic() + seconds
     while (found := read()) is None and time.monotonic() < limit and folder.is_dir():
         time.sleep(seconds / 10)
@@ -250,18 +250,18 @@ Fields = TypeVar("Fields")
 
 
 def read_json_object(file: Path, *, kind: str, largest: int = LARGEST_TEXT) -> dict[str, Any]:
-    """Return the JSON object in `file`. Raise UserError if the file is not one, or with `kind` if it is missing."""
+    """Return the JSON object in `file`. Raise UserError if the file is missing or does not contain a JSON object."""
     if not file.is_file():
         raise UserError(f"{file}: no such file; expected {kind}")
     text = read_small_text(file, kind="JSON", largest=largest)
     try:
         content = json.loads(text, object_pairs_hook=_object)
     except RecursionError:
-        raise UserError(f"{file}: not valid JSON (nested too deeply); correct it or copy it again") from None
+        raise UserError(f"{file}: not valid JSON (nested too deeply); correct the file or copy it again") from None
     except ValueError as error:
-        raise UserError(f"{file}: not valid JSON ({error}); correct it or copy it again") from None
+        raise UserError(f"{file}: not valid JSON ({error}); correct the file or copy it again") from None
     if not isinstance(content, dict):
-        raise UserError(f"{file}: expected a JSON object; correct it or copy it again")
+        raise UserError(f"{file}: expected a JSON object; correct the file or copy it again")
     return content
 
 
@@ -295,11 +295,11 @@ def read_fields(
     names = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
     for name in names:
         if name not in content and name not in optional:
-            raise UserError(f"{file}: {name} is missing; correct it or copy it again")
+            raise UserError(f"{file}: {name} is missing; correct the file or copy it again")
     try:
         return TypeAdapter(kind).validate_python({name: content[name] for name in names if name in content})
     except ValidationError as error:
-        raise UserError(f"{file}: {first_problem(error)}; correct it or copy it again") from None
+        raise UserError(f"{file}: {first_problem(error)}; correct the file or copy it again") from None
 
 
 def first_problem(error: ValidationError) -> str:
@@ -354,7 +354,7 @@ def read_yaml_list(file: Path) -> list[Any]:
 
 
 def parse_yaml(text: str, kind: type[Value], *, source: str) -> Value:
-    """Return the `dict` or `list` in a YAML text, empty for an empty text. Raise UserError with `source` if invalid."""
+    """Return the `dict` or `list` in a YAML text, which is empty for an empty text. Raise UserError if it is invalid."""
     try:
         content = _PlainLoader(text).get_single_data()
     except yaml.YAMLError as error:

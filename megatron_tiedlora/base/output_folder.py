@@ -170,7 +170,7 @@ class NewOutput:
             raise
 
     def guard(self) -> None:
-        """Raise UserError if another process has taken over the output, or an error of `reject`."""
+        """Raise UserError if another process has taken over the output. Also call `reject`, which may raise."""
         self.lock.owner.check()
         self.reject(self.path)
 
@@ -241,7 +241,7 @@ def reject_existing(path: Path, *, flag: str) -> None:
 def require_room(folder: Path, needed: int, *, output: Path) -> None:
     """Raise UserError if the file system of the existing `folder` has no space for the `needed` bytes of `output`."""
     if (free := shutil.disk_usage(folder).free) < needed:
-        there = f"only {bytes_in_words(free)} are free in its folder's file system"
+        there = f"only {bytes_in_words(free)} are free in its folder's file system; free some space"
         raise UserError(f"--output {output}: needs {bytes_in_words(needed)}, but {there}")
 
 

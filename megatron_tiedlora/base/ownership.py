@@ -37,11 +37,11 @@ _BOOT_ID, _PROCESS_NAMESPACE = Path("/proc/sys/kernel/random/boot_id"), Path("/p
 
 
 class FolderTaken(UserError):
-    """The error if another launch owns the folder."""
+    """The error that is raised if another launch owns the folder."""
 
 
 class OwnerLost(UserError):
-    """The error if another launch took the folder over, if other ranks gave it up, or if it was removed."""
+    """The error that is raised if this launch no longer owns the folder."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Token:
 
     Attributes:
         start: unique id of the launch.
-        machine: id of the running kernel. Its lock shows whether the owner is alive.
+        machine: id of the running kernel, which shows whether the owner's lock can be tested here.
         since: time when the owner took the folder, in seconds since 1970 by the owner's clock.
         processes: id of the PID namespace of process `pid`; '' if it is unknown.
         job: value of the variable START_ID in process `pid`.
@@ -120,7 +120,7 @@ class Owner:
         return False
 
     def give_up(self) -> None:
-        """Let the next launch with --resume take the folder, even if its owner is only suspended. Ignore errors."""
+        """Let the next launch with --resume take the folder, even if its owner is suspended. Errors are ignored."""
         with suppress(OSError):
             # checked first, so that a host that does not see the folder does not wait
             if self.folder.is_dir() and self._has_written(OWNER_FILE):
@@ -175,8 +175,7 @@ class FolderLock:
                 os.utime(self.descriptor)
 
     def release(self) -> None:
-        """Release the folder, unless a child process holds the lock. Remove empty folders that `take_folder` created.
-        """
+        """Release the folder, unless a child process holds the lock. Remove empty folders that this lock created."""
         if self._over.is_set():
             return
         self._over.set()
@@ -206,7 +205,7 @@ def take_folder(
     launch that resumes may take such a folder.
 
     Args:
-        hint: what the user can do if the folder has an owner. It ends the error message.
+        hint: what the user can do if the folder has an owner, for the error message.
         new: whether the folder must not exist yet.
         resumes: whether this launch continues a run.
         take_over: whether to take the folder from any owner.
@@ -285,7 +284,7 @@ def _reject_owned(folder: Path, *, now: float, resumes: bool, hint: str) -> None
     """Raise FolderTaken if the folder has a living owner that has not lost its claim to the folder.
 
     Args:
-        now: mtime of a file that was just written in the folder. It replaces this host's clock, because clocks differ.
+        now: mtime of a file that was just written in the folder, because the clocks of hosts differ.
     """
     file = folder / OWNER_FILE
     token = read_token(file)
@@ -339,7 +338,7 @@ def read_token(file: Path) -> Token | None:
 
 
 def is_of_owner(name: str) -> bool:
-    """Return whether a file with this name is temporary or belongs to the code that records a folder's owner."""
+    """Return whether a file with this name is temporary or records the owner of the folder."""
     return name.startswith((OWNER_FILE, TEMPORARY_PREFIX))
 
 

@@ -106,7 +106,7 @@ class NormShape:
         name: name of the norm's weight within the layer.
         size: number of elements that are normalised together, which is also the size of the weight.
         source: name of the Hugging Face module of the norm, within the layer.
-        bias_name: name of the bias of a LayerNorm, which subtracts the mean of x first and adds the bias last. None for
+        bias_name: name of the bias of a LayerNorm, which subtracts the mean of x first and adds the bias last; None for
             RMS norm.
         sharded: whether the norm applies to the sharded output of a column-parallel linear. Its weight is then sharded
             in the same way.
@@ -127,8 +127,8 @@ class HeadShape:
     Attributes:
         num: number of query heads. `num // num_kv` query heads share one key head and one value head.
         dim: number of elements per head.
-        query_norm, key_norm: norms of queries and keys before the rotation. A norm is over each head, or over all heads
-            together if it is sharded.
+        query_norm, key_norm: norms of queries and keys before the rotation. A norm is computed over each head, or over
+            all heads together if it is sharded.
     """
 
     num: int
@@ -195,11 +195,11 @@ class LinearShape:
 
     Attributes:
         name: module name within its entry of the flat layer list ("attention.qkv").
-        blocks: output sizes of the fused parts, in order (query, key, value).
+        blocks: output sizes of the fused matrices, in order (query, key, value).
         sharded_dim: how W is sharded over tensor-parallel ranks. "column": the rows of each block; "row": its columns;
             "vocabulary": the rows, padded with zeros so that all ranks have equally many.
         sources: the stored rows of each block.
-        bias: whether b exists. It is sharded like the rows of W.
+        bias: whether b exists; b is sharded like the rows of W.
     """
 
     name: str
@@ -270,7 +270,7 @@ class BlockShape:
 
     @property
     def num_weights(self) -> int:
-        """Return the number of elements of all weight matrices. It equals the number of multiplications per token."""
+        """Return the number of elements of all weight matrices, which is the number of multiplications per token."""
         return sum(linear.num_weights for linear in self.linears)
 
 

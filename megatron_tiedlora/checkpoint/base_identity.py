@@ -45,7 +45,7 @@ _NARROW = {"bf16": torch.bfloat16, "fp16": torch.float16}  # the possible dtypes
 
 @dataclass(frozen=True, kw_only=True)
 class BaseIdentity:
-    """The identity of the base model on which an adapter was trained. Its fields have the same names as in files.
+    """The identity of the base model on which an adapter was trained. The field names are those of the adapter record.
 
     Attributes:
         base_model: the value that the user gave to --model.
@@ -203,7 +203,7 @@ def check_same_base(
     Args:
         source: the adapter's name in messages.
         differs: the value of --base_differs. If it is true, only the shape must be the same.
-        in_memory: whether the base in use is a model in memory, for which there is no tokenizer and there are no flags.
+        in_memory: whether the base in use is a model in memory, whose tokenizer is unknown.
     """
     own = "use its own base" if in_memory else "give its own base with --model"
     for field in SHAPE_FIELDS:

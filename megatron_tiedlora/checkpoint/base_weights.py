@@ -160,7 +160,7 @@ class BaseWeights(WeightFiles):
             raise UserError(f"{said}, so that transformers would not tie them; set it to false")
 
     def sample(self, name: str) -> torch.Tensor:
-        """Return a few thousand values of the stored tensor `name`, or all, at positions that depend only on its shape.
+        """Return up to a few thousand values of the stored tensor `name`, at positions that depend only on its shape.
 
         The values are used for comparisons and are not counted in `bytes_read`.
         """

@@ -36,7 +36,7 @@ _NOT_THERE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 
 def moment_name(moment: str, name: str) -> str:
-    """Return the name in the file of a moment (`exp_avg` or `exp_avg_sq`) of the adapter's tensor `name`."""
+    """Return the name under which a moment (`exp_avg` or `exp_avg_sq`) of the tensor `name` is stored."""
     return f"{moment}.adapter.{name}"
 
 
@@ -104,7 +104,7 @@ def remove_superseded(
 ) -> None:
     """Remove earlier checkpoints except the newest `keep` and the best. With `later`, also remove later checkpoints.
 
-    A process that is killed between a save and this call leaves an extra checkpoint. So a resumed run calls this too.
+    A process that is killed between a save and this call leaves an extra checkpoint, so a resumed run also calls this.
     """
     newest = [other for other in _checkpoints(checkpoints) if _step(other) <= progress.step][:keep]
     kept = {f"step_{progress.best_step}", *(other.name for other in newest)}
@@ -177,7 +177,7 @@ def named_checkpoint(checkpoints: Path) -> Path | None:
         return None
     name = files.read_small_text(pointer).strip()
     if not _STEP_NAME.fullmatch(name) or not (checkpoints / name).is_dir():
-        raise UserError(f"{pointer}: names {shown(name)}, which is not a checkpoint in {checkpoints}; correct it")
+        raise UserError(f"{pointer}: names {shown(name)}, which is not a checkpoint in {checkpoints}")
     return checkpoints / name
 
 

@@ -2,10 +2,10 @@
 
 Names, shapes and sizes are checked before a tensor is read. So a wrong file is rejected after reading only its header,
 and a small file whose header claims a huge size costs no time or memory. Writing needs memory for one block only, while
-`safetensors.torch.save_file` needs all tensors of a file. Both write a header and then the values.
+`safetensors.torch.save_file` needs all tensors of a file. Both write the header first and then the values.
 
 Linears that are stored in nf4 or fp8 are read as codes, with one fp32 scale per block or row. A rank reads only the
-rows that it needs. For a column shard in nf4, it reads all columns, because bitsandbytes stores a tensor as one
+rows that it needs. For a column shard in nf4, a rank reads all columns, because bitsandbytes stores a tensor as one
 sequence of bytes. Quantised scales (bitsandbytes' double quantisation) are dequantised here without changing values.
 """
 
@@ -72,8 +72,8 @@ def read_tensors(file: Path, shapes: TensorShapes, *, sums: Mapping[str, str] | 
         stream.seek(0)
         raw = stream.read(expected + 1)
     if len(raw) != expected:
-        much = "is longer than" if len(raw) > expected else "ends before"
-        said = f"it {much} the {expected:,} bytes that its header says"
+        much = "is longer than" if len(raw) > expected else "is shorter than"
+        said = f"it {much} the {expected:,} bytes that follow from its header"
         raise UserError(f"{file}: not a complete safetensors file ({said}); copy it again")
     check_file(file, sums or {}, found=hashlib.sha256(raw).hexdigest())
     try:

@@ -155,15 +155,14 @@ class End:
     """The state of a run that is needed to end it. Fields are set as soon as their values are known.
 
     Attributes:
-        folder: the run folder if this rank can access it and this run has written its settings there, else None. While
-            it is None, the folder is not changed.
+        folder: the run folder if this rank can access it and this run has written its settings there, else None. The
+            run folder is not changed as long as this is None.
         finished_step: a function that returns the number of the last finished step.
         first_step: the last step of earlier launches.
         unsaved: the end of the last line if a signal stops the run and nothing was saved.
         reason: why the run ended, if it did not fail.
         state, status: the state and the exit status of a run that did not raise.
-        saved: the end of the last line if a signal stops the run after a step. By default it says that the step was
-            saved.
+        saved: the end of the last line if a signal stops the run after a step; by default, that the step was saved.
         owners: the owners of the folders that rank 0 writes to, in the order in which the folders were taken.
         held: the exit stack that releases these folders at the end of the run, in reverse order.
         gpu: the name of this rank's GPU in messages.
@@ -211,7 +210,7 @@ class End:
     def enter(self, folder: RunFolder) -> None:
         """Start to write logs and the status into the run folder, which this run now owns. All ranks must call this.
 
-        On a different host, the path may be a different folder. The hash of run.yaml shows whether it is the same.
+        On a different host, the path may be a different folder. The hash of run.yaml shows whether the folder is the same.
         """
 
         def digest(guard: Guard = unguarded) -> str:
@@ -300,7 +299,7 @@ class End:
         return REJECTED_STATUS if isinstance(error, UserError) else FAILED_STATUS
 
     def _lost(self, failure: PeerFailure) -> None:
-        """Report a peer failure and end the process. The heartbeat's thread calls this, as the main thread may wait."""
+        """Report a peer failure and end the process. The heartbeat's thread calls this while the main thread waits."""
         self._record_failure(failure.reason, again=self.rank == 0)
         self._show(failure, f"error: {failure.reason}")
         self._leave_folder()
@@ -320,7 +319,7 @@ class End:
         tell(text)
 
     def _record_failure(self, reason: str, *, again: bool = False) -> bool:
-        """Write the status, unless it exists and `again` is false. Return whether this rank may write the status."""
+        """Write the status, unless it exists and `again` is false. Return False if there was nothing to write."""
         if self.folder is None or (self.folder.status.exists() and not again):
             return False
         with suppress(UserError):  # the disk may be what failed; the first error is the one to report

@@ -162,7 +162,7 @@ class Heartbeat:
         self.wait_for_others(beats=10)
 
     def wait_for_main(self, *, limit: float = 5.0) -> None:
-        """Wait at most `limit` seconds for the last heartbeat of rank 0. Launchers end all ranks after the first."""
+        """Wait at most `limit` seconds for rank 0's last heartbeat, as launchers end all ranks once one has ended."""
         deadline = time.monotonic() + limit
         with suppress(RuntimeError):
             while self.rank and _text(self.store.get(_key(0))) != _LEFT and time.monotonic() < deadline:
@@ -177,7 +177,7 @@ class Heartbeat:
         """Find the reason why a message between ranks failed, share it with all ranks, and return the failure.
 
         This waits for a few heartbeats. The reason is the one that another rank shared, or the ranks whose heartbeats
-        have stopped. Without either, it is `symptom`.
+        have stopped. Without either, the reason is `symptom`.
         """
         self._ends = True
         deadline = time.monotonic() + self.beat_seconds * _MISSED_BEATS
@@ -255,7 +255,7 @@ class Heartbeat:
     # In threads -------------------------------------------------------------------------------------------------
 
     def _beat_on(self) -> None:
-        """Send heartbeats. Rank 0 checks the heartbeats of all ranks. Other ranks read its list and check rank 0."""
+        """Send heartbeats. Rank 0 checks all ranks. Other ranks check rank 0 and read its list of lost ranks."""
         count, heard = 0, dict.fromkeys(range(self.world_size), ("", 0))
         while not self._over.wait(self.beat_seconds):
             count += 1
@@ -316,7 +316,7 @@ def rank_line(rank: int, host: str, step: int, reason: str) -> str:
 
 
 def is_lost_exchange(error: BaseException) -> bool:
-    """Return whether an error only says that a message between ranks failed. `explain` then finds the reason.
+    """Return whether an error only says that communication between ranks failed. `explain` then finds the reason.
 
     NCCL's errors have their own types. gloo's errors are RuntimeErrors and are recognised by their text.
     """
@@ -327,7 +327,7 @@ def is_lost_exchange(error: BaseException) -> bool:
 
 
 def lost_exchange_line(error: BaseException) -> str:
-    """Return the error of a failed message as one line, without source locations and gloo's advice."""
+    """Return a communication error as one line, without source locations and gloo's advice."""
     text = str(error)
     _, _, nccl = text.partition("Last error:")
     lines = (nccl.strip() or text).splitlines()

@@ -355,7 +355,7 @@ def uses_gpu() -> bool:
 
 
 def visible_gpus() -> tuple[str, ...]:
-    """Return the GPU indices in CUDA_VISIBLE_DEVICES, or the indices of all GPUs. `--include` would override them."""
+    """Return the GPU indices in CUDA_VISIBLE_DEVICES, which `--include` would override, or the indices of all GPUs."""
     import torch
 
     named = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -99,7 +99,7 @@ class RunFolder:
             files.write_text(self.table, messages.csv_text(list(rows[0]), rows), guard=self.guard)
 
     def new_folder(self, path: Path) -> AbstractContextManager[Path]:
-        """Return the context of `files.new_folder` with this folder's guard."""
+        """Return `files.new_folder` for `path`, with the guard of this run folder."""
         return files.new_folder(path, guard=self.guard)
 
 
@@ -155,7 +155,7 @@ def choose_run_folder(settings: Settings) -> RunFolder:
     resumed run uses the last of these folders, or the folder of the checkpoint that is given to --resume.
 
     Raises:
-        UserError: the folder contains other files or links, is not writable, or contains a run without --resume.
+        UserError: the folder contains other files or links, is not writable, or contains a run but --resume is not given.
     """
     output_dir, resume = settings.output_dir, settings.resume
     if output_dir is not None:
@@ -350,7 +350,7 @@ def plain_figures() -> None:
 
 
 def save_figure(figure: Any, target: Path, *, guard: Guard = unguarded) -> None:
-    """Write a matplotlib figure to a PNG file atomically and close it. Equal figures give files with equal bytes.
+    """Write a matplotlib figure to a PNG file atomically and close it. The same figure always has the same bytes.
 
     Raises:
         UserError: the file cannot be written.

@@ -159,7 +159,7 @@ class StopRequests:
         """Return whether `mine` is true on every rank. All ranks must call this.
 
         Raises:
-            RunStopped: at least one rank should stop. All ranks raise it.
+            RunStopped: at least one rank should stop. All ranks raise this exception.
         """
         requested = self.requested_signal()
         votes = StopVotes(*sum_over_ranks(StopVotes(float(not mine), float(requested > 0), float(requested))))
@@ -198,7 +198,7 @@ def exit_status(signal_number: int) -> int:
 class StopSignals(ExitStack):
     """A context in which SIGINT, SIGTERM and SIGUSR1 are only recorded, in the order of their arrival.
 
-    SIGHUP, which is sent when the terminal is closed, is recorded as SIGTERM. It is ignored under nohup.
+    SIGHUP, which is sent when the terminal is closed, is recorded as SIGTERM. Under nohup, SIGHUP is ignored.
     """
 
     def __init__(self) -> None:
