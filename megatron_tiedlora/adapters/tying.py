@@ -186,7 +186,7 @@ class GradientGuard:
         return max(gradients, default=0.0), max(values, default=0.0)
 
     def labels(self) -> list[str]:
-        """Return a name for each value of `largest`: the tensor's name and, if it is stacked, the layers of the slot."""
+        """Return a name for each value of `largest`: the tensor and, if it is stacked, the layers that use the slot."""
         config, found = self._part.config, []
         for name in config.num_trained():
             for layers in config.groups(name):

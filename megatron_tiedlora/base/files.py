@@ -53,7 +53,8 @@ def sync_path(path: Path) -> None:
 def new_folder(path: Path, *, guard: Guard = unguarded, parent: Path | None = None) -> Iterator[Path]:
     """Yield a temporary folder that replaces `path` when the block ends without an error.
 
-    If the process is killed before that, the folder at `path` is unchanged. If the block raises, the temporary folder is removed.
+    If the process is killed before that, the folder at `path` is unchanged. If the block raises, the temporary folder
+    is removed.
 
     Args:
         parent: an existing folder in which the temporary folder is created. By default this is the parent of `path`,
@@ -354,7 +355,7 @@ def read_yaml_list(file: Path) -> list[Any]:
 
 
 def parse_yaml(text: str, kind: type[Value], *, source: str) -> Value:
-    """Return the `dict` or `list` in a YAML text, which is empty for an empty text. Raise UserError if it is invalid."""
+    """Return the `dict` or `list` in a YAML text, or an empty one for an empty text. Raise UserError if invalid."""
     try:
         content = _PlainLoader(text).get_single_data()
     except yaml.YAMLError as error:

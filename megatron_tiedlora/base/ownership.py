@@ -175,7 +175,7 @@ class FolderLock:
                 os.utime(self.descriptor)
 
     def release(self) -> None:
-        """Release the folder, unless a child process holds the lock. Remove empty folders that this lock created."""
+        """Release the folder, unless a child process holds the lock. Remove empty folders that were created with it."""
         if self._over.is_set():
             return
         self._over.set()

@@ -210,7 +210,7 @@ class End:
     def enter(self, folder: RunFolder) -> None:
         """Start to write logs and the status into the run folder, which this run now owns. All ranks must call this.
 
-        On a different host, the path may be a different folder. The hash of run.yaml shows whether the folder is the same.
+        On another host, the path may be a different folder. The hash of run.yaml shows whether the folder is the same.
         """
 
         def digest(guard: Guard = unguarded) -> str:

@@ -155,7 +155,7 @@ def choose_run_folder(settings: Settings) -> RunFolder:
     resumed run uses the last of these folders, or the folder of the checkpoint that is given to --resume.
 
     Raises:
-        UserError: the folder contains other files or links, is not writable, or contains a run but --resume is not given.
+        UserError: the folder contains other files or links, is not writable, or contains a run without --resume.
     """
     output_dir, resume = settings.output_dir, settings.resume
     if output_dir is not None:
