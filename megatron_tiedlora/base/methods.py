@@ -82,7 +82,7 @@ METHOD_NAMES = tuple(METHODS)
 def find_method(name: str) -> Method:
     """Return the method `name`. If it is unknown, raise a UserError that suggests the most similar name."""
     if name not in METHODS:
-        raise UserError(f"unknown method {name!r}{nearest_name(name, METHODS)}; known: {', '.join(METHODS)}")
+        raise UserError(f"unknown method {name!r}{nearest_name(name, METHODS)}; give one of: {', '.join(METHODS)}")
     return METHODS[name]
 
 

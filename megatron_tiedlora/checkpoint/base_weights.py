@@ -142,7 +142,7 @@ class BaseWeights(WeightFiles):
                 continue
             shape = tuple(stored.get_shape())
             if shape != expected:
-                said = f"{name} has shape {shape}, but config.json makes it {expected}"
+                said = f"{name} has shape {shape}, but config.json requires {expected}"
                 raise UserError(f"{file}: {said}; download the model again")
             if stored.get_dtype() not in tensor_files.FLOAT_TYPES:
                 said = f"{name} is {stored.get_dtype()}, but only linears of blocks may be quantised"
@@ -209,7 +209,7 @@ class BaseWeights(WeightFiles):
                 continue
             values = self.read(stored.name, part, dim)
             if rule.divides and not values.all():
-                why = f"{stored.name} has a zero, by which training would divide; use a different model"
+                why = f"{stored.name} has a zero, and training would divide by it; use a different model"
                 raise UserError(f"{self.file_of[stored.name]}: {why}")
             try:
                 target.load(values, dim=dim, start=offset, columns=columns)

@@ -162,7 +162,7 @@ def find_newest_checkpoint(checkpoints: Path) -> Checkpoint | None:
             said = " ".join(notes)
             for item in sorted(checkpoints.glob("step_*"), key=_step):
                 if _step(item) > checkpoint.progress.step and f"skipped {item.name}:" not in said:
-                    why = "is a link" if item.is_symlink() else f"is later than what {LATEST_FILE} names"
+                    why = "is a link" if item.is_symlink() else f"is later than the checkpoint in {LATEST_FILE}"
                     notes.append(f"skipped {item.name}: {why}")
             return replace(checkpoint, notes=tuple(notes))
     if notes:

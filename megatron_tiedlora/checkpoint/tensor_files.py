@@ -341,13 +341,13 @@ class StoredWeights:
             said = f"{name} is {as_given(stored.get_dtype())}, but other linears are fp8"
             raise UserError(f"{said}; download the model again")
         if tuple(stored.get_shape()) != shape:
-            said = f"{name} has shape {tuple(stored.get_shape())}, but config.json makes it {shape}"
+            said = f"{name} has shape {tuple(stored.get_shape())}, but config.json requires {shape}"
             raise UserError(f"{said}; download the model again")
         scale = self._needed(name, _ROW_SCALE)
         by_row, found = ((shape[0], 1), (shape[0],)), tuple(scale.get_shape())
         if found not in ((), (1,), (1, 1), *by_row) or scale.get_dtype() not in FLOAT_TYPES:
             said = f"{name}{_ROW_SCALE} is {as_given(scale.get_dtype())} {found}"
-            raise UserError(f"{said}, not one number, or one for each row; download the model again")
+            raise UserError(f"{said}, not one value, or one per row; download the model again")
 
     def read(self, name: str, shape: TensorShape, rows: slice, columns: slice) -> QuantisedRows:
         """Return the codes and scales of a range of rows and columns, and the number of bytes that were read.
@@ -394,7 +394,7 @@ class StoredWeights:
             tensor = self._needed(name, part)
             found = torch.Size(tensor.get_shape()).numel()
             if tensor.get_dtype() != dtype or found != count:
-                said = f"{name}{part} is {as_given(tensor.get_dtype())} of {found:,} numbers"
+                said = f"{name}{part} is {as_given(tensor.get_dtype())} of {found:,} values"
                 raise UserError(f"{said}, not {dtype} of {count:,}; download the model again")
             # Codes may be stored as one column or one row. Rows are sliced from this sequence of codes.
             sizes = list(tensor.get_shape())

@@ -39,7 +39,7 @@ def choose_device() -> torch.device:
         index = 0
     if index >= count:
         raise UserError(
-            f"there is no GPU for local rank {index} on host {socket.gethostname()}, which has {count}; start one rank"
+            f"local rank {index} has no GPU on host {socket.gethostname()} (number of GPUs: {count}); start one rank"
             " per GPU (slots in the hostfile, --ntasks-per-node, --nproc_per_node)"
         )
     return torch.device("cuda", index)

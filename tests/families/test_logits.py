@@ -98,7 +98,7 @@ def test_a_norm_of_heads_with_a_zero_is_rejected(tmp_path: Path, part: str) -> N
     name = f"model.layers.1.self_attn.{part}_norm.weight"
     tensors[name][3] = 0.0
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=f"{name} has a zero, by which training would divide"):
+    with pytest.raises(UserError, match=f"{name} has a zero, and training would divide by it"):
         load_model(find_model(str(base)), None, dtype=torch.float32)
 
 

@@ -327,5 +327,5 @@ def test_going_back_within_a_run(base: Base, tmp_path: Path) -> None:
     assert (folder / "checkpoints" / "latest").read_text() == "step_4\n"
     assert [step for step, _ in losses(folder)] == [1, 2, 3, 4]
     ended = run(base, folder, resume="auto", prelude=script)
-    assert "note        skipped step_6: is later than what latest names" in ended.outputs[0]
+    assert "note        skipped step_6: is later than the checkpoint in latest" in ended.outputs[0]
     assert_same_run(folder, whole)

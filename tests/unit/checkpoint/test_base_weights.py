@@ -197,7 +197,7 @@ SINGLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "tensor missing": (retensor(lambda t: t.pop(NORM)), NORM),
     "shape": (
         retensor(lambda t: t.update({KEYS: torch.zeros(32, 32)})),
-        f"{KEYS} has shape (32, 32), but config.json makes it (16, 32)",
+        f"{KEYS} has shape (32, 32), but config.json requires (16, 32)",
     ),
     "integers": (retensor(lambda t: t.update({KEYS: t[KEYS].to(torch.int8)})), f"{KEYS} is I8"),
     "pickled": (lambda f: last_shard(f).rename(f / "pytorch_model.bin"), "found pytorch_model.bin"),

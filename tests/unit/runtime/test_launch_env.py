@@ -148,7 +148,7 @@ def test_slots_of_deepspeeds_hostfile_are_the_world(
 def test_torchruns_of_one_step_that_do_not_know_of_each_other_are_refused(bare: pytest.MonkeyPatch) -> None:
     alone = {**SLURM_STEP, "RANK": "0", "WORLD_SIZE": "1", "GROUP_WORLD_SIZE": "1"}
     said = refusal(start, bare, **alone, TORCHELASTIC_RUN_ID="none")
-    assert "4 tasks, but each torchrun is alone" in said
+    assert "4 tasks, but their torchruns are not connected" in said
     assert start(bare, **alone, TORCHELASTIC_RUN_ID="job1") == (0, 1), "what is left of an elastic job"
 
 
