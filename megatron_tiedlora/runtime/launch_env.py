@@ -241,8 +241,8 @@ def rank_and_world_size() -> tuple[int, int]:
         raise UserError(f"{EXPECTED_RANKS}={shown(expected)} is not a number of ranks; correct it, or unset it")
     if expected and int(expected) != world_size:
         raise UserError(
-            f"the world size of this rank is {world_size}, but {expected} ranks should have started ({EXPECTED_RANKS}); the"
-            " launcher did not use all hosts and slots: see its first lines, or run `tiedlora doctor`"
+            f"the world size of this rank is {world_size}, but {expected} ranks should have started ({EXPECTED_RANKS});"
+            " the launcher did not use all hosts and slots: see its first lines, or run `tiedlora doctor`"
         )
     if environment.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and environment.get(_AGENT_STORE) == "True":
         # Restarted ranks would read the addresses of dead ranks from the agents' store (torch 2.13).
@@ -253,8 +253,8 @@ def rank_and_world_size() -> tuple[int, int]:
     agents, tasks = environment.get("GROUP_WORLD_SIZE"), environment.get("SLURM_STEP_NUM_TASKS", "1")
     if agents == "1" and environment.get("TORCHELASTIC_RUN_ID") == "none" and int(tasks) > 1:
         raise UserError(
-            f"srun started {tasks} tasks, but their torchruns are not connected; give torchrun --nnodes, --rdzv_backend c10d,"
-            " --rdzv_id and --rdzv_endpoint (launch/README.md), or let srun start the ranks themselves"
+            f"srun started {tasks} tasks, but their torchruns are not connected; give torchrun --nnodes, --rdzv_backend"
+            " c10d, --rdzv_id and --rdzv_endpoint (launch/README.md), or let srun start the ranks themselves"
         )
     runner = deepspeed_runner()
     if runner is not None:

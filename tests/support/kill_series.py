@@ -151,7 +151,8 @@ def _assert_nothing_lost(folder: Path) -> None:
     step = saved.progress.step if saved is not None else 0
     assert step >= logged - 1, f"step {logged} was done, step {step} was saved"
     # Between the renames of a checkpoint and of `latest` there is one more, which is not used.
-    notes = [] if saved is None else [note for note in saved.notes if "is later than the checkpoint in latest" not in note]
+    later = "is later than the checkpoint in latest"
+    notes = [] if saved is None else [note for note in saved.notes if later not in note]
     assert not notes, notes
     if (folder / "adapter").exists():
         load_native_adapter(folder / "adapter")

@@ -88,7 +88,7 @@ def test_ranks_are_those_of_the_launcher(bare: pytest.MonkeyPatch, case: str) ->
 @pytest.mark.parametrize("world", ["1", "4"])
 def test_another_world_than_was_meant_is_refused(bare: pytest.MonkeyPatch, world: str) -> None:
     said = refusal(start, bare, RANK="0", WORLD_SIZE=world, MEGATRON_TIEDLORA_EXPECTED_RANKS="2")
-    assert f"a world of {world}, but 2 ranks should have started" in said
+    assert f"the world size of this rank is {world}, but 2 ranks should have started" in said
     assert start(bare, RANK="0", WORLD_SIZE="2") == (0, 2)
 
 

@@ -87,7 +87,7 @@ def test_more_ranks_than_gpus(bare: pytest.MonkeyPatch) -> None:
         bare.setattr(torch.cuda, "device_count", lambda count=count: count)
         assert str(choose_device()) == device
     bare.setattr(torch.cuda, "device_count", lambda: 2)
-    assert f"no GPU for local rank 2 on host {socket.gethostname()}, which has 2" in refusal(choose_device)
+    assert f"local rank 2 has no GPU on host {socket.gethostname()} (number of GPUs: 2)" in refusal(choose_device)
 
 
 @pytest.mark.parametrize(
