@@ -108,7 +108,7 @@ class _GradientSlots(torch.autograd.Function):
     """Create one gradient slot per layer: a tensor in the adapter's dtype that receives the gradient of the layer's F.
 
     autograd casts a gradient to its tensor's dtype, and F has the dtype of the base. An fp32 gradient therefore needs
-    an fp32 tensor, whose values are never read. The gradient G of F = s diag(v) B diag(u) gives, for all layers:
+    an fp32 tensor, whose values are never read. With the gradient G of F = s diag(v) B diag(u):
 
         dB = s diag(v) G diag(u)      dv = row sums of s G diag(u) B      du = column sums of s diag(v) G B
     """
@@ -389,7 +389,7 @@ def token_keys(token_index: Tensor, *, seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class InputDropout:
-    """The dropout of the adapter of one linear, for the tokens of a micro-batch on one rank.
+    """The dropout of an adapter's input at one linear, for the tokens of a micro-batch on one rank.
 
     Attributes:
         keys: the keys of all tokens of the micro-batch in order, (b s,) int64.

@@ -84,7 +84,7 @@ def printable(text: str) -> str:
 
 
 def show(*lines: str, file: TextIO | None = None) -> None:
-    """Print lines to `file` (default: standard output), each made `printable`."""
+    """Print `printable` copies of the lines to `file` (default: standard output)."""
     print("\n".join(printable(line) for line in lines), file=file, flush=True)
 
 
@@ -117,7 +117,7 @@ def as_given(value: object) -> str:
 
 
 def user_path(given: str | Path, *, flag: str = "") -> Path:
-    """Return the path `given` with ~ and ~USER expanded. The file need not exist.
+    """Return the path `given` with ~ and ~USER expanded. The path need not exist.
 
     Raises:
         UserError: the text cannot be a path on any system; the message contains `flag`.

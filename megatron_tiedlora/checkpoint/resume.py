@@ -171,7 +171,7 @@ def find_newest_checkpoint(checkpoints: Path) -> Checkpoint | None:
 
 
 def named_checkpoint(checkpoints: Path) -> Path | None:
-    """Return the folder that `latest` names, or None without that file. Raise UserError if there is no such folder."""
+    """Return the folder that `latest` names, or None if `latest` is missing. Raise UserError if there is no folder."""
     pointer = checkpoints / LATEST_FILE
     if pointer.is_symlink() or not pointer.is_file():
         return None

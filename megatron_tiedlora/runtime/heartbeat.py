@@ -213,7 +213,7 @@ class Heartbeat:
                 time.sleep(self.beat_seconds / 10)
 
     def _share(self, line: str) -> PeerFailure:
-        """Share `line` as the reason, unless another rank has already shared a reason. Return the failure."""
+        """Share `line` as the reason and return the failure, whose reason is another rank's if it was shared first."""
         line = one_line(line)
         mine = f"{self.rank} {line}"
         try:

@@ -76,7 +76,10 @@ MODELS: dict[str, tuple[Break, list[str]]] = {
     "activation": (lambda m: edit_json(m / "config.json", hidden_act="gelu"), ["config.json", "'gelu'"]),
     "no weights": (lambda m: (m / "model.safetensors").unlink(), ["model", "model.safetensors", "has neither"]),
     "truncated": (lambda m: truncate(m / "model.safetensors"), ["model.safetensors", "not a complete safetensors"]),
-    "corrupt": (lambda m: (m / "model.safetensors").write_bytes(b"no weights"), ["model.safetensors", "not a complete"]),
+    "corrupt": (
+        lambda m: (m / "model.safetensors").write_bytes(b"no weights"),
+        ["model.safetensors", "not a complete"],
+    ),
     "lost shard": (lambda m: _shard(m, Path.unlink), ["model-2.safetensors", "no such file"]),
     "truncated shard": (lambda m: _shard(m, truncate), ["model-2.safetensors", "not a complete safetensors file"]),
     "lost tensor": (lambda m: _edit_norm(m, lambda t: t.pop(NORM)), [f"{NORM} is missing"]),
