@@ -15,7 +15,7 @@ A token uses the factors of its own adapter. Functions take either all tokens of
 rank's shard of the sequence (sequence parallelism).
 
 With several adapters, the factors of a linear are flattened and concatenated: A_1 (r_1, in) is followed by A_2, and so
-on. The same holds for F_i (out, r_i), the gradients, and A x, which is (tokens, r_i) for the tokens of adapter i. So an
+on. F_i (out, r_i), the gradients, and A x, (tokens, r_i) for the tokens of adapter i, have the same flat format. So an
 adapter's tensors have the same shape and memory as when it is trained alone, and r_i elements are saved per token.
 """
 

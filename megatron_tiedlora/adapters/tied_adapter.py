@@ -134,7 +134,7 @@ class AdapterConfig:
         return len(set(layer_slots(self.factor(name).shared_by, self.layers).values()))
 
     def groups(self, name: str) -> list[list[int]]:
-        """Return the adapted layers that use each slot of a tensor."""
+        """Return a list with the adapted layers of each slot of a tensor."""
         slots = range(self.num_slots(name))
         return [[layer for layer in self.layers if self.slot(name, layer) == slot] for slot in slots]
 
@@ -154,7 +154,7 @@ class AdapterConfig:
         return (self.num_slots(name), *shape) if self.is_stacked(name) else shape
 
     def spec(self, name: str) -> ShardSpec:
-        """Return how a tensor is sharded over tensor-parallel ranks. All other code uses this result.
+        """Return how a tensor is sharded over tensor-parallel ranks.
 
         B and v are sharded like the rows of W, and A like its columns. If W is not sharded along this dimension, a
         trained tensor is sharded nevertheless (see `gathered_dim`). A frozen tensor is then replicated, so that no

@@ -87,7 +87,7 @@ def find_method(name: str) -> Method:
 
 
 def default_std_a(hidden_size: int) -> float:
-    """Return the init std of A, 1 / sqrt(d). The elements of A x then have the same magnitude as the elements of x."""
+    """Return the init std of A: 1 / sqrt(d). The elements of A x then have the same magnitude as the elements of x."""
     return 1.0 / math.sqrt(hidden_size)
 
 

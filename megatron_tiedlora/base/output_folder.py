@@ -1,5 +1,5 @@
-"""Name and create a user's folders and the output folders of commands. Before a command does any work, it checks that
-its output folder is free and writable."""
+"""Choose and create the cache folder of a user and the output folders of commands. Before a command does any work, it
+checks that its output folder is free and writable."""
 
 import hashlib
 import itertools

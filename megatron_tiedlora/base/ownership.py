@@ -78,7 +78,7 @@ class Owner:
     """A launch that owns a folder. Each rank of the launch has an instance.
 
     Attributes:
-        is_main: whether this rank holds the lock. The other ranks can only give the folder up.
+        is_main: whether this rank holds the lock. The other ranks can only give up the folder.
     """
 
     folder: Path

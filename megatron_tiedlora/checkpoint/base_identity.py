@@ -202,7 +202,7 @@ def check_same_base(
 
     Args:
         source: the adapter's name in messages.
-        differs: the value of --base_differs. If it is true, only the shape must be the same.
+        differs: the value of --base_differs; if true, only the shape must be the same.
         in_memory: whether the base in use is a model in memory, whose tokenizer is unknown.
     """
     own = "use its own base" if in_memory else "give its own base with --model"

@@ -352,7 +352,7 @@ class StoredWeights:
     def read(self, name: str, shape: TensorShape, rows: slice, columns: slice) -> QuantisedRows:
         """Return the codes and scales of a range of rows and columns, and the number of bytes that were read.
 
-        In nf4, the columns must begin and end at the ends of blocks.
+        In nf4, the range of columns must consist of complete blocks.
         """
         if self.kind.method == BITSANDBYTES:
             return self._read_nf4(name, shape, rows, columns)

@@ -280,7 +280,7 @@ class Heartbeat:
         return math.ceil(self.silence_seconds / self.beat_seconds)
 
     def _silent(self, heard: dict[int, tuple[str, int]], beats: Mapping[int, str]) -> frozenset[int]:
-        """Return the ranks whose heartbeat has not changed for too long. Update `heard`, {rank: (heartbeat, count)}."""
+        """Return the ranks whose heartbeat has not changed for too long, and update `heard` with the new heartbeats."""
         for rank, beat in beats.items():
             before, times = heard[rank]
             heard[rank] = (beat, times + 1 if beat == before else 1)

@@ -330,7 +330,7 @@ def first_to_fail() -> bool:
 
 
 def rank_number(*, local: bool = False) -> int:
-    """Return this process's global or local rank from the variable of any launcher; 0 if none is set."""
+    """Return this process's global or local rank from the variables of any launcher, or 0 if none is set."""
     names = (each[2 if local else 0] for each in (RANK_VARIABLES, _OPENMPI, _SLURM, _PMI))
     return next((int(os.environ[name]) for name in names if name in os.environ), 0)
 

@@ -185,7 +185,7 @@ def _no_meeting(error: Exception, expected_ranks: int, timeout_minutes: float) -
 
 
 def ranks_by_host() -> list[list[int]]:
-    """Return the list of ranks on each host of the job. All ranks must call this."""
+    """Return a list of ranks for each host of the job. All ranks must call this."""
     numbers = gather_numbers(zlib.crc32(socket.gethostname().encode()))
     return [[rank for rank, found in enumerate(numbers) if found == number] for number in dict.fromkeys(numbers)]
 

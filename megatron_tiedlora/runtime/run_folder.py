@@ -191,7 +191,7 @@ def _last_and_next(settings: Settings) -> tuple[Path, Path]:
 
 class MetricsLog:
     """The logs of a run, which only rank 0 writes: metrics.jsonl, TensorBoard, and the other trackers in --report_to.
-    The other trackers are used through `accelerate.tracking`.
+    Trackers other than TensorBoard are used through `accelerate.tracking`.
 
     After a resume, rows of later steps are removed from metrics.jsonl and TensorBoard, because they are written again.
     Trackers show a resumed run as a new run, which gets only new rows. A tracker that fails during the run gets no more
