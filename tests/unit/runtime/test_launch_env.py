@@ -101,7 +101,8 @@ def test_an_expected_world_that_is_no_number_is_refused(bare: pytest.MonkeyPatch
 def test_blanks_around_the_expected_world_are_passed_over(bare: pytest.MonkeyPatch) -> None:
     for said in ("2 ", " 2\n", "", " "):
         assert start(bare, RANK="0", WORLD_SIZE="2", MEGATRON_TIEDLORA_EXPECTED_RANKS=said) == (0, 2)
-    assert "a world of 2, but 4 ranks" in refusal(start, bare, MEGATRON_TIEDLORA_EXPECTED_RANKS="4 ")
+    message = refusal(start, bare, MEGATRON_TIEDLORA_EXPECTED_RANKS="4 ")
+    assert "the world size of this rank is 2, but 4 ranks" in message
 
 
 @dataclass(frozen=True)
