@@ -92,7 +92,7 @@ def default_std_a(hidden_size: int) -> float:
 
 
 def default_std_b(method: Method, rank: int) -> float:
-    """Return the init std of a B that is not initialised to zero, 1 / sqrt(r). The elements of B A x then have the same
+    """Return the init std 1 / sqrt(r) of a B that is not initialised to zero. The elements of B A x then have the same
     magnitude as the elements of x.
 
     A method whose initial update is not zero (tl1) uses 0.3 times this value. With the full std, the first loss of a

@@ -145,7 +145,7 @@ def find_newest_checkpoint(checkpoints: Path) -> Checkpoint | None:
             notes.append(f"{pointer}: is missing or not a regular file")
     except UserError as error:
         if not found:
-            raise UserError(f"{error}; remove it to start from the beginning, or restore a checkpoint") from None
+            raise UserError(f"{error}, or remove it to start from the beginning") from None
         named = None
         notes.append(str(error))
     if named is not None:  # a resumed run may not have removed later checkpoints yet
@@ -177,7 +177,7 @@ def named_checkpoint(checkpoints: Path) -> Path | None:
         return None
     name = files.read_small_text(pointer).strip()
     if not _STEP_NAME.fullmatch(name) or not (checkpoints / name).is_dir():
-        raise UserError(f"{pointer}: names {shown(name)}, which is not a checkpoint in {checkpoints}")
+        raise UserError(f"{pointer}: names {shown(name)}, which is not a checkpoint in {checkpoints}; correct it")
     return checkpoints / name
 
 

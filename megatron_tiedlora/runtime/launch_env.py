@@ -161,7 +161,7 @@ def started_program(words: Sequence[str]) -> str:
 
 
 def is_torchrun(words: Sequence[str]) -> bool:
-    """Return whether a command line is the command line of torchrun's agent, which starts and restarts ranks."""
+    """Return whether a command line starts torchrun's agent, which starts and restarts ranks."""
     return Path(started_program(words)).name in _TORCHRUN
 
 
