@@ -94,7 +94,7 @@ def read_machine(path: Path) -> Machine:
     found = {}
     for name, entry in constants.items():
         if name not in CONSTANTS:
-            raise UserError(f"{path}: unknown constant {shown(name)}{nearest_name(name, CONSTANTS)}. Remove it")
+            raise UserError(f"{path}: unknown constant {shown(name)}{nearest_name(name, CONSTANTS)}. Correct its name")
         value, unit = entry.get("value") if isinstance(entry, dict) else entry, CONSTANTS[name][0]
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _MOST:
             raise UserError(f"{path}: {name} is {shown(value)}. Give a number (unit: {unit})")

@@ -102,7 +102,8 @@ def test_too_few_ranks_are_told_both_ways_to_have_more(world_size: int, layout: 
         plan_run(settings, rank=0, world_size=world_size)
     ranks, said = world_size + 1, str(caught.value)
     assert said.startswith(words)
-    assert f"`--dry_run --world_size {ranks}` plans without ranks, `tiedlora run --num_gpus {ranks} ...` starts" in said
+    starts = f"or start the ranks by `tiedlora run --num_gpus {ranks} ...`"
+    assert f"Plan without ranks by `--dry_run --world_size {ranks}`, {starts}" in said
 
 
 def test_one_rank_and_one_step_are_no_plural() -> None:
