@@ -58,7 +58,7 @@ class HostAnswer(Record):
     """The report of a host's first rank about the host. It is sent before anything can fail.
 
     Attributes:
-        output_free_bytes: free space in the job's output folder; None if no folder was given.
+        output_free_bytes: the free space in the job's output folder; None if no folder was given.
     """
 
     machine: MachineRecord
@@ -137,7 +137,7 @@ class RankReport(Record):
     Attributes:
         stage: the last stage that the rank has finished: it has reported its host, imported torch, joined the process
             group, or finished all measurements.
-        answer, clock: results of the host; only its first rank has them.
+        answer, clock: the results for the host; only the first rank of the host has them.
         output: the problem of this rank's host with the output folder or with the file that rank 0 wrote there.
         groups: the results of the process groups in which this rank is the first.
         failed: the reason why the rank failed; None if it has not failed.
@@ -199,7 +199,7 @@ class TrialRank:
         self._order, self._rank, self._report = order, rank, RankReport(rank=rank)
 
     def say(self, **news: Any) -> None:
-        """Update fields of the report and print it. Each line names the rank, as launchers mix the lines of ranks."""
+        """Update fields of the report and print it. Each line names the rank, because launchers may mix lines."""
         self._report = self._report.model_copy(update=news)
         word = packed(self._report) + RANK_END
         pieces = (word[start : start + _PIECE] for start in range(0, len(word), _PIECE))

@@ -69,7 +69,7 @@ class Job:
     @property
     def variables(self) -> dict[str, str]:
         """Return the environment variables of every process of the job. With PYTHONSAFEPATH, Python imports no modules
-        from the current folder, where another user may have put files. Some launchers do not set MASTER_ADDR."""
+        from the current folder, where another user may have put files. MASTER_ADDR is set for all launchers."""
         start = {START_ID: self.start} if self.start else {}
         meeting = {"MASTER_ADDR": self.master_addr, "MASTER_PORT": str(self.master_port)}
         return {EXPECTED_RANKS: str(self.size), "PYTHONSAFEPATH": "1", **start, **meeting}
@@ -81,7 +81,7 @@ class Job:
 
     @property
     def launcher_program(self) -> str:
-        """Return the program of the launcher. `deepspeed` is in the folder of Python; ranks recognise its name."""
+        """Return the launcher's program, which ranks recognise by its name. `deepspeed` is in the folder of Python."""
         beside = {"deepspeed": str(Path(self.python).with_name("deepspeed")), "torchrun": self.python}
         return beside.get(self.launcher, self.launcher)
 
@@ -104,7 +104,7 @@ def plan_start(job: Job, environment: Mapping[str, str]) -> StartPlan:
     """Return the command that starts `job` from a shell with `environment`. Variables such as RANK are removed.
 
     Raises:
-        UserError: the launcher cannot pass on an argument, or the user's file of variables cannot be read.
+        UserError: the launcher cannot pass an argument to the ranks, or `.deepspeed_env` cannot be read.
     """
     by_launcher = {"deepspeed": _deepspeed, "mpirun": _mpirun, "srun": _srun, "torchrun": _torchrun}
     kept = {name: value for name, value in environment.items() if name not in RANK_VARIABLES[:3]}
@@ -152,7 +152,7 @@ def _users_lines(job: Job, environment: Mapping[str, str]) -> list[str]:
         for number, line in enumerate(read_small_text(file).splitlines() if file.is_file() else (), start=1):
             if (content := line.strip()) and not content.startswith("#"):
                 if not re.match(r"[A-Za-z_]\w*=", content):
-                    raise UserError(f"{file}:{number}: this line is not NAME=VALUE. Correct or remove it")
+                    raise UserError(f"{file}:{number}: the line is not of the form NAME=VALUE. Correct or remove it")
                 found.append(content)
     return found
 

@@ -120,7 +120,7 @@ def choose_hosts(settings: LaunchSettings, environment: Mapping[str, str]) -> tu
     """
     in_slurm = "SLURM_JOB_ID" in environment
     if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        raise UserError("srun has started `tiedlora run` in every task. Start it once, without srun; it calls srun")
+        raise UserError("srun has started this command in every task. Start it once, without srun, as it calls srun")
     auto = "srun" if in_slurm and settings.hostfile is None else "deepspeed"
     launcher = auto if settings.launcher == "auto" else settings.launcher
     if settings.hostfile is not None:
@@ -182,7 +182,7 @@ def check_programs(job: Job) -> None:
     by_pdsh = (job.launcher, job.route) == ("deepspeed", "ssh") and "--launcher" not in own
     for program in (job.launcher_program, *["pdsh"] * by_pdsh, *["ssh"] * (job.route == "ssh")):
         if shutil.which(program) is None:
-            raise UserError(f"{program}: no such launcher program. Install it, or choose a different --launcher")
+            raise UserError(f"{program}: this program is not installed. Install it, or choose a different --launcher")
 
 
 def command_lines(plan: StartPlan, job: Job, folder: RunFolder, environment: Mapping[str, str]) -> list[str]:
@@ -302,7 +302,7 @@ def wait_for_end(
 ) -> None:
     """Wait until the launcher, its processes on this machine, and the owner of the run folder have ended.
 
-    The first signal is forwarded. Only a second Ctrl-C kills the job, because schedulers may send SIGTERM twice.
+    The first signal is forwarded. A later Ctrl-C kills the job. A later SIGTERM does not, as schedulers send it twice.
 
     Args:
         status: the status file of the run. A job that writes no such file ends with its launcher.
@@ -416,7 +416,7 @@ def stamp(file: Path) -> Stamp | None:
 def judge(
     file: StatusFile, *, launcher: str, launcher_status: int, passed_on: int, late_seconds: float = LATE_SECONDS
 ) -> Verdict:
-    """Return exit status 0 if the run finished or a forwarded signal stopped it, else the launcher's status, or 1.
+    """Return a verdict. Its status is 0 if the run finished or a forwarded signal stopped it, else not 0.
 
     Args:
         launcher_status: the launcher's exit status; -N if signal N killed the launcher.

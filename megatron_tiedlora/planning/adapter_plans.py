@@ -1,8 +1,8 @@
 """Plan the adapters of a run, and prepare their data.
 
 A run trains the adapters in the --adapters file, or a single adapter, whose name is "". Each adapter has its own plan.
-Settings that the engine does not support for several adapters are rejected here. Data are read and tokenised once per
-host, before any rank waits for other ranks.
+Settings that the engine does not support for several adapters are rejected here. Each host reads and tokenises the data
+once, before any rank waits for other ranks.
 """
 
 from __future__ import annotations
@@ -78,12 +78,15 @@ def plan_adapters(
         check_clipping(shared)
     for name, plan in plans.items():
         if plan.dtype_name != shared.dtype_name:
-            raise UserError(f"{file}: {name} needs a {plan.dtype_name} base, others {shared.dtype_name}. Give --dtype")
+            raise UserError(
+                f"{file}: {name} needs the base in {plan.dtype_name}, but other adapters need {shared.dtype_name}."
+                " Give --dtype"
+            )
     return plans
 
 
 def shared_plan(plans: Plans) -> RunPlan:
-    """Return the plan whose pipeline stages all adapters use: the plan with the lowest first adapted layer."""
+    """Return the plan whose pipeline stages all adapters use. Its first adapted layer is the lowest of all plans."""
     return min(plans.values(), key=lambda plan: plan.adapter.layers[0])
 
 
@@ -100,7 +103,7 @@ def check_clipping(plan: RunPlan) -> None:
 
 
 def adapter_folders(plans: Plans, folder: RunFolder) -> dict[str, RunFolder]:
-    """Return the folder of each adapter. It is the run folder for a single adapter, else RUN/NAME or `output_dir`."""
+    """Return the folder of each adapter: the run folder for a single adapter, else its output_dir or RUN/NAME."""
     if set(plans) == {ONLY}:
         return {ONLY: folder}
     given = {name: plan.settings.output_dir or str(folder.path / name) for name, plan in plans.items()}
@@ -108,7 +111,7 @@ def adapter_folders(plans: Plans, folder: RunFolder) -> dict[str, RunFolder]:
 
 
 def check_run_folders(settings: Settings, plans: Plans, folder: RunFolder) -> None:
-    """Raise UserError if the folder of an adapter is unusable, or conflicts with another folder of the run."""
+    """Raise UserError if the folder of an adapter is unusable, or conflicts with a different folder of the run."""
     own = {name: str(of.path) for name, of in adapter_folders(plans, folder).items() if of is not folder}
     check_folders(str(settings.adapters), {RUN_OF_ALL: str(folder.path), **own})
     for name, output_dir in own.items():
@@ -194,7 +197,7 @@ Data = Mapping[str, RunData]  # by adapter name
 
 
 def prepare_all_data(plans: Plans) -> dict[str, RunData]:
-    """Return the data of each adapter, by name. Adapters with equal data settings share data that are read once.
+    """Return the data of each adapter, by name. Adapters with equal data settings use the same data.
 
     Raises:
         UserError: see `prepare_data`. The message names the adapter.
@@ -222,7 +225,7 @@ def counted(plans: Plans, data: Data) -> dict[str, RunPlan]:
 def plan_and_read(settings: Settings, *, rank: int, world_size: int) -> tuple[dict[str, RunPlan], dict[str, RunData]]:
     """Return the plans and the data of a run by adapter name.
 
-    This function makes all checks that a rank can make before it communicates with other ranks.
+    This function runs all checks that a rank can make before it communicates with other ranks.
 
     Raises:
         UserError: see `plan_adapters`, `prepare_all_data` and `counted`.
@@ -263,14 +266,14 @@ def prepare_data(plan: RunPlan) -> RunData:
 
 
 def _drawn(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """Return --eval_samples random validation samples in file order. The first rows of a file may all be similar."""
+    """Return --eval_samples random validation samples in file order. They are random because files are often sorted."""
     examples = read_split(settings, "validation", tokenizer=tokenizer)
     order = permutation(len(examples), seed=settings.seed, stream=_DRAW_STREAM)[: settings.eval_samples]
     return [examples[index] for index in sorted(order.tolist())]
 
 
 def _test_examples(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """Return the test samples to answer before and after training; [] if neither the task nor the user wants any."""
+    """Return the test samples to answer before and after training; [] if none are requested."""
     limit = get_task(settings.task).scored_rows
     if limit is None and settings.test_file is None:
         return []

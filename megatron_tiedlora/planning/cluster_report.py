@@ -1,4 +1,4 @@
-"""Report the layouts of a run on a cluster as text and as JSON. The text ends with the command to start a layout."""
+"""Report the layouts of a run on a cluster as text and as JSON. The text ends with the command for one layout."""
 
 import shlex
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -40,7 +40,7 @@ def find_machine(settings: PlanSettings) -> machines.Machine:
 
 
 def plan_cluster(command: PlanCommand) -> ClusterPlan:
-    """Return the plan of all layouts of a cluster.
+    """Return the plans of all layouts of a run on a cluster.
 
     Raises:
         UserError: no layout is accepted, or the model or data cannot be read. The messages are the same as in a run.
@@ -53,7 +53,7 @@ def plan_cluster(command: PlanCommand) -> ClusterPlan:
 
 
 def chosen_layout(plan: ClusterPlan, shown: PlanSettings) -> Candidate | None:
-    """Return the layout that --layout names, or the fastest layout that fits, or None. Raises UserError if unknown."""
+    """Return the layout that --layout names, else the fastest one or None. Raises UserError if the name is unknown."""
     if shown.layout is not None:
         return plan.row(shown.layout, flag="layout")
     return plan.rows[0] if plan.rows else None
@@ -92,7 +92,7 @@ def report_lines(plan: ClusterPlan, shown: PlanSettings) -> list[str]:
 
 
 def warning_lines(plan: ClusterPlan, shown: PlanSettings) -> list[str]:
-    """Return warnings that the layout of --layout does not fit, or that a file was not written."""
+    """Return warnings that the layout of --layout does not fit, or that the file of --yaml was not written."""
     row = chosen_layout(plan, shown)
     if row is not None:
         return [] if row.fits else [f"warning: --layout does not fit: {_missing_line(row, plan)}"]

@@ -30,7 +30,7 @@ _PICKS = {"embedding", "index_select"}  # read as many bytes of their first argu
 
 
 class Kernel(NamedTuple):
-    """An operation, or a kernel that counts as one.
+    """A kernel that counts as one operation.
 
     Attributes:
         temporary: the bytes that the uncompiled kernel needs in addition to its results, per element of its largest

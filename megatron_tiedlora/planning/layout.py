@@ -149,7 +149,7 @@ class MicroBatchShape(NamedTuple):
         adapters: the indices, in the layout, of the adapters with tokens in the micro-batch.
         tokens: the number of positions of each of these adapters, padding included.
         after: for each of these adapters, the positions that are computed after the last attention; see `Supervised`.
-        squared_lengths: the sum of s^2 over all documents, which have s tokens, for the FLOPs of attention.
+        squared_lengths: the sum of s^2 over all documents of s tokens, which determines the FLOPs of attention.
     """
 
     adapters: tuple[int, ...]
@@ -270,7 +270,7 @@ class StagePlan:
         return (*self.trained, *(part.local_size(name) for part in self.parts for name in part.names(trained=False)))
 
     def for_adapters(self, adapters: Sequence[int]) -> "StagePlan":
-        """Return the stage for a micro-batch whose tokens belong to these adapters (indices in the layout)."""
+        """Return a copy of the stage that has only these adapters, which are indices in the layout."""
         return replace(self, parts=tuple(self.parts[number] for number in adapters))
 
     @cached_property

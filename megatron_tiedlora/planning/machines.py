@@ -1,7 +1,7 @@
 """Describe the hardware of a cluster with named constants, and give the source of each constant.
 
-A `Machine` is a GPU model with its node, or a CPU; `machines.yaml` lists all known ones. The planners compute memory
-and time from the counts of a layout and these constants. `tiedlora plan --measure` measures them and writes a file.
+A `Machine` is a GPU model with its node, or a CPU; `machines.yaml` lists all known machines. The planners compute
+memory and time from these constants and the counts of a layout. `tiedlora plan --measure` writes measured constants.
 """
 
 import re
@@ -85,7 +85,7 @@ def read_machine(path: Path) -> Machine:
     """Read a machine from the file that --constants names.
 
     Raises:
-        UserError: the file has another format, or a constant is missing, unknown or out of range.
+        UserError: the file has a different format, or a constant is missing, unknown or out of range.
     """
     content = read_json_object(path, kind="a file of constants")
     constants = content.get("constants")
@@ -130,13 +130,13 @@ NF4_WITHOUT_LIBRARY = 47.0  # bytes that eager kernels move per weight without b
 
 
 def default_attention(capability: tuple[int, int]) -> str:
-    """Return the attention kernel that a bf16 run uses on a GPU of this capability without other packages."""
+    """Return the attention kernel that a bf16 run uses on a GPU of this capability if only PyTorch is installed."""
     of_torch = (candidate for candidate in CANDIDATES if callable(candidate.kernel))
     return next(one.name for one in of_torch if one.obstacle(capability, torch.bfloat16, 128) is None)
 
 
 def attention_of(machine: Machine) -> str | None:
-    """Return the attention kernel that a machine's constants assume; None for a measured speed or a CPU."""
+    """Return the attention kernel that a machine's constants assume; None if attention was measured, or on a CPU."""
     known = {} if machine.capability is None else ATTENTION.get(machine.capability, {})
     return next((name for name, share in known.items() if share == machine.constants["attention.bf16"]), None)
 

@@ -62,7 +62,7 @@ class StageMemory(NamedTuple):
         return self.total - self.libraries - self.slack
 
     def plus(self, other: "StageMemory") -> "StageMemory":
-        """Return the sum of both records, field by field."""
+        """Return the sum of two records, field by field."""
         return StageMemory(*map(operator.add, self, other))
 
 
@@ -210,8 +210,8 @@ def micro_batches_in_flight(stage: StagePlan) -> int:
 def attention_memory(stage: StagePlan, largest: LargestMicroBatch) -> tuple[int, float]:
     """Return the bytes that attention needs for the largest micro-batch, without its inputs and its output.
 
-    The first value counts the bytes that a block saves for its backward pass, without one fp32 element per token per
-    head. The second value counts the temporary bytes of the backward pass.
+    The first value counts the bytes that a block saves for its backward pass, in addition to one fp32 element per token
+    per head. The second value counts the temporary bytes of the backward pass.
 
     On GPUs the values are for the kernels of PyTorch 2.11: flash attention in 16 bits (flash_attn needs the same
     memory), and the memory-efficient kernel in fp32. On a CPU they are for the tiles of `model/cpu_attention.py`.
@@ -276,7 +276,7 @@ def engine_bytes_in_flight(stage: StagePlan, *, tokens: int) -> float:
 
 
 def _gathered_bytes(stage: StagePlan) -> float:
-    """Return the bytes of gathered weights. ZeRO-3 (0.19.8) gathers no more above `live_parameters` elements."""
+    """Return the bytes of the weights that ZeRO-3 (0.19.8) has gathered. It stops at `live_parameters` elements."""
     layout, block = stage.layout, stage.shape.block
     if layout.zero_stage < 3 or layout.dp_size == 1:
         return 0.0

@@ -30,11 +30,11 @@ class PassWork(dict[Hashable, float]):
     queries: the query elements that attention reads; twice as many in a backward pass.
     moved: the bytes that all other operations read and write.
     weights: the elements of the blocks' linears that matmuls read, and that a quantised base dequantises.
-    weights_back: the same elements, transposed, that matmuls for gradients read.
+    weights_back: the elements of transposed weights that matmuls for gradients read.
     rounded, rounded_back: the elements of activations and of gradients that the blocks' linears multiply. FP8 matmuls
         round them first.
     head_weights: the elements of the head that its matmuls read.
-    blocks: the number of passes through a block, whose kernels the host launches.
+    blocks: the number of block passes, whose kernels the host launches.
     (messages, group, kind), (bytes, group, kind): the messages; see `Traffic`.
     """
 
@@ -164,7 +164,7 @@ def step_flops(
     *,
     num_after: int | None = None,
 ) -> Counter[str]:
-    """Return the FLOPs of the whole model by purpose, for forward and backward passes without recompute.
+    """Return the FLOPs of the complete model by purpose, for forward and backward passes without recomputation.
 
     The keys are names of `PassWork`. A multiply-add counts as two FLOPs. The padding of samples does not count, so
     packing and layouts do not change the result.

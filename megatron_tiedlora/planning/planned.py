@@ -61,7 +61,7 @@ class StepPlan:
     """A step in which all adapters of a run are trained together.
 
     Attributes:
-        samples: the samples of the step; None without data. Each row is then a supervised sample of maximum length.
+        samples: the samples of the step; None without data. Then each row is a supervised sample of maximum length.
     """
 
     plans: Plans
@@ -287,14 +287,14 @@ class Planned:
 
     @cached_property
     def links(self) -> step_time.Links:
-        """The links that carry the messages of each group of ranks."""
+        """The links that carry the messages of each process group."""
         return self._once("links", lambda: step_time.Links(self.layout, self.cluster.per_node))
 
     # Memory -----------------------------------------------------------------------------------------------------------
 
     @cached_property
     def weights(self) -> float:
-        """The maximum bytes of base weights on a rank. They do not depend on micro-batches or the schedule."""
+        """The largest number of bytes of base weights on any rank. It does not depend on micro-batches."""
         return max(held.base + held.dequantised for held in map(self._held, self._first_stages))
 
     @property
@@ -303,7 +303,7 @@ class Planned:
         return self.weights <= self.cluster.capacity
 
     def memory(self, index: int) -> StageMemory:
-        """Return the memory of a rank of a stage."""
+        """Return the memory that a rank of this stage needs."""
         stage = self.stage(index)
         step = self._once("step_memory", lambda: step_memory(stage, self.step.largest), index)
         return with_reserves(stage, self._held(index).plus(step), self.machine)
@@ -316,7 +316,7 @@ class Planned:
 
     @property
     def needed(self) -> float:
-        """The maximum bytes that a rank needs, or only the bytes of its weights if these alone do not fit."""
+        """The largest number of bytes that any rank needs. If the weights alone do not fit, only they are counted."""
         return self.fullest[1].total if self.has_room_for_weights else self.weights
 
     @property
@@ -327,7 +327,7 @@ class Planned:
     # Messages ---------------------------------------------------------------------------------------------------------
 
     def traffic(self, index: int, *, of_engine: bool = True) -> Traffic:
-        """Return the messages of a rank of a stage in a step.
+        """Return the messages that a rank of a stage sends in one step.
 
         Args:
             of_engine: whether to include the upper bounds of DeepSpeed's messages in the data-parallel group.

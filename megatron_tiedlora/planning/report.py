@@ -37,7 +37,7 @@ from megatron_tiedlora.runtime.stopping import LONG_STEP_SECONDS
 
 
 class DryRunReport(NamedTuple):
-    """The text of a dry run, and whether every rank fits in the memory of the --gpu device (True without --gpu)."""
+    """The text that a dry run prints, and whether the memory of --gpu is large enough (True without --gpu)."""
 
     text: str
     fits: bool
@@ -67,10 +67,10 @@ def dry_run_report(settings: Settings, *, launched_ranks: int = 1) -> DryRunRepo
 
 
 def layout_sections(planned: Planned, *, on_card: bool = True) -> list[list[str]]:
-    """Return the sections on a layout: its stages, memory, messages, and time.
+    """Return the sections of a report about a layout: its stages, memory, messages, and time.
 
     Args:
-        on_card: whether the user named the machine. Otherwise the report omits the time and the memory limit.
+        on_card: whether the user chose the machine. Otherwise the report omits the time and the memory limit.
     """
     sections = [partition_lines(planned), memory_lines(planned, judged=on_card), message_lines(planned)]
     return [*sections, *([time_lines(planned)] if on_card else [])]
@@ -80,7 +80,7 @@ def layout_sections(planned: Planned, *, on_card: bool = True) -> list[list[str]
 
 
 def _samples(step: StepPlan, data: adapter_plans.Data) -> list[list[str]]:
-    """Return the first sample of each adapter as text that shows supervised spans. Equal samples are shown once."""
+    """Return the text of each adapter's first sample, divided into supervised and other spans, without duplicates."""
     found: dict[tuple[str, ...], list[str]] = {}
     for name, own in data.items():
         ids, supervised, settings = own.train.sample(0), own.train.supervised_of(0), step.plans[name].settings
@@ -213,7 +213,7 @@ def _own_bytes(step: StepPlan, adapter: int) -> int:
 
 
 def _one_more(planned: Planned) -> list[list[str]]:
-    """Return a section about the memory that a second copy of the largest adapter would add, with --adapters only."""
+    """Return a section about the memory that one more adapter like the largest needs; [] without --adapters."""
     step = planned.step
     if not step.layout.named:
         return []
@@ -237,7 +237,7 @@ def _one_more(planned: Planned) -> list[list[str]]:
 
 
 def partition_lines(planned: Planned) -> list[str]:
-    """Return a table of the layers, work and base weights of each stage."""
+    """Return a table with the layers of each stage, its fraction of the work, and its base weights."""
     shape, layout = planned.step.shape, planned.layout
     cut = "" if layout.tp_size == 1 else f", {'' if layout.sequence_parallel else 'no '}sequence parallelism"
     rows = []
@@ -256,7 +256,7 @@ def memory_lines(planned: Planned, *, judged: bool) -> list[str]:
     """Return a table of the memory per rank of each stage, by purpose, and notes about it.
 
     Args:
-        judged: whether the last line states if the largest rank fits in memory.
+        judged: whether to add a line that says if the memory of the machine is large enough.
     """
     layout, stages, largest = planned.layout, planned.stages, planned.step.largest
     micro_batches = f"{layout.rows} x {largest.tokens // layout.rows} tokens"
@@ -406,7 +406,7 @@ def messages_text(number: int, size: float) -> str:
 
 
 def traffic_table(sent: Sequence[Mapping[str, str]]) -> list[str]:
-    """Return a table of messages with one row per stage. `sent` has the text for each process group of a stage."""
+    """Return a table of messages with one row per stage. `sent` has the texts of each stage by process group."""
     groups = [group for group in (*GROUPS, "DeepSpeed") if any(group in found for found in sent)]
     header = ["all ranks" if group == WORLD else group for group in groups]
     return stage_table(header, [[found.get(group, messages_text(0, 0)) for group in groups] for found in sent])
@@ -420,7 +420,7 @@ def stage_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[st
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """Return ascending integers as text in which consecutive ones become ranges, such as 1-3,5 for 1,2,3,5."""
+    """Return ascending integers as text. Consecutive integers become ranges, such as 1-3,5 for 1, 2, 3 and 5."""
     runs = itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])  # the key is constant in a range
     found = ([number for _, number in run] for _, run in runs)
     return ",".join("-".join(dict.fromkeys(map(str, (run[0], run[-1])))) for run in found)

@@ -152,13 +152,13 @@ class RunPlan:
 
     @property
     def rank_excess(self) -> list[str]:
-        """A list with a message if --rank is too large for every target, else an empty list, as with --init_from."""
+        """A list with a message if --rank is too large for all targets. It is empty otherwise or with --init_from."""
         widest = max(self.adapter.targets, key=lambda target: min(target.in_size, target.out_size))
         sizes, rank = (widest.in_size, widest.out_size), self.adapter.rank
         if rank <= min(sizes) or self.settings.init_from is not None:
             return []
         words = "{:,} inputs and {:,} outputs".format(*sizes)
-        return [f"--rank {rank}: {widest.name} has {words}, so no update of it has a rank above {min(sizes):,}"]
+        return [f"--rank {rank}: {widest.name} has {words}, so its update has at most rank {min(sizes):,}"]
 
     def layout_of(self, adapter: AdapterConfig) -> AdapterLayout:
         """Return how an adapter is sharded over the stages and ranks of this plan."""
@@ -202,7 +202,7 @@ class RunPlan:
         return replace(self, settings=with_counted_steps(self.settings, num_samples))
 
     def resolved_settings(self) -> dict[str, Any]:
-        """Return all settings as plain values. Defaults that depend on the model or the ranks have their values."""
+        """Return all settings as plain values. Defaults that depend on the model or the ranks are computed."""
         return self.settings.model_dump() | {
             "dtype": self.dtype_name,
             "layers": list(self.adapter.layers),
@@ -262,7 +262,7 @@ def plan_run(
     check_layout(shape, grid, zero_stage=engine.zero_stage, ds_config=settings.ds_config)
     layers = settings.layers or tuple(range(1, shape.num_layers + 1))
     if layers[-1] > shape.num_layers:
-        raise UserError(f"--layers {layers[-1]}: {settings.model} has layers 1 to {shape.num_layers}. Give only these")
+        raise UserError(f"--layers {layers[-1]}: {settings.model} has layers 1 to {shape.num_layers}. Use only these")
     found.check_length("--max_length", settings.max_length)
     adapter = make_adapter_config(
         settings.method,
@@ -325,7 +325,7 @@ def with_counted_steps(settings: Settings, num_samples: int) -> Settings:
     warmup = settings.warmup_steps
     if settings.profile is not None and profiled_steps(settings.profile)[0] > steps:
         raise UserError(
-            f"--profile {settings.profile} begins after the {steps} steps of --epochs {settings.epochs:g}; give earlier"
+            f"--profile {settings.profile} begins after the {steps} steps of --epochs {settings.epochs:g}. Give earlier"
             " steps"
         )
     if warmup > steps and "warmup_steps" in settings.model_fields_set:
@@ -397,7 +397,7 @@ def with_start(settings: Settings, source: ModelSource) -> Settings:
         if value != decided[name]:
             raise UserError(
                 f"--{name} {flag_value(value)} contradicts --init_from {settings.init_from}, whose adapter has {name}"
-                f" {flag_value(decided[name])}; leave --{name} out, or give another adapter"
+                f" {flag_value(decided[name])}; omit --{name}, or give a different adapter"
             )
     return make_settings({**settings.model_dump(exclude_unset=True), **decided})
 
@@ -420,7 +420,7 @@ def load_start(
     differs, failure = settings.base_differs, None
     start = decided_by_rank_0(lambda: read_start(given, source, differs=differs), kind=StartAdapter)
     if _decided(start.config) != _decided(adapter):
-        failure = UserError(f"--init_from {given}: the adapter was replaced during the start. Start the run again")
+        failure = UserError(f"--init_from {given}: the adapter was replaced while the run started. Start it again")
     raise_on_every_rank(failure)
     notes = start.notes
     if start.trained is not None:

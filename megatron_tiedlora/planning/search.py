@@ -46,7 +46,7 @@ class Candidate(Planned):
 
     @property
     def name(self) -> str:
-        """The unique name of the layout, for the table and --why."""
+        """The unique name of the layout, which the table shows and --why accepts."""
         layout, zero = self.layout, self.engine_file.removesuffix(".json")
         words = [f"t{layout.tp_size}p{layout.pp_size}d{layout.dp_size}-b{layout.rows}-{zero}"]
         words += ["wholeseq"] if layout.tp_size > 1 and not layout.shards_sequences else []
@@ -116,7 +116,7 @@ class ClusterPlan:
     def rows(self) -> list[Candidate]:
         """The candidates in `ranked` storage formats that fit in memory, the fastest first.
 
-        Layouts within `_TIE` of the fastest time count as equally fast. Those that change the base least come first.
+        Layouts within `_TIE` of the fastest time count as equally fast. Of these, the least changed base is first.
         """
         rows = [one for one in self._fitting if one.storage in self.ranked]
         ties = sum(one.seconds.total <= _TIE * rows[0].seconds.total for one in rows)
@@ -146,7 +146,7 @@ class ClusterPlan:
         return list(found.values())
 
     def row(self, name: str, *, flag: str) -> Candidate:
-        """Return the layout with this name. Raises UserError, which suggests a similar name, if there is none."""
+        """Return the layout with this name. Raises UserError, with a similar name, if no layout has this name."""
         rows = {row.name: row for row in self.all_rows}
         if name not in rows:
             raise UserError(f"--{flag} {name}: no such layout{nearest_name(name, rows)}. Give a name from the table")
@@ -167,7 +167,7 @@ class ClusterPlan:
 
     @cached_property
     def adapters(self) -> dict[str, Settings]:
-        """The settings of each adapter, without an assumed global batch size. Raises UserError if a run would."""
+        """The settings of each adapter, without an assumed global batch size. Raises the UserError of a run."""
         assumed = {"global_batch_size"} - self.settings.model_fields_set
         given = {name: value for name, value in self.values.items() if name not in assumed}
         return adapter_plans.adapter_settings(make_settings(given))
@@ -187,13 +187,13 @@ class ClusterPlan:
         return [getattr(self.settings, name)] if self.given(name) else values
 
     def grids(self, world_size: int) -> list[tuple[int, int]]:
-        """Return the tensor and pipeline sizes whose product divides the number of ranks, else one pair to reject."""
+        """Return all tensor and pipeline sizes whose product divides the number of ranks, or else one invalid pair."""
         tensor, pipeline = (self.choices(f"{name}_parallel", divisors(world_size)) for name in ("tensor", "pipeline"))
         found = [(t, p) for t in tensor for p in pipeline if world_size % (t * p) == 0]
         return found or [(tensor[0], pipeline[0])]
 
     def rows_per_rank(self, dp_size: int) -> list[int]:
-        """Return the micro-batch sizes to try. Each divides the samples per rank in the global batch of any adapter."""
+        """Return the micro-batch sizes to try. Each divides the samples per rank of every adapter's global batch."""
         if self.settings.micro_batch_size is not None:
             return [self.settings.micro_batch_size]
         given = (own for own in self.adapters.values() if "global_batch_size" in own.model_fields_set)
@@ -205,7 +205,7 @@ class ClusterPlan:
         """Return the plans of `plan_run` for a layout, by adapter name.
 
         Raises:
-            UserError: a run rejects the layout, or the layout does not suit the cluster.
+            UserError: a run rejects the layout, or the layout is not suitable for the cluster.
         """
         cluster, machine = self.cluster, self.cluster.machine
         if cluster.per_node % tp_size and not self.given("tensor_parallel"):
@@ -287,7 +287,7 @@ def search(
 def _storages(plan: ClusterPlan, formats: tuple[str, ...] | None) -> tuple[Storage, ...]:
     """Return the storage formats to plan. If `formats` is given, only the formats that it names are returned.
 
-    A model whose weights are stored quantised allows only their format.
+    If the weights of the model are stored quantised, only their own format is allowed.
 
     Raises:
         UserError: no storage format remains.
@@ -306,7 +306,7 @@ def _storages(plan: ClusterPlan, formats: tuple[str, ...] | None) -> tuple[Stora
     base, given_base = settings.base or source.stored_base, plan.given("base")
     if given_base and base not in [storage.base for storage in named]:
         base = base or UNQUANTISED
-        raise UserError(f"{given} and --base {base}: none of these formats stores the base in {base}. Omit a flag")
+        raise UserError(f"{given} and --base {base}: none of these formats stores the base in {base}. Omit one flag")
     wanted = {name: getattr(settings, name) for name in Storage._fields if plan.given(name)}
     wanted |= {"base": base} if given_base else {}
     fits = [storage for storage in left if all(getattr(storage, name) == value for name, value in wanted.items())]

@@ -9,8 +9,8 @@ A pass starts once its rank has finished the previous pass and its input is read
 stage is idle for (p - 1) / (m + p - 1) of a step of m micro-batches. The simulation also handles unequal stages.
 
 In a ring of n ranks, an all-gather or reduce-scatter of B bytes takes B (n - 1) / n divided by the bandwidth. An
-all-reduce takes twice as long. A group that spans nodes uses the network cards of all its ranks in a node, up to the
-bandwidth inside a node. Each message has a fixed cost of `message` seconds.
+all-reduce takes twice as long. A process group that spans nodes uses the network cards of all its ranks in a node, up
+to the bandwidth inside a node. Each message has a fixed cost of `message` seconds.
 """
 
 import functools
@@ -61,7 +61,7 @@ class Term(NamedTuple):
 
 
 class Link(NamedTuple):
-    """The link that carries the messages of a group of ranks.
+    """The link that carries the messages of a process group.
 
     Attributes:
         size: the number of ranks in the group.

@@ -60,7 +60,7 @@ class Sizes(NamedTuple):
 
     Attributes:
         tokens, after: the numbers of tokens, and of positions after the last attention, of each adapter.
-        supervised, at_once: the number of rows of logits, and the number in memory at the same time.
+        supervised, at_once: the number of rows of logits, and how many of them are in memory at the same time.
     """
 
     tokens: tuple[int, ...]
@@ -76,10 +76,10 @@ class Trace(NamedTuple):
         forward, backward: the counts of both passes.
         moments: the allocated memory after each operation of both passes.
         saved: the bytes that autograd saves, without the factors A and F and without indices.
-        kept: the bytes that stay allocated between the passes, without A and F. Recomputation also keeps arguments.
+        kept: the bytes that stay allocated between the passes, without A and F. Recomputation keeps arguments, too.
         gradients: the bytes of the gradients of A and F after the backward pass.
         saves_attention: 1 if the saved tensors of attention stay allocated between the passes, else 0.
-        saved_factors, kept_factors: the saved or kept A and F, as pairs of a target and a letter.
+        saved_factors, kept_factors: the copies of A and F that are saved or kept, as pairs of a target and a letter.
     """
 
     forward: Mapping[Hashable, float]
@@ -101,7 +101,7 @@ class Trace(NamedTuple):
 
 @dataclass(frozen=True)
 class AdapterReading:
-    """The counts of both passes when A and F are computed from adapters, and the memory of the copies.
+    """The counts of both passes when A and F are computed from the adapters, and the memory of A and F.
 
     Attributes:
         factors: the memory address and the bytes of each copied A or F, by layer, target and letter.
@@ -130,7 +130,7 @@ class Kind:
 
 
 class Tracer:
-    """Traces the layers of a model as they run on rank 0 of a tensor-parallel group."""
+    """A tracer of the layers of a model, as they run on rank 0 of a tensor-parallel group."""
 
     def __init__(
         self,
@@ -164,8 +164,8 @@ class Tracer:
     def at(self, kind: Kind, sizes: Sizes, *, recompute: str) -> Trace:
         """Return the trace of a block for a micro-batch of these sizes.
 
-        With one adapter, all values are affine functions of `_features`, so one trace per feature determines them.
-        With several adapters, each combination of sizes is traced.
+        With one adapter, all values are affine functions of `_features`, so one trace per feature is enough. With
+        several adapters, each combination of sizes is traced.
         """
         if len(sizes.tokens) > 1:
             return self.trace(kind, sizes, recompute=recompute)
@@ -277,7 +277,7 @@ class Tracer:
     def _updates(
         self, kind: Kind, index: int, sizes: Sizes, anchor: torch.Tensor, kept: list[torch.Tensor]
     ) -> tuple[dict[int, LayerUpdate], dict[tuple[str, str], weakref.ref[torch.UntypedStorage]]]:
-        """Return the block's updates and references to its A and F. The gradient slots append gradients to `kept`."""
+        """Return the updates of the block, and references to its A and F. Gradients of A and F are added to `kept`."""
 
         def gradient_slot(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
             return with_adjoint(lambda one: one.new_empty(1, dtype=dtype).expand(shape), kept.append, anchor)
@@ -328,7 +328,7 @@ class Tracer:
 
 
 def _end(output: torch.Tensor) -> torch.Tensor:
-    """Return a scalar to start the backward pass from. Only this pass holds the gradient of `output`."""
+    """Return a scalar from which the backward pass starts. Only this pass holds the gradient of `output`."""
     shape = output.shape
     return with_adjoint(lambda one: one.new_empty(()), lambda gradient: gradient.new_empty(shape), output)
 
