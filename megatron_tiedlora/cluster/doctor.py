@@ -52,8 +52,8 @@ def examine(settings: DoctorSettings, environment: Mapping[str, str], say: Calla
         say: a function that prints a line about the progress.
 
     Raises:
-        UserError: the hostfile names no host, the number of ranks does not fit the parallel configuration, a path is
-            invalid, or the launcher is not installed.
+        UserError: the hostfile or a path is invalid, the parallel configuration does not fit the number of ranks, or
+            the launcher is not installed.
     """
     job = find_job(settings, environment)
     firsts = accumulate((host.slots for host in job.hosts), initial=0)

@@ -3,8 +3,8 @@
     python -m megatron_tiedlora.cluster.doctor_rank ORDER    (an `Order`, encoded by `packed`)
 
 The first rank of each host reports the hardware and software of the host. Then all ranks join a process group as in a
-real job, compare their clocks, check whether they share a folder, and run an all-reduce in each process group. Every
-wait has the time limit of the order, and an alarm ends the process if a wait does not return.
+real job, and compare their clocks. They check whether they share a folder, and run an all-reduce in each process group.
+Every wait has the time limit of the order, and an alarm ends the process if a wait does not return.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ class TrialRank:
         self._order, self._rank, self._report = order, rank, RankReport(rank=rank)
 
     def say(self, **news: Any) -> None:
-        """Update fields of the report and print it. Each line names the rank, because launchers may mix lines."""
+        """Update fields of the report and print it. Each line names its rank, as launchers may mix lines of ranks."""
         self._report = self._report.model_copy(update=news)
         word = packed(self._report) + RANK_END
         pieces = (word[start : start + _PIECE] for start in range(0, len(word), _PIECE))
@@ -309,7 +309,7 @@ class TrialRank:
 
 
 def _write(path: str) -> str:
-    """Write the file. Return '' after success, else the reason why the file cannot be written."""
+    """Write a short file, and return '' or the reason why the file cannot be written."""
     try:
         Path(path).touch(mode=0o600, exist_ok=False)
         Path(path).write_text("for tiedlora doctor")

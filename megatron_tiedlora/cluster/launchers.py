@@ -69,7 +69,7 @@ class Job:
     @property
     def variables(self) -> dict[str, str]:
         """Return the environment variables of every process of the job. With PYTHONSAFEPATH, Python imports no modules
-        from the current folder, where another user may have put files. MASTER_ADDR is set for all launchers."""
+        from the current folder, where another user may have put files. Not all launchers set MASTER_ADDR."""
         start = {START_ID: self.start} if self.start else {}
         meeting = {"MASTER_ADDR": self.master_addr, "MASTER_PORT": str(self.master_port)}
         return {EXPECTED_RANKS: str(self.size), "PYTHONSAFEPATH": "1", **start, **meeting}

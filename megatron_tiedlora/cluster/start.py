@@ -200,7 +200,7 @@ def command_lines(plan: StartPlan, job: Job, folder: RunFolder, environment: Map
 
 
 def say(line: str) -> None:
-    """Print a line on stderr after the name of this command."""
+    """Print a line on stderr, preceded by the name of this command."""
     with suppress(OSError):
         show(f"tiedlora run: {line}", file=sys.stderr)
 
@@ -388,7 +388,7 @@ class StatusFile:
         return not self.is_of_another and stamp(self.folder.status) not in (None, self._before)
 
     def has_begun(self) -> bool:
-        """Return whether a rank of this launch has owned the folder. Settings, hosts and model were then valid."""
+        """Return whether a rank of this launch has owned the folder. If so, settings, hosts and model were valid."""
         return self.is_new() or self._token() is not None
 
     def is_awaited(self) -> bool:

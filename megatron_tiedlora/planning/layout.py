@@ -130,7 +130,7 @@ class Layout:
     def pad_multiple(self) -> int:
         """The multiple to which lengths are padded, so that sequence parallelism can divide them into equal shards.
 
-        It is the least common multiple of the number of shards and 8, or 128 on GPUs. Padding does not change the loss.
+        It is the least common multiple of the number of shards and 8 (on GPUs 128). Padding does not change the loss.
         """
         return math.lcm(GPU_MULTIPLE if self.on_gpu else PAD_MULTIPLE, self.sequence_parts)
 

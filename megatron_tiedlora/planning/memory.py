@@ -1,8 +1,8 @@
 """Predict the bytes that a rank of each stage needs, by purpose.
 
 The memory for activations is computed from traces: the bytes that blocks save for the micro-batches in flight, and the
-peak of a pass. Two values are not traced: the bytes that DeepSpeed's engines hold (hidden states of a pipeline,
-gathered weights of ZeRO-3), and the bytes that CUDA and NCCL allocate outside PyTorch.
+peak of a pass. Two values are not traced. The first is the memory of DeepSpeed's engines for hidden states of a
+pipeline or gathered weights of ZeRO-3. The second is the memory that CUDA and NCCL allocate outside PyTorch.
 """
 
 import operator
@@ -73,7 +73,7 @@ def with_reserves(stage: StagePlan, memory: StageMemory, machine: Machine) -> St
 
 
 def held_memory(stage: StagePlan) -> StageMemory:
-    """Return the memory per rank of a stage that does not depend on micro-batches."""
+    """Return the part of a rank's memory that does not depend on micro-batches."""
     layout, trained = stage.layout, sum(stage.trained)
     of_weights = layout.dp_size if layout.zero_stage == 3 else 1
     stage_of_adapter = layout.zero_stage if layout.engine_steps else 0  # else no engine shards the adapter
@@ -108,7 +108,7 @@ class LargestMicroBatch(NamedTuple):
 
 
 def step_memory(stage: StagePlan, largest: LargestMicroBatch) -> StageMemory:
-    """Return the memory per rank of a stage that depends on micro-batches, but not on the storage format or ZeRO.
+    """Return the part of a rank's memory that depends on micro-batches. Storage format and ZeRO do not affect it.
 
     Almost all tokens are assumed to belong to the adapter that needs the most memory. If several adapters share
     micro-batches, the combination of adapters that needs the most memory is used.
@@ -213,8 +213,8 @@ def attention_memory(stage: StagePlan, largest: LargestMicroBatch) -> tuple[int,
     The first value counts the bytes that a block saves for its backward pass, in addition to one fp32 element per token
     per head. The second value counts the temporary bytes of the backward pass.
 
-    On GPUs the values are for the kernels of PyTorch 2.11: flash attention in 16 bits (flash_attn needs the same
-    memory), and the memory-efficient kernel in fp32. On a CPU they are for the tiles of `model/cpu_attention.py`.
+    On GPUs the values are for PyTorch 2.11: flash attention in 16 bits, and the memory-efficient kernel in fp32. The
+    package flash_attn needs the same memory. On a CPU the values are for the tiles of `model/cpu_attention.py`.
     """
     shape, layout, (tokens, documents, longest, _) = stage.shape, stage.layout, largest
     itemsize, tp_size = layout.dtype.itemsize, layout.tp_size
@@ -276,7 +276,7 @@ def engine_bytes_in_flight(stage: StagePlan, *, tokens: int) -> float:
 
 
 def _gathered_bytes(stage: StagePlan) -> float:
-    """Return the bytes of the weights that ZeRO-3 (0.19.8) has gathered. It stops at `live_parameters` elements."""
+    """Return the bytes of gathered weights. ZeRO-3 (0.19.8) stops gathering above `live_parameters` elements."""
     layout, block = stage.layout, stage.shape.block
     if layout.zero_stage < 3 or layout.dp_size == 1:
         return 0.0

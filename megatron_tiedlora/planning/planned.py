@@ -3,10 +3,10 @@
 A `StepPlan` describes the micro-batches of a step, with or without data. A run without --adapters counts as a run with
 one adapter. A `Planned` is one layout of such a step. Each cost is computed on first use.
 
-A dry run has one layout, and a search has thousands. Layouts share a value if they are equal in all fields that affect
-this value (`_DEPENDS`). The schedules of layouts with equal numbers of stages and micro-batches are simulated together
-(`time_together`). Stages that do the same work use the values of the first of them, which has the most micro-batches in
-flight.
+A dry run plans one layout, and a search plans thousands. Layouts share a value if they are equal in all fields that
+affect this value (`_DEPENDS`). The schedules of layouts with equal numbers of stages and micro-batches are simulated
+together (`time_together`). Stages that do the same work use the values of the first such stage, which has the most
+micro-batches in flight.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -276,7 +276,7 @@ class Planned:
         return self.cluster.machine
 
     def stage(self, index: int) -> StagePlan:
-        """Return the stage with this index. Layouts with the same partition and storage share its computed fields."""
+        """Return the stage with this index. Layouts with the same partition and storage share its values."""
         found = self._once("stages", lambda: plan_stages(self.step.shape, self.layout))
         return replace(found[index], layout=self.layout)
 
@@ -347,7 +347,7 @@ class Planned:
 
     @cached_property
     def seconds(self) -> step_time.Seconds:
-        """The seconds of a step by purpose."""
+        """The predicted seconds of a step, by purpose."""
         return step_time.step_seconds([self.parts])[0]
 
     @property

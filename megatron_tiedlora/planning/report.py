@@ -44,7 +44,7 @@ class DryRunReport(NamedTuple):
 
 
 def dry_run_report(settings: Settings, *, launched_ranks: int = 1) -> DryRunReport:
-    """Return the complete report, for --world_size ranks or else for the number of launched ranks.
+    """Return the complete report for --world_size ranks, or for the launched ranks if this flag is not given.
 
     Raises:
         UserError: the run itself would raise the same error.

@@ -308,7 +308,7 @@ def with_models_length(settings: Settings, source: ModelSource) -> Settings:
 
 
 def with_counted_steps(settings: Settings, num_samples: int) -> Settings:
-    """Return the settings with --max_steps computed from --epochs, if given. The default warm-up is not longer.
+    """Return the settings with --max_steps computed from --epochs, if given. --max_steps limits the default warm-up.
 
     A step uses the next --global_batch_size samples with every parallel configuration, and with or without packing. So
     an epoch has ceil(samples / --global_batch_size) steps, and its last step may begin the next epoch. The number of
@@ -441,8 +441,7 @@ def read_start(given: str, source: ModelSource, *, differs: bool) -> StartAdapte
 
     Raises:
         UserError: the folder has no adapter, or the adapter cannot be read or is for a model of a different shape.
-            Without `differs` (--base_differs), also if `source` has a merged adapter that a PEFT adapter does not
-            record.
+            Without `differs` (--base_differs), it must also record an adapter that is merged into `source`.
     """
     opened = open_adapter(given, source, flag="--init_from", differs=differs)
     kind = "a PEFT adapter"

@@ -193,7 +193,7 @@ class ClusterPlan:
         return found or [(tensor[0], pipeline[0])]
 
     def rows_per_rank(self, dp_size: int) -> list[int]:
-        """Return the micro-batch sizes to try. Each divides the samples per rank of every adapter's global batch."""
+        """Return the micro-batch sizes to try. Each size divides the number of samples per rank of all adapters."""
         if self.settings.micro_batch_size is not None:
             return [self.settings.micro_batch_size]
         given = (own for own in self.adapters.values() if "global_batch_size" in own.model_fields_set)

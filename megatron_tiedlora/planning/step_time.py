@@ -309,7 +309,7 @@ def step_seconds(steps: Sequence[StepParts]) -> list[Seconds]:
 def pipeline_spans(steps: Sequence[StepParts]) -> NDArray[np.float64]:
     """Return the seconds from the start of each step to the end of its last pass, for steps with equal pass counts.
 
-    A stage runs its passes in the 1F1B order of DeepSpeed's pipeline (0.19.8), which traces of real steps confirm. It
+    A stage runs its passes in the 1F1B order of DeepSpeed's pipeline (0.19.8). Traces of real steps confirm it. A stage
     first runs as many forward passes as there are stages from itself to the last stage. Then it alternates one backward
     and one forward pass. Each pass runs as early as possible. A forward pass needs the output of the previous stage for
     the same micro-batch. A backward pass needs the gradient from the next stage.

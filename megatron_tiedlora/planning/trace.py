@@ -348,8 +348,8 @@ def _supervised(sizes: Sizes) -> Supervised:
 def _features(kind: Kind, sizes: Sizes) -> list[float]:
     """Return the values of which all counts are affine functions.
 
-    For a block they are 1 and the tokens. With the head, they also include the positions after the last attention, the
-    rows of logits, the number of chunks of these rows, and the rows of the first chunk.
+    For a block they are 1 and the tokens. With the head, the positions after the last attention and the rows of logits
+    follow. The last values are the number of chunks of these rows, and the rows of the first chunk.
     """
     (tokens,), (after,), rows, at_once = sizes
     if not kind.ends:
