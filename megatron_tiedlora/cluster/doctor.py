@@ -1,6 +1,7 @@
 """Check hosts for `tiedlora doctor`: start ranks with the launcher of a job, and collect and compare their reports.
 
-`doctor_rank` runs in each rank. Its lines are read from the launcher's output, where the launcher may add a prefix.
+`doctor_rank` runs in each rank. The lines that it prints are read from the launcher's output, where the launcher may
+add a prefix.
 """
 
 import ipaddress

@@ -176,7 +176,7 @@ def _temporary_bytes(layout: Layout, attention: float, moment: Moment) -> float:
 
 
 def group_bytes(part: AdapterShard) -> int:
-    """Return the bytes of one of several adapters on a rank: its tensors, gradients and two optimizer moments."""
+    """Return the bytes that one of several adapters needs on a rank: its tensors, gradients and optimizer moments."""
     trained, frozen = (sum(map(part.local_size, part.names(trained=trained))) for trained in (True, False))
     return FP32 * (4 * trained + frozen)
 

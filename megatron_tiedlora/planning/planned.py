@@ -256,7 +256,7 @@ class Planned:
     """A layout of a run on a cluster, with its predicted costs.
 
     Attributes:
-        step: the planned step. Layouts with the same micro-batches share it.
+        step: the planned step. Layouts with the same micro-batches share this object.
         known: a cache of values that several layouts share.
     """
 

@@ -37,7 +37,7 @@ from megatron_tiedlora.runtime.stopping import LONG_STEP_SECONDS
 
 
 class DryRunReport(NamedTuple):
-    """The text that a dry run prints, and whether the memory of --gpu is large enough (True without --gpu)."""
+    """The text that a dry run prints, and whether the card of --gpu has enough memory (True without --gpu)."""
 
     text: str
     fits: bool

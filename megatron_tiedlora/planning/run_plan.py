@@ -441,7 +441,7 @@ def read_start(given: str, source: ModelSource, *, differs: bool) -> StartAdapte
 
     Raises:
         UserError: the folder has no adapter, or the adapter cannot be read or is for a model of a different shape.
-            Without `differs` (--base_differs), it must also record an adapter that is merged into `source`.
+            Without `differs` (--base_differs), a PEFT adapter must record any adapter that is merged into `source`.
     """
     opened = open_adapter(given, source, flag="--init_from", differs=differs)
     kind = "a PEFT adapter"

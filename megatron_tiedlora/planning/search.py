@@ -167,7 +167,7 @@ class ClusterPlan:
 
     @cached_property
     def adapters(self) -> dict[str, Settings]:
-        """The settings of each adapter, without an assumed global batch size. Raises the UserError of a run."""
+        """The settings of each adapter, without an assumed global batch size. Raises the same UserError as a run."""
         assumed = {"global_batch_size"} - self.settings.model_fields_set
         given = {name: value for name, value in self.values.items() if name not in assumed}
         return adapter_plans.adapter_settings(make_settings(given))

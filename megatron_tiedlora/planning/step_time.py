@@ -165,7 +165,7 @@ class Seconds(NamedTuple):
 
     @classmethod
     def of(cls, terms: Iterable[Term]) -> "Seconds":
-        """Return the sums of the terms by purpose."""
+        """Return the total seconds of the terms, by purpose."""
         found = dict.fromkeys(cls._fields, 0.0)
         for term in terms:
             found[term.purpose] += term.seconds
