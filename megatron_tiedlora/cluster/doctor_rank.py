@@ -104,7 +104,7 @@ class Order(Record):
         first_ranks: the first rank of each host, which reports about the host.
         output_dir: the output folder of the job.
         large_bytes: the bytes per rank in the all-reduce that measures bandwidth.
-        timeout: the maximum seconds that a rank waits for other ranks. All ranks end after twice this time.
+        timeout: the maximum time in seconds that a rank waits for others. All ranks end after twice this time.
     """
 
     layout: ParallelConfig

@@ -81,7 +81,7 @@ class Job:
 
     @property
     def launcher_program(self) -> str:
-        """Return the launcher's program, which ranks recognise by its name. `deepspeed` is in the folder of Python."""
+        """Return the launcher's program, which ranks recognise by its name. `deepspeed` is installed beside Python."""
         beside = {"deepspeed": str(Path(self.python).with_name("deepspeed")), "torchrun": self.python}
         return beside.get(self.launcher, self.launcher)
 

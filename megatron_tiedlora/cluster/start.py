@@ -302,7 +302,7 @@ def wait_for_end(
 ) -> None:
     """Wait until the launcher, its processes on this machine, and the owner of the run folder have ended.
 
-    The first signal is forwarded. A later Ctrl-C kills the job. A later SIGTERM does not, as schedulers send it twice.
+    The first signal is forwarded. A later Ctrl-C kills the job. A later SIGTERM is ignored, as schedulers may send two.
 
     Args:
         status: the status file of the run. A job that writes no such file ends with its launcher.

@@ -170,7 +170,7 @@ def step_flops(
     packing and layouts do not change the result.
 
     Args:
-        squared_lengths: the sum of s^2 over sequences of s positions. Causal attention needs half of it.
+        squared_lengths: the sum of s^2 over sequences of s positions. Causal attention needs half of this sum.
         num_supervised: the number of positions for which the head computes logits.
         num_after: the number of positions that are computed after the last attention; None means `num_supervised`.
     """

@@ -352,7 +352,7 @@ class Planned:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens per second per rank."""
+        """The number of tokens per second per rank."""
         return self.work.tokens / self.seconds.total / self.cluster.world_size
 
     @property

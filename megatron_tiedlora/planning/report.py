@@ -1,6 +1,6 @@
 """Report the memory, messages and time of a layout as text, for a dry run and for `tiedlora plan --why`.
 
-A dry run needs no weights and no data. For a preset model it needs no files at all.
+A dry run needs no weights and no data. A dry run of a preset model needs no files at all.
 """
 
 import itertools
@@ -80,7 +80,7 @@ def layout_sections(planned: Planned, *, on_card: bool = True) -> list[list[str]
 
 
 def _samples(step: StepPlan, data: adapter_plans.Data) -> list[list[str]]:
-    """Return the text of each adapter's first sample, divided into supervised and other spans, without duplicates."""
+    """Return the first sample of each adapter, divided into supervised and other spans. Equal samples appear once."""
     found: dict[tuple[str, ...], list[str]] = {}
     for name, own in data.items():
         ids, supervised, settings = own.train.sample(0), own.train.supervised_of(0), step.plans[name].settings
@@ -406,7 +406,7 @@ def messages_text(number: int, size: float) -> str:
 
 
 def traffic_table(sent: Sequence[Mapping[str, str]]) -> list[str]:
-    """Return a table of messages with one row per stage. `sent` has the texts of each stage by process group."""
+    """Return a table of messages with one row per stage. `sent` contains the texts of each stage, by process group."""
     groups = [group for group in (*GROUPS, "DeepSpeed") if any(group in found for found in sent)]
     header = ["all ranks" if group == WORLD else group for group in groups]
     return stage_table(header, [[found.get(group, messages_text(0, 0)) for group in groups] for found in sent])

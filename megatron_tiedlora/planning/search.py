@@ -146,7 +146,7 @@ class ClusterPlan:
         return list(found.values())
 
     def row(self, name: str, *, flag: str) -> Candidate:
-        """Return the layout with this name. Raises UserError, with a similar name, if no layout has this name."""
+        """Return the layout with this name. Raises UserError if there is none; the message suggests a similar name."""
         rows = {row.name: row for row in self.all_rows}
         if name not in rows:
             raise UserError(f"--{flag} {name}: no such layout{nearest_name(name, rows)}. Give a name from the table")
@@ -193,7 +193,7 @@ class ClusterPlan:
         return found or [(tensor[0], pipeline[0])]
 
     def rows_per_rank(self, dp_size: int) -> list[int]:
-        """Return the micro-batch sizes to try. Each size divides the number of samples per rank of all adapters."""
+        """Return the micro-batch sizes to try: the given one, or all that divide every adapter's samples per rank."""
         if self.settings.micro_batch_size is not None:
             return [self.settings.micro_batch_size]
         given = (own for own in self.adapters.values() if "global_batch_size" in own.model_fields_set)

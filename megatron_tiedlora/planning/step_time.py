@@ -56,7 +56,7 @@ class Term(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """The seconds of the term."""
+        """The time of the term in seconds."""
         return (self.amount / self.rate if self.rate else 0.0) + self.fixed
 
 

@@ -4,7 +4,7 @@ A trace covers the embedding, one block, or the last block with the head and the
 functions and recomputation of a real run, except for the modules that `counting` replaces.
 
 Counts are affine functions of the sizes of a micro-batch, so a few traces determine the counts for all sizes
-(`Tracer.at`). The allocated bytes after each operation are affine functions too. The peak is the largest of them.
+(`Tracer.at`). The allocated bytes after each operation are affine functions, too. The peak is their maximum.
 """
 
 import gc
@@ -348,7 +348,7 @@ def _supervised(sizes: Sizes) -> Supervised:
 def _features(kind: Kind, sizes: Sizes) -> list[float]:
     """Return the values of which all counts are affine functions.
 
-    For a block they are 1 and the tokens. With the head, the positions after the last attention and the rows of logits
+    They are the constant 1 and the tokens. With the head, the positions after the last attention and the rows of logits
     follow. The last values are the number of chunks of these rows, and the rows of the first chunk.
     """
     (tokens,), (after,), rows, at_once = sizes

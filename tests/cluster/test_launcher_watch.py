@@ -213,7 +213,7 @@ def test_the_status_file_decides(
 
 @pytest.mark.parametrize(
     ("rank", "status", "said"),
-    [({}, 1, "does not say how this start"), ({"state": "failed"}, 1, "failed at step 3")],
+    [({}, 1, "does not say how this launch"), ({"state": "failed"}, 1, "failed at step 3")],
 )
 def test_the_end_of_an_earlier_start_does_not_count(
     start: Launch, rank: dict[str, Any], status: int, said: str
