@@ -1,7 +1,7 @@
-"""The doctor: start ranks with the job's own launcher, collect their reports, compare and judge them, and print the
-result.
+"""Check hosts for `tiedlora doctor`: start ranks with the launcher of a job, and collect and compare their reports.
 
-`doctor_rank` runs in each rank. Its lines are found in the launcher's output behind any prefix of the launcher.
+`doctor_rank` runs in each rank. The lines that it prints are read from the launcher's output, where the launcher may
+add a prefix.
 """
 
 import ipaddress
@@ -34,9 +34,9 @@ _PROGRAM = ("-m", "megatron_tiedlora.cluster.doctor_rank")
 _START_SECONDS = 60.0  # for launchers, in addition to the ranks' time
 TEXT: Any = {"encoding": "utf-8", "errors": "replace", "newline": "\n"}  # for a launcher's output
 _SLOW = 0.5  # share of the median bandwidth of groups of the same kind
-_NOT_IN_THE_WAY = "output_not_writable"  # explains no failure of the ranks, so the trial still counts
+_NOT_IN_THE_WAY = "output_not_writable"  # ranks do not fail because of this error, so their results still count
 _PACKAGE = "megatron_tiedlora"
-# Different versions of these are an error, because every rank computes with them. For others they are a warning.
+# Different versions of these packages are an error, as every rank computes with them. For others they are a warning.
 _STRICT = ("python", "torch", "deepspeed", "transformers", _PACKAGE)
 _COMPARED = (*_STRICT, "safetensors", "numpy", "bitsandbytes")
 NO_GPU = "none"
@@ -46,15 +46,15 @@ _LITTLE_SPACE = 1 << 30  # a checkpoint of a tied adapter is far smaller; logs a
 
 
 def examine(settings: DoctorSettings, environment: Mapping[str, str], say: Callable[[str], None]) -> DoctorReport:
-    """Check the hosts that the settings or the allocation name.
+    """Check the hosts of a hostfile or a Slurm allocation, or else this machine, and return a report.
 
     Args:
-        environment: variables of this shell. They describe the allocation, and launchers pass some to the hosts.
-        say: called with a progress line at each step.
+        environment: the variables of this shell. They describe the allocation, and launchers export some to the hosts.
+        say: a function that prints a line about the progress.
 
     Raises:
-        UserError: the hostfile names no host, the parallel configuration does not divide the ranks, a path is invalid,
-            or the launcher is not installed.
+        UserError: the hostfile or a path is invalid, the parallel configuration does not fit the number of ranks, or
+            the launcher is not installed.
     """
     job = find_job(settings, environment)
     firsts = accumulate((host.slots for host in job.hosts), initial=0)
@@ -95,7 +95,7 @@ def examine(settings: DoctorSettings, environment: Mapping[str, str], say: Calla
         findings += explain_output(hosts, trial, output_dir)
     groups, skipped = group_results(hosts, trial), None
     if in_the_way := [one for one in findings if one.status == "error" and one.code != _NOT_IN_THE_WAY]:
-        skipped = f"the ranks' trial does not count: correct {count_text(len(in_the_way), 'error')} first"
+        skipped = f"the all-reduce results do not count: correct {count_text(len(in_the_way), 'error')} first"
     else:
         findings += [*explain_trial(hosts, layout, trial, limit=2 * order.timeout), *judge_groups(groups)]
         skipped = "no all-reduce: a single rank has no communication to test" if layout.num_ranks == 1 else None
@@ -116,12 +116,12 @@ def examine(settings: DoctorSettings, environment: Mapping[str, str], say: Calla
 
 
 def find_job(settings: DoctorSettings, environment: Mapping[str, str]) -> Job:
-    """Return a job on the hosts to check, with the launcher that `tiedlora run` would use. The hosts come from the
-    hostfile, else from the allocation. Otherwise it is this machine with one rank per GPU, or tensor x pipeline ranks
-    without GPUs."""
+    """Return a job on the hosts to check, with the launcher that `tiedlora run` would use. Without a hostfile or a
+    Slurm allocation, the job runs on this machine. It then has one rank per GPU, or tensor x pipeline ranks if there
+    are no GPUs."""
     of_job = ("launcher", "hostfile", "launcher_args", "master_port")
     launch = LaunchSettings(**{name: getattr(settings, name) for name in of_job})
-    # An interactive step of Slurm has one node. Use the whole allocation.
+    # An interactive step of Slurm has only one node. Use all nodes of the allocation.
     outside = {name: value for name, value in environment.items() if "_STEP_" not in name or name.endswith("NUM_TASKS")}
     job = make_job(launch, outside)
     if job.route == "local":
@@ -132,12 +132,12 @@ def find_job(settings: DoctorSettings, environment: Mapping[str, str]) -> Job:
 
 @dataclass
 class Trial:
-    """The reports of the ranks and all other output. It is filled while the ranks run.
+    """The output of the ranks and the launcher, which is collected while the ranks run.
 
     Attributes:
         ranks: the latest report of each rank.
-        status: the launcher's exit status; None if the time limit ended it.
-        printed: all other lines.
+        status: the launcher's exit status; None if the time limit ended the launcher.
+        printed: all lines that are not part of a report.
     """
 
     ranks: dict[int, RankReport] = field(default_factory=dict)
@@ -146,7 +146,7 @@ class Trial:
     _begun: dict[str, str] = field(default_factory=dict)
 
     def hear(self, line: str) -> None:
-        """Read a line of the launcher's output."""
+        """Parse a line of the launcher's output, and store a report once it is complete."""
         _, mark, words = line.partition(doctor_rank.RANK_MARK)
         rank, _, piece = words.strip().partition(" ")
         if not mark:
@@ -173,7 +173,7 @@ class Trial:
 def start_ranks(
     job: Job, order: doctor_rank.Order, environment: Mapping[str, str], say: Callable[[str], None]
 ) -> Trial:
-    """Run the trial to its end or its time limit, and return its reports. Lines of stderr are read last."""
+    """Run the ranks until they end or the time limit is reached, and return their reports. stderr is read last."""
     trial, has_met, end = Trial(), False, time.monotonic() + 2 * order.timeout + _START_SECONDS
     with tempfile.TemporaryDirectory(prefix="megatron_tiedlora-") as folder, StopSignals() as signals:
         job = replace(job, program=_PROGRAM, arguments=(doctor_rank.packed(order),), private=Path(folder))
@@ -206,7 +206,7 @@ def start_ranks(
 
 
 def last_words(trial: Trial, names: Sequence[str]) -> str:
-    """Return the launcher's line about the first of `names` that it mentions, or otherwise its last line."""
+    """Return the first line of output about one of the hosts in `names`, or else the last line of output."""
     lines = [line.strip() for line in trial.printed if line.strip()]
     about = (line for name in names for line in lines if f"{name}:" in line or f" {name} " in line)
     return next(about, lines[-1] if lines else f"the launcher ended with status {trial.status}")
@@ -216,7 +216,7 @@ def last_words(trial: Trial, names: Sequence[str]) -> str:
 
 
 def explain_silence(hosts: Sequence[HostReport], trial: Trial, *, route: str) -> list[Finding]:
-    """Return an error for each host without a report, with the launcher's line about the host."""
+    """Return an error for each host without a report. The error quotes the launcher's line about the host."""
     findings = []
     for host in hosts:
         if host.answer is None:
@@ -228,7 +228,7 @@ def explain_silence(hosts: Sequence[HostReport], trial: Trial, *, route: str) ->
 
 
 def explain_output(hosts: Sequence[HostReport], trial: Trial, output_dir: str) -> list[Finding]:
-    """Judge the reports of the hosts' first ranks about the output folder and the file that rank 0 wrote there."""
+    """Return a finding if hosts cannot write to the output folder or cannot see the file that rank 0 wrote there."""
     seen = {host.name: trial.first(host, "output") for host in hosts}
     blind = [name for name, wrong in seen.items() if wrong == doctor_rank.NOT_SEEN]
     closed = [name for name, wrong in seen.items() if wrong and name not in blind]
@@ -244,7 +244,7 @@ def explain_output(hosts: Sequence[HostReport], trial: Trial, output_dir: str) -
 
 
 def group_results(hosts: Sequence[HostReport], trial: Trial) -> list[GroupResult]:
-    """Return the results of the process groups whose ranks have all measured, sorted by kind and with hosts."""
+    """Return the results of all process groups that finished their all-reduce, sorted by kind, with their hosts."""
     found = [group for _, report in sorted(trial.ranks.items()) for group in report.groups]
     found.sort(key=lambda group: get_args(doctor_rank.GroupKind).index(group.kind))
     places = {host.first_rank + index: host.name for host in hosts for index in range(host.slots)}
@@ -253,7 +253,7 @@ def group_results(hosts: Sequence[HostReport], trial: Trial) -> list[GroupResult
 
 
 def explain_trial(hosts: Sequence[HostReport], layout: ParallelConfig, trial: Trial, *, limit: float) -> list[Finding]:
-    """Return a finding that says why ranks did not finish; [] if all ranks finished."""
+    """Return a list with an error that explains why ranks did not finish; [] if all ranks finished."""
     ranks_of = {host.name: range(host.first_rank, host.first_rank + host.slots) for host in hosts}
     failed = [report.failed for report in trial.ranks.values() if report.failed is not None]
     reason = failed[0] if failed else f"not finished in {limit:.0f} s" if trial.status is None else ""
@@ -276,7 +276,7 @@ def explain_trial(hosts: Sequence[HostReport], layout: ParallelConfig, trial: Tr
 
 
 def judge_groups(results: Sequence[GroupResult]) -> list[Finding]:
-    """Return findings for wrong sums, and for process groups that are much slower than others of their kind."""
+    """Return findings about wrong sums, and about process groups that are much slower than others of their kind."""
     findings = []
     for result in results:
         speeds = [other.bus_bytes_per_second for other in results if other.kind == result.kind]
@@ -294,12 +294,12 @@ def judge_groups(results: Sequence[GroupResult]) -> list[Finding]:
 
 # Comparing hosts ------------------------------------------------------------------------------------------------------
 #
-# A value is wrong if it differs from the value of most hosts; the first host decides a tie. So the finding names the
-# host that differs, and not all remaining hosts.
+# A value is wrong if it differs from the value of most hosts. If two values are equally frequent, the value of the
+# first host counts. So the finding names the host that differs, and not all remaining hosts.
 
 
 def compare_hosts(hosts: Sequence[HostReport], *, max_skew: float) -> list[Finding]:
-    """Return all findings about the answers. max_skew: the maximum clock difference in seconds."""
+    """Return all findings about the hosts that answered. `max_skew` is the maximum clock difference in seconds."""
     return [
         *compare_machines(hosts),
         *(finding for host, answer in doctor_rank.answering(hosts) for finding in _look_at(host, answer, hosts)),
@@ -313,8 +313,8 @@ def compare_hosts(hosts: Sequence[HostReport], *, max_skew: float) -> list[Findi
 def odd_hosts(
     hosts: Sequence[HostReport], value_of: Callable[[MachineRecord], str]
 ) -> Iterator[tuple[str, list[str], str, list[str]]]:
-    """Yield (value, its hosts, most frequent value, its hosts) for each value that is not the most frequent. Of equally
-    frequent values the first one counts as the most frequent."""
+    """Yield (value, its hosts, most frequent value, its hosts) for each value that is not the most frequent. If several
+    values are equally frequent, the first value counts as the most frequent."""
     names: dict[str, list[str]] = {}
     for host, answer in doctor_rank.answering(hosts):
         names.setdefault(value_of(answer.machine), []).append(host.name)
@@ -323,8 +323,8 @@ def odd_hosts(
 
 
 def compare_machines(hosts: Sequence[HostReport]) -> Iterator[Finding]:
-    """Yield findings about differences between hosts: versions of Python, packages and torch's build, code of the same
-    version, and kinds of GPUs. Two names of one machine, which would use it twice, are a finding too."""
+    """Yield findings about differences between hosts: versions of Python, packages and CUDA, the code of this package,
+    and GPU models. Two names for the same machine are also a finding, because a job would use the machine twice."""
 
     def differs(
         kind: Callable[..., Finding],
@@ -367,7 +367,7 @@ def count_gpus(machine: MachineRecord) -> str:
 
 
 def kind_of_gpus(machine: MachineRecord) -> str:
-    """Return the names of the machine's kinds of GPUs."""
+    """Return the names of the GPU models of a machine as text."""
     return " and ".join(sorted({gpu.name for gpu in machine.gpus})) or NO_GPU
 
 
@@ -382,7 +382,7 @@ def compare_clocks(hosts: Sequence[HostReport], *, max_skew: float) -> Iterator[
 
 
 def _look_at(host: HostReport, answer: doctor_rank.HostAnswer, hosts: Sequence[HostReport]) -> Iterator[Finding]:
-    """Yield the problems of a single host, also those that depend on its number of ranks."""
+    """Yield findings about a single host, including problems that depend on its number of ranks."""
     machine, name, ranks = answer.machine, host.name, count_text(host.slots, "rank")
     num_ranks, here = sum(one.slots for one in hosts), [host.name]
     for finding in judge_machine(machine):
@@ -418,7 +418,7 @@ def _look_at(host: HostReport, answer: doctor_rank.HostAnswer, hosts: Sequence[H
 
 
 def is_loopback(address: str) -> bool:
-    """Return whether an address is only valid on its own host, like Debian's 127.0.1.1 for the host's name."""
+    """Return whether an address is only valid on its own host, such as 127.0.1.1, which Debian gives to hosts."""
     return ipaddress.ip_address(address).is_loopback
 
 
@@ -429,7 +429,7 @@ ODD_MARK = "*"
 
 
 def report_text(report: DoctorReport) -> str:
-    """Return the whole report as text."""
+    """Return the complete report as text."""
     layout, num_hosts = report.layout, count_text(len(report.hosts), "host")
     sizes = f"tensor {layout.tensor_parallel} x pipeline {layout.pipeline_parallel} x data {layout.data_parallel}"
     ranks = f"{count_text(layout.num_ranks, 'rank')} = {sizes}"
@@ -457,7 +457,7 @@ _SAME: tuple[tuple[str, Callable[[MachineRecord], str]], ...] = (  # values that
 
 
 def host_table(hosts: Sequence[HostReport]) -> list[str]:
-    """Return the lines of a table with a row per host. A value that differs from that of most hosts is marked."""
+    """Return a table with one row per host. A value that differs from the value of most hosts is marked."""
     odd = {title: {name for _, where, *_ in odd_hosts(hosts, value) for name in where} for title, value in _SAME}
     rows = [["host", "ranks", *odd, "memory free", "clock"]]
     for host in hosts:
@@ -476,7 +476,7 @@ def host_table(hosts: Sequence[HostReport]) -> list[str]:
 
 
 def group_table(groups: Sequence[GroupResult]) -> list[str]:
-    """Return the lines of a table with a row per kind of process group: its slowest group and that group's hosts."""
+    """Return a table with one row per kind of process group. The row shows the slowest group and its hosts."""
     rows = [["all-reduce", "groups x ranks", "bytes", "time", "bus bandwidth", "slowest group"]]
     for kind in dict.fromkeys(group.kind for group in groups):
         of_kind = [group for group in groups if group.kind == kind]

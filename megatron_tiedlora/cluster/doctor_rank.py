@@ -1,10 +1,10 @@
-"""Run one rank of the doctor's job. The launcher starts it like a rank of a real job.
+"""Run one rank of the test job of `tiedlora doctor`. The launcher starts this module like a rank of a real job.
 
-    python -m megatron_tiedlora.cluster.doctor_rank ORDER    (a packed record)
+    python -m megatron_tiedlora.cluster.doctor_rank ORDER    (an `Order`, encoded by `packed`)
 
-The first rank of each host first reports the hardware and software of the host. Then all ranks make a process group
-like a job, compare their clocks, check whether they share a folder, and all-reduce over each process group. Every wait,
-also in subgroups, has the order's time limit. An alarm ends the process if a wait does not return.
+The first rank of each host reports the hardware and software of the host. Then all ranks join a process group as in a
+real job, and compare their clocks. They check whether they share a folder, and run an all-reduce in each process group.
+Every wait has the time limit of the order, and an alarm ends the process if a wait does not return.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from megatron_tiedlora.runtime.machine import Finding, MachineRecord, Record, ma
 if TYPE_CHECKING:
     import torch
 
-RANK_MARK, RANK_END = "doctor-rank ", "."  # begin each line of a report, and end its last line
-NOT_SEEN, _CLOSED = "not seen", "no right to write"
+RANK_MARK, RANK_END = "doctor-rank ", "."  # the beginning of each line of a report, and the end of its last line
+NOT_SEEN, _CLOSED = "not seen", "no permission to write"
 STAGES = ("reported", "started", "joined", "done")
 GroupKind = Literal["tensor", "pipeline", "data"]
 _PIECE = 2000  # characters of a line: launchers do not split lines of this length
@@ -58,7 +58,7 @@ class HostAnswer(Record):
     """The report of a host's first rank about the host. It is sent before anything can fail.
 
     Attributes:
-        output_free_bytes: free space in the job's output folder; None if no folder was given.
+        output_free_bytes: the free space in the job's output folder; None if no folder was given.
     """
 
     machine: MachineRecord
@@ -66,7 +66,7 @@ class HostAnswer(Record):
 
 
 class HostReport(Record):
-    """A host and its answer, which is None if it did not report."""
+    """A host and its answer. The answer is None if no rank of the host has reported."""
 
     name: str
     slots: int
@@ -87,7 +87,7 @@ class ParallelConfig(Record):
     backend: Literal["nccl", "gloo"] | None = None
 
     def groups(self) -> dict[GroupKind, list[list[int]]]:
-        """Return the ranks of each tensor, pipeline and data parallel group. Groups of one rank are left out."""
+        """Return the ranks of each tensor, pipeline and data parallel group, except for groups of a single rank."""
         grid = Grid(0, self.num_ranks, self.tensor_parallel, self.pipeline_parallel)
         found: dict[GroupKind, dict[tuple[int, int], list[int]]] = {
             "tensor": grid.groups(lambda at: (at.pp_rank, at.dp_rank)),
@@ -98,13 +98,13 @@ class ParallelConfig(Record):
 
 
 class Order(Record):
-    """The instructions for the ranks.
+    """The instructions that `tiedlora doctor` gives to all ranks.
 
     Attributes:
         first_ranks: the first rank of each host, which reports about the host.
         output_dir: the output folder of the job.
-        large_bytes: bytes per rank in the all-reduce that measures bandwidth.
-        timeout: maximum time in seconds that a rank waits for the others. All ranks end after twice this time.
+        large_bytes: the bytes per rank in the all-reduce that measures bandwidth.
+        timeout: the maximum time in seconds that a rank waits for others. All ranks end after twice this time.
     """
 
     layout: ParallelConfig
@@ -115,10 +115,10 @@ class Order(Record):
 
 
 class GroupResult(Record):
-    """An all-reduce over one process group, as its slowest rank measured it.
+    """The result of an all-reduce in one process group, with the time of the slowest rank.
 
     Attributes:
-        hosts: the hosts of the ranks; the doctor adds them.
+        hosts: the hosts of the ranks, which are added after the measurement.
         bus_bytes_per_second: 2 (n - 1) / n * bytes / seconds, which is the bandwidth per link for any n.
     """
 
@@ -135,12 +135,12 @@ class RankReport(Record):
     """All results of a rank so far. The rank sends the report again after each new result.
 
     Attributes:
-        stage: the last finished stage: the host's record is made, torch is imported, all ranks have met, all is
-            measured.
-        answer, clock: results of the host; only its first rank has them.
+        stage: the last stage that the rank has finished: it has reported its host, imported torch, joined the process
+            group, or finished all measurements.
+        answer, clock: the results for the host; only the first rank of the host has them.
         output: the problem of this rank's host with the output folder or with the file that rank 0 wrote there.
-        groups: results of the process groups whose first rank this is.
-        failed: why the rank failed.
+        groups: the results of the process groups in which this rank is the first.
+        failed: the reason why the rank failed; None if it has not failed.
     """
 
     rank: int
@@ -156,8 +156,8 @@ class DoctorReport(Record):
     """The results of the doctor, as --json writes them.
 
     Attributes:
-        seconds: duration of each phase.
-        groups: process groups whose ranks have all measured; `skipped` says why there are none.
+        seconds: the duration of each phase.
+        groups: the process groups that finished their all-reduce; `skipped` explains why there are none.
     """
 
     verdict: Literal["ready", "not ready"]
@@ -179,27 +179,27 @@ def answering(hosts: Sequence[HostReport]) -> list[tuple[HostReport, HostAnswer]
 
 
 def packed(record: Record) -> str:
-    """Return a record as one word without characters that a shell changes."""
+    """Return a record encoded as one word without special characters of a shell."""
     return base64.b64encode(zlib.compress(record.model_dump_json(exclude_defaults=True).encode())).decode()
 
 
 def unpacked(kind: type[Record], word: str) -> Any:
-    """Return the record in a word of `packed`.
+    """Return the record that `packed` has encoded as `word`.
 
     Raises:
-        ValueError, zlib.error: the word is not such a record.
+        ValueError, zlib.error: the word is not an encoded record of this kind.
     """
     return kind.model_validate_json(zlib.decompress(base64.b64decode(word)))
 
 
 class TrialRank:
-    """The work of one rank."""
+    """One rank of the test job, with its report."""
 
     def __init__(self, order: Order, rank: int) -> None:
         self._order, self._rank, self._report = order, rank, RankReport(rank=rank)
 
     def say(self, **news: Any) -> None:
-        """Update fields of the report and send it to the doctor. A launcher may mix the lines of all ranks."""
+        """Update fields of the report and print it. Each line names its rank, as launchers may mix lines of ranks."""
         self._report = self._report.model_copy(update=news)
         word = packed(self._report) + RANK_END
         pieces = (word[start : start + _PIECE] for start in range(0, len(word), _PIECE))
@@ -207,7 +207,7 @@ class TrialRank:
         sys.stdout.flush()
 
     def run(self) -> None:
-        """Report, join the process group, measure and leave."""
+        """Report the host, join the process group, run all measurements, and leave the process group."""
         order, timeout = self._order, timedelta(seconds=self._order.timeout)
         if self._rank in order.first_ranks:
             folder = None if order.output_dir is None else nearest_existing(Path(order.output_dir))
@@ -238,12 +238,12 @@ class TrialRank:
             for ranks, handle in zip(groups, handles, strict=True):
                 if self._rank in ranks:
                     self._measure(kind, ranks, handle, device)
-        max_over_ranks([0.0])  # wait until all have measured
+        max_over_ranks([0.0])  # wait until all ranks have measured
         self.say(stage="done")
         distributed.destroy_process_group()
 
     def _compare_clocks(self) -> None:
-        """Compare the clocks, which are read right after all ranks have met in an exchange."""
+        """Compare the clocks of all hosts. Each rank reads its clock directly after a collective operation."""
         from megatron_tiedlora.parallel.agreement import max_over_ranks, sum_over_ranks
 
         max_over_ranks([0.0])  # so that all start the next exchange together
@@ -255,7 +255,7 @@ class TrialRank:
             self.say(clock=Clock(skew=now - first, margin=margin))
 
     def _share(self, folder: Path) -> None:
-        """Look for a file that rank 0 writes into the job's output folder and removes again."""
+        """Report whether this host sees a temporary file that rank 0 writes into the output folder of the job."""
         from megatron_tiedlora.parallel.agreement import decided_by_rank_0, max_over_ranks
 
         path = str(folder / f".doctor-{secrets.token_hex(8)}")
@@ -273,7 +273,7 @@ class TrialRank:
                     os.unlink(path)
 
     def _measure(self, kind: GroupKind, ranks: list[int], handle: Any, device: torch.device) -> None:
-        """Time an all-reduce. Process groups of one kind run at the same time, as in a job."""
+        """Measure the time of an all-reduce. Process groups of one kind run at the same time, as in a real job."""
         import torch
         from torch import distributed
 
@@ -301,7 +301,7 @@ class TrialRank:
             self.say(groups=[*self._report.groups, group])
 
     def _pattern(self, ranks: list[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (this rank's values, their sum over `ranks`). They are integers, which float32 adds exactly."""
+        """Return the values of this rank and their sum over `ranks`. Both are integers, which float32 adds exactly."""
         import torch
 
         base = torch.arange(self._order.large_bytes // _ITEM, device=device).remainder_(_PERIOD).float()
@@ -309,7 +309,7 @@ class TrialRank:
 
 
 def _write(path: str) -> str:
-    """Write the file. Return '', or why it cannot be written."""
+    """Write a short file, and return '' or the reason why the file cannot be written."""
     try:
         Path(path).touch(mode=0o600, exist_ok=False)
         Path(path).write_text("for tiedlora doctor")
@@ -319,12 +319,12 @@ def _write(path: str) -> str:
 
 
 def _is_seen(path: str) -> bool:
-    """Return whether this host sees the file with a unique name. A network file system may show it late."""
+    """Return whether this host sees the file. A network file system may show a new file after some seconds."""
     return seen_late(lambda: os.path.exists(path) or None, Path(path).parent, seconds=_SHARED_SECONDS) is not None
 
 
 def main() -> int:
-    """Run the rank. A failure is reported to the doctor and by the exit status."""
+    """Run the rank and return its exit status. A failure is also printed in the report of the rank."""
     order = unpacked(Order, sys.argv[1])
     signal.alarm(math.ceil(2 * order.timeout))
     trial = TrialRank(order, rank_number())
@@ -332,7 +332,7 @@ def main() -> int:
         trial.run()
     except Exception as error:  # gloo and NCCL raise many types, which all mean that the ranks cannot communicate
         trial.say(failed=first_line(error)[:500])
-        os._exit(1)  # without waiting for the threads of a broken group
+        os._exit(1)  # without waiting for the threads of a broken process group
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Build the command that starts a job's ranks with a launcher: words, environment and files. Nothing is started here.
+"""Build the command, the environment and the files with which a launcher starts the ranks. Nothing is started here.
 
 | launcher | what starts the ranks | variables that remote hosts get |
 |---|---|---|
@@ -21,7 +21,8 @@ from megatron_tiedlora.runtime.launch_env import EXPECTED_RANKS, RANK_VARIABLES,
 
 Route = Literal["ssh", "srun", "local"]  # the way from a launcher to the hosts
 
-# Never ask, give up a silent host, and share no connection, because a shared one would hide a lost host.
+# ssh never asks for input, and closes the connection to a host that does not respond. It shares no connection, because
+# a shared connection would hide the loss of a host.
 SSH_OPTIONS = (
     "-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=2"
     " -o ControlMaster=no -o ControlPath=none"
@@ -32,13 +33,13 @@ EXPORTS = ("NCCL", "PYTHON", "UCX", "MV2")  # variables with these prefixes go t
 
 @dataclass(frozen=True)
 class Job:
-    """A program with the hosts and the launcher to run it.
+    """A program to run, with its hosts and its launcher.
 
     Attributes:
-        program: the words after `python` in each rank: the absolute path of a script, or `-m` and a module.
+        program: the arguments of `python` in each rank: the absolute path of a script, or `-m` and a module.
         python, folder: the interpreter and the working folder, the same on every host.
         private: a folder for the files of this launch, which no other user can read.
-        start: an id of this launch, which its ranks write into the run folder; '' if they write none.
+        start: the id of this launch, which its ranks write into the run folder; '' if they write no id.
     """
 
     launcher: str
@@ -62,25 +63,25 @@ class Job:
 
     @property
     def names(self) -> str:
-        """Return the hosts' names in the format of pdsh and srun."""
+        """Return the names of the hosts in the format of pdsh and srun."""
         return ",".join(host.name for host in self.hosts)
 
     @property
     def variables(self) -> dict[str, str]:
-        """Return the variables of every process of the job. PYTHONSAFEPATH keeps Python from importing modules from the
-        current folder, where another user may have put some. The rendezvous is set because not all launchers do so."""
+        """Return the environment variables of every process of the job. With PYTHONSAFEPATH, Python imports no modules
+        from the current folder, where another user may have put files. Not all launchers set MASTER_ADDR."""
         start = {START_ID: self.start} if self.start else {}
         meeting = {"MASTER_ADDR": self.master_addr, "MASTER_PORT": str(self.master_port)}
         return {EXPECTED_RANKS: str(self.size), "PYTHONSAFEPATH": "1", **start, **meeting}
 
     @property
     def hostfile(self) -> Path:
-        """Return the path of a hostfile with exactly the ranks to start."""
+        """Return the path of the hostfile that lists exactly the ranks to start."""
         return self.private / "hostfile"
 
     @property
     def launcher_program(self) -> str:
-        """Return the launcher's program. `deepspeed` is installed beside Python; ranks recognise it by its name."""
+        """Return the launcher's program, which ranks recognise by its name. `deepspeed` is installed beside Python."""
         beside = {"deepspeed": str(Path(self.python).with_name("deepspeed")), "torchrun": self.python}
         return beside.get(self.launcher, self.launcher)
 
@@ -92,7 +93,7 @@ class Job:
 
 @dataclass(frozen=True)
 class StartPlan:
-    """A launcher's command, its environment, and files to write before it starts."""
+    """The command of a launcher, its environment, and the files to write before it starts."""
 
     words: tuple[str, ...]
     environment: Mapping[str, str]
@@ -100,10 +101,10 @@ class StartPlan:
 
 
 def plan_start(job: Job, environment: Mapping[str, str]) -> StartPlan:
-    """Return the command that starts `job` from a shell with `environment`. Rank variables of the shell are removed.
+    """Return the command that starts `job` from a shell with `environment`. Variables such as RANK are removed.
 
     Raises:
-        UserError: the launcher cannot pass on an argument, or the user's file of variables cannot be read.
+        UserError: the launcher cannot pass an argument to the ranks, or `.deepspeed_env` cannot be read.
     """
     by_launcher = {"deepspeed": _deepspeed, "mpirun": _mpirun, "srun": _srun, "torchrun": _torchrun}
     kept = {name: value for name, value in environment.items() if name not in RANK_VARIABLES[:3]}
@@ -132,7 +133,7 @@ def _deepspeed(job: Job, environment: Mapping[str, str]) -> StartPlan:
         return StartPlan((*words, *include, *ranks), environment, {job.hostfile: f"localhost slots={slots}\n"})
     for word in job.arguments:
         if re.search(r"[^\w@+=:,./-]|^$", word):
-            why = "deepspeed does not quote it for other hosts; put the setting into a YAML file for --config"
+            why = "deepspeed does not quote it for other hosts. Put the setting into a YAML file for --config"
             raise UserError(f"{word!r}: {why}")
     # DeepSpeed adds the current folder to PYTHONPATH. Its file of variables is read later and overrides this.
     lines = [f"PYTHONPATH={environment.get('PYTHONPATH', '')}", *_users_lines(job, environment)]
@@ -144,14 +145,14 @@ def _deepspeed(job: Job, environment: Mapping[str, str]) -> StartPlan:
 
 
 def _users_lines(job: Job, environment: Mapping[str, str]) -> list[str]:
-    """Return the lines of the user's `.deepspeed_env` files at home and in the current folder. DeepSpeed reads only our
-    file, so they are copied into it. It would crash on blank lines, comments and lines without a value."""
+    """Return the lines of the `.deepspeed_env` files in the home folder and the job's folder. DeepSpeed reads only the
+    file of this launch, so these lines are copied into it. DeepSpeed would crash on blank lines and comments."""
     found = []
     for file in (folder / environment.get("DS_ENV_FILE", ".deepspeed_env") for folder in (Path.home(), job.folder)):
         for number, line in enumerate(read_small_text(file).splitlines() if file.is_file() else (), start=1):
             if (content := line.strip()) and not content.startswith("#"):
                 if not re.match(r"[A-Za-z_]\w*=", content):
-                    raise UserError(f"{file}:{number}: not of the form NAME=VALUE; correct or remove the line")
+                    raise UserError(f"{file}:{number}: the line is not of the form NAME=VALUE. Correct or remove it")
                 found.append(content)
     return found
 

@@ -1,4 +1,4 @@
-"""tiedlora run: start a launcher, wait for its end, read run_status.json, and restart the job after a failure."""
+"""Start a launcher for `tiedlora run`, wait until it ends, read run_status.json, and restart a failed job."""
 
 import os
 import re
@@ -44,20 +44,20 @@ _FORWARDS = ("srun", "mpirun", "prterun")  # these forward SIGUSR1 to their rank
 
 
 def launch(command: LaunchCommand, *, scripts: Path) -> int:
-    """Start a job, wait for its end and report it. Return the exit status.
+    """Start a job, wait until it ends, print the result, and return the exit status.
 
     Args:
         scripts: the folder with the script of `tiedlora train`.
 
     Raises:
-        UserError: settings, hosts, parallel configuration, batch or folder do not fit. Nothing was started.
+        UserError: the settings, hosts, parallel configuration, batch size or folder are invalid. Nothing is started.
     """
     settings = command.settings
     job = make_job(settings, os.environ)
     check_num_ranks(command.train, job.size)
     folder = RunFolder(choose_run_folder(command.train).path.absolute())
     arguments = (*command.arguments, f"--output_dir={folder.path}")  # a later flag overrides an earlier one
-    # Only this user can read it.
+    # Only this user can read the folder.
     with tempfile.TemporaryDirectory(prefix="megatron_tiedlora-", ignore_cleanup_errors=True) as private:
         job = replace(job, program=(str(scripts / "train.py"),), arguments=arguments, private=Path(private))
         if settings.show_command:
@@ -102,7 +102,7 @@ def _run(job: Job, command: LaunchCommand, folder: RunFolder, signals: StopSigna
 
 
 def _say_what_may_be_left(job: Job, folder: RunFolder) -> None:
-    """Print how to end ranks that the launcher may have left on other hosts."""
+    """Print commands that end ranks which may still run on other hosts."""
     if job.route == "srun":
         say(f"ranks that still run end with: scancel {os.environ.get('SLURM_JOB_ID', 'JOB')}")
     if job.route == "ssh":
@@ -113,14 +113,14 @@ def _say_what_may_be_left(job: Job, folder: RunFolder) -> None:
 
 
 def choose_hosts(settings: LaunchSettings, environment: Mapping[str, str]) -> tuple[str, Route, tuple[Host, ...]]:
-    """Return the launcher, the route and the hosts from a hostfile, a Slurm allocation or this machine.
+    """Return the launcher, the route, and the hosts of a hostfile or a Slurm allocation, or else this machine.
 
     Raises:
         UserError: the hostfile or allocation does not exist, or has fewer slots than --num_gpus.
     """
     in_slurm = "SLURM_JOB_ID" in environment
     if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        raise UserError("srun has started this command in every task; start it once, without srun; it calls srun")
+        raise UserError("srun has started this command in every task. Start it once, without srun, as it calls srun")
     auto = "srun" if in_slurm and settings.hostfile is None else "deepspeed"
     launcher = auto if settings.launcher == "auto" else settings.launcher
     if settings.hostfile is not None:
@@ -128,12 +128,12 @@ def choose_hosts(settings: LaunchSettings, environment: Mapping[str, str]) -> tu
         if (wanted := settings.num_gpus) is not None:
             if short := [host for host in hosts if host.slots < wanted]:
                 slots = count_text(short[0].slots, "slot")
-                raise UserError(f"--num_gpus {wanted}: {short[0].name} has {slots} in the hostfile")
+                raise UserError(f"--num_gpus {wanted}: {short[0].name} has {slots} in the hostfile. Lower --num_gpus")
             hosts = tuple(replace(host, slots=wanted) for host in hosts)
         return launcher, "ssh", hosts
     if launcher == "srun" or (in_slurm and launcher == "mpirun"):
         if not in_slurm:
-            raise UserError("--launcher srun: not in a Slurm allocation; start with sbatch or salloc")
+            raise UserError("--launcher srun: this shell is not in a Slurm allocation. Start with sbatch or salloc")
         if settings.num_gpus is not None and (nodes := environment.get("SLURM_JOB_NODELIST")):
             return launcher, "srun", tuple(Host(name, settings.num_gpus) for name in expand_nodelist(nodes))
         own = {name: value for name, value in environment.items() if name != "SLURM_PROCID"}
@@ -148,12 +148,15 @@ def check_num_ranks(train: Settings, ranks: int) -> None:
 
 
 def make_job(settings: LaunchSettings, environment: Mapping[str, str]) -> Job:
-    """Return the job of the settings without its program, on a new port. Raise UserError as in `choose_hosts`, or if
-    this machine has fewer GPUs than --num_gpus."""
+    """Return the job that the settings describe, without its program and with a new port. Raise UserError as
+    `choose_hosts` does, or if this machine has fewer GPUs than --num_gpus."""
     launcher, route, hosts = choose_hosts(settings, environment)
     gpus = visible_gpus() if (launcher, route) == ("deepspeed", "local") else ()
     if gpus and hosts[0].slots > len(gpus):
-        raise UserError(f"--num_gpus {hosts[0].slots}: this machine has only {count_text(len(gpus), 'visible GPU')}")
+        raise UserError(
+            f"--num_gpus {hosts[0].slots}: this machine has only {count_text(len(gpus), 'visible GPU')}."
+            f" Give at most {len(gpus)}"
+        )
     return Job(
         launcher=launcher,
         route=route,
@@ -168,7 +171,7 @@ def make_job(settings: LaunchSettings, environment: Mapping[str, str]) -> Job:
 
 
 def new_port(settings: LaunchSettings) -> int:
-    """Return the port of the next rendezvous: --master_port, or a random port, as the last one may still be in use."""
+    """Return the next rendezvous port: --master_port, or a random port because the last port may still be in use."""
     return settings.master_port or _FIRST_PORT + secrets.randbelow(_NUM_PORTS)
 
 
@@ -179,11 +182,11 @@ def check_programs(job: Job) -> None:
     by_pdsh = (job.launcher, job.route) == ("deepspeed", "ssh") and "--launcher" not in own
     for program in (job.launcher_program, *["pdsh"] * by_pdsh, *["ssh"] * (job.route == "ssh")):
         if shutil.which(program) is None:
-            raise UserError(f"{program}: no such launcher; install it, or choose another --launcher")
+            raise UserError(f"{program}: this program is not installed. Install it, or choose a different --launcher")
 
 
 def command_lines(plan: StartPlan, job: Job, folder: RunFolder, environment: Mapping[str, str]) -> list[str]:
-    """Return the lines of --show_command, which show what would be started."""
+    """Return the lines that --show_command prints: the hosts, the files, the environment and the command."""
     rows = [("run folder", str(folder.path)), ("ranks", str(job.size))]
     rows += [("host", f"{host.name} slots={host.slots}") for host in job.hosts]
     for path, text in plan.files.items():
@@ -197,7 +200,7 @@ def command_lines(plan: StartPlan, job: Job, folder: RunFolder, environment: Map
 
 
 def say(line: str) -> None:
-    """Print a line of this command on stderr."""
+    """Print a line on stderr, preceded by the name of this command."""
     with suppress(OSError):
         show(f"tiedlora run: {line}", file=sys.stderr)
 
@@ -206,7 +209,7 @@ class RunningJob:
     """A job whose launcher runs on this machine in a new session.
 
     Args:
-        options: arguments of `Popen`, such as stdout, stderr and descriptors that stay open.
+        options: arguments of `Popen`, such as stdout, stderr and the file descriptors that stay open.
 
     Raises:
         UserError: the launcher cannot be started.
@@ -232,7 +235,7 @@ class RunningJob:
     def here(self) -> list[psutil.Process]:
         """Return the running processes on this machine: the launcher's process group and all its known descendants.
 
-        pdsh puts its ssh into another process group. It is found as a child, and stays known after the end of pdsh.
+        pdsh starts ssh in a different process group. ssh is found as a child of pdsh, and stays known after pdsh ends.
         """
         for process in psutil.process_iter():
             with suppress(OSError):
@@ -250,7 +253,7 @@ class RunningJob:
                 process.send_signal(number)
 
     def end(self, say: Callable[[str], None]) -> None:
-        """End the remaining processes on this machine by SIGTERM, later by SIGKILL, and print a line about it."""
+        """End the remaining processes on this machine by SIGTERM, later by SIGKILL, and print their names."""
         if left := self.here():
             names = ", ".join(f"{process.pid} ({_read(process, 'name')})" for process in left)
             say(f"what is left of the job on this machine is ended: {names}")
@@ -259,11 +262,11 @@ class RunningJob:
             self.kill()
 
     def stop(self, number: int) -> None:
-        """Tell the ranks to save and to stop. The caller repeats it until they have stopped, as some may just be
-        starting.
+        """Tell the ranks to save and to stop. The caller repeats this call until all ranks have stopped, because some
+        ranks may still be starting.
 
-        srun and mpirun pass SIGUSR1 on. Ranks on this machine get the signal directly, but not their own children,
-        which read data or compile. Ranks that ssh started stop when their connection ends.
+        srun and mpirun forward SIGUSR1. Otherwise ranks on this machine get the signal directly, without their child
+        processes, which read data or compile. Ranks that ssh started stop when their connection ends.
         """
         here = self.here()
         ranks = {one.pid for one in here if started_program(_read(one, "cmdline") or ()) == self._job.program[-1]}
@@ -283,7 +286,7 @@ class RunningJob:
 
 
 def _read(process: psutil.Process, name: str) -> Any:
-    """Call the method `name` of a process and return its result; None if the process is gone."""
+    """Call the method `name` of a process and return its result; None if the process has ended."""
     with suppress(psutil.Error):
         return getattr(process, name)()
 
@@ -297,15 +300,15 @@ def wait_for_end(
     on_poll: Callable[[], None] = lambda: None,
     tell: Callable[[str], None] = say,
 ) -> None:
-    """Wait until the launcher has ended, then for its remaining processes here and for the owner of the run folder.
+    """Wait until the launcher, its processes on this machine, and the owner of the run folder have ended.
 
-    The first signal is passed on. A second signal kills only if it is Ctrl-C, because schedulers send SIGTERM twice.
+    The first signal is forwarded. A later Ctrl-C kills the job. A later SIGTERM is ignored, as schedulers may send two.
 
     Args:
-        status: the run's status file; a job without one ends with its launcher.
-        grace: seconds for ranks to save after their launcher has ended.
-        on_poll: called repeatedly, to show the job's progress.
-        tell: called with each line of this command.
+        status: the status file of the run. A job that writes no such file ends with its launcher.
+        grace: the seconds that ranks have to save after their launcher has ended.
+        on_poll: a function that is called repeatedly, to show the progress of the job.
+        tell: a function that prints a line.
     """
     said: set[str] = set()
     run_ended = launcher_ended = float("inf")  # when, by the monotonic clock
@@ -352,7 +355,7 @@ Stamp = tuple[int, int, int]
 
 
 class Verdict(NamedTuple):
-    """The exit status of tiedlora run, the line that explains it, and the run's state; '' if it is unknown."""
+    """The exit status of `tiedlora run`, a line that explains the status, and the run's state ('' if unknown)."""
 
     status: int
     line: str
@@ -360,10 +363,10 @@ class Verdict(NamedTuple):
 
 
 class StatusFile:
-    """The run_status.json of this launch. Ranks remove an earlier file when they take the folder.
+    """The run_status.json file of this launch. Ranks remove an older file when they become the folder's owner.
 
     Args:
-        start: the START_ID of the ranks. A file that is written while the folder has a different owner does not count.
+        start: the START_ID of the ranks. The file is ignored if a different launch owns the folder.
     """
 
     def __init__(self, folder: RunFolder, start: str = "") -> None:
@@ -373,7 +376,7 @@ class StatusFile:
         self._token()
 
     def _token(self) -> Token | None:
-        """Return the owner's token if it belongs to this launch."""
+        """Return the token in the folder's owner file if this launch has written it, else None."""
         token = read_token(self.folder.path / OWNER_FILE)
         if token is not None:  # the last owner counts: this launch may take a folder over or lose it
             self.is_of_another = token.job != self._start
@@ -385,11 +388,11 @@ class StatusFile:
         return not self.is_of_another and stamp(self.folder.status) not in (None, self._before)
 
     def has_begun(self) -> bool:
-        """Return whether a rank of this launch has taken the folder. Settings, hosts and model were then valid."""
+        """Return whether a rank of this launch has owned the folder. If so, settings, hosts and model were valid."""
         return self.is_new() or self._token() is not None
 
     def is_awaited(self) -> bool:
-        """Return whether a rank may still write the file. It then owns the folder and is neither dead nor silent."""
+        """Return whether a rank may still write the file, because it owns the folder and still renews its token."""
         seen, now = stamp(self.folder.path / OWNER_FILE), time.monotonic()
         if seen != self._renewed[0]:
             self._renewed = seen, now
@@ -413,12 +416,12 @@ def stamp(file: Path) -> Stamp | None:
 def judge(
     file: StatusFile, *, launcher: str, launcher_status: int, passed_on: int, late_seconds: float = LATE_SECONDS
 ) -> Verdict:
-    """Return status 0 if the run finished or stopped by the passed-on signal; otherwise the launcher's status, or 1.
+    """Return a verdict. Its status is 0 if the run finished or a forwarded signal stopped it, else not 0.
 
     Args:
-        launcher_status: the launcher's exit status; -N if signal N killed it.
-        passed_on: the signal that this command received; 0 for none.
-        late_seconds: longest wait for a missing status.
+        launcher_status: the launcher's exit status; -N if signal N killed the launcher.
+        passed_on: the signal that this command received and forwarded; 0 if there was none.
+        late_seconds: the maximum time to wait for a missing status file.
     """
     path = file.folder.path
     signals = {-number: number.name for number in signal.Signals}
@@ -429,9 +432,9 @@ def judge(
         if not path.is_dir():
             why = f"{path} is not visible on this host: it was rejected, as the ranks say above, or is elsewhere"
         elif file.is_of_another:
-            why = f"{path} belongs to another start"
+            why = f"{path} belongs to another launch"
         else:
-            why = f"{path} does not say how this start ended"
+            why = f"{path} does not say how this launch ended"
         return Verdict(failed, f"{why}; {ended}")
     state, step, reason = content.get("state"), content.get("step"), content.get("reason")
     line = messages.one_line(f"{path}: {state} at step {step} ({reason})")

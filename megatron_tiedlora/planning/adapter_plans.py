@@ -1,8 +1,8 @@
 """Plan the adapters of a run, and prepare their data.
 
-A run has the adapters in the file of --adapters, or a single one, whose name is "". Each adapter has a plan of its own.
-Settings that the engine does not support for several adapters are rejected here. Data are read and tokenised once per
-host, before any rank waits for another.
+A run trains the adapters in the --adapters file, or a single adapter, whose name is "". Each adapter has its own plan.
+Settings that the engine does not support for several adapters are rejected here. Each host reads and tokenises the data
+once, before any rank waits for other ranks.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ Plans = Mapping[str, RunPlan]  # by adapter name; plans differ only in settings 
 
 
 def adapter_settings(settings: Settings) -> dict[str, Settings]:
-    """Return the settings of each adapter of a run by name. A run without --adapters has one adapter, named ONLY.
+    """Return the settings of each adapter of a run, by name. Without --adapters, the only name is `ONLY`.
 
     Raises:
-        UserError: the file of --adapters is invalid.
+        UserError: the --adapters file is invalid.
     """
     if settings.adapters is None:
         return {ONLY: settings}
@@ -48,7 +48,7 @@ def adapter_settings(settings: Settings) -> dict[str, Settings]:
     folder = last_run_folder(settings).path if output_dir is None else user_path(output_dir)
     for name, given in read_adapters(settings.adapters, settings).items():
         own = {"ds_config": DS_CONFIG, **given.model_dump(exclude_unset=True)}
-        if settings.resume != "none":  # a resumed run reads its --init_from from its folder
+        if settings.resume != "none":  # a resumed run with --init_from reads its settings there
             own = {"output_dir": str(folder / name), **own}
         found[name] = make_settings(own)
     return found
@@ -57,7 +57,7 @@ def adapter_settings(settings: Settings) -> dict[str, Settings]:
 def plan_adapters(
     settings: Settings, *, rank: int, world_size: int, weights: bool = True, source: ModelSource | None = None
 ) -> dict[str, RunPlan]:
-    """Return the plan of each adapter of a run by name. The model is looked up once.
+    """Return the plan of each adapter of a run, by name. The model is looked up only once.
 
     Args:
         weights, source: see `plan_run`.
@@ -78,12 +78,15 @@ def plan_adapters(
         check_clipping(shared)
     for name, plan in plans.items():
         if plan.dtype_name != shared.dtype_name:
-            raise UserError(f"{file}: {name} would have the base in {plan.dtype_name}, others not; give --dtype")
+            raise UserError(
+                f"{file}: {name} needs the base in {plan.dtype_name}, but other adapters need {shared.dtype_name}."
+                " Give --dtype"
+            )
     return plans
 
 
 def shared_plan(plans: Plans) -> RunPlan:
-    """Return the plan whose pipeline stages all adapters use: the plan with the lowest first adapted layer."""
+    """Return the plan whose pipeline stages all adapters use. Its first adapted layer is the lowest of all plans."""
     return min(plans.values(), key=lambda plan: plan.adapter.layers[0])
 
 
@@ -100,7 +103,7 @@ def check_clipping(plan: RunPlan) -> None:
 
 
 def adapter_folders(plans: Plans, folder: RunFolder) -> dict[str, RunFolder]:
-    """Return the folder of each adapter: the run's for a single one, else RUN/NAME or the output_dir of its entry."""
+    """Return the folder of each adapter: the run folder for a single adapter, else its output_dir or RUN/NAME."""
     if set(plans) == {ONLY}:
         return {ONLY: folder}
     given = {name: plan.settings.output_dir or str(folder.path / name) for name, plan in plans.items()}
@@ -108,7 +111,7 @@ def adapter_folders(plans: Plans, folder: RunFolder) -> dict[str, RunFolder]:
 
 
 def check_run_folders(settings: Settings, plans: Plans, folder: RunFolder) -> None:
-    """Raise UserError if the folder of an adapter is unusable, or conflicts with another folder of the run."""
+    """Raise UserError if the folder of an adapter is unusable, or conflicts with a different folder of the run."""
     own = {name: str(of.path) for name, of in adapter_folders(plans, folder).items() if of is not folder}
     check_folders(str(settings.adapters), {RUN_OF_ALL: str(folder.path), **own})
     for name, output_dir in own.items():
@@ -122,19 +125,19 @@ if TYPE_CHECKING:
 _DRAW_STREAM = 2**32 + 1  # differs from the random streams of the validation split and of epochs (0, 1, ...)
 
 
-MANY_CUT = 0.01  # share of the training prompts
+MANY_CUT = 0.01  # fraction of the training prompts
 MANY_EPOCHS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunData(TrainingData):
-    """Tokenised splits and the tokenizer.
+    """The tokenised splits and the tokenizer of a run.
 
     The `validation` samples of `TrainingData` select the best checkpoint. A resumed run must have the same `sha256`.
 
     Attributes:
-        scored: samples to answer before and after training, or None.
-        scored_validation: samples to answer at every evaluation; None if the loss selects the best checkpoint.
+        scored: test samples that the model answers before and after training, or None.
+        scored_validation: samples that the model answers at each evaluation; None if the loss selects checkpoints.
         reading: the user's settings for reading rows.
     """
 
@@ -145,7 +148,7 @@ class RunData(TrainingData):
 
     @property
     def notes(self) -> list[str]:
-        """Lines for the start of a run: how chats were rendered as text, and how many turns were dropped."""
+        """Notes about the data that a run prints first: its sources, the chat template, and dropped turns."""
         lines = [*self.mix]
         if self.chats:
             lines.append(f"chats by {chat_note(self.tokenizer, self.reading)}")
@@ -169,13 +172,13 @@ class RunData(TrainingData):
 
     @property
     def shared_sha256(self) -> str:
-        """Hash of all data that must be the same on every rank."""
+        """The hashes of all data that must be the same on every rank, as one text."""
         scored = (part.sha256 for part in (self.scored, self.scored_validation) if part is not None)
         return " ".join([self.sha256, *scored])
 
 
 def length_warnings(settings: Settings, train: TokenDataset) -> list[str]:
-    """Return warnings about many truncated prompts, or so many epochs that the run overfits."""
+    """Return warnings if many prompts are truncated, or if the run has so many epochs that it may overfit."""
     found = []
     cut, epochs = train.truncated_prompts, epochs_of(settings, len(train))
     if cut > MANY_CUT * len(train):
@@ -194,7 +197,7 @@ Data = Mapping[str, RunData]  # by adapter name
 
 
 def prepare_all_data(plans: Plans) -> dict[str, RunData]:
-    """Return the data of each adapter. Adapters with the same data settings share data that are read once.
+    """Return the data of each adapter, by name. Adapters with equal data settings use the same data.
 
     Raises:
         UserError: see `prepare_data`. The message names the adapter.
@@ -211,7 +214,7 @@ def prepare_all_data(plans: Plans) -> dict[str, RunData]:
 
 
 def counted(plans: Plans, data: Data) -> dict[str, RunPlan]:
-    """Return the plans with --max_steps computed from --epochs. Raises UserError, which names the adapter."""
+    """Return the plans with --max_steps computed from --epochs. The message of a UserError names the adapter."""
     found = {}
     for name, plan in plans.items():
         with naming(name):
@@ -222,7 +225,7 @@ def counted(plans: Plans, data: Data) -> dict[str, RunPlan]:
 def plan_and_read(settings: Settings, *, rank: int, world_size: int) -> tuple[dict[str, RunPlan], dict[str, RunData]]:
     """Return the plans and the data of a run by adapter name.
 
-    These are all checks that a rank can make before it meets the other ranks.
+    This function runs all checks that a rank can make before it communicates with other ranks.
 
     Raises:
         UserError: see `plan_adapters`, `prepare_all_data` and `counted`.
@@ -236,7 +239,7 @@ def prepare_data(plan: RunPlan) -> RunData:
     """Read, check and tokenise every split of the run.
 
     Raises:
-        UserError: a file, row, tokenizer or vocabulary does not fit, or no rows are named.
+        UserError: a file, a row, the tokenizer or its vocabulary is invalid, or the settings name no data.
     """
     if not plan.settings.names_data:
         raise UserError(NO_TRAIN_FILE)
@@ -263,14 +266,14 @@ def prepare_data(plan: RunPlan) -> RunData:
 
 
 def _drawn(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """Return --eval_samples validation samples, selected by the seed because files are often sorted, in file order."""
+    """Return --eval_samples random validation samples in file order. They are random because files are often sorted."""
     examples = read_split(settings, "validation", tokenizer=tokenizer)
     order = permutation(len(examples), seed=settings.seed, stream=_DRAW_STREAM)[: settings.eval_samples]
     return [examples[index] for index in sorted(order.tolist())]
 
 
 def _test_examples(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """Return the test samples to answer before and after training, as the task or the user requests them."""
+    """Return the test samples to answer before and after training; [] if none are requested."""
     limit = get_task(settings.task).scored_rows
     if limit is None and settings.test_file is None:
         return []

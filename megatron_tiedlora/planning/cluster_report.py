@@ -1,4 +1,4 @@
-"""Report the layouts of a cluster as text and as JSON. The report ends with the command of the chosen layout."""
+"""Report the layouts of a run on a cluster as text and as JSON. The text ends with the command for one layout."""
 
 import shlex
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -21,18 +21,18 @@ from megatron_tiedlora.planning.search import Candidate, ClusterPlan, search
 
 _MISSED = 5  # lines about layouts that do not fit
 _REASONS = 4  # lines about rejected layouts
-# Settings in the order in which a user would change them to make a layout fit; the last one changes the results.
+# The settings that can make a layout fit, in the order in which a user would change them. The last changes the loss.
 _CHANGES = ("recompute", "micro_batch_size", "ds_config", "sequence_parallel", "base")
-_SMALLEST = Storage("nf4")  # if a layout does not fit in this format, it fits in none
+_SMALLEST = Storage("nf4")  # a layout that does not fit in this format fits in no format
 
 
 def find_machine(settings: PlanSettings) -> machines.Machine:
-    """Return the machine of --constants, the card of --gpu, or this machine's CPU."""
+    """Return the machine in the --constants file, the GPU of --gpu, or the CPU of this computer."""
     if settings.constants is not None:
         machine = machines.read_machine(user_path(settings.constants, flag="--constants"))
         if machine.on_gpu == (settings.ranks_on_cpu is not None):
-            kind, fix = ("GPUs", "remove") if machine.on_gpu else ("CPUs", "give")
-            raise UserError(f"--constants {settings.constants} are those of {kind}; {fix} --ranks_on_cpu")
+            kind, fix = ("GPUs", "Omit") if machine.on_gpu else ("CPUs", "Give")
+            raise UserError(f"--constants {settings.constants}: the constants are for {kind}. {fix} --ranks_on_cpu")
         return machine
     if settings.ranks_on_cpu is None:
         return machines.GPUS[settings.gpu or machines.DEFAULT_GPU]
@@ -40,7 +40,7 @@ def find_machine(settings: PlanSettings) -> machines.Machine:
 
 
 def plan_cluster(command: PlanCommand) -> ClusterPlan:
-    """Return the plan of all layouts of a cluster.
+    """Return the plans of all layouts of a run on a cluster.
 
     Raises:
         UserError: no layout is accepted, or the model or data cannot be read. The messages are the same as in a run.
@@ -53,14 +53,14 @@ def plan_cluster(command: PlanCommand) -> ClusterPlan:
 
 
 def chosen_layout(plan: ClusterPlan, shown: PlanSettings) -> Candidate | None:
-    """Return the layout of --layout, else the fastest one, else None if nothing fits. Raises UserError if unknown."""
+    """Return the layout that --layout names, else the fastest one or None. Raises UserError if the name is unknown."""
     if shown.layout is not None:
         return plan.row(shown.layout, flag="layout")
     return plan.rows[0] if plan.rows else None
 
 
 def report_lines(plan: ClusterPlan, shown: PlanSettings) -> list[str]:
-    """Return the lines of the whole report."""
+    """Return all lines of the report."""
     rows = plan.rows if shown.every_layout else plan.best_of_each()
     first, chosen = rows[: shown.top or None], chosen_layout(plan, shown)
     lines = [*_head(plan, shown), ""]
@@ -92,7 +92,7 @@ def report_lines(plan: ClusterPlan, shown: PlanSettings) -> list[str]:
 
 
 def warning_lines(plan: ClusterPlan, shown: PlanSettings) -> list[str]:
-    """Return warnings that the layout of --layout does not fit, or that a file was not written."""
+    """Return warnings that the layout of --layout does not fit, or that the file of --yaml was not written."""
     row = chosen_layout(plan, shown)
     if row is not None:
         return [] if row.fits else [f"warning: --layout does not fit: {_missing_line(row, plan)}"]
@@ -103,7 +103,7 @@ def warning_lines(plan: ClusterPlan, shown: PlanSettings) -> list[str]:
 
 
 def _head(plan: ClusterPlan, shown: PlanSettings) -> list[str]:
-    """Return the first lines: layout counts, the planned run, assumed defaults, and reasons for rejected layouts."""
+    """Return the first lines: the number of layouts, the planned run, its defaults, and why layouts are rejected."""
     cluster, train = plan.cluster, plan.settings
     dropped, fitting = sum(not one.has_room_for_weights for one in plan.others), len(plan.rows) + len(plan.elsewhere)
     plans = plan.candidates[0].step.plans  # the lines below are the same for all layouts
@@ -158,12 +158,12 @@ def _table(rows: Sequence[Candidate]) -> list[str]:
 
 
 def hours_text(value: float) -> str:
-    """Return a number of hours as text. Small numbers have more decimals."""
+    """Return a number of hours as text. Small numbers have more decimal places."""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def _missed_lines(plan: ClusterPlan) -> list[str]:
-    """Return lines on the nearest layouts that do not fit, one for each set of parallel sizes and storage format."""
+    """Return lines about the smallest layouts that do not fit, one for each parallel configuration and format."""
     plain: dict[Hashable, Candidate] = {}
 
     def unlike(row: Candidate) -> tuple[bool, bool, float]:
@@ -177,7 +177,7 @@ def _missed_lines(plan: ClusterPlan) -> list[str]:
 
 
 def _missing_line(row: Candidate, plan: ClusterPlan) -> str:
-    """Return a line on a layout that does not fit: the memory that it needs, and a change that makes it fit."""
+    """Return a line about a layout that does not fit: the memory that it needs, and a change that makes it fit."""
     sizes = f"{row.name}: {row.needed / 1e9:.1f} of {plan.cluster.capacity / 1e9:.1f} GB"
     if not row.has_room_for_weights:
         return f"{sizes} for the weights alone; {_what_fits(row, plan)}"
@@ -187,7 +187,7 @@ def _missing_line(row: Candidate, plan: ClusterPlan) -> str:
 
 
 def _what_fits(row: Candidate, plan: ClusterPlan) -> str:
-    """Return the flags of the smallest change that makes a layout fit. The storage format is changed last."""
+    """Return a text with the smallest change of flags that makes a layout fit. The storage format is changed last."""
     groups = [row.alike, *([(*row.alike[:-1], _SMALLEST)] if row.storage == PLAIN_STORAGE else [])]
     best: tuple[tuple[int, int, int, float], str] | None = None
     for other in (*plan.rows, *plan.elsewhere):
@@ -203,7 +203,7 @@ def _what_fits(row: Candidate, plan: ClusterPlan) -> str:
 
 
 def _why_lines(row: Candidate, plan: ClusterPlan) -> list[str]:
-    """Return all details of a layout. The time of a layout that does not fit ignores the memory limit."""
+    """Return lines with all details of a layout. Its time is predicted even if the layout does not fit in memory."""
     layout, step = row.layout, row.step
     most = f"{layout.rows} x {layout.length:,} tokens"
     if layout.named:
@@ -222,7 +222,7 @@ def _why_lines(row: Candidate, plan: ClusterPlan) -> list[str]:
 
 
 def chosen_settings(plan: ClusterPlan, candidate: Candidate) -> dict[str, Any]:
-    """Return the settings of a run with this layout, including the given ones and the defaults of a plan."""
+    """Return the settings of a run with this layout, including the user's settings and the defaults of a plan."""
     values = {**plan.values, **candidate.flags}
     return {name: value for name, value in values.items() if name not in marked(Settings, of_dry_run=True)}
 
@@ -231,7 +231,7 @@ def command_lines(values: Mapping[str, Any], cluster: Cluster, *, yaml: str | No
     """Return the command that launches the run on this host, or on the hosts of a hostfile.
 
     Args:
-        yaml: the file that holds the settings, if there is one.
+        yaml: the YAML file that contains the settings; None to write the settings into the command.
     """
     nodes = -(-cluster.world_size // cluster.per_node)
     hosts = f"--num_gpus {cluster.per_node}" if nodes == 1 else "--hostfile hostfile"
@@ -242,7 +242,7 @@ def command_lines(values: Mapping[str, Any], cluster: Cluster, *, yaml: str | No
 
 
 def report_record(plan: ClusterPlan, shown: PlanSettings) -> dict[str, Any]:
-    """Return the report for JSON: all layouts, the fastest first, and the command and messages of the chosen one."""
+    """Return a dictionary for JSON with all layouts, the fastest first, and details of the chosen layout."""
     train, chosen = plan.settings, chosen_layout(plan, shown)
     about: dict[str, Any] = {"global_batch_size": train.global_batch_size}
     if train.adapters is not None:
@@ -271,7 +271,7 @@ def report_record(plan: ClusterPlan, shown: PlanSettings) -> dict[str, Any]:
 
 
 def _chosen_record(plan: ClusterPlan, row: Candidate, *, yaml: str | None) -> dict[str, Any]:
-    """Return a record of a layout's command and of its messages, with upper bounds for DeepSpeed's messages."""
+    """Return the command and the messages of a layout. The numbers of DeepSpeed's messages are upper bounds."""
     values, messages = chosen_settings(plan, row), []
     for index in range(row.layout.pp_size):
         of_groups = {group: row.traffic(index).of_group(group) for group in GROUPS}
@@ -281,7 +281,7 @@ def _chosen_record(plan: ClusterPlan, row: Candidate, *, yaml: str | None) -> di
 
 
 def _record_of(row: Candidate) -> dict[str, Any]:
-    """Return the record of a layout for JSON."""
+    """Return a dictionary for JSON that describes a layout."""
     stage, memory = row.fullest if row.has_room_for_weights else (0, None)
     record: dict[str, Any] = {
         "layout": row.name,
@@ -306,15 +306,15 @@ def _record_of(row: Candidate) -> dict[str, Any]:
 # Hints on the fastest layout and its alternatives ---------------------------------------------------------------------
 
 
-_LARGE = 0.15  # the share of a step above which a cost is worth a hint
-_FASTER = 1.05  # the speed ratio above which a hint names another layout
-_GAIN = 0.01  # the speed-up above which a hint names another storage format
+_LARGE = 0.15  # the fraction of a step above which a cost is worth a hint
+_FASTER = 1.05  # the speed ratio above which a hint names a different layout
+_GAIN = 0.01  # the speed-up above which a hint names a different storage format
 # The storage format of the base also changes the loss; see docs/quantised.md.
 _CHANGES_NUMBERS = "changes the base that is trained on (docs/quantised.md has what that does to the loss)"
 
 
 def hint_lines(plan: ClusterPlan) -> list[str]:
-    """Return hints on the fastest layout and on alternatives to it."""
+    """Return hints about the fastest layout and about alternatives to it."""
     if not plan.rows:
         return [*_formats(plan)]
     best = plan.rows[0]
@@ -330,7 +330,7 @@ def _ratio(faster: Planned, slower: Planned) -> float:
 
 
 def _formats(plan: ClusterPlan) -> Iterator[str]:
-    """Yield hints on the storage format of the fastest layout, and on the speed-up from each different format."""
+    """Yield hints about the storage format of the fastest layout, and about formats that would be faster."""
     best = plan.rows[0] if plan.rows else None
     if best is not None and best.storage != PLAIN_STORAGE and plan.source.stored is None:
         plain = next((row for row in plan.rows if row.storage == PLAIN_STORAGE), None)
@@ -352,7 +352,7 @@ def _formats(plan: ClusterPlan) -> Iterator[str]:
 
 
 def _waits(best: Candidate, shown: Sequence[Candidate]) -> Iterator[str]:
-    """Yield hints on waiting time: tensor-parallel messages, pipeline stages, and ZeRO-3 gathers."""
+    """Yield hints about time lost to tensor-parallel messages, idle pipeline stages, and ZeRO-3 gathers."""
     wide = max(shown, key=lambda row: (row.layout.tp_size, row.tokens_per_second))
     alike = (row for row in shown if row.storage == wide.storage)
     fastest = max(alike, key=lambda row: row.tokens_per_second)
@@ -388,10 +388,10 @@ def _recompute(best: Candidate, plan: ClusterPlan) -> Iterator[str]:
 
 
 def _kernels(best: Candidate) -> Iterator[str]:
-    """Yield hints on the planned kernels for attention and nf4, and on the speed with different kernels."""
+    """Yield hints about the assumed kernels for attention and NF4, and about the speed with different kernels."""
     machine, kernel = best.machine, machines.attention_of(best.machine)
     if kernel is not None and best.dtype == "bf16":
-        assert machine.capability is not None, "it has a kernel of a card"
+        assert machine.capability is not None, "only a GPU has a known attention kernel"
         words = f"attention is planned by {kernel}, which a run takes where no other is installed"
         known = machines.ATTENTION[machine.capability]
         name = max(known, key=lambda name: known[name].value)

@@ -1,8 +1,8 @@
-"""Count what code computes, moves, sends and allocates while it runs on tensors without data.
+"""Count the FLOPs, memory traffic, messages and allocations of code that runs on tensors without data.
 
-`Counts` sees every operation. Three parts of a model are replaced by versions that count their own work: frozen
-weights, the tensor group, which sends nothing, and attention, whose cost depends on the documents. A kernel
-(parallel/kernels.py) counts as one operation, as if it were compiled.
+`Counts` intercepts every operation. Three components of a model are replaced by versions that count their own work:
+frozen weights, attention, and the tensor-parallel group, which sends nothing. A kernel (parallel/kernels.py) counts as
+one operation, as if it were compiled.
 """
 
 import weakref
@@ -30,10 +30,10 @@ _PICKS = {"embedding", "index_select"}  # read as many bytes of their first argu
 
 
 class Kernel(NamedTuple):
-    """An operation, or a kernel that counts as one.
+    """A kernel that counts as one operation.
 
     Attributes:
-        temporary: the bytes that it needs besides its results if it is not compiled, per element of its largest
+        temporary: the bytes that the uncompiled kernel needs in addition to its results, per element of its largest
             argument.
         results: the bytes of its results, per element of its largest argument.
     """
@@ -44,7 +44,7 @@ class Kernel(NamedTuple):
 
 
 class Moment(NamedTuple):
-    """The bytes that are alive after an operation; for a kernel, also the elements of its largest argument."""
+    """The allocated bytes after an operation; for a kernel, also the number of elements of its largest argument."""
 
     alive: float
     kernel: Kernel | None = None
@@ -55,12 +55,12 @@ ATTENTION = Kernel("attention")
 
 
 class Counts(TorchDispatchMode):
-    """Counts what is computed, moved, sent and allocated while the block runs.
+    """A context manager that counts the work and the allocations of all operations in its block.
 
     Attributes:
         found: the FLOPs of matmuls without frozen weights (`low_rank`), the bytes that operations read and write
-            (`moved`), and the counts of the replaced parts.
-        moments: one moment after each operation.
+            (`moved`), and the counts of the replaced components.
+        moments: the allocated memory after each operation.
     """
 
     def __init__(self) -> None:
@@ -79,7 +79,7 @@ class Counts(TorchDispatchMode):
         self._repeats = False  # True while later rows of logits are in memory; they need no more than the first rows
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation, and count it."""
+        """Run an operation and count its work."""
         result = func(*args, **(kwargs or {}))
         if self._whole or func.is_view:
             return result
@@ -91,7 +91,7 @@ class Counts(TorchDispatchMode):
 
     @contextmanager
     def as_one(self) -> Iterator[None]:
-        """Count no operation inside the block: the caller counts the block as one operation."""
+        """Disable counting inside the block. The caller counts the block as one operation."""
         self._whole, before = True, self._whole
         try:
             yield
@@ -99,7 +99,7 @@ class Counts(TorchDispatchMode):
             self._whole = before
 
     def allocated(self, result: Any, kernel: Kernel | None = None, numbers: int = 0) -> None:
-        """Record the tensors of a result, and the moment after the operation."""
+        """Record the tensors in a result, and the allocated memory after the operation."""
         for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, Tensor):
                 self.storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
@@ -113,7 +113,7 @@ class Counts(TorchDispatchMode):
 
     @property
     def alive(self) -> int:
-        """The bytes of the live tensors that were allocated in the block."""
+        """The bytes of all tensors that were allocated in the block and still exist."""
         return sum(storage.nbytes() for storage in self.storages.values())
 
 
@@ -152,7 +152,7 @@ def num_bytes(value: Any) -> int:
 def _traced_kernel(
     name: str, kernel: Callable[..., Any], arguments: Sequence[Any]
 ) -> tuple[tuple[Tensor, ...], Kernel]:
-    """Return the results of a kernel for these arguments, and its memory needs."""
+    """Run a kernel with these arguments, and return its results and its memory use."""
     with Counts() as counts:
         found = kernel(*arguments)
     results = () if found is None else found if isinstance(found, tuple) else (found,)
@@ -164,7 +164,7 @@ def _traced_kernel(
 
 @dataclass(frozen=True)
 class CountingGroup(RankGroup):
-    """A group that counts messages and sends none. It counts bytes of full tensors, as `parallel.groups` does."""
+    """A process group that counts its messages and sends none. It counts the bytes of full tensors."""
 
     counts: Counts = field(default_factory=Counts)
 
@@ -186,7 +186,7 @@ class CountingGroup(RankGroup):
 
 
 class CountedWeight(FrozenWeight):
-    """A frozen weight that counts its matmuls: their FLOPs, and the elements of W and of the input that they read.
+    """A frozen weight that counts the FLOPs of its matmuls, and the elements of W and of the input that they read.
 
     The matmuls of the head are counted separately.
     """
@@ -219,7 +219,7 @@ class CountedWeight(FrozenWeight):
 
 
 class CountedAttention(torch.autograd.Function):
-    """Attention that returns empty results and gradients, and saves the same tensors as the real kernels."""
+    """An attention function that returns empty tensors, and saves the same tensors as the real kernels."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, counts: Counts) -> Tensor:

@@ -1,11 +1,11 @@
 """Describe the layout of a run over its ranks: the micro-batches of a step, and the contents of each pipeline stage.
 
 The planners read only a `Layout` and a `ModelShape`. A run makes one `Layout` from its settings (`RunPlan.layout`), and
-a comparison of layouts makes one for each. A micro-batch has tokens of one or several adapters. The rows of several
-adapters are concatenated.
+`tiedlora plan` makes one for each layout that it compares. A micro-batch has tokens of one or several adapters, whose
+rows are concatenated.
 
-The ranks of a stage hold equal amounts, so one `StagePlan` describes all of them. `memory` predicts the bytes that they
-need. `passes` counts their computation and messages.
+All ranks of a stage hold tensors of equal sizes, so one `StagePlan` describes these ranks. `memory` predicts the bytes
+that they need. `passes` counts their computation and messages.
 """
 
 import math
@@ -38,7 +38,7 @@ class Storage(NamedTuple):
     Attributes:
         base: the storage format, a key of `BASE_FORMATS`; None for the dtype of the base.
         products: "fp8" if the inputs of these linears are rounded to fp8 too.
-        keep_transposed: whether linears with `products` keep a transposed copy of their codes.
+        keep_transposed: whether linears with `products` keep a transposed copy of their quantised weights.
     """
 
     base: str | None = None
@@ -62,18 +62,18 @@ class Layout:
 
     Attributes:
         adapters: the adapters that are trained.
-        length: the most tokens in a row of a micro-batch.
-        rows: the most rows in a micro-batch.
-        micro_batches: the most micro-batches of a rank in one step.
+        length: the maximum number of tokens in a row of a micro-batch.
+        rows: the maximum number of rows in a micro-batch.
+        micro_batches: the maximum number of micro-batches of a rank in one step.
         tp_size, pp_size, dp_size: the degrees of tensor, pipeline and data parallelism.
         shards_sequences: whether activations between layers are sharded along the sequence if tp_size is above 1.
         zero_stage: the ZeRO stage, 0 to 3.
-        live_parameters: ZeRO-3 stops gathering base weights once it holds more elements than this.
-        overlaps_gathers: whether ZeRO-3 gathers weights while it computes with others.
+        live_parameters: the number of gathered elements above which ZeRO-3 gathers no more base weights.
+        overlaps_gathers: whether ZeRO-3 gathers weights during computation.
         dtype: the dtype of the base, and of activations.
         storage: the storage and matmul format of the linears of the blocks.
-        recompute: "none", "selective" (gate and up) or "full" (whole blocks).
-        on_gpu: whether the ranks run on GPUs, where rows are padded further and libraries need memory too.
+        recompute: "none", "selective" (gate and up) or "full" (complete blocks).
+        on_gpu: whether the ranks run on GPUs. Rows then have more padding, and libraries also need memory.
         compiled: whether kernels are compiled.
         deterministic: whether every sum has a fixed order.
         named: whether the adapters have names, as with --adapters, even if there is only one.
@@ -103,12 +103,12 @@ class Layout:
 
     @cached_property
     def first_adapted(self) -> int:
-        """The first layer of the model that an adapter adapts."""
+        """The index of the first layer that has an adapter."""
         return min(adapter.layers[0] for adapter in self.adapters)
 
     @property
     def engine_steps(self) -> bool:
-        """Whether DeepSpeed sums, shards and steps the adapter (`build.steps_by_engine`)."""
+        """Whether DeepSpeed sums the adapter's gradients and updates its tensors (`build.steps_by_engine`)."""
         return self.zero_stage > 0 and not self.named
 
     @property
@@ -130,7 +130,7 @@ class Layout:
     def pad_multiple(self) -> int:
         """The multiple to which lengths are padded, so that sequence parallelism can divide them into equal shards.
 
-        It is the least common multiple of the number of shards and 8, or 128 on GPUs. Padding does not change the loss.
+        It is the least common multiple of the number of shards and 8 (on GPUs 128). Padding does not change the loss.
         """
         return math.lcm(GPU_MULTIPLE if self.on_gpu else PAD_MULTIPLE, self.sequence_parts)
 
@@ -139,7 +139,7 @@ class Layout:
 
 
 SampleRow = NDArray[np.bool_]
-"""Whether each token of a row's samples, end to end, is supervised; never the first of a sample."""
+"""One boolean per token of a row, True for supervised tokens. The first token of a sample is never supervised."""
 
 
 class MicroBatchShape(NamedTuple):
@@ -149,7 +149,7 @@ class MicroBatchShape(NamedTuple):
         adapters: the indices, in the layout, of the adapters with tokens in the micro-batch.
         tokens: the number of positions of each of these adapters, padding included.
         after: for each of these adapters, the positions that are computed after the last attention; see `Supervised`.
-        squared_lengths: the sum of s^2 over its documents of s tokens, for attention.
+        squared_lengths: the sum of s^2 over all documents of s tokens, which determines the FLOPs of attention.
     """
 
     adapters: tuple[int, ...]
@@ -165,10 +165,10 @@ class MicroBatchShape(NamedTuple):
 
 
 def shared_shape(layout: Layout, parts: Sequence[tuple[int, Sequence[SampleRow]]]) -> MicroBatchShape:
-    """Return the shape of a micro-batch with rows of several adapters. The position before a token predicts it.
+    """Return the shape of a micro-batch with rows of several adapters. Each token is predicted one position before it.
 
-    In each shard of the sequence, the supervised positions of each adapter are padded. Then every shard is padded to
-    the largest one, with positions of its last adapter.
+    In each shard of the sequence, the supervised positions of each adapter are padded. Then all shards are padded to
+    the size of the largest shard, with positions of their last adapter.
 
     Args:
         parts: the index of each adapter in the layout, and its rows.
@@ -196,15 +196,15 @@ def shared_shape(layout: Layout, parts: Sequence[tuple[int, Sequence[SampleRow]]
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage of a model under a layout.
+    """One pipeline stage of a model in a layout.
 
     Attributes:
-        layers: the stage's entries of the flat list (embedding 0, blocks from 1, head last).
+        layers: the indices of the stage's layers in the flat list (embedding 0, blocks from 1, head last).
         parts: the shard of each adapter on tensor-parallel rank 0. The shards of the other ranks have the same size.
-        local_base: the number of base parameters of each size on a rank, with padding of the vocabulary and a copied
-            head.
+        local_base: the number of base tensors of each size on a rank, including vocabulary padding and a copy of tied
+            embeddings.
         full_base_bytes: the bytes of the base parameters of all ranks of the stage together, without padding.
-        cost_share: the stage's share of the work of all stages.
+        cost_share: the fraction of the model's work that this stage does.
     """
 
     shape: ModelShape
@@ -243,9 +243,9 @@ class StagePlan:
 
     @property
     def dequantised_bytes(self) -> int:
-        """The bytes of the buffer into which a rank dequantises one weight after another; 0 for a plain base.
+        """The bytes of the buffer into which a rank dequantises one weight after another; 0 if none is quantised.
 
-        GPUs that multiply in fp8 transpose codes in this buffer, unless transposed copies are kept.
+        For FP8 matmuls, GPUs transpose quantised weights in this buffer, unless transposed copies are kept.
         """
         layout, storage = self.layout, self.layout.storage
         if storage.base is None:
@@ -257,20 +257,20 @@ class StagePlan:
 
     @cached_property
     def trained(self) -> tuple[int, ...]:
-        """The elements of each trained tensor of a rank.
+        """The number of elements of each trained tensor on a rank.
 
-        A stage also has an anchor of one element, unless DeepSpeed's optimizer trains adapted layers in the stage.
+        A stage also has a dummy parameter of one element, unless DeepSpeed trains adapted layers in the stage.
         """
         anchor = () if self.layout.engine_steps and self.parts[0].layers else (1,)
         return (*anchor, *(part.local_size(name) for part in self.parts for name in part.names(trained=True)))
 
     @property
     def held(self) -> tuple[int, ...]:
-        """The elements of each tensor of a rank outside the base: first trained tensors, then frozen factors."""
+        """The number of elements of each adapter tensor on a rank: first trained tensors, then frozen ones."""
         return (*self.trained, *(part.local_size(name) for part in self.parts for name in part.names(trained=False)))
 
     def for_adapters(self, adapters: Sequence[int]) -> "StagePlan":
-        """Return the stage for a micro-batch whose tokens belong to these adapters (indices in the layout)."""
+        """Return a copy of the stage that has only these adapters, which are indices in the layout."""
         return replace(self, parts=tuple(self.parts[number] for number in adapters))
 
     @cached_property

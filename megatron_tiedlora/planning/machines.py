@@ -1,7 +1,7 @@
-"""Describe the cards, links and libraries of a cluster by named constants, each with its source.
+"""Describe the hardware of a cluster with named constants, and give the source of each constant.
 
-A `Machine` is one kind of card with its node; `machines.yaml` lists all known ones. The planners combine the counts of
-a layout (`passes`, `memory`) with these constants only. `tiedlora plan --measure` writes a file with them.
+A `Machine` is a GPU model with its node, or a CPU; `machines.yaml` lists all known machines. The planners compute
+memory and time from these constants and the counts of a layout. `tiedlora plan --measure` writes measured constants.
 """
 
 import re
@@ -24,7 +24,7 @@ CONSTANTS: Mapping[str, tuple[str, str]] = {  # name -> (unit, description)
     name: entry for key, entry in _KNOWN["constants"].items() for name in _BY_FORMAT.get(key, [key])
 }
 _MOST = 1e30
-_MOST_SHARE = 2.0  # measured shares can be slightly above 1
+_MOST_SHARE = 2.0  # a measured fraction of a peak can be slightly above 1
 
 
 class Constant(NamedTuple):
@@ -34,18 +34,18 @@ class Constant(NamedTuple):
     source: str
 
 
-_BY_BYTES = dict.fromkeys(_BY_FORMAT["dequantise"], Constant(0.0, "by its bytes"))  # unless it was measured
+_BY_BYTES = dict.fromkeys(_BY_FORMAT["dequantise"], Constant(0.0, "by its bytes"))  # replaced if it was measured
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A kind of card, with the links of its node.
+    """A GPU model or a CPU, with the links of its node.
 
     Attributes:
-        title: the name in tables.
-        on_gpu: False for processes on CPUs.
-        capability: CUDA's compute capability; None on CPUs.
-        constants: a constant for each name in `CONSTANTS`.
+        title: the name that tables show.
+        on_gpu: whether ranks run on GPUs; False for CPUs.
+        capability: the CUDA compute capability, such as (9, 0); None for CPUs.
+        constants: the constant for each name in `CONSTANTS`.
     """
 
     name: str
@@ -59,11 +59,11 @@ class Machine:
         return self.constants[name].value
 
     def rate(self, what: str, dtype: str) -> float:
-        """Return the FLOP/s of `matmul` or `attention` in a dtype, bf16, fp8 or fp32."""
+        """Return the FLOP/s that `matmul` or `attention` reaches in a dtype: bf16, fp8 or fp32."""
         return self[f"peak.{dtype}"] * self[f"{what}.{dtype}"]
 
     def record(self) -> dict[str, Any]:
-        """Return the machine as a record that --constants can read."""
+        """Return the machine as a dictionary in the JSON format that --constants reads."""
         constants = {
             name: {"value": constant.value, "unit": CONSTANTS[name][0], "source": constant.source}
             for name, constant in self.constants.items()
@@ -77,51 +77,51 @@ class Machine:
         return aligned_lines(rows, align="<><", indent="  ")
 
     def changed(self, constants: Mapping[str, Constant], **changes: Any) -> "Machine":
-        """Return a copy of the machine with these constants replaced, and with `changes` of its fields."""
+        """Return a copy of the machine in which `constants` and the fields in `changes` are replaced."""
         return replace(self, constants={**self.constants, **constants}, **changes)
 
 
 def read_machine(path: Path) -> Machine:
-    """Read the machine in a file of --constants.
+    """Read a machine from the file that --constants names.
 
     Raises:
-        UserError: the file has another format, or a constant is missing, unknown or out of range.
+        UserError: the file has a different format, or a constant is missing, unknown or out of range.
     """
     content = read_json_object(path, kind="a file of constants")
     constants = content.get("constants")
     if not isinstance(constants, dict) or type(content.get("on_gpu")) is not bool:
-        raise UserError(f"{path}: is no file of constants; write one with `tiedlora plan --measure FILE`")
+        raise UserError(f"{path}: this is not a file of constants. Write one with `tiedlora plan --measure FILE`")
     found = {}
     for name, entry in constants.items():
         if name not in CONSTANTS:
-            raise UserError(f"{path}: unknown constant {shown(name)}{nearest_name(name, CONSTANTS)}")
+            raise UserError(f"{path}: unknown constant {shown(name)}{nearest_name(name, CONSTANTS)}. Correct its name")
         value, unit = entry.get("value") if isinstance(entry, dict) else entry, CONSTANTS[name][0]
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _MOST:
-            raise UserError(f"{path}: {name} is {shown(value)}, expected a number in {unit}")
+            raise UserError(f"{path}: {name} is {shown(value)}. Give a number (unit: {unit})")
         if unit == "share" and value > _MOST_SHARE:
-            raise UserError(f"{path}: {name} is {shown(value)}, expected a share, where 1 is all of it")
+            raise UserError(f"{path}: {name} is {shown(value)}. Give a fraction such as 0.8, not a percentage")
         if value == 0 and name in _KNOWN["above_zero"]:
-            raise UserError(f"{path}: {name} is 0; a machine without it computes nothing")
+            raise UserError(f"{path}: {name} is 0. Give a value above 0")
         source = entry.get("source", path.name) if isinstance(entry, dict) else path.name
         found[name] = Constant(float(value), str(source))
     if missing := [name for name in CONSTANTS if name not in found]:
-        raise UserError(f"{path}: {missing[0]} is missing; write one with `tiedlora plan --measure FILE`")
+        raise UserError(f"{path}: {missing[0]} is missing. Write a complete file with `tiedlora plan --measure FILE`")
     name, capability = str(content.get("name", path.stem)), content.get("capability")
     if isinstance(capability, list) and [type(part) for part in capability] == [int, int]:
         capability = tuple(capability)
     elif capability is not None:
-        raise UserError(f"{path}: capability is {shown(capability)}, expected two numbers such as [9, 0]")
+        raise UserError(f"{path}: capability is {shown(capability)}. Give two integers such as [9, 0]")
     if content["on_gpu"] and capability is None:
-        raise UserError(f"{path}: capability is missing, CUDA's compute capability of the card such as [9, 0]")
+        raise UserError(f"{path}: capability is missing. Give the GPU's CUDA compute capability, such as [9, 0]")
     if found["peak.fp8"].value == 0 and (capability is None or capability >= FP8_CAPABILITY):
-        raise UserError(f"{path}: peak.fp8 is 0; a card of capability 8.9 or more, and a CPU, multiplies in fp8")
+        raise UserError(f"{path}: peak.fp8 is 0. Give a value above 0 for a CPU, or a GPU of capability 8.9 or higher")
     return Machine(name, str(content.get("title", name)), content["on_gpu"], found, capability)
 
 
 # Machines by name -----------------------------------------------------------------------------------------------------
 
 
-# The share of the bf16 peak that attention reaches, by compute capability and by the names of CANDIDATES.
+# The fraction of the bf16 peak that attention reaches, by compute capability and by the names of CANDIDATES.
 ATTENTION: Mapping[tuple[int, ...], Mapping[str, Constant]] = {
     tuple(map(int, capability.split("."))): {name: Constant(*share) for name, share in kernels.items()}
     for capability, kernels in _KNOWN["attention"].items()
@@ -130,19 +130,19 @@ NF4_WITHOUT_LIBRARY = 47.0  # bytes that eager kernels move per weight without b
 
 
 def default_attention(capability: tuple[int, int]) -> str:
-    """Return the attention kernel that a bf16 run uses on a card of this capability with PyTorch alone."""
+    """Return the attention kernel that a bf16 run uses on a GPU of this capability if only PyTorch is installed."""
     of_torch = (candidate for candidate in CANDIDATES if callable(candidate.kernel))
     return next(one.name for one in of_torch if one.obstacle(capability, torch.bfloat16, 128) is None)
 
 
 def attention_of(machine: Machine) -> str | None:
-    """Return the attention kernel of a machine's constants; None if attention was measured, or on a CPU."""
+    """Return the attention kernel that a machine's constants assume; None if attention was measured, or on a CPU."""
     known = {} if machine.capability is None else ATTENTION.get(machine.capability, {})
     return next((name for name, share in known.items() if share == machine.constants["attention.bf16"]), None)
 
 
 def listed_peak(name: str) -> float | None:
-    """Return the bf16 FLOP/s of a device by its name; None without a known data sheet, or for a MIG instance."""
+    """Return the peak bf16 FLOP/s of a device from its data sheet; None for unknown devices and MIG instances."""
     words = set(re.split(r"[\s-]+", name))
     if "MIG" in words:
         return None
@@ -152,7 +152,7 @@ def listed_peak(name: str) -> float | None:
 def _card(name: str, facts: Mapping[str, Any]) -> Machine:
     major, minor = map(int, facts["capability"].split("."))
     peak = listed_peak(facts["title"])
-    assert peak is not None, "a card of the table has a data sheet"
+    assert peak is not None, "a GPU in the table has a data sheet"
     of_sheet = {"peak.bf16": peak, **facts["sheet"]}
     constants = _BY_BYTES | {key: Constant(float(value), source) for key, (value, source) in _KNOWN["card"].items()}
     constants |= {key: Constant(float(value), "data sheet") for key, value in of_sheet.items()}
@@ -162,7 +162,7 @@ def _card(name: str, facts: Mapping[str, Any]) -> Machine:
 
 
 GPUS: Mapping[str, Machine] = {name: _card(name, facts) for name, facts in _KNOWN["cards"].items()}
-assert tuple(GPUS) == GPU_NAMES, "--gpu offers the cards of this table"
+assert tuple(GPUS) == GPU_NAMES, "--gpu accepts the GPUs in this table"
 DEFAULT_GPU = "h100"
 CPU = Machine(
     "cpu",

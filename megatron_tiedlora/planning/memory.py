@@ -1,8 +1,8 @@
 """Predict the bytes that a rank of each stage needs, by purpose.
 
-The activations are computed from traces: the bytes that blocks save for the micro-batches in flight, and the peak of a
-pass. Two figures are not traced: the bytes that DeepSpeed's engines hold (hidden states of a pipeline, gathered weights
-of ZeRO-3), and the bytes that a GPU's libraries allocate outside PyTorch.
+The memory for activations is computed from traces: the bytes that blocks save for the micro-batches in flight, and the
+peak of a pass. Two values are not traced. The first is the memory of DeepSpeed's engines for hidden states of a
+pipeline or gathered weights of ZeRO-3. The second is the memory that CUDA and NCCL allocate outside PyTorch.
 """
 
 import operator
@@ -34,10 +34,10 @@ class StageMemory(NamedTuple):
 
     Attributes:
         activations: the tensors that autograd saves for the micro-batches in flight, and temporary tensors.
-        engine: hidden states that a pipeline holds, or weights that ZeRO-3 has gathered.
+        engine: hidden states that DeepSpeed's pipeline holds, or weights that ZeRO-3 has gathered.
         buffers: memory for messages: gradient buckets, gathered factors, and the gradients of these factors.
-        libraries: a reserve for CUDA and NCCL, or for an idle process on a CPU.
-        slack: a reserve for memory that the allocator cannot use.
+        libraries: an estimate for CUDA and NCCL, or for an idle process on a CPU.
+        slack: an estimate for memory that the allocator reserves but cannot use.
     """
 
     base: float = 0.0
@@ -62,18 +62,18 @@ class StageMemory(NamedTuple):
         return self.total - self.libraries - self.slack
 
     def plus(self, other: "StageMemory") -> "StageMemory":
-        """Return the sum of both records, field by field."""
+        """Return the sum of two records, field by field."""
         return StageMemory(*map(operator.add, self, other))
 
 
 def with_reserves(stage: StagePlan, memory: StageMemory, machine: Machine) -> StageMemory:
-    """Return `memory` with the reserves of a machine added."""
+    """Return `memory` with a machine's estimates for `libraries` and `slack`."""
     libraries = machine["context"] + machine["communicator"] * num_communicators(stage)
     return memory._replace(libraries=libraries, slack=machine["slack"] * memory.allocated)
 
 
 def held_memory(stage: StagePlan) -> StageMemory:
-    """Return the memory of a rank that does not depend on micro-batches."""
+    """Return the part of a rank's memory that does not depend on micro-batches."""
     layout, trained = stage.layout, sum(stage.trained)
     of_weights = layout.dp_size if layout.zero_stage == 3 else 1
     stage_of_adapter = layout.zero_stage if layout.engine_steps else 0  # else no engine shards the adapter
@@ -95,10 +95,10 @@ def held_memory(stage: StagePlan) -> StageMemory:
 
 
 class LargestMicroBatch(NamedTuple):
-    """The largest micro-batch of a run: its tokens, padding included, its documents and the longest one.
+    """The largest micro-batch of a run: its tokens with padding, its documents, and its longest document in tokens.
 
     Attributes:
-        adapters: the indices of the adapters in each micro-batch that several adapters may share.
+        adapters: all combinations of adapters that may share a micro-batch, as indices in the layout.
     """
 
     tokens: int
@@ -108,10 +108,10 @@ class LargestMicroBatch(NamedTuple):
 
 
 def step_memory(stage: StagePlan, largest: LargestMicroBatch) -> StageMemory:
-    """Return the memory of a rank that depends on micro-batches. It does not depend on the storage format or ZeRO.
+    """Return the part of a rank's memory that depends on micro-batches. Storage format and ZeRO do not affect it.
 
-    All tokens are assumed to belong to the adapter that needs most memory. Different adapters may share a micro-batch;
-    the combination that needs most memory counts.
+    Almost all tokens are assumed to belong to the adapter that needs the most memory. If several adapters share
+    micro-batches, the combination of adapters that needs the most memory is used.
     """
     attention, activations = attention_memory(stage, largest), 0.0
     for adapters in largest.adapters:
@@ -123,7 +123,7 @@ def step_memory(stage: StagePlan, largest: LargestMicroBatch) -> StageMemory:
 
 
 def _most_of_widest(stage: StagePlan, tokens: int) -> Sizes:
-    """Return the sizes of a micro-batch in which the adapter that saves the most A x has almost all tokens."""
+    """Return the sizes of a micro-batch in which the adapter with the largest A x has almost all tokens."""
     configs = [part.config for part in stage.parts]
     widest = max(range(len(configs)), key=lambda number: configs[number].rank * len(configs[number].targets))
     least = PAD_MULTIPLE * stage.layout.sequence_parts
@@ -134,7 +134,7 @@ def _most_of_widest(stage: StagePlan, tokens: int) -> Sizes:
 
 
 def _pass_bytes(stage: StagePlan, sizes: Sizes, attention: tuple[int, float]) -> tuple[float, float]:
-    """Return the bytes of a micro-batch that stay between its passes, and the peak of a pass beyond these bytes."""
+    """Return the bytes that a micro-batch keeps between its passes, and the additional bytes at the peak of a pass."""
 
     saved, workspace = attention
     workspace += saved if stage.layout.recompute == "full" else 0
@@ -162,7 +162,7 @@ def _pass_bytes(stage: StagePlan, sizes: Sizes, attention: tuple[int, float]) ->
 
 
 def _temporary_bytes(layout: Layout, attention: float, moment: Moment) -> float:
-    """Return the temporary bytes of a kernel at a moment. For attention they are the argument `attention`."""
+    """Return the temporary bytes of the kernel in `moment`. For attention, return the argument `attention`."""
     kernel = moment.kernel
     if kernel is None:
         return 0.0
@@ -176,17 +176,17 @@ def _temporary_bytes(layout: Layout, attention: float, moment: Moment) -> float:
 
 
 def group_bytes(part: AdapterShard) -> int:
-    """Return the bytes of one of several adapters on a rank, in any ZeRO stage: tensors, gradients and two moments."""
+    """Return the bytes that one of several adapters needs on a rank: its tensors, gradients and optimizer moments."""
     trained, frozen = (sum(map(part.local_size, part.names(trained=trained))) for trained in (True, False))
     return FP32 * (4 * trained + frozen)
 
 
 def num_communicators(stage: StagePlan) -> int:
-    """Return the number of a rank's NCCL communicators: one per group of several ranks and per pipeline neighbour."""
+    """Return the number of NCCL communicators of a rank: one per process group and per neighbouring pipeline stage."""
     layout = stage.layout
     tensor, pipeline, data = (size > 1 for size in (layout.tp_size, layout.pp_size, layout.dp_size))
     groups = [tensor, data, tensor or pipeline, tensor and data]  # the last two: the ranks of a model; those that sum u
-    if pipeline:  # the groups of the pipeline, of choices, and of tied tensors
+    if pipeline:  # the groups of the pipeline, of generated tokens, and of tied tensors
         groups += [True] * 3 + [not stage.is_first, not stage.is_last]
     return sum(groups)
 
@@ -194,7 +194,7 @@ def num_communicators(stage: StagePlan) -> int:
 def cache_bytes(stage: StagePlan, *, sequences: int, tokens: int) -> int:
     """Return the bytes of the key-value cache on a rank while it generates sequences of up to `tokens` tokens.
 
-    The stages of a pipeline work on different sequences of the batch, so every rank caches the whole batch.
+    The stages of a pipeline work on different sequences of the batch, so every rank caches the entire batch.
     """
     heads, layout = stage.shape.heads, stage.layout
     dtype = cache_dtype(layout.dtype, torch.device("cuda" if layout.on_gpu else "cpu"))
@@ -203,18 +203,18 @@ def cache_bytes(stage: StagePlan, *, sequences: int, tokens: int) -> int:
 
 
 def micro_batches_in_flight(stage: StagePlan) -> int:
-    """Return the largest number of micro-batches that 1F1B has in flight on a stage."""
+    """Return the maximum number of micro-batches that the 1F1B schedule has in flight on a stage."""
     return min(stage.layout.pp_size - stage.index, stage.layout.micro_batches)
 
 
 def attention_memory(stage: StagePlan, largest: LargestMicroBatch) -> tuple[int, float]:
-    """Return the bytes that attention needs, besides its inputs and output, for the largest micro-batch.
+    """Return the bytes that attention needs for the largest micro-batch, without its inputs and its output.
 
-    The first value counts the bytes that a block saves for its backward pass, besides one fp32 element per token per
-    head. The second value counts the temporary bytes of the backward pass.
+    The first value counts the bytes that a block saves for its backward pass, in addition to one fp32 element per token
+    per head. The second value counts the temporary bytes of the backward pass.
 
-    The values are for PyTorch's own kernels (2.11): flash in 16 bits (flash_attn needs as much), and the
-    memory-efficient kernel in fp32. On a CPU they are for the tiles of `model/cpu_attention.py`.
+    On GPUs the values are for PyTorch 2.11: flash attention in 16 bits, and the memory-efficient kernel in fp32. The
+    package flash_attn needs the same memory. On a CPU the values are for the tiles of `model/cpu_attention.py`.
     """
     shape, layout, (tokens, documents, longest, _) = stage.shape, stage.layout, largest
     itemsize, tp_size = layout.dtype.itemsize, layout.tp_size
@@ -243,7 +243,7 @@ def attention_memory(stage: StagePlan, largest: LargestMicroBatch) -> tuple[int,
 
 
 def eager_bytes(stage: StagePlan, tokens: int) -> float:
-    """Return the most temporary bytes of an uncompiled kernel in a pass of `tokens` tokens of one adapter."""
+    """Return the maximum temporary bytes of an uncompiled kernel in the passes of `tokens` tokens of one adapter."""
     if stage.layout.compiled:
         return 0.0
     owned = stage.for_adapters((0,))
@@ -252,7 +252,7 @@ def eager_bytes(stage: StagePlan, tokens: int) -> float:
 
 
 def hidden_bytes(stage: StagePlan) -> float:
-    """Return the bytes per token of hidden states between layers on a rank."""
+    """Return the bytes per token of the hidden states between two layers on a rank."""
     return stage.shape.hidden_size * stage.layout.dtype.itemsize / stage.layout.sequence_parts
 
 
@@ -262,11 +262,12 @@ def _attended_bytes(stage: StagePlan) -> float:
 
 
 def engine_bytes_in_flight(stage: StagePlan, *, tokens: int) -> float:
-    """Return the bytes that DeepSpeed's pipeline engine (0.19.8) holds for a micro-batch in flight, besides autograd's.
+    """Return the bytes that DeepSpeed's pipeline engine (0.19.8) holds for a micro-batch in flight.
 
-    They are 2 d elements per token: the input, which the stage copies, and the output. The first stage receives no
-    hidden states. Autograd saves the output of the last stage, but not a recomputed attention output. Token ids,
-    position ids and labels are not counted (up to 24 bytes per token and 32 per label).
+    For a hidden size of d they are 2 d elements per token: the input, which the stage copies, and the output. The first
+    stage receives no hidden states. Tensors that autograd saves are not counted, so the last stage adds only a
+    recomputed attention output. Token ids, position ids and labels are not counted (up to 24 bytes per token and 32 per
+    label).
     """
     came_in = 0.0 if stage.is_first else hidden_bytes(stage)
     if not stage.is_last:
@@ -286,10 +287,10 @@ def _gathered_bytes(stage: StagePlan) -> float:
 
 
 def _pipeline_bytes(stage: StagePlan, *, tokens: int) -> float:
-    """Return all bytes that DeepSpeed holds for the micro-batches of a pipeline.
+    """Return all bytes that DeepSpeed's pipeline engine holds for the micro-batches of a stage.
 
-    A stage also has a buffer for received gradients. The last stage receives no gradients, but holds the input of its
-    head from the previous micro-batch.
+    A stage also has a buffer for the gradients that it receives. The last stage receives no gradients, but holds the
+    input of its head from the previous micro-batch.
     """
     layout = stage.layout
     if layout.pp_size == 1:

@@ -1,8 +1,8 @@
-"""Sum the traces of a stage's layers to the work of a rank in the passes of a micro-batch.
+"""Compute the work of a rank in the passes of a micro-batch, from the traces of the layers in its stage.
 
 The layers after the last attention run their backward pass inside the forward pass, and are counted there. Equal blocks
-are traced once and multiplied. DeepSpeed's messages in the data-parallel group are counted separately, because
-DeepSpeed fills buckets and prefetches. `engine_traffic` has an upper bound of their bytes.
+are traced once, and their counts are multiplied. DeepSpeed's messages in the data-parallel group are counted
+separately, because DeepSpeed uses buckets and prefetches. `engine_traffic` returns an upper bound for their bytes.
 """
 
 from collections import Counter
@@ -24,17 +24,17 @@ FP32, FP64 = 4, 8  # bytes
 
 
 class PassWork(dict[Hashable, float]):
-    """Counts of one pass, or of recomputation in a backward pass, on a rank. A missing key counts 0.
+    """The counts of one pass on a rank, or of the recomputation in a backward pass. Missing keys have the value 0.
 
     linears, head, low_rank, attention: the FLOPs of the blocks' frozen matmuls, the head, the adapter, and attention.
     queries: the query elements that attention reads; twice as many in a backward pass.
     moved: the bytes that all other operations read and write.
-    weights: the elements of the blocks' linears that matmuls read. A quantised base dequantises them.
-    weights_back: the elements that matmuls for gradients read, transposed.
+    weights: the elements of the blocks' linears that matmuls read, and that a quantised base dequantises.
+    weights_back: the elements of transposed weights that matmuls for gradients read.
     rounded, rounded_back: the elements of activations and of gradients that the blocks' linears multiply. FP8 matmuls
         round them first.
     head_weights: the elements of the head that its matmuls read.
-    blocks: the number of passes through a block, which the host launches.
+    blocks: the number of block passes, whose kernels the host launches.
     (messages, group, kind), (bytes, group, kind): the messages; see `Traffic`.
     """
 
@@ -42,13 +42,13 @@ class PassWork(dict[Hashable, float]):
         return 0.0
 
     def add(self, counts: Mapping[Hashable, float], *, times: float = 1) -> None:
-        """Add `times` times the counts."""
+        """Add `counts`, multiplied by `times`."""
         for key, number in counts.items():
             self[key] += times * number
 
     @property
     def sent(self) -> Traffic:
-        """The messages that the pass sends."""
+        """The messages that the rank sends in this pass."""
         found = Traffic()
         for key, number in self.items():
             if isinstance(key, tuple):
@@ -131,7 +131,7 @@ def factor_bytes(stage: StagePlan, by_kind: Sequence[Iterable[tuple[str, str]]])
     """Return the bytes of the copies of A and F = (alpha / r) diag(v) B diag(u), which layers may share.
 
     Args:
-        by_kind: for each kind of block, its factors as pairs of target and letter.
+        by_kind: for each kind of block, its copies of A and F, as pairs of a target and a letter.
     """
     factors, held = _reading(stage).factors, dict[int, int]()
     for blocks, some in zip(stage.kinds.values(), by_kind, strict=True):
@@ -164,13 +164,13 @@ def step_flops(
     *,
     num_after: int | None = None,
 ) -> Counter[str]:
-    """Return the FLOPs of the whole model by purpose, for forward and backward passes without recompute.
+    """Return the FLOPs of the complete model by purpose, for forward and backward passes without recomputation.
 
     The keys are names of `PassWork`. A multiply-add counts as two FLOPs. The padding of samples does not count, so
     packing and layouts do not change the result.
 
     Args:
-        squared_lengths: the sum of s^2 over sequences of s positions. Causal attention needs half of it.
+        squared_lengths: the sum of s^2 over sequences of s positions. Causal attention needs half of this sum.
         num_supervised: the number of positions for which the head computes logits.
         num_after: the number of positions that are computed after the last attention; None means `num_supervised`.
     """
@@ -188,13 +188,13 @@ _tracer = cache(Tracer)
 
 
 def tracer_of(shape: ModelShape, layout: Layout) -> Tracer:
-    """Return the tracer of a model in this layout. Equal layouts share one."""
+    """Return the tracer of a model in this layout. Layouts with equal settings share one tracer."""
     of_group = {"tp_size": layout.tp_size, "sequence_parallel": layout.sequence_parallel}
     return _tracer(shape, dtype=layout.dtype, on_gpu=layout.on_gpu, **of_group)
 
 
 def traces(stage: StagePlan, sizes: Sizes, recompute: str | None = None) -> list[Trace]:
-    """Return the trace of each kind of block in the stage. `recompute` defaults to the layout's."""
+    """Return the trace of each kind of block in the stage. The default of `recompute` is the layout's setting."""
     tracer, recompute = tracer_of(stage.shape, stage.layout), recompute or stage.layout.recompute
     return [tracer.at(kind, sizes, recompute=recompute) for kind in stage.kinds]
 
@@ -214,11 +214,11 @@ def once_traffic(stage: StagePlan, micro_batches: Iterable[MicroBatchShape]) -> 
     """Return the messages that a rank sends once per step, without DeepSpeed's messages in the data-parallel group.
 
     u is replicated on the ranks of a stage, a tied tensor on the ranks of all stages, and any other tensor on
-    data-parallel ranks. If DeepSpeed steps the adapter, DeepSpeed sums over data-parallel ranks. This sum is enough for
-    u without tensor parallelism, and for a tied tensor without a pipeline. A tied u is summed over tensor-parallel
-    ranks before.
+    data-parallel ranks. If DeepSpeed updates the adapter, it sums gradients over data-parallel ranks. This sum is
+    enough for u without tensor parallelism, and for a tied tensor without a pipeline. A tied u is first summed over
+    tensor-parallel ranks.
 
-    Only adapters with tokens in the micro-batches take the step.
+    Only adapters with tokens in the micro-batches are updated.
     """
     layout, traffic, summed = stage.layout, Traffic(), Counter[str]()  # summed: gradient elements by group
     data, taking = layout.dp_size > 1, sorted({adapter for shape in micro_batches for adapter in shape.adapters})
@@ -248,12 +248,12 @@ def once_traffic(stage: StagePlan, micro_batches: Iterable[MicroBatchShape]) -> 
 
 
 def engine_traffic(stage: StagePlan, *, num_micro_batches: int) -> Traffic:
-    """Return an upper bound of DeepSpeed's traffic in the data-parallel group in one step (0.19.8, ds_configs/ files).
+    """Return an upper bound for DeepSpeed's data-parallel messages in one step (version 0.19.8, ds_configs/ files).
 
-    DeepSpeed sums gradients once per step, and from ZeRO-2 on after each micro-batch. It sums the norm and, in ZeRO-1
-    and 2, gathers the updated parameters. ZeRO-3 gathers each parameter at most once per pass of a micro-batch, as some
-    parameters stay gathered until the next pass. Only the bytes are bounds: each of these operations counts as one
-    message, although DeepSpeed chooses buckets and prefetches.
+    DeepSpeed sums gradients once per step, but after each micro-batch in ZeRO-2 and ZeRO-3. It sums the norm and, in
+    ZeRO-1 and 2, gathers the updated parameters. ZeRO-3 gathers each parameter at most once per pass of a micro-batch,
+    because some parameters stay gathered until the next pass. Only the bytes are bounds. Each of these operations
+    counts as one message, although DeepSpeed uses buckets and prefetches.
     """
     zero_stage, dp_size, sent = stage.layout.zero_stage, stage.layout.dp_size, Traffic()
     if dp_size == 1 or (zero_stage < 3 and not stage.layout.engine_steps):

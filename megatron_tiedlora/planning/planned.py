@@ -1,11 +1,11 @@
 """Plan a step of a run, and the memory, messages and time of its layout on a cluster.
 
-A `StepPlan` has the micro-batches of the step, from its samples or without data. A single adapter is a list of one. A
-`Planned` is one layout of such a step. Each cost is computed on first use.
+A `StepPlan` describes the micro-batches of a step, with or without data. A run without --adapters counts as a run with
+one adapter. A `Planned` is one layout of such a step. Each cost is computed on first use.
 
-A dry run has one layout, and a search has thousands. The layouts of a search share every value that does not depend on
-their choices (`_DEPENDS`). The schedules of layouts with equal numbers of stages and micro-batches are simulated
-together (`time_together`). Stages that do the same work share all values with the first of these stages, which has most
+A dry run plans one layout, and a search plans thousands. Layouts share a value if they are equal in all fields that
+affect this value (`_DEPENDS`). The schedules of layouts with equal numbers of stages and micro-batches are simulated
+together (`time_together`). Stages that do the same work use the values of the first such stage, which has the most
 micro-batches in flight.
 """
 
@@ -37,22 +37,22 @@ Samples = Mapping[str, tuple[TokenDataset, GlobalBatch]]  # by adapter name: the
 
 
 class Work(NamedTuple):
-    """The tokens of a step on all ranks, and their model FLOPs as the MFU of a run counts them."""
+    """The number of tokens of a step on all ranks, and their model FLOPs, from which the MFU is computed."""
 
     tokens: int
     flops: int
 
 
 def micro_batch_capacity(plans: Plans, *, shares: bool) -> int:
-    """Return the most tokens in a micro-batch that several adapters share; 0 if they share none.
+    """Return the maximum number of tokens in a micro-batch of several adapters; 0 if adapters share no micro-batches.
 
-    It is the size of the largest micro-batch of a single adapter, which fits in the memory of a rank.
+    This number is the size of the largest micro-batch of a single adapter, which fits in the memory of a rank.
     """
     return max(plan.layout.rows * plan.layout.length for plan in plans.values()) if shares else 0
 
 
 def longest_run(plans: Plans) -> RunPlan:
-    """Return the plan that trains on most tokens. It decides for all adapters whether kernels are compiled."""
+    """Return the plan that trains on the most tokens. Its settings decide whether kernels are compiled."""
     return max(plans.values(), key=lambda plan: plan.num_tokens)
 
 
@@ -61,7 +61,7 @@ class StepPlan:
     """A step in which all adapters of a run are trained together.
 
     Attributes:
-        samples: the samples of the step. None without data: each row is then one full sample, all of it supervised.
+        samples: the samples of the step; None without data. Then each row is a supervised sample of maximum length.
     """
 
     plans: Plans
@@ -88,13 +88,13 @@ class StepPlan:
 
     @cached_property
     def rounds(self) -> list[list[tuple[str, int]]]:
-        """The micro-batches of the adapters that are merged into each shared micro-batch; see `fill_rounds`."""
+        """For each shared micro-batch, the micro-batches of single adapters that it contains; see `fill_rounds`."""
         capacity = micro_batch_capacity(self.plans, shares=self.shares_micro_batches)
         return fill_rounds({name: self._largest(name) for name in self._taking}, capacity=capacity)
 
     @cached_property
     def layout(self) -> Layout:
-        """The layout that the planners read."""
+        """The layout of all adapters, from which the planners compute costs."""
         return replace(
             self.shared.layout,
             adapters=tuple(plan.adapter for plan in self.plans.values()),
@@ -106,7 +106,7 @@ class StepPlan:
 
     @cached_property
     def stages(self) -> tuple[StagePlan, ...]:
-        """Every pipeline stage, in order."""
+        """All pipeline stages in order."""
         return plan_stages(self.shape, self.layout)
 
     @cached_property
@@ -141,7 +141,7 @@ class StepPlan:
 
     @cached_property
     def works(self) -> dict[str, Work]:
-        """The work of each adapter in the step."""
+        """The work of each adapter in the step, by name."""
         found = {}
         for name in self._taking:
             plan = self.plans[name]
@@ -160,7 +160,7 @@ class StepPlan:
 
     @property
     def steps(self) -> float:
-        """The number of such steps that have as many tokens as the run. Adapters with fewer steps end earlier."""
+        """The tokens of the run, divided by the tokens of this step. Adapters with fewer steps end earlier."""
         tokens = sum(work.tokens * self.plans[name].settings.max_steps for name, work in self.works.items())
         whole, rest = divmod(tokens, self.work.tokens)
         return tokens / self.work.tokens if rest else whole
@@ -172,11 +172,11 @@ class StepPlan:
 
     @property
     def _taking(self) -> list[str]:
-        """The names of the adapters that take the step, in order."""
+        """The names of the adapters that are trained in the step, in order."""
         return [name for name in self.plans if self.samples is None or name in self.samples]
 
     def _most_documents(self) -> int:
-        """Return the most documents in a micro-batch of the step. The padding of a packed row counts as a document."""
+        """Return the maximum number of documents in a micro-batch. Padding of a packed row counts as a document."""
         if self.samples is None or not self.shared.settings.packing:
             return max(sum(self.plans[name].layout.rows for name, _ in some) for some in self.rounds)
         dp_size, most = self.shared.grid.dp_size, 0
@@ -189,7 +189,7 @@ class StepPlan:
         return most
 
     def _largest(self, name: str) -> Sequence[int]:
-        """Return the positions of each micro-batch of an adapter, on the rank with the most positions."""
+        """Return the number of positions of each micro-batch of an adapter, on the rank with the most positions."""
         plan, layout = self.plans[name], self.plans[name].layout
         if self.samples is None:
             return [layout.rows * padded(layout.length, layout.pad_multiple)] * layout.micro_batches
@@ -198,10 +198,9 @@ class StepPlan:
         return largest_positions(positions, dp_size=plan.grid.dp_size)
 
     def _own(self, name: str) -> list[tuple[list[SampleRow], int]]:
-        """Return the rows of each of an adapter's micro-batches on this rank, and its sum of s^2 over samples of s
-        tokens.
+        """Return, for each micro-batch of an adapter on this rank, its rows and the sum of squared sample lengths.
 
-        Without data each row is one full sample. No position predicts the first token of a sample.
+        Without data, each row is one sample of the maximum length. No position predicts the first token of a sample.
         """
         layout, grid = self.plans[name].layout, self.shared.grid
         if self.samples is None:
@@ -240,7 +239,7 @@ _DEPENDS = {
 
 @dataclass(frozen=True)
 class Cluster:
-    """The ranks of a cluster, `per_node` in each node, and their machine."""
+    """A cluster: its number of ranks, the number of ranks per node, and the machine of a rank."""
 
     world_size: int
     per_node: int
@@ -257,7 +256,7 @@ class Planned:
     """A layout of a run on a cluster, with its predicted costs.
 
     Attributes:
-        step: the planned step. Layouts with the same micro-batches share it.
+        step: the planned step. Layouts with the same micro-batches share this object.
         known: a cache of values that several layouts share.
     """
 
@@ -268,7 +267,7 @@ class Planned:
 
     @classmethod
     def alone(cls, step: StepPlan, machine: Machine, *, per_node: int = step_time.RANKS_PER_NODE) -> "Planned":
-        """Return the plan of a run's own layout, with its own cache."""
+        """Return a plan with the layout of `step` and with its own cache."""
         return Planned(step=step, layout=step.layout, cluster=Cluster(step.layout.world_size, per_node, machine))
 
     @property
@@ -277,7 +276,7 @@ class Planned:
         return self.cluster.machine
 
     def stage(self, index: int) -> StagePlan:
-        """Return a stage. Layouts with the same partition and storage share its other fields."""
+        """Return the stage with this index. Layouts with the same partition and storage share its values."""
         found = self._once("stages", lambda: plan_stages(self.step.shape, self.layout))
         return replace(found[index], layout=self.layout)
 
@@ -288,14 +287,14 @@ class Planned:
 
     @cached_property
     def links(self) -> step_time.Links:
-        """The links that carry the messages of each group of ranks."""
+        """The links that carry the messages of each process group."""
         return self._once("links", lambda: step_time.Links(self.layout, self.cluster.per_node))
 
     # Memory -----------------------------------------------------------------------------------------------------------
 
     @cached_property
     def weights(self) -> float:
-        """The most bytes of base weights on a rank. They do not depend on micro-batches or the schedule."""
+        """The largest number of bytes of base weights on any rank. It does not depend on micro-batches."""
         return max(held.base + held.dequantised for held in map(self._held, self._first_stages))
 
     @property
@@ -304,20 +303,20 @@ class Planned:
         return self.weights <= self.cluster.capacity
 
     def memory(self, index: int) -> StageMemory:
-        """Return the memory of a rank of a stage."""
+        """Return the memory that a rank of this stage needs."""
         stage = self.stage(index)
         step = self._once("step_memory", lambda: step_memory(stage, self.step.largest), index)
         return with_reserves(stage, self._held(index).plus(step), self.machine)
 
     @cached_property
     def fullest(self) -> tuple[int, StageMemory]:
-        """The index of the stage that needs most memory, and its memory per rank."""
+        """The index of the stage that needs the most memory, and the memory per rank of this stage."""
         found = {index: self.memory(index) for index in self._first_stages}
         return max(found.items(), key=lambda item: item[1].total)
 
     @property
     def needed(self) -> float:
-        """The bytes that the fullest rank needs, or only its weights if these alone do not fit."""
+        """The largest number of bytes that any rank needs. If the weights alone do not fit, only they are counted."""
         return self.fullest[1].total if self.has_room_for_weights else self.weights
 
     @property
@@ -328,7 +327,7 @@ class Planned:
     # Messages ---------------------------------------------------------------------------------------------------------
 
     def traffic(self, index: int, *, of_engine: bool = True) -> Traffic:
-        """Return the messages of a rank of a stage in a step.
+        """Return the messages that a rank of a stage sends in one step.
 
         Args:
             of_engine: whether to include the upper bounds of DeepSpeed's messages in the data-parallel group.
@@ -348,12 +347,12 @@ class Planned:
 
     @cached_property
     def seconds(self) -> step_time.Seconds:
-        """The seconds of a step by purpose."""
+        """The predicted seconds of a step, by purpose."""
         return step_time.step_seconds([self.parts])[0]
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens per second per rank."""
+        """The number of tokens per second per rank."""
         return self.work.tokens / self.seconds.total / self.cluster.world_size
 
     @property
@@ -363,7 +362,7 @@ class Planned:
 
     @property
     def mfu(self) -> float:
-        """The model FLOPs utilisation (MFU): the share of the peak in the dtype of the base."""
+        """The model FLOPs utilisation (MFU), as a fraction of the peak FLOP/s in the dtype of the base."""
         return self.work.flops / self.seconds.total / (self.machine[f"peak.{self.dtype}"] * self.cluster.world_size)
 
     @property
@@ -384,7 +383,7 @@ class Planned:
         return sum(one.hours for one in alone)
 
     def changed(self, constants: dict[str, Constant]) -> "Planned":
-        """Return this layout on a machine with these constants replaced."""
+        """Return this layout on a machine in which these constants are replaced."""
         cluster = replace(self.cluster, machine=self.machine.changed(constants))
         return Planned(step=self.step, layout=self.layout, cluster=cluster)
 
@@ -401,12 +400,12 @@ class Planned:
         return step_time.StepParts(batches, [passes[first] for first in first_of], sums, self.machine["step"])
 
     def pass_terms(self, index: int, batch: MicroBatchShape) -> tuple[list[step_time.Term], list[step_time.Term]]:
-        """Return the time terms of the forward and the backward pass of a micro-batch on a stage."""
+        """Return the terms that add up to the time of the forward and of the backward pass on a stage."""
         work = self._once("stage_work", lambda: stage_work(self.stage(index), batch), index, batch)
         return step_time.stage_terms(work, self.stage(index), self.links, self.machine)
 
     def sum_terms(self, index: int) -> list[step_time.Term]:
-        """Return the time terms of the messages that a rank of a stage sends once per step."""
+        """Return the terms that add up to the time of the messages that a rank of a stage sends once per step."""
         return step_time.sum_terms(self.stage(index), self.step.batches, self.links, self.machine)
 
     # Values that several layouts share --------------------------------------------------------------------------------
@@ -415,7 +414,7 @@ class Planned:
         return tuple(getattr(self.layout, name) for name in fields)
 
     def _once(self, part: str, compute: Callable[[], _Part], *beside: Hashable) -> _Part:
-        """Return a value of `_DEPENDS` from the cache, or compute it. `beside` is an additional key."""
+        """Return the value `part` of `_DEPENDS` from the cache, or compute it. `beside` extends the cache key."""
         key = (part, *self._values(_DEPENDS[part]), *beside)
         if key not in self.known:
             self.known[key] = compute()
@@ -448,6 +447,6 @@ class Planned:
 
 
 def time_together(rows: Sequence[Planned]) -> None:
-    """Set the seconds of many layouts. Those with equal numbers of stages and micro-batches are simulated together."""
+    """Compute `seconds` of many layouts. Layouts with equal numbers of passes and stages are simulated together."""
     for row, seconds in zip(rows, step_time.step_seconds([row.parts for row in rows]), strict=True):
         row.seconds = seconds

@@ -1,6 +1,6 @@
 """Report the memory, messages and time of a layout as text, for a dry run and for `tiedlora plan --why`.
 
-A dry run needs no weights and no data. Presets need no files at all.
+A dry run needs no weights and no data. A dry run of a preset model needs no files at all.
 """
 
 import itertools
@@ -37,17 +37,17 @@ from megatron_tiedlora.runtime.stopping import LONG_STEP_SECONDS
 
 
 class DryRunReport(NamedTuple):
-    """The text of a dry run, and whether every rank fits in the card of --gpu (True without --gpu)."""
+    """The text that a dry run prints, and whether the card of --gpu has enough memory (True without --gpu)."""
 
     text: str
     fits: bool
 
 
 def dry_run_report(settings: Settings, *, launched_ranks: int = 1) -> DryRunReport:
-    """Return the whole report, for --world_size ranks or else for the number of launched ranks.
+    """Return the complete report for --world_size ranks, or for the launched ranks if this flag is not given.
 
     Raises:
-        UserError: the same errors as in the run itself.
+        UserError: the run itself would raise the same error.
     """
     ranks = settings.world_size or launched_ranks
     plans = adapter_plans.plan_adapters(settings, rank=0, world_size=ranks, weights=False)
@@ -67,10 +67,10 @@ def dry_run_report(settings: Settings, *, launched_ranks: int = 1) -> DryRunRepo
 
 
 def layout_sections(planned: Planned, *, on_card: bool = True) -> list[list[str]]:
-    """Return the sections on a layout: its stages, memory, messages, and time.
+    """Return the sections of a report about a layout: its stages, memory, messages, and time.
 
     Args:
-        on_card: whether the user named the machine. Otherwise the report leaves out the time and the card's limit.
+        on_card: whether the user chose the machine. Otherwise the report omits the time and the memory limit.
     """
     sections = [partition_lines(planned), memory_lines(planned, judged=on_card), message_lines(planned)]
     return [*sections, *([time_lines(planned)] if on_card else [])]
@@ -80,7 +80,7 @@ def layout_sections(planned: Planned, *, on_card: bool = True) -> list[list[str]
 
 
 def _samples(step: StepPlan, data: adapter_plans.Data) -> list[list[str]]:
-    """Return the first sample of each adapter as text with its supervised spans. Equal samples are shown once."""
+    """Return the first sample of each adapter, divided into supervised and other spans. Equal samples appear once."""
     found: dict[tuple[str, ...], list[str]] = {}
     for name, own in data.items():
         ids, supervised, settings = own.train.sample(0), own.train.supervised_of(0), step.plans[name].settings
@@ -97,7 +97,7 @@ def _samples(step: StepPlan, data: adapter_plans.Data) -> list[list[str]]:
 
 
 def _adapters(step: StepPlan) -> list[str]:
-    """Return a table of the tensors of a single adapter, or a table with a row for each of several adapters."""
+    """Return a table of the trained tensors of a single adapter, or a table with one row per adapter."""
     base = f"{num_base_parameters(step.shape):,}"
     if not step.layout.named:
         adapter, plan = step.shared.adapter, step.shared
@@ -134,7 +134,7 @@ def _adapters(step: StepPlan) -> list[str]:
 
 
 def _decoding(step: StepPlan, data: adapter_plans.Data) -> list[str]:
-    """Return a line on the memory of generation, if the run generates answers."""
+    """Return a line about the memory of the key-value cache if the run generates answers, else an empty list."""
     plan = step.shared
     sets = [part for own in data.values() for part in (own.scored, own.scored_validation) if part is not None]
     if not sets:
@@ -185,7 +185,7 @@ def _batches(step: StepPlan, data: adapter_plans.Data) -> list[str]:
 
 
 def _data(step: StepPlan, data: adapter_plans.Data) -> list[str]:
-    """Return a table of each adapter's data splits and passes over its training split, or a note without data."""
+    """Return a table of the data splits of each adapter. If the plan has no data, return a note instead."""
     if not data:
         shared = step.shared
         needed = "a model folder" if shared.source.folder is None else "--train_file or --task"
@@ -213,7 +213,7 @@ def _own_bytes(step: StepPlan, adapter: int) -> int:
 
 
 def _one_more(planned: Planned) -> list[list[str]]:
-    """Return a section on the memory of one more copy of the largest adapter, if there are several adapters."""
+    """Return a section about the memory that one more adapter like the largest needs; [] without --adapters."""
     step = planned.step
     if not step.layout.named:
         return []
@@ -237,7 +237,7 @@ def _one_more(planned: Planned) -> list[list[str]]:
 
 
 def partition_lines(planned: Planned) -> list[str]:
-    """Return a table of the layers, work and base weights of each stage."""
+    """Return a table with the layers of each stage, its fraction of the work, and its base weights."""
     shape, layout = planned.step.shape, planned.layout
     cut = "" if layout.tp_size == 1 else f", {'' if layout.sequence_parallel else 'no '}sequence parallelism"
     rows = []
@@ -253,10 +253,10 @@ def partition_lines(planned: Planned) -> list[str]:
 
 
 def memory_lines(planned: Planned, *, judged: bool) -> list[str]:
-    """Return a table of the bytes of a rank of each stage by purpose, with notes.
+    """Return a table of the memory per rank of each stage, by purpose, and notes about it.
 
     Args:
-        judged: whether a last line states if the fullest rank fits in its card.
+        judged: whether to add a line that says if the memory of the machine is large enough.
     """
     layout, stages, largest = planned.layout, planned.stages, planned.step.largest
     micro_batches = f"{layout.rows} x {largest.tokens // layout.rows} tokens"
@@ -295,7 +295,7 @@ def memory_lines(planned: Planned, *, judged: bool) -> list[str]:
 
 
 def _memory_notes(planned: Planned) -> Iterator[str]:
-    """Yield notes on the columns of the memory table. The last columns are reserves of a machine, not counts."""
+    """Yield notes about the columns of the memory table. The last columns are estimates for a machine, not counts."""
     layout, stages, machine = planned.layout, planned.stages, planned.machine
     saved = saved_per_token(planned.step.shape, layout)
     yield (
@@ -335,7 +335,7 @@ def _memory_notes(planned: Planned) -> Iterator[str]:
 
 
 def time_lines(planned: Planned) -> list[str]:
-    """Return the planned time of a step by purpose, and then term by term for the busiest stage."""
+    """Return lines with the predicted time of a step by purpose, and with all terms of the slowest stage's time."""
     spent, work, batches, parts = planned.seconds, planned.work, planned.step.batches, planned.parts
     index, passes = parts.busiest()
     batch = max(batches, key=lambda one: one.num_tokens)
@@ -360,7 +360,7 @@ def time_lines(planned: Planned) -> list[str]:
 
 
 def _terms(terms: Iterable[Term]) -> Iterator[tuple[str, str]]:
-    """Yield the time of each term, and how it is computed."""
+    """Yield the time of each term, and a text that shows how this time is computed."""
     for term in (term for term in terms if term.seconds):
         rate = f": {amount_text(term.amount, term.unit)} / {amount_text(term.rate, term.unit)}/s" if term.rate else ""
         fixed = f" + {time_text(term.fixed)}" if term.rate and term.fixed else ""
@@ -368,9 +368,9 @@ def _terms(terms: Iterable[Term]) -> Iterator[tuple[str, str]]:
 
 
 def message_lines(planned: Planned) -> list[str]:
-    """Return a table of the messages of a rank of each stage by group.
+    """Return a table of the messages that a rank of each stage sends in each process group.
 
-    Bytes are of full tensors, as `parallel.groups` counts them.
+    The sizes are those of full tensors, as in `parallel.groups`.
     """
     step, stages, layout, number = planned.step, planned.stages, planned.layout, len(planned.step.batches)
     of = "the step's samples on data-parallel rank 0"
@@ -401,26 +401,26 @@ def message_lines(planned: Planned) -> list[str]:
 
 
 def messages_text(number: int, size: float) -> str:
-    """Return the text for a number of messages and their total bytes."""
+    """Return the number of messages and their total size as text."""
     return f"{number:,} / {bytes_in_words(size)}"
 
 
 def traffic_table(sent: Sequence[Mapping[str, str]]) -> list[str]:
-    """Return a table of planned or counted messages of a rank of each stage, from texts by group."""
+    """Return a table of messages with one row per stage. `sent` contains the texts of each stage, by process group."""
     groups = [group for group in (*GROUPS, "DeepSpeed") if any(group in found for found in sent)]
     header = ["all ranks" if group == WORLD else group for group in groups]
     return stage_table(header, [[found.get(group, messages_text(0, 0)) for group in groups] for found in sent])
 
 
 def stage_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return a table with one line per stage. Neighbouring stages with equal cells share a line."""
+    """Return a table with one row per stage. Consecutive stages with equal cells share one row."""
     alike = itertools.groupby(enumerate(rows), key=lambda row: tuple(row[1]))
     stages = [[ranges([index for index, _ in some]), *cells] for cells, some in alike]
     return aligned_lines([("stage", *header), *stages], indent="  ")
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """Return numbers in ascending order as text with ranges: 1,2,3,5 -> 1-3,5."""
+    """Return ascending integers as text. Consecutive integers become ranges, such as 1-3,5 for 1, 2, 3 and 5."""
     runs = itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])  # the key is constant in a range
     found = ([number for _, number in run] for _, run in runs)
     return ",".join("-".join(dict.fromkeys(map(str, (run[0], run[-1])))) for run in found)

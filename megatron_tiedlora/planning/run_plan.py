@@ -40,9 +40,10 @@ from megatron_tiedlora.runtime.run_folder import RunFolder, check_trackers, last
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A checked run: its settings, its model, and the values that follow from both and from the number of ranks.
+    """The plan of a run that has passed all checks: its settings, its model, and values that are computed from them.
 
-    `on_gpu`: whether the ranks run on GPUs, where rows are padded further and libraries need memory too.
+    Attributes:
+        on_gpu: whether the ranks run on GPUs. Rows then have more padding, and libraries also need memory.
     """
 
     settings: Settings
@@ -55,7 +56,7 @@ class RunPlan:
 
     @cached_property
     def layout(self) -> Layout:
-        """The layout that the planners read, besides the model's shape."""
+        """The layout of the run, from which the planners compute its costs."""
         settings, grid, engine = self.settings, self.grid, self.engine
         compiled = settings.compile == "true"
         if settings.compile == "auto":
@@ -82,12 +83,12 @@ class RunPlan:
 
     @property
     def num_tokens(self) -> int:
-        """The most tokens that the run may train on."""
+        """The maximum number of tokens that the run trains on."""
         return self.settings.max_steps * self.settings.global_batch_size * self.settings.max_length
 
     @property
     def reads_data(self) -> bool:
-        """Whether the run has rows and a tokenizer. A dry run without them assumes that every row is full."""
+        """Whether the run has data and a tokenizer. Without them, a dry run assumes rows of the maximum length."""
         return self.source.folder is not None and self.settings.names_data
 
     @cached_property
@@ -97,17 +98,17 @@ class RunPlan:
 
     @property
     def stage(self) -> StagePlan:
-        """This rank's stage."""
+        """The pipeline stage of this rank."""
         return self.stages[self.grid.pp_rank]
 
     @property
     def machine(self) -> Machine:
-        """The machine whose reserves and speed are used for planning: the card of --gpu, or the default GPU or CPU."""
+        """The machine whose constants are used for planning: the GPU of --gpu, or the default GPU or CPU."""
         return GPUS[self.settings.gpu or DEFAULT_GPU] if self.on_gpu else CPU
 
     @property
     def batch_shape(self) -> batch.BatchPlan:
-        """The split of a global batch into rows and micro-batches."""
+        """The sizes that determine how a global batch is divided into rows and micro-batches."""
         packed_length = self.settings.max_length if self.settings.packing else None
         least = inputs_to_fill(self.grid.pp_size)
         return replace(self.batches, packed_length=packed_length, min_micro_batches=least)
@@ -120,7 +121,7 @@ class RunPlan:
     def training_loader(
         self, dataset: TokenDataset, *, pad_id: int, consumed_samples: int = 0
     ) -> Iterator[TrainingStep]:
-        """Yield the steps of this rank on `dataset` after the first `consumed_samples` samples."""
+        """Yield the training steps of this rank on `dataset` after the first `consumed_samples` samples."""
         return training_steps(
             dataset,
             self.batch_shape,
@@ -134,7 +135,7 @@ class RunPlan:
 
     @property
     def batches_in_words(self) -> str:
-        """A text that describes how the samples of a step are split."""
+        """A text that describes how the samples of a step are divided into rows and micro-batches."""
         batches, ranks = self.batches, count_text(self.batches.data_parallel, "data-parallel rank")
         if not self.settings.packing:
             steps = count_text(batches.accumulation_steps, "step")
@@ -151,21 +152,21 @@ class RunPlan:
 
     @property
     def rank_excess(self) -> list[str]:
-        """A line if --rank is larger than the rank of any update. The list is empty with --init_from."""
+        """A list with a message if --rank is too large for all targets. It is empty otherwise or with --init_from."""
         widest = max(self.adapter.targets, key=lambda target: min(target.in_size, target.out_size))
         sizes, rank = (widest.in_size, widest.out_size), self.adapter.rank
         if rank <= min(sizes) or self.settings.init_from is not None:
             return []
         words = "{:,} inputs and {:,} outputs".format(*sizes)
-        return [f"--rank {rank}: {widest.name} has {words}, so no update of it has a rank above {min(sizes):,}"]
+        return [f"--rank {rank}: {widest.name} has {words}, so its update has at most rank {min(sizes):,}"]
 
     def layout_of(self, adapter: AdapterConfig) -> AdapterLayout:
-        """Return the shards of an adapter over this plan's stages and ranks."""
+        """Return how an adapter is sharded over the stages and ranks of this plan."""
         own = (tuple(layer for layer in adapter.layers if layer in stage.layers) for stage in self.stages)
         return AdapterLayout(adapter, self.grid, tuple(own))
 
     def part_of(self, adapter: AdapterConfig) -> AdapterShard:
-        """Return this rank's shard of an adapter over this plan's stages."""
+        """Return the shard of an adapter that this rank holds."""
         layers = self.layout_of(adapter).stage_layers[self.grid.pp_rank]
         return AdapterShard(adapter, layers, self.grid.tp_rank, self.grid.tp_size)
 
@@ -175,10 +176,10 @@ class RunPlan:
         return self.layout.dtype
 
     def weight_maker(self, device: torch.device) -> WeightMaker:
-        """Return the factory of the weights of the blocks' linears, which share memory.
+        """Return a function that creates the frozen weights of the blocks. These weights share a workspace.
 
         Raises:
-            UserError: `device` cannot compute --products.
+            UserError: `device` does not support the matmuls of --products.
         """
         base, products, keep_transposed = self.layout.storage
         if products is not None:
@@ -201,7 +202,7 @@ class RunPlan:
         return replace(self, settings=with_counted_steps(self.settings, num_samples))
 
     def resolved_settings(self) -> dict[str, Any]:
-        """Return every setting as a plain value, with defaults that depend on the model or the number of ranks."""
+        """Return all settings as plain values. Defaults that depend on the model or the ranks are computed."""
         return self.settings.model_dump() | {
             "dtype": self.dtype_name,
             "layers": list(self.adapter.layers),
@@ -224,7 +225,7 @@ def plan_run(
         source: the model, if it is already known; else --model names it.
 
     Raises:
-        UserError: the first problem, with its fix.
+        UserError: a check has failed. The message states the problem and the fix.
     """
     task = get_task(settings.task)
     if settings.eval_metric not in ("loss", *task.metrics):
@@ -240,7 +241,7 @@ def plan_run(
         unit = settings.tensor_parallel * settings.pipeline_parallel
         ranks = unit * (world_size // unit + 1)
         plans, starts = f"`--dry_run --world_size {ranks}`", f"`tiedlora run --num_gpus {ranks} ...`"
-        raise UserError(f"{error}: {plans} plans without ranks, {starts} starts them") from None
+        raise UserError(f"{error}. Plan without ranks by {plans}, or start the ranks by {starts}") from None
     on_gpu = settings.gpu is not None or (uses_gpu() if settings.plan_for is None else settings.plan_for == "gpu")
     # Errors are reported before weights are downloaded.
     found = source or find_model(settings.model, weights=False)
@@ -261,7 +262,7 @@ def plan_run(
     check_layout(shape, grid, zero_stage=engine.zero_stage, ds_config=settings.ds_config)
     layers = settings.layers or tuple(range(1, shape.num_layers + 1))
     if layers[-1] > shape.num_layers:
-        raise UserError(f"--layers {layers[-1]}: {settings.model} has layers 1 to {shape.num_layers}")
+        raise UserError(f"--layers {layers[-1]}: {settings.model} has layers 1 to {shape.num_layers}. Use only these")
     found.check_length("--max_length", settings.max_length)
     adapter = make_adapter_config(
         settings.method,
@@ -276,7 +277,7 @@ def plan_run(
     plan = RunPlan(settings, found, grid, batches, engine, adapter, on_gpu)
     method = adapter.method_spec
     if plan.rank_excess and (method.A.trained or method.B.trained):  # vera only selects from r frozen terms
-        raise UserError(f"{plan.rank_excess[0]}. Give at most that")
+        raise UserError(f"{plan.rank_excess[0]}. Give at most this rank")
     if weights and source is None:
         plan = replace(plan, source=find_model(settings.model))
     if settings.products is not None and on_gpu:
@@ -309,14 +310,14 @@ def with_models_length(settings: Settings, source: ModelSource) -> Settings:
 def with_counted_steps(settings: Settings, num_samples: int) -> Settings:
     """Return the settings with --max_steps computed from --epochs, if given. --max_steps limits the default warm-up.
 
-    A step takes the next --global_batch_size samples, independent of the parallel configuration and of packing. So an
-    epoch has ceil(samples / --global_batch_size) steps, and its last step may begin the next epoch. The number of steps
-    is rounded up, and exact for any decimal:
+    A step uses the next --global_batch_size samples with every parallel configuration, and with or without packing. So
+    an epoch has ceil(samples / --global_batch_size) steps, and its last step may begin the next epoch. The number of
+    steps is computed exactly for any decimal value of --epochs, and rounded up:
 
         max_steps = ceil(epochs * training samples / global_batch_size)
 
     Raises:
-        UserError: --warmup_steps is larger than this number, or --profile begins after it.
+        UserError: --warmup_steps is larger than this number of steps, or --profile begins after the last step.
     """
     if settings.epochs is None:
         return settings
@@ -324,12 +325,12 @@ def with_counted_steps(settings: Settings, num_samples: int) -> Settings:
     warmup = settings.warmup_steps
     if settings.profile is not None and profiled_steps(settings.profile)[0] > steps:
         raise UserError(
-            f"--profile {settings.profile} begins after the {steps} steps of --epochs {settings.epochs:g}; give earlier"
+            f"--profile {settings.profile} begins after the {steps} steps of --epochs {settings.epochs:g}. Give earlier"
             " steps"
         )
     if warmup > steps and "warmup_steps" in settings.model_fields_set:
         raise UserError(
-            f"--warmup_steps {warmup} is more than the {steps} steps of --epochs {settings.epochs:g}; lower it"
+            f"--warmup_steps {warmup} is more than the {steps} steps of --epochs {settings.epochs:g}. Give fewer"
         )
     return settings.completed(max_steps=steps, warmup_steps=min(warmup, steps))
 
@@ -340,7 +341,7 @@ def epochs_of(settings: Settings, num_samples: int) -> float:
 
 
 def steps_in_words(settings: Settings, num_samples: int) -> str:
-    """Return a text with the number of steps, and with the epochs that it is computed from or corresponds to."""
+    """Return a text with the number of steps and the corresponding number of epochs."""
     steps, samples = count_text(settings.max_steps, "step"), count_text(num_samples, "training sample")
     if settings.epochs is None:
         return f"{steps}, {epochs_of(settings, num_samples):,.2f} passes over the {samples}"
@@ -359,13 +360,13 @@ _NAMING = set(marked(Settings, decides="adapter", derived=False))  # the setting
 
 @dataclass(frozen=True)
 class StartAdapter:
-    """The adapter of --init_from, with which a run starts.
+    """The adapter of --init_from, whose values are the initial values of a run.
 
     Attributes:
-        state: full fp32 tensors.
-        trained: the base on which it was trained; None if its files do not record the base.
-        kind: a text on the kind of its folder.
-        notes: notes for the user.
+        state: the full fp32 tensors, by name.
+        trained: the base on which the adapter was trained; None if its files do not record the base.
+        kind: a text that describes the format of the adapter's folder.
+        notes: messages for the user.
     """
 
     config: AdapterConfig
@@ -376,10 +377,10 @@ class StartAdapter:
 
 
 def with_start(settings: Settings, source: ModelSource) -> Settings:
-    """Return the settings with those that the adapter of --init_from decides. A resumed run reads its checkpoint.
+    """Return the settings, completed with those of the --init_from adapter. A resumed run takes them from a checkpoint.
 
     Raises:
-        UserError: the adapter cannot be read, is for a model of another shape, or contradicts a given setting.
+        UserError: the adapter cannot be read, is for a model of a different shape, or contradicts a given setting.
     """
     if settings.init_from is None:
         return settings
@@ -396,7 +397,7 @@ def with_start(settings: Settings, source: ModelSource) -> Settings:
         if value != decided[name]:
             raise UserError(
                 f"--{name} {flag_value(value)} contradicts --init_from {settings.init_from}, whose adapter has {name}"
-                f" {flag_value(decided[name])}; leave --{name} out, or give another adapter"
+                f" {flag_value(decided[name])}; omit --{name}, or give a different adapter"
             )
     return make_settings({**settings.model_dump(exclude_unset=True), **decided})
 
@@ -404,14 +405,14 @@ def with_start(settings: Settings, source: ModelSource) -> Settings:
 def load_start(
     settings: Settings, source: ModelSource, adapter: AdapterConfig, base: BaseIdentity
 ) -> tuple[Mapping[str, torch.Tensor] | None, tuple[str, ...]]:
-    """Return the full tensors with which a new run starts (None: initial values), and notes. Rank 0 reads for all.
+    """Return the full tensors with which a new run starts (None without --init_from), and notes. Only rank 0 reads.
 
     Args:
         adapter: the run's adapter.
         base: the run's base.
 
     Raises:
-        UserError: the adapter cannot be read, was replaced meanwhile, or is for another base; on every rank.
+        UserError: on every rank, if the adapter cannot be read, was replaced meanwhile, or is for a different base.
     """
     given = settings.init_from
     if given is None:
@@ -419,7 +420,7 @@ def load_start(
     differs, failure = settings.base_differs, None
     start = decided_by_rank_0(lambda: read_start(given, source, differs=differs), kind=StartAdapter)
     if _decided(start.config) != _decided(adapter):
-        failure = UserError(f"--init_from {given}: is another adapter than a rank has planned with; start again")
+        failure = UserError(f"--init_from {given}: the adapter was replaced while the run started. Start it again")
     raise_on_every_rank(failure)
     notes = start.notes
     if start.trained is not None:
@@ -428,7 +429,7 @@ def load_start(
 
 
 def start_lines(settings: Settings, source: ModelSource) -> list[str]:
-    """Return the lines about the adapter of --init_from for a dry run."""
+    """Return lines about the adapter of --init_from for the report of a dry run."""
     if settings.init_from is None or recorded_run(settings) is not None:
         return []
     start = read_start(settings.init_from, source, differs=settings.base_differs)
@@ -436,11 +437,11 @@ def start_lines(settings: Settings, source: ModelSource) -> list[str]:
 
 
 def read_start(given: str, source: ModelSource, *, differs: bool) -> StartAdapter:
-    """Read the adapter in the folder `given` to --init_from, for a base of the shape of `source`.
+    """Read the adapter of --init_from in the folder `given`, for a base with the shape of `source`.
 
     Raises:
-        UserError: there is no adapter, or it cannot be read, or it is for a model of another shape. Without `differs`
-            (--base_differs) also if `source` has a merged adapter that a PEFT adapter does not record.
+        UserError: the folder has no adapter, or the adapter cannot be read or is for a model of a different shape.
+            Without `differs` (--base_differs), a PEFT adapter must record any adapter that is merged into `source`.
     """
     opened = open_adapter(given, source, flag="--init_from", differs=differs)
     kind = "a PEFT adapter"
@@ -455,21 +456,21 @@ def read_start(given: str, source: ModelSource, *, differs: bool) -> StartAdapte
 
 
 def _decided(config: AdapterConfig) -> dict[str, Any]:
-    """Return the settings that the adapter decides."""
+    """Return the settings that the config of an adapter determines."""
     stds = {"init_std_a": config.init_std_a, "init_std_b": config.init_std_b}
     found = {**config.facts, **stds}
     return {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
 
 
 def _given(settings: Settings, source: ModelSource) -> dict[str, Any]:
-    """Return those settings of `_TAKEN_OVER` that the user gave."""
+    """Return the settings in `_TAKEN_OVER` that the user gave."""
     every_layer = tuple(range(1, source.shape.num_layers + 1))
     given = {name: getattr(settings, name) for name in _TAKEN_OVER if name in settings.model_fields_set}
     return {name: every_layer if value is None else value for name, value in given.items()}
 
 
 def recorded_run(settings: Settings) -> Mapping[str, Any] | None:
-    """Return the settings in the checkpoint of --resume; None if there is none or this host does not see it."""
+    """Return the settings in the checkpoint of --resume; None if it does not exist or is not visible on this host."""
     if settings.resume == "none":
         return None
     if settings.resume != "auto":

@@ -1,7 +1,7 @@
-"""Enumerate the layouts of a cluster. `plan_run` makes the checks of a run, and accepts or rejects each layout.
+"""Enumerate the layouts of a run on a cluster. `plan_run` checks each layout as a run does, and may reject it.
 
-No check depends on micro-batch, sequence parallelism or recompute. So `plan_run` is called once for each combination of
-the remaining choices and for each adapter. `variants` then varies these three choices.
+No check depends on micro-batch size, sequence parallelism or recomputation. So `plan_run` is called only once per
+adapter for each combination of the other settings. `variants` then varies these three settings.
 """
 
 import math
@@ -36,7 +36,7 @@ class Candidate(Planned):
     """A layout that a run accepts.
 
     Attributes:
-        is_default: whether micro-batch, sequence parallelism and recompute have the defaults of a run.
+        is_default: whether micro-batch size, sequence parallelism and recomputation have the defaults of a run.
         engine_file: the value of --ds_config.
     """
 
@@ -46,7 +46,7 @@ class Candidate(Planned):
 
     @property
     def name(self) -> str:
-        """The unique name of the layout, for the table and --why."""
+        """The unique name of the layout, which the table shows and --why accepts."""
         layout, zero = self.layout, self.engine_file.removesuffix(".json")
         words = [f"t{layout.tp_size}p{layout.pp_size}d{layout.dp_size}-b{layout.rows}-{zero}"]
         words += ["wholeseq"] if layout.tp_size > 1 and not layout.shards_sequences else []
@@ -70,7 +70,7 @@ class Candidate(Planned):
 
     @property
     def alike(self) -> tuple[Hashable, ...]:
-        """The parallel sizes and the storage format. Layouts with equal values differ only in the remaining choices."""
+        """The parallel sizes and the storage format. Layouts with equal values differ only in other settings."""
         return self.layout.tp_size, self.layout.pp_size, self.layout.dp_size, self.storage
 
 
@@ -79,14 +79,14 @@ _TIE = 1.005  # layouts within this factor of the fastest time count as equally 
 
 @dataclass(eq=False)
 class ClusterPlan:
-    """All layouts of a run on a cluster: the accepted ones, and the reasons for which a run rejects others.
+    """All layouts of a run on a cluster, and the reasons why a run rejects some of them.
 
     Attributes:
-        settings: the settings of `tiedlora train`, with the defaults of a plan.
+        settings: the settings of `tiedlora train`, with the defaults of `tiedlora plan`.
         data: the data of each adapter, once they are read; empty for a preset, or if no data file is given.
         candidates: the layouts that a run accepts.
         refused: the number of rejected layouts by error message.
-        ranked: the storage formats to choose from. Candidates in different formats are only used for hints.
+        ranked: the storage formats to choose from. Candidates in other formats are only used for hints.
     """
 
     settings: Settings
@@ -102,21 +102,21 @@ class ClusterPlan:
 
     @property
     def enumerated(self) -> int:
-        """The number of all layouts."""
+        """The number of accepted and rejected layouts."""
         return len(self.candidates) + self.refused.total()
 
     @cached_property
     def _fitting(self) -> list[Candidate]:
-        """The candidates that fit, the fastest first. Equally fast ones are sorted by memory."""
+        """The candidates that fit in memory, the fastest first. Equally fast layouts are sorted by memory use."""
         fitting = [one for one in self.candidates if one.fits]
         time_together(fitting)
         return sorted(fitting, key=lambda one: (one.seconds.total, one.needed))
 
     @cached_property
     def rows(self) -> list[Candidate]:
-        """The candidates that fit, in a storage format to choose from, the fastest first.
+        """The candidates in `ranked` storage formats that fit in memory, the fastest first.
 
-        Layouts within `_TIE` of the fastest count as equally fast. Among them the least changed base is first.
+        Layouts within `_TIE` of the fastest time count as equally fast. Of these, the least changed base is first.
         """
         rows = [one for one in self._fitting if one.storage in self.ranked]
         ties = sum(one.seconds.total <= _TIE * rows[0].seconds.total for one in rows)
@@ -125,17 +125,17 @@ class ClusterPlan:
 
     @cached_property
     def elsewhere(self) -> list[Candidate]:
-        """The candidates that fit in a storage format outside `ranked`, the fastest first."""
+        """The candidates outside the `ranked` storage formats that fit in memory, the fastest first."""
         return [one for one in self._fitting if one.storage not in self.ranked]
 
     @cached_property
     def others(self) -> list[Candidate]:
-        """The candidates that do not fit."""
+        """The candidates that do not fit in memory."""
         return [one for one in self.candidates if not one.fits]
 
     @property
     def all_rows(self) -> list[Candidate]:
-        """All candidates: first those that fit, then the others."""
+        """All candidates. Those that fit in memory come first."""
         return [*self.rows, *self.elsewhere, *self.others]
 
     def best_of_each(self) -> list[Candidate]:
@@ -146,18 +146,17 @@ class ClusterPlan:
         return list(found.values())
 
     def row(self, name: str, *, flag: str) -> Candidate:
-        """Return the layout with this name. Raises UserError, which names the nearest one, if there is none."""
+        """Return the layout with this name. Raises UserError if there is none; the message suggests a similar name."""
         rows = {row.name: row for row in self.all_rows}
         if name not in rows:
-            raise UserError(f"--{flag} {name}: no such layout{nearest_name(name, rows)}; names are those of the table")
+            raise UserError(f"--{flag} {name}: no such layout{nearest_name(name, rows)}. Give a name from the table")
         return rows[name]
 
-    # The settings of candidate runs
-    # ---------------------------------------------------------------------------------------
+    # The settings of candidate runs -----------------------------------------------------------------------------------
 
     @property
     def values(self) -> dict[str, Any]:
-        """The given settings, with the defaults of a plan."""
+        """The user's settings, with the defaults of `tiedlora plan`."""
         return {
             **self.settings.model_dump(mode="json", exclude_unset=True),
             "max_length": self.settings.max_length,
@@ -168,33 +167,33 @@ class ClusterPlan:
 
     @cached_property
     def adapters(self) -> dict[str, Settings]:
-        """The settings of each adapter, without an assumed global batch size. Raises UserError as a run does."""
+        """The settings of each adapter, without an assumed global batch size. Raises the same UserError as a run."""
         assumed = {"global_batch_size"} - self.settings.model_fields_set
         given = {name: value for name, value in self.values.items() if name not in assumed}
         return adapter_plans.adapter_settings(make_settings(given))
 
     def assumes(self, name: str) -> bool:
-        """Return whether a setting has its default for at least one adapter."""
+        """Return whether at least one adapter uses the default of a setting."""
         if self.given(name):
             return False
         return name not in PER_ADAPTER or any(name not in own.model_fields_set for own in self.adapters.values())
 
     def given(self, name: str) -> bool:
-        """Return whether the user gave the flag."""
+        """Return whether the user gave a value for this setting."""
         return name in self.settings.model_fields_set
 
     def choices(self, name: str, values: Sequence[Any]) -> Sequence[Any]:
-        """Return the values to try for a setting: the given value, else all `values`."""
+        """Return the values to try for a setting: the user's value if there is one, else all `values`."""
         return [getattr(self.settings, name)] if self.given(name) else values
 
     def grids(self, world_size: int) -> list[tuple[int, int]]:
-        """Return tensor and pipeline parallel sizes whose product divides the number of ranks, or the first sizes."""
+        """Return all tensor and pipeline sizes whose product divides the number of ranks, or else one invalid pair."""
         tensor, pipeline = (self.choices(f"{name}_parallel", divisors(world_size)) for name in ("tensor", "pipeline"))
         found = [(t, p) for t in tensor for p in pipeline if world_size % (t * p) == 0]
         return found or [(tensor[0], pipeline[0])]
 
     def rows_per_rank(self, dp_size: int) -> list[int]:
-        """Return the micro-batch sizes to try: the divisors of a rank's share of the global batch of all adapters."""
+        """Return the micro-batch sizes to try: the given one, or all that divide every adapter's samples per rank."""
         if self.settings.micro_batch_size is not None:
             return [self.settings.micro_batch_size]
         given = (own for own in self.adapters.values() if "global_batch_size" in own.model_fields_set)
@@ -206,13 +205,13 @@ class ClusterPlan:
         """Return the plans of `plan_run` for a layout, by adapter name.
 
         Raises:
-            UserError: a run rejects the layout, or the layout does not suit the cluster.
+            UserError: a run rejects the layout, or the layout is not suitable for the cluster.
         """
         cluster, machine = self.cluster, self.cluster.machine
         if cluster.per_node % tp_size and not self.given("tensor_parallel"):
             raise UserError(
-                f"--tensor_parallel {tp_size}: a group would span nodes of {cluster.per_node}, whose network is too"
-                f" slow for it; give --tensor_parallel {tp_size} to plan it"
+                f"--tensor_parallel {tp_size}: a tensor-parallel group would span nodes of {cluster.per_node} ranks,"
+                f" which is slow. Give --tensor_parallel {tp_size} to plan this layout anyway"
             )
         if storage.products is not None and machine.on_gpu:
             assert machine.capability is not None, "a GPU has a capability"
@@ -225,7 +224,7 @@ class ClusterPlan:
     def variants(
         self, plans: adapter_plans.Plans, rows: Sequence[int], sequences: Sequence[bool], recomputes: Sequence[str]
     ) -> Iterator[dict[str, Any]]:
-        """Yield `step`, `layout` and `is_default` of the candidates that differ only in choices without checks."""
+        """Yield `step`, `layout` and `is_default` of a candidate for each combination of the last three arguments."""
         plans = adapter_plans.counted(plans, self.data) if self.data else plans
         shares = self.settings.share_micro_batches
         base = StepPlan(plans, shares).layout
@@ -251,13 +250,13 @@ class ClusterPlan:
 def search(
     settings: Settings, cluster: Cluster, *, source: ModelSource, formats: tuple[str, ...] | None = None
 ) -> ClusterPlan:
-    """Return all layouts of the settings on a cluster.
+    """Return all layouts of a run with these settings on a cluster.
 
     Args:
         formats: the names of the storage formats to choose from; None for the format that changes the base least.
 
-        Raises:
-            UserError: no layout is accepted, or the data cannot be read. The messages are the same as in a run.
+    Raises:
+        UserError: no layout is accepted, or the data cannot be read. The messages are the same as in a run.
     """
     found = ClusterPlan(settings, source, cluster)
     storages, accepted = _storages(found, formats), []
@@ -286,12 +285,12 @@ def search(
 
 
 def _storages(plan: ClusterPlan, formats: tuple[str, ...] | None) -> tuple[Storage, ...]:
-    """Return the storage formats to plan, limited to names in `formats` if these are given.
+    """Return the storage formats to plan. If `formats` is given, only the formats that it names are returned.
 
-    A model that is stored quantised allows only its own format.
+    If the weights of the model are stored quantised, only their own format is allowed.
 
     Raises:
-        UserError: no format remains.
+        UserError: no storage format remains.
     """
     settings, source = plan.settings, plan.source
     named = STORAGES if formats is None else tuple(s for s in STORAGES if s.name in formats)
@@ -300,14 +299,14 @@ def _storages(plan: ClusterPlan, formats: tuple[str, ...] | None) -> tuple[Stora
     if source.stored is not None and not left:
         names = " or ".join(storage.name for storage in STORAGES if storage.base == source.stored.base_format)
         raise UserError(
-            f"{given}: {source.name} has its weights in {source.stored.in_words} already; give {names}, or leave"
-            " --formats out"
+            f"{given}: {source.name} already has its weights in {source.stored.in_words}. Give {names}, or omit"
+            " --formats"
         )
     # The recorded settings of a run have an empty --base for a model that is stored quantised.
     base, given_base = settings.base or source.stored_base, plan.given("base")
     if given_base and base not in [storage.base for storage in named]:
         base = base or UNQUANTISED
-        raise UserError(f"{given} and --base {base}: none of these formats stores the base in {base}; leave one out")
+        raise UserError(f"{given} and --base {base}: none of these formats stores the base in {base}. Omit one flag")
     wanted = {name: getattr(settings, name) for name in Storage._fields if plan.given(name)}
     wanted |= {"base": base} if given_base else {}
     fits = [storage for storage in left if all(getattr(storage, name) == value for name, value in wanted.items())]

@@ -2,15 +2,15 @@
 
     step = the longest path through the passes of all stages + messages once per step + time outside passes
 
-The time of a pass is the sum of its terms. Only two terms overlap others: kernel launches by the host of a GPU, and
-gathers of ZeRO-3 with `overlap_comm`.
+The time of a pass is the sum of its terms. Only two terms overlap with other terms: kernel launches by the host of a
+GPU, and gathers of ZeRO-3 with `overlap_comm`.
 
-A pass starts once the previous pass of its rank and its input are ready. With 1F1B and p equal stages each stage is
-idle for (p - 1) / (m + p - 1) of a step of m micro-batches. The simulation also handles unequal stages.
+A pass starts once its rank has finished the previous pass and its input is ready. With 1F1B and p equal stages, each
+stage is idle for (p - 1) / (m + p - 1) of a step of m micro-batches. The simulation also handles unequal stages.
 
 In a ring of n ranks, an all-gather or reduce-scatter of B bytes takes B (n - 1) / n divided by the bandwidth. An
-all-reduce takes twice as long. A group that spans nodes uses the network cards of all its ranks in a node, up to the
-bandwidth inside a node. Each message has a fixed cost of `message` seconds.
+all-reduce takes twice as long. A process group that spans nodes uses the network cards of all its ranks in a node, up
+to the bandwidth inside a node. Each message has a fixed cost of `message` seconds.
 """
 
 import functools
@@ -38,13 +38,13 @@ _RINGS = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2}  # how often a 
 
 
 class Term(NamedTuple):
-    """One term of a step's time: an amount at a rate.
+    """One term of the time of a step: an amount of work divided by a rate, plus a constant.
 
     Attributes:
         purpose: a field of `step_time.Seconds`.
-        label: the name in the output of `--why`.
-        rate: amount in `unit` per second; 0 if the term takes only `fixed` seconds.
-        fixed: seconds that are added to those of the amount.
+        label: the name that the output of `--why` shows.
+        rate: the amount per second, in `unit`; 0 if the term takes only `fixed` seconds.
+        fixed: the seconds that do not depend on the amount.
     """
 
     purpose: str
@@ -56,17 +56,17 @@ class Term(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """The seconds of the term."""
+        """The time of the term in seconds."""
         return (self.amount / self.rate if self.rate else 0.0) + self.fixed
 
 
 class Link(NamedTuple):
-    """The link that carries the messages of a group of ranks.
+    """The link that carries the messages of a process group.
 
     Attributes:
         size: the number of ranks in the group.
-        num_nodes: the number of nodes with these ranks.
-        per_node: the number of ranks of the group in a node.
+        num_nodes: the number of nodes on which these ranks run.
+        per_node: the maximum number of ranks of the group in a node.
     """
 
     size: int
@@ -74,7 +74,7 @@ class Link(NamedTuple):
     per_node: int
 
     def term(self, kind: str, count: int, num_bytes: float, machine: Machine, *, purpose: str) -> Term:
-        """Return the time term of `count` consecutive messages with `num_bytes` bytes in total."""
+        """Return the term for the time of `count` consecutive messages with `num_bytes` bytes in total."""
         carried = num_bytes * _RINGS[kind] * (self.size - 1) / self.size if kind in _RINGS else num_bytes
         label, fixed = f"{kind}, {count_text(int(count), 'message')}", count * machine["message"]
         bandwidth = machine["node_bandwidth"] * machine["node_link"]  # per rank in one direction
@@ -85,14 +85,14 @@ class Link(NamedTuple):
 
 @dataclass(frozen=True)
 class Links:
-    """The links of all groups of a layout on nodes with `ranks_per_node` ranks."""
+    """The links of all process groups of a layout on nodes with `ranks_per_node` ranks."""
 
     layout: Layout
     ranks_per_node: int
 
     @cached_property
     def by_group(self) -> dict[str, Link]:
-        """The link of each group except the pipeline, by group name."""
+        """The link of each process group except the pipeline group, by name."""
         layout = self.layout
         ranks = np.arange(layout.world_size).reshape(layout.pp_size, layout.dp_size, layout.tp_size)  # see `Grid`
         groups = {
@@ -110,14 +110,14 @@ class Links:
         return found
 
     def to_next(self, stage: int) -> Link:
-        """Return the link from a stage to the next one. It is the network if any rank sends to another node."""
+        """Return the link from a stage to the next stage. It is the network if any rank sends to a different node."""
         width, per_node = self.layout.tp_size * self.layout.dp_size, self.ranks_per_node
         first = stage * width
         crosses = any(rank // per_node != (rank + width) // per_node for rank in (first, first + width - 1))
         return Link(2, 1 + crosses, 1)
 
     def terms(self, traffic: Traffic, machine: Machine, *, purpose: str) -> list[Term]:
-        """Return the time terms of all messages except those between stages."""
+        """Return the terms for the time of all messages except those between stages."""
         return [
             self.by_group[group].term(kind, traffic.messages[group, kind], size, machine, purpose=purpose)
             for (group, kind), size in traffic.bytes.items()
@@ -137,12 +137,12 @@ class Seconds(NamedTuple):
         attention: attention, recomputation included.
         elementwise: elementwise kernels: norms, gate, rotation, residuals, loss.
         dequantised: dequantising or transposing weights of a quantised base, and rounding inputs of FP8 matmuls.
-        launches: launches of kernels by the host that the device does not hide.
+        launches: kernel launches by the host that do not overlap with computation.
         tensor: messages of the tensor-parallel group.
-        gathers: ZeRO-3 gathers of weights that are not hidden behind computation.
-        pipeline: sends of hidden states, and DeepSpeed's instructions.
+        gathers: ZeRO-3 gathers of weights that do not overlap with computation.
+        pipeline: messages with hidden states, and the overhead of DeepSpeed's pipeline instructions.
         bubble: waiting for other pipeline stages.
-        sums: messages once per step.
+        sums: messages that ranks send once per step.
         outside: the remaining time of a step, outside its passes and messages.
     """
 
@@ -165,7 +165,7 @@ class Seconds(NamedTuple):
 
     @classmethod
     def of(cls, terms: Iterable[Term]) -> "Seconds":
-        """Return the sums of the terms by purpose."""
+        """Return the total seconds of the terms, by purpose."""
         found = dict.fromkeys(cls._fields, 0.0)
         for term in terms:
             found[term.purpose] += term.seconds
@@ -179,7 +179,7 @@ class StepParts:
     Attributes:
         batches: the micro-batches in order.
         stages: the times of the forward and the backward pass, by stage and micro-batch.
-        sums: the time of the messages once per step.
+        sums: the time of the messages that ranks send once per step.
         outside: see `Seconds`.
     """
 
@@ -189,7 +189,7 @@ class StepParts:
     outside: float
 
     def busiest(self) -> tuple[int, Seconds]:
-        """Return the index of the first stage with the longest work, and the time of all its passes."""
+        """Return the index of the stage whose passes take the longest, and the time of these passes."""
         firsts: dict[int, int] = {}
         for index, passes in enumerate(self.stages):  # stages with the same work share one object
             firsts.setdefault(id(passes), index)
@@ -201,7 +201,7 @@ class StepParts:
 
 
 def stage_terms(work: StageWork, stage: StagePlan, links: Links, machine: Machine) -> tuple[list[Term], list[Term]]:
-    """Return the time terms of the forward and of the backward pass of a micro-batch."""
+    """Return the terms for the time of the forward and of the backward pass of a micro-batch."""
     layout = stage.layout
     forward, backward, again = (pass_terms(each, layout, links, machine) for each in work)
     backward += [term._replace(label=f"{term.label}, recomputed") for term in again]
@@ -228,7 +228,7 @@ def stage_terms(work: StageWork, stage: StagePlan, links: Links, machine: Machin
 
 
 def pass_terms(work: PassWork, layout: Layout, links: Links, machine: Machine) -> list[Term]:
-    """Return the time terms of a pass, without gathers and without sends to other stages."""
+    """Return the terms for the time of a pass, without gathers and without messages to other stages."""
     base, products, _ = layout.storage
     dtype, moved = DTYPES[layout.dtype.itemsize], machine["bandwidth"] * machine["elementwise"]
     of_linears = dtype if products is None else DTYPES[1]
@@ -255,9 +255,9 @@ def pass_terms(work: PassWork, layout: Layout, links: Links, machine: Machine) -
 
 
 def _dequantised(work: PassWork, layout: Layout, base: str, machine: Machine) -> list[Term]:
-    """Return the time terms of preparing weights for a matmul.
+    """Return the terms for the time to prepare quantised weights for matmuls.
 
-    Weights are dequantised. For FP8 matmuls they are transposed instead, and activations are rounded.
+    Weights are dequantised. For FP8 matmuls, weights are transposed instead, and activations are rounded.
     """
     moved, weights = machine["bandwidth"] * machine["elementwise"], work["weights"] + work["weights_back"]
     if layout.storage.products is not None:  # one byte read, one written; on a CPU part of the emulated matmul
@@ -275,7 +275,7 @@ def _dequantised(work: PassWork, layout: Layout, base: str, machine: Machine) ->
 
 
 def sum_terms(stage: StagePlan, batches: Sequence[MicroBatchShape], links: Links, machine: Machine) -> list[Term]:
-    """Return the time terms of the messages once per step: gradients, norms, votes. ZeRO-3's gathers are excluded."""
+    """Return the terms for the time of the messages that ranks send once per step, without the gathers of ZeRO-3."""
     once, sent = once_traffic(stage, batches), engine_traffic(stage, num_micro_batches=len(batches))
     if stage.layout.zero_stage == 3:
         del sent.bytes[DATA, "all-gather"]
@@ -286,7 +286,7 @@ def sum_terms(stage: StagePlan, batches: Sequence[MicroBatchShape], links: Links
 
 
 def step_seconds(steps: Sequence[StepParts]) -> list[Seconds]:
-    """Return the seconds of each step by purpose, as spent by the stage with the longest work.
+    """Return the seconds of each step by purpose, for the stage whose passes take the longest.
 
     Steps with equal numbers of stages and micro-batches are simulated together.
     """
@@ -307,12 +307,12 @@ def step_seconds(steps: Sequence[StepParts]) -> list[Seconds]:
 
 
 def pipeline_spans(steps: Sequence[StepParts]) -> NDArray[np.float64]:
-    """Return the seconds from the start to the end of the last pass, for steps with equal numbers of passes.
+    """Return the seconds from the start of each step to the end of its last pass, for steps with equal pass counts.
 
-    A stage runs its passes in the 1F1B order of DeepSpeed's pipeline (0.19.8), which traces of real steps confirm. It
-    first runs one forward pass for each stage from itself to the last one. Then it alternates one backward and one
-    forward pass. Each pass runs as early as possible. A forward pass needs the result of the same micro-batch on the
-    previous stage. A backward pass needs the result of the next stage.
+    A stage runs its passes in the 1F1B order of DeepSpeed's pipeline (0.19.8). Traces of real steps confirm it. A stage
+    first runs as many forward passes as there are stages from itself to the last stage. Then it alternates one backward
+    and one forward pass. Each pass runs as early as possible. A forward pass needs the output of the previous stage for
+    the same micro-batch. A backward pass needs the gradient from the next stage.
     """
 
     @functools.cache

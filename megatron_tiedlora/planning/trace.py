@@ -1,10 +1,10 @@
-"""Trace the work of a rank in the layers of a stage by running them on tensors without data.
+"""Count the work of a rank in the layers of a stage by running the layers on tensors without data.
 
-A trace covers one unit: the embedding, a block, or the last block with the head and the loss. The modules, their
-autograd functions and recompute are the real ones, except for the parts that `counting` replaces.
+A trace covers the embedding, one block, or the last block with the head and the loss. It runs the modules, autograd
+functions and recomputation of a real run, except for the modules that `counting` replaces.
 
-Counts are affine functions of the sizes of a micro-batch, so a few traces determine the counts of all sizes
-(`Tracer.at`). The live bytes at each moment are affine too. The peak is the largest of these moments.
+Counts are affine functions of the sizes of a micro-batch, so a few traces determine the counts for all sizes
+(`Tracer.at`). The allocated bytes after each operation are affine functions, too. The peak is their maximum.
 """
 
 import gc
@@ -37,8 +37,8 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 def _remembers(method: _Method) -> _Method:
     """Return the method with a cache for its results.
 
-    The caller's gradient mode does not affect the results. The garbage collector is off, because the destructors of
-    some objects, such as DeepSpeed's engines, run operations.
+    The caller's gradient mode does not affect the results. The garbage collector is off during a call, because
+    destructors of some objects, such as DeepSpeed's engines, run operations that would be counted.
     """
 
     @wraps(method)
@@ -56,10 +56,11 @@ def _remembers(method: _Method) -> _Method:
 
 
 class Sizes(NamedTuple):
-    """The sizes of a micro-batch: by adapter, the tokens and the positions after the last attention; rows of logits.
+    """The sizes of a micro-batch.
 
     Attributes:
-        at_once: the number of rows of logits in memory at the same time.
+        tokens, after: the numbers of tokens, and of positions after the last attention, of each adapter.
+        supervised, at_once: the number of rows of logits, and how many of them are in memory at the same time.
     """
 
     tokens: tuple[int, ...]
@@ -69,16 +70,16 @@ class Sizes(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """The work of a unit for one micro-batch.
+    """The counted work of a block for one micro-batch. The last block includes the head and the loss.
 
     Attributes:
         forward, backward: the counts of both passes.
-        moments: the moments of both passes.
-        saved: the bytes that autograd saves, without factors and indices.
-        kept: the bytes that are alive between the passes, without factors. Recompute also keeps arguments.
-        gradients: the bytes of the factors' gradients after the backward pass.
-        saves_attention: 1 if the saved tensors of attention are alive between the passes, else 0.
-        saved_factors, kept_factors: the saved or kept factors as pairs of target and letter.
+        moments: the allocated memory after each operation of both passes.
+        saved: the bytes that autograd saves, without the factors A and F and without indices.
+        kept: the bytes that stay allocated between the passes, without A and F. Recomputation keeps arguments, too.
+        gradients: the bytes of the gradients of A and F after the backward pass.
+        saves_attention: 1 if the saved tensors of attention stay allocated between the passes, else 0.
+        saved_factors, kept_factors: the copies of A and F that are saved or kept, as pairs of a target and a letter.
     """
 
     forward: Mapping[Hashable, float]
@@ -93,17 +94,17 @@ class Trace(NamedTuple):
 
     @property
     def numbers(self) -> list[float]:
-        """All affine values: the counts, then bytes and elements of the moments, then the remaining bytes."""
+        """All values that are affine functions of the sizes, in a fixed order."""
         of_moments = (number for moments in self.moments for one in moments for number in (one.alive, one.numbers))
         return [*self.forward.values(), *self.backward.values(), *of_moments, self.saved, self.kept, self.gradients]
 
 
 @dataclass(frozen=True)
 class AdapterReading:
-    """The work of reading the adapters: the counts of both passes, and the memory of each copied factor.
+    """The counts of both passes when A and F are computed from the adapters, and the memory of A and F.
 
     Attributes:
-        factors: by layer, target and letter, the address of the factor's memory and its bytes.
+        factors: the memory address and the bytes of each copied A or F, by layer, target and letter.
     """
 
     forward: Mapping[Hashable, float]
@@ -113,13 +114,13 @@ class AdapterReading:
 
 @dataclass(frozen=True)
 class Kind:
-    """The kind of a block: all properties that determine its trace, except sizes.
+    """The properties of a block that determine its trace, in addition to the sizes of the micro-batch.
 
     Attributes:
         adapters: for each adapter with tokens in the micro-batch, its config if it adapts the block, else None.
         earlier: whether the block's input needs a gradient.
         ends: whether the head follows the block.
-        rotates: whether the block rotates queries and keys.
+        rotates: whether the block applies rotary position embeddings.
     """
 
     adapters: tuple[AdapterConfig | None, ...]
@@ -129,7 +130,7 @@ class Kind:
 
 
 class Tracer:
-    """Makes traces of a model's layers on rank 0 of a tensor-parallel group."""
+    """A tracer of the layers of a model, as they run on rank 0 of a tensor-parallel group."""
 
     def __init__(
         self,
@@ -140,7 +141,7 @@ class Tracer:
         sequence_parallel: bool = False,
         on_gpu: bool = False,
     ) -> None:
-        """Prepare the layers. `on_gpu` decides how attention is computed."""
+        """Create the layers without data. `on_gpu` selects the attention kernel that is traced."""
         self.shape, self.dtype, self._on_gpu = shape, dtype, on_gpu
         self._counts = counting.Counts()
         group = counting.CountingGroup(None, 0, tp_size, self._counts) if tp_size > 1 else RankGroup()
@@ -151,7 +152,7 @@ class Tracer:
 
     @_remembers
     def _stage(self, first: int, stop: int | None) -> Stage:
-        """Return a stage of the entries [first, stop) of the flat list of layers."""
+        """Return a stage with the entries [first, stop) of the flat list of layers."""
         with torch.device(counting.META):
             stage = Stage(list(self._specs[first:stop]), None, tensor_parallel=self.tensor_parallel)
         for name, module in stage.named_modules():
@@ -163,8 +164,8 @@ class Tracer:
     def at(self, kind: Kind, sizes: Sizes, *, recompute: str) -> Trace:
         """Return the trace of a block for a micro-batch of these sizes.
 
-        With one adapter all values are affine in `_features`, so one trace per feature determines all sizes. With
-        several adapters each size is traced.
+        With one adapter, all values are affine functions of `_features`, so one trace per feature is enough. With
+        several adapters, each combination of sizes is traced.
         """
         if len(sizes.tokens) > 1:
             return self.trace(kind, sizes, recompute=recompute)
@@ -181,7 +182,7 @@ class Tracer:
 
     @_remembers
     def _solved(self, kind: Kind, recompute: str) -> tuple[Trace, Any]:
-        """Return the first trace, and the affine coefficients as an array (features, values of a trace)."""
+        """Return the first trace, and the coefficients of the affine functions as an array (features, values)."""
         one = 8 * self.tensor_parallel.group.size
         given = [(2, 1, 8, 8), (4, 1, 8, 8)]
         if kind.ends:
@@ -193,7 +194,7 @@ class Tracer:
 
     @_remembers
     def embedding(self, tokens: int) -> dict[Hashable, float]:
-        """Return the counts of the embedding."""
+        """Return the counts of the embedding layer for this number of tokens."""
         stage = self._stage(0, 1)
         self._counts.restart()
         with self._counts:
@@ -202,7 +203,7 @@ class Tracer:
 
     @_remembers
     def reading(self, parts: tuple[AdapterShard, ...]) -> AdapterReading:
-        """Return the work of reading the adapters of a micro-batch, which is done once for all layers of a stage."""
+        """Return the work of computing A and F from the adapters, once per micro-batch for all layers of a stage."""
         with torch.device(counting.META):
             adapter_group = AdapterGroup({str(number): TiedAdapter(part) for number, part in enumerate(parts)})
         kept = {parameter.untyped_storage()._cdata for _, parameter in adapter_group.named_parameters()}
@@ -227,7 +228,7 @@ class Tracer:
 
     @_remembers
     def trace(self, kind: Kind, sizes: Sizes, *, recompute: str = "none") -> Trace:
-        """Return the trace of one block. With `kind.ends` it is the last block with the head and the loss."""
+        """Return the trace of one block. With `kind.ends`, the trace includes the head and the loss."""
         last = self.shape.num_layers
         alike = (block for block in range(1, last) if (self.shape.rope_of(block) is not None) == kind.rotates)
         index = last if kind.ends else next(alike, last)
@@ -276,7 +277,7 @@ class Tracer:
     def _updates(
         self, kind: Kind, index: int, sizes: Sizes, anchor: torch.Tensor, kept: list[torch.Tensor]
     ) -> tuple[dict[int, LayerUpdate], dict[tuple[str, str], weakref.ref[torch.UntypedStorage]]]:
-        """Return the updates of the block, whose gradient slots append their gradients to `kept`, and its factors."""
+        """Return the updates of the block, and references to its A and F. Gradients of A and F are added to `kept`."""
 
         def gradient_slot(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
             return with_adjoint(lambda one: one.new_empty(1, dtype=dtype).expand(shape), kept.append, anchor)
@@ -327,7 +328,7 @@ class Tracer:
 
 
 def _end(output: torch.Tensor) -> torch.Tensor:
-    """Return a scalar whose backward pass begins with a gradient that no other object holds."""
+    """Return a scalar from which the backward pass starts. Only this pass holds the gradient of `output`."""
     shape = output.shape
     return with_adjoint(lambda one: one.new_empty(()), lambda gradient: gradient.new_empty(shape), output)
 
@@ -345,10 +346,10 @@ def _supervised(sizes: Sizes) -> Supervised:
 
 
 def _features(kind: Kind, sizes: Sizes) -> list[float]:
-    """Return the features of which counts are affine functions.
+    """Return the values of which all counts are affine functions.
 
-    They are the tokens, the positions after the last attention, the rows of logits, the number of chunks in which
-    logits are computed, and the rows of the first chunk.
+    They are the constant 1 and the tokens. With the head, the positions after the last attention and the rows of logits
+    follow. The last values are the number of chunks of these rows, and the rows of the first chunk.
     """
     (tokens,), (after,), rows, at_once = sizes
     if not kind.ends:

@@ -232,5 +232,5 @@ def test_what_hosts_say_of_the_output_folder() -> None:
     assert codes({"nodea": "", "nodeb": "", "nodec": "not seen"}) == [("output_not_shared", "warning", ["nodec"])]
     full = {"nodea": "No space left on device", "nodeb": "", "nodec": ""}
     assert codes(full) == [("output_not_writable", "error", ["nodea"])]
-    closed = {"nodea": "", "nodeb": "no right to write", "nodec": "not seen"}
+    closed = {"nodea": "", "nodeb": "no permission to write", "nodec": "not seen"}
     assert codes(closed) == [("output_not_writable", "error", ["nodeb"])]

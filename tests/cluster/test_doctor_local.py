@@ -112,7 +112,7 @@ def test_whom_to_examine(tmp_path: Path) -> None:
     step = {"SLURM_PROCID": "0", "SLURM_STEP_NODELIST": "n1", "SLURM_STEP_TASKS_PER_NODE": "1"}
     interactive = {**allocation, **step, "SLURM_STEP_NUM_TASKS": "1"}
     assert found(interactive) == ("srun", "srun", (Host("n1", 4), Host("n2", 4)))
-    with pytest.raises(UserError, match="start it once, without srun"):
+    with pytest.raises(UserError, match="Start it once, without srun"):
         found({**allocation, **step, "SLURM_STEP_NUM_TASKS": "8"})
 
 

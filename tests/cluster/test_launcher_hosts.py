@@ -182,7 +182,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
         choose_hosts(LaunchSettings(hostfile=file, num_gpus=3), {})
     with pytest.raises(UserError, match="not in a Slurm allocation"):
         choose_hosts(LaunchSettings(launcher="srun"), {})
-    with pytest.raises(UserError, match="start it once, without srun"):
+    with pytest.raises(UserError, match="Start it once, without srun"):
         choose_hosts(LaunchSettings(), {**ALLOCATION, "SLURM_STEP_NUM_TASKS": "2"})
     assert "remove --hostfile" in refused("--launcher", "srun", "--hostfile", "f")
     assert "starts ranks on this machine only" in refused("--launcher", "torchrun", "--hostfile", "f")

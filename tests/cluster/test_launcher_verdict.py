@@ -34,7 +34,7 @@ def test_what_another_start_does_in_the_folder_is_not_ours(
         RunFolder(tmp_path).write_status("finished", step=4, reason="max_steps")
     assert not (file.is_new() or file.has_begun() or file.is_awaited())  # also after its end
     found = judge(file, launcher="srun", launcher_status=launcher_status, passed_on=0, late_seconds=0.1)
-    assert found.status != 0 and found.line.startswith(f"{tmp_path} belongs to another start; srun ended")
+    assert found.status != 0 and found.line.startswith(f"{tmp_path} belongs to another launch; srun ended")
 
 
 def test_a_folder_that_this_start_takes_over_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

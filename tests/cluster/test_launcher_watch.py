@@ -193,8 +193,8 @@ def earlier_run(folder: Path) -> None:
     [
         ({"state": "finished"}, {}, 0, "finished at step 3 (so it was)"),
         ({"state": "finished"}, {"status": 3}, 0, "finished at step 3"),
-        ({}, {}, 1, "does not say how this start ended; mpirun ended with status 0"),
-        ({"status": 7}, {}, 7, "does not say how this start ended; mpirun ended with status 7"),
+        ({}, {}, 1, "does not say how this launch ended; mpirun ended with status 0"),
+        ({"status": 7}, {}, 7, "does not say how this launch ended; mpirun ended with status 7"),
         ({"status": 7}, {"status": 0}, 1, "mpirun ended with status 0"),
         ({"state": "failed", "status": 1}, {}, 1, "failed at step 3 (so it was); mpirun ended with status 1"),
         ({"state": "failed"}, {}, 1, "failed at step 3 (so it was); mpirun ended with status 0"),
@@ -213,7 +213,7 @@ def test_the_status_file_decides(
 
 @pytest.mark.parametrize(
     ("rank", "status", "said"),
-    [({}, 1, "does not say how this start"), ({"state": "failed"}, 1, "failed at step 3")],
+    [({}, 1, "does not say how this launch"), ({"state": "failed"}, 1, "failed at step 3")],
 )
 def test_the_end_of_an_earlier_start_does_not_count(
     start: Launch, rank: dict[str, Any], status: int, said: str
@@ -317,7 +317,7 @@ def test_a_start_that_was_refused_ends_at_once(start: Launch) -> None:
     rank = {"status": 2, "owns": "another's", "token": {"machine": "elsewhere"}}
     ended = start(rank, grace=60, arguments=("--max_restarts=1",))
     assert ended.status == 2 and time.monotonic() - begun < 20
-    assert "belongs to another start; mpirun ended with status 2" in ended.said and "restart 1" not in ended.said
+    assert "belongs to another launch; mpirun ended with status 2" in ended.said and "restart 1" not in ended.said
 
 
 def test_what_ends_ranks_elsewhere_ends_those_of_this_folder_only(

@@ -285,7 +285,7 @@ def test_without_a_launcher_nothing_begins(
     study: tuple[Base, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    with pytest.raises(UserError, match="deepspeed: no such launcher"):
+    with pytest.raises(UserError, match="deepspeed: this program is not installed"):
         sweep(parse_sweep(study_arguments(*study, tmp_path / "out")), scripts=LAUNCH, begin=no_start)
     assert not (tmp_path / "out").exists()
 

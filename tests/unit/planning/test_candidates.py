@@ -130,7 +130,7 @@ def test_a_model_that_is_stored_quantised_has_one_format() -> None:
     assert found.rows and not any("changes the base" in line for line in hint_lines(found))
     fp8 = searched(*flags, source=replace(SOURCE, stored=StoredFormat(FBGEMM, "fp8")), ranks=1)
     assert {c.storage.name for c in fp8.candidates} == {"fp8", "fp8-products", "fp8-transposed"}
-    with pytest.raises(UserError, match=r"^--formats none,int8: .* has its weights in nf4 .*; give nf4, or"):
+    with pytest.raises(UserError, match=r"^--formats none,int8: .* already has its weights in nf4 .*. Give nf4, or"):
         searched(*flags, "--formats=int8,none", source=stored, ranks=1)
     with pytest.raises(UserError, match=r"^--base int8: qwen3-8b has its weights in nf4"):
         searched(*flags, "--base=int8", source=stored, ranks=1)

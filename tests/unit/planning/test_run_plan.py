@@ -102,7 +102,8 @@ def test_too_few_ranks_are_told_both_ways_to_have_more(world_size: int, layout: 
         plan_run(settings, rank=0, world_size=world_size)
     ranks, said = world_size + 1, str(caught.value)
     assert said.startswith(words)
-    assert f"`--dry_run --world_size {ranks}` plans without ranks, `tiedlora run --num_gpus {ranks} ...` starts" in said
+    starts = f"or start the ranks by `tiedlora run --num_gpus {ranks} ...`"
+    assert f"Plan without ranks by `--dry_run --world_size {ranks}`, {starts}" in said
 
 
 def test_one_rank_and_one_step_are_no_plural() -> None:
@@ -205,7 +206,7 @@ def test_a_rank_above_that_of_any_update_is_rejected(method: str) -> None:
 
     for targets in ("qkv", "all", "down_proj"):
         sizes = "down_proj has 11,008 inputs" if targets == "down_proj" else "qkv has 4,096 inputs and 12,288 outputs"
-        with pytest.raises(UserError, match=f"^--rank 4097: {sizes}.*, so no update of it has a rank above 4,096"):
+        with pytest.raises(UserError, match=f"^--rank 4097: {sizes}.*, so its update has at most rank 4,096"):
             planned(4097, targets)
         assert planned(4096, targets).adapter.rank == 4096
 
@@ -213,11 +214,11 @@ def test_a_rank_above_that_of_any_update_is_rejected(method: str) -> None:
 def test_a_rank_above_that_of_any_update_is_said_with_vera(with_data: dict[str, Any]) -> None:
     """PEFT's users choose such ranks: its A and B are frozen, and u chooses among their r terms."""
     given = {**with_data, "method": "vera", "targets": "o_proj"}
-    said = "  warning: --rank {}: o_proj has 32 inputs and 32 outputs, so no update of it has a rank above 32"
+    said = "  warning: --rank {}: o_proj has 32 inputs and 32 outputs, so its update has at most rank 32"
     no_data = {name: value for name, value in given.items() if not name.endswith("_file")}
     for settings in (given, no_data):
         assert said.format(33) in dry_run_report(make_settings({**settings, "rank": 33})).text
-        assert "no update of it" not in dry_run_report(make_settings({**settings, "rank": 32})).text
+        assert "its update has at most" not in dry_run_report(make_settings({**settings, "rank": 32})).text
 
 
 def test_the_rank_of_an_adapter_to_start_from_is_not_questioned(tmp_path: Path) -> None:
