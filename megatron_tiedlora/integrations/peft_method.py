@@ -69,7 +69,7 @@ class TiedLoraConfig(PeftConfig):
             raise UserError(str(error).removeprefix("--")) from None
 
     def resolve(self, shape: ModelShape, base: BaseIdentity) -> tied_adapter.AdapterConfig:
-        """Fill in missing values for a model, and return the adapter's config. Raises UserError if a value is invalid."""
+        """Fill in missing values for a model, and return the adapter's config. Raises UserError if one is invalid."""
         layers = list(range(1, shape.num_layers + 1) if self.layers is None else self.layers)
         native_adapter.check_layers(layers, shape.num_layers)
         own: dict[str, Any] = {name: getattr(self, name) for name in ("seed", "alpha", "init_std_a", "init_std_b")}
