@@ -145,7 +145,7 @@ class SweepPlan:
 
 
 def _packed(parts: Sequence[Group], may_share: Callable[[Group], bool]) -> list[Group]:
-    """Return the runs in new groups: consecutive groups are joined if `may_share` allows it, or else divided."""
+    """Join consecutive groups as far as `may_share` allows, and divide groups that are too large. Return the groups."""
     groups: list[Group] = []
     for part in parts:
         if groups and may_share((*groups[-1], *part)):
