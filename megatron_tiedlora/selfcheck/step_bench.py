@@ -111,10 +111,11 @@ def random_config(settings: BenchSettings) -> dict[str, Any] | None:
         return None
     else:
         raise UserError(
-            f"--num_layers {settings.num_layers} goes with random weights; give --random_weights, or a preset: {', '.join(shapes.PRESETS)}"
+            f"--num_layers {settings.num_layers} goes with random weights; give --random_weights, or a preset as"
+            f" --model: {', '.join(shapes.PRESETS)}"
         )
     if settings.task is not None:
-        raise UserError(f"--task {settings.task} needs trained weights: --model {settings.model} has random weights; leave one out")
+        raise UserError(f"--task {settings.task} is useless: --model {settings.model} has random weights; remove --task")
     return values if settings.num_layers is None else {**values, "num_hidden_layers": settings.num_layers}
 
 
@@ -185,7 +186,7 @@ class Started:
     kernels: str
 
     def take(self, step: TrainingStep) -> AdapterStep:
-        """Run a training step, and return its result. All ranks call this together. Raises RunFailed if the step fails."""
+        """Run a training step, and return its result. All ranks call this together. Raises RunFailed on failure."""
         return self.train_step.run({ONLY: step}).only
 
     def seconds_of(self, step: TrainingStep) -> float:
@@ -381,7 +382,7 @@ def _report(
 
 @dataclass(frozen=True)
 class MeasuredStep:
-    """The measured seconds of a step, and the planned seconds, in which constants that are not known yet are missing."""
+    """The measured seconds of a step, and the planned seconds without the constants that are still unknown."""
 
     seconds: float
     planned: step_time.Seconds

@@ -1,4 +1,4 @@
-"""Part host: counts kernel launches and waits per micro-batch, and finds the size up to which the GPU waits for Python."""
+"""Part host: counts kernel launches and waits per micro-batch, and finds at which sizes the GPU waits for Python."""
 
 import sys
 import warnings
@@ -86,7 +86,7 @@ def _counts(tell: parts.Tell, run: step_bench.Started, loader: Iterator[Training
 
 @contextmanager
 def waits() -> Iterator[Counter[str]]:
-    """Count how often each source line in the block waits for the GPU, from torch's warnings and `synchronize` calls."""
+    """Count how often each source line in the block waits for the GPU, by torch's warnings and `synchronize` calls."""
     seen: Counter[str] = Counter()
     real = torch.cuda.synchronize
 
