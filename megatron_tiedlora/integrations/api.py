@@ -109,7 +109,7 @@ def merge(model: Any, adapter: NativeAdapter | None = None, *, base_differs: boo
         base_differs: see `attach`.
 
     Raises:
-        UserError: `attach` would raise it, or the weights are quantised, offloaded or sharded.
+        UserError: see `attach`; also if the weights are quantised, offloaded or sharded.
     """
     if adapter is None:
         attached = _attached(model).adapter  # it was checked when it was attached
@@ -155,7 +155,7 @@ def generate(model: Any, prompts: str | Sequence[str], *, tokenizer: Any = None,
 
 
 def _check(model: Any, adapter: NativeAdapter, *, base_differs: bool) -> None:
-    """Raise UserError if the adapter does not fit the model. Notes on the base model become Python warnings."""
+    """Raise UserError if the adapter does not fit the model. Emit notes on the base model as Python warnings."""
     state = getattr(model, _STATE, None)
     if state is not None:
         is_merged = "an adapter is already merged into the model; load the model again"
@@ -190,7 +190,7 @@ def _merge(model: Any, adapter: NativeAdapter) -> None:
 
 
 def _on(model: Any, adapter: NativeAdapter) -> tuple[TiedAdapter, dict[str, AdaptedTensor]]:
-    """Return the adapter on the model's device, and the weights that it changes by module name."""
+    """Return the adapter on the model's device, and, by module name, the weights that it changes."""
     update = TiedAdapter(AdapterShard.whole(adapter.config)).requires_grad_(False)
     update.load_full(adapter.state)
     places = dict(load_model.find_places(model_source(model).shape, adapter.config))
@@ -232,7 +232,7 @@ def train(settings: Settings) -> TrainedRun:
     Raises:
         UserError: a setting is invalid, or the run cannot start with these settings.
         KeyboardInterrupt: the run was stopped by Ctrl-C; it can be resumed.
-        RuntimeError: the run was stopped by another signal.
+        RuntimeError: the run was stopped by a different signal.
         Exception: any other error that ended the run.
     """
     require_extra("train")

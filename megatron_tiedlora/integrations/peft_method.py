@@ -69,7 +69,7 @@ class TiedLoraConfig(PeftConfig):
             raise UserError(str(error).removeprefix("--")) from None
 
     def resolve(self, shape: ModelShape, base: BaseIdentity) -> tied_adapter.AdapterConfig:
-        """Fill in missing values for a model, and return the adapter's config. Raises UserError if one is invalid."""
+        """Fill in missing values for a model, and return the adapter's config. Raises UserError on invalid values."""
         layers = list(range(1, shape.num_layers + 1) if self.layers is None else self.layers)
         native_adapter.check_layers(layers, shape.num_layers)
         own: dict[str, Any] = {name: getattr(self, name) for name in ("seed", "alpha", "init_std_a", "init_std_b")}
@@ -92,7 +92,7 @@ class TiedLoraConfig(PeftConfig):
 
 
 def native_arguments(folder: Path) -> dict[str, Any]:
-    """Return the arguments of `TiedLoraConfig` that describe the adapter in a folder of this package's format.
+    """Return the `TiedLoraConfig` arguments for an adapter folder in this package's format.
 
     Raises:
         UserError: the folder's config is not valid, or a checksum does not match.
@@ -184,7 +184,7 @@ class TiedLoraLinear(nn.Module, BaseTunerLayer):
         merged = weight.clone() if safe else weight
         load_model.merge_(merged, self._adapter(name), self.places[name], sign=sign)
         if safe and not merged.isfinite().all():
-            raise UserError(f"adapter {name}: merged {self.places[name].stored} is not finite; use a wider dtype")
+            raise UserError(f"adapter {name}: merged, {self.places[name].stored} is not finite; use a wider dtype")
         weight.copy_(merged)
 
     def _freeze_non_trainable_peft_weights(self, adapter_names: str | Sequence[str] | None = None) -> None:
@@ -301,7 +301,7 @@ class TiedLoraModel(BaseTuner):
         for name in described.tensors:
             if name not in held:
                 if tied_adapter.AdapterShard.whole(described).exists(name):
-                    raise UserError(f"adapter {adapter_name}: the state dict has no tensor {name}; give all of them")
+                    raise UserError(f"adapter {adapter_name}: the state dict has no tensor {name}; pass all tensors")
                 held[name] = torch.ones(described.shape(name))
         return {name: held[name].float() for name in described.tensors}
 

@@ -36,7 +36,7 @@ _DERIVED = marked(Settings, derived=True)
 
 
 def check_hub_id(name: str, *, flag: str, owned: bool = False) -> None:
-    """Raise UserError if `name`, the value of `flag`, is not a valid hub id, or if `owned` and it has no OWNER/."""
+    """Raise UserError if `name`, the value of `flag`, is no valid hub id, or lacks OWNER/ although `owned` is set."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -45,7 +45,7 @@ def check_hub_id(name: str, *, flag: str, owned: bool = False) -> None:
     except HFValidationError as error:
         raise UserError(f"{flag} {name}: {first_line(error)}") from None
     if owned and "/" not in name:
-        raise UserError(f"{flag} {name}: give OWNER/NAME")
+        raise UserError(f"{flag} {name}: the owner is missing; give OWNER/NAME")
 
 
 def write_published(settings: PushSettings, output: Path, *, say: Callable[[str], object]) -> None:
@@ -90,7 +90,7 @@ def write_published(settings: PushSettings, output: Path, *, say: Callable[[str]
 
 
 def _hide_paths(folder: Path, facts: "CardFacts") -> None:
-    """Add the adapter in this package's format to an export, and remove the paths of base and tokenizer from both."""
+    """Add the native/ folder to an export, and remove the paths of the base model and tokenizer from all files."""
     adapter, given = facts.adapter, facts.adapter.base_identity.tokenizer
     tokenizer = None if given is None else without_folders(given, facts.settings)
     (folder / NATIVE_FOLDER).mkdir()
@@ -260,7 +260,7 @@ def _derived(chosen: Mapping[str, Any], facts: CardFacts) -> dict[str, Any]:
 
 
 def without_folders(given: str, settings: Mapping[str, Any]) -> str:
-    """Return a flag's list of files with each path shortened to its last part.
+    """Return the value of a flag for files, with each path shortened to its last part.
 
     Hub ids stay unchanged if `settings`, the content of run.yaml, lists them as hub ids. No file is looked up, because
     a name may have a different meaning on this host than in the run.

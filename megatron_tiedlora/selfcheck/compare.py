@@ -3,7 +3,7 @@ process for each implementation.
 
 A step of this package is compared with a step of Hugging Face + PEFT LoRA. --adapters compares three ways of training:
 adapter after adapter, all adapters together in shared micro-batches, and one adapter with the same number of tokens and
-micro-batches. The one adapter shows the highest speed that training together can reach. `measure_sides` makes the
+micro-batches. Training one adapter shows the highest speed that joint training can reach. `measure_sides` makes the
 report of --what step, scaling and decoding. `bench_report` converts the report to text.
 """
 
@@ -336,7 +336,7 @@ def _measure_scaling(settings: BenchSettings) -> dict[str, Any]:
 
 
 def _one_step(settings: BenchSettings, flag: str, value: Any) -> tuple[RunPlan, BenchSettings]:
-    """Return the plan and the settings of a step in which the setting that `flag` varies is `value`."""
+    """Return the plan and the settings of a step in which the setting that `flag` varies has this value."""
     name = AXES[flag]
     try:
         step = settings.one_step(**{name: value})
@@ -349,7 +349,7 @@ def _one_step(settings: BenchSettings, flag: str, value: Any) -> tuple[RunPlan, 
 
 
 def _measure_decoding(settings: BenchSettings) -> dict[str, Any]:
-    """Measure greedy decoding of this package and of transformers on the same prompts. No token ends a sequence."""
+    """Measure greedy decoding of this package and of transformers on the same prompts. End tokens are ignored."""
     from transformers import AutoModelForCausalLM
 
     source, dtype, device = find_model(settings.model), DTYPES[settings.dtype], timing.default_device()
@@ -393,7 +393,7 @@ def _generate_there(model: Any, prompts: TokenRows, new_tokens: int) -> TokenRow
 
 
 def share_of_equal_tokens(ours: TokenRows, theirs: TokenRows) -> float:
-    """Return the fraction of new tokens before the first difference in their row. In fp32 it is 1.0 except for ties."""
+    """Return the fraction of new tokens before the first difference in a row. It is 1.0 in fp32 except for ties."""
     equal = 0
     for mine, other in zip(ours, theirs, strict=True):
         equal += next((i for i, (a, b) in enumerate(zip(mine, other, strict=True)) if a != b), len(mine))

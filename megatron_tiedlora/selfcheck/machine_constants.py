@@ -5,7 +5,7 @@
 
 Each time is the median of as many repetitions as fit in the time limit. On a CPU, few and many tokens are timed, to
 separate computation from the time to read weights or queries. A constant that cannot be measured keeps the value and
-source of a preset. On a GPU this is the preset of the same GPU or else of the H100.
+source of a preset. On a GPU this is the preset of the same GPU or else of the H100; on a CPU it is the CPU preset.
 
 Some constants are measured with steps of the training engine:
 
@@ -138,7 +138,7 @@ class _Measure:
         return self._constant(rate / peak.value, f"{what} of {self.source.name} over {self.tokens:,} tokens")
 
     def _time(self, step: Callable[[], object], seconds: float, group: Any = None) -> float:
-        """Return the median time of the calls that fit in `seconds`. All ranks of `group` make the same number of calls."""
+        """Return the median time of calls that fit in `seconds`. All ranks of `group` make the same number of calls."""
         step()
         taken = [timed(step, self.device)]
         first = torch.tensor(taken, device=self.device)
@@ -287,7 +287,7 @@ class _Measure:
         yield "message", self._constant(message, what)
 
     def _links(self, group: Any, size: int, seconds: float) -> tuple[float, float]:
-        """Return the seconds of a small message, and the bytes per second of a large message without these seconds."""
+        """Return the seconds of a small message and, without these seconds, the bytes per second of a large message."""
         taken: list[float] = []
         for length in _MESSAGES[self.device.type]:
             part = torch.zeros(length // 4, device=self.device)

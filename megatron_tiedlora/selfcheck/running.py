@@ -87,7 +87,7 @@ def layers_that_fit(model: str, *flags: str, share: float = 0.85) -> int:
 
 @contextmanager
 def started(settings: tool_settings.BenchSettings, **changes: Any) -> Iterator[Started]:
-    """Yield a run for the block. `plan_benchmark` takes `changes`. The next run frees the memory of this run."""
+    """Yield a run for the block. `changes` is passed to `plan_benchmark`. The next run frees the memory of this run."""
     release()
     run = start(plan_benchmark(settings, **changes), settings)
     try:
@@ -226,7 +226,7 @@ def random_documents(vocab_size: int, device: torch.device) -> list[list[Documen
 
 
 def rows_of(documents: Sequence[Sequence[Document]], *, packed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return tokens, position ids, labels and, if packed, document ids on the CPU, each (b, s). Rows are padded."""
+    """Return padded tokens, position ids, labels and document ids (on the CPU; None if unpacked), each (b, s)."""
     rows = documents if packed else [[document] for row in documents for document in row]
     longest = max(sum(len(document.tokens) for document in row) for row in rows)
     device = rows[0][0].tokens.device

@@ -54,7 +54,7 @@ LEAST_LENGTH = 8  # the least that the settings of a run accept
 def plan_benchmark(
     settings: BenchSettings, *, rank: int = 0, world_size: int = 1, source: ModelSource | None = None, **changes: Any
 ) -> RunPlan:
-    """Return the plan of a training run whose steps are those that the benchmark settings describe.
+    """Return the plan of a training run whose steps match the benchmark settings.
 
     Args:
         source: a model with random weights to use instead of --model.
@@ -115,7 +115,7 @@ def random_config(settings: BenchSettings) -> dict[str, Any] | None:
             f" --model: {', '.join(shapes.PRESETS)}"
         )
     if settings.task is not None:
-        raise UserError(f"--task {settings.task} is useless: --model {settings.model} has random weights; remove --task")
+        raise UserError(f"--task {settings.task}: --model {settings.model} has random weights; remove --task")
     return values if settings.num_layers is None else {**values, "num_hidden_layers": settings.num_layers}
 
 

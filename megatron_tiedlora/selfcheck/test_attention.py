@@ -1,4 +1,4 @@
-"""Part attention: compares every attention kernel with plain attention in fp64, and measures its time."""
+"""Checks attention: compares every attention kernel with plain attention in fp64, and measures its time."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -64,7 +64,7 @@ LENGTHS = (1, 130, 64, 333, 7, 200, 33)  # of the documents of a packed row
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("dtype", BOUNDS, ids=["bf16", "fp32"])
 def test_routes(dtype: torch.dtype, case: Heads, packed: bool, device: torch.device, tell: Tell) -> None:
-    """Compare every kernel with plain attention in fp64. The package's choice is last: only its errors fail."""
+    """Compare every kernel with plain attention in fp64. The package's choice is last, as only it can fail."""
     if dtype == torch.bfloat16 and device.type == "cpu":
         pytest.skip("a CPU may have no fast bf16")
     lengths = LENGTHS if packed else (sum(LENGTHS),)
@@ -201,7 +201,7 @@ def attention_routes(device: torch.device, dtype: torch.dtype, head_dim: int) ->
 
 
 def attention_obstacles(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, str]:
-    """Return why a kernel cannot run on the device, by kernel name. Each text is a clause with the subject "it"."""
+    """Return why a kernel cannot run on the device, by kernel name. Each text can follow the word "it"."""
     if device.type == "cpu":
         return {}
     capability = torch.cuda.get_device_capability(device)

@@ -1,4 +1,4 @@
-"""Part correct: compares the losses and gradients of all training modes with plain PyTorch in fp64.
+"""Checks results: compares the losses and gradients of all training modes with plain PyTorch in fp64.
 
 It also compares quantised weights and FP8 matmuls with results of a CPU, and the engine's steps with torch's AdamW."""
 
@@ -67,7 +67,7 @@ def compare_fp32(judge: running.Judge, tell: parts.Tell) -> None:
 
 @pytest.fixture(scope="module", params=["small", "wide"])
 def judge(request: pytest.FixtureRequest, joined: torch.device, model: str) -> Iterator[running.Judge]:
-    """Yield a comparison in bf16 for a small model and, on a GPU, for two layers of --model."""
+    """Yield a `Judge` in bf16 for a small model and, on a GPU, for two layers of --model."""
     if request.param == "wide" and joined.type == "cpu":
         pytest.skip("two layers of a large model are too slow on a CPU")
     wide = replace(shape_from_hf(PRESETS[model], source=model), num_layers=2)
@@ -176,7 +176,7 @@ def engine_run(stage: int, folder: Path) -> Iterator[tuple[Started, list[Trainin
 
 @pytest.fixture(scope="module")
 def expected_change(device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    """Return how torch's AdamW changes the adapter. This is the same for every ZeRO stage."""
+    """Return how torch's AdamW changes the adapter. The change is the same for every ZeRO stage."""
     with engine_run(0, tmp_path_factory.mktemp("model")) as (run, steps):
         return plain_steps(run, adapter_values(run), steps)
 

@@ -1,4 +1,4 @@
-"""Part decode: checks that greedy decoding returns the same tokens with a cache as without, and measures its time."""
+"""Checks that greedy decoding returns the same tokens with and without a cache, and measures its time."""
 
 import random
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ def prompts_of(lengths: Sequence[int], vocab_size: int) -> list[list[int]]:
 
 
 def answers(stage: Stage, shape: ModelShape, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
-    """Return the tokens that this package generates for the prompts. No end token stops an answer."""
+    """Return the tokens that this package generates for the prompts. End tokens are ignored."""
     decoder = Decoder(stage.eval(), ParallelGroups(), shape)
     return generate(decoder, [Prompts(prompts, (), num_tokens)])[0]
 
@@ -56,7 +56,7 @@ def test_tokens(kv_heads: int, joined: torch.device, tell: parts.Tell) -> None:
         logits = reference.document_logits(shape, adapter.scale, weights, factors, tokens)
         equal += int((logits[len(prompt) - 1 : -1].argmax(-1).cpu() == torch.tensor(row)).sum())
     share = equal / (len(prompts) * NEW_TOKENS)
-    tell("share of tokens that are the same without a cache", share)
+    tell("share of tokens that are those without a cache", share)
     assert share >= 0.98, TOKENS_FIX  # the two largest logits may differ by less than fp32's rounding error
 
 

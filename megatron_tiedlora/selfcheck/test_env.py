@@ -1,4 +1,4 @@
-"""Part env: records the installed software and the package's choices, and measures peak matmul and copy rates."""
+"""Checks the environment: records software versions and the package's choices, and measures matmul and copy rates."""
 
 import shutil
 import subprocess

@@ -1,4 +1,4 @@
-"""Part host: counts kernel launches and waits per micro-batch, and finds at which sizes the GPU waits for Python."""
+"""Checks the host: counts launches and waits per micro-batch, and finds at which sizes the GPU waits for Python."""
 
 import sys
 import warnings
@@ -68,7 +68,7 @@ def _seconds(run: step_bench.Started, loader: Iterator[TrainingStep]) -> float:
 
 
 def _counts(tell: parts.Tell, run: step_bench.Started, loader: Iterator[TrainingStep], layers: int) -> None:
-    """Record the kernel launches of a step's micro-batches, and how often they wait for the GPU."""
+    """Record the kernel launches of a step's micro-batches, and how often the host waits for the GPU."""
     step = next(loader)
     work, number = micro_batches(run, step), len(step.micro_batches)
     with waits() as seen:

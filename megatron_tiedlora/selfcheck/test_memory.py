@@ -1,4 +1,4 @@
-"""Part memory: compares the allocated memory of training steps with the dry run's plan and with the reserved memory."""
+"""Checks memory: compares the allocated memory of training steps with the dry run's plan and the reserved memory."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""Part ranks: compares every layout that fits on this host with one rank, checks the network, and kills a rank.
+"""Checks several ranks: compares each possible layout with one rank, checks the network, and kills a rank.
 
 A rank is started with   python -m megatron_tiedlora.selfcheck.test_ranks FOLDER FIRST CASES
 
@@ -90,7 +90,7 @@ class Case(NamedTuple):
 
 
 def possible_ranks(device: str) -> tuple[int, dict[str, str], str]:
-    """Return how many ranks can be started here, the environment variables that they need, and the reason."""
+    """Return how many ranks can be started here, the environment variables that they need, and why."""
     if device == "cpu":
         return 2, {}, "two on a CPU, over gloo"
     count = torch.cuda.device_count()
@@ -172,7 +172,7 @@ class Ranks:
         return [Case(dtype=dtype) for dtype in dict.fromkeys(case.dtype for case in self.cases)]
 
     def run(self, first: int | str, cases: Sequence[Case], size: int, share: float, grace: float = 5.0) -> EndedRanks:
-        """Run ranks until they end, but at most `grace` seconds after a failure. Return how they ended.
+        """Run ranks until all end, or until `grace` seconds after a failure, and return how they ended.
 
         Args:
             first, cases: FIRST and CASES of the ranks' command line.
@@ -246,7 +246,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(pytestconfig: pytest.Config, device: torch.device) -> Iterator[Ranks]:
-    """Yield the ranks that can be started on this machine, or skip the test if only one can."""
+    """Yield the ranks that can be started on this machine, or skip the test if only one rank can be started."""
     size, variables, why = possible_ranks(device.type)
     if size == 1:
         pytest.skip(why)
@@ -323,7 +323,7 @@ def test_doctor(ranks: Ranks, gpu: torch.device, tell: parts.Tell) -> None:
 
 
 def started(case: Case, folder: Path, rank: int, world_size: int, **changes: Any) -> step_bench.Started:
-    """Set up and return the run of a case, with the same samples for every layout. `plan_benchmark` takes `changes`."""
+    """Set up and return the run of a case, with the same samples for every layout. `changes`: see `plan_benchmark`."""
     rows = SAMPLES // (world_size // (case.tp * case.pp))
     settings = running.step_settings(
         str(folder / MODEL),

@@ -1,4 +1,4 @@
-"""Part speed: measures training steps as tiedlora bench does, with the options that determine a run's speed."""
+"""Checks speed: measures training steps like tiedlora bench, with the options that determine a run's speed."""
 
 from statistics import median
 

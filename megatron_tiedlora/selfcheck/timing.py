@@ -111,7 +111,7 @@ def kernel_seconds(step: Callable[[], object]) -> dict[str, float]:
 
 
 def in_own_process(name: str, measure: Callable[..., Value], *arguments: Any) -> Value:
-    """Call `measure` in a new process, and return its result. `name` stands for the measurement in errors.
+    """Call `measure` in a new process, and return its result. Error messages name the measurement `name`.
 
     Raises:
         UserError: the process ended without a result, for example because the system ran out of memory and killed it.
@@ -128,7 +128,7 @@ def in_own_process(name: str, measure: Callable[..., Value], *arguments: Any) ->
 
 @contextmanager
 def saved_by_autograd(model: torch.nn.Module) -> Iterator[dict[int, torch.Tensor]]:
-    """Yield a dict that collects the tensors that autograd saves in the block, by storage, without parameters."""
+    """Yield a dict of the tensors that autograd saves in the block, by storage. It excludes the model's parameters."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved: dict[int, torch.Tensor] = {}
 
@@ -162,8 +162,8 @@ def restart_peak(device: torch.device) -> int | None:
 def idle_bytes() -> int | None:
     """Return the current anonymous memory of this process; None if the system does not report it.
 
-    A step could reuse freed memory that is still resident, without a higher peak. Therefore glibc's malloc first returns
-    freed memory to the system. Other allocators may keep it. The header of a report names the allocator.
+    A step could reuse freed memory that is still resident, without a higher peak. Therefore glibc's malloc first
+    returns freed memory to the system. Other allocators may keep it. The header of a report names the allocator.
     """
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -173,7 +173,7 @@ def idle_bytes() -> int | None:
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """Return the peak bytes since `restart_peak` (torch's allocator, or anonymous on a CPU); None if unknown.
+    """Return the peak memory in bytes since `restart_peak` (of torch on a GPU, else anonymous); None if unknown.
 
     Linux reports only the peak of all resident memory. The current size of files and shared memory is subtracted.
     """

@@ -1,7 +1,7 @@
 """Plans a study: checks its settings, decides which runs are trained together, and makes the text of the dry run.
 
-All runs of a study have the same base model, layout and data, so any of them can be trained together. Memory limits
-how many.
+All runs of a study have the same base model, layout and data, so any of them can be trained together. Free memory
+limits how many.
 """
 
 import os
@@ -89,7 +89,7 @@ class SweepPlan:
     def needed_bytes(self, runs: Group) -> float:
         """Return the largest memory that a rank needs to train the runs together, in bytes.
 
-        It includes the tensors of all runs, and the passes over a micro-batch of the run with the largest adapter."""
+        It includes the tensors of all runs, and the memory of a step of the run with the largest adapter."""
         step = planned.StepPlan({run.name: self.runs[run] for run in runs})
         machine = step.shared.machine
         parts = zip(step.stages, self._passes, strict=True)
@@ -97,20 +97,20 @@ class SweepPlan:
 
     @cached_property
     def _passes(self) -> list[StageMemory]:
-        """The memory of each stage for the passes over a micro-batch of the run with the largest adapter."""
+        """The memory of each stage that depends on micro-batches, for the run with the largest adapter."""
         run = max(self.runs, key=lambda run: self.runs[run].adapter.rank * len(self.runs[run].adapter.targets))
         step = planned.StepPlan({run.name: self.runs[run]})
         return [step_memory(stage, step.largest) for stage in step.stages]
 
     @cached_property
     def free_bytes(self) -> float:
-        """The bytes that each rank may use with --together auto. Ranks on CPUs divide the memory of their machine."""
+        """The bytes that each rank may use with --together auto. Ranks on CPUs share the memory of their machine."""
         if next(iter(self.runs.values())).on_gpu:
             return _SHARE * _free_gpu_bytes()
         return _SHARE * psutil.virtual_memory().available / self.job.hosts[0].slots
 
     def dry_run_lines(self) -> list[str]:
-        """Return the text of the dry run: a table of all runs, and a table of the joint launches and their memory."""
+        """Return the lines of the dry run: a table of all runs, and a table of the joint launches and their memory."""
         base, metric, states = self.base, self.command.train.eval_metric, list[str]()
         rows = [("run", "trained parameters", "state")]
         for run in self.runs:
@@ -145,7 +145,7 @@ class SweepPlan:
 
 
 def _packed(parts: Sequence[Group], may_share: Callable[[Group], bool]) -> list[Group]:
-    """Join consecutive groups as far as `may_share` allows, and divide groups that are too large. Return the groups."""
+    """Join consecutive groups if `may_share` allows it, divide groups that are too large, and return the groups."""
     groups: list[Group] = []
     for part in parts:
         if groups and may_share((*groups[-1], *part)):

@@ -3,8 +3,8 @@
 A point of the grid is a method and a rank. It has one run per learning rate. `sweep.yaml` has the settings, and can be
 passed to --config. A later launch resumes the study if its settings agree. `base.json` describes the base model and the
 task, so that tables can be made without them, and has the hashes of the data files. `sweep_status.json` records how the
-last launch ended. The results are read from the files of tiedlora train and tiedlora evaluate. They are the end of each
-run, the best learning rate, and the test scores in per cent.
+last launch ended. The results are how each run ended, the best learning rate, and the test scores in per cent. They are
+read from the files of tiedlora train and tiedlora evaluate.
 """
 
 import typing
@@ -116,7 +116,7 @@ def make_grid(settings: SweepSettings, num_layers: int) -> SweepGrid:
 
 
 def single_layers(wanted: Sequence[int] | str | None, num_layers: int) -> tuple[int, ...]:
-    """Return the layers that are adapted one at a time: none, those given, or 1, 4, 8, ... and the last (`paper`)."""
+    """Return the layers to adapt one at a time: none, the given layers, or for `paper` 1, 4, 8, ... and the last."""
     if wanted is None:
         return ()
     if isinstance(wanted, str):
@@ -336,7 +336,7 @@ class Study:
 
     Attributes:
         base_score: the score of the base model without an adapter.
-        own_rows: names of settings because of which rows or prompts may differ from the paper's.
+        own_rows: names of given settings that can make rows or prompts differ from those in the paper.
     """
 
     folder: Path
@@ -383,7 +383,7 @@ def _number(value: Any) -> float | None:
 
 
 def best_run(folder: StudyFolder, runs: Sequence[Run], *, metric: str) -> Run | None:
-    """Return the finished run with the best validation result (the first if equal), or None if no run is finished.
+    """Return the first finished run with the best validation result, or None if no run is finished.
 
     Args:
         metric: the value of --eval_metric: `loss`, for which lower is better, or a score.
@@ -410,7 +410,7 @@ def read_score(folder: Path) -> Score | None:
         texts = {name: content.get(name, "") for name in ("metric", "signature")}
         return read_fields(file, {**texts, **numbers}, Score)
     except (UserError, KeyError, TypeError, ValueError):
-        raise UserError(f"{file}: not a result of tiedlora evaluate; remove the folder and start again") from None
+        raise UserError(f"{file}: is not a result of tiedlora evaluate; remove the folder and start again") from None
 
 
 def read_study(path: Path) -> Study:
@@ -425,7 +425,7 @@ def read_study(path: Path) -> Study:
     command, base = read_command(folder), read_base(folder)
     grid = make_grid(command.settings, base.num_layers)
     if missing := [point.name for point in grid.points if point.name not in base.trained]:
-        raise UserError(f"{folder.base}: {missing[0]} has no number of parameters; start the sweep again")
+        raise UserError(f"{folder.base}: the parameter count of {missing[0]} is missing; start the sweep again")
     metric = command.train.eval_metric
     results = tuple(_read_result(folder, grid, point, base, metric) for point in grid.points)
     of_rows = marked(Settings, group="data", by_content=True)

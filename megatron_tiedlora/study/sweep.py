@@ -1,4 +1,4 @@
-"""Runs a study: scores the base, trains the runs, scores the best run of each point, and writes tables and figures.
+"""Runs a study: scores the base model, trains the runs, scores the best runs, and writes tables and figures.
 
 It starts tiedlora train and tiedlora evaluate with the launchers of tiedlora run. The files that these commands write
 show how they ended, because a launcher may lose the exit status.
@@ -134,7 +134,7 @@ class Sweep:
         return f"score {record.BASE_NAME}" in self.failures
 
     def run(self) -> None:
-        """Score the base model, train the runs, and score the best ones. After a signal, launch nothing more.
+        """Score the base model, train the runs, and score the best runs. Launch nothing after a signal.
 
         Raises:
             UserError: a file cannot be written, or a launcher cannot be started.
@@ -222,7 +222,7 @@ class Sweep:
             self._note(item, words_of, log)
 
     def _take_scores(self) -> None:
-        """Move the scores of a joint evaluation to the folders of their runs, also after a killed sweep."""
+        """Move the scores of a joint evaluation, or of a killed sweep, to the score folders of the runs."""
         made = self.folder.group(record.SCORES)
         for found in sorted(made.glob(f"*/{RESULTS_FILE}")):
             target = self.folder.score(found.parent.name)
@@ -266,7 +266,7 @@ class Sweep:
 
         Args:
             words: a description of the result; None if the run or score failed.
-            recorded: the reason that the run's folder has, or ''. The log has the errors of all runs of the launch.
+            recorded: the reason in the run's folder, or ''. It is used first, as the log has the errors of all runs.
         """
         if words is None:
             lines = last_lines(self.folder.log(log), 40)
@@ -293,7 +293,7 @@ class Sweep:
     # The end ----------------------------------------------------------------------------------------------------------
 
     def write_status(self, state: str, *, reason: str | None = None) -> None:
-        """Write sweep_status.json with the end of this launch, and each failure with its reason and last log lines.
+        """Write to sweep_status.json how this launch ended, and each failure with its reason and last log lines.
 
         Args:
             reason: why the sweep itself failed; None if it did not.
@@ -306,7 +306,7 @@ class Sweep:
         write_json(self.folder.status, {"state": state, **own, "failed": failed}, guard=self.folder.guard)
 
     def end(self) -> int:
-        """Write the status, tables and figures, and show the failures. Returns the exit status."""
+        """Write the status, tables and figures, show the failures, and return the exit status."""
         folder, failures = self.folder, self.failures
         if self.stop.received:
             self.write_status("stopped")
@@ -328,7 +328,7 @@ class Sweep:
 
 
 def last_row(metrics: Path) -> dict[str, Any] | None:
-    """Return the last complete row of a metrics.jsonl that may still grow; None if there is no row."""
+    """Return the last complete row of a metrics.jsonl to which a run may still write; None if there is no row."""
     try:
         with metrics.open("rb") as stream:
             stream.seek(max(0, metrics.stat().st_size - 4096))

@@ -5,8 +5,8 @@ It also draws figures 2 and 3. They show scores by rank with 95 % intervals, and
 P% is a method's number of trained parameters in per cent of LoRA's number at LoRA's best rank. The average decline of a
 method is 100 (mean of LoRA's scores - mean of the method's scores) / mean of LoRA's scores. Means are over the tasks,
 and LoRA is at its best rank. Only this definition matches the paper's values for tl6 at LoRA's best rank. They are
-1.95 % for GPT-2B-001 (Table 2 results in 1.956) and 1.36 % for LLaMA-2 7B (Table 2 results in 1.300). The mean of the
-declines of all tasks would be 5.07 and 1.63. For a single task, the decline is in per cent of LoRA's score.
+1.95 % for GPT-2B-001 (1.956 from the scores in Table 2) and 1.36 % for LLaMA-2 7B (1.300 from the scores). The mean of
+the declines of all tasks would be 5.07 and 1.63 %. For a single task, the decline is in per cent of LoRA's score.
 
 The CSV files have unrounded numbers and one line per table cell. The first columns are the same as in the package's CSV
 files with the paper's scores. A study is shown with the paper's scores for the same model, task and metric.
@@ -139,7 +139,7 @@ def table2(studies: Sequence[Study]) -> list[TableRow]:
     """Return the records of Table 2: all methods at LoRA's best rank, then the other methods at their own best ranks.
 
     The best rank is the rank with the best test score, as in the paper. If scores are equal, it is the smallest rank. A
-    method has a record for each task. If there are several tasks and all have a score, it also has an average record.
+    method has a record for each task. If there are several tasks and all have a score, there is also an average record.
     """
     of_base = {"section": BASE_NAME, "method": BASE_NAME}
     found = [_record(study, study.base_score, **of_base) for study in studies if study.base_score is not None]

@@ -370,7 +370,7 @@ def test_a_record_without_a_point_of_the_grid_is_named(tmp_path: Path) -> None:
     record = json.loads((study / "base.json").read_text())
     first, *_ = record["trained"]
     (study / "base.json").write_text(json.dumps({**record, "trained": {first: 5}}))
-    with pytest.raises(UserError, match=r"base.json: .* has no number of parameters; start the sweep again"):
+    with pytest.raises(UserError, match=r"base.json: the parameter count of .* is missing; start the sweep again"):
         read_study(study)
     del record["num_layers"]
     (study / "base.json").write_text(json.dumps(record))
