@@ -1,4 +1,4 @@
-"""Contains the checks that `tiedlora check-gpu` and `pytest -m gpu` run. The checks of a part are in `test_PART.py`.
+"""Contains the checks that `tiedlora check-gpu` and `pytest -m gpu` run. Each part has a test module `test_PART.py`.
 
 A check stores its results as properties of pytest's report: measured values, and warnings if a value is slower or
 larger than expected. A warning and the message of a failed assertion say what the user should do.

@@ -53,10 +53,10 @@ _STEP = ("model", "method", "targets", "rank", "recompute")  # settings in the r
 
 @dataclass
 class Side:
-    """One of the compared implementations: a model, and the training steps that it runs in each turn.
+    """One of the compared implementations: a model, and the training steps that it runs in each round.
 
     Attributes:
-        steps: the training steps of a turn, in order.
+        steps: the training steps of a round, in order.
         forward: returns the loss of a micro-batch, divided by the number of supervised tokens of its step.
         flops: the model FLOPs of the step's samples; None if they are not computed.
         kernels: a short description of this package's kernels; None for other implementations.
@@ -76,7 +76,7 @@ class Side:
         self.num_positions = sum(batch.tokens.numel() for batch in self.batches)
 
     def step(self) -> None:
-        """Run all steps of a turn: forward and backward over the micro-batches of each step, then AdamW."""
+        """Run all steps of a round: forward and backward over the micro-batches of each step, then AdamW."""
         for batches, optimizers in self.steps:
             for batch in batches:
                 self.forward(batch).backward()
@@ -85,7 +85,7 @@ class Side:
                 optimizer.zero_grad()
 
     def saved_bytes(self) -> int:
-        """Return the total bytes that autograd saves for the micro-batches of a turn, without parameters."""
+        """Return the total bytes that autograd saves for the micro-batches of a round, without parameters."""
         total = 0
         for batch in self.batches:
             with timing.saved_by_autograd(self.model) as saved:
@@ -301,9 +301,9 @@ def _measure_step(settings: BenchSettings) -> dict[str, Any]:
 
 
 def _step_memory(plan: RunPlan, settings: BenchSettings, name: str) -> dict[str, Any]:
-    """Return the additional peak bytes of a first turn and, without --adapters, the bytes that autograd saves.
+    """Return the additional peak bytes of a first round and, without --adapters, the bytes that autograd saves.
 
-    Call this in a new process, because allocators other than glibc's may reuse the memory of earlier turns.
+    Call this in a new process, because allocators other than glibc's may reuse the memory of earlier rounds.
     """
     side = make_sides(plan, settings)[name]()
     held = timing.restart_peak(side.device)
@@ -336,7 +336,7 @@ def _measure_scaling(settings: BenchSettings) -> dict[str, Any]:
 
 
 def _one_step(settings: BenchSettings, flag: str, value: Any) -> tuple[RunPlan, BenchSettings]:
-    """Return the plan and the settings of a step in which the setting that `flag` varies has this value."""
+    """Return the plan and the settings of a step with `value` for the setting that `flag` varies."""
     name = AXES[flag]
     try:
         step = settings.one_step(**{name: value})

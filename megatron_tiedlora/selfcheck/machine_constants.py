@@ -302,7 +302,7 @@ class _Measure:
     # Steps of an engine ----------------------------------------------------------------------------------------------
 
     def alone(self, machine: Machine) -> Machine:
-        """Return `machine` with the constants from steps of tiny layers. Call this first, while the process is idle."""
+        """Return `machine` with the constants that tiny steps determine. Call this first, while the process is idle."""
         unknown = machine.changed(dict.fromkeys(_UNKNOWN, _NOTHING))
         one, many = (_tiny_step(unknown, num_layers=number) for number in (1, _LAYERS))
         block = max(0.0, many.seconds - one.seconds) / (2 * (_LAYERS - 1))
@@ -315,7 +315,7 @@ class _Measure:
         return machine.changed(found)
 
     def beside(self, machine: Machine) -> Machine:
-        """Return `machine` with the constants from the seconds that all other constants do not explain."""
+        """Return `machine` with constants that are computed from the time that all other constants do not explain."""
         if distributed.get_world_size() % 2 == 0:
             known = machine.changed({"instruction": _NOTHING})
             two = _tiny_step(known, num_layers=2, pipeline_parallel=2, micro_batches=_MICRO_BATCHES)

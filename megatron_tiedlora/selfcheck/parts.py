@@ -81,13 +81,13 @@ def why_no_gpu() -> str | None:
 
 
 def part_command(part: str, *options: str) -> list[str]:
-    """Return the pytest command of a part. It ignores settings and plugins of other folders and shows all output."""
+    """Return the pytest command of a check part, which ignores other folders' settings and plugins and shows all output."""
     ours = ("-c", os.devnull, f"--rootdir={FOLDER}", f"--confcutdir={FOLDER}", "-p", "no:cacheprovider", "-v", "-s")
     return [sys.executable, "-P", "-m", "pytest", str(FOLDER / f"test_{part}.py"), *ours, *options]
 
 
 def part_environment(part: str, device: str) -> dict[str, str]:
-    """Return the environment of a part, which runs as one rank even in a pod, in a Slurm step or under a launcher."""
+    """Return the environment of a check part, which has one rank even in a pod, in a Slurm step or under a launcher."""
     foreign = _FOREIGN if part == "env" else (*_FOREIGN, _TF32)
     own = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     hidden = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if device == "cpu" else {}
@@ -103,7 +103,7 @@ def run_part(
     seconds: float,
     end_seconds: float = 10.0,
 ) -> Element:
-    """Run a part until it ends or reaches its time limit, and return its results as a junit test suite.
+    """Run a check part until it ends or reaches its time limit, and return its results as a junit test suite.
 
     If the part did not finish, the suite also has a failed test for the process of the part.
 
@@ -170,12 +170,12 @@ def verdict(case: Element) -> str:
 
 
 def verdicts(suites: Sequence[Element]) -> Counter[str]:
-    """Return the number of tests by verdict."""
+    """Return the number of tests that passed, warned, failed or were skipped."""
     return Counter(verdict(case) for suite in suites for case in suite.iter("testcase"))
 
 
 def part_lines(suite: Element) -> Iterator[str]:
-    """Yield Markdown lines with the verdict, values and problems of each test. Count skipped tests by reason."""
+    """Yield Markdown lines with the outcome, values and problems of each test. Count skipped tests by reason."""
     yield from ("", f"## {suite.get('name')}", "")
     skipped: Counter[str] = Counter()
     for case in suite.iter("testcase"):
@@ -203,7 +203,7 @@ def _short(value: str) -> str:
 
 
 def summary_lines(suites: Sequence[Element]) -> Iterator[str]:
-    """Yield Markdown lines with the number of tests by verdict, and what to do about each failure and warning."""
+    """Yield Markdown lines with the number of tests per outcome, and what to do about each failure and warning."""
     yield f"{', '.join(f'{count} {how}' for how, count in verdicts(suites).items())}."
     tests = [(f"**{suite.get('name')}: {_name(case)}**", case) for suite in suites for case in suite.iter("testcase")]
     found = [(problem.fix, name) for name, case in tests for problem in problems(case) if problem.fix]

@@ -76,7 +76,7 @@ def plan_benchmark(
         source = find_model(settings.model) if shape is None else ModelSource(settings.model, None, shape)
     source.check_length("--length", settings.length)
     if settings.length < LEAST_LENGTH and settings.measured_on(world_size) == "layout":
-        raise UserError(f"--length {settings.length}: rows need at least {LEAST_LENGTH} tokens; give a larger one")
+        raise UserError(f"--length {settings.length}: rows need at least {LEAST_LENGTH} tokens; give a larger value")
     made_up = unit * settings.step_micro_batches * (settings.documents or 1)
     values = {
         **{name: getattr(settings, name) for name in marked(BenchSettings, shared=True)},
@@ -99,7 +99,7 @@ def random_config(settings: BenchSettings) -> dict[str, Any] | None:
     """Return the config.json of a model with random weights, or None if the weights are read from a folder.
 
     Raises:
-        UserError: a setting is not allowed with random weights, or only with them.
+        UserError: a setting requires or excludes random weights, and the model does not match.
     """
     if shapes.is_preset(settings.model):
         values = dict(shapes.PRESETS[settings.model])
@@ -111,8 +111,8 @@ def random_config(settings: BenchSettings) -> dict[str, Any] | None:
         return None
     else:
         raise UserError(
-            f"--num_layers {settings.num_layers} goes with random weights; give --random_weights, or a preset as"
-            f" --model: {', '.join(shapes.PRESETS)}"
+            f"--num_layers {settings.num_layers} needs random weights; add --random_weights, or give a preset"
+            f" as --model: {', '.join(shapes.PRESETS)}"
         )
     if settings.task is not None:
         raise UserError(f"--task {settings.task}: --model {settings.model} has random weights; remove --task")
@@ -286,9 +286,9 @@ def _rank_figures(run: Started, step: TrainingStep, planned: Planned) -> dict[st
 
 
 def compare_traffic(counted: groups.Traffic, predicted: groups.Traffic, data_bytes: int) -> dict[str, dict[str, Any]]:
-    """Return the counted and predicted messages of each process group that has messages, with a verdict.
+    """Return the counted and predicted messages of each process group that has messages, and whether they agree.
 
-    The verdict is positive only if the messages of every kind are as predicted.
+    They agree only if the messages and bytes of every kind are equal.
 
     Args:
         counted, predicted: the messages of one rank in one step.
@@ -382,14 +382,14 @@ def _report(
 
 @dataclass(frozen=True)
 class MeasuredStep:
-    """The measured seconds of a step, and the planned seconds without the constants that are still unknown."""
+    """The measured seconds of a step, and the seconds that the plan predicts from the known machine constants."""
 
     seconds: float
     planned: step_time.Seconds
 
     @property
     def left(self) -> float:
-        """The measured seconds that the planned seconds do not explain."""
+        """The measured seconds minus the planned seconds, but at least 0."""
         return max(0.0, self.seconds - self.planned.total)
 
 

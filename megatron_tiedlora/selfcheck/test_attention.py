@@ -73,7 +73,7 @@ def test_routes(dtype: torch.dtype, case: Heads, packed: bool, device: torch.dev
 
 
 def test_control(device: torch.device, tell: Tell) -> None:
-    """Check that the comparison detects a mask that hides one token too many."""
+    """Check that the comparison detects a mask that wrongly hides one token."""
     case, ids = CASES[1], torch.zeros(2, 256, dtype=torch.int64)
     query, key, value = random_heads(case, ids.shape[1], device=device, dtype=torch.float64)
     shifted = ids.clone()

@@ -1,4 +1,4 @@
-"""Checks the host: counts launches and waits per micro-batch, and finds at which sizes the GPU waits for Python."""
+"""Checks the host: counts launches and synchronisations, and finds at which batch sizes the GPU waits for Python."""
 
 import sys
 import warnings
@@ -29,7 +29,7 @@ SYNC_FIX = "the host waits for the GPU in a micro-batch, so the GPU idles later:
 
 @pytest.mark.parametrize("compiles", ["auto", "false"], ids=["compiled", "eager"])
 def test_host(compiles: str, gpu: torch.device, model: str, tell: parts.Tell) -> None:
-    """Count kernel launches and waits per micro-batch, and measure the time of micro-batches of several lengths."""
+    """Count launches and synchronisations per micro-batch, and time micro-batches of several lengths."""
     flags = ("--rows=1", f"--length={LENGTHS[-1]}", "--supervised=1", f"--micro_batches={MICRO_BATCHES}")
     with running.started_to_fit(model, flags, f"--compile={compiles}") as (run, layers):
         loaders = {length: running.loader_of(run, np.full(MICRO_BATCHES, length)) for length in LENGTHS}

@@ -90,7 +90,7 @@ class Case(NamedTuple):
 
 
 def possible_ranks(device: str) -> tuple[int, dict[str, str], str]:
-    """Return how many ranks can be started here, the environment variables that they need, and why."""
+    """Return how many ranks can be started here, the environment variables that they need, and a reason."""
     if device == "cpu":
         return 2, {}, "two on a CPU, over gloo"
     count = torch.cuda.device_count()
@@ -120,7 +120,7 @@ def loaded_nccl() -> tuple[int, ...]:
 
 
 def cases_of(world_size: int, device: str) -> tuple[Case, ...]:
-    """Return cases for every possible layout, each ZeRO stage, no sequence parallelism and, on a GPU, bf16."""
+    """Return test cases for all layouts, all ZeRO stages, runs without sequence parallelism and, on a GPU, bf16."""
     pairs = [(tp, pp) for tp in SIZES for pp in SIZES if world_size % (tp * pp) == 0]
     layouts = [Case(tp, pp) for tp, pp in pairs]
     engines = [Case(zero=zero) for zero in (0, 2, 3)]

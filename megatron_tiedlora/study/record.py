@@ -155,7 +155,7 @@ class StudyFolder:
 
     @property
     def guard(self) -> Guard:
-        """The function that raises UserError if this sweep may no longer change the folder."""
+        """A function that raises UserError if this sweep may no longer write to the folder."""
         return unguarded if self.owner is None else self.owner.check
 
     def run(self, name: str) -> Path:

@@ -60,7 +60,7 @@ def begin_job(job: launchers.Job, log: Path, lock: int) -> start.RunningJob:
 
 
 def sweep(command: job_settings.SweepCommand, *, scripts: Path, begin: Begin = begin_job) -> int:
-    """Run or resume a study, and return the exit status: 0 if all finished, 1 after a failure, 128 + signal if stopped.
+    """Run or resume a study. Return 0 if everything finished, 1 after a failure, or 128 + signal number after a signal.
 
     Args:
         scripts: the folder of the scripts of tiedlora train and tiedlora evaluate.
@@ -164,7 +164,7 @@ class Sweep:
         return 0.0 if row is None else min(row["step"] / steps, 1.0)
 
     def _best(self) -> dict[str, str]:
-        """Return the best finished run of each method and rank, by the name of its score."""
+        """Return a dict from the score name of each method and rank to the name of its best finished run."""
         grid, metric = self.plan.grid, self.command.train.eval_metric
         found = {point: record.best_run(self.folder, grid.runs(point), metric=metric) for point in grid.points}
         return {f"score {point.name}": run.name for point, run in found.items() if run is not None}
@@ -196,7 +196,7 @@ class Sweep:
             self._note(run.name, words, f"group {first}", end.reason)
 
     def _score(self, wanted: Mapping[str, str]) -> None:
-        """Score the base model alone, or several runs together. `wanted` has the name of the run for each score."""
+        """Score the base model alone, or several runs together. `wanted` maps score names to run names."""
         folder, train, settings = self.folder, self.command.train, self.command.settings
         left = {item: name for item, name in wanted.items() if record.read_score(folder.score(name)) is None}
         if not left or self.stop.received:

@@ -42,7 +42,7 @@ EXACT_MATCH = ("squad", "gsm8k", "exact_match")  # our names for the paper's em;
 
 
 def paper_model(name: str, shape: ModelShape) -> str | None:
-    """Return the paper's model that has this shape (GPT-2B-001: this name); None if no model matches."""
+    """Return the paper's model that has this shape or, for GPT-2B-001, this name; None if no model matches."""
     for title in MODEL_TITLES:
         if shape == shape_from_hf(PRESETS[title], source=title):
             return title

@@ -303,7 +303,7 @@ ONE_RANK = [
     ("--padded_rows=8 --against=peft", "--padded_rows 8 goes with --task"),
     ("--padded_rows=8 --task=gsm8k", "--padded_rows 8 goes with --against peft"),
     ("--task=gsm8k --against=peft --padded_rows=5", "--samples 32 is not a multiple of --padded_rows 5"),
-    ("--num_layers=2", "--num_layers 2 goes with random weights"),
+    ("--num_layers=2", "--num_layers 2 needs random weights"),
     ("--task=gsm8k --samples=10", "--samples 10 is not a multiple of --rows 4"),
     ("--random_weights --task=gsm8k", "has random weights"),
     ("--model=llama2-7b --task=gsm8k", "has random weights"),
