@@ -81,7 +81,7 @@ def why_no_gpu() -> str | None:
 
 
 def part_command(part: str, *options: str) -> list[str]:
-    """Return the pytest command of a check part, which ignores other folders' settings and plugins and shows all output."""
+    """Return the pytest command of a check part, without settings and plugins of other folders, and with all output."""
     ours = ("-c", os.devnull, f"--rootdir={FOLDER}", f"--confcutdir={FOLDER}", "-p", "no:cacheprovider", "-v", "-s")
     return [sys.executable, "-P", "-m", "pytest", str(FOLDER / f"test_{part}.py"), *ours, *options]
 

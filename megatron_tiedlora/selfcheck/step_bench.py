@@ -156,7 +156,7 @@ def planned_saved_bytes(plan: RunPlan, batches: Sequence[MicroBatch]) -> float:
 def base_matmul_rate(plan: RunPlan, stage: Stage, batches: Sequence[MicroBatch], device: torch.device) -> float:
     """Return the best FLOP/s of a plain matmul of a micro-batch's tokens with the largest base matrix of this rank.
 
-    The size of the matrix is the size before ZeRO-3 partitions it over data-parallel ranks.
+    The matrix has its tensor-parallel shape, before ZeRO-3 partitions it over data-parallel ranks.
     """
     held = frozen_weight.frozen_weights(stage)
     rules = weights.stage_weight_rules(plan.source.shape, has_embedding=stage.embedding is not None)
