@@ -220,7 +220,7 @@ def check_resumable(folder: StudyFolder, now: SweepCommand, base: BaseRecord) ->
     _check_extended(before.settings, now.settings, base.num_layers, where)
     if before.settings.test_limit != now.settings.test_limit:
         raise UserError(
-            f"{where} --test_limit {before.settings.test_limit}, now it is {now.settings.test_limit}; give the same"
+            f"{where} --test_limit {before.settings.test_limit}, now it is {now.settings.test_limit}; keep the value"
         )
     # Both are resolved for the same point, so that alpha, which depends on the rank, differs only if it was given.
     theirs, ours = job_settings.resolve_train(now.settings, before.given), now.train
@@ -255,7 +255,7 @@ def _check_extended(before: SweepSettings, now: SweepSettings, num_layers: int, 
             )
     if before.single_layers is not None and before.single_layer_rank != now.single_layer_rank:
         raise UserError(
-            f"{where} --single_layer_rank {before.single_layer_rank}, now it is {now.single_layer_rank}; give the same"
+            f"{where} --single_layer_rank {before.single_layer_rank}, now it is {now.single_layer_rank}; keep the value"
         )
 
 
