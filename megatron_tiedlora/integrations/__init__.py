@@ -1,1 +1,1 @@
-"""The interfaces for other programs: the Python interface, the PEFT method, and uploads to the hub."""
+"""Provides the Python interface, the PEFT integration, and uploads to the Hugging Face hub."""

@@ -1,5 +1,5 @@
-"""The Python interface: functions to load, attach, detach and merge adapters of transformers' models, to generate, and
-to train in this process."""
+"""Provides the Python interface: functions that load, attach, detach and merge adapters of transformers models,
+generate text, and train in this process."""
 
 import os
 import signal
@@ -30,7 +30,7 @@ from megatron_tiedlora.training.run import train_rank
 
 @dataclass
 class _Attachment:
-    """The adapter that is attached to a model or merged into it, and the hooks of an attached adapter."""
+    """An adapter that is attached to or merged into a model. `hooks` has the forward hooks of an attached adapter."""
 
     adapter: NativeAdapter
     merged: bool = False
@@ -41,10 +41,10 @@ _STATE = "_tiedlora_state"  # the attribute of a model that holds its `_Attachme
 
 
 def load_adapter(path: str | Path) -> NativeAdapter:
-    """Load a native adapter: a run's adapter/ folder, a checkpoint, or the native/ folder of an export.
+    """Load and return an adapter from a run's adapter/ folder, a checkpoint, or the native/ folder of an export.
 
     Raises:
-        UserError: the folder is not a native adapter, or its files are damaged.
+        UserError: the folder has no adapter in this package's format, or its files are damaged.
     """
     if adapter_kind(path, flag=str(path)) == "peft":
         raise UserError(f"{path}: this is a PEFT adapter; load it with PEFT, or import it with tiedlora import")
@@ -54,15 +54,15 @@ def load_adapter(path: str | Path) -> NativeAdapter:
 def load_base(
     adapter: NativeAdapter, model: str | None = None, *, dtype: torch.dtype | None = None, **keywords: Any
 ) -> Any:
-    """Return the base of an adapter as a transformers model in evaluation mode.
+    """Load the base model of an adapter, and return it as a transformers model in evaluation mode.
 
     Args:
-        model: the base's folder or hub id (default: the one that the adapter names).
-        dtype: dtype of the weights (default: as in training).
+        model: folder or hub id of the base model (default: the base model that the adapter record names).
+        dtype: dtype of the weights (default: the dtype that was used in training).
         keywords: further arguments of transformers' `from_pretrained`, such as `device_map`.
 
     Raises:
-        UserError: the base cannot be found, or its model family is not supported.
+        UserError: the base model cannot be found, or its model family is not supported.
     """
     from transformers import AutoModelForCausalLM
 
@@ -77,14 +77,14 @@ def load_base(
 def attach(model: Any, adapter: NativeAdapter, *, base_differs: bool = False) -> Any:
     """Attach an adapter to a causal language model of transformers, and return the model.
 
-    The factors are not expanded, so all layers use one A and one B. The model's modules and weights do not change, and
-    `detach` removes the adapter. The results equal the results of the exported PEFT adapter.
+    Tied tensors are not copied: all layers use the same A and B. The model's modules and weights do not change, and
+    `detach` removes the adapter. The outputs are the same as with the PEFT export of the adapter.
 
     Args:
-        base_differs: accept a different model with the same shape as the adapter's base.
+        base_differs: accept a model that is not the adapter's base model but has the same shape.
 
     Raises:
-        UserError: the model already has an adapter, or is not the adapter's base.
+        UserError: the model already has an adapter, or is not the adapter's base model.
     """
     _check(model, adapter, base_differs=base_differs)
     _attach(model, adapter)
@@ -102,14 +102,14 @@ def detach(model: Any) -> Any:
 def merge(model: Any, adapter: NativeAdapter | None = None, *, base_differs: bool = False) -> Any:
     """Merge an adapter into the weights of a causal language model in place, and return the model.
 
-    The weights are bit for bit the same as `tiedlora merge` writes for this model in this dtype.
+    The merged weights are bit-identical to those that `tiedlora merge` writes for this model in this dtype.
 
     Args:
-        adapter: the adapter (default: the attached one, which is detached).
-        base_differs: as for `attach`.
+        adapter: the adapter to merge (default: the attached adapter, which is then detached).
+        base_differs: see `attach`.
 
     Raises:
-        UserError: as for `attach`; or the weights are quantised, offloaded or sharded.
+        UserError: see `attach`; also if the weights are quantised, offloaded or sharded.
     """
     if adapter is None:
         attached = _attached(model).adapter  # it was checked when it was attached
@@ -130,13 +130,13 @@ def generate(model: Any, prompts: str, *, tokenizer: Any = None, **keywords: Any
 @overload
 def generate(model: Any, prompts: Sequence[str], *, tokenizer: Any = None, **keywords: Any) -> list[str]: ...
 def generate(model: Any, prompts: str | Sequence[str], *, tokenizer: Any = None, **keywords: Any) -> str | list[str]:
-    """Return the model's answers to prompts by greedy decoding. The answers do not include the prompts.
+    """Generate answers to prompts by greedy decoding, and return the answers without the prompts.
 
     Args:
-        prompts: one text, or several.
-        tokenizer: a transformers tokenizer (default: the tokenizer with which the attached adapter was trained, or else
+        prompts: one prompt, or a sequence of prompts.
+        tokenizer: a transformers tokenizer (default: the tokenizer that was used to train the attached adapter, or else
             the tokenizer in the model's folder).
-        keywords: further arguments of transformers' `generate` [max_new_tokens=256, do_sample=False].
+        keywords: further arguments of transformers' `generate` (default: max_new_tokens=256, do_sample=False).
     """
     if tokenizer is None:
         from megatron_tiedlora.data.tokenizer import load_tokenizer
@@ -155,11 +155,11 @@ def generate(model: Any, prompts: str | Sequence[str], *, tokenizer: Any = None,
 
 
 def _check(model: Any, adapter: NativeAdapter, *, base_differs: bool) -> None:
-    """Raise UserError as `attach` does, and show notes about the base as warnings."""
+    """Raise UserError if the adapter does not fit the model. Emit notes on the base model as Python warnings."""
     state = getattr(model, _STATE, None)
     if state is not None:
-        is_merged = "an adapter is merged into the model already; load the model again"
-        raise UserError(is_merged if state.merged else "the model has an adapter already; detach(model) first")
+        is_merged = "an adapter is already merged into the model; load the model again"
+        raise UserError(is_merged if state.merged else "the model already has an adapter; call detach(model) first")
     trained, found = adapter.base_identity, identify_in_memory(model, model_source(model))
     for note in check_same_base(trained, found, source="the adapter", differs=base_differs, in_memory=True):
         warnings.warn(note, stacklevel=3)  # points to the caller of attach or merge
@@ -176,7 +176,7 @@ def _attach(model: Any, adapter: NativeAdapter) -> None:
 def _add_update(
     update: TiedAdapter, place: AdaptedTensor, module: nn.Module, inputs: tuple[torch.Tensor, ...], z: torch.Tensor
 ) -> torch.Tensor:
-    """Return the output z of a module plus the adapter's update: a forward hook that can be copied and pickled."""
+    """Return the module output z plus the adapter's update. This is a forward hook that can be copied and pickled."""
     return load_model.with_update(z, inputs[0], update, place)
 
 
@@ -190,7 +190,7 @@ def _merge(model: Any, adapter: NativeAdapter) -> None:
 
 
 def _on(model: Any, adapter: NativeAdapter) -> tuple[TiedAdapter, dict[str, AdaptedTensor]]:
-    """Return the adapter on the model's device, and the modules that it changes."""
+    """Return the adapter on the model's device, and, by module name, the weights that it changes."""
     update = TiedAdapter(AdapterShard.whole(adapter.config)).requires_grad_(False)
     update.load_full(adapter.state)
     places = dict(load_model.find_places(model_source(model).shape, adapter.config))
@@ -201,20 +201,20 @@ def _on(model: Any, adapter: NativeAdapter) -> tuple[TiedAdapter, dict[str, Adap
 def _attached(model: Any) -> _Attachment:
     state = getattr(model, _STATE, None)
     if state is None or state.merged:
-        raise UserError("the model has no attached adapter; attach(model, adapter) first")
+        raise UserError("the model has no attached adapter; call attach(model, adapter) first")
     assert isinstance(state, _Attachment)
     return state
 
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A finished run.
+    """The result of a finished training run.
 
     Attributes:
         folder: the run folder.
-        adapter: the folder of its best adapter, for `load_adapter`.
-        step: the last step.
-        reason: why it ended: max_steps or early_stopping.
+        adapter: the folder of the run's best adapter, which `load_adapter` can read.
+        step: the number of the last training step.
+        reason: why the run ended: max_steps or early_stopping.
     """
 
     folder: Path
@@ -224,22 +224,22 @@ class TrainedRun:
 
 
 def train(settings: Settings) -> TrainedRun:
-    """Train in this process, with the same output and files as `tiedlora train`.
+    """Train in this process like `tiedlora train`, with the same output and files, and return the finished run.
 
-    Without a launcher the run has one rank. Under a launcher every rank calls this function. When it returns, the
-    environment variables of a rank and the signal handlers are restored.
+    Without a launcher the run has one rank. Under a launcher such as torchrun, every rank calls this function. Before
+    returning, it restores the signal handlers and the environment variables of a rank.
 
     Raises:
-        UserError: a setting does not fit, or the run was rejected.
+        UserError: a setting is invalid, or the run cannot start with these settings.
         KeyboardInterrupt: the run was stopped by Ctrl-C; it can be resumed.
-        RuntimeError: the run was stopped by another signal.
+        RuntimeError: the run was stopped by a different signal.
         Exception: any other error that ended the run.
     """
     require_extra("train")
     if settings.dry_run:
-        raise UserError("dry_run trains nothing; use the command: tiedlora train --dry_run")
+        raise UserError("dry_run: train() does not support dry runs; use the command: tiedlora train --dry_run")
     if settings.adapters is not None:
-        raise UserError("adapters trains several together; use the command: tiedlora train --adapters FILE")
+        raise UserError("adapters: train() trains only one adapter; use the command: tiedlora train --adapters FILE")
     with _restored_process():
         launch_env.prepare_environment()
         try:
@@ -251,13 +251,13 @@ def train(settings: Settings) -> TrainedRun:
     if end.status == 128 + signal.SIGINT:
         raise KeyboardInterrupt
     if end.status or end.folder is None:
-        raise RuntimeError(f"the run was stopped (status {end.status})")
+        raise RuntimeError(f"the run was stopped before it finished (exit status {end.status})")
     return TrainedRun(end.folder.path, end.folder.adapter, end.step, end.reason)
 
 
 @contextmanager
 def _restored_process() -> Iterator[None]:
-    """After the block, leave the process group, and restore environment variables and signal handlers."""
+    """Leave the process group, and restore environment variables and signal handlers, when the block ends."""
     variables = {name: os.environ.get(name) for name in RANK_VARIABLES}
     handlers = {number: signal.getsignal(number) for number in stopping.STOP_SIGNALS}
     try:

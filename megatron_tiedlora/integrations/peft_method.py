@@ -1,6 +1,6 @@
 """Implements Tied-LoRA as a method of PEFT: its config, the model with the adapters, and the adapted linear modules.
 
-A saved config is the adapter_config.json of a native adapter folder. Each adapter is a `TiedAdapter`."""
+A config is saved as the adapter_config.json of an adapter folder of this package. Each adapter is a `TiedAdapter`."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -30,25 +30,25 @@ _FOR_PEFT = ("peft_type", "task_type", "base_model_name_or_path", "inference_mod
 
 @dataclass
 class TiedLoraConfig(PeftConfig):
-    """The config of a Tied-LoRA, VeRA or LoRA adapter, by the paper's table of methods.
+    """The PEFT config of a Tied-LoRA, VeRA or LoRA adapter, with the method names of the Tied-LoRA paper.
 
-    Values that are not given are filled in when PEFT adds the adapter to a model.
+    Missing values are filled in when PEFT adds the adapter to a model.
 
     Attributes:
-        base: fields of the adapter's base model.
-        unchecked: the folder of this config, if its weights did not exist yet when the config was read.
+        base: the identity of the adapter's base model, as fields of `BaseIdentity`.
+        unchecked: the folder of this config, if its weights file did not exist yet when the config was read; else None.
     """
 
-    method: str = field(default="tl6", metadata={"help": f"which of the paper's methods: {', '.join(METHOD_NAMES)}"})
+    method: str = field(default="tl6", metadata={"help": f"method of the paper: {', '.join(METHOD_NAMES)}"})
     r: int = field(default=8, metadata={"help": "rank of A and B"})
     alpha: float | None = field(default=None, metadata={"help": "the update is scaled by alpha / r (default: r)"})
     layers: list[int] | None = field(default=None, metadata={"help": "adapted layers, 1-based (default: all)"})
     targets: list[str] | str = field(default=QKV, metadata={"help": TARGETS_HELP})
     seed: int = field(default=1234, metadata={"help": "seed of the initial values"})
-    init_std_a: float | None = field(default=None, metadata={"help": "init std of A (default: by method)"})
-    init_std_b: float | None = field(default=None, metadata={"help": "init std of B (default: by method)"})
-    base: dict[str, Any] | None = field(default=None, metadata={"help": "fields of the base model; leave it out"})
-    unchecked: str | None = field(default=None, metadata={"help": "set by PEFT's download; leave it out"})
+    init_std_a: float | None = field(default=None, metadata={"help": "init std of A (default: depends on the method)"})
+    init_std_b: float | None = field(default=None, metadata={"help": "init std of B (default: depends on the method)"})
+    base: dict[str, Any] | None = field(default=None, metadata={"help": "identity of the base model; do not set it"})
+    unchecked: str | None = field(default=None, metadata={"help": "set when PEFT downloads an adapter; do not set it"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,19 +57,19 @@ class TiedLoraConfig(PeftConfig):
         self.target_modules: list[str] | None = None  # the full names of modules, once the model is known
         find_method(self.method)
         if type(self.r) is not int or self.r < 1:
-            raise UserError(f"r = {shown(self.r)} is not a positive integer")
+            raise UserError(f"r = {shown(self.r)} is not a positive integer; give 1 or more")
         native_adapter.check_ranges(self)
         if type(self.seed) is not int or self.seed < 0:
-            raise UserError(f"seed = {shown(self.seed)} is not an integer from 0 on")
+            raise UserError(f"seed = {shown(self.seed)} is not a non-negative integer; give 0 or more")
         if self.task_type != "CAUSAL_LM":
-            raise UserError(f"task_type {self.task_type} is not implemented; only CAUSAL_LM is")
+            raise UserError(f"task_type {self.task_type} is not implemented; use CAUSAL_LM")
         try:
             self.targets = list(parse_targets(self.targets))
         except ValueError as error:
             raise UserError(str(error).removeprefix("--")) from None
 
     def resolve(self, shape: ModelShape, base: BaseIdentity) -> tied_adapter.AdapterConfig:
-        """Fill in missing values for a model of this shape and identity. Raises UserError if a value does not fit."""
+        """Fill in missing values for a model, and return the adapter's config. Raises UserError on invalid values."""
         layers = list(range(1, shape.num_layers + 1) if self.layers is None else self.layers)
         native_adapter.check_layers(layers, shape.num_layers)
         own: dict[str, Any] = {name: getattr(self, name) for name in ("seed", "alpha", "init_std_a", "init_std_b")}
@@ -82,9 +82,9 @@ class TiedLoraConfig(PeftConfig):
         return config
 
     def save_pretrained(self, save_directory: str, **_: Any) -> None:
-        """Write the adapter_config.json of a native folder, without checksums."""
+        """Write adapter_config.json without the checksums of the weights."""
         if self.base is None or self.layers is None:
-            raise UserError("the adapter is on no model yet, so its layers and its base are not known")
+            raise UserError("layers and base model are not known yet; add the adapter to a model before saving")
         own = {name: getattr(self, name) for name in _SAME_NAMES}
         stored = native_adapter.StoredAdapter(**{**self.base, **own}, rank=self.r, qkv_layout="q|k|v")
         content = {**stored.fields(), "base_model_name_or_path": self.base_model_name_or_path, "version": __version__}
@@ -92,7 +92,7 @@ class TiedLoraConfig(PeftConfig):
 
 
 def native_arguments(folder: Path) -> dict[str, Any]:
-    """Return the arguments of `TiedLoraConfig` for a native adapter folder.
+    """Return the `TiedLoraConfig` arguments for an adapter folder in this package's format.
 
     Raises:
         UserError: the folder's config is not valid, or a checksum does not match.
@@ -105,7 +105,7 @@ def native_arguments(folder: Path) -> dict[str, Any]:
 
 
 def weights_match(folder: Path) -> bool:
-    """Check the weights of a native folder against their checksum. Returns False if the file does not exist.
+    """Check the weights file of an adapter folder against its checksum. Returns False if the file does not exist.
 
     Raises:
         UserError: the checksum differs, or the config is not valid.
@@ -118,12 +118,12 @@ def weights_match(folder: Path) -> bool:
 
 
 class TiedLoraLinear(nn.Module, BaseTunerLayer):
-    """A linear that computes W x + the sum of B' A' x over the active adapters, see `load_model`.
+    """A linear module that returns W x plus B' A' x of each active adapter. `load_model` defines A' and B'.
 
-    The adapters belong to the `TiedLoraModel`.
+    The tensors of the adapters belong to the `TiedLoraModel`.
 
     Attributes:
-        places: for each adapter that changes this module, the tensors of the adapter that are used here.
+        places: the weight of this module that an adapter changes, by the adapter's name.
     """
 
     adapter_layer_names = ("tied_lora_adapters",)
@@ -137,7 +137,7 @@ class TiedLoraLinear(nn.Module, BaseTunerLayer):
 
     @property
     def tied_lora_adapters(self) -> nn.ModuleDict:
-        """The model's adapters by name."""
+        """All adapters of the model, by name."""
         return self._shared[0]
 
     def forward(self, x: torch.Tensor, *args: Any, **keywords: Any) -> torch.Tensor:
@@ -153,7 +153,7 @@ class TiedLoraLinear(nn.Module, BaseTunerLayer):
         return z
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Add the updates of adapters (default: the active ones) to the weight.
+        """Add the updates of the named adapters (default: all active adapters) to the weight.
 
         Args:
             safe_merge: raise UserError if the sum is not finite, and leave the weight unchanged.
@@ -164,7 +164,7 @@ class TiedLoraLinear(nn.Module, BaseTunerLayer):
                 self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
-        """Subtract the merged updates. This may change the last bits of the weight."""
+        """Subtract the merged updates from the weight. Rounding may change the last bits of the weight."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         while self.merged_adapters:
@@ -184,7 +184,7 @@ class TiedLoraLinear(nn.Module, BaseTunerLayer):
         merged = weight.clone() if safe else weight
         load_model.merge_(merged, self._adapter(name), self.places[name], sign=sign)
         if safe and not merged.isfinite().all():
-            raise UserError(f"adapter {name}: merged, {self.places[name].stored} holds numbers that are not finite")
+            raise UserError(f"adapter {name}: after merging, {self.places[name].stored} is not finite; use fp32")
         weight.copy_(merged)
 
     def _freeze_non_trainable_peft_weights(self, adapter_names: str | Sequence[str] | None = None) -> None:
@@ -209,7 +209,7 @@ class TiedLoraModel(BaseTuner):
     """A transformers model with Tied-LoRA adapters.
 
     Attributes:
-        tied_lora_adapters: the adapters by name; all modules that an adapter changes use its tensors.
+        tied_lora_adapters: the adapters by name. All modules that an adapter changes use the same tensors.
     """
 
     prefix = "tied_lora_"
@@ -227,10 +227,10 @@ class TiedLoraModel(BaseTuner):
         """Add the adapter of `self.peft_config[adapter_name]` to the model.
 
         Raises:
-            UserError: the adapter does not fit the model, or its name is the name of a tensor.
+            UserError: the adapter does not fit the model, or the adapter's name is also the name of a tensor.
         """
         if adapter_name in {*TARGET_NAMES, *FACTORS}:
-            raise UserError(f"adapter name {adapter_name!r} is a tensor's name; choose another")
+            raise UserError(f"adapter name {adapter_name!r} is a tensor's name; choose a different name")
         config: Any = self.peft_config[adapter_name]
         adapter, self._places = self._new_adapter(config)
         trained_before = [(weight, weight.requires_grad) for weight in self.tied_lora_adapters.parameters()]
@@ -249,7 +249,7 @@ class TiedLoraModel(BaseTuner):
     def _new_adapter(
         self, config: TiedLoraConfig
     ) -> tuple[tied_adapter.TiedAdapter, Mapping[str, native_adapter.AdaptedTensor]]:
-        """Return an adapter with the initial values of its config, and the modules of the model that it changes."""
+        """Return a new adapter with the initial values of its config, and the weights that it changes, by module."""
         if config.base:
             trained = BaseIdentity(**config.base)
             for note in check_same_base(trained, self._found, source="the adapter", differs=True, in_memory=True):
@@ -294,14 +294,14 @@ class TiedLoraModel(BaseTuner):
         state_dict: Mapping[str, torch.Tensor],
         unwanted_adapter_names: Any = (),
     ) -> dict[str, torch.Tensor]:
-        """Return the tensors of a native folder: all four factors, in fp32."""
+        """Return the tensors A, B, u and v of an adapter in fp32, as they are saved."""
         described = cls._adapter_of(model, adapter_name).config
         prefix = f"tied_lora_adapters.{adapter_name}."
         held = {key.rpartition(prefix)[2]: value for key, value in state_dict.items() if prefix in key}
         for name in described.tensors:
             if name not in held:
                 if tied_adapter.AdapterShard.whole(described).exists(name):
-                    raise UserError(f"adapter {adapter_name}: the state dict lacks its tensor {name}")
+                    raise UserError(f"adapter {adapter_name}: the state dict has no tensor {name}; pass all tensors")
                 held[name] = torch.ones(described.shape(name))
         return {name: held[name].float() for name in described.tensors}
 
@@ -314,7 +314,7 @@ class TiedLoraModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: Any, config: Any, adapter_name: str, state_dict: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """Return the parameters of an adapter by their names in the model.
+        """Return an adapter's loaded tensors by their parameter names in the model.
 
         Raises:
             UserError: a tensor is missing or unknown, has a wrong shape, or has invalid values.
@@ -334,15 +334,15 @@ class TiedLoraModel(BaseTuner):
 
 
 def _reject_dispatch(model: nn.Module) -> None:
-    """Raise UserError if PEFT is about to distribute a partly offloaded model over devices again.
+    """Raise UserError if PEFT is about to dispatch a partly offloaded model over devices again.
 
-    PEFT's `from_pretrained` has then removed accelerate's hooks. It would offload the adapter's tensors too. No hook
-    would load them, because they do not belong to a module that is called.
+    In this case, PEFT's `from_pretrained` has removed accelerate's hooks and would also offload the adapter's tensors.
+    No hook would load these tensors again, because they do not belong to a module that is called.
     """
     devices = set((getattr(model, "hf_device_map", None) or {}).values())
     offloads = "disk" in devices or ("cpu" in devices and len(devices) > 1)
     if offloads and not any(hasattr(module, "_hf_hook") for module in model.modules()):
         raise UserError(
             "PEFT cannot load a Tied-LoRA adapter on a model that is partly offloaded (device_map); load the model"
-            " again, and the adapter with megatron_tiedlora.attach, or load its export (tiedlora export)"
+            " again and use megatron_tiedlora.attach, or load the adapter's export (tiedlora export)"
         )

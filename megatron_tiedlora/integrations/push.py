@@ -1,7 +1,7 @@
-"""Writes the published folder of a run, and uploads it to the Hugging Face hub.
+"""Writes the files of a trained adapter for publication, and uploads them to the Hugging Face hub.
 
-The folder has the PEFT export and a model card with the base, method, scores, training command and versions. It has no
-path of this host: the base and the tokenizer are named, and files by the last part of their names.
+The files are the PEFT export and a model card with the base model, method, scores, training command and versions. They
+have no paths of this host: each path is shortened to its last part.
 """
 
 import html
@@ -36,7 +36,7 @@ _DERIVED = marked(Settings, derived=True)
 
 
 def check_hub_id(name: str, *, flag: str, owned: bool = False) -> None:
-    """Raise UserError if `name`, the value of `flag`, is not a valid hub id, or has no OWNER/ although `owned`."""
+    """Raise UserError if `name`, the value of `flag`, is no valid hub id, or lacks OWNER/ although `owned` is set."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -45,17 +45,17 @@ def check_hub_id(name: str, *, flag: str, owned: bool = False) -> None:
     except HFValidationError as error:
         raise UserError(f"{flag} {name}: {first_line(error)}") from None
     if owned and "/" not in name:
-        raise UserError(f"{flag} {name}: give OWNER/NAME")
+        raise UserError(f"{flag} {name}: the owner is missing; give OWNER/NAME")
 
 
 def write_published(settings: PushSettings, output: Path, *, say: Callable[[str], object]) -> None:
-    """Write the files of a repository: the PEFT export, the native adapter, the model card, and the plot of the losses.
+    """Write the files of a hub repository: PEFT export, adapter in this package's format, model card and loss plot.
 
     Args:
-        say: called with each note.
+        say: function that is called with the text of each note.
 
     Raises:
-        UserError: there is no adapter, or it cannot be exported.
+        UserError: the run has no adapter, or the adapter cannot be exported.
     """
     run, named = RunFolder(user_path(settings.run)), settings.base_name
     folder = run.adapter if run.is_run else run.path
@@ -65,7 +65,7 @@ def write_published(settings: PushSettings, output: Path, *, say: Callable[[str]
     source, adapter = opened.source, opened.adapter
     name = named or base_name(source)
     if named is None and not source.from_hub:
-        say(f"the card names the base by its folder's name, {name}; give --base_name ORG/NAME for its name on the hub")
+        say(f"the model card names the base model {name}, like its folder; give --base_name ORG/NAME for its hub name")
     facts = CardFacts(
         settings.repo,
         adapter,
@@ -83,14 +83,14 @@ def write_published(settings: PushSettings, output: Path, *, say: Callable[[str]
         try:
             card = model_card(facts)
         except (AttributeError, KeyError, TypeError, ValueError):  # the files may not be those of a run
-            raise UserError(f"{run.scores}: is not a file of scores that a run writes; move it away") from None
+            raise UserError(f"{run.scores}: this is not a score file of tiedlora train; move it away") from None
         (temporary / "README.md").write_text(card, encoding="utf-8")
         if run.is_run and plot.is_file() and not plot.is_symlink():
             shutil.copyfile(plot, temporary / plot.name)
 
 
 def _hide_paths(folder: Path, facts: "CardFacts") -> None:
-    """Add the native adapter to an export, and name the base and the tokenizer in both without their paths."""
+    """Add the native/ folder to an export, and remove the paths of the base model and tokenizer from all files."""
     adapter, given = facts.adapter, facts.adapter.base_identity.tokenizer
     tokenizer = None if given is None else without_folders(given, facts.settings)
     (folder / NATIVE_FOLDER).mkdir()
@@ -102,7 +102,7 @@ def _hide_paths(folder: Path, facts: "CardFacts") -> None:
 
 
 def upload(folder: Path, repo: str, *, private: bool) -> str:
-    """Upload a folder to the hub, and return the repository's address. A missing repository is created.
+    """Upload a folder to the hub, and return the repository's URL. A missing repository is created.
 
     Raises:
         UserError: the hub rejects the upload, or cannot be reached.
@@ -114,18 +114,18 @@ def upload(folder: Path, repo: str, *, private: bool) -> str:
         address = hub.create_repo(repo, private=private, exist_ok=True)
         hub.upload_folder(folder_path=folder, repo_id=repo, commit_message="Upload an adapter")
     except Exception as error:  # the client raises many types; each means that the upload is not complete
-        raise UserError(f"--repo {repo}: the hub has not taken it ({first_line(error)})") from None
+        raise UserError(f"--repo {repo}: the upload failed ({first_line(error)}); correct this and try again") from None
     return str(address)
 
 
 @dataclass(frozen=True)
 class CardFacts:
-    """The facts of an adapter's model card.
+    """The values that the model card of an adapter shows.
 
     Attributes:
-        repo: OWNER/NAME.
+        repo: the repository, as OWNER/NAME.
         source: the base model.
-        base: hub id or name of the base.
+        base: hub id or name of the base model.
         base_on_hub: whether `base` is a hub id.
         settings: content of run.yaml; empty if the file is missing.
         scores: content of scores.json; empty if the file is missing.
@@ -141,7 +141,7 @@ class CardFacts:
 
 
 def model_card(facts: CardFacts) -> str:
-    """Return the text of README.md. It begins with the metadata that the hub reads."""
+    """Return the text of the model card (README.md). It begins with the metadata that the hub reads."""
     config = facts.adapter.config
     targets = ", ".join(target.name for target in config.targets)
     trained = sum(config.num_trained().values())
@@ -244,7 +244,7 @@ def _training_section(facts: CardFacts) -> Iterator[str]:
 
 
 def _derived(chosen: Mapping[str, Any], facts: CardFacts) -> dict[str, Any]:
-    """Return the settings that a run with `chosen` would derive, by name; empty if the run would be rejected."""
+    """Return, by name, the settings that a run derives from `chosen`; {} if such a run would be rejected."""
     # The settings from the adapter of --init_from are recorded here too, and that adapter may not exist any more.
     left_out = (*_DERIVED, "init_from", "epochs")
     given = {name: value for name, value in chosen.items() if name not in left_out}
@@ -260,10 +260,10 @@ def _derived(chosen: Mapping[str, Any], facts: CardFacts) -> dict[str, Any]:
 
 
 def without_folders(given: str, settings: Mapping[str, Any]) -> str:
-    """Return the value of a flag for files with each path shortened to its last part.
+    """Return the value of a flag for files, with each path shortened to its last part.
 
-    Hub ids stay unchanged if `settings`, the content of run.yaml, records them as such. Nothing is looked up, because a
-    name may have a different meaning on this host and in this folder than in the run.
+    Hub ids stay unchanged if `settings`, the content of run.yaml, lists them as hub ids. No file is looked up, because
+    a name may have a different meaning on this host than in the run.
     """
     from_hub = settings.get(cli.HUB_NAMES)
     ids = from_hub if isinstance(from_hub, list) else []  # a run.yaml may be edited
@@ -272,6 +272,6 @@ def without_folders(given: str, settings: Mapping[str, Any]) -> str:
 
 
 def _code(text: str) -> str:
-    """Return a stranger's text as a code span without active Markdown or HTML. It also works in a table."""
+    """Return untrusted text as a code span without active Markdown or HTML. The code span can be used in a table."""
     shown = printable(text).replace("`", "'").replace("|", "/")
     return f"`{shown or ' '}`"

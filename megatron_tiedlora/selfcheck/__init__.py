@@ -1,5 +1,5 @@
-"""The tests that `tiedlora check-gpu` and `pytest -m gpu` run. Each part has a module `test_PART.py`.
+"""Contains the checks that `tiedlora check-gpu` and `pytest -m gpu` run. Each part has a test module `test_PART.py`.
 
-Results are stored as properties of pytest's report: measured values, and under WARNING what to do if a value is slower
-or larger than expected. An assertion's message also says what to do.
+A check stores its results as properties of pytest's report: measured values, and warnings if a time or size is
+larger than expected. A warning and the message of a failed assertion say what the user should do.
 """

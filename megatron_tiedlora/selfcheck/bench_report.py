@@ -1,4 +1,4 @@
-"""Makes the text of every benchmark report from the values of its JSON: a table of the compared sides, and notes."""
+"""Converts the JSON values of a benchmark report to text: a table of the compared implementations, and notes."""
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,10 +13,10 @@ Figures = Mapping[str, Any]
 
 
 def report_lines(report: Figures, planned: Planned | None = None) -> list[str]:
-    """Return the report of any --what as text.
+    """Return the lines of a benchmark report, for any value of --what.
 
     Args:
-        planned: the step of --what layout.
+        planned: the planned step of --what layout; None for other reports.
     """
     if planned is not None:
         return _layout(report, planned)
@@ -25,7 +25,7 @@ def report_lines(report: Figures, planned: Planned | None = None) -> list[str]:
 
 
 def _head(report: Figures, more: str) -> list[str]:
-    """Return a line with the model, adapter, dtype, device and `more`, and a line with the setup."""
+    """Return a line with the model, adapter, dtype, device and `more`, and a line with the software setup."""
     rank = f" r {report['rank']}" if "rank" in report else ""
     adapters = f"{report['adapters']} adapters, " if "adapters" in report else ""
     adapter = f"{adapters}{report['method']}{rank} of {', '.join(report['targets'])}"
@@ -33,7 +33,7 @@ def _head(report: Figures, more: str) -> list[str]:
 
 
 def _setup(report: Figures) -> str:
-    """Return a line with the number of threads, the allocator and the versions."""
+    """Return a line with the number of threads, the allocator and the versions of torch and DeepSpeed."""
     return (
         f"threads a process: {report['threads']}, {report['allocator']}, torch {report['torch']}, deepspeed"
         f" {report['versions'].get('deepspeed', 'not installed')}"
@@ -45,13 +45,13 @@ def _matmul(report: Figures) -> str:
 
 
 def _sides(name: str, report: Figures, sides: Iterable[tuple[str, Figures]]) -> list[str]:
-    """Return the table of the sides, with the values of each side and of the report. `name` heads the first column."""
+    """Return the lines of a table with one row per implementation. `name` is the header of the first column."""
     cells = [(side, _cells({**report, **own})) for side, own in sides]
     return aligned_lines([(name, *cells[0][1]), *((side, *own.values()) for side, own in cells)])
 
 
 def _cells(figures: Figures) -> dict[str, str]:
-    """Return the cells of a side by their headers. Columns without values are left out."""
+    """Return the table cells of one implementation by column header. Columns without values are omitted."""
     middle = median(figures["seconds"])
     cells = {"tokens": str(figures["tokens"])} if "value" in figures else {}
     cells |= {
@@ -72,7 +72,7 @@ def _cells(figures: Figures) -> dict[str, str]:
 
 
 def _step(report: Figures) -> list[str]:
-    """Return the report of --what step. Ratios compare our side with each of the others."""
+    """Return the lines of a --what step report. The ratios compare this package with each other implementation."""
     sides = report["sides"]
     ours, *others = sides
     lines = [
@@ -91,7 +91,7 @@ def _step(report: Figures) -> list[str]:
 
 
 def _adapters(report: Figures) -> list[str]:
-    """Return the report of several adapters that are trained in turn and together."""
+    """Return the lines of a report on adapters that are trained one after another and together."""
     before, after = report["load"]
     first, setup = _head(report, f"recompute {report['recompute']}; kernels {report['kernels']}")
     return [
@@ -106,7 +106,7 @@ def _adapters(report: Figures) -> list[str]:
 
 
 def _scaling(report: Figures) -> list[str]:
-    """Return the report of --what scaling. Its last column has the additional seconds per unit."""
+    """Return the lines of a --what scaling report. The last column has the additional seconds per unit."""
     lines = _head(report, f"kernels {report['kernels']}")
     for name, measured in report["axes"].items():
         slopes = [""]
@@ -119,7 +119,7 @@ def _scaling(report: Figures) -> list[str]:
 
 
 def _decoding(report: Figures) -> list[str]:
-    """Return the report of greedy decoding here and in transformers."""
+    """Return the lines of a report on greedy decoding with this package and with transformers."""
     ours, theirs = (median(taken) for taken in report["seconds"].values())
     tokens = report["batch_size"] * report["new_tokens"]
     return [
@@ -133,7 +133,7 @@ def _decoding(report: Figures) -> list[str]:
 
 
 def _layout(report: Figures, planned: Planned) -> list[str]:
-    """Return the report of a layout: the step, then each section of its plan with the measured values."""
+    """Return the lines of a --what layout report: the step, then each section of the plan with measured values."""
     on_card = report["planned"] is not None  # None: no machine was given
     partition, memory, messages, *time = layout_sections(planned, on_card=on_card)
     stages = [[member for member in report["ranks"] if member["stage"] == stage.index] for stage in planned.stages]
@@ -155,7 +155,7 @@ def _layout(report: Figures, planned: Planned) -> list[str]:
 
 
 def _gpu_lines(figures: Figures, name: str) -> list[str]:
-    """Return lines with the MFU and the time of each class of kernels, if a GPU was measured."""
+    """Return lines with the MFU and the time of each kernel class. On a CPU, return no lines."""
     lines = []
     if figures.get("mfu") is not None:
         lines.append(f"{name}MFU {figures['mfu']:.1%}")
@@ -182,7 +182,7 @@ def _measured_memory(stages: Sequence[Sequence[Figures]]) -> list[str]:
 
 
 def _counted_messages(stages: Sequence[Sequence[Figures]]) -> list[str]:
-    """Return lines on the messages of each stage's first rank, and on ranks that differ from the plan."""
+    """Return lines with the messages of the first rank of each stage, and with the ranks that differ from the plan."""
     counted = []
     for first, *_ in stages:
         texts = {group: messages_text(of["messages"], of["bytes"]) for group, of in first["traffic"].items()}

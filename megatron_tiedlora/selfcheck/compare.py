@@ -1,10 +1,10 @@
-"""Compares implementations, called sides, in one process in which they take turns. Memory is measured in a separate
-process for each side.
+"""Compares implementations in one process, in which they run their steps in turn. Memory is measured in a separate
+process for each implementation.
 
-The sides of a step are this package and Hugging Face + PEFT LoRA. With --adapters there are three sides: the adapters
-take their steps in turn; they are trained together in shared micro-batches; or one adapter is trained with the same
-number of tokens and micro-batches. The last side is an upper bound for the second one. `measure_sides` makes the report
-of --what step, scaling and decoding. `bench_report` converts it to text.
+A step of this package is compared with a step of Hugging Face + PEFT LoRA. --adapters compares three ways of training:
+adapter after adapter, all adapters together in shared micro-batches, and one adapter with the same number of tokens and
+micro-batches. Training one adapter shows the highest speed that joint training can reach. `measure_sides` makes the
+report of --what step, scaling and decoding. `bench_report` converts the report to text.
 """
 
 import os
@@ -53,13 +53,13 @@ _STEP = ("model", "method", "targets", "rank", "recompute")  # settings in the r
 
 @dataclass
 class Side:
-    """A side of the comparison: a model, and the steps that it takes in each turn.
+    """One of the compared implementations: a model, and the training steps that it runs in each round.
 
     Attributes:
-        steps: one step, or several that are taken one after another.
+        steps: the training steps of a round, in order.
         forward: returns the loss of a micro-batch, divided by the number of supervised tokens of its step.
-        flops: the FLOPs of the step's samples for our side; None for others.
-        kernels: a short description of our kernels; None for others.
+        flops: the model FLOPs of the step's samples; None if they are not computed.
+        kernels: a short description of this package's kernels; None for other implementations.
     """
 
     model: torch.nn.Module
@@ -76,7 +76,7 @@ class Side:
         self.num_positions = sum(batch.tokens.numel() for batch in self.batches)
 
     def step(self) -> None:
-        """Take a turn: for each step, run forward and backward over its micro-batches, and then AdamW."""
+        """Run all steps of a round: forward and backward over the micro-batches of each step, then AdamW."""
         for batches, optimizers in self.steps:
             for batch in batches:
                 self.forward(batch).backward()
@@ -85,7 +85,7 @@ class Side:
                 optimizer.zero_grad()
 
     def saved_bytes(self) -> int:
-        """Return the total bytes that autograd saves for the micro-batches of a turn. Parameters are not counted."""
+        """Return the total bytes that autograd saves for the micro-batches of a round, without parameters."""
         total = 0
         for batch in self.batches:
             with timing.saved_by_autograd(self.model) as saved:
@@ -102,10 +102,10 @@ def _optimizer(module: torch.nn.Module) -> torch.optim.Optimizer:
 def make_sides(
     plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | None = None
 ) -> dict[str, Callable[[], Side]]:
-    """Return the functions that build the sides, by name. All sides have the same samples.
+    """Return functions that build the compared implementations, by name. All of them use the same samples.
 
     Args:
-        chosen: our kernels; None to choose them by --compile when a side is built.
+        chosen: this package's kernels; None to choose them by --compile when the model is built.
     """
     ours = cache(partial(_our_sides, plan, settings, chosen))
     names = (OURS,) if settings.adapters is None else (IN_TURN, TOGETHER, ONE)
@@ -118,7 +118,7 @@ def make_sides(
 
 
 def _our_sides(plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | None) -> dict[str, Side]:
-    """Return our side with one adapter, or the sides of several adapters. They have different seeds and one model."""
+    """Return this package's implementations by name. Their adapters have different seeds and use the same model."""
     device, source = timing.default_device(), plan.source
     chosen = chosen or choose_kernels(plan, device)
     given: dict[str, Any] = {"dtype": plan.dtype, "make_weight": plan.weight_maker(device), "device": device}
@@ -161,7 +161,7 @@ def _our_sides(plan: RunPlan, settings: BenchSettings, chosen: ChosenKernels | N
 
 
 def _stacked(name: str, batches: Sequence[MicroBatch]) -> MicroBatch:
-    """Join micro-batches of one row length without packing into one micro-batch of the adapter `name`."""
+    """Return one micro-batch of the adapter `name` that has the rows of all `batches`. The rows are not packed."""
     arrays = ("tokens", "positions", "labels", "lengths")
     joined = {array: torch.cat([getattr(batch, array) for batch in batches]) for array in arrays}
     shares = (Share(name, *joined["tokens"].shape),)
@@ -177,7 +177,7 @@ def random_stage(
     device: torch.device,
     kernels: Kernels = EAGER,
 ) -> Stage:
-    """Return the whole model with random weights and an adapter with its initial values. Weights are drawn in place."""
+    """Return the complete model with random weights, and with an adapter that has its initial values."""
     with device:
         stage = Stage(layer_specs(shape, dtype=dtype, kernels=kernels, make_weight=make_weight), None)
     load_base_weights(RandomWeights(weight_rules(shape)), frozen_weight.frozen_weights(stage))
@@ -243,10 +243,10 @@ def _peft(plan: RunPlan, settings: BenchSettings, *, packed: bool) -> Side:
 
 
 def measure_sides(settings: BenchSettings) -> dict[str, Any]:
-    """Measure the sides in one process, and return the report.
+    """Measure the compared implementations in one process, and return the report.
 
     Raises:
-        UserError: a value does not fit. The message names its flag. This is raised before anything is measured.
+        UserError: a value is not valid. The message names its flag. Values are checked before anything is measured.
     """
     return {"step": _measure_step, "scaling": _measure_scaling, "decoding": _measure_decoding}[settings.what](settings)
 
@@ -254,7 +254,7 @@ def measure_sides(settings: BenchSettings) -> dict[str, Any]:
 def _seconds(
     steps: Mapping[str, Callable[[], object]], device: torch.device, settings: BenchSettings, *, uncounted: int = 1
 ) -> dict[str, list[float]]:
-    """Return the seconds of the steps by name. The steps take turns."""
+    """Measure the steps in turn, and return their seconds by name."""
     timers = {name: partial(timed, step, device) for name, step in steps.items()}
     return timing.take_turns(timers, repeats=settings.repeats, uncounted=uncounted)
 
@@ -301,9 +301,9 @@ def _measure_step(settings: BenchSettings) -> dict[str, Any]:
 
 
 def _step_memory(plan: RunPlan, settings: BenchSettings, name: str) -> dict[str, Any]:
-    """Return `peak`, the additional bytes of a side's first turn, and without --adapters `saved`, its saved bytes.
+    """Return the additional peak bytes of a first round and, without --adapters, the bytes that autograd saves.
 
-    Call this in a new process, because an allocator other than glibc's may reuse memory of earlier turns.
+    Call this in a new process, because allocators other than glibc's may reuse the memory of earlier rounds.
     """
     side = make_sides(plan, settings)[name]()
     held = timing.restart_peak(side.device)
@@ -336,7 +336,7 @@ def _measure_scaling(settings: BenchSettings) -> dict[str, Any]:
 
 
 def _one_step(settings: BenchSettings, flag: str, value: Any) -> tuple[RunPlan, BenchSettings]:
-    """Return the plan and the settings of a step in which the quantity of `flag` is `value`."""
+    """Return the plan and the settings of a step with `value` for the setting that `flag` varies."""
     name = AXES[flag]
     try:
         step = settings.one_step(**{name: value})
@@ -349,7 +349,7 @@ def _one_step(settings: BenchSettings, flag: str, value: Any) -> tuple[RunPlan, 
 
 
 def _measure_decoding(settings: BenchSettings) -> dict[str, Any]:
-    """Measure greedy decoding here and in transformers, with the same weights and prompts. No token ends a sequence."""
+    """Measure greedy decoding of this package and of transformers on the same prompts. End tokens are ignored."""
     from transformers import AutoModelForCausalLM
 
     source, dtype, device = find_model(settings.model), DTYPES[settings.dtype], timing.default_device()
@@ -380,7 +380,7 @@ def _measure_decoding(settings: BenchSettings) -> dict[str, Any]:
 
 
 def _generate_there(model: Any, prompts: TokenRows, new_tokens: int) -> TokenRows:
-    """Generate with transformers, which needs prompts that are padded on the left."""
+    """Return the tokens that transformers generates for the prompts, which are padded on the left."""
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
@@ -393,7 +393,7 @@ def _generate_there(model: Any, prompts: TokenRows, new_tokens: int) -> TokenRow
 
 
 def share_of_equal_tokens(ours: TokenRows, theirs: TokenRows) -> float:
-    """Return the fraction of new tokens before each sequence's first difference. In fp32 it is 1.0 except for ties."""
+    """Return the fraction of new tokens before the first difference in a row. It is 1.0 in fp32 except for ties."""
     equal = 0
     for mine, other in zip(ours, theirs, strict=True):
         equal += next((i for i, (a, b) in enumerate(zip(mine, other, strict=True)) if a != b), len(mine))

@@ -1,4 +1,4 @@
-"""Defines the options and fixtures of the checks, and ends the process of a part."""
+"""Defines the pytest options and fixtures of the GPU checks, and ends the process of a check."""
 
 import os
 import sys
@@ -12,20 +12,20 @@ from megatron_tiedlora.selfcheck.parts import OPTIONS, Tell, option, why_no_gpu
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the options that `tiedlora check-gpu` passes to a part."""
+    """Add the options that `tiedlora check-gpu` passes to pytest."""
     for name, default in OPTIONS.items():
         parser.getgroup("check-gpu").addoption(f"--check-{name}", default=default, type=type(default))
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Register the marker, and make the process of a part end when the command ends."""
+    """Register the marker `gpu`, and make this process end when `tiedlora check-gpu` ends."""
     config.addinivalue_line("markers", "gpu: needs a GPU")
     if option(config, "folder"):
         end_with_parent()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    """Skip the libraries' exit handlers in a part, because a communicator or a profiler may hang there."""
+    """End a process of `tiedlora check-gpu` without exit handlers, because a communicator or a profiler may hang."""
     if option(config, "folder"):
         sys.stdout.flush()
         os._exit(0)
@@ -33,19 +33,19 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def variables() -> None:
-    """Set the environment variables of a run before CUDA is initialised."""
+    """Set the environment variables of a training run before CUDA is initialised."""
     launch_env.prepare_environment()
 
 
 @pytest.fixture(scope="session")
 def model(pytestconfig: pytest.Config) -> str:
-    """Return the name of the preset whose widths are used."""
+    """Return the name of the model preset whose layer sizes are used."""
     return str(option(pytestconfig, "model"))
 
 
 @pytest.fixture(scope="session")
 def device(pytestconfig: pytest.Config) -> torch.device:
-    """Return the device that is checked."""
+    """Return the device to check. Skip the test if this is a GPU that cannot be used."""
     device = torch.device(option(pytestconfig, "device"))
     if device.type == "cuda" and (missing := why_no_gpu()):
         pytest.skip(missing)
@@ -54,7 +54,7 @@ def device(pytestconfig: pytest.Config) -> torch.device:
 
 @pytest.fixture(scope="session")
 def gpu(device: torch.device) -> torch.device:
-    """Return the device if it is a GPU, else skip the test."""
+    """Return the device if it is a GPU, or else skip the test."""
     if device.type != "cuda":
         pytest.skip("there is no GPU to measure")
     return device
@@ -62,12 +62,12 @@ def gpu(device: torch.device) -> torch.device:
 
 @pytest.fixture(scope="session")
 def joined(device: torch.device) -> torch.device:
-    """Return this rank's device after the setup of a run, which includes PyTorch's settings for matmuls."""
+    """Set up this process as the only rank of a run, with PyTorch's matmul settings, and return its device."""
     launch_env.prepare_environment()
     return process_group.join_process_group(1.0, expected_ranks=1)
 
 
 @pytest.fixture
 def tell(record_property: Tell) -> Tell:
-    """Return a function that records the name and value of a result."""
+    """Return the function that records a result by its name and value."""
     return record_property

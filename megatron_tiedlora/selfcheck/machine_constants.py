@@ -1,21 +1,21 @@
-"""Measures a machine's constants: matmuls of a model's linears, attention, copies, dequantising, and messages by size.
+"""Measures the constants of a machine: speeds of matmuls, attention, copies, dequantisation, and messages of two sizes.
 
     share = FLOP / seconds / peak        message = seconds of an all-reduce or a gather of one page
     bandwidth = bytes over a ring / (seconds of a large message - message)
 
 Each time is the median of as many repetitions as fit in the time limit. On a CPU, few and many tokens are timed, to
-separate computation from the time to read weights or queries. A constant that cannot be measured keeps its value and
-source from a preset: that of the same GPU, else of the H100; or that of CPUs.
+separate computation from the time to read weights or queries. A constant that cannot be measured keeps the value and
+source of a preset. On a GPU this is the preset of the same GPU or else of the H100; on a CPU it is the CPU preset.
 
-Some constants are measured with steps of a run's own engine:
+Some constants are measured with steps of the training engine:
 
     block        (seconds of a step of many tiny layers - seconds of a step of one) / (passes through the others)
     step         seconds of a step of one tiny layer without its passes
     instruction  unexplained seconds of a step of two tiny stages
     context      anonymous memory of an idle process on a CPU after these steps
-    elementwise  unexplained seconds of a step of two layers of the model's own widths
+    elementwise  unexplained seconds of a step of two layers with the model's widths
 
-A tiny layer is so narrow that its matmuls and the bytes of its messages take nearly no time.
+A tiny layer is so narrow that its matmuls and the bytes of its messages take almost no time.
 """
 
 from collections.abc import Callable, Iterator
@@ -64,10 +64,10 @@ _NOTHING = Constant(0.0, "not measured yet")
 
 
 def measure_machine(source: ModelSource, device: torch.device, *, seconds: float, tokens: int | None = None) -> Machine:
-    """Return the constants of this process's machine. If several ranks measure together, rank 0's result counts.
+    """Measure and return the constants of this machine. If several ranks measure together, rank 0's result is used.
 
     Args:
-        source: the model whose widths of linears and heads are used.
+        source: the model whose sizes of linears and attention heads are used.
         seconds: the approximate time that the measurement takes.
         tokens: number of tokens of a matmul and of an attention call.
     """
@@ -93,7 +93,7 @@ class _Measure:
 
     @cached_property
     def preset(self) -> Machine | None:
-        """The preset of this GPU; None if there is no preset, and for CPUs."""
+        """The preset of this GPU; None for a CPU, or if the GPU has no preset."""
         if self.device.type == "cpu":
             return None
         name = torch.cuda.get_device_name(self.device)
@@ -103,7 +103,7 @@ class _Measure:
 
     @property
     def start(self) -> Machine:
-        """The machine whose values are used for constants that are not measured."""
+        """The preset whose values are used for constants that are not measured."""
         return CPU if self.device.type == "cpu" else self.preset or GPUS[DEFAULT_GPU]
 
     def constants(self) -> Iterator[tuple[str, Constant]]:
@@ -138,7 +138,7 @@ class _Measure:
         return self._constant(rate / peak.value, f"{what} of {self.source.name} over {self.tokens:,} tokens")
 
     def _time(self, step: Callable[[], object], seconds: float, group: Any = None) -> float:
-        """Return the median seconds of as many calls as fit in `seconds`. All ranks of a group make equally many."""
+        """Return the median time of calls that fit in `seconds`. All ranks of `group` make the same number of calls."""
         step()
         taken = [timed(step, self.device)]
         first = torch.tensor(taken, device=self.device)
@@ -151,21 +151,21 @@ class _Measure:
         return torch.randn(*shape, device=self.device).to(dtype)
 
     def context(self) -> Constant:
-        """Return the bytes in use on a GPU outside of PyTorch's allocator."""
+        """Return the GPU memory in bytes that is used outside of PyTorch's allocator."""
         torch.zeros(1, device=self.device)
         free, total = torch.cuda.mem_get_info(self.device)
         used = total - free - torch.cuda.memory_reserved(self.device)
         return self._constant(float(used), "used beside PyTorch's allocator, of other processes too")
 
     def _matmul_line(self, name: str, peak: Constant, seconds: float) -> Iterator[tuple[str, Constant]]:
-        """Yield the share of the peak in matmuls, and the weights that a CPU reads per second in addition."""
+        """Yield the fraction of the peak that matmuls reach, and the number of weights that a CPU reads per second."""
         weights, measure = 2 * self.source.shape.block.num_weights, partial(self._matmuls, _DTYPES[name])
         many, begins = self._two_terms(measure, 1, seconds)
         yield f"matmul.{name}", self._share(2 * self.tokens * weights / many, peak, "matmuls")
         yield f"weights.{name}", self._read(weights, begins, "matmuls")
 
     def _attention_line(self, name: str, peak: Constant, seconds: float) -> Iterator[tuple[str, Constant]]:
-        """Yield attention's share of the peak by the planner's FLOPs, and the queries that a CPU reads per second."""
+        """Yield the fraction of the peak that attention reaches, and the query elements that a CPU reads per second."""
         width, measure = self.source.shape.heads.rows[0], partial(self._attention, _DTYPES[name])
         many, begins = self._two_terms(measure, 2, seconds)
         rate = 3 * 2 * self.tokens**2 * width / many
@@ -173,9 +173,9 @@ class _Measure:
         yield f"queries.{name}", self._read(3 * self.tokens * width, begins, "attention")
 
     def _two_terms(self, measure: Callable[[int, float], float], power: int, seconds: float) -> tuple[float, float]:
-        """Return the part of the seconds that grows as tokens^power, and the part that grows with one power less.
+        """Return the seconds of two terms: one grows as tokens^power, and one grows as tokens^(power - 1).
 
-        A CPU needs the second part for reading. It is 0 on a GPU, or if computation hides it.
+        A CPU needs the second term for reading. This term is 0 on a GPU, or if computation hides it.
         """
         many = measure(self.tokens, seconds / 2)
         if self.device.type == "cpu":
@@ -187,7 +187,7 @@ class _Measure:
         return many, 0.0
 
     def _read(self, numbers: float, seconds: float, what: str) -> Constant:
-        """Return the rate of reading elements in addition to computation, per second."""
+        """Return the number of elements read per second, from the `seconds` that reading adds to computation."""
         if not seconds:
             return Constant(0.0, "while it computes")
         words = f"{what} of {self.source.name} over {self.tokens // _FEWER} and {self.tokens:,} tokens"
@@ -201,7 +201,7 @@ class _Measure:
         base_format: str | None = None,
         products: str | None = None,
     ) -> float:
-        """Return the seconds of all linears of a block, for the forward pass and the gradient of their inputs."""
+        """Return the seconds of all linears of a transformer block, for the forward pass and the input gradients."""
         taken, linears = 0.0, self.source.shape.block.linears
         for linear in linears:
             with self.device:
@@ -215,7 +215,7 @@ class _Measure:
         return taken
 
     def _attention(self, dtype: torch.dtype, tokens: int, seconds: float) -> float:
-        """Return the seconds of attention over a sample, forward and backward."""
+        """Return the seconds of the forward and backward passes of attention over one sample."""
         heads = self.source.shape.heads
         query, key, value = (
             self._random(1, num, tokens, heads.dim, dtype=dtype).requires_grad_()
@@ -287,7 +287,7 @@ class _Measure:
         yield "message", self._constant(message, what)
 
     def _links(self, group: Any, size: int, seconds: float) -> tuple[float, float]:
-        """Return the seconds of the smallest message, and the bytes per second of the largest one beyond these."""
+        """Return the seconds of a small message and, without these seconds, the bytes per second of a large message."""
         taken: list[float] = []
         for length in _MESSAGES[self.device.type]:
             part = torch.zeros(length // 4, device=self.device)
@@ -302,7 +302,7 @@ class _Measure:
     # Steps of an engine ----------------------------------------------------------------------------------------------
 
     def alone(self, machine: Machine) -> Machine:
-        """Return the machine with the constants from tiny steps. Call this first, while the process is idle."""
+        """Return `machine` with the constants that tiny steps determine. Call this first, while the process is idle."""
         unknown = machine.changed(dict.fromkeys(_UNKNOWN, _NOTHING))
         one, many = (_tiny_step(unknown, num_layers=number) for number in (1, _LAYERS))
         block = max(0.0, many.seconds - one.seconds) / (2 * (_LAYERS - 1))
@@ -315,7 +315,7 @@ class _Measure:
         return machine.changed(found)
 
     def beside(self, machine: Machine) -> Machine:
-        """Return the machine with the constants from seconds that all other constants do not explain."""
+        """Return `machine` with constants that are computed from the time that all other constants do not explain."""
         if distributed.get_world_size() % 2 == 0:
             known = machine.changed({"instruction": _NOTHING})
             two = _tiny_step(known, num_layers=2, pipeline_parallel=2, micro_batches=_MICRO_BATCHES)

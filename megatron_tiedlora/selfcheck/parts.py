@@ -1,6 +1,6 @@
-"""Runs each part (a module of tests) in its own process with a time limit, and converts its junit XML to Markdown.
+"""Runs each part of the GPU check (a test module) in a process with a time limit, and converts its results to Markdown.
 
-If a part hangs, crashes or breaks its device, only its own results are lost.
+If a part hangs, crashes or breaks its device, only the results of this part are lost.
 """
 
 import os
@@ -34,7 +34,7 @@ _FOREIGN = (
 )
 _TF32 = "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"  # rounds fp32 to TF32
 _INSTALL_FIX = "install PyTorch for the driver's CUDA version: https://pytorch.org/get-started/locally"
-ERROR_FIX = "run this part alone with CUDA_LAUNCH_BLOCKING=1, and report this with the versions of the part env"
+ERROR_FIX = "run this part alone with CUDA_LAUNCH_BLOCKING=1, and report this with the versions of part env"
 MEMORY_FIX = "end other processes on the GPU (nvidia-smi), or give a smaller --model"
 HANG_FIX = "run this part alone with a larger --minutes; if it hangs again, see its output in the report's folder"
 STUCK_FIX = (
@@ -44,18 +44,18 @@ STUCK_FIX = (
 
 
 def option(config: Any, name: str) -> Any:
-    """Return the value of one of OPTIONS in a pytest session."""
+    """Return the value of a GPU check option in a pytest session. OPTIONS has the names and defaults."""
     return config.getoption(f"--check-{name}", OPTIONS[name])
 
 
 def warn_unless(good: bool, tell: Tell, fix: str) -> None:
-    """Record the warning `fix`, which says what to do, unless the last recorded value is good."""
+    """Record the warning `fix`, which tells the user what to do, unless `good` is true."""
     if not good:
         tell(WARNING, fix)
 
 
 def report(findings: Iterable[Finding], tell: Tell) -> None:
-    """Record all findings, and what to do about each warning. The first error fails the test."""
+    """Record all findings, and the advice for each warning. Fail the test with the advice for the first error."""
     found = list(findings)
     for finding in found:
         tell(finding.code, finding.message)
@@ -65,7 +65,7 @@ def report(findings: Iterable[Finding], tell: Tell) -> None:
 
 
 def why_no_gpu() -> str | None:
-    """Return in one line why ranks would not use a GPU; None if they use one."""
+    """Return in one line why ranks would run without a GPU; None if they would use a GPU."""
     if torch.cuda.is_available():
         accelerator = os.environ.get("DS_ACCELERATOR", "cuda")
         return None if accelerator == "cuda" else f"DS_ACCELERATOR is {accelerator}, so ranks use no GPU; unset it"
@@ -81,13 +81,13 @@ def why_no_gpu() -> str | None:
 
 
 def part_command(part: str, *options: str) -> list[str]:
-    """Return the command of a part. Its pytest ignores settings and plugins of other folders, and shows all output."""
+    """Return the pytest command of a check part, without settings and plugins of other folders, and with all output."""
     ours = ("-c", os.devnull, f"--rootdir={FOLDER}", f"--confcutdir={FOLDER}", "-p", "no:cacheprovider", "-v", "-s")
     return [sys.executable, "-P", "-m", "pytest", str(FOLDER / f"test_{part}.py"), *ours, *options]
 
 
 def part_environment(part: str, device: str) -> dict[str, str]:
-    """Return the environment of a part. It has one rank, even in a pod, in a Slurm step or under a launcher."""
+    """Return the environment of a check part, which has one rank even in a pod, in a Slurm step or under a launcher."""
     foreign = _FOREIGN if part == "env" else (*_FOREIGN, _TF32)
     own = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
     hidden = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if device == "cpu" else {}
@@ -103,13 +103,13 @@ def run_part(
     seconds: float,
     end_seconds: float = 10.0,
 ) -> Element:
-    """Run a part until it ends or reaches its time limit, and return its results as a junit test suite.
+    """Run a check part until it ends or reaches its time limit, and return its results as a junit test suite.
 
-    If the part did not finish, the suite also has a failure of the part's process.
+    If the part did not finish, the suite also has a failed test for the process of the part.
 
     Args:
-        command: the command that starts the part, which writes its results to PART.xml in the folder.
-        end_seconds: the time in which a process must end after SIGKILL.
+        command: the command that runs the part. It writes the results to PART.xml in the folder.
+        end_seconds: the seconds to wait for the end of the process after SIGKILL.
     """
     file, log = folder / f"{part}.xml", folder / f"{part}.log"
     file.unlink(missing_ok=True)
@@ -132,7 +132,7 @@ def run_part(
     suite.set("name", part)
     if hangs or process.returncode not in (0, 1) or suite.find("testcase") is None:  # 1: tests failed
         fix = ERROR_FIX if not hangs else STUCK_FIX if process.poll() is None else HANG_FIX
-        how = f"not over after {seconds:.0f} s" if hangs else f"ended with status {process.returncode}"
+        how = f"not finished after {seconds:.0f} s" if hangs else f"ended with status {process.returncode}"
         lines = [line.strip() for line in log.read_text(errors="replace")[-2000:].splitlines() if line.strip()]
         case = SubElement(suite, "testcase", name="the part's process", time=f"{time.monotonic() - started:.1f}")
         said = f"{fix}\n{how}; its last line: {lines[-1] if lines else 'nothing'}"
@@ -148,7 +148,7 @@ def _properties(case: Element) -> list[tuple[str, str]]:
 
 
 def problems(case: Element) -> Iterator[Finding]:
-    """Yield the errors and warnings of a test, or why it was skipped."""
+    """Yield the errors and warnings of a test, or the reason why the test was skipped."""
     for problem in (each for each in case if each.tag in ("failure", "error", "skipped")):
         said, _, seen = (problem.get("message") or "").partition("\n")
         if problem.tag == "skipped":
@@ -170,12 +170,12 @@ def verdict(case: Element) -> str:
 
 
 def verdicts(suites: Sequence[Element]) -> Counter[str]:
-    """Return the number of tests by verdict."""
+    """Return the number of tests that passed, warned, failed or were skipped."""
     return Counter(verdict(case) for suite in suites for case in suite.iter("testcase"))
 
 
 def part_lines(suite: Element) -> Iterator[str]:
-    """Yield a part's tests in Markdown with verdicts, values and problems. Skipped tests are counted by reason."""
+    """Yield Markdown lines with the outcome, values and problems of each test. Count skipped tests by reason."""
     yield from ("", f"## {suite.get('name')}", "")
     skipped: Counter[str] = Counter()
     for case in suite.iter("testcase"):
@@ -194,7 +194,7 @@ def _name(case: Element) -> str:
 
 
 def _short(value: str) -> str:
-    """Return a number with few digits, or other text unchanged."""
+    """Return the text of a number with few digits. Return text that is not a number unchanged."""
     try:
         number = float(value)
     except ValueError:
@@ -203,7 +203,7 @@ def _short(value: str) -> str:
 
 
 def summary_lines(suites: Sequence[Element]) -> Iterator[str]:
-    """Yield Markdown lines with the number of tests by verdict, and what to do about each failure and warning."""
+    """Yield Markdown lines with the number of tests per outcome, and what to do about each failure and warning."""
     yield f"{', '.join(f'{count} {how}' for how, count in verdicts(suites).items())}."
     tests = [(f"**{suite.get('name')}: {_name(case)}**", case) for suite in suites for case in suite.iter("testcase")]
     found = [(problem.fix, name) for name, case in tests for problem in problems(case) if problem.fix]

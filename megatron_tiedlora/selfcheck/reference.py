@@ -1,7 +1,7 @@
-"""The reference implementation: the model and its adapter in plain PyTorch, one document at a time, in any dtype.
+"""Implements the model and its adapter in plain PyTorch as a reference, one document at a time, in any dtype.
 
-It uses only data of the package: a model's shape and the names of weights. Norms, softmax and loss are computed in
-max(fp32, dtype), and rotary angles in fp32, as in transformers.
+The package provides only the model's shape and the names of the weights. Norms, softmax and loss are computed in fp32
+(in fp64 if the dtype is fp64), and rotary angles in fp32, as in transformers.
 """
 
 import math
@@ -20,7 +20,7 @@ Linear = Callable[[str, str, Tensor], Tensor]  # arguments: a weight's name, a t
 
 
 class Document(NamedTuple):
-    """The tokens and labels of one document, each (s,) int64. A label is the next token, or -100."""
+    """The tokens and labels of one document, each (s,) int64. A label is the next token, or -100 for no label."""
 
     tokens: Tensor
     labels: Tensor
@@ -34,12 +34,12 @@ def loss_and_gradients(
     trained: Sequence[str],
     documents: Sequence[Document],
 ) -> tuple[float, dict[str, Tensor]]:
-    """Return the summed loss of all documents, and the gradients of the trained factors.
+    """Return the summed loss of all documents, and the gradients of the trained adapter tensors.
 
     Args:
         scale: alpha / r.
-        weights: weights by the package's names, in the dtype of the computation.
-        factors: the factors A, B, u and v that each target has, tied or stacked over layers.
+        weights: the base weights by name, in the dtype of the computation.
+        factors: the tensors A, B, u and v of each target, tied or stacked over layers.
     """
     leaves = {name: tensor.detach().clone().requires_grad_(name in trained) for name, tensor in factors.items()}
     total, gradients = 0.0, {name: torch.zeros_like(leaves[name]) for name in trained}
@@ -54,7 +54,7 @@ def loss_and_gradients(
 
 
 def document_logits(shape: ModelShape, scale: float, weights: Tensors, factors: Tensors, tokens: Tensor) -> Tensor:
-    """Return the logits of each token, (s, V), in max(fp32, dtype)."""
+    """Return the logits of each token, (s, V), in fp32, or in fp64 if the weights are fp64."""
     hidden = weights["layers.0.weight"][tokens]
     dims = {"A": 2, "B": 2, "u": 1, "v": 1}  # of a tied factor; others are stacked over layers
     for layer in range(1, shape.num_layers + 1):
@@ -71,7 +71,7 @@ def document_logits(shape: ModelShape, scale: float, weights: Tensors, factors: 
 
 
 def _linear(scale: float, weights: Tensors, factors: Tensors, name: str, target: str, hidden: Tensor) -> Tensor:
-    """Return W x + scale diag(v) B diag(u) A x of one linear with the factors of `target`, or W x if it has none."""
+    """Return W x + scale diag(v) B diag(u) A x of one linear, or W x if `factors` has no tensors of `target`."""
     own = {factor: factors[f"{target}{factor}"].to(hidden.dtype) for factor in "ABuv" if f"{target}{factor}" in factors}
     if not own:
         return hidden @ weights[f"{name}.weight"].t()
@@ -94,11 +94,11 @@ def _attention(shape: ModelShape, linear: Linear, normed: Tensor) -> Tensor:
 
 
 def plain_attention(query: Tensor, key: Tensor, value: Tensor, ids: Tensor | None) -> Tensor:
-    """Compute causal attention within documents by its formula.
+    """Compute causal attention within each document in plain PyTorch, and return its output.
 
     Args:
         query, key, value: (b, heads or kv heads, s, head_dim).
-        ids: the document of each token, (b, s) int64.
+        ids: the document id of each token, (b, s) int64.
 
     Returns:
         (b, s, heads * head_dim).
@@ -114,7 +114,7 @@ def plain_attention(query: Tensor, key: Tensor, value: Tensor, ids: Tensor | Non
 
 
 def _rotate(heads: Tensor, theta: float) -> Tensor:
-    """Apply rotary embeddings to (heads, s, head_dim), over the two halves of each head."""
+    """Return a (heads, s, head_dim) tensor with rotary embeddings, which pair the two halves of each head."""
     half = heads.shape[-1] // 2
     exponents = torch.arange(half, device=heads.device, dtype=torch.float32) / half
     angles = torch.arange(heads.shape[1], device=heads.device, dtype=torch.float32)[:, None] / theta**exponents
@@ -138,12 +138,12 @@ def _wide(tensor: Tensor) -> Tensor:
 def relative(found: Tensor, expected: Tensor) -> float:
     """Return ||found - expected|| / ||expected||, or nan if `expected` is zero.
 
-    It is computed on the CPU, because the tested device may be broken.
+    The error is computed on the CPU, because the tested device may be broken.
     """
     found, expected = found.detach().cpu().double(), expected.detach().cpu().double()
     return float((found - expected).norm() / expected.norm())
 
 
 def worst_of(errors: Mapping[str, float]) -> str:
-    """Return the name with the largest error. NaN counts as the largest."""
+    """Return the name of the largest error. NaN counts as larger than any number."""
     return max(errors, key=lambda name: math.inf if math.isnan(errors[name]) else errors[name])

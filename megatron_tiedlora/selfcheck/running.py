@@ -1,4 +1,4 @@
-"""Builds runs for several parts of the checks as tiedlora bench does. The caller chooses their steps."""
+"""Sets up training runs for the GPU checks, like tiedlora bench. The caller decides which steps they run."""
 
 import gc
 import json
@@ -43,23 +43,23 @@ SMALL: dict[str, Any] = {
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype of a model: bf16 on a GPU, and fp32 on a CPU, which may have no fast bf16."""
+    """Return the dtype of a test model: bf16 on a GPU, and fp32 on a CPU, which may have no fast bf16."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def small_shape(**changes: int) -> ModelShape:
-    """Return the shape of the model SMALL with changed fields."""
+    """Return the shape of the small test model. `changes` replaces fields of its config."""
     return shape_from_hf({**SMALL, **changes}, source="small")
 
 
 def write_small(folder: Path) -> str:
-    """Write the config.json of SMALL for --random_weights, and return the folder as a value of --model."""
+    """Write the config.json of the small test model to `folder`, and return the folder as a value of --model."""
     (folder / "config.json").write_text(json.dumps(SMALL), encoding="utf-8")
     return str(folder)
 
 
 def step_settings(model: str, *flags: str) -> tool_settings.BenchSettings:
-    """Return the settings of a step with an engine, parsed from `flags` as by bench_step.py."""
+    """Return the settings of a --what layout benchmark, parsed from `flags` as in tools/bench_step.py."""
     return cli.parse_settings(["--what=layout", f"--model={model}", *flags], tool_settings.BenchSettings)
 
 
@@ -71,7 +71,7 @@ def planned_bytes(plan: RunPlan) -> float:
 
 
 def layers_that_fit(model: str, *flags: str, share: float = 0.85) -> int:
-    """Return the number of layers of a preset that fit into `share` of the GPU's free memory, by the dry run's plan.
+    """Return how many layers of a preset fit into the fraction `share` of the free GPU memory, by the dry run's plan.
 
     Raises:
         UserError: not even one layer fits.
@@ -82,12 +82,12 @@ def layers_that_fit(model: str, *flags: str, share: float = 0.85) -> int:
         plan = plan_benchmark(step_settings(model, *flags, f"--num_layers={layers}"))
         if planned_bytes(plan) <= free:
             return layers
-    raise UserError(f"--model {model}: not one layer fits into {bytes_in_words(free)}; give a smaller one")
+    raise UserError(f"--model {model}: no layer fits into {bytes_in_words(free)}; give a smaller model")
 
 
 @contextmanager
 def started(settings: tool_settings.BenchSettings, **changes: Any) -> Iterator[Started]:
-    """Yield one rank's run for the block. `changes` is as in `plan_benchmark`. The next run frees its memory."""
+    """Yield a run for the block. `changes` is passed to `plan_benchmark`. The next run frees the memory of this run."""
     release()
     run = start(plan_benchmark(settings, **changes), settings)
     try:
@@ -98,19 +98,19 @@ def started(settings: tool_settings.BenchSettings, **changes: Any) -> Iterator[S
 
 @contextmanager
 def started_to_fit(model: str, flags: Sequence[str], *others: str) -> Iterator[tuple[Started, int]]:
-    """Yield a run and its number of layers: as many as fit with `flags`, but at most `MOST_LAYERS`."""
+    """Yield a run and its number of layers. As many layers as fit are used, but at most `MOST_LAYERS`."""
     layers = min(MOST_LAYERS, layers_that_fit(model, *flags))
     with started(step_settings(model, *flags, f"--num_layers={layers}", *others)) as run:
         yield run, layers
 
 
 def loader_of(run: Started, lengths: NDArray[np.int64]) -> Iterator[TrainingStep]:
-    """Return a loader of training steps over random samples with these lengths."""
+    """Return an iterator of training steps over random samples with these lengths."""
     return run.plan.training_loader(made_up(run.plan.source.shape.vocab_size, lengths), pad_id=0)
 
 
 def release() -> None:
-    """Free unreferenced memory and reset the peak statistics."""
+    """Free unreferenced memory, and reset torch's statistics of peak memory."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -129,7 +129,7 @@ Computed = dict[str, Tensor]  # the loss in fp64, and the gradients of trained f
 
 
 class Judge:
-    """A model with an adapter, and plain PyTorch's results for it."""
+    """A comparison of this package with plain PyTorch for one model with an adapter."""
 
     def __init__(self, shape: ModelShape, method: str, *, dtype: torch.dtype, device: torch.device) -> None:
         self.shape, self.device = shape, device
@@ -141,18 +141,18 @@ class Judge:
 
     @cached_property
     def plain_errors(self) -> dict[str, float]:
-        """The errors of plain PyTorch itself in bf16."""
+        """The errors of plain PyTorch in bf16, relative to plain PyTorch in fp64."""
         return self.errors(self.plain(torch.bfloat16))
 
     def plain(self, dtype: torch.dtype) -> Computed:
-        """Return plain PyTorch's result in this dtype with the stage's own weights."""
+        """Return the loss and gradients of plain PyTorch in this dtype, with the same weights as the package."""
         trained = list(self.adapter.num_trained())
         weights, factors = plain_tensors(self.stage, dtype)
         flat = [document for row in self.documents for document in row]
         return _computed(*loss_and_gradients(self.shape, self.adapter.scale, weights, factors, trained, flat))
 
     def package(self, *, packed: bool = True, how: str = "none", kernels: Kernels = EAGER) -> Computed:
-        """Return the package's result with packed rows, or with one document per row."""
+        """Return the loss and gradients of the package with packed rows, or with one document per row."""
         stage, adapter = self.stage, self.stage.adapter
         assert adapter is not None
         for module in stage.modules():
@@ -167,7 +167,7 @@ class Judge:
         return _computed(float(loss.detach()), gradients)
 
     def errors(self, answer: Computed) -> dict[str, float]:
-        """Return the relative errors of the loss and the gradients. A missing gradient has an infinite error."""
+        """Return the relative errors of loss and gradients by name. A missing gradient has an infinite error."""
         pairs = {name: (answer.get(name), expected) for name, expected in self.expected.items()}
         return {name: math.inf if found is None else relative(found, of) for name, (found, of) in pairs.items()}
 
@@ -178,7 +178,7 @@ def _computed(loss: float, gradients: Mapping[str, Tensor]) -> Computed:
 
 
 def plain_tensors(stage: Stage, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the stage's weights in `dtype`, and its adapter's factors in at least fp32, by name."""
+    """Return the model's weights in `dtype`, and the adapter's tensors in at least fp32, by name."""
     weights = {name: weight.detach().to(dtype) for name, weight in stage.named_parameters() if "layers" in name}
     assert stage.adapter is not None
     wide = torch.promote_types(dtype, torch.float32)
@@ -198,7 +198,7 @@ def adapter_of(shape: ModelShape, method: str) -> AdapterConfig:
 
 
 def unsettle(stage: Stage) -> None:
-    """Change the norms and the adapter from their initial values, so that a missing term is detected."""
+    """Replace the initial values of the norms and the adapter, so that a missing term changes the results."""
     draw = torch.Generator().manual_seed(1)
     adapter = stage.adapter
     assert adapter is not None
@@ -226,7 +226,7 @@ def random_documents(vocab_size: int, device: torch.device) -> list[list[Documen
 
 
 def rows_of(documents: Sequence[Sequence[Document]], *, packed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return tokens, position ids, labels and, if packed, document ids (b, s) on the CPU. Unpacked rows are padded."""
+    """Return padded tokens, position ids, labels and document ids (on the CPU; None if unpacked), each (b, s)."""
     rows = documents if packed else [[document] for row in documents for document in row]
     longest = max(sum(len(document.tokens) for document in row) for row in rows)
     device = rows[0][0].tokens.device

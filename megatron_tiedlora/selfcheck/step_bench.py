@@ -1,8 +1,8 @@
-"""Plans a benchmark as a training run, and measures its steps with the model, engine and steps of training.
+"""Plans a benchmark as a training run, and measures its steps with the model and the engine of training.
 
-`compare` uses the same plan, model and samples without an engine. All ranks of a layout start the run. It takes the
-steps of `training/step.py` on given samples. The first steps check gradients and are not counted. Then follow the timed
-steps, a step that counts messages, one that counts saved bytes, and on a GPU one under torch's profiler.
+`compare` uses the same plan, model and samples without an engine. All ranks start the run together. Its steps are the
+training steps of `training/step.py`. The first steps check gradients and are not timed. After the timed steps, one step
+counts messages, one step counts saved bytes, and on a GPU one step runs under torch's profiler.
 """
 
 import math
@@ -54,21 +54,21 @@ LEAST_LENGTH = 8  # the least that the settings of a run accept
 def plan_benchmark(
     settings: BenchSettings, *, rank: int = 0, world_size: int = 1, source: ModelSource | None = None, **changes: Any
 ) -> RunPlan:
-    """Return the plan of a training run with the step that the settings describe.
+    """Return the plan of a training run whose steps match the benchmark settings.
 
     Args:
         source: a model with random weights to use instead of --model.
-        changes: values of settings that a run has and a benchmark does not have.
+        changes: values of training settings that a benchmark does not have.
 
     Raises:
-        UserError: a setting does not fit. The message names the first one.
+        UserError: a setting is not valid. The message names the first such setting.
     """
     grid = groups.Grid(rank, world_size, tp_size=settings.tensor_parallel, pp_size=settings.pipeline_parallel)
     unit = settings.rows * grid.dp_size
     if settings.task is not None and settings.samples % unit:
         raise UserError(
             f"--samples {settings.samples} is not a multiple of --rows {settings.rows} x {grid.dp_size} data-parallel"
-            " ranks"
+            f" ranks; give a multiple of {unit}"
         )
     if source is None:
         config = random_config(settings)
@@ -76,7 +76,7 @@ def plan_benchmark(
         source = find_model(settings.model) if shape is None else ModelSource(settings.model, None, shape)
     source.check_length("--length", settings.length)
     if settings.length < LEAST_LENGTH and settings.measured_on(world_size) == "layout":
-        raise UserError(f"--length {settings.length}: a training run's rows have at least {LEAST_LENGTH} tokens")
+        raise UserError(f"--length {settings.length}: rows need at least {LEAST_LENGTH} tokens; give a larger value")
     made_up = unit * settings.step_micro_batches * (settings.documents or 1)
     values = {
         **{name: getattr(settings, name) for name in marked(BenchSettings, shared=True)},
@@ -99,7 +99,7 @@ def random_config(settings: BenchSettings) -> dict[str, Any] | None:
     """Return the config.json of a model with random weights, or None if the weights are read from a folder.
 
     Raises:
-        UserError: a setting is not allowed with random weights, or only with them.
+        UserError: a setting requires or excludes random weights, and the model does not match.
     """
     if shapes.is_preset(settings.model):
         values = dict(shapes.PRESETS[settings.model])
@@ -111,15 +111,16 @@ def random_config(settings: BenchSettings) -> dict[str, Any] | None:
         return None
     else:
         raise UserError(
-            f"--num_layers {settings.num_layers} goes with a preset or --random_weights: {', '.join(shapes.PRESETS)}"
+            f"--num_layers {settings.num_layers} needs random weights; add --random_weights, or give a preset"
+            f" as --model: {', '.join(shapes.PRESETS)}"
         )
     if settings.task is not None:
-        raise UserError(f"--task {settings.task} needs a model that reads: --model {settings.model} has random weights")
+        raise UserError(f"--task {settings.task}: --model {settings.model} has random weights; remove --task")
     return values if settings.num_layers is None else {**values, "num_hidden_layers": settings.num_layers}
 
 
 def read_samples(plan: RunPlan, settings: BenchSettings) -> tuple[TokenDataset, int]:
-    """Return the samples of a step on all ranks, and the padding token. They are the task's first samples, or random.
+    """Return the samples of a step on all ranks, and the padding token id. Without a task, samples are random.
 
     Raises:
         UserError: the data cannot be read, or has too few samples.
@@ -131,12 +132,12 @@ def read_samples(plan: RunPlan, settings: BenchSettings) -> tuple[TokenDataset, 
     files = {"train": settings.train_file}
     examples = load_split(settings.task, "train", files=files, seed=0, tokenizer=tokenizer, limit=settings.samples)
     if len(examples) < settings.samples:
-        raise UserError(f"--samples {settings.samples}: the training part has {len(examples)} rows")
+        raise UserError(f"--samples {settings.samples}: the training data has {len(examples)} rows; give fewer samples")
     return encode_dataset(examples, tokenizer, max_length=settings.length), padding_id(tokenizer)
 
 
 def made_up(vocab_size: int, lengths: NDArray[np.int64], *, num_labels: int | None = None) -> TokenDataset:
-    """Return samples of random tokens. The last `num_labels` tokens of each have a label; None: all but the first."""
+    """Return samples of random tokens. In each, the last `num_labels` tokens (None: all but the first) have labels."""
     labels = lengths - 1 if num_labels is None else num_labels
     return TokenDataset.after_prompts(
         tokens=np.random.default_rng(0).integers(3, vocab_size, int(lengths.sum())).astype(np.int32),
@@ -153,9 +154,9 @@ def planned_saved_bytes(plan: RunPlan, batches: Sequence[MicroBatch]) -> float:
 
 
 def base_matmul_rate(plan: RunPlan, stage: Stage, batches: Sequence[MicroBatch], device: torch.device) -> float:
-    """Return the best FLOP/s of a plain matmul of a micro-batch's tokens with this rank's largest base matrix.
+    """Return the best FLOP/s of a plain matmul of a micro-batch's tokens with the largest base matrix of this rank.
 
-    The size of the matrix is the size before ZeRO-3 partitions it over data-parallel ranks.
+    The matrix has its tensor-parallel shape, before ZeRO-3 partitions it over data-parallel ranks.
     """
     held = frozen_weight.frozen_weights(stage)
     rules = weights.stage_weight_rules(plan.source.shape, has_embedding=stage.embedding is not None)
@@ -170,10 +171,10 @@ def base_matmul_rate(plan: RunPlan, stage: Stage, batches: Sequence[MicroBatch],
 
 @dataclass(frozen=True)
 class Started:
-    """One rank of a run. The caller chooses its steps.
+    """A training run that is ready on one rank. The caller decides which steps it runs.
 
     Attributes:
-        dataset: the samples of `loader`.
+        dataset: the samples from which `loader` makes the steps.
         kernels: a short description of the kernels.
     """
 
@@ -185,11 +186,11 @@ class Started:
     kernels: str
 
     def take(self, step: TrainingStep) -> AdapterStep:
-        """Take a training step. All ranks call this together. Raises RunFailed if the step fails."""
+        """Run a training step, and return its result. All ranks call this together. Raises RunFailed on failure."""
         return self.train_step.run({ONLY: step}).only
 
     def seconds_of(self, step: TrainingStep) -> float:
-        """Take a step that all ranks start together, and return the seconds of the slowest rank."""
+        """Run a step that all ranks start together, and return the seconds of the slowest rank."""
         self.train_step.stop.agree(True)
         (longest,) = agreement.max_over_ranks([timed(lambda: self.take(step), self.runner.device)])
         return longest
@@ -205,11 +206,11 @@ class Started:
 def measure_layout(
     settings: BenchSettings, *, rank: int = 0, world_size: int = 1
 ) -> tuple[dict[str, Any] | None, Planned]:
-    """Measure a layout. All ranks call this together. Returns the report on rank 0 (else None), and the planned step.
+    """Return the measured report on rank 0 (else None), and the plan of the step. All ranks call this together.
 
     Raises:
-        UserError: a setting does not fit. Every rank raises it before anything starts.
-        RunStopped: the launcher has died.
+        UserError: a setting is not valid. Every rank raises this error before anything starts.
+        RunStopped: the launcher process has ended.
     """
     file = settings.constants
     machine = None if file is None else machines.read_machine(user_path(file, flag="--constants"))
@@ -238,7 +239,7 @@ def start(plan: RunPlan, settings: BenchSettings) -> Started:
     """Join the process group, and build the model, engine and loader of the plan. All ranks call this together.
 
     Raises:
-        UserError: data or ranks are missing, or kernels cannot be compiled.
+        UserError: data or ranks are missing, or the kernels cannot be compiled.
     """
     dataset, pad_id = read_samples(plan, settings)
     device = process_group.join_process_group(plan.settings.timeout_minutes, expected_ranks=plan.grid.world_size)
@@ -251,9 +252,9 @@ def start(plan: RunPlan, settings: BenchSettings) -> Started:
 
 
 def _rank_figures(run: Started, step: TrainingStep, planned: Planned) -> dict[str, Any]:
-    """Return this rank's measurements from further steps after the last timed step `step`.
+    """Run further steps after `step`, the last timed step, and return what this rank measures.
 
-    Messages are counted in the next step and compared with `planned`.
+    The messages of the next step are counted and compared with `planned`.
     """
     plan, runner, device = run.plan, run.runner, run.runner.device
     run.train_step.stop.agree(True)  # start together, so that ranks on the same processor compete for it
@@ -285,9 +286,9 @@ def _rank_figures(run: Started, step: TrainingStep, planned: Planned) -> dict[st
 
 
 def compare_traffic(counted: groups.Traffic, predicted: groups.Traffic, data_bytes: int) -> dict[str, dict[str, Any]]:
-    """Return counted and predicted messages of each process group that has messages, and a verdict.
+    """Return the counted and predicted messages of each process group that has messages, and whether they agree.
 
-    The verdict is positive only if the messages of every kind are equal.
+    They agree only if the messages and bytes of every kind are equal.
 
     Args:
         counted, predicted: the messages of one rank in one step.
@@ -320,7 +321,7 @@ def compare_traffic(counted: groups.Traffic, predicted: groups.Traffic, data_byt
 
 
 def _saved_bytes(run: Started, step: TrainingStep) -> int:
-    """Take one more step, and return the total bytes that autograd saves for this rank's micro-batches."""
+    """Run one more step, and return the total bytes that autograd saves for this rank's micro-batches."""
     total = 0
 
     @contextmanager
@@ -339,7 +340,7 @@ def _saved_bytes(run: Started, step: TrainingStep) -> int:
 def _report(
     run: Started, bench: BenchSettings, step: TrainingStep, seconds: Sequence[float], ranks: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Return the report: the layout, and the measurements of the step on all ranks."""
+    """Return the report of a layout: its parallel sizes, and the measurements of the step on all ranks."""
     plan, settings, grid, device = run.plan, run.plan.settings, run.plan.grid, run.runner.device
     counts, middle = (step.num_tokens, step.squared_lengths, step.num_supervised), median(seconds)
     flops = step_flops(plan.source.shape, plan.adapter, *counts).total()
@@ -381,21 +382,21 @@ def _report(
 
 @dataclass(frozen=True)
 class MeasuredStep:
-    """The measured seconds of a step, and the planned seconds without the unknown constants."""
+    """The measured seconds of a step, and the seconds that the plan predicts from the known machine constants."""
 
     seconds: float
     planned: step_time.Seconds
 
     @property
     def left(self) -> float:
-        """The seconds that the known constants do not explain."""
+        """The measured seconds minus the planned seconds, but at least 0."""
         return max(0.0, self.seconds - self.planned.total)
 
 
 def measured_step(
     machine: machines.Machine, values: dict[str, Any], *, repeats: int, source: ModelSource | None = None
 ) -> MeasuredStep:
-    """Measure a step with one row per micro-batch and without ZeRO, and plan it for `machine`. All ranks call this.
+    """Measure and plan a step with one row per micro-batch and without ZeRO. All ranks call this together.
 
     Args:
         values: further settings of the benchmark.

@@ -1,4 +1,4 @@
-"""Part attention: compares every attention kernel with plain attention in fp64, and measures its time."""
+"""Checks attention: compares every attention kernel with plain attention in fp64, and measures its time."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,8 +26,8 @@ from megatron_tiedlora.training.throughput import timed
 pytestmark = pytest.mark.gpu
 
 AttentionCall = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
-"""From queries (b, heads, s, head_dim), keys and values (b, kv heads, s, head_dim), and document ids (b, s) int64 on
-the host or None, to (b, s, heads * head_dim)."""
+"""A function of queries (b, heads, s, head_dim), keys and values (b, kv heads, s, head_dim), and document ids (b, s)
+int64 on the CPU or None. It returns the attention output, (b, s, heads * head_dim)."""
 
 CHOSEN = "chosen by the package"  # only this kernel must be correct
 ONE_BY_ONE, CUDNN = "one document after another", "PyTorch's cuDNN, for comparison"
@@ -35,11 +35,11 @@ ONE_BY_ONE, CUDNN = "one document after another", "PyTorch's cuDNN, for comparis
 BOUNDS = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
 LEAST_SEEN = 0.05
 WRONG_FIX = (
-    "this kernel gives wrong numbers here: do not train with it; use another version of torch or flash_attn, and run"
+    "this kernel computes wrong values here: do not train with it; change the version of torch or flash_attn, and run"
     " `pytest -m gpu` for details"
 )
 SLOW_FIX = (
-    "a plan is built for every new shape, as cuDNN does: export TORCH_CUDNN_SDPA_DEPRIORITIZED=1, or install flash_attn"
+    "every new shape needs a new plan, as with cuDNN: export TORCH_CUDNN_SDPA_DEPRIORITIZED=1, or install flash_attn"
 )
 NEW_SHAPE_SECONDS = 5e-3  # a first call may take this much longer than a second one
 TIMED = (1, 32, 4096, 128)  # b, heads, s, head_dim
@@ -47,7 +47,7 @@ DOCUMENT_LENGTH = 200  # of the timed packed row
 
 
 class Heads(NamedTuple):
-    """The attention heads of one comparison."""
+    """The numbers and size of the attention heads in one comparison."""
 
     name: str
     heads: int
@@ -64,7 +64,7 @@ LENGTHS = (1, 130, 64, 333, 7, 200, 33)  # of the documents of a packed row
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("dtype", BOUNDS, ids=["bf16", "fp32"])
 def test_routes(dtype: torch.dtype, case: Heads, packed: bool, device: torch.device, tell: Tell) -> None:
-    """Compare every kernel with plain attention in fp64. The package's choice is last, since only it fails the test."""
+    """Compare every kernel with plain attention in fp64. The package's choice is last, as only it can fail."""
     if dtype == torch.bfloat16 and device.type == "cpu":
         pytest.skip("a CPU may have no fast bf16")
     lengths = LENGTHS if packed else (sum(LENGTHS),)
@@ -73,19 +73,19 @@ def test_routes(dtype: torch.dtype, case: Heads, packed: bool, device: torch.dev
 
 
 def test_control(device: torch.device, tell: Tell) -> None:
-    """Check that the comparison detects a mask that hides one token too many."""
+    """Check that the comparison detects a mask that wrongly hides one token."""
     case, ids = CASES[1], torch.zeros(2, 256, dtype=torch.int64)
     query, key, value = random_heads(case, ids.shape[1], device=device, dtype=torch.float64)
     shifted = ids.clone()
     shifted[:, 0] = 1
     found, expected = (plain_attention(query, key, value, which) for which in (shifted, ids))
     tell("relative error", error := relative(found, expected))
-    assert error >= LEAST_SEEN, "errors are not computed right here: report this with the versions of the part env"
+    assert error >= LEAST_SEEN, "this check computes wrong errors here: report this with the versions of part env"
 
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=["bf16", "fp32"])
 def test_kernels(dtype: torch.dtype, gpu: torch.device, tell: Tell) -> None:
-    """List the kernels that can run here, and the reasons why others cannot run."""
+    """Record which attention kernels can run here, and why the others cannot run."""
     obstacles = attention_obstacles(gpu, dtype, TIMED[-1])
     for candidate in CANDIDATES:
         obstacle = obstacles.get(candidate.name)
@@ -102,7 +102,7 @@ def compare(
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
-    """Compare the output and the gradients of one kernel with fp64, for two rows of documents of `lengths`."""
+    """Compare the output and the gradients of a kernel with fp64, on two rows of documents with these `lengths`."""
     packed = len(lengths) > 1
     if packed and name == CUDNN:  # it does not support packed rows
         return
@@ -125,7 +125,7 @@ def compare(
 
 @contextmanager
 def optional(tell: Tell, name: str, device: torch.device) -> Iterator[None]:
-    """Only report an error in the block, unless the package uses the kernel `name`."""
+    """Record an error in the block without failing the test, unless the package uses the kernel `name`."""
     try:
         yield
     except Exception as error:
@@ -154,7 +154,7 @@ def results(route: AttentionCall, heads: Sequence[Tensor], ids: Tensor | None, w
 
 @pytest.mark.parametrize("packed", [False, True], ids=["causal", "documents of 200"])
 def test_time(packed: bool, gpu: torch.device, tell: Tell) -> None:
-    """Measure the milliseconds of forward and backward for a layer of a 7B model: 32 heads, 4,096 tokens."""
+    """Measure the milliseconds of attention, forward and backward, with 32 heads and 4,096 tokens, as in a 7B model."""
     length = TIMED[2]
     ids = torch.arange(length)[None] // DOCUMENT_LENGTH if packed else None
     for name, route in attention_routes(gpu, compute_dtype(gpu), TIMED[-1]).items():
@@ -164,7 +164,7 @@ def test_time(packed: bool, gpu: torch.device, tell: Tell) -> None:
 
 
 def test_first_call_on_a_new_length(gpu: torch.device, tell: Tell) -> None:
-    """Measure how much longer a first call takes than a second one, as the median of several lengths."""
+    """Measure how much longer a first call takes than a second call, as the median over several lengths."""
     for name, route in attention_routes(gpu, compute_dtype(gpu), TIMED[-1]).items():
         with optional(tell, name, gpu):
             started, costs = time.perf_counter(), []
@@ -188,7 +188,7 @@ def _seconds(route: AttentionCall, length: int, ids: Tensor | None, device: torc
 
 
 def attention_routes(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, AttentionCall]:
-    """Return every attention kernel that works on the device, by name. The first is the package's choice."""
+    """Return every attention kernel that works on the device, by name. The package's choice is the first."""
     chosen = choose_attention(device, dtype, head_dim)
     if chosen.attend is None:
         return {CHOSEN: _by_blocks, ONE_BY_ONE: _within(one_by_one)}
@@ -201,7 +201,7 @@ def attention_routes(device: torch.device, dtype: torch.dtype, head_dim: int) ->
 
 
 def attention_obstacles(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, str]:
-    """Return the reason for each kernel that cannot run on the device, by name, as text that continues "it"."""
+    """Return why a kernel cannot run on the device, by kernel name. Each text can follow the word "it"."""
     if device.type == "cpu":
         return {}
     capability = torch.cuda.get_device_capability(device)
@@ -224,7 +224,7 @@ def _within(attend: Attend) -> AttentionCall:
 
 
 def _by_cudnn(query: Tensor, key: Tensor, value: Tensor, ids: Tensor | None) -> Tensor:
-    """Compute attention with cuDNN, PyTorch's own choice on Hopper. The package excludes it; it is only compared."""
+    """Return the attention output of cuDNN, which PyTorch prefers on Hopper. The package never uses it to train."""
     assert ids is None
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         output = functional.scaled_dot_product_attention(

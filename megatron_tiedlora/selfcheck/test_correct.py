@@ -1,6 +1,6 @@
-"""Part correct: compares losses and gradients with plain PyTorch in fp64, in all forms that training uses.
+"""Checks results: compares the losses and gradients of all training modes with plain PyTorch in fp64.
 
-It also compares quantised weights and FP8 matmuls with a CPU's, and the engine's steps with torch's AdamW."""
+It also compares quantised weights and FP8 matmuls with results of a CPU, and the engine's steps with torch's AdamW."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -31,34 +31,34 @@ LOSS_BOUND, GRADIENT_BOUND = 1e-5, 1e-4
 MULTIPLE, BEYOND = 2.0, 2e-3
 PLAIN_BOUND = 0.1  # if plain PyTorch's own error is above this, its multiple means nothing; 0.025 on a CPU
 PLAIN_FIX = (
-    "PyTorch's own bf16 is wrong here, without this package: check part attention and `matmul ceiling` of part env; do"
+    "plain PyTorch computes wrong bf16 results here: check part attention and `matmul ceiling` of part env; do"
     " not train with this torch or driver"
 )
 WRONG_FIX = (
-    "the model gives other results here: check part attention first, then give --compile false; if the error stays, do"
+    "the model computes wrong results here: check part attention first, then give --compile false; if that fails, do"
     " not train with this torch or driver"
 )
 
 ROWS, WIDTHS = 192, (1024, 1040)  # the second is not a multiple of nf4's block; bitsandbytes cannot dequantise it
 TOKENS = 64
 PRODUCT_BOUND = 0.01  # bf16 rounds by up to 0.004; without a scale the error is over 0.1
-BITS_FIX = "a base in this format has other values here than on a CPU: report the versions of part env"
+BITS_FIX = "a base model in this format has different values here than on a CPU: report the versions of part env"
 PRODUCT_FIX = "train without --products fp8 here, and report the versions of part env"
 
 STEPS = 3
 RATE = 1e-2
 CHANGE_BOUND = 1e-3  # an element whose gradient is only rounding error may change with either sign
-ENGINE_FIX = "DeepSpeed's engine gives other results here: try another ZeRO stage, and report the versions of part env"
+ENGINE_FIX = "DeepSpeed computes wrong results here: try a different ZeRO stage, and report the versions of part env"
 
 
 @pytest.mark.parametrize("method", METHOD_NAMES)
 def test_fp32(method: str, joined: torch.device, tell: parts.Tell) -> None:
-    """Check every method with packed rows in fp32."""
+    """Check the loss and gradients of every method with packed rows in fp32."""
     compare_fp32(running.Judge(running.small_shape(), method, dtype=torch.float32, device=joined), tell)
 
 
 def compare_fp32(judge: running.Judge, tell: parts.Tell) -> None:
-    """Check that the errors of loss and gradients with packed rows are rounding errors."""
+    """Check that the errors of loss and gradients with packed rows are not larger than rounding errors."""
     errors = judge.errors(judge.package())
     tell("errors", in_words(errors))
     loss = errors.pop("loss")
@@ -67,7 +67,7 @@ def compare_fp32(judge: running.Judge, tell: parts.Tell) -> None:
 
 @pytest.fixture(scope="module", params=["small", "wide"])
 def judge(request: pytest.FixtureRequest, joined: torch.device, model: str) -> Iterator[running.Judge]:
-    """Yield a bf16 judge for a small model and, on a GPU, for two layers of --model."""
+    """Yield a `Judge` in bf16 for a small model and, on a GPU, for two layers of --model."""
     if request.param == "wide" and joined.type == "cpu":
         pytest.skip("two layers of a large model are too slow on a CPU")
     wide = replace(shape_from_hf(PRESETS[model], source=model), num_layers=2)
@@ -78,12 +78,12 @@ def judge(request: pytest.FixtureRequest, joined: torch.device, model: str) -> I
 
 @cache
 def compiled(shape: ModelShape, device: torch.device) -> Kernels:
-    """Return compiled kernels for a shape in bf16."""
+    """Return compiled bf16 kernels for a model of this shape."""
     return compiled_kernels(shape, dtype=torch.bfloat16, device=device)
 
 
 def test_bf16_of_plain_pytorch(judge: running.Judge, tell: parts.Tell) -> None:
-    """Check that plain PyTorch's own errors are small enough to compare with."""
+    """Check that the bf16 errors of plain PyTorch are small enough for a comparison."""
     tell("errors", in_words(judge.plain_errors))
     assert judge.plain_errors[reference.worst_of(judge.plain_errors)] <= PLAIN_BOUND, PLAIN_FIX
 
@@ -92,7 +92,7 @@ def test_bf16_of_plain_pytorch(judge: running.Judge, tell: parts.Tell) -> None:
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "one a row"])
 @pytest.mark.parametrize("kind", ["eager", "compiled"])
 def test_bf16(kind: str, packed: bool, how: str, judge: running.Judge, tell: parts.Tell) -> None:
-    """Compare packed and unpacked rows, eager and compiled kernels, and each recompute with plain PyTorch in bf16."""
+    """Compare packed and unpacked rows, eager and compiled kernels and each --recompute with plain PyTorch in bf16."""
     if kind == "compiled" and judge.device.type == "cpu":
         pytest.skip("a CPU's compiler takes minutes, and is not checked")
     if not packed and judge.shape != running.small_shape():
@@ -112,7 +112,7 @@ def compare_bf16(judge: running.Judge, answer: running.Computed, tell: parts.Tel
 
 
 def in_words(errors: Mapping[str, float]) -> str:
-    """Return a short text with the errors by name."""
+    """Return a short text that lists the errors by name."""
     return ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
 
 
@@ -131,7 +131,7 @@ def test_bits(name: str, width: int, joined: torch.device, tell: parts.Tell) -> 
 
 @pytest.mark.parametrize("keep_transposed", [False, True], ids=["", "transposed copies kept"])
 def test_products_in_fp8(keep_transposed: bool, joined: torch.device, tell: parts.Tell) -> None:
-    """Compare both passes with a CPU's in fp64 with the same 8-bit values."""
+    """Compare FP8 matmuls of both passes with fp64 matmuls of the same 8-bit values on a CPU."""
     if joined.type == "cuda" and torch.cuda.get_device_capability(joined) < FP8_CAPABILITY:
         pytest.skip(f"the GPU's compute capability is below {'.'.join(map(str, FP8_CAPABILITY))}")
     width = WIDTHS[0]
@@ -146,7 +146,7 @@ def test_products_in_fp8(keep_transposed: bool, joined: torch.device, tell: part
 
 
 def loaded(width: int, device: torch.device, dtype: torch.dtype, name: str, **products: object) -> FrozenWeight:
-    """Return a weight in a format, with the same random values on every device."""
+    """Return a weight in the storage format `name`, with the same random values on every device."""
     values = torch.randn(ROWS, width, generator=torch.Generator().manual_seed(3)).bfloat16()
     with device:
         weight = weight_maker(name, **products)(*values.shape, dtype=dtype)  # type: ignore[arg-type]
@@ -155,7 +155,7 @@ def loaded(width: int, device: torch.device, dtype: torch.dtype, name: str, **pr
 
 
 def _contents(weight: FrozenWeight) -> list[torch.Tensor]:
-    """Return the stored tensors, and the values in 16 bits that a matmul with the identity matrix returns."""
+    """Return the stored tensors, and the bf16 values that a matmul with the identity matrix returns."""
     device = next(iter(weight.parameters.values())).device
     ones = torch.eye(weight.local_shape[0], dtype=torch.bfloat16, device=device)
     return [*(stored.detach().cpu() for stored in weight.parameters.values()), weight.times(ones).cpu()]
@@ -166,7 +166,7 @@ def _contents(weight: FrozenWeight) -> list[torch.Tensor]:
 
 @contextmanager
 def engine_run(stage: int, folder: Path) -> Iterator[tuple[Started, list[TrainingStep]]]:
-    """Yield a small run in fp32 with a ZeRO stage, and its first steps."""
+    """Yield a small training run in fp32 with the given ZeRO stage, and its first steps."""
     flags = ("--random_weights", "--dtype=fp32", f"--ds_config=zero{stage}.json", "--rows=2", "--length=64")
     settings = running.step_settings(running.write_small(folder), *flags, "--compile=false", "--micro_batches=2")
     # No clipping and an almost constant schedule, so that the reference is plain AdamW.
@@ -176,14 +176,14 @@ def engine_run(stage: int, folder: Path) -> Iterator[tuple[Started, list[Trainin
 
 @pytest.fixture(scope="module")
 def expected_change(device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    """Return the change of the adapter with torch's AdamW, which is the same for every ZeRO stage."""
+    """Return how torch's AdamW changes the adapter. The change is the same for every ZeRO stage."""
     with engine_run(0, tmp_path_factory.mktemp("model")) as (run, steps):
         return plain_steps(run, adapter_values(run), steps)
 
 
 @pytest.mark.parametrize("stage", range(4), ids="ZeRO-{}".format)
 def test_steps_of_adamw(stage: int, expected_change: dict[str, torch.Tensor], tmp_path: Path, tell: parts.Tell) -> None:
-    """Compare the adapter's change over some steps in fp32 with AdamW on plain PyTorch's gradients in fp64."""
+    """Compare the adapter's change over a few fp32 steps with AdamW on fp64 gradients of plain PyTorch."""
     with engine_run(stage, tmp_path) as (run, steps):
         before = adapter_values(run)
         for step in steps:
@@ -196,7 +196,7 @@ def test_steps_of_adamw(stage: int, expected_change: dict[str, torch.Tensor], tm
 
 
 def adapter_values(run: Started) -> dict[str, torch.Tensor]:
-    """Return the adapter's full tensors."""
+    """Return copies of the full tensors of the adapter, by name."""
     (name,) = run.runner.adapters
     with run.runner.optimizers.opened(name):
         named = run.runner.adapters[name].named_parameters()
@@ -204,7 +204,7 @@ def adapter_values(run: Started) -> dict[str, torch.Tensor]:
 
 
 def plain_steps(run: Started, start: dict[str, torch.Tensor], steps: list[TrainingStep]) -> dict[str, torch.Tensor]:
-    """Return the change of each trained factor by torch's AdamW with the reference's gradients in fp64."""
+    """Return how torch's AdamW changes each trained tensor, with fp64 gradients of the reference implementation."""
     settings, adapter, shape = run.plan.settings, run.plan.adapter, run.plan.source.shape
     layers = run.runner.stage.named_parameters()
     weights = {name: weight.detach().double() for name, weight in layers if name.startswith("layers")}

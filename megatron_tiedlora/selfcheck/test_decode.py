@@ -1,4 +1,4 @@
-"""Part decode: checks that greedy decoding returns the same tokens with a cache as without, and measures its time."""
+"""Checks that greedy decoding returns the same tokens with and without a cache, and measures its time."""
 
 import random
 from collections.abc import Sequence
@@ -21,28 +21,28 @@ LENGTHS = (3, 17, 40, 41)  # lengths of the prompts whose answers are compared
 NEW_TOKENS = 24
 BATCHES, PROMPTS, WARM_UP, TIMED_TOKENS = (1, 16), (128, 200), 64, 32
 MOST_REPEATED = 1.5  # largest time of a first answer relative to a second one with the same lengths
-TOKENS_FIX = "decoding is wrong here, so scores are too: check part attention, and report the versions of part env"
+TOKENS_FIX = "generated tokens and scores are wrong here: check part attention, and report the versions of part env"
 PLAN_FIX = (
-    "a plan is built for every length of the cache, as cuDNN does: check in part env that"
+    "attention builds a plan for every length of the cache, as cuDNN does: check in part env that"
     " TORCH_CUDNN_SDPA_DEPRIORITIZED is 1, which the package sets by default"
 )
 
 
 def prompts_of(lengths: Sequence[int], vocab_size: int) -> list[list[int]]:
-    """Return random prompts of these lengths."""
+    """Return random prompts with the given numbers of tokens."""
     draw = random.Random(3)
     return [[draw.randrange(3, vocab_size) for _ in range(length)] for length in lengths]
 
 
 def answers(stage: Stage, shape: ModelShape, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
-    """Return the package's answers. No token ends an answer."""
+    """Return the tokens that this package generates for the prompts. End tokens are ignored."""
     decoder = Decoder(stage.eval(), ParallelGroups(), shape)
     return generate(decoder, [Prompts(prompts, (), num_tokens)])[0]
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2], ids=["MHA", "GQA"])
 def test_tokens(kv_heads: int, joined: torch.device, tell: parts.Tell) -> None:
-    """Check that each token in fp32 is the most likely next token of the reference in fp64 without a cache."""
+    """Check that each token that is generated in fp32 is the most likely token of an fp64 reference without a cache."""
     shape, device = running.small_shape(num_key_value_heads=kv_heads), joined
     adapter = running.adapter_of(shape, "tl6")
     stage = compare.random_stage(shape, adapter, dtype=torch.float32, device=device)
@@ -61,7 +61,7 @@ def test_tokens(kv_heads: int, joined: torch.device, tell: parts.Tell) -> None:
 
 
 def test_time(joined: torch.device, gpu: torch.device, model: str, tell: parts.Tell) -> None:
-    """Measure the milliseconds per token, and how much longer a first answer takes than a second one."""
+    """Measure the milliseconds per token, and how much longer a first answer takes than a second answer."""
     layers = running.layers_that_fit(model, "--rows=1", "--length=4096", "--supervised=1")
     shape = shape_from_hf({**PRESETS[model], "num_hidden_layers": layers}, source=model)
     stage = compare.random_stage(shape, running.adapter_of(shape, "tl6"), dtype=running.compute_dtype(gpu), device=gpu)

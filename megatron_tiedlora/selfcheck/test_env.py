@@ -1,4 +1,4 @@
-"""Part env: records the installed software and the package's choices, and measures peak matmul and copy rates."""
+"""Checks the environment: records software versions and the package's choices, and measures matmul and copy rates."""
 
 import shutil
 import subprocess
@@ -27,23 +27,23 @@ GOOD_SHARE, MOST_SHARE, MOST_COPIED = 0.6, 1.2, 40e12
 SMI_FIELDS = "driver_version,power.limit,clocks.max.sm,mig.mode.current,ecc.errors.uncorrected.volatile.total"
 TF32_FIX = (
     "unset TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, which some containers set: runs with --dtype fp32 would round to TF32; the"
-    " other parts do not"
+    " other parts of this check ignore it"
 )
 ATTENTION_FIX = (
-    "packed rows will be slow: correct what the reason names, upgrade torch, or install flash_attn (docs/gpu.md)"
+    "packed rows will be slow: fix the problem in the reason, upgrade torch, or install flash_attn (docs/gpu.md)"
 )
-NOTHING_FIX = "no device is that fast: it computed nothing, so check the driver; the times below are meaningless"
-CLOCKS_FIX = "check nvidia-smi -q -d CLOCK,POWER,TEMPERATURE: clocks, power limit, heat, another process"
+NOTHING_FIX = "no device is this fast, so nothing was computed: check the driver; the times below have no meaning"
+CLOCKS_FIX = "look for low clocks, a power limit, heat or other processes: nvidia-smi -q -d CLOCK,POWER,TEMPERATURE"
 
 
 def test_gpu(pytestconfig: pytest.Config) -> None:
-    """Check that ranks would use a GPU."""
+    """Check that the ranks of a run would use a GPU."""
     missing = why_no_gpu() if option(pytestconfig, "device") == "cuda" else None
     assert missing is None, f"{missing}; docs/gpu.md lists what a GPU machine needs"
 
 
 def test_machine(tell: Tell) -> None:
-    """Record the output of `tiedlora env` with the variables of a run, and its problems."""
+    """Record the output of `tiedlora env` for the environment of a run, and report the problems that it finds."""
     machine = machine_record()
     for section, values in in_words(machine).items():
         if section in ("versions", "machine", "variables"):
@@ -60,12 +60,12 @@ def test_fp32_matmuls(tell: Tell) -> None:
 
 
 def test_driver(gpu: torch.device, tell: Tell) -> None:
-    """Record what the driver reports about the first GPU."""
+    """Record the values that the driver reports for the first GPU."""
     tell("driver, power limit, SM clock, MIG, ECC errors", _nvidia_smi(SMI_FIELDS) or "unknown")
 
 
 def _nvidia_smi(fields: str) -> str:
-    """Return nvidia-smi's values of `fields` for torch's first GPU, or '' if there are none."""
+    """Return the values of `fields` that nvidia-smi reports for torch's first GPU, or '' if it fails."""
     gpu = gpu_name(torch.device("cuda", 0))
     command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", f"--id={gpu}"]
     with suppress(OSError, subprocess.SubprocessError):  # the program is missing, fails or hangs
@@ -74,7 +74,7 @@ def _nvidia_smi(fields: str) -> str:
 
 
 def test_attention(device: torch.device, tell: Tell) -> None:
-    """Check that the attention kernel for this device needs one call for all documents."""
+    """Check that the chosen attention kernel computes all documents of a packed row in one call."""
     for dtype in dict.fromkeys((compute_dtype(device), torch.float32)):
         route = choose_attention(device, dtype, HEAD_DIM)
         tell(str(dtype), f"{route.name} ({route.reason})")
@@ -82,7 +82,7 @@ def test_attention(device: torch.device, tell: Tell) -> None:
 
 
 def test_compiled_kernels(gpu: torch.device, tell: Tell) -> None:
-    """Check that kernels can be compiled."""
+    """Check that torch can compile kernels for this GPU."""
     try:
         compiled_kernels(small_shape(), dtype=compute_dtype(gpu), device=gpu)
     except UserError as error:
@@ -91,12 +91,12 @@ def test_compiled_kernels(gpu: torch.device, tell: Tell) -> None:
         lacking = [] if shutil.which("gcc") or shutil.which("cc") else ["a C compiler (gcc)"]
         if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
             lacking.append("Python's headers (python3-dev)")
-        what = " and ".join(lacking) or "what the reason names"
+        what = " and ".join(lacking) or "the missing software in the reason"
         tell(WARNING, f"install {what}; without it kernels are not compiled, and a step takes about a third longer")
 
 
 def test_matmul_ceiling(gpu: torch.device, tell: Tell) -> None:
-    """Measure the rate of a large matmul with random values. Zeros need less power and would be faster."""
+    """Measure the FLOP/s of a large matmul with random values. Zeros need less power and would be faster."""
     rate = matmul_rate(SIZE, SIZE, SIZE, dtype=torch.bfloat16, device=gpu, repeats=10)
     judge_rate(tell, rate, listed_peak(torch.cuda.get_device_name(gpu)))
 
@@ -111,7 +111,7 @@ def judge_rate(tell: Tell, rate: float, listed: float | None) -> None:
 
 
 def test_copy_ceiling(gpu: torch.device, tell: Tell) -> None:
-    """Measure the rate of a large copy of random values."""
+    """Measure the bytes per second of a large copy of random values."""
     source = torch.randint(-(2**31), 2**31 - 1, (COPIED // 4,), dtype=torch.int32, device=gpu)
     target = torch.empty_like(source)
     rate = 2 * COPIED / min(timed(lambda: target.copy_(source), gpu) for _ in range(10))

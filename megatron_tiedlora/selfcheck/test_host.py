@@ -1,4 +1,4 @@
-"""Part host: counts kernel launches and waits per micro-batch, and finds the tokens up to which the GPU waits."""
+"""Checks the host: counts launches and synchronisations, and finds at which batch sizes the GPU waits for Python."""
 
 import sys
 import warnings
@@ -24,12 +24,12 @@ MICRO_BATCHES = 2  # per step
 LENGTHS = (256, 512, 1024, 2048, 4096)
 REPEATS = 5
 BOUND = 1.1  # the GPU waits for the host if a micro-batch takes at most this multiple of the shortest one's time
-SYNC_FIX = "a wait in a micro-batch leaves the GPU idle: report these lines"
+SYNC_FIX = "the host waits for the GPU in a micro-batch, so the GPU idles later: report these lines"
 
 
 @pytest.mark.parametrize("compiles", ["auto", "false"], ids=["compiled", "eager"])
 def test_host(compiles: str, gpu: torch.device, model: str, tell: parts.Tell) -> None:
-    """Count launches and waits per micro-batch, and measure micro-batches of several lengths."""
+    """Count launches and synchronisations per micro-batch, and time micro-batches of several lengths."""
     flags = ("--rows=1", f"--length={LENGTHS[-1]}", "--supervised=1", f"--micro_batches={MICRO_BATCHES}")
     with running.started_to_fit(model, flags, f"--compile={compiles}") as (run, layers):
         loaders = {length: running.loader_of(run, np.full(MICRO_BATCHES, length)) for length in LENGTHS}
@@ -52,13 +52,13 @@ def micro_batches(run: step_bench.Started, step: TrainingStep) -> Callable[[], A
 
 
 def use_up(run: step_bench.Started) -> None:
-    """Update with the existing gradients and clear them, as the engine expects after a backward pass."""
+    """Run the optimizer with the current gradients, and clear them. The engine expects this after a backward pass."""
     run.runner.optimizers.take(ONLY, 0.0)
     run.runner.optimizers.clear()
 
 
 def _seconds(run: step_bench.Started, loader: Iterator[TrainingStep]) -> float:
-    """Return the seconds of one micro-batch in a step of several, until the GPU has finished."""
+    """Return the average seconds of a micro-batch of a step, until the GPU has finished."""
     step = next(loader)
     work = micro_batches(run, step)
     torch.cuda.synchronize()
@@ -68,7 +68,7 @@ def _seconds(run: step_bench.Started, loader: Iterator[TrainingStep]) -> float:
 
 
 def _counts(tell: parts.Tell, run: step_bench.Started, loader: Iterator[TrainingStep], layers: int) -> None:
-    """Record the launches and waits of the micro-batches of one step."""
+    """Record the kernel launches of a step's micro-batches, and how often the host waits for the GPU."""
     step = next(loader)
     work, number = micro_batches(run, step), len(step.micro_batches)
     with waits() as seen:
@@ -86,7 +86,7 @@ def _counts(tell: parts.Tell, run: step_bench.Started, loader: Iterator[Training
 
 @contextmanager
 def waits() -> Iterator[Counter[str]]:
-    """Count by source line how often the block waits for the GPU, from torch's warnings and calls of `synchronize`."""
+    """Count how often each source line in the block waits for the GPU, by torch's warnings and `synchronize` calls."""
     seen: Counter[str] = Counter()
     real = torch.cuda.synchronize
 

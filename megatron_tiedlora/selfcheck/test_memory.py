@@ -1,4 +1,4 @@
-"""Part memory: compares the allocated memory of steps with the dry run's plan, and with the reserved memory."""
+"""Checks memory: compares the allocated memory of training steps with the dry run's plan and the reserved memory."""
 
 from collections.abc import Mapping
 
@@ -17,7 +17,7 @@ RECOMPUTES = {"none": 1, "selective": 2, "full": 4}  # rows of 4,096 tokens; mor
 LENGTH = 4096
 NUM_STEPS, ROWS, SHORTEST = 100, 4, 128
 MOST_RESERVED = 1.3  # relative to the allocated memory
-PLAN_FIX = "the dry run's figures are wrong for this GPU: leave that much memory free, and report this table"
+PLAN_FIX = "the dry run's memory plan is wrong for this GPU: leave this difference free, and report this table"
 FRAGMENTS_FIX = (
     "export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True (the default of tiedlora train), and make sure that"
     " nothing overrides it"
@@ -27,7 +27,7 @@ FRAGMENTS_FIX = (
 @pytest.mark.parametrize("how", RECOMPUTES)
 @pytest.mark.parametrize("compiles", ["auto", "false"], ids=["compiled", "eager"])
 def test_plan(compiles: str, how: str, gpu: torch.device, model: str, tell: parts.Tell) -> None:
-    """Check that steps allocate the planned bytes."""
+    """Check that training steps allocate about as many bytes as the dry run plans."""
     rows = RECOMPUTES[how]
     flags = (f"--rows={rows}", f"--length={LENGTH}", "--supervised=1", f"--recompute={how}", f"--compile={compiles}")
     with running.started_to_fit(model, flags, "--micro_batches=1") as (run, layers):
@@ -40,7 +40,7 @@ def test_plan(compiles: str, how: str, gpu: torch.device, model: str, tell: part
 
 
 def judge_plan(tell: parts.Tell, layers: int, sizes: Mapping[str, float]) -> None:
-    """Compare the allocated bytes with the planned ones."""
+    """Compare the allocated bytes with the planned bytes, and warn or fail if they differ too much."""
     _tell_sizes(tell, layers, sizes)
     ratio = sizes["allocated"] / sizes["planned"]
     tell("allocated per planned", ratio)
@@ -49,7 +49,7 @@ def judge_plan(tell: parts.Tell, layers: int, sizes: Mapping[str, float]) -> Non
 
 
 def test_rows_of_many_lengths(gpu: torch.device, model: str, tell: parts.Tell) -> None:
-    """Compare the reserved with the allocated bytes of 100 micro-batches of 4 x 128 to 4 x 2,048 tokens."""
+    """Compare reserved and allocated bytes over 100 micro-batches of 4 samples with 128 to 2,048 tokens each."""
     flags = (f"--rows={ROWS}", "--length=2048", "--supervised=1", "--micro_batches=1")
     with running.started_to_fit(model, flags, "--compile=false") as (run, layers):
         torch.cuda.reset_peak_memory_stats()

@@ -1,9 +1,9 @@
-"""Part ranks: compares every layout that fits on this host with one rank, checks the network, and kills a rank.
+"""Checks several ranks: compares each possible layout with one rank, checks the network, and kills a rank.
 
-A rank is started as   python -m megatron_tiedlora.selfcheck.test_ranks FOLDER FIRST CASES
+A rank is started with   python -m megatron_tiedlora.selfcheck.test_ranks FOLDER FIRST CASES
 
-FOLDER has a small model, and rank 0 writes the losses and the adapter of each case there. CASES is a JSON list of the
-cases, and FIRST is the number of the first case. The environment defines the ranks and the master address. If FIRST is
+FOLDER has a small model, and rank 0 writes the losses and the adapter of each case to FOLDER. CASES is a JSON list of
+cases, and FIRST is the number of the first case. Environment variables set the rank and the master address. If FIRST is
 "killed", the ranks train the first case until the last rank kills itself.
 """
 
@@ -67,15 +67,15 @@ ALONE, LAYOUTS, WORKING = 0.25, 0.75, 0.9
 _POLL_SECONDS = 0.1
 DOCTOR_SECONDS = 30.0  # limit for the ranks to connect, and for each answer
 DIFFERS_FIX = (
-    "several ranks give other results: run `tiedlora doctor`, and this part again with NCCL_DEBUG=INFO and with"
-    " NCCL_P2P_DISABLE=1; if that corrects it, the hosts' PCIe settings (IOMMU, ACS) break copies between GPUs"
+    "several ranks compute wrong results: run `tiedlora doctor`, and this part again with NCCL_DEBUG=INFO and"
+    " NCCL_P2P_DISABLE=1; if the results are then correct, PCIe settings (IOMMU, ACS) break copies between GPUs"
 )
 FAILED_FIX = "see the rank's output in the report's folder; NCCL_DEBUG=INFO shows more"
 LOST_FIX = "see docs/clusters.md on lost ranks, and the ranks' output in the report's folder"
 
 
 class Case(NamedTuple):
-    """A layout, a ZeRO stage and a dtype of the base; data-parallel size = world size / (tp x pp)."""
+    """A layout, a ZeRO stage and a dtype of the base model. Data-parallel size = world size / (tp x pp)."""
 
     tp: int = 1
     pp: int = 1
@@ -84,13 +84,13 @@ class Case(NamedTuple):
     sp: bool = True
 
     def named(self, world_size: int) -> str:
-        """Return the case as short text."""
+        """Return a short name of the case for a number of ranks."""
         words = [f"TP{self.tp}", f"PP{self.pp}", f"DP{world_size // (self.tp * self.pp)}", f"ZeRO-{self.zero}"]
         return f"{' '.join(words)}, {self.dtype}{'' if self.sp or self.tp == 1 else ', whole sequences'}"
 
 
 def possible_ranks(device: str) -> tuple[int, dict[str, str], str]:
-    """Return the number of ranks that can be started here, the variables that they need, and the reason."""
+    """Return how many ranks can be started here, the environment variables that they need, and a reason."""
     if device == "cpu":
         return 2, {}, "two on a CPU, over gloo"
     count = torch.cuda.device_count()
@@ -120,7 +120,7 @@ def loaded_nccl() -> tuple[int, ...]:
 
 
 def cases_of(world_size: int, device: str) -> tuple[Case, ...]:
-    """Return cases for every layout that fits, each ZeRO stage, no sequence parallelism and, on a GPU, bf16."""
+    """Return test cases for all layouts, all ZeRO stages, runs without sequence parallelism and, on a GPU, bf16."""
     pairs = [(tp, pp) for tp in SIZES for pp in SIZES if world_size % (tp * pp) == 0]
     layouts = [Case(tp, pp) for tp, pp in pairs]
     engines = [Case(zero=zero) for zero in (0, 2, 3)]
@@ -155,7 +155,7 @@ class Ranks:
     Attributes:
         variables: environment variables that the ranks need here.
         folder: the folder of a small model and the results; the ranks' output is written to `logs`.
-        seconds: time limit of the whole part, which began at `began`.
+        seconds: time limit of this part of the check, from the time `began`.
     """
 
     world_size: int
@@ -168,14 +168,15 @@ class Ranks:
 
     @cached_property
     def alone(self) -> list[Case]:
-        """The cases that one rank trains for the comparison, one for each dtype."""
+        """The cases that a single rank trains for the comparison. There is one case for each dtype."""
         return [Case(dtype=dtype) for dtype in dict.fromkeys(case.dtype for case in self.cases)]
 
     def run(self, first: int | str, cases: Sequence[Case], size: int, share: float, grace: float = 5.0) -> EndedRanks:
-        """Run ranks until they end, `share` of the part's time is over, or `grace` seconds have passed since a failure.
+        """Run ranks until all end, or until `grace` seconds after a failure, and return how they ended.
 
         Args:
             first, cases: FIRST and CASES of the ranks' command line.
+            share: the fraction of the part's time limit at which the ranks are killed.
         """
         port, deadline = launch_env.free_port("127.0.0.1"), self.began + share * self.seconds
         command = [sys.executable, "-P", "-m", __name__, str(self.folder), str(first), json.dumps(cases)]
@@ -204,7 +205,7 @@ class Ranks:
 
     @cache  # noqa: B019 - the object lives until the part ends
     def train(self, first: int, size: int) -> str:
-        """Train the cases of a launch. Returns why ranks did not finish them, or ""."""
+        """Train the cases of a launch. Return why the ranks did not finish them, or "" if they did."""
         if size == 1:
             return self.run(first, self.alone, 1, ALONE).why()
         starts = range(first, len(self.cases), CASES_OF_A_START)
@@ -213,7 +214,7 @@ class Ranks:
         return self.run(first, self.cases[first : first + CASES_OF_A_START], size, share).why()
 
     def results(self, number: int, size: int) -> Path:
-        """Return the folder with a case's results. The test fails if there are none."""
+        """Return the folder with the results of a case. The test fails if there are no results."""
         why = self.train(0 if size == 1 else number - number % CASES_OF_A_START, size)
         found = self.folder / f"{size}-{number}"
         said = sorted(file.read_text().strip().splitlines()[-1] for file in found.glob("error*"))
@@ -222,7 +223,7 @@ class Ranks:
 
 
 def naming_line(output: str, victim: int) -> str | None:
-    """Return the line in which a rank reports that the victim is lost."""
+    """Return the first line in which a rank reports that rank `victim` is lost; None if there is no such line."""
     lines = output.splitlines()
     return next((line.strip() for line in lines if re.search(rf"error: .*\brank {victim}\b", line)), None)
 
@@ -245,7 +246,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(pytestconfig: pytest.Config, device: torch.device) -> Iterator[Ranks]:
-    """Yield the ranks that can be started on this machine, or skip the test if only one can."""
+    """Yield the ranks that can be started on this machine, or skip the test if only one rank can be started."""
     size, variables, why = possible_ranks(device.type)
     if size == 1:
         pytest.skip(why)
@@ -258,13 +259,13 @@ def ranks(pytestconfig: pytest.Config, device: torch.device) -> Iterator[Ranks]:
 
 
 def test_layout(case: Case, ranks: Ranks, tell: parts.Tell) -> None:
-    """Compare the losses and the adapter of a layout with one rank's. The ranks compare their replicas bit by bit."""
+    """Compare the losses and the adapter of a layout with the results of one rank. The ranks also compare replicas."""
     expected = ranks.results(ranks.alone.index(Case(dtype=case.dtype)), 1)
     compare(tell, case, ranks.results(ranks.cases.index(case), ranks.world_size), expected)
 
 
 def compare(tell: parts.Tell, case: Case, found: Path, expected: Path) -> None:
-    """Compare one case's results with those of one rank."""
+    """Compare the results of a case with the results of one rank."""
     losses, one = (json.loads((folder / RESULT).read_text()) for folder in (found, expected))
     steps = [torch.tensor(values, dtype=torch.float64) for values in zip(losses, one, strict=True)]
     apart = {str(number): reference.relative(*values) for number, values in enumerate(steps, start=1)}
@@ -286,18 +287,18 @@ def compare(tell: parts.Tell, case: Case, found: Path, expected: Path) -> None:
 
 
 def test_killed_rank(ranks: Ranks, tell: parts.Tell) -> None:
-    """Kill the last rank during training, and check that the others end in time and name it."""
+    """Kill the last rank during training, and check that the other ranks end in time and report the lost rank."""
     victim = ranks.world_size - 1
     ended = ranks.run(KILLED, [Case(tp=2)], ranks.world_size, WORKING, grace=NOTICED_SECONDS + 15)
     assert ended.statuses[victim] == -signal.SIGKILL, f"{FAILED_FIX}\n{ended.why()}"
     tell("seconds until the others ended", ended.seconds)
     said = next((line for output in ended.outputs[:victim] if (line := naming_line(output, victim))), None)
-    tell("they say", said or "nothing of it")
+    tell("they say", said or "nothing about it")
     assert ended.seconds <= NOTICED_SECONDS and all(ended.statuses[:victim]) and said is not None, LOST_FIX
 
 
 def test_doctor(ranks: Ranks, gpu: torch.device, tell: parts.Tell) -> None:
-    """Run the doctor's all-reduces on all GPUs of this host."""
+    """Run the all-reduces of `tiedlora doctor` on all GPUs of this host, and check the results."""
     count = torch.cuda.device_count()
     if count == 1:
         pytest.skip("there is one GPU")
@@ -322,7 +323,7 @@ def test_doctor(ranks: Ranks, gpu: torch.device, tell: parts.Tell) -> None:
 
 
 def started(case: Case, folder: Path, rank: int, world_size: int, **changes: Any) -> step_bench.Started:
-    """Return a run of a case, with the same samples for every layout. `changes` is as in `plan_benchmark`."""
+    """Set up and return the run of a case, with the same samples for every layout. `changes`: see `plan_benchmark`."""
     rows = SAMPLES // (world_size // (case.tp * case.pp))
     settings = running.step_settings(
         str(folder / MODEL),
@@ -341,7 +342,7 @@ def started(case: Case, folder: Path, rank: int, world_size: int, **changes: Any
 
 
 def run_case(case: Case, folder: Path, rank: int, world_size: int, results: Path) -> None:
-    """Train the steps of a case. Rank 0 writes the results."""
+    """Train the steps of a case. Rank 0 writes the results to the folder `results`."""
     run = started(case, folder, rank, world_size, learning_rate=RATE, replica_check_steps=STEPS)
     losses = [run.take(next(run.loader)).loss for _ in range(STEPS)]
     state = run.runner.full_state(ONLY, run.plan.layout_of(run.plan.adapter))
@@ -352,7 +353,7 @@ def run_case(case: Case, folder: Path, rank: int, world_size: int, results: Path
 
 
 def run_until_killed(case: Case, folder: Path, rank: int, world_size: int) -> int:
-    """Train with a heartbeat, as tiedlora train does, until the last rank kills itself. Returns the exit status."""
+    """Train with a heartbeat, as tiedlora train does, until the last rank kills itself. Return the exit status."""
     with ending.reported_end(rank, world_size, stopping.StopRequests()) as end:
         run = started(case, folder, rank, world_size)
         end.watch_peers(1.0)
@@ -365,7 +366,7 @@ def run_until_killed(case: Case, folder: Path, rank: int, world_size: int) -> in
 
 
 def main(argv: Sequence[str]) -> int:
-    """Train the cases of the command line. Returns the exit status."""
+    """Train the cases that the command line lists. Return the exit status."""
     end_with_parent()
     folder, cases = Path(argv[0]), [Case(*case) for case in json.loads(argv[2])]
     launch_env.prepare_environment()

@@ -1,4 +1,4 @@
-"""Part speed: measures training steps as tiedlora bench does, with the options that determine a run's speed."""
+"""Checks speed: measures training steps like tiedlora bench, with the options that determine a run's speed."""
 
 from statistics import median
 
@@ -20,28 +20,28 @@ FORMS: dict[str, tuple[str, ...]] = {
 LEAST_MFU = 0.35  # of the data sheet's rate; about 0.5 was predicted for 7B on one H100 (docs/gpu.md)
 MOST_PACKED = 1.1  # largest time of a packed step relative to an unpacked one
 SLOW_FIX = (
-    "check `matmul ceiling` of part env (clocks, another process), then the shares of the kernels in this part: if"
+    "check `matmul ceiling` of part env (clocks, other processes), then the time shares of kernels in this part: if"
     " attention is far above 15 %, install flash_attn; if elementwise is above 20 %, compile the kernels; part host"
     " shows whether the GPU waits for Python"
 )
-PACKED_FIX = "documents should cost nothing: see the attention for packed rows in part env, and install flash_attn"
+PACKED_FIX = "packing should not slow down a step: check the attention kernel in part env, and install flash_attn"
 
 
 @pytest.fixture(scope="module")
 def layers(gpu: torch.device, model: str) -> int:
-    """Return the number of layers that fit by the dry run's plan for 2 x 4,096 tokens."""
+    """Return the number of layers that fit into the GPU's memory with 2 x 4,096 tokens, by the dry run's plan."""
     return running.layers_that_fit(model, "--rows=2", f"--length={LENGTH}", "--supervised=1")
 
 
 @pytest.fixture(scope="module")
 def token_seconds() -> dict[str, float]:
-    """Return a dict for the measured seconds per token of each kind of step."""
+    """Return an empty dict, in which the tests store the seconds per token of each kind of step."""
     return {}
 
 
 @pytest.mark.parametrize("name", FORMS)
 def test_step(name: str, layers: int, token_seconds: dict[str, float], model: str, tell: parts.Tell) -> None:
-    """Measure tokens/s, MFU and the shares of the GPU's time for a kind of step, as bench_step.py does."""
+    """Measure tokens/s, MFU and the GPU time per kernel class for one kind of step, like tools/bench_step.py."""
     running.release()
     base = ("--rows=1", f"--length={LENGTH}", "--supervised=1", "--micro_batches=2", "--compile=auto", "--repeats=5")
     settings = running.step_settings(model, f"--num_layers={layers}", *base, *FORMS[name])

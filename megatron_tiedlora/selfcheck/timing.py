@@ -1,4 +1,4 @@
-"""Measures the times of steps that take turns, the times of their kernels by class, and the memory of a single step."""
+"""Measures the times of steps that run in turn, the times of kernels by class, and the memory of a single step."""
 
 import ctypes
 import gc
@@ -41,7 +41,7 @@ _PATTERNS = (
 def take_turns(
     timers: Mapping[str, Callable[[], float]], *, repeats: int, uncounted: int = 1, shows: bool = True
 ) -> dict[str, list[float]]:
-    """Call the timers in turn, and return their seconds by name. The first `uncounted` turns are left out."""
+    """Call the timers in turn, and return their seconds by name. The first `uncounted` rounds are not included."""
     seconds: dict[str, list[float]] = {name: [] for name in timers}
     for turn in progress_bar("turns", "turn", range(uncounted + repeats), shows=shows):
         for name, timer in timers.items():
@@ -62,7 +62,7 @@ def about(
     """Return the first entries of every report: the named settings, dtype, `more`, device, allocator and versions.
 
     Args:
-        base_format: the storage format of the base.
+        base_format: the storage format of the base model.
     """
     return {
         **{name: getattr(settings, name) for name in names},
@@ -77,7 +77,7 @@ def about(
 
 
 def describe_allocator(environment: Mapping[str, str]) -> str:
-    """Return a text with the preloaded allocator in the environment and its settings."""
+    """Return text that names the preloaded allocator and its settings, read from environment variables."""
     libraries = environment.get("LD_PRELOAD", "").replace(":", " ").split()
     found = [f"LD_PRELOAD {Path(library).name}" for library in libraries]
     found += [f"{name} {environment[name]}" for name in _ALLOCATOR_SETTINGS if environment.get(name)]
@@ -85,7 +85,7 @@ def describe_allocator(environment: Mapping[str, str]) -> str:
 
 
 def kernel_class(name: str) -> str:
-    """Return the class in `CLASSES` of the kernel with this name. Reductions count as elementwise."""
+    """Return the kernel class (one of `CLASSES`) for a kernel name. Reductions count as elementwise."""
     return next((kind for kind, pattern in _PATTERNS if re.search(pattern, name, re.IGNORECASE)), "other")
 
 
@@ -111,7 +111,7 @@ def kernel_seconds(step: Callable[[], object]) -> dict[str, float]:
 
 
 def in_own_process(name: str, measure: Callable[..., Value], *arguments: Any) -> Value:
-    """Call `measure` in a new process, and return its result. Messages call the measurement `name`.
+    """Call `measure` in a new process, and return its result. Error messages name the measurement `name`.
 
     Raises:
         UserError: the process ended without a result, for example because the system ran out of memory and killed it.
@@ -121,14 +121,14 @@ def in_own_process(name: str, measure: Callable[..., Value], *arguments: Any) ->
             return processes.submit(measure, *arguments).result()
         except BrokenProcessPool:
             raise UserError(
-                f"{name}: the process that measures its memory was ended, most likely for want of memory; give less"
+                f"{name}: the process that measures its memory was ended, probably because memory ran out; reduce"
                 " --rows, --length or --num_layers"
             ) from None
 
 
 @contextmanager
 def saved_by_autograd(model: torch.nn.Module) -> Iterator[dict[int, torch.Tensor]]:
-    """Collect the tensors that autograd saves inside the block, by storage. The model's parameters are excluded."""
+    """Yield a dict of the tensors that autograd saves in the block, by storage. It excludes the model's parameters."""
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved: dict[int, torch.Tensor] = {}
 
@@ -147,7 +147,7 @@ def storage_bytes(saved: Mapping[int, torch.Tensor]) -> int:
 
 
 def restart_peak(device: torch.device) -> int | None:
-    """Reset the peak that `peak_bytes` returns. Returns the bytes in use now, or None if they are not known."""
+    """Reset the peak that `peak_bytes` returns. Return the bytes that are in use now, or None if unknown."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return int(torch.cuda.memory_allocated(device))
@@ -162,8 +162,8 @@ def restart_peak(device: torch.device) -> int | None:
 def idle_bytes() -> int | None:
     """Return the current anonymous memory of this process; None if the system does not report it.
 
-    A step could use freed memory that is still resident without a higher peak. So glibc's malloc first returns such
-    memory to the system. Other allocators, which a report's header names, may keep it.
+    A step could reuse freed memory that is still resident, without a higher peak. Therefore glibc's malloc first
+    returns freed memory to the system. Other allocators may keep it. The header of a report names the allocator.
     """
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
@@ -173,7 +173,7 @@ def idle_bytes() -> int | None:
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """Return the peak memory since `restart_peak`: allocated by torch on CUDA, else anonymous; None if unknown.
+    """Return the peak memory in bytes since `restart_peak` (of torch on a GPU, else anonymous); None if unknown.
 
     Linux reports only the peak of all resident memory. The current size of files and shared memory is subtracted.
     """

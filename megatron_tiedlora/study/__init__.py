@@ -1,1 +1,1 @@
-"""The paper's study on any model and task: a grid of runs, their scores, tables and figures."""
+"""Repeats the paper's study on any model and task: trains and scores a grid of runs, and makes tables and figures."""

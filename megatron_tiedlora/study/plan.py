@@ -1,7 +1,7 @@
-"""Plans a study: checks its settings, and decides which runs are trained together. Makes the text of its dry run.
+"""Plans a study: checks its settings, decides which runs are trained together, and makes the text of the dry run.
 
-All runs of a study have the same base, layout and data, so any runs can be trained together. Memory limits their
-number.
+All runs of a study have the same base model, layout and data, so any of them can be trained together. Free memory
+limits how many.
 """
 
 import os
@@ -36,12 +36,12 @@ Group = tuple[record.Run, ...]  # runs that are trained together in one launch
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """A checked study.
+    """A study whose settings have been checked.
 
     Attributes:
         runs: the plan of each run, in training order.
-        job: the launcher, hosts and ranks of each launch, without the program.
-        test_limit: number of test rows that are scored, from the first row; None for all.
+        job: the launcher, hosts and ranks of each launch. The program is added at the launch.
+        test_limit: number of test rows that are scored, starting with the first row; None for all rows.
     """
 
     command: job_settings.SweepCommand
@@ -58,14 +58,14 @@ class SweepPlan:
         return next(iter(self.runs.values())).source
 
     def is_finished(self, run: record.Run) -> bool:
-        """Return whether the run is finished, in this launch or an earlier one."""
+        """Return whether the run has finished, in this launch of the sweep or in an earlier launch."""
         return record.read_run(self.folder.run(run.name)).state == "finished"
 
     def groups(self) -> list[Group]:
-        """Return the runs of all points with an unfinished run, in groups of runs that are trained together.
+        """Return the runs to train as groups. The runs of a group are trained together in one launch.
 
-        The runs of a point are compared and scored together, so they stay in one group if they fit. Finished runs are
-        not trained again, but with --halving the others are compared with them.
+        The runs of one method and rank are compared with each other, so they are in one group if they fit. Finished
+        runs are not trained again, but --halving compares the other runs with them.
 
         Raises:
             UserError: the free memory of the GPUs cannot be read.
@@ -78,7 +78,7 @@ class SweepPlan:
         return list(filter(is_left, _packed(list(points), self._may_share)))
 
     def _may_share(self, runs: Group) -> bool:
-        """Return whether the runs may be trained together."""
+        """Return whether the runs may be trained together, by --together and the free memory."""
         most = self.command.settings.together
         if most != "auto":
             return len(runs) <= most
@@ -87,9 +87,9 @@ class SweepPlan:
         return len(runs) <= job_settings.MOST_TOGETHER and self.needed_bytes(runs) <= self.free_bytes
 
     def needed_bytes(self, runs: Group) -> float:
-        """Return the most bytes that a rank needs to train the runs together.
+        """Return the largest memory that a rank needs to train the runs together, in bytes.
 
-        They hold the tensors of all runs, and the passes of a micro-batch of the run with the largest adapter."""
+        It includes the tensors of all runs, and the memory of a step of the run with the largest adapter."""
         step = planned.StepPlan({run.name: self.runs[run] for run in runs})
         machine = step.shared.machine
         parts = zip(step.stages, self._passes, strict=True)
@@ -97,7 +97,7 @@ class SweepPlan:
 
     @cached_property
     def _passes(self) -> list[StageMemory]:
-        """The memory of each stage for the passes of a micro-batch of the run with the largest adapter."""
+        """The memory of each stage that depends on micro-batches, for the run with the largest adapter."""
         run = max(self.runs, key=lambda run: self.runs[run].adapter.rank * len(self.runs[run].adapter.targets))
         step = planned.StepPlan({run.name: self.runs[run]})
         return [step_memory(stage, step.largest) for stage in step.stages]
@@ -110,7 +110,7 @@ class SweepPlan:
         return _SHARE * psutil.virtual_memory().available / self.job.hosts[0].slots
 
     def dry_run_lines(self) -> list[str]:
-        """Return the lines of two tables: all runs with their states, and runs trained together with their memory."""
+        """Return the lines of the dry run: a table of all runs, and a table of the joint launches and their memory."""
         base, metric, states = self.base, self.command.train.eval_metric, list[str]()
         rows = [("run", "trained parameters", "state")]
         for run in self.runs:
@@ -138,14 +138,14 @@ class SweepPlan:
             ]
             lines += aligned_lines(cells, align=">><", indent="  ")
             if is_auto and max(needed) > self.free_bytes:
-                less = "a --base of fewer bits or a shorter --max_length needs less"
-                lines += ["", f"  warning: a group needs more than that; {less}"]
+                less = "give a --base of fewer bits or a shorter --max_length"
+                lines += ["", f"  warning: a group needs more memory than this; {less}"]
         counts = (f"{states.count(state)} {state}" for state in dict.fromkeys(states))
         return [*lines, "", f"  {', '.join(counts)}"]
 
 
 def _packed(parts: Sequence[Group], may_share: Callable[[Group], bool]) -> list[Group]:
-    """Join consecutive parts into groups, each as large as allowed. A part that is too large alone is divided."""
+    """Join consecutive groups if `may_share` allows it, divide groups that are too large, and return the groups."""
     groups: list[Group] = []
     for part in parts:
         if groups and may_share((*groups[-1], *part)):
@@ -158,24 +158,24 @@ def _packed(parts: Sequence[Group], may_share: Callable[[Group], bool]) -> list[
 
 
 def _free_gpu_bytes() -> float:
-    """Return the free bytes of the GPU with the least free memory.
+    """Return the free memory, in bytes, of the GPU with the least free memory.
 
-    A separate process asks CUDA, because a CUDA context would stay in the memory of this process."""
+    A separate process asks CUDA, because this process would keep its CUDA context until it ends."""
     free = "min(cuda.mem_get_info(index)[0] for index in range(cuda.device_count()))"
     code = f"import sys; from torch import cuda; sys.stdout.write(str({free}))"
     environment = {**os.environ, "PYTHONSAFEPATH": "1"}
     asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     if asked.returncode or not asked.stdout.strip().isdecimal():
         reason = (asked.stderr.strip().splitlines() or ["no answer"])[-1]
-        raise UserError(f"--together auto: the free memory of the GPUs is not known ({reason}); give a number")
+        raise UserError(f"--together auto: the free GPU memory cannot be read ({reason}); give a number")
     return float(asked.stdout)
 
 
 @contextmanager
 def _no_accelerator_needed() -> Iterator[None]:
-    """Tell DeepSpeed that there is no GPU, because its check of the engine's JSON prints a warning otherwise.
+    """Tell DeepSpeed inside the block that there is no GPU. Otherwise its check of the config prints a warning.
 
-    This affects only this process, since commands may be launched on other hosts.
+    The setting is removed again after the block, because launched commands may run on hosts with GPUs.
     """
     told = "DS_ACCELERATOR" in os.environ or torch.cuda.is_available()
     if not told:
@@ -192,7 +192,7 @@ def plan_sweep(command: job_settings.SweepCommand) -> SweepPlan:
     """Check the folder, model, grid, task and every run before anything is launched, and return the plan.
 
     Raises:
-        UserError: something does not fit. The message names the first problem.
+        UserError: a check fails. The message names the first problem.
     """
     settings, train = command.settings, command.train
     folder = record.StudyFolder(user_path(settings.output_dir))

@@ -1,10 +1,10 @@
-"""Defines the points and runs of a study, and reads and writes the settings and results in its folder.
+"""Defines the grid of a study, and reads and writes the settings and results in the folder of the study.
 
-A point is an adapter that is scored. It has one run per learning rate. `sweep.yaml` has the settings, and can be given
-to --config. A later launch resumes the same study, or is rejected. `base.json` describes the base model and the task,
-so that tables can be made without them, and has the hashes of the files of rows. `sweep_status.json` says how the last
-launch ended. Results are read from the files of tiedlora train and tiedlora evaluate: how each run ended, the best
-learning rate, and the test scores in per cent.
+A point of the grid is a method and a rank. It has one run per learning rate. `sweep.yaml` has the settings, and can be
+passed to --config. A later launch resumes the study if its settings agree. `base.json` describes the base model and the
+task, so that tables can be made without them, and has the hashes of the data files. `sweep_status.json` records how the
+last launch ended. The results are how each run ended, the best learning rate, and the test scores in per cent. They are
+read from the files of tiedlora train and tiedlora evaluate.
 """
 
 import typing
@@ -35,7 +35,7 @@ PAPER_LAYER_STEP = 4
 
 @dataclass(frozen=True)
 class Point:
-    """An adapter of the study: a method and a rank, on all layers or on one (1-based)."""
+    """A method and a rank in the grid of a study, for all layers or for a single layer (1-based)."""
 
     method: str
     rank: int
@@ -43,7 +43,7 @@ class Point:
 
     @property
     def name(self) -> str:
-        """The point's name, METHOD-rRANK[-layerN]."""
+        """The name of this method and rank: METHOD-rRANK[-layerN]."""
         return f"{self.method}-r{self.rank}{self.layer_part}"
 
     @property
@@ -54,31 +54,31 @@ class Point:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run of a point."""
+    """One training run of a study: a method and a rank with one learning rate."""
 
     point: Point
     learning_rate: float
 
     @property
     def name(self) -> str:
-        """The name of the run's folder, METHOD-rRANK-lrRATE[-layerN]."""
+        """The name of the run's folder: METHOD-rRANK-lrRATE[-layerN]."""
         point = self.point
         return f"{point.method}-r{point.rank}-lr{rate_text(self.learning_rate)}{point.layer_part}"
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The training settings that the grid determines."""
+        """The training settings of this run that the grid determines."""
         point, layers = self.point, {} if self.point.layer is None else {"layers": self.point.layer}
         return {"method": point.method, "rank": point.rank, "learning_rate": self.learning_rate, **layers}
 
 
 @dataclass(frozen=True)
 class SweepGrid:
-    """The points of a study.
+    """The methods, ranks and learning rates of a study.
 
     Attributes:
-        table: points for Table 2 and the figures.
-        table3: points for Table 3: LoRA on single layers, and then the tied method.
+        table: methods and ranks for Table 2 and the figures.
+        table3: methods and ranks for Table 3: LoRA on single layers, then the tied method.
     """
 
     table: tuple[Point, ...]
@@ -87,16 +87,16 @@ class SweepGrid:
 
     @property
     def points(self) -> tuple[Point, ...]:
-        """All points, each once, in training order."""
+        """All methods and ranks of both tables without duplicates, in training order."""
         return tuple(dict.fromkeys((*self.table, *self.table3)))
 
     def runs(self, point: Point) -> tuple[Run, ...]:
-        """Return the runs of a point, one per learning rate, in the given order."""
+        """Return the runs of a method and rank, one per learning rate."""
         return tuple(Run(point, rate) for rate in self.learning_rates)
 
     @property
     def all_runs(self) -> tuple[Run, ...]:
-        """The runs of all points, in training order."""
+        """All runs of the study, in training order."""
         return tuple(run for point in self.points for run in self.runs(point))
 
 
@@ -104,7 +104,7 @@ def make_grid(settings: SweepSettings, num_layers: int) -> SweepGrid:
     """Return the grid of `settings` for a model with `num_layers` layers.
 
     Raises:
-        UserError: the model does not have one of the given layers.
+        UserError: one of the given layers does not exist in the model.
     """
     rank, layers = settings.single_layer_rank, single_layers(settings.single_layers, num_layers)
     single = tuple(Point(SINGLE_LAYER_METHOD, rank, layer) for layer in layers)
@@ -116,18 +116,18 @@ def make_grid(settings: SweepSettings, num_layers: int) -> SweepGrid:
 
 
 def single_layers(wanted: Sequence[int] | str | None, num_layers: int) -> tuple[int, ...]:
-    """Return the layers to adapt one at a time: none, the given ones, or for `paper` 1, 4, 8, ... and the last."""
+    """Return the layers to adapt one at a time: none, the given layers, or for `paper` 1, 4, 8, ... and the last."""
     if wanted is None:
         return ()
     if isinstance(wanted, str):
         return tuple(sorted({1, num_layers, *range(PAPER_LAYER_STEP, num_layers + 1, PAPER_LAYER_STEP)}))
     if max(wanted) > num_layers:
-        raise UserError(f"--single_layers {max(wanted)}: the model has layers 1 to {num_layers}")
+        raise UserError(f"--single_layers {max(wanted)}: the model has layers 1 to {num_layers}; give one of these")
     return tuple(wanted)
 
 
 def rate_text(rate: float) -> str:
-    """Return the text of a learning rate in names: 1e-4, 2.5e-5, 3e-2. Different rates have different texts."""
+    """Return a learning rate as text for names, such as 1e-4 or 2.5e-5. Different rates have different texts."""
     sign, digits, exponent = Decimal(repr(rate)).normalize().as_tuple()
     assert not sign and isinstance(exponent, int)
     text = "".join(map(str, digits))
@@ -140,10 +140,10 @@ RUNS, GROUPS, SCORES, LOGS = "runs", "groups", "scores", "logs"
 
 @dataclass(frozen=True)
 class StudyFolder:
-    """The paths in a study's folder.
+    """The paths of the files and folders of a study.
 
     Attributes:
-        owner: the sweep that writes to the folder; None for a reader.
+        owner: the sweep that may write to the folder; None if the folder is only read.
     """
 
     path: Path
@@ -155,7 +155,7 @@ class StudyFolder:
 
     @property
     def guard(self) -> Guard:
-        """A guard that raises UserError if this sweep may no longer change the folder."""
+        """A function that raises UserError if this sweep may no longer write to the folder."""
         return unguarded if self.owner is None else self.owner.check
 
     def run(self, name: str) -> Path:
@@ -163,11 +163,11 @@ class StudyFolder:
         return self.path / RUNS / name
 
     def group(self, name: str) -> Path:
-        """Return the folder of runs that are trained together. `name` is the first of them."""
+        """Return the folder of several runs that are trained together. `name` is the name of the first run."""
         return self.path / GROUPS / name
 
     def score(self, name: str) -> Path:
-        """Return the folder that tiedlora evaluate writes for the run called `name`, or for `base`, the base model."""
+        """Return the folder with the score of the run called `name`. The name `base` means the base model."""
         return self.path / SCORES / name
 
     def log(self, name: str) -> Path:
@@ -180,8 +180,8 @@ class BaseRecord:
     """The base model and the task of a study.
 
     Attributes:
-        trained: number of trained parameters of each point, by the point's name.
-        file_sha256: SHA-256 of each local file of rows, by the file's name.
+        trained: number of trained parameters by the name of a method and rank, such as `tl6-r8`.
+        file_sha256: SHA-256 of each local data file, by the name of the file.
     """
 
     model: Text
@@ -197,7 +197,7 @@ class BaseRecord:
 def check_folder(folder: StudyFolder) -> None:
     """Raise UserError if the path is a file, or a folder that has links or files of other programs.
 
-    A folder is accepted if a launch was killed before it wrote its settings."""
+    The folder of a launch that was killed before it wrote its settings is accepted."""
     path = folder.path
     folders = (RUNS, GROUPS, SCORES, LOGS)
     # The folder also has YAML lists of adapters, and temporary files of them if a sweep was killed.
@@ -209,17 +209,19 @@ def check_folder(folder: StudyFolder) -> None:
     if not path.is_dir() or folder.settings.is_file():
         return
     if not all(is_of_owner(item.name) for item in path.iterdir()):
-        raise UserError(f"--output_dir {path} holds other files and no sweep; give a new folder")
+        raise UserError(f"--output_dir {path} holds other files but no sweep; give a new folder")
 
 
 def check_resumable(folder: StudyFolder, now: SweepCommand, base: BaseRecord) -> None:
-    """Raise UserError, with the setting's name, if `now` contradicts the settings of the study in the folder."""
+    """Raise UserError if the settings `now` do not match the study in the folder. The message names the setting."""
     if not folder.settings.is_file():
         return
     before, where = read_command(folder), f"{folder.settings}: the sweep was started with"
     _check_extended(before.settings, now.settings, base.num_layers, where)
     if before.settings.test_limit != now.settings.test_limit:
-        raise UserError(f"{where} --test_limit {before.settings.test_limit}, now it is {now.settings.test_limit}")
+        raise UserError(
+            f"{where} --test_limit {before.settings.test_limit}, now it is {now.settings.test_limit}; keep the value"
+        )
     # Both are resolved for the same point, so that alpha, which depends on the rank, differs only if it was given.
     theirs, ours = job_settings.resolve_train(now.settings, before.given), now.train
     for name, own in declared(Settings).items():
@@ -227,17 +229,17 @@ def check_resumable(folder: StudyFolder, now: SweepCommand, base: BaseRecord) ->
         same = (own.compared or own.by_content) and "sweep" not in own.decided_by
         if same and getattr(theirs, name) != getattr(ours, name):
             old, new = (flag_value(getattr(settings, name)) for settings in (theirs, ours))
-            raise UserError(f"{where} --{name} {old}, now it is {new}; give the same, or another --output_dir")
+            raise UserError(f"{where} --{name} {old}, now it is {new}; give the same value, or a new --output_dir")
     if not folder.base.is_file():
         return
     found = read_base(folder)
     if found.base_hash != base.base_hash:
-        raise UserError(f"{folder.base}: --model {base.model} is not the sweep's model {found.model}; give that one")
+        raise UserError(f"{folder.base}: --model {base.model} is not this sweep's model; give --model {found.model}")
     for name in [*found.file_sha256, *base.file_sha256]:
         if found.file_sha256.get(name) != base.file_sha256.get(name):
             raise UserError(
-                f"{name}: holds other rows than when the sweep was started ({folder.base} has its SHA-256); restore the"
-                " former file, or give another --output_dir"
+                f"{name}: the file has changed since the sweep was started ({folder.base} has its SHA-256); restore the"
+                " original file, or give a new --output_dir"
             )
 
 
@@ -249,16 +251,16 @@ def _check_extended(before: SweepSettings, now: SweepSettings, num_layers: int, 
         missing = [value for value in old if value not in new]
         if missing:
             raise UserError(
-                f"{where} --{name} {flag_value(old)}, now {missing[0]} is missing; values may be added, but not removed"
+                f"{where} --{name} {flag_value(old)}, now {missing[0]} is missing; give it too, or a new --output_dir"
             )
     if before.single_layers is not None and before.single_layer_rank != now.single_layer_rank:
         raise UserError(
-            f"{where} --single_layer_rank {before.single_layer_rank}, now it is {now.single_layer_rank}; give the same"
+            f"{where} --single_layer_rank {before.single_layer_rank}, now it is {now.single_layer_rank}; keep the value"
         )
 
 
 def write_record(folder: StudyFolder, command: SweepCommand, base: BaseRecord) -> None:
-    """Write the study's settings and base before the first launch. Raises UserError if a file cannot be written."""
+    """Write sweep.yaml and base.json before the first launch. Raises UserError if a file cannot be written."""
     for path in (folder.path, folder.path / GROUPS):
         files.remove_leftovers(path, guard=folder.guard)
     own, train = command.settings.model_dump(mode="json"), command.train.model_dump(mode="json")
@@ -277,10 +279,10 @@ def read_command(folder: StudyFolder) -> SweepCommand:
 
 
 def read_base(folder: StudyFolder) -> BaseRecord:
-    """Read base.json. Raises UserError if it is not valid; the message names the problem."""
+    """Read and return base.json. Raises UserError if it is not valid; the message names the problem."""
     content = read_json_object(folder.base, kind="a sweep's folder")
     if "num_layers" not in content:
-        raise UserError(f"{folder.base}: was not written by this version; give another --output_dir")
+        raise UserError(f"{folder.base}: this file is from a different version; give a new --output_dir")
     return read_fields(folder.base, content, BaseRecord)
 
 
@@ -291,7 +293,7 @@ BASE_NAME = "base"
 class RunEnd:
     """The state of a run: `finished`, `failed`, `stopped`, `cut off` (killed, or still running) or `to do`.
 
-    A run that ended without a finite validation result has failed, because it cannot be compared.
+    A run without a finite validation result counts as failed, because it cannot be compared with other runs.
     """
 
     state: str
@@ -312,12 +314,12 @@ class RunEnd:
 
 @dataclass(frozen=True)
 class Result:
-    """The result of a point of a study.
+    """The result of one method and rank of a study.
 
     Attributes:
-        run: the run with the best learning rate on validation; None if no run of the point is finished.
-        missing: unfinished runs of other learning rates, which may turn out better.
-        stopped: the runs that --halving stopped before their last step, and why.
+        run: the run whose learning rate is best on the validation data; None if no run is finished.
+        missing: unfinished runs with other learning rates, which may still have a better result.
+        stopped: the runs that --halving stopped before their last step, each with the reason.
     """
 
     point: Point
@@ -330,11 +332,11 @@ class Result:
 
 @dataclass(frozen=True)
 class Study:
-    """A study with its results, in the order of its grid.
+    """A study and its results, in the order of the grid.
 
     Attributes:
-        base_score: the score of the model without an adapter.
-        own_rows: names of given settings that may change rows or prompts compared with the paper.
+        base_score: the score of the base model without an adapter.
+        own_rows: names of given settings that can make rows or prompts differ from those in the paper.
     """
 
     folder: Path
@@ -345,12 +347,12 @@ class Study:
     own_rows: tuple[str, ...] = ()
 
     def result(self, point: Point) -> Result:
-        """Return the result of a point of the grid."""
+        """Return the result of one method and rank of the grid."""
         return next(result for result in self.results if result.point == point)
 
     @property
     def table_results(self) -> tuple[Result, ...]:
-        """The results with a score, for Table 2 and the figures."""
+        """The results that have a score, for Table 2 and the figures."""
         return tuple(r for r in map(self.result, self.grid.table) if r.score is not None)
 
 
@@ -381,7 +383,7 @@ def _number(value: Any) -> float | None:
 
 
 def best_run(folder: StudyFolder, runs: Sequence[Run], *, metric: str) -> Run | None:
-    """Return the finished run that is best on validation, or None if no run is finished. The first of equal runs wins.
+    """Return the first finished run with the best validation result, or None if no run is finished.
 
     Args:
         metric: the value of --eval_metric: `loss`, for which lower is better, or a score.
@@ -393,7 +395,7 @@ def best_run(folder: StudyFolder, runs: Sequence[Run], *, metric: str) -> Run | 
 
 
 def read_score(folder: Path) -> Score | None:
-    """Return the score that tiedlora evaluate wrote to `folder`, or None if there is none yet.
+    """Return the score that tiedlora evaluate wrote to `folder`, or None if there is no score yet.
 
     Raises:
         UserError: results.json does not have the expected content.
@@ -408,22 +410,22 @@ def read_score(folder: Path) -> Score | None:
         texts = {name: content.get(name, "") for name in ("metric", "signature")}
         return read_fields(file, {**texts, **numbers}, Score)
     except (UserError, KeyError, TypeError, ValueError):
-        raise UserError(f"{file}: was not written by tiedlora evaluate; remove the folder and start again") from None
+        raise UserError(f"{file}: is not a result of tiedlora evaluate; remove the folder and start again") from None
 
 
 def read_study(path: Path) -> Study:
-    """Read the study in a folder with its results so far.
+    """Return the study in a folder with the results that exist so far.
 
     Raises:
         UserError: the folder has no study, or a file is broken.
     """
     folder = StudyFolder(path)
     if not folder.settings.is_file():
-        raise UserError(f"{path}: holds no sweep; give the --output_dir of a sweep")
+        raise UserError(f"{path}: there is no sweep in this folder; give the --output_dir of a sweep")
     command, base = read_command(folder), read_base(folder)
     grid = make_grid(command.settings, base.num_layers)
     if missing := [point.name for point in grid.points if point.name not in base.trained]:
-        raise UserError(f"{folder.base}: does not say how much {missing[0]} trains; start the sweep again")
+        raise UserError(f"{folder.base}: the parameter count of {missing[0]} is missing; start the sweep again")
     metric = command.train.eval_metric
     results = tuple(_read_result(folder, grid, point, base, metric) for point in grid.points)
     of_rows = marked(Settings, group="data", by_content=True)

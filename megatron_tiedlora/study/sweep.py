@@ -1,7 +1,7 @@
-"""Runs a study: scores the base, trains the runs, scores the best run of each point, and writes tables and figures.
+"""Runs a study: scores the base model, trains the runs, scores the best runs, and writes tables and figures.
 
-The launcher of tiedlora run launches tiedlora train and tiedlora evaluate. The files that they write say how they
-ended, because a launcher may lose the exit status.
+It starts tiedlora train and tiedlora evaluate with the launchers of tiedlora run. The files that these commands write
+show how they ended, because a launcher may lose the exit status.
 """
 
 import os
@@ -38,11 +38,11 @@ Begin = Callable[[launchers.Job, Path, int], start.RunningJob]
 
 
 def begin_job(job: launchers.Job, log: Path, lock: int) -> start.RunningJob:
-    """Start a job whose output is appended to a log.
+    """Start a job whose output is appended to a log file, and return the running job.
 
     Args:
-        lock: the file descriptor of the folder's lock. The launcher keeps it open, so that a launcher that outlives a
-            killed sweep still holds the folder.
+        lock: the file descriptor of the folder's lock. The launcher keeps it open, so that the folder stays locked if
+            the sweep is killed and the launcher still runs.
 
     Raises:
         UserError: the log cannot be written, or the launcher cannot be started.
@@ -60,14 +60,14 @@ def begin_job(job: launchers.Job, log: Path, lock: int) -> start.RunningJob:
 
 
 def sweep(command: job_settings.SweepCommand, *, scripts: Path, begin: Begin = begin_job) -> int:
-    """Run or resume a study. Returns the exit status: 0 all finished, 1 something failed, 130, 143 or 138 stopped.
+    """Run or resume a study. Return 0 if everything finished, 1 after a failure, or 128 + signal number after a signal.
 
     Args:
         scripts: the folder of the scripts of tiedlora train and tiedlora evaluate.
 
     Raises:
-        UserError: settings, model, task or folder do not fit; or a file cannot be written, or a launcher cannot be
-            started. The first four are checked before anything is launched.
+        UserError: settings, model, task or folder are not valid, a file cannot be written, or a launcher cannot be
+            started. Settings, model, task and folder are checked before anything is launched.
     """
     settings = command.settings
     if settings.tables_from is not None:
@@ -93,12 +93,12 @@ def sweep(command: job_settings.SweepCommand, *, scripts: Path, begin: Begin = b
 
 
 def lock_study(folder: Path, *, take_over: bool = False) -> ownership.FolderLock:
-    """Lock a study's folder for this sweep. The folder is created if it does not exist.
+    """Lock a study's folder for this sweep, and return the lock. A missing folder is created.
 
     Raises:
         UserError: another sweep, or the launcher of a killed sweep, writes to the folder.
     """
-    hint = "it is another sweep, or a run of a killed sweep; wait until it ends, or end it"
+    hint = "it is a different sweep or a run of a killed sweep; wait until it ends, or stop it"
     return ownership.take_folder(folder, take_over=take_over, hint=f"{hint} (--take_over takes the folder anyway)")
 
 
@@ -107,10 +107,10 @@ class Sweep:
     """A running study. Its commands are launched one after another.
 
     Attributes:
-        private: a folder for files of the launchers; no other user can read it.
+        private: a folder for files of the launchers, which other users cannot read.
         scripts: the folder of the scripts that are launched.
         lock: the file descriptor of the lock on the study's folder.
-        failures: for each failed run or score the reason and the log of its launch, by name.
+        failures: the reason and the log file of each failed run or score, by its name.
     """
 
     plan: SweepPlan
@@ -130,11 +130,11 @@ class Sweep:
 
     @property
     def given_up(self) -> bool:
-        """Whether nothing was trained because the base could not be scored, so that nothing can be compared with it."""
+        """Whether training was skipped because the base model could not be scored."""
         return f"score {record.BASE_NAME}" in self.failures
 
     def run(self) -> None:
-        """Score the base, train the runs, and score the best run of each point. After a signal nothing is launched.
+        """Score the base model, train the runs, and score the best runs. Launch nothing after a signal.
 
         Raises:
             UserError: a file cannot be written, or a launcher cannot be started.
@@ -150,7 +150,7 @@ class Sweep:
             self._count()
 
     def _count(self) -> None:
-        """Show the number of finished runs and scores of the study."""
+        """Show the number of finished runs and scores in the progress bar."""
         done = sum(map(self.plan.is_finished, self.plan.runs))
         names = (record.BASE_NAME, *self._best().values())
         done += sum(record.read_score(self.folder.score(name)) is not None for name in names)
@@ -164,13 +164,13 @@ class Sweep:
         return 0.0 if row is None else min(row["step"] / steps, 1.0)
 
     def _best(self) -> dict[str, str]:
-        """Return the best run of each point that has a finished run, by the name of its score."""
+        """Return a dict from the score name of each method and rank to the name of its best finished run."""
         grid, metric = self.plan.grid, self.command.train.eval_metric
         found = {point: record.best_run(self.folder, grid.runs(point), metric=metric) for point in grid.points}
         return {f"score {point.name}": run.name for point, run in found.items() if run is not None}
 
     def _train(self, runs: Group) -> None:
-        """Train runs together. Each run has its own folder."""
+        """Train the runs together in one launch. Each run has its own folder."""
         if self.stop.received:
             return
         folder, first, several = self.folder, runs[0].name, len({run.point for run in runs}) < len(runs)
@@ -196,7 +196,7 @@ class Sweep:
             self._note(run.name, words, f"group {first}", end.reason)
 
     def _score(self, wanted: Mapping[str, str]) -> None:
-        """Score the base model alone, or the adapters of several runs together. `wanted` is by the names of scores."""
+        """Score the base model alone, or several runs together. `wanted` maps score names to run names."""
         folder, train, settings = self.folder, self.command.train, self.command.settings
         left = {item: name for item, name in wanted.items() if record.read_score(folder.score(name)) is None}
         if not left or self.stop.received:
@@ -222,7 +222,7 @@ class Sweep:
             self._note(item, words_of, log)
 
     def _take_scores(self) -> None:
-        """Move each score that was computed together with others to its folder, including those of a killed sweep."""
+        """Move the scores of a joint evaluation, or of a killed sweep, to the score folders of the runs."""
         made = self.folder.group(record.SCORES)
         for found in sorted(made.glob(f"*/{RESULTS_FILE}")):
             target = self.folder.score(found.parent.name)
@@ -235,12 +235,12 @@ class Sweep:
     # One launch -------------------------------------------------------------------------------------------------------
 
     def _start(self, name: str, script: str, settings: Mapping[str, Any], words: Sequence[str] = ()) -> bool:
-        """Launch a script and wait until it ends. Returns False if a signal was received meanwhile.
+        """Launch a script and wait until it ends. Return False if a signal was received in the meantime, else True.
 
         Args:
-            name: the name of its log.
-            settings: values of its flags by name; None values are left out.
-            words: further words of its command line.
+            name: the name of the log file.
+            settings: the values of the script's flags by name. Flags with the value None are not passed.
+            words: further arguments of the command line.
         """
         self.folder.guard()
         self._count()
@@ -262,11 +262,11 @@ class Sweep:
         return not self.stop.received
 
     def _note(self, item: str, words: str | None, log: str, recorded: str = "") -> None:
-        """Show how a run or score ended, and store the reason if it failed.
+        """Print how a run or score ended, and store the reason if it failed.
 
         Args:
-            words: a description of how it ended; None if it failed.
-            recorded: the reason in its folder; '' if there is none. A log of several runs has the errors of all.
+            words: a description of the result; None if the run or score failed.
+            recorded: the reason in the run's folder, or ''. It is used first, as the log has the errors of all runs.
         """
         if words is None:
             lines = last_lines(self.folder.log(log), 40)
@@ -293,10 +293,10 @@ class Sweep:
     # The end ----------------------------------------------------------------------------------------------------------
 
     def write_status(self, state: str, *, reason: str | None = None) -> None:
-        """Write sweep_status.json: how this launch ended, and each failure with its reason and the end of its log.
+        """Write to sweep_status.json how this launch ended, and each failure with its reason and last log lines.
 
         Args:
-            reason: the reason if the sweep itself failed.
+            reason: why the sweep itself failed; None if it did not.
         """
         failed = [
             {"name": name, "reason": why, "log": str(log), "last_lines": last_lines(log)}
@@ -306,11 +306,11 @@ class Sweep:
         write_json(self.folder.status, {"state": state, **own, "failed": failed}, guard=self.folder.guard)
 
     def end(self) -> int:
-        """Write the status, tables and figures, and show the failures. Returns the exit status."""
+        """Write the status, tables and figures, show the failures, and return the exit status."""
         folder, failures = self.folder, self.failures
         if self.stop.received:
             self.write_status("stopped")
-            show(f"stopped; the same command, or --output_dir {shlex.quote(str(folder.path))} alone, resumes it")
+            show(f"stopped; to resume, repeat the command or give only --output_dir {shlex.quote(str(folder.path))}")
             return 128 + self.stop.received[0]
         self.write_status("failed" if failures else "finished")
         if not self.given_up:
@@ -328,7 +328,7 @@ class Sweep:
 
 
 def last_row(metrics: Path) -> dict[str, Any] | None:
-    """Return the last complete row of a metrics.jsonl that is still being written."""
+    """Return the last complete row of a metrics.jsonl to which a run may still write; None if there is no row."""
     try:
         with metrics.open("rb") as stream:
             stream.seek(max(0, metrics.stat().st_size - 4096))
@@ -339,7 +339,7 @@ def last_row(metrics: Path) -> dict[str, Any] | None:
 
 
 def last_lines(log: Path, count: int = 12, *, bars: bool = False) -> list[str]:
-    """Return the last lines of output of a command's last launch. `bars` includes progress bars."""
+    """Return the last output lines of the latest launch in a log. If `bars`, progress bars are included."""
     if not log.is_file():
         return []
     with log.open("rb") as stream:
@@ -352,7 +352,7 @@ def last_lines(log: Path, count: int = 12, *, bars: bool = False) -> list[str]:
 
 
 def join_studies(folders: Sequence[str], target: Path, *, take_over: bool = False) -> int:
-    """Write tables and figures of several studies, one per task, to the folder `target`. Returns exit status 0.
+    """Write the tables and figures of several studies, one per task, to `target`. Return the exit status 0.
 
     Raises:
         UserError: a folder has no study, a task appears twice, or the base models differ.
@@ -363,8 +363,8 @@ def join_studies(folders: Sequence[str], target: Path, *, take_over: bool = Fals
             raise UserError(f"{study.folder}: task {study.base.task} appears twice; give one sweep for each task")
         if study.base.base_hash != studies[0].base.base_hash:
             raise UserError(
-                f"{study.folder}: its base model {study.base.model} is not {studies[0].base.model} of"
-                f" {studies[0].folder}; give sweeps of one model"
+                f"{study.folder}: its base model {study.base.model} differs from {studies[0].base.model} of"
+                f" {studies[0].folder}; give sweeps of the same model"
             )
     with lock_study(target, take_over=take_over) as lock:
         show(*(f"written    {path}" for path in write_tables(studies, target, guard=lock.owner.check)))
@@ -372,7 +372,7 @@ def join_studies(folders: Sequence[str], target: Path, *, take_over: bool = Fals
 
 
 def write_tables(studies: Sequence[record.Study], folder: Path, *, guard: Guard = unguarded) -> list[Path]:
-    """Write Table 2, Table 3 (if single layers were trained) and the figures. Returns the files."""
+    """Write Table 2, Table 3 (if single layers were trained) and the figures, and return the files."""
     texts = {"table2.md": tables.table2_markdown(studies)}
     texts["table2.csv"] = csv_text(tables.TABLE2_COLUMNS, tables.table2(studies))
     if any(study.grid.table3 for study in studies):

@@ -1,15 +1,15 @@
-"""Makes the paper's Table 2 and Table 3 from studies of one task each, as records for CSV and as Markdown.
+"""Makes the paper's Table 2 and Table 3 from studies of one task each, as CSV records and as Markdown.
 
-It also draws figures 2 and 3, which show scores by rank, with 95 % intervals and the paper's scores as hollow marks.
+It also draws figures 2 and 3. They show scores by rank with 95 % intervals, and the paper's scores as hollow marks.
 
-P% is a method's trained parameters in per cent of LoRA's at LoRA's best rank. The average decline of a method is
-100 (mean of LoRA's scores - mean of its scores) / mean of LoRA's scores. Means are over the tasks, with LoRA at its
-best rank. Of the possible definitions only this one matches the paper's values for tl6 at LoRA's best rank. They are
-1.95 % with GPT-2B-001 (its cells of Table 2 result in 1.956) and 1.36 % with LLaMA-2 7B (its cells result in 1.300).
-The mean of the tasks' declines would be 5.07 and 1.63. For one task it is the decline in per cent of LoRA's score.
+P% is a method's number of trained parameters in per cent of LoRA's number at LoRA's best rank. The average decline of a
+method is 100 (mean of LoRA's scores - mean of the method's scores) / mean of LoRA's scores. Means are over the tasks,
+and LoRA is at its best rank. Only this definition matches the paper's values for tl6 at LoRA's best rank. They are
+1.95 % for GPT-2B-001 (1.956 from the scores in Table 2) and 1.36 % for LLaMA-2 7B (1.300 from the scores). The mean of
+the declines of all tasks would be 5.07 and 1.63 %. For a single task, the decline is in per cent of LoRA's score.
 
-The CSV files have unrounded numbers and one line per cell. Their first columns are those of the package's files of the
-paper's scores. A study is shown with the paper's scores for the same model, task and metric.
+The CSV files have unrounded numbers and one line per table cell. The first columns are the same as in the package's CSV
+files with the paper's scores. A study is shown with the paper's scores for the same model, task and metric.
 """
 
 import csv
@@ -42,7 +42,7 @@ EXACT_MATCH = ("squad", "gsm8k", "exact_match")  # our names for the paper's em;
 
 
 def paper_model(name: str, shape: ModelShape) -> str | None:
-    """Return the paper's model with this shape, or for GPT-2B-001 with this name; None if there is none."""
+    """Return the paper's model that has this shape or, for GPT-2B-001, this name; None if no model matches."""
     for title in MODEL_TITLES:
         if shape == shape_from_hf(PRESETS[title], source=title):
             return title
@@ -50,7 +50,7 @@ def paper_model(name: str, shape: ModelShape) -> str | None:
 
 
 def table2_cell(base: BaseRecord, section: str, method: str) -> TableRow:
-    """Return the columns with the paper's values for a method; {} if it has none. LoRA is only in the first section."""
+    """Return the paper's values for a method by column; {} if there are none. LoRA is only in the first section."""
     key = {"model": base.paper_model, "section": section, "method": method, **_task_and_metric(base)}
     for row in _rows("table2.csv"):
         if key.items() <= row.items():
@@ -60,13 +60,13 @@ def table2_cell(base: BaseRecord, section: str, method: str) -> TableRow:
 
 
 def table2_points(base: BaseRecord, method: str) -> dict[int, float]:
-    """Return all scores of a method on a study's task in the paper's Table 2 by rank."""
+    """Return the scores by rank that a method has on the study's task in the paper's Table 2."""
     cells = (table2_cell(base, section, method) for section in (LORA_RANK, BEST_RANK))
     return dict(sorted((cell["paper_rank"], cell["paper_score"]) for cell in cells if cell))
 
 
 def table3_scores(base: BaseRecord) -> dict[str, float]:
-    """Return the paper's row of Table 3 by column (`layer_8`, `tl5`); {} if it has no such row."""
+    """Return the paper's scores in Table 3 by column (`layer_8`, `tl5`); {} if the table has none for the task."""
     for row in _rows("table3.csv") if base.paper_model == TABLE3_MODEL else ():
         if _task_and_metric(base).items() <= row.items():
             return {column: float(score) for column, score in row.items() if column not in ("task", "metric")}
@@ -102,12 +102,12 @@ TABLE3_COLUMNS = (
 
 
 def metric_title(study: Study) -> str:
-    """Return the metric's name in tables."""
+    """Return the name of the study's metric for tables."""
     return METRIC_TITLES.get(study.base.metric, study.base.metric)
 
 
 def title(study: Study) -> str:
-    """Return the title `task (metric)`."""
+    """Return the title of a study: `task (metric)`."""
     return f"{study.base.task} ({metric_title(study)})"
 
 
@@ -136,10 +136,10 @@ def _of_result(result: Result) -> TableRow:
 
 
 def table2(studies: Sequence[Study]) -> list[TableRow]:
-    """Return the records of Table 2: all methods at LoRA's best rank, then each method but LoRA at its own best rank.
+    """Return the records of Table 2: all methods at LoRA's best rank, then the other methods at their own best ranks.
 
-    The best rank has the best score on the test set, as in the paper. If scores are equal, it is the smallest rank. A
-    method has a record for each task, and one for the average of several tasks if all of them have a score.
+    The best rank is the rank with the best test score, as in the paper. If scores are equal, it is the smallest rank. A
+    method has a record for each task. If there are several tasks and all have a score, there is also an average record.
     """
     of_base = {"section": BASE_NAME, "method": BASE_NAME}
     found = [_record(study, study.base_score, **of_base) for study in studies if study.base_score is not None]
@@ -152,7 +152,7 @@ def table2(studies: Sequence[Study]) -> list[TableRow]:
 
 
 def _table2_row(studies: Sequence[Study], section: str, method: str) -> Iterator[TableRow]:
-    """Yield the records of a method, if a study has a score for it."""
+    """Yield the records of a method in one section. Yield nothing if no study has a score for it."""
     best_lora, where = [best_result(study, LORA) for study in studies], {"section": section, "method": method}
     results = [best_result(study, method) for study in studies]
     if section == LORA_RANK:
@@ -188,7 +188,7 @@ def best_result(study: Study, method: str, *, rank: int | None = None) -> Result
 
 
 def decline(lora: Sequence[float], scores: Sequence[float]) -> float | None:
-    """Return the average decline of `scores` against LoRA's on the same tasks, in per cent; None if LoRA's are 0."""
+    """Return the decline from LoRA's mean score to the mean of `scores`, in per cent; None if LoRA's mean is 0."""
     return 100 * (sum(lora) - sum(scores)) / sum(lora) if sum(lora) > 0 else None
 
 
@@ -199,7 +199,7 @@ def mean_base(studies: Sequence[Study]) -> float | None:
 
 
 def tensors_text(method: str) -> str:
-    """Describe which tensors a method ties and freezes, as `A tied; B tied, frozen; u, v`. Omits frozen u and v."""
+    """Return which tensors a method ties and freezes, such as `A tied; B tied, frozen; u, v`. Omit frozen u and v."""
     spec = find_method(method)
 
     def state(name: str) -> str:
@@ -241,7 +241,7 @@ def table2_markdown(studies: Sequence[Study]) -> str:
 
 
 def _cells(record: TableRow, *, with_paper: bool) -> list[str]:
-    """Return a task's cells: score, interval, rank, P% and decline, then the paper's score, rank and P%."""
+    """Return the table cells of a task: score, interval, rank, P% and decline, then the paper's score, rank and P%."""
     ranks = [str(record.get(name, NONE)) for name in ("rank", "paper_rank")]
     shares = [_number(record.get(name), 1) for name in ("params_percent_of_best_lora", "paper_params_percent")]
     cells = [*_score_texts(record), ranks[0], shares[0], _number(record.get("decline_percent"))]
@@ -249,7 +249,7 @@ def _cells(record: TableRow, *, with_paper: bool) -> list[str]:
 
 
 def _score_texts(record: TableRow) -> tuple[str, str]:
-    """Return the texts of a score and its interval. A mark means that not all learning rates are finished."""
+    """Return a score and its interval as text. A `*` means that not all learning rates are finished."""
     if "score" not in record:
         return NONE, NONE
     mark = INCOMPLETE if record.get("all_rates_finished") == "false" else ""
@@ -288,7 +288,7 @@ def _notes2(studies: Sequence[Study], records: Sequence[TableRow]) -> list[str]:
 
 
 def table3(studies: Sequence[Study]) -> list[TableRow]:
-    """Return the records of Table 3: LoRA on single layers, and the tied method at the same rank, if they exist."""
+    """Return the records of Table 3: LoRA on single layers, and the tied method at the same rank."""
     found = []
     for study in studies:
         published = table3_scores(study.base)
@@ -301,7 +301,7 @@ def table3(studies: Sequence[Study]) -> list[TableRow]:
 
 
 def table3_markdown(studies: Sequence[Study]) -> str:
-    """Return Table 3 as Markdown, with a row per task and the paper's row below it if there is one."""
+    """Return Table 3 as Markdown, with a row per task. A row of the paper's scores follows if there are any."""
     records = table3(studies)
     layers = {record["adapter"] for record in records if record["adapter"].startswith("layer_")}
     columns = sorted(layers, key=lambda name: int(name[6:]))
@@ -334,7 +334,7 @@ def _incomplete_notes(records: Iterable[TableRow]) -> list[str]:
 
 
 def _study_notes(points: Sequence[tuple[Study, Sequence[Point]]]) -> list[str]:
-    """Return notes on runs that --halving stopped, and on rows and prompts that may differ from the paper's."""
+    """Return notes on runs that --halving stopped, and on data and prompts that may differ from the paper's."""
     notes = []
     for study, own in points:
         stopped = [f"  - {run.name}: {why}" for point in own for run, why in study.result(point).stopped]
@@ -370,7 +370,7 @@ NAMES = {name: {"lora": "LoRA", "vera": "VeRA"}.get(name, name.upper()) for name
 
 
 class PlotPoint(NamedTuple):
-    """A score at a rank, with the lengths of its error bar below and above it, in per cent."""
+    """A score at a rank, and how far the error bar reaches below and above the score, in per cent."""
 
     rank: int
     value: float
@@ -401,7 +401,7 @@ def _mean(rank: int, scores: Sequence[Score]) -> PlotPoint:
 
 
 def draw_figures(studies: Sequence[Study], folder: Path, *, guard: Guard = unguarded) -> list[Path]:
-    """Draw figure 2 (a panel of all methods, one of the best) and figure 3 (a panel per task), and return the files.
+    """Draw figure 2 (a panel of all methods, a panel of the best) and figure 3 (a panel per task). Return the files.
 
     Raises UserError if a file cannot be written.
     """
@@ -419,7 +419,7 @@ def draw_figures(studies: Sequence[Study], folder: Path, *, guard: Guard = ungua
 
 
 def _draw_panels(panels: Sequence[Callable[[Any], None]], target: Path, guard: Guard) -> None:
-    """Draw the panels in rows of three, with one legend for all below them, and save the figure."""
+    """Draw the panels in rows of three with a common legend below them, and save the figure."""
     from matplotlib import pyplot
 
     plain_figures()
@@ -450,7 +450,7 @@ def _draw(
     methods: Collection[str] = METHOD_NAMES,
     published: bool = False,
 ) -> None:
-    """Draw the mean scores of some methods. If `published`, also draw the paper's scores for the only study."""
+    """Draw the mean scores of `methods` over the studies in one panel. If `published`, also draw the paper's scores."""
     data, base = {name: points for name, points in lines(studies).items() if name in methods}, mean_base(studies)
     ranks = {point.rank for points in data.values() for point in points}
     for index, (method, points) in enumerate(data.items()):

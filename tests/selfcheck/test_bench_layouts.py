@@ -303,7 +303,7 @@ ONE_RANK = [
     ("--padded_rows=8 --against=peft", "--padded_rows 8 goes with --task"),
     ("--padded_rows=8 --task=gsm8k", "--padded_rows 8 goes with --against peft"),
     ("--task=gsm8k --against=peft --padded_rows=5", "--samples 32 is not a multiple of --padded_rows 5"),
-    ("--num_layers=2", "--num_layers 2 goes with a preset"),
+    ("--num_layers=2", "--num_layers 2 needs random weights"),
     ("--task=gsm8k --samples=10", "--samples 10 is not a multiple of --rows 4"),
     ("--random_weights --task=gsm8k", "has random weights"),
     ("--model=llama2-7b --task=gsm8k", "has random weights"),
@@ -371,7 +371,7 @@ def test_rows_longer_than_the_model_has_positions(model: str, layout: tuple[str,
 
 def test_rows_shorter_than_a_training_run_takes(model: str) -> None:
     """A layout refuses them in the words of its own flag; one process without an engine does not mind."""
-    with pytest.raises(UserError, match=r"^--length 7: a training run's rows have at least 8 tokens"):
+    with pytest.raises(UserError, match=r"^--length 7: rows need at least 8 tokens"):
         plan_of(model, "--length=7", "--micro_batches=1")
     assert plan_of(model, "--length=8", "--micro_batches=1").settings.max_length == 8
     plan_of(model, "--length=7")

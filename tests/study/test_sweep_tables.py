@@ -357,9 +357,9 @@ def test_studies_that_do_not_go_together(tmp_path: Path) -> None:
         sweep.join_studies([str(one), str(other)], tmp_path / "out")
     third = write_study(tmp_path / "c", task="gsm8k")
     (third / "base.json").write_text((third / "base.json").read_text().replace("0" * 64, "1" * 64))
-    with pytest.raises(UserError, match=r"base model .* is not .*; give sweeps of one model"):
+    with pytest.raises(UserError, match=r"base model .* differs from .*; give sweeps of the same model"):
         sweep.join_studies([str(one), str(third)], tmp_path / "out")
-    with pytest.raises(UserError, match="holds no sweep"):
+    with pytest.raises(UserError, match="there is no sweep in this folder"):
         sweep.join_studies([str(tmp_path)], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -370,9 +370,9 @@ def test_a_record_without_a_point_of_the_grid_is_named(tmp_path: Path) -> None:
     record = json.loads((study / "base.json").read_text())
     first, *_ = record["trained"]
     (study / "base.json").write_text(json.dumps({**record, "trained": {first: 5}}))
-    with pytest.raises(UserError, match=r"base.json: does not say how much .* trains; start the sweep again"):
+    with pytest.raises(UserError, match=r"base.json: the parameter count of .* is missing; start the sweep again"):
         read_study(study)
     del record["num_layers"]
     (study / "base.json").write_text(json.dumps(record))
-    with pytest.raises(UserError, match=r"base.json: was not written by this version; give another --output_dir"):
+    with pytest.raises(UserError, match=r"base.json: this file is from a different version; give a new --output_dir"):
         read_study(study)

@@ -261,7 +261,7 @@ REJECTED: Mapping[str, Sequence[tuple[Sequence[str], Sequence[str]]]] = {
         ([".", "find", "--targets", "q"], ["--targets"]),
     ],
     "push": [
-        (["run", "--repo=demo"], ["error: --repo demo: give OWNER/NAME"]),
+        (["run", "--repo=demo"], ["error: --repo demo: the owner is missing; give OWNER/NAME"]),
         (["run", "--repo=me/de mo"], ["error: --repo me/de mo: Repo id must"]),
         (["run", "--repo=me/demo", "--dry_run"], ["error: --dry_run writes the folder; give it with --output DIR"]),
         (["run", "--repo=me/demo", "--output=."], ["error: --output ."]),

@@ -70,7 +70,7 @@ def test_merged_has_the_bits_of_the_merged_folder(
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
         assert not any(isinstance(module, TiedLoraLinear) for module in model.modules())
     for model in (ours, attached):
-        with pytest.raises(tiedlora.UserError, match="an adapter is merged into the model already; load the model"):
+        with pytest.raises(tiedlora.UserError, match="an adapter is already merged into the model; load the model"):
             tiedlora.attach(model, native)
 
 
@@ -88,10 +88,10 @@ def test_five_lines_load_an_adapter_and_generate(bases: dict[str, Path], tmp_pat
 def test_what_does_not_fit_is_one_line(bases: dict[str, Path], tmp_path: Path) -> None:
     native = write_adapter(tmp_path / "native", bases["llama"])
     model = tiedlora.attach(hf_model(bases["llama"]), native)
-    with pytest.raises(tiedlora.UserError, match=r"the model has an adapter already; detach\(model\) first"):
+    with pytest.raises(tiedlora.UserError, match=r"the model already has an adapter; call detach\(model\) first"):
         tiedlora.attach(model, native)
     tiedlora.detach(model)
-    with pytest.raises(tiedlora.UserError, match=r"no attached adapter; attach\(model, adapter\) first"):
+    with pytest.raises(tiedlora.UserError, match=r"no attached adapter; call attach\(model, adapter\) first"):
         tiedlora.detach(model)
     other = hf_model(write_tiny_model(tmp_path / "other", head_dim=12, seed=1))
     with pytest.raises(tiedlora.UserError, match=r"whose weights differ from .*'s; use its own base, or base_d"):
@@ -236,7 +236,7 @@ def test_two_runs_in_one_process_need_neither_a_model_nor_a_network(tmp_path: Pa
 @pytest.mark.parametrize(
     ("setting", "line"),
     [
-        ({"dry_run": True}, "dry_run trains nothing; use the command: tiedlora train --dry_run"),
+        ({"dry_run": True}, "not support dry runs; use the command: tiedlora train --dry_run"),
         ({"adapters": "four.yaml"}, "use the command: tiedlora train --adapters FILE"),
     ],
 )

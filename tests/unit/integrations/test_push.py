@@ -257,7 +257,7 @@ def test_a_note_says_that_a_folder_names_no_base_on_the_hub(run_folder: Path, tm
     assert not notes
     card(run_folder, tmp_path / "out", say=notes.append)
     (note,) = notes
-    assert note.startswith("the card names the base by its folder's name, tiny-base; give --base_name ORG/NAME")
+    assert note.startswith("the model card names the base model tiny-base, like its folder; give --base_name ORG/NAME")
 
 
 def test_a_base_that_is_not_on_the_hub_is_not_in_the_metadata(run_folder: Path, tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_what_the_hub_refuses_is_one_line(run_folder: Path, monkeypatch: pytest.
             monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
         monkeypatch.setenv("HF_TOKEN", "hf_none")
         said = refusal(call, "push", [str(run_folder), "--repo", "me/demo"])
-    assert said.startswith("--repo me/demo: the hub has not taken it (") and not hub.files
+    assert said.startswith("--repo me/demo: the upload failed (") and not hub.files
 
 
 def test_a_dry_run_asks_the_hub_nothing_and_needs_no_extra(run_folder: Path, tmp_path: Path) -> None:

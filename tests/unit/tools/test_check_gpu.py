@@ -110,7 +110,7 @@ def test_a_part_that_hangs_is_ended_with_all_that_it_started(tmp_path: Path) -> 
         f" child = subprocess.Popen(['sleep', '100']); open({str(pid)!r}, 'w').write(str(child.pid)); time.sleep(100)"
     )
     how, fix, seen = run(code, tmp_path, seconds=3.0, end_seconds=0.2)
-    assert (how, fix) == ("failed", parts.HANG_FIX) and seen.startswith("not over after 3 s")
+    assert (how, fix) == ("failed", parts.HANG_FIX) and seen.startswith("not finished after 3 s")
     wait_for(lambda: not _runs(int(pid.read_text())), "the end of what the part had started", limit=5)
 
 
