@@ -1,1 +1,1 @@
-"""Run the training: start, model and engine, step, loop, checks, resume, and end."""
+"""Run the training: start or resume a run, build the engine, take and check the steps, and export the adapters."""

@@ -280,7 +280,7 @@ def test_resume_on_another_base(copy: Base, stopped: Path) -> None:
 def test_resume_on_other_data(copy: Base, stopped: Path) -> None:
     """Moved files are fine, changed ones are not."""
     _add(copy.train, '{"prompt": "a", "completion": "b"}')
-    refused_in(copy, stopped, "step_3", "other data", "--train_file", resume="auto")
+    refused_in(copy, stopped, "step_3", "data that differs", "--train_file", resume="auto")
 
 
 CHECKPOINTS: dict[str, tuple[Break, list[str]]] = {
