@@ -410,7 +410,7 @@ def check_resumed_settings(plan: RunPlan, checkpoint: resume.Checkpoint, *, data
         same = f"remove the flag, or give {was}" if name == "warmup_steps" else "resume with the same value"
         raise UserError(f"{found} {now}; {same}")
     if settings.resume != "auto" and (over := steps_over(settings.profile, step)):  # with auto the headline notes it
-        left = f"give steps from {step + 1} to {settings.max_steps}" if step < settings.max_steps else "remove --profile"
+        left = f"give steps from {step + 1} to {settings.max_steps}" if step < settings.max_steps else "omit --profile"
         raise UserError(f"{over}; {left}")
     if saved.get("data_sha256") != data_sha256:
         raise UserError(

@@ -128,7 +128,7 @@ def test_profiled_steps_that_are_over_are_rejected() -> None:
     assert message == (
         "--profile 3:5: the run continues after step 4, so steps 3 to 4 are not recorded; give steps from 5 to 100"
     )
-    assert refusal(check, before, now("step_100"), step=100).endswith("so steps 3 to 5 are not recorded; remove --profile")
+    assert refusal(check, before, now("step_100"), step=100).endswith("steps 3 to 5 are not recorded; omit --profile")
     check(before, now("step_4", "5:7"))
     check(before, now("auto"))
     assert steps_over("3:5", 3) == "--profile 3:5: the run continues after step 3, so step 3 is not recorded"
