@@ -216,8 +216,7 @@ HeadlineRow = tuple[str, str]  # label and text
 def run_headline(
     start: Start, trainer: Trainer, built: BuiltModel, chosen: ChosenKernels, device: torch.device
 ) -> list[str]:
-    """Return the lines that a run prints before the progress bar, with shared settings and a summary of each adapter.
-    """
+    """Return the lines that a run prints before the progress bar, with shared settings and a summary of each adapter."""
     plan, attention, run = shared_plan(start.plans), built.runner.stage.attention, trainer.only
     settings = plan.settings
     model = f"{settings.model}, {num_base_parameters(plan.source.shape) / 1e6:,.1f} M parameters in"
@@ -376,8 +375,7 @@ def summary_lines(run: AdapterRun) -> list[str]:
 
 
 def score_rows(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[list[str]]:
-    """Return table rows for scores.json. A row has the scores before and after training if both used the same samples.
-    """
+    """Return table rows for scores.json. A row has the scores before and after training if both used the same samples."""
     before, after = (scores.get(moment, {}) for moment in ("before", "after"))
     rows = []
     for name in dict.fromkeys([*before, *after]):
@@ -439,7 +437,7 @@ def next_steps(run: AdapterRun) -> list[str]:
         lines += ["  # Python", f"  {load}"]
     else:
         if os.path.lexists(merged):  # an earlier launch may have had another best adapter
-            lines.append("  merged/   has a different adapter; the first command below merges this one")
+            lines.append("  merged/   has a different adapter; the first command merges this one")
         adapter = ["--adapter", str(path / "adapter")]
         free = next(one for one in numbered(merged) if not os.path.lexists(one))
         merge = [*adapter, "--output", str(free)]

@@ -83,7 +83,7 @@ def test_another_merge_is_not_listed_and_the_command_merges_anew(run: Path, base
     lines = ended(run, base)
     named = [line for line in lines if line.startswith("  merged/")]
     new = merged if state == "none" else run / "merged-2"
-    expected = [] if state == "none" else ["  merged/   has a different adapter; the first command below merges this one"]
+    expected = [] if state == "none" else ["  merged/   has a different adapter; the first command merges this one"]
     assert named == expected and not any("from_pretrained" in line for line in lines)
     merging, verifying, *_ = commands(lines)
     assert merging[:2] == ["tiedlora", "merge"] and verifying[:2] == ["tiedlora", "verify"]
