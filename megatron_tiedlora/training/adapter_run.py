@@ -358,7 +358,7 @@ class AdapterRun:
         self.end_if_trained()
 
     def recall(self) -> None:
-        """Load the last evaluation after a resume with --halving. End training if that evaluation stopped the adapter."""
+        """Load the last evaluation after a resume with --halving. End training if it stopped the adapter."""
         if self.keeps_losses:
             path, step = self.folder.path, self.progress.evaluated_step
             self.evaluated = decided_by_rank_0(lambda: read_record(path, step=step), kind=BatchLosses | None)

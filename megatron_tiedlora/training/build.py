@@ -116,7 +116,7 @@ def checked_starts(
 
 
 def build_random_model(plans: Plans, device: torch.device, *, kernels: Kernels = EAGER) -> BuiltModel:
-    """Build a model for benchmarks, and return it as `build_model` does. Base weights are random, and no file is read."""
+    """Build a model with random base weights, and return it as `build_model` does. Reads no files; for benchmarks."""
     shared = shared_plan(plans)
     model = _build_stage(plans, device, kernels, dict.fromkeys(plans))
     weights = RandomWeights(weight_rules(shared.source.shape), shared.settings.seed)

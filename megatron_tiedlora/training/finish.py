@@ -216,7 +216,7 @@ HeadlineRow = tuple[str, str]  # label and text
 def run_headline(
     start: Start, trainer: Trainer, built: BuiltModel, chosen: ChosenKernels, device: torch.device
 ) -> list[str]:
-    """Return the lines that a run prints before the progress bar, with shared settings and a summary of each adapter."""
+    """Return the lines that a run prints before the progress bar: shared settings, and a summary of each adapter."""
     plan, attention, run = shared_plan(start.plans), built.runner.stage.attention, trainer.only
     settings = plan.settings
     model = f"{settings.model}, {num_base_parameters(plan.source.shape) / 1e6:,.1f} M parameters in"
@@ -375,7 +375,9 @@ def summary_lines(run: AdapterRun) -> list[str]:
 
 
 def score_rows(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[list[str]]:
-    """Return table rows for scores.json. A row has the scores before and after training if both used the same samples."""
+    """Return table rows for scores.json. Scores before and after training are in one row if their samples are the same.
+
+    Otherwise each of these scores has its own row."""
     before, after = (scores.get(moment, {}) for moment in ("before", "after"))
     rows = []
     for name in dict.fromkeys([*before, *after]):
