@@ -1,4 +1,4 @@
-"""Draw docs/tie.svg, the first picture of the README: python docs/draw_tie.py.
+"""Draw docs/tie.svg, the first picture in README.md. Run `python docs/draw_tie.py` to write the file.
 
 The picture shows an adapter on qkv with two pipeline stages and two tensor-parallel ranks. docs/parallelism.md lists
 the tensors on each rank. The picture has its own background, so that it is readable on light and dark pages.
@@ -31,7 +31,7 @@ def path(steps: str, *, colour: str = INK, width: float = 1.5, ends: str = ' mar
 
 
 def halves(x: float, y: float, width: float, height: float, name: str, *, rows: bool = False) -> list[str]:
-    """Return a tensor that is sharded over two tensor ranks, along its columns or (with `rows`) along its rows."""
+    """Return the SVG elements of a tensor that two tensor ranks shard by columns, or by rows if `rows` is set."""
     w, h = (width, height / 2) if rows else (width / 2, height)
     second = (x, y + h) if rows else (x + w, y)
     return [
@@ -42,7 +42,7 @@ def halves(x: float, y: float, width: float, height: float, name: str, *, rows: 
 
 
 def layer(x: float, y: float, number: int) -> list[str]:
-    """Return a layer with its frozen weight W and its vectors u and v."""
+    """Return the SVG elements of a layer: the frozen weight W and the vectors u and v."""
     return [
         rect(x, y, 318, 46, PAPER),
         text(x + 12, y + 29, f"layer {number}", anchor="start"),
@@ -58,7 +58,7 @@ def subscript(number: int) -> str:
 
 
 def stage(x: float, index: int, numbers: tuple[int, int, int]) -> list[str]:
-    """Return a pipeline stage with three of its layers, and a copy of the pair A, B that all layers use."""
+    """Return the SVG elements of a pipeline stage: three layers, and the copy of A and B that all layers use."""
     drawn = [
         rect(x, 62, PANEL, 346, CARD, radius=10),
         text(x + 20, 92, f"pipeline stage {index}", size=18, anchor="start", style=' font-weight="bold"'),
@@ -86,7 +86,7 @@ def arrow_head(name: str, colour: str) -> str:
 
 
 def legend(y: float) -> list[str]:
-    """Return the legend of the colours."""
+    """Return the SVG elements of the legend, which explains the colours."""
     drawn, x = [], 250.0
     for colour, words in ((RANKS[0], "tensor rank 0"), (RANKS[1], "tensor rank 1"), (BOTH, "a copy on both")):
         drawn += [

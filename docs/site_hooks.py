@@ -36,7 +36,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Return the page with links of the site instead of the repository. On the site, docs/ is the root folder."""
+    """Convert repository links in a page to links of the site, where docs/ is the root folder. Return the page."""
     if page.file.src_uri in PAGES:
         markdown = re.sub(r"(\]\((?:\.\./)*)docs/", r"\1", markdown)
     elif page.file.src_uri != "demo.md":
@@ -69,7 +69,7 @@ def flags_page() -> str:
 
 
 def settings_of(command: str, module: str) -> type[CommandSettings]:
-    """Return the settings class of `command`, which is defined in config/`module`."""
+    """Return the settings class of `command`. The class is defined in `module` of megatron_tiedlora.config."""
     found = vars(importlib.import_module(f"megatron_tiedlora.config.{module}")).values()
     kinds = [one for one in found if isinstance(one, type) and issubclass(one, CommandSettings)]
     return [kind for kind in kinds if getattr(kind, "prog", "") == f"tiedlora {command}"][-1]

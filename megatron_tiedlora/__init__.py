@@ -1,7 +1,7 @@
 """Fine-tune dense language models with Tied-LoRA on DeepSpeed. The results are the same in every parallel layout.
 
-docs/api.md describes the Python interface. Each name is imported at its first use, because importing torch and
-transformers takes seconds.
+docs/api.md describes the Python interface. Each name of the interface is imported at its first use, because importing
+torch and transformers takes seconds.
 """
 
 from importlib import import_module

@@ -5,10 +5,10 @@
 
 Adapters of this method are native adapter folders, and their state dict has the tensors A, B, u and v.
 
-PEFT's `register_peft_method` accepts only names in the enumeration `PeftType`, so the name is first added there. Native
-folders name the rank `rank` and not `r`. So PEFT's reader of `adapter_config.json` is wrapped to read native folders as
-this package does. Other folders are read as before. Both changes can be removed when PEFT has the method, or when PEFT
-allows packages to add names.
+PEFT's `register_peft_method` accepts only names in the enumeration `PeftType`, so the name is first added there. In
+native folders the key of the rank is `rank`, not `r`. So PEFT's reader of `adapter_config.json` is wrapped to read
+native folders as this package does. Other folders are read as before. Both changes can be removed when PEFT includes
+the method or allows packages to add names.
 """
 
 from pathlib import Path
@@ -61,7 +61,8 @@ def _add_type(kind: Any, name: str, *, version: str) -> None:
         is_member = False
     if not is_member:
         raise ImportError(
-            f"megatron_tiedlora.peft: PEFT {version} does not allow a type of another package ({name}); load an export"
+            f"megatron_tiedlora.peft: PEFT {version} does not allow a type of another package ({name});"
+            " load an export (tiedlora export) instead"
         )
 
 

@@ -2,8 +2,8 @@
 
     python tools/pack_gpu_check.py --output build/check_gpu     then, there:  python3 check_gpu/run.py
 
-The folder has the wheels of this project, of DeepSpeed (built without nvcc) and of a few small packages, and the script
-run.py. run.py unpacks the wheels next to itself and starts the check. It installs nothing and uses no network.
+The folder has wheels of this project, DeepSpeed (built without nvcc) and a few small packages, and a script, run.py.
+run.py unpacks the wheels next to itself and starts the check. It installs nothing and uses no network.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
         _copy_tools(folder)
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         if size > LARGEST:
-            raise UserError(f"--pythons {options.pythons}: {bytes_in_words(size)}, but the limit is 20 MB; give fewer")
+            raise UserError(f"--pythons {options.pythons}: {bytes_in_words(size)} is above 20 MB; give fewer versions")
     show(f"{options.output}: {bytes_in_words(size)}; on the machine: python3 {options.output.name}/run.py")
     return 0
 
@@ -92,7 +92,7 @@ def _download(wheels: Path, python: str, options: PackSettings) -> None:
 
 
 def _pinned(name: str) -> str:
-    """Return the requirement `name==VERSION` with the installed version. Raise UserError if it is not installed."""
+    """Return the requirement `name==VERSION` with the installed version. Raise UserError if no version is installed."""
     try:
         return f"{name}=={version(name)}"
     except PackageNotFoundError:
@@ -105,7 +105,7 @@ def _pip(*arguments: str, environment: dict[str, str] | None = None) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        raise UserError(f"pip {arguments[0]} failed: {lines[-1] if lines else 'it printed no error'}")
+        raise UserError(f"pip {arguments[0]} failed ({lines[-1] if lines else 'no message'}); check the network")
 
 
 def _copy_tools(folder: Path) -> None:

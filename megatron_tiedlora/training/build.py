@@ -1,4 +1,4 @@
-"""Build the engine of a run: process groups, this rank's stage, its base weights, adapters and optimizers."""
+"""Build the engine of a run, with process groups, this rank's pipeline stage, its weights, adapters and optimizers."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -65,7 +65,7 @@ def build_model(
     *,
     kernels: Kernels = EAGER,
 ) -> BuiltModel:
-    """Build this rank's pipeline stage with all adapters, load the base weights, and return both with an engine.
+    """Build this rank's pipeline stage with all adapters, load the base weights, and start and return the engine.
 
     Args:
         checkpoints: the checkpoint from which each adapter resumes, by adapter name. An adapter without a checkpoint
@@ -116,7 +116,7 @@ def checked_starts(
 
 
 def build_random_model(plans: Plans, device: torch.device, *, kernels: Kernels = EAGER) -> BuiltModel:
-    """Build a model with random base weights, and return it as `build_model` does. Reads no files; for benchmarks."""
+    """Build a model with random base weights for benchmarks, without reading files. Return it as `build_model` does."""
     shared = shared_plan(plans)
     model = _build_stage(plans, device, kernels, dict.fromkeys(plans))
     weights = RandomWeights(weight_rules(shared.source.shape), shared.settings.seed)
@@ -299,8 +299,8 @@ def _check_resumed(plan: RunPlan, base: identity.BaseIdentity, checkpoint: Check
     notes = identity.check_same_base(trained, base, source=str(checkpoint.folder), differs=differs)
     if (otherwise := identity.quantised_otherwise(trained, base)) and not differs:
         raise UserError(
-            f"{checkpoint.folder}: {otherwise}; give the model in {trained.base_stored} with --model, or --base_differs"
-            " to use this one anyway"
+            f"{checkpoint.folder}: {otherwise}; give the model in {trained.base_stored} with --model, or give"
+            " --base_differs to use this model anyway"
         )
     return notes
 

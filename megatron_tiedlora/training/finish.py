@@ -111,7 +111,9 @@ def end_at_once(start: Start) -> str:
 
 
 def export_all(trainer: Trainer) -> list[str]:
-    """Export each trained adapter, record that the adapter has finished, and return lines to print. Runs on rank 0.
+    """Export each trained adapter, record that the adapter has finished, and return lines to print.
+
+    Only rank 0 calls this function.
 
     Raises:
         RunStopped: a signal arrived. The adapters that were exported before the signal are recorded as finished.
@@ -203,7 +205,7 @@ def export(run: AdapterRun, stop: StopRequests) -> list[str]:
     found = verify_export(source, adapter, merged=merged, peft=peft)
     if not found.passed:
         _LOGGER.error(found.report())
-        raise UserError(f"{folder.path}: an export differs from the adapter, see the table above. Report this error")
+        raise UserError(f"{folder.path}: an export differs from the adapter (see above). Please report this error")
     return ["", *found.report().split("\n")]
 
 
@@ -336,7 +338,7 @@ def resumed_text(plan: RunPlan, checkpoint: Checkpoint | None) -> str:
 
 
 def table_lines(adapters: Mapping[str, AdapterRun | Finished], folder: RunFolder) -> list[str]:
-    """Return a table with the final state of each adapter, the run folder, and serving commands. Runs on rank 0."""
+    """Return lines with a table of the adapters' final states, the run folder, and serving commands."""
     rows = [("adapter", "state", "step", "best step", "best", "reason")]
     for name, run in adapters.items():
         progress = run.progress
@@ -357,7 +359,7 @@ def table_lines(adapters: Mapping[str, AdapterRun | Finished], folder: RunFolder
 
 
 def summary_lines(run: AdapterRun) -> list[str]:
-    """Return a table with the validation loss and the scores before and after training. Reads the run folder."""
+    """Return a table with the validation loss and the scores before and after training, read from the run folder."""
     rows, notes = [["", "before", "after"]], list[str]()
     metric, best = run.plan.settings.eval_metric, run.progress
     validation = [row for row in read_metrics(run.folder.metrics) if row["split"] == "validation"]

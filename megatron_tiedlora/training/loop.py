@@ -130,7 +130,7 @@ def of_start(runs: Runs, evaluate: Callable[[Runs], dict[str, Found]]) -> dict[s
 
 
 def _start(run: AdapterRun) -> tuple[object, ...]:
-    """Return a key. Before the first step, adapters with the same key have the same results."""
+    """Return a key for an adapter before its first step. Adapters with the same key have the same results."""
     plan = run.plan
     if plan.settings.init_from is not None or not plan.adapter.method_spec.starts_at_base:
         return (run.name,)
@@ -161,7 +161,7 @@ class Trainer:
         profile: the steps to record, as in --profile.
         everyone: all adapters of the run in order, including adapters that finished in an earlier launch.
         rivals: the names of the adapters with which --halving compares each adapter.
-        last_step: the number of the last step. On resume, its first value is the largest step number of all adapters.
+        last_step: the number of the last step. On resume it starts at the largest step number of all adapters.
     """
 
     adapters: Mapping[str, AdapterRun]
@@ -202,8 +202,8 @@ class Trainer:
 
         Raises:
             RunStopped: all ranks agreed to stop. Finished steps are saved.
-            RunFailed: the only adapter of the run failed, because its loss or gradient norm is not finite, a trained
-                tensor has no gradient, or replicas differ. Nothing was saved after the last successful step.
+            RunFailed: the only adapter of the run failed. Its loss or gradient norm is not finite, a trained tensor has
+                no gradient, or replicas differ. Nothing was saved after the last successful step.
         """
         total = sum(run.plan.settings.max_steps for run in self.adapters.values())
         done = sum(run.progress.step for run in self.adapters.values())

@@ -1,7 +1,7 @@
 """Start a run: lock its folders, find the checkpoints to resume from, and write the first files after all checks.
 
-A run of one adapter uses the run folder itself. In a run of several adapters, each adapter uses the folder RUN/NAME, or
-the output_dir of its entry in the file of --adapters.
+A run of one adapter uses the run folder itself. In a run of several adapters, each adapter uses the folder RUN/NAME or
+its own output_dir.
 """
 
 import shlex
@@ -63,7 +63,7 @@ class Start:
 
     @property
     def own_folders(self) -> dict[str, RunFolder]:
-        """The folders of the adapters, except for the run folder itself."""
+        """The adapter folders by name, without the run folder itself."""
         return {name: own for name, own in self.folders.items() if own is not self.folder}
 
     @property
@@ -73,7 +73,7 @@ class Start:
 
 
 def open_run(settings: Settings, plans: adapter_plans.Plans, data: adapter_plans.Data, end: End) -> Start:
-    """Choose and lock the run folder on rank 0, find the checkpoints, and return both on every rank.
+    """Choose and lock the run folder on rank 0, and find the checkpoints. Return the state of the launch on every rank.
 
     A folder is not locked if its run cannot be resumed. No run files are written yet.
 
@@ -283,7 +283,7 @@ def write_run_settings(plan: RunPlan, folder: RunFolder) -> None:
 
 
 def _read_checkpoint(plan: RunPlan, data: adapter_plans.RunData, folder: RunFolder) -> resume.Checkpoint | None:
-    """Return the checkpoint that --resume asks for, or None to start from the beginning.
+    """Return the checkpoint that --resume selects, or None if training starts from the beginning.
 
     Rank 0 reads the checkpoint and sends it to all ranks, so only the host of rank 0 needs the run folder. With `auto`,
     a new run starts if the folder has no checkpoint. So every launch of a job can use the same command.
@@ -322,7 +322,7 @@ def _find_checkpoint(given: str, folder: RunFolder) -> resume.Checkpoint | None:
     if not path.is_dir():
         raise UserError(f"--resume {given}: no such checkpoint folder. Give auto, or a checkpoints/step_N folder")
     if folder.is_run and path.resolve().parent != folder.checkpoints.resolve():
-        raise UserError(f"--resume {given}: {folder.path} holds another run. Give a new --output_dir")
+        raise UserError(f"--resume {given}: {folder.path} contains a different run. Give a new --output_dir")
     return resume.load_checkpoint(path)
 
 
@@ -330,8 +330,8 @@ def adopt_checkpoint(folder: RunFolder, checkpoint: resume.Checkpoint) -> None:
     """Make `checkpoint` the last checkpoint of the run folder before training resumes. Only rank 0 calls this function.
 
     A checkpoint in a different folder is copied first, with the best checkpoint and the logs. Then `latest` is set to
-    the checkpoint, so that a later launch resumes from there. adapter/ is written from the best checkpoint, since it
-    may have an older adapter if an earlier launch was killed between two saves.
+    the checkpoint, so that a later launch resumes from there. adapter/ is written from the best checkpoint, since an
+    earlier launch may have been killed before it updated adapter/.
 
     Raises:
         UserError: the folder cannot be written, or a copied file is broken.
@@ -389,7 +389,8 @@ def check_resumed_settings(plan: RunPlan, checkpoint: resume.Checkpoint, *, data
         if name == "max_steps" and saved.get("schedule") == settings.schedule == "constant":
             if settings.max_steps < step:
                 raise UserError(
-                    f"{source}: is at step {step}, but --max_steps is {_steps_in_words(plan)}; give at least {step}"
+                    f"{source}: the checkpoint is at step {step}, but --max_steps is {_steps_in_words(plan)};"
+                    f" give at least {step}"
                 )
             continue
         if name == "warmup_steps" and name not in settings.model_fields_set and (kept := _warmup(saved)) is not None:
@@ -422,7 +423,7 @@ def check_resumed_settings(plan: RunPlan, checkpoint: resume.Checkpoint, *, data
 def with_kept_warmup(plan: RunPlan, saved: Mapping[str, Any] | None) -> RunPlan:
     """Return the plan with the warm-up of the resumed run, whose settings are `saved` (None for a new run).
 
-    The default warm-up depends on the number of steps, so a resumed run with more steps would get a different one.
+    The default warm-up depends on the number of steps, so it would change if the resumed run had more steps.
     """
     if saved is None or "warmup_steps" in plan.settings.model_fields_set or (kept := _warmup(saved)) is None:
         return plan
@@ -430,7 +431,7 @@ def with_kept_warmup(plan: RunPlan, saved: Mapping[str, Any] | None) -> RunPlan:
 
 
 def _warmup(saved: Mapping[str, Any]) -> int | None:
-    """Return the warm-up in a checkpoint's settings; None if it is missing or invalid."""
+    """Return the number of warm-up steps in a checkpoint's settings; None if it is missing or invalid."""
     found = saved.get("warmup_steps")
     return found if type(found) is int and found >= 0 else None
 

@@ -1,11 +1,11 @@
 """Take one training step on all ranks: run the backward passes, check the gradients, and update the adapters.
 
-A step trains one or more adapters, which share the backward passes. An adapter is not updated if its loss or gradient
-norm is not finite, or if a check fails. The other adapters are still updated, since no adapter uses the gradients of
-another one. This module uses no run folder, log or progress bar. `training/loop.py` runs all steps of a run. Benchmarks
-and tests run single steps on their own samples.
+A step trains one or more adapters, which share the backward passes. An adapter fails if its loss or gradient norm is
+not finite, or if a check fails. The other adapters are still updated, since no adapter uses the gradients of another
+adapter. This module uses no run folder, log or progress bar. `training/loop.py` runs all steps of a run. Benchmarks and
+tests run single steps on their own samples.
 
-Two checks are made: each trained tensor must receive a gradient, and the replicas of a tensor must stay equal.
+There are two checks: each trained tensor must receive a gradient, and the replicas of a tensor must stay equal.
 
     loss = (sum over all ranks of the losses of supervised tokens) / (supervised tokens of the global batch)
 """
@@ -121,13 +121,13 @@ def before_steps(checks: Checks, *, missing: Missing, ranks_missing: Mapping[str
         elif zero:
             failed[name] = RunFailed(
                 f"step {step}: the gradient of {', '.join(zero)} has been exactly zero since the run's start, so"
-                " training cannot change this tensor. Check the values in --init_from, or report this error"
+                " training cannot change this tensor. Check the values in --init_from, or please report this error"
             )
     return failed
 
 
 def after_steps(checks: Checks) -> dict[str, RunFailed]:
-    """Compare replicas after a step, and return the failures, the same on every rank. All ranks must call this."""
+    """Compare replicas after a step. Return the failures by adapter name, the same on every rank."""
     return _compare({name: (own, step) for name, (own, step) in checks.items() if own._steps <= own._check_steps})
 
 

@@ -115,7 +115,7 @@ class Meter:
 def peak_of_all(plan: RunPlan, device: torch.device) -> Peak:
     """Return the sum of the peak FLOP/s of all ranks. All ranks must call this function, each with its own device.
 
-    All ranks measure at the same time. So ranks on the same processor measure the speed that each of them gets.
+    All ranks measure at the same time. So the sum is also correct if several ranks use the same processor.
     """
     sum_over_ranks([0.0])  # all ranks start together
     mine = find_peak(device, plan.dtype)
@@ -179,7 +179,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def resident_bytes(name: str) -> int | None:
-    """Return the memory of this process in bytes: VmRSS (current) or VmHWM (peak). Return None except on Linux."""
+    """Return the memory of this process in bytes: VmRSS (current) or VmHWM (peak). Return None if not on Linux."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     found = next((line.split()[1] for line in lines if line.startswith(name)), None)
@@ -190,7 +190,7 @@ def resident_bytes(name: str) -> int | None:
 
 
 def steps_over(profile: str | None, step: int) -> str:
-    """Return a message with the steps of --profile that a resume after `step` skips; '' if it skips none."""
+    """Return a message with the steps of --profile that a resume after `step` skips; '' if there are none."""
     steps = profiled_steps(profile)
     if not steps or steps[0] > step:
         return ""
@@ -274,9 +274,10 @@ class ChosenKernels:
 
 
 def choose_kernels(plan: RunPlan, device: torch.device) -> ChosenKernels:
-    """Return the kernels that --compile selects. They are compiled on all ranks or on none. All ranks must call this.
+    """Return the kernels that --compile selects. They are compiled on all ranks or on none.
 
-    With `auto`, kernels are compiled only for long runs, and the run continues without them if compilation fails.
+    All ranks must call this function. With `auto`, kernels are compiled only for long runs, and the run continues with
+    uncompiled kernels if compilation fails.
 
     Raises:
         UserError: on every rank, if --compile is true and a rank cannot compile.
@@ -304,7 +305,7 @@ def choose_kernels(plan: RunPlan, device: torch.device) -> ChosenKernels:
     if failure is None:
         return ChosenKernels(kernels, f"compiled in {time.monotonic() - started:.1f} s{slow}")
     if plan.settings.compile == "true":
-        raise UserError(f"--compile true: {failure}. Fix this (a C++ compiler is needed), or give --compile auto")
+        raise UserError(f"--compile true: {failure}. Fix the cause (often no C++ compiler), or give --compile auto")
     return ChosenKernels(EAGER, f"not compiled: {failure}{slow}")
 
 

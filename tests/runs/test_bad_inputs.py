@@ -312,7 +312,7 @@ def test_resume_path_that_is_no_checkpoint_of_this_run(base: Base, stopped: Path
     refused_in(base, stopped, "a checkpoint of a run", resume=stopped / "adapter", output_dir=tmp_path / "new")
     assert not (tmp_path / "new").exists()
     other = Path(shutil.copytree(stopped, tmp_path / "other"))
-    refused_in(base, other, "holds another run", "--output_dir", resume=stopped / "checkpoints" / "step_3")
+    refused_in(base, other, "contains a different run", "--output_dir", resume=stopped / "checkpoints" / "step_3")
 
 
 # The real command -----------------------------------------------------------------------------------------------------
