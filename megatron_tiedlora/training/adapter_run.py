@@ -185,7 +185,7 @@ class AdapterRun:
 
     @property
     def state(self) -> str:
-        """The state shown in table.csv. It is "ended" while training is over but not yet recorded in run_status.json."""
+        """The state shown in table.csv. It is "ended" after training until run_status.json records the end."""
         if self.failure is not None:
             return "failed"
         return "finished" if self.recorded else "ended" if self.reason else "running"
