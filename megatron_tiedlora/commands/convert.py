@@ -35,7 +35,7 @@ def merge(settings: adapter_settings.MergeSettings) -> int:
             )
             for note in opened.notes:
                 _show_note(note)
-            with stop.deferred():  # a signal ends the merge between two layers, where the merge can clean up
+            with stop.deferred():  # a signal ends the merge between two blocks of rows, where it can clean up
                 merge_adapter(
                     opened.source,
                     opened.adapter,

@@ -224,7 +224,7 @@ def run_headline(
     model = f"{settings.model}, {num_base_parameters(plan.source.shape) / 1e6:,.1f} M parameters in"
     model += f" {describe_dtype(settings.dtype, plan.dtype_name)}, frozen"
     model += "" if settings.base is None else f"; the linears of its blocks in {settings.base}"
-    model += "" if settings.products is None else f", products in {settings.products}"
+    model += "" if settings.products is None else f", matmuls in {settings.products}"
     read, kept = (range_text(sizes, bytes_in_words) for sizes in (built.bytes_read, built.bytes_kept))
     stored = "" if settings.base is None else f", stored as {kept}"
     rows = [
@@ -251,7 +251,7 @@ def _all_starts(start: Start, trainer: Trainer, built: BuiltModel) -> list[Headl
     rows = [("run folder", str(start.folder.path))]
     if over := steps_over(trainer.profile, trainer.last_step):
         rows.append(("note", over))
-    rows += [("adapter", f"{name}: finished before") for name in start.finished]
+    rows += [("adapter", f"{name}: finished in an earlier launch") for name in start.finished]
     for name, run in trainer.adapters.items():
         own, checkpoint = run.plan.settings, start.checkpoints[name]
         samples, steps = count_text(len(run.data.train), "sample"), count_text(own.max_steps, "step")
@@ -261,7 +261,7 @@ def _all_starts(start: Start, trainer: Trainer, built: BuiltModel) -> list[Headl
         rows += [("note", f"{name}: {note}") for note in notes]
         rows += [("warning", f"{name}: {warning}") for warning in run.data.warnings(run.plan)]
         if trainer.rivals.get(name) and len(run.evaluation_sizes) < 2:
-            rows.append(("warning", f"{name}: --halving cannot tell noise, as the validation set is one batch"))
+            rows.append(("warning", f"{name}: --halving cannot estimate noise from a single validation batch"))
     return rows
 
 
