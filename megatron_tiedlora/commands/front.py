@@ -71,7 +71,7 @@ COMMANDS = (
     Command("prepare-demo", "prepare_demo:main", "tool_settings:PrepareDemoSettings",
             "make the demo model (needs the extra demo)", "tools/prepare_demo.py"),
     Command("random-model", "convert:make_random", "tool_settings:RandomModelSettings",
-            "write a random model, such as `tiny` for a first try", "tools/write_random_model.py"),
+            "write a random model, `tiny` for a first try", "tools/write_random_model.py"),
     Command("env", "jobs:env", "tool_settings:EnvSettings", "print versions, devices and variables for a bug report"),
 )
 
