@@ -141,7 +141,7 @@ def _compare(checks: Checks) -> dict[str, RunFailed]:
         mismatches = find_mismatches([own._adapter for own, _ in checks.values()], runner.groups)
     texts = first_messages([str(mismatch) if mismatch else None for mismatch in mismatches])
     return {
-        name: RunFailed(f"after step {step} {text}; the ranks have different values. Resume from the last checkpoint")
+        name: RunFailed(f"after step {step} {text}; this step was not saved. Resume from the last checkpoint")
         for (name, (_, step)), text in zip(checks.items(), texts, strict=True)
         if text
     }
