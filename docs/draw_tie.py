@@ -1,7 +1,7 @@
-"""Draws docs/tie.svg, the first picture of the README: python docs/draw_tie.py.
+"""Draw docs/tie.svg, the first picture in README.md. Run `python docs/draw_tie.py` to write the file.
 
-Two pipeline stages and two tensor-parallel ranks, for an adapter on qkv; docs/parallelism.md has the table of what a
-rank holds. The picture has a background of its own, so that it is readable on light and dark pages.
+The picture shows an adapter on qkv with two pipeline stages and two tensor-parallel ranks. docs/parallelism.md lists
+the tensors on each rank. The picture has its own background, so that it is readable on light and dark pages.
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ from xml.sax.saxutils import escape
 PICTURE = Path(__file__).with_name("tie.svg")
 WIDTH, HEIGHT, PANEL, GAP, MARGIN = 960, 484, 396, 136, 16
 INK, FAINT, PAPER, CARD, LINE = "#1f2328", "#57606a", "#ffffff", "#f3f5f8", "#c4cad2"
-RANKS, BOTH, TIE = ("#a9cdf3", "#f8cf95"), "#d9dde3", "#b3261e"  # colours: each tensor rank, a copy on both, the tie
+RANKS, BOTH, TIE = ("#a9cdf3", "#f8cf95"), "#d9dde3", "#b3261e"  # colours: tensor ranks, replicas, tied pair
 
 
 def rect(x: float, y: float, width: float, height: float, fill: str, line: str = LINE, radius: int = 4) -> str:
@@ -31,7 +31,7 @@ def path(steps: str, *, colour: str = INK, width: float = 1.5, ends: str = ' mar
 
 
 def halves(x: float, y: float, width: float, height: float, name: str, *, rows: bool = False) -> list[str]:
-    """A tensor of which each tensor rank holds a half: columns side by side, or rows one below the other."""
+    """Return the SVG elements of a tensor that two tensor ranks shard by columns, or by rows if `rows` is set."""
     w, h = (width, height / 2) if rows else (width / 2, height)
     second = (x, y + h) if rows else (x + w, y)
     return [
@@ -42,7 +42,7 @@ def halves(x: float, y: float, width: float, height: float, name: str, *, rows: 
 
 
 def layer(x: float, y: float, number: int) -> list[str]:
-    """A layer: its frozen weight and its own two vectors."""
+    """Return the SVG elements of a layer: the frozen weight W and the vectors u and v."""
     return [
         rect(x, y, 318, 46, PAPER),
         text(x + 12, y + 29, f"layer {number}", anchor="start"),
@@ -58,7 +58,7 @@ def subscript(number: int) -> str:
 
 
 def stage(x: float, index: int, numbers: tuple[int, int, int]) -> list[str]:
-    """A pipeline stage: some of its layers, and its copy of the pair, which each of them uses."""
+    """Return the SVG elements of a pipeline stage: three layers, and the copy of A and B that all layers use."""
     drawn = [
         rect(x, 62, PANEL, 346, CARD, radius=10),
         text(x + 20, 92, f"pipeline stage {index}", size=18, anchor="start", style=' font-weight="bold"'),
@@ -86,7 +86,7 @@ def arrow_head(name: str, colour: str) -> str:
 
 
 def legend(y: float) -> list[str]:
-    """What the colours mean."""
+    """Return the SVG elements of the legend, which explains the colours."""
     drawn, x = [], 250.0
     for colour, words in ((RANKS[0], "tensor rank 0"), (RANKS[1], "tensor rank 1"), (BOTH, "a copy on both")):
         drawn += [

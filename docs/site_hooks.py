@@ -1,7 +1,7 @@
-"""What mkdocs.yml does not say: pages made from the code, and files outside of docs/ that pages link to.
+"""Add pages and files to the MkDocs site: pages made from the code, and files outside docs/ that pages link to.
 
 Each build makes `flags.md` from the settings, `python.md` from the Python interface and `demo.md` from the notebook.
-Links in documents are those of the repository: README.md and its like become pages, and other files are copied.
+Links in documents are relative to the repository. The files in `PAGES` become pages, and other linked files are copied.
 """
 
 import importlib
@@ -22,12 +22,12 @@ from megatron_tiedlora.config.fields import CommandSettings, declared, flag_word
 from megatron_tiedlora.config.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "launch/README.md")  # beside those of docs/
+PAGES = ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "launch/README.md")  # pages from outside docs/
 NOTEBOOK = "demo.ipynb"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages that are made, those outside of docs/, and the files that pages link to."""
+    """Add the generated pages, the pages outside docs/, and the files that pages link to. Return all files."""
     for name, text in (("flags.md", flags_page()), ("python.md", python_page()), ("demo.md", notebook_page())):
         files.append(File.generated(config, name, content=text))
     for name in (*PAGES, *linked_files()):
@@ -36,7 +36,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links of the repository as links of the site, where docs/ is the top and the notebook is a page."""
+    """Convert repository links in a page to links of the site, where docs/ is the root folder. Return the page."""
     if page.file.src_uri in PAGES:
         markdown = re.sub(r"(\]\((?:\.\./)*)docs/", r"\1", markdown)
     elif page.file.src_uri != "demo.md":
@@ -45,19 +45,19 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def linked_files() -> list[str]:
-    """Files outside of docs/ to which documents there link, and which are not pages."""
+    """Return the files outside docs/ that documents in docs/ link to, except for pages."""
     texts = [file.read_text(encoding="utf-8") for file in sorted((ROOT / "docs").glob("*.md"))]
     names = {name for text in texts for name in re.findall(r"\]\(\.\./([^)#]+)", text)}
     return sorted(name for name in names if name not in PAGES and (ROOT / name).is_file())
 
 
 def flags_page() -> str:
-    """The flags of every command, from the declarations of its settings."""
+    """Return the text of the page with the flags of every command."""
     lines = [
         "# Flags",
         "",
-        "`tiedlora COMMAND --help` prints the same. A command whose flags are in groups also has `--config FILE`: a"
-        " YAML file with settings under the same names.",
+        "`tiedlora COMMAND --help` prints the same text. A command whose flags are in groups also has `--config FILE`."
+        " FILE is a YAML file with settings under the same names.",
     ]
     for command in COMMANDS:
         kind = settings_of(command.name, command.settings.partition(":")[0])
@@ -69,14 +69,14 @@ def flags_page() -> str:
 
 
 def settings_of(command: str, module: str) -> type[CommandSettings]:
-    """The settings that a command line of `command` is read into."""
+    """Return the settings class of `command`. The class is defined in `module` of megatron_tiedlora.config."""
     found = vars(importlib.import_module(f"megatron_tiedlora.config.{module}")).values()
     kinds = [one for one in found if isinstance(one, type) and issubclass(one, CommandSettings)]
     return [kind for kind in kinds if getattr(kind, "prog", "") == f"tiedlora {command}"][-1]
 
 
 def flags_table(kind: type[CommandSettings], group: str) -> Iterator[str]:
-    """The rows of a group of flags, in HTML because values contain the bars of a Markdown table."""
+    """Yield the HTML table of a group of flags. Markdown would not work, since values contain `|`."""
     values = {action.dest: action.metavar for action in build_parser(kind)._actions}
     yield "<table><thead><tr><th>flag</th><th>value</th><th>default</th><th>meaning</th></tr></thead><tbody>"
     for name, own in declared(kind).items():
@@ -84,7 +84,7 @@ def flags_table(kind: type[CommandSettings], group: str) -> Iterator[str]:
             continue
         field = kind.model_fields[name]
         hint = kind.missing.get(name, "")
-        needed = field.is_required() and not hint and kind is not Settings  # which fills in the defaults of the task
+        needed = field.is_required() and not hint and kind is not Settings  # Settings fills in the defaults of the task
         default = "required" if needed else kind.default_text(name)
         flag = flag_word(name, kind)
         value = values.get(name, values.get(flag)) or ""
@@ -95,13 +95,13 @@ def flags_table(kind: type[CommandSettings], group: str) -> Iterator[str]:
 
 
 def python_page() -> str:
-    """The Python interface; mkdocstrings fills in signatures and docstrings."""
+    """Return the text of the Python reference. mkdocstrings inserts signatures and docstrings into the page."""
     names = [f"megatron_tiedlora.{name}" for name in megatron_tiedlora.__all__ if name != "Settings"]
     lines = [
         "# Python reference",
         "",
-        "Examples: [Python interface](api.md). The fields of `Settings` are the"
-        " [flags of `tiedlora train`](flags.md#tiedlora-train); [PEFT](peft.md#train) has those of `TiedLoraConfig`.",
+        "See [Python interface](api.md) for examples. The fields of `Settings` are the [flags of `tiedlora"
+        " train`](flags.md#tiedlora-train). [PEFT](peft.md#train) describes the fields of `TiedLoraConfig`.",
         "",
         "::: megatron_tiedlora.Settings",
         "    options: {members: false}",
@@ -113,7 +113,7 @@ def python_page() -> str:
 
 
 def notebook_page() -> str:
-    """The notebook's cells, and a link to the file."""
+    """Return the cells of the notebook as a page, with a link to the notebook file."""
     cells = json.loads((ROOT / "docs" / NOTEBOOK).read_text(encoding="utf-8"))["cells"]
     marks = {"markdown": ("", ""), "code": ("```python\n", "\n```")}
     blocks = ["".join(cell["source"]).join(marks[cell["cell_type"]]) for cell in cells]

@@ -1,4 +1,4 @@
-"""Examine the hosts of a job before it starts: a hostfile's, a Slurm allocation's, or this machine."""
+"""Check the hosts of a job before it starts: hosts of a hostfile, hosts of a Slurm allocation, or this machine."""
 
 from megatron_tiedlora.commands.front import run
 

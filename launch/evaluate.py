@@ -1,4 +1,4 @@
-"""Answer a task's held-out rows by greedy decoding and score them."""
+"""Generate answers to a task's held-out rows by greedy decoding, and score the answers."""
 
 from megatron_tiedlora.commands.front import run
 

@@ -1,4 +1,4 @@
-"""Start launch/train.py on this machine, the hosts of a hostfile or a Slurm allocation, and say how it ended."""
+"""Start launch/train.py on this machine, the hosts of a hostfile or a Slurm allocation, and report how it ended."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The paper's study on any model and task: methods x ranks x learning rates, tables and figures."""
+"""Run the paper's study on any model and task: train methods x ranks x learning rates, and make tables and figures."""
 
 from pathlib import Path
 

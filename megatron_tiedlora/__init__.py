@@ -1,7 +1,7 @@
-"""Tied-LoRA fine-tuning of dense language models on DeepSpeed, exact at any layout.
+"""Fine-tune dense language models with Tied-LoRA on DeepSpeed. The results are the same in every parallel layout.
 
-The Python interface is described in docs/api.md. Its names are imported when they are first used, because torch and
-transformers take seconds.
+docs/api.md describes the Python interface. Each name of the interface is imported at its first use, because importing
+torch and transformers takes seconds.
 """
 
 from importlib import import_module
@@ -31,7 +31,7 @@ _MODULES = {"Settings": "config.settings", "UserError": "base.messages"}  # the 
 
 
 def __getattr__(name: str) -> Any:
-    """A name of the interface, imported now."""
+    """Import and return the object `name` of the Python interface."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_MODULES.get(name, 'integrations.api')}"), name)

@@ -1,4 +1,4 @@
-"""`python -m megatron_tiedlora` is `tiedlora`."""
+"""Run the command `tiedlora` as `python -m megatron_tiedlora`."""
 
 from megatron_tiedlora.commands.front import main
 

@@ -1,14 +1,14 @@
-"""Tied-LoRA as a method of PEFT. Importing this module registers the method, so that PEFT's own functions can use it:
+"""Register Tied-LoRA as a method of PEFT. After this module is imported, PEFT's own functions can use the method:
 
     import megatron_tiedlora.peft
     model = PeftModel.from_pretrained(base, "RUN/adapter")
 
-The method's format is a native adapter folder, and its state dict has the tensors A, B, u and v.
+Adapters of this method are native adapter folders, and their state dict has the tensors A, B, u and v.
 
-PEFT's `register_peft_method` accepts only names in its enumeration `PeftType`, so the name is first added there. Native
-folders call the rank `rank`, so PEFT's reader of `adapter_config.json` is wrapped to read native folders as this
-package does. Other folders are read as before. Both changes can be removed when PEFT has the method, or allows packages
-to add names.
+PEFT's `register_peft_method` accepts only names in the enumeration `PeftType`, so the name is first added there. In
+native folders the key of the rank is `rank`, not `r`. So PEFT's reader of `adapter_config.json` is wrapped to read
+native folders as this package does. Other folders are read as before. Both changes can be removed when PEFT includes
+the method or allows packages to add names.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ _FIRST_RELEASE = "0.21"  # the first PEFT version that has it
 
 
 def register() -> None:
-    """Register the method once. Raises ImportError if PEFT is missing, too old, or does not allow it."""
+    """Register the method once. Raise ImportError if PEFT is missing, too old, or does not allow the registration."""
     try:
         import peft
         from peft.tuners.tuners_utils import BaseTuner
@@ -32,7 +32,7 @@ def register() -> None:
     if not hasattr(BaseTuner, _NEEDED):
         raise ImportError(
             f"megatron_tiedlora.peft needs PEFT {_FIRST_RELEASE} or later, and this is {peft.__version__}; run `pip"
-            " install -U peft`, or load an export (tiedlora export), which every PEFT reads"
+            " install -U peft`, or load an export (tiedlora export), which works with every version of PEFT"
         )
     if PEFT_TYPE in peft.PEFT_TYPE_TO_CONFIG_MAPPING:
         return
@@ -47,7 +47,7 @@ def register() -> None:
 
 
 def _add_type(kind: Any, name: str, *, version: str) -> None:
-    """Add `name` to PEFT's enumeration of types. Raises ImportError if it then does not behave like a member."""
+    """Add `name` to PEFT's enumeration of types. Raise ImportError if PEFT does not accept the added name."""
     if name in kind.__members__:
         return
     try:
@@ -60,11 +60,14 @@ def _add_type(kind: Any, name: str, *, version: str) -> None:
     except (AttributeError, TypeError, ValueError, KeyError):
         is_member = False
     if not is_member:
-        raise ImportError(f"megatron_tiedlora.peft: PEFT {version} does not allow a type of another package ({name})")
+        raise ImportError(
+            f"megatron_tiedlora.peft: PEFT {version} does not allow a type of another package ({name});"
+            " load an export (tiedlora export) instead"
+        )
 
 
 def _read_native_folders(mixin: Any) -> None:
-    """Wrap PEFT's reader of `adapter_config.json` so that it can read native folders."""
+    """Wrap PEFT's reader of `adapter_config.json`, so that PEFT can also read native folders."""
     from megatron_tiedlora.integrations.peft_method import native_arguments
 
     read = mixin.from_json_file.__func__

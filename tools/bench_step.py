@@ -1,4 +1,4 @@
-"""Measure a training step or decoding."""
+"""Measure the time and memory of a training step, or the speed of generation."""
 
 from megatron_tiedlora.commands.front import run
 

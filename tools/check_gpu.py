@@ -1,4 +1,4 @@
-"""Check what this machine's GPUs can do with this package."""
+"""Check whether this package works on the GPUs of this machine, and measure its speed."""
 
 from megatron_tiedlora.commands.front import run
 

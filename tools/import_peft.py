@@ -1,4 +1,4 @@
-"""Read a PEFT LoRA or VeRA adapter into a native one."""
+"""Convert a PEFT LoRA or VeRA adapter to a native adapter."""
 
 from megatron_tiedlora.commands.front import run
 

@@ -1,4 +1,4 @@
-"""Merge an adapter into its base model: a plain Hugging Face checkpoint."""
+"""Merge an adapter into its base model, and write a Hugging Face checkpoint."""
 
 from megatron_tiedlora.commands.front import run
 

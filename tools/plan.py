@@ -1,4 +1,4 @@
-"""Plan a cluster before it is booked."""
+"""Find the fastest parallel configuration for a cluster before you book the cluster."""
 
 from megatron_tiedlora.commands.front import run
 

@@ -1,6 +1,6 @@
 """Start check_gpu.py from a folder that tools/pack_gpu_check.py has made:  python3 run.py [flags of check_gpu.py]
 
-It needs only Python, torch and numpy: wheels beside this file are unpacked once, into a folder beside them.
+The script needs only Python, torch and numpy. It unpacks the wheels once, into a folder next to the wheels.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ NEEDED = ("torch", "numpy")
 
 
 def fits(wheel: Path) -> bool:
-    """Whether a wheel fits this version of Python, by its name."""
+    """Return whether a wheel supports this version of Python, according to its file name."""
     python, abi = wheel.stem.split("-")[-3:-1]
     version = int(python.removeprefix("cp3")) if python.startswith("cp3") and python[3:].isdigit() else 0
     return "py3" in python.split(".") or python == TAG or (abi == "abi3" and version <= sys.version_info.minor)
 
 
 def unpack(wheels: Path, site: Path) -> None:
-    """Unpack the wheels that fit into `site`, atomically."""
+    """Unpack all wheels for this version of Python into `site`. `site` appears only when all wheels are unpacked."""
     started = site.with_name(f"{site.name}-{os.getpid()}")
     for wheel in sorted(wheels.glob("*.whl")):
         if fits(wheel):
@@ -34,10 +34,10 @@ def unpack(wheels: Path, site: Path) -> None:
 
 
 def main() -> None:
-    """Unpack the wheels if that was not done yet, then run the check in this process."""
+    """Unpack the wheels if they are not yet unpacked, and replace this process by the check."""
     lacking = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if lacking:
-        sys.exit(f"error: {sys.executable} has no {' and no '.join(lacking)}; start this with a Python that has it")
+        sys.exit(f"error: {sys.executable} has no {' and no '.join(lacking)}; run this with a Python that has both")
     if not any(TAG in wheel.name for wheel in (HERE / "wheels").glob("pydantic_core-*.whl")):
         sys.exit(f"error: packed without Python {TAG[2]}.{TAG[3:]}; pack again with --pythons {TAG[2]}.{TAG[3:]}")
     site = HERE / f"site-{TAG}"

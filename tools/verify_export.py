@@ -1,4 +1,4 @@
-"""Check exports of an adapter."""
+"""Check that the exports of an adapter compute the same values as the adapter."""
 
 from megatron_tiedlora.commands.front import run
 

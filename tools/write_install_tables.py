@@ -2,7 +2,7 @@
 
     python tools/write_install_tables.py
 
-A test compares the page with what this writes. A new extra needs a line in `PURPOSES`.
+A test compares the page with the output of this script. A new extra needs a line in `PURPOSES`.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from megatron_tiedlora.commands.front import COMMANDS, PROGRAM
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "install.md"
-# What an extra is for; `` is an installation without any.
+# The purpose of each extra. The empty name is an installation without extras.
 PURPOSES = {
     "": "`merge`, `export`, `import`, `verify`, `index`, `push`, `plan`, `convert-nemo`, Python without training",
     "train": "`train`, `run`, `doctor`, `bench`",
     "eval": "`evaluate`; with `train` also `sweep`, and tasks that training scores with ROUGE or BLEU",
     "check": "`check-gpu`",
     "peft": "adapters in PEFT itself ([peft.md](peft.md)), `verify --in peft`, `bench --against peft`",
-    "quantised": "faster `--base nf4` ([quantised.md](quantised.md)); without it the same bits, more slowly",
+    "quantised": "faster `--base nf4` ([quantised.md](quantised.md)); without it nf4 is slower but bit-identical",
     "mpi": "ranks that `mpirun` starts without a master address",
-    "gpu": "another attention kernel, not needed; pip builds it with nvcc: `pip install --no-build-isolation '.[gpu]'`",
+    "gpu": "an optional attention kernel; pip builds it with nvcc: `pip install --no-build-isolation '.[gpu]'`",
     "demo": "the demo model and its task",
-    "demo-base": "the same where there is no C compiler, see below",
+    "demo-base": "`demo` for machines without a C compiler (see below)",
     "test": "the test suite, in a clone",
-    "test-base": "the same where there is no C compiler",
+    "test-base": "`test` for machines without a C compiler",
     "docs": "`make docs`, in a clone",
     "lint": "`make lint`, in a clone",
 }
 
 
 def extras_table() -> Iterator[str]:
-    """The lines of the table of extras. Raises ValueError for one that has no purpose here."""
+    """Yield the lines of the table of extras. Raise ValueError if an extra is not in `PURPOSES`."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     yield from ("| extra | for |", "|---|---|")
     for extra in sorted(["", *project["optional-dependencies"]], key=[*PURPOSES].index):
@@ -44,14 +44,14 @@ def extras_table() -> Iterator[str]:
 
 
 def commands_table() -> Iterator[str]:
-    """The lines of the table of commands."""
+    """Yield the lines of the table of commands."""
     yield from (f"| `{PROGRAM}` | what it does |", "|---|---|")
     for command in COMMANDS:
         yield f"| `{command.name}` | {command.about} |"
 
 
 def with_tables(page: str) -> str:
-    """The text of the page with new tables between its marks."""
+    """Return the text of the page with new tables between the marks."""
     for name, lines in (("extras", extras_table()), ("commands", commands_table())):
         start, end = f"<!-- {name}: written by tools/write_install_tables.py -->", f"<!-- end of {name} -->"
         before, _, rest = page.partition(start)

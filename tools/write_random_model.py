@@ -1,4 +1,4 @@
-"""Write a checkpoint of random bf16 weights in the shape of a preset."""
+"""Write a checkpoint with random bf16 weights in the shape of a preset model."""
 
 from megatron_tiedlora.commands.front import run
 

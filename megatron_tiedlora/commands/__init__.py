@@ -1,1 +1,1 @@
-"""The commands of tiedlora. They read settings, call the library and print results."""
+"""Implement the commands of tiedlora: read settings, call the library and print results."""

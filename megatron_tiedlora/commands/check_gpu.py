@@ -1,4 +1,4 @@
-"""Check this machine's GPUs: run the tests of `selfcheck/`, with one process per part, and report the results."""
+"""Check this machine's GPUs: run the tests in `selfcheck/`, each part in its own process, and report the results."""
 
 import signal
 import socket
@@ -16,14 +16,14 @@ from megatron_tiedlora.config.tool_settings import CHECK_PARTS, CheckGpuSettings
 from megatron_tiedlora.selfcheck import parts
 from megatron_tiedlora.selfcheck.parts import part_command, part_environment, part_lines, run_part, summary_lines
 
-# Seconds for each part, 8 minutes in all. A part gets the unused time of earlier ones.
+# Time limit of each part in seconds, 8 minutes in total. A part may also use the unused time of earlier parts.
 SHARES = dict(zip(CHECK_PARTS, (50, 35, 85, 95, 50, 35, 30, 100), strict=True))
-RANKS_OF_SEVERAL = 340  # seconds for part ranks on several GPUs; all parts then take 12 minutes
+RANKS_OF_SEVERAL = 340  # time limit in seconds of the part `ranks` on several GPUs; all parts then take 12 minutes
 NO_GPU_STATUS = 2
 
 
 def main(settings: CheckGpuSettings) -> int:
-    """Run the checks, write the reports and return the exit status. A signal also ends the processes of the parts."""
+    """Run the checks, write the reports and return the exit status. A signal also ends the running check process."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # for example under nohup
             signal.signal(number, _leave)
@@ -60,7 +60,9 @@ def main(settings: CheckGpuSettings) -> int:
 
 
 def part_limits(chosen: Sequence[str], minutes: float | None, *, num_gpus: int) -> dict[str, float]:
-    """Return the seconds for each part. `minutes`, or the default time, is divided in proportion to SHARES."""
+    """Return the time limit of each part in seconds. The total time is divided in proportion to SHARES.
+
+    The total time is `minutes` if given, otherwise the sum of SHARES."""
     shares = {**SHARES, "ranks": RANKS_OF_SEVERAL} if num_gpus > 1 else SHARES
     seconds = sum(shares.values()) if minutes is None else 60 * minutes
     given = sum(shares[part] for part in chosen)
@@ -68,7 +70,7 @@ def part_limits(chosen: Sequence[str], minutes: float | None, *, num_gpus: int) 
 
 
 def _write(folder: Path, page: Sequence[str], suites: Sequence[Element]) -> None:
-    """Write the reports. Raise UserError if the folder cannot be created or written."""
+    """Write report.md and report.xml. Raise UserError if the folder cannot be created or written."""
     root = Element("testsuites")
     root.extend(suites)
     try:
@@ -80,5 +82,5 @@ def _write(folder: Path, page: Sequence[str], suites: Sequence[Element]) -> None
 
 
 def _leave(number: int, _frame: object) -> NoReturn:
-    """Raise SystemExit, so that the running part is ended first."""
+    """Raise SystemExit, so that the running check process is ended before this process exits."""
     sys.exit(128 + number)

@@ -1,4 +1,4 @@
-"""The commands that read a model and write files: merge, export, import, verify, convert-nemo and random-model."""
+"""Implement the commands that read or write models: merge, export, import, verify, convert-nemo and random-model."""
 
 import shlex
 import sys
@@ -35,7 +35,7 @@ def merge(settings: adapter_settings.MergeSettings) -> int:
             )
             for note in opened.notes:
                 _show_note(note)
-            with stop.deferred():  # a signal ends the merge between two blocks, where the merge can clean up
+            with stop.deferred():  # a signal ends the merge between two blocks of rows, where it can clean up
                 merge_adapter(
                     opened.source,
                     opened.adapter,
@@ -54,14 +54,14 @@ def merge(settings: adapter_settings.MergeSettings) -> int:
         return exit_status(stopped.signal_number)
     show(f"merged {settings.adapter} into {opened.source.name}: {output}")
     if not any(output.glob("tokenizer*")):
-        show(f"{opened.source.name} has no tokenizer, so the merged model has none; --tokenizer adds one")
+        show(f"{opened.source.name} has no tokenizer, so the merged model has no tokenizer; use --tokenizer to add one")
     flags = f"{adapter_flags(settings.adapter, settings)} --merged {shlex.quote(str(output))}"
     show(f"check it with: tiedlora verify {flags}")
     return 0
 
 
 def export(settings: adapter_settings.ExportSettings) -> int:
-    """Export one or more adapters to PEFT. Return the exit status."""
+    """Export one or more adapters in PEFT format. Return the exit status."""
 
     def show_serving(source: ModelSource, exports: Mapping[str, export_peft.Export]) -> None:
         named = settings.base_name or export_peft.base_name(source)
@@ -95,7 +95,7 @@ def export(settings: adapter_settings.ExportSettings) -> int:
 
 
 def import_adapter(settings: adapter_settings.ImportSettings) -> int:
-    """Write a PEFT adapter as a native adapter. Return the exit status."""
+    """Convert a PEFT adapter to a native adapter. Return the exit status."""
     output = settings.output
     opened = import_peft(
         settings.model,
@@ -114,7 +114,7 @@ def import_adapter(settings: adapter_settings.ImportSettings) -> int:
 
 
 def verify(settings: adapter_settings.VerifySettings) -> int:
-    """Check exports of an adapter. Return the exit status, which is 1 if any differ."""
+    """Check exports of an adapter. Return the exit status, which is 1 if an export differs from the adapter."""
     opened = open_adapter(settings.adapter, settings.model, differs=settings.base_differs)
     base = check_base(opened.source, opened.adapter, uses_tokenizer=False, differs=settings.base_differs)
     for note in (*opened.notes, *base.notes):
@@ -136,7 +136,7 @@ def convert(settings: ConvertNemoSettings) -> int:
     """Convert a .nemo file to a Hugging Face folder. Return the exit status."""
     output = settings.output
     if not settings.nemo.exists():
-        raise UserError(f"--nemo {settings.nemo}: no such file")
+        raise UserError(f"--nemo {settings.nemo}: no such file; give the path of a .nemo file")
     reject_existing(output, flag=f"--output {output}")
     try:
         new = partial(new_output, take_over=settings.take_over)
@@ -151,7 +151,7 @@ def convert(settings: ConvertNemoSettings) -> int:
 
 
 def make_random(settings: RandomModelSettings) -> int:
-    """Write a checkpoint of random weights in the shape of a preset. Return the exit status."""
+    """Write a checkpoint with random weights in the shape of a preset model. Return the exit status."""
     write_random_model(PRESETS[settings.model], settings.output, name=settings.model, seed=settings.seed)
     show(f"{settings.output}: random weights in the shape of {settings.model}")
     return 0

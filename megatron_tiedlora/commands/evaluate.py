@@ -1,11 +1,11 @@
-"""Answer a task's held-out rows by greedy decoding and score the answers. The model is a base, an adapter, a merged or
-a PEFT folder.
+"""Generate answers to a task's held-out rows by greedy decoding, and score the answers. The model may be a base
+model, an adapter, a merged model or a PEFT folder.
 
     tiedlora evaluate                                                                  the demo model on the demo task
     deepspeed --no_python tiedlora evaluate --adapter runs/NAME/adapter --task gsm8k --tensor_parallel 2
-    tiedlora evaluate --adapters runs/four --task gsm8k                                every adapter of a run of several
+    tiedlora evaluate --adapters runs/four --task gsm8k                                all adapters of the run `four`
 
-`main` shows all steps of an evaluation in their order.
+`_evaluate` shows all steps of an evaluation in order.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def main(settings: EvaluateSettings) -> int:
-    """Run one rank and return the exit status: 0 finished; 130, 143 or 138 stopped by a signal."""
+    """Run one rank and return the exit status: 0 if the rank finished, and 130, 143 or 138 after a signal."""
     require_extra("eval")
     from megatron_tiedlora.data.splits import check_files_exist
 
@@ -98,11 +98,12 @@ def _evaluate(settings: EvaluateSettings, rank: int, world_size: int, stop: Stop
 def take_results_folder(
     settings: EvaluateSettings, plans: EvaluationPlans, scored: Mapping[str, ScoredSet], end: End
 ) -> NewOutput | None:
-    """Take the folder of the results on rank 0 and return it there; all other ranks get None. `end` releases the
-    folder.
+    """Lock the results folder on rank 0 and return the folder there. Return None on all other ranks.
+
+    The object `end` releases the folder at the end of the evaluation.
 
     Raises:
-        UserError: the folder is not free, or ranks differ in rows or precision. No work has been done yet.
+        UserError: the folder is in use or not empty, or ranks read different rows or use a different precision.
     """
     from megatron_tiedlora.base.output_folder import take_output_folder
     from megatron_tiedlora.base.ownership import Owner

@@ -1,7 +1,7 @@
-"""Run `tiedlora NAME ...` from a table of commands. Only the module of that command is imported, so that its help is
-quick.
+"""Run `tiedlora NAME ...` from the table `COMMANDS`. Only the module of command NAME is imported, so that `--help` is
+fast.
 
-A new command needs a row of the table, a class of settings and a function in commands/.
+A new command needs a row in this table, a settings class and a function in commands/.
 """
 
 import importlib
@@ -22,12 +22,12 @@ class Command:
     """A command of tiedlora.
 
     Attributes:
-        main: its function in commands/ as MODULE:NAME. It takes the settings and returns the exit status.
-        settings: what reads its command line, as MODULE:NAME in config/: a class of settings, or a function of the
-            words.
-        about: its line in `tiedlora --help`.
+        main: the function in commands/ as MODULE:NAME. The function takes the settings and returns the exit status.
+        settings: the settings class or the parsing function in config/, as MODULE:NAME. A parsing function takes the
+            command-line arguments.
+        about: the description of the command in `tiedlora --help`.
         script: the equivalent script, or '' if there is none.
-        is_rank: whether a launcher starts it as several ranks. One rank then reports an error for all.
+        is_rank: whether a launcher may start several ranks of this command. Then only one rank prints an error.
     """
 
     name: str
@@ -40,23 +40,23 @@ class Command:
 
 COMMANDS = (
     Command("train", "train:main", "settings:Settings",
-            "fine-tune a model, as one process or a rank of many", "launch/train.py", is_rank=True),
+            "fine-tune a model, in one process or as one rank of a job", "launch/train.py", is_rank=True),
     Command("run", "jobs:run", "job_settings:parse_launch",
-            "start `train` on GPUs and hosts, watch it, and say how it ended", "launch/run.py"),
+            "start `train` on GPUs and hosts, watch it, and report how it ended", "launch/run.py"),
     Command("evaluate", "evaluate:main", "adapter_settings:EvaluateSettings",
-            "answer a task's held-out rows and score them", "launch/evaluate.py", is_rank=True),
+            "generate answers to a task's held-out rows, and score them", "launch/evaluate.py", is_rank=True),
     Command("sweep", "jobs:sweep", "job_settings:parse_sweep",
             "train methods x ranks x learning rates, and write tables", "launch/sweep.py"),
     Command("doctor", "jobs:doctor", "job_settings:DoctorSettings",
-            "examine the hosts of a job before it starts", "launch/doctor.py"),
+            "check the hosts of a job before it starts", "launch/doctor.py"),
     Command("plan", "jobs:plan", "job_settings:parse_plan",
-            "find the fastest layout of a cluster before it is booked", "tools/plan.py"),
+            "find the fastest parallel configuration for a cluster", "tools/plan.py"),
     Command("merge", "convert:merge", "adapter_settings:MergeSettings",
             "merge an adapter into its base model", "tools/merge_adapter.py"),
     Command("export", "convert:export", "adapter_settings:ExportSettings",
             "write an adapter as LoRA for PEFT, vLLM and others", "tools/export_peft.py"),
     Command("import", "convert:import_adapter", "adapter_settings:ImportSettings",
-            "read a PEFT LoRA or VeRA as a native adapter", "tools/import_peft.py"),
+            "convert a PEFT LoRA or VeRA to a native adapter", "tools/import_peft.py"),
     Command("verify", "convert:verify", "adapter_settings:VerifySettings",
             "check a merged folder or an export", "tools/verify_export.py"),
     Command("index", "jobs:index", "adapter_settings:IndexSettings",
@@ -67,12 +67,12 @@ COMMANDS = (
     Command("check-gpu", "check_gpu:main", "tool_settings:CheckGpuSettings",
             "check what this machine's GPUs can do", "tools/check_gpu.py"),
     Command("bench", "jobs:bench", "tool_settings:BenchSettings",
-            "measure a training step or decoding", "tools/bench_step.py", is_rank=True),
+            "measure a training step or generation", "tools/bench_step.py", is_rank=True),
     Command("prepare-demo", "prepare_demo:main", "tool_settings:PrepareDemoSettings",
             "make the demo model (needs the extra demo)", "tools/prepare_demo.py"),
     Command("random-model", "convert:make_random", "tool_settings:RandomModelSettings",
-            "write a random model, `tiny` for a try", "tools/write_random_model.py"),
-    Command("env", "jobs:env", "tool_settings:EnvSettings", "versions, devices and variables, for a bug report"),
+            "write a random model, `tiny` for a first try", "tools/write_random_model.py"),
+    Command("env", "jobs:env", "tool_settings:EnvSettings", "print versions, devices and variables for a bug report"),
 )
 
 # Names of commands in other tools. For any other unknown name the most similar command is suggested.
@@ -88,7 +88,7 @@ _OTHER_NAMES = {
 
 
 def find_command(name: str) -> Command | None:
-    """Return the command `name`; an underscore counts as a dash."""
+    """Return the command `name`, or None. An underscore in the name is read as a dash."""
     return next((command for command in COMMANDS if command.name == name.replace("_", "-")), None)
 
 
@@ -109,7 +109,7 @@ def help_text() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run the command that the first word names and exit with its status, or with 2 if it does not exist."""
+    """Run the command whose name is the first argument, and exit with its status, or with 2 if it does not exist."""
     words = _without_local_rank(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["help"]:
         words = [*words[1:2], "--help"]
@@ -129,10 +129,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def run(name: str, argv: Sequence[str] | None = None, **options: Any) -> NoReturn:
-    """Run a command with `words`, by default those of this process, and exit with its status.
+    """Run a command, and exit with its status.
 
     Args:
-        options: further arguments of the command's `main`.
+        argv: the command-line arguments after the command's name; by default those of this process.
+        options: additional keyword arguments for the function `Command.main`.
     """
     # `tiedlora --help` does not need these imports.
     from megatron_tiedlora.config.cli import run_command
@@ -145,11 +146,12 @@ def run(name: str, argv: Sequence[str] | None = None, **options: Any) -> NoRetur
 
 
 def call(name: str, argv: Sequence[str], **options: Any) -> int:
-    """Parse the words of a command, run it and return its exit status. Its module, which may import torch, is imported
-    only if the words are valid.
+    """Parse the arguments of a command, run the command and return its exit status.
+
+    The command's module, which may import torch, is imported only if the arguments are valid.
 
     Raises:
-        UserError: a word is wrong, or the command raised it.
+        UserError: an argument is invalid, or the command failed.
     """
     from megatron_tiedlora.config.cli import parse_settings
 
@@ -162,19 +164,19 @@ def call(name: str, argv: Sequence[str], **options: Any) -> int:
 
 
 def _of_package(where: str) -> Any:
-    """Import and return MODULE:NAME of this package."""
+    """Import and return the object `where` of this package, given as MODULE:NAME."""
     module, _, name = where.partition(":")
     return getattr(importlib.import_module(f"megatron_tiedlora.{module}"), name)
 
 
 def _without_local_rank(words: Sequence[str]) -> list[str]:
-    """Return `words` without the --local_rank that a launcher puts first. Ranks are read from the environment."""
+    """Return `words` without the leading --local_rank of a launcher. Ranks are read from the environment instead."""
     if words and words[0].startswith(tuple(f"{name}=" for name in _LOCAL_RANK)):
         return list(words[1:])
     return list(words[2:]) if words and words[0] in _LOCAL_RANK else list(words)
 
 
 def _leave(text: str, *, status: int = 0) -> NoReturn:
-    """Show the text and exit. The text of an error is shown on stderr."""
+    """Print the text and exit. The text goes to stderr if `status` is not 0."""
     show(*text.split("\n"), file=sys.stderr if status else None)
     sys.exit(status)

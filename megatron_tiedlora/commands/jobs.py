@@ -1,7 +1,7 @@
-"""The commands that start and plan jobs, check machines and collect adapters: run, sweep, plan, doctor, env, bench,
-index and push.
+"""Implement the commands for jobs, machines and adapter collections: run, sweep, plan, doctor, env, bench, index and
+push.
 
-Each command itself imports the modules that need torch, so that `env` also works without torch.
+Modules that need torch are imported inside the functions, so that `env` also works without torch.
 """
 
 import gc
@@ -28,19 +28,19 @@ if TYPE_CHECKING:
     from megatron_tiedlora.convert.index import Entry
 
 HERE = Path(__file__).resolve().parent
-_MEETING_MINUTES = 10.0  # time limit for the rendezvous of plan --measure
+_MEETING_MINUTES = 10.0  # time limit for the rendezvous in plan --measure
 _HEADING = ("name", "base", "method", "rank", "targets", "parameters", "task", "date", "path")
 
 
 def run(command: LaunchCommand, *, scripts: Path = HERE) -> int:
-    """Start and watch a job, whose ranks run the train.py in the folder `scripts`. Return the exit status."""
+    """Start a job and wait for its end. The ranks run train.py in the folder `scripts`. Return the exit status."""
     from megatron_tiedlora.cluster.start import launch
 
     return launch(command, scripts=scripts)
 
 
 def sweep(command: SweepCommand, *, scripts: Path = HERE) -> int:
-    """Run the sweep, which starts train.py and evaluate.py in the folder `scripts`. Return the exit status."""
+    """Run a sweep. Its jobs run train.py and evaluate.py in the folder `scripts`. Return the exit status."""
     require_extra("train", "eval")
     require_extra("train", only=["matplotlib"])  # for the figures at its end
     from megatron_tiedlora.study.sweep import sweep as run_sweep
@@ -49,7 +49,9 @@ def sweep(command: SweepCommand, *, scripts: Path = HERE) -> int:
 
 
 def plan(command: PlanCommand) -> int:
-    """Plan a cluster and print the plan. Return 0 if a layout fits, else 1. --measure only measures this machine."""
+    """Find the fastest layouts for a cluster and print them. Return 0 if a layout fits, else 1.
+
+    With --measure, only the constants of this machine are measured."""
     settings = command.settings
     if settings.measure is not None:
         require_extra("train", only=["deepspeed"])
@@ -80,7 +82,7 @@ def plan(command: PlanCommand) -> int:
 
 
 def _measure(command: PlanCommand, file: str) -> int:
-    """Measure this machine on all ranks. Rank 0 writes the file, or prints the result if the name is `-`."""
+    """Measure this machine on all ranks. Rank 0 writes the result to `file`, or prints the result if `file` is `-`."""
     path = None if file == "-" else output_file(file, flag="--measure")  # before a minute of work
     prepare_environment()
     rank, world_size = rank_and_world_size()
@@ -108,7 +110,9 @@ def doctor(settings: DoctorSettings) -> int:
     require_extra("train", only=["deepspeed"])
     file = _json_path(settings.json_file)
     if file is not None and not file.absolute().parent.is_dir():
-        raise UserError(f"--json {settings.json_file}: its folder does not exist; make it or give another file")
+        raise UserError(
+            f"--json {settings.json_file}: its folder does not exist; create the folder or give a different file"
+        )
     report = examine(settings, os.environ, lambda line: show(line, file=sys.stderr))
     text = json.dumps(report.model_dump(mode="json"), indent=2)
     print(text if settings.json_file == "-" else report_text(report))
@@ -122,7 +126,7 @@ def _json_path(given: str | None) -> Path | None:
 
 
 def env(settings: EnvSettings) -> int:
-    """Print the record of this machine for a bug report, as a table or JSON. Return the exit status."""
+    """Print a description of this machine for a bug report, as a table or as JSON. Return the exit status."""
     file = _json_path(settings.json_file)
     machine = machine_record()
     text = machine.model_dump_json(indent=2)
@@ -140,7 +144,7 @@ def env(settings: EnvSettings) -> int:
 
 
 def bench(settings: BenchSettings) -> int:
-    """Measure a training step or decoding and print the result on one rank. Return the exit status."""
+    """Measure a training step or generation and print the result on rank 0. Return the exit status."""
     require_extra("train", only=["deepspeed"])
     file = None if settings.json_file is None else user_path(settings.json_file, flag="--json")
     prepare_environment()
@@ -190,7 +194,7 @@ def index(settings: IndexSettings) -> int:
         case "build":
             count, problems = build_index(root, progress=True)
             indexed = f"indexed {count_text(count, 'adapter')}: {root / INDEX_FILE}"
-            show(*(f"left out: {problem}" for problem in problems), indexed)
+            show(*(f"not indexed: {problem}" for problem in problems), indexed)
             return 1 if problems else 0
         case "verify":
             entries = find_entries(root, settings.wanted)
@@ -214,7 +218,7 @@ def _table(entries: "Sequence[Entry]") -> list[str]:
 
 
 def push(settings: PushSettings) -> int:
-    """Publish the adapter. Return the exit status."""
+    """Publish an adapter on the Hugging Face hub. Return the exit status."""
     from megatron_tiedlora.integrations.push import check_hub_id, upload, write_published
 
     check_hub_id(settings.repo, flag="--repo", owned=True)
@@ -226,7 +230,7 @@ def push(settings: PushSettings) -> int:
         folder = settings.output or Path(temporary) / "published"
         write_published(settings, folder, say=lambda note: show(f"note: {note}"))
         if settings.dry_run:
-            show(f"wrote what {settings.repo} would hold: {folder}")
+            show(f"wrote the files for {settings.repo} without publishing them: {folder}")
             return 0
         show(f"published: {upload(folder, settings.repo, private=settings.private)}")
     return 0

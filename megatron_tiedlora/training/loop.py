@@ -1,10 +1,10 @@
-"""Run the training loop: each step trains all running adapters; evaluations and saves follow between steps.
+"""Run the training loop: train all adapters in each step, and evaluate and save them between steps.
 
-Adapters that have ended or failed take no further steps. All ranks agree on stopping before weights change.
+Adapters that have ended or failed are not trained further. All ranks agree on stopping before weights change.
 
-Several adapters are evaluated together: their validation losses, and the scores of greedy decoding. Each adapter keeps
-its own batches and factors. Only the matmuls of the base process the tokens of several adapters. So the results equal
-those of separate evaluations, and a failure affects only its own adapter.
+The validation losses and scores of several adapters are computed together. Each adapter keeps its own batches and
+weights. Only the matmuls of the base process tokens of several adapters at once. So the results are the same as in
+separate evaluations, and a failure affects only its own adapter.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -44,23 +44,23 @@ STEPS_AT_ONCE = 4
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Evaluates adapters on one rank, with the model and the shared micro-batches of a training step.
+    """Evaluates adapters with the model that training uses.
 
-    All ranks make the same calls. Each call raises RunStopped if all ranks have agreed to stop.
+    All ranks must make the same calls. Each call raises RunStopped if all ranks have agreed to stop.
     """
 
     step: TrainStep
 
     def evaluated(self, runs: Runs) -> dict[str, Evaluated]:
-        """Return the evaluation of each adapter by name. An adapter without valid scores fails, and is left out."""
+        """Return the evaluation of each adapter by name. An adapter whose scoring fails is not in the result."""
         losses = self.losses(runs)
         scores = self.scores(runs, lambda run: run.data.scored_validation)
         return {name: Evaluated(losses[name], found) for name, found in scores.items()}
 
     def losses(self, runs: Runs) -> dict[str, float]:
-        """Return each adapter's mean loss over all supervised tokens of its validation split, the same on every rank.
+        """Return each adapter's mean loss over the supervised tokens of its validation split, the same on every rank.
 
-        Ranks agree on stopping before each batch, or in a pipeline before every few batches.
+        All ranks check for a stop request before each batch, or with pipeline parallelism before every few batches.
         """
         if not runs:
             return {}
@@ -89,7 +89,7 @@ class Evaluation:
         return {run.name: loss / run.data.validation.num_supervised for run, loss in pairs}
 
     def scores(self, runs: Runs, samples_of: Callable[[AdapterRun], ScoredSet | None]) -> dict[str, dict[str, Score]]:
-        """Return the scores of each adapter on its samples, by metric. An adapter without valid scores fails."""
+        """Return the scores of each adapter by metric. An adapter is marked as failed if scoring raises an error."""
         asked = {run.name: scored for run in runs if (scored := samples_of(run)) is not None}
         answers = self._answers([run for run in runs if run.name in asked], asked) if asked else {}
         found: dict[str, dict[str, Score]] = {}
@@ -103,7 +103,7 @@ class Evaluation:
         return {run.name: found[run.name] for run in runs if run.failure is None}
 
     def _answers(self, runs: Runs, asked: dict[str, ScoredSet]) -> dict[str, list[Answer]]:
-        """Return the answers of each adapter on rank 0."""
+        """Generate answers with each adapter, and return them on rank 0."""
         runner, plan, agree = self.step.runner, runs[0].plan, self.step.stop.agree
         runner.engine.module.eval()
         decoder = Decoder(runner.stage, runner.groups, plan.source.shape, calls_together=plan.engine.zero_stage == 3)
@@ -115,10 +115,10 @@ class Evaluation:
 
 
 def of_start(runs: Runs, evaluate: Callable[[Runs], dict[str, Found]]) -> dict[str, Found]:
-    """Return the results of `evaluate` for adapters that have taken no step.
+    """Return the results of `evaluate` for adapters before their first step.
 
-    An adapter whose update is still zero has the same results as the base. So only one of all such adapters with the
-    same data is evaluated.
+    An adapter with a zero update has the same results as the base. So only one of the adapters with a zero update and
+    the same data is evaluated.
     """
     first: dict[tuple[object, ...], AdapterRun] = {}
     same = {run.name: first.setdefault(_start(run), run) for run in runs}
@@ -130,7 +130,7 @@ def of_start(runs: Runs, evaluate: Callable[[Runs], dict[str, Found]]) -> dict[s
 
 
 def _start(run: AdapterRun) -> tuple[object, ...]:
-    """Return a key that determines the results of an adapter before its first step."""
+    """Return a key for an adapter before its first step. Adapters with the same key have the same results."""
     plan = run.plan
     if plan.settings.init_from is not None or not plan.adapter.method_spec.starts_at_base:
         return (run.name,)
@@ -139,7 +139,7 @@ def _start(run: AdapterRun) -> tuple[object, ...]:
 
 @dataclass(frozen=True)
 class Finished:
-    """An adapter that finished in an earlier launch. It is not loaded, but the table of all adapters has its row."""
+    """An adapter that finished in an earlier launch. The adapter is listed in table.csv but is not loaded."""
 
     name: str
     plan: RunPlan
@@ -153,15 +153,15 @@ class Finished:
 
 @dataclass
 class Trainer:
-    """A run on one rank, from the ready engine to the end of training.
+    """Trains the adapters of a run on one rank, from the start of the engine to the end of training.
 
     Attributes:
         adapters: the adapters that are trained, by name.
         folder: the folder of the run.
         profile: the steps to record, as in --profile.
-        everyone: all adapters of the run in order, including those that finished in an earlier launch.
-        rivals: with --halving, the names of the adapters with which each adapter is compared.
-        last_step: the number of the last step. It starts at the largest step number of all adapters.
+        everyone: all adapters of the run in order, including adapters that finished in an earlier launch.
+        rivals: the names of the adapters with which --halving compares each adapter.
+        last_step: the number of the last step. On resume it starts at the largest step number of all adapters.
     """
 
     adapters: Mapping[str, AdapterRun]
@@ -173,7 +173,7 @@ class Trainer:
     rivals: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     _rows: list[dict[str, Any]] = field(default_factory=list)
     _told: set[str] = field(default_factory=set)
-    _rates: list[str] = field(default_factory=list)  # texts on the last step: speed of all tokens, then each adapter
+    _rates: list[str] = field(default_factory=list)  # texts about the last step: total speed, then each adapter
     _table_failure: UserError | None = None
 
     def __post_init__(self) -> None:
@@ -194,16 +194,16 @@ class Trainer:
 
     @property
     def trained(self) -> list[AdapterRun]:
-        """The adapters whose training ended without failure, and whose end is not recorded yet."""
+        """The adapters whose training ended without failure and whose end is not yet recorded."""
         return [run for run in self.adapters.values() if run.state == "ended"]
 
     def run(self) -> None:
         """Train until every adapter has ended or failed.
 
         Raises:
-            RunStopped: all ranks agreed to stop; finished steps are saved.
-            RunFailed: the only adapter failed: its loss or gradient norm is not finite, a trained tensor gets no
-                gradient, or replicas differ. Nothing was saved after the last good step.
+            RunStopped: all ranks agreed to stop. Finished steps are saved.
+            RunFailed: the only adapter of the run failed. Its loss or gradient norm is not finite, a trained tensor has
+                no gradient, or replicas differ. Nothing was saved after the last successful step.
         """
         total = sum(run.plan.settings.max_steps for run in self.adapters.values())
         done = sum(run.progress.step for run in self.adapters.values())
@@ -229,7 +229,7 @@ class Trainer:
         return {name: run for name, run in self.adapters.items() if run.state == "running"}
 
     def _begin(self, bar: Any) -> None:
-        """Evaluate new adapters, and do the pending evaluations and saves of resumed ones."""
+        """Evaluate new adapters, and run the pending evaluations and saves of resumed adapters."""
         for run in self.adapters.values():
             with run.failing_alone():
                 run.recall()
@@ -254,9 +254,9 @@ class Trainer:
         self._after_step({name: run for name, run in self.adapters.items() if name not in new}, bar)
 
     def _train_step(self, running: Mapping[str, AdapterRun], bar: Any) -> None:
-        """Take one step of each adapter, and raise RunStopped afterwards if any rank should stop.
+        """Train each running adapter for one step. Raise RunStopped afterwards if any rank was asked to stop.
 
-        After a resume, an adapter may be ahead of a rival. It then waits for the rival."""
+        After a resume with --halving, an adapter waits until all adapters compared with it have reached its step."""
         samples: dict[str, TrainingStep] = {}
         for name, run in running.items():
             others = [running[other] for other in self.rivals.get(name, ()) if other in running]
@@ -289,7 +289,7 @@ class Trainer:
         self._show(bar)
 
     def _after_step(self, runs: Mapping[str, AdapterRun], bar: Any) -> None:
-        """Make the due evaluations together, and then the due saves of each adapter."""
+        """Run all due evaluations together, and then save each adapter for which a checkpoint is due."""
         found = self.evaluation.evaluated([run for run in runs.values() if run.evaluation_is_due])
         for name, run in runs.items():
             if run.state == "running":
@@ -298,7 +298,7 @@ class Trainer:
         self._stop_behind(bar)
 
     def _stop_behind(self, bar: Any) -> None:
-        """Stop each adapter whose loss exceeds that of a rival by more than noise, once its warm-up is over."""
+        """Stop each adapter that --halving rejects. Only evaluations after the learning-rate warm-up are compared."""
         if not self.rivals:
             return
         evaluated = {
@@ -326,7 +326,7 @@ class Trainer:
         return printable("; ".join((counts, *self._rates[:1])))
 
     def _show(self, bar: Any) -> None:
-        """Show the progress and new failures. Write the table if more than step numbers have changed."""
+        """Show the progress and new failures, and write table.csv if more than the step numbers changed."""
         for name in self.failed:
             if name not in self._told:
                 bar.write(printable(named(name, f"failed: {self.adapters[name].failure}")))
@@ -338,7 +338,7 @@ class Trainer:
             self._table_failure = self._table_failure or error
 
     def write_table(self) -> None:
-        """Write table.csv on rank 0 if more than step numbers have changed. Raises UserError if this fails."""
+        """Write table.csv on rank 0 if more than the step numbers changed. Raise UserError if the write fails."""
         rows = [table_row(run) for run in self.everyone.values()]
         if self.rank or [{**row, "step": 0} for row in rows] == [{**row, "step": 0} for row in self._rows]:
             return

@@ -1,4 +1,4 @@
-"""Run one rank from its settings to its end. The function below lists the phases of a run in order."""
+"""Run one rank of a training job. The function `train_rank` lists the phases of a run in order."""
 
 from megatron_tiedlora.base.messages import show
 from megatron_tiedlora.config.settings import Settings
@@ -9,9 +9,10 @@ from megatron_tiedlora.runtime.stopping import StopRequests
 
 
 def train_rank(settings: Settings) -> End:
-    """Run one rank of a job after `prepare_environment`. A failure is reported and ends the process.
+    """Run one rank of a job and return the end of the run. Call `prepare_environment` first.
 
-    If one of several adapters fails, the others continue, and the exit status is 1.
+    A failure is reported and ends the process. If one of several adapters fails, the others continue, and the exit
+    status is 1.
     """
     if settings.deterministic:
         make_deterministic()

@@ -1,6 +1,7 @@
-"""Start a run: take its folders, find the checkpoints to resume from, and write the first files after all checks.
+"""Start a run: lock its folders, find the checkpoints to resume from, and write the first files after all checks.
 
-A single adapter uses the folder of the run. Several adapters use RUN/NAME, or the output_dir of their entry.
+A run of one adapter uses the run folder itself. In a run of several adapters, each adapter uses the folder RUN/NAME or
+its own output_dir.
 """
 
 import shlex
@@ -40,13 +41,13 @@ from megatron_tiedlora.training.throughput import Meter, peak_of_all, steps_over
 
 @dataclass
 class Start:
-    """One launch of a run on this rank, before its first step.
+    """The state of a launch on this rank before its first step.
 
     Attributes:
         plans: the plans of all adapters, by name.
-        folder: the folder of the run, which rank 0 owns.
-        end: the end of the run, which releases the folders.
-        folders: the folder of each adapter. New folders have no owner until `make_trainer` creates them.
+        folder: the folder of the run, which rank 0 has locked.
+        end: the object that reports the end of the run and releases the folders.
+        folders: the folder of each adapter. New folders are not locked until `make_trainer` creates them.
         checkpoints: the checkpoint from which each adapter resumes; None for a new adapter.
         finished: the adapters that finished in an earlier launch.
     """
@@ -62,32 +63,32 @@ class Start:
 
     @property
     def own_folders(self) -> dict[str, RunFolder]:
-        """The folders of adapters that differ from the folder of the run."""
+        """The adapter folders by name, without the run folder itself."""
         return {name: own for name, own in self.folders.items() if own is not self.folder}
 
     @property
     def left(self) -> dict[str, RunPlan]:
-        """The plans of the adapters that have not finished in an earlier launch."""
+        """The plans of the adapters that did not finish in an earlier launch."""
         return {name: plan for name, plan in self.plans.items() if name not in self.finished}
 
 
 def open_run(settings: Settings, plans: adapter_plans.Plans, data: adapter_plans.Data, end: End) -> Start:
-    """Choose the folder of the run on rank 0, which becomes its owner, tell every rank, and find the checkpoints.
+    """Choose and lock the run folder on rank 0, and find the checkpoints. Return the state of the launch on every rank.
 
-    A launch that cannot resume the run in a folder does not take the folder. No run files are written yet.
+    A folder is not locked if its run cannot be resumed. No run files are written yet.
 
     Args:
-        end: the end of the run, which releases all folders. It gets their owners at once, so that peers can release the
-            folders if rank 0 is lost while it reads checkpoints.
+        end: the object that releases the folders at the end of the run. It receives each folder as soon as the folder
+            is locked. Other ranks can then release the folders if rank 0 dies while it reads checkpoints.
 
     Raises:
-        UserError: a folder is in use or holds a run that this launch cannot resume, or ranks have different data. It is
-            raised on every rank.
+        UserError: on every rank, if a folder is in use or has a run that cannot be resumed, or if ranks have different
+            data.
     """
     for own in {id(own): own for own in data.values()}.values():
         if differing := num_differing(own.shared_sha256):
             raise UserError(
-                f"{count_text(differing, 'rank')} read other training, validation or test data than rank 0."
+                f"{count_text(differing, 'rank')} read training, validation or test data that differs from rank 0's."
                 " Give every host the same files"
             )
 
@@ -102,7 +103,7 @@ def open_run(settings: Settings, plans: adapter_plans.Plans, data: adapter_plans
     for name, run_folder in opened.own_folders.items():
         here = plans[name].settings.completed(output_dir=str(run_folder.path))
         opened.plans[name] = replace(plans[name], settings=here)
-    # Existing run folders of adapters are taken before their checkpoints are read. New folders are created with the
+    # Existing run folders of adapters are locked before their checkpoints are read. New folders are created with the
     # run's first files. So a launch that is killed before then leaves no folder that the next launch would reject.
     if folders := opened.own_folders:
         there = decided_by_rank_0(lambda: [name for name, of in folders.items() if of.path.exists()], kind=list[str])
@@ -123,7 +124,8 @@ def _take_folder(
     before: Callable[[RunFolder], None],
     after: Callable[[RunFolder], None] = lambda folder: None,
 ) -> RunFolder:
-    """Take a run folder on rank 0, and tell every rank. See `take_run_folder` for the arguments."""
+    """Lock a run folder on rank 0, and return the folder on every rank. Rank 0 calls `before` before it locks the
+    folder, and `after` once the folder is locked."""
 
     def take() -> tuple[str, str]:
         folder, lock = take_run_folder(settings, before=before)
@@ -138,17 +140,17 @@ def _take_folder(
 
 
 def _open_run_folder(name: str, start: Start) -> RunFolder:
-    """Take the run folder of one of several adapters on rank 0, and tell every rank."""
+    """Lock the run folder of one of several adapters on rank 0, and return the folder on every rank."""
     plan, before = start.plans[name], partial(reject_another_run, start.plans[name], start.data[name])
     with naming(name):
         return _take_folder(plan.settings, end=start.end, before=before)
 
 
 def _finished_before(start: Start) -> dict[str, Finished]:
-    """Return the adapters that were finished and exported in an earlier launch, and have no step left.
+    """Return the adapters that finished and were exported in an earlier launch, and have no steps left.
 
-    Adapters that --halving stopped count as finished if this launch has --halving too. A single adapter never counts as
-    finished: it is scored and exported again.
+    An adapter that --halving stopped counts as finished if this launch also uses --halving. In a run of one adapter,
+    the adapter never counts as finished. Such a run scores and exports the adapter again.
     """
     folders = start.own_folders
     if not folders:
@@ -177,7 +179,7 @@ def make_trainer(start: Start, built: BuiltModel, device: torch.device, stop: St
     """Write the first files to the folder of each adapter, and return the trainer of all adapters.
 
     Raises:
-        UserError: a folder cannot be written; on every rank. The status file of each prepared folder records it.
+        UserError: on every rank, if a folder cannot be written. The status file of each prepared folder has the error.
     """
     settings, left, end, adapters = start.settings, start.left, start.end, dict[str, AdapterRun]()
     folder_of_run = replace(
@@ -221,7 +223,7 @@ def make_trainer(start: Start, built: BuiltModel, device: torch.device, stop: St
 
 
 def _write_settings(start: Start) -> None:
-    """Write adapters.yaml on rank 0: the shared settings, and the settings of each adapter."""
+    """Write adapters.yaml on rank 0 with the shared settings and the settings of each adapter."""
     resolved = {name: plan.resolved_settings() for name, plan in start.plans.items()}
     (first, of_all), *_ = resolved.items()
     own = {name: {key: values[key] for key in values if key in PER_ADAPTER} for name, values in resolved.items()}
@@ -232,10 +234,10 @@ def _write_settings(start: Start) -> None:
 
 
 def occupy_run_folder(plan: RunPlan, folder: RunFolder, checkpoint: resume.Checkpoint | None) -> MetricsLog | None:
-    """Write the resumed checkpoint, run.yaml and the logs to the folder. Returns the log on rank 0, else None.
+    """Write the resumed checkpoint, run.yaml and the logs to the folder. Return the log on rank 0, else None.
 
     Raises:
-        UserError: the folder cannot be written; on every rank. The status file records it.
+        UserError: on every rank, if the folder cannot be written. The status file has the error.
     """
     start, logs = checkpoint.progress if checkpoint is not None else resume.Progress(), list[MetricsLog]()
 
@@ -265,7 +267,7 @@ def occupy_run_folder(plan: RunPlan, folder: RunFolder, checkpoint: resume.Check
 
 
 def write_run_settings(plan: RunPlan, folder: RunFolder) -> None:
-    """Write run.yaml: resolved settings, hub names, a hash of the chat template's content, and library versions."""
+    """Write run.yaml with the resolved settings, hub names, a hash of the chat template, and library versions."""
     settings = plan.resolved_settings()
     settings[HUB_NAMES] = hub_ids(settings["tokenizer"], *(settings[name] for name in marked(Settings, holds="rows")))
     if plan.settings.chat_template is not None:
@@ -281,13 +283,13 @@ def write_run_settings(plan: RunPlan, folder: RunFolder) -> None:
 
 
 def _read_checkpoint(plan: RunPlan, data: adapter_plans.RunData, folder: RunFolder) -> resume.Checkpoint | None:
-    """Return the checkpoint that --resume asks for, or None to start from the beginning.
+    """Return the checkpoint that --resume selects, or None if training starts from the beginning.
 
-    Rank 0 reads the checkpoint and sends it to all ranks, so only its host needs the run folder. With `auto`, a folder
-    without a checkpoint means a new run. So the same command serves the first and every later launch of a job.
+    Rank 0 reads the checkpoint and sends it to all ranks, so only the host of rank 0 needs the run folder. With `auto`,
+    a new run starts if the folder has no checkpoint. So every launch of a job can use the same command.
 
     Raises:
-        UserError: the checkpoint does not exist, is broken, or contradicts the plan's settings or data.
+        UserError: the checkpoint does not exist, is broken, or was written with different settings or data.
     """
     checkpoint = _find_checkpoint(plan.settings.resume, folder)
     if checkpoint is None:
@@ -320,16 +322,16 @@ def _find_checkpoint(given: str, folder: RunFolder) -> resume.Checkpoint | None:
     if not path.is_dir():
         raise UserError(f"--resume {given}: no such checkpoint folder. Give auto, or a checkpoints/step_N folder")
     if folder.is_run and path.resolve().parent != folder.checkpoints.resolve():
-        raise UserError(f"--resume {given}: {folder.path} holds another run. Give a new --output_dir")
+        raise UserError(f"--resume {given}: {folder.path} contains a different run. Give a new --output_dir")
     return resume.load_checkpoint(path)
 
 
 def adopt_checkpoint(folder: RunFolder, checkpoint: resume.Checkpoint) -> None:
-    """Make `checkpoint` the last one of the run folder before training resumes from it. Only rank 0 calls it.
+    """Make `checkpoint` the last checkpoint of the run folder before training resumes. Only rank 0 calls this function.
 
-    A checkpoint in another folder is copied first, with the best checkpoint and the logs. Then `latest` is set to it,
-    so that a later launch resumes this run. adapter/ is written from the best checkpoint, since a kill between two
-    saves may have left an older adapter there.
+    A checkpoint in a different folder is copied first, with the best checkpoint and the logs. Then `latest` is set to
+    the checkpoint, so that a later launch resumes from there. adapter/ is written from the best checkpoint, since an
+    earlier launch may have been killed before it updated adapter/.
 
     Raises:
         UserError: the folder cannot be written, or a copied file is broken.
@@ -355,7 +357,7 @@ def adopt_checkpoint(folder: RunFolder, checkpoint: resume.Checkpoint) -> None:
 
 
 def reject_another_run(plan: RunPlan, data: adapter_plans.RunData, folder: RunFolder) -> None:
-    """Raise UserError if the run that --resume selects cannot be resumed with these settings, data or base."""
+    """Raise UserError if these settings, data or base differ from those of the run that --resume selects."""
     try:
         checkpoint = _find_checkpoint(plan.settings.resume, folder)
     except UserError:  # raised again once this launch owns the folder and has restored moved files
@@ -366,7 +368,7 @@ def reject_another_run(plan: RunPlan, data: adapter_plans.RunData, folder: RunFo
 
 
 def check_resumed_settings(plan: RunPlan, checkpoint: resume.Checkpoint, *, data_sha256: str) -> None:
-    """Raise UserError if a checkpoint was trained with settings or data that contradict the plan's.
+    """Raise UserError if a checkpoint was trained with different settings or data than the plan has.
 
     The message names the setting and both values.
     """
@@ -386,39 +388,42 @@ def check_resumed_settings(plan: RunPlan, checkpoint: resume.Checkpoint, *, data
             continue
         if name == "max_steps" and saved.get("schedule") == settings.schedule == "constant":
             if settings.max_steps < step:
-                raise UserError(f"{source}: is of step {step}, after {_steps_in_words(plan)}; give at least {step}")
+                raise UserError(
+                    f"{source}: the checkpoint is at step {step}, but --max_steps is {_steps_in_words(plan)};"
+                    f" give at least {step}"
+                )
             continue
         if name == "warmup_steps" and name not in settings.model_fields_set and (kept := _warmup(saved)) is not None:
             if kept > settings.max_steps:
                 raise UserError(
-                    f"{source}: trained with a warm-up of {kept} steps, longer than {_steps_in_words(plan)}; give at"
-                    f" least {kept} steps"
+                    f"{source}: trained with a warm-up of {kept} steps, but --max_steps is {_steps_in_words(plan)};"
+                    f" give at least {kept}"
                 )
             continue  # see with_kept_warmup
-        was, now = ("left out" if given is None else flag_value(given) for given in (before, value))
+        was, now = ("not set" if given is None else flag_value(given) for given in (before, value))
         found = f"{source}: trained with --{name} {was}, but now it is"
         if name == "max_steps":
             raise UserError(
-                f"{found} {_steps_in_words(plan)}, and --schedule {saved.get('schedule')} reaches 0 at --max_steps"
-                " (only --schedule constant, from the first step on, lets a run continue); resume with the same value,"
-                f" or start a new run with --init_from {shlex.quote(source)}"
+                f"{found} {_steps_in_words(plan)}, and --schedule {saved.get('schedule')} depends on --max_steps"
+                " (only --schedule constant, used from the first step, allows a different number of steps); resume with"
+                f" the same value, or start a new run with --init_from {shlex.quote(source)}"
             )
-        same = f"leave it out, or give {was}" if name == "warmup_steps" else "resume with the same value"
+        same = f"remove the flag, or give {was}" if name == "warmup_steps" else "resume with the same value"
         raise UserError(f"{found} {now}; {same}")
     if settings.resume != "auto" and (over := steps_over(settings.profile, step)):  # with auto the headline notes it
-        left = f"give steps from {step + 1} to {settings.max_steps}" if step < settings.max_steps else "leave it out"
+        left = f"give steps from {step + 1} to {settings.max_steps}" if step < settings.max_steps else "omit --profile"
         raise UserError(f"{over}; {left}")
     if saved.get("data_sha256") != data_sha256:
         raise UserError(
-            f"{source}: trained on other data than --train_file and --validation_file now hold (or it is truncated or"
-            " tokenised differently). Resume with the same data"
+            f"{source}: trained on data that differs from --train_file and --validation_file, or the data is truncated"
+            " or tokenised differently. Resume with the same data and settings"
         )
 
 
 def with_kept_warmup(plan: RunPlan, saved: Mapping[str, Any] | None) -> RunPlan:
     """Return the plan with the warm-up of the resumed run, whose settings are `saved` (None for a new run).
 
-    The default warm-up is limited by the number of steps, so it would change if the resumed run became longer.
+    The default warm-up depends on the number of steps, so it would change if the resumed run had more steps.
     """
     if saved is None or "warmup_steps" in plan.settings.model_fields_set or (kept := _warmup(saved)) is None:
         return plan
@@ -426,12 +431,12 @@ def with_kept_warmup(plan: RunPlan, saved: Mapping[str, Any] | None) -> RunPlan:
 
 
 def _warmup(saved: Mapping[str, Any]) -> int | None:
-    """Return the warm-up in a checkpoint's settings; None if it is missing or invalid."""
+    """Return the number of warm-up steps in a checkpoint's settings; None if it is missing or invalid."""
     found = saved.get("warmup_steps")
     return found if type(found) is int and found >= 0 else None
 
 
 def _steps_in_words(plan: RunPlan) -> str:
-    """Return a text with the number of steps, and with --epochs if given."""
+    """Return the number of steps as text, followed by --epochs if that flag was given."""
     epochs = plan.settings.epochs
     return f"{plan.settings.max_steps}" + ("" if epochs is None else f" (--epochs {epochs:g})")

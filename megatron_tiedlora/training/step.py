@@ -1,11 +1,11 @@
-"""Take one training step on all ranks: backward passes, agreement of ranks, checks, optimizer steps, and a report.
+"""Take one training step on all ranks: run the backward passes, check the gradients, and update the adapters.
 
-A step trains one or more adapters, which share the backward passes. An adapter whose loss, norm or checks fail takes no
-step. Its failure does not affect the remaining adapters, since each adapter has its own tokens, factors, sums and norm.
-A step uses no run folder, log or progress bar. `training/loop.py` takes the steps of a run. Benchmarks and tests take
-steps on their own samples.
+A step trains one or more adapters, which share the backward passes. An adapter fails if its loss or gradient norm is
+not finite, or if a check fails. The other adapters are still updated, since no adapter uses the gradients of another
+adapter. This module uses no run folder, log or progress bar. `training/loop.py` runs all steps of a run. Benchmarks and
+tests run single steps on their own samples.
 
-The checks: trained tensors must get gradients, and the replicas of a tensor must stay equal.
+There are two checks: each trained tensor must receive a gradient, and the replicas of a tensor must stay equal.
 
     loss = (sum over all ranks of the losses of supervised tokens) / (supervised tokens of the global batch)
 """
@@ -33,15 +33,15 @@ GUARDED_STEPS = 2
 
 
 class RunFailed(UserError):
-    """The error that training cannot continue. The last checkpoint is valid."""
+    """The error raised if training cannot continue. The last checkpoint stays valid."""
 
 
 def require_finite(what: str, value: float, *, step: int, saved_step: int | None) -> None:
     """Raise RunFailed if a value of `step` is nan or inf. `saved_step` is the step of the last checkpoint."""
     if not math.isfinite(value):
-        last = f"the last checkpoint is of step {saved_step}" if saved_step else "no checkpoint was written yet"
+        last = f"the last checkpoint is from step {saved_step}" if saved_step else "no checkpoint was written yet"
         raise RunFailed(
-            f"the {what} is {value} at step {step}; {last}. Lower --learning_rate, or look at the samples of this step"
+            f"the {what} is {value} at step {step}; {last}. Lower --learning_rate, or check the samples of this step"
         )
 
 
@@ -49,20 +49,21 @@ class StepChecks:
     """The checks of one adapter in one launch of a run."""
 
     def __init__(self, runner: Runner, name: str, *, check_steps: int) -> None:
-        """Start the checks of adapter `name`. Replicas are compared in `check_steps` steps and at saves (0: never)."""
+        """Create the checks of adapter `name`. Replicas are compared after each of the first `check_steps` steps and
+        before each save. They are never compared if `check_steps` is 0."""
         self._runner, self._name, self._adapter = runner, name, runner.adapters[name]
         self._check_steps = check_steps
         self._steps = 0
         self._guard: GradientGuard | None = GradientGuard(self._adapter)
 
     def before_save(self, step: int) -> None:
-        """Compare replicas before a checkpoint of `step`. Raises RunFailed on every rank if they differ."""
+        """Compare replicas before the checkpoint of `step` is saved. Raise RunFailed on every rank if they differ."""
         if self._check_steps > 0 and self._steps > self._check_steps:  # earlier steps were already compared
             for failure in _compare({self._name: (self, step)}).values():
                 raise failure
 
     def _missing(self, in_sums: Sequence[str]) -> str | None:
-        """Return a text on the tensors without a gradient on this rank, or None."""
+        """Return a message with the tensors that have no gradient on this rank; None if every tensor has one."""
         names = [*in_sums, *(self._guard.missing() if self._guard else [])]
         layers = ", ".join(map(str, self._adapter.part.layers))
         text = f"no gradient reaches {', '.join(dict.fromkeys(names))} from the stage with adapted layers {layers}"
@@ -73,24 +74,24 @@ Checks = Mapping[str, tuple[StepChecks, int]]  # by adapter name: its checks and
 
 
 def before_steps(checks: Checks, *, missing: Missing, ranks_missing: Mapping[str, float]) -> dict[str, RunFailed]:
-    """Check the gradients of a step before any parameter changes. All ranks call it together.
+    """Check the gradients of a step before any parameter changes. All ranks must call this function.
 
-    An adapter fails if a trained tensor has no gradient, or has had only zero gradients. It also fails if all its
-    gradients are zero, because a huge step has made the loss constant.
+    An adapter fails if a trained tensor has no gradient, or if all gradients of a tensor so far were zero. It also
+    fails if all gradients of the adapter become zero. This happens if a very large update has made the loss constant.
 
     Args:
-        missing: the tensors without a gradient in the sums over ranks, on this rank.
-        ranks_missing: the number of ranks on which an adapter misses a gradient.
+        missing: the tensors without a gradient on this rank, by adapter name.
+        ranks_missing: the number of ranks on which a gradient is missing, by adapter name.
 
     Returns:
-        the failures by adapter name, the same on every rank, with the names of tensors.
+        the failures by adapter name, the same on every rank. Each message names the tensors.
     """
     for own, _ in checks.values():
         own._steps += 1
     asked = [name for name, (own, _) in checks.items() if own._guard is not None or ranks_missing[name]]
     texts = first_messages([checks[name][0]._missing(missing.get(name, ())) for name in asked])
     failed = {
-        name: RunFailed(f"step {checks[name][1]}: {text}; this step changed nothing")
+        name: RunFailed(f"step {checks[name][1]}: {text}; this step changed no weights. Please report this error")
         for name, text in zip(asked, texts, strict=True)
         if text
     }
@@ -114,19 +115,19 @@ def before_steps(checks: Checks, *, missing: Missing, ranks_missing: Mapping[str
         if zero and of_step == 0 and len(zero) < len(labels):
             grown = f" to {of_values:.3g}" if of_values else ""  # unknown where other ranks hold the tensors
             failed[name] = RunFailed(
-                f"step {step}: every gradient is exactly zero, as values of the adapter have grown{grown};"
-                " this step changed nothing. Lower --learning_rate"
+                f"step {step}: every gradient is exactly zero, because adapter values have grown{grown};"
+                " this step changed no weights. Lower --learning_rate"
             )
         elif zero:
             failed[name] = RunFailed(
-                f"step {step}: the gradient of {', '.join(zero)} has been exactly zero since the run's start, so it"
-                " would never be trained"
+                f"step {step}: the gradient of {', '.join(zero)} has been exactly zero since the run's start, so"
+                " training cannot change this tensor. Check the values in --init_from, or please report this error"
             )
     return failed
 
 
 def after_steps(checks: Checks) -> dict[str, RunFailed]:
-    """Compare replicas after a step, and return the failures, the same on every rank. All ranks call it together."""
+    """Compare replicas after a step. Return the failures by adapter name, the same on every rank."""
     return _compare({name: (own, step) for name, (own, step) in checks.items() if own._steps <= own._check_steps})
 
 
@@ -140,7 +141,7 @@ def _compare(checks: Checks) -> dict[str, RunFailed]:
         mismatches = find_mismatches([own._adapter for own, _ in checks.values()], runner.groups)
     texts = first_messages([str(mismatch) if mismatch else None for mismatch in mismatches])
     return {
-        name: RunFailed(f"after step {step} {text}; the ranks no longer train one adapter. This step was not saved")
+        name: RunFailed(f"after step {step} {text}; this step was not saved. Resume from the last checkpoint")
         for (name, (_, step)), text in zip(checks.items(), texts, strict=True)
         if text
     }
@@ -148,7 +149,7 @@ def _compare(checks: Checks) -> dict[str, RunFailed]:
 
 @dataclass(frozen=True)
 class AdapterStep:
-    """The result of a step for one adapter, equal on every rank. An adapter with a `failure` took no step."""
+    """The result of a step for one adapter, the same on every rank. The step does not count if `failure` is set."""
 
     number: int
     loss: float  # mean over the supervised tokens of the adapter's global batch
@@ -159,7 +160,7 @@ class AdapterStep:
 
 @dataclass(frozen=True)
 class StepReport:
-    """The results of a step by adapter name, equal on every rank except for `seconds`."""
+    """The results of a step by adapter name. All ranks have the same values except for `seconds`."""
 
     adapters: Mapping[str, AdapterStep]
     seconds: float  # from the first forward pass to the end of the checks
@@ -176,11 +177,12 @@ class StepReport:
 
 @dataclass
 class TrainStep:
-    """Takes the steps of one launch of a run.
+    """Runs the training steps of one launch of a run.
 
     Attributes:
-        finished: the number of each adapter's last step; 0 by default.
-        capacity: the most tokens in a micro-batch that adapters share, padding included; 0 if they share none.
+        finished: the number of the last finished step of each adapter; 0 by default.
+        capacity: the maximum number of tokens in a micro-batch with samples of several adapters, including padding.
+            If it is 0, each micro-batch has the samples of one adapter.
     """
 
     plans: Plans
@@ -208,20 +210,22 @@ class TrainStep:
         failures: Mapping[str, UserError] | None = None,
         saved_steps: Mapping[str, int] | None = None,
     ) -> StepReport:
-        """Take one step of each adapter in `steps`, on this rank's micro-batches. All ranks call it together.
+        """Train each adapter in `steps` for one step on this rank's micro-batches, and return the report.
 
-        The report's votes include requests to stop during the step. The caller stops after it has saved the step.
+        All ranks must call this method. The votes in the report include requests to stop that arrived during the step.
+        The caller saves the step before it stops.
 
         Args:
-            steps: this rank's share of the global batch of each running adapter.
-            save_due: a function, called after the backward passes, that returns whether rank 0 wants a checkpoint.
-            failure: an error on rank 0 since the last step. It is raised before weights change.
-            failures: errors on rank 0 since the last step, by adapter. An adapter with an error takes no step.
-            saved_steps: the step of each adapter's last checkpoint, for messages.
+            steps: this rank's samples of the global batch, for each running adapter.
+            save_due: a function that returns whether rank 0 requests a checkpoint. It is called after the backward
+                passes.
+            failure: an error on rank 0 after the last step. It is raised before any weight changes.
+            failures: errors on rank 0 after the last step, by adapter name. An adapter with an error is not updated.
+            saved_steps: the step of each adapter's last checkpoint, for error messages.
 
         Raises on every rank:
             RunStopped: ranks agreed to stop between the micro-batches of a long step.
-            UserError: `failure` of rank 0.
+            UserError: rank 0 passed a `failure`.
         """
         started, optimizers, ranks = time.monotonic(), self.runner.optimizers, self._grid.world_size
         inputs = [shared_micro_batch(some) for some in shared_rounds(steps, capacity=self.capacity)]
@@ -273,7 +277,7 @@ class TrainStep:
         saved_steps: Mapping[str, int],
         failed: dict[str, UserError],
     ) -> dict[str, AdapterStep]:
-        """Take the step of each adapter that passes its checks. Returns the reports with norms and failures."""
+        """Update each adapter that passes its checks. Return the reports with gradient norms and failures."""
 
         def healthy() -> dict[str, tuple[StepChecks, int]]:
             return {name: (self.checks[name], own.number) for name, own in reports.items() if name not in failed}

@@ -1,15 +1,15 @@
-"""Measure the speed of a run (tokens/s, model FLOPs utilisation (MFU), padding, memory), compile kernels, and profile.
+"""Measure the speed and memory of a run, compute its model FLOPs utilisation (MFU), compile kernels, and profile steps.
 
     MFU = FLOPs for the samples of a step / (seconds of the step x peak FLOP/s of all ranks)
 
-`planning.passes` counts the FLOPs of real tokens without recompute. Padding, pipeline bubbles and recomputed layers
-therefore lower the MFU, and the FLOPs do not depend on the layout. Steps are timed from the first forward pass to the
-end of the optimizer step, without evaluations and saves. All counts are computed from the plan of the step, which every
-rank has. So no messages are sent, and no rank waits for its device.
+`planning.passes` counts the FLOPs of tokens that are not padding, without recomputation. So padding, pipeline bubbles
+and recomputed layers lower the MFU, and the FLOPs do not depend on the layout. The step time runs from the first
+forward pass to the end of the optimizer step, without evaluations and saves. Every rank computes all counts from the
+plan of the step. So no messages are sent, and no rank waits for its device.
 
 --profile FIRST:LAST runs torch's profiler over these steps of a launch. It writes one trace per rank in Chrome's
-format, for https://ui.perfetto.dev. The trace is written after step LAST, or when the run ends before it. Recording
-slows the steps down, also in metrics.jsonl.
+format, for https://ui.perfetto.dev. The trace is written after step LAST, or at the end of a run that ends before step
+LAST. Profiling makes the steps slower, and metrics.jsonl has the slower times.
 """
 
 import gzip
@@ -47,16 +47,16 @@ from megatron_tiedlora.planning.run_plan import RunPlan
 from megatron_tiedlora.runtime.launch_env import rank_number
 from megatron_tiedlora.runtime.run_folder import RunFolder
 
-# Approximate seconds for measuring a peak, and the seconds of a matmul that is long enough to be timed.
+# Approximate seconds for measuring a peak, and the seconds that a matmul must take to be timed reliably.
 _MEASURING, _LONG_MATMUL = 0.25, 0.02
 _SMALLEST, _LARGEST = 256, 4096  # sizes of these square matmuls; three of the largest matrices take 100 MB in bf16
 
 # Sources of a peak, as shown to the user.
-DATA_SHEET, FASTEST_STEP = "data sheet", "of the fastest step: matmuls were measured slower before it"
+DATA_SHEET, FASTEST_STEP = "data sheet", "the rate of the fastest step, which was faster than the measured matmuls"
 
 
 class Peak(NamedTuple):
-    """The peak FLOP/s of plain matmuls, and the source of the value."""
+    """The peak FLOP/s of matmuls, and the source of this value."""
 
     flops_per_second: float
     source: str
@@ -64,13 +64,13 @@ class Peak(NamedTuple):
 
 @dataclass
 class Meter:
-    """Computes the rates of each step, and the mean of all steps of this launch except the first, a warm-up.
+    """Computes the speed of each step, and the mean speed of this launch. The mean excludes the first step, a warm-up.
 
-    If a step is faster than a measured peak, its own rate becomes the peak.
+    If a step reaches a higher rate than the measured peak, this rate becomes the new peak.
 
     Attributes:
-        peak: the peak of all ranks together.
-        steps: the first and the last step of the mean; None before the second step.
+        peak: the sum of the peak FLOP/s of all ranks.
+        steps: the numbers of the first and the last step in the mean; None before the second step.
     """
 
     config: ModelShape
@@ -80,7 +80,7 @@ class Meter:
     _total: dict[str, float] | None = None  # sums over the counted steps; None before the first step
 
     def add(self, number: int, step: TrainingStep, seconds: float) -> dict[str, float]:
-        """Count step `number`, which took `seconds`. Returns its rates by their keys in metrics.jsonl."""
+        """Add step `number`, which took `seconds`. Return the rates of this step by their keys in metrics.jsonl."""
         counts = step.num_tokens, step.squared_lengths, step.num_supervised
         flops = step_flops(self.config, self.adapter, *counts).total()
         if flops > seconds * self.peak.flops_per_second and self.peak.source != DATA_SHEET:
@@ -100,7 +100,7 @@ class Meter:
         return self._rates(work)
 
     def mean(self) -> dict[str, float] | None:
-        """Return the mean rates of the counted steps; None if there are none."""
+        """Return the mean rates of the steps after the first; None if there are no such steps."""
         return None if self._total is None or self.steps is None else self._rates(self._total)
 
     def _rates(self, work: Mapping[str, float]) -> dict[str, float]:
@@ -113,9 +113,9 @@ class Meter:
 
 
 def peak_of_all(plan: RunPlan, device: torch.device) -> Peak:
-    """Return the peak of all ranks together. All ranks call it, each with its own device.
+    """Return the sum of the peak FLOP/s of all ranks. All ranks must call this function, each with its own device.
 
-    All ranks measure at the same time, so ranks that share a processor each measure about their share.
+    All ranks measure at the same time. So the sum is also correct if several ranks use the same processor.
     """
     sum_over_ranks([0.0])  # all ranks start together
     mine = find_peak(device, plan.dtype)
@@ -123,9 +123,10 @@ def peak_of_all(plan: RunPlan, device: torch.device) -> Peak:
 
 
 def find_peak(device: torch.device, dtype: torch.dtype) -> Peak:
-    """Return the peak of one device for matmuls in this dtype, from the data sheet or measured.
+    """Return the peak FLOP/s of one device for matmuls in `dtype`.
 
-    The data sheet is used for bf16 on known GPUs. fp32 is always measured, as its rate depends on TF32.
+    The value comes from the data sheet for bf16 on known GPUs, and is measured otherwise. It is always measured for
+    fp32, because the rate of fp32 depends on TF32.
     """
     if device.type == "cuda" and dtype == torch.bfloat16:
         listed = listed_peak(torch.cuda.get_device_name(device))
@@ -135,7 +136,7 @@ def find_peak(device: torch.device, dtype: torch.dtype) -> Peak:
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the best FLOP/s of square matmuls, whose size grows until they are long enough to be timed."""
+    """Return the best measured FLOP/s of square matmuls. Their size grows until they can be timed reliably."""
     best, size, started = 0.0, _SMALLEST, time.perf_counter()
     while best == 0 or time.perf_counter() - started < _MEASURING:
         best = max(best, matmul_rate(size, size, size, dtype=dtype, device=device, repeats=2))
@@ -147,7 +148,7 @@ def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
 def matmul_rate(
     rows: int, inner: int, columns: int, *, dtype: torch.dtype, device: torch.device, repeats: int
 ) -> float:
-    """Return the best FLOP/s of `repeats` plain matmuls of (rows, inner) by (columns, inner) transposed."""
+    """Return the best FLOP/s in `repeats` matmuls of a (rows, inner) matrix by a transposed (columns, inner) matrix."""
     draw = torch.Generator(device).manual_seed(0)  # leaves the run's own random stream unchanged
     left, right = (torch.randn(size, inner, generator=draw, device=device, dtype=dtype) for size in (rows, columns))
     product = left.new_empty(rows, columns)
@@ -157,7 +158,7 @@ def matmul_rate(
 
 
 def timed(step: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds that one call of `step` takes, until the device has finished."""
+    """Call `step` once, and return the seconds until the device has finished."""
     started = time.perf_counter()
     step()
     if device.type == "cuda":
@@ -166,7 +167,7 @@ def timed(step: Callable[[], object], device: torch.device) -> float:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the peak memory of this process in bytes: torch's allocations on CUDA, else resident memory."""
+    """Return the peak memory of this process in bytes: allocated GPU memory on CUDA, otherwise resident memory."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     most = resident_bytes("VmHWM")
@@ -178,7 +179,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def resident_bytes(name: str) -> int | None:
-    """Return VmRSS (current) or VmHWM (peak) of this process in bytes; None on systems other than Linux."""
+    """Return the memory of this process in bytes: VmRSS (current) or VmHWM (peak). Return None if not on Linux."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     found = next((line.split()[1] for line in lines if line.startswith(name)), None)
@@ -189,7 +190,7 @@ def resident_bytes(name: str) -> int | None:
 
 
 def steps_over(profile: str | None, step: int) -> str:
-    """Return a line on the steps of --profile that a run resumed after `step` cannot record; '' if there are none."""
+    """Return a message with the steps of --profile that a resume after `step` skips; '' if there are none."""
     steps = profiled_steps(profile)
     if not steps or steps[0] > step:
         return ""
@@ -208,7 +209,7 @@ class StepProfiler:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Record the block if step `number` is one of the steps to record."""
+        """Profile the block if --profile selects step `number`."""
         if number not in self._steps:
             yield
             return
@@ -224,9 +225,9 @@ class StepProfiler:
             self.finish(last_step=number)
 
     def finish(self, *, last_step: int) -> None:
-        """Write the recorded trace, if any. Rank 0 prints a note if the run ended before the first step to record.
+        """Write the trace, if one was recorded. Rank 0 prints a note if the run ended before the first profiled step.
 
-        A failed write does not end the run, since the run folder may be read-only on some hosts.
+        A write error does not end the run, since the run folder may be read-only on some hosts.
         """
         if self._steps and last_step < self._steps[0] and self._rank == 0:
             first = self._steps[0]
@@ -266,25 +267,26 @@ _SWITCHES = ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE")
 
 @dataclass(frozen=True)
 class ChosenKernels:
-    """The kernels for the layers, and a text for the user on how they were chosen."""
+    """The kernels for the layers, and a text that tells the user whether they are compiled and why."""
 
     kernels: Kernels
     description: str
 
 
 def choose_kernels(plan: RunPlan, device: torch.device) -> ChosenKernels:
-    """Return the kernels that --compile asks for, compiled on every rank or on none. All ranks call it.
+    """Return the kernels that --compile selects. They are compiled on all ranks or on none.
 
-    `auto` compiles only for long enough runs, and continues without compiled kernels if compiling fails.
+    All ranks must call this function. With `auto`, kernels are compiled only for long runs, and the run continues with
+    uncompiled kernels if compilation fails.
 
     Raises:
-        UserError: on every rank, with --compile true, if a rank cannot compile.
+        UserError: on every rank, if --compile is true and a rank cannot compile.
     """
     slow = f"; {text}" if plan.settings.base == "nf4" and (text := slow_nf4(device, plan.dtype)) else ""
     if plan.settings.compile == "false":
         return ChosenKernels(EAGER, f"not compiled{slow}")
     if not plan.layout.compiled:
-        return ChosenKernels(EAGER, f"not compiled, as the run is short (--compile true does it){slow}")
+        return ChosenKernels(EAGER, f"not compiled, as the run is short (--compile true compiles anyway){slow}")
     if plan.grid.rank == 0:
         _LOGGER.info("compiling the kernels ...")
     started = time.monotonic()
@@ -303,15 +305,15 @@ def choose_kernels(plan: RunPlan, device: torch.device) -> ChosenKernels:
     if failure is None:
         return ChosenKernels(kernels, f"compiled in {time.monotonic() - started:.1f} s{slow}")
     if plan.settings.compile == "true":
-        raise UserError(f"--compile true: {failure}. Install a C++ compiler, or give --compile auto or false")
+        raise UserError(f"--compile true: {failure}. Fix the cause (often no C++ compiler), or give --compile auto")
     return ChosenKernels(EAGER, f"not compiled: {failure}{slow}")
 
 
 def compiled_kernels(shape: ModelShape, *, dtype: torch.dtype, device: torch.device, tp_size: int = 1) -> Kernels:
-    """Return the kernels, compiled for a model's layers in `dtype` on `device`, sharded over `tp_size` ranks.
+    """Compile and return the kernels for the layers of a model that is sharded over `tp_size` ranks.
 
     Raises:
-        UserError: compiling failed, or another user owns the cache folder. The message has the reason in one line.
+        UserError: compilation failed, or another user owns the cache folder. The message has the reason in one line.
     """
     for name in _SWITCHES:
         if os.environ.get(name) == "1":
@@ -347,8 +349,9 @@ def compiled_kernels(shape: ModelShape, *, dtype: torch.dtype, device: torch.dev
 def warm_up_widths(
     kernels: Kernels, shape: ModelShape, *, dtype: torch.dtype, device: torch.device, tp_size: int
 ) -> None:
-    """Call every kernel with the widths of a rank: forwards and backwards with a dynamic number of rows, and forwards
-    with one row."""
+    """Call every kernel with the tensor widths of a rank, so that all kernels are compiled for these widths.
+
+    Forward and backward passes use a dynamic number of rows. A second forward pass uses one row."""
     widths = shape.resized(
         vocab_size=-(-shape.vocab_size // tp_size),
         intermediate_size=shape.intermediate_size // tp_size,
@@ -370,9 +373,9 @@ def _call_all(
     device: torch.device,
     documents: Sequence[torch.Tensor | None] = (None,),
 ) -> None:
-    """Run a model of `shape` with zero weights on `num_rows` x `length` tokens, once for each of `documents`.
+    """Run a model of `shape` with zero weights on `num_rows` x `length` tokens, once for each item of `documents`.
 
-    It runs forwards and backwards if gradients are enabled, else only forwards to the logits.
+    The backward pass runs only if gradients are enabled. Without gradients the forward pass ends at the logits.
     """
     from torch._inductor import config as inductor
 

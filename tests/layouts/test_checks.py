@@ -128,7 +128,7 @@ def zero(tensor: str, sizes: Sizes, named: str, **more: Any) -> Case:
 
 def not_finite(value: float, tensor: str, layer: int, sizes: Sizes, *, step: int = 2, **more: Any) -> Case:
     """The gradient has one entry of `value`."""
-    last = "the last checkpoint is of step 2" if step > 2 else "no checkpoint was written yet"
+    last = "the last checkpoint is from step 2" if step > 2 else "no checkpoint was written yet"
     message = f"the gradient norm is (nan|inf) at step {step}; {last}[.] Lower --learning_rate"
     return gradient("one_gradient", tensor, sizes, message, steps=step - 1, layers=[layer],
                     step={"step": step, "value": value}, **more)  # fmt: skip
@@ -330,7 +330,7 @@ def test_a_run_stops_before_an_infinite_second_moment_is_saved(base: Base, tmp_p
     settings = {"ds_config": ds_config, "gradient_clipping": 0, "max_steps": 6, "save_interval": 1}
     fault = {"name": "one_gradient", "tensor": "B", "layers": [2], "step": 5, "value": 1e25}
     line = run(base, folder, prelude=partial(put_in, [fault]), expect=2, **settings).error_line()
-    assert line.startswith("error: the gradient norm is inf at step 5; the last checkpoint is of step 4")
+    assert line.startswith("error: the gradient norm is inf at step 5; the last checkpoint is from step 4")
     assert status(folder)["state"] == "failed" and checkpoint_names(folder) == {"step_2", "step_3", "step_4"}
     run(base, folder, resume="auto", **settings)
     run(base, whole, **settings)

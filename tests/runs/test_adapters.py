@@ -202,7 +202,7 @@ def test_finished_ones_are_left_out(base: Base, folder: Path, alone: Path, four:
     found = table(folder)
     assert list(found) == ["a", "b", "d"] and found["a"] == rows_before["a"] and found["b"]["step"] == "5"
     assert {row["state"] for row in found.values()} == {"finished"}
-    assert "adapter     a: finished before" in ended.outputs[0]
+    assert "adapter     a: finished in an earlier launch" in ended.outputs[0]
 
     shutil.rmtree(folder / "a" / "peft")
     run(base, folder, adapters=three, resume="auto", prelude=partial(builds_only, "a"))

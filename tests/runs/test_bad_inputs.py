@@ -283,7 +283,7 @@ def test_resume_on_another_base(copy: Base, stopped: Path) -> None:
 def test_resume_on_other_data(copy: Base, stopped: Path) -> None:
     """Moved files are fine, changed ones are not."""
     _add(copy.train, '{"prompt": "a", "completion": "b"}')
-    refused_in(copy, stopped, "step_3", "other data", "--train_file", resume="auto")
+    refused_in(copy, stopped, "step_3", "data that differs", "--train_file", resume="auto")
 
 
 CHECKPOINTS: dict[str, tuple[Break, list[str]]] = {
@@ -315,7 +315,7 @@ def test_resume_path_that_is_no_checkpoint_of_this_run(base: Base, stopped: Path
     refused_in(base, stopped, "a checkpoint of a run", resume=stopped / "adapter", output_dir=tmp_path / "new")
     assert not (tmp_path / "new").exists()
     other = Path(shutil.copytree(stopped, tmp_path / "other"))
-    refused_in(base, other, "holds another run", "--output_dir", resume=stopped / "checkpoints" / "step_3")
+    refused_in(base, other, "contains a different run", "--output_dir", resume=stopped / "checkpoints" / "step_3")
 
 
 # The real command -----------------------------------------------------------------------------------------------------

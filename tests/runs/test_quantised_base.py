@@ -94,12 +94,12 @@ def refused(base: Base, folder: Path, /, **changes: Any) -> str:
 
 
 def test_it_resumes_on_the_same_format_alone(base: Base, trained: Path, plain: tuple[Path, Ended]) -> None:
-    for given, text in (("int8", "now it is int8"), (None, "now it is left out")):
+    for given, text in (("int8", "now it is int8"), (None, "now it is not set")):
         line = refused(base, trained, base=given)
         assert f"trained with --base nf4, but {text}; resume with the same value" in line
     ended = run(base, trained, max_steps=2, resume="auto", base="nf4")  # at another layout
     assert "resumed from step 2" in ended.outputs[0]
-    assert "trained with --base left out, but now it is nf4" in refused(base, plain[0], base="nf4")
+    assert "trained with --base not set, but now it is nf4" in refused(base, plain[0], base="nf4")
 
 
 def test_a_start_on_another_format_is_said(base: Base, trained: Path, tmp_path: Path) -> None:
@@ -240,6 +240,6 @@ def test_products_in_fp8(base: Base, tmp_path: Path) -> None:
         found[products] = [loss for split in ("train", "validation") for _, loss in losses(folder, split)]
     assert len(found["fp8"]) == len(found[None]) and found["fp8"] != found[None]
     assert found["fp8"] == pytest.approx(found[None], rel=0.02)
-    assert "trained with --products fp8, but now it is left out" in refused(base, tmp_path / "fp8", base="fp8")
+    assert "trained with --products fp8, but now it is not set" in refused(base, tmp_path / "fp8", base="fp8")
     ended = run(base, tmp_path / "fp8", max_steps=2, resume="auto", base="fp8", products="fp8", keep_transposed=True)
     assert "resumed from step 2" in ended.outputs[0]

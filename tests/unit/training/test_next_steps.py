@@ -83,7 +83,7 @@ def test_another_merge_is_not_listed_and_the_command_merges_anew(run: Path, base
     lines = ended(run, base)
     named = [line for line in lines if line.startswith("  merged/")]
     new = merged if state == "none" else run / "merged-2"
-    expected = [] if state == "none" else ["  merged/   not of this adapter; the first command below merges it anew"]
+    expected = [] if state == "none" else ["  merged/   has a different adapter; the first command merges this one"]
     assert named == expected and not any("from_pretrained" in line for line in lines)
     merging, verifying, *_ = commands(lines)
     assert merging[:2] == ["tiedlora", "merge"] and verifying[:2] == ["tiedlora", "verify"]
@@ -104,8 +104,8 @@ def test_every_line_is_one_for_a_shell(run: Path, base: Path) -> None:
     ("found", "said"),
     [
         (0.81249, "validation loss 0.8125"),
-        (RunStopped(15, "SIGTERM"), "validation loss not computed, as a signal came"),
-        (torch.OutOfMemoryError("no memory"), "validation loss not computed, as memory is too small"),
+        (RunStopped(15, "SIGTERM"), "validation loss not computed, because a signal arrived"),
+        (torch.OutOfMemoryError("no memory"), "validation loss not computed, because memory is too small"),
     ],
 )
 def test_the_loss_on_the_stored_base_cannot_undo_a_run(

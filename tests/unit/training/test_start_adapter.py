@@ -211,7 +211,7 @@ def test_a_resumed_run_is_of_the_same_settings(folder: Path, run: Path) -> None:
     given = {"method": "tl5", "rank": 4, "alpha": 6, "layers": "1,3", "targets": "o_proj,gate_up"}
     stds = load_native_adapter(folder / "native").config
     without = plan_of(folder, None, **given, init_std_a=stds.init_std_a, init_std_b=stds.init_std_b)
-    assert f"trained with --init_from {start}, but now it is left out" in refusal(check, without, run)
+    assert f"trained with --init_from {start}, but now it is not set" in refusal(check, without, run)
 
 
 def test_a_host_that_sees_neither_needs_the_run_s_settings(folder: Path, run: Path) -> None:
