@@ -7,7 +7,7 @@ torch and transformers takes seconds.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from megatron_tiedlora.base.messages import __version__ as __version__
+from megatron_tiedlora.base.installation import __version__ as __version__
 
 if TYPE_CHECKING:
     from megatron_tiedlora.base.messages import UserError

@@ -20,7 +20,8 @@ from torch import Tensor
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, Target, lora_factors, sized_targets
 from megatron_tiedlora.base import files
 from megatron_tiedlora.base.files import Count, Guard, Real, Size, Text, new_folder, sealed, unguarded, write_json
-from megatron_tiedlora.base.messages import UserError, __version__, shown
+from megatron_tiedlora.base.installation import __version__
+from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.base.methods import METHODS
 from megatron_tiedlora.base.shapes import TARGET_NAMES, ModelShape
 from megatron_tiedlora.checkpoint.base_identity import HASH_FIELDS, OPTIONAL_FIELDS, SHAPE_FIELDS, BaseIdentity

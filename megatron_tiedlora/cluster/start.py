@@ -20,7 +20,8 @@ import psutil
 
 from megatron_tiedlora.base import messages
 from megatron_tiedlora.base.files import read_json_or_none, seen_late
-from megatron_tiedlora.base.messages import UserError, aligned_lines, count_text, os_errors, require_extra, show
+from megatron_tiedlora.base.installation import require_extra
+from megatron_tiedlora.base.messages import UserError, aligned_lines, count_text, os_errors, show
 from megatron_tiedlora.base.ownership import OWNER_FILE, Token, owner_in_words, read_token
 from megatron_tiedlora.checkpoint.resume import LATEST_FILE
 from megatron_tiedlora.cluster.launchers import Job, Route, StartPlan, plan_start

@@ -11,7 +11,8 @@ from xml.etree.ElementTree import Element, ElementTree
 
 import torch
 
-from megatron_tiedlora.base.messages import UserError, require_extra, show
+from megatron_tiedlora.base.installation import require_extra
+from megatron_tiedlora.base.messages import UserError, show
 from megatron_tiedlora.config.tool_settings import CHECK_PARTS, CheckGpuSettings
 from megatron_tiedlora.selfcheck import parts
 from megatron_tiedlora.selfcheck.parts import part_command, part_environment, part_lines, run_part, summary_lines

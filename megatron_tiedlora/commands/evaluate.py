@@ -14,7 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_tiedlora.base.messages import require_extra, show
+from megatron_tiedlora.base.installation import require_extra
+from megatron_tiedlora.base.messages import show
 from megatron_tiedlora.config.adapter_settings import EvaluateSettings
 from megatron_tiedlora.runtime.launch_env import prepare_environment, rank_and_world_size
 

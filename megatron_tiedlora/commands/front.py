@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
 
-from megatron_tiedlora.base.messages import __version__, aligned_lines, nearest_name, show
+from megatron_tiedlora.base.installation import __version__
+from megatron_tiedlora.base.messages import aligned_lines, nearest_name, show
 
 _LOCAL_RANK = ("--local_rank", "--local-rank")
 PROGRAM = "tiedlora"

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 
 from megatron_tiedlora.base import messages
 from megatron_tiedlora.base.files import write_json, write_text
-from megatron_tiedlora.base.messages import UserError, aligned_lines, count_text, require_extra, show, user_path
+from megatron_tiedlora.base.installation import require_extra
+from megatron_tiedlora.base.messages import UserError, aligned_lines, count_text, show, user_path
 from megatron_tiedlora.base.output_folder import last_name, output_file, output_files, reject_existing
 from megatron_tiedlora.config.adapter_settings import IndexSettings, PushSettings
 from megatron_tiedlora.config.job_settings import DoctorSettings, LaunchCommand, PlanCommand, SweepCommand

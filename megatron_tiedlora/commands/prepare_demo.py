@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_tiedlora.base.files import TEMPORARY_PREFIX, file_sha256, new_file
-from megatron_tiedlora.base.messages import UserError, require_extra, show, user_path
+from megatron_tiedlora.base.installation import require_extra
+from megatron_tiedlora.base.messages import UserError, show, user_path
 from megatron_tiedlora.base.output_folder import NewOutput, make_own_folder, require_room, take_output, user_cache
 from megatron_tiedlora.base.ownership import FolderTaken
 from megatron_tiedlora.checkpoint.sources import demo_model_path

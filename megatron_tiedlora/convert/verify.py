@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from megatron_tiedlora.base import messages
-from megatron_tiedlora.base.messages import UserError, count_text, first_line, install_hint, one_line, printable, shown
+from megatron_tiedlora.base.installation import install_hint
+from megatron_tiedlora.base.messages import UserError, count_text, first_line, one_line, printable, shown
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.checkpoint.base_identity import SHAPE_FIELDS, identify_shape
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, WeightFiles

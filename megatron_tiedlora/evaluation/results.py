@@ -16,7 +16,8 @@ import numpy as np
 
 from megatron_tiedlora.adapters.adapter_groups import ONLY
 from megatron_tiedlora.base.files import Real, Size, Text, write_json, write_text
-from megatron_tiedlora.base.messages import UserError, aligned_lines, count_text, csv_text, installed_versions
+from megatron_tiedlora.base.installation import installed_versions
+from megatron_tiedlora.base.messages import UserError, aligned_lines, count_text, csv_text
 from megatron_tiedlora.base.output_folder import NewOutput
 from megatron_tiedlora.checkpoint.load_model import describe_dtype
 from megatron_tiedlora.evaluation.answering import ScoredSet

@@ -16,7 +16,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterShard, TiedAdapter
-from megatron_tiedlora.base.messages import UserError, require_extra, user_path
+from megatron_tiedlora.base.installation import require_extra
+from megatron_tiedlora.base.messages import UserError, user_path
 from megatron_tiedlora.checkpoint import load_model, sources
 from megatron_tiedlora.checkpoint.base_identity import base_layer_of, check_same_base, identify_in_memory, model_source
 from megatron_tiedlora.checkpoint.native_adapter import AdaptedTensor, NativeAdapter, load_native_adapter

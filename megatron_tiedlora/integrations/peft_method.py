@@ -15,7 +15,8 @@ from torch import nn
 
 from megatron_tiedlora.adapters import tied_adapter
 from megatron_tiedlora.base import files
-from megatron_tiedlora.base.messages import UserError, __version__, shown
+from megatron_tiedlora.base.installation import __version__
+from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.base.methods import FACTORS, METHOD_NAMES, find_method
 from megatron_tiedlora.base.shapes import QKV, TARGET_NAMES, ModelShape
 from megatron_tiedlora.checkpoint import load_model, native_adapter

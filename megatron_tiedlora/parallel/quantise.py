@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from megatron_tiedlora.base.messages import install_hint
+from megatron_tiedlora.base.installation import install_hint
 from megatron_tiedlora.base.shapes import BaseFormat
 
 # The quantiles of a normal distribution (QLoRA, arXiv 2305.14314, appendix E), as the fp32 numbers in bitsandbytes.

@@ -25,7 +25,8 @@ from typing import Any, TextIO, cast
 from torch.distributed import DistError, DistNetworkError
 
 from megatron_tiedlora.base.files import Guard, make_way_for_log, new_file, unguarded
-from megatron_tiedlora.base.messages import UserError, missing_module, show
+from megatron_tiedlora.base.installation import missing_module
+from megatron_tiedlora.base.messages import UserError, show
 from megatron_tiedlora.base.ownership import Owner
 from megatron_tiedlora.parallel.agreement import decided_by_rank_0
 from megatron_tiedlora.runtime import heartbeat

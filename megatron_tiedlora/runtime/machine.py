@@ -20,8 +20,8 @@ from typing import Any, Literal
 import psutil
 from pydantic import BaseModel, ConfigDict, Field
 
-from megatron_tiedlora.base import messages
-from megatron_tiedlora.base.messages import EXTRAS, PACKAGE_FOLDER, bytes_in_words, first_line, missing_modules
+from megatron_tiedlora.base.installation import EXTRAS, PACKAGE_FOLDER, installed_versions, missing_modules
+from megatron_tiedlora.base.messages import bytes_in_words, first_line
 from megatron_tiedlora.base.output_folder import user_cache
 
 LIBRARIES = (
@@ -129,7 +129,7 @@ def machine_record() -> MachineRecord:
     memory, host, shm = psutil.virtual_memory(), socket.gethostname(), Path("/dev/shm")
     boot, infiniband = Path("/proc/sys/kernel/random/boot_id"), Path("/sys/class/infiniband")
     return MachineRecord(
-        versions={**messages.installed_versions(*LIBRARIES), "system": platform.platform()},
+        versions={**installed_versions(*LIBRARIES), "system": platform.platform()},
         paths={"package": str(PACKAGE_FOLDER), "python": sys.executable, "cache": str(user_cache())},
         extras={
             name: f"lacks {', '.join(missing)}" if missing else "installed"

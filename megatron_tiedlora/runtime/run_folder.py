@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from megatron_tiedlora.base import files, messages
 from megatron_tiedlora.base.files import Guard, unguarded
-from megatron_tiedlora.base.messages import UserError, first_line, installed_versions, os_errors, show, user_path
+from megatron_tiedlora.base.installation import installed_versions
+from megatron_tiedlora.base.messages import UserError, first_line, os_errors, show, user_path
 from megatron_tiedlora.base.output_folder import PathIn, check_writable, last_name, numbered, reject_links
 from megatron_tiedlora.base.ownership import FolderLock, Owner, is_of_owner, owner_in_words, take_folder
 from megatron_tiedlora.base.shapes import QKV, TARGET_NAMES

@@ -16,7 +16,8 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from megatron_tiedlora.base.messages import UserError, installed_versions
+from megatron_tiedlora.base.installation import installed_versions
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.base.shapes import precision_in_words
 from megatron_tiedlora.config.tool_settings import BenchSettings

@@ -15,15 +15,8 @@ from typing import Any
 import torch
 
 from megatron_tiedlora.base.files import discard, read_json_object, write_json
-from megatron_tiedlora.base.messages import (
-    UserError,
-    aligned_lines,
-    bytes_in_words,
-    count_text,
-    install_hint,
-    named,
-    range_text,
-)
+from megatron_tiedlora.base.installation import install_hint
+from megatron_tiedlora.base.messages import UserError, aligned_lines, bytes_in_words, count_text, named, range_text
 from megatron_tiedlora.base.output_folder import numbered
 from megatron_tiedlora.base.shapes import QKV
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support.folders import ROOT
 
-from megatron_tiedlora.base.messages import EXTRAS, missing_modules, require_extra
+from megatron_tiedlora.base.installation import EXTRAS, missing_modules, require_extra
 from tools.write_install_tables import PAGE, PURPOSES, with_tables
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -15,7 +15,8 @@ import pytest
 from support.folders import ROOT, python
 
 import megatron_tiedlora
-from megatron_tiedlora.base.messages import EXTRAS, UserError, missing_module, require_extra, show_messages
+from megatron_tiedlora.base.installation import EXTRAS, missing_module, require_extra
+from megatron_tiedlora.base.messages import UserError, show_messages
 from megatron_tiedlora.commands import front
 from megatron_tiedlora.commands.front import _OTHER_NAMES, COMMANDS, find_command
 
@@ -146,7 +147,7 @@ def test_a_missing_extra_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"this needs deepspeed and rouge_score; .*\[train,eval\]"):
         require_extra("train", "eval")
     require_extra("eval", only=["sacrebleu"])
-    monkeypatch.setattr("megatron_tiedlora.base.messages._installed", lambda name: None)
+    monkeypatch.setattr("megatron_tiedlora.base.installation._installed", lambda name: None)
     with pytest.raises(UserError, match=r"pip install '?" + re.escape(f"{ROOT}[train]")):
         require_extra("train")
     assert "[eval]" in str(missing_module(ModuleNotFoundError(name="rouge_score.tokenizers")))

@@ -19,7 +19,8 @@ from support.native_files import with_adapter, write_exports, write_native
 from support.task_files import refusal
 from support.tiny_models import write_tiny_model
 
-from megatron_tiedlora.base.messages import EXTRAS, UserError
+from megatron_tiedlora.base.installation import EXTRAS
+from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.native_adapter import load_native_adapter, save_adapter
 from megatron_tiedlora.checkpoint.sources import find_model
 from megatron_tiedlora.commands.front import call

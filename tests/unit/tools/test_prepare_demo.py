@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from support.folders import ROOT, python
 
-from megatron_tiedlora.base import messages
+from megatron_tiedlora.base import installation
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.output_folder import CACHE_VARIABLE, user_cache
 from megatron_tiedlora.checkpoint.sources import demo_model_path
