@@ -203,7 +203,7 @@ SETTINGS: dict[str, Any] = {"model": "llama2-7b", "dry_run": True, "plan_for": "
         ({"products": "fp8", "base": "fp8", "dtype": "fp32"}, "--products fp8 needs --dtype bf16 on a GPU"),
         (
             {"products": "fp8", "base": "fp8", "tensor_parallel": 32},
-            "multiples of 16 as sizes, and mlp.down is 4096 x 344 at --tensor_parallel 32; leave --products out",
+            "multiples of 16, but mlp.down is 4096 x 344 with --tensor_parallel 32. Change --tensor_parallel, or",
         ),
     ],
 )
