@@ -222,8 +222,9 @@ def packed(value: object) -> bytearray:
         encoded = text.encode()
     except UnicodeEncodeError as error:
         part = shown(text[max(0, error.start - 20) : error.end + 20])
-        said = f"a text that is not valid Unicode cannot be sent to other ranks ({part})"
-        raise UserError(f"{said}. Remove the invalid characters") from None
+        raise UserError(
+            f"a text that is not valid Unicode cannot be sent to other ranks ({part}). Remove the invalid characters"
+        ) from None
     message = bytearray(len(encoded).to_bytes(_LENGTH_BYTES, "little") + encoded)
     if tensors:
         message += save(tensors)

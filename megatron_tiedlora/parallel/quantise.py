@@ -128,8 +128,8 @@ def fp8_numbers(codes: Tensor) -> Tensor:
 
 # Kernels of bitsandbytes ----------------------------------------------------------------------------------------------
 #
-# They are correct only if rows consist of complete blocks; otherwise the CPU kernel (0.50.2) returns wrong values without
-# an error. So a kernel is compared once with plain torch before it is used.
+# They are correct only if rows consist of complete blocks; otherwise the CPU kernel (0.50.2) returns wrong values with
+# no error. So a kernel is compared once with plain torch before it is used.
 
 # (packed codes (rows, width / 2), scales (rows, blocks) fp32, codes per scale, result (rows, width)) -> None
 Nf4Kernel = Callable[[Tensor, Tensor, int, Tensor], None]

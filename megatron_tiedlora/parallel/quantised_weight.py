@@ -252,7 +252,7 @@ class RowScaledWeight(QuantisedWeight):
 
 
 def _look_up_fp8(codes: Tensor, out: Tensor, parts: Iterable[slice], *, scales: Tensor | None = None) -> None:
-    """Convert fp8 codes to values with a table, and write them to `out`. A cast is 4 times as slow on CPUs (torch 2.13).
+    """Convert fp8 codes to values by a table, and write them to `out`. On CPUs a cast is 4 times as slow (torch 2.13).
 
     Args:
         codes: uint8.
