@@ -52,7 +52,7 @@ def base_construction(
 
 
 def parameter_access(config: EngineConfig) -> Callable[[list[nn.Parameter]], AbstractContextManager[Any]]:
-    """Return a function that makes a context for writing parameters. Under ZeRO-3 the context gathers them.
+    """Return a function that creates a context for writing parameters. Under ZeRO-3 the context gathers them.
 
     Under ZeRO-3 the data-parallel ranks must call it for the same parameters in the same order. The values of the first
     rank are kept.
@@ -65,7 +65,7 @@ def parameter_access(config: EngineConfig) -> Callable[[list[nn.Parameter]], Abs
 
 
 def stored_bytes(module: nn.Module) -> int:
-    """Return the bytes of frozen parameters of `module` that this rank stores, under ZeRO-3 only its partitions."""
+    """Return the size in bytes of the frozen parameters that this rank stores (under ZeRO-3, of its partitions)."""
     frozen = (parameter for parameter in module.parameters() if not parameter.requires_grad)
     return sum(getattr(parameter, "ds_tensor", parameter).nbytes for parameter in frozen)
 
@@ -93,8 +93,8 @@ def initialize_engine(
     """Call `deepspeed.initialize` with the given optimizer and schedule, and return the engine.
 
     The optimizer holds the trained parameters. With several stages, the norm by which DeepSpeed clips at ZeRO-0 would
-    omit the untied tensors of later stages (seen in 0.19.8). So `runner.Optimizers` steps the adapters instead of an
-    engine without ZeRO.
+    omit the untied tensors of later stages (seen in 0.19.8). So without ZeRO, `runner.Optimizers` steps the
+    adapters, and the engine does not.
     """
     import deepspeed
     from deepspeed.runtime.pipe.module import PipelineModule
@@ -180,7 +180,7 @@ def quiet() -> AbstractContextManager[Any]:
 
 
 def make_topology(grid: Grid) -> Any:
-    """Return DeepSpeed's topology for `grid`. In both, rank = (pp * dp_size + dp) * tp_size + tp."""
+    """Return DeepSpeed's topology for `grid`. Both number ranks as (pp * dp_size + dp) * tp_size + tp."""
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
     topology = PipeModelDataParallelTopology(num_pp=grid.pp_size, num_mp=grid.tp_size, num_dp=grid.dp_size)
@@ -221,7 +221,7 @@ def make_groups(grid: Grid, process_grid: Any) -> ParallelGroups:
 
 
 def _new_groups(grid: Grid, key: Callable[[Grid], Any]) -> Any:
-    """Create a process group of the ranks with the same `key`, for each value of it. Return this rank's group."""
+    """Create one process group for each value of `key`, of the ranks with this value. Return this rank's group."""
     import deepspeed
 
     made = grid.groups(key).items()

@@ -138,7 +138,10 @@ def find_engine_json(name: str) -> Path:
         if path.is_file():
             return path
     shipped = sorted(path.name for path in SHIPPED_CONFIGS.glob("*.json"))
-    raise UserError(f"--ds_config {name}: no such file here or in ds_configs/{nearest_name(name, shipped)}")
+    raise UserError(
+        f"--ds_config {name}: no such file. Give a path or the name of a file in ds_configs/"
+        f"{nearest_name(name, shipped)}"
+    )
 
 
 def load_engine_config(name: str, *, batches: BatchPlan, gradient_clipping: float) -> EngineConfig:
@@ -192,7 +195,7 @@ def load_engine_config(name: str, *, batches: BatchPlan, gradient_clipping: floa
             )
     zero = _checked(path, zero, ZeroSection, within="zero_optimization.")
     if zero.get("stage") != 3 and (zero.get("offload_optimizer") or {}).get("ratio", 1) != 1:
-        raise UserError(f"{path}: zero_optimization.offload_optimizer.ratio is for stage 3; remove it")
+        raise UserError(f"{path}: zero_optimization.offload_optimizer.ratio is for stage 3 only. Remove it")
     # DeepSpeed's timer waits for the device twice per micro-batch (0.19.8); the run's log has the throughput.
     timers = {"throughput": {"enabled": False}, **kept.get("timers", {})}
     return EngineConfig(path, {**kept, "zero_optimization": zero, "timers": timers, **ours})
@@ -204,7 +207,9 @@ def _checked(path: Path, content: Mapping[str, Any], kind: type[BaseModel], *, w
     names = kind.model_fields
     for key in content:
         if key not in names:
-            raise UserError(f"{path}: unknown key {shown(within + key)}{nearest_name(key, names)}")
+            raise UserError(
+                f"{path}: unknown key {shown(within + key)}{nearest_name(key, names)}. Correct or remove it"
+            )
     kept = {key: value for key, value in content.items() if value != "auto"}
     try:
         kind(**kept)

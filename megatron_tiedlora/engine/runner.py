@@ -94,7 +94,7 @@ class Optimizers:
         return sum_gradients_(adapters, self.groups)
 
     def norms(self, taking: Sequence[str]) -> dict[str, float]:
-        """Return the norm of each adapter's gradients before clipping, or {} if the engine computes it in its step."""
+        """Return the gradient norm of each adapter before clipping, or {} if the engine computes it in its step."""
         found = gradient_norms([self.adapter_group.adapters[name] for name in taking], self.groups, self.device)
         return {name: reported_norm(norm) for name, norm in zip(taking, found, strict=True)}
 
@@ -116,12 +116,12 @@ class Optimizers:
         return rate
 
     def clear(self) -> None:
-        """Drop all gradients, including those of adapters that took no step."""
+        """Set all gradients to None, including those of adapters that took no step."""
         for _, parameter in self.adapter_group.named_parameters():
             parameter.grad = None
 
     def opened(self, name: str) -> AbstractContextManager[None]:
-        """Return a context for reading or writing the tensors of an adapter, in which ZeRO does not partition them."""
+        """Return a context for reading or writing the tensors of an adapter. In it, ZeRO does not partition them."""
         return nullcontext()
 
     def moments(self, name: str) -> dict[str, dict[str, Tensor]]:
@@ -165,11 +165,11 @@ class EngineOptimizer(Optimizers):
         self._step = engine._exec_optimizer_step if pipelined else engine.step
 
     def optimizer(self, name: str) -> Any:
-        """See `Optimizers`."""
+        """See `Optimizers.optimizer`."""
         return self._engine.optimizer
 
     def begin(self, num_micro_batches: int) -> None:
-        """See `Optimizers`."""
+        """See `Optimizers.begin`."""
         if self._adapter.u_sum is not None:
             self._adapter.u_sum.start(num_micro_batches)
 
@@ -178,27 +178,27 @@ class EngineOptimizer(Optimizers):
         self._missing = sum_gradients_({ONLY: self._adapter}, self.groups, engine_averages=True)
 
     def divisors(self, num_supervised: int, *, accumulation_steps: int, dp_size: int) -> tuple[float, ...]:
-        """See `Optimizers`. DeepSpeed itself divides by accumulation steps x data-parallel ranks."""
+        """See `Optimizers.divisors`. DeepSpeed itself divides by accumulation steps x data-parallel ranks."""
         return (num_supervised / (accumulation_steps * dp_size),)
 
     def sum_gradients(self, taking: Collection[str]) -> Missing:
-        """See `Optimizers`."""
+        """See `Optimizers.sum_gradients`."""
         return self._missing
 
     def norms(self, taking: Sequence[str]) -> dict[str, float]:
-        """See `Optimizers`."""
+        """See `Optimizers.norms`."""
         return {}
 
     def take(self, name: str, norm: float | None) -> float:
-        """See `Optimizers`. ZeRO-1 and 2 skip a step whose norm is not finite in fp32; ZeRO-3 takes it."""
+        """See `Optimizers.take`. ZeRO-1 and 2 skip a step whose norm is not finite in fp32; ZeRO-3 takes it."""
         self._step()
         return reported_norm(float(self._engine.get_global_grad_norm()))
 
     def clear(self) -> None:
-        """See `Optimizers`. The engine has already dropped the gradients."""
+        """See `Optimizers.clear`. The engine has already dropped the gradients."""
 
     def opened(self, name: str) -> AbstractContextManager[None]:
-        """See `Optimizers`. Under ZeRO-3 the context gathers the partitions of the data-parallel ranks."""
+        """See `Optimizers.opened`. Under ZeRO-3 the context gathers the partitions of the data-parallel ranks."""
         return parameter_access(self._config)(list(self._adapter.parameters()))
 
     def _moment(self, name: str, parameter: nn.Parameter, moment: str) -> Tensor:
@@ -208,7 +208,7 @@ class EngineOptimizer(Optimizers):
         return found
 
     def restore(self, name: str, moments: Moments, *, step: int) -> None:
-        """See `Optimizers`."""
+        """See `Optimizers.restore`."""
         from deepspeed.utils import safe_set_full_optimizer_state
 
         optimizer, sharded = self._engine.optimizer, self._config.zero_stage == 3
@@ -257,7 +257,7 @@ class Losses:
     found: list[tuple[str, Tensor]] = field(default_factory=list)
 
     def weighted(self, losses: Tensor, shares: Shares) -> Tensor:
-        """Record the losses, (shares,) or () for one, and return the sum of the divided losses, for backward."""
+        """Record the losses, (shares,) or () for one, and return the sum of the divided losses."""
         total: Tensor | None = None
         for share, loss in zip(shares, losses.unbind() if losses.ndim else (losses,), strict=True):
             self.found.append((share.adapter, loss.detach()))
@@ -372,7 +372,7 @@ class Runner:
 
 
 class PipelineRunner(Runner):
-    """A runner for several stages: DeepSpeed's PipelineEngine and 1F1B schedule, with our sum of tied gradients.
+    """A runner for several stages: DeepSpeed's PipelineEngine and 1F1B schedule, with a sum of tied gradients.
 
     The schedule's optimizer step is deferred to `Optimizers.take`, so that all ranks can agree on the loss before
     weights change. Every rank of a pipeline has the micro-batches, so stages exchange only hidden states and know their
@@ -399,7 +399,7 @@ class PipelineRunner(Runner):
             self.engine._INSTRUCTION_MAP[schedule.ReduceGrads] = lambda _engine: None
 
     def _train(self, batches: Sequence[MicroBatch], losses: Losses, between: Callable[[], None]) -> None:
-        """See `Runner`. Stages run different micro-batches at the same time, so `between` is never called."""
+        """See `Runner._train`. Stages run different micro-batches at the same time, so `between` is never called."""
         self._run(self._schedule.TrainSchedule, batches, repeat(losses))
 
     def _score(self, batches: Sequence[MicroBatch], losses: Sequence[Losses]) -> None:
@@ -426,10 +426,10 @@ class PipelineRunner(Runner):
             self.engine.pipe_buffers["labels"][buffer_id] = labels
 
     def _positions(self, batch: MicroBatch) -> tuple[Tensor, ...]:
-        """Return position ids, and document ids if rows are packed. Document ids stay on the host to find boundaries.
+        """Return position ids, and document ids if rows are packed. Document ids stay on the host.
 
         With dropout, position ids (b, s) and token indices are one tensor, (2, b, s). The engine's inputs must be
-        tensors, and only the last may be missing.
+        tensors, and only the last input may be missing.
         """
         positions = batch.positions
         if batch.token_index is not None:

@@ -53,7 +53,7 @@ class KeyValueCache:
         self.filled += length
 
     def take(self, rows: Tensor) -> "KeyValueCache":
-        """Return a cache with copies of the sequences `rows` (n,). A sequence may be copied several times."""
+        """Return a cache with copies of the sequences at indices `rows` (n,). An index may occur several times."""
         return KeyValueCache(self.keys[rows], self.values[rows], self.filled)
 
 
@@ -170,7 +170,7 @@ class Attention(nn.Module):
         update: LayerUpdate | None = None,
         cache: AnyCache | None = None,
     ) -> Tensor:
-        """Return the attention output of this rank's heads, (b, s, local heads * head_dim), for `output`.
+        """Return the attention output of this rank's heads, (b, s, local heads * head_dim), the input of `output`.
 
         Args:
             hidden: activations between layers, (b, s, d) or (1, b s / p, d).
@@ -228,7 +228,7 @@ def _attend_to_cache(query: Tensor, cache: KeyValueCache, mask: Tensor | None) -
     """Return the attention of new tokens, (b, heads, s, head_dim), to the cache, which already has their keys.
 
     Query heads that share a key-value head are stacked as tokens of one head, so that keys are not copied. In fp32
-    (always on a CPU), two matmuls take two thirds of the time of PyTorch's fused kernel, which is made for many
+    (always on a CPU), two matmuls take two thirds of the time of PyTorch's fused kernel, which is optimised for many
     queries. In bf16 the fused kernel is used, because it computes scores in fp32. cuDNN's kernel is avoided, because it
     builds a plan for each number of keys. `prepare_environment` puts cuDNN last.
     """

@@ -34,8 +34,8 @@ class MicroBatch:
         token_index: (b, s) int64, the index of each token in the whole run, which determines dropout; 0 for padding.
             None if there is no dropout.
         shares: the rows of each adapter. If there are several adapters, all rows are concatenated, so b is 1.
-        lengths: (rows,) int64, the number of tokens in each row without padding. With `shares`, rows are those of the
-            adapters.
+        lengths: (rows,) int64, the number of tokens in each row without padding. With `shares`, these are the rows of
+            the adapters.
         num_samples: the number of samples; 0 for a batch of padding only.
     """
 
@@ -93,7 +93,7 @@ class Supervised(NamedTuple):
 
 
 def padded_positions(num_supervised: int) -> int:
-    """Return m / p of `Supervised`, from the largest number of supervised positions in a shard."""
+    """Return the number of padded positions for the largest number of supervised positions in a shard."""
     return padded(max(1, num_supervised))
 
 
@@ -133,7 +133,7 @@ def find_supervised(labels: Tensor, num_parts: int = 1, shares: Shares = ()) -> 
 
 
 def _by_span(labels: Tensor, spans: Sequence[RowSpan]) -> Iterator[tuple[int, Tensor, int]]:
-    """Yield for each span of labels (s / p,) its adapter, its positions with a label, and its first position."""
+    """Yield the adapter, the positions with a label, and the first position of each span of labels (s / p,)."""
     for (adapter, size), start in zip(spans, span_starts(spans), strict=True):
         yield adapter, (labels[start : start + size] != IGNORED_LABEL).nonzero()[:, 0] + start, start
 

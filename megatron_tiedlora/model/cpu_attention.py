@@ -91,7 +91,7 @@ def attend_by_tiles(query: Tensor, key: Tensor, value: Tensor, parts: Sequence[T
 
 
 class _Operands:
-    """Queries and keys in the layout of the matmuls, and memory that all tiles share."""
+    """Queries and keys in the layout that the matmuls need, and memory that all tiles share."""
 
     def __init__(self, query: Tensor, key: Tensor, tiles: Sequence[QueryTile]) -> None:
         self.query = query
@@ -117,7 +117,7 @@ class _Operands:
         return heads[:, :, tile.start : tile.stop].to(dtype).reshape(len(self.keys), -1, heads.shape[-1])
 
     def scores(self, tile: QueryTile) -> Tensor:
-        """Return scale Q K^T of a tile, (b kv, heads / kv * queries, keys), `upcast`."""
+        """Return scale Q K^T of a tile, (b kv, heads / kv * queries, keys), in the dtype of `upcast`."""
         queries = self.fold(self.query, tile, self._wide_keys.dtype)
         keys = self._wide_keys[:, tile.first : tile.stop].transpose(1, 2)
         scores = self.of_tile(self._scores, tile)

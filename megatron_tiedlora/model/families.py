@@ -2,7 +2,7 @@
 
 A family is a function that returns a `ModelShape` for an `HfConfig`, and raises UserError for features that are not
 implemented. The decorator `family` receives defaults of absent fields that differ from LLaMA's. The shared decoder has
-grouped queries, rotary embedding, SwiGLU, and the names in transformers. A function adds only what differs from it.
+grouped queries, rotary embedding, SwiGLU, and the tensor names of transformers. A function adds only the differences.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -77,7 +77,7 @@ def shape_from_hf(values: Mapping[str, Any], *, source: str = "config.json") -> 
 
 
 def family(**defaults: Any) -> Callable[[Reader], Reader]:
-    """Return a decorator that registers a function as the family of its name. `defaults` are for absent fields."""
+    """Return a decorator that registers a family under its function's name. `defaults` are for absent fields."""
 
     def register(read: Reader) -> Reader:
         FAMILIES[read.__name__] = Family(read, defaults)
@@ -115,7 +115,7 @@ def gated_decoder(
     fused: bool = False,
     ropes: Sequence[shapes.RopeShape | None] = (),
 ) -> shapes.ModelShape:
-    """Return the `ModelShape` for fields that all families have in common, with the features of one family.
+    """Return the `ModelShape` of the shared decoder, with the given features of a family.
 
     Args:
         rope: the result of `read_rope`; by default the result of `read_rope(config)`.
@@ -134,7 +134,9 @@ def gated_decoder(
     config.reject_other_layers("full_attention", *(() if window is None else ("sliding_attention",)))
     activation = config.get("hidden_act")
     if activation not in ("silu", "swish"):
-        raise UserError(f"{config.source}: hidden_act = {shown(activation)} is not implemented. Use a 'silu' model")
+        raise UserError(
+            f"{config.source}: hidden_act = {shown(activation)} is not implemented. Use a model with hidden_act 'silu'"
+        )
     vocab, d, f = (config.size(name) for name in ("vocab_size", "hidden_size", "intermediate_size"))
     num_layers = config.size("num_hidden_layers")
     eps = config.small_number("rms_norm_eps") if norm_eps is None else norm_eps
@@ -198,10 +200,14 @@ def _head_sizes(config: HfConfig, hidden_size: int) -> tuple[int, int, int]:
     num = config.size("num_attention_heads")
     num_kv = config.size("num_key_value_heads", num)
     if hidden_size < num and not config.get("head_dim"):
-        raise UserError(f"{config.source}: hidden_size {hidden_size} is less than num_attention_heads {num}. Fix it")
+        raise UserError(
+            f"{config.source}: hidden_size {hidden_size} is less than num_attention_heads {num}. Correct one of them"
+        )
     dim = config.size("head_dim", hidden_size // num)
     if num % num_kv:
-        raise UserError(f"{config.source}: {num} heads are not a multiple of num_key_value_heads {num_kv}. Correct one")
+        raise UserError(
+            f"{config.source}: {num} heads are not a multiple of num_key_value_heads {num_kv}. Correct one of them"
+        )
     return num, num_kv, dim
 
 
@@ -214,8 +220,10 @@ def _check_rotation(config: HfConfig, heads: shapes.HeadShape) -> None:
             " Use a model with an even number"
         )
     if isinstance(scaling, shapes.LongRopeScaling) and len(scaling.factors) != rotated // 2:
-        found = f"short_factor has {len(scaling.factors)} numbers, but there are {rotated // 2} frequencies. Correct it"
-        raise UserError(f"{config.source}: {found}")
+        raise UserError(
+            f"{config.source}: short_factor has {len(scaling.factors)} numbers, but there are {rotated // 2}"
+            " frequencies. Correct the list"
+        )
 
 
 # The families ---------------------------------------------------------------------------------------------------------
@@ -259,8 +267,8 @@ def olmo3(config: HfConfig) -> shapes.ModelShape:
         kinds = [SLIDING if layer % 4 else FULL for layer in range(1, num_layers + 1)]
     if not isinstance(kinds, list) or len(kinds) != num_layers or any(kind not in (FULL, SLIDING) for kind in kinds):
         raise UserError(
-            f"{config.source}: layer_types = {shown(kinds)} is not a list of {num_layers} kinds of layers. Give each"
-            f" layer {FULL} or {SLIDING}"
+            f"{config.source}: layer_types = {shown(kinds)} is not a list of {num_layers} kinds of layers. For"
+            f" each layer, use {FULL} or {SLIDING}"
         )
     ropes = read_ropes_by_kind(config, theta=500000.0)
     limits = [limit for _, limit in ropes.values() if limit is not None]

@@ -62,7 +62,7 @@ class AttentionRoute:
 def choose_attention(
     device: torch.device, dtype: torch.dtype, head_dim: int, *, deterministic: bool = False
 ) -> AttentionRoute:
-    """Return the first candidate that runs on `device`. Each is tried with both passes on a few tokens.
+    """Return the first candidate that runs on `device`, tested with a forward and backward pass on a few tokens.
 
     Args:
         deterministic: whether gradients must be bit-equal in every run. flash_attn gets this as an argument and is not
@@ -136,7 +136,7 @@ class FusedKernel:
     Attributes:
         kernel: a function of PyTorch, or the name of a library's Python module.
         min_capability: the lowest compute capability by dtype; other dtypes are not supported.
-        below: the compute capability from which on GPUs are not supported; None if there is none.
+        below: the lowest compute capability that is too new; None if there is no such limit.
         max_head_dim: the largest head dim; None if there is no limit.
     """
 

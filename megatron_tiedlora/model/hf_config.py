@@ -1,8 +1,8 @@
 """Read a Hugging Face `config.json` field by field. Each field is used, known to be harmless, or rejected by name.
 
-The field `quantization_config` describes the storage format of the weights. Supported are 4-bit folders of bitsandbytes
-(nf4) and fp8 folders with one scale per row or tensor (compressed-tensors and fbgemm_fp8). Only their weights are used.
-Settings for the rounding of activations are ignored.
+The field `quantization_config` describes the storage format of the weights. This module supports 4-bit folders of
+bitsandbytes (nf4), and fp8 folders with one scale per row or tensor (compressed-tensors and fbgemm_fp8). Only their
+weights are used. Settings for the rounding of activations are ignored.
 """
 
 import math
@@ -71,44 +71,52 @@ class HfConfig:
         value = otherwise if value is None else value
         largest = _LARGEST.get(name, _LARGEST_SIZE)
         if type(value) is not int or not 1 <= value <= largest:
-            raise UserError(f"{self.source}: {name} = {shown(value)} is not an integer from 1 to {largest}. Correct it")
+            raise UserError(
+                f"{self.source}: {name} = {shown(value)} is not an integer from 1 to {largest}. Correct this field"
+            )
         return value
 
     def small_number(self, name: str) -> float:
         """Return a number from 0 to 1. Raise UserError for any other value."""
         value = self.get(name)
         if type(value) not in (int, float) or not 0 <= value <= 1:
-            raise UserError(f"{self.source}: {name} = {shown(value)} is not a number from 0 to 1. Correct it")
+            raise UserError(f"{self.source}: {name} = {shown(value)} is not a number from 0 to 1. Correct this field")
         return float(value)
 
     def flag(self, name: str) -> bool:
         """Return true or false; null counts as false. Raise UserError for any other value."""
         value = self.get(name)
         if value is not None and not isinstance(value, bool):
-            raise UserError(f"{self.source}: {name} = {shown(value)}{self._of} is neither true nor false. Correct it")
+            raise UserError(
+                f"{self.source}: {name} = {shown(value)}{self._of} is neither true nor false. Correct this field"
+            )
         return bool(value)
 
     def number(self, name: str, default: float | None = None) -> float:
-        """Return a positive number, or `default` if it is null or absent. Raise UserError for any other value."""
+        """Return a positive number, or `default` if the field is null or absent. Raise UserError otherwise."""
         value = self.get(name)
         if value is None and default is None:
-            raise UserError(f"{self.source}: {name}{self._of} is missing. Add it")
+            raise UserError(f"{self.source}: {name}{self._of} is missing. Add this field")
         return self._positive(name, default if value is None else value)
 
     def optional(self, name: str) -> float | None:
-        """Return a positive number, or None if it is absent, null or 0. Raise UserError for any other value."""
+        """Return a positive number, or None if the field is absent, null or 0. Raise UserError for any other value."""
         return self._positive(name, value) if (value := self.get(name)) else None
 
     def row(self, name: str) -> tuple[float, ...]:
         """Return a list of positive numbers as a tuple. Raise UserError for any other value."""
         values = self.get(name)
         if not isinstance(values, list):
-            raise UserError(f"{self.source}: {name} = {shown(values)}{self._of} is not a list of numbers. Correct it")
+            raise UserError(
+                f"{self.source}: {name} = {shown(values)}{self._of} is not a list of numbers. Correct this field"
+            )
         return tuple(self._positive(name, value) for value in values)
 
     def _positive(self, name: str, value: Any) -> float:
         if type(value) not in (int, float) or not 0 < value < _LARGEST_NUMBER:
-            raise UserError(f"{self.source}: {name} = {shown(value)}{self._of} is not a positive number. Correct it")
+            raise UserError(
+                f"{self.source}: {name} = {shown(value)}{self._of} is not a positive number. Correct this field"
+            )
         return float(value)
 
     def reject_other_layers(self, *known: str) -> None:
@@ -122,7 +130,7 @@ class HfConfig:
                 )
 
     def reject_unread(self) -> None:
-        """Reject fields that have not been read and are not known to be harmless, and features that are switched on.
+        """Reject fields that have not been read and are not known to be harmless, and features that are enabled.
 
         Raises:
             UserError: there is such a field; the message names the first one.
@@ -153,7 +161,7 @@ class HfConfig:
 
 
 def window_of_last_layers(config: HfConfig) -> LengthLimit | None:
-    """Return the limit of Qwen's windows, for layers from `max_window_layers` on or in `layer_types`."""
+    """Return the length limit of Qwen's sliding windows, or None if no layer has a sliding window."""
     kinds, first = config.get("layer_types"), config.get("max_window_layers")
     if kinds:
         some = "sliding_attention" in kinds
@@ -243,7 +251,7 @@ def stored_format(values: Mapping[str, Any], *, source: str) -> StoredFormat | N
 
 
 def _bitsandbytes(config: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the format, and the reason why it cannot be read or ''."""
+    """Return the format, and the reason why it cannot be read ('' if it can)."""
     kind, storage = config.get("bnb_4bit_quant_type"), config.get("bnb_4bit_quant_storage") or "uint8"
     if not config.get("load_in_4bit"):
         return "", "load_in_4bit is not true"
@@ -253,7 +261,7 @@ def _bitsandbytes(config: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _compressed(config: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the format, and the reason why it cannot be read or ''."""
+    """Return the format, and the reason why it cannot be read ('' if it can)."""
     groups, sparsity = config.get("config_groups"), config.get("sparsity_config") or {}
     if not isinstance(groups, Mapping) or not groups:
         return "", "it has no config_groups"
@@ -319,7 +327,9 @@ def read_ropes_by_kind(config: HfConfig, *, theta: float) -> dict[str, tuple[Rop
 def _fields(config: HfConfig, values: Any) -> dict[str, Any]:
     """Return the fields of an object, or {} for null. Raise UserError for any other value."""
     if not isinstance(values or {}, Mapping):
-        raise UserError(f"{config.source}: rope_parameters or rope_scaling is {shown(values)}, not an object. Fix it")
+        raise UserError(
+            f"{config.source}: rope_parameters or rope_scaling is {shown(values)}, not an object. Correct this field"
+        )
     return dict(values or {})
 
 
@@ -340,20 +350,24 @@ def read_rope(
         other_names: the kinds of scaling, by names that only this family uses.
 
     Raises:
-        UserError: the kind of scaling is not implemented, or numbers do not define frequencies.
+        UserError: the kind of scaling is not implemented, or the fields do not define frequencies.
     """
     max_positions = config.size("max_position_embeddings")
     new = config.get("rope_parameters")
     values = _fields(config, config.get("rope_scaling") or new) if values is None else values
     for name in values:
         if name not in _KNOWN:
-            raise UserError(f"{config.source}: {shown(name)} of the rotary embedding is not implemented. Remove it")
+            raise UserError(
+                f"{config.source}: {shown(name)} of the rotary embedding is not implemented. Remove this field"
+            )
     numbers = HfConfig(values, config.source, {"truncate": True}, of=" of the rotary embedding")
     theta = numbers.number("rope_theta", config.get("rope_theta") or 10000.0)
     absent_fraction = config.get("partial_rotary_factor")
     fraction = numbers.number("partial_rotary_factor", 1.0 if absent_fraction is None else absent_fraction)
     if fraction > 1 or (fraction != 1 and not partial):
-        raise UserError(f"{config.source}: partial_rotary_factor = {fraction:g} is not implemented. Use another model")
+        raise UserError(
+            f"{config.source}: partial_rotary_factor = {fraction:g} is not implemented. Use a different model"
+        )
     kind = values.get("rope_type", values.get("type")) or "default"
     kind = (other_names or {}).get(str(kind), kind)
     if kind in ("default", "dynamic"):  # dynamic scaling begins after the trained length, and longer rows are rejected
@@ -364,10 +378,10 @@ def read_rope(
         raise UserError(f"{config.source}: rope_type {shown(kind)} is not implemented. Use one of: {known}")
     original = int(original_positions or numbers.number("original_max_position_embeddings", max_positions))
     if original < 1:
-        raise UserError(f"{config.source}: original_max_position_embeddings is below 1. Correct it")
+        raise UserError(f"{config.source}: original_max_position_embeddings is below 1. Correct this field")
     scaling = reader(numbers, max_positions, original)
     if isinstance(scaling, YarnScaling) and theta <= 1:
-        raise UserError(f"{config.source}: rope_theta = {theta} must be above 1 for yarn. Correct it")
+        raise UserError(f"{config.source}: rope_theta = {theta} must be above 1 for yarn. Correct this field")
     limit = None
     if isinstance(scaling, LongRopeScaling):
         why = f"has different frequencies beyond {original} tokens (original_max_position_embeddings)"
@@ -378,7 +392,9 @@ def read_rope(
 def _llama3(numbers: HfConfig, max_positions: int, original: int) -> RopeScaling:
     low, high = numbers.number("low_freq_factor"), numbers.number("high_freq_factor")
     if low >= high:
-        raise UserError(f"{numbers.source}: low_freq_factor {low} is not below high_freq_factor {high}. Correct one")
+        raise UserError(
+            f"{numbers.source}: low_freq_factor {low} is not below high_freq_factor {high}. Correct one of them"
+        )
     return shapes.Llama3Scaling(numbers.number("factor"), low, high, original)
 
 

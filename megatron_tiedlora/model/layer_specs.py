@@ -287,7 +287,7 @@ def layer_specs(
     deterministic: bool = False,
     make_weight: frozen_weight.WeightMaker = frozen_weight.FrozenWeight.empty,
 ) -> tuple[LayerSpec, ...]:
-    """Return the flat list. Layer 0 is the embedding, layers 1 to L are the blocks, and layer L + 1 is the head.
+    """Return the flat list of layers. Layer 0 is the embedding, 1 to L are the blocks, and L + 1 is the head.
 
     Blocks are numbered from 1, as in the paper. A layer is built with uninitialised weights of one tensor-parallel
     rank's sizes on the default device, and the checkpoint reader fills them. `tp_size` must divide the numbers of heads
@@ -360,7 +360,7 @@ def stored_tensors(
 ) -> Mapping[str, Counter[StoredTensor]]:
     """Return how many parameters of each size the embedding, a block and the head have on one rank.
 
-    They are counted on modules that are built without memory. All blocks have the same parameters.
+    They are counted on modules that are built on the meta device. All blocks have the same parameters.
     """
     with torch.device("meta"):
         maker = weight_maker(base_format, products=products, keep_transposed=transposed)

@@ -133,7 +133,7 @@ class SupervisedTail:
 
 
 def _with_zero_gradients(result: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    """Return the result with a backward pass that also returns zeros for these tensors."""
+    """Return `result` with a backward pass that also returns zeros for `tensors`."""
     if not tensors:
         return result
     zeros = _zeros_like(tensors)
@@ -141,7 +141,7 @@ def _with_zero_gradients(result: Tensor, tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _zeros_like(tensors: Sequence[Tensor]) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """Return an adjoint that returns zeros for these tensors, without a reference to them."""
+    """Return an adjoint that returns zeros like `tensors`, without keeping references to them."""
     makers = [partial(torch.zeros, tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in tensors]
     return lambda _gradient: tuple(make() for make in makers)
 

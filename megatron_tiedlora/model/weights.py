@@ -93,7 +93,7 @@ def check_layout(shape: ModelShape, grid: Grid, *, zero_stage: int = 0, ds_confi
     """Check that the grid can partition the model, and that the ZeRO stage of `ds_config` can be used with it.
 
     Raises:
-        UserError: a value does not fit. The message has the first such value, and values that fit.
+        UserError: a value does not fit. The message has this value and the values that fit.
     """
     tp, pp = grid.tp_size, grid.pp_size
     # Tensor parallelism must divide whole heads, and the sizes along which linears are sharded. A linear that can be
@@ -165,7 +165,7 @@ class WeightRule:
         return tuple(part.name for part in self.parts)
 
     def is_quantised(self, shape: ModelShape) -> bool:
-        """Return whether quantised storage formats apply to the weight: only to matrices of linears in blocks."""
+        """Return whether quantised formats apply to the weight, as they do to the matrices of linears in blocks."""
         return self.linear is not None and 1 <= self.layer <= shape.num_layers
 
     def by_stored_tensor(self, rows: Tensor) -> dict[str, Tensor]:

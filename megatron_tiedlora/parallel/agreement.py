@@ -70,7 +70,10 @@ def first_message(message: str | None) -> str | None:
 
 
 def first_messages(messages: Sequence[str | None]) -> list[str | None]:
-    """Apply `first_message` to each item of equally long lists. If no rank has a message, only one sum is sent."""
+    """Apply `first_message` to each element of `messages`, which has the same length on every rank.
+
+    If no rank has a message, only one sum is sent.
+    """
     if world_size() == 1 or not messages:
         return list(messages)
     counts = sum_over_ranks([float(message is not None) for message in messages])
@@ -181,10 +184,10 @@ _LENGTH_BYTES = 8
 
 
 def _sent_tensor(name: object, info: ValidationInfo) -> Tensor:
-    """Return the tensor with the name `name` from the message."""
+    """Return the tensor that the message stores under `name`."""
     sent: Any = info.context
     if not isinstance(name, str) or name not in sent:
-        raise ValueError("no tensor of that name was sent")
+        raise ValueError("no tensor with this name was sent")
     tensor: Tensor = sent[name]
     return tensor
 

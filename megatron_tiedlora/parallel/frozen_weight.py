@@ -67,15 +67,16 @@ class FrozenWeight:
         return tuple(self.tensor.shape)
 
     def times_transposed(self, x: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
-        """Return x W^T + bias, (tokens, out), for x (tokens, in), written to `out` if given. Autograd ignores it.
+        """Return x W^T + bias, (tokens, out), for x (tokens, in), written to `out` if given.
 
-        It avoids `functional.linear`, which DeepSpeed's zero.Init replaces with its own function (seen in 0.19.8).
+        Autograd does not record this matmul. `functional.linear` is not used, because DeepSpeed's zero.Init replaces
+        that function (seen in 0.19.8).
         """
         transposed = self.tensor.detach().t()
         return torch.mm(x, transposed, out=out) if bias is None else torch.addmm(bias, x, transposed, out=out)
 
     def times(self, grad_y: Tensor, *, out: Tensor | None = None) -> Tensor:
-        """Return dy W, (tokens, in), for dy (tokens, out), written to `out` if given. Autograd does not record it."""
+        """Return dy W, (tokens, in), for dy (tokens, out), written to `out` if given. Autograd does not record this."""
         return torch.mm(grad_y, self.tensor.detach(), out=out)
 
     def empty_values(self) -> Tensor:
@@ -160,7 +161,7 @@ def frozen_linear(x: Tensor, weight: FrozenWeight) -> Tensor:
 
 
 class VocabularyParallelEmbedding(nn.Module):
-    """The embedding table (vocabulary, d), sharded by vocabulary. Ranks use zeros for tokens that they do not hold."""
+    """The embedding table (vocabulary, d), sharded by vocabulary. Ranks use zeros for rows that they do not hold."""
 
     weight: nn.Parameter
 

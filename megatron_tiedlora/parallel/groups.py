@@ -1,10 +1,10 @@
 """Define groups of ranks, the collectives of tensor parallelism, and counters of the messages that ranks send.
 
 Groups are created elsewhere and passed as arguments. They are never read from globals. Entering a tensor-parallel
-region is the identity, and leaving it is an all-reduce. In the backward pass, they are an all-reduce and the identity.
-With sequence parallelism, entering is an all-gather and leaving is a reduce-scatter, and in the backward pass the
-reverse. The gradient of a gathered tensor is a partial sum on each rank, so it is summed and not only sliced. No
-function changes its input. In a group of one rank nothing is sent.
+region is the identity, and leaving it is an all-reduce. Their backward passes are an all-reduce and the identity. With
+sequence parallelism, entering is an all-gather and leaving is a reduce-scatter. Their backward passes are a
+reduce-scatter and an all-gather. The gradient of a gathered tensor is a partial sum on each rank, so it is summed and
+not only sliced. No function changes its input. In a group of one rank nothing is sent.
 """
 
 from collections import Counter
@@ -72,11 +72,11 @@ class Grid:
         return (pp_rank * self.dp_size + dp_rank) * self.tp_size + tp_rank
 
     def at(self, rank: int) -> "Grid":
-        """Return this grid for a different rank."""
+        """Return the grid as seen from `rank`."""
         return replace(self, rank=rank)
 
     def groups(self, key: "Callable[[Grid], Key]") -> dict[Key, list[int]]:
-        """Return the list of ranks for each value of `key`, a function of a rank's grid."""
+        """Return a list of ranks for each value of `key`, which is called with the grid of each rank."""
         members: dict[Key, list[int]] = {}
         for rank in range(self.world_size):
             members.setdefault(key(self.at(rank)), []).append(rank)
@@ -119,10 +119,10 @@ ALONE = RankGroup()
 class TensorParallel:
     """The tensor-parallel group, and whether activations between layers are sharded along the sequence.
 
-    With sequence parallelism, norms and residual sums run on (1, b s / size, d). The b sequences are concatenated, and
-    each rank has an equal, contiguous shard, so that messages need no copy. A layer gathers at its start and
-    reduce-scatters at its end. Without sequence parallelism, every rank has (b, s, d), and a layer all-reduces at its
-    end.
+    With sequence parallelism, norms and residual sums have shape (1, b s / size, d). The b sequences are concatenated,
+    and each rank has an equal, contiguous shard, so that messages need no copy. A layer gathers at its start and
+    reduce-scatters at its end. Without sequence parallelism, they have shape (b, s, d) on every rank, and a layer
+    all-reduces at its end.
     """
 
     group: RankGroup = ALONE
@@ -172,7 +172,7 @@ SEQUENCE_DIM = 1  # the dimension of the tokens in activations (1, b s, d)
 def all_reduce(
     tensor: Tensor, group: RankGroup, op: distributed.ReduceOp.RedOpType = distributed.ReduceOp.SUM
 ) -> Tensor:
-    """Return `tensor` reduced over the group by `op`, bit-equal on every rank. It is a new tensor if size > 1."""
+    """Return `tensor` reduced over the group by `op`, bit-equal on all ranks. It is a copy if there are several."""
     if group.size == 1:
         return tensor
     total = tensor.clone(memory_format=torch.contiguous_format)
@@ -313,11 +313,11 @@ class StepSum:
     """
 
     def __init__(self, group: RankGroup = ALONE, *, keeps: bool = True) -> None:
-        """Prepare to sum over `group`.
+        """Create an accumulator that sums over `group`.
 
         Args:
             keeps: whether this rank gets the sum; otherwise it gets zeros. If the gradients of some ranks are summed or
-                averaged later, only one of these ranks may get it. Then the result has the same bits in any order.
+                averaged later, only one of them may get it. Then the order of the sum does not change its bits.
         """
         self.group = group
         self._keeps = keeps
@@ -329,7 +329,7 @@ class StepSum:
         self._parts: Tensor | None = None
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Return `tensor` with a summed gradient. All ranks must run the same number of backward passes."""
+        """Return `tensor`, whose gradient will be summed. All ranks must run the same number of backward passes."""
         return with_adjoint(_itself, self.take, tensor)
 
     def take(self, gradient: Tensor) -> Tensor:

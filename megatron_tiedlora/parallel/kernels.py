@@ -54,10 +54,10 @@ def normalise(hidden: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -
 
 
 def apply_norm(hidden: Tensor, weight: Tensor, bias: Tensor | None, root: Tensor) -> Tensor:
-    """Return the normalised rows from a known root.
+    """Return the normalised rows from a known root, rounded as in transformers.
 
-    Values are rounded as in transformers, unless a compiler keeps them in fp32. There, the RMS norm rounds x * root
-    before the multiplication by the weight, and LayerNorm rounds only its result.
+    The RMS norm rounds x * root before the multiplication by the weight, and LayerNorm rounds only its result. Compiled
+    kernels may keep values in fp32 instead.
     """
     normed = _centred(hidden, bias) * root
     if bias is None:
@@ -139,15 +139,15 @@ def rotate_with_root(heads: Tensor, cos: Tensor, sin: Tensor, root: Tensor, weig
 
 
 def square_means(heads: Tensor, num: int, num_kv: int) -> Tensor:
-    """Return two means of x^2, over the first `num` heads and over the next `num_kv`: (T, 2) in `upcast`'s dtype."""
+    """Return the mean of x^2 over the first `num` heads and over the next `num_kv`, (T, 2), in `upcast`'s dtype."""
     return _means(upcast(heads[:, : num + num_kv]).square(), num)
 
 
 def product_means(query: Tensor, key: Tensor, rotated: Tensor) -> Tensor:
     """Return the means of g n over all query heads and over all key heads, (T, 2) in the dtype of `upcast`.
 
-    The gradient of a norm over all heads needs them. g and n are as in `norm_gradient`. g n is computed as a head in
-    `rotated` times its gradient in `query` or `key`.
+    The gradient of a norm over all heads needs these means. g and n are as in `norm_gradient`. g n is computed as a
+    head in `rotated` times its gradient in `query` or `key`.
     """
     gradient = upcast(torch.cat((query, key), dim=1))
     return _means(gradient * rotated[:, : gradient.shape[1]], query.shape[1])
@@ -170,9 +170,9 @@ def rotate_normed_gradient(
 ) -> Tensor:
     """Return the gradient of the input heads of `rotate_normed`, (T, n, head_dim).
 
-    x root is not saved. It is computed from the rotated head, which is rotated back and divided by the weight. The
-    rotation can change the length of a vector, because cos and sin are rounded or scaled. So the head is also divided
-    by cos^2 + sin^2.
+    The product x root is not saved. It is computed from the rotated head, which is rotated back and divided by the
+    weight. The rotation can change the length of a vector, because cos and sin are rounded or scaled. So the head is
+    also divided by cos^2 + sin^2.
 
     Args:
         query, key, value: the gradients of the output heads, each (T, heads, head_dim).
@@ -291,7 +291,7 @@ class Kernels:
 
 
 def has_rows(function: Callable[..., Any]) -> list[bool]:
-    """Return, for each argument of a kernel, whether its first dimension is the rows if it is a tensor."""
+    """Return, for each argument of a kernel, whether it is a tensor whose first dimension is the rows."""
     parameters = inspect.signature(function).parameters.values()
     return [p.annotation.startswith("Tensor") and p.name not in ("weight", "bias") for p in parameters]
 

@@ -1,7 +1,7 @@
 """Compute the loss: the cross entropy of the next token, summed over the tokens of each adapter.
 
 The forward pass of a loss also computes its gradients. The backward pass only multiplies them by a factor, so only the
-gradients are saved. It cannot be differentiated again.
+gradients are saved. The backward pass cannot be differentiated again.
 
 The rows of several adapters are consecutive in one tensor, in spans. A sum over the rows of one adapter, or a product
 with a factor, does not depend on the rows of other adapters.
@@ -85,7 +85,7 @@ def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
     so autograd would silently treat values computed from it as constants.
 
     Raises:
-        RuntimeError: in a backward pass with `create_graph=True`.
+        RuntimeError: the backward pass was called with `create_graph=True`.
     """
 
     @wraps(backward)
@@ -137,9 +137,9 @@ def run_with_early_backward(
     Only the gradients of inputs that require one are saved for the backward pass.
 
     Args:
-        function: computes the loss. Other tensors than `inputs` that it uses get no gradient.
-        inputs: tensors of any float dtype. At least one must require a gradient. The result must depend on all inputs
-            that do.
+        function: computes the loss. It may use other tensors than `inputs`, but they get no gradient.
+        inputs: tensors of any float dtype. At least one must require a gradient. The result must depend on every
+            input that requires a gradient.
         spans: for several losses, the spans of rows of each input. The loss of an adapter depends only on its spans.
     """
     loss: Tensor = _EarlyBackward.apply(function, spans or [None] * len(inputs), *inputs)

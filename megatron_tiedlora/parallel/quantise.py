@@ -44,8 +44,8 @@ def levels_of(name: str, device: torch.device) -> Tensor:
 def quantise_blocks(values: Tensor, block: int, name: str) -> tuple[Tensor, Tensor]:
     """Return unpacked codes (rows, width) uint8 from 0 to 15, and scales (rows, number of blocks) fp32, for `values`.
 
-    In nf4, codes and scales are equal to those of bitsandbytes for rows that are padded with zeros to complete blocks,
-    except for the scales that `without_tiny` changes.
+    In nf4, codes and scales are equal to those of bitsandbytes for rows that are padded with zeros to complete blocks.
+    Only the scales that `without_tiny` changes are different.
     """
     rows, width = values.shape
     blocks = functional.pad(values.float(), (0, -width % block)).view(rows, -1, block)
@@ -77,7 +77,7 @@ def unpack_codes(packed: Tensor, width: int) -> Tensor:
 
 
 def dequantise_blocks(packed: Tensor, scales: Tensor, width: int, block: int, name: str) -> Tensor:
-    """Return values (rows, width) fp32 from packed codes and scales (rows, number of blocks) of `block` codes each."""
+    """Return values (rows, width) fp32 from packed codes and scales (rows, number of blocks), one per `block`."""
     values = levels_of(name, packed.device)[unpack_codes(packed, width).int()]
     whole = width - width % block
     values[:, :whole].unflatten(1, (-1, block)).mul_(scales[:, : whole // block, None])
@@ -99,7 +99,7 @@ def row_maxima(values: Tensor) -> Tensor:
 
 
 def quantise_rows(values: Tensor, maxima: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """Return codes (rows, width) of the format `name`, int8 or fp8, and scales (rows,) fp32, for rows of values.
+    """Return codes (rows, width) of the format `name`, int8 or fp8, and scales (rows,) fp32, for rows `values`.
 
     Args:
         maxima: the largest |value| of each full row, (rows,) fp32.
@@ -138,7 +138,7 @@ _LEAST_GPU_BLOCK = 32
 
 
 def nf4_kernel(out: Tensor, block: int) -> Nf4Kernel | None:
-    """Return a kernel that dequantises into `out` (rows, width) with one scale per `block` codes, or None."""
+    """Return a kernel that can fill `out` (rows, width) with one scale per `block` codes, or None if there is none."""
     if out.shape[1] % block or out.shape[1] % 2 or (out.is_cuda and block < _LEAST_GPU_BLOCK):
         return None
     return _checked_kernel(out.device.type, out.dtype)

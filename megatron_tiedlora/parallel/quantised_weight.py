@@ -31,8 +31,8 @@ _QUANTISED_AT_ONCE = 2**17  # for block formats, which need more temporaries
 class Workspace:
     """Memory for one dequantised weight, shared by all weights of a rank. It is filled just before each matmul.
 
-    New memory for each matmul would take a seventh of its time at the width of a 7B model, because the operating system
-    has to provide the pages.
+    New memory for each matmul of a 7B model would add a seventh to its time, because the operating system has to
+    provide the pages.
     """
 
     def __init__(self) -> None:
@@ -97,7 +97,9 @@ class QuantisedWeight(FrozenWeight):
         return torch.empty(self._local_shape, dtype=self.dtype, device=self.tensor.device)
 
     def load(self, values: Tensor, *, dim: int = 0, start: int = 0, columns: Columns | None = None) -> None:
-        """Quantise `values`, of any float dtype and device, and store rows from `start` on (all rows if `dim` is 1).
+        """Quantise `values`, of any float dtype and device, and store them as the rows from `start` on.
+
+        If `dim` is 1, `values` must have all rows.
 
         Args:
             columns: the shard's columns of the full tensor. If given, `values` has the columns of `columns_to_read`.
@@ -168,7 +170,7 @@ def _row_parts(num_rows: int, width: int, at_once: int, *, on_gpu: bool) -> Iter
 
 
 class BlockScaledWeight(QuantisedWeight):
-    """A weight in a 4-bit format with one scale per block of a row, such as nf4. These formats differ in levels."""
+    """A weight in a 4-bit format with one scale per block of a row, such as nf4. Formats differ only in levels."""
 
     def columns_to_read(self, columns: Columns) -> slice:
         """Return the columns of the full tensor that form complete blocks around the shard's columns."""
@@ -252,7 +254,7 @@ class RowScaledWeight(QuantisedWeight):
 
 
 def _look_up_fp8(codes: Tensor, out: Tensor, parts: Iterable[slice], *, scales: Tensor | None = None) -> None:
-    """Convert fp8 codes to values by a table, and write them to `out`. On CPUs a cast is 4 times as slow (torch 2.13).
+    """Convert fp8 codes to values with a lookup table, and write them to `out`. On CPUs a cast is 4 times as slow.
 
     Args:
         codes: uint8.
@@ -393,7 +395,7 @@ class Fp8MatmulWeight(RowScaledWeight):
         return out.copy_(self.tensor.detach().t())
 
     def _levels(self, dtype: torch.dtype) -> Tensor:
-        """Return the values of the codes in `dtype`, which represents them exactly, in the workspace."""
+        """Return the values of the codes in `dtype`, which represents them exactly, stored in the workspace."""
         out = self.workspace.take(*self._local_shape, dtype=dtype, device=self.tensor.device)
         if self.tensor.is_cuda:
             return out.copy_(quantise.fp8_numbers(self.tensor.detach()))
@@ -402,7 +404,7 @@ class Fp8MatmulWeight(RowScaledWeight):
 
 
 def _rounded(rows: Tensor, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return rows rounded to fp8 (n, width), and a scale per row (n,) fp32. Some rows are computed at a time, in fp32.
+    """Return rows rounded to fp8 (n, width), and a scale per row (n,) fp32. Rows are processed in chunks, in fp32.
 
     Args:
         factors: (1, width) fp32, by which the columns are multiplied before rounding.

@@ -57,7 +57,7 @@ class ShardSpec:
         return tuple(local)
 
     def split(self, full: Tensor, tp_rank: int, tp_size: int) -> Tensor:
-        """Return the shard of `full` for rank `tp_rank` of `tp_size`; a view if there is one block without padding."""
+        """Return the shard of `full` for rank `tp_rank` of `tp_size`. A single unpadded block is a view of `full`."""
         if self.dim is None or tp_size == 1:
             return full
         parts = [
@@ -103,6 +103,6 @@ def stream_seed(seed: int, name: str) -> int:
 
 
 def draw_normal(shape: Sequence[int], *, std: float, seed: int, name: str) -> Tensor:
-    """Return a full fp32 CPU tensor of samples from N(0, std^2). They depend only on the arguments."""
+    """Return a full fp32 CPU tensor of samples from N(0, std^2). The samples depend only on the arguments."""
     generator = torch.Generator(device="cpu").manual_seed(stream_seed(seed, name))
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float32) * std
