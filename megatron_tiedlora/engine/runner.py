@@ -43,7 +43,7 @@ class OwnOptimizer:
     """The optimizer of one adapter, its schedule and its clipping.
 
     Attributes:
-        optimizer: the optimizer of this rank's trained tensors; if there are none, of one unused element.
+        optimizer: the optimizer of this rank's trained tensors, or of one unused element if there are none.
         max_norm: the norm to which the gradients are clipped; 0 if they are not clipped.
     """
 
@@ -99,7 +99,7 @@ class Optimizers:
         return {name: reported_norm(norm) for name, norm in zip(taking, found, strict=True)}
 
     def take(self, name: str, norm: float | None) -> float:
-        """Clip the gradients of one adapter and step it. Return the norm before clipping (see `reported_norm`)."""
+        """Clip an adapter's gradients and step its optimizer. Return the norm before clipping (see `reported_norm`)."""
         assert norm is not None, "the norms are found before the steps"
         own = self.own[name]
         if own.max_norm and norm > own.max_norm:
@@ -121,7 +121,7 @@ class Optimizers:
             parameter.grad = None
 
     def opened(self, name: str) -> AbstractContextManager[None]:
-        """Return a context for reading or writing the tensors of an adapter. In it, ZeRO does not partition them."""
+        """Return a context for reading or writing an adapter's tensors, which are gathered if they are partitioned."""
         return nullcontext()
 
     def moments(self, name: str) -> dict[str, dict[str, Tensor]]:
@@ -190,7 +190,7 @@ class EngineOptimizer(Optimizers):
         return {}
 
     def take(self, name: str, norm: float | None) -> float:
-        """See `Optimizers.take`. ZeRO-1 and 2 skip a step whose norm is not finite in fp32; ZeRO-3 takes it."""
+        """See `Optimizers.take`. ZeRO-1 and 2 skip a step whose norm is not finite in fp32; ZeRO-3 does not."""
         self._step()
         return reported_norm(float(self._engine.get_global_grad_norm()))
 
@@ -311,7 +311,7 @@ class Runner:
 
         Args:
             divisors: the divisors of every adapter that takes a step.
-            between: a function that is called after a micro-batch if all ranks can stop there. It may raise.
+            between: a function that is called after a micro-batch if all ranks can stop there. It may raise an error.
 
         Returns:
             the summed loss of each adapter on this rank; 0 if another rank counts it.

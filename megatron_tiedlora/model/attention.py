@@ -27,7 +27,7 @@ class KeyValueCache:
     """The keys and values of one layer during generation, each (b, kv, capacity, head_dim).
 
     Sequences of a batch may have different lengths. The next token of each sequence is written at its own position, so
-    there is never padding between tokens. `filled` is the length of the longest sequence. Later positions are not read.
+    there is never padding between tokens. `filled` is the largest length of a sequence. Later positions are not read.
     """
 
     keys: Tensor
@@ -120,7 +120,7 @@ class Attention(nn.Module):
             documents: (b, s) int64, document ids; None if each row is one document. Reading is fastest on the host.
             shares: the adapters of the tokens; if there are several adapters, b is 1. By default there is one adapter.
             cache: the cache of any layer before the call. The first call fills it with complete prompts, padded on the
-                right. Later tokens attend to its keys up to their own position. Several adapters have one cache each.
+                right. Later tokens attend to its keys up to their own position. Each of several adapters has a cache.
             ropes: the rotations of all layers, if some differ from this layer's rotation.
         """
         heads = self.qkv.heads
@@ -175,8 +175,8 @@ class Attention(nn.Module):
         Args:
             hidden: activations between layers, (b, s, d) or (1, b s / p, d).
             context: the result of `context`.
-            cache: the cache of this rank's key and value heads, to which new keys and values are added. Several
-                adapters have one cache each.
+            cache: the cache of this rank's key and value heads, to which new keys and values are added. With several
+                adapters, there is one cache per adapter.
         """
         qkv_update = None if update is None else update.get(shapes.QKV)
         table = () if self.qkv.rope is None else context.tables[self.qkv.rope]
@@ -225,7 +225,7 @@ def _tiled_shares(shares: Shares, documents: Tensor | None, size: int) -> tuple[
 
 
 def _attend_to_cache(query: Tensor, cache: KeyValueCache, mask: Tensor | None) -> Tensor:
-    """Return the attention of new tokens, (b, heads, s, head_dim), to the cache, which already has their keys.
+    """Return the attention output of new tokens, (b, heads, s, head_dim), over a cache that includes their keys.
 
     Query heads that share a key-value head are stacked as tokens of one head, so that keys are not copied. In fp32
     (always on a CPU), two matmuls take two thirds of the time of PyTorch's fused kernel, which is optimised for many
@@ -286,7 +286,7 @@ def rotation_table(positions: Tensor, heads: shapes.HeadShape, dtype: torch.dtyp
 
 def _llama3(scaling: shapes.Llama3Scaling, frequencies: Tensor) -> Tensor:
     """Return frequencies for Llama 3. Wavelengths above original / low_freq_factor are multiplied by `factor`. Those
-    below original / high_freq_factor do not change. Between these limits, both frequencies are blended linearly."""
+    below original / high_freq_factor do not change. Between these limits, the result is a linear blend."""
     wavelengths = 2 * math.pi / frequencies
     blend = (scaling.original_max_positions / wavelengths - scaling.low_freq_factor) / (
         scaling.high_freq_factor - scaling.low_freq_factor
@@ -300,7 +300,7 @@ def _llama3(scaling: shapes.Llama3Scaling, frequencies: Tensor) -> Tensor:
 
 def _yarn(scaling: shapes.YarnScaling, powers: Tensor, heads: shapes.HeadShape) -> Tensor:
     """Return frequencies for YaRN. Those with more than `beta_fast` rotations over the original positions do not
-    change. Those with fewer than `beta_slow` are divided by `factor`. A ramp over the indices blends the others."""
+    change. Those with fewer than `beta_slow` are divided by `factor`. A linear ramp over the indices blends the rest."""
     size, theta = heads.rotary_dim, heads.rope.theta
 
     def index_of(rotations: float) -> float:

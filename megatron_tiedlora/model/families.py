@@ -2,7 +2,7 @@
 
 A family is a function that returns a `ModelShape` for an `HfConfig`, and raises UserError for features that are not
 implemented. The decorator `family` receives defaults of absent fields that differ from LLaMA's. The shared decoder has
-grouped queries, rotary embedding, SwiGLU, and the tensor names of transformers. A function adds only the differences.
+grouped queries, rotary embedding, SwiGLU, and the tensor names of transformers. A family adds only the differences.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -260,7 +260,7 @@ def olmo2(config: HfConfig) -> shapes.ModelShape:
 
 @family(vocab_size=50304, rms_norm_eps=1e-5, sliding_window=4096)
 def olmo3(config: HfConfig) -> shapes.ModelShape:
-    """Return the shape of OLMo 3: OLMo 2 layers, most of them with a sliding window and a different rotation."""
+    """Return the `ModelShape` of OLMo 3: OLMo 2 layers, most of them with a sliding window and a different rotation."""
     bias, num_layers = config.flag("attention_bias"), config.size("num_hidden_layers")
     kinds = config.get("layer_types")
     if kinds is None:
@@ -324,7 +324,7 @@ def qwen3(config: HfConfig) -> shapes.ModelShape:
     tie_word_embeddings=True,
 )
 def smollm3(config: HfConfig) -> shapes.ModelShape:
-    """Return the shape of SmolLM3: LLaMA layers, some of which do not rotate queries and keys."""
+    """Return the `ModelShape` of SmolLM3: LLaMA layers, some of which do not rotate queries and keys."""
     bias = config.flag("attention_bias")
     num_layers, interval = config.size("num_hidden_layers"), config.size("no_rope_layer_interval")
     rotates = config.get("no_rope_layers")  # 1 is a layer with rotation, despite the name of the field

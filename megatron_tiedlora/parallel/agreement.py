@@ -6,8 +6,8 @@ numbers are sent as JSON, tensors as safetensors:
 
     message = length of the JSON (8 bytes) | JSON | safetensors, if there are tensors
 
-The receiver knows the expected type and rejects any other value. Messages never name code or a type, and no rank
-unpickles a message.
+The receiver knows the expected type and rejects any other value. Messages contain no code and no type names,
+and they are never unpickled.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ Value = TypeVar("Value")
 
 
 def world_size() -> int:
-    """Return the number of ranks in the process group, or 1 without a group."""
+    """Return the number of ranks in the process group, or 1 if there is no group."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
@@ -127,8 +127,8 @@ def decided_by_rank_0(decide: Callable[[], Value], *, kind: Any = None) -> Value
         kind: the type of the result, which `packed` must support; None if the result is None.
 
     Raises:
-        UserError: `decide` raised it on rank 0; then all ranks raise it, so that none hangs. Other ranks also raise it
-            if the result is not of type `kind`.
+        UserError: `decide` raised it on rank 0. Then all ranks raise this error, so that no rank hangs. The other ranks
+            also raise an error if the result is not of type `kind`.
     """
     if world_size() == 1:
         return decide()

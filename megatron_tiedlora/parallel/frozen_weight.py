@@ -80,7 +80,7 @@ class FrozenWeight:
         return torch.mm(grad_y, self.tensor.detach(), out=out)
 
     def empty_values(self) -> Tensor:
-        """Return uninitialised memory for the values of this rank's shard, to be passed to `load`."""
+        """Return an uninitialised tensor for the values of this rank's shard, which is then passed to `load`."""
         return torch.empty_like(self.tensor)
 
     def columns_to_read(self, columns: Columns) -> slice:

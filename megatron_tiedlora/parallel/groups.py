@@ -172,7 +172,7 @@ SEQUENCE_DIM = 1  # the dimension of the tokens in activations (1, b s, d)
 def all_reduce(
     tensor: Tensor, group: RankGroup, op: distributed.ReduceOp.RedOpType = distributed.ReduceOp.SUM
 ) -> Tensor:
-    """Return `tensor` reduced over the group by `op`, bit-equal on all ranks. It is a copy if there are several."""
+    """Return `tensor` reduced over the group by `op`, bit-equal on every rank. The input is not modified."""
     if group.size == 1:
         return tensor
     total = tensor.clone(memory_format=torch.contiguous_format)
@@ -196,7 +196,7 @@ def all_gather(tensor: Tensor, group: RankGroup, dim: int) -> Tensor:
 
 
 def reduce_scatter(tensor: Tensor, group: RankGroup, dim: int) -> Tensor:
-    """Return this rank's slice of the sum over the group, along `dim`. The group's size must divide this dimension."""
+    """Return this rank's slice along `dim` of the sum over the group. The group's size must divide this dimension."""
     if group.size == 1:
         return tensor
     dim %= tensor.ndim
@@ -316,8 +316,8 @@ class StepSum:
         """Create an accumulator that sums over `group`.
 
         Args:
-            keeps: whether this rank gets the sum; otherwise it gets zeros. If the gradients of some ranks are summed or
-                averaged later, only one of them may get it. Then the order of the sum does not change its bits.
+            keeps: whether this rank gets the sum; otherwise it gets zeros. If the gradients of several ranks are summed
+                or averaged later, only one of these ranks may keep the sum. Adding zeros does not change its bits.
         """
         self.group = group
         self._keeps = keeps
@@ -415,12 +415,12 @@ class TrafficCounter(TorchDispatchMode):
         counter.traffic
 
     Collectives are dispatcher operations of the `c10d` namespace, so a dispatch mode intercepts all of them, also in
-    the backward pass. Counting takes time, so it is for tests and benchmarks. Calls in a group of one rank are not
-    counted as messages.
+    the backward pass. Counting takes time, so this class is for tests and benchmarks. Calls in a group of one rank are
+    not counted as messages.
     """
 
     def __init__(self, groups: Mapping[str, ProcessGroup | None]) -> None:
-        """Create a counter. `groups` has handles by name; messages of any other group are counted as `world`."""
+        """Create a counter. `groups` maps names to handles; messages of other groups are counted as `world`."""
         super().__init__()
         self.traffic = Traffic()
         self._names = {handle.group_name: name for name, handle in groups.items() if handle is not None}

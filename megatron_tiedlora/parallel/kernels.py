@@ -32,8 +32,8 @@ def upcast(tensor: Tensor) -> Tensor:
 def as_rows(tensor: Tensor) -> Tensor:
     """Reshape (..., n) to (T, n), detached from autograd.
 
-    Kernels always receive 2-D tensors that are not views for autograd, because torch.compile would generate a separate
-    kernel for each kind of tensor. For autograd, a detached tensor is not a view.
+    Kernels always receive 2-D tensors that autograd does not treat as views, such as detached tensors. Otherwise
+    torch.compile would generate several versions of each kernel.
     """
     return tensor.reshape(-1, tensor.shape[-1]).detach()
 
@@ -198,7 +198,7 @@ def exp_scores_(scores: Tensor, mask: Tensor, weights: Tensor) -> tuple[Tensor, 
 
     Args:
         scores: (c, n, m, keys), in the dtype of `upcast`.
-        mask: (c, 1, m, keys), 0 or -inf in any dtype; every row must have a 0.
+        mask: (c, 1, m, keys), 0 or -inf in any dtype; every row has at least one 0.
         weights: a tensor with the shape of the scores, in any dtype, for the numerators.
 
     Returns:
@@ -271,16 +271,16 @@ class Kernels:
 
         Args:
             static_widths: if False, one graph is used for all sizes. If True, every size is a constant in a graph,
-                except the number of rows if the first call goes through `marked`. A GPU then reads and writes 16 bytes
-                at a time and never divides by a size (estimated 1.5 to 2.5 times as fast). Each width is compiled
-                separately.
+                except the number of rows if the first call goes through `marked`. GPU kernels are then estimated to be
+                1.5 to 2.5 times as fast, because they access 16 bytes at a time and need no division by sizes. Each
+                width is compiled separately.
         """
         dynamic = None if static_widths else True
         names = [field.name for field in fields(self)]
         return Kernels(**{name: torch.compile(getattr(self, name), dynamic=dynamic) for name in names})
 
     def marked(self) -> Kernels:
-        """Return these kernels for first calls, which tell torch.compile that the number of rows will vary."""
+        """Return kernels for the first calls, which tell torch.compile that the number of rows will vary."""
         return self._of_rows(_marking)
 
     def _of_rows(self, change: Callable[[Callable[..., Any], list[bool]], Callable[..., Any]]) -> Kernels:

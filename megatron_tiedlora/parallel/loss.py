@@ -3,8 +3,8 @@
 The forward pass of a loss also computes its gradients. The backward pass only multiplies them by a factor, so only the
 gradients are saved. The backward pass cannot be differentiated again.
 
-The rows of several adapters are consecutive in one tensor, in spans. A sum over the rows of one adapter, or a product
-with a factor, does not depend on the rows of other adapters.
+If a tensor has rows of several adapters, the rows of each adapter form spans of consecutive rows. A sum over the rows
+of one adapter, or a product with a factor, does not depend on the rows of other adapters.
 """
 
 from collections.abc import Callable, Sequence
@@ -79,7 +79,7 @@ def sums_by_adapter(numbers: Tensor, spans: Sequence[RowSpan], *, at_once: int) 
 
 
 def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a Function's `backward` that raises an error if it is differentiated again.
+    """Wrap the `backward` of an autograd Function so that it raises an error if it is differentiated again.
 
     torch's `once_differentiable` raises only if the incoming gradient has a graph. The gradient of a loss has no graph,
     so autograd would silently treat values computed from it as constants.
@@ -235,7 +235,7 @@ def _padded_rows(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def sum_token_losses(rows: Tensor, labels: Tensor, shard: VocabularyShard, spans: RowSpans | None = None) -> Tensor:
     """Return the sum over rows of -log softmax(rows W^T)[label], the same on every rank.
 
-    W is frozen, so the forward pass also computes the gradient of `rows`, some rows at a time. Only this gradient is
+    W is frozen, so the forward pass also computes the gradient of `rows`, in chunks of rows. Only this gradient is
     saved for the backward pass; logits are not saved.
 
     Args:

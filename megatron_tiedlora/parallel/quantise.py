@@ -66,7 +66,7 @@ def without_tiny(scales: Tensor) -> Tensor:
 
 
 def pack_codes(codes: Tensor) -> Tensor:
-    """Pack codes (rows, width), from 0 to 15, into (rows, ceil(width / 2)) bytes. Odd rows are padded with code 0."""
+    """Pack codes (rows, width), from 0 to 15, into (rows, ceil(width / 2)) bytes. Odd widths are padded with code 0."""
     pairs = functional.pad(codes, (0, codes.shape[1] % 2)).unflatten(1, (-1, 2))
     return (pairs[..., 0] << 4) | pairs[..., 1]
 
@@ -138,7 +138,7 @@ _LEAST_GPU_BLOCK = 32
 
 
 def nf4_kernel(out: Tensor, block: int) -> Nf4Kernel | None:
-    """Return a kernel that can fill `out` (rows, width) with one scale per `block` codes, or None if there is none."""
+    """Return a kernel that dequantises blocks of `block` codes into `out` (rows, width), or None if there is none."""
     if out.shape[1] % block or out.shape[1] % 2 or (out.is_cuda and block < _LEAST_GPU_BLOCK):
         return None
     return _checked_kernel(out.device.type, out.dtype)

@@ -93,7 +93,7 @@ class QuantisedWeight(FrozenWeight):
         return self.scale_bits.detach().view(torch.float32)
 
     def empty_values(self) -> Tensor:
-        """Return uninitialised memory for the values of this rank's shard, to be passed to `load`."""
+        """Return an uninitialised tensor for the values of this rank's shard, which is then passed to `load`."""
         return torch.empty(self._local_shape, dtype=self.dtype, device=self.tensor.device)
 
     def load(self, values: Tensor, *, dim: int = 0, start: int = 0, columns: Columns | None = None) -> None:
@@ -164,7 +164,7 @@ class QuantisedWeight(FrozenWeight):
 
 
 def _row_parts(num_rows: int, width: int, at_once: int, *, on_gpu: bool) -> Iterator[slice]:
-    """Return slices of at least one row, with at most `at_once` elements, or `NUMBERS_AT_ONCE` on a GPU."""
+    """Return slices of rows. A slice has at most `at_once` elements (more on a GPU), but at least one row."""
     size = max((NUMBERS_AT_ONCE if on_gpu else at_once) // max(width, 1), 1)
     return (slice(first, min(first + size, num_rows)) for first in range(0, num_rows, size))
 
@@ -254,7 +254,7 @@ class RowScaledWeight(QuantisedWeight):
 
 
 def _look_up_fp8(codes: Tensor, out: Tensor, parts: Iterable[slice], *, scales: Tensor | None = None) -> None:
-    """Convert fp8 codes to values with a lookup table, and write them to `out`. On CPUs a cast is 4 times as slow.
+    """Convert fp8 codes to values with a lookup table, and write them to `out`. A cast takes 4 times as long.
 
     Args:
         codes: uint8.
@@ -313,7 +313,7 @@ def _multiply_by_row(device: torch.device) -> None:
 
 
 def check_gpu_products(linears: Iterable[LinearShape], *, tp_size: int, dtype: torch.dtype) -> None:
-    """Raise UserError if GPUs have no kernel for the FP8 matmuls of these linears' shards and would emulate them."""
+    """Raise UserError if GPUs have no FP8 kernel for the shards of these linears, and would emulate the matmuls."""
     if dtype != torch.bfloat16:
         raise UserError("--products fp8 needs --dtype bf16 on a GPU. Set --dtype bf16, or remove --products")
     for linear in linears:

@@ -57,7 +57,7 @@ class ShardSpec:
         return tuple(local)
 
     def split(self, full: Tensor, tp_rank: int, tp_size: int) -> Tensor:
-        """Return the shard of `full` for rank `tp_rank` of `tp_size`. A single unpadded block is a view of `full`."""
+        """Return the shard of `full` for rank `tp_rank` of `tp_size`. It is a view for a single unpadded block."""
         if self.dim is None or tp_size == 1:
             return full
         parts = [
