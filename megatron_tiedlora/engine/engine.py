@@ -200,7 +200,7 @@ def make_process_grid(grid: Grid) -> Any:
 def make_groups(grid: Grid, process_grid: Any) -> ParallelGroups:
     """Return the process groups of this rank. Every rank must call this function.
 
-    Most groups are DeepSpeed's. A new group for tied tensors or for u is created only if no group has the same ranks.
+    Most groups are DeepSpeed's. Groups for tied tensors, for generated tokens and for u are created here if needed.
     """
     tensor, data = _group(process_grid.get_slice_parallel_group()), _group(process_grid.get_data_parallel_group())
     tied, choices, stage = data, ALONE, data if grid.tp_size == 1 else tensor
@@ -221,7 +221,7 @@ def make_groups(grid: Grid, process_grid: Any) -> ParallelGroups:
 
 
 def _new_groups(grid: Grid, key: Callable[[Grid], Any]) -> Any:
-    """Create one process group for each value of `key`, of the ranks with this value. Return this rank's group."""
+    """Create one process group per value of `key`, with the ranks that have this value. Return this rank's group."""
     import deepspeed
 
     made = grid.groups(key).items()

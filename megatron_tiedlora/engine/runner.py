@@ -372,7 +372,7 @@ class Runner:
 
 
 class PipelineRunner(Runner):
-    """A runner for several stages: DeepSpeed's PipelineEngine and 1F1B schedule, with a sum of tied gradients.
+    """A runner for several stages that uses DeepSpeed's PipelineEngine and 1F1B schedule, and sums tied gradients.
 
     The schedule's optimizer step is deferred to `Optimizers.take`, so that all ranks can agree on the loss before
     weights change. Every rank of a pipeline has the micro-batches, so stages exchange only hidden states and know their

@@ -300,7 +300,7 @@ def _llama3(scaling: shapes.Llama3Scaling, frequencies: Tensor) -> Tensor:
 
 def _yarn(scaling: shapes.YarnScaling, powers: Tensor, heads: shapes.HeadShape) -> Tensor:
     """Return frequencies for YaRN. Those with more than `beta_fast` rotations over the original positions do not
-    change. Those with fewer than `beta_slow` are divided by `factor`. A linear ramp over the indices blends the rest."""
+    change. Those with fewer than `beta_slow` are divided by `factor`. A ramp over the indices blends the rest."""
     size, theta = heads.rotary_dim, heads.rope.theta
 
     def index_of(rotations: float) -> float:

@@ -324,7 +324,7 @@ def qwen3(config: HfConfig) -> shapes.ModelShape:
     tie_word_embeddings=True,
 )
 def smollm3(config: HfConfig) -> shapes.ModelShape:
-    """Return the `ModelShape` of SmolLM3: LLaMA layers, some of which do not rotate queries and keys."""
+    """Return the `ModelShape` of SmolLM3: LLaMA layers, some without rotation of queries and keys."""
     bias = config.flag("attention_bias")
     num_layers, interval = config.size("num_hidden_layers"), config.size("no_rope_layer_interval")
     rotates = config.get("no_rope_layers")  # 1 is a layer with rotation, despite the name of the field

@@ -358,7 +358,7 @@ def read_rope(
     for name in values:
         if name not in _KNOWN:
             raise UserError(
-                f"{config.source}: {shown(name)} of the rotary embedding is not implemented. Remove this field"
+                f"{config.source}: {shown(name)} of the rotary embedding is not implemented. Use a different model"
             )
     numbers = HfConfig(values, config.source, {"truncate": True}, of=" of the rotary embedding")
     theta = numbers.number("rope_theta", config.get("rope_theta") or 10000.0)

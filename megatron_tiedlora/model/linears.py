@@ -248,9 +248,9 @@ class Projection:
         """Return the gradients of x and A x. The gradient of x is summed over ranks and includes the update.
 
         Under sequence parallelism, the results are for this rank's shard of the sequence. With `needs_ax`, the gradient
-        of A x is summed in the same message. A's gradient then uses this rank's shard of x. Without sequence
-        parallelism, A's gradient is this rank's partial sum, from all of x. In both cases, the gather of A sums A's
-        gradient over ranks in its backward pass.
+        of A x is summed in the same message. A's gradient is then computed from this rank's shard of x. Without
+        sequence parallelism, A's gradient is this rank's partial sum, from all of x. In both cases, the gather of A
+        sums A's gradient over ranks in its backward pass.
         """
         group, in_parts = self.tensor_parallel.group, self._in_parts
         if in_parts and grad_normed is not None:

@@ -31,8 +31,8 @@ _QUANTISED_AT_ONCE = 2**17  # for block formats, which need more temporaries
 class Workspace:
     """Memory for one dequantised weight, shared by all weights of a rank. It is filled just before each matmul.
 
-    New memory for each matmul of a 7B model would add a seventh to its time, because the operating system has to
-    provide the pages.
+    Allocating new memory for each matmul of a 7B model would add a seventh to its time, because the operating system
+    has to provide the pages.
     """
 
     def __init__(self) -> None:
