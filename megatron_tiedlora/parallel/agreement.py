@@ -244,7 +244,7 @@ def unpacked(kind: Any, message: bytes | bytearray | memoryview, *, sender: int)
     length = int.from_bytes(view[:_LENGTH_BYTES], "little")
     rest = len(view) - _LENGTH_BYTES - length
     if rest < 0 or length > LARGEST_JSON:
-        raise unreadable(sender, f"its JSON would have {length} of {len(view)} bytes")
+        raise unreadable(sender, f"its JSON of {length} bytes does not fit into {len(view)} bytes")
     end = _LENGTH_BYTES + length
     try:
         tensors = load(bytes(view[end:])) if rest else {}
