@@ -242,7 +242,7 @@ def _fresh_state(parameter: Tensor, step: int) -> dict[str, Tensor]:
 
 
 def inputs_to_fill(num_stages: int) -> int:
-    """Return the number of micro-batches that keeps stages busy. With four per stage, the pipeline bubble is a fifth."""
+    """Return how many micro-batches keep the stages busy. With four per stage, the pipeline bubble is a fifth."""
     return 4 * num_stages if num_stages > 1 else 1
 
 
