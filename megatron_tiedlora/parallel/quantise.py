@@ -77,7 +77,7 @@ def unpack_codes(packed: Tensor, width: int) -> Tensor:
 
 
 def dequantise_blocks(packed: Tensor, scales: Tensor, width: int, block: int, name: str) -> Tensor:
-    """Return values (rows, width) fp32 from packed codes and scales (rows, number of blocks), one per `block`."""
+    """Return values (rows, width) fp32 from packed codes and scales (rows, number of blocks), one per `block` codes."""
     values = levels_of(name, packed.device)[unpack_codes(packed, width).int()]
     whole = width - width % block
     values[:, :whole].unflatten(1, (-1, block)).mul_(scales[:, : whole // block, None])
