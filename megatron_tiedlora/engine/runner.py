@@ -3,7 +3,7 @@
 A step of an adapter sums its gradients over ranks, computes their norm, clips them and runs AdamW.
 
 A micro-batch has rows of one or more adapters. Each adapter has its own loss, a sum over supervised tokens, which is
-divided before its backward pass. The sum of these gradients over micro-batches and data-parallel ranks is the
+divided before its backward pass. The sum of its gradients over micro-batches and data-parallel ranks is the
 gradient of the mean over its supervised tokens in the global batch (`Optimizers.divisors`).
 
 Usually each adapter has its own optimizer, and the engine does not step it (`Optimizers`). With ZeRO-1 to 3, DeepSpeed

@@ -201,7 +201,7 @@ class Stage(nn.Module):
         self.register_parameter("anchor", nn.Parameter(torch.zeros(1)) if anchored else None)
 
     def set_recompute(self, how: str) -> None:
-        """Set what is recomputed from the next call on: `none`, `selective` (gate and up) or `full` (all of a block)."""
+        """Set what is recomputed from the next call on: `none`, `selective` (gate and up) or `full` (blocks)."""
         self.recompute = how
         for index in self.blocks:
             block: Any = self.layers[str(index)]
