@@ -1,1 +1,1 @@
-"""The DeepSpeed integration: its JSON, its topology, the plain and the pipeline runner, and its optimizer states."""
+"""Integrate DeepSpeed: its JSON, its topology, runners with and without a pipeline, and its optimizer states."""

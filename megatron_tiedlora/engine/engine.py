@@ -1,8 +1,8 @@
-"""The model as a DeepSpeed engine: built under ZeRO-3, marked for the gradient norm, initialised with our optimizer.
-It also makes the process groups of the (pp, dp, tp) grid. DeepSpeed's topology makes most of them.
+"""Build the model under ZeRO-3, initialise its DeepSpeed engine with an optimizer, and compute gradient norms. Also
+create the process groups of the (pp, dp, tp) grid, most of them by DeepSpeed's topology.
 
-The engine's JSON has no precision section, so DeepSpeed treats the model as fp32. The frozen base keeps its own dtype,
-and the adapter's gradients, their sums and the optimizer stay fp32 at every ZeRO stage.
+The engine's JSON has no precision section, so DeepSpeed treats the model as fp32. The frozen base keeps its own dtype.
+The adapter's gradients, their sums and the optimizer stay fp32 at every ZeRO stage.
 """
 
 import importlib
@@ -30,9 +30,9 @@ _LARGEST_SQUARE = torch.finfo(torch.float32).max
 def base_construction(
     config: EngineConfig, *, dtype: torch.dtype, device: torch.device, process_grid: Any
 ) -> Iterator[None]:
-    """Build the frozen base inside this block. Its weights are created on `device` without values.
+    """Provide a context in which the frozen base is built. Its weights are created uninitialised on `device`.
 
-    Under ZeRO-3 they are partitioned immediately over the data-parallel ranks of DeepSpeed's grid.
+    Under ZeRO-3 the weights are partitioned immediately over the data-parallel ranks of DeepSpeed's grid.
     """
     if config.zero_stage < 3:
         with device:
@@ -52,9 +52,10 @@ def base_construction(
 
 
 def parameter_access(config: EngineConfig) -> Callable[[list[nn.Parameter]], AbstractContextManager[Any]]:
-    """Return a function that opens parameters for writing. Under ZeRO-3 it gathers them, otherwise it changes nothing.
+    """Return a function that creates a context for writing parameters. Under ZeRO-3 the context gathers them.
 
-    Under ZeRO-3 the data-parallel ranks must open the same parameters in the same order; the first rank's values count.
+    Under ZeRO-3 the data-parallel ranks must call it for the same parameters in the same order. The values of the first
+    rank are kept.
     """
     if config.zero_stage < 3:
         return nullcontext
@@ -64,16 +65,16 @@ def parameter_access(config: EngineConfig) -> Callable[[list[nn.Parameter]], Abs
 
 
 def stored_bytes(module: nn.Module) -> int:
-    """Return how many bytes of frozen parameters of `module` this rank stores; under ZeRO-3 only a shard of each."""
+    """Return the size in bytes of the frozen parameters that this rank stores (under ZeRO-3, of its partitions)."""
     frozen = (parameter for parameter in module.parameters() if not parameter.requires_grad)
     return sum(getattr(parameter, "ds_tensor", parameter).nbytes for parameter in frozen)
 
 
 def mark_parameters(adapter: TiedAdapter, groups: ParallelGroups) -> None:
-    """Mark for DeepSpeed's norm the parameters that are copies (on later stages) and the parameters that are shards.
+    """Mark parameters for DeepSpeed's gradient norm: copies of tied tensors on later stages, and shards.
 
-    The norm then counts each tied or replicated tensor once and each shard once. The marks follow from the declarations
-    by which the tensors are sharded. Constructing a PipelineModule resets the marks, so set them after it.
+    The norm then counts each tied or replicated tensor once and each shard once. The marks follow from the `ShardSpec`
+    of each tensor. Constructing a PipelineModule resets the marks, so call this function afterwards.
     """
     config = adapter.part.config
     for name, parameter in adapter.named_parameters():
@@ -89,10 +90,11 @@ def initialize_engine(
     scheduler: torch.optim.lr_scheduler.LRScheduler | None,
     process_grid: Any,
 ) -> Any:
-    """Call `deepspeed.initialize` with our optimizer and schedule. The optimizer holds the trained parameters.
+    """Call `deepspeed.initialize` with the given optimizer and schedule, and return the engine.
 
-    With several stages, DeepSpeed's clipping at ZeRO-0 would leave the untied tensors of later stages out of the norm
-    (seen in 0.19.8). So an engine without ZeRO does not step an adapter (`runner.Optimizers` does).
+    The optimizer holds the trained parameters. With several stages, the norm by which DeepSpeed clips at ZeRO-0 would
+    omit the untied tensors of later stages (seen in 0.19.8). So without ZeRO, `runner.Optimizers` steps the
+    adapters, and the engine does not.
     """
     import deepspeed
     from deepspeed.runtime.pipe.module import PipelineModule
@@ -120,8 +122,8 @@ def initialize_engine(
 def import_muon_uncompiled() -> None:
     """Import DeepSpeed's Muon without compiling it. No run uses it, and compiling adds a second to each launch.
 
-    On import its functions are decorated with torch.compile, which imports the compiler. DeepSpeed imports it to check
-    whether ZeRO supports the optimizer (seen in 0.19.8). Remove this once DeepSpeed compiles them at their first use.
+    On import, Muon's functions are decorated with torch.compile, which imports the compiler. DeepSpeed imports Muon to
+    check whether ZeRO supports the optimizer (seen in 0.19.8). Remove this once DeepSpeed compiles Muon at first use.
     """
     importlib.import_module("torch._dynamo")  # before the switch is on, because it might keep a copy of the switch
     switch = "TORCHDYNAMO_DISABLE"
@@ -137,12 +139,12 @@ def import_muon_uncompiled() -> None:
 
 
 def trained_parameters(adapter: TiedAdapter) -> dict[str, nn.Parameter]:
-    """Return the trained parameters by name."""
+    """Return the trained parameters of the adapter by name."""
     return {name: parameter for name, parameter in adapter.named_parameters() if parameter.requires_grad}
 
 
 def gradient_norms(adapters: Sequence[TiedAdapter], groups: ParallelGroups, device: torch.device) -> list[float]:
-    """Return the 2-norm of each adapter's gradients over the whole model, from one message. All ranks return the same.
+    """Return the 2-norm of each adapter's gradients over the complete model, with one message, on every rank.
 
     Each tied or replicated tensor and each shard counts once.
     """
@@ -162,7 +164,7 @@ def reported_norm(norm: float) -> float:
     """Return the gradient norm to report: inf or nan if its square is not finite in fp32, the dtype of second moments.
 
     A step with inf or nan must not be saved. This rule holds for all ZeRO stages. ZeRO-1 and 2 sum squares in fp32,
-    skip the step and report inf (0.19.8) or -1 (earlier versions). The others sum squares in fp64.
+    skip the step and report inf (0.19.8) or -1 (earlier versions). The other stages sum squares in fp64.
     """
     if not norm >= 0:
         return math.nan
@@ -173,12 +175,12 @@ def reported_norm(norm: float) -> float:
 
 
 def quiet() -> AbstractContextManager[Any]:
-    """Suppress stdout. DeepSpeed prints its topology, seeds and partition on rank 0; our own report replaces this."""
+    """Return a context that suppresses stdout, because DeepSpeed prints its topology and partition on rank 0."""
     return redirect_stdout(io.StringIO())
 
 
 def make_topology(grid: Grid) -> Any:
-    """Return DeepSpeed's topology of the same axes and sizes. In both, rank = (pp * dp_size + dp) * tp_size + tp."""
+    """Return DeepSpeed's topology for `grid`. Both number ranks as (pp * dp_size + dp) * tp_size + tp."""
     from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 
     topology = PipeModelDataParallelTopology(num_pp=grid.pp_size, num_mp=grid.tp_size, num_dp=grid.dp_size)
@@ -188,7 +190,7 @@ def make_topology(grid: Grid) -> Any:
 
 
 def make_process_grid(grid: Grid) -> Any:
-    """Return DeepSpeed's grid of process groups (its `mpu`). Every rank calls it."""
+    """Return DeepSpeed's grid of process groups (its `mpu`). Every rank must call this function."""
     from deepspeed.runtime.pipe.topology import PipelineParallelGrid
 
     with quiet():
@@ -196,9 +198,9 @@ def make_process_grid(grid: Grid) -> Any:
 
 
 def make_groups(grid: Grid, process_grid: Any) -> ParallelGroups:
-    """Return the groups of this rank: DeepSpeed's, and those for tied sums and choices. Every rank calls it.
+    """Return the process groups of this rank. Every rank must call this function.
 
-    A group is made only if no existing group has the same ranks.
+    Most groups are DeepSpeed's. Groups for tied tensors, for generated tokens and for u are created here if needed.
     """
     tensor, data = _group(process_grid.get_slice_parallel_group()), _group(process_grid.get_data_parallel_group())
     tied, choices, stage = data, ALONE, data if grid.tp_size == 1 else tensor
@@ -219,7 +221,7 @@ def make_groups(grid: Grid, process_grid: Any) -> ParallelGroups:
 
 
 def _new_groups(grid: Grid, key: Callable[[Grid], Any]) -> Any:
-    """Make a process group for each value of `key`, of the ranks with this value. Return the group of this rank."""
+    """Create one process group per value of `key`, with the ranks that have this value. Return this rank's group."""
     import deepspeed
 
     made = grid.groups(key).items()

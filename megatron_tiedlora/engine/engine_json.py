@@ -1,7 +1,7 @@
 """Find and check the DeepSpeed JSON, and complete it with the values that the settings define.
 
-DeepSpeed ignores unknown keys at its top level and clips at 1.0 when `gradient_clipping` is absent. It casts the
-adapters when there is a precision section. So every key is checked here before an engine gets it.
+DeepSpeed ignores unknown keys at its top level and clips at 1.0 if `gradient_clipping` is absent. It casts the
+adapters if there is a precision section. So every key is checked here before it reaches an engine.
 """
 
 from collections.abc import Mapping
@@ -18,23 +18,23 @@ from megatron_tiedlora.config.batch import BatchPlan
 # In a clone this is a link to the top-level ds_configs/; a wheel has copies of its files.
 SHIPPED_CONFIGS = (Path(__file__).resolve().parents[1] / "ds_configs").resolve()
 
-# Sections that would silently override the numerics of the settings, and what to use instead.
+# Sections that would silently override the numerics of the settings, and what to do instead.
 REJECTED_SECTIONS = {
-    "bf16": "--dtype (the base's precision; adapters, gradients and optimizer are always fp32)",
-    "bfloat16": "--dtype",
-    "fp16": "--dtype (fp16 is not supported: bf16 needs no loss scaling)",
-    "amp": "--dtype",
-    "torch_autocast": "--dtype",
-    "data_types": "nothing: gradients are always accumulated in fp32",
-    "communication_data_type": "nothing: gradients are always summed in fp32",
-    "prescale_gradients": "nothing: the loss is divided by the supervised tokens of the global batch",
-    "gradient_predivide_factor": "nothing: the loss is divided by the supervised tokens of the global batch",
-    "sparse_gradients": "nothing: no trained tensor is sparse",
-    "optimizer": "--learning_rate and --weight_decay",
-    "scheduler": "--learning_rate, --schedule, --warmup_steps and --max_steps",
+    "bf16": "Use --dtype for the base. Adapters, gradients and optimizer are always fp32",
+    "bfloat16": "Use --dtype",
+    "fp16": "Use --dtype. fp16 is not supported; bf16 needs no loss scaling",
+    "amp": "Use --dtype",
+    "torch_autocast": "Use --dtype",
+    "data_types": "Remove it: gradients are always accumulated in fp32",
+    "communication_data_type": "Remove it: gradients are always summed in fp32",
+    "prescale_gradients": "Remove it: the loss is divided by the supervised tokens of the global batch",
+    "gradient_predivide_factor": "Remove it: the loss is divided by the supervised tokens of the global batch",
+    "sparse_gradients": "Remove it: no trained tensor is sparse",
+    "optimizer": "Use --learning_rate and --weight_decay",
+    "scheduler": "Use --learning_rate, --schedule, --warmup_steps and --max_steps",
 }
 
-# The keys of DeepSpeed's section (0.19.8) that are read, with their types. Left out are deprecated keys, second names,
+# The keys of DeepSpeed's section (0.19.8) that are read, with their types. Excluded are deprecated keys, second names,
 # `zenflow` (it changes how AdamW steps) and `leaf_module`. The table is here because a plan must not need DeepSpeed.
 _Count, _Bucket = Annotated[int, Field(ge=0)], Annotated[int, Field(gt=0)]  # DeepSpeed divides by a bucket's size
 _Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -47,7 +47,7 @@ _OFFLOAD: dict[str, Any] = {
 
 
 def _section(name: str, fields: Mapping[str, Any]) -> type[BaseModel]:
-    """Return a model of a JSON section. Each entry of `fields` has a type and a default for space-separated keys."""
+    """Return a pydantic model of a JSON section. `fields` maps space-separated keys to their type and default."""
     by_key: dict[str, Any] = {key: field for keys, field in fields.items() for key in keys.split()}
     made: type[BaseModel] = create_model(name, __config__=ConfigDict(extra="forbid"), **by_key)
     return made
@@ -128,17 +128,20 @@ class EngineConfig:
 
     @property
     def overlaps_gathers(self) -> bool:
-        """Return whether ZeRO-3 gathers weights on a stream of its own. It does by default, but not in zero3.json."""
+        """Return whether ZeRO-3 gathers weights on a separate stream, as it does by default but not in zero3.json."""
         return self.zero_stage == 3 and bool(self.values["zero_optimization"].get("overlap_comm", True))
 
 
 def find_engine_json(name: str) -> Path:
-    """Return the file that --ds_config names, as given or in this package's ds_configs/. Raises UserError."""
+    """Return the path of the --ds_config file, as given or in ds_configs/. Raise UserError if there is no file."""
     for path in (user_path(name), SHIPPED_CONFIGS / name):
         if path.is_file():
             return path
     shipped = sorted(path.name for path in SHIPPED_CONFIGS.glob("*.json"))
-    raise UserError(f"--ds_config {name}: no such file here or in ds_configs/{nearest_name(name, shipped)}")
+    raise UserError(
+        f"--ds_config {name}: no such file. Give a path or the name of a file in ds_configs/"
+        f"{nearest_name(name, shipped)}"
+    )
 
 
 def load_engine_config(name: str, *, batches: BatchPlan, gradient_clipping: float) -> EngineConfig:
@@ -146,17 +149,17 @@ def load_engine_config(name: str, *, batches: BatchPlan, gradient_clipping: floa
 
     Args:
         name: the value of --ds_config.
-        batches: the batch arithmetic of the settings; the JSON may say "auto" or the same values.
-        gradient_clipping: the settings' value, written explicitly because DeepSpeed's default is 1.0.
+        batches: the batch sizes of the settings; the JSON may have "auto" or the same values.
+        gradient_clipping: the value of the settings, which is always set because DeepSpeed's default is 1.0.
 
     Raises:
-        UserError: the file is not JSON, has an unknown key, or has a section or number that contradicts the settings.
+        UserError: the file is not JSON, has an unknown key, or has a section or value that contradicts the settings.
     """
     path = find_engine_json(name)
     content = read_json_object(path, kind="a DeepSpeed JSON")
     for key in content:
         if key in REJECTED_SECTIONS:
-            raise UserError(f"{path}: section {key!r} is not read; use {REJECTED_SECTIONS[key]}")
+            raise UserError(f"{path}: section {key!r} is not supported. {REJECTED_SECTIONS[key]}")
     kept = _checked(path, content, _ENGINE)
     ours: dict[str, float] = {
         "train_batch_size": batches.global_batch_size,
@@ -169,11 +172,11 @@ def load_engine_config(name: str, *, batches: BatchPlan, gradient_clipping: floa
         if kept.get(key, value) != value:
             flag = flags.get(key, "--micro_batch_size")
             found = as_given(kept[key])
-            raise UserError(f'{path}: {key} is {found} but the settings make it {value:g}; write "auto" or set {flag}')
+            raise UserError(f'{path}: {key} is {found}, but the settings make it {value:g}. Use "auto" or set {flag}')
     if (profile := kept.get("flops_profiler", {}).get("output_file")) is not None:  # DeepSpeed overwrites this file
         raise UserError(
-            f"{path}: flops_profiler.output_file is {shown(profile)}; remove it: the profile is printed, and rank 0's"
-            " is also in the run's logs/"
+            f"{path}: flops_profiler.output_file is {shown(profile)}; remove it, because the profile is printed, and"
+            " the profile of rank 0 is also in the run's logs/"
         )
     zero = kept.get("zero_optimization", {})
     if not isinstance(zero, dict):
@@ -187,24 +190,26 @@ def load_engine_config(name: str, *, batches: BatchPlan, gradient_clipping: floa
         if isinstance(offload, dict) and (offload.get("device") == "nvme" or offload.get("nvme_path") is not None):
             # DeepSpeed creates folders at that path and removes their contents.
             raise UserError(
-                f'{path}: zero_optimization.{section} writes outside the run folder (device "nvme" or nvme_path); use'
+                f'{path}: zero_optimization.{section} writes outside the run folder (device "nvme" or nvme_path). Use'
                 ' "device": "cpu" without nvme_path'
             )
     zero = _checked(path, zero, ZeroSection, within="zero_optimization.")
     if zero.get("stage") != 3 and (zero.get("offload_optimizer") or {}).get("ratio", 1) != 1:
-        raise UserError(f"{path}: zero_optimization.offload_optimizer.ratio is for stage 3; remove it")
+        raise UserError(f"{path}: zero_optimization.offload_optimizer.ratio is for stage 3 only. Remove it")
     # DeepSpeed's timer waits for the device twice per micro-batch (0.19.8); the run's log has the throughput.
     timers = {"throughput": {"enabled": False}, **kept.get("timers", {})}
     return EngineConfig(path, {**kept, "zero_optimization": zero, "timers": timers, **ours})
 
 
 def _checked(path: Path, content: Mapping[str, Any], kind: type[BaseModel], *, within: str = "") -> dict[str, Any]:
-    """Return the content of a section without "auto" values, for which DeepSpeed has defaults. Raises UserError for an
+    """Return the content of a section without "auto" values, for which DeepSpeed has defaults. Raise UserError for an
     unknown key, or for a value on which DeepSpeed would fail much later."""
     names = kind.model_fields
     for key in content:
         if key not in names:
-            raise UserError(f"{path}: unknown key {shown(within + key)}{nearest_name(key, names)}")
+            raise UserError(
+                f"{path}: unknown key {shown(within + key)}{nearest_name(key, names)}. Correct or remove it"
+            )
     kept = {key: value for key, value in content.items() if value != "auto"}
     try:
         kind(**kept)

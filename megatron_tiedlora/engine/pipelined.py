@@ -1,8 +1,8 @@
-"""DeepSpeed pipeline stages made of the flat list of layers: our partition and layers, DeepSpeed's 1F1B schedule.
+"""Build a DeepSpeed pipeline stage from the flat list of layers. DeepSpeed provides the 1F1B schedule.
 
-Every stage takes (tokens or hidden states, position ids, document ids if rows are packed). With dropout, position ids
-and token indices are one tensor. Stages send hidden states to each other. The last stage divides the summed loss of
-supervised tokens by a denominator. For several adapters its loss is the weighted sum of their losses.
+The inputs of a stage are tokens or hidden states, position ids, and document ids if rows are packed. With dropout,
+position ids and token indices are one tensor. Stages send hidden states to each other. The last stage divides the
+summed loss of supervised tokens by a denominator. For several adapters, its loss is the weighted sum of their losses.
 """
 
 from collections.abc import Callable, Sequence
@@ -45,7 +45,7 @@ class PipelinedModel(PipelineModule):
             super().__init__(layers=list(specs), topology=make_topology(grid), loss_fn=self._loss, dynamic_shape=True)
 
     def _partition_layers(self, method: str = "") -> None:
-        """Use our partition, which balances work. The base class calls this; its methods balance trained parameters."""
+        """Set the bounds of this stage from `stages`. The base class would balance trained parameters, not work."""
         self.parts = [stage.start for stage in self._stages] + [self._stages[-1].stop]
         self._set_bounds(start=self.parts[self.stage_id], stop=self.parts[self.stage_id + 1])
 
@@ -55,7 +55,7 @@ class PipelinedModel(PipelineModule):
         self.stage = self._build_stage(self.groups, self._layer_specs[self._local_start : self._local_stop])
 
     def forward(self, inputs: tuple[Tensor, ...]) -> Tensor | Attended:
-        """Return hidden states, or on the last stage the input of the loss. `inputs` may have no document ids."""
+        """Return hidden states, or on the last stage the input of the loss. `inputs` may omit document ids."""
         tokens_or_hidden, positions, *documents = inputs
         positions, token_index = positions.unbind() if positions.ndim == 3 else (positions, None)
         output: Tensor | Attended = self.stage(

@@ -1,16 +1,17 @@
-"""Run the forward and backward passes of a step on an engine, with one interface for one or several stages. Then turn
-the gradients into a step of each adapter: sums over ranks, norm, clipping, AdamW.
+"""Run the forward and backward passes of a step on an engine with one or several stages, and then step each adapter.
 
-A micro-batch has shares of one or more adapters. Each share has its own loss, a sum over supervised tokens, which is
-divided before its backward pass. The sums of gradients over micro-batches and data-parallel ranks are then gradients
-of the mean over the adapter's supervised tokens in the global batch (`Optimizers.divisors`).
+A step of an adapter sums its gradients over ranks, computes their norm, clips them and runs AdamW.
 
-Usually each adapter has its own optimizer, and the engine does not step it (`Optimizers`). ZeRO-1 to 3 shard the
-optimizer of a single adapter (`EngineOptimizer`). DeepSpeed then sums, clips and steps.
+A micro-batch has rows of one or more adapters. Each adapter has its own loss, a sum over supervised tokens, which is
+divided before its backward pass. The sum of its gradients over micro-batches and data-parallel ranks is the
+gradient of the mean over its supervised tokens in the global batch (`Optimizers.divisors`).
 
-The moments of an adapter are read by name from any ZeRO stage and written into any other. They are fp32 tensors of the
-rank's parameters, gathered over its data-parallel ranks. They are torch's if each adapter has its own optimizer;
-otherwise this module reads DeepSpeed's. adapters/tying joins the shards of tensor and pipeline parallelism.
+Usually each adapter has its own optimizer, and the engine does not step it (`Optimizers`). With ZeRO-1 to 3, DeepSpeed
+shards the optimizer of a single adapter, and sums, clips and steps (`EngineOptimizer`).
+
+The moments of an adapter are read by name at any ZeRO stage, and can be restored at a different stage. They are fp32
+tensors of the rank's parameters, gathered over its data-parallel ranks, and come from torch's or DeepSpeed's optimizer.
+`adapters/tying.py` joins the shards of tensor and pipeline parallelism.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -42,8 +43,8 @@ class OwnOptimizer:
     """The optimizer of one adapter, its schedule and its clipping.
 
     Attributes:
-        optimizer: steps the trained tensors of this rank; without any, it steps one number.
-        max_norm: the norm to which the gradients are clipped; 0: they are not clipped.
+        optimizer: the optimizer of this rank's trained tensors, or of one unused element if there are none.
+        max_norm: the norm to which the gradients are clipped; 0 if they are not clipped.
     """
 
     optimizer: Optimizer
@@ -53,10 +54,10 @@ class OwnOptimizer:
 
 @dataclass
 class Optimizers:
-    """The optimizers of a run's adapters on one rank, one per adapter. No engine knows them.
+    """The optimizers of a run's adapters on one rank, one per adapter. The engine does not use them.
 
-    All ranks call each method together, for the same adapters. The gradients of all adapters are summed in one message
-    per group, and so are the norms. Then each adapter is stepped by itself.
+    All ranks must call each method together, for the same adapters. The gradients of all adapters are summed in one
+    message per process group, and their norms in one message. Then each adapter is stepped separately.
     """
 
     adapter_group: AdapterGroup
@@ -67,19 +68,19 @@ class Optimizers:
     engine_steps: ClassVar[bool] = False  # whether the engine holds the optimizer
 
     def optimizer(self, name: str) -> Any:
-        """Return the optimizer of an adapter."""
+        """Return the optimizer of the adapter `name`."""
         return self.own[name].optimizer
 
     def begin(self, num_micro_batches: int) -> None:
         """Begin a step of `num_micro_batches` backward passes on this rank."""
 
     def sum_tied(self) -> None:
-        """Sum tied gradients, in a pipeline whose engine averages over data-parallel ranks afterwards."""
+        """Sum tied gradients if a pipeline engine averages gradients over data-parallel ranks afterwards."""
 
     def divisors(self, num_supervised: int, *, accumulation_steps: int, dp_size: int) -> tuple[float, ...]:
-        """Return the divisors of a micro-batch's summed loss. They are applied one by one before its backward pass.
+        """Return the divisors of a micro-batch's summed loss. They are applied one by one before the backward pass.
 
-        DeepSpeed also divides twice. So the bits are the same.
+        DeepSpeed also divides twice, so the results are bit-equal.
 
         Args:
             num_supervised: the number of supervised tokens in the adapter's global batch.
@@ -88,17 +89,17 @@ class Optimizers:
         return num_supervised / count, count
 
     def sum_gradients(self, taking: Collection[str]) -> Missing:
-        """Sum the gradients of the adapters that take a step over the ranks, unless the engine does."""
+        """Sum gradients over ranks for adapters that take a step, and return the tensors without a gradient."""
         adapters = {name: adapter for name, adapter in self.adapter_group.adapters.items() if name in taking}
         return sum_gradients_(adapters, self.groups)
 
     def norms(self, taking: Sequence[str]) -> dict[str, float]:
-        """Return the norm of each adapter's gradients before clipping, or {} if the engine finds it in its step."""
+        """Return the gradient norm of each adapter before clipping, or {} if the engine computes it in its step."""
         found = gradient_norms([self.adapter_group.adapters[name] for name in taking], self.groups, self.device)
         return {name: reported_norm(norm) for name, norm in zip(taking, found, strict=True)}
 
     def take(self, name: str, norm: float | None) -> float:
-        """Clip the gradients of one adapter and step it. Return the norm before clipping (see `reported_norm`)."""
+        """Clip an adapter's gradients and step its optimizer. Return the norm before clipping (see `reported_norm`)."""
         assert norm is not None, "the norms are found before the steps"
         own = self.own[name]
         if own.max_norm and norm > own.max_norm:
@@ -110,17 +111,17 @@ class Optimizers:
         return norm
 
     def learning_rate(self, name: str) -> float:
-        """Return the learning rate of the next step."""
+        """Return the learning rate of the adapter's next step."""
         rate: float = self.optimizer(name).param_groups[0]["lr"]
         return rate
 
     def clear(self) -> None:
-        """Drop all gradients, including those of adapters that took no step."""
+        """Set all gradients to None, including those of adapters that took no step."""
         for _, parameter in self.adapter_group.named_parameters():
             parameter.grad = None
 
     def opened(self, name: str) -> AbstractContextManager[None]:
-        """Return a context in which the tensors of an adapter are whole on this rank, for reading or writing."""
+        """Return a context for reading or writing an adapter's tensors, which are gathered if they are partitioned."""
         return nullcontext()
 
     def moments(self, name: str) -> dict[str, dict[str, Tensor]]:
@@ -164,11 +165,11 @@ class EngineOptimizer(Optimizers):
         self._step = engine._exec_optimizer_step if pipelined else engine.step
 
     def optimizer(self, name: str) -> Any:
-        """See `Optimizers`."""
+        """See `Optimizers.optimizer`."""
         return self._engine.optimizer
 
     def begin(self, num_micro_batches: int) -> None:
-        """See `Optimizers`."""
+        """See `Optimizers.begin`."""
         if self._adapter.u_sum is not None:
             self._adapter.u_sum.start(num_micro_batches)
 
@@ -177,27 +178,27 @@ class EngineOptimizer(Optimizers):
         self._missing = sum_gradients_({ONLY: self._adapter}, self.groups, engine_averages=True)
 
     def divisors(self, num_supervised: int, *, accumulation_steps: int, dp_size: int) -> tuple[float, ...]:
-        """See `Optimizers`. DeepSpeed divides by the other factor: accumulation steps x data-parallel ranks."""
+        """See `Optimizers.divisors`. DeepSpeed itself divides by accumulation steps x data-parallel ranks."""
         return (num_supervised / (accumulation_steps * dp_size),)
 
     def sum_gradients(self, taking: Collection[str]) -> Missing:
-        """See `Optimizers`."""
+        """See `Optimizers.sum_gradients`."""
         return self._missing
 
     def norms(self, taking: Sequence[str]) -> dict[str, float]:
-        """See `Optimizers`."""
+        """See `Optimizers.norms`."""
         return {}
 
     def take(self, name: str, norm: float | None) -> float:
-        """See `Optimizers`. ZeRO-1 and 2 skip a step whose norm is not finite in fp32; ZeRO-3 takes it."""
+        """See `Optimizers.take`. ZeRO-1 and 2 skip a step whose norm is not finite in fp32; ZeRO-3 does not."""
         self._step()
         return reported_norm(float(self._engine.get_global_grad_norm()))
 
     def clear(self) -> None:
-        """See `Optimizers`. The engine has already dropped the gradients."""
+        """See `Optimizers.clear`. The engine has already dropped the gradients."""
 
     def opened(self, name: str) -> AbstractContextManager[None]:
-        """See `Optimizers`. Under ZeRO-3 data-parallel ranks hold shards."""
+        """See `Optimizers.opened`. Under ZeRO-3 the context gathers the partitions of the data-parallel ranks."""
         return parameter_access(self._config)(list(self._adapter.parameters()))
 
     def _moment(self, name: str, parameter: nn.Parameter, moment: str) -> Tensor:
@@ -207,7 +208,7 @@ class EngineOptimizer(Optimizers):
         return found
 
     def restore(self, name: str, moments: Moments, *, step: int) -> None:
-        """See `Optimizers`."""
+        """See `Optimizers.restore`."""
         from deepspeed.utils import safe_set_full_optimizer_state
 
         optimizer, sharded = self._engine.optimizer, self._config.zero_stage == 3
@@ -241,7 +242,7 @@ def _fresh_state(parameter: Tensor, step: int) -> dict[str, Tensor]:
 
 
 def inputs_to_fill(num_stages: int) -> int:
-    """Return how many micro-batches keep the stages busy. Four per stage leave a pipeline bubble of a fifth."""
+    """Return how many micro-batches keep the stages busy. With four per stage, the pipeline bubble is a fifth."""
     return 4 * num_stages if num_stages > 1 else 1
 
 
@@ -250,24 +251,24 @@ Divisors = tuple[float, ...]  # the summed loss of a micro-batch is divided by t
 
 @dataclass
 class Losses:
-    """The losses of some micro-batches, by adapter: the scalars to differentiate, and the sums."""
+    """The losses of several micro-batches, recorded by adapter, and the divisors that are applied to them."""
 
     divisors: Mapping[str, Divisors]  # for every adapter that has a loss
     found: list[tuple[str, Tensor]] = field(default_factory=list)
 
     def weighted(self, losses: Tensor, shares: Shares) -> Tensor:
-        """Return the sum of the divided losses to differentiate, and record the losses, (shares,) or () for one."""
+        """Record the losses, (shares,) or () for one, and return the sum of the divided losses."""
         total: Tensor | None = None
         for share, loss in zip(shares, losses.unbind() if losses.ndim else (losses,), strict=True):
             self.found.append((share.adapter, loss.detach()))
             for divisor in self.divisors[share.adapter]:
                 loss = loss / divisor
             total = loss if total is None else total + loss
-        assert total is not None, "a micro-batch belongs to somebody"
+        assert total is not None, "a micro-batch has at least one adapter"
         return total
 
     def sums(self, *, counted: bool) -> dict[str, float]:
-        """Return the summed loss of each adapter, in fp64; 0 if another rank counts it. Waits for the device."""
+        """Return the summed loss of each adapter, in fp64; 0 if another rank counts it. This waits for the device."""
         sums = dict.fromkeys(self.divisors, 0.0)
         if counted and self.found:
             values = torch.stack([loss for _, loss in self.found]).tolist()
@@ -278,7 +279,7 @@ class Losses:
 
 @dataclass
 class Runner:
-    """An engine with one stage and the groups of this rank, for any ZeRO stage. `PipelineRunner` has several stages."""
+    """Runs an engine without pipeline parallelism, at any ZeRO stage. `PipelineRunner` supports several stages."""
 
     engine: Any
     stage: Stage
@@ -289,7 +290,7 @@ class Runner:
 
     @property
     def adapters(self) -> dict[str, TiedAdapter]:
-        """Return the shards of the adapters on this rank, by name."""
+        """Return this rank's shards of the adapters, by name."""
         assert self.stage.adapter_group is not None
         return self.stage.adapter_group.adapters
 
@@ -299,7 +300,7 @@ class Runner:
         return self.stage.head is not None and self.groups.tensor.rank == 0
 
     def full_state(self, name: str, layout: AdapterLayout) -> dict[str, Tensor]:
-        """Return full fp32 A, B, u, v of an adapter on rank 0's CPU, and nothing on other ranks. All ranks call it."""
+        """Return full fp32 A, B, u and v of an adapter on rank 0's CPU, and {} on others. All ranks must call it."""
         with self.optimizers.opened(name):
             return gather_state(dict(self.adapters[name].named_parameters()), layout)
 
@@ -310,7 +311,7 @@ class Runner:
 
         Args:
             divisors: the divisors of every adapter that takes a step.
-            between: called after a micro-batch if all ranks can stop together there; may raise.
+            between: a function that is called after a micro-batch if all ranks can stop there. It may raise an error.
 
         Returns:
             the summed loss of each adapter on this rank; 0 if another rank counts it.
@@ -323,7 +324,7 @@ class Runner:
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[MicroBatch]) -> list[dict[str, float]]:
-        """Return the summed loss of each adapter per micro-batch, without gradients; 0 if another rank counts it."""
+        """Return the summed loss of each adapter, per micro-batch, without gradients; 0 if another rank counts it."""
         self.engine.eval()
         found = [Losses({share.adapter: () for share in batch.shares}) for batch in batches]  # not differentiated
         self._score(batches, found)
@@ -339,7 +340,7 @@ class Runner:
         return tensor.pin_memory().to(self.device, non_blocking=True)  # from unpinned memory a copy blocks
 
     def forward(self, batch: MicroBatch) -> Tensor:
-        """Return the summed loss of a micro-batch, a scalar, or one loss per adapter if several share it, (shares,)."""
+        """Return the summed loss of a micro-batch: a scalar, or one loss per adapter, (shares,), for several."""
         supervised = self._supervised(batch)
         tokens, positions = self._on_device(batch.tokens), self._on_device(batch.positions)
         token_index = None if batch.token_index is None else self._on_device(batch.token_index)
@@ -371,12 +372,12 @@ class Runner:
 
 
 class PipelineRunner(Runner):
-    """A runner for several stages: DeepSpeed's PipelineEngine and 1F1B schedule, with our sum of tied gradients.
+    """A runner for several stages that uses DeepSpeed's PipelineEngine and 1F1B schedule, and sums tied gradients.
 
     The schedule's optimizer step is deferred to `Optimizers.take`, so that all ranks can agree on the loss before
-    weights change. Every rank of a pipeline has the micro-batches. So stages exchange only hidden states and know their
-    shapes. (The engine would send the shapes first and wait for them in 0.19.8.) The engine looks up its instructions
-    in a map, and this class replaces entries of that map.
+    weights change. Every rank of a pipeline has the micro-batches, so stages exchange only hidden states and know their
+    shapes. (DeepSpeed 0.19.8 would send the shapes first and wait for them.) The engine looks up its instructions in a
+    map, and this class replaces entries of this map.
     """
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
@@ -398,7 +399,7 @@ class PipelineRunner(Runner):
             self.engine._INSTRUCTION_MAP[schedule.ReduceGrads] = lambda _engine: None
 
     def _train(self, batches: Sequence[MicroBatch], losses: Losses, between: Callable[[], None]) -> None:
-        """See `Runner`. Stages run different micro-batches at a time, so `between` is never called."""
+        """See `Runner._train`. Stages run different micro-batches at the same time, so `between` is never called."""
         self._run(self._schedule.TrainSchedule, batches, repeat(losses))
 
     def _score(self, batches: Sequence[MicroBatch], losses: Sequence[Losses]) -> None:
@@ -425,10 +426,10 @@ class PipelineRunner(Runner):
             self.engine.pipe_buffers["labels"][buffer_id] = labels
 
     def _positions(self, batch: MicroBatch) -> tuple[Tensor, ...]:
-        """Return position ids, and document ids if rows are packed. Document ids stay on the host to find boundaries.
+        """Return position ids, and document ids if rows are packed. Document ids stay on the host.
 
         With dropout, position ids (b, s) and token indices are one tensor, (2, b, s). The engine's inputs must be
-        tensors, and only the last may be missing.
+        tensors, and only the last input may be missing.
         """
         positions = batch.positions
         if batch.token_index is not None:

@@ -1,1 +1,1 @@
-"""The base model as one flat list of layers, the model families, and the pipeline stages."""
+"""Define the base model as one flat list of layers, the model families, and the pipeline stages."""

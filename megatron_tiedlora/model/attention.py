@@ -1,4 +1,4 @@
-"""Causal self-attention with grouped queries: norm and QKV projection in one step, attention, output projection."""
+"""Implement causal self-attention with grouped queries: norm, QKV projection, attention and output projection."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -27,7 +27,7 @@ class KeyValueCache:
     """The keys and values of one layer during generation, each (b, kv, capacity, head_dim).
 
     Sequences of a batch may have different lengths. The next token of each sequence is written at its own position, so
-    there is never padding between tokens. `filled` is the length of the longest sequence; nothing after it is read.
+    there is never padding between tokens. `filled` is the largest length of a sequence. Later positions are not read.
     """
 
     keys: Tensor
@@ -41,7 +41,7 @@ class KeyValueCache:
         return KeyValueCache(like.new_zeros(shape), like.new_zeros(shape))
 
     def update(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        """Write new keys and values (b, kv, s, head_dim) at `positions` (b, s); the first call writes at 0 to s - 1."""
+        """Write new keys and values (b, kv, s, head_dim) at `positions` (b, s), or at 0 to s - 1 in the first call."""
         length = keys.shape[2]
         if not self.filled:
             self.keys[:, :, :length] = keys
@@ -53,12 +53,12 @@ class KeyValueCache:
         self.filled += length
 
     def take(self, rows: Tensor) -> "KeyValueCache":
-        """Return a copy of the sequences `rows` (n,). A sequence may occur several times, for several continuations."""
+        """Return a cache with copies of the sequences at indices `rows` (n,). An index may occur several times."""
         return KeyValueCache(self.keys[rows], self.values[rows], self.filled)
 
 
 def cache_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the dtype of keys and values for a base in `dtype`.
+    """Return the dtype of cached keys and values for a base in `dtype`.
 
     On a CPU, PyTorch's masked attention is ten times slower in bf16 than in fp32 (7.6 ms against 0.7 at 24 x 450).
     """
@@ -70,16 +70,17 @@ AnyCache = KeyValueCache | tuple[KeyValueCache, ...]  # one cache for a batch, o
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """The data about a call's tokens that attention needs. All layers use the same object.
+    """The data that attention needs about the tokens of one call. All layers use the same object.
 
     Attributes:
         positions: (b, s) int64.
         tables: the cos and sin of each rotation in the layers, see `rotation_table`.
-        attend: computes attention among the tokens of the call, (b, s, heads * head_dim), from queries (b, heads, s,
-            head_dim), keys and values (b, kv heads, s, head_dim). A token attends to its own document up to itself.
+        attend: the function that computes attention among the tokens of the call, (b, s, heads * head_dim), from
+            queries (b, heads, s, head_dim), keys and values (b, kv heads, s, head_dim). A token attends to itself and
+            to earlier tokens of its document.
         mask: 0 or -inf to be added to the scores if keys come from a cache, (b * kv, heads / kv * s, keys) in the
             cache's dtype.
-        of_shares: a context for each share, if keys come from the caches of several shares.
+        of_shares: one context for the tokens of each adapter, if keys come from the caches of several adapters.
     """
 
     positions: Tensor
@@ -90,7 +91,7 @@ class AttentionContext:
 
 
 class Attention(nn.Module):
-    """Attention, z = W_o attention(Q, K, V). `qkv` computes Q, K and V. Call `attend` first, then `output`."""
+    """The attention of a block, z = W_o attention(Q, K, V). `qkv` computes Q, K and V. Call `attend`, then `output`."""
 
     def __init__(
         self, qkv: QkvLinear, output: RowParallelLinear, *, kernels: Kernels, deterministic: bool = False
@@ -111,16 +112,16 @@ class Attention(nn.Module):
         shares: Shares = (),
         ropes: Iterable[shapes.RopeShape | None] | None = None,
     ) -> AttentionContext:
-        """Return the data about the tokens that `attend` needs. It is computed once for all layers.
+        """Return the data that `attend` needs about the tokens. It is computed once for all layers.
 
         Args:
             positions: (b, s) int64.
             dtype: the dtype of the activations.
-            documents: (b, s) int64, document ids; None: one document per row. They are read fastest on the host.
+            documents: (b, s) int64, document ids; None if each row is one document. Reading is fastest on the host.
             shares: the adapters of the tokens; if there are several adapters, b is 1. By default there is one adapter.
-            cache: the cache of any layer before the call. The first call fills it with whole prompts, padded on the
-                right. Later tokens attend to its keys up to their own position. With shares there is one for each.
-            ropes: the rotations of all layers, if some differ from this layer's.
+            cache: the cache of any layer before the call. The first call fills it with complete prompts, padded on the
+                right. Later tokens attend to its keys up to their own position. Each of several adapters has a cache.
+            ropes: the rotations of all layers, if some differ from this layer's rotation.
         """
         heads = self.qkv.heads
         rotations = filter(None, [self.qkv.rope] if ropes is None else ropes)
@@ -143,7 +144,7 @@ class Attention(nn.Module):
             ids = torch.zeros(positions.shape) if documents is None else documents
             found = find_documents(_by_share(ids, shares), device)
         route = self.route(device, dtype)
-        assert route.attend is not None, "only CPUs have none"
+        assert route.attend is not None, "every device except a CPU has a function"
         return replace(context, attend=partial(attend_within, documents=found, attend=route.attend))
 
     def route(self, device: torch.device, dtype: torch.dtype) -> AttentionRoute:
@@ -169,13 +170,13 @@ class Attention(nn.Module):
         update: LayerUpdate | None = None,
         cache: AnyCache | None = None,
     ) -> Tensor:
-        """Return the attention output of this rank's heads, (b, s, local heads * head_dim), as input of `output`.
+        """Return the attention output of this rank's heads, (b, s, local heads * head_dim), the input of `output`.
 
         Args:
             hidden: activations between layers, (b, s, d) or (1, b s / p, d).
-            context: see `context`.
+            context: the result of `context`.
             cache: the cache of this rank's key and value heads, to which new keys and values are added. With several
-                shares there is one for each.
+                adapters, there is one cache per adapter.
         """
         qkv_update = None if update is None else update.get(shapes.QKV)
         table = () if self.qkv.rope is None else context.tables[self.qkv.rope]
@@ -197,12 +198,12 @@ class Attention(nn.Module):
             cache.update(key, value, context.positions)
             if has_earlier:
                 return _attend_to_cache(query, cache, context.mask).transpose(1, 2).flatten(2).to(query.dtype)
-        assert context.attend is not None, "keys that come from no cache are those of the call"
+        assert context.attend is not None, "without a filled cache, the context has a function"
         return context.attend(query, key, value)
 
 
 def _by_share(ids: Tensor, shares: Shares) -> list[Tensor]:
-    """Split (1, s), or the (rows, length) of the only share, into the (rows, length) of each share."""
+    """Split ids (1, s), or (rows, length) of a single adapter, into one tensor (rows, length) per adapter."""
     parts = ids.flatten().split([share.num_tokens for share in shares])
     return [part.view(share.num_rows, share.length) for part, share in zip(parts, shares, strict=True)]
 
@@ -210,8 +211,8 @@ def _by_share(ids: Tensor, shares: Shares) -> list[Tensor]:
 def _tiled_shares(shares: Shares, documents: Tensor | None, size: int) -> tuple[TiledRows, ...]:
     """Return the rows of a micro-batch for attention on a CPU. The result of a row does not depend on other rows.
 
-    Consecutive rows of one length are computed together. Packed rows of different adapters are not. A tile would
-    contain the keys that any of them attends to, so their sums would have more addends of zero.
+    Consecutive rows of one length are computed together, except packed rows of different adapters. A tile of these
+    would contain all keys that any of the rows attends to, so the rounding of a row would depend on other rows.
     """
     if documents is not None:
         pairs = zip(shares, _by_share(documents, shares), strict=True)
@@ -224,12 +225,12 @@ def _tiled_shares(shares: Shares, documents: Tensor | None, size: int) -> tuple[
 
 
 def _attend_to_cache(query: Tensor, cache: KeyValueCache, mask: Tensor | None) -> Tensor:
-    """Return the attention of new tokens, (b, heads, s, head_dim), to the cache, which has them and earlier tokens.
+    """Return the attention output of new tokens, (b, heads, s, head_dim), over a cache that includes their keys.
 
-    The query heads that share a key-value head are stacked as tokens of one head, so that no key is copied for them.
-    In fp32 (always on a CPU) two matmuls take two thirds of the time of PyTorch's fused kernel, which is made for long
+    Query heads that share a key-value head are stacked as tokens of one head, so that keys are not copied. In fp32
+    (always on a CPU), two matmuls take two thirds of the time of PyTorch's fused kernel, which is optimised for many
     queries. In bf16 the fused kernel is used, because it computes scores in fp32. cuDNN's kernel is avoided, because it
-    makes a plan for each number of keys: `prepare_environment` puts it last.
+    builds a plan for each number of keys. `prepare_environment` puts cuDNN last.
     """
     assert mask is not None, "a filled cache needs a mask"
     batch, heads, length, head_dim = query.shape
@@ -256,7 +257,7 @@ def _attend_to_cache(query: Tensor, cache: KeyValueCache, mask: Tensor | None) -
 
 
 def inverse_frequencies(heads: shapes.HeadShape, device: torch.device | None = None) -> Tensor:
-    """Return f_i, (rotary_dim / 2,) fp32."""
+    """Return the frequencies f_i of the rotary embedding, (rotary_dim / 2,) fp32."""
     exponents = torch.arange(0, heads.rotary_dim, 2, dtype=torch.int64, device=device).float() / heads.rotary_dim
     powers, scaling = heads.rope.theta**exponents, heads.rope.scaling
     match scaling:
@@ -272,12 +273,12 @@ def inverse_frequencies(heads: shapes.HeadShape, device: torch.device | None = N
 
 
 def amplitude(scaling: shapes.RopeScaling | None) -> float:
-    """Return a, the factor of cos and sin."""
+    """Return the factor `a` by which cos and sin are multiplied."""
     return scaling.amplitude if isinstance(scaling, shapes.YarnScaling | shapes.LongRopeScaling) else 1.0
 
 
 def rotation_table(positions: Tensor, heads: shapes.HeadShape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return a cos and a sin of the angles of all positions (b, s), each (b s, 1, rotary_dim / 2) in `dtype`."""
+    """Return the scaled cos and sin of all positions (b, s), each (b s, 1, rotary_dim / 2) in `dtype`."""
     angles = positions.reshape(-1, 1, 1).float() * inverse_frequencies(heads, positions.device)
     factor = amplitude(heads.rope.scaling)
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)
@@ -285,7 +286,7 @@ def rotation_table(positions: Tensor, heads: shapes.HeadShape, dtype: torch.dtyp
 
 def _llama3(scaling: shapes.Llama3Scaling, frequencies: Tensor) -> Tensor:
     """Return frequencies for Llama 3. Wavelengths above original / low_freq_factor are multiplied by `factor`. Those
-    below original / high_freq_factor do not change, and between these limits the two are blended linearly."""
+    below original / high_freq_factor do not change. Between these limits, the result is a linear blend."""
     wavelengths = 2 * math.pi / frequencies
     blend = (scaling.original_max_positions / wavelengths - scaling.low_freq_factor) / (
         scaling.high_freq_factor - scaling.low_freq_factor
@@ -299,7 +300,7 @@ def _llama3(scaling: shapes.Llama3Scaling, frequencies: Tensor) -> Tensor:
 
 def _yarn(scaling: shapes.YarnScaling, powers: Tensor, heads: shapes.HeadShape) -> Tensor:
     """Return frequencies for YaRN. Those with more than `beta_fast` rotations over the original positions do not
-    change. Those with less than `beta_slow` are divided by `factor`, and a ramp over the indices blends the others."""
+    change. Those with fewer than `beta_slow` are divided by `factor`. A ramp over the indices blends the rest."""
     size, theta = heads.rotary_dim, heads.rope.theta
 
     def index_of(rotations: float) -> float:

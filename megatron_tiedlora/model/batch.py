@@ -1,8 +1,8 @@
-"""A micro-batch from the loader, its supervised positions, and the documents that are packed in it.
+"""Define a micro-batch, its supervised positions, and the documents that are packed in it.
 
-Its tensors have the same names from the loader to the loss: tokens, positions, labels, documents, token_index. The
-layers after the last attention compute only supervised positions. These are found on the host, so that no step waits
-for the device to count them.
+The tensors have the same names from the loader to the loss: tokens, positions, labels, documents, token_index. The
+layers after the last attention compute only supervised positions. These positions are found on the host, so that no
+step waits for the device to count them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -30,11 +30,12 @@ class MicroBatch:
         positions: (b, s) int64, the position ids, counted from 0 in each sample.
         labels: (b, s) int64, already shifted: labels[:, t] is token t + 1 if that token is supervised, else -100.
         documents: (b, s) int64, document ids. Tokens attend only within their document. In a packed row the id is the
-            index of the token's sample in the row, and padding is one more document. None: each row is one sample.
+            index of the token's sample in the row, and padding is one more document. None if each row is one sample.
         token_index: (b, s) int64, the index of each token in the whole run, which determines dropout; 0 for padding.
-            None: there is no dropout.
-        shares: the share of each adapter; the micro-batches of several adapters are concatenated in one row, so b is 1.
-        lengths: (rows,) int64, the number of real tokens in each row, or in each row of the shares.
+            None if there is no dropout.
+        shares: the rows of each adapter. If there are several adapters, all rows are concatenated, so b is 1.
+        lengths: (rows,) int64, the number of tokens in each row without padding. With `shares`, these are the rows of
+            the adapters.
         num_samples: the number of samples; 0 for a batch of padding only.
     """
 
@@ -49,7 +50,7 @@ class MicroBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Return the number of real tokens."""
+        """Return the number of tokens without padding."""
         return int(self.lengths.sum())
 
     @property
@@ -58,22 +59,22 @@ class MicroBatch:
         return int((self.labels != IGNORED_LABEL).sum())
 
     def supervised(self, num_parts: int = 1) -> "Supervised":
-        """Return the result of `find_supervised`."""
+        """Return the supervised positions of the micro-batch; see `find_supervised`."""
         return find_supervised(self.labels, num_parts, self.shares)
 
 
 class Supervised(NamedTuple):
     """The n supervised positions of labels (b, s).
 
-    With activations sharded along the sequence, each of the p ranks computes the positions of its own shard. All ranks
-    compute the same number, m / p, a multiple of `SIZE_MULTIPLE`, because shards of messages are equal. A shard with
-    fewer positions is padded with positions whose results are not used. Each shard has at least one position.
+    If activations are sharded along the sequence, each of the p ranks computes the positions in its own shard. All
+    ranks compute the same number of positions, m / p, because collectives need equal shards. It is a positive multiple
+    of `SIZE_MULTIPLE`. A shard with fewer supervised positions is padded with positions whose results are not used.
 
     Attributes:
         rows: (m,) int64, indices into (b s), one shard after another.
         local_rows: (m,) int64, `rows` as indices into the (b s / p) tokens of their shard.
-        supervised: (n,) int64, the indices of the `rows` that have a label.
-        labels: (n,) int64, the labels of `supervised`.
+        supervised: (n,) int64, indices into `rows`, of the positions that have a label.
+        labels: (n,) int64, the labels of these positions.
         spans: the adapters of `rows`, if there are several.
         supervised_spans: the adapters of `supervised`.
     """
@@ -92,15 +93,16 @@ class Supervised(NamedTuple):
 
 
 def padded_positions(num_supervised: int) -> int:
-    """Return m / p, from the number of supervised positions in the shard that has the most."""
+    """Return the number of padded positions for the largest number of supervised positions in a shard."""
     return padded(max(1, num_supervised))
 
 
 def find_supervised(labels: Tensor, num_parts: int = 1, shares: Shares = ()) -> Supervised:
-    """Return the supervised positions of labels (b, s) int64. A label of -100 means that there is none.
+    """Return the supervised positions of labels (b, s) int64. Positions with the label -100 are not supervised.
 
-    In each shard an adapter's positions are padded to a multiple of `SIZE_MULTIPLE` with its first token there. So no
-    result of one adapter depends on a token of another, not even multiplied by zero.
+    In each shard, the positions of an adapter are padded to a multiple of `SIZE_MULTIPLE` with the position of its
+    first token in the shard. So the results of one adapter never depend on tokens of a different adapter, not even
+    through a multiplication by zero.
 
     Args:
         num_parts: the number of shards of activations along the sequence; it must divide b s.
@@ -131,7 +133,7 @@ def find_supervised(labels: Tensor, num_parts: int = 1, shares: Shares = ()) -> 
 
 
 def _by_span(labels: Tensor, spans: Sequence[RowSpan]) -> Iterator[tuple[int, Tensor, int]]:
-    """Yield for each span of labels (s / p,) its adapter, its positions with a label, and its first position."""
+    """Yield the adapter, the positions with a label, and the first position of each span of labels (s / p,)."""
     for (adapter, size), start in zip(spans, span_starts(spans), strict=True):
         yield adapter, (labels[start : start + size] != IGNORED_LABEL).nonzero()[:, 0] + start, start
 
@@ -154,9 +156,9 @@ class Documents(NamedTuple):
 
 
 def find_documents(ids: Sequence[Tensor], device: torch.device) -> Documents:
-    """Return the documents of consecutive blocks of rows. A document begins with each new id and each new row.
+    """Return the documents of consecutive blocks of rows. A new document begins at a new row and where the id changes.
 
-    If the ids are on the host, it does not synchronise with the device.
+    If the ids are on the host, the function does not synchronise with the device.
 
     Args:
         ids: (b, s) int64, one tensor for each block.
@@ -168,7 +170,7 @@ def find_documents(ids: Sequence[Tensor], device: torch.device) -> Documents:
 
 
 def document_begins(ids: Tensor) -> Tensor:
-    """Return whether a document begins at each token of (b, s) ids."""
+    """Return for each token of document ids (b, s) whether a document begins there, (b, s) bool."""
     begins = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
     begins[:, 1:] = ids[:, 1:] != ids[:, :-1]
     return begins

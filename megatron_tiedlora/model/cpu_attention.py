@@ -1,13 +1,13 @@
-"""Causal attention on CPUs, by tiles of queries. Each tile is multiplied with the keys that its queries attend to.
+"""Compute causal attention on CPUs by tiles of queries. Each tile is multiplied with the keys that it attends to.
 
-In 16 bits it takes half of the time of PyTorch's fused kernel, and keys of other packed documents take no time.
+In 16 bits this takes half of the time of PyTorch's fused kernel, and no time is spent on keys of other documents.
 With S = scale Q K^T for allowed keys, P = softmax(S), O = P V, and delta = sum of dO * O of each query,
 
     dV = P^T dO        dS = P (dO V^T - delta)        dQ = scale dS K        dK = scale dS^T Q
 
-It saves Q, K, V, O and log sum exp(S), one element per query and head, as fused kernels on GPUs do. S, its exponentials
-and the sums dK and dV are in max(fp32, input dtype). Operands of matmuls are in the input dtype. The query heads that
-share a key head are stacked as queries of one head, so that no key is copied for them.
+The forward pass saves Q, K, V, O and log sum exp(S), one element per query and head, like fused kernels on GPUs. S, the
+operands and exponentials of S, and the sums dK and dV are in max(fp32, input dtype). Operands of the other matmuls are
+in the input dtype. Query heads that share a key head are stacked as queries of one head, so that keys are not copied.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,7 +30,7 @@ def tile_size(num_heads: int, num_kv_heads: int) -> int:
 
 
 class QueryTile(NamedTuple):
-    """Queries start to stop - 1 of every row, which attend to some of the keys first to stop - 1.
+    """The queries `start` to `stop - 1` of every row, which attend to some of the keys `first` to `stop - 1`.
 
     Attributes:
         mask: (rows, 1, queries, keys), or (1, 1, queries, keys) for all rows: 0 for keys that are attended to, else
@@ -47,7 +47,7 @@ def find_query_tiles(ids: Tensor | None, length: int, *, size: int) -> tuple[Que
     """Return the tiles of rows of `length` tokens, the last tile first.
 
     Args:
-        ids: (b, length) int64, document ids; a document begins where the id changes. None: one document per row.
+        ids: (b, length) int64, document ids; a document begins where the id changes. None: each row is one document.
         size: the number of queries per tile, see `tile_size`.
     """
     if ids is None:
@@ -81,7 +81,7 @@ def attend_by_tiles(query: Tensor, key: Tensor, value: Tensor, parts: Sequence[T
 
     Args:
         query: (b, heads, s, head_dim); key and value: (b, kv heads, s, head_dim).
-        parts: sets of rows that are consecutive in memory and together have the b s tokens.
+        parts: consecutive rows of equal length, with their tiles; all parts together have the b s tokens.
 
     Returns:
         (b, s, heads * head_dim).
@@ -91,7 +91,7 @@ def attend_by_tiles(query: Tensor, key: Tensor, value: Tensor, parts: Sequence[T
 
 
 class _Operands:
-    """Queries and keys in the layout of the matmuls, and memory that all tiles share."""
+    """Queries and keys in the layout that the matmuls need, and memory that all tiles share."""
 
     def __init__(self, query: Tensor, key: Tensor, tiles: Sequence[QueryTile]) -> None:
         self.query = query
@@ -117,7 +117,7 @@ class _Operands:
         return heads[:, :, tile.start : tile.stop].to(dtype).reshape(len(self.keys), -1, heads.shape[-1])
 
     def scores(self, tile: QueryTile) -> Tensor:
-        """Return scale Q K^T of a tile, (b kv, heads / kv * queries, keys), `upcast`."""
+        """Return scale Q K^T of a tile, (b kv, heads / kv * queries, keys), in the dtype of `upcast`."""
         queries = self.fold(self.query, tile, self._wide_keys.dtype)
         keys = self._wide_keys[:, tile.first : tile.stop].transpose(1, 2)
         scores = self.of_tile(self._scores, tile)
@@ -165,7 +165,7 @@ def _tokens_first(heads: Tensor) -> Tensor:
 
 
 def split_rows(tensors: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> Iterator[tuple[Tensor, ...]]:
-    """Yield for each (rows, length) views (rows, heads, length, head_dim) of the tensors (b, heads, s, head_dim)."""
+    """Yield views (rows, heads, length, head_dim) of tensors (b, heads, s, head_dim), for each (rows, length)."""
     if len(shapes) == 1 and len(tensors[0]) == shapes[0][0]:
         yield tuple(tensors)
         return

@@ -1,8 +1,8 @@
-"""The families of models, by the `model_type` of their `config.json`, and the decoder that all of them share.
+"""Define the supported model families by the `model_type` of their `config.json`, and the decoder that they share.
 
 A family is a function that returns a `ModelShape` for an `HfConfig`, and raises UserError for features that are not
-implemented. `family` takes the values of absent fields that differ from LLaMA's. A function adds only what its layers
-have beside the shared decoder's: grouped queries, rotary embedding, SwiGLU, and the names in transformers.
+implemented. The decorator `family` receives defaults of absent fields that differ from LLaMA's. The shared decoder has
+grouped queries, rotary embedding, SwiGLU, and the tensor names of transformers. A family adds only the differences.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +24,7 @@ Reader = Callable[[HfConfig], shapes.ModelShape]
 
 
 class Family(NamedTuple):
-    """The function that reads a config, and the values of fields that the config does not have."""
+    """The function that reads a config of the family, and the defaults of absent fields."""
 
     read: Reader
     defaults: Mapping[str, Any]
@@ -41,23 +41,23 @@ _QWEN_DEFAULTS: dict[str, Any] = {
 }
 # The reasons why models of another type cannot be trained, by a field that only such models have.
 _REASONS = {
-    **dict.fromkeys(("text_config", "vision_config"), "its text model is part of a multimodal one"),
+    **dict.fromkeys(("text_config", "vision_config"), "it is part of a multimodal model"),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), "it is a mixture of experts"),
     **dict.fromkeys(("linear_num_key_heads", "mamba_d_state", "state_size"), "it has layers without attention"),
     **dict.fromkeys(("parallel_attn", "use_parallel_residual"), "its attention and MLP have the same input"),
-    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), "it caps its scores"),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), "it caps scores or logits"),
     **dict.fromkeys(("kv_lora_rank", "q_lora_rank"), "its keys and values are compressed"),
 }
-_FACTORS = "it multiplies what flows between its layers by factors"
+_FACTORS = "it scales the activations between its layers"
 _OTHER_TYPES = {
     **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "granite", "minicpm"), _FACTORS),
-    **dict.fromkeys(("glm", "glm4"), "it rotates neighbouring elements of a head"),
+    **dict.fromkeys(("glm", "glm4"), "its rotary embedding rotates neighbouring elements"),
     **dict.fromkeys(("gpt2", "gpt_bigcode", "nemotron", "opt", "starcoder2"), "its MLP has no gate"),
 }
 
 
 def shape_from_hf(values: Mapping[str, Any], *, source: str = "config.json") -> shapes.ModelShape:
-    """Return the shape that the fields of a Hugging Face config describe.
+    """Return the `ModelShape` that the fields of a Hugging Face config describe.
 
     Raises:
         UserError: a model type, feature or field is not implemented; the message names it.
@@ -67,9 +67,9 @@ def shape_from_hf(values: Mapping[str, Any], *, source: str = "config.json") -> 
     if family_of_kind is None:
         reason = _OTHER_TYPES.get(str(kind))
         reason = reason or next((why for field, why in _REASONS.items() if values.get(field)), None)
-        because = "" if reason is None else f", as {reason}"
+        because = "" if reason is None else f", because {reason}"
         known = ", ".join(sorted(FAMILIES))
-        raise UserError(f"{source}: model_type {shown(kind)} is not implemented{because}. This version trains {known}")
+        raise UserError(f"{source}: model_type {shown(kind)} is not implemented{because}. Use one of {known}")
     config = HfConfig(values, source, {**FAMILIES["llama"].defaults, **family_of_kind.defaults})
     shape = family_of_kind.read(config)
     config.reject_unread()
@@ -77,7 +77,7 @@ def shape_from_hf(values: Mapping[str, Any], *, source: str = "config.json") -> 
 
 
 def family(**defaults: Any) -> Callable[[Reader], Reader]:
-    """Return a decorator that registers a family by its function's name; `defaults` are its values of absent fields."""
+    """Return a decorator that registers a family under its function's name. `defaults` are for absent fields."""
 
     def register(read: Reader) -> Reader:
         FAMILIES[read.__name__] = Family(read, defaults)
@@ -90,7 +90,7 @@ def family(**defaults: Any) -> Callable[[Reader], Reader]:
 
 
 class Norms(NamedTuple):
-    """The names of a block's norms, before and after attention and MLP. None: the block has no such norm."""
+    """The names of a block's norms, before and after attention and MLP. None means that the norm does not exist."""
 
     attention: str | None = "input_layernorm"
     output: str | None = None
@@ -115,17 +115,17 @@ def gated_decoder(
     fused: bool = False,
     ropes: Sequence[shapes.RopeShape | None] = (),
 ) -> shapes.ModelShape:
-    """Return the shape that the fields common to these families describe.
+    """Return the `ModelShape` of the shared decoder, with the given features of a family.
 
     Args:
-        rope: the result of `read_rope`; by default it is called with only the config.
+        rope: the result of `read_rope`; by default the result of `read_rope(config)`.
         window: the limit that a sliding window sets, see `HfConfig.window`.
-        norm_eps: the epsilon of LayerNorms, which have biases; None for RMS norms, whose epsilon is read here.
+        norm_eps: the epsilon of LayerNorms, which have biases; None for RMS norms, with an epsilon from the config.
         head_norms: "each": each head of queries and keys has an RMS norm before the rotation. "together": all heads of
-            queries have one norm, and all heads of keys have one.
+            queries share one norm, and all heads of keys share one.
         norms: the norms over the hidden size.
-        ropes: the rotation of each block, if they differ; see `ModelShape`.
-        fused: whether q, k and v are one stored tensor, and gate and up another.
+        ropes: the rotation of each block, if blocks differ; see `ModelShape`.
+        fused: whether q, k and v are stored as one tensor, and gate and up as one tensor.
 
     Raises:
         UserError: a field is missing or wrong; the message names it.
@@ -134,7 +134,9 @@ def gated_decoder(
     config.reject_other_layers("full_attention", *(() if window is None else ("sliding_attention",)))
     activation = config.get("hidden_act")
     if activation not in ("silu", "swish"):
-        raise UserError(f"{config.source}: hidden_act = {shown(activation)} is not implemented. Only 'silu' is")
+        raise UserError(
+            f"{config.source}: hidden_act = {shown(activation)} is not implemented. Use a model with hidden_act 'silu'"
+        )
     vocab, d, f = (config.size(name) for name in ("vocab_size", "hidden_size", "intermediate_size"))
     num_layers = config.size("num_hidden_layers")
     eps = config.small_number("rms_norm_eps") if norm_eps is None else norm_eps
@@ -190,7 +192,7 @@ def gated_decoder(
 
 
 def _rows_of(module: str, sizes: tuple[int, ...]) -> tuple[shapes.StoredRows, ...]:
-    """Return consecutive blocks of these sizes in one stored tensor."""
+    """Return blocks of these sizes, which are consecutive rows of one stored tensor."""
     return tuple(shapes.StoredRows(module, sum(sizes[:index]), sum(sizes)) for index in range(len(sizes)))
 
 
@@ -198,10 +200,14 @@ def _head_sizes(config: HfConfig, hidden_size: int) -> tuple[int, int, int]:
     num = config.size("num_attention_heads")
     num_kv = config.size("num_key_value_heads", num)
     if hidden_size < num and not config.get("head_dim"):
-        raise UserError(f"{config.source}: hidden_size {hidden_size} is less than num_attention_heads {num}")
+        raise UserError(
+            f"{config.source}: hidden_size {hidden_size} is less than num_attention_heads {num}. Correct one of them"
+        )
     dim = config.size("head_dim", hidden_size // num)
     if num % num_kv:
-        raise UserError(f"{config.source}: {num} heads are not a multiple of num_key_value_heads {num_kv}")
+        raise UserError(
+            f"{config.source}: {num} heads are not a multiple of num_key_value_heads {num_kv}. Correct one of them"
+        )
     return num, num_kv, dim
 
 
@@ -210,11 +216,14 @@ def _check_rotation(config: HfConfig, heads: shapes.HeadShape) -> None:
     if rotated % 2 or not rotated:
         of = "" if rotated == heads.dim else f", of which {rotated} are rotated"
         raise UserError(
-            f"{config.source}: head_dim is {heads.dim}{of}, but rotary embedding needs an even number of elements"
+            f"{config.source}: head_dim is {heads.dim}{of}, but rotary embedding needs an even number of elements."
+            " Use a model with an even number"
         )
     if isinstance(scaling, shapes.LongRopeScaling) and len(scaling.factors) != rotated // 2:
-        found = f"short_factor has {len(scaling.factors)} numbers, but there are {rotated // 2} frequencies"
-        raise UserError(f"{config.source}: {found}")
+        raise UserError(
+            f"{config.source}: short_factor has {len(scaling.factors)} numbers, but there are {rotated // 2}"
+            " frequencies. Correct the list"
+        )
 
 
 # The families ---------------------------------------------------------------------------------------------------------
@@ -231,33 +240,36 @@ def _check_rotation(config: HfConfig, heads: shapes.HeadShape) -> None:
     rms_norm_eps=1e-6,
 )
 def llama(config: HfConfig) -> shapes.ModelShape:
-    """Return the shape of LLaMA 1 to 3, and of models with the same layers."""
+    """Return the `ModelShape` of LLaMA 1 to 3, and of models with the same layers."""
     bias = config.flag("attention_bias")
     return gated_decoder(config, qkv_bias=bias, output_bias=bias)
 
 
 @family(intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=4096 * 32, sliding_window=4096)
 def mistral(config: HfConfig) -> shapes.ModelShape:
-    """Return the shape of Mistral 7B, Nemo and Small: LLaMA's layers, with a sliding window in the oldest models."""
+    """Return the shape of Mistral 7B, Nemo and Small: LLaMA layers, with a sliding window in the oldest models."""
     return gated_decoder(config, window=config.window())
 
 
 @family(vocab_size=50304, rms_norm_eps=1e-5)
 def olmo2(config: HfConfig) -> shapes.ModelShape:
-    """Return the shape of OLMo 2: norms after attention and MLP, not before, and over all heads of queries and keys."""
+    """Return the shape of OLMo 2, with norms after attention and MLP, and over all heads of queries and of keys."""
     bias = config.flag("attention_bias")
     return gated_decoder(config, qkv_bias=bias, output_bias=bias, norms=BEHIND, head_norms="together")
 
 
 @family(vocab_size=50304, rms_norm_eps=1e-5, sliding_window=4096)
 def olmo3(config: HfConfig) -> shapes.ModelShape:
-    """Return the shape of OLMo 3: OLMo 2's layers, most with a sliding window and a different rotation."""
+    """Return the `ModelShape` of OLMo 3: OLMo 2 layers, most of them with a sliding window and a different rotation."""
     bias, num_layers = config.flag("attention_bias"), config.size("num_hidden_layers")
     kinds = config.get("layer_types")
     if kinds is None:
         kinds = [SLIDING if layer % 4 else FULL for layer in range(1, num_layers + 1)]
     if not isinstance(kinds, list) or len(kinds) != num_layers or any(kind not in (FULL, SLIDING) for kind in kinds):
-        raise UserError(f"{config.source}: layer_types = {shown(kinds)} is not a list of {num_layers} kinds of layers")
+        raise UserError(
+            f"{config.source}: layer_types = {shown(kinds)} is not a list of {num_layers} kinds of layers. For"
+            f" each layer, use {FULL} or {SLIDING}"
+        )
     ropes = read_ropes_by_kind(config, theta=500000.0)
     limits = [limit for _, limit in ropes.values() if limit is not None]
     return gated_decoder(
@@ -281,7 +293,7 @@ def olmo3(config: HfConfig) -> shapes.ModelShape:
     rms_norm_eps=1e-5,
 )
 def phi3(config: HfConfig) -> shapes.ModelShape:
-    """Return the shape of Phi-3, 3.5 and 4: fused q, k and v, fused gate and up, and partly rotated heads."""
+    """Return the shape of Phi-3, 3.5 and 4, with fused q, k and v, fused gate and up, and partly rotated heads."""
     original, names = config.size("original_max_position_embeddings"), {"su": "longrope", "yarn": "longrope"}
     rope = read_rope(config, partial=True, original_positions=original, other_names=names)
     return gated_decoder(config, rope=rope, window=config.window(), fused=True)
@@ -289,13 +301,13 @@ def phi3(config: HfConfig) -> shapes.ModelShape:
 
 @family(**_QWEN_DEFAULTS)
 def qwen2(config: HfConfig) -> shapes.ModelShape:
-    """Return the shape of Qwen1.5, Qwen2 and Qwen2.5: a bias on query, key and value, and none on the output."""
+    """Return the shape of Qwen1.5, Qwen2 and Qwen2.5, with a bias on query, key and value but not on the output."""
     return gated_decoder(config, window=window_of_last_layers(config), qkv_bias=True)
 
 
 @family(**_QWEN_DEFAULTS, head_dim=128)
 def qwen3(config: HfConfig) -> shapes.ModelShape:
-    """Return the shape of dense Qwen3 models: an RMS norm of each head of queries and keys before the rotation."""
+    """Return the shape of dense Qwen3 models, with an RMS norm on each query and key head before the rotation."""
     bias, window = config.flag("attention_bias"), window_of_last_layers(config)
     return gated_decoder(config, window=window, qkv_bias=bias, output_bias=bias, head_norms="each")
 
@@ -312,14 +324,14 @@ def qwen3(config: HfConfig) -> shapes.ModelShape:
     tie_word_embeddings=True,
 )
 def smollm3(config: HfConfig) -> shapes.ModelShape:
-    """Return the shape of SmolLM3: LLaMA's layers, some of which do not rotate queries and keys."""
+    """Return the `ModelShape` of SmolLM3: LLaMA layers, some without rotation of queries and keys."""
     bias = config.flag("attention_bias")
     num_layers, interval = config.size("num_hidden_layers"), config.size("no_rope_layer_interval")
     rotates = config.get("no_rope_layers")  # 1 is a layer with rotation, despite the name of the field
     if rotates is None:
         rotates = [int(layer % interval != 0) for layer in range(1, num_layers + 1)]
     if not isinstance(rotates, list) or len(rotates) != num_layers or not {*map(repr, rotates)} <= {"0", "1"}:
-        wanted = f"a list of {num_layers} zeros and ones"
+        wanted = f"a list of {num_layers} zeros and ones. Correct the field"
         raise UserError(f"{config.source}: no_rope_layers = {shown(rotates)} is not {wanted}")
     rope = read_rope(config)
     window = config.window(used=config.flag("use_sliding_window"))
@@ -337,6 +349,6 @@ def smollm3(config: HfConfig) -> shapes.ModelShape:
     partial_rotary_factor=0.25,
 )
 def stablelm(config: HfConfig) -> shapes.ModelShape:
-    """Return the shape of StableLM 2 and NVIDIA's GPT-2B-001: LayerNorms with biases, and partly rotated heads."""
+    """Return the shape of StableLM 2 and NVIDIA's GPT-2B-001, with biased LayerNorms and partly rotated heads."""
     rope, eps = read_rope(config, partial=True), config.small_number("layer_norm_eps")
     return gated_decoder(config, rope=rope, norm_eps=eps, qkv_bias=config.flag("use_qkv_bias"))

@@ -1,8 +1,8 @@
-"""Causal attention on GPUs: one call of a fused kernel for all documents of all rows, and the choice of the kernel.
+"""Choose a fused kernel for causal attention on a GPU, and call it once for all documents of all rows.
 
-A row that is not packed is one document, so packed and unpacked rows take the same path. cuDNN, which PyTorch prefers
-for rows on Hopper, is not a candidate, because it makes a plan for each new length. The first kernel in this list that
-runs on the device with the dtype and the head dim is used:
+A row that is not packed is one document, so packed and unpacked rows use the same code. cuDNN, which PyTorch prefers
+on Hopper, is not a candidate, because it builds a plan for each new length. This module uses the first kernel of this
+list that supports the device, the dtype and the head dim:
 
     FlashAttention 3            16 bits, compute capability 9.x, if `flash_attn_interface` is installed
     flash_attn                  16 bits, from 8.0 on, if FlashAttention 2 is installed
@@ -11,8 +11,9 @@ runs on the device with the dtype and the head dim is used:
                                 for every query head that shares them
     one after another           PyTorch's attention, document by document, in all other cases
 
-PyTorch's two kernels are called as operators, whose first arguments are the same from 2.6 to 2.15. The public function
-for different lengths (2.10 on) differs between versions and may choose cuDNN. CPUs use `cpu_attention.py`.
+PyTorch's two kernels are called as operators, whose first arguments are the same in versions 2.6 to 2.15. PyTorch's
+public function for documents of different lengths (since 2.10) differs between versions and may choose cuDNN. CPUs use
+`cpu_attention.py`.
 """
 
 import importlib
@@ -31,9 +32,9 @@ from megatron_tiedlora.model.batch import Documents
 from megatron_tiedlora.parallel.frozen_weight import padded
 
 Attend = Callable[[Tensor, Tensor, Tensor, Documents, float], Tensor]
-"""(query, key, value, documents, scale of the scores) -> attention output, in the queries' shape.
+"""A function (query, key, value, documents, scale of the scores) that returns the attention output, shaped as query.
 
-Queries are (tokens, heads, head_dim), keys and values (tokens, kv heads, head_dim)."""
+Queries are (tokens, heads, head_dim). Keys and values are (tokens, kv heads, head_dim)."""
 
 HALF = (torch.bfloat16, torch.float16)
 _CAUSAL = 1  # the memory-efficient kernel's mask type: a query attends to keys up to its own position
@@ -61,11 +62,12 @@ class AttentionRoute:
 def choose_attention(
     device: torch.device, dtype: torch.dtype, head_dim: int, *, deterministic: bool = False
 ) -> AttentionRoute:
-    """Return the first candidate that runs on `device`. Each candidate runs forward and backward on a few tokens.
+    """Return the first candidate that runs on `device`, tested with a forward and backward pass on a few tokens.
 
     Args:
-        deterministic: gradients must be bit-equal every time. flash_attn gets this as an argument and is not chosen if
-            it rejects the argument. PyTorch's kernels follow torch.use_deterministic_algorithms, which the caller sets.
+        deterministic: whether gradients must be bit-equal in every run. flash_attn gets this as an argument and is not
+            chosen if it rejects the argument. PyTorch's kernels follow torch.use_deterministic_algorithms, which the
+            caller sets.
     """
     if device.type == "cpu":
         return AttentionRoute("tiles of queries", "a CPU", None)
@@ -108,7 +110,7 @@ def attend_within(query: Tensor, key: Tensor, value: Tensor, documents: Document
 
 
 def one_by_one(query: Tensor, key: Tensor, value: Tensor, documents: Documents, scale: float) -> Tensor:
-    """Return PyTorch's attention for one document at a time, or for all at once if they have the same length."""
+    """Compute PyTorch's attention for one document at a time, or for all at once if their lengths are equal."""
     grouped = query.shape[1] != key.shape[1]
 
     def within(length: int, *rows: Tensor) -> Tensor:
@@ -129,13 +131,13 @@ def one_by_one(query: Tensor, key: Tensor, value: Tensor, documents: Documents, 
 
 @dataclass(frozen=True)
 class FusedKernel:
-    """A fused kernel, and the devices and dtypes with which it runs.
+    """A fused kernel, and the devices and dtypes that it supports.
 
     Attributes:
-        kernel: a function of PyTorch, or the Python module of a library, which must be installed.
+        kernel: a function of PyTorch, or the name of a library's Python module.
         min_capability: the lowest compute capability by dtype; other dtypes are not supported.
-        below: the first compute capability that is not supported.
-        max_head_dim: the largest head dim; None: any.
+        below: the lowest compute capability that is too new; None if there is no such limit.
+        max_head_dim: the largest head dim; None if there is no limit.
     """
 
     name: str
@@ -145,11 +147,11 @@ class FusedKernel:
     max_head_dim: int | None = None
 
     def make(self, deterministic: bool) -> Attend:
-        """Return the kernel's function. PyTorch's kernels use torch.use_deterministic_algorithms, not the argument."""
+        """Return the kernel's function. PyTorch's kernels ignore `deterministic`; see `choose_attention`."""
         return _from_library(self.kernel, deterministic) if isinstance(self.kernel, str) else self.kernel
 
     def obstacle(self, capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> str | None:
-        """Return why the kernel cannot run, in words that follow its name, or None if it can."""
+        """Return the reason why the kernel cannot run, as words that follow its name, or None if it can run."""
         if dtype not in self.min_capability:
             return f"has no {str(dtype).removeprefix('torch.')}"
         if capability < self.min_capability[dtype] or (self.below is not None and capability >= self.below):
@@ -216,7 +218,7 @@ CANDIDATES = (
 
 
 def _try(attend: Attend, device: torch.device, dtype: torch.dtype, head_dim: int) -> None:
-    """Run the forward and backward pass on two short documents with grouped queries. All errors are raised."""
+    """Run the forward and backward pass on two short documents with grouped queries. Errors are not caught."""
     documents = Documents([0, 3, 8], torch.tensor([0, 3, 8], dtype=torch.int32, device=device), 5)
     with torch.enable_grad():
         query, key, value = (

@@ -1,8 +1,8 @@
-"""A Hugging Face `config.json`, read field by field. A field is used, known to be harmless, or rejected by name.
+"""Read a Hugging Face `config.json` field by field. Each field is used, known to be harmless, or rejected by name.
 
-Its quantization_config names the storage format of the weights. This module reads 4-bit folders of bitsandbytes (nf4)
-and fp8 folders with a scale for each row or tensor (compressed-tensors and fbgemm_fp8). Only their weights are used.
-The way in which other programs round activations is not a property of the model here.
+The field `quantization_config` describes the storage format of the weights. This module supports 4-bit folders of
+bitsandbytes (nf4), and fp8 folders with one scale per row or tensor (compressed-tensors and fbgemm_fp8). Only their
+weights are used. Settings for the rounding of activations are ignored.
 """
 
 import math
@@ -47,14 +47,14 @@ _LARGEST_NUMBER = 1e30  # fp32 can represent it
 
 
 class HfConfig:
-    """The fields of one config. It records which of them have been read.
+    """The fields of one config. The object records which fields have been read.
 
     Attributes:
         source: the name of the file in error messages.
     """
 
     def __init__(self, values: Mapping[str, Any], source: str, defaults: Mapping[str, Any], of: str = "") -> None:
-        """Take the family's `defaults` for absent fields, and `of`, which follows a field's name in error messages."""
+        """Use the family's `defaults` for absent fields. In error messages, `of` follows the name of a field."""
         self.source, self._of = source, of
         self._values = values
         self._defaults = defaults
@@ -66,60 +66,71 @@ class HfConfig:
         return self._values.get(name, self._defaults.get(name))
 
     def size(self, name: str, otherwise: int | None = None) -> int:
-        """Return a positive integer, or `otherwise` if the value is null. Raises UserError."""
+        """Return a positive integer, or `otherwise` for null. Raise UserError for any other value."""
         value = self.get(name)
         value = otherwise if value is None else value
         largest = _LARGEST.get(name, _LARGEST_SIZE)
         if type(value) is not int or not 1 <= value <= largest:
-            raise UserError(f"{self.source}: {name} = {shown(value)} is not an integer from 1 to {largest}")
+            raise UserError(
+                f"{self.source}: {name} = {shown(value)} is not an integer from 1 to {largest}. Correct this field"
+            )
         return value
 
     def small_number(self, name: str) -> float:
-        """Return a number from 0 to 1. Raises UserError."""
+        """Return a number from 0 to 1. Raise UserError for any other value."""
         value = self.get(name)
         if type(value) not in (int, float) or not 0 <= value <= 1:
-            raise UserError(f"{self.source}: {name} = {shown(value)} is not a number from 0 to 1")
+            raise UserError(f"{self.source}: {name} = {shown(value)} is not a number from 0 to 1. Correct this field")
         return float(value)
 
     def flag(self, name: str) -> bool:
-        """Return true or false; null is false. Raises UserError."""
+        """Return true or false; null counts as false. Raise UserError for any other value."""
         value = self.get(name)
         if value is not None and not isinstance(value, bool):
-            raise UserError(f"{self.source}: {name} = {shown(value)}{self._of} is neither true nor false")
+            raise UserError(
+                f"{self.source}: {name} = {shown(value)}{self._of} is neither true nor false. Correct this field"
+            )
         return bool(value)
 
     def number(self, name: str, default: float | None = None) -> float:
-        """Return a positive number, or `default` if it is null or absent. Raises UserError for anything else."""
+        """Return a positive number, or `default` if the field is null or absent. Raise UserError otherwise."""
         value = self.get(name)
         if value is None and default is None:
-            raise UserError(f"{self.source}: {name}{self._of} is missing")
+            raise UserError(f"{self.source}: {name}{self._of} is missing. Add this field")
         return self._positive(name, default if value is None else value)
 
     def optional(self, name: str) -> float | None:
-        """Return a positive number, or None if it is absent, null or 0. Raises UserError."""
+        """Return a positive number, or None if the field is absent, null or 0. Raise UserError for any other value."""
         return self._positive(name, value) if (value := self.get(name)) else None
 
     def row(self, name: str) -> tuple[float, ...]:
-        """Return a list of positive numbers as a tuple. Raises UserError."""
+        """Return a list of positive numbers as a tuple. Raise UserError for any other value."""
         values = self.get(name)
         if not isinstance(values, list):
-            raise UserError(f"{self.source}: {name} = {shown(values)}{self._of} is not a list of numbers")
+            raise UserError(
+                f"{self.source}: {name} = {shown(values)}{self._of} is not a list of numbers. Correct this field"
+            )
         return tuple(self._positive(name, value) for value in values)
 
     def _positive(self, name: str, value: Any) -> float:
         if type(value) not in (int, float) or not 0 < value < _LARGEST_NUMBER:
-            raise UserError(f"{self.source}: {name} = {shown(value)}{self._of} is not a positive number")
+            raise UserError(
+                f"{self.source}: {name} = {shown(value)}{self._of} is not a positive number. Correct this field"
+            )
         return float(value)
 
     def reject_other_layers(self, *known: str) -> None:
-        """Reject layers whose kind of attention is not `known`. Raises UserError."""
+        """Raise UserError if a layer has a kind of attention that is not in `known`."""
         kinds = self.get("layer_types") or []
         for kind in kinds if isinstance(kinds, list) else [kinds]:
             if kind not in known:
-                raise UserError(f"{self.source}: layer_types has {shown(kind)}, which is not implemented")
+                raise UserError(
+                    f"{self.source}: layer_types has {shown(kind)}, which is not implemented. Use a model with only"
+                    f" {', '.join(known)}"
+                )
 
     def reject_unread(self) -> None:
-        """Reject fields that have not been read and are not known to be harmless, and features that are switched on.
+        """Reject fields that have not been read and are not known to be harmless, and features that are enabled.
 
         Raises:
             UserError: there is such a field; the message names the first one.
@@ -131,26 +142,26 @@ class HfConfig:
                 stored_format(self._values, source=self.source)
                 continue
             if name in _OFF:
-                raise UserError(f"{self.source}: {name} = {shown(value)} is not implemented")
+                raise UserError(f"{self.source}: {name} = {shown(value)} is not implemented. Use a different model")
             raise UserError(
                 f"{self.source}: the field {shown(name)} = {shown(value)} is unknown. Remove it if it does not"
                 " change what the model computes"
             )
 
     def window(self, *, used: bool = True) -> LengthLimit | None:
-        """Return the longest rows for which a sliding window changes nothing. Longer rows are not implemented.
+        """Return the maximum sequence length that a sliding window does not affect. Longer rows are not implemented.
 
         Args:
-            used: False if another field switches the window off.
+            used: False if a different field disables the window.
         """
         if self.get("sliding_window") is None or not used:
             return None
         size = self.size("sliding_window")
-        return LengthLimit(size, f"sees {size} tokens at a time (sliding_window). Longer rows are not implemented")
+        return LengthLimit(size, f"attends to {size} tokens at once (sliding_window). Longer rows are not implemented")
 
 
 def window_of_last_layers(config: HfConfig) -> LengthLimit | None:
-    """Return the limit of Qwen's windows, for layers from `max_window_layers` on or marked in `layer_types`."""
+    """Return the length limit of Qwen's sliding windows, or None if no layer has a sliding window."""
     kinds, first = config.get("layer_types"), config.get("max_window_layers")
     if kinds:
         some = "sliding_attention" in kinds
@@ -160,7 +171,7 @@ def window_of_last_layers(config: HfConfig) -> LengthLimit | None:
 
 
 def read_hf_config(folder: Path) -> dict[str, Any]:
-    """Return the fields of `folder/config.json`. Raises UserError, which names the file."""
+    """Return the fields of `folder/config.json`. Raise UserError if it cannot be read."""
     return read_json_object(folder / "config.json", kind="a Hugging Face model folder or a hub id in --model")
 
 
@@ -168,14 +179,14 @@ def read_hf_config(folder: Path) -> dict[str, Any]:
 
 BITSANDBYTES, COMPRESSED, FBGEMM = "bitsandbytes", "compressed-tensors", "fbgemm_fp8"
 _WHAT_TO_DO = (
-    "give the model with weights in bf16, fp16 or fp32, and train on fewer bits with --base (folders that can be read:"
-    " bitsandbytes in nf4, compressed-tensors and fbgemm_fp8 in fp8 by row or by tensor)"
+    "Use the model with weights in bf16, fp16 or fp32, and quantise it with --base (formats that can be read:"
+    " bitsandbytes in nf4, compressed-tensors and fbgemm_fp8 in fp8 with a scale per row or tensor)"
 )
 
 
 @dataclass(frozen=True)
 class StoredFormat:
-    """The way in which the linears of a folder's blocks are stored.
+    """The storage format of the blocks' linears in a model folder.
 
     Attributes:
         method: the quant_method in the folder's config.
@@ -187,7 +198,7 @@ class StoredFormat:
 
     @property
     def in_words(self) -> str:
-        """Return the format and the program that wrote it."""
+        """Return the format and the program that wrote it, as text for messages."""
         return f"{self.base_format} (by {self.method})"
 
 
@@ -201,17 +212,17 @@ def format_in_use(
         source: the name of the model in messages.
 
     Raises:
-        UserError: the given format differs from the folder's, or `products` needs a different one.
+        UserError: the given format differs from the folder's, or `products` needs a different format.
     """
     if stored is not None and given not in (None, stored.base_format):
         raise UserError(
-            f"--base {given}: {source} has its weights in {stored.in_words} already, and they are not quantised again;"
-            " leave --base out, or give the model with weights in 16 bits"
+            f"--base {given}: the weights of {source} are already in {stored.in_words} and cannot be quantised again."
+            " Remove --base, or use the model with 16-bit weights"
         )
     found = given if stored is None else stored.base_format
     if products is not None and found != products:
         base = "the linears of this base are not quantised" if found is None else f"this base is in {found}"
-        raise UserError(f"--products {products} needs --base {products}; {base}")
+        raise UserError(f"--products {products} needs --base {products}, but {base}. Remove --products")
     return found
 
 
@@ -222,7 +233,7 @@ def stored_format(values: Mapping[str, Any], *, source: str) -> StoredFormat | N
         source: the name of the config in messages.
 
     Raises:
-        UserError: the format is one that cannot be read.
+        UserError: the format cannot be read.
     """
     config = values.get("quantization_config")
     if config is None:
@@ -235,12 +246,12 @@ def stored_format(values: Mapping[str, Any], *, source: str) -> StoredFormat | N
             return StoredFormat(method, base)
     detail = f" ({why})" if why else ""
     raise UserError(
-        f"{source}: quantization_config: weights quantised by {shown(method)}{detail} are not read; {_WHAT_TO_DO}"
+        f"{source}: quantization_config: weights quantised by {shown(method)}{detail} cannot be read. {_WHAT_TO_DO}"
     )
 
 
 def _bitsandbytes(config: Mapping[str, Any]) -> tuple[str, str]:
-    """Return (format, reason why it cannot be read)."""
+    """Return the format, and the reason why it cannot be read ('' if it can)."""
     kind, storage = config.get("bnb_4bit_quant_type"), config.get("bnb_4bit_quant_storage") or "uint8"
     if not config.get("load_in_4bit"):
         return "", "load_in_4bit is not true"
@@ -250,7 +261,7 @@ def _bitsandbytes(config: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _compressed(config: Mapping[str, Any]) -> tuple[str, str]:
-    """Return (format, reason why it cannot be read)."""
+    """Return the format, and the reason why it cannot be read ('' if it can)."""
     groups, sparsity = config.get("config_groups"), config.get("sparsity_config") or {}
     if not isinstance(groups, Mapping) or not groups:
         return "", "it has no config_groups"
@@ -299,13 +310,13 @@ _KNOWN = frozenset(
 def read_ropes_by_kind(config: HfConfig, *, theta: float) -> dict[str, tuple[RopeShape, LengthLimit | None]]:
     """Return the rotary embeddings of `full_attention` and `sliding_attention` layers, as `read_rope` returns them.
 
-    `rope_parameters` has one for each kind. `rope_theta` and `rope_scaling` belong to full attention.
+    `rope_parameters` has an entry for each kind of layer. `rope_theta` and `rope_scaling` apply to full attention.
 
     Args:
-        theta: the theta of a kind that has none.
+        theta: the default value of `rope_theta`.
 
     Raises:
-        UserError: as `read_rope` does.
+        UserError: see `read_rope`.
     """
     by_kind, older = _fields(config, config.get("rope_parameters")), config.get("rope_scaling")
     full, sliding, scaling = (_fields(config, v) for v in (by_kind.get(FULL), by_kind.get(SLIDING), older))
@@ -314,9 +325,11 @@ def read_ropes_by_kind(config: HfConfig, *, theta: float) -> dict[str, tuple[Rop
 
 
 def _fields(config: HfConfig, values: Any) -> dict[str, Any]:
-    """Return the fields of an object, or {} for null. Raises UserError for other values."""
+    """Return the fields of an object, or {} for null. Raise UserError for any other value."""
     if not isinstance(values or {}, Mapping):
-        raise UserError(f"{config.source}: rope_parameters or rope_scaling is {shown(values)}, not an object")
+        raise UserError(
+            f"{config.source}: rope_parameters or rope_scaling is {shown(values)}, not an object. Correct this field"
+        )
     return dict(values or {})
 
 
@@ -328,29 +341,33 @@ def read_rope(
     original_positions: int | None = None,
     other_names: Mapping[str, str] | None = None,
 ) -> tuple[RopeShape, LengthLimit | None]:
-    """Return the rotary embedding, and the length after which transformers would use different frequencies.
+    """Return the rotary embedding, and the length beyond which transformers uses different frequencies, or None.
 
     Args:
-        values: the fields of the embedding; None for those of the config.
+        values: the fields of the embedding; None to use the fields of the config.
         partial: whether the family can rotate only some elements of a head.
-        original_positions: the family's own field for `original_max_position_embeddings`, which takes precedence.
+        original_positions: the value of the family's own field for the original length, which takes precedence.
         other_names: the kinds of scaling, by names that only this family uses.
 
     Raises:
-        UserError: the kind of scaling is not implemented, or numbers do not define frequencies.
+        UserError: the kind of scaling is not implemented, or the fields do not define frequencies.
     """
     max_positions = config.size("max_position_embeddings")
     new = config.get("rope_parameters")
     values = _fields(config, config.get("rope_scaling") or new) if values is None else values
     for name in values:
         if name not in _KNOWN:
-            raise UserError(f"{config.source}: {shown(name)} of the rotary embedding is not implemented")
+            raise UserError(
+                f"{config.source}: {shown(name)} of the rotary embedding is not implemented. Use a different model"
+            )
     numbers = HfConfig(values, config.source, {"truncate": True}, of=" of the rotary embedding")
     theta = numbers.number("rope_theta", config.get("rope_theta") or 10000.0)
     absent_fraction = config.get("partial_rotary_factor")
     fraction = numbers.number("partial_rotary_factor", 1.0 if absent_fraction is None else absent_fraction)
     if fraction > 1 or (fraction != 1 and not partial):
-        raise UserError(f"{config.source}: partial_rotary_factor = {fraction:g} is not implemented")
+        raise UserError(
+            f"{config.source}: partial_rotary_factor = {fraction:g} is not implemented. Use a different model"
+        )
     kind = values.get("rope_type", values.get("type")) or "default"
     kind = (other_names or {}).get(str(kind), kind)
     if kind in ("default", "dynamic"):  # dynamic scaling begins after the trained length, and longer rows are rejected
@@ -358,16 +375,16 @@ def read_rope(
     reader = _READERS.get(str(kind))
     if reader is None:
         known = ", ".join(sorted(["default", "dynamic", *_READERS]))
-        raise UserError(f"{config.source}: rope_type {shown(kind)} is not implemented. These are: {known}")
+        raise UserError(f"{config.source}: rope_type {shown(kind)} is not implemented. Use one of: {known}")
     original = int(original_positions or numbers.number("original_max_position_embeddings", max_positions))
     if original < 1:
-        raise UserError(f"{config.source}: original_max_position_embeddings is below 1")
+        raise UserError(f"{config.source}: original_max_position_embeddings is below 1. Correct this field")
     scaling = reader(numbers, max_positions, original)
     if isinstance(scaling, YarnScaling) and theta <= 1:
-        raise UserError(f"{config.source}: rope_theta = {theta} must be above 1 for yarn")
+        raise UserError(f"{config.source}: rope_theta = {theta} must be above 1 for yarn. Correct this field")
     limit = None
     if isinstance(scaling, LongRopeScaling):
-        why = f"has other frequencies beyond {original} tokens (original_max_position_embeddings)"
+        why = f"has different frequencies beyond {original} tokens (original_max_position_embeddings)"
         limit = LengthLimit(original, f"{why}. Longer rows are not implemented")
     return RopeShape(theta, fraction, scaling), limit
 
@@ -375,7 +392,9 @@ def read_rope(
 def _llama3(numbers: HfConfig, max_positions: int, original: int) -> RopeScaling:
     low, high = numbers.number("low_freq_factor"), numbers.number("high_freq_factor")
     if low >= high:
-        raise UserError(f"{numbers.source}: low_freq_factor {low} is not below high_freq_factor {high}")
+        raise UserError(
+            f"{numbers.source}: low_freq_factor {low} is not below high_freq_factor {high}. Correct one of them"
+        )
     return shapes.Llama3Scaling(numbers.number("factor"), low, high, original)
 
 

@@ -1,9 +1,9 @@
-"""The model as ONE flat list of layers: embedding, L blocks, head. All code that builds a model builds this list.
+"""Define the model as one flat list of layers: embedding, L blocks, head. All code that builds a model uses this list.
 
-It also has a block's MLP. This is SwiGLU after a norm: y = W_down (silu(W_gate x) * (W_up x)), x = norm(hidden), with
-gate and up in one matmul. The norm and both linears with their updates are one autograd step with one backward pass.
-The step saves the norm's input, gate and up, and A x of each adapted linear, r elements per token. silu(gate) * up is
-computed again.
+This module also defines the MLP of a block, which is SwiGLU after a norm: y = W_down (silu(W_gate x) * (W_up x)) with
+x = norm(hidden). Gate and up are one matmul. The norm and both linears with their updates are one autograd function. It
+saves the norm's input, gate and up, and A x of each adapted linear, r elements per token. Its backward pass recomputes
+silu(gate) * up.
 """
 
 from collections import Counter
@@ -55,11 +55,11 @@ class SwiGlu(nn.Module):
         *,
         recomputes: bool = False,
     ) -> Tensor:
-        """Return activations between layers in the shape of `hidden`, (b, s, d) or (1, b s / p, d).
+        """Return the output of the MLP in the shape of `hidden`, (b, s, d) or (1, b s / p, d).
 
         Args:
             update: the updates of the layer; only gate_up and down_proj are used.
-            recomputes: whether gate and up are computed again in the backward pass and not saved.
+            recomputes: whether gate and up are recomputed in the backward pass instead of being saved.
         """
         gate_up, down = ((update or {}).get(name, LinearUpdate()) for name in (GATE_UP, DOWN))
         projection, operands = self.gate_up.projection(tensor_parallel, gate_up, num_rows=len(hidden))
@@ -141,7 +141,7 @@ class _SwiGlu(torch.autograd.Function):
 
 
 def _needs(ctx: Any) -> tuple[Needs, Needs]:
-    """Return the gradients that gate-up and down need. Down's input needs one if anything before it needs one."""
+    """Return which gradients gate_up and down_proj need. The input of down_proj needs one if earlier tensors do."""
     hidden, a, f, down_a, down_f = ctx.needs_input_grad[:5]
     needs = Needs(hidden, a, f)
     return needs, Needs(any(needs), down_a, down_f)
@@ -152,11 +152,11 @@ HEAD_ROWS = 1024
 
 
 class Block(nn.Module):
-    """A block, x = x + attention(x); x = x + mlp(x). Each norm belongs to the linear before or after it.
+    """A transformer block: x = x + attention(x); x = x + mlp(x). Each norm is part of the linear before or after it.
 
     Attributes:
-        recomputes_gate: whether gate and up, and the norm before them, are computed again in the backward pass instead
-            of being saved (`Stage.set_recompute`).
+        recomputes_gate: whether gate and up, and the norm before them, are recomputed in the backward pass instead of
+            being saved (`Stage.set_recompute`).
     """
 
     recomputes_gate = False
@@ -175,7 +175,7 @@ class Block(nn.Module):
         update: LayerUpdate | None = None,
         cache: AnyCache | None = None,
     ) -> Tensor:
-        """Return activations between layers as `hidden`, (b, s, d) or (1, b s / p, d). See `Attention.attend`."""
+        """Return the block's output in the shape of `hidden`, (b, s, d) or (1, b s / p, d). See `Attention.attend`."""
         attention_output = self.attention.attend(hidden, context, tensor_parallel, update=update, cache=cache)
         joined = self.add_attention(hidden, attention_output, tensor_parallel, update)
         return self.add_mlp(joined, tensor_parallel, update)
@@ -187,7 +187,7 @@ class Block(nn.Module):
         tensor_parallel: groups.TensorParallel,
         update: LayerUpdate | None = None,
     ) -> Tensor:
-        """Return x + output projection(attention output), for all positions or some.
+        """Return x + output_projection(attention_output), for all positions or a subset.
 
         Args:
             hidden: the block's input, (b, s, d) or (1, b s / p, d).
@@ -206,14 +206,14 @@ class Block(nn.Module):
         """Return x + mlp(x), where x is the result of `add_attention`, in the same shape.
 
         Args:
-            recomputes: False to save gate and up always, for a backward pass that follows immediately.
+            recomputes: False to always save gate and up, because the backward pass follows immediately.
         """
         recomputes = recomputes and self.recomputes_gate
         return hidden + self.mlp(hidden, tensor_parallel, update, recomputes=recomputes)
 
 
 class Head(nn.Module):
-    """The final norm, vocabulary projection and loss.
+    """The final norm, the vocabulary projection and the loss.
 
     With tied embeddings the stage passes the embedding's weight to `take_weight`, or a copy of it if the embedding is
     on a different stage.
@@ -244,9 +244,9 @@ class Head(nn.Module):
         *,
         summed: bool = True,
     ) -> Tensor:
-        """Return logits, (b, s, V) or (1, b s, V), or with `supervised` its summed loss, equal on every rank.
+        """Return logits, (b, s, V) or (1, b s, V), or with `supervised` the summed loss, equal on every rank.
 
-        If the positions belong to several adapters, it returns a summed loss for each, (adapters,).
+        If the positions belong to several adapters, the result is one summed loss per adapter, (adapters,).
 
         Args:
             hidden: activations between layers, (b, s, d) or (1, b s / p, d); with `supervised` only its `rows`, (1, m,
@@ -287,12 +287,12 @@ def layer_specs(
     deterministic: bool = False,
     make_weight: frozen_weight.WeightMaker = frozen_weight.FrozenWeight.empty,
 ) -> tuple[LayerSpec, ...]:
-    """Return the flat list: layer 0 is the embedding, 1 to L the blocks (1-based as in the paper), L + 1 the head.
+    """Return the flat list of layers. Layer 0 is the embedding, 1 to L are the blocks, and L + 1 is the head.
 
-    Building creates empty weights of one tensor-parallel rank's sizes on the default device, which the checkpoint
-    reader fills. `tp_size` must divide heads, key-value heads and the feed-forward width. For `deterministic` see
-    `choose_attention`. `make_weight` creates the weights of the blocks' linears (see `weight_maker`). Embedding and
-    head are plain.
+    Blocks are numbered from 1, as in the paper. A layer is built with uninitialised weights of one tensor-parallel
+    rank's sizes on the default device, and the checkpoint reader fills them. `tp_size` must divide the numbers of heads
+    and key-value heads, and the feed-forward width. For `deterministic` see `choose_attention`. `make_weight` creates
+    the weights of the blocks' linears (see `weight_maker`). Embedding and head are never quantised.
     """
 
     def embedding() -> nn.Module:
@@ -342,7 +342,7 @@ def layer_specs(
 
 
 class StoredTensor(NamedTuple):
-    """A parameter of a base: number of elements, bytes per element, and whether it belongs to a quantised weight."""
+    """The size of a parameter: number of elements, bytes per element, and whether its weight is quantised."""
 
     size: int
     itemsize: int
@@ -358,9 +358,9 @@ class StoredTensor(NamedTuple):
 def stored_tensors(
     shape: ModelShape, dtype: torch.dtype, tp_size: int, base_format: str | None, products: str | None, transposed: bool
 ) -> Mapping[str, Counter[StoredTensor]]:
-    """Return the parameters of the embedding, a block and the head on a rank, with a count for each size.
+    """Return how many parameters of each size the embedding, a block and the head have on one rank.
 
-    They are counted on modules that are built without memory. All blocks have the same parameters.
+    They are counted on modules that are built on the meta device. All blocks have the same parameters.
     """
     with torch.device("meta"):
         maker = weight_maker(base_format, products=products, keep_transposed=transposed)

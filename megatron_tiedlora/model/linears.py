@@ -1,16 +1,17 @@
-"""Frozen linears with their low-rank updates and a handwritten backward pass; and norms without a linear.
+"""Implement frozen linears with their low-rank updates and a handwritten backward pass, and norms without a linear.
 
     column-parallel, after a norm     z = W x + c + F A x                x = norm(hidden), or hidden without a norm
     row-parallel, before a norm       y = norm(sum_i z_i + c)            z_i = W_i x_i + F A_i x_i
 
-The backward pass needs the norm's input, one element per token for the norm, and A x, r elements per token. x is
-computed again. Gradients of frozen factors are not computed. The algebra of the update is in `adapters/low_rank.py`,
-and the adapter provides A and F. The MLP, whose linears are one autograd step, is in `layer_specs.py`.
+The backward pass needs the norm's input, one element per token for the norm, and A x, r elements per token. It
+recomputes x. Gradients of frozen factors are not computed. The algebra of the update is in `adapters/low_rank.py`, and
+the adapter provides A and F. The MLP, whose linears are one autograd function, is in `layer_specs.py`.
 
 Under sequence parallelism each rank computes A x of a column-parallel linear from its shard of the sequence. A x is
 sent in the same message as x, and its gradient in the same message as the gradient of x. In a row-parallel linear every
 rank has its own features x_i. The update is included in its partial sum, so it adds no message. A is sharded like the
-columns of W, so its rank has the complete gradient. F is whole on every rank, which has a partial sum of its gradient.
+columns of W, so each rank computes the complete gradient of its shard. F is not sharded, and each rank computes a
+partial sum of its gradient.
 """
 
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ from megatron_tiedlora.parallel.loss import first_derivative_only
 class Norm(nn.Module):
     """An RMS norm, y = weight * x / sqrt(mean(x^2) + eps), or LayerNorm, the RMS norm of x - mean(x) plus a bias.
 
-    It saves its input and one element per token for the backward pass.
+    The input and one element per token are saved for the backward pass.
     """
 
     def __init__(self, shape: NormShape, *, dtype: torch.dtype, kernels: Kernels) -> None:
@@ -43,7 +44,7 @@ class Norm(nn.Module):
         self.kernels = kernels
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return the norm of (..., d) in the shape and dtype of the input."""
+        """Return the normalised hidden states (..., d), in the dtype of the input."""
         normed: Tensor = _Norm.apply(hidden, self.weight, self.bias, self.eps, self.kernels)
         return normed
 
@@ -72,7 +73,7 @@ def norm_parameters(shape: NormShape, dtype: torch.dtype) -> tuple[nn.Parameter,
 
 
 class NormedLinear(nn.Module):
-    """This rank's shard of W and its bias, with the weight and bias of the norm before it if there is one."""
+    """A column-parallel linear: this rank's shard of W, its bias, and the weights of the norm before it, if any."""
 
     norm: nn.Parameter | None
     norm_bias: nn.Parameter | None
@@ -87,7 +88,7 @@ class NormedLinear(nn.Module):
         dtype: torch.dtype,
         kernels: Kernels,
     ) -> None:
-        """Take `weight`, which is W (local out, in), and `dtype`, the dtype of the activations."""
+        """Create the linear from `weight`, which is W (local out, in). `dtype` is the dtype of the activations."""
         super().__init__()
         self.eps = None if norm is None else norm.eps
         self.dtype = dtype
@@ -101,7 +102,7 @@ class NormedLinear(nn.Module):
     def projection(
         self, tensor_parallel: groups.TensorParallel, update: LinearUpdate, *, num_rows: int
     ) -> "tuple[Projection, Operands]":
-        """Return the linear for one call of (num_rows, s) tokens, and its operands for autograd."""
+        """Return the `Projection` for one call with (num_rows, s) tokens, and its operands."""
         projection = Projection(self.frozen, update.rows, self.eps, num_rows, tensor_parallel, self.kernels)
         return projection, Operands(update.a, update.f, self.norm, self.norm_bias, self.bias)
 
@@ -123,7 +124,7 @@ class Operands(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Whether a backward pass returns the gradients for the input, A and F."""
+    """Flags for the gradients that a backward pass returns: of the input, of A and of F."""
 
     x: bool
     a: bool
@@ -137,12 +138,12 @@ def gradient_dtype(*slots: Tensor | None) -> torch.dtype | None:
 
 @dataclass(frozen=True)
 class Projection:
-    """Computes z from the hidden states, and the gradients from dz. Autograd does not record it.
+    """Computes z from the hidden states, and the gradients from dz. Autograd does not record these operations.
 
     Attributes:
         rows: the tokens to which the factors of the update apply.
         eps: the epsilon of the norm; None if there is no norm.
-        num_rows: b of (b, s) tokens, for activations that are sharded along the sequence.
+        num_rows: the number b of (b, s) tokens, needed if activations are sharded along the sequence.
         tensor_parallel: the ranks that have the same hidden states, or shards of them; by default only this rank.
     """
 
@@ -196,7 +197,7 @@ class Projection:
         needs: Needs,
         wide: torch.dtype | None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Return the gradients of hidden, A and F.
+        """Return the gradients of `hidden`, A and F.
 
         Args:
             hidden, root: see `reads_input`.
@@ -227,7 +228,7 @@ class Projection:
         return grad_hidden, grad_a, grad_f
 
     def _enter(self, normed: Tensor, ax: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return x and A x of whole sequences, (b, s, n), on every rank, from one gather if sequences are sharded."""
+        """Return x and A x of complete sequences, (b, s, n), on every rank. Shards are gathered in one message."""
         if not self._in_parts:
             return normed, ax
         narrow = None if ax is None else self.rows.columns(ax, local=True)
@@ -246,10 +247,10 @@ class Projection:
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return the gradients of x and A x. The gradient of x is summed over ranks and includes the update.
 
-        Under sequence parallelism this rank gets its shard of the sequence. With `needs_ax` the gradient of A x is
-        summed in the same message, and determines A's gradient with this rank's shard of x. Without sequence
-        parallelism A's gradient is this rank's partial sum, from all of x. In both cases it is summed over ranks where
-        A was gathered.
+        Under sequence parallelism, the results are for this rank's shard of the sequence. With `needs_ax`, the gradient
+        of A x is summed in the same message. A's gradient is then computed from this rank's shard of x. Without
+        sequence parallelism, A's gradient is this rank's partial sum, from all of x. In both cases, the gather of A
+        sums A's gradient over ranks in its backward pass.
         """
         group, in_parts = self.tensor_parallel.group, self._in_parts
         if in_parts and grad_normed is not None:
@@ -307,12 +308,12 @@ class _Projected(torch.autograd.Function):
 
 
 class RowParallelLinear(nn.Module):
-    """This rank's columns of W, with the bias and the norm."""
+    """A row-parallel linear: this rank's columns of W, the bias, and the norm after it, if any."""
 
     bias: nn.Parameter | None
 
     def __init__(self, weight: FrozenWeight, *, bias: nn.Parameter | None = None, norm: Norm | None = None) -> None:
-        """Take `weight`, which is W_i (out, local in)."""
+        """Create the linear from `weight`, which is W_i (out, local in)."""
         super().__init__()
         self.frozen = register(self, weight)
         self.register_parameter("bias", bias)
@@ -330,7 +331,7 @@ class RowParallelLinear(nn.Module):
     def total(self, addend: Tensor, tensor_parallel: groups.TensorParallel) -> Tensor:
         """Return y from the ranks' partial sums (b, s, out), as activations between layers. The bias is added once.
 
-        Under sequence parallelism the norm is computed for this rank's shard of the sequence.
+        Under sequence parallelism, the norm is computed on this rank's shard of the sequence.
         """
         output = groups.leave_tensor_parallel_region(addend, tensor_parallel)
         output = output if self.bias is None else output + self.bias
@@ -343,7 +344,7 @@ class RowParallelLinear(nn.Module):
 class QkvLinear(NormedLinear):
     """Computes [Q | K | V] of this rank's heads and splits it into heads, which may be normalised and rotated.
 
-    All of this, with the norm before it, is one autograd step with one backward pass.
+    All of this, with the norm before it, is one autograd function.
     """
 
     query_norm: nn.Parameter | None
@@ -352,7 +353,7 @@ class QkvLinear(NormedLinear):
     def __init__(
         self, weight: FrozenWeight, local_heads: HeadShape, *, rope: RopeShape | None, dtype: torch.dtype, **others: Any
     ) -> None:
-        """Take the weight and heads of this rank. Without `rope` queries and keys are not rotated.
+        """Create the linear from the weight and heads of this rank. Without `rope`, queries and keys are not rotated.
 
         Args:
             others: the other arguments of `NormedLinear`.
@@ -373,11 +374,11 @@ class QkvLinear(NormedLinear):
         num_rows: int,
         table: tuple[Tensor, ...] = (),
     ) -> tuple[Tensor, ...]:
-        """Return queries, keys and values, (b, heads, s, head_dim), in one storage.
+        """Return queries, keys and values, each (b, heads, s, head_dim), as views of one tensor.
 
         Args:
             hidden: activations between layers, (b, s, d) or (1, b s / p, d).
-            num_rows: b, the number of rows.
+            num_rows: the number of rows b.
             table: the cos and sin of the tokens' positions if heads are rotated; see `rotation_table`.
         """
         update = update or LinearUpdate()
@@ -390,17 +391,17 @@ class QkvLinear(NormedLinear):
 
 @dataclass(frozen=True)
 class SplitHeads:
-    """Splits [Q | K | V], (b, s, o), into queries, keys and values, (b, heads, s, head_dim), in one storage.
+    """Splits [Q | K | V], (b, s, o), into queries, keys and values, (b, heads, s, head_dim), as views of one tensor.
 
-    With a table queries and keys are rotated. With norms each of their heads has an RMS norm before the rotation, or
-    all heads together have one. A norm saves its result, which attention saves too, and one element per token. "All
-    heads together" includes the heads of all ranks: the means of the ranks' equally many heads are summed over the
-    group, two elements per token, in one message in each pass.
+    If there is a table, queries and keys are rotated. If there are norms, either each of their heads has an RMS norm
+    before the rotation, or all heads share one. The backward pass needs the result, which attention saves too, and one
+    element per token and norm. A norm that all heads share includes the heads of all ranks. In each pass, one message
+    then sums the means of the ranks' heads over the group, two elements per token.
 
     Attributes:
         heads: the heads of this rank.
-        table: the cos and sin of the s tokens' positions; () if there is no rotation.
-        norms: the weights of the norms of queries and of keys, (head_dim,), or (heads * head_dim,) of all; or ().
+        table: the cos and sin of the positions of the s tokens; () if there is no rotation.
+        norms: the norm weights of queries and of keys, (head_dim,), or (heads * head_dim,) for a shared norm; or ().
         group: the ranks that share the heads.
     """
 
@@ -411,8 +412,8 @@ class SplitHeads:
     group: groups.RankGroup
 
     def forward(self, projected: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Return queries, keys and values, and the tensors that `backward` needs: the table, or the heads, the norms'
-        roots, the table and the norms' weights. `projected` may be overwritten."""
+        """Return queries, keys and values, and the tensors that `backward` needs: the table, or with norms the heads,
+        the norms' roots, the table and the norms' weights. `projected` may be overwritten."""
         counts = (self.heads.num, self.heads.num_kv, self.heads.num_kv)
         heads, saved = projected.view(-1, sum(counts), self.heads.dim).detach(), self.table
         if self.norms:
@@ -455,7 +456,7 @@ class SplitHeads:
         return self.kernels.rotate_normed_gradient(query, key, value, *numbers)
 
     def _weight(self, norms: Sequence[Tensor]) -> Tensor:
-        """Return the norm's weight of each head, (num + num_kv, head_dim)."""
+        """Return the norm weights of each head, (num + num_kv, head_dim)."""
         counts = self.heads.num, self.heads.num_kv
         by_head = (norm.detach().view(-1, self.heads.dim) for norm in norms)
         return torch.cat([norm.expand(count, -1) for norm, count in zip(by_head, counts, strict=True)])

@@ -1,12 +1,12 @@
-"""Contiguous layers of the flat list with the adapters' shards for them: one pipeline stage, or the whole model.
+"""Define one pipeline stage, or the complete model: consecutive layers of the flat list and their shards of adapters.
 
-It defines the order of calls, recompute, and the zero gradients that DeepSpeed needs from stages without trained
-tensors. It leaves schedules and messages between stages to DeepSpeed.
+A stage defines the order of calls, recompute, and the zero gradients that DeepSpeed needs from stages without trained
+tensors. DeepSpeed provides the schedules and the messages between stages.
 
 `SupervisedTail` has the layers after the last attention: the last block's output projection and MLP, the final norm,
 head and loss. They compute only supervised positions. From the MLP on, the backward pass of the summed loss runs inside
-its forward pass. So with any recompute, only gradients are saved: d elements per supervised position, and the factors'
-gradients.
+its forward pass. So with every recompute setting, only gradients are saved: d elements per supervised position, and the
+gradients of the factors.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -55,9 +55,9 @@ class SupervisedTail:
     tensor_parallel: TensorParallel
 
     def logits(self, attended: Attended, *, wanted: Tensor | None = None, shares: Shares = ()) -> Tensor:
-        """Return logits (b, s, V), equal on every rank; with `wanted`, (b,) int64, of one position per row, (b, 1, V).
+        """Return logits, equal on every rank: (b, s, V), or (b, 1, V) for one position per row, `wanted` (b,) int64.
 
-        With several shares, the rows are the rows of all shares, and positions are indices into all tokens (1, s).
+        With several adapters, there is one position for each of their rows, as an index into all tokens (1, s).
         """
         (size, length), some = attended.attention_output.shape[:2], None
         if wanted is not None:
@@ -72,7 +72,7 @@ class SupervisedTail:
     def loss(self, attended: Attended, labels: Tensor | Supervised) -> Tensor:
         """Return the summed loss over supervised positions. `labels` is (b, s) int64 or a `Supervised`.
 
-        If the positions belong to several adapters, there is one loss for each, (adapters,).
+        If the positions belong to several adapters, there is one loss per adapter, (adapters,).
         """
         supervised, some = self._supervised(labels)
         joined, update = self._join(attended, some)
@@ -100,7 +100,7 @@ class SupervisedTail:
         return _with_zero_gradients(loss, attended.zero_gradients)
 
     def position_losses(self, attended: Attended, labels: Tensor, shares: Shares = ()) -> Tensor:
-        """Return the loss of each position, (b, s), without a gradient; it is 0 if there is no label."""
+        """Return the loss of each position, (b, s), without a gradient. It is 0 for positions without a label."""
         supervised, some = self._supervised(labels, shares)
         joined, update = self._join(attended, some)
         hidden = self.block.add_mlp(joined, self.tensor_parallel, update, recomputes=False)
@@ -109,7 +109,7 @@ class SupervisedTail:
         return spread.index_put_((supervised.rows[supervised.supervised],), losses.float()).view(labels.shape)
 
     def _supervised(self, labels: Tensor | Supervised, shares: Shares = ()) -> tuple[Supervised, SomeTokens]:
-        """Return the supervised positions, and the tokens of this rank at these positions."""
+        """Return the supervised positions, and this rank's tokens at these positions."""
         num_parts, supervised = self.tensor_parallel.sequence_parts, labels
         if not isinstance(supervised, Supervised):
             supervised = find_supervised(supervised, num_parts, shares)
@@ -133,7 +133,7 @@ class SupervisedTail:
 
 
 def _with_zero_gradients(result: Tensor, tensors: Sequence[Tensor]) -> Tensor:
-    """Return the result with a backward pass that also returns zeros for these tensors."""
+    """Return `result` with a backward pass that also returns zeros for `tensors`."""
     if not tensors:
         return result
     zeros = _zeros_like(tensors)
@@ -141,19 +141,19 @@ def _with_zero_gradients(result: Tensor, tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _zeros_like(tensors: Sequence[Tensor]) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    """Return an adjoint that returns zeros for these tensors, without a reference to them."""
+    """Return an adjoint that returns zeros like `tensors`, without keeping references to them."""
     makers = [partial(torch.zeros, tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in tensors]
     return lambda _gradient: tuple(make() for make in makers)
 
 
 class Stage(nn.Module):
-    """Some consecutive layers of the list, called in order, with the adapters' shards for them.
+    """Consecutive layers of the flat list, called in order, with their shards of the adapters.
 
-    The adapters are read once per call, outside recompute, so their gradients take one autograd path per call.
+    The adapters are read once per call, outside recomputed layers, so their gradients have one autograd path per call.
 
-    From every stage DeepSpeed needs a trained tensor, an output with a gradient, and a gradient for its input. So a
-    stage whose engine has no adapted layers has an `anchor`, one parameter that is always zero. If no earlier stage has
-    an adapted layer, the gradient of its input is zeros. Layers before its first adapted layer have no backward pass.
+    DeepSpeed needs a trained tensor, an output with a gradient, and a gradient of the input on every stage. So a stage
+    whose engine sees no adapted layer has an `anchor`, one parameter that is always zero. If no earlier stage has an
+    adapted layer, the gradient of the input is zeros. Layers before the first adapted layer have no backward pass.
 
     Attributes:
         adapter_group: the adapters of the stage; None if there are none.
@@ -171,7 +171,7 @@ class Stage(nn.Module):
         recompute: str = "none",
         is_engines: bool = False,
     ) -> None:
-        """Build the layers.
+        """Build the layers of `specs`, and register the adapters.
 
         Args:
             adapters: the adapters of the stage. A single adapter without a group becomes a submodule.
@@ -189,7 +189,7 @@ class Stage(nn.Module):
         self.hold(adapters, is_engines=is_engines)
 
     def hold(self, adapters: TiedAdapter | AdapterGroup | None, *, is_engines: bool = False) -> None:
-        """Use these adapters from now on; see `__init__`."""
+        """Replace the adapters of the stage; see `__init__` for the arguments."""
         if isinstance(adapters, TiedAdapter):
             adapters, is_engines = AdapterGroup({ONLY: adapters}), True
         self.adapter_group = adapters
@@ -201,7 +201,7 @@ class Stage(nn.Module):
         self.register_parameter("anchor", nn.Parameter(torch.zeros(1)) if anchored else None)
 
     def set_recompute(self, how: str) -> None:
-        """Set what is recomputed from the next call on: `none`, `selective` (gate and up) or `full` (whole blocks)."""
+        """Set what is recomputed from the next call on: `none`, `selective` (gate and up) or `full` (blocks)."""
         self.recompute = how
         for index in self.blocks:
             block: Any = self.layers[str(index)]
@@ -254,15 +254,15 @@ class Stage(nn.Module):
             inputs: tokens (b, s) int64 if the stage has the embedding, otherwise activations between layers.
             positions: (b, s) int64.
             labels: (b, s) int64, the next token or -100; or the result of `find_supervised`, computed on the host.
-            documents: (b, s) int64, document ids; None: one document per row.
-            token_index: (b, s) int64, see `MicroBatch`; None: there is no dropout.
+            documents: (b, s) int64, document ids; None if each row is one document.
+            token_index: (b, s) int64, see `MicroBatch`; None if there is no dropout.
             shares: the adapters of the micro-batch; by default the only adapter. If there are several, b is 1, and
                 `labels` is the result of `find_supervised`.
-            prediction: a function of `predict` that is called instead of the forward pass.
+            prediction: a function that `predict` passes; it is called instead of the forward pass.
 
         Returns:
             activations between layers. A stage with the head returns the summed loss over supervised positions, or one
-            loss for each of several shares, (shares,). Without `labels` it returns the input of its `tail`.
+            loss per adapter if there are several. Without `labels`, such a stage returns the input of its `tail`.
         """
         if prediction is not None:
             return prediction()
@@ -303,13 +303,13 @@ class Stage(nn.Module):
         Args:
             inputs, positions, labels, documents: as in `forward`.
             shares: as in `forward`.
-            caches: one per block, for generation; with several shares one per block and share.
+            caches: one cache per block, for generation; with several adapters, one per block and adapter.
             updates: the result of `read_adapter`, if it was called before.
             wanted: (b,) int64, the position in each row whose logits are returned; the result is then (b, 1, V). With
-                several shares there is one for each of their rows, as an index into all s tokens.
+                several adapters, there is one position for each of their rows, as an index into all s tokens.
 
         Returns:
-            activations between layers if the stage has no head. A loss is 0 if there is no label.
+            activations between layers if the stage has no head. The loss of a position without a label is 0.
         """
 
         def logits_or_losses() -> Tensor:
@@ -359,7 +359,7 @@ class Stage(nn.Module):
         caches: Sequence[AnyCache] | None = None,
         shares: Shares = (),
     ) -> AttentionContext:
-        """Return the data about the tokens that attention needs in every block; see `Attention.context`."""
+        """Return the data that attention needs about the tokens in every block; see `Attention.context`."""
         cache = caches[0] if caches else None
         blocks: list[Any] = [self.layers[str(index)] for index in self.blocks]
         ropes = dict.fromkeys(block.attention.qkv.rope for block in blocks)

@@ -1,7 +1,7 @@
-"""The partition of a model over ranks, and the name table, which has every parameter and its Hugging Face rows.
+"""Partition a model over ranks, and map each parameter to rows of Hugging Face tensors in a name table.
 
 The partition defines the layers of each pipeline stage, and the sizes that tensor parallelism must divide. The name
-table follows from a `ModelShape`. Loading, merging, exporting and comparing all read it.
+table follows from a `ModelShape`. Loading, merging, exporting and comparing all use it.
 """
 
 import math
@@ -21,14 +21,15 @@ Stages = tuple[range, ...]
 
 
 def layer_costs(shape: ModelShape, *, length: int, first_adapted: int | None) -> tuple[float, ...]:
-    """Return the multiplications per token in both passes of each layer of the flat list (embedding, blocks, head).
+    """Return the multiplications per token of each layer of the flat list, for the forward and backward pass together.
 
-    A block has P elements in its matrices, for matmuls, and A = s h for causal attention over s tokens (h is the width
-    of the queries). Its forward pass costs P + A. From the first adapted layer on, its backward pass costs P + 2A. The
-    head costs V d in each pass, as if every position were supervised. The embedding costs nothing.
+    The forward pass of a block costs P + A. P is the number of elements in its matrices, and A = s h is the cost of
+    causal attention over s tokens (h is the width of the queries). From the first adapted layer on, the backward pass
+    of a block costs P + 2A. The head costs V d in each pass, as if every position were supervised. The embedding costs
+    nothing.
 
     Args:
-        first_adapted: the first adapted layer, 1-based; None: nothing is trained, and no layer has a backward pass.
+        first_adapted: the first adapted layer, 1-based; None if nothing is trained and no layer has a backward pass.
     """
     matmuls = shape.block.num_weights
     attention = length * shape.heads.rows[0]
@@ -41,9 +42,9 @@ def layer_costs(shape: ModelShape, *, length: int, first_adapted: int | None) ->
 
 @cache
 def partition(costs: tuple[float, ...], num_stages: int) -> Stages:
-    """Partition layers 0 to len(costs) - 1 into `num_stages` ranges, each with a block (no stage is only the head).
+    """Partition layers 0 to len(costs) - 1 into `num_stages` ranges, each with at least one block.
 
-    It minimises the largest cost of a stage and, among the partitions with this cost, the sum of squares.
+    The partition minimises the largest cost of a stage. Among such partitions, it minimises the sum of squared costs.
 
     Raises:
         ValueError: there are fewer blocks than stages.
@@ -63,10 +64,10 @@ def partition(costs: tuple[float, ...], num_stages: int) -> Stages:
 def _best_cuts(
     total: Sequence[float], num_stages: int, add: Callable[[float, float], float], *, largest: float = math.inf
 ) -> tuple[float, tuple[int, ...]]:
-    """Return the least value of a partition, and its cuts. `add` adds a stage's cost to the value of earlier stages.
+    """Return the lowest value of a partition, and the end of each stage. `add` adds a stage to earlier stages' value.
 
     Args:
-        total: the cost of the layers before each layer.
+        total: the total cost of the layers before each layer.
         largest: the largest cost that a stage may have.
     """
     num_layers = len(total) - 1
@@ -92,7 +93,7 @@ def check_layout(shape: ModelShape, grid: Grid, *, zero_stage: int = 0, ds_confi
     """Check that the grid can partition the model, and that the ZeRO stage of `ds_config` can be used with it.
 
     Raises:
-        UserError: the first value that does not fit, with the values that fit.
+        UserError: a value does not fit. The message has this value and the values that fit.
     """
     tp, pp = grid.tp_size, grid.pp_size
     # Tensor parallelism must divide whole heads, and the sizes along which linears are sharded. A linear that can be
@@ -106,23 +107,22 @@ def check_layout(shape: ModelShape, grid: Grid, *, zero_stage: int = 0, ds_confi
         if size % tp:
             possible = [n for n in range(1, shape.heads.num_kv + 1) if all(s % n == 0 for _, s in sizes)]
             raise UserError(
-                f"--tensor_parallel {tp} does not divide the model's {size} ({name}); possible are"
+                f"--tensor_parallel {tp} does not divide the model's size {size} ({name}). Possible values:"
                 f" {', '.join(map(str, possible))}"
             )
     if (tp - 1) * -(-shape.vocab_size // tp) >= shape.vocab_size:
         raise UserError(
-            f"--tensor_parallel {tp}: a vocabulary of {shape.vocab_size} leaves a rank without a row; give fewer"
+            f"--tensor_parallel {tp}: a rank would have no row of the vocabulary ({shape.vocab_size}). Use fewer ranks"
         )
     if pp > shape.num_layers:
         raise UserError(
-            f"--pipeline_parallel {pp}: the model has {shape.num_layers} layers and every stage needs one; give at"
+            f"--pipeline_parallel {pp}: the model has {shape.num_layers} layers, and every stage needs one. Use at"
             f" most {shape.num_layers}"
         )
     if pp > 1 and zero_stage > 1:
         raise UserError(
-            f"--ds_config {ds_config}: ZeRO-{zero_stage} does not go with --pipeline_parallel {pp} (stages"
-            " sum their gradients once a step, not per micro-batch); use zero1.json, which costs a rank no more than"
-            " whole gradients of its part of the adapter"
+            f"--ds_config {ds_config}: ZeRO-{zero_stage} cannot be used with --pipeline_parallel {pp}, because stages"
+            " sum their gradients once per step, not per micro-batch. Use zero1.json"
         )
 
 
@@ -142,11 +142,12 @@ class WeightRule:
 
     Attributes:
         name: the name of the parameter, "layers.INDEX.REST".
-        layer: its index in the flat list: 0 the embedding, 1 to L the blocks, L + 1 the head.
-        linear: the name of the linear that it is the matrix of; None for a norm's weight or a bias.
+        layer: the index of its layer in the flat list: 0 is the embedding, 1 to L are the blocks, L + 1 is the head.
+        linear: the name of the linear whose matrix it is; None for a norm's weight or a bias.
         shape: the shape of the full tensor.
         spec: the sharding over tensor-parallel ranks.
-        parts: the stored rows, stacked along dimension 0, one for each of `spec.blocks` if these are along dimension 0.
+        parts: the stored rows that form it, stacked along dimension 0. If `spec.blocks` are along this dimension, there
+            is one entry per block.
         divides: whether the backward pass divides by it, so that it must not contain zeros.
     """
 
@@ -164,13 +165,13 @@ class WeightRule:
         return tuple(part.name for part in self.parts)
 
     def is_quantised(self, shape: ModelShape) -> bool:
-        """Return whether the weight is quantised in a base of fewer bits: only the matrices of blocks' linears are."""
+        """Return whether quantised formats apply to the weight, as they do to the matrices of linears in blocks."""
         return self.linear is not None and 1 <= self.layer <= shape.num_layers
 
     def by_stored_tensor(self, rows: Tensor) -> dict[str, Tensor]:
         """Split rows (out_size, ...), stacked as in this weight, by the stored tensor to which they belong.
 
-        In a fused stored tensor they have the order of that tensor. Rows that belong to a different weight are zeros.
+        In a fused stored tensor, rows are in the order of that tensor. Rows of a different weight are zeros.
         """
         found: dict[str, Tensor] = {}
         for part, values in zip(self.parts, rows.split([part.size for part in self.parts]), strict=True):
@@ -183,7 +184,7 @@ class WeightRule:
 
 
 def weight_rules(shape: ModelShape) -> tuple[WeightRule, ...]:
-    """Return the name table, in the order of the flat list of layers. With tied embeddings the head has no entry."""
+    """Return the name table, in the order of the flat list of layers. Tied embeddings have one entry."""
     found = list(_linear(shape.embedding, layer=0, stored=""))
     for index in range(shape.num_layers):
         stored = shape.block.source.format(index=index) + "."
@@ -199,17 +200,17 @@ def weight_rules(shape: ModelShape) -> tuple[WeightRule, ...]:
 
 
 def stored_shapes(rules: Iterable[WeightRule]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the Hugging Face tensors that store some weights, by name."""
+    """Return the shapes of the Hugging Face tensors that store the weights of `rules`, by name."""
     return {part.name: part.shape for rule in rules for part in rule.parts}
 
 
 def quantised_rules(shape: ModelShape) -> Iterator[WeightRule]:
-    """Yield the weights that are quantised in a base of fewer bits, the linears of all blocks."""
+    """Yield the weights to which quantised storage formats apply, the matrices of linears in all blocks."""
     return (rule for rule in weight_rules(shape) if rule.is_quantised(shape))
 
 
 def stage_weight_rules(shape: ModelShape, *, has_embedding: bool) -> tuple[WeightRule, ...]:
-    """Return a stage's name table. With tied embeddings, a head without the embedding on its stage has its own copy."""
+    """Return a stage's name table. A tied head whose stage does not have the embedding has its own copy of it."""
     found = weight_rules(shape)
     if shape.tied_embeddings and not has_embedding:
         last = shape.num_layers + 1

@@ -1,1 +1,1 @@
-"""Everything that depends on ranks: the grid of ranks, shard declarations, collectives, frozen weights and the loss."""
+"""Implement everything that depends on ranks: the grid, sharding, collectives, frozen weights and the loss."""

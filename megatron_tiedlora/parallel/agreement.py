@@ -1,12 +1,13 @@
-"""Agreement of all ranks outside the model: sums of a few numbers, and rank 0's decisions. A single rank sends nothing.
+"""Exchange small values between all ranks outside the model: sums, errors and decisions of rank 0.
 
-Everything is sent as CPU tensors over gloo, so no rank waits for a GPU, and an exchange with a dead peer raises at
-once. The size is sent first, then the value as bytes: JSON for fields, texts and numbers, safetensors for tensors.
+With a single rank nothing is sent. Everything is sent as CPU tensors over gloo, so no rank waits for a GPU. If a peer
+has died, the exchange raises an error at once. The size is sent first, then the value as bytes. Fields, strings and
+numbers are sent as JSON, tensors as safetensors:
 
     message = length of the JSON (8 bytes) | JSON | safetensors, if there are tensors
 
-The receiver knows the type of the value and rejects anything else. Nothing in a message names code or a type, and no
-rank unpickles a message of a peer.
+The receiver knows the expected type and rejects any other value. Messages contain no code and no type names,
+and they are never unpickled.
 """
 
 import dataclasses
@@ -28,17 +29,17 @@ Value = TypeVar("Value")
 
 
 def world_size() -> int:
-    """Return the number of ranks in the process group, or 1 without a group."""
+    """Return the number of ranks in the process group, or 1 if there is no group."""
     return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def sum_over_ranks(values: Sequence[float]) -> list[float]:
-    """Return the elementwise fp64 sum of a few numbers over all ranks, the same on each rank."""
+    """Return the elementwise fp64 sum of `values` over all ranks. Every rank gets the same result."""
     return _reduced(values, distributed.ReduceOp.SUM)
 
 
 def max_over_ranks(values: Sequence[float]) -> list[float]:
-    """Return the elementwise fp64 maximum of a few numbers over all ranks, the same on each rank."""
+    """Return the elementwise fp64 maximum of `values` over all ranks. Every rank gets the same result."""
     return _reduced(values, distributed.ReduceOp.MAX)
 
 
@@ -52,7 +53,7 @@ def _reduced(values: Sequence[float], op: distributed.ReduceOp.RedOpType) -> lis
 
 
 def gather_numbers(value: int) -> list[int]:
-    """Return the whole numbers (up to 2^63) of all ranks, in rank order, on every rank."""
+    """Gather an integer below 2^63 from each rank, and return the list in rank order on every rank."""
     if world_size() == 1:
         return [value]
     numbers = torch.zeros(world_size(), dtype=torch.int64)
@@ -63,13 +64,16 @@ def gather_numbers(value: int) -> list[int]:
 
 
 def first_message(message: str | None) -> str | None:
-    """Return on every rank the message of the lowest rank that has one, or None if no rank has one."""
+    """Return the message of the lowest rank that has one, on every rank. Return None if no rank has a message."""
     (found,) = first_messages([message])
     return found
 
 
 def first_messages(messages: Sequence[str | None]) -> list[str | None]:
-    """Return `first_message` for each of several messages, as many on every rank. Without any, one sum is sent."""
+    """Apply `first_message` to each element of `messages`, which has the same length on every rank.
+
+    If no rank has a message, only one sum is sent.
+    """
     if world_size() == 1 or not messages:
         return list(messages)
     counts = sum_over_ranks([float(message is not None) for message in messages])
@@ -87,10 +91,10 @@ def _sent_by_first(message: str | None) -> str:
 
 
 def gather_on_rank_0(value: Value, *, kind: Any) -> list[Value] | None:
-    """Return the values of all ranks, of type `kind`, in rank order on rank 0, and None on the others.
+    """Return the values of all ranks, of type `kind`, in rank order on rank 0. Return None on other ranks.
 
     Raises:
-        UserError: a value is too large (raised on every rank), or not of type `kind` (raised on rank 0).
+        UserError: a value is too large (raised on every rank), or is not of type `kind` (raised on rank 0).
     """
     if world_size() == 1:
         return [value]
@@ -111,7 +115,7 @@ def gather_on_rank_0(value: Value, *, kind: Any) -> list[Value] | None:
 
 
 def num_differing(value: str) -> int:
-    """Return on every rank the number of ranks whose value differs from rank 0's."""
+    """Return the number of ranks whose value differs from the value on rank 0. Every rank gets the result."""
     first = decided_by_rank_0(lambda: value, kind=str)
     return round(sum_over_ranks([float(value != first)])[0])
 
@@ -120,10 +124,11 @@ def decided_by_rank_0(decide: Callable[[], Value], *, kind: Any = None) -> Value
     """Call `decide` on rank 0 only, and return its result on every rank.
 
     Args:
-        kind: the type of the result, which must be one that `packed` can send; None if the result is None.
+        kind: the type of the result, which `packed` must support; None if the result is None.
 
     Raises:
-        UserError: `decide` raised it on rank 0, or the value is not of type `kind`. All ranks raise it, so none waits.
+        UserError: `decide` raised it on rank 0. Then all ranks raise this error, so that no rank hangs. The other ranks
+            also raise an error if the result is not of type `kind`.
     """
     if world_size() == 1:
         return decide()
@@ -148,7 +153,7 @@ def decided_by_rank_0(decide: Callable[[], Value], *, kind: Any = None) -> Value
 
 
 def raise_on_every_rank(failure: UserError | None) -> None:
-    """Raise rank 0's `failure`, if it has one, on every rank. All ranks call this together."""
+    """Raise the `failure` of rank 0 on every rank if it is not None. All ranks must call this function together."""
 
     def tell() -> None:
         if failure is not None:
@@ -158,7 +163,7 @@ def raise_on_every_rank(failure: UserError | None) -> None:
 
 
 def _broadcast(message: bytearray, size: int, *, source: int, largest: int) -> bytearray | memoryview:
-    """Return the message of `source`, of `size` bytes, on every rank. Raises UserError if it is too large."""
+    """Return the message of rank `source`, with `size` bytes, on every rank. Raise UserError if it is too large."""
     _check_size(size, sender=source, largest=largest)
     here = distributed.get_rank() == source
     data = torch.frombuffer(message, dtype=torch.uint8) if here else torch.empty(size, dtype=torch.uint8)
@@ -179,10 +184,10 @@ _LENGTH_BYTES = 8
 
 
 def _sent_tensor(name: object, info: ValidationInfo) -> Tensor:
-    """Return the tensor called `name` in the message."""
+    """Return the tensor that the message stores under `name`."""
     sent: Any = info.context
     if not isinstance(name, str) or name not in sent:
-        raise ValueError("no tensor of that name was sent")
+        raise ValueError("no tensor with this name was sent")
     tensor: Tensor = sent[name]
     return tensor
 
@@ -192,13 +197,13 @@ SentTensor = Annotated[Tensor, PlainValidator(_sent_tensor)]
 
 
 def packed(value: object) -> bytearray:
-    """Return a value as a message. No bit of a number is lost.
+    """Return a value serialised as a message. Numbers are reproduced exactly.
 
     Args:
-        value: None, a text, number, path or tensor, or lists, tuples, mappings and dataclasses of these.
+        value: None, a string, number, path or tensor, or lists, tuples, mappings and dataclasses of such values.
 
     Raises:
-        UserError: a text is not Unicode.
+        UserError: a string is not valid Unicode.
     """
     tensors: dict[str, Tensor] = {}
 
@@ -220,7 +225,9 @@ def packed(value: object) -> bytearray:
         encoded = text.encode()
     except UnicodeEncodeError as error:
         part = shown(text[max(0, error.start - 20) : error.end + 20])
-        raise UserError(f"a text with half of a surrogate pair cannot be sent to other ranks ({part})") from None
+        raise UserError(
+            f"a text that is not valid Unicode cannot be sent to other ranks ({part}). Remove the invalid characters"
+        ) from None
     message = bytearray(len(encoded).to_bytes(_LENGTH_BYTES, "little") + encoded)
     if tensors:
         message += save(tensors)
@@ -228,16 +235,16 @@ def packed(value: object) -> bytearray:
 
 
 def unpacked(kind: Any, message: bytes | bytearray | memoryview, *, sender: int) -> Any:
-    """Return the value of type `kind` in a message of rank `sender`. Mappings become dicts; no type is converted.
+    """Return the value of type `kind` in a message of rank `sender`. Mappings become dicts; types are not converted.
 
     Raises:
-        UserError: the message does not hold such a value.
+        UserError: the message does not contain a value of this type.
     """
     view = memoryview(message)
     length = int.from_bytes(view[:_LENGTH_BYTES], "little")
     rest = len(view) - _LENGTH_BYTES - length
     if rest < 0 or length > LARGEST_JSON:
-        raise unreadable(sender, f"its JSON has {length} bytes of {len(view)}")
+        raise unreadable(sender, f"its JSON of {length} bytes does not fit into {len(view)} bytes")
     end = _LENGTH_BYTES + length
     try:
         tensors = load(bytes(view[end:])) if rest else {}
@@ -249,5 +256,5 @@ def unpacked(kind: Any, message: bytes | bytearray | memoryview, *, sender: int)
 
 
 def unreadable(sender: int, problem: str) -> UserError:
-    """Return the error for a message that does not hold a value of the expected type."""
-    return UserError(f"the message of rank {sender} cannot be read ({problem}). Start all ranks from one installation")
+    """Return the error for a message that does not contain a value of the expected type."""
+    return UserError(f"the message of rank {sender} cannot be read ({problem}). Use the same installation on all ranks")

@@ -1,7 +1,7 @@
-"""A weight that is never trained: how a rank stores its shard, every matmul with it, and the embedding.
+"""Define frozen weights: the storage of a rank's shard, all matmuls with it, and the embedding.
 
 The forward pass computes x W^T + c. The backward pass computes dy W, which does not need x. Layers do both through
-`FrozenWeight`, so another storage format is only a subclass. Linears with an adapter are in `model/linears.py`.
+`FrozenWeight`, so a new storage format needs only a subclass. Linears with an adapter are in `model/linears.py`.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,16 +17,17 @@ from megatron_tiedlora.parallel.groups import TensorParallel, leave_tensor_paral
 
 
 def frozen_parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
-    """Return an uninitialised parameter without a gradient, on the current default device."""
+    """Return an uninitialised parameter that requires no gradient, on the current default device."""
     return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Columns `start` to `stop - 1` of a tensor with `full` columns: the shard of its rows on this rank.
+    """This rank's columns of a tensor that is sharded by columns: `start` to `stop - 1` of `full` columns.
 
     Attributes:
-        largest: returns the elementwise maximum over the ranks that hold the other columns; None if there are none.
+        largest: a function that returns the elementwise maximum over the ranks that hold the columns; None if this rank
+            holds all of them.
     """
 
     start: int
@@ -36,9 +37,9 @@ class Columns:
 
 
 class FrozenWeight:
-    """The weight W (out, in) of a linear, or a vector, as one tensor in the dtype of the activations.
+    """A frozen weight W (out, in) of a linear, or a vector, stored as one tensor in the dtype of the activations.
 
-    It is no module. The layer that uses it registers its `parameters`, so that engines move and partition them.
+    This class is not an nn.Module. Layers register its `parameters`, so that engines move and partition them.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -46,7 +47,7 @@ class FrozenWeight:
 
     @classmethod
     def empty(cls, *local_shape: int, dtype: torch.dtype, shards_rows: bool = False) -> "FrozenWeight":
-        """Return a weight with uninitialised memory on the current default device.
+        """Return an uninitialised weight on the current default device.
 
         Args:
             dtype: the dtype of the activations.
@@ -66,36 +67,37 @@ class FrozenWeight:
         return tuple(self.tensor.shape)
 
     def times_transposed(self, x: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
-        """Return x W^T + bias, (tokens, out), for x (tokens, in), in `out` if given. Autograd does not record it.
+        """Return x W^T + bias, (tokens, out), for x (tokens, in), written to `out` if given.
 
-        It does not use `functional.linear`, which DeepSpeed's zero.Init replaces by its own function (seen in 0.19.8).
+        Autograd does not record this matmul. `functional.linear` is not used, because DeepSpeed's zero.Init replaces
+        that function (seen in 0.19.8).
         """
         transposed = self.tensor.detach().t()
         return torch.mm(x, transposed, out=out) if bias is None else torch.addmm(bias, x, transposed, out=out)
 
     def times(self, grad_y: Tensor, *, out: Tensor | None = None) -> Tensor:
-        """Return dy W, (tokens, in), for dy (tokens, out), in `out` if given. Autograd does not record it."""
+        """Return dy W, (tokens, in), for dy (tokens, out), written to `out` if given. Autograd does not record this."""
         return torch.mm(grad_y, self.tensor.detach(), out=out)
 
     def empty_values(self) -> Tensor:
-        """Return uninitialised memory for the values of this rank's shard, to be passed to `load`."""
+        """Return an uninitialised tensor for the values of this rank's shard, which is then passed to `load`."""
         return torch.empty_like(self.tensor)
 
     def columns_to_read(self, columns: Columns) -> slice:
-        """Return which columns of the full tensor `load` needs for a shard with these columns."""
+        """Return the columns of the full tensor that `load` needs for a shard with these columns."""
         return slice(columns.start, columns.stop)
 
     def load(self, values: Tensor, *, dim: int = 0, start: int = 0, columns: Columns | None = None) -> None:
-        """Store `values`, of any float dtype and device, along dimension `dim` from index `start` on.
+        """Store `values`, of any float dtype and device, along dimension `dim`, beginning at index `start`.
 
         Args:
-            columns: the shard's columns of the full tensor; then `values` has the columns `columns_to_read`.
+            columns: the shard's columns of the full tensor. If given, `values` has the columns of `columns_to_read`.
         """
         self.tensor.data.narrow(dim, start, values.shape[dim]).copy_(values)
 
 
 class WeightMaker(Protocol):
-    """A function that makes an empty weight; see `FrozenWeight.empty`."""
+    """A function that creates an uninitialised weight; see `FrozenWeight.empty`."""
 
     def __call__(self, *local_shape: int, dtype: torch.dtype, shards_rows: bool = False) -> FrozenWeight: ...
 
@@ -128,20 +130,20 @@ def frozen_weights(module: nn.Module) -> dict[str, FrozenWeight]:
 
 
 # Rows of matmuls, and columns sent in the same message as others, are padded to a multiple of this. Fast kernels need
-# rows of 16-bit numbers that start at multiples of 16 bytes, and a CPU takes a third longer for 511 rows than for 512.
+# rows of 16-bit values that start at multiples of 16 bytes, and a CPU takes a third longer for 511 rows than for 512.
 SIZE_MULTIPLE = 8
 _HALF = (torch.bfloat16, torch.float16)
 
 
 def padded(size: int, multiple: int = SIZE_MULTIPLE) -> int:
-    """Return `size` rounded up to the next multiple."""
+    """Return `size` rounded up to a multiple of `multiple`."""
     return -(-size // multiple) * multiple
 
 
 def wide_matmul(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return left @ right in `dtype`, from matrices of one dtype that is not wider than `dtype`.
+    """Return left @ right in `dtype`. Both matrices have the same dtype, which is not wider than `dtype`.
 
-    From 16 bits to fp32, on CUDA, the sums are not rounded. For any other pair of dtypes, or on a CPU, they are first
+    On CUDA, sums of 16-bit matrices are returned in fp32 without rounding. In all other cases the sums are first
     rounded to the dtype of the matrices.
     """
     if left.is_cuda and left.dtype in _HALF and dtype == torch.float32:
@@ -150,7 +152,7 @@ def wide_matmul(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def frozen_linear(x: Tensor, weight: FrozenWeight) -> Tensor:
-    """Return x W^T, (..., out), for x (..., in) and W (out, in). Nothing is saved for the backward pass, dX = dY W."""
+    """Return x W^T, (..., out), for x (..., in) and W (out, in). The backward pass, dX = dY W, needs no saved data."""
 
     def of_rows(matmul: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
         return matmul(tensor.flatten(0, -2)).view(*tensor.shape[:-1], -1)
@@ -159,12 +161,12 @@ def frozen_linear(x: Tensor, weight: FrozenWeight) -> Tensor:
 
 
 class VocabularyParallelEmbedding(nn.Module):
-    """The embedding of token ids, a (vocabulary, d) table. A rank adds zeros for tokens whose rows other ranks hold."""
+    """The embedding table (vocabulary, d), sharded by vocabulary. Ranks use zeros for rows that they do not hold."""
 
     weight: nn.Parameter
 
     def __init__(self, weight: FrozenWeight) -> None:
-        """Take `weight`, (local vocabulary, d), stored as one tensor."""
+        """Create the embedding from `weight`, (local vocabulary, d), which must be stored as one tensor."""
         super().__init__()
         self.frozen = register(self, weight)
 

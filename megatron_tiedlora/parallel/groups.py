@@ -1,10 +1,10 @@
-"""Groups of ranks that send each other messages, the collectives of tensor parallelism, and counters of messages.
+"""Define groups of ranks, the collectives of tensor parallelism, and counters of the messages that ranks send.
 
-Groups are made elsewhere and passed as arguments, never read from globals. Entering and leaving a region are adjoint:
-identity (backward all-reduce) and all-reduce (backward identity). With sequence parallelism they are all-gather
-(backward reduce-scatter) and reduce-scatter (backward all-gather). The gradients in the backward pass of a gather are
-partial sums, one per rank, so they are summed and not only sliced. No function changes its input. In a group of one
-rank nothing is sent.
+Groups are created elsewhere and passed as arguments. They are never read from globals. Entering a tensor-parallel
+region is the identity, and leaving it is an all-reduce. Their backward passes are an all-reduce and the identity. With
+sequence parallelism, entering is an all-gather and leaving is a reduce-scatter. Their backward passes are a
+reduce-scatter and an all-gather. The gradient of a gathered tensor is a partial sum on each rank, so it is summed and
+not only sliced. No function changes its input. In a group of one rank nothing is sent.
 """
 
 from collections import Counter
@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Grid:
-    """The grid of ranks over (pp, dp, tp). The ranks of a tensor-parallel group are adjacent.
+    """The grid of pipeline, data and tensor-parallel ranks. The ranks of a tensor-parallel group are adjacent.
 
     rank = (pp_rank * dp_size + dp_rank) * tp_size + tp_rank
     """
@@ -44,27 +44,27 @@ class Grid:
             raise UserError(
                 f"{count_text(self.world_size, 'rank')} {'is' if self.world_size == 1 else 'are'} not a multiple of"
                 f" --tensor_parallel {self.tp_size} x --pipeline_parallel {self.pp_size}."
-                f" Start {f'{below} or ' if below else ''}{below + unit} ranks, or change the two"
+                f" Start {f'{below} or ' if below else ''}{below + unit} ranks, or change these flags"
             )
 
     @property
     def dp_size(self) -> int:
-        """Return the data-parallel size = world size / (tensor x pipeline)."""
+        """Return the data-parallel size, which is world size / (tensor x pipeline)."""
         return self.world_size // (self.tp_size * self.pp_size)
 
     @property
     def tp_rank(self) -> int:
-        """Return the index in the tensor-parallel group, whose ranks share each layer."""
+        """Return this rank's index in its tensor-parallel group, whose ranks hold shards of the same layers."""
         return self.rank % self.tp_size
 
     @property
     def dp_rank(self) -> int:
-        """Return the index in the data-parallel group, whose ranks get different samples."""
+        """Return this rank's index in its data-parallel group, whose ranks get different samples."""
         return self.rank // self.tp_size % self.dp_size
 
     @property
     def pp_rank(self) -> int:
-        """Return the index of the pipeline stage."""
+        """Return the index of this rank's pipeline stage."""
         return self.rank // (self.tp_size * self.dp_size)
 
     def rank_of(self, *, pp_rank: int = 0, dp_rank: int = 0, tp_rank: int = 0) -> int:
@@ -72,27 +72,27 @@ class Grid:
         return (pp_rank * self.dp_size + dp_rank) * self.tp_size + tp_rank
 
     def at(self, rank: int) -> "Grid":
-        """Return this grid for a different rank."""
+        """Return the grid as seen from `rank`."""
         return replace(self, rank=rank)
 
     def groups(self, key: "Callable[[Grid], Key]") -> dict[Key, list[int]]:
-        """Return lists of the ranks whose coordinates have the same `key`, by the key's value."""
+        """Return a list of ranks for each value of `key`, which is called with the grid of each rank."""
         members: dict[Key, list[int]] = {}
         for rank in range(self.world_size):
             members.setdefault(key(self.at(rank)), []).append(rank)
         return members
 
 
-# Renamed in torch 2.13, where the old names warn.
+# These functions have new names in torch 2.13, where the old names raise a warning.
 _all_gather_into = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
 _reduce_scatter_into = getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
 
 
 @dataclass(frozen=True)
 class RankGroup:
-    """Some ranks, and the index of this rank among them. A group of one rank has no handle and sends nothing.
+    """A group of ranks, and this rank's index in it. A group of one rank has no handle and sends nothing.
 
-    It sends the collectives of tensor parallelism. Code that only counts them has its own class of group.
+    Its methods are the collectives of tensor parallelism. Code that only counts messages defines its own group class.
     """
 
     handle: ProcessGroup | None = None
@@ -100,7 +100,7 @@ class RankGroup:
     size: int = 1
 
     def all_reduce_(self, tensor: Tensor, op: distributed.ReduceOp.RedOpType = distributed.ReduceOp.SUM) -> None:
-        """Replace a contiguous tensor by its sum over the group, or by the reduction `op`."""
+        """Reduce a contiguous tensor over the group in place. The reduction `op` is by default the sum."""
         distributed.all_reduce(tensor, op=op, group=self.handle)
 
     def all_gather_into(self, gathered: Tensor, tensor: Tensor) -> None:
@@ -108,7 +108,7 @@ class RankGroup:
         _all_gather_into(gathered, tensor, group=self.handle)
 
     def reduce_scatter_into(self, mine: Tensor, parts: Tensor) -> None:
-        """Write this rank's slice of the sum of `parts` to `mine`. The slices are concatenated along dimension 0."""
+        """Sum `parts` over the ranks, and write this rank's slice of the sum along dimension 0 to `mine`."""
         _reduce_scatter_into(mine, parts, group=self.handle)
 
 
@@ -117,11 +117,12 @@ ALONE = RankGroup()
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """The ranks that share each layer, and whether activations between layers are sharded along the sequence.
+    """The tensor-parallel group, and whether activations between layers are sharded along the sequence.
 
-    With sequence parallelism, norms and residual sums run on (1, b s / size, d): the b sequences are concatenated and
-    each rank has an equal, contiguous shard, so that messages need no copy. A layer gathers at its start and
-    reduce-scatters at its end. Without it every rank holds (b, s, d), and a layer all-reduces at its end.
+    With sequence parallelism, norms and residual sums have shape (1, b s / size, d). The b sequences are concatenated,
+    and each rank has an equal, contiguous shard, so that messages need no copy. A layer gathers at its start and
+    reduce-scatters at its end. Without sequence parallelism, they have shape (b, s, d) on every rank, and a layer
+    all-reduces at its end.
     """
 
     group: RankGroup = ALONE
@@ -133,7 +134,7 @@ class TensorParallel:
         return self.group.size if self.sequence_parallel else 1
 
     def whole_sequences(self) -> "TensorParallel":
-        """Return these ranks without sequence parallelism, for generation, where a step is one token long."""
+        """Return this group without sequence parallelism, for generation, where each step computes one token."""
         return replace(self, sequence_parallel=False)
 
 
@@ -142,10 +143,11 @@ class ParallelGroups:
     """All process groups of this rank.
 
     Attributes:
-        tensor: the ranks that share each layer.
-        pipeline: the ranks with the same samples and the same shard of each layer, one per stage.
-        choices: the ranks of `pipeline`, for the tokens that the last stage sends to all others during generation. They
-            need their own queue, since ranks send them and the messages between stages in different orders.
+        tensor: the ranks that hold shards of the same layers.
+        pipeline: the ranks with the same samples and the same tensor-parallel index, one per stage.
+        choices: a second group of the ranks of `pipeline`, for the generated tokens that the last stage sends to all
+            stages. These messages need their own queue, since their order relative to messages between stages differs
+            between ranks.
         data: the ranks that hold the same tensors and get different samples.
         tied: pipeline x data, the ranks that hold the same shard of a tied tensor.
         stage: tensor x data, the ranks that hold the same u.
@@ -170,7 +172,7 @@ SEQUENCE_DIM = 1  # the dimension of the tokens in activations (1, b s, d)
 def all_reduce(
     tensor: Tensor, group: RankGroup, op: distributed.ReduceOp.RedOpType = distributed.ReduceOp.SUM
 ) -> Tensor:
-    """Return the sum over the group, or the reduction `op`, bit-equal on every rank. Several ranks get a copy."""
+    """Return `tensor` reduced over the group by `op`, bit-equal on every rank. The input is not modified."""
     if group.size == 1:
         return tensor
     total = tensor.clone(memory_format=torch.contiguous_format)
@@ -179,12 +181,12 @@ def all_reduce(
 
 
 def largest_of_all(tensor: Tensor, group: RankGroup) -> Tensor:
-    """Return the elementwise maximum over the group. It is a new tensor unless the group has one rank."""
+    """Return the elementwise maximum over the group. The result is a new tensor unless the group has one rank."""
     return all_reduce(tensor, group, distributed.ReduceOp.MAX)
 
 
 def all_gather(tensor: Tensor, group: RankGroup, dim: int) -> Tensor:
-    """Return the tensors of all ranks, of equal shapes, concatenated along `dim` in rank order."""
+    """Return the tensors of all ranks, which have equal shapes, concatenated along `dim` in rank order."""
     if group.size == 1:
         return tensor
     dim %= tensor.ndim
@@ -194,7 +196,7 @@ def all_gather(tensor: Tensor, group: RankGroup, dim: int) -> Tensor:
 
 
 def reduce_scatter(tensor: Tensor, group: RankGroup, dim: int) -> Tensor:
-    """Return this rank's equal slice along `dim` of the sum over the group. The group's size must divide `dim`."""
+    """Return this rank's slice along `dim` of the sum over the group. The group's size must divide this dimension."""
     if group.size == 1:
         return tensor
     dim %= tensor.ndim
@@ -221,8 +223,8 @@ def with_adjoint(function: Callable[..., Result], adjoint: Callable[..., Any], *
     """Return `function(*tensors)`, a tensor or a tuple, with a handwritten backward pass.
 
     Args:
-        adjoint: returns the gradients of the tensors (or None for one) from the gradients of the results. It must not
-            refer to the tensors, because they would then be in memory until the backward pass.
+        adjoint: a function that returns a gradient or None for each tensor, from the gradients of the results. It must
+            not refer to the tensors, because that would keep them in memory until the backward pass.
     """
     result: Result = _WithAdjoint.apply(function, adjoint, *tensors)
     return result
@@ -238,7 +240,7 @@ def concatenated(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def gather_from_tensor_parallel_region(tensor: Tensor, group: RankGroup, dim: int) -> Tensor:
-    """Return the ranks' shards, concatenated along `dim`. Each rank gets its shard of the summed gradient."""
+    """Return the shards of all ranks, concatenated along `dim`. The backward pass is a reduce-scatter."""
     if group.size == 1:
         return tensor
     gathers, scatters = (partial(function, group=group, dim=dim) for function in (all_gather, reduce_scatter))
@@ -246,9 +248,9 @@ def gather_from_tensor_parallel_region(tensor: Tensor, group: RankGroup, dim: in
 
 
 def gather_together(tensors: Sequence[Tensor], group: RankGroup, dims: Sequence[int]) -> tuple[Tensor, ...]:
-    """Return several tensors of one dtype, each gathered along its own dimension, from one message for all of them.
+    """Gather several tensors of one dtype, each along its own dimension, in one message.
 
-    Their gradients are summed in one message too. A tensor without a gradient counts as having a gradient of zeros.
+    Their gradients are also summed in one message. A missing gradient counts as zeros.
     """
     if group.size == 1 or not tensors:
         return tuple(tensors)
@@ -279,9 +281,9 @@ def end_to_end(hidden: Tensor) -> Tensor:
 
 
 def enter_tensor_parallel_region(hidden: Tensor, tensor_parallel: TensorParallel) -> Tensor:
-    """Return (b, s, d) or (1, b s, d) on every rank from activations between layers, for column-parallel layers.
+    """Return the input of column-parallel layers, (b, s, d) or (1, b s, d), from activations between layers.
 
-    Each rank has a partial sum of the result's gradient. The backward pass sums these over the group.
+    The backward pass sums the gradient over the group, because each rank has only a partial sum of it.
     """
     group = tensor_parallel.group
     if group.size > 1 and not tensor_parallel.sequence_parallel:
@@ -292,7 +294,7 @@ def enter_tensor_parallel_region(hidden: Tensor, tensor_parallel: TensorParallel
 def leave_tensor_parallel_region(hidden: Tensor, tensor_parallel: TensorParallel) -> Tensor:
     """Return the sum of the ranks' partial sums (b, s, d), in the shape of activations between layers.
 
-    Every partial sum gets the gradient of the sum, gathered if the sum is sharded along the sequence.
+    In the backward pass, every rank gets the gradient of the sum, gathered first if it is sharded along the sequence.
     """
     group = tensor_parallel.group
     if group.size == 1:
@@ -306,32 +308,32 @@ def leave_tensor_parallel_region(hidden: Tensor, tensor_parallel: TensorParallel
 class StepSum:
     """Accumulates the gradients of a tensor. The last backward pass of the step returns their sum over the group.
 
-    Earlier backward passes return zeros. So an engine that adds up the gradients of all passes gets the sum once.
-    Until `start` is called, each backward pass is its own step.
+    Earlier backward passes return zeros, so an engine that adds the gradients of all passes gets the sum once. Until
+    `start` is called, each backward pass counts as a step.
     """
 
     def __init__(self, group: RankGroup = ALONE, *, keeps: bool = True) -> None:
-        """Prepare to sum over `group`.
+        """Create an accumulator that sums over `group`.
 
         Args:
-            keeps: whether this rank gets the sum; otherwise it gets zeros. Among ranks whose gradients are summed or
-                averaged later, only one may get it: adding zeros gives the same bits in any order of sums.
+            keeps: whether this rank gets the sum; otherwise it gets zeros. If the gradients of several ranks are summed
+                or averaged later, only one of these ranks may keep the sum. Adding zeros does not change its bits.
         """
         self.group = group
         self._keeps = keeps
         self.start(1)
 
     def start(self, num_passes: int) -> None:
-        """Begin a step of `num_passes` backward passes. The gradients of an unfinished step are dropped."""
+        """Begin a step of `num_passes` backward passes. The gradients of an unfinished step are discarded."""
         self._left = num_passes
         self._parts: Tensor | None = None
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Return the tensor with a summed gradient. All ranks of the group must run equally many backward passes."""
+        """Return `tensor`, whose gradient will be summed. All ranks must run the same number of backward passes."""
         return with_adjoint(_itself, self.take, tensor)
 
     def take(self, gradient: Tensor) -> Tensor:
-        """Return the gradient of a backward pass, from this rank's partial sum, in the same shape and dtype."""
+        """Return the gradient for one backward pass from this rank's partial sum, in the same shape and dtype."""
         self._parts = gradient if self._parts is None else self._parts + gradient
         self._left -= 1
         if self._left:
@@ -346,7 +348,7 @@ class StepSum:
 
 GROUPS = ("tensor", "pipeline", "data", "tied", "stage", "model", "world")
 TENSOR, PIPELINE, DATA, TIED, STAGE, MODEL, WORLD = GROUPS
-# c10d operation -> (kind, index of the argument whose bytes are the whole message)
+# c10d operation -> (kind, index of the argument whose bytes are the full message)
 _KINDS = {
     "allreduce_": ("all-reduce", 0),
     "_allgather_base_": ("all-gather", 0),
@@ -363,9 +365,9 @@ _IGNORED = {"recv_", "recv_any_source_", "monitored_barrier_"}  # only the sende
 
 @dataclass
 class Traffic:
-    """Messages and bytes by (group, kind). Bytes count the whole tensor: a gather's output, a reduction's input.
+    """The numbers of messages and bytes by (group, kind). Bytes are those of a gather's output or a reduction's input.
 
-    Over a ring of n ranks, each rank sends B (n - 1) / n bytes for an all-gather or reduce-scatter of B bytes. For an
+    On a ring of n ranks, each rank sends B (n - 1) / n bytes for an all-gather or reduce-scatter of B bytes. For an
     all-reduce it sends twice as many.
     """
 
@@ -379,7 +381,7 @@ class Traffic:
             self.bytes[group, kind] += count * size
 
     def include(self, other: "Traffic", *, times: int = 1) -> None:
-        """Add the counts of a different object, `times` times."""
+        """Add the counts of `other`, multiplied by `times`."""
         for key, count in other.messages.items():
             self.messages[key] += times * count
             self.bytes[key] += times * other.bytes[key]
@@ -393,10 +395,10 @@ class Traffic:
 
 
 def named_handles(groups: ParallelGroups) -> dict[str, ProcessGroup | None]:
-    """Return the handles of a rank's groups by name. Groups of the same ranks appear once.
+    """Return the handles of a rank's groups by name. Groups with the same ranks appear once.
 
-    With one stage, `tied` is the data-parallel group and `stage` the world. Without data parallelism `stage` is the
-    tensor group; without tensor parallelism it is the data-parallel group.
+    With one stage, `tied` is the data-parallel group, and `stage` is the group of all ranks. Without data parallelism,
+    `stage` is the tensor-parallel group. Without tensor parallelism, it is the data-parallel group.
     """
     handles = {name: getattr(groups, name).handle for name in (TENSOR, PIPELINE, DATA, MODEL)}
     for name, handle in ((TIED, groups.tied.handle), (STAGE, groups.stage.handle)):
@@ -406,19 +408,19 @@ def named_handles(groups: ParallelGroups) -> dict[str, ProcessGroup | None]:
 
 
 class TrafficCounter(TorchDispatchMode):
-    """Counts the messages that this rank sends inside the `with` block: ours, DeepSpeed's, and point to point.
+    """Counts the messages that this rank sends inside a `with` block, including those of DeepSpeed.
 
         with TrafficCounter(named_handles(groups)) as counter:
             ...
         counter.traffic
 
     Collectives are dispatcher operations of the `c10d` namespace, so a dispatch mode intercepts all of them, also in
-    the backward pass. Counting takes time, so it is for tests and benchmarks. Calls in a group of one rank are not
-    counted as messages.
+    the backward pass. Counting takes time, so this class is for tests and benchmarks. Calls in a group of one rank are
+    not counted as messages.
     """
 
     def __init__(self, groups: Mapping[str, ProcessGroup | None]) -> None:
-        """Take in `groups` the handles of groups by name. Messages of any other group are counted as `world`."""
+        """Create a counter. `groups` maps names to handles; messages of other groups are counted as `world`."""
         super().__init__()
         self.traffic = Traffic()
         self._names = {handle.group_name: name for name, handle in groups.items() if handle is not None}

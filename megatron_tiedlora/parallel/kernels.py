@@ -1,8 +1,9 @@
-"""The elementwise and row-wise operations of the model, as pure functions that can be compiled.
+"""Define the elementwise and row-wise operations of the model as pure functions that can be compiled.
 
-Elementwise kernels are bound by memory traffic. An uncompiled function reads and writes its tensors several times, a
-compiled one once. Layers get `Kernels`, compiled or not, when they are built. Uncompiled kernels on a GPU process some
-rows at a time (`by_rows`), since their fp32 temporaries would be several times as large as their results.
+Elementwise kernels are bound by memory traffic. Uncompiled functions read and write their tensors several times, and
+compiled functions only once. Layers receive a `Kernels` object, compiled or not, when they are built. On a GPU,
+uncompiled kernels process a limited number of rows at a time (`by_rows`). Otherwise their fp32 temporaries would be
+several times as large as their results.
 """
 
 from __future__ import annotations
@@ -31,21 +32,21 @@ def upcast(tensor: Tensor) -> Tensor:
 def as_rows(tensor: Tensor) -> Tensor:
     """Reshape (..., n) to (T, n), detached from autograd.
 
-    Kernels always get two dimensions and never a view (a detached tensor is not one), since torch.compile makes a
-    separate kernel for each form.
+    Kernels always receive 2-D tensors that autograd does not treat as views, such as detached tensors. Otherwise
+    torch.compile would generate several versions of each kernel.
     """
     return tensor.reshape(-1, tensor.shape[-1]).detach()
 
 
 def detached(tensor: Tensor | None) -> Tensor | None:
-    """Return `tensor` without autograd, or None."""
+    """Return `tensor` detached from autograd, or None if it is None."""
     return None if tensor is None else tensor.detach()
 
 
 def normalise(hidden: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """Return the norm of rows (..., d), and root = 1 / sqrt(mean(x^2) + eps), (..., 1) `upcast`.
+    """Return the normalised rows (..., d), and root = 1 / sqrt(mean(x^2) + eps), (..., 1) in the dtype of `upcast`.
 
-    Without a bias it is the RMS norm, weight * x * root. With a bias it is LayerNorm, which is the RMS norm of
+    Without a bias, this is the RMS norm, weight * x * root. With a bias, this is LayerNorm, which is the RMS norm of
     x - mean(x) plus the bias.
     """
     root = torch.rsqrt(_centred(hidden, bias).square().mean(-1, keepdim=True) + eps)
@@ -53,9 +54,10 @@ def normalise(hidden: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -
 
 
 def apply_norm(hidden: Tensor, weight: Tensor, bias: Tensor | None, root: Tensor) -> Tensor:
-    """Return the norm of rows with a known root, rounded as in transformers unless a compiler keeps values in fp32.
+    """Return the normalised rows from a known root, rounded as in transformers.
 
-    In transformers the RMS norm rounds x * root first, and LayerNorm rounds only its result.
+    The RMS norm rounds x * root before the multiplication by the weight, and LayerNorm rounds only its result. Compiled
+    kernels may keep values in fp32 instead.
     """
     normed = _centred(hidden, bias) * root
     if bias is None:
@@ -66,8 +68,8 @@ def apply_norm(hidden: Tensor, weight: Tensor, bias: Tensor | None, root: Tensor
 def norm_gradient(gradient: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, root: Tensor) -> Tensor:
     """Return the gradient of x, (T, d), from the gradient of the norm's output.
 
-    With n = x root and g = weight * dy, it is dx = (g - n mean(g n)) root. For LayerNorm n is (x - mean(x)) root, and
-    the mean of dx is subtracted.
+    With n = x root and g = weight * dy, the result is dx = (g - n mean(g n)) root. For LayerNorm, n is
+    (x - mean(x)) root, and the mean of dx is subtracted.
     """
     return _norm_gradient(upcast(gradient) * weight, _centred(hidden, bias) * root, root, bias).to(hidden.dtype)
 
@@ -105,46 +107,47 @@ def gate_gradient(gradient: Tensor, gate_up: Tensor) -> Tensor:
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor, num_rotated: int) -> Tensor:
     """Return heads (T, n, head_dim) as a new tensor in which the first `num_rotated` heads are rotated.
 
-    (x1, x2) becomes (x1 cos - x2 sin, x2 cos + x1 sin) over the two halves of the first m elements of a head. cos and
-    sin are (T, 1, m / 2). The elements after the first m do not change.
+    In these heads the two halves (x1, x2) of the first m elements become (x1 cos - x2 sin, x2 cos + x1 sin). cos and
+    sin have the shape (T, 1, m / 2). The elements after the first m do not change.
     """
     return torch.cat((_rotated(heads[:, :num_rotated], cos, sin), heads[:, num_rotated:]), dim=1)
 
 
 def rotate_gradient(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return the gradient of the heads before `rotate`, (T, n, head_dim).
+    """Return the gradient of the input heads of `rotate`, (T, n, head_dim).
 
-    It takes the gradients of queries, keys and values, each (T, heads, head_dim). Values are not rotated.
+    `query`, `key` and `value` are gradients of the output heads, each (T, heads, head_dim). Values are not rotated.
     """
     return torch.cat((_rotated(query, cos, -sin), _rotated(key, cos, -sin), value), dim=1)
 
 
 def rotate_normed(heads: Tensor, cos: Tensor, sin: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return heads after an RMS norm of the first m heads and `rotate`; weight (m, head_dim) has a row per head.
+    """Apply an RMS norm to the first m heads, then `rotate` them. `weight` (m, head_dim) has one row per head.
 
     Returns:
-        the heads (T, n, head_dim), and the root of each norm, (T, m, 1) `upcast`; see `normalise`.
+        all heads (T, n, head_dim), and the root of each norm, (T, m, 1) in the dtype of `upcast`; see `normalise`.
     """
     root = torch.rsqrt(upcast(heads[:, : len(weight)]).square().mean(-1, keepdim=True) + eps)
     return rotate_with_root(heads, cos, sin, root, weight), root
 
 
 def rotate_with_root(heads: Tensor, cos: Tensor, sin: Tensor, root: Tensor, weight: Tensor) -> Tensor:
-    """Return the heads of `rotate_normed` from known roots of the norms."""
+    """Return the same heads as `rotate_normed`, from norm roots that are already known."""
     count = len(weight)
     normed = apply_norm(heads[:, :count], weight, None, root)
     return torch.cat((_rotated(normed, cos, sin), heads[:, count:]), dim=1)
 
 
 def square_means(heads: Tensor, num: int, num_kv: int) -> Tensor:
-    """Return the means of x^2 over the first `num` heads together, and over the next `num_kv`: (T, 2) `upcast`."""
+    """Return the mean of x^2 over the first `num` heads and over the next `num_kv`, (T, 2), in `upcast`'s dtype."""
     return _means(upcast(heads[:, : num + num_kv]).square(), num)
 
 
 def product_means(query: Tensor, key: Tensor, rotated: Tensor) -> Tensor:
-    """Return the means of g n over all queries and all keys, (T, 2) `upcast`, for the gradient of a norm of all heads.
+    """Return the means of g n over all query heads and over all key heads, (T, 2) in the dtype of `upcast`.
 
-    g and n are as in `norm_gradient`. g n is a rotated head in `rotated` times its gradient in `query` or `key`.
+    The gradient of a norm over all heads needs these means. g and n are as in `norm_gradient`. g n is computed as a
+    head in `rotated` times its gradient in `query` or `key`.
     """
     gradient = upcast(torch.cat((query, key), dim=1))
     return _means(gradient * rotated[:, : gradient.shape[1]], query.shape[1])
@@ -165,15 +168,16 @@ def rotate_normed_gradient(
     sin: Tensor,
     weight: Tensor,
 ) -> Tensor:
-    """Return the gradient of the heads before `rotate_normed`, (T, n, head_dim), from its results and their gradients.
+    """Return the gradient of the input heads of `rotate_normed`, (T, n, head_dim).
 
-    x root is not saved. It is computed from the result, which is rotated back and divided by the weight. The rotation
-    can change lengths, as cosines and sines are rounded or scaled. So the result is also divided by cos^2 + sin^2.
+    The product x root is not saved. It is computed from the rotated head, which is rotated back and divided by the
+    weight. The rotation can change the length of a vector, because cos and sin are rounded or scaled. So the head is
+    also divided by cos^2 + sin^2.
 
     Args:
-        query, key, value: gradients, each (T, heads, head_dim).
+        query, key, value: the gradients of the output heads, each (T, heads, head_dim).
         rotated, root: the results of `rotate_normed`.
-        mean: the mean of g n (see `norm_gradient`), (T, m, 1), from `product_means`; None: each head has its own.
+        mean: the mean of g n (see `norm_gradient`), (T, m, 1), from `product_means`; None: each head has its own norm.
     """
     weighted = upcast(torch.cat((_rotated(query, cos, -sin), _rotated(key, cos, -sin)), dim=1)) * weight
     wide_cos, wide_sin = upcast(cos), upcast(sin)
@@ -190,12 +194,12 @@ def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def exp_scores_(scores: Tensor, mask: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Write exp(scores + mask - largest), the softmax before its division, to `weights`, and return its sums.
+    """Write exp(scores + mask - largest), the numerators of the softmax, to `weights`, and return their sums.
 
     Args:
-        scores: (c, n, m, keys), `upcast`.
-        mask: (c, 1, m, keys), 0 or -inf in any dtype; no row is completely -inf.
-        weights: the shape of the scores, any dtype; filled with exp(score - largest).
+        scores: (c, n, m, keys), in the dtype of `upcast`.
+        mask: (c, 1, m, keys), 0 or -inf in any dtype; every row has at least one 0.
+        weights: a tensor with the shape of the scores, in any dtype, for the numerators.
 
     Returns:
         (log of the sum of exp(score), sum of the weights), each (c, n, m, 1).
@@ -211,16 +215,16 @@ def exp_scores_(scores: Tensor, mask: Tensor, weights: Tensor) -> tuple[Tensor, 
 def score_gradient_(
     scores: Tensor, mask: Tensor, log_sums: Tensor, deltas: Tensor, grad_weights: Tensor, weights: Tensor
 ) -> None:
-    """Write the softmax p = exp(score + mask - log_sums) to `weights`, and turn p's gradient into the scores' gradient.
+    """Write the softmax p = exp(score + mask - log_sums) to `weights`, and compute the gradient of the scores.
 
-    The gradient of the scores is p (grad_weights - deltas).
+    This gradient is p (grad_weights - deltas).
 
     Args:
         scores, mask: as in `exp_scores_`.
         log_sums: (c, n, m, 1), the first result of `exp_scores_`.
         deltas: (c, n, m, 1), the sum over keys of p * grad_weights.
         grad_weights: (c, n, m, keys), the gradient of p; replaced by the gradient of the scores.
-        weights: the shape of `grad_weights`.
+        weights: a tensor with the shape of `grad_weights`.
     """
     probability = (scores + mask - log_sums).exp()
     weights.copy_(probability)
@@ -228,18 +232,18 @@ def score_gradient_(
 
 
 def row_log_sums(logits: Tensor) -> Tensor:
-    """Return the log of the sum of exp(logit) in each row, (n,) `upcast`, from logits (n, V)."""
+    """Return the log of the sum of exp(logit) of each row, (n,) in the dtype of `upcast`, for logits (n, V)."""
     return torch.logsumexp(upcast(logits), dim=-1)
 
 
 def exp_logits_(logits: Tensor, total: Tensor) -> None:
-    """Replace logits (n, V) by exp(logit - total) in place, with `total` (n,), `upcast`."""
+    """Replace logits (n, V) with exp(logit - total) in place. `total` is (n,), in the dtype of `upcast`."""
     logits.copy_((upcast(logits) - total[:, None]).exp())
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The functions of this module that layers call: plain, by rows, or compiled."""
+    """The functions of this module that layers call, uncompiled or compiled."""
 
     normalise: Callable[..., tuple[Tensor, Tensor]] = normalise
     apply_norm: Callable[..., Tensor] = apply_norm
@@ -259,34 +263,35 @@ class Kernels:
     exp_logits_: Callable[[Tensor, Tensor], None] = exp_logits_
 
     def by_rows(self) -> Kernels:
-        """Return these kernels, uncompiled, with bounded temporaries on a GPU."""
+        """Return these uncompiled kernels with a limit on the size of their temporaries on a GPU."""
         return self._of_rows(_in_parts)
 
     def compiled(self, *, static_widths: bool = False) -> Kernels:
-        """Return these kernels, wrapped by torch.compile. Each is compiled at its first call.
+        """Return these kernels, wrapped in torch.compile. Each kernel is compiled at its first call.
 
         Args:
-            static_widths: False for one graph for all sizes. True for graphs in which every size is a constant, except
-                the number of rows if the first call goes through `marked`. A GPU then reads and writes 16 bytes at once
-                and divides by no size (estimated 1.5 to 2.5 times as fast). Each width is compiled separately.
+            static_widths: if False, one graph is used for all sizes. If True, every size is a constant in a graph,
+                except the number of rows if the first call goes through `marked`. GPU kernels are then estimated to be
+                1.5 to 2.5 times as fast, because they access 16 bytes at a time and need no division by sizes. Each
+                width is compiled separately.
         """
         dynamic = None if static_widths else True
         names = [field.name for field in fields(self)]
         return Kernels(**{name: torch.compile(getattr(self, name), dynamic=dynamic) for name in names})
 
     def marked(self) -> Kernels:
-        """Return these kernels for first calls. They tell torch.compile that the number of rows will change."""
+        """Return kernels for the first calls, which tell torch.compile that the number of rows will vary."""
         return self._of_rows(_marking)
 
     def _of_rows(self, change: Callable[[Callable[..., Any], list[bool]], Callable[..., Any]]) -> Kernels:
-        # The two kernels that are left out are for the tiles of attention on CPUs, whose first dimension is not rows.
+        # The two excluded kernels process tiles of attention on CPUs, whose first dimension is not rows.
         names = [field.name for field in fields(self) if field.name not in ("exp_scores_", "score_gradient_")]
         plain = Kernels()
         return replace(self, **{name: change(getattr(self, name), has_rows(getattr(plain, name))) for name in names})
 
 
 def has_rows(function: Callable[..., Any]) -> list[bool]:
-    """Return for each argument of a kernel whether its first dimension is the rows, if the argument is a tensor."""
+    """Return, for each argument of a kernel, whether it is a tensor whose first dimension is the rows."""
     parameters = inspect.signature(function).parameters.values()
     return [p.annotation.startswith("Tensor") and p.name not in ("weight", "bias") for p in parameters]
 
@@ -300,7 +305,7 @@ def _in_parts(kernel: Callable[..., Any], has_rows: list[bool]) -> Callable[...,
 
 
 def run_in_parts(kernel: Callable[..., Any], arguments: tuple[Any, ...], has_rows: list[bool]) -> Any:
-    """Return `kernel(*arguments)`, computed for some rows at a time; the results are the same.
+    """Return `kernel(*arguments)`, computed on a limited number of rows at a time. The results are the same.
 
     At most NUMBERS_AT_ONCE elements of the widest argument are processed at a time.
     """
@@ -326,7 +331,7 @@ def run_in_parts(kernel: Callable[..., Any], arguments: tuple[Any, ...], has_row
 
 
 def scaled(tensor: Tensor, factor: Tensor) -> Tensor:
-    """Return tensor * factor, (..., n), in the tensor's dtype, from max(fp32, that dtype), some rows at a time."""
+    """Return tensor * factor, (..., n), in the tensor's dtype. It is computed in fp32 or wider, some rows at a time."""
     rows = run_in_parts(lambda part, by: (upcast(part) * by).to(part.dtype), (as_rows(tensor), factor), [True, False])
     return cast(Tensor, rows).view(tensor.shape)
 

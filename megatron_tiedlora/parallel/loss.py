@@ -1,10 +1,10 @@
-"""The loss: the cross entropy of the next token, summed over the tokens of each adapter.
+"""Compute the loss: the cross entropy of the next token, summed over the tokens of each adapter.
 
-Its backward pass cannot be differentiated again. The backward pass of a loss runs inside its forward pass. The later
-backward pass only scales the gradients by a factor, so only the gradients are saved.
+The forward pass of a loss also computes its gradients. The backward pass only multiplies them by a factor, so only the
+gradients are saved. The backward pass cannot be differentiated again.
 
-The rows of several adapters are consecutive in one tensor, one span per adapter. A sum over one adapter's rows, or
-their product with a factor, is computed as if the tensor had no other rows.
+If a tensor has rows of several adapters, the rows of each adapter form spans of consecutive rows. A sum over the rows
+of one adapter, or a product with a factor, does not depend on the rows of other adapters.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,7 +37,7 @@ RowSpans = tuple[RowSpan, ...]
 
 
 def span_starts(spans: Sequence[RowSpan]) -> list[int]:
-    """Return the first row of each span."""
+    """Return the index of the first row of each span."""
     return [0, *accumulate(span.size for span in spans)][: len(spans)]
 
 
@@ -52,11 +52,11 @@ def spans_between(spans: Sequence[RowSpan], start: int, stop: int) -> RowSpans:
 
 
 def scaled_by_adapter(tensor: Tensor, factors: Tensor, spans: Sequence[RowSpan] | None) -> Tensor:
-    """Return `scaled` with one factor per adapter. Without spans there is one adapter, and one factor ().
+    """Multiply each row by the factor of its adapter, as `scaled` does. Without spans there is one adapter.
 
     Args:
         tensor: (..., n), with spans of its rows; or (n,), with spans of its elements.
-        factors: (adapters,).
+        factors: (adapters,); or () without spans.
     """
     if spans is None:
         return scaled(tensor, factors)
@@ -66,7 +66,7 @@ def scaled_by_adapter(tensor: Tensor, factors: Tensor, spans: Sequence[RowSpan] 
 
 
 def sums_by_adapter(numbers: Tensor, spans: Sequence[RowSpan], *, at_once: int) -> Tensor:
-    """Return the sum of each adapter's elements, (adapters,), added up in chunks of `at_once` elements of each span.
+    """Return the sum of each adapter's elements, (adapters,). Each span is summed in chunks of `at_once` elements.
 
     Args:
         numbers: (n,).
@@ -79,13 +79,13 @@ def sums_by_adapter(numbers: Tensor, spans: Sequence[RowSpan], *, at_once: int) 
 
 
 def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a Function's `backward` that raises an error if it is differentiated again.
+    """Wrap the `backward` of an autograd Function so that it raises an error if it is differentiated again.
 
-    torch's `once_differentiable` raises only if the incoming gradient has a graph. The gradient of a loss has none, so
-    autograd would silently treat values computed from it as constants.
+    torch's `once_differentiable` raises only if the incoming gradient has a graph. The gradient of a loss has no graph,
+    so autograd would silently treat values computed from it as constants.
 
     Raises:
-        RuntimeError: in a backward pass with `create_graph=True`.
+        RuntimeError: the backward pass was called with `create_graph=True`.
     """
 
     @wraps(backward)
@@ -132,14 +132,15 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 def run_with_early_backward(
     function: Callable[..., Tensor], *inputs: Tensor | None, spans: Sequence[RowSpans | None] | None = None
 ) -> Tensor:
-    """Return `function(*inputs)`, a scalar, or the losses of several adapters, (adapters,).
+    """Return `function(*inputs)`, a scalar or one loss per adapter, (adapters,), and compute its gradients immediately.
 
-    Only the gradients of the inputs that need one are saved for backward.
+    Only the gradients of inputs that require one are saved for the backward pass.
 
     Args:
-        function: it is differentiated only with respect to these inputs; other tensors that it uses get no gradient.
-        inputs: any float dtype. At least one needs a gradient, and the result must depend on all that do.
-        spans: with several losses, the rows of each input for each loss, which depends only on these.
+        function: computes the loss. It may use other tensors than `inputs`, but they get no gradient.
+        inputs: tensors of any float dtype. At least one must require a gradient. The result must depend on every
+            input that requires a gradient.
+        spans: for several losses, the spans of rows of each input. The loss of an adapter depends only on its spans.
     """
     loss: Tensor = _EarlyBackward.apply(function, spans or [None] * len(inputs), *inputs)
     return loss
@@ -155,7 +156,7 @@ IGNORED_LABEL = -100
 
 
 class VocabularyShard(NamedTuple):
-    """The rows of the frozen vocabulary projection W on a rank, and how losses are computed from them."""
+    """This rank's rows of the frozen vocabulary projection W, and settings for computing losses from them."""
 
     weight: FrozenWeight  # (V_local, d), the rows of ids first_id to first_id + V_local - 1, without padding
     first_id: int
@@ -165,7 +166,7 @@ class VocabularyShard(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """The results for n rows, each (n,)."""
+    """The losses of n rows and the values that their gradients need, each (n,)."""
 
     losses: Tensor
     total: Tensor  # logsumexp over all ids
@@ -234,17 +235,17 @@ def _padded_rows(rows: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def sum_token_losses(rows: Tensor, labels: Tensor, shard: VocabularyShard, spans: RowSpans | None = None) -> Tensor:
     """Return the sum over rows of -log softmax(rows W^T)[label], the same on every rank.
 
-    W is frozen, so the forward pass also computes the gradient of `rows`, some rows at a time. Only this gradient is
-    saved for backward, and no logits.
+    W is frozen, so the forward pass also computes the gradient of `rows`, in chunks of rows. Only this gradient is
+    saved for the backward pass; logits are not saved.
 
     Args:
         rows: (n, d), any float dtype, the same on every rank.
-        labels: (n,) int64, all of them supervised, the same on every rank.
+        labels: (n,) int64, all supervised, the same on every rank.
         spans: the adapters of the n rows, if there are several.
 
     Returns:
         a scalar in max(fp32, dtype of `rows`), or with `spans` one per adapter, (adapters,). The gradient of `rows` is
-        the partial sum for this rank's shard of the vocabulary. No message is sent for it here.
+        the partial sum for this rank's shard of the vocabulary. This function does not sum it over ranks.
     """
     loss: Tensor = _SumTokenLosses.apply(rows, labels, shard, spans)
     return loss
@@ -252,7 +253,7 @@ def sum_token_losses(rows: Tensor, labels: Tensor, shard: VocabularyShard, spans
 
 @torch.no_grad()
 def token_losses(rows: Tensor, labels: Tensor, shard: VocabularyShard) -> Tensor:
-    """Return -log softmax(rows W^T)[label] of each row, (n,), without gradient. See `sum_token_losses`."""
+    """Return -log softmax(rows W^T)[label] of each row, (n,), without a gradient. See `sum_token_losses`."""
     num_rows = len(rows)
     rows, labels = _padded_rows(rows, labels)
     losses = [

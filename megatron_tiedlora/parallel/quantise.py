@@ -1,10 +1,10 @@
-"""Quantises rows of a weight and dequantises them, in plain torch, with the same bits on every device. It uses the nf4
-kernels of bitsandbytes to dequantise if they are installed and return the same bits.
+"""Quantise and dequantise rows of a weight in plain PyTorch, with the same bits on every device. Dequantising nf4
+uses the kernels of bitsandbytes if they are installed and return the same bits.
 
     value = scale * level(code)        scale = largest |value| of the block or row / largest level
 
-A format with a scale for each block has up to 16 levels, in `LEVELS`, and two codes in a byte, the first in its upper
-half. int8 has the levels -127 to 127. fp8 has the levels of float8_e4m3fn, of which the largest is 448.
+A format with one scale per block has up to 16 levels (`LEVELS`). Each byte stores two codes, the first in its upper
+half. int8 has the levels -127 to 127. fp8 has the levels of float8_e4m3fn, and the largest level is 448.
 """
 
 import ctypes
@@ -42,10 +42,10 @@ def levels_of(name: str, device: torch.device) -> Tensor:
 
 
 def quantise_blocks(values: Tensor, block: int, name: str) -> tuple[Tensor, Tensor]:
-    """Return unpacked codes (rows, width) uint8 of 0 to 15, and scales (rows, number of blocks) fp32, for values.
+    """Return unpacked codes (rows, width) uint8 from 0 to 15, and scales (rows, number of blocks) fp32, for `values`.
 
-    In nf4 the codes equal those of bitsandbytes for each row padded with zeros to whole blocks. The scales are equal
-    too, except for `without_tiny`.
+    In nf4, codes and scales are equal to those of bitsandbytes for rows that are padded with zeros to complete blocks.
+    Only the scales that `without_tiny` changes are different.
     """
     rows, width = values.shape
     blocks = functional.pad(values.float(), (0, -width % block)).view(rows, -1, block)
@@ -58,7 +58,7 @@ def quantise_blocks(values: Tensor, block: int, name: str) -> tuple[Tensor, Tens
 
 
 def without_tiny(scales: Tensor) -> Tensor:
-    """Return the scales of blocks, with 0 in place of those below 2^-120.
+    """Return the scales of blocks, in which scales below 2^-120 are replaced with 0.
 
     Values of such a block can be subnormal. Some CPUs flush subnormal values to zero when they round to bf16.
     """
@@ -66,7 +66,7 @@ def without_tiny(scales: Tensor) -> Tensor:
 
 
 def pack_codes(codes: Tensor) -> Tensor:
-    """Return codes (rows, width) of 0 to 15, two per byte: (rows, ceil(width / 2)). An odd row ends with code 0."""
+    """Pack codes (rows, width), from 0 to 15, into (rows, ceil(width / 2)) bytes. Odd widths are padded with code 0."""
     pairs = functional.pad(codes, (0, codes.shape[1] % 2)).unflatten(1, (-1, 2))
     return (pairs[..., 0] << 4) | pairs[..., 1]
 
@@ -86,7 +86,7 @@ def dequantise_blocks(packed: Tensor, scales: Tensor, width: int, block: int, na
 
 
 def quantised_rows(values: Tensor, storage: BaseFormat) -> Tensor:
-    """Return whole rows quantised and dequantised, (rows, width) fp32, which is D(W) for W."""
+    """Quantise and dequantise complete rows W. Return D(W), (rows, width) fp32."""
     if storage.block is None:
         return dequantise_rows(*quantise_rows(values, row_maxima(values), storage.name))
     codes, scales = quantise_blocks(values, storage.block, storage.name)
@@ -99,7 +99,7 @@ def row_maxima(values: Tensor) -> Tensor:
 
 
 def quantise_rows(values: Tensor, maxima: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """Return codes (rows, width) of the format `name`, int8 or fp8, and scales (rows,) fp32, for rows of values.
+    """Return codes (rows, width) of the format `name`, int8 or fp8, and scales (rows,) fp32, for rows `values`.
 
     Args:
         maxima: the largest |value| of each full row, (rows,) fp32.
@@ -117,7 +117,7 @@ def dequantise_rows(codes: Tensor, scales: Tensor) -> Tensor:
 
 
 def has_nan(codes: Tensor, name: str) -> bool:
-    """Return whether some uint8 code of the format `name`, int8 or fp8, is NaN."""
+    """Return whether any uint8 code of the format `name`, int8 or fp8, is NaN."""
     return name == "fp8" and bool((codes & 127 == 127).any())
 
 
@@ -128,8 +128,8 @@ def fp8_numbers(codes: Tensor) -> Tensor:
 
 # Kernels of bitsandbytes ----------------------------------------------------------------------------------------------
 #
-# They are correct only if rows are whole blocks; otherwise the CPU kernel (0.50.2) returns wrong numbers without an
-# error. So a kernel is compared once with plain torch before it is used.
+# They are correct only if rows consist of complete blocks; otherwise the CPU kernel (0.50.2) returns wrong values with
+# no error. So a kernel is compared once with plain torch before it is used.
 
 # (packed codes (rows, width / 2), scales (rows, blocks) fp32, codes per scale, result (rows, width)) -> None
 Nf4Kernel = Callable[[Tensor, Tensor, int, Tensor], None]
@@ -138,19 +138,19 @@ _LEAST_GPU_BLOCK = 32
 
 
 def nf4_kernel(out: Tensor, block: int) -> Nf4Kernel | None:
-    """Return the kernel that fills `out` (rows, width) from codes with one scale per `block`, or None if none can."""
+    """Return a kernel that dequantises blocks of `block` codes into `out` (rows, width), or None if there is none."""
     if out.shape[1] % block or out.shape[1] % 2 or (out.is_cuda and block < _LEAST_GPU_BLOCK):
         return None
     return _checked_kernel(out.device.type, out.dtype)
 
 
 def slow_nf4(device: torch.device, dtype: torch.dtype) -> str:
-    """Return why no kernel dequantises nf4 on a device, and what to do; return '' if one does."""
+    """Return the reason why no kernel can dequantise nf4 on a device, and what to do; '' if there is a kernel."""
     if _checked_kernel(device.type, dtype) is not None:
         return ""
     why = f"{PACKAGE} is not installed; {install_hint('quantised')}"
     if find_spec(PACKAGE) is not None:
-        why = f"the kernel of {PACKAGE} is not right here for {str(dtype).removeprefix('torch.')}"
+        why = f"the kernel of {PACKAGE} cannot be used here for {str(dtype).removeprefix('torch.')}"
     return f"nf4 is dequantised by plain PyTorch, ten times as slowly: {why}"
 
 

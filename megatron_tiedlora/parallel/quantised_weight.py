@@ -1,10 +1,10 @@
-"""Frozen weights of 4 or 8 bits, stored as codes and scales. The scales belong to the full tensor, so its values do
-not depend on how it is sharded.
+"""Store frozen weights in 4 or 8 bits, as codes and scales, and compute matmuls with them. The scales belong to the
+full tensor, so its values do not depend on how it is sharded.
 
     y = x D(W)^T + c        dx = dy D(W)
 
 D(W), the dequantised weight, exists only during the matmul, in memory that all weights of a rank share. Its values are
-fp32 numbers, rounded once more to the activations' dtype. FP8 matmuls use the codes directly. `weight_maker` chooses
+computed in fp32 and rounded to the dtype of the activations. FP8 matmuls use the codes directly. `weight_maker` chooses
 the class of a rank's weights.
 """
 
@@ -29,9 +29,10 @@ _QUANTISED_AT_ONCE = 2**17  # for block formats, which need more temporaries
 
 
 class Workspace:
-    """Memory for one weight, which all weights of a rank share. Each is dequantised into it just before its matmul.
+    """Memory for one dequantised weight, shared by all weights of a rank. It is filled just before each matmul.
 
-    Fresh memory would cost a seventh of the matmul at 7B's width, since the operating system has to provide its pages.
+    Allocating new memory for each matmul of a 7B model would add a seventh to its time, because the operating system
+    has to provide the pages.
     """
 
     def __init__(self) -> None:
@@ -43,7 +44,7 @@ class Workspace:
         self._size = max(self._size, size)
 
     def take(self, *shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return the memory as a tensor of `shape`. It is valid until the next call."""
+        """Return the memory as a tensor of `shape`, which is valid until the next call."""
         memory = self._memory
         if len(memory) < self._size or memory.dtype != dtype or memory.device != device:
             self._memory = memory = torch.empty(0)  # free the old one first
@@ -52,7 +53,7 @@ class Workspace:
 
 
 class QuantisedWeight(FrozenWeight):
-    """The weight W (out, in), or a shard of it, as codes (out, bytes of a row) uint8 and scales (out, n).
+    """A weight W (out, in), or a shard of it, stored as codes (out, bytes per row) uint8 and scales (out, n).
 
     The parameter of the scales stores the bits of fp32 numbers as int32, because DeepSpeed's zero.Init rounds every
     fp32 parameter to bf16 (seen in 0.19.8).
@@ -66,7 +67,7 @@ class QuantisedWeight(FrozenWeight):
         storage: BaseFormat,
         workspace: Workspace,
     ) -> None:
-        """Create the weight in uninitialised memory on the default device. See `FrozenWeight.empty` for arguments."""
+        """Create the weight in uninitialised memory on the default device. See `FrozenWeight.empty`."""
         rows, width = self._local_shape = local_shape
         super().__init__(frozen_parameter(rows, storage.row_bytes(width), dtype=torch.uint8))
         num_scales = storage.row_scales(width, shards_rows=shards_rows)
@@ -88,18 +89,20 @@ class QuantisedWeight(FrozenWeight):
 
     @property
     def scales(self) -> Tensor:
-        """Return the scales (out, n) fp32, in the memory of the parameter."""
+        """Return the scales (out, n) fp32, as a view of the parameter."""
         return self.scale_bits.detach().view(torch.float32)
 
     def empty_values(self) -> Tensor:
-        """Return uninitialised memory for the values of this rank's shard, to be passed to `load`."""
+        """Return an uninitialised tensor for the values of this rank's shard, which is then passed to `load`."""
         return torch.empty(self._local_shape, dtype=self.dtype, device=self.tensor.device)
 
     def load(self, values: Tensor, *, dim: int = 0, start: int = 0, columns: Columns | None = None) -> None:
-        """Quantise and store `values`, of any float dtype and device: rows from `start` on, or all rows if `dim` is 1.
+        """Quantise `values`, of any float dtype and device, and store them as the rows from `start` on.
+
+        If `dim` is 1, `values` must have all rows.
 
         Args:
-            columns: the shard's columns of the full tensor; then `values` has the columns `columns_to_read`.
+            columns: the shard's columns of the full tensor. If given, `values` has the columns of `columns_to_read`.
 
         Raises:
             ValueError: a value is not finite.
@@ -116,11 +119,11 @@ class QuantisedWeight(FrozenWeight):
 
     @abstractmethod
     def load_stored(self, codes: Tensor, scales: Tensor, *, start: int, columns: Columns | None) -> None:
-        """Store codes and scales that already exist as rows from `start` on.
+        """Store codes and scales of an already quantised weight, as the rows from `start` on.
 
         Args:
-            codes: (rows, bytes) uint8, for all columns `columns_to_read`.
-            scales: (rows, blocks) fp32, one for each whole block of these columns.
+            codes: (rows, bytes) uint8, for the columns that `columns_to_read` returns.
+            scales: (rows, blocks) fp32, one for each block of these columns.
             columns: as in `load`.
 
         Raises:
@@ -151,26 +154,26 @@ class QuantisedWeight(FrozenWeight):
         self.scale_bits.data[rows].copy_(scales.view(torch.int32))
 
     def _moved(self, values: Tensor) -> Tensor:
-        """Return the values on the weight's device, to be quantised there. Groups of GPUs send no CPU tensors."""
+        """Move values to the weight's device, where they are quantised. Groups of GPUs cannot send CPU tensors."""
         return values.to(self.tensor.device)
 
     def _parts(self, num_rows: int | None = None, at_once: int = _AT_ONCE) -> Iterator[slice]:
-        """Return slices of the first `num_rows` rows, or of all. A CPU has `at_once` elements at a time, a GPU more."""
+        """Return slices of the first `num_rows` rows, or of all, with at most `at_once` elements (more on a GPU)."""
         rows, width = self._local_shape
         return _row_parts(rows if num_rows is None else num_rows, width, at_once, on_gpu=self.tensor.is_cuda)
 
 
 def _row_parts(num_rows: int, width: int, at_once: int, *, on_gpu: bool) -> Iterator[slice]:
-    """Return slices of rows of at most `at_once` elements, on a GPU at most `NUMBERS_AT_ONCE`, but at least one row."""
+    """Return slices of rows. A slice has at most `at_once` elements (more on a GPU), but at least one row."""
     size = max((NUMBERS_AT_ONCE if on_gpu else at_once) // max(width, 1), 1)
     return (slice(first, min(first + size, num_rows)) for first in range(0, num_rows, size))
 
 
 class BlockScaledWeight(QuantisedWeight):
-    """A weight in nf4 or another 4-bit format with a scale for each block of a row. Formats differ in their levels."""
+    """A weight in a 4-bit format with one scale per block of a row, such as nf4. Formats differ only in levels."""
 
     def columns_to_read(self, columns: Columns) -> slice:
-        """Return the columns of the full tensor that form whole blocks around the shard's own columns."""
+        """Return the columns of the full tensor that form complete blocks around the shard's columns."""
         block = self.storage.block
         assert block is not None
         return slice(columns.start // block * block, min(-(-columns.stop // block) * block, columns.full))
@@ -184,7 +187,7 @@ class BlockScaledWeight(QuantisedWeight):
 
     @torch.no_grad()
     def load_stored(self, codes: Tensor, scales: Tensor, *, start: int, columns: Columns | None) -> None:
-        """See `QuantisedWeight`."""
+        """See `QuantisedWeight.load_stored`."""
         columns = columns or Columns(0, self._local_shape[1], self._local_shape[1])
         read = self.columns_to_read(columns)
         for rows in self._parts(num_rows=len(codes)):
@@ -193,7 +196,7 @@ class BlockScaledWeight(QuantisedWeight):
             self._store_own(slice(start + rows.start, start + rows.stop), unpacked, kept, columns)
 
     def _store_own(self, rows: slice, codes: Tensor, scales: Tensor, columns: Columns) -> None:
-        """Store this rank's columns from codes and scales of whole blocks."""
+        """Store this rank's columns from codes and scales of complete blocks."""
         width, block = self._local_shape[1], self.storage.block
         assert block is not None
         before = columns.start - self.columns_to_read(columns).start
@@ -223,14 +226,14 @@ class RowScaledWeight(QuantisedWeight):
         if columns.largest is not None:  # NaN becomes infinite, so that all ranks raise the error and none waits
             maxima = columns.largest(maxima.nan_to_num(nan=torch.inf, posinf=torch.inf))
         else:
-            assert columns.stop - columns.start == columns.full, "a row's scale is that of the whole row"
+            assert columns.stop - columns.start == columns.full, "the scale of a row needs the complete row"
         for rows in self._parts(num_rows=len(values)):
             codes, scales = quantise.quantise_rows(self._moved(values[rows]), maxima[rows], self.storage.name)
             self._store(slice(start + rows.start, start + rows.stop), codes.view(torch.uint8), scales[:, None])
 
     @torch.no_grad()
     def load_stored(self, codes: Tensor, scales: Tensor, *, start: int, columns: Columns | None) -> None:
-        """See `QuantisedWeight`."""
+        """See `QuantisedWeight.load_stored`."""
         codes = self._moved(codes)
         if quantise.has_nan(codes, self.storage.name):
             raise ValueError("numbers that are not finite")
@@ -251,11 +254,11 @@ class RowScaledWeight(QuantisedWeight):
 
 
 def _look_up_fp8(codes: Tensor, out: Tensor, parts: Iterable[slice], *, scales: Tensor | None = None) -> None:
-    """Write fp8's levels to `out`, or scaled values, by a table. On a CPU it is 4 times as fast as a cast (torch 2.13).
+    """Convert fp8 codes to values with a lookup table, and write them to `out`. A cast takes 4 times as long.
 
     Args:
         codes: uint8.
-        scales: (rows, 1), which multiply the levels.
+        scales: (rows, 1), the factors of the values; None: the values are not scaled.
     """
     levels = torch.arange(256, dtype=torch.uint8).view(quantise.CODE_TYPE["fp8"]).to(out.dtype)
     for rows in parts:
@@ -271,7 +274,7 @@ def _look_up_fp8(codes: Tensor, out: Tensor, parts: Iterable[slice], *, scales: 
 #
 #     y  = D(Q(x)) D(W)^T + c        dx = D(Q(dy s)) W_codes
 #
-# Q uses the scale largest |number| / 448 for each row (token). In the forward pass the weight's scales s, one per
+# Q scales each row (token) by its largest |value| / 448. In the forward pass the weight's scales s, one per
 # output row, multiply y. In the backward pass they multiply dy before it is rounded, so that one copy of the codes and
 # one vector of scales are enough. In row-parallel layers a rank has only a shard of x's row, and in column-parallel
 # layers a shard of dy's row, so the scales depend on the tensor-parallel size.
@@ -289,8 +292,8 @@ def check_fp8_device(device: torch.device) -> None:
     except RuntimeError as error:  # some GPUs and versions of torch only support one scale per tensor
         name = torch.cuda.get_device_name(device)
         raise UserError(
-            f"--products fp8: {name} cannot multiply with a scale for each row by torch {torch.__version__}"
-            f" ({one_line(str(error))}); leave --products out"
+            f"--products fp8: torch {torch.__version__} has no FP8 matmul with one scale per row for {name}"
+            f" ({one_line(str(error))}). Remove --products"
         ) from error
 
 
@@ -298,8 +301,8 @@ def check_fp8_capability(name: str, found: tuple[int, int]) -> None:
     """Raise UserError if a GPU of this name and compute capability has no FP8 matmuls."""
     if found < FP8_CAPABILITY:
         raise UserError(
-            f"--products fp8 needs a GPU of compute capability {'.'.join(map(str, FP8_CAPABILITY))} or more, and {name}"
-            f" has {'.'.join(map(str, found))}; leave --products out"
+            f"--products fp8 needs a GPU of compute capability {'.'.join(map(str, FP8_CAPABILITY))} or more, but {name}"
+            f" has {'.'.join(map(str, found))}. Remove --products"
         )
 
 
@@ -310,24 +313,24 @@ def _multiply_by_row(device: torch.device) -> None:
 
 
 def check_gpu_products(linears: Iterable[LinearShape], *, tp_size: int, dtype: torch.dtype) -> None:
-    """Raise UserError if GPUs have no kernel for the FP8 matmuls of these linears' shards and would emulate them."""
+    """Raise UserError if GPUs have no FP8 kernel for the shards of these linears, and would emulate the matmuls."""
     if dtype != torch.bfloat16:
-        raise UserError("--products fp8 needs --dtype bf16 on a GPU")
+        raise UserError("--products fp8 needs --dtype bf16 on a GPU. Set --dtype bf16, or remove --products")
     for linear in linears:
         rows, width = linear.out_size, linear.in_size
         rows, width = (rows // tp_size, width) if linear.sharded_dim == "column" else (rows, width // tp_size)
         if rows % _MULTIPLE or width % _MULTIPLE:
             raise UserError(
-                f"--products fp8: GPUs need multiples of {_MULTIPLE} as sizes, and {linear.name} is {rows} x {width}"
-                f" at --tensor_parallel {tp_size}; leave --products out, or change --tensor_parallel"
+                f"--products fp8: on GPUs the sizes of weights must be multiples of {_MULTIPLE}, but {linear.name} is"
+                f" {rows} x {width} with --tensor_parallel {tp_size}. Change --tensor_parallel, or remove --products"
             )
 
 
 class Fp8MatmulWeight(RowScaledWeight):
     """A weight whose fp8 codes are the operands of FP8 matmuls.
 
-    GPUs of capability 9.0 need each column of the second matrix to be contiguous. Those of W^T are. For dy W a
-    transposed copy is made just before the matmul, in the memory that all weights of a rank share, or it is kept.
+    GPUs of compute capability 9.0 need contiguous columns in the second matrix, which W^T has. For dy W, a transposed
+    copy of the codes is either stored, or made in the workspace just before the matmul.
     """
 
     def __init__(self, *local_shape: int, keep_transposed: bool = False, **others: Any) -> None:
@@ -384,7 +387,7 @@ class Fp8MatmulWeight(RowScaledWeight):
         return x.is_cuda and x.dtype == torch.bfloat16 and fits
 
     def _transposed_codes(self) -> Tensor:
-        """Return the transposed codes (in, out) uint8, either kept or made in the shared memory."""
+        """Return the transposed codes (in, out) uint8: the stored copy, or a copy in the workspace."""
         if self.transposed is not None:
             return self.transposed.detach()
         rows, width = self._local_shape
@@ -392,7 +395,7 @@ class Fp8MatmulWeight(RowScaledWeight):
         return out.copy_(self.tensor.detach().t())
 
     def _levels(self, dtype: torch.dtype) -> Tensor:
-        """Return the codes as numbers of `dtype`, which represents them exactly, in the shared memory."""
+        """Return the values of the codes in `dtype`, which represents them exactly, stored in the workspace."""
         out = self.workspace.take(*self._local_shape, dtype=dtype, device=self.tensor.device)
         if self.tensor.is_cuda:
             return out.copy_(quantise.fp8_numbers(self.tensor.detach()))
@@ -401,10 +404,10 @@ class Fp8MatmulWeight(RowScaledWeight):
 
 
 def _rounded(rows: Tensor, factors: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return rows as fp8 numbers (n, width) and each row's scale (n,) fp32. Some rows at a time are computed, in fp32.
+    """Return rows rounded to fp8 (n, width), and a scale per row (n,) fp32. Rows are processed in chunks, in fp32.
 
     Args:
-        factors: (1, width) fp32, which multiply the columns first.
+        factors: (1, width) fp32, by which the columns are multiplied before rounding.
     """
     codes = torch.empty(rows.shape, dtype=quantise.CODE_TYPE["fp8"], device=rows.device)
     scales = torch.empty(len(rows), device=rows.device)
@@ -416,13 +419,13 @@ def _rounded(rows: Tensor, factors: Tensor | None = None) -> tuple[Tensor, Tenso
 
 
 def weight_maker(name: str | None, *, products: str | None = None, keep_transposed: bool = False) -> WeightMaker:
-    """Return a function that makes empty weights of the format `name`, or plain weights (None).
+    """Return a function that creates uninitialised weights in the format `name`, or plain weights if it is None.
 
-    The weights that it makes share a workspace, so a rank needs one function for its whole shard of the model.
+    These weights share a workspace, so a rank should use the same function for all its layers.
 
     Args:
         products: "fp8" if activations and gradients are rounded to fp8 too; only for the format fp8.
-        keep_transposed: whether such weights keep a transposed copy of their codes.
+        keep_transposed: whether weights for FP8 matmuls store a transposed copy of their codes.
     """
     if name is None:
         return FrozenWeight.empty

@@ -1,8 +1,8 @@
-"""How a full tensor is sharded over tensor-parallel ranks. Loading, saving, merging and checks all read this.
+"""Define how a full tensor is sharded over tensor-parallel ranks, for loading, saving, merging and checks.
 
-A tensor is sharded along one dimension, which consists of blocks (fused QKV: [Q rows | K rows | V rows]). Every rank
-holds the same contiguous fraction of each block, in the order of the blocks. A vocabulary may be padded with zero rows
-at its end, so that all shards have the same size; a full tensor never has padding.
+A tensor is sharded along one dimension, which consists of blocks (for fused QKV, [Q rows | K rows | V rows]). Every
+rank holds an equal, contiguous slice of each block, in the order of the blocks. A vocabulary may be padded with zero
+rows at its end, so that all shards have the same size; a full tensor never has padding.
 """
 
 import hashlib
@@ -17,13 +17,13 @@ from megatron_tiedlora.base.shapes import LinearShape
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """The way in which one tensor is sharded.
+    """A description of how one tensor is sharded.
 
     Attributes:
         dim: the sharded dimension; None for a tensor that is replicated on every rank.
         blocks: the full sizes of the blocks along `dim`; their sum is the full size. For a replicated tensor they are
-            the sizes of the sources that are fused along dimension 0.
-        padded: whether a block whose size is not divisible is padded with zeros (one block only).
+            the sizes of the source tensors that are fused along dimension 0.
+        padded: whether the block is padded with zeros if its size is not divisible; only for a single block.
     """
 
     dim: int | None
@@ -35,11 +35,11 @@ class ShardSpec:
 
     def _shard_size(self, size: int, tp_size: int) -> int:
         if size % tp_size and not self.padded:
-            raise ValueError(f"a block of {size} is not divisible by tensor parallel {tp_size}")
+            raise ValueError(f"a block of size {size} is not divisible by the tensor-parallel size {tp_size}")
         return -(-size // tp_size)
 
     def block_slices(self, tp_rank: int = 0, tp_size: int = 1) -> tuple[slice, ...]:
-        """Return the slice of each block (in the block's own coordinates, without padding) that a rank holds."""
+        """Return the slice of each block that a rank holds, in indices relative to the block, without padding."""
         if self.dim is None:
             return tuple(slice(0, size) for size in self.blocks)
         slices = []
@@ -57,7 +57,7 @@ class ShardSpec:
         return tuple(local)
 
     def split(self, full: Tensor, tp_rank: int, tp_size: int) -> Tensor:
-        """Return the shard of `full` on `tp_rank` of `tp_size`. It is a view if it is contiguous and not padded."""
+        """Return the shard of `full` for rank `tp_rank` of `tp_size`. It is a view for a single unpadded block."""
         if self.dim is None or tp_size == 1:
             return full
         parts = [
@@ -103,6 +103,6 @@ def stream_seed(seed: int, name: str) -> int:
 
 
 def draw_normal(shape: Sequence[int], *, std: float, seed: int, name: str) -> Tensor:
-    """Return a full fp32 CPU tensor of N(0, std^2). Equal arguments return equal bits for every layout and device."""
+    """Return a full fp32 CPU tensor of samples from N(0, std^2). The samples depend only on the arguments."""
     generator = torch.Generator(device="cpu").manual_seed(stream_seed(seed, name))
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float32) * std

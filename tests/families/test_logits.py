@@ -103,11 +103,11 @@ def test_a_norm_of_heads_with_a_zero_is_rejected(tmp_path: Path, part: str) -> N
 
 
 @pytest.mark.parametrize(("name", "said"), [
-    ("mistral", "sees 64 tokens at a time (sliding_window). Longer rows are not implemented. Give at most 64"),
-    ("phi3", "has other frequencies beyond 64 tokens (original_max_position_embeddings). Longer rows are not"),
-    ("phi3 mha", "sees 64 tokens at a time (sliding_window)"),
+    ("mistral", "attends to 64 tokens at once (sliding_window). Longer rows are not implemented. Give at most 64"),
+    ("phi3", "has different frequencies beyond 64 tokens (original_max_position_embeddings). Longer rows are not"),
+    ("phi3 mha", "attends to 64 tokens at once (sliding_window)"),
     ("qwen3", "was trained for 256 positions. Give at most 256"),
-    ("olmo3", "sees 64 tokens at a time (sliding_window)"),
+    ("olmo3", "attends to 64 tokens at once (sliding_window)"),
 ])  # fmt: skip
 def test_longer_rows_than_are_computed_are_rejected_with_both_numbers(tmp_path: Path, name: str, said: str) -> None:
     source = find_model(str(write_tiny_model(tmp_path / "model", tokenizer=False, num_layers=1, **FAMILY_MODELS[name])))

@@ -139,7 +139,7 @@ def test_frequencies_are_those_of_transformers(kind: str) -> None:
 
 
 @pytest.mark.parametrize(("changes", "said"), [
-    ({"rope_type": "proportional"}, "rope_type 'proportional' is not implemented. These are: default, dynamic,"),
+    ({"rope_type": "proportional"}, "rope_type 'proportional' is not implemented. Use one of: default, dynamic,"),
     ({"rope_type": "llama3", "factor": 2.0}, "low_freq_factor of the rotary embedding is missing"),
     ({"rope_type": "linear", "factor": -1.0}, "factor = -1.0 of the rotary embedding is not a positive number"),
     ({"rope_type": "yarn", "factor": 2.0, "truncate": 1}, "truncate = 1 of the rotary embedding is neither true nor"),
@@ -174,25 +174,25 @@ def test_a_field_that_nothing_knows_is_rejected_by_name(model_type: str) -> None
 
 
 def test_a_family_that_is_not_there_is_rejected_with_those_that_are() -> None:
-    with pytest.raises(UserError, match=rf"'mamba' is not implemented\. This version trains {', '.join(FAMILIES)}$"):
+    with pytest.raises(UserError, match=rf"'mamba' is not implemented\. Use one of {', '.join(FAMILIES)}$"):
         shape_from_hf({"model_type": "mamba"})
 
 
 @pytest.mark.parametrize(("model_type", "reason"), [
     ("mixtral", "it is a mixture of experts"), ("qwen3_moe", "it is a mixture of experts"),
     ("deepseek_v3", "it is a mixture of experts"), ("mamba", "it has layers without attention"),
-    ("qwen3_next", "it is a mixture of experts"), ("glm4", "it rotates neighbouring elements of a head"),
-    ("gemma3", "its text model is part of a multimodal one"), ("falcon", "its attention and MLP have the same input"),
-    ("gemma2", "it multiplies what flows between its layers by factors"),
-    ("granite", "it multiplies what flows between its layers by factors"),
-    ("gemma3_text", "it multiplies what flows between its layers by factors"), ("nemotron", "its MLP has no gate"),
+    ("qwen3_next", "it is a mixture of experts"), ("glm4", "its rotary embedding rotates neighbouring elements"),
+    ("gemma3", "it is part of a multimodal model"), ("falcon", "its attention and MLP have the same input"),
+    ("gemma2", "it scales the activations between its layers"),
+    ("granite", "it scales the activations between its layers"),
+    ("gemma3_text", "it scales the activations between its layers"), ("nemotron", "its MLP has no gate"),
     ("gpt_neox", "its attention and MLP have the same input"),
 ])  # fmt: skip
 def test_models_that_are_out_of_reach_are_rejected_with_the_reason(model_type: str, reason: str) -> None:
     from transformers import AutoConfig
 
     values = AutoConfig.for_model(model_type).to_dict()
-    with pytest.raises(UserError, match=f"^here: model_type '{model_type}' is not implemented, as {reason}. This"):
+    with pytest.raises(UserError, match=f"^here: model_type '{model_type}' is not implemented, because {reason}. Use"):
         shape_from_hf(values, source="here")
 
 

@@ -31,12 +31,12 @@ Refusal = tuple[int, Sequence[str], dict[str, Any], dict[str, Any]]
 def over_stages(stage: int, **settings: Any) -> Refusal:
     """A ZeRO stage that does not go with a pipeline, of the default file, zero2.json, or another."""
     parts = [f"--ds_config {settings.get('ds_config', 'zero2.json')}", f"ZeRO-{stage}", "--pipeline_parallel 2"]
-    return 2, [*parts, "use zero1.json"], {"pipeline_parallel": 2, **settings}, {}
+    return 2, [*parts, "Use zero1.json"], {"pipeline_parallel": 2, **settings}, {}
 
 
 def tensor(size: int, what: str, possible: str, **config: Any) -> Refusal:
     """A number of tensor-parallel ranks that does not divide one of the model's sizes."""
-    parts = [f"--tensor_parallel {size} ", f" {what}", f"possible are {possible}"]
+    parts = [f"--tensor_parallel {size} ", f" {what}", f"Possible values: {possible}"]
     return size, parts, {"tensor_parallel": size}, config
 
 
@@ -77,7 +77,7 @@ def test_refused(base: Base, tmp_path: Path, name: str) -> None:
 
 
 def test_a_preset_is_refused_too() -> None:
-    said = r"--tensor_parallel 16 .* 8 \(key-value heads\); possible are 1, 2, 4, 8"
+    said = r"--tensor_parallel 16 .* 8 \(key-value heads\)\. Possible values: 1, 2, 4, 8"
     with pytest.raises(UserError, match=said):
         dry_run_report(make_settings({"model": "llama2-70b", "dry_run": True, "world_size": 16, "tensor_parallel": 16}))
 

@@ -330,7 +330,7 @@ BAD: dict[str, tuple[int, Callable[[Models, Path], dict[str, Any]], list[str]]] 
     ),
     "long_answer": (1, _given(max_new_tokens=256), ["--max_new_tokens 256", "at most 256 tokens"]),
     "long_length": (1, _given(max_length=257), ["--max_length 257", "256 positions"]),
-    "heads": (4, _given(tensor_parallel=4), ["--tensor_parallel 4", "possible are 1, 2"]),
+    "heads": (4, _given(tensor_parallel=4), ["--tensor_parallel 4", "Possible values: 1, 2"]),
     "stages": (4, _given(pipeline_parallel=4), ["--pipeline_parallel 4", "3 layers"]),
     "ranks": (1, _given(tensor_parallel=2), ["1 rank is not a multiple", "Start 2 ranks", "tiedlora evaluate"]),
     "no_test_rows": (1, _given(task="custom", test_file=None), ["has no test data", "--test_file"]),

@@ -345,7 +345,7 @@ TWO_RANKS = [
     ("--what=scaling", "--what scaling is for one process, so not for 2 ranks"),
     ("--what=decoding", "--what decoding is for one process, so not for 2 ranks"),
     ("--tensor_parallel=3", "2 ranks are not a multiple of --tensor_parallel 3"),
-    ("--pipeline_parallel=2 --ds_config=zero2.json --length=64", "ZeRO-2 does not go with --pipeline_parallel 2"),
+    ("--pipeline_parallel=2 --ds_config=zero2.json --length=64", "ZeRO-2 cannot be used with --pipeline_parallel 2"),
 ]
 
 

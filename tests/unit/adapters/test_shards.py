@@ -71,7 +71,7 @@ def test_blocks_of_stacked_tensors(tp_size: int) -> None:
 )
 def test_what_does_not_divide_is_refused_unless_it_is_padded(ask: Callable[[ShardSpec, torch.Tensor], Any]) -> None:
     full = torch.zeros(18, 2)
-    with pytest.raises(ValueError, match="18 is not divisible by tensor parallel 4"):
+    with pytest.raises(ValueError, match="18 is not divisible by the tensor-parallel size 4"):
         ask(ShardSpec(0, (18,)), full)
     ask(ShardSpec(0, (18,), padded=True), full)
 

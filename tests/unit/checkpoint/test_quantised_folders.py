@@ -184,11 +184,11 @@ def scheme(**fields: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({}, "quantised by None are not read"),
-        ("awq", "quantised by 'awq' are not read"),
-        ({"quant_method": "gptq", "bits": 4}, "quantised by 'gptq' are not read; give the model with"),
-        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "quantised by 'fp8' are not read"),
-        ({"quant_method": ["x"]}, "are not read"),
+        ({}, "quantised by None cannot be read"),
+        ("awq", "quantised by 'awq' cannot be read"),
+        ({"quant_method": "gptq", "bits": 4}, "quantised by 'gptq' cannot be read. Use the model with"),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "quantised by 'fp8' cannot be read"),
+        ({"quant_method": ["x"]}, "cannot be read"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "(load_in_4bit is not true)"),
         (KINDS["nf4"][0] | {"bnb_4bit_quant_type": "fp4"}, "(bnb_4bit_quant_type is 'fp4', not 'nf4')"),
         (KINDS["nf4"][0] | {"bnb_4bit_quant_storage": "bfloat16"}, "bnb_4bit_quant_storage is 'bfloat16'"),

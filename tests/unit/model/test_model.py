@@ -165,7 +165,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "ntk": ({"rope_parameters": None, "rope_scaling": {"rope_type": "ntk", "factor": 4.0}}, "rope_type 'ntk'"),
     "linear": ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 0.0}}, "factor = 0.0"),
     "yarn": ({"rope_parameters": {"rope_type": "yarn"}, "max_position_embeddings": 0}, "max_position_embeddings = 0"),
-    "quantised": ({"quantization_config": {"quant_method": "awq"}}, "weights quantised by 'awq' are not read; give"),
+    "quantised": ({"quantization_config": {"quant_method": "awq"}}, "weights quantised by 'awq' cannot be read. Use"),
     "dropout": ({"attention_dropout": 0.1}, "attention_dropout = 0.1"),
     "softcap": ({"final_logit_softcapping": 30.0}, "final_logit_softcapping = 30.0"),
     "heads": ({"num_attention_heads": 4, "num_key_value_heads": 3}, "num_key_value_heads 3"),

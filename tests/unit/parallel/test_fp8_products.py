@@ -197,13 +197,13 @@ SETTINGS: dict[str, Any] = {"model": "llama2-7b", "dry_run": True, "plan_for": "
     ("changes", "message"),
     [
         ({"products": "fp8", "base": "nf4"}, "--products fp8 needs --base fp8, not nf4"),
-        ({"products": "fp8"}, "--products fp8 needs --base fp8; the linears of this base are not quantised"),
+        ({"products": "fp8"}, "--products fp8 needs --base fp8, but the linears of this base are not quantised"),
         ({"products": "int8", "base": "fp8"}, "--products"),
         ({"keep_transposed": True, "base": "fp8"}, "--keep_transposed needs --products fp8"),
         ({"products": "fp8", "base": "fp8", "dtype": "fp32"}, "--products fp8 needs --dtype bf16 on a GPU"),
         (
             {"products": "fp8", "base": "fp8", "tensor_parallel": 32},
-            "multiples of 16 as sizes, and mlp.down is 4096 x 344 at --tensor_parallel 32; leave --products out",
+            "multiples of 16, but mlp.down is 4096 x 344 with --tensor_parallel 32. Change --tensor_parallel, or",
         ),
     ],
 )

@@ -251,7 +251,7 @@ def test_a_kernel_with_other_bits_is_not_used(monkeypatch: pytest.MonkeyPatch) -
     assert quantise.nf4_kernel(torch.empty(4, 64), 64) is None
     monkeypatch.setattr(quantise, "PACKAGE", "torch")  # one that is installed
     said = quantise.slow_nf4(torch.device("cpu"), torch.float32)
-    assert said.endswith("ten times as slowly: the kernel of torch is not right here for float32")
+    assert said.endswith("ten times as slowly: the kernel of torch cannot be used here for float32")
     quantise._checked_kernel.cache_clear()
 
 
