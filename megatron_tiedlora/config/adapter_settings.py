@@ -1,4 +1,4 @@
-"""Settings of the commands that read adapters: evaluate, merge, export, import, verify, index and push."""
+"""Declares the settings of the commands that read adapters: evaluate, merge, export, import, verify, index and push."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -166,7 +166,7 @@ class EvaluateSettings(CommandSettings, command="evaluate"):
 
 
 def adapter_flags(adapter: str, settings: "MergeSettings | ExportSettings") -> str:
-    """Return the given flags of an adapter and its base, for a later command in a message."""
+    """Return the flags that the user gave for an adapter and its base. A message puts them into a suggested command."""
     words = ["--adapter", adapter, *(["--model", settings.model] if settings.model else [])]
     return shlex.join([*words, *(["--base_differs"] if settings.base_differs else [])])
 
@@ -257,7 +257,7 @@ fp32: an alpha / r of some modules alone (rank_pattern, alpha_pattern), or VeRA'
 
 
 class VerifySettings(CommandSettings, command="verify"):
-    """The settings of one check of exports, validated and frozen."""
+    """The settings of one verification of exports, validated and frozen."""
 
     about: ClassVar[str] = (
         "Check exports of an adapter: the bits of a merged or PEFT folder, and logits; exit status 1 if any differ."
@@ -292,7 +292,7 @@ the most likely token is the same, over random tokens.
 
 
 class IndexSettings(CommandSettings, command="index"):
-    """The settings of one use of the index of a folder, validated and frozen."""
+    """The settings of one call of tiedlora index, validated and frozen."""
 
     about: ClassVar[str] = "Index a folder of native adapters, and find, verify or compare them."
     examples: ClassVar[str] = """\
@@ -328,7 +328,7 @@ indexed. `diff` exits with 1 if the two differ. Any program can read the SQLite 
 
     @property
     def wanted(self) -> dict[str, Any]:
-        """Return the values that `find` compares, by column."""
+        """Return the values that rows of the index must match, by column."""
         return {name: value for name in FILTERS if (value := getattr(self, name)) is not None}
 
     def _check_fit(self) -> None:
@@ -347,7 +347,7 @@ FILTERS = fields.marked(IndexSettings, group="find")
 
 
 class PushSettings(CommandSettings, command="push"):
-    """The settings of one publication, validated and frozen."""
+    """The settings of one upload to the Hugging Face hub, validated and frozen."""
 
     about: ClassVar[str] = "Publish a run's adapter on the Hugging Face hub, with a model card."
     examples: ClassVar[str] = """\

@@ -1,7 +1,7 @@
-"""Settings of the commands that start or plan jobs: run, doctor, plan and sweep.
+"""Declares the settings of the commands that start or plan jobs: run, doctor, plan and sweep.
 
-run, plan and sweep also accept the flags of train. In a plan, a training flag for the layout limits the search to its
-value. A sweep sets some training settings itself. One YAML file may hold the settings of the sweep and of training.
+run, plan and sweep also accept the flags of train. In a plan, a flag such as --tensor_parallel limits the search to its
+value. A sweep sets some training settings itself. One YAML file may contain the settings of the sweep and of training.
 """
 
 import re
@@ -38,7 +38,7 @@ def _check_launcher(settings: Any) -> None:
 
 
 class LaunchSettings(CommandSettings, command="run"):
-    """The settings by which a job is started and watched, validated and frozen."""
+    """The settings for starting and monitoring a job, validated and frozen."""
 
     about: ClassVar[str] = (
         "Start tiedlora train on the hosts of a job, watch it, and report how it ended.\n\n"
@@ -88,7 +88,7 @@ _launch = partial(shared_field, LaunchSettings)
 
 
 class DoctorSettings(CommandSettings, command="doctor"):
-    """The settings of one check, validated and frozen."""
+    """The settings of one check of a job's hosts, validated and frozen."""
 
     about: ClassVar[str] = """\
 Check the hosts of a job before it starts. It finds hosts that are down, differing versions, clocks that differ,
@@ -137,7 +137,7 @@ Exit status: 0 ready, 1 not ready, 2 for a wrong flag or hostfile."""
 
 @dataclass(frozen=True)
 class LaunchCommand:
-    """A command line of tiedlora run: its own settings, those of tiedlora train, and the arguments of the latter."""
+    """A parsed command line of tiedlora run: its own settings, and the settings and arguments of tiedlora train."""
 
     settings: LaunchSettings
     train: Settings
@@ -145,10 +145,10 @@ class LaunchCommand:
 
 
 def parse_launch(argv: Sequence[str]) -> LaunchCommand:
-    """Parse the settings of tiedlora run and tiedlora train; `--` may separate them.
+    """Return the parsed command line of tiedlora run. `--` may separate its own flags from those of tiedlora train.
 
     Raises:
-        UserError: something is unknown, out of range or contradictory.
+        UserError: a setting is unknown or out of range, or settings contradict each other.
     """
     words, given = list(argv), []
     if "--" in words:
@@ -170,7 +170,7 @@ FORMAT_NAMES = (UNQUANTISED, *BASE_NAMES, "fp8-products", "fp8-transposed")
 
 
 class PlanSettings(CommandSettings, command="plan"):
-    """The cluster of a plan and what is shown of it, validated and frozen."""
+    """The settings of one plan (the cluster, and what the output shows), validated and frozen."""
 
     about: ClassVar[str] = """\
 Find the fastest parallel configuration of a cluster before it is booked: what fits, what it sends, how long it takes.
@@ -242,24 +242,24 @@ With --adapters all layouts are of one run of several adapters, which is compare
 
 @dataclass(frozen=True)
 class PlanCommand:
-    """A command line of tiedlora plan: its own settings and those of the planned run."""
+    """A parsed command line of tiedlora plan: its own settings and the training settings of the planned run."""
 
     settings: PlanSettings
     train: Settings
 
 
 def parse_plan(argv: Sequence[str]) -> PlanCommand:
-    """Parse the settings of tiedlora plan and of the planned run.
+    """Return the parsed command line of tiedlora plan.
 
     Raises:
-        UserError: something is unknown, out of range or contradictory, in the words of tiedlora train.
+        UserError: a setting is unknown or out of range, or settings contradict each other.
     """
     own, known, words = split_words(argv, PlanSettings)
     others = [name for name in known if name not in ("model", "config")]
     others += sorted(name.removesuffix("_file") for name in own.keys() - {"measure", "measure_seconds"})
     if "measure" in own and others:  # --measure uses only the model of a run
         raise UserError(f"--measure measures this machine and plans nothing; remove --{others[0]}")
-    # Read them as a dry run, which needs no data. A file of --config may set this too.
+    # Parse them as a dry run, which needs no data. The file of --config may also set --dry_run.
     train = parse_settings([*words, "--dry_run"], Settings)
     for name, instead in fields.decided_by("plan", Settings).items():
         if name in known or name in train.model_fields_set - {"dry_run"}:
@@ -275,14 +275,14 @@ PAPER_LEARNING_RATES = (1e-4, 1e-5)
 GRID = ("methods", "ranks", "learning_rates")  # each combination of these settings is a run
 MOST_TOGETHER = 32  # for --together auto; more adapters help little
 SWEEP_FILE = "sweep.yaml"  # in the sweep's folder: its settings
-# Flags of tiedlora run that a file may contain, with a NUL after each word. Other flags could run a program of the
-# file's author, or use other hosts.
+# Matches the flags of tiedlora run that a file may contain, with a NUL after each argument. Other flags would let the
+# author of the file run any program or use other hosts.
 _FROM_FILE = re.compile(r"(--(num_gpus|master_port)[=\0]\d{1,6}\0)*", re.ASCII)
 _NOT_OF_SWEEP = frozenset(("max_restarts", "show_command"))  # the sweep's next launch repeats failed runs
 
 
 class SweepSettings(CommandSettings, command="sweep"):
-    """The adapters that a sweep trains, and how it trains them; validated and frozen."""
+    """The settings of one sweep (the adapters to train, and how to train them), validated and frozen."""
 
     about: ClassVar[str] = (
         "Train methods x ranks x learning rates on a task, score the best learning rate of each on the test set, and"
@@ -345,7 +345,7 @@ class SweepSettings(CommandSettings, command="sweep"):
 
     @classmethod
     def default_text(cls, name: str) -> str:
-        """Return the default of a field for the help; '' for the grid, whose help texts contain it."""
+        """Return the default of a field for the help; '' for a setting in `GRID`, whose help text states it."""
         return "" if name in GRID else super().default_text(name)
 
     def _check_fit(self) -> None:
@@ -385,11 +385,11 @@ def parse_launcher(words: Sequence[str]) -> LaunchSettings:
 
 @dataclass(frozen=True)
 class SweepCommand:
-    """A command line of tiedlora sweep.
+    """A parsed command line of tiedlora sweep.
 
     Attributes:
-        given: the given training settings by name; all others have train.py's defaults.
-        train: all training settings for the first point of the grid.
+        given: the training settings that the user gave, by name. All others have the defaults of tiedlora train.
+        train: all training settings of the grid's first run.
     """
 
     settings: SweepSettings
@@ -403,8 +403,8 @@ class SweepCommand:
 
 
 def parse_sweep(argv: Sequence[str]) -> SweepCommand:
-    """Parse the settings of the sweep and of its runs. The command line overrides the file of --config. Both override
-    the settings in the folder of an earlier sweep, so the folder's name alone resumes it.
+    """Return the parsed command line of a sweep. The command line overrides the file of --config. Both override the
+    settings that an earlier launch saved in the sweep's folder, so --output_dir alone is enough to resume a sweep.
 
     Raises:
         UserError: a setting is unknown, out of range or set by the sweep itself.
@@ -440,14 +440,14 @@ def parse_sweep(argv: Sequence[str]) -> SweepCommand:
 
 
 def make_command(values: Mapping[str, Any]) -> SweepCommand:
-    """Make a command from settings of the sweep and of training, by name. Raise UserError if one is wrong."""
+    """Return a command with these settings of the sweep and of training. Raise UserError if a setting is wrong."""
     settings = validate_settings({n: v for n, v in values.items() if n in SweepSettings.model_fields}, SweepSettings)
     given = {n: v for n, v in values.items() if n not in SweepSettings.model_fields}
     return SweepCommand(settings, given, resolve_train(settings, given))
 
 
 def resolve_train(settings: SweepSettings, given: Mapping[str, Any]) -> Settings:
-    """Return the training settings of the grid's first run. Raise UserError if one is wrong."""
+    """Return the training settings of the grid's first run. Raise UserError if a setting is wrong."""
     if settings.tables_from is not None:
         return make_settings({})
     first = {

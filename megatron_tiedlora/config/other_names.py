@@ -1,8 +1,8 @@
-"""Translate names of other tools into names of this one: flags, YAML keys and their values.
+"""Translate flags, YAML keys and values of other tools into the names that this package uses.
 
-Most other names are declared with their setting. This module has the names whose answer is a sentence. In it `{name}`
-is one of our settings, which is shown as a flag or a key. A command gives an answer only if it has all settings in the
-answer. For a name without an answer, the most similar name is suggested.
+Most names from other tools are declared with their setting. This module has the names that need a longer hint. In a
+hint, `{name}` is a setting of this package, which is shown as a flag or a key. A command shows a hint only if it has
+all settings in the hint. For any other unknown name, the most similar known name is suggested.
 """
 
 import string
@@ -10,14 +10,14 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from megatron_tiedlora.base.messages import nearest_name, shown
 
-_MOST_NAMES = 8  # unknown names in one message
+_MOST_NAMES = 8  # maximum number of unknown names in one message
 
 
 def _same(answer: str, names: str) -> dict[str, str]:
     return dict.fromkeys(names.split(), answer)
 
 
-# Names whose answer says more than the setting's name. Simple other names are declared with the setting.
+# Hints that say more than the setting's name. Names that need no explanation are declared with their setting.
 SENTENCES: Mapping[str, str] = {
     **_same(
         "{micro_batch_size}, the rows of a forward pass; {global_batch_size} sets the samples of a step",
@@ -97,7 +97,7 @@ NOT_OFFERED: Mapping[str, str] = {
     **_same("all rows are trained on, and validated on if they are a --validation_file", "do_train do_eval"),
 }
 
-# Other names for values of some settings. An answer that is a value replaces the name; any other answer is a hint.
+# Names of values in other tools. A result that is a valid value replaces the name; any other result is a hint.
 OTHER_METHODS = {
     "qlora": "here it is lora with {base} nf4",
     "rslora": "here it is lora with {alpha} lora_alpha x sqrt(rank)",
@@ -122,17 +122,16 @@ OTHER_GPUS = {**_same("a100-80", "a100-80gb"), **_same("h100", "h100-80 h100-80g
 
 
 def value_meant(given: str, choices: Sequence[str], others: Mapping[str, str]) -> str:
-    """Return the one of `choices` that a value means. Case and `_` do not matter, and `others` has names of other
-    tools.
+    """Return the choice that a value means. A value that means none of `choices` is returned unchanged.
 
-    Any other value is returned unchanged.
+    Upper case and `_` for `-` are accepted. `others` maps names of values in other tools to choices or to hints.
     """
     named = {alias: value for alias, value in others.items() if value in choices}
     return {**named, **{_plain(choice): choice for choice in choices}}.get(_plain(given), given)
 
 
 def value_hint(given: str, choices: Sequence[str], others: Mapping[str, str]) -> str:
-    """Return a hint for an unknown value of a setting, as ' (...)' like `name_hint`."""
+    """Return a hint for an unknown value of a setting, in the form ' (...)', or '' if there is none."""
     answer = others.get(_plain(given))
     return nearest_name(given, choices) if answer is None else f" ({_written(answer, '--')})"
 
@@ -144,7 +143,7 @@ def _plain(text: str) -> str:
 def unknown_names(
     kind: str, given: Iterable[object], known: Collection[str], others: Mapping[str, Sequence[str]]
 ) -> str:
-    """Return the text `unknown KINDs A, B` about the names that are not `known`, with hints; '' if all are known.
+    """Return the text `unknown KINDs A, B` with hints for the given names that are not known; '' if all are known.
 
     Args:
         others: see `name_hint`.
@@ -161,11 +160,11 @@ def unknown_names(
 
 
 def name_hint(given: str, known: Iterable[str], others: Mapping[str, Sequence[str]]) -> str:
-    """Return a hint for an unknown name: ' (...)' with its answer or else with the most similar name, or ''.
+    """Return a hint for an unknown name in the form ' (...)', or '' if there is none.
 
     Args:
-        given: a flag with its dashes, or a key. `known` has the same form.
-        others: answers by the name in other tools, those of this command first (`names_elsewhere`).
+        given: a flag with its dashes, or a YAML key. The names in `known` have the same form.
+        others: hints by the name in other tools (`names_elsewhere`). The hints of this command come first.
     """
     names = list(known)
     dashes = "--" if given.startswith("-") else ""
@@ -179,7 +178,7 @@ def name_hint(given: str, known: Iterable[str], others: Mapping[str, Sequence[st
             return f" (here it is {_written(answer, dashes)})"
     if bare in NOT_OFFERED:
         return f" ({NOT_OFFERED[bare]})"
-    # If the tables know the name but this command lacks the setting, a similar name would mislead.
+    # If there are hints for the name but this command lacks the setting, a similar name would be misleading.
     return "" if answers else nearest_name(given, names)
 
 

@@ -1,8 +1,8 @@
 """Declare every setting of a training run once: type, default, help text, group, effect, and other names.
 
 `cli.py` turns the declarations into flags, and a YAML file uses the same flat names. A new setting needs one
-declaration here and the code that uses it. Two tables hold defaults that differ by task. This module rejects
-contradictory settings. Checks that need the model, the world size or a file are elsewhere.
+declaration here and the code that uses it. `PAPER_DEFAULTS` and `TASK_DEFAULTS` hold the defaults that depend on the
+task. This module rejects contradictory settings. Checks that need the model, the world size or a file are elsewhere.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ _FOLDER = Path(__file__).resolve().parent.parent / "data" / "tasks"
 
 TASK_NAMES: tuple[str, ...] = tuple(sorted(file.stem for file in _FOLDER.glob("[!_]*.py")))
 
-# For a command without a model and a task.
+# Defaults of a command without --model and --task.
 DEFAULT_MODEL, DEFAULT_TASK = "demo", "demo"
 
 PAPER_DEFAULTS: Mapping[str, Any] = {
@@ -36,7 +36,7 @@ PAPER_DEFAULTS: Mapping[str, Any] = {
     "eval_interval": 30,
     "max_length": 4096,
 }
-# Defaults of tasks that differ from the paper's.
+# Defaults of tasks, where they differ from the paper's defaults.
 TASK_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "demo": {
         "global_batch_size": 24,
@@ -52,7 +52,7 @@ TASK_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 Schedule = Literal["cosine", "linear", "constant"]  # training/build.py implements them
 GPU_NAMES = ("a100-80", "h100", "h200", "b200")  # planning/machines.py describes them
 HOW_LONG = ("epochs", "max_steps")  # settings that both say how long to train
-SMALLEST_ALPHA, LARGEST_ALPHA = 1e-6, 1e6  # wider than any range that trains
+SMALLEST_ALPHA, LARGEST_ALPHA = 1e-6, 1e6  # all useful values are between these limits
 NO_TRAIN_FILE = "--task custom needs --train_file (JSONL with prompt and completion, or a hub id)"
 
 _run = partial(setting_field, "run", decides="nothing")
@@ -70,12 +70,12 @@ _ONLY_LISTED = {"sweep": "the dry run of a sweep only lists runs"}
 
 
 class Settings(CommandSettings, command="train"):
-    """The settings of one run, validated and frozen.
+    """The settings of one training run, validated and frozen.
 
-    Fields left out take the defaults of their task (`TASK_DEFAULTS`, else `PAPER_DEFAULTS`). Values that depend on the
-    model or the world size stay None here and are resolved later: `dtype`, `layers`, `init_std_a`, `init_std_b`,
-    `micro_batch_size`, `output_dir`. The default of `max_length` is lowered to the model's limit, and with `epochs` the
-    number of steps is counted once the data is known (`planning/run_plan.py`).
+    Fields that are not given get the defaults of their task (`TASK_DEFAULTS`, else `PAPER_DEFAULTS`). Values that
+    depend on the model or the world size stay None here and are resolved later: `dtype`, `layers`, `init_std_a`,
+    `init_std_b`, `micro_batch_size`, `output_dir`. The default of `max_length` is lowered to the model's limit. With
+    `epochs`, the number of steps is computed when the data is known (`planning/run_plan.py`).
     """
 
     about: ClassVar[str] = """\
@@ -376,7 +376,7 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
 
     @classmethod
     def default_text(cls, name: str) -> str:
-        """Return the default of a field for the help, with the paper's value and those of tasks that differ."""
+        """Return a field's default for the help: the paper's value, and the values of tasks that differ from it."""
         if name not in PAPER_DEFAULTS:
             return super().default_text(name)
         by_task = [f"{task} {values[name]:g}" for task, values in TASK_DEFAULTS.items() if name in values]
@@ -385,13 +385,13 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
     @model_validator(mode="wrap")
     @classmethod
     def _with_defaults(cls, values: dict[str, Any], check: "ModelWrapValidatorHandler[Settings]") -> "Settings":
-        """Fill in the defaults. `model_fields_set` has only the given fields."""
+        """Return the settings with all defaults filled in. `model_fields_set` contains only the given fields."""
         made = check(cls._filled(values))
         object.__setattr__(made, "__pydantic_fields_set__", set(values))
         return made
 
     def completed(self, **values: Any) -> "Settings":
-        """Return a copy with different defaults. `model_fields_set` still has only the given fields."""
+        """Return a copy with different defaults. `model_fields_set` still contains only the given fields."""
         made = self.model_copy(update=values)
         object.__setattr__(made, "__pydantic_fields_set__", set(self.model_fields_set))
         return made
@@ -404,7 +404,7 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
         elif "task" not in filled and filled.get("model", DEFAULT_MODEL) == DEFAULT_MODEL:
             filled["task"] = DEFAULT_TASK
         elif "task" not in filled and "adapters" in filled:
-            filled["task"] = "custom"  # without effect: each adapter's entry is filled in separately
+            filled["task"] = "custom"  # has no effect, because each adapter's entry is filled in separately
         elif "task" not in filled and (is_preset(as_given(filled["model"])) or filled.get("dry_run") in (True, "true")):
             filled["task"] = "custom"  # a dry run without data has full rows; a preset has no tokenizer
         filled = {**PAPER_DEFAULTS, **TASK_DEFAULTS.get(as_given(filled.get("task")), {}), **filled}

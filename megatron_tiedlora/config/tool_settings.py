@@ -1,4 +1,4 @@
-"""Settings of the commands for machines and models: check-gpu, bench, env, convert-nemo, random-model, prepare-demo."""
+"""Declares the settings of the commands check-gpu, bench, env, convert-nemo, random-model and prepare-demo."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -60,7 +60,7 @@ Exit status: 0 nothing failed, 1 something failed (the table says what to do), 2
 
 
 class ConvertNemoSettings(CommandSettings, command="convert-nemo"):
-    """The settings of one conversion, validated and frozen."""
+    """The settings of one conversion of a NeMo model, validated and frozen."""
 
     about: ClassVar[str] = (
         "Convert NVIDIA's GPT-2B-001 from its .nemo file to a Hugging Face folder that --model and transformers read."
@@ -102,7 +102,7 @@ in seconds on a CPU: tiedlora train --model tiny --train_file rows.jsonl"""
 
 
 class PrepareDemoSettings(CommandSettings, command="prepare-demo"):
-    """The settings by which the demo model is made, validated and frozen."""
+    """The settings for making the demo model, validated and frozen."""
 
     about: ClassVar[str] = (
         "Make the demo model (SmolLM2-135M-Instruct, 540 MB in fp32) as a Hugging Face folder. Downloads 93 MB once."
@@ -119,7 +119,7 @@ class PrepareDemoSettings(CommandSettings, command="prepare-demo"):
 
 
 class EnvSettings(CommandSettings, command="env"):
-    """The settings of one report for bugs, validated and frozen."""
+    """The settings of one report about the environment, validated and frozen."""
 
     about: ClassVar[str] = """\
 Print what a bug report needs: versions, extras, devices, the launcher's and the libraries' variables.
@@ -254,7 +254,7 @@ those that are planned. On a GPU the report also has MFU by the data sheet and t
 
     @classmethod
     def default_text(cls, name: str) -> str:
-        """Return the default of a field for the help, followed by that of scaling."""
+        """Return the default of a field for the help, followed by its default for --what scaling if that differs."""
         text = super().default_text(name)
         return f"{text or 'all'}; scaling {SCALING_DEFAULTS[name]}" if name in SCALING_DEFAULTS else text
 
@@ -298,12 +298,13 @@ those that are planned. On a GPU the report also has MFU by the data sheet and t
 
     @property
     def adapter_tokens(self) -> int:
-        """Return the number of tokens of one adapter's step with --adapters."""
+        """Return the number of tokens in a step of one adapter, for --adapters."""
         return self.rows * self.length
 
     @property
     def labels(self) -> int:
-        """Return the number of labels of a made-up document. Its first token is never a label: nothing precedes it."""
+        """Return the number of labels in a made-up document. The first token cannot be a label, as no token precedes
+        it."""
         length = self.length // (self.documents or 1)
         return min(round(self.supervised * length), length - 1)
 
@@ -328,6 +329,6 @@ those that are planned. On a GPU the report also has MFU by the data sheet and t
         return "layout"
 
     def one_step(self, **changes: Any) -> "BenchSettings":
-        """Return settings of the step of `--what scaling`, with `changes`. Raise UserError for invalid values."""
+        """Return the settings of one step of `--what scaling`, with `changes`. Raise UserError for invalid values."""
         names = (name for name, own in fields.declared(BenchSettings).items() if own.group in ("model", "step"))
         return fields.validate_settings({**{name: getattr(self, name) for name in names}, **changes}, BenchSettings)
