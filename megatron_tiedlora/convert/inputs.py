@@ -1,5 +1,5 @@
-"""Finds the inputs of conversions: the kind of an adapter, and its base, by name or by hash among the models in a
-folder. Also checks whether a model is an adapter's base."""
+"""Finds the inputs of conversions: the kind of an adapter, and its base, by name or by the hashes of the models in a
+folder. This module also checks whether a model is an adapter's base."""
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -24,7 +24,7 @@ _GIVE = "give the base, or a folder of models that holds it: it is found there b
 
 
 def adapter_kind(folder: Path | str, *, flag: str | None = None) -> Literal["native", "peft"]:
-    """Return the kind of adapter that a folder holds. `flag` is the flag with its value, as given [--adapter FOLDER].
+    """Return the kind of the adapter in a folder. Messages begin with `flag`, by default `--adapter FOLDER`.
 
     Raises:
         UserError: the folder holds no adapter. For a run or model folder the message says what to give instead.
@@ -59,10 +59,10 @@ def find_base(folder: Path, model: ModelSource | str | None, named: str, hashes:
     """Return the base of the adapter in `folder`: the model that `model` names, or else the one that the adapter names.
 
     Args:
-        model: value of --model, or the model that was found for it. It may name a folder of models; the base is then
-            found among them by its hashes.
+        model: value of --model, or the model that was found for it. In a folder of models, the base is found by its
+            hashes.
         named: the base's name in the adapter's files.
-        hashes: the known ones of `base_hash`, `base_weights_hash` and `base_sample` of the adapter's base.
+        hashes: `base_hash`, `base_weights_hash` and `base_sample` of the adapter's base, if they are known.
 
     Raises:
         UserError: the base does not exist.
@@ -119,7 +119,7 @@ Identify = Callable[[ModelSource, str, str | None], base_identity.BaseIdentity]
 
 
 class CheckedBase(NamedTuple):
-    """An adapter's base, or a different model that it is used with (--base_differs).
+    """The result of checking an adapter's base, or the different model that is used with --base_differs.
 
     Attributes:
         record: the fields that describe the base in the record of a converted adapter or model.
@@ -149,10 +149,10 @@ def check_base(
         differs: value of --base_differs.
         base_format: the storage format in which the base is used; None if it is used in --dtype.
         flag: the adapter's name in messages.
-        identify: computes the base's identity; a caller that checks many adapters of one base passes a cached one.
+        identify: computes the base's identity. To check many adapters of one base, pass a cached function.
 
     Raises:
-        UserError: config, weights or tokenizer differ and `differs` is False, or one is missing or incomplete.
+        UserError: config, weights or tokenizer are missing or incomplete, or they differ and `differs` is False.
     """
     trained, used = adapter.base_identity, base_format or source.stored_base
     stored = stored_precision(source) if used is not None and trained.base_stored is not None else None
@@ -171,7 +171,7 @@ def check_base(
 
 
 def stored_precision(source: ModelSource) -> str | None:
-    """Return `linears_dtype` of a stored model, or None if it is quantised. Raises UserError if it cannot be read."""
+    """Return the dtype of a model's stored linears, or None if they are quantised. Raise UserError if unreadable."""
     if source.stored is not None:
         return None
     with base_weights.BaseWeights(source.weights_folder(), source.shape) as weights:
@@ -179,9 +179,9 @@ def stored_precision(source: ModelSource) -> str | None:
 
 
 def trained_otherwise(source: ModelSource, adapter: NativeAdapter) -> str:
-    """Return a message if `source` is quantised to different values than training used; '' if not, or if unknown.
+    """Return a message if quantising `source` gives different values than in training; '' if not, or if unknown.
 
-    The message also says what to do. The caller has checked `source` with `check_base`.
+    The message also says what to do. The caller must have checked `source` with `check_base`.
     """
     trained = adapter.base_identity
     if trained.base_stored is None:

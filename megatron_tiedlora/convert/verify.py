@@ -252,7 +252,7 @@ def verify_export(
 
 
 def _stored_types(source: ModelSource, merged: Path) -> dict[str, torch.dtype]:
-    """Return {name: dtype} of the tensors in the merged folder. Raise UserError if its shape is not the base's shape."""
+    """Return {name: dtype} of the tensors in the merged folder. Raise UserError if its shape differs from the base."""
     file = merged / "config.json"
     found = replace(source, shape=families.shape_from_hf(hf_config.read_hf_config(merged), source=str(file)))
     if found.shape != source.shape:
