@@ -149,7 +149,7 @@ class EvaluateSettings(CommandSettings, command="evaluate"):
 
     def _check_fit(self) -> None:
         if self.adapter is not None and self.adapters is not None:
-            raise ValueError("give either --adapter or --adapters")
+            raise ValueError("give either --adapter or --adapters, not both")
         if self.adapters == ():
             raise ValueError("--adapters is empty; give folders of adapters")
         if self.merge_adapter and self.adapter is None:

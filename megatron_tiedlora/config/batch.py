@@ -110,7 +110,8 @@ def resolve_max_new_tokens(value: int | None, longest: int, default: int) -> int
         return max(min(default, longest // 2), 1)
     if value >= longest:
         raise UserError(
-            f"--max_new_tokens {value} leaves no room for a prompt in rows of at most {longest} tokens; give fewer"
+            f"--max_new_tokens {value} leaves no room for a prompt, since both have at most {longest} tokens together;"
+            " give a smaller number"
         )
     return value
 

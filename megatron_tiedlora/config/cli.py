@@ -149,7 +149,7 @@ def read_yaml(path: str, *kinds: type[fields.CommandSettings]) -> dict[str, Any]
     """Return the settings of the commands `kinds` in a YAML file, by field name. Raise UserError if it is not valid."""
     file = user_path(path)
     if not file.is_file():
-        raise UserError(f"--config {path}: no such file")
+        raise UserError(f"--config {path}: no such file; give a YAML file with settings")
     content = read_yaml_mapping(file)
     known = {own.flag or name: (name, own) for kind in kinds for name, own in fields.declared(kind).items()}
     if RECORD_MARK in content:
@@ -285,15 +285,15 @@ def read_adapters(path: str, given: Settings) -> dict[str, Settings]:
     for number, entry in enumerate(read_yaml_list(adapters_path(path)), start=1):
         name, own = _checked_entry(entry, f"{path}: entry {number}")
         if name.lower() in _FILES_OF_RUN:
-            raise UserError(f"{path}: entry {number}: the run itself has a file {shown(name)}; give another name")
+            raise UserError(f"{path}: entry {number}: the run itself has a file {shown(name)}; give a different name")
         if name.lower() in taken:
-            raise UserError(f"{path}: entry {number}: the name {shown(name)} is taken by another; names are folders")
+            raise UserError(f"{path}: entry {number}: the name {shown(name)} is taken by another entry; change it")
         taken.add(name.lower())
         with naming(f"{path}: {name}"):
             found[name] = make_settings(Settings.combined(shared, own))
     check_folders(path, {name: own.output_dir for name, own in found.items() if own.output_dir is not None})
     if not found:
-        raise UserError(f"{path}: holds no adapter; write one entry for each, which begins with '- name: '")
+        raise UserError(f"{path}: holds no adapter; write one entry per adapter, which begins with '- name: '")
     _check_shared(path, found)
     return found
 
@@ -302,16 +302,16 @@ def adapters_path(given: str) -> Path:
     """Return the file that --adapters names. Raise UserError if it does not exist."""
     file = user_path(given)
     if file.is_dir():
-        raise UserError(f"--adapters {given}: is a folder; give a YAML list. --init_from starts from an adapter")
+        raise UserError(f"--adapters {given}: is a folder; give a YAML list, or start from an adapter with --init_from")
     if not file.is_file():
-        raise UserError(f"--adapters {given}: no such file")
+        raise UserError(f"--adapters {given}: no such file; give a YAML file with a list of adapters")
     return file
 
 
 def check_together(given: Settings) -> None:
     """Raise UserError if a setting on the command line is not supported for a run of several adapters."""
     if given.resume not in ("none", "auto"):
-        raise UserError(f"--resume {given.resume}: each adapter has checkpoints of its own; give auto with --adapters")
+        raise UserError(f"--resume {given.resume}: each adapter has its own checkpoints; give --resume auto")
     if others := [name for name in given.report_to if name != fields.TENSORBOARD]:
         raise UserError(f"--report_to {others[0]} is not implemented for --adapters; give {fields.TENSORBOARD} or none")
 
@@ -323,7 +323,7 @@ def _checked_entry(entry: Any, where: str) -> tuple[str, dict[str, Any]]:
     name = entry.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         problem = "has no name" if name is None else f"cannot be called {shown(name)}"
-        raise UserError(f"{where}: {problem}; give a name of letters, digits, '.', '_' and '-', at most 80 of them")
+        raise UserError(f"{where}: {problem}; give a name of letters, digits, '.', '_' and '-', at most 80 characters")
     others = fields.names_elsewhere(Settings)
     own = {key: value for key, value in entry.items() if key != "name"}
     if unknown := unknown_names("setting", own.keys() - Settings.model_fields.keys(), PER_ADAPTER, others):
@@ -345,17 +345,17 @@ def check_folders(path: str, output_dirs: Mapping[str, str]) -> None:
     for name, output_dir in output_dirs.items():
         folder = Path(os.path.realpath(user_path(output_dir)))
         if folder in given:
-            raise UserError(f"{path}: {name}: output_dir is that of {given[folder]}; give each a folder of its own")
+            raise UserError(f"{path}: {name}: output_dir is also that of {given[folder]}; give each its own folder")
         given[folder] = name
     for folder, name in given.items():
         holder = next((parent for parent in folder.parents if parent in given), folder)
         inside = folder.parts[len(holder.parts) :][:1]
         if inside and given[holder] != RUN_OF_ALL:
-            where = f"that of {given[holder]}; give each a folder of its own"
-            raise UserError(f"{path}: {name}: output_dir lies in {where}")
+            where = f"that of {given[holder]}; give each its own folder"
+            raise UserError(f"{path}: {name}: output_dir is inside {where}")
         if any(part.startswith(".") or part.lower() in _FILES_OF_RUN for part in inside):
             where = f"{shown(inside[0])}, where the run itself has files"
-            raise UserError(f"{path}: {name}: output_dir lies in {where}; give another folder")
+            raise UserError(f"{path}: {name}: output_dir is inside {where}; give a different folder")
 
 
 def _check_shared(path: str, found: Mapping[str, Settings]) -> None:
@@ -367,7 +367,7 @@ def _check_shared(path: str, found: Mapping[str, Settings]) -> None:
                 of_first, of_other = (shown(getattr(one, field)) for one in (expected, settings))
                 raise UserError(
                     f"{path}: {field} would be {of_first} for {first} and {of_other} for {name} by the defaults of"
-                    f" their tasks, but it holds for all {count_text(len(found), 'adapter')}; give --{field}"
+                    f" their tasks, but {count_text(len(found), 'adapter')} must have the same value; give --{field}"
                 )
 
 

@@ -190,7 +190,7 @@ class CommandSettings(BaseModel):
     prog: ClassVar[str]
     about: ClassVar[str]
     usage: ClassVar[str] = "[--FLAG VALUE ...]"
-    examples: ClassVar[str] = "The YAML file of --config takes every flag under the same name; the command line wins."
+    examples: ClassVar[str] = "The YAML file of --config accepts every flag by its name; the command line overrides it."
     groups: ClassVar[Mapping[str, str]] = {}
     missing: ClassVar[Mapping[str, str]] = {}
     instead: ClassVar[Sequence[tuple[str, str]]] = ()
@@ -242,7 +242,7 @@ class CommandSettings(BaseModel):
             if isinstance(part, int | float) and abs(part) >= _BOUND:
                 raise ValueError(f"{flag} {shown(value)}: out of range; give a number below 2^53 (9e15)")
             if isinstance(part, str) and ("\0" in part or not _is_system_text(part)):
-                raise ValueError(f"{flag} {shown(value)}: contains characters that are not text")
+                raise ValueError(f"{flag} {shown(value)}: contains characters that are not text; remove them")
         return value
 
     def _check_fit(self) -> None:
@@ -379,7 +379,7 @@ def shell_words(name: str, text: str | None) -> list[str]:
     try:
         return shlex.split(text or "")
     except ValueError as error:
-        raise ValueError(f"--{name} {text}: {str(error).lower()}") from None
+        raise ValueError(f"--{name} {text}: {str(error).lower()}; correct the quotation") from None
 
 
 # Types of settings, which check their own values ----------------------------------------------------------------------

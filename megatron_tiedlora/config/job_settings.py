@@ -33,7 +33,7 @@ def _check_launcher(settings: Any) -> None:
         raise ValueError("--launcher srun runs on the nodes of its Slurm allocation; remove --hostfile")
     if settings.launcher == "torchrun" and settings.hostfile is not None:
         raise ValueError(
-            "--launcher torchrun starts ranks on this machine only; choose another, or start torchrun on each host"
+            "--launcher torchrun starts ranks on this machine only; use a different one, or run torchrun on each host"
         )
 
 
@@ -233,9 +233,9 @@ With --adapters all layouts are of one run of several adapters, which is compare
                 raise ValueError(f"--{name.removesuffix('_file')}: the path is empty")
         for flag in ("nodes", "gpus_per_node", "gpu"):
             if self.ranks_on_cpu is not None and flag in given:
-                raise ValueError(f"--ranks_on_cpu {self.ranks_on_cpu} plans this machine's CPUs; remove --{flag}")
+                raise ValueError(f"--ranks_on_cpu {self.ranks_on_cpu} plans for this machine's CPUs; remove --{flag}")
         if self.constants is not None and self.gpu is not None:
-            raise ValueError(f"--constants {self.constants} and --gpu {self.gpu} both say what a card does; give one")
+            raise ValueError(f"--constants {self.constants} and --gpu {self.gpu} both describe the cards; remove one")
         if self.measure is None and "measure_seconds" in given:
             raise ValueError("--measure_seconds needs --measure")
 
@@ -363,7 +363,7 @@ class SweepSettings(CommandSettings, command="sweep"):
             if rate <= 0:
                 raise ValueError(f"--learning_rates {rate:g}: a learning rate must be above 0")
         if self.together != "auto" and self.together < 1:
-            raise ValueError(f"--together {self.together}: give auto, or a number from 1 on")
+            raise ValueError(f"--together {self.together}: give auto, or an integer of at least 1")
         if self.halving and len(self.learning_rates) < 2:
             raise ValueError("--halving compares learning rates; give two or more to --learning_rates")
         if self.halving and self.together != "auto" and self.together < len(self.learning_rates):
@@ -379,7 +379,7 @@ def parse_launcher(words: Sequence[str]) -> LaunchSettings:
     with naming("--launcher_args"):
         found = validate_settings(parse_words(words, LaunchSettings), LaunchSettings)
         if others := found.model_fields_set & _NOT_OF_SWEEP:
-            raise UserError(f"--{min(others)} is of tiedlora run alone; remove it")
+            raise UserError(f"--{min(others)} is a flag of tiedlora run only; remove it")
         return found
 
 
@@ -420,7 +420,7 @@ def parse_sweep(argv: Sequence[str]) -> SweepCommand:
             raise UserError(f"--{name} cannot be given to a sweep: {reason}")
     others = [name for name in merged if name not in ("tables_from", "output_dir", "take_over")]
     if "tables_from" in merged and others:
-        raise UserError(f"--{others[0]} cannot be combined with --tables_from, which only reads existing sweeps")
+        raise UserError(f"--{others[0]} cannot be combined with --tables_from, which only reads sweeps; remove one")
     source = config
     with naming_file(config, read.keys() - values.keys()):
         started = user_path(as_given(merged.get("output_dir", "")), flag="--output_dir") / SWEEP_FILE
@@ -433,7 +433,7 @@ def parse_sweep(argv: Sequence[str]) -> SweepCommand:
     words = fields.shell_words("launcher_args", command.settings.launcher_args)
     if "launcher_args" not in values and not _FROM_FILE.fullmatch("".join(f"{word}\0" for word in words)):
         raise UserError(
-            f"{source}: launcher_args are not read from a file, which may be another user's ("
+            f"{source}: launcher_args are not read from a file, which another user may have written ("
             f"{command.settings.launcher_args}); give --launcher_args again on the command line"
         )
     return command

@@ -65,7 +65,7 @@ _rows = partial(_data, default=None, by_content=True, holds="rows")
 _speed = partial(setting_field, "speed", decides="layout")
 _training = partial(setting_field, "optimisation", decides="training", per_adapter=True)
 
-_OF_GRID = "the sweep trains those of --{}".format
+_OF_GRID = "the sweep trains the values of --{}".format
 _ONLY_LISTED = {"sweep": "the dry run of a sweep only lists runs"}
 
 
@@ -123,7 +123,7 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
     adapters: str | None = _run(
         "train several adapters of one base together: a YAML list with a name and own settings of each", None,
         of_group=True, holds="path",
-        decided_by={"sweep": "the sweep makes its own lists of adapters, of as many as --together says"},
+        decided_by={"sweep": "the sweep makes its own lists of adapters; --together limits their length"},
     )
     share_micro_batches: bool = _run(
         "with --adapters: fill a micro-batch with rows of several adapters where one has too few", True,
@@ -430,17 +430,18 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
     @model_validator(mode="after")
     def _check(self) -> "Settings":
         if self.layers is not None and (min(self.layers) < 1 or list(self.layers) != sorted(set(self.layers))):
-            raise ValueError(f"--layers {flag_value(self.layers)}: they count from 1, once each, in ascending order")
+            order = "give layers that count from 1, each once, in ascending order"
+            raise ValueError(f"--layers {flag_value(self.layers)}: {order}")
         if self.epochs is not None and "max_steps" in self.model_fields_set:
             both = f"--epochs {self.epochs:g} and --max_steps {self.max_steps}"
             raise ValueError(f"{both} both say how long to train; give one")
         if self.epochs is None and self.warmup_steps > self.max_steps:
             more = f"--warmup_steps {self.warmup_steps} is more than --max_steps {self.max_steps}"
-            raise ValueError(f"{more}; lower the first")
+            raise ValueError(f"{more}; give fewer warm-up steps")
         if self.profile is not None and self.epochs is None and fields.profiled_steps(self.profile)[0] > self.max_steps:
             raise ValueError(f"--profile {self.profile} begins after --max_steps {self.max_steps}; give earlier steps")
         if not self.share_micro_batches and self.adapters is None:
-            raise ValueError("--share_micro_batches needs --adapters; one adapter shares with none")
+            raise ValueError("--share_micro_batches needs --adapters; a single adapter shares no micro-batches")
         if self.halving and self.adapters is None:
             raise ValueError("--halving needs --adapters; it compares adapters that train together")
         if not (self.names_data or self.dry_run or self.adapters or is_preset(self.model)):
@@ -451,9 +452,9 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
         if self.gpu is not None and self.plan_for == "cpu":
             raise ValueError(f"--gpu {self.gpu} plans for GPUs; remove --plan_for cpu")
         if self.take_over and self.resume == "none":
-            raise ValueError("--take_over needs --resume; a new run has a folder of its own")
+            raise ValueError("--take_over needs --resume; a new run has its own folder")
         if self.base_differs and self.resume == "none" and self.init_from is None:
-            raise ValueError("--base_differs needs --resume or --init_from; a new adapter has a base of its own")
+            raise ValueError("--base_differs needs --resume or --init_from; a new adapter is trained on any base")
         if self.products is not None and self.base not in (None, "fp8"):
             raise ValueError(f"--products {self.products} needs --base fp8, not {self.base}")
         if self.keep_transposed and self.products is None:

@@ -273,13 +273,13 @@ those that are planned. On a GPU the report also has MFU by the data sheet and t
             if name in _WITH_TASK and "task" not in given:
                 raise ValueError(f"--{name} {value} goes with --task")
             if name in _WITHOUT_TASK and "task" in given:
-                raise ValueError(f"--{name} {value} is for made-up tokens, so not with --task")
+                raise ValueError(f"--{name} {value} is for made-up tokens; remove it, or remove --task")
         return {**(SCALING_DEFAULTS if what == "scaling" else {}), **given}
 
     def _check_fit(self) -> None:
         if self.labels < 1:
             raise ValueError(
-                f"--supervised {self.supervised} with --length {self.length}: no token has a label; give more of one"
+                f"--supervised {self.supervised} with --length {self.length}: no token has a label; increase one value"
             )
         if self.against is None and "padded_rows" in self.model_fields_set:
             raise ValueError(f"--padded_rows {self.padded_rows} goes with --against peft")
@@ -293,7 +293,7 @@ those that are planned. On a GPU the report also has MFU by the data sheet and t
         if self.shared_tokens is not None and self.shared_tokens < self.adapter_tokens:
             raise ValueError(
                 f"--shared_tokens {self.shared_tokens} is less than the micro-batch of one adapter, --rows {self.rows}"
-                f" x --length {self.length}"
+                f" x --length {self.length}; give at least {self.adapter_tokens}"
             )
 
     @property
@@ -325,7 +325,7 @@ those that are planned. On a GPU the report also has MFU by the data sheet and t
         beside = [name for name in ("against", "adapters") if getattr(self, name) is not None]
         if self.what != "step" or beside:
             flag = f"--{beside[0]} {getattr(self, beside[0])}" if beside else f"--what {self.what}"
-            raise UserError(f"{flag} is for one process, so not for {world_size} ranks; start it without a launcher")
+            raise UserError(f"{flag} needs a single process, not {world_size} ranks; start it without a launcher")
         return "layout"
 
     def one_step(self, **changes: Any) -> "BenchSettings":

@@ -298,7 +298,7 @@ ONE_RANK = [
     ("--length=1 --supervised=1", "--length 1: input should be greater than or equal to 2"),
     ("--length=8 --documents=8", "--supervised 0.5 with --length 8: no token has a label"),
     ("--length=16 --supervised=0.01", "--supervised 0.01 with --length 16: no token has a label"),
-    ("--supervised=0.5 --task=gsm8k", "not with --task"),
+    ("--supervised=0.5 --task=gsm8k", "or remove --task"),
     ("--samples=8", "--samples 8 goes with --task"),
     ("--padded_rows=8 --against=peft", "--padded_rows 8 goes with --task"),
     ("--padded_rows=8 --task=gsm8k", "--padded_rows 8 goes with --against peft"),
@@ -325,7 +325,7 @@ ONE_RANK = [
     ("--shares=1", "--shares 1 goes with --what scaling, not step"),
     ("--what=all", "--what all: input should be 'step', 'layout', 'scaling' or 'decoding'"),
     ("--micro_batches=0", "--micro_batches 0: input should be greater than or equal to 1"),
-    ("--micro_batches=2 --task=gsm8k", "--micro_batches 2 is for made-up tokens, so not with --task"),
+    ("--micro_batches=2 --task=gsm8k", "--micro_batches 2 is for made-up tokens; remove it, or remove --task"),
     ("--packing=true", "--packing true goes with --task"),
     # Scaling, of a preset.
     ("--model=llama2-7b --what=scaling --ranks=2,x", "--ranks x: input should be a valid integer"),
@@ -340,10 +340,10 @@ ONE_RANK = [
     ("--model=llama2-7b --what=scaling --supervised=0", "--supervised 0"),
 ]
 TWO_RANKS = [
-    ("--adapters=2", "--adapters 2 is for one process, so not for 2 ranks"),
-    ("--against=peft", "--against peft is for one process, so not for 2 ranks; start it without a launcher"),
-    ("--what=scaling", "--what scaling is for one process, so not for 2 ranks"),
-    ("--what=decoding", "--what decoding is for one process, so not for 2 ranks"),
+    ("--adapters=2", "--adapters 2 needs a single process, not 2 ranks"),
+    ("--against=peft", "--against peft needs a single process, not 2 ranks; start it without a launcher"),
+    ("--what=scaling", "--what scaling needs a single process, not 2 ranks"),
+    ("--what=decoding", "--what decoding needs a single process, not 2 ranks"),
     ("--tensor_parallel=3", "2 ranks are not a multiple of --tensor_parallel 3"),
     ("--pipeline_parallel=2 --ds_config=zero2.json --length=64", "ZeRO-2 does not go with --pipeline_parallel 2"),
 ]

@@ -211,10 +211,10 @@ REJECTED: Mapping[str, Sequence[tuple[Sequence[str], Sequence[str]]]] = {
         (["--max_steps=1e19"], ["error: --max_steps 10000000000000000000: out of range; give a number below"]),
         (["--timeout_minutes=1e14"], ["error: --timeout_minutes 1e14: input should be less than or equal to 10080\n"]),
         (["--method=qlora"], ["error: --method qlora: input should be ", " (here it is lora with --base nf4)\n"]),
-        (["--method=DoRA"], ["error: --method DoRA: input should be ", " (DoRA is not offered)\n"]),
+        (["--method=DoRA"], ["error: --method DoRA: input should be ", " (DoRA is not supported)\n"]),
         (["--method=tl7"], ["error: --method tl7: input should be ", " (did you mean tl6?)\n"]),
         (["--base=bf16"], ["error: --base bf16: input should be ", " (here it is --dtype, without --base)\n"]),
-        (["--dtype=fp16"], ["error: --dtype fp16: input should be ", " (fp16 is not offered)\n"]),
+        (["--dtype=fp16"], ["error: --dtype fp16: input should be ", " (fp16 is not supported)\n"]),
         (["--schedule=linaer"], ["error: --schedule linaer: input should be ", " (did you mean linear?)\n"]),
     ],
     "evaluate": [
