@@ -80,7 +80,7 @@ def build_index(root: Path, *, progress: bool = False) -> tuple[int, list[str]]:
         UserError: `root` is not a folder, or cannot be written.
     """
     if not root.is_dir():
-        raise UserError(f"{root}: no such folder")
+        raise UserError(f"{root}: no such folder; give a folder with adapters")
     entries, problems = [], []
     for folder in progress_bar("index", "adapter", find_folders(root), shows=progress):
         try:

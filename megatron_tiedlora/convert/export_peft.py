@@ -135,7 +135,7 @@ def export_peft(
     """
     rank = adapter.config.rank if pad_rank_to is None else pad_rank_to
     if rank < adapter.config.rank:
-        raise UserError(f"--pad_rank_to {rank} is less than the adapter's rank {adapter.config.rank}; raise it")
+        raise UserError(f"--pad_rank_to {rank} is less than the adapter's rank {adapter.config.rank}; increase it")
     reject_existing(output, flag=f"--output {output}")
     base = inputs.check_base(source, adapter, uses_tokenizer=False, differs=base_differs, identify=identify)
     for note in base.notes:
@@ -145,7 +145,7 @@ def export_peft(
         for name, tensor in tensors.items():
             if not tensor.isfinite().all():
                 fits = "" if dtype == torch.float32 else "; give --dtype fp32"
-                raise UserError(f"--adapter: {name} of its export holds numbers that are not finite{fits}")
+                raise UserError(f"--adapter: {name} of its export has values that are not finite{fits}")
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
         config = peft_config(source, adapter, rank=rank, base=named or base_name(source))
         write_json(temporary / "adapter_config.json", config)
@@ -176,7 +176,7 @@ def find_adapters(given: Sequence[str], *, flag: str = "--adapter", runs: bool =
         folders = [folder for match in matches for folder in (_in_runs(match) if runs else [match])]
         adapters = [folder for folder in folders if (folder / native_adapter.CONFIG_FILE).is_file()]
         if is_pattern and not adapters:
-            raise UserError(f"{flag} {value}: matches no folder of an adapter")
+            raise UserError(f"{flag} {value}: matches no folder of an adapter; check the pattern")
         found |= dict.fromkeys(adapters or [path])
     return list(found)
 
@@ -226,7 +226,7 @@ def export_all(
             raise UserError(f"--adapter: {other} and {adapter} would both be exported as {name}; rename one")
     there = [name for name in folders if (output / name).exists()]
     if there:
-        raise UserError(f"--output {output}: {there[0]} is there already; remove it, or give another folder")
+        raise UserError(f"--output {output}: {there[0]} already exists; remove it, or give a different folder")
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -236,7 +236,7 @@ def export_all(
     for name, adapter in progress_bar("export", "adapter", folders.items()):
         try:
             if inputs.adapter_kind(adapter) != "native":
-                raise UserError(f"{adapter}: this is a PEFT adapter already")
+                raise UserError(f"{adapter}: this is already a PEFT adapter; give native adapters only")
             native = native_adapter.load_native_adapter(adapter)
             source = base_of(native.base_identity)
             notes, own = list[str](), {**options, "native": adapter, "identify": identify}

@@ -133,7 +133,7 @@ def find_entry(root: Path, name: str) -> Entry:
     entries = list(_entries(root))
     found = [entry for entry in entries if entry.path == name] or [entry for entry in entries if entry.name == name]
     if len(found) != 1:
-        what = "no adapter" if not found else f"{len(found)} adapters; give one's path"
+        what = f"{len(found)} adapters; give the path of one" if found else "no adapter; list them with `find`"
         raise UserError(f"{root / INDEX_FILE}: {as_given(name)} names {what}")
     return found[0]
 
@@ -142,7 +142,7 @@ def entry_folder(root: Path, entry: Entry) -> Path:
     """Return the folder of an adapter. Raise UserError if a link leads out of the indexed folder `root`."""
     folder = root / entry.path
     if not Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(root)):
-        raise UserError(f"{folder}: a link leads out of {root}; copy the adapter to its place")
+        raise UserError(f"{folder}: a link leads out of {root}; replace it with a copy of the adapter")
     return folder
 
 
@@ -176,7 +176,7 @@ def _checked_rows(database: sqlite3.Connection, *, most_text: int) -> Iterator[E
         raise ValueError(f"has format {version}, not {FORMAT}")
     schema = [sql for (sql,) in database.execute("SELECT sql FROM sqlite_master") if sql is not None]
     if schema != list(_SCHEMA):
-        raise ValueError("is another database than an index of adapters")
+        raise ValueError("is a different database, not an index of adapters")
     database.set_progress_handler(None, 0)
     for row in database.execute(f"SELECT {', '.join(_COLUMNS)} FROM adapters NOT INDEXED"):
         most_text -= sum(len(value) for value in row if isinstance(value, str))

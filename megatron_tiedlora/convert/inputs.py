@@ -20,7 +20,7 @@ NATIVE_FOLDER = "native"  # in an exported PEFT folder: the two files of the nat
 _DEPTH = 4  # levels that are searched for models; the hub's cache has models--OWNER--NAME/snapshots/REVISION
 _MODEL_CONFIG = "config.json"
 _WEIGHT_HASHES = ("base_weights_hash", "base_sample")
-_GIVE = "give the base, or a folder of models that holds it: it is found there by its hashes"
+_GIVE = "give the base, or a folder that contains it; it is found there by its hashes"
 
 
 def adapter_kind(folder: Path | str, *, flag: str | None = None) -> Literal["native", "peft"]:
@@ -47,7 +47,8 @@ def adapter_kind(folder: Path | str, *, flag: str | None = None) -> Literal["nat
         return "peft"
     if "format_version" in content:
         return "native"
-    raise UserError(f"{path / CONFIG_FILE}: neither a native adapter (format_version) nor a PEFT one (peft_type)")
+    neither = "neither a native adapter (format_version) nor a PEFT one (peft_type)"
+    raise UserError(f"{path / CONFIG_FILE}: {neither}; give another folder")
 
 
 def is_peft(content: Mapping[str, Any]) -> bool:
@@ -91,7 +92,7 @@ def _models_under(model: str) -> list[Path] | None:
     patterns = ("*/" * depth + _MODEL_CONFIG for depth in range(1, _DEPTH + 1))
     found = sorted(file.parent for pattern in patterns for file in folder.glob(pattern))
     if not found:
-        none = f"holds no {_MODEL_CONFIG}, and no models down to {_DEPTH} folders below"
+        none = f"has no {_MODEL_CONFIG}, and no models in subfolders down to {_DEPTH} levels"
         raise UserError(f"--model {model}: {none}; {_GIVE}")
     return found
 
@@ -107,7 +108,8 @@ def _find_by_hash(folder: Path, model: str, models: list[Path], hashes: Mapping[
                 found = base_identity.identify_model(source, "fp32")
                 if all(getattr(found, name) == value for name, value in wanted.items()):
                     return source
-    raise UserError(f"--model {model}: none of its {count_text(len(models), 'model')} is the base of {folder}; {_GIVE}")
+    held = count_text(len(models), "model")
+    raise UserError(f"--model {model}: contains {held}, but not the base of {folder}; {_GIVE}")
 
 
 def is_merged(source: ModelSource) -> bool:
@@ -160,7 +162,7 @@ def check_base(
     if not uses_tokenizer and trained.tokenizer is not None:
         found = replace(found, tokenizer=trained.tokenizer, tokenizer_hash=trained.tokenizer_hash)
     if is_merged(source) and found.base_weights_hash != trained.base_weights_hash and not differs:
-        raise UserError(f"{source.name}: an adapter is merged into it already; give the plain base with --model")
+        raise UserError(f"{source.name}: an adapter is already merged into it; give the plain base with --model")
     notes = base_identity.check_same_base(trained, found, source=flag, differs=differs)
     if not adapter.sealed:
         notes += (f"{flag}: {UNSEALED_NOTE}",)

@@ -93,20 +93,20 @@ def merge_adapter(
     if onto_trained and onto is None:
         raise UserError(
             f"--onto trained: the adapter was trained on its base in {adapter.base_identity.dtype}, not on a quantised"
-            " one; leave --onto out"
+            " base; remove --onto"
         )
     base = check_base(source, adapter, tokenizer=tokenizer, differs=base_differs, base_format=onto)
     if onto is not None and "weights" in base.record.get("base_differs", ()):
         raise UserError(
-            f"--onto trained: {source.name} has other weights than the base that training saw; give that one with"
-            " --model, or leave --onto out"
+            f"--onto trained: {source.name} has different weights from the base that training used; give that base with"
+            " --model, or remove --onto"
         )
     if onto is not None and (otherwise := trained_otherwise(source, adapter)):
         raise UserError(f"--onto trained: {otherwise}")
     if onto is not None and source.stored is None and adapter.base_identity.base_stored is None:
         say(
-            "--onto trained: the adapter does not record from which precision its base was quantised; weights in"
-            " another one have other values than training saw"
+            "--onto trained: the adapter does not record the precision from which its base was quantised; if it was not"
+            " the precision of this model, the values differ from those in training"
         )
     for note in base.notes:
         say(note)
@@ -167,14 +167,14 @@ class _MergedFiles:
         header = self.weights.header(file)
         for name in self.weights.changed & header.entries.keys():
             if (other := self.weights.file_of[name]) != file:  # some programs would read the tensor in `file`
-                raise UserError(f"{file}: holds {name} too, beside {other.name}; remove one of them")
+                raise UserError(f"{file}: holds {name}, which is also in {other.name}; remove one of them")
         found = {}
         for name, entry in header.entries.items():
             try:
                 found[name] = self._of_stored(file, name, reader.get_slice(name))
             except (RuntimeError, SafetensorError):
                 dtype = shown(entry["dtype"])
-                raise UserError(f"{file}: {name} is of dtype {dtype}, which cannot be read; remove it") from None
+                raise UserError(f"{file}: {name} has dtype {dtype}, which cannot be read; remove it") from None
         ordered = sorted(found, key=lambda name: header.entries[name]["data_offsets"])
         if self.dtype is None:
             with file.open("rb") as stream:
@@ -223,14 +223,14 @@ class _MergedFiles:
             for rows in row_blocks(shape or (1,)):
                 self.between()
                 if file.stat().st_size < size:  # reading the lost part of a mapped file would end the process
-                    raise UserError(f"{file}: not a whole safetensors file (it became shorter meanwhile)")
+                    raise UserError(f"{file}: not a whole safetensors file (it became shorter); copy it again")
                 part: Any = rows if shape else ...  # a scalar has no rows
                 values = read(name, part).to(dtype)
                 if checked and not tensor_files.all_finite(values):
                     base = self.weights.read_base(name, part) if name in self.weights.changed else read(name, part)
-                    fits = f"merged, it does not fit {str(dtype).removeprefix('torch.')}; give --dtype bf16"
+                    fits = f"merged values are too large for {str(dtype).removeprefix('torch.')}; give --dtype bf16"
                     why = fits if tensor_files.all_finite(base) else "the base is broken"
-                    raise UserError(f"{source}: {name} holds numbers that are not finite ({why})")
+                    raise UserError(f"{source}: {name} has values that are not finite ({why})")
                 yield values
 
         return tensor_files.StreamedTensor(name, dtype, shape, blocks)
@@ -241,8 +241,8 @@ def reject_quantised(source: sources.ModelSource) -> None:
     if source.stored is not None:
         raise UserError(
             f"{source.name}: its weights are stored in {source.stored.in_words}, and no adapter can be merged into so"
-            " few bits: rounding would lose most of its update. Give the model that was quantised, with --model"
-            " ORIGINAL --base_differs, or --onto trained to write these weights in 16 bits"
+            " few bits, because rounding would lose most of its update. Give the original model with --model ORIGINAL"
+            " --base_differs, or give --onto trained to write these weights in 16 bits"
         )
 
 
@@ -279,8 +279,8 @@ def side_files(folder: Path, patterns: Iterable[str]) -> list[Path]:
         target = Path(os.path.realpath(path))
         if not any(target.is_relative_to(root) for root in inside):
             raise UserError(
-                f"{path}: leads to {target}, out of the model folder, and would be copied from there; replace it with"
-                " the file itself, or remove the link"
+                f"{path}: leads to {target}, outside the model folder; replace the link with the file itself, or remove"
+                " it"
             )
         if path.exists() and not path.is_file() and not path.is_dir():
             raise UserError(f"{path}: is a pipe, a socket or a device; replace it with a file, or remove it")

@@ -106,7 +106,7 @@ def _read_tokenizer(raw: bytes) -> tuple[int, dict[str, int | None], dict[str, A
         tokenizer = PreTrainedTokenizerFast.from_pretrained(scratch)
     for text in _PROBES:
         if tokenizer.encode(text, add_special_tokens=False) != processor.encode(text):
-            raise ValueError(f"transformers gives other ids for {shown(text)}")
+            raise ValueError(f"transformers returns different ids for {shown(text)}")
     ids = {f"{role}_token_id": roles.get(role) for role in ("bos", "eos", "pad")}
     return processor.get_piece_size(), ids, settings
 
@@ -144,7 +144,7 @@ def _check_members(archive: NemoArchive, model: NemoModel) -> None:
     }
     for name in archive.members:
         if name.startswith("model_weights/"):
-            raise UserError(f"{archive.path}: holds a distributed checkpoint (model_weights/), which is not converted")
+            raise UserError(f"{archive.path}: holds a distributed checkpoint (model_weights/), which is not supported")
         if name.endswith(WEIGHTS_MEMBER) and name not in wanted:
             size = f"tensor_model_parallel_size {model.tp_size} and pipeline_model_parallel_size {model.pp_size}"
             raise UserError(f"{archive.path}: holds {shown(name)}, which does not belong to {size}")
@@ -160,7 +160,7 @@ def _read_rank(archive: NemoArchive, model: NemoModel, folder: Path, pp_rank: in
         prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), None)
         if prefix is None:
             hint = " (Megatron-Core's name)" if name.startswith(("model.decoder.", "model.embedding.")) else ""
-            raise UserError(f"{archive.path}: {member} holds {shown(name)}{hint}, which is not converted")
+            raise UserError(f"{archive.path}: {member} holds {shown(name)}{hint}, which is not supported")
         found[name.removeprefix(prefix)] = tensor
     where = f"{archive.path}: {member}"
     _check_frequencies(found.pop(_FREQUENCIES, None), model, where)
@@ -196,7 +196,7 @@ def _check_frequencies(stored: torch.Tensor | None, model: NemoModel, where: str
     # They have 16 bits with megatron_amp_O2. `half` comes from untrusted settings, so the shape is checked first.
     fits = stored.shape == (half,)
     if not fits or not torch.allclose(stored.float(), ROPE_BASE ** (-torch.arange(half) / half), rtol=1e-2):
-        raise UserError(f"{where}: {_FREQUENCIES} is not that of base {ROPE_BASE:g} and {2 * half} rotated numbers")
+        raise UserError(f"{where}: {_FREQUENCIES} does not match base {ROPE_BASE:g} and {2 * half} rotated elements")
 
 
 def _tensors(stages: Sequence[Sequence[Rank]], model: NemoModel, vocab_size: int) -> Iterator[StreamedTensor]:
@@ -225,7 +225,7 @@ def _finite(tensor: StreamedTensor, source: str) -> StreamedTensor:
     def blocks() -> Iterator[torch.Tensor]:
         for block in tensor.blocks():
             if not all_finite(block):
-                raise UserError(f"{source}: {tensor.name} holds numbers that are not finite; the file is broken")
+                raise UserError(f"{source}: {tensor.name} has values that are not finite; the file is broken")
             yield block
 
     return replace(tensor, blocks=blocks)
@@ -268,7 +268,7 @@ CONFIG_MEMBER, WEIGHTS_MEMBER = "model_config.yaml", "model_weights.ckpt"
 ROPE_BASE = 10_000.0  # a constant in NeMo's code; later versions also have a setting for it
 _SISTER = re.compile(r"\$\{\.(\w+)\}")
 _SMALL = re.compile(r"\d+e-\d+")  # such as 1e-5, which YAML reads as text
-_CONVERTERS = "NeMo's own scripts/checkpoint_converters convert those"
+_CONVERTERS = "convert it with NeMo's own scripts/checkpoint_converters"
 _Size = Annotated[int, Field(strict=True, ge=1, le=2**28)]
 _LayerCount = Annotated[int, Field(strict=True, ge=1, le=4096)]
 _Ranks = Annotated[int, Field(strict=True, ge=1, le=256)]
@@ -411,7 +411,7 @@ def nemo_model(values: Mapping[str, Any], *, source: str) -> NemoModel:
             raise UserError(f"{source}: {name} = {shown(settings.get(name, 1.0))} cannot be converted: {why}")
     for name, wanted in (("num_query_groups", model.num_heads), ("kv_channels", model.head_dim)):
         if (found := getattr(model, name)) not in (None, wanted):
-            raise UserError(f"{source}: {name} = {shown(found)} cannot be converted: only {wanted} is")
+            raise UserError(f"{source}: {name} = {shown(found)} cannot be converted: only {wanted} is supported")
     return model
 
 

@@ -181,7 +181,7 @@ def _peft_base(folder: Path, model: ModelSource | str | None, *, differs: bool) 
     with suppress(UserError):  # the name cannot be a path, or the model has no folder
         same = user_path(named).resolve() == source.weights_folder().resolve()
     if inputs.is_merged(source) and not same and not differs:
-        raise UserError(f"{source.name}: an adapter is merged into it already; give the plain base with --model")
+        raise UserError(f"{source.name}: an adapter is already merged into it; give the plain base with --model")
     if (folder / inputs.EXPORT_RECORD).is_file() or not named or named == source.name or same:
         return source, ()
     return source, (f"{folder} names the base {named}; PEFT files do not record whether {source.name} is the same",)
@@ -239,7 +239,7 @@ def _travelled(
     because, name = f"{folder}: only its PEFT files are used, since", f"{inputs.NATIVE_FOLDER}/"
     if not os.path.lexists(inside):
         is_export = (folder / inputs.EXPORT_RECORD).is_file()
-        return None, (f"{because} {name}, what was exported, is missing",) if is_export else ()
+        return None, (f"{because} {name}, the exported adapter, is missing",) if is_export else ()
     try:
         for path in (inside, inside / native_adapter.CONFIG_FILE, inside / native_adapter.WEIGHTS_FILE):
             if path.is_symlink():
@@ -249,7 +249,7 @@ def _travelled(
         return None, (f"{because} {name} is broken: {error}",)
     if not _unlike_export(lora, source, native, stored_dtype(folder)):
         return native, ()
-    return None, (f"{because} they are not what the adapter in {name} gives; they were changed after the export",)
+    return None, (f"{because} they differ from the export of the adapter in {name}; they were changed afterwards",)
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
@@ -266,7 +266,7 @@ def _unlike_export(
     fits = config.targets == targets_of(source.shape, [target.name for target in config.targets])
     rank, scales = max(len(pair.a) for pair in lora.values()), {pair.scale for pair in lora.values()}
     if not fits or config.layers[-1] > source.shape.num_layers or config.rank > rank or scales != {1.0}:
-        return ("its targets, layers, rank or scale cannot be the adapter's",)
+        return ("its targets, layers, rank or scale differ from the adapter's",)
     found: dict[str, torch.Tensor] = {}
     for (layer, module), pair in lora.items():
         name = f"base_model.model.{block.source.format(index=layer - 1)}.{module}"

@@ -109,7 +109,8 @@ def reject_other_fields(file: Path, content: Mapping[str, Any], *, kind: str, ha
         raise UserError(f"{file}: bias = {shown(content['bias'])} trains biases; only 'none' is supported")
     for name, value in content.items():
         if name not in _HARMLESS and name not in harmless and value:
-            raise UserError(f"{file}: {as_given(name)} = {shown(value)} is not a plain {kind}; only that is supported")
+            why = f"is not a plain {kind}; only a plain {kind} is supported"
+            raise UserError(f"{file}: {as_given(name)} = {shown(value)} {why}")
 
 
 def read_rank(rank: Any, what: str) -> int:
@@ -147,7 +148,7 @@ def read_by_pattern(
     found = {module: find(name) for name, module in chosen.items()}
     used = set(found.values())
     unused = [pattern for pattern in values if pattern not in used]
-    notes = (f"{what}: {shown(unused)} decides for no adapted module",) if unused else ()
+    notes = (f"{what}: {shown(unused)} applies to no adapted module",) if unused else ()
     return {module: default if key is None else values[key] for module, key in found.items()}, notes
 
 
@@ -304,7 +305,7 @@ def _matcher(pattern: str, what: str, instead: str, *, start: str) -> Callable[[
     pieces = _PIECE.findall(plain)
     depths = list(accumulate(piece.startswith("(") - (piece == ")") for piece in pieces))
     if not pieces or "".join(pieces) != plain or min(depths) < 0 or depths[-1] or max(depths) > _DEEPEST:
-        raise UserError(f"{what}: the pattern {shown(pattern)} is not read; {_ACCEPTED} are. {instead}")
+        raise UserError(f"{what}: the pattern {shown(pattern)} is not supported. Supported: {_ACCEPTED}. {instead}")
     kind: Any = Annotated[str, Field(pattern=f"{start}(?:{plain})$")]
     return TypeAdapter(kind, config=ConfigDict(regex_engine="rust-regex")).validator.isinstance_python
 
@@ -388,10 +389,10 @@ def native_lora(lora: Lora, source: ModelSource) -> Native:
         state[f"{target.prefix}A"] = pad(a, (0, 0, 0, full_rank - a.shape[1]))
         state[f"{target.prefix}B"] = pad(b, (0, full_rank - a.shape[1]))
     if not all(together for _, _, together in joined.values()):
-        apart = "modules that share one A here (q, k and v; gate and up) have an A each in it, or no adapter"
+        apart = "modules that share one A here (q, k and v; gate and up) have separate A matrices, or no adapter"
         return Native(config, state, apart)
     one_scale = len({pair.scale for pair in lora.values()}) == 1
-    return Native(config, state, None if one_scale else "its modules have several scales alpha / r, and one here")
+    return Native(config, state, None if one_scale else "its modules have different scales alpha / r, but one here")
 
 
 def read_alpha(alpha: Any, what: str) -> float:
@@ -478,4 +479,4 @@ def read_vera(folder: Path, content: Mapping[str, Any], source: ModelSource) -> 
     for module, (v, u) in vectors.items():
         in_size, out_size = sizes[module.name]
         pairs[module] = Pair(a[:, :in_size], (v.double()[:, None] * b[:out_size] * u.double()).float())
-    return native_lora(pairs, source)._replace(apart="its vectors are a part of the A and B of a lora here")
+    return native_lora(pairs, source)._replace(apart="its vectors are multiplied into the B of a lora here")

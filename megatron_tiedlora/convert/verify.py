@@ -140,12 +140,12 @@ def choose_runtimes(
         if dtype != torch.float32 or not there:
             return (), ""
         if size > LARGEST_WHOLE:
-            words = f"takes {messages.bytes_in_words(size)} in fp32; --in {','.join(there)} loads all of it there too"
-            return (), f"{source.name} {words}"
+            words = f"{messages.bytes_in_words(size)} in fp32; give --in {','.join(there)} to load all of it there too"
+            return (), f"{source.name} takes {words}"
         if peft is not None and not has_peft():
-            why = "peft is not installed, so it has not loaded the export"
+            why = "peft is not installed, so it did not load the export"
         elif peft is not None and kind is not None:
-            why = f"PEFT computes a base in {kind} in other ways, so it has not loaded the export; see --in"
+            why = f"PEFT computes a base in {kind} differently, so it did not load the export; see --in"
         return tuple(name for name in there if not why or name != "peft"), why
     names = [] if given == "none" else given.split(",")
     for name in names:
@@ -154,7 +154,7 @@ def choose_runtimes(
         if name not in there:
             raise UserError(f"--in {given}: {name} has nothing to load; give {RUNTIMES[name]} DIR")
         if dtype != torch.float32:
-            raise UserError(f"--in {given}: {name} computes in fp32, so --dtype bf16 cannot be compared with it")
+            raise UserError(f"--in {given}: {name} computes in fp32, not in bf16; remove --dtype, or give --in none")
     return tuple(names), ""
 
 
@@ -182,7 +182,7 @@ def verify_export(
             quantised to different values than training used, so a merge onto the trained base cannot be checked.
     """
     if peft is not None and dtype != torch.float32:
-        raise UserError("--dtype bf16: a PEFT adapter is compared in fp32 only; leave --peft or --dtype out")
+        raise UserError("--dtype bf16: a PEFT adapter is compared in fp32 only; remove --peft or --dtype")
     onto, trained = None if merged is None else merge.merged_onto(merged), adapter.base_identity.base_format
     if merged is not None and (onto is None or (source.stored is not None and source.stored.base_format != onto)):
         merge.reject_quantised(source)
@@ -260,8 +260,8 @@ def _stored_types(source: ModelSource, merged: Path) -> dict[str, torch.dtype]:
         sizes = ((name, getattr(here, name), getattr(there, name)) for name in SHAPE_FIELDS)
         differ = [f"{name} is {size}, not {other}" for name, size, other in sizes if size != other]
         raise UserError(
-            f"{file}: {', '.join(differ) or 'not the config'} as in {source.name}; give the adapter's own merge, or its"
-            " base with --model"
+            f"{file}: {', '.join(differ) or 'the config is not the same'} as in {source.name}; give the adapter's own"
+            " merge, or its base with --model"
         )
     with BaseWeights(merged, source.shape) as written:  # checks names and shapes
         return {name: written.dtype(name) for name in weights.stored_shapes(written.rules)}
@@ -318,7 +318,9 @@ def transformers_logits(folder: Path, tokens: Tensor, wrap: Callable[[Any], Any]
             )
             model = wrap(loaded).eval()
         except Exception as error:  # of many types; users of transformers could not load it either
-            raise UserError(f"{folder}: does not load in transformers ({first_line(error)})") from error
+            raise UserError(
+                f"{folder}: does not load in transformers ({first_line(error)}); --in none skips this check"
+            ) from error
     with torch.no_grad():
         logits: Tensor = model(tokens).logits
     return logits

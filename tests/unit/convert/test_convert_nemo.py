@@ -381,7 +381,7 @@ BROKEN_WEIGHTS: dict[str, tuple[Callable[[], bytes], str]] = {
     "shape": (lambda: weights(lambda t: t.update({_QKV: t[_QKV][1:].clone()})), "(47, 16), expected (48, 16)"),
     "width": (lambda: weights(lambda t: t.update({"output_layer.weight": t[_QKV].view(96, 8)})), "shape (96, 8)"),
     "few pieces": (lambda: weights(lambda t: t.update({"output_layer.weight": t[_QKV]})), "48 rows, but the tokenizer"),
-    "base": (lambda: weights(lambda t: t["rotary_pos_emb.inv_freq"].mul_(0.9)), "inv_freq is not that of base 10000"),
+    "base": (lambda: weights(lambda t: t["rotary_pos_emb.inv_freq"].mul_(0.9)), "inv_freq does not match base 10000"),
     "nan": (lambda: weights(lambda t: t[_NORM].fill_(float("nan"))), "model.norm.weight holds numbers that are not"),
     "dtypes": (lambda: weights(lambda t: t.update({_QKV: t[_QKV].half()})), "float16 and float32"),
     "mcore": (lambda: ckpt(OrderedDict({"model.decoder.x": torch.ones(1)})), "(Megatron-Core's name)"),
@@ -432,7 +432,7 @@ def changed(change: Callable[[dict[str, bytes]], object], tp: int = 1, pp: int =
     (lambda: changed(lambda m: m.update({"model_config.yaml": b" " * 2**19})), "model_config.yaml is larger than"),
     (lambda: changed(lambda m: m.pop(TOKENIZER)), f"holds no {TOKENIZER}"),
     (lambda: changed(lambda m: m.update({TOKENIZER: b"junk"})), "cannot be read as a SentencePiece model"),
-    (lambda: changed(lambda m: m.update({TOKENIZER: pieces(treat_whitespace_as_suffix=True)})), "gives other ids for"),
+    (lambda: changed(lambda m: m.update({TOKENIZER: pieces(treat_whitespace_as_suffix=True)})), "returns different id"),
     (lambda: changed(lambda m: m.update({"../evil": b""})), "the name './../evil' leads out of it"),
 ])  # fmt: skip
 def test_another_archive_is_one_line(tmp_path: Path, make: Callable[[], dict[str, bytes]], message: str) -> None:

@@ -201,5 +201,5 @@ def test_a_broken_index_is_one_line(tmp_path: Path, content: bytes) -> None:
 def test_two_of_one_name_are_asked_by_path(root: Path) -> None:
     shutil.copytree(root / "others/lora", root / "more/lora")
     build_index(root)
-    with pytest.raises(UserError, match=r"'?lora'? names 2 adapters; give one's path"):
+    with pytest.raises(UserError, match=r"'?lora'? names 2 adapters; give the path of one"):
         call("index", [str(root), "diff", "lora", "first"])

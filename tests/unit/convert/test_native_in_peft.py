@@ -139,7 +139,7 @@ def test_changed_peft_files_count(separate: Path, tmp_path: Path, change: str) -
     source, native = exported(separate, tmp_path, pad_rank_to=8)
     CHANGES[change](tmp_path / "peft")
     note, *_ = imported(source, tmp_path)  # where A was changed, the second one is on further training
-    assert note.startswith(f"{tmp_path}/peft: only its PEFT files are used, since they are not what the adapter in")
+    assert note.startswith(f"{tmp_path}/peft: only its PEFT files are used, since they differ from the export of")
     back = load_native_adapter(tmp_path / "back")
     assert back.config.method == "lora" and back.base_identity == native.base_identity
     assert share(our_logits(source, back), peft_logits(separate, tmp_path / "peft")) <= 1e-4
@@ -163,7 +163,7 @@ def test_other_modules_and_layers_count_too(separate: Path, tmp_path: Path) -> N
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut": (lambda f: truncate(f / WEIGHTS), "not a whole safetensors file"),
     "no config": (lambda f: (f / CONFIG).unlink(), "no such file"),
-    "missing": (shutil.rmtree, "native/, what was exported, is missing"),
+    "missing": (shutil.rmtree, "native/, the exported adapter, is missing"),
     "edited": (lambda f: edit_json(f / CONFIG, alpha=3.0, seals=False), "does not match its own checksum"),
     "empty": (lambda f: [item.unlink() for item in f.iterdir()], "no such file"),
     "a file": (lambda f: (shutil.rmtree(f), f.write_text("")), "no such file"),
