@@ -45,10 +45,10 @@ class LaunchSettings(CommandSettings, command="run"):
         "    tiedlora run --num_gpus 4 ...                          this machine\n"
         "    tiedlora run --hostfile hosts ...                      hosts reached by ssh\n"
         "    tiedlora run ...                                       in a Slurm allocation: its nodes\n\n"
-        "The exit status is 0 if the run finished, or was stopped by a signal given to this command and saved."
+        "The exit status is 0 if the run finished, or if a signal to this command stopped it and it was saved."
     )
     examples: ClassVar[str] = (
-        "Settings of tiedlora train follow, after -- or directly. The YAML file of --config holds only those."
+        "Settings of tiedlora train follow, after -- or directly. The YAML file of --config has no other settings."
     )
     groups: ClassVar[Mapping[str, str]] = {
         "run": "passed to tiedlora train, as are all flags not listed here; see `tiedlora train --help`",
@@ -76,8 +76,8 @@ class LaunchSettings(CommandSettings, command="run"):
 
     grace_seconds: float = setting_field(
         "time limits",
-        "how long ranks that still save are awaited after their launcher has ended; then those left on this machine are"
-        " ended",
+        "how long to wait for ranks that are still saving after their launcher has ended; then the remaining ranks on"
+        " this machine are ended",
         120.0, ge=0, le=_LONGEST_WAIT,
     )
 
@@ -91,20 +91,20 @@ class DoctorSettings(CommandSettings, command="doctor"):
     """The settings of one check of a job's hosts, validated and frozen."""
 
     about: ClassVar[str] = """\
-Check the hosts of a job before it starts. It finds hosts that are down, differing versions, clocks that differ,
-folders that are not shared, and networks that do not connect the ranks.
+Check the hosts of a job before it starts. This finds hosts that are down, versions and clocks that differ, folders that
+are not shared, and networks that do not connect the ranks.
 
     tiedlora doctor --hostfile hostfile --output_dir RUNS --tensor_parallel 2
     tiedlora doctor                            inside a Slurm allocation (srun, no ssh), else this machine alone
 
-The job's ranks are started briefly, by the launcher that the job will use. Each host reports what it has, and the ranks
-run an all-reduce in each tensor, pipeline and data parallel group. No files are left on any host.
+The job's ranks are started briefly, with the launcher that the job will use. Each host reports its hardware, software
+and folders, and the ranks run an all-reduce in each tensor, pipeline and data parallel group. No files are left behind.
 Exit status: 0 ready, 1 not ready, 2 for a wrong flag or hostfile."""
     groups: ClassVar[Mapping[str, str]] = {
-        "run": "which hosts are checked, and where the findings go",
+        "run": "which hosts are checked, and where the results are written",
         "job": "what a job will write; give the same value as for tiedlora train",
         "parallel": "parallel sizes of the job (data-parallel size = world size / (tensor x pipeline))",
-        "limits": "limits of what counts as healthy",
+        "limits": "limits beyond which the doctor reports a problem",
     }
 
     hostfile: str | None = setting_field(
@@ -116,12 +116,12 @@ Exit status: 0 ready, 1 not ready, 2 for a wrong flag or hostfile."""
         "launcher_args", 'arguments of the launcher itself, e.g. "--cpu-bind=none"', group="run",
     )
     json_file: str | None = setting_field(
-        "run", "write everything to this file, for scripts; - prints it instead of the table", None, flag="json",
+        "run", "write all results to this file, for scripts; - prints them instead of the table", None, flag="json",
     )
     output_dir: str | None = _train("output_dir", "where runs will be written; should be shared by all hosts")
 
-    tensor_parallel: int = _train("tensor_parallel", "ranks that share each layer", group="parallel")
-    pipeline_parallel: int = _train("pipeline_parallel", "stages that share the layers", group="parallel")
+    tensor_parallel: int = _train("tensor_parallel", "ranks over which each layer is sharded", group="parallel")
+    pipeline_parallel: int = _train("pipeline_parallel", "stages, each with some of the layers", group="parallel")
     master_port: int | None = _launch("master_port", group="parallel")
     allreduce_mb: float = setting_field(
         "parallel", "megabytes per rank in the all-reduce that measures bandwidth", 64.0, gt=0, le=16384,
@@ -173,7 +173,7 @@ class PlanSettings(CommandSettings, command="plan"):
     """The settings of one plan (the cluster, and what the output shows), validated and frozen."""
 
     about: ClassVar[str] = """\
-Find the fastest parallel configuration of a cluster before it is booked: what fits, what it sends, how long it takes.
+Find the fastest parallel configuration of a cluster before it is booked, with its memory, messages and time.
 
     tiedlora plan --model llama2-70b --nodes 4 --gpus_per_node 8 --gpu h100            a table, the fastest first
     tiedlora plan --model FOLDER --train_file data.jsonl --gpu a100-80                 with the lengths of your samples
@@ -181,15 +181,15 @@ Find the fastest parallel configuration of a cluster before it is booked: what f
     tiedlora plan ... --why t2p1d16-b2-zero0                                           the arithmetic of one row
     tiedlora plan ... --yaml plan.yaml                                                 settings of the fastest row
 
-It needs no GPU and reads no weights. Every combination of tensor, pipeline and sequence parallelism, micro-batch,
-recompute, ZeRO stage and storage format that tiedlora train accepts is enumerated, by the same checks. Stages, memory,
-messages and FLOPs are those of --dry_run; a few constants of the cards make seconds of them (--constants FILE).
-With --adapters all layouts are of one run of several adapters, which is compared with one adapter after another."""
+This needs no GPU and reads no weights. It tries every combination of tensor, pipeline and sequence parallelism,
+micro-batch, recompute, ZeRO stage and storage format that tiedlora train accepts. Stages, memory, messages and FLOPs
+are the same as in --dry_run. A few constants of the cards convert them to seconds (--constants FILE). With --adapters,
+all layouts are for one run of several adapters, which is compared with training one adapter after another."""
     usage: ClassVar[str] = "--model M [--FLAG VALUE ...]"
-    examples: ClassVar[str] = "Settings of tiedlora train follow. The YAML file of --config holds only those."
+    examples: ClassVar[str] = "Settings of tiedlora train follow. The YAML file of --config has no other settings."
     groups: ClassVar[dict[str, str]] = {
-        "run": "every flag of tiedlora train: --model, --method, --train_file ...; those of a layout limit the search",
-        "cluster": "what is booked",
+        "run": "every flag of tiedlora train: --model, --method, --train_file ...; flags of a layout limit the search",
+        "cluster": "the hosts and cards to plan for",
         "shown": "what is shown and written",
     }
 
@@ -197,10 +197,10 @@ With --adapters all layouts are of one run of several adapters, which is compare
     gpus_per_node: int = setting_field("cluster", "cards in a node", 8, ge=1, le=256)
     gpu: str | None = shared_field(Settings, "gpu", "the kind of card [h100]", group="cluster")
     ranks_on_cpu: int | None = setting_field(
-        "cluster", "plan so many ranks on this machine's CPUs", None, ge=1, le=1024,
+        "cluster", "plan for this number of ranks on this machine's CPUs", None, ge=1, le=1024,
     )
     constants: str | None = setting_field(
-        "cluster", "constants of a machine, a file of --measure, in place of --gpu", None,
+        "cluster", "file with the constants of a machine, written by --measure, in place of --gpu", None,
     )
     measure: str | None = setting_field(
         "cluster", "measure the constants of this machine, write them to this file (-: print them), and plan nothing",
@@ -209,7 +209,7 @@ With --adapters all layouts are of one run of several adapters, which is compare
     measure_seconds: float = setting_field("cluster", "about how long --measure takes", 60.0, gt=0, le=3600)
     formats: tuple[str, ...] | None = setting_field(
         "cluster",
-        "storage formats of the base to choose from [16 bits or that of --base; what others would gain is said]", None,
+        "storage formats of the base to choose from [16 bits or --base; the gain of other formats is reported]", None,
         choices=FORMAT_NAMES, other_values=OTHER_FORMATS,
     )
 
@@ -217,7 +217,7 @@ With --adapters all layouts are of one run of several adapters, which is compare
     every_layout: bool = setting_field(
         "shown", "show each layout, not only the fastest of each tensor x pipeline x data and storage format", False,
     )
-    why: str | None = setting_field("shown", "print the arithmetic of this layout, a name of the table", None)
+    why: str | None = setting_field("shown", "print the calculation of this layout, a name in the table", None)
     layout: str | None = setting_field("shown", "write command and YAML of this layout [the fastest that fits]", None)
     yaml: str | None = setting_field("shown", "write the settings of the layout to this file, for --config", None)
     json_file: str | None = setting_field(
@@ -286,13 +286,13 @@ class SweepSettings(CommandSettings, command="sweep"):
 
     about: ClassVar[str] = (
         "Train methods x ranks x learning rates on a task, score the best learning rate of each on the test set, and"
-        "\nwrite the paper's tables and figures. It also takes every setting of tiedlora train (see its --help)."
+        "\nwrite the paper's tables and figures. All settings of tiedlora train are accepted too (see its --help)."
     )
     groups: ClassVar[Mapping[str, str]] = {
-        "run": "the sweep's folder; a second start with the same folder resumes it",
+        "run": "the sweep's folder; another launch with the same folder resumes the sweep",
         "grid": "which adapters are trained (defaults: the paper's grid)",
         "scores": "how the test set is scored",
-        "processes": "how groups of runs are started, one after another; a second start may change it",
+        "processes": "how groups of runs are started, one after another; a later launch may change these settings",
     }
     missing: ClassVar[Mapping[str, str]] = {"output_dir": "the folder of runs, scores, tables and figures"}
 
@@ -301,7 +301,7 @@ class SweepSettings(CommandSettings, command="sweep"):
         "run", "list the runs, their state and trained parameters; start nothing", False, lasts="start",
     )
     take_over: bool = setting_field(
-        "run", "take over the folder, and those of its runs, from a start that still has them", False, lasts="command",
+        "run", "take the folders of the sweep and its runs over from another launch", False, lasts="command",
     )
     tables_from: tuple[str, ...] | None = setting_field(
         "run", "start nothing; join these sweeps (folders, one per task) into tables and figures in --output_dir", None,
@@ -315,13 +315,13 @@ class SweepSettings(CommandSettings, command="sweep"):
         "grid", "ranks (default: 2,4,8,16,32,64,128)", PAPER_RANKS, other_names="r lora_r lora_rank",
     )
     learning_rates: tuple[float, ...] = setting_field(
-        "grid", "the best on validation is scored (default: 1e-4,1e-5)", PAPER_LEARNING_RATES, other_names="lr",
+        "grid", "learning rates; the best is scored (default: 1e-4,1e-5)", PAPER_LEARNING_RATES, other_names="lr",
     )
     single_layers: tuple[int, ...] | Literal["paper"] | None = setting_field(
         "grid", "also train LoRA on one layer: 1-based layers, or paper for 1, 4, 8, ... and the last (default: none)",
         None,
     )
-    single_layer_rank: int = setting_field("grid", "rank of LoRA on one layer, and of the tl5 beside it", 16, ge=1)
+    single_layer_rank: int = setting_field("grid", "rank of LoRA on one layer, and of the tl5 to compare", 16, ge=1)
 
     test_batch_size: int | None = setting_field("scores", "samples that are answered together", None, ge=1)
     test_limit: int | None = setting_field(
@@ -335,12 +335,12 @@ class SweepSettings(CommandSettings, command="sweep"):
     )
     together: int | Literal["auto"] = setting_field(
         "processes",
-        "the most runs of a group, which share the base and micro-batches; auto: as many as fit into the free memory of"
-        f" this machine, at most {MOST_TOGETHER}",
+        "maximum number of runs in a group, which share the base and micro-batches; auto: as many as fit in this"
+        f" machine's free memory, at most {MOST_TOGETHER}",
         "auto",
     )
     halving: bool = setting_field(
-        "processes", "stop a run that is behind another learning rate on validation by more than the noise", False,
+        "processes", "stop a run if another learning rate has a lower validation loss by more than the noise", False,
     )
 
     @classmethod

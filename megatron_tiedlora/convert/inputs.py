@@ -47,8 +47,7 @@ def adapter_kind(folder: Path | str, *, flag: str | None = None) -> Literal["nat
         return "peft"
     if "format_version" in content:
         return "native"
-    neither = "neither a native adapter (format_version) nor a PEFT one (peft_type)"
-    raise UserError(f"{path / CONFIG_FILE}: {neither}; give another folder")
+    raise UserError(f"{path / CONFIG_FILE}: has neither format_version nor peft_type; give a native or PEFT adapter")
 
 
 def is_peft(content: Mapping[str, Any]) -> bool:
@@ -60,8 +59,7 @@ def find_base(folder: Path, model: ModelSource | str | None, named: str, hashes:
     """Return the base of the adapter in `folder`: the model that `model` names, or else the one that the adapter names.
 
     Args:
-        model: value of --model, or the model that was found for it. In a folder of models, the base is found by its
-            hashes.
+        model: value of --model, or the model that was found for it. A folder of models is searched by hashes.
         named: the base's name in the adapter's files.
         hashes: `base_hash`, `base_weights_hash` and `base_sample` of the adapter's base, if they are known.
 

@@ -3,9 +3,8 @@
 Every tensor is read, computed and written some rows at a time (`MergedWeights`), so a merge needs little memory. If the
 folder is quantised, W is replaced by the dequantised values D(W) that training used, and all tensors are computed.
 
-Only files inside the folder are copied. An untrusted folder may contain links to private files, and users share their
-outputs. Links in the hub's cache, from `models--X/snapshots/REVISION/` to `models--X/blobs/`, count as files inside the
-folder.
+Only files inside the folder are copied, because an untrusted folder may contain links to private files. Links in the
+hub's cache, from `models--X/snapshots/REVISION/` to `models--X/blobs/`, count as files inside the folder.
 """
 
 import os

@@ -84,8 +84,7 @@ def convert_nemo(
 def _read_tokenizer(raw: bytes) -> tuple[int, dict[str, int | None], dict[str, Any]]:
     """Return a SentencePiece model's vocabulary size, its special ids, and the content of its `tokenizer_config.json`.
 
-    The special ids are fields of a model's config. With this `tokenizer_config.json`, transformers returns the same
-    token ids as SentencePiece.
+    The special ids are fields of a model's config. With the `tokenizer_config.json`, transformers returns equal ids.
 
     Raises:
         ValueError: transformers returns different token ids.

@@ -103,8 +103,7 @@ def adapted_linears(adapted: Collection[Module], source: ModelSource) -> dict[st
 def reject_other_fields(file: Path, content: Mapping[str, Any], *, kind: str, harmless: Collection[str]) -> None:
     """Raise UserError if biases are trained, or if an unknown field is set.
 
-    An unknown field changes the computation, or may change it in a future version of PEFT.
-    """
+    An unknown field changes the computation, or may change it in a future version of PEFT."""
     if content.get("bias") not in (None, "none"):
         raise UserError(f"{file}: bias = {shown(content['bias'])} trains biases; only 'none' is supported")
     for name, value in content.items():

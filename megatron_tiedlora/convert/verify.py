@@ -65,8 +65,7 @@ class LogitComparison:
         largest, mean: maximum and mean of |difference|, relative to the largest |logit|.
         divergence: mean KL(native || other), in nats per position.
         agreement: fraction of positions with the same most likely token.
-        wanted: "equal": the difference must be within TOLERANCE; "different": there must be a difference; "rounded":
-            the difference is only shown.
+        wanted: "equal": at most TOLERANCE; "different": more than zero; "rounded": any difference, which is only shown.
     """
 
     name: str
@@ -130,8 +129,7 @@ def choose_runtimes(
         dtype: the dtype of the package's own layers. The libraries compute in fp32.
 
     Raises:
-        UserError: `given` names an unknown library or a library without an export, or names a library although `dtype`
-            is bf16.
+        UserError: `given` names an unknown library, one without an export, or any library although `dtype` is bf16.
     """
     exports = {"transformers": merged, "peft": peft}
     there = tuple(name for name in RUNTIMES if exports[name] is not None)
@@ -170,8 +168,7 @@ def verify_export(
 ) -> Verification:
     """Compare the plain base, the merged folder and the PEFT adapter with base + native adapter.
 
-    One layer is in memory at a time, except in the libraries of `RUNTIMES`. The caller checks that `source` is the
-    adapter's base.
+    Only the libraries in `RUNTIMES` load more than one layer at a time. The caller checks that `source` is the base.
 
     Args:
         dtype: the dtype of the package's own layers, fp32 or bf16. A PEFT adapter is only compared in fp32.
@@ -318,9 +315,7 @@ def transformers_logits(folder: Path, tokens: Tensor, wrap: Callable[[Any], Any]
             )
             model = wrap(loaded).eval()
         except Exception as error:  # of many types; users of transformers could not load it either
-            raise UserError(
-                f"{folder}: does not load in transformers ({first_line(error)}); --in none skips this check"
-            ) from error
+            raise UserError(f"{folder}: transformers cannot load it ({first_line(error)}); try --in none") from error
     with torch.no_grad():
         logits: Tensor = model(tokens).logits
     return logits

@@ -168,6 +168,6 @@ def test_kinds_of_folders(separate: Path, given: Path, tmp_path: Path) -> None:
         step.parent / "latest": f"--adapter {step.parent}/latest: this file names the newest checkpoint; give its",
         separate: f"--adapter {separate}: this is a model folder; give it with --model",
         tmp_path / "empty": f"--adapter {tmp_path}/empty: has no {CONFIG}; give the folder of a native or",
-        tmp_path / "odd": f"{tmp_path}/odd/{CONFIG}: neither a native adapter (format_version) nor a PEFT one",
+        tmp_path / "odd": f"{tmp_path}/odd/{CONFIG}: has neither format_version nor peft_type; give a native or",
     }.items():
         assert refusal(adapter_kind, folder).startswith(said)
