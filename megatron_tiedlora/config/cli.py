@@ -47,7 +47,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def reject_unknown(words: Sequence[str], *kinds: type[fields.CommandSettings], known: Iterable[str]) -> None:
-    """Raise UserError about `words`, the unknown arguments of the commands `kinds`, if any; `known` has the flags."""
+    """Raise UserError if there are unknown arguments `words`. The message names them and similar flags from `known`."""
     flags = [word.partition("=")[0] for word in words if word.startswith("-")]  # other words may be values
     if words:
         meant = unknown_names("argument", flags or words, list(known), fields.names_elsewhere(*kinds, *_NAMED))
@@ -345,13 +345,13 @@ def check_folders(path: str, output_dirs: Mapping[str, str]) -> None:
     for name, output_dir in output_dirs.items():
         folder = Path(os.path.realpath(user_path(output_dir)))
         if folder in given:
-            raise UserError(f"{path}: {name}: output_dir is also that of {given[folder]}; give each its own folder")
+            raise UserError(f"{path}: {name}: output_dir is also the folder of {given[folder]}; give each its own")
         given[folder] = name
     for folder, name in given.items():
         holder = next((parent for parent in folder.parents if parent in given), folder)
         inside = folder.parts[len(holder.parts) :][:1]
         if inside and given[holder] != RUN_OF_ALL:
-            where = f"that of {given[holder]}; give each its own folder"
+            where = f"the folder of {given[holder]}; give each its own"
             raise UserError(f"{path}: {name}: output_dir is inside {where}")
         if any(part.startswith(".") or part.lower() in _FILES_OF_RUN for part in inside):
             where = f"{shown(inside[0])}, where the run itself has files"

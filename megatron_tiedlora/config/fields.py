@@ -48,7 +48,7 @@ class Declared:
         words: the values are separate arguments on the command line, and a list in a file.
         positional: the value is given without a flag, in the order of declaration.
         other_names: names of the setting in other tools, separated by blanks; see also `other_names.py`.
-        other_values: names of its values in other tools. A result that is not a valid value is a hint.
+        other_values: names of its values in other tools, each with a valid value or a hint for the user.
         holds: "path" if the value is a path, "rows" if it names data files.
         decides: what the setting affects. "data": rows and tokens; "model": outputs of the frozen model; "adapter":
             the adapter's shape and initial values; "training": its training; "layout": the work of each rank, which
@@ -246,7 +246,7 @@ class CommandSettings(BaseModel):
         return value
 
     def _check_fit(self) -> None:
-        """Raise ValueError for values that contradict each other. This is called when the settings are made."""
+        """Raise ValueError for values that contradict each other. pydantic calls this when it makes the settings."""
 
     @model_validator(mode="after")
     def _check_values(self) -> CommandSettings:
@@ -289,7 +289,7 @@ def literal_values(kinds: Collection[Any]) -> tuple[str, ...]:
 
 
 def _is_system_text(text: str) -> bool:
-    """Return whether `text` can be a file name. Python represents bytes that are not UTF-8 by surrogates."""
+    """Return whether `text` can be a file name. Surrogates that Python uses for non-UTF-8 bytes are allowed."""
     try:
         os.fsencode(text)
     except UnicodeEncodeError:
@@ -401,10 +401,10 @@ FILES_HELP = (
 
 
 def parse_columns(text: str | None) -> Mapping[str, str] | None:
-    """Return {our field: the user's field} of `--columns OURS=YOURS[,...]`; None if it is not given.
+    """Return {this package's field: the user's field} for `--columns OURS=YOURS[,...]`; None if it is not given.
 
     Raises:
-        ValueError: the text has a different form, or names one of our fields twice.
+        ValueError: the text has a different form, or names a field of this package twice.
     """
     if text is None:
         return None
@@ -412,7 +412,7 @@ def parse_columns(text: str | None) -> Mapping[str, str] | None:
     columns = {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
     if not all(columns.values()) or not all(columns) or len(columns) < len(pairs):
         said = f"--columns {as_given(text)}: expected OURS=YOURS[,...]"
-        raise ValueError(f"{said} with each of ours once, e.g. prompt=query,completion=response")
+        raise ValueError(f"{said} with each OURS once, e.g. prompt=query,completion=response")
     return columns
 
 

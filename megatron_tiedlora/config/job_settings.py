@@ -230,7 +230,7 @@ all layouts are for one run of several adapters, which is compared with training
             raise ValueError(f"--formats is empty; give some of {', '.join(FORMAT_NAMES)}")
         for name in ("measure", "constants", "json_file", "yaml"):
             if getattr(self, name) is not None and not getattr(self, name).strip():
-                raise ValueError(f"--{name.removesuffix('_file')}: the path is empty")
+                raise ValueError(f"--{name.removesuffix('_file')}: the path is empty; give a file")
         for flag in ("nodes", "gpus_per_node", "gpu"):
             if self.ranks_on_cpu is not None and flag in given:
                 raise ValueError(f"--ranks_on_cpu {self.ranks_on_cpu} plans for this machine's CPUs; remove --{flag}")
@@ -358,7 +358,7 @@ class SweepSettings(CommandSettings, command="sweep"):
         for name in ("ranks", "single_layers"):
             numbers = getattr(self, name)
             if isinstance(numbers, tuple) and min(numbers) < 1:
-                raise ValueError(f"--{name} {min(numbers)}: {name.replace('_', ' ')} start at 1")
+                raise ValueError(f"--{name} {min(numbers)}: {name.replace('_', ' ')} start at 1; increase it")
         for rate in self.learning_rates:
             if rate <= 0:
                 raise ValueError(f"--learning_rates {rate:g}: a learning rate must be above 0")

@@ -124,7 +124,7 @@ OTHER_GPUS = {**_same("a100-80", "a100-80gb"), **_same("h100", "h100-80 h100-80g
 def value_meant(given: str, choices: Sequence[str], others: Mapping[str, str]) -> str:
     """Return the choice that a value means. A value that means none of `choices` is returned unchanged.
 
-    Upper case and `_` for `-` are accepted. `others` maps names of values in other tools to choices or to hints.
+    Case is ignored, and `_` is read as `-`. `others` maps names of values in other tools to choices or to hints.
     """
     named = {alias: value for alias, value in others.items() if value in choices}
     return {**named, **{_plain(choice): choice for choice in choices}}.get(_plain(given), given)

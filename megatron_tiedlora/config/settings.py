@@ -464,7 +464,7 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
 
 
 def make_settings(values: Mapping[str, Any]) -> Settings:
-    """Return Settings from flat names and values.
+    """Return the training settings with these values by flat name.
 
     Raises:
         UserError: a name is unknown (the message suggests a known one), or a value is out of range.

@@ -269,9 +269,9 @@ planned bytes. On a GPU the report also has MFU by the data sheet and the time b
             fitting = [known for known, read in GROUPS_OF.items() if group in read]
             value = as_given(fields.flag_value(given[name]))
             if what in GROUPS_OF and what not in fitting:
-                raise ValueError(f"--{name} {value} goes with --what {' or '.join(fitting)}, not {what}")
+                raise ValueError(f"--{name} {value} needs --what {' or '.join(fitting)}, not {what}")
             if name in _WITH_TASK and "task" not in given:
-                raise ValueError(f"--{name} {value} goes with --task")
+                raise ValueError(f"--{name} {value} needs --task")
             if name in _WITHOUT_TASK and "task" in given:
                 raise ValueError(f"--{name} {value} is for made-up tokens; remove it, or remove --task")
         return {**(SCALING_DEFAULTS if what == "scaling" else {}), **given}
@@ -282,14 +282,15 @@ planned bytes. On a GPU the report also has MFU by the data sheet and the time b
                 f"--supervised {self.supervised} with --length {self.length}: no token has a label; increase one value"
             )
         if self.against is None and "padded_rows" in self.model_fields_set:
-            raise ValueError(f"--padded_rows {self.padded_rows} goes with --against peft")
+            raise ValueError(f"--padded_rows {self.padded_rows} needs --against peft")
         if self.adapters is None and self.shared_tokens is not None:
-            raise ValueError(f"--shared_tokens {self.shared_tokens} goes with --adapters")
+            raise ValueError(f"--shared_tokens {self.shared_tokens} needs --adapters")
         for name in ("against", "task"):
             if self.adapters is not None and getattr(self, name) is not None:
                 raise ValueError(f"--adapters {self.adapters} is not implemented with --{name}; leave one out")
         if self.against is not None and self.task is not None and self.samples % self.padded_rows:
-            raise ValueError(f"--samples {self.samples} is not a multiple of --padded_rows {self.padded_rows}")
+            rows = f"--padded_rows {self.padded_rows}"
+            raise ValueError(f"--samples {self.samples} is not a multiple of {rows}; change one of them")
         if self.shared_tokens is not None and self.shared_tokens < self.adapter_tokens:
             raise ValueError(
                 f"--shared_tokens {self.shared_tokens} is less than the micro-batch of one adapter, --rows {self.rows}"

@@ -1,4 +1,4 @@
-"""Reads the native adapters below a folder, to index, verify and compare them."""
+"""Reads all native adapters inside a folder, to index, verify and compare them."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -57,7 +57,7 @@ def read_entry(root: Path, folder: Path) -> index.Entry:
 
 
 def find_folders(root: Path) -> Iterator[Path]:
-    """Yield the adapter folders in `root` at any depth, native or not, except checkpoints and exports of runs.
+    """Yield the folders of native and PEFT adapters inside `root`, except checkpoints and exports of runs.
 
     Hidden folders are skipped, because they are still being written. Links are not followed."""
     for file in sorted(root.rglob(native_adapter.CONFIG_FILE)):

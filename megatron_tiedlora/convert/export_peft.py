@@ -81,7 +81,7 @@ def target_modules(block: BlockShape, linears: Iterable[str]) -> list[str]:
 
 
 def peft_config(source: ModelSource, adapter: native_adapter.NativeAdapter, *, rank: int, base: str) -> dict[str, Any]:
-    """Return the fields of PEFT's adapter_config.json, with the name `base`. lora_alpha is r, so the scale is 1."""
+    """Return the fields of PEFT's adapter_config.json. `base` is the base's name. The scale is 1: lora_alpha is r."""
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -144,7 +144,7 @@ def export_peft(
         tensors = peft_tensors(source, adapter, rank=rank, dtype=dtype)
         for name, tensor in tensors.items():
             if not tensor.isfinite().all():
-                fits = "" if dtype == torch.float32 else "; give --dtype fp32"
+                fits = "; give an earlier checkpoint" if dtype == torch.float32 else "; give --dtype fp32"
                 raise UserError(f"--adapter: {name} of its export has values that are not finite{fits}")
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
         config = peft_config(source, adapter, rank=rank, base=named or base_name(source))

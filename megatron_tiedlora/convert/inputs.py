@@ -56,7 +56,7 @@ def is_peft(content: Mapping[str, Any]) -> bool:
 
 
 def find_base(folder: Path, model: ModelSource | str | None, named: str, hashes: Mapping[str, Any]) -> ModelSource:
-    """Return the base of the adapter in `folder`: the model that `model` names, or else the one that the adapter names.
+    """Return the base of the adapter in `folder`, which `model` names. If it is None, the adapter names the base.
 
     Args:
         model: value of --model, or the model that was found for it. A folder of models is searched by hashes.
@@ -64,7 +64,7 @@ def find_base(folder: Path, model: ModelSource | str | None, named: str, hashes:
         hashes: `base_hash`, `base_weights_hash` and `base_sample` of the adapter's base, if they are known.
 
     Raises:
-        UserError: the base does not exist.
+        UserError: the base cannot be found.
     """
     if isinstance(model, ModelSource):
         return model
@@ -119,7 +119,7 @@ Identify = Callable[[ModelSource, str, str | None], base_identity.BaseIdentity]
 
 
 class CheckedBase(NamedTuple):
-    """The result of checking an adapter's base, or the different model that is used with --base_differs.
+    """The result of `check_base` for an adapter and the model that it is used with.
 
     Attributes:
         record: the fields that describe the base in the record of a converted adapter or model.
@@ -171,7 +171,7 @@ def check_base(
 
 
 def stored_precision(source: ModelSource) -> str | None:
-    """Return the dtype of a model's stored linears, or None if they are quantised. Raise UserError if unreadable."""
+    """Return the dtype of a model's linears, or None if they are quantised. Raise UserError if it cannot be read."""
     if source.stored is not None:
         return None
     with base_weights.BaseWeights(source.weights_folder(), source.shape) as weights:
@@ -179,7 +179,7 @@ def stored_precision(source: ModelSource) -> str | None:
 
 
 def trained_otherwise(source: ModelSource, adapter: NativeAdapter) -> str:
-    """Return a message if quantising `source` gives different values than in training; '' if not, or if unknown.
+    """Return a message if quantising `source` gives other values than in training; '' if not, or if this is unknown.
 
     The message also says what to do. The caller must have checked `source` with `check_base`.
     """

@@ -278,8 +278,8 @@ def side_files(folder: Path, patterns: Iterable[str]) -> list[Path]:
         target = Path(os.path.realpath(path))
         if not any(target.is_relative_to(root) for root in inside):
             raise UserError(
-                f"{path}: leads to {target}, outside the model folder; replace the link with the file itself, or remove"
-                " it"
+                f"{path}: leads to {target}, outside the model folder; replace it with the file itself, or remove the"
+                " link"
             )
         if path.exists() and not path.is_file() and not path.is_dir():
             raise UserError(f"{path}: is a pipe, a socket or a device; replace it with a file, or remove it")

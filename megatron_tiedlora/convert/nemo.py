@@ -1,8 +1,8 @@
 """Converts a NeMo 1 model such as GPT-2B-001 from its `.nemo` file to a Hugging Face folder, some rows at a time.
 
 The architecture is Hugging Face's StableLM. Its LayerNorms have a bias, its linears do not, RoPE rotates a part of each
-head, and the MLP is SwiGLU. This module knows NeMo's settings, tensor names and row orders. T is the number of
-tensor-parallel ranks of a stage, and [a; b] means that the rows of b follow the rows of a:
+head, and the MLP is SwiGLU. This module knows NeMo's settings, tensor names and row orders. A layer has H heads on T
+tensor-parallel ranks, and [a; b] means that the rows of b follow the rows of a:
 
     query_key_value   rank t holds heads t H/T .. (t + 1) H/T, each as rows [q; k; v]
     dense_h_to_4h     rank t holds [gate_t; up_t], and gate = [gate_1; ..; gate_T]
@@ -148,7 +148,7 @@ def _check_members(archive: NemoArchive, model: NemoModel) -> None:
             size = f"tensor_model_parallel_size {model.tp_size} and pipeline_model_parallel_size {model.pp_size}"
             raise UserError(f"{archive.path}: holds {shown(name)}, which does not belong to {size}")
     for name in sorted(wanted - archive.members.keys()):
-        raise UserError(f"{archive.path}: {name} is missing")
+        raise UserError(f"{archive.path}: {name} is missing; download the file again")
 
 
 def _read_rank(archive: NemoArchive, model: NemoModel, folder: Path, pp_rank: int, tp_rank: int) -> Rank:
@@ -380,7 +380,7 @@ class NemoModel(BaseModel):
 
 
 def nemo_model(values: Mapping[str, Any], *, source: str) -> NemoModel:
-    """Return the checked model settings of `values`.
+    """Return the model settings in `values`, after checking them.
 
     Raises:
         UserError: a setting is missing, not supported, or changes the computation. The message names it and `source`.

@@ -46,7 +46,7 @@ class NemoArchive:
     def read(self, member: str, *, largest: int) -> bytes:
         """Return a file's content. Raise UserError if the file is missing or has more than `largest` bytes."""
         if member not in self.members:
-            raise UserError(f"{self.path}: holds no {member}")
+            raise UserError(f"{self.path}: holds no {member}; give a complete NeMo 1 model")
         if self.members[member].size > largest:
             raise UserError(f"{self.path}: {member} is larger than {largest:,} bytes")
         return b"".join(self._content(member))
@@ -78,7 +78,7 @@ class NemoArchive:
                     if type(error).__name__ != "UnpicklingError":
                         raise
                     # PyTorch's message explains how to load the file without the check, so it is not shown.
-                    raise ValueError("its pickle is not that of a state dict") from None
+                    raise ValueError("its pickle is not a state dict") from None
                 return _checked_tensors(found, sizes)
 
 
@@ -100,7 +100,7 @@ def _check_ckpt(file: str) -> list[int]:
     def content(name: str) -> bytes:
         size = files[f"{folder}/{name}"].file_size
         if size > _LARGEST_PICKLE:
-            raise ValueError(f"{size:,} bytes where at most {_LARGEST_PICKLE:,} belong")
+            raise ValueError(f"{name} has {size:,} bytes, but at most {_LARGEST_PICKLE:,} are allowed")
         return archive.read(f"{folder}/{name}")
 
     if f"{folder}/byteorder" in files and content("byteorder") != b"little":
@@ -155,7 +155,7 @@ def _tar_members(file: Path) -> Iterator[tarfile.TarInfo]:
             if len(member.pax_headers) > _MOST_PAX_FIELDS:  # each member has its own copy of the global fields
                 raise ValueError(f"{shown(member.name)} has {len(member.pax_headers):,} extended fields")
             if path.is_absolute() or ".." in path.parts:
-                raise ValueError(f"the name {shown(member.name)} leads out of it")
+                raise ValueError(f"the name {shown(member.name)} leads out of the archive")
             if member.isdir():
                 continue
             if not member.isreg() or member.issparse():
@@ -219,7 +219,7 @@ def _checked_tensors(table: Any, sizes: list[int]) -> dict[str, torch.Tensor]:
         ValueError: `table` is not a dict of row-major tensors, or a tensor's size differs from its file's size.
     """
     if not isinstance(table, dict):
-        raise ValueError("its pickle is not a table")
+        raise ValueError("its pickle is not a dict")
     storages: dict[int, int] = {}
     for name, tensor in table.items():
         if type(name) is not str:
@@ -232,5 +232,5 @@ def _checked_tensors(table: Any, sizes: list[int]) -> dict[str, torch.Tensor]:
         if storage.nbytes():
             storages[storage.data_ptr()] = storage.nbytes()
     if [storages[place] for place in sorted(storages)] != sizes:
-        raise ValueError("the values of a tensor are missing, or too few")
+        raise ValueError("some values of a tensor are missing")
     return dict(table)

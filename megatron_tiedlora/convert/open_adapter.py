@@ -249,7 +249,7 @@ def _travelled(
         return None, (f"{because} {name} is broken: {error}",)
     if not _unlike_export(lora, source, native, stored_dtype(folder)):
         return native, ()
-    return None, (f"{because} they differ from the export of the adapter in {name}; they were changed afterwards",)
+    return None, (f"{because} they differ from the adapter in {name}; they were changed after the export",)
 
 
 def stored_dtype(folder: Path) -> torch.dtype:

@@ -11,7 +11,7 @@ layers without an adapter get zero rows of B.
 
 Padding has zero rows of A and zero columns of B, so it has no gradient and stays zero in training. But training changes
 zero rows of B that belong to a non-zero A, and the zero blocks of a block-diagonal B. If B was scaled down, a step of
-AdamW is relatively larger. In each of these cases, `Native.apart` is the reason.
+AdamW is relatively larger. `Native.apart` describes which of these cases applies.
 
 PEFT's VeRA adds diag(v_p) B[:out_p] diag(u_p) A[:, :in_p] to module p. Its vectors lambda_b and lambda_d are v and u,
 and all modules share A and B. If each adapted linear is one module, the VeRA becomes a native `vera` with the same
@@ -141,7 +141,7 @@ def read_by_pattern(
     default, what = read(content.get(fields[0]), f"{file}: {fields[0]}"), f"{file}: {fields[1]}"
     patterns = {} if content.get(fields[1]) is None else content[fields[1]]
     if not isinstance(patterns, dict):
-        raise UserError(f"{what} = {shown(patterns)} is not an object {{pattern: value}}; leave it out if it is empty")
+        raise UserError(f"{what} = {shown(patterns)} is not an object {{pattern: value}}; remove it if it is empty")
     find = pattern_finder(patterns, what=what)
     values = {pattern: read(value, f"{what}: {shown(pattern)}") for pattern, value in patterns.items()}
     found = {module: find(name) for name, module in chosen.items()}

@@ -44,7 +44,7 @@ Wanted = Literal["equal", "different", "rounded"]
 
 @dataclass(frozen=True)
 class BitComparison:
-    """The result of a comparison bit by bit: what was compared, and a sentence for each tensor that differs."""
+    """The result of a bit-by-bit comparison: what was compared, and a sentence for each tensor that differs."""
 
     compared: str
     differences: tuple[str, ...]
@@ -249,7 +249,7 @@ def verify_export(
 
 
 def _stored_types(source: ModelSource, merged: Path) -> dict[str, torch.dtype]:
-    """Return {name: dtype} of the tensors in the merged folder. Raise UserError if its shape differs from the base."""
+    """Return {name: dtype} of the tensors in the merged folder. Raise UserError if the base has a different shape."""
     file = merged / "config.json"
     found = replace(source, shape=families.shape_from_hf(hf_config.read_hf_config(merged), source=str(file)))
     if found.shape != source.shape:

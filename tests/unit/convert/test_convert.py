@@ -326,7 +326,7 @@ WRONG: list[tuple[str, str, str]] = [  # commands, their arguments, what is said
     ("verify", f"{ADAPTER} --peft peft --in transformers",
      "--in transformers: transformers has nothing to load; give --merged DIR"),
     ("verify", f"{ADAPTER} --merged merged --in transformers --dtype bf16",
-     "transformers computes in fp32, so --dtype bf16 cannot"),
+     "transformers computes in fp32, not in bf16; remove --dtype"),
     ("verify", f"{ADAPTER} --peft peft --dtype bf16", "--dtype bf16: a PEFT adapter is compared in fp32 only"),
 ]  # fmt: skip
 

@@ -117,7 +117,7 @@ def test_one_flipped_bit_of_an_exported_peft_folder_fails(inputs: Inputs, export
     (bits,) = found.bits
     assert bits.differences == (f"{copy / 'adapter_model.safetensors'}: {name} differs from the adapter's export",)
     assert found.report().startswith("PEFT files, bit by bit: the adapter's export  FAILED: 1 differ\n  ")
-    assert len(found.notes) == 1 and "they differ from the export of the adapter in native/" in found.notes[0]
+    assert len(found.notes) == 1 and "they differ from the adapter in native/" in found.notes[0]
     (copy / EXPORT_RECORD).unlink()
     assert verify_export(*inputs, peft=copy, inside="none").passed
 
