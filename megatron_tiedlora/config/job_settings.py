@@ -321,7 +321,7 @@ class SweepSettings(CommandSettings, command="sweep"):
         "grid", "also train LoRA on one layer: 1-based layers, or paper for 1, 4, 8, ... and the last (default: none)",
         None,
     )
-    single_layer_rank: int = setting_field("grid", "rank of LoRA on one layer, and of the tl5 to compare", 16, ge=1)
+    single_layer_rank: int = setting_field("grid", "rank of LoRA on one layer, and of its tl5 counterpart", 16, ge=1)
 
     test_batch_size: int | None = setting_field("scores", "samples that are answered together", None, ge=1)
     test_limit: int | None = setting_field(

@@ -430,7 +430,7 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
     @model_validator(mode="after")
     def _check(self) -> "Settings":
         if self.layers is not None and (min(self.layers) < 1 or list(self.layers) != sorted(set(self.layers))):
-            raise ValueError(f"--layers {flag_value(self.layers)}: give layers from 1 on, each one once, ascending")
+            raise ValueError(f"--layers {flag_value(self.layers)}: give layer numbers from 1 on, strictly ascending")
         if self.epochs is not None and "max_steps" in self.model_fields_set:
             both = f"--epochs {self.epochs:g} and --max_steps {self.max_steps}"
             raise ValueError(f"{both} both say how long to train; give one")

@@ -96,7 +96,7 @@ Each layer is written as one shard, so this needs the memory of one shard. tiny 
 in seconds on a CPU: tiedlora train --model tiny --train_file rows.jsonl"""
     examples: ClassVar[str] = ""
 
-    model: str = _flag("the shape", choices=sorted(PRESETS))
+    model: str = _flag("preset whose shape is used", choices=sorted(PRESETS))
     output: fields.FilePath = _output("a new folder")
     seed: int = _flag("seed of the weights", 0)
 
@@ -287,7 +287,7 @@ planned bytes. On a GPU the report also has MFU by the data sheet and the time b
             raise ValueError(f"--shared_tokens {self.shared_tokens} needs --adapters")
         for name in ("against", "task"):
             if self.adapters is not None and getattr(self, name) is not None:
-                raise ValueError(f"--adapters {self.adapters} is not implemented with --{name}; leave one out")
+                raise ValueError(f"--adapters {self.adapters} is not implemented with --{name}; remove one")
         if self.against is not None and self.task is not None and self.samples % self.padded_rows:
             rows = f"--padded_rows {self.padded_rows}"
             raise ValueError(f"--samples {self.samples} is not a multiple of {rows}; change one of them")
@@ -304,7 +304,7 @@ planned bytes. On a GPU the report also has MFU by the data sheet and the time b
 
     @property
     def labels(self) -> int:
-        """Return the number of labels in a made-up document. Its first token is no label, as no token precedes it."""
+        """Return the number of labels in a made-up document. Its first token is never a label: none precedes it."""
         length = self.length // (self.documents or 1)
         return min(round(self.supervised * length), length - 1)
 

@@ -53,7 +53,7 @@ def read_entry(root: Path, folder: Path) -> index.Entry:
     except ValidationError as error:
         raise UserError(f"{folder}: {first_problem(error)}") from None
     except (OSError, OverflowError, ValueError) as error:  # the last two mean that the file's time is not a valid date
-        raise UserError(f"{folder}: cannot be read ({error})") from None
+        raise UserError(f"{folder}: cannot be read ({error}); check its files") from None
 
 
 def find_folders(root: Path) -> Iterator[Path]:

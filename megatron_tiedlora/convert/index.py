@@ -109,7 +109,7 @@ def write_index(root: Path, entries: Sequence[Entry]) -> None:
             if temporary.stat().st_size > _LARGEST:
                 raise UserError(f"{file}: {len(entries):,} adapters are too many for one index; index subfolders")
     except sqlite3.Error as error:
-        raise UserError(f"{file}: cannot be written ({error})") from None
+        raise UserError(f"{file}: cannot be written ({error}); check permissions and free space") from None
 
 
 def find_entries(root: Path, wanted: Mapping[str, Any]) -> list[Entry]:

@@ -56,7 +56,7 @@ def is_peft(content: Mapping[str, Any]) -> bool:
 
 
 def find_base(folder: Path, model: ModelSource | str | None, named: str, hashes: Mapping[str, Any]) -> ModelSource:
-    """Return the base of the adapter in `folder`, which `model` names. If it is None, the adapter names the base.
+    """Return the base of the adapter in `folder`. `model` names the base, or if `model` is None, the adapter does.
 
     Args:
         model: value of --model, or the model that was found for it. A folder of models is searched by hashes.

@@ -118,7 +118,7 @@ def readable(path: Path, what: str) -> Iterator[None]:
     except UserError:
         raise
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the file") from None
     except BaseException as error:  # broken content raises anything from KeyError to a Rust panic
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise

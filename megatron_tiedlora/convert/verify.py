@@ -1,7 +1,7 @@
 """Checks that exports compute the same as the adapter, by the bits of a merged folder and the logits of every export.
 
 A merged folder in 16 bits cannot have the adapter's exact logits. So its logits must be equal to the logits of base +
-adapter after rounding to the same dtype. The difference from the unrounded adapter is only shown.
+adapter after rounding to the same dtype. The difference from the unrounded adapter is shown but not checked.
 
 The bits are compared some rows at a time, and `layerwise` computes the logits in the memory of one layer. If the model
 is small, transformers and PEFT also load the exports, as users do, and compute the logits in fp32.
@@ -59,13 +59,13 @@ class BitComparison:
 
 @dataclass(frozen=True)
 class LogitComparison:
-    """The differences of logits from the native adapter's logits.
+    """The differences between the logits of an export and the logits of the native adapter.
 
     Attributes:
         largest, mean: maximum and mean of |difference|, relative to the largest |logit|.
         divergence: mean KL(native || other), in nats per position.
         agreement: fraction of positions with the same most likely token.
-        wanted: "equal": at most TOLERANCE; "different": more than zero; "rounded": any difference, which is only shown.
+        wanted: "equal": at most TOLERANCE; "different": more than zero; "rounded": shown, but not checked.
     """
 
     name: str

@@ -311,8 +311,8 @@ ONE_RANK = [
     ("--tensor_paralel=2", "did you mean --tensor_parallel"),
     # Adapters.
     ("--adapters=0", "--adapters 0: input should be greater than or equal to 1"),
-    ("--adapters=2 --against=peft", "--adapters 2 is not implemented with --against; leave one out"),
-    ("--adapters=2 --task=gsm8k", "--adapters 2 is not implemented with --task; leave one out"),
+    ("--adapters=2 --against=peft", "--adapters 2 is not implemented with --against; remove one"),
+    ("--adapters=2 --task=gsm8k", "--adapters 2 is not implemented with --task; remove one"),
     ("--shared_tokens=64", "--shared_tokens 64 needs --adapters"),
     ("--adapters=2 --rows=2 --length=16 --shared_tokens=31", "--shared_tokens 31 is less than the micro-batch of one"),
     ("--adapters=2 --what=scaling", "--adapters 2 needs --what step, not scaling"),

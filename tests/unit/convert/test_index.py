@@ -179,7 +179,7 @@ def test_a_time_of_no_calendar_is_one_line(root: Path, monkeypatch: pytest.Monke
     """Some file systems take it."""
     monkeypatch.setattr("megatron_tiedlora.convert.collection.datetime", Mock(fromtimestamp=Mock(side_effect=error)))
     count, problems = build_index(root)
-    assert count == 0 and problems[1] == f"{root / 'others/lora'}: cannot be read ({error})"
+    assert count == 0 and problems[1] == f"{root / 'others/lora'}: cannot be read ({error}); check its files"
 
 
 def test_a_row_that_would_not_be_read_is_not_written(root: Path) -> None:
