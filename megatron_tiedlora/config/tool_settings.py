@@ -206,11 +206,11 @@ planned bytes. On a GPU the report also has MFU by the data sheet and the time b
     dtype: Literal["bf16", "fp32"] = _train("dtype", "precision of the frozen base", default="bf16")
     base: str | None = _train("base")
 
-    random_weights: bool = setting_field("step", "draw weights in the model's shape, as for a preset; read none", False)
+    random_weights: bool = setting_field("step", "use random weights in the model's shape, as for a preset", False)
     num_layers: int | None = setting_field("step", "layers of a model with random weights", None, ge=1)
     products: Literal["fp8"] | None = _train("products", group="step")
     keep_transposed: bool = _train("keep_transposed", group="step")
-    method: str = _train("method", "what is trained here", group="step")
+    method: str = _train("method", "method of our adapter", group="step")
     targets: fields.Targets = _train("targets", group="step")
     rank: int = _train("rank", "rank r of both sides", group="step")
     compile: Literal["auto", "true", "false"] = _train("compile", "compile our kernels, where possible", group="step")
@@ -220,13 +220,13 @@ planned bytes. On a GPU the report also has MFU by the data sheet and the time b
     supervised: float = setting_field("step", "fraction of made-up tokens with a label, at the end", 0.5, gt=0, le=1)
 
     task: str | None = setting_field("samples", "take real samples of this task", None)
-    train_file: str | None = _train("train_file", "its rows (default: the task's own)", group="samples")
+    train_file: str | None = _train("train_file", "training rows of --task (default: the task's own)", group="samples")
     samples: int = setting_field("samples", "samples of one step", 32, ge=1)
 
     against: Literal["peft"] | None = setting_field("against", "what to compare with", None)
     padded_rows: int = setting_field("against", "real samples in a padded batch of PEFT", 8, ge=1)
 
-    adapters: int | None = setting_field("adapters", "adapters that take a step each", None, ge=1)
+    adapters: int | None = setting_field("adapters", "number of adapters, which take one step each", None, ge=1)
     shared_tokens: int | None = setting_field(
         "adapters", "maximum tokens of a shared micro-batch [all tokens]", None, ge=1,
     )
@@ -235,7 +235,7 @@ planned bytes. On a GPU the report also has MFU by the data sheet and the time b
     pipeline_parallel: int = _train("pipeline_parallel", "stages, each with some of the layers", group="layout")
     sequence_parallel: bool = _train("sequence_parallel", "shard activations between layers too", group="layout")
     ds_config: str = _train("ds_config", "DeepSpeed JSON with engine options", group="layout", default="zero1.json")
-    packing: bool | None = setting_field("layout", "several samples of --task in a row [true]", None)
+    packing: bool | None = setting_field("layout", "pack several samples of --task into a row [true]", None)
     micro_batches: int | None = setting_field(
         "layout", "made-up micro-batches per rank per step [1; with a pipeline 2 x its stages]", None, ge=1,
     )
@@ -304,7 +304,7 @@ planned bytes. On a GPU the report also has MFU by the data sheet and the time b
 
     @property
     def labels(self) -> int:
-        """Return the number of labels in a made-up document. Its first token is never a label: none precedes it."""
+        """Return the number of labels in a made-up document. The first token of a document is never a label."""
         length = self.length // (self.documents or 1)
         return min(round(self.supervised * length), length - 1)
 

@@ -179,9 +179,9 @@ def stored_precision(source: ModelSource) -> str | None:
 
 
 def trained_otherwise(source: ModelSource, adapter: NativeAdapter) -> str:
-    """Return a message if quantising `source` gives other values than in training; '' if not, or if this is unknown.
+    """Return a message if quantising `source` gives other values than in training, or '' if it does not.
 
-    The message also says what to do. The caller must have checked `source` with `check_base`.
+    The message says what to do. The result is also '' if training recorded no precision. Call `check_base` first.
     """
     trained = adapter.base_identity
     if trained.base_stored is None:

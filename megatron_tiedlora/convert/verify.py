@@ -385,7 +385,7 @@ def _merge_dtype(base: WeightFiles, written: WeightFiles, names: Collection[str]
 def _why_unlike(
     entry: Mapping[str, Any], base: Mapping[str, Any] | None, dtype: str | None, *, of_model: bool
 ) -> str | None:
-    """Return why the values of a tensor cannot be compared with the base's values; None if they can.
+    """Return why the values of a tensor cannot be compared with the base's values, or None if they can be compared.
 
     Args:
         dtype: the result of `_merge_dtype`.
