@@ -1,1 +1,1 @@
-"""The typed, frozen settings of every command, the command line, and batch arithmetic."""
+"""Defines the settings of every command as frozen, typed classes, parses command lines, and computes batch sizes."""

@@ -1,4 +1,4 @@
-"""Settings of the commands that read adapters: evaluate, merge, export, import, verify, index and push."""
+"""Declares the settings of the commands that read adapters: evaluate, merge, export, import, verify, index and push."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -20,18 +20,18 @@ _plain = partial(_same, group="")  # like `_same`, for a command without groups
 _model = partial(
     _plain,
     "model",
-    "the base model: folder, hub id or demo; or a folder of models, where it is found by its hashes [the one that the"
+    "the base model: folder, hub id or demo; or a folder of models, where it is found by its hashes [the base that the"
     " adapter names]",
     default=None,
     metavar="M",
 )
 _adapter = partial(_flag, metavar="DIR", other_names=ADAPTER_NAMES)
 _output = partial(_flag, metavar="DIR", other_names=OUTPUT_NAMES)
-_take_over = partial(_plain, "take_over", "take DIR over from another start that is writing it")
+_take_over = partial(_plain, "take_over", "take DIR over from another launch that is writing it")
 _base_differs = partial(
     _plain,
     "base_differs",
-    help_text="continue although base or tokenizer differ from those of training; the output records this",
+    help_text="continue although base or tokenizer differ from those in training; the output records this",
 )
 _filter = partial(setting_field, "find", help_text="for find and verify: pattern with * and ?", default=None)
 _dtype = partial(_flag, other_values=OTHER_DTYPES)
@@ -64,10 +64,10 @@ class EvaluateSettings(CommandSettings, command="evaluate"):
         "output_dir", "new folder for the files (default: evaluations/MODEL-TASK-ADAPTER)", per_adapter=True,
     )
     take_over: bool = _same(
-        "take_over", "take --output_dir over from another start that is writing it; that one then writes nothing",
+        "take_over", "take --output_dir over from another launch that is writing it; that launch then stops writing",
     )
     seed: int = _train(
-        "seed", "seed for carving the validation split from training rows; the run's seed gives its split",
+        "seed", "seed for splitting validation rows off the training rows; give the run's seed for its split",
     )
     timeout_minutes: float = _train("timeout_minutes", "longest wait for another rank before the job fails")
 
@@ -83,12 +83,12 @@ class EvaluateSettings(CommandSettings, command="evaluate"):
     )
     adapters: tuple[str, ...] | None = setting_field(
         "model",
-        "several adapters of one base, scored in one start: NAME=FOLDER or FOLDER, which may be as of --adapter, a run,"
-        " a folder of runs (also of a run with --adapters), or a pattern in quotes (default: none)",
+        "several adapters of one base, scored in one launch: NAME=FOLDER or FOLDER, where FOLDER is as in --adapter, a"
+        " run, a folder of runs (also of a run with --adapters), or a pattern in quotes (default: none)",
         None, words=True, per_adapter=True,
     )
     base_differs: bool = _same(
-        "base_differs", "use the adapter although base or tokenizer differ from those that it was trained with",
+        "base_differs", "use the adapter although base or tokenizer differ from those in training",
         group="model",
     )
     merge_adapter: bool = setting_field("model", "add the adapter to the weights instead of keeping it separate", False)
@@ -99,7 +99,7 @@ class EvaluateSettings(CommandSettings, command="evaluate"):
         " instructions]",
     )
     base: str | None = _train(
-        "base", "storage format of the linears of all blocks; none: that of --dtype [as in the adapter's run, or none]",
+        "base", "storage format of the linears of all blocks; none: as --dtype says [as in the adapter's run, or none]",
         choices=(*BASE_NAMES, UNQUANTISED),
     )
     max_length: int | None = _same(
@@ -110,16 +110,16 @@ class EvaluateSettings(CommandSettings, command="evaluate"):
     )
 
     tensor_parallel: int = _train("tensor_parallel")
-    pipeline_parallel: int = _train("pipeline_parallel", "stages that share the layers")
+    pipeline_parallel: int = _train("pipeline_parallel", "stages, each with some of the layers")
 
     task: str = _train("task", "format of the rows, and how answers are scored")
     split: Literal["test", "validation"] = setting_field("data", "which rows", "test")
     test_file: str | None = _train("test_file", f"rows of the test split: {FILES_HELP} (default: the task's own)")
     validation_file: str | None = _same(
         "validation_file",
-        "rows of the validation split (default: carved from the training rows with --seed, as in training)",
+        "rows of the validation split (default: split off the training rows with --seed, as in training)",
     )
-    train_file: str | None = _same("train_file", "training rows, to carve the validation split from")
+    train_file: str | None = _same("train_file", "training rows, from which the validation rows are split off")
     prompt_template: str | None = _train("prompt_template")
     columns: fields.ColumnNames = _train("columns")
     chat_template: str | None = _as_trained("chat_template")
@@ -128,8 +128,8 @@ class EvaluateSettings(CommandSettings, command="evaluate"):
     max_new_tokens: int | None = _train("max_new_tokens")
     batch_size: int = setting_field(
         "data",
-        "prompts per data-parallel rank that are answered together; with --adapters up to four times as many, of each"
-        " adapter so many",
+        "prompts per data-parallel rank that are answered together; with --adapters this number for each adapter, and"
+        " at most four times this number in all",
         16, ge=1, other_names="batch bs eval_batch_size per_device_eval_batch_size",
     )
     limit: int | None = setting_field(
@@ -149,7 +149,7 @@ class EvaluateSettings(CommandSettings, command="evaluate"):
 
     def _check_fit(self) -> None:
         if self.adapter is not None and self.adapters is not None:
-            raise ValueError("give either --adapter or --adapters")
+            raise ValueError("give either --adapter or --adapters, not both")
         if self.adapters == ():
             raise ValueError("--adapters is empty; give folders of adapters")
         if self.merge_adapter and self.adapter is None:
@@ -166,7 +166,7 @@ class EvaluateSettings(CommandSettings, command="evaluate"):
 
 
 def adapter_flags(adapter: str, settings: "MergeSettings | ExportSettings") -> str:
-    """Return the given flags of an adapter and its base, for a later command in a message."""
+    """Return the flags that the user gave for an adapter and its base. A message puts them into a suggested command."""
     words = ["--adapter", adapter, *(["--model", settings.model] if settings.model else [])]
     return shlex.join([*words, *(["--base_differs"] if settings.base_differs else [])])
 
@@ -182,13 +182,13 @@ class MergeSettings(CommandSettings, command="merge"):
 example:
   tiedlora merge --adapter runs/demo/adapter --output runs/demo/merged
 
-Each file of the base is written again, with the adapted weights computed, some rows at a time: W + B A in fp32, cast
-once. It needs 50 MB of memory beside PyTorch and the adapter, whatever the model. All other bytes are the base's
-own, and are not checked; with --dtype all weights are computed. Computed weights that are not finite are rejected.
-Of a base that is quantised (--onto trained) all weights are computed, in the dtype of its embedding or in --dtype.
+Each file of the base is copied, but adapted weights are computed, some rows at a time: W + B A in fp32, cast once. The
+command needs 50 MB of memory in addition to PyTorch and the adapter, for any model. All other bytes are copied without
+a check, but with --dtype all weights are computed. Computed weights that are not finite are rejected. If the base is
+quantised (--onto trained), all weights are computed, in the dtype of its embedding or in --dtype.
 
-The room on the disk is checked first. DIR appears complete or not at all. Ctrl-C and SIGTERM leave nothing behind.
-After a kill -9 or a crash, the same command removes what is left and starts from the beginning.
+The free disk space is checked first. DIR is written atomically. Ctrl-C and SIGTERM leave no files behind. After a
+kill -9 or a crash, the same command removes the unfinished files and starts from the beginning.
 """
 
     adapter: str = _adapter("a run's adapter/ folder or one of its checkpoints, or a PEFT LoRA or VeRA")
@@ -198,7 +198,7 @@ After a kill -9 or a crash, the same command removes what is left and starts fro
     base_differs: bool = _base_differs()
     dtype: Literal["bf16", "fp16", "fp32"] | None = _dtype("dtype of the written weights [as stored in the base]", None)
     onto: Literal["original", "trained"] = _flag(
-        "after a run with --base: the stored base, or its dequantised weights, which training saw", "original",
+        "after a run with --base: the stored base, or its dequantised weights, as in training", "original",
     )
     tokenizer: str | None = _plain(
         "tokenizer", "tokenizer to include: folder, hub id or tokenizer.model [the base's own]", metavar="T",
@@ -217,10 +217,10 @@ examples:
   tiedlora export --adapter 'runs/*/adapter' --output exports --dtype bf16
 
 Padding the rank with zeros does not change what the adapter computes; it is for programs that accept only certain
-ranks. The adapter's own files travel along in DIR/native, where tiedlora import finds them. Several adapters, or
-a pattern in quotes, are written to DIR/NAME each, named after their folders or runs. Each folder is written
+ranks. The adapter's own files are copied to DIR/native, where tiedlora import finds them. If there are several adapters
+or a pattern in quotes, each adapter is written to DIR/NAME, named after its folder or run. Each folder is written
 atomically. PEFT's config names the base by its hub id, by --base_name, or else by the name of its folder. vLLM's
-filesystem resolver takes an export only if that name is the --model of the server.
+filesystem resolver accepts an export only if this name is the --model of the server.
 """
 
     adapter: tuple[str, ...] = _adapter("native adapters: runs' adapter/ folders or patterns", words=True)
@@ -237,16 +237,16 @@ class ImportSettings(CommandSettings, command="import"):
     """The settings of one import, validated and frozen."""
 
     about: ClassVar[str] = (
-        "Write a PEFT LoRA or VeRA as a native adapter, which computes the same and can be merged, scored or trained"
-        " on."
+        "Convert a PEFT LoRA or VeRA to a native adapter, which computes the same and can be merged, evaluated or"
+        " trained further."
     )
     examples: ClassVar[str] = """\
 example:
   tiedlora import --peft downloads/lora --model meta-llama/Llama-2-7b-hf --output adapters/lora
 
-An export of this project gives back the tied adapter that it came from, byte for byte, unless its PEFT files were
-changed. Any other LoRA or VeRA becomes an equal lora or vera. Only what has to be multiplied into B is rounded, once to
-fp32: an alpha / r of some modules alone (rank_pattern, alpha_pattern), or VeRA's vectors. DIR is written atomically.
+An export of this project becomes the original tied adapter again, byte for byte, unless its PEFT files were changed.
+Any other LoRA or VeRA becomes an equal lora or vera. Only factors that must be multiplied into B are rounded, once to
+fp32: an alpha / r of single modules (rank_pattern, alpha_pattern), or VeRA's vectors. DIR is written atomically.
 """
 
     peft: fields.FilePath = _flag("folder of a PEFT adapter, in safetensors", metavar="DIR")
@@ -257,21 +257,21 @@ fp32: an alpha / r of some modules alone (rank_pattern, alpha_pattern), or VeRA'
 
 
 class VerifySettings(CommandSettings, command="verify"):
-    """The settings of one check of exports, validated and frozen."""
+    """The settings of one verification of exports, validated and frozen."""
 
     about: ClassVar[str] = (
-        "Check exports of an adapter: the bits of a merged or PEFT folder, and logits; exit status 1 if any differ."
+        "Check exports of an adapter by the bits of a merged or PEFT folder, and logits; exit status 1 if any differ."
     )
     examples: ClassVar[str] = """\
 example:
   tiedlora verify --adapter runs/demo/adapter --merged runs/demo/merged --peft runs/demo/peft
 
 Every tensor of the merged files is compared bit by bit: with base + adapter, added in fp32 and cast once, or with the
-base. A PEFT folder that this package exported is compared bit by bit with the adapter's export; one of another program
-by its logits alone. Then logits are computed one layer at a time, which needs the memory of one layer. transformers and
-PEFT load the exports too, if the model has at most 8 GB in fp32: they need memory for all of it.
+base. A PEFT folder that this package exported is compared bit by bit with the adapter's export; any other PEFT folder
+only by its logits. Then logits are computed one layer at a time, which needs the memory of one layer. transformers and
+PEFT load the exports too, if the model has at most 8 GB in fp32, because they need memory for the full model.
 
-Columns: largest and mean difference as a share of the largest logit, KL divergence in nats per position, and how often
+Columns: largest and mean difference relative to the largest logit, KL divergence in nats per position, and how often
 the most likely token is the same, over random tokens.
 """
 
@@ -279,9 +279,9 @@ the most likely token is the same, over random tokens.
     model: str | None = _model()
     merged: fields.FilePath | None = _flag("output of tiedlora merge", None, metavar="DIR")
     peft: fields.FilePath | None = _flag("output of tiedlora export", None, metavar="DIR")
-    dtype: Literal["fp32", "bf16"] = _dtype("dtype of the logits' computation by layers", "fp32")
+    dtype: Literal["fp32", "bf16"] = _dtype("dtype in which the layers compute the logits", "fp32")
     inside: str | None = _flag(
-        "what loads the exports too: transformers, peft, transformers,peft or none [both, up to 8 GB in fp32]", None,
+        "libraries that load exports: transformers, peft, transformers,peft or none [both, up to 8 GB in fp32]", None,
         flag="in", metavar="NAMES",
     )
     base_differs: bool = _base_differs(help_text="compare even if the base differs from the one in training")
@@ -292,7 +292,7 @@ the most likely token is the same, over random tokens.
 
 
 class IndexSettings(CommandSettings, command="index"):
-    """The settings of one use of the index of a folder, validated and frozen."""
+    """The settings of one call of tiedlora index, validated and frozen."""
 
     about: ClassVar[str] = "Index a folder of native adapters, and find, verify or compare them."
     examples: ClassVar[str] = """\
@@ -303,10 +303,10 @@ examples:
   tiedlora index runs diff one-run another-run
 
 The index has a row for each native adapter below DIR: path, name, base and its hashes, method, rank, alpha, targets,
-layers, trained parameters, task, scores, run, sha256, size and date. Checkpoints and exports of runs are left out, and
-links are not followed. It exits with 1 if an adapter cannot be read, which is said and left out.
-`verify` reads every adapter, checks its checksums, and exits with 1 if one is damaged or has changed since it was
-indexed. `diff` exits with 1 if the two differ. Any program can read the SQLite file.
+layers, trained parameters, task, scores, run, sha256, size and date. Checkpoints and exports of runs are not indexed,
+and links are not followed. If an adapter cannot be read, it is reported and skipped, and the exit status is 1.
+`verify` reads every adapter, checks its checksums, and exits with 1 if an adapter is damaged or has changed since it
+was indexed. `diff` exits with 1 if the two adapters differ. Any program can read the SQLite file.
 """
 
     folder: fields.FilePath = _flag("folder with adapters, at any depth", metavar="DIR", positional=True)
@@ -324,11 +324,11 @@ indexed. `diff` exits with 1 if the two differ. Any program can read the SQLite 
         help_text=f"for find: {fields.TARGETS_HELP}", metavar="TEXT[,TEXT...]",
     )
     task: str | None = _filter()
-    as_json: bool = _flag("for find: one JSON object a line", False, flag="json")
+    as_json: bool = _flag("for find: one JSON object per line", False, flag="json")
 
     @property
     def wanted(self) -> dict[str, Any]:
-        """Return the values that `find` compares, by column."""
+        """Return the values that rows of the index must match, by column."""
         return {name: value for name in FILTERS if (value := getattr(self, name)) is not None}
 
     def _check_fit(self) -> None:
@@ -347,7 +347,7 @@ FILTERS = fields.marked(IndexSettings, group="find")
 
 
 class PushSettings(CommandSettings, command="push"):
-    """The settings of one publication, validated and frozen."""
+    """The settings of one upload to the Hugging Face hub, validated and frozen."""
 
     about: ClassVar[str] = "Publish a run's adapter on the Hugging Face hub, with a model card."
     examples: ClassVar[str] = """\
@@ -356,8 +356,8 @@ examples:
   tiedlora push runs/demo --repo me/demo-tied --base_name HuggingFaceTB/SmolLM2-135M-Instruct
 
 The repository gets the adapter as LoRA for PEFT and vLLM, the native files in native/, a model card with base, method,
-scores, the training command and versions, and the plot of the losses. No folder of this host is in them. Log in with
-`hf auth login`, or set HF_TOKEN.
+scores, the training command and versions, and the plot of the losses. These files contain no path of this host. Log in
+with `hf auth login`, or set HF_TOKEN.
 """
 
     run: str = _flag("run folder, or the folder of a native adapter", metavar="RUN", positional=True)
@@ -366,7 +366,7 @@ scores, the training command and versions, and the plot of the losses. No folder
     base_name: str | None = _flag("hub id of the base [as given to --model in training]", None, metavar="ID")
     private: bool = _flag("make a new repository private", False)
     dry_run: bool = _flag("write the folder and upload nothing", False)
-    output: fields.FilePath | None = _output("keep what is uploaded in this folder; it must not exist", None)
+    output: fields.FilePath | None = _output("keep the uploaded files in this folder, which must not exist", None)
     base_differs: bool = _base_differs(help_text="continue although the base differs")
 
     def _check_fit(self) -> None:

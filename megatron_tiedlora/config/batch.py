@@ -1,7 +1,7 @@
 """Compute batch sizes and answer lengths. Global batch = micro-batch x accumulation steps x data-parallel size.
 
-No other module sets batch sizes. `filled` packs items by size: rows into batches, samples into passes, tensors into
-files.
+No other module computes batch sizes. `filled` divides a sequence of items into lists of limited size, for example rows
+into batches or tensors into files.
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,11 +14,11 @@ Part = TypeVar("Part")
 
 
 def filled(parts: Iterable[tuple[Part, float, float]]) -> Iterator[list[Part]]:
-    """Yield lists of consecutive parts. A part is added to the current list if it fits, otherwise it begins a new list.
+    """Yield lists of consecutive items. An item that does not fit into the current list begins a new list.
 
     Args:
-        parts: (part, size, limit) each. The first part of a list sets the limit of the list's total size. A part above
-            its own limit is alone. Parts are read lazily.
+        parts: tuples (item, size, limit), which are read lazily. The limit of a list's first item applies to the total
+            size of the list. An item that is larger than its own limit is the only item of its list.
     """
     group: list[Part] = []
     left = 0.0
@@ -57,9 +57,9 @@ class BatchPlan:
 
 
 def default_rows(*, max_length: int, packing: bool, on_gpu: bool, otherwise: int) -> int:
-    """Return the maximum number of rows of a micro-batch without --micro_batch_size.
+    """Return the maximum number of rows in a micro-batch if --micro_batch_size is not given.
 
-    With packing on a GPU, the rows have at most `GPU_MICRO_BATCH_TOKENS` tokens. Otherwise it is `otherwise`.
+    With packing on a GPU, this is one row, or all full rows that fit in `GPU_MICRO_BATCH_TOKENS`; else `otherwise`.
     """
     return max(1, GPU_MICRO_BATCH_TOKENS // max_length) if on_gpu and packing else otherwise
 
@@ -67,13 +67,13 @@ def default_rows(*, max_length: int, packing: bool, on_gpu: bool, otherwise: int
 def plan_batches(
     global_batch_size: int, micro_batch_size: int | None, data_parallel: int, *, max_rows: int = 1, min_steps: int = 1
 ) -> BatchPlan:
-    """Divide `global_batch_size` samples over `data_parallel` ranks.
+    """Return the division of `global_batch_size` samples into micro-batches on `data_parallel` ranks.
 
     Args:
-        micro_batch_size: rows per forward pass. None: the largest divisor of a rank's samples that is at most
-            `max_rows` and, if possible, leaves `min_steps` accumulation steps.
-        max_rows: see `default_rows`.
-        min_steps: minimum accumulation steps with the default, if a rank has enough samples.
+        micro_batch_size: rows per forward pass. None means the largest divisor of the number of samples per rank that
+            is at most `max_rows` and, if possible, allows `min_steps` accumulation steps.
+        max_rows: maximum rows per forward pass if `micro_batch_size` is None; see `default_rows`.
+        min_steps: minimum number of accumulation steps if `micro_batch_size` is None and a rank has enough samples.
 
     Raises:
         UserError: the global batch is not a multiple of micro-batch x data-parallel size. The message has these values
@@ -99,9 +99,9 @@ def resolve_max_new_tokens(value: int | None, longest: int, default: int) -> int
     """Return the maximum number of tokens to generate for one answer.
 
     Args:
-        value: the value of --max_new_tokens. None: `default`, but at most half of the longest row.
-        longest: maximum number of tokens in a row of prompt and answer.
-        default: the default of the task.
+        value: the value of --max_new_tokens. None means `default`, but at most half of `longest`.
+        longest: maximum number of tokens of a prompt and its answer together.
+        default: the task's default.
 
     Raises:
         UserError: the value leaves no room for a prompt.
@@ -110,7 +110,7 @@ def resolve_max_new_tokens(value: int | None, longest: int, default: int) -> int
         return max(min(default, longest // 2), 1)
     if value >= longest:
         raise UserError(
-            f"--max_new_tokens {value} leaves no room for a prompt in rows of at most {longest} tokens; give fewer"
+            f"--max_new_tokens {value} leaves no room for a prompt, as both have at most {longest} tokens; give fewer"
         )
     return value
 

@@ -1,5 +1,5 @@
-"""Make a command's settings from its command line and the YAML files of --config and --adapters. argparse reads the
-words and pydantic checks them. The command line overrides the files."""
+"""Make a command's settings from its command line and the YAML files of --config and --adapters. argparse parses the
+arguments and pydantic validates the values. The command line overrides the file of --config."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TEMPLATE_HASH = "chat_template_sha256"  # in run.yaml: hash of the content of --
 RECORDED_NAMES = ("ranks", "versions", HUB_NAMES, TEMPLATE_HASH)
 RECORD_MARK = "versions"
 _TRUE_OR_FALSE = "{true,false}"
-# Commands whose settings have names in other tools. Another command that lacks such a name does not see it as a typo.
+# Commands whose settings have other names in other tools. No command treats these names as misspelled flags.
 _NAMED = (Settings, EvaluateSettings, MergeSettings, PushSettings)
 
 
@@ -47,7 +47,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def reject_unknown(words: Sequence[str], *kinds: type[fields.CommandSettings], known: Iterable[str]) -> None:
-    """Raise UserError if `words` belong to no flag of the commands `kinds`. The message suggests flags from `known`."""
+    """Raise UserError if there are unknown arguments `words`. The message names them and similar flags from `known`."""
     flags = [word.partition("=")[0] for word in words if word.startswith("-")]  # other words may be values
     if words:
         meant = unknown_names("argument", flags or words, list(known), fields.names_elsewhere(*kinds, *_NAMED))
@@ -55,7 +55,7 @@ def reject_unknown(words: Sequence[str], *kinds: type[fields.CommandSettings], k
 
 
 def _metavar(annotation: Any, choices: Sequence[str] | None = None) -> str:
-    """Return how the help shows the values of a type or its choices: `N`, `X[,X...]`, `{a,b}`, `N|auto`."""
+    """Return the placeholder in the help for values of a type or for `choices`: `N`, `X[,X...]`, `{a,b}`, `N|auto`."""
     arguments = typing.get_args(annotation)
     if typing.get_origin(annotation) is Annotated:
         return _metavar(arguments[0], choices)
@@ -73,7 +73,7 @@ def _metavar(annotation: Any, choices: Sequence[str] | None = None) -> str:
 
 
 def build_parser(kind: type[fields.CommandSettings]) -> CommandParser:
-    """Build the parser of a command with one flag per setting. The flags are in the groups of `kind`, if any."""
+    """Return the parser of a command, with one flag per setting. The help lists the flags by the groups of `kind`."""
     usage = f"{kind.prog} {kind.usage}" if kind.groups else None
     parser = CommandParser(prog=kind.prog, usage=usage, description=kind.about, epilog=kind.examples)
     groups: dict[str, argparse._ActionsContainer] = {
@@ -106,10 +106,10 @@ def build_parser(kind: type[fields.CommandSettings]) -> CommandParser:
 
 
 def parse_words(argv: Sequence[str], kind: type[fields.CommandSettings]) -> dict[str, Any]:
-    """Return the settings of a command line by name, and `config`, as text. Raise UserError for unknown words."""
+    """Return the values on a command line as text, by setting name. Raise UserError for unknown arguments."""
     parser = build_parser(kind)
     known = [option for action in parser._actions for option in action.option_strings]
-    # Check this before argparse reports a missing flag, because an unknown flag may be the user's name for it.
+    # Check this before argparse reports a missing flag, because the unknown flag may be its name in another tool.
     words = itertools.takewhile(lambda word: word != "--", argv)
     flags = [word for word in words if word.startswith("--") and " " not in word]  # argparse treats others as values
     reject_unknown([word for word in flags if word.partition("=")[0] not in known], kind, known=known)
@@ -121,15 +121,15 @@ def parse_words(argv: Sequence[str], kind: type[fields.CommandSettings]) -> dict
 def split_words(
     argv: Sequence[str], kind: type[fields.CommandSettings], *, more: Sequence[str] = (), without: Collection[str] = ()
 ) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
-    """Split the words of a command that also accepts the flags of tiedlora train. Return its own settings by name, the
-    settings of tiedlora train and `config` by name, and the words of the latter.
+    """Split the command line of a command that also accepts the flags of tiedlora train. Return the command's own
+    settings by name, the settings of tiedlora train by name, and the arguments for tiedlora train.
 
     Args:
-        more: further words, which all belong to tiedlora train.
+        more: further arguments, which are all for tiedlora train.
         without: settings of tiedlora train that the command rejects.
 
     Raises:
-        UserError: words belong to neither command.
+        UserError: an argument belongs to neither command.
     """
     own, rest = build_parser(kind).parse_known_args(list(argv))
     words = [*rest, *more]
@@ -146,10 +146,10 @@ def _given(values: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_yaml(path: str, *kinds: type[fields.CommandSettings]) -> dict[str, Any]:
-    """Return the values in a YAML file by field name of the commands `kinds`. Raise UserError with file and line."""
+    """Return the settings of the commands `kinds` in a YAML file, by field name. Raise UserError if it is not valid."""
     file = user_path(path)
     if not file.is_file():
-        raise UserError(f"--config {path}: no such file")
+        raise UserError(f"--config {path}: no such file; give a YAML file with settings")
     content = read_yaml_mapping(file)
     known = {own.flag or name: (name, own) for kind in kinds for name, own in fields.declared(kind).items()}
     if RECORD_MARK in content:
@@ -168,7 +168,7 @@ def parse_settings(argv: Sequence[str], kind: type[fields.AnySettings]) -> field
     """Return the settings of `kind`. The command line overrides the file of --config, which overrides the defaults.
 
     Raises:
-        UserError: something is unknown or out of range.
+        UserError: a setting is unknown or out of range.
     """
     given = parse_words(argv, kind)
     config = given.pop("config", None)
@@ -179,7 +179,7 @@ def parse_settings(argv: Sequence[str], kind: type[fields.AnySettings]) -> field
 
 @contextmanager
 def naming_file(file: str | Path | None, names: Collection[str]) -> Iterator[None]:
-    """Add the name of `file` to a UserError about one of the settings `names`, which it contains."""
+    """Add the name of `file` to a UserError about one of the settings `names`, which were read from this file."""
     try:
         yield
     except UserError as error:
@@ -196,14 +196,14 @@ def keep_from_others() -> None:
 def run_command(
     main: Callable[[Sequence[str]], int], argv: Sequence[str], *, reports: Callable[[], bool] = lambda: True
 ) -> NoReturn:
-    """Run a command's `main(argv)` and exit with its status. A UserError becomes a line on stderr and status 2. Ctrl-C
-    is 130.
+    """Run a command's `main(argv)` and exit with its status. For a UserError, print one line on stderr and exit with 2.
+    For Ctrl-C, exit with 130.
 
-    If the reader of its output has ended, as `head` does, the command ends silently; a status 0 becomes 141. Other
-    users cannot write the created files, whatever the user's umask is.
+    If the program that reads the output has ended, as `head` does, the command ends without a message, and status 0
+    becomes 141. Other users cannot write the created files, whatever the user's umask is.
 
     Args:
-        reports: returns whether to print the error, which another rank on this host may have printed.
+        reports: returns whether to print the error. Another rank on this host may have printed it already.
     """
     keep_from_others()
     show_messages()
@@ -231,7 +231,7 @@ def run_command(
 
 
 def _reader_is_gone() -> bool:
-    """Return whether the reader of standard output has ended. If so, discard the buffered output."""
+    """Return whether the program that reads standard output has ended. If it has, discard the buffered output."""
     output, poll = sys.__stdout__, select.poll()
     if output is None or sys.stdout is not output:  # closed by the caller, or replaced
         return False
@@ -248,7 +248,7 @@ def _reader_is_gone() -> bool:
 
 # The file of --adapters -----------------------------------------------------------------------------------------------
 #
-# The file is a YAML list with the name and the own settings of each adapter.
+# The file is a YAML list. Each entry has the name of an adapter and the settings of this adapter.
 #
 #     - name: support
 #       train_file: support.jsonl
@@ -257,24 +257,24 @@ def _reader_is_gone() -> bool:
 #       train_file: legal.jsonl
 #       learning_rate: 1e-4
 #
-# Settings that an entry leaves out come from the command line. Settings that are not in `PER_ADAPTER` hold for all
-# adapters. An entry's `output_dir` is its run folder instead of RUN/NAME.
+# Settings that are not in an entry come from the command line. Settings that are not in `PER_ADAPTER` are the same for
+# all adapters. An entry's `output_dir` replaces the default run folder RUN/NAME.
 
 PER_ADAPTER = frozenset(fields.marked(Settings, per_adapter=True))
-# A name of an adapter is also a folder name inside the run folder, on any file system.
+# The name of an adapter is also the name of a folder inside the run folder, so any file system must accept it.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
-# These are beside the folders of the adapters; `adapter` is in a run of one adapter.
+# Files and folders of the run beside the adapters' folders. A run of one adapter has the folder `adapter`.
 _FILES_OF_RUN = ("adapter", "logs", "profile", "adapters.yaml", "table.csv", "run_status.json")
-RUN_OF_ALL = "the run of all"  # a key beside the adapters' names, which have no blanks
-# Settings of the whole run that a single adapter does not have.
+RUN_OF_ALL = "the run of all"  # a key that cannot be an adapter's name, because names have no blanks
+# Settings of a run of several adapters that are not passed on to its adapters.
 OF_ALL = fields.marked(Settings, of_group=True)
 
 
 def read_adapters(path: str, given: Settings) -> dict[str, Settings]:
-    """Return the settings of each adapter in a file, by name, in the file's order.
+    """Return the settings of each adapter in a YAML file, by adapter name, in the file's order.
 
     Args:
-        given: the settings of the command line. A given value holds unless an entry changes it.
+        given: the settings from the command line. An entry of the file overrides them for its adapter.
 
     Raises:
         UserError: a setting is wrong; the message names the file, the entry and the setting.
@@ -285,15 +285,15 @@ def read_adapters(path: str, given: Settings) -> dict[str, Settings]:
     for number, entry in enumerate(read_yaml_list(adapters_path(path)), start=1):
         name, own = _checked_entry(entry, f"{path}: entry {number}")
         if name.lower() in _FILES_OF_RUN:
-            raise UserError(f"{path}: entry {number}: the run itself has a file {shown(name)}; give another name")
+            raise UserError(f"{path}: entry {number}: the run itself has a file {shown(name)}; give a different name")
         if name.lower() in taken:
-            raise UserError(f"{path}: entry {number}: the name {shown(name)} is taken by another; names are folders")
+            raise UserError(f"{path}: entry {number}: the name {shown(name)} is taken by another entry; change it")
         taken.add(name.lower())
         with naming(f"{path}: {name}"):
             found[name] = make_settings(Settings.combined(shared, own))
     check_folders(path, {name: own.output_dir for name, own in found.items() if own.output_dir is not None})
     if not found:
-        raise UserError(f"{path}: holds no adapter; write one entry for each, which begins with '- name: '")
+        raise UserError(f"{path}: holds no adapter; write one entry per adapter, which begins with '- name: '")
     _check_shared(path, found)
     return found
 
@@ -302,28 +302,28 @@ def adapters_path(given: str) -> Path:
     """Return the file that --adapters names. Raise UserError if it does not exist."""
     file = user_path(given)
     if file.is_dir():
-        raise UserError(f"--adapters {given}: is a folder; give a YAML list. --init_from starts from an adapter")
+        raise UserError(f"--adapters {given}: is a folder; give a YAML list, or start from an adapter with --init_from")
     if not file.is_file():
-        raise UserError(f"--adapters {given}: no such file")
+        raise UserError(f"--adapters {given}: no such file; give a YAML file with a list of adapters")
     return file
 
 
 def check_together(given: Settings) -> None:
-    """Raise UserError for settings of the command line that are not supported for several adapters."""
+    """Raise UserError if a setting on the command line is not supported for a run of several adapters."""
     if given.resume not in ("none", "auto"):
-        raise UserError(f"--resume {given.resume}: each adapter has checkpoints of its own; give auto with --adapters")
+        raise UserError(f"--resume {given.resume}: each adapter has its own checkpoints; give --resume auto")
     if others := [name for name in given.report_to if name != fields.TENSORBOARD]:
         raise UserError(f"--report_to {others[0]} is not implemented for --adapters; give {fields.TENSORBOARD} or none")
 
 
 def _checked_entry(entry: Any, where: str) -> tuple[str, dict[str, Any]]:
-    """Check an entry and return its name and own settings."""
+    """Return the adapter name and the settings of an entry of the file, after checking them."""
     if not isinstance(entry, dict):
         raise UserError(f"{where}: expected 'name: value' lines, found a {type(entry).__name__}")
     name = entry.get("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         problem = "has no name" if name is None else f"cannot be called {shown(name)}"
-        raise UserError(f"{where}: {problem}; give a name of letters, digits, '.', '_' and '-', at most 80 of them")
+        raise UserError(f"{where}: {problem}; give a name of letters, digits, '.', '_' and '-', at most 80 characters")
     others = fields.names_elsewhere(Settings)
     own = {key: value for key, value in entry.items() if key != "name"}
     if unknown := unknown_names("setting", own.keys() - Settings.model_fields.keys(), PER_ADAPTER, others):
@@ -337,29 +337,29 @@ def _checked_entry(entry: Any, where: str) -> tuple[str, dict[str, Any]]:
 
 
 def check_folders(path: str, output_dirs: Mapping[str, str]) -> None:
-    """Raise UserError if two adapters have the same folder, or the folder of one is inside another's.
+    """Raise UserError if two adapters have the same folder, or if one adapter's folder is inside another adapter's.
 
-    Inside the folder of RUN_OF_ALL each adapter may have a folder, but not at a path that the run itself uses.
+    The folder of RUN_OF_ALL may contain the adapters' folders, but not at a path that the run itself uses.
     """
     given: dict[Path, str] = {}
     for name, output_dir in output_dirs.items():
         folder = Path(os.path.realpath(user_path(output_dir)))
         if folder in given:
-            raise UserError(f"{path}: {name}: output_dir is that of {given[folder]}; give each a folder of its own")
+            raise UserError(f"{path}: {name}: output_dir is also the folder of {given[folder]}; give each its own")
         given[folder] = name
     for folder, name in given.items():
         holder = next((parent for parent in folder.parents if parent in given), folder)
         inside = folder.parts[len(holder.parts) :][:1]
         if inside and given[holder] != RUN_OF_ALL:
-            where = f"that of {given[holder]}; give each a folder of its own"
-            raise UserError(f"{path}: {name}: output_dir lies in {where}")
+            where = f"the folder of {given[holder]}; give each its own"
+            raise UserError(f"{path}: {name}: output_dir is inside {where}")
         if any(part.startswith(".") or part.lower() in _FILES_OF_RUN for part in inside):
             where = f"{shown(inside[0])}, where the run itself has files"
-            raise UserError(f"{path}: {name}: output_dir lies in {where}; give another folder")
+            raise UserError(f"{path}: {name}: output_dir is inside {where}; give a different folder")
 
 
 def _check_shared(path: str, found: Mapping[str, Settings]) -> None:
-    """Raise UserError if a setting of all adapters would differ, because tasks have different defaults."""
+    """Raise UserError if the adapters' tasks have different defaults for a setting that all adapters must share."""
     (first, expected), *others = found.items()
     for name, settings in others:
         for field in Settings.model_fields:
@@ -367,21 +367,21 @@ def _check_shared(path: str, found: Mapping[str, Settings]) -> None:
                 of_first, of_other = (shown(getattr(one, field)) for one in (expected, settings))
                 raise UserError(
                     f"{path}: {field} would be {of_first} for {first} and {of_other} for {name} by the defaults of"
-                    f" their tasks, but it holds for all {count_text(len(found), 'adapter')}; give --{field}"
+                    f" their tasks, but {count_text(len(found), 'adapter')} must have the same value; give --{field}"
                 )
 
 
-HALVING_REASON = "halving: "  # begins the end reason of an adapter that --halving stopped
+HALVING_REASON = "halving: "  # prefix of the recorded reason if --halving stopped an adapter
 
 
 def rivals_of(settings: Mapping[str, Settings]) -> dict[str, tuple[str, ...]]:
-    """Return, by adapter name, the adapters that differ from it only in learning rate and folder."""
+    """Return {adapter name: names of the adapters that differ from it only in learning rate and output folder}."""
     same = {name: own.model_dump_json(exclude={"learning_rate", "output_dir"}) for name, own in settings.items()}
     return {name: tuple(other for other in same if other != name and same[other] == same[name]) for name in same}
 
 
 def check_halving(settings: Mapping[str, Settings]) -> None:
-    """Raise UserError if --halving has no adapters to compare, or if the loss does not select the best checkpoint."""
+    """Raise UserError if --halving has no adapters to compare, or if their best checkpoints are not chosen by loss."""
     rivals = rivals_of(settings)
     if not any(rivals.values()):
         raise UserError("--halving: no two adapters differ only in the learning rate; remove it")

@@ -1,8 +1,8 @@
-"""Declare the fields of all commands' settings. A field has a name, type, default, help text and marks.
+"""Define how commands declare their settings. A setting is a field with a name, type, default, help text and marks.
 
-This module also converts values into frozen settings. Each command declares its own settings, and `cli.py` turns the
-fields of any command into flags and YAML names. `marked` finds the settings with given marks. docs/extending.md says
-which lists of names are still written by hand.
+This module also validates values and makes frozen settings of them. Each command declares its own settings, and
+`cli.py` turns the fields of any command into flags and YAML names. `marked` returns the settings with given marks.
+docs/extending.md says which lists of names are still written by hand.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ _CONSTRAINTS = ("ge", "gt", "le", "lt", "min_length")  # the constraints of pyda
 
 @dataclass(frozen=True, kw_only=True)
 class Declared:
-    """The marks of a setting, in addition to its type, default and help text. Lists of settings follow from the marks.
+    """The marks of a setting, in addition to its type, default and help text. `marked` selects settings by their marks.
 
     Attributes:
         group: a key of the class's `groups`; '' in a command without groups.
         choices: allowed strings that are only known at run time (otherwise the type is a Literal).
-        flag: the name for users, if pydantic reserves this name for an attribute.
-        metavar: the help's placeholder for the value (default: by the type).
-        words: its values are separate words on the command line, and a list in a file.
-        positional: it is given without a flag, in the order of declaration.
+        flag: the name of the flag, if the field cannot have this name, such as `json`.
+        metavar: placeholder for the value in the help (default: by the type).
+        words: the values are separate arguments on the command line, and a list in a file.
+        positional: the value is given without a flag, in the order of declaration.
         other_names: names of the setting in other tools, separated by blanks; see also `other_names.py`.
-        other_values: names of its values in other tools. An entry whose result is not a value is a hint.
-        holds: "path" if the value is a path, "rows" if it names files of rows.
-        decides: what the setting affects in a run: the rows and their tokens; the outputs of the frozen model; the
-            adapter's shape and initial values; its training; the work of each rank, which changes results only by
-            rounding; or no computation.
+        other_values: names of its values in other tools, each with a valid value or a hint for the user.
+        holds: "path" if the value is a path, "rows" if it names data files.
+        decides: what the setting affects. "data": rows and tokens; "model": outputs of the frozen model; "adapter":
+            the adapter's shape and initial values; "training": its training; "layout": the work of each rank, which
+            changes results only by rounding; "nothing": no computation.
         by_content: a resumed run compares the content (hashes of the base, tokens of the data), not the value.
         per_adapter: each adapter of a run has its own value.
         of_group: a run of several adapters has one value for all adapters.
@@ -61,7 +61,7 @@ class Declared:
         lasts: `start`: the value holds for one launch and is ignored in a run's run.yaml; `command`: the user gives it
             each time, so it is never read from files.
         decided_by: {name of a command that sets the value itself: what to give instead}.
-        shared: it has the same meaning as in tiedlora train, and its value may be passed on (`shared_field`).
+        shared: the setting has the same meaning as in tiedlora train, and its value may be passed on (`shared_field`).
         as_trained: the default is the value of the run that trained the adapter.
         constraints: constraints of pydantic, such as `ge=1`.
     """
@@ -89,7 +89,7 @@ class Declared:
 
     @property
     def compared(self) -> bool:
-        """Return whether a resumed run must have the same value."""
+        """Return whether a resumed run must have the same value as before."""
         return self.decides not in ("layout", "nothing") and not self.by_content
 
     def __call__(self, schema: dict[str, Any]) -> None:
@@ -99,11 +99,11 @@ class Declared:
 
 
 def setting_field(group: str, help_text: str, default: Any = ..., **marks: Any) -> Any:
-    """Return a field of a `CommandSettings`.
+    """Return a field for a subclass of `CommandSettings`.
 
     Args:
         group: see `Declared`.
-        default: omitted if the command requires the value or derives it from other values. None: the value is optional.
+        default: omitted if the value is required or derived from other values. None means that it is optional.
         marks: the other attributes of `Declared`, and constraints of pydantic.
     """
     constraints = {name: marks.pop(name) for name in _CONSTRAINTS if name in marks}
@@ -116,7 +116,7 @@ def shared_field(kind: type[CommandSettings], name: str, help_text: str = "", **
 
     Args:
         help_text: '' for the help text in `kind`.
-        changes: the default, and attributes of `Declared`, that differ.
+        changes: the default and the attributes of `Declared` that differ from the field in `kind`.
     """
     original, there = kind.model_fields[name], declared(kind)[name]
     kept = ("group", "choices", "flag", "words", "other_names", "other_values", "holds", "lasts")
@@ -135,7 +135,7 @@ def declared(kind: type[CommandSettings]) -> Mapping[str, Declared]:
 
 
 def marked(kind: type[CommandSettings], **marks: Any) -> tuple[str, ...]:
-    """Return the settings of a command that have these marks, in the order of their declaration."""
+    """Return the names of a command's settings that have these marks, in the order of their declaration."""
     return tuple(
         name
         for name, own in declared(kind).items()
@@ -149,7 +149,7 @@ def decided_by(command: str, kind: type[CommandSettings]) -> dict[str, str]:
 
 
 def flag_word(name: str, kind: type[CommandSettings]) -> str:
-    """Return the flag of a field, or the placeholder of a positional one."""
+    """Return the flag of a field, or its placeholder in the help if it is positional."""
     own = declared(kind)[name]
     return own.metavar if own.positional else f"--{own.flag or name}"
 
@@ -165,15 +165,15 @@ def names_elsewhere(*kinds: type[CommandSettings]) -> dict[str, list[str]]:
 
 
 class CommandSettings(BaseModel):
-    """The settings of one start of a command, validated and frozen. Subclasses declare fields with `setting_field`.
+    """The settings of one launch of a command, validated and frozen. Subclasses declare fields with `setting_field`.
 
     Attributes:
-        prog: `tiedlora NAME`, for its help; a class is declared with `command`, its NAME.
-        about: what the command does, for its help.
-        usage: what follows the command's name in the first line of its help.
-        examples: the end of its help.
+        prog: `tiedlora NAME`, for the help. The argument `command` in the declaration of a subclass is NAME.
+        about: what the command does, for the help.
+        usage: the text after the command's name in the first line of the help.
+        examples: the text at the end of the help.
         groups: name and description of each group of flags, in the order of the help. A command without groups has few
-            flags, and reads no file of settings.
+            flags and reads no YAML file.
         missing: by field, a hint to add to "is required" if the value is missing.
         instead: pairs of fields that exclude each other; see `combined`.
     """
@@ -183,14 +183,14 @@ class CommandSettings(BaseModel):
         extra="forbid",
         protected_namespaces=(),
         allow_inf_nan=False,
-        # of its YAML files: nothing is required, because missing values are filled in from others
+        # The schema is for YAML files, in which no value is required, because missing values are filled in.
         json_schema_extra=lambda schema: schema.pop("required", None),
     )
 
     prog: ClassVar[str]
     about: ClassVar[str]
     usage: ClassVar[str] = "[--FLAG VALUE ...]"
-    examples: ClassVar[str] = "The YAML file of --config takes every flag under the same name; the command line wins."
+    examples: ClassVar[str] = "The YAML file of --config accepts every flag by its name; the command line overrides it."
     groups: ClassVar[Mapping[str, str]] = {}
     missing: ClassVar[Mapping[str, str]] = {}
     instead: ClassVar[Sequence[tuple[str, str]]] = ()
@@ -219,7 +219,7 @@ class CommandSettings(BaseModel):
 
     @classmethod
     def combined(cls, shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-        """Return `shared` values overridden by `own` ones. A value in `own` also removes the field that it excludes."""
+        """Return the values in `shared`, overridden by `own`. A value in `own` also removes fields that it excludes."""
         replaced = {name for pair in cls.instead if not own.keys().isdisjoint(pair) for name in pair}
         return {**{name: value for name, value in shared.items() if name not in replaced}, **own}
 
@@ -242,11 +242,11 @@ class CommandSettings(BaseModel):
             if isinstance(part, int | float) and abs(part) >= _BOUND:
                 raise ValueError(f"{flag} {shown(value)}: out of range; give a number below 2^53 (9e15)")
             if isinstance(part, str) and ("\0" in part or not _is_system_text(part)):
-                raise ValueError(f"{flag} {shown(value)}: contains characters that are not text")
+                raise ValueError(f"{flag} {shown(value)}: contains characters that are not text; remove them")
         return value
 
     def _check_fit(self) -> None:
-        """Raise ValueError for values that contradict each other. This is called when the settings are made."""
+        """Raise ValueError for values that contradict each other. pydantic calls this when it makes the settings."""
 
     @model_validator(mode="after")
     def _check_values(self) -> CommandSettings:
@@ -266,7 +266,7 @@ def _kinds_in(annotation: Any) -> set[Any]:
 
 
 def _as_meant(name: str, value: Any, kind: type[CommandSettings]) -> Any:
-    """Convert a value to its field's form: text with commas to a list, `NF4` or `4bit` to `nf4`, `1e3` to 1000."""
+    """Return a value in its field's form: a list for text with commas, `nf4` for `NF4` or `4bit`, 1000 for `1e3`."""
     own, kinds = declared(kind)[name], _kinds_in(kind.model_fields[name].annotation)
     meant = _part_as_meant(value, own, kinds)
     if not any(typing.get_origin(one) is tuple for one in kinds) or meant in literal_values(kinds):
@@ -284,12 +284,12 @@ def _part_as_meant(value: Any, own: Declared, kinds: set[Any]) -> Any:
 
 
 def literal_values(kinds: Collection[Any]) -> tuple[str, ...]:
-    """Return the values that Literal types among `kinds` allow."""
+    """Return the values that the Literal types in `kinds` allow."""
     return tuple(value for kind in kinds if typing.get_origin(kind) is Literal for value in typing.get_args(kind))
 
 
 def _is_system_text(text: str) -> bool:
-    """Return whether `text` can name a file. The command line contains bytes that are not UTF-8 as surrogates."""
+    """Return whether `text` can be a file name. Surrogates that Python uses for non-UTF-8 bytes are allowed."""
     try:
         os.fsencode(text)
     except UnicodeEncodeError:
@@ -298,7 +298,7 @@ def _is_system_text(text: str) -> bool:
 
 
 def validate_settings(values: Mapping[str, Any], kind: type[AnySettings]) -> AnySettings:
-    """Return settings of `kind` from flat names and values. None means that the value was left out.
+    """Return settings of `kind` with these values by flat name. None means that the value was not given.
 
     Raises:
         UserError: names are unknown (the message suggests known ones), or a value is out of range.
@@ -327,23 +327,23 @@ def _one_line(error: pydantic.ValidationError, kind: type[CommandSettings]) -> s
 
 
 def comma_separated(value: Any) -> Any:
-    """Return the comma-separated parts of a text, or one number, as a tuple. Any other value is unchanged."""
+    """Return the comma-separated parts of a text, or a single number, as a tuple. Return any other value unchanged."""
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",")) if value.strip() else ()
     return (value,) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-# Names of modules in PEFT, and the target that contains each.
+# The target that contains each module, by the module's name in PEFT.
 _FUSED = {**dict.fromkeys(("q_proj", "k_proj", "v_proj"), QKV), **dict.fromkeys(("gate_proj", "up_proj"), GATE_UP)}
 TARGETS_HELP = f"adapted linears of each adapted layer: all, or some of {', '.join(TARGET_NAMES)}"
 
 
 def parse_targets(value: Any) -> Any:
-    """Return the names of `--targets` in the order of `TARGET_NAMES`. A value that is not a list of strings is
+    """Return the names of `--targets` in the order of `TARGET_NAMES`. Return a value that is not a list of strings
     unchanged.
 
     Raises:
-        ValueError: a name is unknown, or there is none.
+        ValueError: a name is unknown, or no name is given.
     """
     names = comma_separated(value)
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
@@ -368,18 +368,18 @@ def flag_value(value: Any) -> str:
 
 
 def shell_words(name: str, text: str | None) -> list[str]:
-    """Split a setting in shell syntax into words. Return [] if `text` is None.
+    """Return the arguments in a setting's text, split as a shell does. Return [] if `text` is None.
 
     Args:
         name: the setting's name, for the message.
 
     Raises:
-        ValueError: a quotation is not closed.
+        ValueError: a closing quotation mark is missing.
     """
     try:
         return shlex.split(text or "")
     except ValueError as error:
-        raise ValueError(f"--{name} {text}: {str(error).lower()}") from None
+        raise ValueError(f"--{name} {text}: {str(error).lower()}; correct the quotation") from None
 
 
 # Types of settings, which check their own values ----------------------------------------------------------------------
@@ -387,7 +387,7 @@ def shell_words(name: str, text: str | None) -> list[str]:
 # A path, with ~ expanded. Raises UserError if it cannot name a file.
 FilePath = Annotated[Path, BeforeValidator(lambda value, info: user_path(value, flag=f"--{info.field_name}"))]
 Targets = Annotated[tuple[str, ...], BeforeValidator(parse_targets)]
-# The word true or false, also from a YAML boolean.
+# The text auto, true or false. A YAML boolean is accepted too.
 AddBos = Annotated[
     Literal["auto", "true", "false"],
     BeforeValidator(lambda value: str(value).lower() if isinstance(value, bool) else value),
@@ -401,10 +401,10 @@ FILES_HELP = (
 
 
 def parse_columns(text: str | None) -> Mapping[str, str] | None:
-    """Return {our field: the user's field} of `--columns OURS=YOURS[,...]`; None if it is not given.
+    """Return {this package's field: the user's field} for `--columns OURS=YOURS[,...]`; None if it is not given.
 
     Raises:
-        ValueError: the text has a different form, or names one of our fields twice.
+        ValueError: the text has a different form, or names a field of this package twice.
     """
     if text is None:
         return None
@@ -412,7 +412,7 @@ def parse_columns(text: str | None) -> Mapping[str, str] | None:
     columns = {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
     if not all(columns.values()) or not all(columns) or len(columns) < len(pairs):
         said = f"--columns {as_given(text)}: expected OURS=YOURS[,...]"
-        raise ValueError(f"{said} with each of ours once, e.g. prompt=query,completion=response")
+        raise ValueError(f"{said} with each OURS once, e.g. prompt=query,completion=response")
     return columns
 
 
@@ -433,7 +433,7 @@ Layers = Annotated[tuple[int, ...] | None, BeforeValidator(_parse_layers)]  # No
 
 
 def profiled_steps(value: str | None) -> range:
-    """Return the steps of --profile FIRST:LAST, counted from 1; none without it. Raise ValueError for other text."""
+    """Return the steps of --profile FIRST:LAST, counted from 1; no steps for None. Raise ValueError for other text."""
     if value is None:
         return range(0)
     found = re.fullmatch(r"([1-9][0-9]{0,14}):([1-9][0-9]{0,14})", value)
@@ -453,12 +453,12 @@ def _checked_range(value: Any) -> Any:
 StepRange = Annotated[str | None, BeforeValidator(_checked_range)]
 
 TENSORBOARD = "tensorboard"
-# This package writes TensorBoard. accelerate.tracking writes the others, each of which is named like its package.
+# This package writes TensorBoard files, and accelerate.tracking serves the other trackers. Names are package names.
 TRACKER_NAMES = (TENSORBOARD, "wandb", "mlflow", "trackio", "comet_ml", "swanlab", "clearml", "aim", "dvclive")
 
 
 def _parse_trackers(value: Any) -> Any:
-    """Return the names of `--report_to` without duplicates. A value that is not a list of strings is unchanged.
+    """Return the names of `--report_to` without duplicates. Return a value that is not a list of strings unchanged.
 
     Raises:
         ValueError: a name is unknown.

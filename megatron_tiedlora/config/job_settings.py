@@ -1,7 +1,7 @@
-"""Settings of the commands that start or plan jobs: run, doctor, plan and sweep.
+"""Declares the settings of the commands that start or plan jobs: run, doctor, plan and sweep.
 
-run, plan and sweep also accept the flags of train. In a plan, a training flag for the layout limits the search to its
-value. A sweep sets some training settings itself. One YAML file may hold the settings of the sweep and of training.
+run, plan and sweep also accept the flags of train. In a plan, a flag such as --tensor_parallel limits the search to its
+value. A sweep sets some training settings itself. One YAML file may contain the settings of the sweep and of training.
 """
 
 import re
@@ -33,22 +33,22 @@ def _check_launcher(settings: Any) -> None:
         raise ValueError("--launcher srun runs on the nodes of its Slurm allocation; remove --hostfile")
     if settings.launcher == "torchrun" and settings.hostfile is not None:
         raise ValueError(
-            "--launcher torchrun starts ranks on this machine only; choose another, or start torchrun on each host"
+            "--launcher torchrun starts ranks on this machine only; use a different one, or run torchrun on each host"
         )
 
 
 class LaunchSettings(CommandSettings, command="run"):
-    """The settings by which a job is started and watched, validated and frozen."""
+    """The settings for starting and monitoring a job, validated and frozen."""
 
     about: ClassVar[str] = (
         "Start tiedlora train on the hosts of a job, watch it, and report how it ended.\n\n"
         "    tiedlora run --num_gpus 4 ...                          this machine\n"
         "    tiedlora run --hostfile hosts ...                      hosts reached by ssh\n"
         "    tiedlora run ...                                       in a Slurm allocation: its nodes\n\n"
-        "The exit status is 0 if the run finished, or was stopped by a signal given to this command and saved."
+        "The exit status is 0 if the run finished, or if a signal to this command stopped it and it was saved."
     )
     examples: ClassVar[str] = (
-        "Settings of tiedlora train follow, after -- or directly. The YAML file of --config holds only those."
+        "Settings of tiedlora train follow, after -- or directly. The YAML file of --config has no other settings."
     )
     groups: ClassVar[Mapping[str, str]] = {
         "run": "passed to tiedlora train, as are all flags not listed here; see `tiedlora train --help`",
@@ -76,8 +76,8 @@ class LaunchSettings(CommandSettings, command="run"):
 
     grace_seconds: float = setting_field(
         "time limits",
-        "how long ranks that still save are awaited after their launcher has ended; then those left on this machine are"
-        " ended",
+        "how long to wait for ranks that are still saving after their launcher has ended; then the remaining ranks on"
+        " this machine are ended",
         120.0, ge=0, le=_LONGEST_WAIT,
     )
 
@@ -88,23 +88,23 @@ _launch = partial(shared_field, LaunchSettings)
 
 
 class DoctorSettings(CommandSettings, command="doctor"):
-    """The settings of one check, validated and frozen."""
+    """The settings of one check of a job's hosts, validated and frozen."""
 
     about: ClassVar[str] = """\
-Check the hosts of a job before it starts. It finds hosts that are down, differing versions, clocks that differ,
-folders that are not shared, and networks that do not connect the ranks.
+Check the hosts of a job before it starts. This finds hosts that are down, versions and clocks that differ, folders that
+are not shared, and networks that do not connect the ranks.
 
     tiedlora doctor --hostfile hostfile --output_dir RUNS --tensor_parallel 2
     tiedlora doctor                            inside a Slurm allocation (srun, no ssh), else this machine alone
 
-The job's ranks are started briefly, by the launcher that the job will use. Each host reports what it has, and the ranks
-run an all-reduce in each tensor, pipeline and data parallel group. No files are left on any host.
+The job's ranks are started briefly, with the launcher that the job will use. Each host reports its hardware, software
+and folders, and the ranks run an all-reduce in each tensor, pipeline and data parallel group. No files are left behind.
 Exit status: 0 ready, 1 not ready, 2 for a wrong flag or hostfile."""
     groups: ClassVar[Mapping[str, str]] = {
-        "run": "which hosts are checked, and where the findings go",
+        "run": "which hosts are checked, and where the results are written",
         "job": "what a job will write; give the same value as for tiedlora train",
         "parallel": "parallel sizes of the job (data-parallel size = world size / (tensor x pipeline))",
-        "limits": "limits of what counts as healthy",
+        "limits": "limits beyond which the doctor reports a problem",
     }
 
     hostfile: str | None = setting_field(
@@ -116,12 +116,12 @@ Exit status: 0 ready, 1 not ready, 2 for a wrong flag or hostfile."""
         "launcher_args", 'arguments of the launcher itself, e.g. "--cpu-bind=none"', group="run",
     )
     json_file: str | None = setting_field(
-        "run", "write everything to this file, for scripts; - prints it instead of the table", None, flag="json",
+        "run", "write all results to this file, for scripts; - prints them instead of the table", None, flag="json",
     )
     output_dir: str | None = _train("output_dir", "where runs will be written; should be shared by all hosts")
 
-    tensor_parallel: int = _train("tensor_parallel", "ranks that share each layer", group="parallel")
-    pipeline_parallel: int = _train("pipeline_parallel", "stages that share the layers", group="parallel")
+    tensor_parallel: int = _train("tensor_parallel", "ranks over which each layer is sharded", group="parallel")
+    pipeline_parallel: int = _train("pipeline_parallel", "stages, each with some of the layers", group="parallel")
     master_port: int | None = _launch("master_port", group="parallel")
     allreduce_mb: float = setting_field(
         "parallel", "megabytes per rank in the all-reduce that measures bandwidth", 64.0, gt=0, le=16384,
@@ -137,7 +137,7 @@ Exit status: 0 ready, 1 not ready, 2 for a wrong flag or hostfile."""
 
 @dataclass(frozen=True)
 class LaunchCommand:
-    """A command line of tiedlora run: its own settings, those of tiedlora train, and the arguments of the latter."""
+    """A parsed command line of tiedlora run: its own settings, and the settings and arguments of tiedlora train."""
 
     settings: LaunchSettings
     train: Settings
@@ -145,10 +145,10 @@ class LaunchCommand:
 
 
 def parse_launch(argv: Sequence[str]) -> LaunchCommand:
-    """Parse the settings of tiedlora run and tiedlora train; `--` may separate them.
+    """Return the parsed command line of tiedlora run. `--` may separate its own flags from those of tiedlora train.
 
     Raises:
-        UserError: something is unknown, out of range or contradictory.
+        UserError: a setting is unknown or out of range, or settings contradict each other.
     """
     words, given = list(argv), []
     if "--" in words:
@@ -170,10 +170,10 @@ FORMAT_NAMES = (UNQUANTISED, *BASE_NAMES, "fp8-products", "fp8-transposed")
 
 
 class PlanSettings(CommandSettings, command="plan"):
-    """The cluster of a plan and what is shown of it, validated and frozen."""
+    """The settings of one plan (the cluster, and what the output shows), validated and frozen."""
 
     about: ClassVar[str] = """\
-Find the fastest parallel configuration of a cluster before it is booked: what fits, what it sends, how long it takes.
+Find the fastest parallel configuration of a cluster before it is booked, with its memory, messages and time.
 
     tiedlora plan --model llama2-70b --nodes 4 --gpus_per_node 8 --gpu h100            a table, the fastest first
     tiedlora plan --model FOLDER --train_file data.jsonl --gpu a100-80                 with the lengths of your samples
@@ -181,15 +181,15 @@ Find the fastest parallel configuration of a cluster before it is booked: what f
     tiedlora plan ... --why t2p1d16-b2-zero0                                           the arithmetic of one row
     tiedlora plan ... --yaml plan.yaml                                                 settings of the fastest row
 
-It needs no GPU and reads no weights. Every combination of tensor, pipeline and sequence parallelism, micro-batch,
-recompute, ZeRO stage and storage format that tiedlora train accepts is enumerated, by the same checks. Stages, memory,
-messages and FLOPs are those of --dry_run; a few constants of the cards make seconds of them (--constants FILE).
-With --adapters all layouts are of one run of several adapters, which is compared with one adapter after another."""
+This needs no GPU and reads no weights. It tries every combination of tensor, pipeline and sequence parallelism,
+micro-batch, recompute, ZeRO stage and storage format that tiedlora train accepts. Stages, memory, messages and FLOPs
+are the same as in --dry_run. A few constants of the cards convert them to seconds (--constants FILE). With --adapters,
+all layouts are for one run of several adapters, which is compared with training one adapter after another."""
     usage: ClassVar[str] = "--model M [--FLAG VALUE ...]"
-    examples: ClassVar[str] = "Settings of tiedlora train follow. The YAML file of --config holds only those."
+    examples: ClassVar[str] = "Settings of tiedlora train follow. The YAML file of --config has no other settings."
     groups: ClassVar[dict[str, str]] = {
-        "run": "every flag of tiedlora train: --model, --method, --train_file ...; those of a layout limit the search",
-        "cluster": "what is booked",
+        "run": "every flag of tiedlora train: --model, --method, --train_file ...; flags of a layout limit the search",
+        "cluster": "the hosts and cards to plan for",
         "shown": "what is shown and written",
     }
 
@@ -197,10 +197,10 @@ With --adapters all layouts are of one run of several adapters, which is compare
     gpus_per_node: int = setting_field("cluster", "cards in a node", 8, ge=1, le=256)
     gpu: str | None = shared_field(Settings, "gpu", "the kind of card [h100]", group="cluster")
     ranks_on_cpu: int | None = setting_field(
-        "cluster", "plan so many ranks on this machine's CPUs", None, ge=1, le=1024,
+        "cluster", "plan for this number of ranks on this machine's CPUs", None, ge=1, le=1024,
     )
     constants: str | None = setting_field(
-        "cluster", "constants of a machine, a file of --measure, in place of --gpu", None,
+        "cluster", "file with the constants of a machine, written by --measure, in place of --gpu", None,
     )
     measure: str | None = setting_field(
         "cluster", "measure the constants of this machine, write them to this file (-: print them), and plan nothing",
@@ -209,7 +209,7 @@ With --adapters all layouts are of one run of several adapters, which is compare
     measure_seconds: float = setting_field("cluster", "about how long --measure takes", 60.0, gt=0, le=3600)
     formats: tuple[str, ...] | None = setting_field(
         "cluster",
-        "storage formats of the base to choose from [16 bits or that of --base; what others would gain is said]", None,
+        "storage formats of the base to choose from [16 bits or --base; the gain of other formats is reported]", None,
         choices=FORMAT_NAMES, other_values=OTHER_FORMATS,
     )
 
@@ -217,7 +217,7 @@ With --adapters all layouts are of one run of several adapters, which is compare
     every_layout: bool = setting_field(
         "shown", "show each layout, not only the fastest of each tensor x pipeline x data and storage format", False,
     )
-    why: str | None = setting_field("shown", "print the arithmetic of this layout, a name of the table", None)
+    why: str | None = setting_field("shown", "print the calculation of this layout, a name in the table", None)
     layout: str | None = setting_field("shown", "write command and YAML of this layout [the fastest that fits]", None)
     yaml: str | None = setting_field("shown", "write the settings of the layout to this file, for --config", None)
     json_file: str | None = setting_field(
@@ -230,36 +230,36 @@ With --adapters all layouts are of one run of several adapters, which is compare
             raise ValueError(f"--formats is empty; give some of {', '.join(FORMAT_NAMES)}")
         for name in ("measure", "constants", "json_file", "yaml"):
             if getattr(self, name) is not None and not getattr(self, name).strip():
-                raise ValueError(f"--{name.removesuffix('_file')}: the path is empty")
+                raise ValueError(f"--{name.removesuffix('_file')}: the path is empty; give a file")
         for flag in ("nodes", "gpus_per_node", "gpu"):
             if self.ranks_on_cpu is not None and flag in given:
-                raise ValueError(f"--ranks_on_cpu {self.ranks_on_cpu} plans this machine's CPUs; remove --{flag}")
+                raise ValueError(f"--ranks_on_cpu {self.ranks_on_cpu} plans for this machine's CPUs; remove --{flag}")
         if self.constants is not None and self.gpu is not None:
-            raise ValueError(f"--constants {self.constants} and --gpu {self.gpu} both say what a card does; give one")
+            raise ValueError(f"--constants {self.constants} and --gpu {self.gpu} both describe the cards; remove one")
         if self.measure is None and "measure_seconds" in given:
             raise ValueError("--measure_seconds needs --measure")
 
 
 @dataclass(frozen=True)
 class PlanCommand:
-    """A command line of tiedlora plan: its own settings and those of the planned run."""
+    """A parsed command line of tiedlora plan: its own settings and the training settings of the planned run."""
 
     settings: PlanSettings
     train: Settings
 
 
 def parse_plan(argv: Sequence[str]) -> PlanCommand:
-    """Parse the settings of tiedlora plan and of the planned run.
+    """Return the parsed command line of tiedlora plan.
 
     Raises:
-        UserError: something is unknown, out of range or contradictory, in the words of tiedlora train.
+        UserError: a setting is unknown or out of range, or settings contradict each other.
     """
     own, known, words = split_words(argv, PlanSettings)
     others = [name for name in known if name not in ("model", "config")]
     others += sorted(name.removesuffix("_file") for name in own.keys() - {"measure", "measure_seconds"})
     if "measure" in own and others:  # --measure uses only the model of a run
         raise UserError(f"--measure measures this machine and plans nothing; remove --{others[0]}")
-    # Read them as a dry run, which needs no data. A file of --config may set this too.
+    # Parse them as a dry run, which needs no data. The file of --config may also set --dry_run.
     train = parse_settings([*words, "--dry_run"], Settings)
     for name, instead in fields.decided_by("plan", Settings).items():
         if name in known or name in train.model_fields_set - {"dry_run"}:
@@ -275,24 +275,24 @@ PAPER_LEARNING_RATES = (1e-4, 1e-5)
 GRID = ("methods", "ranks", "learning_rates")  # each combination of these settings is a run
 MOST_TOGETHER = 32  # for --together auto; more adapters help little
 SWEEP_FILE = "sweep.yaml"  # in the sweep's folder: its settings
-# Flags of tiedlora run that a file may contain, with a NUL after each word. Other flags could run a program of the
-# file's author, or use other hosts.
+# Matches the flags of tiedlora run that a file may contain, with a NUL after each argument. Other flags would let the
+# author of the file run any program or use other hosts.
 _FROM_FILE = re.compile(r"(--(num_gpus|master_port)[=\0]\d{1,6}\0)*", re.ASCII)
 _NOT_OF_SWEEP = frozenset(("max_restarts", "show_command"))  # the sweep's next launch repeats failed runs
 
 
 class SweepSettings(CommandSettings, command="sweep"):
-    """The adapters that a sweep trains, and how it trains them; validated and frozen."""
+    """The settings of one sweep (the adapters to train, and how to train them), validated and frozen."""
 
     about: ClassVar[str] = (
         "Train methods x ranks x learning rates on a task, score the best learning rate of each on the test set, and"
-        "\nwrite the paper's tables and figures. It also takes every setting of tiedlora train (see its --help)."
+        "\nwrite the paper's tables and figures. All settings of tiedlora train are accepted too (see its --help)."
     )
     groups: ClassVar[Mapping[str, str]] = {
-        "run": "the sweep's folder; a second start with the same folder resumes it",
+        "run": "the sweep's folder; another launch with the same folder resumes the sweep",
         "grid": "which adapters are trained (defaults: the paper's grid)",
         "scores": "how the test set is scored",
-        "processes": "how groups of runs are started, one after another; a second start may change it",
+        "processes": "how groups of runs are started, one after another; a later launch may change these settings",
     }
     missing: ClassVar[Mapping[str, str]] = {"output_dir": "the folder of runs, scores, tables and figures"}
 
@@ -301,7 +301,7 @@ class SweepSettings(CommandSettings, command="sweep"):
         "run", "list the runs, their state and trained parameters; start nothing", False, lasts="start",
     )
     take_over: bool = setting_field(
-        "run", "take over the folder, and those of its runs, from a start that still has them", False, lasts="command",
+        "run", "take the folders of the sweep and its runs over from another launch", False, lasts="command",
     )
     tables_from: tuple[str, ...] | None = setting_field(
         "run", "start nothing; join these sweeps (folders, one per task) into tables and figures in --output_dir", None,
@@ -315,13 +315,13 @@ class SweepSettings(CommandSettings, command="sweep"):
         "grid", "ranks (default: 2,4,8,16,32,64,128)", PAPER_RANKS, other_names="r lora_r lora_rank",
     )
     learning_rates: tuple[float, ...] = setting_field(
-        "grid", "the best on validation is scored (default: 1e-4,1e-5)", PAPER_LEARNING_RATES, other_names="lr",
+        "grid", "learning rates; the best is scored (default: 1e-4,1e-5)", PAPER_LEARNING_RATES, other_names="lr",
     )
     single_layers: tuple[int, ...] | Literal["paper"] | None = setting_field(
         "grid", "also train LoRA on one layer: 1-based layers, or paper for 1, 4, 8, ... and the last (default: none)",
         None,
     )
-    single_layer_rank: int = setting_field("grid", "rank of LoRA on one layer, and of the tl5 beside it", 16, ge=1)
+    single_layer_rank: int = setting_field("grid", "rank of LoRA on one layer, and of its tl5 counterpart", 16, ge=1)
 
     test_batch_size: int | None = setting_field("scores", "samples that are answered together", None, ge=1)
     test_limit: int | None = setting_field(
@@ -335,17 +335,17 @@ class SweepSettings(CommandSettings, command="sweep"):
     )
     together: int | Literal["auto"] = setting_field(
         "processes",
-        "the most runs of a group, which share the base and micro-batches; auto: as many as fit into the free memory of"
-        f" this machine, at most {MOST_TOGETHER}",
+        "maximum number of runs in a group, which share the base and micro-batches; auto: as many as fit in this"
+        f" machine's free memory, at most {MOST_TOGETHER}",
         "auto",
     )
     halving: bool = setting_field(
-        "processes", "stop a run that is behind another learning rate on validation by more than the noise", False,
+        "processes", "stop a run if another learning rate has a lower validation loss by more than the noise", False,
     )
 
     @classmethod
     def default_text(cls, name: str) -> str:
-        """Return the default of a field for the help; '' for the grid, whose help texts contain it."""
+        """Return the default of a field for the help; '' for a setting in `GRID`, whose help text states it."""
         return "" if name in GRID else super().default_text(name)
 
     def _check_fit(self) -> None:
@@ -358,12 +358,12 @@ class SweepSettings(CommandSettings, command="sweep"):
         for name in ("ranks", "single_layers"):
             numbers = getattr(self, name)
             if isinstance(numbers, tuple) and min(numbers) < 1:
-                raise ValueError(f"--{name} {min(numbers)}: {name.replace('_', ' ')} start at 1")
+                raise ValueError(f"--{name} {min(numbers)}: {name.replace('_', ' ')} start at 1; increase it")
         for rate in self.learning_rates:
             if rate <= 0:
                 raise ValueError(f"--learning_rates {rate:g}: a learning rate must be above 0")
         if self.together != "auto" and self.together < 1:
-            raise ValueError(f"--together {self.together}: give auto, or a number from 1 on")
+            raise ValueError(f"--together {self.together}: give auto, or an integer of at least 1")
         if self.halving and len(self.learning_rates) < 2:
             raise ValueError("--halving compares learning rates; give two or more to --learning_rates")
         if self.halving and self.together != "auto" and self.together < len(self.learning_rates):
@@ -379,17 +379,17 @@ def parse_launcher(words: Sequence[str]) -> LaunchSettings:
     with naming("--launcher_args"):
         found = validate_settings(parse_words(words, LaunchSettings), LaunchSettings)
         if others := found.model_fields_set & _NOT_OF_SWEEP:
-            raise UserError(f"--{min(others)} is of tiedlora run alone; remove it")
+            raise UserError(f"--{min(others)} is a flag of tiedlora run only; remove it")
         return found
 
 
 @dataclass(frozen=True)
 class SweepCommand:
-    """A command line of tiedlora sweep.
+    """A parsed command line of tiedlora sweep.
 
     Attributes:
-        given: the given training settings by name; all others have train.py's defaults.
-        train: all training settings for the first point of the grid.
+        given: the training settings that the user gave, by name. All others have the defaults of tiedlora train.
+        train: all training settings of the grid's first run.
     """
 
     settings: SweepSettings
@@ -403,8 +403,8 @@ class SweepCommand:
 
 
 def parse_sweep(argv: Sequence[str]) -> SweepCommand:
-    """Parse the settings of the sweep and of its runs. The command line overrides the file of --config. Both override
-    the settings in the folder of an earlier sweep, so the folder's name alone resumes it.
+    """Return the parsed command line of a sweep. The command line overrides the file of --config. Both override the
+    settings that an earlier launch saved in the sweep's folder, so --output_dir alone is enough to resume a sweep.
 
     Raises:
         UserError: a setting is unknown, out of range or set by the sweep itself.
@@ -420,7 +420,7 @@ def parse_sweep(argv: Sequence[str]) -> SweepCommand:
             raise UserError(f"--{name} cannot be given to a sweep: {reason}")
     others = [name for name in merged if name not in ("tables_from", "output_dir", "take_over")]
     if "tables_from" in merged and others:
-        raise UserError(f"--{others[0]} cannot be combined with --tables_from, which only reads existing sweeps")
+        raise UserError(f"--{others[0]} cannot be combined with --tables_from, which only reads sweeps; remove one")
     source = config
     with naming_file(config, read.keys() - values.keys()):
         started = user_path(as_given(merged.get("output_dir", "")), flag="--output_dir") / SWEEP_FILE
@@ -433,21 +433,21 @@ def parse_sweep(argv: Sequence[str]) -> SweepCommand:
     words = fields.shell_words("launcher_args", command.settings.launcher_args)
     if "launcher_args" not in values and not _FROM_FILE.fullmatch("".join(f"{word}\0" for word in words)):
         raise UserError(
-            f"{source}: launcher_args are not read from a file, which may be another user's ("
+            f"{source}: launcher_args are not read from a file, which another user may have written ("
             f"{command.settings.launcher_args}); give --launcher_args again on the command line"
         )
     return command
 
 
 def make_command(values: Mapping[str, Any]) -> SweepCommand:
-    """Make a command from settings of the sweep and of training, by name. Raise UserError if one is wrong."""
+    """Return a command with these settings of the sweep and of training. Raise UserError if a setting is wrong."""
     settings = validate_settings({n: v for n, v in values.items() if n in SweepSettings.model_fields}, SweepSettings)
     given = {n: v for n, v in values.items() if n not in SweepSettings.model_fields}
     return SweepCommand(settings, given, resolve_train(settings, given))
 
 
 def resolve_train(settings: SweepSettings, given: Mapping[str, Any]) -> Settings:
-    """Return the training settings of the grid's first run. Raise UserError if one is wrong."""
+    """Return the training settings of the grid's first run. Raise UserError if a setting is wrong."""
     if settings.tables_from is not None:
         return make_settings({})
     first = {

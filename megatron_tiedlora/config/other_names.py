@@ -1,8 +1,8 @@
-"""Translate names of other tools into names of this one: flags, YAML keys and their values.
+"""Translate flags, YAML keys and values of other tools into the names that this package uses.
 
-Most other names are declared with their setting. This module has the names whose answer is a sentence. In it `{name}`
-is one of our settings, which is shown as a flag or a key. A command gives an answer only if it has all settings in the
-answer. For a name without an answer, the most similar name is suggested.
+Most names from other tools are declared with their setting. This module has the names that need a longer hint. In a
+hint, `{name}` is a setting of this package, which is shown as a flag or a key. A command shows a hint only if it has
+all settings in the hint. For any other unknown name, the most similar known name is suggested.
 """
 
 import string
@@ -10,14 +10,14 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from megatron_tiedlora.base.messages import nearest_name, shown
 
-_MOST_NAMES = 8  # unknown names in one message
+_MOST_NAMES = 8  # maximum number of unknown names in one message
 
 
 def _same(answer: str, names: str) -> dict[str, str]:
     return dict.fromkeys(names.split(), answer)
 
 
-# Names whose answer says more than the setting's name. Simple other names are declared with the setting.
+# Hints that say more than the setting's name. Names that need no explanation are declared with their setting.
 SENTENCES: Mapping[str, str] = {
     **_same(
         "{micro_batch_size}, the rows of a forward pass; {global_batch_size} sets the samples of a step",
@@ -26,7 +26,7 @@ SENTENCES: Mapping[str, str] = {
     ),
     **_same("{global_batch_size}, the samples of a step over all ranks", "batch_size train_batch_size gbs batch bs"),
     **_same(
-        "{global_batch_size}: it is micro batch x accumulation steps x data-parallel ranks, and the steps follow",
+        "{global_batch_size}, from which the accumulation steps are computed",
         "gradient_accumulation_steps grad_accum gradient_accumulation accumulate_grad_batches grad_acc accum_steps",
     ),
     **_same("{warmup_steps}, a number of steps", "warmup_ratio warmup_proportion lr_warmup_fraction"),
@@ -36,8 +36,8 @@ SENTENCES: Mapping[str, str] = {
     ),
     **_same("{save_interval}, a number of steps", "save_steps save_every save_strategy save_freq ckpt_interval"),
     **_same(
-        "{alpha}: the scale is alpha / rank, and that of rank-stabilised LoRA is lora_alpha / sqrt(rank), so give"
-        " alpha = lora_alpha x sqrt(rank)",
+        "{alpha}: the scale is alpha / rank, and rank-stabilised LoRA uses lora_alpha / sqrt(rank), so give alpha ="
+        " lora_alpha x sqrt(rank)",
         "use_rslora rslora",
     ),
     **_same(
@@ -46,9 +46,9 @@ SENTENCES: Mapping[str, str] = {
     ),
     **_same("{dtype} bf16", "bf16 bfloat16 pure_bf16"),
     **_same("{dtype} fp32", "fp32 float32"),
-    **_same("{dtype} bf16; fp16 is not offered", "fp16 float16 half"),
+    **_same("{dtype} bf16; fp16 is not supported", "fp16 float16 half"),
     **_same(
-        "what {tensor_parallel} and {pipeline_parallel} leave of the ranks that the launcher starts",
+        "the number of started ranks divided by {tensor_parallel} x {pipeline_parallel}",
         "dp dp_size data_parallel data_parallel_size",
     ),
     **_same("{ds_config}, for example zero2.json", "deepspeed deepspeed_config ds zero_stage zero"),
@@ -73,16 +73,16 @@ OUTPUT_NAMES = "output_dir out out_dir save_dir save_path output_path export_dir
 
 # Features that no command has, and what to use instead.
 NOT_OFFERED: Mapping[str, str] = {
-    **_same("DoRA is not offered", "use_dora dora"),
-    **_same("NEFTune is not offered", "neftune_noise_alpha neftune"),
+    **_same("DoRA is not supported", "use_dora dora"),
+    **_same("NEFTune is not supported", "neftune_noise_alpha neftune"),
     **_same("the optimizer is always AdamW", "optim optimizer optimizer_type optim_type"),
-    **_same("context parallelism is not offered yet", "cp cp_size context_parallel context_parallel_size"),
-    **_same("streaming is not offered: rows are tokenised once and cached", "streaming stream"),
+    **_same("context parallelism is not supported yet", "cp cp_size context_parallel context_parallel_size"),
+    **_same("streaming is not supported; rows are tokenised once and cached", "streaming stream"),
     **_same("a run does not upload anything", "push_to_hub hub_model_id hub_token"),
-    **_same("code of a model's author is never run", "trust_remote_code"),
+    **_same("code in a model's repository is never run", "trust_remote_code"),
     **_same("every step is logged", "logging_steps log_interval log_every logging_strategy"),
     **_same(
-        "attention is chosen by device and installed packages; a run says which at its start",
+        "the attention kernel is chosen by device and installed packages; a run prints it at its start",
         "attn_implementation flash_attn use_flash_attention use_flash_attn flash_attention attention_backend attn_impl",
     ),
     **_same(
@@ -90,19 +90,19 @@ NOT_OFFERED: Mapping[str, str] = {
         "nproc_per_node nproc num_processes gpus devices num_gpus",
     ),
     **_same(
-        "the groups of a sweep follow each other on all GPUs, which --launcher_args chooses; --together N limits the"
-        " runs of a group",
+        "the groups of a sweep run one after another on all GPUs that --launcher_args selects; --together N limits the"
+        " runs in a group",
         "gpus_per_run runs_at_once",
     ),
-    **_same("all rows are trained on, and validated on if they are a --validation_file", "do_train do_eval"),
+    **_same("a run always trains, and evaluates on its validation rows", "do_train do_eval"),
 }
 
-# Other names for values of some settings. An answer that is a value replaces the name; any other answer is a hint.
+# Names of values in other tools. A result that is a valid value replaces the name; any other result is a hint.
 OTHER_METHODS = {
     "qlora": "here it is lora with {base} nf4",
     "rslora": "here it is lora with {alpha} lora_alpha x sqrt(rank)",
     **_same("here it is tl1 to tl6; tl6 is the default", "tied-lora tiedlora"),
-    **_same("DoRA is not offered", "dora"),
+    **_same("DoRA is not supported", "dora"),
     **_same("only adapters are trained", "full full-finetune none"),
 }
 OTHER_FORMATS = {
@@ -115,24 +115,23 @@ OTHER_FORMATS = {
 OTHER_DTYPES = {
     **_same("bf16", "bfloat16 torch.bfloat16"),
     **_same("fp32", "float32 torch.float32 float"),
-    **_same("fp16 is not offered", "fp16 float16 torch.float16 half"),
+    **_same("fp16 is not supported", "fp16 float16 torch.float16 half"),
 }
 OTHER_SCHEDULES = {"constant-with-warmup": "constant"}
 OTHER_GPUS = {**_same("a100-80", "a100-80gb"), **_same("h100", "h100-80 h100-80gb"), **_same("h200", "h200-141gb")}
 
 
 def value_meant(given: str, choices: Sequence[str], others: Mapping[str, str]) -> str:
-    """Return the one of `choices` that a value means. Case and `_` do not matter, and `others` has names of other
-    tools.
+    """Return the choice that a value means. A value that means none of `choices` is returned unchanged.
 
-    Any other value is returned unchanged.
+    Case is ignored, and `_` is read as `-`. `others` maps names of values in other tools to choices or to hints.
     """
     named = {alias: value for alias, value in others.items() if value in choices}
     return {**named, **{_plain(choice): choice for choice in choices}}.get(_plain(given), given)
 
 
 def value_hint(given: str, choices: Sequence[str], others: Mapping[str, str]) -> str:
-    """Return a hint for an unknown value of a setting, as ' (...)' like `name_hint`."""
+    """Return a hint for an unknown value of a setting, in the form ' (...)', or '' if there is none."""
     answer = others.get(_plain(given))
     return nearest_name(given, choices) if answer is None else f" ({_written(answer, '--')})"
 
@@ -144,7 +143,7 @@ def _plain(text: str) -> str:
 def unknown_names(
     kind: str, given: Iterable[object], known: Collection[str], others: Mapping[str, Sequence[str]]
 ) -> str:
-    """Return the text `unknown KINDs A, B` about the names that are not `known`, with hints; '' if all are known.
+    """Return the text `unknown KINDs A, B` with hints for the given names that are not known; '' if all are known.
 
     Args:
         others: see `name_hint`.
@@ -161,11 +160,11 @@ def unknown_names(
 
 
 def name_hint(given: str, known: Iterable[str], others: Mapping[str, Sequence[str]]) -> str:
-    """Return a hint for an unknown name: ' (...)' with its answer or else with the most similar name, or ''.
+    """Return a hint for an unknown name in the form ' (...)', or '' if there is none.
 
     Args:
-        given: a flag with its dashes, or a key. `known` has the same form.
-        others: answers by the name in other tools, those of this command first (`names_elsewhere`).
+        given: a flag with its dashes, or a YAML key. The names in `known` have the same form.
+        others: hints by the name in other tools (`names_elsewhere`). The hints of this command come first.
     """
     names = list(known)
     dashes = "--" if given.startswith("-") else ""
@@ -179,7 +178,7 @@ def name_hint(given: str, known: Iterable[str], others: Mapping[str, Sequence[st
             return f" (here it is {_written(answer, dashes)})"
     if bare in NOT_OFFERED:
         return f" ({NOT_OFFERED[bare]})"
-    # If the tables know the name but this command lacks the setting, a similar name would mislead.
+    # If there are hints for the name but this command lacks the setting, a similar name would be misleading.
     return "" if answers else nearest_name(given, names)
 
 

@@ -1,8 +1,8 @@
 """Declare every setting of a training run once: type, default, help text, group, effect, and other names.
 
 `cli.py` turns the declarations into flags, and a YAML file uses the same flat names. A new setting needs one
-declaration here and the code that uses it. Two tables hold defaults that differ by task. This module rejects
-contradictory settings. Checks that need the model, the world size or a file are elsewhere.
+declaration here and the code that uses it. `PAPER_DEFAULTS` and `TASK_DEFAULTS` hold the defaults that depend on the
+task. This module rejects contradictory settings. Checks that need the model, the world size or a file are elsewhere.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ _FOLDER = Path(__file__).resolve().parent.parent / "data" / "tasks"
 
 TASK_NAMES: tuple[str, ...] = tuple(sorted(file.stem for file in _FOLDER.glob("[!_]*.py")))
 
-# For a command without a model and a task.
+# Defaults of a command without --model and --task.
 DEFAULT_MODEL, DEFAULT_TASK = "demo", "demo"
 
 PAPER_DEFAULTS: Mapping[str, Any] = {
@@ -36,7 +36,7 @@ PAPER_DEFAULTS: Mapping[str, Any] = {
     "eval_interval": 30,
     "max_length": 4096,
 }
-# Defaults of tasks that differ from the paper's.
+# Defaults of tasks, where they differ from the paper's defaults.
 TASK_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "demo": {
         "global_batch_size": 24,
@@ -52,7 +52,7 @@ TASK_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 Schedule = Literal["cosine", "linear", "constant"]  # training/build.py implements them
 GPU_NAMES = ("a100-80", "h100", "h200", "b200")  # planning/machines.py describes them
 HOW_LONG = ("epochs", "max_steps")  # settings that both say how long to train
-SMALLEST_ALPHA, LARGEST_ALPHA = 1e-6, 1e6  # wider than any range that trains
+SMALLEST_ALPHA, LARGEST_ALPHA = 1e-6, 1e6  # all useful values are between these limits
 NO_TRAIN_FILE = "--task custom needs --train_file (JSONL with prompt and completion, or a hub id)"
 
 _run = partial(setting_field, "run", decides="nothing")
@@ -65,17 +65,17 @@ _rows = partial(_data, default=None, by_content=True, holds="rows")
 _speed = partial(setting_field, "speed", decides="layout")
 _training = partial(setting_field, "optimisation", decides="training", per_adapter=True)
 
-_OF_GRID = "the sweep trains those of --{}".format
+_OF_GRID = "the sweep trains the values of --{}".format
 _ONLY_LISTED = {"sweep": "the dry run of a sweep only lists runs"}
 
 
 class Settings(CommandSettings, command="train"):
-    """The settings of one run, validated and frozen.
+    """The settings of one training run, validated and frozen.
 
-    Fields left out take the defaults of their task (`TASK_DEFAULTS`, else `PAPER_DEFAULTS`). Values that depend on the
-    model or the world size stay None here and are resolved later: `dtype`, `layers`, `init_std_a`, `init_std_b`,
-    `micro_batch_size`, `output_dir`. The default of `max_length` is lowered to the model's limit, and with `epochs` the
-    number of steps is counted once the data is known (`planning/run_plan.py`).
+    Fields that are not given get the defaults of their task (`TASK_DEFAULTS`, else `PAPER_DEFAULTS`). Values that
+    depend on the model or the world size stay None here and are resolved later: `dtype`, `layers`, `init_std_a`,
+    `init_std_b`, `micro_batch_size`, `output_dir`. The default of `max_length` is lowered to the model's limit. With
+    `epochs`, the number of steps is computed when the data is known (`planning/run_plan.py`).
     """
 
     about: ClassVar[str] = """\
@@ -92,14 +92,14 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
         "adapter": "what is trained",
         "parallel": "model sharding (data-parallel size = world size / (tensor x pipeline))",
         "data": "the rows to train on",
-        "speed": "trade memory for time",
+        "speed": "settings that trade memory for time",
         "optimisation": "batches, steps and learning rate",
     }
     missing: ClassVar[Mapping[str, str]] = {"task": "with --model other than demo, give --task or --train_file"}
     instead: ClassVar[Sequence[tuple[str, str]]] = (HOW_LONG,)
 
     ds_config: str = _run(
-        "DeepSpeed JSON with engine options; a bare name is looked up here, then in ds_configs/", "zero2.json",
+        "DeepSpeed JSON with engine options; searched in the current folder, then in ds_configs/", "zero2.json",
         decides="layout", holds="path",
     )
     output_dir: str | None = _run(
@@ -121,26 +121,26 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
         other_names="save_total_limit keep_last save_top_k max_checkpoints",
     )
     adapters: str | None = _run(
-        "train several adapters of one base together: a YAML list with a name and own settings of each", None,
+        "train several adapters of one base together: a YAML list with the name and settings of each adapter", None,
         of_group=True, holds="path",
-        decided_by={"sweep": "the sweep makes its own lists of adapters, of as many as --together says"},
+        decided_by={"sweep": "the sweep makes its own lists of adapters; --together limits their length"},
     )
     share_micro_batches: bool = _run(
-        "with --adapters: fill a micro-batch with rows of several adapters where one has too few", True,
+        "with --adapters: fill a micro-batch with rows of several adapters if one adapter has too few", True,
         decides="layout", of_group=True,
         decided_by={"sweep": "the runs of a group share micro-batches"},
     )
     halving: bool = _run(
-        "with --adapters: of those that differ only in the learning rate, stop what is behind on validation by more"
-        " than the noise",
+        "with --adapters: of adapters that differ only in the learning rate, stop those whose validation loss is higher"
+        " by more than the noise",
         False, of_group=True,
     )
     take_over: bool = _run(
-        "with --resume: take the run folder over from a start that still has it, which then stops writing", False,
+        "with --resume: take the run folder over from another launch, which then stops writing", False,
         lasts="command",
     )
     base_differs: bool = _run(
-        "with --resume or --init_from: continue although base or tokenizer differ from those of the adapter there",
+        "with --resume or --init_from: continue although base or tokenizer differ from those of the adapter",
         False, lasts="command",
     )
     dry_run: bool = _dry_run(
@@ -159,7 +159,7 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
         decided_by={"plan": "give --gpu, or --ranks_on_cpu", **_ONLY_LISTED},
     )
     gpu: str | None = _dry_run(
-        "with --dry_run: plan for this card, and say how fast it is and whether it is large enough (status 1 if not)",
+        "with --dry_run: plan for this card, and predict its speed and whether its memory is enough (status 1 if not)",
         None, choices=GPU_NAMES, other_values=OTHER_GPUS,
         decided_by={"plan": "give it on the command line", **_ONLY_LISTED},
     )
@@ -167,7 +167,7 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
         "bit-identical runs for one parallel layout, hosts and versions; slower on GPUs", False, decides="layout",
     )
     report_to: fields.Trackers = _run(
-        f"where metrics.jsonl is shown as well: none, or some of {', '.join(fields.TRACKER_NAMES)}",
+        f"trackers that also get the metrics: none, or some of {', '.join(fields.TRACKER_NAMES)}",
         (fields.TENSORBOARD,), other_names="logger log_with trackers tracker loggers",
     )
     profile: fields.StepRange = _run(
@@ -175,7 +175,7 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
         of_group=True, other_names="profiler use_profiler torch_profiler",
     )
     timeout_minutes: float = _run(
-        "longest wait for a rank, or for a start that tokenises its data", 30.0, gt=0, le=fields.LONGEST_WAIT_MINUTES,
+        "longest wait for a rank, or for a process that tokenises the data", 30.0, gt=0, le=fields.LONGEST_WAIT_MINUTES,
     )
 
     model: str = _model(
@@ -193,20 +193,20 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
         None, other_values=OTHER_DTYPES, other_names="torch_dtype precision mixed_precision bnb_4bit_compute_dtype",
     )
     base: str | None = _model(
-        "storage format of the frozen linears of all blocks, 4 or 8 bits a weight; the rest of the base, and what is"
-        " computed, stays in --dtype (default: --dtype too)",
+        "storage format of the frozen linears of all blocks, with 4 or 8 bits per weight; the rest of the base and all"
+        " computation use --dtype (default: --dtype)",
         None, choices=BASE_NAMES, other_values=OTHER_FORMATS,
         other_names="quantization quantization_bit quantize quant quantization_config",
     )
     products: Literal["fp8"] | None = _model(
-        "fp8: with --base fp8, the activations and gradients that these linears multiply are rounded to fp8 too, with a"
-        " scale for each row; GPUs of compute capability 8.9 or more, emulated on a CPU. The adapter reads them"
-        " unrounded. Scales of activations in row-parallel layers, and of gradients in column-parallel ones, depend on"
-        " --tensor_parallel (default: products in --dtype)",
+        "fp8: with --base fp8, matmuls in fp8: activations and gradients of these linears are rounded to fp8, with a"
+        " scale for each row; for GPUs of compute capability 8.9 or more, emulated on a CPU. The adapter's inputs are"
+        " not rounded. Scales of activations in row-parallel layers, and of gradients in column-parallel layers, depend"
+        " on --tensor_parallel (default: matmuls in --dtype)",
         None,
     )
     keep_transposed: bool = _model(
-        "with --products fp8: keep a transposed copy of their weights, one byte each, for speed", False,
+        "with --products fp8: keep a transposed copy of the fp8 weights, one byte per weight, for speed", False,
         decides="layout",
     )
     max_length: int = _model(
@@ -217,8 +217,8 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
     )
 
     init_from: str | None = _adapter(
-        "start with the values of an adapter (native, checkpoint or PEFT folder); its method, rank, alpha, targets and"
-        " layers hold (default: by method and seed)",
+        "start with the values of an adapter (native, checkpoint or PEFT folder), and use its method, rank, alpha,"
+        " targets and layers (default: initialise by method and seed)",
         None, decides="training", holds="path",
         other_names="lora_path adapter_name_or_path peft_model_id warm_start pretrained_adapter adapter",
         decided_by={"sweep": "the sweep trains each adapter from the initial values of its method"},
@@ -253,11 +253,11 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
     )
 
     tensor_parallel: int = _layout(
-        "ranks that share each layer; must divide heads and widths", 1, ge=1,
+        "ranks over which each layer is sharded; must divide heads and widths", 1, ge=1,
         other_names="tp tp_size tensor_model_parallel_size tensor_parallel_size",
     )
     pipeline_parallel: int = _layout(
-        "stages that share the layers; needs ZeRO 0 or 1 (zero1.json)", 1, ge=1,
+        "stages, each with some of the layers; needs ZeRO 0 or 1 (zero1.json)", 1, ge=1,
         other_names="pp pp_size pipeline_model_parallel_size pipeline_parallel_size",
     )
     sequence_parallel: bool = _layout(
@@ -280,7 +280,7 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
     )
     test_file: str | None = _rows("test rows, answered and scored before and after training")
     prompt_template: str | None = _data(
-        "override the task's prompt, with {field} names of its rows", None, by_content=True,
+        "prompt in place of the task's own, with {field} for each field of a row", None, by_content=True,
     )
     columns: fields.ColumnNames = _data(
         "which fields of your rows to read, as OURS=YOURS[,...], e.g. prompt=query,completion=response", None,
@@ -326,7 +326,7 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
 
     global_batch_size: int = _training("samples per step over all ranks", ge=1)
     micro_batch_size: int | None = _training(
-        "maximum rows per rank and forward pass [1; demo: the largest divisor of a rank's share up to 4; with --packing"
+        "maximum rows per rank and forward pass [1; demo: the largest divisor of a rank's rows up to 4; with --packing"
         " on a GPU: as many as fit in 8,192 tokens]",
         None, ge=1, decides="layout", per_adapter=False,
     )
@@ -376,7 +376,7 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
 
     @classmethod
     def default_text(cls, name: str) -> str:
-        """Return the default of a field for the help, with the paper's value and those of tasks that differ."""
+        """Return a field's default for the help: the paper's value, and the values of tasks that differ from it."""
         if name not in PAPER_DEFAULTS:
             return super().default_text(name)
         by_task = [f"{task} {values[name]:g}" for task, values in TASK_DEFAULTS.items() if name in values]
@@ -385,13 +385,13 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
     @model_validator(mode="wrap")
     @classmethod
     def _with_defaults(cls, values: dict[str, Any], check: "ModelWrapValidatorHandler[Settings]") -> "Settings":
-        """Fill in the defaults. `model_fields_set` has only the given fields."""
+        """Return the settings with all defaults filled in. `model_fields_set` contains only the given fields."""
         made = check(cls._filled(values))
         object.__setattr__(made, "__pydantic_fields_set__", set(values))
         return made
 
     def completed(self, **values: Any) -> "Settings":
-        """Return a copy with different defaults. `model_fields_set` still has only the given fields."""
+        """Return a copy with different defaults. `model_fields_set` still contains only the given fields."""
         made = self.model_copy(update=values)
         object.__setattr__(made, "__pydantic_fields_set__", set(self.model_fields_set))
         return made
@@ -404,7 +404,7 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
         elif "task" not in filled and filled.get("model", DEFAULT_MODEL) == DEFAULT_MODEL:
             filled["task"] = DEFAULT_TASK
         elif "task" not in filled and "adapters" in filled:
-            filled["task"] = "custom"  # without effect: each adapter's entry is filled in separately
+            filled["task"] = "custom"  # has no effect, because each adapter's entry is filled in separately
         elif "task" not in filled and (is_preset(as_given(filled["model"])) or filled.get("dry_run") in (True, "true")):
             filled["task"] = "custom"  # a dry run without data has full rows; a preset has no tokenizer
         filled = {**PAPER_DEFAULTS, **TASK_DEFAULTS.get(as_given(filled.get("task")), {}), **filled}
@@ -430,17 +430,17 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
     @model_validator(mode="after")
     def _check(self) -> "Settings":
         if self.layers is not None and (min(self.layers) < 1 or list(self.layers) != sorted(set(self.layers))):
-            raise ValueError(f"--layers {flag_value(self.layers)}: they count from 1, once each, in ascending order")
+            raise ValueError(f"--layers {flag_value(self.layers)}: give layer numbers from 1 on, strictly ascending")
         if self.epochs is not None and "max_steps" in self.model_fields_set:
             both = f"--epochs {self.epochs:g} and --max_steps {self.max_steps}"
             raise ValueError(f"{both} both say how long to train; give one")
         if self.epochs is None and self.warmup_steps > self.max_steps:
             more = f"--warmup_steps {self.warmup_steps} is more than --max_steps {self.max_steps}"
-            raise ValueError(f"{more}; lower the first")
+            raise ValueError(f"{more}; give fewer warm-up steps")
         if self.profile is not None and self.epochs is None and fields.profiled_steps(self.profile)[0] > self.max_steps:
             raise ValueError(f"--profile {self.profile} begins after --max_steps {self.max_steps}; give earlier steps")
         if not self.share_micro_batches and self.adapters is None:
-            raise ValueError("--share_micro_batches needs --adapters; one adapter shares with none")
+            raise ValueError("--share_micro_batches needs --adapters; a single adapter shares no micro-batches")
         if self.halving and self.adapters is None:
             raise ValueError("--halving needs --adapters; it compares adapters that train together")
         if not (self.names_data or self.dry_run or self.adapters or is_preset(self.model)):
@@ -451,9 +451,9 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
         if self.gpu is not None and self.plan_for == "cpu":
             raise ValueError(f"--gpu {self.gpu} plans for GPUs; remove --plan_for cpu")
         if self.take_over and self.resume == "none":
-            raise ValueError("--take_over needs --resume; a new run has a folder of its own")
+            raise ValueError("--take_over needs --resume; a new run has its own folder")
         if self.base_differs and self.resume == "none" and self.init_from is None:
-            raise ValueError("--base_differs needs --resume or --init_from; a new adapter has a base of its own")
+            raise ValueError("--base_differs needs --resume or --init_from; a new adapter is trained on any base")
         if self.products is not None and self.base not in (None, "fp8"):
             raise ValueError(f"--products {self.products} needs --base fp8, not {self.base}")
         if self.keep_transposed and self.products is None:
@@ -464,7 +464,7 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
 
 
 def make_settings(values: Mapping[str, Any]) -> Settings:
-    """Return Settings from flat names and values.
+    """Return the training settings with these values by flat name.
 
     Raises:
         UserError: a name is unknown (the message suggests a known one), or a value is out of range.

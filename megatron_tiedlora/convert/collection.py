@@ -1,4 +1,4 @@
-"""Reads the native adapters below a folder, to index, verify and compare them."""
+"""Reads all native adapters inside a folder, to index, verify and compare them."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ from megatron_tiedlora.runtime.run_folder import RunFolder
 
 
 def read_entry(root: Path, folder: Path) -> index.Entry:
-    """Return the row of the native adapter in `folder`, which is `root` or below it.
+    """Return the index row for the native adapter in `folder`, which is `root` or a folder inside it.
 
     Raises:
         UserError: its config or the files of its run cannot be read, or a value is not valid in a row.
@@ -52,14 +52,14 @@ def read_entry(root: Path, folder: Path) -> index.Entry:
         )
     except ValidationError as error:
         raise UserError(f"{folder}: {first_problem(error)}") from None
-    except (OSError, OverflowError, ValueError) as error:  # the last two: the file's time is not a valid date
-        raise UserError(f"{folder}: cannot be read ({error})") from None
+    except (OSError, OverflowError, ValueError) as error:  # the last two mean that the file's time is not a valid date
+        raise UserError(f"{folder}: cannot be read ({error}); check its files") from None
 
 
 def find_folders(root: Path) -> Iterator[Path]:
-    """Yield the adapter folders in `root` and below it, native or not, without the checkpoints and exports of runs.
+    """Yield the folders of native and PEFT adapters inside `root`, except checkpoints and exports of runs.
 
-    Hidden folders are left out, because they are still being written. Links are not followed."""
+    Hidden folders are skipped, because they are still being written. Links are not followed."""
     for file in sorted(root.rglob(native_adapter.CONFIG_FILE)):
         folder = file.parent
         if any(part.startswith(".") for part in folder.relative_to(root).parts):
@@ -71,16 +71,16 @@ def find_folders(root: Path) -> Iterator[Path]:
 
 
 def build_index(root: Path, *, progress: bool = False) -> tuple[int, list[str]]:
-    """Write the index of the adapters below `root` atomically. It replaces an earlier index.
+    """Write the index of the adapters in `root` atomically. It replaces an earlier index.
 
     Returns:
-        the number of adapters in the index, and a sentence for each adapter that could not be read.
+        The number of adapters in the index, and a sentence for each adapter that could not be read.
 
     Raises:
         UserError: `root` is not a folder, or cannot be written.
     """
     if not root.is_dir():
-        raise UserError(f"{root}: no such folder")
+        raise UserError(f"{root}: no such folder; give a folder with adapters")
     entries, problems = [], []
     for folder in progress_bar("index", "adapter", find_folders(root), shows=progress):
         try:

@@ -1,10 +1,10 @@
-"""Exports one or many native adapters as PEFT LoRA adapters, and writes the shell commands that serve them.
+"""Exports native adapters as PEFT LoRA adapters, and returns the shell commands that serve them.
 
 The factors are A' = diag(u) A and B' = (alpha / r) diag(v) B. B' is split into the rows of q, k and v (and of gate and
 up), which share A'. diag(v) B diag(u) A is a rank-r LoRA per layer and linear, so the export is exact.
 
-PEFT's files cannot express the tie, so the native files are copied into the export. PEFT's config names the base
-without a path of this host; the export's record has the path.
+PEFT's files cannot express the tie, so the native files are copied into the export. PEFT's config has the base's name
+without a path of this host, and the export's record has the path.
 """
 
 import glob
@@ -65,23 +65,23 @@ def peft_tensors(
 
 
 def base_location(source: ModelSource) -> str:
-    """Return the hub id or the absolute folder from which other programs load the base on this host."""
+    """Return the hub id or the absolute path from which other programs load the base on this host."""
     return source.name if source.from_hub or source.folder is None else str(source.folder.resolve())
 
 
 def base_name(source: ModelSource) -> str:
-    """Return the base's hub id, or the last part of its folder's name: a name without a path of this host."""
+    """Return the base's hub id, or the last component of its path, so that the name has no path of this host."""
     return last_name(base_location(source)) if source.folder is not None and not source.from_hub else source.name
 
 
 def target_modules(block: BlockShape, linears: Iterable[str]) -> list[str]:
-    """Return PEFT's names of linears of `block.adaptable`: the last part of each stored module's name."""
+    """Return the names of these linears in PEFT's config: the last component of each stored module's name."""
     modules = (rows.module.rpartition(".")[2] for name in linears for rows in block.adaptable[name].sources)
     return list(dict.fromkeys(modules))
 
 
 def peft_config(source: ModelSource, adapter: native_adapter.NativeAdapter, *, rank: int, base: str) -> dict[str, Any]:
-    """Return the fields of PEFT's adapter_config.json. lora_alpha is r, so PEFT scales by 1. `base` names the base."""
+    """Return the fields of PEFT's adapter_config.json. `base` is the base's name. The scale is 1: lora_alpha is r."""
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -120,14 +120,14 @@ def export_peft(
     """Write a PEFT adapter folder atomically.
 
     Args:
-        dtype: dtype of the tensors. Other programs compute the adapter's values exactly in fp32 only.
+        dtype: dtype of the tensors. Only fp32 keeps the adapter's exact values.
         named: name of the base in PEFT's config [`base_name`].
-        native: the folder from which `adapter` was read. Its two files are copied to `NATIVE_FOLDER`. An import finds
-            them there, with the tie that PEFT's files cannot express.
+        native: the folder from which `adapter` was read. Its two files are copied to `NATIVE_FOLDER`. An import reads
+            them, because PEFT's files cannot express the tie.
         base_differs: export even if the adapter was trained on a different base. The record names the differences.
         say: called with each note about the base.
         new: makes the output folder.
-        identify: computes the base's identity; a caller that exports many adapters of one base passes a cached one.
+        identify: computes the base's identity. To export many adapters of one base, pass a cached function.
 
     Raises:
         UserError: the adapter was trained on a different base, the padded rank is less than the adapter's rank, the
@@ -135,7 +135,7 @@ def export_peft(
     """
     rank = adapter.config.rank if pad_rank_to is None else pad_rank_to
     if rank < adapter.config.rank:
-        raise UserError(f"--pad_rank_to {rank} is less than the adapter's rank {adapter.config.rank}; raise it")
+        raise UserError(f"--pad_rank_to {rank} is less than the adapter's rank {adapter.config.rank}; increase it")
     reject_existing(output, flag=f"--output {output}")
     base = inputs.check_base(source, adapter, uses_tokenizer=False, differs=base_differs, identify=identify)
     for note in base.notes:
@@ -144,8 +144,8 @@ def export_peft(
         tensors = peft_tensors(source, adapter, rank=rank, dtype=dtype)
         for name, tensor in tensors.items():
             if not tensor.isfinite().all():
-                fits = "" if dtype == torch.float32 else "; give --dtype fp32"
-                raise UserError(f"--adapter: {name} of its export holds numbers that are not finite{fits}")
+                fits = "; give an earlier checkpoint" if dtype == torch.float32 else "; give --dtype fp32"
+                raise UserError(f"--adapter: {name} of its export has values that are not finite{fits}")
         save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
         config = peft_config(source, adapter, rank=rank, base=named or base_name(source))
         write_json(temporary / "adapter_config.json", config)
@@ -166,7 +166,7 @@ def find_adapters(given: Sequence[str], *, flag: str = "--adapter", runs: bool =
         runs: whether a value may also name a run, or a folder of runs, whose adapters are returned.
 
     Raises:
-        UserError: a pattern matches no adapter. Other folders are not checked here, but when they are read.
+        UserError: a pattern matches no adapter. A folder that is given without a pattern is not checked here.
     """
     found: dict[Path, None] = {}
     for value in given:
@@ -176,19 +176,19 @@ def find_adapters(given: Sequence[str], *, flag: str = "--adapter", runs: bool =
         folders = [folder for match in matches for folder in (_in_runs(match) if runs else [match])]
         adapters = [folder for folder in folders if (folder / native_adapter.CONFIG_FILE).is_file()]
         if is_pattern and not adapters:
-            raise UserError(f"{flag} {value}: matches no folder of an adapter")
+            raise UserError(f"{flag} {value}: matches no folder of an adapter; check the pattern")
         found |= dict.fromkeys(adapters or [path])
     return list(found)
 
 
 def _in_runs(folder: Path) -> list[Path]:
-    """Return the adapter that `folder` is or contains, or the adapters of the runs in it; empty if there are none."""
+    """Return the adapter that `folder` is or contains, or the adapters of the runs in it; [] if there are none."""
     folders = [folder] if _adapter_of(folder) or not folder.is_dir() else sorted(folder.iterdir())
     return [adapter for path in folders if (adapter := _adapter_of(path)) is not None]
 
 
 def _adapter_of(folder: Path) -> Path | None:
-    """Return `folder` or its subfolder `adapter`, whichever holds an adapter; None if neither does."""
+    """Return `folder` if it holds an adapter, else its subfolder `adapter` if that holds one, else None."""
     return next((path for path in (folder, folder / "adapter") if (path / native_adapter.CONFIG_FILE).is_file()), None)
 
 
@@ -208,7 +208,7 @@ def export_all(
     say: Callable[[str], object] = str,
     options: Mapping[str, Any],
 ) -> list[tuple[ModelSource, dict[str, Export]]]:
-    """Export each adapter into its own folder in `output`. Returns the exports of each base by their `adapter_name`.
+    """Export each adapter into its own folder in `output`. Return each base with its exports by `adapter_name`.
 
     Args:
         model: value of --model.
@@ -216,8 +216,8 @@ def export_all(
         options: arguments of `export_peft` for all adapters.
 
     Raises:
-        UserError: as `export_peft`; or two adapters have the same name or an output exists, before anything is written.
-            Exports that were written before an error are not removed.
+        UserError: as `export_peft`; or two adapters have the same name, or an output exists. The last two are checked
+            before anything is written. Exports that were written before an error are not removed.
     """
     folders: dict[str, Path] = {}
     for adapter in adapters:
@@ -226,7 +226,7 @@ def export_all(
             raise UserError(f"--adapter: {other} and {adapter} would both be exported as {name}; rename one")
     there = [name for name in folders if (output / name).exists()]
     if there:
-        raise UserError(f"--output {output}: {there[0]} is there already; remove it, or give another folder")
+        raise UserError(f"--output {output}: {there[0]} already exists; remove it, or give a different folder")
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -236,7 +236,7 @@ def export_all(
     for name, adapter in progress_bar("export", "adapter", folders.items()):
         try:
             if inputs.adapter_kind(adapter) != "native":
-                raise UserError(f"{adapter}: this is a PEFT adapter already")
+                raise UserError(f"{adapter}: this is already a PEFT adapter; give native adapters only")
             native = native_adapter.load_native_adapter(adapter)
             source = base_of(native.base_identity)
             notes, own = list[str](), {**options, "native": adapter, "identify": identify}
@@ -256,7 +256,7 @@ def serve_hints(exports: Mapping[str, Export], base: str, shape: ModelShape, *, 
     With several adapters, only the command of vLLM is returned.
 
     Args:
-        exports: the exports by the name of the adapter in requests.
+        exports: {name of the adapter in requests: its export}.
         base: hub id or folder of the base.
         named: name of the base in PEFT's config, for a note if it is not `base`.
     """

@@ -1,8 +1,8 @@
 """Writes and reads the index of the native adapters in a folder: one SQLite file, which other programs can read too.
 
-The file may come from a stranger. So it is read only if it has the same schema as a written index. Its size limits the
-time and memory of reading, and every row is checked. SQLite's own check overflows the stack on deep trees, so it is not
-used.
+The file may come from an untrusted source. So it is read only if it has exactly the schema that this module writes. Its
+size limits the time and memory of reading, and every row is checked. SQLite's own check overflows the stack on deep
+trees, so it is not used.
 """
 
 import os
@@ -24,7 +24,7 @@ from megatron_tiedlora.base.messages import UserError, as_given
 from megatron_tiedlora.config.adapter_settings import FILTERS
 
 INDEX_FILE = "adapters.sqlite"
-FORMAT = 2  # of the file, its `user_version`
+FORMAT = 2  # version of the file's format, stored as SQLite's `user_version`
 _LARGEST = 2**26  # bytes of the file: about 80,000 adapters with scores
 _LONGEST_ROW = 2**18  # bytes, also for rows of the schema; the limits of an entry's fields are below it
 _SCHEMA_STEPS = 10_000  # steps of SQLite's virtual machine to read the schema; ours needs a few hundred
@@ -47,12 +47,12 @@ _Hash = Annotated[str, Field(strict=True, min_length=64, max_length=64)]
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A row of the index. A value of a wrong type raises ValidationError.
+    """A row of the index, which describes one adapter. A value of a wrong type raises ValidationError.
 
     Attributes:
         path: the adapter's folder, relative to the indexed folder.
         name: the name of the adapter's run, or of its folder.
-        base_hash, weights_hash: hashes of the base's config and weights; the second is None if it is unknown.
+        base_hash, weights_hash: hashes of the base's config and weights; `weights_hash` is None if it is unknown.
         targets: names of the targets, separated by commas.
         parameters: number of trained parameters.
         task: task of the adapter's run; None if the adapter is not in a run.
@@ -98,7 +98,7 @@ _SCHEMA = (
 
 
 def write_index(root: Path, entries: Sequence[Entry]) -> None:
-    """Write the index of `root` atomically, over an earlier one. Raises UserError if it cannot be written."""
+    """Write the index of `root` atomically, in place of an earlier one. Raise UserError if it cannot be written."""
     file = root / INDEX_FILE
     try:
         with new_file(file) as temporary, closing(sqlite3.connect(temporary)) as database:
@@ -109,16 +109,16 @@ def write_index(root: Path, entries: Sequence[Entry]) -> None:
             if temporary.stat().st_size > _LARGEST:
                 raise UserError(f"{file}: {len(entries):,} adapters are too many for one index; index subfolders")
     except sqlite3.Error as error:
-        raise UserError(f"{file}: cannot be written ({error})") from None
+        raise UserError(f"{file}: cannot be written ({error}); check permissions and free space") from None
 
 
 def find_entries(root: Path, wanted: Mapping[str, Any]) -> list[Entry]:
     """Return the rows of the index of `root` in which every column of `wanted` matches, ordered by path.
 
-    A text in `wanted` is a pattern with `*` and `?`. The targets must be the same set.
+    A text in `wanted` is a pattern with `*` and `?`. The targets must be exactly the same.
 
     Raises:
-        UserError: there is no index, or its format is not that of `write_index`.
+        UserError: there is no index, or it does not have the format that `write_index` writes.
     """
     found = (entry for entry in _entries(root) if all(_matches(getattr(entry, name), wanted[name]) for name in wanted))
     return sorted(found, key=lambda entry: entry.path)
@@ -129,25 +129,25 @@ def _matches(value: object, wanted: object) -> bool:
 
 
 def find_entry(root: Path, name: str) -> Entry:
-    """Return the row of the adapter with this path or name. Raises UserError if not exactly one row has it."""
+    """Return the row of the adapter with this path or name. Raise UserError unless there is exactly one such row."""
     entries = list(_entries(root))
     found = [entry for entry in entries if entry.path == name] or [entry for entry in entries if entry.name == name]
     if len(found) != 1:
-        what = "no adapter" if not found else f"{len(found)} adapters; give one's path"
+        what = f"{len(found)} adapters; give the path of one" if found else "no adapter; list them with `find`"
         raise UserError(f"{root / INDEX_FILE}: {as_given(name)} names {what}")
     return found[0]
 
 
 def entry_folder(root: Path, entry: Entry) -> Path:
-    """Return the folder of an adapter. Raises UserError if a link leads out of the indexed folder `root`."""
+    """Return the folder of an adapter. Raise UserError if a link leads out of the indexed folder `root`."""
     folder = root / entry.path
     if not Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(root)):
-        raise UserError(f"{folder}: a link leads out of {root}; copy the adapter to its place")
+        raise UserError(f"{folder}: a link leads out of {root}; replace it with a copy of the adapter")
     return folder
 
 
 def _entries(root: Path) -> Iterator[Entry]:
-    """Yield the rows of the index of `root`. Raises UserError as `find_entries` does."""
+    """Yield the rows of the index of `root`. Raise UserError as `find_entries` does."""
     file = root / INDEX_FILE
     try:
         if file.is_symlink() or not file.is_file():
@@ -164,10 +164,10 @@ def _entries(root: Path) -> Iterator[Entry]:
 
 
 def _checked_rows(database: sqlite3.Connection, *, most_text: int) -> Iterator[Entry]:
-    """Yield the rows of a database that has only the schema of an index.
+    """Yield the rows of a database after checking that its schema is the schema of an index.
 
     A malicious file can refer to one page many times, so it can have any number of rows. Every row has some text, so an
-    index cannot have more text than the file has bytes (`most_text`). Raises ValueError or SQLite's errors.
+    index cannot have more text than the file has bytes (`most_text`). Raise ValueError or SQLite's errors.
     """
     database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, _LONGEST_ROW)
     database.set_progress_handler(lambda: True, _SCHEMA_STEPS)
@@ -176,7 +176,7 @@ def _checked_rows(database: sqlite3.Connection, *, most_text: int) -> Iterator[E
         raise ValueError(f"has format {version}, not {FORMAT}")
     schema = [sql for (sql,) in database.execute("SELECT sql FROM sqlite_master") if sql is not None]
     if schema != list(_SCHEMA):
-        raise ValueError("is another database than an index of adapters")
+        raise ValueError("is a different database, not an index of adapters")
     database.set_progress_handler(None, 0)
     for row in database.execute(f"SELECT {', '.join(_COLUMNS)} FROM adapters NOT INDEXED"):
         most_text -= sum(len(value) for value in row if isinstance(value, str))

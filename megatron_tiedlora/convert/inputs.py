@@ -1,5 +1,5 @@
-"""Finds the inputs of conversions: the kind of an adapter, and its base, by name or by hash among the models in a
-folder. Also checks whether a model is an adapter's base."""
+"""Finds the inputs of conversions: the kind of an adapter, and its base, by name or by the hashes of the models in a
+folder. This module also checks whether a model is an adapter's base."""
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -20,11 +20,11 @@ NATIVE_FOLDER = "native"  # in an exported PEFT folder: the two files of the nat
 _DEPTH = 4  # levels that are searched for models; the hub's cache has models--OWNER--NAME/snapshots/REVISION
 _MODEL_CONFIG = "config.json"
 _WEIGHT_HASHES = ("base_weights_hash", "base_sample")
-_GIVE = "give the base, or a folder of models that holds it: it is found there by its hashes"
+_GIVE = "give the base, or a folder that contains it; it is found there by its hashes"
 
 
 def adapter_kind(folder: Path | str, *, flag: str | None = None) -> Literal["native", "peft"]:
-    """Return the kind of adapter that a folder holds. `flag` is the flag with its value, as given [--adapter FOLDER].
+    """Return the kind of the adapter in a folder. Messages begin with `flag`, by default `--adapter FOLDER`.
 
     Raises:
         UserError: the folder holds no adapter. For a run or model folder the message says what to give instead.
@@ -47,7 +47,7 @@ def adapter_kind(folder: Path | str, *, flag: str | None = None) -> Literal["nat
         return "peft"
     if "format_version" in content:
         return "native"
-    raise UserError(f"{path / CONFIG_FILE}: neither a native adapter (format_version) nor a PEFT one (peft_type)")
+    raise UserError(f"{path / CONFIG_FILE}: has neither format_version nor peft_type; give a native or PEFT adapter")
 
 
 def is_peft(content: Mapping[str, Any]) -> bool:
@@ -56,16 +56,15 @@ def is_peft(content: Mapping[str, Any]) -> bool:
 
 
 def find_base(folder: Path, model: ModelSource | str | None, named: str, hashes: Mapping[str, Any]) -> ModelSource:
-    """Return the base of the adapter in `folder`: the model that `model` names, or else the one that the adapter names.
+    """Return the base of the adapter in `folder`. `model` names the base, or if `model` is None, the adapter does.
 
     Args:
-        model: value of --model, or the model that was found for it. It may name a folder of models; the base is then
-            found among them by its hashes.
+        model: value of --model, or the model that was found for it. A folder of models is searched by hashes.
         named: the base's name in the adapter's files.
-        hashes: the known ones of `base_hash`, `base_weights_hash` and `base_sample` of the adapter's base.
+        hashes: `base_hash`, `base_weights_hash` and `base_sample` of the adapter's base, if they are known.
 
     Raises:
-        UserError: the base does not exist.
+        UserError: the base cannot be found.
     """
     if isinstance(model, ModelSource):
         return model
@@ -91,7 +90,7 @@ def _models_under(model: str) -> list[Path] | None:
     patterns = ("*/" * depth + _MODEL_CONFIG for depth in range(1, _DEPTH + 1))
     found = sorted(file.parent for pattern in patterns for file in folder.glob(pattern))
     if not found:
-        none = f"holds no {_MODEL_CONFIG}, and no models down to {_DEPTH} folders below"
+        none = f"has no {_MODEL_CONFIG}, and no models in subfolders down to {_DEPTH} levels"
         raise UserError(f"--model {model}: {none}; {_GIVE}")
     return found
 
@@ -107,7 +106,8 @@ def _find_by_hash(folder: Path, model: str, models: list[Path], hashes: Mapping[
                 found = base_identity.identify_model(source, "fp32")
                 if all(getattr(found, name) == value for name, value in wanted.items()):
                     return source
-    raise UserError(f"--model {model}: none of its {count_text(len(models), 'model')} is the base of {folder}; {_GIVE}")
+    held = count_text(len(models), "model")
+    raise UserError(f"--model {model}: contains {held}, but not the base of {folder}; {_GIVE}")
 
 
 def is_merged(source: ModelSource) -> bool:
@@ -119,7 +119,7 @@ Identify = Callable[[ModelSource, str, str | None], base_identity.BaseIdentity]
 
 
 class CheckedBase(NamedTuple):
-    """An adapter's base, or a different model that it is used with (--base_differs).
+    """The result of `check_base` for an adapter and the model that it is used with.
 
     Attributes:
         record: the fields that describe the base in the record of a converted adapter or model.
@@ -149,10 +149,10 @@ def check_base(
         differs: value of --base_differs.
         base_format: the storage format in which the base is used; None if it is used in --dtype.
         flag: the adapter's name in messages.
-        identify: computes the base's identity; a caller that checks many adapters of one base passes a cached one.
+        identify: computes the base's identity. To check many adapters of one base, pass a cached function.
 
     Raises:
-        UserError: config, weights or tokenizer differ and `differs` is False, or one is missing or incomplete.
+        UserError: config, weights or tokenizer are missing or incomplete, or they differ and `differs` is False.
     """
     trained, used = adapter.base_identity, base_format or source.stored_base
     stored = stored_precision(source) if used is not None and trained.base_stored is not None else None
@@ -160,7 +160,7 @@ def check_base(
     if not uses_tokenizer and trained.tokenizer is not None:
         found = replace(found, tokenizer=trained.tokenizer, tokenizer_hash=trained.tokenizer_hash)
     if is_merged(source) and found.base_weights_hash != trained.base_weights_hash and not differs:
-        raise UserError(f"{source.name}: an adapter is merged into it already; give the plain base with --model")
+        raise UserError(f"{source.name}: an adapter is already merged into it; give the plain base with --model")
     notes = base_identity.check_same_base(trained, found, source=flag, differs=differs)
     if not adapter.sealed:
         notes += (f"{flag}: {UNSEALED_NOTE}",)
@@ -171,7 +171,7 @@ def check_base(
 
 
 def stored_precision(source: ModelSource) -> str | None:
-    """Return `linears_dtype` of a stored model, or None if it is quantised. Raises UserError if it cannot be read."""
+    """Return the dtype of a model's linears, or None if they are quantised. Raise UserError if it cannot be read."""
     if source.stored is not None:
         return None
     with base_weights.BaseWeights(source.weights_folder(), source.shape) as weights:
@@ -179,9 +179,9 @@ def stored_precision(source: ModelSource) -> str | None:
 
 
 def trained_otherwise(source: ModelSource, adapter: NativeAdapter) -> str:
-    """Return a message if `source` is quantised to different values than training used; '' if not, or if unknown.
+    """Return a message if quantising `source` gives other values than in training, or '' if it does not.
 
-    The message also says what to do. The caller has checked `source` with `check_base`.
+    The message says what to do. The result is also '' if training recorded no precision. Call `check_base` first.
     """
     trained = adapter.base_identity
     if trained.base_stored is None:

@@ -1,9 +1,9 @@
-"""Computes logits and losses of whole models one layer at a time, with the package's own layers.
+"""Computes logits and losses of complete models one layer at a time, with the package's own layers.
 
 This needs the memory of one layer. A layer is built, loaded with the weights of each model in turn, run on all rows,
 and freed. Only the embedding rows of the tokens are loaded. Logits are computed with some rows of the head at a time.
-For a loss, batches are processed together until their activations fill a part of the host's memory. The weights are
-read once for all of these batches.
+For a loss, batches are processed together if their activations fit in a fraction of the host's free memory. The weights
+are then read only once for these batches.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,11 +29,11 @@ from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, frozen_weight
 from megatron_tiedlora.parallel.groups import ALONE, Grid, TensorParallel
 
 _HEAD_ELEMENTS = 2**24  # elements of the head that are loaded at a time for logits; 64 MiB in fp32
-_SHARE = 0.25  # the part of the host's free memory that stored activations may use
+_SHARE = 0.25  # the fraction of the host's free memory that stored activations may use
 _CPU = torch.device("cpu")
 Inputs = tuple[torch.Tensor, torch.Tensor]  # tokens (b, s) and position ids (b, s)
-# A function that reads rows of a model's stored tensors in any float dtype, and the adapters by the names of results.
-# None means that a result has no adapter.
+# A function that reads rows of a model's stored tensors in any float dtype, and an adapter for each named result. A
+# result with None is computed without an adapter.
 Weights = tuple[ReadRows, Mapping[str, NativeAdapter | None]]
 
 
@@ -41,7 +41,7 @@ Weights = tuple[ReadRows, Mapping[str, NativeAdapter | None]]
 def layerwise_logits(
     shape: ModelShape, models: Sequence[Weights], tokens: torch.Tensor, *, dtype: torch.dtype, progress: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Return fp32 logits (b, s, V) by the names in `models`, which have one shape. Layers compute in `dtype`."""
+    """Return {name in `models`: fp32 logits (b, s, V)}. All models have this shape, and layers compute in `dtype`."""
     layers = _Layers(shape, dtype, _CPU)
     size = max(_HEAD_ELEMENTS // shape.hidden_size, 1)
     logits: dict[str, list[torch.Tensor]] = {}
@@ -105,7 +105,7 @@ class _Layers:
     between: Callable[[], object] = lambda: None
 
     def hidden(self, models: Sequence[Weights], inputs: Sequence[Inputs], bar: Any) -> dict[str, list[torch.Tensor]]:
-        """Return the outputs (b, s, d) of the last block for each of `inputs` by the names in `models`, on the CPU."""
+        """Return {name in `models`: the outputs (b, s, d) of the last block for each of `inputs`}, on the CPU."""
         hidden: dict[str, list[torch.Tensor]] = {}
         for read, adapters in models:
             embedded = self._embedded(read, inputs)
@@ -147,7 +147,7 @@ class _Layers:
         return head
 
     def _embedded(self, read: ReadRows, inputs: Sequence[Inputs]) -> list[torch.Tensor]:
-        """Return the inputs of the first block, (b, s, d) each. Only the embedding rows of the tokens are loaded."""
+        """Return the embeddings (b, s, d) of each of `inputs`. Only the embedding rows of their tokens are loaded."""
         ids = torch.cat([tokens.flatten() for tokens, _ in inputs]).unique()
         with self.device:
             embedding: Any = layer_specs(self._with_vocabulary(len(ids)), dtype=self.dtype)[0].build()
@@ -172,7 +172,7 @@ class _Layers:
 
 
 def _fill(module: nn.Module, rules: Iterable[WeightRule], read: ReadRows) -> None:
-    """Read the weights of `rules` into the module some rows at a time, since a whole tensor in fp32 would be large."""
+    """Read the weights of `rules` into the module some rows at a time, since a full tensor in fp32 would be large."""
     targets = frozen_weights(module)
     for rule in rules:
         offset = 0

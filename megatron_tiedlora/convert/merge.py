@@ -3,9 +3,8 @@
 Every tensor is read, computed and written some rows at a time (`MergedWeights`), so a merge needs little memory. If the
 folder is quantised, W is replaced by the dequantised values D(W) that training used, and all tensors are computed.
 
-Only files inside the folder are copied. A folder from a stranger may have links to private files, and outputs are
-shared with others. Links in the hub's cache, from `models--X/snapshots/REVISION/` to `models--X/blobs/`, count as
-files inside the folder.
+Only files inside the folder are copied, because an untrusted folder may contain links to private files. Links in the
+hub's cache, from `models--X/snapshots/REVISION/` to `models--X/blobs/`, count as files inside the folder.
 """
 
 import os
@@ -30,13 +29,13 @@ from megatron_tiedlora.data.tokenizer import load_tokenizer, save_tokenizer
 from megatron_tiedlora.model.weights import quantised_rules, stored_shapes
 
 MERGED_ONTO = "merged_onto"  # in the record of a merge onto a dequantised base
-# Files that are copied from the base besides its weights; its other files are not part of the model.
+# Files that are copied from the base in addition to its weights. Its other files are not part of the model.
 _MODEL_FILES = ("config.json", "generation_config.json", "LICENSE*", "NOTICE*")
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "chat_template.json", "*.jinja"),
 )
-# The files from which transformers reads a tokenizer. They include chat templates, because it saves their texts again.
+# The files from which transformers reads a tokenizer, and the chat templates, whose texts it writes to the output.
 _TOKENIZER_SOURCES = (
     *("tokenizer*", "*.model", "vocab*", "merges*", "special_tokens_map.json", "added_tokens.json"),
     *("*.txt", "*.spm", "*.codes", "chat_template*", "*.jinja", "additional_chat_templates"),
@@ -60,17 +59,17 @@ def merge_adapter(
 ) -> None:
     """Write a merged Hugging Face checkpoint folder atomically.
 
-    File names, the index, and the bytes of tensors that the adapter does not change are copied from the base. With
-    `dtype` the values of all tensors are cast once.
+    File names, the index, and the bytes of tensors that the adapter does not change are copied from the base. If
+    `dtype` is given, the values of all tensors are cast once.
 
     Args:
-        dtype: dtype of the written weights (default: each as it is stored in the base).
+        dtype: dtype of the written weights (default: the stored dtype of each tensor).
         tokenizer: folder, hub id or SentencePiece file of the tokenizer to save instead of the base's own.
         base_differs: merge even if the adapter was trained on a different base. The record then names the differences.
         onto_trained: merge onto the dequantised base that training used, instead of the stored base.
         say: called with each note about the base.
         new: makes the output folder.
-        between: called many times a second; it may raise an exception to end the merge.
+        between: called many times per second; it may raise an exception to end the merge.
 
     Raises:
         UserError: the adapter was trained on a different base, or on one that is quantised to different values; the
@@ -93,20 +92,20 @@ def merge_adapter(
     if onto_trained and onto is None:
         raise UserError(
             f"--onto trained: the adapter was trained on its base in {adapter.base_identity.dtype}, not on a quantised"
-            " one; leave --onto out"
+            " base; remove --onto"
         )
     base = check_base(source, adapter, tokenizer=tokenizer, differs=base_differs, base_format=onto)
     if onto is not None and "weights" in base.record.get("base_differs", ()):
         raise UserError(
-            f"--onto trained: {source.name} has other weights than the base that training saw; give that one with"
-            " --model, or leave --onto out"
+            f"--onto trained: {source.name} has different weights from the base that training used; give that base with"
+            " --model, or remove --onto"
         )
     if onto is not None and (otherwise := trained_otherwise(source, adapter)):
         raise UserError(f"--onto trained: {otherwise}")
     if onto is not None and source.stored is None and adapter.base_identity.base_stored is None:
         say(
-            "--onto trained: the adapter does not record from which precision its base was quantised; weights in"
-            " another one have other values than training saw"
+            "--onto trained: the adapter does not record the precision from which its base was quantised; if it was not"
+            " the precision of this model, the values differ from those in training"
         )
     for note in base.notes:
         say(note)
@@ -142,7 +141,7 @@ def merge_adapter(
 
 @dataclass(frozen=True)
 class _MergedFiles:
-    """The files of a merged folder. Their values are read from `weights` while they are written.
+    """The files of a merged folder. Their values are read from `weights` when they are written.
 
     Attributes:
         dtype: the dtype of all floating-point tensors; None if each keeps its own.
@@ -157,23 +156,24 @@ class _MergedFiles:
     def of_file(self, file: Path) -> tensor_files.StreamedFile:
         """Return the merged version of a file of a base that is not quantised.
 
-        Its name and the order of its tensors stay the same. If the dtypes stay the same, so does the whole header.
+        The file keeps its name and, if no dtype is given, its header.
 
         Raises:
-            UserError: it is not a complete safetensors file, or has a tensor that belongs to a different file.
+            UserError: it is not a complete safetensors file, or contains an adapted tensor that the index finds in a
+                different file.
         """
         reader = self.weights.reader(file)  # checks that shapes and sizes agree and that the tensors lie side by side
         header = self.weights.header(file)
         for name in self.weights.changed & header.entries.keys():
-            if (other := self.weights.file_of[name]) != file:  # some programs would read this one
-                raise UserError(f"{file}: holds {name} too, beside {other.name}; remove one of them")
+            if (other := self.weights.file_of[name]) != file:  # some programs would read the tensor in `file`
+                raise UserError(f"{file}: holds {name}, which is also in {other.name}; remove one of them")
         found = {}
         for name, entry in header.entries.items():
             try:
                 found[name] = self._of_stored(file, name, reader.get_slice(name))
             except (RuntimeError, SafetensorError):
                 dtype = shown(entry["dtype"])
-                raise UserError(f"{file}: {name} is of dtype {dtype}, which cannot be read; remove it") from None
+                raise UserError(f"{file}: {name} has dtype {dtype}, which cannot be read; remove it") from None
         ordered = sorted(found, key=lambda name: header.entries[name]["data_offsets"])
         if self.dtype is None:
             with file.open("rb") as stream:
@@ -190,7 +190,7 @@ class _MergedFiles:
         return tensor_files.StreamedFile(file.name, head, [found[name] for name in ordered])
 
     def _of_stored(self, file: Path, name: str, stored: Any) -> tensor_files.StreamedTensor:
-        """Return a merged tensor of a file that is not quantised. Without a change or a cast it keeps its bytes."""
+        """Return the merged version of an unquantised tensor. Without a change or a cast it keeps its bytes."""
         shape, changed = tuple(stored.get_shape()), name in self.weights.changed
         kind = stored[:0].dtype if shape else stored[...].dtype
         cast = self.dtype if kind in tensor_files.TYPE_NAMES else None
@@ -202,7 +202,7 @@ class _MergedFiles:
         """Return every tensor of a merge onto a quantised folder.
 
         They are written to files with new names, because the folder's tensors have different sizes and names. Without
-        `dtype` each keeps its stored dtype, and tensors that were quantised get the embedding's dtype.
+        `dtype`, each tensor keeps its stored dtype, and tensors that were quantised get the embedding's dtype.
         """
         weights, quantised = self.weights, stored_shapes(quantised_rules(self.source.shape))
         embedding = weights.rules[0].hf_names[0]
@@ -222,14 +222,14 @@ class _MergedFiles:
             for rows in row_blocks(shape or (1,)):
                 self.between()
                 if file.stat().st_size < size:  # reading the lost part of a mapped file would end the process
-                    raise UserError(f"{file}: not a whole safetensors file (it became shorter meanwhile)")
+                    raise UserError(f"{file}: not a whole safetensors file (it became shorter); copy it again")
                 part: Any = rows if shape else ...  # a scalar has no rows
                 values = read(name, part).to(dtype)
                 if checked and not tensor_files.all_finite(values):
                     base = self.weights.read_base(name, part) if name in self.weights.changed else read(name, part)
-                    fits = f"merged, it does not fit {str(dtype).removeprefix('torch.')}; give --dtype bf16"
+                    fits = f"merged values are too large for {str(dtype).removeprefix('torch.')}; give --dtype bf16"
                     why = fits if tensor_files.all_finite(base) else "the base is broken"
-                    raise UserError(f"{source}: {name} holds numbers that are not finite ({why})")
+                    raise UserError(f"{source}: {name} has values that are not finite ({why})")
                 yield values
 
         return tensor_files.StreamedTensor(name, dtype, shape, blocks)
@@ -240,8 +240,8 @@ def reject_quantised(source: sources.ModelSource) -> None:
     if source.stored is not None:
         raise UserError(
             f"{source.name}: its weights are stored in {source.stored.in_words}, and no adapter can be merged into so"
-            " few bits: rounding would lose most of its update. Give the model that was quantised, with --model"
-            " ORIGINAL --base_differs, or --onto trained to write these weights in 16 bits"
+            " few bits, because rounding would lose most of its update. Give the original model with --model ORIGINAL"
+            " --base_differs, or give --onto trained to write these weights in 16 bits"
         )
 
 
@@ -252,7 +252,7 @@ def is_merge_of(folder: Path, adapter: native_adapter.NativeAdapter) -> bool:
 
 
 def merged_onto(folder: Path) -> str | None:
-    """Return the storage format of the base onto which a folder's adapter was merged; None for the stored base.
+    """Return the storage format of the base in a merge onto the trained base; None for any other folder.
 
     Raises:
         UserError: the folder's record has an unknown format.
@@ -278,8 +278,8 @@ def side_files(folder: Path, patterns: Iterable[str]) -> list[Path]:
         target = Path(os.path.realpath(path))
         if not any(target.is_relative_to(root) for root in inside):
             raise UserError(
-                f"{path}: leads to {target}, out of the model folder, and would be copied from there; replace it with"
-                " the file itself, or remove the link"
+                f"{path}: leads to {target}, outside the model folder; replace it with the file itself, or remove the"
+                " link"
             )
         if path.exists() and not path.is_file() and not path.is_dir():
             raise UserError(f"{path}: is a pipe, a socket or a device; replace it with a file, or remove it")
@@ -287,7 +287,7 @@ def side_files(folder: Path, patterns: Iterable[str]) -> list[Path]:
 
 
 def _restate_config(config_file: Path, dtype: torch.dtype | None, *, dequantised: bool) -> None:
-    """Write `dtype`, if it is given, to a config, and if `dequantised` remove the entry that says it is quantised."""
+    """Write `dtype`, if given, to a model's config. If `dequantised`, remove the config's quantisation entry."""
     values = read_json_object(config_file, kind="a model's config")
     if dequantised:
         values.pop("quantization_config", None)

@@ -1,8 +1,8 @@
-"""Converts a NeMo 1 model such as GPT-2B-001 from its `.nemo` to a Hugging Face folder, row by row.
+"""Converts a NeMo 1 model such as GPT-2B-001 from its `.nemo` file to a Hugging Face folder, some rows at a time.
 
-The architecture is Hugging Face's StableLM: LayerNorms with bias, part of each head rotated, SwiGLU, no other biases.
-Its tensors are views of the tensors of NeMo's ranks. This module defines NeMo's settings, names and orders of rows. A
-stage has T tensor-parallel ranks, and [..; ..] are rows below each other:
+The architecture is Hugging Face's StableLM. Its LayerNorms have a bias, its linears do not, RoPE rotates a part of each
+head, and the MLP is SwiGLU. This module knows NeMo's settings, tensor names and row orders. A layer has H heads on T
+tensor-parallel ranks, and [a; b] means that the rows of b follow the rows of a:
 
     query_key_value   rank t holds heads t H/T .. (t + 1) H/T, each as rows [q; k; v]
     dense_h_to_4h     rank t holds [gate_t; up_t], and gate = [gate_1; ..; gate_T]
@@ -58,7 +58,7 @@ def convert_nemo(
     Weights keep their dtype, but norms are fp32. Padding rows beyond the tokenizer's vocabulary are left out.
 
     Raises:
-        UserError: the archive is broken or malicious, its model is not computed as StableLM is, or the output exists.
+        UserError: the archive is broken or malicious, StableLM cannot compute its model, or the output exists.
     """
     output_folder.reject_existing(output, flag=f"--output {output}")
     archive, source = NemoArchive(nemo), f"{nemo}: {CONFIG_MEMBER}"
@@ -84,11 +84,11 @@ def convert_nemo(
 def _read_tokenizer(raw: bytes) -> tuple[int, dict[str, int | None], dict[str, Any]]:
     """Return a SentencePiece model's vocabulary size, its special ids, and the content of its `tokenizer_config.json`.
 
-    The special ids are fields of a model's config. With the `tokenizer_config.json` transformers returns equal ids.
+    The special ids are fields of a model's config. With the `tokenizer_config.json`, transformers returns equal ids.
 
     Raises:
-        ValueError: transformers returns different ids.
-        Exception: any error of the libraries.
+        ValueError: transformers returns different token ids.
+        Exception: any error that the libraries raise.
     """
     import sentencepiece
     from transformers import PreTrainedTokenizerFast
@@ -105,7 +105,7 @@ def _read_tokenizer(raw: bytes) -> tuple[int, dict[str, int | None], dict[str, A
         tokenizer = PreTrainedTokenizerFast.from_pretrained(scratch)
     for text in _PROBES:
         if tokenizer.encode(text, add_special_tokens=False) != processor.encode(text):
-            raise ValueError(f"transformers gives other ids for {shown(text)}")
+            raise ValueError(f"transformers returns different ids for {shown(text)}")
     ids = {f"{role}_token_id": roles.get(role) for role in ("bos", "eos", "pad")}
     return processor.get_piece_size(), ids, settings
 
@@ -143,23 +143,23 @@ def _check_members(archive: NemoArchive, model: NemoModel) -> None:
     }
     for name in archive.members:
         if name.startswith("model_weights/"):
-            raise UserError(f"{archive.path}: holds a distributed checkpoint (model_weights/), which is not converted")
+            raise UserError(f"{archive.path}: holds a distributed checkpoint (model_weights/), which is not supported")
         if name.endswith(WEIGHTS_MEMBER) and name not in wanted:
             size = f"tensor_model_parallel_size {model.tp_size} and pipeline_model_parallel_size {model.pp_size}"
             raise UserError(f"{archive.path}: holds {shown(name)}, which does not belong to {size}")
     for name in sorted(wanted - archive.members.keys()):
-        raise UserError(f"{archive.path}: {name} is missing")
+        raise UserError(f"{archive.path}: {name} is missing; download the file again")
 
 
 def _read_rank(archive: NemoArchive, model: NemoModel, folder: Path, pp_rank: int, tp_rank: int) -> Rank:
-    """Return the tensors of a rank by NeMo's names without the prefix, after a check of their shapes."""
+    """Return the tensors of a rank by their NeMo names without the prefix, after checking their shapes."""
     member = model.rank_member(pp_rank, tp_rank)
     found: Rank = {}
     for name, tensor in archive.tensors(member, folder).items():
         prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), None)
         if prefix is None:
             hint = " (Megatron-Core's name)" if name.startswith(("model.decoder.", "model.embedding.")) else ""
-            raise UserError(f"{archive.path}: {member} holds {shown(name)}{hint}, which is not converted")
+            raise UserError(f"{archive.path}: {member} holds {shown(name)}{hint}, which is not supported")
         found[name.removeprefix(prefix)] = tensor
     where = f"{archive.path}: {member}"
     _check_frequencies(found.pop(_FREQUENCIES, None), model, where)
@@ -192,10 +192,10 @@ def _check_frequencies(stored: torch.Tensor | None, model: NemoModel, where: str
     if stored is None:
         return
     half = model.rotary_dim // 2
-    # They have 16 bits with megatron_amp_O2. `half` comes from a stranger's settings, so the shape is checked first.
+    # They have 16 bits with megatron_amp_O2. `half` comes from untrusted settings, so the shape is checked first.
     fits = stored.shape == (half,)
     if not fits or not torch.allclose(stored.float(), ROPE_BASE ** (-torch.arange(half) / half), rtol=1e-2):
-        raise UserError(f"{where}: {_FREQUENCIES} is not that of base {ROPE_BASE:g} and {2 * half} rotated numbers")
+        raise UserError(f"{where}: {_FREQUENCIES} does not match base {ROPE_BASE:g} and {2 * half} rotated elements")
 
 
 def _tensors(stages: Sequence[Sequence[Rank]], model: NemoModel, vocab_size: int) -> Iterator[StreamedTensor]:
@@ -219,12 +219,12 @@ def _tensors(stages: Sequence[Sequence[Rank]], model: NemoModel, vocab_size: int
 
 
 def _finite(tensor: StreamedTensor, source: str) -> StreamedTensor:
-    """Return the tensor with a check that raises UserError for a value that is not finite."""
+    """Return the tensor with an added check, which raises UserError for a value that is not finite."""
 
     def blocks() -> Iterator[torch.Tensor]:
         for block in tensor.blocks():
             if not all_finite(block):
-                raise UserError(f"{source}: {tensor.name} holds numbers that are not finite; the file is broken")
+                raise UserError(f"{source}: {tensor.name} has values that are not finite; the file is broken")
             yield block
 
     return replace(tensor, blocks=blocks)
@@ -246,7 +246,7 @@ def _first_rows(parts: Iterable[torch.Tensor], count: int) -> list[torch.Tensor]
 
 
 def _rows(name: str, parts: Sequence[torch.Tensor]) -> StreamedTensor:
-    """Return `parts` concatenated along the rows."""
+    """Return a tensor called `name` that concatenates `parts` along the rows."""
     shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
     return StreamedTensor(
         name, parts[0].dtype, shape, lambda: (block for part in parts for block in part.split(_BLOCK_ROWS))
@@ -254,7 +254,7 @@ def _rows(name: str, parts: Sequence[torch.Tensor]) -> StreamedTensor:
 
 
 def _columns(name: str, parts: Sequence[torch.Tensor]) -> StreamedTensor:
-    """Return `parts` concatenated along the columns."""
+    """Return a tensor called `name` that concatenates `parts` along the columns."""
     shape = (len(parts[0]), sum(part.shape[1] for part in parts))
     rows = list(zip(*(part.split(_BLOCK_ROWS) for part in parts), strict=True))  # views
     return StreamedTensor(name, parts[0].dtype, shape, lambda: (torch.cat(row, dim=1) for row in rows))
@@ -267,7 +267,7 @@ CONFIG_MEMBER, WEIGHTS_MEMBER = "model_config.yaml", "model_weights.ckpt"
 ROPE_BASE = 10_000.0  # a constant in NeMo's code; later versions also have a setting for it
 _SISTER = re.compile(r"\$\{\.(\w+)\}")
 _SMALL = re.compile(r"\d+e-\d+")  # such as 1e-5, which YAML reads as text
-_CONVERTERS = "NeMo's own scripts/checkpoint_converters convert those"
+_CONVERTERS = "convert it with NeMo's own scripts/checkpoint_converters"
 _Size = Annotated[int, Field(strict=True, ge=1, le=2**28)]
 _LayerCount = Annotated[int, Field(strict=True, ge=1, le=4096)]
 _Ranks = Annotated[int, Field(strict=True, ge=1, le=256)]
@@ -340,12 +340,12 @@ class NemoModel(BaseModel):
 
     @property
     def head_dim(self) -> int:
-        """The number of elements of a head."""
+        """Return the number of elements in a head."""
         return self.hidden_size // self.num_heads
 
     @property
     def rotary_dim(self) -> int:
-        """The number of elements of a head that are rotated."""
+        """Return the number of elements in a head that RoPE rotates."""
         return int(self.head_dim * self.rotary_share)
 
     def rank_member(self, pp_rank: int, tp_rank: int) -> str:
@@ -380,7 +380,7 @@ class NemoModel(BaseModel):
 
 
 def nemo_model(values: Mapping[str, Any], *, source: str) -> NemoModel:
-    """Return the checked model settings of `values`.
+    """Return the model settings in `values`, after checking them.
 
     Raises:
         UserError: a setting is missing, not supported, or changes the computation. The message names it and `source`.
@@ -410,12 +410,12 @@ def nemo_model(values: Mapping[str, Any], *, source: str) -> NemoModel:
             raise UserError(f"{source}: {name} = {shown(settings.get(name, 1.0))} cannot be converted: {why}")
     for name, wanted in (("num_query_groups", model.num_heads), ("kv_channels", model.head_dim)):
         if (found := getattr(model, name)) not in (None, wanted):
-            raise UserError(f"{source}: {name} = {shown(found)} cannot be converted: only {wanted} is")
+            raise UserError(f"{source}: {name} = {shown(found)} cannot be converted: only {wanted} is supported")
     return model
 
 
 def _resolved(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings with `${.name}` replaced by that setting, and numbers that YAML reads as text converted."""
+    """Return the settings with each `${.name}` replaced by that setting's value, and texts such as 1e-5 by numbers."""
     found = {}
     for name, value in values.items():
         sister = _SISTER.fullmatch(value) if isinstance(value, str) else None

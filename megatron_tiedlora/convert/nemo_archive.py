@@ -1,8 +1,8 @@
-"""Reads the files and tensors in a NeMo 1 `.nemo` archive. Nothing in it is executed.
+"""Reads the files and tensors in a NeMo 1 `.nemo` archive. No code in the archive is executed.
 
 A `.nemo` file is a tar of settings, a tokenizer and one `.ckpt` file for each rank. A `.ckpt` file is a zip that
-`torch.save` wrote: a pickle that describes a state dict, and the uncompressed values. A copy of it is checked, and then
-`torch.load` maps its tensors with `weights_only`.
+`torch.save` wrote. It contains a pickle that describes a state dict, and the uncompressed values. A copy of it is
+checked, and then `torch.load` maps its tensors with `weights_only`.
 """
 
 import io
@@ -19,7 +19,7 @@ import torch
 
 from megatron_tiedlora.base.messages import UserError, first_line, shown
 
-# Most bytes of a pickle and of the list of an archive's files. A model of 96 layers needs a fifth of them.
+# Maximum bytes of a pickle, and of the list of an archive's files. A model of 96 layers needs a fifth of these.
 _LARGEST_PICKLE, _LARGEST_LIST = 2**20, 2**22
 _MOST_PAX_FIELDS = 64
 _MOST_TUPLES = 20_000  # in a pickle; a model of 96 layers has 4,000. This many nested ones can be hashed
@@ -27,15 +27,15 @@ _PIECE = 2**24  # bytes that are copied at a time
 
 
 class NemoArchive:
-    """A `.nemo` file.
+    """The files in a `.nemo` archive.
 
     Attributes:
-        path: the path of the file, which messages name.
+        path: the path of the archive, which error messages name.
         members: the files in the archive by their names without a leading `./`.
     """
 
     def __init__(self, path: Path) -> None:
-        """Read the list of files. Raises UserError if the file is not a complete tar of regular files."""
+        """Read the list of files. Raise UserError if the archive is not a complete tar of regular files."""
         self.path = path
         with readable(path, "cannot be read as a .nemo archive"):
             with path.open("rb") as stream:
@@ -44,9 +44,9 @@ class NemoArchive:
             self.members = {str(PurePosixPath(member.name)): member for member in _tar_members(path)}
 
     def read(self, member: str, *, largest: int) -> bytes:
-        """Return a file's content. Raises UserError if the file is missing or has more than `largest` bytes."""
+        """Return a file's content. Raise UserError if the file is missing or has more than `largest` bytes."""
         if member not in self.members:
-            raise UserError(f"{self.path}: holds no {member}")
+            raise UserError(f"{self.path}: holds no {member}; give a complete NeMo 1 model")
         if self.members[member].size > largest:
             raise UserError(f"{self.path}: {member} is larger than {largest:,} bytes")
         return b"".join(self._content(member))
@@ -78,15 +78,15 @@ class NemoArchive:
                     if type(error).__name__ != "UnpicklingError":
                         raise
                     # PyTorch's message explains how to load the file without the check, so it is not shown.
-                    raise ValueError("its pickle is not that of a state dict") from None
+                    raise ValueError("its pickle is not a state dict") from None
                 return _checked_tensors(found, sizes)
 
 
 def _check_ckpt(file: str) -> list[int]:
-    """Check the files and the pickle in a `.ckpt`. Returns the sizes of its files of values in their order.
+    """Check the files and the pickle in a `.ckpt` file. Return the sizes of the files with tensor values, in order.
 
     Raises:
-        ValueError, or zipfile's own errors: `torch.save` does not write a state dict like this.
+        ValueError, or zipfile's own errors: the file is not a state dict as `torch.save` writes it.
     """
     archive = zipfile.ZipFile(_Bounded(file))
     files = {entry.filename: entry for entry in archive.infolist()}
@@ -100,7 +100,7 @@ def _check_ckpt(file: str) -> list[int]:
     def content(name: str) -> bytes:
         size = files[f"{folder}/{name}"].file_size
         if size > _LARGEST_PICKLE:
-            raise ValueError(f"{size:,} bytes where at most {_LARGEST_PICKLE:,} belong")
+            raise ValueError(f"{name} has {size:,} bytes, but at most {_LARGEST_PICKLE:,} are allowed")
         return archive.read(f"{folder}/{name}")
 
     if f"{folder}/byteorder" in files and content("byteorder") != b"little":
@@ -112,13 +112,13 @@ def _check_ckpt(file: str) -> list[int]:
 
 @contextmanager
 def readable(path: Path, what: str) -> Iterator[None]:
-    """Convert an error about broken content to a UserError of one line with the file, `what`, and the reason."""
+    """Convert an error about broken content to a one-line UserError with the file, the text `what` and the reason."""
     try:
         yield
     except UserError:
         raise
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check the file") from None
     except BaseException as error:  # broken content raises anything from KeyError to a Rust panic
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
@@ -129,15 +129,15 @@ def readable(path: Path, what: str) -> Iterator[None]:
 
 
 class _Bounded(io.FileIO):
-    """A file from which tarfile and zipfile read lists of members.
+    """A file from which tarfile and zipfile read the list of archived files.
 
-    A malicious list may claim any size, so the total number of bytes that are read is limited.
+    A malicious list may claim any size, so the total number of bytes that can be read is limited.
     """
 
     left = _LARGEST_LIST
 
     def read(self, size: int | None = -1) -> bytes:
-        """Return `size` bytes, or the rest of the file. Raises ValueError beyond the limit."""
+        """Return `size` bytes, or the rest of the file. Raise ValueError beyond the limit."""
         most = self.left + 1
         found = super().read(most if size is None or size < 0 else min(size, most)) or b""
         self.left -= len(found)
@@ -147,15 +147,15 @@ class _Bounded(io.FileIO):
 
 
 def _tar_members(file: Path) -> Iterator[tarfile.TarInfo]:
-    """Yield the files in a tar. Raises ValueError or tarfile's errors, for example if the file is truncated."""
+    """Yield the files in a tar. Raise ValueError or tarfile's errors, for example if the tar is truncated."""
     seen: set[str] = set()
     with _Bounded(file) as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
         for member in tar:
             path = PurePosixPath(member.name)
-            if len(member.pax_headers) > _MOST_PAX_FIELDS:  # each member would have a copy of the global ones
+            if len(member.pax_headers) > _MOST_PAX_FIELDS:  # each member has its own copy of the global fields
                 raise ValueError(f"{shown(member.name)} has {len(member.pax_headers):,} extended fields")
             if path.is_absolute() or ".." in path.parts:
-                raise ValueError(f"the name {shown(member.name)} leads out of it")
+                raise ValueError(f"the name {shown(member.name)} leads out of the archive")
             if member.isdir():
                 continue
             if not member.isreg() or member.issparse():
@@ -173,7 +173,7 @@ _NAMES = {
     *("torch FloatStorage", "torch HalfStorage", "torch BFloat16Storage"),
 }
 _TUPLES = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"}
-_SHARED = {"GLOBAL", "BINUNICODE", "EMPTY_DICT", "REDUCE"}  # a pickle may use their results more than once
+_SHARED = {"GLOBAL", "BINUNICODE", "EMPTY_DICT", "REDUCE"}  # operations whose results may be used more than once
 _KEPT, _FETCHED = {"BINPUT", "LONG_BINPUT"}, {"BINGET", "LONG_BINGET"}
 _OPERATIONS = {
     *("PROTO", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1"),
@@ -186,8 +186,8 @@ _OPERATIONS = {
 def _check_pickle(pickled: bytes) -> None:
     """Raise ValueError if a pickle has an operation or a name that a state dict does not need.
 
-    `torch.load` accepts more of both. It also hashes the keys of dicts. The hash of a tuple needs stack for each level
-    and time for each element. So the number of tuples is limited, and no tuple may be used twice.
+    `torch.load` accepts more operations and names. It also hashes the keys of dicts, and hashing a tuple needs stack
+    for each level and time for each element. So the number of tuples is limited, and no tuple may be used twice.
     """
     before, num_tuples, tuples = "", 0, set()
     operations: Iterable[tuple[Any, Any, Any]] = pickletools.genops(pickled)
@@ -210,16 +210,16 @@ def _check_pickle(pickled: bytes) -> None:
 
 
 def _checked_tensors(table: Any, sizes: list[int]) -> dict[str, torch.Tensor]:
-    """Return the tensors of a loaded state dict after a check of their sizes.
+    """Return the tensors of a loaded state dict, after checking their sizes.
 
-    `torch.load` does not compare the size of a mapped file of values with the size in the pickle. `sizes` are the
-    sizes of these files in their order.
+    `torch.load` does not compare the size of a mapped file with the size in the pickle. `sizes` are the sizes of the
+    files with tensor values, in order.
 
     Raises:
-        ValueError: `table` is not a dict of row-major tensors, or a tensor is larger than its file of values.
+        ValueError: `table` is not a dict of row-major tensors, or a tensor's size differs from its file's size.
     """
     if not isinstance(table, dict):
-        raise ValueError("its pickle is not a table")
+        raise ValueError("its pickle is not a dict")
     storages: dict[int, int] = {}
     for name, tensor in table.items():
         if type(name) is not str:
@@ -232,5 +232,5 @@ def _checked_tensors(table: Any, sizes: list[int]) -> dict[str, torch.Tensor]:
         if storage.nbytes():
             storages[storage.data_ptr()] = storage.nbytes()
     if [storages[place] for place in sorted(storages)] != sizes:
-        raise ValueError("the values of a tensor are missing, or too few")
+        raise ValueError("some values of a tensor are missing")
     return dict(table)

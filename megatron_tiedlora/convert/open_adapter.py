@@ -38,13 +38,13 @@ _BASE_NAME = "base_model_name_or_path"  # in PEFT's config
 
 @dataclass(frozen=True)
 class OpenedAdapter:
-    """An adapter, and the model that it is used with. `check_base` checks whether the model is its base.
+    """An adapter, and the model that it is used with. `check_base` checks whether this model is the adapter's base.
 
     Attributes:
         source: the model.
         kind: the kind of the adapter's folder.
         state: the full tensors in fp32.
-        native: the native adapter, or the native adapter inside an export if both are equal; None for any other PEFT
+        native: the native adapter in the folder, or inside an export that is equal to it; None for any other PEFT
             adapter.
         exported_for: the base for which a PEFT folder was exported; None if its files do not record one.
         apart: the reason why further training differs from PEFT's; None if it does not differ. PEFT's separate A
@@ -65,13 +65,13 @@ class OpenedAdapter:
 
     @property
     def trained_on(self) -> BaseIdentity | None:
-        """The base that the adapter's files record; None if they record none."""
+        """Return the base that the adapter's files record; None if they record no base."""
         return self.exported_for if self.native is None else self.native.base_identity
 
     @cached_property
     def adapter(self) -> native_adapter.NativeAdapter:
-        """The native adapter. Its base is the one for which it was exported, or else the one that it records. If the
-        files record no base, the model is read and becomes the base."""
+        """Return the native adapter. Its base is the base for which it was exported, or else the base that it records.
+        If no base is recorded, the model is read and becomes the base."""
         if self.native is None:
             base = self.exported_for or identify_model(self.source, "fp32", self.tokenizer)
             return native_adapter.NativeAdapter(self.config, base, self.state)
@@ -88,14 +88,14 @@ def open_adapter(
     longest: int = 0,
     differs: bool = False,
 ) -> OpenedAdapter:
-    """Return the adapter in the folder `given`, and its base: `model`, or else the one that the adapter names.
+    """Return the adapter in the folder `given` with its base, which is `model` or else the model that it names.
 
     Args:
         given: value of `flag`.
         model: value of --model, or the model that was found for it.
         kind: the kind of adapter that the folder must hold; None if both are allowed.
         tokenizer: the tokenizer in use, if it is not the base's own.
-        longest: value of --max_length, which is checked before weights are read; 0 if it is not given.
+        longest: value of --max_length, which is checked before weights are read; 0 without a value.
         differs: value of --base_differs.
 
     Raises:
@@ -125,9 +125,9 @@ def import_peft(
     say: Callable[[str], object] = str,
     new: Callable[[Path], AbstractContextManager[Path]] = new_output,
 ) -> OpenedAdapter:
-    """Write the PEFT adapter in `folder` as a native adapter folder of `model` atomically, and return it.
+    """Write the PEFT adapter in `folder` as a native adapter folder for `model` atomically, and return the adapter.
 
-    If the folder contains an equal native adapter, that one is copied byte for byte.
+    If the folder contains an equal native adapter, the native files are copied byte for byte.
 
     Args:
         model: as for `open_adapter`.
@@ -146,7 +146,7 @@ def import_peft(
         replace(opened.adapter, base_identity=replace(trained, base_stored=None)),  # an import quantises nothing
         uses_tokenizer=False,
         differs=base_differs,
-        base_format=trained.base_format,  # an import uses the base in no format
+        base_format=trained.base_format,  # no difference is reported, because an import does not run the base
         flag=f"--peft {folder}",
     )
     for note in (*opened.notes, *base.notes, *([] if opened.apart is None else [opened.apart])):
@@ -164,11 +164,11 @@ def import_peft(
 def _peft_base(folder: Path, model: ModelSource | str | None, *, differs: bool) -> tuple[ModelSource, tuple[str, ...]]:
     """Return the base of a PEFT adapter, and a note if its files name a different model.
 
-    The base is `model`, or else the one that the files name. Folders of other programs record only the base's name.
+    The base is `model`, or else the model that the files name. Other programs record only the base's name.
 
     Raises:
-        UserError: no base is given or named; or an adapter is already merged into the base, the files do not name that
-            base, and `differs` (--base_differs) is False.
+        UserError: no base is given or named; or an adapter is already merged into the base, although the files do not
+            name this base and `differs` (--base_differs) is False.
     """
     record, in_config = read_json_or_none(folder / inputs.EXPORT_RECORD) or {}, read_peft_config(folder).get(_BASE_NAME)
     path, named = record.get(inputs.BASE_PATH), in_config if isinstance(in_config, str) else ""
@@ -181,14 +181,14 @@ def _peft_base(folder: Path, model: ModelSource | str | None, *, differs: bool) 
     with suppress(UserError):  # the name cannot be a path, or the model has no folder
         same = user_path(named).resolve() == source.weights_folder().resolve()
     if inputs.is_merged(source) and not same and not differs:
-        raise UserError(f"{source.name}: an adapter is merged into it already; give the plain base with --model")
+        raise UserError(f"{source.name}: an adapter is already merged into it; give the plain base with --model")
     if (folder / inputs.EXPORT_RECORD).is_file() or not named or named == source.name or same:
         return source, ()
     return source, (f"{folder} names the base {named}; PEFT files do not record whether {source.name} is the same",)
 
 
 def read_peft_config(folder: Path) -> dict[str, Any]:
-    """Return the fields of a PEFT adapter's config. Raises UserError if the folder holds no PEFT adapter."""
+    """Return the fields of a PEFT adapter's config. Raise UserError if the folder contains no PEFT adapter."""
     file = folder / native_adapter.CONFIG_FILE
     content = read_json_object(file, kind="a PEFT adapter folder")
     if not inputs.is_peft(content):
@@ -200,8 +200,8 @@ def read_peft_config(folder: Path) -> dict[str, Any]:
 def read_peft(folder: Path, source: ModelSource, *, tied: bool = True) -> OpenedAdapter:
     """Read a PEFT LoRA or VeRA adapter for `source`. Only the shapes of `source` are used, and no base is searched for.
 
-    PEFT's files decide. If the folder also contains a native adapter whose export equals them bit for bit, the native
-    adapter is returned. It has the tie, and it is not rounded to 16 bits as PEFT's tensors may be.
+    PEFT's files take precedence. If the folder also contains a native adapter whose export equals them bit for bit, the
+    native adapter is returned. It has the tie, and it is not rounded to 16 bits as PEFT's tensors may be.
 
     Args:
         tied: False to use PEFT's tensors in any case.
@@ -234,12 +234,12 @@ def read_peft(folder: Path, source: ModelSource, *, tied: bool = True) -> Opened
 def _travelled(
     folder: Path, lora: Lora, source: ModelSource
 ) -> tuple[native_adapter.NativeAdapter | None, tuple[str, ...]]:
-    """Return the native adapter in a PEFT folder if its export equals the folder's tensors bit for bit; and notes."""
+    """Return the native adapter in a PEFT folder, if its export equals the PEFT tensors bit for bit, and notes."""
     inside = folder / inputs.NATIVE_FOLDER
     because, name = f"{folder}: only its PEFT files are used, since", f"{inputs.NATIVE_FOLDER}/"
     if not os.path.lexists(inside):
         is_export = (folder / inputs.EXPORT_RECORD).is_file()
-        return None, (f"{because} {name}, what was exported, is missing",) if is_export else ()
+        return None, (f"{because} {name}, the exported adapter, is missing",) if is_export else ()
     try:
         for path in (inside, inside / native_adapter.CONFIG_FILE, inside / native_adapter.WEIGHTS_FILE):
             if path.is_symlink():
@@ -249,11 +249,11 @@ def _travelled(
         return None, (f"{because} {name} is broken: {error}",)
     if not _unlike_export(lora, source, native, stored_dtype(folder)):
         return native, ()
-    return None, (f"{because} they are not what the adapter in {name} gives; they were changed after the export",)
+    return None, (f"{because} they differ from the adapter in {name}; they were changed after the export",)
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """Return the dtype of the tensors in a PEFT folder, or fp32 if they have different ones."""
+    """Return the dtype of the tensors in a PEFT folder, or fp32 if their dtypes differ."""
     names = {entry["dtype"] for entry in read_header(folder / native_adapter.WEIGHTS_FILE).entries.values()}
     return FLOAT_TYPES.get(names.pop(), torch.float32) if len(names) == 1 else torch.float32
 
@@ -266,7 +266,7 @@ def _unlike_export(
     fits = config.targets == targets_of(source.shape, [target.name for target in config.targets])
     rank, scales = max(len(pair.a) for pair in lora.values()), {pair.scale for pair in lora.values()}
     if not fits or config.layers[-1] > source.shape.num_layers or config.rank > rank or scales != {1.0}:
-        return ("its targets, layers, rank or scale cannot be the adapter's",)
+        return ("its targets, layers, rank or scale differ from the adapter's",)
     found: dict[str, torch.Tensor] = {}
     for (layer, module), pair in lora.items():
         name = f"base_model.model.{block.source.format(index=layer - 1)}.{module}"
@@ -284,7 +284,7 @@ def _unlike_export(
 def compare_export(folder: Path, source: ModelSource, adapter: native_adapter.NativeAdapter) -> tuple[str, ...] | None:
     """Return a sentence for each difference between the PEFT files in `folder` and the export of `adapter`, bit by bit.
 
-    Returns None if this package did not export the files.
+    The result is None if this package did not export the files.
 
     Raises:
         UserError: the folder is not a PEFT LoRA of `source`.
@@ -300,7 +300,7 @@ def exported_base(folder: Path, like: BaseIdentity) -> BaseIdentity | None:
     """Return the base for which the PEFT adapter in `folder` was exported; None if this package did not export it.
 
     Args:
-        like: a base with the same shape, whose shape and dtype are used.
+        like: a base with the same shape. The result has its shape and dtype.
 
     Raises:
         UserError: the record cannot be read, or its storage format or precision is unknown.

@@ -4,26 +4,26 @@ PEFT's LoRA adds s_p B_p A_p to module p, with s_p = alpha_p / r_p, or alpha_p /
 `rank_pattern` and `alpha_pattern` set a different r or alpha for some modules. The native scale is the largest s_p. If
 s_p is smaller, B is multiplied by s_p / scale in fp64 and rounded to fp32 once. This is exact for a power of two.
 
-Some modules of a layer are fused in one linear here. If they all have the same A, the native adapter has that A and the
-stacked rows of B. Otherwise it stacks the A_p, B is block-diagonal, and the rank is the sum. The native rank is the
-largest rank of any linear and layer; the rest is padded with zeros. Modules and layers without an adapter get zero
-rows of B.
+Some of PEFT's modules are fused into one linear in this package. If they all have the same A, the native adapter has
+this A and the stacked rows of B. Otherwise it stacks the A_p, B is block-diagonal, and the rank is the sum of the
+ranks. The native rank is the largest rank of any linear and layer, and smaller ranks are padded with zeros. Modules and
+layers without an adapter get zero rows of B.
 
 Padding has zero rows of A and zero columns of B, so it has no gradient and stays zero in training. But training changes
-a zero row of B next to a non-zero A, and the zero blocks of a block-diagonal B. If B was made smaller, a step of AdamW
-is relatively larger. `Native.apart` says whether one of these is the case.
+zero rows of B that belong to a non-zero A, and the zero blocks of a block-diagonal B. If B was scaled down, a step of
+AdamW is relatively larger. `Native.apart` describes which of these cases applies.
 
 PEFT's VeRA adds diag(v_p) B[:out_p] diag(u_p) A[:, :in_p] to module p. Its vectors lambda_b and lambda_d are v and u,
-and all modules share A and B. If each adapted linear is one module here, it becomes the native `vera` without a
-computation. If modules are fused, it becomes a native `lora` of the same rank. The A of this lora is A[:, :in_p], and
-its B has the rows diag(v_p) B[:out_p] diag(u_p) of each module, rounded to fp32 once. It also becomes a `lora` if a
-linear is adapted only in some of the layers, since a `vera` would train all of them.
+and all modules share A and B. If each adapted linear is one module, the VeRA becomes a native `vera` with the same
+values. If modules are fused, it becomes a native `lora` of the same rank. The A of this lora is A[:, :in_p], and its B
+has the rows diag(v_p) B[:out_p] diag(u_p) of each module, rounded to fp32 once. It also becomes a `lora` if a linear is
+adapted only in some of the layers, since a `vera` would train all of them.
 
 PEFT's rules decide which modules a config adapts. `target_modules` and `exclude_modules` are a list of names or name
-endings, or a pattern for whole names. The patterns of `rank_pattern` and `alpha_pattern` match whole names or their
-endings after a dot. PEFT matches a pattern with `re`, which can take exponential time. Here pydantic's engine matches
-it, which never backtracks. Only pieces with the same meaning in both engines are accepted, and no piece repeats a
-group. For one-line ASCII names the result is the same as with `re`.
+endings, or a pattern for full names. The patterns of `rank_pattern` and `alpha_pattern` match full names or their
+endings after a dot. PEFT matches patterns with `re`, which can take exponential time. This module uses pydantic's regex
+engine, which never backtracks. It accepts only syntax with the same meaning in both engines, and no repeated groups.
+For one-line ASCII names the result is the same as with `re`.
 """
 
 import math
@@ -58,7 +58,7 @@ _HARMLESS = {
 }
 _LONGEST_PATTERN = 1000
 _DEEPEST = 50  # the deepest nesting of groups in a pattern
-_LONGEST_PATTERNS = 50_000  # all patterns of a field together; 126 layers of 7 whole names have 30,000
+_LONGEST_PATTERNS = 50_000  # characters of all patterns of a field; full names of 126 layers x 7 modules have 30,000
 _PIECE = re.compile(r"[A-Za-z0-9_|)^$]|\(\?:|\(|\\\.|(?:\.|\[0-9\])[*+]?")
 _ACCEPTED = (
     rf"letters, digits, _, \., ., .*, .+, \d+, [0-9]+, |, ^, $ and groups without repetition, {_DEEPEST}"
@@ -70,19 +70,19 @@ class Module(NamedTuple):
     """A stored module that a config adapts.
 
     Attributes:
-        layer: 1-based.
-        name: its name below the layer ("self_attn.q_proj").
+        layer: the 1-based index of its layer.
+        name: its name inside the layer, such as "self_attn.q_proj".
     """
 
     layer: int
     name: str
 
 
-Shapes = Mapping[str, Callable[[Module], tuple[int, ...]]]  # shapes of a module's tensors by their names below it
+Shapes = Mapping[str, Callable[[Module], tuple[int, ...]]]  # shapes of a module's tensors, by their names inside it
 
 
 def modules_of(block: BlockShape) -> dict[str, tuple[int, int]]:
-    """Return (in, out) of the stored modules that form adaptable linears, by their names below the block."""
+    """Return the sizes (in, out) of the stored modules of adaptable linears, by their names inside a block."""
     return {
         stored.module: (linear.in_size, stored.of or size)
         for linear in block.adaptable.values()
@@ -103,17 +103,17 @@ def adapted_linears(adapted: Collection[Module], source: ModelSource) -> dict[st
 def reject_other_fields(file: Path, content: Mapping[str, Any], *, kind: str, harmless: Collection[str]) -> None:
     """Raise UserError if biases are trained, or if an unknown field is set.
 
-    An unknown field changes the computation, or may change it in a future version of PEFT.
-    """
+    An unknown field changes the computation, or may change it in a future version of PEFT."""
     if content.get("bias") not in (None, "none"):
         raise UserError(f"{file}: bias = {shown(content['bias'])} trains biases; only 'none' is supported")
     for name, value in content.items():
         if name not in _HARMLESS and name not in harmless and value:
-            raise UserError(f"{file}: {as_given(name)} = {shown(value)} is not a plain {kind}; only that is supported")
+            why = f"is not a plain {kind}; only a plain {kind} is supported"
+            raise UserError(f"{file}: {as_given(name)} = {shown(value)} {why}")
 
 
 def read_rank(rank: Any, what: str) -> int:
-    """Return `rank`, which messages call `what`. Raises UserError if it is not a valid rank."""
+    """Return `rank`, which error messages call `what`. Raise UserError if it is not a valid rank."""
     if type(rank) is not int or not 1 <= rank <= _LARGEST_RANK:
         raise UserError(f"{what} = {shown(rank)} is not an integer from 1 to {_LARGEST_RANK:,}")
     return rank
@@ -128,8 +128,8 @@ def read_by_pattern(
 ) -> tuple[dict[Module, T], tuple[str, ...]]:
     """Return the value that PEFT uses for each chosen module, and a note about unused patterns.
 
-    It is the value of the first pattern in the file that matches the module's name or an ending of it. (PEFT sorts the
-    patterns when it saves them.)
+    The value is set by the first pattern in the file that matches the module's name or an ending of it, or else by the
+    default. (PEFT sorts the patterns when it saves them.)
 
     Args:
         fields: the names of the default value's field and of the field {pattern: value}.
@@ -141,18 +141,18 @@ def read_by_pattern(
     default, what = read(content.get(fields[0]), f"{file}: {fields[0]}"), f"{file}: {fields[1]}"
     patterns = {} if content.get(fields[1]) is None else content[fields[1]]
     if not isinstance(patterns, dict):
-        raise UserError(f"{what} = {shown(patterns)} is not an object {{pattern: value}}; leave it out if it is empty")
+        raise UserError(f"{what} = {shown(patterns)} is not an object {{pattern: value}}; remove it if it is empty")
     find = pattern_finder(patterns, what=what)
     values = {pattern: read(value, f"{what}: {shown(pattern)}") for pattern, value in patterns.items()}
     found = {module: find(name) for name, module in chosen.items()}
     used = set(found.values())
     unused = [pattern for pattern in values if pattern not in used]
-    notes = (f"{what}: {shown(unused)} decides for no adapted module",) if unused else ()
+    notes = (f"{what}: {shown(unused)} applies to no adapted module",) if unused else ()
     return {module: default if key is None else values[key] for module, key in found.items()}, notes
 
 
 def chosen_modules(file: Path, content: Mapping[str, Any], source: ModelSource) -> dict[str, Module]:
-    """Return the modules that the config adapts by PEFT's rules, by their full names.
+    """Return the modules that a config adapts according to PEFT's rules, by their full names.
 
     Raises:
         UserError: the config names unsupported modules or layers that `source` does not have, or adapts no module.
@@ -205,8 +205,8 @@ def read_factors(
     """Return the fp32 tensors of each chosen module, and the shared ones, in the order of `of_module` and `shared`.
 
     Args:
-        of_module: functions that return the shape of a module's tensor, by the tensor's name below the module.
-        kind: the kind of adapter in messages.
+        of_module: functions that return the shape of a module's tensor, by the tensor's name inside the module.
+        kind: the kind of adapter for error messages.
         shared: shapes of the tensors that all modules share, by name.
 
     Raises:
@@ -257,14 +257,14 @@ def _why_not_read(key: str, factors: Collection[str], source: ModelSource, *, ki
 
 
 def name_matcher(modules: Any, *, what: str) -> Callable[[str], bool]:
-    """Return a function that tells whether a module's dotted name matches `modules`, by PEFT's rules.
+    """Return a function that returns whether a module's dotted name matches `modules`, by PEFT's rules.
 
     Args:
-        modules: a pattern for the whole name, or a list of names or their endings after a dot.
+        modules: a pattern for the full name, or a list of names or their endings after a dot.
         what: the file and the field, for messages.
 
     Raises:
-        UserError: the pattern has unsupported pieces or is too long, or `modules` is not a list of strings.
+        UserError: the pattern has unsupported syntax or is too long, or `modules` is not a list of strings.
     """
     if isinstance(modules, str):
         return _matcher(modules, what, "Write a list of names", start="^")
@@ -286,7 +286,7 @@ def pattern_finder(patterns: Collection[str], *, what: str) -> Callable[[str], s
         what: the file and the field, for messages.
 
     Raises:
-        UserError: a pattern has unsupported pieces, or the patterns are too long.
+        UserError: a pattern has unsupported syntax, or the patterns are too long.
     """
     if (length := sum(map(len, patterns))) > _LONGEST_PATTERNS:
         too_long = f"its patterns have {length:,} characters; at most {_LONGEST_PATTERNS:,} are read"
@@ -296,20 +296,20 @@ def pattern_finder(patterns: Collection[str], *, what: str) -> Callable[[str], s
 
 
 def _matcher(pattern: str, what: str, instead: str, *, start: str) -> Callable[[str], bool]:
-    """Return a function that tells whether the whole name matches `start` followed by the pattern.
+    """Return a function that returns whether a full name matches `start` followed by the pattern.
 
-    If the pattern is rejected, the message ends with `instead`, which says what to write.
+    If the pattern is rejected, the error message ends with `instead`, which says what to write.
     """
     plain = pattern.replace(r"\d", "[0-9]") if len(pattern) <= _LONGEST_PATTERN else ""
     pieces = _PIECE.findall(plain)
     depths = list(accumulate(piece.startswith("(") - (piece == ")") for piece in pieces))
     if not pieces or "".join(pieces) != plain or min(depths) < 0 or depths[-1] or max(depths) > _DEEPEST:
-        raise UserError(f"{what}: the pattern {shown(pattern)} is not read; {_ACCEPTED} are. {instead}")
+        raise UserError(f"{what}: the pattern {shown(pattern)} is not supported. Supported: {_ACCEPTED}. {instead}")
     kind: Any = Annotated[str, Field(pattern=f"{start}(?:{plain})$")]
     return TypeAdapter(kind, config=ConfigDict(regex_engine="rust-regex")).validator.isinstance_python
 
 
-# The native adapter that is equal -------------------------------------------------------------------------------------
+# The equal native adapter ---------------------------------------------------------------------------------------------
 
 
 _HARMLESS_OF_LORA = {
@@ -317,14 +317,14 @@ _HARMLESS_OF_LORA = {
     *("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config"),
     *("megatron_core", "qalora_group_size", "ensure_weight_tying"),
 }
-# They set initial values, which the file's tensors replace, or are used only in training.
+# These fields set initial values, which the file's tensors replace, or are used only in training.
 _HARMLESS_OF_VERA = {"projection_prng_key", "save_projection", "vera_dropout", "d_initial", "init_weights"}
 # With other values (pissa, olora, corda, loftq, lora_ga) PEFT changes the base weights when it loads the adapter.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 
 class Pair(NamedTuple):
-    """The factors and the scale of PEFT's update scale B A of one module, with A (r, in) and B (rows, r) in fp32."""
+    """The factors and the scale of one module's update, scale B A, with A (r, in) and B (rows, r) in fp32."""
 
     a: Tensor
     b: Tensor
@@ -335,7 +335,7 @@ Lora = Mapping[Module, Pair]
 
 
 def read_lora(folder: Path, content: Mapping[str, Any], source: ModelSource) -> tuple[Lora, tuple[str, ...]]:
-    """Read a PEFT LoRA of `source`. Returns it and notes for the user.
+    """Return a PEFT LoRA of `source`, and notes for the user.
 
     Raises:
         UserError: it is not a plain LoRA, adapts unsupported modules, or its tensors do not fit.
@@ -373,7 +373,7 @@ class Native(NamedTuple):
 def native_lora(lora: Lora, source: ModelSource) -> Native:
     """Return the native `lora` that equals a PEFT LoRA of `source`.
 
-    It has one scale, and one A per linear and layer. Its targets are all linears with an adapted module."""
+    The result has one scale, and one A per linear and layer. Its targets are all linears with an adapted module."""
     layers = tuple(sorted({layer for layer, _ in lora}))
     scale = max(pair.scale for pair in lora.values())
     adapted, joined = adapted_linears(lora, source), {}
@@ -388,14 +388,14 @@ def native_lora(lora: Lora, source: ModelSource) -> Native:
         state[f"{target.prefix}A"] = pad(a, (0, 0, 0, full_rank - a.shape[1]))
         state[f"{target.prefix}B"] = pad(b, (0, full_rank - a.shape[1]))
     if not all(together for _, _, together in joined.values()):
-        apart = "modules that share one A here (q, k and v; gate and up) have an A each in it, or no adapter"
+        apart = "modules that share one A here (q, k and v; gate and up) have separate A matrices, or no adapter"
         return Native(config, state, apart)
     one_scale = len({pair.scale for pair in lora.values()}) == 1
-    return Native(config, state, None if one_scale else "its modules have several scales alpha / r, and one here")
+    return Native(config, state, None if one_scale else "its modules have different scales alpha / r, but one here")
 
 
 def read_alpha(alpha: Any, what: str) -> float:
-    """Return `alpha`, which messages call `what`. Raises UserError if a native adapter cannot have this value."""
+    """Return `alpha`, which error messages call `what`. Raise UserError if a native adapter cannot have this value."""
     if type(alpha) not in (int, float):
         raise UserError(f"{what} = {shown(alpha)} is not a number")
     if not SMALLEST_ALPHA <= alpha <= LARGEST_ALPHA:
@@ -407,8 +407,8 @@ def read_alpha(alpha: Any, what: str) -> float:
 def _joined(lora: Lora, layers: tuple[int, ...], *, scale: float, linear: LinearShape) -> tuple[Tensor, Tensor, bool]:
     """Return the native A (n, R, in) and B (n, out, R) of a fused linear, and whether its modules have a common A.
 
-    The last is True if in each layer either no module or every module has an adapter, with the same A. A layer needs
-    the rank of its modules if they have one A, else the sum of their ranks. R is the largest of these."""
+    A is common if in each layer either no module or every module has an adapter, with the same A. A layer needs the
+    rank of its modules if they have a common A, else the sum of their ranks. R is the maximum over the layers."""
     modules = list(dict.fromkeys(stored.module for stored in linear.sources))
     by_layer = [{name: lora[Module(layer, name)] for name in modules if (layer, name) in lora} for layer in layers]
     shared = [all(torch.equal(pair.a, next(iter(here.values())).a) for pair in here.values()) for here in by_layer]
@@ -435,8 +435,8 @@ def read_vera(folder: Path, content: Mapping[str, Any], source: ModelSource) -> 
     """Return the native `vera` or `lora` that equals a PEFT VeRA of `source`.
 
     Raises:
-        UserError: its A and B are not saved, it is not a plain VeRA, adapts unsupported modules, or its tensors do not
-            fit.
+        UserError: the files do not have A and B, it is not a plain VeRA, it adapts unsupported modules, or its tensors
+            do not fit.
     """
     file = folder / CONFIG_FILE
     if not content.get("save_projection", True):
@@ -478,4 +478,4 @@ def read_vera(folder: Path, content: Mapping[str, Any], source: ModelSource) -> 
     for module, (v, u) in vectors.items():
         in_size, out_size = sizes[module.name]
         pairs[module] = Pair(a[:, :in_size], (v.double()[:, None] * b[:out_size] * u.double()).float())
-    return native_lora(pairs, source)._replace(apart="its vectors are a part of the A and B of a lora here")
+    return native_lora(pairs, source)._replace(apart="its vectors are multiplied into the B of a lora here")

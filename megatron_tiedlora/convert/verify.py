@@ -1,10 +1,10 @@
 """Checks that exports compute the same as the adapter, by the bits of a merged folder and the logits of every export.
 
-A merged folder in 16 bits cannot have the adapter's exact logits. So it is compared with base + adapter rounded to the
-same dtype, and must be equal to that. The difference from the unrounded adapter is only shown.
+A merged folder in 16 bits cannot have the adapter's exact logits. So its logits must be equal to the logits of base +
+adapter after rounding to the same dtype. The difference from the unrounded adapter is shown but not checked.
 
-Bits are compared, and logits are computed by `layerwise`, in the memory of one layer. If the whole model fits in
-memory, transformers and PEFT, with which users load the exports, compute the logits too, in fp32.
+The bits are compared some rows at a time, and `layerwise` computes the logits in the memory of one layer. If the model
+is small, transformers and PEFT also load the exports, as users do, and compute the logits in fp32.
 """
 
 import importlib.util
@@ -33,10 +33,10 @@ from megatron_tiedlora.convert import inputs, layerwise, merge
 from megatron_tiedlora.convert.open_adapter import compare_export, read_peft, stored_dtype
 from megatron_tiedlora.model import families, hf_config, weights
 
-_PROBED = (2, 48)  # rows of the input and tokens of a row
-LARGEST_WHOLE = 8_000_000_000  # most bytes of an fp32 model that is loaded whole by default
+_PROBED = (2, 48)  # rows of the input, and tokens per row
+LARGEST_WHOLE = 8_000_000_000  # maximum bytes of a model in fp32 that transformers and PEFT load by default
 RUNTIMES = {"transformers": "--merged", "peft": "--peft"}  # the values of --in, and the flag of the export they load
-TOLERANCE = 1e-4  # as a share of the largest logit
+TOLERANCE = 1e-4  # relative to the largest logit
 _MOST_LINES = 8  # largest number of listed differences
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size in bytes
 
@@ -45,13 +45,13 @@ Wanted = Literal["equal", "different", "rounded"]
 
 @dataclass(frozen=True)
 class BitComparison:
-    """The result of a comparison bit by bit: what was compared, and a sentence for each tensor that differs."""
+    """The result of a bit-by-bit comparison: what was compared, and a sentence for each tensor that differs."""
 
     compared: str
     differences: tuple[str, ...]
 
     def lines(self) -> list[str]:
-        """Return the result for a user: what was compared, the verdict, and the differences."""
+        """Return the lines of the report: what was compared, the verdict, and the differences."""
         verdict = f"FAILED: {len(self.differences)} differ" if self.differences else "ok"
         shown_first = [f"  {difference}" for difference in self.differences[:_MOST_LINES]]
         left = len(self.differences) - len(shown_first)
@@ -60,13 +60,13 @@ class BitComparison:
 
 @dataclass(frozen=True)
 class LogitComparison:
-    """The differences of logits from the native adapter's logits.
+    """The differences between the logits of an export and the logits of the native adapter.
 
     Attributes:
         largest, mean: maximum and mean of |difference|, relative to the largest |logit|.
         divergence: mean KL(native || other), in nats per position.
         agreement: fraction of positions with the same most likely token.
-        wanted: "equal": within TOLERANCE; "different": not all equal; "rounded": only shown, and the next row decides.
+        wanted: "equal": at most TOLERANCE; "different": more than zero; "rounded": shown, but not checked.
     """
 
     name: str
@@ -78,14 +78,14 @@ class LogitComparison:
 
     @property
     def passed(self) -> bool:
-        """Whether the difference is as `wanted` says. NaN does not pass."""
+        """Return whether the difference is as `wanted` requires. NaN does not pass."""
         if self.wanted == "different":
             return self.largest > 0
         return self.largest <= (TOLERANCE if self.wanted == "equal" else float("inf"))
 
     @property
     def verdict(self) -> str:
-        """The text of the last column of the table."""
+        """Return the text for the last column of the table."""
         if self.wanted == "different":
             if not self.passed:
                 return "FAILED: the adapter changes nothing"
@@ -111,11 +111,11 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Whether every check passed."""
+        """Return whether every check passed."""
         return not any(bits.differences for bits in self.bits) and all(row.passed for row in self.logits)
 
     def report(self) -> str:
-        """Return the result for a user: the bit comparisons, the table of logits, and the notes."""
+        """Return the text of the report: the bit comparisons, the table of logits, and the notes."""
         bits = [line for compared in self.bits for line in compared.lines()]
         return "\n".join([*bits, format_comparisons(self.logits), *(printable(f"note: {note}") for note in self.notes)])
 
@@ -123,14 +123,14 @@ class Verification:
 def choose_runtimes(
     source: ModelSource, given: str | None, *, merged: Path | None, peft: Path | None, dtype: torch.dtype
 ) -> tuple[tuple[str, ...], str]:
-    """Return the names in `RUNTIMES` that load the exports too, and a note if some are left out.
+    """Return the names of the libraries in `RUNTIMES` that also load the exports, and a note if a library does not.
 
     Args:
-        given: the value of --in; None for every runtime that has an export, if the model is small.
-        dtype: the dtype of our own layers. These runtimes compute in fp32.
+        given: the value of --in. None means every library that has an export to load, if the model is small.
+        dtype: the dtype of the package's own layers. The libraries compute in fp32.
 
     Raises:
-        UserError: `given` names an unknown runtime or one without an export, or names one and `dtype` is bf16.
+        UserError: `given` names an unknown library, one without an export, or any library although `dtype` is bf16.
     """
     exports = {"transformers": merged, "peft": peft}
     there = tuple(name for name in RUNTIMES if exports[name] is not None)
@@ -139,12 +139,12 @@ def choose_runtimes(
         if dtype != torch.float32 or not there:
             return (), ""
         if size > LARGEST_WHOLE:
-            words = f"takes {messages.bytes_in_words(size)} in fp32; --in {','.join(there)} loads all of it there too"
-            return (), f"{source.name} {words}"
+            words = f"{messages.bytes_in_words(size)} in fp32; give --in {','.join(there)} to load all of it there too"
+            return (), f"{source.name} takes {words}"
         if peft is not None and not has_peft():
-            why = "peft is not installed, so it has not loaded the export"
+            why = "peft is not installed, so it did not load the export"
         elif peft is not None and kind is not None:
-            why = f"PEFT computes a base in {kind} in other ways, so it has not loaded the export; see --in"
+            why = f"PEFT computes a base in {kind} differently, so it did not load the export; see --in"
         return tuple(name for name in there if not why or name != "peft"), why
     names = [] if given == "none" else given.split(",")
     for name in names:
@@ -153,7 +153,7 @@ def choose_runtimes(
         if name not in there:
             raise UserError(f"--in {given}: {name} has nothing to load; give {RUNTIMES[name]} DIR")
         if dtype != torch.float32:
-            raise UserError(f"--in {given}: {name} computes in fp32, so --dtype bf16 cannot be compared with it")
+            raise UserError(f"--in {given}: {name} computes in fp32, not in bf16; remove --dtype, or give --in none")
     return tuple(names), ""
 
 
@@ -169,18 +169,18 @@ def verify_export(
 ) -> Verification:
     """Compare the plain base, the merged folder and the PEFT adapter with base + native adapter.
 
-    One layer is in memory at a time, except in `RUNTIMES`. The caller checks whether `source` is the adapter's base.
+    Only the libraries in `RUNTIMES` load more than one layer at a time. The caller checks that `source` is the base.
 
     Args:
-        dtype: the dtype of our own layers, fp32 or bf16. A PEFT adapter is only compared in fp32.
+        dtype: the dtype of the package's own layers, fp32 or bf16. A PEFT adapter is only compared in fp32.
         inside: the value of --in, see `choose_runtimes`.
 
     Raises:
-        UserError: a folder does not load or has a different shape, PEFT is needed and not installed, or a merge onto
-            the trained base cannot be computed from `source`, because its quantised values differ.
+        UserError: a folder does not load or has a different shape; PEFT is needed but not installed; or `source` is
+            quantised to different values than training used, so a merge onto the trained base cannot be checked.
     """
     if peft is not None and dtype != torch.float32:
-        raise UserError("--dtype bf16: a PEFT adapter is compared in fp32 only; leave --peft or --dtype out")
+        raise UserError("--dtype bf16: a PEFT adapter is compared in fp32 only; remove --peft or --dtype")
     onto, trained = None if merged is None else merge.merged_onto(merged), adapter.base_identity.base_format
     if merged is not None and (onto is None or (source.stored is not None and source.stored.base_format != onto)):
         merge.reject_quantised(source)
@@ -238,7 +238,7 @@ def verify_export(
             compare_both("merged, in transformers", transformers_logits(merged, tokens))
     if peft is not None:
         read = found["peft"]
-        exact = exported is None or stored_dtype(peft).itemsize >= 4  # else the bits of our own export are judged
+        exact = exported is None or stored_dtype(peft).itemsize >= 4  # otherwise the comparison of bits decides
         rows.append(compare_logits("PEFT adapter", native, read, "equal" if exact else "rounded"))
         if "peft" in runtimes:
             from peft import PeftModel
@@ -250,7 +250,7 @@ def verify_export(
 
 
 def _stored_types(source: ModelSource, merged: Path) -> dict[str, torch.dtype]:
-    """Return the dtype of every tensor of the merged folder. Its names and shapes must be the same as the base's."""
+    """Return {name: dtype} of the tensors in the merged folder. Raise UserError if the base has a different shape."""
     file = merged / "config.json"
     found = replace(source, shape=families.shape_from_hf(hf_config.read_hf_config(merged), source=str(file)))
     if found.shape != source.shape:
@@ -258,15 +258,15 @@ def _stored_types(source: ModelSource, merged: Path) -> dict[str, torch.dtype]:
         sizes = ((name, getattr(here, name), getattr(there, name)) for name in SHAPE_FIELDS)
         differ = [f"{name} is {size}, not {other}" for name, size, other in sizes if size != other]
         raise UserError(
-            f"{file}: {', '.join(differ) or 'not the config'} as in {source.name}; give the adapter's own merge, or its"
-            " base with --model"
+            f"{file}: {', '.join(differ) or 'the config is not the same'} as in {source.name}; give the adapter's own"
+            " merge, or its base with --model"
         )
     with BaseWeights(merged, source.shape) as written:  # checks names and shapes
         return {name: written.dtype(name) for name in weights.stored_shapes(written.rules)}
 
 
 def compare_logits(name: str, native: Tensor, other: Tensor, wanted: Wanted) -> LogitComparison:
-    """Compare logits (b, s, V) with the native adapter's."""
+    """Return the differences of the logits `other` from the logits `native`, both of shape (b, s, V)."""
     scale = native.abs().max().item()
     difference = (native - other).abs()
     log_p, log_q = native.log_softmax(-1), other.log_softmax(-1)
@@ -281,7 +281,7 @@ def compare_logits(name: str, native: Tensor, other: Tensor, wanted: Wanted) -> 
 
 
 def format_comparisons(results: Sequence[LogitComparison]) -> str:
-    """Return a table of comparisons, one per line under a heading."""
+    """Return a table with a heading and one line per comparison."""
     heading = ("logits against base + adapter", "max diff", "mean diff", "KL", "top-1", "verdict")
     rows = []
     for row in results:
@@ -296,7 +296,7 @@ def has_peft() -> bool:
 
 
 def transformers_logits(folder: Path, tokens: Tensor, wrap: Callable[[Any], Any] = lambda model: model) -> Tensor:
-    """Return logits (b, s, V) of `wrap` applied to the model in `folder`. Raises UserError if it does not load."""
+    """Return logits (b, s, V) of `wrap` applied to the model in `folder`. Raise UserError if it does not load."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -316,7 +316,7 @@ def transformers_logits(folder: Path, tokens: Tensor, wrap: Callable[[Any], Any]
             )
             model = wrap(loaded).eval()
         except Exception as error:  # of many types; users of transformers could not load it either
-            raise UserError(f"{folder}: does not load in transformers ({first_line(error)})") from error
+            raise UserError(f"{folder}: transformers cannot load it ({first_line(error)}); try --in none") from error
     with torch.no_grad():
         logits: Tensor = model(tokens).logits
     return logits
@@ -328,10 +328,10 @@ def transformers_logits(folder: Path, tokens: Tensor, wrap: Callable[[Any], Any]
 def compare_merged(
     source: ModelSource, adapter: NativeAdapter, merged: Path, *, base_format: str | None = None, progress: bool = False
 ) -> BitComparison:
-    """Compare every tensor in the files of the folder `merged` with base and adapter, some rows at a time.
+    """Compare every tensor in the files of the folder `merged` with base + adapter, some rows at a time.
 
-    A merge writes the values that `MergedWeights` reads. Here the same blocks of rows are read again. Tensors that the
-    adapter does not change must have the base's bytes, or the base's values cast once to the dtype of the merge.
+    A merge writes the values that `MergedWeights` reads, and this function reads the same blocks of rows again. Tensors
+    that the adapter does not change must have the base's bytes, or the base's values cast once to the merge's dtype.
 
     Args:
         base_format: storage format of the base that the adapter was merged onto; None for the stored base.
@@ -386,12 +386,12 @@ def _merge_dtype(base: WeightFiles, written: WeightFiles, names: Collection[str]
 def _why_unlike(
     entry: Mapping[str, Any], base: Mapping[str, Any] | None, dtype: str | None, *, of_model: bool
 ) -> str | None:
-    """Return why the values of a tensor cannot be compared with the base's values; None if they can.
+    """Return why the values of a tensor cannot be compared with the base's values, or None if they can be compared.
 
     Args:
         dtype: the result of `_merge_dtype`.
         of_model: False for a tensor that the model does not use, such as a copy of a tied head. Such a tensor may also
-            have its dtype in the base.
+            have the dtype that it has in the base.
     """
     if base is None:
         return "is not in the base"
@@ -428,7 +428,7 @@ def _compare_values(
         if not count:
             first_row = rows.start + int(different.any(1).nonzero()[0])
         count += int(different.sum())
-        # The bits of positive numbers are ordered as the numbers are. Negative numbers also have a sign bit.
+        # Read as integers, positive floats have the same order. Negative floats also have a sign bit.
         lowest = torch.iinfo(found.dtype).min
         first, second = (torch.where(one < 0, lowest - one, one).double() for one in (found, wanted))
         furthest = max(furthest, int((first - second).abs().max()))

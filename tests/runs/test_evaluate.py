@@ -311,12 +311,12 @@ BAD: dict[str, tuple[int, Callable[[Models, Path], dict[str, Any]], list[str]]] 
     "merged_twice": (
         1,
         lambda m, _: {"adapter": m.native, "model": m.merged},
-        ["an adapter is merged into it already", "plain base"],
+        ["an adapter is already merged into it", "plain base"],
     ),
     "peft_on_merged": (
         1,
         lambda m, _: {"adapter": m.peft, "model": m.merged},
-        ["an adapter is merged into it already", "plain base"],
+        ["an adapter is already merged into it", "plain base"],
     ),
     "run_folder": (1, _run_folder, ["this is a run folder", "run/adapter"]),
     "no_adapter": (1, _given(adapter="nowhere"), ["--adapter nowhere", "no such folder"]),

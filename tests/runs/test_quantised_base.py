@@ -203,7 +203,7 @@ def test_a_folder_that_is_quantised_already(
     line = refused(original, tmp_path / "int8", model=quantised, base="int8")
     assert "has its weights in nf4 (by bitsandbytes) already" in line
     words = ["--adapter", str(tmp_path / "run/adapter"), "--output", str(tmp_path / "merged")]
-    with pytest.raises(UserError, match=r"into so few bits: rounding .* or --onto trained to write"):
+    with pytest.raises(UserError, match=r"into so few bits, because .* or give --onto trained to write"):
         call("merge", words)
     with pytest.raises(UserError, match="give its own base with --model, or give --base_differs"):
         call("merge", [*words, "--model", str(original.model)])
@@ -218,7 +218,7 @@ def test_a_folder_that_is_quantised_already(
     merged[UP][3, 5] += 1
     save_file(merged, tmp_path / "onto/model.safetensors")
     assert call("verify", [*words[:2], "--merged", onto[3], "--in", "none"]) == 1
-    with pytest.raises(UserError, match=r"--onto trained: .* has other weights than the base that training saw"):
+    with pytest.raises(UserError, match=r"--onto trained: .* has different weights from the base that training used"):
         call("merge", [*words, "--model", str(original.model), "--base_differs", "--onto", "trained"])
     capsys.readouterr()
     assert call("merge", [*words, "--model", str(original.model), "--base_differs"]) == 0

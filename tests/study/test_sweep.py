@@ -280,5 +280,5 @@ def test_a_signal_stops_what_runs_and_it_saves(
 def test_the_command_itself(tmp_path: Path) -> None:
     command = [sys.executable, str(LAUNCH / "sweep.py"), f"--output_dir={tmp_path / 'out'}", "--rank=4"]
     line = start_command(command, folder=tmp_path / "work").wait().expect(2).error_line()
-    assert line == "error: --rank cannot be given to a sweep: the sweep trains those of --ranks"
+    assert line == "error: --rank cannot be given to a sweep: the sweep trains the values of --ranks"
     assert not (tmp_path / "out").exists()

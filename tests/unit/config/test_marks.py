@@ -256,7 +256,7 @@ def test_the_names_are_of_settings_that_exist_and_none_is_ours() -> None:
         ("--lr_scheduler_type", "--schedule"),
         ("--max_seq_length", "--max_length"),
         ("--wandb_project", "--report_to"),
-        ("--fp16", "fp16 is not offered"),
+        ("--fp16", "fp16 is not supported"),
         ("--deepspeed", "--ds_config"),
         ("--LR", "--learning_rate"),
         ("--num_gpus", "--num_gpus N"),

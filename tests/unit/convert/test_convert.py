@@ -247,14 +247,14 @@ def test_what_is_not_finite_is_refused_by_tensor(base: Path, inputs: Inputs, tmp
     for targets, dtype in ((("gate_up",), None), (("qkv",), torch.float32)):
         source, adapter, _ = with_adapter(broken, "tl6", targets=targets)
         said = refusal(merge_adapter, source, adapter, output, dtype=dtype)
-        assert f"{name} holds numbers that are not finite (the base is broken)" in said
+        assert f"{name} has values that are not finite (the base is broken)" in said
     source, adapter = inputs
     large = replace(adapter, state={**adapter.state, "A": adapter.state["A"] * 1e5})
-    with pytest.raises(UserError, match=r"[qkv]_proj\.weight holds .* does not fit float16; give --dtype bf16"):
+    with pytest.raises(UserError, match=r"[qkv]_proj\.weight has .* are too large for float16; give --dtype bf16"):
         merge_adapter(source, large, output, dtype=torch.float16)
     wide = {**adapter.state, "B": adapter.state["B"] * 1e37}
     huge = replace(adapter, config=replace(adapter.config, alpha=1e6), state=wide)
-    assert "lora_B.weight of its export holds numbers that are not finite" in refusal(export_peft, source, huge, output)
+    assert "lora_B.weight of its export has values that are not finite" in refusal(export_peft, source, huge, output)
     assert {path.name for path in tmp_path.iterdir()} == {"base"}
 
 
@@ -304,7 +304,7 @@ WRONG: list[tuple[str, str, str]] = [  # commands, their arguments, what is said
     ("merge export", f"--adapter run {OUT}", "--adapter run: this is a run folder; give run/adapter"),
     ("export", f"--adapter peft {OUT}", "this is a PEFT adapter; give the native one"),  # a merge takes it
     ("merge export", f"--adapter lost {OUT}", "lost: its base cannot be found; give it with --model"),
-    ("merge export", f"{ADAPTER} --model merged {OUT}", "already; give the plain base"),
+    ("merge export", f"{ADAPTER} --model merged {OUT}", "already merged into it; give the plain base"),
     *(("merge export", f"{ADAPTER} --output {name}", f"--output {name} exists; give a new folder")
       for name in ("peft", "file", "link")),
     ("merge export", ADAPTER, "--output"),
@@ -327,7 +327,7 @@ WRONG: list[tuple[str, str, str]] = [  # commands, their arguments, what is said
     ("verify", f"{ADAPTER} --peft peft --in transformers",
      "--in transformers: transformers has nothing to load; give --merged DIR"),
     ("verify", f"{ADAPTER} --merged merged --in transformers --dtype bf16",
-     "transformers computes in fp32, so --dtype bf16 cannot"),
+     "transformers computes in fp32, not in bf16; remove --dtype"),
     ("verify", f"{ADAPTER} --peft peft --dtype bf16", "--dtype bf16: a PEFT adapter is compared in fp32 only"),
 ]  # fmt: skip
 

@@ -124,7 +124,7 @@ def test_what_16_bits_do_not_hold_is_refused(models: Path, tmp_path: Path) -> No
     write_native(tmp_path / "large", models / "mine", oracle)
     words = ["--adapter", str(tmp_path / "large"), "--output", str(tmp_path / "peft")]
     said = refusal(call, "export", [*words, "--dtype", "fp16"])
-    assert "lora_B.weight of its export holds numbers that are not finite; give --dtype fp32" in said
+    assert "lora_B.weight of its export has values that are not finite; give --dtype fp32" in said
     assert not (tmp_path / "peft").exists() and call("export", words) == 0
 
 
@@ -165,8 +165,8 @@ WRONG_MANY = {
     "no match": (["runs/none*"], "--adapter runs/none*: matches no folder of an adapter"),
     "no adapter": (["plain", "runs"], "runs: has no adapter_config.json"),
     "one name": (["runs/*/adapter", "copy/tl6"], "would both be exported as tl6; rename one"),
-    "there": (["plain", "runs/tl6/adapter"], "--output out: tl6 is there already"),
-    "peft": (["plain", "exported"], "exported: this is a PEFT adapter already"),
+    "there": (["plain", "runs/tl6/adapter"], "--output out: tl6 already exists"),
+    "peft": (["plain", "exported"], "exported: this is already a PEFT adapter"),
     "rank": (["plain", "runs/tl6/adapter", "--pad_rank_to", "2"], "--pad_rank_to 2 is less than the adapter's rank 4"),
 }
 
@@ -203,7 +203,7 @@ def test_a_base_is_found_among_models(models: Path, adapters: Path, tmp_path: Pa
         assert open_adapter(given, moved).source.folder == tmp_path / "moved/mine"
     shutil.rmtree(tmp_path / "moved/mine")
     said = refusal(open_adapter, folder, moved)
-    assert f"moved: none of its 2 models is the base of {folder}; give the base, or" in said
+    assert f"moved: contains 2 models, but not the base of {folder}; give the base, or" in said
     (tmp_path / "empty/below").mkdir(parents=True)
     for kind in ("native", None):
         said = refusal(open_adapter, folder, empty, kind=kind)
@@ -226,7 +226,7 @@ def test_a_peft_adapter_of_others_on_a_merged_model(models: Path, adapters: Path
     opened = open_adapter(adapters / "plain", None)
     merge_adapter(opened.source, opened.adapter, merged)
     said = refusal(open_adapter, peft, str(merged))
-    assert "merged: an adapter is merged into it already; give the plain base with" in said
+    assert "merged: an adapter is already merged into it; give the plain base with" in said
     assert any("names the base mine" in note for note in open_adapter(peft, str(merged), differs=True).notes)
     edit_json(peft / CONFIG, base_model_name_or_path=str(merged))
     found = open_adapter(peft, None)

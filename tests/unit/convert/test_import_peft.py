@@ -145,8 +145,8 @@ def test_which_adapters_train_on_as_peft_s(separate: Path, tmp_path: Path) -> No
     notes: list[str] = []
     said = import_peft(None, tmp_path / "scales", tmp_path / "native", say=notes.append).apart
     assert [said] == notes and said == (
-        f"{tmp_path}/scales: its modules have several scales alpha / r, and one here, so training continues differently"
-        " from PEFT's"
+        f"{tmp_path}/scales: its modules have different scales alpha / r, but one here, so training continues"
+        " differently from PEFT's"
     )
 
 

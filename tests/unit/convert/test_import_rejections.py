@@ -45,7 +45,7 @@ FIELDS: Rows = [
     ({"target_modules": "all-linear"}, "target_modules = 'all-linear' is not supported"),
     ({"target_modules": None}, "target_modules = None is not supported"),
     ({"target_modules": "q_proj"}, "target_modules 'q_proj' match no q_proj"),  # a whole name has to match it
-    ({"target_modules": "(q"}, r"target_modules: the pattern '\(q' is not read; letters, .* Write a list of names"),
+    ({"target_modules": "(q"}, r"target_modules: the pattern '\(q' is not supported. .* Write a list of names"),
     ({"exclude_modules": 3}, "exclude_modules = 3 is neither a pattern nor a list of names. Write a list of names"),
     ({"layers_to_transform": [3]}, "layers_to_transform has 3, but .* has layers 0 to 2; give the adapter's own"),
     ({"layers_to_transform": 0.5}, "layers_to_transform = 0.5 is neither a layer nor a list"),
@@ -60,7 +60,7 @@ FIELDS: Rows = [
     ({"rank_pattern": {"q_proj": -8}}, "rank_pattern: 'q_proj' = -8 is not an integer from 1 to 1,048,576"),
     ({"rank_pattern": {"q_proj": 8.0}}, "rank_pattern: 'q_proj' = 8.0 is not an integer"),
     ({"rank_pattern": {"nothing": True}}, "rank_pattern: 'nothing' = True is not an integer"),
-    ({"rank_pattern": {"(.*)*!": 8}}, r"rank_pattern: the pattern '\(\.\*\)\*!' is not read; .* Write endings"),
+    ({"rank_pattern": {"(.*)*!": 8}}, r"rank_pattern: the pattern '\(\.\*\)\*!' is not supported. .* Write endings"),
     ({"rank_pattern": {"q_proj)(": 8}}, r"rank_pattern: the pattern 'q_proj\)\(' is not read"),
     ({"rank_pattern": {f"{n}.{'q' * 900}": 8 for n in range(60)}}, "rank_pattern: its patterns have 54,"),
     ({"alpha_pattern": 8}, "alpha_pattern = 8 is not an object"),
@@ -71,7 +71,7 @@ FIELDS: Rows = [
 FIELDS_OF_VERA: Rows = [
     ({"save_projection": False}, "save_projection = False leaves vera_A and vera_B out of the file; save the"),
     ({"bias": "vera_only"}, "bias = 'vera_only' trains biases"),
-    ({"modules_to_save": ["lm_head"]}, r"modules_to_save = \['lm_head'\] is not a plain VeRA; only that is"),
+    ({"modules_to_save": ["lm_head"]}, r"modules_to_save = \['lm_head'\] is not a plain VeRA; only a plain VeRA is"),
     ({"exclude_modules": ["v_proj"]}, "exclude_modules = .* is not a plain VeRA"),  # PEFT's VeRA has no such field
     ({"lora_alpha": 8}, "lora_alpha = 8 is not a plain VeRA"),
     ({"a_field_to_come": 1}, "a_field_to_come = 1 is not a plain VeRA"),
@@ -134,8 +134,8 @@ def test_patterns_that_do_not_fit_the_tensors(separate: Path, given: Path, tmp_p
     folder = changed(given / "plain", tmp_path / "unused", CONFIG, unused)
     found = read_peft(folder, find_model(str(separate)))
     assert list(found.notes) == [
-        f"{folder / CONFIG}: rank_pattern: ['q_pro'] decides for no adapted module",
-        f"{folder / CONFIG}: alpha_pattern: ['lm_head', '.*\\\\.v_proj'] decides for no adapted module",
+        f"{folder / CONFIG}: rank_pattern: ['q_pro'] applies to no adapted module",
+        f"{folder / CONFIG}: alpha_pattern: ['lm_head', '.*\\\\.v_proj'] applies to no adapted module",
     ]
     expected = read_peft(given / "plain", find_model(str(separate))).adapter
     assert found.config == expected.config
@@ -168,6 +168,6 @@ def test_kinds_of_folders(separate: Path, given: Path, tmp_path: Path) -> None:
         step.parent / "latest": f"--adapter {step.parent}/latest: this file names the newest checkpoint; give its",
         separate: f"--adapter {separate}: this is a model folder; give it with --model",
         tmp_path / "empty": f"--adapter {tmp_path}/empty: has no {CONFIG}; give the folder of a native or",
-        tmp_path / "odd": f"{tmp_path}/odd/{CONFIG}: neither a native adapter (format_version) nor a PEFT one",
+        tmp_path / "odd": f"{tmp_path}/odd/{CONFIG}: has neither format_version nor peft_type; give a native or",
     }.items():
         assert refusal(adapter_kind, folder).startswith(said)

@@ -179,7 +179,7 @@ def test_a_time_of_no_calendar_is_one_line(root: Path, monkeypatch: pytest.Monke
     """Some file systems take it."""
     monkeypatch.setattr("megatron_tiedlora.convert.collection.datetime", Mock(fromtimestamp=Mock(side_effect=error)))
     count, problems = build_index(root)
-    assert count == 0 and problems[1] == f"{root / 'others/lora'}: cannot be read ({error})"
+    assert count == 0 and problems[1] == f"{root / 'others/lora'}: cannot be read ({error}); check its files"
 
 
 def test_a_row_that_would_not_be_read_is_not_written(root: Path) -> None:
@@ -201,5 +201,5 @@ def test_a_broken_index_is_one_line(tmp_path: Path, content: bytes) -> None:
 def test_two_of_one_name_are_asked_by_path(root: Path) -> None:
     shutil.copytree(root / "others/lora", root / "more/lora")
     build_index(root)
-    with pytest.raises(UserError, match=r"'?lora'? names 2 adapters; give one's path"):
+    with pytest.raises(UserError, match=r"'?lora'? names 2 adapters; give the path of one"):
         call("index", [str(root), "diff", "lora", "first"])

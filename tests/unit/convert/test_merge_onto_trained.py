@@ -202,7 +202,7 @@ def test_a_precision_that_was_not_recorded_is_said(copies: dict[str, ModelSource
     """Where it matters alone."""
     adapter, said = of_run(copies["fp32"], None), list[str]()
     merge_adapter(copies["bf16"], adapter, tmp_path / "onto", onto_trained=True, say=said.append)
-    assert [note.startswith("--onto trained: the adapter does not record from which precision") for note in said] == [
+    assert [note.startswith("--onto trained: the adapter does not record the precision from") for note in said] == [
         True
     ]
     assert verify_export(copies["bf16"], adapter, merged=tmp_path / "onto", inside="none").passed

@@ -167,7 +167,7 @@ def test_a_second_copy_of_an_adapted_tensor_is_refused(base: Path, tmp_path: Pat
     other = next(path for path in sorted(twice.glob("*.safetensors")) if path.name != file)
     save_file(load_file(other) | {name: torch.zeros(2)}, other, metadata={"format": "pt"})
     source, adapter, _ = with_adapter(twice, "tl6", targets=("o_proj",))
-    with pytest.raises(UserError, match=rf"{other.name}: holds {name} too, beside {file}; remove one of them"):
+    with pytest.raises(UserError, match=rf"{other.name}: holds {name}, which is also in {file}; remove one of them"):
         merge_adapter(source, adapter, tmp_path / "merged")
     assert {item.name for item in tmp_path.iterdir()} == {"base"}
 

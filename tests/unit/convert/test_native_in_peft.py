@@ -139,7 +139,7 @@ def test_changed_peft_files_count(separate: Path, tmp_path: Path, change: str) -
     source, native = exported(separate, tmp_path, pad_rank_to=8)
     CHANGES[change](tmp_path / "peft")
     note, *_ = imported(source, tmp_path)  # where A was changed, the second one is on further training
-    assert note.startswith(f"{tmp_path}/peft: only its PEFT files are used, since they are not what the adapter in")
+    assert note.startswith(f"{tmp_path}/peft: only its PEFT files are used, since they differ from the adapter in")
     back = load_native_adapter(tmp_path / "back")
     assert back.config.method == "lora" and back.base_identity == native.base_identity
     assert share(our_logits(source, back), peft_logits(separate, tmp_path / "peft")) <= 1e-4
@@ -163,7 +163,7 @@ def test_other_modules_and_layers_count_too(separate: Path, tmp_path: Path) -> N
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut": (lambda f: truncate(f / WEIGHTS), "not a complete safetensors file"),
     "no config": (lambda f: (f / CONFIG).unlink(), "no such file"),
-    "missing": (shutil.rmtree, "native/, what was exported, is missing"),
+    "missing": (shutil.rmtree, "native/, the exported adapter, is missing"),
     "edited": (lambda f: edit_json(f / CONFIG, alpha=3.0, seals=False), "does not match its own checksum"),
     "empty": (lambda f: [item.unlink() for item in f.iterdir()], "no such file"),
     "a file": (lambda f: (shutil.rmtree(f), f.write_text("")), "no such file"),
@@ -236,6 +236,6 @@ def test_the_commands_go_there_and_back(separate: Path, tmp_path: Path, capsys: 
     lora_model(separate, r=2, target_modules=["q_proj", "v_proj"]).save_pretrained(tmp_path / "lora")
     assert call("import", ["--peft", str(tmp_path / "lora"), "--output", str(tmp_path / "from_lora")]) == 0
     note, said, _ = capsys.readouterr().out.splitlines()
-    assert note.startswith(f"note: {tmp_path}/lora: modules that share one A here (q, k and v; gate and up) have an A")
+    assert note.startswith(f"note: {tmp_path}/lora: modules that share one A here (q, k and v; gate and up) have sep")
     assert note.endswith("so training continues differently from PEFT's")
     assert f"as lora of rank 4 on qkv of 3 layers of {separate}" in said

@@ -117,7 +117,7 @@ def test_one_flipped_bit_of_an_exported_peft_folder_fails(inputs: Inputs, export
     (bits,) = found.bits
     assert bits.differences == (f"{copy / 'adapter_model.safetensors'}: {name} differs from the adapter's export",)
     assert found.report().startswith("PEFT files, bit by bit: the adapter's export  FAILED: 1 differ\n  ")
-    assert len(found.notes) == 1 and "they are not what the adapter in native/ gives" in found.notes[0]
+    assert len(found.notes) == 1 and "they differ from the adapter in native/" in found.notes[0]
     (copy / EXPORT_RECORD).unlink()
     assert verify_export(*inputs, peft=copy, inside="none").passed
 
@@ -190,7 +190,7 @@ def test_a_large_model_is_not_loaded_whole(
     assert tuple(by_name(found)) == ("base without adapter", "merged", "PEFT adapter") and found.passed
 
     assert found.report().splitlines()[-1].startswith(f"note: {base} takes ")
-    assert found.notes[0].endswith("kB in fp32; --in transformers,peft loads all of it there too")
+    assert found.notes[0].endswith("kB in fp32; give --in transformers,peft to load all of it there too")
     assert verify_export(*inputs).notes == ()
     asked = verify_export(*inputs, merged=exports["merged"], inside="transformers")
     assert tuple(by_name(asked)) == ("base without adapter", *MERGED)

@@ -122,7 +122,7 @@ def test_an_adapter_s_run_and_base_are_compared(models: Models, tmp_path: Path) 
         lines = headline(plans, read_scored(plans), ROUTE)
         assert sum(line.startswith("note") for line in lines) == len(notes[name])
     assert notes["same"] == notes["given"] == ()
-    assert "native/, what was exported, is missing" in notes["peft_same"][0] and len(notes["peft_same"]) == 1
+    assert "native/, the exported adapter, is missing" in notes["peft_same"][0] and len(notes["peft_same"]) == 1
     assert "--prompt_template Q: {prompt}" in notes["template"][0] and len(notes["template"]) == 1
     assert "someone/other" in notes["peft"][0] and len(notes["peft"]) == 1
 

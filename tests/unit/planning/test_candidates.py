@@ -254,7 +254,7 @@ def test_one_size_alone_is_refused_in_the_words_of_a_run(flag: str) -> None:
         (["--dry_run"], "--dry_run is not for a plan"),
         (["--world_size=4", "--dry_run"], "is not for a plan"),
         (["--gpu=h1000"], "--gpu h1000: input should be one of .*did you mean h100"),
-        (["--ranks_on_cpu=2", "--nodes=2"], "--ranks_on_cpu 2 plans this machine's CPUs; remove --nodes"),
+        (["--ranks_on_cpu=2", "--nodes=2"], "--ranks_on_cpu 2 plans for this machine's CPUs; remove --nodes"),
         (["--constants=c.json", "--gpu=h100"], "--constants c.json and --gpu h100 both say"),
         (["--constants=nosuch.json"], "nosuch.json"),
         (["--formats=int3"], "--formats int3: input should be one of .*did you mean int8"),

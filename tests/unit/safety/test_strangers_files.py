@@ -175,7 +175,7 @@ def test_merging_copies_nothing_from_where_links_lead(model: Path, secret: Path,
         (folder / name).unlink(missing_ok=True)
         (folder / name).symlink_to(link)
         said = refused_merge(model, folder, tmp_path / "output")
-        assert said.startswith(f"{folder / name}: leads to {target}, out of the model folder")
+        assert said.startswith(f"{folder / name}: leads to {target}, outside the model folder")
         assert "remove the link" in said
 
 

@@ -143,7 +143,7 @@ def test_notes_say_where_training_is_not_peft_s(folder: Path) -> None:
 
     assert notes("native") == notes("peft") == notes("o") == ()
     (note,) = notes("lora")
-    assert note.endswith("an A each in it, or no adapter, so training continues differently from PEFT's")
+    assert note.endswith("separate A matrices, or no adapter, so training continues differently from PEFT's")
     shutil.copytree(folder / "o", folder / "named")
     edit_json(folder / "named" / "adapter_config.json", base_model_name_or_path="someone/other")
     (note,) = notes("named")
