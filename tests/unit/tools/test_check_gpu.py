@@ -202,7 +202,8 @@ def test_without_a_gpu_env_alone_one_line_and_status_2(tmp_path: Path) -> None:
 
 
 def test_without_pytest_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("megatron_tiedlora.base.installation.find_spec", lambda name: None if name == "pytest" else name)
+    missing = "megatron_tiedlora.base.installation.find_spec"
+    monkeypatch.setattr(missing, lambda name: None if name == "pytest" else name)
     with pytest.raises(check_gpu.UserError, match=r"this needs pytest; install it with: pip install .*\[check\]"):
         call("check-gpu", [f"--output={tmp_path}", "--device=cpu"])
 

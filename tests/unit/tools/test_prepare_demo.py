@@ -153,7 +153,7 @@ def test_what_is_missing_is_told_before_the_download(tmp_path: Path, monkeypatch
     monkeypatch.setattr(prepare_demo, "download", lambda _: pytest.fail("it downloads"))
     monkeypatch.setattr(prepare_demo, "NEEDED_MB", 10**12)
     assert "model: needs 1,000,000,000.00 GB, but only" in refusal("--output", tmp_path / "model")
-    monkeypatch.setattr(messages, "find_spec", lambda module: None if module == "gguf" else module)
+    monkeypatch.setattr(installation, "find_spec", lambda module: None if module == "gguf" else module)
     line = refusal("--output", tmp_path / "model")
     assert re.fullmatch(r"this needs gguf; install it with: pip install '?[^']*\[demo\]'?", line)
     assert "demo" in next(row.about for row in COMMANDS if row.name == "prepare-demo")
