@@ -107,8 +107,7 @@ def local_files(given: str) -> dict[str, Path]:
 def mixed(
     sources: Sequence[Source], sizes: Sequence[int], held_out: NDArray[np.bool_], *, seed: int
 ) -> tuple[NDArray[np.int64], list[str]]:
-    """Return all rows that are not held out, in order. With weights, rows are repeated until the fraction of each
-    source is its weight.
+    """Return all rows that are not held out, in order. With weights, rows are repeated to match these fractions.
 
     Every row is used at least once. The seed determines which rows of a source are used once more than its other rows.
     Raises UserError if no row of a source is left, or if its rows would be repeated more than `_MOST_REPEATS` times.
