@@ -1,1 +1,1 @@
-"""Tasks, prompts, tokenisation and the deterministic loader."""
+"""Reads the data of a task, makes prompts, tokenises samples and loads them in a deterministic order."""

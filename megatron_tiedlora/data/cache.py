@@ -1,10 +1,10 @@
-"""Caches a run's training data as ids. The data is tokenised once on a host, and every process maps the files.
+"""Caches a run's training data as token ids. Each host tokenises the data once, and its processes memory-map it.
 
-The cache has two kinds of folders, each named by a hash of everything that it depends on. The first kind has all rows
-of a data flag as ids. Its key includes the hash of the files, so a later launch reads no rows. The second kind lists
-the training samples and the held-out samples. The first process that owns a folder writes it. The others wait for the
-folder, not for each other: there is no process group yet, so no collective can time out while a large data set is
-tokenised. They stop waiting only if the writer has written nothing for a while.
+The cache has two kinds of folders. The name of a folder is a hash of everything that its content depends on. The first
+kind has the token ids of all rows of a data flag. Its name depends on a hash of the data files, so a later launch does
+not read the rows again. The second kind has the indices of the training samples and of the held-out samples. The first
+process that acquires a folder writes it. The other processes wait for the folder. There is no process group yet, so no
+collective can time out while a large data set is tokenised. Waiting ends only if nothing is written for some time.
 """
 
 import hashlib
@@ -51,11 +51,11 @@ class TrainingData:
     """The training and validation data of a run.
 
     Attributes:
-        sha256: hash of the ids and the supervised positions of both splits.
-        mix: lines that say how often the rows of each source are used; empty if the sources have no weights.
-        first_row: the row of the first training sample, as an index into all rows of the training files.
-        chats: whether rows are conversations.
-        unended: whether a chat template wrote the texts, and no answer ends with an end-of-sequence token.
+        sha256: a hash of the token ids and the supervised positions of both splits.
+        mix: one line of text per source about how often its rows are used; empty if the sources have no weights.
+        first_row: the index of the first training sample's row among all rows of the training files.
+        chats: whether any row is a conversation.
+        unended: whether a chat template wrote the texts and no answer contains an end-of-sequence token.
     """
 
     train: TokenDataset
@@ -70,15 +70,15 @@ class TrainingData:
 def tokenised_once(
     encoding: Encoding, *, files: Files, seed: int, cache_dir: str | Path | None = None, timeout_minutes: float = 30.0
 ) -> TrainingData:
-    """Return the training and validation data, and tokenise it if no process has done so before.
+    """Return the training and validation data. Tokenise the data first if it is not in the cache.
 
-    The process that tokenises shows a progress bar. All others wait for it and log that they wait.
+    The process that tokenises shows a progress bar. The other processes wait for it, and one per host logs this.
 
-    cache_dir: default `user_cache()`; the folders are in its folder `tokens`. A damaged folder is written again.
-    timeout_minutes: how long to wait for a live process that writes nothing. A dead or suspended process is replaced.
+    cache_dir: the folder that contains the folder `tokens`; default `user_cache()`. Damaged data is written again.
+    timeout_minutes: how long a live process may write nothing. A dead or suspended process is replaced.
 
-    Raises UserError if `RowStream` or `encoded_rows` does, or if no token is supervised. Also raises it if a file
-    changes while it is read, if the cache cannot be written, or if another process takes too long.
+    Raises UserError if `RowStream` or `encoded_rows` raises it, if no token is supervised, or if a file changes while
+    it is read. Also raises UserError if the cache cannot be written, or if another process takes too long.
     """
     folder = Path(cache_dir or output_folder.user_cache()) / "tokens"
     try:
@@ -112,7 +112,7 @@ def tokenised_once(
 def _once(
     folder: Path, timeout_minutes: float, key: str, dtypes: Mapping[str, Any], write: Callable[[Path], None], names: str
 ) -> _Stored:
-    """Return the content of the folder `key`. Call `write` for it unless a process has written it or is writing it."""
+    """Return the content of the cache folder `key`. If no process writes it or has written it, call `write`."""
     path = folder / key
     waits = _waits(path, names, timeout_minutes)
 
@@ -139,7 +139,7 @@ def _once(
 
 
 def _waits(path: Path, names: str, timeout_minutes: float) -> Iterator[None]:
-    """Wait a moment at each `next` for the process that writes the folder `path`, and log this at intervals.
+    """Yield after each short wait for the process that writes the folder `path`. The waiting is logged at intervals.
 
     Raises UserError if that process has written nothing for `timeout_minutes`.
     """
@@ -175,8 +175,8 @@ def _waits(path: Path, names: str, timeout_minutes: float) -> Iterator[None]:
 def _write_rows(
     path: Path, *, stream: RowStream, content: str, encoding: Encoding, name: str, first_only: bool
 ) -> None:
-    """Tokenise the rows of a stream into the existing folder `path`. With `first_only`, only the first row of each
-    sample is tokenised."""
+    """Tokenise the rows of a stream and write them to the existing folder `path`. With `first_only`, tokenise only the
+    first row of each sample."""
 
     def read() -> Iterator[NumberedRow]:
         seen = 0
@@ -203,7 +203,7 @@ def _write_rows(
 def _write_splits(
     path: Path, *, stored: Mapping[Split, _Stored], streams: Mapping[Split, RowStream], seed: int, encoding: Encoding
 ) -> None:
-    """Write the indices of training and held-out samples, and the other fields of `TrainingData`."""
+    """Write the indices of the training and held-out samples, and the remaining fields of `TrainingData`."""
     train, stream = stored["train"][0], streams["train"]
     num_samples, first_samples = len(train["facts"]), np.flatnonzero(train["facts"]["first"])
     numbers, sources = (train["facts"][name][first_samples] for name in ("number", "source"))
@@ -238,7 +238,7 @@ def _write_splits(
 
 
 def _samples_of(rows: NDArray[np.int64], first_samples: NDArray[np.int64], num_samples: int) -> NDArray[np.int64]:
-    """Return the indices of the samples of rows, in order. first_samples: (num_rows,) the first sample of each row."""
+    """Return the indices of the samples of `rows`, in order. first_samples: (num_rows,) each row's first sample."""
     counts = np.diff(first_samples, append=num_samples)
     found = [np.empty(0, np.int64)]
     for start in range(0, len(rows), _BLOCK):
@@ -252,10 +252,10 @@ def _samples_of(rows: NDArray[np.int64], first_samples: NDArray[np.int64], num_s
 
 
 def cache_key(encoding: Encoding, content: str, *, first_only: bool = False) -> str:
-    """Return a hash of everything that the ids of rows depend on.
+    """Return a hash of everything that determines the token ids of the rows.
 
     Args:
-        content: hash of the files with the rows.
+        content: a hash of the data files.
         first_only: see `_write_rows`.
     """
     reading = encoding.reading
@@ -299,10 +299,10 @@ _META_FILE = "content.json"
 def written_arrays(
     folder: Path, dtypes: Mapping[str, Any], facts: Mapping[str, Any] | None = None
 ) -> Iterator[Callable[..., None]]:
-    """Yield a function that appends values to one-dimensional arrays of these dtypes, given by name.
+    """Yield a function that appends values to one-dimensional arrays. `dtypes` has the dtype of each array by name.
 
-    The arrays are files in an existing folder. When the block ends, every file's size and hash are written, with a hash
-    of this record, so that damage is detected. `facts` is JSON that is written beside the arrays."""
+    Each array is a file in the existing folder `folder`. When the `with` block ends, a JSON file with the size and hash
+    of each array is written, so that damage is detected. This file also contains `facts`, a JSON object."""
     with ExitStack() as stack:
         files = {name: stack.enter_context((folder / name).open("wb")) for name in dtypes}
 
@@ -317,9 +317,9 @@ def written_arrays(
 
 
 def mapped_arrays(folder: Path, dtypes: Mapping[str, Any]) -> _Stored | None:
-    """Return (arrays of a folder, the `facts` written beside them); None if the folder is missing, damaged or foreign.
+    """Return the memory-mapped arrays of a folder, and its `facts`. Return None if the folder is missing or not valid.
 
-    A mapped array needs no memory of its own, because all processes of a host share the system's copy of the file.
+    The processes of a host share the operating system's copy of a mapped file, so it needs no memory per process.
     """
     meta_file, files = folder / _META_FILE, {name: folder / name for name in dtypes}
     try:

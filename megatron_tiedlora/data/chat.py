@@ -1,7 +1,7 @@
-"""Makes the text of a conversation with the chat template, or as lines `User: ...` and `Assistant: ...`.
+"""Converts a conversation to text, with the chat template or as lines that begin with `User:` and `Assistant:`.
 
-This module also decides which parts are supervised, and checks that the template knows all roles and fields.
-`chat_template` runs the template, and `encode` makes tokens.
+This module also decides which parts of the text are supervised, and checks that the template knows all roles and
+fields. The module `chat_template` runs the template, and the module `encode` tokenises the text.
 """
 
 import hashlib
@@ -22,12 +22,12 @@ _WORD = re.compile(r"\w+")
 
 
 class Chat:
-    """Converts conversations to text. It runs the tokenizer's chat template in a process, so it must be closed. The
-    tokenizer may be None, for example if the text is not tokenised.
+    """Converts conversations to text. It runs the tokenizer's chat template in a separate process, so `close` must be
+    called. The tokenizer may be None, for example if the text is not tokenised.
 
     Attributes:
-        reading: the user's choices about rows.
-        templated: whether there is a chat template. A template also writes the start and the end of a text.
+        reading: the user's options for reading rows.
+        templated: whether there is a chat template. A template also writes the tokens at the start and end of a text.
     """
 
     def __init__(self, tokenizer: Any, reading: Reading) -> None:
@@ -39,8 +39,8 @@ class Chat:
         self._names: dict[bool, TemplateNames] = {}  # by whether there are tools: some have a template for them
 
     def segments(self, conversation: Conversation, source: str) -> tuple[tuple[Segment, ...], int]:
-        """Return the segments of a conversation's text, and how many of them come before the last answer. Raises
-        UserError if the template does not know a role, would drop a field, or fails."""
+        """Return the segments of a conversation's text, and the number of segments before the last answer. Raises
+        UserError if the template fails, does not know a role, or would ignore a field."""
         if self.reading.train_on == "last_turn":
             conversation = conversation.with_last_turn_alone()
         self._check_known(conversation, source)
@@ -84,7 +84,7 @@ class Chat:
         return parts
 
     def _joined(self, parts: Sequence[tuple[str, bool | None]]) -> list[Segment]:
-        """Return the segments of parts. Adjacent unsupervised parts are joined, so that they are tokenised together."""
+        """Return the segments of a text from its parts. Adjacent unsupervised parts become one segment."""
         texts: list[tuple[str, bool, bool]] = []
         for text, answer in parts:
             ends = answer is not None and self._template is None
@@ -95,7 +95,7 @@ class Chat:
         return [segment for text, supervised, ends in texts for segment in self.cut(text, supervised, ends=ends)]
 
     def cut(self, text: str, supervised: bool, *, ends: bool = False) -> list[Segment]:
-        """Divide a text into segments, so that marked control tokens are read as plain text."""
+        """Divide a text into segments, so that each marked control token is tokenised as plain text."""
         parts = [(text, False)]
         if self.reading.special_tokens == "plain" and (_START in text or _END in text):
             marked = [start.partition(_END) for start in text.split(_START)]
@@ -105,7 +105,7 @@ class Chat:
         return [*segments[:-1], replace(segments[-1], ends=ends)]
 
     def _guarded(self, conversation: Conversation, source: str) -> Conversation:
-        """Return the conversation with the control tokens in its texts marked; `guard` may reject one."""
+        """Return the conversation with marks around its control tokens. Raises UserError as `guard` does."""
         turns = []
         for turn in conversation.turns:
             where, message = f"{source}, {turn.name}", dict(turn.message)
@@ -115,8 +115,8 @@ class Chat:
         return Conversation(tuple(turns), self.guard(conversation.tools, "field 'tools'", source))
 
     def guard(self, value: Any, what: str, source: str) -> Any:
-        """Return `value` (a text, or JSON with texts) with its control tokens marked. Messages call it `what`. Raises
-        UserError if it has a control token and the user has not chosen how to read it."""
+        """Return `value` (a text, or JSON with texts) with marks around its control tokens. Errors call the value
+        `what`. Raises UserError for a control token if the user has not chosen how to tokenise control tokens."""
         if isinstance(value, dict):
             return {self.guard(key, what, source): self.guard(item, what, source) for key, item in value.items()}
         if not isinstance(value, str):
@@ -134,7 +134,7 @@ class Chat:
         )
 
     def _check_known(self, conversation: Conversation, source: str) -> None:
-        """Raise UserError if the template, or the plain format without one, would drop a field or not know a role."""
+        """Raise UserError if the chat template, or the plain format, would ignore a field or does not know a role."""
         names, has_tools = TemplateNames(), bool(conversation.tools)
         if self._template is not None:
             if has_tools not in self._names:
@@ -158,7 +158,7 @@ class Chat:
                 raise UserError(f"{said}; {self._fix}, or --special_tokens_in_text plain to write it as it is")
 
     def _check_written(self, conversation: Conversation, text: str, source: str) -> None:
-        """Raise UserError if the template drops a tool call or a turn's text. Checks only the text's longest word."""
+        """Raise UserError if the template omits a tool call or a turn's longest word. Other words are not checked."""
         for turn in conversation.turns:
             message = turn.message
             content = str(message["content"] or "").rpartition("</think>")[2]  # earlier thoughts may be left out
@@ -175,14 +175,14 @@ class Chat:
 
 
 def chat_writer(tokenizer: Any, reading: Reading) -> str:
-    """Return a description of what writes the text of conversations: the chat template, or plain lines."""
+    """Return a phrase for messages that names the chat template or, without one, describes the plain format."""
     if not getattr(tokenizer, "chat_template", None):
         return "lines of User: and Assistant: (the tokenizer has no chat template)"
     return f"the chat template of {reading.chat_template or getattr(tokenizer, 'name_or_path', 'the tokenizer')}"
 
 
 def chat_note(tokenizer: Any, reading: Reading) -> str:
-    """Return a note for a run's first log lines: what writes conversations, and which answers are supervised."""
+    """Return a note for a run's first log lines. It names the chat template and the answers that are supervised."""
     said = f"{chat_writer(tokenizer, reading)}; {'every' if reading.train_on == 'all_turns' else 'the last'} answer"
     if not tokenizer.chat_template:
         return f"{said} is supervised"
@@ -198,7 +198,7 @@ def _template_text(tokenizer: Any, reading: Reading, *, tools: Any = None) -> st
 
 
 def read_chat_template(file: str | Path) -> str:
-    """Return the text of the --chat_template file. Raises UserError if it is missing, not text, or empty."""
+    """Return the text of the --chat_template file. Raises UserError if it is missing, empty or not a text file."""
     path = user_path(file)
     if not path.is_file():
         raise UserError(f"--chat_template {file}: no such file; give a Jinja template")
@@ -209,7 +209,7 @@ def read_chat_template(file: str | Path) -> str:
 
 
 def chat_template_sha256(file: str | Path) -> str:
-    """Return a hash of a chat template's text. Raises the same UserError as `read_chat_template`."""
+    """Return a hash of the text of a chat template file. Raises UserError as `read_chat_template` does."""
     return hashlib.sha256(read_chat_template(file).encode()).hexdigest()
 
 
@@ -220,8 +220,8 @@ _START, _END = "\ufdd0", "\ufdd1"  # Unicode noncharacters, reserved for interna
 
 
 def _control_tokens(tokenizer: Any, meaning: str) -> re.Pattern[str] | None:
-    """Return a pattern that finds the tokenizer's control tokens in a text. It is None if there are none, if `meaning`
-    (--special_tokens_in_text) is `control`, or if the tokenizer splits control tokens itself."""
+    """Return a pattern that finds the tokenizer's control tokens in a text. Return None if the tokenizer has no control
+    tokens or splits them itself, or if `meaning` (the value of --special_tokens_in_text) is `control`."""
     if tokenizer is None or meaning == "control" or getattr(tokenizer, "split_special_tokens", False):
         return None
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
@@ -231,10 +231,10 @@ def _control_tokens(tokenizer: Any, meaning: str) -> re.Pattern[str] | None:
 
 
 def with_marks(segments: Iterable[Segment]) -> str:
-    """Return the text of segments, with marks around each plain segment."""
+    """Return the joined text of segments, with marks around each segment for which `plain` is set."""
     return "".join(f"{_START}{segment.text}{_END}" if segment.plain else segment.text for segment in segments)
 
 
 def without_marks(text: str) -> str:
-    """Return the text without marks."""
+    """Return the text without the marks around control tokens."""
     return text.replace(_START, "").replace(_END, "")

@@ -2,8 +2,8 @@
 
 transformers runs the template in Jinja's sandbox. The sandbox blocks access to files and objects, but it does not limit
 time and memory. So the template runs in a forked process, which has a copy of the tokenizer. The kernel limits the
-memory of that process, and it is killed if it takes too long. This process renders conversations, finds the span of
-each answer in the text, and finds the names that a template reads.
+memory of that process, and the parent kills it if it takes too long. The forked process renders conversations, finds
+the span of each answer in the text, and finds the names that a template reads.
 """
 
 import json
@@ -40,8 +40,8 @@ Rendered = tuple[str, tuple[Span, ...]]  # the text that the template writes, an
 
 
 class ChatTemplate:
-    """A tokenizer's chat template in its own process, which starts when it is first needed. `name` is the template's
-    name in messages."""
+    """Runs a tokenizer's chat template in a separate process, which starts with the first request. `name` is the name
+    of the template in error messages."""
 
     def __init__(self, tokenizer: Any, name: str | None = None) -> None:
         self._tokenizer = tokenizer
@@ -53,16 +53,16 @@ class ChatTemplate:
     ) -> Rendered:
         """Return the text of a conversation, and the spans of the assistant's turns whose indices are in `answers`.
 
-        If each answer of the assistant has a generation mark in the template, the marks are the spans. Otherwise the
-        turns before an answer are rendered with a generation prompt, and the span is the text that the answer adds.
+        If the template marks every answer with {% generation %}, each marked text is a span. Otherwise the turns before
+        an answer are rendered with a generation prompt, and the span is the text that the answer adds.
 
         Args:
-            names: the name of each turn in errors.
+            names: the name of each turn in error messages.
 
         Raises:
-            UserError: the template rejects the turns or fails; it changes a turn when others follow; it needs more than
-                256 MiB or more than a second of CPU time (plus 0.02 s per answer); its text is longer than 100,000
-                characters plus ten times the conversation's length.
+            UserError: the template rejects the turns, fails, or changes a turn when more turns follow. It is also
+                raised for more than 256 MiB of memory, more than 1 s of CPU time (plus 0.02 s per answer), or a text
+                longer than 100,000 characters plus ten times the conversation's length.
         """
         turns = {"messages": list(messages), "tools": list(tools) if tools else None, "names": list(names)}
         longest = _OWN_CHARACTERS + _RATIO * _num_characters([turns["messages"], turns["tools"]])
@@ -70,7 +70,7 @@ class ChatTemplate:
         return answer["text"], tuple((int(start), int(end)) for start, end in answer["answers"])
 
     def names(self, text: str, source: str) -> "TemplateNames":
-        """Return the names that the template `text` reads. Raises UserError if it is broken, or takes too long."""
+        """Return the names that the template `text` reads. Raises UserError if it is not valid or takes too long."""
         found = self._answered({"template": text, "answers": ()}, source)
         return TemplateNames(**{name: frozenset(words) for name, words in found["found"].items()})
 
@@ -86,7 +86,7 @@ class ChatTemplate:
         self._running = None
 
     def _answered(self, request: Mapping[str, Any], source: str) -> dict[str, Any]:
-        """Send a request to the process and return its answer. Raises UserError if it fails, ends or takes too long."""
+        """Send a request to the process and return its answer. Raises UserError if this fails or takes too long."""
         process, connection = self._running or self._start()
         before, deadline = _seconds(process), time.monotonic() + _SILENCE
         most, late = _SECONDS + _SECONDS_PER_ANSWER * len(request["answers"]), ""
@@ -128,7 +128,7 @@ def _seconds(process: psutil.Process) -> float:
 
 
 def _serve(tokenizer: Any, connection: Connection, parent: int) -> NoReturn:
-    """Answer requests until the other end is closed, then end the process. It never returns to the parent's code."""
+    """Answer requests until the parent closes the connection, then exit the process. This function never returns."""
     status = 1
     try:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # do not inherit the parent's handlers
@@ -164,7 +164,7 @@ def _answer(tokenizer: Any, request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _num_characters(value: Any) -> int:
-    """Return the length of all texts in a JSON value, in characters."""
+    """Return the total length of all texts in a JSON value, in characters."""
     if isinstance(value, str):
         return len(value)
     parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
@@ -177,7 +177,7 @@ def _send(connection: Connection, content: Mapping[str, Any]) -> None:
 
 
 def _receive(connection: Connection) -> dict[str, Any] | None:
-    """Return the next message, or None if the other end is closed."""
+    """Return the next message, or None if the other process has closed the connection."""
     try:
         content = json.loads(connection.recv_bytes())
     except (EOFError, ConnectionError):
@@ -200,9 +200,9 @@ _THOUGHT_END = "</think>"  # some templates write an empty thought before the la
 class TemplateNames:
     """The names in a template.
 
-    variables: names of variables that it reads, such as tools in `{% if tools %}`.
+    variables: names of variables that the template reads, such as tools in `{% if tools %}`.
     fields: names of fields that it reads, as in message.tool_calls or message['tool_calls'], and all `constants`.
-    constants: texts in its code, such as the roles that it compares with; without texts that it only writes.
+    constants: strings in its code, such as the roles with which it compares. Strings that it only writes are excluded.
     """
 
     variables: frozenset[str] = frozenset()
@@ -216,13 +216,13 @@ class _Generation(Extension):
     tags = {"generation"}  # noqa: RUF012 - Jinja's own declaration
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
-        """Return the nodes inside the marked text."""
+        """Return the syntax nodes between {% generation %} and {% endgeneration %}."""
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def template_names(text: str) -> TemplateNames:
-    """Return the names in a template's text. Raises Jinja's own errors if the template is broken."""
+    """Return the names in the text of a template. Raises the errors of Jinja if the template is not valid."""
     tree = Environment(autoescape=False, extensions=[_Generation, "jinja2.ext.loopcontrols"]).parse(text)
     writers = tree.find_all((nodes.Output, nodes.Add, nodes.Concat))
     written = {id(child) for node in writers for child in node.iter_child_nodes()}
@@ -237,7 +237,7 @@ def template_names(text: str) -> TemplateNames:
 
 
 class TurnsChange(ValueError):
-    """The template writes a turn differently when others follow, so the span of the turn cannot be found."""
+    """Raised if the template writes a turn differently when more turns follow, so that its span cannot be found."""
 
 
 def has_marks(template: str) -> bool:
@@ -248,8 +248,8 @@ def has_marks(template: str) -> bool:
 def render_with_spans(
     tokenizer: Any, messages: Objects, tools: Objects | None, answers: Sequence[int], *, names: Sequence[str]
 ) -> Rendered:
-    """Return the text of the messages, and the spans of those with the indices `answers`. `names` are their names in
-    errors. Raises TurnsChange if a span cannot be found. Errors of the template are not caught."""
+    """Return the text of the messages, and the span of each message whose index is in `answers`. `names` has the name
+    of each message in errors. Raises TurnsChange if a span cannot be found. Errors of the template are not caught."""
     if found := _by_marks(tokenizer, messages, tools):
         return found[0], tuple(found[1][index] for index in answers)
     render, eos = partial(_render, tokenizer, tools=tools), getattr(tokenizer, "eos_token", None) or ""
@@ -258,7 +258,7 @@ def render_with_spans(
 
 
 def _by_marks(tokenizer: Any, messages: Objects, tools: Objects | None) -> tuple[str, dict[int, Span]] | None:
-    """Return the text and the span of each answer, found by generation marks; None unless each is one span."""
+    """Return the text, and the span of each answer by generation marks. Return None if an answer has no single span."""
     if not has_marks(tokenizer.get_chat_template(tools=tools)):
         return None
     text, marks = _marked(tokenizer, messages, tools)
@@ -276,7 +276,7 @@ def _by_marks(tokenizer: Any, messages: Objects, tools: Objects | None) -> tuple
 def _marked(
     tokenizer: Any, messages: Objects, tools: Objects | None, *, starts_answer: bool = False
 ) -> tuple[str, list[Span]]:
-    """Return the text of messages, and the spans that the template marks."""
+    """Return the text of the messages, and the spans that the template marks."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     # The function returns (texts, spans per text); its annotation is wrong.
@@ -293,7 +293,7 @@ def _marked(
 
 
 def _span(render: Callable[..., str], messages: Objects, whole: str, index: int, name: str, eos: str) -> Span:
-    """Return the span of the answer `index` in the text `whole` of all messages. Errors call it `name`."""
+    """Return the span of message `index` in `whole`, the text of all messages. Errors call the message `name`."""
     prompt = render(messages[:index], starts_answer=True)
     start = len(os.path.commonprefix([prompt, whole]))  # noqa: RUF071 - compares characters; these are not paths
     if start < len(prompt):  # the generation prompt may have more text than the answer, such as an open thought

@@ -1,12 +1,14 @@
-"""Converts the segments of samples to token ids and labels, with the same function for training and for generation.
+"""Converts the segments of samples to token ids and labels, in the same way for training and for generation.
 
-tokens = start + segments; a segment may end with EOS. `start` is what the tokenizer itself adds before a text, usually
-BOS or nothing. Segments are tokenised separately, so that the ids of a prompt do not depend on the answer. Supervised
-tokens are marked by position, never by id, because padding may equal EOS. If a sample is too long, a prompt loses its
-middle and a chat loses its first exchanges. An answer is never shortened. A long text without a prompt becomes several
-samples. No space is added between two segments.
+The tokens of a sample are `start`, followed by the tokens of its segments. A segment may end with EOS. By default,
+`start` has the tokens that the tokenizer itself adds before a text, usually BOS or none. Segments are tokenised
+separately, so that the ids of a prompt do not depend on the answer. Supervised tokens are marked by position and not by
+id, because the padding id may equal the EOS id. If a sample is too long, the middle of its prompt or the first
+exchanges of its chat are removed. An answer is never shortened. A long text without a prompt becomes several samples.
+No space is added between two segments.
 
-Errors of a tokenizer become one line here. `loader` makes batches, `cache` stores samples, and `chat` writes chats.
+This module reports errors of a tokenizer as one line. The module `loader` makes batches, `cache` stores samples, and
+`chat` converts chats to text.
 """
 
 import os
@@ -38,8 +40,8 @@ from megatron_tiedlora.data.tokenizer import Tokenizer, library_errors, start_id
 
 
 class Encoded(NamedTuple):
-    """The tokens of a sample with BOS and EOS, which of them are supervised, whether the prompt lost its middle, and
-    how many turns a chat lost. The first token is never supervised, because no position predicts it."""
+    """A tokenised sample: its tokens with BOS and EOS, whether each token is supervised, whether the middle of its
+    prompt was removed, and how many turns of its chat were removed. The first token is never supervised."""
 
     tokens: list[int]
     supervised: list[bool]
@@ -50,7 +52,7 @@ class Encoded(NamedTuple):
 def encode_prompts(
     tokenizer: Tokenizer, examples: Sequence[Example], *, max_length: int, reading: Reading | None = None
 ) -> tuple[list[NDArray[np.int32]], int]:
-    """Return the ids of the examples' prompts, (length,) int32 each, and how many were shortened to `max_length`.
+    """Return the token ids of each prompt, (length,) int32, and the number of prompts shortened to `max_length`.
 
     If a prompt is not shortened, its ids are exactly the ids before the last answer in training.
     """
@@ -62,10 +64,10 @@ def encode_prompts(
 def encode_dataset(
     examples: Sequence[Example], tokenizer: Tokenizer, *, max_length: int, reading: Reading | None = None
 ) -> TokenDataset:
-    """Tokenise samples in memory to at most `max_length` tokens. A text without a prompt may become several samples.
+    """Return samples in memory with at most `max_length` tokens. A text without a prompt may become several samples.
 
-    Raises UserError if the tokenizer has no EOS but one is needed, or if no token is supervised. Also raises it, with
-    the sample's source, if an answer with the start and one token of its prompt does not fit in `max_length`.
+    Raises UserError if the tokenizer has no EOS token but needs one, or if no token is supervised. Also raises
+    UserError, with the sample's source, if an answer does not fit in `max_length` with BOS and one token of its prompt.
     """
     with closing(Encoder(tokenizer, reading or Reading(), max_length)) as encoder:
         dataset = TokenDataset(**joined([sample for samples in encoder.samples(examples) for sample in samples]))
@@ -74,7 +76,7 @@ def encode_dataset(
 
 
 def joined(samples: Sequence[Encoded]) -> dict[str, NDArray[Any]]:
-    """Return the arrays of samples, which are arguments of `TokenDataset`."""
+    """Return the arrays of samples, by the names of the arguments of `TokenDataset`."""
     facts = np.zeros(len(samples), FACTS)
     facts["supervised"] = [sum(sample.supervised) for sample in samples]
     for name in ("cut", "lost_turns"):
@@ -90,7 +92,7 @@ def joined(samples: Sequence[Encoded]) -> dict[str, NDArray[Any]]:
 class Encoder:
     """Tokenises samples with one tokenizer to at most `max_length` tokens.
 
-    It may run the tokenizer's chat template in a process, so it must be closed.
+    It may run the tokenizer's chat template in a separate process, so `close` must be called.
     """
 
     def __init__(self, tokenizer: Tokenizer, reading: Reading, max_length: int) -> None:
@@ -101,7 +103,7 @@ class Encoder:
         self.close = self.chat.close
 
     def samples(self, examples: Sequence[Example]) -> Iterator[list[Encoded]]:
-        """Yield the samples of each example: usually one, but several for a long text."""
+        """Yield the samples of each example, usually one. A long text without a prompt has several samples."""
         for example, tokens, supervised, lost in self._shortened(examples, lambda example: example.segments):
             if len(tokens) > self._max_length and not example.prompt:
                 yield list(self._continued(tokens, supervised))
@@ -109,7 +111,7 @@ class Encoder:
                 yield [self._cut_prompt(example, tokens, supervised, lost)]
 
     def prompts(self, examples: Sequence[Example]) -> Iterator[tuple[list[int], bool]]:
-        """Yield the ids of each prompt, and whether it was shortened."""
+        """Yield the token ids of each example's prompt, and whether the prompt was shortened."""
         for _, tokens, _, lost in self._shortened(examples, lambda example: example.segments[: example.num_prompt]):
             cut = len(tokens) > self._max_length
             yield self._without_middle(tokens, room=self._max_length) if cut else tokens, cut or lost > 0
@@ -117,7 +119,7 @@ class Encoder:
     def _shortened(
         self, examples: Sequence[Example], segments_of: Callable[[Example], Sequence[Segment]]
     ) -> Iterator[tuple[Example, list[int], list[bool], int]]:
-        """Yield each example, its tokens, which of them are supervised, and how many turns were removed to fit."""
+        """Yield each example, its tokens, whether each token is supervised, and the number of removed turns."""
         ids = segment_ids(self._tokenizer, [segments_of(example) for example in examples])
         for example, parts in zip(examples, ids, strict=True):
             tokens, supervised = self._put_together(example, segments_of(example), parts)
@@ -133,7 +135,7 @@ class Encoder:
     def _put_together(
         self, example: Example, segments: Sequence[Segment], parts: Sequence[list[int]]
     ) -> tuple[list[int], list[bool]]:
-        """Return the tokens of a sample, and which of them are supervised."""
+        """Return the tokens of a sample, and whether each token is supervised."""
         tokens: list[int] = []
         supervised: list[bool] = []
         for segment, ids in zip(segments, parts, strict=True):
@@ -150,7 +152,7 @@ class Encoder:
         return tokens, supervised
 
     def _start_of(self, example: Example, tokens: list[int]) -> list[int]:
-        """Return the ids to add before a sample: none if `tokens` or the chat template already has the start."""
+        """Return the ids to add before a sample. They are empty if `tokens` or the chat template already has them."""
         templated = self.chat.templated and example.conversation is not None
         written = (templated and self._add_bos == "auto") or tokens[: len(self._start)] == self._start
         return [] if written else self._start
@@ -164,7 +166,7 @@ class Encoder:
             yield Encoded(tokens[start:stop], [False, *supervised[start + 1 : stop]])
 
     def _cut_prompt(self, example: Example, tokens: list[int], supervised: list[bool], lost_turns: int) -> Encoded:
-        """Return the sample. If it is too long, its prompt loses its middle."""
+        """Return the tokenised sample. If it is too long, the middle of its prompt is removed."""
         cut = len(tokens) > self._max_length
         if cut:
             first = supervised.index(True) if any(supervised) else len(tokens)
@@ -179,7 +181,7 @@ class Encoder:
         return Encoded(tokens, supervised, cut, lost_turns)
 
     def _without_middle(self, prompt: list[int], *, room: int) -> list[int]:
-        """Return the start of a prompt, and the first and last of its other tokens: `room` tokens in total."""
+        """Return a prompt that is shortened to `room` tokens. Its start tokens are kept, and its middle is removed."""
         start = self._start if prompt[: len(self._start)] == self._start else []
         ids, keep = prompt[len(start) :], max(room - len(start), 0)
         head = (keep + 1) // 2
@@ -194,7 +196,7 @@ def _num_turns(example: Example) -> int:
 
 
 def decode_ids(tokenizer: Tokenizer, ids: Sequence[int], *, skip_special: bool = False) -> str:
-    """Return the decoded text of ids. Raises UserError, which names the tokenizer, if its library fails."""
+    """Return the text of token ids. Raises UserError with the tokenizer's name if its library fails."""
     with library_errors(tokenizer.name_or_path, "cannot decode some ids"):
         return str(tokenizer.decode(list(ids), skip_special_tokens=skip_special))
 
@@ -206,7 +208,7 @@ def adds_prefix_space(tokenizer: Tokenizer) -> bool:
 
 
 def segment_ids(tokenizer: Tokenizer, samples: Sequence[Sequence[Segment]]) -> list[list[list[int]]]:
-    """Return the ids of each segment of each sample, without EOS at the ends of samples."""
+    """Return the token ids of each segment of each sample, without the EOS tokens that may follow a segment."""
     found: list[list[list[int]]] = [[[] for _ in segments] for segments in samples]
     for follows, plain in product((False, True), repeat=2):
         positions = [
@@ -223,12 +225,12 @@ def segment_ids(tokenizer: Tokenizer, samples: Sequence[Sequence[Segment]]) -> l
 
 
 def continuation_ids(tokenizer: Tokenizer, texts: Sequence[str], *, plain: bool = False) -> list[list[int]]:
-    """Tokenise texts that follow a prompt, so that the decoded ids of prompt and continuation are the joined text.
+    """Return the token ids of texts that follow a prompt. Decoding the ids of prompt and text returns the joined text.
 
     A tokenizer that prefixes a space would add one to " 42" and to "42". So a leading space is removed, and the
     tokenizer adds it again. A text without a leading space is tokenised after a newline, and the newline's ids are
-    removed. If the newline merges with the text into one token, the extra space stays. With `plain`, control tokens in
-    the texts are read as plain text."""
+    removed. If the newline and the text merge into one token, the extra space stays. With `plain`, control tokens in
+    the texts are tokenised as plain text."""
     if not texts or not adds_prefix_space(tokenizer):
         return _ids(tokenizer, texts, plain=plain)
     newline = _ids(tokenizer, ["\n"])[0]
@@ -272,9 +274,9 @@ _MOST_PROCESSES = 32
 
 @dataclass(frozen=True)
 class Encoding:
-    """Everything that determines the ids of a row.
+    """All inputs that determine the token ids of a row.
 
-    end_ids: ids that end an answer.
+    end_ids: the token ids that end an answer.
     """
 
     task: Task
@@ -286,7 +288,7 @@ class Encoding:
 
 Arrays = dict[str, NDArray[Any]]
 RowShapes = list[tuple[str, str]]
-"""(shape, source) of each of some rows."""
+"""The shape and the source of each row of a chunk."""
 
 
 class RowEncoder(Encoder):
@@ -297,9 +299,9 @@ class RowEncoder(Encoder):
         self._task, self._ends = encoding.task, encoding.end_ids
 
     def encode(self, rows: Sequence[NumberedRow]) -> tuple[Arrays, RowShapes]:
-        """Return the samples of rows, as arrays that `encoded_rows` yields, and the rows' shapes.
+        """Return the samples of a chunk of rows as the arrays that `encoded_rows` yields, and the shapes of the rows.
 
-        Raises the same UserErrors as `make_example` and `Encoder.samples`.
+        Raises UserError as `make_example` and `Encoder.samples` do.
         """
         made = [make_example(self._task, self.chat, [row]) for _, _, row in rows]
         of_rows = list(self.samples(made))
@@ -316,8 +318,8 @@ class RowEncoder(Encoder):
 
 
 def encoded_rows(rows: Iterable[NumberedRow], encoding: Encoding) -> Iterator[Arrays]:
-    """Yield the samples of rows, chunk by chunk in order, as the arrays of `joined` with all facts. Raises UserError if
-    `RowEncoder.encode` does, or if rows of a file have several shapes."""
+    """Yield the samples of rows, one chunk at a time and in order, as the arrays of `joined` with all `FACTS`. Raises
+    UserError if `RowEncoder.encode` raises it, or if the rows of a file have different shapes."""
     # Each row counts as at least 1 / CHUNK of the bytes, so no chunk has more than CHUNK rows.
     chunks = filled((row, max(num_bytes(row[-1][0]), CHUNK_BYTES / CHUNK), CHUNK_BYTES) for row in rows)
     first = list(islice(chunks, _FEW_CHUNKS + 1))
@@ -341,7 +343,7 @@ _ENCODER: ContextVar[RowEncoder] = ContextVar("the encoder of a process that tok
 
 
 def _in_processes(chunks: Iterable[list[NumberedRow]], encoding: Encoding) -> Iterator[tuple[Arrays, RowShapes]]:
-    """Yield the encoded chunks in order. At most one chunk per process is in memory."""
+    """Encode chunks in several processes, and yield them in order. At most one chunk per process is in memory."""
     count = min(len(os.sched_getaffinity(0)), _MOST_PROCESSES)
     begin = partial(_begin, encoding, os.getpid())
     pool = ProcessPoolExecutor(count, get_context("fork"), initializer=begin)

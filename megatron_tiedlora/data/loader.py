@@ -1,11 +1,11 @@
-"""Makes the batches of every parallel layout from one plan. The samples of a step do not depend on the number of ranks.
+"""Makes the micro-batches of training steps in any parallel layout. The samples of a step are the same in all layouts.
 
 A step takes the next global batch from `token_dataset.sample_indices` and divides it into micro-batches of rows. A row
 has one sample or several packed samples. Unpacked samples are sorted by length. Data-parallel rank j % dp gets
-micro-batch j in accumulation step j // dp. Each rank computes the number of supervised tokens of the whole step, so it
-knows the loss's denominator without communication. Micro-batches of several adapters may be joined.
+micro-batch j in accumulation step j // dp. Each rank computes the number of supervised tokens in the global batch, so
+it knows the denominator of the loss without communication. Micro-batches of different adapters may be combined.
 
-This module also makes labels, padding and packing, and resumes by a count of samples. It does not move batches to GPUs.
+This module also makes labels, pads and packs rows, and resumes after a number of samples. It does not use GPUs.
 """
 
 import math
@@ -37,10 +37,10 @@ NUMBERS_OF_SAMPLE = 2**24
 class GlobalBatch:
     """The plan of one optimizer step, which is the same on every rank.
 
-    micro_batches: rows of sample indices, per micro-batch; unpacked rows are sorted by length.
-    ordinals: the same rows with positions in the run's order of samples (from 0) instead of sample indices.
+    micro_batches: the rows of each micro-batch, as lists of sample indices. Unpacked rows are sorted by length.
+    ordinals: the same rows, with each sample's position in the run (from 0) instead of its index in the data set.
     num_supervised, num_tokens, squared_lengths: totals over all samples of the step.
-    consumed_samples: number of samples used up to and including this step; a resumed run continues after them.
+    consumed_samples: the number of samples used up to and including this step. A resumed run continues after them.
     """
 
     micro_batches: Sequence[Rows]
@@ -51,7 +51,7 @@ class GlobalBatch:
     consumed_samples: int
 
     def on_rank(self, dp_rank: int, *, dp_size: int) -> Sequence[Rows]:
-        """Return this rank's micro-batches in accumulation order."""
+        """Return the micro-batches of this rank in accumulation order."""
         if len(self.micro_batches) % dp_size:
             raise ValueError(f"{len(self.micro_batches)} micro-batches do not divide over {dp_size} ranks")
         return self.micro_batches[dp_rank::dp_size]
@@ -61,9 +61,10 @@ class GlobalBatch:
 class TrainingStep:
     """One rank's micro-batches of a global batch.
 
-    num_supervised, num_tokens, squared_lengths: totals over the whole global batch. num_positions: positions of all
-    ranks' micro-batches, including padding. largest: the largest number of positions on any data-parallel rank, per
-    accumulation step. consumed_samples: number of samples used up to and including this step.
+    num_supervised, num_tokens, squared_lengths: totals over the global batch.
+    num_positions: the number of token positions in the micro-batches of all ranks, including padding.
+    largest: the largest number of positions on any data-parallel rank, for each accumulation step.
+    consumed_samples: the number of samples used up to and including this step.
     """
 
     micro_batches: tuple[MicroBatch, ...]
@@ -76,9 +77,9 @@ class TrainingStep:
 
 
 def plan_global_batch(dataset: TokenDataset, shape: BatchPlan, *, seed: int, consumed_samples: int) -> GlobalBatch:
-    """Return the plan of the step after the first `consumed_samples` samples. It depends on the arguments only.
+    """Return the plan of the step after the first `consumed_samples` samples. It depends only on the arguments.
 
-    With packing, the numbers of micro-batches and of their rows depend on the samples. They are equal on every rank.
+    With packing, the numbers of micro-batches and rows depend on the samples. They are the same on every rank.
     """
     size, micro = shape.global_batch_size, shape.micro_batch_size
     if size % micro:
@@ -117,10 +118,10 @@ def training_steps(
     consumed_samples: int = 0,
     numbered: bool = False,
 ) -> Iterator[TrainingStep]:
-    """Yield the steps of one data-parallel rank after the first `consumed_samples` samples, without end.
+    """Yield the training steps of one data-parallel rank after the first `consumed_samples` samples, without end.
 
-    With `TrainingStep.consumed_samples` of a step it continues after that step. If `numbered`, micro-batches have token
-    indices. Raises UserError if a global batch has no supervised token. This happens on every rank at the same step.
+    To continue after a step, pass its `consumed_samples`. If `numbered`, micro-batches have token indices. Raises
+    UserError if a global batch has no supervised token. The error occurs on every rank at the same step.
     """
     dp_size, packed = shape.data_parallel, shape.packed_length is not None
     make = partial(collate, dataset, pad_id=pad_id, pad_multiple=pad_multiple, packed=packed)
@@ -146,12 +147,12 @@ def training_steps(
 
 
 def largest_positions(positions: Sequence[int], *, dp_size: int) -> tuple[int, ...]:
-    """Return the largest number of positions on any rank, per accumulation step, from those of a global batch."""
+    """Return the largest of the ranks' numbers of positions for each accumulation step of a global batch."""
     return tuple(max(positions[start : start + dp_size]) for start in range(0, len(positions), dp_size))
 
 
 def _evaluation_rows(dataset: TokenDataset, micro_batch_size: int, dp_size: int) -> Iterator[list[Rows]]:
-    """Yield the rows of all ranks' batches, batch by batch. Samples are sorted by length, and each is on one rank."""
+    """Yield the rows of every rank, one batch at a time. Samples are sorted by length, and each is on one rank."""
     order = np.argsort(dataset.lengths, kind="stable")
     whole = micro_batch_size * dp_size
     for first in range(0, len(order), whole):
@@ -168,10 +169,10 @@ def evaluation_batches(
     pad_id: int,
     pad_multiple: int = PAD_MULTIPLE,
 ) -> Iterator[MicroBatch]:
-    """Yield one rank's batches of a pass over all samples, sorted by length. Each sample is on one rank.
+    """Yield one rank's batches for one pass over all samples, sorted by length. Each sample is on exactly one rank.
 
-    Every rank gets the same number of batches, so that collectives match. A batch without samples is one row of padding
-    without labels.
+    Every rank gets the same number of batches, so that collectives match. If a rank has no samples for a batch, it gets
+    one row of padding without labels.
     """
     for of_ranks in _evaluation_rows(dataset, micro_batch_size, dp_size):
         yield collate(dataset, of_ranks[dp_rank], pad_id=pad_id, pad_multiple=pad_multiple)
@@ -194,13 +195,13 @@ def collate(
     packed: bool = False,
     ordinals: Rows | None = None,
 ) -> MicroBatch:
-    """Concatenate the samples of each row, and pad all rows to the same multiple of `pad_multiple`.
+    """Return a micro-batch. The samples of a row are concatenated, and rows are padded to a multiple of `pad_multiple`.
 
     A row without samples becomes padding without labels. If `rows` is empty, the batch is one such row.
 
     Args:
-        packed: whether rows may hold several samples; the batch then has document ids.
-        ordinals: as in `GlobalBatch`; the batch then has its token indices.
+        packed: whether rows may have several samples. If so, the batch has document ids.
+        ordinals: as in `GlobalBatch`. If they are given, the batch has token indices.
     """
     lengths = _row_lengths(dataset, rows)
     shape = _padded_shape(lengths, pad_multiple)
@@ -244,7 +245,7 @@ def _row_lengths(dataset: TokenDataset, rows: Rows) -> list[int]:
 
 
 def _padded_shape(lengths: Sequence[int], pad_multiple: int) -> tuple[int, int]:
-    """Return (rows, positions per row) of a micro-batch whose rows have these lengths."""
+    """Return the padded shape (rows, positions per row) of a micro-batch whose rows have these lengths."""
     return len(lengths), -(-max(*lengths, 1) // pad_multiple) * pad_multiple
 
 
@@ -252,18 +253,18 @@ def _padded_shape(lengths: Sequence[int], pad_multiple: int) -> tuple[int, int]:
 
 
 def pack(lengths: Lengths, capacity: int, *, group_size: int = 1, multiple: int = 1, min_groups: int = 1) -> list[Rows]:
-    """Return micro-batches of rows of indices into `lengths`. The longest rows come first.
+    """Return micro-batches as lists of rows. A row is a list of indices into `lengths`. The longest rows come first.
 
-    The result depends on the arguments only. First-fit decreasing needs at most 11/9 of the minimum number of rows,
-    plus one (Johnson, 1973). This determines the number of micro-batches. Then rows are added until all micro-batches
-    have equally many. Samples are spread evenly over the rows if they fit; otherwise the fullest rows are halved. So
-    all ranks have a similar amount of work.
+    The result depends only on the arguments. First-fit decreasing determines the number of micro-batches. It needs at
+    most 11/9 of the minimum number of rows, plus one (Johnson, 1973). Then rows are added until all micro-batches have
+    the same number of rows. Samples are spread evenly over the rows if they fit; otherwise the longest rows are halved.
+    So all ranks have a similar amount of work.
 
     Args:
-        capacity: maximum number of tokens per row; no sample is longer.
-        group_size: maximum number of rows per micro-batch.
-        multiple: the number of micro-batches is a multiple of this.
-        min_groups: minimum number of micro-batches, even if fewer could have all rows.
+        capacity: the maximum number of tokens per row; no sample is longer.
+        group_size: the maximum number of rows per micro-batch.
+        multiple: the number of micro-batches is divisible by this number.
+        min_groups: the minimum number of micro-batches, even if all rows fit into fewer.
     """
     order = np.argsort(-np.asarray(lengths), kind="stable").tolist()
     if not order:
@@ -294,7 +295,7 @@ def _first_fit(lengths: Lengths, order: Sequence[int], capacity: int) -> Rows:
 
 
 def _spread(lengths: Lengths, order: Sequence[int], num_rows: int, capacity: int) -> Rows | None:
-    """Add each sample of `order` to the shortest of `num_rows` rows. Return None if a row gets too long."""
+    """Add each sample of `order` to the shortest of `num_rows` rows. Return None if a row exceeds `capacity`."""
     rows: Rows = [[] for _ in range(num_rows)]
     filled = [0] * num_rows
     for index in order:
@@ -307,7 +308,7 @@ def _spread(lengths: Lengths, order: Sequence[int], num_rows: int, capacity: int
 
 
 def _halve(lengths: Lengths, rows: Rows, num_rows: int) -> Rows:
-    """Halve the longest row with several samples until there are `num_rows`. If no row has several, add empty rows."""
+    """Halve the longest row of several samples until there are `num_rows` rows. Without such a row, add empty ones."""
     rows = list(rows)
     while len(rows) < num_rows:
         longest = max(rows, key=lambda row: _tokens(lengths, row) if len(row) > 1 else 0)
@@ -329,23 +330,23 @@ Owned = tuple[str, MicroBatch]  # an adapter's name, and one of its micro-batche
 
 
 def shared_rounds(steps: Mapping[str, TrainingStep], *, capacity: int) -> list[list[Owned]]:
-    """Return the shared micro-batches of a step. Each is a list of micro-batches of different adapters.
+    """Return the combined micro-batches of a step. Each of them is a list of micro-batches of different adapters.
 
     Args:
         steps: this rank's training step of each adapter, by adapter name.
-        capacity: maximum tokens per shared micro-batch, including padding; 0: no micro-batches are joined.
+        capacity: the maximum number of tokens per combined micro-batch, including padding. With 0, none are combined.
     """
     rounds = fill_rounds({name: step.largest for name, step in steps.items()}, capacity=capacity)
     return [[(name, steps[name].micro_batches[number]) for name, number in some] for some in rounds]
 
 
 def fill_rounds(largest: Mapping[str, Sequence[int]], *, capacity: int) -> list[list[tuple[str, int]]]:
-    """Return shared micro-batches as lists of (adapter name, micro-batch index). The first micro-batches of all
-    adapters are joined first, then the second ones, and so on.
+    """Return combined micro-batches as lists of (adapter name, micro-batch index). The first micro-batches of all
+    adapters are combined, then their second micro-batches, and so on.
 
-    A micro-batch joins the last shared one of its round if together they have at most `capacity` tokens per rank. So
-    all ranks have equally many shared micro-batches, and the order per adapter does not change. `largest` has, per
-    adapter and micro-batch, the most positions on any rank."""
+    A micro-batch is added to the last combined one if the total is at most `capacity` tokens per rank. So all ranks
+    have the same number of combined micro-batches, and the order of each adapter does not change. `largest` has the
+    largest number of positions on any rank, for each micro-batch of each adapter."""
     found: list[list[tuple[str, int]]] = []
     for number in range(max(map(len, largest.values()), default=0)):
         present = [(name, number) for name, positions in largest.items() if number < len(positions)]
@@ -354,7 +355,7 @@ def fill_rounds(largest: Mapping[str, Sequence[int]], *, capacity: int) -> list[
 
 
 def shared_micro_batch(parts: Sequence[Owned]) -> MicroBatch:
-    """Join the micro-batches of several adapters into one of shape (1, tokens). A single one keeps its shape."""
+    """Combine the micro-batches of several adapters into one of shape (1, tokens). A single one keeps its shape."""
     batches = [batch for _, batch in parts]
     shares = tuple(Share(name, *batch.tokens.shape) for name, batch in parts)
     if len(batches) == 1:

@@ -1,7 +1,8 @@
-"""Reads rows from files, folders and hub data sets. Each row has its source, which is used in messages.
+"""Reads rows from files, folders and hub data sets. Each row has a source, such as file and line, for messages.
 
-This module reads text formats: .jsonl, .json, .csv, each also as .gz, and lines of plain text. It finds the data that a
-path, pattern or hub id names, and checks the fields of a row. `tables` reads tables, and `tasks` interpret the fields.
+This module reads the formats .jsonl, .json and .csv, also compressed as .gz, and lines of plain text. It finds the data
+that a path, pattern or hub id names, and checks the fields of rows. The module `tables` reads binary tables, and the
+modules in `tasks` interpret the fields.
 """
 
 import csv
@@ -35,17 +36,17 @@ _GZIP_MEMORY, _GZIP_RATIO = 2**28, 100  # text becomes 3 to 20 times smaller
 
 
 def is_rows_file(name: str) -> bool:
-    """Return whether the name has a suffix of a data file, such as .jsonl."""
+    """Return whether the name has the suffix of a data file, such as .jsonl."""
     return name.lower().removesuffix(_COMPRESSED).endswith(SUFFIXES)
 
 
 def looks_like_path(path_or_hub: str) -> bool:
-    """Return whether a string must name local files: it has a data suffix, is a pattern, or starts like a path."""
+    """Return whether a string can only name local files, by its data suffix, its pattern or its first character."""
     return is_rows_file(path_or_hub) or has_magic(path_or_hub) or path_or_hub.startswith(("/", ".", "~"))
 
 
 def may_be_hub_id(name: str) -> bool:
-    """Return whether `name` is a valid hub id by the hub's own rules, and does not look like a path."""
+    """Return whether `name` is valid by the hub's rules for ids, and does not look like a path."""
     if looks_like_path(name):
         return False
     from huggingface_hub.errors import HFValidationError
@@ -62,14 +63,14 @@ def may_be_hub_id(name: str) -> bool:
 class LocalData:
     """Local data: a file, all files of a folder or pattern, or a folder that `save_to_disk` wrote.
 
-    A .json file has a list of objects, or an object whose `data` is such a list (nested SQuAD). The elements of the
-    list are the rows; the task unfolds nested rows. If a saved folder has several splits, only `split` is read."""
+    A .json file contains a list of objects, or an object whose field `data` is such a list (nested SQuAD). Each of
+    these objects is a row. The task unfolds nested rows. In a folder with several splits, only `split` is read."""
 
     name: str
     split: str
 
     def rows(self) -> Iterator[Row]:
-        """Yield all rows. Only a .json file is read into memory as a whole.
+        """Yield all rows. Only .json files are read into memory completely.
 
         Raises UserError if a file is missing, unreadable, broken (with file and line) or empty.
         """
@@ -93,8 +94,8 @@ class LocalData:
 
 
 def row_data(name: str, *, split: str) -> LocalData | HubData:
-    """Return the local data or the hub split, `id[:config[:split]]`, that `name` refers to. `split` is used if the name
-    has no split."""
+    """Return the local data or the hub data set that `name` refers to. A hub data set is written as
+    `id[:config[:split]]`. If the name has no split, `split` is used."""
     if user_path(name).exists() or looks_like_path(name):
         return LocalData(name, split)
     hub_id, *more = name.split(":", 2)
@@ -103,7 +104,7 @@ def row_data(name: str, *, split: str) -> LocalData | HubData:
 
 
 def read_rows(path_or_hub: str | Path, *, split: str = "train", limit: int | None = None) -> list[Row]:
-    """Return all rows of `row_data`, or the first `limit`. Raises UserError if reading fails or memory runs out."""
+    """Return all rows of a path or hub id, or the first `limit` rows. Raises UserError if reading fails."""
     try:
         return list(islice(row_data(str(path_or_hub), split=split).rows(), limit))
     except MemoryError:
@@ -111,8 +112,8 @@ def read_rows(path_or_hub: str | Path, *, split: str = "train", limit: int | Non
 
 
 def about_num_rows(path_or_hub: str | Path) -> int | None:
-    """Return the approximate number of rows of local .jsonl and .csv files, which is their number of lines, for a
-    progress bar. Return None for any other data."""
+    """Return the number of lines of local .jsonl and .csv files, which a progress bar uses as the number of rows.
+    Return None for other data."""
     path = user_path(path_or_hub)
     try:
         files = named_files(path, str(path_or_hub))
@@ -144,7 +145,7 @@ def named_files(path: Path, name: str) -> list[Path]:
 
 
 def checked_files(path: Path, name: str) -> list[Path]:
-    """Return `named_files`, and raise UserError if one of them is missing or is not a regular file."""
+    """Return `named_files(path, name)`. Raises UserError if one of the files is missing or is not a regular file."""
     files = named_files(path, name)
     for file in files:
         _check_file(file, _EXPECTED)
@@ -152,7 +153,7 @@ def checked_files(path: Path, name: str) -> list[Path]:
 
 
 def read_lines(name: str | Path) -> list[str]:
-    r"""Read the lines of a UTF-8 text file without their ends (\n or \r\n).
+    r"""Return the lines of a UTF-8 text file without their line endings (\n or \r\n).
 
     Raises UserError if the file is missing, unreadable or empty, or if a line is not UTF-8.
     """
@@ -172,7 +173,7 @@ def read_lines(name: str | Path) -> list[str]:
 
 
 def _lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
-    r"""Yield the number and bytes of each line. Only \n ends a line; `splitlines` would also split inside sentences.
+    r"""Yield each line's number and bytes. Only \n ends a line, because `splitlines` would also split inside sentences.
 
     Raises UserError if a line is too long, or if `_pieces` raises it.
     """
@@ -183,7 +184,7 @@ def _lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _pieces(read: Callable[[], bytes], path: Path) -> Iterator[bytes]:
-    """Yield the results of `read` until the file ends. Raises UserError if a .gz file gets too large when unpacked."""
+    """Yield the chunks that `read` returns until the file ends. Raises UserError if a .gz file unpacks to too much."""
     total, packed = 0, path.suffix.lower() == _COMPRESSED
     most = _GZIP_MEMORY + _GZIP_RATIO * path.stat().st_size
     for piece in iter(read, b""):
@@ -234,7 +235,7 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
-    """Yield the rows of a .csv table. Its first line names the fields. Every value is text."""
+    """Yield the rows of a .csv table. The first line has the names of the fields. Every value is text."""
     csv.field_size_limit(_LONGEST_LINE)
     with _open(path) as file:
         lines = (_decode(line, f"{path}:{number}") for number, line in _lines(file, path))
@@ -279,7 +280,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
 
 
 def _json_bytes(path: Path) -> bytes:
-    """Return the file's bytes up to the first chunk with a NUL. JSON has none; sparse files may have gigabytes."""
+    """Return a file's bytes up to the first chunk with a NUL byte. JSON has none; a sparse file may have gigabytes."""
     pieces = []
     with _open(path) as file:
         for piece in _pieces(partial(file.read, 2**20), path):
@@ -347,7 +348,7 @@ def required_text(row: Mapping[str, Any], name: str, source: str) -> str:
 
 
 def checked_text(value: Any, name: str, source: str, *, allow_empty: bool = False) -> str:
-    """Return `value`. Raises UserError, with source and field, if it is not text that can be tokenised."""
+    """Return `value` if it is text that can be tokenised. Otherwise raise UserError with source and field."""
     if not isinstance(value, str):
         fix = "put it in quotes" if isinstance(value, int | float) else "give a text, or remove the row"
         raise UserError(f"{source}: field {name!r} is {shown(value)} ({type(value).__name__}), not text; {fix}")
@@ -378,7 +379,7 @@ def required_texts(value: Any, name: str, source: str) -> tuple[str, ...]:
 
 
 def without(row: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    """Return the row's fields except `names`. A prompt may use all fields except the answer."""
+    """Return the fields of a row except `names`. A prompt may use all fields except the answer."""
     return {name: value for name, value in row.items() if name not in names}
 
 
@@ -388,10 +389,10 @@ def without_line_breaks(text: str) -> str:
 
 
 def describe_fields(row: Mapping[str, Any]) -> str:
-    """Return the names of a row's fields, for a message."""
+    """Return the names of a row's fields as text for messages."""
     return ", ".join(repr(str(name)) for name in row) or "no fields"
 
 
 def is_empty(value: Any) -> bool:
-    """Return whether a field has no content. In tables, every row has every field, so some are empty."""
+    """Return whether the value of a field is empty. Rows of a table have all columns, so some values are empty."""
     return value is None or (isinstance(value, str | list | tuple | Mapping) and not value)

@@ -1,7 +1,7 @@
-"""Sources of rows: the files, folders, patterns and hub data sets that a data flag names, or the task's own source.
+"""Finds the rows of a split: in files, folders, patterns and hub data sets, or in the task's own source.
 
-This module has the syntax NAME[:WEIGHT][,NAME[:WEIGHT]...], decides how often rows of each source are used, applies
---columns, and hashes the data that is read. `readers` reads the file formats.
+This module parses the values of data flags, NAME[:WEIGHT][,NAME[:WEIGHT]...], and determines how often the rows of each
+source are used. It also applies --columns and hashes the data. The module `readers` reads the file formats.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from megatron_tiedlora.data.task import Reading, Split, Task
 from megatron_tiedlora.data.token_dataset import permutation
 
 Files = Mapping[str, str | Path | None]
-"""Split name -> the value of its data flag. A missing key or None means that none was given."""
+"""The value of each split's data flag, by split name. A missing key or None means that the flag was not given."""
 
 _WEIGHT = re.compile(r"(.+):([0-9]*\.?[0-9]+)")
 _MIX_STREAM = 2**32 + 2  # random stream, different from those of epochs, held-out rows and drawn samples
@@ -35,15 +35,15 @@ _MOST_REPEATS = 1000  # uses of a row in a mix; more would fill the memory, and 
 
 @dataclass(frozen=True)
 class Source:
-    """One of the names in a data flag. weight: its fraction of the samples; None if no name has a weight."""
+    """A source of rows in a data flag. weight: its fraction of the samples; None if the flag has no weights."""
 
     name: str
     weight: float | None = None
 
 
 def parse_sources(given: str, flag: str) -> tuple[Source, ...]:
-    """Return the sources that a data flag's value names. Raises UserError if a name is empty or only some names have a
-    weight. Weights must sum to 1, and only --train_file may have them; else it also raises UserError."""
+    """Return the sources in the value of a data flag. Raises UserError if a name is empty, or if only some names have a
+    weight. Also raises UserError if the weights do not sum to 1, or if a flag other than --train_file has weights."""
     sources = _sources(given)
     if len(sources) > 1 and not all(source.name for source in sources):
         raise UserError(f"{flag} {given}: one of the names between the commas is empty; remove a comma")
@@ -62,12 +62,12 @@ def parse_sources(given: str, flag: str) -> tuple[Source, ...]:
 
 
 def _sources(given: str) -> tuple[Source, ...]:
-    """Return the sources that a value names, without checks. An existing path is one source, even if it has commas."""
+    """Return the sources in a value, without checks. An existing path is one source, even if it has commas."""
     return (Source(given),) if _exists(given) else tuple(parse_source(name.strip()) for name in given.split(","))
 
 
 def parse_source(name: str) -> Source:
-    """Return one source from a name with or without a weight."""
+    """Return the source that a name describes, with or without a weight."""
     found = None if _exists(name) else _WEIGHT.fullmatch(name)
     return Source(name) if found is None else Source(found[1], float(found[2]))
 
@@ -80,14 +80,14 @@ def _exists(name: str) -> bool:
 
 
 def hub_ids(*given: str | None) -> list[str]:
-    """Return the ids, without config and split, of all hub data sets that these values of data flags name."""
+    """Return the ids of all hub data sets in these values of data flags, without config and split."""
     sources = (source for value in given if value is not None for source in _sources(value))
     found = (row_data(source.name, split="") for source in sources)
     return sorted({data.hub_id for data in found if isinstance(data, HubData)})
 
 
 def local_files(given: str) -> dict[str, Path]:
-    """Return the files that a data flag's value names on this host, by name. Includes files of folders and patterns."""
+    """Return the local files that the value of a data flag names, by name, including files of folders and patterns."""
     found: dict[str, Path] = {}
     for name in (source.name for source in _sources(given)):
         path = user_path(name)
@@ -107,19 +107,18 @@ def local_files(given: str) -> dict[str, Path]:
 def mixed(
     sources: Sequence[Source], sizes: Sequence[int], held_out: NDArray[np.bool_], *, seed: int
 ) -> tuple[NDArray[np.int64], list[str]]:
-    """Return all rows that are not held out, in order. With weights, rows are repeated until the fraction of each
-    source is its weight.
+    """Return all rows that are not held out, in order. With weights, rows are repeated to match these fractions.
 
-    Every row is used at least once. The seed decides which rows of a source are used once more than the others. Raises
-    UserError if a source has no row left, or if its rows would be repeated more than `_MOST_REPEATS` times.
+    Every row is used at least once. The seed determines which rows of a source are used once more than its other rows.
+    Raises UserError if no row of a source is left, or if its rows would be repeated more than `_MOST_REPEATS` times.
 
     Args:
-        sizes: number of rows of each source.
-        held_out: (sum of the sizes,) bool, which rows are used for validation.
+        sizes: the number of rows of each source.
+        held_out: (sum of the sizes,) bool, whether each row is used for validation.
 
     Returns:
-        (n,) int64, the rows of the training samples in order, as indices into the rows of all sources; and one line of
-        text per source that says how often its rows are used, or no lines if there are no weights.
+        (n,) int64, the row of each training sample in order, as an index into the rows of all sources. Also one line of
+        text per source about how often its rows are used, or no lines without weights.
     """
     edges = np.cumsum([0, *sizes])
     kept = [start + np.flatnonzero(~held_out[start:stop]) for start, stop in pairwise(edges)]
@@ -149,19 +148,19 @@ def mixed(
 
 
 NumberedRow = tuple[int, int, Row]
-"""The number of a row's source, that of its sample, and the row."""
+"""The index of a row's source, the index of its sample, and the row."""
 
 
 _SourceRows = tuple[Source, Callable[[], Iterable[Row]], Callable[[], str]]
-"""A source, what reads its rows, and what hashes the files from which they are read."""
+"""A source, a function that reads its rows, and a function that returns a hash of its data."""
 
 
 @dataclass(frozen=True)
 class RowStream:
-    """Rows of one split of a task, in order, without nesting, and with our field names.
+    """The rows of one split of a task in order, without nesting, and with the task's field names.
 
-    Each iteration reads the files again. It raises UserError if a file is missing, unreadable, broken (with file and
-    line) or without rows. Rows with the same value of the field `Task.merge_by` belong to one sample.
+    Each iteration reads the files again. It raises UserError if a file is missing, unreadable, empty or broken (with
+    the line). Rows with the same value of the field `Task.merge_by` belong to one sample.
     """
 
     task: Task
@@ -179,7 +178,7 @@ class RowStream:
         return ", ".join(source.name for source in self.sources)
 
     def __iter__(self) -> Iterator[NumberedRow]:
-        """Yield (number of the source, number of the sample, row) for each row. Numbers begin at 0."""
+        """Yield (index of the source, index of the sample, row) for each row. Indices begin at 0."""
         field, total, seen = self.task.merge_by, 0, dict[Hashable, int]()
         for number, (source, rows, _) in enumerate(self._parts):
             before = total
@@ -195,15 +194,15 @@ class RowStream:
                     raise UserError(f"{source.name}: holds no samples of task {self.task.name}; give another file")
 
     def about_num_rows(self) -> int | None:
-        """Return the approximate number of rows for a progress bar, or None if it is not known."""
+        """Return the approximate number of rows for a progress bar, or None if the number is not known."""
         if self.task.unfold is not None:
             return None
         counts = [about_num_rows(source.name) for source in self.sources]
         return None if None in counts else sum(count or 0 for count in counts)
 
     def sha256(self) -> str:
-        """Return a hash of the names and contents of all files that are read, or of generated rows. Raises UserError
-        if a file is missing or unreadable."""
+        """Return a hash of the names and contents of all data files, or of the generated rows. Raises UserError if a
+        file is missing or unreadable."""
         found = []
         for source, _, content in self._parts:
             with _readable(source.name):
@@ -220,9 +219,9 @@ class RowStream:
 def _renamed(
     row: Mapping[str, Any], columns: Mapping[str, str], source: str, *, known: Collection[str]
 ) -> dict[str, Any]:
-    """Return the row with the fields of --columns renamed to our names. Its other fields keep their names. `known` has
-    all our names; it is empty if the task allows any name. Raises UserError if the row lacks a field, if one of our
-    names is unknown, or if the row already has a field with that name."""
+    """Return the row with the fields in --columns renamed to the task's names. Other fields keep their names. `known`
+    has the task's field names; it is empty if any name is allowed. Raises UserError if the row lacks a field, if a new
+    name is unknown, or if the row already has a field with a new name."""
     for ours, theirs in columns.items():
         if known and ours not in known:
             turned = f"; did you mean {theirs}={ours}?" if theirs in known else ""
@@ -241,8 +240,8 @@ def _renamed(
 
 
 def source_kind(task: Task, split: Split, files: Files) -> Literal["file", "own", "carve"] | None:
-    """Return where a split's rows are: in its file ("file"), in the task's own source ("own"), or among the training
-    rows ("carve"). Return None if there are none."""
+    """Return where the rows of a split are: in its file ("file"), in the task's own source ("own"), or among the
+    training rows ("carve"). Return None if the split has no rows."""
     if files.get(split):
         return "file"
     if any(files.get(name) for name in ("train", "validation", "test")):
@@ -256,7 +255,7 @@ def source_kind(task: Task, split: Split, files: Files) -> Literal["file", "own"
 
 def row_stream(task: Task, split: Split, *, files: Files, reading: Reading) -> RowStream:
     """Return the rows of a split's file or of the task's own source, before validation rows are removed. Raises
-    UserError if the split has neither, or if the names of its files are not valid."""
+    UserError if the split has no source, or if the names of its files are not valid."""
     if source_kind(task, split, files) not in ("file", "own"):
         raise UserError(f"--task {task.name} has no {split} data; give --{split}_file")
     given, flag = str(files.get(split) or ""), f"--{split}_file"
@@ -282,7 +281,7 @@ def row_stream(task: Task, split: Split, *, files: Files, reading: Reading) -> R
 
 @contextmanager
 def _readable(name: str) -> Iterator[None]:
-    """Convert errors of the file system to UserErrors of one line."""
+    """Convert errors of the file system to UserErrors with a message of one line."""
     try:
         yield
     except OSError as error:

@@ -1,8 +1,8 @@
 """Makes the samples of a split: converts rows from files, the hub or a generator to examples of a task.
 
-This module takes validation rows from training rows, merges rows of one sample, and has the checks that all tasks
-share. `sources` finds and reads files, the task interprets a row, `chat` makes the text of chats, and
-`task.join_answer` adds the answer's leading space.
+This module selects validation rows among the training rows, merges the rows of a sample, and makes the checks that all
+tasks share. The module `sources` finds and reads files, the task interprets a row, and `chat` converts chats to text.
+The function `task.join_answer` adds the leading space of an answer.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -39,15 +39,15 @@ def load_split(
     limit: int | None = None,
     reading: Reading | None = None,
 ) -> list[Example]:
-    """Return the samples of one split in file order (at most the first `limit`).
+    """Return the samples of one split in file order, at most the first `limit` samples.
 
-    The rows are read from `files[split]`. If no file is given for any split, they come from the task's own source (hub
-    or generator). If there is no validation split, validation rows are drawn from train with `seed`, and the train
-    split does not have them. Held-out rows of one sample (see `Task.merge_by`) become one example with all their
-    references. In the train split every row is an example, and it is repeated if the files have weights.
+    The rows are read from `files[split]`. If no split has a file, rows come from the task's own source (hub or
+    generator). If there is no validation split, validation rows are drawn from the train split with `seed` and removed
+    from it. Held-out rows of one sample (see `Task.merge_by`) become one example with all their references. In the
+    train split every row is an example, and rows are repeated if the files have weights.
 
-    Raises UserError if the task is unknown, if the split has no source, or if a file is unreadable. Also raises it if a
-    row's field is missing or empty, if rows of a file differ in shape, or if a field of the template is unknown.
+    Raises UserError if the task is unknown, if the split has no source, or if a file is unreadable. Also raises
+    UserError if a field is missing, empty or unknown, or if the rows of a file have different shapes.
     """
     entry, reading = get_task(task) if isinstance(task, str) else task, reading or Reading()
     samples = _samples(entry, split, files=files, seed=seed, reading=reading)
@@ -60,7 +60,7 @@ def load_split(
 
 
 def read_split(settings: DataSettings, split: Split, *, tokenizer: Any, limit: int | None = None) -> list[Example]:
-    """Call `load_split` with the task, files, seed and choices of a command's settings."""
+    """Return the samples of a split with `load_split`, which gets its arguments from a command's settings."""
     return load_split(
         settings.task,
         split,
@@ -73,9 +73,9 @@ def read_split(settings: DataSettings, split: Split, *, tokenizer: Any, limit: i
 
 
 def open_tokenizer(settings: DataSettings, model_folder: Path, *, vocab_size: int) -> Tokenizer:
-    """Return the tokenizer of a command's settings, by default the model's, with the --chat_template if it is given.
+    """Return the tokenizer in a command's settings, by default the model's. --chat_template replaces its chat template.
 
-    Raises UserError if it cannot be read, or if it has an id that an embedding of `vocab_size` rows lacks.
+    Raises UserError if it cannot be read, or if one of its ids exceeds the `vocab_size` rows of the embedding.
     """
     tokenizer = load_tokenizer(settings.tokenizer or model_folder)
     if settings.chat_template is not None:
@@ -85,13 +85,13 @@ def open_tokenizer(settings: DataSettings, model_folder: Path, *, vocab_size: in
 
 
 def files_of(settings: DataSettings) -> Files:
-    """Return the values of a command's data flags, by split."""
+    """Return the values of the data flags in a command's settings, by split."""
     return {"train": settings.train_file, "validation": settings.validation_file, "test": settings.test_file}
 
 
 def local_names(settings: DataSettings) -> Iterator[str]:
-    """Yield the paths and patterns that the data flags name. Skips hub ids, and all files of a task with its own file
-    format. Raises UserError if the value of a flag is not valid."""
+    """Yield the paths and patterns in the data flags. Hub ids are skipped, and so are all files of a task with its own
+    file format. Raises UserError if the value of a flag is not valid."""
     files = {} if get_task(settings.task).read_files is not None else files_of(settings)
     for split, given in files.items():
         for source in parse_sources(str(given), f"--{split}_file") if given else ():
@@ -100,7 +100,7 @@ def local_names(settings: DataSettings) -> Iterator[str]:
 
 
 def check_files_exist(settings: DataSettings) -> None:
-    """Raise UserError if a file that a data flag or --chat_template names does not exist. Needs no slow import."""
+    """Raise UserError if a file in a data flag or --chat_template does not exist. This check needs no slow imports."""
     for name in local_names(settings):
         if not (path := user_path(name)).exists():
             checked_files(path, name)
@@ -109,8 +109,8 @@ def check_files_exist(settings: DataSettings) -> None:
 
 
 def _samples(task: Task, split: Split, *, files: Files, seed: int, reading: Reading) -> Iterable[list[Row]]:
-    """Return the rows of each sample of a split, in file order of their first rows. In the train split every row is a
-    sample of its own, and is repeated if the files have weights."""
+    """Return the rows of each sample of a split, in file order of the samples' first rows. In the train split every row
+    is a sample, and rows are repeated if the files have weights."""
     carves = split != "test" and source_kind(task, "validation", files) == "carve"
     stream = row_stream(task, "train" if carves else split, files=files, reading=reading)
     found = list(stream) if split == "train" else None
@@ -133,10 +133,10 @@ def _samples(task: Task, split: Split, *, files: Files, seed: int, reading: Read
 def held_out_rows(
     stream: RowStream, numbers: NDArray[np.int64], *, seed: int, required: bool = True
 ) -> NDArray[np.bool_]:
-    """Return which train rows are used for validation, (num_rows,) bool; none if there is only one sample.
+    """Return whether each train row is used for validation, (num_rows,) bool. With only one sample, no row is used.
 
-    Rows of one sample are not separated, so that a model is not evaluated on its training data. `numbers`, (num_rows,),
-    has the sample number that `stream` yields for each row. Raises UserError if `required` and no row is held out."""
+    The rows of a sample stay together, so that a model is not evaluated on its training data. `numbers`, (num_rows,),
+    has the sample index of each row of `stream`. Raises UserError if `required` and no row is held out."""
     num_samples, most = int(numbers.max()) + 1, stream.task.validation_rows
     count = most if num_samples >= 10 * most else min(max(1, num_samples // 20), num_samples - 1)
     if required and not count:
@@ -151,8 +151,8 @@ def held_out_rows(
 
 
 def check_shape(shape: str, source: str, first_rows: dict[str, tuple[str, str]]) -> None:
-    """Raise UserError if the first row in the file of `source` had a different shape. `first_rows` has the shape and
-    source of each file's first row; a new file is added to it."""
+    """Raise UserError if a row's shape differs from the shape of its file's first row. `first_rows` has the shape and
+    source of the first row of each file, and is updated for a new file."""
     expected, first = first_rows.setdefault(source.rpartition(":")[0], (shape, source))
     if shape != expected:
         said = f"{source}: a row of shape {shape} in a file whose first row ({first}) has shape {expected}"
@@ -161,8 +161,7 @@ def check_shape(shape: str, source: str, first_rows: dict[str, tuple[str, str]])
 
 def make_example(task: Task, chat: Chat, sample: Sequence[Row]) -> Example:
     """Return an example with the prompt and answer of a sample's first row, and the references of all its rows. Raises
-    UserError, with file and line, if a field is missing or empty, or has the wrong type. This includes the fields that
-    the template names."""
+    UserError, with file and line, if a field is missing, empty or of the wrong type, also for a template."""
     parts, source = [_parts(task, chat.reading, *row) for row in sample], sample[0][1]
     first = parts[0]
     references = tuple(dict.fromkeys(answer.strip() for row_parts in parts for answer in row_parts.answers))
@@ -206,7 +205,7 @@ def _parts(task: Task, reading: Reading, row: Mapping[str, Any], source: str) ->
 
 
 def _prompt(task: Task, chat: Chat, parts: Parts, source: str) -> str:
-    """Return the prompt of a row from the task or a template. Control tokens that are plain text have marks."""
+    """Return the prompt of a row from the task or a template, with marks around control tokens that are plain text."""
     reading, guard = chat.reading, chat.guard
     template = reading.template or task.template
     if reading.template is None and parts.prompt is not None:

@@ -23,13 +23,13 @@ _ROWS = 64  # rows decoded at a time; few, since one row can be large
 _ARROW_FILE = b"ARROW1"  # the first bytes of Arrow's file format; its stream format does not have them
 
 Row = tuple[dict[str, Any], str]
-"""A row's fields and its source ("train.jsonl:12"), for messages."""
+"""The fields of a row, and the source of the row for messages, such as "train.jsonl:12"."""
 
 
 def table_rows(path: Path) -> Iterator[Row]:
     """Yield the rows of a parquet file or of an Arrow file in Arrow's stream or file format.
 
-    Raises UserError if the file is broken, or if its rows need much more memory than the file.
+    Raises UserError if the file is broken, or if its rows need much more memory than the file's size.
     """
     kind = path.suffix.lower().removeprefix(".")
     batches = _parquet_batches if kind == "parquet" else _arrow_batches
@@ -81,13 +81,13 @@ def _arrow_batches(path: Path) -> Iterator[Any]:
 
 
 def num_bytes(value: Any) -> int:
-    """Return the memory of a value and all values in it, in bytes."""
+    """Return the memory that a value and all values inside it use, in bytes."""
     parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
     return sys.getsizeof(value) + sum(map(num_bytes, parts))
 
 
 def is_saved_folder(path: Path) -> bool:
-    """Return whether `save_to_disk` of `datasets` wrote the folder."""
+    """Return whether the folder was written by `save_to_disk` of the library `datasets`."""
     return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
@@ -115,7 +115,7 @@ class HubData:
     """One split of a hub data set. The library `datasets` downloads it when it is first used.
 
     parquet_branch: whether to read the hub's parquet copy of the data set, whose folders are `config_name`/`split`.
-        Repos with a loading script need it, because `datasets` does not run such scripts since version 4.
+        Data sets with a loading script need it, because `datasets` 4 and later do not run such scripts.
     """
 
     hub_id: str
@@ -125,7 +125,7 @@ class HubData:
 
     @cached_property
     def data(self) -> Any:
-        """Return the loaded data set. Raises UserError, with the reason, if it is empty or cannot be loaded."""
+        """Return the loaded data set. Raises UserError with the reason if it is empty or cannot be loaded."""
         import datasets
 
         hub_id, split = self.hub_id, self.split
@@ -143,7 +143,7 @@ class HubData:
         return data
 
     def rows(self) -> Iterator[Row]:
-        """Yield all rows. Raises the same UserError as `data`."""
+        """Yield all rows. Raises UserError as `data` does."""
         yield from numbered_rows(self.data, f"{self.hub_id}[{self.split}]")
 
     def sha256(self) -> str:
@@ -162,7 +162,7 @@ def files_sha256(files: Iterable[Path]) -> str:
 
 
 def names_and_contents(files: Iterable[Path]) -> str:
-    """Return the names of files, which decide how they are read, and a hash of their contents. Folders are left out."""
+    """Return the names of files and a hash of their contents. Names are included because suffixes select the reader."""
     files = list(files)
     return " ".join([*(file.name for file in files), files_sha256(files)])
 
@@ -176,5 +176,5 @@ def rows_sha256(rows: Iterable[Row]) -> str:
 
 
 def numbered_rows(rows: Iterable[Mapping[str, Any]], name: str) -> Iterator[Row]:
-    """Return the rows, each with a source that has `name` and the row's number, from 1."""
+    """Return the rows with their sources. A source has `name` and the number of the row, which begins at 1."""
     return ((dict(row), f"{name}: row {number}") for number, row in enumerate(rows, start=1))

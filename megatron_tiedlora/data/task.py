@@ -1,8 +1,8 @@
-"""Defines a task as one small record: where its rows are, how a prompt is built, and how answers are scored.
+"""Defines the class `Task`, which describes where the rows are, how a prompt is built, and how answers are scored.
 
-This module has the record's class, the user's choices about rows, samples as text, and the one rule that joins an
-answer to its prompt. The tasks are in `tasks`, one file each. `splits` reads splits, `readers` reads file formats, and
-`encode` makes tokens. Metrics are only named here; they are in the evaluation package.
+This module also defines the user's options for reading rows, samples as text, and the function that joins an answer to
+its prompt. The tasks are in the package `tasks`, one per file. The module `splits` reads splits, `readers` reads file
+formats, and `encode` tokenises samples. Metrics are only named here; the package `evaluation` defines them.
 """
 
 import string
@@ -23,15 +23,15 @@ DataSettings = Settings | EvaluateSettings  # settings of commands that read row
 
 @dataclass(frozen=True)
 class Reading:
-    """The user's choices about the rows. The defaults are the defaults of the flags.
+    """The user's options for reading rows. The defaults are the defaults of the flags.
 
-    columns: our field -> the user's field; None if fields are not renamed.
+    columns: the user's field name for each field name of the task; None if fields are not renamed.
     train_on: which answers of a chat are supervised.
-    chat_template: the file that replaces the tokenizer's template; used in messages.
+    chat_template: the file that replaces the tokenizer's chat template; used in messages.
     add_bos: whether the beginning-of-sequence token is added before a text.
-    special_tokens: how control tokens in a row's texts are read.
-    template: --prompt_template, in which each typed \\n becomes a newline, because a shell does not convert it.
-    trains: whether rows are trained on. If not, the last answer of each row is scored, even if it is marked untrained.
+    special_tokens: how control tokens in the texts of a row are tokenised.
+    template: the prompt template. In --prompt_template, the two characters \\n become a newline.
+    trains: whether the rows are used for training. If not, the last answer of each row is always scored.
     """
 
     columns: Mapping[str, str] | None = None
@@ -43,7 +43,7 @@ class Reading:
     trains: bool = True
 
     def __post_init__(self) -> None:
-        r"""Replace each typed \n of the template. Raises UserError if it is not text with {field} names."""
+        r"""Replace each \n in the template with a newline. Raises UserError if it is not text with {field} names."""
         template, said = self.template or "", f"--prompt_template {self.template!r}"
         try:
             names = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
@@ -58,7 +58,7 @@ class Reading:
 
     @classmethod
     def of(cls, settings: DataSettings) -> "Reading":
-        """Return the choices in a command's settings. A choice that is not set gets its default."""
+        """Return the options in a command's settings. An option that is not set gets its default."""
         return cls(
             columns=parse_columns(settings.columns),
             train_on=settings.train_on if isinstance(settings, Settings) else "last_turn",
@@ -71,7 +71,7 @@ class Reading:
 
 
 def template_fields(template: str | None) -> tuple[str, ...]:
-    """Return the field names in a checked template; empty if the template is None."""
+    """Return the field names in a valid template. Return an empty tuple if the template is None."""
     return tuple(name for _, name, _, _ in string.Formatter().parse(template or "") if name is not None)
 
 
@@ -82,13 +82,13 @@ Split = Literal["train", "validation", "test"]
 class Parts:
     """The parts that a task makes from one row.
 
-    fields: fields that a prompt template may use: the row's own fields without the answer.
-    prompt: the prompt if the task builds it itself; None if the template is filled.
-    answers: accepted texts, at least one; training uses the first.
-    choices: all choices in the row's order, including the first answer; empty if the task has no choices.
-    endings: the texts of the choices after the prompt; by default each choice after one space.
+    fields: the fields that a prompt template may use: all fields of the row except the answer.
+    prompt: the prompt if the task builds it itself; None if it is made from a template.
+    answers: the accepted answers, at least one; training uses the first.
+    choices: the choices of a multiple-choice row in its order, including the correct one; empty for other tasks.
+    endings: the text of each choice after the prompt; by default the choice after one space.
     conversation: the turns of a chat; None if the row is not a chat.
-    shape: the name of the row's shape, which all rows of a file share; '' if the task has only one shape.
+    shape: the name of the row's set of fields, which all rows of a file share; '' if the task has only one.
     """
 
     fields: Mapping[str, Any]
@@ -102,29 +102,29 @@ class Parts:
 
 @dataclass(frozen=True)
 class Task:
-    """A task.
+    """A task: its data, its prompts and how its answers are scored.
 
-    name: the name of its file.
-    fields: fields that every row must have, also used in messages; empty if rows have several shapes.
-    template: the prompt with {field} names; empty if `parts` builds the prompt itself.
-    parts: (row, source, user's choices) -> `Parts`; raises UserError, which names source and field.
-    metrics: names of metrics in the evaluation package; the first is the task's main metric.
-    stop: a prediction ends before this text; None: only end-of-sequence ends it.
-    hub: the task's hub data by our split, all from one data set. If it has no validation split, validation rows are
-        taken from train. None if the task only reads the user's files.
-    validation_rows: number of validation rows taken from a large train split (5 % are taken from a small one).
-    merge_by: held-out rows with the same value of this field are one sample with several references.
-    unfold: (row, source) -> flat rows, for files with nested rows.
-    read_files: (argument, flag) -> a function that reads rows, for file formats that only this task has. If it is None
-        or returns None, the file is read in one of the common formats.
-    generate: split -> rows, for a task without files; independent of the run's seed, so that scores are comparable.
-    scored_rows: number of test rows that are answered by default, also before and after training. None: all rows; in
-        training, only if a test file is given.
+    name: the name of the task and of its module.
+    fields: the fields that every row must have; empty if rows may have different shapes.
+    template: the prompt template with {field} names; empty if `parts` builds the prompt itself.
+    parts: a function (row, source, user's options) -> `Parts`. It raises UserError with source and field.
+    metrics: the names of metrics in the package `evaluation`; the first is the task's main metric.
+    stop: the text before which a prediction ends; None if only the end-of-sequence token ends it.
+    hub: the hub data of each split, all from one data set; None if there is no hub data. Without a validation split,
+        validation rows are taken from the train split.
+    validation_rows: the number of validation rows taken from a large train split (5 % are taken from a small one).
+    merge_by: the name of a field. Held-out rows with the same value are one sample with several references.
+    unfold: a function (row, source) -> flat rows, for files with nested rows.
+    read_files: a function (argument, flag) -> a function that reads rows, for file formats that only this task has. If
+        it is None or returns None, the file is read in one of the common formats.
+    generate: a function split -> rows, for a task without files. The rows do not depend on the run's seed.
+    scored_rows: the default number of test rows to generate answers for, also before and after training. If it is None,
+        all rows are used, but in training only if a test file is given.
     max_new_tokens: the default of --max_new_tokens.
     micro_batch_rows: the default of --micro_batch_size, except with packing on a GPU (see `default_rows`).
     exports_merged: whether a run also merges its adapter at the end, and verifies its exports.
     fp32_on_slow_cpus: whether --dtype is fp32 by default on CPUs without instructions for bf16.
-    known_fields: the only fields that --columns may name, if rows have several shapes; empty: it may name any field.
+    known_fields: the only fields that --columns may name, if rows may have different shapes; empty if it may name any.
     """
 
     name: str
@@ -155,11 +155,11 @@ class Task:
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of a sample's text that is tokenised on its own.
+    """A part of a sample's text that is tokenised separately.
 
-    supervised: whether its tokens are learned.
-    plain: whether control tokens in it are read as plain text.
-    ends: whether an end-of-sequence token follows. It is supervised if the text is.
+    supervised: whether its tokens count in the loss.
+    plain: whether control tokens in it are tokenised as plain text.
+    ends: whether an end-of-sequence token follows. This token is supervised if the text is.
     """
 
     text: str
@@ -174,14 +174,14 @@ class Example:
 
     prompt: the model's input, without a trailing space; '' for text without a prompt.
     completion: the expected continuation, with its leading space and without the end-of-sequence token.
-    source: file and line of the row, for messages ("train.jsonl:12").
-    references: stripped texts that a prediction is scored against; by default the stripped completion.
-    choices: texts of a multiple-choice question, including the answer, references[0]; else empty.
-    endings: the texts of the choices after the prompt; by default each choice after one space.
-    segments: the whole text; by default prompt and completion.
-    num_prompt: number of segments before the last answer; a model gets these as its prompt.
+    source: the file and line of the row for messages, such as "train.jsonl:12".
+    references: the stripped texts with which a prediction is compared; by default the stripped completion.
+    choices: the choices of a multiple-choice question, including the answer, references[0]; otherwise empty.
+    endings: the text of each choice after the prompt; by default the choice after one space.
+    segments: the segments of the text; by default the prompt and the completion.
+    num_prompt: the number of segments before the last answer. These segments are the prompt in an evaluation.
     conversation: the turns from which the segments were made; None if the sample is not a chat.
-    shape: the name of its row's shape, as in `Parts`.
+    shape: the name of the row's shape, as in `Parts`.
     """
 
     prompt: str
@@ -206,8 +206,8 @@ class Example:
 def join_answer(prompt: str, answer: str) -> str:
     """Return the completion that follows `prompt`: the answer after one space.
 
-    Only this function adds the space. It adds none if the prompt is empty or the answer starts with white space. It
-    also adds none if the prompt ends with white space, as a chat template's generation prompt does.
+    No other function adds this space. No space is added if the prompt is empty or the answer starts with white space.
+    No space is added either if the prompt ends with white space, as a chat template's generation prompt does.
     """
     if not prompt or prompt[-1].isspace() or answer[:1].isspace():
         return answer

@@ -1,7 +1,7 @@
-"""The samples of a split as ids, with their indices in the stored samples, their lengths and their counts.
+"""Stores the samples of a split as token ids, and determines the order in which samples are drawn.
 
-The arrays may be mapped files that several splits and processes share. Computations over all samples work block by
-block, so they need memory for one block only. This module also determines the order in which samples are drawn.
+The arrays may be memory-mapped files that several splits and processes share. Computations over all samples process one
+block of samples at a time, so they need memory for only one block.
 """
 
 import hashlib
@@ -19,10 +19,10 @@ FACTS = np.dtype(
     [("supervised", np.int32), ("cut", np.bool_), ("lost_turns", np.int32)]
     + [("chat", np.bool_), ("ended", np.bool_), ("first", np.bool_), ("number", np.int64), ("source", np.int32)]
 )
-"""What is known of a stored sample: number of supervised tokens, whether its prompt lost its middle, and how many turns
-a chat lost. In the cache also: whether it is a chat, whether a supervised token of a chat ends an answer, whether it is
-the first sample of its row, the row's number by `RowStream` (rows of one number are held out together), and the
-number of its source."""
+"""Values for each stored sample. `supervised` is the number of supervised tokens, `cut` is whether the middle of the
+prompt was removed, and `lost_turns` is the number of turns removed from a chat. The cache also sets the other fields:
+whether the sample is a chat, whether its supervised tokens include an end token (`ended`), whether it is the first
+sample of its row, the sample index of its row in `RowStream` (`number`), and the index of its source."""
 
 _ALL = np.empty(0, np.int64)  # marks the default order: the order in which samples are stored
 
@@ -35,11 +35,11 @@ _BLOCK, _BLOCK_TOKENS = 2**11, 2**18  # maximum samples and tokens per block; a 
 class TokenDataset:
     """The samples of a split.
 
-    tokens: (N,) int32, the ids of all stored samples.
+    tokens: (N,) int32, the token ids of all stored samples.
     offsets: (m + 1,) int64; stored sample i is tokens[offsets[i]:offsets[i + 1]].
-    supervised: (N,) bool, which tokens are supervised; never the first token of a sample.
-    facts: (m,) of dtype `FACTS`; by default only the supervised tokens are counted.
-    order: (n,) int64, indices of the split's samples in the stored ones; may repeat. By default each one once.
+    supervised: (N,) bool, whether each token is supervised; always False for the first token of a sample.
+    facts: (m,) of dtype `FACTS`; by default only the field `supervised` is computed.
+    order: (n,) int64, the index of each sample of the split among the stored ones; may repeat. By default 0 to m - 1.
     """
 
     tokens: NDArray[np.int32]
@@ -61,7 +61,7 @@ class TokenDataset:
     def after_prompts(
         cls, tokens: NDArray[np.int32], offsets: NDArray[np.int64], prompt_lengths: NDArray[np.int32]
     ) -> "TokenDataset":
-        """Return samples whose tokens after the prompt are all supervised. prompt_lengths: (n,) tokens per prompt."""
+        """Return samples in which all tokens after prompts are supervised. prompt_lengths: (n,) tokens per prompt."""
         return cls(tokens, offsets, _from(offsets[:-1] + np.maximum(prompt_lengths, 1), offsets))
 
     def __len__(self) -> int:
@@ -101,22 +101,22 @@ class TokenDataset:
 
     @cached_property
     def truncated_prompts(self) -> int:
-        """Return the number of prompts that lost their middle."""
+        """Return the number of prompts from which the middle was removed."""
         return sum(int(self._facts("cut", block).sum()) for block in self._blocks())
 
     @cached_property
     def shortened_chats(self) -> int:
-        """Return the number of chats that lost turns."""
+        """Return the number of chats from which turns were removed."""
         return sum(int((self._facts("lost_turns", block) > 0).sum()) for block in self._blocks())
 
     @cached_property
     def lost_turns(self) -> int:
-        """Return the total number of turns that all chats lost."""
+        """Return the total number of turns that were removed from chats."""
         return sum(int(self._facts("lost_turns", block).sum()) for block in self._blocks())
 
     @property
     def prompt_lengths(self) -> NDArray[np.int32] | None:
-        """Return the tokens before the supervised ones per sample, (n,) int32; None if unsupervised ones follow."""
+        """Return each sample's number of unsupervised tokens, (n,) int32; None if one follows a supervised token."""
         whole = self._gathered(slice(None))
         starts = whole.offsets[1:] - whole.facts["supervised"]
         if not np.array_equal(whole.supervised, _from(starts, whole.offsets)):
@@ -124,11 +124,11 @@ class TokenDataset:
         return (starts - whole.offsets[:-1]).astype(np.int32)
 
     def sample(self, index: int) -> NDArray[np.int32]:
-        """Return the ids of one sample, (length,) int32."""
+        """Return the token ids of one sample, (length,) int32."""
         return self.tokens[self._span(index)]
 
     def supervised_of(self, index: int) -> NDArray[np.bool_]:
-        """Return which tokens of one sample are supervised, (length,) bool."""
+        """Return whether each token of one sample is supervised, (length,) bool."""
         return self.supervised[self._span(index)]
 
     def _span(self, index: int) -> slice:
@@ -136,7 +136,7 @@ class TokenDataset:
         return slice(self.offsets[stored], self.offsets[stored + 1])
 
     def update_digest(self, digest: "hashlib._Hash") -> None:
-        """Add ids, offsets and supervised positions to a hash. Checkpoints store this hash, so it must not change."""
+        """Add ids, offsets and supervised positions to a hash. Checkpoints store the hash, so it must not change."""
         for block in self._blocks():
             digest.update(self._gathered(block).tokens.data)
         end = np.zeros(1, np.int64)
@@ -196,17 +196,16 @@ def permutation(num_items: int, *, seed: int, stream: int) -> NDArray[np.int64]:
 
 @lru_cache(maxsize=1)  # consecutive steps are in the same epoch, and sorting millions of numbers takes a second
 def _epoch(num_items: int, seed: int, epoch: int) -> NDArray[np.unsignedinteger[Any]]:
-    """Return `permutation` in the smallest integer type, because every rank has it in memory."""
+    """Return the permutation of an epoch in the smallest integer type, because every rank keeps it in memory."""
     order = permutation(num_items, seed=seed, stream=epoch).astype(np.min_scalar_type(num_items))
     order.flags.writeable = False
     return order
 
 
 def sample_indices(num_samples: int, *, seed: int, consumed: int, count: int) -> NDArray[np.int64]:
-    """Return the `count` sample indices after the first `consumed` ones, (count,) int64.
+    """Return the indices of the `count` samples that follow the first `consumed` samples, (count,) int64.
 
-    Each epoch has its own permutation of all samples. The result may span several epochs, so a global batch may be
-    larger than the data set.
+    Each epoch has its own permutation of all samples. The result may span epochs, for batches larger than the data set.
 
     Raises ValueError if there are no samples.
     """

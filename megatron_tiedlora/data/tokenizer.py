@@ -1,12 +1,12 @@
-"""Loads tokenizers from an HF folder, a hub id or a bare SentencePiece file, saves them, and computes a hash that
-identifies one. Only functions that load or save a tokenizer import transformers.
+"""Loads a tokenizer from an HF folder, a hub id or a bare SentencePiece file, saves it, and computes its hash. Only
+functions that load or save a tokenizer import transformers.
 
-If there is a `tokenizer.json`, the model was trained with it, so it is read unchanged. The class names in
-tokenizer_config.json would make transformers 5 rebuild the pre-tokenizer and lose some of its rules: GPT2Tokenizer does
-not split digits, and LlamaTokenizer merges a leading space with the dummy prefix.
+If there is a `tokenizer.json`, the model was trained with it, so this file is read unchanged. The class names in
+tokenizer_config.json would make transformers 5 rebuild the pre-tokenizer and lose some of its rules. For example,
+GPT2Tokenizer does not split digits, and LlamaTokenizer merges a leading space with the dummy prefix.
 
-A bare SentencePiece file must produce the same ids as `SentencePieceProcessor.encode`, which is checked on load. Text
-that looks like a control piece ("</s>") is plain text in both. BOS and EOS are not added here; `encode` adds them.
+A bare SentencePiece file must produce the same ids as `SentencePieceProcessor.encode`, which is checked when it is
+loaded. Text that looks like a control token ("</s>") is plain text in both. The module `encode` adds BOS and EOS.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ _PROBES = ("Answer: 42", " 12,345.60", "  two\n\nlines\t", "naïve 日本語 �
 def load_tokenizer(path_or_hub: str | Path) -> Tokenizer:
     """Return the tokenizer of an HF folder, of a hub id, or of a bare SentencePiece `tokenizer.model`.
 
-    Raises UserError, which names the folder, file or id and `--tokenizer`, if there is no readable tokenizer.
+    Raises UserError, which names the folder, file or id, if there is no readable tokenizer.
     """
     name = str(path_or_hub)
     path = user_path(name)
@@ -59,8 +59,8 @@ def load_tokenizer(path_or_hub: str | Path) -> Tokenizer:
 
 @contextmanager
 def library_errors(source: str | Path, what: str) -> Iterator[None]:
-    """Convert any error of a tokenizer's library to a UserError of one line: `source`, `what` and the library's reason.
-    Ctrl-C, SystemExit and the stop of a run are not converted."""
+    """Convert any error of a tokenizer's library to a UserError of one line with `source`, `what` and the reason.
+    Ctrl-C, SystemExit and the signal that stops a run are not converted."""
     try:
         yield
     except UserError:
@@ -72,7 +72,7 @@ def library_errors(source: str | Path, what: str) -> Iterator[None]:
 
 
 def start_ids(tokenizer: Tokenizer, add_bos: str) -> list[int]:
-    """Return the ids to put before a text. If `add_bos` is "auto", they are the ids that the tokenizer itself adds."""
+    """Return the ids to add before a text. If `add_bos` is "auto", they are the ids that the tokenizer itself adds."""
     bos = [] if tokenizer.bos_token_id is None else [int(tokenizer.bos_token_id)]
     if add_bos != "auto":
         return bos if add_bos == "true" else []
@@ -86,7 +86,7 @@ def start_ids(tokenizer: Tokenizer, add_bos: str) -> list[int]:
 def end_ids(tokenizer: Tokenizer, model_folder: Path, *, vocab_size: int) -> frozenset[int]:
     """Return the ids that end a sequence: the tokenizer's EOS, and the ids in the model's generation_config.json (chat
     models have several). As in transformers, ids outside the `vocab_size` rows of the embedding are ignored. Raises
-    UserError if the tokenizer has no EOS, or if the file contains something other than integers."""
+    UserError if the tokenizer has no EOS, or if the ids in the file are not integers."""
     if tokenizer.eos_token_id is None:
         raise _rejection(tokenizer.name_or_path, "has no end-of-sequence token")
     file = model_folder / "generation_config.json"
@@ -99,7 +99,7 @@ def end_ids(tokenizer: Tokenizer, model_folder: Path, *, vocab_size: int) -> fro
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
-    """Write the tokenizer to `folder` so that transformers 4 and 5 read the same ids from it.
+    """Write the tokenizer to `folder` so that transformers 4 and 5 produce the same ids with it.
 
     The class is written as PreTrainedTokenizerFast, because both versions then read tokenizer.json unchanged. BOS, EOS,
     UNK and padding tokens are removed from the list of extra special tokens, because version 4 rejects such a list.
@@ -122,7 +122,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
 
 
 def byte_tokenizer(max_length: int) -> Tokenizer:
-    """Return a tokenizer without files. Its tokens are <unk>, <s>, </s> and one per byte. A text begins with <s>."""
+    """Return a tokenizer that needs no files. Its tokens are <unk>, <s>, </s> and all bytes. A text begins with <s>."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -138,7 +138,7 @@ def byte_tokenizer(max_length: int) -> Tokenizer:
 
 
 def padding_id(tokenizer: Tokenizer) -> int:
-    """Return the padding id: the tokenizer's own, else EOS, else 0. No code uses this id to find padding."""
+    """Return the tokenizer's padding id, or its EOS id, or 0 if it has neither. It is never used to find padding."""
     for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token_id is not None:
             return int(token_id)
@@ -146,7 +146,7 @@ def padding_id(tokenizer: Tokenizer) -> int:
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raise UserError if the tokenizer has an id that the model's embedding of `vocab_size` rows lacks."""
+    """Raise UserError if an id of the tokenizer is too large for the model's embedding of `vocab_size` rows."""
     vocabulary = tokenizer.get_vocab()
     ids = [(token_id, token) for token, token_id in vocabulary.items()]
     ids += zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)
@@ -181,7 +181,7 @@ def _load_folder(folder: Path) -> Tokenizer:
 
 
 def check_conversion(source: str | Path) -> None:
-    """Raise UserError, naming `source`, if transformers is too old to convert a SentencePiece model exactly."""
+    """Raise UserError, which names `source`, if transformers is too old to convert a SentencePiece model exactly."""
     from transformers import __version__
 
     if tuple(int(part) for part in __version__.split(".")[:2]) < _EXACT_SENTENCEPIECE:
@@ -191,7 +191,7 @@ def check_conversion(source: str | Path) -> None:
 
 
 def _load_sentencepiece(path: Path, *, config_folder: Path | None) -> Tokenizer:
-    """Convert a SentencePiece model. The config in `config_folder` has the special tokens and the chat template."""
+    """Return a converted SentencePiece tokenizer. The config in `config_folder` has special tokens and a template."""
     import sentencepiece
     from transformers import PreTrainedTokenizerFast
 
@@ -219,7 +219,7 @@ def _load_sentencepiece(path: Path, *, config_folder: Path | None) -> Tokenizer:
 
 
 def download_tokenizer(hub_id: str) -> Path:
-    """Download a hub model's tokenizer files, and return their folder. Raises UserError if this fails."""
+    """Download the tokenizer files of a hub model and return their folder. Raises UserError if the download fails."""
     import huggingface_hub
 
     try:
@@ -229,7 +229,7 @@ def download_tokenizer(hub_id: str) -> Path:
 
 
 def _guarded(source: Path, load: Callable[[], object]) -> Tokenizer:
-    """Call `load`, check that its tokenizer works, and return it. Raises UserError, naming `source`, if it fails."""
+    """Return the tokenizer that `load` returns. Raises UserError, with `source`, if loading it or using it fails."""
     from transformers import PreTrainedTokenizerBase
 
     with library_errors(source, "cannot be read as a tokenizer"):
@@ -277,7 +277,7 @@ def tokenizer_hash(source: str | Path) -> str | None:
 
 
 def _id_settings(folder: Path) -> dict[str, Any]:
-    """Return the other settings that ids depend on. Of special tokens only the text is used, since versions differ."""
+    """Return the other settings that determine ids. Only the text of special tokens is used, since versions differ."""
     found: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
@@ -290,7 +290,7 @@ def _id_settings(folder: Path) -> dict[str, Any]:
 
 
 def _added(folder: Path, found: Mapping[str, Any]) -> list[str] | None:
-    """Return the tokens that the configs add to the vocabulary, or None. They change how text is tokenised."""
+    """Return the tokens that the configs add to the vocabulary, or None. They change how a text is tokenised."""
     file, known = folder / "tokenizer.json", set[str]()
     with suppress(UserError):  # the file does not exist, or its library will report the error
         listed = read_json_object(file, kind="a tokenizer", largest=LARGEST_TOKENIZER).get("added_tokens")

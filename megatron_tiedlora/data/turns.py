@@ -1,7 +1,7 @@
 """Reads and checks the turns of a conversation, and converts them to the format that chat templates read.
 
-This module checks roles, content parts, tool calls, the order of turns and which turns are trained. `custom` reads the
-fields of a row, and `chat` makes the text. The template gets everything except a turn's flags.
+This module checks roles, content parts, tool calls, the order of turns, and which turns are supervised. The module
+`custom` reads the fields of a row, and `chat` makes the text. The template does not receive the flags of a turn.
 """
 
 import json
@@ -32,9 +32,9 @@ _UNREAD_FLAGS = ("training", "trainable", "train_detail", "training_detail", "ma
 class Turn:
     """One turn of a row.
 
-    message: `role`, `content` and other fields that a template may read.
+    message: the fields `role` and `content`, and other fields that a template may read.
     trained: whether the turn is supervised.
-    name: the turn's name in messages: "message 2", with its number in the user's file, or "field 'system'".
+    name: the name of the turn in messages, such as "message 2" (counted in the user's row) or "field 'system'".
     """
 
     message: Mapping[str, Any]
@@ -46,22 +46,23 @@ class Turn:
 class Conversation:
     """The turns of a sample.
 
-    turns: the last turn is from the assistant; only turns of the assistant are supervised.
-    tools: JSON schemas of functions; None if there are no tools.
+    turns: the turns in order. The last is from the assistant, and only turns of the assistant are supervised.
+    tools: the JSON schemas of functions; None if there are no tools.
     """
 
     turns: tuple[Turn, ...]
     tools: tuple[Mapping[str, Any], ...] | None = None
 
     def with_last_turn_alone(self, *, scored: bool = False) -> "Conversation":
-        """Return the conversation with at most the last turn supervised. If `scored`, the last turn is always marked,
-        even if its flags are false, because predictions are compared with it."""
+        """Return the conversation in which at most the last turn is supervised. If `scored`, the last turn is marked as
+        supervised even if its flags are false, because predictions are compared with it."""
         *before, last = self.turns
         others = [replace(turn, trained=False) for turn in before]
         return replace(self, turns=(*others, replace(last, trained=scored or last.trained)))
 
     def without_first_exchange(self) -> "Conversation | None":
-        """Remove the first user turn and all turns up to the next user turn. Return None if no supervised turn is left.
+        """Return the conversation without its first user turn and the turns up to the next user turn. Return None if no
+        supervised turn would be left.
 
         System turns at the start are kept.
         """
@@ -72,8 +73,8 @@ class Conversation:
 
 
 def read_turns(value: Any, field: str, source: str, *, prefix: str = "") -> list[Turn]:
-    """Return the turns of a list of messages, {role, content} or {from, value}, in a field of a row. Raises UserError
-    if a message is not valid. The error names the source and the message (`prefix` and its number)."""
+    """Return the turns of a field with a list of messages, each {role, content} or {from, value}. Raises UserError if a
+    message is not valid. The error contains the source and the message's name (`prefix` and its number)."""
     if not isinstance(value, list | tuple) or not value:
         what = f"{source}: field {field!r} is {shown(value)}, not a list of messages"
         raise UserError(f"{what}; give at least a user's message and an answer")
@@ -89,8 +90,8 @@ def read_turns(value: Any, field: str, source: str, *, prefix: str = "") -> list
 
 
 def make_conversation(turns: Sequence[Turn], row: Mapping[str, Any], source: str) -> Conversation:
-    """Return a conversation with these turns and the tools in the row's field `tools` or `functions`. Raises UserError,
-    which names the source, if the turns are out of order or if the schemas of tools are broken."""
+    """Return a conversation with these turns and the tools in the row's field `tools` or `functions`. Raises UserError
+    if the turns are out of order, or if the schemas of the tools are not valid."""
     _check_order(turns, source)
     return Conversation(tuple(turns), _tools(row, source))
 
@@ -124,7 +125,7 @@ def _message(item: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _content(content: Any, name: str, where: str, *, may_be_empty: bool) -> str:
-    """Return the content as text. Content parts are joined with newlines, as in servers of text models."""
+    """Return the content as text. Content parts are joined with newlines, as servers of text models do."""
     if isinstance(content, list | tuple):
         parts = []
         for part in content:
@@ -141,7 +142,7 @@ def _content(content: Any, name: str, where: str, *, may_be_empty: bool) -> str:
 
 
 def _is_trained(item: Mapping[str, Any], role: str, where: str) -> bool:
-    """Return whether a turn is supervised. It is if it is from the assistant and no flag of `_FLAGS` is false or 0."""
+    """Return whether a turn is supervised. The turn must be from the assistant, and none of its `_FLAGS` false or 0."""
     trained = role == ASSISTANT
     for name in _FLAGS:
         value = item.get(name)
@@ -180,7 +181,7 @@ def _check_order(turns: Sequence[Turn], source: str) -> None:
 
 
 def _tools(row: Mapping[str, Any], source: str) -> tuple[Mapping[str, Any], ...] | None:
-    """Return function schemas, each as {"type": "function", "function": ...}, or None. A text is read as JSON."""
+    """Return function schemas as {"type": "function", "function": ...}, or None without tools. Text is read as JSON."""
     if row.get("tools") and row.get("functions"):
         raise UserError(f"{source}: the row has both 'tools' and 'functions'; remove one of them")
     field = "functions" if row.get("functions") else "tools"
@@ -225,8 +226,7 @@ def _parsed(text: str, name: str, where: str) -> Any:
 
 
 def plain_json(value: Any, name: str, where: str) -> Any:
-    """Return `value` without null fields, which tables add if rows have different objects. Raises UserError if `value`
-    is not JSON."""
+    """Return `value` without null fields, which tables add to rows. Raises UserError if it is not JSON."""
     try:
         return json.loads(json.dumps(_without_nulls(value)))
     except (TypeError, ValueError, RecursionError) as error:

@@ -1,1 +1,1 @@
-"""Greedy decoding, and the metrics of the tasks."""
+"""Generates answers by greedy decoding, and scores them with the metrics of the tasks."""

@@ -1,5 +1,5 @@
-"""Reads the held-out samples as token ids, divides them over ranks, generates answers and puts these back in order.
-Every rank reads and tokenises the rows, and all ranks must get the same ids."""
+"""Tokenises the held-out samples, divides them over the ranks, generates answers and returns these in order. Every rank
+reads and tokenises the rows, and all ranks must get the same ids."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ _Answers = dict[int, tuple[str, tuple[float, ...]]]  # the text of an answer and
 
 @dataclass(frozen=True)
 class ScoredSet:
-    """Held-out samples as token ids, for an adapter to answer.
+    """The tokenised held-out samples for which an adapter generates answers.
 
     Attributes:
-        prompts: the token ids of BOS and the prompt, by sample.
-        endings: the token ids of each choice after the prompt, by sample; empty if a sample has no choices.
-        num_truncated: the number of prompts that lost their middle.
+        prompts: the token ids of each sample's prompt, with BOS.
+        endings: the token ids of each choice of each sample, as it follows the prompt; empty without choices.
+        num_truncated: the number of prompts that were shortened.
         end_ids: the token ids that end an answer.
-        max_new_tokens: the length of the longest answer, for which prompts leave room.
-        batch_size: the number of samples that a data-parallel rank decodes together.
-        chat_note: the template that wrote the text of chats; '' if the rows are no chats.
+        max_new_tokens: the maximum number of tokens in an answer. Prompts are shortened to leave room for them.
+        batch_size: the number of samples for which a data-parallel rank generates answers at once.
+        chat_note: a description of the template that wrote the text of chats; '' if the rows are not chats.
     """
 
     task: Task
@@ -87,12 +87,12 @@ def encode_scored(
     model_folder: Path,
     vocab_size: int,
 ) -> ScoredSet:
-    """Tokenise samples as training does, with prompts truncated to `longest_prompt` tokens. Raises UserError if the
-    tokenizer has no end token, the task's metrics cannot score an example, or a choice has no token.
+    """Tokenise samples as in training, with prompts shortened to `longest_prompt` tokens. Raises UserError if the
+    tokenizer has no end token, if a metric of the task cannot score an example, or if a choice has no token.
 
     Args:
-        reading: the user's choices for reading rows.
-        model_folder: a folder whose files name tokens that end a sequence, in addition to the tokenizer's.
+        reading: the user's options for reading rows.
+        model_folder: the folder of the model, whose generation config may name more tokens that end a sequence.
         vocab_size: the number of rows of the model's embedding.
     """
     ends = end_ids(tokenizer, model_folder, vocab_size=vocab_size)
@@ -122,8 +122,8 @@ def encode_scored(
 
 
 def read_scored(plans: EvaluationPlans) -> dict[str, ScoredSet]:
-    """Return the samples that each adapter answers. Adapters that answer the same rows in the same way share one
-    reading. Raises UserError, which names the files, rows, tokenizer or vocabulary that do not fit."""
+    """Return the tokenised samples of each adapter. Rows are read once for all adapters that have the same settings.
+    Raises UserError if the files, rows, tokenizer or vocabulary are not valid, and names them."""
     read: dict[str, ScoredSet] = {}
     found = {}
     for name, plan in plans.items():
@@ -136,7 +136,7 @@ def read_scored(plans: EvaluationPlans) -> dict[str, ScoredSet]:
 
 
 def _read(plan: EvaluationPlan) -> ScoredSet:
-    """Read, check and tokenise the rows of the plan's split."""
+    """Return the rows of the plan's split, checked and tokenised."""
     settings, folder, vocab_size = plan.settings, plan.source.weights_folder(), plan.source.shape.vocab_size
     tokenizer = open_tokenizer(settings, folder, vocab_size=vocab_size)
     return encode_scored(
@@ -153,7 +153,7 @@ def _read(plan: EvaluationPlan) -> ScoredSet:
 
 
 def check_same_rows(scored: Sequence[ScoredSet]) -> None:
-    """Raise UserError if a rank has read different rows from rank 0. Every rank reads the rows itself."""
+    """Raise UserError if the rows of a rank differ from the rows of rank 0. Every rank reads the rows itself."""
     if differing := num_differing(" ".join(some.sha256 for some in scored)):
         raise UserError(f"{count_text(differing, 'rank')} read other rows than rank 0; give every host the same files")
 
@@ -161,20 +161,20 @@ def check_same_rows(scored: Sequence[ScoredSet]) -> None:
 def answer_all(
     decoder: Decoder, scored: Mapping[str, ScoredSet], *, grid: Grid, agree: Agree = bool, progress: bool = False
 ) -> dict[str, list[Answer]]:
-    """Answer the prompts of each adapter by greedy decoding.
+    """Generate answers to the prompts of each adapter by greedy decoding.
 
-    Data-parallel ranks share the prompts. All ranks run the same number of batches, so that they can agree on
-    stopping. Under ZeRO-3 every call of the model is also a collective. A rank that has no prompts left decodes
-    the first prompt again and discards the result. Up to `BATCHES_AT_ONCE` batches of different adapters are decoded
-    together.
+    The prompts are divided over the data-parallel ranks. All ranks run the same number of batches, so that they can
+    agree on when to stop. With ZeRO-3, every call of the model is also a collective. A rank without prompts generates
+    tokens for the first prompt again and discards them. Up to `BATCHES_AT_ONCE` batches of different adapters are
+    decoded together.
 
     Args:
-        scored: the samples by the adapter's name on the stage, or by ONLY if the stage has at most one adapter.
-        agree: returns whether the sequences of all ranks are done, given whether this rank's are; may raise.
-        progress: show a progress bar.
+        scored: the samples by adapter name, which is ONLY if the stage has at most one adapter.
+        agree: a function that gets whether this rank has finished, and returns whether all ranks have. It may raise.
+        progress: whether to show a progress bar.
 
     Returns:
-        all answers in the order of the samples, by the same names, on rank 0; no answers on other ranks.
+        by adapter name, all answers in the order of the samples on rank 0, and no answers on other ranks.
     """
     sets = [_AskedSet(name, own, grid) for name, own in scored.items()]
     # Tensor-parallel ranks have the same answers, and only the last stage has log-likelihoods.
@@ -196,9 +196,9 @@ def answer_all(
 
 
 class _AskedSet:
-    """The samples of one adapter, in the batches in which all data-parallel ranks answer them.
+    """The samples of one adapter, divided into batches for all data-parallel ranks.
 
-    The longest prompts come first. If the memory is too small, the run then fails at once and not after hours.
+    The longest prompts come first, so that a run with too little memory fails at once and not after hours.
     """
 
     def __init__(self, adapter: str, scored: ScoredSet, grid: Grid) -> None:
@@ -213,7 +213,7 @@ class _AskedSet:
         self.mine: _Answers = {}
 
     def ask(self, number: int) -> Prompts:
-        """Return the prompts of this rank's samples in a batch, or the first prompt of all samples if it has none."""
+        """Return the prompts of this rank's samples in a batch. If there are none, return the first of all prompts."""
         scored, start = self.scored, self.grid.dp_rank * self.batch_size
         self.asked = self.batches[number][start : start + self.batch_size]
         ids = [scored.prompts[index].tolist() for index in self.asked or self.order[:1]]
@@ -236,7 +236,7 @@ class _AskedSet:
 
 
 def _stop_test(tokenizer: PreTrainedTokenizerBase, stop: str | None) -> Callable[[Sequence[int]], bool]:
-    """Return a test whether new tokens contain the stop text. It runs after each token, so it first reads the last."""
+    """Return a function that tests whether new tokens contain the stop text. It is called after each new token."""
     if stop is None:
         return lambda _: False
     width = len(stop.encode())  # a token is at least one byte

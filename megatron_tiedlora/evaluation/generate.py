@@ -1,10 +1,10 @@
-"""Greedy decoding with a key-value cache, for prompts of different lengths in one batch, in any layout. It also
-computes log-likelihoods of several endings of one prompt, with the prompt computed only once.
+"""Generates tokens by greedy decoding with a key-value cache, for prompts of different lengths and in any parallel
+layout. Also computes the log-likelihoods of several endings of a prompt. The prompt is computed only once.
 
-A decoder calls this rank's stage with its caches, with rows of one adapter or of several in one call. Each adapter's
-rows have the caches and the attention of a batch of their own; the base's matmuls are over the rows of all adapters. A
-batch is divided into at most as many chunks as there are stages, so that stages work on different chunks at the same
-time. Hidden states go from stage to stage. The last stage sends the tokens it chose to the other stages.
+A decoder calls this rank's stage with its caches. A call may have rows of several adapters. Each adapter's rows have
+their own caches and attention calls, but the base's matmuls run over the rows of all adapters. A batch is divided into
+at most as many chunks as there are stages, so that stages work on different chunks at the same time. Hidden states go
+from stage to stage. The last stage sends the generated tokens to the other stages.
 
 Prompts are padded on the right, and every sequence writes its next token at its own position. So no token attends to
 padding. Prompts of similar length are computed together, so that little padding is computed.
@@ -36,7 +36,7 @@ RowTensors = Sequence[torch.Tensor]
 
 class AdapterRows(NamedTuple):
     """The input of a call for one adapter: tokens and positions, (b, s) int64, and one cache per block. `adapter` is
-    its name on the stage, or ONLY if the stage has at most one adapter."""
+    the name of the adapter, or ONLY if the stage has at most one."""
 
     tokens: torch.Tensor
     positions: torch.Tensor
@@ -45,18 +45,18 @@ class AdapterRows(NamedTuple):
 
 
 class Decoder:
-    """Calls one stage with caches. All ranks of a tensor-parallel group and of a pipeline make the same calls.
+    """Calls one stage with caches. All tensor-parallel and pipeline-parallel ranks of a model copy make the same calls.
 
-    The adapters of a call are read and folded only when they change. Build a new decoder after an optimizer step, or
-    the factors would no longer match: F is a copy, but A may share the parameter's memory (in fp32, where nothing is
-    cast or gathered).
+    The factors A and F of adapters are computed again only when a call uses different adapters. Build a new decoder
+    after an optimizer step, or the factors would no longer match. F is a copy, but A may share the parameter's memory
+    (in fp32, where nothing is cast or gathered).
     """
 
     def __init__(
         self, stage: Stage, groups: ParallelGroups, shape: ModelShape, *, calls_together: bool = False
     ) -> None:
-        """Take a stage in evaluation mode. With `calls_together`, all ranks must call the model equally often, because
-        ZeRO-3 gathers weights in each call."""
+        """Prepare to call a stage in evaluation mode. With `calls_together`, all ranks must make the same number of
+        calls, because ZeRO-3 gathers weights in each call."""
         self.stage = stage
         self.pipeline, self.choices = groups.pipeline, groups.choices
         self.shape = shape
@@ -69,11 +69,11 @@ class Decoder:
 
     @property
     def is_last(self) -> bool:
-        """Return whether this rank's stage has the head."""
+        """Return whether this rank's stage has the language-model head."""
         return self.pipeline.rank == self.pipeline.size - 1
 
     def new_caches(self, batch: int, capacity: int) -> list[KeyValueCache]:
-        """Return empty caches for the blocks of the stage, with `capacity` tokens per sequence."""
+        """Return empty caches for the blocks of the stage, each with room for `capacity` tokens per sequence."""
         like = torch.empty(0, dtype=cache_dtype(self.dtype, self.device), device=self.device)
         heads = self.shape.heads
         local_kv_heads = heads.num_kv // self.stage.tensor_parallel.group.size
@@ -85,17 +85,17 @@ class Decoder:
     ) -> torch.Tensor | None:
         """Call the stage on some sequences of the batch, for one or several adapters.
 
-        The last stage returns the result. The others send hidden states to the next stage and return None. Every stage
-        gets tokens, because it needs their shape.
+        The last stage returns the result. The other stages send hidden states to the next stage and return None. Every
+        stage gets the tokens, because it needs their shape.
 
         Args:
             rows: the input of each adapter.
-            wanted: for each of `rows` the position in each sequence whose logits are returned, (b,) int64.
-            labels: for each of `rows` the labels of its tokens, (b, s) int64.
+            wanted: for each adapter, the position in each sequence whose logits are returned, (b,) int64.
+            labels: for each adapter, the labels of its tokens, (b, s) int64.
 
         Returns:
-            for the rows of all adapters in order: logits, (tokens, V) or with `wanted` (sequences, V); with `labels`
-            the loss of each token, (tokens,).
+            for the rows of all adapters in order: logits, (tokens, V), or (sequences, V) with `wanted`. With `labels`,
+                the loss of each token, (tokens,).
         """
         shares = tuple(Share(some.adapter, *some.tokens.shape) for some in rows)
         tokens, positions, caches, _ = rows[0]
@@ -130,8 +130,9 @@ class Decoder:
         return {layer: update_at(update, some) for layer, update in self._updates.items()}
 
     def share(self, chosen: torch.Tensor | None, batch: int) -> Callable[[], torch.Tensor]:
-        """Send the last stage's tokens, (batch,) int64, to every stage; `chosen` is None on the other stages. Return a
-        function that waits for the tokens. Call these functions in the order in which they were made."""
+        """Send the tokens that the last stage generated, (batch,) int64, to every stage; `chosen` is None on other
+        stages. Return a function that waits for the tokens. Call these functions in the order of the calls of `share`.
+        """
         from_last: dict[str, Any] = {"group": self.choices.handle, "group_src": self.choices.size - 1}
 
         def receive() -> torch.Tensor:
@@ -146,7 +147,7 @@ class Decoder:
         return lambda: chosen
 
     def _keep(self, work: Any, tensor: torch.Tensor) -> None:
-        """Keep a tensor alive while it is sent. An entry that is two rounds old has been received."""
+        """Keep a tensor in memory while it is sent. A tensor that was sent two rounds ago has been received."""
         self._in_flight.append((work, tensor))
         while len(self._in_flight) > 2 * self.pipeline.size:
             self._in_flight.popleft()[0].wait()
@@ -158,7 +159,7 @@ class Decoder:
 
 
 def _among_all(shares: Shares, wanted: RowTensors) -> Iterator[torch.Tensor]:
-    """Yield the positions of each share's sequences, as indices into the tokens of all shares."""
+    """Yield the positions for each adapter's sequences, as indices into the tokens of all adapters."""
     start = 0
     for share, positions in zip(shares, wanted, strict=True):
         first = start + torch.arange(share.num_rows, device=positions.device) * share.length
@@ -177,13 +178,14 @@ TOKENS_BETWEEN_AGREEMENTS = 8
 Item = TypeVar("Item")
 
 Agree = Callable[[bool], bool]
-"""Maps "this rank's sequences are done" to "those of all ranks are". All ranks call it together, and it may raise."""
+"""A function that gets whether this rank's sequences have ended, and returns whether those of all ranks have. It may
+raise an error. All ranks call it at the same time."""
 
 # The maximum number of tokens in the caches: prompts and endings, where each ending has a copy of its prompt.
 ENDING_TOKENS_AT_ONCE = 32768
 
 Sample = tuple[Sequence[int], Sequence[Sequence[int]]]
-"""The ids of a prompt and of each of its endings, none of them empty."""
+"""The token ids of a prompt, and the token ids of each of its endings. They are never empty."""
 
 
 @dataclass(frozen=True)
@@ -191,10 +193,10 @@ class Prompts:
     """The prompts of one adapter, and the conditions that end their answers.
 
     Attributes:
-        prompts: non-empty lists of token ids, the same on all ranks of a pipeline and tensor group.
+        prompts: non-empty lists of token ids, the same on all tensor-parallel ranks and pipeline stages.
         end_ids: the token ids that end a sequence.
-        is_end: a test that is called with all new tokens of a sequence after each new token.
-        adapter: the name of the adapter on the stage, or ONLY if the stage has at most one adapter.
+        is_end: a function that gets the new tokens of a sequence, and returns whether the sequence has ended.
+        adapter: the name of the adapter, or ONLY if the stage has at most one adapter.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -208,17 +210,17 @@ class Prompts:
 def generate(decoder: Decoder, given: Sequence[Prompts], *, agree: Agree = bool) -> list[list[list[int]]]:
     """Continue each prompt with its most likely tokens until one of `end_ids`, `is_end` or `max_new_tokens`.
 
-    Each adapter's prompts keep the order, caches and attention calls of a batch of that adapter alone. Only the base's
-    matmuls are over the rows of all adapters. An adapter is left out once all of its sequences have ended.
+    Each adapter's prompts have the same order, caches and attention calls as in a batch without other adapters. Only
+    the base's matmuls run over the rows of all adapters. An adapter is skipped once all of its sequences have ended.
 
     Args:
-        given: the prompts of each adapter; of at most one adapter if the stage has no adapter group.
+        given: the prompts of each adapter. If the stage has no adapter group, there is one entry.
 
     Returns:
         the new tokens of each prompt of each adapter, without the end token, on every rank of the pipeline.
 
     Raises:
-        Exception: an error of `agree`; no message is then in flight between the stages.
+        Exception: an error of `agree`. At that time, no message is in flight between the stages.
     """
     num_steps = max(some.max_new_tokens for some in given)
     batches = [
@@ -248,7 +250,7 @@ def split_evenly(items: Sequence[Item], num_parts: int) -> list[Sequence[Item]]:
 
 
 def similar_lengths(lengths: Sequence[int]) -> list[slice]:
-    """Split descending `lengths` into slices that are computed together; see the constants above."""
+    """Return slices of descending `lengths`. Prompts of a slice are computed together; see the constants above."""
     runs, start = [], 0
     for stop in range(1, len(lengths) + 1):
         longest = lengths[start]
@@ -263,17 +265,17 @@ def similar_lengths(lengths: Sequence[int]) -> list[slice]:
 
 
 def pad_right(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> torch.Tensor:
-    """Pad rows of different lengths with `fill` and return one (b, longest) int64 tensor."""
+    """Pad rows of different lengths with `fill`, and return one int64 tensor of shape (b, maximum length)."""
     ids = [torch.tensor(row, dtype=torch.long) for row in rows]
     return pad_sequence(ids, batch_first=True, padding_value=fill).to(device)
 
 
 class _Batch:
-    """Some sequences of one adapter in a batch, longest first."""
+    """A batch of sequences of one adapter, with the longest sequences first."""
 
     def __init__(self, decoder: Decoder, given: Prompts, prompts: Sequence[Sequence[int]], num_steps: int) -> None:
-        """Make empty caches for `prompts`, some of the adapter's prompts. At most `num_steps` tokens are computed, and
-        at most the adapter's own maximum is used."""
+        """Make empty caches for `prompts`, which are some of the adapter's prompts. At most `num_steps` tokens are
+        computed, of which at most the adapter's own maximum is used."""
         self.given = given
         self.order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
         self.prompts = [prompts[index] for index in self.order]
@@ -291,7 +293,7 @@ class _Batch:
         return all(self.ended) or self.num_chosen >= self.most
 
     def runs(self, *, whole: bool) -> list[slice]:
-        """Return slices of prompts that are computed together; with `whole`, one slice of all prompts."""
+        """Return slices of prompts that are computed together. With `whole`, return one slice of all prompts."""
         return [slice(0, len(self.prompts))] if whole else similar_lengths([len(prompt) for prompt in self.prompts])
 
     def prompt_rows(self, some: slice, device: torch.device) -> AdapterRows:
@@ -306,7 +308,7 @@ class _Batch:
         return AdapterRows(self.tokens, (self.lengths + self.num_chosen - 1)[:, None], self.caches, self.given.adapter)
 
     def take(self, chosen: torch.Tensor) -> None:
-        """Append one of the tokens `chosen`, (b,), to each sequence that has not ended."""
+        """Append the generated tokens `chosen`, (b,), to the sequences that have not ended."""
         self.tokens = chosen[:, None]
         for index, token in enumerate(chosen.tolist()):
             if self.ended[index] or self.num_chosen > self.given.max_new_tokens:
@@ -324,7 +326,7 @@ class _Batch:
 
 
 class _Part:
-    """Sequences that go through the stages together, some of each adapter."""
+    """Sequences of one or several adapters that go through the stages together."""
 
     def __init__(self, decoder: Decoder, batches: Sequence[_Batch]) -> None:
         self.decoder = decoder
@@ -338,7 +340,7 @@ class _Part:
         return all(batch.is_done for batch in self.batches)
 
     def advance(self) -> None:
-        """Compute one more token for every sequence. The next call collects it, so that stages can run ahead."""
+        """Compute a new token for every sequence. The next call collects the tokens, so that stages can run ahead."""
         self.collect()
         self.computed = [batch for batch in self.batches if self.decoder.calls_together or not batch.is_done]
         if not self.computed:
@@ -354,7 +356,7 @@ class _Part:
             self.collect()
 
     def _read_prompts(self) -> torch.Tensor | None:
-        """Fill the caches. Return the first token of every sequence, (b,), on the last stage, and None elsewhere."""
+        """Fill the caches. Return the first new token of every sequence, (b,), on the last stage, otherwise None."""
         found: dict[_Batch, list[torch.Tensor]] = {batch: [] for batch in self.computed}
         whole = self.decoder.calls_together  # the number of calls must not depend on the prompts of a rank
         for turn in zip_longest(*(batch.runs(whole=whole) for batch in self.computed)):
@@ -375,7 +377,7 @@ class _Part:
         return torch.cat([part for parts in found.values() for part in parts]) if self.decoder.is_last else None
 
     def collect(self) -> None:
-        """Receive the tokens that the last stage chose, if some are expected."""
+        """Receive the generated tokens from the last stage, if some are expected."""
         if self.waiting is None:
             return
         chosen = self.waiting()
@@ -390,11 +392,11 @@ def _most_likely(logits: torch.Tensor | None) -> torch.Tensor | None:
 
 @torch.no_grad()
 def ending_log_likelihoods(decoder: Decoder, samples: Sequence[Sample], *, adapter: str = ONLY) -> list[list[float]]:
-    """Return the summed log-likelihood of each ending after its prompt, in nats, by sample and ending. Ranks of earlier
-    stages return one empty list per sample. For `adapter` see `AdapterRows`.
+    """Return the summed log-likelihood of each ending after its prompt, in nats, as one list per sample. The lists are
+    empty on earlier stages. For `adapter` see `AdapterRows`.
 
     The last token of a prompt predicts the first token of an ending, so it is computed with the endings. The tokens
-    before it go through the model once, and stay in the cache."""
+    before it are computed once and stay in the cache."""
     scores: list[list[float]] = []
     for part in split_evenly(samples, decoder.pipeline.size):
         for some in _groups(part, whole=decoder.calls_together):
@@ -404,7 +406,7 @@ def ending_log_likelihoods(decoder: Decoder, samples: Sequence[Sample], *, adapt
 
 
 def _groups(samples: Sequence[Sample], *, whole: bool) -> Iterator[Sequence[Sample]]:
-    """Yield slices of samples whose caches, with a copy per ending, have a bounded size; with `whole`, all samples."""
+    """Yield slices of samples with caches of limited size, one copy per ending. With `whole`, yield all samples."""
     start, rows, longest = 0, 0, 0
     for index, (prompt, endings) in enumerate(samples):
         grown = max(longest, len(prompt) + max(map(len, endings)))

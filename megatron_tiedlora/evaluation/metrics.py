@@ -1,16 +1,16 @@
-"""The answer of a model, metrics, and the table of metrics by name. Nothing is downloaded.
+"""Defines the answer of a model, the metrics, and a table of metrics by name. Nothing is downloaded.
 
 The definitions come from the tasks or from reference libraries. The libraries are imported when the first answer is
-scored, since many runs never score one. Exact match and F1 use the best of the references.
+scored, because many runs do not score answers. Exact match and F1 use the reference with the highest score.
 
-`accuracy` finds the ending that the generated text means. The first reference is the correct ending.
+`accuracy` compares the ending that the generated text matches with the correct ending, which is the first reference.
 `accuracy_loglikelihood` chooses the ending with the highest log-likelihood per character. lm-evaluation-harness also
-has `acc` without normalisation, which favours short endings and is not reported.
+has `acc` without this normalisation. It favours short endings and is not reported here.
 
-BLEU is sacrebleu's with its defaults, on detokenised text. The score of a sample is its sentence BLEU (with effective
-order, as sacrebleu advises). The corpus value is not their mean, but is computed from summed n-gram counts. ROUGE-L
-follows Google's rouge-score: F of the longest common subsequence of stemmed tokens, which are runs of a-z and 0-9 in
-lower case. So text in another script has no tokens and scores 0. The library and its stemmer read no data files.
+BLEU is computed by sacrebleu with its defaults, on detokenised text. The score of a sample is its sentence BLEU (with
+effective order, as sacrebleu advises). The corpus value is not the mean of these scores, but is computed from summed
+n-gram counts. ROUGE-L follows Google's rouge-score. It is the F-measure of the longest common subsequence of stemmed
+tokens. Tokens are runs of a-z and 0-9 in lower case, so text in another script has no tokens and scores 0.
 """
 
 import math
@@ -32,12 +32,12 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 @dataclass(frozen=True)
 class Answer:
-    """One example with the answer of a model.
+    """A model's answer to an example.
 
     Attributes:
         prediction: the generated text, without the prompt, cut at the task's stop text.
         choice_scores: the log-likelihood in nats of each of `example.choices` after the prompt, summed over its tokens;
-            empty if none were computed.
+            empty if they were not computed.
     """
 
     prediction: str
@@ -46,8 +46,7 @@ class Answer:
 
     @property
     def references(self) -> tuple[str, ...]:
-        """Return the texts that the prediction is scored against: the example's references that are not blank. Raises
-        UserError if the example has none."""
+        """Return the example's references that are not blank. Raises UserError if there are none."""
         found = tuple(text for text in self.example.references if text.strip())
         if not found:
             raise UserError(f"{self.example.source}: no reference to score against; give the row an answer")
@@ -56,18 +55,19 @@ class Answer:
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric. Every score is in per cent, 0 to 100, and higher is better.
+    """A metric. Every score is in per cent, 0 to 100, and higher is better.
 
-    The value of many answers is the mean of `sample`, or is computed by `corpus`.
+    The value for many answers is the mean of their scores by `sample`, or it is computed by `corpus`.
 
     Attributes:
-        name: its name in `METRICS`.
-        sample: the score of one answer.
-        signature: the rule, library and version that score answers, or a function that returns these for all answers.
-            Two values are comparable only if their signatures are equal.
-        needs_choice_scores: whether it reads `Answer.choice_scores`, which needs a model pass per choice.
+        name: the name in `METRICS`.
+        sample: a function that returns the score of one answer.
+        signature: the rule, library and version of the metric, or a function that returns them for all answers. Two
+            values are comparable only if their signatures are equal.
+        needs_choice_scores: whether the metric reads `Answer.choice_scores`, for which the model computes each choice.
         check: a function that raises UserError, before decoding, for an example that can never be scored as correct.
-        corpus: functions that return a fixed number of counts per answer, and the value for the sums of the counts.
+        corpus: a function that returns a fixed number of counts for an answer, and one that returns the value for their
+            sums.
     """
 
     name: str
@@ -82,35 +82,36 @@ class Metric:
 
 
 def exact_match(answer: Answer) -> float:
-    """Return 100 if the prediction equals a reference, ignoring white space at the ends, otherwise 0."""
+    """Return 100 if the prediction equals a reference apart from white space at the ends. Otherwise return 0."""
     return 100.0 * (answer.prediction.strip() in {reference.strip() for reference in answer.references})
 
 
 def final_number(text: str) -> str | None:
-    """Return the first number after `#### `, without commas, as GSM8K's own script extracts it, or None without one."""
+    """Return the first number after `#### `, without commas, as in GSM8K's own script. Return None if there is none."""
     match = _FINAL_NUMBER.search(text)
     return match.group(1).replace(",", "") if match else None
 
 
 def gsm8k_exact_match(answer: Answer) -> float:
-    """Return 100 if the final number equals that of a reference as a string, otherwise 0, also without a number."""
+    """Return 100 if the final number is the same string as in a reference. Otherwise, also without one, return 0."""
     wanted = {final_number(reference) for reference in answer.references} - {None}
     return 100.0 * (final_number(answer.prediction) in wanted)
 
 
 def has_final_number(example: Example) -> None:
-    """Raise UserError if no reference has a final number, since no prediction could then be correct."""
+    """Raise UserError if no reference has a final number, because no prediction could then be correct."""
     if not any(final_number(reference) for reference in example.references):
         raise UserError(f"{example.source}: no answer ends in '#### NUMBER', which metric gsm8k compares; add it")
 
 
 def normalise_squad(text: str) -> str:
-    """Normalise as SQuAD v1.1: lower the case, then remove (ASCII) punctuation, then articles, then repeated spaces."""
+    """Return the text in lower case, without ASCII punctuation, then articles, then repeated spaces, as in SQuAD v1.1.
+    """
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def squad_exact_match(answer: Answer) -> float:
-    """Return 100 if the normalised prediction equals any normalised reference, otherwise 0."""
+    """Return 100 if the normalised prediction equals any normalised reference. Otherwise return 0."""
     found = normalise_squad(answer.prediction)
     return 100.0 * any(found == normalise_squad(reference) for reference in answer.references)
 
@@ -118,8 +119,8 @@ def squad_exact_match(answer: Answer) -> float:
 def token_f1(prediction: str, reference: str) -> float:
     """Return the F1 (0 to 1) of two multisets of normalised tokens, 2 |common| / (|prediction| + |reference|).
 
-    It equals SQuAD's 2 p r / (p + r), but uses one division, so that equal F1 are equal floats. Without a common token
-    it is 0, even if both texts are empty after normalisation, as in the v1.1 script (v2.0 differs here).
+    It equals SQuAD's 2 p r / (p + r), but uses one division, so that equal F1 values are equal floats. Without a common
+    token it is 0, even if both texts are empty after normalisation, as in the v1.1 script (v2.0 differs here).
     """
     found, wanted = normalise_squad(prediction).split(), normalise_squad(reference).split()
     common = sum((Counter(found) & Counter(wanted)).values())
@@ -127,7 +128,7 @@ def token_f1(prediction: str, reference: str) -> float:
 
 
 def squad_f1(answer: Answer) -> float:
-    """Return 100 times the best F1 over the references."""
+    """Return 100 times the highest F1 over the references."""
     return 100.0 * max(token_f1(answer.prediction, reference) for reference in answer.references)
 
 
@@ -135,7 +136,7 @@ def squad_f1(answer: Answer) -> float:
 
 
 def checked_choices(answer: Answer) -> tuple[str, ...]:
-    """Return the endings. Raises UserError if there are none, one is blank, or the correct one is not among them."""
+    """Return the endings. Raises UserError if there are none, if one is blank, or if the correct one is missing."""
     example = answer.example
     if not example.choices:
         raise UserError(f"{example.source}: no endings to choose from; accuracy needs several endings per row")
@@ -152,10 +153,10 @@ def _plain(text: str) -> str:
 
 
 def chosen_ending(prediction: str, choices: Sequence[str]) -> str | None:
-    """Return the ending that a generated text means, in lower case with single spaces, or None if it means no ending.
+    """Return the ending that a generated text matches, in lower case with single spaces, or None if it matches none.
 
-    It is the ending that equals the text, ignoring case and white space, or else the ending with the highest SQuAD F1.
-    It is None if two different endings share the highest F1, or if all have F1 0 (for example with an empty text).
+    An ending matches if it equals the text, ignoring case and white space. Otherwise the ending with the highest SQuAD
+    F1 matches. None matches if two different endings have the highest F1, or if every F1 is 0 (as for an empty text).
     """
     text = _plain(prediction)
     endings = list(dict.fromkeys(map(_plain, choices)))
@@ -167,15 +168,15 @@ def chosen_ending(prediction: str, choices: Sequence[str]) -> str | None:
 
 
 def accuracy(answer: Answer) -> float:
-    """Return 100 if the generated text means the correct ending, otherwise 0."""
+    """Return 100 if the generated text matches the correct ending. Otherwise return 0."""
     return 100.0 * (chosen_ending(answer.prediction, checked_choices(answer)) == _plain(answer.references[0]))
 
 
 def accuracy_loglikelihood(answer: Answer) -> float:
-    """Return 100 if the correct ending has the highest log-likelihood per character (the first if equal), otherwise 0.
+    """Return 100 if the correct ending has the highest log-likelihood per character. Otherwise return 0.
 
-    Characters are the Unicode code points of the cleaned ending, without the space that joins it to the prompt, as in
-    `acc_norm` of lm-evaluation-harness. If a score is NaN, the result is 0.
+    If two values are equal, the first counts. Characters are the Unicode code points of the cleaned ending, without the
+    space that joins it to the prompt, as in `acc_norm` of lm-evaluation-harness. If a score is NaN, the result is 0.
     """
     choices = checked_choices(answer)
     assert len(answer.choice_scores) == len(choices), f"{answer.example.source}: {len(answer.choice_scores)} scores"
@@ -196,13 +197,13 @@ def sentence_bleu(answer: Answer) -> Any:
 
 
 def bleu_statistics(answer: Answer) -> tuple[int, ...]:
-    """Return the lengths of prediction and closest reference, then matched and predicted n-grams of each order."""
+    """Return the lengths of prediction and closest reference, and the counts of matched and all n-grams per order."""
     found = sentence_bleu(answer)
     return (found.sys_len, found.ref_len, *found.counts, *found.totals)
 
 
 def corpus_bleu(sums: Sequence[int]) -> float:
-    """Return sacrebleu's corpus BLEU from summed statistics, bit-identical to its `corpus_score`."""
+    """Return sacrebleu's corpus BLEU from summed statistics. It is bit-identical to the result of `corpus_score`."""
     from sacrebleu.metrics import BLEU
 
     corpus, orders = BLEU(), len(sums) // 2 - 1
@@ -220,7 +221,7 @@ def corpus_bleu(sums: Sequence[int]) -> float:
 
 
 def bleu_signature(answers: Sequence[Answer]) -> str:
-    """Return sacrebleu's own signature. It depends only on how many references the answers have."""
+    """Return sacrebleu's own signature. It depends only on the number of references of the answers."""
     from sacrebleu.metrics import BLEU
 
     counts = [len(answer.references) for answer in answers]
@@ -236,10 +237,10 @@ def bleu_signature(answers: Sequence[Answer]) -> str:
 
 
 def rouge_l(answer: Answer) -> float:
-    """Return 100 times the F of ROUGE-L for the best reference.
+    """Return 100 times the highest ROUGE-L F-measure over the references.
 
-    Tokens and definition are the library's. The library's own search fills a table of all pairs of tokens, which takes
-    minutes and gigabytes for a long text.
+    Tokens and definition are those of the library. The library's own search is not used. It fills a table of all pairs
+    of tokens, which takes minutes and gigabytes for a long text.
     """
     from rouge_score.tokenizers import DefaultTokenizer
 
@@ -256,9 +257,9 @@ def rouge_l(answer: Answer) -> float:
 def common_length(one: Sequence[str], other: Sequence[str]) -> int:
     """Return the length of the longest common subsequence of two sequences.
 
-    An integer has one bit per token of `one`. Each token of `other` takes one step of additions and masks (Crochemore
-    et al., "A fast and practical bit-vector algorithm for the longest common subsequence problem", 2001). A zero bit
-    marks a position at which the length grows.
+    An integer has one bit per token of `one`. Each token of `other` updates it with a few additions and masks
+    (Crochemore et al., "A fast and practical bit-vector algorithm for the longest common subsequence problem", 2001). A
+    zero bit marks a position at which the length grows.
     """
     bits = {token: bytearray(len(one) // 8 + 1) for token in other}
     for index, token in enumerate(one):
@@ -309,7 +310,7 @@ METRICS: Mapping[str, Metric] = {
 
 
 def find_metric(name: str) -> Metric:
-    """Return the metric called `name`. Raises UserError with the known names."""
+    """Return the metric with this name. Raises UserError, which lists the metrics, if there is no such metric."""
     if name not in METRICS:
         raise UserError(f"metric {name!r} is unknown; the metrics are {', '.join(METRICS)}")
     return METRICS[name]

@@ -1,4 +1,4 @@
-"""The plan of an evaluation of one model or of several adapters. It is made and checked before weights are read."""
+"""Plans an evaluation of one model or of several adapters, and checks the plan before weights are read."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -46,8 +46,8 @@ class EvaluationPlan:
 
     Attributes:
         kind: the kind of model: base, merged (a folder with a merged adapter), native or peft.
-        longest_prompt: the maximum number of prompt tokens; a longer prompt loses its middle.
-        limit: the maximum number of samples; None: all.
+        longest_prompt: the maximum number of tokens in a prompt. A longer prompt is shortened.
+        limit: the maximum number of samples; None for all samples.
         notes: messages that a user should know before trusting the scores.
     """
 
@@ -71,19 +71,19 @@ class EvaluationPlan:
 
     @property
     def base_format(self) -> str | None:
-        """Return the storage format of the blocks' linears, or None if they are stored in `dtype`."""
+        """Return the storage format of the blocks' linear layers, or None if they are stored in `dtype`."""
         return _base_format(self.settings, self.source, self.adapter)
 
     @property
     def adapter_name(self) -> str:
-        """Return METHOD-rRANK, or the kind of model if there is no adapter."""
+        """Return the adapter's name as METHOD-rRANK, or the kind of model if there is no adapter."""
         if self.adapter is None:
             return self.kind
         method = "peft" if self.kind == "peft" else self.adapter.config.method
         return f"{method}-r{self.adapter.config.rank}"
 
     def resolved_settings(self, output_dir: Path) -> dict[str, Any]:
-        """Return every setting as a plain value, including those that depend on the model, the task and the ranks."""
+        """Return every setting as a plain value, including those that depend on the model and the task."""
         return {
             **self.settings.model_dump(),
             "output_dir": str(output_dir),
@@ -100,9 +100,9 @@ EvaluationPlans = Mapping[str, EvaluationPlan]  # by adapter name; equal but for
 
 
 def plan_evaluations(settings: EvaluateSettings, *, rank: int, world_size: int) -> dict[str, EvaluationPlan]:
-    """Return the plan of each adapter in --adapters, or without them one plan with the name ONLY. Raises UserError,
-    which names the first setting, model or number of ranks that does not fit, with the fix. It also names an adapter
-    that does not fit or has a different base from the others."""
+    """Return the plan of each adapter in --adapters, by name. Without --adapters, return one plan with the name ONLY.
+    Raises UserError if a setting, the model or the number of ranks is not valid. Also raises UserError, with the
+    adapter's name, if an adapter is not valid or has a different base from the others."""
     own = {ONLY: settings}
     if settings.adapters is not None:
         found = named_adapters(settings.adapters).items()
@@ -117,7 +117,7 @@ def plan_evaluations(settings: EvaluateSettings, *, rank: int, world_size: int) 
 
 
 def output_name(plans: EvaluationPlans) -> str:
-    """Return MODEL-TASK-ADAPTER, or MODEL-TASK-N-adapters for --adapters, as the name of the output folder."""
+    """Return the name of the output folder: MODEL-TASK-ADAPTER, or MODEL-TASK-N-adapters for --adapters."""
     plan = next(iter(plans.values()))
     model = last_name(plan.source.name)
     adapter = plan.adapter_name if ONLY in plans else count_text(len(plans), "adapter").replace(" ", "-")
@@ -125,9 +125,9 @@ def output_name(plans: EvaluationPlans) -> str:
 
 
 def named_adapters(given: Sequence[str]) -> dict[str, Path]:
-    """Return the folders in --adapters by the adapter's name, which is NAME of NAME=FOLDER, or the run's name. Raises
-    UserError if a value names no adapter, two have the same name, or a name cannot be a folder beside the table. A
-    folder without an adapter is found when it is read."""
+    """Return the adapter folders in --adapters by adapter name, which is NAME in NAME=FOLDER or the run's name. Raises
+    UserError if a value names no adapter, if two have the same name, or if a name cannot be used for a folder. A folder
+    without an adapter causes an error when it is read."""
     found: dict[str, Path] = {}
     for value in given:
         name, is_named, path = value.partition("=")
@@ -158,7 +158,7 @@ def _check_same_base(first: tuple[str, EvaluationPlan], plan: EvaluationPlan) ->
 
 
 def _plan(settings: EvaluateSettings, *, rank: int, world_size: int, identify: Identify) -> EvaluationPlan:
-    """Find the model and adapter of one evaluation, and check that settings, model and ranks fit together."""
+    """Return the plan of one evaluation. Raises UserError if its settings, model and ranks do not fit together."""
     task, (settings, of_run) = get_task(settings.task), _as_trained(settings)
     try:
         grid = Grid(rank, world_size, tp_size=settings.tensor_parallel, pp_size=settings.pipeline_parallel)
@@ -189,8 +189,8 @@ def _plan(settings: EvaluateSettings, *, rank: int, world_size: int, identify: I
 
 
 def _base_format(settings: EvaluateSettings, source: ModelSource, adapter: NativeAdapter | None) -> str | None:
-    """Return the storage format in which the base is used: the given one, its folder's format, or the format in the
-    adapter's run. Raises UserError if the adapter is to be merged into quantised weights."""
+    """Return the storage format of the base: the given format, the format of its folder, or the format in the adapter's
+    run. Raises UserError if the adapter would be merged into quantised weights."""
     given = settings.base or source.stored_base or (adapter and adapter.base_identity.base_format) or UNQUANTISED
     if given == UNQUANTISED:
         return None
@@ -201,9 +201,9 @@ def _base_format(settings: EvaluateSettings, source: ModelSource, adapter: Nativ
 
 
 def _as_trained(settings: EvaluateSettings) -> tuple[EvaluateSettings, list[str]]:
-    """Return the settings, with rules for rows from the adapter's run if the user gave none, and notes. There are notes
-    if the settings in the run's file show that it was trained with different prompts. Raises UserError if the user's
-    settings contradict these, or the file of the run's chat template has changed."""
+    """Return the settings and notes. If the user did not give an option for reading rows, it is taken from the
+    adapter's run. The notes say how the adapter was trained with different prompts. Raises UserError if the user's
+    settings contradict the run's options, or if the run's chat template file has changed."""
     trained: dict[str, Any] = {}
     run_file = None if settings.adapter is None else user_path(settings.adapter).parent / "run.yaml"
     if run_file is not None and run_file.is_file():
@@ -225,7 +225,7 @@ def _as_trained(settings: EvaluateSettings) -> tuple[EvaluateSettings, list[str]
 
 
 def _check_trained_template(file: str, trained: Any) -> None:
-    """Raise UserError if the chat template of the adapter's run is missing, or its hash is no longer `trained`."""
+    """Raise UserError if the chat template file of the adapter's run is missing, or its hash is no longer `trained`."""
     said = f"--chat_template {file}, of the adapter's run,"
     if not user_path(file).is_file():
         raise UserError(f"{said} is not on this host; give the file with which it was trained with --chat_template")
@@ -239,8 +239,8 @@ def _check_trained_template(file: str, trained: Any) -> None:
 def _find_model(
     settings: EvaluateSettings, identify: Identify
 ) -> tuple[ModelSource, NativeAdapter | None, str, tuple[str, ...]]:
-    """Return (base, adapter, kind of model, notes). Raises UserError if one is missing, they do not belong together, or
-    they need a different tokenizer."""
+    """Return (base, adapter, kind of model, notes). Raises UserError if one is missing, if they do not belong together,
+    or if they need a different tokenizer."""
     longest = settings.max_length or 0  # checked before a weight is read
     if settings.adapter is None:
         source = find_model(settings.model or DEFAULT_MODEL, weights=False)

@@ -1,5 +1,5 @@
-"""Scores of many answers: each metric's value with a 95 % bootstrap interval over the samples. This module also writes
-the output of an evaluation: its headline, predictions.jsonl (one line per sample), results.json and scores.
+"""Computes the scores of an evaluation: the value of each metric, with a 95 % bootstrap interval over the samples. Also
+writes the first log lines, predictions.jsonl (one line per sample), results.json and the table of scores.
 
 Resample i of n answers is row i of `numpy.random.default_rng(seed).integers(n, size=(resamples, n))`. It depends on
 nothing else. So all metrics and models that are scored on one test set use the same resamples.
@@ -52,7 +52,7 @@ class Score:
     signature: Text
 
     def plain(self) -> dict[str, Any]:
-        """Return the score as it is written to files."""
+        """Return the score as a dictionary for JSON files."""
         values = {"score": self.value, "n": self.num_samples, "confidence_interval": [self.low, self.high]}
         return {**values, "signature": self.signature}
 
@@ -60,8 +60,8 @@ class Score:
 def score_answers(
     metric_names: Sequence[str], answers: Sequence[Answer], *, seed: int = 0, resamples: int = 1000
 ) -> dict[str, Score]:
-    """Return the scores by metric, in the order of `metric_names`. The interval depends on the order of the answers
-    in the file. Raises UserError without answers, for an unknown metric, or if it cannot score an example."""
+    """Return the scores by metric, in the order of `metric_names`. The interval depends on the order of the answers.
+    Raises UserError if there are no answers, if a metric is unknown, or if it cannot score an example."""
     if not answers:
         raise UserError("no answers to score; the split is empty")
     scores = {}
@@ -74,7 +74,7 @@ def score_answers(
 
 
 def _bootstrap(metric: Metric, answers: Sequence[Answer], *, seed: int, resamples: int) -> tuple[float, Any]:
-    """Return the metric's value, and its values on the resamples, (resamples,)."""
+    """Return the value of a metric, and its value for each resample, (resamples,)."""
     num = len(answers)
     if metric.corpus is None:
         samples = [metric.sample(answer) for answer in answers]
@@ -88,7 +88,7 @@ def _bootstrap(metric: Metric, answers: Sequence[Answer], *, seed: int, resample
 
 
 def _resampled_sums(table: Any, *, seed: int, resamples: int) -> Iterator[Any]:
-    """Yield the sums over the samples of each resample of `table` (num, k), in chunks of (some, k)."""
+    """Yield the sums of the rows of `table`, (num, k), in each resample, in chunks of (number of resamples, k)."""
     num = len(table)
     draw = np.random.default_rng(seed)
     at_once = max(1, _DRAWN_AT_ONCE // num)
@@ -100,7 +100,7 @@ def _resampled_sums(table: Any, *, seed: int, resamples: int) -> Iterator[Any]:
 
 
 def headline(plans: EvaluationPlans, scored_sets: Mapping[str, ScoredSet], attention: AttentionRoute) -> list[str]:
-    """Return a few lines about the evaluation, to print before its progress bar, with a line for each of --adapters.
+    """Return lines about the evaluation to print before its progress bar, with one line for each adapter of --adapters.
     `attention` names the kernels that compute the attention of prompts."""
     name, plan = next(iter(plans.items()))
     settings, grid, scored = plan.settings, plan.grid, scored_sets[name]
@@ -132,7 +132,7 @@ def headline(plans: EvaluationPlans, scored_sets: Mapping[str, ScoredSet], atten
 
 
 def prediction_row(answer: Answer, metrics: Sequence[str]) -> dict[str, Any]:
-    """Return a line of predictions.jsonl: the texts, `score` by the task's own (first) metric, and other metrics."""
+    """Return a row of predictions.jsonl: the texts, the `score` by the task's first metric, and the other metrics."""
     first, *others = metrics
     example = answer.example
     row: dict[str, Any] = {
@@ -148,7 +148,7 @@ def prediction_row(answer: Answer, metrics: Sequence[str]) -> dict[str, Any]:
 
 
 def _json_line(row: Mapping[str, Any]) -> str:
-    """Return the row as JSON with readable non-ASCII text. It escapes what some readers take as line ends."""
+    """Return the row as JSON with readable non-ASCII text. Characters that may count as line ends are escaped."""
     text = json.dumps(row, ensure_ascii=False)
     for separator in ("\x85", "\u2028", "\u2029"):
         text = text.replace(separator, f"\\u{ord(separator):04x}")
@@ -156,7 +156,7 @@ def _json_line(row: Mapping[str, Any]) -> str:
 
 
 def results_content(plan: EvaluationPlan, scores: Mapping[str, Score], folder: Path) -> dict[str, Any]:
-    """Return the content of results.json: scores (the task's own first), model, adapter, layout, settings, versions."""
+    """Return the content of results.json: all scores, the model, the adapter, the layout, all settings and versions."""
     settings, grid, first = plan.settings, plan.grid, plan.task.metrics[0]
     adapter = None
     if plan.adapter is not None:
@@ -187,9 +187,9 @@ EvaluationResult = tuple[EvaluationPlan, Sequence[Answer], Mapping[str, Score]]
 
 
 def write_results(evaluations: Mapping[str, EvaluationResult], output: NewOutput) -> None:
-    """Write the files atomically, so that the folder appears complete or not at all. Several evaluations have the names
-    of their adapters, which become folders beside the table of all. A single one has the name ONLY. Raises UserError if
-    a different process has taken over the folder meanwhile, or if it cannot be written."""
+    """Write the files atomically, so that the folder appears complete or not at all. With several adapters, each has a
+    folder with its name, and there is a table of all scores. A single evaluation has the name ONLY. Raises UserError if
+    another process has taken over the output folder, or if it cannot be written."""
     with output.written() as temporary:
         for name, (plan, answers, scores) in evaluations.items():
             folder = temporary / name
@@ -212,9 +212,9 @@ def _table(evaluations: Mapping[str, EvaluationResult]) -> str:
 
 
 def score_table(evaluations: Mapping[str, EvaluationResult], folder: Path) -> list[str]:
-    """Return the lines that a user sees at the end: scores with intervals, and the files.
+    """Return the lines to print at the end: the scores with intervals, and the paths of the files.
 
-    One evaluation has a row for each metric, with its signature. Several evaluations have a row for each adapter.
+    A single evaluation has a row for each metric, with its signature. Several evaluations have a row for each adapter.
     """
     plan, answers, first = next(iter(evaluations.values()))
     rows = f"{plan.task.name}, {count_text(len(answers), f'{plan.settings.split} row')}, scores in per cent"

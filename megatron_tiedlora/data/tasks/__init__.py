@@ -1,4 +1,4 @@
-"""The tasks, one file each. Every module in this folder defines `TASK`. The name of the file is the task's name."""
+"""Collects the tasks. Every module in this folder defines one task as `TASK`. The module has the name of the task."""
 
 from collections.abc import Mapping
 from importlib import import_module
@@ -13,7 +13,7 @@ assert all(task.name == name for name, task in TASKS.items()), "a task has the n
 
 
 def get_task(name: str) -> Task:
-    """Return the task called `name`. Raises UserError, which lists the tasks, if there is no such task."""
+    """Return the task with this name. Raises UserError, which lists the tasks, if there is no such task."""
     if name not in TASKS:
         raise UserError(f"--task {name!r} is unknown; the tasks are {', '.join(sorted(TASKS))}")
     return TASKS[name]

@@ -1,9 +1,9 @@
-"""The task for the user's own rows. A table lists the fields of each row shape, and how they become turns or texts.
+"""Defines the task for the user's own rows. A table lists the fields of each row shape and how they are read.
 
 All rows of a file have one shape. A row of any shape may list more accepted answers in `references`.
 
-This module has the table, finds the shape of a row, and rejects fields that look like data but are not read. `turns`
-checks the turns, and `chat` makes their text.
+This module finds the shape of a row in the table, and rejects fields that look like data but are not read. The module
+`turns` checks the turns, and the module `chat` converts them to text.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -24,17 +24,17 @@ from megatron_tiedlora.data.turns import ASSISTANT, USER, Conversation, Turn, ma
 
 Fields = Mapping[str, Any]
 Content = tuple[str, str] | list[Turn]
-"""What a row holds: a prompt and its answer, a text after the prompt '', or the turns of a chat."""
+"""The content of a row: a prompt and its answer, an empty prompt and a text, or the turns of a chat."""
 
 
 @dataclass(frozen=True)
 class RowShape:
-    """One shape of rows.
+    """A shape of rows: a set of fields, and how they are read.
 
-    name: its name in messages and documents.
-    needs: fields that a row of this shape must have. The last is the answer, which a prompt template must not use.
-    read: (row, source) -> the content of the row.
-    may: further fields that are read if a row has them.
+    name: the name of the shape in messages and documents.
+    needs: the fields that a row of this shape must have. The last is the answer, which a prompt template must not use.
+    read: a function (row, source) -> the content of the row.
+    may: the optional fields, which are read if a row has them.
     """
 
     name: str
@@ -86,8 +86,8 @@ _ALPACA = (
 
 
 def _alpaca(row: Fields, source: str) -> Content:
-    """Return a prompt in Alpaca's format and its answer. If the row has `system` or `history`, even empty, return turns
-    of a chat."""
+    """Return a prompt in Alpaca's format and its answer. If the row has the field `system` or `history`, even if it is
+    empty, return the turns of a chat."""
     instruction, answer = required_text(row, "instruction", source), required_text(row, "output", source)
     context = _optional_text(row, "input", source)
     if row.get("system") is not None or row.get("history") is not None:
@@ -118,7 +118,7 @@ def _system_turn(row: Fields, source: str) -> list[Turn]:
 
 
 def _turn(role: str, text: str, field: str, part: str = "") -> Turn:
-    """Return a turn with the text of a field, or with a part of that text."""
+    """Return a turn with a text of a field. `part` describes the text if it is only a part of the field."""
     name = f"field {field!r}" + (f", {part}" if part else "")
     return Turn({"role": role, "content": text}, role == ASSISTANT, name)
 
@@ -171,9 +171,9 @@ def find_shape(
     looks like data but would not be read.
 
     Args:
-        named: fields that the user's prompt template reads.
-        columns: our field -> the user's field, from --columns. The shape must read all of them. If they include all
-            fields that a shape needs, the user has chosen this shape, and fields of other shapes are ignored.
+        named: the fields that the user's prompt template reads.
+        columns: the user's field name for each field name of the task, from --columns. The shape must read all of them.
+            If they include all fields that a shape needs, this shape is chosen, and fields of other shapes are ignored.
     """
     columns = columns or {}
     found = [shape for shape in SHAPES if all(row.get(name) is not None for name in shape.needs)]
@@ -223,9 +223,9 @@ def _choice(shape: RowShape, columns: Mapping[str, str]) -> str:
 
 
 def _parts(row: Mapping[str, Any], source: str, reading: Reading) -> Parts:
-    """Return the `Parts` of a row. A template may use all fields except the answers, and `prompt`, the default prompt.
+    """Return the `Parts` of a row. A template may use the default prompt as `prompt`, and fields without answers.
 
-    Raises UserError, which names the source with its fields and the shapes, or the empty field.
+    Raises UserError if the row has no valid shape, or if a field is empty.
     """
     shape = find_shape(row, source, named=template_fields(reading.template), columns=reading.columns)
     content = shape.read(row, source)

@@ -1,7 +1,7 @@
-"""The demo task: grade-school maths in GSM8K's form. The package reasoning-gym generates it, so nothing is downloaded.
+"""Defines the demo task: grade-school maths like GSM8K. The package reasoning-gym generates it without downloads.
 
-A row is used only if its worked answer is a valid target: it ends with `#### N`, N >= 0 equals the answer field, and no
-number in it has rounding errors.
+A row is used only if its worked answer is a valid target. It must end with `#### N`, where N >= 0 equals the field
+`answer`. No number in it may have rounding errors.
 """
 
 import importlib
@@ -34,8 +34,8 @@ _FLOAT_DEBRIS = re.compile(r"\d\.\d{4,}")
 def usable(row: dict[str, Any]) -> bool:
     """Return whether a raw reasoning-gym row can be a training target.
 
-    6 % of 60,000 rows are rejected: rows whose worked answer ends with `#### 8.0` while the answer field is `8`, rows
-    with negative ages, and rows with rounding errors such as `26.250000000000004 hours`.
+    6 % of 60,000 rows are rejected. In these rows the worked answer ends with `#### 8.0` although the answer is `8`, an
+    age is negative, or a number has rounding errors, such as `26.250000000000004 hours`.
     """
     worked = row["metadata"]["answer_cot"]
     final = _FINAL_ANSWER.search(worked)
@@ -47,11 +47,11 @@ def usable(row: dict[str, Any]) -> bool:
 def demo_examples(split: Split) -> list[dict[str, str]]:
     """Return the rows `{"question", "answer"}` of one split. `answer` is the worked solution, which ends with `#### N`.
 
-    The result depends only on the split and on the installed reasoning-gym. No question occurs twice in a split or in
-    two splits: validation excludes all questions of the test block, and train excludes both blocks. All splits use the
-    same templates, so held-out rows are known problems with new numbers and names.
+    The rows depend only on the split and on the installed version of reasoning-gym. All questions are different, within
+    a split and between splits. For this, validation excludes all questions of the test block, and train excludes both
+    blocks. All splits use the same templates, so held-out rows are known problems with new numbers and names.
 
-    Raises UserError if reasoning-gym is missing, or if its release generates too few usable rows.
+    Raises UserError if reasoning-gym is missing, or if its installed version generates too few usable rows.
     """
     rows = list(islice(_fresh_rows(split), SIZES[split]))
     if len(rows) < SIZES[split]:
@@ -75,7 +75,7 @@ def _fresh_rows(split: Split) -> Iterator[dict[str, str]]:
 
 
 def _dataset() -> Any:
-    """Return reasoning-gym's data set `gsm_symbolic`, with one item per index of `_BLOCKS`."""
+    """Return reasoning-gym's data set `gsm_symbolic`, which has a row for each index in `_BLOCKS`."""
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None:
         said = "the demo task needs the package reasoning-gym"
@@ -95,12 +95,12 @@ def _built() -> Any:
 
 @contextmanager
 def _empty_parents(roots: Sequence[str]) -> Iterator[None]:
-    """Let the block import the modules of this one data set alone, and remove them afterwards.
+    """Allow the `with` block to import only the modules of this data set, and remove them afterwards.
 
     reasoning-gym's `__init__` imports all of its hundred data sets, which takes a second and needs pycosat. pycosat has
     no wheel, so the import fails if no C compiler could build it. With empty parent modules that have the right
-    `__path__`, the submodules load on their own. They are removed afterwards, so a later `import reasoning_gym` imports
-    the real package. This function can be removed when all requirements of reasoning-gym have wheels.
+    `__path__`, submodules can be imported without it. They are removed afterwards, so that a later `import
+    reasoning_gym` imports the real package. This function can be removed when pycosat has a wheel.
     """
     try:
         for name in (_PACKAGE, f"{_PACKAGE}.arithmetic", f"{_PACKAGE}.coaching"):

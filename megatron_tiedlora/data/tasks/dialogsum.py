@@ -1,7 +1,7 @@
-"""DialogSum: a conversation and its summary in one or two sentences. Held-out samples have up to three summaries.
+"""Defines the task DialogSum: a conversation and its short summary. Held-out samples have up to three summaries.
 
-The hub has one row with `summary` for each summary of a conversation. The original release has one row with
-`summary1`, `summary2` and `summary3`. In both cases a conversation becomes one held-out sample with all references.
+The hub has one row per summary, with the field `summary`. The original release has one row per conversation, with the
+fields `summary1`, `summary2` and `summary3`. In both cases a held-out conversation is one sample with all references.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""GSM8K: a word problem and its worked answer, which ends with `#### N`."""
+"""Defines the task GSM8K: a word problem and its worked answer, which ends with `#### N`."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,8 +1,8 @@
-r"""HellaSwag: the start of a scene and four endings, one of which is correct.
+r"""Defines the task HellaSwag: the start of a scene and four endings, one of which is correct.
 
 A prompt is the cleaned text `{activity_label}: {ctx_a} {ctx_b.capitalize()}`. The answer is one space and the cleaned
-text of the correct ending, even if the cleaned text starts with a space. The prompt does not contain the endings, but a
-template can contain them with {context} and {endings}.
+text of the correct ending, even if the cleaned text starts with a space. The prompt does not contain the endings. A
+prompt template can add them with {context} and {endings}.
 """
 
 import re
@@ -20,8 +20,8 @@ _BRACKETS = re.compile(r"\[[^\]\n]*\]?")
 
 
 def clean(text: str) -> str:
-    """Clean a text like lm-evaluation-harness: " [title]" becomes ". ", other brackets are removed, and two spaces
-    become one. White space next to a removed bracket is kept, even at the ends of the text."""
+    """Return the text as lm-evaluation-harness cleans it. " [title]" becomes ". ", other text in brackets is removed,
+    and two spaces become one. White space next to a removed bracket is kept, even at the ends of the text."""
     text = text.strip().replace(" [title]", ". ")
     text = _BRACKETS.sub(lambda found: "" if found[0].endswith("]") else found[0], text)
     return text.replace("  ", " ")
@@ -46,7 +46,7 @@ def _parts(row: Mapping[str, Any], source: str, reading: Reading) -> Parts:
 
 
 def _label(row: Mapping[str, Any], num_endings: int, source: str) -> int:
-    """Return the 0-based index of the correct ending. It is a number in the original release, and a text on the hub."""
+    """Return the 0-based index of the correct ending. The label is an integer in the release, and text on the hub."""
     label = row.get("label")
     if label is None or str(label).strip() in ("", "-1"):
         raise UserError(

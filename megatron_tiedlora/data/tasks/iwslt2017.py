@@ -1,8 +1,8 @@
-"""IWSLT 2017, German to English: one sentence of a talk and its translation.
+"""Defines the task IWSLT 2017, German to English: one sentence of a talk and its translation.
 
-Rows are {"translation": {"de", "en"}}, as on the hub, or flat {"de", "en"}. They can also come from two text files
-with aligned lines, given as `train.de,train.en`. These have plain sentences, or they are the files of the release,
-`train.tags.*` and `*.xml`. There, each `<seg>` element and each line that does not start with a tag is a sentence.
+Rows are {"translation": {"de", "en"}}, as on the hub, or flat {"de", "en"}. They can also come from two text files with
+aligned lines, given as `train.de,train.en`. These files have plain sentences, or they are files of the release
+(`train.tags.*` and `*.xml`). There, each `<seg>` element and each line that does not start with a tag is a sentence.
 """
 
 import re
@@ -30,15 +30,15 @@ def _parts(row: Mapping[str, Any], source: str, _: Reading) -> Parts:
 
 
 def _unfold(row: Mapping[str, Any], source: str) -> Iterator[Row]:
-    """Yield the row with the languages of its `translation` as fields. A flat row is yielded unchanged."""
+    """Yield the row with the fields `de` and `en` of its `translation`. A flat row is yielded unchanged."""
     pair = row.get("translation")
     yield ({**without(row, "translation"), **pair} if isinstance(pair, Mapping) else dict(row)), source
 
 
 def _aligned_files(argument: str, flag: str) -> Callable[[], list[Row]] | None:
-    """Return a function that reads the rows of two text files, or None if the argument names files of rows.
+    """Return a function that reads the rows of two text files, or None if the argument names data files.
 
-    The last suffix .de or .en determines the language of a file. Without such a suffix, the German file is first."""
+    The last suffix .de or .en determines the language of a file. Without such a suffix, the first file is German."""
     names = [argument] if user_path(argument).exists() else [name.strip() for name in argument.split(",")]
     bare = [parse_source(name).name for name in names]
     if len(names) > 1 and all(map(_holds_rows, bare)):
@@ -73,7 +73,7 @@ def _read_aligned(german_name: str, english_name: str) -> list[Row]:
 
 
 def _holds_rows(name: str) -> bool:
-    """Return whether a name refers to a file of rows, or can only refer to a hub data set."""
+    """Return whether a name refers to a data file, or can only refer to a hub data set."""
     if is_rows_file(name) or user_path(name).exists() or _language(name) or name.lower().endswith(".txt"):
         return is_rows_file(name)
     return "/" in name and readers.may_be_hub_id(name.partition(":")[0])
@@ -83,9 +83,9 @@ def _holds_rows(name: str) -> bool:
 class _Sentences:
     """The sentences of a file.
 
-    unit: the word for a sentence in messages.
-    lines: line number and text of each sentence.
-    blank: (number of sentences before it, line number) of each blank line that was skipped.
+    unit: the word for one sentence in messages: "line" or "sentence".
+    lines: the line number and the text of each sentence.
+    blank: the number of sentences before each skipped blank line, and the number of that line.
     """
 
     name: str
@@ -95,8 +95,8 @@ class _Sentences:
 
 
 def _sentences(name: str) -> _Sentences:
-    """Return the sentences of a file. They are its lines, or, in a file of the release, its segments and its lines
-    without a tag. Blank lines of such a file are skipped."""
+    """Return the sentences of a file. In a plain file, every line is a sentence. In a file of the release, segments and
+    lines without a tag are sentences, and blank lines are skipped."""
     lines = list(enumerate(readers.read_lines(name), start=1))
     base = Path(name.lower()).name
     if not (base.endswith(".xml") or base.startswith("train.tags.")):
@@ -117,7 +117,7 @@ def _sentences(name: str) -> _Sentences:
 
 
 def _check_aligned(german: _Sentences, english: _Sentences) -> None:
-    """Raise UserError if the files have different numbers of sentences, or both have blank lines that do not match."""
+    """Raise UserError if the files have different numbers of sentences, or blank lines at different positions."""
     if len(german.lines) != len(english.lines):
         shorter = min(german, english, key=lambda sentences: len(sentences.lines))
         blank = f" ({shorter.name}:{shorter.blank[0][1]} is blank)" if shorter.blank else ""

@@ -1,4 +1,4 @@
-"""SQuAD 1.1: a question about a paragraph. The answer is a span of it, and several reference answers are accepted."""
+"""Defines the task SQuAD 1.1: a question about a paragraph. The answer is a span of it."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
