@@ -95,14 +95,14 @@ class ChatTemplate:
             if _seconds(process) - before > most:
                 late = f"takes more than {_SECONDS:g} s for these messages"
             elif time.monotonic() > deadline:
-                late = f"gave no answer within {_SILENCE:g} s"
+                late = f"did not finish within {_SILENCE:g} s"
         answer = None if late else _receive(connection)
         if answer is None:
             self.close()
             answer = {"reason": late or "ended its process"}
         if "reason" not in answer:
             return answer
-        reason, fix = one_line(str(answer["reason"])), answer.get("fix", "give other rows, or another --chat_template")
+        reason, fix = one_line(str(answer["reason"])), answer.get("fix", "change the rows or the --chat_template")
         raise UserError(f"{source}: the chat template of {self._name} {reason}; {fix}")
 
     def _start(self) -> tuple[psutil.Process, Connection]:
@@ -156,10 +156,10 @@ def _answer(tokenizer: Any, request: Mapping[str, Any]) -> dict[str, Any]:
         return {"reason": str(error), "fix": fix}
     except Exception as error:  # a template is foreign code: it may reject roles, or fail in any other way
         if parses:
-            return {"reason": f"is no Jinja template ({one_line(str(error))})", "fix": "give another --chat_template"}
+            return {"reason": f"is not valid Jinja ({one_line(str(error))})", "fix": "give another --chat_template"}
         return {"reason": one_line(f"rejects these messages ({error})")}
     if len(text) > (longest := request["longest"]):
-        return {"reason": f"makes {len(text):,} characters from these messages (the limit is {longest:,})"}
+        return {"reason": f"produces {len(text):,} characters from these messages (the limit is {longest:,})"}
     return {"text": text, "answers": spans}
 
 
@@ -299,7 +299,7 @@ def _span(render: Callable[..., str], messages: Objects, whole: str, index: int,
     if start < len(prompt):  # the generation prompt may have more text than the answer, such as an open thought
         before = render(messages[:index])
         if not whole.startswith(before):
-            raise TurnsChange(f"writes what comes before {name} in another way once that follows")
+            raise TurnsChange(f"writes the text before {name} differently when {name} follows")
         # Text that prompt and answer share belongs to the answer. So the start is where a different answer begins.
         other = render([*messages[:index], {**messages[index], "content": _OTHER}])
         begins = other.find(_OTHER)
@@ -319,7 +319,7 @@ def _span(render: Callable[..., str], messages: Objects, whole: str, index: int,
         thought = added.rstrip().endswith(_THOUGHT_END) and not re.sub("</?think>", "", added).strip()
         if (not added or thought) and whole.startswith(until[extra:], start):
             return start, start + len(until) - extra
-    raise TurnsChange(f"writes {name} ({shown(text[:40])}) in another way once others follow")
+    raise TurnsChange(f"writes {name} ({shown(text[:40])}) differently when more turns follow")
 
 
 _OTHER = "\ue000\ue001"  # a test answer that begins like no other text: two private-use characters

@@ -197,7 +197,7 @@ def _num_turns(example: Example) -> int:
 
 def decode_ids(tokenizer: Tokenizer, ids: Sequence[int], *, skip_special: bool = False) -> str:
     """Return the text of token ids. Raises UserError with the tokenizer's name if its library fails."""
-    with library_errors(tokenizer.name_or_path, "cannot decode some ids"):
+    with library_errors(tokenizer.name_or_path, "the tokenizer cannot decode some token ids"):
         return str(tokenizer.decode(list(ids), skip_special_tokens=skip_special))
 
 
@@ -355,11 +355,11 @@ def _in_processes(chunks: Iterable[list[NumberedRow]], encoding: Encoding) -> It
             try:
                 waiting.append((chunk, pool.submit(_encode, chunk)))
             except OSError as error:  # raised by the first submit, which starts processes
-                raise UserError(f"no process to tokenise rows can be started ({error}); end other programs") from error
+                raise UserError(f"cannot start a process to tokenise rows ({error}); end other programs") from error
         while waiting:
             yield _result(*waiting.popleft())
     except BrokenProcessPool:
-        raise UserError("a process that tokenises rows was ended; start again with more memory") from None
+        raise UserError("a process that tokenises rows was killed; start the run again with more memory") from None
     finally:  # after a signal or an error, submitted chunks are not waited for
         for process in set(active_children()) - others:
             process.kill()

@@ -129,8 +129,8 @@ def training_steps(
         plan = plan_global_batch(dataset, shape, seed=seed, consumed_samples=consumed_samples)
         if not plan.num_supervised:
             raise UserError(
-                f"no token of the global batch after {count_text(consumed_samples, 'sample')} is supervised, so it has"
-                " no loss; raise --global_batch_size, or remove samples that are a single token"
+                f"the global batch after {count_text(consumed_samples, 'sample')} has no supervised token, so it has"
+                " no loss; raise --global_batch_size, or remove samples with a single token"
             )
         consumed_samples = plan.consumed_samples
         positions = num_positions(dataset, plan.micro_batches, pad_multiple=pad_multiple)

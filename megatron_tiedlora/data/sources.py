@@ -46,15 +46,15 @@ def parse_sources(given: str, flag: str) -> tuple[Source, ...]:
     weight. Also raises UserError if the weights do not sum to 1, or if a flag other than --train_file has weights."""
     sources = _sources(given)
     if len(sources) > 1 and not all(source.name for source in sources):
-        raise UserError(f"{flag} {given}: one of the names between the commas is empty; remove a comma")
+        raise UserError(f"{flag} {given}: a name between the commas is empty; remove a comma")
     weights = [source.weight for source in sources if source.weight is not None]
     if not weights:
         return sources
     if len(weights) < len(sources):
         without = next(source.name for source in sources if source.weight is None)
-        raise UserError(f"{flag} {given}: {without} has no weight, others have one; give all or none, as NAME:WEIGHT")
+        raise UserError(f"{flag} {given}: {without} has no weight, but others do; give all or none, as NAME:WEIGHT")
     if flag != "--train_file":
-        raise UserError(f"{flag} {given}: only --train_file takes weights; every row is evaluated once, so remove them")
+        raise UserError(f"{flag} {given}: only --train_file takes weights; remove them, as rows are evaluated once")
     if not all(weights) or not math.isclose(sum(weights), 1, abs_tol=1e-6):
         said = f"{flag} {given}: the weights are {' + '.join(f'{weight:g}' for weight in weights)} = {sum(weights):g}"
         raise UserError(f"{said}; give weights above 0 that sum to 1")
@@ -124,7 +124,7 @@ def mixed(
     kept = [start + np.flatnonzero(~held_out[start:stop]) for start, stop in pairwise(edges)]
     for source, rows in zip(sources, kept, strict=True):
         if not len(rows):
-            raise UserError(f"{source.name}: all of its rows became validation rows; give --validation_file")
+            raise UserError(f"{source.name}: all rows were selected for validation; give --validation_file")
     weights = [source.weight for source in sources if source.weight is not None]
     if not weights:
         return kept[0] if len(kept) == 1 else np.concatenate(kept), []
@@ -134,8 +134,8 @@ def mixed(
         wanted = round(total * weight)
         if wanted > _MOST_REPEATS * len(rows):
             raise UserError(
-                f"--train_file: {source.name} is {weight:g} of the samples if each of its {len(rows):,} rows is used"
-                f" {wanted // len(rows):,} times; lower its weight ({_MOST_REPEATS:,} times are the most)"
+                f"--train_file: for weight {weight:g} of {source.name}, each of its {len(rows):,} rows would be used"
+                f" {wanted // len(rows):,} times; lower its weight (the maximum is {_MOST_REPEATS:,} times)"
             )
         whole, rest = divmod(wanted, len(rows))
         once_more = np.sort(permutation(len(rows), seed=seed, stream=_MIX_STREAM + number)[:rest])
@@ -191,7 +191,7 @@ class RowStream:
                     total += 1
                     yield number, sample, row
                 if total == before:
-                    raise UserError(f"{source.name}: holds no samples of task {self.task.name}; give another file")
+                    raise UserError(f"{source.name}: has no samples for task {self.task.name}; give another file")
 
     def about_num_rows(self) -> int | None:
         """Return the approximate number of rows for a progress bar, or None if the number is not known."""
@@ -225,15 +225,15 @@ def _renamed(
     for ours, theirs in columns.items():
         if known and ours not in known:
             turned = f"; did you mean {theirs}={ours}?" if theirs in known else ""
-            said = f"--columns {ours}={theirs}: {ours!r} is not a field of ours{nearest_name(ours, known)}{turned}"
-            raise UserError(f"{said}; ours are {', '.join(sorted(known))}")
+            said = f"--columns {ours}={theirs}: the task has no field {ours!r}{nearest_name(ours, known)}{turned}"
+            raise UserError(f"{said}; its fields are {', '.join(sorted(known))}")
         if theirs not in row:
             raise UserError(
-                f"{source}: --columns {ours}={theirs}: there is no field {theirs!r}; the row has"
-                f" {describe_fields(row)}; name one of these, or write {theirs!r}: null in rows without it"
+                f"{source}: --columns {ours}={theirs}: the row has no field {theirs!r}, only"
+                f" {describe_fields(row)}; use one of these, or write {theirs!r}: null in rows without it"
             )
         if ours not in columns.values() and not is_empty(row.get(ours)):
-            said = f"{source}: --columns {ours}={theirs}: the row has a field {ours!r} too ({shown(row[ours])})"
+            said = f"{source}: --columns {ours}={theirs}: the row also has a field {ours!r} ({shown(row[ours])})"
             raise UserError(f"{said}; rename it in the file, or read it under another name with --columns")
     others = {name: value for name, value in row.items() if name not in columns.values()}
     return {**others, **{ours: row[theirs] for ours, theirs in columns.items()}}

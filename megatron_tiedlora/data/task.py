@@ -48,9 +48,9 @@ class Reading:
         try:
             names = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
         except ValueError as error:
-            raise UserError(f"{said}: {error}; write {{field}}, or {{{{ for a brace") from error
+            raise UserError(f"{said}: {error}; write {{field}} for a field, or {{{{ for a brace") from error
         if not is_text(template):
-            raise UserError(f"{said}: holds half of a surrogate pair, which is not text; remove it")
+            raise UserError(f"{said}: has an unpaired surrogate code, which is not text; remove it")
         for name, spec, conversion in names:
             if not (name or "").isidentifier() or spec or conversion:
                 raise UserError(f"{said}: {{{name}}} is not a plain {{field}} name; write {{{{ for a brace")

@@ -168,7 +168,7 @@ def _load_folder(folder: Path) -> Tokenizer:
     given = read_json_object(settings, kind="a tokenizer's config") if settings.is_file() else {}
     for name in ("vocab", "merges", "fast_tokenizer_files"):  # transformers would read any file that is named here
         if isinstance(given.get(name), str) or (name == "fast_tokenizer_files" and given.get(name)):
-            raise UserError(f"{settings}: {name} {shown(given[name])} names another file; remove that key")
+            raise UserError(f"{settings}: {name} {shown(given[name])} names another file; remove this key")
     if (folder / "tokenizer.json").is_file():
         return _guarded(folder, lambda: PreTrainedTokenizerFast.from_pretrained(str(folder)))
     models = sorted(folder.glob("*.model"))
@@ -186,7 +186,7 @@ def check_conversion(source: str | Path) -> None:
 
     if tuple(int(part) for part in __version__.split(".")[:2]) < _EXACT_SENTENCEPIECE:
         needed = ".".join(map(str, _EXACT_SENTENCEPIECE))
-        said = f"{source}: transformers {__version__} gives other ids than SentencePiece"
+        said = f"{source}: transformers {__version__} produces different ids from SentencePiece"
         raise UserError(f"{said}; run `pip install 'transformers>={needed}'`")
 
 
@@ -250,7 +250,7 @@ def _check_size(file: Path) -> None:
 
 
 def _rejection(source: str, reason: str) -> UserError:
-    return UserError(f"{source}: {reason}; give --tokenizer a HF tokenizer folder or a SentencePiece tokenizer.model")
+    return UserError(f"{source}: {reason}; give --tokenizer an HF tokenizer folder or a SentencePiece tokenizer.model")
 
 
 # Hash of a tokenizer -------------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def encode_scored(
             metric.check(example)
     for example in examples:
         if not example.prompt:
-            raise UserError(f"{example.source}: is text without a prompt, which cannot be answered; give other rows")
+            raise UserError(f"{example.source}: the row is text without a prompt; give rows with a prompt")
     prompts, num_truncated = encode_prompts(tokenizer, examples, max_length=longest_prompt, reading=reading)
     reads_choices, plain = any(metric.needs_choice_scores for metric in metrics), reading.special_tokens == "plain"
     choices = [  # the texts of the choices as they follow the prompt
@@ -115,7 +115,7 @@ def encode_scored(
     endings = [tuple(tuple(next(ids)) for _ in texts) for texts in choices]
     for example, of_example in zip(examples, endings, strict=True):
         if not all(of_example):
-            raise UserError(f"{example.source}: a choice has no token; remove the row")
+            raise UserError(f"{example.source}: a choice has no tokens; remove the row")
     note = chat_writer(tokenizer, reading) if any(example.conversation for example in examples) else ""
     samples = tuple(examples), tuple(prompts), tuple(endings), num_truncated
     return ScoredSet(task, tokenizer, *samples, ends, max_new_tokens, batch_size, note)
@@ -155,7 +155,7 @@ def _read(plan: EvaluationPlan) -> ScoredSet:
 def check_same_rows(scored: Sequence[ScoredSet]) -> None:
     """Raise UserError if the rows of a rank differ from the rows of rank 0. Every rank reads the rows itself."""
     if differing := num_differing(" ".join(some.sha256 for some in scored)):
-        raise UserError(f"{count_text(differing, 'rank')} read other rows than rank 0; give every host the same files")
+        raise UserError(f"{count_text(differing, 'rank')} read other rows than rank 0; give all hosts the same files")
 
 
 def answer_all(

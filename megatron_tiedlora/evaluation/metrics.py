@@ -49,7 +49,7 @@ class Answer:
         """Return the example's references that are not blank. Raises UserError if there are none."""
         found = tuple(text for text in self.example.references if text.strip())
         if not found:
-            raise UserError(f"{self.example.source}: no reference to score against; give the row an answer")
+            raise UserError(f"{self.example.source}: the row has no reference answer; add one, or remove the row")
         return found
 
 
@@ -101,7 +101,7 @@ def gsm8k_exact_match(answer: Answer) -> float:
 def has_final_number(example: Example) -> None:
     """Raise UserError if no reference has a final number, because no prediction could then be correct."""
     if not any(final_number(reference) for reference in example.references):
-        raise UserError(f"{example.source}: no answer ends in '#### NUMBER', which metric gsm8k compares; add it")
+        raise UserError(f"{example.source}: no answer ends with '#### NUMBER', which metric gsm8k compares; add it")
 
 
 def normalise_squad(text: str) -> str:
@@ -139,11 +139,11 @@ def checked_choices(answer: Answer) -> tuple[str, ...]:
     """Return the endings. Raises UserError if there are none, if one is blank, or if the correct one is missing."""
     example = answer.example
     if not example.choices:
-        raise UserError(f"{example.source}: no endings to choose from; accuracy needs several endings per row")
+        raise UserError(f"{example.source}: the row has no endings, but accuracy needs several; add endings")
     if not all(choice.strip() for choice in example.choices):
-        raise UserError(f"{example.source}: one of the {len(example.choices)} endings is empty")
+        raise UserError(f"{example.source}: one of the {len(example.choices)} endings is empty; fill it in")
     if answer.references[0].strip() not in {choice.strip() for choice in example.choices}:
-        raise UserError(f"{example.source}: the right ending {answer.references[0]!r} is not among the endings")
+        raise UserError(f"{example.source}: the endings lack the correct one, {answer.references[0]!r}; add it")
     return example.choices
 
 
@@ -312,5 +312,5 @@ METRICS: Mapping[str, Metric] = {
 def find_metric(name: str) -> Metric:
     """Return the metric with this name. Raises UserError, which lists the metrics, if there is no such metric."""
     if name not in METRICS:
-        raise UserError(f"metric {name!r} is unknown; the metrics are {', '.join(METRICS)}")
+        raise UserError(f"metric {name!r} is unknown; use one of {', '.join(METRICS)}")
     return METRICS[name]

@@ -55,7 +55,7 @@ def demo_examples(split: Split) -> list[dict[str, str]]:
     """
     rows = list(islice(_fresh_rows(split), SIZES[split]))
     if len(rows) < SIZES[split]:
-        raise UserError(f"the installed reasoning-gym makes only {len(rows)} of {SIZES[split]} usable rows for {split}")
+        raise UserError(f"reasoning-gym makes only {len(rows)} of {SIZES[split]} rows for {split}; use another version")
     return rows
 
 
