@@ -1,11 +1,10 @@
 """Converts the segments of samples to token ids and labels, in the same way for training and for generation.
 
-The tokens of a sample are `start`, followed by the tokens of its segments. A segment may end with EOS. By default,
-`start` has the tokens that the tokenizer itself adds before a text, usually BOS or none. Segments are tokenised
-separately, so that the ids of a prompt do not depend on the answer. Supervised tokens are marked by position and not by
-id, because the padding id may equal the EOS id. If a sample is too long, the middle of its prompt or the first
-exchanges of its chat are removed. An answer is never shortened. A long text without a prompt becomes several samples.
-No space is added between two segments.
+The tokens of a sample are `start` and the tokens of its segments, which may end with EOS. By default, `start` has the
+tokens that the tokenizer adds before a text, usually BOS or none. Segments are tokenised separately, so that the ids of
+a prompt do not depend on the answer. Supervised tokens are marked by position and not by id, because the padding id may
+equal the EOS id. If a sample is too long, the middle of its prompt or the first exchanges of its chat are removed. An
+answer is never shortened. A long text without a prompt becomes several samples. No space is added between two segments.
 
 This module reports errors of a tokenizer as one line. The module `loader` makes batches, `cache` stores samples, and
 `chat` converts chats to text.

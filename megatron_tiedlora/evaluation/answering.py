@@ -163,10 +163,9 @@ def answer_all(
 ) -> dict[str, list[Answer]]:
     """Generate answers to the prompts of each adapter by greedy decoding.
 
-    The prompts are divided over the data-parallel ranks. All ranks run the same number of batches, so that they can
-    agree on when to stop. With ZeRO-3, every call of the model is also a collective. A rank without prompts generates
-    tokens for the first prompt again and discards them. Up to `BATCHES_AT_ONCE` batches of different adapters are
-    decoded together.
+    The prompts are divided over the data-parallel ranks. All ranks run the same number of batches and agree on when to
+    stop. With ZeRO-3, every call of the model is also a collective. A rank without prompts computes the first prompt
+    again and discards the result. Up to `BATCHES_AT_ONCE` batches of different adapters run together.
 
     Args:
         scored: the samples by adapter name, which is ONLY if the stage has at most one adapter.

@@ -66,8 +66,7 @@ class Metric:
             values are comparable only if their signatures are equal.
         needs_choice_scores: whether the metric reads `Answer.choice_scores`, for which the model computes each choice.
         check: a function that raises UserError, before decoding, for an example that can never be scored as correct.
-        corpus: a function that returns a fixed number of counts for an answer, and one that returns the value for their
-            sums.
+        corpus: a function that returns a fixed number of counts, and one that returns the value for summed counts.
     """
 
     name: str
@@ -105,8 +104,7 @@ def has_final_number(example: Example) -> None:
 
 
 def normalise_squad(text: str) -> str:
-    """Return the text in lower case, without ASCII punctuation, then articles, then repeated spaces, as in SQuAD v1.1.
-    """
+    """Return the text in lower case, without ASCII punctuation, articles and repeated spaces (SQuAD v1.1's order)."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
