@@ -4,7 +4,7 @@ The cache has two kinds of folders. The name of a folder is a hash of everything
 kind has the token ids of all rows of a data flag. Its name depends on a hash of the data files, so a later launch does
 not read the rows again. The second kind has the indices of the training samples and of the held-out samples. The first
 process that acquires a folder writes it. The other processes wait for the folder. There is no process group yet, so no
-collective can time out while a large data set is tokenised. Waiting ends only if nothing is written for some time.
+collective can time out while a large data set is tokenised. They give up if nothing is written for some time.
 """
 
 import hashlib
@@ -112,7 +112,7 @@ def tokenised_once(
 def _once(
     folder: Path, timeout_minutes: float, key: str, dtypes: Mapping[str, Any], write: Callable[[Path], None], names: str
 ) -> _Stored:
-    """Return the content of the cache folder `key`. If no process writes it or has written it, call `write`."""
+    """Return the content of the cache folder `key`. Call `write` unless a process writes it or has written it."""
     path = folder / key
     waits = _waits(path, names, timeout_minutes)
 
@@ -139,7 +139,7 @@ def _once(
 
 
 def _waits(path: Path, names: str, timeout_minutes: float) -> Iterator[None]:
-    """Yield after each short wait for the process that writes the folder `path`. The waiting is logged at intervals.
+    """Wait briefly before each yield while another process writes the folder `path`. Log this at intervals.
 
     Raises UserError if that process has written nothing for `timeout_minutes`.
     """

@@ -115,8 +115,8 @@ class Chat:
         return Conversation(tuple(turns), self.guard(conversation.tools, "field 'tools'", source))
 
     def guard(self, value: Any, what: str, source: str) -> Any:
-        """Return `value` (a text, or JSON with texts) with marks around its control tokens. Errors call the value
-        `what`. Raises UserError for a control token if the user has not chosen how to tokenise control tokens."""
+        """Return `value` (a text, or JSON with texts) with marks around its control tokens. `what` is its name in
+        errors. Raises UserError for a control token if the user has not chosen how to tokenise control tokens."""
         if isinstance(value, dict):
             return {self.guard(key, what, source): self.guard(item, what, source) for key, item in value.items()}
         if not isinstance(value, str):

@@ -61,8 +61,8 @@ class ChatTemplate:
 
         Raises:
             UserError: the template rejects the turns, fails, or changes a turn when more turns follow. It is also
-                raised for more than 256 MiB of memory, more than 1 s of CPU time (plus 0.02 s per answer), or a text
-                longer than 100,000 characters plus ten times the conversation's length.
+                raised if the template needs more than 256 MiB of memory, or more than 1 s of CPU time (plus 0.02 s per
+                answer). Its text may have at most 100,000 characters plus ten times the conversation's length.
         """
         turns = {"messages": list(messages), "tools": list(tools) if tools else None, "names": list(names)}
         longest = _OWN_CHARACTERS + _RATIO * _num_characters([turns["messages"], turns["tools"]])
@@ -258,7 +258,7 @@ def render_with_spans(
 
 
 def _by_marks(tokenizer: Any, messages: Objects, tools: Objects | None) -> tuple[str, dict[int, Span]] | None:
-    """Return the text, and the span of each answer by generation marks. Return None if an answer has no single span."""
+    """Return the text, and the span of each answer by generation marks. Return None unless each has one span."""
     if not has_marks(tokenizer.get_chat_template(tools=tools)):
         return None
     text, marks = _marked(tokenizer, messages, tools)
@@ -293,7 +293,7 @@ def _marked(
 
 
 def _span(render: Callable[..., str], messages: Objects, whole: str, index: int, name: str, eos: str) -> Span:
-    """Return the span of message `index` in `whole`, the text of all messages. Errors call the message `name`."""
+    """Return the span of message `index` in `whole`, the text of all messages. `name` is its name in errors."""
     prompt = render(messages[:index], starts_answer=True)
     start = len(os.path.commonprefix([prompt, whole]))  # noqa: RUF071 - compares characters; these are not paths
     if start < len(prompt):  # the generation prompt may have more text than the answer, such as an open thought

@@ -39,8 +39,8 @@ from megatron_tiedlora.data.tokenizer import Tokenizer, library_errors, start_id
 
 
 class Encoded(NamedTuple):
-    """A tokenised sample: its tokens with BOS and EOS, whether each token is supervised, whether the middle of its
-    prompt was removed, and how many turns of its chat were removed. The first token is never supervised."""
+    """A tokenised sample with BOS and EOS. `supervised` has a flag per token; the first token is never supervised.
+    `cut` is whether the middle of the prompt was removed. `lost_turns` is the number of turns removed from a chat."""
 
     tokens: list[int]
     supervised: list[bool]
@@ -63,7 +63,7 @@ def encode_prompts(
 def encode_dataset(
     examples: Sequence[Example], tokenizer: Tokenizer, *, max_length: int, reading: Reading | None = None
 ) -> TokenDataset:
-    """Return samples in memory with at most `max_length` tokens. A text without a prompt may become several samples.
+    """Tokenise samples in memory to at most `max_length` tokens. A text without a prompt may become several samples.
 
     Raises UserError if the tokenizer has no EOS token but needs one, or if no token is supervised. Also raises
     UserError, with the sample's source, if an answer does not fit in `max_length` with BOS and one token of its prompt.
@@ -151,7 +151,7 @@ class Encoder:
         return tokens, supervised
 
     def _start_of(self, example: Example, tokens: list[int]) -> list[int]:
-        """Return the ids to add before a sample. They are empty if `tokens` or the chat template already has them."""
+        """Return the ids to add before a sample, or none if `tokens` or the chat template already has them."""
         templated = self.chat.templated and example.conversation is not None
         written = (templated and self._add_bos == "auto") or tokens[: len(self._start)] == self._start
         return [] if written else self._start

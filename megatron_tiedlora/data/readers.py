@@ -41,7 +41,7 @@ def is_rows_file(name: str) -> bool:
 
 
 def looks_like_path(path_or_hub: str) -> bool:
-    """Return whether a string can only name local files, by its data suffix, its pattern or its first character."""
+    """Return whether a string can only name local files: it has a data suffix, is a pattern, or begins like a path."""
     return is_rows_file(path_or_hub) or has_magic(path_or_hub) or path_or_hub.startswith(("/", ".", "~"))
 
 
@@ -104,7 +104,7 @@ def row_data(name: str, *, split: str) -> LocalData | HubData:
 
 
 def read_rows(path_or_hub: str | Path, *, split: str = "train", limit: int | None = None) -> list[Row]:
-    """Return all rows of a path or hub id, or the first `limit` rows. Raises UserError if reading fails."""
+    """Return all rows that a path or hub id names, or the first `limit` rows. Raises UserError if reading fails."""
     try:
         return list(islice(row_data(str(path_or_hub), split=split).rows(), limit))
     except MemoryError:
@@ -166,14 +166,14 @@ def read_lines(name: str | Path) -> list[str]:
                 raw = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
                 lines.append(_decode(raw.removesuffix(b"\n"), f"{path}:{number}").removesuffix("\r"))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({first_line(error)})") from error
+        raise UserError(f"{path}: cannot be read ({first_line(error)}); check the file") from error
     if not any(line.strip() for line in lines):
         raise UserError(f"{path}: the file has no text; give a file with at least one line")
     return lines
 
 
 def _lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
-    r"""Yield each line's number and bytes. Only \n ends a line, because `splitlines` would also split inside sentences.
+    r"""Yield each line's number and bytes. A line ends only at \n; `splitlines` would also split inside sentences.
 
     Raises UserError if a line is too long, or if `_pieces` raises it.
     """
@@ -184,7 +184,7 @@ def _lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _pieces(read: Callable[[], bytes], path: Path) -> Iterator[bytes]:
-    """Yield the chunks that `read` returns until the file ends. Raises UserError if a .gz file unpacks to too much."""
+    """Yield the chunks that `read` returns. Raises UserError if an unpacked .gz file is too large."""
     total, packed = 0, path.suffix.lower() == _COMPRESSED
     most = _GZIP_MEMORY + _GZIP_RATIO * path.stat().st_size
     for piece in iter(read, b""):
@@ -217,7 +217,7 @@ def _file_rows(path: Path) -> Iterator[Row]:
     except (zlib.error, EOFError, gzip.BadGzipFile) as error:
         raise UserError(f"{path}: the .gz file is not readable ({first_line(error)}); compress it again") from error
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({first_line(error)})") from error
+        raise UserError(f"{path}: cannot be read ({first_line(error)}); check the file") from error
 
 
 def _open(path: Path) -> BinaryIO:
@@ -355,7 +355,7 @@ def checked_text(value: Any, name: str, source: str, *, allow_empty: bool = Fals
     if not allow_empty and not value.strip():
         raise UserError(f"{source}: field {name!r} is empty; fill it in, or remove the row")
     if not is_text(value):
-        raise UserError(f"{source}: field {name!r} has an unpaired surrogate code, which is not text; remove it")
+        raise UserError(f"{source}: field {name!r} has an invalid character (an unpaired surrogate); remove it")
     return value
 
 

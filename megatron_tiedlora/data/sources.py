@@ -62,7 +62,7 @@ def parse_sources(given: str, flag: str) -> tuple[Source, ...]:
 
 
 def _sources(given: str) -> tuple[Source, ...]:
-    """Return the sources in a value, without checks. An existing path is one source, even if it has commas."""
+    """Return the sources in a flag's value, without checks. An existing path is one source, even if it has commas."""
     return (Source(given),) if _exists(given) else tuple(parse_source(name.strip()) for name in given.split(","))
 
 
@@ -107,7 +107,7 @@ def local_files(given: str) -> dict[str, Path]:
 def mixed(
     sources: Sequence[Source], sizes: Sequence[int], held_out: NDArray[np.bool_], *, seed: int
 ) -> tuple[NDArray[np.int64], list[str]]:
-    """Return all rows that are not held out, in order. With weights, rows are repeated to match these fractions.
+    """Return all rows that are not held out, in order. If sources have weights, rows are repeated to reach them.
 
     Every row is used at least once. The seed determines which rows of a source are used once more than its other rows.
     Raises UserError if no row of a source is left, or if its rows would be repeated more than `_MOST_REPEATS` times.
@@ -159,8 +159,8 @@ _SourceRows = tuple[Source, Callable[[], Iterable[Row]], Callable[[], str]]
 class RowStream:
     """The rows of one split of a task in order, without nesting, and with the task's field names.
 
-    Each iteration reads the files again. It raises UserError if a file is missing, unreadable, empty or broken (with
-    the line). Rows with the same value of the field `Task.merge_by` belong to one sample.
+    Each iteration reads the files again. It raises UserError, with the line, if a file is missing, unreadable, empty or
+    broken. Rows with the same value of the field `Task.merge_by` belong to one sample.
     """
 
     task: Task
@@ -285,4 +285,4 @@ def _readable(name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{error.filename or name}: cannot be read ({error.strerror or error})") from error
+        raise UserError(f"{error.filename or name}: cannot be read ({error.strerror or error}); check the file") from error

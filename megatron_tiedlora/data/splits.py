@@ -161,7 +161,7 @@ def check_shape(shape: str, source: str, first_rows: dict[str, tuple[str, str]])
 
 def make_example(task: Task, chat: Chat, sample: Sequence[Row]) -> Example:
     """Return an example with the prompt and answer of a sample's first row, and the references of all its rows. Raises
-    UserError, with file and line, if a field is missing, empty or of the wrong type, also for a template."""
+    UserError, with file and line, if a field of the task or template is missing, empty or of the wrong type."""
     parts, source = [_parts(task, chat.reading, *row) for row in sample], sample[0][1]
     first = parts[0]
     references = tuple(dict.fromkeys(answer.strip() for row_parts in parts for answer in row_parts.answers))

@@ -6,7 +6,7 @@ tokenizer_config.json would make transformers 5 rebuild the pre-tokenizer and lo
 GPT2Tokenizer does not split digits, and LlamaTokenizer merges a leading space with the dummy prefix.
 
 A bare SentencePiece file must produce the same ids as `SentencePieceProcessor.encode`, which is checked when it is
-loaded. Text that looks like a control token ("</s>") is plain text in both. The module `encode` adds BOS and EOS.
+loaded. Text that looks like a control token ("</s>") is plain text for both. The module `encode` adds BOS and EOS.
 """
 
 import hashlib
@@ -277,7 +277,7 @@ def tokenizer_hash(source: str | Path) -> str | None:
 
 
 def _id_settings(folder: Path) -> dict[str, Any]:
-    """Return the other settings that determine ids. Only the text of special tokens is used, since versions differ."""
+    """Return the other settings that determine ids. Only the text of special tokens is used (the rest varies)."""
     found: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():

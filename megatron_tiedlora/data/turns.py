@@ -142,7 +142,7 @@ def _content(content: Any, name: str, where: str, *, may_be_empty: bool) -> str:
 
 
 def _is_trained(item: Mapping[str, Any], role: str, where: str) -> bool:
-    """Return whether a turn is supervised. The turn must be from the assistant, and none of its `_FLAGS` false or 0."""
+    """Return whether a turn is supervised: it is from the assistant, and none of its `_FLAGS` is false or 0."""
     trained = role == ASSISTANT
     for name in _FLAGS:
         value = item.get(name)

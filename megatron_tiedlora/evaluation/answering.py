@@ -47,7 +47,7 @@ class ScoredSet:
 
     Attributes:
         prompts: the token ids of each sample's prompt, with BOS.
-        endings: the token ids of each choice of each sample, as it follows the prompt; empty without choices.
+        endings: the token ids of each choice of each sample, as it follows the prompt; empty if there are none.
         num_truncated: the number of prompts that were shortened.
         end_ids: the token ids that end an answer.
         max_new_tokens: the maximum number of tokens in an answer. Prompts are shortened to leave room for them.
@@ -123,7 +123,7 @@ def encode_scored(
 
 def read_scored(plans: EvaluationPlans) -> dict[str, ScoredSet]:
     """Return the tokenised samples of each adapter. Rows are read once for all adapters that have the same settings.
-    Raises UserError if the files, rows, tokenizer or vocabulary are not valid, and names them."""
+    Raises UserError, which names the cause, if files, rows, tokenizer or vocabulary are not valid."""
     read: dict[str, ScoredSet] = {}
     found = {}
     for name, plan in plans.items():
@@ -169,11 +169,11 @@ def answer_all(
 
     Args:
         scored: the samples by adapter name, which is ONLY if the stage has at most one adapter.
-        agree: a function that gets whether this rank has finished, and returns whether all ranks have. It may raise.
+        agree: a function that gets whether this rank has finished, and returns whether all ranks have. It may fail.
         progress: whether to show a progress bar.
 
     Returns:
-        by adapter name, all answers in the order of the samples on rank 0, and no answers on other ranks.
+        the answers by adapter name: on rank 0 in the order of the samples, on other ranks empty lists.
     """
     sets = [_AskedSet(name, own, grid) for name, own in scored.items()]
     # Tensor-parallel ranks have the same answers, and only the last stage has log-likelihoods.

@@ -273,8 +273,8 @@ class _Batch:
     """A batch of sequences of one adapter, with the longest sequences first."""
 
     def __init__(self, decoder: Decoder, given: Prompts, prompts: Sequence[Sequence[int]], num_steps: int) -> None:
-        """Make empty caches for `prompts`, which are some of the adapter's prompts. At most `num_steps` tokens are
-        computed, of which at most the adapter's own maximum is used."""
+        """Make empty caches for `prompts`, which are some of the adapter's prompts. At most `num_steps` tokens per
+        sequence are computed, and at most `given.max_new_tokens` of them are used."""
         self.given = given
         self.order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
         self.prompts = [prompts[index] for index in self.order]

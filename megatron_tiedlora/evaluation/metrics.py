@@ -92,7 +92,7 @@ def final_number(text: str) -> str | None:
 
 
 def gsm8k_exact_match(answer: Answer) -> float:
-    """Return 100 if the final number is the same string as in a reference. Otherwise, also without one, return 0."""
+    """Return 100 if the final number is the same string as in a reference. Return 0 otherwise or without a number."""
     wanted = {final_number(reference) for reference in answer.references} - {None}
     return 100.0 * (final_number(answer.prediction) in wanted)
 
@@ -104,7 +104,7 @@ def has_final_number(example: Example) -> None:
 
 
 def normalise_squad(text: str) -> str:
-    """Return the text in lower case, without ASCII punctuation, articles and repeated spaces (SQuAD v1.1's order)."""
+    """Return the text in lower case, without ASCII punctuation, articles and repeated spaces, as in SQuAD v1.1."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
@@ -237,8 +237,8 @@ def bleu_signature(answers: Sequence[Answer]) -> str:
 def rouge_l(answer: Answer) -> float:
     """Return 100 times the highest ROUGE-L F-measure over the references.
 
-    Tokens and definition are those of the library. The library's own search is not used. It fills a table of all pairs
-    of tokens, which takes minutes and gigabytes for a long text.
+    Tokens and definition are the same as in the library. The library's own search is not used. It fills a table of all
+    pairs of tokens, which takes minutes and gigabytes for a long text.
     """
     from rouge_score.tokenizers import DefaultTokenizer
 

@@ -202,8 +202,8 @@ def _base_format(settings: EvaluateSettings, source: ModelSource, adapter: Nativ
 
 def _as_trained(settings: EvaluateSettings) -> tuple[EvaluateSettings, list[str]]:
     """Return the settings and notes. If the user did not give an option for reading rows, it is taken from the
-    adapter's run. The notes say how the adapter was trained with different prompts. Raises UserError if the user's
-    settings contradict the run's options, or if the run's chat template file has changed."""
+    adapter's run. The notes list differences between the prompts of the run and of the evaluation. Raises UserError if
+    the user's settings contradict the run's options, or if the run's chat template file has changed."""
     trained: dict[str, Any] = {}
     run_file = None if settings.adapter is None else user_path(settings.adapter).parent / "run.yaml"
     if run_file is not None and run_file.is_file():

@@ -223,7 +223,7 @@ def _choice(shape: RowShape, columns: Mapping[str, str]) -> str:
 
 
 def _parts(row: Mapping[str, Any], source: str, reading: Reading) -> Parts:
-    """Return the `Parts` of a row. A template may use the default prompt as `prompt`, and fields without answers.
+    """Return the `Parts` of a row. A template may use all fields but the answers, and the default prompt as `prompt`.
 
     Raises UserError if the row has no valid shape, or if a field is empty.
     """

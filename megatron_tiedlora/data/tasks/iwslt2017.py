@@ -2,7 +2,7 @@
 
 Rows are {"translation": {"de", "en"}}, as on the hub, or flat {"de", "en"}. They can also come from two text files with
 aligned lines, given as `train.de,train.en`. These files have plain sentences, or they are files of the release
-(`train.tags.*` and `*.xml`). There, each `<seg>` element and each line that does not start with a tag is a sentence.
+(`train.tags.*` and `*.xml`). There, each `<seg>` element and each line without a leading tag is a sentence.
 """
 
 import re

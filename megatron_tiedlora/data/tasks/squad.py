@@ -1,4 +1,4 @@
-"""Defines the task SQuAD 1.1: a question about a paragraph. The answer is a span of it."""
+"""Defines the task SQuAD 1.1: a question about a paragraph. The answer is a span of the paragraph."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
