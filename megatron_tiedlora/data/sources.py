@@ -285,4 +285,4 @@ def _readable(name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{error.filename or name}: cannot be read ({error.strerror or error}); check the file") from error
+        raise UserError(f"{error.filename or name}: cannot be read ({error.strerror or error}); check it") from error

@@ -250,7 +250,7 @@ def test_a_file_that_cannot_be_read_is_named(store: TokenStore, monkeypatch: pyt
     for module, name in ((tables, "names_and_contents"), (sources, "row_data")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, forbidden)
-            assert refusal(lambda: store.start(file)) == f"{file}: cannot be read (Permission denied); check the file"
+            assert refusal(lambda: store.start(file)) == f"{file}: cannot be read (Permission denied); check it"
 
 
 def test_a_file_that_changes_while_it_is_read(store: TokenStore, monkeypatch: pytest.MonkeyPatch) -> None:
