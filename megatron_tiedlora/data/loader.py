@@ -77,9 +77,9 @@ class TrainingStep:
 
 
 def plan_global_batch(dataset: TokenDataset, shape: BatchPlan, *, seed: int, consumed_samples: int) -> GlobalBatch:
-    """Return the plan of the step after the first `consumed_samples` samples. It depends only on the arguments.
+    """Return the plan of the step after the first `consumed_samples` samples. The plan depends only on the arguments.
 
-    With packing, the numbers of micro-batches and rows depend on the samples. They are the same on every rank.
+    With packing, the numbers of micro-batches and rows depend on the samples, but are the same on every rank.
     """
     size, micro = shape.global_batch_size, shape.micro_batch_size
     if size % micro:

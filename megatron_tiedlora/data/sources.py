@@ -54,7 +54,7 @@ def parse_sources(given: str, flag: str) -> tuple[Source, ...]:
         without = next(source.name for source in sources if source.weight is None)
         raise UserError(f"{flag} {given}: {without} has no weight, but others do; give all or none, as NAME:WEIGHT")
     if flag != "--train_file":
-        raise UserError(f"{flag} {given}: only --train_file takes weights; remove them, as rows are evaluated once")
+        raise UserError(f"{flag} {given}: only --train_file takes weights; remove them (each row is evaluated once)")
     if not all(weights) or not math.isclose(sum(weights), 1, abs_tol=1e-6):
         said = f"{flag} {given}: the weights are {' + '.join(f'{weight:g}' for weight in weights)} = {sum(weights):g}"
         raise UserError(f"{said}; give weights above 0 that sum to 1")
@@ -80,7 +80,7 @@ def _exists(name: str) -> bool:
 
 
 def hub_ids(*given: str | None) -> list[str]:
-    """Return the ids of all hub data sets in these values of data flags, without config and split."""
+    """Return the ids (without config and split) of all hub data sets in these values of data flags."""
     sources = (source for value in given if value is not None for source in _sources(value))
     found = (row_data(source.name, split="") for source in sources)
     return sorted({data.hub_id for data in found if isinstance(data, HubData)})

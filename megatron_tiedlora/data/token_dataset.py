@@ -20,9 +20,9 @@ FACTS = np.dtype(
     + [("chat", np.bool_), ("ended", np.bool_), ("first", np.bool_), ("number", np.int64), ("source", np.int32)]
 )
 """Values per stored sample. `supervised` is the number of supervised tokens, `cut` is whether the middle of the prompt
-was removed, and `lost_turns` is the number of turns removed from a chat. The cache sets all fields. `chat` is whether
-the sample is a chat, `ended` is whether its supervised tokens include an end token, and `first` is whether it is its
-row's first sample. `number` is its row's sample index in `RowStream`, and `source` its source's index."""
+was removed, and `lost_turns` is the number of turns removed from a chat. In the cache, `chat` is whether the sample is
+a chat, `ended` is whether its supervised tokens include an end token, and `first` is whether it is its row's first
+sample. `number` is its row's sample index in `RowStream`, and `source` is the index of its source."""
 
 _ALL = np.empty(0, np.int64)  # marks the default order: the order in which samples are stored
 

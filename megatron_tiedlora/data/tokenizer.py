@@ -290,7 +290,7 @@ def _id_settings(folder: Path) -> dict[str, Any]:
 
 
 def _added(folder: Path, found: Mapping[str, Any]) -> list[str] | None:
-    """Return the tokens that the configs add to the vocabulary, or None. They change how a text is tokenised."""
+    """Return the tokens that the configs add to the vocabulary, or None without any. They change the ids of texts."""
     file, known = folder / "tokenizer.json", set[str]()
     with suppress(UserError):  # the file does not exist, or its library will report the error
         listed = read_json_object(file, kind="a tokenizer", largest=LARGEST_TOKENIZER).get("added_tokens")

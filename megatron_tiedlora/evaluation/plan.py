@@ -216,7 +216,7 @@ def _as_trained(settings: EvaluateSettings) -> tuple[EvaluateSettings, list[str]
     for name in ("task", "prompt_template", "tokenizer", *_READING):
         if name == "chat_template" and found.chat_template is not None and TEMPLATE_HASH in trained:
             if chat_template_sha256(found.chat_template) != trained[TEMPLATE_HASH]:
-                notes.append(f"--chat_template {found.chat_template} has other content than that of the adapter's run")
+                notes.append(f"--chat_template {found.chat_template} differs from the template of the adapter's run")
         elif name in trained and trained[name] != getattr(found, name):
             notes.append(f"the adapter's run had --{name} {trained[name]}, this has {getattr(found, name)}")
     if trained.get("products") is not None:

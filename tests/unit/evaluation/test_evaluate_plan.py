@@ -185,7 +185,7 @@ def test_a_chat_template_is_compared_by_its_content(models: Models, tmp_path: Pa
     assert message.startswith(f"--chat_template {template} of the adapter's run has changed (sha256 now ")
     assert " --chat_template, or give the changed file explicitly to use it" in message
     plan = evaluated(run, chat_template=str(template))
-    assert plan.notes[0] == f"--chat_template {template} has other content than that of the adapter's run"
+    assert plan.notes[0] == f"--chat_template {template} differs from the template of the adapter's run"
     template.unlink()
     assert "is not on this host; copy it here" in refusal(lambda: evaluated(run))
     assert evaluated(run, chat_template=copy).notes == ()
