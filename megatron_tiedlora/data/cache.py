@@ -4,7 +4,7 @@ The cache has two kinds of folders. The name of a folder is a hash of everything
 kind has the token ids of all rows of a data flag. Its name depends on a hash of the data files, so a later launch does
 not read the rows again. The second kind has the indices of the training samples and of the held-out samples. The first
 process that acquires a folder writes it. The other processes wait for the folder. There is no process group yet, so no
-collective can time out while a large data set is tokenised. Waiting ends only if nothing is written for some time.
+collective can time out while a large data set is tokenised. They give up if nothing is written for some time.
 """
 
 import hashlib
@@ -103,7 +103,7 @@ def tokenised_once(
         order, facts = once(choice, _SPLITS, write_splits, streams["train"].names)
     except OSError as error:
         said = f"{folder}: the cache of tokenised data cannot be written ({error})"
-        raise UserError(f"{said}; free space there") from error
+        raise UserError(f"{said}; check its permissions and free disk space") from error
     train = TokenDataset(**stored["train"][0], order=order["train"])
     validation = TokenDataset(**stored[parts[-1]][0], order=order["validation"])
     return TrainingData(train, validation, **{**facts, "mix": tuple(facts["mix"])})
@@ -112,7 +112,7 @@ def tokenised_once(
 def _once(
     folder: Path, timeout_minutes: float, key: str, dtypes: Mapping[str, Any], write: Callable[[Path], None], names: str
 ) -> _Stored:
-    """Return the content of the cache folder `key`. If no process writes it or has written it, call `write`."""
+    """Return the content of the cache folder `key`. Call `write` unless a process writes it or has written it."""
     path = folder / key
     waits = _waits(path, names, timeout_minutes)
 
@@ -134,12 +134,12 @@ def _once(
         finally:
             output.release()
         if mapped_arrays(path, dtypes) is None:
-            raise UserError(f"{path}: was damaged right after it was written; check the disk")
+            raise UserError(f"{path}: the folder was damaged right after it was written; check the disk for errors")
     return found
 
 
 def _waits(path: Path, names: str, timeout_minutes: float) -> Iterator[None]:
-    """Yield after each short wait for the process that writes the folder `path`. The waiting is logged at intervals.
+    """Wait briefly before each yield while another process writes the folder `path`. Log this at intervals.
 
     Raises UserError if that process has written nothing for `timeout_minutes`.
     """
@@ -155,8 +155,8 @@ def _waits(path: Path, names: str, timeout_minutes: float) -> Iterator[None]:
         writer = owner_in_words(folder) or "another process"
         if now - changed > 60 * timeout_minutes:
             raise UserError(
-                f"{names}: {writer} tokenises it, and has written nothing for {timeout_minutes:g} minutes; end that"
-                f" process, give a longer --timeout_minutes, or set {output_folder.CACHE_VARIABLE} to another folder"
+                f"{names}: {writer} is tokenising it, but has written nothing for {timeout_minutes:g} minutes; end that"
+                f" process, raise --timeout_minutes, or set {output_folder.CACHE_VARIABLE} to another folder"
             )
         # One rank per host logs, because there is no process group yet.
         if rank_number(local=True) == 0 and now - said > min(max(said - started, _SAY_SECONDS), _LONGEST_SILENCE):
@@ -194,7 +194,7 @@ def _write_rows(
                 num_tokens += len(arrays["tokens"])
                 bar.update(int(arrays["facts"]["first"].sum()))
         if stream.sha256() != content:
-            raise UserError(f"{stream.names}: changed while it was read; start again when it is complete")
+            raise UserError(f"{stream.names}: the data changed while it was read; try again with complete files")
 
 
 # Selected samples -------------------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ def _write_splits(
     digest = hashlib.sha256()
     for name, arrays, read in (("train", train, stream), ("validation", other, other_stream)):
         dataset = TokenDataset(**arrays, order=order[name])
-        check_supervised(dataset, f"{read.sources[0].name}, {name} part")
+        check_supervised(dataset, f"{read.sources[0].name}, {name} split")
         dataset.update_digest(digest)
     chats = bool(train["facts"]["chat"].any())
     facts = {

@@ -115,22 +115,22 @@ class Chat:
         return Conversation(tuple(turns), self.guard(conversation.tools, "field 'tools'", source))
 
     def guard(self, value: Any, what: str, source: str) -> Any:
-        """Return `value` (a text, or JSON with texts) with marks around its control tokens. Errors call the value
-        `what`. Raises UserError for a control token if the user has not chosen how to tokenise control tokens."""
+        """Return `value` (a text, or JSON with texts) with marks around its control tokens. `what` is its name in
+        errors. Raises UserError for a control token if the user has not chosen how to tokenise control tokens."""
         if isinstance(value, dict):
             return {self.guard(key, what, source): self.guard(item, what, source) for key, item in value.items()}
         if not isinstance(value, str):
             return [self.guard(item, what, source) for item in value] if isinstance(value, list | tuple) else value
         is_plain = self.reading.special_tokens == "plain"
         if is_plain and (_START in value or _END in value):
-            raise UserError(f"{source}: {what} holds U+FDD0 or U+FDD1, which are no characters; remove them")
+            raise UserError(f"{source}: {what} contains U+FDD0 or U+FDD1, which are not characters; remove them")
         if self._control is None or (found := self._control.search(value)) is None:
             return value
         if is_plain:
             return self._control.sub(f"{_START}\\g<0>{_END}", value)
         raise UserError(
-            f"{source}: {what} holds {found[0]!r}, a control token of the tokenizer; give"
-            " --special_tokens_in_text plain to read it as text, or control to read it as that token"
+            f"{source}: {what} contains {found[0]!r}, a control token of the tokenizer; give"
+            " --special_tokens_in_text plain to tokenise it as text, or control to tokenise it as that token"
         )
 
     def _check_known(self, conversation: Conversation, source: str) -> None:
@@ -155,7 +155,7 @@ class Chat:
             known = role in _PLAIN_ROLES or role in names.constants or (role == TOOL and calls)
             if not known and self.reading.special_tokens == "refuse":
                 said = f"{where}: role {shown(role)} is not known to {self._name}"
-                raise UserError(f"{said}; {self._fix}, or --special_tokens_in_text plain to write it as it is")
+                raise UserError(f"{said}; {self._fix}, or --special_tokens_in_text plain to write this role unchanged")
 
     def _check_written(self, conversation: Conversation, text: str, source: str) -> None:
         """Raise UserError if the template omits a tool call or a turn's longest word. Other words are not checked."""
@@ -164,10 +164,10 @@ class Chat:
             content = str(message["content"] or "").rpartition("</think>")[2]  # earlier thoughts may be left out
             word = max(_WORD.findall(content), key=len, default="")
             calls = [call["function"]["name"] for call in message.get("tool_calls", ())]
-            for dropped, what in ((word, f"its text ({shown(content)})"), *((name, "a tool call") for name in calls)):
+            for dropped, what in ((word, f"the text ({shown(content)})"), *((name, "a tool call") for name in calls)):
                 if dropped not in text:
                     said = f"{source}, {turn.name}: {self._name} does not write {what}"
-                    raise UserError(f"{said}; give another --chat_template, or remove it")
+                    raise UserError(f"{said}; give another --chat_template, or remove the row")
 
     @property
     def _fix(self) -> str:
@@ -177,7 +177,7 @@ class Chat:
 def chat_writer(tokenizer: Any, reading: Reading) -> str:
     """Return a phrase for messages that names the chat template or, without one, describes the plain format."""
     if not getattr(tokenizer, "chat_template", None):
-        return "lines of User: and Assistant: (the tokenizer has no chat template)"
+        return "the plain format with User: and Assistant: (the tokenizer has no chat template)"
     return f"the chat template of {reading.chat_template or getattr(tokenizer, 'name_or_path', 'the tokenizer')}"
 
 
@@ -201,10 +201,10 @@ def read_chat_template(file: str | Path) -> str:
     """Return the text of the --chat_template file. Raises UserError if it is missing, empty or not a text file."""
     path = user_path(file)
     if not path.is_file():
-        raise UserError(f"--chat_template {file}: no such file; give a Jinja template")
+        raise UserError(f"--chat_template {file}: no such file; give the file of a Jinja template")
     text = read_small_text(path, kind="a chat template")
     if not text.strip():
-        raise UserError(f"--chat_template {file}: is empty; give a Jinja template")
+        raise UserError(f"--chat_template {file}: the file is empty; give the file of a Jinja template")
     return text
 
 

@@ -61,8 +61,8 @@ class ChatTemplate:
 
         Raises:
             UserError: the template rejects the turns, fails, or changes a turn when more turns follow. It is also
-                raised for more than 256 MiB of memory, more than 1 s of CPU time (plus 0.02 s per answer), or a text
-                longer than 100,000 characters plus ten times the conversation's length.
+                raised if the template needs more than 256 MiB of memory, or more than 1 s of CPU time (plus 0.02 s per
+                answer). Its text may have at most 100,000 characters plus ten times the conversation's length.
         """
         turns = {"messages": list(messages), "tools": list(tools) if tools else None, "names": list(names)}
         longest = _OWN_CHARACTERS + _RATIO * _num_characters([turns["messages"], turns["tools"]])
@@ -95,14 +95,14 @@ class ChatTemplate:
             if _seconds(process) - before > most:
                 late = f"takes more than {_SECONDS:g} s for these messages"
             elif time.monotonic() > deadline:
-                late = f"gave no answer within {_SILENCE:g} s"
+                late = f"did not finish within {_SILENCE:g} s"
         answer = None if late else _receive(connection)
         if answer is None:
             self.close()
             answer = {"reason": late or "ended its process"}
         if "reason" not in answer:
             return answer
-        reason, fix = one_line(str(answer["reason"])), answer.get("fix", "give other rows, or another --chat_template")
+        reason, fix = one_line(str(answer["reason"])), answer.get("fix", "change the rows or the --chat_template")
         raise UserError(f"{source}: the chat template of {self._name} {reason}; {fix}")
 
     def _start(self) -> tuple[psutil.Process, Connection]:
@@ -156,10 +156,10 @@ def _answer(tokenizer: Any, request: Mapping[str, Any]) -> dict[str, Any]:
         return {"reason": str(error), "fix": fix}
     except Exception as error:  # a template is foreign code: it may reject roles, or fail in any other way
         if parses:
-            return {"reason": f"is no Jinja template ({one_line(str(error))})", "fix": "give another --chat_template"}
+            return {"reason": f"is not valid Jinja ({one_line(str(error))})", "fix": "give another --chat_template"}
         return {"reason": one_line(f"rejects these messages ({error})")}
     if len(text) > (longest := request["longest"]):
-        return {"reason": f"makes {len(text):,} characters from these messages (the limit is {longest:,})"}
+        return {"reason": f"produces {len(text):,} characters from these messages (the limit is {longest:,})"}
     return {"text": text, "answers": spans}
 
 
@@ -258,7 +258,7 @@ def render_with_spans(
 
 
 def _by_marks(tokenizer: Any, messages: Objects, tools: Objects | None) -> tuple[str, dict[int, Span]] | None:
-    """Return the text, and the span of each answer by generation marks. Return None if an answer has no single span."""
+    """Return the text, and the span of each answer by generation marks. Return None unless each has one span."""
     if not has_marks(tokenizer.get_chat_template(tools=tools)):
         return None
     text, marks = _marked(tokenizer, messages, tools)
@@ -293,13 +293,13 @@ def _marked(
 
 
 def _span(render: Callable[..., str], messages: Objects, whole: str, index: int, name: str, eos: str) -> Span:
-    """Return the span of message `index` in `whole`, the text of all messages. Errors call the message `name`."""
+    """Return the span of message `index` in `whole`, the text of all messages. `name` is its name in errors."""
     prompt = render(messages[:index], starts_answer=True)
     start = len(os.path.commonprefix([prompt, whole]))  # noqa: RUF071 - compares characters; these are not paths
     if start < len(prompt):  # the generation prompt may have more text than the answer, such as an open thought
         before = render(messages[:index])
         if not whole.startswith(before):
-            raise TurnsChange(f"writes what comes before {name} in another way once that follows")
+            raise TurnsChange(f"writes the text before {name} differently when {name} follows")
         # Text that prompt and answer share belongs to the answer. So the start is where a different answer begins.
         other = render([*messages[:index], {**messages[index], "content": _OTHER}])
         begins = other.find(_OTHER)
@@ -319,7 +319,7 @@ def _span(render: Callable[..., str], messages: Objects, whole: str, index: int,
         thought = added.rstrip().endswith(_THOUGHT_END) and not re.sub("</?think>", "", added).strip()
         if (not added or thought) and whole.startswith(until[extra:], start):
             return start, start + len(until) - extra
-    raise TurnsChange(f"writes {name} ({shown(text[:40])}) in another way once others follow")
+    raise TurnsChange(f"writes {name} ({shown(text[:40])}) differently when more turns follow")
 
 
 _OTHER = "\ue000\ue001"  # a test answer that begins like no other text: two private-use characters

@@ -1,11 +1,10 @@
 """Converts the segments of samples to token ids and labels, in the same way for training and for generation.
 
-The tokens of a sample are `start`, followed by the tokens of its segments. A segment may end with EOS. By default,
-`start` has the tokens that the tokenizer itself adds before a text, usually BOS or none. Segments are tokenised
-separately, so that the ids of a prompt do not depend on the answer. Supervised tokens are marked by position and not by
-id, because the padding id may equal the EOS id. If a sample is too long, the middle of its prompt or the first
-exchanges of its chat are removed. An answer is never shortened. A long text without a prompt becomes several samples.
-No space is added between two segments.
+The tokens of a sample are `start` and the tokens of its segments, which may end with EOS. By default, `start` has the
+tokens that the tokenizer adds before a text, usually BOS or none. Segments are tokenised separately, so that the ids of
+a prompt do not depend on the answer. Supervised tokens are marked by position and not by id, because the padding id may
+equal the EOS id. If a sample is too long, the middle of its prompt or the first exchanges of its chat are removed. An
+answer is never shortened. A long text without a prompt becomes several samples. No space is added between two segments.
 
 This module reports errors of a tokenizer as one line. The module `loader` makes batches, `cache` stores samples, and
 `chat` converts chats to text.
@@ -40,8 +39,8 @@ from megatron_tiedlora.data.tokenizer import Tokenizer, library_errors, start_id
 
 
 class Encoded(NamedTuple):
-    """A tokenised sample: its tokens with BOS and EOS, whether each token is supervised, whether the middle of its
-    prompt was removed, and how many turns of its chat were removed. The first token is never supervised."""
+    """A tokenised sample with BOS and EOS. `supervised` has a flag per token; the first token is never supervised.
+    `cut` is whether the middle of the prompt was removed. `lost_turns` is the number of turns removed from a chat."""
 
     tokens: list[int]
     supervised: list[bool]
@@ -64,7 +63,7 @@ def encode_prompts(
 def encode_dataset(
     examples: Sequence[Example], tokenizer: Tokenizer, *, max_length: int, reading: Reading | None = None
 ) -> TokenDataset:
-    """Return samples in memory with at most `max_length` tokens. A text without a prompt may become several samples.
+    """Tokenise samples in memory to at most `max_length` tokens. A text without a prompt may become several samples.
 
     Raises UserError if the tokenizer has no EOS token but needs one, or if no token is supervised. Also raises
     UserError, with the sample's source, if an answer does not fit in `max_length` with BOS and one token of its prompt.
@@ -152,7 +151,7 @@ class Encoder:
         return tokens, supervised
 
     def _start_of(self, example: Example, tokens: list[int]) -> list[int]:
-        """Return the ids to add before a sample. They are empty if `tokens` or the chat template already has them."""
+        """Return the ids to add before a sample, or none if `tokens` or the chat template already has them."""
         templated = self.chat.templated and example.conversation is not None
         written = (templated and self._add_bos == "auto") or tokens[: len(self._start)] == self._start
         return [] if written else self._start
@@ -197,7 +196,7 @@ def _num_turns(example: Example) -> int:
 
 def decode_ids(tokenizer: Tokenizer, ids: Sequence[int], *, skip_special: bool = False) -> str:
     """Return the text of token ids. Raises UserError with the tokenizer's name if its library fails."""
-    with library_errors(tokenizer.name_or_path, "cannot decode some ids"):
+    with library_errors(tokenizer.name_or_path, "the tokenizer cannot decode some token ids"):
         return str(tokenizer.decode(list(ids), skip_special_tokens=skip_special))
 
 
@@ -355,11 +354,11 @@ def _in_processes(chunks: Iterable[list[NumberedRow]], encoding: Encoding) -> It
             try:
                 waiting.append((chunk, pool.submit(_encode, chunk)))
             except OSError as error:  # raised by the first submit, which starts processes
-                raise UserError(f"no process to tokenise rows can be started ({error}); end other programs") from error
+                raise UserError(f"cannot start a process to tokenise rows ({error}); end other programs") from error
         while waiting:
             yield _result(*waiting.popleft())
     except BrokenProcessPool:
-        raise UserError("a process that tokenises rows was ended; start again with more memory") from None
+        raise UserError("a process that tokenises rows was killed; start the run again with more memory") from None
     finally:  # after a signal or an error, submitted chunks are not waited for
         for process in set(active_children()) - others:
             process.kill()

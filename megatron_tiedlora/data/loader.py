@@ -5,7 +5,7 @@ has one sample or several packed samples. Unpacked samples are sorted by length.
 micro-batch j in accumulation step j // dp. Each rank computes the number of supervised tokens in the global batch, so
 it knows the denominator of the loss without communication. Micro-batches of different adapters may be combined.
 
-This module also makes labels, pads and packs rows, and resumes after a number of samples. It does not use GPUs.
+This module also makes labels, pads and packs rows, and resumes after a number of samples. It uses no GPUs.
 """
 
 import math
@@ -53,7 +53,7 @@ class GlobalBatch:
     def on_rank(self, dp_rank: int, *, dp_size: int) -> Sequence[Rows]:
         """Return the micro-batches of this rank in accumulation order."""
         if len(self.micro_batches) % dp_size:
-            raise ValueError(f"{len(self.micro_batches)} micro-batches do not divide over {dp_size} ranks")
+            raise ValueError(f"{len(self.micro_batches)} micro-batches cannot be divided equally over {dp_size} ranks")
         return self.micro_batches[dp_rank::dp_size]
 
 
@@ -77,9 +77,9 @@ class TrainingStep:
 
 
 def plan_global_batch(dataset: TokenDataset, shape: BatchPlan, *, seed: int, consumed_samples: int) -> GlobalBatch:
-    """Return the plan of the step after the first `consumed_samples` samples. It depends only on the arguments.
+    """Return the plan of the step after the first `consumed_samples` samples. The plan depends only on the arguments.
 
-    With packing, the numbers of micro-batches and rows depend on the samples. They are the same on every rank.
+    With packing, the numbers of micro-batches and rows depend on the samples, but are the same on every rank.
     """
     size, micro = shape.global_batch_size, shape.micro_batch_size
     if size % micro:
@@ -129,8 +129,8 @@ def training_steps(
         plan = plan_global_batch(dataset, shape, seed=seed, consumed_samples=consumed_samples)
         if not plan.num_supervised:
             raise UserError(
-                f"no token of the global batch after {count_text(consumed_samples, 'sample')} is supervised, so it has"
-                " no loss; raise --global_batch_size, or remove samples that are a single token"
+                f"the global batch after {count_text(consumed_samples, 'sample')} has no supervised token, so it has"
+                " no loss; raise --global_batch_size, or remove samples with a single token"
             )
         consumed_samples = plan.consumed_samples
         positions = num_positions(dataset, plan.micro_batches, pad_multiple=pad_multiple)
@@ -147,7 +147,7 @@ def training_steps(
 
 
 def largest_positions(positions: Sequence[int], *, dp_size: int) -> tuple[int, ...]:
-    """Return the largest of the ranks' numbers of positions for each accumulation step of a global batch."""
+    """Return the largest number of positions on any rank, for each accumulation step of a global batch."""
     return tuple(max(positions[start : start + dp_size]) for start in range(0, len(positions), dp_size))
 
 
@@ -334,7 +334,7 @@ def shared_rounds(steps: Mapping[str, TrainingStep], *, capacity: int) -> list[l
 
     Args:
         steps: this rank's training step of each adapter, by adapter name.
-        capacity: the maximum number of tokens per combined micro-batch, including padding. With 0, none are combined.
+        capacity: the maximum number of tokens per combined micro-batch, including padding, or 0 not to combine any.
     """
     rounds = fill_rounds({name: step.largest for name, step in steps.items()}, capacity=capacity)
     return [[(name, steps[name].micro_batches[number]) for name, number in some] for some in rounds]

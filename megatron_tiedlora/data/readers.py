@@ -41,7 +41,7 @@ def is_rows_file(name: str) -> bool:
 
 
 def looks_like_path(path_or_hub: str) -> bool:
-    """Return whether a string can only name local files, by its data suffix, its pattern or its first character."""
+    """Return whether a string can only name local files: it has a data suffix, is a pattern, or begins like a path."""
     return is_rows_file(path_or_hub) or has_magic(path_or_hub) or path_or_hub.startswith(("/", ".", "~"))
 
 
@@ -81,7 +81,7 @@ class LocalData:
             rows = (row for file in named_files(path, self.name) for row in _file_rows(file))
         first = next(rows, None)
         if first is None:
-            raise UserError(f"{self.name}: holds no rows; give a file with at least one")
+            raise UserError(f"{self.name}: the data has no rows; give at least one row")
         yield first
         yield from rows
 
@@ -104,11 +104,11 @@ def row_data(name: str, *, split: str) -> LocalData | HubData:
 
 
 def read_rows(path_or_hub: str | Path, *, split: str = "train", limit: int | None = None) -> list[Row]:
-    """Return all rows of a path or hub id, or the first `limit` rows. Raises UserError if reading fails."""
+    """Return all rows that a path or hub id names, or the first `limit` rows. Raises UserError if reading fails."""
     try:
         return list(islice(row_data(str(path_or_hub), split=split).rows(), limit))
     except MemoryError:
-        raise UserError(f"{path_or_hub}: does not fit into memory; give a smaller part of it") from None
+        raise UserError(f"{path_or_hub}: the data does not fit into memory; give fewer rows") from None
 
 
 def about_num_rows(path_or_hub: str | Path) -> int | None:
@@ -134,13 +134,13 @@ def named_files(path: Path, name: str) -> list[Path]:
     if path.is_dir():
         found = sorted(file for file in path.iterdir() if is_rows_file(file.name) and file.is_file())
         if not found:
-            raise UserError(f"{name}: is a folder without a {', '.join(SUFFIXES)} file; give one with such files")
+            raise UserError(f"{name}: the folder has no {', '.join(SUFFIXES)} file; give a folder with data files")
         return found
     if path.exists() or not has_magic(name):
         return [path]
     found = sorted(Path(file) for file in iglob(str(path), recursive=True) if os.path.isfile(file))
     if not found:
-        raise UserError(f"{name}: no file has a name of this pattern; check the path")
+        raise UserError(f"{name}: no file matches this pattern; check the path")
     return found
 
 
@@ -166,31 +166,31 @@ def read_lines(name: str | Path) -> list[str]:
                 raw = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
                 lines.append(_decode(raw.removesuffix(b"\n"), f"{path}:{number}").removesuffix("\r"))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({first_line(error)})") from error
+        raise UserError(f"{path}: cannot be read ({first_line(error)}); check the file") from error
     if not any(line.strip() for line in lines):
-        raise UserError(f"{path}: holds no lines; give a file with at least one")
+        raise UserError(f"{path}: the file has no text; give a file with at least one line")
     return lines
 
 
 def _lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
-    r"""Yield each line's number and bytes. Only \n ends a line, because `splitlines` would also split inside sentences.
+    r"""Yield each line's number and bytes. A line ends only at \n; `splitlines` would also split inside sentences.
 
     Raises UserError if a line is too long, or if `_pieces` raises it.
     """
     for number, line in enumerate(_pieces(partial(file.readline, _LONGEST_LINE + 1), path), start=1):
         if len(line) > _LONGEST_LINE:
-            raise UserError(f"{path}:{number}: is longer than {_LONGEST_LINE:,} bytes; remove or shorten the line")
+            raise UserError(f"{path}:{number}: the line is longer than {_LONGEST_LINE:,} bytes; remove or shorten it")
         yield number, line
 
 
 def _pieces(read: Callable[[], bytes], path: Path) -> Iterator[bytes]:
-    """Yield the chunks that `read` returns until the file ends. Raises UserError if a .gz file unpacks to too much."""
+    """Yield the chunks that `read` returns. Raises UserError if an unpacked .gz file is too large."""
     total, packed = 0, path.suffix.lower() == _COMPRESSED
     most = _GZIP_MEMORY + _GZIP_RATIO * path.stat().st_size
     for piece in iter(read, b""):
         total += len(piece)
         if packed and total > most:
-            raise UserError(f"{path}: has more than {most:,} bytes when unpacked; give a smaller part of it")
+            raise UserError(f"{path}: the file unpacks to more than {most:,} bytes; give a smaller file")
         yield piece
 
 
@@ -207,17 +207,17 @@ def _file_rows(path: Path) -> Iterator[Row]:
     suffix = Path(path.stem).suffix.lower() if packed else path.suffix.lower()
     readers = {".jsonl": _jsonl_rows, ".json": _json_rows, ".csv": _csv_rows}
     if suffix not in (readers if packed else SUFFIXES):
-        names = f"{', '.join(SUFFIXES)}, and {', '.join(readers)} with {_COMPRESSED}"
+        names = f"{', '.join(SUFFIXES)}, or {', '.join(readers)} followed by {_COMPRESSED}"
         text = '; write each text as a row {"text": ...} of a .jsonl file' if suffix == ".txt" else ""
-        raise UserError(f"{path}: unknown suffix {suffix + _COMPRESSED * packed!r}; data files are {names}{text}")
+        raise UserError(f"{path}: unknown suffix {suffix + _COMPRESSED * packed!r}; use {names}{text}")
     try:
         yield from readers.get(suffix, tables.table_rows)(path)
     except MemoryError:
-        raise UserError(f"{path}: does not fit into memory; give a smaller part of it") from None
+        raise UserError(f"{path}: the file does not fit into memory; give a smaller file") from None
     except (zlib.error, EOFError, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}: is not a readable .gz file ({first_line(error)})") from error
+        raise UserError(f"{path}: the .gz file is not readable ({first_line(error)}); compress it again") from error
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({first_line(error)})") from error
+        raise UserError(f"{path}: cannot be read ({first_line(error)}); check the file") from error
 
 
 def _open(path: Path) -> BinaryIO:
@@ -248,7 +248,7 @@ def _csv_rows(path: Path) -> Iterator[Row]:
                 if not header:
                     header = values
                     if len(set(header)) < len(header):
-                        raise UserError(f"{path}:1: names a field twice; rename one")
+                        raise UserError(f"{path}:1: the first line names a field twice; rename one of the two")
                 elif values and len(values) != len(header):
                     found = f"{source}: has {len(values)} fields, but the first line names {len(header)}"
                     raise UserError(f"{found}; put quotes around values with commas, or remove the line")
@@ -261,7 +261,7 @@ def _csv_rows(path: Path) -> Iterator[Row]:
 
 def _json_rows(path: Path) -> Iterator[Row]:
     if path.stat().st_size > _LARGEST_JSON:
-        raise UserError(f"{path}: is larger than {_LARGEST_JSON:,} bytes; write it as .jsonl, which is read by lines")
+        raise UserError(f"{path}: the file is larger than {_LARGEST_JSON:,} bytes; write it as .jsonl instead")
     memory = _JSON_MEMORY + _JSON_RATIO * path.stat().st_size
     try:
         with limited(memory=memory):
@@ -269,11 +269,11 @@ def _json_rows(path: Path) -> Iterator[Row]:
     except MemoryError:
         content = None
     if content is None:
-        raise UserError(f"{path}: needs more than {memory:,} bytes; write it as .jsonl, which is read by lines")
+        raise UserError(f"{path}: the file needs more than {memory:,} bytes of memory; write it as .jsonl instead")
     if isinstance(content, dict) and isinstance(content.get("data"), list):
         content = content["data"]
     if not isinstance(content, list):
-        raise UserError(f"{path}: holds {_kind(content)}; expected a list of objects, or an object with a `data` list")
+        raise UserError(f"{path}: contains {_kind(content)}; give a list of objects, or an object with a `data` list")
     for number, row in enumerate(content, start=1):
         source = f"{path}: item {number}"
         yield _object(row, source), source
@@ -320,7 +320,7 @@ def _decode(raw: bytes, source: str) -> str:
 
 def _object(value: Any, source: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise UserError(f"{source}: holds {_kind(value)}; expected a JSON object with the sample's fields")
+        raise UserError(f"{source}: the row is {_kind(value)}; give a JSON object with the fields of a sample")
     return value
 
 
@@ -343,7 +343,7 @@ def required_text(row: Mapping[str, Any], name: str, source: str) -> str:
     value = row.get(name)
     if value is None:
         found = f"{source}: field {name!r} is missing; the row has {describe_fields(row)}"
-        raise UserError(f"{found}; fill the field, or remove the row")
+        raise UserError(f"{found}; add the field, or remove the row")
     return checked_text(value, name, source)
 
 
@@ -353,9 +353,9 @@ def checked_text(value: Any, name: str, source: str, *, allow_empty: bool = Fals
         fix = "put it in quotes" if isinstance(value, int | float) else "give a text, or remove the row"
         raise UserError(f"{source}: field {name!r} is {shown(value)} ({type(value).__name__}), not text; {fix}")
     if not allow_empty and not value.strip():
-        raise UserError(f"{source}: field {name!r} is empty; remove the row or fill it")
+        raise UserError(f"{source}: field {name!r} is empty; fill it in, or remove the row")
     if not is_text(value):
-        raise UserError(f"{source}: field {name!r} holds half of a surrogate pair, which is not text; remove it")
+        raise UserError(f"{source}: field {name!r} has an invalid character (an unpaired surrogate); remove it")
     return value
 
 
@@ -372,9 +372,9 @@ def required_texts(value: Any, name: str, source: str) -> tuple[str, ...]:
     """Return the texts of the list in field `name`. Raises UserError if the list or one of its texts is empty."""
     if not isinstance(value, list | tuple):
         said = f"{source}: field {name!r} is {shown(value)}, not a list of texts"
-        raise UserError(f"{said}; give at least one text, as a list")
+        raise UserError(f"{said}; give a list of at least one text")
     if not value:
-        raise UserError(f"{source}: field {name!r} is an empty list; every row needs at least one text in it")
+        raise UserError(f"{source}: field {name!r} is an empty list; add at least one text, or remove the row")
     return tuple(checked_text(text, name, source) for text in value)
 
 

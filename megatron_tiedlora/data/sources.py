@@ -46,15 +46,15 @@ def parse_sources(given: str, flag: str) -> tuple[Source, ...]:
     weight. Also raises UserError if the weights do not sum to 1, or if a flag other than --train_file has weights."""
     sources = _sources(given)
     if len(sources) > 1 and not all(source.name for source in sources):
-        raise UserError(f"{flag} {given}: one of the names between the commas is empty; remove a comma")
+        raise UserError(f"{flag} {given}: a name between the commas is empty; remove a comma")
     weights = [source.weight for source in sources if source.weight is not None]
     if not weights:
         return sources
     if len(weights) < len(sources):
         without = next(source.name for source in sources if source.weight is None)
-        raise UserError(f"{flag} {given}: {without} has no weight, others have one; give all or none, as NAME:WEIGHT")
+        raise UserError(f"{flag} {given}: {without} has no weight, but others do; give all or none, as NAME:WEIGHT")
     if flag != "--train_file":
-        raise UserError(f"{flag} {given}: only --train_file takes weights; every row is evaluated once, so remove them")
+        raise UserError(f"{flag} {given}: only --train_file takes weights; remove them (each row is evaluated once)")
     if not all(weights) or not math.isclose(sum(weights), 1, abs_tol=1e-6):
         said = f"{flag} {given}: the weights are {' + '.join(f'{weight:g}' for weight in weights)} = {sum(weights):g}"
         raise UserError(f"{said}; give weights above 0 that sum to 1")
@@ -62,7 +62,7 @@ def parse_sources(given: str, flag: str) -> tuple[Source, ...]:
 
 
 def _sources(given: str) -> tuple[Source, ...]:
-    """Return the sources in a value, without checks. An existing path is one source, even if it has commas."""
+    """Return the sources in a flag's value, without checks. An existing path is one source, even if it has commas."""
     return (Source(given),) if _exists(given) else tuple(parse_source(name.strip()) for name in given.split(","))
 
 
@@ -80,7 +80,7 @@ def _exists(name: str) -> bool:
 
 
 def hub_ids(*given: str | None) -> list[str]:
-    """Return the ids of all hub data sets in these values of data flags, without config and split."""
+    """Return the ids (without config and split) of all hub data sets in these values of data flags."""
     sources = (source for value in given if value is not None for source in _sources(value))
     found = (row_data(source.name, split="") for source in sources)
     return sorted({data.hub_id for data in found if isinstance(data, HubData)})
@@ -107,7 +107,7 @@ def local_files(given: str) -> dict[str, Path]:
 def mixed(
     sources: Sequence[Source], sizes: Sequence[int], held_out: NDArray[np.bool_], *, seed: int
 ) -> tuple[NDArray[np.int64], list[str]]:
-    """Return all rows that are not held out, in order. With weights, rows are repeated to match these fractions.
+    """Return all rows that are not held out, in order. If sources have weights, rows are repeated to reach them.
 
     Every row is used at least once. The seed determines which rows of a source are used once more than its other rows.
     Raises UserError if no row of a source is left, or if its rows would be repeated more than `_MOST_REPEATS` times.
@@ -124,7 +124,7 @@ def mixed(
     kept = [start + np.flatnonzero(~held_out[start:stop]) for start, stop in pairwise(edges)]
     for source, rows in zip(sources, kept, strict=True):
         if not len(rows):
-            raise UserError(f"{source.name}: all of its rows became validation rows; give --validation_file")
+            raise UserError(f"{source.name}: all rows were selected for validation; give --validation_file")
     weights = [source.weight for source in sources if source.weight is not None]
     if not weights:
         return kept[0] if len(kept) == 1 else np.concatenate(kept), []
@@ -134,8 +134,8 @@ def mixed(
         wanted = round(total * weight)
         if wanted > _MOST_REPEATS * len(rows):
             raise UserError(
-                f"--train_file: {source.name} is {weight:g} of the samples if each of its {len(rows):,} rows is used"
-                f" {wanted // len(rows):,} times; lower its weight ({_MOST_REPEATS:,} times are the most)"
+                f"--train_file: for weight {weight:g} of {source.name}, each of its {len(rows):,} rows would be used"
+                f" {wanted // len(rows):,} times; lower its weight (the maximum is {_MOST_REPEATS:,} times)"
             )
         whole, rest = divmod(wanted, len(rows))
         once_more = np.sort(permutation(len(rows), seed=seed, stream=_MIX_STREAM + number)[:rest])
@@ -159,8 +159,8 @@ _SourceRows = tuple[Source, Callable[[], Iterable[Row]], Callable[[], str]]
 class RowStream:
     """The rows of one split of a task in order, without nesting, and with the task's field names.
 
-    Each iteration reads the files again. It raises UserError if a file is missing, unreadable, empty or broken (with
-    the line). Rows with the same value of the field `Task.merge_by` belong to one sample.
+    Each iteration reads the files again. It raises UserError, with the line, if a file is missing, unreadable, empty or
+    broken. Rows with the same value of the field `Task.merge_by` belong to one sample.
     """
 
     task: Task
@@ -191,7 +191,7 @@ class RowStream:
                     total += 1
                     yield number, sample, row
                 if total == before:
-                    raise UserError(f"{source.name}: holds no samples of task {self.task.name}; give another file")
+                    raise UserError(f"{source.name}: has no samples for task {self.task.name}; give another file")
 
     def about_num_rows(self) -> int | None:
         """Return the approximate number of rows for a progress bar, or None if the number is not known."""
@@ -225,15 +225,15 @@ def _renamed(
     for ours, theirs in columns.items():
         if known and ours not in known:
             turned = f"; did you mean {theirs}={ours}?" if theirs in known else ""
-            said = f"--columns {ours}={theirs}: {ours!r} is not a field of ours{nearest_name(ours, known)}{turned}"
-            raise UserError(f"{said}; ours are {', '.join(sorted(known))}")
+            said = f"--columns {ours}={theirs}: the task has no field {ours!r}{nearest_name(ours, known)}{turned}"
+            raise UserError(f"{said}; its fields are {', '.join(sorted(known))}")
         if theirs not in row:
             raise UserError(
-                f"{source}: --columns {ours}={theirs}: there is no field {theirs!r}; the row has"
-                f" {describe_fields(row)}; name one of these, or write {theirs!r}: null in rows without it"
+                f"{source}: --columns {ours}={theirs}: the row has no field {theirs!r}, only"
+                f" {describe_fields(row)}; use one of these, or write {theirs!r}: null in rows without it"
             )
         if ours not in columns.values() and not is_empty(row.get(ours)):
-            said = f"{source}: --columns {ours}={theirs}: the row has a field {ours!r} too ({shown(row[ours])})"
+            said = f"{source}: --columns {ours}={theirs}: the row also has a field {ours!r} ({shown(row[ours])})"
             raise UserError(f"{said}; rename it in the file, or read it under another name with --columns")
     others = {name: value for name, value in row.items() if name not in columns.values()}
     return {**others, **{ours: row[theirs] for ours, theirs in columns.items()}}
@@ -285,4 +285,4 @@ def _readable(name: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"{error.filename or name}: cannot be read ({error.strerror or error})") from error
+        raise UserError(f"{error.filename or name}: cannot be read ({error.strerror or error}); check it") from error

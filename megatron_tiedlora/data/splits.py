@@ -155,13 +155,13 @@ def check_shape(shape: str, source: str, first_rows: dict[str, tuple[str, str]])
     source of the first row of each file, and is updated for a new file."""
     expected, first = first_rows.setdefault(source.rpartition(":")[0], (shape, source))
     if shape != expected:
-        said = f"{source}: a row of shape {shape} in a file whose first row ({first}) has shape {expected}"
-        raise UserError(f"{said}; give each shape a file of its own")
+        said = f"{source}: the row has shape {shape}, but the first row of the file ({first}) has shape {expected}"
+        raise UserError(f"{said}; put each shape into a separate file")
 
 
 def make_example(task: Task, chat: Chat, sample: Sequence[Row]) -> Example:
     """Return an example with the prompt and answer of a sample's first row, and the references of all its rows. Raises
-    UserError, with file and line, if a field is missing, empty or of the wrong type, also for a template."""
+    UserError, with file and line, if a field of the task or template is missing, empty or of the wrong type."""
     parts, source = [_parts(task, chat.reading, *row) for row in sample], sample[0][1]
     first = parts[0]
     references = tuple(dict.fromkeys(answer.strip() for row_parts in parts for answer in row_parts.answers))
@@ -200,7 +200,7 @@ def _parts(task: Task, reading: Reading, row: Mapping[str, Any], source: str) ->
             raise UserError(f"{found}, and task {task.name} reads {expected}; {fix}")
     parts = task.parts(row, source, reading)
     if not parts.answers:
-        raise UserError(f"{source}: the row has no answer; give one, or remove the row")
+        raise UserError(f"{source}: the row has no answer; add an answer, or remove the row")
     return parts
 
 
@@ -215,8 +215,8 @@ def _prompt(task: Task, chat: Chat, parts: Parts, source: str) -> str:
         if conversation is not None:
             several = sum(turn.message["role"] == ASSISTANT for turn in conversation.turns) > 1
             if several and reading.train_on != "last_turn":
-                said = f"{source}: --prompt_template makes one answer of a chat"
-                raise UserError(f"{said}; give --train_on last_turn too")
+                said = f"{source}: --prompt_template makes one prompt and one answer from a chat"
+                raise UserError(f"{said}; also give --train_on last_turn")
             segments, num_prompt = chat.segments(conversation, source)
             written["prompt"] = with_marks(segments[:num_prompt])
         texts = {name: value for name, value in parts.fields.items() if name in names and isinstance(value, str)}
@@ -224,7 +224,7 @@ def _prompt(task: Task, chat: Chat, parts: Parts, source: str) -> str:
         fields = {**parts.fields, **guarded, **written}
         for name in names if reading.template is not None else ():
             if name not in fields:
-                said = f"--prompt_template: {source} has no field {name!r}; the fields for prompts are"
+                said = f"--prompt_template: {source} has no field {name!r}; use one of"
                 raise UserError(f"{said} {', '.join(sorted(fields)) or 'none'}")
             if not isinstance(fields[name], str):
                 said = f"--prompt_template: {source}: field {name!r} is {shown(fields[name])}, not text"

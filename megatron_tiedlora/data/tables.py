@@ -36,7 +36,7 @@ def table_rows(path: Path) -> Iterator[Row]:
     starts = ((batch, start) for batch in batches(path) for start in range(0, batch.num_rows, _ROWS))
     parts = (batch.slice(start, _ROWS).to_pylist() for batch, start in starts)
     memory = _MEMORY + _RATIO * path.stat().st_size
-    too_large = f"{path}: its rows need more than {memory:,} bytes; write it as .jsonl, or give a smaller part of it"
+    too_large = f"{path}: its rows need more than {memory:,} bytes of memory; write it as .jsonl, or give fewer rows"
     number = size = 0
     while True:
         part: list[dict[str, Any]] | None = None
@@ -47,7 +47,7 @@ def table_rows(path: Path) -> Iterator[Row]:
         except MemoryError:  # the error is raised below, outside the handler, so that rows read so far are freed
             reason = too_large
         except Exception as error:  # a broken file raises anything from OSError to UnicodeDecodeError
-            reason = f"{path}: not a readable {kind} file ({first_line(error)})"
+            reason = f"{path}: the {kind} file is not readable ({first_line(error)}); write it again"
         if reason is not None:
             raise UserError(reason)
         if part is None:
@@ -101,13 +101,13 @@ def saved_folder_rows(path: Path, *, split: str) -> Iterator[Row]:
         if isinstance(data, datasets.DatasetDict):
             if split not in data:
                 names = ", ".join(data)
-                raise UserError(f"{path}: has no split {split!r}, only {names}; give the folder of one of them")
+                raise UserError(f"{path}: has no split {split!r}, only {names}; give the folder of one split")
             data = data[split]
         yield from numbered_rows(data, str(path))
     except UserError:
         raise
     except Exception as error:  # a broken folder raises many unrelated types
-        raise UserError(f"{path}: not a readable folder of save_to_disk ({first_line(error)})") from error
+        raise UserError(f"{path}: save_to_disk's folder is broken ({first_line(error)}); save it again") from error
 
 
 @dataclass(frozen=True)
@@ -136,10 +136,10 @@ class HubData:
             else:
                 data = datasets.load_dataset(hub_id, self.config_name, split=split)
         except Exception as error:  # the library raises many unrelated types, including network errors
-            message = f"{hub_id}: no such file, and the hub's split {split!r} cannot be loaded ({first_line(error)})"
+            message = f"{hub_id}: no such file, and split {split!r} cannot be loaded from the hub ({first_line(error)})"
             raise UserError(f"{message}; give a local file, or ID:CONFIG:SPLIT of another data set") from error
         if not len(data):
-            raise UserError(f"{hub_id}: the hub's split {split!r} holds no rows; give a local file or another hub id")
+            raise UserError(f"{hub_id}: split {split!r} on the hub has no rows; give a local file or another hub id")
         return data
 
     def rows(self) -> Iterator[Row]:

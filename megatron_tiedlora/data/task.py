@@ -48,9 +48,9 @@ class Reading:
         try:
             names = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
         except ValueError as error:
-            raise UserError(f"{said}: {error}; write {{field}}, or {{{{ for a brace") from error
+            raise UserError(f"{said}: {error}; write {{field}} for a field, or {{{{ for a brace") from error
         if not is_text(template):
-            raise UserError(f"{said}: holds half of a surrogate pair, which is not text; remove it")
+            raise UserError(f"{said}: has an invalid character (an unpaired surrogate); remove it")
         for name, spec, conversion in names:
             if not (name or "").isidentifier() or spec or conversion:
                 raise UserError(f"{said}: {{{name}}} is not a plain {{field}} name; write {{{{ for a brace")
@@ -82,7 +82,7 @@ Split = Literal["train", "validation", "test"]
 class Parts:
     """The parts that a task makes from one row.
 
-    fields: the fields that a prompt template may use: all fields of the row except the answer.
+    fields: the fields that a prompt template may use, which are all fields of the row except the answer.
     prompt: the prompt if the task builds it itself; None if it is made from a template.
     answers: the accepted answers, at least one; training uses the first.
     choices: the choices of a multiple-choice row in its order, including the correct one; empty for other tasks.

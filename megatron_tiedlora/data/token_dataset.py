@@ -19,10 +19,10 @@ FACTS = np.dtype(
     [("supervised", np.int32), ("cut", np.bool_), ("lost_turns", np.int32)]
     + [("chat", np.bool_), ("ended", np.bool_), ("first", np.bool_), ("number", np.int64), ("source", np.int32)]
 )
-"""Values for each stored sample. `supervised` is the number of supervised tokens, `cut` is whether the middle of the
-prompt was removed, and `lost_turns` is the number of turns removed from a chat. The cache also sets the other fields:
-whether the sample is a chat, whether its supervised tokens include an end token (`ended`), whether it is the first
-sample of its row, the sample index of its row in `RowStream` (`number`), and the index of its source."""
+"""Values per stored sample. `supervised` is the number of supervised tokens, `cut` is whether the middle of the prompt
+was removed, and `lost_turns` is the number of turns removed from a chat. In the cache, `chat` is whether the sample is
+a chat, `ended` is whether its supervised tokens include an end token, and `first` is whether it is its row's first
+sample. `number` is its row's sample index in `RowStream`, and `source` is the index of its source."""
 
 _ALL = np.empty(0, np.int64)  # marks the default order: the order in which samples are stored
 
@@ -39,7 +39,7 @@ class TokenDataset:
     offsets: (m + 1,) int64; stored sample i is tokens[offsets[i]:offsets[i + 1]].
     supervised: (N,) bool, whether each token is supervised; always False for the first token of a sample.
     facts: (m,) of dtype `FACTS`; by default only the field `supervised` is computed.
-    order: (n,) int64, the index of each sample of the split among the stored ones; may repeat. By default 0 to m - 1.
+    order: (n,) int64, the index of each sample of the split among the stored ones; may repeat. Default: 0 to m - 1.
     """
 
     tokens: NDArray[np.int32]

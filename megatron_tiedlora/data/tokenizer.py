@@ -6,7 +6,7 @@ tokenizer_config.json would make transformers 5 rebuild the pre-tokenizer and lo
 GPT2Tokenizer does not split digits, and LlamaTokenizer merges a leading space with the dummy prefix.
 
 A bare SentencePiece file must produce the same ids as `SentencePieceProcessor.encode`, which is checked when it is
-loaded. Text that looks like a control token ("</s>") is plain text in both. The module `encode` adds BOS and EOS.
+loaded. Text that looks like a control token ("</s>") is plain text for both. The module `encode` adds BOS and EOS.
 """
 
 import hashlib
@@ -168,7 +168,7 @@ def _load_folder(folder: Path) -> Tokenizer:
     given = read_json_object(settings, kind="a tokenizer's config") if settings.is_file() else {}
     for name in ("vocab", "merges", "fast_tokenizer_files"):  # transformers would read any file that is named here
         if isinstance(given.get(name), str) or (name == "fast_tokenizer_files" and given.get(name)):
-            raise UserError(f"{settings}: {name} {shown(given[name])} names another file; remove that key")
+            raise UserError(f"{settings}: {name} {shown(given[name])} names another file; remove this key")
     if (folder / "tokenizer.json").is_file():
         return _guarded(folder, lambda: PreTrainedTokenizerFast.from_pretrained(str(folder)))
     models = sorted(folder.glob("*.model"))
@@ -186,7 +186,7 @@ def check_conversion(source: str | Path) -> None:
 
     if tuple(int(part) for part in __version__.split(".")[:2]) < _EXACT_SENTENCEPIECE:
         needed = ".".join(map(str, _EXACT_SENTENCEPIECE))
-        said = f"{source}: transformers {__version__} gives other ids than SentencePiece"
+        said = f"{source}: transformers {__version__} produces different ids from SentencePiece"
         raise UserError(f"{said}; run `pip install 'transformers>={needed}'`")
 
 
@@ -250,7 +250,7 @@ def _check_size(file: Path) -> None:
 
 
 def _rejection(source: str, reason: str) -> UserError:
-    return UserError(f"{source}: {reason}; give --tokenizer a HF tokenizer folder or a SentencePiece tokenizer.model")
+    return UserError(f"{source}: {reason}; give --tokenizer an HF tokenizer folder or a SentencePiece tokenizer.model")
 
 
 # Hash of a tokenizer -------------------------------------------------------------------------------------------------
@@ -277,7 +277,7 @@ def tokenizer_hash(source: str | Path) -> str | None:
 
 
 def _id_settings(folder: Path) -> dict[str, Any]:
-    """Return the other settings that determine ids. Only the text of special tokens is used, since versions differ."""
+    """Return the other settings that determine ids. Only the text of special tokens is used (the rest varies)."""
     found: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
@@ -290,7 +290,7 @@ def _id_settings(folder: Path) -> dict[str, Any]:
 
 
 def _added(folder: Path, found: Mapping[str, Any]) -> list[str] | None:
-    """Return the tokens that the configs add to the vocabulary, or None. They change how a text is tokenised."""
+    """Return the tokens that the configs add to the vocabulary, or None without any. They change the ids of texts."""
     file, known = folder / "tokenizer.json", set[str]()
     with suppress(UserError):  # the file does not exist, or its library will report the error
         listed = read_json_object(file, kind="a tokenizer", largest=LARGEST_TOKENIZER).get("added_tokens")

@@ -100,10 +100,10 @@ def _message(item: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return the message of one turn, with the role and field names that templates know."""
     role_field, content_field = ("from", "value") if "from" in item and "role" not in item else ("role", "content")
     if role_field not in item:
-        raise UserError(f"{where}: 'role' is missing; the message has {describe_fields(item)}; give its role")
+        raise UserError(f"{where}: 'role' is missing; the message has {describe_fields(item)}; add its role")
     role, content = checked_text(item[role_field], role_field, where), item.get(content_field)
     if unread := next((name for name in _UNREAD if item.get(name)), None):
-        raise UserError(f"{where}: {unread!r} is not read, only text is; remove the row, or the field if it is no data")
+        raise UserError(f"{where}: {unread!r} is not read, only text is; remove the row, or the field if not needed")
     if unread := next((name for name in _UNREAD_FLAGS if item.get(name) is not None), None):
         said = f"{where}: {unread!r} is {shown(item[unread])}, and is not read"
         raise UserError(f"{said}; give 'train' (true or false) instead, which says whether the turn is supervised")
@@ -119,7 +119,7 @@ def _message(item: Mapping[str, Any], where: str) -> dict[str, Any]:
         passed["tool_calls"] = _calls(calls, where)
     elif content_field not in item:
         said = f"{where}: {content_field!r} is missing; the message has {describe_fields(item)}"
-        raise UserError(f"{said}; give its text, or remove the row")
+        raise UserError(f"{said}; add its text, or remove the row")
     may_be_empty = calls is not None or role in (TOOL, *_OPENING)
     return {"role": role, "content": _content(content, content_field, where, may_be_empty=may_be_empty), **passed}
 
@@ -132,7 +132,7 @@ def _content(content: Any, name: str, where: str, *, may_be_empty: bool) -> str:
             kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
             text = part.get("text") if isinstance(part, Mapping) else part
             if kind != "text":
-                said = f"{where}: a content part of type {shown(kind)} is not read"
+                said = f"{where}: a content part of type {shown(kind)} is not supported"
                 raise UserError(f"{said}, only text is; remove the row")
             parts.append(checked_text(text, f"{name}.text", where, allow_empty=True))
         content = "\n".join(parts)
@@ -142,7 +142,7 @@ def _content(content: Any, name: str, where: str, *, may_be_empty: bool) -> str:
 
 
 def _is_trained(item: Mapping[str, Any], role: str, where: str) -> bool:
-    """Return whether a turn is supervised. The turn must be from the assistant, and none of its `_FLAGS` false or 0."""
+    """Return whether a turn is supervised: it is from the assistant, and none of its `_FLAGS` is false or 0."""
     trained = role == ASSISTANT
     for name in _FLAGS:
         value = item.get(name)
@@ -152,7 +152,7 @@ def _is_trained(item: Mapping[str, Any], role: str, where: str) -> bool:
             raise UserError(f"{where}: {name!r} is {shown(value)}; give true or 1 to train on this turn, or false or 0")
         if value and role != ASSISTANT and name == "train":
             said = f"{where}: 'train' is {shown(value)} for role {shown(role)}"
-            raise UserError(f"{said}; only turns of the assistant are trained; remove it")
+            raise UserError(f"{said}; only turns of the assistant are supervised; remove it")
         trained = trained and bool(value)
     return trained
 
@@ -166,7 +166,7 @@ def _check_order(turns: Sequence[Turn], source: str) -> None:
     for turn in turns:
         where, role = f"{source}, {turn.name}", turn.message["role"]
         if role in _OPENING and before not in (None, *_OPENING):
-            raise UserError(f"{where}: a {role!r} turn after {shown(before)}; move it to the start, or remove the row")
+            raise UserError(f"{where}: a {role!r} turn follows {shown(before)}; move it to the start or remove the row")
         known = role in _MAY_FOLLOW and (before is None or before in ROLES)
         if known and before not in _MAY_FOLLOW[role]:
             after = "at the start" if before is None else f"after {before!r}"
@@ -190,7 +190,7 @@ def _tools(row: Mapping[str, Any], source: str) -> tuple[Mapping[str, Any], ...]
         return None
     found = _parsed(value, field, source) if isinstance(value, str) else plain_json(value, field, source)
     if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
-        said = f"{source}: field {field!r} is {shown(found)}, not a list of functions' schemas"
+        said = f"{source}: field {field!r} is {shown(found)}, not a list of function schemas"
         raise UserError(f"{said}; give a list, or remove the field")
     return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in found) or None
 
@@ -204,15 +204,15 @@ def _calls(value: Any, where: str) -> list[dict[str, Any]]:
     for call in found:
         function = call.get("function", call)
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise UserError(f"{where}: a tool call without the name of its function, {shown(call)}; correct the row")
+            raise UserError(f"{where}: a tool call has no function name ({shown(call)}); correct the row")
         if "parameters" in function and "arguments" not in function:
-            raise UserError(f"{where}: a tool call with 'parameters', {shown(call)}; name them 'arguments'")
+            raise UserError(f"{where}: a tool call has 'parameters' ({shown(call)}); name them 'arguments'")
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):  # OpenAI's format; templates expect an object, as servers pass it
             arguments = _parsed(arguments, "arguments", where) if arguments.strip() else {}
         if not isinstance(arguments, dict):
             said = f"{where}: 'arguments' of the tool call are {shown(arguments)}, not an object"
-            raise UserError(f"{said} with the arguments' names; correct the row")
+            raise UserError(f"{said} of named arguments; correct the row")
         outer = {"type": "function", **call} if "function" in call else {"type": "function"}
         calls.append({**outer, "function": {**function, "arguments": arguments}})
     return calls
@@ -230,7 +230,7 @@ def plain_json(value: Any, name: str, where: str) -> Any:
     try:
         return json.loads(json.dumps(_without_nulls(value)))
     except (TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{where}: field {name!r} holds something other than JSON ({error}); correct the row") from None
+        raise UserError(f"{where}: field {name!r} has a value that is not JSON ({error}); correct the row") from None
 
 
 def _without_nulls(value: Any) -> Any:

@@ -47,7 +47,7 @@ class ScoredSet:
 
     Attributes:
         prompts: the token ids of each sample's prompt, with BOS.
-        endings: the token ids of each choice of each sample, as it follows the prompt; empty without choices.
+        endings: the token ids of each choice of each sample, as it follows the prompt; empty if there are none.
         num_truncated: the number of prompts that were shortened.
         end_ids: the token ids that end an answer.
         max_new_tokens: the maximum number of tokens in an answer. Prompts are shortened to leave room for them.
@@ -102,7 +102,7 @@ def encode_scored(
             metric.check(example)
     for example in examples:
         if not example.prompt:
-            raise UserError(f"{example.source}: is text without a prompt, which cannot be answered; give other rows")
+            raise UserError(f"{example.source}: the row is text without a prompt; give rows with a prompt")
     prompts, num_truncated = encode_prompts(tokenizer, examples, max_length=longest_prompt, reading=reading)
     reads_choices, plain = any(metric.needs_choice_scores for metric in metrics), reading.special_tokens == "plain"
     choices = [  # the texts of the choices as they follow the prompt
@@ -115,7 +115,7 @@ def encode_scored(
     endings = [tuple(tuple(next(ids)) for _ in texts) for texts in choices]
     for example, of_example in zip(examples, endings, strict=True):
         if not all(of_example):
-            raise UserError(f"{example.source}: a choice has no token; remove the row")
+            raise UserError(f"{example.source}: a choice has no tokens; remove the row")
     note = chat_writer(tokenizer, reading) if any(example.conversation for example in examples) else ""
     samples = tuple(examples), tuple(prompts), tuple(endings), num_truncated
     return ScoredSet(task, tokenizer, *samples, ends, max_new_tokens, batch_size, note)
@@ -123,7 +123,7 @@ def encode_scored(
 
 def read_scored(plans: EvaluationPlans) -> dict[str, ScoredSet]:
     """Return the tokenised samples of each adapter. Rows are read once for all adapters that have the same settings.
-    Raises UserError if the files, rows, tokenizer or vocabulary are not valid, and names them."""
+    Raises UserError, which names the cause, if files, rows, tokenizer or vocabulary are not valid."""
     read: dict[str, ScoredSet] = {}
     found = {}
     for name, plan in plans.items():
@@ -155,7 +155,7 @@ def _read(plan: EvaluationPlan) -> ScoredSet:
 def check_same_rows(scored: Sequence[ScoredSet]) -> None:
     """Raise UserError if the rows of a rank differ from the rows of rank 0. Every rank reads the rows itself."""
     if differing := num_differing(" ".join(some.sha256 for some in scored)):
-        raise UserError(f"{count_text(differing, 'rank')} read other rows than rank 0; give every host the same files")
+        raise UserError(f"{count_text(differing, 'rank')} read other rows than rank 0; give all hosts the same files")
 
 
 def answer_all(
@@ -163,18 +163,17 @@ def answer_all(
 ) -> dict[str, list[Answer]]:
     """Generate answers to the prompts of each adapter by greedy decoding.
 
-    The prompts are divided over the data-parallel ranks. All ranks run the same number of batches, so that they can
-    agree on when to stop. With ZeRO-3, every call of the model is also a collective. A rank without prompts generates
-    tokens for the first prompt again and discards them. Up to `BATCHES_AT_ONCE` batches of different adapters are
-    decoded together.
+    The prompts are divided over the data-parallel ranks. All ranks run the same number of batches and agree on when to
+    stop. With ZeRO-3, every call of the model is also a collective. A rank without prompts computes the first prompt
+    again and discards the result. Up to `BATCHES_AT_ONCE` batches of different adapters run together.
 
     Args:
         scored: the samples by adapter name, which is ONLY if the stage has at most one adapter.
-        agree: a function that gets whether this rank has finished, and returns whether all ranks have. It may raise.
+        agree: a function that gets whether this rank has finished, and returns whether all ranks have. It may fail.
         progress: whether to show a progress bar.
 
     Returns:
-        by adapter name, all answers in the order of the samples on rank 0, and no answers on other ranks.
+        the answers by adapter name: on rank 0 in the order of the samples, on other ranks empty lists.
     """
     sets = [_AskedSet(name, own, grid) for name, own in scored.items()]
     # Tensor-parallel ranks have the same answers, and only the last stage has log-likelihoods.

@@ -131,8 +131,7 @@ class Decoder:
 
     def share(self, chosen: torch.Tensor | None, batch: int) -> Callable[[], torch.Tensor]:
         """Send the tokens that the last stage generated, (batch,) int64, to every stage; `chosen` is None on other
-        stages. Return a function that waits for the tokens. Call these functions in the order of the calls of `share`.
-        """
+        stages. Return a function that waits for the tokens. Call these functions in the order of the `share` calls."""
         from_last: dict[str, Any] = {"group": self.choices.handle, "group_src": self.choices.size - 1}
 
         def receive() -> torch.Tensor:
@@ -178,8 +177,8 @@ TOKENS_BETWEEN_AGREEMENTS = 8
 Item = TypeVar("Item")
 
 Agree = Callable[[bool], bool]
-"""A function that gets whether this rank's sequences have ended, and returns whether those of all ranks have. It may
-raise an error. All ranks call it at the same time."""
+"""A function that gets whether this rank's sequences have ended, and returns whether those of all ranks have. All ranks
+call it at the same time, and it may raise an error."""
 
 # The maximum number of tokens in the caches: prompts and endings, where each ending has a copy of its prompt.
 ENDING_TOKENS_AT_ONCE = 32768
@@ -274,8 +273,8 @@ class _Batch:
     """A batch of sequences of one adapter, with the longest sequences first."""
 
     def __init__(self, decoder: Decoder, given: Prompts, prompts: Sequence[Sequence[int]], num_steps: int) -> None:
-        """Make empty caches for `prompts`, which are some of the adapter's prompts. At most `num_steps` tokens are
-        computed, of which at most the adapter's own maximum is used."""
+        """Make empty caches for `prompts`, which are some of the adapter's prompts. At most `num_steps` tokens per
+        sequence are computed, and at most `given.max_new_tokens` of them are used."""
         self.given = given
         self.order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
         self.prompts = [prompts[index] for index in self.order]

@@ -49,7 +49,7 @@ class Answer:
         """Return the example's references that are not blank. Raises UserError if there are none."""
         found = tuple(text for text in self.example.references if text.strip())
         if not found:
-            raise UserError(f"{self.example.source}: no reference to score against; give the row an answer")
+            raise UserError(f"{self.example.source}: the row has no reference answer; add one, or remove the row")
         return found
 
 
@@ -66,8 +66,7 @@ class Metric:
             values are comparable only if their signatures are equal.
         needs_choice_scores: whether the metric reads `Answer.choice_scores`, for which the model computes each choice.
         check: a function that raises UserError, before decoding, for an example that can never be scored as correct.
-        corpus: a function that returns a fixed number of counts for an answer, and one that returns the value for their
-            sums.
+        corpus: a function that returns a fixed number of counts, and one that returns the value for summed counts.
     """
 
     name: str
@@ -93,7 +92,7 @@ def final_number(text: str) -> str | None:
 
 
 def gsm8k_exact_match(answer: Answer) -> float:
-    """Return 100 if the final number is the same string as in a reference. Otherwise, also without one, return 0."""
+    """Return 100 if the final number is the same string as in a reference. Return 0 otherwise or without a number."""
     wanted = {final_number(reference) for reference in answer.references} - {None}
     return 100.0 * (final_number(answer.prediction) in wanted)
 
@@ -101,12 +100,11 @@ def gsm8k_exact_match(answer: Answer) -> float:
 def has_final_number(example: Example) -> None:
     """Raise UserError if no reference has a final number, because no prediction could then be correct."""
     if not any(final_number(reference) for reference in example.references):
-        raise UserError(f"{example.source}: no answer ends in '#### NUMBER', which metric gsm8k compares; add it")
+        raise UserError(f"{example.source}: no answer ends with '#### NUMBER', which metric gsm8k compares; add it")
 
 
 def normalise_squad(text: str) -> str:
-    """Return the text in lower case, without ASCII punctuation, then articles, then repeated spaces, as in SQuAD v1.1.
-    """
+    """Return the text in lower case, without ASCII punctuation, articles and repeated spaces, as in SQuAD v1.1."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
@@ -139,11 +137,11 @@ def checked_choices(answer: Answer) -> tuple[str, ...]:
     """Return the endings. Raises UserError if there are none, if one is blank, or if the correct one is missing."""
     example = answer.example
     if not example.choices:
-        raise UserError(f"{example.source}: no endings to choose from; accuracy needs several endings per row")
+        raise UserError(f"{example.source}: the row has no endings, but accuracy needs several; add endings")
     if not all(choice.strip() for choice in example.choices):
-        raise UserError(f"{example.source}: one of the {len(example.choices)} endings is empty")
+        raise UserError(f"{example.source}: one of the {len(example.choices)} endings is empty; fill it in")
     if answer.references[0].strip() not in {choice.strip() for choice in example.choices}:
-        raise UserError(f"{example.source}: the right ending {answer.references[0]!r} is not among the endings")
+        raise UserError(f"{example.source}: the endings lack the correct one, {answer.references[0]!r}; add it")
     return example.choices
 
 
@@ -239,8 +237,8 @@ def bleu_signature(answers: Sequence[Answer]) -> str:
 def rouge_l(answer: Answer) -> float:
     """Return 100 times the highest ROUGE-L F-measure over the references.
 
-    Tokens and definition are those of the library. The library's own search is not used. It fills a table of all pairs
-    of tokens, which takes minutes and gigabytes for a long text.
+    Tokens and definition are the same as in the library. The library's own search is not used. It fills a table of all
+    pairs of tokens, which takes minutes and gigabytes for a long text.
     """
     from rouge_score.tokenizers import DefaultTokenizer
 
@@ -312,5 +310,5 @@ METRICS: Mapping[str, Metric] = {
 def find_metric(name: str) -> Metric:
     """Return the metric with this name. Raises UserError, which lists the metrics, if there is no such metric."""
     if name not in METRICS:
-        raise UserError(f"metric {name!r} is unknown; the metrics are {', '.join(METRICS)}")
+        raise UserError(f"metric {name!r} is unknown; use one of {', '.join(METRICS)}")
     return METRICS[name]

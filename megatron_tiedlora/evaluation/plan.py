@@ -134,15 +134,15 @@ def named_adapters(given: Sequence[str]) -> dict[str, Path]:
         is_named = is_named if "/" not in name else ""
         folders = find_adapters([path if is_named else value], flag="--adapters", runs=True)
         if is_named and len(folders) > 1:
-            why = f"{path} holds {len(folders)} adapters"
+            why = f"{path} has {len(folders)} adapters"
             raise UserError(f"--adapters {as_given(value)}: {why}; give NAME=FOLDER for each")
         for folder in folders:
             own = name if is_named else adapter_name(folder)
             if not own or own.startswith(".") or own == TABLE_FILE or len(os.fsencode(own)) > LONGEST_NAME:
-                why = f"{shown(own)} cannot be a folder's name"
+                why = f"{shown(own)} cannot be the name of a folder"
                 raise UserError(f"--adapters {as_given(value)}: {why}; give NAME=FOLDER")
             if found.setdefault(own, folder) != folder:
-                raise UserError(f"--adapters: {found[own]} and {folder} are both named {own}; give NAME=FOLDER")
+                raise UserError(f"--adapters: {found[own]} and {folder} are both named {own}; rename with NAME=FOLDER")
     return found
 
 
@@ -150,11 +150,11 @@ def _check_same_base(first: tuple[str, EvaluationPlan], plan: EvaluationPlan) ->
     name, other = first
     folder, expected = (one.source.weights_folder().resolve() for one in (plan, other))
     if folder != expected:
-        said = f"its base is {plan.source.name}, and that of {name} is {other.source.name}"
-        raise UserError(f"{said}; evaluate them apart, or give one with --model")
+        said = f"its base is {plan.source.name}, but the base of {name} is {other.source.name}"
+        raise UserError(f"{said}; evaluate them separately, or give one base with --model")
     if plan.base_format != other.base_format:
         said = f"its base would be in {plan.base_format or plan.dtype_name}"
-        raise UserError(f"{said}, and that of {name} in {other.base_format or other.dtype_name}; give --base")
+        raise UserError(f"{said}, but the base of {name} in {other.base_format or other.dtype_name}; give --base")
 
 
 def _plan(settings: EvaluateSettings, *, rank: int, world_size: int, identify: Identify) -> EvaluationPlan:
@@ -163,7 +163,7 @@ def _plan(settings: EvaluateSettings, *, rank: int, world_size: int, identify: I
     try:
         grid = Grid(rank, world_size, tp_size=settings.tensor_parallel, pp_size=settings.pipeline_parallel)
     except UserError as error:
-        raise UserError(f"{error}: `deepspeed --num_gpus N --no_python tiedlora evaluate ...` starts N ranks") from None
+        raise UserError(f"{error}; `deepspeed --num_gpus N --no_python tiedlora evaluate ...` starts N ranks") from None
     source, adapter, kind, notes = _find_model(settings, identify)
     model_shape = source.shape
     check_layout(model_shape, grid)
@@ -195,15 +195,15 @@ def _base_format(settings: EvaluateSettings, source: ModelSource, adapter: Nativ
     if given == UNQUANTISED:
         return None
     if settings.merge_adapter:
-        said = f"--merge_adapter adds the adapter to weights in --dtype, and these are in {given}"
+        said = f"--merge_adapter adds the adapter to weights in --dtype, but the base is in {given}"
         raise UserError(f"{said}; give --base none")
     return source.base_format(given)
 
 
 def _as_trained(settings: EvaluateSettings) -> tuple[EvaluateSettings, list[str]]:
     """Return the settings and notes. If the user did not give an option for reading rows, it is taken from the
-    adapter's run. The notes say how the adapter was trained with different prompts. Raises UserError if the user's
-    settings contradict the run's options, or if the run's chat template file has changed."""
+    adapter's run. The notes list differences between the prompts of the run and of the evaluation. Raises UserError if
+    the user's settings contradict the run's options, or if the run's chat template file has changed."""
     trained: dict[str, Any] = {}
     run_file = None if settings.adapter is None else user_path(settings.adapter).parent / "run.yaml"
     if run_file is not None and run_file.is_file():
@@ -216,7 +216,7 @@ def _as_trained(settings: EvaluateSettings) -> tuple[EvaluateSettings, list[str]
     for name in ("task", "prompt_template", "tokenizer", *_READING):
         if name == "chat_template" and found.chat_template is not None and TEMPLATE_HASH in trained:
             if chat_template_sha256(found.chat_template) != trained[TEMPLATE_HASH]:
-                notes.append(f"--chat_template {found.chat_template} has other content than that of the adapter's run")
+                notes.append(f"--chat_template {found.chat_template} differs from the template of the adapter's run")
         elif name in trained and trained[name] != getattr(found, name):
             notes.append(f"the adapter's run had --{name} {trained[name]}, this has {getattr(found, name)}")
     if trained.get("products") is not None:
@@ -226,13 +226,13 @@ def _as_trained(settings: EvaluateSettings) -> tuple[EvaluateSettings, list[str]
 
 def _check_trained_template(file: str, trained: Any) -> None:
     """Raise UserError if the chat template file of the adapter's run is missing, or its hash is no longer `trained`."""
-    said = f"--chat_template {file}, of the adapter's run,"
+    said = f"--chat_template {file} of the adapter's run"
     if not user_path(file).is_file():
-        raise UserError(f"{said} is not on this host; give the file with which it was trained with --chat_template")
+        raise UserError(f"{said} is not on this host; copy it here, or give its path with --chat_template")
     if trained is not None and (now := chat_template_sha256(file)) != trained:
         raise UserError(
-            f"{said} has changed since (sha256 {now[:12]}, then {as_given(trained)[:12]}); give the file with which it"
-            " was trained with --chat_template, or this one to use it as it is"
+            f"{said} has changed (sha256 now {now[:12]}, then {as_given(trained)[:12]}); give the old file with"
+            " --chat_template, or give the changed file explicitly to use it"
         )
 
 

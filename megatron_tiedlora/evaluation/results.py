@@ -63,7 +63,7 @@ def score_answers(
     """Return the scores by metric, in the order of `metric_names`. The interval depends on the order of the answers.
     Raises UserError if there are no answers, if a metric is unknown, or if it cannot score an example."""
     if not answers:
-        raise UserError("no answers to score; the split is empty")
+        raise UserError("there are no answers to score, because the split is empty; give rows")
     scores = {}
     for metric in map(find_metric, metric_names):
         value, resampled = _bootstrap(metric, answers, seed=seed, resamples=resamples)

@@ -192,7 +192,7 @@ def test_rows(copy: Base, lines: list[str], parts: list[str]) -> None:
 
 def test_empty_data(copy: Base) -> None:
     copy.train.write_text("\n\n")
-    refused(copy, "train.jsonl", "holds no rows")
+    refused(copy, "train.jsonl", "has no rows")
     copy.train.write_text('{"prompt": "a", "completion": "b"}\n')
     refused(copy, "train.jsonl: one sample", "--validation_file", validation_file=None)
 

@@ -13,7 +13,7 @@ assert all(task.name == name for name, task in TASKS.items()), "a task has the n
 
 
 def get_task(name: str) -> Task:
-    """Return the task with this name. Raises UserError, which lists the tasks, if there is no such task."""
+    """Return the task with the name `name`. Raises UserError, which lists the tasks, if there is no such task."""
     if name not in TASKS:
-        raise UserError(f"--task {name!r} is unknown; the tasks are {', '.join(sorted(TASKS))}")
+        raise UserError(f"--task {name!r} is unknown; use one of {', '.join(sorted(TASKS))}")
     return TASKS[name]

@@ -180,21 +180,21 @@ def find_shape(
     found = found or [shape for shape in SHAPES if all(name in row for name in shape.needs)]  # one is null
     preference = ""
     if any(not is_empty(row.get(name)) for name in ("rejected", "rejected_response", "rejected_messages")):
-        preference = ". Preference data is not trained here"
+        preference = ". Training on preference data is not supported"
     if not found:
-        after = ", under the names of --columns" if columns else ""
+        after = " (as named by --columns)" if columns else ""
         way = ". Name your fields with --columns OURS=YOURS[,...]"
         if preference:
             chosen = "--columns prompt=prompt,completion=chosen or --columns messages=chosen"
-            way = f"{preference}; to train on its chosen answers alone, use {chosen}"
+            way = f"{preference}; to train only on the chosen answers, use {chosen}"
         *listed, last = ("{" + ", ".join(f'"{name}"' for name in shape.needs) + "}" for shape in SHAPES)
         expected = f"{', '.join(listed)} or {last}"
         raise UserError(f"{source}: the row has {describe_fields(row)}{after}; expected {expected}{way}")
     found.sort(key=lambda shape: len(_unread_by(shape, columns)))
     shape = found[0]
     for name in _unread_by(shape, columns):
-        said = f"{source}: --columns {name}={columns[name]}: rows of shape {shape.name} are read without {name!r}"
-        raise UserError(f"{said}, only with {', '.join((*shape.fields, REFERENCES))}; leave it out")
+        said = f"{source}: --columns {name}={columns[name]}: rows of shape {shape.name} have no field {name!r}"
+        raise UserError(f"{said}, only {', '.join((*shape.fields, REFERENCES))}; remove it")
     if columns and set(shape.needs) <= columns.keys():
         return shape
     for other in found[1:]:
@@ -206,7 +206,7 @@ def find_shape(
     for name, value in row.items():
         unread = name in _LOOKS_LIKE_DATA and name not in (*shape.fields, REFERENCES) and name not in named
         if unread and not is_empty(value):
-            said = f"{source}: field {name!r} looks like data, but rows of shape {shape.name} are read without it"
+            said = f"{source}: field {name!r} looks like data, but is not read from rows of shape {shape.name}"
             raise UserError(f"{said}; name the fields to read with --columns {_choice(shape, columns)}{preference}")
     return shape
 
@@ -223,7 +223,7 @@ def _choice(shape: RowShape, columns: Mapping[str, str]) -> str:
 
 
 def _parts(row: Mapping[str, Any], source: str, reading: Reading) -> Parts:
-    """Return the `Parts` of a row. A template may use the default prompt as `prompt`, and fields without answers.
+    """Return the `Parts` of a row. A template may use all fields but the answers, and the default prompt as `prompt`.
 
     Raises UserError if the row has no valid shape, or if a field is empty.
     """
@@ -246,12 +246,12 @@ def _chat(chat: Conversation, source: str, reading: Reading) -> Conversation:
     if not reading.trains:
         return chat.with_last_turn_alone(scored=True)
     if not any(turn.trained for turn in chat.turns):
-        said = f"{source}: no answer of the assistant is to be trained (train, weight or loss is false in each)"
-        raise UserError(f"{said}; remove the row, or let an answer be trained")
+        said = f"{source}: no answer of the assistant is supervised (train, weight or loss is false in each)"
+        raise UserError(f"{said}; remove the row, or set 'train' to true in an answer")
     if reading.train_on == "last_turn" and not (last := chat.turns[-1]).trained:
         raise UserError(
-            f"{source}, {last.name}: is not to be trained (train, weight or loss), and --train_on last_turn trains"
-            " nothing else; remove the row, or give --train_on all_turns"
+            f"{source}, {last.name}: is not supervised (train, weight or loss is false), but --train_on last_turn"
+            " trains only this turn; remove the row, or give --train_on all_turns"
         )
     return chat
 

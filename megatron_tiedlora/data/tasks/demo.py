@@ -1,7 +1,7 @@
-"""Defines the demo task: grade-school maths like GSM8K. The package reasoning-gym generates it without downloads.
+"""Defines the demo task: grade-school maths like GSM8K. The package reasoning-gym generates the rows.
 
-A row is used only if its worked answer is a valid target. It must end with `#### N`, where N >= 0 equals the field
-`answer`. No number in it may have rounding errors.
+A row is used only if its worked answer is a valid target. The answer must end with `#### N`, where N >= 0 equals the
+field `answer`. No number in it may have rounding errors.
 """
 
 import importlib
@@ -55,7 +55,7 @@ def demo_examples(split: Split) -> list[dict[str, str]]:
     """
     rows = list(islice(_fresh_rows(split), SIZES[split]))
     if len(rows) < SIZES[split]:
-        raise UserError(f"the installed reasoning-gym makes only {len(rows)} of {SIZES[split]} usable rows for {split}")
+        raise UserError(f"reasoning-gym makes only {len(rows)} of {SIZES[split]} rows for {split}; use another version")
     return rows
 
 
@@ -99,7 +99,7 @@ def _empty_parents(roots: Sequence[str]) -> Iterator[None]:
 
     reasoning-gym's `__init__` imports all of its hundred data sets, which takes a second and needs pycosat. pycosat has
     no wheel, so the import fails if no C compiler could build it. With empty parent modules that have the right
-    `__path__`, submodules can be imported without it. They are removed afterwards, so that a later `import
+    `__path__`, submodules can be imported without `__init__`. They are removed afterwards, so that a later `import
     reasoning_gym` imports the real package. This function can be removed when pycosat has a wheel.
     """
     try:

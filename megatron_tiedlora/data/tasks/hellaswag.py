@@ -50,8 +50,8 @@ def _label(row: Mapping[str, Any], num_endings: int, source: str) -> int:
     label = row.get("label")
     if label is None or str(label).strip() in ("", "-1"):
         raise UserError(
-            f"{source}: field 'label' is missing or empty, so nothing can be scored: HellaSwag's test split has no "
-            "labels; give its validation split instead (Rowan/hellaswag's, or hellaswag_val.jsonl)"
+            f"{source}: field 'label' is missing or empty, as in HellaSwag's test split, so the row cannot be scored; "
+            "give the validation split (of Rowan/hellaswag, or hellaswag_val.jsonl)"
         )
     text = str(label).strip()
     if isinstance(label, bool | float) or text not in map(str, range(num_endings)):

@@ -2,7 +2,7 @@
 
 Rows are {"translation": {"de", "en"}}, as on the hub, or flat {"de", "en"}. They can also come from two text files with
 aligned lines, given as `train.de,train.en`. These files have plain sentences, or they are files of the release
-(`train.tags.*` and `*.xml`). There, each `<seg>` element and each line that does not start with a tag is a sentence.
+(`train.tags.*` and `*.xml`). There, each `<seg>` element and each line without a leading tag is a sentence.
 """
 
 import re
@@ -45,18 +45,18 @@ def _aligned_files(argument: str, flag: str) -> Callable[[], list[Row]] | None:
         return None
     if len(names) == 1:
         if not is_rows_file(bare[0]) and (_language(bare[0]) or bare[0].lower().endswith(".txt")):
-            raise UserError(f"{flag} {argument}: text of one language; give both as {flag} GERMAN,ENGLISH")
+            raise UserError(f"{flag} {argument}: this is text in one language; give two files as {flag} GERMAN,ENGLISH")
         return None
     if len(names) != 2 or any(not name or _holds_rows(name) for name in bare):
-        kinds = f"only hub ids and files of rows ({', '.join(readers.SUFFIXES)})"
-        said = f"{flag} {argument}: names {len(names)} files that do not fit together"
+        kinds = f"only hub ids and data files ({', '.join(readers.SUFFIXES)})"
+        said = f"{flag} {argument}: these {len(names)} files cannot be read together"
         raise UserError(f"{said}; give two text files as {flag} GERMAN,ENGLISH, or {kinds}")
     if bare != names:
-        said = f"{flag} {argument}: two aligned texts are one source, which has no weights"
+        said = f"{flag} {argument}: two aligned text files are one source, which cannot have weights"
         raise UserError(f"{said}; give {flag} {','.join(bare)}")
     first, second = (_language(name) for name in names)
     if first is not None and first == second:
-        raise UserError(f"{flag} {argument}: both files end in .{first}; give the German and the English one")
+        raise UserError(f"{flag} {argument}: both files end in .{first}; give one German and one English file")
     return partial(_read_aligned, *(reversed(names) if first == "en" or second == "de" else names))
 
 
@@ -67,7 +67,7 @@ def _read_aligned(german_name: str, english_name: str) -> list[Row]:
     for (number, de), (other, en) in zip(german.lines, english.lines, strict=True):
         for name, of_line, line in ((german_name, number, de), (english_name, other, en)):
             if not line.strip():
-                raise UserError(f"{name}:{of_line}: the line is empty; remove this line from both files or fill it")
+                raise UserError(f"{name}:{of_line}: the line is empty; fill it in, or remove this line from both files")
         rows.append(({"de": de, "en": en}, f"{german_name}:{number}"))
     return rows
 
@@ -106,13 +106,13 @@ def _sentences(name: str) -> _Sentences:
         text = line.strip()
         segments = [segment.strip() for segment in _SEGMENT.findall(text)] if text.startswith("<") else [text]
         if text.startswith("<") and len(segments) < text.count("<seg"):
-            raise UserError(f"{name}:{number}: a <seg> does not end on its line; put each on a line of its own")
+            raise UserError(f"{name}:{number}: a <seg> does not end on its line; put each <seg> on a separate line")
         if text:
             found.lines.extend((number, segment) for segment in segments)
         elif not base.endswith(".xml"):  # in .xml files a missing sentence is an empty segment
             found.blank.append((len(found.lines), number))
     if not found.lines:
-        raise UserError(f"{name}: holds no sentence, only tags; give the file of the sentences")
+        raise UserError(f"{name}: has tags but no sentences; give the file with the sentences")
     return found
 
 
@@ -123,7 +123,7 @@ def _check_aligned(german: _Sentences, english: _Sentences) -> None:
         blank = f" ({shorter.name}:{shorter.blank[0][1]} is blank)" if shorter.blank else ""
         raise UserError(
             f"{german.name} has {len(german.lines)} {german.unit}s and {english.name} has {len(english.lines)}{blank};"
-            f" {german.unit} N of one must be the translation of {german.unit} N of the other"
+            f" make {german.unit} N of one file the translation of {german.unit} N of the other file"
         )
     before = [{count for count, _ in sentences.blank} for sentences in (german, english)]
     if all(before) and before[0] != before[1]:
@@ -131,8 +131,8 @@ def _check_aligned(german: _Sentences, english: _Sentences) -> None:
         file = german if count in before[0] else english
         number = next(line for start, line in file.blank if start == count)
         raise UserError(
-            f"{file.name}:{number}: is blank, and the other file is blank elsewhere, so that sentences may be missing;"
-            " remove the blank lines from both files, or fill them"
+            f"{file.name}:{number}: the line is blank, but the other file has other blank lines, so a sentence may"
+            " be missing; remove the blank lines from both files, or fill them in"
         )
 
 

@@ -1,4 +1,4 @@
-"""Defines the task SQuAD 1.1: a question about a paragraph. The answer is a span of it."""
+"""Defines the task SQuAD 1.1: a question about a paragraph. The answer is a span of the paragraph."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -35,8 +35,8 @@ def _unfold(row: Mapping[str, Any], source: str) -> Iterator[Row]:
 def _objects(row: Mapping[str, Any], name: str, source: str) -> list[Mapping[str, Any]]:
     items = row.get(name)
     if not isinstance(items, list) or not all(isinstance(item, Mapping) for item in items):
-        said = f"{source}: field {name!r} is {shown(items)}, not a list of objects"
-        raise UserError(f"{said}, as nested SQuAD has; correct the row")
+        said = f"{source}: field {name!r} is {shown(items)}, but nested SQuAD has a list of objects"
+        raise UserError(f"{said} there; correct the row")
     return items
 
 

@@ -250,7 +250,7 @@ CASES = {
         ("adapters", "FOLDER", "--adapters FOLDER: is a folder; give a YAML list"),
         ("train_file", "no.jsonl", "no.jsonl: no such file"),
         ("train_file", "FOLDER/rows.jsonl:0.5,no.jsonl:0.5", "no.jsonl: no such file"),
-        ("train_file", "no*.jsonl", "no*.jsonl: no file has a name of this pattern"),
+        ("train_file", "no*.jsonl", "no*.jsonl: no file matches this pattern"),
         ("validation_file", "./no.csv", "no.csv: no such file"),
         ("test_file", "no.parquet", "no.parquet: no such file"),
         ("ds_config", "no.json", "--ds_config no.json: no such file"),

@@ -188,7 +188,7 @@ def test_the_end_of_the_whole_is_no_part_of_an_earlier_answer(
 def test_a_thought_that_is_left_out_of_earlier_turns_is_not_taken_for_an_empty_one(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(write_zoo_tokenizer(tmp_path, template=THOUGHT))
     thinks = [CHAT[0], {**CHAT[1], "reasoning_content": "hm"}, *CHAT[2:]]
-    with pytest.raises(TurnsChange, match=r"writes the second turn \('one'\) in another way"):
+    with pytest.raises(TurnsChange, match=r"writes the second turn \('one'\) differently"):
         render_with_spans(tokenizer, thinks, None, [1], names=["the first turn", "the second turn", "", ""])
     assert len(render_with_spans(tokenizer, thinks, None, [3], names="abcd")[1]) == 1
 

@@ -106,7 +106,7 @@ def example(prompt: str = "Question: Tom?\nAnswer:", completion: str = " 357 app
 def test_an_old_transformers_is_told_to_those_with_a_sentencepiece_file(spm_file, monkeypatch):
     monkeypatch.setattr("transformers.__version__", "5.23.1")
     message = refusal(lambda: load_tokenizer(spm_file))
-    assert "tokenizer.model: transformers 5.23.1 gives other ids " in message and message.endswith(">=5.24'`")
+    assert "tokenizer.model: transformers 5.23.1 produces different ids " in message and message.endswith(">=5.24'`")
 
 
 def test_sentencepiece_file_gives_sentencepiece_ids(spm_file, spm, tmp_path):

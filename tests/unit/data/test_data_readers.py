@@ -105,7 +105,7 @@ def test_csv_values_are_texts(tmp_path: Path) -> None:
 def test_lines_of_text(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", b"\xef\xbb\xbfone\r\n\ntwo\xe2\x80\xa8half\x0b\rthree\n")
     assert readers.read_lines(path) == ["one", "", "two\u2028half\x0b\rthree"]
-    assert "holds no lines" in refusal(lambda: readers.read_lines(write(tmp_path / "b.txt", " \n")))
+    assert "the file has no text" in refusal(lambda: readers.read_lines(write(tmp_path / "b.txt", " \n")))
     assert "no such file" in refusal(lambda: readers.read_lines(tmp_path / "c.txt"))
     assert f"{path}:2: not UTF-8 (byte 0xff" in refusal(lambda: readers.read_lines(write(Path(path), b"a\n\xff\n")))
 
@@ -150,9 +150,9 @@ def test_folders_and_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     }
     monkeypatch.chdir(tmp_path)
     assert prompts("[ab].jsonl") == ["a0", "b0"]
-    assert "no file has a name of this pattern" in refusal(lambda: read_rows("*.csv"))
+    assert "no file matches this pattern" in refusal(lambda: read_rows("*.csv"))
     (tmp_path / "empty").mkdir()
-    assert "is a folder without a .jsonl" in refusal(lambda: read_rows("empty"))
+    assert "the folder has no .jsonl" in refusal(lambda: read_rows("empty"))
 
 
 def test_how_many_rows_a_bar_expects(tmp_path: Path) -> None:
@@ -175,9 +175,9 @@ def test_how_many_rows_a_bar_expects(tmp_path: Path) -> None:
         ("a.jsonl", '{"a": 1}\n"text"\n', [":2:", "a string"]),
         ("a.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', [":2:", "0xff"]),
         ("a.jsonl", '{"a": 1}\n{"a": "cut of', [":2:", "broken JSON"]),
-        ("a.jsonl", "\n\n", [": holds no rows"]),
-        ("a.json", "", [": holds no rows"]),
-        ("a.json", "[]", [": holds no rows"]),
+        ("a.jsonl", "\n\n", [": the data has no rows"]),
+        ("a.json", "", [": the data has no rows"]),
+        ("a.json", "[]", [": the data has no rows"]),
         ("a.json", "[{},\n{]", ["line 2"]),
         ("a.json", "3", ["a number"]),
         ("a.tsv", "[{},\n{]", ["suffix"]),
@@ -190,8 +190,8 @@ def test_how_many_rows_a_bar_expects(tmp_path: Path) -> None:
         ("a.csv", 'prompt,completion\na,"b\n', ["broken CSV"]),
         ("a.csv", "prompt,prompt\na,b\n", [":1", "names a field twice"]),
         ("a.csv", b"prompt,completion\na,\xff\n", [":2", "0xff"]),
-        ("a.csv", "prompt,completion\n", ["holds no rows"]),
-        ("a.csv", "", ["holds no rows"]),
+        ("a.csv", "prompt,completion\n", ["has no rows"]),
+        ("a.csv", "", ["has no rows"]),
     ],
 )
 def test_a_broken_file_is_named_with_its_line(
@@ -205,7 +205,7 @@ def test_a_broken_file_is_named_with_its_line(
 def test_files_that_are_not_there(tmp_path: Path) -> None:
     for name in (str(tmp_path / "missing.jsonl"), "missing.parquet", "./missing"):
         assert "no such file" in refusal(lambda name=name: read_rows(name))
-    assert "is a folder" in refusal(lambda: read_rows(tmp_path))
+    assert "the folder has no" in refusal(lambda: read_rows(tmp_path))
 
 
 def test_broken_packed_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,12 +213,12 @@ def test_broken_packed_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for content in (whole[:-9], b"not gzip", b"", whole[:12] + b"\xff" * 20):
         path = write(tmp_path / "a.jsonl.gz", content)
         message = refusal(lambda path=path: read_rows(path))
-        assert message.startswith(path) and ("not a readable .gz" in message or "no rows" in message), message
+        assert message.startswith(path) and ("the .gz file is not" in message or "no rows" in message), message
     monkeypatch.setattr(readers, "_GZIP_MEMORY", 1000)
     monkeypatch.setattr(readers, "_GZIP_RATIO", 1)
     for name in ("a.jsonl.gz", "a.json.gz", "a.csv.gz"):
         path = write(tmp_path / name, gzip.compress(b"{}\n" * 1000))
-        assert refusal(lambda path=path: read_rows(path)).endswith("when unpacked; give a smaller part of it")
+        assert refusal(lambda path=path: read_rows(path)).endswith(" bytes; give a smaller file")
 
 
 @pytest.mark.parametrize("content", [b"", b"ARROW1", b"ARROW1\0\0" + b"\xff" * 100, b"\xff" * 100, b"x" * 9])
@@ -236,7 +236,7 @@ def test_broken_saved_folders(tmp_path: Path) -> None:
     for content in ("{", "{}", json.dumps({"_data_files": [{"filename": "gone.arrow"}]})):
         write(parts / "train" / "state.json", content)
         message = refusal(lambda: read_rows(parts / "train"))
-        assert message.startswith(f"{parts / 'train'}: not a readable folder of save_to_disk")
+        assert message.startswith(f"{parts / 'train'}: save_to_disk's folder is broken")
 
 
 # Aligned texts ----------------------------------------------------------------------------------------------
@@ -283,21 +283,21 @@ def test_aligned_files_that_do_not_fit(tmp_path: Path) -> None:
     assert f"{tmp_path}/x.en:2: the line is empty" in aligned_refusal(tmp_path, "a\nb\nc\n", "a\n \nc\n")
     assert f"{tmp_path}/x.de:1: the line is empty" in aligned_refusal(tmp_path, "\nb\n", "\nb\n")
     assert f"{tmp_path}/x.de:2: not UTF-8" in aligned_refusal(tmp_path, b"a\n\xe4\n", "a\nb\n")
-    assert f"{tmp_path}/x.en: holds no lines" in aligned_refusal(tmp_path, "a\n", "\n")
+    assert f"{tmp_path}/x.en: the file has no text" in aligned_refusal(tmp_path, "a\n", "\n")
 
 
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        ("x.de", ["--test_file", "text of one language", "GERMAN,ENGLISH"]),
-        ("x.txt", ["text of one language"]),
+        ("x.de", ["--test_file", "text in one language", "GERMAN,ENGLISH"]),
+        ("x.txt", ["text in one language"]),
         ("x.de,y.de", ["both files end in .de"]),
         ("x.de,x.en,x.fr", ["3 files", "GERMAN,ENGLISH"]),
         ("x.de,", ["2 files", "GERMAN,ENGLISH"]),
-        ("x.jsonl,y.de", ["2 files", "files of rows (.jsonl, .json, .csv, .parquet, .arrow)"]),
-        ("IWSLT/iwslt2017,y.de", ["2 files", "only hub ids and files of rows"]),
-        ("x.de:0.5,y.de:0.5", ["two aligned texts are one source, which has no weights; give --test_file x.de,y.de"]),
-        ("x.de,x.en:0.3", ["which has no weights"]),
+        ("x.jsonl,y.de", ["2 files", "data files (.jsonl, .json, .csv, .parquet, .arrow)"]),
+        ("IWSLT/iwslt2017,y.de", ["2 files", "only hub ids and data files"]),
+        ("x.de:0.5,y.de:0.5", ["two aligned text files are one source", "; give --test_file x.de,y.de"]),
+        ("x.de,x.en:0.3", ["which cannot have weights"]),
         ("x.de,missing.en", ["missing.en: no such file"]),
         ("x.de,.", ["is a folder", "a text file"]),
     ],
@@ -372,7 +372,7 @@ def test_the_release_is_read_as_its_segments(
         broken = write(tmp_path / "x.de.xml", "<seg id='1'>a\nb</seg>\n")
         assert f"{broken}:1: a <seg> does not end" in refusal(lambda: read(f"{broken},{files[1]}"))
     nothing = write(tmp_path / "train.tags.none.de", "<url>x</url>\n")
-    assert "holds no sentence" in refusal(lambda: read(f"{nothing},{files[1]}"))
+    assert "has tags but no sentences" in refusal(lambda: read(f"{nothing},{files[1]}"))
 
 
 def release(folder: Path, german: str, english: str) -> list[Example]:
@@ -392,7 +392,7 @@ def test_blank_lines_of_the_release_are_no_sentences(tmp_path: Path) -> None:
     message = refusal(lambda: release(tmp_path, lost, english))
     assert "has 2 sentences" in message and "train.tags.de-en.de:7 is blank" in message
     message = refusal(lambda: release(tmp_path, lost, english.replace(ENGLISH["third"], "")))
-    assert message.startswith(f"{tmp_path}/train.tags.de-en.de:7: is blank, and the other file is blank elsewhere")
+    assert message.startswith(f"{tmp_path}/train.tags.de-en.de:7: the line is blank, but the other file has")
     xml = [XML.format(**{**texts, "second": "a"}).replace("<doc ", "\n \n<doc ") for texts in (GERMAN, ENGLISH)]
     files = [write(tmp_path / f"dev.{name}.xml", text) for name, text in zip(("de", "en"), xml, strict=True)]
     assert len(read(",".join(files))) == 3

@@ -66,10 +66,10 @@ def said(tmp_path: Path, rows: list[Row], **options: Any) -> str:
     ("row", "words"),
     [
         ({"question": "x", "id": 1}, ["'question', 'id'", '"prompt", "completion"', '{"messages"}', "--columns"]),
-        (PREFERENCE, ["'prompt', 'chosen', 'rejected'; expected", "Preference data is not trained here; to train",
-                      "on its chosen answers alone, use --columns prompt=prompt,completion=chosen or --columns"]),
-        ({**PLAIN, "rejected": "z"}, ["'rejected' looks like data", "completion=completion. Preference data is not t"]),
-        ({**ONE, "rejected_response": "z"}, ["'rejected_response' looks like data", "Preference data is not trained"]),
+        (PREFERENCE, ["'prompt', 'chosen', 'rejected'; expected", "Training on preference data is not supported;",
+                      "only on the chosen answers, use --columns prompt=prompt,completion=chosen or --columns"]),
+        ({**PLAIN, "rejected": "z"}, ["'rejected' looks like data", "completion=completion. Training on preference"]),
+        ({**ONE, "rejected_response": "z"}, ["'rejected_response' looks like data", "Training on preference data"]),
         ({"prompt": "x", "completion": ""}, ["'completion'", "empty"]),
         ({"prompt": "x", "completion": None}, ["'completion'", "missing"]),
         ({"input": 3, "output": "x"}, ["'input'", "int"]),
@@ -85,7 +85,7 @@ def said(tmp_path: Path, rows: list[Row], **options: Any) -> str:
         ({"prompt": [user()], "completion": "y"}, ["'prompt' is a list of messages, but 'completion' is 'y'"]),
         ({"prompt": [user(), answer()], "completion": [user(), answer("")]}, ["'completion', message 2", "is empty"]),
         ({"prompt": [user()], "completion": []}, ["'completion' is []", "not a list of messages"]),
-        ({"prompt": [user()], "completion": [answer(train=False)]}, ["no answer of the assistant is to be trained"]),
+        ({"prompt": [user()], "completion": [answer(train=False)]}, ["no answer of the assistant is supervised"]),
         ({"messages": "x"}, ["'messages'", "not a list"]),
         ({"messages": []}, ["'messages'", "not a list"]),
         ({"messages": ["x"]}, ["message 1", "not an object"]),
@@ -101,16 +101,16 @@ def said(tmp_path: Path, rows: list[Row], **options: Any) -> str:
         ({"messages": [{**user(), "images": ["x"]}, answer()]}, ["message 1", "'images' is not read"]),
         ({"messages": [user(), answer(weight=0.5)]}, ["message 2", "'weight' is 0.5"]),
         ({"messages": [{**user(), "train": True}, answer()]}, ["message 1", "only turns of the assistant"]),
-        ({"messages": [user(), answer(train=False)]}, ["no answer of the assistant is to be trained", "let an answer"]),
+        ({"messages": [user(), answer(train=False)]}, ["no answer of the assistant is supervised", "set 'train' to"]),
         ({"messages": [user(), answer(training=False)]}, ["message 2: 'training' is False", "give 'train'"]),
         ({"messages": [user(), answer(masked=True)]}, ["message 2: 'masked' is True", "give 'train'"]),
         ({"messages": [user(), {"role": "critic", "content": "x"}, answer()]}, ["role 'critic' is not known"]),
-        ({**ONE, "tools": [{"name": "f"}]}, ["'tools' is not read by lines", "--chat_template"]),
+        ({**ONE, "tools": [{"name": "f"}]}, ["'tools' is not read by the plain", "--chat_template"]),
         ({"messages": [user(), answer()], "tools": "{"}, ["'tools' is '{', which is not JSON"]),
         ({"messages": [user(), answer()], "tools": {"name": "f"}}, ["'tools' is {'name': 'f'}, not a list"]),
         ({**ONE, "functions": {"name": "f"}}, ["'functions' is {'name': 'f'}, not a list"]),
         ({**ONE, "tools": [{"name": "f"}], "functions": [{"name": "f"}]}, ["both 'tools' and 'functions'", "remove"]),
-        ({"messages": [user(), answer("", tool_calls=[{"id": 1}])]}, ["message 2", "without the name"]),
+        ({"messages": [user(), answer("", tool_calls=[{"id": 1}])]}, ["message 2", "has no function name"]),
         ({"conversations": [{"from": "human", "value": ""}, {"from": "gpt", "value": "x"}]}, ["message 1", "'value'"]),
         ({"messages": [user(), answer("", tool_calls=[{"name": "f", "parameters": {}}])]}, ["'arguments'"]),
         ({"messages": [user(), answer("", tool_calls=[{"name": "f", "arguments": "[1]"}])]}, ["[1], not an object"]),
@@ -131,7 +131,7 @@ def test_a_row_that_does_not_fit_is_one_line(tmp_path: Path, row: Row, words: li
 
 def test_a_file_has_rows_of_one_shape(tmp_path: Path) -> None:
     message = said(tmp_path, [PLAIN, PLAIN, {"input": "a", "output": "b"}])
-    assert message.startswith(":3: a row of shape input/output") and "has shape prompt/completion" in message
+    assert message.startswith(":3: the row has shape input/output") and "has shape prompt/completion" in message
     first = write_rows(tmp_path / "a.jsonl", [PLAIN])
     second = write_rows(tmp_path / "b.jsonl", [{"input": "a", "output": "b"}])
     assert len(custom(f"{first},{second}")) == 2
@@ -173,8 +173,8 @@ def test_a_file_has_rows_of_one_shape(tmp_path: Path) -> None:
          "{% endfor %}{% endfor %}",
          {"messages": [user(), answer("", tool_calls=[{"name": "f"}, {"name": "gg"}]), user("x"), answer()]},
          [":1, message 2", "does not write a tool call"]),
-        ("{% if %}", ONE, ["is no Jinja template", "another --chat_template"]),
-        ("{{ " + "(" * 9999, ONE, ["is no Jinja template"]),
+        ("{% if %}", ONE, ["is not valid Jinja", "another --chat_template"]),
+        ("{{ " + "(" * 9999, ONE, ["is not valid Jinja"]),
         (CHATML, {"system": "Be.", "conversations": [{"from": "human", "value": "<s>"}, {"from": "gpt", "value": "a"}]},
          [":1, message 1: the text holds '<s>'"]),
         (CHATML, {"system": "<s>", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
@@ -185,7 +185,7 @@ def test_a_file_has_rows_of_one_shape(tmp_path: Path) -> None:
         ("{{ raise_exception('no') }}", ONE, ["rejects these messages (no)"]),
         (THINKING.replace("m.content +", "m.content.split('</think>')[-1] +"),
          {"messages": [user(), answer("<think>a</think>b"), user(), answer()]},
-         ["writes message 2", "in another way once others follow", "--train_on last_turn", "{% generation %}"]),
+         ["writes message 2", "differently when more turns follow", "--train_on last_turn", "{% generation %}"]),
     ],
 )  # fmt: skip
 def test_a_template_that_does_not_fit_is_one_line(
@@ -277,7 +277,7 @@ def test_a_chat_template_of_the_user(tmp_path: Path, tokenizer: Any) -> None:
     assert f"{tmp_path}/mine.jinja; every answer is supervised, found by comparing" in chat_note(tokenizer, reading)
     tokenizer.chat_template = None
     note = chat_note(tokenizer, Reading(train_on="last_turn"))
-    assert note.startswith("lines of User: and Assistant:") and "the last answer" in note
+    assert note.startswith("the plain format with User: and Assistant:") and "the last answer" in note
     for content, words in ((None, "no such file"), (b"", "is empty"), (b"\xff", "not UTF-8")):
         file = tmp_path / "other.jinja"
         if content is not None:
@@ -346,15 +346,15 @@ def test_the_tools_of_a_chat_are_read_under_either_name(tmp_path: Path, tokenize
 @pytest.mark.parametrize(
     ("row", "columns", "words"),
     [
-        (PLAIN, "prompt=q", [":1: --columns prompt=q: there is no field 'q'", "'prompt', 'completion'", "null"]),
-        (PLAIN, "promt=prompt", ["'promt' is not a field of ours (did you mean prompt?)"]),
-        ({"question": "x", "response": "y"}, "question=query", ["'question' is not a field", "mean query=question?"]),
-        ({**PLAIN, "q": "x"}, "prompt=q", [":1: --columns prompt=q: the row has a field 'prompt' too ('a')", "rename"]),
-        ({**PLAIN, "sys": "x"}, "system=sys", ["--columns system=sys", "prompt/completion are read without 'system'"]),
+        (PLAIN, "prompt=q", [":1: --columns prompt=q: the row has no field 'q'", "'prompt', 'completion'", "null"]),
+        (PLAIN, "promt=prompt", ["the task has no field 'promt' (did you mean prompt?)"]),
+        ({"question": "x", "response": "y"}, "question=query", ["has no field 'question'", "mean query=question?"]),
+        ({**PLAIN, "q": "x"}, "prompt=q", ["--columns prompt=q: the row also has a field 'prompt' ('a')", "rename"]),
+        ({**PLAIN, "sys": "x"}, "system=sys", ["--columns system=sys", "prompt/completion have no field 'system'"]),
         ({**PLAIN, **ONE, "t": []}, "tools=t",
          ["two shapes", "--columns tools=t,messages=messages or", "--columns tools=t,prompt=prompt,completion="]),
         ({**PLAIN, **ONE}, "prompt=prompt", ["'messages' looks like data", "completion=completion"]),
-        ({"q": "x", "label": 1}, "query=q", ["'label', 'query', under the names of --columns"]),
+        ({"q": "x", "label": 1}, "query=q", ["'label', 'query' (as named by --columns)"]),
     ],
 )  # fmt: skip
 def test_columns_that_do_not_fit(tmp_path: Path, row: Row, columns: str, words: list[str]) -> None:
@@ -371,7 +371,7 @@ def test_columns_of_a_task_and_of_a_prompt_template(tmp_path: Path) -> None:
     assert example.prompt == "Context: C. Question: Q? Answer:"
     write_rows(tmp_path / "squad.jsonl", [{**squad[0], "context": "Other."}])
     message = refusal(lambda: load_split("squad", "test", files={"test": path}, seed=0, reading=reading))
-    assert "the row has a field 'context' too ('Other.')" in message
+    assert "the row also has a field 'context' ('Other.')" in message
 
 
 @pytest.mark.parametrize("given", ["prompt", "prompt=", "=x", "prompt=a,prompt=b", ""])

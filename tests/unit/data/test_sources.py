@@ -95,7 +95,7 @@ def test_a_weight_that_repeats_rows_very_often_is_rejected() -> None:
     assert len(mixed(sources, [999, 1], np.zeros(1000, bool), seed=0)[0]) == 1000
     message = refusal(lambda: mixed(sources, [1, 2], np.zeros(3, bool), seed=0))
     assert len(mixed(sources, [1, 1], np.zeros(2, bool), seed=0)[0]) == 1000
-    assert message.startswith("--train_file: a is 0.999 of the samples if each of its 1 rows is used 1,998 times")
+    assert message.startswith("--train_file: for weight 0.999 of a, each of its 1 rows would be used 1,998 times")
 
 
 def test_a_group_whose_rows_are_all_held_out(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_a_group_whose_rows_are_all_held_out(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         for seed in range(60):
             load_split("custom", "train", files={"train": f"{a},{b}"}, seed=seed)
-    assert str(caught.value) == f"{b}: all of its rows became validation rows; give --validation_file"
+    assert str(caught.value) == f"{b}: all rows were selected for validation; give --validation_file"
 
 
 # Splits -----------------------------------------------------------------------------------------------------
@@ -270,7 +270,7 @@ def test_a_hub_that_cannot_be_reached(task: str, monkeypatch: pytest.MonkeyPatch
     assert _hub_id(task) in message and f"split {split!r} cannot be loaded (no route to the hub)" in message
     assert "give a local file" in message
     hub(monkeypatch, task, 0)
-    assert "holds no rows" in refusal(lambda: load_split(task, "test", files={}, seed=0))
+    assert "has no rows" in refusal(lambda: load_split(task, "test", files={}, seed=0))
 
 
 def test_the_user_s_own_files_are_never_mixed_with_the_hub_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -320,7 +320,7 @@ NESTED = {"title": "t", "paragraphs": [{"context": "c", "qas": [{"question": "q"
         ("iwslt2017", {"translation": "Ja."}, ["'de' is missing", "'translation'"]),
         ("demo", HUB_ROWS["squad"], ["'answer' is missing", "task demo reads"]),
         # A split without labels.
-        ("hellaswag", changed("hellaswag", label=""), ["'label'", "test split has no labels", "validation split"]),
+        ("hellaswag", changed("hellaswag", label=""), ["'label'", "as in HellaSwag's test split", "validation split"]),
         ("hellaswag", changed("hellaswag", label=None), ["'label'", "validation split"]),
         ("hellaswag", changed("hellaswag", label=-1), ["'label'", "validation split"]),
         ("hellaswag", changed("hellaswag", label="4"), ["'label' is '4'", "expected 0 to 3"]),
@@ -355,9 +355,9 @@ def test_rows_that_do_not_fit(task: str, row: dict[str, Any], words: list[str], 
 @pytest.mark.parametrize("task", TASK_NAMES)
 def test_files_that_do_not_fit_any_task(task: str, tmp_path: Path) -> None:
     for name, content, words in (
-        ("empty.jsonl", "", "holds no rows"),
+        ("empty.jsonl", "", "has no rows"),
         ("rows.tsv", "a,b\n", "unknown suffix '.tsv'"),
-        ("rows.csv", "a,b\n", "holds no rows"),
+        ("rows.csv", "a,b\n", "has no rows"),
         ("rows.jsonl", "{]\n", "rows.jsonl:1: broken JSON"),
     ):
         path = write(tmp_path / name, content)

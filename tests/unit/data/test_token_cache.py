@@ -222,7 +222,7 @@ def test_a_broken_row_is_one_line(store: TokenStore, processes: str) -> None:
     assert not list(store.tokens.glob("*/")) and not list(store.tokens.glob(".writing-*"))
     write_rows(store.folder / "a.jsonl", [*rows(10), {"text": "x"}])
     message = refusal(lambda: store.start(file))
-    assert message.startswith(f"{file}:11: a row of shape") and f"({file}:1)" in message
+    assert message.startswith(f"{file}:11: the row has shape") and f"({file}:1)" in message
 
 
 def test_parts_without_a_supervised_token_are_named(store: TokenStore) -> None:
@@ -250,7 +250,7 @@ def test_a_file_that_cannot_be_read_is_named(store: TokenStore, monkeypatch: pyt
     for module, name in ((tables, "names_and_contents"), (sources, "row_data")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, forbidden)
-            assert refusal(lambda: store.start(file)) == f"{file}: cannot be read (Permission denied)"
+            assert refusal(lambda: store.start(file)) == f"{file}: cannot be read (Permission denied); check it"
 
 
 def test_a_file_that_changes_while_it_is_read(store: TokenStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +264,7 @@ def test_a_file_that_changes_while_it_is_read(store: TokenStore, monkeypatch: py
             yield part
 
     monkeypatch.setattr(cache, "encoded_rows", changing)
-    said = f"{file}: changed while it was read; start again when it is complete"
+    said = f"{file}: the data changed while it was read; try again with complete files"
     assert refusal(lambda: store.start(str(file))) == said
 
 
@@ -363,7 +363,7 @@ def test_a_process_that_is_killed_is_one_line(store: TokenStore, monkeypatch: py
         os.kill(os.getpid(), signal.SIGKILL)
 
     monkeypatch.setattr(encode.RowEncoder, "encode", killed)
-    said = "a process that tokenises rows was ended; start again with more memory"
+    said = "a process that tokenises rows was killed; start the run again with more memory"
     assert refusal(lambda: store.start(file)) == said
     monkeypatch.setattr(encode.RowEncoder, "encode", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError) as error:  # a bug, with the place where it was found
@@ -386,7 +386,7 @@ def test_processes_that_cannot_be_started_are_one_line(store: TokenStore, monkey
 
     monkeypatch.setattr(os, "fork", limited)
     message = refusal(lambda: store.start(write_rows(store.folder / "a.jsonl", rows(9))))
-    assert message.startswith("no process to tokenise rows can be started ([Errno 11] Resource temporarily")
+    assert message.startswith("cannot start a process to tokenise rows ([Errno 11] Resource temporarily")
     deadline = time.monotonic() + 30
     while multiprocessing.active_children() and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -154,9 +154,9 @@ def test_a_start_that_waits_says_for_what_and_gives_up(
     caplog.set_level(logging.INFO)
     message = refusal(lambda: store.start(files[0], timeout_minutes=3.0))
     who = rf"a launch on {socket.gethostname()} \(process {writer.pid}\) since \S+ \S+"
-    way_out = "end that process, give a longer --timeout_minutes, or set MEGATRON_TIEDLORA_CACHE to another folder"
+    way_out = "end that process, raise --timeout_minutes, or set MEGATRON_TIEDLORA_CACHE to another folder"
     assert re.fullmatch(
-        rf"{files[0]}: {who} tokenises it, and has written nothing for 3 minutes; {way_out}", message
+        rf"{files[0]}: {who} is tokenising it, but has written nothing for 3 minutes; {way_out}", message
     ), message
     lines = [record.getMessage() for record in caplog.records]
     pattern = rf"waiting for {who}, which tokenises {files[0]}: [0-9.]+ k?B so far, (\d+) s waited"

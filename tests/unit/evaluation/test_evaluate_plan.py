@@ -182,12 +182,12 @@ def test_a_chat_template_is_compared_by_its_content(models: Models, tmp_path: Pa
 
     template.write_text(OTHER)
     message = refusal(lambda: evaluated(run))
-    assert message.startswith(f"--chat_template {template}, of the adapter's run, has changed since (sha256 ")
-    assert "with --chat_template, or this one to use it as it is" in message
+    assert message.startswith(f"--chat_template {template} of the adapter's run has changed (sha256 now ")
+    assert " --chat_template, or give the changed file explicitly to use it" in message
     plan = evaluated(run, chat_template=str(template))
-    assert plan.notes[0] == f"--chat_template {template} has other content than that of the adapter's run"
+    assert plan.notes[0] == f"--chat_template {template} differs from the template of the adapter's run"
     template.unlink()
-    assert "is not on this host; give the file" in refusal(lambda: evaluated(run))
+    assert "is not on this host; copy it here" in refusal(lambda: evaluated(run))
     assert evaluated(run, chat_template=copy).notes == ()
 
 
@@ -230,14 +230,14 @@ def test_an_answer_that_is_not_trained_is_scored(tmp_path: Path) -> None:
     kept = tokenizer.apply_chat_template(row["messages"][2:3], tokenize=False, add_generation_prompt=True)
     assert tokenizer.decode(shorter.tolist()) == kept  # a whole exchange is left out
     train: dict[str, Any] = {"train_file": path}
-    for train_on, words in (("all_turns", "let an answer be trained"), ("last_turn", "")):
+    for train_on, words in (("all_turns", "set 'train' to true in an answer"), ("last_turn", "")):
         chosen = Reading.of(make_settings({**train, "train_on": train_on}))
         assert words in refusal(lambda chosen=chosen: load_split("custom", "test", reading=chosen, **options))
     one = write_rows(tmp_path / "one.jsonl", [{"messages": [*ROW["messages"], ROW["messages"][0], untrained]}])
     options["files"] = {"test": one}
     last = Reading.of(make_settings({**train, "train_on": "last_turn"}))
     message = refusal(lambda: load_split("custom", "test", reading=last, **options))
-    assert message.startswith(f"{one}:1, message 4: is not to be trained") and "--train_on all_turns" in message
+    assert message.startswith(f"{one}:1, message 4: is not supervised") and "--train_on all_turns" in message
     assert len(load_split("custom", "test", reading=reading, **options)) == 1
 
 
@@ -262,7 +262,7 @@ def test_a_name_is_that_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "table.csv", "n" * 300])
 def test_a_name_must_be_one_of_a_folder_in_the_output(tmp_path: Path, name: str) -> None:
     own = adapter(tmp_path / "adapter")
-    assert "cannot be a folder's name; give NAME=FOLDER" in refusal(lambda: named_adapters([f"{name}={own}"]))
+    assert "cannot be the name of a folder; give NAME=FOLDER" in refusal(lambda: named_adapters([f"{name}={own}"]))
     run = adapter(tmp_path / "table.csv")
-    assert "'table.csv' cannot be a folder's name" in refusal(lambda: named_adapters([str(run)]))
+    assert "'table.csv' cannot be the name of a folder" in refusal(lambda: named_adapters([str(run)]))
     assert named_adapters([f"mine={run}"]) == {"mine": run}

@@ -233,9 +233,9 @@ def test_likelihood_per_character() -> None:
 @pytest.mark.parametrize(
     ("choices", "said"),
     [
-        ((), "no endings to choose from"),
+        ((), "the row has no endings"),
         (("right", " "), "one of the 2 endings is empty"),
-        (("a", "b"), "the right ending 'right' is not among the endings"),
+        (("a", "b"), "the endings lack the correct one, 'right'"),
     ],
 )
 def test_endings_that_cannot_be_scored(metric: str, choices: tuple[str, ...], said: str) -> None:
@@ -268,12 +268,12 @@ def test_blank_references_do_not_count(metric: str) -> None:
         assert sample(metric, text, " ", "#### 7 b", "", **keywords) == alone
     assert sample(metric, "", "", "word", choices=("word", "c"), scores=(-9.0, -1.0)) == 0
     blank = [answer("x", "", " \n", **keywords)]
-    assert refusal(lambda: score_answers([metric], blank)).startswith("rows.jsonl:7: no reference to score against")
+    assert refusal(lambda: score_answers([metric], blank)).startswith("rows.jsonl:7: the row has no reference answer")
 
 
 def test_unknown_metric_and_no_answers() -> None:
     assert refusal(lambda: find_metric("rouge1")).startswith(
-        "metric 'rouge1' is unknown; the metrics are exact_match, gsm8k, "
+        "metric 'rouge1' is unknown; use one of exact_match, gsm8k, "
     )
     assert "no answers to score" in refusal(lambda: score_answers(["squad"], []))
 

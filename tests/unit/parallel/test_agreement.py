@@ -319,7 +319,7 @@ def test_tensors_stand_only_where_they_are_due() -> None:
     assert same(unpacked(Checkpoint, packed(named), sender=0), named)
     for place in (b'"9"', b"0", b"null", b"[1.0]", b'{"0": 0}'):
         message = framed(b'{"A": ' + place + b"}", save({"0": torch.ones(2)}))
-        with pytest.raises(UserError, match=r"rank 3 .*no tensor of that name was sent"):
+        with pytest.raises(UserError, match=r"rank 3 .*no tensor with this name was sent"):
             unpacked(dict[str, SentTensor], message, sender=3)
 
 

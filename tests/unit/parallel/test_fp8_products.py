@@ -141,7 +141,7 @@ def test_a_gpu_without_fp8_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     for capability in ((8, 0), (8, 9), (9, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         if capability < FP8_CAPABILITY:
-            with pytest.raises(UserError, match=r"needs a GPU of compute capability 8\.9 or more, and A100 has 8\.0"):
+            with pytest.raises(UserError, match=r"needs a GPU of compute capability 8\.9 or more, but A100 has 8\.0"):
                 check_fp8_device(torch.device("cuda", 0))
         else:
             with monkeypatch.context() as context:

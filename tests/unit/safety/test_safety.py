@@ -114,7 +114,7 @@ def test_a_field_that_is_not_text_is_refused_in_a_template_too(tmp_path: Path) -
     file = write_rows(tmp_path / "rows.jsonl", [{**HUB_ROWS["gsm8k"], "note": "\ud800"}])
     reading = Reading(template="{note}")
     message = refusal(load_split, "gsm8k", "test", files={"test": file}, seed=0, reading=reading)
-    assert f"{file}:1: field 'note' holds half of a surrogate pair" in message
+    assert f"{file}:1: field 'note' has an invalid character (an unpaired surrogate)" in message
 
 
 def test_a_row_s_own_braces_stay_text(tmp_path: Path) -> None:

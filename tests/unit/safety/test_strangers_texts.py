@@ -171,8 +171,8 @@ def test_a_line_of_absurd_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_memory_that_is_not_there_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "_parse_json", Mock(side_effect=MemoryError))
     lines, whole = write(tmp_path / "a.jsonl", "{}\n"), write(tmp_path / "a.json", "[]")
-    assert refusal(read_rows, lines) == f"{lines}: does not fit into memory; give a smaller part of it"
-    assert refusal(read_rows, whole).startswith(f"{whole}: needs more than 268,435,")
+    assert refusal(read_rows, lines) == f"{lines}: the data does not fit into memory; give fewer rows"
+    assert refusal(read_rows, whole).startswith(f"{whole}: the file needs more than 268,435,")
 
 
 # Rules for texts ---------------------------------------------------------------------------------------------------
@@ -279,7 +279,7 @@ def test_a_regular_expression_that_gives_up_is_one_line(tmp_path: Path, place: s
 
     with bounded():
         message = refusal(use)
-    said = "cannot decode some ids" if place == "decoder" else "cannot encode a text"
+    said = "the tokenizer cannot decode some token ids" if place == "decoder" else "cannot encode a text"
     assert message.startswith(f"{folder}: {said} (") and "--tokenizer" in message
 
 
