@@ -403,8 +403,9 @@ def check_resumed_settings(plan: RunPlan, checkpoint: resume.Checkpoint, *, data
         was, now = ("not set" if given is None else flag_value(given) for given in (before, value))
         found = f"{source}: trained with --{name} {was}, but now it is"
         if name == "max_steps":
+            schedule = saved.get("schedule", Settings.model_fields["schedule"].default)
             raise UserError(
-                f"{found} {_steps_in_words(plan)}, and --schedule {saved.get('schedule')} depends on --max_steps"
+                f"{found} {_steps_in_words(plan)}, and --schedule {schedule} depends on --max_steps"
                 " (only --schedule constant, used from the first step, allows a different number of steps); resume with"
                 f" the same value, or start a new run with --init_from {shlex.quote(source)}"
             )

@@ -233,7 +233,7 @@ def refused_in(base: Base, folder: Path, *parts: str, ranks: int | None = 0, **c
 
 @pytest.mark.distributed
 def test_output_folder_of_another_run(base: Base, stopped: Path, tmp_path: Path) -> None:
-    refused_in(base, stopped, f"--output_dir {stopped}", "earlier start", "--resume auto")
+    refused_in(base, stopped, f"--output_dir {stopped}", "earlier launch", "--resume auto")
     refused_in(base, stopped, "the run of an earlier launch", ranks=2)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("...")

@@ -201,7 +201,7 @@ def test_a_folder_that_is_quantised_already(
     ended = run(original, tmp_path / "run", max_steps=2, model=quantised, resume="auto")
     assert "resumed from step 2" in ended.outputs[0]
     line = refused(original, tmp_path / "int8", model=quantised, base="int8")
-    assert "has its weights in nf4 (by bitsandbytes) already" in line
+    assert "are already in nf4 (by bitsandbytes)" in line
     words = ["--adapter", str(tmp_path / "run/adapter"), "--output", str(tmp_path / "merged")]
     with pytest.raises(UserError, match=r"into so few bits, because .* or give --onto trained to write"):
         call("merge", words)
@@ -234,7 +234,7 @@ def test_products_in_fp8(base: Base, tmp_path: Path) -> None:
     for products in (None, "fp8"):
         folder = tmp_path / str(products)
         ended = run(base, folder, ranks=2, tensor_parallel=2, max_steps=2, base="fp8", products=products)
-        assert ("the linears of its blocks in fp8, products in fp8" in ended.outputs[0]) == (products == "fp8")
+        assert ("the linears of its blocks in fp8, matmuls in fp8" in ended.outputs[0]) == (products == "fp8")
         assert run_settings(folder)["products"] == products
         assert load_native_adapter(folder / "adapter").base_identity.base_format == "fp8"
         found[products] = [loss for split in ("train", "validation") for _, loss in losses(folder, split)]

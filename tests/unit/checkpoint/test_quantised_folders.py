@@ -171,7 +171,7 @@ def test_another_format_is_rejected(folders: Folders) -> None:
     source = find_model(str(folders["nf4"][0]))
     assert source.base_format("nf4") == "nf4"
     said = refusal(source.base_format, "int8")
-    assert said.startswith("--base int8: ") and "has its weights in nf4 (by bitsandbytes) already" in said
+    assert said.startswith("--base int8: ") and "are already in nf4 (by bitsandbytes)" in said
 
 
 def scheme(**fields: Any) -> dict[str, Any]:

@@ -207,7 +207,7 @@ def test_a_base_is_found_among_models(models: Path, adapters: Path, tmp_path: Pa
     (tmp_path / "empty/below").mkdir(parents=True)
     for kind in ("native", None):
         said = refusal(open_adapter, folder, empty, kind=kind)
-        assert said.startswith(f"--model {empty}: holds no config.json, and no models ") and "its hashes" in said
+        assert said.startswith(f"--model {empty}: has no config.json, and no models ") and "its hashes" in said
 
 
 def test_a_peft_adapter_of_others_has_no_hashes(models: Path, adapters: Path, tmp_path: Path) -> None:

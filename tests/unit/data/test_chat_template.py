@@ -35,7 +35,7 @@ BOMBS = {
     "printed": ("{% for a in range(99999) %}{% for b in range(999) %}{{ 'x' * 9999 }}{% endfor %}{% endfor %}", "more"),
     "padded": ("{{ '%9999999999d'|format(1) }}", "more than 268,435,456 bytes"),
     "replaced": ("{{ ('x' * 10**8)|replace('x', 'xxxx') }}", "more than"),
-    "long": ("{{ 'x' * 300000 }}", "makes 300,000 characters from these messages (the limit is 100,140)"),
+    "long": ("{{ 'x' * 300000 }}", "produces 300,000 characters from these messages (the limit is 100,140)"),
     "compared": (
         "{% set a = messages[0].content * 400000 %}{% set b = messages[0].content * 400000 %}"
         "{{ ([a] * 3000000) == ([b] * 3000000) }}",

@@ -66,7 +66,7 @@ def test_global_batches_of_few_samples_and_of_none_that_is_supervised():
     assert len(numbers) == 12 and set(numbers) == set(range(5))
     dataset = make_dataset(50)
     silent = TokenDataset(dataset.tokens, dataset.offsets, np.zeros_like(dataset.supervised))
-    with pytest.raises(UserError, match="global batch after 24 samples is supervised"):
+    with pytest.raises(UserError, match="global batch after 24 samples has no supervised token"):
         next(make_loader(silent, consumed_samples=24))
 
 

@@ -116,7 +116,7 @@ def test_a_card_without_fp8_refuses_it_in_the_words_of_a_run() -> None:
     found = searched(source=SOURCE, ranks=1, machine=GPUS["a100-80"])
     assert {c.storage.name for c in found.candidates} == {"none", "int8", "fp8", "nf4"}
     (words,) = found.refused
-    assert words.startswith("--products fp8 needs a GPU of compute capability 8.9 or more, and A100 80GB has 8.0")
+    assert words.startswith("--products fp8 needs a GPU of compute capability 8.9 or more, but A100 80GB has 8.0")
     assert H100.capability is not None and H100.capability >= (8, 9)
 
 
@@ -132,7 +132,7 @@ def test_a_model_that_is_stored_quantised_has_one_format() -> None:
     assert {c.storage.name for c in fp8.candidates} == {"fp8", "fp8-products", "fp8-transposed"}
     with pytest.raises(UserError, match=r"^--formats none,int8: .* already has its weights in nf4 .*. Give nf4, or"):
         searched(*flags, "--formats=int8,none", source=stored, ranks=1)
-    with pytest.raises(UserError, match=r"^--base int8: qwen3-8b has its weights in nf4"):
+    with pytest.raises(UserError, match=r"^--base int8: the weights of qwen3-8b are already in nf4"):
         searched(*flags, "--base=int8", source=stored, ranks=1)
 
 
@@ -255,7 +255,7 @@ def test_one_size_alone_is_refused_in_the_words_of_a_run(flag: str) -> None:
         (["--world_size=4", "--dry_run"], "is not for a plan"),
         (["--gpu=h1000"], "--gpu h1000: input should be one of .*did you mean h100"),
         (["--ranks_on_cpu=2", "--nodes=2"], "--ranks_on_cpu 2 plans for this machine's CPUs; remove --nodes"),
-        (["--constants=c.json", "--gpu=h100"], "--constants c.json and --gpu h100 both say"),
+        (["--constants=c.json", "--gpu=h100"], "--constants c.json and --gpu h100 both describe the cards"),
         (["--constants=nosuch.json"], "nosuch.json"),
         (["--formats=int3"], "--formats int3: input should be one of .*did you mean int8"),
         (["--formats=int8", "--base=nf4"], "^--formats int8 and --base nf4: none of these formats stores"),

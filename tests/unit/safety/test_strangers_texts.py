@@ -80,7 +80,7 @@ def test_no_accepted_pattern_takes_long(pattern: str) -> None:
         matches = name_matcher(pattern, what="x")
         for layer in range(500):
             matches(f"model.layers.{layer}.self_attn.q_proj!")
-    with pytest.raises(UserError, match="50 deep, at most 1,000 characters are"):
+    with pytest.raises(UserError, match="50 deep, at most 1,000 characters"):
         name_matcher("(" * 51 + ")" * 51, what="x")
 
 
@@ -165,13 +165,13 @@ def test_a_line_of_absurd_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     file = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, rows)))
     assert [row for row, _ in read_rows(file)] == rows[:1] + rows[1:]
     message = refusal(read_rows, write(tmp_path / "a.jsonl", '{"a": 1}\n' + json.dumps({"a": "x" * 30})))
-    assert message.startswith(f"{file}:2: is longer than 30 bytes")
+    assert message.startswith(f"{file}:2: the line is longer than 30 bytes")
 
 
 def test_memory_that_is_not_there_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readers, "_parse_json", Mock(side_effect=MemoryError))
     lines, whole = write(tmp_path / "a.jsonl", "{}\n"), write(tmp_path / "a.json", "[]")
-    assert refusal(read_rows, lines) == f"{lines}: the data does not fit into memory; give fewer rows"
+    assert refusal(read_rows, lines) == f"{lines}: the file does not fit into memory; give a smaller file"
     assert refusal(read_rows, whole).startswith(f"{whole}: the file needs more than 268,435,")
 
 

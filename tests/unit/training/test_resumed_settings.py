@@ -45,7 +45,7 @@ def test_a_setting_that_the_checkpoint_does_not_name_had_its_default() -> None:
     check(before, plan_of(max_steps=100), without="beta1")
     now = plan_of(max_steps=100, beta1=0.8)
     assert "trained with --beta1 0.9, but now it is 0.8" in refusal(check, before, now, without="beta1")
-    assert "--schedule None reaches 0" in refusal(check, before, plan_of(max_steps=200), without="schedule")
+    assert "--schedule cosine depends on --max_steps" in refusal(check, before, plan_of(max_steps=200), without="schedule")
 
 
 def test_the_first_lines_say_where_packing_changes() -> None:
