@@ -129,7 +129,7 @@ def test_squad_repeats_no_reference(tmp_path: Path) -> None:
     ],
 )
 def test_templates_name_fields_but_not_the_answer(task: str, answer_field: str, known: str, tmp_path: Path) -> None:
-    name = known.split(",")[0].removeprefix("are ")
+    name = known.split(",")[0].removeprefix("use one of ")
     assert read_one(task, tmp_path, HUB_ROWS[task], reading=Reading(template=f"<{{{name}}}>")).prompt.startswith("<")
     message = refusal(lambda: read_one(task, tmp_path, HUB_ROWS[task], reading=Reading(template=f"{{{answer_field}}}")))
     assert f"no field {answer_field!r}" in message and message.endswith(known)

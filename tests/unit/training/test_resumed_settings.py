@@ -45,7 +45,8 @@ def test_a_setting_that_the_checkpoint_does_not_name_had_its_default() -> None:
     check(before, plan_of(max_steps=100), without="beta1")
     now = plan_of(max_steps=100, beta1=0.8)
     assert "trained with --beta1 0.9, but now it is 0.8" in refusal(check, before, now, without="beta1")
-    assert "--schedule cosine depends on --max_steps" in refusal(check, before, plan_of(max_steps=200), without="schedule")
+    now = plan_of(max_steps=200)
+    assert "--schedule cosine depends on --max_steps" in refusal(check, before, now, without="schedule")
 
 
 def test_the_first_lines_say_where_packing_changes() -> None:
