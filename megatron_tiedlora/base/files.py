@@ -4,8 +4,8 @@ A file or folder is written under a temporary name, synced, and then renamed. A 
 rename. A guard raises UserError if this process may no longer change the folder. `ownership` explains how processes
 that no longer own a folder are kept from changing it.
 
-A file that cannot be read raises a UserError of one line. A YAML file has one document. Tags, duplicate names, anchors
-and aliases are rejected, because aliases can expand to more than a machine's memory.
+A file that cannot be read raises a UserError of one line. A YAML file must contain exactly one document. Tags,
+duplicate names, anchors and aliases are rejected, because aliases can expand to more than a machine's memory.
 """
 
 import ctypes

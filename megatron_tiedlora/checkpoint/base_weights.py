@@ -65,8 +65,8 @@ def open_weights(file: Path) -> Any:
     try:
         with file.open("rb") as stream:
             if (header := int.from_bytes(stream.read(8), "little")) > tensor_files.LARGEST_HEADER:
-                said = f"{file}: not a complete safetensors file (a header of {header:,} bytes)"
-                raise UserError(f"{said}; download or copy it again")
+                said = f"its header length, {header:,} bytes, exceeds the limit of {tensor_files.LARGEST_HEADER:,}"
+                raise UserError(f"{file}: not a complete safetensors file ({said}); download or copy it again")
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError, MemoryError) as error:  # MemoryError: the file cannot be mapped
         raise UserError(f"{file}: not a complete safetensors file ({error}); download or copy it again") from None

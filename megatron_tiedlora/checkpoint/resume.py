@@ -217,7 +217,8 @@ def _check_steps(file: Path, progress: Progress, settings: Mapping[str, Any]) ->
     for name in ("best_step", "evaluated_step"):
         step = getattr(progress, name)
         if step is not None and step > progress.step:
-            raise UserError(f"{file}: {name} = {step} is after its step {progress.step}; copy the file again")
+            said = f"{name} = {step} is later than the checkpoint's step, {progress.step}"
+            raise UserError(f"{file}: {said}; copy the file again")
     best, since_best = progress.best_step, progress.evaluations_since_best
     if (best is None) != (progress.best_metric is None):
         raise UserError(f"{file}: it has one of best_step and best_metric, not both; copy the file again")

@@ -73,7 +73,7 @@ def read_tensors(file: Path, shapes: TensorShapes, *, sums: Mapping[str, str] | 
         raw = stream.read(expected + 1)
     if len(raw) != expected:
         much = "is longer than" if len(raw) > expected else "is shorter than"
-        said = f"it {much} the {expected:,} bytes that follow from its header"
+        said = f"it {much} the {expected:,} bytes that its header requires"
         raise UserError(f"{file}: not a complete safetensors file ({said}); copy it again")
     check_file(file, sums or {}, found=hashlib.sha256(raw).hexdigest())
     try:
@@ -133,7 +133,7 @@ def read_header(file: Path) -> Header:
         header = _read_header(file, stream)
         end = header.begin + max((entry["data_offsets"][1] for entry in header.entries.values()), default=0)
         if (size := os.fstat(stream.fileno()).st_size) != end:
-            said = f"it has {size:,} of {end:,} bytes"
+            said = f"it has {size:,} bytes, but its header requires {end:,}"
             raise UserError(f"{file}: not a complete safetensors file ({said}); copy it again")
     return header
 
@@ -183,13 +183,13 @@ def _read_header(file: Path, stream: BinaryIO) -> Header:
     raw = stream.read(length) if length <= LARGEST_HEADER else b""
     try:
         if len(raw) != length:
-            raise ValueError(f"a header of {length:,} bytes")
+            raise ValueError(f"its header length, {length:,} bytes, exceeds the file, or {LARGEST_HEADER:,} bytes")
         content = json.loads(raw)
         if not isinstance(content, dict):
             raise ValueError("its header is not a table of tensors")
         content.pop("__metadata__", None)
         if len(content) > _MOST_TENSORS:
-            raise ValueError(f"a header of {len(content):,} tensors")
+            raise ValueError(f"its header lists {len(content):,} tensors, but the limit is {_MOST_TENSORS:,}")
         for name, entry in content.items():
             sizes = [*entry["shape"], entry["data_offsets"][0], entry["data_offsets"][1]]
             in_range = all(type(size) is int and 0 <= size < _LARGEST_SIZE for size in sizes)

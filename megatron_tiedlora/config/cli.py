@@ -47,7 +47,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def reject_unknown(words: Sequence[str], *kinds: type[fields.CommandSettings], known: Iterable[str]) -> None:
-    """Raise UserError if there are unknown arguments `words`. The message names them and similar flags from `known`."""
+    """Raise UserError, with similar flags from `known`, if `words`, the unknown arguments, is not empty."""
     flags = [word.partition("=")[0] for word in words if word.startswith("-")]  # other words may be values
     if words:
         meant = unknown_names("argument", flags or words, list(known), fields.names_elsewhere(*kinds, *_NAMED))

@@ -222,7 +222,7 @@ class _MergedFiles:
             for rows in row_blocks(shape or (1,)):
                 self.between()
                 if file.stat().st_size < size:  # reading the lost part of a mapped file would end the process
-                    raise UserError(f"{file}: not a whole safetensors file (it became shorter); copy it again")
+                    raise UserError(f"{file}: the file was truncated while it was being read; copy it again")
                 part: Any = rows if shape else ...  # a scalar has no rows
                 values = read(name, part).to(dtype)
                 if checked and not tensor_files.all_finite(values):

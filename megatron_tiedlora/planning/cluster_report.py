@@ -271,7 +271,7 @@ def report_record(plan: ClusterPlan, shown: PlanSettings) -> dict[str, Any]:
 
 
 def _chosen_record(plan: ClusterPlan, row: Candidate, *, yaml: str | None) -> dict[str, Any]:
-    """Return the command and the messages of a layout. The numbers of DeepSpeed's messages are upper bounds."""
+    """Return the command and messages of a layout. For DeepSpeed's messages, the byte counts are upper bounds."""
     values, messages = chosen_settings(plan, row), []
     for index in range(row.layout.pp_size):
         of_groups = {group: row.traffic(index).of_group(group) for group in GROUPS}

@@ -213,10 +213,10 @@ STOP_VOTES_BYTES = FP64 * len(StopVotes._fields)
 def once_traffic(stage: StagePlan, micro_batches: Iterable[MicroBatchShape]) -> Traffic:
     """Return the messages that a rank sends once per step, without DeepSpeed's messages in the data-parallel group.
 
-    u is replicated on the ranks of a stage, a tied tensor on the ranks of all stages, and any other tensor on
-    data-parallel ranks. If DeepSpeed updates the adapter, it sums gradients over data-parallel ranks. This sum is
-    enough for u without tensor parallelism, and for a tied tensor without a pipeline. A tied u is first summed over
-    tensor-parallel ranks.
+    An untied u is replicated on the tensor- and data-parallel ranks of its stage. A tied tensor is replicated on the
+    pipeline- and data-parallel ranks, and any other tensor on the data-parallel ranks. If DeepSpeed updates the
+    adapter, it sums gradients over data-parallel ranks. This sum is enough for u without tensor parallelism, and for a
+    tied tensor without a pipeline. A tied u is first summed over tensor-parallel ranks.
 
     Only adapters with tokens in the micro-batches are updated.
     """

@@ -172,7 +172,7 @@ def _discover_ranks() -> None:
 
 
 def _no_meeting(error: Exception, expected_ranks: int, timeout_minutes: float) -> str:
-    """Return an error message of one line that explains why the ranks did not connect."""
+    """Return a one-line error message that explains why the ranks did not connect."""
     master = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     reason = first_line(error)
     if "EADDRINUSE" in reason or "in use" in reason:
