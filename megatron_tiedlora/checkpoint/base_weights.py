@@ -157,7 +157,7 @@ class BaseWeights(WeightFiles):
             same = same and bool(torch.equal(ours[rows], theirs[rows]))
         if not same:
             said = f"{self.folder / 'config.json'}: tie_word_embeddings is true, but {head} differs from {embedding}"
-            raise UserError(f"{said}, so that transformers would not tie them; set it to false")
+            raise UserError(f"{said}, so transformers would not tie them; set it to false")
 
     def sample(self, name: str) -> torch.Tensor:
         """Return up to a few thousand values of the stored tensor `name`, at positions that depend only on its shape.

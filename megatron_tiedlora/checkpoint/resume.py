@@ -223,7 +223,7 @@ def _check_steps(file: Path, progress: Progress, settings: Mapping[str, Any]) ->
     if (best is None) != (progress.best_metric is None):
         raise UserError(f"{file}: it has one of best_step and best_metric, not both; copy the file again")
     if since_best > progress.step - (best or 0):
-        said = f"evaluations_since_best = {since_best} is more than the steps since its best"
+        said = f"evaluations_since_best = {since_best} is more than the number of steps since best_step"
         raise UserError(f"{file}: {said}; copy the file again")
     if _STEP_NAME.fullmatch(file.parent.name) and file.parent.name != f"step_{progress.step}":
         raise UserError(f"{file}: its step is {progress.step}, but its folder is {file.parent.name}; rename the folder")

@@ -183,7 +183,7 @@ def _read_header(file: Path, stream: BinaryIO) -> Header:
     raw = stream.read(length) if length <= LARGEST_HEADER else b""
     try:
         if len(raw) != length:
-            raise ValueError(f"its header length, {length:,} bytes, exceeds the file, or {LARGEST_HEADER:,} bytes")
+            raise ValueError(f"its header length, {length:,} bytes, exceeds its size or {LARGEST_HEADER:,} bytes")
         content = json.loads(raw)
         if not isinstance(content, dict):
             raise ValueError("its header is not a table of tensors")
@@ -394,8 +394,8 @@ class StoredWeights:
             tensor = self._needed(name, part)
             found = torch.Size(tensor.get_shape()).numel()
             if tensor.get_dtype() != dtype or found != count:
-                said = f"{name}{part} is {as_given(tensor.get_dtype())} of {found:,} values"
-                raise UserError(f"{said}, not {dtype} of {count:,}; download the model again")
+                said = f"{name}{part} has {found:,} values of type {as_given(tensor.get_dtype())}"
+                raise UserError(f"{said}, not {count:,} of type {dtype}; download the model again")
             # Codes may be stored as one column or one row. Rows are sliced from this sequence of codes.
             sizes = list(tensor.get_shape())
             if sizes not in ([count], *([] if part else ([count, 1], [1, count]))):
@@ -408,7 +408,7 @@ class StoredWeights:
         raw = self._needed(name, _STATE)
         try:
             if raw.get_dtype() != "U8" or torch.Size(raw.get_shape()).numel() > _LARGEST_STATE:
-                raise ValueError("not bytes of JSON")
+                raise ValueError("it is not JSON stored as bytes")
             fields = json.loads(bytes(raw[:].tolist()))
             kind, block, found = fields["quant_type"], fields["blocksize"], fields["shape"]
             nested = (fields["nested_blocksize"], fields["nested_offset"]) if "nested_blocksize" in fields else None
@@ -416,7 +416,7 @@ class StoredWeights:
             if any(type(number) is not int or not 1 <= number <= _LARGEST_BLOCK for number in sizes):
                 raise ValueError(f"its block sizes are not integers from 1 to {_LARGEST_BLOCK:,}")
             if nested is not None and (type(nested[1]) not in (int, float) or not abs(nested[1]) < _LARGEST_OFFSET):
-                raise ValueError("its nested_offset is not a number, or too large")
+                raise ValueError("its nested_offset is not a number, or is too large")
         except (ValueError, TypeError, LookupError, RecursionError) as error:
             said = f"{name}{_STATE} is not the state of an nf4 tensor ({error})"
             raise UserError(f"{said}; download the model again") from None

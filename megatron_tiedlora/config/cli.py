@@ -287,7 +287,7 @@ def read_adapters(path: str, given: Settings) -> dict[str, Settings]:
         if name.lower() in _FILES_OF_RUN:
             raise UserError(f"{path}: entry {number}: the run itself has a file {shown(name)}; give a different name")
         if name.lower() in taken:
-            raise UserError(f"{path}: entry {number}: the name {shown(name)} is taken by another entry; change it")
+            raise UserError(f"{path}: entry {number}: another entry already has the name {shown(name)}; change it")
         taken.add(name.lower())
         with naming(f"{path}: {name}"):
             found[name] = make_settings(Settings.combined(shared, own))
@@ -345,13 +345,13 @@ def check_folders(path: str, output_dirs: Mapping[str, str]) -> None:
     for name, output_dir in output_dirs.items():
         folder = Path(os.path.realpath(user_path(output_dir)))
         if folder in given:
-            raise UserError(f"{path}: {name}: output_dir is also the folder of {given[folder]}; give each its own")
+            raise UserError(f"{path}: {name}: output_dir is also the folder of {given[folder]}; change it")
         given[folder] = name
     for folder, name in given.items():
         holder = next((parent for parent in folder.parents if parent in given), folder)
         inside = folder.parts[len(holder.parts) :][:1]
         if inside and given[holder] != RUN_OF_ALL:
-            where = f"the folder of {given[holder]}; give each its own"
+            where = f"the folder of {given[holder]}; give a different folder"
             raise UserError(f"{path}: {name}: output_dir is inside {where}")
         if any(part.startswith(".") or part.lower() in _FILES_OF_RUN for part in inside):
             where = f"{shown(inside[0])}, where the run itself has files"

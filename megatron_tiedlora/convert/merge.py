@@ -228,7 +228,7 @@ class _MergedFiles:
                 if checked and not tensor_files.all_finite(values):
                     base = self.weights.read_base(name, part) if name in self.weights.changed else read(name, part)
                     fits = f"merged values are too large for {str(dtype).removeprefix('torch.')}; give --dtype bf16"
-                    why = fits if tensor_files.all_finite(base) else "the base is broken"
+                    why = fits if tensor_files.all_finite(base) else "the base has such values too; download it again"
                     raise UserError(f"{source}: {name} has values that are not finite ({why})")
                 yield values
 

@@ -231,7 +231,7 @@ def _check_trained_template(file: str, trained: Any) -> None:
         raise UserError(f"{said} is not on this host; copy it here, or give its path with --chat_template")
     if trained is not None and (now := chat_template_sha256(file)) != trained:
         raise UserError(
-            f"{said} has changed (sha256 now {now[:12]}, then {as_given(trained)[:12]}); give the old file with"
+            f"{said} has changed (its sha256 is {now[:12]}, and was {as_given(trained)[:12]}); give the old file with"
             " --chat_template, or give the changed file explicitly to use it"
         )
 

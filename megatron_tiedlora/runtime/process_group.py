@@ -106,7 +106,7 @@ def _shared_gpus(gpus: Sequence[tuple[str, str]]) -> str | None:
         host = " and ".join(dict.fromkeys(gpus[rank][0] for rank in there))
         named = f"{'ranks' if len(there) > 1 else 'rank'} {', '.join(map(str, there[:8]))} on host {host}"
         if not gpu:
-            return f"{named}: no GPU, but other ranks have one; run `nvidia-smi` there, or do not use this host"
+            return f"{named}: torch sees no GPU, but other ranks have one; run `nvidia-smi` there, or omit this host"
         if len(there) > 1 and os.environ.get(_SHARED_GPUS) != "1":
             return (
                 f"{named} share one GPU, {gpu}; start one rank per GPU (slots in the hostfile, --ntasks-per-node,"

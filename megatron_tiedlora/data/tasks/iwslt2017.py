@@ -132,7 +132,7 @@ def _check_aligned(german: _Sentences, english: _Sentences) -> None:
         number = next(line for start, line in file.blank if start == count)
         raise UserError(
             f"{file.name}:{number}: the line is blank, but the other file has other blank lines, so a sentence may"
-            " be missing; remove the blank lines from both files, or fill them in"
+            " be missing; remove the blank lines from both files, or add the sentences"
         )
 
 

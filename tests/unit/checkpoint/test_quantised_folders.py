@@ -119,9 +119,9 @@ def _with(index: int, number: float) -> Callable[[torch.Tensor], torch.Tensor]:
 STATE = f"{DOWN}.quant_state.bitsandbytes__nf4"
 BROKEN: list[tuple[str, str, Callable[[torch.Tensor], torch.Tensor | None], str]] = [
     ("nf4", DOWN, lambda value: torch.zeros(128, 320), f"{DOWN} is F32, but other linears are nf4"),
-    ("nf4", DOWN, lambda value: value[:-1], f"{DOWN} is U8 of 20,479 values, not U8 of 20,480"),
+    ("nf4", DOWN, lambda value: value[:-1], f"{DOWN} has 20,479 values of type U8, not 20,480 of type U8"),
     ("nf4", f"{DOWN}.absmax", lambda value: None, f"{DOWN} is quantised, but tensor {DOWN}.absmax is missing"),
-    ("nf4", f"{DOWN}.absmax", lambda value: value[1:], "639 values, not F32 of 640"),
+    ("nf4", f"{DOWN}.absmax", lambda value: value[1:], "639 values of type F32, not 640 of type F32"),
     ("nf4", f"{DOWN}.absmax", _with(7, float("inf")), f"{DOWN} has numbers that are not finite"),
     ("nf4", f"{DOWN}.quant_map", lambda value: value * 2, "does not have the levels of nf4"),
     ("nf4", STATE, _state(quant_type="fp4"), "is 'fp4' of shape"),
@@ -138,7 +138,7 @@ BROKEN: list[tuple[str, str, Callable[[torch.Tensor], torch.Tensor | None], str]
     ("nf4", STATE, lambda value: value[:-1], "is not the state of an nf4 tensor"),
     ("nf4", DOWN, lambda value: value.view(128, 160), f"{DOWN} has shape [128, 160], not [20480] or [20480, 1]"),
     ("nf4 nested", f"{DOWN}.absmax", lambda value: value.view(128, 5), f"{DOWN}.absmax has shape [128, 5], not [640]"),
-    ("nf4 nested", f"{DOWN}.nested_quant_map", lambda value: value[1:], "255 values, not F32 of 256"),
+    ("nf4 nested", f"{DOWN}.nested_quant_map", lambda value: value[1:], "255 values of type F32, not 256 of type F32"),
     ("fp8 by row", DOWN, lambda value: value.float(), f"{DOWN} is F32, but other linears are fp8"),
     ("fp8 by row", DOWN, lambda value: value[1:], f"{DOWN} has shape (127, 320), but config.json requires (128, 320)"),
     ("fp8 by row", DOWN, _with(5, 0xFF), f"{DOWN} has numbers that are not finite"),
