@@ -135,8 +135,8 @@ def _checkpoints(folder: Path) -> list[Path]:
 def find_newest_checkpoint(checkpoints: Path) -> Checkpoint | None:
     """Return the checkpoint that `latest` names, or the newest intact checkpoint, or None if there is no checkpoint.
 
-    The result's notes say which newer checkpoints were skipped and why. No file is changed. Raise UserError if no
-    checkpoint is intact, or if a checkpoint that may be intact cannot be read now."""
+    The result's notes list the newer checkpoints that were skipped, with reasons. No file is changed. Raise UserError
+    if no checkpoint is intact, or if a checkpoint that may be intact cannot be read now."""
     found, pointer = _checkpoints(checkpoints), checkpoints / LATEST_FILE
     notes: list[str] = []
     try:
@@ -171,7 +171,8 @@ def find_newest_checkpoint(checkpoints: Path) -> Checkpoint | None:
 
 
 def named_checkpoint(checkpoints: Path) -> Path | None:
-    """Return the folder that `latest` names, or None if `latest` is missing. Raise UserError if there is no folder."""
+    """Return the folder that `latest` names, or None if `latest` is missing. Raise UserError if that folder does not
+    exist."""
     pointer = checkpoints / LATEST_FILE
     if pointer.is_symlink() or not pointer.is_file():
         return None

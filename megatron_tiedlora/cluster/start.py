@@ -367,7 +367,7 @@ class StatusFile:
     """The run_status.json file of this launch. Ranks remove an older file when they become the folder's owner.
 
     Args:
-        start: the START_ID of the ranks. The file is ignored if a different launch owns the folder.
+        start: the START_ID of the ranks. The file is ignored if another launch owns the folder.
     """
 
     def __init__(self, folder: RunFolder, start: str = "") -> None:

@@ -47,7 +47,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def reject_unknown(words: Sequence[str], *kinds: type[fields.CommandSettings], known: Iterable[str]) -> None:
-    """Raise UserError, with similar flags from `known`, if `words`, the unknown arguments, is not empty."""
+    """Raise UserError if `words`, the unknown arguments, is not empty. Suggest similar flags from `known`."""
     flags = [word.partition("=")[0] for word in words if word.startswith("-")]  # other words may be values
     if words:
         meant = unknown_names("argument", flags or words, list(known), fields.names_elsewhere(*kinds, *_NAMED))
@@ -371,7 +371,7 @@ def _check_shared(path: str, found: Mapping[str, Settings]) -> None:
                 )
 
 
-HALVING_REASON = "halving: "  # prefix of the recorded reason if --halving stopped an adapter
+HALVING_REASON = "halving: "  # prefix of the recorded reason if --halving ended an adapter's training
 
 
 def rivals_of(settings: Mapping[str, Settings]) -> dict[str, tuple[str, ...]]:

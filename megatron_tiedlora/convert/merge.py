@@ -65,7 +65,7 @@ def merge_adapter(
     Args:
         dtype: dtype of the written weights (default: the stored dtype of each tensor).
         tokenizer: folder, hub id or SentencePiece file of the tokenizer to save instead of the base's own.
-        base_differs: merge even if the adapter was trained on a different base. The record then names the differences.
+        base_differs: merge even if the adapter was trained on a different base. The record then states what differs.
         onto_trained: merge onto the dequantised base that training used, instead of the stored base.
         say: called with each note about the base.
         new: makes the output folder.
@@ -159,8 +159,8 @@ class _MergedFiles:
         The file keeps its name and, if no dtype is given, its header.
 
         Raises:
-            UserError: it is not a complete safetensors file, or contains an adapted tensor that the index finds in a
-                different file.
+            UserError: it is not a complete safetensors file, or contains an adapted tensor that the index finds in
+                another file.
         """
         reader = self.weights.reader(file)  # checks that shapes and sizes agree and that the tensors lie side by side
         header = self.weights.header(file)
@@ -246,7 +246,7 @@ def reject_quantised(source: sources.ModelSource) -> None:
 
 
 def is_merge_of(folder: Path, adapter: native_adapter.NativeAdapter) -> bool:
-    """Return whether the record in `folder` says that this adapter was merged into it."""
+    """Return whether the record in `folder` states that this adapter was merged into it."""
     record = read_json_or_none(folder / base_identity.MERGE_RECORD) or {}
     return record.get("adapter_sha256") == adapter.sha256
 

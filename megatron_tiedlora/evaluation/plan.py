@@ -239,8 +239,8 @@ def _check_trained_template(file: str, trained: Any) -> None:
 def _find_model(
     settings: EvaluateSettings, identify: Identify
 ) -> tuple[ModelSource, NativeAdapter | None, str, tuple[str, ...]]:
-    """Return (base, adapter, kind of model, notes). Raises UserError if one is missing, if they do not belong together,
-    or if they need a different tokenizer."""
+    """Return (base, adapter, kind of model, notes). Raises UserError if the base or the adapter is missing, if they do
+    not belong together, or if they need a different tokenizer."""
     longest = settings.max_length or 0  # checked before a weight is read
     if settings.adapter is None:
         source = find_model(settings.model or DEFAULT_MODEL, weights=False)

@@ -2,7 +2,8 @@
 
 A family is a function that returns a `ModelShape` for an `HfConfig`, and raises UserError for features that are not
 implemented. The decorator `family` receives defaults of absent fields that differ from LLaMA's. The shared decoder has
-grouped queries, rotary embedding, SwiGLU, and the tensor names of transformers. A family adds only the differences.
+grouped queries, rotary embedding, SwiGLU, and the tensor names of transformers. A family adds only what differs from
+this decoder.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -152,7 +152,7 @@ class HfConfig:
         """Return the length of the longest sequence that the sliding window does not affect. Longer rows are rejected.
 
         Args:
-            used: False if a different field disables the window.
+            used: False if another field disables the window.
         """
         if self.get("sliding_window") is None or not used:
             return None

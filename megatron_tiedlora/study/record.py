@@ -1,10 +1,10 @@
 """Defines the grid of a study, and reads and writes the settings and results in the folder of the study.
 
 A point of the grid is a method and a rank. It has one run per learning rate. `sweep.yaml` has the settings, and can be
-passed to --config. A later launch resumes the study if its settings agree. `base.json` describes the base model and the
-task, so that tables can be made without them, and has the hashes of the data files. `sweep_status.json` records how the
-last launch ended. The results are how each run ended, the best learning rate, and the test scores in per cent. They are
-read from the files of tiedlora train and tiedlora evaluate.
+passed to --config. A later launch resumes the study if its settings are the same. `base.json` describes the base model
+and the task, so that tables can be made without them, and has the hashes of the data files. `sweep_status.json` records
+how the last launch ended. The results are how each run ended, the best learning rate, and the test scores in per cent.
+They are read from the files of tiedlora train and tiedlora evaluate.
 """
 
 import typing

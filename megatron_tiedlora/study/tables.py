@@ -339,7 +339,7 @@ def _study_notes(points: Sequence[tuple[Study, Sequence[Point]]]) -> list[str]:
     notes = []
     for study, own in points:
         stopped = [f"  - {run.name}: {why}" for point in own for run, why in study.result(point).stopped]
-        line = f"- {study.base.task}: --halving stopped these runs before their last step; each counts with its best"
+        line = f"- {study.base.task}: --halving stopped these runs before their last step; each result is from the best"
         notes += [f"{line} step.", *stopped] if stopped else []
     return notes + [
         f"- {study.base.task}: the paper's numbers are for its own rows and prompts;"
