@@ -281,7 +281,7 @@ def _notes2(studies: Sequence[Study], records: Sequence[TableRow]) -> list[str]:
             notes.append(f"- {study.base.task}: no score (yet) of {names}.")
     if any("paper_score" in record for record in records):
         models = {MODEL_TITLES[s.base.paper_model] for s in studies if s.base.paper_model is not None}
-        notes.append(f"- paper: the published numbers for {', '.join(sorted(models))}, told by shape or name.")
+        notes.append(f"- paper: the published numbers for {', '.join(sorted(models))}, identified by shape or name.")
     return [*notes, *_study_notes([(study, study.grid.table) for study in studies])]
 
 
