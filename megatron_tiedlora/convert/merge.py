@@ -190,7 +190,7 @@ class _MergedFiles:
         return tensor_files.StreamedFile(file.name, head, [found[name] for name in ordered])
 
     def _of_stored(self, file: Path, name: str, stored: Any) -> tensor_files.StreamedTensor:
-        """Return the merged version of an unquantised tensor. Without a change or a cast it keeps its bytes."""
+        """Return the merged version of an unquantised tensor. If it is neither changed nor cast, it keeps its bytes."""
         shape, changed = tuple(stored.get_shape()), name in self.weights.changed
         kind = stored[:0].dtype if shape else stored[...].dtype
         cast = self.dtype if kind in tensor_files.TYPE_NAMES else None
@@ -201,8 +201,8 @@ class _MergedFiles:
     def of_quantised(self) -> list[tensor_files.StreamedTensor]:
         """Return every tensor of a merge onto a quantised folder.
 
-        They are written to files with new names, because the folder's tensors have different sizes and names. Without
-        `dtype`, each tensor keeps its stored dtype, and tensors that were quantised get the embedding's dtype.
+        The tensors are written to files with new names, because the folder's tensors have different sizes and names.
+        Without `dtype`, each tensor keeps its stored dtype, and tensors that were quantised get the embedding's dtype.
         """
         weights, quantised = self.weights, stored_shapes(quantised_rules(self.source.shape))
         embedding = weights.rules[0].hf_names[0]

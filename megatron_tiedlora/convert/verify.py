@@ -78,7 +78,7 @@ class LogitComparison:
 
     @property
     def passed(self) -> bool:
-        """Return whether `largest` satisfies `wanted`. NaN does not."""
+        """Return whether `largest` satisfies `wanted`, which NaN never does."""
         if self.wanted == "different":
             return self.largest > 0
         return self.largest <= (TOLERANCE if self.wanted == "equal" else float("inf"))

@@ -218,7 +218,7 @@ def _as_trained(settings: EvaluateSettings) -> tuple[EvaluateSettings, list[str]
             if chat_template_sha256(found.chat_template) != trained[TEMPLATE_HASH]:
                 notes.append(f"--chat_template {found.chat_template} differs from the template of the adapter's run")
         elif name in trained and trained[name] != getattr(found, name):
-            notes.append(f"the adapter's run had --{name} {trained[name]}, but this evaluation has {getattr(found, name)}")
+            notes.append(f"the adapter's run had --{name} {trained[name]}, but here it is {getattr(found, name)}")
     if trained.get("products") is not None:
         notes.append(f"the adapter's run had --products {trained['products']}; an evaluation multiplies in --dtype")
     return found, notes

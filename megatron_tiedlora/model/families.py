@@ -218,7 +218,7 @@ def _check_rotation(config: HfConfig, heads: shapes.HeadShape) -> None:
         of = "" if rotated == heads.dim else f", of which {rotated} are rotated"
         raise UserError(
             f"{config.source}: head_dim is {heads.dim}{of}, but rotary embedding needs an even number of elements."
-            " Use a model with an even number"
+            " Use a different model"
         )
     if isinstance(scaling, shapes.LongRopeScaling) and len(scaling.factors) != rotated // 2:
         raise UserError(

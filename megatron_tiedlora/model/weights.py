@@ -64,7 +64,7 @@ def partition(costs: tuple[float, ...], num_stages: int) -> Stages:
 def _best_cuts(
     total: Sequence[float], num_stages: int, add: Callable[[float, float], float], *, largest: float = math.inf
 ) -> tuple[float, tuple[int, ...]]:
-    """Return the lowest value of a partition, and the end of each stage. `add` adds a stage to earlier stages' value.
+    """Return the lowest value of a partition, and the end of each stage. `add` adds a stage's cost to a value.
 
     Args:
         total: the total cost of the layers before each layer.

@@ -252,8 +252,8 @@ def engine_traffic(stage: StagePlan, *, num_micro_batches: int) -> Traffic:
 
     DeepSpeed sums gradients once per step, but after each micro-batch in ZeRO-2 and ZeRO-3. It sums the norm and, in
     ZeRO-1 and 2, gathers the updated parameters. ZeRO-3 gathers each parameter at most once per pass of a micro-batch,
-    because some parameters stay gathered until the next pass. Only the bytes are bounds. Each of these operations
-    counts as one message, although DeepSpeed uses buckets and prefetches.
+    because some parameters stay gathered until the next pass. Only the byte counts are upper bounds. Each of these
+    operations counts as one message, although DeepSpeed uses buckets and prefetches.
     """
     zero_stage, dp_size, sent = stage.layout.zero_stage, stage.layout.dp_size, Traffic()
     if dp_size == 1 or (zero_stage < 3 and not stage.layout.engine_steps):
