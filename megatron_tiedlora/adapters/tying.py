@@ -26,7 +26,7 @@ def sum_gradients_(
     The gradient of a tied u is summed over the tensor-parallel ranks first.
 
     A stage without layers of an adapter adds zeros. A gradient that is missing on another stage also counts as zeros,
-    so that no rank waits. The caller then stops an adapter with a missing gradient.
+    so that no rank waits. After the sum, the caller ends the training of each adapter that has a missing gradient.
 
     Args:
         adapters: the adapters that take a step, by name. Each of them has micro-batches on every rank.

@@ -4,8 +4,8 @@ A file or folder is written under a temporary name, synced, and then renamed. A 
 rename. A guard raises UserError if this process may no longer change the folder. `ownership` explains how processes
 that no longer own a folder are kept from changing it.
 
-A file that cannot be read raises a UserError of one line. A YAML file has one document. Tags, duplicate names, anchors
-and aliases are rejected, because aliases can expand to more than a machine's memory.
+A file that cannot be read raises a UserError of one line. A YAML file must contain exactly one document. Tags,
+duplicate names, anchors and aliases are rejected, because aliases can expand to more than a machine's memory.
 """
 
 import ctypes
@@ -225,7 +225,7 @@ def read_small_text(file: Path, *, kind: str = "text", largest: int = LARGEST_TE
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         where = f"byte {raw[error.start]:#04x} at byte {error.start + 1}"
-        raise UserError(f"{file}: not valid {kind} (not UTF-8: {where}); save it as UTF-8") from None
+        raise UserError(f"{file}: not valid {kind} (it is not UTF-8: {where}); save it as UTF-8") from None
 
 
 def seen_late(read: Callable[[], Value | None], folder: Path, *, seconds: float) -> Value | None:
@@ -258,7 +258,7 @@ def read_json_object(file: Path, *, kind: str, largest: int = LARGEST_TEXT) -> d
     try:
         content = json.loads(text, object_pairs_hook=_object)
     except RecursionError:
-        raise UserError(f"{file}: not valid JSON (nested too deeply); correct the file or copy it again") from None
+        raise UserError(f"{file}: not valid JSON (it is nested too deeply); correct it or copy it again") from None
     except ValueError as error:
         raise UserError(f"{file}: not valid JSON ({error}); correct the file or copy it again") from None
     if not isinstance(content, dict):
@@ -364,7 +364,7 @@ def parse_yaml(text: str, kind: type[Value], *, source: str) -> Value:
         problem = getattr(error, "problem", None) or first_line(error)
         raise UserError(f"{source}{where}: not valid YAML ({problem}); correct it") from None
     except RecursionError:
-        raise UserError(f"{source}: not valid YAML (nested too deeply); correct it") from None
+        raise UserError(f"{source}: not valid YAML (it is nested too deeply); correct it") from None
     # PyYAML converts text that looks like a date or carries a tag, whether or not it is valid.
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{source}: contains a value that cannot be read ({error}); put text in quotes") from None

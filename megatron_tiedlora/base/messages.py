@@ -123,7 +123,7 @@ def user_path(given: str | Path, *, flag: str = "") -> Path:
     except (RuntimeError, UnicodeEncodeError) as error:
         raise UserError(f"{said}: is not a path ({error}); give another path") from None
     if b"\0" in raw or len(raw) > _LONGEST_PATH or any(len(part) > _LONGEST_FILE_NAME for part in raw.split(b"/")):
-        raise UserError(f"{said}: is not a path (too long, or with characters that no file name has); give another")
+        raise UserError(f"{said}: is not a path (it is too long or has invalid characters); give another path")
     return path
 
 

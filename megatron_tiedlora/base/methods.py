@@ -22,8 +22,8 @@ class Factor:
 
     Attributes:
         shared_by: the layers that share a tensor. "all": all adapted layers. "one": each layer has its own tensor. A
-            number n of two or more: n consecutive adapted layers. Lists of layers (1-based): the layers of each list; a
-            layer that is in no list has its own tensor.
+            number n of two or more: n consecutive adapted layers. Lists of layers (1-based): the layers in each list
+            share a tensor; a layer in no list has its own tensor.
     """
 
     shared_by: Sharing

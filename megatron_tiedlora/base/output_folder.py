@@ -100,7 +100,7 @@ def check_writable(path: Path, *, given: str, flag: str = "--output_dir") -> Non
 
 
 def output_file(given: str, *, flag: str) -> Path:
-    """Return the path of a file that a command will write at its end. Raise UserError if the path is not writable."""
+    """Return the path of a file that a command writes when it finishes. Raise UserError if it is not writable."""
     path = user_path(given, flag=flag)
     if path.is_dir():
         raise UserError(f"{flag} {given}: is a folder; give a file")
@@ -109,7 +109,7 @@ def output_file(given: str, *, flag: str) -> Path:
 
 
 def output_files(given: Mapping[str, str | None]) -> dict[str, Path]:
-    """Return the paths of the files that a command will write at its end, by flag. Flags without a value are omitted.
+    """Return the paths of the files that a command writes when it finishes, by flag. Flags without a value are omitted.
 
     Raises:
         UserError: a file is not writable, or two flags name the same file.

@@ -2,7 +2,7 @@
 
 OWNER_FILE contains a token (launch id, host, process, time). The owner keeps the file locked, and the kernel frees the
 lock when the owner dies. The owner also renews the file's mtime, which other hosts see. A launch that takes over a
-folder replaces the file without waiting. The previous owner sees the new token before its next change.
+folder replaces the file without waiting. The previous owner sees the new token before it next changes the folder.
 
 The owner checks the token right before each rename of a temporary file (`files`). A new owner removes temporary files
 before it reads the folder. So an owner that is suspended between check and rename changes nothing when it resumes.

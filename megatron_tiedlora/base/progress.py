@@ -14,7 +14,7 @@ _LINE = "{l_bar} {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}
 
 
 class _Lines(tqdm):
-    """A progress bar that writes at most one line of text per `SECONDS_BETWEEN_LINES`, and one line at its end.
+    """A progress bar that writes at most one line of text per `SECONDS_BETWEEN_LINES`, and one line when it is closed.
 
     With `leave=False` the last line is written only if an earlier line was written.
     """
@@ -68,7 +68,7 @@ def progress_bar(
         unit: the name of the unit that is counted; "B" for bytes, which are shown as kB, MB and so on.
         total: the number of units, by default the length of `items`; None if it is unknown.
         shows: whether the bar is shown; False on all ranks but the first.
-        options: more arguments for `tqdm`. With `leave=True` the bar stays on the terminal after its end.
+        options: more arguments for `tqdm`. With `leave=True` the bar stays on the terminal after it is closed.
     """
     if isinstance(items, Sized):
         total = len(items)

@@ -216,19 +216,19 @@ def check_same_base(
         why = "saved when its base's weights were quantised or offloaded"
         notes += (f"{source}: {why}, so the base is compared only by config and final norm",)
     if trained.base_format != found.base_format:
-        kinds = f"in {trained.precision}, but this uses it in {found.precision}; its losses differ between them"
+        kinds = f"in {trained.precision}, but this uses it in {found.precision}; the losses differ"
         notes += (f"{source}: trained on its base {kinds}",)
     differences = base_differences(replace(trained, tokenizer_hash=None) if in_memory else trained, found)
     if "weights" not in differences and (otherwise := quantised_otherwise(trained, found)):
-        notes += (f"{source}: {otherwise}; its losses differ between them",)
+        notes += (f"{source}: {otherwise}; the losses differ",)
     if not differences:
         return notes
     what = f"trained on {trained.base_model}, whose {' and '.join(differences)} differ from {found.base_model}'s"
     if differs:
         return (*notes, f"{source}: {what}{'' if in_memory else ' (--base_differs)'}")
     if differences == ("tokenizer",):
-        own = "its base's own" if trained.tokenizer is None else trained.tokenizer
-        used = f"the one of {found.base_model}" if found.tokenizer is None else found.tokenizer
+        own = "its base's tokenizer" if trained.tokenizer is None else trained.tokenizer
+        used = f"the tokenizer of {found.base_model}" if found.tokenizer is None else found.tokenizer
         raise UserError(
             f"{source}: trained with a different tokenizer ({own}), not {used}; give that tokenizer with --tokenizer"
             " or with its model, or give --base_differs to use this one"

@@ -65,8 +65,8 @@ def open_weights(file: Path) -> Any:
     try:
         with file.open("rb") as stream:
             if (header := int.from_bytes(stream.read(8), "little")) > tensor_files.LARGEST_HEADER:
-                said = f"{file}: not a complete safetensors file (a header of {header:,} bytes)"
-                raise UserError(f"{said}; download or copy it again")
+                said = f"its header length, {header:,} bytes, exceeds the limit of {tensor_files.LARGEST_HEADER:,}"
+                raise UserError(f"{file}: not a complete safetensors file ({said}); download or copy it again")
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError, MemoryError) as error:  # MemoryError: the file cannot be mapped
         raise UserError(f"{file}: not a complete safetensors file ({error}); download or copy it again") from None
@@ -157,7 +157,7 @@ class BaseWeights(WeightFiles):
             same = same and bool(torch.equal(ours[rows], theirs[rows]))
         if not same:
             said = f"{self.folder / 'config.json'}: tie_word_embeddings is true, but {head} differs from {embedding}"
-            raise UserError(f"{said}, so that transformers would not tie them; set it to false")
+            raise UserError(f"{said}, so transformers would not tie them; set it to false")
 
     def sample(self, name: str) -> torch.Tensor:
         """Return up to a few thousand values of the stored tensor `name`, at positions that depend only on its shape.

@@ -186,8 +186,8 @@ class StoredAdapter(BaseIdentity):
             raise UserError(f"{file}: {said}; copy the file again, or install a later version of this package")
         check_layers(self.layers, self.num_layers, source=f"{file}: ")
         if not self.targets or self.targets != [name for name in TARGET_NAMES if name in self.targets]:
-            known = ", ".join(TARGET_NAMES)
-            raise UserError(f"{file}: targets {shown(self.targets)} are not some of {known}, in this order; correct it")
+            known = f"{', '.join(TARGET_NAMES)}, each at most once and in this order"
+            raise UserError(f"{file}: targets = {shown(self.targets)} is invalid; list one or more of {known}")
 
 
 def check_layers(layers: list[Any], num_layers: int, *, source: str = "") -> None:

@@ -135,8 +135,8 @@ def _checkpoints(folder: Path) -> list[Path]:
 def find_newest_checkpoint(checkpoints: Path) -> Checkpoint | None:
     """Return the checkpoint that `latest` names, or the newest intact checkpoint, or None if there is no checkpoint.
 
-    The result's notes say which newer checkpoints were skipped and why. No file is changed. Raise UserError if no
-    checkpoint is intact, or if a checkpoint that may be intact cannot be read now."""
+    The result's notes list the newer checkpoints that were skipped, with reasons. No file is changed. Raise UserError
+    if no checkpoint is intact, or if a checkpoint that may be intact cannot be read now."""
     found, pointer = _checkpoints(checkpoints), checkpoints / LATEST_FILE
     notes: list[str] = []
     try:
@@ -171,7 +171,8 @@ def find_newest_checkpoint(checkpoints: Path) -> Checkpoint | None:
 
 
 def named_checkpoint(checkpoints: Path) -> Path | None:
-    """Return the folder that `latest` names, or None if `latest` is missing. Raise UserError if there is no folder."""
+    """Return the folder that `latest` names, or None if `latest` is missing. Raise UserError if that folder does not
+    exist."""
     pointer = checkpoints / LATEST_FILE
     if pointer.is_symlink() or not pointer.is_file():
         return None
@@ -217,12 +218,13 @@ def _check_steps(file: Path, progress: Progress, settings: Mapping[str, Any]) ->
     for name in ("best_step", "evaluated_step"):
         step = getattr(progress, name)
         if step is not None and step > progress.step:
-            raise UserError(f"{file}: {name} = {step} is after its step {progress.step}; copy the file again")
+            said = f"{name} = {step} is later than the checkpoint's step, {progress.step}"
+            raise UserError(f"{file}: {said}; copy the file again")
     best, since_best = progress.best_step, progress.evaluations_since_best
     if (best is None) != (progress.best_metric is None):
         raise UserError(f"{file}: it has one of best_step and best_metric, not both; copy the file again")
     if since_best > progress.step - (best or 0):
-        said = f"evaluations_since_best = {since_best} is more than the steps since its best"
+        said = f"evaluations_since_best = {since_best} is more than the number of steps since best_step"
         raise UserError(f"{file}: {said}; copy the file again")
     if _STEP_NAME.fullmatch(file.parent.name) and file.parent.name != f"step_{progress.step}":
         raise UserError(f"{file}: its step is {progress.step}, but its folder is {file.parent.name}; rename the folder")

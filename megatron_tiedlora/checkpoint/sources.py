@@ -127,7 +127,7 @@ def find_model(name: str, *, weights: bool = True) -> ModelSource:
         try:
             folder = Path(snapshot_download(name, allow_patterns=files))
         except Exception as error:  # the Hub's client raises many types; each means that the model cannot be found
-            said = f"--model {name}: no such folder, and the Hub has not sent it ({first_line(error)})"
+            said = f"--model {name}: no such folder, and it cannot be downloaded from the Hub ({first_line(error)})"
             raise UserError(f"{said}; check the name and the network") from None
     values, file = read_hf_config(folder), str(folder / "config.json")
     stored = stored_format(values, source=file)

@@ -73,7 +73,7 @@ def read_tensors(file: Path, shapes: TensorShapes, *, sums: Mapping[str, str] | 
         raw = stream.read(expected + 1)
     if len(raw) != expected:
         much = "is longer than" if len(raw) > expected else "is shorter than"
-        said = f"it {much} the {expected:,} bytes that follow from its header"
+        said = f"it {much} the {expected:,} bytes that its header requires"
         raise UserError(f"{file}: not a complete safetensors file ({said}); copy it again")
     check_file(file, sums or {}, found=hashlib.sha256(raw).hexdigest())
     try:
@@ -133,7 +133,7 @@ def read_header(file: Path) -> Header:
         header = _read_header(file, stream)
         end = header.begin + max((entry["data_offsets"][1] for entry in header.entries.values()), default=0)
         if (size := os.fstat(stream.fileno()).st_size) != end:
-            said = f"it has {size:,} of {end:,} bytes"
+            said = f"it has {size:,} bytes, but its header requires {end:,}"
             raise UserError(f"{file}: not a complete safetensors file ({said}); copy it again")
     return header
 
@@ -183,13 +183,13 @@ def _read_header(file: Path, stream: BinaryIO) -> Header:
     raw = stream.read(length) if length <= LARGEST_HEADER else b""
     try:
         if len(raw) != length:
-            raise ValueError(f"a header of {length:,} bytes")
+            raise ValueError(f"its header length, {length:,} bytes, exceeds its size or {LARGEST_HEADER:,} bytes")
         content = json.loads(raw)
         if not isinstance(content, dict):
             raise ValueError("its header is not a table of tensors")
         content.pop("__metadata__", None)
         if len(content) > _MOST_TENSORS:
-            raise ValueError(f"a header of {len(content):,} tensors")
+            raise ValueError(f"its header lists {len(content):,} tensors, but the limit is {_MOST_TENSORS:,}")
         for name, entry in content.items():
             sizes = [*entry["shape"], entry["data_offsets"][0], entry["data_offsets"][1]]
             in_range = all(type(size) is int and 0 <= size < _LARGEST_SIZE for size in sizes)
@@ -394,8 +394,8 @@ class StoredWeights:
             tensor = self._needed(name, part)
             found = torch.Size(tensor.get_shape()).numel()
             if tensor.get_dtype() != dtype or found != count:
-                said = f"{name}{part} is {as_given(tensor.get_dtype())} of {found:,} values"
-                raise UserError(f"{said}, not {dtype} of {count:,}; download the model again")
+                said = f"{name}{part} has {found:,} values of type {as_given(tensor.get_dtype())}"
+                raise UserError(f"{said}, not {count:,} of type {dtype}; download the model again")
             # Codes may be stored as one column or one row. Rows are sliced from this sequence of codes.
             sizes = list(tensor.get_shape())
             if sizes not in ([count], *([] if part else ([count, 1], [1, count]))):
@@ -408,7 +408,7 @@ class StoredWeights:
         raw = self._needed(name, _STATE)
         try:
             if raw.get_dtype() != "U8" or torch.Size(raw.get_shape()).numel() > _LARGEST_STATE:
-                raise ValueError("not bytes of JSON")
+                raise ValueError("it is not JSON stored as bytes")
             fields = json.loads(bytes(raw[:].tolist()))
             kind, block, found = fields["quant_type"], fields["blocksize"], fields["shape"]
             nested = (fields["nested_blocksize"], fields["nested_offset"]) if "nested_blocksize" in fields else None
@@ -416,7 +416,7 @@ class StoredWeights:
             if any(type(number) is not int or not 1 <= number <= _LARGEST_BLOCK for number in sizes):
                 raise ValueError(f"its block sizes are not integers from 1 to {_LARGEST_BLOCK:,}")
             if nested is not None and (type(nested[1]) not in (int, float) or not abs(nested[1]) < _LARGEST_OFFSET):
-                raise ValueError("its nested_offset is not a number, or too large")
+                raise ValueError("its nested_offset is not a number, or is too large")
         except (ValueError, TypeError, LookupError, RecursionError) as error:
             said = f"{name}{_STATE} is not the state of an nf4 tensor ({error})"
             raise UserError(f"{said}; download the model again") from None

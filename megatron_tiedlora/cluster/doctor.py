@@ -283,11 +283,11 @@ def judge_groups(results: Sequence[GroupResult]) -> list[Finding]:
         name = f"the {result.kind} parallel group of ranks {', '.join(map(str, result.ranks))}"
         where = enumerate_names(result.hosts)
         if not result.correct:
-            fix = "leave out one of its hosts at a time to find the cause; then test its memory and network card"
+            fix = "leave out one host at a time to find the slow host; then test that host's memory and network card"
             findings.append(error("wrong_sum", result.hosts, f"{name} ({where}) computes wrong sums", fix))
         share = result.bus_bytes_per_second / median(speeds)
         if len(speeds) > 2 and share < _SLOW:
-            message = f"{name} ({where}) has {share:.0%} of the bandwidth of the others"
+            message = f"{name} ({where}) has {share:.0%} of the other groups' bandwidth"
             findings.append(warning("slow_group", result.hosts, message, "compare the hosts' links and cards"))
     return findings
 
@@ -350,13 +350,13 @@ def compare_machines(hosts: Sequence[HostReport]) -> Iterator[Finding]:
     yield from differs(error, "cuda_version", "torch's CUDA", lambda machine: str(machine.cuda), fix, on_gpus)
     yield from differs(error, "nccl_version", "NCCL", lambda machine: str(machine.nccl), fix, on_gpus)
     kind = error if len(on_gpus) < len(doctor_rank.answering(hosts)) else warning
-    fix = "keep the hosts of one kind; where torch sees no GPU, look at nvidia-smi and CUDA_VISIBLE_DEVICES"
+    fix = "use only hosts of one kind; on a host where torch sees no GPU, check nvidia-smi and CUDA_VISIBLE_DEVICES"
     yield from differs(kind, "gpus_differ", "the kind of GPU", kind_of_gpus, fix)
     machines: dict[str, list[str]] = {}
     for host, answer in doctor_rank.answering(hosts):
         machines.setdefault(answer.machine.id, []).append(host.name)
     for twice in (names for names in machines.values() if len(names) > 1):
-        fix = "keep one line for it in the hostfile, with all its slots"
+        fix = "keep only one line for this host in the hostfile, with all its slots"
         yield error("same_machine", twice, f"{enumerate_names(twice)} are one machine", fix)
 
 
@@ -377,7 +377,7 @@ def compare_clocks(hosts: Sequence[HostReport], *, max_skew: float) -> Iterator[
         if host.clock is not None and abs(host.clock.skew) - host.clock.margin > max_skew:
             direction = "ahead of" if host.clock.skew > 0 else "behind"
             value = f"{host.name}: its clock is {abs(host.clock.skew):.1f} s {direction} this machine's"
-            fix = "let chrony or systemd-timesyncd set it; until then, times in logs and of files mislead"
+            fix = "set the clock with chrony or systemd-timesyncd; until then, times in logs and of files are wrong"
             yield warning("clock", [host.name], value, fix)
 
 

@@ -367,7 +367,7 @@ class StatusFile:
     """The run_status.json file of this launch. Ranks remove an older file when they become the folder's owner.
 
     Args:
-        start: the START_ID of the ranks. The file is ignored if a different launch owns the folder.
+        start: the START_ID of the ranks. The file is ignored if another launch owns the folder.
     """
 
     def __init__(self, folder: RunFolder, start: str = "") -> None:
@@ -431,11 +431,11 @@ def judge(
     content = file.read() if launcher_status else seen_late(file.read, path, seconds=late_seconds)
     if content is None:
         if not path.is_dir():
-            why = f"{path} is not visible on this host: it was rejected, as the ranks say above, or is elsewhere"
+            why = f"{path} does not exist on this host: the ranks rejected it (see above), or it is not shared"
         elif file.is_of_another:
             why = f"{path} belongs to another launch"
         else:
-            why = f"{path} does not say how this launch ended"
+            why = f"{path} does not state how this launch ended"
         return Verdict(failed, f"{why}; {ended}")
     state, step, reason = content.get("state"), content.get("step"), content.get("reason")
     line = messages.one_line(f"{path}: {state} at step {step} ({reason})")

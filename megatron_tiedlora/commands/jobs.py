@@ -34,7 +34,7 @@ _HEADING = ("name", "base", "method", "rank", "targets", "parameters", "task", "
 
 
 def run(command: LaunchCommand, *, scripts: Path = HERE) -> int:
-    """Start a job and wait for its end. The ranks run train.py in the folder `scripts`. Return the exit status."""
+    """Start a job and wait until it ends. The ranks run train.py in the folder `scripts`. Return the exit status."""
     from megatron_tiedlora.cluster.start import launch
 
     return launch(command, scripts=scripts)

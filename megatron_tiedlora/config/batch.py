@@ -110,7 +110,7 @@ def resolve_max_new_tokens(value: int | None, longest: int, default: int) -> int
         return max(min(default, longest // 2), 1)
     if value >= longest:
         raise UserError(
-            f"--max_new_tokens {value} leaves no room for a prompt, as both have at most {longest} tokens; give fewer"
+            f"--max_new_tokens {value} leaves no room for a prompt: the two have at most {longest} tokens; give fewer"
         )
     return value
 

@@ -47,7 +47,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def reject_unknown(words: Sequence[str], *kinds: type[fields.CommandSettings], known: Iterable[str]) -> None:
-    """Raise UserError if there are unknown arguments `words`. The message names them and similar flags from `known`."""
+    """Raise UserError if `words`, the unknown arguments, is not empty. Suggest similar flags from `known`."""
     flags = [word.partition("=")[0] for word in words if word.startswith("-")]  # other words may be values
     if words:
         meant = unknown_names("argument", flags or words, list(known), fields.names_elsewhere(*kinds, *_NAMED))
@@ -287,7 +287,7 @@ def read_adapters(path: str, given: Settings) -> dict[str, Settings]:
         if name.lower() in _FILES_OF_RUN:
             raise UserError(f"{path}: entry {number}: the run itself has a file {shown(name)}; give a different name")
         if name.lower() in taken:
-            raise UserError(f"{path}: entry {number}: the name {shown(name)} is taken by another entry; change it")
+            raise UserError(f"{path}: entry {number}: another entry already has the name {shown(name)}; change it")
         taken.add(name.lower())
         with naming(f"{path}: {name}"):
             found[name] = make_settings(Settings.combined(shared, own))
@@ -345,13 +345,13 @@ def check_folders(path: str, output_dirs: Mapping[str, str]) -> None:
     for name, output_dir in output_dirs.items():
         folder = Path(os.path.realpath(user_path(output_dir)))
         if folder in given:
-            raise UserError(f"{path}: {name}: output_dir is also the folder of {given[folder]}; give each its own")
+            raise UserError(f"{path}: {name}: output_dir is also the folder of {given[folder]}; change it")
         given[folder] = name
     for folder, name in given.items():
         holder = next((parent for parent in folder.parents if parent in given), folder)
         inside = folder.parts[len(holder.parts) :][:1]
         if inside and given[holder] != RUN_OF_ALL:
-            where = f"the folder of {given[holder]}; give each its own"
+            where = f"the folder of {given[holder]}; give a different folder"
             raise UserError(f"{path}: {name}: output_dir is inside {where}")
         if any(part.startswith(".") or part.lower() in _FILES_OF_RUN for part in inside):
             where = f"{shown(inside[0])}, where the run itself has files"
@@ -371,7 +371,7 @@ def _check_shared(path: str, found: Mapping[str, Settings]) -> None:
                 )
 
 
-HALVING_REASON = "halving: "  # prefix of the recorded reason if --halving stopped an adapter
+HALVING_REASON = "halving: "  # prefix of the recorded reason if --halving ended an adapter's training
 
 
 def rivals_of(settings: Mapping[str, Settings]) -> dict[str, tuple[str, ...]]:

@@ -1,8 +1,8 @@
 """Define how commands declare their settings. A setting is a field with a name, type, default, help text and marks.
 
-This module also validates values and makes frozen settings of them. Each command declares its own settings, and
-`cli.py` turns the fields of any command into flags and YAML names. `marked` returns the settings with given marks.
-docs/extending.md says which lists of names are still written by hand.
+This module also validates values and creates frozen settings objects from them. Each command declares its own settings,
+and `cli.py` turns the fields of any command into flags and YAML names. `marked` returns the settings with given marks.
+docs/extending.md names the lists that are still written by hand.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ TASK_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 
 Schedule = Literal["cosine", "linear", "constant"]  # training/build.py implements them
 GPU_NAMES = ("a100-80", "h100", "h200", "b200")  # planning/machines.py describes them
-HOW_LONG = ("epochs", "max_steps")  # settings that both say how long to train
+HOW_LONG = ("epochs", "max_steps")  # settings that both set the length of training
 SMALLEST_ALPHA, LARGEST_ALPHA = 1e-6, 1e6  # all useful values are between these limits
 NO_TRAIN_FILE = "--task custom needs --train_file (JSONL with prompt and completion, or a hub id)"
 
@@ -433,7 +433,7 @@ Most runs need few of the flags: --model, --train_file, --validation_file, --out
             raise ValueError(f"--layers {flag_value(self.layers)}: give layer numbers from 1 on, strictly ascending")
         if self.epochs is not None and "max_steps" in self.model_fields_set:
             both = f"--epochs {self.epochs:g} and --max_steps {self.max_steps}"
-            raise ValueError(f"{both} both say how long to train; give one")
+            raise ValueError(f"{both} both set the length of training; give one")
         if self.epochs is None and self.warmup_steps > self.max_steps:
             more = f"--warmup_steps {self.warmup_steps} is more than --max_steps {self.max_steps}"
             raise ValueError(f"{more}; give fewer warm-up steps")

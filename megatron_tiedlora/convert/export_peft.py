@@ -124,7 +124,7 @@ def export_peft(
         named: name of the base in PEFT's config [`base_name`].
         native: the folder from which `adapter` was read. Its two files are copied to `NATIVE_FOLDER`. An import reads
             them, because PEFT's files cannot express the tie.
-        base_differs: export even if the adapter was trained on a different base. The record names the differences.
+        base_differs: export even if the adapter was trained on a different base. The record states what differs.
         say: called with each note about the base.
         new: makes the output folder.
         identify: computes the base's identity. To export many adapters of one base, pass a cached function.

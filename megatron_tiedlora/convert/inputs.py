@@ -27,7 +27,8 @@ def adapter_kind(folder: Path | str, *, flag: str | None = None) -> Literal["nat
     """Return the kind of the adapter in a folder. Messages begin with `flag`, by default `--adapter FOLDER`.
 
     Raises:
-        UserError: the folder holds no adapter. For a run or model folder the message says what to give instead.
+        UserError: the folder holds no adapter. For a run or model folder the message names the folder or flag to give
+        instead.
     """
     path, flag = user_path(folder), flag or f"--adapter {folder}"
     if path.is_file() and path.name == resume.LATEST_FILE:
@@ -179,9 +180,9 @@ def stored_precision(source: ModelSource) -> str | None:
 
 
 def trained_otherwise(source: ModelSource, adapter: NativeAdapter) -> str:
-    """Return a message if quantising `source` gives other values than in training, or '' if it does not.
+    """Return a message if quantising `source` gives different values from training, or '' if it does not.
 
-    The message says what to do. The result is also '' if training recorded no precision. Call `check_base` first.
+    The message includes the fix. The result is also '' if training recorded no precision. Call `check_base` first.
     """
     trained = adapter.base_identity
     if trained.base_stored is None:

@@ -65,7 +65,7 @@ def merge_adapter(
     Args:
         dtype: dtype of the written weights (default: the stored dtype of each tensor).
         tokenizer: folder, hub id or SentencePiece file of the tokenizer to save instead of the base's own.
-        base_differs: merge even if the adapter was trained on a different base. The record then names the differences.
+        base_differs: merge even if the adapter was trained on a different base. The record then states what differs.
         onto_trained: merge onto the dequantised base that training used, instead of the stored base.
         say: called with each note about the base.
         new: makes the output folder.
@@ -159,8 +159,8 @@ class _MergedFiles:
         The file keeps its name and, if no dtype is given, its header.
 
         Raises:
-            UserError: it is not a complete safetensors file, or contains an adapted tensor that the index finds in a
-                different file.
+            UserError: it is not a complete safetensors file, or contains an adapted tensor that the index finds in
+                another file.
         """
         reader = self.weights.reader(file)  # checks that shapes and sizes agree and that the tensors lie side by side
         header = self.weights.header(file)
@@ -190,7 +190,7 @@ class _MergedFiles:
         return tensor_files.StreamedFile(file.name, head, [found[name] for name in ordered])
 
     def _of_stored(self, file: Path, name: str, stored: Any) -> tensor_files.StreamedTensor:
-        """Return the merged version of an unquantised tensor. Without a change or a cast it keeps its bytes."""
+        """Return the merged version of an unquantised tensor. If it is neither changed nor cast, it keeps its bytes."""
         shape, changed = tuple(stored.get_shape()), name in self.weights.changed
         kind = stored[:0].dtype if shape else stored[...].dtype
         cast = self.dtype if kind in tensor_files.TYPE_NAMES else None
@@ -201,8 +201,8 @@ class _MergedFiles:
     def of_quantised(self) -> list[tensor_files.StreamedTensor]:
         """Return every tensor of a merge onto a quantised folder.
 
-        They are written to files with new names, because the folder's tensors have different sizes and names. Without
-        `dtype`, each tensor keeps its stored dtype, and tensors that were quantised get the embedding's dtype.
+        The tensors are written to files with new names, because the folder's tensors have different sizes and names.
+        Without `dtype`, each tensor keeps its stored dtype, and tensors that were quantised get the embedding's dtype.
         """
         weights, quantised = self.weights, stored_shapes(quantised_rules(self.source.shape))
         embedding = weights.rules[0].hf_names[0]
@@ -222,13 +222,13 @@ class _MergedFiles:
             for rows in row_blocks(shape or (1,)):
                 self.between()
                 if file.stat().st_size < size:  # reading the lost part of a mapped file would end the process
-                    raise UserError(f"{file}: not a whole safetensors file (it became shorter); copy it again")
+                    raise UserError(f"{file}: the file was truncated while it was being read; copy it again")
                 part: Any = rows if shape else ...  # a scalar has no rows
                 values = read(name, part).to(dtype)
                 if checked and not tensor_files.all_finite(values):
                     base = self.weights.read_base(name, part) if name in self.weights.changed else read(name, part)
                     fits = f"merged values are too large for {str(dtype).removeprefix('torch.')}; give --dtype bf16"
-                    why = fits if tensor_files.all_finite(base) else "the base is broken"
+                    why = fits if tensor_files.all_finite(base) else "the base has such values too; download it again"
                     raise UserError(f"{source}: {name} has values that are not finite ({why})")
                 yield values
 
@@ -246,7 +246,7 @@ def reject_quantised(source: sources.ModelSource) -> None:
 
 
 def is_merge_of(folder: Path, adapter: native_adapter.NativeAdapter) -> bool:
-    """Return whether the record in `folder` says that this adapter was merged into it."""
+    """Return whether the record in `folder` states that this adapter was merged into it."""
     record = read_json_or_none(folder / base_identity.MERGE_RECORD) or {}
     return record.get("adapter_sha256") == adapter.sha256
 

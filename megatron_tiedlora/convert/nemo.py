@@ -128,7 +128,8 @@ def stablelm_tensors(archive: NemoArchive, model: NemoModel, folder: Path, *, vo
     ]
     for name, stage in ((_EMBEDDING, stages[0]), (_HEAD, stages[-1])):
         if (stored := sum(len(rank[name]) for rank in stage)) < vocab_size:
-            raise UserError(f"{archive.path}: {name} has {stored} rows, but the tokenizer has {vocab_size} pieces")
+            said = f"{name} has {stored} rows, but the tokenizer has {vocab_size} pieces"
+            raise UserError(f"{archive.path}: {said}; download the file again")
     dtypes = {tensor.dtype for stage in stages for rank in stage for tensor in rank.values() if tensor.dim() == 2}
     if len(dtypes) > 1:
         listed = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))

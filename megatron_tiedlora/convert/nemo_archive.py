@@ -1,8 +1,8 @@
 """Reads the files and tensors in a NeMo 1 `.nemo` archive. No code in the archive is executed.
 
 A `.nemo` file is a tar of settings, a tokenizer and one `.ckpt` file for each rank. A `.ckpt` file is a zip that
-`torch.save` wrote. It contains a pickle that describes a state dict, and the uncompressed values. A copy of it is
-checked, and then `torch.load` maps its tensors with `weights_only`.
+`torch.save` wrote. It contains a pickle that describes a state dict, and the uncompressed values. A copy of the
+`.ckpt` file is checked, and then `torch.load` maps the copy's tensors with `weights_only`.
 """
 
 import io

@@ -127,7 +127,7 @@ def import_peft(
 ) -> OpenedAdapter:
     """Write the PEFT adapter in `folder` as a native adapter folder for `model` atomically, and return the adapter.
 
-    If the folder contains an equal native adapter, the native files are copied byte for byte.
+    If the folder also contains a native adapter whose export equals the PEFT adapter, the native files are copied.
 
     Args:
         model: as for `open_adapter`.

@@ -298,7 +298,7 @@ def pattern_finder(patterns: Collection[str], *, what: str) -> Callable[[str], s
 def _matcher(pattern: str, what: str, instead: str, *, start: str) -> Callable[[str], bool]:
     """Return a function that returns whether a full name matches `start` followed by the pattern.
 
-    If the pattern is rejected, the error message ends with `instead`, which says what to write.
+    If the pattern is rejected, the error message ends with `instead`, which names a supported form.
     """
     plain = pattern.replace(r"\d", "[0-9]") if len(pattern) <= _LONGEST_PATTERN else ""
     pieces = _PIECE.findall(plain)

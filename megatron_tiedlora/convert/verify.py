@@ -51,7 +51,7 @@ class BitComparison:
     differences: tuple[str, ...]
 
     def lines(self) -> list[str]:
-        """Return the lines of the report: what was compared, the verdict, and the differences."""
+        """Return the lines of the report: what was compared, the verdict, and the tensors that differ."""
         verdict = f"FAILED: {len(self.differences)} differ" if self.differences else "ok"
         shown_first = [f"  {difference}" for difference in self.differences[:_MOST_LINES]]
         left = len(self.differences) - len(shown_first)
@@ -78,7 +78,7 @@ class LogitComparison:
 
     @property
     def passed(self) -> bool:
-        """Return whether the difference is as `wanted` requires. NaN does not pass."""
+        """Return whether `largest` satisfies `wanted`, which NaN never does."""
         if self.wanted == "different":
             return self.largest > 0
         return self.largest <= (TOLERANCE if self.wanted == "equal" else float("inf"))

@@ -258,7 +258,7 @@ def render_with_spans(
 
 
 def _by_marks(tokenizer: Any, messages: Objects, tools: Objects | None) -> tuple[str, dict[int, Span]] | None:
-    """Return the text, and the span of each answer by generation marks. Return None unless each has one span."""
+    """Return the text and the marked span of each answer, or None if the marks do not give one for every answer."""
     if not has_marks(tokenizer.get_chat_template(tools=tools)):
         return None
     text, marks = _marked(tokenizer, messages, tools)

@@ -257,8 +257,8 @@ def pack(lengths: Lengths, capacity: int, *, group_size: int = 1, multiple: int 
 
     The result depends only on the arguments. First-fit decreasing determines the number of micro-batches. It needs at
     most 11/9 of the minimum number of rows, plus one (Johnson, 1973). Then rows are added until all micro-batches have
-    the same number of rows. Samples are spread evenly over the rows if they fit; otherwise the longest rows are halved.
-    So all ranks have a similar amount of work.
+    the same number of rows. Samples are spread evenly over the rows if no row then exceeds `capacity`; otherwise the
+    longest rows are split in two. So all ranks have a similar amount of work.
 
     Args:
         capacity: the maximum number of tokens per row; no sample is longer.

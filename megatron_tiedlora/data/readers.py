@@ -353,7 +353,7 @@ def checked_text(value: Any, name: str, source: str, *, allow_empty: bool = Fals
         fix = "put it in quotes" if isinstance(value, int | float) else "give a text, or remove the row"
         raise UserError(f"{source}: field {name!r} is {shown(value)} ({type(value).__name__}), not text; {fix}")
     if not allow_empty and not value.strip():
-        raise UserError(f"{source}: field {name!r} is empty; fill it in, or remove the row")
+        raise UserError(f"{source}: field {name!r} is empty; give a text, or remove the row")
     if not is_text(value):
         raise UserError(f"{source}: field {name!r} has an invalid character (an unpaired surrogate); remove it")
     return value

@@ -141,7 +141,7 @@ def held_out_rows(
     count = most if num_samples >= 10 * most else min(max(1, num_samples // 20), num_samples - 1)
     if required and not count:
         name = stream.sources[0].name
-        raise UserError(f"{name}: one sample cannot be split into train and validation; give --validation_file")
+        raise UserError(f"{name}: with only one sample, no validation set can be held out; give --validation_file")
     taken = np.zeros(num_samples, dtype=bool)
     taken[permutation(num_samples, seed=seed, stream=_CARVE_STREAM)[:count]] = True
     return taken[numbers]

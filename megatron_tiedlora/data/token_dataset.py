@@ -21,8 +21,8 @@ FACTS = np.dtype(
 )
 """Values per stored sample. `supervised` is the number of supervised tokens, `cut` is whether the middle of the prompt
 was removed, and `lost_turns` is the number of turns removed from a chat. In the cache, `chat` is whether the sample is
-a chat, `ended` is whether its supervised tokens include an end token, and `first` is whether it is its row's first
-sample. `number` is its row's sample index in `RowStream`, and `source` is the index of its source."""
+a chat, `ended` is whether its supervised tokens include an end token, and `first` is whether the sample is the first of
+its row. `number` is the row's sample index in `RowStream`, and `source` is the index of the row's source."""
 
 _ALL = np.empty(0, np.int64)  # marks the default order: the order in which samples are stored
 
@@ -116,7 +116,8 @@ class TokenDataset:
 
     @property
     def prompt_lengths(self) -> NDArray[np.int32] | None:
-        """Return each sample's number of unsupervised tokens, (n,) int32; None if one follows a supervised token."""
+        """Return each sample's number of unsupervised tokens, (n,) int32; None if any of them follows a supervised
+        token."""
         whole = self._gathered(slice(None))
         starts = whole.offsets[1:] - whole.facts["supervised"]
         if not np.array_equal(whole.supervised, _from(starts, whole.offsets)):

@@ -154,7 +154,7 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
     if largest_id >= vocab_size:
         raise UserError(
             f"{tokenizer.name_or_path}: the tokenizer's vocabulary needs {largest_id + 1} ids (the last is {token!r}), "
-            f"but the model's embedding has {vocab_size} rows; give the model's own --tokenizer"
+            f"but the model's embedding has {vocab_size} rows; set --tokenizer to the model's own tokenizer"
         )
 
 

@@ -103,10 +103,10 @@ def _message(item: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise UserError(f"{where}: 'role' is missing; the message has {describe_fields(item)}; add its role")
     role, content = checked_text(item[role_field], role_field, where), item.get(content_field)
     if unread := next((name for name in _UNREAD if item.get(name)), None):
-        raise UserError(f"{where}: {unread!r} is not read, only text is; remove the row, or the field if not needed")
+        raise UserError(f"{where}: {unread!r} is not read, because only text is supported; remove the field or the row")
     if unread := next((name for name in _UNREAD_FLAGS if item.get(name) is not None), None):
         said = f"{where}: {unread!r} is {shown(item[unread])}, and is not read"
-        raise UserError(f"{said}; give 'train' (true or false) instead, which says whether the turn is supervised")
+        raise UserError(f"{said}; give 'train' (true or false) instead, which sets whether the turn is supervised")
     if role in _CALL_ROLES:
         call = _parsed(checked_text(content, content_field, where), content_field, where)
         return {"role": ASSISTANT, "content": "", "tool_calls": _calls(call if type(call) is list else [call], where)}
@@ -133,7 +133,7 @@ def _content(content: Any, name: str, where: str, *, may_be_empty: bool) -> str:
             text = part.get("text") if isinstance(part, Mapping) else part
             if kind != "text":
                 said = f"{where}: a content part of type {shown(kind)} is not supported"
-                raise UserError(f"{said}, only text is; remove the row")
+                raise UserError(f"{said}, because only text is; remove the row")
             parts.append(checked_text(text, f"{name}.text", where, allow_empty=True))
         content = "\n".join(parts)
     if content is None and may_be_empty:

@@ -2,7 +2,8 @@
 create the process groups of the (pp, dp, tp) grid, most of them by DeepSpeed's topology.
 
 The engine's JSON has no precision section, so DeepSpeed treats the model as fp32. The frozen base keeps its own dtype.
-The adapter's gradients, their sums and the optimizer stay fp32 at every ZeRO stage.
+The adapter's gradients and the optimizer state are fp32 at every ZeRO stage, and gradients are accumulated and reduced
+in fp32.
 """
 
 import importlib

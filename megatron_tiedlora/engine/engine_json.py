@@ -133,7 +133,7 @@ class EngineConfig:
 
 
 def find_engine_json(name: str) -> Path:
-    """Return the path of the --ds_config file, as given or in ds_configs/. Raise UserError if there is no file."""
+    """Return the path of the --ds_config file, as given or in ds_configs/. Raise UserError if neither exists."""
     for path in (user_path(name), SHIPPED_CONFIGS / name):
         if path.is_file():
             return path

@@ -155,7 +155,7 @@ def _read(plan: EvaluationPlan) -> ScoredSet:
 def check_same_rows(scored: Sequence[ScoredSet]) -> None:
     """Raise UserError if the rows of a rank differ from the rows of rank 0. Every rank reads the rows itself."""
     if differing := num_differing(" ".join(some.sha256 for some in scored)):
-        raise UserError(f"{count_text(differing, 'rank')} read other rows than rank 0; give all hosts the same files")
+        raise UserError(f"{count_text(differing, 'rank')} read different rows from rank 0; give every host the same")
 
 
 def answer_all(

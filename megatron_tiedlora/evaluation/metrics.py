@@ -139,7 +139,7 @@ def checked_choices(answer: Answer) -> tuple[str, ...]:
     if not example.choices:
         raise UserError(f"{example.source}: the row has no endings, but accuracy needs several; add endings")
     if not all(choice.strip() for choice in example.choices):
-        raise UserError(f"{example.source}: one of the {len(example.choices)} endings is empty; fill it in")
+        raise UserError(f"{example.source}: one of the {len(example.choices)} endings is empty; add its text")
     if answer.references[0].strip() not in {choice.strip() for choice in example.choices}:
         raise UserError(f"{example.source}: the endings lack the correct one, {answer.references[0]!r}; add it")
     return example.choices

@@ -218,7 +218,7 @@ def _as_trained(settings: EvaluateSettings) -> tuple[EvaluateSettings, list[str]
             if chat_template_sha256(found.chat_template) != trained[TEMPLATE_HASH]:
                 notes.append(f"--chat_template {found.chat_template} differs from the template of the adapter's run")
         elif name in trained and trained[name] != getattr(found, name):
-            notes.append(f"the adapter's run had --{name} {trained[name]}, this has {getattr(found, name)}")
+            notes.append(f"the adapter's run had --{name} {trained[name]}, but here it is {getattr(found, name)}")
     if trained.get("products") is not None:
         notes.append(f"the adapter's run had --products {trained['products']}; an evaluation multiplies in --dtype")
     return found, notes
@@ -231,7 +231,7 @@ def _check_trained_template(file: str, trained: Any) -> None:
         raise UserError(f"{said} is not on this host; copy it here, or give its path with --chat_template")
     if trained is not None and (now := chat_template_sha256(file)) != trained:
         raise UserError(
-            f"{said} has changed (sha256 now {now[:12]}, then {as_given(trained)[:12]}); give the old file with"
+            f"{said} has changed (its sha256 is {now[:12]}, and was {as_given(trained)[:12]}); give the old file with"
             " --chat_template, or give the changed file explicitly to use it"
         )
 
@@ -239,8 +239,8 @@ def _check_trained_template(file: str, trained: Any) -> None:
 def _find_model(
     settings: EvaluateSettings, identify: Identify
 ) -> tuple[ModelSource, NativeAdapter | None, str, tuple[str, ...]]:
-    """Return (base, adapter, kind of model, notes). Raises UserError if one is missing, if they do not belong together,
-    or if they need a different tokenizer."""
+    """Return (base, adapter, kind of model, notes). Raises UserError if the base or the adapter is missing, if they do
+    not belong together, or if they need a different tokenizer."""
     longest = settings.max_length or 0  # checked before a weight is read
     if settings.adapter is None:
         source = find_model(settings.model or DEFAULT_MODEL, weights=False)

@@ -233,7 +233,7 @@ def train(settings: Settings) -> TrainedRun:
     Raises:
         UserError: a setting is invalid, or the run cannot start with these settings.
         KeyboardInterrupt: the run was stopped by Ctrl-C; it can be resumed.
-        RuntimeError: the run was stopped by a different signal.
+        RuntimeError: the run was stopped by another signal.
         Exception: any other error that ended the run.
     """
     require_extra("train")

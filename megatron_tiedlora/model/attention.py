@@ -230,7 +230,7 @@ def _attend_to_cache(query: Tensor, cache: KeyValueCache, mask: Tensor | None) -
     Query heads that share a key-value head are stacked as tokens of one head, so that keys are not copied. In fp32
     (always on a CPU), two matmuls take two thirds of the time of PyTorch's fused kernel, which is optimised for many
     queries. In bf16 the fused kernel is used, because it computes scores in fp32. cuDNN's kernel is avoided, because it
-    builds a plan for each number of keys. `prepare_environment` puts cuDNN last.
+    builds a plan for each number of keys. `prepare_environment` gives cuDNN the lowest priority.
     """
     assert mask is not None, "a filled cache needs a mask"
     batch, heads, length, head_dim = query.shape

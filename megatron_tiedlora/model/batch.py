@@ -101,8 +101,8 @@ def find_supervised(labels: Tensor, num_parts: int = 1, shares: Shares = ()) -> 
     """Return the supervised positions of labels (b, s) int64. Positions with the label -100 are not supervised.
 
     In each shard, the positions of an adapter are padded to a multiple of `SIZE_MULTIPLE` with the position of its
-    first token in the shard. So the results of one adapter never depend on tokens of a different adapter, not even
-    through a multiplication by zero.
+    first token in the shard. So the results of one adapter never depend on tokens of another adapter, not even through
+    a multiplication by zero.
 
     Args:
         num_parts: the number of shards of activations along the sequence; it must divide b s.

@@ -2,7 +2,8 @@
 
 A family is a function that returns a `ModelShape` for an `HfConfig`, and raises UserError for features that are not
 implemented. The decorator `family` receives defaults of absent fields that differ from LLaMA's. The shared decoder has
-grouped queries, rotary embedding, SwiGLU, and the tensor names of transformers. A family adds only the differences.
+grouped queries, rotary embedding, SwiGLU, and the tensor names of transformers. A family adds only what differs from
+this decoder.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -217,7 +218,7 @@ def _check_rotation(config: HfConfig, heads: shapes.HeadShape) -> None:
         of = "" if rotated == heads.dim else f", of which {rotated} are rotated"
         raise UserError(
             f"{config.source}: head_dim is {heads.dim}{of}, but rotary embedding needs an even number of elements."
-            " Use a model with an even number"
+            " Use a different model"
         )
     if isinstance(scaling, shapes.LongRopeScaling) and len(scaling.factors) != rotated // 2:
         raise UserError(

@@ -12,8 +12,8 @@ list that supports the device, the dtype and the head dim:
     one after another           PyTorch's attention, document by document, in all other cases
 
 PyTorch's two kernels are called as operators, whose first arguments are the same in versions 2.6 to 2.15. PyTorch's
-public function for documents of different lengths (since 2.10) differs between versions and may choose cuDNN. CPUs use
-`cpu_attention.py`.
+public variable-length attention function (since 2.10) is not used, because its signature differs between versions and
+it may choose cuDNN. CPUs use `cpu_attention.py`.
 """
 
 import importlib

@@ -149,10 +149,10 @@ class HfConfig:
             )
 
     def window(self, *, used: bool = True) -> LengthLimit | None:
-        """Return the maximum sequence length that a sliding window does not affect. Longer rows are not implemented.
+        """Return the length of the longest sequence that the sliding window does not affect. Longer rows are rejected.
 
         Args:
-            used: False if a different field disables the window.
+            used: False if another field disables the window.
         """
         if self.get("sliding_window") is None or not used:
             return None

@@ -216,7 +216,7 @@ class Head(nn.Module):
     """The final norm, the vocabulary projection and the loss.
 
     With tied embeddings the stage passes the embedding's weight to `take_weight`, or a copy of it if the embedding is
-    on a different stage.
+    on another stage.
     """
 
     frozen: frozen_weight.FrozenWeight

@@ -395,8 +395,8 @@ class SplitHeads:
 
     If there is a table, queries and keys are rotated. If there are norms, either each of their heads has an RMS norm
     before the rotation, or all heads share one. The backward pass needs the result, which attention saves too, and one
-    element per token and norm. A norm that all heads share includes the heads of all ranks. In each pass, one message
-    then sums the means of the ranks' heads over the group, two elements per token.
+    element per token and norm. A norm that all heads share is computed over the heads of all ranks. In each pass, one
+    message then sums the means of the ranks' heads over the group, two elements per token.
 
     Attributes:
         heads: the heads of this rank.

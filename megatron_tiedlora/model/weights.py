@@ -64,7 +64,7 @@ def partition(costs: tuple[float, ...], num_stages: int) -> Stages:
 def _best_cuts(
     total: Sequence[float], num_stages: int, add: Callable[[float, float], float], *, largest: float = math.inf
 ) -> tuple[float, tuple[int, ...]]:
-    """Return the lowest value of a partition, and the end of each stage. `add` adds a stage to earlier stages' value.
+    """Return the lowest value of a partition, and the end of each stage. `add` adds a stage's cost to a value.
 
     Args:
         total: the total cost of the layers before each layer.
@@ -171,7 +171,7 @@ class WeightRule:
     def by_stored_tensor(self, rows: Tensor) -> dict[str, Tensor]:
         """Split rows (out_size, ...), stacked as in this weight, by the stored tensor to which they belong.
 
-        In a fused stored tensor, rows are in the order of that tensor. Rows of a different weight are zeros.
+        In a fused stored tensor, rows are in the order of that tensor. Rows of other weights are zeros.
         """
         found: dict[str, Tensor] = {}
         for part, values in zip(self.parts, rows.split([part.size for part in self.parts]), strict=True):

@@ -3,8 +3,8 @@
 Groups are created elsewhere and passed as arguments. They are never read from globals. Entering a tensor-parallel
 region is the identity, and leaving it is an all-reduce. Their backward passes are an all-reduce and the identity. With
 sequence parallelism, entering is an all-gather and leaving is a reduce-scatter. Their backward passes are a
-reduce-scatter and an all-gather. The gradient of a gathered tensor is a partial sum on each rank, so it is summed and
-not only sliced. No function changes its input. In a group of one rank nothing is sent.
+reduce-scatter and an all-gather. The gradient of a gathered tensor is a partial sum on each rank, so it is
+reduce-scattered, not merely sliced. No function changes its input. In a group of one rank nothing is sent.
 """
 
 from collections import Counter

@@ -382,7 +382,7 @@ class Fp8MatmulWeight(RowScaledWeight):
         return dx if out is None else out.copy_(dx)
 
     def _runs_in_fp8(self, x: Tensor) -> bool:
-        """Return whether the device's kernel can be used. It needs bf16 inputs, and sizes that are multiples of 16."""
+        """Return whether the GPU's FP8 matmul kernel can be used: `x` is bf16, and the weight's sizes fit."""
         fits = all(size % _MULTIPLE == 0 for size in self._local_shape)
         return x.is_cuda and x.dtype == torch.bfloat16 and fits
 

@@ -111,7 +111,7 @@ def adapter_folders(plans: Plans, folder: RunFolder) -> dict[str, RunFolder]:
 
 
 def check_run_folders(settings: Settings, plans: Plans, folder: RunFolder) -> None:
-    """Raise UserError if the folder of an adapter is unusable, or conflicts with a different folder of the run."""
+    """Raise UserError if an adapter's folder is unusable, or conflicts with the run folder or another adapter's."""
     own = {name: str(of.path) for name, of in adapter_folders(plans, folder).items() if of is not folder}
     check_folders(str(settings.adapters), {RUN_OF_ALL: str(folder.path), **own})
     for name, output_dir in own.items():

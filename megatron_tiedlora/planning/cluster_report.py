@@ -271,7 +271,7 @@ def report_record(plan: ClusterPlan, shown: PlanSettings) -> dict[str, Any]:
 
 
 def _chosen_record(plan: ClusterPlan, row: Candidate, *, yaml: str | None) -> dict[str, Any]:
-    """Return the command and the messages of a layout. The numbers of DeepSpeed's messages are upper bounds."""
+    """Return the command and messages of a layout. For DeepSpeed's messages, the byte counts are upper bounds."""
     values, messages = chosen_settings(plan, row), []
     for index in range(row.layout.pp_size):
         of_groups = {group: row.traffic(index).of_group(group) for group in GROUPS}
@@ -310,7 +310,7 @@ _LARGE = 0.15  # the fraction of a step above which a cost is worth a hint
 _FASTER = 1.05  # the speed ratio above which a hint names a different layout
 _GAIN = 0.01  # the speed-up above which a hint names a different storage format
 # The storage format of the base also changes the loss; see docs/quantised.md.
-_CHANGES_NUMBERS = "changes the base that is trained on (docs/quantised.md has what that does to the loss)"
+_CHANGES_NUMBERS = "changes the base that is trained on (docs/quantised.md shows the effect on the loss)"
 
 
 def hint_lines(plan: ClusterPlan) -> list[str]:
@@ -373,7 +373,7 @@ def _waits(best: Candidate, shown: Sequence[Candidate]) -> Iterator[str]:
     share, file = row.seconds.gathers / row.seconds.total, row.engine_file
     if share >= _LARGE:
         hides = row.layout.overlaps_gathers
-        why = f"beyond what {file} hides behind computation" if hides else f"as nothing hides it in {file}"
+        why = f"beyond what {file} hides behind computation" if hides else f"because {file} overlaps none"
         yield f"{row.name}: ZeRO-3 gathers weights for {share:.0%} of the time, {why}"
 
 
@@ -392,7 +392,7 @@ def _kernels(best: Candidate) -> Iterator[str]:
     machine, kernel = best.machine, machines.attention_of(best.machine)
     if kernel is not None and best.dtype == "bf16":
         assert machine.capability is not None, "only a GPU has a known attention kernel"
-        words = f"attention is planned by {kernel}, which a run takes where no other is installed"
+        words = f"attention is planned by {kernel}, which a run uses unless another kernel is installed"
         known = machines.ATTENTION[machine.capability]
         name = max(known, key=lambda name: known[name].value)
         faster = best.changed({"attention.bf16": known[name]})

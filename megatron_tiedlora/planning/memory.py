@@ -265,9 +265,9 @@ def engine_bytes_in_flight(stage: StagePlan, *, tokens: int) -> float:
     """Return the bytes that DeepSpeed's pipeline engine (0.19.8) holds for a micro-batch in flight.
 
     For a hidden size of d they are 2 d elements per token: the input, which the stage copies, and the output. The first
-    stage receives no hidden states. Tensors that autograd saves are not counted, so the last stage adds only a
-    recomputed attention output. Token ids, position ids and labels are not counted (up to 24 bytes per token and 32 per
-    label).
+    stage receives no hidden states. Tensors that autograd saves are not counted here. So the last stage holds only its
+    copy of the input and, with full recompute, a recomputed attention output. Token ids, position ids and labels are
+    not counted (up to 24 bytes per token and 32 per label).
     """
     came_in = 0.0 if stage.is_first else hidden_bytes(stage)
     if not stage.is_last:

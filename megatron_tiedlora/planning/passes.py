@@ -213,10 +213,10 @@ STOP_VOTES_BYTES = FP64 * len(StopVotes._fields)
 def once_traffic(stage: StagePlan, micro_batches: Iterable[MicroBatchShape]) -> Traffic:
     """Return the messages that a rank sends once per step, without DeepSpeed's messages in the data-parallel group.
 
-    u is replicated on the ranks of a stage, a tied tensor on the ranks of all stages, and any other tensor on
-    data-parallel ranks. If DeepSpeed updates the adapter, it sums gradients over data-parallel ranks. This sum is
-    enough for u without tensor parallelism, and for a tied tensor without a pipeline. A tied u is first summed over
-    tensor-parallel ranks.
+    An untied u is replicated on the tensor- and data-parallel ranks of its stage. A tied tensor is replicated on the
+    pipeline- and data-parallel ranks, and any other tensor on the data-parallel ranks. If DeepSpeed updates the
+    adapter, it sums gradients over data-parallel ranks. This sum is enough for u without tensor parallelism, and for a
+    tied tensor without a pipeline. A tied u is first summed over tensor-parallel ranks.
 
     Only adapters with tokens in the micro-batches are updated.
     """
@@ -252,8 +252,8 @@ def engine_traffic(stage: StagePlan, *, num_micro_batches: int) -> Traffic:
 
     DeepSpeed sums gradients once per step, but after each micro-batch in ZeRO-2 and ZeRO-3. It sums the norm and, in
     ZeRO-1 and 2, gathers the updated parameters. ZeRO-3 gathers each parameter at most once per pass of a micro-batch,
-    because some parameters stay gathered until the next pass. Only the bytes are bounds. Each of these operations
-    counts as one message, although DeepSpeed uses buckets and prefetches.
+    because some parameters stay gathered until the next pass. Only the byte counts are upper bounds. Each of these
+    operations counts as one message, although DeepSpeed uses buckets and prefetches.
     """
     zero_stage, dp_size, sent = stage.layout.zero_stage, stage.layout.dp_size, Traffic()
     if dp_size == 1 or (zero_stage < 3 and not stage.layout.engine_steps):

@@ -256,7 +256,7 @@ def memory_lines(planned: Planned, *, judged: bool) -> list[str]:
     """Return a table of the memory per rank of each stage, by purpose, and notes about it.
 
     Args:
-        judged: whether to add a line that says if the memory of the machine is large enough.
+        judged: whether to add a line that states whether the machine's memory is large enough.
     """
     layout, stages, largest = planned.layout, planned.stages, planned.step.largest
     micro_batches = f"{layout.rows} x {largest.tokens // layout.rows} tokens"

@@ -316,7 +316,7 @@ def rank_line(rank: int, host: str, step: int, reason: str) -> str:
 
 
 def is_lost_exchange(error: BaseException) -> bool:
-    """Return whether an error only says that communication between ranks failed. `explain` then finds the reason.
+    """Return whether an error only reports that communication between ranks failed. `explain` then finds the reason.
 
     NCCL's errors have their own types. gloo's errors are RuntimeErrors and are recognised by their text.
     """

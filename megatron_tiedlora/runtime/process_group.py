@@ -106,7 +106,7 @@ def _shared_gpus(gpus: Sequence[tuple[str, str]]) -> str | None:
         host = " and ".join(dict.fromkeys(gpus[rank][0] for rank in there))
         named = f"{'ranks' if len(there) > 1 else 'rank'} {', '.join(map(str, there[:8]))} on host {host}"
         if not gpu:
-            return f"{named}: no GPU, but other ranks have one; run `nvidia-smi` there, or do not use this host"
+            return f"{named}: torch sees no GPU, but other ranks have one; run `nvidia-smi` there, or omit this host"
         if len(there) > 1 and os.environ.get(_SHARED_GPUS) != "1":
             return (
                 f"{named} share one GPU, {gpu}; start one rank per GPU (slots in the hostfile, --ntasks-per-node,"
@@ -172,7 +172,7 @@ def _discover_ranks() -> None:
 
 
 def _no_meeting(error: Exception, expected_ranks: int, timeout_minutes: float) -> str:
-    """Return an error message of one line that explains why the ranks did not connect."""
+    """Return a one-line error message that explains why the ranks did not connect."""
     master = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     reason = first_line(error)
     if "EADDRINUSE" in reason or "in use" in reason:

@@ -187,7 +187,7 @@ class _Measure:
         return many, 0.0
 
     def _read(self, numbers: float, seconds: float, what: str) -> Constant:
-        """Return the number of elements read per second, from the `seconds` that reading adds to computation."""
+        """Return the elements read per second, computed from the `seconds` that reading adds to computation."""
         if not seconds:
             return Constant(0.0, "while it computes")
         words = f"{what} of {self.source.name} over {self.tokens // _FEWER} and {self.tokens:,} tokens"

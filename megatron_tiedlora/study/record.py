@@ -1,10 +1,10 @@
 """Defines the grid of a study, and reads and writes the settings and results in the folder of the study.
 
 A point of the grid is a method and a rank. It has one run per learning rate. `sweep.yaml` has the settings, and can be
-passed to --config. A later launch resumes the study if its settings agree. `base.json` describes the base model and the
-task, so that tables can be made without them, and has the hashes of the data files. `sweep_status.json` records how the
-last launch ended. The results are how each run ended, the best learning rate, and the test scores in per cent. They are
-read from the files of tiedlora train and tiedlora evaluate.
+passed to --config. A later launch resumes the study if its settings are the same. `base.json` describes the base model
+and the task, so that tables can be made without them, and has the hashes of the data files. `sweep_status.json` records
+how the last launch ended. The results are how each run ended, the best learning rate, and the test scores in per cent.
+They are read from the files of tiedlora train and tiedlora evaluate.
 """
 
 import typing
@@ -220,7 +220,8 @@ def check_resumable(folder: StudyFolder, now: SweepCommand, base: BaseRecord) ->
     _check_extended(before.settings, now.settings, base.num_layers, where)
     if before.settings.test_limit != now.settings.test_limit:
         raise UserError(
-            f"{where} --test_limit {before.settings.test_limit}, now it is {now.settings.test_limit}; keep the value"
+            f"{where} --test_limit {before.settings.test_limit}, but the value is now {now.settings.test_limit}; give"
+            " the original value"
         )
     # Both are resolved for the same point, so that alpha, which depends on the rank, differs only if it was given.
     theirs, ours = job_settings.resolve_train(now.settings, before.given), now.train
@@ -229,7 +230,8 @@ def check_resumable(folder: StudyFolder, now: SweepCommand, base: BaseRecord) ->
         same = (own.compared or own.by_content) and "sweep" not in own.decided_by
         if same and getattr(theirs, name) != getattr(ours, name):
             old, new = (flag_value(getattr(settings, name)) for settings in (theirs, ours))
-            raise UserError(f"{where} --{name} {old}, now it is {new}; give the same value, or a new --output_dir")
+            fix = "give the original value, or a new --output_dir"
+            raise UserError(f"{where} --{name} {old}, but the value is now {new}; {fix}")
     if not folder.base.is_file():
         return
     found = read_base(folder)
@@ -251,11 +253,13 @@ def _check_extended(before: SweepSettings, now: SweepSettings, num_layers: int, 
         missing = [value for value in old if value not in new]
         if missing:
             raise UserError(
-                f"{where} --{name} {flag_value(old)}, now {missing[0]} is missing; give it too, or a new --output_dir"
+                f"{where} --{name} {flag_value(old)}, but the value {missing[0]} is now missing; add it, or give a new"
+                " --output_dir"
             )
     if before.single_layers is not None and before.single_layer_rank != now.single_layer_rank:
         raise UserError(
-            f"{where} --single_layer_rank {before.single_layer_rank}, now it is {now.single_layer_rank}; keep the value"
+            f"{where} --single_layer_rank {before.single_layer_rank}, but the value is now"
+            f" {now.single_layer_rank}; give the original value"
         )
 
 

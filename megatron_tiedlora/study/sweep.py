@@ -98,7 +98,7 @@ def lock_study(folder: Path, *, take_over: bool = False) -> ownership.FolderLock
     Raises:
         UserError: another sweep, or the launcher of a killed sweep, writes to the folder.
     """
-    hint = "it is a different sweep or a run of a killed sweep; wait until it ends, or stop it"
+    hint = "it is another sweep or a run of a killed sweep; wait until it ends, or stop it"
     return ownership.take_folder(folder, take_over=take_over, hint=f"{hint} (--take_over takes the folder anyway)")
 
 

@@ -4,9 +4,10 @@ It also draws figures 2 and 3. They show scores by rank with 95 % intervals, and
 
 P% is a method's number of trained parameters in per cent of LoRA's number at LoRA's best rank. The average decline of a
 method is 100 (mean of LoRA's scores - mean of the method's scores) / mean of LoRA's scores. Means are over the tasks,
-and LoRA is at its best rank. Only this definition matches the paper's values for tl6 at LoRA's best rank. They are
-1.95 % for GPT-2B-001 (1.956 from the scores in Table 2) and 1.36 % for LLaMA-2 7B (1.300 from the scores). The mean of
-the declines of all tasks would be 5.07 and 1.63 %. For a single task, the decline is in per cent of LoRA's score.
+and LoRA is at its best rank. Only this definition matches the paper's values for tl6 at LoRA's best rank. For
+GPT-2B-001 the paper states 1.95 %, and the scores in its Table 2 give 1.956 %. For LLaMA-2 7B it states 1.36 %, and the
+scores give 1.300 %. The mean of the declines of all tasks would be 5.07 and 1.63 %. For a single task, the decline is
+in per cent of LoRA's score.
 
 The CSV files have unrounded numbers and one line per table cell. The first columns are the same as in the package's CSV
 files with the paper's scores. A study is shown with the paper's scores for the same model, task and metric.
@@ -280,7 +281,7 @@ def _notes2(studies: Sequence[Study], records: Sequence[TableRow]) -> list[str]:
             notes.append(f"- {study.base.task}: no score (yet) of {names}.")
     if any("paper_score" in record for record in records):
         models = {MODEL_TITLES[s.base.paper_model] for s in studies if s.base.paper_model is not None}
-        notes.append(f"- paper: the published numbers for {', '.join(sorted(models))}, told by shape or name.")
+        notes.append(f"- paper: the published numbers for {', '.join(sorted(models))}, identified by shape or name.")
     return [*notes, *_study_notes([(study, study.grid.table) for study in studies])]
 
 
@@ -338,7 +339,7 @@ def _study_notes(points: Sequence[tuple[Study, Sequence[Point]]]) -> list[str]:
     notes = []
     for study, own in points:
         stopped = [f"  - {run.name}: {why}" for point in own for run, why in study.result(point).stopped]
-        line = f"- {study.base.task}: --halving stopped these runs before their last step; each counts with its best"
+        line = f"- {study.base.task}: --halving stopped these runs before their last step; each result is from the best"
         notes += [f"{line} step.", *stopped] if stopped else []
     return notes + [
         f"- {study.base.task}: the paper's numbers are for its own rows and prompts;"

@@ -37,11 +37,11 @@ from megatron_tiedlora.training.throughput import Meter, peak_memory_bytes
 
 # --halving ------------------------------------------------------------------------------------------------------------
 
-# An adapter stops if its validation loss exceeds another adapter's loss by more than noise. The two adapters differ
-# only in the learning rate, and are evaluated on the same validation batches at the same step. Let a_j and b_j be their
-# losses, summed over the t_j supervised tokens of batch j of n, and N = sum t_j. The difference of the losses is D =
-# sum (a_j - b_j) / N. The noise is the half width of D's 95 % interval, t(n - 1) S, with the standard error of a ratio
-# of sums over batches,
+# The training of an adapter ends if its validation loss exceeds another adapter's loss by more than noise. The two
+# adapters differ only in the learning rate, and are evaluated on the same validation batches at the same step. Let a_j
+# and b_j be their losses, summed over the t_j supervised tokens of batch j of n, and N = sum t_j. The difference of the
+# losses is D = sum (a_j - b_j) / N. The noise is the half width of D's 95 % interval, t(n - 1) S, with the standard
+# error of a ratio of sums over batches,
 #
 #     S^2 = n / (n - 1) sum (a_j - b_j - D t_j)^2 / N^2.
 
@@ -99,9 +99,10 @@ def read_record(folder: Path, *, step: int | None) -> BatchLosses | None:
 
 
 def find_behind(evaluated: Mapping[str, BatchLosses], rivals: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
-    """Return the names of the adapters to stop with --halving, each with a reason.
+    """Return the names of the adapters whose training --halving ends, each with a reason.
 
-    An adapter is stopped if its loss is significantly higher than the lowest loss of its `rivals` (95 % confidence).
+    Training of an adapter ends if its loss is significantly higher than the lowest loss of its `rivals` (95 %
+    confidence).
 
     Args:
         evaluated: the last evaluation of each adapter. Only evaluations with the same step and batches are compared.

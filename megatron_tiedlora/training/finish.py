@@ -323,7 +323,7 @@ def resumed_text(plan: RunPlan, checkpoint: Checkpoint | None) -> str:
     if checkpoint is None:
         return ""
     packing, before = plan.settings.packing, checkpoint.settings.get("packing", plan.settings.packing)
-    changed = f" (until there --packing {str(before).lower()}, from here {str(packing).lower()})"
+    changed = f" (--packing was {str(before).lower()} before, and is {str(packing).lower()} now)"
     return f", resumed from step {checkpoint.progress.step}{changed if before != packing else ''}"
 
 

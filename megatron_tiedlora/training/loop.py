@@ -298,7 +298,8 @@ class Trainer:
         self._stop_behind(bar)
 
     def _stop_behind(self, bar: Any) -> None:
-        """Stop each adapter that --halving rejects. Only evaluations after the learning-rate warm-up are compared."""
+        """End the training of each adapter that --halving rejects. Only evaluations after the learning-rate warm-up are
+        compared."""
         if not self.rivals:
             return
         evaluated = {

@@ -149,8 +149,8 @@ def _open_run_folder(name: str, start: Start) -> RunFolder:
 def _finished_before(start: Start) -> dict[str, Finished]:
     """Return the adapters that finished and were exported in an earlier launch, and have no steps left.
 
-    An adapter that --halving stopped counts as finished if this launch also uses --halving. In a run of one adapter,
-    the adapter never counts as finished. Such a run scores and exports the adapter again.
+    An adapter whose training --halving ended counts as finished if this launch also uses --halving. In a run of one
+    adapter, the adapter never counts as finished. Such a run scores and exports the adapter again.
     """
     folders = start.own_folders
     if not folders:
@@ -329,8 +329,8 @@ def _find_checkpoint(given: str, folder: RunFolder) -> resume.Checkpoint | None:
 def adopt_checkpoint(folder: RunFolder, checkpoint: resume.Checkpoint) -> None:
     """Make `checkpoint` the last checkpoint of the run folder before training resumes. Only rank 0 calls this function.
 
-    A checkpoint in a different folder is copied first, with the best checkpoint and the logs. Then `latest` is set to
-    the checkpoint, so that a later launch resumes from there. adapter/ is written from the best checkpoint, since an
+    A checkpoint in another folder is copied first, with the best checkpoint and the logs. Then `latest` is set to the
+    checkpoint, so that a later launch resumes from there. adapter/ is written from the best checkpoint, since an
     earlier launch may have been killed before it updated adapter/.
 
     Raises:

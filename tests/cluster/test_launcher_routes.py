@@ -163,7 +163,7 @@ def test_the_users_own_file_goes_with_it(tmp_path: Path, monkeypatch: pytest.Mon
     (here / "other").write_text("D=4")
     assert lines(DS_ENV_FILE=str(here / "other")) == ["D=4", "D=4"] and lines(DS_ENV_FILE="other") == ["D=4"]
     (here / "other").write_bytes(b"A=\xff\n")
-    with pytest.raises(UserError, match=r"other: not valid text \(not UTF-8"):
+    with pytest.raises(UserError, match=r"other: not valid text \(it is not UTF-8"):
         lines(DS_ENV_FILE="other")
 
 

@@ -193,8 +193,8 @@ def earlier_run(folder: Path) -> None:
     [
         ({"state": "finished"}, {}, 0, "finished at step 3 (so it was)"),
         ({"state": "finished"}, {"status": 3}, 0, "finished at step 3"),
-        ({}, {}, 1, "does not say how this launch ended; mpirun ended with status 0"),
-        ({"status": 7}, {}, 7, "does not say how this launch ended; mpirun ended with status 7"),
+        ({}, {}, 1, "does not state how this launch ended; mpirun ended with status 0"),
+        ({"status": 7}, {}, 7, "does not state how this launch ended; mpirun ended with status 7"),
         ({"status": 7}, {"status": 0}, 1, "mpirun ended with status 0"),
         ({"state": "failed", "status": 1}, {}, 1, "failed at step 3 (so it was); mpirun ended with status 1"),
         ({"state": "failed"}, {}, 1, "failed at step 3 (so it was); mpirun ended with status 0"),
@@ -213,7 +213,7 @@ def test_the_status_file_decides(
 
 @pytest.mark.parametrize(
     ("rank", "status", "said"),
-    [({}, 1, "does not say how this launch"), ({"state": "failed"}, 1, "failed at step 3")],
+    [({}, 1, "does not state how this launch"), ({"state": "failed"}, 1, "failed at step 3")],
 )
 def test_the_end_of_an_earlier_start_does_not_count(
     start: Launch, rank: dict[str, Any], status: int, said: str

@@ -141,9 +141,9 @@ def test_a_model_in_another_format_than_in_training_is_said(folder: Path, theirs
     plain = hf_model(folder, torch.bfloat16)
     _, native, _ = with_adapter(folder, "tl6")
     on_nf4 = replace(native, base_identity=replace(native.base_identity, base_format="nf4"))
-    said = "in fp32, but this uses it in nf4; its losses differ between them"
+    said = "in fp32, but this uses it in nf4; the losses differ"
     for model, adapter, expected in (
-        (plain, on_nf4, "in nf4, but this uses it in bf16; its losses differ between them"),
+        (plain, on_nf4, "in nf4, but this uses it in bf16; the losses differ"),
         (theirs, native, said),
         (plain, native, None),
         (theirs, on_nf4, None),

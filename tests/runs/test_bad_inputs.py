@@ -194,7 +194,7 @@ def test_empty_data(copy: Base) -> None:
     copy.train.write_text("\n\n")
     refused(copy, "train.jsonl", "has no rows")
     copy.train.write_text('{"prompt": "a", "completion": "b"}\n')
-    refused(copy, "train.jsonl: one sample", "--validation_file", validation_file=None)
+    refused(copy, "train.jsonl: with only one sample", "--validation_file", validation_file=None)
 
 
 def test_no_supervised_token() -> None:

@@ -239,7 +239,7 @@ def see_fewer_rows() -> None:
 
 def test_ranks_that_read_other_rows_are_refused(models: Models, tmp_path: Path) -> None:
     ended = run_of(models, tmp_path / "out", model=models.base, ranks=2, prelude=see_fewer_rows, expect=2)
-    assert "1 rank read other rows than rank 0" in ended.error_line()
+    assert "1 rank read different rows from rank 0" in ended.error_line()
 
 
 # How it ends --------------------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def test_resume_of_a_run_with_one_sample_a_row(base: Base, folder: Path, whole_o
     """Rows are packed from there on, which is said, and the curve is that of a run that packed all along."""
     run(base, folder, ranks=2, packing=False, prelude=partial(kill_at_step, 5), expect=143)
     ended = run(base, folder, ranks=2, resume="auto")
-    assert f"{folder}, resumed from step 5 (until there --packing false, from here true)\n" in ended.outputs[0]
+    assert f"{folder}, resumed from step 5 (--packing was false before, and is true now)\n" in ended.outputs[0]
     assert "samples per step, packed into rows of up to 96 tokens" in ended.outputs[0]
     assert_close_run(folder, whole_of_two)
     ended = run(base, folder, ranks=2, resume="auto")

@@ -196,9 +196,9 @@ def test_a_broken_best_one_is_said_and_made_anew(base: Base, folder: Path) -> No
         (PROGRESS, {"consumed_samples": 15}, r"consumed_samples = 15 does not fit 4 steps of 4 samples"),
         (PROGRESS, {"consumed_samples": 0}, r"consumed_samples = 0 does not fit 4 steps"),
         (PROGRESS, {"settings": {}, "consumed_samples": 9}, "consumed_samples = 9 does not fit 4 steps of 2 samples"),
-        (PROGRESS, {"best_step": 5}, "best_step = 5 is after its step 4"),
+        (PROGRESS, {"best_step": 5}, "best_step = 5 is later than the checkpoint's step, 4"),
         (PROGRESS, {"best_metric": None}, "it has one of best_step and best_metric, not both"),
-        (PROGRESS, {"evaluations_since_best": 1}, "evaluations_since_best = 1 is more than the steps since its best"),
+        (PROGRESS, {"evaluations_since_best": 1}, "evaluations_since_best = 1 is more than the number of steps"),
     ],
 )
 def test_values_that_cannot_be_are_refused_whatever_the_checksums_say(

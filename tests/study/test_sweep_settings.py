@@ -247,7 +247,7 @@ def test_what_a_resumed_study_may_change(base: Base, tmp_path: Path) -> None:
         *("--seed=77", "--patience=77", "--prompt_template={prompt}!", "--chat_template=other"),
         "--columns=prompt=completion",
     ):
-        said = f"the sweep was started with {flag.partition('=')[0]} .*, now it is .*; give the same"
+        said = f"the sweep was started with {flag.partition('=')[0]} .*, but the value is now .*; give the original"
         with pytest.raises(UserError, match=said):
             check_resumable(folder, parse_sweep([*arguments, flag]), record)
 

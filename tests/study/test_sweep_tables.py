@@ -227,7 +227,7 @@ def test_other_rows_or_prompts_than_the_papers_are_noted(tmp_path: Path, setting
     for table in (table2_markdown, table3_markdown):
         assert line in table([study]) and "its own rows and prompts" not in table([whole])
         for text in (table([study]), table([whole])):
-            assert "| the paper |" in text if table is table3_markdown else "told by shape or name" in text
+            assert "| the paper |" in text if table is table3_markdown else "identified by shape or name" in text
     for records in (table2, table3):
         assert {row["paper_score"] for row in csv_rows(records, [study])} != {""}
 

@@ -172,8 +172,9 @@ def find_shape(
 
     Args:
         named: the fields that the user's prompt template reads.
-        columns: the user's field name for each field name of the task, from --columns. The shape must read all of them.
-            If they include all fields that a shape needs, this shape is chosen, and fields of other shapes are ignored.
+        columns: the user's field name for each field name of the task, from --columns. The shape must read all of these
+            fields. If these include all fields that a shape needs, this shape is chosen, and fields of other shapes are
+            ignored.
     """
     columns = columns or {}
     found = [shape for shape in SHAPES if all(row.get(name) is not None for name in shape.needs)]

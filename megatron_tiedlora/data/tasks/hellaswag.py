@@ -20,8 +20,8 @@ _BRACKETS = re.compile(r"\[[^\]\n]*\]?")
 
 
 def clean(text: str) -> str:
-    """Return the text as lm-evaluation-harness cleans it. " [title]" becomes ". ", other text in brackets is removed,
-    and two spaces become one. White space next to a removed bracket is kept, even at the ends of the text."""
+    """Return the text as lm-evaluation-harness cleans it. " [title]" becomes a full stop and a space, other text in
+    brackets is removed, and two spaces become one. White space next to a removed bracket is kept, even at the ends."""
     text = text.strip().replace(" [title]", ". ")
     text = _BRACKETS.sub(lambda found: "" if found[0].endswith("]") else found[0], text)
     return text.replace("  ", " ")

@@ -67,7 +67,7 @@ def _read_aligned(german_name: str, english_name: str) -> list[Row]:
     for (number, de), (other, en) in zip(german.lines, english.lines, strict=True):
         for name, of_line, line in ((german_name, number, de), (english_name, other, en)):
             if not line.strip():
-                raise UserError(f"{name}:{of_line}: the line is empty; fill it in, or remove this line from both files")
+                raise UserError(f"{name}:{of_line}: the line is empty; add the sentence, or remove it from both files")
         rows.append(({"de": de, "en": en}, f"{german_name}:{number}"))
     return rows
 
@@ -132,7 +132,7 @@ def _check_aligned(german: _Sentences, english: _Sentences) -> None:
         number = next(line for start, line in file.blank if start == count)
         raise UserError(
             f"{file.name}:{number}: the line is blank, but the other file has other blank lines, so a sentence may"
-            " be missing; remove the blank lines from both files, or fill them in"
+            " be missing; remove the blank lines from both files, or add the sentences"
         )
 
 

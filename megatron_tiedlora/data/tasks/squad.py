@@ -35,8 +35,8 @@ def _unfold(row: Mapping[str, Any], source: str) -> Iterator[Row]:
 def _objects(row: Mapping[str, Any], name: str, source: str) -> list[Mapping[str, Any]]:
     items = row.get(name)
     if not isinstance(items, list) or not all(isinstance(item, Mapping) for item in items):
-        said = f"{source}: field {name!r} is {shown(items)}, but nested SQuAD has a list of objects"
-        raise UserError(f"{said} there; correct the row")
+        said = f"{source}: field {name!r} of nested SQuAD is {shown(items)}, not a list of objects"
+        raise UserError(f"{said}; correct the row")
     return items
 
 

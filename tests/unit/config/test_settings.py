@@ -409,7 +409,7 @@ def test_an_adapter_s_entry_is_the_command_line_with_its_own_settings(tmp_path: 
         ("- name: a\n  dtype: fp32\n", "entry 1 (a): dtype cannot differ between the adapters of a run; give it on"),
         ("- name: a\n  micro_batch_size: 2\n", "entry 1 (a): micro_batch_size cannot differ"),
         ("- name: a\n- name: b\n  rnk: 2\n", "entry 2 (b): unknown setting 'rnk'"),
-        ("- name: a\n- name: A\n", "entry 2: the name 'A' is taken by another"),
+        ("- name: a\n- name: A\n", "entry 2: another entry already has the name 'A'"),
         ("- rank: 2\n", "entry 1: has no name; give a name of letters"),
         ("- name: ../a\n", "entry 1: cannot be called '../a'"),
         ("- name: 3\n", "entry 1: cannot be called 3"),
@@ -417,7 +417,7 @@ def test_an_adapter_s_entry_is_the_command_line_with_its_own_settings(tmp_path: 
         ("name: a\n", "expected a list, whose entries begin with '- ', found a dict"),
         ("", "holds no adapter"),
         ("- name: a\n  rank: 0\n", "a: --rank 0: "),
-        ("- name: a\n  epochs: 1\n  max_steps: 5\n", "a: --epochs 1 and --max_steps 5 both say how long to train"),
+        ("- name: a\n  epochs: 1\n  max_steps: 5\n", "a: --epochs 1 and --max_steps 5 both set the length of training"),
         ("- name: a\n- name: b\n  task: demo\n", "max_length would be 4096 for a and 512 for b"),
     ],
 )

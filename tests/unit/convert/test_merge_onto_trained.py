@@ -179,7 +179,7 @@ def test_a_copy_that_is_quantised_to_other_values_is_rejected(
     notes = verify_export(other, adapter, merged=tmp_path / "original", inside="none").notes
     assert [f"as trained, base in nf4: trained on {own.name}, quantised" in note for note in notes] == [True]
     (note,) = check_base(other, adapter, base_format="nf4").notes
-    assert note.endswith("which is quantised to different values; its losses differ between them")
+    assert note.endswith("which is quantised to different values; the losses differ")
     assert check_base(own, adapter, base_format="nf4").notes == ()
 
 

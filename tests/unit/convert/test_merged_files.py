@@ -152,7 +152,7 @@ def test_a_base_that_becomes_shorter_is_one_line(inputs: Inputs, tmp_path: Path,
     last = max(base.glob("*.safetensors"))
     raw = last.read_bytes()
     try:
-        with pytest.raises(UserError, match=rf"{last.name}: not a whole safetensors file \(it became shorter"):
+        with pytest.raises(UserError, match=rf"{last.name}: the file was truncated while it was being read"):
             merge_adapter(*inputs, tmp_path / "merged", between=lambda: last.write_bytes(raw[:-2]))
     finally:
         last.write_bytes(raw)

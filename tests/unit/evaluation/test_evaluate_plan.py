@@ -182,7 +182,7 @@ def test_a_chat_template_is_compared_by_its_content(models: Models, tmp_path: Pa
 
     template.write_text(OTHER)
     message = refusal(lambda: evaluated(run))
-    assert message.startswith(f"--chat_template {template} of the adapter's run has changed (sha256 now ")
+    assert message.startswith(f"--chat_template {template} of the adapter's run has changed (its sha256 is ")
     assert " --chat_template, or give the changed file explicitly to use it" in message
     plan = evaluated(run, chat_template=str(template))
     assert plan.notes[0] == f"--chat_template {template} differs from the template of the adapter's run"

@@ -163,14 +163,14 @@ def test_a_plan_names_its_attention_kernel_and_the_faster_one() -> None:
     faster = planned("--formats=none", machine=changed(H100, attention__bf16=0.45))
     rate = next(row for row in faster.rows if row.name == plan.rows[0].name).tokens_per_second
     assert line == (
-        "attention is planned by PyTorch's flash kernel, which a run takes where no other is installed; with"
+        "attention is planned by PyTorch's flash kernel, which a run uses unless another kernel is installed; with"
         f" FlashAttention 3 (docs/gpu.md) {plan.rows[0].name} would do {rate:,.0f} tokens/s"
     )
     assert rate > 1.08 * plan.rows[0].tokens_per_second
     equal = hint_lines(planned("--formats=none", machine=changed(H100, matmul__bf16=1e-4)))
-    assert any(line.endswith("kernel, which a run takes where no other is installed") for line in equal)
+    assert any(line.endswith("kernel, which a run uses unless another kernel is installed") for line in equal)
     other = hint_lines(planned("--formats=none", machine=GPUS["a100-80"]))
-    assert any(line.endswith("kernel, which a run takes where no other is installed") for line in other)
+    assert any(line.endswith("kernel, which a run uses unless another kernel is installed") for line in other)
 
 
 def test_nf4_is_slower_without_bitsandbytes() -> None:

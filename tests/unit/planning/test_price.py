@@ -246,7 +246,7 @@ def test_hints_name_the_engine_file_and_no_ties(tmp_path: Path) -> None:
     content = json.loads((SHIPPED_CONFIGS / "zero3.json").read_text())
     spent = Seconds(matmuls=1.0, gathers=1.0)
     hidden, measured = "beyond what FILE hides behind computation", changed(H100, attention__bf16=0.3)
-    for overlaps, words in ((False, "as nothing hides it in FILE"), (True, hidden)):
+    for overlaps, words in ((False, "because FILE overlaps none"), (True, hidden)):
         file = tmp_path / f"mine-{overlaps}.json"
         content["zero_optimization"]["overlap_comm"] = overlaps
         file.write_text(json.dumps(content))

@@ -115,7 +115,7 @@ MEETINGS = [
     (["GPU-a", "GPU-b", "GPU-c"], "", "met"),
     (["GPU-a", "GPU-b", "GPU-a"], "", "ranks 0, 2 on host gpu7 share one GPU, GPU-a; start one rank per GPU"),
     (["GPU-a", "GPU-b", "GPU-a"], "1", "met"),
-    (["GPU-a", "", "GPU-b"], "", "rank 1 on host gpu7: no GPU, but other ranks have one; run `nvidia-smi`"),
+    (["GPU-a", "", "GPU-b"], "", "rank 1 on host gpu7: torch sees no GPU, but other ranks have one; run `nvidia-smi`"),
 ]
 
 

@@ -255,7 +255,7 @@ def test_a_header_of_many_tensors_is_read_once(model: Path, tmp_path: Path) -> N
     with bounded(20.0), BaseWeights(file.parent, shape) as weights:
         sample_hash(weights)
     write(100_001)
-    with pytest.raises(UserError, match=r"a header of 100,\d+ tensors"):  # and no cycle that keeps it in memory
+    with pytest.raises(UserError, match=r"its header lists 100,\d+ tensors"):  # and no cycle that keeps it in memory
         read_header(file)
 
 

@@ -53,7 +53,7 @@ def test_the_first_lines_say_where_packing_changes() -> None:
     """Not for a checkpoint that does not name it."""
     now = plan_of(packing=False)
     said = {saved: resumed_text(now, checkpoint_of({"packing": saved}, 4)) for saved in (True, False)}
-    changed = " (until there --packing true, from here false)"
+    changed = " (--packing was true before, and is false now)"
     assert said == {True: f", resumed from step 4{changed}", False: ", resumed from step 4"}
     assert resumed_text(now, checkpoint_of({}, 4)) == ", resumed from step 4" and resumed_text(now, None) == ""
 
