@@ -64,7 +64,7 @@ class LinearFactors(NamedTuple):
 
     @torch.no_grad()
     def values(self, dtype: torch.dtype) -> list[Tensor]:
-        """Return F of each layer, (o, r), in `dtype`, detached. Layers with the same slots share one tensor."""
+        """Return F of each layer, (o, r), in `dtype`, detached. Layers with the same factors share one tensor."""
         of_layers = list(zip(*(slots or (0,) * self.num_layers for slots in self.slots), strict=True))
         numbers = {used: number for number, used in enumerate(dict.fromkeys(of_layers))}
         used = (some and different for some, different in zip(self.slots, zip(*numbers, strict=True), strict=True))
@@ -221,7 +221,7 @@ class AllRows:
         return self if self.dropout is None else replace(self, dropout=self.dropout.at(some.rows, some.local_rows))
 
     def slot_spans(self, size: int) -> RowSpans | None:
-        """Return each adapter's span in a flat gradient of A or F with `size` elements, or None for one adapter."""
+        """Return the adapters' spans in a flattened gradient with `size` elements; None for a single adapter."""
         return None
 
 
@@ -406,7 +406,7 @@ class InputDropout:
     probability: float
 
     def at(self, rows: Tensor | slice, local_rows: Tensor | slice) -> "InputDropout":
-        """Return a copy for some tokens only. `rows` selects from `keys`, and `local_rows` from `local_keys`."""
+        """Return a copy for a subset of the tokens. `rows` selects from `keys`, and `local_rows` from `local_keys`."""
         return replace(self, keys=self.keys[rows], local_keys=self.local_keys[local_rows])
 
     def dropped(self, rows: Tensor, *, local: bool) -> Tensor:

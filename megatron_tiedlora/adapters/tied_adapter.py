@@ -214,7 +214,7 @@ class AdapterShard:
         return tuple(self.config.slot(name, layer) - self.slots(name).start for layer in self.layers)
 
     def exists(self, name: str) -> bool:
-        """Return whether the rank holds the tensor: the tensor is not frozen at one, and some of its slots are here."""
+        """Return whether the rank holds slots of the tensor. Frozen tensors of ones are not stored."""
         factor = self.config.factor(name)
         return (factor.trained or factor.start != "one") and len(self.slots(name)) > 0
 

@@ -267,7 +267,7 @@ class RunningJob:
         ranks may still be starting.
 
         srun and mpirun forward SIGUSR1. Otherwise ranks on this machine get the signal directly, without their child
-        processes, which read data or compile. Ranks that ssh started stop when their connection ends.
+        processes, which read data or compile. Ranks that were started by ssh end when their connection ends.
         """
         here = self.here()
         ranks = {one.pid for one in here if started_program(_read(one, "cmdline") or ()) == self._job.program[-1]}

@@ -293,7 +293,7 @@ def read_adapters(path: str, given: Settings) -> dict[str, Settings]:
             found[name] = make_settings(Settings.combined(shared, own))
     check_folders(path, {name: own.output_dir for name, own in found.items() if own.output_dir is not None})
     if not found:
-        raise UserError(f"{path}: holds no adapter; write one entry per adapter, which begins with '- name: '")
+        raise UserError(f"{path}: has no entries; write one entry for each adapter, beginning with '- name: '")
     _check_shared(path, found)
     return found
 

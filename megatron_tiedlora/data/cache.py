@@ -317,7 +317,7 @@ def written_arrays(
 
 
 def mapped_arrays(folder: Path, dtypes: Mapping[str, Any]) -> _Stored | None:
-    """Return the memory-mapped arrays of a folder, and its `facts`. Return None if the folder is missing or not valid.
+    """Return the memory-mapped arrays and the `facts` of a cache folder, or None if it is missing or invalid.
 
     The processes of a host share the operating system's copy of a mapped file, so it needs no memory per process.
     """

@@ -293,7 +293,7 @@ def _marked(
 
 
 def _span(render: Callable[..., str], messages: Objects, whole: str, index: int, name: str, eos: str) -> Span:
-    """Return the span of message `index` in `whole`, the text of all messages. `name` is its name in errors."""
+    """Return the span of message `index` in `whole`, the text of all messages. `name` names the message in errors."""
     prompt = render(messages[:index], starts_answer=True)
     start = len(os.path.commonprefix([prompt, whole]))  # noqa: RUF071 - compares characters; these are not paths
     if start < len(prompt):  # the generation prompt may have more text than the answer, such as an open thought

@@ -353,7 +353,7 @@ class QkvLinear(NormedLinear):
     def __init__(
         self, weight: FrozenWeight, local_heads: HeadShape, *, rope: RopeShape | None, dtype: torch.dtype, **others: Any
     ) -> None:
-        """Create the linear from the weight and heads of this rank. Without `rope`, queries and keys are not rotated.
+        """Create the linear from this rank's weight and heads. Without `rope`, queries and keys are not rotated.
 
         Args:
             others: the other arguments of `NormedLinear`.

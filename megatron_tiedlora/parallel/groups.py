@@ -90,7 +90,7 @@ _reduce_scatter_into = getattr(distributed, "reduce_scatter_single", None) or di
 
 @dataclass(frozen=True)
 class RankGroup:
-    """A group of ranks, and this rank's index in it. A group of one rank has no handle and sends nothing.
+    """A group of ranks, and this rank's index in it. A single rank has no process group and sends nothing.
 
     Its methods are the collectives of tensor parallelism. Code that only counts messages defines its own group class.
     """

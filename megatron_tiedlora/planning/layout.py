@@ -270,7 +270,7 @@ class StagePlan:
         return (*self.trained, *(part.local_size(name) for part in self.parts for name in part.names(trained=False)))
 
     def for_adapters(self, adapters: Sequence[int]) -> "StagePlan":
-        """Return a copy of the stage that has only these adapters, which are indices in the layout."""
+        """Return a copy of the stage that has only some adapters, given by their indices in the layout."""
         return replace(self, parts=tuple(self.parts[number] for number in adapters))
 
     @cached_property

@@ -187,7 +187,8 @@ class ClusterPlan:
         return [getattr(self.settings, name)] if self.given(name) else values
 
     def grids(self, world_size: int) -> list[tuple[int, int]]:
-        """Return all tensor and pipeline sizes whose product divides the number of ranks, or else one invalid pair."""
+        """Return all tensor and pipeline sizes whose product divides the number of ranks. If there are none, return an
+        invalid pair, for the error message."""
         tensor, pipeline = (self.choices(f"{name}_parallel", divisors(world_size)) for name in ("tensor", "pipeline"))
         found = [(t, p) for t in tensor for p in pipeline if world_size % (t * p) == 0]
         return found or [(tensor[0], pipeline[0])]

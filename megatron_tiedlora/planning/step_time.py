@@ -110,7 +110,7 @@ class Links:
         return found
 
     def to_next(self, stage: int) -> Link:
-        """Return the link from a stage to the next stage. It is the network if any rank sends to another node."""
+        """Return the link from a stage to the next stage: the network if any rank sends to another node."""
         width, per_node = self.layout.tp_size * self.layout.dp_size, self.ranks_per_node
         first = stage * width
         crosses = any(rank // per_node != (rank + width) // per_node for rank in (first, first + width - 1))

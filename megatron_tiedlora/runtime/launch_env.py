@@ -115,8 +115,8 @@ def slurm_hosts(environment: Mapping[str, str]) -> tuple[Host, ...]:
         raise UserError("not in a Slurm allocation: SLURM_JOB_NODELIST is not set; start with sbatch or salloc")
     hosts, slots = expand_nodelist(names), _tasks_per_node(tasks)
     if len(hosts) != len(slots):
-        counts = f"{len(hosts)} nodes ({names}), but tasks for {len(slots)} ({tasks})"
-        raise UserError(f"Slurm names {counts}; start with sbatch or salloc")
+        counts = f"{len(hosts)} nodes ({names}), but numbers of tasks for {len(slots)} ({tasks})"
+        raise UserError(f"Slurm's variables contradict each other: {counts}; start with sbatch or salloc")
     return tuple(Host(name, count) for name, count in zip(hosts, slots, strict=True))
 
 
@@ -267,8 +267,8 @@ def _rank_and_world_size() -> tuple[int, int]:
         if rank in os.environ and size in os.environ:
             return int(os.environ[rank]), int(os.environ[size])
     raise UserError(
-        "no variable has this process's rank; start with `deepspeed`, `torchrun`, `srun` or `mpirun`, or with plain"
-        " python for one rank"
+        "no environment variable contains the rank of this process; start with `deepspeed`, `torchrun`, `srun` or"
+        " `mpirun`, or with plain python for one rank"
     )
 
 

@@ -301,7 +301,7 @@ def _measure_step(settings: BenchSettings) -> dict[str, Any]:
 
 
 def _step_memory(plan: RunPlan, settings: BenchSettings, name: str) -> dict[str, Any]:
-    """Return the additional peak bytes of a first round and, without --adapters, the bytes that autograd saves.
+    """Return the peak bytes that the first step adds and, without --adapters, the bytes that autograd saves.
 
     Call this in a new process, because allocators other than glibc's may reuse the memory of earlier rounds.
     """

@@ -59,7 +59,7 @@ def write_small(folder: Path) -> str:
 
 
 def step_settings(model: str, *flags: str) -> tool_settings.BenchSettings:
-    """Return the settings of a --what layout benchmark, parsed from `flags` as in `tiedlora bench`."""
+    """Return the settings that `tiedlora bench --what layout` parses from `flags`."""
     return cli.parse_settings(["--what=layout", f"--model={model}", *flags], tool_settings.BenchSettings)
 
 
@@ -145,7 +145,7 @@ class Judge:
         return self.errors(self.plain(torch.bfloat16))
 
     def plain(self, dtype: torch.dtype) -> Computed:
-        """Return the loss and gradients of plain PyTorch in this dtype, with the same weights as the package."""
+        """Return the loss and gradients of plain PyTorch in this dtype, with the same weights."""
         trained = list(self.adapter.num_trained())
         weights, factors = plain_tensors(self.stage, dtype)
         flat = [document for row in self.documents for document in row]

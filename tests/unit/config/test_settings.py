@@ -415,7 +415,7 @@ def test_an_adapter_s_entry_is_the_command_line_with_its_own_settings(tmp_path: 
         ("- name: 3\n", "entry 1: cannot be called 3"),
         ("- a\n", "entry 1: expected 'name: value' lines, found a str"),
         ("name: a\n", "expected a list, whose entries begin with '- ', found a dict"),
-        ("", "holds no adapter"),
+        ("", "has no entries; write one entry for each adapter"),
         ("- name: a\n  rank: 0\n", "a: --rank 0: "),
         ("- name: a\n  epochs: 1\n  max_steps: 5\n", "a: --epochs 1 and --max_steps 5 both set the length of training"),
         ("- name: a\n- name: b\n  task: demo\n", "max_length would be 4096 for a and 512 for b"),
