@@ -183,7 +183,7 @@ def load_engine_config(name: str, *, batches: BatchPlan, gradient_clipping: floa
         raise UserError(f'{path}: zero_optimization must be an object such as {{"stage": 2}}')
     if zero.get("compute_grad_norm") is False:
         raise UserError(
-            f"{path}: zero_optimization.compute_grad_norm is false, but each step logs the gradient norm; remove the setting"
+            f"{path}: zero_optimization.compute_grad_norm is false, but each step logs the gradient norm; remove it"
         )
     for section in _OFFLOADS:
         offload = zero.get(section)
