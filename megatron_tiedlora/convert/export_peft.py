@@ -294,7 +294,7 @@ def _vllm(exports: Mapping[str, Export], base: str, shape: ModelShape, named: st
         words += ["--max-loras", str(batch), "--max-cpu-loras", str(len(served))]
         lines[-1] += "; --max-loras: adapters in one batch, --max-cpu-loras: in host memory"
     if named not in (None, base):
-        note = f"# its filesystem resolver asks for the base that the export names, {named}"
+        note = f"# only for vLLM's filesystem resolver: the export names {named}"
         lines.append(f"{note}; export with --base_name {base}")
     words += ["--lora-modules", *(f"{name}={export.folder}" for name, export in served.items())]
     return [*lines, shlex.join(words)]

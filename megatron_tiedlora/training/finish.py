@@ -410,7 +410,7 @@ def speed_lines(run: AdapterRun) -> list[str]:
     mfu = f"MFU {mean['mfu']:.1%} of {shown} ({meter.peak.source})"
     rows = [
         ("speed", f"{speed}; {mfu}; padding {mean['padding']:.1%}; steps {steps[0]} to {steps[1]}"),
-        ("memory", f"{bytes_in_words(peak_memory_bytes(run.runner.device))} at the peak, rank 0"),
+        ("memory", f"{bytes_in_words(peak_memory_bytes(run.runner.device))} at the peak, including scores, rank 0"),
     ]
     return ["", *aligned_lines(rows, align="<")]
 

@@ -78,7 +78,7 @@ def test_the_commands_that_serve_are_shown(
     out = capsys.readouterr().out
     command = f"vllm serve {models / 'mine'} --enable-lora --max-lora-rank 8 --lora-target-modules qkv_proj"
     assert f"\n{command} --lora-modules tied={tmp_path / 'peft'}\n" in out
-    resolver = "its filesystem resolver asks for the base that the export names, mine; export with --base_name"
+    resolver = "only for vLLM's filesystem resolver: the export names mine; export with --base_name"
     assert f"\n# {resolver} {models / 'mine'}\n" in out
     assert "sglang.launch_server" in out and "convert_lora_to_gguf.py" in out
     base = ["--base_name", str(models / "mine")]
@@ -137,7 +137,7 @@ def test_many_in_one_call(adapters: Path, tmp_path: Path, capsys: pytest.Capture
     exported, vllm, resolver, serving = capsys.readouterr().out.splitlines()
     assert exported == f"exported 3 adapters: {tmp_path / 'all'}"
     assert vllm.startswith("# serve with vLLM 0.26 or later;")
-    assert "resolver asks for the base that the export names, mine; export with --base_name" in resolver
+    assert "resolver: the export names mine; export with --base_name" in resolver
     modules = " ".join(f"{name}={tmp_path / 'all' / name}" for name in ("lora", "tl6", "plain"))
     assert serving.endswith(f" --max-loras 3 --max-cpu-loras 3 --lora-modules {modules}")
     assert sorted(item.name for item in (tmp_path / "all").iterdir()) == ["lora", "plain", "tl6"]
@@ -295,7 +295,7 @@ def test_one_command_serves_all_by_name() -> None:
 def test_the_name_that_vllm_s_resolver_asks_for_is_said_where_it_differs() -> None:
     lines = serve_hints(one(8), "/shared/llama2-7b", PLAIN, named="llama2-7b")
     assert lines[1] == (
-        "# its filesystem resolver asks for the base that the export names, llama2-7b; export with --base_name"
+        "# only for vLLM's filesystem resolver: the export names llama2-7b; export with --base_name"
         " /shared/llama2-7b"
     )
     assert lines[2].startswith("vllm serve /shared/llama2-7b ")

@@ -334,5 +334,5 @@ def test_the_end_tells_the_mean(ran: Callable[[str], Ran], name: str) -> None:
     assert supervised == pytest.approx(sum(row["supervised_tokens"] for row in counted) / seconds, abs=0.51)
     assert mfu / 100 == pytest.approx(sum(map(found.flops, counted)) / seconds / PEAK / found.num_ranks, abs=6e-4)
     assert min(row["padding"] for row in counted) < padding / 100 < max(row["padding"] for row in counted)
-    assert re.search(r"^memory +[\d.]+ [MG]B at the peak, rank 0$", output, re.MULTILINE), output
+    assert re.search(r"^memory +[\d.]+ [MG]B at the peak, including scores, rank 0$", output, re.MULTILINE), output
     assert "tokens/s, MFU " in found.ended.errors[0], "the progress bar"
