@@ -64,12 +64,6 @@ def parameter_access(config: EngineConfig) -> Callable[[list[nn.Parameter]], Abs
     return partial(deepspeed.zero.GatheredParameters, modifier_rank=0)
 
 
-def stored_bytes(module: nn.Module) -> int:
-    """Return the size in bytes of the frozen parameters that this rank stores (under ZeRO-3, of its partitions)."""
-    frozen = (parameter for parameter in module.parameters() if not parameter.requires_grad)
-    return sum(getattr(parameter, "ds_tensor", parameter).nbytes for parameter in frozen)
-
-
 def mark_parameters(adapter: TiedAdapter, groups: ParallelGroups) -> None:
     """Mark parameters for DeepSpeed's gradient norm: copies of tied tensors on later stages, and shards.
 

@@ -391,7 +391,9 @@ class PipelineRunner(Runner):
             schedule.LoadMicroBatch: lambda _engine, buffer_id: self._load(buffer_id),
             schedule.ForwardPass: lambda _engine, buffer_id: self._forward(buffer_id),
             schedule.RecvActivation: lambda _engine, buffer_id: self._receive(buffer_id),
-            schedule.SendActivation: lambda _engine, buffer_id: self._send(buffer_id),
+            schedule.SendActivation: lambda engine, buffer_id: p2p.send(
+                engine.pipe_buffers["outputs"][buffer_id], engine.next_stage
+            ),
             schedule.ReduceTiedGrads: lambda _engine: self.optimizers.sum_tied(),
             schedule.OptimizerStep: lambda _engine: None,
         }
@@ -449,6 +451,3 @@ class PipelineRunner(Runner):
         hidden = self.stage.empty_hidden(*batch.tokens.shape)
         self._messages.recv(hidden, self.engine.prev_stage)
         self.engine.pipe_buffers["inputs"][buffer_id] = (hidden.requires_grad_(), *self._positions(batch))
-
-    def _send(self, buffer_id: int) -> None:
-        self._messages.send(self.engine.pipe_buffers["outputs"][buffer_id], self.engine.next_stage)

@@ -71,15 +71,16 @@ def build_model(
         checkpoints: the checkpoint from which each adapter resumes, by adapter name. An adapter without a checkpoint
             starts at step 0.
 
-        Raises:
-            UserError: weights are missing or have wrong shapes, or a checkpoint or the adapter of --init_from was
-                trained on a different base.
+    Raises:
+        UserError: weights are missing or have wrong shapes, or a checkpoint or the adapter of --init_from was trained
+            on a different base.
     """
     shared, resumed = shared_plan(plans), checkpoints or {}
     with checked_starts(plans, resumed) as (weights, base, states, notes):
         model = _build_stage(plans, device, kernels, states)
         load_stage_weights(shared, weights, model.stage, model.groups)
-        stored = deepspeed_engine.stored_bytes(model.stage.layers)
+        frozen = [parameter for parameter in model.stage.layers.parameters() if not parameter.requires_grad]
+        stored = sum(getattr(parameter, "ds_tensor", parameter).nbytes for parameter in frozen)  # ZeRO-3's partitions
         read, kept = gather_numbers(weights.bytes_read), gather_numbers(stored)
     runner = _start_engine(plans, model, device, resumed)
     return BuiltModel(runner, base, tuple(read), tuple(kept), notes)

@@ -112,16 +112,6 @@ class Meter:
         }
 
 
-def peak_of_all(plan: RunPlan, device: torch.device) -> Peak:
-    """Return the sum of the peak FLOP/s of all ranks. All ranks must call this function, each with its own device.
-
-    All ranks measure at the same time. So the sum is also correct if several ranks use the same processor.
-    """
-    sum_over_ranks([0.0])  # all ranks start together
-    mine = find_peak(device, plan.dtype)
-    return Peak(sum_over_ranks([mine.flops_per_second])[0], mine.source)
-
-
 def find_peak(device: torch.device, dtype: torch.dtype) -> Peak:
     """Return the peak FLOP/s of one device for matmuls in `dtype`.
 
