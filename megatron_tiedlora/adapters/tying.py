@@ -170,24 +170,19 @@ class GradientGuard:
         values = (float(tensor.detach().abs().max()) for tensor in self._trained.values() if tensor.numel())
         return max(gradients, default=0.0), max(values, default=0.0)
 
-    def labels(self) -> list[str]:
-        """Return a name for each value of `largest`: the tensor and, if it is stacked, the layers that use the slot."""
-        config, found = self._part.config, []
-        for name in config.num_trained():
-            for layers in config.groups(name):
-                words = f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
-                found.append(f"{name} of {words}" if config.is_stacked(name) else name)
-        return found
+    def largest(self) -> dict[str, float]:
+        """Return the largest absolute gradient so far by tensor and, if the tensor is stacked, the layers of each slot.
 
-    def largest(self) -> list[float]:
-        """Return the largest absolute gradient so far for each of `labels`, or 0 if this rank has no such slot."""
-        config, numbers = self._part.config, []
+        It is 0 if this rank has no such slot."""
+        config, found = self._part.config, dict[str, float]()
         for name in config.num_trained():
             full, held = [0.0] * config.num_slots(name), self._part.slots(name)
             if name in self._largest:
                 full[held.start : held.stop] = self._largest[name].tolist()
-            numbers += full
-        return numbers
+            for layers, value in zip(config.groups(name), full, strict=True):
+                words = f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
+                found[f"{name} of {words}" if config.is_stacked(name) else name] = value
+        return found
 
     def remove(self) -> None:
         """Remove the hooks from the parameters."""

@@ -11,14 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from megatron_tiedlora.base import shapes
 from megatron_tiedlora.base.messages import UserError, shown
-from megatron_tiedlora.model.hf_config import (
-    FULL,
-    SLIDING,
-    HfConfig,
-    read_rope,
-    read_ropes_by_kind,
-    window_of_last_layers,
-)
+from megatron_tiedlora.model.hf_config import FULL, SLIDING, HfConfig, read_rope, rope_fields, window_of_last_layers
 
 Reader = Callable[[HfConfig], shapes.ModelShape]
 
@@ -270,7 +263,15 @@ def olmo3(config: HfConfig) -> shapes.ModelShape:
             f"{config.source}: layer_types = {shown(kinds)} is not a list of {num_layers} kinds of layers. For"
             f" each layer, use {FULL} or {SLIDING}"
         )
-    ropes = read_ropes_by_kind(config, theta=500000.0)
+    # `rope_parameters` has an entry for each kind of layer. `rope_theta` and `rope_scaling` apply to full attention.
+    theta, by_kind = 500000.0, rope_fields(config, config.get("rope_parameters"))
+    fields = (by_kind.get(FULL), by_kind.get(SLIDING), config.get("rope_scaling"))
+    full, sliding, scaling = (rope_fields(config, own) for own in fields)
+    full, sliding = (
+        {"rope_theta": config.get("rope_theta") or theta, **full, **scaling},
+        {"rope_theta": theta, **sliding},
+    )
+    ropes = {FULL: read_rope(config, values=full), SLIDING: read_rope(config, values=sliding)}
     limits = [limit for _, limit in ropes.values() if limit is not None]
     return gated_decoder(
         config,

@@ -71,25 +71,21 @@ class HfConfig:
         value = otherwise if value is None else value
         largest = _LARGEST.get(name, _LARGEST_SIZE)
         if type(value) is not int or not 1 <= value <= largest:
-            raise UserError(
-                f"{self.source}: {name} = {shown(value)} is not an integer from 1 to {largest}. Correct this field"
-            )
+            raise self._wrong(name, value, f"is not an integer from 1 to {largest}")
         return value
 
     def small_number(self, name: str) -> float:
         """Return a number from 0 to 1. Raise UserError for any other value."""
         value = self.get(name)
         if type(value) not in (int, float) or not 0 <= value <= 1:
-            raise UserError(f"{self.source}: {name} = {shown(value)} is not a number from 0 to 1. Correct this field")
+            raise self._wrong(name, value, "is not a number from 0 to 1")
         return float(value)
 
     def flag(self, name: str) -> bool:
         """Return true or false; null counts as false. Raise UserError for any other value."""
         value = self.get(name)
         if value is not None and not isinstance(value, bool):
-            raise UserError(
-                f"{self.source}: {name} = {shown(value)}{self._of} is neither true nor false. Correct this field"
-            )
+            raise self._wrong(name, value, "is neither true nor false")
         return bool(value)
 
     def number(self, name: str, default: float | None = None) -> float:
@@ -107,17 +103,16 @@ class HfConfig:
         """Return a list of positive numbers as a tuple. Raise UserError for any other value."""
         values = self.get(name)
         if not isinstance(values, list):
-            raise UserError(
-                f"{self.source}: {name} = {shown(values)}{self._of} is not a list of numbers. Correct this field"
-            )
+            raise self._wrong(name, values, "is not a list of numbers")
         return tuple(self._positive(name, value) for value in values)
 
     def _positive(self, name: str, value: Any) -> float:
         if type(value) not in (int, float) or not 0 < value < _LARGEST_NUMBER:
-            raise UserError(
-                f"{self.source}: {name} = {shown(value)}{self._of} is not a positive number. Correct this field"
-            )
+            raise self._wrong(name, value, "is not a positive number")
         return float(value)
+
+    def _wrong(self, name: str, value: Any, problem: str) -> UserError:
+        return UserError(f"{self.source}: {name} = {shown(value)}{self._of} {problem}. Correct this field")
 
     def reject_other_layers(self, *known: str) -> None:
         """Raise UserError if a layer has a kind of attention that is not in `known`."""
@@ -307,24 +302,7 @@ _KNOWN = frozenset(
 )  # fmt: skip
 
 
-def read_ropes_by_kind(config: HfConfig, *, theta: float) -> dict[str, tuple[RopeShape, LengthLimit | None]]:
-    """Return the rotary embeddings of `full_attention` and `sliding_attention` layers, as `read_rope` returns them.
-
-    `rope_parameters` has an entry for each kind of layer. `rope_theta` and `rope_scaling` apply to full attention.
-
-    Args:
-        theta: the default value of `rope_theta`.
-
-    Raises:
-        UserError: see `read_rope`.
-    """
-    by_kind, older = _fields(config, config.get("rope_parameters")), config.get("rope_scaling")
-    full, sliding, scaling = (_fields(config, v) for v in (by_kind.get(FULL), by_kind.get(SLIDING), older))
-    full = {"rope_theta": config.get("rope_theta") or theta, **full, **scaling}
-    return {FULL: read_rope(config, values=full), SLIDING: read_rope(config, values={"rope_theta": theta, **sliding})}
-
-
-def _fields(config: HfConfig, values: Any) -> dict[str, Any]:
+def rope_fields(config: HfConfig, values: Any) -> dict[str, Any]:
     """Return the fields of an object, or {} for null. Raise UserError for any other value."""
     if not isinstance(values or {}, Mapping):
         raise UserError(
@@ -354,7 +332,7 @@ def read_rope(
     """
     max_positions = config.size("max_position_embeddings")
     new = config.get("rope_parameters")
-    values = _fields(config, config.get("rope_scaling") or new) if values is None else values
+    values = rope_fields(config, config.get("rope_scaling") or new) if values is None else values
     for name in values:
         if name not in _KNOWN:
             raise UserError(

@@ -417,7 +417,13 @@ class SplitHeads:
         counts = (self.heads.num, self.heads.num_kv, self.heads.num_kv)
         heads, saved = projected.view(-1, sum(counts), self.heads.dim).detach(), self.table
         if self.norms:
-            heads, root = self._rotate_normed(heads)
+            norm, weight = self.heads.norms[0], self._weight(self.norms)
+            if norm.sharded:
+                means = self._over_ranks(self.kernels.square_means(heads, self.heads.num, self.heads.num_kv))
+                root = torch.rsqrt(means + norm.eps)
+                heads = self.kernels.rotate_with_root(heads, *self.table, self._by_head(root), weight)
+            else:
+                heads, root = self.kernels.rotate_normed(heads, *self.table, weight, norm.eps)
             saved = (heads, root, *self.table, *self.norms)
         elif self.table:
             cos, sin = self.table
@@ -435,15 +441,6 @@ class SplitHeads:
         else:
             found = self.kernels.rotate_gradient(*by_token, *saved) if saved else torch.cat(by_token, dim=1)
         return found.view(batch, length, -1)
-
-    def _rotate_normed(self, heads: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the heads after the norms and the rotation, and the norms' roots."""
-        norm, weight = self.heads.norms[0], self._weight(self.norms)
-        if not norm.sharded:
-            return self.kernels.rotate_normed(heads, *self.table, weight, norm.eps)
-        means = self._over_ranks(self.kernels.square_means(heads, self.heads.num, self.heads.num_kv))
-        root = torch.rsqrt(means + norm.eps)
-        return self.kernels.rotate_with_root(heads, *self.table, self._by_head(root), weight), root
 
     def _normed_gradient(self, query: Tensor, key: Tensor, value: Tensor, rotated: Tensor, *saved: Tensor) -> Tensor:
         root, cos, sin, *norms = saved

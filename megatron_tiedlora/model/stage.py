@@ -183,8 +183,15 @@ class Stage(nn.Module):
         self.blocks = [spec.index for spec in specs if spec.kind == "block"]
         self.embedding = next((str(spec.index) for spec in specs if spec.kind == "embedding"), None)
         self.head = next((str(spec.index) for spec in specs if spec.kind == "head"), None)
-        if self.head is not None and not hasattr(self.layers[self.head], "frozen"):  # tied embeddings
-            self._give_head_its_weight()
+        head: Any = None if self.head is None else self.layers[self.head]
+        if head is not None and not hasattr(head, "frozen"):  # tied embeddings
+            if self.embedding is not None:
+                embedding: Any = self.layers[self.embedding]
+                head.take_weight(embedding.frozen)
+            else:
+                norm = head.norm.weight
+                rows = -(-head.vocab_size // self.tensor_parallel.group.size)
+                head.take_weight(FrozenWeight.empty(rows, len(norm), dtype=norm.dtype))
         self.set_recompute(recompute)
         self.hold(adapters, is_engines=is_engines)
 
@@ -206,16 +213,6 @@ class Stage(nn.Module):
         for index in self.blocks:
             block: Any = self.layers[str(index)]
             block.recomputes_gate = how == "selective"
-
-    def _give_head_its_weight(self) -> None:
-        head: Any = self.layers[str(self.head)]
-        if self.embedding is not None:
-            embedding: Any = self.layers[self.embedding]
-            head.take_weight(embedding.frozen)
-        else:
-            norm = head.norm.weight
-            rows = -(-head.vocab_size // self.tensor_parallel.group.size)
-            head.take_weight(FrozenWeight.empty(rows, len(norm), dtype=norm.dtype))
 
     @property
     def tail(self) -> SupervisedTail:

@@ -109,7 +109,7 @@ class _EarlyBackward(torch.autograd.Function):
         ]
         wanted = [tensor for tensor, needs in zip(inner, ctx.needs, strict=True) if tensor is not None and needs]
         # A caller's hooks are for tensors that are saved until the backward pass, and these tensors are not.
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(unchanged, unchanged):
             loss = function(*inner)
         # autograd.grad is not used, because torch's hooks for several gradients fail inside it (seen in 2.13).
         loss.backward(torch.ones_like(loss), inputs=wanted)
@@ -123,10 +123,6 @@ class _EarlyBackward(torch.autograd.Function):
         needs_and_spans = zip(ctx.needs, ctx.spans, strict=True)
         found = (scaled_by_adapter(next(saved), gradient, own) if needs else None for needs, own in needs_and_spans)
         return None, None, *found
-
-
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def run_with_early_backward(

@@ -105,10 +105,12 @@ def before_steps(checks: Checks, *, missing: Missing, ranks_missing: Mapping[str
             own._guard.begin_step()
     if not ending:
         return failed
-    found = iter(max_over_ranks([value for guard in ending.values() for value in (*guard.sizes(), *guard.largest())]))
+    largest = {name: guard.largest() for name, guard in ending.items()}
+    values = [value for name, guard in ending.items() for value in (*guard.sizes(), *largest[name].values())]
+    found = iter(max_over_ranks(values))
     for name, guard in ending.items():
         own, step = checks[name]
-        labels, of_step, of_values = guard.labels(), next(found), next(found)
+        labels, of_step, of_values = list(largest[name]), next(found), next(found)
         zero = [label for label, value in zip(labels, islice(found, len(labels)), strict=True) if value == 0]
         guard.remove()
         own._guard = None
