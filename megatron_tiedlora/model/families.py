@@ -267,11 +267,8 @@ def olmo3(config: HfConfig) -> shapes.ModelShape:
     theta, by_kind = 500000.0, rope_fields(config, config.get("rope_parameters"))
     fields = (by_kind.get(FULL), by_kind.get(SLIDING), config.get("rope_scaling"))
     full, sliding, scaling = (rope_fields(config, own) for own in fields)
-    full, sliding = (
-        {"rope_theta": config.get("rope_theta") or theta, **full, **scaling},
-        {"rope_theta": theta, **sliding},
-    )
-    ropes = {FULL: read_rope(config, values=full), SLIDING: read_rope(config, values=sliding)}
+    full = {"rope_theta": config.get("rope_theta") or theta, **full, **scaling}
+    ropes = {FULL: read_rope(config, values=full), SLIDING: read_rope(config, values={"rope_theta": theta, **sliding})}
     limits = [limit for _, limit in ropes.values() if limit is not None]
     return gated_decoder(
         config,

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, padded
-from megatron_tiedlora.parallel.groups import RankGroup, all_gather
+from megatron_tiedlora.parallel.groups import RankGroup, all_gather, unchanged
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_rows, scaled, upcast
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from megatron_tiedlora.adapters.tied_adapter import TiedAdapter
 from megatron_tiedlora.adapters.tying import AdapterLayout, gather_full
-from megatron_tiedlora.base.files import Count, Real, Text, read_fields, read_json_object, write_json
+from megatron_tiedlora.base.files import Count, Guard, Real, Text, read_fields, read_json_object, write_json
 from megatron_tiedlora.base.messages import UserError, named, printable
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity
 from megatron_tiedlora.checkpoint.native_adapter import save_adapter
@@ -82,6 +82,10 @@ class BatchLosses:
         squares = math.fsum((difference - mean * tokens) ** 2 for difference, tokens in used)
         error = math.sqrt(count / (count - 1) * squares) / total
         return mean, _STUDENT[min(count - 1, len(_STUDENT)) - 1] * error
+
+    def write(self, folder: Path, *, guard: Guard) -> None:
+        """Write the evaluation to a run folder. Raise UserError if the file cannot be written."""
+        write_json(folder / RECORD_FILE, asdict(self), guard=guard)
 
 
 def read_record(folder: Path, *, step: int | None) -> BatchLosses | None:
@@ -375,8 +379,7 @@ class AdapterRun:
             self._keep(BatchLosses(self.progress.step, tuple(summed[: len(losses)]), tuple(counts)))
 
     def _keep(self, evaluated: BatchLosses) -> None:
-        file = self.folder.path / RECORD_FILE
-        decided_by_rank_0(lambda: write_json(file, asdict(evaluated), guard=self.folder.guard))
+        decided_by_rank_0(lambda: evaluated.write(self.folder.path, guard=self.folder.guard))
         self.evaluated = evaluated
 
     # Its checkpoints -------------------------------------------------------------------------------------------------
