@@ -437,20 +437,16 @@ class SplitHeads:
         # (b, heads, s, head_dim) -> (b s, heads, head_dim). GPU kernels return this order; then nothing is copied.
         by_token = [gradient.transpose(1, 2).flatten(0, 1).contiguous().detach() for gradient in gradients]
         if self.norms:
-            found = self._normed_gradient(*by_token, *saved)
+            (query, key, _), (rotated, root, cos, sin, *norms) = by_token, saved
+            rotated, mean = rotated.detach(), None
+            if self.heads.norms[0].sharded:
+                means = self._over_ranks(self.kernels.product_means(query, key, rotated))
+                root, mean = self._by_head(root), self._by_head(means)
+            numbers = rotated, root, mean, cos, sin, self._weight(norms)
+            found = self.kernels.rotate_normed_gradient(*by_token, *numbers)
         else:
             found = self.kernels.rotate_gradient(*by_token, *saved) if saved else torch.cat(by_token, dim=1)
         return found.view(batch, length, -1)
-
-    def _normed_gradient(self, query: Tensor, key: Tensor, value: Tensor, rotated: Tensor, *saved: Tensor) -> Tensor:
-        root, cos, sin, *norms = saved
-        rotated = rotated.detach()
-        mean: Tensor | None = None
-        if self.heads.norms[0].sharded:
-            means = self._over_ranks(self.kernels.product_means(query, key, rotated))
-            root, mean = self._by_head(root), self._by_head(means)
-        numbers = rotated, root, mean, cos, sin, self._weight(norms)
-        return self.kernels.rotate_normed_gradient(query, key, value, *numbers)
 
     def _weight(self, norms: Sequence[Tensor]) -> Tensor:
         """Return the norm weights of each head, (num + num_kv, head_dim)."""

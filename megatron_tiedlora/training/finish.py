@@ -207,13 +207,17 @@ def run_headline(
     model += "" if settings.products is None else f", matmuls in {settings.products}"
     read, kept = (range_text(sizes, bytes_in_words) for sizes in (built.bytes_read, built.bytes_kept))
     stored = "" if settings.base is None else f", stored as {kept}"
+    sharded = " with sequence parallelism" if plan.layout.sequence_parallel else ""
+    stages = ", ".join(f"{len(stage.layers)}" for stage in plan.stages)
+    pipeline = f"pipeline {plan.grid.pp_size} ({stages} layers with embedding and head)"
+    layout = f"tensor {plan.grid.tp_size}{sharded} x {pipeline} x data {plan.grid.dp_size}"
     trained = sum(sum(own.adapter.num_trained().values()) for own in start.plans.values())
     ranks = count_text(plan.grid.dp_size, "data-parallel rank")
     adapters = f"{len(start.plans)}, {trained:,} trained parameters, ZeRO-{plan.engine.zero_stage}, {ranks}"
     rows = [
         ("model", model),
         *([("adapters", adapters)] if run is None else _one_adapter(run)),
-        *_layout(plan),
+        *([("layout", layout)] if plan.grid.tp_size * plan.grid.pp_size > 1 else []),
         ("read", f"{read} of base weights per rank{stored}"),
         ("kernels", chosen.description),
         ("attention", str(attention.route(device, plan.dtype))),
@@ -282,16 +286,6 @@ def set_run_end(end: End, trainer: Trainer) -> None:
         end.reason = trainer.only.reason
     else:
         end.reason = f"{len(failed)} of {total} failed: {', '.join(failed)}" if failed else f"{total} trained"
-
-
-def _layout(plan: RunPlan) -> list[HeadlineRow]:
-    grid = plan.grid
-    if grid.tp_size * grid.pp_size == 1:
-        return []
-    sharded = " with sequence parallelism" if plan.layout.sequence_parallel else ""
-    stages = ", ".join(f"{len(stage.layers)}" for stage in plan.stages)
-    pipeline = f"pipeline {grid.pp_size} ({stages} layers with embedding and head)"
-    return [("layout", f"tensor {grid.tp_size}{sharded} x {pipeline} x data {grid.dp_size}")]
 
 
 def resumed_text(plan: RunPlan, checkpoint: Checkpoint | None) -> str:
