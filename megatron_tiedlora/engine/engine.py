@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import distributed, nn
@@ -150,8 +150,7 @@ def gradient_norms(adapters: Sequence[TiedAdapter], groups: ParallelGroups, devi
                 square += torch.linalg.vector_norm(gradient.detach().float()).double().square()
     if groups.model.size > 1:
         torch.distributed.all_reduce(squares, group=groups.model.handle)
-    norms: list[float] = squares.sqrt().tolist()
-    return norms
+    return cast(list[float], squares.sqrt().tolist())
 
 
 def reported_norm(norm: float) -> float:

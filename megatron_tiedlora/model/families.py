@@ -127,9 +127,7 @@ def gated_decoder(
     config.reject_other_layers("full_attention", *(() if window is None else ("sliding_attention",)))
     activation = config.get("hidden_act")
     if activation not in ("silu", "swish"):
-        raise UserError(
-            f"{config.source}: hidden_act = {shown(activation)} is not implemented. Use a model with hidden_act 'silu'"
-        )
+        raise config.error(f"hidden_act = {shown(activation)} is not implemented. Use a model with hidden_act 'silu'")
     vocab, d, f = (config.size(name) for name in ("vocab_size", "hidden_size", "intermediate_size"))
     num_layers = config.size("num_hidden_layers")
     eps = config.small_number("rms_norm_eps") if norm_eps is None else norm_eps
@@ -193,14 +191,10 @@ def _head_sizes(config: HfConfig, hidden_size: int) -> tuple[int, int, int]:
     num = config.size("num_attention_heads")
     num_kv = config.size("num_key_value_heads", num)
     if hidden_size < num and not config.get("head_dim"):
-        raise UserError(
-            f"{config.source}: hidden_size {hidden_size} is less than num_attention_heads {num}. Correct one of them"
-        )
+        raise config.error(f"hidden_size {hidden_size} is less than num_attention_heads {num}. Correct one of them")
     dim = config.size("head_dim", hidden_size // num)
     if num % num_kv:
-        raise UserError(
-            f"{config.source}: {num} heads are not a multiple of num_key_value_heads {num_kv}. Correct one of them"
-        )
+        raise config.error(f"{num} heads are not a multiple of num_key_value_heads {num_kv}. Correct one of them")
     return num, num_kv, dim
 
 
@@ -208,15 +202,11 @@ def _check_rotation(config: HfConfig, heads: shapes.HeadShape) -> None:
     rotated, scaling = heads.rotary_dim, heads.rope.scaling
     if rotated % 2 or not rotated:
         of = "" if rotated == heads.dim else f", of which {rotated} are rotated"
-        raise UserError(
-            f"{config.source}: head_dim is {heads.dim}{of}, but rotary embedding needs an even number of elements."
-            " Use a model with an even number"
-        )
+        problem = f"head_dim is {heads.dim}{of}, but rotary embedding needs an even number of elements"
+        raise config.error(f"{problem}. Use a model with an even number")
     if isinstance(scaling, shapes.LongRopeScaling) and len(scaling.factors) != rotated // 2:
-        raise UserError(
-            f"{config.source}: short_factor has {len(scaling.factors)} numbers, but there are {rotated // 2}"
-            " frequencies. Correct the list"
-        )
+        found = f"short_factor has {len(scaling.factors)} numbers"
+        raise config.error(f"{found}, but there are {rotated // 2} frequencies. Correct the list")
 
 
 # The families ---------------------------------------------------------------------------------------------------------
@@ -259,10 +249,8 @@ def olmo3(config: HfConfig) -> shapes.ModelShape:
     if kinds is None:
         kinds = [SLIDING if layer % 4 else FULL for layer in range(1, num_layers + 1)]
     if not isinstance(kinds, list) or len(kinds) != num_layers or any(kind not in (FULL, SLIDING) for kind in kinds):
-        raise UserError(
-            f"{config.source}: layer_types = {shown(kinds)} is not a list of {num_layers} kinds of layers. For"
-            f" each layer, use {FULL} or {SLIDING}"
-        )
+        wanted = f"a list of {num_layers} kinds of layers. For each layer, use {FULL} or {SLIDING}"
+        raise config.error(f"layer_types = {shown(kinds)} is not {wanted}")
     # `rope_parameters` has an entry for each kind of layer. `rope_theta` and `rope_scaling` apply to full attention.
     theta, by_kind = 500000.0, rope_fields(config, config.get("rope_parameters"))
     fields = (by_kind.get(FULL), by_kind.get(SLIDING), config.get("rope_scaling"))
@@ -330,7 +318,7 @@ def smollm3(config: HfConfig) -> shapes.ModelShape:
         rotates = [int(layer % interval != 0) for layer in range(1, num_layers + 1)]
     if not isinstance(rotates, list) or len(rotates) != num_layers or not {*map(repr, rotates)} <= {"0", "1"}:
         wanted = f"a list of {num_layers} zeros and ones. Correct the field"
-        raise UserError(f"{config.source}: no_rope_layers = {shown(rotates)} is not {wanted}")
+        raise config.error(f"no_rope_layers = {shown(rotates)} is not {wanted}")
     rope = read_rope(config)
     window = config.window(used=config.flag("use_sliding_window"))
     ropes = [rope[0] if rotated else None for rotated in rotates]

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed
@@ -226,8 +226,7 @@ def with_adjoint(function: Callable[..., Result], adjoint: Callable[..., Any], *
         adjoint: a function that returns a gradient or None for each tensor, from the gradients of the results. It must
             not refer to the tensors, because that would keep them in memory until the backward pass.
     """
-    result: Result = _WithAdjoint.apply(function, adjoint, *tensors)
-    return result
+    return cast(Result, _WithAdjoint.apply(function, adjoint, *tensors))
 
 
 def unchanged(tensor: Tensor) -> Tensor:

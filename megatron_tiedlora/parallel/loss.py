@@ -10,7 +10,7 @@ of one adapter, or a product with a factor, does not depend on the rows of other
 from collections.abc import Callable, Sequence
 from functools import wraps
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -138,8 +138,7 @@ def run_with_early_backward(
             input that requires a gradient.
         spans: for several losses, the spans of rows of each input. The loss of an adapter depends only on its spans.
     """
-    loss: Tensor = _EarlyBackward.apply(function, spans or [None] * len(inputs), *inputs)
-    return loss
+    return cast(Tensor, _EarlyBackward.apply(function, spans or [None] * len(inputs), *inputs))
 
 
 # Summed cross entropy -------------------------------------------------------------------------------------------------
@@ -243,8 +242,7 @@ def sum_token_losses(rows: Tensor, labels: Tensor, shard: VocabularyShard, spans
         a scalar in max(fp32, dtype of `rows`), or with `spans` one per adapter, (adapters,). The gradient of `rows` is
         the partial sum for this rank's shard of the vocabulary. This function does not sum it over ranks.
     """
-    loss: Tensor = _SumTokenLosses.apply(rows, labels, shard, spans)
-    return loss
+    return cast(Tensor, _SumTokenLosses.apply(rows, labels, shard, spans))
 
 
 @torch.no_grad()
