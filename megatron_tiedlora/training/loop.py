@@ -289,7 +289,7 @@ class Trainer:
         self._show(bar)
 
     def _after_step(self, runs: Mapping[str, AdapterRun], bar: Any) -> None:
-        """Run all due evaluations together, save each adapter with a due checkpoint, and stop adapters for --halving."""
+        """Run all due evaluations together, save adapters with a due checkpoint, and stop adapters for --halving."""
         found = self.evaluation.evaluated([run for run in runs.values() if run.evaluation_is_due])
         for name, run in runs.items():
             if run.state == "running":
