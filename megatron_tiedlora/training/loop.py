@@ -289,13 +289,16 @@ class Trainer:
         self._show(bar)
 
     def _after_step(self, runs: Mapping[str, AdapterRun], bar: Any) -> None:
-        """Run all due evaluations together, save adapters with a due checkpoint, and stop adapters for --halving."""
+        """Run all due evaluations together, and then save each adapter for which a checkpoint is due."""
         found = self.evaluation.evaluated([run for run in runs.values() if run.evaluation_is_due])
         for name, run in runs.items():
             if run.state == "running":
                 with run.failing_alone():
                     run.after_step(bar, found.get(name))
-        # Adapters that --halving rejects stop. Only evaluations after the learning-rate warm-up are compared.
+        self._stop_behind(bar)
+
+    def _stop_behind(self, bar: Any) -> None:
+        """Stop each adapter that --halving rejects. Only evaluations after the learning-rate warm-up are compared."""
         evaluated = {
             name: run.evaluated
             for name, run in self.adapters.items()
