@@ -14,8 +14,16 @@ from megatron_tiedlora.base.messages import UserError, shown
 from megatron_tiedlora.model.hf_config import FULL, SLIDING, HfConfig, read_rope, rope_fields, window_of_last_layers
 
 Reader = Callable[[HfConfig], shapes.ModelShape]
-# By model_type: the function that reads a config of the family, and the defaults of absent fields.
-FAMILIES: dict[str, tuple[Reader, Mapping[str, Any]]] = {}
+
+
+class Family(NamedTuple):
+    """The function that reads a config of the family, and the defaults of absent fields."""
+
+    read: Reader
+    defaults: Mapping[str, Any]
+
+
+FAMILIES: dict[str, Family] = {}
 _QWEN_DEFAULTS: dict[str, Any] = {
     "vocab_size": 151936,
     "intermediate_size": 22016,
@@ -55,9 +63,8 @@ def shape_from_hf(values: Mapping[str, Any], *, source: str = "config.json") -> 
         because = "" if reason is None else f", because {reason}"
         known = ", ".join(sorted(FAMILIES))
         raise UserError(f"{source}: model_type {shown(kind)} is not implemented{because}. Use one of {known}")
-    (read, defaults), (_, defaults_of_llama) = family_of_kind, FAMILIES["llama"]
-    config = HfConfig(values, source, {**defaults_of_llama, **defaults})
-    shape = read(config)
+    config = HfConfig(values, source, {**FAMILIES["llama"].defaults, **family_of_kind.defaults})
+    shape = family_of_kind.read(config)
     config.reject_unread()
     return shape
 
@@ -66,7 +73,7 @@ def family(**defaults: Any) -> Callable[[Reader], Reader]:
     """Return a decorator that registers a family under its function's name. `defaults` are for absent fields."""
 
     def register(read: Reader) -> Reader:
-        FAMILIES[read.__name__] = read, defaults
+        FAMILIES[read.__name__] = Family(read, defaults)
         return read
 
     return register
