@@ -105,7 +105,8 @@ class AdapterGroup:
             shares: the tokens of each adapter in the micro-batch; may be empty if the group has only one adapter.
             dtype: the base's dtype.
         """
-        adapters = [self.adapters[share.adapter] for share in shares or self._only_share()]
+        adapters = [self.adapters[share.adapter] for share in shares] or list(self.adapters.values())
+        assert shares or len(adapters) == 1, "the rows of several adapters need shares"
         assert len(set(map(id, adapters))) == len(adapters), "an adapter occurs twice in one micro-batch"
         if len(adapters) == 1:  # all tokens use the same factors; ZeRO-3 gathers those that it shards in this call
             updates = adapters[0](tensor_parallel.group, dtype=dtype)
@@ -150,7 +151,7 @@ class AdapterGroup:
         self, updates: Mapping[int, LayerUpdate], token_index: Tensor, shares: Shares, tensor_parallel: TensorParallel
     ) -> dict[int, LayerUpdate]:
         """Return the updates with dropout for adapters that use it. For `token_index`, (b, s), see `MicroBatch`."""
-        names = (share.adapter for share in shares or self._only_share())
+        names = [share.adapter for share in shares] or list(self.adapters)
         dropped = {
             number: self.dropout[name].of_linears(self.adapters[name].part, token_index, tensor_parallel)
             for number, name in enumerate(names)
@@ -167,10 +168,6 @@ class AdapterGroup:
             layer: {name: with_own(linear, layer, name) for name, linear in update.items()}
             for layer, update in updates.items()
         }
-
-    def _only_share(self) -> Shares:
-        (name,) = self.adapters
-        return (Share(name, 0, 0),)
 
 
 def _join_slots(factors: Sequence[Tensor], slots: Sequence[Tensor | None]) -> Tensor | None:

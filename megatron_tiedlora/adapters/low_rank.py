@@ -51,33 +51,27 @@ def layer_slots(shared_by: Sharing, layers: tuple[int, ...]) -> dict[int, int]:
 Slots = tuple[int, ...] | None  # the index of the slot that each layer of a stage uses; None: not stacked
 
 
-class LinearFactors(NamedTuple):
-    """The tensors B, u and v of a linear on a rank, their slots, and alpha / r. None stands for a tensor of ones.
+def factors_of_layers(
+    tensors: Sequence[Tensor | None], slots: Sequence[Slots], scale: float, *, num_layers: int, dtype: torch.dtype
+) -> tuple[list[Tensor], tuple[Tensor | None, ...]]:
+    """Return F of each layer, (o, r), in `dtype`, detached, and the gradient slot of each layer's F.
 
-    An instance can also hold A in place of B, with a scale of 1.
+    Layers with the same slots share one tensor. A gradient slot is None if F needs no gradient.
+
+    Args:
+        tensors: B, u and v of a linear on a rank, or A in place of B. None stands for a tensor of ones.
+        scale: alpha / r, or 1 for A.
     """
-
-    tensors: tuple[Tensor | None, ...]
-    slots: Sequence[Slots]
-    scale: float
-    num_layers: int
-
-    @torch.no_grad()
-    def values(self, dtype: torch.dtype) -> list[Tensor]:
-        """Return F of each layer, (o, r), in `dtype`, detached. Layers with the same factors share one tensor."""
-        of_layers = list(zip(*(slots or (0,) * self.num_layers for slots in self.slots), strict=True))
-        numbers = {used: number for number, used in enumerate(dict.fromkeys(of_layers))}
-        used = (some and different for some, different in zip(self.slots, zip(*numbers, strict=True), strict=True))
-        b, u, v = map(_read, self.tensors, used)
-        rows = fold(b, u, v, self.scale).detach().to(dtype).expand(len(numbers), -1, -1).unbind(0)
-        return [rows[numbers[used]] for used in of_layers]
-
-    def gradient_slots(self) -> tuple[Tensor | None, ...]:
-        """Return the gradient slot of each layer's F, or None for each layer if F needs no gradient."""
-        if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in self.tensors):
-            return (None,) * self.num_layers
-        slots: tuple[Tensor, ...] = _GradientSlots.apply(*self.tensors, *self[1:])
-        return slots
+    of_layers = list(zip(*(own or (0,) * num_layers for own in slots), strict=True))
+    numbers = {used: number for number, used in enumerate(dict.fromkeys(of_layers))}
+    used = (some and different for some, different in zip(slots, zip(*numbers, strict=True), strict=True))
+    with torch.no_grad():
+        b, u, v = map(_read, tensors, used)
+        rows = fold(b, u, v, scale).detach().to(dtype).expand(len(numbers), -1, -1).unbind(0)
+    values = [rows[numbers[used]] for used in of_layers]
+    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
+        return values, (None,) * num_layers
+    return values, _GradientSlots.apply(*tensors, slots, scale, num_layers)
 
 
 def _read(tensor: Tensor | None, slots: Slots) -> Any:

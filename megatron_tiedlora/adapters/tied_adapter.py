@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from megatron_tiedlora.adapters.low_rank import AllRows, LinearFactors, Slots, SomeTokens, fold, layer_slots
+from megatron_tiedlora.adapters.low_rank import AllRows, Slots, SomeTokens, factors_of_layers, fold, layer_slots
 from megatron_tiedlora.base.methods import FACTORS, Factor, Method, default_std_a, default_std_b, find_method
 from megatron_tiedlora.base.shapes import QKV, ModelShape, ShardedDim, linear_sizes
 from megatron_tiedlora.parallel.groups import ALONE, RankGroup, StepSum, gather_together
@@ -207,12 +207,6 @@ class AdapterShard:
         first = self.config.slot(name, self.layers[0]) if self.layers else 0
         return range(first, first + len(self.layers))
 
-    def slots_of_layers(self, name: str) -> Slots:
-        """Return the index in `slots` that each layer of the stage uses, or None if the tensor is not stacked here."""
-        if not (self.exists(name) and self.config.is_stacked(name)):
-            return None
-        return tuple(self.config.slot(name, layer) - self.slots(name).start for layer in self.layers)
-
     def exists(self, name: str) -> bool:
         """Return whether the rank holds slots of the tensor. Frozen tensors of ones are not stored."""
         factor = self.config.factor(name)
@@ -326,12 +320,15 @@ class TiedAdapter(nn.Module):
         for target in part.config.targets:
             if target.prefix:
                 self.add_module(target.name, nn.Module())
+        self._slots: dict[str, Slots] = {}
         for name, (target, factor) in part.config.tensors.items():
             empty = torch.empty(part.local_shape(name), dtype=dtype) if part.exists(name) else None
             trained = part.config.factor(name).trained
             parameter = None if empty is None else nn.Parameter(empty, requires_grad=trained)
             self._module(target).register_parameter(factor, parameter)
-        self._slots = {name: part.slots_of_layers(name) for name in part.config.tensors}
+            stacked, first = part.exists(name) and part.config.is_stacked(name), part.slots(name).start
+            slots = tuple(part.config.slot(name, layer) - first for layer in part.layers)
+            self._slots[name] = slots if stacked else None
 
     @property
     def config(self) -> AdapterConfig:
@@ -366,15 +363,14 @@ class TiedAdapter(nn.Module):
 
     def updates(self, whole: Mapping[str, Any], *, dtype: torch.dtype) -> tuple[LayerUpdate, ...]:
         """Return the updates of each adapted layer of the stage, from the factors that this rank's matmuls need."""
-        of_layers = partial(LinearFactors, num_layers=len(self.part.layers))
+        of_layers = partial(factors_of_layers, num_layers=len(self.part.layers), dtype=dtype)
         updates: dict[str, Iterable[LinearUpdate]] = {}
         for target in self.config.targets:
             a, b, u, v = (whole[target.prefix + factor] for factor in FACTORS)
             of_a, *of_buv = (self._slots[target.prefix + factor] for factor in FACTORS)
-            both = of_layers((a, None, None), (of_a, None, None), 1.0), of_layers((b, u, v), of_buv, self.config.scale)
-            updates[target.name] = map(
-                LinearUpdate, *(f.values(dtype) for f in both), *(f.gradient_slots() for f in both)
-            )
+            values_a, grad_a = of_layers((a, None, None), (of_a, None, None), 1.0)
+            values_f, grad_f = of_layers((b, u, v), of_buv, self.config.scale)
+            updates[target.name] = map(LinearUpdate, values_a, values_f, grad_a, grad_f)
         return tuple(dict(zip(updates, layer, strict=True)) for layer in zip(*updates.values(), strict=True))
 
     def factors(self) -> dict[str, Any]:

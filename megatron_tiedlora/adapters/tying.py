@@ -82,27 +82,12 @@ def sum_of_u(groups: ParallelGroups) -> StepSum:
     return StepSum(groups.stage, keeps=groups.data.rank == 0)
 
 
-@dataclass(frozen=True)
-class Mismatch:
-    """A tensor whose replicas differ, with the first rank, the other ranks that differ, and the largest difference."""
+def find_mismatches(adapters: Sequence[TiedAdapter], groups: ParallelGroups) -> list[str | None]:
+    """Compare all replicas of each tensor bit by bit. Return a text about each adapter's first tensor that differs.
 
-    tensor: str
-    across: str
-    first: int
-    ranks: tuple[int, ...]
-    largest: float
-
-    def __str__(self) -> str:
-        ranks = ", ".join(map(str, self.ranks))
-        where = f"{self.tensor} differs between {self.across}"
-        return f"{where}: rank {ranks} from rank {self.first} by up to {self.largest:.3g}"
-
-
-def find_mismatches(adapters: Sequence[TiedAdapter], groups: ParallelGroups) -> list[Mismatch | None]:
-    """Compare all replicas of each tensor bit by bit. Return the first tensor that differs, or None, for each adapter.
-
-    All ranks must call this function, which sends one message per process group. The bit patterns on all ranks of a
-    group are equal if and only if the largest and the smallest are equal.
+    The text names the ranks that differ and the largest difference; None if all tensors of the adapter are equal. All
+    ranks must call this function, which sends one message per process group. The bit patterns on all ranks of a group
+    are equal if and only if the largest and the smallest are equal.
     """
     # The order is the same on every rank, even on a rank that has no such tensors.
     copies: dict[str, tuple[RankGroup, list[tuple[int, str, Tensor]]]] = {
@@ -118,7 +103,7 @@ def find_mismatches(adapters: Sequence[TiedAdapter], groups: ParallelGroups) -> 
                 kinds.append("tensor-parallel ranks")
             for kind in kinds:
                 copies[kind][1].append((number, name, parameter.detach().contiguous()))
-    found: list[dict[str, Mismatch]] = [{} for _ in adapters]
+    found: list[dict[str, str]] = [{} for _ in adapters]
     for across, (group, tensors) in copies.items():
         if group.size == 1 or not tensors:
             continue
@@ -128,19 +113,19 @@ def find_mismatches(adapters: Sequence[TiedAdapter], groups: ParallelGroups) -> 
         differs = (ends[0] != ~ends[1]).split([tensor.numel() for _, _, tensor in tensors])
         for (number, name, tensor), part in zip(tensors, differs, strict=True):
             if bool(part.any()):  # true on all ranks of the group, so they call _describe together
-                found[number].setdefault(name, Mismatch(name, across, *_describe(tensor, group)))
+                found[number].setdefault(name, f"{name} differs between {across}: {_describe(tensor, group)}")
     names = [[name for name, _ in adapter.named_parameters()] for adapter in adapters]
     return [next((own[name] for name in order if name in own), None) for own, order in zip(found, names, strict=True)]
 
 
-def _describe(tensor: Tensor, group: RankGroup) -> tuple[int, tuple[int, ...], float]:
-    """Return (first rank, ranks that differ from it, largest difference). All ranks of the group must call this."""
+def _describe(tensor: Tensor, group: RankGroup) -> str:
+    """Return a text with the ranks that differ from the first rank, and the largest difference. All ranks call this."""
     copies = all_gather(tensor[None], group, dim=0)
     bits = copies.view(torch.int32)  # compared as bits: a nan equals itself, and -0 is not 0
     differing = [number for number in range(group.size) if not torch.equal(bits[number], bits[0])]
     assert group.handle is not None
     first, *ranks = (distributed.get_global_rank(group.handle, number) for number in (0, *differing))
-    return first, tuple(ranks), float((copies - copies[0]).abs().max())
+    return f"rank {', '.join(map(str, ranks))} from rank {first} by up to {float((copies - copies[0]).abs().max()):.3g}"
 
 
 class GradientGuard:
@@ -185,24 +170,19 @@ class GradientGuard:
         values = (float(tensor.detach().abs().max()) for tensor in self._trained.values() if tensor.numel())
         return max(gradients, default=0.0), max(values, default=0.0)
 
-    def labels(self) -> list[str]:
-        """Return a name for each value of `largest`: the tensor and, if it is stacked, the layers that use the slot."""
-        config, found = self._part.config, []
-        for name in config.num_trained():
-            for layers in config.groups(name):
-                words = f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
-                found.append(f"{name} of {words}" if config.is_stacked(name) else name)
-        return found
+    def largest(self) -> dict[str, float]:
+        """Return the largest absolute gradient so far by tensor and, if the tensor is stacked, the layers of each slot.
 
-    def largest(self) -> list[float]:
-        """Return the largest absolute gradient so far for each of `labels`, or 0 if this rank has no such slot."""
-        config, numbers = self._part.config, []
+        It is 0 if this rank has no such slot."""
+        config, found = self._part.config, dict[str, float]()
         for name in config.num_trained():
             full, held = [0.0] * config.num_slots(name), self._part.slots(name)
             if name in self._largest:
                 full[held.start : held.stop] = self._largest[name].tolist()
-            numbers += full
-        return numbers
+            for layers, value in zip(config.groups(name), full, strict=True):
+                words = f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
+                found[f"{name} of {words}" if config.is_stacked(name) else name] = value
+        return found
 
     def remove(self) -> None:
         """Remove the hooks from the parameters."""

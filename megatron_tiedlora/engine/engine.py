@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout, suppress
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import distributed, nn
@@ -63,12 +63,6 @@ def parameter_access(config: EngineConfig) -> Callable[[list[nn.Parameter]], Abs
     import deepspeed
 
     return partial(deepspeed.zero.GatheredParameters, modifier_rank=0)
-
-
-def stored_bytes(module: nn.Module) -> int:
-    """Return the size in bytes of the frozen parameters that this rank stores (under ZeRO-3, of its partitions)."""
-    frozen = (parameter for parameter in module.parameters() if not parameter.requires_grad)
-    return sum(getattr(parameter, "ds_tensor", parameter).nbytes for parameter in frozen)
 
 
 def mark_parameters(adapter: TiedAdapter, groups: ParallelGroups) -> None:
@@ -157,8 +151,7 @@ def gradient_norms(adapters: Sequence[TiedAdapter], groups: ParallelGroups, devi
                 square += torch.linalg.vector_norm(gradient.detach().float()).double().square()
     if groups.model.size > 1:
         torch.distributed.all_reduce(squares, group=groups.model.handle)
-    norms: list[float] = squares.sqrt().tolist()
-    return norms
+    return cast(list[float], squares.sqrt().tolist())
 
 
 def reported_norm(norm: float) -> float:

@@ -7,7 +7,7 @@ adapters if there is a precision section. So every key is checked here before it
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
@@ -49,8 +49,7 @@ _OFFLOAD: dict[str, Any] = {
 def _section(name: str, fields: Mapping[str, Any]) -> type[BaseModel]:
     """Return a pydantic model of a JSON section. `fields` maps space-separated keys to their type and default."""
     by_key: dict[str, Any] = {key: field for keys, field in fields.items() for key in keys.split()}
-    made: type[BaseModel] = create_model(name, __config__=ConfigDict(extra="forbid"), **by_key)
-    return made
+    return cast(type[BaseModel], create_model(name, __config__=ConfigDict(extra="forbid"), **by_key))
 
 
 _OFFLOADS = {

@@ -6,7 +6,7 @@ summed loss of supervised tokens by a denominator. For several adapters, its los
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from deepspeed.pipe import PipelineModule
 from torch import Tensor
@@ -70,5 +70,4 @@ class PipelinedModel(PipelineModule):
     def _loss(self, attended: Attended, labels: tuple[Any, ...]) -> Tensor:
         *supervised, weighted = labels
         loss = self.stage.tail.loss(attended, Supervised(*supervised))
-        found: Tensor = weighted(loss)
-        return found
+        return cast(Tensor, weighted(loss))

@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import repeat
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -112,8 +112,7 @@ class Optimizers:
 
     def learning_rate(self, name: str) -> float:
         """Return the learning rate of the adapter's next step."""
-        rate: float = self.optimizer(name).param_groups[0]["lr"]
-        return rate
+        return cast(float, self.optimizer(name).param_groups[0]["lr"])
 
     def clear(self) -> None:
         """Set all gradients to None, including those of adapters that took no step."""
@@ -136,8 +135,7 @@ class Optimizers:
         }
 
     def _moment(self, name: str, parameter: nn.Parameter, moment: str) -> Tensor:
-        found: Tensor = self.optimizer(name).state[parameter][moment]
-        return found
+        return cast(Tensor, self.optimizer(name).state[parameter][moment])
 
     def restore(self, name: str, moments: Moments, *, step: int) -> None:
         """Set the optimizer of an adapter that has taken no step to its state after `step`.
@@ -204,8 +202,7 @@ class EngineOptimizer(Optimizers):
     def _moment(self, name: str, parameter: nn.Parameter, moment: str) -> Tensor:
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        found: Tensor = safe_get_full_optimizer_state(parameter, moment)
-        return found
+        return cast(Tensor, safe_get_full_optimizer_state(parameter, moment))
 
     def restore(self, name: str, moments: Moments, *, step: int) -> None:
         """See `Optimizers.restore`."""
@@ -391,7 +388,9 @@ class PipelineRunner(Runner):
             schedule.LoadMicroBatch: lambda _engine, buffer_id: self._load(buffer_id),
             schedule.ForwardPass: lambda _engine, buffer_id: self._forward(buffer_id),
             schedule.RecvActivation: lambda _engine, buffer_id: self._receive(buffer_id),
-            schedule.SendActivation: lambda _engine, buffer_id: self._send(buffer_id),
+            schedule.SendActivation: lambda engine, buffer_id: p2p.send(
+                engine.pipe_buffers["outputs"][buffer_id], engine.next_stage
+            ),
             schedule.ReduceTiedGrads: lambda _engine: self.optimizers.sum_tied(),
             schedule.OptimizerStep: lambda _engine: None,
         }
@@ -449,6 +448,3 @@ class PipelineRunner(Runner):
         hidden = self.stage.empty_hidden(*batch.tokens.shape)
         self._messages.recv(hidden, self.engine.prev_stage)
         self.engine.pipe_buffers["inputs"][buffer_id] = (hidden.requires_grad_(), *self._positions(batch))
-
-    def _send(self, buffer_id: int) -> None:
-        self._messages.send(self.engine.pipe_buffers["outputs"][buffer_id], self.engine.next_stage)

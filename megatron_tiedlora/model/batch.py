@@ -5,7 +5,7 @@ layers after the last attention compute only supervised positions. These positio
 step waits for the device to count them.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -111,10 +111,11 @@ def find_supervised(labels: Tensor, num_parts: int = 1, shares: Shares = ()) -> 
     spans, by_part = spans_of(shares), labels.reshape(num_parts, -1)
     length = by_part.shape[1]
     owned = spans or (RowSpan(0, labels.numel()),)
-    found = [
-        list(_by_span(part, spans_between(owned, number * length, (number + 1) * length)))
-        for number, part in enumerate(by_part)
-    ]
+    found = list[list[tuple[int, Tensor, int]]]()  # for each shard and span: adapter, positions and first position
+    for number, part_labels in enumerate(by_part):
+        within = spans_between(owned, number * length, (number + 1) * length)
+        of_spans = zip(within, part_labels.split([span.size for span in within]), span_starts(within), strict=True)
+        found.append([(a, (own != IGNORED_LABEL).nonzero()[:, 0] + start, start) for (a, _), own, start in of_spans])
     most = max(sum(padded_positions(len(rows)) for _, rows, _ in part) for part in found)
     local_rows, supervised = list[Tensor](), list[Tensor]()
     of_rows, of_supervised = list[RowSpan](), list[RowSpan]()
@@ -130,12 +131,6 @@ def find_supervised(labels: Tensor, num_parts: int = 1, shares: Shares = ()) -> 
     rows = joined + torch.arange(num_parts, device=labels.device).repeat_interleave(most) * length
     result = Supervised(rows, joined, chosen, labels.flatten()[rows[chosen]])
     return result._replace(spans=tuple(of_rows), supervised_spans=tuple(of_supervised)) if spans else result
-
-
-def _by_span(labels: Tensor, spans: Sequence[RowSpan]) -> Iterator[tuple[int, Tensor, int]]:
-    """Yield the adapter, the positions with a label, and the first position of each span of labels (s / p,)."""
-    for (adapter, size), start in zip(spans, span_starts(spans), strict=True):
-        yield adapter, (labels[start : start + size] != IGNORED_LABEL).nonzero()[:, 0] + start, start
 
 
 # Documents ------------------------------------------------------------------------------------------------------------

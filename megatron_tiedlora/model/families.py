@@ -12,14 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from megatron_tiedlora.base import shapes
 from megatron_tiedlora.base.messages import UserError, shown
-from megatron_tiedlora.model.hf_config import (
-    FULL,
-    SLIDING,
-    HfConfig,
-    read_rope,
-    read_ropes_by_kind,
-    window_of_last_layers,
-)
+from megatron_tiedlora.model.hf_config import FULL, SLIDING, HfConfig, read_rope, rope_fields, window_of_last_layers
 
 Reader = Callable[[HfConfig], shapes.ModelShape]
 
@@ -135,9 +128,7 @@ def gated_decoder(
     config.reject_other_layers("full_attention", *(() if window is None else ("sliding_attention",)))
     activation = config.get("hidden_act")
     if activation not in ("silu", "swish"):
-        raise UserError(
-            f"{config.source}: hidden_act = {shown(activation)} is not implemented. Use a model with hidden_act 'silu'"
-        )
+        raise config.error(f"hidden_act = {shown(activation)} is not implemented. Use a model with hidden_act 'silu'")
     vocab, d, f = (config.size(name) for name in ("vocab_size", "hidden_size", "intermediate_size"))
     num_layers = config.size("num_hidden_layers")
     eps = config.small_number("rms_norm_eps") if norm_eps is None else norm_eps
@@ -201,14 +192,10 @@ def _head_sizes(config: HfConfig, hidden_size: int) -> tuple[int, int, int]:
     num = config.size("num_attention_heads")
     num_kv = config.size("num_key_value_heads", num)
     if hidden_size < num and not config.get("head_dim"):
-        raise UserError(
-            f"{config.source}: hidden_size {hidden_size} is less than num_attention_heads {num}. Correct one of them"
-        )
+        raise config.error(f"hidden_size {hidden_size} is less than num_attention_heads {num}. Correct one of them")
     dim = config.size("head_dim", hidden_size // num)
     if num % num_kv:
-        raise UserError(
-            f"{config.source}: {num} heads are not a multiple of num_key_value_heads {num_kv}. Correct one of them"
-        )
+        raise config.error(f"{num} heads are not a multiple of num_key_value_heads {num_kv}. Correct one of them")
     return num, num_kv, dim
 
 
@@ -216,15 +203,11 @@ def _check_rotation(config: HfConfig, heads: shapes.HeadShape) -> None:
     rotated, scaling = heads.rotary_dim, heads.rope.scaling
     if rotated % 2 or not rotated:
         of = "" if rotated == heads.dim else f", of which {rotated} are rotated"
-        raise UserError(
-            f"{config.source}: head_dim is {heads.dim}{of}, but rotary embedding needs an even number of elements."
-            " Use a different model"
-        )
+        problem = f"head_dim is {heads.dim}{of}, but rotary embedding needs an even number of elements"
+        raise config.error(f"{problem}. Use a different model")
     if isinstance(scaling, shapes.LongRopeScaling) and len(scaling.factors) != rotated // 2:
-        raise UserError(
-            f"{config.source}: short_factor has {len(scaling.factors)} numbers, but there are {rotated // 2}"
-            " frequencies. Correct the list"
-        )
+        found = f"short_factor has {len(scaling.factors)} numbers"
+        raise config.error(f"{found}, but there are {rotated // 2} frequencies. Correct the list")
 
 
 # The families ---------------------------------------------------------------------------------------------------------
@@ -267,11 +250,14 @@ def olmo3(config: HfConfig) -> shapes.ModelShape:
     if kinds is None:
         kinds = [SLIDING if layer % 4 else FULL for layer in range(1, num_layers + 1)]
     if not isinstance(kinds, list) or len(kinds) != num_layers or any(kind not in (FULL, SLIDING) for kind in kinds):
-        raise UserError(
-            f"{config.source}: layer_types = {shown(kinds)} is not a list of {num_layers} kinds of layers. For"
-            f" each layer, use {FULL} or {SLIDING}"
-        )
-    ropes = read_ropes_by_kind(config, theta=500000.0)
+        wanted = f"a list of {num_layers} kinds of layers. For each layer, use {FULL} or {SLIDING}"
+        raise config.error(f"layer_types = {shown(kinds)} is not {wanted}")
+    # `rope_parameters` has an entry for each kind of layer. `rope_theta` and `rope_scaling` apply to full attention.
+    theta, by_kind = 500000.0, rope_fields(config, config.get("rope_parameters"))
+    fields = (by_kind.get(FULL), by_kind.get(SLIDING), config.get("rope_scaling"))
+    full, sliding, scaling = (rope_fields(config, own) for own in fields)
+    full = {"rope_theta": config.get("rope_theta") or theta, **full, **scaling}
+    ropes = {FULL: read_rope(config, values=full), SLIDING: read_rope(config, values={"rope_theta": theta, **sliding})}
     limits = [limit for _, limit in ropes.values() if limit is not None]
     return gated_decoder(
         config,
@@ -333,7 +319,7 @@ def smollm3(config: HfConfig) -> shapes.ModelShape:
         rotates = [int(layer % interval != 0) for layer in range(1, num_layers + 1)]
     if not isinstance(rotates, list) or len(rotates) != num_layers or not {*map(repr, rotates)} <= {"0", "1"}:
         wanted = f"a list of {num_layers} zeros and ones. Correct the field"
-        raise UserError(f"{config.source}: no_rope_layers = {shown(rotates)} is not {wanted}")
+        raise config.error(f"no_rope_layers = {shown(rotates)} is not {wanted}")
     rope = read_rope(config)
     window = config.window(used=config.flag("use_sliding_window"))
     ropes = [rope[0] if rotated else None for rotated in rotates]

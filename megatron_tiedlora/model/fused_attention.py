@@ -29,14 +29,13 @@ from torch.nn import functional
 
 from megatron_tiedlora.base.messages import first_line
 from megatron_tiedlora.model.batch import Documents
-from megatron_tiedlora.parallel.frozen_weight import padded
+from megatron_tiedlora.parallel.frozen_weight import HALF, padded
 
 Attend = Callable[[Tensor, Tensor, Tensor, Documents, float], Tensor]
 """A function (query, key, value, documents, scale of the scores) that returns the attention output, shaped as query.
 
 Queries are (tokens, heads, head_dim). Keys and values are (tokens, kv heads, head_dim)."""
 
-HALF = (torch.bfloat16, torch.float16)
 _CAUSAL = 1  # the memory-efficient kernel's mask type: a query attends to keys up to its own position
 
 

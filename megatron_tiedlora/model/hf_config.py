@@ -71,32 +71,28 @@ class HfConfig:
         value = otherwise if value is None else value
         largest = _LARGEST.get(name, _LARGEST_SIZE)
         if type(value) is not int or not 1 <= value <= largest:
-            raise UserError(
-                f"{self.source}: {name} = {shown(value)} is not an integer from 1 to {largest}. Correct this field"
-            )
+            raise self._wrong(name, value, f"is not an integer from 1 to {largest}")
         return value
 
     def small_number(self, name: str) -> float:
         """Return a number from 0 to 1. Raise UserError for any other value."""
         value = self.get(name)
         if type(value) not in (int, float) or not 0 <= value <= 1:
-            raise UserError(f"{self.source}: {name} = {shown(value)} is not a number from 0 to 1. Correct this field")
+            raise self._wrong(name, value, "is not a number from 0 to 1")
         return float(value)
 
     def flag(self, name: str) -> bool:
         """Return true or false; null counts as false. Raise UserError for any other value."""
         value = self.get(name)
         if value is not None and not isinstance(value, bool):
-            raise UserError(
-                f"{self.source}: {name} = {shown(value)}{self._of} is neither true nor false. Correct this field"
-            )
+            raise self._wrong(name, value, "is neither true nor false")
         return bool(value)
 
     def number(self, name: str, default: float | None = None) -> float:
         """Return a positive number, or `default` if the field is null or absent. Raise UserError otherwise."""
         value = self.get(name)
         if value is None and default is None:
-            raise UserError(f"{self.source}: {name}{self._of} is missing. Add this field")
+            raise self.error(f"{name}{self._of} is missing. Add this field")
         return self._positive(name, default if value is None else value)
 
     def optional(self, name: str) -> float | None:
@@ -107,27 +103,28 @@ class HfConfig:
         """Return a list of positive numbers as a tuple. Raise UserError for any other value."""
         values = self.get(name)
         if not isinstance(values, list):
-            raise UserError(
-                f"{self.source}: {name} = {shown(values)}{self._of} is not a list of numbers. Correct this field"
-            )
+            raise self._wrong(name, values, "is not a list of numbers")
         return tuple(self._positive(name, value) for value in values)
 
     def _positive(self, name: str, value: Any) -> float:
         if type(value) not in (int, float) or not 0 < value < _LARGEST_NUMBER:
-            raise UserError(
-                f"{self.source}: {name} = {shown(value)}{self._of} is not a positive number. Correct this field"
-            )
+            raise self._wrong(name, value, "is not a positive number")
         return float(value)
+
+    def _wrong(self, name: str, value: Any, problem: str) -> UserError:
+        return self.error(f"{name} = {shown(value)}{self._of} {problem}. Correct this field")
+
+    def error(self, text: str) -> UserError:
+        """Return an error whose message is the name of the config and `text`."""
+        return UserError(f"{self.source}: {text}")
 
     def reject_other_layers(self, *known: str) -> None:
         """Raise UserError if a layer has a kind of attention that is not in `known`."""
         kinds = self.get("layer_types") or []
         for kind in kinds if isinstance(kinds, list) else [kinds]:
             if kind not in known:
-                raise UserError(
-                    f"{self.source}: layer_types has {shown(kind)}, which is not implemented. Use a model with only"
-                    f" {', '.join(known)}"
-                )
+                allowed = f"Use a model with only {', '.join(known)}"
+                raise self.error(f"layer_types has {shown(kind)}, which is not implemented. {allowed}")
 
     def reject_unread(self) -> None:
         """Reject fields that have not been read and are not known to be harmless, and features that are enabled.
@@ -142,11 +139,9 @@ class HfConfig:
                 stored_format(self._values, source=self.source)
                 continue
             if name in _OFF:
-                raise UserError(f"{self.source}: {name} = {shown(value)} is not implemented. Use a different model")
-            raise UserError(
-                f"{self.source}: the field {shown(name)} = {shown(value)} is unknown. Remove it if it does not"
-                " change what the model computes"
-            )
+                raise self.error(f"{name} = {shown(value)} is not implemented. Use a different model")
+            field = f"the field {shown(name)} = {shown(value)} is unknown"
+            raise self.error(f"{field}. Remove it if it does not change what the model computes")
 
     def window(self, *, used: bool = True) -> LengthLimit | None:
         """Return the length of the longest sequence that the sliding window does not affect. Longer rows are rejected.
@@ -307,29 +302,10 @@ _KNOWN = frozenset(
 )  # fmt: skip
 
 
-def read_ropes_by_kind(config: HfConfig, *, theta: float) -> dict[str, tuple[RopeShape, LengthLimit | None]]:
-    """Return the rotary embeddings of `full_attention` and `sliding_attention` layers, as `read_rope` returns them.
-
-    `rope_parameters` has an entry for each kind of layer. `rope_theta` and `rope_scaling` apply to full attention.
-
-    Args:
-        theta: the default value of `rope_theta`.
-
-    Raises:
-        UserError: see `read_rope`.
-    """
-    by_kind, older = _fields(config, config.get("rope_parameters")), config.get("rope_scaling")
-    full, sliding, scaling = (_fields(config, v) for v in (by_kind.get(FULL), by_kind.get(SLIDING), older))
-    full = {"rope_theta": config.get("rope_theta") or theta, **full, **scaling}
-    return {FULL: read_rope(config, values=full), SLIDING: read_rope(config, values={"rope_theta": theta, **sliding})}
-
-
-def _fields(config: HfConfig, values: Any) -> dict[str, Any]:
+def rope_fields(config: HfConfig, values: Any) -> dict[str, Any]:
     """Return the fields of an object, or {} for null. Raise UserError for any other value."""
     if not isinstance(values or {}, Mapping):
-        raise UserError(
-            f"{config.source}: rope_parameters or rope_scaling is {shown(values)}, not an object. Correct this field"
-        )
+        raise config.error(f"rope_parameters or rope_scaling is {shown(values)}, not an object. Correct this field")
     return dict(values or {})
 
 
@@ -354,20 +330,16 @@ def read_rope(
     """
     max_positions = config.size("max_position_embeddings")
     new = config.get("rope_parameters")
-    values = _fields(config, config.get("rope_scaling") or new) if values is None else values
+    values = rope_fields(config, config.get("rope_scaling") or new) if values is None else values
     for name in values:
         if name not in _KNOWN:
-            raise UserError(
-                f"{config.source}: {shown(name)} of the rotary embedding is not implemented. Use a different model"
-            )
+            raise config.error(f"{shown(name)} of the rotary embedding is not implemented. Use a different model")
     numbers = HfConfig(values, config.source, {"truncate": True}, of=" of the rotary embedding")
     theta = numbers.number("rope_theta", config.get("rope_theta") or 10000.0)
     absent_fraction = config.get("partial_rotary_factor")
     fraction = numbers.number("partial_rotary_factor", 1.0 if absent_fraction is None else absent_fraction)
     if fraction > 1 or (fraction != 1 and not partial):
-        raise UserError(
-            f"{config.source}: partial_rotary_factor = {fraction:g} is not implemented. Use a different model"
-        )
+        raise config.error(f"partial_rotary_factor = {fraction:g} is not implemented. Use a different model")
     kind = values.get("rope_type", values.get("type")) or "default"
     kind = (other_names or {}).get(str(kind), kind)
     if kind in ("default", "dynamic"):  # dynamic scaling begins after the trained length, and longer rows are rejected
@@ -375,13 +347,13 @@ def read_rope(
     reader = _READERS.get(str(kind))
     if reader is None:
         known = ", ".join(sorted(["default", "dynamic", *_READERS]))
-        raise UserError(f"{config.source}: rope_type {shown(kind)} is not implemented. Use one of: {known}")
+        raise config.error(f"rope_type {shown(kind)} is not implemented. Use one of: {known}")
     original = int(original_positions or numbers.number("original_max_position_embeddings", max_positions))
     if original < 1:
-        raise UserError(f"{config.source}: original_max_position_embeddings is below 1. Correct this field")
+        raise config.error("original_max_position_embeddings is below 1. Correct this field")
     scaling = reader(numbers, max_positions, original)
     if isinstance(scaling, YarnScaling) and theta <= 1:
-        raise UserError(f"{config.source}: rope_theta = {theta} must be above 1 for yarn. Correct this field")
+        raise config.error(f"rope_theta = {theta} must be above 1 for yarn. Correct this field")
     limit = None
     if isinstance(scaling, LongRopeScaling):
         why = f"has different frequencies beyond {original} tokens (original_max_position_embeddings)"
@@ -392,9 +364,7 @@ def read_rope(
 def _llama3(numbers: HfConfig, max_positions: int, original: int) -> RopeScaling:
     low, high = numbers.number("low_freq_factor"), numbers.number("high_freq_factor")
     if low >= high:
-        raise UserError(
-            f"{numbers.source}: low_freq_factor {low} is not below high_freq_factor {high}. Correct one of them"
-        )
+        raise numbers.error(f"low_freq_factor {low} is not below high_freq_factor {high}. Correct one of them")
     return shapes.Llama3Scaling(numbers.number("factor"), low, high, original)
 
 

@@ -18,20 +18,10 @@ from torch import Tensor, nn
 
 from megatron_tiedlora.adapters.tied_adapter import LayerUpdate, LinearUpdate
 from megatron_tiedlora.base.shapes import DOWN, GATE_UP, OUTPUT, LinearShape, ModelShape, NormShape
+from megatron_tiedlora.model import linears
 from megatron_tiedlora.model.attention import AnyCache, Attention, AttentionContext
 from megatron_tiedlora.model.batch import Supervised
-from megatron_tiedlora.model.linears import (
-    Needs,
-    Norm,
-    NormedLinear,
-    Operands,
-    Projection,
-    QkvLinear,
-    RowParallelLinear,
-    gradient_dtype,
-)
 from megatron_tiedlora.parallel import frozen_weight, groups
-from megatron_tiedlora.parallel.groups import TensorParallel
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_rows
 from megatron_tiedlora.parallel.loss import VocabularyShard, first_derivative_only, sum_token_losses, token_losses
 from megatron_tiedlora.parallel.quantised_weight import QuantisedWeight, weight_maker
@@ -41,7 +31,7 @@ from megatron_tiedlora.parallel.shard_spec import bias_spec, weight_spec
 class SwiGlu(nn.Module):
     """The feed-forward network of a block."""
 
-    def __init__(self, gate_up: NormedLinear, down: RowParallelLinear, *, kernels: Kernels) -> None:
+    def __init__(self, gate_up: linears.NormedLinear, down: linears.RowParallelLinear, *, kernels: Kernels) -> None:
         super().__init__()
         self.kernels = kernels
         self.gate_up = gate_up
@@ -50,7 +40,7 @@ class SwiGlu(nn.Module):
     def forward(
         self,
         hidden: Tensor,
-        tensor_parallel: TensorParallel,
+        tensor_parallel: groups.TensorParallel,
         update: Mapping[str, LinearUpdate] | None = None,
         *,
         recomputes: bool = False,
@@ -63,18 +53,18 @@ class SwiGlu(nn.Module):
         """
         gate_up, down = ((update or {}).get(name, LinearUpdate()) for name in (GATE_UP, DOWN))
         projection, operands = self.gate_up.projection(tensor_parallel, gate_up, num_rows=len(hidden))
-        step = _Step(projection, Projection(self.down.frozen, down.rows), self.kernels, recomputes)
+        step = _Step(projection, linears.Projection(self.down.frozen, down.rows), self.kernels, recomputes)
         result: Tensor = _SwiGlu.apply(
             *(hidden, gate_up.grad_a, gate_up.grad_f, down.grad_a, down.grad_f),
-            *(operands, Operands(down.a, down.f), step),
+            *(operands, linears.Operands(down.a, down.f), step),
         )
         return self.down.total(result, tensor_parallel)
 
 
 @dataclass(frozen=True)
 class _Step:
-    gate_up: Projection
-    down: Projection
+    gate_up: linears.Projection
+    down: linears.Projection
     kernels: Kernels
     recomputes: bool
 
@@ -90,8 +80,8 @@ class _SwiGlu(torch.autograd.Function):
         grad_f: Tensor | None,
         down_grad_a: Tensor | None,
         down_grad_f: Tensor | None,
-        operands: Operands,
-        of_down: Operands,
+        operands: linears.Operands,
+        of_down: linears.Operands,
         step: _Step,
     ) -> Tensor:
         gate_up, root, ax = step.gate_up.forward(hidden, operands)
@@ -103,7 +93,7 @@ class _SwiGlu(torch.autograd.Function):
         z, _, down_ax = step.down.forward(gated, of_down)
         reads_norm = step.gate_up.reads_input(needs)
         ctx.step = step
-        ctx.wide = gradient_dtype(grad_a, grad_f, down_grad_a, down_grad_f)
+        ctx.wide = linears.gradient_dtype(grad_a, grad_f, down_grad_a, down_grad_f)
         ctx.save_for_backward(
             hidden if reads_norm or (step.recomputes and reads_gate_up) else None,
             root if reads_norm and not step.recomputes else None,
@@ -121,12 +111,12 @@ class _SwiGlu(torch.autograd.Function):
         ctx.maybe_clear_saved_tensors()  # so that gate and up can be freed below; else autograd holds them to the end
         needs, down_needs = _needs(ctx)
         step: _Step = ctx.step
-        operands = Operands(*others)
+        operands = linears.Operands(*others)
         if step.recomputes and hidden is not None:
             gate_up, root, _ = step.gate_up.forward(hidden, operands, ax=ax)
         gated = step.kernels.gate(as_rows(gate_up)) if down_needs.a else None
         grad_gated, *of_down_factors = step.down.backward(
-            grad_z.flatten(0, -2), gated, None, down_ax, Operands(down_a, down_f), down_needs, ctx.wide
+            grad_z.flatten(0, -2), gated, None, down_ax, linears.Operands(down_a, down_f), down_needs, ctx.wide
         )
         del gated
         if step.gate_up.tensor_parallel.sequence_parts > 1:
@@ -140,11 +130,11 @@ class _SwiGlu(torch.autograd.Function):
         return *found, *of_down_factors, *(None,) * 3
 
 
-def _needs(ctx: Any) -> tuple[Needs, Needs]:
+def _needs(ctx: Any) -> tuple[linears.Needs, linears.Needs]:
     """Return which gradients gate_up and down_proj need. The input of down_proj needs one if earlier tensors do."""
     hidden, a, f, down_a, down_f = ctx.needs_input_grad[:5]
-    needs = Needs(hidden, a, f)
-    return needs, Needs(any(needs), down_a, down_f)
+    needs = linears.Needs(hidden, a, f)
+    return needs, linears.Needs(any(needs), down_a, down_f)
 
 
 # The number of supervised rows with logits in memory (1,024 rows of a 49,152-word vocabulary are 0.2 GB in fp32).
@@ -222,7 +212,7 @@ class Head(nn.Module):
     frozen: frozen_weight.FrozenWeight
 
     def __init__(
-        self, norm: Norm, weight: frozen_weight.FrozenWeight | None, *, vocab_size: int, kernels: Kernels
+        self, norm: linears.Norm, weight: frozen_weight.FrozenWeight | None, *, vocab_size: int, kernels: Kernels
     ) -> None:
         super().__init__()
         self.norm = norm
@@ -309,26 +299,26 @@ def layer_specs(
     def normed(linear: LinearShape, norm: NormShape | None) -> dict[str, Any]:
         return {"norm": norm, "bias": bias(linear), "dtype": dtype, "kernels": kernels}
 
-    def row_parallel(linear: LinearShape, norm: NormShape | None) -> RowParallelLinear:
-        own = None if norm is None else Norm(norm, dtype=dtype, kernels=kernels)
-        return RowParallelLinear(weight(linear), bias=bias(linear), norm=own)
+    def row_parallel(linear: LinearShape, norm: NormShape | None) -> linears.RowParallelLinear:
+        own = None if norm is None else linears.Norm(norm, dtype=dtype, kernels=kernels)
+        return linears.RowParallelLinear(weight(linear), bias=bias(linear), norm=own)
 
     def block(index: int) -> nn.Module:
         parts, local_heads = shape.block, shape.heads.local(tp_size)
         of_qkv = normed(parts.qkv, parts.attention_norm)
         attention = Attention(
-            QkvLinear(weight(parts.qkv), local_heads, rope=shape.rope_of(index), **of_qkv),
+            linears.QkvLinear(weight(parts.qkv), local_heads, rope=shape.rope_of(index), **of_qkv),
             row_parallel(parts.output, parts.output_norm),
             kernels=kernels,
             deterministic=deterministic,
         )
-        gate_up = NormedLinear(weight(parts.gate_up), **normed(parts.gate_up, parts.mlp_norm))
+        gate_up = linears.NormedLinear(weight(parts.gate_up), **normed(parts.gate_up, parts.mlp_norm))
         mlp = SwiGlu(gate_up, row_parallel(parts.down, parts.down_norm), kernels=kernels)
         return Block(attention, mlp)
 
     def head() -> nn.Module:
         own = None if shape.tied_embeddings else weight(shape.head, frozen_weight.FrozenWeight.empty)
-        norm = Norm(shape.final_norm, dtype=dtype, kernels=kernels)
+        norm = linears.Norm(shape.final_norm, dtype=dtype, kernels=kernels)
         return Head(norm, own, vocab_size=shape.vocab_size, kernels=kernels)
 
     return (

@@ -16,7 +16,7 @@ partial sum of its gradient.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,8 +45,7 @@ class Norm(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return the normalised hidden states (..., d), in the dtype of the input."""
-        normed: Tensor = _Norm.apply(hidden, self.weight, self.bias, self.eps, self.kernels)
-        return normed
+        return cast(Tensor, _Norm.apply(hidden, self.weight, self.bias, self.eps, self.kernels))
 
 
 class _Norm(torch.autograd.Function):
@@ -417,7 +416,13 @@ class SplitHeads:
         counts = (self.heads.num, self.heads.num_kv, self.heads.num_kv)
         heads, saved = projected.view(-1, sum(counts), self.heads.dim).detach(), self.table
         if self.norms:
-            heads, root = self._rotate_normed(heads)
+            norm, weight = self.heads.norms[0], self._weight(self.norms)
+            if norm.sharded:
+                means = self.kernels.square_means(heads, self.heads.num, self.heads.num_kv)
+                root = torch.rsqrt(groups.all_reduce(means, self.group) / self.group.size + norm.eps)
+                heads = self.kernels.rotate_with_root(heads, *self.table, self._by_head(root), weight)
+            else:
+                heads, root = self.kernels.rotate_normed(heads, *self.table, weight, norm.eps)
             saved = (heads, root, *self.table, *self.norms)
         elif self.table:
             cos, sin = self.table
@@ -431,38 +436,22 @@ class SplitHeads:
         # (b, heads, s, head_dim) -> (b s, heads, head_dim). GPU kernels return this order; then nothing is copied.
         by_token = [gradient.transpose(1, 2).flatten(0, 1).contiguous().detach() for gradient in gradients]
         if self.norms:
-            found = self._normed_gradient(*by_token, *saved)
+            (query, key, _), (rotated, root, cos, sin, *norms) = by_token, saved
+            rotated, mean = rotated.detach(), None
+            if self.heads.norms[0].sharded:
+                means = groups.all_reduce(self.kernels.product_means(query, key, rotated), self.group)
+                mean, root = self._by_head(means / self.group.size), self._by_head(root)
+            numbers = rotated, root, mean, cos, sin, self._weight(norms)
+            found = self.kernels.rotate_normed_gradient(*by_token, *numbers)
         else:
             found = self.kernels.rotate_gradient(*by_token, *saved) if saved else torch.cat(by_token, dim=1)
         return found.view(batch, length, -1)
-
-    def _rotate_normed(self, heads: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the heads after the norms and the rotation, and the norms' roots."""
-        norm, weight = self.heads.norms[0], self._weight(self.norms)
-        if not norm.sharded:
-            return self.kernels.rotate_normed(heads, *self.table, weight, norm.eps)
-        means = self._over_ranks(self.kernels.square_means(heads, self.heads.num, self.heads.num_kv))
-        root = torch.rsqrt(means + norm.eps)
-        return self.kernels.rotate_with_root(heads, *self.table, self._by_head(root), weight), root
-
-    def _normed_gradient(self, query: Tensor, key: Tensor, value: Tensor, rotated: Tensor, *saved: Tensor) -> Tensor:
-        root, cos, sin, *norms = saved
-        rotated = rotated.detach()
-        mean: Tensor | None = None
-        if self.heads.norms[0].sharded:
-            means = self._over_ranks(self.kernels.product_means(query, key, rotated))
-            root, mean = self._by_head(root), self._by_head(means)
-        numbers = rotated, root, mean, cos, sin, self._weight(norms)
-        return self.kernels.rotate_normed_gradient(query, key, value, *numbers)
 
     def _weight(self, norms: Sequence[Tensor]) -> Tensor:
         """Return the norm weights of each head, (num + num_kv, head_dim)."""
         counts = self.heads.num, self.heads.num_kv
         by_head = (norm.detach().view(-1, self.heads.dim) for norm in norms)
         return torch.cat([norm.expand(count, -1) for norm, count in zip(by_head, counts, strict=True)])
-
-    def _over_ranks(self, means: Tensor) -> Tensor:
-        return groups.all_reduce(means, self.group) / self.group.size
 
     def _by_head(self, numbers: Tensor) -> Tensor:
         """Expand a value for queries and one for keys, (T, 2), to all of their heads, (T, num + num_kv, 1)."""

@@ -12,7 +12,7 @@ gradients of the factors.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -87,8 +87,7 @@ class SupervisedTail:
                 for (name, linear), (grad_a, grad_f) in zip(update.items(), pairs, strict=True)
             }
             hidden = self.block.add_mlp(joined, self.tensor_parallel, inner, recomputes=False)
-            loss: Tensor = self.head(hidden, self.tensor_parallel, supervised)
-            return loss
+            return cast(Tensor, self.head(hidden, self.tensor_parallel, supervised))
 
         inputs = joined, *slots
         needs = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
@@ -183,8 +182,15 @@ class Stage(nn.Module):
         self.blocks = [spec.index for spec in specs if spec.kind == "block"]
         self.embedding = next((str(spec.index) for spec in specs if spec.kind == "embedding"), None)
         self.head = next((str(spec.index) for spec in specs if spec.kind == "head"), None)
-        if self.head is not None and not hasattr(self.layers[self.head], "frozen"):  # tied embeddings
-            self._give_head_its_weight()
+        head: Any = None if self.head is None else self.layers[self.head]
+        if head is not None and not hasattr(head, "frozen"):  # tied embeddings
+            if self.embedding is not None:
+                embedding: Any = self.layers[self.embedding]
+                head.take_weight(embedding.frozen)
+            else:
+                norm = head.norm.weight
+                rows = -(-head.vocab_size // self.tensor_parallel.group.size)
+                head.take_weight(FrozenWeight.empty(rows, len(norm), dtype=norm.dtype))
         self.set_recompute(recompute)
         self.hold(adapters, is_engines=is_engines)
 
@@ -207,16 +213,6 @@ class Stage(nn.Module):
             block: Any = self.layers[str(index)]
             block.recomputes_gate = how == "selective"
 
-    def _give_head_its_weight(self) -> None:
-        head: Any = self.layers[str(self.head)]
-        if self.embedding is not None:
-            embedding: Any = self.layers[self.embedding]
-            head.take_weight(embedding.frozen)
-        else:
-            norm = head.norm.weight
-            rows = -(-head.vocab_size // self.tensor_parallel.group.size)
-            head.take_weight(FrozenWeight.empty(rows, len(norm), dtype=norm.dtype))
-
     @property
     def tail(self) -> SupervisedTail:
         """Return the layers after the last attention, on the stage that has the head."""
@@ -228,8 +224,7 @@ class Stage(nn.Module):
     def attention(self) -> Attention:
         """Return the attention of the first block. Other blocks differ from it only in weights and rotation."""
         block: Any = self.layers[str(self.blocks[0])]
-        attention: Attention = block.attention
-        return attention
+        return cast(Attention, block.attention)
 
     @property
     def needs_input_gradient(self) -> bool:
@@ -326,8 +321,7 @@ class Stage(nn.Module):
             return tail.logits(output, wanted=wanted, shares=shares)
 
         # The module is called, since engines need its hooks (ZeRO-3 starts a new trace of its parameters there).
-        predicted: Tensor = self(inputs, positions, prediction=logits_or_losses)
-        return predicted
+        return cast(Tensor, self(inputs, positions, prediction=logits_or_losses))
 
     def empty_hidden(self, num_rows: int, length: int) -> Tensor:
         """Return uninitialised activations between layers on this rank, for rows (num_rows, length)."""
@@ -347,8 +341,7 @@ class Stage(nn.Module):
 
     def embed(self, tokens: Tensor, tensor_parallel: TensorParallel) -> Tensor:
         """Return activations between layers from tokens (b, s) int64."""
-        hidden: Tensor = self.layers[str(self.embedding)](tokens, tensor_parallel)
-        return hidden
+        return cast(Tensor, self.layers[str(self.embedding)](tokens, tensor_parallel))
 
     def context(
         self,

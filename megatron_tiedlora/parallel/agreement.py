@@ -14,7 +14,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 import torch
 from pydantic import PlainValidator, TypeAdapter, ValidationError, ValidationInfo
@@ -48,8 +48,7 @@ def _reduced(values: Sequence[float], op: distributed.ReduceOp.RedOpType) -> lis
         return [float(value) for value in values]
     numbers = torch.tensor(values, dtype=torch.float64)
     distributed.all_reduce(numbers, op=op)
-    found: list[float] = numbers.tolist()
-    return found
+    return cast(list[float], numbers.tolist())
 
 
 def gather_numbers(value: int) -> list[int]:
@@ -59,8 +58,7 @@ def gather_numbers(value: int) -> list[int]:
     numbers = torch.zeros(world_size(), dtype=torch.int64)
     numbers[distributed.get_rank()] = value
     distributed.all_reduce(numbers)
-    found: list[int] = numbers.tolist()
-    return found
+    return cast(list[int], numbers.tolist())
 
 
 def first_message(message: str | None) -> str | None:
@@ -86,8 +84,7 @@ def _sent_by_first(message: str | None) -> str:
     sizes = gather_numbers(len(mine))
     speaker = next(rank for rank, size in enumerate(sizes) if size)
     sent = _broadcast(mine, sizes[speaker], source=speaker, largest=LARGEST_JSON)
-    text: str = unpacked(str, sent, sender=speaker)
-    return text
+    return cast(str, unpacked(str, sent, sender=speaker))
 
 
 def gather_on_rank_0(value: Value, *, kind: Any) -> list[Value] | None:
@@ -188,8 +185,7 @@ def _sent_tensor(name: object, info: ValidationInfo) -> Tensor:
     sent: Any = info.context
     if not isinstance(name, str) or name not in sent:
         raise ValueError("no tensor with this name was sent")
-    tensor: Tensor = sent[name]
-    return tensor
+    return cast(Tensor, sent[name])
 
 
 SentTensor = Annotated[Tensor, PlainValidator(_sent_tensor)]

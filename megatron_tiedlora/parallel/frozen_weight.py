@@ -132,7 +132,7 @@ def frozen_weights(module: nn.Module) -> dict[str, FrozenWeight]:
 # Rows of matmuls, and columns sent in the same message as others, are padded to a multiple of this. Fast kernels need
 # rows of 16-bit values that start at multiples of 16 bytes, and a CPU takes a third longer for 511 rows than for 512.
 SIZE_MULTIPLE = 8
-_HALF = (torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, torch.float16)
 
 
 def padded(size: int, multiple: int = SIZE_MULTIPLE) -> int:
@@ -146,7 +146,7 @@ def wide_matmul(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     On CUDA, sums of 16-bit matrices are returned in fp32 without rounding. In all other cases the sums are first
     rounded to the dtype of the matrices.
     """
-    if left.is_cuda and left.dtype in _HALF and dtype == torch.float32:
+    if left.is_cuda and left.dtype in HALF and dtype == torch.float32:
         return torch.mm(left, right, out_dtype=dtype)
     return (left @ right).to(dtype)
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed
@@ -226,11 +226,11 @@ def with_adjoint(function: Callable[..., Result], adjoint: Callable[..., Any], *
         adjoint: a function that returns a gradient or None for each tensor, from the gradients of the results. It must
             not refer to the tensors, because that would keep them in memory until the backward pass.
     """
-    result: Result = _WithAdjoint.apply(function, adjoint, *tensors)
-    return result
+    return cast(Result, _WithAdjoint.apply(function, adjoint, *tensors))
 
 
-def _itself(tensor: Tensor) -> Tensor:
+def unchanged(tensor: Tensor) -> Tensor:
+    """Return the tensor itself."""
     return tensor
 
 
@@ -287,7 +287,7 @@ def enter_tensor_parallel_region(hidden: Tensor, tensor_parallel: TensorParallel
     """
     group = tensor_parallel.group
     if group.size > 1 and not tensor_parallel.sequence_parallel:
-        return with_adjoint(_itself, partial(all_reduce, group=group), hidden)
+        return with_adjoint(unchanged, partial(all_reduce, group=group), hidden)
     return gather_from_tensor_parallel_region(hidden, group, SEQUENCE_DIM)
 
 
@@ -300,7 +300,7 @@ def leave_tensor_parallel_region(hidden: Tensor, tensor_parallel: TensorParallel
     if group.size == 1:
         return hidden
     if not tensor_parallel.sequence_parallel:
-        return with_adjoint(partial(all_reduce, group=group), _itself, hidden)
+        return with_adjoint(partial(all_reduce, group=group), unchanged, hidden)
     gathers, scatters = (partial(function, group=group, dim=SEQUENCE_DIM) for function in (all_gather, reduce_scatter))
     return with_adjoint(scatters, gathers, end_to_end(hidden))
 
@@ -330,7 +330,7 @@ class StepSum:
 
     def of(self, tensor: Tensor) -> Tensor:
         """Return `tensor`, whose gradient will be summed. All ranks must run the same number of backward passes."""
-        return with_adjoint(_itself, self.take, tensor)
+        return with_adjoint(unchanged, self.take, tensor)
 
     def take(self, gradient: Tensor) -> Tensor:
         """Return the gradient for one backward pass from this rank's partial sum, in the same shape and dtype."""

@@ -2,7 +2,7 @@
 
 Elementwise kernels are bound by memory traffic. Uncompiled functions read and write their tensors several times, and
 compiled functions only once. Layers receive a `Kernels` object, compiled or not, when they are built. On a GPU,
-uncompiled kernels process a limited number of rows at a time (`by_rows`). Otherwise their fp32 temporaries would be
+uncompiled kernels process a limited number of rows at a time (`in_parts`). Otherwise their fp32 temporaries would be
 several times as large as their results.
 """
 
@@ -262,16 +262,12 @@ class Kernels:
     row_log_sums: Callable[[Tensor], Tensor] = row_log_sums
     exp_logits_: Callable[[Tensor, Tensor], None] = exp_logits_
 
-    def by_rows(self) -> Kernels:
-        """Return these uncompiled kernels with a limit on the size of their temporaries on a GPU."""
-        return self._of_rows(_in_parts)
-
     def compiled(self, *, static_widths: bool = False) -> Kernels:
         """Return these kernels, wrapped in torch.compile. Each kernel is compiled at its first call.
 
         Args:
             static_widths: if False, one graph is used for all sizes. If True, every size is a constant in a graph,
-                except the number of rows if the first call goes through `marked`. GPU kernels are then estimated to be
+                except the number of rows if the first call goes through `marking`. GPU kernels are then estimated to be
                 1.5 to 2.5 times as fast, because they access 16 bytes at a time and need no division by sizes. Each
                 width is compiled separately.
         """
@@ -279,12 +275,11 @@ class Kernels:
         names = [field.name for field in fields(self)]
         return Kernels(**{name: torch.compile(getattr(self, name), dynamic=dynamic) for name in names})
 
-    def marked(self) -> Kernels:
-        """Return kernels for the first calls, which tell torch.compile that the number of rows will vary."""
-        return self._of_rows(_marking)
+    def by_rows(self, change: Callable[[Callable[..., Any], list[bool]], Callable[..., Any]]) -> Kernels:
+        """Return these kernels, changed by `in_parts` or `marking`, which also get the result of `has_rows`.
 
-    def _of_rows(self, change: Callable[[Callable[..., Any], list[bool]], Callable[..., Any]]) -> Kernels:
-        # The two excluded kernels process tiles of attention on CPUs, whose first dimension is not rows.
+        The two excluded kernels process tiles of attention on CPUs, whose first dimension is not rows.
+        """
         names = [field.name for field in fields(self) if field.name not in ("exp_scores_", "score_gradient_")]
         plain = Kernels()
         return replace(self, **{name: change(getattr(self, name), has_rows(getattr(plain, name))) for name in names})
@@ -296,12 +291,14 @@ def has_rows(function: Callable[..., Any]) -> list[bool]:
     return [p.annotation.startswith("Tensor") and p.name not in ("weight", "bias") for p in parameters]
 
 
-def _in_parts(kernel: Callable[..., Any], has_rows: list[bool]) -> Callable[..., Any]:
+def in_parts(kernel: Callable[..., Any], has_rows: list[bool]) -> Callable[..., Any]:
+    """Return the uncompiled kernel with a limit on the size of its temporaries on a GPU."""
+
     @wraps(kernel)
-    def in_parts(*arguments: Any) -> Any:
+    def limited(*arguments: Any) -> Any:
         return run_in_parts(kernel, arguments, has_rows) if arguments[0].is_cuda else kernel(*arguments)
 
-    return in_parts
+    return limited
 
 
 def run_in_parts(kernel: Callable[..., Any], arguments: tuple[Any, ...], has_rows: list[bool]) -> Any:
@@ -336,14 +333,16 @@ def scaled(tensor: Tensor, factor: Tensor) -> Tensor:
     return cast(Tensor, rows).view(tensor.shape)
 
 
-def _marking(kernel: Callable[..., Any], has_rows: list[bool]) -> Callable[..., Any]:
-    def marking(*arguments: Any) -> Any:
+def marking(kernel: Callable[..., Any], has_rows: list[bool]) -> Callable[..., Any]:
+    """Return a kernel for the first call, which tells torch.compile that the number of rows will vary."""
+
+    def marked(*arguments: Any) -> Any:
         for argument, mine in zip(arguments, has_rows, strict=True):
             if mine and argument is not None:
                 torch._dynamo.mark_dynamic(argument, 0)
         return kernel(*arguments)
 
-    return marking
+    return marked
 
 
-EAGER = Kernels().by_rows()
+EAGER = Kernels().by_rows(in_parts)

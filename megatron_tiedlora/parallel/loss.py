@@ -10,14 +10,14 @@ of one adapter, or a product with a factor, does not depend on the rows of other
 from collections.abc import Callable, Sequence
 from functools import wraps
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from megatron_tiedlora.parallel.frozen_weight import FrozenWeight, padded
-from megatron_tiedlora.parallel.groups import RankGroup, all_gather
+from megatron_tiedlora.parallel.groups import RankGroup, all_gather, unchanged
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels, as_rows, scaled, upcast
 
 
@@ -109,7 +109,7 @@ class _EarlyBackward(torch.autograd.Function):
         ]
         wanted = [tensor for tensor, needs in zip(inner, ctx.needs, strict=True) if tensor is not None and needs]
         # A caller's hooks are for tensors that are saved until the backward pass, and these tensors are not.
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(unchanged, unchanged):
             loss = function(*inner)
         # autograd.grad is not used, because torch's hooks for several gradients fail inside it (seen in 2.13).
         loss.backward(torch.ones_like(loss), inputs=wanted)
@@ -125,10 +125,6 @@ class _EarlyBackward(torch.autograd.Function):
         return None, None, *found
 
 
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
-
-
 def run_with_early_backward(
     function: Callable[..., Tensor], *inputs: Tensor | None, spans: Sequence[RowSpans | None] | None = None
 ) -> Tensor:
@@ -142,8 +138,7 @@ def run_with_early_backward(
             input that requires a gradient.
         spans: for several losses, the spans of rows of each input. The loss of an adapter depends only on its spans.
     """
-    loss: Tensor = _EarlyBackward.apply(function, spans or [None] * len(inputs), *inputs)
-    return loss
+    return cast(Tensor, _EarlyBackward.apply(function, spans or [None] * len(inputs), *inputs))
 
 
 # Summed cross entropy -------------------------------------------------------------------------------------------------
@@ -247,8 +242,7 @@ def sum_token_losses(rows: Tensor, labels: Tensor, shard: VocabularyShard, spans
         a scalar in max(fp32, dtype of `rows`), or with `spans` one per adapter, (adapters,). The gradient of `rows` is
         the partial sum for this rank's shard of the vocabulary. This function does not sum it over ranks.
     """
-    loss: Tensor = _SumTokenLosses.apply(rows, labels, shard, spans)
-    return loss
+    return cast(Tensor, _SumTokenLosses.apply(rows, labels, shard, spans))
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -71,15 +71,16 @@ def build_model(
         checkpoints: the checkpoint from which each adapter resumes, by adapter name. An adapter without a checkpoint
             starts at step 0.
 
-        Raises:
-            UserError: weights are missing or have wrong shapes, or a checkpoint or the adapter of --init_from was
-                trained on a different base.
+    Raises:
+        UserError: weights are missing or have wrong shapes, or a checkpoint or the adapter of --init_from was trained
+            on a different base.
     """
     shared, resumed = shared_plan(plans), checkpoints or {}
     with checked_starts(plans, resumed) as (weights, base, states, notes):
-        model = _build_stage(plans, device, kernels, states)
-        load_stage_weights(shared, weights, model.stage, model.groups)
-        stored = deepspeed_engine.stored_bytes(model.stage.layers)
+        stage, groups, _ = model = _build_stage(plans, device, kernels, states)
+        load_stage_weights(shared, weights, stage, groups)
+        frozen = [parameter for parameter in stage.layers.parameters() if not parameter.requires_grad]
+        stored = sum(getattr(parameter, "ds_tensor", parameter).nbytes for parameter in frozen)  # ZeRO-3's partitions
         read, kept = gather_numbers(weights.bytes_read), gather_numbers(stored)
     runner = _start_engine(plans, model, device, resumed)
     return BuiltModel(runner, base, tuple(read), tuple(kept), notes)
@@ -118,9 +119,9 @@ def checked_starts(
 def build_random_model(plans: Plans, device: torch.device, *, kernels: Kernels = EAGER) -> BuiltModel:
     """Build a model with random base weights for benchmarks, without reading files. Return it as `build_model` does."""
     shared = shared_plan(plans)
-    model = _build_stage(plans, device, kernels, dict.fromkeys(plans))
+    stage, groups, _ = model = _build_stage(plans, device, kernels, dict.fromkeys(plans))
     weights = RandomWeights(weight_rules(shared.source.shape), shared.settings.seed)
-    load_stage_weights(shared, weights, model.stage, model.groups)
+    load_stage_weights(shared, weights, stage, groups)
     base = identity.identify_shape(shared.source, shared.dtype_name, weights_hash="random")
     none = (0,) * shared.grid.world_size
     runner = _start_engine(plans, model, device, {})
@@ -145,18 +146,8 @@ def load_stage_weights(
     )
 
 
-class _Model(NamedTuple):
-    """The model that an engine wraps.
-
-    Attributes:
-        module: the module for DeepSpeed. It is the stage itself, or the PipelineModule that contains the stage.
-        process_grid: DeepSpeed's grid of process groups.
-    """
-
-    module: nn.Module
-    stage: Stage
-    groups: ParallelGroups
-    process_grid: Any
+# The stage, its process groups, and a function that initialises DeepSpeed's engine for the stage.
+_Model = tuple[Stage, ParallelGroups, Callable[..., Any]]
 
 
 def _build_stage(plans: Plans, device: torch.device, kernels: Kernels, states: States) -> _Model:
@@ -190,39 +181,39 @@ def _build_stage(plans: Plans, device: torch.device, kernels: Kernels, states: S
         on: dict[str, Any] = {"dtype": plan.dtype, "device": device, "process_grid": process_grid}
         with deepspeed_engine.base_construction(plan.engine, **on):
             stage = stage_of(groups, specs)
-        found = _Model(stage, stage, groups, process_grid)
+        module: Any = stage
     else:
         from megatron_tiedlora.engine.pipelined import PipelinedModel
 
         with device:
             module = PipelinedModel(specs, [stage.layers for stage in plan.stages], grid=grid, build_stage=stage_of)
-        found = _Model(module, module.stage, module.groups, module.mpu())
+        stage, groups, process_grid = module.stage, module.groups, module.mpu()
     for name, adapter in adapters.items():
         if engine_steps:
-            deepspeed_engine.mark_parameters(adapter, found.groups)
-            adapter.u_sum = sum_of_u(found.groups) if grid.tp_size > 1 else None
+            deepspeed_engine.mark_parameters(adapter, groups)
+            adapter.u_sum = sum_of_u(groups) if grid.tp_size > 1 else None
         state = states[name]
         adapter.load_full(initial_values(plans[name].adapter) if state is None else state)
-    return found
+    return stage, groups, partial(deepspeed_engine.initialize_engine, module, process_grid=process_grid)
 
 
 def _start_engine(
     plans: Plans, model: _Model, device: torch.device, checkpoints: Mapping[str, Checkpoint | None]
 ) -> Runner:
     """Start the engine, restore the optimizers and schedules from the checkpoints, and return the runner."""
-    plan, adapter_group = shared_plan(plans), model.stage.adapter_group
+    stage, groups, start = model
+    plan, adapter_group = shared_plan(plans), stage.adapter_group
     assert adapter_group is not None
-    start = partial(deepspeed_engine.initialize_engine, model.module, process_grid=model.process_grid)
     optimizers: Optimizers
     if steps_by_engine(plans):
-        trained = [parameter for parameter in model.stage.parameters() if parameter.requires_grad]  # with the anchor
+        trained = [parameter for parameter in stage.parameters() if parameter.requires_grad]  # with the anchor
         optimizer, schedule = make_training(plan.settings, trained)
         schedules = dict.fromkeys(plans, schedule)
         engine = start(plan.engine, optimizer=optimizer, scheduler=schedule)
-        optimizers = EngineOptimizer(engine, adapter_group, model.groups, plan.engine)
+        optimizers = EngineOptimizer(engine, adapter_group, groups, plan.engine)
     else:
-        assert model.stage.anchor is not None
-        of_nothing = AdamW([model.stage.anchor], lr=0.0, weight_decay=0.0)  # an engine requires an optimizer
+        assert stage.anchor is not None
+        of_nothing = AdamW([stage.anchor], lr=0.0, weight_decay=0.0)  # an engine requires an optimizer
         # The engine neither divides losses nor clips gradients, because each adapter has its own divisor and clipping.
         ours = {
             "train_batch_size": plan.grid.dp_size,
@@ -238,7 +229,7 @@ def _start_engine(
             made = make_training(its.settings, trained or [nn.Parameter(torch.zeros(1))])  # it requires a tensor
             own[name] = OwnOptimizer(*made, its.settings.gradient_clipping)
         schedules = {name: one.scheduler for name, one in own.items()}
-        optimizers = Optimizers(adapter_group, model.groups, own, device)
+        optimizers = Optimizers(adapter_group, groups, own, device)
     for name, checkpoint in checkpoints.items():
         if checkpoint is not None and name in plans:
             adapter = adapter_group.adapters[name]
@@ -252,7 +243,7 @@ def _start_engine(
             optimizers.restore(name, moments, step=checkpoint.progress.step)
             resume_scheduler(schedules[name], checkpoint.progress.step)
     kind = Runner if plan.grid.pp_size == 1 else PipelineRunner
-    return kind(engine, model.stage, model.groups, optimizers, device)
+    return kind(engine, stage, groups, optimizers, device)
 
 
 def make_training(settings: Settings, trained: Iterable[nn.Parameter]) -> tuple[AdamW, LambdaLR]:

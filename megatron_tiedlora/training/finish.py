@@ -16,7 +16,7 @@ import torch
 
 from megatron_tiedlora.base.files import discard, read_json_object, write_json
 from megatron_tiedlora.base.installation import install_hint
-from megatron_tiedlora.base.messages import UserError, aligned_lines, bytes_in_words, count_text, named, range_text
+from megatron_tiedlora.base.messages import UserError, aligned_lines, bytes_in_words, count_text, range_text
 from megatron_tiedlora.base.output_folder import numbered
 from megatron_tiedlora.base.shapes import QKV
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
@@ -47,11 +47,6 @@ _LOGGER = logging.getLogger(__name__)
 SAMPLES = "samples_sha256"  # the key of the samples' hash in scores.json
 
 
-def score_before(trainer: Trainer, checkpoints: Mapping[str, Checkpoint | None]) -> None:
-    """Score new adapters before their first step. All ranks must call this function."""
-    _score(trainer, [run for name, run in trainer.adapters.items() if checkpoints[name] is None], "before")
-
-
 def score_after(trainer: Trainer) -> None:
     """Load the best checkpoint of each trained adapter, and score the adapter. All ranks must call this function.
 
@@ -66,14 +61,15 @@ def score_after(trainer: Trainer) -> None:
                 with run.runner.optimizers.opened(run.name):
                     run.adapter.load_full(best.state)
                 trainer.stop.agree(True)
-    _score(trainer, trainer.trained, "after")
+    score_adapters(trainer, trainer.trained, "after")
 
 
-def _score(trainer: Trainer, runs: Sequence[AdapterRun], moment: str) -> None:
+def score_adapters(trainer: Trainer, runs: Sequence[AdapterRun], moment: str) -> None:
     """Score adapters together on their test samples, and add the scores to the scores.json of each adapter.
 
-    `moment` is "before" or "after" training. Each score is stored with a hash of the test samples, because a resumed
-    run may have a different test set. An adapter is marked as failed if its scores.json cannot be written.
+    All ranks must call this function. `moment` is "before" or "after" training. Each score is stored with a hash of the
+    test samples, because a resumed run may have a different test set. An adapter is marked as failed if its scores.json
+    cannot be written.
     """
 
     def score(some: Sequence[AdapterRun]) -> dict[str, dict[str, Score]]:
@@ -124,15 +120,6 @@ def export_all(trainer: Trainer) -> list[str]:
         raise
     trainer.write_table()
     return lines
-
-
-def original_losses(trainer: Trainer) -> list[str]:
-    """Return lines with each adapter's validation loss on the original base, if training used a quantised base.
-
-    Only rank 0 calls this function."""
-    finished = [run for run in trainer.adapters.values() if run.state == "finished"]
-    lines = [named(run.name, line) for run in finished for line in original_loss(run, trainer.stop)]
-    return ["", *lines] if lines else []
 
 
 def original_loss(run: AdapterRun, stop: StopRequests) -> list[str]:
@@ -220,23 +207,23 @@ def run_headline(
     model += "" if settings.products is None else f", matmuls in {settings.products}"
     read, kept = (range_text(sizes, bytes_in_words) for sizes in (built.bytes_read, built.bytes_kept))
     stored = "" if settings.base is None else f", stored as {kept}"
+    sharded = " with sequence parallelism" if plan.layout.sequence_parallel else ""
+    stages = ", ".join(f"{len(stage.layers)}" for stage in plan.stages)
+    pipeline = f"pipeline {plan.grid.pp_size} ({stages} layers with embedding and head)"
+    layout = f"tensor {plan.grid.tp_size}{sharded} x {pipeline} x data {plan.grid.dp_size}"
+    trained = sum(sum(own.adapter.num_trained().values()) for own in start.plans.values())
+    ranks = count_text(plan.grid.dp_size, "data-parallel rank")
+    adapters = f"{len(start.plans)}, {trained:,} trained parameters, ZeRO-{plan.engine.zero_stage}, {ranks}"
     rows = [
         ("model", model),
-        *(_all_adapters(start) if run is None else _one_adapter(run)),
-        *_layout(plan),
+        *([("adapters", adapters)] if run is None else _one_adapter(run)),
+        *([("layout", layout)] if plan.grid.tp_size * plan.grid.pp_size > 1 else []),
         ("read", f"{read} of base weights per rank{stored}"),
         ("kernels", chosen.description),
         ("attention", str(attention.route(device, plan.dtype))),
         *(_all_starts(start, trainer, built) if run is None else _one_start(run, start, built)),
     ]
     return aligned_lines(rows, align="<")
-
-
-def _all_adapters(start: Start) -> list[HeadlineRow]:
-    plans = start.plans
-    plan, trained = shared_plan(plans), sum(sum(own.adapter.num_trained().values()) for own in plans.values())
-    ranks = count_text(plan.grid.dp_size, "data-parallel rank")
-    return [("adapters", f"{len(plans)}, {trained:,} trained parameters, ZeRO-{plan.engine.zero_stage}, {ranks}")]
 
 
 def _all_starts(start: Start, trainer: Trainer, built: BuiltModel) -> list[HeadlineRow]:
@@ -299,23 +286,6 @@ def set_run_end(end: End, trainer: Trainer) -> None:
         end.reason = trainer.only.reason
     else:
         end.reason = f"{len(failed)} of {total} failed: {', '.join(failed)}" if failed else f"{total} trained"
-
-
-def closing_lines(trainer: Trainer) -> list[str]:
-    """Return lines that list the written files and the commands to use next."""
-    if trainer.only is None:
-        return table_lines(trainer.everyone, trainer.folder)
-    return [*speed_lines(trainer.only), *next_steps(trainer.only)]
-
-
-def _layout(plan: RunPlan) -> list[HeadlineRow]:
-    grid = plan.grid
-    if grid.tp_size * grid.pp_size == 1:
-        return []
-    sharded = " with sequence parallelism" if plan.layout.sequence_parallel else ""
-    stages = ", ".join(f"{len(stage.layers)}" for stage in plan.stages)
-    pipeline = f"pipeline {grid.pp_size} ({stages} layers with embedding and head)"
-    return [("layout", f"tensor {grid.tp_size}{sharded} x {pipeline} x data {grid.dp_size}")]
 
 
 def resumed_text(plan: RunPlan, checkpoint: Checkpoint | None) -> str:
@@ -395,15 +365,15 @@ def _number(value: float | None, name: str = "") -> str:
     return f"{value:.4f}" if name == "loss" else f"{value:.1f} %"
 
 
-def speed_lines(run: AdapterRun) -> list[str]:
-    """Return lines with the mean speed of this launch, except for the first step, and with the peak memory.
+def last_lines(run: AdapterRun) -> list[str]:
+    """Return lines with the mean speed of this launch and the peak memory, followed by `next_steps`.
 
-    The list is empty if this launch took fewer than two steps.
+    The mean excludes the first step. Without a second step in this launch, only `next_steps` are returned.
     """
     meter = run.meter
     mean, steps = meter.mean(), meter.steps
     if mean is None or steps is None:
-        return []
+        return next_steps(run)
     peak = meter.peak.flops_per_second
     shown = f"{peak / 1e12:,.1f} TFLOP/s" if peak >= 1e12 else f"{peak / 1e9:,.0f} GFLOP/s"
     speed = f"{mean['tokens_per_second']:,.0f} tokens/s, {mean['supervised_tokens_per_second']:,.0f} of them supervised"
@@ -412,7 +382,7 @@ def speed_lines(run: AdapterRun) -> list[str]:
         ("speed", f"{speed}; {mfu}; padding {mean['padding']:.1%}; steps {steps[0]} to {steps[1]}"),
         ("memory", f"{bytes_in_words(peak_memory_bytes(run.runner.device))} at the peak, including scores, rank 0"),
     ]
-    return ["", *aligned_lines(rows, align="<")]
+    return ["", *aligned_lines(rows, align="<"), *next_steps(run)]
 
 
 def next_steps(run: AdapterRun) -> list[str]:

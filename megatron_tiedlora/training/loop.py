@@ -300,8 +300,6 @@ class Trainer:
     def _stop_behind(self, bar: Any) -> None:
         """End the training of each adapter that --halving rejects. Only evaluations after the learning-rate warm-up are
         compared."""
-        if not self.rivals:
-            return
         evaluated = {
             name: run.evaluated
             for name, run in self.adapters.items()

@@ -1,6 +1,6 @@
 """Run one rank of a training job. The function `train_rank` lists the phases of a run in order."""
 
-from megatron_tiedlora.base.messages import show
+from megatron_tiedlora.base.messages import named, show
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.runtime.ending import End, reported_end
 from megatron_tiedlora.runtime.launch_env import rank_and_world_size
@@ -45,13 +45,17 @@ def train_rank(settings: Settings) -> End:
             end.saved = "the last step of each adapter is saved"
         if rank == 0:
             show(*finish.run_headline(start, trainer, built, chosen, device))
-        finish.score_before(trainer, start.checkpoints)
+        new = [run for name, run in trainer.adapters.items() if start.checkpoints[name] is None]
+        finish.score_adapters(trainer, new, "before")
         trainer.run()
         finish.score_after(trainer)
         finish.set_run_end(end, trainer)
         if rank == 0:
-            show(*finish.export_all(trainer), *finish.closing_lines(trainer))
+            lines, only = finish.export_all(trainer), trainer.only
+            lines += finish.table_lines(trainer.everyone, trainer.folder) if only is None else finish.last_lines(only)
+            show(*lines)
             finish.set_run_end(end, trainer)
-            if lines := finish.original_losses(trainer):
-                show(*lines)
+            trained = [run for run in trainer.adapters.values() if run.state == "finished"]
+            if lines := [named(run.name, line) for run in trained for line in finish.original_loss(run, stop)]:
+                show("", *lines)
     return end

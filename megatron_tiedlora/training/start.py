@@ -24,7 +24,7 @@ from megatron_tiedlora.config.fields import declared, flag_value, marked
 from megatron_tiedlora.config.settings import Settings
 from megatron_tiedlora.data.chat import chat_template_sha256
 from megatron_tiedlora.data.sources import hub_ids
-from megatron_tiedlora.parallel.agreement import decided_by_rank_0, num_differing
+from megatron_tiedlora.parallel.agreement import decided_by_rank_0, num_differing, sum_over_ranks
 from megatron_tiedlora.planning import adapter_plans
 from megatron_tiedlora.planning.planned import micro_batch_capacity
 from megatron_tiedlora.planning.run_plan import RunPlan
@@ -36,7 +36,7 @@ from megatron_tiedlora.training.adapter_run import AdapterRun, is_trained
 from megatron_tiedlora.training.build import BuiltModel, check_resumed_base
 from megatron_tiedlora.training.loop import Finished, Trainer
 from megatron_tiedlora.training.step import TrainStep
-from megatron_tiedlora.training.throughput import Meter, peak_of_all, steps_over
+from megatron_tiedlora.training.throughput import Meter, Peak, find_peak, steps_over
 
 
 @dataclass
@@ -194,7 +194,9 @@ def make_trainer(start: Start, built: BuiltModel, device: torch.device, stop: St
         end.enter(folder_of_run)
     rivals = rivals_of({name: plan.settings for name, plan in start.plans.items()}) if settings.halving else {}
     shared = adapter_plans.shared_plan(left)
-    peak = peak_of_all(shared, device)
+    sum_over_ranks([0.0])  # all ranks measure together, so the sum is right if several of them use the same processor
+    own_peak = find_peak(device, shared.dtype)
+    peak = Peak(sum_over_ranks([own_peak.flops_per_second])[0], own_peak.source)
     capacity = micro_batch_capacity(left, shares=settings.share_micro_batches)
     step = TrainStep(left, built.runner, stop, {name: own.step for name, own in progress.items()}, capacity)
     for name, plan in left.items():

@@ -12,7 +12,7 @@ There are two checks: each trained tensor must receive a gradient, and the repli
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -62,13 +62,6 @@ class StepChecks:
             for failure in _compare({self._name: (self, step)}).values():
                 raise failure
 
-    def _missing(self, in_sums: Sequence[str]) -> str | None:
-        """Return a message with the tensors that have no gradient on this rank; None if every tensor has one."""
-        names = [*in_sums, *(self._guard.missing() if self._guard else [])]
-        layers = ", ".join(map(str, self._adapter.part.layers))
-        text = f"no gradient reaches {', '.join(dict.fromkeys(names))} from the stage with adapted layers {layers}"
-        return text if names else None
-
 
 Checks = Mapping[str, tuple[StepChecks, int]]  # by adapter name: its checks and the number of its step
 
@@ -89,7 +82,14 @@ def before_steps(checks: Checks, *, missing: Missing, ranks_missing: Mapping[str
     for own, _ in checks.values():
         own._steps += 1
     asked = [name for name, (own, _) in checks.items() if own._guard is not None or ranks_missing[name]]
-    texts = first_messages([checks[name][0]._missing(missing.get(name, ())) for name in asked])
+    mine: list[str | None] = []
+    for name in asked:
+        own, _ = checks[name]
+        names = ", ".join(dict.fromkeys([*missing.get(name, ()), *(own._guard.missing() if own._guard else [])]))
+        layers = ", ".join(map(str, own._adapter.part.layers))
+        text = f"no gradient reaches {names} from the stage with adapted layers {layers}"
+        mine.append(text if names else None)
+    texts = first_messages(mine)
     failed = {
         name: RunFailed(f"step {checks[name][1]}: {text}; this step changed no weights. Please report this error")
         for name, text in zip(asked, texts, strict=True)
@@ -105,10 +105,12 @@ def before_steps(checks: Checks, *, missing: Missing, ranks_missing: Mapping[str
             own._guard.begin_step()
     if not ending:
         return failed
-    found = iter(max_over_ranks([value for guard in ending.values() for value in (*guard.sizes(), *guard.largest())]))
+    largest = {name: guard.largest() for name, guard in ending.items()}
+    values = [value for name, guard in ending.items() for value in (*guard.sizes(), *largest[name].values())]
+    found = iter(max_over_ranks(values))
     for name, guard in ending.items():
         own, step = checks[name]
-        labels, of_step, of_values = guard.labels(), next(found), next(found)
+        labels, of_step, of_values = list(largest[name]), next(found), next(found)
         zero = [label for label, value in zip(labels, islice(found, len(labels)), strict=True) if value == 0]
         guard.remove()
         own._guard = None
@@ -138,8 +140,8 @@ def _compare(checks: Checks) -> dict[str, RunFailed]:
     with ExitStack() as opened:
         for name in checks:
             opened.enter_context(runner.optimizers.opened(name))
-        mismatches = find_mismatches([own._adapter for own, _ in checks.values()], runner.groups)
-    texts = first_messages([str(mismatch) if mismatch else None for mismatch in mismatches])
+        texts = find_mismatches([own._adapter for own, _ in checks.values()], runner.groups)
+    texts = first_messages(texts)
     return {
         name: RunFailed(f"after step {step} {text}; this step was not saved. Resume from the last checkpoint")
         for (name, (_, step)), text in zip(checks.items(), texts, strict=True)

@@ -39,7 +39,7 @@ from megatron_tiedlora.model.batch import find_supervised
 from megatron_tiedlora.model.layer_specs import layer_specs
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.agreement import first_message, sum_over_ranks
-from megatron_tiedlora.parallel.kernels import EAGER, Kernels
+from megatron_tiedlora.parallel.kernels import EAGER, Kernels, marking
 from megatron_tiedlora.parallel.quantise import slow_nf4
 from megatron_tiedlora.planning.machines import listed_peak
 from megatron_tiedlora.planning.passes import step_flops
@@ -110,16 +110,6 @@ class Meter:
             "mfu": work["flops"] / work["seconds"] / self.peak.flops_per_second,
             "padding": 1 - work["tokens"] / work["positions"],
         }
-
-
-def peak_of_all(plan: RunPlan, device: torch.device) -> Peak:
-    """Return the sum of the peak FLOP/s of all ranks. All ranks must call this function, each with its own device.
-
-    All ranks measure at the same time. So the sum is also correct if several ranks use the same processor.
-    """
-    sum_over_ranks([0.0])  # all ranks start together
-    mine = find_peak(device, plan.dtype)
-    return Peak(sum_over_ranks([mine.flops_per_second])[0], mine.source)
 
 
 def find_peak(device: torch.device, dtype: torch.dtype) -> Peak:
@@ -358,7 +348,7 @@ def warm_up_widths(
         num_layers=2,
         heads=shape.heads.local(tp_size),
     )
-    _call_all(kernels.marked(), widths, 3, 696, dtype=dtype, device=device)
+    _call_all(kernels.by_rows(marking), widths, 3, 696, dtype=dtype, device=device)
     with torch.no_grad():
         _call_all(kernels, widths, 1, 1, dtype=dtype, device=device)
 

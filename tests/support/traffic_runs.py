@@ -126,7 +126,7 @@ def _count(case: Case, device: torch.device, patch: pytest.MonkeyPatch) -> Count
         return attend(self, hidden, positions, tensor_parallel, **keywords)
 
     def look(given: Any, model: Any, *others: Any) -> Any:
-        plan, stage = next(iter(plans.values())), model.stage
+        plan, (stage, *_) = next(iter(plans.values())), model
         base = [p for name, p in stage.named_parameters() if name.startswith("layers.")]
         if plan.engine.zero_stage == 3:
             assert all(hasattr(parameter, "ds_id") for parameter in base), "partitioned as they are made, the head too"

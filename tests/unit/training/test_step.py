@@ -224,8 +224,7 @@ def checks(largest: list[float], *, of_values: float) -> StepChecks:
     guard = SimpleNamespace(
         missing=list,
         sizes=lambda: (0.0, of_values),
-        largest=lambda: largest,
-        labels=lambda: ["A", "B", "v of layer 1"],
+        largest=lambda: dict(zip(("A", "B", "v of layer 1"), largest, strict=True)),
         remove=lambda: None,
     )
     own._adapter = SimpleNamespace(part=SimpleNamespace(layers=(1,)))
