@@ -57,7 +57,8 @@ def dry_run_report(settings: Settings, *, launched_ranks: int = 1) -> DryRunRepo
         data = adapter_plans.prepare_all_data(plans)
         plans = adapter_plans.counted(plans, data)
     step = StepPlan.first(plans, data, shares=settings.share_micro_batches)
-    planned, on_card = Planned.alone(step, step.shared.machine), settings.gpu is not None
+    planned = Planned(step=step, layout=step.layout, machine=step.shared.machine)
+    on_card = settings.gpu is not None
     partition, needed, *others = layout_sections(planned, on_card=on_card)
     needed += [] if step.layout.named else _decoding(step, data)
     sections = [_adapters(step), partition, needed, *_one_more(planned), *others, _batches(step, data)]
@@ -221,7 +222,8 @@ def _one_more(planned: Planned) -> list[list[str]]:
     name = list(step.plans)[number]
     again = f"{name} again"  # unique, as adapter names have no blanks
     samples = None if step.samples is None else {**step.samples, again: step.samples[name]}
-    more = Planned.alone(replace(step, plans={**step.plans, again: step.plans[name]}, samples=samples), planned.machine)
+    grown = replace(step, plans={**step.plans, again: step.plans[name]}, samples=samples)
+    more = Planned(step=grown, layout=grown.layout, machine=planned.machine)
     before, after = ([one.memory(stage.index).allocated for stage in one.stages] for one in (planned, more))
     added = max(new - old for new, old in zip(after, before, strict=True))
     line = (
@@ -286,7 +288,7 @@ def memory_lines(planned: Planned, *, judged: bool) -> list[str]:
         *(f"  ({note})" for note in _memory_notes(planned)),
     ]
     if judged:
-        (_, fullest), room = planned.fullest, planned.cluster.capacity
+        (_, fullest), room = planned.fullest, planned.capacity
         size, name = max((size, name) for name, size in fullest._asdict().items())
         fits = "it fits" if fullest.total <= room else f"IT DOES NOT FIT; {name} {bytes_in_words(size)}"
         needs = f"{bytes_in_words(fullest.total)} of {bytes_in_words(room)}"
@@ -351,7 +353,7 @@ def time_lines(planned: Planned) -> list[str]:
     tables = {first: [*_terms(forward)], "its backward pass": [*_terms(backward)], "in a step": of_step}
     times = iter(aligned_lines(list(itertools.chain(*tables.values())), align="><", indent="    "))
     return [
-        f"speed on {planned.machine.name}, planned and not measured, {planned.cluster.per_node} ranks in a node",
+        f"speed on {planned.machine.name}, planned and not measured, {planned.per_node} ranks in a node",
         f"  a step of {work.tokens:,} tokens takes {time_text(spent.total)}: {planned.tokens_per_second:,.0f} tokens/s"
         f" of each rank, MFU {planned.mfu:.1%}",
         f"  {', '.join(f'{name} {part / spent.total:.1%}' for name, part in spent._asdict().items() if part)}",

@@ -106,17 +106,10 @@ class RunPlan:
         """The machine whose constants are used for planning: the GPU of --gpu, or the default GPU or CPU."""
         return GPUS[self.settings.gpu or DEFAULT_GPU] if self.on_gpu else CPU
 
-    @property
-    def batch_shape(self) -> batch.BatchPlan:
-        """The sizes that determine how a global batch is divided into rows and micro-batches."""
-        packed_length = self.settings.max_length if self.settings.packing else None
-        least = inputs_to_fill(self.grid.pp_size)
-        return replace(self.batches, packed_length=packed_length, min_micro_batches=least)
-
     def global_batch(self, dataset: TokenDataset, *, consumed_samples: int = 0) -> GlobalBatch:
         """Return the global batch of the step that follows `consumed_samples` samples."""
         seed = self.settings.seed
-        return plan_global_batch(dataset, self.batch_shape, seed=seed, consumed_samples=consumed_samples)
+        return plan_global_batch(dataset, self.batches, seed=seed, consumed_samples=consumed_samples)
 
     def training_loader(
         self, dataset: TokenDataset, *, pad_id: int, consumed_samples: int = 0
@@ -124,7 +117,7 @@ class RunPlan:
         """Yield the training steps of this rank on `dataset` after the first `consumed_samples` samples."""
         return training_steps(
             dataset,
-            self.batch_shape,
+            self.batches,
             seed=self.settings.seed,
             dp_rank=self.grid.dp_rank,
             pad_id=pad_id,
@@ -248,6 +241,7 @@ def plan_run(
     shape, settings = found.shape, with_models_length(with_start(settings, found), found)
     if settings.base != (stored := found.base_format(settings.base, settings.products)):
         settings = settings.completed(base=stored)
+    least = inputs_to_fill(grid.pp_size)
     batches = batch.plan_batches(
         settings.global_batch_size,
         settings.micro_batch_size,
@@ -255,8 +249,10 @@ def plan_run(
         max_rows=batch.default_rows(
             max_length=settings.max_length, packing=settings.packing, on_gpu=on_gpu, otherwise=task.micro_batch_rows
         ),
-        min_steps=inputs_to_fill(grid.pp_size) if on_gpu else 1,
+        min_steps=least if on_gpu else 1,
     )
+    packed_length = settings.max_length if settings.packing else None
+    batches = replace(batches, packed_length=packed_length, min_micro_batches=least)
     engine = load_engine_config(settings.ds_config, batches=batches, gradient_clipping=settings.gradient_clipping)
     batch.resolve_max_new_tokens(settings.max_new_tokens, shape.limit.tokens, task.max_new_tokens)
     check_layout(shape, grid, zero_stage=engine.zero_stage, ds_config=settings.ds_config)

@@ -13,11 +13,10 @@ all-reduce takes twice as long. A process group that spans nodes uses the networ
 to the bandwidth inside a node. Each message has a fixed cost of `message` seconds.
 """
 
-import functools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -315,7 +314,7 @@ def pipeline_spans(steps: Sequence[StepParts]) -> NDArray[np.float64]:
     the same micro-batch. A backward pass needs the gradient from the next stage.
     """
 
-    @functools.cache
+    @cache
     def costs(batches: tuple[MicroBatchShape, ...]) -> NDArray[np.float64]:
         """Return the seconds of a micro-batch in each of the steps, as an array (pass, stage, step)."""
         totals = [

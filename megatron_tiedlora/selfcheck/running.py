@@ -15,9 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_config, targets_of
-from megatron_tiedlora.base import shapes
 from megatron_tiedlora.base.messages import UserError, bytes_in_words
-from megatron_tiedlora.base.shapes import TARGET_NAMES, ModelShape
+from megatron_tiedlora.base.shapes import PRESETS, TARGET_NAMES, ModelShape
 from megatron_tiedlora.config import cli, tool_settings
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.model.families import shape_from_hf
@@ -32,7 +31,7 @@ from megatron_tiedlora.selfcheck.step_bench import Started, made_up, plan_benchm
 MOST_LAYERS = 8  # in the runs of the parts host and memory
 # The config.json of a small LLaMA whose heads have sizes that kernels support.
 SMALL: dict[str, Any] = {
-    **shapes.PRESETS["llama2-7b"],
+    **PRESETS["llama2-7b"],
     "vocab_size": 1000,
     "hidden_size": 256,
     "intermediate_size": 512,
@@ -78,7 +77,7 @@ def layers_that_fit(model: str, *flags: str, share: float = 0.85) -> int:
     """
     release()
     free = share * torch.cuda.mem_get_info()[0]
-    for layers in range(shapes.PRESETS[model]["num_hidden_layers"], 0, -1):
+    for layers in range(PRESETS[model]["num_hidden_layers"], 0, -1):
         plan = plan_benchmark(step_settings(model, *flags, f"--num_layers={layers}"))
         if planned_bytes(plan) <= free:
             return layers

@@ -7,13 +7,12 @@ last launch ended. The results are how each run ended, the best learning rate, a
 read from the files of tiedlora train and tiedlora evaluate.
 """
 
-import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from megatron_tiedlora.base import files
 from megatron_tiedlora.base.files import Guard, Size, Text, discard, read_fields, read_json_object, unguarded
@@ -343,17 +342,13 @@ class Study:
     base: BaseRecord
     grid: SweepGrid
     base_score: Score | None
-    results: tuple[Result, ...]
+    results: Mapping[Point, Result]
     own_rows: tuple[str, ...] = ()
-
-    def result(self, point: Point) -> Result:
-        """Return the result of one method and rank of the grid."""
-        return next(result for result in self.results if result.point == point)
 
     @property
     def table_results(self) -> tuple[Result, ...]:
         """The results that have a score, for Table 2 and the figures."""
-        return tuple(r for r in map(self.result, self.grid.table) if r.score is not None)
+        return tuple(r for point in self.grid.table if (r := self.results[point]).score is not None)
 
 
 def read_run(folder: Path) -> RunEnd:
@@ -368,18 +363,14 @@ def read_run(folder: Path) -> RunEnd:
     with suppress(UserError):  # there is no checkpoint, or it is broken
         last = named_checkpoint(run.checkpoints)
         progress = {} if last is None else read_json_object(last / PROGRESS_FILE, kind="a checkpoint")
-        best = _number(progress.get("best_metric"))
+        value: Any = progress.get("best_metric")
+        best = float(value) if type(value) in (int, float) and abs(value) < 1e300 else None  # only a finite number
     if state == "finished" and best is None:
         state, reason = "failed", "it ended without a finite value on validation"
-    if state not in typing.get_args(State):
+    if state not in get_args(State):
         return RunEnd("cut off")
     step = status.get("step")
     return RunEnd(str(state), as_given(reason), step if type(step) is int and 0 <= step < 2**53 else 0, best)
-
-
-def _number(value: Any) -> float | None:
-    """Return `value` as a float if it is a finite number, else None."""
-    return float(value) if type(value) in (int, float) and abs(value) < 1e300 else None
 
 
 def best_run(folder: StudyFolder, runs: Sequence[Run], *, metric: str) -> Run | None:
@@ -427,7 +418,7 @@ def read_study(path: Path) -> Study:
     if missing := [point.name for point in grid.points if point.name not in base.trained]:
         raise UserError(f"{folder.base}: the parameter count of {missing[0]} is missing; start the sweep again")
     metric = command.train.eval_metric
-    results = tuple(_read_result(folder, grid, point, base, metric) for point in grid.points)
+    results = {point: _read_result(folder, grid, point, base, metric) for point in grid.points}
     of_rows = marked(Settings, group="data", by_content=True)
     given = {"test_limit": command.settings.test_limit, **{name: command.given.get(name) for name in of_rows}}
     own_rows = tuple(name for name, value in given.items() if value is not None)
