@@ -19,9 +19,7 @@ from megatron_tiedlora.config.batch import longest_prompt
 from megatron_tiedlora.config.cli import RUN_OF_ALL, check_folders, check_halving, read_adapters
 from megatron_tiedlora.config.fields import marked
 from megatron_tiedlora.config.settings import NO_TRAIN_FILE, Settings, make_settings
-from megatron_tiedlora.data.cache import TrainingData, tokenised_once
-from megatron_tiedlora.data.chat import chat_note, chat_writer
-from megatron_tiedlora.data.encode import Encoding
+from megatron_tiedlora.data import cache, chat, encode
 from megatron_tiedlora.data.splits import files_of, open_tokenizer, read_split
 from megatron_tiedlora.data.task import Example, Reading
 from megatron_tiedlora.data.tasks import get_task
@@ -128,7 +126,7 @@ MANY_EPOCHS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunData(TrainingData):
+class RunData(cache.TrainingData):
     """The tokenised splits and the tokenizer of a run.
 
     The `validation` samples of `TrainingData` select the best checkpoint. A resumed run must have the same `sha256`.
@@ -149,7 +147,7 @@ class RunData(TrainingData):
         """Notes about the data that a run prints first: its sources, the chat template, and dropped turns."""
         lines = [*self.mix]
         if self.chats:
-            lines.append(f"chats by {chat_note(self.tokenizer, self.reading)}")
+            lines.append(f"chats by {chat.chat_note(self.tokenizer, self.reading)}")
         for name, split in (("train", self.train), ("validation", self.validation)):
             if split.shortened_chats:
                 lines.append(
@@ -163,8 +161,8 @@ class RunData(TrainingData):
         if self.unended:
             ends = self.tokenizer.eos_token
             found.append(
-                f"{chat_writer(self.tokenizer, self.reading)} writes no end-of-sequence token ({ends}) after an answer,"
-                " so the model does not learn to stop; give a --chat_template that ends answers with it"
+                f"{chat.chat_writer(self.tokenizer, self.reading)} writes no end-of-sequence token ({ends}) after an"
+                " answer, so the model does not learn to stop; give a --chat_template that ends answers with it"
             )
         return found
 
@@ -244,7 +242,7 @@ def prepare_data(plan: RunPlan) -> RunData:
     settings, task, vocab_size = plan.settings, get_task(plan.settings.task), plan.source.shape.vocab_size
     model_folder = plan.source.weights_folder()  # raises for a preset, which has no files
     tokenizer, reading = open_tokenizer(settings, model_folder, vocab_size=vocab_size), Reading.of(settings)
-    encoding = Encoding(
+    encoding = encode.Encoding(
         task=task,
         tokenizer=tokenizer,
         reading=reading,
@@ -252,7 +250,7 @@ def prepare_data(plan: RunPlan) -> RunData:
         end_ids=end_ids(tokenizer, model_folder, vocab_size=vocab_size),
     )
     files, limit = files_of(settings), settings.timeout_minutes
-    parts = tokenised_once(encoding, files=files, seed=settings.seed, timeout_minutes=limit)
+    parts = cache.tokenised_once(encoding, files=files, seed=settings.seed, timeout_minutes=limit)
     drawn = list[Example]()
     if settings.eval_metric != "loss":  # random samples in file order; the first ones may be alike in a sorted file
         examples = read_split(settings, "validation", tokenizer=tokenizer)

@@ -12,11 +12,9 @@ from megatron_tiedlora.config.fields import flag_value, marked
 from megatron_tiedlora.config.job_settings import PLAN_DEFAULTS, PlanCommand, PlanSettings
 from megatron_tiedlora.config.settings import HOW_LONG, Settings
 from megatron_tiedlora.parallel.groups import GROUPS
-from megatron_tiedlora.planning import machines
+from megatron_tiedlora.planning import machines, report, run_plan
 from megatron_tiedlora.planning.layout import PLAIN_STORAGE, Storage
 from megatron_tiedlora.planning.planned import Planned
-from megatron_tiedlora.planning.report import layout_sections
-from megatron_tiedlora.planning.run_plan import with_models_length
 from megatron_tiedlora.planning.search import Candidate, ClusterPlan, search
 
 _MISSED = 5  # lines about layouts that do not fit
@@ -49,7 +47,7 @@ def plan_cluster(command: PlanCommand) -> ClusterPlan:
     per_node = settings.ranks_on_cpu or settings.gpus_per_node
     world_size = settings.ranks_on_cpu or settings.nodes * per_node
     machine, source = find_machine(settings), find_model(train.model, weights=False)
-    plan = ClusterPlan(with_models_length(train, source), source, world_size, per_node, machine)
+    plan = ClusterPlan(run_plan.with_models_length(train, source), source, world_size, per_node, machine)
     return search(plan, settings.formats)
 
 
@@ -214,7 +212,7 @@ def _why_lines(row: Candidate, plan: ClusterPlan) -> list[str]:
         f" {layout.recompute}",
         *([] if row.fits else [f"  {_missing_line(row, plan)}"]),
     ]
-    for section in layout_sections(row):
+    for section in report.layout_sections(row):
         lines += ["", *section]
     return lines
 

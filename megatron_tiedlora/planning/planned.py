@@ -22,13 +22,11 @@ from megatron_tiedlora.data.loader import GlobalBatch, fill_rounds, largest_posi
 from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.parallel.frozen_weight import padded
 from megatron_tiedlora.parallel.groups import Traffic
-from megatron_tiedlora.planning import step_time
+from megatron_tiedlora.planning import machines, run_plan, step_time
 from megatron_tiedlora.planning.adapter_plans import Data, Plans, shared_plan
 from megatron_tiedlora.planning.layout import Layout, MicroBatchShape, SampleRow, StagePlan, plan_stages, shared_shape
-from megatron_tiedlora.planning.machines import Constant, Machine
 from megatron_tiedlora.planning.memory import LargestMicroBatch, StageMemory, held_memory, step_memory, with_reserves
 from megatron_tiedlora.planning.passes import engine_traffic, stage_work, step_flops, step_traffic
-from megatron_tiedlora.planning.run_plan import RunPlan
 
 # The step -------------------------------------------------------------------------------------------------------------
 
@@ -51,7 +49,7 @@ def micro_batch_capacity(plans: Plans, *, shares: bool) -> int:
     return max(plan.layout.rows * plan.layout.length for plan in plans.values()) if shares else 0
 
 
-def longest_run(plans: Plans) -> RunPlan:
+def longest_run(plans: Plans) -> run_plan.RunPlan:
     """Return the plan that trains on the most tokens. Its settings decide whether kernels are compiled."""
     return max(plans.values(), key=lambda plan: plan.num_tokens)
 
@@ -77,7 +75,7 @@ class StepPlan:
         return cls(plans, shares, samples)
 
     @cached_property
-    def shared(self) -> RunPlan:
+    def shared(self) -> run_plan.RunPlan:
         """The plan that all adapters share; see `shared_plan`."""
         return shared_plan(self.plans)
 
@@ -250,7 +248,7 @@ class Planned:
 
     step: StepPlan
     layout: Layout
-    machine: Machine
+    machine: machines.Machine
     per_node: int = step_time.RANKS_PER_NODE
     known: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
@@ -367,7 +365,7 @@ class Planned:
         time_together(alone)
         return sum(one.hours for one in alone)
 
-    def changed(self, constants: dict[str, Constant]) -> "Planned":
+    def changed(self, constants: dict[str, machines.Constant]) -> "Planned":
         """Return this layout on a machine in which these constants are replaced."""
         machine = self.machine.changed(constants)
         return Planned(step=self.step, layout=self.layout, machine=machine, per_node=self.per_node)

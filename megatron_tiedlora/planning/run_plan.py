@@ -13,11 +13,9 @@ from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterShard,
 from megatron_tiedlora.adapters.tying import AdapterLayout
 from megatron_tiedlora.base.messages import UserError, count_text, user_path
 from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.checkpoint import load_model, resume, tensor_files
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity, check_same_base, identify_shape
-from megatron_tiedlora.checkpoint.load_model import resolve_dtype
-from megatron_tiedlora.checkpoint.resume import recorded_settings
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
-from megatron_tiedlora.checkpoint.tensor_files import DTYPES
 from megatron_tiedlora.config import batch
 from megatron_tiedlora.config.fields import flag_value, marked, profiled_steps
 from megatron_tiedlora.config.settings import Settings, make_settings
@@ -73,7 +71,7 @@ class RunPlan:
             zero_stage=engine.zero_stage,
             live_parameters=engine.live_parameters,
             overlaps_gathers=engine.overlaps_gathers,
-            dtype=DTYPES[self.dtype_name],
+            dtype=tensor_files.DTYPES[self.dtype_name],
             storage=Storage(settings.base, settings.products, settings.keep_transposed),
             recompute=settings.recompute,
             on_gpu=self.on_gpu,
@@ -182,7 +180,7 @@ class RunPlan:
     @property
     def dtype_name(self) -> str:
         """The name of the dtype of the frozen base, as in --dtype."""
-        return resolve_dtype(self.settings.dtype, get_task(self.settings.task), on_gpu=self.on_gpu)
+        return load_model.resolve_dtype(self.settings.dtype, get_task(self.settings.task), on_gpu=self.on_gpu)
 
     @property
     def max_new_tokens(self) -> int:
@@ -470,11 +468,11 @@ def recorded_run(settings: Settings) -> Mapping[str, Any] | None:
     if settings.resume == "none":
         return None
     if settings.resume != "auto":
-        return recorded_settings([user_path(settings.resume)])
+        return resume.recorded_settings([user_path(settings.resume)])
     if settings.output_dir is not None:
         folder = RunFolder(user_path(settings.output_dir))
     elif settings.init_from is None or settings.model_fields_set >= _NAMING:
         folder = last_run_folder(settings)
     else:  # the adapter decides the name of the folder, so it is read first
         return None
-    return recorded_settings(folder.checkpoints.glob("step_*"))
+    return resume.recorded_settings(folder.checkpoints.glob("step_*"))

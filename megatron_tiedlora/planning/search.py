@@ -19,9 +19,8 @@ from megatron_tiedlora.config.cli import PER_ADAPTER
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.engine.engine_json import SHIPPED_CONFIGS
 from megatron_tiedlora.parallel.quantised_weight import check_fp8_capability
-from megatron_tiedlora.planning import adapter_plans
+from megatron_tiedlora.planning import adapter_plans, machines
 from megatron_tiedlora.planning.layout import PLAIN_STORAGE, Storage
-from megatron_tiedlora.planning.machines import Machine
 from megatron_tiedlora.planning.planned import Planned, StepPlan, time_together
 
 RECOMPUTES = ("none", "selective", "full")
@@ -96,7 +95,7 @@ class ClusterPlan:
     source: ModelSource
     world_size: int
     per_node: int
-    machine: Machine
+    machine: machines.Machine
     data: adapter_plans.Data = field(default_factory=dict)
     candidates: tuple[Candidate, ...] = ()
     refused: Counter[str] = field(default_factory=Counter)

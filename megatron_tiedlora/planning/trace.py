@@ -26,9 +26,8 @@ from megatron_tiedlora.model.batch import Documents, Supervised
 from megatron_tiedlora.model.fused_attention import attend_within
 from megatron_tiedlora.model.layer_specs import HEAD_ROWS, layer_specs
 from megatron_tiedlora.model.stage import Attended, Stage
-from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
+from megatron_tiedlora.parallel import frozen_weight, loss
 from megatron_tiedlora.parallel.groups import RankGroup, TensorParallel, with_adjoint
-from megatron_tiedlora.parallel.loss import RowSpan
 from megatron_tiedlora.planning import counting
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -156,7 +155,7 @@ class Tracer:
         with torch.device(counting.META):
             stage = Stage(list(self._specs[first:stop]), None, tensor_parallel=self.tensor_parallel)
         for name, module in stage.named_modules():
-            if isinstance(weight := getattr(module, "frozen", None), FrozenWeight):
+            if isinstance(weight := getattr(module, "frozen", None), frozen_weight.FrozenWeight):
                 is_head = name.endswith(str(stage.head))
                 module.frozen = counting.CountedWeight(weight.tensor, self._counts, is_head=is_head)
         return stage
@@ -338,10 +337,10 @@ def _supervised(sizes: Sizes) -> Supervised:
     rows, chosen = (torch.empty(size, dtype=torch.int64, device=counting.META) for size in given)
     if len(sizes.tokens) == 1:
         return Supervised(rows, rows, chosen, chosen)
-    spans = tuple(RowSpan(number, size) for number, size in enumerate(sizes.after))
+    spans = tuple(loss.RowSpan(number, size) for number, size in enumerate(sizes.after))
     # The assignment of rows of logits to adapters does not matter if each adapter has some rows.
     edges = [len(chosen) * sum(sizes.after[:number]) // len(rows) for number in range(len(spans) + 1)]
-    labelled = tuple(RowSpan(number, stop - start) for number, (start, stop) in enumerate(pairwise(edges)))
+    labelled = tuple(loss.RowSpan(number, stop - start) for number, (start, stop) in enumerate(pairwise(edges)))
     return Supervised(rows, rows, chosen, chosen, spans, labelled)
 
 

@@ -58,7 +58,7 @@ def write_small(folder: Path) -> str:
 
 
 def step_settings(model: str, *flags: str) -> tool_settings.BenchSettings:
-    """Return the settings of a --what layout benchmark, parsed from `flags` as in tools/bench_step.py."""
+    """Return the settings of a --what layout benchmark, parsed from `flags` as by tiedlora bench."""
     return cli.parse_settings(["--what=layout", f"--model={model}", *flags], tool_settings.BenchSettings)
 
 

@@ -41,7 +41,7 @@ def token_seconds() -> dict[str, float]:
 
 @pytest.mark.parametrize("name", FORMS)
 def test_step(name: str, layers: int, token_seconds: dict[str, float], model: str, tell: parts.Tell) -> None:
-    """Measure tokens/s, MFU and the GPU time per kernel class for one kind of step, like tools/bench_step.py."""
+    """Measure tokens/s, MFU and the GPU time per kernel class for one kind of step, like tiedlora bench."""
     running.release()
     base = ("--rows=1", f"--length={LENGTH}", "--supervised=1", "--micro_batches=2", "--compile=auto", "--repeats=5")
     settings = running.step_settings(model, f"--num_layers={layers}", *base, *FORMS[name])

@@ -14,11 +14,10 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, get_args
 
-from megatron_tiedlora.base import files
+from megatron_tiedlora.base import files, ownership
 from megatron_tiedlora.base.files import Guard, Size, Text, discard, read_fields, read_json_object, unguarded
 from megatron_tiedlora.base.messages import UserError, as_given
 from megatron_tiedlora.base.output_folder import PathIn, reject_links
-from megatron_tiedlora.base.ownership import Owner, is_of_owner
 from megatron_tiedlora.checkpoint.resume import PROGRESS_FILE, named_checkpoint
 from megatron_tiedlora.config import job_settings
 from megatron_tiedlora.config.cli import HALVING_REASON, naming_file, read_yaml
@@ -146,7 +145,7 @@ class StudyFolder:
     """
 
     path: Path
-    owner: Owner | None = field(default=None, compare=False)
+    owner: ownership.Owner | None = field(default=None, compare=False)
 
     settings = PathIn(SWEEP_FILE)
     base = PathIn("base.json")  # describes the base model and the task
@@ -207,7 +206,7 @@ def check_folder(folder: StudyFolder) -> None:
         raise UserError(f"--output_dir {path} is a file; give a folder")
     if not path.is_dir() or folder.settings.is_file():
         return
-    if not all(is_of_owner(item.name) for item in path.iterdir()):
+    if not all(ownership.is_of_owner(item.name) for item in path.iterdir()):
         raise UserError(f"--output_dir {path} holds other files but no sweep; give a new folder")
 
 
