@@ -26,10 +26,7 @@ from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.engine.engine_json import EngineConfig, load_engine_config
 from megatron_tiedlora.engine.runner import inputs_to_fill
 from megatron_tiedlora.model.weights import check_layout
-from megatron_tiedlora.parallel.agreement import SentTensor, decided_by_rank_0, raise_on_every_rank
-from megatron_tiedlora.parallel.frozen_weight import WeightMaker
-from megatron_tiedlora.parallel.groups import Grid
-from megatron_tiedlora.parallel.quantised_weight import check_fp8_device, check_gpu_products, weight_maker
+from megatron_tiedlora.parallel import agreement, frozen_weight, groups, quantised_weight
 from megatron_tiedlora.planning.layout import Layout, StagePlan, Storage, plan_stages
 from megatron_tiedlora.planning.machines import CPU, DEFAULT_GPU, GPUS, Machine
 from megatron_tiedlora.runtime.launch_env import uses_gpu
@@ -46,7 +43,7 @@ class RunPlan:
 
     settings: Settings
     source: ModelSource
-    grid: Grid
+    grid: groups.Grid
     batches: batch.BatchPlan
     engine: EngineConfig
     adapter: AdapterConfig
@@ -166,7 +163,7 @@ class RunPlan:
         """The dtype of the frozen base."""
         return self.layout.dtype
 
-    def weight_maker(self, device: torch.device) -> WeightMaker:
+    def weight_maker(self, device: torch.device) -> frozen_weight.WeightMaker:
         """Return a function that creates the frozen weights of the blocks. These weights share a workspace.
 
         Raises:
@@ -174,8 +171,8 @@ class RunPlan:
         """
         base, products, keep_transposed = self.layout.storage
         if products is not None:
-            check_fp8_device(device)
-        return weight_maker(base, products=products, keep_transposed=keep_transposed)
+            quantised_weight.check_fp8_device(device)
+        return quantised_weight.weight_maker(base, products=products, keep_transposed=keep_transposed)
 
     @property
     def dtype_name(self) -> str:
@@ -227,7 +224,7 @@ def plan_run(
     if rank == 0 and weights:  # only rank 0 of a run reports; a plan may be made on another machine
         check_trackers(settings.report_to)
     try:
-        grid = Grid(rank, world_size, tp_size=settings.tensor_parallel, pp_size=settings.pipeline_parallel)
+        grid = groups.Grid(rank, world_size, tp_size=settings.tensor_parallel, pp_size=settings.pipeline_parallel)
     except UserError as error:
         unit = settings.tensor_parallel * settings.pipeline_parallel
         ranks = unit * (world_size // unit + 1)
@@ -275,7 +272,7 @@ def plan_run(
     if weights and source is None:
         plan = replace(plan, source=find_model(settings.model))
     if settings.products is not None and on_gpu:
-        check_gpu_products(shape.block.linears, tp_size=grid.tp_size, dtype=plan.dtype)
+        quantised_weight.check_gpu_products(shape.block.linears, tp_size=grid.tp_size, dtype=plan.dtype)
     return plan
 
 
@@ -287,7 +284,7 @@ def plan_run(
 LEAST_WORK = 5e9
 
 
-def pays_to_compile(shape: ModelShape, grid: Grid, *, num_tokens: int, least_work: float = LEAST_WORK) -> bool:
+def pays_to_compile(shape: ModelShape, grid: groups.Grid, *, num_tokens: int, least_work: float = LEAST_WORK) -> bool:
     """Return whether a run over `num_tokens` tokens on all ranks is long enough to benefit from compiled kernels."""
     widths = shape.num_layers * (shape.hidden_size + shape.intermediate_size) / (grid.tp_size * grid.pp_size)
     return num_tokens / grid.dp_size * widths >= least_work
@@ -364,7 +361,7 @@ class StartAdapter:
     """
 
     config: AdapterConfig
-    state: Mapping[str, SentTensor]
+    state: Mapping[str, agreement.SentTensor]
     trained: BaseIdentity | None
     kind: str
     notes: tuple[str, ...] = ()
@@ -412,10 +409,10 @@ def load_start(
     if given is None:
         return None, ()
     differs, failure = settings.base_differs, None
-    start = decided_by_rank_0(lambda: read_start(given, source, differs=differs), kind=StartAdapter)
+    start = agreement.decided_by_rank_0(lambda: read_start(given, source, differs=differs), kind=StartAdapter)
     if _decided(start.config) != _decided(adapter):
         failure = UserError(f"--init_from {given}: the adapter was replaced while the run started. Start it again")
-    raise_on_every_rank(failure)
+    agreement.raise_on_every_rank(failure)
     notes = start.notes
     if start.trained is not None:
         notes += check_same_base(start.trained, base, source=f"--init_from {given}", differs=differs)

@@ -21,9 +21,8 @@ import torch
 from megatron_tiedlora.adapters.adapter_groups import AdapterGroup, Share
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterShard, LayerUpdate, LinearUpdate, TiedAdapter
 from megatron_tiedlora.base.shapes import ModelShape
-from megatron_tiedlora.model.attention import AttentionContext, rotation_table
+from megatron_tiedlora.model import attention, fused_attention
 from megatron_tiedlora.model.batch import Documents, Supervised
-from megatron_tiedlora.model.fused_attention import attend_within
 from megatron_tiedlora.model.layer_specs import HEAD_ROWS, layer_specs
 from megatron_tiedlora.model.stage import Attended, Stage
 from megatron_tiedlora.parallel import frozen_weight, loss
@@ -304,10 +303,10 @@ class Tracer:
             found[name] = linear._replace(a=a, f=f, grad_a=grad_a, grad_f=grad_f)
         return {index: found}, factors
 
-    def _context(self, stage: Stage, tokens: int) -> AttentionContext:
+    def _context(self, stage: Stage, tokens: int) -> attention.AttentionContext:
         positions = torch.empty(1, tokens, dtype=torch.int64, device=counting.META)
         rope = stage.attention.qkv.rope
-        tables = {} if rope is None else {rope: rotation_table(positions, self.shape.heads, self.dtype)}
+        tables = {} if rope is None else {rope: attention.rotation_table(positions, self.shape.heads, self.dtype)}
 
         def by_token(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
             if self.dtype == torch.float32:  # the memory-efficient kernel needs keys and values for every query head
@@ -322,8 +321,8 @@ class Tracer:
             return output.flatten(1)[None]
 
         documents = Documents([0, tokens], positions[0, :2], tokens)
-        on_gpu = partial(attend_within, documents=documents, attend=by_token)
-        return AttentionContext(positions, tables, attend=on_gpu if self._on_gpu else by_tiles)
+        on_gpu = partial(fused_attention.attend_within, documents=documents, attend=by_token)
+        return attention.AttentionContext(positions, tables, attend=on_gpu if self._on_gpu else by_tiles)
 
 
 def _end(output: torch.Tensor) -> torch.Tensor:

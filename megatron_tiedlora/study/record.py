@@ -216,10 +216,6 @@ def check_resumable(folder: StudyFolder, now: SweepCommand, base: BaseRecord) ->
         return
     before, where = read_command(folder), f"{folder.settings}: the sweep was started with"
     _check_extended(before.settings, now.settings, base.num_layers, where)
-    if before.settings.test_limit != now.settings.test_limit:
-        raise UserError(
-            f"{where} --test_limit {before.settings.test_limit}, now it is {now.settings.test_limit}; keep the value"
-        )
     # Both are resolved for the same point, so that alpha, which depends on the rank, differs only if it was given.
     theirs, ours = job_settings.resolve_train(now.settings, before.given), now.train
     for name, own in declared(Settings).items():
@@ -251,10 +247,10 @@ def _check_extended(before: SweepSettings, now: SweepSettings, num_layers: int, 
             raise UserError(
                 f"{where} --{name} {flag_value(old)}, now {missing[0]} is missing; give it too, or a new --output_dir"
             )
-    if before.single_layers is not None and before.single_layer_rank != now.single_layer_rank:
-        raise UserError(
-            f"{where} --single_layer_rank {before.single_layer_rank}, now it is {now.single_layer_rank}; keep the value"
-        )
+    for name in ("test_limit",) if before.single_layers is None else ("single_layer_rank", "test_limit"):
+        same, other = getattr(before, name), getattr(now, name)
+        if same != other:
+            raise UserError(f"{where} --{name} {same}, now it is {other}; keep the value")
 
 
 def write_record(folder: StudyFolder, command: SweepCommand, base: BaseRecord) -> None:

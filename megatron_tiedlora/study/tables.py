@@ -21,10 +21,8 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_tiedlora.base.files import Guard, unguarded
-from megatron_tiedlora.base.messages import markdown_lines, printable
+from megatron_tiedlora.base import files, messages, shapes
 from megatron_tiedlora.base.methods import METHOD_NAMES, find_method
-from megatron_tiedlora.base.shapes import PRESETS, ModelShape
 from megatron_tiedlora.evaluation.results import Score
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.runtime.run_folder import plain_figures, save_figure
@@ -40,10 +38,10 @@ MODEL_TITLES = {"llama2-7b": "LLaMA-2 7B", "gpt-2b-001": "GPT-2B-001"}
 EXACT_MATCH = ("squad", "gsm8k", "exact_match")  # our names for the paper's em; its other metrics keep their names
 
 
-def paper_model(name: str, shape: ModelShape) -> str | None:
+def paper_model(name: str, shape: shapes.ModelShape) -> str | None:
     """Return the paper's model that has this shape or, for GPT-2B-001, this name; None if no model matches."""
     for title in MODEL_TITLES:
-        if shape == shape_from_hf(PRESETS[title], source=title):
+        if shape == shape_from_hf(shapes.PRESETS[title], source=title):
             return title
     return "gpt-2b-001" if name.rstrip("/").rpartition("/")[2].lower() == "gpt-2b-001" else None
 
@@ -219,7 +217,7 @@ def table2_markdown(studies: Sequence[Study]) -> str:
                 cells += _cells(by_task.get(study.base.task, {}), with_paper=study.base.task in of_paper)
             mean = {"score": mean_base(studies)} if method == BASE_NAME else by_task.get(AVERAGE, {})
             body.append(cells + ([_number(mean.get(name)) for name in ("score", "decline_percent")] if several else []))
-        lines += [*markdown_lines(header, body), ""]
+        lines += [*messages.markdown_lines(header, body), ""]
     return _text([*lines, *([] if sections else ["No method has a score yet.", ""]), *_notes2(studies, records)])
 
 
@@ -306,7 +304,7 @@ def table3_markdown(studies: Sequence[Study]) -> str:
     notes += [*_incomplete_notes(records), *_study_notes([(study, study.grid.table3) for study in rows])]
     lines = [f"# Table 3: {model_title(studies[0])}, LoRA on one layer and a tied pair on all", ""]
     header = ["task", *(name.replace("_", " ") for name in columns)]
-    return _text([*lines, *markdown_lines(header, body), "", *notes])
+    return _text([*lines, *messages.markdown_lines(header, body), "", *notes])
 
 
 # Both -------------------------------------------------------------------------------------------------------------
@@ -333,7 +331,7 @@ def _study_notes(points: Sequence[tuple[Study, Sequence[Point]]]) -> list[str]:
 
 
 def _text(lines: Iterable[str]) -> str:
-    return "".join(f"{printable(line)}\n" for line in lines)
+    return "".join(f"{messages.printable(line)}\n" for line in lines)
 
 
 def _number(value: float | None, digits: int = 2) -> str:
@@ -379,7 +377,7 @@ def lines(studies: Sequence[Study]) -> dict[str, list[PlotPoint]]:
     return found
 
 
-def draw_figures(studies: Sequence[Study], folder: Path, *, guard: Guard = unguarded) -> list[Path]:
+def draw_figures(studies: Sequence[Study], folder: Path, *, guard: files.Guard = files.unguarded) -> list[Path]:
     """Draw figure 2 (a panel of all methods, a panel of the best) and figure 3 (a panel per task). Return the files.
 
     Raises UserError if a file cannot be written.
@@ -397,7 +395,7 @@ def draw_figures(studies: Sequence[Study], folder: Path, *, guard: Guard = ungua
     return [folder / name for name in panels]
 
 
-def _draw_panels(panels: Sequence[Callable[[Any], None]], target: Path, guard: Guard) -> None:
+def _draw_panels(panels: Sequence[Callable[[Any], None]], target: Path, guard: files.Guard) -> None:
     """Draw the panels in rows of three with a common legend below them, and save the figure."""
     from matplotlib import pyplot
 
