@@ -22,8 +22,7 @@ from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
-from megatron_tiedlora.planning.memory import LargestMicroBatch, held_memory, step_memory
-from megatron_tiedlora.planning.run_plan import RunPlan
+from megatron_tiedlora.planning import memory, run_plan
 from megatron_tiedlora.selfcheck.compare import random_stage
 from megatron_tiedlora.selfcheck.reference import Document, loss_and_gradients, relative
 from megatron_tiedlora.selfcheck.step_bench import Started, made_up, plan_benchmark, start
@@ -62,11 +61,11 @@ def step_settings(model: str, *flags: str) -> tool_settings.BenchSettings:
     return cli.parse_settings(["--what=layout", f"--model={model}", *flags], tool_settings.BenchSettings)
 
 
-def planned_bytes(plan: RunPlan) -> float:
+def planned_bytes(plan: run_plan.RunPlan) -> float:
     """Return the bytes that the dry run plans for torch's allocator on this rank."""
     tokens = plan.layout.rows * plan.layout.length
-    step = step_memory(plan.stage, LargestMicroBatch(tokens, 1, tokens))
-    return held_memory(plan.stage).plus(step).total
+    step = memory.step_memory(plan.stage, memory.LargestMicroBatch(tokens, 1, tokens))
+    return memory.held_memory(plan.stage).plus(step).total
 
 
 def layers_that_fit(model: str, *flags: str, share: float = 0.85) -> int:
