@@ -244,7 +244,7 @@ class ClusterPlan:
                 yield {"step": step, "layout": replace(shared, recompute=recompute), "is_default": is_default}
 
 
-def search(found: ClusterPlan, formats: tuple[str, ...] | None) -> ClusterPlan:
+def search(plan: ClusterPlan, formats: tuple[str, ...] | None) -> ClusterPlan:
     """Find all layouts of the run on the cluster, and return the plan with these layouts and the data.
 
     Args:
@@ -253,32 +253,33 @@ def search(found: ClusterPlan, formats: tuple[str, ...] | None) -> ClusterPlan:
     Raises:
         UserError: no layout is accepted, or the data cannot be read. The messages are the same as in a run.
     """
-    settings, storages, accepted = found.settings, _storages(found, formats), []
-    found.ranked = storages if formats is not None else storages[:1]
-    engine_files, recomputes = found.choices("ds_config", ENGINE_FILES), found.choices("recompute", RECOMPUTES)
-    ranks, sizes = found.world_size, divisors(found.world_size)
-    tensor, pipeline = (found.choices(f"{name}_parallel", sizes) for name in ("tensor", "pipeline"))
+    settings, storages, accepted = plan.settings, _storages(plan, formats), []
+    plan.ranked = storages if formats is not None else storages[:1]
+    engine_files, recomputes = plan.choices("ds_config", ENGINE_FILES), plan.choices("recompute", RECOMPUTES)
+    ranks, sizes = plan.world_size, divisors(plan.world_size)
+    tensor, pipeline = (plan.choices(f"{name}_parallel", sizes) for name in ("tensor", "pipeline"))
+    # If no sizes divide the number of ranks, one pair is tried, for the error message of a run.
     grids = [(t, p) for t in tensor for p in pipeline if ranks % (t * p) == 0] or [(tensor[0], pipeline[0])]
     for (tp_size, pp_size), engine_file, storage in product(grids, engine_files, storages):
         # Without tensor parallelism, sequence parallelism has no effect.
-        sequences = found.choices("sequence_parallel", [settings.sequence_parallel] if tp_size == 1 else [True, False])
-        variants = found.rows_per_rank(ranks // (tp_size * pp_size)), sequences, recomputes
+        sequences = plan.choices("sequence_parallel", [settings.sequence_parallel] if tp_size == 1 else [True, False])
+        variants = plan.rows_per_rank(ranks // (tp_size * pp_size)), sequences, recomputes
         try:
-            accepted.append((found.plans(tp_size, pp_size, engine_file, storage), variants, engine_file, storage))
+            accepted.append((plan.plans(tp_size, pp_size, engine_file, storage), variants, engine_file, storage))
         except UserError as error:
-            found.refused[str(error)] += math.prod(map(len, variants))
+            plan.refused[str(error)] += math.prod(map(len, variants))
     if not accepted:
-        raise UserError(found.refused.most_common(1)[0][0])
+        raise UserError(plan.refused.most_common(1)[0][0])
     first, *_ = accepted[0]
-    if any(plan.reads_data for plan in first.values()):
-        found.data = adapter_plans.prepare_all_data(first)  # the data are the same for all layouts
-    same: dict[str, Any] = {"machine": found.machine, "per_node": found.per_node, "known": {}}
-    found.candidates = tuple(
+    if any(own.reads_data for own in first.values()):
+        plan.data = adapter_plans.prepare_all_data(first)  # the data are the same for all layouts
+    same: dict[str, Any] = {"machine": plan.machine, "per_node": plan.per_node, "known": {}}
+    plan.candidates = tuple(
         Candidate(**variant, **same, engine_file=engine_file, storage=storage)
         for plans, variants, engine_file, storage in accepted
-        for variant in found.variants(plans, *variants)
+        for variant in plan.variants(plans, *variants)
     )
-    return found
+    return plan
 
 
 def _storages(plan: ClusterPlan, formats: tuple[str, ...] | None) -> tuple[Storage, ...]:
