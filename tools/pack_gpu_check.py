@@ -57,22 +57,19 @@ def main(argv: Sequence[str]) -> int:
     with new_folder(options.output) as folder:
         wheels = folder / "wheels"
         wheels.mkdir()
-        _build_wheels(wheels)
+        environment = {**os.environ, "DS_BUILD_OPS": "0", "DS_ACCELERATOR": "cpu"}  # build no CUDA operators
+        for what in (str(ROOT), _pinned("deepspeed")):  # DeepSpeed is published only as source
+            _pip("wheel", "--no-deps", "-w", str(wheels), what, environment=environment)
         for python in pythons:
             _download(wheels, python, options)
-        _copy_tools(folder)
+        (folder / "tools").mkdir()
+        shutil.copy(ROOT / "tools" / "check_gpu.py", folder / "tools")
+        shutil.copy(ROOT / "tools" / "run_offline.py", folder / "run.py")
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         if size > LARGEST:
             raise UserError(f"--pythons {options.pythons}: {bytes_in_words(size)} is above 20 MB; give fewer versions")
     show(f"{options.output}: {bytes_in_words(size)}; on the machine: python3 {options.output.name}/run.py")
     return 0
-
-
-def _build_wheels(wheels: Path) -> None:
-    """Build the wheels of this project and of DeepSpeed, which is published only as source. Build no CUDA operators."""
-    environment = {**os.environ, "DS_BUILD_OPS": "0", "DS_ACCELERATOR": "cpu"}
-    for what in (str(ROOT), _pinned("deepspeed")):
-        _pip("wheel", "--no-deps", "-w", str(wheels), what, environment=environment)
 
 
 def _download(wheels: Path, python: str, options: PackSettings) -> None:
@@ -106,12 +103,6 @@ def _pip(*arguments: str, environment: dict[str, str] | None = None) -> None:
     if done.returncode:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         raise UserError(f"pip {arguments[0]} failed ({lines[-1] if lines else 'no message'}); check the network")
-
-
-def _copy_tools(folder: Path) -> None:
-    (folder / "tools").mkdir()
-    shutil.copy(ROOT / "tools" / "check_gpu.py", folder / "tools")
-    shutil.copy(ROOT / "tools" / "run_offline.py", folder / "run.py")
 
 
 if __name__ == "__main__":

@@ -19,9 +19,7 @@ from megatron_tiedlora.config.batch import longest_prompt
 from megatron_tiedlora.config.cli import RUN_OF_ALL, check_folders, check_halving, read_adapters
 from megatron_tiedlora.config.fields import marked
 from megatron_tiedlora.config.settings import NO_TRAIN_FILE, Settings, make_settings
-from megatron_tiedlora.data.cache import TrainingData, tokenised_once
-from megatron_tiedlora.data.chat import chat_note, chat_writer
-from megatron_tiedlora.data.encode import Encoding
+from megatron_tiedlora.data import cache, chat, encode
 from megatron_tiedlora.data.splits import files_of, open_tokenizer, read_split
 from megatron_tiedlora.data.task import Example, Reading
 from megatron_tiedlora.data.tasks import get_task
@@ -30,6 +28,9 @@ from megatron_tiedlora.data.tokenizer import end_ids
 from megatron_tiedlora.evaluation.answering import ScoredSet, encode_scored
 from megatron_tiedlora.planning.run_plan import RunPlan, epochs_of, plan_run
 from megatron_tiedlora.runtime.run_folder import RunFolder, choose_run_folder, last_run_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 DS_CONFIG = "zero0.json"  # the default with --adapters; others clip all adapters together or shard the base
 
@@ -119,18 +120,13 @@ def check_run_folders(settings: Settings, plans: Plans, folder: RunFolder) -> No
             choose_run_folder(plans[name].settings.completed(output_dir=output_dir))
 
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 _DRAW_STREAM = 2**32 + 1  # differs from the random streams of the validation split and of epochs (0, 1, ...)
-
-
 MANY_CUT = 0.01  # fraction of the training prompts
 MANY_EPOCHS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunData(TrainingData):
+class RunData(cache.TrainingData):
     """The tokenised splits and the tokenizer of a run.
 
     The `validation` samples of `TrainingData` select the best checkpoint. A resumed run must have the same `sha256`.
@@ -151,7 +147,7 @@ class RunData(TrainingData):
         """Notes about the data that a run prints first: its sources, the chat template, and dropped turns."""
         lines = [*self.mix]
         if self.chats:
-            lines.append(f"chats by {chat_note(self.tokenizer, self.reading)}")
+            lines.append(f"chats by {chat.chat_note(self.tokenizer, self.reading)}")
         for name, split in (("train", self.train), ("validation", self.validation)):
             if split.shortened_chats:
                 lines.append(
@@ -165,8 +161,8 @@ class RunData(TrainingData):
         if self.unended:
             ends = self.tokenizer.eos_token
             found.append(
-                f"{chat_writer(self.tokenizer, self.reading)} writes no end-of-sequence token ({ends}) after an answer,"
-                " so the model does not learn to stop; give a --chat_template that ends answers with it"
+                f"{chat.chat_writer(self.tokenizer, self.reading)} writes no end-of-sequence token ({ends}) after an"
+                " answer, so the model does not learn to stop; give a --chat_template that ends answers with it"
             )
         return found
 
@@ -243,33 +239,43 @@ def prepare_data(plan: RunPlan) -> RunData:
     """
     if not plan.settings.names_data:
         raise UserError(NO_TRAIN_FILE)
-    settings, vocab_size = plan.settings, plan.source.shape.vocab_size
+    settings, task, vocab_size = plan.settings, get_task(plan.settings.task), plan.source.shape.vocab_size
     model_folder = plan.source.weights_folder()  # raises for a preset, which has no files
     tokenizer, reading = open_tokenizer(settings, model_folder, vocab_size=vocab_size), Reading.of(settings)
-    encoding = Encoding(
-        task=get_task(settings.task),
+    encoding = encode.Encoding(
+        task=task,
         tokenizer=tokenizer,
         reading=reading,
         max_length=settings.max_length,
         end_ids=end_ids(tokenizer, model_folder, vocab_size=vocab_size),
     )
     files, limit = files_of(settings), settings.timeout_minutes
-    parts = tokenised_once(encoding, files=files, seed=settings.seed, timeout_minutes=limit)
-    drawn = [] if settings.eval_metric == "loss" else _drawn(settings, tokenizer)
+    parts = cache.tokenised_once(encoding, files=files, seed=settings.seed, timeout_minutes=limit)
+    drawn = list[Example]()
+    if settings.eval_metric != "loss":  # random samples in file order; the first ones may be alike in a sorted file
+        examples = read_split(settings, "validation", tokenizer=tokenizer)
+        order = permutation(len(examples), seed=settings.seed, stream=_DRAW_STREAM)[: settings.eval_samples]
+        drawn = [examples[index] for index in sorted(order.tolist())]
+
+    def scored_set(examples: list[Example]) -> ScoredSet | None:
+        if not examples:
+            return None
+        return encode_scored(
+            examples,
+            task,
+            tokenizer,
+            reading=reading,
+            longest_prompt=longest_prompt(settings.max_length, plan.source.shape.limit.tokens, plan.max_new_tokens),
+            max_new_tokens=plan.max_new_tokens,
+            batch_size=settings.eval_batch_size,
+            model_folder=model_folder,
+            vocab_size=vocab_size,
+        )
+
+    scored = scored_set(_test_examples(settings, tokenizer))
     return RunData(
-        **vars(parts),
-        tokenizer=tokenizer,
-        scored=_encode(plan, tokenizer, _test_examples(settings, tokenizer)),
-        scored_validation=_encode(plan, tokenizer, drawn),
-        reading=reading,
+        **vars(parts), tokenizer=tokenizer, scored=scored, scored_validation=scored_set(drawn), reading=reading
     )
-
-
-def _drawn(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """Return --eval_samples random validation samples in file order. They are random because files are often sorted."""
-    examples = read_split(settings, "validation", tokenizer=tokenizer)
-    order = permutation(len(examples), seed=settings.seed, stream=_DRAW_STREAM)[: settings.eval_samples]
-    return [examples[index] for index in sorted(order.tolist())]
 
 
 def _test_examples(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
@@ -278,19 +284,3 @@ def _test_examples(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> li
     if limit is None and settings.test_file is None:
         return []
     return read_split(settings, "test", tokenizer=tokenizer, limit=limit)
-
-
-def _encode(plan: RunPlan, tokenizer: PreTrainedTokenizerBase, examples: list[Example]) -> ScoredSet | None:
-    if not examples:
-        return None
-    return encode_scored(
-        examples,
-        get_task(plan.settings.task),
-        tokenizer,
-        reading=Reading.of(plan.settings),
-        longest_prompt=longest_prompt(plan.settings.max_length, plan.source.shape.limit.tokens, plan.max_new_tokens),
-        max_new_tokens=plan.max_new_tokens,
-        batch_size=plan.settings.eval_batch_size,
-        model_folder=plan.source.weights_folder(),
-        vocab_size=plan.source.shape.vocab_size,
-    )

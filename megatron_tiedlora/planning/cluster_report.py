@@ -12,11 +12,9 @@ from megatron_tiedlora.config.fields import flag_value, marked
 from megatron_tiedlora.config.job_settings import PLAN_DEFAULTS, PlanCommand, PlanSettings
 from megatron_tiedlora.config.settings import HOW_LONG, Settings
 from megatron_tiedlora.parallel.groups import GROUPS
-from megatron_tiedlora.planning import machines
+from megatron_tiedlora.planning import machines, report, run_plan
 from megatron_tiedlora.planning.layout import PLAIN_STORAGE, Storage
-from megatron_tiedlora.planning.planned import Cluster, Planned
-from megatron_tiedlora.planning.report import layout_sections
-from megatron_tiedlora.planning.run_plan import with_models_length
+from megatron_tiedlora.planning.planned import Planned
 from megatron_tiedlora.planning.search import Candidate, ClusterPlan, search
 
 _MISSED = 5  # lines about layouts that do not fit
@@ -46,10 +44,11 @@ def plan_cluster(command: PlanCommand) -> ClusterPlan:
         UserError: no layout is accepted, or the model or data cannot be read. The messages are the same as in a run.
     """
     settings, train = command.settings, command.train
-    ranks, per_node = settings.ranks_on_cpu, settings.gpus_per_node
-    cluster = Cluster(ranks or settings.nodes * per_node, ranks or per_node, find_machine(settings))
-    source = find_model(train.model, weights=False)
-    return search(with_models_length(train, source), cluster, source=source, formats=settings.formats)
+    per_node = settings.ranks_on_cpu or settings.gpus_per_node
+    world_size = settings.ranks_on_cpu or settings.nodes * per_node
+    machine, source = find_machine(settings), find_model(train.model, weights=False)
+    plan = ClusterPlan(run_plan.with_models_length(train, source), source, world_size, per_node, machine)
+    return search(plan, settings.formats)
 
 
 def chosen_layout(plan: ClusterPlan, shown: PlanSettings) -> Candidate | None:
@@ -67,7 +66,7 @@ def report_lines(plan: ClusterPlan, shown: PlanSettings) -> list[str]:
     if first:
         more = f", the first {len(first)} of {len(rows)}" if len(first) < len(rows) else ""
         kind = "" if shown.every_layout else ", the fastest of each tensor x pipeline x data and storage"
-        lines.append(f"layouts that fit in {plan.cluster.capacity / 1e9:.1f} GB{kind}{more}")
+        lines.append(f"layouts that fit in {first[0].capacity / 1e9:.1f} GB{kind}{more}")
         lines += _table(first)
         several = plan.settings.adapters is not None
         hours = "of the tokens of all steps at the speed of step 1, which all take" if several else "of the run"
@@ -87,7 +86,7 @@ def report_lines(plan: ClusterPlan, shown: PlanSettings) -> list[str]:
         lines += ["", *_why_lines(plan.row(shown.why, flag="why"), plan)]
     if chosen is not None:
         values = chosen_settings(plan, chosen)
-        lines += ["", f"start {chosen.name}", *command_lines(values, plan.cluster, yaml=shown.yaml)]
+        lines += ["", f"start {chosen.name}", *command_lines(values, plan, yaml=shown.yaml)]
     return lines
 
 
@@ -104,11 +103,11 @@ def warning_lines(plan: ClusterPlan, shown: PlanSettings) -> list[str]:
 
 def _head(plan: ClusterPlan, shown: PlanSettings) -> list[str]:
     """Return the first lines: the number of layouts, the planned run, its defaults, and why layouts are rejected."""
-    cluster, train = plan.cluster, plan.settings
+    train = plan.settings
     dropped, fitting = sum(not one.has_room_for_weights for one in plan.others), len(plan.rows) + len(plan.elsewhere)
     plans = plan.candidates[0].step.plans  # the lines below are the same for all layouts
-    nodes = count_text(-(-cluster.world_size // cluster.per_node), "node")
-    where = f"{nodes} of {cluster.per_node} x {cluster.machine.title}"
+    nodes = count_text(-(-plan.world_size // plan.per_node), "node")
+    where = f"{nodes} of {plan.per_node} x {plan.machine.title}"
     who = "" if train.adapters is None else f"{count_text(len(plans), 'adapter')} of {train.adapters}: "
     steps = [plan.settings.max_steps for plan in plans.values()]
     sizes = [plan.settings.global_batch_size for plan in plans.values()]
@@ -151,7 +150,7 @@ def _table(rows: Sequence[Candidate]) -> list[str]:
         shares = [spent.matmuls, spent.attention, elementwise, spent.tensor, spent.gathers]
         shares += [spent.bubble + spent.pipeline, spent.sums + spent.outside]
         speed = f"{row.tokens_per_second:,.{0 if row.tokens_per_second >= 100 else 1}f}", f"{row.mfu:.1%}"
-        hours = hours_text(row.hours), hours_text(row.hours * row.cluster.world_size)
+        hours = hours_text(row.hours), hours_text(row.hours * row.layout.world_size)
         parts = (f"{share / spent.total:.1%}" for share in shares)
         lines.append([row.name, f"{row.needed / 1e9:.1f}", *speed, *parts, *hours])
     return aligned_lines(lines, indent="  ")
@@ -178,7 +177,7 @@ def _missed_lines(plan: ClusterPlan) -> list[str]:
 
 def _missing_line(row: Candidate, plan: ClusterPlan) -> str:
     """Return a line about a layout that does not fit: the memory that it needs, and a change that makes it fit."""
-    sizes = f"{row.name}: {row.needed / 1e9:.1f} of {plan.cluster.capacity / 1e9:.1f} GB"
+    sizes = f"{row.name}: {row.needed / 1e9:.1f} of {row.capacity / 1e9:.1f} GB"
     if not row.has_room_for_weights:
         return f"{sizes} for the weights alone; {_what_fits(row, plan)}"
     parts = {name: size for name, size in row.fullest[1]._asdict().items() if name != "slack"}
@@ -213,7 +212,7 @@ def _why_lines(row: Candidate, plan: ClusterPlan) -> list[str]:
         f" {layout.recompute}",
         *([] if row.fits else [f"  {_missing_line(row, plan)}"]),
     ]
-    for section in layout_sections(row):
+    for section in report.layout_sections(row):
         lines += ["", *section]
     return lines
 
@@ -227,23 +226,30 @@ def chosen_settings(plan: ClusterPlan, candidate: Candidate) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in marked(Settings, of_dry_run=True)}
 
 
-def command_lines(values: Mapping[str, Any], cluster: Cluster, *, yaml: str | None = None) -> list[str]:
+def command_lines(values: Mapping[str, Any], plan: ClusterPlan, *, yaml: str | None = None) -> list[str]:
     """Return the command that launches the run on this host, or on the hosts of a hostfile.
 
     Args:
         yaml: the YAML file that contains the settings; None to write the settings into the command.
     """
-    nodes = -(-cluster.world_size // cluster.per_node)
-    hosts = f"--num_gpus {cluster.per_node}" if nodes == 1 else "--hostfile hostfile"
+    nodes = -(-plan.world_size // plan.per_node)
+    hosts = f"--num_gpus {plan.per_node}" if nodes == 1 else "--hostfile hostfile"
     words = [word for name, value in values.items() for word in (f"--{name}", flag_value(value))]
     words = ["--config", yaml] if yaml else words
-    file = f"  (hostfile: {nodes} lines NAME slots={cluster.per_node}; in a Slurm allocation leave --hostfile out)"
+    file = f"  (hostfile: {nodes} lines NAME slots={plan.per_node}; in a Slurm allocation leave --hostfile out)"
     return [f"tiedlora run {hosts} {shlex.join(words)}", *([] if nodes == 1 else [file])]
 
 
 def report_record(plan: ClusterPlan, shown: PlanSettings) -> dict[str, Any]:
     """Return a dictionary for JSON with all layouts, the fastest first, and details of the chosen layout."""
-    train, chosen = plan.settings, chosen_layout(plan, shown)
+    train, chosen, start = plan.settings, chosen_layout(plan, shown), None
+    if chosen is not None:  # the byte counts of DeepSpeed's messages are upper bounds
+        values, messages = chosen_settings(plan, chosen), []
+        for index in range(chosen.layout.pp_size):
+            of_groups = {group: chosen.traffic(index).of_group(group) for group in GROUPS}
+            messages.append({group: {"messages": count, "bytes": size} for group, (count, size) in of_groups.items()})
+        command = command_lines(values, plan, yaml=shown.yaml)[0]
+        start = {"layout": chosen.name, "command": command, "settings": values, "messages": messages}
     about: dict[str, Any] = {"global_batch_size": train.global_batch_size}
     if train.adapters is not None:
         hours = None if chosen is None or not chosen.fits else chosen.hours_in_turn
@@ -256,28 +262,18 @@ def report_record(plan: ClusterPlan, shown: PlanSettings) -> dict[str, Any]:
         }
     return {
         "model": train.model,
-        "ranks": plan.cluster.world_size,
-        "ranks_per_node": plan.cluster.per_node,
-        "machine": plan.cluster.machine.record(),
+        "ranks": plan.world_size,
+        "ranks_per_node": plan.per_node,
+        "machine": plan.machine.record(),
         "max_length": train.max_length,
         **about,
         "steps": plan.candidates[0].step.steps,
         "enumerated": plan.enumerated,
         "refused": dict(plan.refused.most_common()),
         "hints": hint_lines(plan),
-        "chosen": None if chosen is None else _chosen_record(plan, chosen, yaml=shown.yaml),
+        "chosen": start,
         "layouts": [_record_of(row) for row in plan.all_rows],
     }
-
-
-def _chosen_record(plan: ClusterPlan, row: Candidate, *, yaml: str | None) -> dict[str, Any]:
-    """Return the command and messages of a layout. For DeepSpeed's messages, the byte counts are upper bounds."""
-    values, messages = chosen_settings(plan, row), []
-    for index in range(row.layout.pp_size):
-        of_groups = {group: row.traffic(index).of_group(group) for group in GROUPS}
-        messages.append({group: {"messages": count, "bytes": size} for group, (count, size) in of_groups.items()})
-    command = command_lines(values, plan.cluster, yaml=yaml)[0]
-    return {"layout": row.name, "command": command, "settings": values, "messages": messages}
 
 
 def _record_of(row: Candidate) -> dict[str, Any]:
@@ -288,7 +284,7 @@ def _record_of(row: Candidate) -> dict[str, Any]:
         "settings": row.flags,
         "data_parallel": row.layout.dp_size,
         "fits": row.fits,
-        "bytes": {"needed": row.needed, "of": row.cluster.capacity, "stage": stage},
+        "bytes": {"needed": row.needed, "of": row.capacity, "stage": stage},
     }
     if memory is not None:
         record["bytes"] |= memory._asdict()
@@ -298,7 +294,7 @@ def _record_of(row: Candidate) -> dict[str, Any]:
             "mfu": row.mfu,
             "seconds": {**row.seconds._asdict(), "step": row.seconds.total},
             "hours": row.hours,
-            "rank_hours": row.hours * row.cluster.world_size,
+            "rank_hours": row.hours * row.layout.world_size,
         }
     return record
 

@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
-from megatron_tiedlora.parallel.groups import TENSOR, RankGroup
+from megatron_tiedlora.parallel import frozen_weight, groups
 from megatron_tiedlora.parallel.kernels import Kernels, has_rows
 
 META = "meta"
@@ -163,14 +162,14 @@ def _traced_kernel(
 
 
 @dataclass(frozen=True)
-class CountingGroup(RankGroup):
+class CountingGroup(groups.RankGroup):
     """A process group that counts its messages and sends none. It counts the bytes of full tensors."""
 
     counts: Counts = field(default_factory=Counts)
 
     def _sent(self, kind: str, tensor: Tensor) -> None:
-        self.counts.found["messages", TENSOR, kind] += 1
-        self.counts.found["bytes", TENSOR, kind] += tensor.nbytes
+        self.counts.found["messages", groups.TENSOR, kind] += 1
+        self.counts.found["bytes", groups.TENSOR, kind] += tensor.nbytes
 
     def all_reduce_(self, tensor: Tensor, op: Any = None) -> None:
         """Count an all-reduce of `tensor`."""
@@ -185,7 +184,7 @@ class CountingGroup(RankGroup):
         self._sent("reduce-scatter", parts)
 
 
-class CountedWeight(FrozenWeight):
+class CountedWeight(frozen_weight.FrozenWeight):
     """A frozen weight that counts the FLOPs of its matmuls, and the elements of W and of the input that they read.
 
     The matmuls of the head are counted separately.

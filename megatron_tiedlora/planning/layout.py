@@ -21,9 +21,8 @@ from numpy.typing import NDArray
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterShard
 from megatron_tiedlora.base.shapes import UNQUANTISED, ModelShape
-from megatron_tiedlora.model.batch import PAD_MULTIPLE, padded_positions
+from megatron_tiedlora.model import batch, weights
 from megatron_tiedlora.model.layer_specs import StoredTensor, stored_tensors
-from megatron_tiedlora.model.weights import layer_costs, partition
 from megatron_tiedlora.parallel.frozen_weight import padded
 from megatron_tiedlora.planning.trace import Kind
 
@@ -132,7 +131,7 @@ class Layout:
 
         It is the least common multiple of the number of shards and 8 (on GPUs 128). Padding does not change the loss.
         """
-        return math.lcm(GPU_MULTIPLE if self.on_gpu else PAD_MULTIPLE, self.sequence_parts)
+        return math.lcm(GPU_MULTIPLE if self.on_gpu else batch.PAD_MULTIPLE, self.sequence_parts)
 
 
 # The micro-batches of a step ------------------------------------------------------------------------------------------
@@ -183,7 +182,7 @@ def shared_shape(layout: Layout, parts: Sequence[tuple[int, Sequence[SampleRow]]
         places = [starts[index] + number * length + np.flatnonzero(row) - 1 for number, row in enumerate(rows)]
         counts = np.diff(np.searchsorted(np.concatenate(places), edges))
         here = (edges[:-1] < starts[index + 1]) & (edges[1:] > starts[index])
-        after[here, index] = [padded_positions(int(count)) for count in counts[here]]
+        after[here, index] = [batch.padded_positions(int(count)) for count in counts[here]]
         last[here], total = index, total + int(counts.sum())
     by_part = after.sum(axis=1)
     after[np.arange(len(last)), last] += by_part.max() - by_part
@@ -294,10 +293,10 @@ class StagePlan:
 
 def plan_stages(shape: ModelShape, layout: Layout) -> tuple[StagePlan, ...]:
     """Return all stages of the model in order. The layout must fit the model (see `check_layout`)."""
-    costs = layer_costs(shape, length=layout.length, first_adapted=layout.first_adapted)
+    costs = weights.layer_costs(shape, length=layout.length, first_adapted=layout.first_adapted)
     local, full = (stored_tensors(shape, layout.dtype, size, *layout.storage) for size in (layout.tp_size, 1))
     stages = []
-    for index, layers in enumerate(partition(costs, layout.pp_size)):
+    for index, layers in enumerate(weights.partition(costs, layout.pp_size)):
         is_first, is_last = index == 0, index == layout.pp_size - 1
         # With tied embeddings, a last stage without the embedding has its own copy.
         parts = {"embedding": is_first + (is_last and not is_first and shape.tied_embeddings), "head": int(is_last)}

@@ -12,14 +12,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_tiedlora.base.files import read_json_object, read_yaml_mapping
+from megatron_tiedlora.base import files, shapes
 from megatron_tiedlora.base.messages import UserError, aligned_lines, nearest_name, shown
-from megatron_tiedlora.base.shapes import BASE_NAMES, FP8_CAPABILITY
 from megatron_tiedlora.config.settings import GPU_NAMES
 from megatron_tiedlora.model.fused_attention import CANDIDATES
 
-_KNOWN = read_yaml_mapping(Path(__file__).with_suffix(".yaml"))
-_BY_FORMAT = {"dequantise": [f"dequantise.{name}" for name in BASE_NAMES]}
+_KNOWN = files.read_yaml_mapping(Path(__file__).with_suffix(".yaml"))
+_BY_FORMAT = {"dequantise": [f"dequantise.{name}" for name in shapes.BASE_NAMES]}
 CONSTANTS: Mapping[str, tuple[str, str]] = {  # name -> (unit, description)
     name: entry for key, entry in _KNOWN["constants"].items() for name in _BY_FORMAT.get(key, [key])
 }
@@ -87,7 +86,7 @@ def read_machine(path: Path) -> Machine:
     Raises:
         UserError: the file has a different format, or a constant is missing, unknown or out of range.
     """
-    content = read_json_object(path, kind="a file of constants")
+    content = files.read_json_object(path, kind="a file of constants")
     constants = content.get("constants")
     if not isinstance(constants, dict) or type(content.get("on_gpu")) is not bool:
         raise UserError(f"{path}: this is not a file of constants. Write one with `tiedlora plan --measure FILE`")
@@ -113,7 +112,7 @@ def read_machine(path: Path) -> Machine:
         raise UserError(f"{path}: capability is {shown(capability)}. Give two integers such as [9, 0]")
     if content["on_gpu"] and capability is None:
         raise UserError(f"{path}: capability is missing. Give the GPU's CUDA compute capability, such as [9, 0]")
-    if found["peak.fp8"].value == 0 and (capability is None or capability >= FP8_CAPABILITY):
+    if found["peak.fp8"].value == 0 and (capability is None or capability >= shapes.FP8_CAPABILITY):
         raise UserError(f"{path}: peak.fp8 is 0. Give a value above 0 for a CPU, or a GPU of capability 8.9 or higher")
     return Machine(name, str(content.get("title", name)), content["on_gpu"], found, capability)
 

@@ -12,9 +12,8 @@ from typing import NamedTuple
 import torch
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterShard
+from megatron_tiedlora.model import batch, cpu_attention
 from megatron_tiedlora.model.attention import cache_dtype
-from megatron_tiedlora.model.batch import PAD_MULTIPLE
-from megatron_tiedlora.model.cpu_attention import tile_size
 from megatron_tiedlora.parallel.frozen_weight import padded
 from megatron_tiedlora.parallel.kernels import COPIES_ON_CPU, NUMBERS_AT_ONCE
 from megatron_tiedlora.planning.counting import ATTENTION, Moment
@@ -126,7 +125,7 @@ def _most_of_widest(stage: StagePlan, tokens: int) -> Sizes:
     """Return the sizes of a micro-batch in which the adapter with the largest A x has almost all tokens."""
     configs = [part.config for part in stage.parts]
     widest = max(range(len(configs)), key=lambda number: configs[number].rank * len(configs[number].targets))
-    least = PAD_MULTIPLE * stage.layout.sequence_parts
+    least = batch.PAD_MULTIPLE * stage.layout.sequence_parts
     tokens = padded(tokens, least)
     most = max(tokens - least * (len(configs) - 1), least)
     sizes = tuple(most if number == widest else least for number in range(len(configs)))
@@ -235,7 +234,7 @@ def attention_memory(stage: StagePlan, largest: LargestMicroBatch) -> tuple[int,
         workspace += 2 * query * tokens * itemsize * grouped
     else:
         # The scores of a tile, their exponentials, both gradients and temporary values; fp32 keys and two sums.
-        queries = min(tile_size(shape.heads.num, shape.heads.num_kv), longest)
+        queries = min(cpu_attention.tile_size(shape.heads.num, shape.heads.num_kv), longest)
         scores = layout.rows * heads * queries * longest
         workspace = scores * (FP32 + 2 * itemsize + FP32 * (1 if layout.compiled else 3))
         workspace += tokens * shape.heads.rows[1] // tp_size * FP32 * (2 + (itemsize < FP32))

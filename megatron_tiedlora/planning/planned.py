@@ -22,13 +22,11 @@ from megatron_tiedlora.data.loader import GlobalBatch, fill_rounds, largest_posi
 from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.parallel.frozen_weight import padded
 from megatron_tiedlora.parallel.groups import Traffic
-from megatron_tiedlora.planning import step_time
+from megatron_tiedlora.planning import machines, run_plan, step_time
 from megatron_tiedlora.planning.adapter_plans import Data, Plans, shared_plan
 from megatron_tiedlora.planning.layout import Layout, MicroBatchShape, SampleRow, StagePlan, plan_stages, shared_shape
-from megatron_tiedlora.planning.machines import Constant, Machine
 from megatron_tiedlora.planning.memory import LargestMicroBatch, StageMemory, held_memory, step_memory, with_reserves
 from megatron_tiedlora.planning.passes import engine_traffic, stage_work, step_flops, step_traffic
-from megatron_tiedlora.planning.run_plan import RunPlan
 
 # The step -------------------------------------------------------------------------------------------------------------
 
@@ -51,7 +49,7 @@ def micro_batch_capacity(plans: Plans, *, shares: bool) -> int:
     return max(plan.layout.rows * plan.layout.length for plan in plans.values()) if shares else 0
 
 
-def longest_run(plans: Plans) -> RunPlan:
+def longest_run(plans: Plans) -> run_plan.RunPlan:
     """Return the plan that trains on the most tokens. Its settings decide whether kernels are compiled."""
     return max(plans.values(), key=lambda plan: plan.num_tokens)
 
@@ -77,7 +75,7 @@ class StepPlan:
         return cls(plans, shares, samples)
 
     @cached_property
-    def shared(self) -> RunPlan:
+    def shared(self) -> run_plan.RunPlan:
         """The plan that all adapters share; see `shared_plan`."""
         return shared_plan(self.plans)
 
@@ -237,43 +235,22 @@ _DEPENDS = {
 }
 
 
-@dataclass(frozen=True)
-class Cluster:
-    """A cluster: its number of ranks, the number of ranks per node, and the machine of a rank."""
-
-    world_size: int
-    per_node: int
-    machine: Machine
-
-    @property
-    def capacity(self) -> float:
-        """The bytes of memory per rank."""
-        return self.machine["memory"] / (1 if self.machine.on_gpu else self.per_node)
-
-
 @dataclass(eq=False, kw_only=True)
 class Planned:
     """A layout of a run on a cluster, with its predicted costs.
 
     Attributes:
         step: the planned step. Layouts with the same micro-batches share this object.
+        machine: the machine of all ranks.
+        per_node: the number of ranks per node.
         known: a cache of values that several layouts share.
     """
 
     step: StepPlan
     layout: Layout
-    cluster: Cluster
+    machine: machines.Machine
+    per_node: int = step_time.RANKS_PER_NODE
     known: dict[Hashable, Any] = field(default_factory=dict, repr=False)
-
-    @classmethod
-    def alone(cls, step: StepPlan, machine: Machine, *, per_node: int = step_time.RANKS_PER_NODE) -> "Planned":
-        """Return a plan with the layout of `step` and with its own cache."""
-        return Planned(step=step, layout=step.layout, cluster=Cluster(step.layout.world_size, per_node, machine))
-
-    @property
-    def machine(self) -> Machine:
-        """The machine of all ranks."""
-        return self.cluster.machine
 
     def stage(self, index: int) -> StagePlan:
         """Return the stage with this index. Layouts with the same partition and storage share its values."""
@@ -288,7 +265,7 @@ class Planned:
     @cached_property
     def links(self) -> step_time.Links:
         """The links that carry the messages of each process group."""
-        return self._once("links", lambda: step_time.Links(self.layout, self.cluster.per_node))
+        return self._once("links", lambda: step_time.Links(self.layout, self.per_node))
 
     # Memory -----------------------------------------------------------------------------------------------------------
 
@@ -298,9 +275,14 @@ class Planned:
         return max(held.base + held.dequantised for held in map(self._held, self._first_stages))
 
     @property
+    def capacity(self) -> float:
+        """The bytes of memory per rank."""
+        return self.machine["memory"] / (1 if self.machine.on_gpu else self.per_node)
+
+    @property
     def has_room_for_weights(self) -> bool:
         """Whether the base weights fit in a rank's memory."""
-        return self.weights <= self.cluster.capacity
+        return self.weights <= self.capacity
 
     def memory(self, index: int) -> StageMemory:
         """Return the memory that a rank of this stage needs."""
@@ -322,7 +304,7 @@ class Planned:
     @property
     def fits(self) -> bool:
         """Whether the memory of every rank is large enough."""
-        return self.needed <= self.cluster.capacity
+        return self.needed <= self.capacity
 
     # Messages ---------------------------------------------------------------------------------------------------------
 
@@ -353,7 +335,7 @@ class Planned:
     @property
     def tokens_per_second(self) -> float:
         """The number of tokens per second per rank."""
-        return self.work.tokens / self.seconds.total / self.cluster.world_size
+        return self.work.tokens / self.seconds.total / self.layout.world_size
 
     @property
     def dtype(self) -> str:
@@ -363,7 +345,7 @@ class Planned:
     @property
     def mfu(self) -> float:
         """The model FLOPs utilisation (MFU), as a fraction of the peak FLOP/s in the dtype of the base."""
-        return self.work.flops / self.seconds.total / (self.machine[f"peak.{self.dtype}"] * self.cluster.world_size)
+        return self.work.flops / self.seconds.total / (self.machine[f"peak.{self.dtype}"] * self.layout.world_size)
 
     @property
     def hours(self) -> float:
@@ -378,14 +360,15 @@ class Planned:
             samples = None if self.step.samples is None else {ONLY: self.step.samples[name]}
             own = StepPlan({ONLY: plan}, samples=samples)
             changes = {key: getattr(own.layout, key) for key in ("adapters", "named", "micro_batches", "compiled")}
-            alone.append(Planned(step=own, layout=replace(self.layout, **changes), cluster=self.cluster))
+            layout = replace(self.layout, **changes)
+            alone.append(Planned(step=own, layout=layout, machine=self.machine, per_node=self.per_node))
         time_together(alone)
         return sum(one.hours for one in alone)
 
-    def changed(self, constants: dict[str, Constant]) -> "Planned":
+    def changed(self, constants: dict[str, machines.Constant]) -> "Planned":
         """Return this layout on a machine in which these constants are replaced."""
-        cluster = replace(self.cluster, machine=self.machine.changed(constants))
-        return Planned(step=self.step, layout=self.layout, cluster=cluster)
+        machine = self.machine.changed(constants)
+        return Planned(step=self.step, layout=self.layout, machine=machine, per_node=self.per_node)
 
     @property
     def parts(self) -> step_time.StepParts:

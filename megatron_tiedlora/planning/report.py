@@ -20,20 +20,15 @@ from megatron_tiedlora.base.messages import (
     time_text,
 )
 from megatron_tiedlora.config.settings import Settings
-from megatron_tiedlora.data.encode import decode_ids
-from megatron_tiedlora.data.loader import num_positions
-from megatron_tiedlora.data.sources import row_stream
+from megatron_tiedlora.data import encode, loader, sources
 from megatron_tiedlora.data.splits import files_of
 from megatron_tiedlora.data.tasks import get_task
 from megatron_tiedlora.model.weights import num_base_parameters
 from megatron_tiedlora.parallel.groups import DATA, GROUPS, WORLD
-from megatron_tiedlora.planning import adapter_plans, memory
+from megatron_tiedlora.planning import adapter_plans, memory, run_plan, step_time
 from megatron_tiedlora.planning.passes import STOP_VOTES_BYTES, engine_traffic, saved_per_token
 from megatron_tiedlora.planning.planned import Planned, StepPlan
-from megatron_tiedlora.planning.run_plan import epochs_of, start_lines
-from megatron_tiedlora.planning.step_time import Term
-from megatron_tiedlora.runtime.run_folder import choose_run_folder
-from megatron_tiedlora.runtime.stopping import LONG_STEP_SECONDS
+from megatron_tiedlora.runtime import run_folder, stopping
 
 
 class DryRunReport(NamedTuple):
@@ -51,13 +46,14 @@ def dry_run_report(settings: Settings, *, launched_ranks: int = 1) -> DryRunRepo
     """
     ranks = settings.world_size or launched_ranks
     plans = adapter_plans.plan_adapters(settings, rank=0, world_size=ranks, weights=False)
-    adapter_plans.check_run_folders(settings, plans, choose_run_folder(settings))
+    adapter_plans.check_run_folders(settings, plans, run_folder.choose_run_folder(settings))
     data: adapter_plans.Data = {}
     if any(plan.reads_data for plan in plans.values()):
         data = adapter_plans.prepare_all_data(plans)
         plans = adapter_plans.counted(plans, data)
     step = StepPlan.first(plans, data, shares=settings.share_micro_batches)
-    planned, on_card = Planned.alone(step, step.shared.machine), settings.gpu is not None
+    planned = Planned(step=step, layout=step.layout, machine=step.shared.machine)
+    on_card = settings.gpu is not None
     partition, needed, *others = layout_sections(planned, on_card=on_card)
     needed += [] if step.layout.named else _decoding(step, data)
     sections = [_adapters(step), partition, needed, *_one_more(planned), *others, _batches(step, data)]
@@ -84,13 +80,13 @@ def _samples(step: StepPlan, data: adapter_plans.Data) -> list[list[str]]:
     found: dict[tuple[str, ...], list[str]] = {}
     for name, own in data.items():
         ids, supervised, settings = own.train.sample(0), own.train.supervised_of(0), step.plans[name].settings
-        rows = row_stream(get_task(settings.task), "train", files=files_of(settings), reading=own.reading)
+        rows = sources.row_stream(get_task(settings.task), "train", files=files_of(settings), reading=own.reading)
         *_, (_, source) = next(itertools.islice(rows, own.first_row, None))
         edges = [0, *(np.flatnonzero(supervised[1:] != supervised[:-1]) + 1).tolist(), len(ids)]
         lines = [f"first sample ({source}), {len(ids)} tokens"]
         for start, stop in itertools.pairwise(edges):
             lines.append(f"  [{'supervised' if supervised[start] else 'not supervised'}, {stop - start} tokens]")
-            lines += (f"    {line}" for line in decode_ids(own.tokenizer, ids[start:stop].tolist()).splitlines())
+            lines += (f"    {line}" for line in encode.decode_ids(own.tokenizer, ids[start:stop].tolist()).splitlines())
         found.setdefault(tuple(lines), []).append(name)
     labels = {lines: ", ".join(filter(None, names)) for lines, names in found.items()}
     return [[f"{label and f'{label}: '}{lines[0]}", *lines[1:]] for lines, label in labels.items()]
@@ -112,7 +108,7 @@ def _adapters(step: StepPlan) -> list[str]:
         return [
             f"trained parameters: {adapter.method}, rank {adapter.rank}, {len(adapter.layers)} adapted layers"
             f" ({linears})",
-            *start_lines(plan.settings, plan.source),
+            *run_plan.start_lines(plan.settings, plan.source),
             *aligned_lines(rows, align="<<><", indent="  "),
         ]
     table, totals = list[Sequence[str]](), list[int]()
@@ -157,7 +153,7 @@ def _batches(step: StepPlan, data: adapter_plans.Data) -> list[str]:
             lines.append(f"  {count_text(steps, 'step')}, {count_text(steps * number, 'sample')}")
         if step.samples is not None:
             dataset, batch = step.samples[name]
-            positions = sum(num_positions(dataset, batch.micro_batches, pad_multiple=step.layout.pad_multiple))
+            positions = sum(loader.num_positions(dataset, batch.micro_batches, pad_multiple=step.layout.pad_multiple))
             rows = count_text(sum(map(len, batch.micro_batches)), "row")
             lines.append(
                 f"  step 1: {batch.num_tokens:,} tokens in {rows} of"
@@ -195,7 +191,7 @@ def _data(step: StepPlan, data: adapter_plans.Data) -> list[str]:
     rows, notes = [], []
     for name, own in data.items():
         plan, label = step.plans[name], name and f"{name}: "
-        passes = f"{epochs_of(plan.settings, len(own.train)):.2f}"
+        passes = f"{run_plan.epochs_of(plan.settings, len(own.train)):.2f}"
         parts = ((name, plan.settings.task, "train"), own.train, passes), (("", "", "validation"), own.validation, "")
         for labels, part, seen in parts:
             numbers = (len(part), part.num_tokens, part.num_supervised, part.longest, part.truncated_prompts)
@@ -221,7 +217,8 @@ def _one_more(planned: Planned) -> list[list[str]]:
     name = list(step.plans)[number]
     again = f"{name} again"  # unique, as adapter names have no blanks
     samples = None if step.samples is None else {**step.samples, again: step.samples[name]}
-    more = Planned.alone(replace(step, plans={**step.plans, again: step.plans[name]}, samples=samples), planned.machine)
+    grown = replace(step, plans={**step.plans, again: step.plans[name]}, samples=samples)
+    more = Planned(step=grown, layout=grown.layout, machine=planned.machine)
     before, after = ([one.memory(stage.index).allocated for stage in one.stages] for one in (planned, more))
     added = max(new - old for new, old in zip(after, before, strict=True))
     line = (
@@ -286,7 +283,7 @@ def memory_lines(planned: Planned, *, judged: bool) -> list[str]:
         *(f"  ({note})" for note in _memory_notes(planned)),
     ]
     if judged:
-        (_, fullest), room = planned.fullest, planned.cluster.capacity
+        (_, fullest), room = planned.fullest, planned.capacity
         size, name = max((size, name) for name, size in fullest._asdict().items())
         fits = "it fits" if fullest.total <= room else f"IT DOES NOT FIT; {name} {bytes_in_words(size)}"
         needs = f"{bytes_in_words(fullest.total)} of {bytes_in_words(room)}"
@@ -351,7 +348,7 @@ def time_lines(planned: Planned) -> list[str]:
     tables = {first: [*_terms(forward)], "its backward pass": [*_terms(backward)], "in a step": of_step}
     times = iter(aligned_lines(list(itertools.chain(*tables.values())), align="><", indent="    "))
     return [
-        f"speed on {planned.machine.name}, planned and not measured, {planned.cluster.per_node} ranks in a node",
+        f"speed on {planned.machine.name}, planned and not measured, {planned.per_node} ranks in a node",
         f"  a step of {work.tokens:,} tokens takes {time_text(spent.total)}: {planned.tokens_per_second:,.0f} tokens/s"
         f" of each rank, MFU {planned.mfu:.1%}",
         f"  {', '.join(f'{name} {part / spent.total:.1%}' for name, part in spent._asdict().items() if part)}",
@@ -359,7 +356,7 @@ def time_lines(planned: Planned) -> list[str]:
     ]
 
 
-def _terms(terms: Iterable[Term]) -> Iterator[tuple[str, str]]:
+def _terms(terms: Iterable[step_time.Term]) -> Iterator[tuple[str, str]]:
     """Yield the time of each term, and a text that shows how this time is computed."""
     for term in (term for term in terms if term.seconds):
         rate = f": {amount_text(term.amount, term.unit)} / {amount_text(term.rate, term.unit)}/s" if term.rate else ""
@@ -394,8 +391,8 @@ def message_lines(planned: Planned) -> list[str]:
         lines.append("  (data: only DeepSpeed sends in this group, and it chooses the number of messages)")
     if layout.pp_size == 1 and number > 1:
         lines.append(
-            f"  (if steps take longer than {LONG_STEP_SECONDS:.0f} s, all ranks send {number - 1:,} more messages of"
-            f" {STOP_VOTES_BYTES} B, to stop in time)"
+            f"  (if steps take longer than {stopping.LONG_STEP_SECONDS:.0f} s, all ranks send {number - 1:,} more"
+            f" messages of {STOP_VOTES_BYTES} B, to stop in time)"
         )
     return lines
 

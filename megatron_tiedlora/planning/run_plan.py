@@ -13,11 +13,9 @@ from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterShard,
 from megatron_tiedlora.adapters.tying import AdapterLayout
 from megatron_tiedlora.base.messages import UserError, count_text, user_path
 from megatron_tiedlora.base.shapes import ModelShape
+from megatron_tiedlora.checkpoint import load_model, resume, tensor_files
 from megatron_tiedlora.checkpoint.base_identity import BaseIdentity, check_same_base, identify_shape
-from megatron_tiedlora.checkpoint.load_model import resolve_dtype
-from megatron_tiedlora.checkpoint.resume import recorded_settings
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
-from megatron_tiedlora.checkpoint.tensor_files import DTYPES
 from megatron_tiedlora.config import batch
 from megatron_tiedlora.config.fields import flag_value, marked, profiled_steps
 from megatron_tiedlora.config.settings import Settings, make_settings
@@ -28,10 +26,7 @@ from megatron_tiedlora.data.token_dataset import TokenDataset
 from megatron_tiedlora.engine.engine_json import EngineConfig, load_engine_config
 from megatron_tiedlora.engine.runner import inputs_to_fill
 from megatron_tiedlora.model.weights import check_layout
-from megatron_tiedlora.parallel.agreement import SentTensor, decided_by_rank_0, raise_on_every_rank
-from megatron_tiedlora.parallel.frozen_weight import WeightMaker
-from megatron_tiedlora.parallel.groups import Grid
-from megatron_tiedlora.parallel.quantised_weight import check_fp8_device, check_gpu_products, weight_maker
+from megatron_tiedlora.parallel import agreement, frozen_weight, groups, quantised_weight
 from megatron_tiedlora.planning.layout import Layout, StagePlan, Storage, plan_stages
 from megatron_tiedlora.planning.machines import CPU, DEFAULT_GPU, GPUS, Machine
 from megatron_tiedlora.runtime.launch_env import uses_gpu
@@ -48,7 +43,7 @@ class RunPlan:
 
     settings: Settings
     source: ModelSource
-    grid: Grid
+    grid: groups.Grid
     batches: batch.BatchPlan
     engine: EngineConfig
     adapter: AdapterConfig
@@ -73,7 +68,7 @@ class RunPlan:
             zero_stage=engine.zero_stage,
             live_parameters=engine.live_parameters,
             overlaps_gathers=engine.overlaps_gathers,
-            dtype=DTYPES[self.dtype_name],
+            dtype=tensor_files.DTYPES[self.dtype_name],
             storage=Storage(settings.base, settings.products, settings.keep_transposed),
             recompute=settings.recompute,
             on_gpu=self.on_gpu,
@@ -106,17 +101,10 @@ class RunPlan:
         """The machine whose constants are used for planning: the GPU of --gpu, or the default GPU or CPU."""
         return GPUS[self.settings.gpu or DEFAULT_GPU] if self.on_gpu else CPU
 
-    @property
-    def batch_shape(self) -> batch.BatchPlan:
-        """The sizes that determine how a global batch is divided into rows and micro-batches."""
-        packed_length = self.settings.max_length if self.settings.packing else None
-        least = inputs_to_fill(self.grid.pp_size)
-        return replace(self.batches, packed_length=packed_length, min_micro_batches=least)
-
     def global_batch(self, dataset: TokenDataset, *, consumed_samples: int = 0) -> GlobalBatch:
         """Return the global batch of the step that follows `consumed_samples` samples."""
         seed = self.settings.seed
-        return plan_global_batch(dataset, self.batch_shape, seed=seed, consumed_samples=consumed_samples)
+        return plan_global_batch(dataset, self.batches, seed=seed, consumed_samples=consumed_samples)
 
     def training_loader(
         self, dataset: TokenDataset, *, pad_id: int, consumed_samples: int = 0
@@ -124,7 +112,7 @@ class RunPlan:
         """Yield the training steps of this rank on `dataset` after the first `consumed_samples` samples."""
         return training_steps(
             dataset,
-            self.batch_shape,
+            self.batches,
             seed=self.settings.seed,
             dp_rank=self.grid.dp_rank,
             pad_id=pad_id,
@@ -175,7 +163,7 @@ class RunPlan:
         """The dtype of the frozen base."""
         return self.layout.dtype
 
-    def weight_maker(self, device: torch.device) -> WeightMaker:
+    def weight_maker(self, device: torch.device) -> frozen_weight.WeightMaker:
         """Return a function that creates the frozen weights of the blocks. These weights share a workspace.
 
         Raises:
@@ -183,13 +171,13 @@ class RunPlan:
         """
         base, products, keep_transposed = self.layout.storage
         if products is not None:
-            check_fp8_device(device)
-        return weight_maker(base, products=products, keep_transposed=keep_transposed)
+            quantised_weight.check_fp8_device(device)
+        return quantised_weight.weight_maker(base, products=products, keep_transposed=keep_transposed)
 
     @property
     def dtype_name(self) -> str:
         """The name of the dtype of the frozen base, as in --dtype."""
-        return resolve_dtype(self.settings.dtype, get_task(self.settings.task), on_gpu=self.on_gpu)
+        return load_model.resolve_dtype(self.settings.dtype, get_task(self.settings.task), on_gpu=self.on_gpu)
 
     @property
     def max_new_tokens(self) -> int:
@@ -236,7 +224,7 @@ def plan_run(
     if rank == 0 and weights:  # only rank 0 of a run reports; a plan may be made on another machine
         check_trackers(settings.report_to)
     try:
-        grid = Grid(rank, world_size, tp_size=settings.tensor_parallel, pp_size=settings.pipeline_parallel)
+        grid = groups.Grid(rank, world_size, tp_size=settings.tensor_parallel, pp_size=settings.pipeline_parallel)
     except UserError as error:
         unit = settings.tensor_parallel * settings.pipeline_parallel
         ranks = unit * (world_size // unit + 1)
@@ -248,6 +236,7 @@ def plan_run(
     shape, settings = found.shape, with_models_length(with_start(settings, found), found)
     if settings.base != (stored := found.base_format(settings.base, settings.products)):
         settings = settings.completed(base=stored)
+    least = inputs_to_fill(grid.pp_size)
     batches = batch.plan_batches(
         settings.global_batch_size,
         settings.micro_batch_size,
@@ -255,8 +244,10 @@ def plan_run(
         max_rows=batch.default_rows(
             max_length=settings.max_length, packing=settings.packing, on_gpu=on_gpu, otherwise=task.micro_batch_rows
         ),
-        min_steps=inputs_to_fill(grid.pp_size) if on_gpu else 1,
+        min_steps=least if on_gpu else 1,
     )
+    packed_length = settings.max_length if settings.packing else None
+    batches = replace(batches, packed_length=packed_length, min_micro_batches=least)
     engine = load_engine_config(settings.ds_config, batches=batches, gradient_clipping=settings.gradient_clipping)
     batch.resolve_max_new_tokens(settings.max_new_tokens, shape.limit.tokens, task.max_new_tokens)
     check_layout(shape, grid, zero_stage=engine.zero_stage, ds_config=settings.ds_config)
@@ -281,7 +272,7 @@ def plan_run(
     if weights and source is None:
         plan = replace(plan, source=find_model(settings.model))
     if settings.products is not None and on_gpu:
-        check_gpu_products(shape.block.linears, tp_size=grid.tp_size, dtype=plan.dtype)
+        quantised_weight.check_gpu_products(shape.block.linears, tp_size=grid.tp_size, dtype=plan.dtype)
     return plan
 
 
@@ -293,7 +284,7 @@ def plan_run(
 LEAST_WORK = 5e9
 
 
-def pays_to_compile(shape: ModelShape, grid: Grid, *, num_tokens: int, least_work: float = LEAST_WORK) -> bool:
+def pays_to_compile(shape: ModelShape, grid: groups.Grid, *, num_tokens: int, least_work: float = LEAST_WORK) -> bool:
     """Return whether a run over `num_tokens` tokens on all ranks is long enough to benefit from compiled kernels."""
     widths = shape.num_layers * (shape.hidden_size + shape.intermediate_size) / (grid.tp_size * grid.pp_size)
     return num_tokens / grid.dp_size * widths >= least_work
@@ -370,7 +361,7 @@ class StartAdapter:
     """
 
     config: AdapterConfig
-    state: Mapping[str, SentTensor]
+    state: Mapping[str, agreement.SentTensor]
     trained: BaseIdentity | None
     kind: str
     notes: tuple[str, ...] = ()
@@ -418,10 +409,10 @@ def load_start(
     if given is None:
         return None, ()
     differs, failure = settings.base_differs, None
-    start = decided_by_rank_0(lambda: read_start(given, source, differs=differs), kind=StartAdapter)
+    start = agreement.decided_by_rank_0(lambda: read_start(given, source, differs=differs), kind=StartAdapter)
     if _decided(start.config) != _decided(adapter):
         failure = UserError(f"--init_from {given}: the adapter was replaced while the run started. Start it again")
-    raise_on_every_rank(failure)
+    agreement.raise_on_every_rank(failure)
     notes = start.notes
     if start.trained is not None:
         notes += check_same_base(start.trained, base, source=f"--init_from {given}", differs=differs)
@@ -474,11 +465,11 @@ def recorded_run(settings: Settings) -> Mapping[str, Any] | None:
     if settings.resume == "none":
         return None
     if settings.resume != "auto":
-        return recorded_settings([user_path(settings.resume)])
+        return resume.recorded_settings([user_path(settings.resume)])
     if settings.output_dir is not None:
         folder = RunFolder(user_path(settings.output_dir))
     elif settings.init_from is None or settings.model_fields_set >= _NAMING:
         folder = last_run_folder(settings)
     else:  # the adapter decides the name of the folder, so it is read first
         return None
-    return recorded_settings(folder.checkpoints.glob("step_*"))
+    return resume.recorded_settings(folder.checkpoints.glob("step_*"))

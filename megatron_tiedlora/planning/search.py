@@ -19,9 +19,9 @@ from megatron_tiedlora.config.cli import PER_ADAPTER
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.engine.engine_json import SHIPPED_CONFIGS
 from megatron_tiedlora.parallel.quantised_weight import check_fp8_capability
-from megatron_tiedlora.planning import adapter_plans
+from megatron_tiedlora.planning import adapter_plans, machines
 from megatron_tiedlora.planning.layout import PLAIN_STORAGE, Storage
-from megatron_tiedlora.planning.planned import Cluster, Planned, StepPlan, time_together
+from megatron_tiedlora.planning.planned import Planned, StepPlan, time_together
 
 RECOMPUTES = ("none", "selective", "full")
 # The file of each ZeRO stage, without zero2_offload.json, which moves only a few MB to the host.
@@ -83,6 +83,8 @@ class ClusterPlan:
 
     Attributes:
         settings: the settings of `tiedlora train`, with the defaults of `tiedlora plan`.
+        world_size, per_node: the number of ranks, and the number of ranks per node.
+        machine: the machine of all ranks.
         data: the data of each adapter, once they are read; empty for a preset, or if no data file is given.
         candidates: the layouts that a run accepts.
         refused: the number of rejected layouts by error message.
@@ -91,7 +93,9 @@ class ClusterPlan:
 
     settings: Settings
     source: ModelSource
-    cluster: Cluster
+    world_size: int
+    per_node: int
+    machine: machines.Machine
     data: adapter_plans.Data = field(default_factory=dict)
     candidates: tuple[Candidate, ...] = ()
     refused: Counter[str] = field(default_factory=Counter)
@@ -162,7 +166,7 @@ class ClusterPlan:
             "max_length": self.settings.max_length,
             "global_batch_size": self.settings.global_batch_size,
             "dry_run": True,
-            "plan_for": "gpu" if self.cluster.machine.on_gpu else "cpu",
+            "plan_for": "gpu" if self.machine.on_gpu else "cpu",
         }
 
     @cached_property
@@ -186,13 +190,6 @@ class ClusterPlan:
         """Return the values to try for a setting: the user's value if there is one, else all `values`."""
         return [getattr(self.settings, name)] if self.given(name) else values
 
-    def grids(self, world_size: int) -> list[tuple[int, int]]:
-        """Return all tensor and pipeline sizes whose product divides the number of ranks. If there are none, return an
-        invalid pair, for the error message."""
-        tensor, pipeline = (self.choices(f"{name}_parallel", divisors(world_size)) for name in ("tensor", "pipeline"))
-        found = [(t, p) for t in tensor for p in pipeline if world_size % (t * p) == 0]
-        return found or [(tensor[0], pipeline[0])]
-
     def rows_per_rank(self, dp_size: int) -> list[int]:
         """Return the micro-batch sizes to try: the given one, or all that divide every adapter's samples per rank."""
         if self.settings.micro_batch_size is not None:
@@ -208,18 +205,17 @@ class ClusterPlan:
         Raises:
             UserError: a run rejects the layout, or the layout is not suitable for the cluster.
         """
-        cluster, machine = self.cluster, self.cluster.machine
-        if cluster.per_node % tp_size and not self.given("tensor_parallel"):
+        if self.per_node % tp_size and not self.given("tensor_parallel"):
             raise UserError(
-                f"--tensor_parallel {tp_size}: a tensor-parallel group would span nodes of {cluster.per_node} ranks,"
+                f"--tensor_parallel {tp_size}: a tensor-parallel group would span nodes of {self.per_node} ranks,"
                 f" which is slow. Give --tensor_parallel {tp_size} to plan this layout anyway"
             )
-        if storage.products is not None and machine.on_gpu:
-            assert machine.capability is not None, "a GPU has a capability"
-            check_fp8_capability(machine.title, machine.capability)
-        sizes = {"tensor_parallel": tp_size, "pipeline_parallel": pp_size, "world_size": cluster.world_size}
+        if storage.products is not None and self.machine.on_gpu:
+            assert self.machine.capability is not None, "a GPU has a capability"
+            check_fp8_capability(self.machine.title, self.machine.capability)
+        ranks = self.world_size
+        sizes = {"tensor_parallel": tp_size, "pipeline_parallel": pp_size, "world_size": ranks}
         settings = make_settings({**self.values, **sizes, "ds_config": engine_file, **storage._asdict()})
-        ranks = cluster.world_size
         return adapter_plans.plan_adapters(settings, rank=0, world_size=ranks, weights=False, source=self.source)
 
     def variants(
@@ -248,10 +244,8 @@ class ClusterPlan:
                 yield {"step": step, "layout": replace(shared, recompute=recompute), "is_default": is_default}
 
 
-def search(
-    settings: Settings, cluster: Cluster, *, source: ModelSource, formats: tuple[str, ...] | None = None
-) -> ClusterPlan:
-    """Return all layouts of a run with these settings on a cluster.
+def search(plan: ClusterPlan, formats: tuple[str, ...] | None) -> ClusterPlan:
+    """Find all layouts of the run on the cluster, and return the plan with these layouts and the data.
 
     Args:
         formats: the names of the storage formats to choose from; None for the format that changes the base least.
@@ -259,30 +253,33 @@ def search(
     Raises:
         UserError: no layout is accepted, or the data cannot be read. The messages are the same as in a run.
     """
-    found = ClusterPlan(settings, source, cluster)
-    storages, accepted = _storages(found, formats), []
-    found.ranked = storages if formats is not None else storages[:1]
-    engine_files, recomputes = found.choices("ds_config", ENGINE_FILES), found.choices("recompute", RECOMPUTES)
-    for (tp_size, pp_size), engine_file, storage in product(found.grids(cluster.world_size), engine_files, storages):
+    settings, storages, accepted = plan.settings, _storages(plan, formats), []
+    plan.ranked = storages if formats is not None else storages[:1]
+    engine_files, recomputes = plan.choices("ds_config", ENGINE_FILES), plan.choices("recompute", RECOMPUTES)
+    ranks, sizes = plan.world_size, divisors(plan.world_size)
+    tensor, pipeline = (plan.choices(f"{name}_parallel", sizes) for name in ("tensor", "pipeline"))
+    # If no sizes divide the number of ranks, one pair is tried, for the error message of a run.
+    grids = [(t, p) for t in tensor for p in pipeline if ranks % (t * p) == 0] or [(tensor[0], pipeline[0])]
+    for (tp_size, pp_size), engine_file, storage in product(grids, engine_files, storages):
         # Without tensor parallelism, sequence parallelism has no effect.
-        sequences = found.choices("sequence_parallel", [settings.sequence_parallel] if tp_size == 1 else [True, False])
-        variants = found.rows_per_rank(cluster.world_size // (tp_size * pp_size)), sequences, recomputes
+        sequences = plan.choices("sequence_parallel", [settings.sequence_parallel] if tp_size == 1 else [True, False])
+        variants = plan.rows_per_rank(ranks // (tp_size * pp_size)), sequences, recomputes
         try:
-            accepted.append((found.plans(tp_size, pp_size, engine_file, storage), variants, engine_file, storage))
+            accepted.append((plan.plans(tp_size, pp_size, engine_file, storage), variants, engine_file, storage))
         except UserError as error:
-            found.refused[str(error)] += math.prod(map(len, variants))
+            plan.refused[str(error)] += math.prod(map(len, variants))
     if not accepted:
-        raise UserError(found.refused.most_common(1)[0][0])
+        raise UserError(plan.refused.most_common(1)[0][0])
     first, *_ = accepted[0]
-    if any(plan.reads_data for plan in first.values()):
-        found.data = adapter_plans.prepare_all_data(first)  # the data are the same for all layouts
-    known: dict[Hashable, Any] = {}
-    found.candidates = tuple(
-        Candidate(**variant, cluster=cluster, known=known, engine_file=engine_file, storage=storage)
+    if any(own.reads_data for own in first.values()):
+        plan.data = adapter_plans.prepare_all_data(first)  # the data are the same for all layouts
+    same: dict[str, Any] = {"machine": plan.machine, "per_node": plan.per_node, "known": {}}
+    plan.candidates = tuple(
+        Candidate(**variant, **same, engine_file=engine_file, storage=storage)
         for plans, variants, engine_file, storage in accepted
-        for variant in found.variants(plans, *variants)
+        for variant in plan.variants(plans, *variants)
     )
-    return found
+    return plan
 
 
 def _storages(plan: ClusterPlan, formats: tuple[str, ...] | None) -> tuple[Storage, ...]:

@@ -13,18 +13,16 @@ all-reduce takes twice as long. A process group that spans nodes uses the networ
 to the bandwidth inside a node. Each message has a fixed cost of `message` seconds.
 """
 
-import functools
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_tiedlora.base.messages import count_text
-from megatron_tiedlora.base.shapes import BASE_FORMATS
+from megatron_tiedlora.base import messages, shapes
 from megatron_tiedlora.parallel.groups import DATA, MODEL, PIPELINE, STAGE, TENSOR, TIED, WORLD, Traffic
 from megatron_tiedlora.planning.layout import Layout, MicroBatchShape, StagePlan
 from megatron_tiedlora.planning.machines import Machine
@@ -76,7 +74,7 @@ class Link(NamedTuple):
     def term(self, kind: str, count: int, num_bytes: float, machine: Machine, *, purpose: str) -> Term:
         """Return the term for the time of `count` consecutive messages with `num_bytes` bytes in total."""
         carried = num_bytes * _RINGS[kind] * (self.size - 1) / self.size if kind in _RINGS else num_bytes
-        label, fixed = f"{kind}, {count_text(int(count), 'message')}", count * machine["message"]
+        label, fixed = f"{kind}, {messages.count_text(int(count), 'message')}", count * machine["message"]
         bandwidth = machine["node_bandwidth"] * machine["node_link"]  # per rank in one direction
         if self.num_nodes > 1:
             bandwidth = min(bandwidth, self.per_node * machine["network_bandwidth"] * machine["network_link"])
@@ -270,7 +268,7 @@ def _dequantised(work: PassWork, layout: Layout, base: str, machine: Machine) ->
     label = f"weights in {base} dequantised"
     if rate := machine[f"dequantise.{base}"]:
         return [Term("dequantised", label, weights, rate, "weights")]
-    of_weight = BASE_FORMATS[base].bits / 8 + layout.dtype.itemsize
+    of_weight = shapes.BASE_FORMATS[base].bits / 8 + layout.dtype.itemsize
     return [Term("dequantised", label, of_weight * weights, moved, "B")]
 
 
@@ -315,7 +313,7 @@ def pipeline_spans(steps: Sequence[StepParts]) -> NDArray[np.float64]:
     the same micro-batch. A backward pass needs the gradient from the next stage.
     """
 
-    @functools.cache
+    @cache
     def costs(batches: tuple[MicroBatchShape, ...]) -> NDArray[np.float64]:
         """Return the seconds of a micro-batch in each of the steps, as an array (pass, stage, step)."""
         totals = [

@@ -21,14 +21,12 @@ import torch
 from megatron_tiedlora.adapters.adapter_groups import AdapterGroup, Share
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, AdapterShard, LayerUpdate, LinearUpdate, TiedAdapter
 from megatron_tiedlora.base.shapes import ModelShape
-from megatron_tiedlora.model.attention import AttentionContext, rotation_table
+from megatron_tiedlora.model import attention, fused_attention
 from megatron_tiedlora.model.batch import Documents, Supervised
-from megatron_tiedlora.model.fused_attention import attend_within
 from megatron_tiedlora.model.layer_specs import HEAD_ROWS, layer_specs
 from megatron_tiedlora.model.stage import Attended, Stage
-from megatron_tiedlora.parallel.frozen_weight import FrozenWeight
+from megatron_tiedlora.parallel import frozen_weight, loss
 from megatron_tiedlora.parallel.groups import RankGroup, TensorParallel, with_adjoint
-from megatron_tiedlora.parallel.loss import RowSpan
 from megatron_tiedlora.planning import counting
 
 _Method = TypeVar("_Method", bound=Callable[..., Any])
@@ -156,7 +154,7 @@ class Tracer:
         with torch.device(counting.META):
             stage = Stage(list(self._specs[first:stop]), None, tensor_parallel=self.tensor_parallel)
         for name, module in stage.named_modules():
-            if isinstance(weight := getattr(module, "frozen", None), FrozenWeight):
+            if isinstance(weight := getattr(module, "frozen", None), frozen_weight.FrozenWeight):
                 is_head = name.endswith(str(stage.head))
                 module.frozen = counting.CountedWeight(weight.tensor, self._counts, is_head=is_head)
         return stage
@@ -305,10 +303,10 @@ class Tracer:
             found[name] = linear._replace(a=a, f=f, grad_a=grad_a, grad_f=grad_f)
         return {index: found}, factors
 
-    def _context(self, stage: Stage, tokens: int) -> AttentionContext:
+    def _context(self, stage: Stage, tokens: int) -> attention.AttentionContext:
         positions = torch.empty(1, tokens, dtype=torch.int64, device=counting.META)
         rope = stage.attention.qkv.rope
-        tables = {} if rope is None else {rope: rotation_table(positions, self.shape.heads, self.dtype)}
+        tables = {} if rope is None else {rope: attention.rotation_table(positions, self.shape.heads, self.dtype)}
 
         def by_token(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
             if self.dtype == torch.float32:  # the memory-efficient kernel needs keys and values for every query head
@@ -323,8 +321,8 @@ class Tracer:
             return output.flatten(1)[None]
 
         documents = Documents([0, tokens], positions[0, :2], tokens)
-        on_gpu = partial(attend_within, documents=documents, attend=by_token)
-        return AttentionContext(positions, tables, attend=on_gpu if self._on_gpu else by_tiles)
+        on_gpu = partial(fused_attention.attend_within, documents=documents, attend=by_token)
+        return attention.AttentionContext(positions, tables, attend=on_gpu if self._on_gpu else by_tiles)
 
 
 def _end(output: torch.Tensor) -> torch.Tensor:
@@ -338,10 +336,10 @@ def _supervised(sizes: Sizes) -> Supervised:
     rows, chosen = (torch.empty(size, dtype=torch.int64, device=counting.META) for size in given)
     if len(sizes.tokens) == 1:
         return Supervised(rows, rows, chosen, chosen)
-    spans = tuple(RowSpan(number, size) for number, size in enumerate(sizes.after))
+    spans = tuple(loss.RowSpan(number, size) for number, size in enumerate(sizes.after))
     # The assignment of rows of logits to adapters does not matter if each adapter has some rows.
     edges = [len(chosen) * sum(sizes.after[:number]) // len(rows) for number in range(len(spans) + 1)]
-    labelled = tuple(RowSpan(number, stop - start) for number, (start, stop) in enumerate(pairwise(edges)))
+    labelled = tuple(loss.RowSpan(number, stop - start) for number, (start, stop) in enumerate(pairwise(edges)))
     return Supervised(rows, rows, chosen, chosen, spans, labelled)
 
 

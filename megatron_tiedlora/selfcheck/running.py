@@ -15,16 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_tiedlora.adapters.tied_adapter import AdapterConfig, make_adapter_config, targets_of
-from megatron_tiedlora.base import shapes
 from megatron_tiedlora.base.messages import UserError, bytes_in_words
-from megatron_tiedlora.base.shapes import TARGET_NAMES, ModelShape
+from megatron_tiedlora.base.shapes import PRESETS, TARGET_NAMES, ModelShape
 from megatron_tiedlora.config import cli, tool_settings
 from megatron_tiedlora.data.loader import TrainingStep
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.model.stage import Stage
 from megatron_tiedlora.parallel.kernels import EAGER, Kernels
-from megatron_tiedlora.planning.memory import LargestMicroBatch, held_memory, step_memory
-from megatron_tiedlora.planning.run_plan import RunPlan
+from megatron_tiedlora.planning import memory, run_plan
 from megatron_tiedlora.selfcheck.compare import random_stage
 from megatron_tiedlora.selfcheck.reference import Document, loss_and_gradients, relative
 from megatron_tiedlora.selfcheck.step_bench import Started, made_up, plan_benchmark, start
@@ -32,7 +30,7 @@ from megatron_tiedlora.selfcheck.step_bench import Started, made_up, plan_benchm
 MOST_LAYERS = 8  # in the runs of the parts host and memory
 # The config.json of a small LLaMA whose heads have sizes that kernels support.
 SMALL: dict[str, Any] = {
-    **shapes.PRESETS["llama2-7b"],
+    **PRESETS["llama2-7b"],
     "vocab_size": 1000,
     "hidden_size": 256,
     "intermediate_size": 512,
@@ -63,11 +61,11 @@ def step_settings(model: str, *flags: str) -> tool_settings.BenchSettings:
     return cli.parse_settings(["--what=layout", f"--model={model}", *flags], tool_settings.BenchSettings)
 
 
-def planned_bytes(plan: RunPlan) -> float:
+def planned_bytes(plan: run_plan.RunPlan) -> float:
     """Return the bytes that the dry run plans for torch's allocator on this rank."""
     tokens = plan.layout.rows * plan.layout.length
-    step = step_memory(plan.stage, LargestMicroBatch(tokens, 1, tokens))
-    return held_memory(plan.stage).plus(step).total
+    step = memory.step_memory(plan.stage, memory.LargestMicroBatch(tokens, 1, tokens))
+    return memory.held_memory(plan.stage).plus(step).total
 
 
 def layers_that_fit(model: str, *flags: str, share: float = 0.85) -> int:
@@ -78,7 +76,7 @@ def layers_that_fit(model: str, *flags: str, share: float = 0.85) -> int:
     """
     release()
     free = share * torch.cuda.mem_get_info()[0]
-    for layers in range(shapes.PRESETS[model]["num_hidden_layers"], 0, -1):
+    for layers in range(PRESETS[model]["num_hidden_layers"], 0, -1):
         plan = plan_benchmark(step_settings(model, *flags, f"--num_layers={layers}"))
         if planned_bytes(plan) <= free:
             return layers

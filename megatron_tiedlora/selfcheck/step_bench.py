@@ -200,7 +200,7 @@ class Started:
         batch = self.plan.global_batch(self.dataset, consumed_samples=step.consumed_samples)
         plan = planned.StepPlan({ONLY: self.plan}, samples={ONLY: (self.dataset, batch)})
         here = next(ranks for ranks in process_group.ranks_by_host() if self.plan.grid.rank in ranks)
-        return Planned.alone(plan, machine, per_node=len(here))
+        return Planned(step=plan, layout=plan.layout, machine=machine, per_node=len(here))
 
 
 def measure_layout(

@@ -123,8 +123,12 @@ def in_words(errors: Mapping[str, float]) -> str:
 @pytest.mark.parametrize("name", BASE_FORMATS)
 def test_bits(name: str, width: int, joined: torch.device, tell: parts.Tell) -> None:
     """Check that the stored bits and the dequantised values of a format are the same as on a CPU."""
-    weights = [loaded(width, on, torch.bfloat16, name) for on in (torch.device("cpu"), joined)]
-    wrong = sum(int((a != b).sum()) for a, b in zip(*map(_contents, weights), strict=True))
+    contents = []
+    for device in (torch.device("cpu"), joined):
+        weight = loaded(width, device, torch.bfloat16, name)
+        ones = torch.eye(weight.local_shape[0], dtype=torch.bfloat16, device=device)  # a matmul returns the values
+        contents.append([*(stored.detach().cpu() for stored in weight.parameters.values()), weight.times(ones).cpu()])
+    wrong = sum(int((a != b).sum()) for a, b in zip(*contents, strict=True))
     tell("numbers that differ", wrong)
     assert wrong == 0, BITS_FIX
 
@@ -152,13 +156,6 @@ def loaded(width: int, device: torch.device, dtype: torch.dtype, name: str, **pr
         weight = weight_maker(name, **products)(*values.shape, dtype=dtype)  # type: ignore[arg-type]
     weight.load(values.to(device))
     return weight
-
-
-def _contents(weight: FrozenWeight) -> list[torch.Tensor]:
-    """Return the stored tensors, and the bf16 values that a matmul with the identity matrix returns."""
-    device = next(iter(weight.parameters.values())).device
-    ones = torch.eye(weight.local_shape[0], dtype=torch.bfloat16, device=device)
-    return [*(stored.detach().cpu() for stored in weight.parameters.values()), weight.times(ones).cpu()]
 
 
 # The engine -----------------------------------------------------------------------------------------------------------

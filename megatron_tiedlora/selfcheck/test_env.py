@@ -61,16 +61,11 @@ def test_fp32_matmuls(tell: Tell) -> None:
 
 def test_driver(gpu: torch.device, tell: Tell) -> None:
     """Record the values that the driver reports for the first GPU."""
-    tell("driver, power limit, SM clock, MIG, ECC errors", _nvidia_smi(SMI_FIELDS) or "unknown")
-
-
-def _nvidia_smi(fields: str) -> str:
-    """Return the values of `fields` that nvidia-smi reports for torch's first GPU, or '' if it fails."""
-    gpu = gpu_name(torch.device("cuda", 0))
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", f"--id={gpu}"]
+    first, values = gpu_name(torch.device("cuda", 0)), ""
+    command = ["nvidia-smi", f"--query-gpu={SMI_FIELDS}", "--format=csv,noheader", f"--id={first}"]
     with suppress(OSError, subprocess.SubprocessError):  # the program is missing, fails or hangs
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    return ""
+        values = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    tell("driver, power limit, SM clock, MIG, ECC errors", values or "unknown")
 
 
 def test_attention(device: torch.device, tell: Tell) -> None:

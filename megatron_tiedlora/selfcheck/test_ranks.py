@@ -29,8 +29,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_tiedlora.adapters.adapter_groups import ONLY
-from megatron_tiedlora.base import shapes
-from megatron_tiedlora.base.child_process import end_with_parent
+from megatron_tiedlora.base import child_process, shapes
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.checkpoint.base_weights import write_random_model
 from megatron_tiedlora.runtime import ending, launch_env, machine, process_group, stopping
@@ -367,7 +366,7 @@ def run_until_killed(case: Case, folder: Path, rank: int, world_size: int) -> in
 
 def main(argv: Sequence[str]) -> int:
     """Train the cases that the command line lists. Return the exit status."""
-    end_with_parent()
+    child_process.end_with_parent()
     folder, cases = Path(argv[0]), [Case(*case) for case in json.loads(argv[2])]
     launch_env.prepare_environment()
     rank, world_size = launch_env.rank_and_world_size()

@@ -16,10 +16,8 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from megatron_tiedlora.base.installation import installed_versions
+from megatron_tiedlora.base import installation, progress, shapes
 from megatron_tiedlora.base.messages import UserError
-from megatron_tiedlora.base.progress import progress_bar
-from megatron_tiedlora.base.shapes import precision_in_words
 from megatron_tiedlora.config.tool_settings import BenchSettings
 from megatron_tiedlora.training.throughput import peak_memory_bytes, resident_bytes
 
@@ -44,7 +42,7 @@ def take_turns(
 ) -> dict[str, list[float]]:
     """Call the timers in turn, and return their seconds by name. The first `uncounted` rounds are not included."""
     seconds: dict[str, list[float]] = {name: [] for name in timers}
-    for turn in progress_bar("turns", "turn", range(uncounted + repeats), shows=shows):
+    for turn in progress.progress_bar("turns", "turn", range(uncounted + repeats), shows=shows):
         for name, timer in timers.items():
             taken = timer()
             if turn >= uncounted:
@@ -67,13 +65,13 @@ def about(
     """
     return {
         **{name: getattr(settings, name) for name in names},
-        "dtype": precision_in_words(settings.dtype, base_format, settings.products),
+        "dtype": shapes.precision_in_words(settings.dtype, base_format, settings.products),
         **more,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "threads": torch.get_num_threads(),
         "allocator": describe_allocator(os.environ),
         "torch": torch.__version__,
-        "versions": installed_versions("torch", "deepspeed", "transformers", "peft"),
+        "versions": installation.installed_versions("torch", "deepspeed", "transformers", "peft"),
     }
 
 

@@ -20,8 +20,7 @@ from megatron_tiedlora.base.messages import UserError, aligned_lines, bytes_in_w
 from megatron_tiedlora.base.shapes import QKV
 from megatron_tiedlora.checkpoint.sources import ModelSource, find_model
 from megatron_tiedlora.cluster import launchers, start
-from megatron_tiedlora.config import cli, job_settings
-from megatron_tiedlora.config.fields import marked
+from megatron_tiedlora.config import cli, fields, job_settings
 from megatron_tiedlora.config.settings import Settings, make_settings
 from megatron_tiedlora.data import readers, splits, tasks
 from megatron_tiedlora.data.sources import local_files
@@ -209,7 +208,7 @@ def plan_sweep(command: job_settings.SweepCommand) -> SweepPlan:
         runs[run] = run_plan.plan_run(own, rank=0, world_size=ranks, weights=False, source=source)
         adapter_plans.check_clipping(runs[run])
         counts[run.point.name] = sum(runs[run].adapter.num_trained().values())
-    files = {name: getattr(train, name) for name in marked(Settings, holds="rows")}
+    files = {name: getattr(train, name) for name in fields.marked(Settings, holds="rows")}
     local = (item for given in filter(None, files.values()) for item in local_files(given).items())  # not hub ids
     base = record.BaseRecord(
         model=source.name,

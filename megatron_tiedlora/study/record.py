@@ -7,19 +7,17 @@ how the last launch ended. The results are how each run ended, the best learning
 They are read from the files of tiedlora train and tiedlora evaluate.
 """
 
-import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from megatron_tiedlora.base import files
+from megatron_tiedlora.base import files, ownership
 from megatron_tiedlora.base.files import Guard, Size, Text, discard, read_fields, read_json_object, unguarded
 from megatron_tiedlora.base.messages import UserError, as_given
 from megatron_tiedlora.base.output_folder import PathIn, reject_links
-from megatron_tiedlora.base.ownership import Owner, is_of_owner
 from megatron_tiedlora.checkpoint.resume import PROGRESS_FILE, named_checkpoint
 from megatron_tiedlora.config import job_settings
 from megatron_tiedlora.config.cli import HALVING_REASON, naming_file, read_yaml
@@ -147,7 +145,7 @@ class StudyFolder:
     """
 
     path: Path
-    owner: Owner | None = field(default=None, compare=False)
+    owner: ownership.Owner | None = field(default=None, compare=False)
 
     settings = PathIn(SWEEP_FILE)
     base = PathIn("base.json")  # describes the base model and the task
@@ -208,7 +206,7 @@ def check_folder(folder: StudyFolder) -> None:
         raise UserError(f"--output_dir {path} is a file; give a folder")
     if not path.is_dir() or folder.settings.is_file():
         return
-    if not all(is_of_owner(item.name) for item in path.iterdir()):
+    if not all(ownership.is_of_owner(item.name) for item in path.iterdir()):
         raise UserError(f"--output_dir {path} holds other files but no sweep; give a new folder")
 
 
@@ -218,11 +216,6 @@ def check_resumable(folder: StudyFolder, now: SweepCommand, base: BaseRecord) ->
         return
     before, where = read_command(folder), f"{folder.settings}: the sweep was started with"
     _check_extended(before.settings, now.settings, base.num_layers, where)
-    if before.settings.test_limit != now.settings.test_limit:
-        raise UserError(
-            f"{where} --test_limit {before.settings.test_limit}, but the value is now {now.settings.test_limit}; give"
-            " the original value"
-        )
     # Both are resolved for the same point, so that alpha, which depends on the rank, differs only if it was given.
     theirs, ours = job_settings.resolve_train(now.settings, before.given), now.train
     for name, own in declared(Settings).items():
@@ -256,11 +249,10 @@ def _check_extended(before: SweepSettings, now: SweepSettings, num_layers: int, 
                 f"{where} --{name} {flag_value(old)}, but the value {missing[0]} is now missing; add it, or give a new"
                 " --output_dir"
             )
-    if before.single_layers is not None and before.single_layer_rank != now.single_layer_rank:
-        raise UserError(
-            f"{where} --single_layer_rank {before.single_layer_rank}, but the value is now"
-            f" {now.single_layer_rank}; give the original value"
-        )
+    for name in ("test_limit",) if before.single_layers is None else ("single_layer_rank", "test_limit"):
+        same, other = getattr(before, name), getattr(now, name)
+        if same != other:
+            raise UserError(f"{where} --{name} {same}, but the value is now {other}; give the original value")
 
 
 def write_record(folder: StudyFolder, command: SweepCommand, base: BaseRecord) -> None:
@@ -347,17 +339,13 @@ class Study:
     base: BaseRecord
     grid: SweepGrid
     base_score: Score | None
-    results: tuple[Result, ...]
+    results: Mapping[Point, Result]
     own_rows: tuple[str, ...] = ()
-
-    def result(self, point: Point) -> Result:
-        """Return the result of one method and rank of the grid."""
-        return next(result for result in self.results if result.point == point)
 
     @property
     def table_results(self) -> tuple[Result, ...]:
         """The results that have a score, for Table 2 and the figures."""
-        return tuple(r for r in map(self.result, self.grid.table) if r.score is not None)
+        return tuple(r for point in self.grid.table if (r := self.results[point]).score is not None)
 
 
 def read_run(folder: Path) -> RunEnd:
@@ -372,18 +360,14 @@ def read_run(folder: Path) -> RunEnd:
     with suppress(UserError):  # there is no checkpoint, or it is broken
         last = named_checkpoint(run.checkpoints)
         progress = {} if last is None else read_json_object(last / PROGRESS_FILE, kind="a checkpoint")
-        best = _number(progress.get("best_metric"))
+        value: Any = progress.get("best_metric")
+        best = float(value) if type(value) in (int, float) and abs(value) < 1e300 else None  # only a finite number
     if state == "finished" and best is None:
         state, reason = "failed", "it ended without a finite value on validation"
-    if state not in typing.get_args(State):
+    if state not in get_args(State):
         return RunEnd("cut off")
     step = status.get("step")
     return RunEnd(str(state), as_given(reason), step if type(step) is int and 0 <= step < 2**53 else 0, best)
-
-
-def _number(value: Any) -> float | None:
-    """Return `value` as a float if it is a finite number, else None."""
-    return float(value) if type(value) in (int, float) and abs(value) < 1e300 else None
 
 
 def best_run(folder: StudyFolder, runs: Sequence[Run], *, metric: str) -> Run | None:
@@ -431,7 +415,7 @@ def read_study(path: Path) -> Study:
     if missing := [point.name for point in grid.points if point.name not in base.trained]:
         raise UserError(f"{folder.base}: the parameter count of {missing[0]} is missing; start the sweep again")
     metric = command.train.eval_metric
-    results = tuple(_read_result(folder, grid, point, base, metric) for point in grid.points)
+    results = {point: _read_result(folder, grid, point, base, metric) for point in grid.points}
     of_rows = marked(Settings, group="data", by_content=True)
     given = {"test_limit": command.settings.test_limit, **{name: command.given.get(name) for name in of_rows}}
     own_rows = tuple(name for name, value in given.items() if value is not None)

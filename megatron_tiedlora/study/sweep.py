@@ -21,8 +21,7 @@ from megatron_tiedlora.base import files, ownership, progress
 from megatron_tiedlora.base.files import Guard, discard, make_way_for_log, unguarded, write_json, write_text
 from megatron_tiedlora.base.messages import UserError, csv_text, os_errors, printable, show, user_path
 from megatron_tiedlora.cluster import launchers, start
-from megatron_tiedlora.config import adapter_settings, job_settings
-from megatron_tiedlora.config.fields import flag_value, marked
+from megatron_tiedlora.config import adapter_settings, fields, job_settings
 from megatron_tiedlora.evaluation.results import RESULTS_FILE
 from megatron_tiedlora.planning.run_plan import with_models_length
 from megatron_tiedlora.runtime import run_folder, stopping
@@ -205,7 +204,7 @@ class Sweep:
         output = folder.score(record.BASE_NAME) if is_base else folder.group(record.SCORES)
         discard(output, guard=folder.guard)  # it has no result
         given = {
-            **{name: getattr(train, name) for name in marked(adapter_settings.EvaluateSettings, shared=True)},
+            **{name: getattr(train, name) for name in fields.marked(adapter_settings.EvaluateSettings, shared=True)},
             "max_length": with_models_length(train, self.plan.source).max_length,
             "batch_size": settings.test_batch_size,
             "limit": self.plan.test_limit,
@@ -246,7 +245,7 @@ class Sweep:
         self._count()
         take_over = {"take_over": True} if self.command.settings.take_over else {}
         flags = {flag: value for flag, value in {**settings, **take_over}.items() if value is not None}
-        arguments = (*(f"--{flag}={flag_value(value)}" for flag, value in flags.items()), *words)
+        arguments = (*(f"--{flag}={fields.flag_value(value)}" for flag, value in flags.items()), *words)
         program, private = (str(self.scripts / f"{script}.py"),), self.private
         job = replace(self.plan.job, program=program, arguments=arguments, private=private)
         job = replace(job, master_port=start.new_port(self.command.launcher), start=secrets.token_hex(8))

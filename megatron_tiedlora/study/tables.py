@@ -14,19 +14,16 @@ files with the paper's scores. A study is shown with the paper's scores for the 
 """
 
 import csv
-import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from importlib import resources
 from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_tiedlora.base.files import Guard, unguarded
-from megatron_tiedlora.base.messages import markdown_lines, printable
+from megatron_tiedlora.base import files, messages, shapes
 from megatron_tiedlora.base.methods import METHOD_NAMES, find_method
-from megatron_tiedlora.base.shapes import PRESETS, ModelShape
 from megatron_tiedlora.evaluation.results import Score
 from megatron_tiedlora.model.families import shape_from_hf
 from megatron_tiedlora.runtime.run_folder import plain_figures, save_figure
@@ -42,10 +39,10 @@ MODEL_TITLES = {"llama2-7b": "LLaMA-2 7B", "gpt-2b-001": "GPT-2B-001"}
 EXACT_MATCH = ("squad", "gsm8k", "exact_match")  # our names for the paper's em; its other metrics keep their names
 
 
-def paper_model(name: str, shape: ModelShape) -> str | None:
+def paper_model(name: str, shape: shapes.ModelShape) -> str | None:
     """Return the paper's model that has this shape or, for GPT-2B-001, this name; None if no model matches."""
     for title in MODEL_TITLES:
-        if shape == shape_from_hf(PRESETS[title], source=title):
+        if shape == shape_from_hf(shapes.PRESETS[title], source=title):
             return title
     return "gpt-2b-001" if name.rstrip("/").rpartition("/")[2].lower() == "gpt-2b-001" else None
 
@@ -60,25 +57,11 @@ def table2_cell(base: BaseRecord, section: str, method: str) -> TableRow:
     return {}
 
 
-def table2_points(base: BaseRecord, method: str) -> dict[int, float]:
-    """Return the scores by rank that a method has on the study's task in the paper's Table 2."""
-    cells = (table2_cell(base, section, method) for section in (LORA_RANK, BEST_RANK))
-    return dict(sorted((cell["paper_rank"], cell["paper_score"]) for cell in cells if cell))
-
-
-def table3_scores(base: BaseRecord) -> dict[str, float]:
-    """Return the paper's scores in Table 3 by column (`layer_8`, `tl5`); {} if the table has none for the task."""
-    for row in _rows("table3.csv") if base.paper_model == TABLE3_MODEL else ():
-        if _task_and_metric(base).items() <= row.items():
-            return {column: float(score) for column, score in row.items() if column not in ("task", "metric")}
-    return {}
-
-
 def _task_and_metric(base: BaseRecord) -> dict[str, str]:
     return {"task": base.task, "metric": "em" if base.metric in EXACT_MATCH else base.metric}
 
 
-@functools.cache
+@cache
 def _rows(name: str) -> list[dict[str, str]]:
     text = resources.files("megatron_tiedlora.study").joinpath("data", name).read_text(encoding="utf-8")
     return list(csv.DictReader(text.splitlines()))
@@ -117,20 +100,18 @@ def model_title(study: Study) -> str:
     return study.base.model.rstrip("/").rsplit("/", 1)[-1]
 
 
-def _record(study: Study, score: Score | None, **more: Any) -> TableRow:
+def _record(study: Study, score: Score | None, result: Result | None = None, **more: Any) -> TableRow:
     found = {"model": study.base.model, "task": study.base.task, "metric": study.base.metric, **more}
+    if result is not None:
+        found |= {
+            "learning_rate": None if result.run is None else rate_text(result.run.learning_rate),
+            "trained_parameters": result.num_trained,
+            "all_rates_finished": str(not result.missing).lower(),
+            "stopped_rates": " ".join(rate_text(run.learning_rate) for run, _ in result.stopped),
+        }
     if score is not None:
         found |= {"score": score.value, "low": score.low, "high": score.high, "samples": score.num_samples}
     return found
-
-
-def _of_result(result: Result) -> TableRow:
-    return {
-        "learning_rate": None if result.run is None else rate_text(result.run.learning_rate),
-        "trained_parameters": result.num_trained,
-        "all_rates_finished": str(not result.missing).lower(),
-        "stopped_rates": " ".join(rate_text(run.learning_rate) for run, _ in result.stopped),
-    }
 
 
 # Table 2 ----------------------------------------------------------------------------------------------------------
@@ -143,7 +124,7 @@ def table2(studies: Sequence[Study]) -> list[TableRow]:
     method has a record for each task. If there are several tasks and all have a score, there is also an average record.
     """
     of_base = {"section": BASE_NAME, "method": BASE_NAME}
-    found = [_record(study, study.base_score, **of_base) for study in studies if study.base_score is not None]
+    found = [_record(study, study.base_score, None, **of_base) for study in studies if study.base_score is not None]
     methods = [name for name in METHOD_NAMES if any(name == p.method for s in studies for p in s.grid.table)]
     for section in SECTION_TITLES:
         for method in methods:
@@ -164,12 +145,12 @@ def _table2_row(studies: Sequence[Study], section: str, method: str) -> Iterator
     for study, result, lora in zip(studies, results, best_lora, strict=True):
         paper, more = table2_cell(study.base, section, method), dict[str, Any](where)
         if result is not None:
-            more |= {**_of_result(result), "rank": result.point.rank}
+            more["rank"] = result.point.rank
             if lora is not None:
                 more["params_percent_of_best_lora"] = 100 * result.num_trained / lora.num_trained
                 more["decline_percent"] = decline([_value(lora)], [_value(result)])
         if result is not None or paper:
-            yield _record(study, None if result is None else result.score, **more, **paper)
+            yield _record(study, None if result is None else result.score, result, **more, **paper)
     if len(studies) > 1 and all(results):
         scores, of_lora = ([_value(one) for one in some if one is not None] for some in (results, best_lora))
         fall = decline(of_lora, scores) if len(of_lora) == len(scores) else None
@@ -237,7 +218,7 @@ def table2_markdown(studies: Sequence[Study]) -> str:
                 cells += _cells(by_task.get(study.base.task, {}), with_paper=study.base.task in of_paper)
             mean = {"score": mean_base(studies)} if method == BASE_NAME else by_task.get(AVERAGE, {})
             body.append(cells + ([_number(mean.get(name)) for name in ("score", "decline_percent")] if several else []))
-        lines += [*markdown_lines(header, body), ""]
+        lines += [*messages.markdown_lines(header, body), ""]
     return _text([*lines, *([] if sections else ["No method has a score yet.", ""]), *_notes2(studies, records)])
 
 
@@ -274,7 +255,7 @@ def _notes2(studies: Sequence[Study], records: Sequence[TableRow]) -> list[str]:
     for study in studies:
         ranks: dict[str, list[str]] = {}
         for point in study.grid.table:
-            if study.result(point).score is None:
+            if study.results[point].score is None:
                 ranks.setdefault(point.method, []).append(str(point.rank))
         if ranks:
             names = "; ".join(f"{method} at r {', '.join(missing)}" for method, missing in ranks.items())
@@ -292,12 +273,13 @@ def table3(studies: Sequence[Study]) -> list[TableRow]:
     """Return the records of Table 3: LoRA on single layers, and the tied method at the same rank."""
     found = []
     for study in studies:
-        published = table3_scores(study.base)
+        rows = _rows("table3.csv") if study.base.paper_model == TABLE3_MODEL else []
+        published = next((row for row in rows if _task_and_metric(study.base).items() <= row.items()), {})
         for point in study.grid.table3:
             column = point.method if point.layer is None else f"layer_{point.layer}"
-            paper = published.get(column) if point.rank == TABLE3_RANK else None
-            result, own = study.result(point), {"rank": point.rank, "adapter": column, "paper_score": paper}
-            found.append(_record(study, result.score, **own, **_of_result(result)))
+            paper = float(published[column]) if point.rank == TABLE3_RANK and column in published else None
+            result, own = study.results[point], {"rank": point.rank, "adapter": column, "paper_score": paper}
+            found.append(_record(study, result.score, result, **own))
     return found
 
 
@@ -323,7 +305,7 @@ def table3_markdown(studies: Sequence[Study]) -> str:
     notes += [*_incomplete_notes(records), *_study_notes([(study, study.grid.table3) for study in rows])]
     lines = [f"# Table 3: {model_title(studies[0])}, LoRA on one layer and a tied pair on all", ""]
     header = ["task", *(name.replace("_", " ") for name in columns)]
-    return _text([*lines, *markdown_lines(header, body), "", *notes])
+    return _text([*lines, *messages.markdown_lines(header, body), "", *notes])
 
 
 # Both -------------------------------------------------------------------------------------------------------------
@@ -338,7 +320,7 @@ def _study_notes(points: Sequence[tuple[Study, Sequence[Point]]]) -> list[str]:
     """Return notes on runs that --halving stopped, and on data and prompts that may differ from the paper's."""
     notes = []
     for study, own in points:
-        stopped = [f"  - {run.name}: {why}" for point in own for run, why in study.result(point).stopped]
+        stopped = [f"  - {run.name}: {why}" for point in own for run, why in study.results[point].stopped]
         line = f"- {study.base.task}: --halving stopped these runs before their last step; each result is from the best"
         notes += [f"{line} step.", *stopped] if stopped else []
     return notes + [
@@ -350,7 +332,7 @@ def _study_notes(points: Sequence[tuple[Study, Sequence[Point]]]) -> list[str]:
 
 
 def _text(lines: Iterable[str]) -> str:
-    return "".join(f"{printable(line)}\n" for line in lines)
+    return "".join(f"{messages.printable(line)}\n" for line in lines)
 
 
 def _number(value: float | None, digits: int = 2) -> str:
@@ -387,21 +369,16 @@ def lines(studies: Sequence[Study]) -> dict[str, list[PlotPoint]]:
     found: dict[str, list[PlotPoint]] = {}
     for method in METHOD_NAMES:
         by_task = [{r.point.rank: r.score for r in s.table_results if r.point.method == method} for s in studies]
-        ranks = sorted(set.intersection(*map(set, by_task)))
-        points = [_mean(rank, [score for scores in by_task if (score := scores[rank]) is not None]) for rank in ranks]
-        if points:
-            found[method] = points
+        for rank in sorted(set.intersection(*map(set, by_task))):
+            scores = [score for of_task in by_task if (score := of_task[rank]) is not None]
+            below = math.sqrt(sum((score.value - score.low) ** 2 for score in scores)) / len(scores)
+            above = math.sqrt(sum((score.high - score.value) ** 2 for score in scores)) / len(scores)
+            mean = sum(score.value for score in scores) / len(scores)
+            found.setdefault(method, []).append(PlotPoint(rank, mean, below, above))
     return found
 
 
-def _mean(rank: int, scores: Sequence[Score]) -> PlotPoint:
-    count = len(scores)
-    below = math.sqrt(sum((score.value - score.low) ** 2 for score in scores)) / count
-    above = math.sqrt(sum((score.high - score.value) ** 2 for score in scores)) / count
-    return PlotPoint(rank, sum(score.value for score in scores) / count, below, above)
-
-
-def draw_figures(studies: Sequence[Study], folder: Path, *, guard: Guard = unguarded) -> list[Path]:
+def draw_figures(studies: Sequence[Study], folder: Path, *, guard: files.Guard = files.unguarded) -> list[Path]:
     """Draw figure 2 (a panel of all methods, a panel of the best) and figure 3 (a panel per task). Return the files.
 
     Raises UserError if a file cannot be written.
@@ -419,7 +396,7 @@ def draw_figures(studies: Sequence[Study], folder: Path, *, guard: Guard = ungua
     return [folder / name for name in panels]
 
 
-def _draw_panels(panels: Sequence[Callable[[Any], None]], target: Path, guard: Guard) -> None:
+def _draw_panels(panels: Sequence[Callable[[Any], None]], target: Path, guard: files.Guard) -> None:
     """Draw the panels in rows of three with a common legend below them, and save the figure."""
     from matplotlib import pyplot
 
@@ -471,7 +448,8 @@ def _draw(
             elinewidth=0.7,
             capsize=2,
         )
-        if published and (theirs := table2_points(studies[0].base, method)):
+        cells = [table2_cell(studies[0].base, section, method) for section in SECTION_TITLES] if published else []
+        if theirs := dict(sorted((cell["paper_rank"], cell["paper_score"]) for cell in cells if cell)):
             ranks |= theirs.keys()
             positions = [rank * shift for rank in theirs]
             axes.plot(positions, list(theirs.values()), mark, color=colour, markerfacecolor="none", markersize=9)

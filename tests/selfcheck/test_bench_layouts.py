@@ -185,7 +185,7 @@ def test_a_rank_that_sends_something_else_is_named() -> None:
     is left empty."""
     words = {"model": "llama2-7b", "num_layers": 2, "pipeline_parallel": 2, "rows": 1, "length": 16, "dtype": "bf16"}
     plan = plan_benchmark(validate_settings(words, BenchSettings), world_size=2)
-    planned = Planned.alone(StepPlan({ONLY: plan}), CPU)
+    planned = Planned(step=StepPlan({ONLY: plan}), layout=plan.layout, machine=CPU)
     ranks: list[dict[str, Any]] = []
     for stage in (0, 1):
         predicted, counted = (planned.traffic(stage, of_engine=False) for _ in range(2))

@@ -156,7 +156,7 @@ def test_less_loss_is_better_and_more_score(
     study = write_study(tmp_path / "study", learning_rates=rates, eval_metric=metric)
     for rate, value in zip(rates, (0.5, second), strict=True):
         write_run(study, f"lora-r2-lr{rate_text(rate)}", best=value)
-    run = read_study(study).result(Point("lora", 2)).run
+    run = read_study(study).results[Point("lora", 2)].run
     assert run is not None and run.learning_rate == best
 
 
@@ -166,13 +166,13 @@ def test_only_finished_runs_with_a_number_are_chosen(tmp_path: Path) -> None:
     write_run(study, "lora-r2-lr1e-4", state=None, best=0.2)
     write_run(study, "lora-r2-lr1e-5", best=0.3)
     write_scored(study, "lora-r8-lr1e-3", 40.0)
-    result = read_study(study).result(Point("lora", 2))
+    result = read_study(study).results[Point("lora", 2)]
     assert result.run is not None and result.run.learning_rate == 1e-5
     assert [run.learning_rate for run in result.missing] == [1e-3, 1e-4]
     ends = [read_run(study / "runs" / name) for name in ("lora-r2-lr1e-3", "lora-r2-lr1e-4", "lora-r2-lr9")]
     assert [end.state for end in ends] == ["failed", "cut off", "to do"] and ends[0].reason == "the loss is nan"
     write_run(study, "tl6-r2-lr1e-4", best=math.nan)
-    assert read_study(study).result(Point("tl6", 2)).run is None
+    assert read_study(study).results[Point("tl6", 2)].run is None
     end = read_run(study / "runs" / "tl6-r2-lr1e-4")
     assert (end.state, end.reason) == ("failed", "it ended without a finite value on validation")
     text = table2_markdown([read_study(study)])
@@ -283,7 +283,7 @@ def test_every_table_names_the_rates_that_halving_stopped(tmp_path: Path) -> Non
     assert (row["stopped_rates"], row["all_rates_finished"]) == ("1e-5", "true")
     write_run(folder, "tl6-r2-lr1e-4", best=2.0)
     write_run(folder, "tl6-r2-lr1e-5", best=1.0, reason=why)
-    chosen = read_study(folder).result(Point("tl6", 2))
+    chosen = read_study(folder).results[Point("tl6", 2)]
     assert chosen.run is not None and chosen.run.learning_rate == 1e-5 and not chosen.missing
 
 

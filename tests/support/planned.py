@@ -19,7 +19,7 @@ from megatron_tiedlora.planning.layout import MicroBatchShape, StagePlan
 from megatron_tiedlora.planning.machines import CPU, GPUS, Constant, Machine
 from megatron_tiedlora.planning.memory import LargestMicroBatch, StageMemory, held_memory, step_memory, with_reserves
 from megatron_tiedlora.planning.passes import stage_work
-from megatron_tiedlora.planning.planned import Cluster, StepPlan
+from megatron_tiedlora.planning.planned import StepPlan
 from megatron_tiedlora.planning.search import Candidate, ClusterPlan, search
 from megatron_tiedlora.planning.step_time import Links, Seconds, StepParts, stage_terms, sum_terms
 
@@ -78,8 +78,7 @@ def largest_memory(step: StepPlan, stage: StagePlan, machine: Machine) -> StageM
 def searched(*flags: str, source: ModelSource, ranks: int, per_node: int = 8, machine: Machine = H100) -> ClusterPlan:
     """All layouts of a cluster."""
     command = parse_plan([f"--model={source.name}", *flags])
-    cluster = Cluster(ranks, per_node, machine)
-    return search(command.train, cluster, source=source, formats=command.settings.formats)
+    return search(ClusterPlan(command.train, source, ranks, per_node, machine), command.settings.formats)
 
 
 def the_only(*flags: str, **keywords: Any) -> Candidate:
@@ -111,9 +110,8 @@ def words_of_a_plan(flags: list[str]) -> str:
     try:
         formats = [] if any(flag.startswith("--base=") for flag in flags) else ["--formats=none"]
         planned = parse_plan([*flags, "--gpus_per_node=4", *formats])
-        cluster = Cluster(4, 4, find_machine(planned.settings))
-        source = find_model(planned.train.model, weights=False)
-        search(planned.train, cluster, source=source, formats=planned.settings.formats)
+        machine, source = find_machine(planned.settings), find_model(planned.train.model, weights=False)
+        search(ClusterPlan(planned.train, source, 4, 4, machine), planned.settings.formats)
     except UserError as error:
         return str(error)
     return ""

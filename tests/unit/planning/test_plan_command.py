@@ -215,7 +215,7 @@ def test_the_table_is_what_its_commands_plan(name: str) -> None:
     words[words.index("--model") + 1] = Path(words[words.index("--model") + 1]).name
     row, file = plan_cluster(parse_plan(words)).rows[0], Path(name).name
     line = f"| {ROWS.get(file, '?')} | `{file}` | `{row.name}` | {row.needed / 1e9:.1f} | {row.tokens_per_second:,.0f}"
-    line += f" | {row.hours:.2f} | {row.hours * row.cluster.world_size:.1f} |"
+    line += f" | {row.hours:.2f} | {row.hours * row.layout.world_size:.1f} |"
     print(f"\n{line}")
     assert line in GUIDE.text
 

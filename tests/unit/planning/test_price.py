@@ -70,7 +70,7 @@ def test_each_layout_has_the_price_that_it_has_alone(case: str, most: int, tmp_p
     assert {(row.layout.pp_size, row.layout.tp_size) for row in rows} >= {(1, 1), (3, 4), (6, 2)}
     for one in rows[:: max(1, len(rows) // most)]:
         step = group_of(SOURCE, 12, **{**given, **one.flags})
-        alone = Planned.alone(step, one.machine, per_node=4)
+        alone = Planned(step=step, layout=step.layout, machine=one.machine, per_node=4)
         for name in ("layout", "fullest", "needed", "fits", "work", "parts"):
             assert getattr(alone, name) == getattr(one, name), (one.name, name)
         assert alone.seconds == pytest.approx(one.seconds, rel=1e-12)
@@ -88,7 +88,7 @@ def test_the_pruned_table_is_the_full_one() -> None:
     dropped = {one.name for one in found.others if not one.has_room_for_weights}
     assert 0 < len(dropped) < len(found.candidates)
     full = [replace(one, known={}) for one in found.candidates]  # each by itself
-    room = found.cluster.capacity
+    room = full[0].capacity
     assert all(one.fullest[1].total > room for one in full if one.name in dropped)
     fitting = sorted(
         (one for one in full if one.fullest[1].total <= room),
