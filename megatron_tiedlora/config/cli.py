@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
-from megatron_tiedlora.base import messages
 from megatron_tiedlora.base.files import read_yaml_list, read_yaml_mapping
+from megatron_tiedlora.base.installation import missing_module
 from megatron_tiedlora.base.messages import UserError, count_text, naming, show_messages, shown, user_path
 from megatron_tiedlora.config import fields
 from megatron_tiedlora.config.adapter_settings import EvaluateSettings, MergeSettings, PushSettings
@@ -217,7 +217,7 @@ def run_command(
             raise
         status = 128 + signal.SIGPIPE
     except (UserError, ModuleNotFoundError) as raised:
-        error = raised if isinstance(raised, UserError) else messages.missing_module(raised)
+        error = raised if isinstance(raised, UserError) else missing_module(raised)
         if error is None:
             raise
         if reports():
