@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 from xml.etree.ElementTree import Element, ElementTree
 
 import torch
@@ -27,7 +26,7 @@ def main(settings: CheckGpuSettings) -> int:
     """Run the checks, write the reports and return the exit status. A signal also ends the running check process."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # for example under nohup
-            signal.signal(number, _leave)
+            signal.signal(number, lambda number, _: sys.exit(128 + number))  # SystemExit first ends the check's process
     require_extra("check")
     chosen = [part for part in SHARES if settings.parts is None or part in settings.parts]
     missing, num_gpus = None, 0
@@ -80,8 +79,3 @@ def _write(folder: Path, page: Sequence[str], suites: Sequence[Element]) -> None
         ElementTree(root).write(folder / "report.xml", encoding="utf-8", xml_declaration=True)
     except OSError as error:
         raise UserError(f"--output {folder}: {error.strerror or error}; give a writable folder") from None
-
-
-def _leave(number: int, _frame: object) -> NoReturn:
-    """Raise SystemExit, so that the running check process is ended before this process exits."""
-    sys.exit(128 + number)

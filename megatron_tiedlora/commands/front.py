@@ -111,7 +111,9 @@ def help_text() -> str:
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command whose name is the first argument, and exit with its status, or with 2 if it does not exist."""
-    words = _without_local_rank(sys.argv[1:] if argv is None else argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0].partition("=")[0] in _LOCAL_RANK:  # from a launcher; ranks are read from the environment
+        words = words[1 if "=" in words[0] else 2 :]
     if words[:1] == ["help"]:
         words = [*words[1:2], "--help"]
     if not words:
@@ -168,13 +170,6 @@ def _of_package(where: str) -> Any:
     """Import and return the object `where` of this package, given as MODULE:NAME."""
     module, _, name = where.partition(":")
     return getattr(importlib.import_module(f"megatron_tiedlora.{module}"), name)
-
-
-def _without_local_rank(words: Sequence[str]) -> list[str]:
-    """Return `words` without the leading --local_rank of a launcher. Ranks are read from the environment instead."""
-    if words and words[0].startswith(tuple(f"{name}=" for name in _LOCAL_RANK)):
-        return list(words[1:])
-    return list(words[2:]) if words and words[0] in _LOCAL_RANK else list(words)
 
 
 def _leave(text: str, *, status: int = 0) -> NoReturn:

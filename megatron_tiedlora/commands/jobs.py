@@ -9,24 +9,19 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from megatron_tiedlora.base import messages
 from megatron_tiedlora.base.files import write_json, write_text
 from megatron_tiedlora.base.installation import require_extra
 from megatron_tiedlora.base.messages import UserError, aligned_lines, count_text, show, user_path
-from megatron_tiedlora.base.output_folder import last_name, output_file, output_files, reject_existing
+from megatron_tiedlora.base.output_folder import last_name, output_file, reject_existing
 from megatron_tiedlora.config.adapter_settings import IndexSettings, PushSettings
 from megatron_tiedlora.config.job_settings import DoctorSettings, LaunchCommand, PlanCommand, SweepCommand
 from megatron_tiedlora.config.tool_settings import BenchSettings, EnvSettings
 from megatron_tiedlora.runtime.launch_env import prepare_environment, rank_and_world_size
 from megatron_tiedlora.runtime.machine import in_words, machine_record
-
-if TYPE_CHECKING:
-    from megatron_tiedlora.convert.index import Entry
 
 HERE = Path(__file__).resolve().parent
 _MEETING_MINUTES = 10.0  # time limit for the rendezvous in plan --measure
@@ -58,7 +53,10 @@ def plan(command: PlanCommand) -> int:
         require_extra("train", only=["deepspeed"])
         return _measure(command, settings.measure)
     prints = settings.json_file == "-"
-    paths = output_files({"--json": None if prints else settings.json_file, "--yaml": settings.yaml})
+    given = {"--json": None if prints else settings.json_file, "--yaml": settings.yaml}
+    paths = {flag: output_file(value, flag=flag) for flag, value in given.items() if value is not None}
+    if len({path.resolve() for path in paths.values()}) < len(paths):
+        raise UserError(f"--json and --yaml both write {settings.json_file}; give two files")
     gc.disable()  # a plan makes a million objects and frees few, so garbage collection would take half a second
     try:
         # These import torch, which takes a second. --help and a wrong flag do not wait for this import.
@@ -184,8 +182,12 @@ def index(settings: IndexSettings) -> int:
 
     root = settings.folder
     if settings.action == "find":
-        entries = find_entries(root, settings.wanted)
-        for line in (json.dumps(asdict(entry)) for entry in entries) if settings.as_json else _table(entries):
+        entries, rows = find_entries(root, settings.wanted), [_HEADING]
+        for one in entries:
+            names = (one.name, last_name(one.base_model), one.method, str(one.rank), one.targets)
+            rows.append((*names, f"{one.parameters:,}", one.task or "-", one.date, one.path))
+        table = [*aligned_lines(rows, align="<"), "", count_text(len(entries), "adapter")]
+        for line in (json.dumps(asdict(entry)) for entry in entries) if settings.as_json else table:
             show(line)
         return 0
     # Only actions that read adapters import torch, which takes seconds.
@@ -208,14 +210,6 @@ def index(settings: IndexSettings) -> int:
     differences = compare_adapters(one, other)
     show(*(differences or ["the same"]))
     return 1 if differences else 0
-
-
-def _table(entries: "Sequence[Entry]") -> list[str]:
-    rows = [_HEADING]
-    for one in entries:
-        names = (one.name, last_name(one.base_model), one.method, str(one.rank), one.targets)
-        rows.append((*names, f"{one.parameters:,}", one.task or "-", one.date, one.path))
-    return [*aligned_lines(rows, align="<"), "", count_text(len(entries), "adapter")]
 
 
 def push(settings: PushSettings) -> int:
