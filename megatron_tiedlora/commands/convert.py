@@ -47,7 +47,6 @@ def merge(settings: adapter_settings.MergeSettings) -> int:
                     say=_show_note,
                     new=partial(new_output, take_over=settings.take_over),
                     between=stop.raise_if_requested,
-                    progress=True,
                 )
     except RunStopped as stopped:
         show(f"stopped by {stopped}: {output} was not written", file=sys.stderr)
@@ -140,7 +139,7 @@ def convert(settings: ConvertNemoSettings) -> int:
     reject_existing(output, flag=f"--output {output}")
     try:
         new = partial(new_output, take_over=settings.take_over)
-        config = convert_nemo(settings.nemo, output, new=new, progress=True)
+        config = convert_nemo(settings.nemo, output, new=new)
     except UserError as error:
         show(f"error: {error}", file=sys.stderr)
         return 1

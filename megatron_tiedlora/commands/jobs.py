@@ -195,13 +195,13 @@ def index(settings: IndexSettings) -> int:
 
     match settings.action:
         case "build":
-            count, problems = build_index(root, progress=True)
+            count, problems = build_index(root)
             indexed = f"indexed {count_text(count, 'adapter')}: {root / INDEX_FILE}"
             show(*(f"not indexed: {problem}" for problem in problems), indexed)
             return 1 if problems else 0
         case "verify":
             entries = find_entries(root, settings.wanted)
-            problems = verify_entries(root, entries, progress=True)
+            problems = verify_entries(root, entries)
             size = messages.bytes_in_words(sum(entry.size for entry in entries))
             verified = f"verified {count_text(len(entries), 'adapter')} of {size}: {len(problems)} with problems"
             show(*(f"FAILED  {problem}" for problem in problems), verified)

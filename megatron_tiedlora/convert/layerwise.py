@@ -66,7 +66,6 @@ def layerwise_loss(
     dtype: torch.dtype,
     device: torch.device,
     between: Callable[[], object] = lambda: None,
-    progress: bool = False,
 ) -> float:
     """Return the summed loss over the supervised positions of `batches`, which must not be packed.
 
@@ -74,13 +73,12 @@ def layerwise_loss(
         read: reads rows of a stored tensor, in any float dtype.
         dtype: the dtype in which layers compute.
         between: called before each block; it may raise an exception to end the computation.
-        progress: whether to show a progress bar.
     """
     layers, total = _Layers(shape, dtype, device, between), 0.0
     # Batches are processed together if their activations fit into memory, and otherwise one at a time.
     most, of_token = _SHARE * psutil.virtual_memory().available, shape.hidden_size * dtype.itemsize
     for group in filled((batch, batch.tokens.numel() * of_token, most) for batch in batches):
-        with progress_bar("loss", "layer", total=shape.num_layers + 2, shows=progress) as bar:
+        with progress_bar("loss", "layer", total=shape.num_layers + 2) as bar:
             inputs = [(batch.tokens, batch.positions) for batch in group]
             hidden = layers.hidden([(read, {ONLY: adapter})], inputs, bar)[ONLY]
             head = layers.head(read, 0, shape.vocab_size)

@@ -55,7 +55,6 @@ def merge_adapter(
     say: Callable[[str], object] = str,
     new: Callable[[Path], AbstractContextManager[Path]] = output_folder.new_output,
     between: Callable[[], object] = lambda: None,
-    progress: bool = False,
 ) -> None:
     """Write a merged Hugging Face checkpoint folder atomically.
 
@@ -124,7 +123,7 @@ def merge_adapter(
         needed = sum(len(file.head) + file.value_bytes for file in files) + sum(file.stat().st_size for file in copied)
         with new(output) as temporary:
             output_folder.require_room(temporary, needed, output=output)
-            tensor_files.write_files(temporary, files, bar="weights" if quantised else "merge", progress=progress)
+            tensor_files.write_files(temporary, files, bar="weights" if quantised else "merge")
             for file in copied:  # includes the index of a base that is not quantised, which may have more metadata
                 shutil.copyfile(file, temporary / file.name)
             if quantised or dtype is not None:

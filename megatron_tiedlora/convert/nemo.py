@@ -51,7 +51,6 @@ def convert_nemo(
     output: Path,
     *,
     new: Callable[[Path], AbstractContextManager[Path]] = output_folder.new_output,
-    progress: bool = False,
 ) -> dict[str, Any]:
     """Write the model of the file `nemo` as a `stablelm` folder atomically, and return its config.
 
@@ -77,7 +76,7 @@ def convert_nemo(
         (temporary / "tokenizer.model").write_bytes(sentencepiece)
         files.write_json(temporary / "tokenizer_config.json", settings)
         files.write_json(temporary / "config.json", config)
-        write_files(temporary, sharded(tensors), progress=progress)
+        write_files(temporary, sharded(tensors))
     return config
 
 

@@ -7,7 +7,6 @@ The bits are compared some rows at a time, and `layerwise` computes the logits i
 is small, transformers and PEFT also load the exports, as users do, and compute the logits in fp32.
 """
 
-import importlib.util
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_tiedlora.base import messages
-from megatron_tiedlora.base.installation import install_hint
+from megatron_tiedlora.base.installation import install_hint, missing_modules
 from megatron_tiedlora.base.messages import UserError, count_text, first_line, one_line, printable, shown
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.checkpoint.base_identity import SHAPE_FIELDS, identify_shape
@@ -141,7 +140,7 @@ def choose_runtimes(
         if size > LARGEST_WHOLE:
             words = f"{messages.bytes_in_words(size)} in fp32; give --in {','.join(there)} to load all of it there too"
             return (), f"{source.name} takes {words}"
-        if peft is not None and not has_peft():
+        if peft is not None and missing_modules("peft"):
             why = "peft is not installed, so it did not load the export"
         elif peft is not None and kind is not None:
             why = f"PEFT computes a base in {kind} differently, so it did not load the export; see --in"
@@ -195,7 +194,7 @@ def verify_export(
     imported = None if peft is None else read_peft(peft, source, tied=False)
     notes += () if imported is None else imported.notes
     exported = None if peft is None else compare_export(peft, source, adapter)
-    if imported is not None and "peft" in runtimes and not has_peft():
+    if imported is not None and "peft" in runtimes and missing_modules("peft"):
         raise UserError(f"checking a PEFT adapter needs peft; {install_hint('peft')}")
     bits = []
     if merged is not None:
@@ -288,11 +287,6 @@ def format_comparisons(results: Sequence[LogitComparison]) -> str:
         numbers = [f"{number:.1e}" for number in (row.largest, row.mean, row.divergence)]
         rows.append([row.name, *numbers, f"{row.agreement:.1%}", row.verdict])
     return "\n".join(map(printable, messages.aligned_lines([heading, *rows], align="<>>>><")))
-
-
-def has_peft() -> bool:
-    """Return whether PEFT is installed."""
-    return importlib.util.find_spec("peft") is not None
 
 
 def transformers_logits(folder: Path, tokens: Tensor, wrap: Callable[[Any], Any] = lambda model: model) -> Tensor:

@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO, cast
 
+import torch
 from torch.distributed import DistError, DistNetworkError
 
 from megatron_tiedlora.base.files import Guard, make_way_for_log, new_file, unguarded
@@ -32,7 +33,7 @@ from megatron_tiedlora.parallel.agreement import decided_by_rank_0
 from megatron_tiedlora.runtime import heartbeat
 from megatron_tiedlora.runtime.heartbeat import Heartbeat, PeerFailure
 from megatron_tiedlora.runtime.launch_env import first_to_fail
-from megatron_tiedlora.runtime.process_group import leave_process_group, own_gpu
+from megatron_tiedlora.runtime.process_group import gpu_name, leave_process_group
 from megatron_tiedlora.runtime.run_folder import LOGS_FOLDER, RunFolder, State
 from megatron_tiedlora.runtime.stopping import RunStopped, StopRequests, exit_status
 
@@ -195,7 +196,9 @@ class End:
 
     def watch_peers(self, timeout_minutes: float) -> None:
         """Start the heartbeat. From now on, a lost rank ends the run on every host. All ranks must call this."""
-        self.gpu = own_gpu()  # read now, because a failed GPU does not respond
+        if torch.cuda.is_initialized():  # the name is read now, because a failed GPU does not respond
+            device = torch.device("cuda", torch.cuda.current_device())
+            self.gpu = f"{device} ({gpu_name(device)})"
         if self.world_size > 1:
             limit = timedelta(minutes=timeout_minutes)
             self.heartbeat = Heartbeat(

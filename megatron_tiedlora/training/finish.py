@@ -166,7 +166,6 @@ def _original_loss(run: AdapterRun, stop: StopRequests) -> float:
             dtype=plan.dtype,
             device=run.runner.device,
             between=stop.raise_if_requested,
-            progress=True,
         )
     return loss / run.data.validation.num_supervised
 
@@ -194,7 +193,7 @@ def export(run: AdapterRun, stop: StopRequests) -> list[str]:
     if not get_task(settings.task).exports_merged or source.stored is not None:
         return []
     discard(merged, guard=folder.guard)
-    merge_adapter(source, adapter, merged, tokenizer=settings.tokenizer, progress=True, new=folder.new_folder)
+    merge_adapter(source, adapter, merged, tokenizer=settings.tokenizer, new=folder.new_folder)
     found = verify_export(source, adapter, merged=merged, peft=peft)
     if not found.passed:
         _LOGGER.error(found.report())
