@@ -43,16 +43,11 @@ def adapter_kind(folder: Path | str, *, flag: str | None = None) -> Literal["nat
             raise UserError(f"{flag}: this is a model folder; give it with --model")
         raise UserError(f"{flag}: has no {CONFIG_FILE}; give the folder of a native or PEFT adapter")
     content = read_json_object(path / CONFIG_FILE, kind="an adapter folder")
-    if is_peft(content):
+    if content.get("peft_type", PEFT_TYPE) != PEFT_TYPE:
         return "peft"
     if "format_version" in content:
         return "native"
     raise UserError(f"{path / CONFIG_FILE}: has neither format_version nor peft_type; give a native or PEFT adapter")
-
-
-def is_peft(content: Mapping[str, Any]) -> bool:
-    """Return whether `content`, an adapter_config.json, describes a PEFT adapter."""
-    return content.get("peft_type", PEFT_TYPE) != PEFT_TYPE
 
 
 def find_base(folder: Path, model: ModelSource | str | None, named: str, hashes: Mapping[str, Any]) -> ModelSource:

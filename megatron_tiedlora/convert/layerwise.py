@@ -30,7 +30,6 @@ from megatron_tiedlora.parallel.groups import ALONE, Grid, TensorParallel
 
 _HEAD_ELEMENTS = 2**24  # elements of the head that are loaded at a time for logits; 64 MiB in fp32
 _SHARE = 0.25  # the fraction of the host's free memory that stored activations may use
-_CPU = torch.device("cpu")
 Inputs = tuple[torch.Tensor, torch.Tensor]  # tokens (b, s) and position ids (b, s)
 # A function that reads rows of a model's stored tensors in any float dtype, and an adapter for each named result. A
 # result with None is computed without an adapter.
@@ -42,7 +41,7 @@ def layerwise_logits(
     shape: ModelShape, models: Sequence[Weights], tokens: torch.Tensor, *, dtype: torch.dtype, progress: bool = False
 ) -> dict[str, torch.Tensor]:
     """Return {name in `models`: fp32 logits (b, s, V)}. All models have this shape, and layers compute in `dtype`."""
-    layers = _Layers(shape, dtype, _CPU)
+    layers = _Layers(shape, dtype, torch.device("cpu"))
     size = max(_HEAD_ELEMENTS // shape.hidden_size, 1)
     logits: dict[str, list[torch.Tensor]] = {}
     with progress_bar("logits", "layer", total=shape.num_layers + 2, shows=progress) as bar:

@@ -25,13 +25,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from megatron_tiedlora.base import files, output_folder
 from megatron_tiedlora.base.messages import UserError, shown
-from megatron_tiedlora.checkpoint.tensor_files import (
-    StreamedTensor,
-    all_finite,
-    check_tensors,
-    sharded,
-    write_files,
-)
+from megatron_tiedlora.checkpoint.tensor_files import StreamedTensor, all_finite, check_tensors, sharded, write_files
 from megatron_tiedlora.convert.nemo_archive import NemoArchive, readable
 from megatron_tiedlora.data.tokenizer import LARGEST_TOKENIZER, check_conversion
 

@@ -296,7 +296,8 @@ class End:
         if lost or not failure.reports:  # this rank's traceback does not explain a peer's failure
             self.log.note(details)
             details = ""
-        self._show(failure, f"{details}error: {text if isinstance(error, UserError) else failure.reason}")
+        show = self.log.say if failure.reports else self.log.note
+        show(f"{details}error: {text if isinstance(error, UserError) else failure.reason}")
         if self.heartbeat is not None:
             self.heartbeat.leave_failed()
         self._leave_folder()
@@ -305,7 +306,8 @@ class End:
     def _lost(self, failure: PeerFailure) -> None:
         """Report a peer failure and end the process. The heartbeat's thread calls this while the main thread waits."""
         self._record_failure(failure.reason, again=self.rank == 0)
-        self._show(failure, f"error: {failure.reason}")
+        show = self.log.say if failure.reports else self.log.note
+        show(f"error: {failure.reason}")
         self._leave_folder()
         sys.stdout.flush()
         os._exit(FAILED_STATUS)
@@ -316,11 +318,6 @@ class End:
         if self.rank and self.heartbeat is not None and self.heartbeat.main_lost:
             for owner in self.owners:
                 owner.give_up()
-
-    def _show(self, failure: PeerFailure, text: str) -> None:
-        """Show `text` on the terminal if this rank reports for all ranks. Otherwise write it only to the log."""
-        tell = self.log.say if failure.reports else self.log.note
-        tell(text)
 
     def _record_failure(self, reason: str, *, again: bool = False) -> bool:
         """Write the status, unless it exists and `again` is false. Return False if there was nothing to write."""

@@ -31,7 +31,7 @@ RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_POR
 EXPECTED_RANKS = "MEGATRON_TIEDLORA_EXPECTED_RANKS"  # a variable with the number of ranks that the job should start
 _FAILED, _FAILED_SECONDS = "megatron_tiedlora-failed-", 600.0
 _OPENMPI = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK")
-_SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+_SLURM = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")  # the shell of a batch script lacks the first two
 _PMI = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID")
 _AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
 _CHOOSING = ("-i", "-e", "--include", "--exclude", "--num_nodes", "--num_gpus", "--num_accelerators")  # deepspeed's
@@ -97,18 +97,13 @@ def read_hostfile(path: str | Path) -> tuple[Host, ...]:
     return tuple(hosts.values())
 
 
-def in_slurm_step(environment: Mapping[str, str]) -> bool:
-    """Return whether `srun` started this process. The shell of a batch script is not started by `srun`."""
-    return "SLURM_PROCID" in environment and "SLURM_STEP_NUM_TASKS" in environment
-
-
 def slurm_hosts(environment: Mapping[str, str]) -> tuple[Host, ...]:
     """Return the hosts and the number of tasks per host of the Slurm step, or of the allocation outside a step.
 
     Raises:
         UserError: this process is not in an allocation, or Slurm's variables cannot be read.
     """
-    step = in_slurm_step(environment)
+    step = all(name in environment for name in _SLURM[:2])
     names = environment.get("SLURM_STEP_NODELIST" if step else "SLURM_JOB_NODELIST")
     tasks = environment.get("SLURM_STEP_TASKS_PER_NODE" if step else "SLURM_TASKS_PER_NODE")
     if not names or not tasks:
@@ -196,7 +191,7 @@ def prepare_environment() -> None:
     if all(name in environment for name in _OPENMPI):  # before Slurm, because mpirun may run inside a Slurm step
         if "MASTER_ADDR" in environment:
             _set_ranks(_OPENMPI, environment["MASTER_ADDR"], _DEFAULT_PORT)
-    elif in_slurm_step(environment):
+    elif all(name in environment for name in _SLURM[:2]):
         master = environment.get("MASTER_ADDR") or slurm_hosts(environment)[0].name
         _set_ranks(_SLURM, master, slurm_port(environment))
     elif not all(name in environment for name in _PMI[:2]):

@@ -23,9 +23,8 @@ from torch import distributed
 from megatron_tiedlora.base.messages import UserError, first_line, shown
 from megatron_tiedlora.parallel.agreement import first_message, gather_numbers, gather_on_rank_0
 from megatron_tiedlora.runtime.heartbeat import is_lost_exchange
-from megatron_tiedlora.runtime.launch_env import rank_number, uses_gpu
+from megatron_tiedlora.runtime.launch_env import RANK_VARIABLES, rank_number, uses_gpu
 
-_RANK_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _UNIQUE = ("GPU-", "MIG-")  # prefixes of globally unique names
 _SHARED_GPUS = "NCCL_MULTI_RANK_GPU_ENABLE"  # a variable of NCCL since 2.30
 
@@ -161,7 +160,7 @@ def _discover_ranks() -> None:
     """Set missing variables from MPI, as DeepSpeed does if it creates the process group itself."""
     from deepspeed.comm import comm
 
-    if distributed.is_initialized() or all(name in os.environ for name in _RANK_VARIABLES):
+    if distributed.is_initialized() or all(name in os.environ for name in RANK_VARIABLES if name != "LOCAL_RANK"):
         return
     if comm.in_aml() and not comm.in_dlts():
         comm.patch_aml_env_for_torch_nccl_backend(verbose=False)
