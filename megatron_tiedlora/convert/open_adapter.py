@@ -148,9 +148,8 @@ def import_peft(
         if native is not None:
             native_adapter.copy_adapter_files(folder / inputs.NATIVE_FOLDER, temporary, native)
         else:
-            kept = {
-                name: getattr(trained, name) for name in ("tokenizer", "tokenizer_hash", *base_identity.FORMAT_FIELDS)
-            }
+            names = ("tokenizer", "tokenizer_hash", *base_identity.FORMAT_FIELDS)
+            kept = {name: getattr(trained, name) for name in names}
             own = replace(identify_model(source, "fp32"), **kept)
             native_adapter.write_adapter_files(temporary, opened.config, own, opened.state)
     return opened
