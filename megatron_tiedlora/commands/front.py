@@ -162,8 +162,7 @@ def call(name: str, argv: Sequence[str], **options: Any) -> int:
     assert command is not None
     reader = _of_package(f"config.{command.settings}")
     settings = parse_settings(argv, reader) if isinstance(reader, type) else reader(argv)
-    status: int = _of_package(f"commands.{command.main}")(settings, **options)
-    return status
+    return int(_of_package(f"commands.{command.main}")(settings, **options))
 
 
 def _of_package(where: str) -> Any:

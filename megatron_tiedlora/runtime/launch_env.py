@@ -217,8 +217,7 @@ def free_port(host: str = "") -> int:
     """Return a port of this machine that is free now, on the address `host` or on all addresses."""
     with socket.socket() as probe:
         probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-        return port
+        return int(probe.getsockname()[1])
 
 
 def rank_and_world_size() -> tuple[int, int]:
