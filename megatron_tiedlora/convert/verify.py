@@ -3,8 +3,8 @@
 A merged folder in 16 bits cannot have the adapter's exact logits. So its logits must be equal to the logits of base +
 adapter after rounding to the same dtype. The difference from the unrounded adapter is shown but not checked.
 
-The bits are compared some rows at a time, and `layerwise` computes the logits in the memory of one layer. If the model
-is small, transformers and PEFT also load the exports, as users do, and compute the logits in fp32.
+The bits are compared some rows at a time, and `layerwise_logits` computes the logits in the memory of one layer. If the
+model is small, transformers and PEFT also load the exports, as users do, and compute the logits in fp32.
 """
 
 import warnings
@@ -24,11 +24,11 @@ from megatron_tiedlora.base.messages import UserError, count_text, first_line, o
 from megatron_tiedlora.base.progress import progress_bar
 from megatron_tiedlora.checkpoint.base_identity import SHAPE_FIELDS, identify_shape
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights, WeightFiles
-from megatron_tiedlora.checkpoint.load_model import MergedWeights, row_blocks
+from megatron_tiedlora.checkpoint.load_model import MergedWeights, Weights, layerwise_logits, row_blocks
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter
 from megatron_tiedlora.checkpoint.sources import ModelSource
 from megatron_tiedlora.checkpoint.tensor_files import FLOAT_TYPES
-from megatron_tiedlora.convert import inputs, layerwise, merge
+from megatron_tiedlora.convert import inputs, merge
 from megatron_tiedlora.convert.open_adapter import compare_export, read_peft, stored_dtype
 from megatron_tiedlora.model import families, hf_config, weights
 
@@ -208,7 +208,7 @@ def verify_export(
     with ExitStack() as opened:
         base = opened.enter_context(BaseWeights(source.weights_folder(), source.shape, source.stored))
         of_peft = {} if imported is None else {"peft": imported.adapter}
-        models: list[layerwise.Weights] = [(base.read, {"native": adapter, "plain": None, **of_peft})]
+        models: list[Weights] = [(base.read, {"native": adapter, "plain": None, **of_peft})]
         for name in {str(known) for known in (trained, onto) if known not in (None, source.stored_base)}:
             quantised = opened.enter_context(MergedWeights(source, None, base_format=name))
             models.append((quantised.read, {name: adapter}))
@@ -218,7 +218,7 @@ def verify_export(
                 models.append((lambda name, rows: once.read(name, rows).to(stored[name]), {"rounded": None}))
             written = opened.enter_context(BaseWeights(merged, source.shape))
             models.append((written.read, {"merged": None}))
-        found = layerwise.layerwise_logits(source.shape, models, tokens, dtype=dtype, progress=progress)
+        found = layerwise_logits(source.shape, models, tokens, dtype=dtype, progress=progress)
     native, rounded = found["native"], found.get("rounded")
     rows = [compare_logits("base without adapter", native, found["plain"], "different")]
     if trained is not None and trained in found:

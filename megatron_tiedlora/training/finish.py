@@ -20,11 +20,10 @@ from megatron_tiedlora.base.messages import UserError, aligned_lines, bytes_in_w
 from megatron_tiedlora.base.output_folder import numbered
 from megatron_tiedlora.base.shapes import QKV
 from megatron_tiedlora.checkpoint.base_weights import BaseWeights
-from megatron_tiedlora.checkpoint.load_model import describe_dtype
+from megatron_tiedlora.checkpoint.load_model import describe_dtype, layerwise_loss
 from megatron_tiedlora.checkpoint.native_adapter import NativeAdapter, load_native_adapter
 from megatron_tiedlora.checkpoint.resume import Checkpoint
 from megatron_tiedlora.convert.export_peft import Export, base_location, base_name, export_peft, serve_hints
-from megatron_tiedlora.convert.layerwise import layerwise_loss
 from megatron_tiedlora.convert.merge import is_merge_of, merge_adapter
 from megatron_tiedlora.convert.verify import verify_export
 from megatron_tiedlora.data.tasks import get_task
