@@ -183,9 +183,9 @@ def index(settings: IndexSettings) -> int:
     root = settings.folder
     if settings.action == "find":
         entries, rows = find_entries(root, settings.wanted), [_HEADING]
-        for one in entries:
-            names = (one.name, last_name(one.base_model), one.method, str(one.rank), one.targets)
-            rows.append((*names, f"{one.parameters:,}", one.task or "-", one.date, one.path))
+        for entry in entries:
+            names = (entry.name, last_name(entry.base_model), entry.method, str(entry.rank), entry.targets)
+            rows.append((*names, f"{entry.parameters:,}", entry.task or "-", entry.date, entry.path))
         table = [*aligned_lines(rows, align="<"), "", count_text(len(entries), "adapter")]
         for line in (json.dumps(asdict(entry)) for entry in entries) if settings.as_json else table:
             show(line)
