@@ -83,7 +83,7 @@ def new_folder(path: Path, *, guard: Guard = unguarded, parent: Path | None = No
             f"{path}: cannot be written ({reason}); nothing was changed; check the disk space and the permissions"
         ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)  # after an error
+        shutil.rmtree(temporary, ignore_errors=True)  # it still exists only after an error
 
 
 def _put_in_place(temporary: Path, path: Path, guard: Guard) -> None:

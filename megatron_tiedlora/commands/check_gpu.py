@@ -26,7 +26,8 @@ def main(settings: CheckGpuSettings) -> int:
     """Run the checks, write the reports and return the exit status. A signal also ends the running check process."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # for example under nohup
-            signal.signal(number, lambda number, _: sys.exit(128 + number))  # SystemExit first ends the check's process
+            # SystemExit also ends the running check process, before this process exits.
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     require_extra("check")
     chosen = [part for part in SHARES if settings.parts is None or part in settings.parts]
     missing, num_gpus = None, 0
