@@ -17,7 +17,7 @@ from typing import Literal
 from megatron_tiedlora.base.files import read_small_text
 from megatron_tiedlora.base.messages import UserError
 from megatron_tiedlora.base.ownership import START_ID
-from megatron_tiedlora.runtime.launch_env import EXPECTED_RANKS, RANK_VARIABLES, Host, num_ranks
+from megatron_tiedlora.runtime.launch_env import EXPECTED_RANKS, RANK_VARIABLES, Host
 
 Route = Literal["ssh", "srun", "local"]  # the way from a launcher to the hosts
 
@@ -59,7 +59,7 @@ class Job:
     @property
     def size(self) -> int:
         """Return the number of ranks."""
-        return num_ranks(self.hosts)
+        return sum(host.slots for host in self.hosts)
 
     @property
     def names(self) -> str:

@@ -160,11 +160,6 @@ def is_torchrun(words: Sequence[str]) -> bool:
     return Path(started_program(words)).name in _TORCHRUN
 
 
-def num_ranks(hosts: Sequence[Host]) -> int:
-    """Return the total number of ranks on these hosts."""
-    return sum(host.slots for host in hosts)
-
-
 # The variables of ranks -----------------------------------------------------------------------------------------------
 
 
@@ -294,7 +289,7 @@ def _check_hostfile(runner: psutil.Process, world_size: int) -> None:
         name, _, value = word.partition("=")
         if name in ("-H", "--hostfile"):
             given = value or following
-            slots = num_ranks(read_hostfile(folder / user_path(given, flag="--hostfile")))
+            slots = sum(host.slots for host in read_hostfile(folder / user_path(given, flag="--hostfile")))
             if slots != world_size and not any(word.startswith(_CHOOSING) for word in words):
                 raise UserError(f"--hostfile {given} has {slots} slots, but {world_size} ranks started; correct it")
 
