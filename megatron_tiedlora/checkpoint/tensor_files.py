@@ -312,16 +312,6 @@ SliceOf = Callable[[str], Any]  # returns the stored tensor with this name, or N
 QuantisedRows = tuple[torch.Tensor, torch.Tensor, int]  # codes, scales, number of bytes that were read
 
 
-class _Nf4State(NamedTuple):
-    """The quantisation state of a bitsandbytes tensor, with the size of its blocks.
-
-    `nested` is None, or for quantised scales (size of a block of scales, offset of the scales).
-    """
-
-    block: int
-    nested: tuple[int, float] | None
-
-
 class StoredWeights:
     """The quantised tensors of a folder. Error messages name the tensor, and the caller adds the name of the file."""
 
@@ -385,11 +375,11 @@ class StoredWeights:
         stored = self._slice_of(name)
         if stored.get_dtype() != "U8":
             raise damaged_model(f"{name} is {as_given(stored.get_dtype())}, but other linears are nf4")
-        state = self._state(name, shape)
+        block, nested = self._state(name, shape)
         size = shape[0] * shape[1]
-        counts = [("", "U8", size // 2), (_ABSMAX, "F32" if state.nested is None else "U8", size // state.block)]
-        if state.nested is not None:
-            counts.append((_NESTED_ABSMAX, "F32", -(-size // state.block // state.nested[0])))
+        counts = [("", "U8", size // 2), (_ABSMAX, "F32" if nested is None else "U8", size // block)]
+        if nested is not None:
+            counts.append((_NESTED_ABSMAX, "F32", -(-size // block // nested[0])))
             counts.append((_NESTED_LEVELS, "F32", 256))
         counts.append((_LEVELS, "F32", 16))
         for part, dtype, count in counts:
@@ -406,7 +396,9 @@ class StoredWeights:
         if not torch.equal(self._needed(name, _LEVELS)[:], torch.tensor(NF4_LEVELS)):
             raise UserError(f"{name}{_LEVELS} does not have the levels of nf4; give a model in nf4 or in bf16")
 
-    def _state(self, name: str, shape: TensorShape) -> _Nf4State:
+    def _state(self, name: str, shape: TensorShape) -> tuple[int, tuple[int, float] | None]:
+        """Return the number of weights in a block of a bitsandbytes tensor. Also return None, or for quantised scales
+        (size of a block of scales, offset of the scales)."""
         raw = self._needed(name, _STATE)
         try:
             if raw.get_dtype() != "U8" or torch.Size(raw.get_shape()).numel() > _LARGEST_STATE:
@@ -429,27 +421,27 @@ class StoredWeights:
             said = f"{name} has blocks of {block} {odd if block % self._block else crossing}"
             raise UserError(f"{said}; give the model with weights in bf16, fp16 or fp32, and --base nf4")
         # The offset becomes a float, because torch cannot add an integer above 2^63.
-        return _Nf4State(block, None if nested is None else (nested[0], float(nested[1])))
+        return block, None if nested is None else (nested[0], float(nested[1]))
 
     def _read_nf4(self, name: str, shape: TensorShape, rows: slice, columns: slice) -> QuantisedRows:
-        state, width = self._state(name, shape), shape[1]
+        (block, nested), width = self._state(name, shape), shape[1]
         start, stop, _ = rows.indices(shape[0])
         stored = self._slice_of(name)
         # The bytes are stored one after another, in a tensor with one column (in some files with one row).
         one_row = len(stored.get_shape()) == 2 and stored.get_shape()[0] == 1 != shape[0] * width // 2
         first, last = start * width // 2, stop * width // 2
         codes = (stored[:, first:last] if one_row else stored[first:last]).reshape(stop - start, width // 2)
-        per_row = width // state.block
+        per_row = width // block
         blocks = slice(start * per_row, stop * per_row)
         scales = self._slice_of(name + _ABSMAX)[blocks]
         num_bytes = codes.nbytes + scales.nbytes
-        if state.nested is not None:  # the scales are quantised too: they are codes with their own scales
-            size, offset = state.nested
+        if nested is not None:  # the scales are quantised too: they are codes with their own scales
+            size, offset = nested
             levels, of_groups = self._slice_of(name + _NESTED_LEVELS)[:], self._slice_of(name + _NESTED_ABSMAX)[:]
             num_bytes += of_groups.nbytes
             groups = torch.arange(blocks.start, blocks.stop) // size
             scales = levels[scales.int()] * of_groups[groups] + offset
         scales = scales.view(stop - start, per_row)
-        scales = scales.repeat_interleave(state.block // self._block, dim=1)
+        scales = scales.repeat_interleave(block // self._block, dim=1)
         own = codes[:, columns.start // 2 : columns.stop // 2]
         return own, scales[:, columns.start // self._block : columns.stop // self._block], num_bytes
