@@ -65,7 +65,7 @@ COMMANDS = (
     Command("push", "jobs:push", "adapter_settings:PushSettings", "publish a run's adapter on the Hugging Face hub"),
     Command("convert-nemo", "convert:convert", "tool_settings:ConvertNemoSettings",
             "convert GPT-2B-001 from its .nemo file", "tools/convert_nemo.py"),
-    Command("check-gpu", "check_gpu:main", "tool_settings:CheckGpuSettings",
+    Command("check-gpu", "jobs:check_gpu", "tool_settings:CheckGpuSettings",
             "check what this machine's GPUs can do", "tools/check_gpu.py"),
     Command("bench", "jobs:bench", "tool_settings:BenchSettings",
             "measure a training step or generation", "tools/bench_step.py", is_rank=True),

@@ -1,5 +1,5 @@
-"""Implement the commands for jobs, machines and adapter collections: run, sweep, plan, doctor, env, bench, index and
-push.
+"""Implement the commands for jobs, machines and adapter collections: run, sweep, plan, doctor, env, bench, check-gpu,
+index and push.
 
 Modules that need torch are imported inside the functions, so that `env` also works without torch.
 """
@@ -7,8 +7,12 @@ Modules that need torch are imported inside the functions, so that `env` also wo
 import gc
 import json
 import os
+import signal
+import socket
 import sys
 import tempfile
+import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,13 +23,19 @@ from megatron_tiedlora.base.messages import UserError, aligned_lines, count_text
 from megatron_tiedlora.base.output_folder import last_name, output_file, reject_existing
 from megatron_tiedlora.config.adapter_settings import IndexSettings, PushSettings
 from megatron_tiedlora.config.job_settings import DoctorSettings, LaunchCommand, PlanCommand, SweepCommand
-from megatron_tiedlora.config.tool_settings import BenchSettings, EnvSettings
+from megatron_tiedlora.config.tool_settings import CHECK_PARTS, BenchSettings, CheckGpuSettings, EnvSettings
 from megatron_tiedlora.runtime.launch_env import prepare_environment, rank_and_world_size
 from megatron_tiedlora.runtime.machine import in_words, machine_record
 
 HERE = Path(__file__).resolve().parent
 _MEETING_MINUTES = 10.0  # time limit for the rendezvous in plan --measure
 _HEADING = ("name", "base", "method", "rank", "targets", "parameters", "task", "date", "path")
+
+# Time limit of each part of check-gpu in seconds, 8 minutes in total. A part may also use the unused time of earlier
+# parts.
+PART_SECONDS = dict(zip(CHECK_PARTS, (50, 35, 85, 95, 50, 35, 30, 100), strict=True))
+RANKS_OF_SEVERAL = 340  # time limit in seconds of the part `ranks` on several GPUs; all parts then take 12 minutes
+NO_GPU_STATUS = 2
 
 
 def run(command: LaunchCommand, *, scripts: Path = HERE) -> int:
@@ -174,6 +184,72 @@ def bench(settings: BenchSettings) -> int:
     decided_by_rank_0(publish)
     leave_process_group()
     return 0
+
+
+def check_gpu(settings: CheckGpuSettings) -> int:
+    """Run the tests in `selfcheck/`, each part in its own process, write the reports and return the exit status. A
+    signal also ends the running check process. Raise UserError if the folder of the reports cannot be written."""
+    from xml.etree.ElementTree import Element, ElementTree
+
+    import torch
+
+    from megatron_tiedlora.selfcheck import parts
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # for example under nohup
+            # SystemExit also ends the running check process, before this process exits.
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
+    require_extra("check")
+    chosen = [part for part in PART_SECONDS if settings.parts is None or part in settings.parts]
+    missing, num_gpus = None, 0
+    if settings.device == "cuda":
+        missing, num_gpus = parts.why_no_gpu(), torch.cuda.device_count()
+        chosen = chosen if missing is None else ["env"]
+    limits = part_limits(chosen, settings.minutes, num_gpus=num_gpus)
+    where = f"{num_gpus} GPUs of {socket.gethostname()}" if settings.device == "cuda" else settings.device
+    minutes, now = sum(limits.values()) / 60, time.strftime("%Y-%m-%d %H:%M:%S %z")
+    about = f"{settings.model} on {where}; {', '.join(chosen)} in at most {minutes:.1f} minutes from {now}"
+    suites: list[Element] = []
+
+    def write(*lines: str) -> None:
+        root = Element("testsuites")
+        root.extend(suites)
+        page = "\n".join(("# check-gpu", "", about, "", *lines))
+        try:
+            settings.output.mkdir(parents=True, exist_ok=True)
+            (settings.output / "report.md").write_text(f"{page}\n", encoding="utf-8")
+            ElementTree(root).write(settings.output / "report.xml", encoding="utf-8", xml_declaration=True)
+        except OSError as error:
+            said = f"--output {settings.output}: {error.strerror or error}; give a writable folder"
+            raise UserError(said) from None
+
+    write("No part has ended yet.")
+    folder, deadline = settings.output.absolute(), time.monotonic()
+    for part, seconds in limits.items():
+        deadline += seconds
+        left = deadline - time.monotonic()
+        given = {"device": settings.device, "model": settings.model, "folder": folder, "seconds": left}
+        options = [f"--check-{name}={value}" for name, value in given.items()]
+        command = parts.part_command(part, *options, f"--junitxml={folder / f'{part}.xml'}")
+        environment = parts.part_environment(part, settings.device)
+        suites.append(parts.run_part(part, command, environment=environment, folder=folder, seconds=left))
+        show(*parts.part_lines(suites[-1]))
+        write(*parts.summary_lines(suites), *(line for suite in suites for line in parts.part_lines(suite)))
+    show("", *parts.summary_lines(suites), f"{settings.output}/report.md and report.xml")
+    if missing is not None:
+        show(f"no GPU, so only env was run: {missing}", file=sys.stderr)
+        return NO_GPU_STATUS
+    return int(parts.verdicts(suites)["failed"] > 0)
+
+
+def part_limits(chosen: Sequence[str], minutes: float | None, *, num_gpus: int) -> dict[str, float]:
+    """Return the time limit of each part in seconds. The total time is divided in proportion to PART_SECONDS.
+
+    The total time is `minutes` if given, otherwise the sum of PART_SECONDS."""
+    shares = {**PART_SECONDS, "ranks": RANKS_OF_SEVERAL} if num_gpus > 1 else PART_SECONDS
+    seconds = sum(shares.values()) if minutes is None else 60 * minutes
+    given = sum(shares[part] for part in chosen)
+    return {part: seconds * shares[part] / given for part in chosen}
 
 
 def index(settings: IndexSettings) -> int:
