@@ -115,8 +115,8 @@ def import_adapter(settings: adapter_settings.ImportSettings) -> int:
 def verify(settings: adapter_settings.VerifySettings) -> int:
     """Check exports of an adapter. Return the exit status, which is 1 if an export differs from the adapter."""
     opened = open_adapter(settings.adapter, settings.model, differs=settings.base_differs)
-    base = check_base(opened.source, opened.adapter, uses_tokenizer=False, differs=settings.base_differs)
-    for note in (*opened.notes, *base.notes):
+    _, notes = check_base(opened.source, opened.adapter, uses_tokenizer=False, differs=settings.base_differs)
+    for note in (*opened.notes, *notes):
         _show_note(note)
     found = verify_export(
         opened.source,

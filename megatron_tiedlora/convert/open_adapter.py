@@ -134,7 +134,7 @@ def import_peft(
     reject_existing(output, flag=f"--output {output}")
     opened = open_adapter(folder, model, kind="peft", differs=base_differs)
     source, native, trained = opened.source, opened.native, opened.trained_on or opened.adapter.base_identity
-    base = inputs.check_base(
+    _, notes = inputs.check_base(
         source,
         replace(opened.adapter, base_identity=replace(trained, base_stored=None)),  # an import quantises nothing
         uses_tokenizer=False,
@@ -142,7 +142,7 @@ def import_peft(
         base_format=trained.base_format,  # no difference is reported, because an import does not run the base
         flag=f"--peft {folder}",
     )
-    for note in (*opened.notes, *base.notes, *([] if opened.apart is None else [opened.apart])):
+    for note in (*opened.notes, *notes, *([] if opened.apart is None else [opened.apart])):
         say(note)
     with new(output) as temporary:
         if native is not None:
