@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron_tiedlora.base.files import discard, read_json_object, write_json
+from megatron_tiedlora.base.files import discard, new_folder, read_json_object, write_json
 from megatron_tiedlora.base.installation import install_hint
 from megatron_tiedlora.base.messages import UserError, aligned_lines, bytes_in_words, count_text, named, range_text
 from megatron_tiedlora.base.output_folder import numbered
@@ -188,11 +188,12 @@ def export(run: AdapterRun, stop: StopRequests) -> list[str]:
     adapter = load_native_adapter(folder.adapter)
     merged, peft = folder.path / "merged", folder.path / "peft"
     discard(peft, guard=folder.guard)  # an earlier launch of this run may have exported another best adapter
-    export_peft(source, adapter, peft, native=folder.adapter, new=folder.new_folder)
+    new = partial(new_folder, guard=folder.guard)
+    export_peft(source, adapter, peft, native=folder.adapter, new=new)
     if not get_task(settings.task).exports_merged or source.stored is not None:
         return []
     discard(merged, guard=folder.guard)
-    merge_adapter(source, adapter, merged, tokenizer=settings.tokenizer, new=folder.new_folder)
+    merge_adapter(source, adapter, merged, tokenizer=settings.tokenizer, new=new)
     found = verify_export(source, adapter, merged=merged, peft=peft)
     if not found.passed:
         _LOGGER.error(found.report())
